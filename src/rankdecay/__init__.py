@@ -1,0 +1,1 @@
+"""Weight decay that decays rank: control, measure and explain the rank of a transformer's attention."""
