@@ -1,0 +1,34 @@
+# `make grok` and `make test` are all a fresh machine needs; both make .venv when it is not there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: grok test test-slow lint format bench clean
+
+grok: .venv/installed
+	$(BIN)/rankdecay grok
+
+test: .venv/installed
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/installed
+	$(BIN)/pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/grok.py
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,119 @@
+"""What is decayed, how strongly and by which rule. Plain data: importing this module does not import torch.
+
+A decay is *decoupled*: it acts on the weight after the optimizer's step and never enters the loss. Its size is the
+threshold τ, the amount a rule may take from each singular value in one step:
+
+==========  ==========================  =====================================================================
+scale       τ (``lr_coupled``)          reading
+==========  ==========================  =====================================================================
+relative    lr · strength · rms(σ)      the step has Frobenius norm at most lr·strength·‖W‖_F, that of L2
+absolute    lr · strength               the same amount whatever the size of the weight
+==========  ==========================  =====================================================================
+
+Without ``lr_coupled`` the factor lr is left out, as in the published prototypes. rms(σ) = ‖W‖_F / √min(m, n).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rule = Literal["prox", "smooth", "polar", "newton_schulz"]
+Scale = Literal["relative", "absolute"]
+Unit = Literal["matrix", "head"]
+
+
+def _check_strength(name: str, value: float) -> None:
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}; use 0 to switch the decay off")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Frobenius:
+    """Decoupled L2 decay, as in AdamW: W ← (1 − lr·strength) W. Multiplies every singular value by the same number.
+
+    Attributes:
+        strength: decay per unit of learning rate, ≥ 0.
+    """
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        _check_strength("strength", self.strength)
+
+    def describe(self) -> str:
+        """The decay in a few words."""
+        return f"L2 {self.strength:g}"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Decoupled low-rank decay: takes the same amount from every singular value, so that small ones vanish.
+
+    Attributes:
+        strength: decay per unit of learning rate (or per step, without ``lr_coupled``), ≥ 0.
+        rule: ``"prox"`` soft threshold, exact zeros; ``"smooth"`` W (WᵀW + ε²)^(−1/2), never crosses zero;
+            ``"polar"`` the subgradient UVᵀ; ``"newton_schulz"`` the published prototypes' five cubic steps.
+        scale: ``"relative"`` or ``"absolute"``: see the module's table.
+        unit: ``"matrix"`` for one spectrum per matrix, ``"head"`` for one per attention head.
+        every: apply k·τ every k steps; exact for ``"prox"`` between gradient steps, first order for the others.
+        lr_coupled: whether τ is multiplied by the learning rate.
+        smoothing: for ``"smooth"``: ε = max(τ, smoothing·‖W‖_F).
+    """
+
+    strength: float
+    rule: Rule = "prox"
+    scale: Scale = "relative"
+    unit: Unit = "matrix"
+    every: int = 1
+    lr_coupled: bool = True
+    smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_strength("strength", self.strength)
+        _check_strength("smoothing", self.smoothing)
+        _check_choice("rule", self.rule, get_args(Rule))
+        _check_choice("scale", self.scale, get_args(Scale))
+        _check_choice("unit", self.unit, get_args(Unit))
+        if self.every < 1 or self.every != int(self.every):
+            raise ValueError(f"every must be a whole number of steps >= 1, got {self.every!r}")
+
+    def threshold(self, weight: Tensor, lr: Tensor | float, strength: Tensor | float | None = None) -> Tensor:
+        """τ of one step for each matrix of ``weight``.
+
+        Args:
+            weight: ``(..., m, n)``.
+            lr: learning rate, broadcastable to the leading dimensions.
+            strength: overrides ``self.strength``, broadcastable to the leading dimensions: one call then serves
+                ensemble members that differ in strength alone.
+
+        Returns:
+            ``(...)``, in the dtype of ``weight``.
+        """
+        strength = self.strength if strength is None else strength
+        ones = weight.new_ones(weight.shape[:-2])
+        tau = ones * strength * (lr if self.lr_coupled else 1.0)
+        if self.scale == "relative":
+            tau = tau * weight.norm(dim=(-2, -1)) / math.sqrt(min(weight.shape[-2:]))
+        return tau
+
+    def describe(self) -> str:
+        """The decay in a few words."""
+        words = [self.rule.replace("_", "-"), f"{self.strength:g}", self.scale]
+        words += [] if self.lr_coupled else ["per step"]
+        words += [f"ε = max(τ, ‖W‖_F/{1 / self.smoothing:g})"] if self.rule == "smooth" and self.smoothing else []
+        words += ["per head"] if self.unit == "head" else []
+        words += [f"every {self.every} steps"] if self.every > 1 else []
+        return "low-rank " + ", ".join(words)
+
+
+Decay = Frobenius | LowRank

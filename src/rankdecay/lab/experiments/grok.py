@@ -1,0 +1,410 @@
+"""Does low-rank decay make a scale-invariant transformer generalise where L2 does not, and why?
+
+Trains the same small transformers from the same seeds under several decays of W_Q and W_K. The decay of the *rest*
+of the model is one setting shared by all arms, so an arm differs from its control in one thing. Two controls bound
+what may be claimed: an L2 tuned far beyond its usual strength, and attention held uniform.
+
+Importing this module does not import torch: the command line reads its settings for ``--help``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rankdecay.decay.policy import Decay, Frobenius, LowRank, Rule, Scale
+from rankdecay.lab.errors import SettingError, check_name
+
+if TYPE_CHECKING:
+    from rankdecay.lab.ensemble import Ensemble
+    from rankdecay.lab.tasks import Dataset
+
+Record = dict[str, Any]
+ARMS = ("none", "l2", "l2_tuned", "low_rank", "prototype", "uniform_attention")
+
+
+@dataclass(frozen=True)
+class Grok:
+    """Does low-rank decay make a scale-invariant transformer generalise where L2 does not, and why?
+
+    Trains every arm from the same seeds, shows their accuracy and rank as they go, and leaves config.json,
+    metrics.jsonl, summary.json and report.html in --out. Interrupted, the same command continues.
+    """
+
+    preset: Literal["default", "prototype"] = "default"
+    """'prototype' is the public set-up: addition mod 113, ordered split, full-width QK-norm, rate 0.01."""
+    arms: tuple[str, ...] = ARMS
+    """Which decays of W_Q and W_K to compare."""
+    task: str = "selection"
+    """selection, add, subtract, multiply, divide, quadratic (x²+xy+y²) or s5."""
+    modulus: int = 31
+    """p of the arithmetic; ignored by s5."""
+    train_fraction: float = 0.5
+    """Share of all examples used for training; for every task but selection."""
+    train_examples: int = 2500
+    """Number of training examples, for selection."""
+    split: Literal["unordered", "ordered"] = "unordered"
+    """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
+    steps: int = 700
+    """Training steps."""
+    seeds: int = 3
+    """Seeds per arm: 0, 1, …; a seed fixes split, initial weights and batches in every arm."""
+    rule: Rule = "newton_schulz"
+    """Rule of the low_rank arm."""
+    scale: Scale = "absolute"
+    """Scale of the low_rank arm: 'relative' multiplies by lr and the size of the weight."""
+    strength: float = 0.01
+    """Strength of the low_rank arm."""
+    tuned_strength: float = 100.0
+    """Strength of the l2_tuned arm: the best the committed sweep found (docs/findings.md)."""
+    weight_decay: float = 3.0
+    """L2 on everything but W_Q and W_K, shared by all arms; the l2 arm applies it to W_Q and W_K too."""
+    lr: float = 1e-3
+    """Learning rate of AdamW."""
+    batch_size: int = 256
+    """Examples per step and member."""
+    precision: Literal["float32", "mixed", "float64"] = "mixed"
+    """'mixed': bfloat16 products, float32 everywhere else."""
+    width: int = 128
+    """Width of the network (4 heads, 2 layers, MLP of 4 × width)."""
+    qk_norm: Literal["head", "width", "none"] = "head"
+    """RMSNorm of queries and keys: per head, over the full width, or none."""
+    gains: bool = False
+    """Learnable gains in every norm."""
+    position_scale: float = 0.3
+    """Standard deviation of the initial position embedding."""
+    threshold: float = 0.95
+    """Test accuracy that counts as generalised, if the next evaluation holds it."""
+    stop_when_generalised: bool = False
+    """Let a member leave once two evaluations in a row reach the threshold."""
+    evaluate_every: int = 50
+    """Steps between evaluations."""
+    out: Path = Path("runs/grok")
+    """Where results go; an interrupted run there is continued."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; 'auto' uses it on a GPU."""
+    quiet: bool = False
+    """No progress and no table."""
+    json: bool = False
+    """Print the summary as JSON on standard output; progress goes to standard error."""
+
+
+PRESETS = {
+    "default": Grok(),
+    "prototype": Grok(
+        preset="prototype",
+        arms=("none", "l2", "prototype", "uniform_attention"),
+        task="add",
+        modulus=113,
+        train_fraction=0.5,
+        split="ordered",
+        steps=2500,
+        weight_decay=0.1,
+        batch_size=512,
+        precision="float32",
+        qk_norm="width",
+        gains=True,
+        position_scale=0.02,
+        threshold=0.99,
+        stop_when_generalised=True,
+        evaluate_every=200,
+        out=Path("runs/grok-prototype"),
+    ),
+}
+NOT_IDENTITY = ("out", "device", "compile", "quiet", "json")  # settings that do not change what a run computes
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to treat W_Q and W_K."""
+
+    name: str
+    description: str
+    decay: Decay | None = None
+    uniform_attention: bool = False
+
+
+def make_arms(settings: Grok) -> list[Arm]:
+    """The arms asked for, in the order of `ARMS`."""
+    low_rank = LowRank(
+        settings.strength,
+        rule=settings.rule,
+        scale=settings.scale,
+        lr_coupled=settings.scale == "relative",
+        smoothing=0.01,
+        every=4 if settings.rule == "prox" else 1,
+    )
+    prototype = LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False)
+    every = [
+        Arm("none", "No decay of W_Q and W_K."),
+        Arm(
+            "l2",
+            f"L2 of strength {settings.weight_decay:g} on W_Q and W_K, the same as on the rest of the model.",
+            Frobenius(settings.weight_decay),
+        ),
+        Arm(
+            "l2_tuned",
+            f"L2 of strength {settings.tuned_strength:g} on W_Q and W_K: {settings.tuned_strength * settings.lr:.0%} "
+            "of the weights per step, the strength at which L2 does best.",
+            Frobenius(settings.tuned_strength),
+        ),
+        Arm("low_rank", f"The library's decay of W_Q and W_K: {low_rank.describe()}.", low_rank),
+        Arm("prototype", "The published prototype: five cubic Newton–Schulz steps, 0.01 per step.", prototype),
+        Arm("uniform_attention", "W_Q and W_K held at zero: every position attends equally to all.", None, True),
+    ]
+    return [arm for arm in every if arm.name in settings.arms]
+
+
+def check(settings: Grok) -> None:
+    """Raises a `SettingError` for settings that cannot work, before anything is built or written."""
+    from rankdecay.lab.tasks import TASKS
+
+    check_name("--task", settings.task, TASKS)
+    if not settings.arms:
+        raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
+    for name in settings.arms:
+        check_name("--arms", name, ARMS)
+    for name in ("steps", "seeds", "batch_size", "evaluate_every"):
+        if getattr(settings, name) < 1:
+            raise SettingError(f"--{name.replace('_', '-')} {getattr(settings, name)} is too small: give at least 1")
+    for name in ("strength", "tuned_strength", "weight_decay", "lr"):
+        if not (math.isfinite(getattr(settings, name)) and getattr(settings, name) >= 0):
+            raise SettingError(
+                f"--{name.replace('_', '-')} {getattr(settings, name)} must be a finite number >= 0; 0 switches it off"
+            )
+    for name in ("tuned_strength", "weight_decay"):
+        if settings.lr * getattr(settings, name) >= 1:
+            raise SettingError(
+                f"--{name.replace('_', '-')} {getattr(settings, name):g} at --lr {settings.lr:g} would flip the sign of "
+                f"the weights: stay below {1 / settings.lr:g}"
+            )
+    if not 0 < settings.threshold <= 1:
+        raise SettingError(f"--threshold {settings.threshold} must be an accuracy in (0, 1]: for example 0.95")
+    if settings.width % 4 or settings.width < 4:
+        raise SettingError(f"--width {settings.width} must be a multiple of the 4 heads: for example 128")
+
+
+def make_datasets(settings: Grok) -> dict[int, Dataset]:
+    """One data set per seed, checked against the batch size."""
+    from rankdecay.lab.tasks import make_dataset
+
+    datasets = {
+        seed: make_dataset(
+            settings.task,
+            seed,
+            modulus=settings.modulus,
+            train_fraction=settings.train_fraction,
+            train_examples=settings.train_examples,
+            split=settings.split,
+        )
+        for seed in range(settings.seeds)
+    }
+    size = len(datasets[0].train_targets)
+    if settings.batch_size > size:
+        raise SettingError(
+            f"--batch-size {settings.batch_size} is larger than the training set of {size} examples: "
+            f"give at most {size}, or more training examples"
+        )
+    return datasets
+
+
+def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: dict[int, Dataset], device: str) -> list[Ensemble]:
+    """One ensemble per arm on a CPU, where small batches stay in the cache; all members at once on a GPU."""
+    from rankdecay.lab.ensemble import Ensemble, Member, Training
+    from rankdecay.lab.models.transformer import TransformerConfig
+
+    data = datasets[0]
+    config = TransformerConfig(
+        data.vocabulary,
+        data.length,
+        data.outputs,
+        width=settings.width,
+        mlp_width=4 * settings.width,
+        qk_norm=settings.qk_norm,
+        gains=settings.gains,
+        position_scale=settings.position_scale,
+    )
+    on_gpu = device.startswith("cuda")
+    training = Training(
+        batch_size=settings.batch_size,
+        precision=settings.precision,
+        device=device,
+        compile=settings.compile == "on" or (settings.compile == "auto" and on_gpu),
+    )
+    members = [
+        Member(arm.name, seed, arm.decay, settings.weight_decay, settings.lr, uniform_attention=arm.uniform_attention)
+        for arm in arms
+        for seed in datasets
+    ]
+    together = [members] if on_gpu else [[m for m in members if m.arm == arm.name] for arm in arms]
+    return [Ensemble(config, group, [datasets[m.seed] for m in group], training) for group in together]
+
+
+def steps_to_hold(records: Sequence[Record], threshold: float) -> int | None:
+    """The first evaluated step at which test accuracy reaches ``threshold`` and the next evaluation holds it."""
+    reached = [record["test_accuracy"] is not None and record["test_accuracy"] >= threshold for record in records]
+    for record, now, then in zip(records, reached, reached[1:], strict=False):
+        if now and then:
+            return record["step"]
+    return None
+
+
+def summarise_arm(name: str, members: Sequence[Sequence[Record]], threshold: float) -> Record:
+    """The figures of one arm: medians of steps, means over seeds of everything else at each member's last evaluation.
+
+    Args:
+        name: of the arm.
+        members: the records of each of its members, in order of steps.
+        threshold: test accuracy that counts as generalised.
+    """
+    reached = [steps_to_hold(records, threshold) for records in members]
+    last = [records[-1] for records in members]
+
+    def mean(key: str) -> float | None:
+        values = [record[key] for record in last if record[key] is not None]
+        return statistics.fmean(values) if values else None
+
+    median = statistics.median(math.inf if step is None else step for step in reached)
+    step_seconds = [r["step_seconds"] for records in members for r in records if r["step_seconds"]]
+    keys = (
+        "test_accuracy train_accuracy stable_rank effective_rank product_stable_rank product_effective_rank "
+        "query_norm key_norm decay_size radial_share tangential_share"
+    )
+    return {
+        "name": name,
+        "seeds": len(members),
+        "generalised": sum(step is not None for step in reached),
+        "steps_to_generalise": median if math.isfinite(median) else None,
+        "steps_to_generalise_by_seed": reached,
+        "diverged": sum(record["test_loss"] is None for record in last),
+        **{key: mean(key) for key in keys.split()},
+        "steps_per_second": 1 / statistics.median(step_seconds) if step_seconds else None,
+    }
+
+
+def summarise(records: Sequence[Record], arms: Sequence[str], threshold: float) -> list[Record]:
+    """One object per arm, from the records of a whole run."""
+    by_member: dict[tuple[str, int], list[Record]] = {}
+    for record in sorted(records, key=lambda r: r["step"]):
+        by_member.setdefault((record["arm"], record["seed"]), []).append(record)
+    return [
+        summarise_arm(arm, [rows for (name, _), rows in sorted(by_member.items()) if name == arm], threshold)
+        for arm in arms
+    ]
+
+
+def identity(settings: Grok) -> Record:
+    """The settings that decide what a run computes."""
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY}
+
+
+def run(settings: Grok, command: str) -> Record:
+    """Runs the experiment, or continues it, and returns its summary.
+
+    Args:
+        settings: what to run.
+        command: how to repeat it, for the report.
+
+    Raises:
+        SettingError: if the settings or the output directory cannot work.
+    """
+    check(settings)
+    datasets = make_datasets(settings)
+    from rankdecay.lab.machine import describe_machine, resolve_device, versions
+    from rankdecay.lab.progress import Progress
+    from rankdecay.lab.report import write_report
+    from rankdecay.lab.runner import Runner
+    from rankdecay.lab.store import RunDirectory
+
+    device = resolve_device(settings.device)
+    arms = make_arms(settings)
+    names = [arm.name for arm in arms]
+    config = {
+        "command": "grok",
+        "settings": identity(settings),
+        "arms": [dataclasses.asdict(arm) for arm in arms],
+        "versions": versions(),
+        "machine": describe_machine(device),
+        "reproduce": command,
+    }
+
+    def solved(records: Sequence[Record]) -> bool:
+        return settings.stop_when_generalised and steps_to_hold(records, settings.threshold) is not None
+
+    title = f"{settings.task} · {len(arms)} arms × {settings.seeds} seeds · {settings.steps} steps · {device}"
+    progress = Progress(title, names, quiet=settings.quiet, to_stderr=settings.json)
+    with RunDirectory.open(settings.out, config, progress.notice) as directory:
+        if directory.summary is not None:
+            progress.notice(f"{settings.out} is complete: showing its result; for a new run give another --out")
+            return directory.summary
+        ensembles = make_ensembles(settings, arms, datasets, device)
+        runner = Runner(
+            directory, ensembles, steps=settings.steps, evaluate_every=settings.evaluate_every, leaves=solved
+        )
+        if runner.step:
+            progress.notice(f"continuing {settings.out} at step {runner.step}")
+        with progress.working(runner.work):
+            records = runner.train(progress)
+        summary = {
+            "command": "grok",
+            "settings": identity(settings),
+            "threshold": settings.threshold,
+            "arms": summarise(records, names, settings.threshold),
+            "wall_seconds": runner.seconds,
+        }
+        directory.finish(summary)
+        write_report(settings.out)
+    return summary
+
+
+Formatter = Callable[[Any], str]
+
+
+def _share(value: float | None) -> str:
+    return "—" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3g}"
+
+
+COLUMNS: dict[str, tuple[str, Formatter]] = {
+    "steps_to_generalise": ("steps to {threshold}", lambda v: "—" if v is None else f"{v:g}"),
+    "test_accuracy": ("test", _share),
+    "train_accuracy": ("train", _share),
+    "stable_rank": ("stable rank", _number),
+    "effective_rank": ("effective rank", _number),
+    "product_effective_rank": ("of QK product", _number),
+    "query_norm": ("‖W_Q‖", _number),
+    "key_norm": ("‖W_K‖", _number),
+    "radial_share": ("radial", _share),
+    "tangential_share": ("tangential", _share),
+    "steps_per_second": ("steps/s", _number),
+}
+
+
+def print_summary(summary: Record) -> None:
+    """The table of a finished run, and what its controls allow one to say."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rankdecay.lab.report.verdict import verdict
+
+    table = Table(title=f"after {summary['settings']['steps']} steps", title_justify="left", box=None, pad_edge=False)
+    table.add_column("arm")
+    table.add_column("generalised", justify="right")
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading.format(threshold=f"{summary['threshold']:.0%}"), justify="right")
+    for arm in summary["arms"]:
+        cells = [formatter(arm[key]) for key, (_, formatter) in COLUMNS.items()]
+        table.add_row(arm["name"], f"{arm['generalised']} of {arm['seeds']}", *cells)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(verdict(summary))

@@ -1,0 +1,415 @@
+"""The self-contained HTML page of a run.
+
+One file with everything in it: the words and tables are plain HTML, made here and readable without a script;
+the charts are drawn by `page/*.js` with plotly, from data embedded as JSON. Nothing is fetched, and a
+content-security policy in the page makes sure of that. Text from a run goes through `html.escape`, and JSON
+through `embedded`.
+"""
+
+import json
+import re
+import shlex
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from plotly.offline import get_plotlyjs
+
+from rankdecay.lab.report import style
+from rankdecay.lab.report.data import Run, is_number
+from rankdecay.lab.report.verdict import seed_count, verdict, wilson_interval
+
+SNAPSHOT_NUMBERS = 1_000_000  # of spectra and attention in one page, about 7 MB; more snapshots than fit are thinned
+
+QUESTIONS = {
+    "grok": "Does low-rank decay make a scale-invariant transformer generalise where L2 does not?",
+    "boundary": "At which data fraction and decay strength does the network generalise?",
+    "factor": "Is L2 on two factors the nuclear norm of their product?",
+    "recall": "Does low-rank decay help associative recall in an attention-only transformer?",
+    "language": "What does a separate decay for attention do to the rank and quality of a language model?",
+    "vision": "What does a separate decay for attention do to the rank and quality of a vision transformer?",
+    "margin": "Which margin does softmax attention maximise under gradient flow?",
+}
+COLUMNS = {
+    "generalised": "Generalised",
+    "steps_to_generalise": "Steps, median",
+    "test_accuracy": "Test accuracy",
+    "train_accuracy": "Train accuracy",
+    "stable_rank": "Stable rank",
+    "effective_rank": "Effective rank",
+    "product_stable_rank": "Stable rank, head product",
+    "product_effective_rank": "Effective rank, head product",
+    "query_norm": "‖W_Q‖",
+    "key_norm": "‖W_K‖",
+    "decay_size": "Decay step, ‖D‖/‖W‖",
+    "tangential_share": "Tangential share",
+    "steps_per_second": "Steps per second",
+}
+METRICS = ["train_accuracy", "test_accuracy", "stable_rank", "effective_rank", "product_stable_rank"]
+METRICS += ["product_effective_rank", "radial_share", "tangential_share"]
+ACCURACIES = {"test_accuracy": "test", "train_accuracy": "training"}
+RANKS = {
+    "stable_rank": "stable rank of W_Q, W_K",
+    "effective_rank": "effective rank of W_Q, W_K",
+    "product_stable_rank": "stable rank of head products",
+    "product_effective_rank": "effective rank of head products",
+}
+FILES = {
+    "config.json": "what was asked, the versions and the machine",
+    "metrics.jsonl": "every evaluation of every member, one JSON object per line",
+    "snapshots/": "spectra and attention maps, one numpy archive per step",
+    "summary.json": "the result per arm",
+}
+SCRIPTS = ["core.js", "curves.js", "spectra.js", "needle.js", "attention.js", "start.js"]
+
+
+def render(run: Run) -> str:
+    """The page of a run as one HTML string."""
+    config = run.config
+    command = str(config.get("command", "experiment"))
+    question = str(config.get("question") or QUESTIONS.get(command) or f"rankdecay {command}")
+    data, frames = curves_data(run), snapshot_data(run)
+    metrics = set(data["metrics"])
+    page = files("rankdecay.lab.report") / "page"
+    outcome = verdict(run.summary, run.last_step)
+    notices = [*run.notices, *frames["notices"]]
+    parts = {
+        "title": escape(f"rankdecay {command}: {question}"),
+        "command": escape(command),
+        "directory": escape(run.directory.resolve().name),
+        "question": escape(question),
+        "headline": escape(outcome.headline),
+        "points": "\n".join(f"<dt>{escape(lead)}</dt><dd>{escape(text)}</dd>" for lead, text in outcome.points),
+        "notices": "".join(f'<p class="notice">{escape(notice)}</p>' for notice in notices),
+        "table": _table(run),
+        "accuracy": _chart("accuracy-chart", "accuracy", "Accuracy", _known(ACCURACIES, metrics)),
+        "rank": _chart("rank-chart", "rank", "Rank", _known(RANKS, metrics)),
+        "timeline": _timeline(frames),
+        "spectra": _spectra(frames),
+        "needle": _needle(frames),
+        "share": _chart(
+            "share-chart",
+            "share",
+            "Share",
+            _known({"tangential_share": "tangential", "radial_share": "radial"}, metrics),
+        ),
+        "attention": _attention(frames),
+        "settings": _settings(config),
+        "arms": _arms(run),
+        "reproduce": escape(_folded(reproduce(config))),
+        "facts": _facts(run),
+        "files": "".join(f'<li><a href="{name}">{name}</a> {text}</li>' for name, text in FILES.items()),
+        "run_data": embedded(data),
+        "snapshot_data": embedded(frames),
+        "css": (page / "page.css").read_text(encoding="utf-8"),
+        "plotly": get_plotlyjs(),
+        "js": "\n".join((page / name).read_text(encoding="utf-8") for name in SCRIPTS),
+    }
+    template = (page / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def embedded(value: Any) -> str:
+    """JSON for a `<script type="application/json">`: nothing in it can end the script or open a comment."""
+    text = json.dumps(plain(value), separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: numpy arrays as lists, floats to four digits, non-finite numbers as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if np.isfinite(value) else None
+    return value
+
+
+def curves_data(run: Run) -> dict[str, Any]:
+    """What the page's curves are drawn from: the arms with their style, each member's metrics as columns."""
+    arms = run.arms
+    styles = style.arm_styles(arms)
+    lines = [line for member in run.metrics.values() for line in member]
+    present = [name for name in METRICS if any(is_number(line.get(name)) for line in lines)]
+    return {
+        "arms": [{"name": name, **vars(styles[name])} for name in arms],
+        "metrics": present,
+        "members": [
+            {
+                "arm": arms.index(arm),
+                "seed": seed,
+                "step": [line["step"] for line in member],
+                "values": {
+                    name: [line[name] if is_number(line.get(name)) else None for line in member] for name in present
+                },
+            }
+            for (arm, seed), member in sorted(
+                run.metrics.items(), key=lambda item: (arms.index(item[0][0]), item[0][1])
+            )
+        ],
+    }
+
+
+def snapshot_data(run: Run) -> dict[str, Any]:
+    """What the page's slider moves through: a frame per snapshot, thinned evenly when there are too many."""
+    snapshots, notices = run.snapshots, []
+    size = max((sum(array.size for array in snapshot.arrays.values()) for snapshot in snapshots), default=0)
+    fit = max(2, SNAPSHOT_NUMBERS // size) if size else 0
+    if len(snapshots) > fit > 0:
+        notices.append(f"The page shows {fit} of the {len(snapshots)} snapshots in the directory, evenly spaced.")
+        snapshots = [snapshots[i] for i in np.linspace(0, len(snapshots) - 1, fit).round().astype(int)]
+    members = list(dict.fromkeys(member for snapshot in snapshots for member in snapshot.members))
+    arms = run.arms
+    members = sorted((m for m in members if m[0] in arms), key=lambda m: (arms.index(m[0]), m[1]))
+    first = snapshots[0] if snapshots else None
+
+    def shape(name: str) -> list[int]:
+        return list(first.arrays[name].shape[1:]) if first and name in first.arrays else []
+
+    frames = [
+        {
+            name: [array[snapshot.members.index(m)] if m in snapshot.members else None for m in members]
+            for name, array in snapshot.arrays.items()
+        }
+        for snapshot in snapshots
+    ]
+    return {
+        "steps": [snapshot.step for snapshot in snapshots],
+        "members": [{"arm": arms.index(arm), "seed": seed} for arm, seed in members],
+        "singular_values_shape": shape("singular_values"),
+        "product_shape": shape("product"),
+        "attention_shape": shape("attention"),
+        "groups": first.groups if first else [],
+        "positions": first.positions if first else [],
+        "frames": frames,
+        "notices": notices,
+    }
+
+
+def reproduce(config: dict[str, Any]) -> str:
+    """The command line that repeats a run: the recorded one, or the command with its settings as options."""
+    if config.get("reproduce"):
+        return str(config["reproduce"])
+    words = ["rankdecay", str(config.get("command", ""))]
+    for name, value in _flat(config.get("settings", {})):
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{option}", *map(str, value)] if value else []
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return " ".join(shlex.quote(word) for word in words if word) + " --out DIR"
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows = []
+    for name, value in settings.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return rows
+
+
+# --- pieces of HTML ---
+
+
+def _table(run: Run) -> str:
+    rows = run.summary["arms"] if run.summary else _measured_so_far(run)
+    columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    if not rows or not columns:
+        return '<p class="absent">Nothing has been measured yet.</p>'
+    labels = style.arm_styles(str(row["name"]) for row in rows)
+    heads = "".join(f'<th scope="col">{escape(COLUMNS[key])}</th>' for key in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(labels[str(row["name"])].label)}</th>'
+        + "".join(f"<td>{_cell(row, key)}</td>" for key in columns)
+        + "</tr>"
+        for row in rows
+    )
+    return _scrolling(
+        "Summary per arm", f'<thead><tr><th scope="col">Arm</th>{heads}</tr></thead><tbody>{body}</tbody>'
+    )
+
+
+def _measured_so_far(run: Run) -> list[dict[str, Any]]:
+    """Means over seeds of every member's last evaluation, for a run without a summary."""
+    rows = []
+    for arm in run.arms:
+        last = [lines[-1] for (name, _), lines in run.metrics.items() if name == arm and lines]
+        row: dict[str, Any] = {"name": arm}
+        for key in COLUMNS:
+            values = [float(line[key]) for line in last if is_number(line.get(key))]
+            row[key] = sum(values) / len(values) if values else None
+        rows.append(row)
+    return rows if run.metrics else []
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    value: Any = row.get(key)
+    if not is_number(value):
+        return "—"
+    if key == "generalised":
+        seeds = seed_count(row)
+        low, high = wilson_interval(int(value), seeds)
+        return f"{int(value)} of {seeds} <small>{low * 100:.0f}–{high * 100:.0f} %</small>"
+    if key == "steps_to_generalise":
+        return f"{value:,.0f}"
+    if key.endswith(("accuracy", "share")):
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _scrolling(label: str, rows: str) -> str:
+    return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>{rows}</table></div>'
+
+
+def _known(choices: dict[str, str], present: set[str]) -> dict[str, str]:
+    return {key: text for key, text in choices.items() if key in present}
+
+
+def _chart(identity: str, state: str, label: str, choices: dict[str, str]) -> str:
+    """A chart with the choice of what it shows above it, and the legend that switches arms on and off."""
+    if not choices:
+        return f'<p class="absent">{label}: not recorded in this run.</p>'
+    return (
+        f'<figure><div class="controls">{_choice(state, label, choices)}</div>'
+        f'<div class="legend" role="group" aria-label="Arms shown"></div>'
+        f'<div class="chart" id="{identity}"></div></figure>'
+    )
+
+
+def _choice(state: str, label: str, choices: dict[str, str]) -> str:
+    options = "".join(f'<option value="{value}">{escape(text)}</option>' for value, text in choices.items())
+    return f'<label>{escape(label)} <select data-state="{state}">{options}</select></label>'
+
+
+def _timeline(frames: dict[str, Any]) -> str:
+    if not frames["steps"]:
+        return '<p class="absent">This run has no snapshots, so no spectra or attention maps.</p>'
+    last = len(frames["steps"]) - 1
+    seeds = {str(seed): str(seed) for seed in sorted({member["seed"] for member in frames["members"]})}
+    return (
+        '<div class="timeline" role="group" aria-label="Time">'
+        '<button type="button" id="play">Play</button>'
+        f'<label class="slider"><span>Step <output id="step-output">{frames["steps"][-1]:,}</output></span>'
+        f'<input type="range" id="step-slider" min="0" max="{last}" value="{last}" step="1"></label>'
+        f"{_choice('seed', 'Seed', seeds)}</div>"
+    )
+
+
+def _matrices(frames: dict[str, Any], products: bool) -> dict[str, str]:
+    layers = (frames["singular_values_shape"] or [0])[0]
+    choices = {
+        f"singular_values:{layer}:{index}": f"layer {layer + 1}, W_{name}"
+        for layer in range(layers)
+        for index, name in enumerate("QK")
+    }
+    if products and frames["product_shape"]:
+        layers, heads = frames["product_shape"][:2]
+        choices |= {
+            f"product:{layer}:{head}": f"layer {layer + 1}, head {head + 1}: W_Qᵀ W_K"
+            for layer in range(layers)
+            for head in range(heads)
+        }
+    return choices
+
+
+def _spectra(frames: dict[str, Any]) -> str:
+    matrices = _matrices(frames, products=True)
+    if not matrices:
+        return '<p class="absent">Spectra: not recorded in this run.</p>'
+    scales = {"relative": "relative to σ₁", "absolute": "absolute"}
+    return (
+        f'<figure><div class="controls">{_choice("matrix", "Matrix", matrices)}'
+        f"{_choice('scale', 'Values', scales)}</div>"
+        '<div class="legend" role="group" aria-label="Arms shown"></div>'
+        '<div class="chart" id="spectra-chart"></div></figure>'
+    )
+
+
+def _needle(frames: dict[str, Any]) -> str:
+    matrices = _matrices(frames, products=False)
+    if not matrices:
+        return '<p class="absent">Needle and fan: no spectra recorded in this run.</p>'
+    return (
+        f'<div class="controls">{_choice("needle", "Matrix", matrices)}</div><div class="needles" id="needles"></div>'
+    )
+
+
+def _attention(frames: dict[str, Any]) -> str:
+    if not frames["attention_shape"]:
+        return '<p class="absent">Attention maps: not recorded in this run.</p>'
+    layers = {str(layer): f"layer {layer + 1}" for layer in range(frames["attention_shape"][0])}
+    return (
+        f'<figure><div class="controls">{_choice("layer", "Layer", layers)}'
+        '<span class="scale"><span>0</span><i></i><span>1 &nbsp;share of attention</span></span></div>'
+        '<div class="chart grid" id="attention-chart"></div></figure>'
+    )
+
+
+def _settings(config: dict[str, Any]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(_shown(value))}</td></tr>'
+        for name, value in _flat(config.get("settings", {}))
+    )
+    return _scrolling("Settings", rows) if rows else '<p class="absent">No settings recorded.</p>'
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _arms(run: Run) -> str:
+    labels = style.arm_styles(run.arms)
+    items = []
+    for arm in run.config.get("arms", []):
+        name = str(arm["name"])
+        rest = "; ".join(
+            f"{key}: {_shown(value)}"
+            for key, value in arm.items()
+            if key not in ("name", "description") and value is not None
+        )
+        items.append(
+            f"<dt>{escape(labels[name].label)} <code>{escape(name)}</code></dt>"
+            f"<dd>{escape(str(arm.get('description', '')))}"
+            + (f"<small>{escape(rest)}</small>" if rest else "")
+            + "</dd>"
+        )
+    return f'<dl class="arms">{"".join(items)}</dl>' if items else ""
+
+
+def _folded(command: str, width: int = 72) -> str:
+    """A long command with one option per line; one with quotes is left alone, for a break could change it."""
+    return command if len(command) <= width or "'" in command else command.replace(" --", " \\\n  --")
+
+
+def _facts(run: Run) -> str:
+    versions = run.config.get("versions", {})
+    facts = {
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Machine": run.config.get("machine"),
+        "Wall time": _duration((run.summary or {}).get("wall_seconds")),
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value)
+    return f'<dl class="facts">{rows}</dl>' if rows else ""
+
+
+def _duration(seconds: Any) -> str | None:
+    if not is_number(seconds):
+        return None
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def write_page(run: Run, path: Path) -> Path:
+    """Render the page of a run and put it at `path`, by atomic rename."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(render(run), encoding="utf-8")
+    part.replace(path)
+    return path

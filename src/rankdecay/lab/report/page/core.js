@@ -1,0 +1,108 @@
+// State, theme and scheduling. A chart names the state it depends on; it is drawn when it first comes into view and
+// again when that state changes, at most once per animation frame.
+
+const run = JSON.parse(document.getElementById("run-data").textContent);
+const time = JSON.parse(document.getElementById("snapshot-data").textContent);
+
+const state = { hidden: new Set(), step: Math.max(0, time.steps.length - 1) };
+const charts = [];
+const darkMode = window.matchMedia("(prefers-color-scheme: dark)");
+const coarsePointer = window.matchMedia("(pointer: coarse)").matches;
+
+function chart(id, depends, draw) {
+  const element = document.getElementById(id);
+  if (element) charts.push({ element, depends: new Set([...depends, "hidden", "theme"]), draw, near: false, dirty: true });
+}
+
+let scheduled = false;
+function schedule() {
+  if (scheduled) return;
+  scheduled = true;
+  requestAnimationFrame(() => {
+    scheduled = false;
+    for (const item of charts) {
+      if (!item.near || !item.dirty) continue;
+      item.dirty = false;
+      item.draw(item.element);
+    }
+  });
+}
+
+function changed(key) {
+  for (const item of charts) if (item.depends.has(key)) item.dirty = true;
+  schedule();
+}
+
+function watchCharts() {
+  const nearView = new IntersectionObserver((entries) => {
+    for (const entry of entries) charts.find((item) => item.element === entry.target).near = entry.isIntersecting;
+    schedule();
+  }, { rootMargin: "400px" });
+  const resized = new ResizeObserver((entries) => {
+    for (const entry of entries) {
+      const item = charts.find((candidate) => candidate.element === entry.target);
+      const width = Math.round(entry.contentRect.width);
+      if (item.width !== undefined && item.width !== width) item.dirty = true;
+      item.width = width;
+    }
+    schedule();
+  });
+  for (const item of charts) {
+    nearView.observe(item.element);
+    resized.observe(item.element);
+  }
+}
+
+function theme() {
+  const style = getComputedStyle(document.documentElement);
+  const color = (name) => style.getPropertyValue(`--${name}`).trim();
+  return { background: color("background"), raised: color("raised"), text: color("text"), muted: color("muted"),
+    rule: color("rule"), grid: color("grid"), map: [color("map-low"), color("map-middle"), color("map-high")] };
+}
+
+const armColor = (arm) => (darkMode.matches ? run.arms[arm].dark : run.arms[arm].light);
+const visibleArms = () => run.arms.map((_, arm) => arm).filter((arm) => !state.hidden.has(arm));
+function digits(value) {
+  if (value === 0) return "0";
+  return Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
+}
+// Plotly reads a little markup in its text; a name is only ever text.
+const plainText = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+
+// A wide chart lists every arm at the step under the pointer; on a phone that list would cover the chart.
+const isWide = (element) => element.clientWidth > 700;
+function hoverText(element, name, along) {
+  const text = isWide(element) ? "%{customdata}" : `<b>%{meta}</b><br>${along} %{x}: %{customdata}<extra></extra>`;
+  return { name, meta: name, hovertemplate: text };
+}
+
+function layout(element, more) {
+  const { background, text, muted, rule, grid } = theme();
+  const axis = { gridcolor: grid, linecolor: rule, zeroline: false, tickcolor: rule, automargin: true, fixedrange: coarsePointer };
+  const { xaxis = {}, yaxis = {}, ...rest } = more;
+  return {
+    width: element.clientWidth, height: element.clientHeight, uirevision: "keep", showlegend: false,
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: muted },
+    margin: { l: 44, r: 20, t: 10, b: 40 }, dragmode: coarsePointer ? false : "zoom",
+    hovermode: isWide(element) ? "x unified" : "closest",
+    hoverlabel: { bgcolor: background, bordercolor: rule, font: { color: text, size: 12.5 }, align: "left", namelength: -1 },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: muted, activecolor: text },
+    xaxis: { ...axis, spikecolor: muted, spikethickness: 1, spikedash: "solid", ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
+  };
+}
+
+function plot(element, traces, more) {
+  Plotly.react(element, traces, layout(element, more), {
+    displaylogo: false, displayModeBar: coarsePointer ? false : "hover",
+    modeBarButtons: [["toImage", "resetScale2d"]], toImageButtonOptions: { format: "svg", filename: element.id },
+  });
+}
+
+// The chosen seed's row of every visible arm in the snapshot at the slider; `row` is null where it has left the batch.
+function membersNow(name) {
+  const frame = time.frames[state.step];
+  return time.members
+    .map((member, index) => ({ ...member, row: frame && frame[name] ? frame[name][index] : null }))
+    .filter((member) => !state.hidden.has(member.arm));
+}

@@ -1,0 +1,58 @@
+"""The look shared by the page and the static figures: one colour, one dash and one label per arm.
+
+Colours come in pairs, for a light and for a dark background; each has a contrast of at least 3:1 with its
+background. Arms that are close in hue, also to a colour-blind reader, differ in dash.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import cycle
+
+LIGHT_BACKGROUND = "#fcfbf8"
+DARK_BACKGROUND = "#14161a"
+
+
+@dataclass(frozen=True)
+class ArmStyle:
+    """How one arm is drawn: its name in words, a colour per background and a plotly dash name."""
+
+    label: str
+    light: str
+    dark: str
+    dash: str = "solid"
+
+
+_KNOWN = {
+    "low_rank": ArmStyle("low-rank decay", "#c2410c", "#ff8f5c"),
+    "l2": ArmStyle("L2", "#1d63b8", "#6cb2ff"),
+    "l2_tuned": ArmStyle("tuned L2", "#0b3a75", "#b4d6ff", "dash"),
+    "none": ArmStyle("no decay", "#767b84", "#8d939d", "dot"),
+    "prototype": ArmStyle("prototype", "#b08500", "#e8c34a", "dashdot"),
+    "uniform_attention": ArmStyle("uniform attention", "#8b3a8f", "#dd8fe0", "longdash"),
+    "no_qk_norm": ArmStyle("no QK-norm", "#0d7a5f", "#4fd1ab"),
+    "radial_only": ArmStyle("radial part only", "#b0307a", "#ff86bf", "longdashdot"),
+    "tangential_only": ArmStyle("tangential part only", "#5b7f13", "#b2d65e", "dash"),
+}
+# For arms this file does not know, in the order they appear; a colour already in the run is passed over.
+_SPARE = [
+    ("#0d7a5f", "#4fd1ab", "dashdot"),
+    ("#b0307a", "#ff86bf", "longdash"),
+    ("#5b7f13", "#b2d65e", "dot"),
+    ("#6b4f3a", "#cfae93", "dash"),
+    ("#4b4ba8", "#a9a9ff", "solid"),
+]
+
+
+def arm_styles(names: Iterable[str]) -> dict[str, ArmStyle]:
+    """The style of every arm, in the order given; an unknown arm keeps its own name as its label.
+
+    Args:
+        names: arm names as they stand in `config.json`.
+
+    Returns:
+        One `ArmStyle` per name; a documented arm always gets the same one.
+    """
+    names = list(names)
+    taken = {_KNOWN[name].light for name in names if name in _KNOWN}
+    spare = cycle([look for look in _SPARE if look[0] not in taken])
+    return {name: _KNOWN[name] if name in _KNOWN else ArmStyle(name, *next(spare)) for name in dict.fromkeys(names)}

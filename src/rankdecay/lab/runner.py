@@ -1,0 +1,119 @@
+"""Trains ensembles side by side into a run directory, so that a kill at any moment loses one evaluation interval.
+
+All ensembles advance to the same step, are evaluated there, and only then is the checkpoint replaced: whatever a
+directory holds after a kill is consistent at one step.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rankdecay.lab.ensemble import Ensemble
+from rankdecay.lab.progress import Progress
+from rankdecay.lab.store import Checkpoint, RunDirectory
+
+Record = dict[str, Any]
+Leaves = Callable[[Sequence[Record]], bool]
+
+
+def diverged(record: Record) -> bool:
+    """Whether a member's loss or weights are no longer finite numbers."""
+    return any(record[key] is None for key in ("train_loss", "test_loss", "query_norm", "rest_norm"))
+
+
+class Runner:
+    """Drives ensembles from wherever the run directory left off to the last step.
+
+    Args:
+        run: the directory.
+        ensembles: freshly built, at step 0.
+        steps: how far to train.
+        evaluate_every: steps between evaluations.
+        leaves: given the records of one member so far, whether it leaves the batch. Diverged members always do.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        ensembles: Sequence[Ensemble],
+        *,
+        steps: int,
+        evaluate_every: int,
+        leaves: Leaves = lambda records: False,
+    ) -> None:
+        self._run, self._ensembles = run, list(ensembles)
+        self._steps, self._every, self._leaves = steps, evaluate_every, leaves
+        self._history: dict[tuple[str, int], list[Record]] = {}
+        self.step = 0
+        self.seconds = 0.0
+        checkpoint = run.resume()
+        if checkpoint:
+            self._restore(checkpoint)
+
+    @property
+    def work(self) -> int:
+        """Member-steps left if nobody leaves."""
+        return (self._steps - self.step) * sum(len(e.members) for e in self._ensembles)
+
+    def train(self, progress: Progress) -> list[Record]:
+        """Trains to the last step and returns every record of the run."""
+        begun, before = time.monotonic(), self.seconds
+        if self.step == 0 and not self._history:
+            self._advance(0, progress, begun, before)
+        while self.step < self._steps and any(e.members for e in self._ensembles):
+            self._advance(min(self._every, self._steps - self.step), progress, begun, before)
+        return self._run.metrics()
+
+    def _advance(self, steps: int, progress: Progress, begun: float, before: float) -> None:
+        """One interval of every ensemble: train, evaluate, store, let members leave, checkpoint."""
+        snapshots = []
+        for ensemble in self._ensembles:
+            members = len(ensemble.members)
+            if not members:
+                continue
+            start = time.monotonic()
+            spent = None
+            if steps:
+                ensemble.train(steps)
+                spent = (time.monotonic() - start) / (steps * members)
+            records, arrays = ensemble.evaluate()
+            self.seconds = before + time.monotonic() - begun
+            for record in records:
+                record |= {"seconds": round(self.seconds, 3), "step_seconds": spent}
+                self._history.setdefault((record["arm"], record["seed"]), []).append(record)
+            self._run.append(records)
+            snapshots.append(arrays)
+            progress.update(records, steps * members)
+            keep = [not self._is_finished(record) for record in records]
+            if not all(keep):
+                ensemble.retain(keep)
+        self.step += steps
+        self._run.save_snapshot(self.step, _joined(snapshots))
+        self._run.save_checkpoint(self._checkpoint())
+
+    def _is_finished(self, record: Record) -> bool:
+        return diverged(record) or self._leaves(self._history[record["arm"], record["seed"]])
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors = {f"{i}.{k}": v for i, e in enumerate(self._ensembles) for k, v in e.state().items() if e.members}
+        members = [[[m.arm, m.seed] for m in e.members] for e in self._ensembles]
+        return Checkpoint(self.step, tensors, {"members": members, "seconds": self.seconds})
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.step, self.seconds = checkpoint.step, checkpoint.extra["seconds"]
+        for index, (ensemble, left) in enumerate(zip(self._ensembles, checkpoint.extra["members"], strict=True)):
+            ensemble.retain([[m.arm, m.seed] in left for m in ensemble.members])
+            if left:
+                state = {k: checkpoint.tensors[f"{index}.{k}"] for k in ensemble.state()}
+                ensemble.load_state(state, checkpoint.step)
+        for record in self._run.metrics():
+            self._history.setdefault((record["arm"], record["seed"]), []).append(record)
+
+
+def _joined(snapshots: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The snapshots of several ensembles as one: rows are joined, labels are shared."""
+    labels = ("groups", "positions")
+    first = snapshots[0]
+    return {k: first[k] if k in labels else np.concatenate([s[k] for s in snapshots]) for k in first}

@@ -1,0 +1,236 @@
+"""Run directories: write, resume, read. The files are described in ``docs/run_directory.md``.
+
+The rules that make a run survive being killed at any moment:
+
+* metrics are appended, whole lines at a time; a line a kill cut short is dropped, with a notice, on the next reading;
+* everything else is written beside its final name and renamed over it, so a file is either whole or not there;
+* what was written after the last checkpoint is removed on resuming, because the resumed run writes it again;
+* the summary is written last and marks the run complete.
+"""
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from rankdecay.lab.errors import SettingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA = 1
+Record = dict[str, Any]
+Notice = Callable[[str], None]
+IDENTITY = ("command", "schema", "settings", "arms")  # what decides whether a directory belongs to a command
+
+
+def read_metrics(directory: Path, notice: Notice | None = None) -> list[Record]:
+    """The records of ``metrics.jsonl``, without a last line that was cut short.
+
+    Raises:
+        SettingError: if a line before the last is damaged, which no interruption explains.
+    """
+    path = directory / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) - 1 or (number == len(lines) - 1 and lines[-1]):
+                raise SettingError(f"{path} line {number} is damaged: remove that line, or use another --out") from None
+            if notice:
+                notice(f"{path}: dropped a damaged last line ({len(line)} bytes)")
+    return records
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or ``None`` if it is not there.
+
+    Raises:
+        SettingError: if it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise SettingError(f"{path} is damaged ({error}): use another --out") from None
+
+
+def read_snapshots(directory: Path) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Every snapshot with its step, in order."""
+    for path in sorted((directory / "snapshots").glob("*.npz")):
+        with np.load(path, allow_pickle=False) as arrays:
+            yield int(path.stem), dict(arrays)
+
+
+@dataclass
+class Checkpoint:
+    """Where an interrupted run continues: a step, named tensors, and plain data."""
+
+    step: int
+    tensors: "dict[str, Tensor]"
+    extra: Record
+
+
+class RunDirectory:
+    """One experiment's directory, open for writing by one process.
+
+    Use `RunDirectory.open`. All writing methods turn a full disk or a lost permission into a `SettingError`; what was
+    written before stays valid.
+    """
+
+    def __init__(self, path: Path, lock: IO[bytes], notice: Notice) -> None:
+        self.path = path
+        self._lock = lock
+        self._notice = notice
+
+    @classmethod
+    def open(cls, path: Path, config: Record, notice: Notice) -> "RunDirectory":
+        """Creates the directory, or opens it again if it holds the same configuration.
+
+        Args:
+            path: the directory; its parents are created.
+            config: must have the keys of `IDENTITY`; compared with what the directory holds.
+            notice: receives one line for everything a user should know.
+
+        Raises:
+            SettingError: if the directory is in use, not writable, holds another configuration or other files.
+        """
+        config = {"schema": SCHEMA, **config}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            stored = read_json(path / "config.json")
+            if stored is None and any(entry.name != ".lock" for entry in path.iterdir()):
+                raise SettingError(f"--out {path} has other files in it and is no run directory: choose a new one")
+            if stored is not None:
+                _refuse_other_configuration(path, stored, json.loads(json.dumps(config)))
+            lock = (path / ".lock").open("ab")
+        except OSError as error:
+            raise SettingError(
+                f"--out {path} cannot be written ({error.strerror}): choose a directory you may write to"
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise SettingError(
+                f"--out {path} is in use by another process: wait for it, or choose another directory"
+            ) from None
+        run = cls(path, lock, notice)
+        if stored is None:
+            run._write("config.json", (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
+        return run
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.close()
+
+    @property
+    def summary(self) -> Record | None:
+        """The result, if the run is complete."""
+        return read_json(self.path / "summary.json")
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Adds lines to ``metrics.jsonl``."""
+        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        with self._guarded("metrics.jsonl"), (self.path / "metrics.jsonl").open("ab") as file:
+            file.write(data)
+
+    def metrics(self) -> list[Record]:
+        """The records written so far."""
+        return read_metrics(self.path, self._notice)
+
+    def save_snapshot(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        """Writes the arrays of one step."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        self._write(f"snapshots/{step:08d}.npz", buffer.getvalue())
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Replaces the checkpoint."""
+        from safetensors.torch import save
+
+        header = json.dumps({"step": checkpoint.step, "extra": checkpoint.extra})
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+        self._write("checkpoint.safetensors", save(tensors, metadata={"checkpoint": header}))
+
+    def resume(self) -> Checkpoint | None:
+        """The last checkpoint, or ``None`` to begin at step 0. Removes what was written after it."""
+        from safetensors import safe_open
+
+        path = self.path / "checkpoint.safetensors"
+        checkpoint = None
+        if path.exists():
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["checkpoint"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            checkpoint = Checkpoint(header["step"], tensors, header["extra"])
+        step = checkpoint.step if checkpoint else 0
+        kept = [record for record in self.metrics() if record["step"] <= step] if checkpoint else []
+        if (self.path / "metrics.jsonl").exists():
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+            self._write("metrics.jsonl", text.encode())
+        for snapshot in (self.path / "snapshots").glob("*.npz"):
+            if checkpoint is None or int(snapshot.stem) > step:
+                snapshot.unlink()
+        return checkpoint
+
+    def finish(self, summary: Record) -> None:
+        """Writes the summary, which marks the run complete, and removes the checkpoint."""
+        self._write("summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Writes a whole file under its name, or leaves what was there."""
+        path = self.path / name
+        partial = path.with_name(path.name + ".partial")
+        with self._guarded(name):
+            path.parent.mkdir(exist_ok=True)
+            try:
+                with partial.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                remedy = "free some space, then run the same command again: it continues from the last checkpoint"
+                raise SettingError(f"the disk is full, {self.path / name} was not written: {remedy}") from None
+            raise SettingError(
+                f"{self.path / name} cannot be written ({error.strerror}): restore access and run the same command again"
+            ) from None
+
+
+def _refuse_other_configuration(path: Path, stored: Record, wanted: Record) -> None:
+    """Raises unless the stored identity equals the wanted one, naming the first difference."""
+    for key in IDENTITY:
+        old, new = stored.get(key), wanted.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            name = next(k for k in {**old, **new} if old.get(k) != new.get(k))
+            what = f"{name} is {old.get(name)!r} there, {new.get(name)!r} now"
+        else:
+            what = f"its {key} differ" if key == "arms" else f"{key} is {old!r} there, {new!r} now"
+        raise SettingError(f"--out {path} holds another configuration ({what}): choose another directory")

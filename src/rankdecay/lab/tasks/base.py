@@ -1,0 +1,78 @@
+"""What a task hands to the lab: token sequences, their answers, and a split that leaks nothing.
+
+Every task is a finite set of sequences of equal length whose answer is read at the last position. Splits are drawn
+from a seed alone, so the same seed gives every arm of an experiment the same training set.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankdecay.lab.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A task split into training and test examples.
+
+    Attributes:
+        train_tokens, test_tokens: int64 arrays of shape ``(examples, positions)``.
+        train_targets, test_targets: int64 arrays of shape ``(examples,)``, values below ``outputs``.
+        vocabulary: number of distinct input tokens.
+        outputs: number of possible answers.
+        positions: a name for each position, for labels.
+        groups: the name of each possible *last* token, by token; attention maps are averaged over these groups.
+    """
+
+    train_tokens: np.ndarray
+    train_targets: np.ndarray
+    test_tokens: np.ndarray
+    test_targets: np.ndarray
+    vocabulary: int
+    outputs: int
+    positions: tuple[str, ...]
+    groups: dict[int, str]
+
+    @property
+    def length(self) -> int:
+        """Number of positions of a sequence."""
+        return self.train_tokens.shape[1]
+
+
+def random_generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
+    """A generator that depends on nothing but its arguments, so that any draw can be repeated without stored state."""
+    return np.random.default_rng([seed, *purpose.encode(), *index])
+
+
+def split_by_class(
+    tokens: np.ndarray, targets: np.ndarray, classes: np.ndarray, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Splits examples so that all members of a class fall on the same side.
+
+    Args:
+        tokens: ``(examples, positions)``.
+        targets: ``(examples,)``.
+        classes: ``(examples,)`` labels; examples with the same label determine each other's answer.
+        fraction: share of the classes that goes to training, in (0, 1).
+        seed: decides the split.
+
+    Returns:
+        Train tokens, train targets, test tokens, test targets.
+
+    Raises:
+        SettingError: if ``fraction`` leaves the training or the test set empty.
+    """
+    if not 0 < fraction < 1:
+        raise SettingError(f"--train-fraction {fraction} is outside (0, 1): give a share such as 0.5")
+    labels, inverse = np.unique(classes, return_inverse=True)
+    chosen = round(fraction * len(labels))
+    if chosen in (0, len(labels)):
+        side = "training" if chosen == 0 else "test"
+        raise SettingError(
+            f"--train-fraction {fraction} leaves the {side} set empty ({len(labels)} classes): "
+            "choose a fraction nearer 0.5 or a larger modulus"
+        )
+    in_train = np.zeros(len(labels), dtype=bool)
+    in_train[random_generator(seed, "split").permutation(len(labels))[:chosen]] = True
+    train = in_train[inverse]
+    return tokens[train], targets[train], tokens[~train], targets[~train]

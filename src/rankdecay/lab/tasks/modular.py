@@ -1,0 +1,67 @@
+"""Binary operations modulo p: the sequence is (a, b, =) and the answer a ∘ b, read at the equals sign.
+
+A commutative operation leaks through a random split of *ordered* pairs: (a, b) in the training set gives away (b, a) in
+the test set, and accuracy then plateaus at the train fraction without any generalisation. The split is therefore by
+unordered pair; ``split="ordered"`` exists only to replicate published work.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.tasks.base import Dataset, split_by_class
+
+Split = Literal["unordered", "ordered"]
+
+
+def _inverses(p: int) -> np.ndarray:
+    return np.array([pow(b, -1, p) if b else 0 for b in range(p)])
+
+
+OPERATIONS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
+    "add": lambda a, b, p: (a + b) % p,
+    "subtract": lambda a, b, p: (a - b) % p,
+    "multiply": lambda a, b, p: (a * b) % p,
+    "divide": lambda a, b, p: (a * _inverses(p)[b]) % p,
+    "quadratic": lambda a, b, p: (a * a + a * b + b * b) % p,  # symmetric in a and b, though not a group law
+}
+COMMUTATIVE = {"add", "multiply", "quadratic"}
+
+
+def _is_prime(p: int) -> bool:
+    return p > 1 and all(p % d for d in range(2, int(p**0.5) + 1))
+
+
+def modular(operation: str, modulus: int, train_fraction: float, seed: int, split: Split = "unordered") -> Dataset:
+    """All pairs of residues under one operation.
+
+    Args:
+        operation: one of `OPERATIONS`.
+        modulus: p; prime for ``divide``, at least 2 otherwise. Division leaves out b = 0.
+        train_fraction: share of the pairs (of the unordered pairs, for a commutative operation) used for training.
+        seed: decides the split.
+        split: ``"unordered"`` keeps (a, b) and (b, a) on one side; ``"ordered"`` does not, and leaks.
+
+    Raises:
+        SettingError: for a modulus the operation does not allow, or a fraction that empties a side.
+    """
+    if modulus < 2:
+        raise SettingError(f"--modulus {modulus} is too small: choose at least 2")
+    if operation == "divide" and not _is_prime(modulus):
+        raise SettingError(f"--modulus {modulus} is not prime, so division is not defined: choose a prime such as 97")
+    a, b = (axis.ravel() for axis in np.meshgrid(np.arange(modulus), np.arange(modulus), indexing="ij"))
+    if operation == "divide":
+        a, b = a[b > 0], b[b > 0]
+    tokens = np.stack([a, b, np.full_like(a, modulus)], axis=1)
+    targets = OPERATIONS[operation](a, b, modulus)
+    mirrored = operation in COMMUTATIVE and split == "unordered"
+    classes = np.minimum(a, b) * modulus + np.maximum(a, b) if mirrored else a * modulus + b
+    return Dataset(
+        *split_by_class(tokens, targets, classes, train_fraction, seed),
+        vocabulary=modulus + 1,
+        outputs=modulus,
+        positions=("a", "b", "="),
+        groups={modulus: "="},
+    )
