@@ -5,9 +5,9 @@
     python benchmarks/grok.py --device cuda --members 64
     python benchmarks/grok.py --curves 4                   # do mixed precision's accuracy curves match float32's?
 
-The work is the prototype's own: addition mod 113, ordered split at 0.5, two layers of width 128, full-width QK-norm with
-gains, batch 512, its Newton–Schulz decay on W_Q and W_K, the whole test set evaluated every 200 steps (ours evaluates the
-training set and the spectra as well). Rounds of every variant are interleaved, because these machines drift; the table
+The work is the prototype's own: addition mod 113, ordered split at 0.5, two layers of width 128, full-width QK-norm
+with gains, batch 512, its Newton–Schulz decay on W_Q and W_K, the whole test set evaluated every 200 steps (ours
+evaluates the training set and the spectra as well). Rounds of every variant are interleaved, because these machines drift; the table
 gives the median over rounds and the ratio of each round to the peer's round beside it. The prototype's dependencies
 (seaborn, tqdm) have to be installed for ``--peer``; its code is read from PATH and never copied.
 """

@@ -43,14 +43,12 @@ def _report(settings: Report, command: str) -> None:
     from rankdecay.lab.report import write_report
 
     for directory in settings.directories:
-        if not (directory / "config.json").exists():
-            raise SettingError(f"{directory} is not a run directory (no config.json): give one that --out named")
         print(write_report(directory))
 
 
 def _preset(arguments: Sequence[str]) -> Grok:
     """The preset named on the command line supplies the defaults, so that every option can still be set."""
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=False):
         name = value if option == "--preset" else option.removeprefix("--preset=")
         if name in PRESETS and option.startswith("--preset"):
             return PRESETS[name]

@@ -35,7 +35,7 @@ def decayed(W, rule, **options):
 
 
 def outcome(start, W):
-    """Returns (median and maximum of the 36 dead σ, maximum error of the 27 live σ, rank above 1e-2)."""
+    """Returns (median and maximum of the 37 dead σ, maximum error of the 27 live σ, rank above 1e-2)."""
     before, after = spectrum(start).singular_values, spectrum(W).singular_values
     dead = after[27:]
     live_error = float((after[:27] - (before[:27] - TAU * STEPS)).abs().max())
@@ -68,16 +68,16 @@ def test_smooth_goes_to_zero_without_chatter(start):
     median, largest, live_error, rank = outcome(start, decayed(start, "smooth"))
     assert rank == 27
     assert median < 1e-6  # published 4e-8
-    assert largest < 0.3e-3  # the last directions to arrive are still on the exponential
-    assert live_error < 1e-3
+    assert largest < 1e-6  # published 2e-7
+    assert live_error < 3e-4  # published 1.3e-4
 
 
 def test_published_prototype_does_not_kill(start):
     median, largest, live_error, rank = outcome(start, decayed(start, "newton_schulz"))
-    assert median > 0.05  # published 1.3e-1
+    assert median > 0.08  # published 1.3e-1
     assert largest > 0.2  # published 2.9e-1
     assert live_error > 0.1  # published 3.0e-1
-    assert rank > 50  # published 62: nearly nothing has died
+    assert rank >= 58  # published 62: nearly nothing has died
 
 
 @pytest.mark.parametrize("rule", ["prox", "smooth", "polar", "newton_schulz"])

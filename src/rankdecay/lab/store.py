@@ -48,31 +48,29 @@ def read_metrics(directory: Path, notice: Notice | None = None) -> list[Record]:
             records.append(json.loads(line))
         except ValueError:
             if number < len(lines) - 1 or (number == len(lines) - 1 and lines[-1]):
-                raise SettingError(f"{path} line {number} is damaged: remove that line, or use another --out") from None
+                raise SettingError(
+                    f"{path}, line {number} is damaged: remove that line, or use another --out"
+                ) from None
             if notice:
-                notice(f"{path}: dropped a damaged last line ({len(line)} bytes)")
+                notice(f"{path.name}: dropped a damaged last line, cut short after {len(line)} bytes")
     return records
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, or ``None`` if it is not there.
+def read_json(path: Path) -> Record | None:
+    """A file that holds one JSON object, or ``None`` if it is not there.
 
     Raises:
-        SettingError: if it is not JSON.
+        SettingError: if it holds anything else.
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise SettingError(f"{path} is damaged ({error}): use another --out") from None
-
-
-def read_snapshots(directory: Path) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Every snapshot with its step, in order."""
-    for path in sorted((directory / "snapshots").glob("*.npz")):
-        with np.load(path, allow_pickle=False) as arrays:
-            yield int(path.stem), dict(arrays)
+        raise SettingError(f"{path} is not valid JSON ({error}): restore it, or use another --out") from None
+    if not isinstance(value, dict):
+        raise SettingError(f"{path} should hold one JSON object, not {type(value).__name__}: use another --out")
+    return value
 
 
 @dataclass
@@ -218,7 +216,7 @@ class RunDirectory:
                 remedy = "free some space, then run the same command again: it continues from the last checkpoint"
                 raise SettingError(f"the disk is full, {self.path / name} was not written: {remedy}") from None
             raise SettingError(
-                f"{self.path / name} cannot be written ({error.strerror}): restore access and run the same command again"
+                f"{self.path / name} cannot be written ({error.strerror}): restore access, then run the command again"
             ) from None
 
 

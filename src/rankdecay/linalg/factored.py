@@ -17,7 +17,7 @@ def factored_singular_values(a: Tensor, b: Tensor) -> Tensor:
         b: ``(..., n, k)`` with ``n >= k``, the same leading dimensions.
 
     Returns:
-        ``(..., k)``, descending, in float64.
+        ``(..., k)``, descending, in float64; NaN for a product with a non-finite entry.
 
     Raises:
         ValueError: if the inner dimensions differ or exceed the outer ones.
@@ -29,4 +29,6 @@ def factored_singular_values(a: Tensor, b: Tensor) -> Tensor:
         )
     r1 = torch.linalg.qr(a.double(), mode="r").R
     r2 = torch.linalg.qr(b.double(), mode="r").R
-    return torch.linalg.svdvals(r1 @ r2.mT)
+    core = r1 @ r2.mT
+    finite = core.isfinite().all(-1).all(-1)[..., None]  # torch refuses the whole stack for one bad matrix
+    return torch.linalg.svdvals(torch.where(finite[..., None], core, 0.0)).masked_fill(~finite, torch.nan)

@@ -42,7 +42,6 @@ import contextlib
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Literal, NamedTuple, get_args
 
@@ -211,7 +210,7 @@ def prepare(W: Tensor, dtype: torch.dtype) -> Prepared:
     """Returns ``W`` transposed to tall, divided by a power of two near its largest entry, in ``dtype``."""
     wide = W.shape[-2] < W.shape[-1]
     X = W.mT if wide else W
-    largest = torch.linalg.vector_norm(X, ord=math.inf, dim=(-2, -1), keepdim=True)  # NaN and inf propagate
+    largest = X.abs().amax((-2, -1), keepdim=True)  # NaN and inf propagate
     bad = ~largest.isfinite()
     # Twice clamped range: both 2^k and 2^-k must be normal numbers of `dtype`.
     reach = 1022 if dtype == torch.float64 else 126
@@ -272,10 +271,10 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     note_backend("exact")
     G = X.mT @ X
     try:
-        lam, V = _eigh(G)
+        lam, V = torch.linalg.eigh(G)
         good = _verified(G, lam, V)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        # one matrix that does not converge fails the whole stack
+        # One matrix that does not converge fails the whole stack.
         lam, V = G.new_zeros(G.shape[:-1]), torch.zeros_like(G)
         good = torch.zeros(G.shape[:-2], dtype=torch.bool, device=G.device)
     if dtype == torch.float64:
@@ -288,21 +287,6 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         _, s, Vh = torch.linalg.svd(X[~good], full_matrices=False)
         sigma[~good], V[~good] = s, Vh.mT
     return sigma, V
-
-
-def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.eigh``, with the stack spread over the CPU threads torch may use.
-
-    On a CPU the batched routine is a sequential LAPACK loop, and one small matrix cannot use two threads.
-    """
-    workers = min(torch.get_num_threads(), 4, G.shape[:-2].numel()) if G.device.type == "cpu" else 1
-    if workers < 2 or G.shape[-1] < 32:
-        lam, V = torch.linalg.eigh(G)
-        return lam, V
-    with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(torch.linalg.eigh, G.flatten(0, -3).tensor_split(workers)))
-    lam, V = (torch.cat(part) for part in zip(*parts, strict=True))
-    return lam.reshape(G.shape[:-1]), V.reshape(G.shape)
 
 
 def _verified(G: Tensor, lam: Tensor, V: Tensor) -> Tensor:
@@ -504,9 +488,9 @@ def smooth_polar(W: Tensor, eps: float | Tensor, backend: str = "auto") -> Tenso
         backend: ``"exact"``, ``"matmul"``, or ``"auto"`` (:func:`choose_backend`).
 
     Returns:
-        A tensor of the shape and dtype of ``W``, detached from autograd. Spectral-norm error before rounding
-        to the dtype of W: below 1e-6 with "exact" for ε ≥ 1e-5 σ_max; below 1e-4 with "matmul" for ε ≥ 1e-7
-        ‖W‖_F.
+        A tensor of the shape and dtype of ``W``, detached from autograd. Spectral-norm error before
+        rounding to the dtype of W: below 1e-6 with "exact" for ε ≥ 1e-5 σ_max; below 3e-4 with "matmul" (measured
+        4e-7 at ε = ‖W‖_F, 8e-6 at 0.03 ‖W‖_F, 2e-4 at 0.005 ‖W‖_F, and 2e-6 below that, in float64).
 
     Raises:
         TypeError: If ``W`` is not a real floating-point tensor.

@@ -84,7 +84,8 @@ def soft_threshold(W: Tensor, tau: float | Tensor, backend: str = "auto") -> Ten
     Returns:
         A tensor of the shape and dtype of ``W``, detached from autograd. A matrix with a non-finite entry
         gives NaN in its own slice only. Spectral-norm error: at most 1e-6 τ plus the rounding of the dtype
-        with "exact" (and exactly zero when τ ≥ σ_max(1 + 1e-7)); at most 1e-3 τ + 4e-6 ‖W‖ with "matmul".
+        with "exact", and exactly zero when τ > σ_max; at most 2e-5 min(τ, ‖W‖) + 1e-6 ‖W‖ with "matmul" in
+        float32, which leaves dead directions at that level.
 
     Raises:
         TypeError: If ``W`` is not a real floating-point tensor.

@@ -20,7 +20,7 @@ def test_low_rank_alone():
     assert "none of its 3 seeds within 600 steps" in points["Tuned L2"]
     assert "Other strengths were not tried" in points["Tuned L2"]
     assert "switching attention off was not enough" in points["Uniform attention"]
-    assert "44 %" in points["How far this goes"]
+    assert "between 44 and 100 %" in points["How far this goes"]
 
 
 def test_tuned_l2_also_generalises_and_the_headline_says_so():
@@ -29,6 +29,20 @@ def test_tuned_l2_also_generalises_and_the_headline_says_so():
     assert "did not require low-rank decay" in points["Tuned L2"]
     assert "150 steps earlier than tuned L2" in points["Tuned L2"]
     assert "an observation, not a test" in points["Tuned L2"]
+
+
+def test_the_seeds_of_a_comparison_are_shown_when_known():
+    seeds = "steps_to_generalise_by_seed"
+    _, points = _verdict(
+        _arm("l2_tuned", 3, 550, **{seeds: [500, 550, 1200]}), _arm("low_rank", 3, 400, **{seeds: [400, 350, 600]})
+    )
+    assert points["Tuned L2"].endswith("Seed by seed: 350–600 steps against 500–1,200.")
+
+
+def test_a_verdict_prints_as_lines():
+    result = verdict({"arms": [_arm("low_rank", 3, 400)]})
+    assert str(result).splitlines()[0] == result.headline
+    assert str(result).splitlines()[1].startswith("Uniform attention: Not in this run")
 
 
 def test_tuned_l2_is_faster():
@@ -43,9 +57,10 @@ def test_uniform_attention_also_generalises():
 
 
 def test_nobody_generalises():
-    headline, points = _verdict(_arm("l2", 0), _arm("low_rank", 0))
+    headline, points = _verdict(_arm("l2", 0), _arm("low_rank", 0), _arm("uniform_attention", 0))
     assert headline == "No arm generalised within 600 steps, so this run does not tell the arms apart."
-    assert "Stable rank at the end" not in points
+    assert list(points) == ["How far this goes"]
+    assert "0 of 3 seeds is compatible with a true rate between 0 and 56 %" in points["How far this goes"]
 
 
 def test_low_rank_does_not_but_another_does():

@@ -71,7 +71,9 @@ class Grok:
     precision: Literal["float32", "mixed", "float64"] = "mixed"
     """'mixed': bfloat16 products, float32 everywhere else."""
     width: int = 128
-    """Width of the network (4 heads, 2 layers, MLP of 4 × width)."""
+    """Width of the network (4 heads, MLP of 4 × width)."""
+    depth: int = 1
+    """Layers of the network."""
     qk_norm: Literal["head", "width", "none"] = "head"
     """RMSNorm of queries and keys: per head, over the full width, or none."""
     gains: bool = False
@@ -104,6 +106,7 @@ PRESETS = {
         task="add",
         modulus=113,
         train_fraction=0.5,
+        depth=2,
         split="ordered",
         steps=2500,
         weight_decay=0.1,
@@ -171,7 +174,7 @@ def check(settings: Grok) -> None:
         raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
     for name in settings.arms:
         check_name("--arms", name, ARMS)
-    for name in ("steps", "seeds", "batch_size", "evaluate_every"):
+    for name in ("steps", "seeds", "depth", "batch_size", "evaluate_every"):
         if getattr(settings, name) < 1:
             raise SettingError(f"--{name.replace('_', '-')} {getattr(settings, name)} is too small: give at least 1")
     for name in ("strength", "tuned_strength", "weight_decay", "lr"):
@@ -182,8 +185,8 @@ def check(settings: Grok) -> None:
     for name in ("tuned_strength", "weight_decay"):
         if settings.lr * getattr(settings, name) >= 1:
             raise SettingError(
-                f"--{name.replace('_', '-')} {getattr(settings, name):g} at --lr {settings.lr:g} would flip the sign of "
-                f"the weights: stay below {1 / settings.lr:g}"
+                f"--{name.replace('_', '-')} {getattr(settings, name):g} at --lr {settings.lr:g} would flip the sign "
+                f"of the weights: stay below {1 / settings.lr:g}"
             )
     if not 0 < settings.threshold <= 1:
         raise SettingError(f"--threshold {settings.threshold} must be an accuracy in (0, 1]: for example 0.95")
@@ -226,6 +229,7 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: dict[int, Data
         data.length,
         data.outputs,
         width=settings.width,
+        depth=settings.depth,
         mlp_width=4 * settings.width,
         qk_norm=settings.qk_norm,
         gains=settings.gains,
@@ -364,9 +368,6 @@ def run(settings: Grok, command: str) -> Record:
     return summary
 
 
-Formatter = Callable[[Any], str]
-
-
 def _share(value: float | None) -> str:
     return "—" if value is None else f"{value:.1%}"
 
@@ -375,36 +376,38 @@ def _number(value: float | None) -> str:
     return "—" if value is None else f"{value:.3g}"
 
 
-COLUMNS: dict[str, tuple[str, Formatter]] = {
-    "steps_to_generalise": ("steps to {threshold}", lambda v: "—" if v is None else f"{v:g}"),
-    "test_accuracy": ("test", _share),
-    "train_accuracy": ("train", _share),
-    "stable_rank": ("stable rank", _number),
-    "effective_rank": ("effective rank", _number),
-    "product_effective_rank": ("of QK product", _number),
-    "query_norm": ("‖W_Q‖", _number),
-    "key_norm": ("‖W_K‖", _number),
-    "radial_share": ("radial", _share),
-    "tangential_share": ("tangential", _share),
-    "steps_per_second": ("steps/s", _number),
+ROWS: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "steps_to_generalise": ("median steps to it", lambda value: "—" if value is None else f"{value:g}"),
+    "test_accuracy": ("final test accuracy", _share),
+    "train_accuracy": ("final train accuracy", _share),
+    "stable_rank": ("stable rank W_Q, W_K", _number),
+    "effective_rank": ("effective rank W_Q, W_K", _number),
+    "product_stable_rank": ("stable rank W_Q,hᵀW_K,h", _number),
+    "product_effective_rank": ("effective rank …", _number),
+    "query_norm": ("‖W_Q‖_F", _number),
+    "key_norm": ("‖W_K‖_F", _number),
+    "decay_size": ("decay step / ‖W‖_F", _share),
+    "radial_share": ("radial part of step²", _share),
+    "tangential_share": ("tangential part", _share),
+    "steps_per_second": ("steps/s and run", _number),
 }
 
 
 def print_summary(summary: Record) -> None:
-    """The table of a finished run, and what its controls allow one to say."""
+    """The table of a finished run, one column per arm, and what its controls allow one to say."""
     from rich.console import Console
     from rich.table import Table
 
     from rankdecay.lab.report.verdict import verdict
 
-    table = Table(title=f"after {summary['settings']['steps']} steps", title_justify="left", box=None, pad_edge=False)
-    table.add_column("arm")
-    table.add_column("generalised", justify="right")
-    for heading, _ in COLUMNS.values():
-        table.add_column(heading.format(threshold=f"{summary['threshold']:.0%}"), justify="right")
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"after {summary['settings']['steps']} steps")
     for arm in summary["arms"]:
-        cells = [formatter(arm[key]) for key, (_, formatter) in COLUMNS.items()]
-        table.add_row(arm["name"], f"{arm['generalised']} of {arm['seeds']}", *cells)
+        table.add_column(arm["name"].replace("_", "\n"), justify="right", vertical="bottom")
+    counts = [f"{arm['generalised']} of {arm['seeds']}" for arm in summary["arms"]]
+    table.add_row(f"seeds that held {summary['threshold']:.0%} test", *counts)
+    for key, (label, formatter) in ROWS.items():
+        table.add_row(label, *(formatter(arm[key]) for arm in summary["arms"]))
     console = Console(highlight=False)
     console.print(table)
-    console.print(verdict(summary))
+    console.print(f"\n{verdict(summary)}", markup=False)

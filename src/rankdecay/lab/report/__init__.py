@@ -18,7 +18,7 @@ def write_report(directory: str | Path) -> Path:
         The path of the page, one file that needs no network.
 
     Raises:
-        ValueError: when the directory is not a run or a file in it is damaged.
+        SettingError: when the directory is not a run or a file in it is damaged.
     """
     from rankdecay.lab.report.page import write_page  # plotly is loaded only when a page is made
 

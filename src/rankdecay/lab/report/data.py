@@ -4,7 +4,6 @@ Only the files are needed: a run that is still going, or was interrupted, has no
 snapshots, and reads all the same. What had to be left out is said in `Run.notices`.
 """
 
-import json
 import math
 import zipfile
 from dataclasses import dataclass, field
@@ -13,6 +12,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.store import read_json, read_metrics
 
 Member = tuple[str, int]  # an arm and a seed: one training run
 
@@ -62,17 +64,16 @@ def read_run(directory: str | Path) -> Run:
         The run; `summary` is None while it is not complete.
 
     Raises:
-        ValueError: when the directory is not a run, or anything but the last line of `metrics.jsonl` or the
+        SettingError: when the directory is not a run, or anything but the last line of `metrics.jsonl` or the
             newest snapshot is damaged.
     """
     directory = Path(directory)
     notices: list[str] = []
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} has no config.json: give the --out directory of a rankdecay experiment")
-    config = _object(directory / "config.json")
-    summary_path = directory / "summary.json"
-    summary = _object(summary_path) if summary_path.is_file() else None
-    metrics = _metrics(directory / "metrics.jsonl", notices)
+    config = read_json(directory / "config.json")
+    if config is None:
+        raise SettingError(f"{directory} has no config.json: give the --out directory of a rankdecay experiment")
+    summary = read_json(directory / "summary.json")
+    metrics = _metrics(directory, notices)
     return Run(directory, config, metrics, _snapshots(directory / "snapshots", notices), summary, notices)
 
 
@@ -106,28 +107,14 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it or run the experiment again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold one JSON object, not {type(value).__name__}")
-    return value
-
-
-def _metrics(path: Path, notices: list[str]) -> dict[Member, list[dict[str, Any]]]:
-    raw = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path.is_file() else []
+def _metrics(directory: Path, notices: list[str]) -> dict[Member, list[dict[str, Any]]]:
     found: dict[Member, dict[int, dict[str, Any]]] = {}
-    for number, text in enumerate(raw, start=1):
+    for number, line in enumerate(read_metrics(directory, notices.append), start=1):
         try:
-            line = json.loads(text)
             member, step = (str(line["arm"]), int(line["seed"])), int(line["step"])
         except (ValueError, TypeError, KeyError) as error:
-            if number == len(raw):
-                notices.append("The last line of metrics.jsonl was cut short and is left out.")
-                break
-            raise ValueError(f"{path}, line {number}: not an evaluation of one member ({error!r})") from error
+            path = directory / "metrics.jsonl"
+            raise SettingError(f"{path}, line {number}: not an evaluation of one member ({error!r})") from error
         found.setdefault(member, {})[step] = line  # a step measured again after a resume: the later one counts
     return {member: [lines[step] for step in sorted(lines)] for member, lines in found.items()}
 
@@ -140,7 +127,7 @@ def _snapshots(directory: Path, notices: list[str]) -> list[Snapshot]:
             snapshots.append(_snapshot(path))
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             if path != paths[-1]:
-                raise ValueError(f"{path} cannot be read ({error!r}); remove it to report without it") from error
+                raise SettingError(f"{path} cannot be read ({error!r}); remove it to report without it") from error
             notices.append(f"The newest snapshot, {path.name}, cannot be read and is left out.")
     return snapshots
 

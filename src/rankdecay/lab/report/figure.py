@@ -58,7 +58,8 @@ def figure(directory: str | Path, path: str | Path) -> Path:
         The path written.
 
     Raises:
-        ValueError: when the directory is not a run, or the suffix is not a format matplotlib writes.
+        SettingError: when the directory is not a run or a file in it is damaged.
+        ValueError: when the suffix is not a format matplotlib writes.
     """
     run, path = read_run(directory), Path(path)
     styles = arm_styles(run.arms)

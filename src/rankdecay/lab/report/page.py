@@ -37,6 +37,7 @@ COLUMNS = {
     "steps_to_generalise": "Steps, median",
     "test_accuracy": "Test accuracy",
     "train_accuracy": "Train accuracy",
+    "diverged": "Diverged seeds",
     "stable_rank": "Stable rank",
     "effective_rank": "Effective rank",
     "product_stable_rank": "Stable rank, head product",
@@ -83,6 +84,7 @@ def render(run: Run) -> str:
         "headline": escape(outcome.headline),
         "points": "\n".join(f"<dt>{escape(lead)}</dt><dd>{escape(text)}</dd>" for lead, text in outcome.points),
         "notices": "".join(f'<p class="notice">{escape(notice)}</p>' for notice in notices),
+        "criterion": _criterion(run),
         "table": _table(run),
         "accuracy": _chart("accuracy-chart", "accuracy", "Accuracy", _known(ACCURACIES, metrics)),
         "rank": _chart("rank-chart", "rank", "Rank", _known(RANKS, metrics)),
@@ -220,6 +222,8 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def _table(run: Run) -> str:
     rows = run.summary["arms"] if run.summary else _measured_so_far(run)
     columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    if not any(row.get("diverged") for row in rows):
+        columns = [key for key in columns if key != "diverged"]
     if not rows or not columns:
         return '<p class="absent">Nothing has been measured yet.</p>'
     labels = style.arm_styles(str(row["name"]) for row in rows)
@@ -232,6 +236,15 @@ def _table(run: Run) -> str:
     )
     return _scrolling(
         "Summary per arm", f'<thead><tr><th scope="col">Arm</th>{heads}</tr></thead><tbody>{body}</tbody>'
+    )
+
+
+def _criterion(run: Run) -> str:
+    threshold: Any = (run.summary or {}).get("threshold")
+    if not is_number(threshold):
+        return ""
+    return (
+        f"A seed has generalised when its test accuracy reaches {threshold * 100:g} % and the next evaluation holds it."
     )
 
 
@@ -360,6 +373,8 @@ def _settings(config: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -368,10 +383,10 @@ def _arms(run: Run) -> str:
     items = []
     for arm in run.config.get("arms", []):
         name = str(arm["name"])
-        rest = "; ".join(
-            f"{key}: {_shown(value)}"
-            for key, value in arm.items()
-            if key not in ("name", "description") and value is not None
+        rest = ", ".join(
+            f"{key.replace('_', ' ').replace('.', ' ')} {_shown(value)}"
+            for key, value in _flat(arm)
+            if key not in ("name", "description") and value is not None and value is not False
         )
         items.append(
             f"<dt>{escape(labels[name].label)} <code>{escape(name)}</code></dt>"

@@ -22,6 +22,10 @@ class Verdict:
     headline: str
     points: list[tuple[str, str]]
 
+    def __str__(self) -> str:
+        """The verdict as lines of text, for a terminal."""
+        return "\n".join([self.headline, *(f"{lead}: {text}" for lead, text in self.points)])
+
 
 @dataclass(frozen=True)
 class _Outcome:
@@ -31,6 +35,7 @@ class _Outcome:
     steps: float | None  # median, None if fewer than half of the seeds got there
     final_accuracy: float | None
     stable_rank: float | None
+    by_seed: list[float]  # steps of the seeds that got there
 
     @property
     def count(self) -> str:
@@ -77,6 +82,8 @@ def verdict(summary: dict[str, Any] | None, last_step: int | None = None) -> Ver
         return Verdict("The figures of this run are in the table below.", [])
     budget = summary.get("settings", {}).get("steps")
     within = f" within {budget:,} steps" if is_number(budget) else ""
+    if not any(outcome.generalised for outcome in outcomes.values()):  # then a control that failed too says nothing
+        return Verdict(_headline(outcomes, within), [_limits(outcomes)])
     points = [
         _uniform_attention(outcomes, within),
         _tuned_l2(outcomes, within),
@@ -103,6 +110,7 @@ def _outcomes(summary: dict[str, Any]) -> dict[str, _Outcome]:
             number(arm, "steps_to_generalise"),
             number(arm, "test_accuracy"),
             number(arm, "stable_rank"),
+            [float(steps) for steps in arm.get("steps_to_generalise_by_seed", []) if is_number(steps)],
         )
         for arm in arms
     }
@@ -163,6 +171,8 @@ def _tuned_l2(outcomes: dict[str, _Outcome], within: str) -> tuple[str, str]:
             else (f"{abs(difference):,.0f} steps {'earlier' if difference < 0 else 'later'} than")
         )
         text += f" Low-rank decay was {order} tuned L2 by the median, which {_few(subject, tuned)}."
+        if len(subject.by_seed) == subject.seeds and len(tuned.by_seed) == tuned.seeds:
+            text += f" Seed by seed: {_span(subject.by_seed, 0)} steps against {_span(tuned.by_seed, 0)}."
     return "Tuned L2", text
 
 
@@ -209,15 +219,17 @@ def _rank(outcomes: dict[str, _Outcome]) -> tuple[str, str] | None:
 
 def _limits(outcomes: dict[str, _Outcome]) -> tuple[str, str]:
     most = max(outcome.seeds for outcome in outcomes.values())
-    low, _ = wilson_interval(most, most)
+    best = max(outcome.generalised for outcome in outcomes.values())
+    low, high = wilson_interval(best, most)
     return "How far this goes", (
-        f"One task, one model, one budget. Even {most} of {most} seeds is compatible with a true rate of "
-        f"{low * 100:.0f} % (95 % interval). The page shows what went together, not what caused what."
+        f"One task, one model, one budget. {best} of {most} seeds is compatible with a true rate between "
+        f"{low * 100:.0f} and {high * 100:.0f} % (95 % interval). "
+        "The page shows what went together, not what caused what."
     )
 
 
-def _span(values: list[float]) -> str:
-    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+def _span(values: list[float], digits: int = 1) -> str:
+    low, high = f"{min(values):,.{digits}f}", f"{max(values):,.{digits}f}"
     return low if low == high else f"{low}–{high}"
 
 

@@ -48,7 +48,7 @@ function curveChart(id, key, yaxis) {
   }));
 }
 
-const RANK_TICKS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000];
+const RANK_TICKS = [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500];
 
 curveChart("accuracy-chart", "accuracy", () => ({ range: [-0.02, 1.03], tickformat: ".1f" }));
 curveChart("rank-chart", "rank", () => ({ type: "log", tickvals: RANK_TICKS, ticktext: RANK_TICKS.map(String) }));

@@ -1,0 +1,133 @@
+"""Policies: thresholds against numbers, refusals, and an import without torch."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.linalg import shrink
+
+WIDE = torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+DIAGONAL = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
+
+
+# --- thresholds -----------------------------------------------------------------------------------------------
+
+
+def test_relative_threshold_of_a_known_matrix():
+    """PX-rel on diag(3, 1) with ηλ = 0.1: rms(σ) = √5 = 2.23607."""
+    policy = LowRank(10.0, rule="prox", scale="relative")
+    tau = policy.threshold(DIAGONAL, lr=0.01)
+    assert tau.item() == pytest.approx(0.223607, abs=1e-6)
+    after = shrink(DIAGONAL, tau, policy.rule)
+    expected = torch.diag(torch.tensor([2.776393, 0.776393], dtype=torch.float64))
+    torch.testing.assert_close(after, expected, atol=1e-6, rtol=0)
+    stable_rank = after.norm() ** 2 / torch.linalg.matrix_norm(after, 2) ** 2
+    assert stable_rank.item() == pytest.approx(1.0782, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scale", "lr_coupled", "expected"),
+    [
+        ("relative", True, 0.01 * 5 * math.sqrt(5)),
+        ("relative", False, 5 * math.sqrt(5)),
+        ("absolute", True, 0.01 * 5),
+        ("absolute", False, 5),
+    ],
+)
+@pytest.mark.parametrize("weight", [DIAGONAL, WIDE, WIDE.T], ids=["square", "wide", "tall"])
+def test_threshold_formulas(scale, lr_coupled, expected, weight):
+    policy = LowRank(5.0, scale=scale, lr_coupled=lr_coupled)
+    assert policy.threshold(weight, 0.01).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_threshold_of_a_stack_with_its_own_rates_and_strengths():
+    stack = torch.stack([DIAGONAL, 2 * DIAGONAL, torch.zeros_like(DIAGONAL)])
+    lr, strength = torch.tensor([0.1, 0.01, 0.1]).double(), torch.tensor([1.0, 2.0, 3.0]).double()
+    tau = LowRank(99.0).threshold(stack, lr, strength)
+    expected = torch.tensor([0.1 * 5**0.5, 0.01 * 2 * 2 * 5**0.5, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(tau, expected)
+    assert LowRank(99.0).threshold(stack.float(), 0.1).dtype == torch.float32
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 1000), rows=st.integers(1, 6), columns=st.integers(1, 6), rate=st.floats(1e-4, 0.3))
+def test_a_relative_step_is_never_longer_than_that_of_l2(seed, rows, columns, rate):
+    weight = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    policy = LowRank(1.0)
+    step = weight - shrink(weight, policy.threshold(weight, rate), policy.rule)
+    assert step.norm() <= rate * weight.norm() * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 1000), factor=st.floats(1e-3, 1e3))
+def test_relative_thresholds_follow_the_size_of_the_weight_and_absolute_ones_do_not(seed, factor):
+    weight = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    relative, absolute = LowRank(0.1, scale="relative"), LowRank(0.1, scale="absolute")
+    expected = factor * relative.threshold(weight, 0.01)
+    torch.testing.assert_close(relative.threshold(factor * weight, 0.01), expected)
+    torch.testing.assert_close(absolute.threshold(factor * weight, 0.01), absolute.threshold(weight, 0.01))
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [-0.1, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("policy", [Frobenius, LowRank])
+def test_strengths_that_cannot_work(policy, strength):
+    with pytest.raises(ValueError, match=rf"strength must be a finite number >= 0, got {strength!r}; use 0"):
+        policy(strength)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule": "soft"}, r"rule must be one of 'prox', 'smooth', 'polar', 'newton_schulz', got 'soft'"),
+        ({"scale": "rel"}, r"scale must be one of 'relative', 'absolute', got 'rel'"),
+        ({"unit": "layer"}, r"unit must be one of 'matrix', 'head', got 'layer'"),
+        ({"every": 0}, r"every must be a whole number of steps >= 1, got 0"),
+        ({"every": -2}, r"every must be a whole number of steps >= 1, got -2"),
+        ({"every": 1.5}, r"every must be a whole number of steps >= 1, got 1.5"),
+        ({"smoothing": -1.0}, r"smoothing must be a finite number >= 0, got -1.0"),
+        ({"smoothing": math.nan}, r"smoothing must be a finite number >= 0, got nan"),
+    ],
+)
+def test_settings_that_cannot_work(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LowRank(0.1, **changes)
+
+
+def test_zero_switches_off():
+    assert LowRank(0.0).threshold(DIAGONAL, 0.1).item() == 0
+    assert Frobenius(0.0).strength == 0
+
+
+def test_policies_are_plain_frozen_data():
+    assert LowRank(0.1) == LowRank(0.1, "prox", "relative", "matrix", 1, True, 0.0)
+    assert len({LowRank(0.1), LowRank(0.1), LowRank(0.2), Frobenius(0.1)}) == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LowRank(0.1).strength = 0.2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (Frobenius(0.25), ["L2", "0.25"]),
+        (LowRank(0.1), ["prox", "0.1", "relative"]),
+        (LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False), ["newton", "0.01", "absolute", "step"]),
+        (LowRank(2.0, unit="head", every=4), ["prox", "2", "head", "4"]),
+    ],
+)
+def test_descriptions_name_what_was_chosen(policy, words):
+    assert all(word in policy.describe() for word in words)
+
+
+def test_importing_policies_does_not_import_torch():
+    code = "import sys, rankdecay.decay.policy; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,82 @@
+"""What every task promises: right answers, a split that depends on the seed alone, and refusals that say the remedy."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.tasks import TASKS, Dataset, make_dataset
+from rankdecay.lab.tasks.base import split_by_class
+
+SMALL = {"modulus": 7, "train_examples": 300}
+
+
+def examples(data: Dataset, side: str) -> list[tuple[tuple[int, ...], int]]:
+    tokens, targets = getattr(data, f"{side}_tokens"), getattr(data, f"{side}_targets")
+    return [(tuple(map(int, t)), int(y)) for t, y in zip(tokens, targets, strict=True)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_dataset_is_what_its_fields_say(task):
+    data = make_dataset(task, 0, **SMALL)
+    train, test = examples(data, "train"), examples(data, "test")
+    assert train
+    assert test
+    assert not {t for t, _ in train} & {t for t, _ in test}
+    assert len({t for t, _ in train + test}) == len(train) + len(test)
+    for tokens, target in train + test:
+        assert len(tokens) == data.length == len(data.positions)
+        assert all(0 <= token < data.vocabulary for token in tokens)
+        assert 0 <= target < data.outputs
+        assert tokens[-1] in data.groups
+    assert data.train_tokens.dtype == data.train_targets.dtype == np.int64
+    assert len(set(data.groups.values())) == len(data.groups)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_seed_alone_decides(task):
+    first, again, other = (make_dataset(task, seed, **SMALL) for seed in (3, 3, 4))
+    for name in ("train_tokens", "train_targets", "test_tokens", "test_targets"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
+    assert examples(first, "train") != examples(other, "train")
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "selection"])
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 1.5, float("nan")])
+def test_fractions_outside_the_open_interval_are_refused(task, fraction):
+    with pytest.raises(SettingError, match=rf"--train-fraction {fraction} .*(0, 1).*: give"):
+        make_dataset(task, 0, modulus=7, train_fraction=fraction)
+
+
+@pytest.mark.parametrize(("fraction", "side"), [(1e-4, "training"), (1 - 1e-4, "test")])
+def test_a_fraction_that_empties_a_side_is_refused(fraction, side):
+    with pytest.raises(SettingError, match=f"leaves the {side} set empty"):
+        make_dataset("subtract", 0, modulus=5, train_fraction=fraction)
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_name():
+    with pytest.raises(SettingError, match="--task 'substract' is unknown: did you mean 'subtract'"):
+        make_dataset("substract", 0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    classes=st.lists(st.integers(0, 12), min_size=2, max_size=60),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**31),
+)
+def test_a_class_is_never_on_both_sides(classes, fraction, seed):
+    labels = np.array(classes)
+    tokens, targets = np.arange(len(labels))[:, None], labels * 3
+    total = len(set(classes))
+    if round(fraction * total) in (0, total):
+        with pytest.raises(SettingError, match="set empty"):
+            split_by_class(tokens, targets, labels, fraction, seed)
+        return
+    train, train_targets, test, test_targets = split_by_class(tokens, targets, labels, fraction, seed)
+    assert sorted([*train[:, 0], *test[:, 0]]) == list(range(len(labels)))
+    assert not set(labels[train[:, 0]]) & set(labels[test[:, 0]])
+    assert len(set(labels[train[:, 0]])) == round(fraction * total)
+    assert (train_targets == labels[train[:, 0]] * 3).all()
+    assert (test_targets == labels[test[:, 0]] * 3).all()
