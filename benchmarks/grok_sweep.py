@@ -65,7 +65,9 @@ def run(options: argparse.Namespace) -> None:
             weight_decay=rest,
             lr=options.lr,
             batch_size=options.batch_size,
+            modulus=options.modulus,
             train_examples=options.examples,
+            depth=options.depth,
         )
         datasets = make_datasets(settings)
         names = "task modulus train_examples steps weight_decay lr batch_size precision width depth qk_norm gains"
@@ -117,7 +119,7 @@ def table(options: argparse.Namespace) -> None:
     """Prints a Markdown table per group of settings, arms ordered by how soon and how often they generalise."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in read(options.path):
-        shown = ("train_examples", "weight_decay", "lr", "batch_size")
+        shown = ("modulus", "depth", "train_examples", "weight_decay", "lr", "batch_size")
         title = ", ".join(f"{name} {record['settings'][name]:g}" for name in shown)
         groups.setdefault(title, {}).setdefault(record["arm"], []).append(record)
     for title, by_arm in groups.items():
@@ -147,7 +149,9 @@ def main() -> None:
     sweep.add_argument("--out", type=Path, required=True)
     sweep.add_argument("--rest", type=float, nargs="+", default=[1.0])
     sweep.add_argument("--lr", type=float, default=2e-3)
+    sweep.add_argument("--modulus", type=int, default=31)
     sweep.add_argument("--examples", type=int, default=2500)
+    sweep.add_argument("--depth", type=int, default=1)
     sweep.add_argument("--batch-size", type=int, default=256)
     sweep.add_argument("--steps", type=int, default=600)
     sweep.add_argument("--seeds", type=int, default=3)

@@ -1,1 +1,46 @@
-"""Weight decay that decays rank: control, measure and explain the rank of a transformer's attention."""
+"""Weight decay that decays rank: control, measure and explain the rank of a transformer's attention.
+
+Names are loaded on first use, so that the command line can answer without importing torch.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankdecay.decay.policy import Frobenius, LowRank
+    from rankdecay.linalg import polar, soft_threshold
+    from rankdecay.spectrum import Spectrum, spectrum
+
+_HOME = {
+    "Frobenius": "rankdecay.decay.policy",
+    "LowRank": "rankdecay.decay.policy",
+    "Spectrum": "rankdecay.spectrum",
+    "polar": "rankdecay.linalg",
+    "soft_threshold": "rankdecay.linalg",
+    "spectrum": "rankdecay.spectrum",
+}
+
+__all__ = ["Frobenius", "LowRank", "Spectrum", "polar", "soft_threshold", "spectrum"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rankdecay' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """Keeps `rankdecay.spectrum` the function: importing the submodule of that name would bind the module over it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -42,6 +42,8 @@ def _grok(settings: Grok, command: str) -> None:
 def _report(settings: Report, command: str) -> None:
     from rankdecay.lab.report import write_report
 
+    if not settings.directories:
+        raise SettingError("report needs at least one run directory: rankdecay report runs/grok")
     for directory in settings.directories:
         print(write_report(directory))
 

@@ -120,7 +120,10 @@ def test_policies_are_plain_frozen_data():
     [
         (Frobenius(0.25), ["L2", "0.25"]),
         (LowRank(0.1), ["prox", "0.1", "relative"]),
-        (LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False), ["newton", "0.01", "absolute", "step"]),
+        (
+            LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False),
+            ["newton", "0.01", "absolute", "step"],
+        ),
         (LowRank(2.0, unit="head", every=4), ["prox", "2", "head", "4"]),
     ],
 )

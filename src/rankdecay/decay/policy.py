@@ -19,10 +19,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from rankdecay.rules import Rule
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-Rule = Literal["prox", "smooth", "polar", "newton_schulz"]
 Scale = Literal["relative", "absolute"]
 Unit = Literal["matrix", "head"]
 

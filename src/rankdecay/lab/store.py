@@ -110,7 +110,8 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             stored = read_json(path / "config.json")
-            if stored is None and any(entry.name != ".lock" for entry in path.iterdir()):
+            own = {".lock", "config.json.partial"}  # all that a kill can leave before there is a configuration
+            if stored is None and any(entry.name not in own for entry in path.iterdir()):
                 raise SettingError(f"--out {path} has other files in it and is no run directory: choose a new one")
             if stored is not None:
                 _refuse_other_configuration(path, stored, json.loads(json.dumps(config)))
@@ -168,14 +169,19 @@ class RunDirectory:
 
     def resume(self) -> Checkpoint | None:
         """The last checkpoint, or ``None`` to begin at step 0. Removes what was written after it."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         path = self.path / "checkpoint.safetensors"
         checkpoint = None
         if path.exists():
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["checkpoint"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            try:
+                with safe_open(path, framework="pt") as file:
+                    header = json.loads(file.metadata()["checkpoint"])
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            except SafetensorError as error:
+                raise SettingError(
+                    f"{path} is damaged ({error}): remove it to begin again, or use another --out"
+                ) from None
             checkpoint = Checkpoint(header["step"], tensors, header["extra"])
         step = checkpoint.step if checkpoint else 0
         kept = [record for record in self.metrics() if record["step"] <= step] if checkpoint else []

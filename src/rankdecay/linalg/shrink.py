@@ -41,7 +41,7 @@ of O times τ, and a few roundings of W.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -66,8 +66,7 @@ from rankdecay.linalg.polar import (
     smooth_prepared,
     working_dtype,
 )
-
-Rule = Literal["prox", "smooth", "polar", "newton_schulz"]
+from rankdecay.rules import Rule
 
 
 @torch.no_grad()

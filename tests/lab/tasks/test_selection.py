@@ -20,8 +20,8 @@ def sequences(data, side):
 @given(
     modulus=st.integers(5, 40),
     values=st.integers(3, 6),
-    train=st.integers(1, 150),
-    test=st.integers(1, 150),
+    train=st.integers(1, 90),
+    test=st.integers(1, 90),
     seed=st.integers(0, 1000),
 )
 def test_the_answer_is_the_sum_of_the_two_named_values(modulus, values, train, test, seed):

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rankdecay.decay.policy import Decay, Frobenius, LowRank, Rule, Scale
+from rankdecay.decay.policy import Decay, Frobenius, LowRank, Scale
 from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.rules import Rule
 
 if TYPE_CHECKING:
     from rankdecay.lab.ensemble import Ensemble
@@ -209,7 +210,7 @@ def make_datasets(settings: Grok) -> dict[int, Dataset]:
         )
         for seed in range(settings.seeds)
     }
-    size = len(datasets[0].train_targets)
+    size = min(len(data.train_targets) for data in datasets.values())  # unordered splits differ in size
     if settings.batch_size > size:
         raise SettingError(
             f"--batch-size {settings.batch_size} is larger than the training set of {size} examples: "
@@ -347,6 +348,8 @@ def run(settings: Grok, command: str) -> Record:
     with RunDirectory.open(settings.out, config, progress.notice) as directory:
         if directory.summary is not None:
             progress.notice(f"{settings.out} is complete: showing its result; for a new run give another --out")
+            if not (settings.out / "report.html").exists():  # a kill came between the summary and the page
+                write_report(settings.out)
             return directory.summary
         ensembles = make_ensembles(settings, arms, datasets, device)
         runner = Runner(

@@ -1,0 +1,369 @@
+"""Run directories: what is refused, what a kill or a full disk may cost, and what the files hold."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.store import Checkpoint, RunDirectory, read_json, read_metrics
+
+CONFIG = {
+    "command": "grok",
+    "settings": {"width": 16, "lr": 0.001, "task": "add", "arms": ("none", "low_rank")},
+    "arms": [{"name": "none", "decay": None}],
+    "versions": {"torch": "2.13.0"},
+}
+RECORDS = [{"step": step, "arm": "none", "seed": 0, "test_loss": 0.1 * step} for step in (0, 10, 20)]
+
+
+def opened(path: Path, config=CONFIG, notices: list[str] | None = None) -> RunDirectory:
+    return RunDirectory.open(path, config, (notices if notices is not None else []).append)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def snapshots(path: Path) -> list[tuple[int, dict[str, np.ndarray]]]:
+    return [(int(p.stem), dict(np.load(p, allow_pickle=False))) for p in sorted((path / "snapshots").glob("*.npz"))]
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what is refused ------------------------------------------------------------------------------------------
+
+
+def test_a_new_directory_holds_its_configuration(tmp_path):
+    path = tmp_path / "deep" / "run"
+    with opened(path) as run:
+        assert run.summary is None
+        assert run.metrics() == []
+        assert run.resume() is None
+    stored = json.loads((path / "config.json").read_text())
+    assert stored["schema"] == 1
+    assert stored == json.loads(json.dumps({"schema": 1, **CONFIG}))
+
+
+def test_the_same_configuration_is_opened_again(tmp_path):
+    opened(tmp_path / "run").__exit__()
+    before = contents(tmp_path)
+    with opened(tmp_path / "run", CONFIG | {"versions": {"torch": "9.9"}, "machine": "another"}):
+        pass
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"settings": CONFIG["settings"] | {"width": 32}}, ["width", "16", "32"]),
+        ({"settings": CONFIG["settings"] | {"lr": 0.1}}, ["lr", "0.001", "0.1"]),
+        ({"settings": {k: v for k, v in CONFIG["settings"].items() if k != "task"}}, ["task", "'add'", "None"]),
+        ({"command": "boundary"}, ["command", "'grok'", "'boundary'"]),
+        ({"arms": [{"name": "none", "decay": "L2"}]}, ["arms"]),
+        ({"schema": 2}, ["schema", "1", "2"]),
+    ],
+)
+def test_another_configuration_is_refused_by_naming_the_difference(tmp_path, changes, words):
+    opened(tmp_path / "run").__exit__()
+    before = contents(tmp_path)
+    with pytest.raises(SettingError) as error:
+        opened(tmp_path / "run", CONFIG | changes)
+    message = one_line(error)
+    assert all(word in message for word in [*words, str(tmp_path / "run"), "another directory"])
+    assert contents(tmp_path) == before
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SettingError) as error:
+        opened(tmp_path)
+    assert all(word in one_line(error) for word in (str(tmp_path), "other files", "new one"))
+    assert contents(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+@pytest.mark.parametrize("text", ['{"command": "gr', "[]", ""])
+def test_a_damaged_configuration_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SettingError) as error:
+        opened(tmp_path)
+    assert all(word in one_line(error) for word in ("config.json", "JSON", "another --out"))
+
+
+def test_a_directory_in_use_is_refused(tmp_path):
+    path = tmp_path / "run"
+    opened(path).__exit__()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.flock(f, 2); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        before = contents(path)
+        with pytest.raises(SettingError) as error:
+            opened(path)
+        assert all(word in one_line(error) for word in (str(path), "in use", "another directory"))
+        assert contents(path) == before
+        holder.kill()
+    with opened(path):  # a process that is gone, however it went, holds nothing
+        pass
+
+
+def test_a_directory_is_free_again_when_closed(tmp_path):
+    with opened(tmp_path / "run"), pytest.raises(SettingError, match="in use"):
+        opened(tmp_path / "run")
+    with opened(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("below", ["run", "deep/run"])
+def test_a_path_below_a_file_is_refused(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingError) as error:
+        opened(tmp_path / "file" / below)
+    assert all(word in one_line(error) for word in (str(tmp_path / "file" / below), "cannot be written", "choose"))
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SettingError, match="cannot be written"):
+        opened(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_file_system_that_takes_no_directories_is_refused():
+    with pytest.raises(SettingError, match=r"--out /proc/rankdecay cannot be written \(.+\): choose"):
+        opened(Path("/proc/rankdecay"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(SettingError, match="cannot be written"):
+        opened(tmp_path / "run")
+    tmp_path.chmod(0o700)
+
+
+# --- metrics --------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_lines_a_person_can_read(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.append(RECORDS[:1])
+        run.append(RECORDS[1:])
+        assert run.metrics() == RECORDS
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == RECORDS
+    assert read_metrics(tmp_path / "run") == RECORDS
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("newline", [b"", b"\n"])
+@pytest.mark.parametrize("cut", [1, 7, -2])
+def test_a_last_line_cut_short_is_dropped_with_a_notice(tmp_path, cut, newline):
+    notices = []
+    with opened(tmp_path / "run", notices=notices) as run:
+        run.append(RECORDS)
+        path = tmp_path / "run" / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:-1]) + lines[-1].rstrip()[:cut] + newline)
+        assert run.metrics() == RECORDS[:-1]
+    assert len(notices) == 1
+    assert all(word in notices[0] for word in ("metrics.jsonl", "damaged last line"))
+
+
+def test_a_last_line_of_noise_is_dropped_too(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.append(RECORDS)
+        with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+            file.write(b"\x00\xff\xfe\x00")
+        assert run.metrics() == RECORDS
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_damaged_line_in_the_middle_is_refused(tmp_path, number):
+    with opened(tmp_path / "run") as run:
+        run.append(RECORDS)
+        path = tmp_path / "run" / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines[number - 1] = lines[number - 1][:9] + b"\n"
+        path.write_bytes(b"".join(lines))
+        with pytest.raises(SettingError) as error:
+            run.metrics()
+    assert all(word in one_line(error) for word in ("metrics.jsonl", f"line {number}", "damaged", "remove"))
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------
+
+
+def checkpoint(step: int) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    tensors = {
+        "0.weights": torch.randn(2, 5, generator=generator, dtype=torch.float64),
+        "1.mean": torch.randn(3, generator=generator).to(torch.bfloat16),
+    }
+    return Checkpoint(step, tensors, {"members": [[["none", 0]]], "seconds": 1.5})
+
+
+def snapshot(step: int) -> dict[str, np.ndarray]:
+    return {"arms": np.array(["none"]), "singular_values": np.full((1, 2), step, dtype=np.float32)}
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.save_checkpoint(checkpoint(5))
+        run.save_checkpoint(checkpoint(10))
+        stored = run.resume()
+    assert stored is not None
+    expected = checkpoint(10)
+    assert (stored.step, stored.extra) == (10, expected.extra)
+    assert stored.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert stored.tensors[name].dtype == tensor.dtype
+        assert torch.equal(stored.tensors[name], tensor)
+
+
+def test_resuming_removes_what_came_after_the_checkpoint(tmp_path):
+    with opened(tmp_path / "run") as run:
+        for record in RECORDS:
+            run.append([record])
+            run.save_snapshot(record["step"], snapshot(record["step"]))
+            if record["step"] == 10:
+                run.save_checkpoint(checkpoint(10))
+        run.resume()
+        assert run.metrics() == RECORDS[:2]
+        assert [step for step, _ in snapshots(tmp_path / "run")] == [0, 10]
+
+
+def test_without_a_checkpoint_a_run_begins_again(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.append(RECORDS)
+        run.save_snapshot(0, snapshot(0))
+        assert run.resume() is None
+        assert run.metrics() == []
+        assert snapshots(tmp_path / "run") == []
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.save_checkpoint(checkpoint(10))
+        (path,) = (p for p in (tmp_path / "run").rglob("*checkpoint*") if p.is_file())
+        path.write_bytes(path.read_bytes()[:-7])
+        with pytest.raises(SettingError) as error:
+            run.resume()
+    assert all(word in one_line(error) for word in (str(path), "damaged", "--out"))
+
+
+def test_a_finished_run_has_its_summary_and_no_checkpoint(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.save_checkpoint(checkpoint(10))
+        run.finish({"command": "grok", "arms": [], "wall_seconds": 1.0})
+        assert run.summary == {"command": "grok", "arms": [], "wall_seconds": 1.0}
+    assert set(contents(tmp_path / "run")) == {".lock", "config.json", "summary.json"}
+    assert read_json(tmp_path / "run" / "nothing.json") is None
+
+
+def test_snapshots_come_back_in_order_without_pickles(tmp_path):
+    with opened(tmp_path / "run") as run:
+        for step in (20, 0, 100000):
+            run.save_snapshot(step, snapshot(step))
+    steps, arrays = zip(*snapshots(tmp_path / "run"), strict=True)
+    assert steps == (0, 20, 100000)
+    assert [float(a["singular_values"][0, 0]) for a in arrays] == [0, 20, 100000]
+    assert arrays[0]["arms"].tolist() == ["none"]
+
+
+# --- kills and full disks ---------------------------------------------------------------------------------------
+
+
+def test_a_kill_while_the_configuration_was_written_does_no_harm(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "config.json.partial").write_bytes(b'{"command": "g')
+    with opened(tmp_path):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text())["command"] == "grok"
+
+
+def test_what_a_kill_left_half_written_is_never_read(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.append(RECORDS[:1])
+        run.save_snapshot(0, snapshot(0))
+        run.save_checkpoint(checkpoint(0))
+        before = contents(tmp_path / "run")
+        for name in before:
+            (tmp_path / "run" / f"{name}.partial").write_bytes(b"half")
+        stored = run.resume()
+        assert stored is not None
+        assert stored.step == 0
+        assert run.metrics() == RECORDS[:1]
+        assert [step for step, _ in snapshots(tmp_path / "run")] == [0]
+
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is full")
+
+
+def assert_says_disk_full(error, name: str) -> None:
+    assert all(word in one_line(error) for word in ("disk is full", name, "free", "again"))
+
+
+@needs_dev_full
+def test_a_full_disk_while_metrics_are_appended(tmp_path):
+    path = tmp_path / "run"
+    with opened(path) as run:
+        run.append(RECORDS[:2])
+        run.save_checkpoint(checkpoint(10))
+        metrics = path / "metrics.jsonl"
+        metrics.rename(path / "aside")
+        before = contents(path)
+        metrics.symlink_to("/dev/full")
+        with pytest.raises(SettingError) as error:
+            run.append(RECORDS[2:])
+        assert_says_disk_full(error, "metrics.jsonl")
+        metrics.unlink()
+        assert contents(path) == before
+        (path / "aside").rename(metrics)
+        assert run.metrics() == RECORDS[:2]
+
+
+@needs_dev_full
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "snapshots/00000010.npz", "summary.json"])
+def test_a_full_disk_while_a_file_is_replaced_leaves_the_old_one(tmp_path, name):
+    path = tmp_path / "run"
+
+    def write(run: RunDirectory) -> None:
+        run.save_snapshot(10, snapshot(10))
+        run.save_checkpoint(checkpoint(10))
+        run.finish({"arms": []})
+
+    with opened(path) as run:
+        run.append(RECORDS[:2])
+        run.save_snapshot(10, snapshot(10))
+        run.save_checkpoint(checkpoint(10))
+        before = contents(path)
+        (path / f"{name}.partial").symlink_to("/dev/full")
+        with pytest.raises(SettingError) as error:
+            write(run)
+        assert_says_disk_full(error, name)
+        after = contents(path)
+        assert set(after) == set(before)  # no half-written file is left
+        assert after.get(name) == before.get(name)
+        write(run)  # once there is space
+        assert run.summary == {"arms": []}
+
+
+def test_permission_lost_during_a_run_is_one_clear_error(tmp_path):
+    path = tmp_path / "run"
+    with opened(path) as run:
+        (path / "metrics.jsonl").mkdir()
+        with pytest.raises(SettingError) as error:
+            run.append(RECORDS)
+        assert all(word in one_line(error) for word in ("metrics.jsonl", "cannot be written", "again"))
