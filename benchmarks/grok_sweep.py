@@ -42,6 +42,9 @@ def arms(lr: float, rest: float) -> dict[str, Arm]:
     for amount in (0.005, 0.01, 0.02, 0.04):
         table[f"newton_schulz absolute {amount:g}"] = (absolute("newton_schulz", amount), False)
         table[f"smooth F/7.6 absolute {amount:g}"] = (absolute("smooth", amount, smoothing=1 / 7.6), False)
+    for every in (2, 4, 8):
+        name = f"smooth F/7.6 absolute 0.01 every {every}"
+        table[name] = (absolute("smooth", 0.01, smoothing=1 / 7.6, every=every), False)
     for amount in (0.01, 0.02):
         table[f"smooth F/30 absolute {amount:g}"] = (absolute("smooth", amount, smoothing=1 / 30), False)
         table[f"smooth F/100 absolute {amount:g}"] = (absolute("smooth", amount, smoothing=1 / 100), False)

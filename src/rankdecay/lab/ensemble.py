@@ -90,8 +90,11 @@ def adamw_(
     beta1, beta2 = betas
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = square.sqrt().mul_(1 / math.sqrt(1 - beta2**step)).add_(eps)
-    weight.sub_((mean / denominator).mul_(lr / (1 - beta1**step)))
+    # Both bias corrections in the step size and ε: two passes over memory less, the same update.
+    correction = math.sqrt(1 - beta2**step)
+    update = square.sqrt().add_(eps * correction)
+    torch.div(mean, update, out=update)
+    weight.addcmul_(update, lr * (correction / (1 - beta1**step)), value=-1)
 
 
 class Ensemble:

@@ -4,11 +4,14 @@ All ensembles advance to the same step, are evaluated there, and only then is th
 directory holds after a kill is consistent at one step.
 """
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
 
 from rankdecay.lab.ensemble import Ensemble
 from rankdecay.lab.progress import Progress
@@ -16,6 +19,8 @@ from rankdecay.lab.store import Checkpoint, RunDirectory
 
 Record = dict[str, Any]
 Leaves = Callable[[Sequence[Record]], bool]
+Measurement = tuple[list[Record], dict[str, np.ndarray]]
+STEPS_BETWEEN_CHECKS = 10
 
 
 def diverged(record: Record) -> bool:
@@ -69,29 +74,39 @@ class Runner:
     def _advance(self, steps: int, progress: Progress, begun: float, before: float) -> None:
         """One interval of every ensemble: train, evaluate, store, let members leave, checkpoint."""
         snapshots = []
-        for ensemble in self._ensembles:
-            members = len(ensemble.members)
-            if not members:
-                continue
-            start = time.monotonic()
-            spent = None
-            if steps:
-                ensemble.train(steps)
-                spent = (time.monotonic() - start) / (steps * members)
-            records, arrays = ensemble.evaluate()
+        running = [ensemble for ensemble in self._ensembles if ensemble.members]
+        for ensemble, (records, arrays) in zip(running, self._measured(running, steps), strict=True):
             self.seconds = before + time.monotonic() - begun
             for record in records:
-                record |= {"seconds": round(self.seconds, 3), "step_seconds": spent}
+                record["seconds"] = round(self.seconds, 3)
                 self._history.setdefault((record["arm"], record["seed"]), []).append(record)
             self._run.append(records)
             snapshots.append(arrays)
-            progress.update(records, steps * members)
+            progress.update(records, steps * len(records))
             keep = [not self._is_finished(record) for record in records]
             if not all(keep):
                 ensemble.retain(keep)
         self.step += steps
         self._run.save_snapshot(self.step, _joined(snapshots))
         self._run.save_checkpoint(self._checkpoint())
+
+    def _measured(self, ensembles: Sequence[Ensemble], steps: int) -> Iterator[Measurement]:
+        """Trains and evaluates ensembles, several at once on a CPU; yields their measurements in order.
+
+        An ensemble per core needs no barrier inside an operation, and its numbers do not depend on how many cores
+        there are.
+        """
+        threads = torch.get_num_threads()
+        at_once = min(threads, len(ensembles)) if ensembles[0].training.device == "cpu" else 1
+        if at_once == 1:
+            yield from (_train_and_evaluate(ensemble, steps, threading.Event()) for ensemble in ensembles)
+            return
+        stop = threading.Event()
+        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads // at_once,)) as pool:
+            try:
+                yield from pool.map(lambda ensemble: _train_and_evaluate(ensemble, steps, stop), ensembles)
+            finally:
+                stop.set()  # an interrupt must not wait for the interval to end
 
     def _is_finished(self, record: Record) -> bool:
         return diverged(record) or self._leaves(self._history[record["arm"], record["seed"]])
@@ -110,6 +125,18 @@ class Runner:
                 ensemble.load_state(state, checkpoint.step)
         for record in self._run.metrics():
             self._history.setdefault((record["arm"], record["seed"]), []).append(record)
+
+
+def _train_and_evaluate(ensemble: Ensemble, steps: int, stop: threading.Event) -> Measurement:
+    """One ensemble's interval; gives up between steps once ``stop`` is set."""
+    start = time.monotonic()
+    for done in range(0, steps, STEPS_BETWEEN_CHECKS):
+        if stop.is_set():
+            raise InterruptedError
+        ensemble.train(min(STEPS_BETWEEN_CHECKS, steps - done))
+    spent = (time.monotonic() - start) / (steps * len(ensemble.members)) if steps else None
+    records, arrays = ensemble.evaluate()
+    return [record | {"step_seconds": spent} for record in records], arrays
 
 
 def _joined(snapshots: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
