@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 a setting or file that cannot work (one line on standard e
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -76,18 +77,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = shlex.join(["rankdecay", *arguments])
-    settings = parse(arguments)
     try:
+        settings = parse(arguments)
         if isinstance(settings, Grok):
             _grok(settings, command)
         else:
             _report(settings, command)
+        sys.stdout.flush()
     except SettingError as error:
         print(f"rankdecay: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nrankdecay: interrupted; to continue from the last checkpoint, run again: {command}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output, `head` perhaps, has what they wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

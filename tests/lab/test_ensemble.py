@@ -478,7 +478,6 @@ def test_lower_precision_follows_the_same_course(precision):
         assert got["stable_rank"] == pytest.approx(expected["stable_rank"], rel=tolerance)
 
 
-@pytest.mark.slow  # half a minute of C++ compilation
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler
 @pytest.mark.skipif(not compiler_available("cpu"), reason="no C++ compiler for torch.compile on this machine")
 def test_compiled_is_eager_within_rounding():

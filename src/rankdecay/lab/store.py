@@ -109,27 +109,29 @@ class RunDirectory:
         config = {"schema": SCHEMA, **config}
         try:
             path.mkdir(parents=True, exist_ok=True)
-            stored = read_json(path / "config.json")
             own = {".lock", "config.json.partial"}  # all that a kill can leave before there is a configuration
-            if stored is None and any(entry.name not in own for entry in path.iterdir()):
+            if read_json(path / "config.json") is None and any(entry.name not in own for entry in path.iterdir()):
                 raise SettingError(f"--out {path} has other files in it and is no run directory: choose a new one")
-            if stored is not None:
-                _refuse_other_configuration(path, stored, json.loads(json.dumps(config)))
             lock = (path / ".lock").open("ab")
         except OSError as error:
             raise SettingError(
                 f"--out {path} cannot be written ({error.strerror}): choose a directory you may write to"
             ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise SettingError(
-                f"--out {path} is in use by another process: wait for it, or choose another directory"
-            ) from None
-        run = cls(path, lock, notice)
-        if stored is None:
-            run._write("config.json", (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(lock.close)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise SettingError(
+                    f"--out {path} is in use by another process: wait for it, or choose another directory"
+                ) from None
+            run = cls(path, lock, notice)
+            stored = read_json(path / "config.json")  # only now can nobody else be writing it
+            if stored is None:
+                run._write("config.json", (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
+            else:
+                _refuse_other_configuration(path, stored, json.loads(json.dumps(config)))
+            on_error.pop_all()
         return run
 
     def __enter__(self) -> "RunDirectory":

@@ -154,11 +154,8 @@ def per_matrix(name: str, value: float | Tensor, W: Tensor, *, positive: bool = 
         if not math.isfinite(value) or value < 0 or (positive and value == 0):
             raise ValueError(f"{name}={value!r} must be {bound} finite number, in the units of W's singular values.")
         return torch.full((1,) * W.ndim, value, dtype=torch.float64, device=W.device)
-    try:
-        fits = torch.broadcast_shapes(value.shape, W.shape[:-2]) == W.shape[:-2]
-    except RuntimeError:
-        fits = False
-    if not fits:
+    sizes = zip(reversed(value.shape), reversed(W.shape[:-2]), strict=False)
+    if value.ndim > W.ndim - 2 or any(size not in (1, wanted) for size, wanted in sizes):
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, which does not broadcast to the leading shape "
             f"{tuple(W.shape[:-2])} of W; pass one number per matrix."

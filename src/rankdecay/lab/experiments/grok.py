@@ -276,7 +276,10 @@ def summarise_arm(name: str, members: Sequence[Sequence[Record]], threshold: flo
         values = [record[key] for record in last if record[key] is not None]
         return statistics.fmean(values) if values else None
 
-    median = statistics.median(math.inf if step is None else step for step in reached)
+    steps = [math.inf if step is None else step for step in reached]
+    median = statistics.median(steps)
+    if math.isinf(median):  # of an even number of seeds exactly half may have got there: theirs is the lower median
+        median = statistics.median_low(steps)
     step_seconds = [r["step_seconds"] for records in members for r in records if r["step_seconds"]]
     keys = (
         "test_accuracy train_accuracy stable_rank effective_rank product_stable_rank product_effective_rank "

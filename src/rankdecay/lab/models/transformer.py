@@ -129,7 +129,7 @@ class _UnitRMS(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
-    """Divides ``x`` by its root mean square over the last dimension, in the dtype of ``x``; ``gain`` is (members, width)."""
+    """Divides ``x`` by its root mean square over the last dimension; ``gain`` is (members, width)."""
     x = _UnitRMS.apply(x)  # type: ignore[assignment]
     return x if gain is None else x * gain.view(gain.shape[0], *([1] * (x.ndim - 2)), gain.shape[-1])
 
