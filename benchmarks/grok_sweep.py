@@ -71,9 +71,10 @@ def run(options: argparse.Namespace) -> None:
             modulus=options.modulus,
             train_examples=options.examples,
             depth=options.depth,
+            values=options.values,
         )
         datasets = make_datasets(settings)
-        names = "task modulus train_examples steps weight_decay lr batch_size precision width depth qk_norm gains"
+        names = "task modulus values train_examples steps weight_decay lr batch_size precision width depth qk_norm"
         key = {name: getattr(settings, name) for name in names.split()}
         for name, (decay, uniform) in arms(settings.lr, rest).items():
             if options.only and not any(part in name for part in options.only):
@@ -122,13 +123,12 @@ def table(options: argparse.Namespace) -> None:
     """Prints a Markdown table per group of settings, arms ordered by how soon and how often they generalise."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in read(options.path):
-        shown = ("modulus", "depth", "train_examples", "weight_decay", "lr", "batch_size")
+        shown = ("modulus", "values", "depth", "train_examples", "weight_decay", "lr", "batch_size")
         title = ", ".join(f"{name} {record['settings'][name]:g}" for name in shown)
         groups.setdefault(title, {}).setdefault(record["arm"], []).append(record)
     for title, by_arm in groups.items():
-        print(
-            f"\n**{title}**\n\n| decay of W_Q, W_K | reached 95 % | median step | final test | worst | stable rank | ‖W_Q‖ |"
-        )
+        print(f"\n**{title}**\n")
+        print("| decay of W_Q, W_K | reached 95 % | median step | final test | worst | stable rank | ‖W_Q‖ |")
         print("|---|---|---|---|---|---|---|")
         lines = []
         for arm, runs in by_arm.items():
@@ -154,7 +154,8 @@ def main() -> None:
     sweep.add_argument("--lr", type=float, default=2e-3)
     sweep.add_argument("--modulus", type=int, default=31)
     sweep.add_argument("--examples", type=int, default=2500)
-    sweep.add_argument("--depth", type=int, default=1)
+    sweep.add_argument("--values", type=int, default=4)
+    sweep.add_argument("--depth", type=int, default=2)
     sweep.add_argument("--batch-size", type=int, default=256)
     sweep.add_argument("--steps", type=int, default=600)
     sweep.add_argument("--seeds", type=int, default=3)

@@ -111,7 +111,7 @@ class LowRank:
         """The decay in a few words."""
         words = [self.rule.replace("_", "-"), f"{self.strength:g}", self.scale]
         words += [] if self.lr_coupled else ["per step"]
-        words += [f"ε = max(τ, ‖W‖_F/{1 / self.smoothing:g})"] if self.rule == "smooth" and self.smoothing else []
+        words += [f"ε = {self.smoothing:g}·‖W‖_F"] if self.rule == "smooth" and self.smoothing else []
         words += ["per head"] if self.unit == "head" else []
         words += [f"every {self.every} steps"] if self.every > 1 else []
         return "low-rank " + ", ".join(words)

@@ -30,7 +30,7 @@ from rankdecay.linalg.factored import factored_singular_values
 from rankdecay.spectrum import Spectrum, spectrum
 
 Precision = Literal["float32", "mixed", "float64"]
-EVALUATION_ROWS = 2048  # examples per member and forward pass: bounds memory, not results
+EVALUATION_ROWS = {"cpu": 512, "cuda": 8192}  # examples per member and forward pass: what fits the cache, or the launch
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class Ensemble:
 
         Returns:
             One record per member (the keys of ``metrics.jsonl``) and the arrays of a snapshot: spectra, and what the
-            last position attends to on the test set (its first `EVALUATION_ROWS` examples).
+            last position attends to on the test set.
         """
         attention: list[Tensor] = []
         train = self._accuracy_and_loss(self._train_tokens, self._train_targets)
@@ -291,7 +291,7 @@ class Ensemble:
             "seeds": np.array([m.seed for m in self.members]),
             "singular_values": matrices.singular_values.float().cpu().numpy(),
             "product": products.singular_values.float().cpu().numpy(),
-            "attention": self._attention_maps(torch.stack(attention, 1)).float().cpu().numpy(),
+            "attention": self._attention_maps(torch.cat(attention, 2)).float().cpu().numpy(),
             "groups": np.array(list(data.groups.values())),
             "positions": np.array(data.positions),
         }
@@ -299,8 +299,7 @@ class Ensemble:
 
     def _attention_maps(self, weights: Tensor) -> Tensor:
         """Mean of ``weights`` (members, depth, batch, heads, positions) over each group of last tokens."""
-        rows = weights.shape[2]
-        last, valid = self._test_tokens[:, :rows, -1], self._test_targets[:, :rows] >= 0
+        last, valid = self._test_tokens[:, :, -1], self._test_targets >= 0
         groups = torch.tensor(list(self._datasets[0].groups), device=last.device)
         chosen = ((last[:, None] == groups[:, None]) & valid[:, None]).double()  # (members, groups, batch)
         share = chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
@@ -319,12 +318,15 @@ class Ensemble:
     def _accuracy_and_loss(
         self, tokens: Tensor, targets: Tensor, attention: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Means over each member's examples; the first part's attention weights are appended to ``attention``."""
+        """Means over each member's examples; the parts' attention (members, depth, rows, …) goes to ``attention``."""
         correct = torch.zeros(len(self.members), device=tokens.device, dtype=torch.float64)
         total_loss = torch.zeros_like(correct)
-        for part, answer in zip(tokens.split(EVALUATION_ROWS, 1), targets.split(EVALUATION_ROWS, 1), strict=True):
-            logits = transformer.forward(self.parameters, part, self.config, self._matmul_dtype, attention)
-            attention = None
+        rows = EVALUATION_ROWS[tokens.device.type]
+        for part, answer in zip(tokens.split(rows, 1), targets.split(rows, 1), strict=True):
+            seen: list[Tensor] | None = None if attention is None else []
+            logits = transformer.forward(self.parameters, part, self.config, self._matmul_dtype, seen)
+            if attention is not None and seen is not None:
+                attention.append(torch.stack(seen, 1))
             correct += (logits.argmax(-1) == answer).sum(1)
             losses = F.cross_entropy(logits.flatten(0, 1), answer.flatten(), ignore_index=-1, reduction="none")
             total_loss += losses.view(answer.shape).sum(1, dtype=torch.float64)

@@ -47,20 +47,26 @@ class Grok:
     """p of the arithmetic; ignored by s5."""
     train_fraction: float = 0.5
     """Share of all examples used for training; for every task but selection."""
-    train_examples: int = 2500
+    train_examples: int = 3000
     """Number of training examples, for selection."""
+    values: int = 4
+    """Number of values to select from, for selection."""
     split: Literal["unordered", "ordered"] = "unordered"
     """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
-    steps: int = 700
+    steps: int = 600
     """Training steps."""
     seeds: int = 3
     """Seeds per arm: 0, 1, …; a seed fixes split, initial weights and batches in every arm."""
-    rule: Rule = "newton_schulz"
+    rule: Rule = "smooth"
     """Rule of the low_rank arm."""
     scale: Scale = "absolute"
-    """Scale of the low_rank arm: 'relative' multiplies by lr and the size of the weight."""
-    strength: float = 0.01
+    """Scale of the low_rank arm: a step takes lr × strength from each singular value; 'relative': times their rms."""
+    strength: float = 10.0
     """Strength of the low_rank arm."""
+    smoothing: float = 0.13
+    """For --rule smooth: directions below this share of ‖W‖_F shrink in proportion instead of by a fixed amount."""
+    every: int = 4
+    """Apply four steps' low-rank decay every fourth step, to save time."""
     tuned_strength: float = 100.0
     """Strength of the l2_tuned arm: the best the committed sweep found (docs/findings.md)."""
     weight_decay: float = 3.0
@@ -73,7 +79,7 @@ class Grok:
     """'mixed': bfloat16 products, float32 everywhere else."""
     width: int = 128
     """Width of the network (4 heads, MLP of 4 × width)."""
-    depth: int = 1
+    depth: int = 2
     """Layers of the network."""
     qk_norm: Literal["head", "width", "none"] = "head"
     """RMSNorm of queries and keys: per head, over the full width, or none."""
@@ -107,7 +113,6 @@ PRESETS = {
         task="add",
         modulus=113,
         train_fraction=0.5,
-        depth=2,
         split="ordered",
         steps=2500,
         weight_decay=0.1,
@@ -138,12 +143,7 @@ class Arm:
 def make_arms(settings: Grok) -> list[Arm]:
     """The arms asked for, in the order of `ARMS`."""
     low_rank = LowRank(
-        settings.strength,
-        rule=settings.rule,
-        scale=settings.scale,
-        lr_coupled=settings.scale == "relative",
-        smoothing=0.01,
-        every=4 if settings.rule == "prox" else 1,
+        settings.strength, settings.rule, settings.scale, every=settings.every, smoothing=settings.smoothing
     )
     prototype = LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False)
     every = [
@@ -175,10 +175,10 @@ def check(settings: Grok) -> None:
         raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
     for name in settings.arms:
         check_name("--arms", name, ARMS)
-    for name in ("steps", "seeds", "depth", "batch_size", "evaluate_every"):
+    for name in ("steps", "seeds", "every", "depth", "batch_size", "evaluate_every"):
         if getattr(settings, name) < 1:
             raise SettingError(f"--{name.replace('_', '-')} {getattr(settings, name)} is too small: give at least 1")
-    for name in ("strength", "tuned_strength", "weight_decay", "lr"):
+    for name in ("strength", "smoothing", "tuned_strength", "weight_decay", "lr"):
         if not (math.isfinite(getattr(settings, name)) and getattr(settings, name) >= 0):
             raise SettingError(
                 f"--{name.replace('_', '-')} {getattr(settings, name)} must be a finite number >= 0; 0 switches it off"
@@ -206,6 +206,7 @@ def make_datasets(settings: Grok) -> dict[int, Dataset]:
             modulus=settings.modulus,
             train_fraction=settings.train_fraction,
             train_examples=settings.train_examples,
+            values=settings.values,
             split=settings.split,
         )
         for seed in range(settings.seeds)

@@ -15,7 +15,8 @@ def make_dataset(
     *,
     modulus: int = 31,
     train_fraction: float = 0.5,
-    train_examples: int = 2500,
+    train_examples: int = 3000,
+    values: int = 4,
     split: Split = "unordered",
 ) -> Dataset:
     """Builds the data set of a task.
@@ -26,11 +27,12 @@ def make_dataset(
         modulus: for every task but ``s5``.
         train_fraction: for every task but ``selection``.
         train_examples: for ``selection``.
+        values: for ``selection``.
         split: for the commutative operations.
     """
     check_name("--task", task, TASKS)
     if task == "selection":
-        return selection(modulus, train_examples, seed)
+        return selection(modulus, train_examples, seed, values=values)
     if task == "s5":
         return permutation_composition(train_fraction, seed)
     return modular(task, modulus, train_fraction, seed, split)

@@ -12,27 +12,26 @@ import numpy as np
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.tasks.base import Dataset, random_generator
 
-VALUES = 4
 ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th", "9th")
 
 
-def selection(
-    modulus: int, train_examples: int, seed: int, *, test_examples: int = 2000, values: int = VALUES
-) -> Dataset:
+def selection(modulus: int, train_examples: int, seed: int, *, values: int = 4, test_examples: int = 2000) -> Dataset:
     """Random sequences of ``values`` residues and one of the ``values·(values−1)/2`` pair tokens.
 
     Args:
         modulus: p, at least 2; the residues and the answers.
         train_examples: number of distinct training sequences.
         seed: decides both sets.
+        values: number of residues before the pair token, 2 to 9.
         test_examples: number of distinct test sequences, none of them a training sequence.
-        values: number of residues before the pair token.
 
     Raises:
-        SettingError: if the modulus is below 2 or there are fewer sequences than examples asked for.
+        SettingError: if an argument is out of range or there are fewer sequences than examples asked for.
     """
     if modulus < 2:
         raise SettingError(f"--modulus {modulus} is too small: choose at least 2")
+    if not 2 <= values <= len(ORDINALS):
+        raise SettingError(f"--values {values} is outside 2 to {len(ORDINALS)}: how many residues to choose from")
     if train_examples < 1:
         raise SettingError(f"--train-examples {train_examples} is too small: choose at least 1")
     pairs = list(combinations(range(values), 2))
