@@ -72,9 +72,11 @@ def run(options: argparse.Namespace) -> None:
             train_examples=options.examples,
             depth=options.depth,
             values=options.values,
+            width=options.width,
+            mlp_width=options.mlp_width,
         )
         datasets = make_datasets(settings)
-        names = "task modulus values train_examples steps weight_decay lr batch_size precision width depth qk_norm"
+        names = "task modulus values train_examples steps weight_decay lr batch_size precision width mlp_width depth"
         key = {name: getattr(settings, name) for name in names.split()}
         for name, (decay, uniform) in arms(settings.lr, rest).items():
             if options.only and not any(part in name for part in options.only):
@@ -84,7 +86,12 @@ def run(options: argparse.Namespace) -> None:
                 continue
             data = datasets[seeds[0]]
             config = TransformerConfig(
-                data.vocabulary, data.length, data.outputs, width=settings.width, depth=settings.depth
+                data.vocabulary,
+                data.length,
+                data.outputs,
+                width=settings.width,
+                mlp_width=settings.mlp_width,
+                depth=settings.depth,
             )
             members = [Member(name, seed, decay, rest, settings.lr, uniform_attention=uniform) for seed in seeds]
             training = Training(batch_size=settings.batch_size, precision=settings.precision)
@@ -123,7 +130,17 @@ def table(options: argparse.Namespace) -> None:
     """Prints a Markdown table per group of settings, arms ordered by how soon and how often they generalise."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in read(options.path):
-        shown = ("modulus", "values", "depth", "train_examples", "weight_decay", "lr", "batch_size")
+        shown = (
+            "modulus",
+            "values",
+            "width",
+            "mlp_width",
+            "depth",
+            "train_examples",
+            "weight_decay",
+            "lr",
+            "batch_size",
+        )
         title = ", ".join(f"{name} {record['settings'][name]:g}" for name in shown)
         groups.setdefault(title, {}).setdefault(record["arm"], []).append(record)
     for title, by_arm in groups.items():
@@ -150,14 +167,16 @@ def main() -> None:
     sweep = commands.add_parser("run")
     sweep.set_defaults(action=run)
     sweep.add_argument("--out", type=Path, required=True)
-    sweep.add_argument("--rest", type=float, nargs="+", default=[1.0])
-    sweep.add_argument("--lr", type=float, default=2e-3)
+    sweep.add_argument("--rest", type=float, nargs="+", default=[3.0])
+    sweep.add_argument("--lr", type=float, default=1e-3)
     sweep.add_argument("--modulus", type=int, default=31)
-    sweep.add_argument("--examples", type=int, default=2500)
+    sweep.add_argument("--examples", type=int, default=3000)
     sweep.add_argument("--values", type=int, default=4)
+    sweep.add_argument("--width", type=int, default=128)
+    sweep.add_argument("--mlp-width", type=int, default=512)
     sweep.add_argument("--depth", type=int, default=2)
     sweep.add_argument("--batch-size", type=int, default=256)
-    sweep.add_argument("--steps", type=int, default=600)
+    sweep.add_argument("--steps", type=int, default=650)
     sweep.add_argument("--seeds", type=int, default=3)
     sweep.add_argument("--only", nargs="*", help="run arms whose name contains one of these")
     sweep.add_argument("--threads", type=int, default=2)

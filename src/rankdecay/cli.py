@@ -23,10 +23,12 @@ from rankdecay.lab.experiments.grok import PRESETS, Grok
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Make the HTML page of a run directory again."""
+    """Make the HTML page of a run directory again, or a figure for a paper."""
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories."""
+    figure: Path | None = None
+    """Draw the static figure of one run here instead: .png, .svg or .pdf."""
 
 
 def _grok(settings: Grok, command: str) -> None:
@@ -45,6 +47,13 @@ def _report(settings: Report, command: str) -> None:
 
     if not settings.directories:
         raise SettingError("report needs at least one run directory: rankdecay report runs/grok")
+    if settings.figure is not None:
+        if len(settings.directories) > 1:
+            raise SettingError(f"--figure {settings.figure} shows one run, {len(settings.directories)} were given")
+        from rankdecay.lab.report.figure import figure
+
+        print(figure(settings.directories[0], settings.figure))
+        return
     for directory in settings.directories:
         print(write_report(directory))
 

@@ -1,6 +1,6 @@
 import pytest
 
-from rankdecay.lab.report import figure
+from rankdecay.lab.report.figure import figure
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

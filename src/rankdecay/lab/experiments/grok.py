@@ -53,7 +53,7 @@ class Grok:
     """Number of values to select from, for selection."""
     split: Literal["unordered", "ordered"] = "unordered"
     """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
-    steps: int = 600
+    steps: int = 640
     """Training steps."""
     seeds: int = 3
     """Seeds per arm: 0, 1, …; a seed fixes split, initial weights and batches in every arm."""
@@ -78,7 +78,9 @@ class Grok:
     precision: Literal["float32", "mixed", "float64"] = "mixed"
     """'mixed': bfloat16 products, float32 everywhere else."""
     width: int = 128
-    """Width of the network (4 heads, MLP of 4 × width)."""
+    """Width of the network, which has 4 heads."""
+    mlp_width: int = 512
+    """Width of the MLP's hidden layer."""
     depth: int = 2
     """Layers of the network."""
     qk_norm: Literal["head", "width", "none"] = "head"
@@ -91,7 +93,7 @@ class Grok:
     """Test accuracy that counts as generalised, if the next evaluation holds it."""
     stop_when_generalised: bool = False
     """Let a member leave once two evaluations in a row reach the threshold."""
-    evaluate_every: int = 50
+    evaluate_every: int = 40
     """Steps between evaluations."""
     out: Path = Path("runs/grok")
     """Where results go; an interrupted run there is continued."""
@@ -117,6 +119,7 @@ PRESETS = {
         steps=2500,
         weight_decay=0.1,
         batch_size=512,
+        mlp_width=512,
         precision="float32",
         qk_norm="width",
         gains=True,
@@ -175,7 +178,7 @@ def check(settings: Grok) -> None:
         raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
     for name in settings.arms:
         check_name("--arms", name, ARMS)
-    for name in ("steps", "seeds", "every", "depth", "batch_size", "evaluate_every"):
+    for name in ("steps", "seeds", "every", "depth", "mlp_width", "batch_size", "evaluate_every"):
         if getattr(settings, name) < 1:
             raise SettingError(f"--{name.replace('_', '-')} {getattr(settings, name)} is too small: give at least 1")
     for name in ("strength", "smoothing", "tuned_strength", "weight_decay", "lr"):
@@ -232,7 +235,7 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: dict[int, Data
         data.outputs,
         width=settings.width,
         depth=settings.depth,
-        mlp_width=4 * settings.width,
+        mlp_width=settings.mlp_width,
         qk_norm=settings.qk_norm,
         gains=settings.gains,
         position_scale=settings.position_scale,

@@ -1,11 +1,10 @@
-"""What an experiment shows: the self-contained page of a run directory and the static figure of it."""
+"""What an experiment shows: the self-contained page of a run directory and, in `report.figure`, a static figure."""
 
 from pathlib import Path
 
 from rankdecay.lab.report.data import read_run
-from rankdecay.lab.report.figure import figure
 
-__all__ = ["figure", "read_run", "write_report"]
+__all__ = ["read_run", "write_report"]
 
 
 def write_report(directory: str | Path) -> Path:
