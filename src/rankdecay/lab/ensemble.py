@@ -30,6 +30,7 @@ from rankdecay.linalg.factored import factored_singular_values
 from rankdecay.spectrum import Spectrum, spectrum
 
 Precision = Literal["float32", "mixed", "float64"]
+MEASURED_TRAIN = 1024  # training examples an evaluation looks at: enough to see memorisation, a third of the time
 EVALUATION_ROWS = {"cpu": 512, "cuda": 8192}  # examples per member and forward pass: what fits the cache, or the launch
 
 
@@ -86,13 +87,16 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One AdamW step in place on ``(members, n)`` rows, without its decay; ``lr`` is ``(members, 1)``."""
+    """One AdamW step in place on ``(members, n)`` rows, without its decay; ``grad`` is overwritten.
+
+    ``lr`` is ``(members, 1)``.
+    """
     beta1, beta2 = betas
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     # Both bias corrections in the step size and ε: two passes over memory less, the same update.
     correction = math.sqrt(1 - beta2**step)
-    update = square.sqrt().add_(eps * correction)
+    update = torch.sqrt(square, out=grad).add_(eps * correction)
     torch.div(mean, update, out=update)
     weight.addcmul_(update, lr * (correction / (1 - beta1**step)), value=-1)
 
@@ -166,6 +170,7 @@ class Ensemble:
             (policy, torch.tensor(rows, device=device), self._column([self._strength(i) for i in rows]))
             for policy, rows in groups.items()
         ]
+        self._grad = torch.empty_like(self._weights)
         self._train_tokens, self._train_targets = self._stacked("train")
         self._test_tokens, self._test_targets = self._stacked("test")
 
@@ -215,16 +220,16 @@ class Ensemble:
             tokens, targets = self._train_tokens[member, rows], self._train_targets[member, rows]
             loss = self._loss(self.parameters, tokens, targets, self.config, self._matmul_dtype)
             grads = torch.autograd.grad(loss.sum(), list(self.parameters.values()))
-            grad = torch.cat([g.reshape(len(self.members), -1) for g in grads], dim=1)
-            self._update(grad)
+            torch.cat([g.flatten(1) for g in grads], dim=1, out=self._grad)
+            self._update()
 
     @torch.no_grad()
-    def _update(self, grad: Tensor) -> None:
+    def _update(self) -> None:
         query_key, rest = self._weights.tensor_split([self._query_key_size], dim=1)
         query_key.mul_(self._keep_query_key)
         rest.mul_(self._keep_rest)
         t = self.training
-        adamw_(self._weights, grad, self._mean, self._square, self._lr, self.step, t.betas, t.eps)
+        adamw_(self._weights, self._grad, self._mean, self._square, self._lr, self.step, t.betas, t.eps)
         for policy, rows, strength in self._low_rank:
             if self.step % policy.every == 0:
                 self.query_key[rows] = self._decayed(policy, rows, strength, policy.every)
@@ -251,14 +256,15 @@ class Ensemble:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-        """Measures every member on its whole training and test set.
+        """Measures every member on its test set and on the first `MEASURED_TRAIN` examples of its training set.
 
         Returns:
             One record per member (the keys of ``metrics.jsonl``) and the arrays of a snapshot: spectra, and what the
             last position attends to on the test set.
         """
         attention: list[Tensor] = []
-        train = self._accuracy_and_loss(self._train_tokens, self._train_targets)
+        shown = slice(MEASURED_TRAIN)
+        train = self._accuracy_and_loss(self._train_tokens[:, shown], self._train_targets[:, shown])
         test = self._accuracy_and_loss(self._test_tokens, self._test_targets, attention)
         matrices, products = self.singular_values(), self.product_singular_values()
         size, radial = self._decay_geometry()

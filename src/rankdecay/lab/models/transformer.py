@@ -112,26 +112,51 @@ def initial_parameters(config: TransformerConfig, seed: int, scale: float = 1.0)
 
 
 class _UnitRMS(torch.autograd.Function):
-    """x / rms(x) over the last dimension, with its derivative written out: half the passes over memory."""
+    """Divides by the root mean square over the last dimension, with its derivative written out.
+
+    Sums are taken in float32 or better; reading and writing other dtypes is part of the same pass over memory.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        scale = math.sqrt(x.shape[-1]) / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_accumulate(x.dtype))
+        scale = math.sqrt(x.shape[-1]) / norm.clamp_min(EPS)
         ctx.save_for_backward(x, scale)
-        return x * scale
+        return torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
         x, scale = ctx.saved_tensors
-        along = (grad * x).sum(-1, keepdim=True) * scale.pow(3) / x.shape[-1]
-        return (grad * scale).addcmul_(x, along, value=-1)
+        scaled = grad * scale  # in the dtype of the sums, whatever that of grad
+        along = (scaled * x).sum(-1, keepdim=True) * scale.pow(2) / x.shape[-1]
+        return scaled.addcmul_(x, along, value=-1).to(x.dtype), None
 
 
-def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
+class _Gather(torch.autograd.Function):
+    """Rows of a table, in the table's dtype; their gradients are summed in float32 or better."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
+        ctx.rows = table.shape[0]
+        return F.embedding(row, table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        (row,) = ctx.saved_tensors
+        wide = grad.to(_accumulate(grad.dtype))
+        summed = torch.ops.aten.embedding_dense_backward(wide, row, ctx.rows, -1, False)
+        return summed.to(grad.dtype), None
+
+
+def rms_norm(x: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Divides ``x`` by its root mean square over the last dimension; ``gain`` is (members, width)."""
-    x = _UnitRMS.apply(x)  # type: ignore[assignment]
-    return x if gain is None else x * gain.view(gain.shape[0], *([1] * (x.ndim - 2)), gain.shape[-1])
+    if gain is None:
+        return _UnitRMS.apply(x, dtype)  # type: ignore[return-value]
+    normed = _UnitRMS.apply(x, gain.dtype)
+    return (normed * gain.view(gain.shape[0], *([1] * (x.ndim - 2)), gain.shape[-1])).to(dtype)
 
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,9 +170,8 @@ def _qk_normalised(x: Tensor, gain: Tensor | None, config: TransformerConfig) ->
     if config.qk_norm == "none":
         return x
     if config.qk_norm == "width":
-        return rms_norm(x.to(_accumulate(x.dtype)), gain).to(x.dtype)
-    heads = x.to(_accumulate(x.dtype)).unflatten(-1, (config.heads, config.head_dim))
-    return rms_norm(heads, gain).to(x.dtype).flatten(-2)
+        return rms_norm(x, gain, x.dtype)
+    return rms_norm(x.unflatten(-1, (config.heads, config.head_dim)), gain, x.dtype).flatten(-2)
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -213,7 +237,7 @@ def forward(
         ``(members, batch, outputs)`` in the parameters' dtype.
     """
     members, batch, length = tokens.shape
-    width, vocabulary = config.width, config.vocabulary
+    vocabulary = config.vocabulary
     one_layer = config.depth == 1
     embedded = parameters["embedding"][:, None] + parameters["position"][:, :, None]  # (members, length, vocab, width)
     stream_dtype = embedded.dtype
@@ -221,38 +245,34 @@ def forward(
     row = row + (torch.arange(members, device=tokens.device) * (length * vocabulary))[:, None, None]
 
     def gathered(table: Tensor) -> Tensor:  # (members, length, vocab, k) -> (members, batch, length, k)
-        return F.embedding(row, table.reshape(members * length * vocabulary, -1))
+        return _Gather.apply(table.reshape(members * length * vocabulary, -1), row)  # type: ignore[return-value]
 
-    shared = vocabulary < batch
-    if shared:
-        projected = _project(
-            rms_norm(embedded, parameters.get("norm_attention.0")), parameters, 0, config, dtype, last=False
-        )
-        table = torch.cat([part.to(stream_dtype) for part in (*projected, embedded)], dim=-1)
-        *projected, x = gathered(table).split(width, dim=-1)
-        query, key, value = (part.to(dtype) for part in projected)
+    if vocabulary < batch:
+        normed = rms_norm(embedded, parameters.get("norm_attention.0"), dtype)
+        projected = _project(normed, parameters, 0, config, dtype, last=False)
+        x, query, key, value = (gathered(table) for table in (embedded, *projected))
         query = query[:, :, -1:] if one_layer else query
     else:
         x = gathered(embedded)
-        normed = rms_norm(x, parameters.get("norm_attention.0"))
+        normed = rms_norm(x, parameters.get("norm_attention.0"), dtype)
         query, key, value = _project(normed, parameters, 0, config, dtype, last=one_layer)
 
     for layer in range(config.depth):
         last = layer == config.depth - 1
         if layer:
-            normed = rms_norm(x, parameters.get(f"norm_attention.{layer}"))
+            normed = rms_norm(x, parameters.get(f"norm_attention.{layer}"), dtype)
             query, key, value = _project(normed, parameters, layer, config, dtype, last)
         mixed, weights = _attend(query, key, value, config)
         if attention is not None:
             attention.append(weights)
         if last:
             x = x[:, :, -1:]
-        x = x + linear(mixed, parameters[f"output.{layer}"], dtype).to(stream_dtype)
-        normed = rms_norm(x, parameters.get(f"norm_mlp.{layer}"))
+        x = x + linear(mixed, parameters[f"output.{layer}"], dtype)  # the stream keeps its own, wider dtype
+        normed = rms_norm(x, parameters.get(f"norm_mlp.{layer}"), dtype)
         hidden = F.silu(linear(normed, parameters[f"mlp_in.{layer}"], dtype))
-        x = x + linear(hidden, parameters[f"mlp_out.{layer}"], dtype).to(stream_dtype)
+        x = x + linear(hidden, parameters[f"mlp_out.{layer}"], dtype)
 
-    x = rms_norm(x[:, :, -1], parameters.get("norm_final"))
+    x = rms_norm(x[:, :, -1], parameters.get("norm_final"), dtype)
     return linear(x, parameters["unembedding"], dtype).to(stream_dtype)
 
 

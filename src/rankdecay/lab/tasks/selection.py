@@ -15,7 +15,7 @@ from rankdecay.lab.tasks.base import Dataset, random_generator
 ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th", "9th")
 
 
-def selection(modulus: int, train_examples: int, seed: int, *, values: int = 4, test_examples: int = 2000) -> Dataset:
+def selection(modulus: int, train_examples: int, seed: int, *, values: int = 4, test_examples: int = 1000) -> Dataset:
     """Random sequences of ``values`` residues and one of the ``values·(values−1)/2`` pair tokens.
 
     Args:
