@@ -1,6 +1,7 @@
 """The sweep behind the defaults of ``rankdecay grok``: every decay of W_Q and W_K over a range of strengths.
 
-    python benchmarks/grok_sweep.py run --rest 1 2 --out docs/data/grok_sweep.jsonl     # skips what the file has
+    python benchmarks/grok_sweep.py run --out docs/data/grok_sweep.jsonl                # skips what the file has
+    python benchmarks/grok_sweep.py run --rest 1 --only l2 smooth --out docs/data/grok_sweep.jsonl
     python benchmarks/grok_sweep.py table docs/data/grok_sweep.jsonl
 
 One line per run: settings, test accuracy at every evaluation, ranks and norms at the end. The file is appended to and
@@ -23,6 +24,7 @@ from rankdecay.lab.experiments.grok import Grok, make_datasets, steps_to_hold
 from rankdecay.lab.models.transformer import TransformerConfig
 
 Arm = tuple[Decay | None, bool]
+EVALUATE_EVERY = 40
 
 
 def absolute(rule: Any, amount: float, **options: Any) -> LowRank:
@@ -37,7 +39,7 @@ def arms(lr: float, rest: float) -> dict[str, Arm]:
         "uniform_attention": (None, True),
         "l2 usual": (Frobenius(rest), False),
     }
-    for share in (0.01, 0.03, 0.1, 0.2, 0.4):
+    for share in (0.01, 0.03, 0.06, 0.1, 0.2, 0.4):
         table[f"l2 {share:g}"] = (Frobenius(share / lr), False)
     for amount in (0.005, 0.01, 0.02, 0.04):
         table[f"newton_schulz absolute {amount:g}"] = (absolute("newton_schulz", amount), False)
@@ -98,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
             ensemble = Ensemble(config, members, [datasets[seed] for seed in seeds], training)
             history: dict[int, list[dict[str, Any]]] = {seed: [] for seed in seeds}
             while ensemble.step < settings.steps:
-                ensemble.train(50)
+                ensemble.train(EVALUATE_EVERY)
                 for record in ensemble.evaluate()[0]:
                     history[record["seed"]].append(record)
             with options.out.open("a") as file:
@@ -176,7 +178,7 @@ def main() -> None:
     sweep.add_argument("--mlp-width", type=int, default=512)
     sweep.add_argument("--depth", type=int, default=2)
     sweep.add_argument("--batch-size", type=int, default=256)
-    sweep.add_argument("--steps", type=int, default=650)
+    sweep.add_argument("--steps", type=int, default=640)
     sweep.add_argument("--seeds", type=int, default=3)
     sweep.add_argument("--only", nargs="*", help="run arms whose name contains one of these")
     sweep.add_argument("--threads", type=int, default=2)
