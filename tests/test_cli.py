@@ -386,3 +386,15 @@ def test_a_kill_before_the_page_was_made_leaves_it_to_the_next_time(tmp_path, mo
     assert (tmp_path / "run" / "summary.json").exists()
     assert cli.main(grok(tmp_path / "run", "--quiet")) == 0
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_report_draws_a_figure_of_one_run(tmp_path, capsys):
+    out = tmp_path / "run"
+    options = "--steps 2 --evaluate-every 1 --seeds 1 --width 8 --mlp-width 8 --depth 1 --batch-size 8 --modulus 5"
+    arguments = ["grok", *options.split(), "--task", "add", "--arms", "none", "--device", "cpu", "--quiet"]
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    picture = tmp_path / "figure.svg"
+    assert cli.main(["report", str(out), "--figure", str(picture)]) == 0
+    assert picture.read_text(encoding="utf-8").startswith("<?xml")
+    assert cli.main(["report", str(out), str(out), "--figure", str(picture)]) == 2
+    assert "shows one run" in capsys.readouterr().err

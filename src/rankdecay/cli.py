@@ -45,16 +45,17 @@ def _grok(settings: Grok, command: str) -> None:
 def _report(settings: Report, command: str) -> None:
     from rankdecay.lab.report import write_report
 
-    if not settings.directories:
+    directories: Sequence[Path] = settings.directories
+    if not directories:
         raise SettingError("report needs at least one run directory: rankdecay report runs/grok")
     if settings.figure is not None:
-        if len(settings.directories) > 1:
-            raise SettingError(f"--figure {settings.figure} shows one run, {len(settings.directories)} were given")
+        if len(directories) > 1:
+            raise SettingError(f"--figure {settings.figure} shows one run, {len(directories)} were given")
         from rankdecay.lab.report.figure import figure
 
-        print(figure(settings.directories[0], settings.figure))
+        print(figure(directories[0], settings.figure))
         return
-    for directory in settings.directories:
+    for directory in directories:
         print(write_report(directory))
 
 

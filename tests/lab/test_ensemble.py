@@ -481,12 +481,29 @@ def test_lower_precision_follows_the_same_course(precision):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler
 @pytest.mark.skipif(not compiler_available("cpu"), reason="no C++ compiler for torch.compile on this machine")
 def test_compiled_is_eager_within_rounding():
+    from torch._dynamo.utils import counters
+
     config = replace(CONFIG, depth=1)
     members = [MEMBERS[0], MEMBERS[4]]
     training = replace(PRECISE, precision="float32")
     eager = ensemble(members, config=config, training=training)
     compiled = ensemble(members, config=config, training=replace(training, compile=True))
-    for trained in (eager, compiled):
-        trained.train(10)
+    eager.train(10)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled.train(10)
+    assert counters["stats"]["unique_graphs"] == 1, "one graph, compiled once"
+    assert not counters["graph_break"]
     for i in range(2):
         assert_equal_weights(weights(compiled, i), weights(eager, i), atol=1e-4)
+
+
+def test_without_a_compiler_it_trains_eagerly(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not compiler_available("cpu")
+    members = [MEMBERS[0]]
+    asked = ensemble(members, training=replace(PRECISE, compile=True))
+    eager = ensemble(members)
+    for trained in (asked, eager):
+        trained.train(3)
+    assert_equal_weights(weights(asked, 0), weights(eager, 0), atol=0.0)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rankdecay.lab.tasks import Dataset
 
 Record = dict[str, Any]
+COMPILE_FROM = 30_000  # member-steps on a CPU from which compiling, about half a minute, pays
 ARMS = ("none", "l2", "l2_tuned", "low_rank", "prototype", "uniform_attention")
 
 
@@ -100,7 +101,7 @@ class Grok:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; 'auto' uses it on a GPU."""
+    """torch.compile, where there is a compiler; 'auto' uses it on a GPU and for runs long enough to repay it."""
     quiet: bool = False
     """No progress and no table."""
     json: bool = False
@@ -241,11 +242,12 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: dict[int, Data
         position_scale=settings.position_scale,
     )
     on_gpu = device.startswith("cuda")
+    work = len(arms) * len(datasets) * settings.steps
     training = Training(
         batch_size=settings.batch_size,
         precision=settings.precision,
         device=device,
-        compile=settings.compile == "on" or (settings.compile == "auto" and on_gpu),
+        compile=settings.compile == "on" or (settings.compile == "auto" and (on_gpu or work >= COMPILE_FROM)),
     )
     members = [
         Member(arm.name, seed, arm.decay, settings.weight_decay, settings.lr, uniform_attention=arm.uniform_attention)

@@ -1,0 +1,47 @@
+"""The public API as a user meets it: `import rankdecay as rd`, and the README's example."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rankdecay as rd
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, rankdecay; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", rd.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    assert getattr(rd, name).__doc__
+
+
+def test_spectrum_stays_the_function_whatever_is_imported_first():
+    code = (
+        "import rankdecay.spectrum, rankdecay as rd, torch\n"
+        "assert rd.spectrum(torch.eye(3)).stable_rank == 3\n"
+        "from rankdecay.spectrum import Spectrum\n"
+        "assert rd.Spectrum is Spectrum"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(AttributeError, match="soft_threshold"):
+        rd.softthreshold  # noqa: B018
+
+
+def test_the_readme_example_runs_and_lowers_the_rank(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 1
+    exec(blocks[0], {})
+    first, last = (float(line.split("(")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines())
+    assert first > 50
+    assert last < 60  # of 128 singular values, the others are exactly zero
