@@ -19,11 +19,8 @@ from typing import Any
 import torch
 
 from rankdecay.decay import Decay, Frobenius, LowRank
-from rankdecay.lab.ensemble import Ensemble, Member, Training
-from rankdecay.lab.experiments.grok import Grok, make_datasets, steps_to_hold
-from rankdecay.lab.models.transformer import TransformerConfig
+from rankdecay.lab.experiments.grok import Arm, Grok, make_datasets, make_ensembles, steps_to_hold
 
-Arm = tuple[Decay | None, bool]
 EVALUATE_EVERY = 40
 
 
@@ -32,9 +29,12 @@ def absolute(rule: Any, amount: float, **options: Any) -> LowRank:
     return LowRank(amount, rule=rule, scale="absolute", lr_coupled=False, **options)
 
 
-def arms(lr: float, rest: float) -> dict[str, Arm]:
-    """Every arm by name. L2 and relative strengths are named by what they take per step, lr times strength."""
-    table: dict[str, Arm] = {
+def treatments(lr: float, rest: float) -> dict[str, tuple[Decay | None, bool]]:
+    """Decay, and whether attention is held uniform, of every arm by name.
+
+    L2 and relative strengths are named by what they take per step, lr times strength.
+    """
+    table: dict[str, tuple[Decay | None, bool]] = {
         "none": (None, False),
         "uniform_attention": (None, True),
         "l2 usual": (Frobenius(rest), False),
@@ -80,24 +80,14 @@ def run(options: argparse.Namespace) -> None:
         datasets = make_datasets(settings)
         names = "task modulus values train_examples steps weight_decay lr batch_size precision width mlp_width depth"
         key = {name: getattr(settings, name) for name in names.split()}
-        for name, (decay, uniform) in arms(settings.lr, rest).items():
+        for name, (decay, uniform) in treatments(settings.lr, rest).items():
             if options.only and not any(part in name for part in options.only):
                 continue
             seeds = [seed for seed in datasets if (name, seed, json.dumps(key)) not in done]
             if not seeds:
                 continue
-            data = datasets[seeds[0]]
-            config = TransformerConfig(
-                data.vocabulary,
-                data.length,
-                data.outputs,
-                width=settings.width,
-                mlp_width=settings.mlp_width,
-                depth=settings.depth,
-            )
-            members = [Member(name, seed, decay, rest, settings.lr, uniform_attention=uniform) for seed in seeds]
-            training = Training(batch_size=settings.batch_size, precision=settings.precision)
-            ensemble = Ensemble(config, members, [datasets[seed] for seed in seeds], training)
+            arm = Arm(name, "", decay, uniform)
+            (ensemble,) = make_ensembles(settings, [arm], {seed: datasets[seed] for seed in seeds}, "cpu")
             history: dict[int, list[dict[str, Any]]] = {seed: [] for seed in seeds}
             while ensemble.step < settings.steps:
                 ensemble.train(EVALUATE_EVERY)

@@ -45,18 +45,18 @@ def _grok(settings: Grok, command: str) -> None:
 def _report(settings: Report, command: str) -> None:
     from rankdecay.lab.report import write_report
 
-    directories: Sequence[Path] = settings.directories
+    directories = list(settings.directories)
     if not directories:
         raise SettingError("report needs at least one run directory: rankdecay report runs/grok")
-    if settings.figure is not None:
-        if len(directories) > 1:
-            raise SettingError(f"--figure {settings.figure} shows one run, {len(directories)} were given")
-        from rankdecay.lab.report.figure import figure
-
-        print(figure(directories[0], settings.figure))
+    if settings.figure is None:
+        for directory in directories:
+            print(write_report(directory))
         return
-    for directory in directories:
-        print(write_report(directory))
+    if len(directories) > 1:
+        raise SettingError(f"--figure {settings.figure} shows one run, {len(directories)} were given")
+    from rankdecay.lab.report.figure import figure
+
+    print(figure(directories[0], settings.figure))
 
 
 def _preset(arguments: Sequence[str]) -> Grok:
