@@ -398,3 +398,22 @@ def test_report_draws_a_figure_of_one_run(tmp_path, capsys):
     assert picture.read_text(encoding="utf-8").startswith("<?xml")
     assert cli.main(["report", str(out), str(out), "--figure", str(picture)]) == 2
     assert "shows one run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--train-fraction 1.5", ["1.5", "(0, 1)"]),  # also for a task that takes no fraction
+        ("--train-fraction 0.3", ["0.3", "selection", "--train-examples"]),
+        ("--task add --train-examples 100", ["100", "add", "--train-fraction"]),
+        ("--task s5 --modulus 7", ["7", "s5", "leave it out"]),
+        ("--values 1", ["1", "2 to 9"]),
+        ("--every 0", ["--every 0", "at least 1"]),
+    ],
+)
+def test_an_option_that_would_be_ignored_or_cannot_work_is_refused(options, words, tmp_path, capsys):
+    assert cli.main(["grok", *options.split(), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "run").exists()

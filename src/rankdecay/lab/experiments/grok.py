@@ -131,6 +131,7 @@ PRESETS = {
         out=Path("runs/grok-prototype"),
     ),
 }
+UNUSED = {"selection": ("train_fraction",), "s5": ("modulus", "train_examples", "values")}
 NOT_IDENTITY = ("out", "device", "compile", "quiet", "json")  # settings that do not change what a run computes
 
 
@@ -175,6 +176,14 @@ def check(settings: Grok) -> None:
     from rankdecay.lab.tasks import TASKS
 
     check_name("--task", settings.task, TASKS)
+    if not 0 < settings.train_fraction < 1:
+        raise SettingError(f"--train-fraction {settings.train_fraction} is outside (0, 1): give a share such as 0.5")
+    for name in UNUSED.get(settings.task, ("train_examples", "values")):
+        if getattr(settings, name) != getattr(PRESETS["default"], name):
+            use = "--train-examples" if name == "train_fraction" else "--train-fraction"
+            remedy = f"use {use}" if name.startswith("train") else "leave it out"
+            option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
+            raise SettingError(f"{option} has no effect on --task {settings.task}: {remedy}")
     if not settings.arms:
         raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
     for name in settings.arms:
