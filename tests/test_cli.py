@@ -157,7 +157,8 @@ def test_help_answers_at_once_and_without_torch(arguments):
         "print(sorted(heavy), file=sys.stderr)\nsys.exit(code or bool(heavy))"
     )
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    call = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "grok" in done.stdout
     assert time.monotonic() - start < 5  # half a second on an idle machine
