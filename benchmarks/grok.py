@@ -30,6 +30,7 @@ from rankdecay.lab.experiments.grok import PRESETS, Grok, make_arms, make_datase
 from rankdecay.lab.machine import describe_machine
 
 EVALUATE_EVERY = 200
+BLOCKS, BLOCK_STEPS = 30, 4
 
 
 def build(
@@ -86,7 +87,6 @@ def speed(arguments: argparse.Namespace) -> list[dict[str, object]]:
         for name, options in {
             precision: {},
             f"{precision}, compiled": {"compile": True} if compiled else None,
-            f"{precision}, no decay": {"decay": False},
         }.items():
             if options is None:
                 continue
@@ -103,11 +103,24 @@ def speed(arguments: argparse.Namespace) -> list[dict[str, object]]:
         if arguments.peer:
             peer = times["prototype's loop"]
             row["times_faster"] = statistics.median(p / s for p, s in zip(peer, seconds, strict=True))
-        without = times.get(f"{name.split(',')[0]}, no decay")
-        if without and "," not in name:
-            row["decay_share"] = statistics.median(1 - w / s for w, s in zip(without, seconds, strict=True))
+        if name in ("float32", "mixed"):
+            row["decay_share"] = decay_share(settings, members, name, device)
         rows.append(row)
     return rows
+
+
+def decay_share(settings: Grok, members: int, precision: str, device: str) -> float:
+    """The decay's share of a step: short blocks with and without it in turn, so that drift falls on both alike."""
+    ensembles = [build(settings, members, precision, device, decay=decay) for decay in (True, False)]
+    blocks: list[list[float]] = [[], []]
+    for _ in range(BLOCKS):
+        for ensemble, seconds in zip(ensembles, blocks, strict=True):
+            synchronise(device)
+            start = time.perf_counter()
+            ensemble.train(BLOCK_STEPS)
+            synchronise(device)
+            seconds.append(time.perf_counter() - start)
+    return 1 - statistics.median(blocks[1]) / statistics.median(blocks[0])
 
 
 def curves(arguments: argparse.Namespace) -> list[dict[str, object]]:

@@ -166,10 +166,11 @@ class Ensemble:
             if isinstance(member.decay, LowRank) and member.decay.strength:
                 groups[replace(member.decay, strength=0.0)].append(index)
         device = self.training.device
-        self._low_rank = [
-            (policy, torch.tensor(rows, device=device), self._column([self._strength(i) for i in rows]))
-            for policy, rows in groups.items()
-        ]
+        self._low_rank: list[tuple[LowRank, slice | Tensor, Tensor]] = []
+        for policy, rows in groups.items():
+            everyone = len(rows) == len(self.members)  # a slice needs no gathered copy
+            which = slice(None) if everyone else torch.tensor(rows, device=device)
+            self._low_rank.append((policy, which, self._column([self._strength(i) for i in rows])))
         self._grad = torch.empty_like(self._weights)
         self._train_tokens, self._train_targets = self._stacked("train")
         self._test_tokens, self._test_targets = self._stacked("test")
@@ -234,14 +235,15 @@ class Ensemble:
             if self.step % policy.every == 0:
                 self.query_key[rows] = self._decayed(policy, rows, strength, policy.every)
 
-    def _decayed(self, policy: LowRank, rows: Tensor, strength: Tensor, steps: int) -> Tensor:
+    def _decayed(self, policy: LowRank, rows: slice | Tensor, strength: Tensor, steps: int) -> Tensor:
         """Queries and keys of ``rows`` after ``steps`` steps' worth of decay."""
-        weight = self.query_key[rows]
+        stack = self.query_key[rows]
+        weight = stack
         if policy.unit == "head":
-            weight = weight.unflatten(-2, (self.config.heads, self.config.head_dim))
+            weight = stack.unflatten(-2, (self.config.heads, self.config.head_dim))
         ones = [1] * (weight.ndim - 3)
         tau = policy.threshold(weight, self._lr[rows].view(-1, *ones), strength.view(-1, *ones))
-        return shrink(weight, steps * tau, policy.rule, smoothing=policy.smoothing).view_as(self.query_key[rows])
+        return shrink(weight, steps * tau, policy.rule, smoothing=policy.smoothing).view(stack.shape)
 
     def retain(self, keep: Sequence[bool]) -> None:
         """Drops the members for which ``keep`` is false; the others go on as if nothing had happened."""
