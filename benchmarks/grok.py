@@ -7,9 +7,9 @@
 
 The work is the prototype's own: addition mod 113, ordered split at 0.5, two layers of width 128, full-width QK-norm
 with gains, batch 512, its Newton–Schulz decay on W_Q and W_K, the whole test set evaluated every 200 steps (ours
-evaluates the training set and the spectra as well). Rounds of every variant are interleaved, because these machines
-drift; the table gives the median over rounds and the median of the ratio to the peer's round beside it. The prototype's
-dependencies (seaborn, tqdm) have to be installed for ``--peer``; its code is read from PATH and never copied.
+evaluates part of the training set and the spectra as well). Rounds of every variant are interleaved, because these
+machines drift; the table gives the median over rounds and the median of the ratio to the peer's round beside it. The
+prototype's dependencies (seaborn, tqdm) have to be installed for ``--peer``; its code is read from PATH, never copied.
 """
 
 import argparse
