@@ -174,10 +174,10 @@ def make_arms(settings: Grok) -> list[Arm]:
 def check(settings: Grok) -> None:
     """Raises a `SettingError` for settings that cannot work, before anything is built or written."""
     from rankdecay.lab.tasks import TASKS
+    from rankdecay.lab.tasks.base import check_fraction
 
     check_name("--task", settings.task, TASKS)
-    if not 0 < settings.train_fraction < 1:
-        raise SettingError(f"--train-fraction {settings.train_fraction} is outside (0, 1): give a share such as 0.5")
+    check_fraction(settings.train_fraction)
     for name in UNUSED.get(settings.task, ("train_examples", "values")):
         if getattr(settings, name) != getattr(PRESETS["default"], name):
             use = "--train-examples" if name == "train_fraction" else "--train-fraction"

@@ -44,6 +44,12 @@ def random_generator(seed: int, purpose: str, *index: int) -> np.random.Generato
     return np.random.default_rng([seed, *purpose.encode(), *index])
 
 
+def check_fraction(fraction: float) -> None:
+    """Raises a `SettingError` unless ``fraction`` is in (0, 1)."""
+    if not 0 < fraction < 1:
+        raise SettingError(f"--train-fraction {fraction} is outside (0, 1): give a share such as 0.5")
+
+
 def split_by_class(
     tokens: np.ndarray, targets: np.ndarray, classes: np.ndarray, fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -62,8 +68,7 @@ def split_by_class(
     Raises:
         SettingError: if ``fraction`` leaves the training or the test set empty.
     """
-    if not 0 < fraction < 1:
-        raise SettingError(f"--train-fraction {fraction} is outside (0, 1): give a share such as 0.5")
+    check_fraction(fraction)
     labels, inverse = np.unique(classes, return_inverse=True)
     chosen = round(fraction * len(labels))
     if chosen in (0, len(labels)):
