@@ -9,11 +9,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rankdecay.attention import AttentionLayer, AttentionNames, MatrixView, find_attention
     from rankdecay.decay.policy import Frobenius, LowRank
     from rankdecay.linalg import polar, soft_threshold
     from rankdecay.spectrum import Spectrum, spectrum
 
 _HOME = {
+    "AttentionLayer": "rankdecay.attention",
+    "AttentionNames": "rankdecay.attention",
+    "MatrixView": "rankdecay.attention",
+    "find_attention": "rankdecay.attention",
     "Frobenius": "rankdecay.decay.policy",
     "LowRank": "rankdecay.decay.policy",
     "Spectrum": "rankdecay.spectrum",
@@ -22,7 +27,18 @@ _HOME = {
     "spectrum": "rankdecay.spectrum",
 }
 
-__all__ = ["Frobenius", "LowRank", "Spectrum", "polar", "soft_threshold", "spectrum"]
+__all__ = [
+    "AttentionLayer",
+    "AttentionNames",
+    "Frobenius",
+    "LowRank",
+    "MatrixView",
+    "Spectrum",
+    "find_attention",
+    "polar",
+    "soft_threshold",
+    "spectrum",
+]
 
 
 def __getattr__(name: str) -> Any:

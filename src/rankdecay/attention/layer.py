@@ -1,0 +1,213 @@
+"""One attention layer, and the window through which each of its four matrices is seen in a parameter.
+
+Every model stores W_Q, W_K, W_V and W_O its own way: one parameter each, all in one, transposed, interleaved head by
+head. A :class:`Window` says where one matrix lies, in numbers alone, so that it can be kept in an optimizer's
+parameter group, and opens it as a strided view. Seen through its window every matrix is (out, in): a query is
+``x @ W_Q.T + b``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from torch import Tensor
+
+Role = Literal["query", "key", "value", "output"]
+
+_WINDOW = re.compile(
+    r"(?P<lines>rows|columns)\[(?P<start>\d+):(?P<stop>\d+)\]/(?P<size>\d+)"
+    r"(?P<groups>\*\d+)? by (?P<head_dim>\d+)(?P<transposed> transposed)?"
+)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where one attention matrix lies in a 2-D parameter.
+
+    The parameter, transposed if it is stored as (in, out), is cut into lines: its rows for W_Q, W_K and W_V, its
+    columns for W_O, since those are the sides that the heads share out. The lines fall into ``groups`` equal groups of
+    ``size``, and the matrix takes lines ``start`` to ``stop`` of every group, ``head_dim`` lines per head.
+
+    ==================================  =================================
+    GPT-2's key, 12 heads of 64         rows[768:1536]/2304 by 64 transposed
+    GPT-NeoX's, one group per head      rows[64:128]/192*12 by 64
+    Llama's output, 32 heads of 128     columns[0:4096]/4096 by 128
+    ==================================  =================================
+
+    Attributes:
+        lines: ``"rows"`` or ``"columns"``.
+        start: first line of each group, inclusive.
+        stop: last line of each group, exclusive.
+        size: lines in a group.
+        groups: number of groups; the parameter has ``groups · size`` lines.
+        head_dim: lines per head.
+        transposed: whether the parameter is stored as (in, out), as Conv1D does.
+    """
+
+    lines: Literal["rows", "columns"]
+    start: int
+    stop: int
+    size: int
+    head_dim: int
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def num_heads(self) -> int:
+        """Number of heads the matrix holds."""
+        return self.groups * (self.stop - self.start) // self.head_dim
+
+    def __str__(self) -> str:
+        groups = f"*{self.groups}" if self.groups > 1 else ""
+        turned = " transposed" if self.transposed else ""
+        return f"{self.lines}[{self.start}:{self.stop}]/{self.size}{groups} by {self.head_dim}{turned}"
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def parse(text: str) -> Window:
+        """Returns the window that ``str(window)`` describes.
+
+        Raises:
+            ValueError: If the text is not one.
+        """
+        found = _WINDOW.fullmatch(text)
+        if not found:
+            raise ValueError(f"{text!r} is not a window such as 'rows[0:768]/2304 by 64 transposed'.")
+        return Window(
+            lines="rows" if found["lines"] == "rows" else "columns",
+            start=int(found["start"]),
+            stop=int(found["stop"]),
+            size=int(found["size"]),
+            head_dim=int(found["head_dim"]),
+            groups=int((found["groups"] or "*1")[1:]),
+            transposed=found["transposed"] is not None,
+        )
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        """Returns the whole matrix, (out, in); a view when it is contiguous in the parameter."""
+        blocks = self._blocks(parameter)
+        return self._upright(blocks.reshape(-1, blocks.shape[-1]))
+
+    def heads(self, parameter: Tensor) -> Tensor:
+        """Returns one matrix per head: (heads, head_dim, in), or (heads, out, head_dim) for W_O."""
+        blocks = self._blocks(parameter)
+        return self._upright(blocks.reshape(-1, *blocks.shape[-2:]))
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        """Copies ``value``, shaped as :meth:`matrix` or :meth:`heads`, to its place in the parameter."""
+        blocks = self._blocks(parameter)
+        blocks.copy_(self._upright(value).reshape(blocks.shape))
+
+    def vector(self, bias: Tensor) -> Tensor:
+        """Returns the part of a bias (out,) that belongs to the matrix."""
+        if self.lines == "columns":
+            return bias
+        return bias.unflatten(0, (self.groups, self.size))[:, self.start : self.stop].reshape(-1)
+
+    def _upright(self, lines: Tensor) -> Tensor:
+        return lines if self.lines == "rows" else lines.mT
+
+    def _blocks(self, parameter: Tensor) -> Tensor:
+        """The strided view (groups, heads per group, head_dim, length of a line); never a copy."""
+        if parameter.ndim != 2:
+            raise ValueError(
+                f"the parameter has shape {tuple(parameter.shape)}, expected a matrix with {self.groups * self.size} "
+                f"{self.lines} for the window {self}." + (_FLATTENED if parameter.ndim == 1 else "")
+            )
+        lines = parameter if (self.lines == "rows") != self.transposed else parameter.mT
+        if lines.shape[0] != self.groups * self.size:
+            raise ValueError(
+                f"the parameter has shape {tuple(parameter.shape)}, which does not have the "
+                f"{self.groups * self.size} {self.lines} of the window {self}: it is not the parameter the window was "
+                "made for. Build the groups with rankdecay.param_groups on the model as it is now."
+            )
+        cut = lines.unflatten(0, (self.groups, self.size))[:, self.start : self.stop]
+        return cut.unflatten(1, (-1, self.head_dim))
+
+
+_FLATTENED = (
+    " It has been flattened, as DeepSpeed ZeRO and FSDP1 do, and the shape of its matrix is gone; shard with FSDP2 "
+    "(torch.distributed.fsdp.fully_shard), which keeps parameters as matrices."
+)
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """W_Q, W_K, W_V or W_O of one layer, wherever and however it is stored.
+
+    Attributes:
+        role: ``"query"``, ``"key"``, ``"value"`` or ``"output"``.
+        parameter_name: name of the parameter that holds it, as in ``model.named_parameters()``.
+        window: where in the parameter.
+        weight: returns the parameter's present value; with the adapters' contribution for a PEFT model.
+        bias_vector: returns the matrix's part of its bias, if there is one.
+    """
+
+    role: Role
+    parameter_name: str
+    window: Window
+    weight: Callable[[], Tensor]
+    bias_vector: Callable[[], Tensor] | None = None
+
+    def tensor(self) -> Tensor:
+        """Returns the matrix as it is now, detached, (out, in): a query is ``x @ W_Q.T + b``."""
+        return self.window.matrix(self.weight().detach())
+
+    def heads(self) -> Tensor:
+        """Returns one matrix per head, detached: (heads, head_dim, in), or (heads, out, head_dim) for the output."""
+        return self.window.heads(self.weight().detach())
+
+    def bias(self) -> Tensor | None:
+        """Returns the matrix's bias (out,), detached, or None if it has none."""
+        return None if self.bias_vector is None else self.bias_vector().detach()
+
+    @property
+    def num_heads(self) -> int:
+        """Heads in this matrix; fewer for keys and values than for queries under grouped-query attention."""
+        return self.window.num_heads
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.tensor().shape
+        return rows, columns
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The four matrices of one attention module.
+
+    Attributes:
+        name: path of the module in the model.
+        query: W_Q, (num_heads · head_dim, d).
+        key: W_K, (num_key_value_heads · head_dim, d).
+        value: W_V, (num_key_value_heads · its head size, d).
+        output: W_O, (d, num_heads · head size of the values); None if the module has no output projection.
+        head_dim: size of a query's and a key's head.
+    """
+
+    name: str
+    query: MatrixView
+    key: MatrixView
+    value: MatrixView
+    output: MatrixView | None
+    head_dim: int
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads."""
+        return self.query.num_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Number of key and value heads; head i of the queries meets head i // (num_heads / this) of the keys."""
+        return self.key.num_heads
+
+    @property
+    def views(self) -> tuple[MatrixView, ...]:
+        """Query, key, value and, where there is one, output."""
+        return tuple(view for view in (self.query, self.key, self.value, self.output) if view is not None)
