@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionLayer, AttentionNames, MatrixView, find_attention
+    from rankdecay.decay.attach import Attachment, attach
+    from rankdecay.decay.groups import param_groups
     from rankdecay.decay.policy import Frobenius, LowRank
     from rankdecay.linalg import polar, soft_threshold
     from rankdecay.spectrum import Spectrum, spectrum
 
 _HOME = {
+    "Attachment": "rankdecay.decay.attach",
     "AttentionLayer": "rankdecay.attention",
     "AttentionNames": "rankdecay.attention",
     "MatrixView": "rankdecay.attention",
+    "attach": "rankdecay.decay.attach",
     "find_attention": "rankdecay.attention",
+    "param_groups": "rankdecay.decay.groups",
     "Frobenius": "rankdecay.decay.policy",
     "LowRank": "rankdecay.decay.policy",
     "Spectrum": "rankdecay.spectrum",
@@ -28,13 +33,16 @@ _HOME = {
 }
 
 __all__ = [
+    "Attachment",
     "AttentionLayer",
     "AttentionNames",
     "Frobenius",
     "LowRank",
     "MatrixView",
     "Spectrum",
+    "attach",
     "find_attention",
+    "param_groups",
     "polar",
     "soft_threshold",
     "spectrum",

@@ -19,6 +19,7 @@ from torch import Tensor
 Role = Literal["query", "key", "value", "output"]
 
 _WINDOW = re.compile(
+    r"(?:(?P<label>query|key|value|output): )?"
     r"(?P<lines>rows|columns)\[(?P<start>\d+):(?P<stop>\d+)\]/(?P<size>\d+)"
     r"(?P<groups>\*\d+)? by (?P<head_dim>\d+)(?P<transposed> transposed)?"
 )
@@ -46,6 +47,7 @@ class Window:
         groups: number of groups; the parameter has ``groups · size`` lines.
         head_dim: lines per head.
         transposed: whether the parameter is stored as (in, out), as Conv1D does.
+        label: which matrix it is, for a reader; empty where the parameter holds one alone.
     """
 
     lines: Literal["rows", "columns"]
@@ -55,6 +57,12 @@ class Window:
     head_dim: int
     groups: int = 1
     transposed: bool = False
+    label: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the matrix is all of the parameter."""
+        return self.stop - self.start == self.size
 
     @property
     def num_heads(self) -> int:
@@ -64,7 +72,8 @@ class Window:
     def __str__(self) -> str:
         groups = f"*{self.groups}" if self.groups > 1 else ""
         turned = " transposed" if self.transposed else ""
-        return f"{self.lines}[{self.start}:{self.stop}]/{self.size}{groups} by {self.head_dim}{turned}"
+        label = f"{self.label}: " if self.label else ""
+        return f"{label}{self.lines}[{self.start}:{self.stop}]/{self.size}{groups} by {self.head_dim}{turned}"
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -85,6 +94,7 @@ class Window:
             head_dim=int(found["head_dim"]),
             groups=int((found["groups"] or "*1")[1:]),
             transposed=found["transposed"] is not None,
+            label=found["label"] or "",
         )
 
     def matrix(self, parameter: Tensor) -> Tensor:
@@ -116,7 +126,7 @@ class Window:
         if parameter.ndim != 2:
             raise ValueError(
                 f"the parameter has shape {tuple(parameter.shape)}, expected a matrix with {self.groups * self.size} "
-                f"{self.lines} for the window {self}." + (_FLATTENED if parameter.ndim == 1 else "")
+                f"{self.lines} for the window {self}." + (FLATTENED if parameter.ndim == 1 else "")
             )
         lines = parameter if (self.lines == "rows") != self.transposed else parameter.mT
         if lines.shape[0] != self.groups * self.size:
@@ -129,7 +139,8 @@ class Window:
         return cut.unflatten(1, (-1, self.head_dim))
 
 
-_FLATTENED = (
+#: What to say when a parameter that should be a matrix is a vector.
+FLATTENED = (
     " It has been flattened, as DeepSpeed ZeRO and FSDP1 do, and the shape of its matrix is gone; shard with FSDP2 "
     "(torch.distributed.fsdp.fully_shard), which keeps parameters as matrices."
 )

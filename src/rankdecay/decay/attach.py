@@ -1,0 +1,398 @@
+"""The hook that joins a decay to any torch optimizer.
+
+``optimizer.register_step_post_hook`` runs after each step, the order of proximal gradient descent: first the gradient
+step, then the shrinkage. Everything the hook does it reads from the parameter groups at that moment
+(:mod:`rankdecay.decay.groups`), so a scheduler, a changed strength, a loaded state and swapped parameters all count.
+
+Three things are less obvious:
+
+* **every=k** applies what k steps have gathered: Σ lr over the steps since the last time, so that a schedule inside the
+  cycle counts exactly, and a run resumed in mid-cycle continues it.
+* **A skipped step.** Under ``GradScaler`` a fused optimizer's ``step`` runs, hooks included, also when gradients
+  overflowed; its ``found_inf`` is then 1. It multiplies the decay away on the device, since reading it would wait for
+  the device.
+* **16-bit weights** are rounded stochastically, because a decay is far below their last digit
+  (:mod:`rankdecay.linalg.rounding`). The random numbers come from the step's count alone: they leave the global
+  generators untouched, and agree between replicas and after a resume.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple, NoReturn, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rankdecay.attention.layer import FLATTENED, Window
+from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, windows_in
+from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.decay.roles import ROLES
+from rankdecay.decay.table import Row, table
+from rankdecay.linalg import Backend, shrink
+from rankdecay.linalg.polar import check_name
+from rankdecay.linalg.rounding import stochastic_round
+
+#: Optimizers of torch whose ``weight_decay`` goes through the gradient whatever the group says.
+_COUPLED = (
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.Rprop,
+)
+
+#: Most elements stacked in one call of ``shrink``: bounds the memory of a step, 134 MB of float32 and some copies.
+_STACKED = {"cpu": 2**25, "cuda": 2**28}
+
+_attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+def attach(optimizer: Optimizer, backend: Backend = "auto") -> Attachment:
+    """Makes an optimizer decay as its parameter groups say, after each of its steps.
+
+    Copying or pickling an optimizer drops its hooks, and PyTorch does not say so: attach to the copy. Attach before or
+    after ``load_state_dict``; the loaded groups count, strengths included, as they do for ``lr``. A parameter without
+    a gradient is left alone, as AdamW does.
+
+    Args:
+        optimizer: built from the groups of :func:`rankdecay.param_groups`; any class. A wrapper of Accelerate or
+            Lightning is seen through.
+        backend: ``"exact"``, ``"matmul"``, or ``"auto"``: exact on a CPU up to 1024 × 1024, products elsewhere, so that
+            a step never waits for the device.
+
+    Returns:
+        An :class:`Attachment`; keep it to describe or detach the decay. The optimizer keeps it alive.
+
+    Raises:
+        TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer``.
+        ValueError: If no group comes from :func:`rankdecay.param_groups`, if the optimizer is attached already, if
+            another attached optimizer decays one of its parameters, or if a group's keys are not valid.
+
+    Example:
+        >>> import rankdecay as rd
+        >>> model = torch.nn.MultiheadAttention(8, 2)
+        >>> optimizer = torch.optim.SGD(rd.param_groups(model, query_key=rd.LowRank(0.1)), lr=0.1)
+        >>> attachment = rd.attach(optimizer)
+    """
+    return Attachment(_unwrapped(optimizer), backend)
+
+
+class Attachment:
+    """A decay that is attached to an optimizer. Made by :func:`attach`."""
+
+    def __init__(self, optimizer: Optimizer, backend: Backend = "auto") -> None:
+        kind = type(optimizer).__name__
+        if any(other._optimizer() is optimizer for other in _attached):
+            raise ValueError(
+                f"this {kind} is attached already, and a second hook would decay twice; call detach() on its "
+                "attachment first."
+            )
+        if not any("role" in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"no parameter group of this {kind} comes from rankdecay.param_groups, so there is nothing to decay: "
+                f"build it as {kind}(rankdecay.param_groups(model, ...), ...)."
+            )
+        check_name("backend", backend, get_args(Backend))
+        # Weak, or the two would keep each other alive, and the next optimizer would seem to share its parameters.
+        self._optimizer = weakref.ref(optimizer)
+        self._backend: Backend = backend
+        self._admitted: list[_Admitted] = []
+        for index, group in enumerate(optimizer.param_groups):
+            self._admit(index, group)
+        _check_not_shared(optimizer)
+        self._graded: set[int] = set()
+        uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
+        self._handles = [
+            optimizer.register_step_pre_hook(uncompiled(self._before_step)),
+            optimizer.register_step_post_hook(uncompiled(self._after_step)),
+            optimizer.register_state_dict_pre_hook(_settle_pending),
+            optimizer.register_load_state_dict_post_hook(self._check_loaded),
+        ]
+        _attached.add(self)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer whose steps the decay follows."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise RuntimeError("the optimizer of this attachment no longer exists; attach to the one in use.")
+        return optimizer
+
+    def detach(self) -> None:
+        """Stops the decay. The groups keep their keys, so that attaching again continues."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _attached.discard(self)
+
+    @property
+    def active(self) -> bool:
+        """Whether the decay is applied: False after :meth:`detach`."""
+        return bool(self._handles)
+
+    def describe(self, ranks: bool = False) -> str:
+        """Returns a table of every parameter: what decays it, how strongly, and why.
+
+        Args:
+            ranks: show instead the present ranks of the matrices that a low-rank decay acts on (an SVD of each).
+        """
+        optimizer = self.optimizer
+        rows = [row for group in optimizer.param_groups for row in _rows(group, optimizer, self.active)]
+        return table(rows, ranks=ranks, attached=self.active, optimizer=type(optimizer).__name__)
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        """An attachment belongs to one optimizer, whose copy has no hooks."""
+        raise TypeError(_NO_COPY)
+
+    def __reduce__(self) -> NoReturn:
+        """As for copies."""
+        raise TypeError(_NO_COPY)
+
+    # ---- in a step ---------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Notes which parameters have a gradient: some optimizers clear it inside their step."""
+        groups = [group for group in optimizer.param_groups if hook_roles(group)]
+        self._graded = {id(p) for group in groups for p in group["params"] if p.grad is not None}
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        for index, group in enumerate(optimizer.param_groups):
+            self._admit(index, group)
+            live = [p for p in group["params"] if p.grad is not None or id(p) in self._graded]
+            for role, decay in decays_in(group).items():
+                due = _gather(group, role, decay, found_inf)
+                if due is not None and live and decay.strength:
+                    seed = group[f"{role}_steps"] * 1_000_003 + index * 1_009 + ROLES.index(role)
+                    _decay(live, windows_in(group, role), decay, due, self._backend, seed)
+
+    def _admit(self, index: int, group: Group) -> None:
+        """Checks a group when it is first seen, and afterwards that it holds parameters of the same shapes.
+
+        Parameters may be replaced by others of the same shapes, as Accelerate does under FSDP2.
+        """
+        now = _Admitted(hook_roles(group), [tuple(p.shape) for p in group["params"]])
+        if index == len(self._admitted):
+            optimizer = self.optimizer
+            _settle_weight_decay(optimizer, group)
+            now = now._replace(roles=hook_roles(group))
+            _check_group(optimizer, group)
+            self._admitted.append(now)
+        elif now.roles and now.shapes != self._admitted[index].shapes:
+            raise ValueError(_swapped(index, group, self._admitted[index].shapes, now.shapes))
+
+    def _check_loaded(self, optimizer: Optimizer) -> None:
+        for index, (admitted, group) in enumerate(zip(self._admitted, optimizer.param_groups, strict=False)):
+            lost = [role for role in admitted.roles if role not in hook_roles(group)]
+            if lost:
+                raise ValueError(
+                    f"the loaded optimizer state has no decay for {', '.join(lost)} in group {index}: it was saved by "
+                    "an optimizer without rankdecay, and torch replaces the groups by the saved ones. Copy the keys of "
+                    "rankdecay.param_groups into its 'param_groups' before loading it."
+                )
+
+
+class _Admitted(NamedTuple):
+    """What a group was when it was attached to."""
+
+    roles: list[str]
+    shapes: list[tuple[int, ...]]
+
+
+_NO_COPY = (
+    "an attachment belongs to its optimizer and cannot be copied or pickled, and neither can an optimizer's hooks: "
+    "copy the optimizer and call rankdecay.attach on the copy."
+)
+
+
+# ---- attaching -------------------------------------------------------------------------------------------
+
+
+def _unwrapped(optimizer: object) -> Optimizer:
+    """The optimizer inside the wrappers of Accelerate and Lightning, whose own hooks never run."""
+    seen = optimizer
+    while isinstance(inner := getattr(seen, "optimizer", None), Optimizer):
+        seen = inner
+    if not isinstance(seen, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. An engine that owns its "
+            "optimizer, such as DeepSpeed's, has to be attached to before it takes the optimizer over."
+        )
+    return seen
+
+
+def _settle_weight_decay(optimizer: Optimizer, group: Group) -> None:
+    """Decides who applies L2: the optimizer where it decouples it, else the hook."""
+    if "role" not in group:
+        return
+    for role in hook_roles(group):
+        if group[f"{role}_strength"] == "weight_decay":
+            group[f"{role}_strength"] = float(optimizer.defaults.get("weight_decay", 0.0))
+    strength = group.get("weight_decay", 0.0)
+    cannot = isinstance(optimizer, _COUPLED) or "weight_decay" not in optimizer.defaults
+    if group.get("decoupled_weight_decay") and strength and cannot and not hook_roles(group):
+        group["weight_decay"] = 0.0
+        group.update(hook_keys(group["role"].split("+")[0], Frobenius(strength)))
+
+
+def _check_group(optimizer: Optimizer, group: Group) -> None:
+    """Opens every window once, so that what cannot be decayed is found before training."""
+    for role, decay in decays_in(group).items():
+        if "lr" not in group and (isinstance(decay, Frobenius) or decay.lr_coupled):
+            raise ValueError(
+                f"the decay of {role} is coupled to the learning rate, and {type(optimizer).__name__} has no 'lr' in "
+                "its groups; use LowRank(..., lr_coupled=False)."
+            )
+        for parameter, name in zip(group["params"], names_in(group), strict=True):
+            if hasattr(parameter, "placements"):
+                raise ValueError(f"{name} ({role}) is a sharded DTensor, which is not decayed yet; attach unsharded.")
+            if parameter.ndim < 2 and isinstance(decay, LowRank):
+                raise ValueError(
+                    f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
+                )
+            for window in windows_in(group, role):
+                try:
+                    window.heads(parameter.detach())
+                except ValueError as error:
+                    raise ValueError(f"{name} ({role}): {error}") from None
+
+
+def _check_not_shared(optimizer: Optimizer) -> None:
+    """Two optimizers may hold one parameter; two decays may not."""
+    mine = {id(p) for group in optimizer.param_groups if hook_roles(group) for p in group["params"]}
+    for other in [attachment._optimizer() for attachment in _attached]:
+        for group in other.param_groups if other is not None else []:
+            for parameter, name in zip(group["params"], names_in(group), strict=True):
+                if id(parameter) in mine and hook_roles(group):
+                    raise ValueError(
+                        f"{name} would be decayed twice: an attached {type(other).__name__} decays it already. Give "
+                        "the parameter to one optimizer, or detach the other's decay first."
+                    )
+
+
+def _swapped(index: int, group: Group, before: list[tuple[int, ...]], now: list[tuple[int, ...]]) -> str:
+    old = [shape for shape in before if shape not in now][:3]
+    new = [shape for shape in now if shape not in before][:3]
+    return (
+        f"the parameters of group {index} (role {group.get('role')}) are not those the decay was attached to: "
+        f"{len(before)} before and {len(now)} now, shapes {old} before and {new} now."
+        + (
+            FLATTENED
+            if any(len(shape) == 1 for shape in new)
+            else " Build the groups with rankdecay.param_groups on the model as it is now, then the optimizer, then "
+            "attach."
+        )
+    )
+
+
+def _settle_pending(optimizer: Optimizer) -> None:
+    """Makes the gathered Σ lr plain numbers, for a state that any weights-only load accepts."""
+    for group in optimizer.param_groups:
+        for role in hook_roles(group):
+            if isinstance(group.get(f"{role}_pending"), Tensor):
+                group[f"{role}_pending"] = float(group[f"{role}_pending"])
+
+
+def _rows(group: Group, optimizer: Optimizer, active: bool) -> Iterator[Row]:
+    decays = decays_in(group)
+    why = group.get("why", "")
+    for parameter, name in zip(group["params"], names_in(group), strict=True):
+        frozen = "" if parameter.requires_grad else "frozen; "
+        if not decays:
+            strength = group.get("weight_decay", 0.0)
+            words, who = (f"L2 {strength:g}", type(optimizer).__name__) if strength else ("none", "")
+            yield Row(name, parameter, group.get("role", "not from param_groups"), None, words, who, frozen + why)
+        for role, decay in decays.items():
+            words = decay.describe() if decay.strength else "none"
+            who = ("rankdecay" if active else "nobody") if decay.strength else ""
+            low_rank = isinstance(decay, LowRank)
+            for window in windows_in(group, role) or [None]:
+                own = frozen + (window.label or why if window else why)
+                yield Row(name, parameter, role, window, words, who, own, low_rank)
+
+
+# ---- stepping --------------------------------------------------------------------------------------------
+
+
+def _gather(group: Group, role: str, decay: LowRank | Frobenius, found_inf: Tensor | None) -> float | Tensor | None:
+    """Counts a step; returns Σ lr of the steps to decay for now, or None if none is due.
+
+    Without ``lr_coupled`` every step counts 1.
+    """
+    coupled, every = (decay.lr_coupled, decay.every) if isinstance(decay, LowRank) else (True, 1)
+    rate: float | Tensor = group["lr"] if coupled else 1.0
+    if found_inf is not None:
+        rate = rate * (1 - found_inf)
+    steps = group[f"{role}_steps"] = group.get(f"{role}_steps", 0) + 1
+    pending = group.get(f"{role}_pending", 0.0) + rate
+    if steps % every:
+        group[f"{role}_pending"] = pending
+        return None
+    # A skipped step applies nothing, and leaves what was gathered before it to the next one that is due.
+    group[f"{role}_pending"] = 0.0 if found_inf is None or every == 1 else pending * found_inf
+    return pending if found_inf is None else pending * (1 - found_inf)
+
+
+def _decay(
+    parameters: list[Tensor],
+    windows: list[Window],
+    decay: LowRank | Frobenius,
+    due: float | Tensor,
+    backend: Backend,
+    seed: int,
+) -> None:
+    """Decays one role's matrices in ``parameters``, those of one shape together."""
+    if not isinstance(due, Tensor) and due == 0:
+        return
+    by_head = isinstance(decay, LowRank) and decay.unit == "head"
+    matrices: dict[object, list[_Matrix]] = {}
+    for parameter in parameters:
+        for window in windows or [None]:
+            value = parameter if window is None else (window.heads if by_head else window.matrix)(parameter)
+            alike = (value.shape, value.dtype, value.device)
+            matrices.setdefault(alike, []).append(_Matrix(parameter, window, value))
+    for members in matrices.values():
+        kind = "cpu" if members[0].value.device.type == "cpu" else "cuda"
+        at_once = max(1, _STACKED[kind] // members[0].value.numel())
+        for i in range(0, len(members), at_once):
+            seed += 1_000_000_007
+            _shrink_together(members[i : i + at_once], decay, due, backend, seed)
+
+
+class _Matrix(NamedTuple):
+    """A matrix, or one per head, and where it is written back."""
+
+    parameter: Tensor
+    window: Window | None
+    value: Tensor
+
+
+def _shrink_together(
+    members: list[_Matrix], decay: LowRank | Frobenius, due: float | Tensor, backend: Backend, seed: int
+) -> None:
+    """Replaces matrices of one shape, dtype and device by what the decay makes of them."""
+    stack = torch.stack([member.value for member in members])  # (matrices, [heads,] m, n)
+    dtype = stack.dtype
+    stack = stack if dtype == torch.float64 else stack.float()
+    due = due.to(stack.device, non_blocking=True) if isinstance(due, Tensor) else due
+    if isinstance(decay, Frobenius):
+        stack = stack - due * decay.strength * stack
+    else:
+        if backend == "auto" and stack.device.type != "cpu":
+            backend = "matmul"  # a decomposition would wait for the device
+        tau = replace(decay, lr_coupled=True).threshold(stack, due)  # `due` says already what the size is coupled to
+        stack = shrink(stack, tau, decay.rule, smoothing=decay.smoothing, backend=backend)
+    if stack.dtype != dtype:
+        stack = stochastic_round(stack, dtype, torch.Generator(stack.device).manual_seed(seed))
+    for member, value in zip(members, stack, strict=True):
+        if member.window is None:
+            member.parameter.copy_(value)
+        else:
+            member.window.write(member.parameter, value)

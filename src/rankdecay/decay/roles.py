@@ -1,0 +1,127 @@
+"""Which role each parameter of a model has, and why: what a decay is chosen by.
+
+==============  ==========================================================================================
+role            parameters
+==============  ==========================================================================================
+query_key       W_Q and W_K of every attention layer
+value_output    W_V and W_O
+mlp             the other matrices of the blocks that hold attention: feed-forward, experts, routers
+embedding       token, position and patch embeddings, class tokens, the output embedding
+norm            gains of normalisation layers
+bias            biases, also those of normalisation layers
+other           the rest: task heads, adapters' factors, gates
+==============  ==========================================================================================
+
+A fused parameter has one block per matrix in it, each with its own role.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import nn
+
+from rankdecay.attention import AttentionNames, Window
+from rankdecay.attention.modules import attention_of, named_parameters
+from rankdecay.attention.naming import Unhandled
+
+ROLES = ("query_key", "value_output", "mlp", "embedding", "norm", "bias", "other")
+
+_ATTENTION_ROLE = {"query": "query_key", "key": "query_key", "value": "value_output", "output": "value_output"}
+_EMBEDDING_NAME = re.compile(r"embed|(cls|class|mask|reg|dist|register)_token|pos_emb|lm_head")
+_ADAPTER_NAME = re.compile(r"\.lora_|\.adapter|\.ia3_|\.hada_|\.lokr_")
+
+
+class Block(NamedTuple):
+    """One matrix in a parameter: its role, where it is, and why it has the role."""
+
+    role: str
+    window: Window | None  # None: the whole parameter
+    why: str
+
+    def labelled_window(self) -> Window | None:
+        """The window, with the matrix's name where the parameter holds several."""
+        if self.window is None or self.window.is_whole:
+            return self.window
+        return replace(self.window, label=self.why)
+
+
+@dataclass
+class Assigned:
+    """A parameter, the names it has, and the blocks it holds."""
+
+    parameter: nn.Parameter
+    names: list[str]
+    blocks: list[Block]
+
+
+def assign_roles(model: nn.Module, names: AttentionNames | None = None) -> tuple[list[Assigned], list[Unhandled]]:
+    """Returns every parameter of the model once, with its blocks, and the attention that is not handled.
+
+    A tied parameter collects the blocks of each of its names; a name that says nothing (role other) adds none.
+    """
+    found, unhandled = attention_of(model, names)
+    in_attention: dict[str, list[Block]] = {}
+    for layer in found:
+        for role, place in layer.places.items():
+            in_attention.setdefault(place.parameter, []).append(Block(_ATTENTION_ROLE[role], place.window, role))
+    blocks_of_layers = {_block(layer.name) for layer in found}
+    owners = dict(model.named_modules(remove_duplicate=False))
+    output_embedding = _output_embedding(model)
+
+    assigned: dict[int, Assigned] = {}
+    for name, parameter in named_parameters(model).items():
+        entry = assigned.setdefault(id(parameter), Assigned(parameter, [], []))
+        entry.names.append(name)
+        owner = owners.get(name.rpartition(".")[0])
+        blocks = in_attention.get(name) or [_plain_block(name, parameter, owner, blocks_of_layers)]
+        if parameter is output_embedding and blocks[0].role in ("mlp", "other"):
+            blocks = [Block("embedding", None, "output embedding")]
+        for block in blocks:
+            if all(known.role != block.role or known.window != block.window for known in entry.blocks):
+                entry.blocks.append(block)
+    for entry in assigned.values():
+        telling = [block for block in entry.blocks if block.role != "other"]
+        entry.blocks = telling or entry.blocks[:1]
+    return list(assigned.values()), unhandled
+
+
+def _plain_block(name: str, parameter: nn.Parameter, owner: nn.Module | None, layers: set[str]) -> Block:
+    """The role of a parameter that is no attention matrix, from its module, its name and its shape."""
+    leaf = name.rpartition(".")[2]
+    kind = type(owner).__name__
+    if _ADAPTER_NAME.search(name):
+        return Block("other", None, "factor of an adapter: L2 on both is a nuclear norm on their product")
+    if leaf.endswith("bias") or leaf in ("bias_k", "bias_v"):
+        return Block("bias", None, "bias")
+    if "norm" in kind.lower():
+        return Block("norm", None, f"gain of {kind}")
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return Block("embedding", None, "embedding table")
+    if parameter.ndim < 2:
+        return Block("other", None, f"vector of {kind}")
+    if _EMBEDDING_NAME.search(name):
+        return Block("embedding", None, "named as an embedding")
+    if any(layer and name.startswith(layer + ".") for layer in layers):
+        return Block("mlp", None, "matrix of a block with attention")
+    return Block("other", None, "outside the blocks with attention")
+
+
+def _block(attention: str) -> str:
+    """The transformer block of an attention module: its path up to the first number, or its parent."""
+    parts = attention.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[: number + 1] if number is not None else parts[:-1])
+
+
+def _output_embedding(model: nn.Module) -> nn.Parameter | None:
+    get = getattr(model, "get_output_embeddings", None)
+    if not callable(get):
+        return None
+    try:
+        module = get()
+    except (NotImplementedError, AttributeError):
+        return None
+    return getattr(module, "weight", None)

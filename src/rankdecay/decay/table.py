@@ -1,0 +1,79 @@
+"""The table of ``Attachment.describe``: every parameter, what decays it, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rankdecay.attention import Window
+from rankdecay.spectrum import spectrum
+
+
+class Row(NamedTuple):
+    """One matrix, or one parameter."""
+
+    name: str
+    parameter: Tensor
+    role: str
+    window: Window | None
+    decay: str
+    by: str  # who applies it
+    why: str
+    low_rank: bool = False
+
+    def matrix(self) -> Tensor:
+        """The matrix as it is now."""
+        value = self.parameter.detach()
+        return value if self.window is None else self.window.matrix(value)
+
+
+def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str) -> str:
+    """Returns the table as text, a summary first, low-rank decays before the rest.
+
+    Args:
+        rows: in the order of the optimizer's groups.
+        ranks: only the matrices with a low-rank decay, with their ranks.
+        attached: whether the decay is applied.
+        optimizer: name of the optimizer.
+    """
+    rows = sorted(rows, key=lambda row: not row.low_rank)
+    shown = [row for row in rows if row.low_rank] if ranks else rows
+    head = ["parameter", "shape", "role", *(_RANKS if ranks else ["decay", "applied by", "why"])]
+    cells = [head]
+    for row in shown:
+        last = _ranks(row) if ranks else [row.decay, row.by or "-", row.why]
+        cells.append([row.name, _shape(row, ranks), row.role, *last])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return "\n".join([_summary(rows, attached, optimizer), "", *lines])
+
+
+_RANKS = ["of", "stable rank", "effective rank", "numerical rank"]
+
+
+def _shape(row: Row, ranks: bool) -> str:
+    if row.window is None or row.window.is_whole:
+        return "×".join(map(str, row.parameter.shape))
+    if ranks:
+        return f"{'×'.join(map(str, row.matrix().shape))} {row.window.label}"
+    groups = f" of each {row.window.size}" if row.window.groups > 1 else ""
+    where = f"{row.window.lines} {row.window.start}:{row.window.stop}{groups}"
+    return f"{'×'.join(map(str, row.parameter.shape))} {'transposed ' if row.window.transposed else ''}{where}"
+
+
+def _ranks(row: Row) -> list[str]:
+    s = spectrum(row.matrix())
+    values = (s.stable_rank, s.effective_rank, s.numerical_rank())
+    return [str(s.singular_values.shape[-1]), *(f"{float(value.mean()):.4g}" for value in values)]
+
+
+def _summary(rows: Sequence[Row], attached: bool, optimizer: str) -> str:
+    state = f"attached to {optimizer}" if attached else f"detached from {optimizer}: what follows is not applied"
+    counts = Counter((row.role, row.decay, row.by) for row in rows)
+    lines = [f"rankdecay, {state}"]
+    for (role, decay, by), count in counts.items():
+        lines.append(f"  {role}: {count} × {decay}" + (f", by {by}" if by else ""))
+    return "\n".join(lines)
