@@ -31,4 +31,7 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	# timm needs torchvision, whose registry build is for CUDA and cannot be imported here, and transformers imports
+	# any torchvision it can see: a folder of their own, which the tests of timm open (tests/attention/conftest.py).
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/timm -c constraints.txt timm torchvision
 	touch $@

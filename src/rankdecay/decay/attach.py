@@ -6,8 +6,8 @@ step, then the shrinkage. Everything the hook does it reads from the parameter g
 
 Three things are less obvious:
 
-* **every=k** applies what k steps have gathered: Σ lr over the steps since the last time, so that a schedule inside the
-  cycle counts exactly, and a run resumed in mid-cycle continues it.
+* **every=k** applies what k steps have gathered: Σ lr · strength over the steps since the last time, so that schedules
+  of either inside the cycle count exactly, and a run resumed in mid-cycle continues it.
 * **A skipped step.** Under ``GradScaler`` a fused optimizer's ``step`` runs, hooks included, also when gradients
   overflowed; its ``found_inf`` is then 1. It multiplies the decay away on the device, since reading it would wait for
   the device.
@@ -158,6 +158,8 @@ class Attachment:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Notes which parameters have a gradient: some optimizers clear it inside their step."""
+        for index, group in enumerate(optimizer.param_groups):
+            self._admit(index, group)
         groups = [group for group in optimizer.param_groups if hook_roles(group)]
         self._graded = {id(p) for group in groups for p in group["params"] if p.grad is not None}
 
@@ -165,18 +167,17 @@ class Attachment:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         for index, group in enumerate(optimizer.param_groups):
-            self._admit(index, group)
             live = [p for p in group["params"] if p.grad is not None or id(p) in self._graded]
             for role, decay in decays_in(group).items():
                 due = _gather(group, role, decay, found_inf)
-                if due is not None and live and decay.strength:
+                if live and (isinstance(due, Tensor) or due > 0):
                     seed = group[f"{role}_steps"] * 1_000_003 + index * 1_009 + ROLES.index(role)
                     _decay(live, windows_in(group, role), decay, due, self._backend, seed)
 
     def _admit(self, index: int, group: Group) -> None:
-        """Checks a group when it is first seen, and afterwards that it holds parameters of the same shapes.
+        """Checks a group when it is first seen, and before each step that it holds parameters of the same shapes.
 
-        Parameters may be replaced by others of the same shapes, as Accelerate does under FSDP2.
+        They may be replaced by others of the same shapes, as Accelerate does under FSDP2.
         """
         now = _Admitted(hook_roles(group), [tuple(p.shape) for p in group["params"]])
         if index == len(self._admitted):
@@ -245,7 +246,7 @@ def _settle_weight_decay(optimizer: Optimizer, group: Group) -> None:
 def _check_group(optimizer: Optimizer, group: Group) -> None:
     """Opens every window once, so that what cannot be decayed is found before training."""
     for role, decay in decays_in(group).items():
-        if "lr" not in group and (isinstance(decay, Frobenius) or decay.lr_coupled):
+        if "lr" not in group and decay.strength and (isinstance(decay, Frobenius) or decay.lr_coupled):
             raise ValueError(
                 f"the decay of {role} is coupled to the learning rate, and {type(optimizer).__name__} has no 'lr' in "
                 "its groups; use LowRank(..., lr_coupled=False)."
@@ -293,7 +294,7 @@ def _swapped(index: int, group: Group, before: list[tuple[int, ...]], now: list[
 
 
 def _settle_pending(optimizer: Optimizer) -> None:
-    """Makes the gathered Σ lr plain numbers, for a state that any weights-only load accepts."""
+    """Makes the gathered Σ lr · strength plain numbers, for a state that any weights-only load accepts."""
     for group in optimizer.param_groups:
         for role in hook_roles(group):
             if isinstance(group.get(f"{role}_pending"), Tensor):
@@ -302,8 +303,8 @@ def _settle_pending(optimizer: Optimizer) -> None:
 
 def _rows(group: Group, optimizer: Optimizer, active: bool) -> Iterator[Row]:
     decays = decays_in(group)
-    why = group.get("why", "")
-    for parameter, name in zip(group["params"], names_in(group), strict=True):
+    whys = group.get("why") or [""] * len(group["params"])
+    for parameter, name, why in zip(group["params"], names_in(group), whys, strict=True):
         frozen = "" if parameter.requires_grad else "frozen; "
         if not decays:
             strength = group.get("weight_decay", 0.0)
@@ -314,27 +315,27 @@ def _rows(group: Group, optimizer: Optimizer, active: bool) -> Iterator[Row]:
             who = ("rankdecay" if active else "nobody") if decay.strength else ""
             low_rank = isinstance(decay, LowRank)
             for window in windows_in(group, role) or [None]:
-                own = frozen + (window.label or why if window else why)
+                own = frozen + ((window.label if window else "") or why)
                 yield Row(name, parameter, role, window, words, who, own, low_rank)
 
 
 # ---- stepping --------------------------------------------------------------------------------------------
 
 
-def _gather(group: Group, role: str, decay: LowRank | Frobenius, found_inf: Tensor | None) -> float | Tensor | None:
-    """Counts a step; returns Σ lr of the steps to decay for now, or None if none is due.
+def _gather(group: Group, role: str, decay: LowRank | Frobenius, found_inf: Tensor | None) -> float | Tensor:
+    """Counts a step; returns Σ lr · strength of the steps to decay for now, 0 if none is due.
 
-    Without ``lr_coupled`` every step counts 1.
+    Without ``lr_coupled`` the factor lr is left out.
     """
     coupled, every = (decay.lr_coupled, decay.every) if isinstance(decay, LowRank) else (True, 1)
-    rate: float | Tensor = group["lr"] if coupled else 1.0
+    rate: float | Tensor = decay.strength * group["lr"] if coupled and decay.strength else decay.strength
     if found_inf is not None:
         rate = rate * (1 - found_inf)
     steps = group[f"{role}_steps"] = group.get(f"{role}_steps", 0) + 1
     pending = group.get(f"{role}_pending", 0.0) + rate
     if steps % every:
         group[f"{role}_pending"] = pending
-        return None
+        return 0.0
     # A skipped step applies nothing, and leaves what was gathered before it to the next one that is due.
     group[f"{role}_pending"] = 0.0 if found_inf is None or every == 1 else pending * found_inf
     return pending if found_inf is None else pending * (1 - found_inf)
@@ -348,9 +349,7 @@ def _decay(
     backend: Backend,
     seed: int,
 ) -> None:
-    """Decays one role's matrices in ``parameters``, those of one shape together."""
-    if not isinstance(due, Tensor) and due == 0:
-        return
+    """Decays one role's matrices in ``parameters`` by ``due`` = Σ lr · strength, those of one shape together."""
     by_head = isinstance(decay, LowRank) and decay.unit == "head"
     matrices: dict[object, list[_Matrix]] = {}
     for parameter in parameters:
@@ -383,11 +382,11 @@ def _shrink_together(
     stack = stack if dtype == torch.float64 else stack.float()
     due = due.to(stack.device, non_blocking=True) if isinstance(due, Tensor) else due
     if isinstance(decay, Frobenius):
-        stack = stack - due * decay.strength * stack
+        stack = stack - due * stack
     else:
         if backend == "auto" and stack.device.type != "cpu":
             backend = "matmul"  # a decomposition would wait for the device
-        tau = replace(decay, lr_coupled=True).threshold(stack, due)  # `due` says already what the size is coupled to
+        tau = replace(decay, lr_coupled=True).threshold(stack, lr=due, strength=1.0)  # `due` holds both factors
         stack = shrink(stack, tau, decay.rule, smoothing=decay.smoothing, backend=backend)
     if stack.dtype != dtype:
         stack = stochastic_round(stack, dtype, torch.Generator(stack.device).manual_seed(seed))

@@ -8,18 +8,19 @@ person, and can be changed while training, like ``lr``:
 key                         meaning
 ==========================  ============================================================================
 role                        what the group holds: ``"query_key"``, or ``"query_key+value_output"`` if fused
-why                         the reason, for ``describe()``
+why                         a reason for each parameter, for ``describe()``
 weight_decay                L2 applied by the optimizer itself; 0 where the hook decays
 decoupled_weight_decay      True: not through the gradient (Adam reads this key; for SGD the hook steps in)
 ROLE_rule                   ``"prox"``, … or ``"frobenius"``: a decay that the hook applies
 ROLE_strength, _scale, …    the other fields of :class:`~rankdecay.LowRank`
 ROLE_blocks                 where in the parameter, a :class:`~rankdecay.attention.Window` per matrix
-ROLE_steps, _pending        state of ``every=k``: steps seen, and Σ lr since the decay was last applied
+ROLE_steps, _pending        state of ``every=k``: steps seen, and Σ lr · strength since the last decay
 ==========================  ============================================================================
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -98,13 +99,16 @@ def param_groups(
         for module in unhandled:
             warnings.warn(f"{module.name or 'the model'} is not decayed: {module.reason}.", stacklevel=2)
 
-    groups: dict[tuple[object, ...], Group] = {}
+    groups: dict[object, Group] = {}
     for entry in assigned:
         decays = [(block, _decay_of(block, entry, named, default)) for block in entry.blocks]
-        keys = _keys(entry, decays)
-        group = groups.setdefault(tuple(keys.items()), {"params": [], "param_names": [], **keys})
+        _check_no_conflict(entry, decays)
+        # Not by the decays: the same model has the same groups whatever its decays, so that a state can be loaded.
+        alike = (tuple((block.role, block.window) for block in entry.blocks), _is_matrix(entry, entry.blocks[0]))
+        group = groups.setdefault(alike, {"params": [], "param_names": [], "why": [], **_keys(decays)})
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.names[0])
+        group["why"].append(", ".join(dict.fromkeys(block.why for block in entry.blocks)))
     return list(groups.values())
 
 
@@ -152,9 +156,10 @@ def hook_keys(role: str, decay: Decay, windows: Iterable[Window | None] = ()) ->
 
 def _number(group: Group, key: str) -> float:
     value = group[key]
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(
-            f"the parameter group's {key} is {value!r}; expected a number. It is read at every step: set a float."
+            f"the parameter group's {key} is {value!r}; expected a finite number >= 0. It is read at every step: set "
+            "it to 0 to switch the decay off."
         )
     return value
 
@@ -163,11 +168,15 @@ def _decay_of(block: Block, entry: Assigned, named: dict[str, Decay | None], def
     """The decay of a block; None: the optimizer's own weight decay."""
     decay = named[block.role]
     if decay is None:
-        is_matrix = entry.parameter.ndim >= 2 and block.role not in ("norm", "bias")
-        decay = default if is_matrix else Frobenius(0.0)
+        decay = default if _is_matrix(entry, block) else Frobenius(0.0)
     if isinstance(decay, LowRank):
         _check_matrix(block, entry, decay)
     return decay
+
+
+def _is_matrix(entry: Assigned, block: Block) -> bool:
+    """Whether the default decay is for it: a norm's gain and a bias are never matrices."""
+    return entry.parameter.ndim >= 2 and block.role not in ("norm", "bias")
 
 
 def _check_matrix(block: Block, entry: Assigned, decay: LowRank) -> None:
@@ -184,15 +193,13 @@ def _check_matrix(block: Block, entry: Assigned, decay: LowRank) -> None:
         )
 
 
-def _keys(entry: Assigned, decays: list[tuple[Block, Decay | None]]) -> Group:
-    """Everything of a parameter's group but the parameter: parameters with the same keys share a group."""
-    _check_no_conflict(entry, decays)
+def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
+    """What a group says of the decay of its parameters."""
     roles = list(dict.fromkeys(block.role for block, _ in decays))
-    whys = dict.fromkeys("attention" if block.window else block.why for block, _ in decays)
-    keys: Group = {"role": "+".join(roles), "why": ", ".join(whys)}
-    by_role = dict.fromkeys(decay for _, decay in decays)
-    if len(by_role) == 1:
-        [decay] = by_role
+    keys: Group = {"role": "+".join(roles)}
+    distinct = {decay for _, decay in decays}
+    if len(distinct) == 1:
+        [decay] = distinct
         if decay is None:
             return keys
         if isinstance(decay, Frobenius):

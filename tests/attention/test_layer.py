@@ -1,0 +1,66 @@
+"""Windows: what they show is what they write, and nothing else."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankdecay.attention import Window
+
+
+@st.composite
+def windows(draw) -> tuple[Window, tuple[int, int]]:
+    head_dim = draw(st.integers(1, 4))
+    heads = [draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(0, 2))]
+    groups = draw(st.integers(1, 3))
+    start, stop, size = (head_dim * sum(heads[: i + 1]) for i in range(3))
+    window = Window(draw(st.sampled_from(["rows", "columns"])), start, stop, size, head_dim, groups,
+                    draw(st.booleans()))  # fmt: skip
+    shape = (groups * size, draw(st.integers(1, 5)))
+    return window, shape if (window.lines == "rows") != window.transposed else shape[::-1]
+
+
+@given(windows())
+def test_a_window_writes_where_it_reads(case):
+    window, shape = case
+    parameter = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    before = parameter.clone()
+    for read in (window.matrix, window.heads):
+        shown = read(parameter).clone()
+        window.write(parameter, -shown)
+        assert torch.equal(read(parameter), -shown)
+        changed = (parameter != before).sum()
+        assert changed == (shown != 0).sum()
+        window.write(parameter, shown)
+        assert torch.equal(parameter, before)
+
+
+@given(windows())
+def test_heads_are_the_matrix_cut_in_order(case):
+    window, shape = case
+    parameter = torch.randn(shape)
+    matrix, heads = window.matrix(parameter), window.heads(parameter)
+    assert len(heads) == window.num_heads
+    assert torch.equal(torch.cat(list(heads), dim=0 if window.lines == "rows" else 1), matrix)
+
+
+@given(windows())
+def test_a_window_survives_being_written_down(case):
+    window, _ = case
+    assert Window.parse(str(window)) == window
+
+
+def test_a_bias_is_cut_as_the_rows_are():
+    window = Window("rows", 2, 4, 6, 2, groups=2)
+    assert window.vector(torch.arange(12.0)).tolist() == [2, 3, 8, 9]
+    assert window.matrix(torch.arange(12.0)[:, None]).flatten().tolist() == [2, 3, 8, 9]
+
+
+def test_a_window_on_the_wrong_parameter_says_so():
+    window = Window("rows", 0, 768, 2304, 64, transposed=True)
+    with pytest.raises(ValueError, match=r"shape \(768, 768\), which does not have the 2304 rows"):
+        window.matrix(torch.zeros(768, 768))
+    with pytest.raises(ValueError, match=r"flattened, as DeepSpeed ZeRO and FSDP1 do.*FSDP2"):
+        window.matrix(torch.zeros(768 * 2304))
+    with pytest.raises(ValueError, match=r"'rows 0:3' is not a window"):
+        Window.parse("rows 0:3")

@@ -1,0 +1,721 @@
+"""The hook: exact on its matrices, nothing elsewhere, under every optimizer and through every interruption.
+
+The reference is a float64 SVD of each matrix, taken out of the model by hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankdecay as rd
+
+LR, STRENGTH = 0.1, 0.7
+
+
+class Attention(nn.Module):
+    """Separate projections with grouped keys: 4 query heads, 2 key heads of size 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q_proj = nn.Linear(10, 12)
+        self.k_proj = nn.Linear(10, 6)
+        self.v_proj = nn.Linear(10, 6)
+        self.o_proj = nn.Linear(12, 10)
+
+
+class Fused(nn.Module):
+    """The same in one parameter, interleaved by key head, beside a separate output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.query_key_value = nn.Linear(10, 24)
+        self.dense = nn.Linear(12, 10)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 10)
+        self.layers = nn.ModuleList([nn.ModuleDict({"attention": kind()}) for kind in (Attention, Attention, Fused)])
+        self.norm = nn.LayerNorm(10)
+        self.head = nn.Linear(10, 9)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Not attention, but every parameter has a gradient."""
+        x = self.embedding(ids)
+        for layer in self.layers:
+            a = layer["attention"]
+            if isinstance(a, Attention):
+                q, k, v = a.q_proj(x), a.k_proj(x), a.v_proj(x)
+                x = x + a.o_proj(q * torch.cat([k, v], -1).tanh())
+            else:
+                q, k = a.query_key_value(x).chunk(2, -1)
+                x = x + a.dense(q * k.tanh())
+        return self.head(self.norm(x))
+
+
+def _model(dtype: torch.dtype = torch.float32) -> Model:
+    torch.manual_seed(0)
+    return Model().to(dtype)
+
+
+def _groups(model: nn.Module, strength: float = STRENGTH, **how) -> list[dict]:
+    return rd.param_groups(model, rd.Frobenius(0.0), query_key=rd.LowRank(strength, **how))
+
+
+def _backward(model: Model, seed: int = 0) -> None:
+    ids = torch.randint(9, (8,), generator=torch.Generator().manual_seed(seed))
+    nn.functional.cross_entropy(model(ids), ids).backward()
+
+
+def _zero_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _query_key(model: Model, by_head: bool = False) -> list[Tensor]:
+    views = [view for layer in rd.find_attention(model) for view in (layer.query, layer.key)]
+    return [(view.heads() if by_head else view.tensor()).clone().double() for view in views]
+
+
+def _shrunk(matrix: Tensor, tau: Tensor | float) -> Tensor:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ torch.diag_embed((s - tau).clamp_min(0)) @ vh
+
+
+def _tau(matrix: Tensor, rate: float, scale: str = "relative") -> Tensor:
+    rms = matrix.norm(dim=(-2, -1)) / min(matrix.shape[-2:]) ** 0.5
+    return rate * (rms if scale == "relative" else torch.ones_like(rms))
+
+
+def _others(model: Model) -> dict[str, Tensor]:
+    """Every number of the model that is not in W_Q or W_K."""
+    held = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().clone()
+        if name.endswith("query_key_value.weight"):
+            value = value.unflatten(0, (2, 12))[:, 9:].clone()
+        if not name.endswith(("q_proj.weight", "k_proj.weight")):
+            held[name] = value
+    return held
+
+
+# ---- exactness -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("unit", ["matrix", "head"])
+@pytest.mark.parametrize("scale", ["relative", "absolute"])
+def test_a_step_without_gradient_shrinks_exactly_the_chosen_matrices(dtype, unit, scale):
+    model = _model(dtype)
+    # In float16 the ε of Adam is 0, and 0/0 its step.
+    kind = torch.optim.SGD if dtype == torch.float16 else torch.optim.AdamW
+    optimizer = kind(_groups(model, unit=unit, scale=scale), lr=LR)
+    rd.attach(optimizer)
+    before, others = _query_key(model, unit == "head"), _others(model)
+    _zero_gradients(model)
+    optimizer.step()
+    for old, new in zip(before, _query_key(model, unit == "head"), strict=True):
+        tau = _tau(old, LR * STRENGTH, scale)[..., None]
+        expected = (torch.linalg.svdvals(old) - tau).clamp_min(0)
+        rounding = torch.finfo(dtype).eps * old.norm(dim=(-2, -1))[..., None]
+        assert ((torch.linalg.svdvals(new) - expected).abs() <= 1e-5 * tau + rounding).all()
+        assert (expected.diff() <= 0).all()
+        assert not torch.equal(old, new)
+    for name, value in _others(model).items():
+        assert torch.equal(value, others[name]), name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "falcon-grouped", "bloom", "t5", "bart", "distilbert"])
+def test_the_same_on_real_models(family):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    common = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    gpt = {"n_embd": 32, "n_head": 4, "n_layer": 2, **common}
+    llama = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
+             "intermediate_size": 48, **common}  # fmt: skip
+    bart = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, **common,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}  # fmt: skip
+    t5 = {"d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 1, "d_ff": 48, **common}
+    model = {
+        "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**gpt)),
+        "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)),
+        "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**llama)),
+        "falcon-grouped": lambda: transformers.FalconForCausalLM(
+            transformers.FalconConfig(**llama, num_kv_heads=2, new_decoder_architecture=True)
+        ),
+        "bloom": lambda: transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=32, n_head=4, **common)),
+        "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**t5)),
+        "bart": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**bart)),
+        "distilbert": lambda: transformers.DistilBertModel(
+            transformers.DistilBertConfig(dim=32, n_heads=4, n_layers=1, hidden_dim=48, vocab_size=50)
+        ),
+    }[family]()
+    optimizer = torch.optim.SGD(_groups(model), lr=LR)
+    rd.attach(optimizer)
+    layers = rd.find_attention(model)
+    chosen = {id(view.weight()): view for layer in layers for view in (layer.query, layer.key)}
+    before = [view.tensor().clone() for layer in layers for view in layer.views]
+    rest = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) not in chosen}
+    _zero_gradients(model)
+    optimizer.step()
+    after = [(view.role, view.tensor()) for layer in layers for view in layer.views]
+    for old, (role, new) in zip(before, after, strict=True):
+        if role in ("query", "key"):
+            old, new = old.double(), new.double()
+            tau = _tau(old, LR * STRENGTH)
+            difference = torch.linalg.svdvals(new) - (torch.linalg.svdvals(old) - tau).clamp_min(0)
+            assert difference.abs().max() <= 1e-5 * tau + torch.finfo(torch.float32).eps * old.norm()
+        else:
+            assert torch.equal(old, new)
+    for name, parameter in model.named_parameters():
+        assert name not in rest or torch.equal(parameter, rest[name])
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable[[list[dict]], torch.optim.Optimizer]] = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=LR, foreach=False),
+    "adamw-foreach": lambda groups: torch.optim.AdamW(groups, lr=LR, foreach=True),
+    "adamw-fused": lambda groups: torch.optim.AdamW(groups, lr=LR, fused=True),
+    "adamw-tensor-lr": lambda groups: torch.optim.AdamW(groups, lr=torch.tensor(LR)),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=LR),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=LR, momentum=0.9),
+    "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=LR),
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=LR),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rule", ["prox", "smooth", "polar", "newton_schulz"])
+def test_the_decay_follows_the_optimizers_own_step(name, rule):
+    """Three steps with the hook, against the same optimizer with the library's rule applied by hand."""
+    from rankdecay.linalg import shrink
+
+    model = _model()
+    by_hand = copy.deepcopy(model)
+    optimizer = OPTIMIZERS[name](_groups(model, rule=rule))
+    plain = OPTIMIZERS[name](_groups(by_hand, rule=rule))
+    rd.attach(optimizer)
+    views = [view for layer in rd.find_attention(by_hand) for view in (layer.query, layer.key)]
+    for seed in range(3):
+        for one, its in ((model, optimizer), (by_hand, plain)):
+            its.zero_grad()
+            _backward(one, seed)
+            its.step()
+        for view in views:
+            matrix = view.tensor()
+            with torch.no_grad():
+                view.window.write(view.weight(), shrink(matrix, _tau(matrix, LR * STRENGTH), rule))
+        for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+        by_hand.load_state_dict(model.state_dict())  # roundings apart, which an optimizer may make large
+
+
+def test_muon_beside_adamw():
+    model = _model()
+    groups = _groups(model)
+    matrices = [group for group in groups if "query_key" in group["role"] or group["role"] == "value_output"]
+    rest = [group for group in groups if all(group is not other for other in matrices)]
+    muon, adamw = torch.optim.Muon(matrices, lr=LR), torch.optim.AdamW(rest, lr=LR)
+    attachments = [rd.attach(muon), rd.attach(adamw)]
+    assert "rankdecay" in attachments[0].describe()
+    before = _query_key(model)
+    _zero_gradients(model)
+    muon.step()
+    adamw.step()
+    for old, new in zip(before, _query_key(model), strict=True):
+        torch.testing.assert_close(new, _shrunk(old, _tau(old, LR * STRENGTH)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("build", "by"),
+    [
+        (lambda groups: torch.optim.AdamW(groups, lr=LR), "AdamW"),
+        (lambda groups: torch.optim.Adam(groups, lr=LR), "Adam"),
+        (lambda groups: torch.optim.NAdam(groups, lr=LR), "NAdam"),
+        (lambda groups: torch.optim.SGD(groups, lr=LR), "rankdecay"),
+        (lambda groups: torch.optim.RMSprop(groups, lr=LR), "rankdecay"),
+    ],
+)
+def test_frobenius_is_decoupled_and_applied_once_under_any_optimizer(build, by):
+    model = _model()
+    groups = rd.param_groups(
+        model, rd.Frobenius(0.5), query_key=rd.LowRank(0.0), value_output=rd.Frobenius(0.2), embedding=rd.Frobenius(0.0)
+    )
+    optimizer = build(groups)
+    attachment = rd.attach(optimizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _zero_gradients(model)
+    optimizer.step()
+    decayed = {"layers.0.attention.v_proj.weight": 0.2, "layers.2.attention.dense.weight": 0.2, "head.weight": 0.5}
+    for name, parameter in model.named_parameters():
+        if name.endswith("query_key_value.weight"):
+            held, was = parameter.unflatten(0, (2, 12)), before[name].unflatten(0, (2, 12))
+            assert torch.equal(held[:, :9], was[:, :9])
+            torch.testing.assert_close(held[:, 9:], was[:, 9:] * (1 - LR * 0.2))
+        else:
+            kind = 0.2 if name.endswith(("v_proj.weight", "o_proj.weight")) else decayed.get(name, 0.0)
+            torch.testing.assert_close(parameter, before[name] * (1 - LR * kind), atol=1e-7, rtol=1e-6)
+    [line] = [line for line in attachment.describe().splitlines() if line.startswith("head.weight")]
+    assert f"L2 0.5  {by}" in " ".join(line.split("  ")).replace("   ", "  ") or by in line.split()
+
+
+def test_learning_rates_and_schedules_count():
+    model = _model()
+    groups = _groups(model)
+    for group in groups:
+        group["lr"] = 0.3 if "value_output" in group["role"] else 0.2
+    optimizer = torch.optim.SGD(groups, lr=LR)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    rd.attach(optimizer)
+    expected = _query_key(model)
+    for step in range(3):
+        _zero_gradients(model)
+        optimizer.step()
+        scheduler.step()
+        rates = [0.2, 0.2, 0.2, 0.2, 0.3, 0.3]  # the fused parameter's group has its own
+        expected = [_shrunk(m, _tau(m, rate * 0.5**step * STRENGTH)) for m, rate in zip(expected, rates, strict=True)]
+    for now, wanted in zip(_query_key(model), expected, strict=True):
+        torch.testing.assert_close(now, wanted, atol=1e-6, rtol=0)
+
+
+def test_without_coupling_the_learning_rate_does_not_count():
+    model = _model()
+    optimizer = torch.optim.SGD(_groups(model, lr_coupled=False, scale="absolute"), lr=1e-30)
+    optimizer.param_groups[0]["lr"] = 1e-30
+    rd.attach(optimizer)
+    before = _query_key(model)
+    _zero_gradients(model)
+    optimizer.step()
+    for old, new in zip(before, _query_key(model), strict=True):
+        torch.testing.assert_close(new, _shrunk(old, STRENGTH), atol=1e-6, rtol=0)
+
+
+# ---- steps that are not ----------------------------------------------------------------------------------
+
+
+def test_accumulated_gradients_are_one_step():
+    model = _model()
+    optimizer = torch.optim.SGD(_groups(model), lr=LR)
+    rd.attach(optimizer)
+    before = _query_key(model)
+    for seed in range(3):
+        _backward(model, seed)
+        assert all(torch.equal(a, b) for a, b in zip(before, _query_key(model), strict=True))
+    optimizer.step()
+    assert {g["query_key_steps"] for g in optimizer.param_groups if "query_key_steps" in g} == {1}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_step_skipped_by_the_scaler_decays_nothing(fused, every):
+    model, reference = _model(), _model()
+    how = {"every": every, "scale": "absolute", "strength": 0.1}
+    optimizer = torch.optim.AdamW(_groups(model, **how), lr=LR, fused=fused)
+    rd.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
+    good = 0
+    for step in range(9):
+        overflow = step in (0, 2, 5)
+        state = [p.detach().clone() for p in model.parameters()]
+        _zero_gradients(model)
+        scaler.scale(torch.ones(()))
+        if overflow:
+            model.head.weight.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        if overflow:
+            assert all(torch.equal(a, b) for a, b in zip(state, model.parameters(), strict=True))
+        good += not overflow
+    applied = good // every * every
+    shrink_by = [
+        (torch.linalg.svdvals(a) - torch.linalg.svdvals(b))[0] / (LR * 0.1)
+        for a, b in zip(_query_key(reference), _query_key(model), strict=True)
+    ]
+    if fused:  # the hook cannot read which steps were skipped: what it applies is Σ lr of the others
+        pending = [
+            group["query_key_pending"] for group in optimizer.state_dict()["param_groups"]
+            if "query_key_pending" in group
+        ]  # fmt: skip
+        applied = good - pending[0] / (LR * 0.1)
+        assert 0 <= pending[0] <= (every + 1) * LR * 0.1
+    for times in shrink_by:
+        assert float(times) == pytest.approx(applied, abs=1e-4)
+
+
+def test_parameters_without_gradient_and_frozen_ones_are_left_alone():
+    model = _model()
+    frozen = model.layers[0]["attention"].q_proj.weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW(_groups(model), lr=LR)
+    attachment = rd.attach(optimizer)
+    _zero_gradients(model)
+    frozen.grad = None
+    without = model.layers[1]["attention"].k_proj.weight
+    without.grad = None
+    with_gradient = model.layers[1]["attention"].q_proj.weight
+    before = [p.detach().clone() for p in (frozen, without, with_gradient)]
+    optimizer.step()
+    assert torch.equal(frozen, before[0])
+    assert torch.equal(without, before[1])
+    assert not torch.equal(with_gradient, before[2])
+    [line] = [x for x in attachment.describe().splitlines() if x.startswith("layers.0.attention.q_proj.weight")]
+    assert "frozen" in line
+
+
+def test_an_optimizer_that_clears_gradients_inside_its_step():
+    class Consuming(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.zero_grad()
+
+    model = _model()
+    optimizer = Consuming(_groups(model), lr=LR)
+    rd.attach(optimizer)
+    before = _query_key(model)
+    _zero_gradients(model)
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, _query_key(model), strict=True))
+
+
+# ---- every k steps, and interruptions --------------------------------------------------------------------
+
+
+def test_every_k_applies_what_the_steps_gathered():
+    one, many = _model(), _model()
+    optimizers = [
+        torch.optim.SGD(_groups(model, every=every, scale="absolute"), lr=LR) for model, every in ((one, 1), (many, 4))
+    ]
+    for optimizer in optimizers:
+        rd.attach(optimizer)
+    schedule = [0.1, 0.02, 0.05, 0.01] * 2
+    for step, lr in enumerate(schedule):
+        for model, optimizer in zip((one, many), optimizers, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            _zero_gradients(model)
+            optimizer.step()
+        same = [torch.allclose(a, b, atol=1e-6) for a, b in zip(_query_key(one), _query_key(many), strict=True)]
+        assert all(same) if step % 4 == 3 else not any(same)
+
+
+def _train(model: Model, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for seed in steps:
+        optimizer.zero_grad()
+        _backward(model, seed)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resuming_in_mid_cycle_changes_nothing(dtype):
+    whole = _model(dtype)
+    optimizer = torch.optim.AdamW(_groups(whole, every=4), lr=LR)
+    rd.attach(optimizer)
+    _train(whole, optimizer, range(6))
+    file = io.BytesIO()
+    torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    _train(whole, optimizer, range(6, 12))
+
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = _model(dtype)
+    resumed.load_state_dict(state["model"])
+    other = torch.optim.AdamW(_groups(resumed, every=4), lr=LR)
+    rd.attach(other)
+    other.load_state_dict(state["optimizer"])
+    _train(resumed, other, range(6, 12))
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_of_an_optimizer_without_decay_is_refused():
+    model = _model()
+    plain = torch.optim.AdamW(rd.param_groups(_model(), rd.Frobenius(0.1)), lr=LR)
+    optimizer = torch.optim.AdamW(_groups(model), lr=LR)
+    rd.attach(optimizer)
+    with pytest.raises(ValueError, match=r"no decay for query_key in group .* saved by an optimizer without rankdecay"):
+        optimizer.load_state_dict(plain.state_dict())
+
+
+def test_a_strength_can_be_changed_while_training():
+    model = _model()
+    optimizer = torch.optim.SGD(_groups(model), lr=LR)
+    rd.attach(optimizer)
+    for strength in (0.5, 0.0, 1.5):
+        for group in optimizer.param_groups:
+            if "query_key_strength" in group:
+                group["query_key_strength"] = strength
+        before = _query_key(model)
+        _zero_gradients(model)
+        optimizer.step()
+        for old, new in zip(before, _query_key(model), strict=True):
+            torch.testing.assert_close(new, _shrunk(old, _tau(old, LR * strength)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), "0.1", None])
+def test_a_strength_that_is_none_stops_at_the_next_step(value):
+    model = _model()
+    optimizer = torch.optim.SGD(_groups(model), lr=LR)
+    rd.attach(optimizer)
+    for group in optimizer.param_groups:
+        if "query_key_strength" in group:
+            group["query_key_strength"] = value
+    _zero_gradients(model)
+    with pytest.raises(
+        ValueError, match=r"strength (must be a finite number|is .* expected a number)|query_key_strength"
+    ):
+        optimizer.step()
+
+
+# ---- compiled, copied, wrapped ---------------------------------------------------------------------------
+
+
+def test_a_compiled_model_and_a_compiled_step():
+    eager, compiled = _model(), _model()
+    optimizers = []
+    for model in (eager, compiled):
+        whole = torch.compile(model, backend="aot_eager") if model is compiled else model
+        groups = rd.param_groups(whole, rd.Frobenius(0.0), query_key=rd.LowRank(STRENGTH, every=2))
+        optimizers.append(torch.optim.AdamW(groups, lr=torch.tensor(LR)))
+        rd.attach(optimizers[-1])
+    step = torch.compile(optimizers[1].step, backend="aot_eager")
+    for seed in range(5):
+        for model, optimizer, advance in zip((eager, compiled), optimizers, (optimizers[0].step, step), strict=True):
+            optimizer.zero_grad()
+            _backward(model, seed)
+            advance()
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_has_no_hook_until_it_is_attached(duplicate):
+    model = _model()
+    optimizer = torch.optim.SGD(_groups(model, every=2), lr=LR)
+    attachment = rd.attach(optimizer)
+    _zero_gradients(model)
+    optimizer.step()
+    pair = nn.ModuleList([model])
+    pair.optimizer = optimizer
+    second = duplicate(pair)
+    copied, its = second[0], second.optimizer
+    before = _query_key(copied)
+    _zero_gradients(copied)  # neither way of copying keeps them
+    its.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, _query_key(copied), strict=True))
+    rd.attach(its)
+    its.step()
+    optimizer.step()
+    for a, b in zip(_query_key(model), _query_key(copied), strict=True):
+        assert torch.equal(a, b)  # the copy also continues the cycle
+    with pytest.raises(TypeError, match=r"call rankdecay.attach on the copy"):
+        duplicate(attachment)
+
+
+def test_detaching_stops_and_attaching_again_continues():
+    model = _model()
+    optimizer = torch.optim.SGD(_groups(model), lr=LR)
+    attachment = rd.attach(optimizer)
+    attachment.detach()
+    before = _query_key(model)
+    _zero_gradients(model)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, _query_key(model), strict=True))
+    assert "detached from SGD: what follows is not applied" in attachment.describe()
+    again = rd.attach(optimizer)
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, _query_key(model), strict=True))
+    attachment.detach()  # twice does no harm, and not to the other
+    assert again.active
+    assert not attachment.active
+
+
+def test_a_group_added_later_is_decayed_too():
+    model, late = _model(), _model()
+    optimizer = torch.optim.SGD(_groups(model), lr=LR)
+    rd.attach(optimizer)
+    for group in rd.param_groups(late, rd.Frobenius(0.5), query_key=rd.LowRank(STRENGTH)):
+        optimizer.add_param_group(group)
+    before, head = _query_key(late), late.head.weight.detach().clone()
+    for each in (model, late):
+        _zero_gradients(each)
+    optimizer.step()
+    for old, new in zip(before, _query_key(late), strict=True):
+        torch.testing.assert_close(new, _shrunk(old, _tau(old, LR * STRENGTH)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(late.head.weight, head * (1 - LR * 0.5))
+
+
+# ---- narrow weights --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", ["prox", "smooth"])
+def test_a_decay_below_the_last_digit_still_happens_on_average(dtype, rule):
+    """τ = 1e-4 of the weight's size per step, 200 steps: to nearest, not one entry of a bfloat16 weight would move."""
+    torch.manual_seed(0)
+    attention = nn.ModuleDict(
+        {name: nn.Linear(64, 64, bias=False) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    )
+    attention.num_heads = 4
+    attention.to(dtype)
+    reference = attention["q_proj"].weight.detach().double()
+    rate, steps = 1e-4, 200
+    decay = rd.LowRank(rate, rule=rule, scale="absolute", lr_coupled=False)
+    optimizer = torch.optim.SGD(rd.param_groups(attention, rd.Frobenius(0.0), query_key=decay), lr=0.0)
+    rd.attach(optimizer)
+    _zero_gradients(attention)
+    state = torch.random.get_rng_state()
+    for _ in range(steps):
+        optimizer.step()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    u, s, vh = torch.linalg.svd(reference)
+    along = (u.T @ attention["q_proj"].weight.detach().double() @ vh.T).diag()
+    lost = (s - along)[s > 0.2]  # directions far above the noise of rounding
+    assert lost.mean().item() == pytest.approx(rate * steps, rel=0.05)
+
+
+def test_replicas_round_alike():
+    models = [_model(torch.bfloat16) for _ in range(2)]
+    for model in models:
+        optimizer = torch.optim.SGD(_groups(model), lr=LR)
+        rd.attach(optimizer)
+        torch.manual_seed(len(str(id(model))))
+        for _ in range(3):
+            torch.rand(7)
+            _zero_gradients(model)
+            optimizer.step()
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- saying what is done ---------------------------------------------------------------------------------
+
+
+def test_describe_names_every_parameter_with_its_decay_and_the_reason():
+    model = _model()
+    optimizer = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(0.3, every=2)), lr=LR)
+    text = rd.attach(optimizer).describe()
+    for name, _ in model.named_parameters():
+        assert name in text
+    lines = text.splitlines()
+    assert "  query_key: 6 × low-rank prox, 0.3, relative, every 2 steps, by rankdecay" in lines
+    fused = [line for line in lines if line.startswith("layers.2.attention.query_key_value.weight")]
+    assert len(fused) == 3
+    assert "24×10 rows 0:6 of each 12" in fused[0]
+    assert fused[0].endswith("query")
+    assert "L2 0.1" in fused[2]
+    assert fused[2].endswith("value")
+
+
+def test_describe_shows_the_ranks_falling():
+    model = _model()
+    optimizer = torch.optim.SGD(_groups(model), lr=1.0)
+    attachment = rd.attach(optimizer)
+    for _ in range(2):
+        _zero_gradients(model)
+        optimizer.step()
+    lines = attachment.describe(ranks=True).splitlines()
+    table = [line for line in lines if line.startswith("layers.")]
+    assert len(table) == 6
+    ranks = [int(line.split()[-1]) for line in table]
+    assert sorted(ranks) == sorted(int(rd.spectrum(m).numerical_rank(1e-5)) for m in _query_key(model))
+    assert max(ranks) < 8
+
+
+# ---- bad input -------------------------------------------------------------------------------------------
+
+
+def test_attaching_twice_is_refused():
+    optimizer = torch.optim.SGD(_groups(_model()), lr=LR)
+    rd.attach(optimizer)
+    with pytest.raises(ValueError, match=r"SGD is attached already.*detach\(\)"):
+        rd.attach(optimizer)
+
+
+def test_an_optimizer_without_our_groups_is_refused():
+    with pytest.raises(ValueError, match=r"AdamW\(rankdecay.param_groups\(model, ...\), ...\)"):
+        rd.attach(torch.optim.AdamW(_model().parameters()))
+    with pytest.raises(TypeError, match=r"torch.optim.Optimizer, got Model"):
+        rd.attach(_model())
+    with pytest.raises(ValueError, match=r"backend='exakt'.*Did you mean 'exact'"):
+        rd.attach(torch.optim.SGD(_groups(_model())), backend="exakt")
+
+
+def test_two_decays_on_one_parameter_are_refused():
+    model = _model()
+    first = torch.optim.SGD(_groups(model), lr=LR)
+    attachment = rd.attach(first)
+    second = torch.optim.AdamW(_groups(model), lr=LR)
+    with pytest.raises(ValueError, match=r"layers.0.attention.q_proj.weight would be decayed twice: an attached SGD"):
+        rd.attach(second)
+    attachment.detach()
+    rd.attach(second)
+
+
+def test_an_optimizer_that_is_gone_does_not_count():
+    model = _model()
+    for _ in range(2):
+        optimizer = torch.optim.SGD(_groups(model), lr=LR)
+        attachment = rd.attach(optimizer)
+    del optimizer
+    with pytest.raises(RuntimeError, match="no longer exists"):
+        attachment.describe()
+
+
+def test_swapped_parameters_are_refused_unless_they_have_the_same_shapes():
+    model = _model()
+    optimizer = torch.optim.SGD(_groups(model), lr=LR)
+    rd.attach(optimizer)
+    other = _model()
+    index, group = next((i, g) for i, g in enumerate(optimizer.param_groups) if g["role"] == "query_key")
+    names = group["param_names"]
+    group["params"] = [dict(other.named_parameters())[name] for name in names]
+    before = group["params"][0].detach().clone()
+    for p in group["params"]:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert not torch.equal(group["params"][0], before)
+    group["params"] = [nn.Parameter(torch.zeros(5, 5)) for _ in names]
+    with pytest.raises(ValueError, match=rf"parameters of group {index} \(role query_key\) are not those.*\(5, 5\)"):
+        optimizer.step()
+    group["params"] = [nn.Parameter(torch.zeros(120)) for _ in names]
+    with pytest.raises(ValueError, match=r"flattened, as DeepSpeed ZeRO and FSDP1 do.*FSDP2"):
+        optimizer.step()
+
+
+def test_a_flattened_parameter_is_refused_when_attaching():
+    model = _model()
+    groups = _groups(model)
+    for group in groups:
+        if group["role"] == "query_key":
+            group["params"] = [nn.Parameter(p.detach().flatten()) for p in group["params"]]
+    with pytest.raises(ValueError, match=r"q_proj.weight \(query_key\).*flattened"):
+        rd.attach(torch.optim.SGD(groups, lr=LR))
+
+
+def test_an_optimizer_without_a_learning_rate_needs_a_decay_without_one():
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def step(self, closure=None):
+            pass
+
+    model = _model()
+    with pytest.raises(ValueError, match=r"Own has no 'lr'.*lr_coupled=False"):
+        rd.attach(Own(_groups(model)))
+    optimizer = Own(_groups(model, lr_coupled=False))
+    rd.attach(optimizer)
+    _zero_gradients(model)
+    before = _query_key(model)
+    optimizer.step()
+    assert not torch.equal(before[0], _query_key(model)[0])

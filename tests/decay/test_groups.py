@@ -1,0 +1,216 @@
+"""Roles, and the groups they become."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import rankdecay as rd
+from rankdecay.decay.roles import assign_roles
+
+
+class Block(nn.Module):
+    """A pre-norm block in the style of nanoGPT: fused, contiguous."""
+
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = nn.Module()
+        self.attn.n_head = heads
+        self.attn.c_attn = nn.Linear(width, 3 * width)
+        self.attn.c_proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class Model(nn.Module):
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(11, 16)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 16))
+        self.h = nn.ModuleList([Block(), Block()])
+        self.scale = nn.Parameter(torch.ones(()))
+        self.lm_head = nn.Linear(16, 11, bias=False)
+        self.probe = nn.Linear(16, 3)
+        if tied:
+            self.lm_head.weight = self.wte.weight
+
+
+def _roles(model: nn.Module) -> dict[str, str]:
+    assigned, _ = assign_roles(model)
+    return {name: "+".join(dict.fromkeys(b.role for b in entry.blocks)) for entry in assigned for name in entry.names}
+
+
+def test_every_parameter_has_the_role_its_place_says():
+    roles = _roles(Model(tied=False))
+    assert roles["wte.weight"] == roles["pos_embed"] == roles["lm_head.weight"] == "embedding"
+    assert roles["h.1.attn.c_attn.weight"] == "query_key+value_output"
+    assert roles["h.1.attn.c_proj.weight"] == "value_output"
+    assert roles["h.0.mlp.0.weight"] == roles["h.1.mlp.2.weight"] == "mlp"
+    assert roles["h.0.ln_1.weight"] == "norm"
+    assert roles["h.0.ln_1.bias"] == roles["h.0.attn.c_attn.bias"] == roles["probe.bias"] == "bias"
+    assert roles["scale"] == roles["probe.weight"] == "other"
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = Model()
+    groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(0.2))
+    held = [p for group in groups for p in group["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
+    names = [name for group in groups for name in group["param_names"]]
+    assert set(names) == {name for name, _ in model.named_parameters()}
+    torch.optim.AdamW(groups)
+
+
+def test_groups_are_few():
+    groups = rd.param_groups(Model(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2))
+    assert len(groups) == len({group["role"] for group in groups}) + 1  # "other" holds a matrix and a scalar
+
+
+def test_the_same_model_has_the_same_groups_whatever_its_decays():
+    several = [
+        rd.param_groups(Model(), rd.Frobenius(0.0), query_key=rd.LowRank(0.2)),
+        rd.param_groups(Model(), rd.Frobenius(0.1)),
+        rd.param_groups(Model(), norm=rd.Frobenius(0.3), query_key=rd.LowRank(0.1), value_output=rd.LowRank(0.1)),
+    ]
+    names = [[group["param_names"] for group in groups] for groups in several]
+    assert names[0] == names[1] == names[2]
+
+
+def test_decays_go_where_they_are_asked_for():
+    groups = rd.param_groups(
+        Model(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2), value_output=rd.Frobenius(0.3), norm=rd.Frobenius(0.4)
+    )
+    by_name = {name: group for group in groups for name in group["param_names"]}
+    fused = by_name["h.0.attn.c_attn.weight"]
+    assert fused["weight_decay"] == 0
+    assert (fused["query_key_rule"], fused["query_key_strength"]) == ("prox", 0.2)
+    assert fused["query_key_blocks"] == "query: rows[0:16]/48 by 8; key: rows[16:32]/48 by 8"
+    assert (fused["value_output_rule"], fused["value_output_strength"]) == ("frobenius", 0.3)
+    assert fused["value_output_blocks"] == "value: rows[32:48]/48 by 8"
+    assert by_name["h.0.attn.c_proj.weight"]["weight_decay"] == 0.3
+    assert by_name["h.0.mlp.0.weight"]["weight_decay"] == by_name["wte.weight"]["weight_decay"] == 0.1
+    assert by_name["h.0.ln_1.weight"]["weight_decay"] == 0.4
+    assert by_name["h.0.ln_1.bias"]["weight_decay"] == by_name["scale"]["weight_decay"] == 0
+
+
+def test_without_a_default_the_optimizers_own_weight_decay_counts():
+    groups = rd.param_groups(Model(), query_key=rd.LowRank(0.2))
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
+    rd.attach(optimizer)
+    by_name = {name: group for group in optimizer.param_groups for name in group["param_names"]}
+    assert by_name["h.0.mlp.0.weight"]["weight_decay"] == 0.05
+    assert by_name["h.0.ln_1.weight"]["weight_decay"] == by_name["probe.bias"]["weight_decay"] == 0
+    fused = by_name["h.0.attn.c_attn.weight"]
+    assert fused["weight_decay"] == 0
+    assert fused["value_output_strength"] == 0.05
+
+
+def test_group_keys_are_plain_and_survive_a_weights_only_load():
+    optimizer = torch.optim.AdamW(rd.param_groups(Model(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2, every=3)))
+    rd.attach(optimizer)
+    for group in optimizer.param_groups:
+        ours = {k: v for k, v in group.items() if k == "role" or k.startswith(("query_key", "value_output"))}
+        assert all(isinstance(value, (str, int, float, bool)) for value in ours.values())
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    other = torch.optim.AdamW(rd.param_groups(Model(), rd.Frobenius(0.0), query_key=rd.LowRank(0.7)))
+    rd.attach(other)
+    other.load_state_dict(state)
+    for ours, theirs in zip(other.param_groups, optimizer.param_groups, strict=True):
+        assert {k: v for k, v in ours.items() if k != "params"} == {k: v for k, v in theirs.items() if k != "params"}
+
+
+def test_a_tied_matrix_is_decayed_once():
+    model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    model.num_heads = 2
+    model["k_proj"].weight = model["q_proj"].weight
+    groups = rd.param_groups(model, rd.Frobenius(0.0), query_key=rd.LowRank(1.0))
+    [group] = [group for group in groups if group["role"] == "query_key"]
+    assert len(group["params"]) == 1
+    assert group["query_key_blocks"].count("rows") == 1
+
+
+def test_a_tied_matrix_cannot_have_two_decays():
+    model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    model.num_heads = 2
+    model["v_proj"].weight = model["q_proj"].weight
+    with pytest.raises(ValueError, match=r"q_proj.weight and v_proj.weight are one tied parameter .*low-rank.*L2 0.1"):
+        rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(1.0))
+    same = rd.LowRank(1.0)
+    rd.param_groups(model, rd.Frobenius(0.1), query_key=same, value_output=same)
+
+
+def test_a_role_that_matches_nothing_is_an_error():
+    linear = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"query_key=LowRank.* matches no parameter of Sequential.*0.weight"):
+        rd.param_groups(linear, query_key=rd.LowRank(0.1))
+    with pytest.raises(ValueError, match=r"norm=Frobenius.*whose roles are bias, other"):
+        rd.param_groups(linear, norm=rd.Frobenius(0.1))
+
+
+def test_a_role_with_only_frozen_parameters_is_an_error():
+    model = Model()
+    for block in model.h:
+        block.attn.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"only frozen parameters, such as h.0.attn.c_attn.weight.*requires_grad_"):
+        rd.param_groups(model, query_key=rd.LowRank(0.1))
+    model.h[0].attn.requires_grad_(True)
+    rd.param_groups(model, query_key=rd.LowRank(0.1))
+
+
+def test_an_adapters_base_is_frozen_and_its_factors_are_named():
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, vocab_size=11
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    with pytest.raises(ValueError, match=r"base of an adapter: decay its factors with other="):
+        rd.param_groups(model, query_key=rd.LowRank(0.1))
+    groups = rd.param_groups(model, other=rd.Frobenius(0.1))
+    factors = [g for g in groups if any("lora_A" in name for name in g["param_names"])]
+    assert factors[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"norm": rd.LowRank(0.1)}, r"h.0.ln_1.weight has role norm and shape \(16,\).*norm=rankdecay.Frobenius"),
+        ({"embedding": rd.LowRank(0.1)}, r"pos_embed has role embedding and shape \(1, 5, 16\)"),
+        ({"mlp": rd.LowRank(0.1, unit="head")}, r"mlp=LowRank\(unit='head'\) meets h.0.mlp.0.weight"),
+    ],
+)
+def test_a_decay_that_does_not_fit_is_refused(how, message):
+    with pytest.raises(ValueError, match=message):
+        rd.param_groups(Model(), rd.Frobenius(0.1), **how)
+
+
+def test_what_is_no_decay_is_refused():
+    with pytest.raises(TypeError, match=r"query_key=0.1 is not a decay; pass rankdecay.LowRank"):
+        rd.param_groups(Model(), query_key=0.1)
+    for strength in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="strength must be a finite number >= 0"):
+            rd.LowRank(strength)
+
+
+def test_ones_own_attention_gets_its_roles():
+    own = nn.ModuleDict({"asks": nn.Linear(8, 8), "gives": nn.Linear(8, 16), "mix": nn.Linear(8, 8)})
+    names = rd.AttentionNames(query="asks", fused="gives", output="mix", num_heads=2)
+    groups = rd.param_groups(own, rd.Frobenius(0.0), query_key=rd.LowRank(0.1), names=names)
+    by_name = {name: group for group in groups for name in group["param_names"]}
+    assert by_name["asks.weight"]["role"] == "query_key"
+    assert by_name["gives.weight"]["query_key_blocks"] == "key: rows[0:8]/16 by 4"
+
+
+def test_groups_of_a_copied_model_are_alike():
+    model = Model()
+    keys = [
+        [{k: v for k, v in g.items() if k != "params"} for g in rd.param_groups(m, query_key=rd.LowRank(0.1))]
+        for m in (model, copy.deepcopy(model))
+    ]
+    assert keys[0] == keys[1]
