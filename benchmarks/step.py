@@ -1,0 +1,370 @@
+r"""The cost of one decay step: every rule and backend, beside an SVD, AdamW, Muon and the public prototype's decay.
+
+    python benchmarks/step.py                                    # about 12 minutes on 2 CPU cores
+    python benchmarks/step.py --cases 24x768 --rules prox --peer PATH
+    python benchmarks/step.py --cases gpt2 --rounds 5            # the share of a GPT-2 training step
+    python benchmarks/step.py --device cuda --json step.json
+
+A case is a stack of square float32 matrices (``24x768``: 24 of 768²), or ``gpt2``: W_Q and W_K of GPT-2 124M, 24 blocks
+of 768² inside 12 fused parameters, decayed by the real hook. In a stack, matrices of rank n/2 with a spectrum over five
+decades, as a decay leaves them, and fresh Gaussian ones take turns. τ = 3e-5·rms(σ): a learning rate of 3e-4 times a
+strength of 0.1. Rounds of every variant are interleaved, because these machines drift. The first round warms up; the
+time is the median of the others. A variant stops after 20 seconds in all: what takes longer at once is timed once.
+
+========  ==============================================================================================================
+column    meaning
+========  ==============================================================================================================
+measured  matrices that were timed; "1 of 48": the time is that of one, times 48
+ran       the backend that actually ran (``record_backends``)
+ms        of one decay, and per training step at the default ``every`` and at every=4 and 8
+step      error ‖(W − out) − (W − ref)‖_F / ‖W − ref‖_F against a float64 SVD, the worst over matrices (n > 1024 and
+          ``gpt2``: of the first alone)
+rounding  the same of the reference itself once it is rounded to float32: what no implementation goes below
+weight    error ‖out − ref‖_F / ‖W‖_F
+ceiling   products only: achieved part of the rate of one product of the same stack in the dtype it computes in,
+          float32 without TF32 (``smooth``: float64 at this τ); operations counted while it ran
+========  ==============================================================================================================
+
+The prototype's dependencies (seaborn, tqdm) have to be installed for ``--peer``; its code is read from PATH, never
+copied.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.flop_counter import FlopCounterMode
+
+import rankdecay as rd
+from rankdecay.lab.machine import describe_machine, resolve_device, versions
+from rankdecay.linalg import Backend, Rule, choose_backend, record_backends, shrink
+from rankdecay.linalg.polar import NULL_TOLERANCE, full_precision
+
+CASES = ("4x128", "24x768", "48x2048", "8x4096", "gpt2")
+#: Without --full, what a CPU measures of the large cases: one matrix, and of 8x4096 the default rule alone.
+ON_CPU: dict[str, tuple[Rule, ...]] = {"48x2048": get_args(Rule), "8x4096": ("prox",)}
+LEARNING_RATE, STRENGTH = 3e-4, 0.1
+EVERY = (rd.LowRank(1.0).every, 4, 8)
+PATIENCE = 20.0
+
+
+@dataclasses.dataclass
+class Row:
+    case: str
+    what: str
+    measured: str = ""
+    ran: str = ""
+    rounds: int = 0
+    ms: float | None = None
+    every: dict[int, float] | None = None  # milliseconds per training step
+    step_error: float | None = None
+    rounding: float | None = None
+    weight_error: float | None = None
+    ceiling: float | None = None
+    share: dict[int, float] | None = None  # of a training step, the decay included
+
+
+class Clock:
+    """Times a block; on CUDA from an idle device to an idle device."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def __enter__(self) -> "Clock":
+        self.start = self.now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = self.now() - self.start
+
+
+def interleaved(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant, in rounds, without the first where there are others."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, run in variants.items():
+            if sum(times[name]) < PATIENCE:
+                times[name].append(run())
+    return {name: seconds[1:] or seconds for name, seconds in times.items()}
+
+
+def reference(W: Tensor, tau: Tensor, steps: int = 5) -> dict[str, Tensor]:
+    """W − ref of every rule, in float64 from an SVD: the table of rankdecay.linalg.shrink."""
+    U, sigma, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    t, p = tau.double()[:, None], sigma / sigma.norm(dim=-1, keepdim=True)
+    for _ in range(steps):
+        p = p * (3 - p * p) / 2
+    taken = {
+        "prox": sigma.minimum(t),
+        "smooth": t * sigma / torch.hypot(sigma, t),
+        "polar": t * (sigma > NULL_TOLERANCE * sigma[:, :1]),
+        "newton_schulz": t * p,
+    }
+    return {rule: (U * change[:, None]) @ Vh for rule, change in taken.items()}
+
+
+def errors(W: Tensor, out: Tensor, step: Tensor) -> dict[str, float]:
+    """The error columns: the worst of the matrices of which there is a reference."""
+    W, out = W[: len(step)].double(), out[: len(step)].double()
+    size, rounded = step.norm(dim=(-2, -1)), (W - step).float().double()
+    off = (W - out - step).norm(dim=(-2, -1))
+    return {
+        "step_error": float((off / size).max()),
+        "rounding": float(((W - rounded - step).norm(dim=(-2, -1)) / size).max()),
+        "weight_error": float((off / W.norm(dim=(-2, -1))).max()),
+    }
+
+
+def decays(rules: tuple[Rule, ...]) -> list[tuple[str, Rule, Backend]]:
+    backends: tuple[Backend, ...] = ("exact", "matmul")
+    return [(f"{r}, {b}", r, b) for r in rules for b in backends if (r, b) != ("newton_schulz", "exact")]
+
+
+def per_step(seconds: float) -> dict[str, Any]:
+    return {"ms": 1e3 * seconds, "every": {k: 1e3 * seconds / k for k in EVERY}}
+
+
+# ---- stacks ------------------------------------------------------------------------------------------------
+
+
+def make_stack(count: int, n: int, device: str) -> Tensor:
+    """In turn, matrices of rank n/2 with singular values over five decades, and Gaussian ones."""
+    generator = torch.Generator(device).manual_seed(0)
+    W = 0.02 * torch.randn(count, n, n, generator=generator, device=device)
+    decades = torch.logspace(0, -5, n // 2, device=device)
+    for i in range(0, count, 2):
+        right = torch.randn(n // 2, n, generator=generator, device=device)
+        W[i] = (W[i, :, : n // 2] * decades) @ right / (n // 2) ** 0.5
+    return W
+
+
+def stack_rows(case: str, arguments: argparse.Namespace) -> list[Row]:
+    device = arguments.device
+    count, n = map(int, case.split("x"))
+    rules, measured = arguments.rules, count
+    if device == "cpu" and case in ON_CPU and not arguments.full:
+        rules, measured = tuple(rule for rule in rules if rule in ON_CPU[case]), 1
+    W = make_stack(measured, n, device)
+    tau = rd.LowRank(STRENGTH).threshold(W, LEARNING_RATE)
+    outputs: dict[str, Tensor] = {}
+    ran: dict[str, str] = {}
+    operations: dict[str, int] = {}
+    variants: dict[str, Callable[[], float]] = {}
+
+    def decay(name: str, rule: Rule, backend: Backend) -> Callable[[], float]:
+        def run() -> float:
+            outputs.pop(name, None)
+            with contextlib.ExitStack() as stack:
+                if name not in ran:
+                    backends = stack.enter_context(record_backends())
+                    counter = stack.enter_context(FlopCounterMode(display=False))
+                    clock = stack.enter_context(Clock(device))
+                    outputs[name] = shrink(W, tau, rule, backend=backend)
+                    ran[name] = " + ".join(dict.fromkeys(backends))
+                    operations[name] = counter.get_total_flops()
+                else:
+                    clock = stack.enter_context(Clock(device))
+                    outputs[name] = shrink(W, tau, rule, backend=backend)
+            return clock.seconds
+
+        return run
+
+    def plain(call: Callable[[], object]) -> Callable[[], float]:
+        def run() -> float:
+            with full_precision(W.device), Clock(device) as clock:
+                call()
+            return clock.seconds
+
+        return run
+
+    chosen = decays(rules)
+    for name, rule, backend in chosen:
+        variants[name] = decay(name, rule, backend)
+    products = {"float32": W, "float64": W.double()}
+    for dtype, X in products.items():
+        variants[f"one product, {dtype}"] = plain(lambda X=X: X @ X)
+    variants["torch.linalg.svd"] = plain(lambda: torch.linalg.svd(W, full_matrices=False))
+    variants["AdamW.step"] = plain(torch.optim.AdamW(trained(W), lr=LEARNING_RATE).step)
+    variants["Muon.step"] = plain(torch.optim.Muon(trained(W), lr=LEARNING_RATE).step)
+    if arguments.peer:
+        named = [(f"w{i}", p) for i, p in enumerate(trained(W))]
+        variants["prototype's decay"] = plain(peer(arguments.peer)(named, decay_rate=float(tau[0])).step)
+
+    seconds = interleaved(variants, arguments.rounds)
+    times = {name: statistics.median(values) for name, values in seconds.items()}
+    known = 1 if n > 1024 else measured
+    steps = reference(W[:known], tau[:known])
+    rows = []
+    for name in variants:
+        row = Row(case, name, str(count) if measured == count else f"{measured} of {count}", rounds=len(seconds[name]))
+        row.ms = 1e3 * times[name] * count / measured
+        rows.append(row)
+    for row, (name, rule, backend) in zip(rows, chosen, strict=False):
+        found = per_step(times[name] * count / measured) | errors(W, outputs[name], steps[rule])
+        row = dataclasses.replace(row, ran=ran[name], **found)
+        if ran[name] == "matmul":
+            dtype = "float64" if rule == "smooth" else "float32"
+            rate = 2 * measured * n**3 / times[f"one product, {dtype}"]
+            row.ceiling = operations[name] / times[name] / rate
+        rows[chosen.index((name, rule, backend))] = row
+    print(f'{case}: "auto" takes {choose_backend(W.shape, W.device, W.dtype)}', flush=True)
+    return rows
+
+
+def trained(W: Tensor) -> list[Parameter]:
+    """Copies of the matrices, each a parameter with a gradient."""
+    parameters = [Parameter(matrix.clone()) for matrix in W]
+    for p in parameters:
+        p.grad = 1e-3 * torch.randn_like(p)
+    return parameters
+
+
+def peer(path: str) -> Callable[..., Any]:
+    """The prototype's decay, a class with a ``step``."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    sys.path.insert(0, path)
+    try:
+        import experiment  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        sys.exit(f"--peer {path}: no module named {error.name}; its experiment.py needs matplotlib, seaborn and tqdm")
+    return experiment.NewtonSchulzLowRankDecay
+
+
+# ---- GPT-2 -------------------------------------------------------------------------------------------------
+
+
+def gpt2_rows(case: str, arguments: argparse.Namespace) -> list[Row]:
+    """The hook's own time, between a hook before it and one after it, and a training step without it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    device = arguments.device
+    model = GPT2LMHeadModel(GPT2Config()).to(device)
+    tokens = torch.randint(50257, (8, 256), device=device)
+    policy = rd.LowRank(STRENGTH)
+    groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=policy)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    fused = [block.attn.c_attn.weight for block in model.transformer.h]
+    found: dict[str, dict[str, Any]] = {}
+
+    def blocks() -> Tensor:
+        return torch.stack([block for p in fused for block in p.detach().split(768, dim=1)[:2]])
+
+    def train() -> float:
+        with Clock(device) as clock:
+            optimizer.zero_grad()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+        return clock.seconds
+
+    def decay(name: str, rule: Rule, backend: Backend) -> Callable[[], float]:
+        def run() -> float:
+            clock = Clock(device)
+            before: list[Tensor] = []
+            for group in optimizer.param_groups:
+                if "query_key_rule" in group:
+                    group["query_key_rule"] = rule
+
+            def start(*_: object) -> None:
+                if name not in found:
+                    before.append(blocks())
+                clock.__enter__()
+
+            handles = [optimizer.register_step_post_hook(start)]
+            attachment = rd.attach(optimizer, backend)
+            handles.append(optimizer.register_step_post_hook(lambda *_: clock.__exit__()))
+            with record_backends() as ran:
+                optimizer.step()
+            attachment.detach()
+            for handle in handles:
+                handle.remove()
+            if name not in found:
+                step = reference(before[0][:1], policy.threshold(before[0][:1], LEARNING_RATE))[rule]
+                found[name] = {"ran": " + ".join(dict.fromkeys(ran))} | errors(before[0], blocks(), step)
+            return clock.seconds
+
+        return run
+
+    chosen = decays(arguments.rules)
+    variants = {"a training step": train} | {name: decay(name, rule, backend) for name, rule, backend in chosen}
+    seconds = interleaved(variants, arguments.rounds)
+    times = {name: statistics.median(values) for name, values in seconds.items()}
+    whole = times["a training step"]
+    rows = [Row(case, "a training step", "batch 8×256", rounds=len(seconds["a training step"]), ms=1e3 * whole)]
+    for name, _, _ in chosen:
+        share = {k: times[name] / k / (whole + times[name] / k) for k in EVERY}
+        row = Row(case, f"hook: {name}", "24", rounds=len(seconds[name]), share=share)
+        rows.append(dataclasses.replace(row, **per_step(times[name]), **found[name]))
+    print(f'{case}: "auto" takes {"exact" if device == "cpu" else "matmul"}', flush=True)
+    return rows
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+def line(row: Row) -> str:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    cells = [f"{row.case:8}{row.what:24}{row.measured:12}{row.ran:12}{row.rounds:>3}{number(row.ms, '12,.1f'):>12}"]
+    cells += [f"{number(row.every and row.every[k], '12,.1f'):>12}" for k in EVERY]
+    cells += [f"{number(value, '10.1e'):>10}" for value in (row.step_error, row.rounding, row.weight_error)]
+    cells += [f"{number(row.ceiling, '9.0%'):>9}"]
+    if row.share:
+        cells += ["   " + " ".join(f"{share:.1%}" for share in row.share.values())]
+    return "".join(cells).rstrip()
+
+
+def header() -> str:
+    every = "".join(f"{f'every={k}':>12}" for k in EVERY)
+    errors = "".join(f"{word:>10}" for word in ("step", "rounding", "weight"))
+    share = "   share of a training step at every=" + ", ".join(map(str, EVERY))
+    return f"{'case':8}{'what':24}{'measured':12}{'ran':12}{'n':>3}{'ms':>12}{every}{errors}{'ceiling':>9}{share}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--rules", nargs="+", choices=get_args(Rule), default=get_args(Rule))
+    parser.add_argument("--rounds", type=int, default=3, help="after the one that warms up")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--peer", help="folder that holds the prototype's experiment.py")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--full", action="store_true", help="measure all matrices of the large cases on a CPU as well")
+    parser.add_argument("--json", metavar="PATH", help="write the machine and every row")
+    arguments = parser.parse_args()
+    arguments.device = resolve_device(arguments.device)
+    arguments.rules = tuple(arguments.rules)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    machine = describe_machine(arguments.device)
+    print(f"{machine}; torch {torch.__version__}; τ = {LEARNING_RATE * STRENGTH:g}·rms(σ)\n{header()}", flush=True)
+    rows: list[Row] = []
+    for case in arguments.cases:
+        new = (gpt2_rows if case == "gpt2" else stack_rows)(case, arguments)
+        print("\n".join(map(line, new)), flush=True)
+        rows += new
+        if arguments.json:
+            record = {"machine": machine, "versions": versions(), "rows": [dataclasses.asdict(row) for row in rows]}
+            Path(arguments.json).write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
