@@ -1,4 +1,4 @@
-r"""The cost of one decay step: every rule and backend, beside an SVD, AdamW, Muon and the public prototype's decay.
+"""The cost of one decay step: every rule and backend, beside an SVD, AdamW, Muon and the public prototype's decay.
 
     python benchmarks/step.py                                    # about 12 minutes on 2 CPU cores
     python benchmarks/step.py --cases 24x768 --rules prox --peer PATH
@@ -9,7 +9,8 @@ A case is a stack of square float32 matrices (``24x768``: 24 of 768²), or ``gpt
 of 768² inside 12 fused parameters, decayed by the real hook. In a stack, matrices of rank n/2 with a spectrum over five
 decades, as a decay leaves them, and fresh Gaussian ones take turns. τ = 3e-5·rms(σ): a learning rate of 3e-4 times a
 strength of 0.1. Rounds of every variant are interleaved, because these machines drift. The first round warms up; the
-time is the median of the others. A variant stops after 20 seconds in all: what takes longer at once is timed once.
+time is the median of the others (column n). A variant stops after 25 seconds in all: what takes longer at once is timed
+once. A small case is repeated for 5 seconds.
 
 ========  ==============================================================================================================
 column    meaning
@@ -23,6 +24,7 @@ rounding  the same of the reference itself once it is rounded to float32: what n
 weight    error ‖out − ref‖_F / ‖W‖_F
 ceiling   products only: achieved part of the rate of one product of the same stack in the dtype it computes in,
           float32 without TF32 (``smooth``: float64 at this τ); operations counted while it ran
+share     the decay's part of a training step of GPT-2 (forward, backward, AdamW; 8 × 256 tokens), decay included
 ========  ==============================================================================================================
 
 The prototype's dependencies (seaborn, tqdm) have to be installed for ``--peer``; its code is read from PATH, never
@@ -31,13 +33,13 @@ copied.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -56,10 +58,11 @@ CASES = ("4x128", "24x768", "48x2048", "8x4096", "gpt2")
 ON_CPU: dict[str, tuple[Rule, ...]] = {"48x2048": get_args(Rule), "8x4096": ("prox",)}
 LEARNING_RATE, STRENGTH = 3e-4, 0.1
 EVERY = (rd.LowRank(1.0).every, 4, 8)
-PATIENCE = 20.0
+#: Seconds: a variant is not started again after PATIENCE, and a case goes on for LEAST however many rounds that makes.
+PATIENCE, LEAST = 25.0, 5.0
 
 
-@dataclasses.dataclass
+@dataclass
 class Row:
     case: str
     what: str
@@ -84,7 +87,7 @@ class Clock:
 
     def now(self) -> float:
         if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def __enter__(self) -> "Clock":
@@ -95,13 +98,26 @@ class Clock:
         self.seconds = self.now() - self.start
 
 
+def timed(call: Callable[[], object], device: str) -> Callable[[], float]:
+    """``call`` without TF32, returning its seconds."""
+
+    def run() -> float:
+        with full_precision(torch.device(device)), Clock(device) as clock:
+            call()
+        return clock.seconds
+
+    return run
+
+
 def interleaved(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each variant, in rounds, without the first where there are others."""
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds + 1):
+    start, done = time.perf_counter(), 0
+    while done < rounds + 1 or time.perf_counter() - start < LEAST:
         for name, run in variants.items():
             if sum(times[name]) < PATIENCE:
                 times[name].append(run())
+        done += 1
     return {name: seconds[1:] or seconds for name, seconds in times.items()}
 
 
@@ -132,13 +148,13 @@ def errors(W: Tensor, out: Tensor, step: Tensor) -> dict[str, float]:
     }
 
 
-def decays(rules: tuple[Rule, ...]) -> list[tuple[str, Rule, Backend]]:
+def decays(rules: Sequence[Rule]) -> list[tuple[str, Rule, Backend]]:
     backends: tuple[Backend, ...] = ("exact", "matmul")
     return [(f"{r}, {b}", r, b) for r in rules for b in backends if (r, b) != ("newton_schulz", "exact")]
 
 
-def per_step(seconds: float) -> dict[str, Any]:
-    return {"ms": 1e3 * seconds, "every": {k: 1e3 * seconds / k for k in EVERY}}
+def per_step(seconds: float) -> dict[int, float]:
+    return {k: 1e3 * seconds / k for k in EVERY}
 
 
 # ---- stacks ------------------------------------------------------------------------------------------------
@@ -155,77 +171,59 @@ def make_stack(count: int, n: int, device: str) -> Tensor:
     return W
 
 
-def stack_rows(case: str, arguments: argparse.Namespace) -> list[Row]:
+def stack_rows(case: str, rules: Sequence[Rule], arguments: argparse.Namespace) -> list[Row]:
     device = arguments.device
     count, n = map(int, case.split("x"))
-    rules, measured = arguments.rules, count
+    measured = count
     if device == "cpu" and case in ON_CPU and not arguments.full:
-        rules, measured = tuple(rule for rule in rules if rule in ON_CPU[case]), 1
+        rules, measured = list(filter(rules.__contains__, ON_CPU[case])), 1
     W = make_stack(measured, n, device)
     tau = rd.LowRank(STRENGTH).threshold(W, LEARNING_RATE)
     outputs: dict[str, Tensor] = {}
     ran: dict[str, str] = {}
     operations: dict[str, int] = {}
-    variants: dict[str, Callable[[], float]] = {}
 
     def decay(name: str, rule: Rule, backend: Backend) -> Callable[[], float]:
         def run() -> float:
             outputs.pop(name, None)
-            with contextlib.ExitStack() as stack:
-                if name not in ran:
-                    backends = stack.enter_context(record_backends())
-                    counter = stack.enter_context(FlopCounterMode(display=False))
-                    clock = stack.enter_context(Clock(device))
-                    outputs[name] = shrink(W, tau, rule, backend=backend)
-                    ran[name] = " + ".join(dict.fromkeys(backends))
-                    operations[name] = counter.get_total_flops()
-                else:
-                    clock = stack.enter_context(Clock(device))
-                    outputs[name] = shrink(W, tau, rule, backend=backend)
-            return clock.seconds
-
-        return run
-
-    def plain(call: Callable[[], object]) -> Callable[[], float]:
-        def run() -> float:
-            with full_precision(W.device), Clock(device) as clock:
-                call()
+            counter = FlopCounterMode(display=False)
+            counting = contextlib.nullcontext() if name in operations else counter
+            with record_backends() as backends, counting, Clock(device) as clock:
+                outputs[name] = shrink(W, tau, rule, backend=backend)
+            operations.setdefault(name, counter.get_total_flops())
+            ran[name] = " + ".join(dict.fromkeys(backends))
             return clock.seconds
 
         return run
 
     chosen = decays(rules)
-    for name, rule, backend in chosen:
-        variants[name] = decay(name, rule, backend)
-    products = {"float32": W, "float64": W.double()}
-    for dtype, X in products.items():
-        variants[f"one product, {dtype}"] = plain(lambda X=X: X @ X)
-    variants["torch.linalg.svd"] = plain(lambda: torch.linalg.svd(W, full_matrices=False))
-    variants["AdamW.step"] = plain(torch.optim.AdamW(trained(W), lr=LEARNING_RATE).step)
-    variants["Muon.step"] = plain(torch.optim.Muon(trained(W), lr=LEARNING_RATE).step)
+    variants = {name: decay(name, rule, backend) for name, rule, backend in chosen}
+    for X in (W, W.double()):
+        variants[f"one product, {str(X.dtype)[6:]}"] = timed(lambda X=X: X @ X, device)
+    variants["torch.linalg.svd"] = timed(lambda: torch.linalg.svd(W, full_matrices=False), device)
+    variants["AdamW.step"] = timed(torch.optim.AdamW(trained(W), lr=LEARNING_RATE).step, device)
+    variants["Muon.step"] = timed(torch.optim.Muon(trained(W), lr=LEARNING_RATE).step, device)
     if arguments.peer:
         named = [(f"w{i}", p) for i, p in enumerate(trained(W))]
-        variants["prototype's decay"] = plain(peer(arguments.peer)(named, decay_rate=float(tau[0])).step)
-
+        variants["prototype's decay"] = timed(peer(arguments.peer)(named, decay_rate=float(tau[0])).step, device)
     seconds = interleaved(variants, arguments.rounds)
     times = {name: statistics.median(values) for name, values in seconds.items()}
+
+    amount = str(count) if measured == count else f"{measured} of {count}"
+    rows = {
+        name: Row(case, name, amount, rounds=len(seconds[name]), ms=1e3 * times[name] * count / measured)
+        for name in variants
+    }
     known = 1 if n > 1024 else measured
-    steps = reference(W[:known], tau[:known])
-    rows = []
-    for name in variants:
-        row = Row(case, name, str(count) if measured == count else f"{measured} of {count}", rounds=len(seconds[name]))
-        row.ms = 1e3 * times[name] * count / measured
-        rows.append(row)
-    for row, (name, rule, backend) in zip(rows, chosen, strict=False):
-        found = per_step(times[name] * count / measured) | errors(W, outputs[name], steps[rule])
-        row = dataclasses.replace(row, ran=ran[name], **found)
+    taken = reference(W[:known], tau[:known])
+    for name, rule, _ in chosen:
+        row = rows[name] = replace(rows[name], ran=ran[name], **errors(W, outputs[name], taken[rule]))
+        row.every = per_step(times[name] * count / measured)
         if ran[name] == "matmul":
             dtype = "float64" if rule == "smooth" else "float32"
-            rate = 2 * measured * n**3 / times[f"one product, {dtype}"]
-            row.ceiling = operations[name] / times[name] / rate
-        rows[chosen.index((name, rule, backend))] = row
-    print(f'{case}: "auto" takes {choose_backend(W.shape, W.device, W.dtype)}', flush=True)
-    return rows
+            row.ceiling = operations[name] / times[name] / (2 * measured * n**3 / times[f"one product, {dtype}"])
+    print(f'{case}: backend="auto" takes {choose_backend(W.shape, W.device, W.dtype)}', flush=True)
+    return list(rows.values())
 
 
 def trained(W: Tensor) -> list[Parameter]:
@@ -250,92 +248,96 @@ def peer(path: str) -> Callable[..., Any]:
 # ---- GPT-2 -------------------------------------------------------------------------------------------------
 
 
-def gpt2_rows(case: str, arguments: argparse.Namespace) -> list[Row]:
+def gpt2_rows(case: str, rules: Sequence[Rule], arguments: argparse.Namespace) -> list[Row]:
     """The hook's own time, between a hook before it and one after it, and a training step without it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     device = arguments.device
-    model = GPT2LMHeadModel(GPT2Config()).to(device)
+    model: Any = GPT2LMHeadModel(GPT2Config())
+    model.to(device)
     tokens = torch.randint(50257, (8, 256), device=device)
     policy = rd.LowRank(STRENGTH)
     groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=policy)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
-    fused = [block.attn.c_attn.weight for block in model.transformer.h]
+    fused: list[Parameter] = [block.attn.c_attn.weight for block in model.transformer.h]
     found: dict[str, dict[str, Any]] = {}
 
     def blocks() -> Tensor:
         return torch.stack([block for p in fused for block in p.detach().split(768, dim=1)[:2]])
 
-    def train() -> float:
-        with Clock(device) as clock:
-            optimizer.zero_grad()
-            model(input_ids=tokens, labels=tokens).loss.backward()
-            optimizer.step()
-        return clock.seconds
+    def train() -> None:
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
 
     def decay(name: str, rule: Rule, backend: Backend) -> Callable[[], float]:
         def run() -> float:
             clock = Clock(device)
             before: list[Tensor] = []
-            for group in optimizer.param_groups:
-                if "query_key_rule" in group:
-                    group["query_key_rule"] = rule
 
             def start(*_: object) -> None:
                 if name not in found:
                     before.append(blocks())
                 clock.__enter__()
 
+            for group in optimizer.param_groups:
+                if "query_key_rule" in group:
+                    group["query_key_rule"] = rule
             handles = [optimizer.register_step_post_hook(start)]
             attachment = rd.attach(optimizer, backend)
-            handles.append(optimizer.register_step_post_hook(lambda *_: clock.__exit__()))
+            handles += [optimizer.register_step_post_hook(clock.__exit__)]
             with record_backends() as ran:
                 optimizer.step()
             attachment.detach()
             for handle in handles:
                 handle.remove()
             if name not in found:
-                step = reference(before[0][:1], policy.threshold(before[0][:1], LEARNING_RATE))[rule]
-                found[name] = {"ran": " + ".join(dict.fromkeys(ran))} | errors(before[0], blocks(), step)
+                W = before[0]
+                taken = reference(W[:1], policy.threshold(W[:1], LEARNING_RATE))[rule]
+                found[name] = {"ran": " + ".join(dict.fromkeys(ran)), **errors(W, blocks(), taken)}
             return clock.seconds
 
         return run
 
-    chosen = decays(arguments.rules)
-    variants = {"a training step": train} | {name: decay(name, rule, backend) for name, rule, backend in chosen}
+    chosen = decays(rules)
+    variants = {"training step": timed(train, device), "of that AdamW.step": timed(optimizer.step, device)}
+    variants |= {f"hook: {name}": decay(f"hook: {name}", rule, backend) for name, rule, backend in chosen}
     seconds = interleaved(variants, arguments.rounds)
     times = {name: statistics.median(values) for name, values in seconds.items()}
-    whole = times["a training step"]
-    rows = [Row(case, "a training step", "batch 8×256", rounds=len(seconds["a training step"]), ms=1e3 * whole)]
-    for name, _, _ in chosen:
-        share = {k: times[name] / k / (whole + times[name] / k) for k in EVERY}
-        row = Row(case, f"hook: {name}", "24", rounds=len(seconds[name]), share=share)
-        rows.append(dataclasses.replace(row, **per_step(times[name]), **found[name]))
-    print(f'{case}: "auto" takes {"exact" if device == "cpu" else "matmul"}', flush=True)
+
+    whole = times["training step"]
+    rows = []
+    for name in variants:
+        row = Row(case, name, rounds=len(seconds[name]), ms=1e3 * times[name])
+        if name in found:
+            every = per_step(times[name])
+            share = {k: ms / (1e3 * whole + ms) for k, ms in every.items()}
+            row = replace(row, measured="24", every=every, share=share, **found[name])
+        rows.append(row)
+    print(f'{case}: backend="auto" takes {"exact" if device == "cpu" else "matmul"}', flush=True)
     return rows
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
-def line(row: Row) -> str:
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    cells = [f"{row.case:8}{row.what:24}{row.measured:12}{row.ran:12}{row.rounds:>3}{number(row.ms, '12,.1f'):>12}"]
-    cells += [f"{number(row.every and row.every[k], '12,.1f'):>12}" for k in EVERY]
-    cells += [f"{number(value, '10.1e'):>10}" for value in (row.step_error, row.rounding, row.weight_error)]
-    cells += [f"{number(row.ceiling, '9.0%'):>9}"]
-    if row.share:
-        cells += ["   " + " ".join(f"{share:.1%}" for share in row.share.values())]
-    return "".join(cells).rstrip()
-
-
 def header() -> str:
-    every = "".join(f"{f'every={k}':>12}" for k in EVERY)
-    errors = "".join(f"{word:>10}" for word in ("step", "rounding", "weight"))
-    share = "   share of a training step at every=" + ", ".join(map(str, EVERY))
-    return f"{'case':8}{'what':24}{'measured':12}{'ran':12}{'n':>3}{'ms':>12}{every}{errors}{'ceiling':>9}{share}"
+    every = "".join(f"{f'every={k}':>11}" for k in EVERY)
+    errors = "".join(f"{word:>10}" for word in ("step", "rounding", "weight", "ceiling"))
+    share = "   share at every=" + ", ".join(map(str, EVERY))
+    return f"{'case':8}{'what':30}{'measured':9}{'ran':7}{'n':>5}{'ms':>11}{every}{errors}{share}"
+
+
+def line(row: Row) -> str:
+    def number(value: float | None, width: int, form: str) -> str:
+        return f"{'' if value is None else format(value, form):>{width}}"
+
+    cells = [f"{row.case:8}{row.what:30}{row.measured:9}{row.ran:7}{row.rounds:>5}"]
+    cells += [number(ms, 11, ",.1f") for ms in (row.ms, *((row.every or {}).get(k) for k in EVERY))]
+    cells += [number(error, 10, ".1e") for error in (row.step_error, row.rounding, row.weight_error)]
+    cells += [number(row.ceiling, 10, ".0%")]
+    cells += ["   " + ", ".join(f"{share:.1%}" for share in row.share.values())] if row.share else []
+    return "".join(cells).rstrip()
 
 
 def main() -> None:
@@ -350,7 +352,6 @@ def main() -> None:
     parser.add_argument("--json", metavar="PATH", help="write the machine and every row")
     arguments = parser.parse_args()
     arguments.device = resolve_device(arguments.device)
-    arguments.rules = tuple(arguments.rules)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -358,11 +359,11 @@ def main() -> None:
     print(f"{machine}; torch {torch.__version__}; τ = {LEARNING_RATE * STRENGTH:g}·rms(σ)\n{header()}", flush=True)
     rows: list[Row] = []
     for case in arguments.cases:
-        new = (gpt2_rows if case == "gpt2" else stack_rows)(case, arguments)
+        new = (gpt2_rows if case == "gpt2" else stack_rows)(case, arguments.rules, arguments)
         print("\n".join(map(line, new)), flush=True)
         rows += new
         if arguments.json:
-            record = {"machine": machine, "versions": versions(), "rows": [dataclasses.asdict(row) for row in rows]}
+            record = {"machine": machine, "versions": versions(), "rows": [asdict(row) for row in rows]}
             Path(arguments.json).write_text(json.dumps(record, indent=1) + "\n")
 
 

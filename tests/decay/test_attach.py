@@ -221,6 +221,15 @@ def test_the_decay_follows_the_optimizers_own_step(name, rule):
         by_hand.load_state_dict(model.state_dict())  # roundings apart, which an optimizer may make large
 
 
+class _Unknown(torch.optim.Optimizer):
+    """Somebody's optimizer, whose weight decay is not what ours means."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.sub_(parameter, alpha=1000 * group["weight_decay"])
+
+
 def test_muon_beside_adamw():
     model = _model()
     groups = _groups(model)
@@ -245,6 +254,7 @@ def test_muon_beside_adamw():
         (lambda groups: torch.optim.NAdam(groups, lr=LR), "NAdam"),
         (lambda groups: torch.optim.SGD(groups, lr=LR), "rankdecay"),
         (lambda groups: torch.optim.RMSprop(groups, lr=LR), "rankdecay"),
+        (lambda groups: _Unknown(groups, {"lr": LR, "weight_decay": 0.0}), "rankdecay"),
     ],
 )
 def test_frobenius_is_decoupled_and_applied_once_under_any_optimizer(build, by):
@@ -372,7 +382,8 @@ def test_parameters_without_gradient_and_frozen_ones_are_left_alone():
     assert "frozen" in line
 
 
-def test_an_optimizer_that_clears_gradients_inside_its_step():
+@pytest.mark.parametrize("closure", [False, True])
+def test_an_optimizer_that_clears_gradients_inside_its_step(closure):
     class Consuming(torch.optim.SGD):
         def step(self, closure=None):
             super().step(closure)
@@ -382,9 +393,36 @@ def test_an_optimizer_that_clears_gradients_inside_its_step():
     optimizer = Consuming(_groups(model), lr=LR)
     rd.attach(optimizer)
     before = _query_key(model)
-    _zero_gradients(model)
-    optimizer.step()
+
+    def make_gradients():
+        _zero_gradients(model)
+        return 0.0
+
+    if closure:
+        optimizer.step(make_gradients)
+    else:
+        make_gradients()
+        optimizer.step()
     assert not any(torch.equal(a, b) for a, b in zip(before, _query_key(model), strict=True))
+
+
+def test_with_a_closure_the_last_steps_gradients_do_not_count():
+    model = _model()
+    optimizer = torch.optim.SGD(_groups(model), lr=LR)
+    rd.attach(optimizer)
+    weight = model.layers[0]["attention"].q_proj.weight
+
+    def make_gradients():
+        optimizer.zero_grad()
+        _zero_gradients(model)
+        weight.grad = None
+        return 0.0
+
+    _zero_gradients(model)
+    before = weight.detach().clone()
+    optimizer.step(closure=make_gradients)
+    assert torch.equal(weight, before)
+    assert not torch.equal(model.layers[0]["attention"].k_proj.weight, _model().layers[0]["attention"].k_proj.weight)
 
 
 # ---- every k steps, and interruptions --------------------------------------------------------------------
@@ -517,8 +555,10 @@ def test_a_copy_has_no_hook_until_it_is_attached(duplicate):
     optimizer.step()
     for a, b in zip(_query_key(model), _query_key(copied), strict=True):
         assert torch.equal(a, b)  # the copy also continues the cycle
-    with pytest.raises(TypeError, match=r"call rankdecay.attach on the copy"):
-        duplicate(attachment)
+    copied_attachment = duplicate(attachment)
+    assert not copied_attachment.active
+    with pytest.raises(RuntimeError, match=r"copied or pickled, which drops hooks.*rankdecay.attach"):
+        copied_attachment.describe()
 
 
 def test_detaching_stops_and_attaching_again_continues():
@@ -616,6 +656,16 @@ def test_describe_names_every_parameter_with_its_decay_and_the_reason():
     assert fused[2].endswith("value")
 
 
+def test_describe_says_how_far_a_cycle_is():
+    model = _model()
+    optimizer = torch.optim.SGD(_groups(model, every=3), lr=LR)
+    attachment = rd.attach(optimizer)
+    for _ in range(4):
+        _zero_gradients(model)
+        optimizer.step()
+    assert "query_key: 1 of 3 steps since its last decay" in attachment.describe(ranks=True)
+
+
 def test_describe_shows_the_ranks_falling():
     model = _model()
     optimizer = torch.optim.SGD(_groups(model), lr=1.0)
@@ -655,7 +705,7 @@ def test_two_decays_on_one_parameter_are_refused():
     first = torch.optim.SGD(_groups(model), lr=LR)
     attachment = rd.attach(first)
     second = torch.optim.AdamW(_groups(model), lr=LR)
-    with pytest.raises(ValueError, match=r"layers.0.attention.q_proj.weight would be decayed twice: an attached SGD"):
+    with pytest.raises(ValueError, match=r"q_proj.weight would be decayed twice: an attached SGD.*detach"):
         rd.attach(second)
     attachment.detach()
     rd.attach(second)
@@ -700,6 +750,18 @@ def test_a_flattened_parameter_is_refused_when_attaching():
             group["params"] = [nn.Parameter(p.detach().flatten()) for p in group["params"]]
     with pytest.raises(ValueError, match=r"q_proj.weight \(query_key\).*flattened"):
         rd.attach(torch.optim.SGD(groups, lr=LR))
+
+
+def test_wrappers_are_seen_through_and_engines_refused():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self._base_optimizer = inner
+
+    inner = torch.optim.SGD(_groups(_model()), lr=LR)
+    assert rd.attach(Wrapper(inner)).optimizer is inner
+    engine = Wrapper(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"got Linear. An engine that owns its optimizer, such as DeepSpeed's"):
+        rd.attach(engine)
 
 
 def test_an_optimizer_without_a_learning_rate_needs_a_decay_without_one():

@@ -16,6 +16,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from rankdecay.attention.products import Product, Rotary, with_bias
+
 Role = Literal["query", "key", "value", "output"]
 
 _WINDOW = re.compile(
@@ -199,6 +201,8 @@ class AttentionLayer:
         value: W_V, (num_key_value_heads · its head size, d).
         output: W_O, (d, num_heads · head size of the values); None if the module has no output projection.
         head_dim: size of a query's and a key's head.
+        rotary: how positions turn queries and keys, if they do.
+        qk_norm: whether queries and keys are normalised before their product.
     """
 
     name: str
@@ -207,6 +211,8 @@ class AttentionLayer:
     value: MatrixView
     output: MatrixView | None
     head_dim: int
+    rotary: Rotary | None = None
+    qk_norm: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -222,3 +228,33 @@ class AttentionLayer:
     def views(self) -> tuple[MatrixView, ...]:
         """Query, key, value and, where there is one, output."""
         return tuple(view for view in (self.query, self.key, self.value, self.output) if view is not None)
+
+    def query_key(self) -> Product:
+        """Returns W_Kᵀ W_Q of every head, by its factors, biases included.
+
+        Raises:
+            ValueError: If queries and keys are normalised: their scores are then no bilinear form.
+        """
+        if self.qk_norm:
+            raise ValueError(
+                f"{self.name} normalises queries and keys, so its scores are not those of a product W_Kᵀ W_Q; look at "
+                "the spectra of query.tensor() and key.tensor() instead."
+            )
+        keys = with_bias(self.key.heads(), self.key.bias())
+        queries = with_bias(self.query.heads(), self.query.bias())
+        return Product("query_key", keys.mT, self._grouped(queries.mT), self.rotary)
+
+    def value_output(self) -> Product:
+        """Returns W_O W_V of every head, by its factors, with the values' bias.
+
+        Raises:
+            ValueError: If the layer has no output projection.
+        """
+        if self.output is None:
+            raise ValueError(f"{self.name} has no output projection, so there is no product W_O W_V.")
+        values = with_bias(self.value.heads(), self.value.bias())
+        return Product("value_output", values.mT, self._grouped(self.output.heads().double()))
+
+    def _grouped(self, heads: Tensor) -> Tensor:
+        """(groups, heads per group, …): the query heads that share a key head."""
+        return heads.unflatten(0, (self.num_key_value_heads, -1))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView, Role
-from rankdecay.attention.naming import KNOWN, AttentionNames, Found, Place, Unhandled, locate
+from rankdecay.attention.naming import KNOWN, ROTARY, AttentionNames, Found, Place, Unhandled, locate
 
 
 def find_attention(model: nn.Module, names: AttentionNames | None = None) -> list[AttentionLayer]:
@@ -81,14 +81,25 @@ def _settings(model: nn.Module) -> Callable[[str, tuple[str, ...]], object]:
 
 
 def _plain(holder: object, attribute: str) -> object:
-    """A number, string or flag; never a submodule or a method that happens to have the name."""
+    """A number, string, flag or dictionary; never a submodule or a method that happens to have the name."""
     value = getattr(holder, attribute, None)
-    return value if isinstance(value, (bool, int, str)) else None
+    if attribute in ROTARY and isinstance(value, nn.Module):
+        return True  # the module that turns queries and keys is there
+    return value if isinstance(value, (bool, int, float, str, dict)) else None
 
 
 def _layer(model: nn.Module, found: Found) -> AttentionLayer:
     views = {role: _view(model, role, place) for role, place in found.places.items()}
-    return AttentionLayer(found.name, views["query"], views["key"], views["value"], views.get("output"), found.head_dim)
+    return AttentionLayer(
+        found.name,
+        views["query"],
+        views["key"],
+        views["value"],
+        views.get("output"),
+        found.head_dim,
+        found.rotary,
+        found.qk_norm,
+    )
 
 
 def _view(model: nn.Module, role: Role, place: Place) -> MatrixView:

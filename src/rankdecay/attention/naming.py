@@ -16,11 +16,13 @@ which compares each head with what the model itself computes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
+from rankdecay.attention.products import Rotary
 
 Shape = tuple[int, ...]
 
@@ -134,6 +136,12 @@ NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "
 HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "d_kv", "dim_head")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
 
+#: What says that positions turn queries and keys: in a configuration, or a module that does it.
+ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_dim", "rotary_pct", "rotary_emb")
+#: Model types whose rotary planes are neighbouring coordinates; elsewhere they are half a head apart.
+_INTERLEAVED = ("gptj", "codegen", "cohere", "cohere2", "glm", "glm4", "llama4_text", "ernie4_5")
+_QK_NORM = re.compile(r"(q|k|query|key)_?(layer)?_?(norm|ln)|norm_(q|k)|(q|k)_layernorm")
+
 _LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")  # DeepSeek's multi-head latent attention
 
 
@@ -152,6 +160,8 @@ class Found(NamedTuple):
     name: str
     places: dict[Role, Place]
     head_dim: int
+    rotary: Rotary | None = None
+    qk_norm: bool = False
 
 
 class Unhandled(NamedTuple):
@@ -273,7 +283,26 @@ class _Reader:
                 )
             window = Window("columns", 0, across, across, value_dim, 1, transposed)
             places["output"] = self._place(output, window)
-        return Found(self.module, places, head_dim)
+        return Found(self.module, places, head_dim, self._rotary(head_dim), self._qk_norm())
+
+    def _qk_norm(self) -> bool:
+        """Whether the module has a normalisation of its own for queries or keys."""
+        inside = self.module + "." if self.module else ""
+        children = {name[len(inside) :].split(".")[0] for name in self.plain if name.startswith(inside)}
+        flags = (self.setting(self.module, (flag,)) for flag in ("use_qk_norm", "qk_layernorm", "qk_norm"))
+        return any(_QK_NORM.fullmatch(child) for child in children) or any(flag is True for flag in flags)
+
+    def _rotary(self, head_dim: int) -> Rotary | None:
+        if self.setting(self.module, ROTARY) is None or self.setting(self.module, ("alibi",)) is True:
+            return None
+        dims = self.number(("rotary_dim", "rotary_ndims"))
+        if dims is None:
+            parameters = self.setting(self.module, ("rope_parameters",))
+            share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
+            share = share or self.setting(self.module, ("partial_rotary_factor", "rotary_pct")) or 1.0
+            dims = int(head_dim * share) if isinstance(share, (int, float)) else head_dim
+        kind = self.setting(self.module, ("model_type",))
+        return Rotary(min(dims, head_dim) // 2 * 2, kind in _INTERLEAVED)
 
     def _windows(
         self,

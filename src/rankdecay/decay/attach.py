@@ -21,7 +21,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -36,15 +36,10 @@ from rankdecay.linalg import Backend, shrink
 from rankdecay.linalg.polar import check_name
 from rankdecay.linalg.rounding import stochastic_round
 
-#: Optimizers of torch whose ``weight_decay`` goes through the gradient whatever the group says.
-_COUPLED = (
-    torch.optim.SGD,
-    torch.optim.RMSprop,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.Adamax,
-    torch.optim.ASGD,
-    torch.optim.Rprop,
+#: Optimizers that decouple their ``weight_decay`` themselves, where the group's ``decoupled_weight_decay`` says so or
+#: always. Under any other the hook does it, since nothing says what its ``weight_decay`` means.
+_DECOUPLING = tuple(
+    getattr(torch.optim, name) for name in ("Adam", "NAdam", "RAdam", "Adafactor", "Muon") if hasattr(torch.optim, name)
 )
 
 #: Most elements stacked in one call of ``shrink``: bounds the memory of a step, 134 MB of float32 and some copies.
@@ -56,9 +51,9 @@ _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 def attach(optimizer: Optimizer, backend: Backend = "auto") -> Attachment:
     """Makes an optimizer decay as its parameter groups say, after each of its steps.
 
-    Copying or pickling an optimizer drops its hooks, and PyTorch does not say so: attach to the copy. Attach before or
-    after ``load_state_dict``; the loaded groups count, strengths included, as they do for ``lr``. A parameter without
-    a gradient is left alone, as AdamW does.
+    Copying or pickling an optimizer drops its hooks, and PyTorch does not say so: attach to the copy; a copied
+    attachment is detached. Attach before or after ``load_state_dict``; the loaded groups count, strengths included, as
+    they do for ``lr``. A parameter without a gradient is left alone, as AdamW does.
 
     Args:
         optimizer: built from the groups of :func:`rankdecay.param_groups`; any class. A wrapper of Accelerate or
@@ -107,6 +102,7 @@ class Attachment:
             self._admit(index, group)
         _check_not_shared(optimizer)
         self._graded: set[int] = set()
+        self._closure = False
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
         self._handles = [
             optimizer.register_step_pre_hook(uncompiled(self._before_step)),
@@ -121,7 +117,10 @@ class Attachment:
         """The optimizer whose steps the decay follows."""
         optimizer = self._optimizer()
         if optimizer is None:
-            raise RuntimeError("the optimizer of this attachment no longer exists; attach to the one in use.")
+            raise RuntimeError(
+                "this attachment has no optimizer: it was copied or pickled, which drops hooks, or its optimizer no "
+                "longer exists; call rankdecay.attach on the optimizer in use."
+            )
         return optimizer
 
     def detach(self) -> None:
@@ -146,13 +145,9 @@ class Attachment:
         rows = [row for group in optimizer.param_groups for row in _rows(group, optimizer, self.active)]
         return table(rows, ranks=ranks, attached=self.active, optimizer=type(optimizer).__name__)
 
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        """An attachment belongs to one optimizer, whose copy has no hooks."""
-        raise TypeError(_NO_COPY)
-
-    def __reduce__(self) -> NoReturn:
-        """As for copies."""
-        raise TypeError(_NO_COPY)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, like a copied optimizer's hooks, is attached to nothing; so that what holds one can be copied."""
+        return _detached, ()
 
     # ---- in a step ---------------------------------------------------------------------------------------
 
@@ -160,12 +155,17 @@ class Attachment:
         """Notes which parameters have a gradient: some optimizers clear it inside their step."""
         for index, group in enumerate(optimizer.param_groups):
             self._admit(index, group)
-        groups = [group for group in optimizer.param_groups if hook_roles(group)]
+        # With a closure the gradients of this step are not there yet, and those of the last one may be.
+        self._closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
+        groups = [] if self._closure else [group for group in optimizer.param_groups if hook_roles(group)]
         self._graded = {id(p) for group in groups for p in group["params"] if p.grad is not None}
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        if self._closure and not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            # Cleared inside the step, which had made them too: whatever is trained had one.
+            self._graded = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         for index, group in enumerate(optimizer.param_groups):
             live = [p for p in group["params"] if p.grad is not None or id(p) in self._graded]
             for role, decay in decays_in(group).items():
@@ -180,6 +180,8 @@ class Attachment:
         They may be replaced by others of the same shapes, as Accelerate does under FSDP2.
         """
         now = _Admitted(hook_roles(group), [tuple(p.shape) for p in group["params"]])
+        if now.roles:
+            _check_not_sharded(group)
         if index == len(self._admitted):
             optimizer = self.optimizer
             _settle_weight_decay(optimizer, group)
@@ -207,24 +209,28 @@ class _Admitted(NamedTuple):
     shapes: list[tuple[int, ...]]
 
 
-_NO_COPY = (
-    "an attachment belongs to its optimizer and cannot be copied or pickled, and neither can an optimizer's hooks: "
-    "copy the optimizer and call rankdecay.attach on the copy."
-)
+def _detached() -> Attachment:
+    attachment = Attachment.__new__(Attachment)
+    attachment._optimizer = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    attachment._handles = []
+    return attachment
 
 
 # ---- attaching -------------------------------------------------------------------------------------------
 
 
 def _unwrapped(optimizer: object) -> Optimizer:
-    """The optimizer inside the wrappers of Accelerate and Lightning, whose own hooks never run."""
+    """The optimizer inside the wrappers of Accelerate, Lightning and timm, whose own hooks never run."""
     seen = optimizer
-    while isinstance(inner := getattr(seen, "optimizer", None), Optimizer):
+    while True:
+        inner = getattr(seen, "optimizer", None) or getattr(seen, "_base_optimizer", None)
+        if inner is None or inner is seen:
+            break
         seen = inner
     if not isinstance(seen, Optimizer):
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. An engine that owns its "
-            "optimizer, such as DeepSpeed's, has to be attached to before it takes the optimizer over."
+            f"optimizer must be a torch.optim.Optimizer, got {type(seen).__name__}. An engine that owns its optimizer, "
+            "such as DeepSpeed's, flattens parameters; shard with FSDP2 instead."
         )
     return seen
 
@@ -237,8 +243,8 @@ def _settle_weight_decay(optimizer: Optimizer, group: Group) -> None:
         if group[f"{role}_strength"] == "weight_decay":
             group[f"{role}_strength"] = float(optimizer.defaults.get("weight_decay", 0.0))
     strength = group.get("weight_decay", 0.0)
-    cannot = isinstance(optimizer, _COUPLED) or "weight_decay" not in optimizer.defaults
-    if group.get("decoupled_weight_decay") and strength and cannot and not hook_roles(group):
+    decouples = isinstance(optimizer, _DECOUPLING) and "weight_decay" in optimizer.defaults
+    if group.get("decoupled_weight_decay") and strength and not decouples and not hook_roles(group):
         group["weight_decay"] = 0.0
         group.update(hook_keys(group["role"].split("+")[0], Frobenius(strength)))
 
@@ -252,8 +258,6 @@ def _check_group(optimizer: Optimizer, group: Group) -> None:
                 "its groups; use LowRank(..., lr_coupled=False)."
             )
         for parameter, name in zip(group["params"], names_in(group), strict=True):
-            if hasattr(parameter, "placements"):
-                raise ValueError(f"{name} ({role}) is a sharded DTensor, which is not decayed yet; attach unsharded.")
             if parameter.ndim < 2 and isinstance(decay, LowRank):
                 raise ValueError(
                     f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
@@ -265,6 +269,14 @@ def _check_group(optimizer: Optimizer, group: Group) -> None:
                     raise ValueError(f"{name} ({role}): {error}") from None
 
 
+def _check_not_sharded(group: Group) -> None:
+    for parameter, name in zip(group["params"], names_in(group), strict=True):
+        if hasattr(parameter, "placements"):
+            raise ValueError(
+                f"{name} ({group['role']}) is a sharded DTensor, which is not decayed yet; train it replicated (DDP)."
+            )
+
+
 def _check_not_shared(optimizer: Optimizer) -> None:
     """Two optimizers may hold one parameter; two decays may not."""
     mine = {id(p) for group in optimizer.param_groups if hook_roles(group) for p in group["params"]}
@@ -273,8 +285,8 @@ def _check_not_shared(optimizer: Optimizer) -> None:
             for parameter, name in zip(group["params"], names_in(group), strict=True):
                 if id(parameter) in mine and hook_roles(group):
                     raise ValueError(
-                        f"{name} would be decayed twice: an attached {type(other).__name__} decays it already. Give "
-                        "the parameter to one optimizer, or detach the other's decay first."
+                        f"{name} would be decayed twice: an attached {type(other).__name__}, which still exists, "
+                        "decays it already. Call detach() on the earlier attachment, or give the parameter to one optimizer."
                     )
 
 
@@ -314,9 +326,11 @@ def _rows(group: Group, optimizer: Optimizer, active: bool) -> Iterator[Row]:
             words = decay.describe() if decay.strength else "none"
             who = ("rankdecay" if active else "nobody") if decay.strength else ""
             low_rank = isinstance(decay, LowRank)
+            since = group.get(f"{role}_steps", 0) % decay.every if isinstance(decay, LowRank) else 0
+            waiting = f"{role}: {since} of {decay.every} steps since its last decay" if since else ""  # pyright: ignore
             for window in windows_in(group, role) or [None]:
                 own = frozen + ((window.label if window else "") or why)
-                yield Row(name, parameter, role, window, words, who, own, low_rank)
+                yield Row(name, parameter, role, window, words, who, own, low_rank, waiting)
 
 
 # ---- stepping --------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ class Row(NamedTuple):
     by: str  # who applies it
     why: str
     low_rank: bool = False
+    waiting: str = ""  # how far an every=k cycle is
 
     def matrix(self) -> Tensor:
         """The matrix as it is now."""
@@ -74,6 +75,8 @@ def _summary(rows: Sequence[Row], attached: bool, optimizer: str) -> str:
     state = f"attached to {optimizer}" if attached else f"detached from {optimizer}: what follows is not applied"
     counts = Counter((row.role, row.decay, row.by) for row in rows)
     lines = [f"rankdecay, {state}"]
+    waiting = dict.fromkeys(row.waiting for row in rows if row.waiting)
     for (role, decay, by), count in counts.items():
         lines.append(f"  {role}: {count} × {decay}" + (f", by {by}" if by else ""))
+    lines += [f"  {words}; what gradients have filled in since then counts in a rank" for words in waiting]
     return "\n".join(lines)

@@ -1,0 +1,229 @@
+"""Finds attention in files: safetensors, sharded or not, PyTorch state dicts, and the ``config.json`` beside them.
+
+Only shapes are read at first; a tensor is read when a view asks for it. Nothing in a file is executed: safetensors hold
+none, and a pickle is loaded with ``weights_only=True``, which refuses anything but tensors and plain containers. Files
+are not trusted: whatever is wrong with them becomes a :class:`CheckpointError` that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rankdecay.attention.naming import NUM_HEADS, ROTARY, Setting, Shape
+
+#: Files that hold a PyTorch state dict.
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+#: Model types with rotary positions whose older configurations do not say so.
+_ROTARY_TYPES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "gpt_neox", "gptj", "codegen", "falcon", "olmo",
+                 "persimmon", "stablelm", "cohere", "glm", "granite", "starcoder2", "modernbert", "dbrx")  # fmt: skip
+
+#: A sub-configuration of a model with several parts, by a word in the module's path.
+_PARTS = {"vision": "vision_config", "visual": "vision_config", "image": "vision_config", "audio": "audio_config",
+          "text": "text_config", "language": "text_config"}  # fmt: skip
+
+_LARGEST_JSON = 64 * 2**20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, with the file and the reason."""
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    file: Path
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint by name, not yet read, and its configuration.
+
+    Attributes:
+        path: what was opened.
+        tensors: file and shape of every tensor.
+        config: ``config.json``, empty if there is none.
+        load: reads one tensor, to the CPU.
+    """
+
+    path: Path
+    tensors: Mapping[str, Stored]
+    config: Mapping[str, Any]
+    load: Callable[[str], Tensor]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of every tensor, by name."""
+        return {name: stored.shape for name, stored in self.tensors.items()}
+
+    def setting(self) -> Setting:
+        """Returns what :func:`rankdecay.attention.naming.locate` asks of a configuration."""
+        return lambda path, attributes: _configured(self.config, path, attributes)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a checkpoint without reading its tensors.
+
+    Args:
+        path: a directory as ``save_pretrained`` leaves it, a ``.safetensors`` file, or a PyTorch state dict.
+
+    Raises:
+        CheckpointError: If there is nothing to read, or what is there is damaged or would run code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a directory, a .safetensors file or a PyTorch state dict.")
+    folder = path if path.is_dir() else path.parent
+    files = _files_in(path) if path.is_dir() else [path]
+    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    tensors: dict[str, Stored] = {}
+    pickled: dict[Path, Mapping[str, Tensor]] = {}
+    for file in files:
+        _check_inside(file, folder)
+        if file.suffix == ".safetensors":
+            found = _safetensors_shapes(file)
+        else:
+            pickled[file] = _state_dict(file)
+            found = {name: tuple(tensor.shape) for name, tensor in pickled[file].items()}
+        for name, shape in found.items():
+            if name in tensors:
+                raise CheckpointError(f"{name} is both in {tensors[name].file.name} and in {file.name} of {folder}.")
+            tensors[name] = Stored(file, shape)
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors.")
+
+    @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices
+    def load(name: str) -> Tensor:
+        stored = tensors[name]
+        if stored.file in pickled:
+            return pickled[stored.file][name]
+        try:
+            with safe_open(stored.file, framework="pt") as opened:
+                return opened.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{name} cannot be read from {stored.file}: {error}") from None
+
+    return Checkpoint(path, tensors, config, load)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The weight files of a directory: those of an index if there is one, else every file of the best kind."""
+    for index in sorted(folder.glob("*.index.json")):
+        content = _read_json(index).get("weight_map")
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensors to files.")
+        files = [folder / name for name in dict.fromkeys(content.values())]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(f"{index.name} names {missing[0]}, which is not in {folder}; download it again.")
+        return files
+    whole = sorted(folder.glob("*.safetensors"))
+    if whole:
+        return whole
+    pickled = sorted(file for file in folder.iterdir() if file.suffix in _PICKLED and file.is_file())
+    pickled = [file for file in pickled if file.stem not in ("optimizer", "scheduler", "training_args", "rng_state")]
+    if not pickled:
+        there = ", ".join(sorted(file.name for file in folder.iterdir())[:8])
+        raise CheckpointError(
+            f"{folder} has no weights: expected *.safetensors, an index, or *{', *'.join(_PICKLED)}; it holds "
+            f"{there or 'nothing'}."
+        )
+    return pickled
+
+
+def _check_inside(file: Path, folder: Path) -> None:
+    """A file of a checkpoint may be a link only to somewhere in the checkpoint, or into the hub's own cache."""
+    real, root = file.resolve(), folder.resolve()
+    inside = real.is_relative_to(root)
+    in_cache = root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent)
+    if not (inside or in_cache):
+        raise CheckpointError(f"{file} leads out of {folder}, to {real}; copy the file there if you trust it.")
+    if not real.is_file():
+        raise CheckpointError(f"{file} is not a regular file.")
+    if real.stat().st_size == 0:
+        raise CheckpointError(f"{file} is empty; the download or the save was cut short.")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, too many for a configuration.")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, expected an object.")
+    return content
+
+
+def _safetensors_shapes(file: Path) -> dict[str, Shape]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def _state_dict(file: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{file} is a pickle that needs to run code, or is damaged, and is not loaded ({reason}); save its "
+            "state_dict() as safetensors."
+        ) from None
+    except Exception as error:  # a damaged archive fails in as many ways as it has bytes
+        raise CheckpointError(f"{file} is not a PyTorch state dict: {type(error).__name__}: {error}") from None
+    return _largest(content, file)
+
+
+def _largest(content: object, file: Path) -> dict[str, Tensor]:
+    """The mapping with the most tensors: a checkpoint often has the state dict under a key of its own."""
+    best: dict[str, Tensor] = {}
+    for mapping in _mappings(content, depth=3):
+        tensors = {str(name): value for name, value in mapping.items() if isinstance(value, Tensor)}
+        if len(tensors) > len(best):
+            best = tensors
+    if not best:
+        raise CheckpointError(f"{file} holds no state dict with tensors in it.")
+    return best
+
+
+def _mappings(content: object, depth: int) -> Iterator[Mapping[Any, Any]]:
+    if isinstance(content, Mapping):
+        yield content
+        if depth:
+            for value in content.values():
+                yield from _mappings(value, depth - 1)
+
+
+def _configured(config: Mapping[str, Any], path: str, attributes: tuple[str, ...]) -> object:
+    """The nearest value of any of the attributes: in the part's configuration, then in the whole."""
+    parts = [config[key] for word, key in _PARTS.items() if word in path and isinstance(config.get(key), dict)]
+    if not parts and isinstance(config.get("text_config"), dict):
+        parts = [config["text_config"]]
+    side = next((side for side in ("encoder", "decoder") if f"{side}." in path), None)
+    for holder in [*parts, config]:
+        if attributes == NUM_HEADS and side and isinstance(holder.get(f"{side}_attention_heads"), int):
+            return holder[f"{side}_attention_heads"]
+        for attribute in attributes:
+            if holder.get(attribute) is not None:
+                return holder[attribute]
+        if attributes == ROTARY and str(holder.get("model_type", "")).startswith(_ROTARY_TYPES):
+            return True
+    return None

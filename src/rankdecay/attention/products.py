@@ -1,0 +1,167 @@
+r"""The products an attention head computes with, W_Kᵀ W_Q and W_O W_V: spectra, balance and gap, from their factors.
+
+Written as :math:`A B^T` with :math:`A = W_{K,h}^T, B = W_{Q,h}^T`, or :math:`A = W_{O,h}, B = W_{V,h}^T`, each tall,
+(d, head_dim). The product is d × d of rank at most head_dim; with :math:`A = Q_1 R_1, B = Q_2 R_2` its singular values
+are those of the head_dim × head_dim core :math:`R_1 R_2^T`, and it is never formed.
+
+L2 on the factors is :math:`\tfrac12(\|A\|^2 + \|B\|^2) \ge \|AB^T\|_*`, with equality exactly when they are balanced,
+:math:`A^T A = B^T B`, as they are at every stationary point of an L2-regularised loss (Kobayashi et al., arXiv
+2410.23819, Lemma 3.2). The **gap** is the difference of the two sides; the **imbalance** is
+:math:`\|A^TA - B^TB\| / \|\tfrac12(A^TA + B^TB)\|`. Neither says that the rank is low: the gap only says that the
+penalty *is* nuclear.
+
+What balances depends on the architecture:
+
+* **biases** are a column more of W_Q, W_K and W_V: the token has a constant 1;
+* **grouped queries**: the sum over the query heads of a group balances its one key head, and the nuclear norm is that
+  of :math:`W_K^T [W_{Q,1} \dots W_{Q,g}]`; likewise for outputs and values;
+* **rotary positions** turn W_Q and W_K between the two, plane by plane: only :math:`\|W_{Q,p}\| = \|W_{K,p}\|` of
+  each plane balances, and L2 is the group norm :math:`\sum_p \|W_{Q,p}\| \|W_{K,p}\|`. The spectrum is then that of equal
+  positions;
+* **QK-norm** makes scores that are no bilinear form at all: there is no product, and its spectrum is not shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankdecay.spectrum import Spectrum
+
+ProductName = Literal["query_key", "value_output"]
+
+
+class Rotary(NamedTuple):
+    """How positions turn a head: the first ``dims`` coordinates, in planes of two."""
+
+    dims: int
+    interleaved: bool  # planes (0, 1), (2, 3), …; otherwise (0, dims/2), (1, dims/2 + 1), …
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """One product per head, by its factors.
+
+    Attributes:
+        name: ``"query_key"`` or ``"value_output"``.
+        single: (groups, rows, k): W_Kᵀ, or W_Vᵀ: one factor per key or value head, float64.
+        several: (groups, heads per group, rows, k): W_Qᵀ, or W_O: one per query head, float64.
+        rotary: how positions turn the heads of a query_key product.
+    """
+
+    name: ProductName
+    single: Tensor
+    several: Tensor
+    rotary: Rotary | None = None
+
+    @property
+    def num_heads(self) -> int:
+        """Number of products: of query heads."""
+        return self.several.shape[0] * self.several.shape[1]
+
+    @cached_property
+    def _finite(self) -> Tensor:
+        """(groups, heads per group): whether a head and its group's shared factor are finite."""
+        return self.several.isfinite().all(-1).all(-1) & self.single.isfinite().all(-1).all(-1)[:, None]
+
+    @cached_property
+    def _triangles(self) -> tuple[Tensor, Tensor]:
+        """R of each factor: (groups, k, k) and (groups, heads per group, k, k). Zeros where not finite."""
+        single = torch.where(self.single.isfinite().all(-1).all(-1)[:, None, None], self.single, 0.0)
+        several = torch.where(self.several.isfinite().all(-1).all(-1)[..., None, None], self.several, 0.0)
+        return torch.linalg.qr(single, mode="r").R, torch.linalg.qr(several, mode="r").R
+
+    def spectrum(self) -> Spectrum:
+        """Returns the spectrum of each head's product: singular values (heads, k), k the rank it can have at most.
+
+        A head with a non-finite weight has NaN.
+        """
+        single, several = self._triangles
+        sigma = torch.linalg.svdvals(several @ single[:, None].mT)
+        sigma = sigma.masked_fill(~self._finite[..., None], torch.nan)
+        rows = max(self.single.shape[-2], self.several.shape[-2])
+        return Spectrum(sigma.flatten(0, 1), rows * torch.finfo(torch.float32).eps)
+
+    @cached_property
+    def _grams(self) -> tuple[Tensor, Tensor]:
+        """AᵀA of the shared factor and Σ BᵀB over its heads, (groups, k, k)."""
+        single, several = self._triangles
+        return single.mT @ single, (several.mT @ several).sum(1)
+
+    @property
+    def imbalance(self) -> Tensor:
+        """(heads,) relative imbalance of the group a head belongs to, in [0, 2]; 0 iff balanced.
+
+        With rotary positions, of the norms of the planes.
+        """
+        first, second = self._grams
+        if self.rotary is not None:
+            first, second = (self._by_plane(gram) for gram in (first, second))
+        size = lambda gram: torch.linalg.matrix_norm(gram)  # noqa: E731
+        value = size(first - second) / (size(first + second) / 2)
+        return self._per_head(value)
+
+    @property
+    def nuclear_gap(self) -> Tensor:
+        """(heads,) ½(‖A‖² + ‖B‖²) − ‖ABᵀ‖_* of the group a head belongs to, ≥ 0, in the units of the product.
+
+        With rotary positions the group norm of the planes takes the place of the nuclear norm.
+        """
+        return self._per_head(self._mean_frobenius - self._penalty)
+
+    @property
+    def nuclear_ratio(self) -> Tensor:
+        """(heads,) ‖ABᵀ‖_* / ½(‖A‖² + ‖B‖²) of the group a head belongs to, in [0, 1]; 1 iff balanced."""
+        return self._per_head(self._penalty / self._mean_frobenius)
+
+    @property
+    def _mean_frobenius(self) -> Tensor:
+        return sum(gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in self._grams) / 2  # pyright: ignore
+
+    @cached_property
+    def _penalty(self) -> Tensor:
+        """What L2 on the factors is at balance: (groups,)."""
+        single, several = self._triangles
+        stacked = torch.linalg.qr(several.flatten(1, 2), mode="r").R  # of all the group's heads under each other
+        if self.rotary is None:
+            return torch.linalg.svdvals(stacked @ single.mT).sum(-1)
+        planes = self._planes
+        norms = [gram.diagonal(dim1=-2, dim2=-1) for gram in self._grams]
+        by_plane = [torch.stack([norm[:, list(plane)].sum(-1) for plane in planes], -1).sqrt() for norm in norms]
+        turned = (by_plane[0] * by_plane[1]).sum(-1)
+        still = slice(self.rotary.dims, None)
+        return turned + torch.linalg.svdvals(stacked[..., still] @ single[..., still].mT).sum(-1)
+
+    @property
+    def _planes(self) -> list[tuple[int, int]]:
+        assert self.rotary is not None
+        half = self.rotary.dims // 2
+        return [(2 * p, 2 * p + 1) if self.rotary.interleaved else (p, p + half) for p in range(half)]
+
+    def _by_plane(self, gram: Tensor) -> Tensor:
+        """The gram with each plane reduced to its squared norm, and no entries between planes: what can balance."""
+        assert self.rotary is not None
+        out = torch.zeros_like(gram)
+        for a, b in self._planes:
+            norm = (gram[:, a, a] + gram[:, b, b]) / 2**0.5
+            out[:, a, a] = norm
+        still = self.rotary.dims
+        out[:, still:, still:] = gram[:, still:, still:]
+        return out
+
+    def _per_head(self, per_group: Tensor) -> Tensor:
+        value = per_group[:, None].expand(self.several.shape[:2])
+        known = self._finite.all(1, keepdim=True)  # one broken head leaves its group unknown
+        return value.masked_fill(~known, torch.nan).flatten()
+
+
+def with_bias(matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns (heads, d, in) with the bias (heads · d,) as a column more, in float64."""
+    matrix = matrix.double()
+    if bias is None:
+        return matrix
+    return torch.cat([matrix, bias.double().reshape(*matrix.shape[:2], 1)], -1)

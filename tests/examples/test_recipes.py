@@ -1,0 +1,88 @@
+"""Every block of docs/recipes.md runs as it stands, on a model that it decays."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rankdecay as rd
+
+transformers = pytest.importorskip("transformers")
+
+# Lightning 2.6 with torch 2.13.
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def make_model() -> nn.Module:
+    sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 8}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+
+
+def train(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    ids = torch.randint(8, (4, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def names(block: str, folder: Path) -> dict[str, Any]:
+    """What the page says a block may use."""
+    model = make_model()
+    ids = torch.randint(8, (16, 8))
+    known: dict[str, Any] = {"torch": torch, "rd": rd, "copy": copy, "model": model, "make_model": make_model}
+    known |= {"path": folder / "saved.pt", "dataset": [{"input_ids": row, "labels": row} for row in ids]}
+    if "Trainer" in block and "L." not in block:
+        pytest.importorskip("accelerate")
+        known["Trainer"] = transformers.Trainer
+        known["arguments"] = transformers.TrainingArguments(
+            str(folder), max_steps=2, report_to="none", dataloader_pin_memory=False, disable_tqdm=True
+        )
+    if "L." in block:
+        known["L"] = L = pytest.importorskip("lightning")
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        known["make_trainer"] = lambda: L.Trainer(max_steps=2, log_every_n_steps=1, **quiet)
+        known["loader"] = torch.utils.data.DataLoader(ids, batch_size=4)
+    if "plain_optimizer" in block:
+        known["plain_optimizer"] = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1)), lr=1e-3)
+        train(model, known["plain_optimizer"])
+    if "rd.param_groups" not in block:
+        groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(0.1))
+        known["optimizer"] = torch.optim.AdamW(groups, lr=1e-3)
+        known["attachment"] = rd.attach(known["optimizer"])
+        train(model, known["optimizer"])
+    return known
+
+
+def trained(known: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """The model and the optimizer that a block has left behind."""
+    if "trainer" in known:
+        return known["trainer"].model, known["trainer"].optimizer
+    if "module" in known:
+        return known["module"].model, known["module"].optimizers(use_pl_optimizer=False)
+    return known["model"], known.get("muon") or known["optimizer"]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_block_runs_and_leaves_a_decay(block: str, tmp_path: Path) -> None:
+    for module in re.findall(r"^from (\w+)", block, flags=re.MULTILINE):
+        if module in ("trl", "timm"):
+            pytest.skip(f"run by hand with {module}, which is not a dependency, when the block was written")
+    known = names(block, tmp_path)
+    exec(compile(block, str(PAGE), "exec"), known)
+    model, optimizer = trained(known)
+    [layer] = rd.find_attention(model)
+    assert layer.query.tensor().abs().min() > 0
+    [group] = [group for group in optimizer.param_groups if "query_key_rule" in group]
+    group["query_key_strength"], group["lr"] = 100.0, 1.0  # more than every singular value
+    train(model, optimizer)
+    assert (layer.query.tensor() == 0).all()
+    assert (layer.value.tensor() != 0).any()
