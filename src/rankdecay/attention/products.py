@@ -16,8 +16,8 @@ What balances depends on the architecture:
 * **grouped queries**: the sum over the query heads of a group balances its one key head, and the nuclear norm is that
   of :math:`W_K^T [W_{Q,1} \dots W_{Q,g}]`; likewise for outputs and values;
 * **rotary positions** turn W_Q and W_K between the two, plane by plane: only :math:`\|W_{Q,p}\| = \|W_{K,p}\|` of
-  each plane balances, and L2 is the group norm :math:`\sum_p \|W_{Q,p}\| \|W_{K,p}\|`. The spectrum is then that of equal
-  positions;
+  each plane balances, and L2 is the group norm :math:`\sum_p \|W_{Q,p}\| \|W_{K,p}\|`. The spectrum is then that of
+  equal positions;
 * **QK-norm** makes scores that are no bilinear form at all: there is no product, and its spectrum is not shown.
 """
 

@@ -58,8 +58,8 @@ def attach(optimizer: Optimizer, backend: Backend = "auto") -> Attachment:
     Args:
         optimizer: built from the groups of :func:`rankdecay.param_groups`; any class. A wrapper of Accelerate or
             Lightning is seen through.
-        backend: ``"exact"``, ``"matmul"``, or ``"auto"``: exact on a CPU up to 1024 × 1024, products elsewhere, so that
-            a step never waits for the device.
+        backend: ``"exact"``, ``"matmul"``, or ``"auto"``: exact on a CPU, products elsewhere, so that a step
+            never waits for the device.
 
     Returns:
         An :class:`Attachment`; keep it to describe or detach the decay. The optimizer keeps it alive.
@@ -286,7 +286,8 @@ def _check_not_shared(optimizer: Optimizer) -> None:
                 if id(parameter) in mine and hook_roles(group):
                     raise ValueError(
                         f"{name} would be decayed twice: an attached {type(other).__name__}, which still exists, "
-                        "decays it already. Call detach() on the earlier attachment, or give the parameter to one optimizer."
+                        "decays it already. Call detach() on the earlier attachment, or give the parameter to one "
+                        "optimizer."
                     )
 
 

@@ -52,9 +52,10 @@ from rankdecay.linalg.minimax import LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
 
 Backend = Literal["auto", "exact", "matmul"]
 
-#: Largest smaller side for which ``backend="auto"`` decomposes. On a CPU `eigh` costs about as much as eight
-#: products at every size up to here; on CUDA it is latency-bound, and products win earlier.
-EXACT_UP_TO = {"cpu": 1024, "cuda": 512}
+#: Largest smaller side for which ``backend="auto"`` decomposes. On a CPU the products of a decay step take four to six
+#: times the time of `eigh` at every size measured, 768 to 4096 (`benchmarks/step.py`); on CUDA `eigh` is latency-bound,
+#: and products win early.
+EXACT_UP_TO = {"cpu": math.inf, "cuda": 512}
 
 #: Relative size of a null singular value for input of float32 and below (module docstring).
 NULL_TOLERANCE = 2.0**-21
@@ -66,8 +67,8 @@ NULL_TOLERANCE = 2.0**-21
 def choose_backend(shape: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> str:
     """Returns the backend that ``backend="auto"`` takes: ``"exact"`` or ``"matmul"``.
 
-    Exact while the smaller side is at most 1024 on a CPU and 512 elsewhere; float64 input is always exact,
-    since who keeps weights in float64 asks for its digits.
+    Exact on a CPU, and elsewhere while the smaller side is at most 512; float64 input is always exact, since
+    who keeps weights in float64 asks for its digits.
 
     Args:
         shape: Shape of the matrix or stack, ``(..., m, n)``.
