@@ -302,7 +302,8 @@ class _Reader:
             share = share or self.setting(self.module, ("partial_rotary_factor", "rotary_pct")) or 1.0
             dims = int(head_dim * share) if isinstance(share, (int, float)) else head_dim
         kind = self.setting(self.module, ("model_type",))
-        return Rotary(min(dims, head_dim) // 2 * 2, kind in _INTERLEAVED)
+        dims = min(dims, head_dim) // 2 * 2
+        return Rotary(dims, kind in _INTERLEAVED) if dims else None
 
     def _windows(
         self,

@@ -101,9 +101,8 @@ class Product:
         first, second = self._grams
         if self.rotary is not None:
             first, second = (self._by_plane(gram) for gram in (first, second))
-        size = lambda gram: torch.linalg.matrix_norm(gram)  # noqa: E731
-        value = size(first - second) / (size(first + second) / 2)
-        return self._per_head(value)
+        size = torch.linalg.matrix_norm
+        return self._per_head(size(first - second) / (size(first + second) / 2))
 
     @property
     def nuclear_gap(self) -> Tensor:
@@ -120,7 +119,8 @@ class Product:
 
     @property
     def _mean_frobenius(self) -> Tensor:
-        return sum(gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in self._grams) / 2  # pyright: ignore
+        single, several = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in self._grams)
+        return (single + several) / 2
 
     @cached_property
     def _penalty(self) -> Tensor:
