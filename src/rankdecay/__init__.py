@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionLayer, AttentionNames, MatrixView, find_attention
+    from rankdecay.attention.inspection import Inspection, inspect
     from rankdecay.decay.attach import Attachment, attach
     from rankdecay.decay.groups import param_groups
     from rankdecay.decay.policy import Frobenius, LowRank
@@ -21,8 +22,10 @@ _HOME = {
     "AttentionLayer": "rankdecay.attention",
     "AttentionNames": "rankdecay.attention",
     "MatrixView": "rankdecay.attention",
+    "Inspection": "rankdecay.attention.inspection",
     "attach": "rankdecay.decay.attach",
     "find_attention": "rankdecay.attention",
+    "inspect": "rankdecay.attention.inspection",
     "param_groups": "rankdecay.decay.groups",
     "Frobenius": "rankdecay.decay.policy",
     "LowRank": "rankdecay.decay.policy",
@@ -37,11 +40,13 @@ __all__ = [
     "AttentionLayer",
     "AttentionNames",
     "Frobenius",
+    "Inspection",
     "LowRank",
     "MatrixView",
     "Spectrum",
     "attach",
     "find_attention",
+    "inspect",
     "param_groups",
     "polar",
     "soft_threshold",

@@ -13,12 +13,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.grok import PRESETS, Grok
+
+if TYPE_CHECKING:
+    from rankdecay.attention import AttentionNames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,87 @@ class Report:
     """Run directories."""
     figure: Path | None = None
     """Draw the static figure of one run here instead: .png, .svg or .pdf."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Show what training did to the rank of a checkpoint's attention, per layer and head, beside the same untrained."""
+
+    path: tyro.conf.Positional[Path]
+    """Directory of save_pretrained, safetensors file, PyTorch state dict, or run directory."""
+    json: bool = False
+    """Print every row as JSON instead of the summary."""
+    csv: Path | None = None
+    """Write every row here, without the spectra."""
+    html: Path | None = None
+    """Write a page with maps of the heads and their spectra here."""
+    compare: tuple[Path, ...] = ()
+    """Later checkpoints, in order: what changed from the first on."""
+    layers: tuple[int, ...] = ()
+    """Only these layers, counted from 0."""
+    heads: tuple[int, ...] = ()
+    """Only these heads."""
+    num_heads: int | None = None
+    """Number of query heads, for a state dict without config.json."""
+    names: str | None = None
+    """Names of the projections, for attention that is not recognised: query=wq,key=wk,value=wv,output=wo."""
+
+
+def _inspect(settings: Inspect) -> None:
+    from rankdecay.attention.inspection import inspect
+    from rankdecay.attention.summary import comparison
+    from rankdecay.lab.inspect_run import inspect_run, is_run_directory
+
+    reports = []
+    for path in (settings.path, *settings.compare):
+        try:
+            if is_run_directory(path):
+                reports.append(inspect_run(path))
+                continue
+            layers, heads = settings.layers or None, settings.heads or None
+            names = _names(settings.names)
+            reports.append(inspect(path, names, settings.num_heads, layers=layers, heads=heads))
+        except ValueError as error:
+            hint = (
+                " (here: --names query=...,key=...,value=...,output=... --num-heads N)"
+                if "names=" in str(error)
+                else ""
+            )
+            raise SettingError(f"{error}{hint}") from None
+    if settings.csv is not None:
+        settings.csv.write_text("".join(report.to_csv() for report in reports[:1]), encoding="utf-8")
+    if settings.html is not None:
+        from rankdecay.lab.report.inspection import inspection_page
+
+        inspection_page(reports, settings.html)
+    if settings.json:
+        whole = reports[0].to_json() | {"command": "inspect"}
+        if settings.compare:
+            whole["compare"] = [report.to_json() for report in reports[1:]]
+        print(json.dumps(whole, allow_nan=False))
+        return
+    print(reports[0] if not settings.compare else reports[-1])
+    if settings.compare:
+        print(comparison(reports))
+    for written in (settings.csv, settings.html):
+        if written is not None:
+            print(written)
+
+
+def _names(text: str | None) -> "AttentionNames | None":
+    from rankdecay.attention import AttentionNames
+
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    legal = ("query", "key", "value", "fused", "output", "order", "layout")
+    for name, _, value in pairs:
+        if name not in legal or not value:
+            raise SettingError(
+                f"--names {text}: expected name=projection with names out of {', '.join(legal)}, such as "
+                "query=wq,key=wk,value=wv,output=wo or fused=qkv,output=proj"
+            )
+    return AttentionNames(**{name: value for name, _, value in pairs})  # pyright: ignore[reportArgumentType]
 
 
 def _grok(settings: Grok, command: str) -> None:
@@ -68,10 +152,11 @@ def _preset(arguments: Sequence[str]) -> Grok:
     return PRESETS["default"]
 
 
-def parse(arguments: Sequence[str]) -> Grok | Report:
+def parse(arguments: Sequence[str]) -> Grok | Inspect | Report:
     """Reads the command line; exits with code 2 and a message if it cannot be read."""
     commands = (
         Annotated[Grok, tyro.conf.subcommand("grok", default=_preset(arguments))]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Report, tyro.conf.subcommand("report")]
     )
     return tyro.cli(
@@ -91,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = parse(arguments)
         if isinstance(settings, Grok):
             _grok(settings, command)
+        elif isinstance(settings, Inspect):
+            _inspect(settings)
         else:
             _report(settings, command)
         sys.stdout.flush()

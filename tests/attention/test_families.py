@@ -281,8 +281,8 @@ def test_ones_own_attention_is_named_in_one_call() -> None:
 def test_what_is_not_attention_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"no attention was found in Linear.*weight \(3, 4\).*names=AttentionNames"):
         rd.find_attention(nn.Linear(4, 3))
-    with pytest.raises(TypeError, match=r"torch.nn.Module, got str"):
-        rd.find_attention("llama")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"got int"):
+        rd.find_attention(7)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"under the names 'asks', 'answer'"):
         rd.find_attention(_Own(), rd.AttentionNames(query="asks", fused="answer", output="mix", num_heads=4))
     with pytest.raises(ValueError, match=r"asks has 24 rows, and an unknown number.*num_heads"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rankdecay.attention.naming import NUM_HEADS, ROTARY, Setting, Shape
+from rankdecay.attention.naming import NUM_HEADS, ROTARY, Shape
 
 #: Files that hold a PyTorch state dict.
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -67,9 +68,13 @@ class Checkpoint:
         """Shape of every tensor, by name."""
         return {name: stored.shape for name, stored in self.tensors.items()}
 
-    def setting(self) -> Setting:
-        """Returns what :func:`rankdecay.attention.naming.locate` asks of a configuration."""
-        return lambda path, attributes: _configured(self.config, path, attributes)
+    def setting(self, path: str, attributes: tuple[str, ...]) -> object:
+        """What :func:`rankdecay.attention.naming.locate` asks: an attribute of a module's configuration."""
+        return _configured(self.config, path, attributes)
+
+    def reader(self, name: str) -> Callable[[], Tensor]:
+        """Returns what reads a tensor."""
+        return lambda: self.load(name)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -93,6 +98,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         _check_inside(file, folder)
         if file.suffix == ".safetensors":
             found = _safetensors_shapes(file)
+        elif file.suffix not in _PICKLED:
+            raise CheckpointError(f"{file} is no checkpoint: expected .safetensors, or one of {', '.join(_PICKLED)}.")
         else:
             pickled[file] = _state_dict(file)
             found = {name: tuple(tensor.shape) for name, tensor in pickled[file].items()}
@@ -102,6 +109,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             tensors[name] = Stored(file, shape)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors.")
+
+    tensors = {name: tensors[name] for name in sorted(tensors, key=_natural)}
 
     @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices
     def load(name: str) -> Tensor:
@@ -115,6 +124,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{name} cannot be read from {stored.file}: {error}") from None
 
     return Checkpoint(path, tensors, config, load)
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """The order of a model, not of an alphabet: layer 2 before layer 10, an encoder before its decoder."""
+    name = name.replace("encoder.", "0encoder.").replace("encoder_attn", "~encoder_attn")
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -177,15 +192,19 @@ def _safetensors_shapes(file: Path) -> dict[str, Shape]:
 
 def _state_dict(file: Path) -> dict[str, Tensor]:
     try:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be mapped
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles; what matters becomes an error
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format before torch 1.6 cannot be mapped
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        # torch's own message also recommends to load it all the same.
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0]
+        reason = said if "weights_only" not in said else "not tensors"
         raise CheckpointError(
-            f"{file} is a pickle that needs to run code, or is damaged, and is not loaded ({reason}); save its "
-            "state_dict() as safetensors."
+            f"{file} is a pickle that needs to run code, or is damaged, and is not loaded ({reason}); save "
+            "its state_dict() as safetensors."
         ) from None
     except Exception as error:  # a damaged archive fails in as many ways as it has bytes
         raise CheckpointError(f"{file} is not a PyTorch state dict: {type(error).__name__}: {error}") from None

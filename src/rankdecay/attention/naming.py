@@ -415,7 +415,7 @@ class _Reader:
     def _no_heads(what: str, heads: int | None, head_dim: int | None) -> _NotHandled:
         return _NotHandled(
             f"{what}, and {heads or 'an unknown number of'} heads of {head_dim or 'unknown'} size do not divide it; "
-            "pass names=AttentionNames(..., num_heads=...)"
+            "pass num_heads=..."
         )
 
     @staticmethod

@@ -1,0 +1,239 @@
+"""Checkpoints as people have them, and files that are damaged, lying or hostile."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import resource
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import rankdecay as rd
+from rankdecay.attention.checkpoints import CheckpointError, open_checkpoint
+
+from .families import TRANSFORMERS, build
+
+
+def _saved(name: str, folder: Path, **how) -> nn.Module:
+    model = build(name)
+    model.save_pretrained(folder, **how)
+    return model
+
+
+def _same(model: nn.Module, path: Path, **how) -> None:
+    live, stored = rd.find_attention(model), rd.find_attention(path, **how)
+    assert len(live) == len(stored)
+    for ours, theirs in zip(live, stored, strict=True):
+        assert (ours.head_dim, ours.rotary, ours.qk_norm) == (theirs.head_dim, theirs.rotary, theirs.qk_norm)
+        for a, b in zip(ours.views, theirs.views, strict=True):
+            assert str(a.window) == str(b.window)
+            assert torch.equal(a.tensor(), b.tensor())
+            assert (a.bias() is None) == (b.bias() is None)
+            assert a.bias() is None or torch.equal(a.bias(), b.bias())
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_files_alone_say_what_the_model_says(name, tmp_path):
+    """No class of transformers is asked: names, shapes and config.json have to be enough."""
+    _same(_saved(name, tmp_path), tmp_path)
+
+
+def test_a_sharded_checkpoint(tmp_path):
+    model = _saved("llama", tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    _same(model, tmp_path)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "step": 3}, lambda s: {"a": {"state_dict": s}}])
+def test_a_pytorch_state_dict(wrap, tmp_path):
+    model = build("gpt2")
+    torch.save(wrap(model.state_dict()), tmp_path / "model.pt")
+    _same(model, tmp_path / "model.pt", num_heads=4)
+    with pytest.raises(ValueError, match=r"c_attn has 96 rows, and an unknown number of heads.*num_heads"):
+        rd.find_attention(tmp_path / "model.pt")
+
+
+def test_a_state_dict_of_the_old_format(tmp_path):
+    model = build("gpt2")
+    torch.save(model.state_dict(), tmp_path / "model.bin", _use_new_zipfile_serialization=False)
+    _same(model, tmp_path / "model.bin", num_heads=4)
+
+
+def test_a_single_file_takes_the_configuration_beside_it(tmp_path):
+    model = _saved("gpt_neox", tmp_path)
+    _same(model, tmp_path / "model.safetensors")
+
+
+def test_older_configurations_that_do_not_say_rotary(tmp_path):
+    _saved("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("rope_parameters", "rope_theta", "rope_scaling"):
+        config.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert rd.find_attention(tmp_path)[0].rotary is not None
+
+
+def test_ones_own_names(tmp_path):
+    tensors = {f"{i}.{name}.weight": torch.randn(8, 8) for i in range(2) for name in ("a", "b", "c", "d")}
+    save_file(tensors, tmp_path / "own.safetensors")
+    with pytest.raises(ValueError, match=r"no attention was found in .*own.safetensors.*0.a.weight \(8, 8\).*names="):
+        rd.find_attention(tmp_path / "own.safetensors")
+    names = rd.AttentionNames(query="a", key="b", value="c", output="d", num_heads=2)
+    layers = rd.find_attention(tmp_path / "own.safetensors", names)
+    assert torch.equal(layers[1].key.tensor(), tensors["1.b.weight"])
+
+
+def test_layers_are_numbered_as_in_the_model(tmp_path):
+    """safetensors sorts names, so that layer 10 comes before layer 2."""
+    tensors = {f"h.{i}.attn.qkv.weight": torch.full((24, 8), float(i)) for i in range(12)}
+    save_file(tensors, tmp_path / "many.safetensors")
+    layers = rd.find_attention(tmp_path / "many.safetensors", num_heads=2)
+    assert [int(layer.query.tensor()[0, 0]) for layer in layers] == list(range(12))
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+    model = _saved("gpt2", tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    loaded = []
+    real = checkpoint.load
+    object.__setattr__(checkpoint, "load", lambda name: loaded.append(name) or real(name))
+    assert checkpoint.shapes["transformer.wte.weight"] == tuple(model.transformer.wte.weight.shape)
+    assert not loaded
+
+
+# ---- what is wrong with a file ---------------------------------------------------------------------------
+
+
+class _Hostile:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/rankdecay-was-here",)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    marker = Path("/tmp/rankdecay-was-here")
+    marker.unlink(missing_ok=True)
+    torch.save({"weight": _Hostile()}, tmp_path / "zip.pt")
+    (tmp_path / "raw.bin").write_bytes(pickle.dumps(_Hostile()))
+    for name in ("zip.pt", "raw.bin"):
+        with pytest.raises(CheckpointError, match=r"needs to run code, or is damaged.*safetensors") as caught:
+            rd.find_attention(tmp_path / name)
+        assert "weights_only" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_links_out_of_the_directory_are_refused(tmp_path):
+    inside, outside = tmp_path / "checkpoint", tmp_path / "outside"
+    _saved("gpt2", outside)
+    inside.mkdir()
+    (inside / "model.safetensors").symlink_to(outside / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"leads out of .*checkpoint, to .*outside"):
+        rd.find_attention(inside)
+
+
+def test_the_hubs_own_links_are_followed(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    model = _saved("gpt2", blobs)
+    snapshot.mkdir(parents=True)
+    for name in ("model.safetensors", "config.json"):
+        (snapshot / name).symlink_to(blobs / name)
+    _same(model, snapshot)
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/hostname", "missing.safetensors"])
+def test_an_index_cannot_lead_anywhere_else(shard, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+    with pytest.raises(CheckpointError, match=r"leads out of|is not in"):
+        rd.find_attention(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "holds a JSON list, expected an object"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ('{"weight_map": 3}', "has no weight_map"),
+    ],
+)
+def test_a_broken_index(content, message, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        rd.find_attention(tmp_path)
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist; give a directory"):
+        rd.find_attention(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match=r"has no weights: expected \*.safetensors.*it holds nothing"):
+        rd.find_attention(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="is empty"):
+        rd.find_attention(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        rd.find_attention(tmp_path / "notes.txt")
+
+
+def test_a_header_that_lies_about_its_length(tmp_path):
+    file = tmp_path / "model.safetensors"
+    for length in (2**63, 2**40, 10_000, 0):
+        file.write_bytes(struct.pack("<Q", length) + b'{"a": 1}')
+        with pytest.raises(CheckpointError, match=r"not a whole safetensors file|holds no tensors"):
+            rd.find_attention(file)
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 4]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        rd.find_attention(file)
+
+
+def test_a_configuration_that_contradicts_the_shapes(tmp_path):
+    _saved("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for heads in (7, -3, "four", 10**9, True):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": heads, "head_dim": 5}))
+        with pytest.raises(ValueError, match=r"not handled|Not handled|no attention"):
+            rd.inspect(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_damaged_files_give_an_error_or_numbers_and_nothing_else(suffix, tmp_path):
+    """Bytes flipped, cut out and cut off at random: never another exception, never memory beyond the file's."""
+    model = build("gpt2")
+    whole = tmp_path / f"whole{suffix}"
+    if suffix == ".pt":
+        torch.save(model.state_dict(), whole)
+    else:
+        save_file({name: p.detach().clone() for name, p in model.named_parameters()}, whole)
+    content = whole.read_bytes()
+    rng = random.Random(0)
+    damaged = tmp_path / f"damaged{suffix}"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused = 0
+    for trial in range(150):
+        data = bytearray(content)
+        reach = len(data) if trial % 2 else 3000  # every other time near the beginning, where the header is
+        for _ in range(rng.choice([1, 3, 30])):
+            data[rng.randrange(reach)] = rng.randrange(256)
+        if trial % 3 == 0:
+            del data[rng.randrange(len(data)) :]
+        elif trial % 3 == 1:
+            cut = rng.randrange(reach)
+            del data[cut : cut + rng.randrange(1, 64)]
+        damaged.write_bytes(data)
+        try:
+            str(rd.inspect(damaged, num_heads=4))
+        except ValueError:
+            refused += 1
+    assert refused > 50
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kilobytes
+    assert grown < 200_000
