@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionLayer, AttentionNames, MatrixView, find_attention
     from rankdecay.attention.inspection import Inspection, inspect
+    from rankdecay.audit import AuditReport, AuditRow, audit
     from rankdecay.decay.attach import Attachment, attach
     from rankdecay.decay.groups import param_groups
     from rankdecay.decay.policy import Frobenius, LowRank
@@ -24,6 +25,9 @@ _HOME = {
     "MatrixView": "rankdecay.attention",
     "Inspection": "rankdecay.attention.inspection",
     "attach": "rankdecay.decay.attach",
+    "AuditReport": "rankdecay.audit",
+    "AuditRow": "rankdecay.audit",
+    "audit": "rankdecay.audit",
     "find_attention": "rankdecay.attention",
     "inspect": "rankdecay.attention.inspection",
     "param_groups": "rankdecay.decay.groups",
@@ -39,12 +43,15 @@ __all__ = [
     "Attachment",
     "AttentionLayer",
     "AttentionNames",
+    "AuditReport",
+    "AuditRow",
     "Frobenius",
     "Inspection",
     "LowRank",
     "MatrixView",
     "Spectrum",
     "attach",
+    "audit",
     "find_attention",
     "inspect",
     "param_groups",

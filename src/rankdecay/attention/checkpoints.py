@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -199,9 +200,9 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
             except RuntimeError:  # the format before torch 1.6 cannot be mapped
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message also recommends to load it all the same.
-        said = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0]
-        reason = said if "weights_only" not in said else "not tensors"
+        # Not torch's whole message, which also says how to load it all the same.
+        said = re.search(r"[Uu]nsupported [^\n]+", str(error))
+        reason = said[0].rstrip(".") if said else "not a pickle of tensors"
         raise CheckpointError(
             f"{file} is a pickle that needs to run code, or is damaged, and is not loaded ({reason}); save "
             "its state_dict() as safetensors."

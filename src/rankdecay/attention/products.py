@@ -66,31 +66,45 @@ class Product:
     @cached_property
     def _finite(self) -> Tensor:
         """(groups, heads per group): whether a head and its group's shared factor are finite."""
-        return self.several.isfinite().all(-1).all(-1) & self.single.isfinite().all(-1).all(-1)[:, None]
+        single, several = (gram.isfinite().all(-1).all(-1) for gram in self._raw_grams)
+        return several & single[:, None]
+
+    @cached_property
+    def _raw_grams(self) -> tuple[Tensor, Tensor]:
+        return self.single.mT @ self.single, self.several.mT @ self.several
+
+    @cached_property
+    def _grams(self) -> tuple[Tensor, Tensor]:
+        """AᵀA (groups, k, k) and BᵀB (groups, heads per group, k, k); zeros where not finite."""
+        single, several = self._raw_grams
+        return _where_finite(single), _where_finite(several)
 
     @cached_property
     def _triangles(self) -> tuple[Tensor, Tensor]:
-        """R of each factor: (groups, k, k) and (groups, heads per group, k, k). Zeros where not finite."""
-        single = torch.where(self.single.isfinite().all(-1).all(-1)[:, None, None], self.single, 0.0)
-        several = torch.where(self.several.isfinite().all(-1).all(-1)[..., None, None], self.several, 0.0)
-        return torch.linalg.qr(single, mode="r").R, torch.linalg.qr(several, mode="r").R
+        """R of each factor, in the shapes of :attr:`_grams`."""
+        single, several = self._grams
+        return _triangle(single, self.single), _triangle(several, self.several)
 
     def spectrum(self) -> Spectrum:
         """Returns the spectrum of each head's product: singular values (heads, k), k the rank it can have at most.
 
         A head with a non-finite weight has NaN.
         """
+        return self._spectrum
+
+    @cached_property
+    def _spectrum(self) -> Spectrum:
         single, several = self._triangles
         sigma = torch.linalg.svdvals(several @ single[:, None].mT)
         sigma = sigma.masked_fill(~self._finite[..., None], torch.nan)
         rows = max(self.single.shape[-2], self.several.shape[-2])
         return Spectrum(sigma.flatten(0, 1), rows * torch.finfo(torch.float32).eps)
 
-    @cached_property
-    def _grams(self) -> tuple[Tensor, Tensor]:
-        """AᵀA of the shared factor and Σ BᵀB over its heads, (groups, k, k)."""
-        single, several = self._triangles
-        return single.mT @ single, (several.mT @ several).sum(1)
+    @property
+    def _balanced(self) -> tuple[Tensor, Tensor]:
+        """What balances in a group: AᵀA and Σ BᵀB over its heads, (groups, k, k)."""
+        single, several = self._grams
+        return single, several.sum(1)
 
     @property
     def imbalance(self) -> Tensor:
@@ -98,7 +112,7 @@ class Product:
 
         With rotary positions, of the norms of the planes.
         """
-        first, second = self._grams
+        first, second = self._balanced
         if self.rotary is not None:
             first, second = (self._by_plane(gram) for gram in (first, second))
         size = torch.linalg.matrix_norm
@@ -119,18 +133,18 @@ class Product:
 
     @property
     def _mean_frobenius(self) -> Tensor:
-        single, several = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in self._grams)
+        single, several = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in self._balanced)
         return (single + several) / 2
 
     @cached_property
     def _penalty(self) -> Tensor:
         """What L2 on the factors is at balance: (groups,)."""
-        single, several = self._triangles
-        stacked = torch.linalg.qr(several.flatten(1, 2), mode="r").R  # of all the group's heads under each other
+        single = self._triangles[0]
+        stacked = _triangle(self._balanced[1], self.several.flatten(1, 2))  # the group's heads under each other
         if self.rotary is None:
             return torch.linalg.svdvals(stacked @ single.mT).sum(-1)
         planes = self._planes
-        norms = [gram.diagonal(dim1=-2, dim2=-1) for gram in self._grams]
+        norms = [gram.diagonal(dim1=-2, dim2=-1) for gram in self._balanced]
         by_plane = [torch.stack([norm[:, list(plane)].sum(-1) for plane in planes], -1).sqrt() for norm in norms]
         turned = (by_plane[0] * by_plane[1]).sum(-1)
         still = slice(self.rotary.dims, None)
@@ -157,6 +171,28 @@ class Product:
         value = per_group[:, None].expand(self.several.shape[:2])
         known = self._finite.all(1, keepdim=True)  # one broken head leaves its group unknown
         return value.masked_fill(~known, torch.nan).flatten()
+
+
+def _where_finite(matrices: Tensor) -> Tensor:
+    """Zeros in place of each matrix that is not finite."""
+    return torch.where(matrices.isfinite().all(-1).all(-1)[..., None, None], matrices, 0.0)
+
+
+def _triangle(gram: Tensor, factor: Tensor) -> Tensor:
+    """R with RᵀR = XᵀX for each factor X, by Cholesky, which is matrix products; by QR where that loses digits.
+
+    Squaring halves the digits: σ of X comes out with an error of 2^-52 σ₁²/σ. Where that may exceed 1e-10 σ₁, in a head
+    of (nearly) lower rank than its size, X is factored itself.
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)
+    poor = (failed > 0) | (diagonal.amin(-1) < 1e-5 * diagonal.amax(-1))
+    triangle = lower.mT
+    if poor.any():
+        rest = _where_finite(factor[poor])
+        missing = max(0, rest.shape[-1] - rest.shape[-2])  # fewer rows than columns
+        triangle[poor] = torch.linalg.qr(torch.nn.functional.pad(rest, (0, 0, 0, missing)), mode="r").R
+    return triangle
 
 
 def with_bias(matrix: Tensor, bias: Tensor | None) -> Tensor:

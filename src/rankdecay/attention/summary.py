@@ -31,7 +31,8 @@ _COLUMNS = (
 
 def summary(report: Inspection) -> str:
     """Returns the report as text: means over heads, in brackets the same shapes untrained."""
-    lines = [f"{report.source}: {len({(row['layer'], row['name']) for row in report.rows})} attention layers"]
+    count = len({(row["layer"], row["name"]) for row in report.rows})
+    lines = [f"{report.source}: {count} attention layer{'s' if count != 1 else ''}"]
     lines += [f"  {note}" for note in report.notes]
     lines += [f"  not handled: {reason}" for reason in report.unhandled]
     for kind, title in _TITLES.items():

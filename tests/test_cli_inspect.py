@@ -1,0 +1,121 @@
+"""`rankdecay inspect` as it is typed: summary, JSON, CSV, page, comparison, mapping, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import rankdecay as rd
+from rankdecay.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, intermediate_size=48,
+        vocab_size=40,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("llama")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def _answer(capsys, *arguments: object) -> str:
+    assert main(["inspect", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_summary(checkpoint, capsys):
+    text = _answer(capsys, checkpoint)
+    assert text == f"{rd.inspect(checkpoint)}\n"
+    assert "2 query heads share a key head" in text
+
+
+def test_json_has_the_rows_other_tools_read(checkpoint, capsys):
+    answer = json.loads(_answer(capsys, checkpoint, "--json", "--layers", 1, "--heads", 0, 2))
+    assert answer["command"] == "inspect"
+    assert [(r["layer"], r["head"], r["product"]) for r in answer["rows"]] == [
+        (1, 0, "query_key"), (1, 2, "query_key"), (1, 0, "value_output"), (1, 2, "value_output"),
+    ]  # fmt: skip
+    for row in answer["rows"]:
+        for figures in (row, row["untrained"]):
+            for key in ("nuclear_norm", "effective_rank", "stable_rank", "pseudo_rank", "nuclear_gap", "imbalance"):
+                assert isinstance(figures[key], float)
+
+
+def test_csv_and_page(checkpoint, tmp_path, capsys):
+    table, page = tmp_path / "rows.csv", tmp_path / "page.html"
+    out = _answer(capsys, checkpoint, "--csv", table, "--html", page)
+    assert str(table) in out
+    assert str(page) in out
+    assert len(list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))) == 16
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_comparison(checkpoint, tmp_path, capsys):
+    later = tmp_path / "later"
+    shutil.copytree(checkpoint, later)
+    shard = next(file for file in later.glob("*.safetensors"))
+    from safetensors.torch import load_file
+
+    save_file({name: value * 2 for name, value in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    text = _answer(capsys, checkpoint, "--compare", later)
+    assert "Pseudo rank, mean over heads, in the order given" in text
+    answer = json.loads(_answer(capsys, checkpoint, "--compare", later, "--json"))
+    assert len(answer["compare"][0]["rows"]) == len(answer["rows"])
+
+
+def test_a_run_directory_of_ours(capsys):
+    answer = json.loads(_answer(capsys, ROOT / "docs" / "data" / "grok_default", "--json"))
+    members = {row["name"] for row in answer["rows"]}
+    assert "low_rank, seed 0, layer 1" in members
+    low, none = (
+        [r["effective_rank"] for r in answer["rows"] if r["name"].startswith(arm)] for arm in ("low_rank", "none")
+    )
+    assert max(low) < min(none)
+
+
+def test_a_state_dict_needs_to_be_told_its_heads(tmp_path, capsys):
+    file = tmp_path / "own.safetensors"
+    save_file({f"0.{name}.weight": torch.randn(8, 8) for name in "abcd"}, file)
+    assert main(["inspect", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert "0.a.weight (8, 8)" in error
+    assert "--names query=...,key=...,value=...,output=... --num-heads N" in error
+    assert "0.attn" not in error
+    text = _answer(capsys, file, "--names", "query=a,key=b,value=c,output=d", "--num-heads", 2)
+    assert "1 attention layer\n" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "missing does not exist"),
+        (["pyproject.toml"], "is no checkpoint"),
+        (["src"], "has no weights"),
+        (["docs/data/grok_default", "--compare", "missing"], "missing does not exist"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_code_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["inspect", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_wrong_names_are_refused(checkpoint, capsys):
+    assert main(["inspect", str(checkpoint), "--names", "q=a"]) == 2
+    assert "--names q=a: expected name=projection with names out of query, key" in capsys.readouterr().err
+    assert main(["inspect", str(checkpoint), "--layers", "9"]) == 2
+    assert "layers has 9, and there are layers 0 to 1" in capsys.readouterr().err
