@@ -8,16 +8,18 @@
 A case is a stack of square float32 matrices (``24x768``: 24 of 768²), or ``gpt2``: W_Q and W_K of GPT-2 124M, 24 blocks
 of 768² inside 12 fused parameters, decayed by the real hook. In a stack, matrices of rank n/2 with a spectrum over five
 decades, as a decay leaves them, and fresh Gaussian ones take turns. τ = 3e-5·rms(σ): a learning rate of 3e-4 times a
-strength of 0.1. Rounds of every variant are interleaved, because these machines drift. The first round warms up; the
-time is the median of the others (column n). A variant stops after 25 seconds in all: what takes longer at once is timed
-once. A small case is repeated for 5 seconds.
+strength of 0.1.
+
+Rounds of every variant are interleaved, because these machines drift. The first round warms up; the time is the median
+of the others. A variant runs at least twice (once if that takes a minute) and stops after 25 seconds; a small case is
+repeated for 5 seconds. Where median and best are far apart, something else was using the machine.
 
 ========  ==============================================================================================================
 column    meaning
 ========  ==============================================================================================================
 measured  matrices that were timed; "1 of 48": the time is that of one, times 48
 ran       the backend that actually ran (``record_backends``)
-ms        of one decay, and per training step at the default ``every`` and at every=4 and 8
+ms        of one decay: median of n rounds, and the best; then per training step at the default ``every``, at 4 and 8
 step      error ‖(W − out) − (W − ref)‖_F / ‖W − ref‖_F against a float64 SVD, the worst over matrices (n > 1024 and
           ``gpt2``: of the first alone)
 rounding  the same of the reference itself once it is rounded to float32: what no implementation goes below
@@ -39,7 +41,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -54,12 +56,13 @@ from rankdecay.linalg import Backend, Rule, choose_backend, record_backends, shr
 from rankdecay.linalg.polar import NULL_TOLERANCE, full_precision
 
 CASES = ("4x128", "24x768", "48x2048", "8x4096", "gpt2")
+RULES: tuple[Rule, ...] = get_args(Rule)
 #: Without --full, what a CPU measures of the large cases: one matrix, and of 8x4096 the default rule alone.
-ON_CPU: dict[str, tuple[Rule, ...]] = {"48x2048": get_args(Rule), "8x4096": ("prox",)}
+ON_CPU: dict[str, Sequence[Rule]] = {"48x2048": RULES, "8x4096": ["prox"]}
 LEARNING_RATE, STRENGTH = 3e-4, 0.1
 EVERY = (rd.LowRank(1.0).every, 4, 8)
-#: Seconds: a variant is not started again after PATIENCE, and a case goes on for LEAST however many rounds that makes.
-PATIENCE, LEAST = 25.0, 5.0
+#: Seconds: for one variant, for a single run to be the only one, and at least for a case.
+PATIENCE, LONG, LEAST = 25.0, 60.0, 5.0
 
 
 @dataclass
@@ -69,13 +72,14 @@ class Row:
     measured: str = ""
     ran: str = ""
     rounds: int = 0
-    ms: float | None = None
-    every: dict[int, float] | None = None  # milliseconds per training step
+    ms: float = 0.0
+    best: float = 0.0
+    every: dict[int, float] = field(default_factory=dict)
     step_error: float | None = None
     rounding: float | None = None
     weight_error: float | None = None
     ceiling: float | None = None
-    share: dict[int, float] | None = None  # of a training step, the decay included
+    share: dict[int, float] = field(default_factory=dict)
 
 
 class Clock:
@@ -115,10 +119,16 @@ def interleaved(variants: dict[str, Callable[[], float]], rounds: int) -> dict[s
     start, done = time.perf_counter(), 0
     while done < rounds + 1 or time.perf_counter() - start < LEAST:
         for name, run in variants.items():
-            if sum(times[name]) < PATIENCE:
+            if done * min(times[name], default=0.0) < (LONG if done == 1 else PATIENCE):
                 times[name].append(run())
         done += 1
     return {name: seconds[1:] or seconds for name, seconds in times.items()}
+
+
+def timing(seconds: list[float], of_all: float = 1.0) -> dict[str, Any]:
+    """The time columns, scaled to all matrices of a case."""
+    milliseconds = [1e3 * of_all * s for s in seconds]
+    return {"rounds": len(seconds), "ms": statistics.median(milliseconds), "best": min(milliseconds)}
 
 
 def reference(W: Tensor, tau: Tensor, steps: int = 5) -> dict[str, Tensor]:
@@ -153,10 +163,6 @@ def decays(rules: Sequence[Rule]) -> list[tuple[str, Rule, Backend]]:
     return [(f"{r}, {b}", r, b) for r in rules for b in backends if (r, b) != ("newton_schulz", "exact")]
 
 
-def per_step(seconds: float) -> dict[int, float]:
-    return {k: 1e3 * seconds / k for k in EVERY}
-
-
 # ---- stacks ------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +182,8 @@ def stack_rows(case: str, rules: Sequence[Rule], arguments: argparse.Namespace) 
     count, n = map(int, case.split("x"))
     measured = count
     if device == "cpu" and case in ON_CPU and not arguments.full:
-        rules, measured = list(filter(rules.__contains__, ON_CPU[case])), 1
+        rules = [rule for rule in ON_CPU[case] if rule in rules]
+        measured = 1
     W = make_stack(measured, n, device)
     tau = rd.LowRank(STRENGTH).threshold(W, LEARNING_RATE)
     outputs: dict[str, Tensor] = {}
@@ -207,21 +214,16 @@ def stack_rows(case: str, rules: Sequence[Rule], arguments: argparse.Namespace) 
         named = [(f"w{i}", p) for i, p in enumerate(trained(W))]
         variants["prototype's decay"] = timed(peer(arguments.peer)(named, decay_rate=float(tau[0])).step, device)
     seconds = interleaved(variants, arguments.rounds)
-    times = {name: statistics.median(values) for name, values in seconds.items()}
-
     amount = str(count) if measured == count else f"{measured} of {count}"
-    rows = {
-        name: Row(case, name, amount, rounds=len(seconds[name]), ms=1e3 * times[name] * count / measured)
-        for name in variants
-    }
+    rows = {name: Row(case, name, amount, **timing(seconds[name], count / measured)) for name in variants}
     known = 1 if n > 1024 else measured
     taken = reference(W[:known], tau[:known])
     for name, rule, _ in chosen:
         row = rows[name] = replace(rows[name], ran=ran[name], **errors(W, outputs[name], taken[rule]))
-        row.every = per_step(times[name] * count / measured)
+        row.every = {k: row.ms / k for k in EVERY}
         if ran[name] == "matmul":
-            dtype = "float64" if rule == "smooth" else "float32"
-            row.ceiling = operations[name] / times[name] / (2 * measured * n**3 / times[f"one product, {dtype}"])
+            product = rows["one product, " + ("float64" if rule == "smooth" else "float32")]
+            row.ceiling = operations[name] / (2 * measured * n**3) * product.ms / row.ms
     print(f'{case}: backend="auto" takes {choose_backend(W.shape, W.device, W.dtype)}', flush=True)
     return list(rows.values())
 
@@ -303,47 +305,41 @@ def gpt2_rows(case: str, rules: Sequence[Rule], arguments: argparse.Namespace) -
     variants = {"training step": timed(train, device), "of that AdamW.step": timed(optimizer.step, device)}
     variants |= {f"hook: {name}": decay(f"hook: {name}", rule, backend) for name, rule, backend in chosen}
     seconds = interleaved(variants, arguments.rounds)
-    times = {name: statistics.median(values) for name, values in seconds.items()}
-
-    whole = times["training step"]
-    rows = []
-    for name in variants:
-        row = Row(case, name, rounds=len(seconds[name]), ms=1e3 * times[name])
-        if name in found:
-            every = per_step(times[name])
-            share = {k: ms / (1e3 * whole + ms) for k, ms in every.items()}
-            row = replace(row, measured="24", every=every, share=share, **found[name])
-        rows.append(row)
+    rows = {name: Row(case, name, **timing(seconds[name])) for name in variants}
+    for name, values in found.items():
+        row = rows[name] = replace(rows[name], measured="24", **values)
+        row.every = {k: row.ms / k for k in EVERY}
+        row.share = {k: ms / (rows["training step"].ms + ms) for k, ms in row.every.items()}
     print(f'{case}: backend="auto" takes {"exact" if device == "cpu" else "matmul"}', flush=True)
-    return rows
+    return list(rows.values())
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
 def header() -> str:
-    every = "".join(f"{f'every={k}':>11}" for k in EVERY)
-    errors = "".join(f"{word:>10}" for word in ("step", "rounding", "weight", "ceiling"))
-    share = "   share at every=" + ", ".join(map(str, EVERY))
-    return f"{'case':8}{'what':30}{'measured':9}{'ran':7}{'n':>5}{'ms':>11}{every}{errors}{share}"
+    words = ("ms", "best", *(f"every={k}" for k in EVERY), "step", "rounding", "weight", "ceiling")
+    columns = "".join(f"{word:>10}" for word in words)
+    share = "  share at every=" + ", ".join(map(str, EVERY))
+    return f"{'case':8}{'what':28}{'measured':9}{'ran':7}{'n':>4}{columns}{share}"
 
 
 def line(row: Row) -> str:
-    def number(value: float | None, width: int, form: str) -> str:
-        return f"{'' if value is None else format(value, form):>{width}}"
+    def number(value: float | None, form: str) -> str:
+        return " " * 10 if value is None else f"{format(value, form):>10}"
 
-    cells = [f"{row.case:8}{row.what:30}{row.measured:9}{row.ran:7}{row.rounds:>5}"]
-    cells += [number(ms, 11, ",.1f") for ms in (row.ms, *((row.every or {}).get(k) for k in EVERY))]
-    cells += [number(error, 10, ".1e") for error in (row.step_error, row.rounding, row.weight_error)]
-    cells += [number(row.ceiling, 10, ".0%")]
-    cells += ["   " + ", ".join(f"{share:.1%}" for share in row.share.values())] if row.share else []
+    cells = [f"{row.case:8}{row.what:28}{row.measured:9}{row.ran:7}{row.rounds:>4}"]
+    for ms in (row.ms, row.best, *(row.every.get(k) for k in EVERY)):
+        cells.append(number(ms, ",.0f" if ms and ms >= 100 else ".2f"))
+    cells += [number(error, ".1e") for error in (row.step_error, row.rounding, row.weight_error)]
+    cells += [number(row.ceiling, ".0%"), "  ", ", ".join(f"{share:.1%}" for share in row.share.values())]
     return "".join(cells).rstrip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--rules", nargs="+", choices=get_args(Rule), default=get_args(Rule))
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     parser.add_argument("--rounds", type=int, default=3, help="after the one that warms up")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--peer", help="folder that holds the prototype's experiment.py")

@@ -16,24 +16,27 @@ if TYPE_CHECKING:
     from rankdecay.decay.groups import param_groups
     from rankdecay.decay.policy import Frobenius, LowRank
     from rankdecay.linalg import polar, soft_threshold
+    from rankdecay.monitor import Monitor, RankCollapseWarning
     from rankdecay.spectrum import Spectrum, spectrum
 
 _HOME = {
     "Attachment": "rankdecay.decay.attach",
     "AttentionLayer": "rankdecay.attention",
     "AttentionNames": "rankdecay.attention",
-    "MatrixView": "rankdecay.attention",
-    "Inspection": "rankdecay.attention.inspection",
-    "attach": "rankdecay.decay.attach",
     "AuditReport": "rankdecay.audit",
     "AuditRow": "rankdecay.audit",
+    "Frobenius": "rankdecay.decay.policy",
+    "Inspection": "rankdecay.attention.inspection",
+    "LowRank": "rankdecay.decay.policy",
+    "MatrixView": "rankdecay.attention",
+    "Monitor": "rankdecay.monitor",
+    "RankCollapseWarning": "rankdecay.monitor",
+    "Spectrum": "rankdecay.spectrum",
+    "attach": "rankdecay.decay.attach",
     "audit": "rankdecay.audit",
     "find_attention": "rankdecay.attention",
     "inspect": "rankdecay.attention.inspection",
     "param_groups": "rankdecay.decay.groups",
-    "Frobenius": "rankdecay.decay.policy",
-    "LowRank": "rankdecay.decay.policy",
-    "Spectrum": "rankdecay.spectrum",
     "polar": "rankdecay.linalg",
     "soft_threshold": "rankdecay.linalg",
     "spectrum": "rankdecay.spectrum",
@@ -49,6 +52,8 @@ __all__ = [
     "Inspection",
     "LowRank",
     "MatrixView",
+    "Monitor",
+    "RankCollapseWarning",
     "Spectrum",
     "attach",
     "audit",

@@ -95,8 +95,8 @@ class Product:
     @cached_property
     def _spectrum(self) -> Spectrum:
         single, several = self._triangles
-        sigma = torch.linalg.svdvals(several @ single[:, None].mT)
-        sigma = sigma.masked_fill(~self._finite[..., None], torch.nan)
+        cores = (several @ single[:, None].mT).cpu()  # small, and slow to decompose on a GPU
+        sigma = torch.linalg.svdvals(cores).masked_fill(~self._finite.cpu()[..., None], torch.nan)
         rows = max(self.single.shape[-2], self.several.shape[-2])
         return Spectrum(sigma.flatten(0, 1), rows * torch.finfo(torch.float32).eps)
 

@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from rankdecay.attention.inspection import Inspection
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_TITLES = {
-    "query_key": "W_Kᵀ W_Q, what a query looks for",
-    "value_output": "W_O W_V, what a head writes",
-    "query": "W_Q, normalised afterwards",
-    "key": "W_K, normalised afterwards",
+#: What a row is of: its symbol and what it does, in the order of reading.
+KINDS = {
+    "query_key": ("W_Kᵀ W_Q", "what a query looks for"),
+    "query": ("W_Q", "queries, normalised afterwards"),
+    "key": ("W_K", "keys, normalised afterwards"),
+    "value_output": ("W_O W_V", "what a head writes"),
 }
 _FOOT = (
     "Means over heads; in brackets Gaussian matrices of the same shapes, untrained. Pseudo rank: the share of a head's",
@@ -35,10 +36,10 @@ def summary(report: Inspection) -> str:
     lines = [f"{report.source}: {count} attention layer{'s' if count != 1 else ''}"]
     lines += [f"  {note}" for note in report.notes]
     lines += [f"  not handled: {reason}" for reason in report.unhandled]
-    for kind, title in _TITLES.items():
+    for kind, (symbol, meaning) in KINDS.items():
         rows = [row for row in report.rows if kind in (row.get("product"), row.get("matrix"))]
         if rows:
-            lines += ["", title, *_table(rows)]
+            lines += ["", f"{symbol}, {meaning}", *_table(rows)]
     lines += ["", *_FOOT]
     return "\n".join(lines)
 
@@ -62,7 +63,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 def comparison(reports: list[Inspection]) -> str:
     """Returns the mean over heads of each layer's pseudo rank in several checkpoints, in their order, as text."""
     lines = ["", "Pseudo rank, mean over heads, in the order given"]
-    for kind, title in _TITLES.items():
+    for kind, (symbol, meaning) in KINDS.items():
         series = [
             {row["layer"]: [] for row in report.rows if kind in (row.get("product"), row.get("matrix"))}
             for report in reports
@@ -73,7 +74,7 @@ def comparison(reports: list[Inspection]) -> str:
                     by_layer[row["layer"]].append(row["pseudo_rank"])
         if not any(series):
             continue
-        lines += ["", title]
+        lines += ["", f"{symbol}, {meaning}"]
         for index in dict.fromkeys(layer for by_layer in series for layer in by_layer):
             means = [_mean(by_layer.get(index, [])) for by_layer in series]
             lines.append(f"  layer {index}: " + " → ".join(map(_number, means)) + "  " + strip(means))

@@ -32,6 +32,7 @@ from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, name
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.table import Row, table
+from rankdecay.decay.unwrap import unwrapped
 from rankdecay.linalg import Backend, shrink
 from rankdecay.linalg.polar import check_name
 from rankdecay.linalg.rounding import stochastic_round
@@ -75,7 +76,7 @@ def attach(optimizer: Optimizer, backend: Backend = "auto") -> Attachment:
         >>> optimizer = torch.optim.SGD(rd.param_groups(model, query_key=rd.LowRank(0.1)), lr=0.1)
         >>> attachment = rd.attach(optimizer)
     """
-    return Attachment(_unwrapped(optimizer), backend)
+    return Attachment(unwrapped(optimizer), backend)
 
 
 class Attachment:
@@ -217,22 +218,6 @@ def _detached() -> Attachment:
 
 
 # ---- attaching -------------------------------------------------------------------------------------------
-
-
-def _unwrapped(optimizer: object) -> Optimizer:
-    """The optimizer inside the wrappers of Accelerate, Lightning and timm, whose own hooks never run."""
-    seen = optimizer
-    while True:
-        inner = getattr(seen, "optimizer", None) or getattr(seen, "_base_optimizer", None)
-        if inner is None or inner is seen:
-            break
-        seen = inner
-    if not isinstance(seen, Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(seen).__name__}. An engine that owns its optimizer, "
-            "such as DeepSpeed's, flattens parameters; shard with FSDP2 instead."
-        )
-    return seen
 
 
 def _settle_weight_decay(optimizer: Optimizer, group: Group) -> None:

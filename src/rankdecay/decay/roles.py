@@ -62,7 +62,7 @@ def assign_roles(model: nn.Module, names: AttentionNames | None = None) -> tuple
 
     A tied parameter collects the blocks of each of its names; a name that says nothing (role other) adds none.
     """
-    found, unhandled = attention_of(model, names)
+    found, unhandled = attention_of(model) if names is None else attention_of(model, [names])
     in_attention: dict[str, list[Block]] = {}
     for layer in found:
         for role, place in layer.places.items():

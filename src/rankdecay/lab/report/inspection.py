@@ -1,0 +1,265 @@
+"""The self-contained HTML page of one inspection, or of several: a training trajectory in the order given.
+
+Like the page of a run (:mod:`rankdecay.lab.report.page`): words and tables are plain HTML made here, the charts are
+drawn by `page/inspection.js` from embedded JSON, nothing is fetched, and a string of a checkpoint is only ever text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path, PurePath
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from rankdecay.attention.inspection import Inspection, Row
+from rankdecay.attention.summary import KINDS, strip
+from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, embedded
+
+#: What the charts and tables show: a name and what it means.
+MEASURES = {
+    "pseudo_rank": ("Pseudo rank", "the share of a head's dimensions that holds 95 % of the nuclear norm"),
+    "effective_share": (
+        "Effective rank / dim",
+        "the exponential of the entropy of the singular values, as a share of the head's dimensions",
+    ),
+    "stable_rank": ("Stable rank", "‖M‖_F² / ‖M‖₂²: how many directions are as strong as the strongest"),
+    "nuclear_ratio": (
+        "Nuclear norm / bound",
+        "the nuclear norm of a product over the mean squared norm of its factors, which bounds it: 1 is balanced",
+    ),
+    "imbalance": ("Imbalance", "the difference of the Gram matrices of the two factors over their mean: 0 is balanced"),
+    "nuclear_gap": ("Nuclear gap", "the bound less the nuclear norm, in the units of the product: 0 is balanced"),
+}
+
+
+def inspection_page(reports: Sequence[Inspection], path: Path) -> Path:
+    """Writes the page of one or several inspections, by atomic rename.
+
+    Args:
+        reports: what :func:`rankdecay.inspect` returned; several are checkpoints of one training, in this order.
+        path: the file to write.
+
+    Returns:
+        ``path``: one HTML file that needs no network.
+
+    Raises:
+        ValueError: If there is no report, or no row in any.
+    """
+    if not any(report.rows for report in reports):
+        raise ValueError("There is nothing to show: no report with a row was given.")
+    part = path.with_name(path.name + ".part")
+    part.write_text(render(reports), encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def render(reports: Sequence[Inspection]) -> str:
+    """The page as one HTML string."""
+    labels = short_labels([report.source for report in reports])
+    data = page_data(reports, labels)
+    title = labels[0] if len(reports) == 1 else f"{len(reports)} checkpoints: {labels[0]} → {labels[-1]}"
+    notes = dict.fromkeys(note for report in reports for note in report.notes)
+    unhandled = dict.fromkeys(f"Not handled: {reason}" for report in reports for reason in report.unhandled)
+    folder = files("rankdecay.lab.report") / "page"
+    parts = {
+        "title": escape(title),
+        "sources": _sources(reports) if len(reports) > 1 else "",
+        "reading": "".join(f'<p class="headline">{escape(_reading(kind, labels))}</p>' for kind in data["kinds"]),
+        "notes": "".join(f'<p class="notice">{escape(note)}</p>' for note in [*notes, *unhandled, *data["notices"]]),
+        "sections": "\n".join(_section(kind, labels) for kind in data["kinds"]),
+        "nav": " ".join(f'<a href="#{kind["key"]}">{kind["symbol"]}</a>' for kind in data["kinds"]),
+        "measures": "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in MEASURES.values()),
+        "data": embedded(data),
+        "css": "\n".join((folder / name).read_text(encoding="utf-8") for name in ("page.css", "inspection.css")),
+        "plotly": get_plotlyjs(),
+        "js": "\n".join((folder / name).read_text(encoding="utf-8") for name in ("core.js", "inspection.js")),
+    }
+    template = (folder / "inspection.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def short_labels(sources: Sequence[str]) -> list[str]:
+    """One name per source: its path without the folders all have in common; numbered where two are the same."""
+    paths: list[tuple[str, ...]] = [PurePath(source).parts or (source,) for source in sources]
+    while len(paths) > 1 and min(map(len, paths)) > 1 and len({parts[0] for parts in paths}) == 1:
+        paths = [parts[1:] for parts in paths]
+    while len(paths) > 1 and min(map(len, paths)) > 1 and len({parts[-1] for parts in paths}) == 1:
+        paths = [parts[:-1] for parts in paths]
+    labels = [str(PurePath(*parts)) for parts in paths]
+    repeated = len(set(labels)) < len(labels)
+    return [f"{i}: {label}" for i, label in enumerate(labels, 1)] if repeated else labels
+
+
+def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str, Any]:
+    """What the charts are drawn from.
+
+    Per kind, report and layer: the measures and singular values of its heads. Untrained spectra, which most layers
+    share, are in a list of their own.
+    """
+    untrained: dict[tuple[float, ...], int] = {}
+    size = sum(len(row["singular_values"]) for report in reports for row in report.rows)
+    thin = len(reports) > 2 and size > SNAPSHOT_NUMBERS
+    with_spectra = {0, len(reports) - 1} if thin else set(range(len(reports)))
+    kinds = []
+    for key, (symbol, meaning) in KINDS.items():
+        own = [[row for row in report.rows if key in (row.get("product"), row.get("matrix"))] for report in reports]
+        rows = [row for report in own for row in report]
+        if rows:
+            defined = [name for name in MEASURES if _measure(rows[0]["untrained"], name, 1) is not None]
+            kinds.append({
+                "key": key, "symbol": symbol, "meaning": meaning,
+                "measures": {name: MEASURES[name][0] for name in defined},
+                "heads": sorted({row["head"] for row in rows}),
+                "reports": [_layers(part, defined, i in with_spectra, untrained) for i, part in enumerate(own)],
+            })  # fmt: skip
+    notices = ["The page has the singular values of the first and the last checkpoint only."] if thin else []
+    return {"labels": list(labels), "kinds": kinds, "untrained": list(untrained), "notices": notices}
+
+
+def _layers(rows: list[Row], measures: list[str], spectra: bool, pool: dict[tuple[float, ...], int]) -> list[Row]:
+    by_layer: dict[int, list[Row]] = {}
+    for row in rows:
+        by_layer.setdefault(row["layer"], []).append(row)
+    layers = []
+    for index, heads in sorted(by_layer.items()):
+        untrained, dim = heads[0]["untrained"], heads[0]["head_dim"]
+        layers.append({
+            "layer": index, "name": heads[0]["name"], "dim": dim,
+            "untrained": pool.setdefault(tuple(untrained["singular_values"]), len(pool)),
+            "heads": [row["head"] for row in heads],
+            "values": {name: [_measure(row, name, dim) for row in heads] for name in measures},
+            "spectra": [_spectrum(row) for row in heads] if spectra else None,
+            "baseline": {name: _measure(untrained, name, dim) for name in measures},
+        })  # fmt: skip
+    return layers
+
+
+def _measure(row: Row, name: str, dim: int) -> float | None:
+    value = row[name.replace("share", "rank")]
+    return value / dim if name == "effective_share" and value is not None else value
+
+
+def _spectrum(row: Row) -> list[float] | None:
+    """The singular values; None where they are not known, not a list of holes."""
+    return None if None in row["singular_values"] else row["singular_values"]
+
+
+# --- words and tables ---
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: float | None) -> str:
+    return "×" if value is None else f"{value:.3g}"
+
+
+def _clearly_lower(layer: dict[str, Any]) -> bool:
+    """Whether the mean over heads is below the untrained by more than fresh weights scatter."""
+    value, baseline = _mean(layer["values"]["pseudo_rank"]), layer["baseline"]["pseudo_rank"]
+    return value is not None and value < baseline - max(0.05 * baseline, 1 / layer["dim"])
+
+
+def _reading(kind: dict[str, Any], labels: Sequence[str]) -> str:
+    """The pseudo ranks of the last report in plain words."""
+    first, last = kind["reports"][0], kind["reports"][-1]
+    lower = sum(_clearly_lower(layer) for layer in last)
+    cells = [
+        (value, layer["layer"], head, layer["baseline"]["pseudo_rank"])
+        for layer in last
+        for head, value in zip(layer["heads"], layer["values"]["pseudo_rank"], strict=True)
+    ]
+    known = sorted(cell for cell in cells if cell[0] is not None)
+    of = "" if len(labels) == 1 else f" of {labels[-1]}"
+    words = (
+        f"In {lower} of {len(last)} layers{of}, {kind['symbol']} has a clearly lower pseudo rank than the same shapes "
+        "untrained (mean over heads, by more than 5 % and one dimension)"
+    )
+    if known:
+        value, layer, head, baseline = known[0]
+        words += f"; lowest: layer {layer} head {head}, {_number(value)} against {_number(baseline)}"
+    if len(labels) > 1 and first:
+        before, after = (_mean(v for layer in part for v in layer["values"]["pseudo_rank"]) for part in (first, last))
+        words += f"; the mean over all heads went from {_number(before)} to {_number(after)}"
+    broken = [f"layer {layer} head {head}" for value, layer, head, _ in cells if value is None]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        words += f"; not finite: {', '.join(broken[:3])}{more}"
+    return words + "."
+
+
+def _sources(reports: Sequence[Inspection]) -> str:
+    items = "".join(f"<li>{escape(report.source)}</li>" for report in reports)
+    return f'<ol class="sources">{items}</ol>'
+
+
+def _section(kind: dict[str, Any], labels: Sequence[str]) -> str:
+    key, several = kind["key"], len(labels) > 1
+    last = len(labels) - 1
+    layers = sorted({layer["layer"] for report in kind["reports"] for layer in report})
+    controls = _choice(f"measure:{key}", "Measure", kind["measures"])
+    if several:
+        controls += _choice(f"report:{key}", "Checkpoint", dict(enumerate(labels)), last)
+    cell = _choice(f"layer:{key}", "Layer", {i: i for i in layers}) + _choice(
+        f"head:{key}", "Head", {i: i for i in kind["heads"]}
+    )
+    scale = _choice(f"scale:{key}", "Scale", {"log": "log", "linear": "linear"})
+    legend = "".join(
+        f'<span><i data-ramp="{i / last}"></i>{escape(label)}</span>' for i, label in enumerate(labels) if several
+    )
+    trajectory = (
+        f'<figure><figcaption>Through training, mean over heads <span class="ramp">layer {layers[0]}'
+        f"<i></i>layer {layers[-1]}</span></figcaption>"
+        f'<div class="chart" id="trajectory-{key}"></div></figure>'
+    )
+    return (
+        f'<section id="{key}"><h2>{kind["symbol"]}, {kind["meaning"]}</h2>'
+        f'<div class="controls pinned">{controls}</div>'
+        f'<div class="pair"><figure><figcaption>Every head <output id="untrained-{key}"></output></figcaption>'
+        f'<div class="chart grid" id="map-{key}"></div></figure>'
+        f'<figure><figcaption>Singular values of a head</figcaption><div class="controls">{cell}{scale}</div>'
+        f'<div class="chart" id="spectrum-{key}"></div><p class="cell" id="cell-{key}"></p></figure></div>'
+        f"<figure><figcaption>Through the layers, mean over heads; the band is from the lowest head to the highest"
+        f'</figcaption><div class="keys">{legend}<span><i class="dashed"></i>untrained</span></div>'
+        f'<div class="chart" id="profile-{key}"></div></figure>'
+        f"{trajectory if several else ''}"
+        f"{_table(kind, several)}</section>"
+    )
+
+
+def _choice(state: str, label: str, choices: dict[Any, Any], chosen: Any = None) -> str:
+    options = "".join(
+        f'<option value="{value}"{" selected" if value == chosen else ""}>{escape(str(text))}</option>'
+        for value, text in choices.items()
+    )
+    return f'<label>{label} <select data-state="{state}">{options}</select></label>'
+
+
+def _table(kind: dict[str, Any], several: bool) -> str:
+    """A line per layer: the mean over heads, of several reports the first → the last, and [untrained]."""
+    first = {layer["layer"]: layer for layer in kind["reports"][0]}
+    body = ""
+    for layer in kind["reports"][-1]:
+        cells = ""
+        for name in kind["measures"]:
+            figures = _number(_mean(layer["values"][name]))
+            if several:
+                before = first.get(layer["layer"])
+                figures = f"{_number(_mean(before['values'][name])) if before else '–'} → {figures}"
+            cells += f"<td>{figures} <small>[{_number(layer['baseline'][name])}]</small></td>"
+        body += (
+            f'<tr><th scope="row">{layer["layer"]} <small>{escape(layer["name"])}</small></th><td>{layer["dim"]}</td>'
+            f'{cells}<td class="strip">{strip(layer["values"]["pseudo_rank"])}</td></tr>'
+        )
+    heads = "".join(f'<th scope="col">{name}</th>' for name in kind["measures"].values())
+    return (
+        f'<div class="scroll" role="region" aria-label="{kind["symbol"]} per layer" tabindex="0"><table>'
+        f'<thead><tr><th scope="col">Layer</th><th scope="col">Dim</th>{heads}'
+        f'<th scope="col">Pseudo rank of each head</th></tr></thead><tbody>{body}</tbody></table></div>'
+    )

@@ -1,0 +1,272 @@
+"""Ranks of attention during training, every k steps, to any callable.
+
+A measurement takes the layers one after another, each head's product by its factors, in float64
+(:mod:`rankdecay.attention.products`), and makes plain floats of them. What it logs, for ``query_key`` and the effective
+rank:
+
+=============================================  ==============================================================
+name                                           value
+=============================================  ==============================================================
+``rank/query_key/effective_rank``              mean over all heads of the model
+``rank/query_key/effective_rank_min``          the least of them
+``rank/<layer>/query_key/effective_rank``      mean over the heads of a layer; ``_min`` likewise
+``rank/<layer>/query_key/effective_rank_3``    head 3, with ``detail="head"``
+=============================================  ==============================================================
+
+A head with a non-finite weight is NaN, and so is every mean and least value that it is part of.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from rankdecay.attention import AttentionLayer, AttentionNames, find_attention
+from rankdecay.decay.unwrap import unwrapped
+from rankdecay.linalg.polar import check_name
+from rankdecay.spectrum import Spectrum, spectrum
+
+Part = Literal["query_key", "value_output", "query", "key", "value", "output"]
+Detail = Literal["model", "layer", "head"]
+Measure = Literal[
+    "effective_rank",
+    "stable_rank",
+    "nuclear_rank",
+    "participation_ratio",
+    "pseudo_rank",
+    "numerical_rank",
+    "nuclear_norm",
+    "frobenius_norm",
+    "spectral_norm",
+]
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _uncompiled(function: _Function) -> _Function:
+    """Called from compiled code, it runs between the graphs."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
+
+
+class RankCollapseWarning(UserWarning):
+    """The effective rank of a head has fallen under the bound of a :class:`Monitor`."""
+
+
+class Monitor:
+    """Measures the spectra of a model's attention every k steps and hands them to a callable.
+
+    Call :meth:`step` after each optimizer step, or :meth:`attach` it to the optimizer once. Neither touches the graph,
+    the gradients or the random generators; under ``torch.compile`` both stay outside compiled code. In a distributed
+    run every process counts, the first alone measures and logs.
+
+    Args:
+        model: the model; one wrapped by ``torch.compile``, DDP or PEFT is seen through.
+        every: steps between two measurements.
+        log: takes a dictionary of floats, ``"step"`` among them: ``print``, ``wandb.log``, ``history.append``.
+        measures: names of :class:`rankdecay.Spectrum`'s ranks and norms.
+        of: ``"query_key"`` (W_Kᵀ W_Q) and ``"value_output"`` (W_O W_V), with their biases, or the matrices
+            ``"query"``, ``"key"``, ``"value"``, ``"output"``; always head by head. Where a layer has no such product,
+            because it normalises queries and keys or has no output projection, its matrices take the product's place,
+            under their own names.
+        detail: log values of the ``"model"``, of each ``"layer"`` as well, or of each ``"head"`` as well.
+        collapse: warn when the effective rank of a head falls under this bound; once, until it recovers.
+        names: how your own attention names its projections, as in :func:`rankdecay.find_attention`.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``, or ``log`` cannot be called.
+        ValueError: If the model has no attention or is sharded, or an argument has no meaning.
+
+    Example:
+        >>> monitor = Monitor(nn.MultiheadAttention(8, 2), every=2, measures="numerical_rank", detail="model")
+        >>> for _ in range(4):
+        ...     _ = monitor.step()  # doctest: +ELLIPSIS
+        {'step': 2, 'rank/query_key/numerical_rank': 4.0, 'rank/query_key/numerical_rank_min': 4.0, ...}
+        {'step': 4, 'rank/query_key/numerical_rank': 4.0, 'rank/query_key/numerical_rank_min': 4.0, ...}
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 100,
+        log: Callable[[dict[str, float]], object] = print,
+        *,
+        measures: Measure | Iterable[Measure] = ("effective_rank", "stable_rank"),
+        of: Part | Iterable[Part] = ("query_key", "value_output"),
+        detail: Detail = "layer",
+        collapse: float | None = None,
+        names: AttentionNames | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be the torch.nn.Module in training, got {type(model).__name__}; the attention of a "
+                "checkpoint is read by rankdecay.find_attention(path)."
+            )
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every={every!r} is not a number of steps; expected a whole number >= 1, such as 100.")
+        if not callable(log):
+            raise TypeError(
+                f"log must be something to call with a dictionary, got {type(log).__name__}; for example print, "
+                "wandb.log, or the append of a list."
+            )
+        if collapse is not None and (isinstance(collapse, bool) or not collapse > 0):
+            raise ValueError(f"collapse={collapse!r} is no bound for an effective rank; expected a number > 0 or None.")
+        check_name("detail", detail, get_args(Detail))
+        self.model = model
+        self.every = every
+        self.log = log
+        self.measures: tuple[str, ...] = _chosen("measures", measures, get_args(Measure))
+        self.of: tuple[str, ...] = _chosen("of", of, get_args(Part))
+        self.detail: Detail = detail
+        self.collapse = collapse
+        self.steps = 0  #: optimizer steps counted so far
+        self._layers = {_plain(layer.name, model): layer for layer in find_attention(model, names)}
+        if not any(_parts(layer, self.of) for layer in self._layers.values()):
+            raise ValueError(f"of={self.of!r}: no attention of {type(model).__name__} has an output projection.")
+        self._collapsed: set[tuple[str, str, int]] = set()
+        self._check_not_sharded()
+
+    @_uncompiled
+    def step(self, at: int | None = None) -> dict[str, float] | None:
+        """Counts an optimizer step; when one is due, measures, logs and returns what was logged.
+
+        Args:
+            at: the number of steps made so far, if you count them yourself; else one more than before. It may stay the
+                same, and may jump: a measurement is due when a multiple of ``every`` has been passed.
+        """
+        before, self.steps = self.steps, self.steps + 1 if at is None else at
+        if self.steps // self.every <= before // self.every:
+            return None
+        self._check_not_sharded()
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return None
+        heads = self._heads()
+        values = self._values(heads)
+        self.log(dict(values))
+        self._warn(heads)
+        return values
+
+    def measure(self) -> dict[str, float]:
+        """Returns the values of the model as it is now, in any process, and logs nothing."""
+        self._check_not_sharded()
+        return self._values(self._heads())
+
+    def attach(self, optimizer: Optimizer) -> RemovableHandle:
+        """Makes the optimizer call :meth:`step` after each of its steps; ``remove()`` of what is returned ends it.
+
+        As with every hook, a copy of the optimizer does not have it. Attach a decay first, to measure what it left.
+        """
+        return unwrapped(optimizer).register_step_post_hook(self._after_step)
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the count of steps, to be saved with the model and the optimizer."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues the count of a :meth:`state_dict`."""
+        self.steps = int(state["steps"])
+
+    # ---- in a measurement ---------------------------------------------------------------------------------
+
+    @_uncompiled
+    def _after_step(self, *_: Any) -> None:
+        self.step()
+
+    @torch.no_grad()
+    def _heads(self) -> dict[tuple[str, str], dict[str, Tensor]]:
+        """(layer, part) -> measure -> one value per head, on the CPU."""
+        wanted = {*self.measures, *(("effective_rank",) if self.collapse is not None else ())}
+        found: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for name, layer in self._layers.items():
+            for part in _parts(layer, self.of):
+                its = _spectrum(layer, part)
+                values: dict[str, Any] = {measure: getattr(its, measure) for measure in wanted}
+                found[name, part] = {m: (v if isinstance(v, Tensor) else v()).cpu() for m, v in values.items()}
+        return found
+
+    def _values(self, heads: dict[tuple[str, str], dict[str, Tensor]]) -> dict[str, float]:
+        values: dict[str, float] = {"step": self.steps}
+        for part in dict.fromkeys(part for _, part in heads):
+            for measure in self.measures:
+                everywhere = torch.cat([v[measure] for (_, its), v in heads.items() if its == part])
+                _summarise(values, f"rank/{part}/{measure}", everywhere)
+        for (layer, part), by_measure in heads.items() if self.detail != "model" else ():
+            for measure in self.measures:
+                _summarise(values, f"rank/{layer}/{part}/{measure}", by_measure[measure])
+                if self.detail == "head":
+                    each = by_measure[measure].tolist()
+                    values |= {f"rank/{layer}/{part}/{measure}_{head}": value for head, value in enumerate(each)}
+        return values
+
+    def _warn(self, heads: dict[tuple[str, str], dict[str, Tensor]]) -> None:
+        """One warning for all heads that have fallen under the bound since they were last above it."""
+        if self.collapse is None:
+            return
+        fallen: list[str] = []
+        for (layer, part), values in heads.items():
+            for head, rank in enumerate(values["effective_rank"].tolist()):
+                if rank >= self.collapse:
+                    self._collapsed.discard((layer, part, head))
+                elif rank < self.collapse and (layer, part, head) not in self._collapsed:  # neither if NaN
+                    self._collapsed.add((layer, part, head))
+                    fallen.append(f"{layer} {part} head {head} ({rank:.3g})")
+        if fallen:
+            more = f" and {len(fallen) - 8} more" if len(fallen) > 8 else ""
+            warnings.warn(
+                f"step {self.steps}: the effective rank has fallen under {self.collapse:g} in "
+                f"{', '.join(fallen[:8])}{more}. If this is not wanted, lower their decay or the learning rate.",
+                RankCollapseWarning,
+                stacklevel=2,
+            )
+
+    def _check_not_sharded(self) -> None:
+        """Every process asks, so that none waits for one that has stopped."""
+        for name, parameter in self.model.named_parameters():
+            if hasattr(parameter, "placements"):
+                raise ValueError(
+                    f"{name} is a sharded DTensor, of which one process cannot take the spectrum; monitor a replicated "
+                    "model (DDP), or the checkpoints of this one with rankdecay.find_attention(path)."
+                )
+
+
+def _parts(layer: AttentionLayer, of: Iterable[str]) -> list[str]:
+    """What there is of a layer; the matrices of a product in its place where there is none."""
+    none = {"query_key"} if layer.qk_norm else set()
+    none |= {"value_output", "output"} if layer.output is None else set()
+    parts = (name for part in of for name in (part.split("_") if part in none else [part]))
+    return [part for part in dict.fromkeys(parts) if part not in none]
+
+
+def _spectrum(layer: AttentionLayer, part: str) -> Spectrum:
+    """One spectrum per head."""
+    if part in ("query_key", "value_output"):
+        return getattr(layer, part)().spectrum()
+    return spectrum(getattr(layer, part).heads())
+
+
+def _summarise(values: dict[str, float], name: str, heads: Tensor) -> None:
+    values[name] = heads.mean().item()
+    values[f"{name}_min"] = heads.min().item()
+
+
+def _chosen(argument: str, given: str | Iterable[str], legal: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = (given,) if isinstance(given, str) else tuple(given)
+    if not chosen:
+        raise ValueError(f"{argument} is empty; expected one or more of {', '.join(map(repr, legal))}.")
+    for name in chosen:
+        check_name(argument, name, legal)
+    return tuple(dict.fromkeys(chosen))
+
+
+def _plain(name: str, model: nn.Module) -> str:
+    """The layer's name in the unwrapped model, so that wrapping does not start new curves."""
+    name = f"{name}.".replace("_orig_mod.", "").removesuffix(".")
+    if isinstance(getattr(model, "_orig_mod", model), (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        name = name.removeprefix("module").removeprefix(".")
+    return name or "attention"

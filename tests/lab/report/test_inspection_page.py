@@ -1,0 +1,259 @@
+"""The page of an inspection: its words and data, and its charts in a real browser."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rankdecay as rd
+from rankdecay.attention.inspection import Inspection, inspect
+from rankdecay.lab.report.inspection import inspection_page, render, short_labels
+
+EVIL = "<img src=x onerror=window.owned=1>%{y}</script><b>"
+CHECKPOINTS = [f"/runs/tiny/checkpoint-{step}/model.safetensors" for step in (0, 10, 20)]
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[Inspection]:
+    """Three checkpoints of a GPT-2 that learns to repeat under low-rank decay."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_head=4, n_embd=32, vocab_size=16, n_positions=16, **ids))
+    optimizer = torch.optim.AdamW(rd.param_groups(model, query_key=rd.LowRank(20.0)), lr=3e-3, weight_decay=0.0)
+    rd.attach(optimizer)
+    found = []
+    for step in range(21):
+        if step % 10 == 0:
+            found.append(replace(inspect(model), source=CHECKPOINTS[step // 10]))
+        half = torch.randint(0, 16, (4, 8))
+        ids = torch.cat([half, half], 1)
+        logits = model(input_ids=ids).logits[:, :-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.fixture(scope="module")
+def broken(reports) -> Inspection:
+    """One head without a finite number, and names that are markup."""
+    rows = [{**row, "name": EVIL} for row in reports[-1].rows]
+    bad = next(i for i, row in enumerate(rows) if (row["layer"], row["head"], row["product"]) == (1, 2, "query_key"))
+    figures = {key: None for key, value in rows[bad].items() if isinstance(value, float)}
+    rows[bad] |= figures | {"singular_values": [None] * rows[bad]["head_dim"]}
+    return Inspection(EVIL, rows, [EVIL], [EVIL])
+
+
+def _data(page):
+    return json.loads(page.split('id="run-data">')[1].split("</script>")[0])
+
+
+# --- words and data ---
+
+
+def test_the_words_say_what_the_rows_say(reports):
+    last = [row for row in reports[-1].rows if row["product"] == "query_key"]
+    lowest = min(last, key=lambda row: (row["pseudo_rank"], row["layer"], row["head"]))
+    page = render(reports[-1:])
+    assert "In 3 of 3 layers, W_Kᵀ W_Q has a clearly lower pseudo rank than the same shapes untrained" in page
+    against = f"{lowest['pseudo_rank']:.3g} against {lowest['untrained']['pseudo_rank']:.3g}"
+    assert f"lowest: layer {lowest['layer']} head {lowest['head']}, {against}" in page
+    assert "In 0 of 3 layers, W_Kᵀ W_Q" in render(reports[:1])
+
+
+def test_the_table_is_of_means_beside_the_untrained(reports):
+    def mean(report):
+        values = [row["stable_rank"] for row in report.rows if (row["layer"], row["product"]) == (2, "value_output")]
+        return f"{sum(values) / 4:.3g}"
+
+    row = next(r for r in reports[0].rows if r["product"] == "value_output")
+    bracket = f"<small>[{row['untrained']['stable_rank']:.3g}]</small>"
+    assert f"<td>{mean(reports[-1])} {bracket}</td>" in render(reports[-1:])
+    assert f"<td>{mean(reports[0])} → {mean(reports[-1])} {bracket}</td>" in render(reports)
+
+
+def test_a_head_that_is_not_finite_is_named_and_left_out_of_means(broken):
+    page = render([broken])
+    assert "not finite: layer 1 head 2." in page
+    layer = _data(page)["kinds"][0]["reports"][0][1]
+    assert layer["values"]["pseudo_rank"][2] is None
+    assert layer["spectra"][2] is None
+    assert page.count(">×<") == 0  # the mean over the other three is known
+
+
+def test_text_is_only_ever_text(broken):
+    page = render([broken, broken])
+    assert "<img" not in page.split("<script")[0]
+    assert page.count("</script>") == render([replace(broken, source="a", notes=[], unhandled=[])]).count("</script>")
+
+
+def test_normalised_queries_and_keys_have_charts_of_their_own():
+    rows = inspect(torch.nn.MultiheadAttention(16, 2)).rows
+    matrices = [
+        {k: v for k, v in row.items() if k != "product"}
+        | dict.fromkeys(("nuclear_gap", "nuclear_ratio", "imbalance"))
+        | {"untrained": row["untrained"] | dict.fromkeys(("nuclear_gap", "nuclear_ratio", "imbalance")), "matrix": role}
+        for row, role in zip(rows[:2] * 2, ["query"] * 2 + ["key"] * 2, strict=True)
+    ]
+    kinds = _data(render([Inspection("m", matrices + rows[2:])]))["kinds"]
+    assert [kind["key"] for kind in kinds] == ["query", "key", "value_output"]
+    assert list(kinds[0]["measures"]) == ["pseudo_rank", "effective_share", "stable_rank"]
+
+
+def test_many_singular_values_are_thinned_to_first_and_last(reports, monkeypatch):
+    monkeypatch.setattr("rankdecay.lab.report.inspection.SNAPSHOT_NUMBERS", 100)
+    data = _data(render(reports))
+    assert [layers[0]["spectra"] is None for layers in data["kinds"][0]["reports"]] == [False, True, False]
+    assert "first and the last checkpoint only" in data["notices"][0]
+
+
+@pytest.mark.parametrize(
+    ("sources", "labels"),
+    [
+        (CHECKPOINTS, ["checkpoint-0", "checkpoint-10", "checkpoint-20"]),
+        (["a/b.pt", "a/c.pt"], ["b.pt", "c.pt"]),
+        (["a/b.pt"], ["a/b.pt"]),
+        (["m", "m"], ["1: m", "2: m"]),
+        (["", "x"], [".", "x"]),
+    ],
+)
+def test_labels_are_what_differs_in_the_paths(sources, labels):
+    assert short_labels(sources) == labels
+
+
+def test_nothing_to_show_is_refused(tmp_path):
+    for reports in ([], [Inspection("m", [])]):
+        with pytest.raises(ValueError, match="nothing to show"):
+            inspection_page(reports, tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no `chromium` on the PATH: install Debian's chromium to test the page")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install '.[test]'")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """Opens the page of some reports, the charts under `within` drawn; at the end nothing may have gone wrong in it."""
+    opened, wrong = [], []
+
+    def open_(reports, width=1280, within="#query_key"):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda r: wrong.append(r.url) if r.url.split(":")[0] not in ("file", "data", "blob") else 0)
+        page.goto(inspection_page(reports, tmp_path / "page.html").as_uri())
+        for chart in page.locator(f"{within} .chart").all():
+            chart.scroll_into_view_if_needed()
+            chart.locator(".main-svg").first.wait_for()
+        opened.append(page)
+        return page
+
+    yield open_
+    for page in opened:
+        assert page.evaluate("window.owned") is None
+        page.close()
+    assert wrong == []
+
+
+def _drawn(page, identity, what="data"):
+    return page.evaluate(f"JSON.parse(JSON.stringify(document.getElementById('{identity}').{what}))")
+
+
+def _until(page, condition, value=None):
+    page.wait_for_function(f"value => {condition}", arg=value)
+
+
+def _choose(page, label, option):
+    page.locator("#map-query_key").scroll_into_view_if_needed()  # a chart out of view is not drawn
+    page.locator("#query_key").get_by_label(label).select_option(option)
+
+
+def _click(page, layer, head, kind="query_key"):
+    chart = page.locator(f"#map-{kind}")
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    x, y = page.evaluate(
+        f"(({{xaxis: x, yaxis: y}}) => [x._offset + x.c2p({head}), y._offset + y.c2p({layer})])"
+        f"(document.getElementById('map-{kind}')._fullLayout)"
+    )
+    page.mouse.move(box["x"] + x, box["y"] + y)
+    page.locator(f"#map-{kind} .hovertext").wait_for()
+    page.mouse.click(box["x"] + x, box["y"] + y)
+
+
+def test_a_measure_changes_the_map_and_a_click_shows_the_head(open_page, reports):
+    page = open_page(reports[-1:], within="main")
+    rows = {(r["layer"], r["head"]): r for r in reports[-1].rows if r["product"] == "query_key"}
+    assert page.locator(".chart .main-svg").count() >= 6
+    assert page.locator("#trajectory-query_key").count() == 0
+    for measure in ("pseudo_rank", "stable_rank", "nuclear_gap"):
+        _choose(page, "Measure", measure)
+        value = float(f"{rows[1, 3][measure]:.4g}")
+        _until(page, "document.getElementById('map-query_key').data[0].z[1][3] === value", value)
+    _click(page, 1, 3)
+    _until(page, "document.getElementById('cell-query_key').textContent.startsWith('Layer 1, head 3: Nuclear gap')")
+    label = page.locator("#map-query_key .hovertext").text_content()
+    assert "untrained" in label
+    assert "transformer.h.1.attn" in label
+    sigma = rows[1, 3]["singular_values"]
+    trace = _drawn(page, "spectrum-query_key")[-1]
+    assert trace["y"] == pytest.approx([max(s / sigma[0], 1e-7) for s in sigma], rel=2e-3)
+    _choose(page, "Scale", "linear")
+    _until(page, "document.getElementById('spectrum-query_key').layout.yaxis.type === 'linear'")
+    baseline = rows[1, 3]["untrained"]["singular_values"]
+    untrained = _drawn(page, "spectrum-query_key")[0]
+    assert untrained["meta"] == "untrained"
+    assert untrained["y"] == pytest.approx([s / baseline[0] for s in baseline], rel=2e-3)
+
+
+def test_several_reports_have_a_line_each(open_page, reports):
+    page = open_page(reports)
+    profile = [t for t in _drawn(page, "profile-query_key") if t.get("meta")]
+    assert [t["meta"] for t in profile] == ["untrained", "checkpoint-0", "checkpoint-10", "checkpoint-20"]
+    assert page.locator("#query_key .keys span").all_inner_texts() == [t["meta"] for t in [*profile[1:], profile[0]]]
+    lines = _drawn(page, "trajectory-query_key")
+    assert [line["name"] for line in lines] == ["layer 0", "layer 1", "layer 2"]
+    for line, values in zip(lines, zip(*(t["y"] for t in profile[1:]), strict=True), strict=True):
+        assert line["y"] == pytest.approx(list(values))
+    assert len(_drawn(page, "spectrum-query_key")) == 4
+    after = _drawn(page, "map-query_key")[0]
+    _choose(page, "Checkpoint", "checkpoint-0")
+    _until(page, "document.getElementById('map-query_key').data[0].z[0][0] > value", after["z"][0][0])
+    before = _drawn(page, "map-query_key")[0]
+    assert (before["zmin"], before["zmax"]) == (after["zmin"], after["zmax"])
+
+
+def test_a_cell_without_a_number_is_crossed_and_markup_is_inert(open_page, broken):
+    page = open_page([broken], width=375)
+    crosses = _drawn(page, "map-query_key")[1]
+    assert (crosses["x"], crosses["y"]) == (["2"], ["1"])
+    _click(page, 1, 2)
+    _until(page, "document.getElementById('cell-query_key').textContent.startsWith('Layer 1, head 2: not finite.')")
+    assert EVIL in page.locator("#cell-query_key").inner_text()
+    assert EVIL in page.locator("#map-query_key .hovertext").text_content()
+    assert page.locator("img[src=x]").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+
+
+def test_the_words_and_tables_need_no_script(browser, reports, tmp_path):
+    page = browser.new_page(java_script_enabled=False)
+    page.goto(inspection_page(reports, tmp_path / "page.html").as_uri())
+    assert page.locator("#query_key tbody tr").count() == 3
+    assert page.locator("#query_key tbody").get_by_text("transformer.h.1.attn").is_visible()
+    page.close()
