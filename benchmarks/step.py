@@ -336,6 +336,15 @@ def line(row: Row) -> str:
     return "".join(cells).rstrip()
 
 
+def show(paths: Sequence[str]) -> None:
+    for path in paths:
+        record = json.loads(Path(path).read_text())
+        print(f"{record['machine']}; torch {record['versions']['torch']}\n{header()}")
+        for row in record["rows"]:
+            by_every = {name: {int(k): v for k, v in (row[name] or {}).items()} for name in ("every", "share")}
+            print(line(Row(**(row | by_every))))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
@@ -346,7 +355,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full", action="store_true", help="measure all matrices of the large cases on a CPU as well")
     parser.add_argument("--json", metavar="PATH", help="write the machine and every row")
+    parser.add_argument("--show", nargs="+", metavar="PATH", help="print the tables of such files, and measure nothing")
     arguments = parser.parse_args()
+    if arguments.show:
+        return show(arguments.show)
     arguments.device = resolve_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
