@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 # Before torch is imported, and inherited by the commands that tests start: tiny models gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A draw or an example may be slow for reasons of the machine, or of hypothesis itself, which reads all our modules first.
+# A draw may be slow for reasons of the machine, or of hypothesis itself, which reads all our modules first.
 settings.register_profile("noisy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("noisy machine")
 

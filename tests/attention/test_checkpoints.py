@@ -8,6 +8,8 @@ import pickle
 import random
 import resource
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,16 @@ def _same(model: nn.Module, path: Path, **how) -> None:
 def test_files_alone_say_what_the_model_says(name, tmp_path):
     """No class of transformers is asked: names, shapes and config.json have to be enough."""
     _same(_saved(name, tmp_path), tmp_path)
+
+
+def test_transformers_is_not_needed(tmp_path):
+    _saved("llama", tmp_path)
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"  # importing it would fail
+        f"import rankdecay as rd; print(len(rd.inspect({str(tmp_path)!r}).rows))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.strip() == "16"
 
 
 def test_a_sharded_checkpoint(tmp_path):

@@ -637,6 +637,33 @@ def test_replicas_round_alike():
         assert torch.equal(a, b)
 
 
+# ---- on a device -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_on_cuda_never_waits_for_the_device(dtype, fused):
+    model, on_cpu = _model(dtype).cuda(), _model(dtype)
+    optimizers = [torch.optim.SGD(_groups(m, every=2), lr=LR, fused=fused) for m in (model, on_cpu)]
+    for optimizer in optimizers:
+        rd.attach(optimizer)
+    for m in (model, on_cpu):
+        _zero_gradients(m)
+    optimizers[0].step()  # warms up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizers[0].step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(2):
+        optimizers[1].step()
+    close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+    for a, b in zip(_query_key(model), _query_key(on_cpu), strict=True):
+        torch.testing.assert_close(a.cpu(), b, **close)
+
+
 # ---- saying what is done ---------------------------------------------------------------------------------
 
 
