@@ -1,0 +1,111 @@
+"""Multiplicative pairs: two parts of which the loss sees only the product."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rankdecay.attention import Window
+from rankdecay.attention.naming import Found
+from rankdecay.audit.parts import Block, Part, Terms, cancels
+from rankdecay.audit.trial import Trial, alternating
+
+EFFECT = {
+    "product": "only their product counts. L2 on both balances them, and is then a nuclear norm on the product; "
+    "low-rank decay lowers the rank of each, and so of the product{turned}",
+    "planes": "only their product counts, at every distance. L2 on both balances each rotary plane, and is then a sum "
+    "over the planes, not a nuclear norm; low-rank decay lowers the rank of each{turned}",
+    "units": "only the product of both sides of a hidden unit counts. L2 on both balances each unit, and then switches "
+    "off whole units; low-rank decay lowers the rank of each{turned}",
+    "gains": "only their product counts: the scale of the scores, which the norms took from W_Q and W_K. L2 on both "
+    "balances them, and then makes attention more even",
+}
+
+
+@dataclass(eq=False)
+class Pair:
+    """Two parts of which, perhaps, only the product counts: in every head, or every hidden unit."""
+
+    first: Part
+    second: Part
+    effect: str
+    sides: tuple[list[Block], list[Block]]  # what scales, cut into units; one side may have several in each
+    balance: float | None = None
+    confirmed: bool | None = None
+
+    def judge(self, trial: Trial | None) -> None:
+        """Makes the parts a pair if the equation holds, and a rescaling does not contradict it."""
+        terms = [Terms.of(side) for side in self.sides]
+        units = min(len(side.total) for side in terms)
+        first, second = (side.grouped(units) for side in terms)
+        self.balance = cancels(Terms(first.total - second.total, first.square + second.square))
+        tolerance = max(self.first.tolerance, self.second.tolerance)
+        if self.balance > tolerance:
+            return
+        if trial is not None:
+            up = alternating(units)
+            first, second = (
+                [(block, factors.repeat_interleave(block.heads // units)) for block in side]
+                for side, factors in zip(self.sides, (up, 1 / up), strict=True)
+            )
+            self.confirmed = trial.unchanged(first + second, abs(trial.change(first)), tolerance)
+        if self.confirmed is not False:
+            self.first.pair = self.second.pair = self
+
+    @property
+    def words(self) -> str:
+        """What decay does to the pair."""
+        return EFFECT[self.effect]
+
+    def scales(self, block: Block) -> bool:
+        """Whether the parameter belongs to one of the sides."""
+        return any(block.parameter is own.parameter for side in self.sides for own in side)
+
+    def partner(self, part: Part, head: int | None) -> str:
+        """The other side's name, and for a head those of its heads that belong to it."""
+        other = self.second if part is self.first else self.first
+        name = f"{other.matrix.name} {other.part}".strip()
+        if head is None:
+            return name
+        theirs, ours = other.matrix.heads, part.matrix.heads
+        if theirs > ours:
+            several = theirs // ours
+            return f"{name} heads {head * several}–{(head + 1) * several - 1}"
+        return f"{name} head {head * theirs // ours}"
+
+
+def pairs(found: list[Found], parts: list[Part]) -> Iterator[Pair]:
+    """What may be a pair: by attention's structure, and by the shapes of matrices side by side in one module."""
+    known = {(part.matrix.name, part.part): part for part in parts}
+    for layer in found:
+        query, key, value, output = (
+            known.get((layer.places[role].parameter, role)) if role in layer.places else None
+            for role in ("query", "key", "value", "output")
+        )
+        if query and key:
+            yield Pair(query, key, "planes" if layer.rotary else "product", (query.scaled, key.scaled))
+        if value and output:
+            yield Pair(value, output, "product", (value.scaled, output.scaled))
+        gains = [part for part in parts if part.role == "norm" and part.matrix.name.startswith(layer.name + ".")]
+        for first in gains:
+            for second in gains:
+                if re.search(r"\.(norm_)?q", first.matrix.name[len(layer.name) :]) and first is not second:
+                    yield Pair(first, second, "gains", (first.scaled, second.scaled))
+
+    siblings: dict[str, list[Part]] = {}
+    for part in parts:
+        if not part.part and part.matrix.parameter.ndim == 2 and part.role in ("mlp", "other"):
+            module = part.matrix.name.rpartition(".")[0]
+            adapter = re.sub(r"lora_[AB]\.(.*)", r"lora.\1.", module)  # A and B in dictionaries of their own
+            siblings.setdefault(adapter.rpartition(".")[0], []).append(part)
+    for module, members in siblings.items():
+        for first in members:
+            for second in members:
+                sizes = [side.matrix.parameter.shape[i ^ side.transposed] for i, side in enumerate((first, second))]
+                if first is second or sizes[0] != sizes[1]:
+                    continue
+                rows = Window("rows", 0, sizes[0], sizes[0], 1, transposed=first.transposed)
+                columns = Window("columns", 0, sizes[0], sizes[0], 1, transposed=second.transposed)
+                sides = ([b._replace(window=rows) for b in first.scaled], [second.matrix._replace(window=columns)])
+                yield Pair(first, second, "product" if ".lora." in module else "units", sides)

@@ -1,0 +1,283 @@
+"""The parts of a model that can have a scale symmetry, and whether each is scale-invariant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rankdecay.attention import AttentionNames, Window
+from rankdecay.attention.modules import named_parameters
+from rankdecay.attention.naming import Found
+from rankdecay.audit.report import AuditRow, Kind, Share
+from rankdecay.audit.trial import RESCALING, Trial, alternating
+from rankdecay.decay.roles import assign_roles
+from rankdecay.spectrum import spectrum
+
+if TYPE_CHECKING:
+    from rankdecay.audit.pairs import Pair
+
+#: Smallest default tolerance: what a norm's eps takes from its invariance, about eps / mean square of its input.
+NORM_EPS = 1e-3
+
+
+class Block(NamedTuple):
+    """A parameter, or a window on one, cut into heads."""
+
+    name: str
+    parameter: nn.Parameter
+    gradient: Tensor | None
+    window: Window | None = None
+
+    def cut(self, value: Tensor) -> Tensor:
+        """(heads, …) of the parameter or its gradient, detached; without a window (1, …)."""
+        value = value.detach()
+        return value[None] if self.window is None else self._upright.heads(column(value))
+
+    def whole(self, value: Tensor) -> Tensor:
+        """The same, not cut."""
+        value = value.detach()
+        return value if self.window is None else self._upright.matrix(column(value))
+
+    def scale(self, factors: Tensor) -> None:
+        """Multiplies each head by its factor, in place."""
+        value = self.cut(self.parameter)
+        value = value * factors.to(value).reshape(-1, *[1] * (value.ndim - 1))
+        if self.window is None:
+            self.parameter.copy_(value[0])
+        else:
+            self._upright.write(column(self.parameter), value)
+
+    @property
+    def heads(self) -> int:
+        return 1 if self.window is None else self.window.num_heads
+
+    @property
+    def _upright(self) -> Window:
+        assert self.window is not None
+        return self.window if self.parameter.ndim > 1 else replace(self.window, transposed=False)
+
+
+def column(value: Tensor) -> Tensor:
+    """A bias as a matrix of one column, a view."""
+    return value if value.ndim > 1 else value[:, None]
+
+
+def size(g: Tensor, w: Tensor) -> float:
+    return float(g.double().norm() * w.double().norm())
+
+
+class Terms(NamedTuple):
+    """Σ g·w and Σ (g·w)², per head."""
+
+    total: Tensor
+    square: Tensor
+
+    def grouped(self, groups: int) -> Terms:
+        """Summed within each of ``groups`` runs of heads."""
+        return Terms(*(value.unflatten(0, (groups, -1)).sum(1) for value in self))
+
+    @staticmethod
+    def of(blocks: list[Block]) -> Terms:
+        """Summed over blocks with the same heads; a block without a gradient adds nothing."""
+        terms = [
+            (block.cut(block.gradient).double() * block.cut(block.parameter).double()).flatten(1)
+            for block in blocks
+            if block.gradient is not None
+        ]
+        return Terms(sum(t.sum(1) for t in terms), sum(t.square().sum(1) for t in terms))  # pyright: ignore
+
+
+def cancels(terms: Terms) -> float:
+    """Root mean square of the totals, over what it would be if nothing cancelled."""
+    square = float(terms.square.sum())
+    return math.sqrt(float(terms.total.square().sum()) / square) if square > 0 else math.inf
+
+
+def unmeasurable(block: Block, largest: float) -> str:
+    """Why nothing can be said of a block, or nothing; ``largest`` is the largest ‖g‖‖W‖ of the model's parameters."""
+    if not block.parameter.requires_grad:
+        return "frozen: not trained, and so not decayed"
+    if block.gradient is None:
+        return "unused: the loss does not depend on it, so any decay pulls it to zero unopposed"
+    if not block.whole(block.parameter).any():
+        return "zero: there is nothing to decay yet"
+    rounding = min(16 * torch.finfo(block.parameter.dtype).eps, 1e-5)
+    if size(block.whole(block.gradient), block.whole(block.parameter)) <= rounding * largest:
+        return "without effect here: its gradient is rounding at most, so any decay pulls it to zero unopposed"
+    return ""
+
+
+@dataclass(eq=False)
+class Part:
+    """A matrix with its bias, or another parameter, and what is found out about it."""
+
+    matrix: Block
+    role: str
+    why: str
+    part: str = ""
+    bias: Block | None = None
+    tolerance: float = NORM_EPS
+    reason: str = ""  # why nothing can be said
+    invariant: bool = False  # as a whole
+    by_head: bool = False  # and head by head
+    confirmed: bool | None = None
+    pair: Pair | None = None
+
+    @property
+    def scaled(self) -> list[Block]:
+        """What scales together, head by head: not W_O's bias, which has no heads."""
+        return [self.matrix] if self.bias is None or self.part == "output" else [self.matrix, self.bias]
+
+    @property
+    def together(self) -> list[Block]:
+        """The matrix and its bias."""
+        return [self.matrix] if self.bias is None else [self.matrix, self.bias]
+
+    def terms(self) -> Terms:
+        """Of everything together, as one head; of what has a gradient."""
+        sums = [Terms.of([block]).grouped(1) for block in self.together if block.gradient is not None]
+        return Terms(*(torch.stack(values).sum(0) for values in zip(*sums, strict=True)))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the matrix is stored as (in, out): its bias is as long as its second side only."""
+        rows, columns = self.matrix.parameter.shape
+        return self.bias is not None and self.bias.parameter.numel() == columns != rows
+
+    def find_invariance(self, trial: Trial | None) -> None:
+        """Sets whether each head can be rescaled, or else the whole."""
+        levels = [(self.scaled, Terms.of(self.scaled))]
+        if self.part:
+            levels.append((self.together, self.terms()))
+        for i, (blocks, sums) in enumerate(levels):
+            if cancels(sums) > self.tolerance:
+                continue
+            said = None
+            if trial is not None:
+                factors = [alternating(b.heads) if i == 0 else torch.full((b.heads,), RESCALING) for b in blocks]
+                typical = math.log(RESCALING) * math.sqrt(float(sums.square.sum()))
+                said = trial.unchanged(list(zip(blocks, factors, strict=True)), typical, self.tolerance)
+            if said is not False:
+                self.by_head, self.invariant, self.confirmed = i == 0, True, said
+                return
+
+    def rows(self, largest: float) -> Iterator[AuditRow]:
+        """The whole, its heads if it is attention's, and its bias."""
+        by_head = None if self.matrix.gradient is None else Terms.of(self.scaled)
+        for head in [None, *(range(self.matrix.heads) if self.part else ())]:
+            kind = self._kind(self.invariant if head is None else self.by_head)
+            if by_head is None:
+                euler = math.inf
+            elif head is None:
+                euler = cancels(self.terms())
+            else:
+                euler = cancels(Terms(by_head.total[head], by_head.square[head]))
+            yield self._row(self.matrix, head, kind, self._words(kind, head), euler)
+        if self.bias is not None:
+            reason = unmeasurable(self.bias, largest)
+            kind = "unknown" if reason else self._kind(self.invariant)
+            of_pair = self.pair is not None and self.pair.scales(self.bias)
+            if (kind == "unknown" and not reason) or (kind == "pair" and not of_pair):
+                kind = "neither"
+            words = f"{reason}." if reason else {
+                "scale_invariant": "scale-invariant with its matrix: to decay one of the two is no rescaling.",
+                "pair": "scales with its matrix in the pair: a column more of it.",
+            }.get(kind, "neither: L2 pulls it to zero.")  # fmt: skip
+            euler = math.inf if self.bias.gradient is None else cancels(Terms.of([self.bias]).grouped(1))
+            yield self._row(self.bias, None, kind, words, euler)
+
+    def _kind(self, invariant: bool) -> Kind:
+        if self.reason:
+            return "unknown"
+        return "scale_invariant" if invariant else "pair" if self.pair else "neither"
+
+    def _row(self, block: Block, head: int | None, kind: Kind, words: str, euler: float) -> AuditRow:
+        def values(of: Tensor) -> Tensor:
+            return (block.whole(of) if head is None else block.cut(of)[head]).double()
+
+        w, radial = values(block.parameter), None
+        if block.gradient is not None and math.isfinite(euler):
+            g = values(block.gradient)
+            radial = float((g * w).sum() / (g.norm() * w.norm()))
+        pair = self.pair if block is self.matrix else None
+        is_bias = block is self.bias
+        low_rank = None if is_bias else _low_rank_share(w)
+        turned = f" (tangential share {low_rank.tangential:.0%})" if low_rank and kind != "unknown" else ""
+        return AuditRow(
+            name=block.name,
+            part=self.part,
+            role="bias" if is_bias else self.role,
+            head=head,
+            kind=kind,
+            partner=pair.partner(self, head) if pair and kind == "pair" else None,
+            radial=radial,
+            euler=euler if math.isfinite(euler) else None,
+            balance=pair.balance if pair else None,
+            confirmed=self.confirmed if kind == "scale_invariant" else pair.confirmed if pair else None,
+            gradient=None if radial is None else Share(radial**2, 1 - radial**2),
+            low_rank=low_rank,
+            words=words.replace("{turned}", turned),
+        )
+
+    def _words(self, kind: Kind, head: int | None) -> str:
+        matrix = self.matrix.parameter.ndim > 1
+        if kind == "unknown":
+            return f"{self.reason}."
+        if kind == "scale_invariant":
+            bias = " together with its bias" if self.bias else ""
+            turns = "; low-rank decay also turns it{turned}" if matrix else ""
+            return f"scale-invariant{bias}: L2 changes only its radius, and so the effective learning rate{turns}."
+        if kind == "pair" and self.pair:
+            return f"pair with {self.pair.partner(self, head)}: {self.pair.words}."
+        if self.invariant:
+            return "neither: only all heads together are scale-invariant. L2 on all of them changes only the radius."
+        if self.role == "norm":
+            return f"neither ({self.why}): it carries a scale, and L2 pulls what is stored to zero."
+        ranks = "; low-rank decay also turns it, towards a lower rank{turned}" if matrix else ""
+        return f"neither: L2 shrinks it, and with it what the model computes{ranks}."
+
+
+def _low_rank_share(w: Tensor) -> Share | None:
+    """Shares of U Vᵀ along W and across it: cos² = (Σσ)² / (‖W‖² · rank). A stack of matrices counts as one."""
+    if w.ndim not in (2, 3) or not w.any():
+        return None
+    s = spectrum(w)
+    radial = float(s.nuclear_norm.sum().square() / (w.square().sum() * s.numerical_rank().sum()))
+    return Share(min(radial, 1.0), max(1 - radial, 0.0))
+
+
+def parts(
+    model: nn.Module, found: list[Found], gradients: dict[nn.Parameter, Tensor], names: AttentionNames | None
+) -> list[Part]:
+    """Every parameter once, in order: attention's matrices one by one, a bias with its weight."""
+    parameters = named_parameters(model)
+
+    def block(name: str, window: Window | None = None) -> Block:
+        return Block(name, parameters[name], gradients.get(parameters[name]), window)
+
+    places = {(place.parameter, role): place for layer in found for role, place in layer.places.items()}
+    biases = {parameters[place.bias] for place in places.values() if place.bias}
+    parts: list[Part] = []
+    for entry in assign_roles(model, names)[0]:
+        roles = {known.why: known.role for known in entry.blocks}
+        first = entry.blocks[0]
+        own = [(place, role) for (name, role), place in places.items() if name in entry.names]
+        for place, role in own:
+            window = place.bias_window if role != "output" else None
+            bias = block(place.bias, window) if place.bias else None
+            parts.append(Part(block(place.parameter, place.window), roles.get(role, first.role), role, role, bias))
+        if own or entry.parameter in biases:
+            continue
+        name = entry.names[0]
+        module, _, leaf = name.rpartition(".")
+        weight, bias = (f"{module}.{own}".lstrip(".") for own in ("weight", "bias"))
+        if leaf == "bias" and weight in parameters:
+            continue  # with its weight
+        has_bias = leaf == "weight" and bias in parameters
+        parts.append(Part(block(name), first.role, first.why, bias=block(bias) if has_bias else None))
+    return parts

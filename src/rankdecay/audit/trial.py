@@ -1,0 +1,57 @@
+"""Finite rescaling: does the loss stay when parameters with a suspected symmetry are multiplied?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rankdecay.audit.parts import Block
+
+#: The factor of the finite rescaling.
+RESCALING = 1.5
+
+
+def alternating(units: int) -> Tensor:
+    """(units,) 1.5 and 1/1.5 in turn, so that one trial asks each unit for itself."""
+    factors = torch.full((units,), RESCALING, dtype=torch.float64)
+    factors[1::2] = 1 / RESCALING
+    return factors
+
+
+class Trial:
+    """Computes the loss at rescaled parameters."""
+
+    def __init__(self, loss: Callable[[], Tensor]) -> None:
+        self.loss = loss
+        with torch.no_grad():
+            value = loss()
+            self.base, again = float(value), float(loss())
+        noise = abs(again - self.base)
+        if not noise <= 1e-4 * abs(self.base):
+            raise ValueError(
+                f"confirm=True needs the same loss at each call, and got {self.base:.6g} and {again:.6g}: call "
+                "model.eval() to switch off dropout, and use one batch."
+            )
+        self.noise = 4 * noise + 16 * torch.finfo(value.dtype).eps * abs(self.base)
+
+    @torch.no_grad()
+    def change(self, scaled: list[tuple[Block, Tensor]]) -> float:
+        """Returns the change of the loss when each block's heads are multiplied by its factors."""
+        before = {block.parameter: block.parameter.clone() for block, _ in scaled}
+        try:
+            for block, factors in scaled:
+                block.scale(factors.to(block.parameter.device))
+            return float(self.loss()) - self.base
+        finally:
+            for parameter, value in before.items():
+                parameter.copy_(value)
+
+    def unchanged(self, scaled: list[tuple[Block, Tensor]], reference: float, tolerance: float) -> bool | None:
+        """Whether the loss stays, against a change of size ``reference``; None if that is lost in rounding."""
+        if reference <= 4 * self.noise:
+            return None
+        return abs(self.change(scaled)) <= min(10 * tolerance, 0.5) * reference + self.noise
