@@ -10,6 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,22 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
             rd.find_attention(tmp_path / name)
         assert "weights_only" not in str(caught.value)
     assert not marker.exists()
+
+
+def test_little_that_claims_to_be_much_is_refused(tmp_path):
+    torch.save({"x.weight": torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "strides.pt")
+    with pytest.raises(CheckpointError, match=r"x.weight in .* claims shape \(1048576, 1048576\), which is more than"):
+        rd.find_attention(tmp_path / "strides.pt")
+    torch.save({"x.weight": torch.zeros(2**20)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in plain.namelist():
+            bomb.writestr(entry, plain.read(entry))
+    assert (tmp_path / "bomb.pt").stat().st_size < 2**15
+    with pytest.raises(CheckpointError, match=r"is compressed \(.*which torch.save does not do"):
+        rd.find_attention(tmp_path / "bomb.pt")
 
 
 def test_links_out_of_the_directory_are_refused(tmp_path):

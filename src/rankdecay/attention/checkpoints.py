@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -192,6 +193,7 @@ def _safetensors_shapes(file: Path) -> dict[str, Shape]:
 
 
 def _state_dict(file: Path) -> dict[str, Tensor]:
+    _check_not_compressed(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unusual pickles; what matters becomes an error
@@ -209,7 +211,24 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # a damaged archive fails in as many ways as it has bytes
         raise CheckpointError(f"{file} is not a PyTorch state dict: {type(error).__name__}: {error}") from None
-    return _largest(content, file)
+    tensors = _largest(content, file)
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > file.stat().st_size:  # strides of 0 make much out of little
+            raise CheckpointError(
+                f"{name} in {file} claims shape {tuple(tensor.shape)}, which is more than the file holds."
+            )
+    return tensors
+
+
+def _check_not_compressed(file: Path) -> None:
+    """PyTorch stores tensors as they are; a compressed archive may unfold to any size."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
+        return  # the format before torch 1.6, or damaged: torch.load finds out which
+    if packed:
+        raise CheckpointError(f"{file} is compressed ({packed[0]}), which torch.save does not do; it is not unpacked.")
 
 
 def _largest(content: object, file: Path) -> dict[str, Tensor]:
