@@ -77,7 +77,7 @@ def assign_roles(model: nn.Module, names: AttentionNames | None = None) -> tuple
         entry.names.append(name)
         owner = owners.get(name.rpartition(".")[0])
         blocks = in_attention.get(name) or [_plain_block(name, parameter, owner, blocks_of_layers)]
-        if parameter is output_embedding and blocks[0].role in ("mlp", "other"):
+        if parameter is output_embedding and not isinstance(owner, nn.Embedding):
             blocks = [Block("embedding", None, "output embedding")]
         for block in blocks:
             if all(known.role != block.role or known.window != block.window for known in entry.blocks):
