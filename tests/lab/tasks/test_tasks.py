@@ -1,13 +1,17 @@
 """What every task promises: right answers, a split that depends on the seed alone, and refusals that say the remedy."""
 
+from itertools import combinations, permutations, product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.tasks import TASKS, Dataset, make_dataset
+from rankdecay.lab.tasks import SAMPLED, TASKS, Dataset, make_dataset, sequences
 from rankdecay.lab.tasks.base import split_by_class
+from rankdecay.lab.tasks.recall import recall
+from rankdecay.lab.tasks.selection import selection
 
 SMALL = {"modulus": 7, "train_examples": 300}
 
@@ -42,7 +46,7 @@ def test_the_seed_alone_decides(task):
     assert examples(first, "train") != examples(other, "train")
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if task != "selection"])
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in SAMPLED])
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 1.5, float("nan")])
 def test_fractions_outside_the_open_interval_are_refused(task, fraction):
     with pytest.raises(SettingError, match=rf"--train-fraction {fraction} .*(0, 1).*: give"):
@@ -58,6 +62,46 @@ def test_a_fraction_that_empties_a_side_is_refused(fraction, side):
 def test_an_unknown_task_is_refused_with_the_nearest_name():
     with pytest.raises(SettingError, match="--task 'substract' is unknown: did you mean 'subtract'"):
         make_dataset("substract", 0)
+    with pytest.raises(SettingError, match="--task 'substract' is unknown: did you mean 'subtract'"):
+        sequences("substract", modulus=7, values=4, named=2)
+
+
+# --- how many sequences there are --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("modulus", "values", "named"), [(2, 2, 1), (2, 3, 3), (3, 3, 2), (4, 2, 2), (3, 4, 3)])
+def test_selection_is_counted(modulus, values, named):
+    every = product(product(range(modulus), repeat=values), combinations(range(values), named))
+    assert sequences("selection", modulus=modulus, values=values, named=named) == len(list(every))
+
+
+@pytest.mark.parametrize(("modulus", "values"), [(2, 2), (3, 2), (3, 3), (4, 3)])
+def test_recall_is_counted(modulus, values):
+    every = product(permutations(range(modulus), values), product(range(modulus), repeat=values), range(values))
+    assert sequences("recall", modulus=modulus, values=values, named=2) == len(list(every))
+
+
+@pytest.mark.parametrize(
+    ("task", "build", "total"), [("selection", selection, 3**2 * 1), ("recall", recall, 6 * 3**2 * 2)]
+)
+def test_no_sampled_sequence_is_out_of_reach(task, build, total):
+    """Half of the sequences, drawn again and again, are in the end all of them and nothing beyond."""
+    assert sequences(task, modulus=3, values=2, named=2) == total
+    draws = [build(3, total // 2, seed, values=2, test_examples=0) for seed in range(40)]
+    assert len({tokens for data in draws for tokens, _ in examples(data, "train")}) == total
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in SAMPLED])
+@pytest.mark.parametrize("modulus", [3, 5, 7])
+def test_a_split_divides_what_is_counted(task, modulus):
+    data = make_dataset(task, 0, modulus=modulus)
+    total = len(data.train_targets) + len(data.test_targets)
+    assert sequences(task, modulus=modulus, values=4, named=2) == total
+
+
+def test_named_reaches_selection_and_is_two_by_default():
+    assert len(make_dataset("selection", 0, named=3, values=5, **SMALL).groups) == 10
+    assert len(make_dataset("selection", 0, **SMALL).groups) == 6
 
 
 @settings(deadline=None, max_examples=50)

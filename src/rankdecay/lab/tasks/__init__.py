@@ -2,11 +2,30 @@
 
 from rankdecay.lab.errors import check_name
 from rankdecay.lab.tasks.base import Dataset
-from rankdecay.lab.tasks.modular import OPERATIONS, Split, modular
-from rankdecay.lab.tasks.permutations import permutation_composition
-from rankdecay.lab.tasks.selection import selection
+from rankdecay.lab.tasks.modular import OPERATIONS, Split, modular, modular_sequences
+from rankdecay.lab.tasks.permutations import SEQUENCES, permutation_composition
+from rankdecay.lab.tasks.recall import recall, recall_sequences
+from rankdecay.lab.tasks.selection import selection, selection_sequences
 
-TASKS = ("selection", *OPERATIONS, "s5")
+SAMPLED = ("selection", "recall")  # too many sequences to list: the training set is a number of draws, not a share
+TASKS = (*SAMPLED, *OPERATIONS, "s5")
+
+
+def sequences(task: str, *, modulus: int, values: int, named: int) -> int:
+    """How many distinct sequences a task has; for a task that is split by fraction, the examples on both sides.
+
+    Args:
+        task: one of `TASKS`.
+        modulus: for every task but ``s5``.
+        values: for the tasks in `SAMPLED`.
+        named: for ``selection``.
+    """
+    check_name("--task", task, TASKS)
+    if task == "selection":
+        return selection_sequences(modulus, values, named)
+    if task == "recall":
+        return recall_sequences(modulus, values)
+    return SEQUENCES if task == "s5" else modular_sequences(task, modulus)
 
 
 def make_dataset(
@@ -17,25 +36,29 @@ def make_dataset(
     train_fraction: float = 0.5,
     train_examples: int = 3000,
     values: int = 4,
+    named: int = 2,
     split: Split = "unordered",
 ) -> Dataset:
     """Builds the data set of a task.
 
     Args:
         task: one of `TASKS`.
-        seed: decides the split and, for ``selection``, the examples.
+        seed: decides the split and, for the tasks in `SAMPLED`, the examples.
         modulus: for every task but ``s5``.
-        train_fraction: for every task but ``selection``.
-        train_examples: for ``selection``.
-        values: for ``selection``.
+        train_fraction: for every task but those in `SAMPLED`.
+        train_examples: for the tasks in `SAMPLED`.
+        values: for the tasks in `SAMPLED`.
+        named: for ``selection``.
         split: for the commutative operations.
     """
     check_name("--task", task, TASKS)
     if task == "selection":
-        return selection(modulus, train_examples, seed, values=values)
+        return selection(modulus, train_examples, seed, values=values, named=named)
+    if task == "recall":
+        return recall(modulus, train_examples, seed, values=values)
     if task == "s5":
         return permutation_composition(train_fraction, seed)
     return modular(task, modulus, train_fraction, seed, split)
 
 
-__all__ = ["TASKS", "Dataset", "make_dataset"]
+__all__ = ["SAMPLED", "TASKS", "Dataset", "make_dataset", "sequences"]

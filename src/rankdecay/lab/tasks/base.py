@@ -10,6 +10,8 @@ import numpy as np
 
 from rankdecay.lab.errors import SettingError
 
+ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th", "9th")  # names of what a sequence holds several of
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -42,6 +44,59 @@ class Dataset:
 def random_generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
     """A generator that depends on nothing but its arguments, so that any draw can be repeated without stored state."""
     return np.random.default_rng([seed, *purpose.encode(), *index])
+
+
+def check_modulus(modulus: int) -> None:
+    """Raises a `SettingError` unless there are at least two residues."""
+    if modulus < 2:
+        raise SettingError(f"--modulus {modulus} is too small: choose at least 2")
+
+
+def draw_distinct(
+    task: str, total: int, train_examples: int, test_examples: int, seed: int, modulus: int
+) -> np.ndarray:
+    """Distinct numbers below ``total``, for a task that numbers its sequences and draws instead of listing them.
+
+    Distinct numbers are distinct sequences, so the first ``train_examples`` can train and the rest test.
+
+    Args:
+        task: names the draw, so that two tasks do not share one.
+        total: how many sequences there are.
+        train_examples: at least 1.
+        test_examples: how many more to draw.
+        seed: decides the draw.
+        modulus: for the messages.
+
+    Returns:
+        ``(train_examples + test_examples,)``, int64.
+
+    Raises:
+        SettingError: if there are too few sequences, or more than an int64 can number.
+    """
+    if train_examples < 1:
+        raise SettingError(f"--train-examples {train_examples} is too small: choose at least 1")
+    if total > np.iinfo(np.int64).max:
+        raise SettingError(
+            f"--modulus {modulus} gives {total:.1e} sequences, more than can be numbered: "
+            "choose a smaller modulus or fewer --values"
+        )
+    wanted = train_examples + test_examples
+    if wanted > total // 2:  # beyond a half, drawing until all are distinct takes ever longer
+        raise SettingError(
+            f"--train-examples {train_examples} with {test_examples} test examples is more than half of all {total} "
+            f"sequences at --modulus {modulus}: choose fewer examples or a larger modulus"
+        )
+    generator = random_generator(seed, task)
+    codes = np.empty(0, dtype=np.int64)
+    while len(codes) < wanted:
+        drawn = np.concatenate([codes, generator.integers(0, total, 2 * wanted)])
+        codes = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+    return codes[:wanted]
+
+
+def digits(codes: np.ndarray, base: int, count: int) -> np.ndarray:
+    """The lowest ``count`` digits of ``codes`` (examples,) in ``base``, lowest first: ``(examples, count)``."""
+    return codes[:, None] // base ** np.arange(count) % base
 
 
 def check_fraction(fraction: float) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.tasks.base import Dataset, split_by_class
+from rankdecay.lab.tasks.base import Dataset, check_modulus, split_by_class
 
 Split = Literal["unordered", "ordered"]
 
@@ -34,6 +34,15 @@ def _is_prime(p: int) -> bool:
     return p > 1 and all(p % d for d in range(2, int(p**0.5) + 1))
 
 
+def _second_operands(operation: str, modulus: int) -> np.ndarray:
+    return np.arange(1 if operation == "divide" else 0, modulus)
+
+
+def modular_sequences(operation: str, modulus: int) -> int:
+    """How many sequences there are: ordered pairs, without the divisor 0."""
+    return modulus * len(_second_operands(operation, modulus))
+
+
 def modular(operation: str, modulus: int, train_fraction: float, seed: int, split: Split = "unordered") -> Dataset:
     """All pairs of residues under one operation.
 
@@ -47,13 +56,11 @@ def modular(operation: str, modulus: int, train_fraction: float, seed: int, spli
     Raises:
         SettingError: for a modulus the operation does not allow, or a fraction that empties a side.
     """
-    if modulus < 2:
-        raise SettingError(f"--modulus {modulus} is too small: choose at least 2")
+    check_modulus(modulus)
     if operation == "divide" and not _is_prime(modulus):
         raise SettingError(f"--modulus {modulus} is not prime, so division is not defined: choose a prime such as 97")
-    a, b = (axis.ravel() for axis in np.meshgrid(np.arange(modulus), np.arange(modulus), indexing="ij"))
-    if operation == "divide":
-        a, b = a[b > 0], b[b > 0]
+    operands = np.arange(modulus), _second_operands(operation, modulus)
+    a, b = (axis.ravel() for axis in np.meshgrid(*operands, indexing="ij"))
     tokens = np.stack([a, b, np.full_like(a, modulus)], axis=1)
     targets = OPERATIONS[operation](a, b, modulus)
     mirrored = operation in COMMUTATIVE and split == "unordered"

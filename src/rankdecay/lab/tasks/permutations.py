@@ -1,12 +1,15 @@
 """Composition in the symmetric group S5: the sequence is (g, h, =), the answer g∘h. It does not commute: no mirrors."""
 
 from itertools import permutations
+from math import factorial
 
 import numpy as np
 
 from rankdecay.lab.tasks.base import Dataset, split_by_class
 
 DEGREE = 5
+ELEMENTS = factorial(DEGREE)
+SEQUENCES = ELEMENTS**2  # ordered pairs
 
 
 def composition_table() -> np.ndarray:
@@ -26,8 +29,8 @@ def permutation_composition(train_fraction: float, seed: int) -> Dataset:
         seed: decides the split.
     """
     table = composition_table()
-    size = len(table)
-    g, h = (axis.ravel() for axis in np.meshgrid(np.arange(size), np.arange(size), indexing="ij"))
+    size = ELEMENTS
+    g, h = np.divmod(np.arange(SEQUENCES), size)
     tokens = np.stack([g, h, np.full_like(g, size)], axis=1)
     return Dataset(
         *split_by_class(tokens, table[g, h], g * size + h, train_fraction, seed),

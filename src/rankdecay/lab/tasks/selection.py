@@ -1,4 +1,4 @@
-"""Selection: values followed by a token that names two positions; the answer is the sum of the two named values.
+"""Selection: values followed by a token that names some of their positions; the answer is the sum of the named values.
 
 The attention must choose, so a network whose attention is uniform cannot solve it: this is the task on which a decay
 of the attention's rank has to prove itself. The space of sequences is far larger than any training set (modulus⁴ × 6
@@ -6,61 +6,54 @@ by default), so the test set is drawn fresh, and examples that occur in the trai
 """
 
 from itertools import combinations
+from math import comb
 
 import numpy as np
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.tasks.base import Dataset, random_generator
-
-ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th", "9th")
+from rankdecay.lab.tasks.base import ORDINALS, Dataset, check_modulus, digits, draw_distinct
 
 
-def selection(modulus: int, train_examples: int, seed: int, *, values: int = 4, test_examples: int = 1000) -> Dataset:
-    """Random sequences of ``values`` residues and one of the ``values·(values−1)/2`` pair tokens.
+def selection_sequences(modulus: int, values: int, named: int) -> int:
+    """How many sequences there are: any residues, any group of positions."""
+    return modulus**values * comb(values, named)
+
+
+def selection(
+    modulus: int, train_examples: int, seed: int, *, values: int = 4, named: int = 2, test_examples: int = 1000
+) -> Dataset:
+    """Random sequences of ``values`` residues and one token for a group of ``named`` positions.
 
     Args:
         modulus: p, at least 2; the residues and the answers.
         train_examples: number of distinct training sequences.
         seed: decides both sets.
-        values: number of residues before the pair token, 2 to 9.
+        values: number of residues before the last token, 2 to 9.
+        named: how many of them the last token names, 1 to ``values``. All of them leaves nothing to choose: a control.
         test_examples: number of distinct test sequences, none of them a training sequence.
 
     Raises:
         SettingError: if an argument is out of range or there are fewer sequences than examples asked for.
     """
-    if modulus < 2:
-        raise SettingError(f"--modulus {modulus} is too small: choose at least 2")
+    check_modulus(modulus)
     if not 2 <= values <= len(ORDINALS):
         raise SettingError(f"--values {values} is outside 2 to {len(ORDINALS)}: how many residues to choose from")
-    if train_examples < 1:
-        raise SettingError(f"--train-examples {train_examples} is too small: choose at least 1")
-    pairs = list(combinations(range(values), 2))
-    total = modulus**values * len(pairs)
-    wanted = train_examples + test_examples
-    if wanted > total // 2:
-        raise SettingError(
-            f"--train-examples {train_examples} with {test_examples} test examples is more than half of all {total} "
-            f"sequences at --modulus {modulus}: choose fewer examples or a larger modulus"
-        )
-    generator = random_generator(seed, "selection")
-    codes = np.empty(0, dtype=np.int64)
-    while len(codes) < wanted:  # a sequence is one integer, so distinct sequences are distinct integers
-        drawn = np.concatenate([codes, generator.integers(0, total, 2 * wanted)])
-        codes = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
-    codes = codes[:wanted]
-    residues = codes[:, None] // len(pairs) // modulus ** np.arange(values) % modulus  # (examples, values)
-    pair = codes % len(pairs)
-    tokens = np.concatenate([residues, modulus + pair[:, None]], axis=1)
-    first, second = np.array(pairs)[pair].T
-    rows = np.arange(wanted)
-    targets = (residues[rows, first] + residues[rows, second]) % modulus
+    if not 1 <= named <= values:
+        raise SettingError(f"--named {named} is outside 1 to --values {values}: how many of the residues to add")
+    total = selection_sequences(modulus, values, named)
+    codes = draw_distinct("selection", total, train_examples, test_examples, seed, modulus)
+    groups = np.array(list(combinations(range(values), named)))  # (groups, named)
+    group = codes % len(groups)
+    residues = digits(codes // len(groups), modulus, values)  # (examples, values)
+    tokens = np.concatenate([residues, modulus + group[:, None]], axis=1)
+    targets = np.take_along_axis(residues, groups[group], axis=1).sum(1) % modulus
     return Dataset(
         tokens[:train_examples],
         targets[:train_examples],
         tokens[train_examples:],
         targets[train_examples:],
-        vocabulary=modulus + len(pairs),
+        vocabulary=modulus + len(groups),
         outputs=modulus,
-        positions=(*(f"{ORDINALS[i]} value" for i in range(values)), "pair"),
-        groups={modulus + n: f"{ORDINALS[i]} + {ORDINALS[j]}" for n, (i, j) in enumerate(pairs)},
+        positions=(*(f"{ORDINALS[i]} value" for i in range(values)), "pair" if named == 2 else "named"),
+        groups={modulus + n: " + ".join(ORDINALS[i] for i in chosen) for n, chosen in enumerate(groups)},
     )
