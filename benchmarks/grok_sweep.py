@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from rankdecay.decay import Decay, Frobenius, LowRank
-from rankdecay.lab.experiments.grok import Arm, Grok, make_datasets, make_ensembles, steps_to_hold
+from rankdecay.lab.experiments.grok import Arm, Grok, make_datasets, make_ensembles
+from rankdecay.lab.outcome import steps_to_hold
 
 EVALUATE_EVERY = 40
 

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from reference import ReferenceTransformer
 
 from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.lab.control import Control
 from rankdecay.lab.ensemble import Ensemble, Member, Training, compiler_available
 from rankdecay.lab.models import transformer
 from rankdecay.lab.models.transformer import TransformerConfig
 from rankdecay.lab.tasks import make_dataset
 from rankdecay.linalg import shrink
+from rankdecay.spectrum import spectrum
 
 MODULUS = 5  # 25 pairs: every batch below is larger than the vocabulary, or smaller where a test says so
 CONFIG = TransformerConfig(MODULUS + 1, 3, MODULUS, width=8, depth=2, heads=2, mlp_width=12)
@@ -122,28 +124,49 @@ def test_order_does_not_matter():
 # --- the ensemble = AdamW and our decay -------------------------------------------------------------------------
 
 
+BLOCKS = ("value", "output", "mlp_in", "mlp_out")
+
+
 def train_plainly(member: Member, config: TransformerConfig, initial, batches, answers) -> dict[str, torch.Tensor]:
-    """The loop a user would write: one module, torch.optim.AdamW with two groups, the decay after each step."""
+    """The loop a user would write: one module, torch.optim.AdamW with groups, the decay after each step."""
     network = ReferenceTransformer.with_parameters(config, initial)
-    target_names = [name for name in initial if name.split(".")[0] in ("query", "key")]
-    targets = [network.parameter_named(name) for name in target_names]
-    rest = [network.parameter_named(name) for name in initial if name not in target_names]
-    l2 = member.decay.strength if isinstance(member.decay, Frobenius) else 0.0
-    groups = [{"params": targets, "weight_decay": l2}, {"params": rest, "weight_decay": member.rest_decay}]
+    control, decay = member.control, member.decay
+    roles = {name: name.split(".")[0] for name in initial}
+    targets = [network.parameter_named(name) for name, role in roles.items() if role in ("query", "key")]
+    blocks = [network.parameter_named(name) for name, role in roles.items() if role in BLOCKS]
+    others = [network.parameter_named(name) for name, role in roles.items() if role not in ("query", "key", *BLOCKS)]
+    l2 = decay.strength if isinstance(decay, Frobenius) else 0.0
+    fast = member.lr * control.query_key_lr
+    groups = [
+        {"params": targets, "weight_decay": l2, "lr": fast},
+        {"params": blocks, "weight_decay": 0.0 if control.blocks else member.rest_decay},
+        {"params": others, "weight_decay": member.rest_decay},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=member.lr, betas=(0.9, 0.999), eps=1e-8)
     for step, tokens in enumerate(batches, 1):
         expected = torch.tensor([answers[tuple(row)] for row in tokens.tolist()])
         optimizer.zero_grad()
         F.cross_entropy(network(tokens), expected).backward()
         optimizer.step()
-        decay = member.decay
-        if isinstance(decay, LowRank) and step % decay.every == 0:
-            with torch.no_grad():
+        with torch.no_grad():
+            if isinstance(decay, LowRank) and step % decay.every == 0:
                 for parameter in targets:
                     heads = config.heads if decay.unit == "head" else 1
-                    parts = [shrunk(part, decay, member.lr) for part in parameter.chunk(heads)]
+                    parts = [part_of(control.part, part, shrunk(part, decay, fast)) for part in parameter.chunk(heads)]
                     parameter.copy_(torch.cat(parts))
+                for parameter in blocks if control.blocks else []:
+                    parameter.copy_(part_of(control.part, parameter, shrunk(parameter, decay, member.lr)))
+            if control.norm is not None:
+                for parameter in targets:
+                    parameter *= control.norm / parameter.norm()
     return {name: network.parameter_named(name).detach() for name in initial}
+
+
+def part_of(part: str, weight: torch.Tensor, decayed: torch.Tensor) -> torch.Tensor:
+    step = weight - decayed
+    direction = weight / weight.norm()
+    radial = (step * direction).sum() * direction
+    return weight - {"whole": step, "radial": radial, "tangential": step - radial, "reversed": 2 * radial - step}[part]
 
 
 def shrunk(weight: torch.Tensor, decay: LowRank, lr: float) -> torch.Tensor:
@@ -156,12 +179,15 @@ def shrunk(weight: torch.Tensor, decay: LowRank, lr: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("index", range(len(MEMBERS)), ids=[f"{m.arm}-{m.seed}" for m in MEMBERS])
 def test_a_member_is_a_plain_loop_with_adamw(index, batches_seen):
-    member = MEMBERS[index]
+    assert_is_a_plain_loop(MEMBERS[index], batches_seen)
+
+
+def assert_is_a_plain_loop(member: Member, batches_seen, steps: int = 50) -> None:
     one = ensemble([member])
     initial = weights(one, 0)
-    one.train(50)
+    one.train(steps)
     batches = [tokens[0] for tokens in batches_seen]
-    assert len(batches) == 50
+    assert len(batches) == steps
     data = dataset(member)
     answers = dict(zip(map(tuple, data.train_tokens.tolist()), data.train_targets.tolist(), strict=True))
     expected = train_plainly(member, CONFIG, initial, batches, answers)
@@ -248,7 +274,7 @@ def test_one_train_call_or_many():
     once.train(23)
     for steps in (1, 7, 0, 15):
         many.train(steps)
-    assert once.step == many.step == 23
+    assert once.steps == many.steps == [23] * 5
     for i in range(5):
         assert_equal_weights(weights(once, i), weights(many, i), atol=0)
 
@@ -261,6 +287,288 @@ def test_evaluating_changes_nothing():
         watched.evaluate()
     for i in range(5):
         assert_equal_weights(weights(plain, i), weights(watched, i), atol=0)
+
+
+# --- controls --------------------------------------------------------------------------------------------------------
+
+CONTROLLED = {
+    "fast": Member("a", 0, None, 1.0, control=Control(query_key_lr=10.0)),
+    "fast_decayed": Member("a", 1, PROX, 1.0, control=Control(query_key_lr=3.0)),
+    "fast_l2": Member("a", 0, Frobenius(10.0), 1.0, control=Control(query_key_lr=3.0)),
+    "blocks": Member("a", 0, PROX, 20.0, control=Control(blocks=True)),
+    "blocks_every": Member("a", 1, replace(SMOOTH, every=3), 20.0, control=Control(blocks=True)),
+    "blocks_per_head": Member("a", 1, replace(PROX, unit="head"), 20.0, control=Control(blocks=True)),
+    "blocks_prototype": Member("a", 2, PROTOTYPE, 20.0, control=Control(blocks=True)),
+    "blocks_radial": Member("a", 2, PROX, 20.0, control=Control(blocks=True, part="radial")),
+    "radial": Member("a", 0, PROX, 1.0, control=Control(part="radial")),
+    "tangential": Member("a", 1, SMOOTH, 1.0, control=Control(part="tangential")),
+    "tangential_per_head": Member("a", 3, replace(PROX, unit="head"), 1.0, control=Control(part="tangential")),
+    "reversed": Member("a", 2, replace(SMOOTH, every=4), 1.0, control=Control(part="reversed")),
+    "sphere": Member("a", 0, None, 1.0, control=Control(norm=0.3)),
+    "sphere_decayed": Member("a", 1, replace(PROX, every=2), 1.0, control=Control(norm=2.0)),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_a_controlled_member_is_a_plain_loop_too(name, batches_seen):
+    assert_is_a_plain_loop(CONTROLLED[name], batches_seen, steps=20)
+
+
+def test_controls_do_not_reach_the_neighbours():
+    members = [MEMBERS[0], *CONTROLLED.values(), MEMBERS[4]]
+    together = ensemble(members)
+    together.train(8)
+    for index, member in enumerate(members):
+        alone = ensemble([member])
+        alone.train(8)
+        assert_equal_weights(weights(together, index), weights(alone, 0))
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("float64", 1e-14), ("float32", 1e-6), ("mixed", 1e-6)])
+def test_a_held_norm_is_held_at_every_step_from_the_first(precision, rounding):
+    norms = [0.3, 2.0, None, 1.0]
+    members = [Member(str(n), n, PROX if n % 2 else None, 1.0, control=Control(norm=v)) for n, v in enumerate(norms)]
+    members.append(Member("uniform", 0, None, 1.0, uniform_attention=True, control=Control(norm=1.0)))
+    trained = ensemble(members, training=replace(PRECISE, precision=precision))
+    for step in range(8):
+        for index in (0, 1, 3):
+            now = trained.query_key[index].norm(dim=(-2, -1))
+            torch.testing.assert_close(now, torch.full_like(now, norms[index]), rtol=rounding, atol=0)
+        assert (trained.query_key[4] == 0).all(), step
+        trained.train(1)
+    free = ensemble([members[2]], training=replace(PRECISE, precision=precision))
+    free.train(8)
+    assert_equal_weights(weights(trained, 2), weights(free, 0), atol=1e-9 if precision == "float64" else 1e-3)
+
+
+def test_the_angular_step_is_the_angle_the_last_step_turned_the_matrices_before_their_decay():
+    members = [MEMBERS[0], MEMBERS[2], CONTROLLED["sphere"], Member("decayed", 0, PROX, 1.0), MEMBERS[12]]
+    trained = ensemble(members)
+    assert [r["angular_step"] for r in trained.evaluate()[0]] == [None] * 5  # no step yet
+    trained.train(9)
+    before, state = trained.query_key.clone(), trained.state(3)
+    trained.train(1)
+    records, after = trained.evaluate()[0], trained.query_key
+    cosine = (before * after).sum((-2, -1)) / (before.norm(dim=(-2, -1)) * after.norm(dim=(-2, -1)))
+    angle = torch.arccos(cosine).flatten(1).mean(1)
+    for index in (0, 1, 2):
+        assert records[index]["angular_step"] == pytest.approx(float(angle[index]), rel=1e-6)
+    assert records[4]["angular_step"] is None  # a matrix of zeros has no direction
+    twin = ensemble([MEMBERS[0]])
+    twin.restore(0, state)
+    twin.train(1)
+    assert records[3]["angular_step"] == pytest.approx(twin.evaluate()[0][0]["angular_step"], rel=1e-9)
+    assert records[3]["angular_step"] < 0.9 * float(angle[3])  # the decay itself turned it further
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        MEMBERS[3],
+        MEMBERS[4],
+        MEMBERS[6],
+        MEMBERS[7],
+        MEMBERS[10],
+        CONTROLLED["tangential"],
+        replace(CONTROLLED["blocks"], rest_decay=0.0),
+    ],
+    ids=["l2", "prox", "every", "head", "prototype", "tangential", "blocks"],
+)
+def test_switched_off_a_decay_leaves_the_trajectory_without_it(member):
+    trained, other = ensemble([member, MEMBERS[4]]), ensemble([member, MEMBERS[4]])
+    trained.train(9)
+    other.train(9)
+    free = ensemble([replace(member, decay=None, control=Control())])
+    free.restore(0, trained.state(0))
+    trained.schedule([False, True])
+    record = trained.evaluate()[0][0]
+    assert record["decay_size"] is None, "what is recorded is what is done"
+    trained.train(11)
+    free.train(11)
+    other.train(11)
+    assert_equal_weights(weights(trained, 0), weights(free, 0))
+    assert_equal_weights(weights(trained, 1), weights(other, 1), atol=0)
+    state = trained.state(0)
+    trained.schedule([True, True])  # and on again
+    trained.train(8)
+    resumed = ensemble([member])
+    resumed.restore(0, state)
+    resumed.train(8)
+    assert_equal_weights(weights(trained, 0), weights(resumed, 0))
+
+
+@pytest.mark.parametrize("unit", ["matrix", "head"])
+def test_only_what_is_above_its_target_rank_is_decayed(unit):
+    decay = replace(PROX, unit=unit)
+    blocks = ensemble([MEMBERS[0]]).query_key[0]
+    blocks = blocks.unflatten(-2, (2, 4)) if unit == "head" else blocks  # (depth, 2[, heads], rows, width)
+    ranks = spectrum(blocks).stable_rank
+    target = float(ranks.median())
+    assert 0 < int((ranks > target).sum()) < ranks.numel()
+    aimed = Member("aimed", 0, decay, 1.0, control=Control(target_rank=target))
+    trained, free = ensemble([MEMBERS[0], aimed, replace(aimed, control=Control())]), ensemble([MEMBERS[0]] * 3)
+    record = trained.evaluate()[0][1]
+    assert 0 < record["radial_share"] < 1, "of those that are decayed"
+    assert 0 < record["tangential_share"] < 1
+    trained.train(1)
+    free.train(1)
+    got, plain, without = trained.query_key[1], trained.query_key[2], free.query_key[1]
+    shape = (2, 2, 2, 4, 8) if unit == "head" else (2, 2, 8, 8)
+    got, plain, without = (matrices.reshape(shape) for matrices in (got, plain, without))
+    above = ranks > target
+    torch.testing.assert_close(got[above], plain[above], rtol=0, atol=0)
+    torch.testing.assert_close(got[~above], without[~above], rtol=0, atol=0)
+    assert (plain != without).flatten(-2).any(-1).all()
+    assert_equal_weights(weights(trained, 0), weights(free, 0), atol=0)
+
+
+@pytest.mark.parametrize("unit", ["matrix", "head"])
+def test_a_target_rank_is_held_from_above(unit):
+    """Looked at every other step, the rank falls to the target, and no further than one interval takes it."""
+    members = [
+        Member("aimed", 0, replace(PROX, unit=unit), 1.0, control=Control(target_rank=1.8)),
+        Member("free", 0, replace(PROX, unit=unit), 1.0),
+    ]
+    trained = ensemble(members)
+    for _ in range(60):
+        trained.train(2)
+        trained.schedule([True, True])
+    blocks = trained.query_key.unflatten(-2, (2, 4)) if unit == "head" else trained.query_key
+    ranks = spectrum(blocks).stable_rank.flatten(1)
+    assert ranks[0].min() > 1.6
+    assert ranks[0].max() < 2.0
+    assert ranks[1].min() < 1.5
+
+
+def test_truncation_cuts_one_member_alone():
+    members = [replace(MEMBERS[i], control=Control(truncate_to=2)) for i in (0, 4, 0)]
+    trained, untouched = ensemble([*members, MEMBERS[0]]), ensemble([*members, MEMBERS[0]])
+    for other in (trained, untouched):
+        other.train(5)
+    trained.truncate(1)
+    trained.truncate(3)  # names no rank
+    for index in (0, 2, 3):
+        assert_equal_weights(weights(trained, index), weights(untouched, index), atol=0)
+    sigma = torch.linalg.svdvals(trained.query_key[1])
+    torch.testing.assert_close(sigma[..., :2], torch.linalg.svdvals(untouched.query_key[1])[..., :2])
+    assert (sigma[..., 2:] < 1e-12).all()
+    for name, value in weights(trained, 1).items():
+        if name.split(".")[0] not in ("query", "key"):
+            assert torch.equal(value, weights(untouched, 1)[name])
+
+
+def test_a_controlled_member_is_resumed_bit_for_bit():
+    members = list(CONTROLLED.values())
+    through, first, second = (ensemble(members) for _ in range(3))
+    through.train(15)
+    first.train(7)
+    for index in range(len(members)):
+        second.restore(index, first.state(index))
+    second.train(8)
+    for index in range(len(members)):
+        assert_equal_weights(weights(second, index), weights(through, index), atol=0)
+
+
+# --- members that are admitted later --------------------------------------------------------------------------------
+
+LATE = [*MEMBERS, CONTROLLED["blocks_every"], CONTROLLED["reversed"], CONTROLLED["sphere"], CONTROLLED["fast"]]
+SIZES = [*FRACTIONS, 0.6, 0.9, 0.7, 0.5]
+
+
+def admit(to: Ensemble, members, fractions) -> None:
+    to.admit(members, [dataset(member, fraction) for member, fraction in zip(members, fractions, strict=True)])
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
+@pytest.mark.parametrize("head_start", [7, 8])  # in another phase of `every` than the new ones, and in the same
+def test_members_admitted_later_are_members_from_the_start_bit_for_bit(precision, head_start):
+    training = replace(PRECISE, precision=precision)
+    late = ensemble(LATE[:6], SIZES[:6], training)
+    late.train(head_start)
+    admit(late, LATE[6:], SIZES[6:])
+    assert late.steps == [head_start] * 6 + [0] * (len(LATE) - 6)
+    late.train(17)
+    fresh = ensemble(LATE, SIZES, training)
+    fresh.train(17)
+    for index in range(6, len(LATE)):
+        assert_equal_weights(weights(late, index), weights(fresh, index), atol=0)
+    assert [r["step"] for r in late.evaluate()[0]] == late.steps
+    assert repr(late.evaluate()[0][6:]) == repr(fresh.evaluate()[0][6:])
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+def test_whoever_comes_and_goes_each_member_is_the_member_alone(precision, tolerance):
+    training = replace(PRECISE, precision=precision)
+    trained = ensemble([], [], training)
+    present: list[int] = []
+
+    def enter(*numbers: int) -> None:
+        admit(trained, [LATE[n] for n in numbers], [SIZES[n] for n in numbers])
+        present.extend(numbers)
+
+    def leave(*numbers: int) -> None:
+        trained.retain([n not in numbers for n in present])
+        present[:] = [n for n in present if n not in numbers]
+
+    enter(6, 0, 8)
+    trained.train(7)
+    enter(14, 3)
+    trained.train(2)
+    leave(0, 14)
+    enter(7, 15, 16)
+    enter()  # nobody
+    trained.train(5)
+    leave(*present)
+    enter(4, 17)
+    trained.train(6)
+    leave(4)
+    enter(6, 14)
+    trained.train(9)
+    assert trained.members == [LATE[n] for n in present]
+    assert trained.steps == [15, 9, 9]
+    for index, (number, steps) in enumerate(zip(present, trained.steps, strict=True)):
+        alone = ensemble([LATE[number]], [SIZES[number]], training)
+        alone.train(steps)
+        assert_equal_weights(weights(trained, index), weights(alone, 0), atol=tolerance)
+
+
+def test_admitting_nobody_changes_nothing():
+    trained, other = ensemble(MEMBERS[:5]), ensemble(MEMBERS[:5])
+    trained.train(5)
+    trained.admit([], [])
+    trained.train(5)
+    other.train(10)
+    for index in range(5):
+        assert_equal_weights(weights(trained, index), weights(other, index), atol=0)
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
+def test_a_member_restored_among_others_goes_on_where_it_was(precision):
+    training = replace(PRECISE, precision=precision)
+    through, first = (ensemble(LATE, SIZES, training) for _ in range(2))
+    first.train(11)
+    through.train(25)
+    others = ensemble(LATE[:9], SIZES[:9], training)
+    others.train(6)
+    admit(others, LATE[9:], SIZES[9:])
+    for index in range(9, len(LATE)):
+        others.restore(index, first.state(index))
+    assert others.steps == [6] * 9 + [11] * (len(LATE) - 9)
+    others.train(14)
+    for index in range(9, len(LATE)):
+        assert_equal_weights(weights(others, index), weights(through, index), atol=0)
+
+
+def test_a_late_member_with_too_little_data_is_refused_and_changes_nothing():
+    trained, other = ensemble(MEMBERS[:2]), ensemble(MEMBERS[:2])
+    trained.train(3)
+    with pytest.raises(ValueError, match="batch_size 10 exceeds the smallest training set, 5 examples"):
+        admit(trained, MEMBERS[2:4], [0.6, 0.2])
+    assert trained.members == MEMBERS[:2]
+    trained.train(3)
+    other.train(6)
+    for index in range(2):
+        assert_equal_weights(weights(trained, index), weights(other, index), atol=0)
 
 
 # --- batches -----------------------------------------------------------------------------------------------------
@@ -446,22 +754,23 @@ def test_resumed_is_uninterrupted_bit_for_bit(precision):
     through, first, second = (ensemble(MEMBERS, FRACTIONS, training) for _ in range(3))
     through.train(25)
     first.train(11)
-    state = {name: value.clone() for name, value in first.state().items()}
+    states = [first.state(index) for index in range(len(MEMBERS))]
     first.train(3)  # what was done after the state was taken is forgotten
-    second.load_state(state, 11)
+    for index, state in enumerate(states):
+        second.restore(index, state)
     second.train(14)
-    assert second.step == 25
+    assert second.steps == [25] * len(MEMBERS)
     for i in range(len(MEMBERS)):
         assert_equal_weights(weights(second, i), weights(through, i), atol=0)
     assert repr(second.evaluate()[0]) == repr(through.evaluate()[0])
 
 
 def test_state_of_another_ensemble_is_refused():
-    state = {name: value.clone() for name, value in ensemble(MEMBERS[:3]).state().items()}
+    state = ensemble(MEMBERS[:3]).state(0)
     with pytest.raises(ValueError, match="belongs to another ensemble"):
-        ensemble(MEMBERS[:2]).load_state(state, 0)
+        ensemble(MEMBERS[:2], config=replace(CONFIG, mlp_width=16)).restore(0, state)
     with pytest.raises(ValueError, match="belongs to another ensemble"):
-        ensemble(MEMBERS[:3], training=replace(PRECISE, precision="float32")).load_state(state, 0)
+        ensemble(MEMBERS[:3], training=replace(PRECISE, precision="float32")).restore(0, state)
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed"])

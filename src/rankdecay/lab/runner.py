@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rankdecay.lab.ensemble import Ensemble
+from rankdecay.lab.ensemble import STATE, Ensemble, State
+from rankdecay.lab.outcome import diverged
 from rankdecay.lab.progress import Progress
 from rankdecay.lab.store import Checkpoint, RunDirectory
 
@@ -22,11 +23,6 @@ Leaves = Callable[[Sequence[Record]], bool]
 Measurement = tuple[list[Record], dict[str, np.ndarray]]
 STEPS_BETWEEN_CHECKS = 10
 CHECKPOINT_RARITY = 20  # a checkpoint waits this many times as long as the last one took: at most 5 % of the time
-
-
-def diverged(record: Record) -> bool:
-    """Whether a member's loss or weights are no longer finite numbers."""
-    return any(record[key] is None for key in ("train_loss", "test_loss", "query_norm", "rest_norm"))
 
 
 class Runner:
@@ -118,17 +114,23 @@ class Runner:
         return diverged(record) or self._leaves(self._history[record["arm"], record["seed"]])
 
     def _checkpoint(self) -> Checkpoint:
-        tensors = {f"{i}.{k}": v for i, e in enumerate(self._ensembles) for k, v in e.state().items() if e.members}
-        members = [[[m.arm, m.seed] for m in e.members] for e in self._ensembles]
+        tensors, members = {}, []
+        for ensemble in self._ensembles:
+            for index, member in enumerate(ensemble.members):
+                state = ensemble.state(index)
+                tensors |= {f"{len(members)}.{name}": getattr(state, name) for name in STATE}
+                members.append([member.arm, member.seed])
         return Checkpoint(self.step, tensors, {"members": members, "seconds": self.seconds})
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step, self.seconds = checkpoint.step, checkpoint.extra["seconds"]
-        for index, (ensemble, left) in enumerate(zip(self._ensembles, checkpoint.extra["members"], strict=True)):
-            ensemble.retain([[m.arm, m.seed] in left for m in ensemble.members])
-            if left:
-                state = {k: checkpoint.tensors[f"{index}.{k}"] for k in ensemble.state()}
-                ensemble.load_state(state, checkpoint.step)
+        left = {(arm, seed): number for number, (arm, seed) in enumerate(checkpoint.extra["members"])}
+        for ensemble in self._ensembles:
+            ensemble.retain([(m.arm, m.seed) in left for m in ensemble.members])
+            for index, member in enumerate(ensemble.members):
+                number = left[member.arm, member.seed]
+                tensors = (checkpoint.tensors[f"{number}.{name}"] for name in STATE)
+                ensemble.restore(index, State(self.step, *tensors))
         for record in self._run.metrics():
             self._history.setdefault((record["arm"], record["seed"]), []).append(record)
 

@@ -14,7 +14,7 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -95,13 +95,14 @@ class RunDirectory:
         self._notice = notice
 
     @classmethod
-    def open(cls, path: Path, config: Record, notice: Notice) -> "RunDirectory":
+    def open(cls, path: Path, config: Record, notice: Notice, identity: Sequence[str] = IDENTITY) -> "RunDirectory":
         """Creates the directory, or opens it again if it holds the same configuration.
 
         Args:
             path: the directory; its parents are created.
-            config: must have the keys of `IDENTITY`; compared with what the directory holds.
+            config: must have the keys of ``identity``; compared with what the directory holds.
             notice: receives one line for everything a user should know.
+            identity: the keys that decide whether the directory belongs to this configuration.
 
         Raises:
             SettingError: if the directory is in use, not writable, holds another configuration or other files.
@@ -128,9 +129,9 @@ class RunDirectory:
             run = cls(path, lock, notice)
             stored = read_json(path / "config.json")  # only now can nobody else be writing it
             if stored is None:
-                run._write("config.json", (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
+                run.save_config(config)
             else:
-                _refuse_other_configuration(path, stored, json.loads(json.dumps(config)))
+                _refuse_other_configuration(path, stored, json.loads(json.dumps(config)), identity)
             on_error.pop_all()
         return run
 
@@ -161,30 +162,41 @@ class RunDirectory:
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         self._write(f"snapshots/{step:08d}.npz", buffer.getvalue())
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Replaces the checkpoint."""
+    def save_config(self, config: Record) -> None:
+        """Writes ``config.json``."""
+        self._write("config.json", _as_json({"schema": SCHEMA, **config}))
+
+    @property
+    def config(self) -> Record:
+        """The configuration the directory holds."""
+        return read_json(self.path / "config.json") or {}
+
+    def save_checkpoint(self, checkpoint: Checkpoint, name: str = "checkpoint") -> None:
+        """Replaces a checkpoint; ``name`` is for runs that keep several."""
         from safetensors.torch import save
 
         header = json.dumps({"step": checkpoint.step, "extra": checkpoint.extra})
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
-        self._write("checkpoint.safetensors", save(tensors, metadata={"checkpoint": header}))
+        self._write(f"{name}.safetensors", save(tensors, metadata={"checkpoint": header}))
+
+    def load_checkpoint(self, name: str = "checkpoint") -> Checkpoint | None:
+        """A checkpoint written before, or ``None`` if there is none of that name."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["checkpoint"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except SafetensorError as error:
+            raise SettingError(f"{path} is damaged ({error}): remove it to begin again, or use another --out") from None
+        return Checkpoint(header["step"], tensors, header["extra"])
 
     def resume(self) -> Checkpoint | None:
         """The last checkpoint, or ``None`` to begin at step 0. Removes what was written after it."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self.path / "checkpoint.safetensors"
-        checkpoint = None
-        if path.exists():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    header = json.loads(file.metadata()["checkpoint"])
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            except SafetensorError as error:
-                raise SettingError(
-                    f"{path} is damaged ({error}): remove it to begin again, or use another --out"
-                ) from None
-            checkpoint = Checkpoint(header["step"], tensors, header["extra"])
+        checkpoint = self.load_checkpoint()
         step = checkpoint.step if checkpoint else 0
         kept = [record for record in self.metrics() if record["step"] <= step] if checkpoint else []
         if (self.path / "metrics.jsonl").exists():
@@ -197,8 +209,22 @@ class RunDirectory:
 
     def finish(self, summary: Record) -> None:
         """Writes the summary, which marks the run complete, and removes the checkpoint."""
-        self._write("summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
-        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
+        self._write("summary.json", _as_json(summary))
+        for checkpoint in self.path.glob("*.safetensors"):
+            checkpoint.unlink()
+
+    def reopen(self) -> None:
+        """Removes the summary of a complete run that is to go on, an extended sweep say."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+    def drop_damaged_line(self) -> list[Record]:
+        """The records written so far, after removing a last line that a kill cut short, so that more can follow."""
+        records = self.metrics()
+        path = self.path / "metrics.jsonl"
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            self._write("metrics.jsonl", text.encode())
+        return records
 
     def _write(self, name: str, data: bytes) -> None:
         """Writes a whole file under its name, or leaves what was there."""
@@ -228,9 +254,13 @@ class RunDirectory:
             ) from None
 
 
-def _refuse_other_configuration(path: Path, stored: Record, wanted: Record) -> None:
+def _as_json(value: Record) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _refuse_other_configuration(path: Path, stored: Record, wanted: Record, identity: Sequence[str]) -> None:
     """Raises unless the stored identity equals the wanted one, naming the first difference."""
-    for key in IDENTITY:
+    for key in identity:
         old, new = stored.get(key), wanted.get(key)
         if old == new:
             continue

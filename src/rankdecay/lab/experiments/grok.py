@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Scale
 from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.outcome import steps_to_hold
 from rankdecay.rules import Rule
 
 if TYPE_CHECKING:
@@ -43,15 +44,15 @@ class Grok:
     arms: tuple[str, ...] = ARMS
     """Which decays of W_Q and W_K to compare."""
     task: str = "selection"
-    """selection, add, subtract, multiply, divide, quadratic (x²+xy+y²) or s5."""
+    """selection, recall, add, subtract, multiply, divide, quadratic (x²+xy+y²) or s5."""
     modulus: int = 31
     """p of the arithmetic; ignored by s5."""
     train_fraction: float = 0.5
-    """Share of all examples used for training; for every task but selection."""
+    """Share of all examples used for training; for every task but selection and recall."""
     train_examples: int = 3000
-    """Number of training examples, for selection."""
+    """Number of training examples, for selection and recall."""
     values: int = 4
-    """Number of values to select from, for selection."""
+    """Number of values to select from, for selection; of pairs, for recall."""
     split: Literal["unordered", "ordered"] = "unordered"
     """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
     steps: int = 640
@@ -131,7 +132,11 @@ PRESETS = {
         out=Path("runs/grok-prototype"),
     ),
 }
-UNUSED = {"selection": ("train_fraction",), "s5": ("modulus", "train_examples", "values")}
+UNUSED = {
+    "selection": ("train_fraction",),
+    "recall": ("train_fraction",),
+    "s5": ("modulus", "train_examples", "values"),
+}
 NOT_IDENTITY = ("out", "device", "compile", "quiet", "json")  # settings that do not change what a run computes
 
 
@@ -265,15 +270,6 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: dict[int, Data
     ]
     together = [members] if on_gpu else [[m for m in members if m.arm == arm.name] for arm in arms]
     return [Ensemble(config, group, [datasets[m.seed] for m in group], training) for group in together]
-
-
-def steps_to_hold(records: Sequence[Record], threshold: float) -> int | None:
-    """The first evaluated step at which test accuracy reaches ``threshold`` and the next evaluation holds it."""
-    reached = [record["test_accuracy"] is not None and record["test_accuracy"] >= threshold for record in records]
-    for record, now, then in zip(records, reached, reached[1:], strict=False):
-        if now and then:
-            return record["step"]
-    return None
 
 
 def summarise_arm(name: str, members: Sequence[Sequence[Record]], threshold: float) -> Record:

@@ -1,0 +1,28 @@
+"""What one training run came to, from its evaluations."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Record = dict[str, Any]
+ROSE = 0.5  # test accuracy that counts as having begun to generalise
+FELL = 0.5  # of the stable rank at initialisation that counts as having lost rank
+
+
+def steps_to_hold(records: Sequence[Record], threshold: float) -> int | None:
+    """The first evaluated step at which test accuracy reaches ``threshold`` and the next evaluation holds it."""
+    reached = [record["test_accuracy"] is not None and record["test_accuracy"] >= threshold for record in records]
+    for record, now, then in zip(records, reached, reached[1:], strict=False):
+        if now and then:
+            return record["step"]
+    return None
+
+
+def diverged(record: Record) -> bool:
+    """Whether a run's loss or weights are no longer finite numbers."""
+    return any(record[key] is None for key in ("train_loss", "test_loss", "query_norm", "rest_norm"))
+
+
+def first_step(records: Sequence[Record], key: str, above: float = -math.inf, below: float = math.inf) -> int | None:
+    """The first evaluated step at which a figure is within bounds."""
+    return next((r["step"] for r in records if r[key] is not None and above <= r[key] <= below), None)
