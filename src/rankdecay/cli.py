@@ -13,12 +13,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.grok import PRESETS, Grok
+from rankdecay.lab.experiments import boundary, grok
+from rankdecay.lab.experiments.boundary import Boundary
+from rankdecay.lab.experiments.grok import Grok
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
@@ -26,12 +28,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Make the HTML page of a run directory again, or a figure for a paper."""
+    """Make the HTML page of a run directory again, or a figure for a paper.
+
+    Several directories of boundary, which may differ in arms, seeds, strengths, amounts of data and decays of the rest
+    alone, are merged into one page; of other experiments each gets its own page.
+    """
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories."""
+    out: Path | None = None
+    """Write the page of boundary directories here, merged; several go to merged-report.html otherwise."""
     figure: Path | None = None
-    """Draw the static figure of one run here instead: .png, .svg or .pdf."""
+    """Draw the static figure of one run, or of boundary directories merged, here instead: .png, .svg or .pdf."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +124,6 @@ def _names(text: str | None) -> "AttentionNames | None":
 
 
 def _grok(settings: Grok, command: str) -> None:
-    from rankdecay.lab.experiments import grok
-
     summary = grok.run(settings, command)
     if settings.json:
         print(json.dumps(summary))
@@ -126,36 +132,57 @@ def _grok(settings: Grok, command: str) -> None:
         print(f"\n{settings.out / 'report.html'}  is the page to open; {settings.out / 'summary.json'} has the figures")
 
 
+def _boundary(settings: Boundary, command: str) -> None:
+    summary = boundary.run(settings, command)
+    if settings.json:
+        print(json.dumps(summary))
+    elif not settings.quiet:
+        boundary.print_summary(summary)
+        print(f"\n{settings.out / 'report.html'}  is the page to open; {settings.out / 'metrics.jsonl'} has every run")
+
+
 def _report(settings: Report, command: str) -> None:
-    from rankdecay.lab.report import write_report
+    from rankdecay.lab.report import draw_figure, is_sweep, write_merged_report, write_report
 
     directories = list(settings.directories)
     if not directories:
         raise SettingError("report needs at least one run directory: rankdecay report runs/grok")
-    if settings.figure is None:
-        for directory in directories:
-            print(write_report(directory))
-        return
-    if len(directories) > 1:
-        raise SettingError(f"--figure {settings.figure} shows one run, {len(directories)} were given")
-    from rankdecay.lab.report.figure import figure
+    if settings.figure is not None and settings.figure.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise SettingError(f"--figure {settings.figure} is no figure that can be drawn: name it .png, .svg or .pdf")
+    if settings.figure is not None and settings.out is not None:
+        raise SettingError(f"--out {settings.out} is for the page and --figure for the figure: give one of them")
+    several = len(directories) > 1 and any(map(is_sweep, directories))
+    try:
+        if settings.figure is not None:
+            print(draw_figure(directories, settings.figure))
+        elif settings.out is not None or several:
+            print(write_merged_report(directories, settings.out or Path("merged-report.html")))
+        else:
+            for directory in directories:
+                print(write_report(directory))
+    except OSError as error:
+        raise SettingError(f"{error.filename} cannot be read or written ({error.strerror}): check the path") from None
 
-    print(figure(directories[0], settings.figure))
 
-
-def _preset(arguments: Sequence[str]) -> Grok:
+def _preset(command: str, presets: dict[str, Any], arguments: Sequence[str]) -> Any:
     """The preset named on the command line supplies the defaults, so that every option can still be set."""
+    first = next(iter(presets.values()))
+    if not arguments or arguments[0] != command:
+        return first
     for option, value in zip(arguments, [*arguments[1:], ""], strict=False):
         name = value if option == "--preset" else option.removeprefix("--preset=")
-        if name in PRESETS and option.startswith("--preset"):
-            return PRESETS[name]
-    return PRESETS["default"]
+        if name in presets and option.startswith("--preset"):
+            return presets[name]
+    return first
 
 
-def parse(arguments: Sequence[str]) -> Grok | Inspect | Report:
+def parse(arguments: Sequence[str]) -> Grok | Boundary | Inspect | Report:
     """Reads the command line; exits with code 2 and a message if it cannot be read."""
     commands = (
-        Annotated[Grok, tyro.conf.subcommand("grok", default=_preset(arguments))]
+        Annotated[Grok, tyro.conf.subcommand("grok", default=_preset("grok", grok.PRESETS, arguments))]
+        | Annotated[
+            Boundary, tyro.conf.subcommand("boundary", default=_preset("boundary", boundary.PRESETS, arguments))
+        ]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Report, tyro.conf.subcommand("report")]
     )
@@ -176,6 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = parse(arguments)
         if isinstance(settings, Grok):
             _grok(settings, command)
+        elif isinstance(settings, Boundary):
+            _boundary(settings, command)
         elif isinstance(settings, Inspect):
             _inspect(settings)
         else:

@@ -1,7 +1,9 @@
-"""A small run directory in the format of docs/run_directory.md, with made-up, deterministic numbers."""
+"""A small run directory in the format of docs/run_directory.md, with made-up, deterministic numbers; a real browser."""
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,57 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return write_run(tmp_path / "run", *args, **kwargs)
 
     return make
+
+
+# --- Debian's Chromium, driven by Playwright ---
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
+ARGUMENTS += ["--disable-component-update", "--disable-sync"]
+
+
+class Opened:
+    """A page and what went wrong in it: console output, exceptions, requests that leave the machine."""
+
+    def __init__(self, browser, path, width=1280, height=900, scheme="light"):
+        self.wrong = []
+        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        self.page.on("console", self._console)
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("request", self._request)
+        self.page.goto(path.as_uri())
+
+    def _console(self, message):
+        if message.type in ("error", "warning"):
+            self.wrong.append(message.text)
+
+    def _request(self, request):
+        if request.url.split(":")[0] not in ("file", "data", "blob"):
+            self.wrong.append(request.url)
+
+    def check(self):
+        assert self.page.evaluate("window.owned") is None
+        assert self.wrong == []
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no `chromium` on the PATH: install Debian's chromium to test the page")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install '.[test]'")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def opener(browser):
+    """`opener(path, width, height, scheme)` opens a page; its `check()` fails on anything that went wrong in it."""
+    return partial(Opened, browser)

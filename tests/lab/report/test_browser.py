@@ -1,60 +1,14 @@
 """The page in a real browser: Debian's Chromium, driven by Playwright, from a file and without a network."""
 
 import importlib.util
-import shutil
 from pathlib import Path
 
 import pytest
 
 from rankdecay.lab.report import write_report
 
-CHROMIUM = shutil.which("chromium")
-if CHROMIUM is None:
-    pytest.skip("no `chromium` on the PATH: install Debian's chromium to test the page", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install '.[test]'")
-
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-]
-ARGUMENTS += ["--disable-component-update", "--disable-sync"]
 CHARTS = ["accuracy-chart", "rank-chart", "spectra-chart", "share-chart", "attention-chart"]
 EVIL = "<img src=x onerror=window.owned=1><b>%{y}</b>"
-
-
-class Opened:
-    """A page and what went wrong in it: console output, exceptions, requests that leave the machine."""
-
-    def __init__(self, browser, path, width=1280, height=900, scheme="light"):
-        self.wrong = []
-        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-        self.page.on("console", self._console)
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("request", self._request)
-        self.page.goto(path.as_uri())
-
-    def _console(self, message):
-        if message.type in ("error", "warning"):
-            self.wrong.append(message.text)
-
-    def _request(self, request):
-        if request.url.split(":")[0] not in ("file", "data", "blob"):
-            self.wrong.append(request.url)
-
-    def check(self):
-        assert self.page.evaluate("window.owned") is None
-        assert self.wrong == []
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +23,8 @@ def report(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def desktop_page(browser, report):
-    return Opened(browser, report)
+def desktop_page(opener, report):
+    return opener(report)
 
 
 @pytest.fixture
@@ -81,11 +35,11 @@ def desktop(desktop_page):
 
 
 @pytest.fixture
-def open_page(browser, report):
+def open_page(opener, report):
     opened = []
 
     def open_(path=report, **options):
-        opened.append(Opened(browser, path, **options))
+        opened.append(opener(path, **options))
         return opened[-1].page
 
     yield open_

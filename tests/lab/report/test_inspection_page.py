@@ -1,7 +1,6 @@
 """The page of an inspection: its words and data, and its charts in a real browser."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -133,18 +132,6 @@ def test_nothing_to_show_is_refused(tmp_path):
 
 
 # --- in a browser ---
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no `chromium` on the PATH: install Debian's chromium to test the page")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install '.[test]'")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -54,15 +54,6 @@ def test_a_name_with_markup_stays_text(make_run):
     assert json.loads(parsed.by_id["run-data"])["arms"][1]["name"] == EVIL
 
 
-def test_numbers_that_are_not_finite_become_null():
-    value = {
-        "a": [float("nan"), float("inf"), 0.123456],
-        "b": np.array([1.0, np.nan], dtype=np.float32),
-        "c": True,
-    }
-    assert json.loads(page.embedded(value)) == {"a": [None, None, 0.1235], "b": [1.0, None], "c": True}
-
-
 def test_null_figures_show_as_a_dash(make_run):
     text = write_report(make_run(["none", "low_rank"])).read_text(encoding="utf-8")
     row = re.search(r'<tr><th scope="row">no decay</th>(.*?)</tr>', text)
@@ -108,14 +99,6 @@ def test_too_many_snapshots_are_thinned_with_a_notice(make_run, monkeypatch):
     frames = page.snapshot_data(read_run(make_run(["low_rank"])))
     assert frames["steps"] == [0, 400, 800]
     assert "3 of the 5 snapshots" in frames["notices"][0]
-
-
-def test_reproduce_from_settings_or_as_recorded():
-    settings = {"task": "two words", "steps": 600, "early_stop": False, "qk_norm": True, "note": None}
-    settings |= {"fractions": [0.3, 0.4], "model": {"width": 64}}
-    words = "rankdecay grok --task 'two words' --steps 600 --no-early-stop --qk-norm --fractions 0.3 0.4"
-    assert page.reproduce({"command": "grok", "settings": settings}) == f"{words} --model.width 64 --out DIR"
-    assert page.reproduce({"reproduce": "rankdecay grok --seeds 5"}) == "rankdecay grok --seeds 5"
 
 
 def test_arm_colours_stand_out_from_both_backgrounds():

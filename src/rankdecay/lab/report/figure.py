@@ -6,45 +6,17 @@ the same bytes.
 """
 
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from rankdecay.lab.report.data import Run, across_seeds, final_spectrum, read_run
+from rankdecay.lab.report.paper import DASHES, drawing, literal
 from rankdecay.lab.report.style import ArmStyle, arm_styles
 
 FLOOR = 1e-6  # of σ₁: float32 resolves little below it
-_DASHES = {
-    "solid": "-",
-    "dash": (0, (4, 2)),
-    "dot": (0, (1, 1.5)),
-    "dashdot": (0, (4, 1.5, 1, 1.5)),
-    "longdash": (0, (8, 2)),
-    "longdashdot": (0, (8, 1.5, 1, 1.5)),
-}
-_LOOK: dict[Any, Any] = {
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#767b84",
-    "axes.grid": True,
-    "grid.color": "#e6e4de",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#4a4f57",
-    "ytick.color": "#4a4f57",
-    "lines.linewidth": 1.7,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "svg.hashsalt": "rankdecay",
-    "pdf.fonttype": 42,
-}
 
 
 def figure(directory: str | Path, path: str | Path) -> Path:
@@ -63,9 +35,7 @@ def figure(directory: str | Path, path: str | Path) -> Path:
     """
     run, path = read_run(directory), Path(path)
     styles = arm_styles(run.arms)
-    with matplotlib.rc_context(_LOOK):
-        picture = Figure(figsize=(9.2, 3.1), layout="constrained")
-        FigureCanvasAgg(picture)
+    with drawing(path, (9.2, 3.1), layout="constrained") as picture:
         accuracy, rank, spectra = picture.subplots(1, 3)
         _over_steps(accuracy, run, styles, "test_accuracy")
         accuracy.set(title="Test accuracy", xlabel="step", ylim=(-0.02, 1.02))
@@ -76,8 +46,6 @@ def figure(directory: str | Path, path: str | Path) -> Path:
         rank.yaxis.set_major_formatter("{x:g}")
         _final_spectra(spectra, run, styles)
         _legend(picture, accuracy)
-        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-        picture.savefig(path, dpi=200, metadata=metadata, facecolor="white")
     return path
 
 
@@ -96,9 +64,7 @@ def _over_steps(axes: Axes, run: Run, styles: dict[str, ArmStyle], metric: str) 
         rows = np.array(across_seeds(run, arm, metric)).reshape(-1, 4)
         if len(rows):
             step, middle, low, high = rows.T
-            axes.plot(
-                step, middle, color=look.light, linestyle=_DASHES[look.dash], label=look.label.replace("$", r"\$")
-            )
+            axes.plot(step, middle, color=look.light, linestyle=DASHES[look.dash], label=literal(look.label))
             axes.fill_between(step, low, high, color=look.light, alpha=0.13, linewidth=0)
 
 
@@ -107,6 +73,6 @@ def _final_spectra(axes: Axes, run: Run, styles: dict[str, ArmStyle]) -> None:
         values = final_spectrum(run, arm)
         if values is not None and values[0] > 0:  # a matrix held at zero has no normalised spectrum
             index = np.arange(1, len(values) + 1)
-            axes.plot(index, np.maximum(values, FLOOR), color=look.light, linestyle=_DASHES[look.dash])
+            axes.plot(index, np.maximum(values, FLOOR), color=look.light, linestyle=DASHES[look.dash])
     axes.set(title="Singular values at the end, $\\sigma_i/\\sigma_1$", xlabel="index $i$", yscale="log")
     axes.set_ylim(FLOOR, 1.6)

@@ -6,18 +6,16 @@ drawn by `page/inspection.js` from embedded JSON, nothing is fetched, and a stri
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
 from rankdecay.attention.inspection import Inspection, Row
 from rankdecay.attention.summary import KINDS, strip
-from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, embedded
+from rankdecay.lab.report import pieces
+from rankdecay.lab.report.page import SNAPSHOT_NUMBERS
+from rankdecay.lab.report.pieces import choice
 
 #: What the charts and tables show: a name and what it means.
 MEASURES = {
@@ -51,10 +49,7 @@ def inspection_page(reports: Sequence[Inspection], path: Path) -> Path:
     """
     if not any(report.rows for report in reports):
         raise ValueError("There is nothing to show: no report with a row was given.")
-    part = path.with_name(path.name + ".part")
-    part.write_text(render(reports), encoding="utf-8")
-    part.replace(path)
-    return path
+    return pieces.write(render(reports), path)
 
 
 def render(reports: Sequence[Inspection]) -> str:
@@ -64,22 +59,19 @@ def render(reports: Sequence[Inspection]) -> str:
     title = labels[0] if len(reports) == 1 else f"{len(reports)} checkpoints: {labels[0]} → {labels[-1]}"
     notes = dict.fromkeys(note for report in reports for note in report.notes)
     unhandled = dict.fromkeys(f"Not handled: {reason}" for report in reports for reason in report.unhandled)
-    folder = files("rankdecay.lab.report") / "page"
     parts = {
         "title": escape(title),
         "sources": _sources(reports) if len(reports) > 1 else "",
         "reading": "".join(f'<p class="headline">{escape(_reading(kind, labels))}</p>' for kind in data["kinds"]),
-        "notes": "".join(f'<p class="notice">{escape(note)}</p>' for note in [*notes, *unhandled, *data["notices"]]),
+        "notes": pieces.notices([*notes, *unhandled, *data["notices"]]),
         "sections": "\n".join(_section(kind, labels) for kind in data["kinds"]),
         "nav": " ".join(f'<a href="#{kind["key"]}">{kind["symbol"]}</a>' for kind in data["kinds"]),
         "measures": "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in MEASURES.values()),
-        "data": embedded(data),
-        "css": "\n".join((folder / name).read_text(encoding="utf-8") for name in ("page.css", "inspection.css")),
-        "plotly": get_plotlyjs(),
-        "js": "\n".join((folder / name).read_text(encoding="utf-8") for name in ("core.js", "inspection.js")),
+        "data": pieces.embedded(data),
     }
-    template = (folder / "inspection.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    return pieces.fill(
+        "inspection.html", parts, ["page.css", "inspection.css"], ["core.js", "controls.js", "inspection.js"]
+    )
 
 
 def short_labels(sources: Sequence[str]) -> list[str]:
@@ -203,13 +195,13 @@ def _section(kind: dict[str, Any], labels: Sequence[str]) -> str:
     key, several = kind["key"], len(labels) > 1
     last = len(labels) - 1
     layers = sorted({layer["layer"] for report in kind["reports"] for layer in report})
-    controls = _choice(f"measure:{key}", "Measure", kind["measures"])
+    controls = choice(f"measure:{key}", "Measure", kind["measures"])
     if several:
-        controls += _choice(f"report:{key}", "Checkpoint", dict(enumerate(labels)), last)
-    cell = _choice(f"layer:{key}", "Layer", {i: i for i in layers}) + _choice(
+        controls += choice(f"report:{key}", "Checkpoint", dict(enumerate(labels)), last)
+    cell = choice(f"layer:{key}", "Layer", {i: i for i in layers}) + choice(
         f"head:{key}", "Head", {i: i for i in kind["heads"]}
     )
-    scale = _choice(f"scale:{key}", "Scale", {"log": "log", "linear": "linear"})
+    scale = choice(f"scale:{key}", "Scale", {"log": "log", "linear": "linear"})
     legend = "".join(
         f'<span><i data-ramp="{i / last}"></i>{escape(label)}</span>' for i, label in enumerate(labels) if several
     )
@@ -233,14 +225,6 @@ def _section(kind: dict[str, Any], labels: Sequence[str]) -> str:
     )
 
 
-def _choice(state: str, label: str, choices: dict[Any, Any], chosen: Any = None) -> str:
-    options = "".join(
-        f'<option value="{value}"{" selected" if value == chosen else ""}>{escape(str(text))}</option>'
-        for value, text in choices.items()
-    )
-    return f'<label>{label} <select data-state="{state}">{options}</select></label>'
-
-
 def _table(kind: dict[str, Any], several: bool) -> str:
     """A line per layer: the mean over heads, of several reports the first → the last, and [untrained]."""
     first = {layer["layer"]: layer for layer in kind["reports"][0]}
@@ -258,8 +242,5 @@ def _table(kind: dict[str, Any], several: bool) -> str:
             f'{cells}<td class="strip">{strip(layer["values"]["pseudo_rank"])}</td></tr>'
         )
     heads = "".join(f'<th scope="col">{name}</th>' for name in kind["measures"].values())
-    return (
-        f'<div class="scroll" role="region" aria-label="{kind["symbol"]} per layer" tabindex="0"><table>'
-        f'<thead><tr><th scope="col">Layer</th><th scope="col">Dim</th>{heads}'
-        f'<th scope="col">Pseudo rank of each head</th></tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    top = f'<th scope="col">Layer</th><th scope="col">Dim</th>{heads}<th scope="col">Pseudo rank of each head</th>'
+    return pieces.scrolling(f"{kind['symbol']} per layer", f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>")

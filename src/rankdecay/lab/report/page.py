@@ -1,37 +1,22 @@
 """The self-contained HTML page of a run.
 
-One file with everything in it: the words and tables are plain HTML, made here and readable without a script;
-the charts are drawn by `page/*.js` with plotly, from data embedded as JSON. Nothing is fetched, and a
-content-security policy in the page makes sure of that. Text from a run goes through `html.escape`, and JSON
-through `embedded`.
+One file with everything in it: the words and tables are plain HTML, made here of the pieces in
+:mod:`rankdecay.lab.report.pieces`; the charts are drawn by `page/*.js` with plotly, from data embedded as JSON.
 """
 
-import json
-import re
-import shlex
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plotly.offline import get_plotlyjs
 
-from rankdecay.lab.report import style
+from rankdecay.lab.report import pieces, style
 from rankdecay.lab.report.data import Run, is_number
+from rankdecay.lab.report.pieces import choice
 from rankdecay.lab.report.verdict import seed_count, verdict, wilson_interval
 
 SNAPSHOT_NUMBERS = 1_000_000  # of spectra and attention in one page, about 7 MB; more snapshots than fit are thinned
 
-QUESTIONS = {
-    "grok": "Does low-rank decay make a scale-invariant transformer generalise where L2 does not?",
-    "boundary": "At which data fraction and decay strength does the network generalise?",
-    "factor": "Is L2 on two factors the nuclear norm of their product?",
-    "recall": "Does low-rank decay help associative recall in an attention-only transformer?",
-    "language": "What does a separate decay for attention do to the rank and quality of a language model?",
-    "vision": "What does a separate decay for attention do to the rank and quality of a vision transformer?",
-    "margin": "Which margin does softmax attention maximise under gradient flow?",
-}
 COLUMNS = {
     "generalised": "Generalised",
     "steps_to_generalise": "Steps, median",
@@ -63,27 +48,25 @@ FILES = {
     "snapshots/": "spectra and attention maps, one numpy archive per step",
     "summary.json": "the result per arm",
 }
-SCRIPTS = ["core.js", "curves.js", "spectra.js", "needle.js", "attention.js", "start.js"]
+SCRIPTS = ["core.js", "controls.js", "legend.js", "curves.js", "spectra.js", "needle.js", "attention.js", "start.js"]
 
 
 def render(run: Run) -> str:
     """The page of a run as one HTML string."""
     config = run.config
     command = str(config.get("command", "experiment"))
-    question = str(config.get("question") or QUESTIONS.get(command) or f"rankdecay {command}")
+    question = pieces.question(config)
     data, frames = curves_data(run), snapshot_data(run)
     metrics = set(data["metrics"])
-    page = files("rankdecay.lab.report") / "page"
     outcome = verdict(run.summary, run.last_step)
-    notices = [*run.notices, *frames["notices"]]
     parts = {
         "title": escape(f"rankdecay {command}: {question}"),
         "command": escape(command),
         "directory": escape(run.directory.resolve().name),
         "question": escape(question),
         "headline": escape(outcome.headline),
-        "points": "\n".join(f"<dt>{escape(lead)}</dt><dd>{escape(text)}</dd>" for lead, text in outcome.points),
-        "notices": "".join(f'<p class="notice">{escape(notice)}</p>' for notice in notices),
+        "points": pieces.points(outcome.points),
+        "notices": pieces.notices([*run.notices, *frames["notices"]]),
         "criterion": _criterion(run),
         "table": _table(run),
         "accuracy": _chart("accuracy-chart", "accuracy", "Accuracy", _known(ACCURACIES, metrics)),
@@ -98,38 +81,15 @@ def render(run: Run) -> str:
             _known({"tangential_share": "tangential", "radial_share": "radial"}, metrics),
         ),
         "attention": _attention(frames),
-        "settings": _settings(config),
-        "arms": _arms(run),
-        "reproduce": escape(_folded(reproduce(config))),
-        "facts": _facts(run),
+        "settings": pieces.settings_table(config),
+        "arms": pieces.arms_list(config, run.arms),
+        "reproduce": escape(pieces.folded(pieces.reproduce(config))),
+        "facts": pieces.facts([config], (run.summary or {}).get("wall_seconds")),
         "files": "".join(f'<li><a href="{name}">{name}</a> {text}</li>' for name, text in FILES.items()),
-        "run_data": embedded(data),
-        "snapshot_data": embedded(frames),
-        "css": (page / "page.css").read_text(encoding="utf-8"),
-        "plotly": get_plotlyjs(),
-        "js": "\n".join((page / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        "run_data": pieces.embedded(data),
+        "snapshot_data": pieces.embedded(frames),
     }
-    template = (page / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-
-
-def embedded(value: Any) -> str:
-    """JSON for a `<script type="application/json">`: nothing in it can end the script or open a comment."""
-    text = json.dumps(plain(value), separators=(",", ":"), allow_nan=False, ensure_ascii=True)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON holds it: numpy arrays as lists, floats to four digits, non-finite numbers as null."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if np.isfinite(value) else None
-    return value
+    return pieces.fill("page.html", parts, ["page.css"], SCRIPTS)
 
 
 def curves_data(run: Run) -> dict[str, Any]:
@@ -193,29 +153,6 @@ def snapshot_data(run: Run) -> dict[str, Any]:
     }
 
 
-def reproduce(config: dict[str, Any]) -> str:
-    """The command line that repeats a run: the recorded one, or the command with its settings as options."""
-    if config.get("reproduce"):
-        return str(config["reproduce"])
-    words = ["rankdecay", str(config.get("command", ""))]
-    for name, value in _flat(config.get("settings", {})):
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        elif isinstance(value, list | tuple):
-            words += [f"--{option}", *map(str, value)] if value else []
-        elif value is not None:
-            words += [f"--{option}", str(value)]
-    return " ".join(shlex.quote(word) for word in words if word) + " --out DIR"
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows = []
-    for name, value in settings.items():
-        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
-    return rows
-
-
 # --- pieces of HTML ---
 
 
@@ -225,18 +162,10 @@ def _table(run: Run) -> str:
     if not any(row.get("diverged") for row in rows):
         columns = [key for key in columns if key != "diverged"]
     if not rows or not columns:
-        return '<p class="absent">Nothing has been measured yet.</p>'
+        return pieces.absent("Nothing has been measured yet.")
     labels = style.arm_styles(str(row["name"]) for row in rows)
-    heads = "".join(f'<th scope="col">{escape(COLUMNS[key])}</th>' for key in columns)
-    body = "".join(
-        f'<tr><th scope="row">{escape(labels[str(row["name"])].label)}</th>'
-        + "".join(f"<td>{_cell(row, key)}</td>" for key in columns)
-        + "</tr>"
-        for row in rows
-    )
-    return _scrolling(
-        "Summary per arm", f'<thead><tr><th scope="col">Arm</th>{heads}</tr></thead><tbody>{body}</tbody>'
-    )
+    lines = [(labels[str(row["name"])].label, [_cell(row, key) for key in columns]) for row in rows]
+    return pieces.table("Summary per arm", ["Arm", *(COLUMNS[key] for key in columns)], lines)
 
 
 def _criterion(run: Run) -> str:
@@ -276,10 +205,6 @@ def _cell(row: dict[str, Any], key: str) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _scrolling(label: str, rows: str) -> str:
-    return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>{rows}</table></div>'
-
-
 def _known(choices: dict[str, str], present: set[str]) -> dict[str, str]:
     return {key: text for key, text in choices.items() if key in present}
 
@@ -287,22 +212,17 @@ def _known(choices: dict[str, str], present: set[str]) -> dict[str, str]:
 def _chart(identity: str, state: str, label: str, choices: dict[str, str]) -> str:
     """A chart with the choice of what it shows above it, and the legend that switches arms on and off."""
     if not choices:
-        return f'<p class="absent">{label}: not recorded in this run.</p>'
+        return pieces.absent(f"{label}: not recorded in this run.")
     return (
-        f'<figure><div class="controls">{_choice(state, label, choices)}</div>'
+        f'<figure><div class="controls">{choice(state, label, choices)}</div>'
         f'<div class="legend" role="group" aria-label="Arms shown"></div>'
         f'<div class="chart" id="{identity}"></div></figure>'
     )
 
 
-def _choice(state: str, label: str, choices: dict[str, str]) -> str:
-    options = "".join(f'<option value="{value}">{escape(text)}</option>' for value, text in choices.items())
-    return f'<label>{escape(label)} <select data-state="{state}">{options}</select></label>'
-
-
 def _timeline(frames: dict[str, Any]) -> str:
     if not frames["steps"]:
-        return '<p class="absent">This run has no snapshots, so no spectra or attention maps.</p>'
+        return pieces.absent("This run has no snapshots, so no spectra or attention maps.")
     last = len(frames["steps"]) - 1
     seeds = {str(seed): str(seed) for seed in sorted({member["seed"] for member in frames["members"]})}
     return (
@@ -310,7 +230,7 @@ def _timeline(frames: dict[str, Any]) -> str:
         '<button type="button" id="play">Play</button>'
         f'<label class="slider"><span>Step <output id="step-output">{frames["steps"][-1]:,}</output></span>'
         f'<input type="range" id="step-slider" min="0" max="{last}" value="{last}" step="1"></label>'
-        f"{_choice('seed', 'Seed', seeds)}</div>"
+        f"{choice('seed', 'Seed', seeds)}</div>"
     )
 
 
@@ -334,11 +254,11 @@ def _matrices(frames: dict[str, Any], products: bool) -> dict[str, str]:
 def _spectra(frames: dict[str, Any]) -> str:
     matrices = _matrices(frames, products=True)
     if not matrices:
-        return '<p class="absent">Spectra: not recorded in this run.</p>'
+        return pieces.absent("Spectra: not recorded in this run.")
     scales = {"relative": "relative to σ₁", "absolute": "absolute"}
     return (
-        f'<figure><div class="controls">{_choice("matrix", "Matrix", matrices)}'
-        f"{_choice('scale', 'Values', scales)}</div>"
+        f'<figure><div class="controls">{choice("matrix", "Matrix", matrices)}'
+        f"{choice('scale', 'Values', scales)}</div>"
         '<div class="legend" role="group" aria-label="Arms shown"></div>'
         '<div class="chart" id="spectra-chart"></div></figure>'
     )
@@ -347,84 +267,21 @@ def _spectra(frames: dict[str, Any]) -> str:
 def _needle(frames: dict[str, Any]) -> str:
     matrices = _matrices(frames, products=False)
     if not matrices:
-        return '<p class="absent">Needle and fan: no spectra recorded in this run.</p>'
-    return (
-        f'<div class="controls">{_choice("needle", "Matrix", matrices)}</div><div class="needles" id="needles"></div>'
-    )
+        return pieces.absent("Needle and fan: no spectra recorded in this run.")
+    return f'<div class="controls">{choice("needle", "Matrix", matrices)}</div><div class="needles" id="needles"></div>'
 
 
 def _attention(frames: dict[str, Any]) -> str:
     if not frames["attention_shape"]:
-        return '<p class="absent">Attention maps: not recorded in this run.</p>'
+        return pieces.absent("Attention maps: not recorded in this run.")
     layers = {str(layer): f"layer {layer + 1}" for layer in range(frames["attention_shape"][0])}
     return (
-        f'<figure><div class="controls">{_choice("layer", "Layer", layers)}'
+        f'<figure><div class="controls">{choice("layer", "Layer", layers)}'
         '<span class="scale"><span>0</span><i></i><span>1 &nbsp;share of attention</span></span></div>'
         '<div class="chart grid" id="attention-chart"></div></figure>'
     )
 
 
-def _settings(config: dict[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(_shown(value))}</td></tr>'
-        for name, value in _flat(config.get("settings", {}))
-    )
-    return _scrolling("Settings", rows) if rows else '<p class="absent">No settings recorded.</p>'
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value))
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _arms(run: Run) -> str:
-    labels = style.arm_styles(run.arms)
-    items = []
-    for arm in run.config.get("arms", []):
-        name = str(arm["name"])
-        rest = ", ".join(
-            f"{key.replace('_', ' ').replace('.', ' ')} {_shown(value)}"
-            for key, value in _flat(arm)
-            if key not in ("name", "description") and value is not None and value is not False
-        )
-        items.append(
-            f"<dt>{escape(labels[name].label)} <code>{escape(name)}</code></dt>"
-            f"<dd>{escape(str(arm.get('description', '')))}"
-            + (f"<small>{escape(rest)}</small>" if rest else "")
-            + "</dd>"
-        )
-    return f'<dl class="arms">{"".join(items)}</dl>' if items else ""
-
-
-def _folded(command: str, width: int = 72) -> str:
-    """A long command with one option per line; one with quotes is left alone, for a break could change it."""
-    return command if len(command) <= width or "'" in command else command.replace(" --", " \\\n  --")
-
-
-def _facts(run: Run) -> str:
-    versions = run.config.get("versions", {})
-    facts = {
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "Machine": run.config.get("machine"),
-        "Wall time": _duration((run.summary or {}).get("wall_seconds")),
-    }
-    rows = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value)
-    return f'<dl class="facts">{rows}</dl>' if rows else ""
-
-
-def _duration(seconds: Any) -> str | None:
-    if not is_number(seconds):
-        return None
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def write_page(run: Run, path: Path) -> Path:
     """Render the page of a run and put it at `path`, by atomic rename."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(render(run), encoding="utf-8")
-    part.replace(path)
-    return path
+    return pieces.write(render(run), path)

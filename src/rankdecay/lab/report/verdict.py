@@ -123,10 +123,10 @@ def _headline(outcomes: dict[str, _Outcome], within: str) -> str:
     others = [f"{o.label} in {o.count_and_time}" for name, o in reached.items() if name != "low_rank"]
     subject = outcomes.get("low_rank")
     if subject is None:
-        return f"Generalised{within}: {_listed(others)}."
+        return f"Generalised{within}: {listed(others)}."
     if not subject.generalised:
-        return f"Low-rank decay generalised in none of its {subject.seeds} seeds{within}; {_listed(others)} did."
-    rest = f"so did {_listed(others)}" if others else "no other arm did"
+        return f"Low-rank decay generalised in none of its {subject.seeds} seeds{within}; {listed(others)} did."
+    rest = f"so did {listed(others)}" if others else "no other arm did"
     if len(outcomes) == 1:
         rest = "there was no other arm to compare it with"
     return f"Low-rank decay generalised in {subject.count_and_time}; {rest}."
@@ -202,7 +202,7 @@ def _kept(outcomes: dict[str, _Outcome]) -> tuple[str, str] | None:
     ]
     if not lost:
         return None
-    return "Not kept", f"Every seed generalised, yet mean test accuracy at the end is lower: {_listed(lost)}."
+    return "Not kept", f"Every seed generalised, yet mean test accuracy at the end is lower: {listed(lost)}."
 
 
 def _rank(outcomes: dict[str, _Outcome]) -> tuple[str, str] | None:
@@ -233,5 +233,6 @@ def _span(values: list[float], digits: int = 1) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def _listed(items: list[str]) -> str:
+def listed(items: list[str]) -> str:
+    """Items as a sentence names them: `"a, b and c"`."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]

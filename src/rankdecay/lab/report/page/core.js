@@ -62,6 +62,13 @@ function theme() {
 
 const armColor = (arm) => (darkMode.matches ? run.arms[arm].dark : run.arms[arm].light);
 const visibleArms = () => run.arms.map((_, arm) => arm).filter((arm) => !state.hidden.has(arm));
+// A colour on the way through #rrggbb stops, which are evenly spaced.
+function blend(stops, share) {
+  const colours = stops.map((stop) => stop.match(/\w\w/g).map((part) => parseInt(part, 16)));
+  const at = Math.min(Math.max(share, 0), 1) * (stops.length - 1);
+  const from = Math.min(Math.floor(at), stops.length - 2);
+  return `rgb(${colours[from].map((part, i) => Math.round(part + (colours[from + 1][i] - part) * (at - from)))})`;
+}
 function digits(value) {
   if (value === 0) return "0";
   return Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(3)));

@@ -10,28 +10,11 @@ const shortened = (text) => plainText(text.length > 22 ? `…${text.slice(-21)}`
 // From the first checkpoint, or layer, to the last: a colour that also darkens.
 function ramp(share) {
   const style = getComputedStyle(document.documentElement);
-  const stops = [0, 1, 2].map((i) => style.getPropertyValue(`--ramp-${i}`).trim().match(/\w\w/g).map((part) => parseInt(part, 16)));
-  const at = Math.min(Math.max(share, 0), 1) * 2;
-  const from = Math.min(Math.floor(at), 1);
-  return `rgb(${stops[from].map((part, i) => Math.round(part + (stops[from + 1][i] - part) * (at - from)))})`;
+  return blend([0, 1, 2].map((stop) => style.getPropertyValue(`--ramp-${stop}`).trim()), share);
 }
 
 function colourKeys() {
   for (const item of document.querySelectorAll("[data-ramp]")) item.style.borderColor = ramp(Number(item.dataset.ramp));
-}
-
-function select(name, value) {
-  state[name] = String(value);
-  const control = document.querySelector(`select[data-state="${name}"]`);
-  if (control) control.value = String(value);
-  changed(name);
-}
-
-for (const control of document.querySelectorAll("select[data-state]")) {
-  // browsers keep an old choice over a reload
-  control.selectedIndex = Math.max(0, [...control.options].findIndex((option) => option.defaultSelected));
-  state[control.dataset.state] = control.value;
-  control.addEventListener("change", () => select(control.dataset.state, control.value));
 }
 
 function draw(kind) {

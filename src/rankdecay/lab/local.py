@@ -1,0 +1,86 @@
+"""Runs the trials of a sweep on this machine: a thread per core of a CPU, one ensemble of many places on a GPU.
+
+An ensemble per core needs no barrier inside an operation. Trials under way are saved now and then, so that a kill loses
+little: what a thread holds is one file, written at most a twentieth of the time.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from rankdecay.lab.ensemble import STATE, State
+from rankdecay.lab.outcome import Record
+from rankdecay.lab.store import Checkpoint, RunDirectory
+from rankdecay.lab.sweep import Key, Plan, Saved, Source, Trial, train
+
+CHECKPOINT_RARITY = 20  # a file waits this many times as long as the last one took: at most 5 % of the time
+WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt
+
+
+def rows(trials: Sequence[Trial], plan: Plan, directory: RunDirectory) -> Iterator[Record]:
+    """Trains trials and yields a row for each as it ends, continuing those that ``directory`` saw under way.
+
+    Args:
+        trials: to train.
+        plan: what they share.
+        directory: where trials under way are saved.
+    """
+    workers = 1 if plan.training.device != "cpu" else min(torch.get_num_threads(), max(1, len(trials)))
+    source, saved = Source(trials), read_saved(directory)
+    stop, ended = threading.Event(), queue.SimpleQueue[Record]()
+
+    def work(number: int) -> None:
+        save = _Saver(directory, f"under_way-{number}")
+        for row in train(source, plan, stop=stop, saved=saved, after_interval=save):
+            ended.put(row)
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+        futures = [pool.submit(work, number) for number in range(workers)]
+        try:
+            while not (all(future.done() for future in futures) and ended.empty()):
+                for future in futures:
+                    if future.done():
+                        future.result()  # raises what the worker raised
+                try:
+                    yield ended.get(timeout=WAKE)
+                except queue.Empty:
+                    continue
+        finally:
+            stop.set()  # an interrupt must not wait for the sweep to end
+
+
+class _Saver:
+    """Saves the trials of one thread, rarely enough to cost little."""
+
+    def __init__(self, directory: RunDirectory, name: str) -> None:
+        self._directory, self._name, self._due = directory, name, 0.0
+
+    def __call__(self, under_way: Callable[[], dict[Key, Saved]]) -> None:
+        started = time.monotonic()
+        if started < self._due:
+            return
+        tensors, runs = {}, []
+        for key, run in under_way().items():
+            tensors |= {f"{len(runs)}.{name}": getattr(run.state, name) for name in STATE}
+            runs.append([key, run.state.step, run.initial_rank, run.records])
+        self._directory.save_checkpoint(Checkpoint(0, tensors, {"runs": runs}), self._name)
+        finished = time.monotonic()
+        self._due = finished + CHECKPOINT_RARITY * (finished - started)
+
+
+def read_saved(directory: RunDirectory) -> dict[Key, Saved]:
+    """Every trial that a directory saw under way, each at its furthest step."""
+    found: dict[Key, Saved] = {}
+    for path in sorted(directory.path.glob("under_way-*.safetensors")):
+        checkpoint = directory.load_checkpoint(path.stem)
+        for number, (key, step, rank, records) in enumerate(checkpoint.extra["runs"] if checkpoint else ()):
+            state = State(step, *(checkpoint.tensors[f"{number}.{name}"] for name in STATE))  # type: ignore[union-attr]
+            before = found.get(tuple(key))
+            if before is None or before.state.step < step:
+                found[tuple(key)] = Saved(state, rank, records)
+    return found

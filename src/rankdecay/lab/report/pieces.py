@@ -1,0 +1,225 @@
+"""What every page is made of: the template filled in, embedded JSON, and the pieces of HTML that pages share.
+
+Words and tables are plain HTML, readable without a script. Text from a run or a checkpoint goes through `html.escape`,
+and JSON through `embedded`. Nothing is fetched, and a content-security policy in each template makes sure of that.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from plotly.offline import get_plotlyjs
+
+from rankdecay.lab.report.data import is_number
+from rankdecay.lab.report.style import arm_styles
+
+QUESTIONS = {
+    "grok": "Does low-rank decay make a scale-invariant transformer generalise where L2 does not?",
+    "boundary": "At which data fraction and decay strength does the network generalise?",
+    "factor": "Is L2 on two factors the nuclear norm of their product?",
+    "recall": "Does low-rank decay help associative recall in an attention-only transformer?",
+    "language": "What does a separate decay for attention do to the rank and quality of a language model?",
+    "vision": "What does a separate decay for attention do to the rank and quality of a vision transformer?",
+    "margin": "Which margin does softmax attention maximise under gradient flow?",
+}
+
+
+def fill(template: str, parts: Mapping[str, str], styles: Sequence[str], scripts: Sequence[str]) -> str:
+    """A page as one HTML string.
+
+    Args:
+        template: the name of a file in `page/`; `{{name}}` in it is replaced by a part.
+        parts: HTML by name.
+        styles: names of style sheets in `page/`, as `{{css}}`.
+        scripts: names of scripts in `page/`, as `{{js}}`; `{{plotly}}` is plotly's.
+    """
+    folder = files("rankdecay.lab.report") / "page"
+
+    def joined(names: Iterable[str]) -> str:
+        return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+    every = {**parts, "css": joined(styles), "plotly": get_plotlyjs(), "js": joined(scripts)}
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: every[match[1]], joined([template]))
+
+
+def write(text: str, path: Path) -> Path:
+    """Puts a page at `path`, by atomic rename, and returns the path."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def embedded(value: Any) -> str:
+    """JSON for a `<script type="application/json">`: nothing in it can end the script or open a comment."""
+    text = json.dumps(plain(value), separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: numpy arrays as lists, floats to four digits, non-finite numbers as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if np.isfinite(value) else None
+    return value
+
+
+def reproduce(config: dict[str, Any]) -> str:
+    """The command line that repeats a run: the recorded one, or the command with its settings as options."""
+    if config.get("reproduce"):
+        return str(config["reproduce"])
+    words = ["rankdecay", str(config.get("command", ""))]
+    for name, value in flat(config.get("settings", {})):
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{option}", *map(str, value)] if value else []
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return " ".join(shlex.quote(word) for word in words if word) + " --out DIR"
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as pairs of a dotted name and a value."""
+    rows = []
+    for name, value in settings.items():
+        rows += flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return rows
+
+
+# --- pieces ---
+
+
+def question(config: Mapping[str, Any]) -> str:
+    """The question an experiment asks, in words."""
+    command = str(config.get("command", "experiment"))
+    return str(config.get("question") or QUESTIONS.get(command) or f"rankdecay {command}")
+
+
+def points(pairs: Iterable[tuple[str, str]]) -> str:
+    """The lines of a list of lead-ins and sentences."""
+    return "\n".join(f"<dt>{escape(lead)}</dt><dd>{escape(text)}</dd>" for lead, text in pairs)
+
+
+def notices(texts: Iterable[str]) -> str:
+    """What a reader must know before believing a page."""
+    return "".join(f'<p class="notice">{escape(text)}</p>' for text in texts)
+
+
+def scrolling(label: str, rows: str) -> str:
+    """A table that scrolls sideways by itself where the page is narrow."""
+    return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>{rows}</table></div>'
+
+
+def table(label: str, heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """A table with a name per row.
+
+    Args:
+        label: what it holds, for who cannot see it.
+        heads: the columns in words (text), first that of the names.
+        rows: a name (text) and its cells (HTML).
+    """
+    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for name, cells in rows
+    )
+    return scrolling(label, f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>")
+
+
+def absent(text: str) -> str:
+    """What stands where a page has nothing to show."""
+    return f'<p class="absent">{escape(text)}</p>'
+
+
+def choice(state: str, label: str, choices: Mapping[Any, Any], chosen: Any = None) -> str:
+    """A labelled choice that a script reads as `state[...]`; the first is chosen unless another is named."""
+    options = "".join(
+        f'<option value="{escape(str(value))}"{" selected" if chosen is not None and value == chosen else ""}>'
+        f"{escape(str(text))}</option>"
+        for value, text in choices.items()
+    )
+    return f'<label>{escape(label)} <select data-state="{state}">{options}</select></label>'
+
+
+def settings_table(config: Mapping[str, Any]) -> str:
+    """The settings of a run, one per line."""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(shown(value))}</td></tr>'
+        for name, value in flat(config.get("settings", {}))
+    )
+    return scrolling("Settings", rows) if rows else absent("No settings recorded.")
+
+
+def shown(value: Any) -> str:
+    """A setting as text: a list without its brackets, a string without its quotes."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def arms_list(config: Mapping[str, Any], names: Iterable[str]) -> str:
+    """What every arm of a configuration is, in words and numbers.
+
+    Args:
+        config: the content of `config.json`.
+        names: all arms of the run, which decide the labels.
+    """
+    labels = arm_styles(names)
+    items = []
+    for arm in config.get("arms", []):
+        name = str(arm["name"])
+        rest = ", ".join(
+            f"{key.replace('_', ' ').replace('.', ' ')} {shown(value)}"
+            for key, value in flat(arm)
+            if key not in ("name", "description", "control") and value is not None and value is not False
+        )
+        items.append(
+            f"<dt>{escape(labels[name].label)} <code>{escape(name)}</code></dt>"
+            f"<dd>{escape(str(arm.get('description', '')))}"
+            + (f"<small>{escape(rest)}</small>" if rest else "")
+            + "</dd>"
+        )
+    return f'<dl class="arms">{"".join(items)}</dl>' if items else ""
+
+
+def folded(command: str, width: int = 72) -> str:
+    """A long command with one option per line; one with quotes is left alone, for a break could change it."""
+    return command if len(command) <= width or "'" in command else command.replace(" --", " \\\n  --")
+
+
+def facts(configs: Sequence[Mapping[str, Any]], wall_seconds: Any) -> str:
+    """Versions, machines and wall time; of several directories, each different machine and set of versions once."""
+
+    def versions(config: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
+
+    rows = {
+        "Versions": "; ".join(dict.fromkeys(filter(None, map(versions, configs)))),
+        "Machine": "; ".join(dict.fromkeys(str(config["machine"]) for config in configs if config.get("machine"))),
+        "Wall time": duration(wall_seconds),
+    }
+    items = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows.items() if value)
+    return f'<dl class="facts">{items}</dl>' if items else ""
+
+
+def duration(seconds: Any) -> str | None:
+    """Seconds as a person would say them."""
+    if not is_number(seconds):
+        return None
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
