@@ -367,3 +367,129 @@ def test_permission_lost_during_a_run_is_one_clear_error(tmp_path):
         with pytest.raises(SettingError) as error:
             run.append(RECORDS)
         assert all(word in one_line(error) for word in ("metrics.jsonl", "cannot be written", "again"))
+
+
+# --- directories that grow ----------------------------------------------------------------------------------------
+
+GROWING = ("command", "schema", "fixed")
+SWEEP = {"command": "boundary", "fixed": {"task": "add", "lr": 0.001}, "settings": {"seeds": 1}, "arms": ["none"]}
+
+
+def grown(path: Path, config=SWEEP, notices: list[str] | None = None) -> RunDirectory:
+    return RunDirectory.open(path, config, (notices if notices is not None else []).append, GROWING)
+
+
+def test_only_what_is_fixed_decides_whether_a_directory_is_the_same(tmp_path):
+    grown(tmp_path / "run").__exit__()
+    more = SWEEP | {"settings": {"seeds": 3}, "arms": ["none", "l2"]}
+    with grown(tmp_path / "run", more) as run:
+        assert run.config == {"schema": 1, **SWEEP}  # opening changes nothing
+        run.save_config(more)
+        assert run.config == {"schema": 1, **more}
+        run.save_config({**run.config, "arms": ["none", "l2", "smooth"]})  # one that was read has a schema already
+    with grown(tmp_path / "run") as run:
+        assert run.config == {"schema": 1, **more, "arms": ["none", "l2", "smooth"]}
+    with pytest.raises(SettingError, match="seeds is 3 there, 1 now"):
+        opened(tmp_path / "run", SWEEP)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fixed": {"task": "add", "lr": 0.01}}, ["lr", "0.001", "0.01"]),
+        ({"fixed": {"task": "add", "lr": 0.001, "new": 1}}, ["new", "None", "1"]),
+        ({"command": "grok"}, ["command", "'boundary'", "'grok'"]),
+        ({"schema": 2}, ["schema", "1", "2"]),
+    ],
+)
+def test_what_is_fixed_may_not_change(tmp_path, changes, words):
+    grown(tmp_path / "run").__exit__()
+    before = contents(tmp_path)
+    with pytest.raises(SettingError) as error:
+        grown(tmp_path / "run", SWEEP | changes)
+    assert all(word in one_line(error) for word in [*words, "another directory"])
+    assert contents(tmp_path) == before
+
+
+def test_a_directory_of_another_command_is_refused(tmp_path):
+    opened(tmp_path / "run").__exit__()  # of one that has nothing "fixed"
+    with pytest.raises(SettingError, match="command is 'grok' there, 'boundary' now"):
+        grown(tmp_path / "run")
+
+
+def test_a_complete_directory_is_opened_again_to_go_on(tmp_path):
+    with grown(tmp_path / "run") as run:
+        run.append(RECORDS)
+        run.finish({"arms": []})
+        run.reopen()
+        assert run.summary is None
+        assert run.metrics() == RECORDS
+        run.reopen()  # of one that is open already
+
+
+@pytest.mark.parametrize("end", ["", "\n", '{"step": 3', '{"step": 3\n', "\x00\x00", '{"task": "ä'])
+def test_more_follows_a_last_line_that_was_cut_short(tmp_path, end):
+    notices = []
+    with grown(tmp_path / "run", notices=notices) as run:
+        assert run.drop_damaged_line() == []
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        run.append(RECORDS[:2])
+        path = tmp_path / "run" / "metrics.jsonl"
+        path.write_bytes(path.read_bytes() + end.encode()[: -1 if end.endswith("ä") else None])
+        assert run.drop_damaged_line() == RECORDS[:2]
+        assert len(notices) == (1 if end.strip() else 0)
+        run.append(RECORDS[2:])
+        assert run.metrics() == RECORDS
+        assert run.drop_damaged_line() == RECORDS
+        assert len(path.read_bytes().splitlines()) == 3
+        assert len(notices) == (1 if end.strip() else 0)
+
+
+def test_a_last_line_that_lacks_its_end_alone_is_kept(tmp_path):
+    with grown(tmp_path / "run") as run:
+        run.append(RECORDS[:2])
+        path = tmp_path / "run" / "metrics.jsonl"
+        path.write_bytes(path.read_bytes()[:-1])
+        assert run.drop_damaged_line() == RECORDS[:2]
+        run.append(RECORDS[2:])
+        assert run.metrics() == RECORDS
+
+
+def test_an_undamaged_file_is_not_written_again(tmp_path):
+    with grown(tmp_path / "run") as run:
+        run.append([{"task": "größer", "value": 1e-30, "none": None}])
+        before = (tmp_path / "run" / "metrics.jsonl").stat()
+        run.drop_damaged_line()
+        assert (tmp_path / "run" / "metrics.jsonl").stat() == before
+
+
+def test_several_checkpoints_are_kept_by_name_until_the_end(tmp_path):
+    with grown(tmp_path / "run") as run:
+        for name, step in (("under_way-0", 5), ("under_way-1", 10), ("checkpoint", 15)):
+            run.save_checkpoint(checkpoint(step), name)
+        run.save_checkpoint(checkpoint(20), "under_way-1")
+        steps = {}
+        for name in ("under_way-0", "under_way-1", "checkpoint"):
+            stored = run.load_checkpoint(name)
+            assert stored is not None
+            steps[name] = stored.step
+            assert torch.equal(stored.tensors["0.weights"], checkpoint(stored.step).tensors["0.weights"])
+        assert steps == {"under_way-0": 5, "under_way-1": 20, "checkpoint": 15}
+        assert run.load_checkpoint("under_way-2") is None
+        run.save_checkpoint(Checkpoint(0, {}, {"runs": []}), "under_way-0")  # nothing under way any more
+        empty = run.load_checkpoint("under_way-0")
+        assert empty == Checkpoint(0, {}, {"runs": []})
+        run.finish({})
+    assert set(contents(tmp_path / "run")) == {".lock", "config.json", "summary.json"}
+
+
+def test_a_sound_file_that_is_no_checkpoint_is_refused(tmp_path):
+    from safetensors.torch import save
+
+    with grown(tmp_path / "run") as run:
+        for metadata in (None, {"other": "{}"}, {"checkpoint": "{"}, {"checkpoint": "[]"}, {"checkpoint": "{}"}):
+            path = tmp_path / "run" / "checkpoint.safetensors"
+            path.write_bytes(save({"a": torch.zeros(2)}, metadata=metadata))
+            with pytest.raises(SettingError) as error:
+                run.load_checkpoint()
+            assert all(word in one_line(error) for word in (str(path), "damaged", "remove it"))

@@ -342,13 +342,11 @@ class Ensemble:
 
     def _adamw(self) -> None:
         t = self.training
-        rows = (self._weights, self._grad, self._mean, self._square)
-        if self._one_lr:
-            adamw_(*rows, self._lr, self._step, t.betas, t.eps)
-            return
         size = self._query_key_size
-        adamw_(*(r[:, :size] for r in rows), self._query_key_lr, self._step, t.betas, t.eps)
-        adamw_(*(r[:, size:] for r in rows), self._lr, self._step, t.betas, t.eps)
+        parts = [(slice(size), self._query_key_lr), (slice(size, None), self._lr)]
+        for part, lr in [(slice(None), self._lr)] if self._one_lr else parts:
+            weight, grad, mean, square = (r[:, part] for r in (self._weights, self._grad, self._mean, self._square))
+            adamw_(weight, grad, mean, square, lr, self._step, t.betas, t.eps)
 
     def _decay(self, group: Group) -> None:
         """The group's decay of the members for whom it is due."""

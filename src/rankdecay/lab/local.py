@@ -4,6 +4,7 @@ An ensemble per core needs no barrier inside an operation. Trials under way are 
 little: what a thread holds is one file, written at most a twentieth of the time.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -30,11 +31,12 @@ def rows(trials: Sequence[Trial], plan: Plan, directory: RunDirectory) -> Iterat
         directory: where trials under way are saved.
     """
     workers = 1 if plan.training.device != "cpu" else min(torch.get_num_threads(), max(1, len(trials)))
-    source, saved = Source(trials), read_saved(directory)
+    source, keys = Source(trials), {trial.key for trial in trials}
+    saved = {key: state for key, state in read_saved(directory).items() if key in keys}
     stop, ended = threading.Event(), queue.SimpleQueue[Record]()
 
     def work(number: int) -> None:
-        save = _Saver(directory, f"under_way-{number}")
+        save = _Saver(directory, f"under_way-{number}", saved)
         for row in train(source, plan, stop=stop, saved=saved, after_interval=save):
             ended.put(row)
 
@@ -42,30 +44,31 @@ def rows(trials: Sequence[Trial], plan: Plan, directory: RunDirectory) -> Iterat
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
         futures = [pool.submit(work, number) for number in range(workers)]
         try:
-            while not (all(future.done() for future in futures) and ended.empty()):
+            over = False
+            while not over:
+                over = all(future.done() for future in futures)  # asked first: whoever is done has put its last row
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        yield ended.get(timeout=0 if over else WAKE)
                 for future in futures:
                     if future.done():
                         future.result()  # raises what the worker raised
-                try:
-                    yield ended.get(timeout=WAKE)
-                except queue.Empty:
-                    continue
         finally:
             stop.set()  # an interrupt must not wait for the sweep to end
 
 
 class _Saver:
-    """Saves the trials of one thread, rarely enough to cost little."""
+    """Saves the trials of one thread, rarely enough to cost little, and those that wait to be continued."""
 
-    def __init__(self, directory: RunDirectory, name: str) -> None:
-        self._directory, self._name, self._due = directory, name, 0.0
+    def __init__(self, directory: RunDirectory, name: str, waiting: dict[Key, Saved]) -> None:
+        self._directory, self._name, self._waiting, self._due = directory, name, waiting, 0.0
 
     def __call__(self, under_way: Callable[[], dict[Key, Saved]]) -> None:
         started = time.monotonic()
         if started < self._due:
             return
         tensors, runs = {}, []
-        for key, run in under_way().items():
+        for key, run in {**self._waiting, **under_way()}.items():
             tensors |= {f"{len(runs)}.{name}": getattr(run.state, name) for name in STATE}
             runs.append([key, run.state.step, run.initial_rank, run.records])
         self._directory.save_checkpoint(Checkpoint(0, tensors, {"runs": runs}), self._name)
@@ -78,8 +81,10 @@ def read_saved(directory: RunDirectory) -> dict[Key, Saved]:
     found: dict[Key, Saved] = {}
     for path in sorted(directory.path.glob("under_way-*.safetensors")):
         checkpoint = directory.load_checkpoint(path.stem)
-        for number, (key, step, rank, records) in enumerate(checkpoint.extra["runs"] if checkpoint else ()):
-            state = State(step, *(checkpoint.tensors[f"{number}.{name}"] for name in STATE))  # type: ignore[union-attr]
+        if checkpoint is None:
+            continue
+        for number, (key, step, rank, records) in enumerate(checkpoint.extra["runs"]):
+            state = State(step, *(checkpoint.tensors[f"{number}.{name}"] for name in STATE))
             before = found.get(tuple(key))
             if before is None or before.state.step < step:
                 found[tuple(key)] = Saved(state, rank, records)

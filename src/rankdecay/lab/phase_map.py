@@ -45,6 +45,7 @@ class PhaseProgress:
         self._task = self._bar.add_task("", total=0, left="")
         terminal = self._console.is_terminal and not quiet
         self._live = Live(console=self._console, auto_refresh=False) if terminal else None
+        self._entered = False
         self._waiting = self._ended = 0
         self._started = self._spoken = time.monotonic()
 
@@ -66,11 +67,12 @@ class PhaseProgress:
         self._bar.update(self._task, total=len(rows) + len(missing), completed=len(rows), left="")
         if missing and not self._live and not self._quiet:
             self.notice(f"{self._title}: {len(missing)} runs to do" + (f", {len(rows)} there" if rows else ""))
+        self._start()
         self._show()
 
     def __enter__(self) -> "PhaseProgress":
-        if self._live and self._waiting:
-            self._live.start()
+        self._entered = True
+        self._start()
         return self
 
     def __exit__(
@@ -99,6 +101,10 @@ class PhaseProgress:
             self._spoken = time.monotonic()
             generalised = sum(sum(seeds) for cells in self._cells.values() for seeds in cells.values())
             self.notice(f"{self._ended} of {self._waiting} runs, {generalised} of all generalised  {said}")
+
+    def _start(self) -> None:
+        if self._live and self._entered and self._waiting:
+            self._live.start()
 
     def _add(self, row: dict[str, Any]) -> None:
         if row["arm"] in self._cells:

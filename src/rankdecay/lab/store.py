@@ -148,9 +148,8 @@ class RunDirectory:
 
     def append(self, records: Iterable[Record]) -> None:
         """Adds lines to ``metrics.jsonl``."""
-        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
         with self._guarded("metrics.jsonl"), (self.path / "metrics.jsonl").open("ab") as file:
-            file.write(data)
+            file.write(_as_lines(records))
 
     def metrics(self) -> list[Record]:
         """The records written so far."""
@@ -190,9 +189,9 @@ class RunDirectory:
             with safe_open(path, framework="pt") as file:
                 header = json.loads(file.metadata()["checkpoint"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except SafetensorError as error:
+            return Checkpoint(header["step"], tensors, header["extra"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # all but the first: another header
             raise SettingError(f"{path} is damaged ({error}): remove it to begin again, or use another --out") from None
-        return Checkpoint(header["step"], tensors, header["extra"])
 
     def resume(self) -> Checkpoint | None:
         """The last checkpoint, or ``None`` to begin at step 0. Removes what was written after it."""
@@ -200,8 +199,7 @@ class RunDirectory:
         step = checkpoint.step if checkpoint else 0
         kept = [record for record in self.metrics() if record["step"] <= step] if checkpoint else []
         if (self.path / "metrics.jsonl").exists():
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-            self._write("metrics.jsonl", text.encode())
+            self._write("metrics.jsonl", _as_lines(kept))
         for snapshot in (self.path / "snapshots").glob("*.npz"):
             if checkpoint is None or int(snapshot.stem) > step:
                 snapshot.unlink()
@@ -221,9 +219,9 @@ class RunDirectory:
         """The records written so far, after removing a last line that a kill cut short, so that more can follow."""
         records = self.metrics()
         path = self.path / "metrics.jsonl"
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            self._write("metrics.jsonl", text.encode())
+        text = _as_lines(records)
+        if path.exists() and path.read_bytes() != text:
+            self._write("metrics.jsonl", text)
         return records
 
     def _write(self, name: str, data: bytes) -> None:
@@ -252,6 +250,10 @@ class RunDirectory:
             raise SettingError(
                 f"{self.path / name} cannot be written ({error.strerror}): restore access, then run the command again"
             ) from None
+
+
+def _as_lines(records: Iterable[Record]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def _as_json(value: Record) -> bytes:

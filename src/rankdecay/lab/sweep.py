@@ -273,7 +273,7 @@ def row(trial: Trial, records: Sequence[Record], initial_rank: float, sigma: np.
         "best_test_accuracy": _short(max(accuracies, default=None)),
         **{name: _short(last[name]) for name in FINAL},
         "memorised_at": first_step(records, "train_accuracy", above=0.99),
-        "rank_fell_at": first_step(records, "stable_rank", below=FELL * initial_rank),
+        "rank_fell_at": first_step(records, "stable_rank", below=FELL * initial_rank) if initial_rank > 0 else None,
         "accuracy_rose_at": first_step(records, "test_accuracy", above=ROSE),
         "curve": {"step": [r["step"] for r in records], **{k: [_short(r[k]) for r in records] for k in CURVES}},
         "spectrum_index": index.tolist(),

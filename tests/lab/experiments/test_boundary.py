@@ -134,6 +134,23 @@ def test_a_best_strength_at_the_edge_widens_the_grid(tmp_path):
     assert strengths > {1.0, 2.0} or edge is None
 
 
+def test_widening_a_complete_sweep_makes_its_summary_again(tmp_path):
+    settings = dataclasses.replace(
+        TINY, out=tmp_path / "run", arms=("smooth",), strengths=("smooth=1,2",), threshold=1e-9, widen=0
+    )
+    first = run(settings, "")
+    second = run(dataclasses.replace(settings, widen=3), "")
+    cells = second["arms"][0]["cells"]
+    assert len(cells) > len(first["arms"][0]["cells"])
+    assert sum(cell["seeds"] for cell in cells) == len(rows(tmp_path / "run"))
+
+
+def test_an_arm_that_sets_the_rest_is_run_once_whatever_the_rest_decays():
+    settings = filled(dataclasses.replace(TINY, arms=("l2_all",), strengths=("l2_all=1,2",), rest_decays=(1.0, 3.0)))
+    keys = [trial.key for trial in trials(settings, chosen_arms(settings)["l2_all"], (1.0, 2.0))]
+    assert len(keys) == len(set(keys)) == 2 * 2 * 2
+
+
 def test_every_arm_runs(tmp_path):
     settings = dataclasses.replace(
         TINY, out=tmp_path / "run", arms=("all",), strengths=(), fractions=(0.8,), seeds=1, steps=20
@@ -190,6 +207,7 @@ def test_presets_are_the_published_grids():
         ({"arms": ()}, "--arms is empty"),
         ({"strengths": ("l2=1,x",)}, "l2=1,3,10"),
         ({"strengths": ("l2=1000",)}, "below 500"),
+        ({"strengths": ("truncate=1.5",), "arms": ("truncate",)}, "no whole number"),
         ({"strengths": ("none=1",)}, "has no strength"),
         ({"strengths": ("sphere=1",)}, "--strengths 'sphere' is unknown"),
         ({"batch_size": 1000}, "smaller batch"),

@@ -264,6 +264,10 @@ def chosen_arms(settings: Boundary) -> dict[str, Arm]:
                 raise SettingError(
                     f"--strengths {text}: {strength:g} is not above 0 and below {arm.limit:g}, as {name} needs"
                 )
+            if arm.whole and strength != int(strength):
+                raise SettingError(
+                    f"--strengths {text}: {strength:g} is no whole number, as {name} needs: give {name}=2,4"
+                )
         chosen[name] = dataclasses.replace(arm, strengths=strengths)
     return chosen
 
@@ -307,13 +311,14 @@ def trials(settings: Boundary, arm: Arm, strengths: Iterable[float]) -> Iterator
                 gains=settings.gains,
                 position_scale=settings.position_scale,
             )
-            for rest in settings.rest_decays:
+            own = treatment.rest_decay
+            for rest in settings.rest_decays if own is None else (own,):
                 for fraction, size in sizes:
                     member = Member(
                         arm.name,
                         seed,
                         treatment.decay,
-                        rest if treatment.rest_decay is None else treatment.rest_decay,
+                        rest,
                         settings.lr,
                         uniform_attention=treatment.uniform_attention,
                         control=treatment.control,
@@ -382,8 +387,7 @@ def run(settings: Boundary, command: str) -> Record:
     with RunDirectory.open(settings.out, config, progress.notice, ("command", "schema", "fixed")) as directory:
         sweep = _Sweep(settings, arms, directory, device, progress)
         known = _with_new_arms(directory.config, config)
-        if sweep.missing or directory.summary is None:
-            directory.reopen()
+        if sweep.missing:
             directory.save_config(known)
         sweep.run()
         summary = directory.summary
@@ -466,6 +470,7 @@ class _Sweep:
     def _train(self, missing: list[Trial]) -> None:
         if not missing:
             return
+        self._directory.reopen()
         begun, before = time.monotonic(), self.seconds
         for row in self._ended(missing):
             self.seconds = before + time.monotonic() - begun

@@ -95,7 +95,7 @@ function drawMap(map, colours) {
   const width = SIZE.left + inner + SIZE.right;
   const picture = svg("svg", { width, height: bottom + SIZE.bottom, role: "group", "aria-label": `${run.arms[map.arm].label}: phase map` }, [
     ...run.rows.map((words, row) => text(words, { x: SIZE.left - 6, y: bottom - (row + 0.5) * SIZE.height + 4, "text-anchor": "end" })),
-    ...map.strengths.map((words, column) => text(words, { x: SIZE.left + (column + 0.5) * SIZE.width, y: bottom + 15, "text-anchor": "middle" })),
+    ...map.strengths.map((words, column) => text(words.replace(/^0\./, "."), { x: SIZE.left + (column + 0.5) * SIZE.width, y: bottom + 15, "text-anchor": "middle" })),
     text(map.strengths[0] === "" && columns === 1 ? "" : "strength", { x: SIZE.left + inner / 2, y: bottom + 32, "text-anchor": "middle" }),
     svg("g", {}, map.cells.map((cell, index) => drawFace(map, index, cell, colours))), drawBoundary(map)]);
   figure.style.maxWidth = `${Math.max(width, 150)}px`;
