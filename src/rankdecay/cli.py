@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments import boundary, grok
+from rankdecay.lab.experiments import boundary, factor, grok
 from rankdecay.lab.experiments.boundary import Boundary
+from rankdecay.lab.experiments.factor import Factor
 from rankdecay.lab.experiments.grok import Grok
 
 if TYPE_CHECKING:
@@ -141,6 +142,15 @@ def _boundary(settings: Boundary, command: str) -> None:
         print(f"\n{settings.out / 'report.html'}  is the page to open; {settings.out / 'metrics.jsonl'} has every run")
 
 
+def _factor(settings: Factor, command: str) -> None:
+    summary = factor.run(settings, command)
+    if settings.json:
+        print(json.dumps(summary))
+    elif not settings.quiet:
+        factor.print_summary(summary)
+        print(f"\n{settings.out / 'report.html'}  is the page to open; {settings.out / 'summary.json'} has the figures")
+
+
 def _report(settings: Report, command: str) -> None:
     from rankdecay.lab.report import draw_figure, is_sweep, write_merged_report, write_report
 
@@ -176,13 +186,14 @@ def _preset(command: str, presets: dict[str, Any], arguments: Sequence[str]) -> 
     return first
 
 
-def parse(arguments: Sequence[str]) -> Grok | Boundary | Inspect | Report:
+def parse(arguments: Sequence[str]) -> Grok | Boundary | Factor | Inspect | Report:
     """Reads the command line; exits with code 2 and a message if it cannot be read."""
     commands = (
         Annotated[Grok, tyro.conf.subcommand("grok", default=_preset("grok", grok.PRESETS, arguments))]
         | Annotated[
             Boundary, tyro.conf.subcommand("boundary", default=_preset("boundary", boundary.PRESETS, arguments))
         ]
+        | Annotated[Factor, tyro.conf.subcommand("factor")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Report, tyro.conf.subcommand("report")]
     )
@@ -205,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _grok(settings, command)
         elif isinstance(settings, Boundary):
             _boundary(settings, command)
+        elif isinstance(settings, Factor):
+            _factor(settings, command)
         elif isinstance(settings, Inspect):
             _inspect(settings)
         else:

@@ -24,11 +24,16 @@ def write_report(directory: str | Path) -> Path:
     Raises:
         SettingError: when the directory is not a run or a file in it is damaged.
     """
+    path = Path(directory) / "report.html"
     if is_sweep(directory):
-        return write_merged_report([directory], Path(directory) / "report.html")
+        return write_merged_report([directory], path)
+    if _command(directory) == "factor":
+        from rankdecay.lab.report.factor.page import write_page as of_matrices
+
+        return of_matrices(Path(directory), path)
     from rankdecay.lab.report.page import write_page
 
-    return write_page(read_run(directory), Path(directory) / "report.html")
+    return write_page(read_run(directory), path)
 
 
 def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> Path:
@@ -71,6 +76,8 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
         return of_sweep.figure(read_sweep(directories), Path(path))
     if len(directories) != 1:
         raise SettingError(f"--figure {path} shows one run, {len(directories)} were given")
+    if _command(directories[0]) == "factor":
+        raise SettingError(f"--figure {path}: factor has a page and no figure; its charts save as SVG from the page")
     from rankdecay.lab.report import figure as of_run
 
     return of_run.figure(directories[0], path)
@@ -78,4 +85,9 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
 
 def is_sweep(directory: str | Path) -> bool:
     """Whether a directory holds runs of `rankdecay boundary`."""
-    return (read_json(Path(directory) / "config.json") or {}).get("command") == "boundary"
+    return _command(directory) == "boundary"
+
+
+def _command(directory: str | Path) -> str | None:
+    """The experiment that a directory holds a run of, if any."""
+    return (read_json(Path(directory) / "config.json") or {}).get("command")
