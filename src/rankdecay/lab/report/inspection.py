@@ -60,7 +60,8 @@ def render(reports: Sequence[Inspection]) -> str:
     notes = dict.fromkeys(note for report in reports for note in report.notes)
     unhandled = dict.fromkeys(f"Not handled: {reason}" for report in reports for reason in report.unhandled)
     parts = {
-        "title": escape(title),
+        "title": f"rankdecay inspect: {escape(title)}",
+        "heading": escape(title),
         "sources": _sources(reports) if len(reports) > 1 else "",
         "reading": "".join(f'<p class="headline">{escape(_reading(kind, labels))}</p>' for kind in data["kinds"]),
         "notes": pieces.notices([*notes, *unhandled, *data["notices"]]),

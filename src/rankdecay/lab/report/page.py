@@ -86,7 +86,7 @@ def render(run: Run) -> str:
         "reproduce": escape(pieces.folded(pieces.reproduce(config))),
         "facts": pieces.facts([config], (run.summary or {}).get("wall_seconds")),
         "files": "".join(f'<li><a href="{name}">{name}</a> {text}</li>' for name, text in FILES.items()),
-        "run_data": pieces.embedded(data),
+        "data": pieces.embedded(data),
         "snapshot_data": pieces.embedded(frames),
     }
     return pieces.fill("page.html", parts, ["page.css"], SCRIPTS)

@@ -1,7 +1,7 @@
 """What every page is made of: the template filled in, embedded JSON, and the pieces of HTML that pages share.
 
 Words and tables are plain HTML, readable without a script. Text from a run or a checkpoint goes through `html.escape`,
-and JSON through `embedded`. Nothing is fetched, and a content-security policy in each template makes sure of that.
+and JSON through `embedded`. Nothing is fetched, and a content-security policy in `page/shell.html` makes sure of that.
 """
 
 import json
@@ -31,11 +31,11 @@ QUESTIONS = {
 
 
 def fill(template: str, parts: Mapping[str, str], styles: Sequence[str], scripts: Sequence[str]) -> str:
-    """A page as one HTML string.
+    """A page as one HTML string: a template inside `page/shell.html`.
 
     Args:
-        template: the name of a file in `page/`; `{{name}}` in it is replaced by a part.
-        parts: HTML by name.
+        template: the name of a file in `page/`; `{{name}}` in it, and in the shell, is replaced by a part.
+        parts: HTML by name; `title` and `data`, and `snapshot_data` where there are snapshots, are for the shell.
         styles: names of style sheets in `page/`, as `{{css}}`.
         scripts: names of scripts in `page/`, as `{{js}}`; `{{plotly}}` is plotly's.
     """
@@ -44,8 +44,11 @@ def fill(template: str, parts: Mapping[str, str], styles: Sequence[str], scripts
     def joined(names: Iterable[str]) -> str:
         return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
-    every = {**parts, "css": joined(styles), "plotly": get_plotlyjs(), "js": joined(scripts)}
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: every[match[1]], joined([template]))
+    def filled(name: str, every: Mapping[str, str]) -> str:
+        return re.sub(r"\{\{(\w+)\}\}", lambda match: every[match[1]], joined([name]))
+
+    shell = {"snapshot_data": '{"steps":[]}', **parts, "css": joined(styles), "js": joined(scripts)}
+    return filled("shell.html", shell | {"plotly": get_plotlyjs(), "body": filled(template, parts)})
 
 
 def write(text: str, path: Path) -> Path:
