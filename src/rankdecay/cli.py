@@ -124,34 +124,20 @@ def _names(text: str | None) -> "AttentionNames | None":
     return AttentionNames(**{name: value for name, _, value in pairs})  # pyright: ignore[reportArgumentType]
 
 
-def _grok(settings: Grok, command: str) -> None:
-    summary = grok.run(settings, command)
+EXPERIMENTS = {Grok: grok, Boundary: boundary, Factor: factor}  # each a module with `run` and `print_summary`
+
+
+def _experiment(settings: Grok | Boundary | Factor, command: str) -> None:
+    experiment = EXPERIMENTS[type(settings)]
+    summary = experiment.run(settings, command)  # pyright: ignore[reportArgumentType] - the module of its own settings
     if settings.json:
         print(json.dumps(summary))
     elif not settings.quiet:
-        grok.print_summary(summary)
+        experiment.print_summary(summary)
         print(f"\n{settings.out / 'report.html'}  is the page to open; {settings.out / 'summary.json'} has the figures")
 
 
-def _boundary(settings: Boundary, command: str) -> None:
-    summary = boundary.run(settings, command)
-    if settings.json:
-        print(json.dumps(summary))
-    elif not settings.quiet:
-        boundary.print_summary(summary)
-        print(f"\n{settings.out / 'report.html'}  is the page to open; {settings.out / 'metrics.jsonl'} has every run")
-
-
-def _factor(settings: Factor, command: str) -> None:
-    summary = factor.run(settings, command)
-    if settings.json:
-        print(json.dumps(summary))
-    elif not settings.quiet:
-        factor.print_summary(summary)
-        print(f"\n{settings.out / 'report.html'}  is the page to open; {settings.out / 'summary.json'} has the figures")
-
-
-def _report(settings: Report, command: str) -> None:
+def _report(settings: Report) -> None:
     from rankdecay.lab.report import draw_figure, is_sweep, write_merged_report, write_report
 
     directories = list(settings.directories)
@@ -212,16 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["rankdecay", *arguments])
     try:
         settings = parse(arguments)
-        if isinstance(settings, Grok):
-            _grok(settings, command)
-        elif isinstance(settings, Boundary):
-            _boundary(settings, command)
-        elif isinstance(settings, Factor):
-            _factor(settings, command)
-        elif isinstance(settings, Inspect):
+        if isinstance(settings, Inspect):
             _inspect(settings)
+        elif isinstance(settings, Report):
+            _report(settings)
         else:
-            _report(settings, command)
+            _experiment(settings, command)
         sys.stdout.flush()
     except SettingError as error:
         print(f"rankdecay: error: {error}", file=sys.stderr)

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from rankdecay.lab.errors import SettingError, check_name
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from rankdecay.lab.factorised import Factors, Method, Training
@@ -204,6 +203,7 @@ class Problems:
 
 def make_problems(settings: Factor, device: str) -> Problems:
     """The targets, strengths and masks; a seed fixes its target and its mask at every strength."""
+    import numpy as np
     import torch
 
     n, targets, masks = settings.size, [], []
@@ -233,6 +233,7 @@ def initial_factors(settings: Factor, depth: int, device: str) -> Factors:
     The scale of deeper products is chosen so that the loss begins as curved as that of two factors, which is what the
     learning rate has to suit.
     """
+    import numpy as np
     import torch
 
     n = settings.size
@@ -520,6 +521,8 @@ def compare_with_solver(arm_rows: Sequence[Record], W: Tensor, problems: Problem
         problems: what it was trained on.
         settings: of the run.
     """
+    import numpy as np
+
     from rankdecay.lab.convex import nuclear_fit
 
     for number, row in enumerate(arm_rows):
@@ -642,6 +645,8 @@ def _compute(
     settings: Factor, arms: Sequence[Arm], device: str, live: _Live
 ) -> tuple[list[Record], Record, dict[str, np.ndarray]]:
     """The lines of ``metrics.jsonl``, the arms and bounds of the summary, and the arrays of the last step."""
+    import numpy as np
+
     from rankdecay.lab.convex import LARGEST
 
     problems = make_problems(settings, device)
