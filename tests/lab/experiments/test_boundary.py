@@ -97,6 +97,17 @@ def test_a_larger_grid_computes_only_what_is_missing(tmp_path):
         assert one == other
 
 
+def test_only_the_strengths_asked_for_get_new_seeds(tmp_path):
+    settings = dataclasses.replace(TINY, out=tmp_path / "run", arms=("smooth",), strengths=("smooth=1,2",), seeds=1)
+    run(settings, "")
+    run(dataclasses.replace(settings, strengths=("smooth=2",), seeds=2), "")
+    assert sorted((row["strength"], row["seed"]) for row in rows(tmp_path / "run") if row["train_fraction"] == 0.5) == [
+        (1.0, 0),
+        (2.0, 0),
+        (2.0, 1),
+    ]
+
+
 def test_a_smaller_grid_later_keeps_the_larger_result(tmp_path):
     run(dataclasses.replace(TINY, out=tmp_path / "run"), "")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()

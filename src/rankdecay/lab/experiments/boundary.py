@@ -428,8 +428,9 @@ class _Sweep:
         self._done = {key_of(row) for row in self._rows}
         self.seconds = max((row["seconds"] for row in self._rows), default=0.0)
         self._columns = {name: list(arm.strengths or (0.0,)) for name, arm in arms.items()}
-        for row in self._rows:  # strengths that an earlier widening added
-            if row["strength"] not in self._columns.get(row["arm"], [row["strength"]]):
+        asked = {text.partition("=")[0] for text in settings.strengths}
+        for row in self._rows:  # strengths that an earlier widening added, unless the user says which to run
+            if row["arm"] not in asked and row["strength"] not in self._columns.get(row["arm"], [row["strength"]]):
                 self._columns[row["arm"]].append(row["strength"])
         self.missing = self._missing()
 
