@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The sweeps whose rows are in this folder, in the order they were run; about two hours on two cores. Each adds to its
+# directory what is not there yet, so any of them can be widened and run again.
+set -euo pipefail
+sweep() { rankdecay boundary --compile on --widen 0 --out "runs/$1" "${@:2}"; }
+
+sweep selection --task selection --seeds 5 \
+  --arms none l2 low_rank smooth prototype uniform_attention radial_only tangential_only raise_rank sphere \
+  sphere_low_rank fast_query_key \
+  --strengths l2=3,10,30,100,300 radial_only=2.5,5,10 tangential_only=5,10,20 fast_query_key=3,10,30
+sweep selection --task selection --seeds 5 --train-examples 600 --arms l2 smooth prototype radial_only raise_rank \
+  --strengths l2=3,10,30,100,300 radial_only=2.5,5,10 raise_rank=2.5,5,10
+sweep selection --task selection --seeds 5 \
+  --arms l2_all no_qk_norm low_rank_all truncate after_memorising kept_on until_generalised target_rank \
+  target_rank_head tangential_only sphere_low_rank \
+  --strengths l2_all=1,2,4 no_qk_norm=3,10 low_rank_all=1.25,2.5 truncate=4,8 after_memorising=5,10 kept_on=5 \
+  until_generalised=5 target_rank=3,6 target_rank_head=6 tangential_only=40 sphere_low_rank=1.6
+# One seed of every arm at another decay of the rest, on other sizes; stopped after 276 of 1460 runs.
+sweep selection_rest3 --task selection --arms all --seeds 5 --rest-decays 3 --train-examples 700 900 1150 1500
+sweep add --task add --seeds 3 --arms none l2 smooth prototype uniform_attention radial_only raise_rank \
+  --strengths l2=10,30,100 smooth=2.5,5,10 prototype=0.005,0.01,0.02 radial_only=5,10,20 raise_rank=5,10
+for task in subtract divide; do
+  sweep "$task" --task "$task" --seeds 3 --fractions 0.6 0.7 0.8 --arms none l2 smooth uniform_attention \
+    --strengths l2=3,10,30 smooth=1.25,2.5,5,10
+done
+sweep recall --task recall --seeds 3 --train-examples 1000 1400 --arms none l2 smooth uniform_attention \
+  --strengths l2=10,30 smooth=1.25,2.5
+sweep prototype --preset prototype
