@@ -188,7 +188,7 @@ def main() -> None:
         result = json.loads(arguments.show.read_text())
     else:
         result = {"machine": describe_machine(arguments.device), "torch": torch.__version__}
-        result |= ray_nodes(arguments) if arguments.ray_nodes else speed(arguments)
+        result |= {"ray_nodes": ray_nodes(arguments)} if arguments.ray_nodes else speed(arguments)
         if arguments.rows:
             result["early_leaving"] = early_leaving(arguments.rows)
     if arguments.json:

@@ -15,6 +15,10 @@ sweep selection --task selection --seeds 5 \
   target_rank_head tangential_only sphere_low_rank \
   --strengths l2_all=1,2,4 no_qk_norm=3,10 low_rank_all=1.25,2.5 truncate=4,8 after_memorising=5,10 kept_on=5 \
   until_generalised=5 target_rank=3,6 target_rank_head=6 tangential_only=40 sphere_low_rank=1.6
+sweep selection --task selection --seeds 3 --rest-decays 0.5 1 4 --train-examples 700 1000 1250 --arms none l2 smooth \
+  --strengths l2=30 smooth=5
+sweep selection_six --task selection --values 6 --seeds 3 --train-examples 1500 2500 \
+  --arms none l2 smooth radial_only uniform_attention --strengths l2=10,30 smooth=2.5,5 radial_only=5
 # One seed of every arm at another decay of the rest, on other sizes; stopped after 276 of 1460 runs.
 sweep selection_rest3 --task selection --arms all --seeds 5 --rest-decays 3 --train-examples 700 900 1150 1500
 sweep add --task add --seeds 3 --arms none l2 smooth prototype uniform_attention radial_only raise_rank \
