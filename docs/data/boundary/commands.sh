@@ -19,6 +19,9 @@ sweep selection --task selection --seeds 3 --rest-decays 0.5 1 4 --train-example
   --strengths l2=30 smooth=5
 sweep selection_six --task selection --values 6 --seeds 3 --train-examples 1500 2500 \
   --arms none l2 smooth radial_only uniform_attention --strengths l2=10,30 smooth=2.5,5 radial_only=5
+sweep selection --task selection --seeds 5 \
+  --arms raise_rank no_qk_norm low_rank_all target_rank truncate after_memorising \
+  --strengths raise_rank=20 no_qk_norm=30 low_rank_all=5 target_rank=1.5 truncate=16 after_memorising=2.5
 # One seed of every arm at another decay of the rest, on other sizes; stopped after 276 of 1460 runs.
 sweep selection_rest3 --task selection --arms all --seeds 5 --rest-decays 3 --train-examples 700 900 1150 1500
 sweep add --task add --seeds 3 --arms none l2 smooth prototype uniform_attention radial_only raise_rank \
@@ -29,4 +32,4 @@ for task in subtract divide; do
 done
 sweep recall --task recall --seeds 3 --train-examples 1000 1400 --arms none l2 smooth uniform_attention \
   --strengths l2=10,30 smooth=1.25,2.5
-sweep prototype --preset prototype
+# Not run yet, 50 minutes on two cores: sweep prototype --preset prototype
