@@ -25,7 +25,8 @@ sweep selection --task selection --seeds 5 \
 # One seed of every arm at another decay of the rest, on other sizes; stopped after 276 of 1460 runs.
 sweep selection_rest3 --task selection --arms all --seeds 5 --rest-decays 3 --train-examples 700 900 1150 1500
 sweep add --task add --seeds 3 --arms none l2 smooth prototype uniform_attention radial_only raise_rank \
-  --strengths l2=10,30,100 smooth=2.5,5,10 prototype=0.005,0.01,0.02 radial_only=5,10,20 raise_rank=5,10
+  --strengths l2=3,10,30,100 smooth=1.25,2.5,5,10 prototype=0.0025,0.005,0.01,0.02 \
+  radial_only=5,10,20 raise_rank=5,10,20
 for task in subtract divide; do
   sweep "$task" --task "$task" --seeds 3 --fractions 0.6 0.7 0.8 --arms none l2 smooth uniform_attention \
     --strengths l2=3,10,30 smooth=1.25,2.5,5,10
