@@ -124,6 +124,22 @@ def test_the_matrices_every_measure_and_less_detail():
     assert list(layer)[3:] == ["rank/attention/query_key/stable_rank", "rank/attention/query_key/stable_rank_min"]
 
 
+def test_the_balance_of_products_and_of_nothing_else():
+    torch.manual_seed(0)
+    its = nn.MultiheadAttention(8, 2, bias=False)
+    values = Monitor(its, measures=["imbalance", "nuclear_gap"], of=["query_key", "query"], detail="head").measure()
+    assert not any("/query/" in name for name in values)
+    q, k, _ = its.in_proj_weight.detach().double().chunk(3)
+    for head in range(2):
+        rows = slice(4 * head, 4 * head + 4)
+        first, second = k[rows] @ k[rows].T, q[rows] @ q[rows].T
+        relative = torch.linalg.matrix_norm(first - second) / torch.linalg.matrix_norm((first + second) / 2)
+        assert _close(values[f"rank/attention/query_key/imbalance_{head}"], float(relative))
+        mean = float(first.trace() + second.trace()) / 2
+        gap = mean - float(torch.linalg.matrix_norm(k[rows].T @ q[rows], "nuc"))
+        assert _close(values[f"rank/attention/query_key/nuclear_gap_{head}"], gap)
+
+
 def test_attention_without_an_output_projection():
     its = nn.Module()
     its.q, its.k, its.v, its.num_heads = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), 2

@@ -28,9 +28,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rankdecay.attention import AttentionLayer, AttentionNames, find_attention
+from rankdecay.attention.inspection import BALANCE
 from rankdecay.decay.unwrap import unwrapped
 from rankdecay.linalg.polar import check_name
-from rankdecay.spectrum import Spectrum, spectrum
+from rankdecay.spectrum import spectrum
 
 Part = Literal["query_key", "value_output", "query", "key", "value", "output"]
 Detail = Literal["model", "layer", "head"]
@@ -44,8 +45,11 @@ Measure = Literal[
     "nuclear_norm",
     "frobenius_norm",
     "spectral_norm",
+    "nuclear_gap",
+    "nuclear_ratio",
+    "imbalance",
 ]
-
+_PRODUCTS = ("query_key", "value_output")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -70,7 +74,8 @@ class Monitor:
         model: the model; one wrapped by ``torch.compile``, DDP or PEFT is seen through.
         every: steps between two measurements.
         log: takes a dictionary of floats, ``"step"`` among them: ``print``, ``wandb.log``, ``history.append``.
-        measures: names of :class:`rankdecay.Spectrum`'s ranks and norms.
+        measures: names of :class:`rankdecay.Spectrum`'s ranks and norms, and, for products alone, ``"imbalance"``,
+            ``"nuclear_gap"`` and ``"nuclear_ratio"`` (:class:`rankdecay.attention.products.Product`).
         of: ``"query_key"`` (W_Kᵀ W_Q) and ``"value_output"`` (W_O W_V), with their biases, or the matrices
             ``"query"``, ``"key"``, ``"value"``, ``"output"``; always head by head. Where a layer has no such product,
             because it normalises queries and keys or has no output projection, its matrices take the product's place,
@@ -185,24 +190,30 @@ class Monitor:
         found: dict[tuple[str, str], dict[str, Tensor]] = {}
         for name, layer in self._layers.items():
             for part in _parts(layer, self.of):
-                its = _spectrum(layer, part)
-                values: dict[str, Any] = {measure: getattr(its, measure) for measure in wanted}
+                product = getattr(layer, part)() if part in _PRODUCTS else None
+                its = product.spectrum() if product is not None else spectrum(getattr(layer, part).heads())
+                values: dict[str, Any] = {m: getattr(its, m) for m in wanted if m not in BALANCE}
+                values |= {m: getattr(product, m) for m in wanted if m in BALANCE and product is not None}
                 found[name, part] = {m: (v if isinstance(v, Tensor) else v()).cpu() for m, v in values.items()}
         return found
 
     def _values(self, heads: dict[tuple[str, str], dict[str, Tensor]]) -> dict[str, float]:
         values: dict[str, float] = {"step": self.steps}
         for part in dict.fromkeys(part for _, part in heads):
-            for measure in self.measures:
+            for measure in self._measures(part):
                 everywhere = torch.cat([v[measure] for (_, its), v in heads.items() if its == part])
                 _summarise(values, f"rank/{part}/{measure}", everywhere)
         for (layer, part), by_measure in heads.items() if self.detail != "model" else ():
-            for measure in self.measures:
+            for measure in self._measures(part):
                 _summarise(values, f"rank/{layer}/{part}/{measure}", by_measure[measure])
                 if self.detail == "head":
                     each = by_measure[measure].tolist()
                     values |= {f"rank/{layer}/{part}/{measure}_{head}": value for head, value in enumerate(each)}
         return values
+
+    def _measures(self, part: str) -> list[str]:
+        """What is measured of a part: a matrix on its own balances nothing."""
+        return [measure for measure in self.measures if measure not in BALANCE or part in _PRODUCTS]
 
     def _warn(self, heads: dict[tuple[str, str], dict[str, Tensor]]) -> None:
         """One warning for all heads that have fallen under the bound since they were last above it."""
@@ -241,13 +252,6 @@ def _parts(layer: AttentionLayer, of: Iterable[str]) -> list[str]:
     none |= {"value_output", "output"} if layer.output is None else set()
     parts = (name for part in of for name in (part.split("_") if part in none else [part]))
     return [part for part in dict.fromkeys(parts) if part not in none]
-
-
-def _spectrum(layer: AttentionLayer, part: str) -> Spectrum:
-    """One spectrum per head."""
-    if part in ("query_key", "value_output"):
-        return getattr(layer, part)().spectrum()
-    return spectrum(getattr(layer, part).heads())
 
 
 def _summarise(values: dict[str, float], name: str, heads: Tensor) -> None:
