@@ -3,7 +3,8 @@
     python benchmarks/boundary_findings.py store runs/selection docs/data/boundary/selection   # a compact copy
     python benchmarks/boundary_findings.py table docs/data/boundary/selection                  # one line per arm
     python benchmarks/boundary_findings.py table docs/data/boundary/selection --rest 3 --differences
-    python benchmarks/boundary_findings.py cells docs/data/boundary/prototype                  # best accuracy per cell
+    python benchmarks/boundary_findings.py cells docs/data/boundary/add                        # best accuracy per cell
+    python benchmarks/boundary_findings.py ends docs/data/boundary/selection                   # what the runs kept
 
 A compact copy is a run directory: its rows without curves and spectra, so `rankdecay report` draws it too, and a longer
 sweep goes on from it.
@@ -18,6 +19,7 @@ from typing import Any
 
 from rankdecay.lab.phase import reference, summarise
 from rankdecay.lab.store import read_metrics
+from rankdecay.lab.tasks import SAMPLED
 
 DROPPED = ("curve", "spectrum", "spectrum_index", "decay_size", "seconds")
 
@@ -45,7 +47,7 @@ def rows_and_names(options: argparse.Namespace) -> tuple[list[dict[str, Any]], l
         config = json.loads((directory / "config.json").read_text())
         names |= {arm["name"]: None for arm in config["arms"]}
         rows += read_metrics(directory)
-        by_number = config["settings"]["task"] in ("selection", "recall")
+        by_number = config["settings"]["task"] in SAMPLED
     if options.rest is not None:
         rows = [row for row in rows if row["rest_decay"] == options.rest or row["arm"] == "l2_all"]
     chosen = [name for name in names if not options.arms or name in options.arms]
@@ -130,6 +132,23 @@ def cells(options: argparse.Namespace) -> None:
             print(f"| {fraction:g} | {' | '.join(shown)} |")
 
 
+def ends(options: argparse.Namespace) -> None:
+    """A Markdown line per arm: test accuracy at the end of the runs that generalised, and the best of all runs."""
+    rows, names, _ = rows_and_names(options)
+    threshold = json.loads((options.directories[0] / "config.json").read_text())["settings"]["threshold"]
+    print(f"| arm | generalised | at their end: mean | worst | below {threshold:g} | best of all runs |")
+    print("|" + "---|" * 6)
+    for name in names:
+        own = [row for row in rows if row["arm"] == name]
+        if not own:
+            continue
+        last = [row["test_accuracy"] or 0.0 for row in own if row["outcome"] == "generalised"]  # none: it diverged
+        mean, worst = (f"{statistics.fmean(last):.3f}", f"{min(last):.3f}") if last else ("—", "—")
+        lost = sum(value < threshold for value in last)
+        best = max(row["best_test_accuracy"] or 0.0 for row in own)
+        print(f"| {name} | {len(last)} of {len(own)} | {mean} | {worst} | {lost} | {best:.3f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -137,7 +156,7 @@ def main() -> None:
     storing.set_defaults(action=store)
     storing.add_argument("run", type=Path)
     storing.add_argument("to", type=Path)
-    for name, action in (("table", table), ("cells", cells)):
+    for name, action in (("table", table), ("cells", cells), ("ends", ends)):
         shown = commands.add_parser(name)
         shown.set_defaults(action=action)
         shown.add_argument("directories", type=Path, nargs="+")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankdecay.lab.factorised import Factors, Method, Training, gap, imbalance, product, shrunk
+from rankdecay.lab.factorised import Factors, Method, Training, imbalance, product, shrunk
 
 TARGET = torch.diag(torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0], dtype=torch.float64))
 VALUES = torch.linalg.svdvals(TARGET)
@@ -32,16 +32,13 @@ def distance(training: Training, strengths: Tensor) -> Tensor:
 
 
 def conserved() -> None:
-    factors, strengths = start([0.0], [0])
-    training = Training(factors, TARGET, strengths, Method(0.001))
-    for _ in range(20_000):
-        training.step()
-    print(
-        "no decay, rate .001, 20,000 steps: imbalance",
-        imbalance(training.factors).item(),
-        "gap",
-        gap(training.factors).item(),
-    )
+    for lr, steps in ((0.1, 1000), (0.01, 2000), (0.001, 20_000)):
+        factors, strengths = start([0.0], [0])
+        training = Training(factors, TARGET, strengths, Method(lr))
+        for _ in range(steps):
+            training.step()
+        begun, ended = imbalance(factors).item(), imbalance(training.factors).item()
+        print(f"no decay, seed 0, rate {lr}, {steps} steps: imbalance {begun:.4f} → {ended:.4f}")
 
 
 def late_adam() -> None:

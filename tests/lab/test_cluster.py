@@ -20,8 +20,9 @@ import pytest
 from rankdecay.lab import cluster, sweep
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.boundary import Boundary, chosen_arms, filled, make_plan, trials
+from rankdecay.lab.outcome import key_of
 from rankdecay.lab.store import read_metrics
-from rankdecay.lab.sweep import Trial, key_of
+from rankdecay.lab.sweep import Trial
 
 # Before Ray is imported, and inherited by the commands that tests start: a cluster that serves only who has its token,
 # and does not touch the user's own.

@@ -19,8 +19,9 @@ from rankdecay.lab import local, sweep
 from rankdecay.lab.ensemble import Ensemble, Member, Training
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.models.transformer import TransformerConfig
+from rankdecay.lab.outcome import key_of
 from rankdecay.lab.store import RunDirectory
-from rankdecay.lab.sweep import Plan, Source, Trial, key_of
+from rankdecay.lab.sweep import Plan, Source, Trial
 
 NETWORK = TransformerConfig(6, 3, 5, width=8, depth=1, heads=2, mlp_width=16)
 PLAN = Plan(Training(batch_size=10, precision="float64"), budget=80, evaluate_every=20, threshold=0.95, places=2)

@@ -9,8 +9,9 @@ from rich.console import Console
 from rankdecay.lab import phase_map as module
 from rankdecay.lab.ensemble import Member
 from rankdecay.lab.models.transformer import TransformerConfig
+from rankdecay.lab.outcome import KEY
 from rankdecay.lab.phase_map import PLAIN_EVERY, SHADES, WAITING, PhaseProgress, phase_map
-from rankdecay.lab.sweep import KEY, Trial
+from rankdecay.lab.sweep import Trial
 
 NETWORK = TransformerConfig(6, 3, 5, width=8, depth=1, heads=2, mlp_width=8)
 
@@ -188,7 +189,7 @@ def terminal(monkeypatch) -> io.StringIO:
             file=screen, force_terminal=True, width=100, height=40, highlight=False, _environ={"TERM": "xterm"}
         )
 
-    monkeypatch.setattr(module, "Console", console)
+    monkeypatch.setattr("rankdecay.lab.progress.Console", console)
     return screen
 
 

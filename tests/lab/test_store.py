@@ -421,8 +421,12 @@ def test_a_complete_directory_is_opened_again_to_go_on(tmp_path):
     with grown(tmp_path / "run") as run:
         run.append(RECORDS)
         run.finish({"arms": []})
+        (run.path / "report.html").touch()
         run.reopen()
         assert run.summary is None
+        run.finish({"arms": []})
+        assert not (run.path / "report.html").exists(), "it was of the smaller sweep"
+        run.reopen()
         assert run.metrics() == RECORDS
         run.reopen()  # of one that is open already
 

@@ -15,7 +15,8 @@ from rankdecay.lab import ensemble
 from rankdecay.lab.control import Control
 from rankdecay.lab.ensemble import Ensemble, Member, Training
 from rankdecay.lab.models.transformer import TransformerConfig
-from rankdecay.lab.sweep import FINAL, KEY, Key, Plan, Saved, Source, Trial, key_of, row, train
+from rankdecay.lab.outcome import FIGURES, KEY, Key, key_of
+from rankdecay.lab.sweep import Plan, Saved, Source, Trial, row, train
 
 HEAD = TransformerConfig(6, 3, 5, width=16, depth=1, heads=2, mlp_width=32)
 NONE = replace(HEAD, qk_norm="none")
@@ -124,7 +125,7 @@ def test_a_row_is_the_run_trained_alone(rows):
         assert wanted["curve"]["step"] == [r["step"] for r in curve]
         for name in ("train_accuracy", "test_accuracy", "stable_rank", "query_norm"):
             assert wanted["curve"][name] == pytest.approx([r[name] for r in curve], rel=1e-3)
-        for name in FINAL:
+        for name in FIGURES:
             assert wanted[name] == (None if curve[-1][name] is None else pytest.approx(curve[-1][name], rel=1e-3)), name
         fell = (r["step"] for r in curve if r["stable_rank"] <= first["stable_rank"] / 2)
         assert wanted["rank_fell_at"] == (next(fell, None) if first["stable_rank"] else None)  # none to lose
@@ -152,7 +153,7 @@ def test_what_every_row_holds(rows):
     for key, r in rows.items():
         assert tuple(r[name] for name in KEY) == key
         assert r["budget"] == PLAN.budget
-        assert set(FINAL) <= set(r)
+        assert set(FIGURES) <= set(r)
         assert r["curve"]["step"] == list(range(PLAN.evaluate_every, r["steps"] + 1, PLAN.evaluate_every))
         assert {len(values) for values in r["curve"].values()} == {len(r["curve"]["step"])}
         index, spectrum = r["spectrum_index"], r["spectrum"]
@@ -402,7 +403,7 @@ def test_a_batch_larger_than_a_training_set_is_refused():
 
 
 def evaluations(**columns) -> list[dict]:
-    names = ("train_loss", "test_loss", "rest_norm", "train_accuracy", *FINAL)
+    names = ("train_loss", "test_loss", "rest_norm", "train_accuracy", *FIGURES, "decay_size")
     count = len(next(iter(columns.values())))
     return [
         dict.fromkeys(names, 0.5) | {"step": 20 * (n + 1)} | {name: values[n] for name, values in columns.items()}

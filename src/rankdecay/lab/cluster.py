@@ -20,8 +20,8 @@ import torch
 
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.models.transformer import TransformerConfig
-from rankdecay.lab.outcome import Record
-from rankdecay.lab.sweep import Plan, Source, Trial, key_of, train
+from rankdecay.lab.outcome import Record, key_of
+from rankdecay.lab.sweep import Plan, Source, Trial, train
 
 LOSSES = 5  # times that a task may lose its worker without a new row, before its trials are to blame
 ROUNDS = 8  # a task has at most this many times the places of its ensemble: it is pickled, and waits for its last run

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rankdecay.lab.outcome import MEMORISED, first_step
 from rankdecay.spectrum import spectrum
 
 Part = Literal["whole", "radial", "tangential", "reversed"]
 Schedule = Literal["always", "after_memorising", "until_generalised"]
-MEMORISED = 0.99  # training accuracy
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ PLAIN = Control()
 
 def memorised(records: Sequence[dict[str, Any]]) -> bool:
     """Whether a member has fitted its training set at any evaluation so far."""
-    return any(record["train_accuracy"] is not None and record["train_accuracy"] >= MEMORISED for record in records)
+    return first_step(records, "train_accuracy", above=MEMORISED) is not None
 
 
 def decay_acts(schedule: Schedule, records: Sequence[dict[str, Any]], generalised: bool) -> bool:

@@ -132,6 +132,11 @@ class Group:
     rows: list[int]
     strength: Tensor  # (rows, 1)
 
+    def decayed(self, weight: Tensor, tau: Tensor) -> Tensor:
+        """``weight`` (rows, ..., m, n) after a decay of ``tau`` (rows, ...)."""
+        after = shrink(weight, tau, self.policy.rule, smoothing=self.policy.smoothing)
+        return part_of_step(weight, after, self.part)
+
 
 class Ensemble:
     """Members of one shape, trained together.
@@ -221,11 +226,10 @@ class Ensemble:
         factors = [m.control.query_key_lr for m in self.members]
         self._one_lr = all(factor == 1 for factor in factors)
         self._query_key_lr = self._lr * self._column(factors)
-        rest = [m.rest_decay for m in self.members]
         self._keep_blocks = 1 - self._lr * self._column(
             [0.0 if m.low_rank and m.control.blocks else m.rest_decay for m in self.members]
         )
-        self._keep_rest = 1 - self._lr * self._column(rest)
+        self._keep_rest = 1 - self._lr * self._column([m.rest_decay for m in self.members])
         norms = [m.control.norm for m in self.members]
         self._norm = self._column([math.nan if norm is None else norm for norm in norms]) if any(norms) else None
         self._bind_schedule()
@@ -363,8 +367,7 @@ class Ensemble:
             for name in self._block_names:
                 weight = self.parameters[name][rows]
                 tau = every * group.policy.threshold(weight, lr, strength)
-                after = shrink(weight, tau, group.policy.rule, smoothing=group.policy.smoothing)
-                self.parameters[name][rows] = part_of_step(weight, after, group.part)
+                self.parameters[name][rows] = group.decayed(weight, tau)
 
     def _which(self, rows: list[int]) -> slice | Tensor:
         """An index of members; of all of them a slice, which needs no gathered copy."""
@@ -381,8 +384,7 @@ class Ensemble:
         if self._share is not None:
             share = self._share[rows]
             tau = tau * (share if by_head else share[..., 0])
-        after = shrink(weight, steps * tau, policy.rule, smoothing=policy.smoothing)
-        return part_of_step(weight, after, group.part).view(stack.shape)
+        return group.decayed(weight, steps * tau).view(stack.shape)
 
     def retain(self, keep: Sequence[bool]) -> None:
         """Drops the members for which ``keep`` is false; the others go on as if nothing had happened."""

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from rankdecay.lab.ensemble import STATE, State
-from rankdecay.lab.outcome import Record
+from rankdecay.lab.outcome import Key, Record
 from rankdecay.lab.store import Checkpoint, RunDirectory
-from rankdecay.lab.sweep import Key, Plan, Saved, Source, Trial, train
+from rankdecay.lab.sweep import Plan, Saved, Source, Trial, train
 
 CHECKPOINT_RARITY = 20  # a file waits this many times as long as the last one took: at most 5 % of the time
 WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt

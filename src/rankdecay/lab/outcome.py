@@ -1,12 +1,35 @@
-"""What one training run came to, from its evaluations."""
+"""What one training run came to, from its evaluations, and what a sweep's row of it is called by.
+
+Importing this module imports neither torch nor numpy: statistics and reports read rows without what trained them.
+"""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 Record = dict[str, Any]
+Key = tuple[str, float, float, float, int]
+KEY = ("arm", "strength", "rest_decay", "train_fraction", "seed")  # what tells a row from every other of its sweep
+FIGURES = (  # of a run's last evaluation: what its row keeps, and what is averaged over seeds
+    "test_accuracy",
+    "train_accuracy",
+    "stable_rank",
+    "effective_rank",
+    "product_stable_rank",
+    "product_effective_rank",
+    "query_norm",
+    "key_norm",
+    "angular_step",
+    "tangential_share",
+)
+MEMORISED = 0.99  # training accuracy that counts as having fitted the training set
 ROSE = 0.5  # test accuracy that counts as having begun to generalise
 FELL = 0.5  # of the stable rank at initialisation that counts as having lost rank
+
+
+def key_of(row: Record) -> Key:
+    """The key of the trial a stored row belongs to."""
+    return tuple(row[name] for name in KEY)  # type: ignore[return-value]
 
 
 def steps_to_hold(records: Sequence[Record], threshold: float) -> int | None:

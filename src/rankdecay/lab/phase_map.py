@@ -1,6 +1,5 @@
 """What a person sees while a sweep runs: a bar with the time left, and the phase map of every arm as it fills."""
 
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,12 +7,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.columns import Columns
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from rankdecay.lab.progress import duration
+from rankdecay.lab.progress import Screen, duration
 
 if TYPE_CHECKING:
     from rankdecay.lab.sweep import Trial
@@ -25,26 +24,25 @@ PLAIN_EVERY = 30.0  # seconds between lines when there is no terminal
 Cell = tuple[float, float, float]  # rest decay, train fraction, strength
 
 
-class PhaseProgress:
+class PhaseProgress(Screen):
     """Progress of a sweep; use as a context after `begin`.
 
     Args:
         title: what is running.
         arms: names, in display order.
-        quiet: show nothing.
+        quiet: show nothing but notices.
         to_stderr: keep standard output free, for ``--json``.
     """
 
     def __init__(self, title: str, arms: Sequence[str], *, quiet: bool, to_stderr: bool) -> None:
-        self._title, self._arms, self._quiet = title, arms, quiet
-        self._console = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False)
+        super().__init__(quiet=quiet, to_stderr=to_stderr)
+        self._title, self._arms = title, arms
         self._cells: dict[str, dict[Cell, list[bool]]] = {arm: defaultdict(list) for arm in arms}
         self._bar = Progress(
             TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"), auto_refresh=False
         )
         self._task = self._bar.add_task("", total=0, left="")
-        terminal = self._console.is_terminal and not quiet
-        self._live = Live(console=self._console, auto_refresh=False) if terminal else None
+        self._live = Live(console=self.console, auto_refresh=False) if self.is_live else None
         self._entered = False
         self._waiting = self._ended = 0
         self._started = self._spoken = time.monotonic()
@@ -65,8 +63,8 @@ class PhaseProgress:
             self._add(row)
         self._waiting, self._ended, self._started = len(missing), 0, time.monotonic()
         self._bar.update(self._task, total=len(rows) + len(missing), completed=len(rows), left="")
-        if missing and not self._live and not self._quiet:
-            self.notice(f"{self._title}: {len(missing)} runs to do" + (f", {len(rows)} there" if rows else ""))
+        if missing:
+            self.line(f"{self._title}: {len(missing)} runs to do" + (f", {len(rows)} there" if rows else ""))
         self._start()
         self._show()
 
@@ -81,13 +79,6 @@ class PhaseProgress:
         if self._live:
             self._live.stop()
 
-    def notice(self, text: str) -> None:
-        """A line the user should see even with ``quiet``: it goes to standard error then."""
-        if self._quiet:
-            print(text, file=sys.stderr)
-        else:
-            self._console.print(text, markup=False, soft_wrap=True)
-
     def update(self, row: dict[str, Any]) -> None:
         """A run has ended."""
         self._add(row)
@@ -95,12 +86,11 @@ class PhaseProgress:
         left = (time.monotonic() - self._started) / self._ended * max(0, self._waiting - self._ended)
         said = f"ETA {duration(left)}" if left else ""
         self._bar.update(self._task, advance=1, left=said)
-        if self._live:
-            self._show()
-        elif not self._quiet and (time.monotonic() - self._spoken > PLAIN_EVERY or self._ended == self._waiting):
+        self._show()
+        if time.monotonic() - self._spoken > PLAIN_EVERY or self._ended == self._waiting:
             self._spoken = time.monotonic()
             generalised = sum(sum(seeds) for cells in self._cells.values() for seeds in cells.values())
-            self.notice(f"{self._ended} of {self._waiting} runs, {generalised} of all generalised  {said}")
+            self.line(f"{self._ended} of {self._waiting} runs, {generalised} of all generalised  {said}")
 
     def _start(self) -> None:
         if self._live and self._entered and self._waiting:

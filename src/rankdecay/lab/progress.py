@@ -1,4 +1,4 @@
-"""What a person sees while an experiment runs: one live line per arm, or plain lines when not in a terminal."""
+"""What a person sees while an experiment runs: something live in a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 
@@ -31,25 +33,48 @@ def _percent(records: Sequence[dict[str, Any]], key: str) -> str:
     return f"{100 * fmean(values):5.1f} %" if values else "diverged"
 
 
-class Progress:
+class Screen:
+    """Where a command speaks.
+
+    Args:
+        quiet: show nothing but notices.
+        to_stderr: keep standard output free, for ``--json``.
+    """
+
+    def __init__(self, *, quiet: bool, to_stderr: bool) -> None:
+        self.quiet = quiet
+        self.console = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False)
+        self.is_live = self.console.is_terminal and not quiet
+
+    def notice(self, text: str) -> None:
+        """A line the user should see even with ``quiet``: it goes to standard error then."""
+        if self.quiet:
+            print(text, file=sys.stderr)
+        else:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """A line for whoever reads a log: neither in a terminal, which is live, nor with ``quiet``."""
+        if not (self.is_live or self.quiet):
+            self.notice(text)
+
+
+class Progress(Screen):
     """Shows the latest evaluation of every arm, averaged over its members still running.
 
     Args:
         title: what is running.
         arms: names, in display order.
-        quiet: show nothing.
+        quiet: show nothing but notices.
         to_stderr: keep standard output free, for ``--json``.
     """
 
     def __init__(self, title: str, arms: Sequence[str], *, quiet: bool, to_stderr: bool) -> None:
+        super().__init__(quiet=quiet, to_stderr=to_stderr)
         self._title, self._work, self._done = title, 0, 0
         self._latest: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
         self._started = time.monotonic()
-        self._quiet = quiet
-        self._console = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False)
-        self._live = (
-            Live(console=self._console, auto_refresh=False) if self._console.is_terminal and not quiet else None
-        )
+        self._live = Live(console=self.console, auto_refresh=False) if self.is_live else None
 
     def working(self, work: int) -> "Progress":
         """Starts the clock for ``work`` member-steps, of which the ETA is made; use as a context."""
@@ -59,20 +84,12 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self._live:
             self._live.start()
-        elif not self._quiet:
-            self.notice(self._title)
+        self.line(self._title)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._live:
             self._live.stop()
-
-    def notice(self, text: str) -> None:
-        """A line the user should see even with ``quiet``: it goes to standard error then."""
-        if self._quiet:
-            print(text, file=sys.stderr)
-        else:
-            self._console.print(text, markup=False, soft_wrap=True)
 
     def update(self, records: Sequence[dict[str, Any]], member_steps: int) -> None:
         """New evaluations, after ``member_steps`` more training steps summed over members."""
@@ -82,12 +99,11 @@ class Progress:
             self._latest[arm] = [r for r in records if r["arm"] == arm]
         if self._live:
             self._live.update(self._table(), refresh=True)
-        elif not self._quiet:
-            for arm in arms:
-                row = self._row(arm)
-                self.notice(
-                    f"{row[0]:<18} step {row[1]:>6}  train {row[2]}  test {row[3]}  stable rank {row[4]:>5}  {row[5]}"
-                )
+        for arm in arms:
+            row = self._row(arm)
+            self.line(
+                f"{row[0]:<18} step {row[1]:>6}  train {row[2]}  test {row[3]}  stable rank {row[4]:>5}  {row[5]}"
+            )
 
     def _row(self, arm: str) -> tuple[str, ...]:
         records = self._latest[arm]
@@ -115,3 +131,110 @@ class Progress:
         for arm in self._latest:
             table.add_row(*self._row(arm))
         return table
+
+
+class ArmBar(Screen):
+    """A bar for an experiment that is done in seconds, one arm after the other; use as a context.
+
+    Args:
+        title: what is running.
+        work: steps of all arms together.
+        quiet: show nothing but notices.
+        to_stderr: keep standard output free, for ``--json``.
+    """
+
+    def __init__(self, title: str, work: int, *, quiet: bool, to_stderr: bool) -> None:
+        super().__init__(quiet=quiet, to_stderr=to_stderr)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=self.console, disable=not self.is_live)
+        self._task = self._bar.add_task(title, total=work)
+        self._title, self._done, self._started = title, 0, time.monotonic()
+
+    def __enter__(self) -> "ArmBar":
+        self._started = time.monotonic()
+        self._bar.start()
+        self.line(self._title)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def at(self, arm: str, step: int) -> None:
+        """An arm got to a step."""
+        self._bar.update(self._task, description=f"{self._title}  {arm}, step {step}", completed=self._done + step)
+
+    def ended(self, arm: str, steps: int, budget: int) -> None:
+        """An arm is finished; ``budget`` are the steps it might have taken."""
+        self._done += budget
+        self.line(f"{arm:<10} {steps:>6} steps  {time.monotonic() - self._started:5.1f} s")
+
+
+class RunsProgress(Screen):
+    """One bar over all steps of runs that follow one another; elsewhere a line per evaluation.
+
+    Args:
+        title: what is running.
+        unit: what a run counts: tokens, sequences, images.
+        quiet: show nothing but notices.
+        to_stderr: keep standard output free, for ``--json``.
+    """
+
+    def __init__(self, title: str, unit: str, *, quiet: bool, to_stderr: bool) -> None:
+        super().__init__(quiet=quiet, to_stderr=to_stderr)
+        self._title, self._unit = title, unit
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}"))
+        self._bar = Bar(*columns, console=self.console, disable=not self.is_live)
+        self._task = self._bar.add_task(title, left="")
+        self._work = self._done = self._free = self._step = 0
+        self._started = time.monotonic()
+
+    def working(self, work: int, done: int) -> "RunsProgress":
+        """Starts the clock; use as a context.
+
+        Args:
+            work: steps of all runs.
+            done: those made before.
+        """
+        self._work, self._done, self._free, self._started = work, done, done, time.monotonic()
+        self._bar.update(self._task, total=work, completed=done)
+        return self
+
+    def __enter__(self) -> "RunsProgress":
+        self._bar.start()
+        self.line(self._title)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def begins(self, step: int) -> None:
+        """A run begins, at a step that it had got to before."""
+        self._done += step
+        self._free += step
+        self._step = step
+
+    def at(self, step: int) -> None:
+        """The run got to a step."""
+        self._done += step - self._step
+        self._step = step
+        self._bar.update(self._task, completed=self._done, left=self._left())
+
+    def evaluated(self, run: str, record: dict[str, Any]) -> None:
+        """A run was evaluated."""
+        rate = record[self._unit] / max(record["seconds"], 1e-9)
+        accuracy = "" if record["accuracy"] is None else f"  accuracy {record['accuracy']:.1%}"
+        text = f"{run}  step {record['step']}  loss {record['loss']:.4f}{accuracy}  {rate:,.0f} {self._unit}/s"
+        self._bar.update(self._task, description=f"{self._title}\n{text}")
+        self.line(f"{text}  {self._left()}")
+
+    def ended(self, missed: int = 0) -> None:
+        """A run is over; ``missed`` are the steps it did not make because it diverged."""
+        self._done += missed
+        self._free += missed
+
+    def _left(self) -> str:
+        made = self._done - self._free
+        if not made:
+            return ""
+        left = (time.monotonic() - self._started) / made * max(0, self._work - self._done)
+        return f"ETA {duration(left)}" if left else ""

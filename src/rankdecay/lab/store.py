@@ -14,6 +14,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,10 +207,35 @@ class RunDirectory:
         return checkpoint
 
     def finish(self, summary: Record) -> None:
-        """Writes the summary, which marks the run complete, and removes the checkpoint."""
+        """Writes the summary, which marks the run complete, and removes the checkpoint and a page made meanwhile."""
+        (self.path / "report.html").unlink(missing_ok=True)  # beside a summary there is no page but its own
         self._write("summary.json", _as_json(summary))
         for checkpoint in self.path.glob("*.safetensors"):
             checkpoint.unlink()
+
+    def drop_checkpoint(self) -> None:
+        """Removes the checkpoint of a run that has ended, where others follow."""
+        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
+
+    def save_model(self, name: str, write: Callable[[Path], None]) -> None:
+        """Keeps a trained model as the directory ``models/name``, whole or not at all.
+
+        Args:
+            name: of the directory.
+            write: fills a directory that exists and is empty.
+        """
+        final = self.path / "models" / name
+        partial = final.with_name(f"{name}.partial")
+        with self._guarded(f"models/{name}"):
+            shutil.rmtree(partial, ignore_errors=True)  # a kill left it
+            partial.mkdir(parents=True)
+            write(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.replace(final)
+
+    def replace_metrics(self, records: Iterable[Record]) -> None:
+        """Writes ``metrics.jsonl`` again."""
+        self._write("metrics.jsonl", _as_lines(records))
 
     def reopen(self) -> None:
         """Removes the summary of a complete run that is to go on, an extended sweep say."""

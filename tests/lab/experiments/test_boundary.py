@@ -11,19 +11,22 @@ from pathlib import Path
 import pytest
 
 from rankdecay.cli import main, parse
+from rankdecay.lab import tasks
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.boundary import (
-    NOT_IDENTITY,
+    PLACEMENT,
     PRESETS,
     Boundary,
     check,
     chosen_arms,
     filled,
-    identity,
+    fixed,
     make_plan,
     run,
+    training_sets,
     trials,
 )
+from rankdecay.lab.experiments.common import NOT_IDENTITY
 
 TINY = Boundary(
     task="subtract",
@@ -238,9 +241,20 @@ def test_bad_settings_say_the_remedy_before_anything_is_written(tmp_path, change
     assert not (tmp_path / "run").exists()
 
 
-def test_identity_leaves_out_what_may_differ():
-    assert not set(identity(TINY)) & {"seeds", "arms", "fractions", *NOT_IDENTITY}
-    assert {"task", "lr", "steps", "smoothing"} <= set(identity(TINY))
+def test_what_rows_share_leaves_out_what_may_differ():
+    assert not set(fixed(TINY)) & {"seeds", "arms", "fractions", *PLACEMENT, *NOT_IDENTITY}
+    assert {"task", "lr", "steps", "smoothing"} <= set(fixed(TINY))
+
+
+def test_every_arm_is_made_of_the_same_data_sets(monkeypatch):
+    training_sets.cache_clear()
+    made = []
+    real = tasks.make_dataset
+    monkeypatch.setattr(tasks, "make_dataset", lambda *args, **of: made.append(of) or real(*args, **of))
+    settings = filled(dataclasses.replace(TINY, seeds=3))
+    for arm in chosen_arms(settings).values():
+        assert len(list(trials(settings, arm, (5.0,)))) == 3 * 2
+    assert [(of["seed"], of["train_fraction"]) for of in made] == [(0, 0.5), (0, 0.8)]
 
 
 def test_places_follow_the_device():
@@ -266,6 +280,29 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     assert json.loads(captured.out)["arms"][1]["name"] == "l2"
     assert "is complete" in captured.err
     assert main(["report", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("before", [[], ["--seeds", "1"]], ids=["at once", "after a smaller grid"])
+def test_a_kill_before_the_page_was_made_leaves_it_to_the_next_time(tmp_path, monkeypatch, before):
+    def interrupted(directory):
+        raise KeyboardInterrupt
+
+    command = [*OPTIONS, "--quiet", "--out", str(tmp_path / "run")]
+    if before:
+        assert main([*command, *before]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("rankdecay.lab.report.write_report", interrupted)
+        assert main(command) == 130
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert main(command) == 0
+    page = (tmp_path / "run" / "report.html").read_bytes()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert page == (tmp_path / "run" / "report.html").read_bytes()
+
+
+def test_importing_the_settings_imports_neither_torch_nor_numpy():
+    code = "import sys, rankdecay.lab.experiments.boundary; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_killed_at_any_moment_the_same_command_finishes(tmp_path):

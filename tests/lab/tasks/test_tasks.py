@@ -66,6 +66,39 @@ def test_an_unknown_task_is_refused_with_the_nearest_name():
         sequences("substract", modulus=7, values=4, named=2)
 
 
+# --- the tasks whose examples are drawn --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [selection, recall])
+@settings(deadline=None, max_examples=40)
+@given(
+    modulus=st.integers(4, 12),
+    values=st.integers(2, 4),
+    train=st.integers(1, 5),
+    test=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_as_many_distinct_sequences_are_drawn_as_asked_for(build, modulus, values, train, test, seed):
+    data = build(modulus, train, seed, test_examples=test, values=values)
+    sides = [{tokens for tokens, _ in examples(data, side)} for side in ("train", "test")]
+    assert (len(data.train_targets), len(data.test_targets)) == (train, test)
+    assert len(sides[0] | sides[1]) == train + test  # distinct, and none on both sides
+
+
+@pytest.mark.parametrize("build", [selection, recall])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({"modulus": n}, f"--modulus {n} is too small: choose at least 2") for n in (1, 0, -2)),
+        *(({"values": n}, f"--values {n} is outside 2 to 9: how many ") for n in (1, 0, 10)),
+        *(({"train_examples": n}, f"--train-examples {n} is too small") for n in (0, -5)),
+    ],
+)
+def test_numbers_that_no_drawn_task_can_have_are_refused(build, changes, message):
+    with pytest.raises(SettingError, match=message):
+        build(**{"modulus": 31, "train_examples": 10, "seed": 0} | changes)
+
+
 # --- how many sequences there are --------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ Importing this module does not import torch: the command line reads its settings
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,14 +17,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.experiments.common import (
+    Record,
+    check_counts,
+    check_numbers,
+    check_threshold,
+    check_width,
+    configuration,
+    finish,
+    finished,
+    identity,
+)
+from rankdecay.lab.outcome import key_of
 from rankdecay.rules import Rule
 
 if TYPE_CHECKING:
     from rankdecay.lab.arms import Arm
     from rankdecay.lab.store import RunDirectory
     from rankdecay.lab.sweep import Plan, Trial
+    from rankdecay.lab.tasks import Dataset
 
-Record = dict[str, Any]
 MAIN_ARMS = ("none", "l2", "low_rank", "smooth", "prototype", "uniform_attention")
 COMPILE_FROM = 30_000  # steps of all runs from which compiling, about half a minute, pays on a CPU
 PLACES = {"cpu": 4, "cuda": 64}  # members of an ensemble: what fits the cache, or fills the launches
@@ -170,7 +182,7 @@ SMALL_MODULAR = Scale(31, 1200, (0.5, 0.6, 0.7, 0.8), 3.0)
 PAPER = Scale(97, 3000, PAPER_FRACTIONS, 0.1)
 PROTOTYPE = Scale(113, 2500, (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), 0.1)
 GRID = ("arms", "fractions", "train_examples", "strengths", "rest_decays", "seeds", "widen")  # axes that may grow
-NOT_IDENTITY = ("places", "ray", "gpu_share", "out", "device", "compile", "quiet", "json")
+PLACEMENT = ("places", "ray", "gpu_share")  # where a run is computed, which does not change what its row says
 
 
 def filled(settings: Boundary) -> Boundary:
@@ -209,9 +221,7 @@ def check(settings: Boundary) -> None:
 
     for fraction in settings.fractions:
         check_fraction(fraction)
-    for name in ("steps", "seeds", "every", "depth", "mlp_width", "batch_size", "evaluate_every"):
-        if getattr(settings, name) < 1:
-            raise SettingError(f"--{name.replace('_', '-')} {getattr(settings, name)} is too small: give at least 1")
+    check_counts(settings, "steps", "seeds", "every", "depth", "mlp_width", "batch_size", "evaluate_every")
     for name in ("places", "widen"):
         if getattr(settings, name) < 0:
             raise SettingError(f"--{name} {getattr(settings, name)} is negative: give 0 or more")
@@ -220,16 +230,12 @@ def check(settings: Boundary) -> None:
             f"--steps {settings.steps} is no multiple of --evaluate-every {settings.evaluate_every}: "
             f"give for example --steps {max(1, settings.steps // settings.evaluate_every) * settings.evaluate_every}"
         )
-    for name in ("strength", "smoothing", "lr"):
-        if not (math.isfinite(getattr(settings, name)) and getattr(settings, name) > 0):
-            raise SettingError(f"--{name} {getattr(settings, name)} must be a finite number > 0")
+    check_numbers(settings, "strength", "smoothing", "lr")
     for decay in settings.rest_decays:
         if not 0 <= settings.lr * decay < 1:
             raise SettingError(f"--rest-decays {decay:g} must be at least 0 and below {1 / settings.lr:g}, 1 / --lr")
-    if not 0 < settings.threshold <= 1:
-        raise SettingError(f"--threshold {settings.threshold} must be an accuracy in (0, 1]: for example 0.95")
-    if settings.width % 4 or settings.width < 4:
-        raise SettingError(f"--width {settings.width} must be a multiple of the 4 heads: for example 64")
+    check_threshold(settings.threshold)
+    check_width(settings.width, heads=4, example=64)
     if not 0 < settings.gpu_share <= 1:
         raise SettingError(f"--gpu-share {settings.gpu_share} must be in (0, 1]: 0.5 lets two tasks share a GPU")
 
@@ -272,31 +278,40 @@ def chosen_arms(settings: Boundary) -> dict[str, Arm]:
     return chosen
 
 
-def trials(settings: Boundary, arm: Arm, strengths: Iterable[float]) -> Iterator[Trial]:
-    """The runs of some columns of an arm, seed by seed, so that the map fills evenly."""
-    from rankdecay.lab.ensemble import Member
-    from rankdecay.lab.models.transformer import TransformerConfig
-    from rankdecay.lab.sweep import Trial
+Size = tuple[float, Record]  # a fraction of all examples, and the arguments of `make_dataset` that give it
+
+
+@functools.lru_cache(maxsize=1)  # the same for every arm
+def training_sets(settings: Boundary) -> tuple[list[Size], Dataset]:
+    """The sizes of the training set to try, and the data set of the first.
+
+    Raises:
+        SettingError: for a data set that cannot be built, or a batch larger than the smallest.
+    """
     from rankdecay.lab.tasks import make_dataset, sequences
 
-    common = {
-        "task": settings.task,
-        "modulus": settings.modulus,
-        "values": settings.values,
-        "named": settings.named,
-        "split": settings.split,
-    }
-    whole = sequences(settings.task, modulus=settings.modulus, values=settings.values, named=settings.named)
-    sizes: list[tuple[float, dict[str, Any]]] = [(f, {"train_fraction": f}) for f in settings.fractions]
-    sizes += [(count / whole, {"train_examples": count}) for count in settings.train_examples]
-    first = [make_dataset(seed=0, **common, **size) for _, size in sizes]
+    numbers = {"modulus": settings.modulus, "values": settings.values, "named": settings.named}
+    whole = sequences(settings.task, **numbers)
+    common: Record = {"task": settings.task, **numbers, "split": settings.split}
+    sizes: list[Size] = [(f, common | {"train_fraction": f}) for f in settings.fractions]
+    sizes += [(count / whole, common | {"train_examples": count}) for count in settings.train_examples]
+    first = [make_dataset(seed=0, **size) for _, size in sizes]
     smallest = min(len(data.train_targets) for data in first)
     if settings.batch_size > smallest:
         raise SettingError(
             f"--batch-size {settings.batch_size} is larger than the smallest training set of {smallest} examples: "
             "give a smaller batch, or more training examples"
         )
-    data = first[0]
+    return sizes, first[0]
+
+
+def trials(settings: Boundary, arm: Arm, strengths: Iterable[float]) -> Iterator[Trial]:
+    """The runs of some columns of an arm, seed by seed, so that the map fills evenly."""
+    from rankdecay.lab.ensemble import Member
+    from rankdecay.lab.models.transformer import TransformerConfig
+    from rankdecay.lab.sweep import Trial
+
+    sizes, data = training_sets(settings)
     for seed in range(settings.seeds):
         for strength in strengths:
             treatment = arm.treat(strength)
@@ -323,12 +338,12 @@ def trials(settings: Boundary, arm: Arm, strengths: Iterable[float]) -> Iterator
                         uniform_attention=treatment.uniform_attention,
                         control=treatment.control,
                     )
-                    yield Trial(strength, fraction, member, config, common | size, treatment.stays)
+                    yield Trial(strength, fraction, member, config, size, treatment.stays)
 
 
-def identity(settings: Boundary) -> Record:
+def fixed(settings: Boundary) -> Record:
     """The settings that every row of one directory shares."""
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in (*GRID, *NOT_IDENTITY)}
+    return identity(settings, without=(*GRID, *PLACEMENT))
 
 
 def make_plan(settings: Boundary, device: str, runs: int) -> Plan:
@@ -364,24 +379,17 @@ def run(settings: Boundary, command: str) -> Record:
     for arm in arms.values():
         next(trials(settings, arm, arm.strengths or (0.0,)))  # a data set that cannot be built says so before anything
 
-    from rankdecay.lab.machine import describe_machine, resolve_device, versions
+    from rankdecay.lab.machine import resolve_device
     from rankdecay.lab.phase import reference, summarise
     from rankdecay.lab.phase_map import PhaseProgress
-    from rankdecay.lab.report import write_report
     from rankdecay.lab.store import RunDirectory
 
     device = resolve_device(settings.device)
-    config = {
-        "command": "boundary",
-        "fixed": identity(settings),
-        "settings": identity(settings) | {name: getattr(settings, name) for name in GRID},
-        "arms": [
-            {"name": arm.name, "description": arm.description, "control": arm.controls_for} for arm in arms.values()
-        ],
-        "versions": versions(),
-        "machine": describe_machine(device),
-        "reproduce": command,
-    }
+    asked = identity(settings, without=PLACEMENT)
+    described = [
+        {"name": arm.name, "description": arm.description, "control": arm.controls_for} for arm in arms.values()
+    ]
+    config = configuration("boundary", asked, described, device, command) | {"fixed": fixed(settings)}
     title = f"{settings.task} · {len(arms)} arms · {settings.seeds} seeds · {settings.steps} steps · {device}"
     progress = PhaseProgress(title, list(arms), quiet=settings.quiet, to_stderr=settings.json)
     with RunDirectory.open(settings.out, config, progress.notice, ("command", "schema", "fixed")) as directory:
@@ -390,21 +398,18 @@ def run(settings: Boundary, command: str) -> Record:
         if sweep.missing:
             directory.save_config(known)
         sweep.run()
-        summary = directory.summary
-        if summary is None:
-            names = [arm["name"] for arm in known["arms"]]
-            summary = {
-                "command": "boundary",
-                "settings": config["settings"],
-                "threshold": settings.threshold,
-                **summarise(directory.metrics(), names, reference(names)),
-                "wall_seconds": sweep.seconds,
-            }
-            directory.finish(summary)
-            write_report(settings.out)
-        else:
-            progress.notice(f"{settings.out} is complete: showing its result; a larger grid would be added to it")
-    return summary
+        summary = finished(directory, progress.notice, "a larger grid would be added to it")
+        if summary is not None:
+            return summary
+        names = [arm["name"] for arm in known["arms"]]
+        summary = {
+            "command": "boundary",
+            "settings": asked,
+            "threshold": settings.threshold,
+            **summarise(directory.metrics(), names, reference(names)),
+            "wall_seconds": sweep.seconds,
+        }
+        return finish(directory, summary)
 
 
 def _with_new_arms(stored: Record, config: Record) -> Record:
@@ -420,8 +425,6 @@ class _Sweep:
     def __init__(
         self, settings: Boundary, arms: dict[str, Arm], directory: RunDirectory, device: str, progress: Any
     ) -> None:
-        from rankdecay.lab.sweep import key_of
-
         self._settings, self._arms, self._directory = settings, arms, directory
         self._device, self._progress = device, progress
         self._rows = directory.drop_damaged_line()

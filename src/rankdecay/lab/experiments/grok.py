@@ -15,10 +15,22 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Scale
 from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.experiments.common import (
+    Record,
+    check_counts,
+    check_numbers,
+    check_threshold,
+    check_width,
+    configuration,
+    finish,
+    finished,
+    identity,
+    option,
+)
 from rankdecay.lab.outcome import steps_to_hold
 from rankdecay.rules import Rule
 
@@ -26,7 +38,6 @@ if TYPE_CHECKING:
     from rankdecay.lab.ensemble import Ensemble
     from rankdecay.lab.tasks import Dataset
 
-Record = dict[str, Any]
 COMPILE_FROM = 30_000  # member-steps on a CPU from which compiling, about half a minute, pays
 ARMS = ("none", "l2", "l2_tuned", "low_rank", "prototype", "uniform_attention")
 
@@ -137,7 +148,6 @@ UNUSED = {
     "recall": ("train_fraction",),
     "s5": ("modulus", "train_examples", "values"),
 }
-NOT_IDENTITY = ("out", "device", "compile", "quiet", "json")  # settings that do not change what a run computes
 
 
 @dataclass(frozen=True)
@@ -187,30 +197,22 @@ def check(settings: Grok) -> None:
         if getattr(settings, name) != getattr(PRESETS["default"], name):
             use = "--train-examples" if name == "train_fraction" else "--train-fraction"
             remedy = f"use {use}" if name.startswith("train") else "leave it out"
-            option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
-            raise SettingError(f"{option} has no effect on --task {settings.task}: {remedy}")
+            value = getattr(settings, name)
+            raise SettingError(f"{option(name)} {value} has no effect on --task {settings.task}: {remedy}")
     if not settings.arms:
         raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
     for name in settings.arms:
         check_name("--arms", name, ARMS)
-    for name in ("steps", "seeds", "every", "depth", "mlp_width", "batch_size", "evaluate_every"):
-        if getattr(settings, name) < 1:
-            raise SettingError(f"--{name.replace('_', '-')} {getattr(settings, name)} is too small: give at least 1")
-    for name in ("strength", "smoothing", "tuned_strength", "weight_decay", "lr"):
-        if not (math.isfinite(getattr(settings, name)) and getattr(settings, name) >= 0):
-            raise SettingError(
-                f"--{name.replace('_', '-')} {getattr(settings, name)} must be a finite number >= 0; 0 switches it off"
-            )
+    check_counts(settings, "steps", "seeds", "every", "depth", "mlp_width", "batch_size", "evaluate_every")
+    check_numbers(settings, "strength", "smoothing", "tuned_strength", "weight_decay", "lr", zero=True)
     for name in ("tuned_strength", "weight_decay"):
         if settings.lr * getattr(settings, name) >= 1:
             raise SettingError(
-                f"--{name.replace('_', '-')} {getattr(settings, name):g} at --lr {settings.lr:g} would flip the sign "
-                f"of the weights: stay below {1 / settings.lr:g}"
+                f"{option(name)} {getattr(settings, name):g} at --lr {settings.lr:g} would flip the sign of the "
+                f"weights: stay below {1 / settings.lr:g}"
             )
-    if not 0 < settings.threshold <= 1:
-        raise SettingError(f"--threshold {settings.threshold} must be an accuracy in (0, 1]: for example 0.95")
-    if settings.width % 4 or settings.width < 4:
-        raise SettingError(f"--width {settings.width} must be a multiple of the 4 heads: for example 128")
+    check_threshold(settings.threshold)
+    check_width(settings.width, heads=4, example=128)
 
 
 def make_datasets(settings: Grok) -> dict[int, Dataset]:
@@ -319,11 +321,6 @@ def summarise(records: Sequence[Record], arms: Sequence[str], threshold: float) 
     ]
 
 
-def identity(settings: Grok) -> Record:
-    """The settings that decide what a run computes."""
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY}
-
-
 def run(settings: Grok, command: str) -> Record:
     """Runs the experiment, or continues it, and returns its summary.
 
@@ -336,23 +333,16 @@ def run(settings: Grok, command: str) -> Record:
     """
     check(settings)
     datasets = make_datasets(settings)
-    from rankdecay.lab.machine import describe_machine, resolve_device, versions
+    from rankdecay.lab.machine import resolve_device
     from rankdecay.lab.progress import Progress
-    from rankdecay.lab.report import write_report
     from rankdecay.lab.runner import Runner
     from rankdecay.lab.store import RunDirectory
 
     device = resolve_device(settings.device)
     arms = make_arms(settings)
     names = [arm.name for arm in arms]
-    config = {
-        "command": "grok",
-        "settings": identity(settings),
-        "arms": [dataclasses.asdict(arm) for arm in arms],
-        "versions": versions(),
-        "machine": describe_machine(device),
-        "reproduce": command,
-    }
+    described = [dataclasses.asdict(arm) for arm in arms]
+    config = configuration("grok", identity(settings), described, device, command)
 
     def solved(records: Sequence[Record]) -> bool:
         return settings.stop_when_generalised and steps_to_hold(records, settings.threshold) is not None
@@ -360,11 +350,9 @@ def run(settings: Grok, command: str) -> Record:
     title = f"{settings.task} · {len(arms)} arms × {settings.seeds} seeds · {settings.steps} steps · {device}"
     progress = Progress(title, names, quiet=settings.quiet, to_stderr=settings.json)
     with RunDirectory.open(settings.out, config, progress.notice) as directory:
-        if directory.summary is not None:
-            progress.notice(f"{settings.out} is complete: showing its result; for a new run give another --out")
-            if not (settings.out / "report.html").exists():  # a kill came between the summary and the page
-                write_report(settings.out)
-            return directory.summary
+        summary = finished(directory, progress.notice, "for a new run give another --out")
+        if summary is not None:
+            return summary
         ensembles = make_ensembles(settings, arms, datasets, device)
         runner = Runner(
             directory, ensembles, steps=settings.steps, evaluate_every=settings.evaluate_every, leaves=solved
@@ -380,9 +368,7 @@ def run(settings: Grok, command: str) -> Record:
             "arms": summarise(records, names, settings.threshold),
             "wall_seconds": runner.seconds,
         }
-        directory.finish(summary)
-        write_report(settings.out)
-    return summary
+        return finish(directory, summary)
 
 
 def _share(value: float | None) -> str:

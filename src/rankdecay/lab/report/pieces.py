@@ -23,7 +23,7 @@ QUESTIONS = {
     "grok": "Does low-rank decay make a scale-invariant transformer generalise where L2 does not?",
     "boundary": "At which data fraction and decay strength does the network generalise?",
     "factor": "Is L2 on two factors the nuclear norm of their product?",
-    "recall": "Does low-rank decay help associative recall in an attention-only transformer?",
+    "recall": "Does decay of attention alone lower its rank on associative recall?",
     "language": "What does a separate decay for attention do to the rank and quality of a language model?",
     "vision": "What does a separate decay for attention do to the rank and quality of a vision transformer?",
     "margin": "Which margin does softmax attention maximise under gradient flow?",
@@ -34,7 +34,8 @@ def fill(template: str, parts: Mapping[str, str], styles: Sequence[str], scripts
     """A page as one HTML string: a template inside `page/shell.html`.
 
     Args:
-        template: the name of a file in `page/`; `{{name}}` in it, and in the shell, is replaced by a part.
+        template: the name of a file in `page/`; `{{> name}}` in it is replaced by the file `name.html`, which pages
+            share, then `{{name}}` in all of it, and in the shell, by a part.
         parts: HTML by name; `title` and `data`, and `snapshot_data` where there are snapshots, are for the shell.
         styles: names of style sheets in `page/`, as `{{css}}`.
         scripts: names of scripts in `page/`, as `{{js}}`; `{{plotly}}` is plotly's.
@@ -45,7 +46,8 @@ def fill(template: str, parts: Mapping[str, str], styles: Sequence[str], scripts
         return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
     def filled(name: str, every: Mapping[str, str]) -> str:
-        return re.sub(r"\{\{(\w+)\}\}", lambda match: every[match[1]], joined([name]))
+        text = re.sub(r"\{\{> (\w+)\}\}\n", lambda match: joined([f"{match[1]}.html"]), joined([name]))
+        return re.sub(r"\{\{(\w+)\}\}", lambda match: every[match[1]], text)
 
     shell = {"snapshot_data": '{"steps":[]}', **parts, "css": joined(styles), "js": joined(scripts)}
     return filled("shell.html", shell | {"plotly": get_plotlyjs(), "body": filled(template, parts)})
@@ -78,7 +80,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def reproduce(config: dict[str, Any]) -> str:
+def reproduce(config: Mapping[str, Any]) -> str:
     """The command line that repeats a run: the recorded one, or the command with its settings as options."""
     if config.get("reproduce"):
         return str(config["reproduce"])
@@ -201,6 +203,19 @@ def arms_list(config: Mapping[str, Any], names: Iterable[str]) -> str:
 def folded(command: str, width: int = 72) -> str:
     """A long command with one option per line; one with quotes is left alone, for a break could change it."""
     return command if len(command) <= width or "'" in command else command.replace(" --", " \\\n  --")
+
+
+def commands(configs: Iterable[Mapping[str, Any]]) -> str:
+    """The command lines that repeat some runs, each once."""
+    return "\n".join(
+        f'<pre class="command" tabindex="0"><code>{escape(command)}</code></pre>'
+        for command in dict.fromkeys(folded(reproduce(config)) for config in configs)
+    )
+
+
+def file_list(files: Mapping[str, str]) -> str:
+    """The files beside a page and what is in them (HTML)."""
+    return "".join(f'<li><a href="{name}">{name}</a> {text}</li>' for name, text in files.items())
 
 
 def facts(configs: Sequence[Mapping[str, Any]], wall_seconds: Any) -> str:

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.report.boundary.data import read_sweep, run_key
+from rankdecay.lab.outcome import key_of
+from rankdecay.lab.report.boundary.data import read_sweep
 
 
 def _counts(sweep):
@@ -86,7 +87,7 @@ def test_a_run_in_two_directories_counts_once_and_is_said(make_sweep):
     (second / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sweep = read_sweep([first, second])
     assert len(sweep.rows) == 15
-    assert next(row for row in sweep.rows if run_key(row) == run_key(changed))["outcome"] == "generalised"
+    assert next(row for row in sweep.rows if key_of(row) == key_of(changed))["outcome"] == "generalised"
     assert "5 runs were there more than once" in sweep.notices[0]
     assert "1 came out differently" in sweep.notices[0]
 

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiments.boundary import GRID
+from rankdecay.lab.outcome import Key, key_of
 from rankdecay.lab.report.data import is_number
 from rankdecay.lab.store import read_json, read_metrics
 
 Row = dict[str, Any]  # one finished run: a line of metrics.jsonl
-Key = tuple[str, float, float, float, int]
 
-#: The axes of a grid, in which the directories of one sweep may differ: they say which runs were made, not how. A
-#: directory whose configuration has `fixed` says itself which of its settings are not axes.
-GRID = ("arms", "fractions", "train_examples", "strengths", "rest_decays", "seeds", "widen")
 OUTCOMES = ("generalised", "budget", "diverged")
 
 
@@ -40,11 +38,6 @@ class Sweep:
         named = [str(arm["name"]) for arm in self.config.get("arms", [])]
         summarised = [str(arm["name"]) for arm in (self.summary or {}).get("arms", [])]
         return list(dict.fromkeys([*named, *summarised, *(row["arm"] for row in self.rows)]))
-
-
-def run_key(row: Row) -> Key:
-    """Which run a row is: arm, strength, decay of the rest, share of the data, seed."""
-    return row["arm"], row["strength"], row["rest_decay"], row["train_fraction"], row["seed"]
 
 
 def read_sweep(directories: Sequence[str | Path]) -> Sweep:
@@ -106,7 +99,7 @@ def _unique(rows: Iterable[Row], notices: list[str]) -> list[Row]:
     found: dict[Key, Row] = {}
     again, otherwise = 0, 0
     for row in rows:
-        first = found.setdefault(run_key(row), row)
+        first = found.setdefault(key_of(row), row)
         again += first is not row
         otherwise += first["outcome"] != row["outcome"]
     if again:

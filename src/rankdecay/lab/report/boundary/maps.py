@@ -13,8 +13,7 @@ from statistics import median
 from typing import Any
 
 from rankdecay.lab.report.data import is_number
-
-SAMPLED = ("selection", "recall")  # tasks whose examples are drawn from a huge space, so that a share says little
+from rankdecay.lab.tasks import SAMPLED
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def render(sweep: Sweep) -> str:
         "headline": escape(outcome.headline),
         "points": pieces.points(outcome.points),
         "notices": pieces.notices([*sweep.notices, *data["notices"]]),
+        "drawn": "maps",
         "boundaries": _boundaries(sweep, axis),
         "differences": _differences(sweep),
         "without_maps": "" if maps else pieces.absent("There is no map before the first run is finished."),
@@ -58,11 +59,10 @@ def render(sweep: Sweep) -> str:
         "controls": _controls(sweep),
         "arms": pieces.arms_list(sweep.config, sweep.arms),
         "settings": pieces.settings_table(sweep.config),
-        "reproduce": "\n".join(
-            f'<pre class="command" tabindex="0"><code>{escape(command)}</code></pre>'
-            for command in dict.fromkeys(pieces.folded(pieces.reproduce(config)) for config in sweep.configs)
-        ),
+        "again": "This asks for the same runs; another machine or version may give other digits.",
+        "commands": pieces.commands(sweep.configs),
         "facts": pieces.facts(sweep.configs, (sweep.summary or {}).get("wall_seconds")),
+        "sources": "these files",
         "files": _files(sweep),
         "data": pieces.embedded(data),
     }
@@ -169,7 +169,7 @@ def _map_controls(maps: list[PhaseMap]) -> str:
 def _files(sweep: Sweep) -> str:
     if len(sweep.directories) > 1:
         return "".join(f"<li><code>{escape(str(path))}</code></li>" for path in sweep.directories)
-    return "".join(f'<li><a href="{name}">{name}</a> {text}</li>' for name, text in FILES.items())
+    return pieces.file_list(FILES)
 
 
 def write_page(sweep: Sweep, path: Path) -> Path:

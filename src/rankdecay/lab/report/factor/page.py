@@ -52,6 +52,7 @@ def render(directory: Path) -> str:
         "headline": escape(outcome.headline),
         "points": pieces.points(outcome.points),
         "notices": pieces.notices(notices),
+        "drawn": "charts",
         "arm": pieces.choice("arm", "Arm", labels),
         "balanced": pieces.choice("balanced", "Arm", balanced),
         "strength": pieces.choice("strength", "λ", strengths, chosen=_middle(list(strengths))),
@@ -62,9 +63,11 @@ def render(directory: Path) -> str:
         "table": _table(rows, labels),
         "arms": pieces.arms_list(config, names),
         "settings": pieces.settings_table(config),
-        "reproduce": escape(pieces.folded(pieces.reproduce(config))),
+        "again": "The same version gives the same digits up to rounding, on any machine.",
+        "commands": pieces.commands([config]),
         "facts": pieces.facts([config], (summary or {}).get("wall_seconds")),
-        "files": "".join(f'<li><a href="{name}">{name}</a> {text}</li>' for name, text in FILES.items()),
+        "sources": "these files",
+        "files": pieces.file_list(FILES),
         "data": pieces.embedded(page_data(config, rows, metrics)),
     }
     return pieces.fill("factor.html", parts, STYLES, SCRIPTS)

@@ -1,0 +1,104 @@
+"""What every experiment checks, records and ends with in the same way.
+
+Importing this module imports neither torch nor numpy: the command line reads the experiments for ``--help``.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rankdecay.lab.errors import SettingError
+
+if TYPE_CHECKING:
+    from rankdecay.lab.store import RunDirectory
+
+Record = dict[str, Any]
+NOT_IDENTITY = ("out", "device", "compile", "quiet", "json")  # settings that do not change what a run computes
+
+
+def option(name: str) -> str:
+    """A setting as the user writes it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Raises a `SettingError` unless the named settings are at least 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise SettingError(f"{option(name)} {getattr(settings, name)} is too small: give at least 1")
+
+
+def check_numbers(settings: Any, *names: str, zero: bool = False) -> None:
+    """Raises a `SettingError` unless the named settings are finite and > 0; ``zero`` is allowed where it means none."""
+    for name in names:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+            need = ">= 0; 0 switches it off" if zero else "> 0"
+            raise SettingError(f"{option(name)} {value} must be a finite number {need}")
+
+
+def check_threshold(threshold: float) -> None:
+    """Raises a `SettingError` unless ``--threshold`` is an accuracy."""
+    if not 0 < threshold <= 1:
+        raise SettingError(f"--threshold {threshold} must be an accuracy in (0, 1]: for example 0.95")
+
+
+def check_width(width: int, heads: int, example: int) -> None:
+    """Raises a `SettingError` unless ``--width`` can be split into the heads."""
+    if width < heads or width % heads:
+        raise SettingError(f"--width {width} must be a multiple of the {heads} heads: for example {example}")
+
+
+def identity(settings: Any, without: Collection[str] = ()) -> Record:
+    """The settings that decide what a run computes: all but `NOT_IDENTITY` and ``without``."""
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY and k not in without}
+
+
+def configuration(command: str, settings: Record, arms: Sequence[Record], device: str, reproduce: str) -> Record:
+    """The content of ``config.json``.
+
+    Args:
+        command: name of the experiment.
+        settings: of `identity`.
+        arms: one object each, with ``name`` and ``description``.
+        device: on which it runs.
+        reproduce: the command line that repeats it.
+    """
+    from rankdecay.lab.machine import describe_machine, versions
+
+    return {
+        "command": command,
+        "settings": settings,
+        "arms": list(arms),
+        "versions": versions(),
+        "machine": describe_machine(device),
+        "reproduce": reproduce,
+    }
+
+
+def finish(directory: "RunDirectory", summary: Record) -> Record:
+    """Writes the summary, which marks the run complete, and its page."""
+    from rankdecay.lab.report import write_report
+
+    directory.finish(summary)
+    write_report(directory.path)
+    return summary
+
+
+def finished(directory: "RunDirectory", notice: Callable[[str], None], hint: str) -> Record | None:
+    """The summary of a run that is complete, after saying so; None of one that is not.
+
+    Args:
+        directory: of the run.
+        notice: told that nothing is computed.
+        hint: what to do for more.
+    """
+    from rankdecay.lab.report import write_report
+
+    summary = directory.summary
+    if summary is not None:
+        notice(f"{directory.path} is complete: showing its result; {hint}")
+        if not (directory.path / "report.html").exists():  # a kill came between the summary and the page
+            write_report(directory.path)
+    return summary
