@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The sweeps whose rows are in this folder, in the order they were run; about two hours on two cores. Each adds to its
+# The sweeps whose rows are in this folder, in the order they were run; about three hours on two cores. Each adds to its
 # directory what is not there yet, so any of them can be widened and run again.
 set -euo pipefail
 sweep() { rankdecay boundary --compile on --widen 0 --out "runs/$1" "${@:2}"; }
@@ -33,4 +33,4 @@ for task in subtract divide; do
 done
 sweep recall --task recall --seeds 3 --train-examples 1000 1400 --arms none l2 smooth uniform_attention \
   --strengths l2=10,30 smooth=1.25,2.5
-# Not run yet, 50 minutes on two cores: sweep prototype --preset prototype
+sweep prototype --preset prototype
