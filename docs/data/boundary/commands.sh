@@ -17,6 +17,9 @@ sweep selection --task selection --seeds 5 \
   until_generalised=5 target_rank=3,6 target_rank_head=6 tangential_only=40 sphere_low_rank=1.6
 sweep selection --task selection --seeds 3 --rest-decays 0.5 1 4 --train-examples 700 1000 1250 --arms none l2 smooth \
   --strengths l2=30 smooth=5
+sweep selection --task selection --seeds 3 --rest-decays 0.3 1 5 --train-examples 700 1000 1250 \
+  --arms none l2 smooth prototype radial_only raise_rank \
+  --strengths l2=10,30,100 smooth=2.5,5,10 prototype=0.01 radial_only=5 raise_rank=10
 sweep selection_six --task selection --values 6 --seeds 3 --train-examples 1500 2500 \
   --arms none l2 smooth radial_only uniform_attention --strengths l2=10,30 smooth=2.5,5 radial_only=5
 sweep selection --task selection --seeds 5 \
