@@ -32,6 +32,6 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	# timm needs torchvision, whose registry build is for CUDA and cannot be imported here, and transformers imports
-	# any torchvision it can see: a folder of their own, which the tests of timm open (tests/attention/conftest.py).
+	# any torchvision it can see: a folder of their own, which the tests of timm open (tests/conftest.py).
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/timm -c constraints.txt timm torchvision
 	touch $@

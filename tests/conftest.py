@@ -1,7 +1,11 @@
+import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Before torch is imported, and inherited by the commands that tests start: tiny models gain nothing from threads.
@@ -13,3 +17,31 @@ settings.load_profile("noisy machine")
 
 # `--import-mode=importlib` puts no test directory on the path; tests of models and of ensembles share reference.py.
 sys.path.insert(0, str(Path(__file__).parent / "lab" / "models"))
+
+# --- timm beside a CPU build of torch ---
+# The registry's torchvision is built for CUDA: its compiled operators do not load, and `import torchvision` fails on
+# the first one that is missing. The fixture declares them, since timm's vision transformers never call one. `make`
+# keeps timm and torchvision in a folder of their own, because transformers imports a torchvision that it can see, and
+# would fail.
+_TIMM = Path(sys.prefix) / "timm"
+_OPERATORS = ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_align",
+              "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward", "deform_conv2d",
+              "_deform_conv2d_backward")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def timm() -> Iterator[ModuleType]:
+    import torch
+
+    transformers_utils = pytest.importorskip("transformers.utils")
+    transformers_utils.is_torchvision_available()  # settled, and remembered, before the folder is on the path
+    library = torch.library.Library("torchvision", "DEF")
+    for name in _OPERATORS:
+        library.define(f"{name}(Tensor x) -> Tensor")
+    sys.path.insert(0, str(_TIMM))
+    importlib.invalidate_caches()
+    try:
+        yield pytest.importorskip("timm", reason="timm is not installed: `make test` puts it beside the environment")
+    finally:
+        sys.path.remove(str(_TIMM))
+        library._destroy()

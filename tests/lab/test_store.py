@@ -497,3 +497,42 @@ def test_a_sound_file_that_is_no_checkpoint_is_refused(tmp_path):
             with pytest.raises(SettingError) as error:
                 run.load_checkpoint()
             assert all(word in one_line(error) for word in (str(path), "damaged", "remove it"))
+
+
+def test_a_model_is_kept_whole_or_not_at_all(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.save_model("first", lambda path: (path / "weights").write_bytes(b"old") and None)
+
+        def interrupted(path: Path) -> None:
+            (path / "weights").write_bytes(b"ne")
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run.save_model("first", interrupted)
+        assert (run.path / "models" / "first" / "weights").read_bytes() == b"old"
+        run.save_model("first", lambda path: (path / "other").write_bytes(b"new") and None)  # what was left is gone
+        assert contents(run.path / "models") == {"first/other": b"new"}
+    with opened(tmp_path / "other") as run:
+        (run.path / "models").write_text("a file is in the way")
+        with pytest.raises(SettingError) as error:
+            run.save_model("first", lambda path: None)
+        assert "models/first cannot be written" in one_line(error)
+
+
+def test_a_checkpoint_is_dropped_where_another_run_follows(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.drop_checkpoint()  # none is there
+        run.save_checkpoint(Checkpoint(10, {"w": torch.ones(2)}, {}))
+        run.save_checkpoint(Checkpoint(20, {"w": torch.ones(2)}, {}), "kept")
+        run.drop_checkpoint()
+        assert run.load_checkpoint() is None
+        assert run.load_checkpoint("kept") is not None
+
+
+def test_metrics_can_be_written_again(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.append(RECORDS)
+        run.replace_metrics(RECORDS[:2])
+        assert run.metrics() == RECORDS[:2]
+        run.append(RECORDS[2:])
+        assert run.metrics() == RECORDS

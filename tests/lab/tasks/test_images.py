@@ -46,7 +46,9 @@ def test_a_folder_in_grey(folder):
     assert images.pixels[0].max() == 76  # the luminance of red
 
 
-@pytest.mark.parametrize(("suffix", "mode"), [("png", "RGBA"), ("png", "P"), ("png", "L"), ("jpg", "L"), ("bmp", "RGB")])
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [("png", "RGBA"), ("png", "P"), ("png", "L"), ("jpg", "L"), ("bmp", "RGB")]
+)
 def test_every_kind_of_image_gets_the_same_channels(folder, suffix, mode):
     write(folder / "cat" / f"another.{suffix}", mode=mode)
     assert image_folder(folder, 8).pixels.shape == (7, 3, 8, 8)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.report.attention.data import COMMANDS as ATTENTION_DECAY
 from rankdecay.lab.report.data import read_run
 from rankdecay.lab.store import read_json
 
@@ -31,6 +32,10 @@ def write_report(directory: str | Path) -> Path:
         from rankdecay.lab.report.factor.page import write_page as of_matrices
 
         return of_matrices(Path(directory), path)
+    if _command(directory) in ATTENTION_DECAY:
+        from rankdecay.lab.report.attention.page import write_page as of_attention
+
+        return of_attention(Path(directory), path)
     from rankdecay.lab.report.page import write_page
 
     return write_page(read_run(directory), path)
@@ -78,6 +83,10 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
         raise SettingError(f"--figure {path} shows one run, {len(directories)} were given")
     if _command(directories[0]) == "factor":
         raise SettingError(f"--figure {path}: factor has a page and no figure; its charts save as SVG from the page")
+    if _command(directories[0]) in ATTENTION_DECAY:
+        from rankdecay.lab.report.attention import figure as of_attention
+
+        return of_attention.figure(Path(directories[0]), Path(path))
     from rankdecay.lab.report import figure as of_run
 
     return of_run.figure(directories[0], path)

@@ -1,0 +1,499 @@
+"""What `recall`, `language` and `vision` share: a decay of attention of its own, swept, with everything else fixed.
+
+A run is one model under one arm, one strength of the decay of attention, one of the MLPs, with or without QK-norm, from
+one seed. Runs follow one another; under ``torchrun`` all processes share each of them. `lab.training` makes one run,
+the experiment says by a `Problem` what is learnt, and here is the grid, what is stored, and what it came to.
+
+Importing this module imports neither torch nor numpy: the command line reads its settings for ``--help``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.lab.attention_summary import of, summarise
+from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.experiments.common import (
+    check_counts,
+    check_numbers,
+    configuration,
+    finish,
+    finished,
+    identity,
+    option,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rankdecay.lab.progress import RunsProgress
+    from rankdecay.lab.run_store import RunStore
+    from rankdecay.lab.training import Plan, Problem, Run, Session
+
+Record = dict[str, Any]
+NOT_IDENTITY = ("save", "skip_diverged")  # beside those of every experiment: neither changes what a run computes
+CHOICES = {
+    "qk_norm": ("off", "on", "both"),
+    "precision": ("float32", "bfloat16", "float16"),
+    "compile": ("auto", "on", "off"),
+    "save": ("first", "all", "none"),
+}
+
+
+@dataclass(frozen=True)
+class AttentionDecay:
+    """The settings that the experiments share; each sets its own defaults."""
+
+    arms: tuple[str, ...] = ("l2", "low_rank")
+    """Which decays of attention to compare."""
+    strengths: tuple[str, ...] = ()
+    """Strengths of an arm in place of its own, for example l2=0,0.1,1 low_rank=0.3,3."""
+    mlp_decays: tuple[float, ...] = (0.1,)
+    """L2 of the matrices of the MLPs; several are a second axis of the grid."""
+    rest_decay: float = 0.1
+    """L2 of every other matrix, embeddings among them, and of W_V, W_O where an arm decays W_Q, W_K alone."""
+    qk_norm: Literal["off", "on", "both"] = "off"
+    """RMSNorm on the queries and keys of each head."""
+    seeds: int = 1
+    """Runs per cell of the grid: seeds 0, 1, …"""
+    steps: int = 500
+    """Training steps of each run."""
+    lr: float = 1e-3
+    """Peak learning rate: a linear rise, then a cosine down to a tenth."""
+    warmup: int = 50
+    """Steps of the rise."""
+    batch_size: int = 16
+    """Examples per step, over all processes and accumulated parts."""
+    accumulate: int = 1
+    """Parts a batch is cut into, one after another."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for none."""
+    evaluate_every: int = 50
+    """Steps between evaluations."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the matrix products: float32, or half under autocast."""
+    every: int = 4
+    """Steps that a low-rank decay gathers before it acts."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto compiles on a GPU."""
+    skip_diverged: bool = False
+    """Note a run whose loss is no longer finite and go on with the next; otherwise stop there."""
+    save: Literal["first", "all", "none"] = "first"
+    """Trained models to keep in --out/models: those of seed 0, all, or none."""
+    out: Path = Path("runs/attention")
+    """Where results go; a run that was interrupted continues there."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    quiet: bool = False
+    """No progress and no table."""
+    json: bool = False
+    """Print the summary as JSON on standard output; progress goes to standard error."""
+
+
+# --- the arms ---
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to decay attention."""
+
+    name: str
+    description: str
+    strengths: tuple[float, ...]
+    of: tuple[str, ...]  # roles it decays; the other attention matrices get the decay of the rest
+    scale: Literal["relative", "absolute"] | None = None  # of a low-rank decay; None is L2
+
+    def decays(self, strength: float, settings: AttentionDecay) -> dict[str, Decay]:
+        """The decays of all attention matrices, by role."""
+        found: dict[str, Decay] = {role: Frobenius(settings.rest_decay) for role in ("query_key", "value_output")}
+        for role in self.of:
+            found[role] = (
+                Frobenius(strength)
+                if self.scale is None
+                else LowRank(strength, scale=self.scale, unit="head", every=settings.every)
+            )
+        return found
+
+
+BOTH = ("query_key", "value_output")
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("l2", "L2 on W_Q, W_K, W_V and W_O.", (0.0, 0.1, 1.0, 10.0), BOTH),
+        Arm("l2_query_key", "L2 on W_Q and W_K.", (0.0, 0.1, 1.0, 10.0), ("query_key",)),
+        Arm(
+            "low_rank",
+            "Soft threshold of each head's W_Q and W_K, relative to their size.",
+            (0.1, 1.0, 10.0),
+            ("query_key",),
+            "relative",
+        ),
+        Arm(
+            "low_rank_both",
+            "Soft threshold of each head's W_Q, W_K, W_V and W_O, relative to their size.",
+            (0.1, 1.0, 10.0),
+            BOTH,
+            "relative",
+        ),
+        Arm(
+            "low_rank_absolute",
+            "Soft threshold of each head's W_Q and W_K, by the same amount whatever their size.",
+            (0.01, 0.1, 1.0),
+            ("query_key",),
+            "absolute",
+        ),
+        Arm(
+            "low_rank_both_absolute",
+            "Soft threshold of each head's W_Q, W_K, W_V and W_O, by the same amount whatever their size.",
+            (0.01, 0.1, 1.0),
+            BOTH,
+            "absolute",
+        ),
+    )
+}
+
+
+def chosen_arms(settings: AttentionDecay) -> list[Arm]:
+    """The arms asked for, with the strengths asked for.
+
+    Raises:
+        SettingError: for an unknown arm, or strengths that are no decay.
+    """
+    if not settings.arms:
+        raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
+    names = ARMS if "all" in settings.arms else settings.arms
+    chosen = {check_name("--arms", name, ARMS): ARMS[name] for name in names}
+    for text in settings.strengths:
+        name, _, values = text.partition("=")
+        check_name("--strengths", name, chosen)
+        try:
+            strengths = tuple(sorted({float(value) for value in values.split(",")}))
+        except ValueError:
+            raise SettingError(f"--strengths {text} is no list of numbers: give {name}=0,0.1,1") from None
+        chosen[name] = dataclasses.replace(chosen[name], strengths=strengths)
+    for arm in chosen.values():
+        for strength in arm.strengths:
+            _check_decay(f"--strengths {arm.name}={strength:g}", strength, settings.lr, limited=arm.scale != "absolute")
+    return list(chosen.values())
+
+
+def _check_decay(given: str, strength: float, lr: float, *, limited: bool = True) -> None:
+    if not (math.isfinite(strength) and strength >= 0):
+        raise SettingError(f"{given} is no decay: give 0 for none, or more")
+    if limited and lr * strength >= 1:
+        raise SettingError(
+            f"{given} at --lr {lr:g} would take more than all of a weight in one step: stay below {1 / lr:g}"
+        )
+
+
+def check(settings: AttentionDecay) -> None:
+    """Raises a `SettingError` for settings that cannot work, before anything is built or written."""
+    for name, choices in CHOICES.items():
+        check_name(option(name), getattr(settings, name), choices)
+    check_counts(settings, "seeds", "steps", "batch_size", "accumulate", "evaluate_every", "every")
+    check_numbers(settings, "lr")
+    check_numbers(settings, "clip", "warmup", zero=True)
+    chosen_arms(settings)
+    if settings.warmup >= settings.steps:
+        raise SettingError(f"--warmup {settings.warmup} must be less than --steps {settings.steps}")
+    if settings.steps % settings.evaluate_every:
+        raise SettingError(
+            f"--steps {settings.steps} is no multiple of --evaluate-every {settings.evaluate_every}: "
+            f"give for example --steps {max(1, settings.steps // settings.evaluate_every) * settings.evaluate_every}"
+        )
+    if not settings.mlp_decays:
+        raise SettingError("--mlp-decays is empty: give for example 0.1")
+    for decay in settings.mlp_decays:
+        _check_decay(f"--mlp-decays {decay:g}", decay, settings.lr)
+    _check_decay(f"--rest-decay {settings.rest_decay:g}", settings.rest_decay, settings.lr)
+
+
+# --- the runs ---
+
+
+def all_runs(settings: AttentionDecay, *, has_mlp: bool = True, can_normalise: bool = True) -> list[Run]:
+    """Every run of the grid, seed by seed, so that a picture of everything is there first.
+
+    Args:
+        settings: of the experiment.
+        has_mlp: whether there are MLPs to decay.
+        can_normalise: whether the model knows QK-norm.
+    """
+    from rankdecay.lab.training import Run
+
+    norms = {"off": (False,), "on": (True,), "both": (False, True)}[settings.qk_norm] if can_normalise else (False,)
+    runs = []
+    for seed in range(settings.seeds):
+        for qk_norm in norms:
+            for arm in chosen_arms(settings):
+                for mlp in dict.fromkeys(settings.mlp_decays) if has_mlp else (None,):
+                    for strength in arm.strengths:
+                        decays = arm.decays(strength, settings)
+                        if mlp is not None:
+                            decays["mlp"] = Frobenius(mlp)
+                        runs.append(Run(arm.name, strength, mlp, qk_norm, seed, decays, settings.rest_decay))
+    return runs
+
+
+def make_plan(settings: AttentionDecay, device: str) -> Plan:
+    """How the runs are trained on a device.
+
+    Raises:
+        SettingError: if a batch cannot be shared out evenly, or there is no compiler to compile with.
+    """
+    from rankdecay.lab.ensemble import compiler_available
+    from rankdecay.lab.training import Plan, processes
+
+    shares = processes() * settings.accumulate
+    if settings.batch_size % shares:
+        raise SettingError(
+            f"--batch-size {settings.batch_size} cannot be shared evenly by {processes()} processes and --accumulate "
+            f"{settings.accumulate}: give a multiple of {shares}"
+        )
+    compiles = settings.compile == "on" or (settings.compile == "auto" and device.startswith("cuda"))
+    if compiles and not compiler_available(device):
+        if settings.compile == "on":
+            raise SettingError("--compile on needs a compiler (g++ or clang++; Triton on a GPU): give --compile off")
+        compiles = False
+    return Plan(
+        settings.steps,
+        settings.batch_size,
+        settings.lr,
+        settings.warmup,
+        settings.accumulate,
+        settings.clip,
+        settings.precision,
+        compiles,
+        device,
+    )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What one of the commands adds to the shared part.
+
+    Attributes:
+        command: its name.
+        problem: makes what is learnt; called once, in every process.
+        unit: what the problem counts: tokens, sequences, images.
+        has_mlp: whether its models have MLPs.
+        can_normalise: whether its models know QK-norm.
+        save: writes a trained model into a directory that exists; None if models are not kept.
+        facts: of the summary, beside the arms; of the problem.
+        fingerprint: of the problem, where the settings do not say what is learnt: a file may have changed.
+        notices: said before the first run.
+    """
+
+    command: str
+    problem: Callable[[], Problem]
+    unit: str
+    has_mlp: bool = True
+    can_normalise: bool = True
+    save: Callable[[nn.Module, Path], None] | None = None
+    facts: Callable[[Any], Record] = lambda problem: {}
+    fingerprint: Callable[[Any], Record] = lambda problem: {}
+    notices: Sequence[str] = ()
+
+
+def run(settings: AttentionDecay, experiment: Experiment, reproduce: str) -> Record:
+    """Runs an experiment, or continues it, and returns its summary.
+
+    Raises:
+        SettingError: if the settings or the output directory cannot work, or a run diverges.
+    """
+    check(settings)
+    from rankdecay.lab.distributed import joined
+    from rankdecay.lab.machine import resolve_device
+    from rankdecay.lab.progress import RunsProgress
+
+    with joined(resolve_device(settings.device)) as (device, first):
+        plan = make_plan(settings, device)
+        runs = all_runs(settings, has_mlp=experiment.has_mlp, can_normalise=experiment.can_normalise)
+        problem = experiment.problem()
+        title = f"{experiment.command} · {len(runs)} runs · {settings.steps} steps · {device}"
+        progress = RunsProgress(title, experiment.unit, quiet=settings.quiet or not first, to_stderr=settings.json)
+        if not first:
+            _follow(runs, problem, plan, settings)
+            return {}
+        return _lead(settings, experiment, reproduce, runs, problem, plan, progress)
+
+
+def _lead(
+    settings: AttentionDecay,
+    experiment: Experiment,
+    reproduce: str,
+    runs: Sequence[Run],
+    problem: Problem,
+    plan: Plan,
+    progress: RunsProgress,
+) -> Record:
+    """The process that writes."""
+    from rankdecay.lab.distributed import share
+    from rankdecay.lab.run_store import RunStore
+    from rankdecay.lab.store import RunDirectory
+
+    arms = chosen_arms(settings)
+    stored = [dataclasses.asdict(arm) for arm in arms]
+    whole = identity(settings, NOT_IDENTITY) | experiment.fingerprint(problem)
+    config = configuration(experiment.command, whole, stored, plan.device, reproduce)
+    with RunDirectory.open(settings.out, config, progress.notice) as directory:
+        summary = finished(directory, progress.notice, "for a new run give another --out")
+        if summary is not None:
+            share([])
+            return summary
+        for text in experiment.notices:
+            progress.notice(text)
+        store = RunStore(directory)
+        left = share(store.missing(runs))
+        with progress.working(settings.steps * len(runs), settings.steps * (len(runs) - len(left))):
+            for run_ in left:
+                _train(run_, problem, plan, settings, store, progress, experiment.save)
+        records = directory.metrics()
+        return finish(
+            directory,
+            {
+                "command": experiment.command,
+                "settings": whole,
+                "unit": experiment.unit,
+                **experiment.facts(problem),
+                "arms": summarise(records, experiment.unit),
+                "wall_seconds": store.seconds,
+            },
+        )
+
+
+def _follow(runs: Sequence[Run], problem: Problem, plan: Plan, settings: AttentionDecay) -> None:
+    """The other processes of a group: they train, and neither measure nor write."""
+    from rankdecay.lab.distributed import share
+    from rankdecay.lab.training import Diverged, Session
+
+    for run_ in share(None):
+        session = Session(run_, problem, plan)
+        checkpoint = share(None)
+        if checkpoint is not None:
+            session.restore(checkpoint)
+        try:
+            if checkpoint is None:
+                session.evaluate()
+            while session.step < settings.steps:
+                for _ in session.train(_until_evaluation(session, settings)):
+                    pass
+                session.evaluate()
+        except Diverged:
+            if not settings.skip_diverged:
+                raise
+
+
+def _until_evaluation(session: Session, settings: AttentionDecay) -> int:
+    return settings.evaluate_every - session.step % settings.evaluate_every
+
+
+def _train(
+    run_: Run,
+    problem: Problem,
+    plan: Plan,
+    settings: AttentionDecay,
+    store: RunStore,
+    progress: RunsProgress,
+    save: Callable[[nn.Module, Path], None] | None,
+) -> None:
+    """One run to its end, evaluated and stored on the way."""
+    from rankdecay.lab.distributed import share
+    from rankdecay.lab.training import Diverged, Session
+
+    session = Session(run_, problem, plan)
+    checkpoint = store.begin(run_)
+    share(checkpoint)
+    if checkpoint is not None:
+        session.restore(checkpoint)
+        progress.notice(f"continuing {run_} at step {session.step}")
+    progress.begins(session.step)
+    try:
+        if checkpoint is None:
+            store.add(session.evaluate())
+        while session.step < settings.steps:
+            for step in session.train(_until_evaluation(session, settings)):
+                progress.at(step)
+            record = session.evaluate()
+            store.add(record)
+            progress.evaluated(str(run_), record)
+            if session.step < settings.steps:
+                store.checkpoint(session)
+    except Diverged as error:
+        if not settings.skip_diverged:
+            step, file = store.checkpoint_step, settings.out / "checkpoint.safetensors"
+            where = "" if step is None else f"; the last good checkpoint, of step {step}, is {file}"
+            raise SettingError(f"{error}{where}") from None
+        progress.notice(f"{run_} diverged at step {error.step}: going on with the next")
+        store.add({**run_.key, "step": error.step, "diverged": True})
+    else:
+        if save is not None and (settings.save == "all" or (settings.save == "first" and run_.seed == 0)):
+            store.save_model(run_, session.model, save)
+    store.end(run_)
+    progress.ended(settings.steps - session.step)
+
+
+# --- what it came to ---
+
+
+def print_summary(summary: Record) -> None:
+    """The table of a finished experiment, one line per arm and strength, and what may be said of it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rankdecay.lab.report.attention.verdict import verdict
+
+    several_mlp = len({arm["mlp_decay"] for arm in summary["arms"]}) > 1
+    several_norms = len({arm["qk_norm"] for arm in summary["arms"]}) > 1
+    has_accuracy = any(arm["accuracy"] is not None for arm in summary["arms"])
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    headings = ["arm", "decay"]
+    headings += ["MLP"] if several_mlp else []
+    headings += ["QK-\nnorm"] if several_norms else []
+    headings += [
+        "loss",
+        "±",
+        *(["accur."] if has_accuracy else []),
+        *("rank\nQK", "rank\nVO", "imb.\nQK", "imb.\nVO"),
+        f"{summary['unit']}\n/s",
+    ]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "arm" else "right", vertical="bottom", no_wrap=True)
+    for arm in summary["arms"]:
+        row = [arm["name"], f"{arm['strength']:g}"]
+        row += [f"{arm['mlp_decay']:g}"] if several_mlp else []
+        row += ["yes" if arm["qk_norm"] else "no"] if several_norms else []
+        if arm["loss"] is None:
+            table.add_row(*row, "diverged")
+            continue
+        row += [f"{arm['loss']:.4f}", _number(arm["loss_error"], ".4f")]
+        row += [_number(arm["accuracy"], ".1%")] if has_accuracy else []
+        row += [_number(of(arm["mean"], part, "pseudo_rank"), ".2f") for part in ("query_key", "value_output")]
+        row += [_number(of(arm["mean"], part, "imbalance"), ".2f") for part in ("query_key", "value_output")]
+        table.add_row(*row, _number(arm["per_second"], ",.0f"))
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file has room for a whole line
+        console.width = max(console.width, 110)
+    console.print(table)
+    console.print("\nrank: pseudo rank of W_KᵀW_Q and W_O W_V, mean over heads and layers; with QK-norm of W_Q and W_K")
+    first = next((arm for arm in summary["arms"] if arm["untrained_mean"]), None)
+    if first is not None:
+        ranks = [
+            f"{name} {_number(of(first['untrained_mean'], part, 'pseudo_rank'), '.3f')}"
+            for part, name in (("query_key", "W_KᵀW_Q"), ("value_output", "W_O W_V"))
+        ]
+        console.print(f"untrained pseudo rank: {', '.join(ranks)}")
+    outcome = verdict(summary)
+    console.print(f"\n{outcome.headline}", markup=False)
+    for lead, text in outcome.points:
+        console.print(f"{lead}: {text}", markup=False)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "—" if value is None else format(value, form)

@@ -1,0 +1,97 @@
+"""What a directory holds of runs that follow one another, and where an interrupted one goes on."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rankdecay.lab.attention_summary import key_of
+from rankdecay.lab.store import Checkpoint, Record, RunDirectory
+from rankdecay.lab.training import Run, Session
+
+CHECKPOINT_RARITY = 20  # a checkpoint waits this many times as long as the last one took: at most 5 % of the time
+
+
+class RunStore:
+    """The runs of one directory.
+
+    Records of a run that has ended carry ``"ended": true`` in their last line; those of the run under way that came
+    after its checkpoint are dropped when it goes on, because it writes them again.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        rows = directory.drop_damaged_line()
+        self._ended = {key_of(row) for row in rows if row.get("ended")}
+        self._saved = directory.load_checkpoint()
+        if self._saved is not None and key_of(self._saved.extra["run"]) in self._ended:  # a kill came between the two
+            self._saved = None
+            directory.drop_checkpoint()
+        under_way = None if self._saved is None else key_of(self._saved.extra["run"])
+        kept = [row for row in rows if key_of(row) in self._ended or _is_before(row, under_way, self._saved)]
+        if len(kept) < len(rows):
+            directory.replace_metrics(kept)
+        self._before = max((row["wall"] for row in kept), default=0.0)
+        self._begun = time.monotonic()
+        self._checkpoint_due = 0.0
+        self._last: Record | None = None
+        self.checkpoint_step = None if self._saved is None else self._saved.step
+        """The step of the checkpoint of the run under way, if it has one."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the experiment, interruptions left out."""
+        return self._before + time.monotonic() - self._begun
+
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        """The runs that have not ended, the one under way first."""
+        left = [run_ for run_ in runs if key_of(run_.key) not in self._ended]
+        return sorted(left, key=lambda run_: self.begin(run_) is None)
+
+    def begin(self, run_: Run) -> Checkpoint | None:
+        """Where a run goes on, if it was interrupted."""
+        if self._saved is not None and key_of(self._saved.extra["run"]) == key_of(run_.key):
+            return self._saved
+        return None
+
+    def add(self, record: Record) -> None:
+        """Stores an evaluation; the last of a run only with `end`, which says so in the same line."""
+        self._flush()
+        self._last = record | {"wall": round(self.seconds, 3)}
+
+    def end(self, run_: Run) -> None:
+        """The run is over."""
+        if self._last is not None:
+            self._last["ended"] = True
+        self._flush()
+        self._ended.add(key_of(run_.key))
+        self._saved = self.checkpoint_step = None
+        self._directory.drop_checkpoint()
+
+    def checkpoint(self, session: Session) -> None:
+        """Keeps the state of the run under way, if that has not just been done."""
+        self._flush()
+        started = time.monotonic()
+        if started >= self._checkpoint_due:
+            self._directory.save_checkpoint(session.checkpoint())
+            self.checkpoint_step = session.step
+            ended = time.monotonic()
+            self._checkpoint_due = ended + CHECKPOINT_RARITY * (ended - started)
+
+    def save_model(self, run_: Run, model: nn.Module, save: Callable[[nn.Module, Path], None]) -> None:
+        """Keeps a trained model under a name that says which it is."""
+        name = f"{run_.arm}_{run_.strength:g}"
+        name += "" if run_.mlp_decay is None else f"_mlp_{run_.mlp_decay:g}"
+        name += f"{'_qk_norm' if run_.qk_norm else ''}_seed_{run_.seed}"
+        self._directory.save_model(name, lambda path: save(model, path))
+
+    def _flush(self) -> None:
+        if self._last is not None:
+            self._directory.append([self._last])
+            self._last = None
+
+
+def _is_before(row: Record, under_way: tuple[Any, ...] | None, saved: Checkpoint | None) -> bool:
+    return saved is not None and key_of(row) == under_way and row["step"] <= saved.step

@@ -1,0 +1,138 @@
+"""Two processes of torchrun train what one process trains, and share what befalls them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rankdecay.lab.distributed import joined, share
+from rankdecay.lab.store import read_metrics
+
+from .tiny import Repeat, make, timeless
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from tiny import Repeat, make
+from rankdecay.lab.errors import SettingError
+import rankdecay.lab.run_store
+rankdecay.lab.run_store.CHECKPOINT_RARITY = 0
+breaks, changes = json.loads(sys.argv[1])
+said = Path(sys.argv[2], os.environ["RANK"])
+try:
+    summary = make(Path(sys.argv[2], "run"), Repeat(breaks=breaks), **changes)
+except SettingError as error:
+    said.write_text(str(error))
+    sys.exit(3)
+said.write_text("summary" if summary else "nothing")
+"""
+
+
+@contextlib.contextmanager
+def torchrun(folder: Path, breaks: tuple[int, int] | None = None, **changes) -> Iterator[subprocess.Popen[str]]:
+    """Two processes in a session of their own, so that all of it can be killed."""
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT).format(here=str(Path(__file__).parent)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", str(port), str(script), json.dumps([breaks, changes]), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with (folder / "log").open("w") as log:
+        group = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        )
+        try:
+            yield group
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group.pid, signal.SIGKILL)
+            group.wait(30)
+
+
+def said(folder: Path) -> list[str]:
+    return [(folder / rank).read_text() for rank in "01"]
+
+
+def together(folder: Path, breaks: tuple[int, int] | None = None, **changes) -> int:
+    """The exit status of two processes that ran to their end."""
+    with torchrun(folder, breaks, **changes) as group:
+        return group.wait(240)
+
+
+def log(folder: Path) -> str:
+    return (folder / "log").read_text()
+
+
+def test_alone_there_is_nobody_to_join(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with joined("cpu") as here:
+        assert here == ("cpu", True)
+        assert not torch.distributed.is_initialized()
+        assert share({"a": 1}) == {"a": 1}
+
+
+def test_two_processes_train_what_one_does_also_after_all_were_killed(tmp_path):
+    settings = {"arms": ("l2", "low_rank"), "strengths": ("l2=0", "low_rank=2"), "accumulate": 2, "steps": 48}
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with torchrun(tmp_path, **settings) as group:
+        deadline = time.monotonic() + 240
+        while not metrics.exists() or len(metrics.read_bytes().split(b"\n")) < 13:  # in the second run
+            assert time.monotonic() < deadline, log(tmp_path)
+            assert group.poll() is None, log(tmp_path)
+            time.sleep(0.01)
+    written = metrics.read_bytes()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+    assert together(tmp_path, **settings) == 0, log(tmp_path)
+    assert said(tmp_path) == ["summary", "nothing"]
+    assert metrics.read_bytes().startswith(written[: written.index(b'"ended": true')])  # the first run stood
+    make(tmp_path / "alone", **settings)
+    ours, alone = (timeless(read_metrics(tmp_path / name)) for name in ("run", "alone"))
+    told = ("arm", "strength", "seed", "step", "tokens", "ended")
+    assert [[r.get(k) for k in told] for r in ours] == [[r.get(k) for k in told] for r in alone]
+    for name in ("loss", "accuracy"):
+        assert [r[name] for r in ours] == pytest.approx([r[name] for r in alone], rel=1e-4), name
+    assert [r["train_loss"] for r in ours[1:9]] == pytest.approx([r["train_loss"] for r in alone[1:9]], rel=1e-4)
+    models = sorted(path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").glob("models/*/*"))
+    assert len(models) == 2
+    for path in models:
+        one, other = (load_file(tmp_path / name / path) for name in ("run", "alone"))
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+
+    assert together(tmp_path, **settings) == 0, log(tmp_path)  # complete
+    assert said(tmp_path) == ["summary", "nothing"]
+    assert "is complete: showing its result" in log(tmp_path)
+
+
+def test_a_batch_that_two_cannot_share_is_refused_by_both(tmp_path):
+    assert together(tmp_path, batch_size=6, accumulate=2) != 0
+    for words in said(tmp_path):
+        assert words == (
+            "--batch-size 6 cannot be shared evenly by 2 processes and --accumulate 2: give a multiple of 4"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_leave_a_run_that_diverges_together(tmp_path):
+    assert together(tmp_path, (0, 9), seeds=2, skip_diverged=True) == 0, log(tmp_path)
+    ended = [r for r in read_metrics(tmp_path / "run") if r.get("ended")]
+    assert [(r["seed"], r["step"], r.get("diverged", False)) for r in ended] == [(0, 10, True), (1, 24, False)]
+    alone = make(tmp_path / "alone", Repeat(breaks=(0, 9)), seeds=2, skip_diverged=True)
+    assert ended[1]["loss"] == pytest.approx(alone["arms"][0]["loss"], rel=1e-4)
