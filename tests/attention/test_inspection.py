@@ -55,6 +55,51 @@ def test_rows_equal_a_computation_in_numpy():
             np.testing.assert_allclose(row["singular_values"], s, rtol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "falcon-grouped"])
+def test_what_is_equal_at_balance(family):
+    """The squared norms of rows, of planes under rotary positions, and of groups where heads share a key."""
+    model = build(family)
+    rows = {(r["layer"], r["head"], r["product"]): r for r in rd.inspect(model).rows}
+    for index, layer in enumerate(rd.find_attention(model)):
+
+        def whole(view):
+            bias = view.bias()
+            heads = view.heads().double().numpy()
+            return (
+                heads
+                if bias is None
+                else np.concatenate([heads, bias.double().numpy().reshape(*heads.shape[:2], 1)], 2)
+            )
+
+        group = layer.num_heads // layer.num_key_value_heads
+        output = layer.output.heads().double().numpy().swapaxes(1, 2)
+        for product, names, factors in (
+            ("query_key", ("query", "key"), (whole(layer.query), whole(layer.key))),
+            ("value_output", ("value", "output"), (whole(layer.value), output)),
+        ):
+            norms = [(f**2).sum(-1).reshape(layer.num_key_value_heads, -1, f.shape[1]).sum(1) for f in factors]
+            mean = sum(n.sum(-1) for n in norms) / 2
+            if product == "query_key" and layer.rotary is not None:
+                half = layer.rotary.dims // 2
+                assert not layer.rotary.interleaved
+                norms = [np.concatenate([n[:, :half] + n[:, half : 2 * half], n[:, 2 * half :]], 1) for n in norms]
+            for head in range(layer.num_heads):
+                row = rows[index, head, product]
+                assert list(row["squared_norms"]) == list(names)
+                for name, values in zip(names, norms, strict=True):
+                    np.testing.assert_allclose(row["squared_norms"][name], values[head // group], rtol=1e-9)
+                assert row["mean_frobenius"] == pytest.approx(mean[head // group])
+                if group == 1 and (product == "value_output" or layer.rotary is None):
+                    assert row["mean_frobenius"] - row["nuclear_norm"] == pytest.approx(row["nuclear_gap"], rel=1e-6)
+                baseline = row["untrained"]
+                assert {k: len(v) for k, v in baseline["squared_norms"].items()} == {
+                    k: len(v) for k, v in row["squared_norms"].items()
+                }
+                assert sum(map(sum, baseline["squared_norms"].values())) / 2 == pytest.approx(
+                    baseline["mean_frobenius"], rel=0.2
+                )
+
+
 def test_every_row_stands_beside_its_baseline():
     for row in rd.inspect(build("falcon-grouped")).rows:
         assert {*NORMS, *RANKS, *BALANCE, "singular_values"} <= row["untrained"].keys()
@@ -110,6 +155,9 @@ def test_a_layer_that_is_not_finite_is_shown_and_the_rest_reported():
     report = rd.inspect(model)
     broken = [(r["layer"], r["head"], r["product"]) for r in report.rows if r["nuclear_norm"] is None]
     assert broken == [(1, 0, "query_key")]
+    [row] = [r for r in report.rows if (r["layer"], r["head"], r["product"]) == (1, 0, "query_key")]
+    assert row["mean_frobenius"] is None
+    assert set(row["squared_norms"]["query"]) == set(row["squared_norms"]["key"]) == {None}
     assert "×███" in str(report)
     json.dumps(report.to_json(), allow_nan=False)
 

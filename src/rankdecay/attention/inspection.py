@@ -46,7 +46,8 @@ class Inspection:
         source: the path, or the class of the model.
         rows: one dictionary per head and product: ``layer``, ``name``, ``head``, ``product`` (or ``matrix``), the names
             in :data:`NORMS`, :data:`RANKS` and :data:`BALANCE` (None where not defined, or not finite), ``head_dim``,
-            ``singular_values``, and ``untrained``, the same keys.
+            ``singular_values``; of a product ``mean_frobenius``, ½(‖A‖² + ‖B‖²), and ``squared_norms``, those of the
+            rows of each factor, or of the planes, by the factor's name; and ``untrained``, the same keys.
         notes: what a reader has to know of some layers: positions, normalisation, shared heads.
         unhandled: attention that could not be read, with the reason.
     """
@@ -193,12 +194,27 @@ def _layer_rows(layer: AttentionLayer, initial: _Initial) -> Iterator[Row]:
 def _product_rows(product: Product, deviations: tuple[float, float]) -> Iterator[Row]:
     k, shape = product.single.shape[-1], (product.single.shape[-2], product.several.shape[-2])
     baseline = untrained_product(product.name, shape, k, product.several.shape[1], product.rotary, deviations)
-    figures = figures_of(product.spectrum()) | {name: plain(getattr(product, name)) for name in BALANCE}
+    figures = _product_figures(product)
     sigma = product.spectrum().singular_values
+    norms = _squared_norms(product)
     for head in range(product.num_heads):
         own = {name: values[head] for name, values in figures.items()}
         yield {"head": head, "product": product.name, "head_dim": k, **own,
+               "squared_norms": {role: plain(values[head]) for role, values in norms.items()},
                "singular_values": plain(sigma[head]), "untrained": baseline}  # fmt: skip
+
+
+def _product_figures(product: Product) -> dict[str, list[float | None]]:
+    balance = {name: plain(getattr(product, name)) for name in (*BALANCE, "mean_frobenius")}
+    return figures_of(product.spectrum()) | balance
+
+
+def _squared_norms(product: Product) -> dict[str, Tensor]:
+    """(heads, n) by the names of the factors, the query or the value first."""
+    single, several = product.squared_norms
+    if product.name == "query_key":
+        return {"query": several, "key": single}
+    return {"value": single, "output": several}
 
 
 def _matrix_rows(view: MatrixView, num_heads: int, deviation: float) -> Iterator[Row]:
@@ -242,8 +258,10 @@ def untrained_product(
     single = torch.randn(draws, rows[0], k, generator=generator, dtype=torch.float64) * deviations[0]
     several = torch.randn(draws, group, rows[1], k, generator=generator, dtype=torch.float64) * deviations[1]
     product = Product(name, single, several, rotary)
-    return _mean(figures_of(product.spectrum()) | {name: plain(getattr(product, name)) for name in BALANCE}) | {
-        "singular_values": plain(product.spectrum().singular_values.mean(0))
+    # of the norms one draw, whose scatter is that of a head
+    return _mean(_product_figures(product)) | {
+        "squared_norms": {role: plain(values[0]) for role, values in _squared_norms(product).items()},
+        "singular_values": plain(product.spectrum().singular_values.mean(0)),
     }
 
 

@@ -132,6 +132,20 @@ class Product:
         return self._per_head(self._penalty / self._mean_frobenius)
 
     @property
+    def mean_frobenius(self) -> Tensor:
+        """(heads,) ½(‖A‖² + ‖B‖²) of the group a head belongs to: what L2 on the factors is, up to its strength."""
+        return self._per_head(self._mean_frobenius)
+
+    @property
+    def squared_norms(self) -> tuple[Tensor, Tensor]:
+        """(heads, n) each: the diagonals of AᵀA and BᵀB of the group a head belongs to; the same if balanced.
+
+        With rotary positions, of each plane, then of each coordinate that is not turned.
+        """
+        first, second = (self._per_head(self._diagonal(gram)) for gram in self._balanced)
+        return first, second
+
+    @property
     def _mean_frobenius(self) -> Tensor:
         single, several = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in self._balanced)
         return (single + several) / 2
@@ -143,9 +157,8 @@ class Product:
         stacked = _triangle(self._balanced[1], self.several.flatten(1, 2))  # the group's heads under each other
         if self.rotary is None:
             return torch.linalg.svdvals(stacked @ single.mT).sum(-1)
-        planes = self._planes
-        norms = [gram.diagonal(dim1=-2, dim2=-1) for gram in self._balanced]
-        by_plane = [torch.stack([norm[:, list(plane)].sum(-1) for plane in planes], -1).sqrt() for norm in norms]
+        planes = self.rotary.dims // 2
+        by_plane = [self._diagonal(gram)[:, :planes].sqrt() for gram in self._balanced]
         turned = (by_plane[0] * by_plane[1]).sum(-1)
         still = slice(self.rotary.dims, None)
         return turned + torch.linalg.svdvals(stacked[..., still] @ single[..., still].mT).sum(-1)
@@ -155,6 +168,14 @@ class Product:
         assert self.rotary is not None
         half = self.rotary.dims // 2
         return [(2 * p, 2 * p + 1) if self.rotary.interleaved else (p, p + half) for p in range(half)]
+
+    def _diagonal(self, gram: Tensor) -> Tensor:
+        """Of each matrix; with rotary positions the two coordinates of a plane added."""
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        if self.rotary is None:
+            return diagonal
+        planes = diagonal[..., torch.tensor(self._planes, device=gram.device)].sum(-1)
+        return torch.cat([planes, diagonal[..., self.rotary.dims :]], -1)
 
     def _by_plane(self, gram: Tensor) -> Tensor:
         """The gram with each plane reduced to its squared norm, and no entries between planes: what can balance."""
@@ -168,9 +189,9 @@ class Product:
         return out
 
     def _per_head(self, per_group: Tensor) -> Tensor:
-        value = per_group[:, None].expand(self.several.shape[:2])
-        known = self._finite.all(1, keepdim=True)  # one broken head leaves its group unknown
-        return value.masked_fill(~known, torch.nan).flatten()
+        known = self._finite.all(1)  # one broken head leaves its group unknown
+        value = per_group.masked_fill(~known.view(-1, *[1] * (per_group.ndim - 1)), torch.nan)
+        return value.repeat_interleave(self.several.shape[1], 0)
 
 
 def _where_finite(matrices: Tensor) -> Tensor:

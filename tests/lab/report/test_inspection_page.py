@@ -90,17 +90,24 @@ def test_text_is_only_ever_text(broken):
     assert page.count("</script>") == render([replace(broken, source="a", notes=[], unhandled=[])]).count("</script>")
 
 
+def _of_a_matrix(baseline):
+    balance = dict.fromkeys(("nuclear_gap", "nuclear_ratio", "imbalance"))
+    return {k: v for k, v in baseline.items() if k not in ("squared_norms", "mean_frobenius")} | balance
+
+
 def test_normalised_queries_and_keys_have_charts_of_their_own():
     rows = inspect(torch.nn.MultiheadAttention(16, 2)).rows
     matrices = [
-        {k: v for k, v in row.items() if k != "product"}
+        {k: v for k, v in row.items() if k not in ("product", "squared_norms", "mean_frobenius")}
         | dict.fromkeys(("nuclear_gap", "nuclear_ratio", "imbalance"))
-        | {"untrained": row["untrained"] | dict.fromkeys(("nuclear_gap", "nuclear_ratio", "imbalance")), "matrix": role}
+        | {"untrained": _of_a_matrix(row["untrained"]), "matrix": role}
         for row, role in zip(rows[:2] * 2, ["query"] * 2 + ["key"] * 2, strict=True)
     ]
     kinds = _data(render([Inspection("m", matrices + rows[2:])]))["kinds"]
     assert [kind["key"] for kind in kinds] == ["query", "key", "value_output"]
     assert list(kinds[0]["measures"]) == ["pseudo_rank", "effective_share", "stable_rank"]
+    assert [kind["factors"] for kind in kinds] == [None, None, ["W_V", "W_O"]]
+    assert "norms" not in kinds[0]["reports"][0][0]
 
 
 def test_many_singular_values_are_thinned_to_first_and_last(reports, monkeypatch):
@@ -108,6 +115,28 @@ def test_many_singular_values_are_thinned_to_first_and_last(reports, monkeypatch
     data = _data(render(reports))
     assert [layers[0]["spectra"] is None for layers in data["kinds"][0]["reports"]] == [False, True, False]
     assert "first and the last checkpoint only" in data["notices"][0]
+
+
+def test_the_two_figures_of_the_paper_are_in_the_data(reports):
+    data = _data(render(reports))
+    rows = {(r["layer"], r["head"], r["product"]): r for r in reports[-1].rows}
+    for kind in data["kinds"]:
+        for layer in kind["reports"][-1]:
+            first = rows[layer["layer"], 0, kind["key"]]
+            for drawn, values in zip(layer["norms"], first["squared_norms"].values(), strict=True):
+                assert drawn == pytest.approx(values, rel=1e-3)
+            for head, (mean, nuclear) in zip(layer["heads"], layer["bounds"], strict=True):
+                row = rows[layer["layer"], head, kind["key"]]
+                assert (mean, nuclear) == pytest.approx((row["mean_frobenius"], row["nuclear_norm"]), rel=1e-3)
+            grey = data["untrained_pairs"][layer["untrained_pairs"]]
+            assert grey[2][0] == pytest.approx(first["untrained"]["mean_frobenius"], rel=1e-3)
+    page = render(reports[-1:])
+    own = [row for row in reports[-1].rows if row["product"] == "value_output"]
+    mean = sum(row["imbalance"] for row in own) / len(own)
+    assert (
+        f"sharper measure: {mean:.3g} here (mean over heads), {own[0]['untrained']['imbalance']:.3g} untrained" in page
+    )
+    assert "each row of W_V is as large as its column of W_O" in page
 
 
 @pytest.mark.parametrize(
@@ -209,11 +238,34 @@ def test_a_measure_changes_the_map_and_a_click_shows_the_head(open_page, reports
     assert untrained["y"] == pytest.approx([s / baseline[0] for s in baseline], rel=2e-3)
 
 
+def test_what_is_equal_at_balance_is_drawn_beside_the_untrained(open_page, reports):
+    page = open_page(reports, within="main")
+    row = next(r for r in reports[-1].rows if (r["layer"], r["head"], r["product"]) == (1, 0, "query_key"))
+    line, trained, untrained = _drawn(page, "norms-query_key")
+    assert line["x"] == line["y"]
+    assert len(trained["x"]) == 3 * 8  # the first head of each of three layers
+    assert trained["x"][8:16] == pytest.approx([max(v, line["x"][0]) for v in row["squared_norms"]["query"]], rel=1e-3)
+    assert trained["y"][8:16] == pytest.approx([max(v, line["x"][0]) for v in row["squared_norms"]["key"]], rel=1e-3)
+    assert len(set(trained["marker"]["color"])) == 3
+    assert untrained["x"] == pytest.approx(row["untrained"]["squared_norms"]["query"], rel=1e-3)
+    _, trained, untrained = _drawn(page, "bounds-value_output")
+    assert len(trained["x"]) == 3 * 4
+    assert all(nuclear <= mean * 1.001 for mean, nuclear in zip(trained["x"], trained["y"], strict=True))
+    of_values = next(r for r in reports[-1].rows if r["product"] == "value_output")["untrained"]
+    assert untrained["x"] == pytest.approx([of_values["mean_frobenius"]], rel=1e-3)
+    _choose(page, "Checkpoint", "checkpoint-0")
+    page.locator("#bounds-value_output").scroll_into_view_if_needed()
+    page.locator("#value_output").get_by_label("Checkpoint").select_option("checkpoint-0")
+    _until(page, "document.getElementById('bounds-value_output').data[1].x[0] !== value", trained["x"][0])
+
+
 def test_several_reports_have_a_line_each(open_page, reports):
     page = open_page(reports)
     profile = [t for t in _drawn(page, "profile-query_key") if t.get("meta")]
     assert [t["meta"] for t in profile] == ["untrained", "checkpoint-0", "checkpoint-10", "checkpoint-20"]
-    assert page.locator("#query_key .keys span").all_inner_texts() == [t["meta"] for t in [*profile[1:], profile[0]]]
+    assert page.locator("#query_key .keys").first.locator("span").all_inner_texts() == [
+        t["meta"] for t in [*profile[1:], profile[0]]
+    ]
     lines = _drawn(page, "trajectory-query_key")
     assert [line["name"] for line in lines] == ["layer 0", "layer 1", "layer 2"]
     for line, values in zip(lines, zip(*(t["y"] for t in profile[1:]), strict=True), strict=True):

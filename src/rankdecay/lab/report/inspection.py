@@ -32,6 +32,10 @@ MEASURES = {
     "imbalance": ("Imbalance", "the difference of the Gram matrices of the two factors over their mean: 0 is balanced"),
     "nuclear_gap": ("Nuclear gap", "the bound less the nuclear norm, in the units of the product: 0 is balanced"),
 }
+FACTORS = {"query_key": ("W_Q", "W_K"), "value_output": ("W_V", "W_O")}
+
+#: The squared norms of the rows of one factor and of the other, and a pair of `_bound`.
+Pairs = tuple[tuple[float | None, ...], tuple[float | None, ...], tuple[float | None, float | None]]
 
 
 def inspection_page(reports: Sequence[Inspection], path: Path) -> Path:
@@ -94,6 +98,7 @@ def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str,
     share, are in a list of their own.
     """
     untrained: dict[tuple[float, ...], int] = {}
+    pairs: dict[Pairs, int] = {}
     size = sum(len(row["singular_values"]) for report in reports for row in report.rows)
     thin = len(reports) > 2 and size > SNAPSHOT_NUMBERS
     with_spectra = {0, len(reports) - 1} if thin else set(range(len(reports)))
@@ -107,13 +112,20 @@ def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str,
                 "key": key, "symbol": symbol, "meaning": meaning,
                 "measures": {name: MEASURES[name][0] for name in defined},
                 "heads": sorted({row["head"] for row in rows}),
-                "reports": [_layers(part, defined, i in with_spectra, untrained) for i, part in enumerate(own)],
+                # a run directory has spectra and no weights
+                "factors": FACTORS.get(key) if all(row.get("squared_norms") for row in rows) else None,
+                "reports": [_layers(part, defined, i in with_spectra, untrained, pairs) for i, part in enumerate(own)],
             })  # fmt: skip
     notices = ["The page has the singular values of the first and the last checkpoint only."] if thin else []
-    return {"labels": list(labels), "kinds": kinds, "untrained": list(untrained), "notices": notices}
+    return {
+        "labels": list(labels), "kinds": kinds, "untrained": list(untrained), "untrained_pairs": list(pairs),
+        "notices": notices,
+    }  # fmt: skip
 
 
-def _layers(rows: list[Row], measures: list[str], spectra: bool, pool: dict[tuple[float, ...], int]) -> list[Row]:
+def _layers(
+    rows: list[Row], measures: list[str], spectra: bool, pool: dict[tuple[float, ...], int], pairs: dict[Pairs, int]
+) -> list[Row]:
     by_layer: dict[int, list[Row]] = {}
     for row in rows:
         by_layer.setdefault(row["layer"], []).append(row)
@@ -128,7 +140,25 @@ def _layers(rows: list[Row], measures: list[str], spectra: bool, pool: dict[tupl
             "spectra": [_spectrum(row) for row in heads] if spectra else None,
             "baseline": {name: _measure(untrained, name, dim) for name in measures},
         })  # fmt: skip
+        if heads[0].get("squared_norms"):
+            layers[-1] |= {
+                "norms": _norms(heads[0]),  # of the first head, as in the paper: of all they would be most of the page
+                "bounds": [_bound(row) for row in heads],
+                "untrained_pairs": pairs.setdefault((*_norms(untrained), _bound(untrained)), len(pairs)),
+            }
     return layers
+
+
+def _norms(row: Row) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
+    """The squared norms of the rows of each factor."""
+    first, second = (tuple(values) for values in row["squared_norms"].values())
+    return first, second
+
+
+def _bound(row: Row) -> tuple[float | None, float | None]:
+    """The mean squared norm of the factors, and what it is at balance: the nuclear norm, or that of the planes."""
+    mean, gap = row["mean_frobenius"], row["nuclear_gap"]
+    return mean, None if mean is None or gap is None else mean - gap
 
 
 def _measure(row: Row, name: str, dim: int) -> float | None:
@@ -222,7 +252,38 @@ def _section(kind: dict[str, Any], labels: Sequence[str]) -> str:
         f'</figcaption><div class="keys">{legend}<span><i class="dashed"></i>untrained</span></div>'
         f'<div class="chart" id="profile-{key}"></div></figure>'
         f"{trajectory if several else ''}"
+        f"{_coincidence(kind, layers) if kind['factors'] else ''}"
         f"{_table(kind, several)}</section>"
+    )
+
+
+def _coincidence(kind: dict[str, Any], layers: Sequence[int]) -> str:
+    """The two charts that the paper has of pretrained models."""
+    key, (first, second) = kind["key"], kind["factors"]
+    lines = "columns" if key == "value_output" else "rows"
+    last = kind["reports"][-1]
+    mean, baseline = (
+        _number(_mean(values))
+        for values in (
+            [value for layer in last for value in layer["values"]["imbalance"]],
+            [layer["baseline"]["imbalance"] for layer in last],
+        )
+    )
+    keys = (
+        f'<div class="keys"><span class="ramp">layer {layers[0]}<i></i>layer {layers[-1]}</span>'
+        '<span><i class="dot"></i>untrained</span></div>'
+    )
+    return (
+        f"<h3>Balance: {first} against {second}</h3>"
+        f"<p>At every stationary point of a loss with L2, all points of both charts are on the diagonal: each row of "
+        f"{first} is as large as its {lines[:-1]} of {second}, and the nuclear norm is its bound; with rotary "
+        "positions planes take the place of rows, and where heads share a key the sum over them. <b>That they nearly "
+        "are says little:</b> in a wide model untrained heads, in grey, nearly are as well. The relative imbalance is "
+        f"the sharper measure: {mean} here (mean over heads), {baseline} untrained.</p>"
+        f'<div class="pair"><figure><figcaption>Squared norms of the rows of {first} and the {lines} of {second}, '
+        f'first head of each layer</figcaption>{keys}<div class="chart square" id="norms-{key}"></div></figure>'
+        f"<figure><figcaption>Nuclear norm and its bound, every head</figcaption>{keys}"
+        f'<div class="chart square" id="bounds-{key}"></div></figure></div>'
     )
 
 

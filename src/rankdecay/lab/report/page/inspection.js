@@ -162,6 +162,48 @@ function draw(kind) {
     });
   });
 
+  // Pairs of numbers that are equal at balance: on the diagonal. Logarithmic, so that a share of a large number and of
+  // a small one are as far from it; what is 0 is at the edge.
+  function diagonal(id, x, y, points, untrained) {
+    chart(id, names("report"), (element) => {
+      const items = numbers.map((number) => find(report(), number)).filter((layer) => layer && layer.norms);
+      const own = items.flatMap((layer) => points(layer).map((point) => ({ ...point, layer: layer.layer })));
+      const grey = [...new Set(items.map((layer) => layer.untrained_pairs))].flatMap((i) => untrained(run.untrained_pairs[i]));
+      const finite = (some) => some.filter((point) => point.x !== null && point.y !== null);
+      const all = finite([...own, ...grey]);
+      const high = Math.max(...all.flatMap((point) => [point.x, point.y]), 1e-30);
+      const low = Math.max(Math.min(...all.flatMap((point) => [point.x, point.y]).filter((value) => value > 0), high), 1e-6 * high);
+      const range = [Math.log10(low) - 0.08, Math.log10(high) + 0.08];
+      const trace = (some, marker, label) => ({
+        x: some.map((point) => Math.max(point.x, 10 ** range[0])), y: some.map((point) => Math.max(point.y, 10 ** range[0])),
+        mode: "markers", marker, customdata: some.map((point) => `<b>${label(point)}</b><br>${plainText(x)} ${digits(point.x)}<br>${plainText(y)} ${digits(point.y)}`),
+        hovertemplate: "%{customdata}<extra></extra>",
+      });
+      const place = (layer) => (numbers.length > 1 ? numbers.indexOf(layer) / (numbers.length - 1) : 1);
+      const ends = range.map((value) => 10 ** value);
+      plot(element, [
+        { x: ends, y: ends, mode: "lines", line: { color: theme().muted, width: 1 }, hoverinfo: "skip" },
+        { ...trace(finite(own), { size: 6, opacity: 0.75, color: finite(own).map((point) => ramp(place(point.layer))) },
+          (point) => `layer ${point.layer}, ${point.what}`), name: "trained" },
+        { ...trace(finite(grey), { size: 6, symbol: "circle-open", color: theme().muted }, () => "untrained"), name: "untrained" },
+      ], {
+        hovermode: "closest",
+        xaxis: { type: "log", range, title: { text: x, standoff: 6 }, showspikes: false },
+        yaxis: { type: "log", range, title: { text: y, standoff: 8 }, showspikes: false },
+      });
+    });
+  }
+
+  if (kind.factors) {
+    const [first, second] = kind.factors;
+    const norms = ([xs, ys], head) => xs.map((value, i) => ({ x: value, y: ys[i], what: `head ${head}, row ${i}` }));
+    diagonal(`norms-${kind.key}`, `‖row of ${first}‖²`, `‖its partner in ${second}‖²`,
+      (layer) => norms(layer.norms, layer.heads[0]), (pairs) => norms(pairs));
+    diagonal(`bounds-${kind.key}`, "bound: mean squared norm of the factors", "nuclear norm",
+      (layer) => layer.bounds.map(([mean, nuclear], i) => ({ x: mean, y: nuclear, what: `head ${layer.heads[i]}` })),
+      ([, , [mean, nuclear]]) => [{ x: mean, y: nuclear }]);
+  }
+
   // Begin at the head the words name: that of the lowest pseudo rank in the last checkpoint.
   const cells = layersOf(LAST).flatMap((layer) => layer.heads.map((head, i) => [layer.values.pseudo_rank[i], layer.layer, head]));
   const [lowest] = cells.filter(([value]) => value !== null).sort((a, b) => a[0] - b[0] || a[1] - b[1] || a[2] - b[2]);
