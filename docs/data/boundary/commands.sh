@@ -20,6 +20,9 @@ sweep selection --task selection --seeds 3 --rest-decays 0.5 1 4 --train-example
 sweep selection --task selection --seeds 3 --rest-decays 0.3 1 5 --train-examples 700 1000 1250 \
   --arms none l2 smooth prototype radial_only raise_rank \
   --strengths l2=10,30,100 smooth=2.5,5,10 prototype=0.01 radial_only=5 raise_rank=10
+sweep selection_31 --task selection --modulus 31 --width 128 --mlp-width 512 --lr 1e-3 --batch-size 256 --steps 640 \
+  --seeds 3 --rest-decays 3 --train-examples 1500 2000 3000 --arms none l2 smooth prototype radial_only raise_rank \
+  --strengths l2=30,100,300 smooth=5,10,20 prototype=0.005,0.01 radial_only=10 raise_rank=10
 sweep selection_six --task selection --values 6 --seeds 3 --train-examples 1500 2500 \
   --arms none l2 smooth radial_only uniform_attention --strengths l2=10,30 smooth=2.5,5 radial_only=5
 sweep selection --task selection --seeds 5 \
