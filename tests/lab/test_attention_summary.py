@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rankdecay.lab.attention_summary import of, summarise
+from rankdecay.lab.attention_summary import difference, of, summarise
 
 
 def layer(rank: float | None, imbalance: float = 0.5, *, qk_norm: bool = False) -> dict:
@@ -120,3 +120,17 @@ def test_a_reader_of_rows_needs_neither_torch_nor_numpy():
     code = "import rankdecay.lab.attention_summary, sys; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_difference_is_taken_piece_by_piece_or_seed_by_seed():
+    """What is hard for both says nothing of how they differ."""
+    hard = {"seeds": 1, "loss": 2.0, "loss_error": 0.5, "sample": [1.0, 2.0, 3.0]}
+    better = {"seeds": 1, "loss": 1.9, "loss_error": 0.5, "sample": [0.9, 1.9, 2.9]}
+    distance, error = difference(hard, better)
+    assert distance == pytest.approx(0.1)
+    assert error == pytest.approx(0.0, abs=1e-12)
+    other = better | {"sample": [0.8, 1.9, 3.0]}
+    assert difference(hard, other) == pytest.approx((0.1, 0.1 / 3**0.5))
+    for unpaired in ({"sample": []}, {"sample": [1.0, 2.8]}, {"seeds": 3}):  # another validation set, or seeds lost
+        assert difference(hard, better | unpaired) == pytest.approx((0.1, 0.5 * 2**0.5))
+    assert difference(hard, better | {"sample": [], "loss_error": None}) == (pytest.approx(0.1), None)

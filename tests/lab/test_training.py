@@ -13,7 +13,7 @@ from torch import nn
 import rankdecay as rd
 from rankdecay.lab.ensemble import compiler_available
 from rankdecay.lab.store import RunDirectory
-from rankdecay.lab.training import Diverged, Plan, Quality, Run, Session, mean_and_error, nested
+from rankdecay.lab.training import PIECES, Diverged, Plan, Run, Session, judged, nested
 
 from .tiny import Repeat
 
@@ -168,7 +168,7 @@ def test_an_evaluation_says_what_the_model_is():
     assert (record["step"], record["tokens"]) == (20, 1600)
     assert record["train_loss"] == pytest.approx(sum(losses(its)) / 20)
     quality = its.problem.evaluate(its.model.eval(), "cpu")
-    assert (record["loss"], record["loss_error"], record["accuracy"]) == quality
+    assert (record["loss"], record["loss_error"], record["accuracy"]) == quality[:3]
     assert record["loss"] < before["loss"]
     assert record["seconds"] > 0
     rows = [row for row in rd.inspect(its.model).rows if (row["layer"], row["product"]) == (1, "query_key")]
@@ -190,13 +190,22 @@ def test_numbers_that_are_not_finite_are_stored_as_none():
 
     class OnePiece(Repeat):
         def evaluate(self, model, device):
-            return Quality(*mean_and_error([2.5]))
+            return judged([2.5])
 
     assert session(problem=OnePiece()).evaluate()["loss_error"] is None
 
 
-def test_mean_and_its_error():
-    assert mean_and_error([1.0, 2.0, 6.0]) == pytest.approx((3.0, math.sqrt(7 / 3)))
+def test_a_mean_its_error_and_its_pieces():
+    quality = judged([1.0, 2.0, 6.0], accuracy=0.5)
+    assert quality[:2] == pytest.approx((3.0, math.sqrt(7 / 3)))
+    assert quality[2:] == (0.5, (1.0, 2.0, 6.0))
+    losses = torch.arange(50.0) ** 2
+    quality = judged(losses)
+    assert quality.loss == pytest.approx(losses.mean().item())
+    assert len(quality.pieces) == PIECES
+    assert quality.pieces[0] == pytest.approx((0 + 1 + 4 + 9) / 4)
+    pieces = torch.tensor(quality.pieces, dtype=torch.float64)
+    assert quality.error == pytest.approx(pieces.std().item() / PIECES**0.5)
 
 
 # --- no number ---

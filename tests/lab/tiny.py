@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from rankdecay.lab.experiments.attention_decay import AttentionDecay, Experiment, Record, run
 from rankdecay.lab.models.gpt import GPT, GPTConfig
-from rankdecay.lab.training import Quality, mean_and_error
+from rankdecay.lab.training import Quality, judged
 
 VOCABULARY, HALF = 16, 5
 
@@ -53,7 +53,7 @@ class Repeat:
         pieces = [sequences(10_000_000 + i, 8) for i in range(3)]
         losses = [self.loss(model, (tokens, torch.ones(8))).item() for tokens in pieces]
         right = [(model(t[:, :-1]).argmax(-1) == t[:, 1:])[:, HALF:].float().mean().item() for t in pieces]
-        return Quality(*mean_and_error(losses), sum(right) / len(right))
+        return judged(losses, sum(right) / len(right))
 
 
 def sequences(seed: int, size: int) -> Tensor:

@@ -27,10 +27,11 @@ def summarise(records: Sequence[Record], unit: str) -> list[Record]:
 
     Returns:
         Each with the names of `KEY` (the arm as ``name``, seeds counted), ``diverged``, ``loss`` and ``loss_error``
-        (the standard error over seeds; of one seed that of its evaluation), ``accuracy``, ``per_second`` (in training
-        steps alone), ``loss_at_equal_time`` (where every run had trained as long as the quickest of all), ``layers``
-        and ``untrained``: part, then measure, at the end and at step 0; and ``mean``, ``untrained_mean``, the same
-        over the layers.
+        (the standard error over seeds; of one seed that of its evaluation), ``sample`` (what that error is over: the
+        losses of the seeds, or of the pieces of the validation set; see `difference`), ``accuracy``, ``per_second`` (in
+        training steps alone), ``loss_at_equal_time`` (where every run had trained as long as the quickest of all),
+        ``layers`` and ``untrained``: part, then measure, at the end and at step 0; and ``mean``, ``untrained_mean``,
+        the same over the layers.
     """
     by_run: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
@@ -52,6 +53,7 @@ def _cell(key: tuple[Any, ...], runs: Sequence[Sequence[Record]], unit: str, qui
         "seeds": len(runs),
         "diverged": len(runs) - len(done),
         **dict.fromkeys(("loss", "loss_error", "accuracy", "per_second", "loss_at_equal_time")),
+        "sample": [],
         "layers": [],
         "untrained": [],
         "mean": {},
@@ -63,6 +65,7 @@ def _cell(key: tuple[Any, ...], runs: Sequence[Sequence[Record]], unit: str, qui
     cell["loss"] = statistics.fmean(losses)
     spread = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else last[0]["loss_error"]
     cell["loss_error"] = spread
+    cell["sample"] = losses if len(losses) > 1 else last[0].get("pieces", [])
     if last[0]["accuracy"] is not None:
         cell["accuracy"] = statistics.fmean(row["accuracy"] for row in last)
     cell["per_second"] = statistics.median(row[unit] / max(row["seconds"], 1e-9) for row in last)
@@ -70,6 +73,21 @@ def _cell(key: tuple[Any, ...], runs: Sequence[Sequence[Record]], unit: str, qui
     cell["layers"], cell["untrained"] = _mean_layers(last), _mean_layers([rows[0] for rows in done])
     cell["mean"], cell["untrained_mean"] = _over_layers(cell["layers"]), _over_layers(cell["untrained"])
     return cell
+
+
+def difference(cell: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float | None]:
+    """By how much the loss of a cell is above another's, and the standard error of that; None where it is not known.
+
+    Cells have the same seeds, batches and validation set, so their losses are held against each other seed by seed, or
+    piece by piece of the validation set: what is common to both, such as how hard a piece is, cancels.
+    """
+    distance = cell["loss"] - other["loss"]
+    mine, others = cell.get("sample") or [], other.get("sample") or []
+    if len(mine) == len(others) > 1 and cell["seeds"] == other["seeds"]:
+        gaps = [a - b for a, b in zip(mine, others, strict=True)]
+        return distance, statistics.stdev(gaps) / math.sqrt(len(gaps))
+    errors = [cell.get("loss_error"), other.get("loss_error")]
+    return distance, None if None in errors else math.hypot(*errors)  # type: ignore[arg-type]
 
 
 def _loss_at(rows: Sequence[Record], seconds: float) -> float:

@@ -28,6 +28,7 @@ Batch = tuple[Tensor, ...]
 Precision = Literal["float32", "bfloat16", "float16"]
 MEASURES = ("pseudo_rank", "effective_rank", "stable_rank", "nuclear_norm", "nuclear_gap", "imbalance")
 PARTS = ("query_key", "value_output", "query", "key")
+PIECES = 16  # stretches of a validation set: what its standard error is over
 BETAS = (0.9, 0.95)
 LAST_RATE = 0.1  # of the peak learning rate: where the cosine ends
 
@@ -36,8 +37,9 @@ class Quality(NamedTuple):
     """How good a model is on what it was not trained on."""
 
     loss: float
-    error: float  # standard error of the loss over independent pieces of the validation set; NaN if not known
+    error: float  # standard error of the loss over the pieces; NaN if there is one alone
     accuracy: float | None = None
+    pieces: tuple[float, ...] = ()  # losses of stretches of the validation set, the same for every model
 
 
 class Problem(Protocol):
@@ -262,6 +264,7 @@ class Session:
             "loss": quality.loss,
             "loss_error": quality.error if math.isfinite(quality.error) else None,
             "accuracy": quality.accuracy,
+            "pieces": [float(f"{piece:.7g}") for piece in quality.pieces],
             "layers": nested(self.monitor.measure()),
         }
 
@@ -330,8 +333,17 @@ def nested(values: Mapping[str, float]) -> list[Record]:
     return list(layers.values())
 
 
-def mean_and_error(pieces: Sequence[float]) -> tuple[float, float]:
-    """The mean of independent pieces and its standard error; of one piece alone the error is not a number."""
-    values = torch.tensor(pieces, dtype=torch.float64)
-    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), error
+def judged(losses: Tensor | Sequence[float], accuracy: float | None = None) -> Quality:
+    """The quality by the losses of a validation set, in its order.
+
+    Neighbours may be alike, as windows of one text are, so the error is that over stretches; these are kept, because
+    two models judged by the same ones differ by far less than each of them is uncertain.
+
+    Args:
+        losses: (examples,).
+        accuracy: share of right answers.
+    """
+    values = torch.as_tensor(losses, dtype=torch.float64).cpu()
+    pieces = torch.stack([stretch.mean() for stretch in values.tensor_split(min(PIECES, len(values)))])
+    error = float(pieces.std()) / math.sqrt(len(pieces)) if len(pieces) > 1 else math.nan
+    return Quality(float(values.mean()), error, accuracy, tuple(pieces.tolist()))

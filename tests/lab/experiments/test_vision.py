@@ -101,14 +101,14 @@ def test_validation_counts_what_is_right(folder):
     torch.nn.init.zeros_(brightness[1].bias)
     with torch.no_grad():
         brightness[1].weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 192))
-    assert problem.evaluate(brightness, "cpu") == pytest.approx((0.0, 0.0, 1.0), abs=1e-3)
+    assert problem.evaluate(brightness, "cpu")[:3] == pytest.approx((0.0, 0.0, 1.0), abs=1e-3)
     with torch.no_grad():
         brightness[1].weight.zero_()
         brightness[1].bias.copy_(torch.tensor([1.0, 0.0]))  # always the first class, of which there are 6 in 10
     quality = problem.evaluate(brightness, "cpu")
     losses = torch.tensor([0.3132617] * 6 + [1.3132617] * 4)
     expected = (losses.mean().item(), losses.std().item() / 10**0.5, 0.6)
-    assert quality == pytest.approx(expected, rel=1e-5)
+    assert quality[:3] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_model_is_as_asked_for_and_follows_from_the_seed():

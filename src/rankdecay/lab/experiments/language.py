@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rankdecay.lab.training import Batch, Quality
 
 __all__ = ["PRESETS", "Language", "LanguageModelling", "check", "print_summary", "run"]
-PIECES = 16  # of the validation text, taken as independent for the standard error
 
 
 @dataclass(frozen=True)
@@ -195,21 +194,17 @@ class LanguageModelling:
         return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
     def evaluate(self, model: nn.Module, device: str) -> Quality:
-        """The loss on the validation text; its standard error over stretches of the text, which windows share."""
+        """The loss on the validation text."""
         import torch
         from torch.nn import functional as F
 
-        from rankdecay.lab.training import Quality, mean_and_error
+        from rankdecay.lab.training import judged
 
         losses = []
         for windows in self._validation.to(device).split(self._chunk):
             logits = model(windows[:, :-1])
             losses.append(F.cross_entropy(logits.mT.float(), windows[:, 1:], reduction="none").mean(1))
-        each = torch.cat(losses).double().cpu()  # (windows,)
-        # as equal as possible: a mean of their means is the mean of all up to that
-        stretches = each.tensor_split(min(PIECES, len(each)))
-        _, error = mean_and_error([float(stretch.mean()) for stretch in stretches])
-        return Quality(float(each.mean()), error)
+        return judged(torch.cat(losses))
 
     def facts(self) -> Record:
         """What a summary says of the text and the model."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Recall", "print_summary", "run"]
 
 DEPTH = 2  # one layer to copy, one to find
-CHUNK = 256  # validation sequences at a time: what the standard error of the loss is over
+CHUNK = 256  # validation sequences at a time
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,8 @@ def check(settings: Recall) -> None:
             f"--label-noise {settings.label_noise} is outside [0, 1): give the share of answers to replace, such as "
             "0.05, or 0 for none"
         )
-    if settings.valid_sequences < 2 * CHUNK or settings.valid_sequences % CHUNK:
-        raise SettingError(
-            f"--valid-sequences {settings.valid_sequences} must be a multiple of {CHUNK}, and at least two of them "
-            f"for a standard error: for example {8 * CHUNK}"
-        )
+    if settings.valid_sequences < 2:
+        raise SettingError(f"--valid-sequences {settings.valid_sequences} gives no standard error: for example 512")
     if settings.mlp_decays != Recall().mlp_decays:
         raise SettingError("--mlp-decays has no effect: this transformer is attention alone; leave it out")
     check_width(settings.width, settings.heads, example=32 * settings.heads)
@@ -189,16 +186,17 @@ class RecallProblem:
 
     def evaluate(self, model: nn.Module, device: str) -> Quality:
         """Loss and accuracy without noise."""
+        import torch
         from torch.nn import functional as F
 
-        from rankdecay.lab.training import Quality, mean_and_error
+        from rankdecay.lab.training import judged
 
         losses, right = [], 0
         for tokens, answers in zip(*(part.to(device).split(CHUNK) for part in self._valid), strict=True):
             logits = model(tokens)[:, -answers.shape[1] :].float()
-            losses.append(F.cross_entropy(logits.flatten(0, 1), answers.flatten()).item())
+            losses.append(F.cross_entropy(logits.mT, answers, reduction="none").mean(1))
             right += int((logits.argmax(-1) == answers).sum())
-        return Quality(*mean_and_error(losses), right / self._valid[1].numel())
+        return judged(torch.cat(losses), right / self._valid[1].numel())
 
     def _draw(self, seed: int, purpose: str, count: int, noise: float, *index: int) -> Batch:
         import torch

@@ -257,7 +257,7 @@ class VisionProblem:
         import torch
         from torch.nn import functional as F
 
-        from rankdecay.lab.training import Quality, mean_and_error
+        from rankdecay.lab.training import judged
 
         losses, right = [], 0
         whole = torch.from_numpy(self.valid.pixels), torch.from_numpy(self.valid.labels)
@@ -265,7 +265,7 @@ class VisionProblem:
             logits, labels = self.logits(model, pixels.to(device)), labels.to(device)
             losses += F.cross_entropy(logits, labels, reduction="none").tolist()
             right += int((logits.argmax(-1) == labels).sum())
-        return Quality(*mean_and_error(losses), right / len(losses))
+        return judged(losses, right / len(losses))
 
 
 def run(settings: Vision, command: str) -> Record:

@@ -32,6 +32,10 @@ def write_report(directory: str | Path) -> Path:
         from rankdecay.lab.report.factor.page import write_page as of_matrices
 
         return of_matrices(Path(directory), path)
+    if _command(directory) == "margin":
+        from rankdecay.lab.report.margin.page import write_page as of_margins
+
+        return of_margins(Path(directory), path)
     if _command(directory) in ATTENTION_DECAY:
         from rankdecay.lab.report.attention.page import write_page as of_attention
 
@@ -81,9 +85,10 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
         return of_sweep.figure(read_sweep(directories), Path(path))
     if len(directories) != 1:
         raise SettingError(f"--figure {path} shows one run, {len(directories)} were given")
-    if _command(directories[0]) == "factor":
-        raise SettingError(f"--figure {path}: factor has a page and no figure; its charts save as SVG from the page")
-    if _command(directories[0]) in ATTENTION_DECAY:
+    command = _command(directories[0])
+    if command in ("factor", "margin"):
+        raise SettingError(f"--figure {path}: {command} has a page and no figure; its charts save as SVG from the page")
+    if command in ATTENTION_DECAY:
         from rankdecay.lab.report.attention import figure as of_attention
 
         return of_attention.figure(Path(directories[0]), Path(path))

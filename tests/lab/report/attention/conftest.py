@@ -13,7 +13,7 @@ from torch.nn import functional
 from rankdecay.lab.attention_summary import summarise
 from rankdecay.lab.experiments.attention_decay import AttentionDecay, Experiment, run
 from rankdecay.lab.models.gpt import GPT, GPTConfig
-from rankdecay.lab.training import Quality, mean_and_error
+from rankdecay.lab.training import judged
 
 EVIL = "<img src=x onerror=window.owned=1></script><b>%{y}$"
 STRENGTHS = {"l2": (0.0, 0.1, 1.0, 10.0), "low_rank": (0.1, 1.0, 10.0)}
@@ -141,7 +141,7 @@ class Copying:
         return functional.cross_entropy(model(batch[0][:, :-1]).flatten(0, 1), batch[0][:, 1:].flatten())
 
     def evaluate(self, model, device):
-        return Quality(*mean_and_error([self.loss(model, self.batch(999, i, 4)).item() for i in range(3)]), 0.5)
+        return judged([self.loss(model, self.batch(999, i, 4)).item() for i in range(3)], 0.5)
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,7 @@ def test_what_rank_costs():
     cells = [make_cell(), make_cell(strength=1.0, loss=3.005, rank=0.4), make_cell(strength=10.0, loss=3.5, rank=0.1)]
     text = dict(say(*cells).points)["What rank costs"]
     assert "0.10, is that of L2 at 10, at a loss of 3.5000 ± 0.0100, 0.5000 above the least" in text
-    assert "Within one standard error of the least loss, the lowest is 0.40, L2 at 1" in text
+    assert "(within a standard error of the difference), the lowest is 0.40, L2 at 1" in text
     free = dict(say(make_cell(loss=3.1), make_cell(strength=10.0, rank=0.1)).points)
     assert free["What rank costs"].endswith("the least of all.")
 
@@ -167,7 +167,7 @@ def test_cells_that_diverged():
 def test_few_seeds_are_called_few():
     assert "One seed per cell" in dict(say(make_cell(), make_cell(strength=1.0)).points)["Limits"]
     few = dict(say(make_cell(seeds=3), make_cell(strength=1.0, seeds=3)).points)["Limits"]
-    assert "over 3 seeds; of so few it is itself a rough guess" in few
+    assert "over 3 seeds, of a difference seed by seed; of so few it is itself a rough guess" in few
     assert "rough" not in dict(say(make_cell(seeds=8), make_cell(strength=1.0, seeds=8)).points)["Limits"]
 
 

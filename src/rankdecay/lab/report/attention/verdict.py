@@ -4,12 +4,11 @@ As on every page, the sentences are computed from `summary.json` alone. They com
 never say that one thing caused another.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankdecay.lab.attention_summary import of
+from rankdecay.lab.attention_summary import difference, of
 from rankdecay.lab.report.attention.data import PARTS, main_mlp_decay, series
 from rankdecay.lab.report.data import is_number
 from rankdecay.lab.report.style import arm_styles
@@ -51,10 +50,9 @@ def verdict(summary: dict[str, Any] | None) -> Verdict:
 # --- comparing ---
 
 
-def error_of(*cells: Cell) -> float | None:
-    """The standard error of a loss, or of the difference of two; None where one is not known."""
-    errors: list[Any] = [cell.get("loss_error") for cell in cells]
-    return math.hypot(*errors) if all(map(is_number, errors)) else None
+def error_of(cell: Cell) -> float | None:
+    """The standard error of a loss; None where it is not known."""
+    return cell["loss_error"] if is_number(cell.get("loss_error")) else None
 
 
 def without_decay(arms: Mapping[str, Sequence[Cell]], name: str) -> Cell | None:
@@ -84,12 +82,17 @@ def product_name(cell: Cell, part: str) -> str:
 
 def _against(cell: Cell, other: Cell, name: str) -> str:
     """How the loss of a cell compares with another's; a difference within its standard error is none to speak of."""
-    distance, error = other["loss"] - cell["loss"], error_of(cell, other)
+    distance, error = difference(other, cell)
     size = f"{abs(distance):.4f}" + (f" ± {error:.4f}" if error is not None else "")
     side = "below" if distance >= 0 else "above"
     if error is not None and abs(distance) <= error:
         return f"not told apart from {name} ({size} {side} it)"
     return f"{size} {side} {name}"
+
+
+def _is_near(cell: Cell, best: Cell) -> bool:
+    distance, error = difference(cell, best)
+    return error is not None and distance <= error
 
 
 def _loss(cell: Cell) -> str:
@@ -255,16 +258,17 @@ def _cost(arms: Mapping[str, Sequence[Cell]], words: _Words, norm: bool | None) 
     if len(cells) < 2:
         return []
     best, lowest = least(cells), min(cells, key=lambda cell: rank_of(cell, "query_key") or 0)
-    error = error_of(best)
     subject = product_name(best, "query_key")
     text = f"The lowest pseudo rank of {subject}, {rank_of(lowest, 'query_key'):.2f}, is that of {words.short(lowest)}"
     text += f", at a loss of {_loss(lowest)}"
     text += ", the least of all." if lowest is best else f", {lowest['loss'] - best['loss']:.4f} above the least."
-    if error is not None and lowest is not best:
-        near = [cell for cell in cells if cell["loss"] <= best["loss"] + error]
+    if error_of(best) is not None and lowest is not best:
+        near = [cell for cell in cells if cell is best or _is_near(cell, best)]
         cheap = min(near, key=lambda cell: rank_of(cell, "query_key") or 0)
         shown = f"{rank_of(cheap, 'query_key'):.2f}, {words.short(cheap)}, at a loss of {_loss(cheap)}"
-        text += f" Within one standard error of the least loss, the lowest is {shown}."
+        text += (
+            f" Not told apart from the least loss (within a standard error of the difference), the lowest is {shown}."
+        )
     lead = "What rank costs" + ("" if norm is None else ", QK-norm" if norm else ", no QK-norm")
     return [(lead, text)]
 
@@ -336,11 +340,11 @@ def _limits(known: Sequence[Cell], words: _Words, main: float | None) -> tuple[s
     seeds = max(cell["seeds"] - (cell.get("diverged") or 0) for cell in known)
     if seeds == 1:
         text = (
-            "One seed per cell: the ± is the error of one evaluation, and another seed may put the strengths in "
-            "another order."
+            "One seed per cell: the ± is the error of one evaluation, of a difference that over the same pieces of "
+            "the validation set, and another seed may put the strengths in another order."
         )
     else:
-        text = f"The ± is the standard error over {seeds} seeds"
+        text = f"The ± is the standard error over {seeds} seeds, of a difference seed by seed"
         text += "; of so few it is itself a rough guess." if seeds < FEW else "."
     text += " With so many cells some differences beyond one standard error are to be expected by chance."
     if words.several("mlp_decay") and main is not None:
