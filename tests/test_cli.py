@@ -148,7 +148,7 @@ def test_a_preset_supplies_defaults_that_options_override(preset):
 # --- help -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["grok", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["grok", "--help"], ["language", "--help"]], ids=" ".join)
 def test_help_answers_at_once_and_without_torch(arguments):
     code = (
         "import sys\nfrom rankdecay import cli\n"
@@ -160,7 +160,7 @@ def test_help_answers_at_once_and_without_torch(arguments):
     call = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "grok" in done.stdout
+    assert f"rankdecay {arguments[0]}".removesuffix(" --help") in done.stdout
     assert time.monotonic() - start < 5  # half a second on an idle machine
 
 
@@ -373,6 +373,18 @@ def test_ctrl_c_says_how_to_go_on(uninterrupted, tmp_path, capsys):
     assert cli.main([*KILLED.split(), "--out", str(out), "--quiet"]) == 0
     assert "continuing" in capsys.readouterr().err
     assert results(out) == results(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"), [("grok", "to continue from the last checkpoint"), ("factor", "to begin anew")]
+)
+def test_ctrl_c_says_whether_there_is_a_checkpoint(command, words, tmp_path, monkeypatch, capsys):
+    def interrupted(settings, command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"rankdecay.lab.experiments.{command}.run", interrupted)
+    assert cli.main([command, "--out", str(tmp_path / "run")]) == 130
+    assert f"interrupted; {words}, run again: rankdecay {command} --out" in capsys.readouterr().err
 
 
 def test_a_kill_before_the_page_was_made_leaves_it_to_the_next_time(tmp_path, monkeypatch):

@@ -18,10 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments import boundary, factor, grok
+from rankdecay.lab.experiments import boundary, factor, grok, language, margin, recall, vision
 from rankdecay.lab.experiments.boundary import Boundary
 from rankdecay.lab.experiments.factor import Factor
 from rankdecay.lab.experiments.grok import Grok
+from rankdecay.lab.experiments.language import Language
+from rankdecay.lab.experiments.margin import Margin
+from rankdecay.lab.experiments.recall import Recall
+from rankdecay.lab.experiments.vision import Vision
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
@@ -124,12 +128,23 @@ def _names(text: str | None) -> "AttentionNames | None":
     return AttentionNames(**{name: value for name, _, value in pairs})  # pyright: ignore[reportArgumentType]
 
 
-EXPERIMENTS = {Grok: grok, Boundary: boundary, Factor: factor}  # each a module with `run` and `print_summary`
+EXPERIMENTS = {  # each a module with `run` and `print_summary`
+    Grok: grok,
+    Boundary: boundary,
+    Factor: factor,
+    Margin: margin,
+    Recall: recall,
+    Language: language,
+    Vision: vision,
+}
+BRIEF = (Factor, Margin, Inspect, Report, type(None))  # what leaves nothing to continue from when it is interrupted
 
 
-def _experiment(settings: Grok | Boundary | Factor, command: str) -> None:
+def _experiment(settings: Grok | Boundary | Factor | Margin | Recall | Language | Vision, command: str) -> None:
     experiment = EXPERIMENTS[type(settings)]
     summary = experiment.run(settings, command)  # pyright: ignore[reportArgumentType] - the module of its own settings
+    if not summary:  # a process of torchrun that does not write
+        return
     if settings.json:
         print(json.dumps(summary))
     elif not settings.quiet:
@@ -160,19 +175,21 @@ def _report(settings: Report) -> None:
         raise SettingError(f"{error.filename} cannot be read or written ({error.strerror}): check the path") from None
 
 
-def _preset(command: str, presets: dict[str, Any], arguments: Sequence[str]) -> Any:
+def _preset(command: str, presets: dict[str, Any], arguments: Sequence[str], named: str = "--preset") -> Any:
     """The preset named on the command line supplies the defaults, so that every option can still be set."""
     first = next(iter(presets.values()))
     if not arguments or arguments[0] != command:
         return first
     for option, value in zip(arguments, [*arguments[1:], ""], strict=False):
-        name = value if option == "--preset" else option.removeprefix("--preset=")
-        if name in presets and option.startswith("--preset"):
+        name = value if option == named else option.removeprefix(f"{named}=")
+        if name in presets and option.startswith(named):
             return presets[name]
     return first
 
 
-def parse(arguments: Sequence[str]) -> Grok | Boundary | Factor | Inspect | Report:
+def parse(
+    arguments: Sequence[str],
+) -> Grok | Boundary | Factor | Margin | Recall | Language | Vision | Inspect | Report:
     """Reads the command line; exits with code 2 and a message if it cannot be read."""
     commands = (
         Annotated[Grok, tyro.conf.subcommand("grok", default=_preset("grok", grok.PRESETS, arguments))]
@@ -180,6 +197,13 @@ def parse(arguments: Sequence[str]) -> Grok | Boundary | Factor | Inspect | Repo
             Boundary, tyro.conf.subcommand("boundary", default=_preset("boundary", boundary.PRESETS, arguments))
         ]
         | Annotated[Factor, tyro.conf.subcommand("factor")]
+        | Annotated[Margin, tyro.conf.subcommand("margin")]
+        | Annotated[Recall, tyro.conf.subcommand("recall")]
+        | Annotated[
+            Language,
+            tyro.conf.subcommand("language", default=_preset("language", language.PRESETS, arguments, "--size")),
+        ]
+        | Annotated[Vision, tyro.conf.subcommand("vision")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Report, tyro.conf.subcommand("report")]
     )
@@ -196,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = shlex.join(["rankdecay", *arguments])
+    settings = None
     try:
         settings = parse(arguments)
         if isinstance(settings, Inspect):
@@ -209,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rankdecay: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nrankdecay: interrupted; to continue from the last checkpoint, run again: {command}", file=sys.stderr)
+        aim = "to begin anew" if isinstance(settings, BRIEF) else "to continue from the last checkpoint"
+        print(f"\nrankdecay: interrupted; {aim}, run again: {command}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output, `head` perhaps, has what they wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

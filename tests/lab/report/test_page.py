@@ -76,10 +76,10 @@ def test_a_run_in_progress_shows_what_was_measured(make_run):
 
 
 def test_a_run_that_has_only_begun(tmp_path):
-    (tmp_path / "config.json").write_text('{"command": "margin"}')
+    (tmp_path / "config.json").write_text('{"command": "grok"}')
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "Nothing has been measured yet." in text
-    assert "Which margin" in text
+    assert "Does low-rank decay make" in text
 
 
 def test_a_member_that_left_early_is_null_in_later_frames(make_run):

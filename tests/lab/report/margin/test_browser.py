@@ -1,0 +1,104 @@
+"""The page of attention against its SVMs in a real browser."""
+
+import json
+import shutil
+
+import pytest
+
+from rankdecay.lab.report import write_report
+
+CHARTS = ["cosine-nuclear-chart", "cosine-frobenius-chart", "nuclear-excess-chart", "frobenius-excess-chart"]
+CHARTS += ["spectra-chart"]
+EVIL = "<img src=x onerror=window.owned=1></script><b>%{y}$"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
+def test_the_charts_are_drawn_and_follow_their_choices(opener, planar, width, scheme):
+    opened = opener(planar / "report.html", width=width, scheme=scheme)
+    page = opened.page
+    for identity in CHARTS:
+        chart = page.locator(f"#{identity}")
+        chart.scroll_into_view_if_needed()
+        chart.locator(".scatterlayer .trace").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+    lines = "document.querySelector('#cosine-nuclear-chart').data.filter((trace) => trace.customdata).length"
+    bands = "document.querySelector('#cosine-nuclear-chart').data.filter((trace) => trace.fill === 'toself').length"
+    page.locator("#direction").scroll_into_view_if_needed()
+    page.wait_for_function(f"() => {lines} === 4 && {bands} === 4")
+    page.locator("#charts > .controls").get_by_label("Data set").select_option("1")
+    page.wait_for_function(f"() => {lines} === 3 && {bands} === 0")  # diagonal weights have no part in this one
+    page.locator("#direction .legend button").first.click()
+    page.wait_for_function(f"() => {lines} === 2")
+
+    last = "document.querySelector('#spectra-chart').data[0].y.at(-1)"
+    page.locator("#spectra-chart").scroll_into_view_if_needed()
+    run_data = "JSON.parse(document.getElementById('run-data').textContent)"
+    for arm in (1, 0):
+        page.locator("#spectra").get_by_label("Arm").select_option(str(arm))
+        page.locator("#spectra-chart").scroll_into_view_if_needed()
+        page.wait_for_function(f"() => {last} === {run_data}.arms[{arm}].each['1'].singular_values[0].at(-1)")
+    axis = "document.querySelector('#spectra-chart').layout.yaxis.type"
+    assert page.evaluate(axis) == "log"
+    page.locator("#spectra").get_by_label("Axis").select_option("linear")
+    page.wait_for_function(f"() => {axis} !== 'log'")
+    opened.check()
+    page.close()
+
+
+def test_the_pictures_follow_time_arm_and_data_set(opener, planar):
+    opened = opener(planar / "report.html")
+    page = opened.page
+    section = page.locator("#picture")
+    section.scroll_into_view_if_needed()
+    section.locator("svg").first.wait_for()
+    assert section.locator("svg").count() == 2
+    for mark, count in ((".token", 6), (".selected", 2), (".direction", 2), (".query", 2), (".target", 4)):
+        assert section.locator(mark).count() == count
+    assert "from the nuclear SVM" in section.locator("figcaption").first.inner_text()
+    tip = "document.querySelector('#pictures .direction line').getAttribute('x2')"
+    ended = page.evaluate(tip)
+    slider = page.locator("#moment")
+    slider.focus()
+    page.keyboard.press("Home")
+    page.wait_for_function("() => !document.querySelector('#pictures .direction')")  # W begins at zero
+    assert "step 0, margin not yet" in section.locator("output").inner_text()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"() => document.querySelector('#pictures .direction') && {tip} !== '{ended}'")
+    section.get_by_label("Arm").select_option("2")
+    section.get_by_label("Data set").select_option("3")
+    page.wait_for_function("() => document.querySelector('#pictures small').textContent.includes('ℓ1 solution')")
+    assert slider.input_value() == slider.get_attribute("max")  # another is shown at its end
+    section.get_by_label("Data set").select_option("1")
+    page.wait_for_function("() => document.querySelector('#pictures').textContent.includes('did not take part')")
+    opened.check()
+    page.close()
+
+
+def test_names_from_outside_are_only_text(opener, planar, tmp_path):
+    directory = shutil.copytree(planar, tmp_path / "run")
+    for name in ("config.json", "summary.json", "metrics.jsonl"):
+        path = directory / name
+        path.write_text(path.read_text().replace('"separate"', json.dumps(EVIL)))
+    opened = opener(write_report(directory))
+    page = opened.page
+    chart = page.locator("#cosine-nuclear-chart")
+    chart.scroll_into_view_if_needed()
+    chart.locator(".scatterlayer .trace").first.wait_for()
+    assert EVIL in page.locator("#direction .legend").inner_text()
+    box = chart.bounding_box()
+    for share in (0.2, 0.4, 0.6):  # names are in hovers too
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 0.3 * box["height"])
+        page.wait_for_timeout(100)
+    opened.check()
+    page.close()
+
+
+def test_an_incomplete_run_has_a_page_too(opener, tmp_path):
+    (tmp_path / "config.json").write_text('{"command": "margin", "settings": {"l2": 0.1}, "arms": []}')
+    opened = opener(write_report(tmp_path))
+    assert "not complete" in opened.page.locator(".headline").inner_text()
+    for section in ("#charts", "#picture", "#figures"):
+        assert not opened.page.locator(section).is_visible()
+    opened.check()
+    opened.page.close()
