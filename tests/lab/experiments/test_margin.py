@@ -178,8 +178,9 @@ def test_inseparable_data_are_refused_or_named(tmp_path, capsys):
     with pytest.raises(SettingError, match=r"the data are inseparable: in none of 3 data sets .* fewer --examples"):
         run(crowded, "")
     some = dataclasses.replace(
-        SMALL, parametrisation=("merged", "diagonal"), examples=4, tokens=5, out=tmp_path / "run"
+        SMALL, parametrisation=("merged", "diagonal"), examples=5, tokens=8, out=tmp_path / "run"
     )
+    capsys.readouterr()
     summary = run(some, "")  # the directory is free again
     assert summary["arms"][0]["name"] == "merged"
     assert "diagonal W" in capsys.readouterr().err
