@@ -109,7 +109,7 @@ def read_dataset(name: str, share: float) -> tuple[list[Document], list[Document
         SettingError: if `datasets` is not installed, the data set is not found, or has no column of texts.
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports] - an extra of its own
     except ImportError:
         raise SettingError(
             "--dataset needs the package datasets: pip install 'rankdecay[datasets]', or give --text"
@@ -178,9 +178,10 @@ def load(*, text: str | None, dataset: str | None, tokenizer: str | None, share:
     else:
         name, parts = "Python's standard library", split(standard_library(), share)
     if tokenizer is None:
-        return Corpus(name, *(_bytes(part) for part in parts))
+        return Corpus(name, _bytes(parts[0]), _bytes(parts[1]))
     model = _tokenizer(tokenizer)
-    return Corpus(name, *(_tokens(part, model, name) for part in parts), len(model), tokenizer)
+    training, validation = (_tokens(part, model, name) for part in parts)
+    return Corpus(name, training, validation, len(model), tokenizer)
 
 
 def _bytes(documents: Sequence[Document]) -> np.ndarray:

@@ -151,7 +151,7 @@ def timm_model(settings: Vision, channels: int, classes: tuple[str, ...], qk_nor
         SettingError: if timm is not installed, or the torchvision that it needs does not fit torch.
     """
     try:
-        from timm.models.vision_transformer import VisionTransformer
+        from timm.models.vision_transformer import VisionTransformer  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises the latter
         raise SettingError(
             f"--library timm cannot be imported ({error}): pip install timm, with a torchvision built for your torch, "
