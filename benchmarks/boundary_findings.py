@@ -4,6 +4,7 @@
     python benchmarks/boundary_findings.py table docs/data/boundary/selection                  # one line per arm
     python benchmarks/boundary_findings.py table docs/data/boundary/selection --rest 3 --differences
     python benchmarks/boundary_findings.py cells docs/data/boundary/add                        # best accuracy per cell
+    python benchmarks/boundary_findings.py ranks docs/data/boundary/selection --rest 2         # what is left
     python benchmarks/boundary_findings.py ends docs/data/boundary/selection                   # what the runs kept
 
 A compact copy is a run directory: its rows without curves and spectra, so `rankdecay report` draws it too, and a longer
@@ -149,6 +150,27 @@ def ends(options: argparse.Namespace) -> None:
         print(f"| {name} | {len(last)} of {len(own)} | {mean} | {worst} | {lost} | {best:.3f} |")
 
 
+def ranks(options: argparse.Namespace) -> None:
+    """A Markdown line per arm at its best strength, of the runs that generalised: ranks of W_Q, W_K, products."""
+    rows, names, _ = rows_and_names(options)
+    keys = ("stable_rank", "effective_rank", "product_stable_rank", "product_effective_rank")
+    print(
+        "| arm | best strength | runs | stable rank W_Q, W_K | effective | stable rank W_KᵀW_Q of a head | effective |"
+    )
+    print("|" + "---|" * 7)
+    for arm in summarise(rows, names, options.reference or reference(names))["arms"]:
+        best = arm["boundary"]
+        own = [
+            row
+            for row in rows
+            if best
+            and (row["arm"], row["strength"], row["rest_decay"], row["outcome"])
+            == (arm["name"], best["strength"], best["rest_decay"], "generalised")
+        ]
+        if own:
+            print(f"| {arm['name']} | {best['strength']:g} | {len(own)} | {' | '.join(_mean(own, k) for k in keys)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -156,7 +178,7 @@ def main() -> None:
     storing.set_defaults(action=store)
     storing.add_argument("run", type=Path)
     storing.add_argument("to", type=Path)
-    for name, action in (("table", table), ("cells", cells), ("ends", ends)):
+    for name, action in (("table", table), ("cells", cells), ("ends", ends), ("ranks", ranks)):
         shown = commands.add_parser(name)
         shown.set_defaults(action=action)
         shown.add_argument("directories", type=Path, nargs="+")

@@ -23,6 +23,13 @@ sweep selection --task selection --seeds 3 --rest-decays 0.3 1 5 --train-example
 sweep selection_31 --task selection --modulus 31 --width 128 --mlp-width 512 --lr 1e-3 --batch-size 256 --steps 640 \
   --seeds 3 --rest-decays 3 --train-examples 1500 2000 3000 --arms none l2 smooth prototype radial_only raise_rank \
   --strengths l2=30,100,300 smooth=5,10,20 prototype=0.005,0.01 radial_only=10 raise_rank=10
+for named in 1 3; do
+  sweep "selection_named$named" --task selection --named "$named" --steps 1600 --seeds 3 \
+    --train-examples 700 1000 2000 --arms none l2 smooth radial_only --strengths l2=10,30 smooth=2.5,5 radial_only=5
+done
+sweep selection_named3 --task selection --named 3 --steps 1600 --seeds 3 --train-examples 3000 \
+  --arms l2 smooth radial_only raise_rank prototype \
+  --strengths l2=10,30 smooth=2.5,5 radial_only=2.5,5 raise_rank=10 prototype=0.01
 sweep selection_six --task selection --values 6 --seeds 3 --train-examples 1500 2500 \
   --arms none l2 smooth radial_only uniform_attention --strengths l2=10,30 smooth=2.5,5 radial_only=5
 sweep selection --task selection --seeds 5 \

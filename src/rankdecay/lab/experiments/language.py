@@ -69,7 +69,7 @@ class Language(AttentionDecay):
     """Rows of the embedding; 0 for as many as there are tokens."""
     batch_size: int = 8
     """Windows per step, over all processes and accumulated parts."""
-    steps: int = 600
+    steps: int = 450
     """Training steps of each run."""
     evaluate_every: int = 100
     """Steps between evaluations."""
