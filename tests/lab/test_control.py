@@ -125,7 +125,7 @@ def test_above_rank_compares_each_matrix_with_its_target():
 
 
 def records(*accuracies: float | None) -> list[dict]:
-    return [{"train_accuracy": accuracy} for accuracy in accuracies]
+    return [{"step": 40 * number, "train_accuracy": accuracy} for number, accuracy in enumerate(accuracies)]
 
 
 def test_memorised_at_any_evaluation_so_far():
