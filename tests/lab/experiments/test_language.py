@@ -14,7 +14,7 @@ import torch
 
 import rankdecay as rd
 from rankdecay import cli
-from rankdecay.lab.experiments.language import PRESETS, Language, LanguageModelling
+from rankdecay.lab.experiments.language import PRESETS, Language, LanguageModelling, check
 from rankdecay.lab.store import read_metrics
 from rankdecay.lab.text import load
 from rankdecay.lab.training import Session
@@ -354,3 +354,8 @@ def test_a_model_learns_the_text(text):
     assert before > 5
     assert after["loss"] < 3.2  # of letters alone by their frequency
     assert after["accuracy"] is None
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_the_defaults_of_every_size_can_work(size):
+    check(PRESETS[size])

@@ -71,7 +71,7 @@ class Language(AttentionDecay):
     """Windows per step, over all processes and accumulated parts."""
     steps: int = 450
     """Training steps of each run."""
-    evaluate_every: int = 100
+    evaluate_every: int = 75
     """Steps between evaluations."""
     lr: float = 2e-3
     """Peak learning rate: a linear rise, then a cosine down to a tenth."""
