@@ -3,17 +3,20 @@
     python benchmarks/attention_findings.py store runs/language docs/data/language/default   # a compact copy
     python benchmarks/attention_findings.py table docs/data/language/default                 # one line per cell
     python benchmarks/attention_findings.py layers docs/data/recall/default                  # and of each layer
+    python benchmarks/attention_findings.py balance runs/language/models/*                   # of the models it kept
 
 A compact copy is a run directory: its rows with the measures that the tables show, so `rankdecay report` draws it too.
-Rows of language without the losses of the validation text's pieces get those of the kept model, which has to have the
-loss that the row says.
 """
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
+import stored
+
+from rankdecay import inspect
 from rankdecay.lab.attention_summary import difference, of, summarise
 from rankdecay.lab.store import read_json, read_metrics
 
@@ -24,63 +27,19 @@ Row = dict[str, Any]
 
 def store(options: argparse.Namespace) -> None:
     """Copies a run directory with the measures that the tables show."""
-    options.to.mkdir(parents=True, exist_ok=True)
-    config = json.loads((options.run / "config.json").read_text())
-    words = [word for word in config["reproduce"].split() if not word.startswith("/")]  # a folder of this machine
-    config["reproduce"] = " ".join(word for word in words if word != "--out")
-    (options.to / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-    judge = _Judge(options.run, config)
-    rows = read_metrics(options.run)
-    with (options.to / "metrics.jsonl").open("w") as file:
-        for row in rows:
-            if row.get("ended") and not row.get("diverged") and not row.get("pieces"):
-                row["pieces"] = judge.pieces(row)
-            elif not row.get("ended"):
-                row.pop("pieces", None)
-            if "layers" in row:
-                row["layers"] = [
-                    {part: {m: v[m] for m in MEASURES if m in v} for part, v in layer.items()}
-                    for layer in row["layers"]
-                ]
-            file.write(json.dumps(row, separators=(",", ":")) + "\n")
+    stored.copy(options.run, options.to, (_kept(row) for row in read_metrics(options.run)))
     summary = json.loads((options.run / "summary.json").read_text())
     summary["arms"] = summarise(read_metrics(options.to), summary["unit"])
     (options.to / "summary.json").write_text(json.dumps(summary, separators=(",", ":"), ensure_ascii=False) + "\n")
 
 
-class _Judge:
-    """Evaluates the kept models of a language run again."""
-
-    def __init__(self, run: Path, config: Row) -> None:
-        self.run, self.config = run, config
-        self.problem: Any = None
-
-    def pieces(self, row: Row) -> list[float]:
-        import torch
-        from safetensors.torch import load_file
-
-        from rankdecay.lab import text
-        from rankdecay.lab.experiments.language import Language, LanguageModelling
-
-        if self.config["command"] != "language" or row["seed"] != 0:
-            return []
-        if self.problem is None:
-            fields = Language.__dataclass_fields__
-            settings = Language(**{k: v for k, v in self.config["settings"].items() if k in fields})
-            corpus = text.load(
-                text=settings.text,
-                dataset=settings.dataset,
-                tokenizer=settings.tokenizer,
-                share=settings.valid_share,
-            )
-            self.problem = LanguageModelling(settings, corpus)
-        name = f"{row['arm']}_{row['strength']:g}_mlp_{row['mlp_decay']:g}{'_qk_norm' if row['qk_norm'] else ''}_seed_0"
-        model = self.problem.model(0, row["qk_norm"])
-        model.load_state_dict(load_file(self.run / "models" / name / "model.safetensors"), strict=False)
-        with torch.no_grad():
-            quality = self.problem.evaluate(model.eval(), "cpu")
-        assert abs(quality.loss - row["loss"]) < 1e-4, (name, quality.loss, row["loss"])
-        return list(quality.pieces)
+def _kept(row: Row) -> Row:
+    kept = {key: value for key, value in row.items() if key != "pieces" or row.get("ended")}
+    if "layers" in row:
+        kept["layers"] = [
+            {part: {m: v[m] for m in MEASURES if m in v} for part, v in layer.items()} for layer in row["layers"]
+        ]
+    return kept
 
 
 def table(options: argparse.Namespace) -> None:
@@ -149,6 +108,19 @@ def layers(options: argparse.Namespace) -> None:
                 print(f"| {cell['name']} | {cell['strength']:g} | {_named(cell)[3]} | {index} | {' | '.join(shown)} |")
 
 
+def balance(options: argparse.Namespace) -> None:
+    """A Markdown line per checkpoint: nuclear ratio and imbalance of both products, means over heads and layers."""
+    print("| model | ratio QK | imbalance QK | ratio VO | imbalance VO |\n|---|---|---|---|---|")
+    for directory in options.directories:
+        rows = inspect(directory).rows
+        figures = []
+        for part in PARTS:
+            for measure in ("nuclear_ratio", "imbalance"):
+                values = [row[measure] for row in rows if row.get("product") == part]
+                figures.append(f"{statistics.fmean(values):.3f}" if values else "—")
+        print(f"| {directory.name} | {' | '.join(figures)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -156,7 +128,7 @@ def main() -> None:
     storing.set_defaults(action=store)
     storing.add_argument("run", type=Path)
     storing.add_argument("to", type=Path)
-    for name, action in (("table", table), ("layers", layers)):
+    for name, action in (("table", table), ("layers", layers), ("balance", balance)):
         shown = commands.add_parser(name)
         shown.set_defaults(action=action)
         shown.add_argument("directories", type=Path, nargs="+")

@@ -149,15 +149,12 @@ def ray_nodes(arguments: argparse.Namespace) -> dict[str, Any]:
             machines = Cluster()
             for _ in range(nodes):
                 machines.add_node(num_cpus=1, include_dashboard=False)
+            address = str(machines.address)
             try:
                 warm = cells[: 2 * nodes]
-                list(
-                    cluster.rows(
-                        warm, dataclasses.replace(plan, budget=10, evaluate_every=10), machines.address, 1, print
-                    )
-                )
+                list(cluster.rows(warm, dataclasses.replace(plan, budget=10, evaluate_every=10), address, 1, print))
                 start = time.perf_counter()
-                list(cluster.rows(cells[:8], plan, machines.address, 1, print))
+                list(cluster.rows(cells[:8], plan, address, 1, print))
                 times[nodes].append(time.perf_counter() - start)
             finally:
                 ray.shutdown()

@@ -13,10 +13,11 @@ sweep goes on from it.
 
 import argparse
 import json
-import shlex
 import statistics
 from pathlib import Path
 from typing import Any
+
+import stored
 
 from rankdecay.lab.phase import reference, summarise
 from rankdecay.lab.store import read_metrics
@@ -27,17 +28,11 @@ DROPPED = ("curve", "spectrum", "spectrum_index", "decay_size", "seconds")
 
 def store(options: argparse.Namespace) -> None:
     """Copies a run directory without what only its page shows."""
-    options.to.mkdir(parents=True, exist_ok=True)
-    config = json.loads((options.run / "config.json").read_text())
-    words = shlex.split(config["reproduce"])
-    if "--out" in words:  # a folder of this machine, which is nobody else's
-        words[words.index("--out") + 1] = f"runs/{options.to.name}"
-    config["reproduce"] = shlex.join(words)
-    (options.to / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-    with (options.to / "metrics.jsonl").open("w") as file:
-        for row in read_metrics(options.run):
-            kept = {key: value for key, value in row.items() if key not in DROPPED} | {"seconds": round(row["seconds"])}
-            file.write(json.dumps(kept, separators=(",", ":")) + "\n")
+    stored.copy(options.run, options.to, (_kept(row) for row in read_metrics(options.run)))
+
+
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in DROPPED} | {"seconds": round(row["seconds"])}
 
 
 def rows_and_names(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str], bool]:

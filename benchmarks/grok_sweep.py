@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
             arm = Arm(name, "", decay, uniform)
             (ensemble,) = make_ensembles(settings, [arm], {seed: datasets[seed] for seed in seeds}, "cpu")
             history: dict[int, list[dict[str, Any]]] = {seed: [] for seed in seeds}
-            while ensemble.step < settings.steps:
+            while ensemble.steps[0] < settings.steps:
                 ensemble.train(EVALUATE_EVERY)
                 for record in ensemble.evaluate()[0]:
                     history[record["seed"]].append(record)

@@ -128,6 +128,7 @@ def _names(text: str | None) -> "AttentionNames | None":
     return AttentionNames(**{name: value for name, _, value in pairs})  # pyright: ignore[reportArgumentType]
 
 
+Experiment = Grok | Boundary | Factor | Margin | Recall | Language | Vision
 EXPERIMENTS = {  # each a module with `run` and `print_summary`
     Grok: grok,
     Boundary: boundary,
@@ -140,7 +141,7 @@ EXPERIMENTS = {  # each a module with `run` and `print_summary`
 BRIEF = (Factor, Margin, Inspect, Report, type(None))  # what leaves nothing to continue from when it is interrupted
 
 
-def _experiment(settings: Grok | Boundary | Factor | Margin | Recall | Language | Vision, command: str) -> None:
+def _experiment(settings: Experiment, command: str) -> None:
     experiment = EXPERIMENTS[type(settings)]
     summary = experiment.run(settings, command)  # pyright: ignore[reportArgumentType] - the module of its own settings
     if not summary:  # a process of torchrun that does not write
@@ -187,9 +188,7 @@ def _preset(command: str, presets: dict[str, Any], arguments: Sequence[str], nam
     return first
 
 
-def parse(
-    arguments: Sequence[str],
-) -> Grok | Boundary | Factor | Margin | Recall | Language | Vision | Inspect | Report:
+def parse(arguments: Sequence[str]) -> Experiment | Inspect | Report:
     """Reads the command line; exits with code 2 and a message if it cannot be read."""
     commands = (
         Annotated[Grok, tyro.conf.subcommand("grok", default=_preset("grok", grok.PRESETS, arguments))]

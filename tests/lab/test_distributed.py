@@ -29,8 +29,8 @@ from pathlib import Path
 sys.path.insert(0, {here!r})
 from tiny import Repeat, make
 from rankdecay.lab.errors import SettingError
-import rankdecay.lab.run_store
-rankdecay.lab.run_store.CHECKPOINT_RARITY = 0
+import rankdecay.lab.store
+rankdecay.lab.store.CHECKPOINT_RARITY = 0
 breaks, changes = json.loads(sys.argv[1])
 said = Path(sys.argv[2], os.environ["RANK"])
 try:

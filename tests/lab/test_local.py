@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rankdecay.decay.policy import LowRank
-from rankdecay.lab import local, sweep
+from rankdecay.lab import local, store, sweep
 from rankdecay.lab.ensemble import Ensemble, Member, Training
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.models.transformer import TransformerConfig
@@ -140,7 +140,7 @@ def interrupt(directory: RunDirectory, monkeypatch, calls: int) -> dict:
 
 @pytest.mark.parametrize("calls", [1, 4, 12])
 def test_what_was_under_way_is_continued(directory, expected, monkeypatch, calls):
-    monkeypatch.setattr(local, "CHECKPOINT_RARITY", 0)
+    monkeypatch.setattr(store, "CHECKPOINT_RARITY", 0)
     ended = {}
     stopped = interrupt(directory, monkeypatch, calls)
     ended |= stopped
@@ -156,7 +156,7 @@ def test_what_was_under_way_is_continued(directory, expected, monkeypatch, calls
 
 def test_interrupted_twice_nothing_saved_is_lost(directory, expected, monkeypatch):
     """The second session has one place: the states it has not come to yet are saved along."""
-    monkeypatch.setattr(local, "CHECKPOINT_RARITY", 0)
+    monkeypatch.setattr(store, "CHECKPOINT_RARITY", 0)
     wide = replace(PLAN, places=6)
     stop = threading.Event()
     save = local._Saver(directory, "under_way-0", {})
@@ -195,11 +195,11 @@ from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 import test_local as t
-from rankdecay.lab import local
+from rankdecay.lab import local, store
 from rankdecay.lab.ensemble import Ensemble
 
 t.torch.set_num_threads(2)
-local.CHECKPOINT_RARITY = 0
+store.CHECKPOINT_RARITY = 0
 calls, original = 0, Ensemble.train
 
 def train(self, steps):
@@ -271,7 +271,7 @@ def test_of_several_states_of_a_trial_the_furthest_counts(directory):
 
 def test_states_of_trials_nobody_asks_for_are_ignored(directory, expected, monkeypatch):
     """Of those that have a row already, or belong to arms that were left out this time."""
-    monkeypatch.setattr(local, "CHECKPOINT_RARITY", 0)
+    monkeypatch.setattr(store, "CHECKPOINT_RARITY", 0)
     interrupt(directory, monkeypatch, 4)
     saved = local.read_saved(directory)
     assert saved
@@ -284,7 +284,7 @@ def test_states_of_trials_nobody_asks_for_are_ignored(directory, expected, monke
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "foreign"])
 def test_a_damaged_state_is_one_clear_error(directory, monkeypatch, damage):
-    monkeypatch.setattr(local, "CHECKPOINT_RARITY", 0)
+    monkeypatch.setattr(store, "CHECKPOINT_RARITY", 0)
     interrupt(directory, monkeypatch, 4)
     path = directory.path / "under_way-0.safetensors"
     whole = path.read_bytes()
@@ -307,7 +307,7 @@ def test_states_are_saved_rarely_enough_to_cost_little(directory, monkeypatch):
         clock[0] += 0.5
 
     monkeypatch.setattr(directory, "save_checkpoint", write)
-    monkeypatch.setattr(local.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(store.time, "monotonic", lambda: clock[0])
     save = local._Saver(directory, "under_way-0", {})
     for _ in range(1000):
         save(dict)
@@ -350,7 +350,7 @@ def test_closing_stops_the_threads_promptly(directory, threads, workers):
 
 
 def test_an_interrupt_stops_the_threads_and_what_was_saved_is_continued(directory, expected, monkeypatch):
-    monkeypatch.setattr(local, "CHECKPOINT_RARITY", 0)
+    monkeypatch.setattr(store, "CHECKPOINT_RARITY", 0)
     before, ended = threading.active_count(), []
 
     def take_one() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rankdecay.decay.policy import LowRank
-from rankdecay.lab import runner
+from rankdecay.lab import store
 from rankdecay.lab.ensemble import Ensemble, Member, Training
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.models.transformer import TransformerConfig
@@ -119,7 +119,7 @@ def test_interrupted_and_continued_is_uninterrupted(whole, tmp_path, moment):
 
 
 def test_with_rare_checkpoints_an_interrupted_run_still_ends_the_same(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "CHECKPOINT_RARITY", 1e9)  # only the first evaluation is followed by one
+    monkeypatch.setattr(store, "CHECKPOINT_RARITY", 1e9)  # only the first evaluation is followed by one
 
     def stop(step):
         if step == 9:
@@ -132,7 +132,7 @@ def test_with_rare_checkpoints_an_interrupted_run_still_ends_the_same(whole, tmp
 
 
 def test_the_clock_goes_on_over_sessions(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "CHECKPOINT_RARITY", 0)  # a checkpoint at every evaluation, however fast they come
+    monkeypatch.setattr(store, "CHECKPOINT_RARITY", 0)  # a checkpoint at every evaluation, however fast they come
 
     def stop(step):
         if step == 9:

@@ -76,7 +76,7 @@ def settings(out: Path, **changes: Any) -> AttentionDecay:
 def make(out: Path, problem: Repeat | None = None, **changes: Any) -> Record:
     """Runs an experiment in a directory, or goes on with it."""
     problem = Repeat() if problem is None else problem
-    return run(settings(out, **changes), Experiment("language", lambda: problem, "tokens", save=save), "rankdecay tiny")
+    return run(settings(out, **changes), Experiment("language", lambda: problem, save=save), "rankdecay tiny")
 
 
 def timeless(records: list[Record]) -> list[Record]:

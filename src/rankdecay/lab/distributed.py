@@ -28,9 +28,19 @@ def joined(device: str) -> Iterator[tuple[str, bool]]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
-        yield device, dist.get_rank() == 0
+        yield device, rank() == 0
     finally:
         dist.destroy_process_group()
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def share(value: Any) -> Any:

@@ -7,7 +7,6 @@ little: what a thread holds is one file, written at most a twentieth of the time
 import contextlib
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,10 +14,9 @@ import torch
 
 from rankdecay.lab.ensemble import STATE, State
 from rankdecay.lab.outcome import Key, Record
-from rankdecay.lab.store import Checkpoint, RunDirectory
+from rankdecay.lab.store import Checkpoint, Rarely, RunDirectory
 from rankdecay.lab.sweep import Plan, Saved, Source, Trial, train
 
-CHECKPOINT_RARITY = 20  # a file waits this many times as long as the last one took: at most 5 % of the time
 WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt
 
 
@@ -61,19 +59,17 @@ class _Saver:
     """Saves the trials of one thread, rarely enough to cost little, and those that wait to be continued."""
 
     def __init__(self, directory: RunDirectory, name: str, waiting: dict[Key, Saved]) -> None:
-        self._directory, self._name, self._waiting, self._due = directory, name, waiting, 0.0
+        self._directory, self._name, self._waiting, self._rarely = directory, name, waiting, Rarely()
 
     def __call__(self, under_way: Callable[[], dict[Key, Saved]]) -> None:
-        started = time.monotonic()
-        if started < self._due:
-            return
+        self._rarely(lambda: self._save(under_way()))
+
+    def _save(self, under_way: dict[Key, Saved]) -> None:
         tensors, runs = {}, []
-        for key, run in {**self._waiting, **under_way()}.items():
+        for key, run in {**self._waiting, **under_way}.items():
             tensors |= {f"{len(runs)}.{name}": getattr(run.state, name) for name in STATE}
             runs.append([key, run.state.step, run.initial_rank, run.records])
         self._directory.save_checkpoint(Checkpoint(0, tensors, {"runs": runs}), self._name)
-        finished = time.monotonic()
-        self._due = finished + CHECKPOINT_RARITY * (finished - started)
 
 
 def read_saved(directory: RunDirectory) -> dict[Key, Saved]:

@@ -8,10 +8,8 @@ from typing import Any
 from torch import nn
 
 from rankdecay.lab.attention_summary import key_of
-from rankdecay.lab.store import Checkpoint, Record, RunDirectory
+from rankdecay.lab.store import Checkpoint, Rarely, Record, RunDirectory
 from rankdecay.lab.training import Run, Session
-
-CHECKPOINT_RARITY = 20  # a checkpoint waits this many times as long as the last one took: at most 5 % of the time
 
 
 class RunStore:
@@ -35,7 +33,7 @@ class RunStore:
             directory.replace_metrics(kept)
         self._before = max((row["wall"] for row in kept), default=0.0)
         self._begun = time.monotonic()
-        self._checkpoint_due = 0.0
+        self._rarely = Rarely()
         self._last: Record | None = None
         self.checkpoint_step = None if self._saved is None else self._saved.step
         """The step of the checkpoint of the run under way, if it has one."""
@@ -73,19 +71,12 @@ class RunStore:
     def checkpoint(self, session: Session) -> None:
         """Keeps the state of the run under way, if that has not just been done."""
         self._flush()
-        started = time.monotonic()
-        if started >= self._checkpoint_due:
-            self._directory.save_checkpoint(session.checkpoint())
+        if self._rarely(lambda: self._directory.save_checkpoint(session.checkpoint())):
             self.checkpoint_step = session.step
-            ended = time.monotonic()
-            self._checkpoint_due = ended + CHECKPOINT_RARITY * (ended - started)
 
     def save_model(self, run_: Run, model: nn.Module, save: Callable[[nn.Module, Path], None]) -> None:
         """Keeps a trained model under a name that says which it is."""
-        name = f"{run_.arm}_{run_.strength:g}"
-        name += "" if run_.mlp_decay is None else f"_mlp_{run_.mlp_decay:g}"
-        name += f"{'_qk_norm' if run_.qk_norm else ''}_seed_{run_.seed}"
-        self._directory.save_model(name, lambda path: save(model, path))
+        self._directory.save_model(run_.file_name, lambda path: save(model, path))
 
     def _flush(self) -> None:
         if self._last is not None:

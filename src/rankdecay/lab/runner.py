@@ -16,13 +16,12 @@ import torch
 from rankdecay.lab.ensemble import STATE, Ensemble, State
 from rankdecay.lab.outcome import diverged
 from rankdecay.lab.progress import Progress
-from rankdecay.lab.store import Checkpoint, RunDirectory
+from rankdecay.lab.store import Checkpoint, Rarely, RunDirectory
 
 Record = dict[str, Any]
 Leaves = Callable[[Sequence[Record]], bool]
 Measurement = tuple[list[Record], dict[str, np.ndarray]]
 STEPS_BETWEEN_CHECKS = 10
-CHECKPOINT_RARITY = 20  # a checkpoint waits this many times as long as the last one took: at most 5 % of the time
 
 
 class Runner:
@@ -50,7 +49,7 @@ class Runner:
         self._history: dict[tuple[str, int], list[Record]] = {}
         self.step = 0
         self.seconds = 0.0
-        self._checkpoint_due = 0.0
+        self._rarely = Rarely()
         checkpoint = run.resume()
         if checkpoint:
             self._restore(checkpoint)
@@ -86,11 +85,7 @@ class Runner:
                 ensemble.retain(keep)
         self.step += steps
         self._run.save_snapshot(self.step, _joined(snapshots))
-        started = time.monotonic()
-        if started >= self._checkpoint_due:
-            self._run.save_checkpoint(self._checkpoint())
-            finished = time.monotonic()
-            self._checkpoint_due = finished + CHECKPOINT_RARITY * (finished - started)
+        self._rarely(lambda: self._run.save_checkpoint(self._checkpoint()))
 
     def _measured(self, ensembles: Sequence[Ensemble], steps: int) -> Iterator[Measurement]:
         """Trains and evaluates ensembles, several at once on a CPU; yields their measurements in order.

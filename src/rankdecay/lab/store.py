@@ -15,6 +15,7 @@ import io
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,30 @@ def read_json(path: Path) -> Record | None:
     if not isinstance(value, dict):
         raise SettingError(f"{path} should hold one JSON object, not {type(value).__name__}: use another --out")
     return value
+
+
+CHECKPOINT_RARITY = 20  # a checkpoint waits this many times as long as the last one took: at most 5 % of the time
+
+
+class Rarely:
+    """Does something costly, such as writing a checkpoint, only as often as it takes little of the time.
+
+    Attributes:
+        due: when it may be done again, on the clock of `time.monotonic`.
+    """
+
+    def __init__(self) -> None:
+        self.due = 0.0
+
+    def __call__(self, act: Callable[[], object]) -> bool:
+        """Does it, or leaves it for later; returns whether it was done."""
+        begun = time.monotonic()
+        if begun < self.due:
+            return False
+        act()
+        ended = time.monotonic()
+        self.due = ended + CHECKPOINT_RARITY * (ended - begun)
+        return True
 
 
 @dataclass

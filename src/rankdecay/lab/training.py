@@ -8,6 +8,7 @@ and moments, and its numbers are those of a run that was never interrupted.
 import contextlib
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import rankdecay as rd
 from rankdecay.decay.policy import Decay
 from rankdecay.lab.attention_summary import KEY
-from rankdecay.lab.distributed import share
+from rankdecay.lab.distributed import processes, rank, share
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.store import Checkpoint
 
@@ -85,6 +86,12 @@ class Run:
         """What tells a run from every other of its experiment."""
         return {name: getattr(self, name) for name in KEY}
 
+    @property
+    def file_name(self) -> str:
+        """A name for a file or directory of its own."""
+        mlp = "" if self.mlp_decay is None else f"_mlp_{self.mlp_decay:g}"
+        return f"{self.arm}_{self.strength:g}{mlp}{'_qk_norm' if self.qk_norm else ''}_seed_{self.seed}"
+
     def __str__(self) -> str:
         mlp = "" if self.mlp_decay is None else f", MLP {self.mlp_decay:g}"
         return f"{self.arm} {self.strength:g}{mlp}{', QK-norm' if self.qk_norm else ''}, seed {self.seed}"
@@ -139,16 +146,6 @@ class Diverged(SettingError):
         self.step = step
 
 
-def processes() -> int:
-    """How many processes train together."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def rank() -> int:
-    """Which of them this is."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
 class Session:
     """One run, from step 0 or from where `restore` puts it.
 
@@ -173,7 +170,7 @@ class Session:
         self._trained: nn.Module = torch.compile(self.model) if plan.compile else self.model  # pyright: ignore
         if processes() > 1:
             self._trained = nn.parallel.DistributedDataParallel(self._trained)
-        self._losses: list[Tensor] = []
+        self._losses: list[float] = []  # of the steps since the last evaluation
         if plan.compile:  # now, or the first run of an experiment would seem the slowest
             self._gradient(problem.batch(run.seed, 0, plan.batch_size))
             self.optimizer.zero_grad(set_to_none=True)
@@ -188,20 +185,21 @@ class Session:
         Raises:
             Diverged: at the end, if a loss on the way was not finite.
         """
-        self._losses, first = [], self.step
+        losses, first = [], self.step
         self.model.train()
         for _ in range(steps):
             begun = time.perf_counter()
-            self._losses.append(self._one_step())
+            losses.append(self._one_step())
             self.step += 1
             self.seconds += time.perf_counter() - begun
             yield self.step
         begun = time.perf_counter()
         # one transfer for all of them: a step waits for nothing, so on a GPU this waits for the steps
-        bad = (~torch.stack(self._losses).isfinite()).nonzero()
+        self._losses = torch.stack(losses).tolist()
         self.seconds += time.perf_counter() - begun
-        if len(bad):
-            raise Diverged(self.run, first + int(bad[0]) + 1, self.plan.lr)
+        for step, loss in enumerate(self._losses, first + 1):
+            if not math.isfinite(loss):
+                raise Diverged(self.run, step, self.plan.lr)
 
     def _one_step(self) -> Tensor:
         plan = self.plan
@@ -254,13 +252,12 @@ class Session:
             raise Diverged(self.run, self.step, self.plan.lr)
         if rank() > 0:
             return {}
-        losses = [loss.item() for loss in self._losses]
         return {
             **self.run.key,
             "step": self.step,
             self.problem.unit: self.examples,
             "seconds": round(self.seconds, 3),
-            "train_loss": sum(losses) / len(losses) if losses else None,
+            "train_loss": statistics.fmean(self._losses) if self._losses else None,
             "loss": quality.loss,
             "loss_error": quality.error if math.isfinite(quality.error) else None,
             "accuracy": quality.accuracy,

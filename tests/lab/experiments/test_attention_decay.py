@@ -37,7 +37,7 @@ def test_every_cell_of_the_grid_is_a_run():
         ("l2", 0.0, 0.1), ("l2", 1.0, 0.1), ("l2", 0.0, 1.0), ("l2", 1.0, 1.0), ("low_rank", 3.0, 0.1),
         ("low_rank", 3.0, 1.0),
     ]  # fmt: skip
-    plain = all_runs(grid, has_mlp=False, can_normalise=False)
+    plain = all_runs(dataclasses.replace(grid, qk_norm="off"), has_mlp=False)
     assert len(plain) == 3 * 2
     assert {(run.mlp_decay, run.qk_norm, "mlp" in run.decays) for run in plain} == {(None, False, False)}
 
@@ -218,7 +218,7 @@ def test_no_progress_and_no_table_when_quiet_and_lines_otherwise(tmp_path, capsy
 
 
 def test_an_interrupted_experiment_goes_on_with_what_is_missing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rankdecay.lab.run_store.CHECKPOINT_RARITY", 0)  # one at each evaluation
+    monkeypatch.setattr("rankdecay.lab.store.CHECKPOINT_RARITY", 0)  # one at each evaluation
     make(tmp_path / "straight", seeds=2)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "run", Repeat(stops=24 + 14), seeds=2)
@@ -282,7 +282,7 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_numbers(tmp_path):
 
 
 def test_a_run_that_diverges_stops_with_where_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("rankdecay.lab.run_store.CHECKPOINT_RARITY", 0)
+    monkeypatch.setattr("rankdecay.lab.store.CHECKPOINT_RARITY", 0)
     out = tmp_path / "run"
     with pytest.raises(SettingError) as error:
         make(out, Repeat(breaks=(1, 14)), seeds=2)

@@ -14,18 +14,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.lab.attention_summary import of, summarise
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.experiments.common import (
     check_counts,
+    check_evaluations,
     check_numbers,
     configuration,
     finish,
     finished,
+    given_strengths,
     identity,
+    number,
     option,
 )
 
@@ -38,12 +41,11 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 NOT_IDENTITY = ("save", "skip_diverged")  # beside those of every experiment: neither changes what a run computes
-CHOICES = {
-    "qk_norm": ("off", "on", "both"),
-    "precision": ("float32", "bfloat16", "float16"),
-    "compile": ("auto", "on", "off"),
-    "save": ("first", "all", "none"),
-}
+QKNorm = Literal["off", "on", "both"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Compile = Literal["auto", "on", "off"]
+Save = Literal["first", "all", "none"]
+CHOICES = {"qk_norm": QKNorm, "precision": Precision, "compile": Compile, "save": Save}
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class AttentionDecay:
     """L2 of the matrices of the MLPs; several are a second axis of the grid."""
     rest_decay: float = 0.1
     """L2 of every other matrix, embeddings among them, and of W_V, W_O where an arm decays W_Q, W_K alone."""
-    qk_norm: Literal["off", "on", "both"] = "off"
+    qk_norm: QKNorm = "off"
     """RMSNorm on the queries and keys of each head."""
     seeds: int = 1
     """Runs per cell of the grid: seeds 0, 1, …"""
@@ -76,15 +78,15 @@ class AttentionDecay:
     """Largest norm of the gradient; 0 for none."""
     evaluate_every: int = 50
     """Steps between evaluations."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Precision = "float32"
     """Of the matrix products: float32, or half under autocast."""
     every: int = 4
     """Steps that a low-rank decay gathers before it acts."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Compile = "auto"
     """torch.compile; auto compiles on a GPU."""
     skip_diverged: bool = False
     """Note a run whose loss is no longer finite and go on with the next; otherwise stop there."""
-    save: Literal["first", "all", "none"] = "first"
+    save: Save = "first"
     """Trained models to keep in --out/models: those of seed 0, all, or none."""
     out: Path = Path("runs/attention")
     """Where results go; a run that was interrupted continues there."""
@@ -169,13 +171,7 @@ def chosen_arms(settings: AttentionDecay) -> list[Arm]:
         raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
     names = ARMS if "all" in settings.arms else settings.arms
     chosen = {check_name("--arms", name, ARMS): ARMS[name] for name in names}
-    for text in settings.strengths:
-        name, _, values = text.partition("=")
-        check_name("--strengths", name, chosen)
-        try:
-            strengths = tuple(sorted({float(value) for value in values.split(",")}))
-        except ValueError:
-            raise SettingError(f"--strengths {text} is no list of numbers: give {name}=0,0.1,1") from None
+    for name, strengths in given_strengths(settings.strengths, chosen, example="0,0.1,1").items():
         chosen[name] = dataclasses.replace(chosen[name], strengths=strengths)
     for arm in chosen.values():
         for strength in arm.strengths:
@@ -195,18 +191,14 @@ def _check_decay(given: str, strength: float, lr: float, *, limited: bool = True
 def check(settings: AttentionDecay) -> None:
     """Raises a `SettingError` for settings that cannot work, before anything is built or written."""
     for name, choices in CHOICES.items():
-        check_name(option(name), getattr(settings, name), choices)
+        check_name(option(name), getattr(settings, name), get_args(choices))
     check_counts(settings, "seeds", "steps", "batch_size", "accumulate", "evaluate_every", "every")
     check_numbers(settings, "lr")
     check_numbers(settings, "clip", "warmup", zero=True)
     chosen_arms(settings)
     if settings.warmup >= settings.steps:
         raise SettingError(f"--warmup {settings.warmup} must be less than --steps {settings.steps}")
-    if settings.steps % settings.evaluate_every:
-        raise SettingError(
-            f"--steps {settings.steps} is no multiple of --evaluate-every {settings.evaluate_every}: "
-            f"give for example --steps {max(1, settings.steps // settings.evaluate_every) * settings.evaluate_every}"
-        )
+    check_evaluations(settings)
     if not settings.mlp_decays:
         raise SettingError("--mlp-decays is empty: give for example 0.1")
     for decay in settings.mlp_decays:
@@ -217,22 +209,22 @@ def check(settings: AttentionDecay) -> None:
 # --- the runs ---
 
 
-def all_runs(settings: AttentionDecay, *, has_mlp: bool = True, can_normalise: bool = True) -> list[Run]:
+def all_runs(settings: AttentionDecay, *, has_mlp: bool = True) -> list[Run]:
     """Every run of the grid, seed by seed, so that a picture of everything is there first.
 
     Args:
         settings: of the experiment.
         has_mlp: whether there are MLPs to decay.
-        can_normalise: whether the model knows QK-norm.
     """
     from rankdecay.lab.training import Run
 
-    norms = {"off": (False,), "on": (True,), "both": (False, True)}[settings.qk_norm] if can_normalise else (False,)
-    runs = []
+    norms = {"off": (False,), "on": (True,), "both": (False, True)}[settings.qk_norm]
+    mlp_decays = tuple(dict.fromkeys(settings.mlp_decays)) if has_mlp else (None,)
+    arms, runs = chosen_arms(settings), []
     for seed in range(settings.seeds):
         for qk_norm in norms:
-            for arm in chosen_arms(settings):
-                for mlp in dict.fromkeys(settings.mlp_decays) if has_mlp else (None,):
+            for arm in arms:
+                for mlp in mlp_decays:
                     for strength in arm.strengths:
                         decays = arm.decays(strength, settings)
                         if mlp is not None:
@@ -247,8 +239,9 @@ def make_plan(settings: AttentionDecay, device: str) -> Plan:
     Raises:
         SettingError: if a batch cannot be shared out evenly, or there is no compiler to compile with.
     """
+    from rankdecay.lab.distributed import processes
     from rankdecay.lab.ensemble import compiler_available
-    from rankdecay.lab.training import Plan, processes
+    from rankdecay.lab.training import Plan
 
     shares = processes() * settings.accumulate
     if settings.batch_size % shares:
@@ -281,9 +274,7 @@ class Experiment:
     Attributes:
         command: its name.
         problem: makes what is learnt; called once, in every process.
-        unit: what the problem counts: tokens, sequences, images.
         has_mlp: whether its models have MLPs.
-        can_normalise: whether its models know QK-norm.
         save: writes a trained model into a directory that exists; None if models are not kept.
         facts: of the summary, beside the arms; of the problem.
         fingerprint: of the problem, where the settings do not say what is learnt: a file may have changed.
@@ -292,9 +283,7 @@ class Experiment:
 
     command: str
     problem: Callable[[], Problem]
-    unit: str
     has_mlp: bool = True
-    can_normalise: bool = True
     save: Callable[[nn.Module, Path], None] | None = None
     facts: Callable[[Any], Record] = lambda problem: {}
     fingerprint: Callable[[Any], Record] = lambda problem: {}
@@ -314,10 +303,10 @@ def run(settings: AttentionDecay, experiment: Experiment, reproduce: str) -> Rec
 
     with joined(resolve_device(settings.device)) as (device, first):
         plan = make_plan(settings, device)
-        runs = all_runs(settings, has_mlp=experiment.has_mlp, can_normalise=experiment.can_normalise)
+        runs = all_runs(settings, has_mlp=experiment.has_mlp)
         problem = experiment.problem()
         title = f"{experiment.command} · {len(runs)} runs · {settings.steps} steps · {device}"
-        progress = RunsProgress(title, experiment.unit, quiet=settings.quiet or not first, to_stderr=settings.json)
+        progress = RunsProgress(title, problem.unit, quiet=settings.quiet or not first, to_stderr=settings.json)
         if not first:
             _follow(runs, problem, plan, settings)
             return {}
@@ -360,9 +349,9 @@ def _lead(
             {
                 "command": experiment.command,
                 "settings": whole,
-                "unit": experiment.unit,
+                "unit": problem.unit,
                 **experiment.facts(problem),
-                "arms": summarise(records, experiment.unit),
+                "arms": summarise(records, problem.unit),
                 "wall_seconds": store.seconds,
             },
         )
@@ -472,11 +461,11 @@ def print_summary(summary: Record) -> None:
         if arm["loss"] is None:
             table.add_row(*row, "diverged")
             continue
-        row += [f"{arm['loss']:.4f}", _number(arm["loss_error"], ".4f")]
-        row += [_number(arm["accuracy"], ".1%")] if has_accuracy else []
-        row += [_number(of(arm["mean"], part, "pseudo_rank"), ".2f") for part in ("query_key", "value_output")]
-        row += [_number(of(arm["mean"], part, "imbalance"), ".2f") for part in ("query_key", "value_output")]
-        table.add_row(*row, _number(arm["per_second"], ",.0f"))
+        row += [f"{arm['loss']:.4f}", number(arm["loss_error"], ".4f")]
+        row += [number(arm["accuracy"], ".1%")] if has_accuracy else []
+        row += [number(of(arm["mean"], part, "pseudo_rank"), ".2f") for part in ("query_key", "value_output")]
+        row += [number(of(arm["mean"], part, "imbalance"), ".2f") for part in ("query_key", "value_output")]
+        table.add_row(*row, number(arm["per_second"], ",.0f"))
     console = Console(highlight=False)
     if not console.is_terminal:  # a file has room for a whole line
         console.width = max(console.width, 110)
@@ -485,15 +474,8 @@ def print_summary(summary: Record) -> None:
     first = next((arm for arm in summary["arms"] if arm["untrained_mean"]), None)
     if first is not None:
         ranks = [
-            f"{name} {_number(of(first['untrained_mean'], part, 'pseudo_rank'), '.3f')}"
+            f"{name} {number(of(first['untrained_mean'], part, 'pseudo_rank'), '.3f')}"
             for part, name in (("query_key", "W_KᵀW_Q"), ("value_output", "W_O W_V"))
         ]
         console.print(f"untrained pseudo rank: {', '.join(ranks)}")
-    outcome = verdict(summary)
-    console.print(f"\n{outcome.headline}", markup=False)
-    for lead, text in outcome.points:
-        console.print(f"{lead}: {text}", markup=False)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "—" if value is None else format(value, form)
+    console.print(f"\n{verdict(summary)}", markup=False)

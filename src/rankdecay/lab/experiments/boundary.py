@@ -20,12 +20,14 @@ from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.experiments.common import (
     Record,
     check_counts,
+    check_evaluations,
     check_numbers,
     check_threshold,
     check_width,
     configuration,
     finish,
     finished,
+    given_strengths,
     identity,
 )
 from rankdecay.lab.outcome import key_of
@@ -225,11 +227,7 @@ def check(settings: Boundary) -> None:
     for name in ("places", "widen"):
         if getattr(settings, name) < 0:
             raise SettingError(f"--{name} {getattr(settings, name)} is negative: give 0 or more")
-    if settings.steps % settings.evaluate_every:
-        raise SettingError(
-            f"--steps {settings.steps} is no multiple of --evaluate-every {settings.evaluate_every}: "
-            f"give for example --steps {max(1, settings.steps // settings.evaluate_every) * settings.evaluate_every}"
-        )
+    check_evaluations(settings)
     check_numbers(settings, "strength", "smoothing", "lr")
     for decay in settings.rest_decays:
         if not 0 <= settings.lr * decay < 1:
@@ -255,25 +253,16 @@ def chosen_arms(settings: Boundary) -> dict[str, Arm]:
     if not names:
         raise SettingError(f"--arms is empty: choose from {', '.join(known)}")
     chosen = {check_name("--arms", name, known): known[name] for name in names}
-    for text in settings.strengths:
-        name, _, values = text.partition("=")
-        check_name("--strengths", name, chosen)
+    for name, strengths in given_strengths(settings.strengths, chosen, example="1,3,10").items():
         arm = chosen[name]
-        try:
-            strengths = tuple(sorted({float(value) for value in values.split(",")}))
-        except ValueError:
-            raise SettingError(f"--strengths {text} is no list of numbers: give {name}=1,3,10") from None
+        given = f"--strengths {name}={','.join(f'{strength:g}' for strength in strengths)}"
         if not arm.strengths:
-            raise SettingError(f"--strengths {text}: the arm {name} has no strength")
+            raise SettingError(f"{given}: the arm {name} has no strength")
         for strength in strengths:
             if not 0 < strength < arm.limit:
-                raise SettingError(
-                    f"--strengths {text}: {strength:g} is not above 0 and below {arm.limit:g}, as {name} needs"
-                )
+                raise SettingError(f"{given}: {strength:g} is not above 0 and below {arm.limit:g}, as {name} needs")
             if arm.whole and strength != int(strength):
-                raise SettingError(
-                    f"--strengths {text}: {strength:g} is no whole number, as {name} needs: give {name}=2,4"
-                )
+                raise SettingError(f"{given}: {strength:g} is no whole number, as {name} needs: give {name}=2,4")
         chosen[name] = dataclasses.replace(arm, strengths=strengths)
     return chosen
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rankdecay.lab.errors import SettingError
+from rankdecay.lab.errors import SettingError, check_name
 
 if TYPE_CHECKING:
     from rankdecay.lab.store import RunDirectory
@@ -48,6 +48,43 @@ def check_width(width: int, heads: int, example: int) -> None:
     """Raises a `SettingError` unless ``--width`` can be split into the heads."""
     if width < heads or width % heads:
         raise SettingError(f"--width {width} must be a multiple of the {heads} heads: for example {example}")
+
+
+def check_evaluations(settings: Any) -> None:
+    """Raises a `SettingError` unless the last of ``--steps`` is evaluated."""
+    steps, every = settings.steps, settings.evaluate_every
+    if steps % every:
+        raise SettingError(
+            f"--steps {steps} is no multiple of --evaluate-every {every}: "
+            f"give for example --steps {max(1, steps // every) * every}"
+        )
+
+
+def given_strengths(texts: Sequence[str], arms: Collection[str], example: str) -> dict[str, tuple[float, ...]]:
+    """The strengths of ``--strengths``, ascending, by arm.
+
+    Args:
+        texts: each like ``"l2=1,3,10"``.
+        arms: those that were chosen.
+        example: numbers to offer where some cannot be read.
+
+    Raises:
+        SettingError: for an arm that was not chosen, or what is no list of numbers.
+    """
+    found = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        check_name("--strengths", name, arms)
+        try:
+            found[name] = tuple(sorted({float(value) for value in values.split(",")}))
+        except ValueError:
+            raise SettingError(f"--strengths {text} is no list of numbers: give {name}={example}") from None
+    return found
+
+
+def number(value: float | None, form: str) -> str:
+    """A figure in a table, or a dash for one that is not known."""
+    return "—" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def identity(settings: Any, without: Collection[str] = ()) -> Record:

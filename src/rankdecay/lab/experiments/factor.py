@@ -303,10 +303,7 @@ def print_summary(summary: Record) -> None:
     console.print(table)
     seeds = summary["arms"][0]["seeds"]
     console.print(f"\nλ = {strengths}; medians over {seeds} seeds, from the third column on at the worst λ > 0\n")
-    outcome = verdict(summary)
-    console.print(outcome.headline, markup=False)
-    for lead, text in outcome.points:
-        console.print(f"{lead}: {text}", markup=False)
+    console.print(str(verdict(summary)), markup=False)
 
 
 def _most(rows: Sequence[Record], key: str) -> float | None:

@@ -122,10 +122,6 @@ def check(settings: Language) -> None:
     """Raises a `SettingError` for settings that cannot work, before anything is read or written."""
     attention_decay.check(settings)
     check_counts(settings, "context", "width", "depth", "heads", "mlp_width", "valid_windows")
-    if not 0 < settings.valid_share < 1:
-        raise SettingError(
-            f"--valid-share {settings.valid_share:g} must be between 0 and 1, without both: for example 0.1"
-        )
     if settings.valid_windows < 2:
         raise SettingError(f"--valid-windows {settings.valid_windows} gives no standard error: give at least 2")
     if settings.vocabulary < 0:
@@ -253,7 +249,6 @@ def run(settings: Language, command: str) -> Record:
     experiment = Experiment(
         "language",
         problem,
-        "tokens",
         save=_save,
         facts=LanguageModelling.facts,
         fingerprint=lambda problem: {"text_sha1": problem.corpus.sha1},

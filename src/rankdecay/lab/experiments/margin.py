@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from rankdecay.lab.experiments.common import (
     finish,
     finished,
     identity,
+    number,
 )
 
 if TYPE_CHECKING:
@@ -306,22 +306,15 @@ def print_summary(summary: Record) -> None:
         table.add_row(
             row["name"],
             str(row["seeds"]),
-            _number(row["cosine_nuclear"], ".4f"),
-            _number(row["cosine_frobenius"], ".4f"),
+            number(row["cosine_nuclear"], ".4f"),
+            number(row["cosine_frobenius"], ".4f"),
             f"{row['nearer_nuclear']} of {row['seeds']}",
-            _number(row["nuclear_excess"], ".2%"),
-            _number(row["frobenius_excess"], ".2%"),
-            _number(row["effective_rank"], ".2f"),
-            _number(row["margin"], ".0e"),
+            number(row["nuclear_excess"], ".2%"),
+            number(row["frobenius_excess"], ".2%"),
+            number(row["effective_rank"], ".2f"),
+            number(row["margin"], ".0e"),
         )
     console = Console(highlight=False)
     console.print(table)
     console.print("\nmeans over data sets, the margin their median; above: per unit of margin, over the least there is")
-    outcome = verdict(summary)
-    console.print(f"\n{outcome.headline}", markup=False)
-    for lead, text in outcome.points:
-        console.print(f"{lead}: {text}", markup=False)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "—" if value is None or not math.isfinite(value) else format(value, form)
+    console.print(f"\n{verdict(summary)}", markup=False)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments import attention_decay
-from rankdecay.lab.experiments.attention_decay import AttentionDecay, Experiment, Record, print_summary
+from rankdecay.lab.experiments.attention_decay import AttentionDecay, Experiment, QKNorm, Record, print_summary
 from rankdecay.lab.experiments.common import check_counts, check_numbers, check_width
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Recall(AttentionDecay):
     """Standard deviation of the initial weights; 0 for 1/√width."""
     valid_sequences: int = 512
     """Sequences of the validation set."""
-    qk_norm: Literal["off", "on", "both"] = "both"
+    qk_norm: QKNorm = "both"
     """RMSNorm on the queries and keys of each head."""
     steps: int = 1000
     """Training steps of each run."""
@@ -227,7 +227,7 @@ def run(settings: Recall, command: str) -> Record:
         SettingError: if the settings or the output directory cannot work, or a run diverges.
     """
     check(settings)
-    experiment = Experiment("recall", lambda: RecallProblem(settings), RecallProblem.unit, has_mlp=False, save=_save)
+    experiment = Experiment("recall", lambda: RecallProblem(settings), has_mlp=False, save=_save)
     return attention_decay.run(settings, experiment, command)
 
 

@@ -283,8 +283,6 @@ def run(settings: Vision, command: str) -> Record:
     experiment = Experiment(
         "vision",
         lambda: VisionProblem(settings),
-        VisionProblem.unit,
-        can_normalise=timm,
         save=_save_timm if timm else _save_transformers,
         facts=VisionProblem.facts,
     )

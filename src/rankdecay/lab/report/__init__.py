@@ -1,6 +1,7 @@
 """What an experiment shows: the self-contained page and the static figure of a run directory, or of several merged."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from rankdecay.lab.errors import SettingError
@@ -9,6 +10,10 @@ from rankdecay.lab.report.data import read_run
 from rankdecay.lab.store import read_json
 
 __all__ = ["draw_figure", "read_run", "write_merged_report", "write_report"]
+
+WITHOUT_FIGURE = ("factor", "margin")
+#: The packages of the pages that are made from one directory, by experiment; `page.py` here is of `grok`.
+PAGES = {name: name for name in WITHOUT_FIGURE} | dict.fromkeys(ATTENTION_DECAY, "attention")
 
 # plotly and matplotlib are loaded only when a page or a figure is made, hence the imports in the functions.
 
@@ -25,21 +30,11 @@ def write_report(directory: str | Path) -> Path:
     Raises:
         SettingError: when the directory is not a run or a file in it is damaged.
     """
-    path = Path(directory) / "report.html"
-    if is_sweep(directory):
+    path, command = Path(directory) / "report.html", _command(directory)
+    if command == "boundary":
         return write_merged_report([directory], path)
-    if _command(directory) == "factor":
-        from rankdecay.lab.report.factor.page import write_page as of_matrices
-
-        return of_matrices(Path(directory), path)
-    if _command(directory) == "margin":
-        from rankdecay.lab.report.margin.page import write_page as of_margins
-
-        return of_margins(Path(directory), path)
-    if _command(directory) in ATTENTION_DECAY:
-        from rankdecay.lab.report.attention.page import write_page as of_attention
-
-        return of_attention(Path(directory), path)
+    if command in PAGES:
+        return import_module(f"rankdecay.lab.report.{PAGES[command]}.page").write_page(Path(directory), path)
     from rankdecay.lab.report.page import write_page
 
     return write_page(read_run(directory), path)
@@ -86,7 +81,7 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
     if len(directories) != 1:
         raise SettingError(f"--figure {path} shows one run, {len(directories)} were given")
     command = _command(directories[0])
-    if command in ("factor", "margin"):
+    if command in WITHOUT_FIGURE:
         raise SettingError(f"--figure {path}: {command} has a page and no figure; its charts save as SVG from the page")
     if command in ATTENTION_DECAY:
         from rankdecay.lab.report.attention import figure as of_attention

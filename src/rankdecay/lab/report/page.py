@@ -4,7 +4,6 @@ One file with everything in it: the words and tables are plain HTML, made here o
 :mod:`rankdecay.lab.report.pieces`; the charts are drawn by `page/*.js` with plotly, from data embedded as JSON.
 """
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +52,21 @@ SCRIPTS = ["core.js", "controls.js", "legend.js", "curves.js", "spectra.js", "ne
 
 def render(run: Run) -> str:
     """The page of a run as one HTML string."""
-    config = run.config
-    command = str(config.get("command", "experiment"))
-    question = pieces.question(config)
     data, frames = curves_data(run), snapshot_data(run)
     metrics = set(data["metrics"])
-    outcome = verdict(run.summary, run.last_step)
     parts = {
-        "title": escape(f"rankdecay {command}: {question}"),
-        "command": escape(command),
-        "directory": escape(run.directory.resolve().name),
-        "question": escape(question),
-        "headline": escape(outcome.headline),
-        "points": pieces.points(outcome.points),
-        "notices": pieces.notices([*run.notices, *frames["notices"]]),
-        "drawn": "charts",
+        **pieces.shared(
+            [run.config],
+            run.arms,
+            verdict(run.summary, run.last_step),
+            [*run.notices, *frames["notices"]],
+            directory=run.directory.resolve().name,
+            drawn="charts",
+            again="This command asks for the same run; another machine or version may give other digits.",
+            wall_seconds=(run.summary or {}).get("wall_seconds"),
+            files=pieces.file_list(FILES),
+            sources="the files beside it",
+        ),
         "criterion": _criterion(run),
         "table": _table(run),
         "accuracy": _chart("accuracy-chart", "accuracy", "Accuracy", _known(ACCURACIES, metrics)),
@@ -82,13 +81,6 @@ def render(run: Run) -> str:
             _known({"tangential_share": "tangential", "radial_share": "radial"}, metrics),
         ),
         "attention": _attention(frames),
-        "settings": pieces.settings_table(config),
-        "arms": pieces.arms_list(config, run.arms),
-        "again": "This command asks for the same run; another machine or version may give other digits.",
-        "commands": pieces.commands([config]),
-        "facts": pieces.facts([config], (run.summary or {}).get("wall_seconds")),
-        "sources": "the files beside it",
-        "files": pieces.file_list(FILES),
         "data": pieces.embedded(data),
         "snapshot_data": pieces.embedded(frames),
     }

@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from rankdecay.lab.report.data import is_number
 from rankdecay.lab.report.style import arm_styles
+from rankdecay.lab.report.verdict import Verdict
 
 QUESTIONS = {
     "grok": "Does low-rank decay make a scale-invariant transformer generalise where L2 does not?",
@@ -105,6 +106,54 @@ def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 # --- pieces ---
+
+
+def shared(
+    configs: Sequence[Mapping[str, Any]],
+    arms: Iterable[str],
+    outcome: Verdict,
+    said: Iterable[str],
+    *,
+    directory: str,
+    drawn: str,
+    again: str,
+    wall_seconds: Any,
+    files: str,
+    sources: str = "these files",
+) -> dict[str, str]:
+    """The parts that every page of results has: its head, and `result.html`, `configuration.html`, `reproduce.html`.
+
+    Args:
+        configs: of the directories shown; the first speaks for all.
+        arms: names of all arms of the run.
+        outcome: what may be said of it.
+        said: what a reader must know before believing the page.
+        directory: what is shown, in words (text).
+        drawn: what the page draws, "charts" or "maps".
+        again: what repeating the command gives.
+        wall_seconds: of the whole run, if known.
+        files: that the page is made of (HTML).
+        sources: what they are called.
+    """
+    config = configs[0]
+    command, asked = str(config.get("command", "experiment")), question(config)
+    return {
+        "title": escape(f"rankdecay {command}: {asked}"),
+        "command": escape(command),
+        "directory": escape(directory),
+        "question": escape(asked),
+        "headline": escape(outcome.headline),
+        "points": points(outcome.points),
+        "notices": notices(said),
+        "drawn": drawn,
+        "arms": arms_list(config, arms),
+        "settings": settings_table(config),
+        "again": again,
+        "commands": commands(configs),
+        "facts": facts(configs, wall_seconds),
+        "sources": sources,
+        "files": files,
+    }
 
 
 def question(config: Mapping[str, Any]) -> str:

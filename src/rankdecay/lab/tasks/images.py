@@ -5,6 +5,7 @@ All are held in memory as bytes, so a folder of 10 000 images at 64 × 64 in col
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def digits() -> Images:
             f"the digits come with scikit-learn, which cannot be imported ({error}): pip install 'rankdecay[lab]', or "
             "give --image-folder"
         ) from None
-    data = load_digits()
+    data: Any = load_digits()  # sklearn's Bunch, which its annotations do not promise
     pixels = np.rint(data.images * (255 / DIGITS_LEVELS)).astype(np.uint8)[:, None]
     return Images(pixels, data.target.astype(np.int64), tuple(str(name) for name in data.target_names))
 

@@ -152,5 +152,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         strengths=("l2=0,10", "low_rank=10"), mlp_decays=(0.0, 0.1), qk_norm="both", steps=4, evaluate_every=2,
         warmup=1, batch_size=4, lr=1e-2, out=out, device="cpu", quiet=True,
     )  # fmt: skip
-    run(settings, Experiment("language", Copying, "tokens"), "rankdecay language")
+    run(settings, Experiment("language", Copying), "rankdecay language")
     return out

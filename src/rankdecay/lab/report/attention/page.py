@@ -44,23 +44,23 @@ def write_page(directory: Path, path: Path) -> Path:
 def render(directory: Path) -> str:
     """The page as one HTML string."""
     grid = read_grid(directory)
-    outcome = verdict(grid.summary)
-    question = pieces.question(grid.config)
     data, notices = page_data(grid)
-    command = str(grid.config.get("command", ""))
     mapped = {cell["arm"] for cell in data["cells"]} if len({cell["mlp"] for cell in data["cells"]}) > 1 else set()
     labels = {index: arm["label"] for index, arm in enumerate(data["arms"])}
     curves = {cell["arm"] for cell in data["cells"] if cell["step"]}
     accurate = any(is_number(cell["accuracy"]) for cell in data["cells"])
     parts = {
-        "title": escape(f"rankdecay {command}: {question}"),
-        "command": escape(command),
-        "directory": escape(directory.resolve().name),
-        "question": escape(question),
-        "headline": escape(outcome.headline),
-        "points": pieces.points(outcome.points),
-        "notices": pieces.notices([*grid.notices, *notices]),
-        "drawn": "charts",
+        **pieces.shared(
+            [grid.config],
+            grid.arms,
+            verdict(grid.summary),
+            [*grid.notices, *notices],
+            directory=directory.resolve().name,
+            drawn="charts",
+            again="The same version on the same device gives the same numbers; another device may give other digits.",
+            wall_seconds=(grid.summary or {}).get("wall_seconds"),
+            files=pieces.file_list({k: v for k, v in FILES.items() if k != "models" or (directory / k).is_dir()}),
+        ),
         "without": "" if data["cells"] else pieces.absent("There is nothing to show before the first evaluation."),
         "table": _table(grid),
         "hidden": "" if data["cells"] else " hidden",
@@ -72,13 +72,6 @@ def render(directory: Path) -> str:
         "trained": pieces.choice("trained", "Arm", {index: labels[index] for index in sorted(curves)}),
         "shown": pieces.choice("shown", "Show", SHOWN if accurate else {k: SHOWN[k] for k in SHOWN if k != "accuracy"}),
         "spread": pieces.choice("spread", "Layers", {"one": "as chosen above", "each": "each in a chart of its own"}),
-        "arms": pieces.arms_list(grid.config, grid.arms),
-        "settings": pieces.settings_table(grid.config),
-        "again": "The same version on the same device gives the same numbers; another device may give other digits.",
-        "commands": pieces.commands([grid.config]),
-        "facts": pieces.facts([grid.config], (grid.summary or {}).get("wall_seconds")),
-        "sources": "these files",
-        "files": pieces.file_list({k: v for k, v in FILES.items() if k != "models" or (directory / k).is_dir()}),
         "data": pieces.embedded(data),
     }
     return pieces.fill("attention_decay.html", parts, STYLES, SCRIPTS)

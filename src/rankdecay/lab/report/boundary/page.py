@@ -32,22 +32,22 @@ SCRIPTS = ["core.js", "controls.js", "legend.js", "maps.js", "cell.js", "boundar
 
 def render(sweep: Sweep) -> str:
     """The page of a sweep as one HTML string."""
-    outcome = verdict(sweep.summary, sweep.complete)
     axis = data_axis(sweep.summary) if sweep.summary else DataAxis([])
     maps = phase_maps(sweep.summary, axis) if sweep.summary else []
     data = page_data(sweep, axis, maps)
-    merged = len(sweep.directories) > 1
-    question = pieces.question(sweep.config)
+    count = len(sweep.directories)
     parts = {
-        "title": escape(f"rankdecay boundary: {question}"),
-        "directory": escape(
-            f"{len(sweep.directories)} directories, merged" if merged else sweep.directories[0].resolve().name
+        **pieces.shared(
+            sweep.configs,
+            sweep.arms,
+            verdict(sweep.summary, sweep.complete),
+            [*sweep.notices, *data["notices"]],
+            directory=sweep.directories[0].resolve().name if count == 1 else f"{count} directories, merged",
+            drawn="maps",
+            again="This asks for the same runs; another machine or version may give other digits.",
+            wall_seconds=(sweep.summary or {}).get("wall_seconds"),
+            files=_files(sweep),
         ),
-        "question": escape(question),
-        "headline": escape(outcome.headline),
-        "points": pieces.points(outcome.points),
-        "notices": pieces.notices([*sweep.notices, *data["notices"]]),
-        "drawn": "maps",
         "boundaries": _boundaries(sweep, axis),
         "differences": _differences(sweep),
         "without_maps": "" if maps else pieces.absent("There is no map before the first run is finished."),
@@ -57,13 +57,6 @@ def render(sweep: Sweep) -> str:
         "criterion": _criterion(sweep),
         "events": _events(sweep),
         "controls": _controls(sweep),
-        "arms": pieces.arms_list(sweep.config, sweep.arms),
-        "settings": pieces.settings_table(sweep.config),
-        "again": "This asks for the same runs; another machine or version may give other digits.",
-        "commands": pieces.commands(sweep.configs),
-        "facts": pieces.facts(sweep.configs, (sweep.summary or {}).get("wall_seconds")),
-        "sources": "these files",
-        "files": _files(sweep),
         "data": pieces.embedded(data),
     }
     return pieces.fill("boundary.html", parts, STYLES, SCRIPTS)

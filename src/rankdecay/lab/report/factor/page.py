@@ -37,8 +37,6 @@ def render(directory: Path) -> str:
     config = read_json(directory / "config.json") or {}
     summary = read_json(directory / "summary.json")
     metrics = read_metrics(directory, notices.append)
-    outcome = verdict(summary)
-    question = pieces.question(config)
     rows: list[Row] = summary["arms"] if summary else []
     names = list(dict.fromkeys(str(row["name"]) for row in rows))
     styles = arm_styles(names)
@@ -46,13 +44,17 @@ def render(directory: Path) -> str:
     balanced = {row["name"]: labels[row["name"]] for row in rows if "imbalance" in row}
     strengths = {f"{row['strength']:g}": f"{row['strength']:g}" for row in rows}
     parts = {
-        "title": escape(f"rankdecay factor: {question}"),
-        "directory": escape(directory.resolve().name),
-        "question": escape(question),
-        "headline": escape(outcome.headline),
-        "points": pieces.points(outcome.points),
-        "notices": pieces.notices(notices),
-        "drawn": "charts",
+        **pieces.shared(
+            [config],
+            names,
+            verdict(summary),
+            notices,
+            directory=directory.resolve().name,
+            drawn="charts",
+            again="The same version gives the same digits up to rounding, on any machine.",
+            wall_seconds=(summary or {}).get("wall_seconds"),
+            files=pieces.file_list(FILES),
+        ),
         "arm": pieces.choice("arm", "Arm", labels),
         "balanced": pieces.choice("balanced", "Arm", balanced),
         "strength": pieces.choice("strength", "λ", strengths, chosen=_middle(list(strengths))),
@@ -61,13 +63,6 @@ def render(directory: Path) -> str:
         "without": "" if names else pieces.absent("There is nothing to show before the run is complete."),
         "line": escape(_line_words(config)),
         "table": _table(rows, labels),
-        "arms": pieces.arms_list(config, names),
-        "settings": pieces.settings_table(config),
-        "again": "The same version gives the same digits up to rounding, on any machine.",
-        "commands": pieces.commands([config]),
-        "facts": pieces.facts([config], (summary or {}).get("wall_seconds")),
-        "sources": "these files",
-        "files": pieces.file_list(FILES),
         "data": pieces.embedded(page_data(config, rows, metrics)),
     }
     return pieces.fill("factor.html", parts, STYLES, SCRIPTS)

@@ -1,7 +1,6 @@
 """The self-contained HTML page of the experiment on attention and its max-margin problems."""
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,6 @@ def render(directory: Path) -> str:
     notices: list[str] = []
     config = read_json(directory / "config.json") or {}
     summary = read_json(directory / "summary.json")
-    outcome = verdict(summary)
-    question = pieces.question(config)
     rows: list[Row] = summary["arms"] if summary else []
     data = page_data(directory, summary, notices) if summary else {"arms": [], "pictures": None}
     labels = {index: arm["label"] for index, arm in enumerate(data["arms"])}
@@ -46,13 +43,17 @@ def render(directory: Path) -> str:
     pictured = {} if drawn is None else {index: labels[index] for index, arm in enumerate(drawn["arms"]) if arm}
     planar = {} if drawn is None else {which: which for which in drawn["sets"]}
     parts = {
-        "title": escape(f"rankdecay margin: {question}"),
-        "directory": escape(directory.resolve().name),
-        "question": escape(question),
-        "headline": escape(outcome.headline),
-        "points": pieces.points(outcome.points),
-        "notices": pieces.notices(notices),
-        "drawn": "charts",
+        **pieces.shared(
+            [config],
+            [str(arm["name"]) for arm in config.get("arms", [])],
+            verdict(summary),
+            notices,
+            directory=directory.resolve().name,
+            drawn="charts",
+            again="The same version gives the same digits up to rounding, on any machine.",
+            wall_seconds=(summary or {}).get("wall_seconds"),
+            files=pieces.file_list(FILES),
+        ),
         "without": "" if rows else pieces.absent("There is nothing to show before the run is complete."),
         "hidden": "" if rows else " hidden",
         "set": pieces.choice("set", "Data set", {"mean": "all: mean and range"} | {which: which for which in sets}),
@@ -64,13 +65,6 @@ def render(directory: Path) -> str:
         "pictured": pieces.choice("pictured", "Arm", pictured, chosen=_index(rows, "separate")),
         "planar": pieces.choice("planar", "Data set", planar),
         "table": _table(rows, summary),
-        "arms": pieces.arms_list(config, [str(arm["name"]) for arm in config.get("arms", [])]),
-        "settings": pieces.settings_table(config),
-        "again": "The same version gives the same digits up to rounding, on any machine.",
-        "commands": pieces.commands([config]),
-        "facts": pieces.facts([config], (summary or {}).get("wall_seconds")),
-        "sources": "these files",
-        "files": pieces.file_list(FILES),
         "data": pieces.embedded(data),
     }
     return pieces.fill("margin.html", parts, STYLES, SCRIPTS)
