@@ -9,10 +9,11 @@ Importing this module does not import torch: the command line reads its settings
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -76,7 +77,7 @@ class Margin:
     """ε of the explicit decay ε(‖K‖² + ‖Q‖²), ε‖W‖² or 2ε‖W‖_*, in the arms that have one."""
     rate: float = 4e-3
     """Largest relative change of the weights per step of the flow."""
-    steps: int = 60_000
+    steps: int = 30_000
     """Steps of the flow at most; it ends at --margin."""
     margin: float = 1e8
     """Margin at which the flow of a data set ends."""
@@ -201,7 +202,7 @@ def run(settings: Margin, command: str) -> Record:
         except SettingError:
             (settings.out / "config.json").unlink()  # nothing was found: other data may have the directory
             raise
-        with progress:
+        with progress, _one_thread():
             lines, rows, arrays = _compute(settings, arms, data, taking_part, device, progress)
         directory.resume()  # an interrupted run may have left lines
         directory.append(lines)
@@ -243,6 +244,19 @@ def _taking_part(arms: Sequence[Arm], data: DataSets, notice: Callable[[str], No
             notice(f"inseparable by a {what}, left out: {len(lost)} of {len(data)} data sets ({_listed(lost)})")
         found[family] = kept
     return found
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Lets torch work on one core: threads wait longer for each other than matrices this small take."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _listed(numbers: Sequence[int], most: int = 12) -> str:
