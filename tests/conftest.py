@@ -17,6 +17,8 @@ settings.load_profile("noisy machine")
 
 # `--import-mode=importlib` puts no test directory on the path; tests of models and of ensembles share reference.py.
 sys.path.insert(0, str(Path(__file__).parent / "lab" / "models"))
+# The processes of a test import its module by its name from here.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # --- timm beside a CPU build of torch ---
 # The registry's torchvision is built for CUDA: its compiled operators do not load, and `import torchvision` fails on

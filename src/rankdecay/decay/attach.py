@@ -18,9 +18,11 @@ Three things are less obvious:
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -28,6 +30,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.attention.layer import FLATTENED, Window
+from rankdecay.decay import sharded
+from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, windows_in
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.decay.roles import ROLES
@@ -102,6 +106,7 @@ class Attachment:
         for index, group in enumerate(optimizer.param_groups):
             self._admit(index, group)
         _check_not_shared(optimizer)
+        check_agreement(optimizer.param_groups, backend)
         self._graded: set[int] = set()
         self._closure = False
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
@@ -163,6 +168,8 @@ class Attachment:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if _makes_states_only(optimizer):
+            return
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if self._closure and not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             # Cleared inside the step, which had made them too: whatever is trained had one.
@@ -181,13 +188,14 @@ class Attachment:
         They may be replaced by others of the same shapes, as Accelerate does under FSDP2.
         """
         now = _Admitted(hook_roles(group), [tuple(p.shape) for p in group["params"]])
-        if now.roles:
-            _check_not_sharded(group)
         if index == len(self._admitted):
             optimizer = self.optimizer
             _settle_weight_decay(optimizer, group)
             now = now._replace(roles=hook_roles(group))
             _check_group(optimizer, group)
+            for role in now.roles:  # there from the start, so that a distributed checkpoint asks for them
+                group.setdefault(f"{role}_steps", 0)
+                group.setdefault(f"{role}_pending", 0.0)
             self._admitted.append(now)
         elif now.roles and now.shapes != self._admitted[index].shapes:
             raise ValueError(_swapped(index, group, self._admitted[index].shapes, now.shapes))
@@ -208,6 +216,22 @@ class _Admitted(NamedTuple):
 
     roles: list[str]
     shapes: list[tuple[int, ...]]
+
+
+def _makes_states_only(optimizer: Optimizer) -> bool:
+    """Whether this step is that by which ``torch.distributed.checkpoint`` gives a fresh optimizer its moments.
+
+    It has a learning rate and gradients of zero and is no step of training; but a decay that is not coupled to the
+    learning rate would act, and a cycle of ``every`` go on. Nothing else than its caller tells it from a warm-up's.
+    """
+    if any(group.get("lr") != 0 for group in optimizer.param_groups):
+        return False
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _detached() -> Attachment:
@@ -243,23 +267,17 @@ def _check_group(optimizer: Optimizer, group: Group) -> None:
                 "its groups; use LowRank(..., lr_coupled=False)."
             )
         for parameter, name in zip(group["params"], names_in(group), strict=True):
+            if sharded.is_sharded(parameter):
+                sharded.check_placements(parameter, f"{name} ({role})")
             if parameter.ndim < 2 and isinstance(decay, LowRank):
                 raise ValueError(
                     f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
                 )
             for window in windows_in(group, role):
                 try:
-                    window.heads(parameter.detach())
+                    window.heads(torch.empty(parameter.shape, device="meta"))
                 except ValueError as error:
                     raise ValueError(f"{name} ({role}): {error}") from None
-
-
-def _check_not_sharded(group: Group) -> None:
-    for parameter, name in zip(group["params"], names_in(group), strict=True):
-        if hasattr(parameter, "placements"):
-            raise ValueError(
-                f"{name} ({group['role']}) is a sharded DTensor, which is not decayed yet; train it replicated (DDP)."
-            )
 
 
 def _check_not_shared(optimizer: Optimizer) -> None:
@@ -351,32 +369,79 @@ def _decay(
 ) -> None:
     """Decays one role's matrices in ``parameters`` by ``due`` = Σ lr · strength, those of one shape together."""
     by_head = isinstance(decay, LowRank) and decay.unit == "head"
-    matrices: dict[object, list[_Matrix]] = {}
+    places = windows or [None]
+    held: list[Tensor] = []
+    whole: list[_Matrix] = []
     for parameter in parameters:
-        for window in windows or [None]:
+        if sharded.is_sharded(parameter):
+            held.append(parameter)
+        for window in [] if sharded.is_sharded(parameter) else places:
             value = parameter if window is None else (window.heads if by_head else window.matrix)(parameter)
-            alike = (value.shape, value.dtype, value.device)
-            matrices.setdefault(alike, []).append(_Matrix(parameter, window, value))
-    for members in matrices.values():
-        kind = "cpu" if members[0].value.device.type == "cpu" else "cuda"
-        at_once = max(1, _STACKED[kind] // members[0].value.numel())
-        for i in range(0, len(members), at_once):
+            write = parameter.copy_ if window is None else partial(window.write, parameter)
+            whole.append(_Matrix(value, write))
+    _shrink(whole, decay, due, backend, seed)
+    if not held:
+        return
+    if isinstance(decay, Frobenius):
+        shares = [_Matrix(*share) for parameter in held for share in sharded.shares(parameter, places)]
+        _shrink(shares, decay, due, backend, seed)
+        return
+    at_once: list[sharded.Opened] = []
+    for parameter in held:
+        at_once.append(sharded.Opened(parameter, places, by_head))
+        if sum(piece.cut.elements for one in at_once for piece in one.pieces) >= _STACKED[_kind(parameter)] // 2:
+            _decay_pieces(at_once, decay, due, backend, seed)
+            at_once = []
+    _decay_pieces(at_once, decay, due, backend, seed)
+
+
+def _decay_pieces(
+    opened: list[sharded.Opened], decay: LowRank, due: float | Tensor, backend: Backend, seed: int
+) -> None:
+    """Decays what this process holds of sharded parameters; every process that holds parts of them has to."""
+    pieces = [piece for one in opened for piece in one.pieces]
+    whole = [_Matrix(piece.value, piece.write, piece.part) for piece in pieces if piece.cut.side is None]
+    _shrink(whole, decay, due, backend, seed)
+    together: dict[object, list[sharded.Piece]] = {}
+    for piece in pieces:
+        if piece.cut.side is not None:
+            alike = (piece.cut.gram, piece.mesh, piece.cut.mesh_dims, piece.value.dtype)
+            together.setdefault(alike, []).append(piece)
+    for members in together.values():
+        its_backend = _backend_on(members[0].value, backend)
+        for piece, value in zip(members, sharded.decayed(members, decay, due, its_backend), strict=True):
             seed += 1_000_000_007
-            _shrink_together(members[i : i + at_once], decay, due, backend, seed)
+            piece.write(_rounded(value, piece.value.dtype, seed + piece.part))
+    for one in opened:
+        one.close()
 
 
 class _Matrix(NamedTuple):
-    """A matrix, or one per head, and where it is written back."""
+    """A matrix, or one per head, and what puts a new value in its place."""
 
-    parameter: Tensor
-    window: Window | None
     value: Tensor
+    write: Callable[[Tensor], object]
+    part: int = 0  # of a sharded parameter; pieces differ in the random numbers of their rounding, copies do not
+
+
+def _shrink(
+    matrices: list[_Matrix], decay: LowRank | Frobenius, due: float | Tensor, backend: Backend, seed: int
+) -> None:
+    """Replaces matrices by what the decay makes of them, those of one shape, dtype and device together."""
+    alike: dict[object, list[_Matrix]] = {}
+    for one in matrices:
+        if one.value.numel():
+            alike.setdefault((one.value.shape, one.value.dtype, one.value.device, one.part), []).append(one)
+    for members in alike.values():
+        at_once = max(1, _STACKED[_kind(members[0].value)] // members[0].value.numel())
+        for i in range(0, len(members), at_once):
+            seed += 1_000_000_007
+            _shrink_together(members[i : i + at_once], decay, due, backend, seed + members[0].part)
 
 
 def _shrink_together(
     members: list[_Matrix], decay: LowRank | Frobenius, due: float | Tensor, backend: Backend, seed: int
 ) -> None:
-    """Replaces matrices of one shape, dtype and device by what the decay makes of them."""
     stack = torch.stack([member.value for member in members])  # (matrices, [heads,] m, n)
     dtype = stack.dtype
     stack = stack if dtype == torch.float64 else stack.float()
@@ -384,14 +449,25 @@ def _shrink_together(
     if isinstance(decay, Frobenius):
         stack = stack - due * stack
     else:
-        if backend == "auto" and stack.device.type != "cpu":
-            backend = "matmul"  # a decomposition would wait for the device
         tau = replace(decay, lr_coupled=True).threshold(stack, lr=due, strength=1.0)  # `due` holds both factors
-        stack = shrink(stack, tau, decay.rule, smoothing=decay.smoothing, backend=backend)
-    if stack.dtype != dtype:
-        stack = stochastic_round(stack, dtype, torch.Generator(stack.device).manual_seed(seed))
-    for member, value in zip(members, stack, strict=True):
-        if member.window is None:
-            member.parameter.copy_(value)
-        else:
-            member.window.write(member.parameter, value)
+        stack = shrink(stack, tau, decay.rule, smoothing=decay.smoothing, backend=_backend_on(stack, backend))
+    for member, value in zip(members, _rounded(stack, dtype, seed), strict=True):
+        member.write(value)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """To the dtype of the weights: 16 bits stochastically, 32 to the nearest."""
+    if dtype in (torch.float32, torch.float64):
+        return values.to(dtype)
+    return stochastic_round(values.float(), dtype, torch.Generator(values.device).manual_seed(seed))
+
+
+def _backend_on(values: Tensor, backend: Backend) -> Backend:
+    """A decomposition on a GPU would wait for the device."""
+    if backend != "auto":
+        return backend
+    return "exact" if values.device.type == "cpu" else "matmul"
+
+
+def _kind(values: Tensor) -> str:
+    return "cpu" if values.device.type == "cpu" else "cuda"

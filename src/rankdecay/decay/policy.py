@@ -101,11 +101,14 @@ class LowRank:
             ``(...)``, in the dtype of ``weight``.
         """
         strength = self.strength if strength is None else strength
-        ones = weight.new_ones(weight.shape[:-2])
-        tau = ones * strength * (lr if self.lr_coupled else 1.0)
-        if self.scale == "relative":
-            tau = tau * weight.norm(dim=(-2, -1)) / math.sqrt(min(weight.shape[-2:]))
-        return tau
+        amount = weight.new_ones(weight.shape[:-2]) * strength * (lr if self.lr_coupled else 1.0)
+        if self.scale == "absolute":
+            return amount
+        return self.scaled(amount, weight.norm(dim=(-2, -1)), min(weight.shape[-2:]))
+
+    def scaled(self, amount: Tensor, norm: Tensor, rank: Tensor | int) -> Tensor:
+        """τ of matrices from lr · strength (...), their ‖W‖_F (...), and min(m, n)."""
+        return amount if self.scale == "absolute" else amount * norm / rank**0.5
 
     def describe(self) -> str:
         """The decay in a few words."""

@@ -270,7 +270,7 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     G = X.mT @ X
     try:
         lam, V = torch.linalg.eigh(G)
-        good = _verified(G, lam, V)
+        good = verified(G, lam, V)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         # One matrix that does not converge fails the whole stack.
         lam, V = G.new_zeros(G.shape[:-1]), torch.zeros_like(G)
@@ -287,7 +287,7 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return sigma, V
 
 
-def _verified(G: Tensor, lam: Tensor, V: Tensor) -> Tensor:
+def verified(G: Tensor, lam: Tensor, V: Tensor) -> Tensor:
     """Returns, per matrix, whether V is orthogonal and G = V diag(λ) Vᵀ, on probe vectors: O(n²).
 
     A wrong decomposition (seen on CUDA: non-orthonormal eigenvectors without any error) misses almost every
@@ -407,14 +407,15 @@ def scaled_down(value: Tensor, prepared: Prepared) -> Tensor:
     return (value / prepared.scale.double()).nan_to_num(nan=1.0).clamp_max(2.0**500)
 
 
+def inverse(sigma: Tensor, null: Tensor) -> Tensor:
+    """Returns 1/σ, and 0 where σ is not above the null tolerance: what makes X V f(σ) Vᵀ the polar factor."""
+    return torch.where(sigma > null, 1 / sigma.clamp_min(2.0**-1022), 0.0)
+
+
 def polar_prepared(prepared: Prepared, backend: str, dtype: torch.dtype) -> Tensor:
     """Returns the polar factor of a prepared stack, in its working dtype and orientation."""
     if backend == "exact":
-        return apply_exact(
-            prepared,
-            lambda sigma, null: torch.where(sigma > null, 1 / sigma.clamp_min(2.0**-1022), 0.0),
-            dtype,
-        )
+        return apply_exact(prepared, inverse, dtype)
     note_backend("matmul")
     return iterate(normalised(prepared.X)[0], POLAR_STEPS)
 
@@ -425,13 +426,8 @@ def smooth_prepared(
     """Returns X (XᵀX + ε²I)^(-1/2) of a prepared stack; ``eps`` (..., 1, 1) in the units of X."""
     if backend == "exact":
         eps = eps[..., 0]  # (..., 1), beside σ
-
-        def f(sigma: Tensor, null: Tensor) -> Tensor:
-            radius = torch.hypot(sigma, eps)
-            # Below the rounding of W there is no telling σ from 0; then ε does not matter either.
-            return torch.where(radius > null, 1 / radius.clamp_min(2.0**-1022), 0.0)
-
-        return apply_exact(prepared, f, dtype)
+        # Below the rounding of W there is no telling σ from 0; then ε does not matter either.
+        return apply_exact(prepared, lambda sigma, null: inverse(torch.hypot(sigma, eps), null), dtype)
     note_backend("matmul")
     return _regularised_gram(prepared.X, eps, ratio).to(prepared.X.dtype)
 

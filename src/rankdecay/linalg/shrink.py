@@ -235,15 +235,16 @@ def _clip(W: Tensor, level: Tensor, backend: str, *, complement: bool) -> Tensor
         tau = scaled_down(level, prepared)
         if backend == "exact":
             beside_sigma = tau[..., 0]  # (..., 1)
-
-            def clipped(sigma: Tensor, _: Tensor) -> Tensor:
-                return (beside_sigma / sigma.clamp_min(2.0**-1022)).clamp_max(1)
-
-            out = apply_exact(prepared, clipped, W.dtype, complement=complement)
+            out = apply_exact(prepared, lambda sigma, _: clipped(sigma, beside_sigma), W.dtype, complement=complement)
         else:
             out = _clip_by_products(prepared, tau)
             out = prepared.X - out if complement else out
         return finish(out.mul_(prepared.scale), prepared, W.dtype)
+
+
+def clipped(sigma: Tensor, tau: Tensor) -> Tensor:
+    """Returns min(σ, τ)/σ, and 1 at σ = 0: the part of X that a soft threshold takes away."""
+    return (tau / sigma.clamp_min(2.0**-1022)).clamp_max(1)
 
 
 def _clip_by_products(prepared: Prepared, tau: Tensor) -> Tensor:

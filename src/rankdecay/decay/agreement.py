@@ -1,0 +1,94 @@
+"""Whether the processes of a distributed run decay alike: asked when a decay is attached, before anything can hang.
+
+What each process decays, and how, goes into the store through which the processes found each other. Every process
+reads all of it and so raises the same error, or none; a process that never attaches is named after `WAIT` seconds. In
+the store, not by a collective: that would wait for ever for such a process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from rankdecay.decay.groups import Group, hook_roles, names_in
+
+WAIT = 300.0  # seconds
+_STATE = ("_steps", "_pending")  # not settings: what a loaded checkpoint may change later
+_numbers = itertools.count()
+
+
+def check_agreement(groups: Sequence[Group], backend: str) -> None:
+    """Raises in all processes if they do not decay alike.
+
+    Processes that hold parts of the same parameters need the same parameters in the same order; any two the same decay
+    for a role that both have.
+
+    Args:
+        groups: the optimizer's.
+        backend: of the decay.
+
+    Raises:
+        RuntimeError: If some process did not attach in `WAIT` seconds.
+        ValueError: If two processes disagree.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    mine = _policy(groups, backend)
+    ranks = sorted({rank for meshes in mine["sharded"] for rank in json.loads(meshes)}) or range(dist.get_world_size())
+    store = dist.distributed_c10d._get_default_store()
+    number = next(_numbers)
+    keys = {rank: f"rankdecay/attach/{number}/{rank}" for rank in ranks}
+    store.set(keys[dist.get_rank()], json.dumps(mine))
+    try:
+        store.wait(list(keys.values()), timedelta(seconds=WAIT))
+    except (RuntimeError, ValueError) as error:
+        absent = [rank for rank, key in keys.items() if not store.check([key])]
+        raise RuntimeError(
+            f"rankdecay.attach was not called on rank {', '.join(map(str, absent))} within {WAIT:g} s of rank "
+            f"{dist.get_rank()}: every process has to attach the same decay to its optimizer."
+        ) from error
+    policies = {rank: json.loads(store.get(key)) for rank, key in keys.items()}
+    first, *others = policies
+    for other in others:
+        difference = _difference(policies[first], policies[other], first, other)
+        if difference:
+            what, here, there = difference
+            raise ValueError(
+                f"the processes do not decay alike: {what} is {here} on rank {first} and {there} on rank {other}; give "
+                "rankdecay.param_groups the same arguments on every rank."
+            )
+
+
+def _policy(groups: Sequence[Group], backend: str) -> dict[str, Any]:
+    """What has to agree: settings by role, and the sharded parameters of each set of processes, in their order."""
+    settings: dict[str, Any] = {"the backend": backend}
+    sharded: dict[str, list[str]] = {}
+    for group in groups:
+        for role in hook_roles(group):
+            keys = [key for key in group if key.startswith(f"{role}_") and not key.endswith(_STATE)]
+            settings |= {key: group[key] for key in keys if not key.endswith("_blocks")}
+            for parameter, name in zip(group["params"], names_in(group), strict=True):
+                if hasattr(parameter, "placements"):
+                    mesh = json.dumps(parameter.device_mesh.mesh.flatten().tolist())
+                    what = f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.placements} for {role}"
+                    sharded.setdefault(mesh, []).append(what)
+    return {"settings": settings, "sharded": sharded}
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any], rank: int, its: int) -> tuple[str, Any, Any] | None:
+    for key in one["settings"].keys() & other["settings"].keys():
+        if one["settings"][key] != other["settings"][key]:
+            return key, one["settings"][key], other["settings"][key]
+    for mesh in {**one["sharded"], **other["sharded"]}:
+        if not {rank, its} <= set(json.loads(mesh)):
+            continue
+        pairs = (policy["sharded"].get(mesh, []) for policy in (one, other))
+        for number, (here, there) in enumerate(itertools.zip_longest(*pairs, fillvalue="nothing")):
+            if here != there:
+                return f"sharded parameter {number}", here, there
+    return None

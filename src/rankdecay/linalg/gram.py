@@ -1,0 +1,112 @@
+r"""Decay steps from a Gram matrix alone, for weights of which no process holds all rows.
+
+Every decay rule multiplies W on one side by a matrix that depends on W through its Gram matrix G = WᵀW only:
+
+.. math:: \mathrm{shrink}(W) = W - W C(G), \qquad C = V c(\sigma) V^T .
+
+So where W is cut into rows, its Gram matrices add up to G, C is the same everywhere, and the rest is local.
+
+* **exact**: :math:`c(\sigma)` on the eigenvectors of G, the same functions as in :mod:`rankdecay.linalg.shrink`.
+* **matmul**: a triangular R with RᵀR = G has the singular values of W, so :func:`~rankdecay.linalg.shrink` of R says
+  what it takes from W: :math:`C = R^{-1}(R - \mathrm{shrink}(R))`. Cholesky's, of G a little above singular.
+
+Both work in float64, since squaring halves the digits: σ below 1e-8 of the largest is lost. That is below the rounding
+of float32 weights; those of float64 have directions below 2⁻²⁵ σ_max counted as null by ``"polar"``.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from rankdecay.linalg.polar import NULL_TOLERANCE, check_name, full_precision, inverse, note_backend, verified
+from rankdecay.linalg.shrink import clipped, shrink
+from rankdecay.rules import Rule
+
+
+@torch.no_grad()
+def shrink_factor(
+    G: Tensor,
+    tau: Tensor,
+    rule: Rule = "prox",
+    *,
+    smoothing: float = 0.0,
+    steps: int = 5,
+    backend: str = "exact",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Returns C such that W - W C is :func:`~rankdecay.linalg.shrink` of every W with WᵀW = G.
+
+    Args:
+        G: Gram matrices (..., n, n), float64.
+        tau: τ ≥ 0 of each, (...), in the units of the singular values of W.
+        rule: as for :func:`~rankdecay.linalg.shrink`.
+        smoothing: as there.
+        steps: as there.
+        backend: ``"exact"`` or ``"matmul"``.
+        dtype: dtype of W, which says how many of its digits are meant.
+
+    Returns:
+        (..., n, n), float64; NaN where G or τ is not finite. Zero where τ = 0.
+
+    Raises:
+        ValueError: If ``rule`` or ``backend`` is unknown.
+    """
+    check_name("rule", rule, get_args(Rule))
+    check_name("backend", backend, ("exact", "matmul"))
+    tau = tau.to(G.device, torch.float64)[..., None]  # beside σ
+    F = G.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).sqrt()
+    bad = ~(F.isfinite() & tau.isfinite())
+    unit = torch.where(bad | (F == 0), 1.0, F)
+    G = (G / unit[..., None].square()).masked_fill(bad[..., None], 0)
+    tau = (tau / unit).nan_to_num(nan=0.0).clamp_max(2.0**500)
+    with full_precision(G.device):
+        if backend == "exact":
+            C = _by_eigenvalues(G, tau, rule, smoothing, steps, dtype)
+        else:
+            C = _by_products(G, tau, rule, smoothing, steps)
+    return C.masked_fill(bad[..., None], torch.nan)
+
+
+def _by_eigenvalues(G: Tensor, tau: Tensor, rule: Rule, smoothing: float, steps: int, dtype: torch.dtype) -> Tensor:
+    note_backend("exact")
+    sigma, V = _eigenvectors(G)
+    null = (NULL_TOLERANCE if dtype != torch.float64 else 2.0**-25) * sigma.amax(-1, keepdim=True)
+    if rule == "prox":
+        c = torch.where(tau == 0, 0.0, clipped(sigma, tau))
+    elif rule == "polar":
+        c = tau * inverse(sigma, null)
+    elif rule == "smooth":
+        norm = sigma.square().sum(-1, keepdim=True).sqrt()
+        c = tau * inverse(torch.hypot(sigma, torch.maximum(tau, smoothing * norm)), null)
+    else:
+        p = sigma
+        for _ in range(steps):
+            p = p * (3 - p * p) / 2  # σ/F: G has trace 1
+        c = tau * torch.where(sigma > 0, p / sigma.clamp_min(2.0**-1022), 1.5**steps)
+    return (V * c[..., None, :]) @ V.mT
+
+
+def _eigenvectors(G: Tensor) -> tuple[Tensor, Tensor]:
+    """σ = √λ (..., n) and the eigenvectors (..., n, n); by SVD where eigh does not converge or is wrong."""
+    try:
+        lam, V = torch.linalg.eigh(G)
+        good = verified(G, lam, V)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        lam, V = G.new_zeros(G.shape[:-1]), torch.zeros_like(G)
+        good = torch.zeros(G.shape[:-2], dtype=torch.bool, device=G.device)
+    if not bool(good.all()):
+        note_backend("svd")
+        _, s, Vh = torch.linalg.svd(G[~good])
+        lam[~good], V[~good] = s, Vh.mT
+    return lam.clamp_min(0).sqrt(), V
+
+
+def _by_products(G: Tensor, tau: Tensor, rule: Rule, smoothing: float, steps: int) -> Tensor:
+    n = G.shape[-1]
+    identity = torch.eye(n, dtype=G.dtype, device=G.device)
+    R = torch.linalg.cholesky_ex(G + n * 2.0**-52 * identity).L.mT
+    taken = R - shrink(R, tau[..., 0], rule, smoothing=smoothing, steps=steps, backend="matmul")
+    return torch.linalg.solve_triangular(R, taken, upper=True)

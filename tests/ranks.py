@@ -1,0 +1,98 @@
+"""Functions run in several processes of one gloo group on this machine, as ``torchrun`` would run them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "rankdecay"])
+
+
+class RankFailed(AssertionError):
+    """A function raised in some of its processes.
+
+    Attributes:
+        reasons: each rank's traceback, None where it returned.
+    """
+
+    def __init__(self, reasons: list[str | None]) -> None:
+        said = "\n".join(f"--- rank {rank} ---\n{reason}" for rank, reason in enumerate(reasons) if reason)
+        super().__init__(f"{sum(reason is not None for reason in reasons)} of {len(reasons)} ranks failed\n{said}")
+        self.reasons = reasons
+
+
+def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    """Calls a function of a test module in `world` processes at once; returns what each rank returned.
+
+    Args:
+        world: how many.
+        function: importable, so not a local one; called with the arguments, `dist` being ready.
+        arguments: anything that pickles.
+        timeout: seconds after which the processes are stopped; collectives give up after half of them.
+
+    Raises:
+        RankFailed: if it raised, or a process ended, in any of them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world):
+            mine, theirs = _server.Pipe(duplex=False)
+            work = (theirs, function, arguments, rank, world, folder, timeout / 2)
+            process = _server.Process(target=_work, args=work, daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(mine)
+            processes.append(process)
+        try:
+            outcomes = [_outcome(pipe, process, timeout) for pipe, process in zip(pipes, processes, strict=True)]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+    if any(reason is not None for _, reason in outcomes):
+        raise RankFailed([reason for _, reason in outcomes])
+    return [value for value, _ in outcomes]
+
+
+def _outcome(pipe: Connection, process: Any, timeout: float) -> tuple[Any, str | None]:
+    if not wait([pipe], timeout):
+        return None, f"nothing after {timeout} s"
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        return None, f"the process ended with {process.exitcode}"
+
+
+def _work(
+    pipe: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    rank: int,
+    world: int,
+    folder: str,
+    timeout: float,
+) -> None:
+    torch.set_num_threads(1)
+    # what torchrun sets, and what frameworks read
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    store = dist.FileStore(str(Path(folder) / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    try:
+        pipe.send((function(*arguments), None))
+    except BaseException:
+        pipe.send((None, traceback.format_exc()))
+    else:
+        dist.destroy_process_group()
