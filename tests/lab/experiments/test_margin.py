@@ -56,6 +56,17 @@ def test_merged_goes_to_frobenius_and_separate_to_nuclear_in_every_one_of_twenty
 
 
 @pytest.mark.slow
+def test_with_a_vanishing_l2_every_one_of_twenty_data_sets_is_at_the_nuclear_solution(tmp_path):
+    settings = dataclasses.replace(
+        SMALL, datasets=20, parametrisation=("separate_l2",), out=tmp_path / "run", rate=4e-3, dimension=10, examples=6,
+        tokens=8, steps=400_000, evaluate_every=1000, init="random", l2=1e-60,
+    )  # fmt: skip
+    row = run(settings, "")["arms"][0]
+    assert row["cosine_nuclear_least"] > 0.995
+    assert row["nearer_nuclear"] == 20
+
+
+@pytest.mark.slow
 def test_diagonal_weights_go_to_the_l1_solution(tmp_path):
     """Theorem 4.1: the norm falls towards the least there is, by how much at margin 1e8 depends on the data."""
     settings = dataclasses.replace(
