@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "rankdecay"])
+_server.set_forkserver_preload(  # imported once; names that cannot be are left out
+    ["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "rankdecay", "transformers.models.llama"]
+)
 
 
 class RankFailed(AssertionError):
@@ -37,8 +40,8 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout:
 
     Args:
         world: how many.
-        function: importable, so not a local one; called with the arguments, `dist` being ready.
-        arguments: anything that pickles.
+        function: importable from the root of the repository, so not a local one; `dist` is ready in it.
+        arguments: what it is called with; anything that pickles.
         timeout: seconds after which the processes are stopped; collectives give up after half of them.
 
     Raises:
@@ -69,7 +72,7 @@ def _outcome(pipe: Connection, process: Any, timeout: float) -> tuple[Any, str |
     if not wait([pipe], timeout):
         return None, f"nothing after {timeout} s"
     try:
-        return pipe.recv()
+        return pickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join()
         return None, f"the process ended with {process.exitcode}"
@@ -91,8 +94,9 @@ def _work(
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     try:
-        pipe.send((function(*arguments), None))
+        # pickle: what a connection sends of a tensor is a handle, of no use when its process has ended
+        pipe.send_bytes(pickle.dumps((function(*arguments), None)))
     except BaseException:
-        pipe.send((None, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
     else:
         dist.destroy_process_group()

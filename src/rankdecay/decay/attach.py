@@ -18,6 +18,7 @@ Three things are less obvious:
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -180,7 +181,8 @@ class Attachment:
                 due = _gather(group, role, decay, found_inf)
                 if live and (isinstance(due, Tensor) or due > 0):
                     seed = group[f"{role}_steps"] * 1_000_003 + index * 1_009 + ROLES.index(role)
-                    _decay(live, windows_in(group, role), decay, due, self._backend, seed)
+                    with _named_failure(role, live):
+                        _decay(live, windows_in(group, role), decay, due, self._backend, seed)
 
     def _admit(self, index: int, group: Group) -> None:
         """Checks a group when it is first seen, and before each step that it holds parameters of the same shapes.
@@ -216,6 +218,21 @@ class _Admitted(NamedTuple):
 
     roles: list[str]
     shapes: list[tuple[int, ...]]
+
+
+@contextlib.contextmanager
+def _named_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
+    """Says what waited, where another process has stopped: what the backend says names a socket."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sharded.is_sharded(parameter) for parameter in parameters):
+            raise
+        raise RuntimeError(
+            f"the decay of {role} needs every process that holds a part of its parameters, and on rank "
+            f"{torch.distributed.get_rank()} it failed: {error}. If another process has stopped, continue the run from "
+            "its last checkpoint."
+        ) from error
 
 
 def _makes_states_only(optimizer: Optimizer) -> bool:

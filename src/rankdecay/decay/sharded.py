@@ -187,7 +187,7 @@ def _cut(layout: Layout, window: Window | None, by_head: bool) -> Cut | None:
         return None
     rank = min(shape)
     if not sides:
-        return Cut(None, (), 0, rank, count, count * rank**2 * max(shape))
+        return Cut(None, (), 0, rank, count, count * float(rank) ** 3)
     [(side, dim)] = sides.items()
     gram = shape[-3 - side]
     mesh_dims = tuple(i for i in layout.cuts(dim) if layout.mesh.size(i) > 1)

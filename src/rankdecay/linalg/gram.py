@@ -58,7 +58,7 @@ def shrink_factor(
     check_name("backend", backend, ("exact", "matmul"))
     tau = tau.to(G.device, torch.float64)[..., None]  # beside σ
     F = G.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).sqrt()
-    bad = ~(F.isfinite() & tau.isfinite())
+    bad = ~(G.isfinite().all(-1).all(-1, keepdim=True) & tau.isfinite())
     unit = torch.where(bad | (F == 0), 1.0, F)
     G = (G / unit[..., None].square()).masked_fill(bad[..., None], 0)
     tau = (tau / unit).nan_to_num(nan=0.0).clamp_max(2.0**500)
