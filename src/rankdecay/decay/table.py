@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rankdecay.attention import Window
+from rankdecay.attention.modules import whole
 from rankdecay.spectrum import spectrum
 
 
@@ -26,8 +27,8 @@ class Row(NamedTuple):
     waiting: str = ""  # how far an every=k cycle is
 
     def matrix(self) -> Tensor:
-        """The matrix as it is now."""
-        value = self.parameter.detach()
+        """The matrix as it is now; of a sharded parameter in every process, and all have to ask."""
+        value = whole(self.parameter.detach())
         return value if self.window is None else self.window.matrix(value)
 
 

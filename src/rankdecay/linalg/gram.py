@@ -6,7 +6,7 @@ Every decay rule multiplies W on one side by a matrix that depends on W through 
 
 So where W is cut into rows, its Gram matrices add up to G, C is the same everywhere, and the rest is local.
 
-* **exact**: :math:`c(\sigma)` on the eigenvectors of G, the same functions as in :mod:`rankdecay.linalg.shrink`.
+* **exact**: :func:`~rankdecay.linalg.shrink.taken` of σ, on the eigenvectors of G.
 * **matmul**: a triangular R with RᵀR = G has the singular values of W, so :func:`~rankdecay.linalg.shrink` of R says
   what it takes from W: :math:`C = R^{-1}(R - \mathrm{shrink}(R))`. Cholesky's, of G a little above singular.
 
@@ -21,8 +21,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.polar import NULL_TOLERANCE, check_name, full_precision, inverse, note_backend, verified
-from rankdecay.linalg.shrink import clipped, shrink
+from rankdecay.linalg.polar import NULL_TOLERANCE, check_name, full_precision, note_backend, verified
+from rankdecay.linalg.shrink import shrink, taken
 from rankdecay.rules import Rule
 
 
@@ -74,18 +74,7 @@ def _by_eigenvalues(G: Tensor, tau: Tensor, rule: Rule, smoothing: float, steps:
     note_backend("exact")
     sigma, V = _eigenvectors(G)
     null = (NULL_TOLERANCE if dtype != torch.float64 else 2.0**-25) * sigma.amax(-1, keepdim=True)
-    if rule == "prox":
-        c = torch.where(tau == 0, 0.0, clipped(sigma, tau))
-    elif rule == "polar":
-        c = tau * inverse(sigma, null)
-    elif rule == "smooth":
-        norm = sigma.square().sum(-1, keepdim=True).sqrt()
-        c = tau * inverse(torch.hypot(sigma, torch.maximum(tau, smoothing * norm)), null)
-    else:
-        p = sigma
-        for _ in range(steps):
-            p = p * (3 - p * p) / 2  # σ/F: G has trace 1
-        c = tau * torch.where(sigma > 0, p / sigma.clamp_min(2.0**-1022), 1.5**steps)
+    c = taken(sigma, null, tau, rule, smoothing=smoothing, steps=steps)
     return (V * c[..., None, :]) @ V.mT
 
 

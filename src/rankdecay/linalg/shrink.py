@@ -54,6 +54,7 @@ from rankdecay.linalg.polar import (
     check_name,
     finish,
     full_precision,
+    inverse,
     iterate,
     mark_bad,
     normalised,
@@ -221,6 +222,30 @@ def shrink(
     return torch.where(step == 0, W, out)
 
 
+def taken(sigma: Tensor, null: Tensor, tau: Tensor, rule: Rule, *, smoothing: float = 0.0, steps: int = 5) -> Tensor:
+    """Returns the share c of each singular direction that a step takes: σ becomes σ - c σ. Zero where τ = 0.
+
+    Args:
+        sigma: all singular values of each matrix, (..., n).
+        null: those not above it count as zero, (..., 1).
+        tau: τ, (..., 1).
+        rule: as for :func:`shrink`.
+        smoothing: as there.
+        steps: as there.
+    """
+    if rule == "prox":
+        return torch.where(tau == 0, 0.0, _clipped(sigma, tau))
+    if rule == "polar":
+        return tau * inverse(sigma, null)
+    F = torch.linalg.vector_norm(sigma, dim=-1, keepdim=True)
+    if rule == "smooth":
+        return tau * inverse(torch.hypot(sigma, torch.maximum(tau, smoothing * F)), null)
+    p = sigma / torch.where(F == 0, 1.0, F)
+    for _ in range(steps):
+        p = p * (3 - p * p) / 2
+    return tau * inverse(sigma, torch.zeros_like(null)) * p
+
+
 # ---- how -------------------------------------------------------------------------------------------------
 
 
@@ -235,14 +260,14 @@ def _clip(W: Tensor, level: Tensor, backend: str, *, complement: bool) -> Tensor
         tau = scaled_down(level, prepared)
         if backend == "exact":
             beside_sigma = tau[..., 0]  # (..., 1)
-            out = apply_exact(prepared, lambda sigma, _: clipped(sigma, beside_sigma), W.dtype, complement=complement)
+            out = apply_exact(prepared, lambda sigma, _: _clipped(sigma, beside_sigma), W.dtype, complement=complement)
         else:
             out = _clip_by_products(prepared, tau)
             out = prepared.X - out if complement else out
         return finish(out.mul_(prepared.scale), prepared, W.dtype)
 
 
-def clipped(sigma: Tensor, tau: Tensor) -> Tensor:
+def _clipped(sigma: Tensor, tau: Tensor) -> Tensor:
     """Returns min(σ, τ)/σ, and 1 at σ = 0: the part of X that a soft threshold takes away."""
     return (tau / sigma.clamp_min(2.0**-1022)).clamp_max(1)
 
