@@ -18,8 +18,11 @@ import torch.distributed as dist
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(  # imported once; names that cannot be are left out
-    ["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "rankdecay", "transformers.models.llama"]
-)
+    [
+        "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "rankdecay", "accelerate",
+        "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
+    ]
+)  # fmt: skip
 
 
 class RankFailed(AssertionError):

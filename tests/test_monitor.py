@@ -380,15 +380,6 @@ def test_bad_models_and_optimizers():
         Monitor(nn.MultiheadAttention(8, 2)).attach(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
-def test_a_sharded_model_is_refused(monkeypatch):
-    its = nn.MultiheadAttention(8, 2)
-    monitor = Monitor(its, every=1)
-    monkeypatch.setattr(its.in_proj_weight, "placements", (), raising=False)
-    for call in (monitor.step, monitor.measure, lambda: Monitor(its)):
-        with pytest.raises(ValueError, match="in_proj_weight is a sharded DTensor"):
-            call()
-
-
 # ---- the page --------------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).parents[1] / "docs" / "monitor.md"

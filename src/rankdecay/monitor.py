@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rankdecay.attention import AttentionLayer, AttentionNames, find_attention
 from rankdecay.attention.inspection import BALANCE
+from rankdecay.attention.modules import is_sharded
 from rankdecay.decay.unwrap import unwrapped
 from rankdecay.linalg.polar import check_name
 from rankdecay.spectrum import spectrum
@@ -68,7 +69,9 @@ class Monitor:
 
     Call :meth:`step` after each optimizer step, or :meth:`attach` it to the optimizer once. Neither touches the graph,
     the gradients or the random generators; under ``torch.compile`` both stay outside compiled code. In a distributed
-    run every process counts, the first alone measures and logs.
+    run every process counts and the first logs. It alone measures, unless parameters are sharded (DTensors: FSDP2,
+    tensor parallelism): then every process measures, since each parameter in turn is gathered from all of them, one
+    at a time, and every process has to make the same calls.
 
     Args:
         model: the model; one wrapped by ``torch.compile``, DDP or PEFT is seen through.
@@ -86,7 +89,7 @@ class Monitor:
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or ``log`` cannot be called.
-        ValueError: If the model has no attention or is sharded, or an argument has no meaning.
+        ValueError: If the model has no attention, or an argument has no meaning.
 
     Example:
         >>> monitor = Monitor(nn.MultiheadAttention(8, 2), every=2, measures="numerical_rank", detail="model")
@@ -135,11 +138,12 @@ class Monitor:
         if not any(_parts(layer, self.of) for layer in self._layers.values()):
             raise ValueError(f"of={self.of!r}: no attention of {type(model).__name__} has an output projection.")
         self._collapsed: set[tuple[str, str, int]] = set()
-        self._check_not_sharded()
 
     @_uncompiled
     def step(self, at: int | None = None) -> dict[str, float] | None:
         """Counts an optimizer step; when one is due, measures, logs and returns what was logged.
+
+        Of several processes only the first logs; in the others it returns None.
 
         Args:
             at: the number of steps made so far, if you count them yourself; else one more than before. It may stay the
@@ -148,18 +152,23 @@ class Monitor:
         before, self.steps = self.steps, self.steps + 1 if at is None else at
         if self.steps // self.every <= before // self.every:
             return None
-        self._check_not_sharded()
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first = not several or torch.distributed.get_rank() == 0
+        if not first and not any(is_sharded(parameter) for parameter in self.model.parameters()):
             return None
         heads = self._heads()
+        if not first:  # it took part in gathering them
+            return None
         values = self._values(heads)
         self.log(dict(values))
         self._warn(heads)
         return values
 
     def measure(self) -> dict[str, float]:
-        """Returns the values of the model as it is now, in any process, and logs nothing."""
-        self._check_not_sharded()
+        """Returns the values of the model as it is now, the same in every process, and logs nothing.
+
+        With sharded parameters all processes have to call it.
+        """
         return self._values(self._heads())
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
@@ -235,15 +244,6 @@ class Monitor:
                 RankCollapseWarning,
                 stacklevel=2,
             )
-
-    def _check_not_sharded(self) -> None:
-        """Every process asks, so that none waits for one that has stopped."""
-        for name, parameter in self.model.named_parameters():
-            if hasattr(parameter, "placements"):
-                raise ValueError(
-                    f"{name} is a sharded DTensor, of which one process cannot take the spectrum; monitor a replicated "
-                    "model (DDP), or the checkpoints of this one with rankdecay.find_attention(path)."
-                )
 
 
 def _parts(layer: AttentionLayer, of: Iterable[str]) -> list[str]:

@@ -62,6 +62,13 @@ def test_not_finite_spoils_its_own_matrix_only():
         torch.testing.assert_close(W[0] - W[0] @ C[0], shrink(W[0], 0.1), rtol=1e-9, atol=1e-9)
 
 
+def test_nothing_is_left_of_what_is_all_taken():
+    W = torch.randn(2, 9, 5, dtype=torch.float64)
+    C = shrink_factor(W.mT @ W, torch.tensor([100.0, 0.1]))
+    assert not (W[0] - W[0] @ C[0]).any()
+    assert (W[1] - W[1] @ C[1]).any()
+
+
 def test_a_zero_matrix_and_none_at_all():
     for backend in ("exact", "matmul"):
         assert shrink_factor(torch.zeros(2, 3, 3, dtype=torch.float64), torch.ones(2), backend=backend).isfinite().all()

@@ -24,7 +24,8 @@ def find_attention(
     Recognised by the names and shapes of parameters and by the numbers of heads that modules and configurations
     state (:mod:`rankdecay.attention.naming`), not by class; so a model wrapped by ``torch.compile``, DDP or PEFT is
     seen too, and cross-attention counts as a layer of its own. With a PEFT adapter the view reads the effective
-    weight.
+    weight. Of a sharded parameter (a DTensor, by FSDP2 or tensor parallelism) names and shapes are those of the whole,
+    and reading a view gathers it for that moment: in every process the same, so every process has to read it.
 
     Args:
         model: the model, or any part of it; or a path to a checkpoint (:mod:`rankdecay.attention.checkpoints`),

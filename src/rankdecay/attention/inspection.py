@@ -92,6 +92,9 @@ def inspect(
 ) -> Inspection:
     """Returns the spectra of every head's products in a model or checkpoint, beside the same shapes untrained.
 
+    A model with sharded parameters (DTensors) has to be inspected in every process, and each returns the same; one
+    parameter at a time is whole.
+
     Args:
         model: a model, or a path: a directory of ``save_pretrained``, a safetensors file, a PyTorch state dict.
         names: how its attention names its projections, if :func:`rankdecay.find_attention` does not know it.

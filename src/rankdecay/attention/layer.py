@@ -102,12 +102,12 @@ class Window:
     def matrix(self, parameter: Tensor) -> Tensor:
         """Returns the whole matrix, (out, in); a view when it is contiguous in the parameter."""
         blocks = self._blocks(parameter)
-        return self._upright(blocks.reshape(-1, blocks.shape[-1]))
+        return self._upright(blocks.flatten(0, 2))
 
     def heads(self, parameter: Tensor) -> Tensor:
         """Returns one matrix per head: (heads, head_dim, in), or (heads, out, head_dim) for W_O."""
         blocks = self._blocks(parameter)
-        return self._upright(blocks.reshape(-1, *blocks.shape[-2:]))
+        return self._upright(blocks.flatten(0, 1))
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
         """Copies ``value``, shaped as :meth:`matrix` or :meth:`heads`, to its place in the parameter."""

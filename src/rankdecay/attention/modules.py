@@ -50,19 +50,35 @@ def _plain(holder: object, attribute: str) -> object:
     return value if isinstance(value, (bool, int, float, str, dict)) else None
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor of which processes hold parts, a DTensor, in one piece and detached; any other as it is.
+
+    A collective of the DTensor's mesh: all of its processes have to call it, and all get the same.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor.detach()
+    return sharded.to(sharded.device_mesh.device_type).full_tensor()  # offloaded parts cannot be sent from the CPU
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; asked without importing what defines one."""
+    return hasattr(tensor, "full_tensor")
+
+
 def reader(model: nn.Module, name: str) -> Callable[[], Tensor]:
-    """Returns what reads a parameter's present value, with the contribution of active adapters."""
+    """Returns what reads a parameter's present value, with the contribution of active adapters, by :func:`whole`."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if not owner.endswith("base_layer"):
-        return lambda: getattr(module, leaf)
+        return lambda: whole(getattr(module, leaf))
     adapted: Any = model.get_submodule(owner.rpartition(".")[0])
 
     def weight() -> Tensor:
-        base: Tensor = getattr(module, leaf)
+        base = whole(getattr(module, leaf))
         if leaf != "weight" or getattr(adapted, "merged", False) or getattr(adapted, "disable_adapters", False):
             return base
         active = [name for name in adapted.active_adapters if name in getattr(adapted, "lora_A", {})]
-        return base + sum(adapted.get_delta_weight(name) for name in active)
+        return base + sum(whole(adapted.get_delta_weight(name)) for name in active)
 
     return weight

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from rankdecay.attention.modules import is_sharded
 from rankdecay.decay.groups import Group, hook_roles, names_in
 
 WAIT = 300.0  # seconds
@@ -73,7 +74,7 @@ def _policy(groups: Sequence[Group], backend: str) -> dict[str, Any]:
             keys = [key for key in group if key.startswith(f"{role}_") and not key.endswith(_STATE)]
             settings |= {key: group[key] for key in keys if not key.endswith("_blocks")}
             for parameter, name in zip(group["params"], names_in(group), strict=True):
-                if hasattr(parameter, "placements"):
+                if is_sharded(parameter):
                     mesh = json.dumps(parameter.device_mesh.mesh.flatten().tolist())
                     what = f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.placements} for {role}"
                     sharded.setdefault(mesh, []).append(what)

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.attention.layer import FLATTENED, Window
+from rankdecay.attention.modules import is_sharded
 from rankdecay.decay import sharded
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, windows_in
@@ -195,9 +196,6 @@ class Attachment:
             _settle_weight_decay(optimizer, group)
             now = now._replace(roles=hook_roles(group))
             _check_group(optimizer, group)
-            for role in now.roles:  # there from the start, so that a distributed checkpoint asks for them
-                group.setdefault(f"{role}_steps", 0)
-                group.setdefault(f"{role}_pending", 0.0)
             self._admitted.append(now)
         elif now.roles and now.shapes != self._admitted[index].shapes:
             raise ValueError(_swapped(index, group, self._admitted[index].shapes, now.shapes))
@@ -226,7 +224,7 @@ def _named_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(sharded.is_sharded(parameter) for parameter in parameters):
+        if not any(is_sharded(parameter) for parameter in parameters):
             raise
         raise RuntimeError(
             f"the decay of {role} needs every process that holds a part of its parameters, and on rank "
@@ -284,7 +282,7 @@ def _check_group(optimizer: Optimizer, group: Group) -> None:
                 "its groups; use LowRank(..., lr_coupled=False)."
             )
         for parameter, name in zip(group["params"], names_in(group), strict=True):
-            if sharded.is_sharded(parameter):
+            if is_sharded(parameter):
                 sharded.check_placements(parameter, f"{name} ({role})")
             if parameter.ndim < 2 and isinstance(decay, LowRank):
                 raise ValueError(
@@ -390,9 +388,9 @@ def _decay(
     held: list[Tensor] = []
     whole: list[_Matrix] = []
     for parameter in parameters:
-        if sharded.is_sharded(parameter):
+        if is_sharded(parameter):
             held.append(parameter)
-        for window in [] if sharded.is_sharded(parameter) else places:
+        for window in [] if is_sharded(parameter) else places:
             value = parameter if window is None else (window.heads if by_head else window.matrix)(parameter)
             write = parameter.copy_ if window is None else partial(window.write, parameter)
             whole.append(_Matrix(value, write))

@@ -148,6 +148,7 @@ def hook_keys(role: str, decay: Decay, windows: Iterable[Window | None] = ()) ->
     """Returns the keys that make the hook apply ``decay`` to the matrices of a role."""
     settings = asdict(decay) if isinstance(decay, LowRank) else {"rule": "frobenius", "strength": decay.strength}
     keys: Group = {f"{role}_{name}": value for name, value in settings.items()}
+    keys |= {f"{role}_steps": 0, f"{role}_pending": 0.0}  # from the start: a distributed checkpoint fills what is there
     blocks = "; ".join(str(window) for window in windows if window is not None)
     if blocks:
         keys[f"{role}_blocks"] = blocks

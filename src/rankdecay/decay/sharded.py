@@ -89,11 +89,6 @@ def _is_strided(placement: Any) -> bool:
     return hasattr(placement, "split_factor")
 
 
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor: of other parameters every process holds all."""
-    return hasattr(parameter, "placements")
-
-
 def check_placements(parameter: Any, name: str) -> None:
     """Raises a ``ValueError`` for a DTensor that is neither cut nor replicated, such as one that holds partial sums."""
     for placement in parameter.placements:
@@ -269,7 +264,10 @@ class Opened:
         self._parameter = parameter.detach()
         placements = _working_placements(Layout.of(parameter), tuple(windows), by_head)
         self._away = placements != tuple(parameter.placements)
-        self._tensor = self._parameter.redistribute(placements=placements) if self._away else self._parameter
+        self._tensor = self._parameter
+        if self._away:  # on the mesh's device: parts that are offloaded to the CPU cannot be sent from there
+            on_device = self._parameter.to(self._parameter.device_mesh.device_type)
+            self._tensor = on_device.redistribute(placements=placements)
         layout, local = Layout.of(self._tensor), self._tensor.to_local()
         self.pieces: list[Piece] = []
         for window in windows:
@@ -324,7 +322,7 @@ def decayed(pieces: Sequence[Piece], decay: LowRank, due: float | Tensor, backen
     *outer, inner = (first.mesh.get_group(mesh_dim) for mesh_dim in first.cut.mesh_dims)
     world, number = dist.get_world_size(inner), sum(counts)
     share = -(-number // world)
-    total = torch.cat([*grams, grams[0].new_zeros(share * world - number, n, n)])
+    total = torch.cat([*grams, grams[0].new_zeros(share * world - number, n, n)]).to(first.mesh.device_type)
     del grams
     for group in outer:
         dist.all_reduce(total, group=group)
@@ -334,6 +332,7 @@ def decayed(pieces: Sequence[Piece], decay: LowRank, due: float | Tensor, backen
     begin = dist.get_rank(inner) * share
     own_ranks = [*ranks, *[1] * (share * world - number)][begin : begin + share]
     norm = own.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
+    due = due.to(norm.device, non_blocking=True) if isinstance(due, Tensor) else due
     tau = decay.scaled(torch.ones_like(norm) * due, norm, torch.tensor(own_ranks).to(norm, non_blocking=True))
     factors = shrink_factor(own, tau, decay.rule, smoothing=decay.smoothing, backend=backend, dtype=first.value.dtype)
     _gather(total, factors, group=inner)
@@ -347,5 +346,5 @@ def _gram(piece: Piece) -> Tensor:
 
 def _after(piece: Piece, factor: Tensor) -> Tensor:
     value = piece.value.double()
-    factor = factor.reshape(*value.shape[:-2], *factor.shape[-2:])
+    factor = factor.to(value.device).reshape(*value.shape[:-2], *factor.shape[-2:])
     return value - (value @ factor if piece.cut.side == -2 else factor @ value)

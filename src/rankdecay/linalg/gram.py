@@ -75,7 +75,9 @@ def _by_eigenvalues(G: Tensor, tau: Tensor, rule: Rule, smoothing: float, steps:
     sigma, V = _eigenvectors(G)
     null = (NULL_TOLERANCE if dtype != torch.float64 else 2.0**-25) * sigma.amax(-1, keepdim=True)
     c = taken(sigma, null, tau, rule, smoothing=smoothing, steps=steps)
-    return (V * c[..., None, :]) @ V.mT
+    # Exactly the identity where nothing is left, so that W - W C is exactly zero.
+    all_taken = (c == 1).all(-1)[..., None, None]
+    return torch.where(all_taken, torch.eye(c.shape[-1]).to(G), (V * c[..., None, :]) @ V.mT)
 
 
 def _eigenvectors(G: Tensor) -> tuple[Tensor, Tensor]:
