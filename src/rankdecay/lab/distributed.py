@@ -3,21 +3,30 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from rankdecay.lab.errors import SettingError
+
+PATIENCE = timedelta(minutes=10)  # the first process evaluates alone where each has the whole model: others wait for it
+
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[tuple[str, bool]]:
+def joined(device: str, patience: timedelta = PATIENCE) -> Iterator[tuple[str, bool]]:
     """Joins the group that ``torchrun`` started, if it did, and leaves it at the end.
 
     Args:
         device: ``"cpu"`` or a CUDA device; in a group each process takes the GPU of its local rank.
+        patience: how long a process waits for another before it takes it for lost.
 
     Yields:
         The device of this process, and whether it is the one that writes.
+
+    Raises:
+        SettingError: in the block, if another process is lost.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield device, True
@@ -26,9 +35,18 @@ def joined(device: str) -> Iterator[tuple[str, bool]]:
     if cuda:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
     try:
         yield device, rank() == 0
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            raise
+        reason = str(error).partition(". ")[0]  # what follows is advice for those who know torch's sources
+        raise SettingError(
+            f"process {rank()} of {processes()} has lost another, which ended or said nothing for "
+            f"{patience.total_seconds():g} s: its own message says why; the same command again goes on from the last "
+            f"checkpoint ({reason})"
+        ) from error
     finally:
         dist.destroy_process_group()
 

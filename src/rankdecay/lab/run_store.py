@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from rankdecay.lab.attention_summary import key_of
+from rankdecay.lab.distributed import share
 from rankdecay.lab.store import Checkpoint, Rarely, Record, RunDirectory
 from rankdecay.lab.training import Run, Session
 
 
 class RunStore:
-    """The runs of one directory.
+    """The runs of one directory, in the one process that writes; beside others, each of them has a `Follower`.
 
     Records of a run that has ended carry ``"ended": true`` in their last line; those of the run under way that came
     after its checkpoint are dropped when it goes on, because it writes them again.
@@ -46,13 +47,11 @@ class RunStore:
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """The runs that have not ended, the one under way first."""
         left = [run_ for run_ in runs if key_of(run_.key) not in self._ended]
-        return sorted(left, key=lambda run_: self.begin(run_) is None)
+        return share(sorted(left, key=lambda run_: self._of(run_) is None))
 
     def begin(self, run_: Run) -> Checkpoint | None:
         """Where a run goes on, if it was interrupted."""
-        if self._saved is not None and key_of(self._saved.extra["run"]) == key_of(run_.key):
-            return self._saved
-        return None
+        return share(self._of(run_))
 
     def add(self, record: Record) -> None:
         """Stores an evaluation; the last of a run only with `end`, which says so in the same line."""
@@ -70,18 +69,56 @@ class RunStore:
 
     def checkpoint(self, session: Session) -> None:
         """Keeps the state of the run under way, if that has not just been done."""
+
+        def keep() -> None:
+            share(True)
+            self._directory.save_checkpoint(session.checkpoint())
+
         self._flush()
-        if self._rarely(lambda: self._directory.save_checkpoint(session.checkpoint())):
+        if self._rarely(keep):
             self.checkpoint_step = session.step
+        else:
+            share(False)
 
     def save_model(self, run_: Run, model: nn.Module, save: Callable[[nn.Module, Path], None]) -> None:
         """Keeps a trained model under a name that says which it is."""
         self._directory.save_model(run_.file_name, lambda path: save(model, path))
 
+    def _of(self, run_: Run) -> Checkpoint | None:
+        return self._saved if self._saved is not None and key_of(self._saved.extra["run"]) == key_of(run_.key) else None
+
     def _flush(self) -> None:
         if self._last is not None:
             self._directory.append([self._last])
             self._last = None
+
+
+class Follower:
+    """The store of a process that does not write: it learns what the first one has, and takes part where all must."""
+
+    checkpoint_step = None
+
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        """As the first process says."""
+        return share(None)
+
+    def begin(self, run_: Run) -> Checkpoint | None:
+        """As the first process says."""
+        return share(None)
+
+    def add(self, record: Record) -> None:
+        """Nothing."""
+
+    def end(self, run_: Run) -> None:
+        """Nothing."""
+
+    def checkpoint(self, session: Session) -> None:
+        """Its part of the state, if the first process keeps it."""
+        if share(None):
+            session.checkpoint()
+
+    def save_model(self, run_: Run, model: nn.Module, save: Callable[[nn.Module, Path], None]) -> None:
+        """Nothing."""
 
 
 def _is_before(row: Record, under_way: tuple[Any, ...] | None, saved: Checkpoint | None) -> bool:

@@ -1,8 +1,8 @@
 """One training run of a plain module, as a user of the library would write it: `param_groups`, `attach`, `Monitor`.
 
-A `Problem` says what is learnt; a `Plan` how; `Session` is one run of it, alone or in every process of a DDP group.
-A batch depends on the seed and the step alone and the learning rate on the step alone, so a resumed run needs weights
-and moments, and its numbers are those of a run that was never interrupted.
+A `Problem` says what is learnt; a `Plan` how; `Session` is one run of it, alone or in every process of a group
+(`lab.parallel`). A batch depends on the seed and the step alone and the learning rate on the step alone, so a resumed
+run needs weights and moments, and its numbers are those of a run that was never interrupted.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from rankdecay.decay.policy import Decay
 from rankdecay.lab.attention_summary import KEY
 from rankdecay.lab.distributed import processes, rank, share
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.parallel import Layout, clip_gradients, gathered, parted
 from rankdecay.lab.store import Checkpoint
 
 Record = dict[str, Any]
@@ -111,6 +112,7 @@ class Plan:
         precision: float32, or bfloat16 or float16 (with a loss scaler) under autocast.
         compile: whether the model is compiled.
         device: where.
+        layout: how the processes of a group share each run.
     """
 
     steps: int
@@ -122,6 +124,7 @@ class Plan:
     precision: Precision = "float32"
     compile: bool = False
     device: str = "cpu"
+    layout: Layout = field(default_factory=Layout)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -147,7 +150,7 @@ class Diverged(SettingError):
 
 
 class Session:
-    """One run, from step 0 or from where `restore` puts it.
+    """One run, from step 0 or from where `restore` puts it. Every process of a group makes the same calls.
 
     Args:
         run: which.
@@ -161,6 +164,7 @@ class Session:
         self.seconds = 0.0  # in training steps alone
         self.examples = 0  # tokens, sequences or images trained on
         self.model = problem.model(run.seed, run.qk_norm).to(plan.device)
+        plan.layout.shard(self.model)
         groups = rd.param_groups(self.model, rd.Frobenius(run.rest_decay), **run.decays)  # pyright: ignore[reportArgumentType] - roles
         self.optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=BETAS)
         self.attachment = rd.attach(self.optimizer)
@@ -168,7 +172,7 @@ class Session:
         self.monitor = rd.Monitor(self.model, measures=MEASURES, of=PARTS, detail="layer")
         self._scaler = torch.amp.GradScaler(self._kind, enabled=plan.precision == "float16")
         self._trained: nn.Module = torch.compile(self.model) if plan.compile else self.model  # pyright: ignore
-        if processes() > 1:
+        if processes() > 1 and not plan.layout.sharded:
             self._trained = nn.parallel.DistributedDataParallel(self._trained)
         self._losses: list[float] = []  # of the steps since the last evaluation
         if plan.compile:  # now, or the first run of an experiment would seem the slowest
@@ -210,7 +214,7 @@ class Session:
         loss = self._gradient(batch)
         if plan.clip:
             self._scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), plan.clip)
+            clip_gradients(self.model.parameters(), plan.clip)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -222,16 +226,18 @@ class Session:
     def _gradient(self, whole: Batch) -> Tensor:
         """Adds up the gradient of a batch; returns the mean loss of this process's share of it."""
         plan = self.plan
-        size = plan.batch_size // (processes() * plan.accumulate)
+        size = plan.batch_size // (plan.layout.shares * plan.accumulate)
         total = torch.zeros((), device=plan.device)
         for part in range(plan.accumulate):
-            place = (rank() * plan.accumulate + part) * size
+            place = (plan.layout.share * plan.accumulate + part) * size
             batch = tuple(t[place : place + size].to(plan.device, non_blocking=True) for t in whole)
             last = part == plan.accumulate - 1
-            waits = contextlib.nullcontext() if last or processes() == 1 else self._trained.no_sync()  # type: ignore[operator]
-            with waits:
+            # the gradients of shards are summed up after every part: to wait, a process would have to hold whole ones
+            model = self._trained
+            is_copy = isinstance(model, nn.parallel.DistributedDataParallel)
+            with model.no_sync() if is_copy and not last else contextlib.nullcontext():
                 with self._autocast():
-                    loss = self.problem.loss(self._trained, batch) / plan.accumulate
+                    loss = self.problem.loss(model, batch) / plan.accumulate
                 self._scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -242,14 +248,18 @@ class Session:
 
     @torch.no_grad()
     def evaluate(self) -> Record:
-        """What is stored of the model as it is now. Every process of a group has to call it; the first alone measures.
+        """What is stored of the model as it is now; empty in all processes of a group but the first.
+
+        The first alone measures a model that it has whole, all of them one that they have in parts.
 
         Raises:
             Diverged: in all of them, if the loss is not finite.
         """
-        quality = share(self._quality() if rank() == 0 else None)
+        measures = rank() == 0 or self.plan.layout.sharded
+        quality = share(self._quality() if measures else None)
         if not math.isfinite(quality.loss):
             raise Diverged(self.run, self.step, self.plan.lr)
+        layers = nested(self.monitor.measure()) if measures else []
         if rank() > 0:
             return {}
         return {
@@ -262,7 +272,7 @@ class Session:
             "loss_error": quality.error if math.isfinite(quality.error) else None,
             "accuracy": quality.accuracy,
             "pieces": [float(f"{piece:.7g}") for piece in quality.pieces],
-            "layers": nested(self.monitor.measure()),
+            "layers": layers,
         }
 
     def _quality(self) -> Quality:
@@ -270,8 +280,19 @@ class Session:
         with self._autocast():
             return self.problem.evaluate(self.model, self.plan.device)
 
+    def whole_model(self) -> nn.Module:
+        """The model as one process would have it: itself, or a copy on the CPU if the processes have it in parts."""
+        if not self.plan.layout.sharded:
+            return self.model
+        model = self.problem.model(self.run.seed, self.run.qk_norm)
+        model.load_state_dict(gathered(self.model.state_dict(), keep=True))
+        return model
+
     def checkpoint(self) -> Checkpoint:
-        """Everything that the rest of the run depends on."""
+        """Everything that the rest of the run depends on, whatever the processes that go on; the first has its tensors.
+
+        The other processes of a group get none.
+        """
         state = self.optimizer.state_dict()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         moments: dict[str, Record] = {}
@@ -290,22 +311,26 @@ class Session:
             "scaler": self._scaler.state_dict(),
         }
         # tied parameters are one tensor under two names, which safetensors refuses to write: a copy of each
-        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        tensors = gathered(tensors, keep=rank() == 0)
         return Checkpoint(self.step, tensors, json.loads(json.dumps(extra)))
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes back to a checkpoint of the same run."""
+        """Goes back to a checkpoint of the same run, with all its tensors in every process of a group."""
         self.step, self.seconds = checkpoint.step, checkpoint.extra["seconds"]
         self.examples = checkpoint.extra["examples"]
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for name, tensor in checkpoint.tensors.items():
             kind, _, rest = name.partition(".")
             parts[kind][rest] = tensor
-        self.model.load_state_dict(parts["model"])
+        ours = self.model.state_dict()
+        self.model.load_state_dict({name: parted(tensor, ours[name]) for name, tensor in parts["model"].items()})
         moments: dict[int, Record] = {int(i): dict(values) for i, values in checkpoint.extra["moments"].items()}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for name, tensor in parts["optimizer"].items():
             index, _, rest = name.partition(".")
-            moments.setdefault(int(index), {})[rest] = tensor
+            parameter = parameters[int(index)]
+            value = parted(tensor, parameter) if tensor.shape == parameter.shape else tensor  # not the count of steps
+            moments.setdefault(int(index), {})[rest] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": checkpoint.extra["groups"]})
         self._scaler.load_state_dict(checkpoint.extra["scaler"])
 

@@ -35,12 +35,13 @@ from rankdecay.lab.experiments.common import (
 if TYPE_CHECKING:
     from torch import nn
 
+    from rankdecay.lab.parallel import Layout, Parallel
     from rankdecay.lab.progress import RunsProgress
-    from rankdecay.lab.run_store import RunStore
+    from rankdecay.lab.run_store import Follower, RunStore
     from rankdecay.lab.training import Plan, Problem, Run, Session
 
 Record = dict[str, Any]
-NOT_IDENTITY = ("save", "skip_diverged")  # beside those of every experiment: neither changes what a run computes
+NOT_IDENTITY = ("save", "skip_diverged", "parallel")  # beside those of every experiment: no change of what is computed
 QKNorm = Literal["off", "on", "both"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Compile = Literal["auto", "on", "off"]
@@ -233,17 +234,19 @@ def all_runs(settings: AttentionDecay, *, has_mlp: bool = True) -> list[Run]:
     return runs
 
 
-def make_plan(settings: AttentionDecay, device: str) -> Plan:
-    """How the runs are trained on a device.
+def make_plan(settings: AttentionDecay, device: str, parallel: Parallel = "ddp") -> Plan:
+    """How the runs are trained on a device, by all processes of a group.
 
     Raises:
         SettingError: if a batch cannot be shared out evenly, or there is no compiler to compile with.
     """
     from rankdecay.lab.distributed import processes
     from rankdecay.lab.ensemble import compiler_available
+    from rankdecay.lab.parallel import Layout
     from rankdecay.lab.training import Plan
 
-    shares = processes() * settings.accumulate
+    layout = Layout(parallel, device.partition(":")[0])
+    shares = layout.shares * settings.accumulate
     if settings.batch_size % shares:
         raise SettingError(
             f"--batch-size {settings.batch_size} cannot be shared evenly by {processes()} processes and --accumulate "
@@ -264,6 +267,7 @@ def make_plan(settings: AttentionDecay, device: str) -> Plan:
         settings.precision,
         compiles,
         device,
+        layout,
     )
 
 
@@ -279,6 +283,8 @@ class Experiment:
         facts: of the summary, beside the arms; of the problem.
         fingerprint: of the problem, where the settings do not say what is learnt: a file may have changed.
         notices: said before the first run.
+        parallel: how the processes of a group share each run; only a GPT can be shared other than by ``"ddp"``.
+        check: raises a `SettingError` for a model that they cannot share so.
     """
 
     command: str
@@ -288,6 +294,8 @@ class Experiment:
     facts: Callable[[Any], Record] = lambda problem: {}
     fingerprint: Callable[[Any], Record] = lambda problem: {}
     notices: Sequence[str] = ()
+    parallel: Parallel = "ddp"
+    check: Callable[[Layout], None] = lambda layout: None
 
 
 def run(settings: AttentionDecay, experiment: Experiment, reproduce: str) -> Record:
@@ -300,17 +308,19 @@ def run(settings: AttentionDecay, experiment: Experiment, reproduce: str) -> Rec
     from rankdecay.lab.distributed import joined
     from rankdecay.lab.machine import resolve_device
     from rankdecay.lab.progress import RunsProgress
+    from rankdecay.lab.run_store import Follower
 
     with joined(resolve_device(settings.device)) as (device, first):
-        plan = make_plan(settings, device)
+        plan = make_plan(settings, device, experiment.parallel)
+        experiment.check(plan.layout)
         runs = all_runs(settings, has_mlp=experiment.has_mlp)
         problem = experiment.problem()
         title = f"{experiment.command} · {len(runs)} runs · {settings.steps} steps · {device}"
         progress = RunsProgress(title, problem.unit, quiet=settings.quiet or not first, to_stderr=settings.json)
-        if not first:
-            _follow(runs, problem, plan, settings)
-            return {}
-        return _lead(settings, experiment, reproduce, runs, problem, plan, progress)
+        if first:
+            return _lead(settings, experiment, reproduce, runs, problem, plan, progress)
+        _train_all(runs, problem, plan, settings, Follower(), progress, experiment.save)
+        return {}
 
 
 def _lead(
@@ -339,10 +349,7 @@ def _lead(
         for text in experiment.notices:
             progress.notice(text)
         store = RunStore(directory)
-        left = share(store.missing(runs))
-        with progress.working(settings.steps * len(runs), settings.steps * (len(runs) - len(left))):
-            for run_ in left:
-                _train(run_, problem, plan, settings, store, progress, experiment.save)
+        _train_all(runs, problem, plan, settings, store, progress, experiment.save)
         records = directory.metrics()
         return finish(
             directory,
@@ -357,26 +364,20 @@ def _lead(
         )
 
 
-def _follow(runs: Sequence[Run], problem: Problem, plan: Plan, settings: AttentionDecay) -> None:
-    """The other processes of a group: they train, and neither measure nor write."""
-    from rankdecay.lab.distributed import share
-    from rankdecay.lab.training import Diverged, Session
-
-    for run_ in share(None):
-        session = Session(run_, problem, plan)
-        checkpoint = share(None)
-        if checkpoint is not None:
-            session.restore(checkpoint)
-        try:
-            if checkpoint is None:
-                session.evaluate()
-            while session.step < settings.steps:
-                for _ in session.train(_until_evaluation(session, settings)):
-                    pass
-                session.evaluate()
-        except Diverged:
-            if not settings.skip_diverged:
-                raise
+def _train_all(
+    runs: Sequence[Run],
+    problem: Problem,
+    plan: Plan,
+    settings: AttentionDecay,
+    store: RunStore | Follower,
+    progress: RunsProgress,
+    save: Callable[[nn.Module, Path], None] | None,
+) -> None:
+    """The runs that have not ended, one after another; in every process of a group, with the store it has."""
+    left = store.missing(runs)
+    with progress.working(settings.steps * len(runs), settings.steps * (len(runs) - len(left))):
+        for run_ in left:
+            _train(run_, problem, plan, settings, store, progress, save)
 
 
 def _until_evaluation(session: Session, settings: AttentionDecay) -> int:
@@ -388,20 +389,21 @@ def _train(
     problem: Problem,
     plan: Plan,
     settings: AttentionDecay,
-    store: RunStore,
+    store: RunStore | Follower,
     progress: RunsProgress,
     save: Callable[[nn.Module, Path], None] | None,
 ) -> None:
     """One run to its end, evaluated and stored on the way."""
-    from rankdecay.lab.distributed import share
+    from rankdecay.lab.distributed import rank
     from rankdecay.lab.training import Diverged, Session
 
+    speaks = rank() == 0
     session = Session(run_, problem, plan)
     checkpoint = store.begin(run_)
-    share(checkpoint)
     if checkpoint is not None:
         session.restore(checkpoint)
-        progress.notice(f"continuing {run_} at step {session.step}")
+        if speaks:
+            progress.notice(f"continuing {run_} at step {session.step}")
     progress.begins(session.step)
     try:
         if checkpoint is None:
@@ -411,7 +413,8 @@ def _train(
                 progress.at(step)
             record = session.evaluate()
             store.add(record)
-            progress.evaluated(str(run_), record)
+            if speaks:
+                progress.evaluated(str(run_), record)
             if session.step < settings.steps:
                 store.checkpoint(session)
     except Diverged as error:
@@ -419,11 +422,12 @@ def _train(
             step, file = store.checkpoint_step, settings.out / "checkpoint.safetensors"
             where = "" if step is None else f"; the last good checkpoint, of step {step}, is {file}"
             raise SettingError(f"{error}{where}") from None
-        progress.notice(f"{run_} diverged at step {error.step}: going on with the next")
+        if speaks:
+            progress.notice(f"{run_} diverged at step {error.step}: going on with the next")
         store.add({**run_.key, "step": error.step, "diverged": True})
     else:
         if save is not None and (settings.save == "all" or (settings.save == "first" and run_.seed == 0)):
-            store.save_model(run_, session.model, save)
+            store.save_model(run_, session.whole_model(), save)
     store.end(run_)
     progress.ended(settings.steps - session.step)
 

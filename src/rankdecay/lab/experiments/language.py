@@ -12,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from rankdecay.lab.errors import SettingError
+from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.experiments import attention_decay
 from rankdecay.lab.experiments.attention_decay import AttentionDecay, Experiment, Record, print_summary
 from rankdecay.lab.experiments.common import check_counts
+from rankdecay.lab.parallel import Parallel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,6 +78,8 @@ class Language(AttentionDecay):
     """Peak learning rate: a linear rise, then a cosine down to a tenth."""
     warmup: int = 50
     """Steps of the rise."""
+    parallel: Parallel = "ddp"
+    """How torchrun's processes share a run: ddp, fsdp2 (parts of all), tp (heads and units), fsdp2_tp (both)."""
     out: Path = Path("runs/language")
     """Where results go; a run that was interrupted continues there."""
 
@@ -121,6 +124,12 @@ PRESETS = {
 def check(settings: Language) -> None:
     """Raises a `SettingError` for settings that cannot work, before anything is read or written."""
     attention_decay.check(settings)
+    check_name("--parallel", settings.parallel, get_args(Parallel))
+    if settings.parallel != "ddp" and settings.precision == "float16":
+        raise SettingError(
+            f"--precision float16 needs a loss scaler, which --parallel {settings.parallel} has not: give --precision "
+            "bfloat16, or --parallel ddp"
+        )
     check_counts(settings, "context", "width", "depth", "heads", "mlp_width", "valid_windows")
     if settings.valid_windows < 2:
         raise SettingError(f"--valid-windows {settings.valid_windows} gives no standard error: give at least 2")
@@ -253,6 +262,8 @@ def run(settings: Language, command: str) -> Record:
         facts=LanguageModelling.facts,
         fingerprint=lambda problem: {"text_sha1": problem.corpus.sha1},
         notices=_notices(settings),
+        parallel=settings.parallel,
+        check=lambda layout: layout.check(settings.heads, settings.mlp_width),
     )
     return attention_decay.run(settings, experiment, command)
 

@@ -74,10 +74,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) to the same."""
-        batch, tokens, width = x.shape
-        query, key, value = (
-            project(x).view(batch, tokens, self.num_heads, self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (  # (batch, tokens, heads, head_dim); under tensor parallelism some of the heads
+            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -85,7 +83,7 @@ class Attention(nn.Module):
         if self.rotary_emb is not None:
             query, key = self.rotary_emb(query), self.rotary_emb(key)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
 class Rotary(nn.Module):
