@@ -7,6 +7,7 @@ the store, not by a collective: that would wait for ever for such a process.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -42,9 +43,12 @@ def check_agreement(groups: Sequence[Group], backend: str) -> None:
     mine = _policy(groups, backend)
     ranks = sorted({rank for meshes in mine["sharded"] for rank in json.loads(meshes)}) or range(dist.get_world_size())
     store = dist.distributed_c10d._get_default_store()
-    number = next(_numbers)
-    keys = {rank: f"rankdecay/attach/{number}/{rank}" for rank in ranks}
-    store.set(keys[dist.get_rank()], json.dumps(mine))
+    here = f"rankdecay/attach/{next(_numbers)}"
+    text = json.dumps(mine)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    store.set(f"{here}/{digest}", text)  # once for all that agree, so that a thousand processes read little
+    keys = {rank: f"{here}/rank {rank}" for rank in ranks}
+    store.set(keys[dist.get_rank()], digest)
     try:
         store.wait(list(keys.values()), timedelta(seconds=WAIT))
     except (RuntimeError, ValueError) as error:
@@ -53,15 +57,16 @@ def check_agreement(groups: Sequence[Group], backend: str) -> None:
             f"rankdecay.attach was not called on rank {', '.join(map(str, absent))} within {WAIT:g} s of rank "
             f"{dist.get_rank()}: every process has to attach the same decay to its optimizer."
         ) from error
-    policies = {rank: json.loads(store.get(key)) for rank, key in keys.items()}
-    first, *others = policies
+    digests = {rank: store.get(key).decode() for rank, key in keys.items()}
+    policies = {each: json.loads(store.get(f"{here}/{each}")) for each in sorted(set(digests.values()))}
+    first, *others = digests
     for other in others:
-        difference = _difference(policies[first], policies[other], first, other)
+        difference = _difference(policies[digests[first]], policies[digests[other]], first, other)
         if difference:
-            what, here, there = difference
+            what, one, another = difference
             raise ValueError(
-                f"the processes do not decay alike: {what} is {here} on rank {first} and {there} on rank {other}; give "
-                "rankdecay.param_groups the same arguments on every rank."
+                f"the processes do not decay alike: {what} is {one} on rank {first} and {another} on rank {other}; "
+                "give rankdecay.param_groups the same arguments on every rank."
             )
 
 
@@ -82,6 +87,8 @@ def _policy(groups: Sequence[Group], backend: str) -> dict[str, Any]:
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any], rank: int, its: int) -> tuple[str, Any, Any] | None:
+    if one is other:
+        return None
     for key in one["settings"].keys() & other["settings"].keys():
         if one["settings"][key] != other["settings"][key]:
             return key, one["settings"][key], other["settings"][key]

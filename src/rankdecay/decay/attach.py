@@ -401,34 +401,51 @@ def _decay(
         shares = [_Matrix(*share) for parameter in held for share in sharded.shares(parameter, places)]
         _shrink(shares, decay, due, backend, seed)
         return
-    at_once: list[sharded.Opened] = []
+    dealt: list[sharded.Place] = []
+    pieces: list[sharded.Piece] = []
     for parameter in held:
-        at_once.append(sharded.Opened(parameter, places, by_head))
-        if sum(piece.cut.elements for one in at_once for piece in one.pieces) >= _STACKED[_kind(parameter)] // 2:
-            _decay_pieces(at_once, decay, due, backend, seed)
-            at_once = []
-    _decay_pieces(at_once, decay, due, backend, seed)
+        for window in places:
+            if sharded.way(sharded.Layout.of(parameter), window, by_head, parameter.element_size()) == "deal":
+                dealt.append((parameter, window))
+            else:
+                pieces.append(sharded.opened(parameter, window, by_head))
+    local = [_Matrix(piece.value, piece.write, piece.part) for piece in pieces if piece.cut.side is None]
+    _shrink(local, decay, due, backend, seed)
+    _decay_sums([piece for piece in pieces if piece.cut.side is not None], decay, due, backend, seed)
+    _decay_dealt(dealt, by_head, decay, due, backend, seed)
 
 
-def _decay_pieces(
-    opened: list[sharded.Opened], decay: LowRank, due: float | Tensor, backend: Backend, seed: int
-) -> None:
-    """Decays what this process holds of sharded parameters; every process that holds parts of them has to."""
-    pieces = [piece for one in opened for piece in one.pieces]
-    whole = [_Matrix(piece.value, piece.write, piece.part) for piece in pieces if piece.cut.side is None]
-    _shrink(whole, decay, due, backend, seed)
+def _decay_sums(pieces: list[sharded.Piece], decay: LowRank, due: float | Tensor, backend: Backend, seed: int) -> None:
+    """Decays matrices whose Gram matrices add up; every process that holds parts of them has to."""
     together: dict[object, list[sharded.Piece]] = {}
     for piece in pieces:
-        if piece.cut.side is not None:
-            alike = (piece.cut.gram, piece.mesh, piece.cut.mesh_dims, piece.value.dtype)
-            together.setdefault(alike, []).append(piece)
+        alike = (piece.cut.gram, piece.mesh, piece.cut.mesh_dims, piece.value.dtype)
+        together.setdefault(alike, []).append(piece)
     for members in together.values():
-        its_backend = _backend_on(members[0].value, backend)
-        for piece, value in zip(members, sharded.decayed(members, decay, due, its_backend), strict=True):
-            seed += 1_000_000_007
-            piece.write(_rounded(value, piece.value.dtype, seed + piece.part))
-    for one in opened:
-        one.close()
+        at_once = max(1, _STACKED[_kind(members[0].value)] // 2 // members[0].cut.gram ** 2)
+        for i in range(0, len(members), at_once):
+            some = members[i : i + at_once]
+            values = sharded.decayed(some, decay, due, _backend_on(some[0].value, backend))
+            for piece, value in zip(some, values, strict=True):
+                seed += 1_000_000_007
+                piece.write(_rounded(value, piece.value.dtype, seed + piece.part))
+
+
+def _decay_dealt(
+    places: list[sharded.Place],
+    by_head: bool,
+    decay: LowRank,
+    due: float | Tensor,
+    backend: Backend,
+    seed: int,
+) -> None:
+    """Decays matrices that each process owns some of; every process that holds parts of them has to."""
+    for some in sharded.rounds(places, _STACKED[_kind(places[0][0])] // 2 if places else 1):
+        deal = sharded.Deal(some, by_head)
+        seed += 1_000_000_007
+        owned = [_Matrix(matrix, matrix.copy_, deal.owner) for matrix in deal.owned]
+        _shrink(owned, decay, due, backend, seed)
+        deal.close()
 
 
 class _Matrix(NamedTuple):

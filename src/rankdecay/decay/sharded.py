@@ -1,18 +1,20 @@
 r"""The same decay where a parameter is a DTensor: FSDP2, HSDP, tensor parallelism and their combinations.
 
-A low-rank decay has to know the whole spectrum of a matrix of which each process holds a piece. There are three cases,
-chosen per parameter from its shape and placements alone, so that all processes choose alike:
+A low-rank decay has to know the whole spectrum of a matrix of which each process holds a piece. There are three ways,
+chosen for each parameter from its shape and placements alone, so that all processes choose alike:
 
-* **Every matrix is whole in some process**: experts, heads that fall inside one shard, replicated parameters. Nothing
-  is communicated.
-* **One side is cut, and it is the long one.** The Gram matrix of the other side is the sum of those of the pieces, and
-  the step multiplies each piece by a matrix C that depends on the Gram matrix alone (:mod:`rankdecay.linalg.gram`).
-  Gram matrices of one size travel together: a reduce-scatter gives each process its share of the sums to decompose,
-  an all-gather hands round the C. That moves the bytes of one all-reduce, and no decomposition is made twice.
-* **Otherwise** the short side is cut, both are, or heads are: the parameter is redistributed so that one of the first
-  two cases holds, and back afterwards.
+* **whole**: every matrix is whole in some process: experts, heads that fall inside one shard, replicated parameters.
+  Nothing is communicated.
+* **sum**: one side is cut, and it is by far the longer one. The Gram matrix of the other side is the sum of those of
+  the pieces, and the step multiplies each piece by a matrix C that depends on the Gram matrix alone
+  (:mod:`rankdecay.linalg.gram`). Gram matrices of one size travel together: a reduce-scatter gives each process its
+  share of the sums to decompose, an all-gather hands round the C, which moves the bytes of one all-reduce.
+* **deal**: otherwise each matrix, or head, goes to one owner, which decays it as if it were alone; owners are chosen so
+  that all have as much to do. One all-to-all there and one back for many matrices.
 
-Mesh dimensions that replicate, as in HSDP, take no part in a sum. L2 is elementwise and always local.
+A process sends 16 n² bytes for a sum and about 8 mn/P for a deal of float32 among P processes, so that square matrices
+are dealt and a sum is for m ≥ 4nP or so. Mesh dimensions that replicate, as in HSDP, take no part in either: each
+replica does the same. L2 is elementwise and always local.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,9 +32,6 @@ from torch import Tensor
 from rankdecay.attention.layer import Window
 from rankdecay.decay.policy import LowRank
 from rankdecay.linalg.gram import shrink_factor
-
-#: How much cheaper the decompositions must become for a parameter to be redistributed.
-_WORTH_MOVING = 2
 
 _sum_scattered: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -75,9 +74,9 @@ class Layout(NamedTuple):
         return number
 
     @property
-    def is_strided(self) -> bool:
-        """Whether a placement is not a plain Shard or Replicate, which DTensor cannot redistribute to."""
-        return any(_is_strided(p) for p in self.placements)
+    def cut_mesh_dims(self) -> tuple[int, ...]:
+        """The mesh dimensions that cut anything."""
+        return tuple(i for i, p in enumerate(self.placements) if _cut_by(p) is not None and self.mesh.size(i) > 1)
 
 
 def _cut_by(placement: Any) -> int | None:
@@ -113,12 +112,12 @@ def _lines(layout: Layout, dim: int, coordinate: Sequence[int]) -> Tensor:
 
 
 def _in_window(layout: Layout, window: Window, coordinate: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which of a process's lines are in a window: their places in the piece, and the head of each."""
+    """Which of a process's lines are in a window: their places in the piece, and in the window."""
     lines = _lines(layout, _line_dim(window), coordinate)
     place = lines % window.size
     inside = ((place >= window.start) & (place < window.stop)).nonzero()[:, 0]
     within = lines[inside] // window.size * (window.stop - window.start) + place[inside] - window.start
-    return inside, within // window.head_dim
+    return inside, within
 
 
 def _line_dim(window: Window) -> int:
@@ -133,7 +132,7 @@ def _own_places(layout: Layout, window: Window, device: torch.device) -> Tensor:
 @lru_cache(maxsize=4096)
 def _heads_are_whole(layout: Layout, window: Window) -> bool:
     for coordinate in itertools.product(*(range(size) for size in layout.mesh.shape)):
-        heads = _in_window(layout, window, coordinate)[1]
+        heads = _in_window(layout, window, coordinate)[1] // window.head_dim
         if len(heads) and bool((heads.unique(return_counts=True)[1] != window.head_dim).any()):
             return False
     return True
@@ -148,14 +147,7 @@ class Cut(NamedTuple):
     side: int | None  # -2 rows, -1 columns; None: every matrix is whole somewhere
     mesh_dims: tuple[int, ...]  # over which Gram matrices add up
     gram: int  # their size
-    rank: int  # the least side of the whole matrix
-    matrices: int  # over all processes
-    cost: float  # of their decompositions
-
-    @property
-    def elements(self) -> int:
-        """Entries of the Gram matrices."""
-        return self.matrices * self.gram**2
+    shape: tuple[int, int]  # of a whole matrix
 
 
 def _cut(layout: Layout, window: Window | None, by_head: bool) -> Cut | None:
@@ -163,15 +155,13 @@ def _cut(layout: Layout, window: Window | None, by_head: bool) -> Cut | None:
     cut = layout.cut_dims
     if window is None:
         rows, columns = len(layout.shape) - 2, len(layout.shape) - 1
-        count = math.prod(layout.shape[:-2])
-        shape = layout.shape[-2:]
+        shape = (layout.shape[rows], layout.shape[columns])
         sides = {side: dim for side, dim in ((-2, rows), (-1, columns)) if dim in cut}
     else:
         along = _line_dim(window)
         line_side, other_side = (-2, -1) if window.lines == "rows" else (-1, -2)
         across = layout.shape[1 - along]
         extent = window.head_dim if by_head else window.num_heads * window.head_dim
-        count = window.num_heads if by_head else 1
         shape = (extent, across) if line_side == -2 else (across, extent)
         sides = {side: dim for side, dim in ((line_side, along), (other_side, 1 - along)) if dim in cut}
         if by_head and along in cut:
@@ -180,38 +170,33 @@ def _cut(layout: Layout, window: Window | None, by_head: bool) -> Cut | None:
             del sides[line_side]
     if len(sides) == 2:
         return None
-    rank = min(shape)
     if not sides:
-        return Cut(None, (), 0, rank, count, count * float(rank) ** 3)
+        return Cut(None, (), 0, shape)
     [(side, dim)] = sides.items()
-    gram = shape[-3 - side]
     mesh_dims = tuple(i for i in layout.cuts(dim) if layout.mesh.size(i) > 1)
-    return Cut(side, mesh_dims, gram, rank, count, count * float(gram) ** 3)
+    return Cut(side, mesh_dims, shape[-3 - side], shape)
+
+
+Way = Literal["whole", "sum", "deal"]
 
 
 @lru_cache(maxsize=4096)
-def _working_placements(layout: Layout, windows: tuple[Window | None, ...], by_head: bool) -> tuple[Any, ...]:
-    """The placements in which the decay of a parameter is best computed: its own, unless another is much cheaper."""
-    from torch.distributed.tensor import Replicate, Shard
+def way(layout: Layout, window: Window | None, by_head: bool, itemsize: int) -> Way:
+    """How the matrices of a window are decayed: by what a process has to send.
 
-    def moved_to(dim: int) -> tuple[Any, ...]:
-        keeps = [_cut_by(p) == dim and not _is_strided(p) for p in layout.placements]
-        first = next(i for i, p in enumerate(layout.placements) if _cut_by(p) is not None)
-        if not any(keeps):
-            keeps[first] = True
-        return tuple(Shard(dim) if kept else Replicate() for kept in keeps)
-
-    def cost(placements: tuple[Any, ...]) -> float:
-        cuts = [_cut(layout._replace(placements=placements), window, by_head) for window in windows]
-        return sum(cut.cost if cut is not None else math.inf for cut in cuts)
-
-    if not layout.cut_dims:
-        return layout.placements
-    dims = len(layout.shape)
-    whole = tuple(Replicate() for _ in layout.placements)
-    others = [moved_to(dims - 2), moved_to(dims - 1), whole]
-    best = min(others, key=cost)
-    return layout.placements if cost(layout.placements) <= _WORTH_MOVING * cost(best) else best
+    Args:
+        layout: of the parameter.
+        window: where its matrices are; None for all of it.
+        by_head: whether each head is a matrix.
+        itemsize: bytes of an entry.
+    """
+    cut = _cut(layout, window, by_head)
+    if cut is None:
+        return "deal"
+    if cut.side is None:
+        return "whole"
+    processes = math.prod(layout.mesh.size(i) for i in layout.cut_mesh_dims)
+    return "sum" if 8 * cut.gram**2 <= itemsize * math.prod(cut.shape) / processes else "deal"
 
 
 class Piece(NamedTuple):
@@ -246,49 +231,19 @@ def _open(local: Tensor, layout: Layout, window: Window | None, by_head: bool) -
     return own if upright else own.mT, write
 
 
-class Opened:
-    """A DTensor in the placements its decay is computed in. Opening and closing it are collectives.
+def opened(parameter: Any, window: Window | None, by_head: bool) -> Piece:
+    """Returns what this process holds of the matrices of a DTensor, unless they are to be dealt.
 
-    Attributes:
-        pieces: what this process holds of each matrix, empty pieces included.
+    Args:
+        parameter: the DTensor.
+        window: where its matrices are; None for all of it.
+        by_head: whether each head is a matrix.
     """
-
-    def __init__(self, parameter: Any, windows: Sequence[Window | None], by_head: bool) -> None:
-        """Redistributes the parameter if that is worth it.
-
-        Args:
-            parameter: the DTensor.
-            windows: where its matrices are; ``[None]`` for all of it.
-            by_head: whether each head is a matrix.
-        """
-        self._parameter = parameter.detach()
-        placements = _working_placements(Layout.of(parameter), tuple(windows), by_head)
-        self._away = placements != tuple(parameter.placements)
-        self._tensor = self._parameter
-        if self._away:  # on the mesh's device: parts that are offloaded to the CPU cannot be sent from there
-            on_device = self._parameter.to(self._parameter.device_mesh.device_type)
-            self._tensor = on_device.redistribute(placements=placements)
-        layout, local = Layout.of(self._tensor), self._tensor.to_local()
-        self.pieces: list[Piece] = []
-        for window in windows:
-            cut = _cut(layout, window, by_head)
-            assert cut is not None, "the replicated parameter, at the latest, holds whole matrices"
-            value, write = _open(local, layout, window, by_head)
-            self.pieces.append(Piece(value, write, cut, layout.mesh, layout.part))
-
-    def close(self) -> None:
-        """Takes what was written to the pieces back to the parameter."""
-        if not self._away:
-            return
-        own, layout = self._parameter.to_local(), Layout.of(self._parameter)
-        if not layout.is_strided:
-            own.copy_(self._tensor.redistribute(placements=layout.placements).to_local())
-            return
-        value = self._tensor.full_tensor()
-        coordinate = layout.mesh.get_coordinate()
-        for dim in layout.cut_dims:
-            value = value.index_select(dim, _lines(layout, dim, coordinate).to(value.device))
-        own.copy_(value)
+    layout = Layout.of(parameter)
+    cut = _cut(layout, window, by_head)
+    assert cut is not None, "both sides of these matrices are cut"
+    value, write = _open(parameter.detach().to_local(), layout, window, by_head)
+    return Piece(value, write, cut, layout.mesh, layout.part)
 
 
 def shares(parameter: Any, windows: Sequence[Window | None]) -> Iterator[tuple[Tensor, Callable[..., object], int]]:
@@ -301,7 +256,7 @@ def shares(parameter: Any, windows: Sequence[Window | None]) -> Iterator[tuple[T
         yield *_open(local, layout, window, False), layout.part
 
 
-# ---- the decay of pieces -------------------------------------------------------------------------------------
+# ---- sums -------------------------------------------------------------------------------------
 
 
 def decayed(pieces: Sequence[Piece], decay: LowRank, due: float | Tensor, backend: str) -> list[Tensor]:
@@ -328,7 +283,7 @@ def decayed(pieces: Sequence[Piece], decay: LowRank, due: float | Tensor, backen
         dist.all_reduce(total, group=group)
     own = total.new_empty(share, n, n)
     _sum_scattered(own, total, group=inner)
-    ranks = [piece.cut.rank for piece, count in zip(pieces, counts, strict=True) for _ in range(count)]
+    ranks = [min(piece.cut.shape) for piece, count in zip(pieces, counts, strict=True) for _ in range(count)]
     begin = dist.get_rank(inner) * share
     own_ranks = [*ranks, *[1] * (share * world - number)][begin : begin + share]
     norm = own.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
@@ -348,3 +303,221 @@ def _after(piece: Piece, factor: Tensor) -> Tensor:
     value = piece.value.double()
     factor = factor.to(value.device).reshape(*value.shape[:-2], *factor.shape[-2:])
     return value - (value @ factor if piece.cut.side == -2 else factor @ value)
+
+
+# ---- deals ---------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """What one process holds of one matrix: lines of its piece of the parameter, and where they are in the matrix."""
+
+    batch: int | None  # which matrix of the piece, if a parameter is a stack of them
+    rows: slice | Tensor
+    columns: slice | Tensor
+    to_rows: slice | Tensor
+    to_columns: slice | Tensor
+    shape: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return self.shape[0] * self.shape[1]
+
+    def of(self, local: Tensor) -> Tensor:
+        """The lines in the piece of the parameter; a view, or a copy of scattered ones."""
+        return self._in(local)[_at(self.rows, self.columns)]
+
+    def put(self, local: Tensor, value: Tensor) -> None:
+        """Writes them there."""
+        self._in(local)[_at(self.rows, self.columns)] = value.view(self.shape)
+
+    def of_matrix(self, matrix: Tensor) -> Tensor:
+        """The same lines in the whole matrix."""
+        return matrix[_at(self.to_rows, self.to_columns)]
+
+    def put_in_matrix(self, matrix: Tensor, value: Tensor) -> None:
+        """Writes them there."""
+        matrix[_at(self.to_rows, self.to_columns)] = value.view(self.shape)
+
+    def _in(self, local: Tensor) -> Tensor:
+        return local if self.batch is None else local[self.batch]
+
+
+def _at(rows: slice | Tensor, columns: slice | Tensor) -> tuple[slice | Tensor, slice | Tensor]:
+    if isinstance(rows, Tensor) and isinstance(columns, Tensor):
+        return rows[:, None], columns  # of all pairs
+    return rows, columns
+
+
+def _places(places: Tensor, device: torch.device) -> slice | Tensor:
+    """An index; a slice where the places are neighbours, which is nearly always."""
+    first = int(places[0]) if len(places) else 0
+    if torch.equal(places, torch.arange(first, first + len(places))):
+        return slice(first, first + len(places))
+    return places.to(device)
+
+
+@lru_cache(maxsize=65536)
+def _parts(
+    layout: Layout, window: Window | None, by_head: bool, coordinate: tuple[int, ...], device: torch.device
+) -> list[Part]:
+    """What the process at a coordinate of the mesh holds of each matrix, in one order everywhere; empty parts too."""
+    sides = len(layout.shape) - 2, len(layout.shape) - 1
+    there = [_lines(layout, dim, coordinate) for dim in sides]  # in the parameter
+
+    def part(along: int, inside: Tensor, to: Tensor, batch: int | None = None) -> Part:
+        own, across = [torch.arange(len(lines)) for lines in there], list(there)
+        own[along], across[along] = inside, to
+        rows, columns, to_rows, to_columns = (_places(places, device) for places in (*own, *across))
+        return Part(batch, rows, columns, to_rows, to_columns, (len(own[0]), len(own[1])))
+
+    if window is None:
+        every = torch.arange(len(there[0]))
+        if len(layout.shape) == 2:
+            return [part(0, every, there[0])]
+        held = {int(matrix): place for place, matrix in enumerate(_lines(layout, 0, coordinate))}
+        none = every[:0]
+        return [
+            part(0, every, there[0], held[matrix]) if matrix in held else part(0, none, none)
+            for matrix in range(layout.shape[0])
+        ]
+    along = _line_dim(window)
+    inside, within = _in_window(layout, window, coordinate)
+    if not by_head:
+        return [part(along, inside, within)]
+    heads = within // window.head_dim
+    return [
+        part(along, inside[heads == head], within[heads == head] - head * window.head_dim)
+        for head in range(window.num_heads)
+    ]
+
+
+def _matrix_shape(layout: Layout, window: Window | None, by_head: bool) -> tuple[int, int]:
+    """Of a whole matrix, as it lies in the parameter: perhaps transposed, which changes no singular value."""
+    if window is None:
+        return layout.shape[-2], layout.shape[-1]
+    extent = window.head_dim if by_head else window.num_heads * window.head_dim
+    return (extent, layout.shape[1]) if _line_dim(window) == 0 else (layout.shape[0], extent)
+
+
+Place = tuple[Any, Window | None]  # a DTensor, and where its matrices are in it
+
+
+def rounds(places: Sequence[Place], most: int) -> Iterator[list[Place]]:
+    """Yields what is dealt at once: parameters of one dtype that are cut among the same processes.
+
+    Args:
+        places: of any.
+        most: entries that a process sends and owns in a round, or somewhat more.
+    """
+    together: dict[tuple[Any, ...], list[Place]] = {}
+    for parameter, window in places:
+        layout = Layout.of(parameter)
+        together.setdefault((layout.mesh, layout.cut_mesh_dims, parameter.dtype), []).append((parameter, window))
+    for (mesh, mesh_dims, _), members in together.items():
+        processes = math.prod(mesh.size(i) for i in mesh_dims)
+        some: list[Place] = []
+        for place in members:
+            some.append(place)
+            if sum(parameter.numel() for parameter, _ in some) >= most * processes:
+                yield some
+                some = []
+        if some:
+            yield some
+
+
+class Deal:
+    """Matrices of several DTensors, each whole with one owner. Making and closing it are collectives.
+
+    Attributes:
+        owned: the matrices this process owns, to be changed in place.
+        owner: number of this process among those that share the matrices.
+    """
+
+    def __init__(self, places: Sequence[Place], by_head: bool) -> None:
+        """Sends every matrix to its owner.
+
+        Args:
+            places: what `rounds` gave.
+            by_head: whether each head is a matrix.
+        """
+        layouts = [Layout.of(parameter) for parameter, _ in places]
+        self._group, coordinates = _party(layouts[0])
+        self.owner = dist.get_rank(self._group)
+        self._device = layouts[0].mesh.device_type
+        locals_ = [parameter.detach().to_local() for parameter, _ in places]
+
+        def parts(place: int, process: int) -> list[Part]:
+            return _parts(layouts[place], places[place][1], by_head, coordinates[process], locals_[place].device)
+
+        matrices = [(place, number) for place in range(len(places)) for number in range(len(parts(place, self.owner)))]
+        shapes = [_matrix_shape(layouts[place], places[place][1], by_head) for place, _ in matrices]
+        owned = [[matrices[i] for i in theirs] for theirs in _share_out(shapes, len(coordinates))]
+        #: To each owner my parts of its matrices; of each process its parts of mine: in the order they are sent in.
+        self._mine = [[(locals_[k], parts(k, self.owner)[number]) for k, number in theirs] for theirs in owned]
+        self._theirs = [[parts(k, process)[number] for k, number in owned[self.owner]] for process in range(len(owned))]
+        shape_of = dict(zip(matrices, shapes, strict=True))
+        self._dtype = locals_[0].dtype
+        self.owned = [torch.empty(shape_of[one], dtype=self._dtype, device=self._device) for one in owned[self.owner]]
+        sent = [part.of(local) for theirs in self._mine for local, part in theirs]
+        for stretch, (matrix, part) in self._exchange(sent, self._sizes_of_theirs, self._sizes_of_mine, self._places):
+            part.put_in_matrix(matrix, stretch)
+
+    def close(self) -> None:
+        """Sends every process its parts of what has become of the matrices."""
+        sent = [part.of_matrix(matrix) for matrix, part in self._places]
+        mine = [one for theirs in self._mine for one in theirs]
+        for stretch, (local, part) in self._exchange(sent, self._sizes_of_mine, self._sizes_of_theirs, mine):
+            part.put(local, stretch)
+
+    @property
+    def _places(self) -> list[tuple[Tensor, Part]]:
+        """My matrices, again for every process, and its parts of them."""
+        return [(matrix, part) for parts in self._theirs for matrix, part in zip(self.owned, parts, strict=True)]
+
+    @property
+    def _sizes_of_mine(self) -> list[int]:
+        return [sum(part.size for _, part in theirs) for theirs in self._mine]
+
+    @property
+    def _sizes_of_theirs(self) -> list[int]:
+        return [sum(part.size for part in parts) for parts in self._theirs]
+
+    def _exchange(
+        self, sent: list[Tensor], sizes: list[int], sent_sizes: list[int], places: list[tuple[Tensor, Part]]
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, Part]]]:
+        """Sends every process its stretch; yields what arrives with the places it is for."""
+        nothing = torch.empty(0, dtype=self._dtype, device=self._device)
+        # parts that are offloaded to the CPU cannot be sent from there
+        values = torch.cat([nothing, *(value.reshape(-1).to(self._device) for value in sent)])
+        arrived = values.new_empty(sum(sizes))
+        dist.all_to_all_single(arrived, values, sizes, sent_sizes, group=self._group)
+        return zip(arrived.split([part.size for _, part in places]), places, strict=True)
+
+
+def _party(layout: Layout) -> tuple[Any, list[tuple[int, ...]]]:
+    """The group of the processes among which a parameter is cut, and their coordinates in its order."""
+    here = layout.mesh.get_coordinate()
+    cut = layout.cut_mesh_dims
+    sizes = [range(layout.mesh.size(i)) if i in cut else (here[i],) for i in range(layout.mesh.ndim)]
+    by_rank = {int(layout.mesh.mesh[each]): each for each in itertools.product(*sizes)}
+    group = layout.mesh.get_group(cut[0]) if len(cut) == 1 else _joint_group(tuple(by_rank))
+    return group, [by_rank[rank] for rank in dist.get_process_group_ranks(group)]
+
+
+@lru_cache(maxsize=64)
+def _joint_group(ranks: tuple[int, ...]) -> Any:
+    """A group over several dimensions of a mesh, which has one for each alone."""
+    return dist.new_group(list(ranks), use_local_synchronization=True)
+
+
+def _share_out(shapes: Sequence[tuple[int, int]], processes: int) -> list[list[int]]:
+    """The matrices that each process owns: the costliest first, to whoever has least to do."""
+    costs = [min(shape) ** 2 * max(shape) for shape in shapes]
+    load = [0] * processes
+    owned: list[list[int]] = [[] for _ in range(processes)]
+    for matrix in sorted(range(len(shapes)), key=lambda i: -costs[i]):
+        owner = load.index(min(load))
+        load[owner] += costs[matrix]
+        owned[owner].append(matrix)
+    return owned
