@@ -197,6 +197,26 @@ def test_experts_float64_a_nan_and_zeros():
         assert {name: value for name, value in found.items() if not value < 1e-5} == {}
 
 
+def experts_of_both_kinds() -> list[float]:
+    """Stacks of matrices whose experts lie in one dimension of the mesh and whose rows or columns in the other."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    found = []
+    for shape, dim in itertools.product([(5, 12, 7), (1, 7, 12), (4, 97, 3)], (1, 2)):
+        old = draw(shape, 3)
+        [wanted] = decayed([old.clone()], DECAYS[0])
+        [new] = decayed([distribute_tensor(old.clone(), mesh, [Shard(0), Shard(dim)])], DECAYS[0])
+        found.append(distance(new.full_tensor(), wanted, old))
+    return found
+
+
+def test_experts_that_are_cut_themselves():
+    for found in on_ranks(4, experts_of_both_kinds):
+        assert max(found) < 1e-5
+
+
 def half() -> tuple[Tensor, Tensor, Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor

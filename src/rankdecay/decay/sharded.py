@@ -13,7 +13,7 @@ chosen for each parameter from its shape and placements alone, so that all proce
   that all have as much to do. One all-to-all there and one back for many matrices.
 
 A process sends 16 n² bytes for a sum and about 8 mn/P for a deal of float32 among P processes, so that square matrices
-are dealt and a sum is for m ≥ 4nP or so. Mesh dimensions that replicate, as in HSDP, take no part in either: each
+are dealt and a sum is for m ≥ 2nP. Mesh dimensions that replicate, as in HSDP, take no part in either: each
 replica does the same. L2 is elementwise and always local.
 """
 
@@ -325,11 +325,12 @@ class Part(NamedTuple):
 
     def of(self, local: Tensor) -> Tensor:
         """The lines in the piece of the parameter; a view, or a copy of scattered ones."""
-        return self._in(local)[_at(self.rows, self.columns)]
+        return self._in(local)[_at(self.rows, self.columns)] if self.size else local.new_empty(0)
 
     def put(self, local: Tensor, value: Tensor) -> None:
         """Writes them there."""
-        self._in(local)[_at(self.rows, self.columns)] = value.view(self.shape)
+        if self.size:
+            self._in(local)[_at(self.rows, self.columns)] = value.view(self.shape)
 
     def of_matrix(self, matrix: Tensor) -> Tensor:
         """The same lines in the whole matrix."""
