@@ -11,7 +11,6 @@ A compact copy is a run directory: its rows with the measures that the tables sh
 import argparse
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import stored
@@ -121,20 +120,5 @@ def balance(options: argparse.Namespace) -> None:
         print(f"| {directory.name} | {' | '.join(figures)} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    storing = commands.add_parser("store")
-    storing.set_defaults(action=store)
-    storing.add_argument("run", type=Path)
-    storing.add_argument("to", type=Path)
-    for name, action in (("table", table), ("layers", layers), ("balance", balance)):
-        shown = commands.add_parser(name)
-        shown.set_defaults(action=action)
-        shown.add_argument("directories", type=Path, nargs="+")
-    options = parser.parse_args()
-    options.action(options)
-
-
 if __name__ == "__main__":
-    main()
+    stored.command_line(__doc__, store, {"table": table, "layers": layers, "balance": balance})

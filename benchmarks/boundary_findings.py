@@ -14,7 +14,6 @@ sweep goes on from it.
 import argparse
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import stored
@@ -166,25 +165,13 @@ def ranks(options: argparse.Namespace) -> None:
             print(f"| {arm['name']} | {best['strength']:g} | {len(own)} | {' | '.join(_mean(own, k) for k in keys)} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    storing = commands.add_parser("store")
-    storing.set_defaults(action=store)
-    storing.add_argument("run", type=Path)
-    storing.add_argument("to", type=Path)
-    for name, action in (("table", table), ("cells", cells), ("ends", ends), ("ranks", ranks)):
-        shown = commands.add_parser(name)
-        shown.set_defaults(action=action)
-        shown.add_argument("directories", type=Path, nargs="+")
-        shown.add_argument("--arms", nargs="*")
-        shown.add_argument("--rest", type=float, help="only this decay of the rest of the model")
-        shown.add_argument("--reference")
-        shown.add_argument("--differences", action="store_true")
-        shown.add_argument("--events", action="store_true")
-    options = parser.parse_args()
-    options.action(options)
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arms", nargs="*")
+    parser.add_argument("--rest", type=float, help="only this decay of the rest of the model")
+    parser.add_argument("--reference")
+    parser.add_argument("--differences", action="store_true")
+    parser.add_argument("--events", action="store_true")
 
 
 if __name__ == "__main__":
-    main()
+    stored.command_line(__doc__, store, {"table": table, "cells": cells, "ends": ends, "ranks": ranks}, _options)

@@ -10,7 +10,6 @@ Stored are the settings and the summary, which has the figures of each data set 
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import stored
@@ -81,20 +80,5 @@ def growth(options: argparse.Namespace) -> None:
                     print(f"| {name} | {' | '.join(figure(at) for at in row['at'])} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    storing = commands.add_parser("store")
-    storing.set_defaults(action=store)
-    storing.add_argument("run", type=Path)
-    storing.add_argument("to", type=Path)
-    for name, action in (("arms", arms), ("growth", growth)):
-        shown = commands.add_parser(name)
-        shown.set_defaults(action=action)
-        shown.add_argument("directories", type=Path, nargs="+")
-    options = parser.parse_args()
-    options.action(options)
-
-
 if __name__ == "__main__":
-    main()
+    stored.command_line(__doc__, store, {"arms": arms, "growth": growth})

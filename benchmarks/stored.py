@@ -1,8 +1,9 @@
-"""A compact copy of a run directory for `docs/data`: still one that `rankdecay report` draws."""
+"""What the tables of the findings share: compact copies of run directories for `docs/data`, and the command line."""
 
+import argparse
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,28 @@ def copy(run: Path, to: Path, rows: Iterable[dict[str, Any]]) -> None:
     with (to / "metrics.jsonl").open("w") as file:
         for row in rows:
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
+
+
+Action = Callable[[argparse.Namespace], None]
+
+
+def command_line(
+    doc: str | None,
+    store: Action,
+    tables: Mapping[str, Action],
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> None:
+    """Runs ``store RUN TO``, or the table that is named, ``TABLE DIRECTORY...``, with options of its own."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    storing = commands.add_parser("store")
+    storing.set_defaults(action=store)
+    storing.add_argument("run", type=Path)
+    storing.add_argument("to", type=Path)
+    for name, table in tables.items():
+        shown = commands.add_parser(name)
+        shown.set_defaults(action=table)
+        shown.add_argument("directories", type=Path, nargs="+")
+        options(shown)
+    chosen = parser.parse_args()
+    chosen.action(chosen)

@@ -367,3 +367,21 @@ def other_orders_without_shards() -> str:
 
 def test_stages_of_a_pipeline_agree_by_role():
     assert on_ranks(2, other_orders_without_shards) == ["True", "True"]
+
+
+def sharded_too_late() -> str:
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    optimizer = torch.optim.SGD(rd.param_groups(model, query_key=rd.LowRank(0.1)), lr=0.1)
+    rd.attach(optimizer)
+    fully_shard(model)
+    model(torch.randn(2, 3, 8)).sum().backward()
+    with pytest.warns(UserWarning, match="call fully_shard or parallelize_module first") as caught:
+        optimizer.step()
+    optimizer.step()
+    return str(len([one for one in caught if "first step" in str(one.message)]))
+
+
+def test_an_optimizer_that_was_built_before_sharding_is_told_once():
+    assert on_ranks(2, sharded_too_late) == ["1", "1"]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -111,6 +112,7 @@ class Attachment:
         check_agreement(optimizer.param_groups, backend)
         self._graded: set[int] = set()
         self._closure = False
+        self._first = True
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
         self._handles = [
             optimizer.register_step_pre_hook(uncompiled(self._before_step)),
@@ -167,6 +169,9 @@ class Attachment:
         self._closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
         groups = [] if self._closure else [group for group in optimizer.param_groups if hook_roles(group)]
         self._graded = {id(p) for group in groups for p in group["params"] if p.grad is not None}
+        if self._first and not self._closure:
+            self._first = False
+            _check_trained(optimizer)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -307,6 +312,20 @@ def _check_not_shared(optimizer: Optimizer) -> None:
                         "decays it already. Call detach() on the earlier attachment, or give the parameter to one "
                         "optimizer."
                     )
+
+
+def _check_trained(optimizer: Optimizer) -> None:
+    """Warns of an optimizer left with the parameters a model had before it was sharded, which nothing trains."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if parameters and all(p.grad is None for p in parameters):
+        warnings.warn(
+            f"no parameter of this {type(optimizer).__name__} has a gradient at its first step, so nothing is trained "
+            "or decayed. Sharding replaces a model's parameters: call fully_shard or parallelize_module first, then "
+            "rankdecay.param_groups, then build the optimizer.",
+            stacklevel=5,
+        )
 
 
 def _swapped(index: int, group: Group, before: list[tuple[int, ...]], now: list[tuple[int, ...]]) -> str:

@@ -21,7 +21,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.polar import NULL_TOLERANCE, check_name, full_precision, note_backend, verified
+from rankdecay.linalg.polar import NULL_TOLERANCE, check_name, eigenvectors, full_precision, note_backend
 from rankdecay.linalg.shrink import shrink, taken
 from rankdecay.rules import Rule
 
@@ -82,12 +82,7 @@ def _by_eigenvalues(G: Tensor, tau: Tensor, rule: Rule, smoothing: float, steps:
 
 def _eigenvectors(G: Tensor) -> tuple[Tensor, Tensor]:
     """σ = √λ (..., n) and the eigenvectors (..., n, n); by SVD where eigh does not converge or is wrong."""
-    try:
-        lam, V = torch.linalg.eigh(G)
-        good = verified(G, lam, V)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        lam, V = G.new_zeros(G.shape[:-1]), torch.zeros_like(G)
-        good = torch.zeros(G.shape[:-2], dtype=torch.bool, device=G.device)
+    lam, V, good = eigenvectors(G)
     if not bool(good.all()):
         note_backend("svd")
         _, s, Vh = torch.linalg.svd(G[~good])

@@ -267,14 +267,7 @@ def apply_exact(
 def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns σ (..., n) and V (..., n, n) of the tall float64 stack ``X``, by eigh of XᵀX or by SVD."""
     note_backend("exact")
-    G = X.mT @ X
-    try:
-        lam, V = torch.linalg.eigh(G)
-        good = verified(G, lam, V)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        # One matrix that does not converge fails the whole stack.
-        lam, V = G.new_zeros(G.shape[:-1]), torch.zeros_like(G)
-        good = torch.zeros(G.shape[:-2], dtype=torch.bool, device=G.device)
+    lam, V, good = eigenvectors(X.mT @ X)
     if dtype == torch.float64:
         # Relative error of σ² from the Gram: 2^-52 κ². Beyond κ = 1e4 that is more than float64 input
         # deserves.
@@ -287,7 +280,18 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return sigma, V
 
 
-def verified(G: Tensor, lam: Tensor, V: Tensor) -> Tensor:
+def eigenvectors(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns λ (..., n) rising, eigenvectors (..., n, n), and whether they can be trusted (...): by eigh."""
+    try:
+        lam, V = torch.linalg.eigh(G)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        # One matrix that does not converge fails the whole stack.
+        never = torch.zeros(G.shape[:-2], dtype=torch.bool, device=G.device)
+        return G.new_zeros(G.shape[:-1]), torch.zeros_like(G), never
+    return lam, V, _verified(G, lam, V)
+
+
+def _verified(G: Tensor, lam: Tensor, V: Tensor) -> Tensor:
     """Returns, per matrix, whether V is orthogonal and G = V diag(λ) Vᵀ, on probe vectors: O(n²).
 
     A wrong decomposition (seen on CUDA: non-orthonormal eigenvectors without any error) misses almost every
