@@ -55,7 +55,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rankdecay as rd
-from rankdecay.decay import attach, sharded
+from rankdecay.decay import sharded
+from rankdecay.decay.apply import apply
 from rankdecay.decay.groups import decays_in, windows_in
 from rankdecay.lab.machine import describe_machine, resolve_device, versions
 
@@ -389,7 +390,7 @@ def dry_run(model: Any, replicas: int, shards: int, unit: Any) -> tuple[Traffic,
                 laid: list[Tensor] = [
                     distribute_tensor(p.detach(), mesh, placements, src_data_rank=None) for p in group["params"]
                 ]
-                attach._decay(laid, windows_in(group, "query_key"), decay, LEARNING_RATE * STRENGTH, "auto", 0)
+                apply(laid, windows_in(group, "query_key"), decay, LEARNING_RATE * STRENGTH, "auto", 0)
     return traffic, operations.get_total_flops()
 
 

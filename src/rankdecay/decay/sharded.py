@@ -33,8 +33,9 @@ from rankdecay.attention.layer import Window
 from rankdecay.decay.policy import LowRank
 from rankdecay.linalg.gram import shrink_factor
 
-_sum_scattered: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# The first names are those of torch 2.13; a build without torch.distributed has neither.
+_sum_scattered: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 class Layout(NamedTuple):
