@@ -57,6 +57,9 @@ def test_every_arm_has_its_sentence_from_its_own_numbers(summary):
     assert (
         f"as a nuclear norm on W, cosine {arm(summary, 'low_rank')['cosine_nuclear']:.4f}" in points["Explicit decay"]
     )
+    arm(summary, "low_rank")["steps"] = summary["settings"]["steps"]
+    text = dict(verdict(summary).points)["Explicit decay"]
+    assert text.endswith("the direction was not settled yet as a nuclear norm on W.")
     assert points["Left out"] == "diagonal: 1 inseparable."
     assert "2 examples of 3 tokens in 2 dimensions" in points["Limits"]
     assert "Published recipe" not in points

@@ -101,6 +101,10 @@ def _explicit(by_arm: dict[str, Row], summary: dict[str, Any]) -> list[tuple[str
     stopped = max(by_arm[name]["margin"] for name in names if name in by_arm)
     text = f"A decay of ε = {summary['settings']['l2']:g}: {'; '.join(found)}. "
     text += f"It stops the flow at a margin of about {stopped:.3g}."
+    steps = summary["settings"]["steps"]
+    turning = [words for name, words in names.items() if name in by_arm and by_arm[name]["steps"] >= steps]
+    if turning:
+        text += f" After {steps:,} steps the direction was not settled yet {listed(turning)}."
     return [("Explicit decay", text)]
 
 
