@@ -1,13 +1,18 @@
-"""Functions run in several processes of one gloo group on this machine, as ``torchrun`` would run them."""
+"""Several processes of one gloo group on this machine: functions of a test, or what ``torchrun`` starts."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -103,3 +108,33 @@ def _work(
         pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
     else:
         dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def torchrun(what: list[str], log: Path) -> Iterator[subprocess.Popen[str]]:
+    """Two processes of ``torchrun`` in a session of their own, all of which is killed at the end.
+
+    Args:
+        what: a script, or ``-m`` and a module, with its arguments.
+        log: where what they say goes.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", str(free_port()), *what]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with log.open("w") as file:
+        group = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        )
+        try:
+            yield group
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group.pid, signal.SIGKILL)
+            group.wait(30)

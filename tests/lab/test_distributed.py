@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from safetensors.torch import load_file
 
 from rankdecay.lab.distributed import joined, share
 from rankdecay.lab.store import read_metrics
+from tests.ranks import torchrun
 
 from .tiny import Repeat, make, timeless
 
@@ -42,27 +39,12 @@ said.write_text("summary" if summary else "nothing")
 """
 
 
-@contextlib.contextmanager
-def torchrun(folder: Path, breaks: tuple[int, int] | None = None, **changes) -> Iterator[subprocess.Popen[str]]:
-    """Two processes in a session of their own, so that all of it can be killed."""
+def started(
+    folder: Path, breaks: tuple[int, int] | None = None, **changes: Any
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
     script = folder / "script.py"
     script.write_text(textwrap.dedent(SCRIPT).format(here=str(Path(__file__).parent)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    command += ["--master-port", str(port), str(script), json.dumps([breaks, changes]), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with (folder / "log").open("w") as log:
-        group = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-        )
-        try:
-            yield group
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group.pid, signal.SIGKILL)
-            group.wait(30)
+    return torchrun([str(script), json.dumps([breaks, changes]), str(folder)], folder / "log")
 
 
 def said(folder: Path) -> list[str]:
@@ -71,7 +53,7 @@ def said(folder: Path) -> list[str]:
 
 def together(folder: Path, breaks: tuple[int, int] | None = None, **changes) -> int:
     """The exit status of two processes that ran to their end."""
-    with torchrun(folder, breaks, **changes) as group:
+    with started(folder, breaks, **changes) as group:
         return group.wait(240)
 
 
@@ -90,7 +72,7 @@ def test_alone_there_is_nobody_to_join(monkeypatch):
 def test_two_processes_train_what_one_does_also_after_all_were_killed(tmp_path):
     settings = {"arms": ("l2", "low_rank"), "strengths": ("l2=0", "low_rank=2"), "accumulate": 2, "steps": 48}
     metrics = tmp_path / "run" / "metrics.jsonl"
-    with torchrun(tmp_path, **settings) as group:
+    with started(tmp_path, **settings) as group:
         deadline = time.monotonic() + 240
         while not metrics.exists() or len(metrics.read_bytes().split(b"\n")) < 13:  # in the second run
             assert time.monotonic() < deadline, log(tmp_path)

@@ -8,11 +8,8 @@ import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,7 +26,7 @@ from rankdecay.lab.experiments.language import Language, check
 from rankdecay.lab.parallel import Layout, Parallel
 from rankdecay.lab.store import Checkpoint, Record, read_metrics
 from rankdecay.lab.training import Plan, Run, Session
-from tests.ranks import on_ranks
+from tests.ranks import free_port, on_ranks, torchrun
 
 from .tiny import Repeat
 
@@ -162,12 +159,6 @@ def outlive(seconds: float, port: int) -> str:
     return "nothing"
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def arguments(out: Path, text: Path) -> list[str]:
     """A run of language with little to do in a step, but many of them: it has to be found in the middle."""
     return [
@@ -178,28 +169,14 @@ def arguments(out: Path, text: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@contextlib.contextmanager
-def torchrun(out: Path, text: Path) -> Iterator[subprocess.Popen[str]]:
-    """Two processes in a session of their own, all of which is killed at the end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    command += ["--master-port", str(free_port()), "-m", "rankdecay.cli", *arguments(out, text)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with out.with_suffix(".log").open("w") as log:
-        group = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-        )
-        try:
-            yield group
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group.pid, signal.SIGKILL)
-            group.wait(30)
+def started(out: Path, text: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    return torchrun(["-m", "rankdecay.cli", *arguments(out, text)], out.with_suffix(".log"))
 
 
 def test_a_run_of_which_one_process_is_killed_goes_on_when_it_is_started_again(tmp_path):
     text, out = tmp_path / "text", tmp_path / "run"
     text.write_text("a decay of attention of its own, " * 200)
-    with torchrun(out, text) as group:
+    with started(out, text) as group:
         deadline = time.monotonic() + 120
         while not (out / "checkpoint.safetensors").exists() or len(read_metrics(out)) < 5:
             assert time.monotonic() < deadline, out.with_suffix(".log").read_text()
@@ -212,7 +189,7 @@ def test_a_run_of_which_one_process_is_killed_goes_on_when_it_is_started_again(t
     assert "Signal 9 (SIGKILL) received by PID" in said
     assert not (out / "summary.json").exists()
 
-    with torchrun(out, text) as group:
+    with started(out, text) as group:
         assert group.wait(120) == 0, out.with_suffix(".log").read_text()
     said = out.with_suffix(".log").read_text()
     assert said.count("continuing low_rank 2") == 1

@@ -7,10 +7,11 @@ generators untouched, and agree between replicas and after a resume.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from rankdecay.decay import sharded
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.linalg import Backend, shrink
 from rankdecay.linalg.rounding import stochastic_round
+
+T = TypeVar("T")
 
 #: Most elements stacked in one call of ``shrink``: bounds the memory of a step, 134 MB of float32 and some copies.
 _STACKED = {"cpu": 2**25, "cuda": 2**28}
@@ -66,10 +69,11 @@ def apply(
     pieces: list[sharded.Piece] = []
     for parameter in held:
         for window in places:
-            if sharded.way(sharded.Layout.of(parameter), window, by_head, parameter.element_size()) == "deal":
+            piece = sharded.opened(parameter, window, by_head)
+            if piece is None:
                 dealt.append((parameter, window))
             else:
-                pieces.append(sharded.opened(parameter, window, by_head))
+                pieces.append(piece)
     local = [_Matrix(piece.value, piece.write, piece.part) for piece in pieces if piece.cut.side is None]
     _shrink(local, decay, due, backend, seed)
     _decay_sums([piece for piece in pieces if piece.cut.side is not None], decay, due, backend, seed)
@@ -78,18 +82,18 @@ def apply(
 
 def _decay_sums(pieces: list[sharded.Piece], decay: LowRank, due: float | Tensor, backend: Backend, seed: int) -> None:
     """Decays matrices whose Gram matrices add up; every process that holds parts of them has to."""
-    together: dict[object, list[sharded.Piece]] = {}
-    for piece in pieces:
-        alike = (piece.cut.gram, piece.mesh, piece.cut.mesh_dims, piece.value.dtype)
-        together.setdefault(alike, []).append(piece)
-    for members in together.values():
-        at_once = max(1, _STACKED[_kind(members[0].value)] // 2 // members[0].cut.gram ** 2)
-        for i in range(0, len(members), at_once):
-            some = members[i : i + at_once]
-            values = sharded.decayed(some, decay, due, _backend_on(some[0].value, backend))
-            for piece, value in zip(some, values, strict=True):
-                seed += 1_000_000_007
-                piece.write(_rounded(value, piece.value.dtype, seed + piece.part))
+
+    def alike(piece: sharded.Piece) -> object:
+        return piece.cut.gram, piece.mesh, piece.cut.mesh_dims, piece.value.dtype
+
+    def entries(piece: sharded.Piece) -> int:  # of its Gram matrices, float64
+        return 2 * piece.cut.gram**2 * math.prod(piece.value.shape[:-2])
+
+    for some in _batches(pieces, alike, entries, lambda piece: _most(piece.value)):
+        values = sharded.decayed(some, decay, due, _backend_on(some[0].value, backend))
+        for piece, value in zip(some, values, strict=True):
+            seed += 1_000_000_007
+            piece.write(_rounded(value, piece.value.dtype, seed + piece.part))
 
 
 def _decay_dealt(
@@ -101,12 +105,42 @@ def _decay_dealt(
     seed: int,
 ) -> None:
     """Decays matrices that each process owns some of; every process that holds parts of them has to."""
-    for some in sharded.rounds(places, _STACKED[_kind(places[0][0])] // 2 if places else 1):
+
+    def entries(place: sharded.Place) -> int:  # sent, and owned
+        return 2 * sharded.share_of(place)
+
+    for some in _batches(places, sharded.dealt_together, entries, lambda place: _most(place[0])):
         deal = sharded.Deal(some, by_head)
         seed += 1_000_000_007
         owned = [_Matrix(matrix, matrix.copy_, deal.owner) for matrix in deal.owned]
         _shrink(owned, decay, due, backend, seed)
         deal.close()
+
+
+def _batches(
+    items: Iterable[T], alike: Callable[[T], object], size: Callable[[T], int], most: Callable[[T], int]
+) -> Iterator[list[T]]:
+    """Yields items that are alike, in their order, in lists of no more than so much, or of one item.
+
+    Args:
+        items: of any kinds.
+        alike: what the items of a list have in common.
+        size: of an item; the same in every process that takes part in a list.
+        most: size of a list with this item.
+    """
+    kinds: dict[object, list[T]] = {}
+    for item in items:
+        kinds.setdefault(alike(item), []).append(item)
+    for members in kinds.values():
+        some: list[T] = []
+        total = 0
+        for item in members:
+            if some and total + size(item) > most(item):
+                yield some
+                some, total = [], 0
+            some.append(item)
+            total += size(item)
+        yield some
 
 
 class _Matrix(NamedTuple):
@@ -121,15 +155,14 @@ def _shrink(
     matrices: list[_Matrix], decay: LowRank | Frobenius, due: float | Tensor, backend: Backend, seed: int
 ) -> None:
     """Replaces matrices by what the decay makes of them, those of one shape, dtype and device together."""
-    alike: dict[object, list[_Matrix]] = {}
-    for one in matrices:
-        if one.value.numel():
-            alike.setdefault((one.value.shape, one.value.dtype, one.value.device, one.part), []).append(one)
-    for members in alike.values():
-        at_once = max(1, _STACKED[_kind(members[0].value)] // members[0].value.numel())
-        for i in range(0, len(members), at_once):
-            seed += 1_000_000_007
-            _shrink_together(members[i : i + at_once], decay, due, backend, seed + members[0].part)
+
+    def alike(matrix: _Matrix) -> object:
+        return matrix.value.shape, matrix.value.dtype, matrix.value.device, matrix.part
+
+    there = (matrix for matrix in matrices if matrix.value.numel())
+    for some in _batches(there, alike, lambda matrix: matrix.value.numel(), lambda matrix: _most(matrix.value)):
+        seed += 1_000_000_007
+        _shrink_together(some, decay, due, backend, seed + some[0].part)
 
 
 def _shrink_together(
@@ -162,5 +195,6 @@ def _backend_on(values: Tensor, backend: Backend) -> Backend:
     return "exact" if values.device.type == "cpu" else "matmul"
 
 
-def _kind(values: Tensor) -> str:
-    return "cpu" if values.device.type == "cpu" else "cuda"
+def _most(values: Tensor) -> int:
+    """Entries that are worked on at once on a device: bounds the memory of a step."""
+    return _STACKED["cpu" if values.device.type == "cpu" else "cuda"]

@@ -23,7 +23,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -178,26 +178,14 @@ def _cut(layout: Layout, window: Window | None, by_head: bool) -> Cut | None:
     return Cut(side, mesh_dims, shape[-3 - side], shape)
 
 
-Way = Literal["whole", "sum", "deal"]
-
-
 @lru_cache(maxsize=4096)
-def way(layout: Layout, window: Window | None, by_head: bool, itemsize: int) -> Way:
-    """How the matrices of a window are decayed: by what a process has to send.
-
-    Args:
-        layout: of the parameter.
-        window: where its matrices are; None for all of it.
-        by_head: whether each head is a matrix.
-        itemsize: bytes of an entry.
-    """
+def _where_it_lies(layout: Layout, window: Window | None, by_head: bool, itemsize: int) -> Cut | None:
+    """How the matrices are cut, if they are decayed where they lie; None if dealing them sends less, or only it can."""
     cut = _cut(layout, window, by_head)
-    if cut is None:
-        return "deal"
-    if cut.side is None:
-        return "whole"
+    if cut is None or cut.side is None:
+        return cut
     processes = math.prod(layout.mesh.size(i) for i in layout.cut_mesh_dims)
-    return "sum" if 8 * cut.gram**2 <= itemsize * math.prod(cut.shape) / processes else "deal"
+    return cut if 8 * cut.gram**2 <= itemsize * math.prod(cut.shape) / processes else None
 
 
 class Piece(NamedTuple):
@@ -232,8 +220,8 @@ def _open(local: Tensor, layout: Layout, window: Window | None, by_head: bool) -
     return own if upright else own.mT, write
 
 
-def opened(parameter: Any, window: Window | None, by_head: bool) -> Piece:
-    """Returns what this process holds of the matrices of a DTensor, unless they are to be dealt.
+def opened(parameter: Any, window: Window | None, by_head: bool) -> Piece | None:
+    """Returns what this process holds of the matrices of a DTensor; None if they are to be dealt.
 
     Args:
         parameter: the DTensor.
@@ -241,8 +229,9 @@ def opened(parameter: Any, window: Window | None, by_head: bool) -> Piece:
         by_head: whether each head is a matrix.
     """
     layout = Layout.of(parameter)
-    cut = _cut(layout, window, by_head)
-    assert cut is not None, "both sides of these matrices are cut"
+    cut = _where_it_lies(layout, window, by_head, parameter.element_size())
+    if cut is None:
+        return None
     value, write = _open(parameter.detach().to_local(), layout, window, by_head)
     return Piece(value, write, cut, layout.mesh, layout.part)
 
@@ -405,27 +394,16 @@ def _matrix_shape(layout: Layout, window: Window | None, by_head: bool) -> tuple
 Place = tuple[Any, Window | None]  # a DTensor, and where its matrices are in it
 
 
-def rounds(places: Sequence[Place], most: int) -> Iterator[list[Place]]:
-    """Yields what is dealt at once: parameters of one dtype that are cut among the same processes.
+def dealt_together(place: Place) -> tuple[Any, ...]:
+    """What the places of one deal have in common: the processes among which they are cut, and the dtype."""
+    layout = Layout.of(place[0])
+    return layout.mesh, layout.cut_mesh_dims, place[0].dtype
 
-    Args:
-        places: of any.
-        most: entries that a process sends and owns in a round, or somewhat more.
-    """
-    together: dict[tuple[Any, ...], list[Place]] = {}
-    for parameter, window in places:
-        layout = Layout.of(parameter)
-        together.setdefault((layout.mesh, layout.cut_mesh_dims, parameter.dtype), []).append((parameter, window))
-    for (mesh, mesh_dims, _), members in together.items():
-        processes = math.prod(mesh.size(i) for i in mesh_dims)
-        some: list[Place] = []
-        for place in members:
-            some.append(place)
-            if sum(parameter.numel() for parameter, _ in some) >= most * processes:
-                yield some
-                some = []
-        if some:
-            yield some
+
+def share_of(place: Place) -> int:
+    """The entries that a process sends and owns of a place, about."""
+    layout = Layout.of(place[0])
+    return math.prod(layout.shape) // math.prod(layout.mesh.size(i) for i in layout.cut_mesh_dims)
 
 
 class Deal:
@@ -440,7 +418,7 @@ class Deal:
         """Sends every matrix to its owner.
 
         Args:
-            places: what `rounds` gave.
+            places: that are alike in `dealt_together`.
             by_head: whether each head is a matrix.
         """
         layouts = [Layout.of(parameter) for parameter, _ in places]

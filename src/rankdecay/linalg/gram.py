@@ -94,5 +94,5 @@ def _by_products(G: Tensor, tau: Tensor, rule: Rule, smoothing: float, steps: in
     n = G.shape[-1]
     identity = torch.eye(n, dtype=G.dtype, device=G.device)
     R = torch.linalg.cholesky_ex(G + n * 2.0**-52 * identity).L.mT
-    taken = R - shrink(R, tau[..., 0], rule, smoothing=smoothing, steps=steps, backend="matmul")
-    return torch.linalg.solve_triangular(R, taken, upper=True)
+    difference = R - shrink(R, tau[..., 0], rule, smoothing=smoothing, steps=steps, backend="matmul")
+    return torch.linalg.solve_triangular(R, difference, upper=True)

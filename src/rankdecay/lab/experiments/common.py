@@ -5,12 +5,15 @@ Importing this module imports neither torch nor numpy: the command line reads th
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rankdecay.lab.errors import SettingError, check_name
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rankdecay.lab.store import RunDirectory
 
 Record = dict[str, Any]
@@ -112,6 +115,43 @@ def configuration(command: str, settings: Record, arms: Sequence[Record], device
         "machine": describe_machine(device),
         "reproduce": reproduce,
     }
+
+
+def in_one_piece(
+    settings: Any,
+    config: Record,
+    notice: Callable[[str], None],
+    compute: Callable[[], "tuple[list[Record], Record, int, dict[str, np.ndarray]]"],
+) -> Record:
+    """Runs an experiment too short to be continued, unless it is there already, and returns its summary.
+
+    Args:
+        settings: of the experiment, with ``out``.
+        config: of `configuration`.
+        notice: told what a user should know.
+        compute: returns the lines of ``metrics.jsonl``, what the summary has beside its head, and the step and arrays
+            of the snapshot. A `SettingError` of it leaves the directory to other settings: nothing was found.
+
+    Raises:
+        SettingError: if the output directory cannot work, or ``compute`` says so.
+    """
+    from rankdecay.lab.store import RunDirectory
+
+    with RunDirectory.open(settings.out, config, notice) as directory:
+        summary = finished(directory, notice, "for a new run give another --out")
+        if summary is not None:
+            return summary
+        begun = time.monotonic()
+        try:
+            lines, found, step, arrays = compute()
+        except SettingError:
+            (settings.out / "config.json").unlink()
+            raise
+        directory.resume()  # an interrupted run may have left lines
+        directory.append(lines)
+        directory.save_snapshot(step, arrays)
+        head = {"command": config["command"], "settings": config["settings"]}
+        return finish(directory, {**head, **found, "wall_seconds": time.monotonic() - begun})
 
 
 def finish(directory: "RunDirectory", summary: Record) -> Record:

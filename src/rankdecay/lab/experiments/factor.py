@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,8 @@ from rankdecay.lab.experiments.common import (
     check_counts,
     check_numbers,
     configuration,
-    finish,
-    finished,
     identity,
+    in_one_piece,
 )
 
 if TYPE_CHECKING:
@@ -198,10 +196,8 @@ def run(settings: Factor, command: str) -> Record:
     """
     check(settings)
     settings = filled(settings)
-    from rankdecay.lab.fits import Diverged
     from rankdecay.lab.machine import resolve_device
     from rankdecay.lab.progress import ArmBar
-    from rankdecay.lab.store import RunDirectory
 
     device = resolve_device(settings.device)
     arms = make_arms(settings)
@@ -210,27 +206,13 @@ def run(settings: Factor, command: str) -> Record:
     count = len(arms) * len(settings.strengths) * settings.seeds
     title = f"factor · {count:,} problems of {settings.size}×{settings.size} · {settings.steps} steps · {device}"
     progress = ArmBar(title, len(arms) * settings.steps, quiet=settings.quiet, to_stderr=settings.json)
-    with RunDirectory.open(settings.out, config, progress.notice) as directory:
-        summary = finished(directory, progress.notice, "for a new run give another --out")
-        if summary is not None:
-            return summary
-        begun = time.monotonic()
-        try:
-            with progress:
-                lines, found, arrays = _compute(settings, arms, device, progress)
-        except Diverged:
-            (settings.out / "config.json").unlink()  # nothing was found: another --lr may have the directory
-            raise
-        directory.resume()  # an interrupted run may have left lines
-        directory.append(lines)
-        directory.save_snapshot(settings.steps, arrays)
-        summary = {
-            "command": "factor",
-            "settings": identity(settings),
-            **found,
-            "wall_seconds": time.monotonic() - begun,
-        }
-        return finish(directory, summary)
+
+    def compute() -> tuple[list[Record], Record, int, dict[str, np.ndarray]]:
+        with progress:
+            lines, found, arrays = _compute(settings, arms, device, progress)
+        return lines, found, settings.steps, arrays
+
+    return in_one_piece(settings, config, progress.notice, compute)
 
 
 def _compute(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,8 @@ from rankdecay.lab.experiments.common import (
     check_counts,
     check_numbers,
     configuration,
-    finish,
-    finished,
     identity,
+    in_one_piece,
     number,
 )
 
@@ -183,7 +181,6 @@ def run(settings: Margin, command: str) -> Record:
     check(settings)
     from rankdecay.lab.machine import resolve_device
     from rankdecay.lab.progress import ArmBar
-    from rankdecay.lab.store import RunDirectory
 
     device = resolve_device(settings.device)
     data = _data(settings)
@@ -192,30 +189,15 @@ def run(settings: Margin, command: str) -> Record:
     sets, n, L, d = data.tokens.shape
     title = f"{sets} data sets of {n} examples, {L} tokens in {d} dimensions, on {device}"
     progress = ArmBar(title, len(arms) * settings.steps, quiet=settings.quiet, to_stderr=settings.json)
-    with RunDirectory.open(settings.out, config, progress.notice) as directory:
-        summary = finished(directory, progress.notice, "for a new run give another --out")
-        if summary is not None:
-            return summary
-        begun = time.monotonic()
-        try:
-            taking_part = _taking_part(arms, data, progress.notice)
-        except SettingError:
-            (settings.out / "config.json").unlink()  # nothing was found: other data may have the directory
-            raise
+
+    def compute() -> tuple[list[Record], Record, int, dict[str, np.ndarray]]:
+        taking_part = _taking_part(arms, data, progress.notice)
         with progress, _one_thread():
             lines, rows, arrays = _compute(settings, arms, data, taking_part, device, progress)
-        directory.resume()  # an interrupted run may have left lines
-        directory.append(lines)
-        directory.save_snapshot(max(row["steps"] for row in rows), arrays)
-        summary = {
-            "command": "margin",
-            "settings": identity(settings),
-            "datasets": sets,
-            "shape": {"examples": n, "tokens": L, "dimension": d},
-            "arms": rows,
-            "wall_seconds": time.monotonic() - begun,
-        }
-        return finish(directory, summary)
+        found = {"datasets": sets, "shape": {"examples": n, "tokens": L, "dimension": d}, "arms": rows}
+        return lines, found, max(row["steps"] for row in rows), arrays
+
+    return in_one_piece(settings, config, progress.notice, compute)
 
 
 def _taking_part(arms: Sequence[Arm], data: DataSets, notice: Callable[[str], None]) -> dict[str, list[int]]:
