@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rankdecay.lab.convex import nuclear_fit
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiments.common import seeds
 from rankdecay.lab.factorised import (
     Factors,
     Method,
@@ -59,7 +60,7 @@ class Problems:
 def make_problems(settings: Factor, device: str) -> Problems:
     """The targets, strengths and masks; a seed fixes its target and its mask at every strength."""
     n, targets, masks = settings.size, [], []
-    for seed in range(settings.seeds):
+    for seed in seeds(settings):
         rng = np.random.default_rng([1, seed])  # apart from that of the initial factors
         if settings.target == ("random",):
             drawn = rng.standard_normal((n, settings.target_rank)) @ rng.standard_normal((settings.target_rank, n))
@@ -91,7 +92,7 @@ def initial_factors(settings: Factor, depth: int, device: str) -> Factors:
     if depth > 2:  # curvature is about L ‖F‖^(2L - 2)
         scale *= (2 * norm**2 / depth) ** (1 / (2 * depth - 2)) / norm
     draws = []
-    for seed in range(settings.seeds):
+    for seed in seeds(settings):
         rng = np.random.default_rng(seed)
         factors = [scale * rng.standard_normal((n, n)) for _ in range(max(2, depth))]
         factors[-1] = factors[-1].T

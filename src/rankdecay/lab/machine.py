@@ -10,20 +10,39 @@ import torch
 from rankdecay.lab.errors import SettingError, check_name
 
 
-def resolve_device(name: str) -> str:
+def resolve_device(name: str, *, needs_float64: bool = True) -> str:
     """``auto`` becomes CUDA when there is one; anything else is checked.
 
+    Args:
+        name: the value of ``--device``.
+        needs_float64: whether the experiment computes in float64 on the device, which Apple's ``mps`` cannot.
+
     Raises:
-        SettingError: for an unknown kind of device or one that is not on this machine.
+        SettingError: for an unknown kind of device, one that is not on this machine, or one without float64.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    check_name("--device", kind, ("auto", "cpu", "cuda"))
-    count = torch.cuda.device_count() if kind == "cuda" else 1
+    check_name("--device", kind, ("auto", "cpu", "cuda", "mps"))
+    if kind == "mps" and needs_float64:
+        raise SettingError(f"--device {name} has no float64, in which this experiment computes: use --device cpu")
+    counts = {"cuda": torch.cuda.device_count, "mps": lambda: int(torch.backends.mps.is_available())}
+    count = counts[kind]() if kind in counts else 1
     if (index and not index.isdecimal()) or int(index or 0) >= count:
         raise SettingError(f"--device {name} is not on this machine ({count} of kind {kind}): use --device cpu")
     return name
+
+
+def available_cpus() -> int:
+    """The processors that this process may use: its affinity, and the CPU quota of its container, rounded up."""
+    from joblib import cpu_count
+
+    return cpu_count()
+
+
+def respect_cpu_quota() -> None:
+    """Lets torch use no more threads than there are processors for: by itself it ignores a container's quota."""
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 def describe_machine(device: str) -> str:

@@ -30,12 +30,11 @@ class PhaseProgress(Screen):
     Args:
         title: what is running.
         arms: names, in display order.
-        quiet: show nothing but notices.
-        to_stderr: keep standard output free, for ``--json``.
+        options: of `Screen`.
     """
 
-    def __init__(self, title: str, arms: Sequence[str], *, quiet: bool, to_stderr: bool) -> None:
-        super().__init__(quiet=quiet, to_stderr=to_stderr)
+    def __init__(self, title: str, arms: Sequence[str], **options: Any) -> None:
+        super().__init__(**options)
         self._title, self._arms = title, arms
         self._cells: dict[str, dict[Cell, list[bool]]] = {arm: defaultdict(list) for arm in arms}
         self._bar = Progress(
@@ -83,6 +82,7 @@ class PhaseProgress(Screen):
         """A run has ended."""
         self._add(row)
         self._ended += 1
+        self.estimate(time.monotonic() - self._started, self._ended / self._waiting if self._waiting else 0)
         left = (time.monotonic() - self._started) / self._ended * max(0, self._waiting - self._ended)
         said = f"ETA {duration(left)}" if left else ""
         self._bar.update(self._task, advance=1, left=said)

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.live import Live
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+
+ESTIMATE_AFTER = 2.0  # seconds of work from which the rest can be estimated
 
 
 def duration(seconds: float) -> str:
@@ -33,16 +36,31 @@ def _percent(records: Sequence[dict[str, Any]], key: str) -> str:
     return f"{100 * fmean(values):5.1f} %" if values else "diverged"
 
 
+@dataclass(frozen=True)
+class Promise:
+    """How long the help says that a command takes, and how to make it shorter.
+
+    Attributes:
+        minutes: of the default, on the slowest machine that counts.
+        shorter: the options that shorten it, as a user types them.
+    """
+
+    minutes: float
+    shorter: str
+
+
 class Screen:
     """Where a command speaks.
 
     Args:
         quiet: show nothing but notices.
         to_stderr: keep standard output free, for ``--json``.
+        promise: what the help says of the time.
     """
 
-    def __init__(self, *, quiet: bool, to_stderr: bool) -> None:
+    def __init__(self, *, quiet: bool, to_stderr: bool, promise: Promise | None = None) -> None:
         self.quiet = quiet
+        self._promise, self._has_estimated = promise, False
         self.console = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False)
         self.is_live = self.console.is_terminal and not quiet
 
@@ -58,6 +76,26 @@ class Screen:
         if not (self.is_live or self.quiet):
             self.notice(text)
 
+    def estimate(self, spent: float, share: float) -> None:
+        """States once how long the whole will take, from how long its first steps took.
+
+        Args:
+            spent: seconds since the clock started.
+            share: of all the work that was done in them.
+        """
+        if self._has_estimated or spent < ESTIMATE_AFTER or not 0 < share < 1:
+            return
+        self._has_estimated = True
+        whole = spent / share
+        text = f"expected time: {duration(whole)}"
+        if self._promise is not None and whole > 2 * 60 * self._promise.minutes:
+            text += (
+                f", more than twice the {self._promise.minutes:g} min that the default may take: "
+                f"{self._promise.shorter} shortens it"
+            )
+        if not self.quiet:
+            self.notice(text)
+
 
 class Progress(Screen):
     """Shows the latest evaluation of every arm, averaged over its members still running.
@@ -65,12 +103,11 @@ class Progress(Screen):
     Args:
         title: what is running.
         arms: names, in display order.
-        quiet: show nothing but notices.
-        to_stderr: keep standard output free, for ``--json``.
+        options: of `Screen`.
     """
 
-    def __init__(self, title: str, arms: Sequence[str], *, quiet: bool, to_stderr: bool) -> None:
-        super().__init__(quiet=quiet, to_stderr=to_stderr)
+    def __init__(self, title: str, arms: Sequence[str], **options: Any) -> None:
+        super().__init__(**options)
         self._title, self._work, self._done = title, 0, 0
         self._latest: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
         self._started = time.monotonic()
@@ -94,6 +131,8 @@ class Progress(Screen):
     def update(self, records: Sequence[dict[str, Any]], member_steps: int) -> None:
         """New evaluations, after ``member_steps`` more training steps summed over members."""
         self._done += member_steps
+        if self._work:
+            self.estimate(time.monotonic() - self._started, self._done / self._work)
         arms = dict.fromkeys(r["arm"] for r in records)
         for arm in arms:
             self._latest[arm] = [r for r in records if r["arm"] == arm]
@@ -139,16 +178,15 @@ class ArmBar(Screen):
     Args:
         title: what is running.
         work: steps of all arms together.
-        quiet: show nothing but notices.
-        to_stderr: keep standard output free, for ``--json``.
+        options: of `Screen`.
     """
 
-    def __init__(self, title: str, work: int, *, quiet: bool, to_stderr: bool) -> None:
-        super().__init__(quiet=quiet, to_stderr=to_stderr)
+    def __init__(self, title: str, work: int, **options: Any) -> None:
+        super().__init__(**options)
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
         self._bar = Bar(*columns, console=self.console, disable=not self.is_live)
         self._task = self._bar.add_task(title, total=work)
-        self._title, self._done, self._started = title, 0, time.monotonic()
+        self._title, self._work, self._done, self._started = title, work, 0, time.monotonic()
 
     def __enter__(self) -> "ArmBar":
         self._started = time.monotonic()
@@ -161,6 +199,7 @@ class ArmBar(Screen):
 
     def at(self, arm: str, step: int) -> None:
         """An arm got to a step."""
+        self.estimate(time.monotonic() - self._started, (self._done + step) / self._work)
         self._bar.update(self._task, description=f"{self._title}  {arm}, step {step}", completed=self._done + step)
 
     def ended(self, arm: str, steps: int, budget: int) -> None:
@@ -175,12 +214,11 @@ class RunsProgress(Screen):
     Args:
         title: what is running.
         unit: what a run counts: tokens, sequences, images.
-        quiet: show nothing but notices.
-        to_stderr: keep standard output free, for ``--json``.
+        options: of `Screen`.
     """
 
-    def __init__(self, title: str, unit: str, *, quiet: bool, to_stderr: bool) -> None:
-        super().__init__(quiet=quiet, to_stderr=to_stderr)
+    def __init__(self, title: str, unit: str, **options: Any) -> None:
+        super().__init__(**options)
         self._title, self._unit = title, unit
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}"))
         self._bar = Bar(*columns, console=self.console, disable=not self.is_live)
@@ -217,6 +255,8 @@ class RunsProgress(Screen):
         """The run got to a step."""
         self._done += step - self._step
         self._step = step
+        left = self._work - self._free
+        self.estimate(time.monotonic() - self._started, (self._done - self._free) / left if left else 0)
         self._bar.update(self._task, completed=self._done, left=self._left())
 
     def evaluated(self, run: str, record: dict[str, Any]) -> None:

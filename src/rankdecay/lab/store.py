@@ -32,6 +32,8 @@ SCHEMA = 1
 Record = dict[str, Any]
 Notice = Callable[[str], None]
 IDENTITY = ("command", "schema", "settings", "arms")  # what decides whether a directory belongs to a command
+ADDED = {"first_seed": 0}  # settings that older directories lack, with the value that all their runs had
+DROPPED = ("preset",)  # settings that older directories have and that never changed what was computed
 
 
 def read_metrics(directory: Path, notice: Notice | None = None) -> list[Record]:
@@ -315,6 +317,9 @@ def _refuse_other_configuration(path: Path, stored: Record, wanted: Record, iden
     """Raises unless the stored identity equals the wanted one, naming the first difference."""
     for key in identity:
         old, new = stored.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            old = {name: value for name, value in old.items() if name not in DROPPED}
+            old = {name: value for name, value in ADDED.items() if name in new} | old
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):

@@ -14,11 +14,11 @@ def save(path, data: DataSets, **changes):
 
 
 def test_generic_data_are_unit_vectors_and_a_seed_is_a_data_set():
-    data = draw("generic", 3, 4, 5, 6, 4.0)
+    data = draw("generic", range(3), 4, 5, 6, 4.0)
     for vectors in (data.tokens, data.queries, data.heads):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1)
     assert set(np.unique(data.labels)) <= {-1, 1}
-    more = draw("generic", 5, 4, 5, 6, 4.0)
+    more = draw("generic", range(5), 4, 5, 6, 4.0)
     np.testing.assert_array_equal(more.tokens[:3], data.tokens)
     np.testing.assert_array_equal(more.only([2]).tokens, data.tokens[2:])
     assert len(more) == 5

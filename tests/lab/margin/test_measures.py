@@ -12,7 +12,7 @@ from rankdecay.lab.margin.svm import max_margin
 
 @pytest.fixture(scope="module")
 def solved():
-    data = draw("equal", 2, 3, 3, 6, 4.0)
+    data = draw("equal", range(2), 3, 3, 6, 4.0)
     solutions = {
         norm: [max_margin(differences(data, b, data.optimal[b]), norm) for b in range(2)]
         for norm in ("nuclear", "frobenius")

@@ -12,7 +12,7 @@ NORMS = {"nuclear": lambda W: np.linalg.norm(W, "nuc"), "frobenius": np.linalg.n
 
 
 def constraints(kind="generic", n=4, L=4, d=8, which=0):
-    data = draw(kind, which + 1, n, L, d, 4.0)
+    data = draw(kind, range(which + 1), n, L, d, 4.0)
     return data, differences(data, which, data.optimal[which])
 
 

@@ -20,6 +20,7 @@ from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.lab.attention_summary import of, summarise
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.experiments.common import (
+    Preset,
     check_counts,
     check_evaluations,
     check_numbers,
@@ -30,29 +31,35 @@ from rankdecay.lab.experiments.common import (
     identity,
     number,
     option,
+    print_precision,
+    seeds,
 )
 
 if TYPE_CHECKING:
     from torch import nn
 
     from rankdecay.lab.parallel import Layout, Parallel
+    from rankdecay.lab.precision import Choice
     from rankdecay.lab.progress import RunsProgress
     from rankdecay.lab.run_store import Follower, RunStore
     from rankdecay.lab.training import Plan, Problem, Run, Session
 
 Record = dict[str, Any]
+MINUTES = 15  # that a default may take on the slowest machine that counts
 NOT_IDENTITY = ("save", "skip_diverged", "parallel")  # beside those of every experiment: no change of what is computed
 QKNorm = Literal["off", "on", "both"]
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Compile = Literal["auto", "on", "off"]
 Save = Literal["first", "all", "none"]
-CHOICES = {"qk_norm": QKNorm, "precision": Precision, "compile": Compile, "save": Save}
+CHOICES = {"preset": Preset, "qk_norm": QKNorm, "precision": Precision, "compile": Compile, "save": Save}
 
 
 @dataclass(frozen=True)
 class AttentionDecay:
     """The settings that the experiments share; each sets its own defaults."""
 
+    preset: Preset = "default"
+    """'standard' trains more and larger: for a fast machine, or an hour."""
     arms: tuple[str, ...] = ("l2", "low_rank")
     """Which decays of attention to compare."""
     strengths: tuple[str, ...] = ()
@@ -64,7 +71,9 @@ class AttentionDecay:
     qk_norm: QKNorm = "off"
     """RMSNorm on the queries and keys of each head."""
     seeds: int = 1
-    """Runs per cell of the grid: seeds 0, 1, …"""
+    """Runs per cell of the grid, each from a seed of its own."""
+    first_seed: int = 0
+    """Number of the first seed: tune on seeds that are not reported, from 100 up say."""
     steps: int = 500
     """Training steps of each run."""
     lr: float = 1e-3
@@ -79,8 +88,8 @@ class AttentionDecay:
     """Largest norm of the gradient; 0 for none."""
     evaluate_every: int = 50
     """Steps between evaluations."""
-    precision: Precision = "float32"
-    """Of the matrix products: float32, or half under autocast."""
+    precision: Precision = "auto"
+    """Of the matrix products, by autocast: 'auto' is bfloat16 on a GPU that has it, float32 elsewhere."""
     every: int = 4
     """Steps that a low-rank decay gathers before it acts."""
     compile: Compile = "auto"
@@ -88,11 +97,11 @@ class AttentionDecay:
     skip_diverged: bool = False
     """Note a run whose loss is no longer finite and go on with the next; otherwise stop there."""
     save: Save = "first"
-    """Trained models to keep in --out/models: those of seed 0, all, or none."""
+    """Trained models to keep in --out/models: those of the first seed, all, or none."""
     out: Path = Path("runs/attention")
     """Where results go; a run that was interrupted continues there."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, …"""
+    """auto, cpu, cuda, cuda:1, mps, …"""
     quiet: bool = False
     """No progress and no table."""
     json: bool = False
@@ -172,7 +181,7 @@ def chosen_arms(settings: AttentionDecay) -> list[Arm]:
         raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
     names = ARMS if "all" in settings.arms else settings.arms
     chosen = {check_name("--arms", name, ARMS): ARMS[name] for name in names}
-    for name, strengths in given_strengths(settings.strengths, chosen, example="0,0.1,1").items():
+    for name, strengths in given_strengths(settings.strengths, chosen, "0,0.1,1", type(settings)().strengths).items():
         chosen[name] = dataclasses.replace(chosen[name], strengths=strengths)
     for arm in chosen.values():
         for strength in arm.strengths:
@@ -222,7 +231,7 @@ def all_runs(settings: AttentionDecay, *, has_mlp: bool = True) -> list[Run]:
     norms = {"off": (False,), "on": (True,), "both": (False, True)}[settings.qk_norm]
     mlp_decays = tuple(dict.fromkeys(settings.mlp_decays)) if has_mlp else (None,)
     arms, runs = chosen_arms(settings), []
-    for seed in range(settings.seeds):
+    for seed in seeds(settings):
         for qk_norm in norms:
             for arm in arms:
                 for mlp in mlp_decays:
@@ -305,20 +314,27 @@ def run(settings: AttentionDecay, experiment: Experiment, reproduce: str) -> Rec
         SettingError: if the settings or the output directory cannot work, or a run diverges.
     """
     check(settings)
-    from rankdecay.lab.distributed import joined
+    from rankdecay.lab import precision
+    from rankdecay.lab.distributed import joined, share
     from rankdecay.lab.machine import resolve_device
-    from rankdecay.lab.progress import RunsProgress
+    from rankdecay.lab.progress import Promise, RunsProgress
     from rankdecay.lab.run_store import Follower
 
-    with joined(resolve_device(settings.device)) as (device, first):
-        plan = make_plan(settings, device, experiment.parallel)
-        experiment.check(plan.layout)
+    with joined(resolve_device(settings.device, needs_float64=False)) as (device, first):
         runs = all_runs(settings, has_mlp=experiment.has_mlp)
         problem = experiment.problem()
         title = f"{experiment.command} · {len(runs)} runs · {settings.steps} steps · {device}"
-        progress = RunsProgress(title, problem.unit, quiet=settings.quiet or not first, to_stderr=settings.json)
+        promise = Promise(MINUTES, "fewer --strengths or --steps")
+        quiet = settings.quiet or not first
+        progress = RunsProgress(title, problem.unit, quiet=quiet, to_stderr=settings.json, promise=promise)
+        resolved = None
         if first:
-            return _lead(settings, experiment, reproduce, runs, problem, plan, progress)
+            resolved = precision.resolve(settings, experiment.command, device, progress.notice, narrow="bfloat16")
+        settings, choice = share(resolved)
+        plan = make_plan(settings, device, experiment.parallel)
+        experiment.check(plan.layout)
+        if first:
+            return _lead(settings, experiment, reproduce, runs, problem, plan, choice, progress)
         _train_all(runs, problem, plan, settings, Follower(), progress, experiment.save)
         return {}
 
@@ -330,6 +346,7 @@ def _lead(
     runs: Sequence[Run],
     problem: Problem,
     plan: Plan,
+    choice: Choice,
     progress: RunsProgress,
 ) -> Record:
     """The process that writes."""
@@ -340,7 +357,7 @@ def _lead(
     arms = chosen_arms(settings)
     stored = [dataclasses.asdict(arm) for arm in arms]
     whole = identity(settings, NOT_IDENTITY) | experiment.fingerprint(problem)
-    config = configuration(experiment.command, whole, stored, plan.device, reproduce)
+    config = configuration(experiment.command, whole, stored, plan.device, reproduce, choice)
     with RunDirectory.open(settings.out, config, progress.notice) as directory:
         summary = finished(directory, progress.notice, "for a new run give another --out")
         if summary is not None:
@@ -426,7 +443,8 @@ def _train(
             progress.notice(f"{run_} diverged at step {error.step}: going on with the next")
         store.add({**run_.key, "step": error.step, "diverged": True})
     else:
-        if save is not None and (settings.save == "all" or (settings.save == "first" and run_.seed == 0)):
+        is_first = run_.seed == settings.first_seed
+        if save is not None and (settings.save == "all" or (settings.save == "first" and is_first)):
             store.save_model(run_, session.whole_model(), save)
     store.end(run_)
     progress.ended(settings.steps - session.step)
@@ -474,6 +492,7 @@ def print_summary(summary: Record) -> None:
     if not console.is_terminal:  # a file has room for a whole line
         console.width = max(console.width, 110)
     console.print(table)
+    print_precision(console, summary)
     console.print("\nrank: pseudo rank of W_KᵀW_Q and W_O W_V, mean over heads and layers; with QK-norm of W_Q and W_K")
     first = next((arm for arm in summary["arms"] if arm["untrained_mean"]), None)
     if first is not None:

@@ -29,17 +29,22 @@ from rankdecay.lab.experiments.common import (
     finished,
     given_strengths,
     identity,
+    print_precision,
+    seeds,
 )
 from rankdecay.lab.outcome import key_of
 from rankdecay.rules import Rule
 
 if TYPE_CHECKING:
     from rankdecay.lab.arms import Arm
+    from rankdecay.lab.precision import Products
     from rankdecay.lab.store import RunDirectory
     from rankdecay.lab.sweep import Plan, Trial
     from rankdecay.lab.tasks import Dataset
 
-MAIN_ARMS = ("none", "l2", "low_rank", "smooth", "prototype", "uniform_attention")
+ARMS = ("none", "l2", "smooth", "uniform_attention")
+STANDARD_ARMS = ("none", "l2", "low_rank", "smooth", "prototype", "uniform_attention")
+MINUTES = 15  # that the default may take on the slowest machine that counts
 COMPILE_FROM = 30_000  # steps of all runs from which compiling, about half a minute, pays on a CPU
 PLACES = {"cpu": 4, "cuda": 64}  # members of an ensemble: what fits the cache, or fills the launches
 
@@ -53,25 +58,28 @@ class Boundary:
     again with a larger grid, it computes only what is missing.
     """
 
-    preset: Literal["small", "paper", "prototype"] = "small"
-    """'paper' is the published grid; 'prototype' the public prototype's 6×6, on its ordered split."""
+    preset: Literal["default", "standard", "paper", "prototype"] = "default"
+    """'standard': more arms, sizes and strengths; 'paper': the published grid; 'prototype': the public prototype's 6×6,
+    on its ordered split."""
     task: str = "add"
     """add, subtract, multiply, divide, quadratic (x²+xy+y²), s5, selection or recall."""
-    arms: tuple[str, ...] = MAIN_ARMS
+    arms: tuple[str, ...] = ARMS
     """Which decays and controls of W_Q and W_K to compare; 'all' is every one there is."""
     fractions: tuple[float, ...] = ()
     """Shares of all examples used for training; by default those of the preset."""
     train_examples: tuple[int, ...] = ()
     """Numbers of training examples, for selection and recall."""
-    strengths: tuple[str, ...] = ()
-    """Strengths of an arm, ARM=1,3,10; by default each arm's own. Arms without one take none."""
+    strengths: tuple[str, ...] = ("l2=3,10,30,100", "smooth=2.5,5,10")
+    """Strengths of an arm, ARM=1,3,10; an arm that is not named has its own. Arms without one take none."""
     rest_decays: tuple[float, ...] = ()
     """L2 on everything but W_Q and W_K, shared by all arms; several are an axis of the grid."""
     seeds: int = 3
-    """Seeds per cell: 0, 1, …; a seed fixes split, initial weights and batches in every arm."""
+    """Seeds per cell; a seed fixes split, initial weights and batches in every arm."""
+    first_seed: int = 0
+    """Number of the first seed: tune on seeds that are not reported, from 100 up say."""
     steps: int = 0
     """Training steps after which a run that has not generalised ends; by default the preset's."""
-    widen: int = 1
+    widen: int = 0
     """How often to add a strength where an arm's best is the edge of its grid."""
     modulus: int = 0
     """p of the arithmetic; by default the preset's; ignored by s5."""
@@ -93,8 +101,8 @@ class Boundary:
     """Learning rate of AdamW."""
     batch_size: int = 128
     """Examples per step and run."""
-    precision: Literal["float32", "mixed", "float64"] = "mixed"
-    """'mixed': bfloat16 products, float32 everywhere else."""
+    precision: Literal["auto", "float32", "mixed", "float64"] = "auto"
+    """'mixed': bfloat16 products, float32 elsewhere; 'auto': mixed where the machine is faster at it, else float32."""
     width: int = 64
     """Width of the network, which has 4 heads."""
     mlp_width: int = 256
@@ -131,9 +139,13 @@ class Boundary:
 
 PAPER_FRACTIONS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
 PRESETS = {
-    "small": Boundary(),
+    "default": Boundary(),
+    "standard": Boundary(
+        preset="standard", arms=STANDARD_ARMS, strengths=(), widen=1, out=Path("runs/boundary-standard")
+    ),
     "paper": Boundary(
         preset="paper",
+        strengths=(),
         arms=("none", "l2_all", "paper_a1", "paper_s5", "paper_s6", "uniform_attention"),
         batch_size=512,
         width=128,
@@ -175,15 +187,25 @@ class Scale:
     rest_decay: float
 
 
-SMALL = {
+STANDARD = {
     "selection": Scale(13, 800, (700, 850, 1000, 1250), 2.0),
     "recall": Scale(8, 1200, (700, 1000, 1400, 2000), 1.0),
     "s5": Scale(0, 1600, (0.3, 0.5, 0.7), 1.0),
 }
-SMALL_MODULAR = Scale(31, 1200, (0.5, 0.6, 0.7, 0.8), 3.0)
+STANDARD_MODULAR = Scale(31, 1200, (0.5, 0.6, 0.7, 0.8), 3.0)
+DEFAULT_MODULAR = Scale(31, 1200, (0.5, 0.65, 0.8), 3.0)
 PAPER = Scale(97, 3000, PAPER_FRACTIONS, 0.1)
 PROTOTYPE = Scale(113, 2500, (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), 0.1)
-GRID = ("arms", "fractions", "train_examples", "strengths", "rest_decays", "seeds", "widen")  # axes that may grow
+GRID = (  # axes that may grow
+    "arms",
+    "fractions",
+    "train_examples",
+    "strengths",
+    "rest_decays",
+    "seeds",
+    "first_seed",
+    "widen",
+)
 PLACEMENT = ("places", "ray", "gpu_share")  # where a run is computed, which does not change what its row says
 
 
@@ -197,11 +219,13 @@ def filled(settings: Boundary) -> Boundary:
 
     check_name("--task", settings.task, TASKS)
     sampled = settings.task in SAMPLED
-    if settings.preset == "small":
-        scale = SMALL.get(settings.task, SMALL_MODULAR)
+    if settings.preset in ("default", "standard"):
+        scale = STANDARD.get(settings.task, DEFAULT_MODULAR if settings.preset == "default" else STANDARD_MODULAR)
     else:
         if sampled:
-            raise SettingError(f"--preset {settings.preset} has no grid for --task {settings.task}: use --preset small")
+            raise SettingError(
+                f"--preset {settings.preset} has no grid for --task {settings.task}: use --preset standard"
+            )
         scale = PAPER if settings.preset == "paper" else PROTOTYPE
     if sampled and settings.fractions:
         raise SettingError(f"--fractions has no meaning for --task {settings.task}: use --train-examples")
@@ -253,7 +277,8 @@ def chosen_arms(settings: Boundary) -> dict[str, Arm]:
     if not names:
         raise SettingError(f"--arms is empty: choose from {', '.join(known)}")
     chosen = {check_name("--arms", name, known): known[name] for name in names}
-    for name, strengths in given_strengths(settings.strengths, chosen, example="1,3,10").items():
+    preset = PRESETS[settings.preset].strengths
+    for name, strengths in given_strengths(settings.strengths, chosen, "1,3,10", preset).items():
         arm = chosen[name]
         given = f"--strengths {name}={','.join(f'{strength:g}' for strength in strengths)}"
         if not arm.strengths:
@@ -301,7 +326,7 @@ def trials(settings: Boundary, arm: Arm, strengths: Iterable[float]) -> Iterator
     from rankdecay.lab.sweep import Trial
 
     sizes, data = training_sets(settings)
-    for seed in range(settings.seeds):
+    for seed in seeds(settings):
         for strength in strengths:
             treatment = arm.treat(strength)
             config = TransformerConfig(
@@ -348,8 +373,20 @@ def make_plan(settings: Boundary, device: str, runs: int) -> Plan:
         device=device,
         compile=compiler_available(device) and (settings.compile == "on" or (settings.compile == "auto" and worth)),
     )
-    places = settings.places or PLACES[kind]
-    return Plan(training, settings.steps, settings.evaluate_every, settings.threshold, places)
+    return Plan(training, settings.steps, settings.evaluate_every, settings.threshold, places(settings, device))
+
+
+def places(settings: Boundary, device: str) -> int:
+    """Runs trained together by one ensemble."""
+    return settings.places or PLACES[device.partition(":")[0]]
+
+
+def products(settings: Boundary, device: str) -> Products:
+    """The products of the MLPs, of which a step of an ensemble mostly consists."""
+    from rankdecay.lab.precision import Products
+
+    rows = settings.batch_size * training_sets(settings)[1].length
+    return Products(places(settings, device), rows, settings.width, settings.mlp_width)
 
 
 def run(settings: Boundary, command: str) -> Record:
@@ -368,19 +405,25 @@ def run(settings: Boundary, command: str) -> Record:
     for arm in arms.values():
         next(trials(settings, arm, arm.strengths or (0.0,)))  # a data set that cannot be built says so before anything
 
+    from rankdecay.lab import precision
     from rankdecay.lab.machine import resolve_device
     from rankdecay.lab.phase import reference, summarise
     from rankdecay.lab.phase_map import PhaseProgress
+    from rankdecay.lab.progress import Promise
     from rankdecay.lab.store import RunDirectory
 
     device = resolve_device(settings.device)
-    asked = identity(settings, without=PLACEMENT)
     described = [
         {"name": arm.name, "description": arm.description, "control": arm.controls_for} for arm in arms.values()
     ]
-    config = configuration("boundary", asked, described, device, command) | {"fixed": fixed(settings)}
     title = f"{settings.task} · {len(arms)} arms · {settings.seeds} seeds · {settings.steps} steps · {device}"
-    progress = PhaseProgress(title, list(arms), quiet=settings.quiet, to_stderr=settings.json)
+    promise = Promise(MINUTES, "--seeds 1, or fewer --arms or --strengths,")
+    progress = PhaseProgress(title, list(arms), quiet=settings.quiet, to_stderr=settings.json, promise=promise)
+    settings, choice = precision.resolve(
+        settings, "boundary", device, progress.notice, narrow="mixed", products=products(settings, device)
+    )
+    asked = identity(settings, without=PLACEMENT)
+    config = configuration("boundary", asked, described, device, command, choice) | {"fixed": fixed(settings)}
     with RunDirectory.open(settings.out, config, progress.notice, ("command", "schema", "fixed")) as directory:
         sweep = _Sweep(settings, arms, directory, device, progress)
         known = _with_new_arms(directory.config, config)
@@ -420,7 +463,8 @@ class _Sweep:
         self._done = {key_of(row) for row in self._rows}
         self.seconds = max((row["seconds"] for row in self._rows), default=0.0)
         self._columns = {name: list(arm.strengths or (0.0,)) for name, arm in arms.items()}
-        asked = {text.partition("=")[0] for text in settings.strengths}
+        typed = set(settings.strengths) - set(PRESETS[settings.preset].strengths)
+        asked = {text.partition("=")[0] for text in typed}
         for row in self._rows:  # strengths that an earlier widening added, unless the user says which to run
             if row["arm"] not in asked and row["strength"] not in self._columns.get(row["arm"], [row["strength"]]):
                 self._columns[row["arm"]].append(row["strength"])
@@ -519,6 +563,7 @@ def print_summary(summary: Record) -> None:
         )
     console = Console(highlight=False)
     console.print(table)
+    print_precision(console, summary)
     what = "training examples" if by_number else "fraction of the data"
     console.print(f"\nboundary: {what} from which half of the runs hold {summary['threshold']:.0%} test accuracy")
     console.print(f"\n{verdict(summary)}", markup=False)

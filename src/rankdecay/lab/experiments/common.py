@@ -7,17 +7,21 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.precision import described
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.console import Console
 
+    from rankdecay.lab.precision import Choice
     from rankdecay.lab.store import RunDirectory
 
 Record = dict[str, Any]
-NOT_IDENTITY = ("out", "device", "compile", "quiet", "json")  # settings that do not change what a run computes
+Preset = Literal["default", "standard"]
+NOT_IDENTITY = ("preset", "out", "device", "compile", "quiet", "json")  # do not change what a run computes
 
 
 def option(name: str) -> str:
@@ -63,13 +67,16 @@ def check_evaluations(settings: Any) -> None:
         )
 
 
-def given_strengths(texts: Sequence[str], arms: Collection[str], example: str) -> dict[str, tuple[float, ...]]:
+def given_strengths(
+    texts: Sequence[str], arms: Collection[str], example: str, preset: Collection[str] = ()
+) -> dict[str, tuple[float, ...]]:
     """The strengths of ``--strengths``, ascending, by arm.
 
     Args:
         texts: each like ``"l2=1,3,10"``.
         arms: those that were chosen.
         example: numbers to offer where some cannot be read.
+        preset: texts that nobody typed, which do not count for arms that were not chosen.
 
     Raises:
         SettingError: for an arm that was not chosen, or what is no list of numbers.
@@ -77,12 +84,25 @@ def given_strengths(texts: Sequence[str], arms: Collection[str], example: str) -
     found = {}
     for text in texts:
         name, _, values = text.partition("=")
+        if text in preset and name not in arms:
+            continue
         check_name("--strengths", name, arms)
         try:
             found[name] = tuple(sorted({float(value) for value in values.split(",")}))
         except ValueError:
             raise SettingError(f"--strengths {text} is no list of numbers: give {name}={example}") from None
     return found
+
+
+def print_precision(console: "Console", summary: Record) -> None:
+    """The precision of a finished run, and why it was chosen, below its table."""
+    if "precision" in summary:
+        console.print(f"\nprecision {described(summary)}", markup=False)
+
+
+def seeds(settings: Any) -> range:
+    """The seeds of ``--seeds`` and ``--first-seed``."""
+    return range(settings.first_seed, settings.first_seed + settings.seeds)
 
 
 def number(value: float | None, form: str) -> str:
@@ -95,7 +115,14 @@ def identity(settings: Any, without: Collection[str] = ()) -> Record:
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY and k not in without}
 
 
-def configuration(command: str, settings: Record, arms: Sequence[Record], device: str, reproduce: str) -> Record:
+def configuration(
+    command: str,
+    settings: Record,
+    arms: Sequence[Record],
+    device: str,
+    reproduce: str,
+    precision: "Choice | None" = None,
+) -> Record:
     """The content of ``config.json``.
 
     Args:
@@ -104,10 +131,11 @@ def configuration(command: str, settings: Record, arms: Sequence[Record], device
         arms: one object each, with ``name`` and ``description``.
         device: on which it runs.
         reproduce: the command line that repeats it.
+        precision: of its products, where there is a choice.
     """
     from rankdecay.lab.machine import describe_machine, versions
 
-    return {
+    config = {
         "command": command,
         "settings": settings,
         "arms": list(arms),
@@ -115,6 +143,7 @@ def configuration(command: str, settings: Record, arms: Sequence[Record], device
         "machine": describe_machine(device),
         "reproduce": reproduce,
     }
+    return config if precision is None else config | {"precision": dataclasses.asdict(precision)}
 
 
 def in_one_piece(
@@ -158,6 +187,8 @@ def finish(directory: "RunDirectory", summary: Record) -> Record:
     """Writes the summary, which marks the run complete, and its page."""
     from rankdecay.lab.report import write_report
 
+    if "precision" in directory.config:
+        summary["precision"] = directory.config["precision"]
     directory.finish(summary)
     write_report(directory.path)
     return summary

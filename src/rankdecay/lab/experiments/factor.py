@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Literal
 
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.experiments.common import (
+    Preset,
     Record,
     check_counts,
     check_numbers,
     configuration,
     identity,
     in_one_piece,
+    seeds,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from rankdecay.lab.progress import ArmBar
 
+MINUTES = 1  # that the default may take on the slowest machine that counts
 ARMS = ("factors", "momentum", "adam", "decoupled", "low_rank", "merged", "deep")
 
 
@@ -43,6 +46,8 @@ class Factor:
     summary.json and report.html in --out; it takes seconds, so an interrupted run begins again.
     """
 
+    preset: Preset = "default"
+    """'standard' computes more than the default: for a fast machine, or for longer."""
     arms: tuple[str, ...] = ARMS
     """Which parametrisations and decays to compare."""
     strengths: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -66,7 +71,9 @@ class Factor:
     scale: float = 0.5
     """Standard deviation of the initial entries of two factors at size 5; it falls as 1/√size, and with depth."""
     seeds: int = 50
-    """Problems per arm and strength: seeds 0, 1, …, each with its own initial factors."""
+    """Problems per arm and strength, each with its own initial factors."""
+    first_seed: int = 0
+    """Number of the first seed: tune on seeds that are not reported, from 100 up say."""
     evaluate_every: int = 20
     """Steps between evaluations of every problem."""
     out: Path = Path("runs/factor")
@@ -77,6 +84,12 @@ class Factor:
     """No progress and no table."""
     json: bool = False
     """Print the summary as JSON on standard output; progress goes to standard error."""
+
+
+PRESETS = {
+    "default": Factor(),
+    "standard": Factor(preset="standard", out=Path("runs/factor-standard")),  # the default is no less: it takes seconds
+}
 
 
 @dataclass(frozen=True)
@@ -197,7 +210,7 @@ def run(settings: Factor, command: str) -> Record:
     check(settings)
     settings = filled(settings)
     from rankdecay.lab.machine import resolve_device
-    from rankdecay.lab.progress import ArmBar
+    from rankdecay.lab.progress import ArmBar, Promise
 
     device = resolve_device(settings.device)
     arms = make_arms(settings)
@@ -205,7 +218,8 @@ def run(settings: Factor, command: str) -> Record:
     config = configuration("factor", identity(settings), described, device, command)
     count = len(arms) * len(settings.strengths) * settings.seeds
     title = f"factor · {count:,} problems of {settings.size}×{settings.size} · {settings.steps} steps · {device}"
-    progress = ArmBar(title, len(arms) * settings.steps, quiet=settings.quiet, to_stderr=settings.json)
+    promise = Promise(MINUTES, "fewer --seeds or --steps,")
+    progress = ArmBar(title, len(arms) * settings.steps, quiet=settings.quiet, to_stderr=settings.json, promise=promise)
 
     def compute() -> tuple[list[Record], Record, int, dict[str, np.ndarray]]:
         with progress:
@@ -246,7 +260,7 @@ def _compute(
     arrays = {
         "arms": np.repeat([arm.name for arm in arms], count),
         "strengths": np.tile(np.repeat(settings.strengths, settings.seeds), len(arms)),
-        "seeds": np.tile(np.arange(settings.seeds), len(arms) * len(settings.strengths)),
+        "seeds": np.tile(seeds(settings), len(arms) * len(settings.strengths)),
         "target": np.tile(problems.values.cpu().numpy(), (len(arms), 1)),
     }
     arrays |= {name: np.concatenate(parts) for name, parts in last.items()}

@@ -30,14 +30,18 @@ from rankdecay.lab.experiments.common import (
     finished,
     identity,
     option,
+    print_precision,
+    seeds,
 )
 from rankdecay.lab.outcome import steps_to_hold
 from rankdecay.rules import Rule
 
 if TYPE_CHECKING:
     from rankdecay.lab.ensemble import Ensemble
+    from rankdecay.lab.precision import Products
     from rankdecay.lab.tasks import Dataset
 
+MINUTES = 3  # that the default may take on the slowest machine that counts
 COMPILE_FROM = 30_000  # member-steps on a CPU from which compiling, about half a minute, pays
 ARMS = ("none", "l2", "l2_tuned", "low_rank", "prototype", "uniform_attention")
 
@@ -50,49 +54,52 @@ class Grok:
     metrics.jsonl, summary.json and report.html in --out. Interrupted, the same command continues.
     """
 
-    preset: Literal["default", "prototype"] = "default"
-    """'prototype' is the public set-up: addition mod 113, ordered split, full-width QK-norm, rate 0.01."""
+    preset: Literal["default", "standard", "prototype"] = "default"
+    """'standard' is a larger network, for a fast machine; 'prototype' the public set-up: addition mod 113, ordered
+    split, full-width QK-norm, rate 0.01."""
     arms: tuple[str, ...] = ARMS
     """Which decays of W_Q and W_K to compare."""
     task: str = "selection"
     """selection, recall, add, subtract, multiply, divide, quadratic (x²+xy+y²) or s5."""
-    modulus: int = 31
+    modulus: int = 13
     """p of the arithmetic; ignored by s5."""
     train_fraction: float = 0.5
     """Share of all examples used for training; for every task but selection and recall."""
-    train_examples: int = 3000
+    train_examples: int = 1100
     """Number of training examples, for selection and recall."""
     values: int = 4
     """Number of values to select from, for selection; of pairs, for recall."""
     split: Literal["unordered", "ordered"] = "unordered"
     """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
-    steps: int = 640
+    steps: int = 560
     """Training steps."""
     seeds: int = 3
-    """Seeds per arm: 0, 1, …; a seed fixes split, initial weights and batches in every arm."""
+    """Seeds per arm; a seed fixes split, initial weights and batches in every arm."""
+    first_seed: int = 0
+    """Number of the first seed: tune on seeds that are not reported, from 100 up say."""
     rule: Rule = "smooth"
     """Rule of the low_rank arm."""
     scale: Scale = "absolute"
     """Scale of the low_rank arm: a step takes lr × strength from each singular value; 'relative': times their rms."""
-    strength: float = 10.0
+    strength: float = 5.0
     """Strength of the low_rank arm."""
     smoothing: float = 0.13
     """For --rule smooth: directions below this share of ‖W‖_F shrink in proportion instead of by a fixed amount."""
     every: int = 4
     """Apply four steps' low-rank decay every fourth step, to save time."""
-    tuned_strength: float = 100.0
+    tuned_strength: float = 30.0
     """Strength of the l2_tuned arm: the best the committed sweep found (docs/findings.md)."""
-    weight_decay: float = 3.0
+    weight_decay: float = 2.0
     """L2 on everything but W_Q and W_K, shared by all arms; the l2 arm applies it to W_Q and W_K too."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Learning rate of AdamW."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Examples per step and member."""
-    precision: Literal["float32", "mixed", "float64"] = "mixed"
-    """'mixed': bfloat16 products, float32 everywhere else."""
-    width: int = 128
+    precision: Literal["auto", "float32", "mixed", "float64"] = "auto"
+    """'mixed': bfloat16 products, float32 elsewhere; 'auto': mixed where the machine is faster at it, else float32."""
+    width: int = 64
     """Width of the network, which has 4 heads."""
-    mlp_width: int = 512
+    mlp_width: int = 256
     """Width of the MLP's hidden layer."""
     depth: int = 2
     """Layers of the network."""
@@ -122,8 +129,26 @@ class Grok:
 
 PRESETS = {
     "default": Grok(),
+    "standard": Grok(
+        preset="standard",
+        modulus=31,
+        train_examples=3000,
+        steps=640,
+        strength=10.0,
+        tuned_strength=100.0,
+        weight_decay=3.0,
+        lr=1e-3,
+        batch_size=256,
+        width=128,
+        mlp_width=512,
+        out=Path("runs/grok-standard"),
+    ),
     "prototype": Grok(
         preset="prototype",
+        strength=10.0,
+        tuned_strength=100.0,
+        lr=1e-3,
+        width=128,
         arms=("none", "l2", "prototype", "uniform_attention"),
         task="add",
         modulus=113,
@@ -194,7 +219,7 @@ def check(settings: Grok) -> None:
     check_name("--task", settings.task, TASKS)
     check_fraction(settings.train_fraction)
     for name in UNUSED.get(settings.task, ("train_examples", "values")):
-        if getattr(settings, name) != getattr(PRESETS["default"], name):
+        if getattr(settings, name) != getattr(PRESETS[settings.preset], name):
             use = "--train-examples" if name == "train_fraction" else "--train-fraction"
             remedy = f"use {use}" if name.startswith("train") else "leave it out"
             value = getattr(settings, name)
@@ -229,7 +254,7 @@ def make_datasets(settings: Grok) -> dict[int, Dataset]:
             values=settings.values,
             split=settings.split,
         )
-        for seed in range(settings.seeds)
+        for seed in seeds(settings)
     }
     size = min(len(data.train_targets) for data in datasets.values())  # unordered splits differ in size
     if settings.batch_size > size:
@@ -245,7 +270,7 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: dict[int, Data
     from rankdecay.lab.ensemble import Ensemble, Member, Training
     from rankdecay.lab.models.transformer import TransformerConfig
 
-    data = datasets[0]
+    data = next(iter(datasets.values()))
     config = TransformerConfig(
         data.vocabulary,
         data.length,
@@ -272,6 +297,15 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: dict[int, Data
     ]
     together = [members] if on_gpu else [[m for m in members if m.arm == arm.name] for arm in arms]
     return [Ensemble(config, group, [datasets[m.seed] for m in group], training) for group in together]
+
+
+def products(settings: Grok, datasets: dict[int, Dataset], device: str) -> Products:
+    """The products of the MLPs, of which a step of an ensemble mostly consists."""
+    from rankdecay.lab.precision import Products
+
+    members = len(datasets) * (len(settings.arms) if device.startswith("cuda") else 1)
+    length = next(iter(datasets.values())).length
+    return Products(members, settings.batch_size * length, settings.width, settings.mlp_width)
 
 
 def summarise_arm(name: str, members: Sequence[Sequence[Record]], threshold: float) -> Record:
@@ -333,8 +367,9 @@ def run(settings: Grok, command: str) -> Record:
     """
     check(settings)
     datasets = make_datasets(settings)
+    from rankdecay.lab import precision
     from rankdecay.lab.machine import resolve_device
-    from rankdecay.lab.progress import Progress
+    from rankdecay.lab.progress import Progress, Promise
     from rankdecay.lab.runner import Runner
     from rankdecay.lab.store import RunDirectory
 
@@ -342,13 +377,17 @@ def run(settings: Grok, command: str) -> Record:
     arms = make_arms(settings)
     names = [arm.name for arm in arms]
     described = [dataclasses.asdict(arm) for arm in arms]
-    config = configuration("grok", identity(settings), described, device, command)
 
     def solved(records: Sequence[Record]) -> bool:
         return settings.stop_when_generalised and steps_to_hold(records, settings.threshold) is not None
 
     title = f"{settings.task} · {len(arms)} arms × {settings.seeds} seeds · {settings.steps} steps · {device}"
-    progress = Progress(title, names, quiet=settings.quiet, to_stderr=settings.json)
+    promise = Promise(MINUTES, "--seeds 1, or fewer --arms or --steps,")
+    progress = Progress(title, names, quiet=settings.quiet, to_stderr=settings.json, promise=promise)
+    settings, choice = precision.resolve(
+        settings, "grok", device, progress.notice, narrow="mixed", products=products(settings, datasets, device)
+    )
+    config = configuration("grok", identity(settings), described, device, command, choice)
     with RunDirectory.open(settings.out, config, progress.notice) as directory:
         summary = finished(directory, progress.notice, "for a new run give another --out")
         if summary is not None:
@@ -413,4 +452,5 @@ def print_summary(summary: Record) -> None:
         table.add_row(label, *(formatter(arm[key]) for arm in summary["arms"]))
     console = Console(highlight=False)
     console.print(table)
+    print_precision(console, summary)
     console.print(f"\n{verdict(summary)}", markup=False)

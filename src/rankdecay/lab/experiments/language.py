@@ -44,6 +44,8 @@ class Language(AttentionDecay):
     """Defaults of the model and its training: tiny 0.8, small 11, gpt2 124 million parameters."""
     arms: tuple[str, ...] = ("l2", "low_rank", "low_rank_both")
     """Decays of attention: l2, l2_query_key, low_rank, low_rank_both, the last two also with _absolute; or all."""
+    strengths: tuple[str, ...] = ("l2=0,1,10", "low_rank=1,10", "low_rank_both=1")
+    """Strengths of an arm, for example l2=0,0.1,1 low_rank=0.3,3; an arm that is not named has its own."""
     text: str | None = None
     """Learn this file, or the files of this directory, instead of Python's standard library."""
     dataset: str | None = None
@@ -85,9 +87,14 @@ class Language(AttentionDecay):
 
 
 PRESETS = {
+    "default": Language(),
+    "standard": Language(preset="standard", strengths=(), out=Path("runs/language-standard")),
+}
+SIZES = {
     "tiny": Language(),
     "small": Language(
         size="small",
+        strengths=(),
         context=256,
         width=384,
         depth=6,
@@ -102,6 +109,7 @@ PRESETS = {
     ),
     "gpt2": Language(
         size="gpt2",
+        strengths=(),
         context=1024,
         width=768,
         depth=12,
@@ -111,7 +119,6 @@ PRESETS = {
         vocabulary=50257,
         batch_size=512,
         accumulate=16,
-        precision="bfloat16",
         steps=5000,
         lr=6e-4,
         warmup=250,
@@ -124,6 +131,10 @@ PRESETS = {
 def check(settings: Language) -> None:
     """Raises a `SettingError` for settings that cannot work, before anything is read or written."""
     attention_decay.check(settings)
+    if settings.size != "tiny" and settings.preset != "default":
+        raise SettingError(
+            f"--preset {settings.preset} is for --size tiny: leave out --preset or --size {settings.size}"
+        )
     check_name("--parallel", settings.parallel, get_args(Parallel))
     if settings.parallel != "ddp" and settings.precision == "float16":
         raise SettingError(

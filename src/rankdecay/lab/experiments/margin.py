@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.experiments.common import (
+    Preset,
     Record,
     check_counts,
     check_numbers,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from rankdecay.lab.margin.data import DataSets
     from rankdecay.lab.progress import ArmBar
 
+MINUTES = 3  # that the default may take on the slowest machine that counts
 ARMS = ("merged", "separate", "diagonal", "separate_l2", "merged_l2", "low_rank", "recipe", "recipe_bare")
 KINDS = ("generic", "equal", "aligned")  # of data that are drawn
 LARGEST_MARGIN = 1e100  # squares of larger weights leave the range of a float64
@@ -49,8 +51,11 @@ class Margin:
     interrupted run begins again.
     """
 
-    parametrisation: tuple[str, ...] = ARMS
-    """Which arms to compare; those in _l2, low_rank and recipe have an explicit decay of size --l2."""
+    preset: Preset = "default"
+    """'standard' computes more than the default: for a fast machine, or for longer."""
+    parametrisation: tuple[str, ...] = tuple(name for name in ARMS if name != "low_rank")
+    """Which arms to compare: these, or low_rank, which takes longest. Those in _l2, low_rank and recipe have an
+    explicit decay of size --l2."""
     data: str = "generic"
     """generic, equal (all but the best token of an example share a score), aligned (both SVMs coincide), or an .npz."""
     dimension: int = 12
@@ -59,8 +64,10 @@ class Margin:
     """L, per example."""
     examples: int = 4
     """n, per data set."""
-    datasets: int = 20
-    """How many data sets: seeds 0, 1, …; a file has its own number."""
+    datasets: int = 8
+    """How many data sets to draw, each from a seed of its own; a file has its own number."""
+    first_seed: int = 0
+    """Number of the first seed: tune on seeds that are not reported, from 100 up say."""
     score: float = 4.0
     """Of the best tokens of equal and aligned data."""
     inner: int = 0
@@ -75,9 +82,9 @@ class Margin:
     """ε of the explicit decay ε(‖K‖² + ‖Q‖²), ε‖W‖² or 2ε‖W‖_*, in the arms that have one."""
     rate: float = 4e-3
     """Largest relative change of the weights per step of the flow."""
-    steps: int = 30_000
+    steps: int = 20_000
     """Steps of the flow at most; it ends at --margin."""
-    margin: float = 1e8
+    margin: float = 1e6
     """Margin at which the flow of a data set ends."""
     evaluate_every: int = 200
     """Steps between what is recorded."""
@@ -89,6 +96,14 @@ class Margin:
     """No progress and no table."""
     json: bool = False
     """Print the summary as JSON on standard output; progress goes to standard error."""
+
+
+PRESETS = {
+    "default": Margin(),
+    "standard": Margin(
+        preset="standard", parametrisation=ARMS, datasets=20, steps=30_000, margin=1e8, out=Path("runs/margin-standard")
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -160,8 +175,9 @@ def _data(settings: Margin) -> DataSets:
     from rankdecay.lab.margin.data import check_scores, draw, load
 
     if settings.data in KINDS:
-        shape = (settings.datasets, settings.examples, settings.tokens, settings.dimension)
-        data = draw(settings.data, *shape, settings.score)
+        first = settings.first_seed
+        drawn = range(first, first + settings.datasets)
+        data = draw(settings.data, drawn, settings.examples, settings.tokens, settings.dimension, settings.score)
     else:
         data = load(Path(settings.data))
     check_scores(data)
@@ -180,7 +196,7 @@ def run(settings: Margin, command: str) -> Record:
     """
     check(settings)
     from rankdecay.lab.machine import resolve_device
-    from rankdecay.lab.progress import ArmBar
+    from rankdecay.lab.progress import ArmBar, Promise
 
     device = resolve_device(settings.device)
     data = _data(settings)
@@ -188,7 +204,8 @@ def run(settings: Margin, command: str) -> Record:
     config = configuration("margin", identity(settings), [dataclasses.asdict(arm) for arm in arms], device, command)
     sets, n, L, d = data.tokens.shape
     title = f"{sets} data sets of {n} examples, {L} tokens in {d} dimensions, on {device}"
-    progress = ArmBar(title, len(arms) * settings.steps, quiet=settings.quiet, to_stderr=settings.json)
+    promise = Promise(MINUTES, "fewer --steps, --datasets or arms of --parametrisation,")
+    progress = ArmBar(title, len(arms) * settings.steps, quiet=settings.quiet, to_stderr=settings.json, promise=promise)
 
     def compute() -> tuple[list[Record], Record, int, dict[str, np.ndarray]]:
         taking_part = _taking_part(arms, data, progress.notice)

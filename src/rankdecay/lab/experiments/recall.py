@@ -67,6 +67,8 @@ class Recall(AttentionDecay):
     """Standard deviation of the initial weights; 0 for 1/√width."""
     valid_sequences: int = 512
     """Sequences of the validation set."""
+    strengths: tuple[str, ...] = ("l2=0,1", "low_rank=0.1,1")
+    """Strengths of an arm, for example l2=0,0.1,1 low_rank=0.3,3; an arm that is not named has its own."""
     qk_norm: QKNorm = "both"
     """RMSNorm on the queries and keys of each head."""
     steps: int = 1000
@@ -81,6 +83,9 @@ class Recall(AttentionDecay):
     """Steps between evaluations."""
     out: Path = Path("runs/recall")
     """Where results go; a run that was interrupted continues there."""
+
+
+PRESETS = {"default": Recall(), "standard": Recall(preset="standard", strengths=(), out=Path("runs/recall-standard"))}
 
 
 def check(settings: Recall) -> None:

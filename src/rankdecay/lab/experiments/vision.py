@@ -62,7 +62,7 @@ class Vision(AttentionDecay):
     """Heads of each layer."""
     mlp_width: int = 128
     """Width of the MLP's hidden layer."""
-    steps: int = 1000
+    steps: int = 800
     """Training steps of each run."""
     lr: float = 2e-3
     """Peak learning rate: a linear rise, then a cosine down to a tenth."""
@@ -86,6 +86,9 @@ class Vision(AttentionDecay):
     def patch_size(self) -> int:
         """Pixels a side of a patch."""
         return self.patch or (DIGITS_PATCH if self.image_folder is None else FOLDER_PATCH)
+
+
+PRESETS = {"default": Vision(), "standard": Vision(preset="standard", steps=1000, out=Path("runs/vision-standard"))}
 
 
 def check(settings: Vision) -> None:

@@ -55,19 +55,19 @@ class DataSets:
         return len(self.tokens)
 
 
-def draw(kind: str, sets: int, examples: int, tokens: int, dimension: int, score: float) -> DataSets:
-    """Data sets with the seeds 0, 1, …
+def draw(kind: str, seeds: Sequence[int], examples: int, tokens: int, dimension: int, score: float) -> DataSets:
+    """Draws a data set from each seed.
 
     Args:
         kind: one of `KINDS`.
-        sets: how many.
+        seeds: one per data set.
         examples: n.
         tokens: L.
         dimension: d.
         score: a of the kinds ``equal`` and ``aligned``: the score of the best token.
     """
     drawn = []
-    for seed in range(sets):
+    for seed in seeds:
         rng = np.random.default_rng([2, seed])
         one = _aligned if kind == "aligned" else _gaussian
         x, z, v, y = one(rng, examples, tokens, dimension, score)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
+from rankdecay.lab import precision
 from rankdecay.lab.report.data import is_number
 from rankdecay.lab.report.style import arm_styles
 from rankdecay.lab.report.verdict import Verdict
@@ -276,6 +277,7 @@ def facts(configs: Sequence[Mapping[str, Any]], wall_seconds: Any) -> str:
     rows = {
         "Versions": "; ".join(dict.fromkeys(filter(None, map(versions, configs)))),
         "Machine": "; ".join(dict.fromkeys(str(config["machine"]) for config in configs if config.get("machine"))),
+        "Precision": "; ".join(dict.fromkeys(filter(None, map(precision.described, configs)))),
         "Wall time": duration(wall_seconds),
     }
     items = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows.items() if value)

@@ -13,7 +13,7 @@ from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.boundary import GRID
 from rankdecay.lab.outcome import Key, key_of
 from rankdecay.lab.report.data import is_number
-from rankdecay.lab.store import read_json, read_metrics
+from rankdecay.lab.store import DROPPED, read_json, read_metrics
 
 Row = dict[str, Any]  # one finished run: a line of metrics.jsonl
 
@@ -114,7 +114,8 @@ def _unique(rows: Iterable[Row], notices: list[str]) -> list[Row]:
 def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that all runs of a sweep share."""
     settings = config.get("settings", {})
-    return config.get("fixed", {name: value for name, value in settings.items() if name not in GRID})
+    fixed = config.get("fixed", settings)
+    return {name: value for name, value in fixed.items() if name not in (*GRID, *DROPPED)}
 
 
 def _refuse_another(first_path: Path, first: dict[str, Any], path: Path, config: dict[str, Any]) -> None:

@@ -151,7 +151,7 @@ def _solver(rows: list[Row], name: str) -> list[tuple[str, str]]:
     text = ""
     if solved:
         excess = max(abs(found["excess"]) for found in solved)
-        text = f"At seed 0 the objective is within {small(excess)} of an interior-point solver's at every strength. "
+        text = f"At the first seed the objective is within {small(excess)} of a convex solver's at every strength. "
     if certified is not None:
         text += f"Duality certifies every problem to within {small(certified)} of its optimum"
         text += f", half of them to within {small(most(rows, 'optimality_gap') or 0)}." if name == "factors" else "."
