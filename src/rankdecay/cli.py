@@ -122,10 +122,8 @@ def _version() -> str:
 def _run_lab(arguments: Sequence[str]) -> int:
     missing = [name for name in LAB_PACKAGES if find_spec(name) is None]
     if missing:
-        packages = ", ".join(missing)
-        raise CommandError(
-            f"rankdecay {arguments[0]} needs packages that are not installed ({packages}): {LAB_INSTALL}"
-        )
+        packages = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+        raise CommandError(f"rankdecay {arguments[0]} needs the packages of the lab, and {packages}: {LAB_INSTALL}")
     from rankdecay.lab import cli
 
     return cli.main(arguments)
