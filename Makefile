@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: grok test test-slow lint format bench clean
+.PHONY: grok test test-slow lint package format bench clean
 
 grok: .venv/installed
 	$(BIN)/rankdecay grok
@@ -16,7 +16,10 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
+
+package: .venv/installed
+	$(BIN)/python .ci/package.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -119,3 +119,12 @@ def test_wrong_names_are_refused(checkpoint, capsys):
     assert "--names q=a: expected name=projection with names out of query, key" in capsys.readouterr().err
     assert main(["inspect", str(checkpoint), "--layers", "9"]) == 2
     assert "layers has 9, and there are layers 0 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--csv", "--html"])
+def test_a_file_that_cannot_be_written_is_one_line(option, checkpoint, tmp_path, capsys):
+    path = tmp_path / "nowhere" / "file"
+    assert main(["inspect", str(checkpoint), option, str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"rankdecay: error: {path}")
+    assert error.count("\n") == 1

@@ -10,7 +10,6 @@ The rules that make a run survive being killed at any moment:
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
@@ -18,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -148,12 +148,10 @@ class RunDirectory:
             ) from None
         with contextlib.ExitStack() as on_error:
             on_error.callback(lock.close)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _lock(lock):
                 raise SettingError(
                     f"--out {path} is in use by another process: wait for it, or choose another directory"
-                ) from None
+                )
             run = cls(path, lock, notice)
             stored = read_json(path / "config.json")  # only now can nobody else be writing it
             if stored is None:
@@ -303,6 +301,39 @@ class RunDirectory:
             raise SettingError(
                 f"{self.path / name} cannot be written ({error.strerror}): restore access, then run the command again"
             ) from None
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Lock an open file until it is closed or the process ends; return False if another process has locked it.
+
+    Raises:
+        SettingError: if this Python cannot lock a file.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return _lock_on_windows(file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _lock_on_windows(file: IO[bytes]) -> bool:
+    try:
+        msvcrt: Any = import_module("msvcrt")  # by name: type checkers know it on Windows alone
+    except ImportError:
+        raise SettingError(
+            f"--out {Path(file.name).parent} cannot be locked, since this Python has neither fcntl nor msvcrt: "
+            "run the experiment with CPython on Linux, macOS or Windows"
+        ) from None
+    try:
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        return False
+    return True
 
 
 def _as_lines(records: Iterable[Record]) -> bytes:

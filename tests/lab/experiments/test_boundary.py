@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rankdecay.cli import main, parse
+from rankdecay.cli import main
 from rankdecay.lab import tasks
+from rankdecay.lab.cli import parse
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.boundary import (
     PLACEMENT,

@@ -14,6 +14,7 @@ import torch
 
 import rankdecay as rd
 from rankdecay import cli
+from rankdecay.lab.cli import parse
 from rankdecay.lab.experiments.language import PRESETS, Language, LanguageModelling, check
 from rankdecay.lab.store import read_metrics
 from rankdecay.lab.text import load
@@ -273,11 +274,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(text, tmp_path, c
 
 
 def test_sizes_are_defaults_that_options_override():
-    settings = cli.parse(["language", "--size", "gpt2", "--depth", "3"])
+    settings = parse(["language", "--size", "gpt2", "--depth", "3"])
     assert isinstance(settings, Language)
     assert settings == dataclasses.replace(PRESETS["gpt2"], depth=3)
-    assert cli.parse(["language", "--size=small"]) == PRESETS["small"]
-    assert cli.parse(["language"]) == PRESETS["tiny"]
+    assert parse(["language", "--size=small"]) == PRESETS["small"]
+    assert parse(["language"]) == PRESETS["tiny"]
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("tiny", 0.82e6), ("small", 10.7e6), ("gpt2", 124.4e6)])

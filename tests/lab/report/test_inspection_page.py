@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -176,7 +177,7 @@ def open_page(browser, tmp_path):
         page.goto(inspection_page(reports, tmp_path / "page.html").as_uri())
         for chart in page.locator(f"{within} .chart").all():
             chart.scroll_into_view_if_needed()
-            chart.locator(".main-svg").first.wait_for()
+            chart.locator("svg").wait_for()
         opened.append(page)
         return page
 
@@ -187,7 +188,7 @@ def open_page(browser, tmp_path):
     assert wrong == []
 
 
-def _drawn(page, identity, what="data"):
+def _drawn(page, identity, what="figure.series"):
     return page.evaluate(f"JSON.parse(JSON.stringify(document.getElementById('{identity}').{what}))")
 
 
@@ -205,8 +206,7 @@ def _click(page, layer, head, kind="query_key"):
     chart.scroll_into_view_if_needed()
     box = chart.bounding_box()
     x, y = page.evaluate(
-        f"(({{xaxis: x, yaxis: y}}) => [x._offset + x.c2p({head}), y._offset + y.c2p({layer})])"
-        f"(document.getElementById('map-{kind}')._fullLayout)"
+        f"(({{across, down}}) => [across.at({head}), down.at({layer})])(document.getElementById('map-{kind}').scales)"
     )
     page.mouse.move(box["x"] + x, box["y"] + y)
     page.locator(f"#map-{kind} .hovertext").wait_for()
@@ -216,12 +216,12 @@ def _click(page, layer, head, kind="query_key"):
 def test_a_measure_changes_the_map_and_a_click_shows_the_head(open_page, reports):
     page = open_page(reports[-1:], within="main")
     rows = {(r["layer"], r["head"]): r for r in reports[-1].rows if r["product"] == "query_key"}
-    assert page.locator(".chart .main-svg").count() >= 6
+    assert page.locator(".chart svg").count() == 10
     assert page.locator("#trajectory-query_key").count() == 0
     for measure in ("pseudo_rank", "stable_rank", "nuclear_gap"):
         _choose(page, "Measure", measure)
         value = float(f"{rows[1, 3][measure]:.4g}")
-        _until(page, "document.getElementById('map-query_key').data[0].z[1][3] === value", value)
+        _until(page, "document.getElementById('map-query_key').figure.cells.values[1][3] === value", value)
     _click(page, 1, 3)
     _until(page, "document.getElementById('cell-query_key').textContent.startsWith('Layer 1, head 3: Nuclear gap')")
     label = page.locator("#map-query_key .hovertext").text_content()
@@ -231,10 +231,10 @@ def test_a_measure_changes_the_map_and_a_click_shows_the_head(open_page, reports
     trace = _drawn(page, "spectrum-query_key")[-1]
     assert trace["y"] == pytest.approx([max(s / sigma[0], 1e-7) for s in sigma], rel=2e-3)
     _choose(page, "Scale", "linear")
-    _until(page, "document.getElementById('spectrum-query_key').layout.yaxis.type === 'linear'")
+    _until(page, "document.getElementById('spectrum-query_key').figure.y.type === 'linear'")
     baseline = rows[1, 3]["untrained"]["singular_values"]
     untrained = _drawn(page, "spectrum-query_key")[0]
-    assert untrained["meta"] == "untrained"
+    assert untrained["name"] == "untrained"
     assert untrained["y"] == pytest.approx([s / baseline[0] for s in baseline], rel=2e-3)
 
 
@@ -246,7 +246,7 @@ def test_what_is_equal_at_balance_is_drawn_beside_the_untrained(open_page, repor
     assert len(trained["x"]) == 3 * 8  # the first head of each of three layers
     assert trained["x"][8:16] == pytest.approx([max(v, line["x"][0]) for v in row["squared_norms"]["query"]], rel=1e-3)
     assert trained["y"][8:16] == pytest.approx([max(v, line["x"][0]) for v in row["squared_norms"]["key"]], rel=1e-3)
-    assert len(set(trained["marker"]["color"])) == 3
+    assert len(set(trained["colors"])) == 3
     assert untrained["x"] == pytest.approx(row["untrained"]["squared_norms"]["query"], rel=1e-3)
     _, trained, untrained = _drawn(page, "bounds-value_output")
     assert len(trained["x"]) == 3 * 4
@@ -256,38 +256,76 @@ def test_what_is_equal_at_balance_is_drawn_beside_the_untrained(open_page, repor
     _choose(page, "Checkpoint", "checkpoint-0")
     page.locator("#bounds-value_output").scroll_into_view_if_needed()
     page.locator("#value_output").get_by_label("Checkpoint").select_option("checkpoint-0")
-    _until(page, "document.getElementById('bounds-value_output').data[1].x[0] !== value", trained["x"][0])
+    _until(page, "document.getElementById('bounds-value_output').figure.series[1].x[0] !== value", trained["x"][0])
 
 
 def test_several_reports_have_a_line_each(open_page, reports):
     page = open_page(reports)
-    profile = [t for t in _drawn(page, "profile-query_key") if t.get("meta")]
-    assert [t["meta"] for t in profile] == ["untrained", "checkpoint-0", "checkpoint-10", "checkpoint-20"]
+    profile = [t for t in _drawn(page, "profile-query_key") if "name" in t]
+    assert [t["name"] for t in profile] == ["untrained", "checkpoint-0", "checkpoint-10", "checkpoint-20"]
     assert page.locator("#query_key .keys").first.locator("span").all_inner_texts() == [
-        t["meta"] for t in [*profile[1:], profile[0]]
+        t["name"] for t in [*profile[1:], profile[0]]
     ]
     lines = _drawn(page, "trajectory-query_key")
     assert [line["name"] for line in lines] == ["layer 0", "layer 1", "layer 2"]
     for line, values in zip(lines, zip(*(t["y"] for t in profile[1:]), strict=True), strict=True):
         assert line["y"] == pytest.approx(list(values))
     assert len(_drawn(page, "spectrum-query_key")) == 4
-    after = _drawn(page, "map-query_key")[0]
+    after = _drawn(page, "map-query_key", "figure.cells")
     _choose(page, "Checkpoint", "checkpoint-0")
-    _until(page, "document.getElementById('map-query_key').data[0].z[0][0] > value", after["z"][0][0])
-    before = _drawn(page, "map-query_key")[0]
-    assert (before["zmin"], before["zmax"]) == (after["zmin"], after["zmax"])
+    _until(page, "document.getElementById('map-query_key').figure.cells.values[0][0] > value", after["values"][0][0])
+    before = _drawn(page, "map-query_key", "figure.cells")
+    assert before["range"] == after["range"]
 
 
 def test_a_cell_without_a_number_is_crossed_and_markup_is_inert(open_page, broken):
     page = open_page([broken], width=375)
-    crosses = _drawn(page, "map-query_key")[1]
-    assert (crosses["x"], crosses["y"]) == (["2"], ["1"])
+    (crosses,) = _drawn(page, "map-query_key")
+    assert (crosses["x"], crosses["y"]) == ([2], [1])
+    assert page.locator("#map-query_key").get_by_text("×").count() == 1
     _click(page, 1, 2)
     _until(page, "document.getElementById('cell-query_key').textContent.startsWith('Layer 1, head 2: not finite.')")
     assert EVIL in page.locator("#cell-query_key").inner_text()
     assert EVIL in page.locator("#map-query_key .hovertext").text_content()
     assert page.locator("img[src=x]").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") == 375
+
+
+def test_a_wide_chart_describes_every_line_and_a_drag_zooms(open_page, reports):
+    page = open_page(reports)
+    chart = page.locator("#profile-query_key")
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    page.mouse.move(box["x"] + 0.52 * box["width"], box["y"] + 200)
+    lines = chart.locator(".hovertext > *").all_inner_texts()
+    assert lines[0] == "layer 1"
+    assert [line.split(":")[0] for line in lines[1:]] == ["untrained", "checkpoint-0", "checkpoint-10", "checkpoint-20"]
+    whole = _drawn(page, "profile-query_key", "figure.x.range")
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.8 * box["width"], box["y"] + 250, steps=3)
+    page.mouse.up()
+    low, high = _drawn(page, "profile-query_key", "zoom.x")
+    assert whole[0] < low < high < whole[1]
+    labels = chart.locator("svg text").all_inner_texts()
+    _choose(page, "Measure", "stable_rank")  # what is drawn again stays as it was zoomed
+    assert _drawn(page, "profile-query_key", "zoom.x") == [low, high]
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    page.mouse.dblclick(box["x"] + 0.52 * box["width"], box["y"] + 200)
+    _until(page, "document.getElementById('profile-query_key').zoom === null")
+    assert chart.locator("svg text").all_inner_texts() != labels
+
+
+def test_a_chart_is_saved_as_svg(open_page, reports):
+    page = open_page(reports)
+    chart = page.locator("#spectrum-query_key")
+    chart.hover()
+    with page.expect_download() as saved:
+        chart.get_by_role("button", name="SVG").click()
+    assert saved.value.suggested_filename == "spectrum-query_key.svg"
+    picture = ElementTree.parse(saved.value.path()).getroot()
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    assert {"index", "σ / σ₁"} <= {text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")}
 
 
 def test_the_words_and_tables_need_no_script(browser, reports, tmp_path):

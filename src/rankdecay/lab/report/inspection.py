@@ -1,7 +1,8 @@
 """The self-contained HTML page of one inspection, or of several: a training trajectory in the order given.
 
-Like the page of a run (:mod:`rankdecay.lab.report.page`): words and tables are plain HTML made here, the charts are
-drawn by `page/inspection.js` from embedded JSON, nothing is fetched, and a string of a checkpoint is only ever text.
+Like the page of a run (:mod:`rankdecay.lab.report.page`): words and tables are plain HTML made here, nothing is
+fetched, and a string of a checkpoint is only ever text. The charts are drawn from embedded JSON by `inspection.js` on
+`svg.js`, not by plotly, which the base install does not have.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def render(reports: Sequence[Inspection]) -> str:
         "data": pieces.embedded(data),
     }
     return pieces.fill(
-        "inspection.html", parts, ["page.css", "inspection.css"], ["core.js", "controls.js", "inspection.js"]
+        "inspection.html", parts, ["page.css", "inspection.css"], ["core.js", "controls.js", "svg.js", "inspection.js"]
     )
 
 

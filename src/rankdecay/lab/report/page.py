@@ -47,7 +47,8 @@ FILES = {
     "snapshots/": "spectra and attention maps, one numpy archive per step",
     "summary.json": "the result per arm",
 }
-SCRIPTS = ["core.js", "controls.js", "legend.js", "curves.js", "spectra.js", "needle.js", "attention.js", "start.js"]
+SCRIPTS = ["core.js", "plotly.js", "controls.js", "legend.js"]
+SCRIPTS += ["curves.js", "spectra.js", "needle.js", "attention.js", "start.js"]
 
 
 def render(run: Run) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plotly.offline import get_plotlyjs
 
 from rankdecay.lab import precision
 from rankdecay.lab.report.data import is_number
@@ -40,7 +39,7 @@ def fill(template: str, parts: Mapping[str, str], styles: Sequence[str], scripts
             share, then `{{name}}` in all of it, and in the shell, by a part.
         parts: HTML by name; `title` and `data`, and `snapshot_data` where there are snapshots, are for the shell.
         styles: names of style sheets in `page/`, as `{{css}}`.
-        scripts: names of scripts in `page/`, as `{{js}}`; `{{plotly}}` is plotly's.
+        scripts: names of scripts in `page/`, as `{{js}}`; with `plotly.js` among them, plotly's own is `{{plotly}}`.
     """
     folder = files("rankdecay.lab.report") / "page"
 
@@ -52,7 +51,14 @@ def fill(template: str, parts: Mapping[str, str], styles: Sequence[str], scripts
         return re.sub(r"\{\{(\w+)\}\}", lambda match: every[match[1]], text)
 
     shell = {"snapshot_data": '{"steps":[]}', **parts, "css": joined(styles), "js": joined(scripts)}
-    return filled("shell.html", shell | {"plotly": get_plotlyjs(), "body": filled(template, parts)})
+    plotly = _plotly() if "plotly.js" in scripts else ""
+    return filled("shell.html", shell | {"plotly": plotly, "body": filled(template, parts)})
+
+
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs  # of the extra `lab`; the page of an inspection is made without it
+
+    return f"<script>{get_plotlyjs()}</script>\n"
 
 
 def write(text: str, path: Path) -> Path:

@@ -33,7 +33,7 @@ FILES = {
     "models": "the trained models that were kept",
 }
 STYLES = ["page.css", "attention_decay.css"]
-SCRIPTS = ["core.js", "controls.js", "legend.js", "attention_decay.js"]
+SCRIPTS = ["core.js", "plotly.js", "controls.js", "legend.js", "attention_decay.js"]
 
 
 def write_page(directory: Path, path: Path) -> Path:

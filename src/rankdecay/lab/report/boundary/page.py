@@ -27,7 +27,7 @@ FILES = {
 }
 INNER = {"stable_rank": "stable rank of W_Q, W_K", "query_norm": "‖W_Q‖"}
 STYLES = ["page.css", "boundary.css"]
-SCRIPTS = ["core.js", "controls.js", "legend.js", "maps.js", "cell.js", "boundary.js"]
+SCRIPTS = ["core.js", "plotly.js", "controls.js", "legend.js", "maps.js", "cell.js", "boundary.js"]
 
 
 def render(sweep: Sweep) -> str:

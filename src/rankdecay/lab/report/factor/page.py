@@ -23,7 +23,7 @@ FILES = {
     "snapshots": "every problem at the end: singular values, imbalance and gap, as numpy arrays",
 }
 STYLES = ["page.css"]
-SCRIPTS = ["core.js", "controls.js", "factor.js"]
+SCRIPTS = ["core.js", "plotly.js", "controls.js", "factor.js"]
 
 
 def write_page(directory: Path, path: Path) -> Path:

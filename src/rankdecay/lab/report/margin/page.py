@@ -19,7 +19,7 @@ FILES = {
     "snapshots": "the data, the weights through time, the tokens selected and both SVM solutions, as numpy arrays",
 }
 STYLES = ["page.css", "margin.css"]
-SCRIPTS = ["core.js", "controls.js", "legend.js", "margin.js"]
+SCRIPTS = ["core.js", "plotly.js", "controls.js", "legend.js", "margin.js"]
 HEADS = ("Arm", "Data sets", "Cosine to nuclear SVM", "Cosine to Frobenius SVM", "Nearer nuclear", "Margin reached")
 HEADS += ("Nuclear norm above least", "Frobenius norm above least", "Rank", "Effective rank", "Alignment")
 HEADS += ("Excess loss", "Optimal tokens")

@@ -73,38 +73,8 @@ function digits(value) {
   if (value === 0) return "0";
   return Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
 }
-// Plotly reads a little markup in its text; a name is only ever text.
-const plainText = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-
-// A wide chart lists every arm at the step under the pointer; on a phone that list would cover the chart.
+// A wide chart lists every line at the point under the pointer; on a phone that list would cover the chart.
 const isWide = (element) => element.clientWidth > 700;
-function hoverText(element, name, along) {
-  const text = isWide(element) ? "%{customdata}" : `<b>%{meta}</b><br>${along} %{x}: %{customdata}<extra></extra>`;
-  return { name, meta: name, hovertemplate: text };
-}
-
-function layout(element, more) {
-  const { background, text, muted, rule, grid } = theme();
-  const axis = { gridcolor: grid, linecolor: rule, zeroline: false, tickcolor: rule, automargin: true, fixedrange: coarsePointer };
-  const { xaxis = {}, yaxis = {}, ...rest } = more;
-  return {
-    width: element.clientWidth, height: element.clientHeight, uirevision: "keep", showlegend: false,
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: muted },
-    margin: { l: 44, r: 20, t: 10, b: 40 }, dragmode: coarsePointer ? false : "zoom",
-    hovermode: isWide(element) ? "x unified" : "closest",
-    hoverlabel: { bgcolor: background, bordercolor: rule, font: { color: text, size: 12.5 }, align: "left", namelength: -1 },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: muted, activecolor: text },
-    xaxis: { ...axis, spikecolor: muted, spikethickness: 1, spikedash: "solid", ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
-  };
-}
-
-function plot(element, traces, more) {
-  Plotly.react(element, traces, layout(element, more), {
-    displaylogo: false, displayModeBar: coarsePointer ? false : "hover",
-    modeBarButtons: [["toImage", "resetScale2d"]], toImageButtonOptions: { format: "svg", filename: element.id },
-  });
-}
 
 // The chosen seed's row of every visible arm in the snapshot at the slider; `row` is null where it has left the batch.
 function membersNow(name) {
