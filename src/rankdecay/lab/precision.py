@@ -128,7 +128,7 @@ def _chosen(device: str, notice: Callable[[str], None], narrow: str, products: P
         reason = f"bfloat16 products could not be timed ({str(error).splitlines()[0]})"
         notice(f"--precision auto: {reason}: float32 is used; --precision {narrow} would insist")
         return "float32", reason
-    measured = f"bfloat16 products of {products} run {gain:.2g} times as fast as float32 ones here"
+    measured = f"bfloat16 products of {products} run {gain:.3g} times as fast as float32 ones here"
     return (narrow, measured) if gain >= WORTHWHILE else ("float32", f"{measured}; {WORTHWHILE:g} would be worth it")
 
 

@@ -65,13 +65,13 @@ class Grok:
     """p of the arithmetic; ignored by s5."""
     train_fraction: float = 0.5
     """Share of all examples used for training; for every task but selection and recall."""
-    train_examples: int = 1100
+    train_examples: int = 1000
     """Number of training examples, for selection and recall."""
     values: int = 4
     """Number of values to select from, for selection; of pairs, for recall."""
     split: Literal["unordered", "ordered"] = "unordered"
     """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
-    steps: int = 560
+    steps: int = 640
     """Training steps."""
     seeds: int = 3
     """Seeds per arm; a seed fixes split, initial weights and batches in every arm."""
@@ -81,7 +81,7 @@ class Grok:
     """Rule of the low_rank arm."""
     scale: Scale = "absolute"
     """Scale of the low_rank arm: a step takes lr × strength from each singular value; 'relative': times their rms."""
-    strength: float = 5.0
+    strength: float = 4.0
     """Strength of the low_rank arm."""
     smoothing: float = 0.13
     """For --rule smooth: directions below this share of ‖W‖_F shrink in proportion instead of by a fixed amount."""

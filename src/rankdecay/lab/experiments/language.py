@@ -89,8 +89,6 @@ class Language(AttentionDecay):
 PRESETS = {
     "default": Language(),
     "standard": Language(preset="standard", strengths=(), out=Path("runs/language-standard")),
-}
-SIZES = {
     "tiny": Language(),
     "small": Language(
         size="small",
