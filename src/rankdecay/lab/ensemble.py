@@ -15,7 +15,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -87,6 +87,11 @@ class Training:
     compile: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        """Refuses a precision that was never resolved, which would quietly train in float32."""
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision {self.precision!r} must be one of {', '.join(get_args(Precision))}")
 
 
 def compiler_available(device: str) -> bool:

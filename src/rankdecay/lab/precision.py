@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -171,7 +171,7 @@ def _check(precision: str, device: str) -> None:
         ) from None
 
 
-def described(holder: Record) -> str | None:
+def described(holder: Mapping[str, Any]) -> str | None:
     """The precision in a configuration or summary and its reason; None where there was no choice."""
     choice = holder.get("precision")
     return f"{choice['value']}: {choice['reason']}" if choice else None

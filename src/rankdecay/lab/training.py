@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,11 @@ class Plan:
     compile: bool = False
     device: str = "cpu"
     layout: Layout = field(default_factory=Layout)
+
+    def __post_init__(self) -> None:
+        """Refuses a precision that was never resolved, which would quietly train in float32."""
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision {self.precision!r} must be one of {', '.join(get_args(Precision))}")
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

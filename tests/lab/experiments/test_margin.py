@@ -198,7 +198,7 @@ def test_inseparable_data_are_refused_or_named(tmp_path, capsys):
 
 
 def test_equal_scores_are_refused_by_name(tmp_path):
-    data = draw("generic", 1, 2, 3, 4, 4.0)
+    data = draw("generic", range(1), 2, 3, 4, 4.0)
     data.tokens[0, 1] = data.tokens[0, 1, :1]
     np.savez(tmp_path / "data.npz", tokens=data.tokens, queries=data.queries, heads=data.heads, labels=data.labels)
     settings = dataclasses.replace(SMALL, data=str(tmp_path / "data.npz"), out=tmp_path / "run")

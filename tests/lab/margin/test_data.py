@@ -25,7 +25,7 @@ def test_generic_data_are_unit_vectors_and_a_seed_is_a_data_set():
 
 
 def test_equal_data_meet_assumption_A2():
-    data = draw("equal", 3, 4, 5, 6, 2.5)
+    data = draw("equal", range(3), 4, 5, 6, 2.5)
     scores = np.sort(data.scores, axis=-1)
     np.testing.assert_allclose(scores[..., -1], 2.5)
     np.testing.assert_allclose(scores[..., :-1], -2.5)
@@ -33,7 +33,7 @@ def test_equal_data_meet_assumption_A2():
 
 
 def test_aligned_data_meet_assumption_A4():
-    data = draw("aligned", 3, 3, 5, 6, 4.0)
+    data = draw("aligned", range(3), 3, 5, 6, 4.0)
     best = data.tokens[:, :, 0]
     np.testing.assert_array_equal(data.optimal, 0)
     np.testing.assert_allclose(best @ best.transpose(0, 2, 1), np.tile(np.eye(3), (3, 1, 1)), atol=1e-12)
@@ -47,7 +47,7 @@ def test_aligned_data_meet_assumption_A4():
 
 
 def test_differences_have_the_margins_as_inner_products():
-    data = draw("generic", 2, 3, 4, 5, 4.0)
+    data = draw("generic", range(2), 3, 4, 5, 4.0)
     W, selected = np.random.default_rng(0).standard_normal((5, 5)), np.array([3, 0, 1])
     found = (differences(data, 1, selected) * W).sum((1, 2)).reshape(3, 3)
     for i, s in enumerate(selected):
@@ -56,7 +56,7 @@ def test_differences_have_the_margins_as_inner_products():
 
 
 def test_equal_best_scores_are_named():
-    data = draw("generic", 2, 3, 4, 5, 4.0)
+    data = draw("generic", range(2), 3, 4, 5, 4.0)
     check_scores(data)
     best = int(data.optimal[1, 2])
     other = (best + 1) % 4
@@ -66,7 +66,7 @@ def test_equal_best_scores_are_named():
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path):
-    data = draw("generic", 2, 3, 4, 5, 4.0)
+    data = draw("generic", range(2), 3, 4, 5, 4.0)
     read = load(save(tmp_path / "data.npz", data))
     np.testing.assert_array_equal(read.tokens, data.tokens)
     np.testing.assert_allclose(read.scores, data.scores)
@@ -83,7 +83,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
     ],
 )
 def test_a_file_that_is_no_data_set_is_refused(tmp_path, changes, message):
-    path = save(tmp_path / "data.npz", draw("generic", 2, 3, 4, 5, 4.0), **changes)
+    path = save(tmp_path / "data.npz", draw("generic", range(2), 3, 4, 5, 4.0), **changes)
     with pytest.raises(SettingError, match=message):
         load(path)
 

@@ -25,7 +25,7 @@ LOSSES = ("exponential", "logistic")
 
 
 def problem(kind="generic", sets=2, n=3, L=4, d=5, score=4.0) -> Problem:
-    return Problem.of(draw(kind, sets, n, L, d, score))
+    return Problem.of(draw(kind, range(sets), n, L, d, score))
 
 
 def cosines(A, B):
@@ -163,7 +163,7 @@ def test_margins_of_1e8_and_far_more_are_reached_and_finished_sets_stay():
 
 def test_under_assumption_A4_the_flow_ends_at_the_closed_form():
     """Sheen et al., Theorem 5.1, and the closed form of both SVMs: cosine 1 from either parametrisation."""
-    data = draw("aligned", 4, 3, 5, 6, 4.0)
+    data = draw("aligned", range(4), 3, 5, 6, 4.0)
     P = Problem.of(data)
     best = data.tokens[:, :, 0]
     c = np.einsum("bik,bilk->bil", best, data.tokens)[:, :, 1:].max(-1)

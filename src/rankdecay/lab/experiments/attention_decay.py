@@ -273,7 +273,7 @@ def make_plan(settings: AttentionDecay, device: str, parallel: Parallel = "ddp")
         settings.warmup,
         settings.accumulate,
         settings.clip,
-        settings.precision,
+        settings.precision,  # pyright: ignore[reportArgumentType] - auto is resolved
         compiles,
         device,
         layout,

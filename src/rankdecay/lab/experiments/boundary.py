@@ -369,7 +369,7 @@ def make_plan(settings: Boundary, device: str, runs: int) -> Plan:
     worth = kind == "cuda" or runs * settings.steps >= COMPILE_FROM
     training = Training(
         batch_size=settings.batch_size,
-        precision=settings.precision,
+        precision=settings.precision,  # pyright: ignore[reportArgumentType] - auto is resolved
         device=device,
         compile=compiler_available(device) and (settings.compile == "on" or (settings.compile == "auto" and worth)),
     )

@@ -286,7 +286,7 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: dict[int, Data
     work = len(arms) * len(datasets) * settings.steps
     training = Training(
         batch_size=settings.batch_size,
-        precision=settings.precision,
+        precision=settings.precision,  # pyright: ignore[reportArgumentType] - auto is resolved
         device=device,
         compile=settings.compile == "on" or (settings.compile == "auto" and (on_gpu or work >= COMPILE_FROM)),
     )
