@@ -100,7 +100,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
             compile="on" if compiled else "off",
             places=arguments.places,
         )
-        plan = make_plan(settings, arguments.device, len(cells))
+        plan = make_plan(settings, arguments.device, cells)
         at_once = plan.places * (torch.get_num_threads() if arguments.device == "cpu" else 1)
         name = precision + (", compiled" if compiled else "")
         start = time.perf_counter()
@@ -142,7 +142,7 @@ def ray_nodes(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = dataclasses.replace(
         settings, steps=arguments.steps, evaluate_every=min(arguments.steps, 100), threshold=1.0, places=2
     )
-    plan = make_plan(dataclasses.replace(settings, compile="off"), "cpu", 8)
+    plan = make_plan(dataclasses.replace(settings, compile="off"), "cpu", cells)
     times: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(arguments.rounds):
         for nodes in times:

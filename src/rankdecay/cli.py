@@ -39,7 +39,7 @@ LAB_COMMANDS = {
     "report": "Make the HTML page of a run directory again, or a figure for a paper.",
 }
 #: The packages of the extra `lab`, as they are imported.
-LAB_PACKAGES = ("tyro", "rich", "plotly", "matplotlib", "scipy", "sklearn", "cvxpy")
+LAB_PACKAGES = ("tyro", "rich", "plotly", "matplotlib", "scipy", "sklearn", "joblib", "cvxpy")
 LAB_INSTALL = "pip install 'rankdecay[lab]'"
 
 

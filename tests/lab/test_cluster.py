@@ -54,7 +54,7 @@ SETTINGS = filled(
 )
 TRIALS = [t for arm in chosen_arms(SETTINGS).values() for t in trials(SETTINGS, arm, arm.strengths or (0.0,))]
 # One place each, so that the rows of a task come one by one and a worker that dies has some left to lose.
-PLAN = dataclasses.replace(make_plan(SETTINGS, "cpu", len(TRIALS)), places=1)
+PLAN = dataclasses.replace(make_plan(SETTINGS, "cpu", TRIALS), places=1)
 HEALTH_CHECKS = {"health_check_period_ms": 1000, "health_check_failure_threshold": 10}  # seen in time, and not too soon
 NODE = {"num_cpus": 1, "object_store_memory": cluster.MEMORY}
 

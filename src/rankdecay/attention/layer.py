@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from rankdecay.attention.products import Product, Rotary, with_bias
+from rankdecay.linalg.backend import double
 
 Role = Literal["query", "key", "value", "output"]
 
@@ -253,7 +254,7 @@ class AttentionLayer:
         if self.output is None:
             raise ValueError(f"{self.name} has no output projection, so there is no product W_O W_V.")
         values = with_bias(self.value.heads(), self.value.bias())
-        return Product("value_output", values.mT, self._grouped(self.output.heads().double()))
+        return Product("value_output", values.mT, self._grouped(double(self.output.heads())))
 
     def _grouped(self, heads: Tensor) -> Tensor:
         """(groups, heads per group, …): the query heads that share a key head."""

@@ -30,6 +30,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rankdecay.linalg.backend import double
 from rankdecay.spectrum import Spectrum
 
 ProductName = Literal["query_key", "value_output"]
@@ -218,7 +219,7 @@ def _triangle(gram: Tensor, factor: Tensor) -> Tensor:
 
 def with_bias(matrix: Tensor, bias: Tensor | None) -> Tensor:
     """Returns (heads, d, in) with the bias (heads · d,) as a column more, in float64."""
-    matrix = matrix.double()
+    matrix = double(matrix)
     if bias is None:
         return matrix
-    return torch.cat([matrix, bias.double().reshape(*matrix.shape[:2], 1)], -1)
+    return torch.cat([matrix, double(bias).reshape(*matrix.shape[:2], 1)], -1)

@@ -16,6 +16,7 @@ from rankdecay.attention.naming import Found
 from rankdecay.audit.report import AuditRow, Kind, Share
 from rankdecay.audit.trial import RESCALING, Trial, alternating
 from rankdecay.decay.roles import assign_roles
+from rankdecay.linalg.backend import double
 from rankdecay.spectrum import spectrum
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def column(value: Tensor) -> Tensor:
 
 
 def size(g: Tensor, w: Tensor) -> float:
-    return float(g.double().norm() * w.double().norm())
+    return float(double(g).norm() * double(w).norm())
 
 
 class Terms(NamedTuple):
@@ -85,7 +86,7 @@ class Terms(NamedTuple):
     def of(blocks: list[Block]) -> Terms:
         """Summed over blocks with the same heads; a block without a gradient adds nothing."""
         terms = [
-            (block.cut(block.gradient).double() * block.cut(block.parameter).double()).flatten(1)
+            (double(block.cut(block.gradient)) * double(block.cut(block.parameter))).flatten(1)
             for block in blocks
             if block.gradient is not None
         ]
@@ -198,7 +199,7 @@ class Part:
 
     def _row(self, block: Block, head: int | None, kind: Kind, words: str, euler: float) -> AuditRow:
         def values(of: Tensor) -> Tensor:
-            return (block.whole(of) if head is None else block.cut(of)[head]).double()
+            return double(block.whole(of) if head is None else block.cut(of)[head])
 
         w, radial = values(block.parameter), None
         if block.gradient is not None and math.isfinite(euler):

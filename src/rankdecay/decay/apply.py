@@ -21,12 +21,14 @@ from rankdecay.attention.modules import is_sharded
 from rankdecay.decay import sharded
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.linalg import Backend, shrink
+from rankdecay.linalg.backend import has_float64
 from rankdecay.linalg.rounding import stochastic_round
 
 T = TypeVar("T")
 
-#: Most elements stacked in one call of ``shrink``: bounds the memory of a step, 134 MB of float32 and some copies.
-_STACKED = {"cpu": 2**25, "cuda": 2**28}
+#: Most elements stacked in one call of ``shrink``: bounds the memory of a step, 134 MB of float32 on a CPU, 268 MB on a
+#: GPU, and some copies. The same on every GPU, not a share of what is free: processes that share a matrix must agree.
+_STACKED = {"cpu": 2**25, "cuda": 2**26}
 
 
 def apply(
@@ -171,6 +173,7 @@ def _shrink_together(
     stack = torch.stack([member.value for member in members])  # (matrices, [heads,] m, n)
     dtype = stack.dtype
     stack = stack if dtype == torch.float64 else stack.float()
+    stack = stack if has_float64(stack.device) else stack.cpu()
     due = due.to(stack.device, non_blocking=True) if isinstance(due, Tensor) else due
     if isinstance(decay, Frobenius):
         stack = stack - due * stack

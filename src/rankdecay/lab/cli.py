@@ -111,6 +111,9 @@ def _preset(presets: Mapping[str, Any], options: Sequence[str]) -> Any:
 
 
 def _experiment(name: str, settings: Any, command: str) -> None:
+    from rankdecay.lab.machine import respect_cpu_quota
+
+    respect_cpu_quota()
     experiment = _module(name)
     summary = experiment.run(settings, command)
     if not summary:  # a process of torchrun that does not write

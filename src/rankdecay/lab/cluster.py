@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.machine import available_cpus
 from rankdecay.lab.models.transformer import TransformerConfig
 from rankdecay.lab.outcome import Record, key_of
 from rankdecay.lab.sweep import Plan, Source, Trial, train
@@ -28,7 +29,7 @@ ROUNDS = 8  # a task has at most this many times the places of its ensemble: it 
 TASKS_PER_SLOT = {"cpu": 4, "cuda": 1}  # a CPU wants balance, a GPU full ensembles
 SUBMITTED_PER_SLOT = 2  # tasks the cluster knows of: those that run, and their successors
 WAKE = 1.0  # seconds after which a waiting driver looks for an interrupt
-CONNECT = 5.0  # seconds that a cluster has to answer
+CONNECT = 30.0  # seconds that a cluster has to answer
 MEMORY = 100 * 2**20  # bytes of object store of a Ray started here: a row has a few thousand
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no report to Ray's makers
@@ -214,8 +215,7 @@ def _connected(address: str) -> Iterator[ModuleType]:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        quiet |= {"include_dashboard": False, "num_cpus": cores, "object_store_memory": MEMORY}
+        quiet |= {"include_dashboard": False, "num_cpus": available_cpus(), "object_store_memory": MEMORY}
     try:
         ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:

@@ -11,16 +11,18 @@ import torch.distributed as dist
 
 from rankdecay.lab.errors import SettingError
 
-PATIENCE = timedelta(minutes=10)  # the first process evaluates alone where each has the whole model: others wait for it
+#: The first process evaluates alone where each has the whole model, and the others wait for it: on a slow CPU for long.
+#: There a process that ends is noticed at once, because its connection closes; on a GPU only by waiting in vain.
+PATIENCE = {"cpu": timedelta(hours=2), "cuda": timedelta(minutes=10)}
 
 
 @contextlib.contextmanager
-def joined(device: str, patience: timedelta = PATIENCE) -> Iterator[tuple[str, bool]]:
+def joined(device: str, patience: timedelta | None = None) -> Iterator[tuple[str, bool]]:
     """Joins the group that ``torchrun`` started, if it did, and leaves it at the end.
 
     Args:
         device: ``"cpu"`` or a CUDA device; in a group each process takes the GPU of its local rank.
-        patience: how long a process waits for another before it takes it for lost.
+        patience: how long a process waits for another before it takes it for lost; `PATIENCE` by default.
 
     Yields:
         The device of this process, and whether it is the one that writes.
@@ -32,6 +34,7 @@ def joined(device: str, patience: timedelta = PATIENCE) -> Iterator[tuple[str, b
         yield device, True
         return
     cuda = device.startswith("cuda")
+    patience = patience or PATIENCE["cuda" if cuda else "cpu"]
     if cuda:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)

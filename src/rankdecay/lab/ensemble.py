@@ -12,6 +12,7 @@ stored random state.
 
 import math
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -101,6 +102,34 @@ def compiler_available(device: str) -> bool:
 
         return has_triton()
     return any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+#: Seconds of training from which `torch.compile` pays on any CPU: it takes up to two minutes on a slow one, and saves
+#: an eighth of the time in float32, a third in mixed precision (`benchmarks/grok.py`).
+COMPILE_FROM = 900.0
+PROBED = 2  # steps that are timed for it
+
+
+def worth_compiling(wanted: str, device: str, make: "Callable[[], Ensemble]", steps: float) -> bool:
+    """Return whether to compile ensembles.
+
+    Args:
+        wanted: ``on``, ``off`` or ``auto``: on a GPU, and on a CPU where the run would take long enough.
+        device: on which they train.
+        make: makes one of them, not compiled, to time a few steps of.
+        steps: that will be trained one after another.
+    """
+    if wanted == "off" or not compiler_available(device):
+        return False
+    if wanted == "on" or device.startswith("cuda"):
+        return True
+    if steps <= 10 * PROBED:
+        return False
+    ensemble = make()
+    ensemble.train(1)
+    begun = time.perf_counter()
+    ensemble.train(PROBED)
+    return (time.perf_counter() - begun) / PROBED * steps >= COMPILE_FROM
 
 
 def adamw_(

@@ -370,7 +370,7 @@ def judged(losses: Tensor | Sequence[float], accuracy: float | None = None) -> Q
         losses: (examples,).
         accuracy: share of right answers.
     """
-    values = torch.as_tensor(losses, dtype=torch.float64).cpu()
+    values = torch.as_tensor(losses).cpu().double()
     pieces = torch.stack([stretch.mean() for stretch in values.tensor_split(min(PIECES, len(values)))])
     error = float(pieces.std()) / math.sqrt(len(pieces)) if len(pieces) > 1 else math.nan
     return Quality(float(values.mean()), error, accuracy, tuple(pieces.tolist()))

@@ -48,6 +48,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from rankdecay.linalg.backend import float64_on_cpu
 from rankdecay.linalg.minimax import LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
 
 Backend = Literal["auto", "exact", "matmul"]
@@ -436,6 +437,7 @@ def smooth_prepared(
     return _regularised_gram(prepared.X, eps, ratio).to(prepared.X.dtype)
 
 
+@float64_on_cpu
 @torch.no_grad()
 def polar(W: Tensor, backend: str = "auto") -> Tensor:
     """Returns the polar factor U Vᵀ of each matrix; null directions map to zero.
@@ -470,6 +472,7 @@ def polar(W: Tensor, backend: str = "auto") -> Tensor:
         return finish(polar_prepared(prepared, backend, W.dtype), prepared, W.dtype)
 
 
+@float64_on_cpu
 @torch.no_grad()
 def smooth_polar(W: Tensor, eps: float | Tensor, backend: str = "auto") -> Tensor:
     """Returns W (WᵀW + ε²I)^(-1/2): each singular value becomes σ/√(σ² + ε²).

@@ -46,6 +46,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from rankdecay.linalg.backend import float64_on_cpu
 from rankdecay.linalg.minimax import SCHEDULES
 from rankdecay.linalg.polar import (
     Prepared,
@@ -70,6 +71,7 @@ from rankdecay.linalg.polar import (
 from rankdecay.rules import Rule
 
 
+@float64_on_cpu
 @torch.no_grad()
 def soft_threshold(W: Tensor, tau: float | Tensor, backend: str = "auto") -> Tensor:
     """Returns the soft threshold of each matrix: every singular value becomes max(σ - τ, 0).
@@ -106,6 +108,7 @@ def soft_threshold(W: Tensor, tau: float | Tensor, backend: str = "auto") -> Ten
     return torch.where(threshold == 0, W, out)
 
 
+@float64_on_cpu
 @torch.no_grad()
 def spectral_clip(W: Tensor, beta: float | Tensor, backend: str = "auto") -> Tensor:
     """Returns the projection on the spectral ball of radius β: every singular value becomes min(σ, β).
@@ -133,6 +136,7 @@ def spectral_clip(W: Tensor, beta: float | Tensor, backend: str = "auto") -> Ten
     return _clip(W, radius, backend, complement=False)
 
 
+@float64_on_cpu
 @torch.no_grad()
 def newton_schulz(W: Tensor, steps: int = 5) -> Tensor:
     """Returns ``steps`` cubic Newton-Schulz steps X ← X (3I - XᵀX)/2 from X = W/‖W‖_F.
@@ -161,6 +165,7 @@ def newton_schulz(W: Tensor, steps: int = 5) -> Tensor:
         return finish(_newton_schulz(prepared, steps), prepared, W.dtype)
 
 
+@float64_on_cpu
 @torch.no_grad()
 def shrink(
     W: Tensor,

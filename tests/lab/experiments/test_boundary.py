@@ -258,10 +258,12 @@ def test_every_arm_is_made_of_the_same_data_sets(monkeypatch):
     assert [(of["seed"], of["train_fraction"]) for of in made] == [(0, 0.5), (0, 0.8)]
 
 
-def test_places_follow_the_device():
-    assert make_plan(filled(TINY), "cpu", 1).places == 4
-    assert make_plan(filled(dataclasses.replace(TINY, places=7)), "cpu", 1).places == 7
-    assert not make_plan(filled(TINY), "cpu", 1).training.compile
+def test_places_follow_the_device_and_a_short_sweep_is_not_compiled():
+    for places, expected in ((0, 4), (7, 7)):
+        settings = filled(dataclasses.replace(TINY, places=places, precision="float32"))
+        some = list(trials(settings, chosen_arms(settings)["none"], (0.0,)))
+        plan = make_plan(settings, "cpu", some)
+        assert (plan.places, plan.training.compile) == (expected, False)
 
 
 def test_the_presets_are_the_defaults_of_their_own_command():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 ARMS = ("none", "l2", "smooth", "uniform_attention")
 STANDARD_ARMS = ("none", "l2", "low_rank", "smooth", "prototype", "uniform_attention")
 MINUTES = 15  # that the default may take on the slowest machine that counts
-COMPILE_FROM = 30_000  # steps of all runs from which compiling, about half a minute, pays on a CPU
 PLACES = {"cpu": 4, "cuda": 64}  # members of an ensemble: what fits the cache, or fills the launches
 
 
@@ -130,7 +129,7 @@ class Boundary:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile, where there is a compiler; 'auto' uses it on a GPU."""
+    """torch.compile, where there is a compiler; 'auto' uses it on a GPU and for runs long enough to repay it."""
     quiet: bool = False
     """No progress and no table."""
     json: bool = False
@@ -360,20 +359,29 @@ def fixed(settings: Boundary) -> Record:
     return identity(settings, without=(*GRID, *PLACEMENT))
 
 
-def make_plan(settings: Boundary, device: str, runs: int) -> Plan:
-    """How the trials are trained on a device."""
-    from rankdecay.lab.ensemble import Training, compiler_available
-    from rankdecay.lab.sweep import Plan
+def make_plan(settings: Boundary, device: str, missing: Sequence[Trial]) -> Plan:
+    """How the trials that are missing are trained on a device."""
+    import torch
 
-    kind = device.partition(":")[0]
-    worth = kind == "cuda" or runs * settings.steps >= COMPILE_FROM
+    from rankdecay.lab.ensemble import Ensemble, Training, worth_compiling
+    from rankdecay.lab.sweep import Plan
+    from rankdecay.lab.tasks import make_dataset
+
     training = Training(
         batch_size=settings.batch_size,
         precision=settings.precision,  # pyright: ignore[reportArgumentType] - auto is resolved
         device=device,
-        compile=compiler_available(device) and (settings.compile == "on" or (settings.compile == "auto" and worth)),
     )
-    return Plan(training, settings.steps, settings.evaluate_every, settings.threshold, places(settings, device))
+    together = places(settings, device)
+
+    def ensemble() -> Ensemble:
+        some = [trial for trial in missing if trial.config == missing[0].config][:together]
+        data = [make_dataset(seed=trial.member.seed, **trial.data) for trial in some]
+        return Ensemble(some[0].config, [trial.member for trial in some], data, training)
+
+    steps = len(missing) / together / torch.get_num_threads() * settings.steps
+    training = dataclasses.replace(training, compile=worth_compiling(settings.compile, device, ensemble, steps))
+    return Plan(training, settings.steps, settings.evaluate_every, settings.threshold, together)
 
 
 def places(settings: Boundary, device: str) -> int:
@@ -518,7 +526,7 @@ class _Sweep:
         self._done = {trial.key for trial in missing} | self._done
 
     def _ended(self, missing: list[Trial]) -> Iterator[Record]:
-        plan = make_plan(self._settings, self._device, len(missing))
+        plan = make_plan(self._settings, self._device, missing)
         if self._settings.ray is not None:
             from rankdecay.lab import cluster
 

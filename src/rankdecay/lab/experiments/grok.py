@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from rankdecay.lab.tasks import Dataset
 
 MINUTES = 3  # that the default may take on the slowest machine that counts
-COMPILE_FROM = 30_000  # member-steps on a CPU from which compiling, about half a minute, pays
 ARMS = ("none", "l2", "l2_tuned", "low_rank", "prototype", "uniform_attention")
 
 
@@ -267,7 +266,9 @@ def make_datasets(settings: Grok) -> dict[int, Dataset]:
 
 def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: dict[int, Dataset], device: str) -> list[Ensemble]:
     """One ensemble per arm on a CPU, where small batches stay in the cache; all members at once on a GPU."""
-    from rankdecay.lab.ensemble import Ensemble, Member, Training
+    import torch
+
+    from rankdecay.lab.ensemble import Ensemble, Member, Training, worth_compiling
     from rankdecay.lab.models.transformer import TransformerConfig
 
     data = next(iter(datasets.values()))
@@ -283,12 +284,10 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: dict[int, Data
         position_scale=settings.position_scale,
     )
     on_gpu = device.startswith("cuda")
-    work = len(arms) * len(datasets) * settings.steps
     training = Training(
         batch_size=settings.batch_size,
         precision=settings.precision,  # pyright: ignore[reportArgumentType] - auto is resolved
         device=device,
-        compile=settings.compile == "on" or (settings.compile == "auto" and (on_gpu or work >= COMPILE_FROM)),
     )
     members = [
         Member(arm.name, seed, arm.decay, settings.weight_decay, settings.lr, uniform_attention=arm.uniform_attention)
@@ -296,7 +295,15 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: dict[int, Data
         for seed in datasets
     ]
     together = [members] if on_gpu else [[m for m in members if m.arm == arm.name] for arm in arms]
-    return [Ensemble(config, group, [datasets[m.seed] for m in group], training) for group in together]
+
+    def ensemble(group: list[Member], training: Training) -> Ensemble:
+        return Ensemble(config, group, [datasets[member.seed] for member in group], training)
+
+    at_once = 1 if on_gpu else min(len(together), torch.get_num_threads())
+    compiled = worth_compiling(
+        settings.compile, device, lambda: ensemble(together[0], training), settings.steps * len(together) / at_once
+    )
+    return [ensemble(group, dataclasses.replace(training, compile=compiled)) for group in together]
 
 
 def products(settings: Grok, datasets: dict[int, Dataset], device: str) -> Products:
