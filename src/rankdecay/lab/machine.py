@@ -1,7 +1,9 @@
 """The machine a run is on: its name for the record, the device asked for, and the versions that matter."""
 
+import contextlib
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -43,6 +45,20 @@ def available_cpus() -> int:
 def respect_cpu_quota() -> None:
     """Lets torch use no more threads than there are processors for: by itself it ignores a container's quota."""
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch work on one core, for small matrices.
+
+    Its threads wait for each other longer than such a product takes, and beside other work a thousand times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def describe_machine(device: str) -> str:

@@ -209,7 +209,7 @@ def run(settings: Factor, command: str) -> Record:
     """
     check(settings)
     settings = filled(settings)
-    from rankdecay.lab.machine import resolve_device
+    from rankdecay.lab.machine import one_thread, resolve_device
     from rankdecay.lab.progress import ArmBar, Promise
 
     device = resolve_device(settings.device)
@@ -222,7 +222,7 @@ def run(settings: Factor, command: str) -> Record:
     progress = ArmBar(title, len(arms) * settings.steps, quiet=settings.quiet, to_stderr=settings.json, promise=promise)
 
     def compute() -> tuple[list[Record], Record, int, dict[str, np.ndarray]]:
-        with progress:
+        with progress, one_thread():
             lines, found, arrays = _compute(settings, arms, device, progress)
         return lines, found, settings.steps, arrays
 

@@ -9,10 +9,9 @@ Importing this module does not import torch: the command line reads its settings
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -195,7 +194,7 @@ def run(settings: Margin, command: str) -> Record:
         SettingError: if the settings, the data or the output directory cannot work.
     """
     check(settings)
-    from rankdecay.lab.machine import resolve_device
+    from rankdecay.lab.machine import one_thread, resolve_device
     from rankdecay.lab.progress import ArmBar, Promise
 
     device = resolve_device(settings.device)
@@ -209,7 +208,7 @@ def run(settings: Margin, command: str) -> Record:
 
     def compute() -> tuple[list[Record], Record, int, dict[str, np.ndarray]]:
         taking_part = _taking_part(arms, data, progress.notice)
-        with progress, _one_thread():
+        with progress, one_thread():
             lines, rows, arrays = _compute(settings, arms, data, taking_part, device, progress)
         found = {"datasets": sets, "shape": {"examples": n, "tokens": L, "dimension": d}, "arms": rows}
         return lines, found, max(row["steps"] for row in rows), arrays
@@ -243,19 +242,6 @@ def _taking_part(arms: Sequence[Arm], data: DataSets, notice: Callable[[str], No
             notice(f"inseparable by a {what}, left out: {len(lost)} of {len(data)} data sets ({_listed(lost)})")
         found[family] = kept
     return found
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Lets torch work on one core: threads wait longer for each other than matrices this small take."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _listed(numbers: Sequence[int], most: int = 12) -> str:
