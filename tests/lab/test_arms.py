@@ -7,7 +7,7 @@ import pytest
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.lab.arms import PUBLISHED, Arm, Treatment, arms, wider
 from rankdecay.lab.control import PLAIN, Control
-from rankdecay.lab.experiments.boundary import MAIN_ARMS, PRESETS, Boundary
+from rankdecay.lab.experiments.boundary import ARMS, PRESETS, STANDARD_ARMS, Boundary
 
 SMALL = Boundary()
 KNOWN = arms(SMALL)
@@ -44,7 +44,7 @@ def test_an_arm_says_what_it_does_in_a_sentence(rule, name):
 
 
 def test_names_that_others_rely_on():
-    assert set(MAIN_ARMS) < set(KNOWN)
+    assert set(ARMS) < set(STANDARD_ARMS) < set(KNOWN)
     assert set(PUBLISHED) < set(KNOWN)
     assert all(set(preset.arms) <= set(KNOWN) for preset in PRESETS.values())
     assert [name for name, arm in KNOWN.items() if not arm.strengths] == ["none", "uniform_attention"]

@@ -305,7 +305,7 @@ def test_a_report_of_no_run(tmp_path, capsys, name):
 
 KILLED = (
     "grok --width 16 --steps 60 --evaluate-every 10 --seeds 2 --batch-size 32 --modulus 7 --train-examples 200 "
-    "--arms none low_rank --device cpu"
+    "--arms none low_rank --device cpu --precision float32"
 )
 
 

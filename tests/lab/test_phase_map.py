@@ -113,8 +113,9 @@ def test_plain_lines_say_what_begins_what_has_ended_and_when_it_will_end(clock, 
     lines = out.splitlines()
     assert err == ""
     assert lines[0] == "add · 2 arms: 12 runs to do, 4 there"
-    assert len(lines) == 13
-    assert lines[1] == "1 of 12 runs, 5 of all generalised  ETA 7:20 min"
+    assert len(lines) == 14
+    assert lines[1] == "expected time: 8:00 min"
+    assert lines[2] == "1 of 12 runs, 5 of all generalised  ETA 7:20 min"
     assert lines[-1].strip() == "12 of 12 runs, 10 of all generalised"
 
 
@@ -127,7 +128,8 @@ def test_plain_lines_are_few_when_runs_end_fast(clock, capsys):
     lines = err.splitlines()
     assert out == ""
     assert lines[0] == "add: 800 runs to do"
-    assert 800 * 0.5 / PLAIN_EVERY - 2 <= len(lines) - 2 <= 800 * 0.5 / PLAIN_EVERY
+    assert 800 * 0.5 / PLAIN_EVERY - 2 <= len(lines) - 3 <= 800 * 0.5 / PLAIN_EVERY
+    assert [line for line in lines if line.startswith("expected")] == ["expected time: 6:40 min"]
     assert lines[-1].startswith("800 of 800 runs, 400 of all generalised")
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from rankdecay.lab.progress import RunsProgress
+from rankdecay.lab.progress import ArmBar, Promise, RunsProgress
 
 
 @pytest.fixture
@@ -46,8 +46,9 @@ def test_a_log_has_a_line_per_evaluation_and_the_time_left_falls(clock, capsys):
             its.ended()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "language · 2 runs"
-    assert lines[1] == "l2 0.1, seed 0  step 10  loss 1.5000  accuracy 50.0%  2,500 tokens/s  ETA 15 s"
-    assert len(lines) == 5
+    assert lines[1] == "expected time: 20 s"
+    assert lines[2] == "l2 0.1, seed 0  step 10  loss 1.5000  accuracy 50.0%  2,500 tokens/s  ETA 15 s"
+    assert len(lines) == 6
     assert seconds_left("\n".join(lines)) == [15, 10, 5]
     assert lines[-1].endswith("tokens/s  ")
 
@@ -66,7 +67,7 @@ def test_steps_made_before_or_never_are_no_measure_of_the_speed(clock, capsys):
         evaluated(its, 10, accuracy=None)
     out = capsys.readouterr().out
     assert seconds_left(out) == [25, 10]
-    assert out.splitlines()[2] == "l2 0.1, seed 0  step 10  loss 1.5000  2,500 tokens/s  ETA 10 s"
+    assert out.splitlines()[3] == "l2 0.1, seed 0  step 10  loss 1.5000  2,500 tokens/s  ETA 10 s"
 
 
 def test_quiet_says_notices_alone_and_on_standard_error(capsys):
@@ -109,3 +110,33 @@ def test_a_terminal_has_a_live_bar_and_no_lines(monkeypatch, clock):
     assert "step 10  loss 1.5000" in text
     assert "━" in text
     assert "[bold] is only text" in text
+
+
+# --- the expected time ---
+
+
+def expected(clock, capsys, seconds_per_step: float, **options) -> list[str]:
+    bar = ArmBar("margin", 1000, **{"quiet": False, "to_stderr": False} | options)
+    with bar:
+        for step in range(1, 11):
+            clock[0] += seconds_per_step
+            bar.at("merged", step)
+    out, err = capsys.readouterr()
+    return [line for line in (out + err).splitlines() if "expected" in line]
+
+
+def test_the_expected_time_is_said_once_from_the_first_steps(clock, capsys):
+    assert expected(clock, capsys, 0.3) == ["expected time: 5:00 min"]
+
+
+def test_twice_what_the_help_promises_names_the_option_that_shortens_it(clock, capsys):
+    promise = Promise(3, "fewer --steps")
+    assert expected(clock, capsys, 0.36, promise=promise) == ["expected time: 6:00 min"]
+    [line] = expected(clock, capsys, 0.37, promise=promise)
+    assert line == (
+        "expected time: 6:10 min, more than twice the 3 min that the default may take: fewer --steps shortens it"
+    )
+
+
+def test_quiet_says_nothing_of_the_time(clock, capsys):
+    assert expected(clock, capsys, 100.0, quiet=True, promise=Promise(3, "fewer --steps")) == []

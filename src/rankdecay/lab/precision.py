@@ -135,10 +135,14 @@ def _chosen(device: str, notice: Callable[[str], None], narrow: str, products: P
 def bfloat16_gain(products: Products) -> float:
     """How many times as fast as float32 products bfloat16 ones run on this processor, as a median of interleaved pairs.
 
+    In processor time on one core, which other work on the machine hardly changes.
+
     Raises:
         RuntimeError: if torch cannot multiply in bfloat16 at all.
     """
     import torch
+
+    from rankdecay.lab.machine import one_thread
 
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(products.batch, products.rows, products.inner, generator=generator)
@@ -146,15 +150,16 @@ def bfloat16_gain(products: Products) -> float:
     pairs = {dtype: (left.to(dtype), right.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
 
     def seconds(dtype: torch.dtype, times: int = 1) -> float:
-        begun = time.perf_counter()
+        begun = time.thread_time()
         for _ in range(times):
             torch.bmm(*pairs[dtype])
-        return time.perf_counter() - begun
+        return max(time.thread_time() - begun, 1e-9)
 
-    for dtype in pairs:  # the first call of a shape compiles its kernel
-        seconds(dtype)
-    times = max(1, round(SHORTEST / max(seconds(torch.float32), 1e-9)))
-    return statistics.median(seconds(torch.float32, times) / seconds(torch.bfloat16, times) for _ in range(PAIRS))
+    with one_thread():
+        for dtype in pairs:  # the first call of a shape compiles its kernel
+            seconds(dtype)
+        times = max(1, round(SHORTEST / seconds(torch.float32)))
+        return statistics.median(seconds(torch.float32, times) / seconds(torch.bfloat16, times) for _ in range(PAIRS))
 
 
 def _check(precision: str, device: str) -> None:

@@ -68,7 +68,7 @@ def read_json(path: Path) -> Record | None:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise SettingError(f"{path} is not valid JSON ({error}): restore it, or use another --out") from None

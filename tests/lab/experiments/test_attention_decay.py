@@ -124,8 +124,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
 def test_without_a_compiler_only_an_order_to_compile_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SettingError, match=r"--compile on needs a compiler .*: give --compile off"):
-        make_plan(settings(tmp_path, compile="on"), "cpu")
-    assert not make_plan(settings(tmp_path, compile="auto"), "cpu").compile
+        make_plan(settings(tmp_path, compile="on", precision="float32"), "cpu")
+    assert not make_plan(settings(tmp_path, compile="auto", precision="float32"), "cpu").compile
 
 
 # --- a whole experiment ---

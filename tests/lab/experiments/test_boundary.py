@@ -230,7 +230,7 @@ def test_presets_are_the_published_grids():
         ({"width": 6}, "multiple of the 4 heads"),
         ({"task": "selection"}, "use --train-examples"),
         ({"train_examples": (100,)}, "use --fractions"),
-        ({"preset": "paper", "task": "selection", "fractions": ()}, "use --preset small"),
+        ({"preset": "paper", "task": "selection", "fractions": ()}, "use --preset standard"),
         ({"gpu_share": 0.0}, "--gpu-share"),
         ({"threshold": 0.0}, "--threshold"),
         ({"places": -1}, "--places"),

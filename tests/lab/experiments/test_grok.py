@@ -208,7 +208,7 @@ def test_where_and_how_it_is_shown_is_not_what_is_computed():
         ({"weight_decay": -1.0}, ["--weight-decay -1.0", ">= 0"]),
         ({"tuned_strength": math.nan}, ["--tuned-strength nan", "finite"]),
         ({"lr": -1e-3}, ["--lr -0.001", ">= 0"]),
-        ({"weight_decay": 1000.0}, ["--weight-decay 1000", "below 1000"]),
+        ({"weight_decay": 1000.0}, ["--weight-decay 1000", "below 500"]),
         ({"tuned_strength": 200.0, "lr": 0.01}, ["--tuned-strength 200", "--lr 0.01", "below 100"]),
         ({"threshold": 0.0}, ["--threshold 0.0", "0.95"]),
         ({"threshold": 1.1}, ["--threshold 1.1", "0.95"]),

@@ -344,7 +344,7 @@ def test_a_model_learns_the_text(text):
 
     settings = dataclasses.replace(
         Language(), arms=("low_rank",), strengths=("low_rank=1",), context=16, width=32, depth=2, heads=2,
-        mlp_width=32, batch_size=16, lr=1e-2, steps=60, evaluate_every=60, valid_windows=32,
+        mlp_width=32, batch_size=16, lr=1e-2, steps=60, evaluate_every=60, valid_windows=32, precision="float32",
     )  # fmt: skip
     problem = LanguageModelling(settings, load(text=str(text), dataset=None, tokenizer=None, share=0.2))
     session = Session(all_runs(settings)[0], problem, make_plan(settings, "cpu"))

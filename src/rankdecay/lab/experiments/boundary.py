@@ -425,7 +425,7 @@ def run(settings: Boundary, command: str) -> Record:
         {"name": arm.name, "description": arm.description, "control": arm.controls_for} for arm in arms.values()
     ]
     title = f"{settings.task} · {len(arms)} arms · {settings.seeds} seeds · {settings.steps} steps · {device}"
-    promise = Promise(MINUTES, "--seeds 1, or fewer --arms or --strengths,")
+    promise = Promise(MINUTES, "--seeds 1 or fewer --arms or --strengths")
     progress = PhaseProgress(title, list(arms), quiet=settings.quiet, to_stderr=settings.json, promise=promise)
     settings, choice = precision.resolve(
         settings, "boundary", device, progress.notice, narrow="mixed", products=products(settings, device)

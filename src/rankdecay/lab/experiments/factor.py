@@ -218,7 +218,7 @@ def run(settings: Factor, command: str) -> Record:
     config = configuration("factor", identity(settings), described, device, command)
     count = len(arms) * len(settings.strengths) * settings.seeds
     title = f"factor · {count:,} problems of {settings.size}×{settings.size} · {settings.steps} steps · {device}"
-    promise = Promise(MINUTES, "fewer --seeds or --steps,")
+    promise = Promise(MINUTES, "fewer --seeds or --steps")
     progress = ArmBar(title, len(arms) * settings.steps, quiet=settings.quiet, to_stderr=settings.json, promise=promise)
 
     def compute() -> tuple[list[Record], Record, int, dict[str, np.ndarray]]:

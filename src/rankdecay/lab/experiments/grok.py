@@ -389,7 +389,7 @@ def run(settings: Grok, command: str) -> Record:
         return settings.stop_when_generalised and steps_to_hold(records, settings.threshold) is not None
 
     title = f"{settings.task} · {len(arms)} arms × {settings.seeds} seeds · {settings.steps} steps · {device}"
-    promise = Promise(MINUTES, "--seeds 1, or fewer --arms or --steps,")
+    promise = Promise(MINUTES, "--seeds 1 or fewer --arms or --steps")
     progress = Progress(title, names, quiet=settings.quiet, to_stderr=settings.json, promise=promise)
     settings, choice = precision.resolve(
         settings, "grok", device, progress.notice, narrow="mixed", products=products(settings, datasets, device)

@@ -203,7 +203,7 @@ def run(settings: Margin, command: str) -> Record:
     config = configuration("margin", identity(settings), [dataclasses.asdict(arm) for arm in arms], device, command)
     sets, n, L, d = data.tokens.shape
     title = f"{sets} data sets of {n} examples, {L} tokens in {d} dimensions, on {device}"
-    promise = Promise(MINUTES, "fewer --steps, --datasets or arms of --parametrisation,")
+    promise = Promise(MINUTES, "fewer --steps, --datasets or arms of --parametrisation")
     progress = ArmBar(title, len(arms) * settings.steps, quiet=settings.quiet, to_stderr=settings.json, promise=promise)
 
     def compute() -> tuple[list[Record], Record, int, dict[str, np.ndarray]]:
