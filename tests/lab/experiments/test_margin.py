@@ -17,7 +17,16 @@ from rankdecay.lab.report.margin.verdict import verdict
 from rankdecay.lab.store import read_metrics
 
 SMALL = Margin(
-    parametrisation=ARMS, datasets=3, dimension=8, examples=3, tokens=3, margin=1e3, rate=0.02, evaluate_every=50, quiet=True, device="cpu"
+    parametrisation=ARMS,
+    datasets=3,
+    dimension=8,
+    examples=3,
+    tokens=3,
+    margin=1e3,
+    rate=0.02,
+    evaluate_every=50,
+    quiet=True,
+    device="cpu",
 )
 ARM_KEYS = {
     "name", "seeds", "datasets", "steps", "reached", "undecided", "infeasible", "optimal", "rank_short", "at", "each",

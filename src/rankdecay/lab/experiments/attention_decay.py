@@ -24,6 +24,7 @@ from rankdecay.lab.experiments.common import (
     check_counts,
     check_evaluations,
     check_numbers,
+    check_seeds,
     configuration,
     finish,
     finished,
@@ -202,6 +203,7 @@ def check(settings: AttentionDecay) -> None:
     """Raises a `SettingError` for settings that cannot work, before anything is built or written."""
     for name, choices in CHOICES.items():
         check_name(option(name), getattr(settings, name), get_args(choices))
+    check_seeds(settings)
     check_counts(settings, "seeds", "steps", "batch_size", "accumulate", "evaluate_every", "every")
     check_numbers(settings, "lr")
     check_numbers(settings, "clip", "warmup", zero=True)

@@ -22,6 +22,7 @@ from rankdecay.lab.experiments.common import (
     check_counts,
     check_evaluations,
     check_numbers,
+    check_seeds,
     check_threshold,
     check_width,
     configuration,
@@ -246,6 +247,7 @@ def check(settings: Boundary) -> None:
 
     for fraction in settings.fractions:
         check_fraction(fraction)
+    check_seeds(settings)
     check_counts(settings, "steps", "seeds", "every", "depth", "mlp_width", "batch_size", "evaluate_every")
     for name in ("places", "widen"):
         if getattr(settings, name) < 0:

@@ -100,6 +100,12 @@ def print_precision(console: "Console", summary: Record) -> None:
         console.print(f"\nprecision {described(summary)}", markup=False)
 
 
+def check_seeds(settings: Any) -> None:
+    """Raises a `SettingError` unless ``--first-seed`` is the number of a seed."""
+    if settings.first_seed < 0:
+        raise SettingError(f"--first-seed {settings.first_seed} is negative: give 0 or more")
+
+
 def seeds(settings: Any) -> range:
     """The seeds of ``--seeds`` and ``--first-seed``."""
     return range(settings.first_seed, settings.first_seed + settings.seeds)

@@ -22,6 +22,7 @@ from rankdecay.lab.experiments.common import (
     Record,
     check_counts,
     check_numbers,
+    check_seeds,
     configuration,
     identity,
     in_one_piece,
@@ -175,6 +176,7 @@ def check(settings: Factor) -> None:
         raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
     for name in settings.arms:
         check_name("--arms", name, ARMS)
+    check_seeds(settings)
     check_counts(settings, "steps", "seeds", "evaluate_every")
     if settings.depth < 2:
         raise SettingError(f"--depth {settings.depth} is no product: give at least 2 (the arm merged is one matrix)")

@@ -23,6 +23,7 @@ from rankdecay.lab.experiments.common import (
     Record,
     check_counts,
     check_numbers,
+    check_seeds,
     check_threshold,
     check_width,
     configuration,
@@ -227,6 +228,7 @@ def check(settings: Grok) -> None:
         raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
     for name in settings.arms:
         check_name("--arms", name, ARMS)
+    check_seeds(settings)
     check_counts(settings, "steps", "seeds", "every", "depth", "mlp_width", "batch_size", "evaluate_every")
     check_numbers(settings, "strength", "smoothing", "tuned_strength", "weight_decay", "lr", zero=True)
     for name in ("tuned_strength", "weight_decay"):

@@ -22,6 +22,7 @@ from rankdecay.lab.experiments.common import (
     Record,
     check_counts,
     check_numbers,
+    check_seeds,
     configuration,
     identity,
     in_one_piece,
@@ -145,6 +146,7 @@ def check(settings: Margin) -> None:
         raise SettingError(f"--parametrisation is empty: choose from {', '.join(ARMS)}")
     for name in settings.parametrisation:
         check_name("--parametrisation", name, ARMS)
+    check_seeds(settings)
     check_counts(settings, "examples", "datasets", "steps", "evaluate_every")
     check_numbers(settings, "score", "scale", "rate", "margin")
     check_numbers(settings, "l2", zero=True)

@@ -1,0 +1,270 @@
+"""The precision of a run: from what the machine multiplies fast, stored with its reason, kept when the run goes on."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankdecay.lab import cli, precision
+from rankdecay.lab.ensemble import Training
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiments.grok import Grok
+from rankdecay.lab.precision import WORTHWHILE, Products, bfloat16_gain, resolve
+from rankdecay.lab.training import Plan
+
+PRODUCTS = Products(2, 64, 32, 128)
+SLOW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+TINY = [
+    "grok",
+    "--width",
+    "16",
+    "--mlp-width",
+    "64",
+    "--steps",
+    "20",
+    "--evaluate-every",
+    "10",
+    "--seeds",
+    "2",
+    "--batch-size",
+    "64",
+    "--modulus",
+    "7",
+    "--train-examples",
+    "200",
+    "--arms",
+    "none",
+    "low_rank",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def settled(said: list[str], tmp_path: Path, asked: str = "auto", device: str = "cpu", products=PRODUCTS):
+    settings = Grok(precision=asked, out=tmp_path / "run")  # type: ignore[arg-type]
+    return resolve(settings, "grok", device, said.append, narrow="mixed", products=products)
+
+
+def go(out: Path, *options: str, slow: bool = False) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "rankdecay.cli", *TINY, "--out", str(out), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | (SLOW if slow else {}),
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def edit(path: Path, change) -> None:
+    held = json.loads(path.read_text())
+    change(held)
+    path.write_text(json.dumps(held))
+
+
+def interrupted(out: Path, *options: str) -> Path:
+    """A run directory of 10 of 20 steps, as a kill leaves it."""
+    whole = out.with_name("whole")
+    assert go(whole, *options).returncode == 0
+    assert go(out, *options, "--steps", "10").returncode == 0
+    # the longer run's settings with no summary: nothing but the records of steps 0 and 10 is there
+    edit(out / "config.json", lambda config: config["settings"].update(steps=20))
+    (out / "summary.json").unlink()
+    return out
+
+
+# --- choosing ---
+
+
+def test_auto_is_what_the_products_say(said, tmp_path):
+    gain = bfloat16_gain(PRODUCTS)
+    settings, choice = settled(said, tmp_path)
+    assert settings.precision == choice.value
+    assert choice.asked == "auto"
+    assert "times as fast as float32" in choice.reason
+    assert str(PRODUCTS) in choice.reason
+    if gain > 1.2 * WORTHWHILE:
+        assert choice.value == "mixed"
+    if gain < WORTHWHILE / 1.2:
+        assert choice.value == "float32"
+    assert said == []
+
+
+def test_without_products_a_cpu_takes_float32_and_measures_nothing(said, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "bmm", lambda *_: pytest.fail("measured"))
+    assert settled(said, tmp_path, products=None)[1].value == "float32"
+
+
+@pytest.mark.parametrize(("capability", "value"), [((7, 5), "float32"), ((8, 0), "mixed"), ((9, 0), "mixed")])
+def test_a_gpu_is_asked_for_its_capability(said, tmp_path, monkeypatch, capability, value):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    choice = settled(said, tmp_path, device="cuda:0")[1]
+    assert choice.value == value
+    assert f"A card, compute capability {capability[0]}.{capability[1]}" in choice.reason
+
+
+def test_mps_is_float32(said, tmp_path):
+    assert settled(said, tmp_path, device="mps")[1].value == "float32"
+
+
+def test_a_probe_that_fails_says_so_in_a_line_and_takes_float32(said, tmp_path, monkeypatch):
+    real = torch.bmm
+
+    def bmm(a, b):
+        if a.dtype == torch.bfloat16:
+            raise RuntimeError("could not create a primitive\nand more")
+        return real(a, b)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    choice = settled(said, tmp_path)[1]
+    assert choice.value == "float32"
+    [line] = said
+    assert line.startswith("--precision auto: bfloat16 products could not be timed (could not create a primitive)")
+    assert "--precision mixed" in line
+
+
+def test_a_precision_that_the_device_has_not_is_refused(said, tmp_path, monkeypatch):
+    def ones(*_, **__):
+        raise TypeError("no float64 here")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(SettingError, match=r"--precision float64: cpu cannot multiply in float64 .*: give --precision"):
+        settled(said, tmp_path, "float64")
+
+
+def test_auto_never_reaches_training():
+    with pytest.raises(ValueError, match="precision 'auto' must be one of float32, mixed, float64"):
+        Training(precision="auto")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="precision 'auto' must be one of float32, bfloat16, float16"):
+        Plan(1, 1, 1e-3, precision="auto")  # type: ignore[arg-type]
+
+
+# --- on a machine that emulates bfloat16 ---
+
+
+def test_where_bfloat16_is_emulated_a_run_takes_float32_and_says_why_everywhere(tmp_path):
+    out = tmp_path / "run"
+    done = go(out, slow=True)
+    assert done.returncode == 0
+    config, summary = (json.loads((out / f"{name}.json").read_text()) for name in ("config", "summary"))
+    assert config["settings"]["precision"] == "float32"
+    assert config["precision"]["asked"] == "auto"
+    assert config["precision"]["value"] == "float32"
+    assert "1.3 would be worth it" in config["precision"]["reason"]
+    assert summary["precision"] == config["precision"]
+    assert " ".join(done.stdout.split()).count("precision float32: bfloat16 products of 2 × ") == 1
+    assert "float32: bfloat16 products of 2 × " in (out / "report.html").read_text()
+
+
+def test_mixed_goes_on_in_mixed_where_it_is_emulated_at_the_cost_of_a_line(tmp_path):
+    out = interrupted(tmp_path / "run", "--precision", "mixed")
+    done = go(out, "--steps", "20", slow=True)
+    assert done.returncode == 0
+    lines = [line for line in done.stdout.splitlines() if "goes on in mixed" in line]
+    assert len(lines) == 1
+    assert "bfloat16 products take" in " ".join(done.stdout.split())
+    assert json.loads((out / "summary.json").read_text())["settings"]["precision"] == "mixed"
+
+
+def test_another_precision_than_the_stored_one_is_refused(tmp_path):
+    out = interrupted(tmp_path / "run", "--precision", "float32")
+    done = go(out, "--precision", "float64")
+    assert done.returncode == 2
+    assert "precision is 'float32' there, 'float64' now" in done.stderr
+
+
+# --- directories of before ---
+
+
+@pytest.mark.parametrize("kept", ["mixed", "float32"])
+def test_a_directory_of_an_earlier_version_goes_on(tmp_path, kept):
+    out = interrupted(tmp_path / "run", "--precision", kept)
+
+    def as_before(config):
+        del config["precision"], config["settings"]["first_seed"]
+        config["settings"]["preset"] = "default"
+
+    edit(out / "config.json", as_before)
+    done = go(out)
+    assert done.returncode == 0
+    assert json.loads((out / "summary.json").read_text())["settings"]["precision"] == kept
+
+
+# --- presets and seeds ---
+
+STANDARD = {
+    "grok": {"modulus": 31, "width": 128, "mlp_width": 512, "steps": 640, "train_examples": 3000, "lr": 1e-3,
+             "batch_size": 256, "strength": 10.0, "tuned_strength": 100.0, "weight_decay": 3.0},
+    "boundary": {"arms": ("none", "l2", "low_rank", "smooth", "prototype", "uniform_attention"), "strengths": (),
+                 "widen": 1},
+    "factor": {"seeds": 50, "steps": 1000},
+    "margin": {"datasets": 20, "steps": 30_000, "margin": 1e8},
+    "recall": {"steps": 1000, "strengths": ()},
+    "language": {"steps": 450, "strengths": (), "size": "tiny"},
+    "vision": {"steps": 1000, "strengths": ()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", STANDARD)
+def test_standard_has_the_sizes_that_were_the_defaults(command):
+    settings = cli.parse([command, "--preset", "standard"])
+    assert {name: getattr(settings, name) for name in STANDARD[command]} == STANDARD[command]
+    assert settings.out.name == f"{command}-standard"
+    assert cli.parse([command]).preset == "default"
+    assert cli.parse([command, "--preset", "standard", "--first-seed", "100"]).first_seed == 100
+
+
+@pytest.mark.parametrize("command", STANDARD)
+def test_an_unknown_preset_is_one_line(command, capsys):
+    assert cli.main([command, "--preset", "enormous"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--preset 'enormous'" in line
+    assert "standard" in line
+
+
+def test_the_first_seed_decides_which_seeds_run(tmp_path):
+    both, second = tmp_path / "both", tmp_path / "second"
+    assert go(both, "--precision", "float32").returncode == 0
+    assert go(second, "--precision", "float32", "--first-seed", "1", "--seeds", "1").returncode == 0
+
+    def of(out: Path) -> list[dict]:
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if "second" not in k} for line in lines if line["seed"] == 1]
+
+    assert of(second) == of(both)
+    assert len(of(both)) == 2 * 3
+
+
+@pytest.mark.parametrize("command", STANDARD)
+def test_a_negative_first_seed_is_refused(command, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main([command, "--first-seed", "-1", "--out", str(out)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--first-seed -1" in line
+    assert not out.exists()
+
+
+def test_strengths_of_a_preset_do_not_bind_who_chooses_other_arms():
+    from rankdecay.lab.experiments import attention_decay, boundary, language
+
+    assert list(boundary.chosen_arms(boundary.filled(boundary.Boundary(arms=("none",))))) == ["none"]
+    [arm] = attention_decay.chosen_arms(dataclasses.replace(language.Language(), arms=("l2_query_key",)))
+    assert arm.name == "l2_query_key"
+    with pytest.raises(SettingError, match="--strengths 'l2'"):
+        boundary.chosen_arms(boundary.filled(boundary.Boundary(arms=("none",), strengths=("l2=7",))))
+
+
+def test_described_is_none_where_there_was_no_choice():
+    assert precision.described({"settings": {}}) is None
