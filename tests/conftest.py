@@ -19,6 +19,7 @@ settings.load_profile("noisy machine")
 sys.path.insert(0, str(Path(__file__).parent / "lab" / "models"))
 # The processes of a test import its module by its name from here.
 sys.path.append(str(Path(__file__).parent.parent))
+from tests.skipped import pytest_terminal_summary  # noqa: E402, F401 - the end of the run's report
 
 # --- timm beside a CPU build of torch ---
 # The registry's torchvision is built for CUDA: its compiled operators do not load, and `import torchvision` fails on
@@ -35,7 +36,9 @@ _OPERATORS = ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_r
 def timm() -> Iterator[ModuleType]:
     import torch
 
-    transformers_utils = pytest.importorskip("transformers.utils")
+    from tests import needs
+
+    transformers_utils = needs.package("transformers.utils")
     transformers_utils.is_torchvision_available()  # settled, and remembered, before the folder is on the path
     library = torch.library.Library("torchvision", "DEF")
     for name in _OPERATORS:
@@ -43,7 +46,7 @@ def timm() -> Iterator[ModuleType]:
     sys.path.insert(0, str(_TIMM))
     importlib.invalidate_caches()
     try:
-        yield pytest.importorskip("timm", reason="timm is not installed: `make test` puts it beside the environment")
+        yield needs.timm()
     finally:
         sys.path.remove(str(_TIMM))
         library._destroy()

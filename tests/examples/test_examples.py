@@ -21,8 +21,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rankdecay as rd
+from tests import needs
+from tests.waiting import HANG
 
-pytest.importorskip("transformers")
+needs.package("transformers")
 
 pytestmark = [
     # Lightning 2.6 with torch 2.13; and a resumed run writes to a folder of its own here.
@@ -78,7 +80,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]
     def run(name: str, **settings: Any) -> Run:
         nonlocal steps
         for module in EXAMPLES[name].needs:
-            pytest.importorskip(module)
+            needs.package(module)
         key = (name, *settings.items())
         if key not in done:
             for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -168,7 +170,7 @@ def test_every_example_runs_as_a_script(tmp_path: Path) -> None:
     }
     try:
         for name, process in processes.items():
-            output, errors = process.communicate(timeout=120)
+            output, errors = process.communicate(timeout=HANG)
             assert process.returncode == 0, f"{name}: {errors}"
             assert output.count("numerical rank") == 2
             assert list((tmp_path / "runs" / name).glob(EXAMPLES[name].checkpoint.format(40)))
