@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 
 # Before torch is imported, and inherited by the commands that tests start: tiny models gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A pool of processes that each import torch takes longer than the few small graphs that tests have compiled.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # A draw may be slow for reasons of the machine, or of hypothesis itself, which reads all our modules first.
 settings.register_profile("noisy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,6 +32,14 @@ _TIMM = Path(sys.prefix) / "timm"
 _OPERATORS = ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_align",
               "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward", "deform_conv2d",
               "_deform_conv2d_backward")  # fmt: skip
+
+
+#: Files that take long: first, or one process would end with one of them while the other has nothing left to do.
+LONG = ["test_cluster.py", "test_parallel.py", "test_distributed.py", "test_sharded.py", "test_sharded_training.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="module")

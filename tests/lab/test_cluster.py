@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rankdecay import cli
 from rankdecay.lab import cluster, sweep
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.boundary import Boundary, chosen_arms, filled, make_plan, trials
@@ -152,10 +153,6 @@ def arguments(out: Path, address: str) -> list[str]:
     return ["boundary", *OPTIONS.split(), "--out", str(out), "--ray", address, "--quiet"]
 
 
-def command(out: Path, address: str) -> list[str]:
-    return [sys.executable, "-m", "rankdecay.cli", *arguments(out, address)]
-
-
 def test_tasks_hold_trials_of_one_network_in_order() -> None:
     others = [dataclasses.replace(t, config=dataclasses.replace(t.config, qk_norm="none")) for t in TRIALS]
     mixed = [trial for pair in zip(TRIALS, others, strict=True) for trial in pair]
@@ -208,7 +205,7 @@ def test_a_killed_driver_resumes(nodes: Nodes, expected: dict, tmp_path: Path) -
         driver.wait()
     before = metrics.read_bytes()
     assert before.count(b"\n") < len(expected)
-    subprocess.run(command(tmp_path, nodes.address), check=True, timeout=HANG)
+    assert cli.main(arguments(tmp_path, nodes.address)) == 0  # over the connection and with the workers that are there
     assert metrics.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
     assert by_key(read_metrics(tmp_path)) == expected
     assert json.loads((tmp_path / "summary.json").read_text())["command"] == "boundary"
@@ -271,7 +268,7 @@ def test_without_ray_the_remedy_is_named(monkeypatch) -> None:
 
 
 def test_a_cluster_of_its_own(expected: dict, tmp_path: Path) -> None:
-    driver = subprocess.Popen(command(tmp_path, "local"))
+    driver = subprocess.Popen([sys.executable, "-m", "rankdecay.cli", *arguments(tmp_path, "local")])
     started: list[psutil.Process] = []
     try:
         until(lambda: (tmp_path / "metrics.jsonl").exists(), driver)
