@@ -39,7 +39,7 @@ def until(
             raise AssertionError(f"the process ended with {process.returncode}: {(output or _pipes(process))()}")
         if time.monotonic() > end:
             raise AssertionError(f"still waiting after {HANG:g} s" + (f": {output()}" if output else ""))
-        time.sleep(0.001)
+        time.sleep(0.01)
 
 
 def _pipes(process: subprocess.Popen) -> Callable[[], str]:
