@@ -35,15 +35,12 @@ def until(
         ended = process is not None and process.poll() is not None  # asked first: its last act may fulfil the condition
         if answer := condition():
             return answer
-        if ended:
-            raise AssertionError(f"the process ended with {process.returncode}: {(output or _pipes(process))()}")
+        if ended and process is not None:
+            said = output() if output else " ".join(str(text) for text in process.communicate() if text)
+            raise AssertionError(f"the process ended with {process.returncode}: {said}")
         if time.monotonic() > end:
             raise AssertionError(f"still waiting after {HANG:g} s" + (f": {output()}" if output else ""))
         time.sleep(0.01)
-
-
-def _pipes(process: subprocess.Popen) -> Callable[[], str]:
-    return lambda: " ".join(str(text) for text in process.communicate() if text)
 
 
 @contextlib.contextmanager
