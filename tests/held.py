@@ -6,6 +6,7 @@ What is held is the real command, in front of one of its own file operations; a 
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,7 @@ def count(directory: Path) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
     del sys.path[0]  # the folder of the tests, whose names are no modules of the command
     hold(Path(sys.argv[sys.argv.index("--out") + 1]), sys.argv[1], int(sys.argv[2]), sys.argv[3])
     from rankdecay.cli import main
