@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 
 # Before torch is imported, and inherited by the commands that tests start: tiny models gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A pool of processes that each import torch takes longer than the few small graphs that tests have compiled.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # A draw may be slow for reasons of the machine, or of hypothesis itself, which reads all our modules first.
 settings.register_profile("noisy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -19,6 +21,7 @@ settings.load_profile("noisy machine")
 sys.path.insert(0, str(Path(__file__).parent / "lab" / "models"))
 # The processes of a test import its module by its name from here.
 sys.path.append(str(Path(__file__).parent.parent))
+from tests.skipped import pytest_terminal_summary  # noqa: E402, F401 - the end of the run's report
 
 # --- timm beside a CPU build of torch ---
 # The registry's torchvision is built for CUDA: its compiled operators do not load, and `import torchvision` fails on
@@ -31,11 +34,21 @@ _OPERATORS = ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_r
               "_deform_conv2d_backward")  # fmt: skip
 
 
+#: Files that take long: first, or one process would end with one of them while the other has nothing left to do.
+LONG = ["test_cluster.py", "test_parallel.py", "test_distributed.py", "test_sharded.py", "test_sharded_training.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="module")
 def timm() -> Iterator[ModuleType]:
     import torch
 
-    transformers_utils = pytest.importorskip("transformers.utils")
+    from tests import needs
+
+    transformers_utils = needs.package("transformers.utils")
     transformers_utils.is_torchvision_available()  # settled, and remembered, before the folder is on the path
     library = torch.library.Library("torchvision", "DEF")
     for name in _OPERATORS:
@@ -43,7 +56,7 @@ def timm() -> Iterator[ModuleType]:
     sys.path.insert(0, str(_TIMM))
     importlib.invalidate_caches()
     try:
-        yield pytest.importorskip("timm", reason="timm is not installed: `make test` puts it beside the environment")
+        yield needs.timm()
     finally:
         sys.path.remove(str(_TIMM))
         library._destroy()

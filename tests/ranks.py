@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
@@ -18,8 +17,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
+
+from tests.waiting import HANG
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(  # imported once; names that cannot be are left out
@@ -43,14 +45,15 @@ class RankFailed(AssertionError):
         self.reasons = reasons
 
 
-def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Calls a function of a test module in `world` processes at once; returns what each rank returned.
+
+    Collectives give up after half of `HANG`, so that a rank that waits in vain says where.
 
     Args:
         world: how many.
         function: importable from the root of the repository, so not a local one; `dist` is ready in it.
         arguments: what it is called with; anything that pickles.
-        timeout: seconds after which the processes are stopped; collectives give up after half of them.
 
     Raises:
         RankFailed: if it raised, or a process ended, in any of them.
@@ -59,14 +62,14 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout:
         pipes, processes = [], []
         for rank in range(world):
             mine, theirs = _server.Pipe(duplex=False)
-            work = (theirs, function, arguments, rank, world, folder, timeout / 2)
+            work = (theirs, function, arguments, rank, world, folder)
             process = _server.Process(target=_work, args=work, daemon=True)
             process.start()
             theirs.close()
             pipes.append(mine)
             processes.append(process)
         try:
-            outcomes = [_outcome(pipe, process, timeout) for pipe, process in zip(pipes, processes, strict=True)]
+            outcomes = [_outcome(pipe, process) for pipe, process in zip(pipes, processes, strict=True)]
         finally:
             for process in processes:
                 process.kill()
@@ -76,9 +79,9 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout:
     return [value for value, _ in outcomes]
 
 
-def _outcome(pipe: Connection, process: Any, timeout: float) -> tuple[Any, str | None]:
-    if not wait([pipe], timeout):
-        return None, f"nothing after {timeout} s"
+def _outcome(pipe: Connection, process: Any) -> tuple[Any, str | None]:
+    if not wait([pipe], HANG):
+        return None, f"nothing after {HANG:g} s"
     try:
         return pickle.loads(pipe.recv_bytes())
     except EOFError:
@@ -93,14 +96,13 @@ def _work(
     rank: int,
     world: int,
     folder: str,
-    timeout: float,
 ) -> None:
     torch.set_num_threads(1)
     # what torchrun sets, and what frameworks read
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     store = dist.FileStore(str(Path(folder) / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=HANG / 2))
     try:
         # pickle: what a connection sends of a tensor is a handle, of no use when its process has ended
         pipe.send_bytes(pickle.dumps((function(*arguments), None)))
@@ -119,7 +121,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def torchrun(what: list[str], log: Path) -> Iterator[subprocess.Popen[str]]:
-    """Two processes of ``torchrun`` in a session of their own, all of which is killed at the end.
+    """Two processes of ``torchrun``, which are killed with it at the end, although each has a session of its own.
 
     Args:
         what: a script, or ``-m`` and a module, with its arguments.
@@ -129,12 +131,13 @@ def torchrun(what: list[str], log: Path) -> Iterator[subprocess.Popen[str]]:
     command += ["--master-port", str(free_port()), *what]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with log.open("w") as file:
-        group = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-        )
+        group = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment)
         try:
             yield group
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group.pid, signal.SIGKILL)
-            group.wait(30)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                agent = psutil.Process(group.pid)
+                agent.suspend()  # or it would clean up after the first that is killed
+                for process in [*agent.children(recursive=True), agent]:
+                    process.kill()
+            group.wait(HANG)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from rankdecay.audit import AuditReport, AuditRow, audit
+from tests import needs
 
 from .attention import families
 
@@ -194,7 +195,7 @@ def test_a_rescaling_uncovers_a_coincidence():
 
 
 def test_adapters():
-    peft = pytest.importorskip("peft")
+    peft = needs.package("peft")
     model, _ = language_model("llama", torch.float32)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     ids = torch.randint(3, families.VOCABULARY, (2, 7))

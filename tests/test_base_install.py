@@ -28,6 +28,7 @@ INTEGRATIONS = {
 HIDE = """
 import sys
 from importlib.machinery import PathFinder
+from tests.waiting import HANG
 
 HIDDEN = set(sys.stdin.read().split())
 
@@ -65,7 +66,7 @@ def hidden() -> str:
 
 def _python(hidden: str, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     call = [sys.executable, "-W", "error", "-c", HIDE + code, *map(str, arguments)]
-    return subprocess.run(call, input=hidden, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(call, input=hidden, capture_output=True, text=True, check=False, timeout=HANG)
 
 
 def _rankdecay(hidden: str, *arguments: object) -> subprocess.CompletedProcess[str]:

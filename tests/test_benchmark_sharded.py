@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankdecay.linalg import shrink
+from tests import needs
 from tests.ranks import on_ranks
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "sharded.py"
@@ -30,7 +31,7 @@ def benchmark(monkeypatch):
 
 
 def counted(benchmark, shards, unit, replicas=1):
-    pytest.importorskip("transformers")
+    needs.package("transformers")
     with torch.device("meta"):
         model = benchmark.llama("tiny")
     with benchmark.fake_ranks(replicas * shards):
@@ -75,7 +76,7 @@ def rows_of(*layouts):
 
 
 def test_real_processes_send_what_is_counted(benchmark):
-    pytest.importorskip("transformers")
+    needs.package("transformers")
     for rows in on_ranks(2, rows_of, "FSDP2", "TP"):
         for row, line in rows:
             whole = row["unit"] == "matrix"
@@ -86,7 +87,7 @@ def test_real_processes_send_what_is_counted(benchmark):
 
 
 def test_a_row_on_paper(benchmark):
-    pytest.importorskip("transformers")
+    needs.package("transformers")
     row = benchmark.paper_rows("tiny", 2, 4)[0]
     assert row.gpus == 8
     assert row.decay_s == pytest.approx(row.of_that_communication_s + row.operations / 30e12)

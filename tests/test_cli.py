@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from rankdecay.cli import LAB_COMMANDS, main
+from tests.waiting import HANG
 
 
 def refused(capsys, arguments: list[str]) -> str:
@@ -43,7 +44,7 @@ def test_an_answer_about_the_command_itself_loads_neither_torch_nor_the_lab(argu
         "print(sorted(heavy), file=sys.stderr)\nsys.exit(bool(heavy))"
     )
     call = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == 0, done.stderr
 
 

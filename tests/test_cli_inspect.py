@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 
 import rankdecay as rd
 from rankdecay.cli import main
+from tests import needs
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    transformers = pytest.importorskip("transformers")
+    transformers = needs.package("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, intermediate_size=48,

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 import rankdecay as rd
 from rankdecay.monitor import Monitor, RankCollapseWarning
+from tests import needs
+from tests.waiting import HANG
 
-transformers = pytest.importorskip("transformers")
+transformers = needs.package("transformers")
 
 SIZES = {"vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 IDS = torch.arange(16).reshape(2, 8)
@@ -196,7 +198,7 @@ def test_a_resumed_monitor_counts_on():
 
 
 def test_attached_it_follows_the_optimizer_and_its_wrapper_and_measures_after_the_decay():
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = needs.package("accelerate")
     model, logged = _gpt2(), []
     groups = rd.param_groups(model, query_key=rd.LowRank(1e3), value_output=rd.Frobenius(0.0))
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
@@ -293,7 +295,7 @@ def test_in_a_distributed_run_one_process_logs(tmp_path):
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     replicas = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], **pipes) for rank in range(2)]
     try:
-        said = [replica.communicate(timeout=60) for replica in replicas]
+        said = [replica.communicate(timeout=HANG) for replica in replicas]
     finally:
         for replica in replicas:
             replica.kill()
@@ -398,9 +400,9 @@ def test_the_blocks_of_the_page_run(block, monkeypatch):
     known: dict[str, Any] = {"rd": rd, "model": model, "optimizer": optimizer, "monitor": Monitor(model)}
     known["train_step"] = lambda *_: None
     if "L." in block:
-        known["L"] = pytest.importorskip("lightning")
+        known["L"] = needs.package("lightning")
     if "trainer.add" in block:
-        pytest.importorskip("accelerate")
+        needs.package("accelerate")
         known["trainer"] = MagicMock(spec=transformers.Trainer)
     exec(compile(block, str(PAGE), "exec"), known)
     if "wandb" in block or "trackio" in block or "tensorboard" in block:

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 import rankdecay as rd
+from tests import needs
+from tests.waiting import HANG
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, rankdecay; print('torch' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG)
     assert answer.stdout.strip() == "False"
 
 
@@ -30,7 +32,7 @@ def test_spectrum_stays_the_function_whatever_is_imported_first():
         "from rankdecay.spectrum import Spectrum\n"
         "assert rd.Spectrum is Spectrum"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=HANG)
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
@@ -43,7 +45,7 @@ def _readme_blocks() -> list[str]:
 
 
 def test_the_readmes_training_script_lowers_the_rank_of_attention(capsys):
-    pytest.importorskip("transformers")
+    needs.package("transformers")
     exec(_readme_blocks()[0], {})
     before, after = capsys.readouterr().out.split("rankdecay, attached to AdamW")[1:]
     ranks = [[int(line.split()[-1]) for line in table.splitlines() if "c_attn" in line] for table in (before, after)]

@@ -37,6 +37,7 @@ def open_run():
 # As the documentation of msvcrt has it; the module itself is on Windows alone.
 MSVCRT = """
 import types
+from tests.waiting import HANG
 
 def locking(descriptor, mode, count):
     assert (mode, count) == (msvcrt.LK_NBLCK, 1)
@@ -50,7 +51,7 @@ sys.modules["msvcrt"] = msvcrt
 
 def _python(code: str, *arguments: object) -> str:
     call = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

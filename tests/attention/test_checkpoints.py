@@ -20,6 +20,7 @@ from torch import nn
 
 import rankdecay as rd
 from rankdecay.attention.checkpoints import CheckpointError, open_checkpoint
+from tests.waiting import HANG
 
 from .families import TRANSFORMERS, build
 
@@ -54,7 +55,7 @@ def test_transformers_is_not_needed(tmp_path):
         "import sys; sys.modules['transformers'] = None\n"  # importing it would fail
         f"import rankdecay as rd; print(len(rd.inspect({str(tmp_path)!r}).rows))"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG)
     assert answer.stdout.strip() == "16"
 
 

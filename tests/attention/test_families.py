@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankdecay as rd
 from rankdecay.attention import AttentionLayer
+from tests import needs
 
 from .families import TOKENS, TRANSFORMERS, build, randomised, run
 
@@ -206,7 +207,7 @@ def test_timm(timm, name: str, options: dict, count: int) -> None:
 
 
 def test_an_adapter_is_part_of_the_matrix() -> None:
-    peft = pytest.importorskip("peft")
+    peft = needs.package("peft")
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
     model = randomised(peft.get_peft_model(build("llama"), config))
     layers = rd.find_attention(model)
@@ -218,7 +219,7 @@ def test_an_adapter_is_part_of_the_matrix() -> None:
 
 
 def test_an_adapter_in_a_transposed_layer() -> None:
-    peft = pytest.importorskip("peft")
+    peft = needs.package("peft")
     config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
     model = randomised(peft.get_peft_model(build("gpt2"), config))
     _check(model, rd.find_attention(model), lambda: run("gpt2", model))

@@ -15,6 +15,7 @@ from torch import nn
 import rankdecay as rd
 from rankdecay.attention.inspection import BALANCE, NORMS, RANKS
 from rankdecay.attention.summary import comparison, strip
+from tests import needs
 
 from .families import build
 
@@ -107,7 +108,7 @@ def test_every_row_stands_beside_its_baseline():
 
 
 def test_a_fresh_model_looks_like_its_baseline():
-    transformers = pytest.importorskip("transformers")
+    transformers = needs.package("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         n_embd=128, n_head=2, n_layer=2, vocab_size=50, n_positions=8, bos_token_id=0, eos_token_id=0

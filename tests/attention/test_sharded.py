@@ -17,9 +17,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import rankdecay as rd
 from rankdecay.decay.table import Row, table
+from tests import needs
 from tests.ranks import on_ranks
 
-pytest.importorskip("transformers")
+needs.package("transformers")
 
 SIZES = {"vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 #: How a model is cut into the parts of so many processes.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import rankdecay as rd
+from tests import needs
 
 LR, STRENGTH = 0.1, 0.7
 
@@ -137,7 +138,7 @@ def test_a_step_without_gradient_shrinks_exactly_the_chosen_matrices(dtype, unit
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "falcon-grouped", "bloom", "t5", "bart", "distilbert"])
 def test_the_same_on_real_models(family):
-    transformers = pytest.importorskip("transformers")
+    transformers = needs.package("transformers")
     torch.manual_seed(0)
     common = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     gpt = {"n_embd": 32, "n_head": 4, "n_layer": 2, **common}
@@ -640,7 +641,7 @@ def test_replicas_round_alike():
 # ---- on a device -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_on_cuda_never_waits_for_the_device(dtype, fused):

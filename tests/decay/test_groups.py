@@ -9,6 +9,7 @@ from torch import nn
 
 import rankdecay as rd
 from rankdecay.decay.roles import assign_roles
+from tests import needs
 
 
 class Block(nn.Module):
@@ -163,8 +164,8 @@ def test_a_role_with_only_frozen_parameters_is_an_error():
 
 
 def test_an_adapters_base_is_frozen_and_its_factors_are_named():
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
+    peft = needs.package("peft")
+    transformers = needs.package("transformers")
     config = transformers.LlamaConfig(
         hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, vocab_size=11
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from typing import Any
 
 import pytest
@@ -112,7 +111,7 @@ def apart(kind: str, hows: list[str], unit: str) -> dict[str, float]:
     ],
 )
 def test_twenty_steps_end_where_one_process_does(kind, world, hows, unit):
-    for found in on_ranks(world, apart, kind, hows, unit, timeout=240):
+    for found in on_ranks(world, apart, kind, hows, unit):
         assert {name: value for name, value in found.items() if not value < 1e-5} == {}
         assert len(found) == len(hows) * len(dict(MODELS[kind]().named_parameters()))
 
@@ -138,11 +137,9 @@ def dies(when: str) -> None:
 
 
 @pytest.mark.parametrize("when", ["before the step", "in the decay"])
-def test_a_killed_process_makes_the_others_fail_soon_and_with_a_message(when):
-    begun = time.monotonic()
+def test_a_killed_process_makes_the_others_fail_with_a_message_and_not_at_a_time_out(when):
     with pytest.raises(RankFailed) as caught:
-        on_ranks(2, dies, when, timeout=120)
-    assert time.monotonic() - begun < 60
+        on_ranks(2, dies, when)
     first, second = caught.value.reasons
     assert second == "the process ended with -9"
     assert "Connection closed by peer" in first or "Connection reset" in first

@@ -1,11 +1,11 @@
 """Attaching before `prepare`, after it, to the wrapper or to what is in it: all the same run."""
 
-import pytest
 import torch
 
 import rankdecay as rd
+from tests import needs
 
-accelerate = pytest.importorskip("accelerate")
+accelerate = needs.package("accelerate")
 
 
 def train(attach_to: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

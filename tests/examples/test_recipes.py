@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import rankdecay as rd
+from tests import needs
 
-transformers = pytest.importorskip("transformers")
+transformers = needs.package("transformers")
 
 # Lightning 2.6 with torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
@@ -41,13 +42,13 @@ def names(block: str, folder: Path) -> dict[str, Any]:
     known: dict[str, Any] = {"torch": torch, "rd": rd, "copy": copy, "model": model, "make_model": make_model}
     known |= {"path": folder / "saved.pt", "dataset": [{"input_ids": row, "labels": row} for row in ids]}
     if "Trainer" in block and "L." not in block:
-        pytest.importorskip("accelerate")
+        needs.package("accelerate")
         known["Trainer"] = transformers.Trainer
         known["arguments"] = transformers.TrainingArguments(
             str(folder), max_steps=2, report_to="none", dataloader_pin_memory=False, disable_tqdm=True
         )
     if "L." in block:
-        known["L"] = L = pytest.importorskip("lightning")
+        known["L"] = L = needs.package("lightning")
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         known["make_trainer"] = lambda: L.Trainer(max_steps=2, log_every_n_steps=1, **quiet)
         known["loader"] = torch.utils.data.DataLoader(ids, batch_size=4)
@@ -75,7 +76,7 @@ def trained(known: dict[str, Any]) -> tuple[nn.Module, Any]:
 def test_block_runs_and_leaves_a_decay(block: str, tmp_path: Path) -> None:
     for module in re.findall(r"^from (\w+)", block, flags=re.MULTILINE):
         if module in ("trl", "timm"):
-            pytest.skip(f"run by hand with {module}, which is not a dependency, when the block was written")
+            pytest.skip(needs.BY_HAND.format(module))
     known = names(block, tmp_path)
     exec(compile(block, str(PAGE), "exec"), known)
     model, optimizer = trained(known)

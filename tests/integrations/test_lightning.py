@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.monitor import Monitor, RankCollapseWarning
+from tests import needs
 
-L = pytest.importorskip("lightning")
+L = needs.package("lightning")
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 from rankdecay.integrations.lightning import RankCallback  # noqa: E402

@@ -18,10 +18,11 @@ from torch import nn
 from torch.optim import AdamW
 
 import rankdecay as rd
+from tests import needs
 from tests.ranks import on_ranks
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+needs.package("transformers")
+needs.package("accelerate")
 
 SAVED, STEPS = 4, 7  # every=3: the cycle is at 1 of 3 when it is saved
 IDS = torch.randint(16, (4, 6), generator=torch.Generator().manual_seed(1))  # each step takes all, half in each process
@@ -192,7 +193,7 @@ def with_lightning(folder: str) -> dict[str, Any]:
 @pytest.mark.parametrize("framework", [with_accelerate, with_trainer, with_lightning])
 def test_two_processes_arrive_where_one_does(framework: Callable[[str], Any], tmp_path: Path) -> None:
     if framework is with_lightning:
-        pytest.importorskip("lightning")
+        needs.package("lightning")
     first, other = on_ranks(2, framework, str(tmp_path / "saved"))
     expected = alone()
     for its in (first, other):

@@ -10,9 +10,10 @@ import torch
 
 import rankdecay as rd
 from rankdecay.monitor import Monitor, RankCollapseWarning
+from tests import needs
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+transformers = needs.package("transformers")
+needs.package("accelerate")
 from rankdecay.integrations.transformers import RankCallback  # noqa: E402
 
 NAME = "rank/query_key/effective_rank"

@@ -4,8 +4,8 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ import torch
 from rankdecay import cli
 from rankdecay.lab.cli import EXPERIMENTS, parse
 from rankdecay.lab.experiments.grok import Grok
+from tests.held import held
+from tests.waiting import HANG, until
 
 TINY = (
     "--task add --modulus 7 --steps 4 --evaluate-every 2 --seeds 2 --batch-size 8 --width 8 --precision float32 "
@@ -159,7 +161,7 @@ def test_help_answers_without_torch(command):
         "print(sorted(heavy), file=sys.stderr)\nsys.exit(code or bool(heavy))"
     )
     call = [sys.executable, "-c", code, command, "--help"]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert f"usage: rankdecay {command} " in done.stdout
     words = " ".join(done.stdout.replace("│", " ").split())
@@ -309,17 +311,10 @@ KILLED = (
 )
 
 
-def start(out: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "rankdecay.cli", *KILLED.split(), "--out", str(out), *options]
+def start(out: Path, *options: str, **where: Any) -> subprocess.Popen:
+    """Starts a run that is held somewhere in its middle: a busy machine may come to kill it late."""
+    command = held(*KILLED.split(), "--out", str(out), *options, **where)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_until(condition, process: subprocess.Popen, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"ended by itself: {process.communicate()}"
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
 
 
 def last_step(out: Path) -> int:
@@ -347,15 +342,15 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 def test_kill_9_again_and_again_and_the_result_is_the_same(uninterrupted, tmp_path, capsys):
     out = tmp_path / "run"
-    moments = [
-        lambda: (out / ".lock").exists(),  # at the very beginning
-        lambda: last_step(out) >= 10,
-        lambda: last_step(out) >= 20 and (any(out.rglob("*.partial")) or last_step(out) >= 30),  # a file half written
-        lambda: last_step(out) >= 40,
+    moments = [  # four lines for each step of evaluation
+        (lambda: (out / ".lock").exists(), {}),  # at the very beginning
+        (lambda: last_step(out) >= 10, {"lines": 8}),
+        (lambda: last_step(out) >= 20 and any(out.rglob("*.partial")), {"lines": 12, "event": "os.rename"}),
+        (lambda: last_step(out) >= 40, {"lines": 20}),
     ]
-    for moment in moments:
-        with start(out, "--quiet") as process:
-            wait_until(moment, process)
+    for moment, where in moments:
+        with start(out, "--quiet", **where) as process:
+            until(moment, process)
             process.kill()
             process.wait()
             assert process.returncode == -signal.SIGKILL
@@ -368,10 +363,10 @@ def test_kill_9_again_and_again_and_the_result_is_the_same(uninterrupted, tmp_pa
 
 def test_ctrl_c_says_how_to_go_on(uninterrupted, tmp_path, capsys):
     out = tmp_path / "run"
-    with start(out) as process:
-        wait_until(lambda: last_step(out) >= 20, process)
+    with start(out, lines=12) as process:
+        until(lambda: last_step(out) >= 20, process)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert "interrupted" in error
     assert f"--out {out}" in error

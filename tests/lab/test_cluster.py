@@ -9,27 +9,31 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import psutil
 import pytest
 
+from rankdecay import cli
 from rankdecay.lab import cluster, sweep
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.boundary import Boundary, chosen_arms, filled, make_plan, trials
 from rankdecay.lab.outcome import key_of
 from rankdecay.lab.store import read_metrics
 from rankdecay.lab.sweep import Trial
+from tests import needs
+from tests.held import held
+from tests.waiting import HANG, no_hang, until
 
 # Before Ray is imported, and inherited by the commands that tests start: a cluster that serves only who has its token,
 # and does not touch the user's own.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-os.environ.update(cluster.ENVIRONMENT | TOKEN)
-ray = pytest.importorskip("ray")
-Cluster = pytest.importorskip("ray.cluster_utils").Cluster
+PATIENCE = {"RAY_gcs_server_port_wait_time_s": str(int(HANG))}
+os.environ.update(cluster.ENVIRONMENT | TOKEN | PATIENCE)
+ray = needs.package("ray")
+Cluster = needs.package("ray.cluster_utils").Cluster
 
 # In double precision, where a row has the same digits whatever ran beside it.
 OPTIONS = (
@@ -55,7 +59,12 @@ SETTINGS = filled(
 TRIALS = [t for arm in chosen_arms(SETTINGS).values() for t in trials(SETTINGS, arm, arm.strengths or (0.0,))]
 # One place each, so that the rows of a task come one by one and a worker that dies has some left to lose.
 PLAN = dataclasses.replace(make_plan(SETTINGS, "cpu", TRIALS), places=1)
-HEALTH_CHECKS = {"health_check_period_ms": 1000, "health_check_failure_threshold": 10}  # seen in time, and not too soon
+# A machine that is gone fails its checks at once, one after another; one that is merely slow has time to answer.
+HEALTH_CHECKS = {
+    "health_check_period_ms": 1000,
+    "health_check_failure_threshold": 5,
+    "health_check_timeout_ms": int(HANG * 1000),
+}
 NODE = {"num_cpus": 1, "object_store_memory": cluster.MEMORY}
 
 
@@ -67,7 +76,7 @@ class Nodes:
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address = self._cluster.address
         self.machines = [self._cluster.add_node(**NODE) for _ in range(2)]
-        self._cluster.wait_for_nodes(60)
+        self._cluster.wait_for_nodes(HANG)
 
     def busy(self) -> Iterator[tuple[object, psutil.Process]]:
         """Each machine that trains now, with a worker that does."""
@@ -89,7 +98,7 @@ class Nodes:
 
     def add(self) -> None:
         self.machines.append(self._cluster.add_node(**NODE))
-        self._cluster.wait_for_nodes(60)
+        self._cluster.wait_for_nodes(HANG)
 
     def shutdown(self) -> None:
         """Ends all processes, and fails if one stays."""
@@ -97,24 +106,17 @@ class Nodes:
         started = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
         started += [child for process in started for child in process.children(recursive=True)]
         self._cluster.shutdown()
-        _, left = psutil.wait_procs(started, timeout=15)
+        _, left = psutil.wait_procs(started, timeout=HANG)
         for process in left:
             process.kill()
         assert not left
 
 
 @pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
+def _no_hang() -> Iterator[None]:
     """A sweep that waits for ever fails instead."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with no_hang():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -147,28 +149,8 @@ def rows(address: str, some: list[Trial] = TRIALS, notice=print) -> Iterator[dic
     return cluster.rows(some, PLAN, address, 1.0, notice)
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> object:
-    """What a condition gives once it holds."""
-    deadline = time.monotonic() + seconds
-    while not (answer := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return answer
-
-
-def command(out: Path, address: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "rankdecay.cli",
-        "boundary",
-        *OPTIONS.split(),
-        "--out",
-        str(out),
-        "--ray",
-        address,
-        "--quiet",
-    ]
+def arguments(out: Path, address: str) -> list[str]:
+    return ["boundary", *OPTIONS.split(), "--out", str(out), "--ray", address, "--quiet"]
 
 
 def test_tasks_hold_trials_of_one_network_in_order() -> None:
@@ -215,15 +197,15 @@ def test_a_removed_machine_loses_and_repeats_nothing(nodes: Nodes, expected: dic
 
 def test_a_killed_driver_resumes(nodes: Nodes, expected: dict, tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    driver = subprocess.Popen(command(tmp_path, nodes.address))
+    driver = subprocess.Popen(held(*arguments(tmp_path, nodes.address), lines=2))
     try:
-        until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2)
+        until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2, driver)
     finally:
         driver.kill()
         driver.wait()
     before = metrics.read_bytes()
     assert before.count(b"\n") < len(expected)
-    subprocess.run(command(tmp_path, nodes.address), check=True, timeout=60)
+    assert cli.main(arguments(tmp_path, nodes.address)) == 0  # over the connection and with the workers that are there
     assert metrics.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
     assert by_key(read_metrics(tmp_path)) == expected
     assert json.loads((tmp_path / "summary.json").read_text())["command"] == "boundary"
@@ -286,16 +268,16 @@ def test_without_ray_the_remedy_is_named(monkeypatch) -> None:
 
 
 def test_a_cluster_of_its_own(expected: dict, tmp_path: Path) -> None:
-    driver = subprocess.Popen(command(tmp_path, "local"))
+    driver = subprocess.Popen([sys.executable, "-m", "rankdecay.cli", *arguments(tmp_path, "local")])
     started: list[psutil.Process] = []
     try:
-        until(lambda: (tmp_path / "metrics.jsonl").exists())
+        until(lambda: (tmp_path / "metrics.jsonl").exists(), driver)
         started = psutil.Process(driver.pid).children(recursive=True)
-        assert driver.wait(60) == 0
+        assert driver.wait(HANG) == 0
     finally:
         if driver.poll() is None:
             driver.send_signal(signal.SIGKILL)
             driver.wait()
     assert by_key(read_metrics(tmp_path)) == expected
     assert started
-    assert not psutil.wait_procs(started, timeout=15)[1]
+    assert not psutil.wait_procs(started, timeout=HANG)[1]

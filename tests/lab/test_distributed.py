@@ -6,7 +6,6 @@ import contextlib
 import json
 import subprocess
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,22 @@ from safetensors.torch import load_file
 from rankdecay.lab.distributed import joined, share
 from rankdecay.lab.store import read_metrics
 from tests.ranks import torchrun
+from tests.waiting import HANG, until
 
 from .tiny import Repeat, make, timeless
 
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {root!r}]
 from tiny import Repeat, make
 from rankdecay.lab.errors import SettingError
+from tests.held import hold
 import rankdecay.lab.store
 rankdecay.lab.store.CHECKPOINT_RARITY = 0
-breaks, changes = json.loads(sys.argv[1])
+breaks, changes, lines = json.loads(sys.argv[1])
+if lines:
+    hold(Path(sys.argv[2], "run"), "open", lines, ".lock")
 said = Path(sys.argv[2], os.environ["RANK"])
 try:
     summary = make(Path(sys.argv[2], "run"), Repeat(breaks=breaks), **changes)
@@ -40,11 +43,13 @@ said.write_text("summary" if summary else "nothing")
 
 
 def started(
-    folder: Path, breaks: tuple[int, int] | None = None, **changes: Any
+    folder: Path, breaks: tuple[int, int] | None = None, lines: int = 0, **changes: Any
 ) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """Two processes, of which the first is held before it adds to so many lines, if they are not 0."""
     script = folder / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT).format(here=str(Path(__file__).parent)))
-    return torchrun([str(script), json.dumps([breaks, changes]), str(folder)], folder / "log")
+    here = Path(__file__).parent
+    script.write_text(textwrap.dedent(SCRIPT).format(here=str(here), root=str(here.parents[1])))
+    return torchrun([str(script), json.dumps([breaks, changes, lines]), str(folder)], folder / "log")
 
 
 def said(folder: Path) -> list[str]:
@@ -54,7 +59,7 @@ def said(folder: Path) -> list[str]:
 def together(folder: Path, breaks: tuple[int, int] | None = None, **changes) -> int:
     """The exit status of two processes that ran to their end."""
     with started(folder, breaks, **changes) as group:
-        return group.wait(240)
+        return group.wait(HANG)
 
 
 def log(folder: Path) -> str:
@@ -72,12 +77,9 @@ def test_alone_there_is_nobody_to_join(monkeypatch):
 def test_two_processes_train_what_one_does_also_after_all_were_killed(tmp_path):
     settings = {"arms": ("l2", "low_rank"), "strengths": ("l2=0", "low_rank=2"), "accumulate": 2, "steps": 48}
     metrics = tmp_path / "run" / "metrics.jsonl"
-    with started(tmp_path, **settings) as group:
-        deadline = time.monotonic() + 240
-        while not metrics.exists() or len(metrics.read_bytes().split(b"\n")) < 13:  # in the second run
-            assert time.monotonic() < deadline, log(tmp_path)
-            assert group.poll() is None, log(tmp_path)
-            time.sleep(0.01)
+    with started(tmp_path, lines=12, **settings) as group:
+        in_the_second_run = lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 12  # noqa: E731
+        until(in_the_second_run, group, lambda: log(tmp_path))
     written = metrics.read_bytes()
     assert not (tmp_path / "run" / "summary.json").exists()
 

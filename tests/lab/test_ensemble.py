@@ -18,6 +18,7 @@ from rankdecay.lab.models.transformer import TransformerConfig
 from rankdecay.lab.tasks import make_dataset
 from rankdecay.linalg import shrink
 from rankdecay.spectrum import spectrum
+from tests import needs
 
 MODULUS = 5  # 25 pairs: every batch below is larger than the vocabulary, or smaller where a test says so
 CONFIG = TransformerConfig(MODULUS + 1, 3, MODULUS, width=8, depth=2, heads=2, mlp_width=12)
@@ -788,7 +789,7 @@ def test_lower_precision_follows_the_same_course(precision):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler
-@pytest.mark.skipif(not compiler_available("cpu"), reason="no C++ compiler for torch.compile on this machine")
+@needs.compiler
 def test_compiled_is_eager_within_rounding():
     from torch._dynamo.utils import counters
 

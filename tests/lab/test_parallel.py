@@ -8,8 +8,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +24,9 @@ from rankdecay.lab.experiments.language import Language, check
 from rankdecay.lab.parallel import Layout, Parallel
 from rankdecay.lab.store import Checkpoint, Record, read_metrics
 from rankdecay.lab.training import Plan, Run, Session
-from tests.ranks import free_port, on_ranks, torchrun
+from tests.held import held
+from tests.ranks import RankFailed, free_port, on_ranks, torchrun
+from tests.waiting import HANG, until
 
 from .tiny import Repeat
 
@@ -142,17 +142,19 @@ def test_a_loss_scaler_is_for_whole_models():
 # --- processes that are lost ---
 
 
-def outlive(seconds: float, port: int) -> str:
+def outlive(seconds: float, port: int, folder: Path) -> str:
     """What a process says when the other says nothing, or has left."""
     torch.distributed.destroy_process_group()  # that of `on_ranks`
     os.environ["MASTER_PORT"] = str(port)
     try:
         with joined("cpu", timedelta(seconds=seconds)) as (_, first):
             torch.distributed.barrier()
+            (folder / f"met{first}").touch()
             if not first:
-                time.sleep(2 * seconds)
+                until((folder / "gave up").exists)
             torch.distributed.barrier()
     except SettingError as error:
+        (folder / "gave up").touch()
         return str(error)
     finally:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -169,29 +171,23 @@ def arguments(out: Path, text: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def started(out: Path, text: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-    return torchrun(["-m", "rankdecay.cli", *arguments(out, text)], out.with_suffix(".log"))
-
-
 def test_a_run_of_which_one_process_is_killed_goes_on_when_it_is_started_again(tmp_path):
     text, out = tmp_path / "text", tmp_path / "run"
     text.write_text("a decay of attention of its own, " * 200)
-    with started(out, text) as group:
-        deadline = time.monotonic() + 120
-        while not (out / "checkpoint.safetensors").exists() or len(read_metrics(out)) < 5:
-            assert time.monotonic() < deadline, out.with_suffix(".log").read_text()
-            assert group.poll() is None, out.with_suffix(".log").read_text()
-            time.sleep(0.01)
+    log = out.with_suffix(".log")
+    in_the_middle = held(*arguments(out, text), lines=5, file="checkpoint.safetensors")[1:]
+    with torchrun(in_the_middle, log) as group:
+        until(lambda: (out / "checkpoint.safetensors").exists() and len(read_metrics(out)) >= 5, group, log.read_text)
         second = [p for p in psutil.Process(group.pid).children() if p.environ().get("RANK") == "1"]
         second[0].send_signal(signal.SIGKILL)
-        assert group.wait(60) != 0
-    said = out.with_suffix(".log").read_text()
+        assert group.wait(HANG) != 0
+    said = log.read_text()
     assert "Signal 9 (SIGKILL) received by PID" in said
     assert not (out / "summary.json").exists()
 
-    with started(out, text) as group:
-        assert group.wait(120) == 0, out.with_suffix(".log").read_text()
-    said = out.with_suffix(".log").read_text()
+    with torchrun(["-m", "rankdecay.cli", *arguments(out, text)], log) as group:
+        assert group.wait(HANG) == 0, log.read_text()
+    said = log.read_text()
     assert said.count("continuing low_rank 2") == 1
     assert main([*arguments(tmp_path / "alone", text), "--quiet"]) == 0
     ours, alone = (read_metrics(tmp_path / name) for name in ("run", "alone"))
@@ -209,8 +205,16 @@ def test_a_run_of_which_one_process_is_killed_goes_on_when_it_is_started_again(t
             torch.testing.assert_close(saved[name], expected[name], rtol=1e-2, atol=1e-3)
 
 
-def test_a_process_that_waits_in_vain_says_so():
-    said = on_ranks(2, outlive, 1.0, free_port())
+def test_a_process_that_waits_in_vain_says_so(tmp_path):
+    for seconds in (1, 10, 100):  # of patience: enough for both to meet, on whatever machine
+        folder = tmp_path / str(seconds)
+        folder.mkdir()
+        with contextlib.suppress(RankFailed):
+            said = on_ranks(2, outlive, seconds, free_port(), folder)
+            if len(list(folder.glob("met*"))) == 2:
+                break
     for rank, words in enumerate(said):
-        assert words.startswith(f"process {rank} of 2 has lost another, which ended or said nothing for 1 s: its own")
+        assert words.startswith(
+            f"process {rank} of 2 has lost another, which ended or said nothing for {seconds} s: its own"
+        )
         assert "the same command again goes on from the last checkpoint" in words

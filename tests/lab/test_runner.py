@@ -19,6 +19,8 @@ from rankdecay.lab.progress import Progress
 from rankdecay.lab.runner import Runner
 from rankdecay.lab.store import RunDirectory, read_metrics
 from rankdecay.lab.tasks import make_dataset
+from tests import needs
+from tests.waiting import HANG
 
 CONFIG = {"command": "test", "settings": {}, "arms": []}
 NETWORK = TransformerConfig(6, 3, 5, width=8, depth=1, heads=2, mlp_width=8)
@@ -161,7 +163,7 @@ def test_a_line_cut_short_by_a_kill(whole, tmp_path, share):
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is full")
+@needs.full_disk
 @pytest.mark.parametrize("name", ["metrics.jsonl", "snapshots/00000006.npz.partial", "checkpoint.safetensors.partial"])
 def test_a_full_disk_costs_nothing_that_was_stored(whole, tmp_path, name):
     path = tmp_path / "run"
@@ -305,7 +307,7 @@ print(fatal)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs.fork
 def test_killed_before_any_one_of_its_file_operations_a_run_ends_the_same(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLS, str(tmp_path), *TINY.split()],
@@ -313,7 +315,7 @@ def test_killed_before_any_one_of_its_file_operations_a_run_ends_the_same(tmp_pa
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     kills = int(done.stdout) - 1

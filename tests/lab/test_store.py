@@ -1,7 +1,6 @@
 """Run directories: what is refused, what a kill or a full disk may cost, and what the files hold."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.store import Checkpoint, RunDirectory, read_json, read_metrics
+from tests import needs
 
 CONFIG = {
     "command": "grok",
@@ -145,7 +145,7 @@ def test_a_file_system_that_takes_no_directories_is_refused():
         opened(Path("/proc/rankdecay"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@needs.ordinary_user
 def test_a_directory_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(SettingError, match="cannot be written"):
@@ -308,14 +308,11 @@ def test_what_a_kill_left_half_written_is_never_read(tmp_path):
         assert [step for step, _ in snapshots(tmp_path / "run")] == [0]
 
 
-needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is full")
-
-
 def assert_says_disk_full(error, name: str) -> None:
     assert all(word in one_line(error) for word in ("disk is full", name, "free", "again"))
 
 
-@needs_dev_full
+@needs.full_disk
 def test_a_full_disk_while_metrics_are_appended(tmp_path):
     path = tmp_path / "run"
     with opened(path) as run:
@@ -334,7 +331,7 @@ def test_a_full_disk_while_metrics_are_appended(tmp_path):
         assert run.metrics() == RECORDS[:2]
 
 
-@needs_dev_full
+@needs.full_disk
 @pytest.mark.parametrize("name", ["checkpoint.safetensors", "snapshots/00000010.npz", "summary.json"])
 def test_a_full_disk_while_a_file_is_replaced_leaves_the_old_one(tmp_path, name):
     path = tmp_path / "run"

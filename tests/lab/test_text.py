@@ -1,5 +1,6 @@
 """Texts: where they are, how they are split, and what is refused."""
 
+import importlib.util
 import json
 import sysconfig
 from pathlib import Path
@@ -20,6 +21,7 @@ from rankdecay.lab.text import (
     split,
     standard_library,
 )
+from tests import needs
 
 SENTENCE = "the rank of attention falls as the weights decay, and the rest goes on as before. "
 
@@ -154,7 +156,7 @@ def test_a_text_shorter_than_a_context_is_refused(tmp_path):
 
 
 def test_without_datasets_the_extra_is_named():
-    if pytest.importorskip("importlib.util").find_spec("datasets") is not None:
+    if importlib.util.find_spec("datasets") is not None:
         with pytest.raises(SettingError, match="cannot be loaded"):
             loaded(dataset="/nowhere/at/all")
         return
@@ -163,7 +165,7 @@ def test_without_datasets_the_extra_is_named():
 
 
 def test_data_sets_on_this_machine(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    datasets = needs.package("datasets")
     rows = [f"{i} {SENTENCE}" for i in range(30)]
     plain = datasets.Dataset.from_dict({"id": list(range(30)), "text": rows})
     plain.save_to_disk(tmp_path / "plain")

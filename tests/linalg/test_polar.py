@@ -21,6 +21,7 @@ from matrices import (
 )
 
 from rankdecay.linalg import choose_backend, polar, record_backends, smooth_polar
+from tests import needs
 
 BACKENDS = ["exact", "matmul"]
 
@@ -343,7 +344,7 @@ def default_settings_afterwards():
 @pytest.mark.parametrize("fails", [False, True])
 def test_reduced_precision_is_off_inside_and_restored(monkeypatch, change, fails):
     if change is by_new_flag and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("this torch has only the legacy flags")
+        pytest.skip(needs.NEWER_TORCH)
     module = polar_module()
     seen = []
     real = module.polar_prepared
@@ -382,14 +383,14 @@ def test_autocast_is_off_inside():
         assert torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs.cuda
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cuda_equals_cpu(backend):
     W = conditioned((64, 48), 1e4, torch.float32)
     assert relative_error(polar(W.cuda(), backend).cpu(), by_svd(W, ones)) <= (1e-6 if backend == "exact" else 1e-3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs.cuda
 def test_matmul_backend_does_not_synchronise():
     W = gaussian(2, 64, 48).cuda()
     torch.cuda.set_sync_debug_mode("error")

@@ -29,7 +29,7 @@ ROUNDS = 8  # a task has at most this many times the places of its ensemble: it 
 TASKS_PER_SLOT = {"cpu": 4, "cuda": 1}  # a CPU wants balance, a GPU full ensembles
 SUBMITTED_PER_SLOT = 2  # tasks the cluster knows of: those that run, and their successors
 WAKE = 1.0  # seconds after which a waiting driver looks for an interrupt
-CONNECT = 30.0  # seconds that a cluster has to answer
+CONNECT = 30.0  # seconds that a machine far away has to answer; one where nothing listens refuses at once
 MEMORY = 100 * 2**20  # bytes of object store of a Ray started here: a row has a few thousand
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no report to Ray's makers

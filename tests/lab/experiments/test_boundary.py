@@ -5,7 +5,6 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from rankdecay.lab.experiments.boundary import (
     trials,
 )
 from rankdecay.lab.experiments.common import NOT_IDENTITY
+from tests.waiting import HANG, until
 
 TINY = Boundary(
     task="subtract",
@@ -310,21 +310,20 @@ def test_importing_the_settings_imports_neither_torch_nor_numpy():
 
 def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
     """SIGKILL while rows are being written; what was stored stays byte for byte, nothing is there twice."""
-    command = [sys.executable, "-m", "rankdecay.cli", *OPTIONS, "--steps", "200", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [*OPTIONS, "--steps", "200", "--quiet", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rankdecay.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
-        time.sleep(0.02)
+    until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2, process)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG)
     stored = metrics.read_bytes().split(b"\n")[:-1]
     assert 2 <= len(stored) <= 12
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert main(command) == 0
     after = metrics.read_bytes().split(b"\n")
     assert after[: len(stored)] == stored
     assert len(after) == 12 + 1
-    whole = [*command[:-1], str(tmp_path / "whole")]
-    subprocess.run(whole, check=True, capture_output=True, timeout=300)
+    assert main([*command[:-1], str(tmp_path / "whole")]) == 0
     resumed, straight = ({json.dumps(figures(r), sort_keys=True) for r in rows(tmp_path / d)} for d in ("run", "whole"))
     assert resumed == straight

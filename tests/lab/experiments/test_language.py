@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,8 @@ from rankdecay.lab.experiments.language import PRESETS, Language, LanguageModell
 from rankdecay.lab.store import read_metrics
 from rankdecay.lab.text import load
 from rankdecay.lab.training import Session
+from tests.held import held
+from tests.waiting import until
 
 SENTENCES = (
     "the rank of attention falls as its weights decay. ",
@@ -176,11 +176,9 @@ def test_killed_in_mid_run_it_goes_on_as_if_nothing_had_been(text, tmp_path):
     options += ["--steps", "200", "--evaluate-every", "10", "--quiet"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     command = language(text, broken, *options)
-    code = "import sys; from rankdecay.cli import main; sys.exit(main(sys.argv[1:]))"
-    with subprocess.Popen([sys.executable, "-c", code, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-        end = time.monotonic() + 300
-        while not (broken / "checkpoint.safetensors").exists() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.005)
+    in_the_middle = held(*command, file="checkpoint.safetensors")
+    with subprocess.Popen(in_the_middle, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        until((broken / "checkpoint.safetensors").exists, process)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert (broken / "checkpoint.safetensors").exists()

@@ -1,7 +1,6 @@
 """A small run directory in the format of docs/run_directory.md, with made-up, deterministic numbers; a real browser."""
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from tests import needs
+from tests.waiting import HANG
 
 ARMS = ["none", "l2", "l2_tuned", "low_rank", "prototype", "uniform_attention"]
 DECAY = {"low_rank": 0.02, "prototype": 0.025, "l2": 0.0, "l2_tuned": 0.004, "none": 0.0}
@@ -171,6 +173,7 @@ class Opened:
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("request", self._request)
+        self.page.set_default_timeout(1000 * HANG)
         self.page.goto(path.as_uri())
 
     def _console(self, message):
@@ -188,10 +191,8 @@ class Opened:
 
 @pytest.fixture(scope="module")
 def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no `chromium` on the PATH: install Debian's chromium to test the page")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install '.[test]'")
+    chromium = needs.chromium()
+    api = needs.package("playwright.sync_api")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         yield browser

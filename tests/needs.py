@@ -1,0 +1,52 @@
+"""What some tests need and not every machine has: one reason each, with what to do about it.
+
+A reason reads ``what is missing: how to have it``. `tests/conftest.py` ends a run with those that were met, counted.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from rankdecay.lab.ensemble import compiler_available
+
+BROWSER = "no Chromium: apt-get install chromium, then make test"
+NEWER_TORCH = "this torch has only the legacy flags of precision: install torch 2.9 or later"
+BY_HAND = "no {} for a block of docs/recipes.md: install it and run the block by hand"
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run make test on a machine with a GPU")
+compiler = pytest.mark.skipif(
+    not compiler_available("cpu"), reason="no C++ compiler: apt-get install g++, then make test"
+)
+ordinary_user = pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root: run make test as one")
+full_disk = pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="no /dev/full, a disk that is full: run make test on Linux"
+)
+fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork: run make test on Linux or macOS")
+
+#: Packages that `make test` does not install.
+_EXTRAS = {"datasets": "pip install 'rankdecay[datasets]', then make test"}
+
+
+def package(name: str) -> ModuleType:
+    """Imports a package, or a module of one, or skips what asks for it."""
+    remedy = _EXTRAS.get(name, "rm .venv/installed, then make test, which installs it")
+    return pytest.importorskip(name, reason=f"no {name.partition('.')[0]}: {remedy}")
+
+
+def timm() -> ModuleType:
+    """Imports timm, whose folder the fixture of that name puts on the path."""
+    return pytest.importorskip(
+        "timm", reason="no timm: rm .venv/installed, then make test, which puts it beside the environment"
+    )
+
+
+def chromium() -> str:
+    """The path of the browser, or skips what asks for it."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip(BROWSER)
+    return path
