@@ -30,6 +30,8 @@ import sys
 from importlib.machinery import PathFinder
 from tests.waiting import HANG
 
+from tests.waiting import HANG
+
 HIDDEN = set(sys.stdin.read().split())
 
 class Installed(PathFinder):

@@ -39,6 +39,8 @@ MSVCRT = """
 import types
 from tests.waiting import HANG
 
+from tests.waiting import HANG
+
 def locking(descriptor, mode, count):
     assert (mode, count) == (msvcrt.LK_NBLCK, 1)
     assert os.lseek(descriptor, 0, os.SEEK_CUR) == 0  # the byte that every process locks
