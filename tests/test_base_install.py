@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
 from rankdecay.cli import LAB_PACKAGES
+from tests.waiting import HANG
 
 ROOT = Path(__file__).resolve().parents[1]
 INTEGRATIONS = {
@@ -28,9 +29,6 @@ INTEGRATIONS = {
 HIDE = """
 import sys
 from importlib.machinery import PathFinder
-from tests.waiting import HANG
-
-from tests.waiting import HANG
 
 HIDDEN = set(sys.stdin.read().split())
 

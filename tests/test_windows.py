@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.waiting import HANG
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Other packages are imported before: they look for themselves which system they are on.
@@ -37,9 +39,6 @@ def open_run():
 # As the documentation of msvcrt has it; the module itself is on Windows alone.
 MSVCRT = """
 import types
-from tests.waiting import HANG
-
-from tests.waiting import HANG
 
 def locking(descriptor, mode, count):
     assert (mode, count) == (msvcrt.LK_NBLCK, 1)

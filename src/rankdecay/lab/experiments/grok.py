@@ -65,13 +65,13 @@ class Grok:
     """p of the arithmetic; ignored by s5."""
     train_fraction: float = 0.5
     """Share of all examples used for training; for every task but selection and recall."""
-    train_examples: int = 1000
+    train_examples: int = 1100
     """Number of training examples, for selection and recall."""
     values: int = 4
     """Number of values to select from, for selection; of pairs, for recall."""
     split: Literal["unordered", "ordered"] = "unordered"
     """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
-    steps: int = 640
+    steps: int = 600
     """Training steps."""
     seeds: int = 3
     """Seeds per arm; a seed fixes split, initial weights and batches in every arm."""
@@ -89,7 +89,7 @@ class Grok:
     """Apply four steps' low-rank decay every fourth step, to save time."""
     tuned_strength: float = 30.0
     """Strength of the l2_tuned arm: the best the committed sweep found (docs/findings.md)."""
-    weight_decay: float = 2.0
+    weight_decay: float = 1.5
     """L2 on everything but W_Q and W_K, shared by all arms; the l2 arm applies it to W_Q and W_K too."""
     lr: float = 2e-3
     """Learning rate of AdamW."""
