@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -27,6 +27,8 @@ from rankdecay.lab.store import Checkpoint
 
 Record = dict[str, Any]
 Batch = tuple[Tensor, ...]
+THREAD_PAIRS = 5  # of steps that are timed, one on one core and one on all
+THREADS_PAY = 1.1  # times as fast as on one core that a step must be on all
 Precision = Literal["float32", "bfloat16", "float16"]
 MEASURES = ("pseudo_rank", "effective_rank", "stable_rank", "nuclear_norm", "nuclear_gap", "imbalance")
 PARTS = ("query_key", "value_output", "query", "key")
@@ -338,6 +340,33 @@ class Session:
             moments.setdefault(int(index), {})[rest] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": checkpoint.extra["groups"]})
         self._scaler.load_state_dict(checkpoint.extra["scaler"])
+
+
+def choose_threads(run: Run, problem: Problem, plan: Plan) -> None:
+    """Lets torch work on one core where all of them make a step no faster: a small model, or a busy machine.
+
+    There threads spend their time waiting for each other; beside two busy processes a run took fifteen times as long.
+
+    Args:
+        run: any of the experiment.
+        problem: what is learnt.
+        plan: how.
+    """
+    threads = torch.get_num_threads()
+    if plan.device != "cpu" or threads == 1 or processes() > 1:
+        return
+    session = Session(run, problem, replace(plan, compile=False))
+    batch = problem.batch(run.seed, 0, plan.batch_size)
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        begun = time.perf_counter()
+        session._gradient(batch)
+        return time.perf_counter() - begun
+
+    seconds(threads)  # the first step makes what later ones find
+    gain = statistics.median(seconds(1) / seconds(threads) for _ in range(THREAD_PAIRS))
+    torch.set_num_threads(threads if gain > THREADS_PAY else 1)
 
 
 def nested(values: Mapping[str, float]) -> list[Record]:
