@@ -114,8 +114,8 @@ def test_plain_lines_say_what_begins_what_has_ended_and_when_it_will_end(clock, 
     assert err == ""
     assert lines[0] == "add · 2 arms: 12 runs to do, 4 there"
     assert len(lines) == 14
-    assert lines[1] == "expected time: 8:00 min"
-    assert lines[2] == "1 of 12 runs, 5 of all generalised  ETA 7:20 min"
+    assert lines[2] == "expected time: 8:00 min"
+    assert lines[1] == "1 of 12 runs, 5 of all generalised  ETA 7:20 min"
     assert lines[-1].strip() == "12 of 12 runs, 10 of all generalised"
 
 

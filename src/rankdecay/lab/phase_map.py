@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SHADES = "·░▒▓█"  # of the seeds run so far: none generalised … all did
 WAITING = " "
 LEGEND = "up: more data; right: stronger; · no seed … █ every seed generalised"
+ESTIMATE_FROM = 0.15  # of all runs ended: before, those under way have taken most of the time
 PLAIN_EVERY = 30.0  # seconds between lines when there is no terminal
 Cell = tuple[float, float, float]  # rest decay, train fraction, strength
 
@@ -82,7 +83,9 @@ class PhaseProgress(Screen):
         """A run has ended."""
         self._add(row)
         self._ended += 1
-        self.estimate(time.monotonic() - self._started, self._ended / self._waiting if self._waiting else 0)
+        share = self._ended / self._waiting if self._waiting else 0
+        if share >= ESTIMATE_FROM:
+            self.estimate(time.monotonic() - self._started, share)
         left = (time.monotonic() - self._started) / self._ended * max(0, self._waiting - self._ended)
         said = f"ETA {duration(left)}" if left else ""
         self._bar.update(self._task, advance=1, left=said)

@@ -131,8 +131,6 @@ class Progress(Screen):
     def update(self, records: Sequence[dict[str, Any]], member_steps: int) -> None:
         """New evaluations, after ``member_steps`` more training steps summed over members."""
         self._done += member_steps
-        if self._work:
-            self.estimate(time.monotonic() - self._started, self._done / self._work)
         arms = dict.fromkeys(r["arm"] for r in records)
         for arm in arms:
             self._latest[arm] = [r for r in records if r["arm"] == arm]
@@ -143,6 +141,11 @@ class Progress(Screen):
             self.line(
                 f"{row[0]:<18} step {row[1]:>6}  train {row[2]}  test {row[3]}  stable rank {row[4]:>5}  {row[5]}"
             )
+
+    def interval_ended(self) -> None:
+        """Every member has been evaluated at the same step: before that, others' steps were made but not counted."""
+        if self._work:
+            self.estimate(time.monotonic() - self._started, self._done / self._work)
 
     def _row(self, arm: str) -> tuple[str, ...]:
         records = self._latest[arm]

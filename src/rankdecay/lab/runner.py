@@ -84,6 +84,7 @@ class Runner:
             if not all(keep):
                 ensemble.retain(keep)
         self.step += steps
+        progress.interval_ended()
         self._run.save_snapshot(self.step, _joined(snapshots))
         self._rarely(lambda: self._run.save_checkpoint(self._checkpoint()))
 
