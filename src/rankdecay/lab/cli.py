@@ -100,7 +100,8 @@ def _module(experiment: str) -> ModuleType:
 
 def _preset(presets: Mapping[str, Any], options: Sequence[str]) -> Any:
     """The preset named on the command line, which supplies the defaults, so that every option can still be set."""
-    for word, following in zip(options, [*options[1:], ""], strict=False):
+    words = list(zip(options, [*options[1:], ""], strict=True))
+    for word, following in reversed(words):  # the last one counts, as of every option
         option, equals, value = word.partition("=")
         if option in PRESET_OPTIONS:
             setting = option.removeprefix("--")

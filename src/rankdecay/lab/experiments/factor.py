@@ -44,7 +44,8 @@ class Factor:
 
     Fits a small matrix by one, two and more factors under every decay, thousands of problems at once, and holds
     singular values, balance and gap against the theory and a convex solver. Leaves config.json, metrics.jsonl,
-    summary.json and report.html in --out; it takes seconds, so an interrupted run begins again.
+    summary.json and report.html in --out; it takes seconds, a minute at
+    most, so an interrupted run begins again.
     """
 
     preset: Preset = "default"

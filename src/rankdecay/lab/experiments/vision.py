@@ -39,7 +39,7 @@ class Vision(AttentionDecay):
 
     Trains it under every arm and strength on scikit-learn's digits or your images, and shows accuracy beside the pseudo
     rank, the imbalance and the gap of both products. Leaves config.json, metrics.jsonl, summary.json and report.html in
-    --out. Interrupted, the same command continues.
+    --out. Interrupted, the same command continues. The default takes at most a quarter of an hour on two slow cores.
     """
 
     library: Literal["transformers", "timm"] = "transformers"
