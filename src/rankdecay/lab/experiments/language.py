@@ -36,8 +36,8 @@ class Language(AttentionDecay):
 
     Trains a GPT on a text for every arm, strength and seed, by default on the bytes of Python's standard library, and
     leaves config.json, metrics.jsonl, summary.json, report.html and the models in --out. Interrupted, the same command
-    continues. --size tiny, the default, takes at most a quarter of an hour on two slow cores; gpt2 is GPT-2 with its 124 million
-    parameters, for a GPU. Under torchrun all processes share each run.
+    continues. --size tiny, the default, takes at most a quarter of an hour on two slow cores; gpt2 is GPT-2 with its
+    124 million parameters, for a GPU. Under torchrun all processes share each run.
     """
 
     size: Literal["tiny", "small", "gpt2"] = "tiny"
