@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from rankdecay import cli
-from rankdecay.lab.store import RunDirectory, read_metrics
+from rankdecay.lab.store import read_metrics
+
+from .interruption import interrupt
 
 COMMANDS = {
     "grok": (
-        "grok --modulus 7 --train-examples 200 --width 16 --mlp-width 16 --batch-size 64 --seeds 2 --arms none low_rank "
-        "--steps 20 --evaluate-every 10"
+        "grok --modulus 7 --train-examples 200 --width 16 --mlp-width 16 --batch-size 64 --seeds 2 "
+        "--arms none low_rank --steps 20 --evaluate-every 10"
     ),
     "boundary": (
         "boundary --task subtract --modulus 5 --arms none l2 --strengths l2=1,10 --fractions 0.5 0.8 --seeds 2 "
@@ -29,30 +31,16 @@ COMMANDS = {
 }
 NARROW = {"grok": "mixed", "boundary": "mixed", "recall": "bfloat16"}
 CASES = [(command, precision) for command in COMMANDS for precision in ("float32", NARROW[command])]
+CHECKPOINTS = {"grok": 2, "boundary": 3, "recall": 1}  # after which some of the steps are done
 TIMES = ("seconds", "step_seconds", "wall", "decay_seconds")
 
 
+def words(command: str, *options: str) -> list[str]:
+    return [*shlex.split(COMMANDS[command]), "--device", "cpu", *options]
+
+
 def go(command: str, out: Path, *options: str) -> int:
-    return cli.main([*shlex.split(COMMANDS[command]), "--device", "cpu", "--out", str(out), *options])
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, command: str, out: Path, *options: str, checkpoints: int) -> None:
-    """Run a command that a person interrupts after a number of checkpoints."""
-    real, count = RunDirectory.save_checkpoint, 0
-
-    def save(self: RunDirectory, *arguments: Any) -> None:
-        nonlocal count
-        real(self, *arguments)
-        count += 1
-        if count == checkpoints:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("rankdecay.lab.store.CHECKPOINT_RARITY", 0)  # a checkpoint at each evaluation
-        patch.setattr(RunDirectory, "save_checkpoint", save)
-        assert go(command, out, *options) == 130
-    assert list(out.glob("*.safetensors"))
-    assert not (out / "summary.json").exists()
+    return cli.main([*words(command, *options), "--out", str(out)])
 
 
 def as_before(out: Path, preset: str | None = None) -> None:
@@ -86,11 +74,11 @@ def files(out: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize(("command", "kept"), CASES)
 def test_an_interrupted_one_goes_on_from_its_checkpoint_in_its_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, kept: str
+    tmp_path: Path, command: str, kept: str
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert go(command, whole, "--precision", kept, "--quiet") == 0
-    interrupt(monkeypatch, command, out, "--precision", kept, "--quiet", checkpoints=3 if command == "boundary" else 1)
+    interrupt(words(command, "--precision", kept, "--quiet"), out, CHECKPOINTS[command])
     as_before(out, {"grok": "default", "boundary": "small"}.get(command))
 
     assert go(command, out) == 0  # --precision auto
@@ -134,11 +122,9 @@ def test_a_complete_one_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_another_precision_is_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
+def test_another_precision_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     out, kept = tmp_path / "run", NARROW[command]
-    interrupt(monkeypatch, command, out, "--precision", kept, "--quiet", checkpoints=1)
+    interrupt(words(command, "--precision", kept, "--quiet"), out)
     as_before(out)
     before = files(out)
     capsys.readouterr()
