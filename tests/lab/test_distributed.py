@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import subprocess
 import textwrap
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rankdecay.lab import cli
 from rankdecay.lab.distributed import joined, share
 from rankdecay.lab.store import read_metrics
 from tests.ranks import torchrun
@@ -120,3 +122,47 @@ def test_all_leave_a_run_that_diverges_together(tmp_path):
     assert [(r["seed"], r["step"], r.get("diverged", False)) for r in ended] == [(0, 10, True), (1, 24, False)]
     alone = make(tmp_path / "alone", Repeat(breaks=(0, 9)), seeds=2, skip_diverged=True)
     assert ended[1]["loss"] == pytest.approx(alone["arms"][0]["loss"], rel=1e-4)
+
+
+def test_the_first_process_chooses_the_precision_of_all(tmp_path):
+    """Also where the others would choose otherwise: only rank 0 finds a directory that began in bfloat16."""
+    out = tmp_path / "run"
+    options = shlex.split(
+        "--pairs 3 --queries 2 --keys 4 --values 4 --width 16 --heads 2 --batch-size 16 --steps 4 --warmup 2 "
+        "--evaluate-every 4 --valid-sequences 64 --qk-norm off --arms l2 --strengths l2=0.1 --device cpu"
+    )
+    assert cli.main(["recall", *options, "--precision", "bfloat16", "--quiet", "--out", str(out)]) == 0
+    alone = timeless(read_metrics(out))
+    (out / "summary.json").unlink()
+    (out / "metrics.jsonl").unlink()
+
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(CHOICE))
+    with torchrun([str(script), str(tmp_path), *options, "--out", str(out)], tmp_path / "log") as group:
+        assert group.wait(240) == 0, log(tmp_path)
+    assert said(tmp_path) == ["bfloat16", "bfloat16"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["settings"]["precision"] == "bfloat16"
+    ours = timeless(read_metrics(out))
+    assert [record["loss"] for record in ours] == pytest.approx([record["loss"] for record in alone], rel=1e-2)
+
+
+CHOICE = """
+import os, sys
+from pathlib import Path
+from rankdecay.lab import cli
+from rankdecay.lab.experiments import attention_decay
+
+make_plan = attention_decay.make_plan
+rank = os.environ["RANK"]
+
+def noted(settings, *arguments):
+    Path(sys.argv[1], rank).write_text(settings.precision)
+    return make_plan(settings, *arguments)
+
+attention_decay.make_plan = noted
+arguments = sys.argv[2:]
+if rank == "1":
+    arguments[arguments.index("--out") + 1] += "-of-nobody"
+sys.exit(cli.main(["recall", *arguments]))
+"""

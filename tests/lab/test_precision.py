@@ -1,8 +1,11 @@
 """The precision of a run: from what the machine multiplies fast, stored with its reason, kept when the run goes on."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,35 +17,24 @@ from rankdecay.lab import cli, precision
 from rankdecay.lab.ensemble import Training
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.grok import Grok
+from rankdecay.lab.experiments.margin import ARMS as MARGIN_ARMS
+from rankdecay.lab.experiments.recall import Recall
 from rankdecay.lab.precision import WORTHWHILE, Products, bfloat16_gain, resolve
+from rankdecay.lab.store import read_metrics
 from rankdecay.lab.training import Plan
+
+from .interruption import interrupt
 
 PRODUCTS = Products(2, 64, 32, 128)
 SLOW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-TINY = [
-    "grok",
-    "--width",
-    "16",
-    "--mlp-width",
-    "64",
-    "--steps",
-    "20",
-    "--evaluate-every",
-    "10",
-    "--seeds",
-    "2",
-    "--batch-size",
-    "64",
-    "--modulus",
-    "7",
-    "--train-examples",
-    "200",
-    "--arms",
-    "none",
-    "low_rank",
-    "--device",
-    "cpu",
-]
+TINY = shlex.split(
+    "grok --width 16 --mlp-width 64 --steps 20 --evaluate-every 10 --seeds 2 --batch-size 64 --modulus 7 "
+    "--train-examples 200 --arms none low_rank --device cpu"
+)
+BOUNDARY = shlex.split(
+    "boundary --task subtract --modulus 5 --arms none --fractions 0.5 --steps 20 --evaluate-every 20 --batch-size 8 "
+    "--width 8 --mlp-width 8 --device cpu"
+)
 
 
 @pytest.fixture
@@ -56,32 +48,16 @@ def settled(said: list[str], tmp_path: Path, asked: str = "auto", device: str = 
 
 
 def go(out: Path, *options: str, slow: bool = False) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "rankdecay.cli", *TINY, "--out", str(out), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | (SLOW if slow else {}),
-    )
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def edit(path: Path, change) -> None:
-    held = json.loads(path.read_text())
-    change(held)
-    path.write_text(json.dumps(held))
-
-
-def interrupted(out: Path, *options: str) -> Path:
-    """A run directory of 10 of 20 steps, as a kill leaves it."""
-    whole = out.with_name("whole")
-    assert go(whole, *options).returncode == 0
-    assert go(out, *options, "--steps", "10").returncode == 0
-    # the longer run's settings with no summary: nothing but the records of steps 0 and 10 is there
-    edit(out / "config.json", lambda config: config["settings"].update(steps=20))
-    (out / "summary.json").unlink()
-    return out
+    """Run the small command, in a process of its own where it is to find another processor."""
+    arguments = [*TINY, "--out", str(out), *options]
+    if slow:
+        command = [sys.executable, "-m", "rankdecay.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | SLOW)
+        assert "Traceback" not in done.stderr
+        return done
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = cli.main(arguments)
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
 
 
 # --- choosing ---
@@ -151,6 +127,49 @@ def test_auto_never_reaches_training():
         Plan(1, 1, 1e-3, precision="auto")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("command", ["recall", "language", "vision"])
+def test_a_plain_model_on_a_cpu_is_float32_without_a_measurement(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(precision, "bfloat16_gain", lambda products: pytest.fail("measured"))
+    options = [] if command == "recall" else ["--depth", "1", "--mlp-width", "16"]
+    options += ["--valid-windows", "4", "--context", "16"] if command == "language" else []
+    options += ["--valid-sequences", "16"] if command == "recall" else []
+    out = tmp_path / "run"
+    arguments = shlex.split(
+        "--width 16 --heads 2 --steps 2 --warmup 1 --evaluate-every 2 --batch-size 4 --arms l2 --strengths l2=0 "
+        "--device cpu --quiet --save none"
+    )
+    assert cli.main([command, *arguments, *options, "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["precision"] == {"asked": "auto", "value": "float32", "reason": "always float32 on cpu"}
+    assert config["settings"]["precision"] == "float32"
+
+
+def test_bfloat16_is_what_plain_models_take_on_a_gpu_that_has_it(said, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    settings = Recall(out=tmp_path / "run")
+    assert resolve(settings, "recall", "cuda", said.append, narrow="bfloat16")[0].precision == "bfloat16"
+    assert resolve(settings, "recall", "mps", said.append, narrow="bfloat16")[0].precision == "float32"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"command": "grok", "settings": "lost"},
+        {"command": "grok", "settings": {"precision": "auto"}},
+        {"command": "grok", "settings": {"precision": ["mixed"]}},
+        {"command": "grok"},
+        {"command": "boundary", "settings": {"precision": "float64"}},
+    ],
+)
+def test_a_configuration_without_a_precision_decides_nothing(said, tmp_path, config):
+    """Whether the directory belongs to the command is for the comparison that follows."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert settled(said, tmp_path, products=None)[1].value == "float32"
+    assert go(tmp_path / "run").returncode == 2
+
+
 # --- on a machine that emulates bfloat16 ---
 
 
@@ -169,37 +188,46 @@ def test_where_bfloat16_is_emulated_a_run_takes_float32_and_says_why_everywhere(
 
 
 def test_mixed_goes_on_in_mixed_where_it_is_emulated_at_the_cost_of_a_line(tmp_path):
-    out = interrupted(tmp_path / "run", "--precision", "mixed")
-    done = go(out, "--steps", "20", slow=True)
+    out = tmp_path / "run"
+    interrupt([*TINY, "--precision", "mixed", "--quiet"], out, checkpoints=2)  # of steps 0 and 10
+    before = read_metrics(out)
+    assert {record["step"] for record in before} == {0, 10}
+    done = go(out, slow=True)
     assert done.returncode == 0
     lines = [line for line in done.stdout.splitlines() if "goes on in mixed" in line]
     assert len(lines) == 1
     assert "bfloat16 products take" in " ".join(done.stdout.split())
     assert json.loads((out / "summary.json").read_text())["settings"]["precision"] == "mixed"
+    after = read_metrics(out)
+    assert after[: len(before)] == before
+    assert {record["step"] for record in after[len(before) :]} == {20}
+    assert {tuple(record) for record in after} == {tuple(before[0])}  # of the same keys
 
 
-def test_another_precision_than_the_stored_one_is_refused(tmp_path):
-    out = interrupted(tmp_path / "run", "--precision", "float32")
-    done = go(out, "--precision", "float64")
-    assert done.returncode == 2
-    assert "precision is 'float32' there, 'float64' now" in done.stderr
+def test_a_complete_sweep_warns_when_it_grows_and_not_when_it_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "bfloat16_gain", lambda products: 0.02)  # as where it is emulated
+    command = [*BOUNDARY, "--out", str(tmp_path / "run")]
+
+    def warnings(*options: str) -> list[str]:
+        assert cli.main([*command, *options]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if "times as long" in line]
+
+    took = "on this machine bfloat16 products take 50 times as long as float32 ones"
+    assert warnings("--precision", "mixed", "--seeds", "1") == [f"--precision mixed: {took}"]
+    assert warnings("--seeds", "1") == []
+    assert warnings("--seeds", "2") == [f"{tmp_path / 'run'} goes on in mixed, as it began: {took}"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["settings"]["precision"], config["fixed"]["precision"]) == ("mixed", "mixed")
+    assert config["precision"] == {"asked": "auto", "value": "mixed", "reason": "as asked"}
 
 
-# --- directories of before ---
+def test_products_that_cannot_be_timed_are_a_line_where_the_precision_is_settled(said, tmp_path, monkeypatch):
+    def fails(products):
+        raise RuntimeError("could not create a primitive")
 
-
-@pytest.mark.parametrize("kept", ["mixed", "float32"])
-def test_a_directory_of_an_earlier_version_goes_on(tmp_path, kept):
-    out = interrupted(tmp_path / "run", "--precision", kept)
-
-    def as_before(config):
-        del config["precision"], config["settings"]["first_seed"]
-        config["settings"]["preset"] = "default"
-
-    edit(out / "config.json", as_before)
-    done = go(out)
-    assert done.returncode == 0
-    assert json.loads((out / "summary.json").read_text())["settings"]["precision"] == kept
+    monkeypatch.setattr(precision, "bfloat16_gain", fails)
+    assert settled(said, tmp_path, "mixed")[1] == precision.Choice("mixed", "mixed", "as asked")
+    assert said == ["--precision mixed: bfloat16 products could not be timed (could not create a primitive)"]
 
 
 # --- presets and seeds ---
@@ -210,7 +238,7 @@ STANDARD = {
     "boundary": {"arms": ("none", "l2", "low_rank", "smooth", "prototype", "uniform_attention"), "strengths": (),
                  "widen": 1},
     "factor": {"seeds": 50, "steps": 1000},
-    "margin": {"datasets": 20, "steps": 30_000, "margin": 1e8},
+    "margin": {"datasets": 20, "steps": 30_000, "margin": 1e8, "parametrisation": MARGIN_ARMS},
     "recall": {"steps": 1000, "strengths": ()},
     "language": {"steps": 450, "strengths": (), "size": "tiny"},
     "vision": {"steps": 1000, "strengths": ()},

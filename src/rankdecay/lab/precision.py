@@ -91,22 +91,52 @@ def resolve(
     asked: str = settings.precision  # pyright: ignore[reportAttributeAccessIssue]
     out: Path = settings.out  # pyright: ignore[reportAttributeAccessIssue]
     stored = read_json(out / "config.json") or {}
-    found = stored.get("settings", {}).get("precision") if stored.get("command") == command else None
+    found = _stored(stored) if stored.get("command") == command else None
     if asked != "auto":
         choice = Choice(asked, asked, "as asked")
     elif found is not None:
-        reason = stored.get("precision", {}).get("reason", "as asked")
-        choice = Choice(asked, found, reason)
+        choice = Choice(asked, *found)
     else:
         choice = Choice(asked, *_chosen(device, notice, narrow, products))
     if asked != "auto" or found is not None:
         _check(choice.value, device)
-        if FORMATS[choice.value] == "bfloat16" and device == "cpu" and not (out / "summary.json").exists():
-            gain = bfloat16_gain(products or Products(1, 512, 512, 512))
-            if gain < 1:
-                why = f"--precision {asked}" if asked != "auto" else f"{out} goes on in {choice.value}, as it began"
-                notice(f"{why}: on this machine bfloat16 products take {1 / gain:.3g} times as long as float32 ones")
+        if not (out / "summary.json").exists():  # a complete run is only shown
+            warn_if_slow(choice, out, device, notice, products)
     return dataclasses.replace(settings, precision=choice.value), choice  # type: ignore[type-var]
+
+
+def warn_if_slow(
+    choice: Choice, out: Path, device: str, notice: Callable[[str], None], products: Products | None
+) -> None:
+    """Warn of bfloat16 that was asked for, or kept from an earlier run, if float32 is faster here, and how many times.
+
+    Args:
+        choice: of `resolve`.
+        out: the run directory.
+        device: on which it will run.
+        notice: told so, if it is slower.
+        products: what the run multiplies.
+    """
+    if FORMATS[choice.value] != "bfloat16" or device != "cpu":
+        return
+    kept = choice.asked == "auto"
+    why = f"{out} goes on in {choice.value}, as it began" if kept else f"--precision {choice.asked}"
+    try:
+        gain = bfloat16_gain(products or Products(1, 512, 512, 512))
+    except RuntimeError as error:
+        notice(f"{why}: bfloat16 products could not be timed ({str(error).splitlines()[0]})")
+        return
+    if gain < 1:
+        notice(f"{why}: on this machine bfloat16 products take {1 / gain:.3g} times as long as float32 ones")
+
+
+def _stored(config: Record) -> tuple[str, str] | None:
+    """The precision that a directory began in, and why; None if its configuration has none."""
+    settings, choice = config.get("settings"), config.get("precision")
+    value = settings.get("precision") if isinstance(settings, dict) else None
+    if not isinstance(value, str) or value not in FORMATS:
+        return None
+    return value, choice["reason"] if isinstance(choice, dict) else "as the directory began"
 
 
 def _chosen(device: str, notice: Callable[[str], None], narrow: str, products: Products | None) -> tuple[str, str]:

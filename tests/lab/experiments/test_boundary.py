@@ -120,6 +120,23 @@ def test_a_smaller_grid_later_keeps_the_larger_result(tmp_path):
     assert summary["arms"][0]["seeds"] == 2
 
 
+def test_another_first_seed_adds_its_seeds_and_only_those(tmp_path):
+    settings = dataclasses.replace(TINY, out=tmp_path / "run", arms=("none", "smooth"), strengths=("smooth=5",))
+    both = run(settings, "")
+    before = lines(tmp_path / "run")
+    assert {row["seed"] for row in rows(tmp_path / "run")} == {0, 1}
+    run(dataclasses.replace(settings, out=tmp_path / "second", first_seed=1, seeds=1), "")
+    assert {row["seed"] for row in rows(tmp_path / "second")} == {1}
+    second = [figures(row) for row in rows(tmp_path / "run") if row["seed"] == 1]
+    assert sorted(map(str, second)) == sorted(str(figures(row)) for row in rows(tmp_path / "second"))
+
+    more = run(dataclasses.replace(settings, first_seed=100, seeds=1), "")
+    assert before < lines(tmp_path / "run")
+    assert {row["seed"] for row in rows(tmp_path / "run")} == {0, 1, 100}
+    assert [arm["seeds"] for arm in both["arms"]] == [2, 2]
+    assert [arm["seeds"] for arm in more["arms"]] == [3, 3]
+
+
 def test_other_settings_are_refused_in_the_same_directory(tmp_path):
     small = dataclasses.replace(TINY, out=tmp_path / "run", arms=("none",), strengths=(), seeds=1, fractions=(0.5,))
     run(small, "")
@@ -264,6 +281,39 @@ def test_places_follow_the_device_and_a_short_sweep_is_not_compiled():
         some = list(trials(settings, chosen_arms(settings)["none"], (0.0,)))
         plan = make_plan(settings, "cpu", some)
         assert (plan.places, plan.training.compile) == (expected, False)
+
+
+def test_threads_and_ray_tasks_get_a_plan_with_the_precision_that_was_chosen():
+    settings = filled(dataclasses.replace(TINY, precision="auto"))
+    some = list(trials(settings, chosen_arms(settings)["none"], (0.0,)))
+    with pytest.raises(ValueError, match="precision 'auto' must be one of"):
+        make_plan(settings, "cpu", some)
+    for value in ("float32", "mixed"):
+        chosen = dataclasses.replace(settings, precision=value)
+        assert make_plan(chosen, "cpu", some).training.precision == value
+
+
+def test_the_default_strengths_do_not_bind_a_command_that_names_other_arms(tmp_path):
+    arguments = shlex.split(
+        "boundary --task subtract --modulus 5 --arms none --fractions 0.5 --seeds 1 --steps 20 --evaluate-every 20 "
+        "--batch-size 8 --width 8 --mlp-width 8 --precision float32 --quiet --out"
+    )
+    assert main([*arguments, str(tmp_path / "run")]) == 0
+    assert [(row["arm"], row["strength"]) for row in rows(tmp_path / "run")] == [("none", 0.0)]
+    assert main([*arguments, str(tmp_path / "other"), "--strengths", "l2=7"]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_default_and_the_standard_preset_are_grids_of_one_experiment():
+    standard, default = (filled(PRESETS[name]) for name in ("standard", "default"))
+    assert fixed(standard) == fixed(default)  # so one directory can hold both
+    assert standard.fractions == (0.5, 0.6, 0.7, 0.8)
+    assert (standard.modulus, standard.steps, standard.widen, standard.seeds) == (31, 1200, 1, 3)
+    arms = chosen_arms(standard)
+    assert list(arms) == ["none", "l2", "low_rank", "smooth", "prototype", "uniform_attention"]
+    assert set(standard.fractions) > set(default.fractions) - {0.65}
+    for settings in (standard, default):
+        check(settings)
 
 
 def test_the_presets_are_the_defaults_of_their_own_command():

@@ -113,6 +113,24 @@ def test_an_interrupted_run_begins_again(tmp_path):
     assert (settings.out / "metrics.jsonl").read_text() == lines
 
 
+def test_the_first_seed_decides_which_problems_are_fitted(tmp_path):
+    settings = dataclasses.replace(SMALL, steps=20, target=("random",), size=5, arms=("factors", "merged"))
+
+    def fitted(first: int, count: int) -> dict[int, np.ndarray]:
+        """The targets and what was found at each strength, by seed."""
+        out = tmp_path / f"{first}-{count}"
+        run(dataclasses.replace(settings, first_seed=first, seeds=count, out=out), "")
+        with np.load(next((out / "snapshots").glob("*.npz"))) as arrays:
+            each = np.concatenate([arrays["target"], arrays["singular_values"]], axis=1)
+            return {int(seed): each[arrays["seeds"] == seed] for seed in np.unique(arrays["seeds"])}
+
+    three, last = fitted(100, 3), fitted(102, 1)
+    assert list(three) == [100, 101, 102]
+    assert list(last) == [102]
+    np.testing.assert_allclose(last[102], three[102], rtol=1e-9)
+    assert not np.allclose(three[101], three[102])
+
+
 def test_completion_is_certified_without_a_closed_form(tmp_path):
     settings = dataclasses.replace(
         SMALL, arms=("factors", "low_rank"), size=6, target=("random",), target_rank=1, observed=0.8, strengths=(0.1,),

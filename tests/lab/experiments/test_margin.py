@@ -240,3 +240,18 @@ def test_weights_that_select_nothing_are_counted_and_left_out(tmp_path, capsys):
 def test_importing_the_settings_imports_neither_torch_nor_numpy():
     code = "import sys, rankdecay.lab.experiments.margin; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("init", ["paper", "random"])
+def test_the_first_seed_decides_data_and_initial_weights(tmp_path, init):
+    """One data set of three alone ends where it ends among them."""
+    settings = dataclasses.replace(SMALL, parametrisation=("separate",), init=init, steps=60)
+
+    def margins(first: int, count: int) -> list[float]:
+        out = tmp_path / f"{first}-{count}"
+        run(dataclasses.replace(settings, first_seed=first, datasets=count, out=out), "")
+        return read_metrics(out)[-1]["margin"]
+
+    three = margins(100, 3)
+    assert len(set(three)) == 3
+    assert margins(102, 1) == pytest.approx(three[2:], rel=1e-9)

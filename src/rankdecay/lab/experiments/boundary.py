@@ -439,6 +439,8 @@ def run(settings: Boundary, command: str) -> Record:
         sweep = _Sweep(settings, arms, directory, device, progress)
         known = _with_new_arms(directory.config, config)
         if sweep.missing:
+            if directory.summary is not None:  # complete until now, when there was nothing to warn of
+                precision.warn_if_slow(choice, settings.out, device, progress.notice, products(settings, device))
             directory.save_config(known)
         sweep.run()
         summary = finished(directory, progress.notice, "a larger grid would be added to it")

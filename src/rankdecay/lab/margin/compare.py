@@ -77,7 +77,8 @@ def train(
     """Follows the flow of an arm, or its recipe, on some data sets."""
     problem = Problem.of(data.only(sets), device)
     d = data.tokens.shape[-1]
-    weights = initial_weights(arm.kind, settings.init, settings.scale, sets, d, settings.inner or d, device)
+    drawn = [settings.first_seed + which for which in sets]
+    weights = initial_weights(arm.kind, settings.init, settings.scale, drawn, d, settings.inner or d, device)
     every = settings.evaluate_every
     if arm.recipe:
         strength = settings.l2 if arm.decay else 0.0
