@@ -139,7 +139,7 @@ def test_the_first_process_chooses_the_precision_of_all(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(CHOICE))
     with torchrun([str(script), str(tmp_path), *options, "--out", str(out)], tmp_path / "log") as group:
-        assert group.wait(240) == 0, log(tmp_path)
+        assert group.wait(HANG) == 0, log(tmp_path)
     assert said(tmp_path) == ["bfloat16", "bfloat16"]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["settings"]["precision"] == "bfloat16"

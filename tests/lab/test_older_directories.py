@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 from collections.abc import Callable
@@ -11,10 +12,14 @@ from typing import Any
 import pytest
 
 from rankdecay import cli
+from rankdecay.lab.experiments import attention_decay
+from rankdecay.lab.experiments.attention_decay import AttentionDecay
+from rankdecay.lab.experiments.common import identity
 from rankdecay.lab.store import read_metrics
 
 from .interruption import interrupt
 
+DATA = Path(__file__).parents[2] / "docs" / "data"
 COMMANDS = {
     "grok": (
         "grok --modulus 7 --train-examples 200 --width 16 --mlp-width 16 --batch-size 64 --seeds 2 "
@@ -132,3 +137,16 @@ def test_another_precision_is_refused_by_name(tmp_path: Path, capsys: pytest.Cap
     [line] = capsys.readouterr().err.splitlines()
     assert f"precision is '{kept}' there, 'float32' now" in line
     assert files(out) == before
+
+
+@pytest.mark.parametrize("stored", ["grok_standard", "margin/standard", "recall/standard", "vision/standard"])
+def test_the_standard_preset_is_what_the_stored_runs_of_before_had(stored: str) -> None:
+    """So `--preset standard` continues a directory that was begun with no option at all."""
+    config = json.loads((DATA / stored / "config.json").read_text())
+    module = importlib.import_module(f"rankdecay.lab.experiments.{config['command']}")
+    without = attention_decay.NOT_IDENTITY if issubclass(type(module.PRESETS["standard"]), AttentionDecay) else ()
+    now = json.loads(json.dumps(identity(module.PRESETS["standard"], without)))
+    added = {"first_seed"} - config["settings"].keys()
+    assert {k: v for k, v in now.items() if k not in {"precision", *added}} == {
+        k: v for k, v in config["settings"].items() if k not in {"precision", "preset"}
+    }

@@ -22,6 +22,7 @@ from rankdecay.lab.experiments.recall import Recall
 from rankdecay.lab.precision import WORTHWHILE, Products, bfloat16_gain, resolve
 from rankdecay.lab.store import read_metrics
 from rankdecay.lab.training import Plan
+from tests.waiting import HANG
 
 from .interruption import interrupt
 
@@ -52,7 +53,7 @@ def go(out: Path, *options: str, slow: bool = False) -> subprocess.CompletedProc
     arguments = [*TINY, "--out", str(out), *options]
     if slow:
         command = [sys.executable, "-m", "rankdecay.cli", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | SLOW)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | SLOW, timeout=HANG)
         assert "Traceback" not in done.stderr
         return done
     with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:

@@ -210,7 +210,7 @@ def test_no_progress_and_no_table_when_quiet_and_lines_otherwise(tmp_path, capsy
     make(tmp_path / "json", steps=6, json=True)
     said = capsys.readouterr()
     assert said.out == ""
-    lines = said.err.splitlines()
+    lines = [line for line in said.err.splitlines() if not line.startswith("expected time")]  # of a slow machine
     assert lines[0] == "language · 1 runs · 6 steps · cpu"
     assert lines[1].startswith("low_rank 2, MLP 0.1, seed 0  step 6  loss ")
 
