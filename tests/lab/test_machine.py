@@ -1,0 +1,120 @@
+"""What a run takes from the machine at hand: its device, as many processors as it may use, a compiler where it pays."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rankdecay.lab import ensemble, machine, training
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiments import attention_decay, recall
+from rankdecay.lab.experiments.recall import Recall, RecallProblem
+from rankdecay.lab.training import choose_threads
+from tests.waiting import HANG
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of torch's threads, and puts it back at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# --- devices ---
+
+
+def test_mps_is_refused_by_name_where_float64_is_needed_and_where_there_is_none(monkeypatch):
+    with pytest.raises(SettingError, match=r"--device mps has no float64, .*: use --device cpu"):
+        machine.resolve_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SettingError, match=r"--device mps is not on this machine \(0 of kind mps\): use --device cpu"):
+        machine.resolve_device("mps", needs_float64=False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert machine.resolve_device("mps", needs_float64=False) == "mps"
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(SettingError, match="--device 'cpuu' is unknown"):
+        machine.resolve_device("cpuu")
+
+
+# --- processors ---
+
+
+def test_torch_takes_no_more_threads_than_a_quota_allows():
+    code = (
+        "import torch\ntorch.set_num_threads(4)\nfrom rankdecay.lab.machine import available_cpus, respect_cpu_quota\n"
+        "respect_cpu_quota()\nprint(available_cpus(), torch.get_num_threads())"
+    )
+    # joblib counts affinity, the quota of the container, and this variable, which stands for them here
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"LOKY_MAX_CPU_COUNT": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=HANG,
+    )
+    assert done.stdout.split() == ["1", "1"]
+
+
+def test_one_thread_is_for_the_block_alone(threads):
+    threads(2)
+    with machine.one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("pays", "expected"), [(0.0, 2), (1e9, 1)])
+def test_all_cores_train_only_where_a_step_is_faster_for_it(threads, monkeypatch, pays, expected):
+    threads(2)
+    monkeypatch.setattr(training, "THREADS_PAY", pays)
+    settings = Recall(pairs=4, queries=2, keys=8, values=4, valid_sequences=8, batch_size=4, precision="float32")
+    recall.check(settings)
+    plan = attention_decay.make_plan(settings, "cpu")
+    choose_threads(attention_decay.all_runs(settings, has_mlp=False)[0], RecallProblem(settings), plan)
+    assert torch.get_num_threads() == expected
+
+
+# --- compiling ---
+
+
+class Counted:
+    """Stands for an ensemble: what matters here is how long its steps take."""
+
+    def __init__(self) -> None:
+        self.trained = 0
+
+    def train(self, steps: int) -> None:
+        self.trained += steps
+
+
+def test_compiling_is_decided_by_the_time_of_the_first_steps(monkeypatch):
+    monkeypatch.setattr(ensemble, "compiler_available", lambda device: True)
+    made: list[Counted] = []
+    clock = iter([0.0, 2.0, 0.0, 2.0])  # a second a step
+    monkeypatch.setattr(ensemble.time, "perf_counter", lambda: next(clock))
+
+    def make():
+        made.append(Counted())
+        return made[-1]
+
+    assert ensemble.worth_compiling("auto", "cpu", make, ensemble.COMPILE_FROM + 1)
+    assert not ensemble.worth_compiling("auto", "cpu", make, ensemble.COMPILE_FROM - 1)
+    assert [one.trained for one in made] == [1 + ensemble.PROBED] * 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "available", "expected"),
+    [
+        ("on", "cpu", True, True),
+        ("off", "cuda", True, False),
+        ("auto", "cuda:0", True, True),
+        ("on", "cpu", False, False),
+    ],
+)
+def test_an_order_needs_no_measurement(monkeypatch, wanted, device, available, expected):
+    monkeypatch.setattr(ensemble, "compiler_available", lambda device: available)
+    assert ensemble.worth_compiling(wanted, device, lambda: pytest.fail("measured"), 1e9) == expected
