@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,8 +101,8 @@ def _module(experiment: str) -> ModuleType:
 
 def _preset(presets: Mapping[str, Any], options: Sequence[str]) -> Any:
     """The preset named on the command line, which supplies the defaults, so that every option can still be set."""
-    words = list(zip(options, [*options[1:], ""], strict=True))
-    for word, following in reversed(words):  # the last one counts, as of every option
+    words = pairwise([*options, ""])
+    for word, following in reversed(list(words)):  # the last one counts, as of every option
         option, equals, value = word.partition("=")
         if option in PRESET_OPTIONS:
             setting = option.removeprefix("--")
