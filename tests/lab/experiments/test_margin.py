@@ -255,3 +255,9 @@ def test_the_first_seed_decides_data_and_initial_weights(tmp_path, init):
     three = margins(100, 3)
     assert len(set(three)) == 3
     assert margins(102, 1) == pytest.approx(three[2:], rel=1e-9)
+
+
+def test_a_first_seed_where_nothing_is_drawn_is_refused(tmp_path):
+    settings = dataclasses.replace(SMALL, data=str(tmp_path / "data.npz"), first_seed=3, out=tmp_path / "run")
+    with pytest.raises(SettingError, match=r"--first-seed 3 has no effect on --data .*: leave it out"):
+        run(settings, "")

@@ -321,7 +321,6 @@ def run(settings: AttentionDecay, experiment: Experiment, reproduce: str) -> Rec
     from rankdecay.lab.machine import resolve_device
     from rankdecay.lab.progress import Promise, RunsProgress
     from rankdecay.lab.run_store import Follower
-    from rankdecay.lab.training import choose_threads
 
     with joined(resolve_device(settings.device, needs_float64=False)) as (device, first):
         runs = all_runs(settings, has_mlp=experiment.has_mlp)
@@ -336,7 +335,6 @@ def run(settings: AttentionDecay, experiment: Experiment, reproduce: str) -> Rec
         settings, choice = share(resolved)
         plan = make_plan(settings, device, experiment.parallel)
         experiment.check(plan.layout)
-        choose_threads(runs[0], problem, plan)
         if first:
             return _lead(settings, experiment, reproduce, runs, problem, plan, choice, progress)
         _train_all(runs, problem, plan, settings, Follower(), progress, experiment.save)
@@ -395,7 +393,11 @@ def _train_all(
     save: Callable[[nn.Module, Path], None] | None,
 ) -> None:
     """The runs that have not ended, one after another; in every process of a group, with the store it has."""
+    from rankdecay.lab.training import choose_threads
+
     left = store.missing(runs)
+    if left:
+        choose_threads(left[0], problem, plan)
     with progress.working(settings.steps * len(runs), settings.steps * (len(runs) - len(left))):
         for run_ in left:
             _train(run_, problem, plan, settings, store, progress, save)

@@ -160,6 +160,11 @@ def check(settings: Margin) -> None:
         raise SettingError(f"--rate {settings.rate:g} is no flow: a step may change weights by at most 0.1 of them")
     if not 1 <= settings.margin <= LARGEST_MARGIN:
         raise SettingError(f"--margin {settings.margin:g} must be between 1 and {LARGEST_MARGIN:g}")
+    if settings.data not in KINDS and settings.first_seed and settings.init == "paper":
+        raise SettingError(
+            f"--first-seed {settings.first_seed} has no effect on --data {settings.data} with --init paper, where "
+            "nothing is drawn: leave it out"
+        )
     if settings.data not in KINDS and not settings.data.endswith(".npz"):
         check_name("--data", settings.data, (*KINDS, "FILE.npz"))
     if settings.data == "aligned":
