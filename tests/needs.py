@@ -19,7 +19,8 @@ BY_HAND = "no {} for a block of docs/recipes.md: install it and run the block by
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run make test on a machine with a GPU")
 compiler = pytest.mark.skipif(
-    not compiler_available("cpu"), reason="no C++ compiler: apt-get install g++, then make test"
+    not compiler_available("cpu"),
+    reason="torch.compile cannot use a C++ compiler: apt-get install g++, unset ATEN_CPU_CAPABILITY, then make test",
 )
 ordinary_user = pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root: run make test as one")
 full_disk = pytest.mark.skipif(

@@ -129,7 +129,7 @@ def test_inspect_shows_a_run_directory(hidden, tmp_path):
     page = tmp_path / "page.html"
     done = _rankdecay(hidden, "inspect", ROOT / "docs" / "data" / "grok_default", "--html", page)
     assert done.returncode == 0, done.stderr
-    assert '<p class="notice">step 640</p>' in page.read_text(encoding="utf-8")
+    assert '<p class="notice">step 600</p>' in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("command", ["grok --steps 3", "grok --help", "report runs/grok"])

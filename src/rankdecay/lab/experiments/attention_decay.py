@@ -266,7 +266,10 @@ def make_plan(settings: AttentionDecay, device: str, parallel: Parallel = "ddp")
     compiles = settings.compile == "on" or (settings.compile == "auto" and device.startswith("cuda"))
     if compiles and not compiler_available(device):
         if settings.compile == "on":
-            raise SettingError("--compile on needs a compiler (g++ or clang++; Triton on a GPU): give --compile off")
+            raise SettingError(
+                "--compile on needs a compiler (g++ or clang++ without ATEN_CPU_CAPABILITY=default; Triton on a GPU): give "
+                "--compile off"
+            )
         compiles = False
     return Plan(
         settings.steps,

@@ -188,6 +188,6 @@ def test_other_dimensions_have_no_picture_and_a_damaged_snapshot_is_named(copy):
     assert "cannot be read: what is drawn from it is left out" in visible(text)
     assert data_of(text)["pictures"] is None
     assert data_of(text)["arms"][0]["solutions"] == {"nuclear": {}, "frobenius": {}}
-    data = draw("generic", 4, 2, 3, 5, 4.0)
+    data = draw("generic", range(4), 2, 3, 5, 4.0)
     np.savez(snapshot, tokens=data.tokens, queries=data.queries, heads=data.heads, labels=data.labels)
     assert data_of(render(copy))["pictures"] is None
