@@ -267,8 +267,8 @@ def make_plan(settings: AttentionDecay, device: str, parallel: Parallel = "ddp")
     if compiles and not compiler_available(device):
         if settings.compile == "on":
             raise SettingError(
-                "--compile on needs a compiler (g++ or clang++ without ATEN_CPU_CAPABILITY=default; Triton on a GPU): give "
-                "--compile off"
+                "--compile on needs a compiler (g++ or clang++, without ATEN_CPU_CAPABILITY=default; Triton on a GPU): "
+                "give --compile off"
             )
         compiles = False
     return Plan(
