@@ -28,6 +28,7 @@ from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.lab.control import PLAIN, Control, Part, above_rank, part_of_step, truncated
 from rankdecay.lab.models import transformer
 from rankdecay.lab.models.transformer import TransformerConfig, initial_parameters
+from rankdecay.lab.precision import check_resolved
 from rankdecay.lab.tasks.base import Dataset, random_generator
 from rankdecay.linalg import shrink
 from rankdecay.linalg.factored import factored_singular_values
@@ -92,8 +93,7 @@ class Training:
 
     def __post_init__(self) -> None:
         """Refuses a precision that was never resolved, which would quietly train in float32."""
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"precision {self.precision!r} must be one of {', '.join(get_args(Precision))}")
+        check_resolved(self.precision, get_args(Precision))
 
 
 def compiler_available(device: str) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -204,6 +204,12 @@ def _check(precision: str, device: str) -> None:
             f"--precision {precision}: {device} cannot multiply in {FORMATS[precision]} "
             f"({str(error).splitlines()[0]}): give --precision float32"
         ) from None
+
+
+def check_resolved(precision: str, known: Sequence[str]) -> None:
+    """Raises a `ValueError` unless training knows the precision; it does not know ``auto``."""
+    if precision not in known:
+        raise ValueError(f"precision {precision!r} must be one of {', '.join(known)}")
 
 
 def described(holder: Mapping[str, Any]) -> str | None:

@@ -23,6 +23,7 @@ from rankdecay.lab.attention_summary import KEY
 from rankdecay.lab.distributed import processes, rank, share
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.parallel import Layout, clip_gradients, gathered, parted
+from rankdecay.lab.precision import check_resolved
 from rankdecay.lab.store import Checkpoint
 
 Record = dict[str, Any]
@@ -130,8 +131,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Refuses a precision that was never resolved, which would quietly train in float32."""
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"precision {self.precision!r} must be one of {', '.join(get_args(Precision))}")
+        check_resolved(self.precision, get_args(Precision))
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
