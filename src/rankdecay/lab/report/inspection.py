@@ -1,8 +1,8 @@
 """The self-contained HTML page of one inspection, or of several: a training trajectory in the order given.
 
-Like the page of a run (:mod:`rankdecay.lab.report.page`): words and tables are plain HTML made here, nothing is
-fetched, and a string of a checkpoint is only ever text. The charts are drawn from embedded JSON by `inspection.js` on
-`svg.js`, not by plotly, which the base install does not have.
+As on the page of a run, words and tables are plain HTML made here, nothing is fetched, and a string of a checkpoint is
+only ever text. The charts are drawn from embedded JSON by `inspection.js` on `svg.js`, not by plotly, which the base
+install does not have.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from rankdecay.attention.inspection import Inspection, Row
 from rankdecay.attention.summary import KINDS, strip
-from rankdecay.lab.report import pieces
-from rankdecay.lab.report.page import SNAPSHOT_NUMBERS
-from rankdecay.lab.report.pieces import choice
+from rankdecay.lab.experiments.grok.page import SNAPSHOT_NUMBERS
+from rankdecay.lab.report import page as pieces
+from rankdecay.lab.report.page import choice
 
 #: What the charts and tables show: a name and what it means.
 MEASURES = {
