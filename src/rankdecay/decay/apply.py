@@ -18,8 +18,10 @@ from torch import Tensor
 
 from rankdecay.attention.layer import Window
 from rankdecay.attention.modules import is_sharded
-from rankdecay.decay import sharded
 from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.decay.sharded.layout import Piece, opened, shares
+from rankdecay.decay.sharded.redistribute import Deal, Place, dealt_together, share_of
+from rankdecay.decay.sharded.sums import decayed
 from rankdecay.linalg import Backend, shrink
 from rankdecay.linalg.backend import has_float64
 from rankdecay.linalg.rounding import stochastic_round
@@ -64,14 +66,14 @@ def apply(
     if not held:
         return
     if isinstance(decay, Frobenius):
-        shares = [_Matrix(*share) for parameter in held for share in sharded.shares(parameter, places)]
-        _shrink(shares, decay, due, backend, seed)
+        elementwise = [_Matrix(*piece) for parameter in held for piece in shares(parameter, places)]
+        _shrink(elementwise, decay, due, backend, seed)
         return
-    dealt: list[sharded.Place] = []
-    pieces: list[sharded.Piece] = []
+    dealt: list[Place] = []
+    pieces: list[Piece] = []
     for parameter in held:
         for window in places:
-            piece = sharded.opened(parameter, window, by_head)
+            piece = opened(parameter, window, by_head)
             if piece is None:
                 dealt.append((parameter, window))
             else:
@@ -82,24 +84,24 @@ def apply(
     _decay_dealt(dealt, by_head, decay, due, backend, seed)
 
 
-def _decay_sums(pieces: list[sharded.Piece], decay: LowRank, due: float | Tensor, backend: Backend, seed: int) -> None:
+def _decay_sums(pieces: list[Piece], decay: LowRank, due: float | Tensor, backend: Backend, seed: int) -> None:
     """Decays matrices whose Gram matrices add up; every process that holds parts of them has to."""
 
-    def alike(piece: sharded.Piece) -> object:
+    def alike(piece: Piece) -> object:
         return piece.cut.gram, piece.mesh, piece.cut.mesh_dims, piece.value.dtype
 
-    def entries(piece: sharded.Piece) -> int:  # of its Gram matrices, float64
+    def entries(piece: Piece) -> int:  # of its Gram matrices, float64
         return 2 * piece.cut.gram**2 * math.prod(piece.value.shape[:-2])
 
     for some in _batches(pieces, alike, entries, lambda piece: _most(piece.value)):
-        values = sharded.decayed(some, decay, due, _backend_on(some[0].value, backend))
+        values = decayed(some, decay, due, _backend_on(some[0].value, backend))
         for piece, value in zip(some, values, strict=True):
             seed += 1_000_000_007
             piece.write(_rounded(value, piece.value.dtype, seed + piece.part))
 
 
 def _decay_dealt(
-    places: list[sharded.Place],
+    places: list[Place],
     by_head: bool,
     decay: LowRank,
     due: float | Tensor,
@@ -108,11 +110,11 @@ def _decay_dealt(
 ) -> None:
     """Decays matrices that each process owns some of; every process that holds parts of them has to."""
 
-    def entries(place: sharded.Place) -> int:  # sent, and owned
-        return 2 * sharded.share_of(place)
+    def entries(place: Place) -> int:  # sent, and owned
+        return 2 * share_of(place)
 
-    for some in _batches(places, sharded.dealt_together, entries, lambda place: _most(place[0])):
-        deal = sharded.Deal(some, by_head)
+    for some in _batches(places, dealt_together, entries, lambda place: _most(place[0])):
+        deal = Deal(some, by_head)
         seed += 1_000_000_007
         owned = [_Matrix(matrix, matrix.copy_, deal.owner) for matrix in deal.owned]
         _shrink(owned, decay, due, backend, seed)

@@ -28,12 +28,12 @@ from torch.optim import Optimizer
 
 from rankdecay.attention.layer import FLATTENED
 from rankdecay.attention.modules import is_sharded
-from rankdecay.decay import sharded
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import apply
 from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, windows_in
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.decay.roles import ROLES
+from rankdecay.decay.sharded.layout import check_placements
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.unwrap import unwrapped
 from rankdecay.linalg import Backend
@@ -176,7 +176,7 @@ class Attachment:
         for index, group in enumerate(optimizer.param_groups):
             live = [p for p in group["params"] if p.grad is not None or id(p) in self._graded]
             for role, decay in decays_in(group).items():
-                due = _gather(group, role, decay, found_inf)
+                due = _count_step(group, role, decay, found_inf)
                 if live and (isinstance(due, Tensor) or due > 0):
                     seed = group[f"{role}_steps"] * 1_000_003 + index * 1_009 + ROLES.index(role)
                     with _named_failure(role, live):
@@ -280,7 +280,7 @@ def _check_group(optimizer: Optimizer, group: Group) -> None:
             )
         for parameter, name in zip(group["params"], names_in(group), strict=True):
             if is_sharded(parameter):
-                sharded.check_placements(parameter, f"{name} ({role})")
+                check_placements(parameter, f"{name} ({role})")
             if parameter.ndim < 2 and isinstance(decay, LowRank):
                 raise ValueError(
                     f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
@@ -366,7 +366,7 @@ def _rows(group: Group, optimizer: Optimizer, active: bool) -> Iterator[Row]:
 # ---- stepping --------------------------------------------------------------------------------------------
 
 
-def _gather(group: Group, role: str, decay: LowRank | Frobenius, found_inf: Tensor | None) -> float | Tensor:
+def _count_step(group: Group, role: str, decay: LowRank | Frobenius, found_inf: Tensor | None) -> float | Tensor:
     """Counts a step; returns Σ lr · strength of the steps to decay for now, 0 if none is due.
 
     Without ``lr_coupled`` the factor lr is left out.
