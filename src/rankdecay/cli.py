@@ -8,16 +8,17 @@ interrupted.
 """
 
 import argparse
-import difflib
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from rankdecay.checks import suggestion
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
@@ -81,17 +82,12 @@ def _run(arguments: Sequence[str]) -> int:
         return _run_lab(arguments)
     else:
         kind, known = ("option", ("--help", "--version")) if command.startswith("-") else ("command", _commands())
-        raise CommandError(f"unknown {kind} {command!r}: {_nearest(command, known)}see rankdecay --help")
+        raise CommandError(f"unknown {kind} {command!r}: {suggestion(command, known)}see rankdecay --help")
     return 0
 
 
 def _commands() -> list[str]:
     return ["inspect", *LAB_COMMANDS]
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {near[0]}? " if near else ""
 
 
 def _help() -> str:
@@ -168,9 +164,8 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     settings, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = re.findall(r"--[\w-]+", parser.format_usage())
-        raise CommandError(
-            f"unknown argument {unknown[0]!r}: {_nearest(unknown[0].partition('=')[0], known)}see {parser.prog} --help"
-        )
+        near = suggestion(unknown[0].partition("=")[0], known)
+        raise CommandError(f"unknown argument {unknown[0]!r}: {near}see {parser.prog} --help")
     return settings
 
 

@@ -30,8 +30,8 @@ from torch.utils.hooks import RemovableHandle
 from rankdecay.attention import AttentionLayer, AttentionNames, find_attention
 from rankdecay.attention.inspection import BALANCE
 from rankdecay.attention.modules import is_sharded
+from rankdecay.checks import check_name, check_number
 from rankdecay.decay.unwrap import unwrapped
-from rankdecay.linalg.polar import check_name
 from rankdecay.spectrum import spectrum
 
 Part = Literal["query_key", "value_output", "query", "key", "value", "output"]
@@ -116,15 +116,14 @@ class Monitor:
                 f"model must be the torch.nn.Module in training, got {type(model).__name__}; the attention of a "
                 "checkpoint is read by rankdecay.find_attention(path)."
             )
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"every={every!r} is not a number of steps; expected a whole number >= 1, such as 100.")
+        check_number("every", every, at_least=1, whole=True, remedy="the steps between two measurements, such as 100")
         if not callable(log):
             raise TypeError(
                 f"log must be something to call with a dictionary, got {type(log).__name__}; for example print, "
                 "wandb.log, or the append of a list."
             )
-        if collapse is not None and (isinstance(collapse, bool) or not collapse > 0):
-            raise ValueError(f"collapse={collapse!r} is no bound for an effective rank; expected a number > 0 or None.")
+        if collapse is not None:
+            check_number("collapse", collapse, above=0, remedy="leave it out for no warning")
         check_name("detail", detail, get_args(Detail))
         self.model = model
         self.every = every

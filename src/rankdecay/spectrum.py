@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankdecay.checks import check_number
 from rankdecay.linalg.polar import check_matrix, power_of_two
 
 
@@ -120,8 +121,7 @@ class Spectrum:
         Raises:
             ValueError: If ``share`` is outside (0, 1].
         """
-        if not 0 < share <= 1:
-            raise ValueError(f"share={share!r} is outside (0, 1]; 0.95 asks for 95 % of the sum of all σ.")
+        check_number("share", share, above=0, at_most=1, remedy="0.95 asks for 95 % of the sum of all σ")
         s = self._relative
         total = s.cumsum(-1)
         if s.shape[-1] == 0:

@@ -724,7 +724,7 @@ def test_an_optimizer_without_our_groups_is_refused():
         rd.attach(torch.optim.AdamW(_model().parameters()))
     with pytest.raises(TypeError, match=r"torch.optim.Optimizer, got Model"):
         rd.attach(_model())
-    with pytest.raises(ValueError, match=r"backend='exakt'.*Did you mean 'exact'"):
+    with pytest.raises(ValueError, match=r"backend='exakt'.*did you mean 'exact'"):
         rd.attach(torch.optim.SGD(_groups(_model())), backend="exakt")
 
 

@@ -84,7 +84,7 @@ def test_the_other_arguments_are_the_monitors(tmp_path):
         trainer.train()
     trainer, _ = _trainer(tmp_path)
     trainer.add_callback(RankCallback(trainer, measures="rank"))
-    with pytest.raises(ValueError, match="measures='rank' is not known"):
+    with pytest.raises(ValueError, match="measures='rank' is unknown"):
         trainer.train()
 
 

@@ -91,7 +91,7 @@ def test_eigenvectors_that_do_not_come_are_replaced(monkeypatch):
 
 def test_unknown_names():
     G = torch.eye(2, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"rule='proxy' is not known.*'prox'"):
+    with pytest.raises(ValueError, match=r"rule='proxy' is unknown.*'prox'"):
         shrink_factor(G, torch.tensor(0.1), "proxy")
-    with pytest.raises(ValueError, match="backend='auto' is not known"):
+    with pytest.raises(ValueError, match="backend='auto' is unknown"):
         shrink_factor(G, torch.tensor(0.1), backend="auto")

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.products import Rotary
+from rankdecay.checks import check_number
 
 Shape = tuple[int, ...]
 
@@ -78,9 +79,8 @@ class AttentionNames:
         if given == {"query", "fused"} and self.order != "kv":
             object.__setattr__(self, "order", "kv")
         for name in ("num_heads", "head_dim", "blocks"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"AttentionNames got {name}={value!r}; expected a whole number >= 1.")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), at_least=1, whole=True)
 
     @property
     def projections(self) -> tuple[str, ...]:

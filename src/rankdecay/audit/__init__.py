@@ -44,6 +44,7 @@ from rankdecay.audit.pairs import pairs
 from rankdecay.audit.parts import NORM_EPS, parts, size, unmeasurable
 from rankdecay.audit.report import AuditReport, AuditRow, Share
 from rankdecay.audit.trial import Trial
+from rankdecay.checks import check_number
 
 __all__ = ["AuditReport", "AuditRow", "Share", "audit"]
 
@@ -88,8 +89,8 @@ def audit(
     found, unhandled = attention_of(model) if names is None else attention_of(model, [names])
     if names is not None and not found:
         find_attention(model, names)  # raises, and lists what there is
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise ValueError(f"tolerance={tolerance!r} is outside (0, 1); leave it out for one that suits the dtype.")
+    if tolerance is not None:
+        check_number("tolerance", tolerance, above=0, below=1, remedy="leave it out for one that suits the dtype")
     if confirm and isinstance(loss, Tensor):
         raise ValueError("confirm=True computes the loss again: pass a function of no arguments, not its value.")
     gradients = _gradients(model, loss)

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from rankdecay.attention.layer import FLATTENED
 from rankdecay.attention.modules import is_sharded
+from rankdecay.checks import check_name
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import apply
 from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, windows_in
@@ -37,7 +38,6 @@ from rankdecay.decay.sharded.layout import check_placements
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.unwrap import unwrapped
 from rankdecay.linalg import Backend
-from rankdecay.linalg.polar import check_name
 
 #: Optimizers that decouple their ``weight_decay`` themselves, where the group's ``decoupled_weight_decay`` says so or
 #: always. Under any other the hook does it, since nothing says what its ``weight_decay`` means.

@@ -21,7 +21,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.polar import NULL_TOLERANCE, check_name, eigenvectors, full_precision, note_backend
+from rankdecay.checks import check_name
+from rankdecay.linalg.polar import NULL_TOLERANCE, eigenvectors, full_precision, note_backend
 from rankdecay.linalg.shrink import shrink, taken
 from rankdecay.rules import Rule
 

@@ -39,7 +39,6 @@ Sources: Higham, *Functions of Matrices*, chapter 8 (polar factor); Amsel et al.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -48,6 +47,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from rankdecay.checks import check_name
 from rankdecay.linalg.backend import float64_on_cpu
 from rankdecay.linalg.minimax import LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
 
@@ -113,15 +113,6 @@ def note_backend(name: str) -> None:
 
 
 # ---- checks -----------------------------------------------------------------------------------------------
-
-
-def check_name(argument: str, value: object, legal: tuple[str, ...]) -> None:
-    """Raises ``ValueError`` with the nearest legal name unless ``value`` is one of ``legal``."""
-    if value in legal:
-        return
-    near = difflib.get_close_matches(str(value), legal, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{argument}={value!r} is not known; expected one of {', '.join(map(repr, legal))}.{hint}")
 
 
 def check_matrix(W: object) -> None:

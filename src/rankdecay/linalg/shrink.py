@@ -46,13 +46,13 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from rankdecay.checks import check_name
 from rankdecay.linalg.backend import float64_on_cpu
 from rankdecay.linalg.minimax import SCHEDULES
 from rankdecay.linalg.polar import (
     Prepared,
     apply_exact,
     check_matrix,
-    check_name,
     finish,
     full_precision,
     inverse,
