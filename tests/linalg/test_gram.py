@@ -11,8 +11,8 @@ from rankdecay.linalg import record_backends, shrink
 from rankdecay.linalg.gram import shrink_factor
 
 RULES = ("prox", "smooth", "polar", "newton_schulz")
-#: Largest error of W - W C, as a share of ‖W‖_F + τ. A Gram matrix has 2⁻⁵² of relative error where 1e-10 is the square of the
-#: smallest σ/σ_max drawn here: 2e-6 in its direction, and a small factor.
+#: Largest error of W - W C, as a share of ‖W‖_F + τ. A Gram matrix has 2⁻⁵² of relative error, and the smallest σ/σ_max
+#: drawn here is 1e-10 in it: 2e-6 in that direction, and a small factor.
 EXACT, PRODUCTS = 5e-6, 5e-5
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention import AttentionNames, Window
+from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.modules import named_parameters
 from rankdecay.attention.naming import Found
 from rankdecay.audit.report import AuditRow, Kind, Share
@@ -32,34 +33,32 @@ class Block(NamedTuple):
     name: str
     parameter: nn.Parameter
     gradient: Tensor | None
-    window: Window | None = None
+    window: Window = WHOLE
 
     def cut(self, value: Tensor) -> Tensor:
-        """(heads, …) of the parameter or its gradient, detached; without a window (1, …)."""
-        value = value.detach()
-        return value[None] if self.window is None else self._upright.heads(column(value))
+        """(heads, …) of the parameter or its gradient, detached; (1, …) of a whole parameter."""
+        return self._upright.heads(self._lines(value.detach()))
 
     def whole(self, value: Tensor) -> Tensor:
         """The same, not cut."""
-        value = value.detach()
-        return value if self.window is None else self._upright.matrix(column(value))
+        return self._upright.matrix(self._lines(value.detach()))
 
     def scale(self, factors: Tensor) -> None:
         """Multiplies each head by its factor, in place."""
         value = self.cut(self.parameter)
         value = value * factors.to(value).reshape(-1, *[1] * (value.ndim - 1))
-        if self.window is None:
-            self.parameter.copy_(value[0])
-        else:
-            self._upright.write(column(self.parameter), value)
+        self._upright.write(self._lines(self.parameter), value)
 
     @property
     def heads(self) -> int:
-        return 1 if self.window is None else self.window.num_heads
+        return self.window.num_heads
+
+    def _lines(self, value: Tensor) -> Tensor:
+        """The value, a bias that is cut into heads as a matrix of one column."""
+        return column(value) if self.window.has_heads else value
 
     @property
     def _upright(self) -> Window:
-        assert self.window is not None
         return self.window if self.parameter.ndim > 1 else replace(self.window, transposed=False)
 
 
@@ -258,7 +257,7 @@ def parts(
     """Every parameter once, in order: attention's matrices one by one, a bias with its weight."""
     parameters = named_parameters(model)
 
-    def block(name: str, window: Window | None = None) -> Block:
+    def block(name: str, window: Window = WHOLE) -> Block:
         return Block(name, parameters[name], gradients.get(parameters[name]), window)
 
     places = {(place.parameter, role): place for layer in found for role, place in layer.places.items()}
@@ -270,7 +269,7 @@ def parts(
         own = [(place, role) for (name, role), place in places.items() if name in entry.names]
         for place, role in own:
             window = place.bias_window if role != "output" else None
-            bias = block(place.bias, window) if place.bias else None
+            bias = block(place.bias, window or WHOLE) if place.bias else None
             parts.append(Part(block(place.parameter, place.window), roles.get(role, first.role), role, role, bias))
         if own or entry.parameter in biases:
             continue

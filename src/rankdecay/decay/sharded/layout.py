@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,27 +23,27 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, parameter: Any) -> Layout:
-        """The layout of a DTensor."""
+        """Returns the layout of a DTensor."""
         return cls(parameter.device_mesh, tuple(parameter.placements), tuple(parameter.shape))
 
     def cuts(self, dim: int) -> list[int]:
-        """The mesh dimensions that cut a tensor dimension, in the order in which they do.
+        """Returns the mesh dimensions that cut a tensor dimension, in the order in which they do.
 
         FSDP2 cuts what tensor parallelism has cut already, though its mesh dimension comes first: it says so by a
         strided placement.
         """
         cuts = [i for i, p in enumerate(self.placements) if _cut_by(p) == dim]
-        strided = [i for i in cuts if _is_strided(self.placements[i])]
+        strided = [i for i in cuts if hasattr(self.placements[i], "split_factor")]
         return [i for i in cuts if i not in strided] + strided[::-1]
 
     @property
     def cut_dims(self) -> set[int]:
-        """The tensor dimensions that are cut, by a mesh dimension of more than one process."""
+        """Tensor dimensions that are cut, by a mesh dimension of more than one process."""
         return {d for d in range(len(self.shape)) if any(self.mesh.size(i) > 1 for i in self.cuts(d))}
 
     @property
     def part(self) -> int:
-        """A number that is the same in the processes that hold the same piece, and in no other."""
+        """Number of the piece: the same in the processes that hold copies of it, and in no other."""
         number = 0
         for mesh_dim, placement in enumerate(self.placements):
             if _cut_by(placement) is not None:
@@ -52,17 +52,13 @@ class Layout(NamedTuple):
 
     @property
     def cut_mesh_dims(self) -> tuple[int, ...]:
-        """The mesh dimensions that cut anything."""
+        """Mesh dimensions of more than one process that cut anything."""
         return tuple(i for i, p in enumerate(self.placements) if _cut_by(p) is not None and self.mesh.size(i) > 1)
 
 
 def _cut_by(placement: Any) -> int | None:
     """The tensor dimension that a placement cuts; None if it replicates."""
     return None if placement.is_replicate() else placement.dim
-
-
-def _is_strided(placement: Any) -> bool:
-    return hasattr(placement, "split_factor")
 
 
 def check_placements(parameter: Any, name: str) -> None:
@@ -79,72 +75,74 @@ def check_placements(parameter: Any, name: str) -> None:
 
 
 def lines_of(layout: Layout, dim: int, coordinate: Sequence[int]) -> Tensor:
-    """The places along a tensor dimension that the process at a coordinate of the mesh holds."""
+    """Returns the places along a tensor dimension that the process at a coordinate of the mesh holds."""
     lines = torch.arange(layout.shape[dim])
     for mesh_dim in layout.cuts(dim):
         pieces = lines.chunk(layout.mesh.size(mesh_dim))  # chunk: the last ones are smaller, or missing
-        own = coordinate[mesh_dim]
-        lines = pieces[own] if own < len(pieces) else lines[:0]
+        piece = coordinate[mesh_dim]
+        lines = pieces[piece] if piece < len(pieces) else lines[:0]
     return lines
 
 
-def in_window(layout: Layout, window: Window, coordinate: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which of a process's lines are in a window: their places in the piece, and in the window."""
-    lines = lines_of(layout, line_dim(window), coordinate)
+def lines_in_window(layout: Layout, window: Window, coordinate: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Returns which of a process's lines are in a window: their places in its piece, and in the matrix."""
+    lines = lines_of(layout, window.line_dim(len(layout.shape)), coordinate)
+    if not window.has_heads:
+        return torch.arange(len(lines)), lines
     place = lines % window.size
     inside = ((place >= window.start) & (place < window.stop)).nonzero()[:, 0]
-    within = lines[inside] // window.size * (window.stop - window.start) + place[inside] - window.start
-    return inside, within
-
-
-def line_dim(window: Window) -> int:
-    return 0 if (window.lines == "rows") != window.transposed else 1
+    return inside, lines[inside] // window.size * (window.stop - window.start) + place[inside] - window.start
 
 
 @lru_cache(maxsize=4096)
-def _own_places(layout: Layout, window: Window, device: torch.device) -> Tensor:
-    return in_window(layout, window, layout.mesh.get_coordinate())[0].to(device)
+def _lines_of_this_process(layout: Layout, window: Window, device: torch.device) -> Tensor:
+    return lines_in_window(layout, window, layout.mesh.get_coordinate())[0].to(device)
 
 
 @lru_cache(maxsize=4096)
 def _heads_are_whole(layout: Layout, window: Window) -> bool:
     for coordinate in itertools.product(*(range(size) for size in layout.mesh.shape)):
-        heads = in_window(layout, window, coordinate)[1] // window.head_dim
+        heads = lines_in_window(layout, window, coordinate)[1] // window.head_dim
         if len(heads) and bool((heads.unique(return_counts=True)[1] != window.head_dim).any()):
             return False
     return True
+
+
+def shape_in_parameter(layout: Layout, window: Window, by_head: bool) -> tuple[int, int]:
+    """Returns the shape of a matrix, or head, as it lies in the parameter: perhaps transposed."""
+    sides = [len(layout.shape) - 2, len(layout.shape) - 1]
+    along = window.line_dim(len(layout.shape))
+    rows, columns = (
+        layout.shape[side] if side != along else window.head_dim if by_head else window.extent(layout.shape[side])
+        for side in sides
+    )
+    return rows, columns
 
 
 # ---- what a process holds of a matrix ------------------------------------------------------------------------
 
 
 class Cut(NamedTuple):
-    """How the matrices of a parameter, or of a window on it, are cut."""
+    """How the matrices of a window are cut."""
 
-    side: int | None  # -2 rows, -1 columns; None: every matrix is whole somewhere
+    side: int | None  # -2 rows, -1 columns; None: every matrix is whole in some process
     mesh_dims: tuple[int, ...]  # over which Gram matrices add up
     gram: int  # their size
     shape: tuple[int, int]  # of a whole matrix
 
 
-def _cut(layout: Layout, window: Window | None, by_head: bool) -> Cut | None:
+def _cut(layout: Layout, window: Window, by_head: bool) -> Cut | None:
     """How the matrices are cut; None if no process could do anything with its piece."""
-    cut = layout.cut_dims
-    if window is None:
-        rows, columns = len(layout.shape) - 2, len(layout.shape) - 1
-        shape = (layout.shape[rows], layout.shape[columns])
-        sides = {side: dim for side, dim in ((-2, rows), (-1, columns)) if dim in cut}
-    else:
-        along = line_dim(window)
-        line_side, other_side = (-2, -1) if window.lines == "rows" else (-1, -2)
-        across = layout.shape[1 - along]
-        extent = window.head_dim if by_head else window.num_heads * window.head_dim
-        shape = (extent, across) if line_side == -2 else (across, extent)
-        sides = {side: dim for side, dim in ((line_side, along), (other_side, 1 - along)) if dim in cut}
-        if by_head and along in cut:
-            if not _heads_are_whole(layout, window):
-                return None
-            del sides[line_side]
+    rows, columns = len(layout.shape) - 2, len(layout.shape) - 1
+    shape = shape_in_parameter(layout, window, by_head)
+    dims = {-2: rows, -1: columns}
+    if window.transposed:
+        shape, dims = shape[::-1], {-2: columns, -1: rows}
+    sides = {side: dim for side, dim in dims.items() if dim in layout.cut_dims}
+    if by_head and window.line_dim(len(layout.shape)) in layout.cut_dims:
+        if not _heads_are_whole(layout, window):
+            return None
+        del sides[-2 if window.lines == "rows" else -1]
     if len(sides) == 2:
         return None
     if not sides:
@@ -155,8 +153,8 @@ def _cut(layout: Layout, window: Window | None, by_head: bool) -> Cut | None:
 
 
 @lru_cache(maxsize=4096)
-def _where_it_lies(layout: Layout, window: Window | None, by_head: bool, itemsize: int) -> Cut | None:
-    """How the matrices are cut, if they are decayed where they lie; None if dealing them sends less, or only it can."""
+def _cut_in_place(layout: Layout, window: Window, by_head: bool, itemsize: int) -> Cut | None:
+    """How the matrices are cut, if they are decayed where they lie; None where redistributing sends less, or must."""
     cut = _cut(layout, window, by_head)
     if cut is None or cut.side is None:
         return cut
@@ -165,7 +163,7 @@ def _where_it_lies(layout: Layout, window: Window | None, by_head: bool, itemsiz
 
 
 class Piece(NamedTuple):
-    """What this process holds of the matrices of a parameter."""
+    """What this process holds of the matrices of a window."""
 
     value: Tensor  # (..., m, n): matrices, or pieces of them
     write: Callable[[Tensor], object]  # puts new values in their place
@@ -174,48 +172,47 @@ class Piece(NamedTuple):
     part: int  # which piece; the same in processes that hold copies
 
 
-def _open(local: Tensor, layout: Layout, window: Window | None, by_head: bool) -> tuple[Tensor, Callable[..., object]]:
-    """A process's own part of a window, as matrices or heads, and what writes it back."""
-    if window is None:
-        return local, local.copy_
-    along = line_dim(window)
-    if along not in layout.cut_dims:
-        value = (window.heads if by_head else window.matrix)(local)
-        return value, lambda new: window.write(local, new)
-    places = _own_places(layout, window, local.device)
+def _open(local: Tensor, layout: Layout, window: Window, by_head: bool) -> tuple[Tensor, Callable[..., object]]:
+    """What a process holds of a window, as matrices or heads, and the function that writes it back."""
+    along = window.line_dim(len(layout.shape))
+    if not window.has_heads or along not in layout.cut_dims:
+        return (window.heads if by_head else window.matrix)(local), partial(window.write, local)
+    places = _lines_of_this_process(layout, window, local.device)
     lines = local if along == 0 else local.mT
-    own = lines[places]
+    value = lines[places]
     if by_head:
-        own = own.unflatten(0, (len(places) // window.head_dim, window.head_dim))
+        value = value.unflatten(0, (len(places) // window.head_dim, window.head_dim))
     upright = window.lines == "rows"
 
     def write(new: Tensor) -> None:
         new = (new if upright else new.mT).reshape(len(places), lines.shape[1])
         lines.index_copy_(0, places, new.to(lines.dtype))
 
-    return own if upright else own.mT, write
+    return value if upright else value.mT, write
 
 
-def opened(parameter: Any, window: Window | None, by_head: bool) -> Piece | None:
-    """Returns what this process holds of the matrices of a DTensor; None if they are to be dealt.
+def local_piece(parameter: Any, window: Window, by_head: bool) -> Piece | None:
+    """Returns what this process holds of the matrices of a DTensor; None if they are to be redistributed.
 
     Args:
         parameter: the DTensor.
-        window: where its matrices are; None for all of it.
+        window: where its matrices are.
         by_head: whether each head is a matrix.
     """
     layout = Layout.of(parameter)
-    cut = _where_it_lies(layout, window, by_head, parameter.element_size())
+    cut = _cut_in_place(layout, window, by_head, parameter.element_size())
     if cut is None:
         return None
     value, write = _open(parameter.detach().to_local(), layout, window, by_head)
     return Piece(value, write, cut, layout.mesh, layout.part)
 
 
-def shares(parameter: Any, windows: Sequence[Window | None]) -> Iterator[tuple[Tensor, Callable[..., object], int]]:
-    """Yields this process's part of each window as it lies, what writes it back, and which part it is.
+def elementwise_pieces(
+    parameter: Any, windows: Sequence[Window]
+) -> Iterator[tuple[Tensor, Callable[..., object], int]]:
+    """Yields this process's part of each window as it lies, the function that writes it back, and the part's number.
 
-    For an elementwise decay, which needs nothing of the other processes.
+    An elementwise decay needs nothing of the other processes.
     """
     layout, local = Layout.of(parameter), parameter.detach().to_local()
     for window in windows:

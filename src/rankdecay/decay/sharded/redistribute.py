@@ -1,4 +1,4 @@
-"""Whole matrices for the length of a step: each goes to one owner, which decays it, and back."""
+"""Whole matrices for the length of a step: each goes to one owner, which decays it, and comes back."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rankdecay.attention.layer import Window
-from rankdecay.decay.sharded.layout import Layout, in_window, line_dim, lines_of
+from rankdecay.decay.sharded.layout import Layout, lines_in_window, lines_of, shape_in_parameter
+
+Index = slice | Tensor
 
 
-class Part(NamedTuple):
-    """What one process holds of one matrix: lines of its piece of the parameter, and where they are in the matrix."""
+class Fragment(NamedTuple):
+    """What one process holds of one matrix: lines of its piece of the parameter, and their places in the matrix."""
 
     batch: int | None  # which matrix of the piece, if a parameter is a stack of them
-    rows: slice | Tensor
-    columns: slice | Tensor
-    to_rows: slice | Tensor
-    to_columns: slice | Tensor
+    rows: Index
+    columns: Index
+    matrix_rows: Index
+    matrix_columns: Index
     shape: tuple[int, int]
 
     @property
@@ -31,35 +33,34 @@ class Part(NamedTuple):
         """Number of entries."""
         return self.shape[0] * self.shape[1]
 
-    def of(self, local: Tensor) -> Tensor:
-        """The lines in the piece of the parameter; a view, or a copy of scattered ones."""
-        return self._in(local)[_at(self.rows, self.columns)] if self.size else local.new_empty(0)
+    def read(self, local: Tensor) -> Tensor:
+        """Returns the lines in the piece of the parameter; a view, or a copy of scattered ones."""
+        return self._stack_entry(local)[_pairs(self.rows, self.columns)] if self.size else local.new_empty(0)
 
-    def put(self, local: Tensor, value: Tensor) -> None:
-        """Writes them there."""
+    def write(self, local: Tensor, value: Tensor) -> None:
+        """Writes the lines in the piece of the parameter."""
         if self.size:
-            self._in(local)[_at(self.rows, self.columns)] = value.view(self.shape)
+            self._stack_entry(local)[_pairs(self.rows, self.columns)] = value.view(self.shape)
 
-    def of_matrix(self, matrix: Tensor) -> Tensor:
-        """The same lines in the whole matrix."""
-        return matrix[_at(self.to_rows, self.to_columns)]
+    def read_matrix(self, matrix: Tensor) -> Tensor:
+        """Returns the same lines of the whole matrix."""
+        return matrix[_pairs(self.matrix_rows, self.matrix_columns)]
 
-    def put_in_matrix(self, matrix: Tensor, value: Tensor) -> None:
-        """Writes them there."""
-        matrix[_at(self.to_rows, self.to_columns)] = value.view(self.shape)
+    def write_matrix(self, matrix: Tensor, value: Tensor) -> None:
+        """Writes the same lines of the whole matrix."""
+        matrix[_pairs(self.matrix_rows, self.matrix_columns)] = value.view(self.shape)
 
-    def _in(self, local: Tensor) -> Tensor:
+    def _stack_entry(self, local: Tensor) -> Tensor:
         return local if self.batch is None else local[self.batch]
 
 
-def _at(rows: slice | Tensor, columns: slice | Tensor) -> tuple[slice | Tensor, slice | Tensor]:
-    if isinstance(rows, Tensor) and isinstance(columns, Tensor):
-        return rows[:, None], columns  # of all pairs
-    return rows, columns
+def _pairs(rows: Index, columns: Index) -> tuple[Index, Index]:
+    """Returns an index of all pairs of rows and columns."""
+    return (rows[:, None] if isinstance(rows, Tensor) and isinstance(columns, Tensor) else rows), columns
 
 
-def _places(places: Tensor, device: torch.device) -> slice | Tensor:
-    """An index; a slice where the places are neighbours, which is nearly always."""
+def _index(places: Tensor, device: torch.device) -> Index:
+    """Returns places as an index; a slice where they are neighbours, which is nearly always."""
     first = int(places[0]) if len(places) else 0
     if torch.equal(places, torch.arange(first, first + len(places))):
         return slice(first, first + len(places))
@@ -67,64 +68,53 @@ def _places(places: Tensor, device: torch.device) -> slice | Tensor:
 
 
 @lru_cache(maxsize=65536)
-def _parts(
-    layout: Layout, window: Window | None, by_head: bool, coordinate: tuple[int, ...], device: torch.device
-) -> list[Part]:
-    """What the process at a coordinate of the mesh holds of each matrix, in one order everywhere; empty parts too."""
-    sides = len(layout.shape) - 2, len(layout.shape) - 1
-    there = [lines_of(layout, dim, coordinate) for dim in sides]  # in the parameter
+def _fragments(
+    layout: Layout, window: Window, by_head: bool, coordinate: tuple[int, ...], device: torch.device
+) -> list[Fragment]:
+    """What the process at a coordinate of the mesh holds of each matrix, in one order everywhere; empty ones too."""
+    ndim = len(layout.shape)
+    side_lines = [lines_of(layout, dim, coordinate) for dim in (ndim - 2, ndim - 1)]  # places in the parameter
+    along = window.line_dim(ndim) - (ndim - 2)
 
-    def part(along: int, inside: Tensor, to: Tensor, batch: int | None = None) -> Part:
-        own, across = [torch.arange(len(lines)) for lines in there], list(there)
-        own[along], across[along] = inside, to
-        rows, columns, to_rows, to_columns = (_places(places, device) for places in (*own, *across))
-        return Part(batch, rows, columns, to_rows, to_columns, (len(own[0]), len(own[1])))
+    def fragment(inside: Tensor, in_matrix: Tensor, batch: int | None = None) -> Fragment:
+        local, matrix = [torch.arange(len(lines)) for lines in side_lines], list(side_lines)
+        local[along], matrix[along] = inside, in_matrix
+        indices = [_index(places, device) for places in (*local, *matrix)]
+        return Fragment(batch, *indices, (len(local[0]), len(local[1])))
 
-    if window is None:
-        every = torch.arange(len(there[0]))
-        if len(layout.shape) == 2:
-            return [part(0, every, there[0])]
-        held = {int(matrix): place for place, matrix in enumerate(lines_of(layout, 0, coordinate))}
-        none = every[:0]
+    inside, in_matrix = lines_in_window(layout, window, coordinate)
+    if ndim == 3:
+        stack = {int(matrix): place for place, matrix in enumerate(lines_of(layout, 0, coordinate))}
+        none = inside[:0]
         return [
-            part(0, every, there[0], held[matrix]) if matrix in held else part(0, none, none)
+            fragment(inside, in_matrix, stack[matrix]) if matrix in stack else fragment(none, none)
             for matrix in range(layout.shape[0])
         ]
-    along = line_dim(window)
-    inside, within = in_window(layout, window, coordinate)
     if not by_head:
-        return [part(along, inside, within)]
-    heads = within // window.head_dim
+        return [fragment(inside, in_matrix)]
+    heads = in_matrix // window.head_dim
     return [
-        part(along, inside[heads == head], within[heads == head] - head * window.head_dim)
+        fragment(inside[heads == head], in_matrix[heads == head] - head * window.head_dim)
         for head in range(window.num_heads)
     ]
 
 
-def _matrix_shape(layout: Layout, window: Window | None, by_head: bool) -> tuple[int, int]:
-    """Of a whole matrix, as it lies in the parameter: perhaps transposed, which changes no singular value."""
-    if window is None:
-        return layout.shape[-2], layout.shape[-1]
-    extent = window.head_dim if by_head else window.num_heads * window.head_dim
-    return (extent, layout.shape[1]) if line_dim(window) == 0 else (layout.shape[0], extent)
+Place = tuple[Any, Window]  # a DTensor, and where its matrices are in it
 
 
-Place = tuple[Any, Window | None]  # a DTensor, and where its matrices are in it
-
-
-def dealt_together(place: Place) -> tuple[Any, ...]:
-    """What the places of one deal have in common: the processes among which they are cut, and the dtype."""
+def redistribution_key(place: Place) -> tuple[Any, ...]:
+    """Returns what the places of one redistribution have in common: the processes that share them, and the dtype."""
     layout = Layout.of(place[0])
     return layout.mesh, layout.cut_mesh_dims, place[0].dtype
 
 
-def share_of(place: Place) -> int:
-    """The entries that a process sends and owns of a place, about."""
+def entries_per_process(place: Place) -> int:
+    """Returns about how many entries a process sends, and owns, of a place."""
     layout = Layout.of(place[0])
     return math.prod(layout.shape) // math.prod(layout.mesh.size(i) for i in layout.cut_mesh_dims)
 
 
-class Deal:
+class Redistribution:
     """Matrices of several DTensors, each whole with one owner. Making and closing it are collectives.
 
     Attributes:
@@ -136,65 +126,64 @@ class Deal:
         """Sends every matrix to its owner.
 
         Args:
-            places: that are alike in `dealt_together`.
+            places: of one `redistribution_key`.
             by_head: whether each head is a matrix.
         """
         layouts = [Layout.of(parameter) for parameter, _ in places]
-        self._group, coordinates = _party(layouts[0])
+        self._group, coordinates = process_group_of(layouts[0])
         self.owner = dist.get_rank(self._group)
         self._device = layouts[0].mesh.device_type
         locals_ = [parameter.detach().to_local() for parameter, _ in places]
 
-        def parts(place: int, process: int) -> list[Part]:
-            return _parts(layouts[place], places[place][1], by_head, coordinates[process], locals_[place].device)
+        def fragments(place: int, rank: int) -> list[Fragment]:
+            return _fragments(layouts[place], places[place][1], by_head, coordinates[rank], locals_[place].device)
 
-        matrices = [(place, number) for place in range(len(places)) for number in range(len(parts(place, self.owner)))]
-        shapes = [_matrix_shape(layouts[place], places[place][1], by_head) for place, _ in matrices]
-        owned = [[matrices[i] for i in theirs] for theirs in _share_out(shapes, len(coordinates))]
-        #: To each owner my parts of its matrices; of each process its parts of mine: in the order they are sent in.
-        self._mine = [[(locals_[k], parts(k, self.owner)[number]) for k, number in theirs] for theirs in owned]
-        self._theirs = [[parts(k, process)[number] for k, number in owned[self.owner]] for process in range(len(owned))]
-        shape_of = dict(zip(matrices, shapes, strict=True))
+        matrices = [(k, number) for k in range(len(places)) for number in range(len(fragments(k, self.owner)))]
+        shapes = [shape_in_parameter(layouts[k], places[k][1], by_head) for k, _ in matrices]
+        owned = assign_owners(shapes, len(coordinates))
+        # send[r]: my fragments of rank r's matrices; recv[r]: rank r's fragments of mine; in the order they are sent in
+        self._send = [
+            [(locals_[k], fragments(k, self.owner)[number]) for k, number in (matrices[i] for i in indices)]
+            for indices in owned
+        ]
+        mine = [matrices[i] for i in owned[self.owner]]
+        recv = [[fragments(k, rank)[number] for k, number in mine] for rank in range(len(owned))]
         self._dtype = locals_[0].dtype
-        self.owned = [torch.empty(shape_of[one], dtype=self._dtype, device=self._device) for one in owned[self.owner]]
-        sent = [part.of(local) for theirs in self._mine for local, part in theirs]
-        for stretch, (matrix, part) in self._exchange(sent, self._sizes_of_theirs, self._sizes_of_mine, self._places):
-            part.put_in_matrix(matrix, stretch)
+        self.owned = [torch.empty(shapes[i], dtype=self._dtype, device=self._device) for i in owned[self.owner]]
+        self._recv = [list(zip(self.owned, fragments, strict=True)) for fragments in recv]
+        values = [fragment.read(local) for local, fragment in _flat(self._send)]
+        for value, (matrix, fragment) in self._exchange(values, self._send, self._recv):
+            fragment.write_matrix(matrix, value)
 
     def close(self) -> None:
-        """Sends every process its parts of what has become of the matrices."""
-        sent = [part.of_matrix(matrix) for matrix, part in self._places]
-        mine = [one for theirs in self._mine for one in theirs]
-        for stretch, (local, part) in self._exchange(sent, self._sizes_of_mine, self._sizes_of_theirs, mine):
-            part.put(local, stretch)
-
-    @property
-    def _places(self) -> list[tuple[Tensor, Part]]:
-        """My matrices, again for every process, and its parts of them."""
-        return [(matrix, part) for parts in self._theirs for matrix, part in zip(self.owned, parts, strict=True)]
-
-    @property
-    def _sizes_of_mine(self) -> list[int]:
-        return [sum(part.size for _, part in theirs) for theirs in self._mine]
-
-    @property
-    def _sizes_of_theirs(self) -> list[int]:
-        return [sum(part.size for part in parts) for parts in self._theirs]
+        """Sends every process its fragments of the changed matrices."""
+        values = [fragment.read_matrix(matrix) for matrix, fragment in _flat(self._recv)]
+        for value, (local, fragment) in self._exchange(values, self._recv, self._send):
+            fragment.write(local, value)
 
     def _exchange(
-        self, sent: list[Tensor], sizes: list[int], sent_sizes: list[int], places: list[tuple[Tensor, Part]]
-    ) -> Iterator[tuple[Tensor, tuple[Tensor, Part]]]:
-        """Sends every process its stretch; yields what arrives with the places it is for."""
+        self, values: list[Tensor], outgoing: list[list[Target]], incoming: list[list[Target]]
+    ) -> Iterator[tuple[Tensor, Target]]:
+        """Sends every process its values; yields what arrives with the places it is for."""
         nothing = torch.empty(0, dtype=self._dtype, device=self._device)
         # parts that are offloaded to the CPU cannot be sent from there
-        values = torch.cat([nothing, *(value.reshape(-1).to(self._device) for value in sent)])
-        arrived = values.new_empty(sum(sizes))
-        dist.all_to_all_single(arrived, values, sizes, sent_sizes, group=self._group)
-        return zip(arrived.split([part.size for _, part in places]), places, strict=True)
+        packed = torch.cat([nothing, *(value.reshape(-1).to(self._device) for value in values)])
+        sizes, sent_sizes = ([sum(part.size for _, part in rank) for rank in ranks] for ranks in (incoming, outgoing))
+        arrived = packed.new_empty(sum(sizes))
+        dist.all_to_all_single(arrived, packed, sizes, sent_sizes, group=self._group)
+        targets = _flat(incoming)
+        return zip(arrived.split([fragment.size for _, fragment in targets]), targets, strict=True)
 
 
-def _party(layout: Layout) -> tuple[Any, list[tuple[int, ...]]]:
-    """The group of the processes among which a parameter is cut, and their coordinates in its order."""
+Target = tuple[Tensor, Fragment]  # a piece of a parameter or a whole matrix, and the fragment in it
+
+
+def _flat(ranks: list[list[Target]]) -> list[Target]:
+    return list(itertools.chain.from_iterable(ranks))
+
+
+def process_group_of(layout: Layout) -> tuple[Any, list[tuple[int, ...]]]:
+    """Returns the group of the processes among which a parameter is cut, and their coordinates in its order."""
     here = layout.mesh.get_coordinate()
     cut = layout.cut_mesh_dims
     sizes = [range(layout.mesh.size(i)) if i in cut else (here[i],) for i in range(layout.mesh.ndim)]
@@ -209,8 +198,8 @@ def _joint_group(ranks: tuple[int, ...]) -> Any:
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
-def _share_out(shapes: Sequence[tuple[int, int]], processes: int) -> list[list[int]]:
-    """The matrices that each process owns: the costliest first, to whoever has least to do."""
+def assign_owners(shapes: Sequence[tuple[int, int]], processes: int) -> list[list[int]]:
+    """Returns the matrices that each process owns: the costliest first, to the process with the least to do."""
     costs = [min(shape) ** 2 * max(shape) for shape in shapes]
     load = [0] * processes
     owned: list[list[int]] = [[] for _ in range(processes)]

@@ -18,7 +18,7 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(d
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
-def decayed(pieces: Sequence[Piece], decay: LowRank, due: float | Tensor, backend: str) -> list[Tensor]:
+def decayed_pieces(pieces: Sequence[Piece], decay: LowRank, amount: float | Tensor, backend: str) -> list[Tensor]:
     """Returns the pieces after the step, in float64: W - W C, or W - C W where their columns are cut.
 
     A collective. The Gram matrices of all pieces must have one size and add up over the same processes.
@@ -26,7 +26,7 @@ def decayed(pieces: Sequence[Piece], decay: LowRank, due: float | Tensor, backen
     Args:
         pieces: of matrices of which one side is cut.
         decay: of all of them.
-        due: Σ lr · strength.
+        amount: Σ lr · strength since the last decay.
         backend: ``"exact"`` or ``"matmul"``.
     """
     first = pieces[0]
@@ -36,19 +36,20 @@ def decayed(pieces: Sequence[Piece], decay: LowRank, due: float | Tensor, backen
     *outer, inner = (first.mesh.get_group(mesh_dim) for mesh_dim in first.cut.mesh_dims)
     world, number = dist.get_world_size(inner), sum(counts)
     share = -(-number // world)
-    total = torch.cat([*grams, grams[0].new_zeros(share * world - number, n, n)]).to(first.mesh.device_type)
+    padding = share * world - number
+    total = torch.cat([*grams, grams[0].new_zeros(padding, n, n)]).to(first.mesh.device_type)
     del grams
     for group in outer:
         dist.all_reduce(total, group=group)
-    own = total.new_empty(share, n, n)
-    _reduce_scatter(own, total, group=inner)
+    sums = total.new_empty(share, n, n)  # those that this process decomposes
+    _reduce_scatter(sums, total, group=inner)
     ranks = [min(piece.cut.shape) for piece, count in zip(pieces, counts, strict=True) for _ in range(count)]
-    begin = dist.get_rank(inner) * share
-    own_ranks = [*ranks, *[1] * (share * world - number)][begin : begin + share]
-    norm = own.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
-    due = due.to(norm.device, non_blocking=True) if isinstance(due, Tensor) else due
-    tau = decay.scaled(torch.ones_like(norm) * due, norm, torch.tensor(own_ranks).to(norm, non_blocking=True))
-    factors = shrink_factor(own, tau, decay.rule, smoothing=decay.smoothing, backend=backend, dtype=first.value.dtype)
+    start = dist.get_rank(inner) * share
+    ranks = [*ranks, *[1] * padding][start : start + share]
+    norm = sums.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
+    amount = amount.to(norm.device, non_blocking=True) if isinstance(amount, Tensor) else amount
+    tau = decay.tau(amount, norm, torch.tensor(ranks).to(norm, non_blocking=True))
+    factors = shrink_factor(sums, tau, decay.rule, smoothing=decay.smoothing, backend=backend, dtype=first.value.dtype)
     _all_gather(total, factors, group=inner)
     return [_after(piece, factor) for piece, factor in zip(pieces, total[:number].split(counts), strict=True)]
 
