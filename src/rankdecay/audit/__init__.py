@@ -40,8 +40,9 @@ from torch import Tensor, nn
 
 from rankdecay.attention import AttentionNames, find_attention
 from rankdecay.attention.modules import attention_of
+from rankdecay.audit.block import size
 from rankdecay.audit.pairs import pairs
-from rankdecay.audit.parts import NORM_EPS, parts, size, unmeasurable
+from rankdecay.audit.parts import NORM_EPS, parts, unmeasurable
 from rankdecay.audit.report import AuditReport, AuditRow, Share
 from rankdecay.audit.trial import Trial
 from rankdecay.checks import check_number
@@ -104,7 +105,7 @@ def audit(
         if not part.reason:
             part.find_invariance(trial)
     for pair in pairs(found, found_parts):
-        if not any(side.reason or side.pair or side.by_head for side in (pair.first, pair.second)):
+        if not any(side.reason or side.partner or side.by_head for side in (pair.first, pair.second)):
             pair.judge(trial)
     notes = tuple(f"{module.name or 'the model'}: {module.reason}." for module in unhandled)
     return AuditReport(tuple(row for part in found_parts for row in part.rows(largest)), tolerance, notes)
