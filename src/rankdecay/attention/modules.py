@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankdecay.attention.naming import KNOWN, ROTARY, AttentionNames, Found, Unhandled, locate
+from rankdecay.dtensor import whole
 
 
 def attention_of(model: nn.Module, rows: Iterable[AttentionNames] = KNOWN) -> tuple[list[Found], list[Unhandled]]:
@@ -48,22 +49,6 @@ def _plain(holder: object, attribute: str) -> object:
     if attribute in ROTARY and isinstance(value, nn.Module):
         return True  # the module that turns queries and keys is there
     return value if isinstance(value, (bool, int, float, str, dict)) else None
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Returns a tensor of which processes hold parts, a DTensor, in one piece and detached; any other as it is.
-
-    A collective of the DTensor's mesh: all of its processes have to call it, and all get the same.
-    """
-    if not is_sharded(tensor):
-        return tensor
-    sharded: Any = tensor.detach()
-    return sharded.to(sharded.device_mesh.device_type).full_tensor()  # offloaded parts cannot be sent from the CPU
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; asked without importing what defines one."""
-    return hasattr(tensor, "full_tensor")
 
 
 def reader(model: nn.Module, name: str) -> Callable[[], Tensor]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.layer import Window
-from rankdecay.attention.modules import is_sharded
 from rankdecay.decay import sharded
 from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend, shrink
 from rankdecay.linalg.backend import has_float64
 from rankdecay.linalg.rounding import stochastic_round

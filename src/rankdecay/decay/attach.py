@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.attention.layer import FLATTENED
-from rankdecay.attention.modules import is_sharded
 from rankdecay.checks import check_name
 from rankdecay.decay import sharded
 from rankdecay.decay.agreement import check_agreement
@@ -36,7 +35,7 @@ from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, name
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.table import Row, table
-from rankdecay.decay.unwrap import unwrapped
+from rankdecay.dtensor import is_sharded, unwrapped
 from rankdecay.linalg import Backend
 
 #: Optimizers that decouple their ``weight_decay`` themselves, where the group's ``decoupled_weight_decay`` says so or
