@@ -39,7 +39,8 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention import AttentionNames, find_attention
-from rankdecay.attention.modules import attention_of
+from rankdecay.attention.locate import locate
+from rankdecay.attention.source import ModuleSource
 from rankdecay.audit.block import size
 from rankdecay.audit.pairs import pairs
 from rankdecay.audit.parts import NORM_EPS, parts, unmeasurable
@@ -87,7 +88,7 @@ def audit(
         >>> [row.kind for row in audit(model, lambda: model(x).pow(3).mean()).rows]
         ['scale_invariant', 'neither', 'unknown']
     """
-    found, unhandled = attention_of(model) if names is None else attention_of(model, [names])
+    found, unhandled = locate(ModuleSource(model), names)
     if names is not None and not found:
         find_attention(model, names)  # raises, and lists what there is
     if tolerance is not None:
@@ -107,7 +108,7 @@ def audit(
     for pair in pairs(found, found_parts):
         if not any(side.reason or side.partner or side.by_head for side in (pair.first, pair.second)):
             pair.judge(trial)
-    notes = tuple(f"{module.name or 'the model'}: {module.reason}." for module in unhandled)
+    notes = tuple(f"{module}." for module in unhandled)
     return AuditReport(tuple(row for part in found_parts for row in part.rows(largest)), tolerance, notes)
 
 

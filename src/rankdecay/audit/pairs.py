@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rankdecay.attention import Window
-from rankdecay.attention.naming import Found
+from rankdecay.attention.windows import Found
 from rankdecay.audit.block import Block, Terms, cancels
 from rankdecay.audit.parts import Part, Partner
 from rankdecay.audit.trial import Trial, alternating

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention import AttentionNames, Window
-from rankdecay.attention.modules import named_parameters
-from rankdecay.attention.naming import Found
+from rankdecay.attention.source import named_parameters
+from rankdecay.attention.windows import Found
 from rankdecay.audit.block import Block, Terms, cancels, size
 from rankdecay.audit.report import AuditRow, Kind, Share
 from rankdecay.audit.trial import RESCALING, Trial, alternating
