@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionLayer, AttentionNames, MatrixView, find_attention
-    from rankdecay.attention.inspection import Inspection, inspect
     from rankdecay.audit import AuditReport, AuditRow, audit
     from rankdecay.decay.attach import Attachment, attach
     from rankdecay.decay.groups import param_groups
     from rankdecay.decay.policy import Frobenius, LowRank
+    from rankdecay.inspection import Inspection, inspect
     from rankdecay.linalg import polar, soft_threshold
     from rankdecay.monitor import Monitor, RankCollapseWarning
     from rankdecay.spectrum import Spectrum, spectrum
@@ -26,7 +26,7 @@ _HOME = {
     "AuditReport": "rankdecay.audit",
     "AuditRow": "rankdecay.audit",
     "Frobenius": "rankdecay.decay.policy",
-    "Inspection": "rankdecay.attention.inspection",
+    "Inspection": "rankdecay.inspection",
     "LowRank": "rankdecay.decay.policy",
     "MatrixView": "rankdecay.attention",
     "Monitor": "rankdecay.monitor",
@@ -35,7 +35,7 @@ _HOME = {
     "attach": "rankdecay.decay.attach",
     "audit": "rankdecay.audit",
     "find_attention": "rankdecay.attention",
-    "inspect": "rankdecay.attention.inspection",
+    "inspect": "rankdecay.inspection",
     "param_groups": "rankdecay.decay.groups",
     "polar": "rankdecay.linalg",
     "soft_threshold": "rankdecay.linalg",

@@ -22,7 +22,7 @@ from rankdecay.checks import suggestion
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
-    from rankdecay.attention.inspection import Inspection
+    from rankdecay.inspection import Inspection
 
 INSPECT = (
     "Show what training did to the rank of a checkpoint's attention, per layer and head, beside the same untrained."
@@ -170,7 +170,7 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _inspect(settings: argparse.Namespace) -> None:
-    from rankdecay.attention.summary import comparison
+    from rankdecay.inspection import comparison
 
     reports = [_inspection(path, settings) for path in (settings.path, *settings.compare)]
     try:
@@ -199,7 +199,7 @@ def _inspect(settings: argparse.Namespace) -> None:
 
 
 def _inspection(path: Path, settings: argparse.Namespace) -> "Inspection":
-    from rankdecay.attention.inspection import inspect
+    from rankdecay.inspection import inspect
     from rankdecay.lab.inspect_run import inspect_run, is_run_directory
 
     names = _names(settings.names)

@@ -28,10 +28,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rankdecay.attention import AttentionLayer, AttentionNames, find_attention
-from rankdecay.attention.inspection import BALANCE
-from rankdecay.attention.modules import is_sharded
 from rankdecay.checks import check_name, check_number
-from rankdecay.decay.unwrap import unwrapped
+from rankdecay.dtensor import is_sharded, unwrapped
+from rankdecay.inspection import BALANCE
 from rankdecay.spectrum import spectrum
 
 Part = Literal["query_key", "value_output", "query", "key", "value", "output"]

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 import rankdecay as rd
-from rankdecay.attention.inspection import BALANCE, NORMS, RANKS
-from rankdecay.attention.summary import comparison, strip
+from rankdecay.inspection import BALANCE, NORMS, RANKS, comparison, strip
 from tests import needs
 
 from .families import build

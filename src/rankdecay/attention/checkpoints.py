@@ -14,26 +14,20 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rankdecay.attention.naming import NUM_HEADS, ROTARY, Shape
+from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_TYPES
+
+Shape = tuple[int, ...]
 
 #: Files that hold a PyTorch state dict.
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-
-#: Model types with rotary positions whose older configurations do not say so.
-_ROTARY_TYPES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "gpt_neox", "gptj", "codegen", "falcon", "olmo",
-                 "persimmon", "stablelm", "cohere", "glm", "granite", "starcoder2", "modernbert", "dbrx")  # fmt: skip
-
-#: A sub-configuration of a model with several parts, by a word in the module's path.
-_PARTS = {"vision": "vision_config", "visual": "vision_config", "image": "vision_config", "audio": "audio_config",
-          "text": "text_config", "language": "text_config"}  # fmt: skip
 
 _LARGEST_JSON = 64 * 2**20
 
@@ -42,41 +36,32 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, with the file and the reason."""
 
 
-class Stored(NamedTuple):
-    """A tensor in a file."""
-
-    file: Path
-    shape: Shape
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of a checkpoint by name, not yet read, and its configuration.
 
     Attributes:
         path: what was opened.
-        tensors: file and shape of every tensor.
+        shapes: shape of every tensor, by name.
         config: ``config.json``, empty if there is none.
         load: reads one tensor, to the CPU.
     """
 
     path: Path
-    tensors: Mapping[str, Stored]
+    shapes: Mapping[str, Shape]
     config: Mapping[str, Any]
     load: Callable[[str], Tensor]
 
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Shape of every tensor, by name."""
-        return {name: stored.shape for name, stored in self.tensors.items()}
+    def __str__(self) -> str:
+        return str(self.path)
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
-        """What :func:`rankdecay.attention.naming.locate` asks: an attribute of a module's configuration."""
+        """Returns an attribute of a module's configuration."""
         return _configured(self.config, path, attributes)
 
     def reader(self, name: str) -> Callable[[], Tensor]:
-        """Returns what reads a tensor."""
-        return lambda: self.load(name)
+        """Returns a function that reads a tensor."""
+        return partial(self.load, name)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -94,7 +79,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     files = _files_in(path) if path.is_dir() else [path]
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    tensors: dict[str, Stored] = {}
+    files_of: dict[str, Path] = {}
+    shapes: dict[str, Shape] = {}
     pickled: dict[Path, Mapping[str, Tensor]] = {}
     for file in files:
         _check_inside(file, folder)
@@ -106,26 +92,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             pickled[file] = _state_dict(file)
             found = {name: tuple(tensor.shape) for name, tensor in pickled[file].items()}
         for name, shape in found.items():
-            if name in tensors:
-                raise CheckpointError(f"{name} is both in {tensors[name].file.name} and in {file.name} of {folder}.")
-            tensors[name] = Stored(file, shape)
-    if not tensors:
+            if name in shapes:
+                raise CheckpointError(f"{name} is both in {files_of[name].name} and in {file.name} of {folder}.")
+            files_of[name], shapes[name] = file, shape
+    if not shapes:
         raise CheckpointError(f"{path} holds no tensors.")
-
-    tensors = {name: tensors[name] for name in sorted(tensors, key=_natural)}
 
     @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices
     def load(name: str) -> Tensor:
-        stored = tensors[name]
-        if stored.file in pickled:
-            return pickled[stored.file][name]
+        file = files_of[name]
+        if file in pickled:
+            return pickled[file][name]
         try:
-            with safe_open(stored.file, framework="pt") as opened:
+            with safe_open(file, framework="pt") as opened:
                 return opened.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{name} cannot be read from {stored.file}: {error}") from None
+            raise CheckpointError(f"{name} cannot be read from {file}: {error}") from None
 
-    return Checkpoint(path, tensors, config, load)
+    return Checkpoint(path, {name: shapes[name] for name in sorted(shapes, key=_natural)}, config, load)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
@@ -253,7 +237,7 @@ def _mappings(content: object, depth: int) -> Iterator[Mapping[Any, Any]]:
 
 def _configured(config: Mapping[str, Any], path: str, attributes: tuple[str, ...]) -> object:
     """The nearest value of any of the attributes: in the part's configuration, then in the whole."""
-    parts = [config[key] for word, key in _PARTS.items() if word in path and isinstance(config.get(key), dict)]
+    parts = [config[key] for word, key in PARTS.items() if word in path and isinstance(config.get(key), dict)]
     if not parts and isinstance(config.get("text_config"), dict):
         parts = [config["text_config"]]
     side = next((side for side in ("encoder", "decoder") if f"{side}." in path), None)
@@ -263,6 +247,6 @@ def _configured(config: Mapping[str, Any], path: str, attributes: tuple[str, ...
         for attribute in attributes:
             if holder.get(attribute) is not None:
                 return holder[attribute]
-        if attributes == ROTARY and str(holder.get("model_type", "")).startswith(_ROTARY_TYPES):
+        if attributes == ROTARY and str(holder.get("model_type", "")).startswith(ROTARY_TYPES):
             return True
     return None

@@ -39,9 +39,11 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention import AttentionNames, find_attention
-from rankdecay.attention.modules import attention_of
+from rankdecay.attention.locate import locate
+from rankdecay.attention.source import ModuleSource
+from rankdecay.audit.block import size
 from rankdecay.audit.pairs import pairs
-from rankdecay.audit.parts import NORM_EPS, parts, size, unmeasurable
+from rankdecay.audit.parts import NORM_EPS, parts, unmeasurable
 from rankdecay.audit.report import AuditReport, AuditRow, Share
 from rankdecay.audit.trial import Trial
 from rankdecay.checks import check_number
@@ -86,7 +88,7 @@ def audit(
         >>> [row.kind for row in audit(model, lambda: model(x).pow(3).mean()).rows]
         ['scale_invariant', 'neither', 'unknown']
     """
-    found, unhandled = attention_of(model) if names is None else attention_of(model, [names])
+    found, unhandled = locate(ModuleSource(model), names)
     if names is not None and not found:
         find_attention(model, names)  # raises, and lists what there is
     if tolerance is not None:
@@ -104,9 +106,9 @@ def audit(
         if not part.reason:
             part.find_invariance(trial)
     for pair in pairs(found, found_parts):
-        if not any(side.reason or side.pair or side.by_head for side in (pair.first, pair.second)):
+        if not any(side.reason or side.partner or side.by_head for side in (pair.first, pair.second)):
             pair.judge(trial)
-    notes = tuple(f"{module.name or 'the model'}: {module.reason}." for module in unhandled)
+    notes = tuple(f"{module}." for module in unhandled)
     return AuditReport(tuple(row for part in found_parts for row in part.rows(largest)), tolerance, notes)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rankdecay.attention import Window
-from rankdecay.attention.naming import Found
-from rankdecay.audit.parts import Block, Part, Terms, cancels
+from rankdecay.attention.windows import Found
+from rankdecay.audit.block import Block, Terms, cancels
+from rankdecay.audit.parts import Part, Partner
 from rankdecay.audit.trial import Trial, alternating
 
 EFFECT = {
@@ -31,17 +32,15 @@ class Pair:
     second: Part
     effect: str
     sides: tuple[list[Block], list[Block]]  # what scales, cut into units; one side may have several in each
-    balance: float | None = None
-    confirmed: bool | None = None
 
     def judge(self, trial: Trial | None) -> None:
         """Makes the parts a pair if the equation holds, and a rescaling does not contradict it."""
         terms = [Terms.of(side) for side in self.sides]
         units = min(len(side.total) for side in terms)
         first, second = (side.grouped(units) for side in terms)
-        self.balance = cancels(Terms(first.total - second.total, first.square + second.square))
+        balance, confirmed = cancels(Terms(first.total - second.total, first.square + second.square)), None
         tolerance = max(self.first.tolerance, self.second.tolerance)
-        if self.balance > tolerance:
+        if balance > tolerance:
             return
         if trial is not None:
             up = alternating(units)
@@ -49,30 +48,11 @@ class Pair:
                 [(block, factors.repeat_interleave(block.heads // units)) for block in side]
                 for side, factors in zip(self.sides, (up, 1 / up), strict=True)
             )
-            self.confirmed = trial.unchanged(first + second, abs(trial.change(first)), tolerance)
-        if self.confirmed is not False:
-            self.first.pair = self.second.pair = self
-
-    @property
-    def words(self) -> str:
-        """What decay does to the pair."""
-        return EFFECT[self.effect]
-
-    def scales(self, block: Block) -> bool:
-        """Whether the parameter belongs to one of the sides."""
-        return any(block.parameter is own.parameter for side in self.sides for own in side)
-
-    def partner(self, part: Part, head: int | None) -> str:
-        """The other side's name, and for a head those of its heads that belong to it."""
-        other = self.second if part is self.first else self.first
-        name = f"{other.matrix.name} {other.part}".strip()
-        if head is None:
-            return name
-        theirs, ours = other.matrix.heads, part.matrix.heads
-        if theirs > ours:
-            several = theirs // ours
-            return f"{name} heads {head * several}–{(head + 1) * several - 1}"
-        return f"{name} head {head * theirs // ours}"
+            confirmed = trial.unchanged(first + second, abs(trial.change(first)), tolerance)
+        if confirmed is not False:
+            words, scaled = EFFECT[self.effect], [*self.sides[0], *self.sides[1]]
+            for part, other in ((self.first, self.second), (self.second, self.first)):
+                part.partner = Partner(other, words, scaled, balance, confirmed)
 
 
 def pairs(found: list[Found], parts: list[Part]) -> Iterator[Pair]:

@@ -4,98 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rankdecay.attention import AttentionNames, Window
 from rankdecay.attention.layer import WHOLE
-from rankdecay.attention.modules import named_parameters
-from rankdecay.attention.naming import Found
+from rankdecay.attention.source import named_parameters
+from rankdecay.attention.windows import Found
+from rankdecay.audit.block import Block, Terms, cancels, size
 from rankdecay.audit.report import AuditRow, Kind, Share
 from rankdecay.audit.trial import RESCALING, Trial, alternating
 from rankdecay.decay.roles import assign_roles
 from rankdecay.linalg.backend import double
 from rankdecay.spectrum import spectrum
 
-if TYPE_CHECKING:
-    from rankdecay.audit.pairs import Pair
-
 #: Smallest default tolerance: what a norm's eps takes from its invariance, about eps / mean square of its input.
 NORM_EPS = 1e-3
-
-
-class Block(NamedTuple):
-    """A parameter, or a window on one, cut into heads."""
-
-    name: str
-    parameter: nn.Parameter
-    gradient: Tensor | None
-    window: Window = WHOLE
-
-    def cut(self, value: Tensor) -> Tensor:
-        """(heads, …) of the parameter or its gradient, detached; (1, …) of a whole parameter."""
-        return self._upright.heads(self._lines(value.detach()))
-
-    def whole(self, value: Tensor) -> Tensor:
-        """The same, not cut."""
-        return self._upright.matrix(self._lines(value.detach()))
-
-    def scale(self, factors: Tensor) -> None:
-        """Multiplies each head by its factor, in place."""
-        value = self.cut(self.parameter)
-        value = value * factors.to(value).reshape(-1, *[1] * (value.ndim - 1))
-        self._upright.write(self._lines(self.parameter), value)
-
-    @property
-    def heads(self) -> int:
-        return self.window.num_heads
-
-    def _lines(self, value: Tensor) -> Tensor:
-        """The value, a bias that is cut into heads as a matrix of one column."""
-        return column(value) if self.window.has_heads else value
-
-    @property
-    def _upright(self) -> Window:
-        return self.window if self.parameter.ndim > 1 else replace(self.window, transposed=False)
-
-
-def column(value: Tensor) -> Tensor:
-    """A bias as a matrix of one column, a view."""
-    return value if value.ndim > 1 else value[:, None]
-
-
-def size(g: Tensor, w: Tensor) -> float:
-    return float(double(g).norm() * double(w).norm())
-
-
-class Terms(NamedTuple):
-    """Σ g·w and Σ (g·w)², per head."""
-
-    total: Tensor
-    square: Tensor
-
-    def grouped(self, groups: int) -> Terms:
-        """Summed within each of ``groups`` runs of heads."""
-        return Terms(*(value.unflatten(0, (groups, -1)).sum(1) for value in self))
-
-    @staticmethod
-    def of(blocks: list[Block]) -> Terms:
-        """Summed over blocks with the same heads; a block without a gradient adds nothing."""
-        terms = [
-            (double(block.cut(block.gradient)) * double(block.cut(block.parameter))).flatten(1)
-            for block in blocks
-            if block.gradient is not None
-        ]
-        return Terms(sum(t.sum(1) for t in terms), sum(t.square().sum(1) for t in terms))  # pyright: ignore
-
-
-def cancels(terms: Terms) -> float:
-    """Root mean square of the totals, over what it would be if nothing cancelled."""
-    square = float(terms.square.sum())
-    return math.sqrt(float(terms.total.square().sum()) / square) if square > 0 else math.inf
 
 
 def unmeasurable(block: Block, largest: float) -> str:
@@ -126,7 +52,7 @@ class Part:
     invariant: bool = False  # as a whole
     by_head: bool = False  # and head by head
     confirmed: bool | None = None
-    pair: Pair | None = None
+    partner: Partner | None = None
 
     @property
     def scaled(self) -> list[Block]:
@@ -181,7 +107,7 @@ class Part:
         if self.bias is not None:
             reason = unmeasurable(self.bias, largest)
             kind = "unknown" if reason else self._kind(self.invariant)
-            of_pair = self.pair is not None and self.pair.scales(self.bias)
+            of_pair = self.partner is not None and self.partner.scales(self.bias)
             if (kind == "unknown" and not reason) or (kind == "pair" and not of_pair):
                 kind = "neither"
             words = f"{reason}." if reason else {
@@ -194,7 +120,7 @@ class Part:
     def _kind(self, invariant: bool) -> Kind:
         if self.reason:
             return "unknown"
-        return "scale_invariant" if invariant else "pair" if self.pair else "neither"
+        return "scale_invariant" if invariant else "pair" if self.partner else "neither"
 
     def _row(self, block: Block, head: int | None, kind: Kind, words: str, euler: float) -> AuditRow:
         def values(of: Tensor) -> Tensor:
@@ -204,7 +130,7 @@ class Part:
         if block.gradient is not None and math.isfinite(euler):
             g = values(block.gradient)
             radial = float((g * w).sum() / (g.norm() * w.norm()))
-        pair = self.pair if block is self.matrix else None
+        partner = self.partner if block is self.matrix else None
         is_bias = block is self.bias
         low_rank = None if is_bias else _low_rank_share(w)
         turned = f" (tangential share {low_rank.tangential:.0%})" if low_rank and kind != "unknown" else ""
@@ -214,11 +140,11 @@ class Part:
             role="bias" if is_bias else self.role,
             head=head,
             kind=kind,
-            partner=pair.partner(self, head) if pair and kind == "pair" else None,
+            partner=partner.name(self.matrix.heads, head) if partner and kind == "pair" else None,
             radial=radial,
             euler=euler if math.isfinite(euler) else None,
-            balance=pair.balance if pair else None,
-            confirmed=self.confirmed if kind == "scale_invariant" else pair.confirmed if pair else None,
+            balance=partner.balance if partner else None,
+            confirmed=self.confirmed if kind == "scale_invariant" else partner.confirmed if partner else None,
             gradient=None if radial is None else Share(radial**2, 1 - radial**2),
             low_rank=low_rank,
             words=words.replace("{turned}", turned),
@@ -232,14 +158,48 @@ class Part:
             bias = " together with its bias" if self.bias else ""
             turns = "; low-rank decay also turns it{turned}" if matrix else ""
             return f"scale-invariant{bias}: L2 changes only its radius, and so the effective learning rate{turns}."
-        if kind == "pair" and self.pair:
-            return f"pair with {self.pair.partner(self, head)}: {self.pair.words}."
+        if kind == "pair" and self.partner:
+            return f"pair with {self.partner.name(self.matrix.heads, head)}: {self.partner.words}."
         if self.invariant:
             return "neither: only all heads together are scale-invariant. L2 on all of them changes only the radius."
         if self.role == "norm":
             return f"neither ({self.why}): it carries a scale, and L2 pulls what is stored to zero."
         ranks = "; low-rank decay also turns it, towards a lower rank{turned}" if matrix else ""
         return f"neither: L2 shrinks it, and with it what the model computes{ranks}."
+
+
+@dataclass(frozen=True, eq=False)
+class Partner:
+    """The other side of a pair, and what is known of the pair.
+
+    Attributes:
+        part: the other side.
+        words: what decay does to the pair.
+        scaled: the blocks of both sides, which scale together.
+        balance: distance from the equation of the pair.
+        confirmed: whether a finite rescaling said the same; None if it was not tried, or rounding hid the answer.
+    """
+
+    part: Part
+    words: str
+    scaled: list[Block]
+    balance: float
+    confirmed: bool | None
+
+    def scales(self, block: Block) -> bool:
+        """Whether a parameter belongs to one of the sides."""
+        return any(block.parameter is scaled.parameter for scaled in self.scaled)
+
+    def name(self, heads: int, head: int | None) -> str:
+        """The other side's name, with its heads that belong to ``head`` of ``heads``; without them if that is None."""
+        name = f"{self.part.matrix.name} {self.part.part}".strip()
+        if head is None:
+            return name
+        others = self.part.matrix.heads
+        if others > heads:
+            several = others // heads
+            return f"{name} heads {head * several}–{(head + 1) * several - 1}"
+        return f"{name} head {head * others // heads}"
 
 
 def _low_rank_share(w: Tensor) -> Share | None:

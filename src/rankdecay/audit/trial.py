@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rankdecay.audit.parts import Block
+from rankdecay.audit.block import Block
 
 #: The factor of the finite rescaling.
 RESCALING = 1.5

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rankdecay.attention.modules import is_sharded
 from rankdecay.decay.groups import Group, hook_roles, names_in
+from rankdecay.dtensor import is_sharded
 
 WAIT = 300.0  # seconds
 _STATE = ("_steps", "_pending")  # not settings: what a loaded checkpoint may change later

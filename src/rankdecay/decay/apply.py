@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.layer import Window
-from rankdecay.attention.modules import is_sharded
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.decay.sharded.layout import Piece, elementwise_pieces, local_piece
 from rankdecay.decay.sharded.redistribute import Place, Redistribution, entries_per_process, redistribution_key
 from rankdecay.decay.sharded.sums import decayed_pieces
+from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend, shrink
 from rankdecay.linalg.backend import has_float64
 from rankdecay.linalg.rounding import stochastic_round

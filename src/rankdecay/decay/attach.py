@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.attention.layer import FLATTENED, WHOLE
-from rankdecay.attention.modules import is_sharded
 from rankdecay.checks import check_name
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import apply
@@ -36,7 +35,7 @@ from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.sharded.layout import check_placements
 from rankdecay.decay.table import Row, table
-from rankdecay.decay.unwrap import unwrapped
+from rankdecay.dtensor import is_sharded, unwrapped
 from rankdecay.linalg import Backend
 
 #: Optimizers that decouple their ``weight_decay`` themselves, where the group's ``decoupled_weight_decay`` says so or

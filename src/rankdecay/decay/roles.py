@@ -25,8 +25,8 @@ from torch import nn
 
 from rankdecay.attention import AttentionNames, Window
 from rankdecay.attention.layer import WHOLE
-from rankdecay.attention.modules import attention_of, named_parameters
-from rankdecay.attention.naming import Unhandled
+from rankdecay.attention.locate import Unhandled, locate
+from rankdecay.attention.source import ModuleSource, named_parameters
 
 ROLES = ("query_key", "value_output", "mlp", "embedding", "norm", "bias", "other")
 
@@ -61,7 +61,7 @@ def assign_roles(model: nn.Module, names: AttentionNames | None = None) -> tuple
 
     A tied parameter collects the blocks of each of its names; a name that says nothing (role other) adds none.
     """
-    found, unhandled = attention_of(model) if names is None else attention_of(model, [names])
+    found, unhandled = locate(ModuleSource(model), names)
     in_attention: dict[str, list[Block]] = {}
     for layer in found:
         for role, place in layer.places.items():

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rankdecay.attention import Window
-from rankdecay.attention.modules import whole
+from rankdecay.dtensor import whole
 from rankdecay.spectrum import spectrum
 
 

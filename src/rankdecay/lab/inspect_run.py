@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rankdecay.attention.inspection import BALANCE, Inspection, Row, figures_of, plain, untrained_product
+from rankdecay.inspection import BALANCE, Inspection, Row, figures_of, plain, untrained_product
 from rankdecay.lab.errors import SettingError
 from rankdecay.spectrum import Spectrum
 

@@ -7,13 +7,12 @@ fetched, and a string of a checkpoint is only ever text. The charts are drawn fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path, PurePath
 from typing import Any
 
-from rankdecay.attention.inspection import Inspection, Row
-from rankdecay.attention.summary import KINDS, strip
+from rankdecay.inspection import KINDS, Inspection, Row, finite_mean, number, strip
 from rankdecay.lab.report import pieces
 from rankdecay.lab.report.page import SNAPSHOT_NUMBERS
 from rankdecay.lab.report.pieces import choice
@@ -175,18 +174,9 @@ def _spectrum(row: Row) -> list[float] | None:
 # --- words and tables ---
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _number(value: float | None) -> str:
-    return "×" if value is None else f"{value:.3g}"
-
-
 def _clearly_lower(layer: dict[str, Any]) -> bool:
     """Whether the mean over heads is below the untrained by more than fresh weights scatter."""
-    value, baseline = _mean(layer["values"]["pseudo_rank"]), layer["baseline"]["pseudo_rank"]
+    value, baseline = finite_mean(layer["values"]["pseudo_rank"]), layer["baseline"]["pseudo_rank"]
     return value is not None and value < baseline - max(0.05 * baseline, 1 / layer["dim"])
 
 
@@ -207,10 +197,12 @@ def _reading(kind: dict[str, Any], labels: Sequence[str]) -> str:
     )
     if known:
         value, layer, head, baseline = known[0]
-        words += f"; lowest: layer {layer} head {head}, {_number(value)} against {_number(baseline)}"
+        words += f"; lowest: layer {layer} head {head}, {number(value)} against {number(baseline)}"
     if len(labels) > 1 and first:
-        before, after = (_mean(v for layer in part for v in layer["values"]["pseudo_rank"]) for part in (first, last))
-        words += f"; the mean over all heads went from {_number(before)} to {_number(after)}"
+        before, after = (
+            finite_mean(v for layer in part for v in layer["values"]["pseudo_rank"]) for part in (first, last)
+        )
+        words += f"; the mean over all heads went from {number(before)} to {number(after)}"
     broken = [f"layer {layer} head {head}" for value, layer, head, _ in cells if value is None]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
@@ -264,7 +256,7 @@ def _coincidence(kind: dict[str, Any], layers: Sequence[int]) -> str:
     lines = "columns" if key == "value_output" else "rows"
     last = kind["reports"][-1]
     mean, baseline = (
-        _number(_mean(values))
+        number(finite_mean(values))
         for values in (
             [value for layer in last for value in layer["values"]["imbalance"]],
             [layer["baseline"]["imbalance"] for layer in last],
@@ -295,11 +287,11 @@ def _table(kind: dict[str, Any], several: bool) -> str:
     for layer in kind["reports"][-1]:
         cells = ""
         for name in kind["measures"]:
-            figures = _number(_mean(layer["values"][name]))
+            figures = number(finite_mean(layer["values"][name]))
             if several:
                 before = first.get(layer["layer"])
-                figures = f"{_number(_mean(before['values'][name])) if before else '–'} → {figures}"
-            cells += f"<td>{figures} <small>[{_number(layer['baseline'][name])}]</small></td>"
+                figures = f"{number(finite_mean(before['values'][name])) if before else '–'} → {figures}"
+            cells += f"<td>{figures} <small>[{number(layer['baseline'][name])}]</small></td>"
         body += (
             f'<tr><th scope="row">{layer["layer"]} <small>{escape(layer["name"])}</small></th><td>{layer["dim"]}</td>'
             f'{cells}<td class="strip">{strip(layer["values"]["pseudo_rank"])}</td></tr>'

@@ -1,6 +1,27 @@
-"""The optimizer inside a wrapper, where hooks run."""
+"""Sharded parameters without importing what defines them, and the optimizer inside a wrapper."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
 from torch.optim import Optimizer
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor; asked without importing what defines one."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a DTensor in one piece and detached; any other tensor as it is.
+
+    A collective of the DTensor's mesh: all of its processes have to call it, and all get the same.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor.detach()
+    return sharded.to(sharded.device_mesh.device_type).full_tensor()  # offloaded parts cannot be sent from the CPU
 
 
 def unwrapped(optimizer: object) -> Optimizer:

@@ -1,7 +1,4 @@
-"""Recognises attention from the names and shapes of parameters: the same for a live model and for files.
-
-A module is attention when the parameters under it carry the names of one row of :data:`KNOWN`: separate projections, or
-a fused one whose order and layout the name implies. Shapes, and the number of heads, say the rest.
+"""Reads where W_Q, W_K, W_V and W_O of one attention module lie, from the names and shapes of its parameters.
 
 * **Head size** is the query's height over the number of heads; how many key and value heads there are follows from the
   height of W_K. No model class is asked for.
@@ -9,140 +6,17 @@ a fused one whose order and layout the name implies. Shapes, and the number of h
 * **Fused, interleaved**: one group per key head, [its queries, k, v]. With as many key heads as query heads that is
   per head [q, k, v] (GPT-NeoX, BLOOM); with one it is [all queries, k, v] (multi-query Falcon).
 * **Transposed** (Conv1D): a fused matrix whose bias is as long as its second side.
-
-To teach the library a new family, add a row to :data:`KNOWN` and the model to ``tests/attention/test_families.py``,
-which compares each head with what the model itself computes.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from rankdecay.attention.layer import Role, Window
+from rankdecay.attention.names import HEAD_DIM, INTERLEAVED, KEY_HEADS, NUM_HEADS, QK_NORM, ROTARY, AttentionNames
 from rankdecay.attention.products import Rotary
-from rankdecay.checks import check_number
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class AttentionNames:
-    """How one family of attention modules names its projections, relative to the module.
-
-    Give separate ``query``, ``key`` and ``value``; or ``fused`` alone for all three in one parameter; or ``query`` and
-    ``fused`` for keys and values in one. A name is a submodule with a ``weight`` (``"q_proj"``), or a parameter itself
-    (``"q_proj_weight"``).
-
-    Attributes:
-        query: name of the query projection.
-        key: name of the key projection.
-        value: name of the value projection.
-        fused: name of the projection that holds several of them.
-        output: names the output projection may have, the first that exists counts; ``"../output.dense"`` starts one
-            level higher. Empty if there is none.
-        order: what the fused projection holds, and in which order: ``"qkv"``, ``"qvk"`` or ``"kv"``.
-        layout: of the fused projection: ``"contiguous"``, or ``"interleaved"`` by key head (module docstring).
-        blocks: for a contiguous layout that repeats: how many times (CodeGen: 4).
-        when: the row counts only if the model's configuration has this attribute with this value (CodeGen), or has it
-            at all when the value is None.
-        num_heads: number of query heads, if the module does not say it itself.
-        head_dim: size of a head, if it is not height / num_heads.
-
-    Example:
-        >>> AttentionNames(query="to_queries", key="to_keys", value="to_values", output="unify", num_heads=8)
-        ... # doctest: +ELLIPSIS
-        AttentionNames(...)
-    """
-
-    query: str | None = None
-    key: str | None = None
-    value: str | None = None
-    fused: str | None = None
-    output: str | tuple[str, ...] = ()
-    order: Literal["qkv", "qvk", "kv"] = "qkv"
-    layout: Literal["contiguous", "interleaved"] = "contiguous"
-    blocks: int = 1
-    when: tuple[str, object] | None = None
-    num_heads: int | None = None
-    head_dim: int | None = None
-
-    def __post_init__(self) -> None:
-        given = {name for name in ("query", "key", "value", "fused") if getattr(self, name)}
-        if given not in ({"query", "key", "value"}, {"fused"}, {"query", "fused"}):
-            raise ValueError(
-                f"AttentionNames got {', '.join(sorted(given)) or 'no projection'}; expected query, key and value, "
-                "or fused alone, or query and fused (keys and values in one)."
-            )
-        if given == {"query", "fused"} and self.order != "kv":
-            object.__setattr__(self, "order", "kv")
-        for name in ("num_heads", "head_dim", "blocks"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), at_least=1, whole=True)
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """The names that must exist."""
-        return tuple(name for name in (self.query, self.key, self.value, self.fused) if name)
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """The names the output projection may have."""
-        return (self.output,) if isinstance(self.output, str) else self.output
-
-
-_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "proj", "Wo", "wo", "W_o", "to_out.0", "to_out",
-            "linear_out", "out", "proj_out", "../output.dense")  # fmt: skip
-
-
-def _separate(query: str, key: str, value: str) -> AttentionNames:
-    return AttentionNames(query=query, key=key, value=value, output=_OUTPUTS)
-
-
-def _fused(name: str, query: str | None = None, **how: object) -> AttentionNames:
-    return AttentionNames(fused=name, query=query, output=_OUTPUTS, **how)  # pyright: ignore[reportArgumentType]
-
-
-#: The names in use, most specific first. Read in transformers 5.23, timm 1.0.31 and torch 2.13.
-KNOWN: tuple[AttentionNames, ...] = (
-    _separate("q_proj", "k_proj", "v_proj"),  # llama, mistral, qwen, gemma, opt, gpt-j, clip, whisper, bart, vit, …
-    _separate("query", "key", "value"),  # bert, roberta
-    _separate("q_lin", "k_lin", "v_lin"),  # distilbert
-    _separate("q", "k", "v"),  # t5
-    _separate("q_proj_weight", "k_proj_weight", "v_proj_weight"),  # nn.MultiheadAttention with kdim or vdim
-    _separate("to_q", "to_k", "to_v"),  # diffusers, lucidrains
-    _separate("query_proj", "key_proj", "value_proj"),
-    _separate("wq", "wk", "wv"),
-    _separate("Wq", "Wk", "Wv"),
-    _separate("W_q", "W_k", "W_v"),
-    _separate("linear_q", "linear_k", "linear_v"),
-    _fused("c_attn", query="q_attn"),  # gpt-2's cross-attention
-    _fused("c_attn", layout="interleaved", when=("multi_query", None)),  # gpt_bigcode
-    _fused("c_attn"),  # gpt-2, nanoGPT
-    _fused("query_key_value", layout="interleaved"),  # gpt_neox, bloom, falcon, persimmon
-    _fused("qkv_proj", order="qvk", blocks=4, when=("model_type", "codegen")),
-    _fused("qkv_proj"),  # phi-3
-    _fused("Wqkv"),  # mpt, modernbert, dbrx
-    _fused("in_proj_weight"),  # nn.MultiheadAttention
-    _fused("qkv"),  # timm
-    _fused("kv", query="q"),  # timm's attention pooling
-    _fused("kv", query="to_q"),
-)
-
-#: What a module, or its configuration, calls its number of heads, its head size and its number of key heads.
-NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
-HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "d_kv", "dim_head")
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
-
-#: What says that positions turn queries and keys: in a configuration, or a module that does it.
-ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_dim", "rotary_pct", "rotary_emb")
-#: Model types whose rotary planes are neighbouring coordinates; elsewhere they are half a head apart.
-_INTERLEAVED = ("gptj", "codegen", "cohere", "cohere2", "glm", "glm4", "llama4_text", "ernie4_5")
-_QK_NORM = re.compile(r"(q|k|query|key)_?(layer)?_?(norm|ln)|norm_(q|k)|(q|k)_layernorm")
-
-_LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")  # DeepSeek's multi-head latent attention
+from rankdecay.attention.source import Shape, Source
 
 
 class Place(NamedTuple):
@@ -164,72 +38,22 @@ class Found(NamedTuple):
     qk_norm: bool = False
 
 
-class Unhandled(NamedTuple):
-    """A module that looks like attention and is not handled."""
-
-    name: str
-    reason: str
+class NotHandled(Exception):
+    """Raised for a module that looks like attention and cannot be read, with the reason."""
 
 
-class _NotHandled(Exception):
-    """Raised while a module is read; becomes an :class:`Unhandled`."""
-
-
-#: (module path, attributes) -> the nearest value of the first of them, in the module, its configuration, or above.
-Setting = Callable[[str, tuple[str, ...]], object]
-
-
-def locate(
-    shapes: Mapping[str, Shape], setting: Setting, names: Iterable[AttentionNames] = KNOWN
-) -> tuple[list[Found], list[Unhandled]]:
-    """Returns the attention modules among the parameters, in order, and what looks like one and is not handled.
-
-    Args:
-        shapes: shape of every parameter, by its name.
-        setting: returns an attribute of a module or of its configuration, the nearest one, or None.
-        names: the rows to try, most specific first.
-    """
-    # Adapters keep the wrapped layer under `base_layer`: it is known by the name it had before.
-    plain = {name.replace(".base_layer.", "."): name for name in shapes}
-    found: list[Found] = []
-    unhandled: list[Unhandled] = []
-    for module in _modules(plain):
-        reader = _Reader(module, plain, shapes, setting)
-        latent = [child for child in _LATENT if reader.parameter(child)]
-        if latent:
-            unhandled.append(Unhandled(module, _LATENT_REASON.format(names=" and ".join(latent))))
-            continue
-        row = next((row for row in names if reader.matches(row)), None)
-        if row is None:
-            continue
-        try:
-            found.append(reader.read(row))
-        except _NotHandled as reason:
-            unhandled.append(Unhandled(module, str(reason)))
-    return found, unhandled
-
-
-_LATENT_REASON = (
-    "multi-head latent attention ({names}): queries and keys are products of two factors with a normalisation between, "
-    "so there is no W_Q and W_K to decay or to take the spectrum of; the factors have the role 'other'"
-)
-
-
-def _modules(names: Iterable[str]) -> list[str]:
-    """Every path that is a prefix of a parameter's name, in the order of the names, inner modules after outer ones."""
-    seen: dict[str, None] = {}
-    for name in names:
-        parts = name.split(".")
-        for i in range(len(parts)):
-            seen.setdefault(".".join(parts[:i]))
-    return list(seen)
-
-
-class _Reader:
+class ModuleReader:
     """Reads one module as attention."""
 
-    def __init__(self, module: str, plain: Mapping[str, str], shapes: Mapping[str, Shape], setting: Setting) -> None:
-        self.module, self.plain, self.shapes, self.setting = module, plain, shapes, setting
+    def __init__(self, module: str, plain: Mapping[str, str], source: Source) -> None:
+        """Reads ``module`` of a source.
+
+        Args:
+            module: its path.
+            plain: every parameter's name in the source, by its name without adapters.
+            source: the parameters and settings.
+        """
+        self.module, self.plain, self.shapes, self.setting = module, plain, source.shapes, source.setting
 
     def parameter(self, child: str) -> str | None:
         """The plain name of the weight called ``child``: a submodule's, or the parameter itself."""
@@ -274,10 +98,10 @@ class _Reader:
         places = self._windows(row, parameters, height, heads, head_dim, transposed)
         key_heads, value_dim = places["key"].window.num_heads, places["value"].window.head_dim
         if heads % key_heads:
-            raise _NotHandled(f"{heads} query heads are not a multiple of {key_heads} key heads")
+            raise NotHandled(f"{heads} query heads are not a multiple of {key_heads} key heads")
         if output and across:
             if across != heads * value_dim:
-                raise _NotHandled(
+                raise NotHandled(
                     f"the output projection takes {across} columns, where {heads} heads of {value_dim} give "
                     f"{heads * value_dim}"
                 )
@@ -290,7 +114,7 @@ class _Reader:
         inside = self.module + "." if self.module else ""
         children = {name[len(inside) :].split(".")[0] for name in self.plain if name.startswith(inside)}
         flags = (self.setting(self.module, (flag,)) for flag in ("use_qk_norm", "qk_layernorm", "qk_norm"))
-        return any(_QK_NORM.fullmatch(child) for child in children) or any(flag is True for flag in flags)
+        return any(QK_NORM.fullmatch(child) for child in children) or any(flag is True for flag in flags)
 
     def _rotary(self, head_dim: int) -> Rotary | None:
         if self.setting(self.module, ROTARY) is None or self.setting(self.module, ("alibi",)) is True:
@@ -303,7 +127,7 @@ class _Reader:
             dims = int(head_dim * share) if isinstance(share, (int, float)) else head_dim
         kind = self.setting(self.module, ("model_type",))
         dims = min(dims, head_dim) // 2 * 2
-        return Rotary(dims, kind in _INTERLEAVED) if dims else None
+        return Rotary(dims, kind in INTERLEAVED) if dims else None
 
     def _windows(
         self,
@@ -365,9 +189,9 @@ class _Reader:
         for name in names:
             shape = self.shape(name)
             if len(shape) == 1:
-                raise _NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
+                raise NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
             if len(shape) != 2:
-                raise _NotHandled(f"{name} has shape {shape}, not that of a matrix")
+                raise NotHandled(f"{name} has shape {shape}, not that of a matrix")
 
     def _transposed(self, names: list[str]) -> bool:
         """Whether the weights are stored (in, out): where the bias is as long as the second side only."""
@@ -394,7 +218,7 @@ class _Reader:
         assert row.fused
         lines = height[row.fused]
         if self.number(("key_dim", "val_dim", "value_dim")):
-            raise _NotHandled(f"{row.fused} holds queries and values of different widths")
+            raise NotHandled(f"{row.fused} holds queries and values of different widths")
         if heads is None and head_dim and across:
             heads = across // head_dim
         if heads is None:
@@ -412,8 +236,8 @@ class _Reader:
         raise self._no_heads(f"{row.fused} has {lines} rows", heads, head_dim)
 
     @staticmethod
-    def _no_heads(what: str, heads: int | None, head_dim: int | None) -> _NotHandled:
-        return _NotHandled(
+    def _no_heads(what: str, heads: int | None, head_dim: int | None) -> NotHandled:
+        return NotHandled(
             f"{what}, and {heads or 'an unknown number of'} heads of {head_dim or 'unknown'} size do not divide it; "
             "pass num_heads=..."
         )
@@ -421,7 +245,7 @@ class _Reader:
     @staticmethod
     def _divide(lines: int, by: int, what: str, what_by: str) -> int:
         if lines % by:
-            raise _NotHandled(f"{what}, {lines}, is not a multiple of {what_by}, {by}")
+            raise NotHandled(f"{what}, {lines}, is not a multiple of {what_by}, {by}")
         return lines // by
 
     def _cut(self, row: AttentionNames, lines: int, heads: int, head_dim: int, transposed: bool) -> dict[Role, Window]:
@@ -437,7 +261,7 @@ class _Reader:
             sizes = [amounts[letter] for letter in row.order]
         groups = key_heads if row.layout == "interleaved" else row.blocks
         if any(amount % groups for _, amount in sizes):
-            raise _NotHandled(f"{heads} query and {key_heads} key heads do not fall into {groups} equal groups")
+            raise NotHandled(f"{heads} query and {key_heads} key heads do not fall into {groups} equal groups")
         size = lines // groups
         windows: dict[Role, Window] = {}
         start = 0

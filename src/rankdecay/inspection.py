@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,17 +23,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rankdecay.attention.checkpoints import open_checkpoint
-from rankdecay.attention.find import layers_in
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.naming import AttentionNames
+from rankdecay.attention.locate import find_layers
+from rankdecay.attention.names import SCALED_OUTPUT, AttentionNames
 from rankdecay.attention.products import Product, ProductName, Rotary
+from rankdecay.attention.source import Source, open_source
 from rankdecay.spectrum import Spectrum, spectrum
 
 #: The named ranks and norms of a row, as the methods and properties of :class:`~rankdecay.Spectrum` are called.
 RANKS = ("effective_rank", "stable_rank", "nuclear_rank", "participation_ratio", "pseudo_rank", "numerical_rank")
 NORMS = ("nuclear_norm", "frobenius_norm", "spectral_norm")
 BALANCE = ("nuclear_gap", "nuclear_ratio", "imbalance")
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+#: What a row is of: its symbol and what it does, in the order of reading.
+KINDS = {
+    "query_key": ("W_Kᵀ W_Q", "what a query looks for"),
+    "query": ("W_Q", "queries, normalised afterwards"),
+    "key": ("W_K", "keys, normalised afterwards"),
+    "value_output": ("W_O W_V", "what a head writes"),
+}
+_FOOT = (
+    "Means over heads; in brackets Gaussian matrices of the same shapes, untrained. Pseudo rank: the share of a head's",
+    "dimensions that holds 95 % of the nuclear norm; on the right each head's, from ▁ 0 to █ 1, × if not finite.",
+)
+#: Column, key, whether the baseline stands beside it.
+_COLUMNS = (
+    ("pseudo rank", "pseudo_rank"),
+    ("effective", "effective_rank"),
+    ("stable", "stable_rank"),
+    ("nuclear/bound", "nuclear_ratio"),
+    ("imbalance", "imbalance"),
+)
 
 Row = dict[str, Any]
 
@@ -77,8 +98,6 @@ class Inspection:
 
     def __str__(self) -> str:
         """The summary that the command line prints."""
-        from rankdecay.attention.summary import summary
-
         return summary(self)
 
 
@@ -114,28 +133,27 @@ def inspect(
         >>> [(row["head"], row["product"]) for row in report.rows]
         [(0, 'query_key'), (1, 'query_key'), (0, 'value_output'), (1, 'value_output')]
     """
-    found, unhandled = layers_in(model, names, num_heads)
+    source = open_source(model)
+    found, unhandled = find_layers(source, names, num_heads)
     chosen = _chosen("layers", layers, len(found))
-    initial = _initial(model, len(found))
     rows: list[Row] = []
     notes: dict[str, list[int]] = {}
     for index in chosen:
         layer = found[index]
         wanted = _chosen("heads", heads, layer.num_heads)
         try:
-            for row in _layer_rows(layer, initial):
+            for row in _layer_rows(layer, _initial(source, layer, len(found))):
                 if row["head"] in wanted:
                     rows.append({"layer": index, "name": layer.name, **row})
         except RuntimeError as error:  # shapes that contradict each other, found when they are used
             raise ValueError(f"{layer.name} cannot be read: {error}") from None
         for note in _notes(layer):
             notes.setdefault(note, []).append(index)
-    source = str(model) if isinstance(model, (str, Path)) else type(model).__name__
     return Inspection(
-        source,
+        str(source),
         rows,
         [f"{_ranges(indices)}: {note}" for note, indices in notes.items()],
-        [f"{module.name or 'the model'}: {module.reason}" for module in unhandled],
+        [str(module) for module in unhandled],
     )
 
 
@@ -155,17 +173,11 @@ class _Initial(NamedTuple):
     others: float = 0.02
 
 
-def _initial(model: nn.Module | str | Path, depth: int) -> _Initial:
-    config: Any = open_checkpoint(model).config if isinstance(model, (str, Path)) else getattr(model, "config", None)
-    config = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-    value = config.get("initializer_range")
+def _initial(source: Source, layer: AttentionLayer, depth: int) -> _Initial:
+    value = source.setting(layer.name, ("initializer_range",))
     deviation = float(value) if isinstance(value, (int, float)) and 0 < value < 10 else 0.02
-    kind = config.get("model_type") or getattr(getattr(model, "config", None), "model_type", None)
-    return _Initial(deviation / (2 * depth) ** 0.5 if kind in _SCALED_OUTPUT else deviation, deviation)
-
-
-#: Model types that initialise the projections into the residual stream by 1/√(2 · layers) smaller.
-_SCALED_OUTPUT = ("gpt2", "gpt_bigcode")
+    scaled = source.setting(layer.name, ("model_type",)) in SCALED_OUTPUT
+    return _Initial(deviation / (2 * depth) ** 0.5 if scaled else deviation, deviation)
 
 
 def _notes(layer: AttentionLayer) -> Iterator[str]:
@@ -289,3 +301,72 @@ def _ranges(indices: list[int]) -> str:
             runs.append([i, i])
     words = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
     return f"layer{'s' if len(indices) > 1 else ''} {words}"
+
+
+# ---- as text ---------------------------------------------------------------------------------------------
+
+
+def summary(report: Inspection) -> str:
+    """Returns the report as text: means over heads, in brackets the same shapes untrained."""
+    count = len({(row["layer"], row["name"]) for row in report.rows})
+    lines = [f"{report.source}: {count} attention layer{'s' if count != 1 else ''}"]
+    lines += [f"  {note}" for note in report.notes]
+    lines += [f"  not handled: {reason}" for reason in report.unhandled]
+    for kind, (symbol, meaning) in KINDS.items():
+        rows = [row for row in report.rows if kind in (row.get("product"), row.get("matrix"))]
+        if rows:
+            lines += ["", f"{symbol}, {meaning}", *_table(rows)]
+    lines += ["", *_FOOT]
+    return "\n".join(lines)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    columns = [(title, key) for title, key in _COLUMNS if rows[0]["untrained"].get(key) is not None]
+    cells = [["layer", "of", *(title for title, _ in columns), "heads"]]
+    names = dict.fromkeys((row["layer"], row["name"]) for row in rows)
+    several = len(names) > len({index for index, _ in names})  # runs of one shape beside each other
+    for index, name in names:
+        layer = [row for row in rows if (row["layer"], row["name"]) == (index, name)]
+        figures = [
+            f"{number(finite_mean(row[key] for row in layer))} [{number(layer[0]['untrained'][key])}]"
+            for _, key in columns
+        ]
+        shown = strip(row["pseudo_rank"] for row in layer)
+        cells.append([name if several else str(index), str(layer[0]["head_dim"]), *figures, shown])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return ["  " + "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def comparison(reports: list[Inspection]) -> str:
+    """Returns the mean over heads of each layer's pseudo rank in several checkpoints, in their order, as text."""
+    lines = ["", "Pseudo rank, mean over heads, in the order given"]
+    for kind, (symbol, meaning) in KINDS.items():
+        series = [
+            {row["layer"]: [] for row in report.rows if kind in (row.get("product"), row.get("matrix"))}
+            for report in reports
+        ]
+        for report, by_layer in zip(reports, series, strict=True):
+            for row in report.rows:
+                if kind in (row.get("product"), row.get("matrix")):
+                    by_layer[row["layer"]].append(row["pseudo_rank"])
+        if not any(series):
+            continue
+        lines += ["", f"{symbol}, {meaning}"]
+        for index in dict.fromkeys(layer for by_layer in series for layer in by_layer):
+            means = [finite_mean(by_layer.get(index, [])) for by_layer in series]
+            lines.append(f"  layer {index}: " + " → ".join(map(number, means)) + "  " + strip(means))
+    return "\n".join(lines)
+
+
+def strip(shares: Iterable[float | None]) -> str:
+    """One block per share in [0, 1]; × where there is none."""
+    return "".join("×" if s is None else _BLOCKS[min(int(s * len(_BLOCKS)), len(_BLOCKS) - 1)] for s in shares)
+
+
+def finite_mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def number(value: float | None) -> str:
+    return "×" if value is None else f"{value:.3g}"
