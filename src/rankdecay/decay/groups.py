@@ -20,7 +20,6 @@ ROLE_steps, _pending        state of ``every=k``: steps seen, and Σ lr · stren
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -30,6 +29,7 @@ from torch import nn
 
 from rankdecay.attention import AttentionNames, Window
 from rankdecay.attention.layer import WHOLE
+from rankdecay.checks import check_number
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
 
@@ -157,13 +157,7 @@ def hook_keys(role: str, decay: Decay, windows: Iterable[Window] = (WHOLE,)) -> 
 
 
 def _number(group: Group, key: str) -> float:
-    value = group[key]
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(
-            f"the parameter group's {key} is {value!r}; expected a finite number >= 0. It is read at every step: set "
-            "it to 0 to switch the decay off."
-        )
-    return value
+    return check_number(f"the parameter group's {key}", group[key], at_least=0, remedy="0 switches the decay off")
 
 
 def _decay_of(block: Block, entry: Assigned, named: dict[str, Decay | None], default: Decay | None) -> Decay | None:

@@ -15,11 +15,11 @@ Without ``lr_coupled`` the factor lr is left out, as in the published prototypes
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from rankdecay.rules import Rule
+from rankdecay.checks import check_name, check_number
+from rankdecay.rules import get_rule, rule_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +28,7 @@ Scale = Literal["relative", "absolute"]
 Unit = Literal["matrix", "head"]
 
 
-def _check_strength(name: str, value: float) -> None:
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}; use 0 to switch the decay off")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+_OFF = "0 switches it off"
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class Frobenius:
     strength: float
 
     def __post_init__(self) -> None:
-        _check_strength("strength", self.strength)
+        check_number("strength", self.strength, at_least=0, remedy=_OFF)
 
     def describe(self) -> str:
         """The decay in a few words."""
@@ -63,7 +56,8 @@ class LowRank:
     Attributes:
         strength: decay per unit of learning rate (or per step, without ``lr_coupled``), ≥ 0.
         rule: ``"prox"`` soft threshold, exact zeros; ``"smooth"`` W (WᵀW + ε²)^(−1/2), never crosses zero;
-            ``"polar"`` the subgradient UVᵀ; ``"newton_schulz"`` the published prototypes' five cubic steps.
+            ``"polar"`` the subgradient UVᵀ; ``"newton_schulz"`` the published prototypes' five cubic steps; or any
+            other that is registered (:mod:`rankdecay.rules`).
         scale: ``"relative"`` or ``"absolute"``: see the module's table.
         unit: ``"matrix"`` for one spectrum per matrix, ``"head"`` for one per attention head.
         every: apply k·τ every k steps; exact for ``"prox"`` between gradient steps, first order for the others.
@@ -72,7 +66,7 @@ class LowRank:
     """
 
     strength: float
-    rule: Rule = "prox"
+    rule: str = "prox"
     scale: Scale = "relative"
     unit: Unit = "matrix"
     every: int = 1
@@ -80,13 +74,12 @@ class LowRank:
     smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_strength("strength", self.strength)
-        _check_strength("smoothing", self.smoothing)
-        _check_choice("rule", self.rule, get_args(Rule))
-        _check_choice("scale", self.scale, get_args(Scale))
-        _check_choice("unit", self.unit, get_args(Unit))
-        if self.every < 1 or self.every != int(self.every):
-            raise ValueError(f"every must be a whole number of steps >= 1, got {self.every!r}")
+        check_number("strength", self.strength, at_least=0, remedy=_OFF)
+        check_number("smoothing", self.smoothing, at_least=0, remedy=_OFF)
+        check_name("rule", self.rule, rule_names())
+        check_name("scale", self.scale, get_args(Scale))
+        check_name("unit", self.unit, get_args(Unit))
+        check_number("every", self.every, at_least=1, whole=True, remedy="it counts steps")
 
     def tau(self, amount: Tensor | float, norm: Tensor, rank: Tensor | int) -> Tensor:
         """Returns τ, what the rule may take from each singular value: the one place where it is defined.
@@ -121,7 +114,7 @@ class LowRank:
         """The decay in a few words."""
         words = [self.rule.replace("_", "-"), f"{self.strength:g}", self.scale]
         words += [] if self.lr_coupled else ["per step"]
-        words += [f"ε = {self.smoothing:g}·‖W‖_F"] if self.rule == "smooth" and self.smoothing else []
+        words += [f"ε = {self.smoothing:g}·‖W‖_F"] if self.smoothing and get_rule(self.rule).smoothing else []
         words += ["per head"] if self.unit == "head" else []
         words += [f"every {self.every} steps"] if self.every > 1 else []
         return "low-rank " + ", ".join(words)

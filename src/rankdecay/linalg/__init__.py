@@ -7,11 +7,10 @@
 
 from rankdecay.linalg.backend import Backend, choose_backend, record_backends
 from rankdecay.linalg.polar import polar, smooth_polar
-from rankdecay.linalg.shrink import Rule, newton_schulz, shrink, soft_threshold, spectral_clip
+from rankdecay.linalg.shrink import newton_schulz, shrink, soft_threshold, spectral_clip
 
 __all__ = [
     "Backend",
-    "Rule",
     "choose_backend",
     "newton_schulz",
     "polar",

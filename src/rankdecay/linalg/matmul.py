@@ -38,7 +38,22 @@ def normalised(X: Tensor) -> tuple[Tensor, Tensor]:
 POLAR_STEPS: tuple[Triple, ...] = (*SCHEDULES[1e-6], SQUASH, SQUASH, SQUASH)
 
 
-def regularised_gram(X: Tensor, eps: Tensor, ratio: float | None) -> Tensor:
+def polar_by_products(X: Tensor) -> Tensor:
+    """Returns the polar factor of each matrix of a tall stack."""
+    return iterate(normalised(X)[0], POLAR_STEPS)
+
+
+def cubic_newton_schulz(X: Tensor, steps: int) -> Tensor:
+    """Returns ``steps`` cubic steps X ← X (3I - XᵀX)/2 from X/‖X‖_F of a tall stack."""
+    X = normalised(X)[0]
+    shape = X.shape
+    X = X.reshape(-1, *shape[-2:])
+    for _ in range(steps):
+        X = torch.baddbmm(X, X, X.mT @ X, beta=1.5, alpha=-0.5)
+    return X.reshape(shape)
+
+
+def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None) -> Tensor:
     r"""Returns X (XᵀX + ε²I)^(-1/2) by products of n × n matrices.
 
     Augment :math:`X_e = [X; \epsilon I]`. The top block of its polar factor is the wanted matrix, and
@@ -58,6 +73,7 @@ def regularised_gram(X: Tensor, eps: Tensor, ratio: float | None) -> Tensor:
         eps: ε > 0 of shape (..., 1, 1).
         ratio: A lower bound of ε/F known to the caller without reading the device, or None.
     """
+    input_dtype = X.dtype
     n = X.shape[-1]
     F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     phi = SAFETY * torch.hypot(F, math.sqrt(n) * eps.double())  # hypot: ε may be far above F
@@ -88,4 +104,4 @@ def regularised_gram(X: Tensor, eps: Tensor, ratio: float | None) -> Tensor:
         if step < length - 1:
             Y = (R @ Z).addcmul_(R, a)
             R = (Y @ Z).addcmul_(Y, a)
-    return X @ Q
+    return (X @ Q).to(input_dtype)

@@ -8,7 +8,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from rankdecay.checks import check_name
+from rankdecay.checks import check_name, check_number
 from rankdecay.linalg.backend import Backend, choose_backend
 
 
@@ -38,11 +38,9 @@ def per_matrix(name: str, value: float | Tensor, W: Tensor, *, positive: bool = 
         ValueError: If a Python number is negative, zero where ``positive``, or not finite, or if a tensor
             does not broadcast to ``W.shape[:-2]``.
     """
-    bound = "a positive" if positive else "a non-negative"
     if not isinstance(value, Tensor):
-        value = float(value)
-        if not math.isfinite(value) or value < 0 or (positive and value == 0):
-            raise ValueError(f"{name}={value!r} must be {bound} finite number, in the units of W's singular values.")
+        bound = {"above" if positive else "at_least": 0}
+        check_number(name, value, **bound, remedy="it is in the units of W's singular values")
         return torch.full((1,) * W.ndim, value, dtype=torch.float64, device=W.device)
     sizes = zip(reversed(value.shape), reversed(W.shape[:-2]), strict=False)
     if value.ndim > W.ndim - 2 or any(size not in (1, wanted) for size, wanted in sizes):
