@@ -44,13 +44,13 @@ class Options(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """A decay rule: σ becomes σ - c(σ) σ, whatever the scale, since τ comes in the units of the singular values.
+    """A decay rule: σ becomes σ - c(σ) σ. τ comes in the units of the singular values, whatever the decay's scale.
 
     Attributes:
         name: of the rule, an identifier.
         description: what a singular value becomes, in a few words.
         fraction: c(σ, null, τ, options) of all singular values of each matrix, (..., n), of which σ ≤ null (..., 1)
-            count as zero, and τ (..., 1); zero where τ is zero. It is all that a rule needs, on sharded weights too.
+            count as zero, and τ (..., 1), float64. It is all that a rule needs, on sharded weights too.
         taken_by_products: the part of ``prepared.X`` that a step takes, computed by matrix products alone, from
             (prepared, τ (..., 1, 1) in the units of ``prepared.X``, options). A rule without it is decomposed by every
             backend, which makes a GPU wait.

@@ -23,6 +23,7 @@ from rankdecay.checks import check_name
 from rankdecay.linalg.backend import full_precision, note_backend
 from rankdecay.linalg.exact import NULL_TOLERANCE, eigenvectors
 from rankdecay.linalg.shrink import shrink
+from rankdecay.linalg.stack import finite
 from rankdecay.rules import Options, Rule, get_rule
 
 
@@ -61,18 +62,18 @@ def shrink_factor(
     bad = ~(G.isfinite().all(-1).all(-1, keepdim=True) & tau.isfinite())
     unit = torch.where(bad | (F == 0), 1.0, F)
     G = (G / unit[..., None].square()).masked_fill(bad[..., None], 0)
-    tau = (tau / unit).nan_to_num(nan=0.0).clamp_max(2.0**500)
     with full_precision(G.device):
         if backend == "exact" or chosen.taken_by_products is None:
-            C = _by_eigenvalues(G, tau, chosen, options, dtype)
+            C = _by_eigenvalues(G, unit, finite(tau), chosen, options, dtype)
         else:
-            C = _by_products(G, tau, rule, options)
+            C = _by_products(G, unit, finite(tau), rule, options)
     return C.masked_fill(bad[..., None], torch.nan)
 
 
-def _by_eigenvalues(G: Tensor, tau: Tensor, rule: Rule, options: Options, dtype: torch.dtype) -> Tensor:
+def _by_eigenvalues(G: Tensor, unit: Tensor, tau: Tensor, rule: Rule, options: Options, dtype: torch.dtype) -> Tensor:
     note_backend("exact")
     sigma, V = _eigenvectors(G)
+    sigma = sigma * unit
     null = (NULL_TOLERANCE if dtype != torch.float64 else 2.0**-25) * sigma.amax(-1, keepdim=True)
     c = rule.fraction(sigma, null, tau, options)
     # Exactly the identity where nothing is left, so that W - W C is exactly zero.
@@ -90,9 +91,9 @@ def _eigenvectors(G: Tensor) -> tuple[Tensor, Tensor]:
     return lam.clamp_min(0).sqrt(), V
 
 
-def _by_products(G: Tensor, tau: Tensor, rule: str, options: Options) -> Tensor:
+def _by_products(G: Tensor, unit: Tensor, tau: Tensor, rule: str, options: Options) -> Tensor:
     n = G.shape[-1]
     identity = torch.eye(n, dtype=G.dtype, device=G.device)
-    R = torch.linalg.cholesky_ex(G + n * 2.0**-52 * identity).L.mT
+    R = unit[..., None] * torch.linalg.cholesky_ex(G + n * 2.0**-52 * identity).L.mT
     difference = R - shrink(R, tau[..., 0], rule, **options._asdict(), backend="matmul")
     return torch.linalg.solve_triangular(R, difference, upper=True)

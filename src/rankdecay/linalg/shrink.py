@@ -15,6 +15,7 @@ from rankdecay.linalg.matmul import cubic_newton_schulz
 from rankdecay.linalg.stack import (
     check_matrix,
     finish,
+    finite,
     mark_bad,
     per_matrix,
     prepare,
@@ -168,19 +169,18 @@ def _step(W: Tensor, step: Tensor, rule: Rule, options: Options, backend: str, *
         backend = "matmul"
     with full_precision(W.device):
         prepared = mark_bad(prepare(W, working_dtype(W, backend)), step)
-        X, tau = prepared.X, scaled_down(step, prepared)
         if backend == "exact" or rule.taken_by_products is None:
-            beside_sigma = tau[..., 0]  # (..., 1)
-            out = apply_exact(
-                prepared,
-                lambda sigma, null: rule.fraction(sigma, null, beside_sigma, options),
-                W.dtype,
-                complement=complement,
-            )
+            unit, tau = prepared.scale[..., 0], finite(step[..., 0])  # (..., 1), beside σ
+
+            def fraction(sigma: Tensor, null: Tensor) -> Tensor:
+                return rule.fraction(sigma * unit, null * unit, tau, options)
+
+            out = apply_exact(prepared, fraction, W.dtype, complement=complement)
         else:
             note_backend("matmul")
-            out = rule.taken_by_products(prepared, tau.clamp_max(torch.finfo(X.dtype).max), options)
-            out = X - out if complement else out
+            tau = scaled_down(step, prepared).clamp_max(torch.finfo(prepared.X.dtype).max)
+            out = rule.taken_by_products(prepared, tau, options)
+            out = prepared.X - out if complement else out
         return finish(out.mul_(prepared.scale), prepared, W.dtype)
 
 

@@ -111,4 +111,9 @@ def mark_bad(prepared: Prepared, value: Tensor) -> Prepared:
 
 def scaled_down(value: Tensor, prepared: Prepared) -> Tensor:
     """Returns ``value`` (..., 1, 1) in the units of ``prepared.X``, in float64 and finite."""
-    return (value / prepared.scale.double()).nan_to_num(nan=1.0).clamp_max(2.0**500)
+    return finite(value / prepared.scale.double())
+
+
+def finite(value: Tensor) -> Tensor:
+    """Returns ``value`` without NaN and so large at most that quotients by singular values are finite."""
+    return value.nan_to_num(nan=1.0).clamp_max(2.0**500)
