@@ -1,4 +1,4 @@
-"""Decay rules by name: what a rule is, which there are, and how to add one. Importing this does not import torch.
+"""Decay rules by name, and how to add one. Importing this module does not import torch.
 
 A rule is one :class:`Rule`. There are three ways to make it known; then :class:`rankdecay.LowRank`, optimizers in one
 process or many, the lab's ensembles and the option ``--rule`` take its name:
@@ -31,7 +31,7 @@ _GROUP = "rankdecay.rules"
 
 
 class Options(NamedTuple):
-    """Options of a step that some rules read.
+    """Options of a step; a rule reads those it needs.
 
     Attributes:
         smoothing: a fraction of ‖W‖_F, :attr:`rankdecay.LowRank.smoothing`.
@@ -70,7 +70,7 @@ _registered: dict[str, Rule] = {}
 
 
 def register_rule(rule: Rule) -> Rule:
-    """Makes a rule known by its name, in this process, and returns it.
+    """Make a rule known by its name, in this process, and returns it.
 
     Raises:
         ValueError: If the name is not an identifier, or belongs to another rule.
@@ -78,17 +78,17 @@ def register_rule(rule: Rule) -> Rule:
     if not rule.name.isidentifier():
         raise ValueError(f"a rule's name must be an identifier, such as 'log_penalty'; got {rule.name!r}")
     if rule.name == "frobenius" or rule.name in _built_in() or _registered.get(rule.name, rule) is not rule:
-        raise ValueError(f"{rule.name!r} is the name of another rule; give this one a name of its own")
+        raise ValueError(f"{rule.name!r} is the name of another rule; choose another name")
     return _registered.setdefault(rule.name, rule)
 
 
 def rule_names() -> tuple[str, ...]:
-    """Returns the names of all rules, without importing them."""
+    """Return the names of all rules, without importing them."""
     return tuple(dict.fromkeys([*_loaders(), *_registered]))
 
 
 def get_rule(name: str) -> Rule:
-    """Returns the rule of a name; imports it on first use.
+    """Return the rule of a name; imports it on first use.
 
     Raises:
         ValueError: If no rule has the name.
@@ -108,7 +108,7 @@ def _built_in() -> list[str]:
 
 @cache
 def _loaders() -> dict[str, Callable[[], Any]]:
-    """What loads each rule of this package and of others."""
+    """Return the loader of each rule of this package and of others."""
     others = {point.name: point.load for point in entry_points(group=_GROUP)}
     return others | {name: partial(_load, name) for name in _built_in()}
 

@@ -1,7 +1,7 @@
-"""What is decayed, how strongly and by which rule. Plain data: importing this module does not import torch.
+"""Decays as plain data: how strong, by which rule, of which unit. Importing this module does not import torch.
 
 A decay is *decoupled*: it acts on the weight after the optimizer's step and never enters the loss. Its size is the
-threshold τ, the amount a rule may take from each singular value in one step:
+threshold τ, how much a rule may take from each singular value in one step:
 
 ==========  ==========================  =====================================================================
 scale       τ (``lr_coupled``)          reading
@@ -45,7 +45,7 @@ class Frobenius:
         check_number("strength", self.strength, at_least=0, remedy=_OFF)
 
     def describe(self) -> str:
-        """The decay in a few words."""
+        """Return the decay in a few words."""
         return f"L2 {self.strength:g}"
 
 
@@ -82,7 +82,7 @@ class LowRank:
         check_number("every", self.every, at_least=1, whole=True, remedy="it counts steps")
 
     def tau(self, amount: Tensor | float, norm: Tensor, rank: Tensor | int) -> Tensor:
-        """Returns τ, what the rule may take from each singular value: the one place where it is defined.
+        """Return τ, what the rule may take from each singular value: the one place where it is defined.
 
         Args:
             amount: Σ lr · strength of the steps to decay for (without ``lr_coupled`` Σ strength); broadcastable.
@@ -96,7 +96,7 @@ class LowRank:
         return amount if self.scale == "absolute" else amount * norm / rank**0.5
 
     def threshold(self, weight: Tensor, lr: Tensor | float, strength: Tensor | float | None = None) -> Tensor:
-        """Returns τ of one step for each matrix of ``weight``.
+        """Return τ of one step for each matrix of ``weight``.
 
         Args:
             weight: ``(..., m, n)``.
@@ -111,7 +111,7 @@ class LowRank:
         return self.tau(amount, weight.norm(dim=(-2, -1)), min(weight.shape[-2:]))
 
     def describe(self) -> str:
-        """The decay in a few words."""
+        """Return the decay in a few words."""
         words = [self.rule.replace("_", "-"), f"{self.strength:g}", self.scale]
         words += [] if self.lr_coupled else ["per step"]
         words += [f"ε = {self.smoothing:g}·‖W‖_F"] if self.smoothing and get_rule(self.rule).smoothing else []

@@ -38,7 +38,7 @@ def shrink_factor(
     backend: str = "exact",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Returns C such that W - W C is :func:`~rankdecay.linalg.shrink` of every W with WᵀW = G.
+    """Return C such that W - W C is :func:`~rankdecay.linalg.shrink` of every W with WᵀW = G.
 
     Args:
         G: Gram matrices (..., n, n), float64.
@@ -47,7 +47,7 @@ def shrink_factor(
         smoothing: for "smooth", a fraction of ‖W‖_F.
         steps: for "newton_schulz".
         backend: ``"exact"`` or ``"matmul"``.
-        dtype: dtype of W, which says how many of its digits are meant.
+        dtype: dtype of W, which decides how many digits count.
 
     Returns:
         (..., n, n), float64; NaN where G or τ is not finite. Zero where τ = 0.
@@ -82,7 +82,7 @@ def _by_eigenvalues(G: Tensor, unit: Tensor, tau: Tensor, rule: Rule, options: O
 
 
 def _eigenvectors(G: Tensor) -> tuple[Tensor, Tensor]:
-    """σ = √λ (..., n) and the eigenvectors (..., n, n); by SVD where eigh does not converge or is wrong."""
+    """Return σ = √λ (..., n) and the eigenvectors (..., n, n); by SVD where eigh does not converge or is wrong."""
     lam, V, good = eigenvectors(G)
     if not bool(good.all()):
         note_backend("svd")

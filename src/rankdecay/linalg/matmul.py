@@ -12,7 +12,7 @@ from rankdecay.linalg.minimax import LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
 
 
 def iterate(X: Tensor, triples: Sequence[Triple]) -> Tensor:
-    """Returns the composition of odd quintics applied to the tall stack ``X``, by products only.
+    """Return the composition of odd quintics applied to the tall stack ``X``, by products only.
 
     X ← X (a I + b XᵀX + c (XᵀX)²) per step: three products. ``X`` is not modified.
     """
@@ -26,7 +26,7 @@ def iterate(X: Tensor, triples: Sequence[Triple]) -> Tensor:
 
 
 def normalised(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns X/F and F = ‖X‖_F of shape (..., 1, 1); a zero matrix gives zeros and F = 1."""
+    """Return X/F and F = ‖X‖_F of shape (..., 1, 1); a zero matrix gives zeros and F = 1."""
     F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
     F = torch.where(F == 0, 1.0, F)
     return X / F, F
@@ -39,12 +39,12 @@ POLAR_STEPS: tuple[Triple, ...] = (*SCHEDULES[1e-6], SQUASH, SQUASH, SQUASH)
 
 
 def polar_by_products(X: Tensor) -> Tensor:
-    """Returns the polar factor of each matrix of a tall stack."""
+    """Return the polar factor of each matrix of a tall stack."""
     return iterate(normalised(X)[0], POLAR_STEPS)
 
 
 def cubic_newton_schulz(X: Tensor, steps: int) -> Tensor:
-    """Returns ``steps`` cubic steps X ← X (3I - XᵀX)/2 from X/‖X‖_F of a tall stack."""
+    """Return ``steps`` cubic steps X ← X (3I - XᵀX)/2 from X/‖X‖_F of a tall stack."""
     X = normalised(X)[0]
     shape = X.shape
     X = X.reshape(-1, *shape[-2:])
@@ -54,7 +54,7 @@ def cubic_newton_schulz(X: Tensor, steps: int) -> Tensor:
 
 
 def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None) -> Tensor:
-    r"""Returns X (XᵀX + ε²I)^(-1/2) by products of n × n matrices.
+    r"""Return X (XᵀX + ε²I)^(-1/2) by products of n × n matrices.
 
     Augment :math:`X_e = [X; \epsilon I]`. The top block of its polar factor is the wanted matrix, and
     :math:`\sigma_{min}(X_e) \ge \epsilon`, so after division by

@@ -50,7 +50,7 @@ from rankdecay.linalg.stack import finish, mark_bad, per_matrix, prepare, resolv
 @float64_on_cpu
 @torch.no_grad()
 def polar(W: Tensor, backend: str = "auto") -> Tensor:
-    """Returns the polar factor U Vᵀ of each matrix; null directions map to zero.
+    """Return the polar factor U Vᵀ of each matrix; null directions map to zero.
 
     Args:
         W: Matrix or stack, shape (..., m, n), any real float dtype. Not modified.
@@ -90,7 +90,7 @@ def polar(W: Tensor, backend: str = "auto") -> Tensor:
 @float64_on_cpu
 @torch.no_grad()
 def smooth_polar(W: Tensor, eps: float | Tensor, backend: str = "auto") -> Tensor:
-    """Returns W (WᵀW + ε²I)^(-1/2): each singular value becomes σ/√(σ² + ε²).
+    """Return W (WᵀW + ε²I)^(-1/2): each singular value becomes σ/√(σ² + ε²).
 
     The polar factor with its jump at 0 replaced by a ramp of width ε: directions below ε are no longer
     pushed at full speed, so a decay along it with a step of at most ε never crosses zero. The same function

@@ -37,7 +37,7 @@ def shrink(
     steps: int = 5,
     backend: str = "auto",
 ) -> Tensor:
-    """Returns the weight after one decay step of size τ: the one implementation of every decay rule.
+    """Return the weight after one decay step of size τ: the one implementation of every decay rule.
 
     Args:
         W: Weight or stack of weights, shape (..., m, n), any real float dtype. Not modified.
@@ -76,7 +76,7 @@ def shrink(
 
 
 def soft_threshold(W: Tensor, tau: float | Tensor, backend: str = "auto") -> Tensor:
-    """Returns the soft threshold of each matrix: every singular value becomes max(σ - τ, 0).
+    """Return the soft threshold of each matrix: every singular value becomes max(σ - τ, 0).
 
     Args:
         W: Matrix or stack, shape (..., m, n), any real float dtype. Not modified.
@@ -107,7 +107,7 @@ def soft_threshold(W: Tensor, tau: float | Tensor, backend: str = "auto") -> Ten
 @float64_on_cpu
 @torch.no_grad()
 def spectral_clip(W: Tensor, beta: float | Tensor, backend: str = "auto") -> Tensor:
-    """Returns the projection on the spectral ball of radius β: every singular value becomes min(σ, β).
+    """Return the projection on the spectral ball of radius β: every singular value becomes min(σ, β).
 
     The complement of the soft threshold: ``soft_threshold(W, t) + spectral_clip(W, t)`` is W (Moreau).
 
@@ -134,7 +134,7 @@ def spectral_clip(W: Tensor, beta: float | Tensor, backend: str = "auto") -> Ten
 @float64_on_cpu
 @torch.no_grad()
 def newton_schulz(W: Tensor, steps: int = 5) -> Tensor:
-    """Returns ``steps`` cubic Newton-Schulz steps X ← X (3I - XᵀX)/2 from X = W/‖W‖_F.
+    """Return ``steps`` cubic Newton-Schulz steps X ← X (3I - XᵀX)/2 from X = W/‖W‖_F.
 
     What published prototypes of low-rank decay use in place of the polar factor. It is *not* the polar
     factor: a singular value responds by half only from 0.071 ‖W‖_F on at five steps. Float32 (float64 for
@@ -162,7 +162,7 @@ def newton_schulz(W: Tensor, steps: int = 5) -> Tensor:
 
 
 def _step(W: Tensor, step: Tensor, rule: Rule, options: Options, backend: str, *, complement: bool) -> Tensor:
-    """Returns what a step of size (..., 1, 1) takes from W by a rule, or its complement, what it leaves."""
+    """Return what a step of size (..., 1, 1) takes from W by a rule, or its complement, what it leaves."""
     if rule.taken_by_products is None:
         backend = "exact"
     elif rule.always_products:

@@ -29,7 +29,7 @@ from rankdecay.rules import Options, Rule
 
 
 def _clipped(sigma: Tensor, null: Tensor, tau: Tensor, options: Options) -> Tensor:
-    """Returns min(σ, τ)/σ, and 1 at σ = 0 unless τ = 0.
+    """Return min(σ, τ)/σ, and 1 at σ = 0 unless τ = 0.
 
     Subtracting the clipped matrix instead of multiplying by max(0, 1 - τ/σ) leaves W untouched to its last digit
     as τ goes to 0.
@@ -38,7 +38,7 @@ def _clipped(sigma: Tensor, null: Tensor, tau: Tensor, options: Options) -> Tens
 
 
 def _clip(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
-    """Returns clip_τ(X) by products (module docstring)."""
+    """Return clip_τ(X) by products (module docstring)."""
     X = prepared.X
     F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
     tau = torch.minimum(tau, 2 * F.double()).to(X.dtype)  # above F nothing is clipped, however far above
