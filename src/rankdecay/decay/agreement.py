@@ -41,9 +41,8 @@ def check_agreement(groups: Sequence[Group], backend: str) -> None:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     policy = _policy(groups, backend)
-    ranks = sorted({rank for meshes in policy["sharded"] for rank in json.loads(meshes)}) or range(
-        dist.get_world_size()
-    )
+    meshes = [json.loads(mesh) for mesh in policy["sharded"]]
+    ranks = sorted({rank for mesh in meshes for rank in mesh}) or range(dist.get_world_size())
     store = dist.distributed_c10d._get_default_store()
     prefix = f"rankdecay/attach/{next(_numbers)}"
     text = json.dumps(policy)
@@ -67,8 +66,8 @@ def check_agreement(groups: Sequence[Group], backend: str) -> None:
         if difference:
             setting, one, another = difference
             raise ValueError(
-                f"the processes do not have the same decay: {setting} is {one} on rank {first} and {another} on rank {other}; "
-                "give rankdecay.param_groups the same arguments on every rank."
+                f"the processes do not have the same decay: {setting} is {one} on rank {first} and {another} on rank "
+                f"{other}; give rankdecay.param_groups the same arguments on every rank."
             )
 
 
@@ -83,10 +82,8 @@ def _policy(groups: Sequence[Group], backend: str) -> dict[str, Any]:
             for parameter, name in zip(group["params"], names_in(group), strict=True):
                 if is_sharded(parameter):
                     mesh = json.dumps(parameter.device_mesh.mesh.flatten().tolist())
-                    parameter_text = (
-                        f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.placements} for {role}"
-                    )
-                    sharded.setdefault(mesh, []).append(parameter_text)
+                    words = f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.placements} for {role}"
+                    sharded.setdefault(mesh, []).append(words)
     return {"settings": settings, "sharded": sharded}
 
 

@@ -180,7 +180,7 @@ class Attachment:
                 amount = _count_step(group, role, decay, found_inf)
                 if live and (isinstance(amount, Tensor) or amount > 0):
                     seed = group[f"{role}_steps"] * 1_000_003 + index * 1_009 + ROLES.index(role)
-                    with _explain_collective_failure(role, live):
+                    with explain_collective_failure(role, live):
                         apply(live, windows_in(group, role), decay, amount, self._backend, seed)
 
     def _register_group(self, index: int, group: Group) -> None:
@@ -217,7 +217,7 @@ class _RegisteredGroup(NamedTuple):
 
 
 @contextlib.contextmanager
-def _explain_collective_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
+def explain_collective_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
     """Explain a collective that failed because another process stopped; the backend's message only names a socket."""
     try:
         yield

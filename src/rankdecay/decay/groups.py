@@ -149,10 +149,7 @@ def hook_keys(role: str, decay: Decay, windows: Iterable[Window] = (WHOLE,)) -> 
     """Return the keys that make the hook apply ``decay`` to the matrices of a role."""
     settings = asdict(decay) if isinstance(decay, LowRank) else {"rule": "frobenius", "strength": decay.strength}
     keys: Group = {f"{role}_{name}": value for name, value in settings.items()}
-    keys |= {
-        f"{role}_steps": 0,
-        f"{role}_pending": 0.0,
-    }  # from the start: a distributed checkpoint fills existing keys alone
+    keys |= {f"{role}_steps": 0, f"{role}_pending": 0.0}  # a distributed checkpoint fills existing keys alone
     blocks = "; ".join(filter(None, map(str, windows)))  # nothing of a whole parameter
     if blocks:
         keys[f"{role}_blocks"] = blocks
