@@ -124,9 +124,9 @@ def test_layers_and_heads_can_be_chosen():
     assert [r["nuclear_norm"] for r in rd.inspect(model).rows if r["layer"] == 1 and r["head"] in (0, 3)] == [
         r["nuclear_norm"] for r in rows
     ]
-    with pytest.raises(ValueError, match=r"layers has 2, and there are layers 0 to 1"):
+    with pytest.raises(ValueError, match=r"layers=2 is out of range: the model has layers 0–1"):
         rd.inspect(model, layers=[2])
-    with pytest.raises(ValueError, match=r"heads has 4, and there are heads 0 to 3"):
+    with pytest.raises(ValueError, match=r"heads=4 is out of range: .* has heads 0–3"):
         rd.inspect(model, heads=[4])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rankdecay.inspection import BALANCE, Inspection, Row, figures_of, plain, untrained_product
+from rankdecay.inspection import BALANCE, Inspection, Row, spectrum_rows, untrained_product
 from rankdecay.lab.errors import SettingError
 from rankdecay.spectrum import Spectrum
 
@@ -33,14 +33,9 @@ def inspect_run(path: Path) -> Inspection:
         for layer, sigma in enumerate(product):  # (heads, head_dim)
             deviation = (3 * width) ** -0.5  # of nn.Linear's uniform initialisation
             shapes = ((width, width), sigma.shape[-1], 1, None, (deviation, deviation))
-            figures = figures_of(Spectrum(sigma))
-            for head in range(len(sigma)):
-                row: Row = {"layer": layer, "name": f"{arm}, seed {seed}, layer {layer}", "head": head}
-                row |= {"product": "query_key", "head_dim": sigma.shape[-1]}
-                row |= {name: values[head] for name, values in figures.items()} | dict.fromkeys(BALANCE)
-                row |= {"singular_values": plain(sigma[head])}
-                row |= {"untrained": untrained_product("query_key", *shapes) | dict.fromkeys(BALANCE)}
-                rows.append(row)
+            untrained = untrained_product("query_key", *shapes) | dict.fromkeys(BALANCE)
+            heads = spectrum_rows({"product": "query_key"}, sigma.shape[-1], Spectrum(sigma), untrained)
+            rows += [{"layer": layer, "name": f"{arm}, seed {seed}, layer {layer}", **row} for row in heads]
     settings = json.loads((path / "config.json").read_text(encoding="utf-8")).get("settings", {})
     notes = [f"step {int(files[-1].stem)}"]
     if settings.get("qk_norm", "head") != "none":

@@ -12,10 +12,11 @@ from html import escape
 from pathlib import Path, PurePath
 from typing import Any
 
-from rankdecay.inspection import KINDS, Inspection, Row, finite_mean, number, strip
+from rankdecay.inspection import KINDS, Inspection, Row, by_layer, strip
 from rankdecay.lab.report import pieces
 from rankdecay.lab.report.page import SNAPSHOT_NUMBERS
 from rankdecay.lab.report.pieces import choice
+from rankdecay.text import finite_mean, number
 
 #: What the charts and tables show: a name and what it means.
 MEASURES = {
@@ -104,7 +105,7 @@ def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str,
     with_spectra = {0, len(reports) - 1} if thin else set(range(len(reports)))
     kinds = []
     for key, (symbol, meaning) in KINDS.items():
-        own = [[row for row in report.rows if key in (row.get("product"), row.get("matrix"))] for report in reports]
+        own = [report.of(key) for report in reports]
         rows = [row for report in own for row in report]
         if rows:
             defined = [name for name in MEASURES if _measure(rows[0]["untrained"], name, 1) is not None]
@@ -126,11 +127,8 @@ def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str,
 def _layers(
     rows: list[Row], measures: list[str], spectra: bool, pool: dict[tuple[float, ...], int], pairs: dict[Pairs, int]
 ) -> list[Row]:
-    by_layer: dict[int, list[Row]] = {}
-    for row in rows:
-        by_layer.setdefault(row["layer"], []).append(row)
     layers = []
-    for index, heads in sorted(by_layer.items()):
+    for index, heads in sorted(by_layer(rows).items()):
         untrained, dim = heads[0]["untrained"], heads[0]["head_dim"]
         layers.append({
             "layer": index, "name": heads[0]["name"], "dim": dim,
