@@ -53,7 +53,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import rankdecay as rd
 from rankdecay.lab.machine import describe_machine, resolve_device, versions
 from rankdecay.linalg import Backend, Rule, choose_backend, record_backends, shrink
-from rankdecay.linalg.polar import NULL_TOLERANCE, full_precision
+from rankdecay.linalg.backend import full_precision
+from rankdecay.linalg.exact import NULL_TOLERANCE
 
 CASES = ("4x128", "24x768", "48x2048", "8x4096", "gpt2")
 RULES: tuple[Rule, ...] = get_args(Rule)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.checks import check_number
-from rankdecay.linalg.polar import check_matrix, power_of_two
+from rankdecay.linalg.stack import check_matrix, power_of_two
 
 
 @dataclass(frozen=True, eq=False)

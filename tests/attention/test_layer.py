@@ -8,6 +8,7 @@ from torch import nn
 
 import rankdecay as rd
 from rankdecay.attention import Window
+from rankdecay.attention.layer import WHOLE
 
 from .families import build
 
@@ -68,6 +69,37 @@ def test_a_window_on_the_wrong_parameter_says_so():
         window.matrix(torch.zeros(768 * 2304))
     with pytest.raises(ValueError, match=r"'rows 0:3' is not a window"):
         Window.parse("rows 0:3")
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (2, 1, 3, 4)])
+def test_the_whole_parameter_is_a_window_of_any_shape(shape):
+    parameter = torch.randn(shape)
+    value = torch.randn(shape)
+    assert WHOLE.matrix(parameter) is parameter
+    assert torch.equal(WHOLE.heads(parameter), parameter[None])
+    assert WHOLE.num_heads == 1
+    assert WHOLE.is_whole
+    assert not WHOLE.has_heads
+    for new in (value, value[None]):
+        parameter.zero_()
+        WHOLE.write(parameter, new)
+        assert torch.equal(parameter, value)
+
+
+def test_nothing_is_written_down_of_the_whole_parameter():
+    assert str(WHOLE) == ""
+    assert Window.parse("") is WHOLE
+    bias = torch.arange(3.0)
+    assert WHOLE.vector(bias) is bias
+
+
+@given(windows())
+def test_lines_are_along_the_side_that_is_cut(case):
+    window, shape = case
+    lines = shape[window.line_dim(2)]
+    assert lines == window.groups * window.size
+    assert window.extent(lines) == window.num_heads * window.head_dim
+    assert WHOLE.extent(lines) == lines
 
 
 def test_normalised_queries_have_no_product():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rankdecay.attention import Window
+from rankdecay.attention.layer import WHOLE
 from rankdecay.audit.block import Block, Terms, cancels, size
 
 WINDOW = Window("rows", 4, 8, 8, 2)  # the second of two matrices, with two heads of 2
@@ -31,8 +32,8 @@ def test_a_bias_is_cut_as_the_rows_of_its_matrix_even_if_that_is_transposed():
     assert torch.equal(b.cut(b.parameter).flatten(1), b.parameter.detach()[4:].reshape(2, 2))
 
 
-def test_without_a_window_the_parameter_is_one_head():
-    b = block((3,), None)
+def test_a_whole_parameter_is_one_head():
+    b = block((3,), WHOLE)
     assert b.heads == 1
     assert torch.equal(b.cut(b.parameter), b.parameter.detach()[None])
 
@@ -49,7 +50,7 @@ def test_scaling_multiplies_the_heads_and_nothing_else(shape, window):
 
 
 def test_the_whole_parameter_is_scaled_by_one_factor():
-    b = block((2, 2), None)
+    b = block((2, 2), WHOLE)
     expected = 5 * b.parameter.detach()
     with torch.no_grad():
         b.scale(torch.tensor([5.0]))
@@ -59,7 +60,7 @@ def test_the_whole_parameter_is_scaled_by_one_factor():
 def test_terms_are_those_of_numpy():
     b = block((8, 3), WINDOW)
     products = (b.gradient.numpy() * b.parameter.detach().numpy())[4:].reshape(2, 6)
-    terms = Terms.of([b, block((8,), None)._replace(gradient=None)])
+    terms = Terms.of([b, block((8,), WHOLE)._replace(gradient=None)])
     np.testing.assert_allclose(terms.total, products.sum(1))
     np.testing.assert_allclose(terms.square, (products**2).sum(1))
     np.testing.assert_allclose(terms.grouped(1).total, products.sum())

@@ -215,3 +215,82 @@ def test_groups_of_a_copied_model_are_alike():
         for m in (model, copy.deepcopy(model))
     ]
     assert keys[0] == keys[1]
+
+
+# ---- states saved by 0.1 -----------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """One block with a fused attention and a stack of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Module()
+        block.attn = nn.Module()
+        block.attn.n_head = 2
+        block.attn.c_attn = nn.Linear(16, 48, bias=False)
+        block.attn.c_proj = nn.Linear(16, 16, bias=False)
+        block.mlp = nn.Module()
+        block.mlp.experts = nn.Parameter(torch.ones(3, 16, 8))
+        self.h = nn.ModuleList([block])
+
+
+def saved_keys(role: str, strength: float, unit: str = "matrix", blocks: str | None = None) -> dict[str, object]:
+    """What commit 504033f writes of a decay, word for word."""
+    keys = {"strength": strength, "rule": "prox", "scale": "relative", "unit": unit, "every": 1, "lr_coupled": True}
+    keys |= {"smoothing": 0.0, "steps": 0, "pending": 0.0} | ({"blocks": blocks} if blocks is not None else {})
+    return {f"{role}_{key}": value for key, value in keys.items()}
+
+
+SAVED = [
+    {"role": "query_key+value_output", "param_names": ["h.0.attn.c_attn.weight"], "why": ["query, key, value"],
+     **saved_keys("query_key", 0.2, "head", "query: rows[0:16]/48 by 8; key: rows[16:32]/48 by 8"),
+     **saved_keys("value_output", 0.1, blocks="value: rows[32:48]/48 by 8")},
+    {"role": "value_output", "param_names": ["h.0.attn.c_proj.weight"], "why": ["output"],
+     **saved_keys("value_output", 0.1, blocks="columns[0:16]/16 by 8")},
+    {"role": "mlp", "param_names": ["h.0.mlp.experts"], "why": ["matrix of a block with attention"],
+     **saved_keys("mlp", 0.1)},
+]  # fmt: skip
+
+
+def test_a_state_says_what_it_always_said_and_nothing_of_a_whole_parameter():
+    optimizer = torch.optim.SGD(
+        rd.param_groups(Experts(), rd.LowRank(0.1), query_key=rd.LowRank(0.2, unit="head")), 1.0
+    )
+    rd.attach(optimizer)
+    ours = [
+        {key: value for key, value in group.items() if key in saved or key.split("_")[0] in ("mlp", "query", "value")}
+        for group, saved in zip(optimizer.state_dict()["param_groups"], SAVED, strict=True)
+    ]
+    assert ours == SAVED
+    assert [list(group) for group in ours[2:]] == [
+        ["param_names", "why", "role", *(key for key in SAVED[2] if key.startswith("mlp"))]
+    ]
+
+
+def test_a_state_saved_before_whole_windows_decays_as_it_says():
+    model = Experts()
+    optimizer = torch.optim.SGD(rd.param_groups(model, rd.LowRank(9.0), query_key=rd.LowRank(9.0, rule="smooth")), 1.0)
+    rd.attach(optimizer)
+    state = optimizer.state_dict()
+    plain = [
+        {key: group[key] for key in ("lr", "momentum", "params", "weight_decay")} for group in state["param_groups"]
+    ]
+    defaults = {"dampening": 0, "nesterov": False, "maximize": False, "foreach": None, "differentiable": False}
+    groups = [defaults | {"fused": None} | one | saved for one, saved in zip(plain, SAVED, strict=True)]
+    optimizer.load_state_dict({"state": {}, "param_groups": groups})
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+    def prox(weight: torch.Tensor, strength: float) -> torch.Tensor:
+        U, sigma, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        tau = strength * weight.double().norm(dim=(-2, -1)) / min(weight.shape[-2:]) ** 0.5
+        return (U * (sigma - tau[..., None]).clamp_min(0)[..., None, :]) @ Vh
+
+    fused, output, experts = before
+    heads = prox(fused[:32].unflatten(0, (4, 8)), 0.2).flatten(0, 1)
+    expected = [torch.cat([heads, prox(fused[32:], 0.1)]), prox(output, 0.1), prox(experts, 0.1)]
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), wanted, rtol=0, atol=1e-6)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from rankdecay.attention import Window
+from rankdecay.attention.layer import WHOLE
 from rankdecay.linalg.backend import double
 
 
@@ -18,34 +19,32 @@ class Block(NamedTuple):
     name: str
     parameter: nn.Parameter
     gradient: Tensor | None
-    window: Window | None = None
+    window: Window = WHOLE
 
     def cut(self, value: Tensor) -> Tensor:
-        """(heads, …) of the parameter or its gradient, detached; without a window (1, …)."""
-        value = value.detach()
-        return value[None] if self.window is None else self._upright.heads(column(value))
+        """Returns (heads, …) of the parameter or its gradient, detached; (1, …) of a whole parameter."""
+        return self._upright.heads(self._lines(value.detach()))
 
     def whole(self, value: Tensor) -> Tensor:
-        """The same, not cut."""
-        value = value.detach()
-        return value if self.window is None else self._upright.matrix(column(value))
+        """Returns the same, not cut."""
+        return self._upright.matrix(self._lines(value.detach()))
 
     def scale(self, factors: Tensor) -> None:
         """Multiplies each head by its factor, in place."""
         value = self.cut(self.parameter)
         value = value * factors.to(value).reshape(-1, *[1] * (value.ndim - 1))
-        if self.window is None:
-            self.parameter.copy_(value[0])
-        else:
-            self._upright.write(column(self.parameter), value)
+        self._upright.write(self._lines(self.parameter), value)
 
     @property
     def heads(self) -> int:
-        return 1 if self.window is None else self.window.num_heads
+        return self.window.num_heads
+
+    def _lines(self, value: Tensor) -> Tensor:
+        """The value; a bias that is cut into heads as a matrix of one column."""
+        return column(value) if self.window.has_heads else value
 
     @property
     def _upright(self) -> Window:
-        assert self.window is not None
         return self.window if self.parameter.ndim > 1 else replace(self.window, transposed=False)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention import AttentionNames, Window
+from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.source import named_parameters
 from rankdecay.attention.windows import Found
 from rankdecay.audit.block import Block, Terms, cancels, size
@@ -216,7 +217,7 @@ def parts(
     """Every parameter once, in order: attention's matrices one by one, a bias with its weight."""
     parameters = named_parameters(model)
 
-    def block(name: str, window: Window | None = None) -> Block:
+    def block(name: str, window: Window = WHOLE) -> Block:
         return Block(name, parameters[name], gradients.get(parameters[name]), window)
 
     places = {(place.parameter, role): place for layer in found for role, place in layer.places.items()}
@@ -228,7 +229,7 @@ def parts(
         own = [(place, role) for (name, role), place in places.items() if name in entry.names]
         for place, role in own:
             window = place.bias_window if role != "output" else None
-            bias = block(place.bias, window) if place.bias else None
+            bias = block(place.bias, window or WHOLE) if place.bias else None
             parts.append(Part(block(place.parameter, place.window), roles.get(role, first.role), role, role, bias))
         if own or entry.parameter in biases:
             continue

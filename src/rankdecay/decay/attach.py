@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankdecay.attention.layer import FLATTENED
+from rankdecay.attention.layer import FLATTENED, WHOLE
 from rankdecay.checks import check_name
-from rankdecay.decay import sharded
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import apply
 from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, windows_in
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.decay.roles import ROLES
+from rankdecay.decay.sharded.layout import check_placements
 from rankdecay.decay.table import Row, table
 from rankdecay.dtensor import is_sharded, unwrapped
 from rankdecay.linalg import Backend
@@ -96,12 +96,12 @@ class Attachment:
         # Weak, or the two would keep each other alive, and the next optimizer would seem to share its parameters.
         self._optimizer = weakref.ref(optimizer)
         self._backend: Backend = backend
-        self._admitted: list[_Admitted] = []
+        self._registered: list[_RegisteredGroup] = []
         for index, group in enumerate(optimizer.param_groups):
-            self._admit(index, group)
+            self._register_group(index, group)
         _check_not_shared(optimizer)
         check_agreement(optimizer.param_groups, backend)
-        self._graded: set[int] = set()
+        self._params_with_grad: set[int] = set()
         self._closure = False
         self._first = True
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
@@ -155,11 +155,11 @@ class Attachment:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Notes which parameters have a gradient: some optimizers clear it inside their step."""
         for index, group in enumerate(optimizer.param_groups):
-            self._admit(index, group)
+            self._register_group(index, group)
         # With a closure the gradients of this step are not there yet, and those of the last one may be.
         self._closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
         groups = [] if self._closure else [group for group in optimizer.param_groups if hook_roles(group)]
-        self._graded = {id(p) for group in groups for p in group["params"] if p.grad is not None}
+        self._params_with_grad = {id(p) for group in groups for p in group["params"] if p.grad is not None}
         if self._first and not self._closure:
             self._first = False
             _check_trained(optimizer)
@@ -171,33 +171,35 @@ class Attachment:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if self._closure and not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             # Cleared inside the step, which had made them too: whatever is trained had one.
-            self._graded = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+            self._params_with_grad = {
+                id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+            }
         for index, group in enumerate(optimizer.param_groups):
-            live = [p for p in group["params"] if p.grad is not None or id(p) in self._graded]
+            live = [p for p in group["params"] if p.grad is not None or id(p) in self._params_with_grad]
             for role, decay in decays_in(group).items():
-                due = _gather(group, role, decay, found_inf)
-                if live and (isinstance(due, Tensor) or due > 0):
+                amount = _count_step(group, role, decay, found_inf)
+                if live and (isinstance(amount, Tensor) or amount > 0):
                     seed = group[f"{role}_steps"] * 1_000_003 + index * 1_009 + ROLES.index(role)
-                    with _named_failure(role, live):
-                        apply(live, windows_in(group, role), decay, due, self._backend, seed)
+                    with explain_collective_failure(role, live):
+                        apply(live, windows_in(group, role), decay, amount, self._backend, seed)
 
-    def _admit(self, index: int, group: Group) -> None:
+    def _register_group(self, index: int, group: Group) -> None:
         """Checks a group when it is first seen, and before each step that it holds parameters of the same shapes.
 
         They may be replaced by others of the same shapes, as Accelerate does under FSDP2.
         """
-        now = _Admitted(hook_roles(group), [tuple(p.shape) for p in group["params"]])
-        if index == len(self._admitted):
+        now = _RegisteredGroup(hook_roles(group), [tuple(p.shape) for p in group["params"]])
+        if index == len(self._registered):
             optimizer = self.optimizer
             _settle_weight_decay(optimizer, group)
             now = now._replace(roles=hook_roles(group))
             _check_group(optimizer, group)
-            self._admitted.append(now)
-        elif now.roles and now.shapes != self._admitted[index].shapes:
-            raise ValueError(_swapped(index, group, self._admitted[index].shapes, now.shapes))
+            self._registered.append(now)
+        elif now.roles and now.shapes != self._registered[index].shapes:
+            raise ValueError(_swapped(index, group, self._registered[index].shapes, now.shapes))
 
     def _check_loaded(self, optimizer: Optimizer) -> None:
-        for index, (admitted, group) in enumerate(zip(self._admitted, optimizer.param_groups, strict=False)):
+        for index, (admitted, group) in enumerate(zip(self._registered, optimizer.param_groups, strict=False)):
             lost = [role for role in admitted.roles if role not in hook_roles(group)]
             if lost:
                 raise ValueError(
@@ -207,7 +209,7 @@ class Attachment:
                 )
 
 
-class _Admitted(NamedTuple):
+class _RegisteredGroup(NamedTuple):
     """What a group was when it was attached to."""
 
     roles: list[str]
@@ -215,7 +217,7 @@ class _Admitted(NamedTuple):
 
 
 @contextlib.contextmanager
-def _named_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
+def explain_collective_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
     """Says what waited, where another process has stopped: what the backend says names a socket."""
     try:
         yield
@@ -279,7 +281,7 @@ def _check_group(optimizer: Optimizer, group: Group) -> None:
             )
         for parameter, name in zip(group["params"], names_in(group), strict=True):
             if is_sharded(parameter):
-                sharded.check_placements(parameter, f"{name} ({role})")
+                check_placements(parameter, f"{name} ({role})")
             if parameter.ndim < 2 and isinstance(decay, LowRank):
                 raise ValueError(
                     f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
@@ -350,22 +352,22 @@ def _rows(group: Group, optimizer: Optimizer, active: bool) -> Iterator[Row]:
         if not decays:
             strength = group.get("weight_decay", 0.0)
             words, who = (f"L2 {strength:g}", type(optimizer).__name__) if strength else ("none", "")
-            yield Row(name, parameter, group.get("role", "not from param_groups"), None, words, who, frozen + why)
+            yield Row(name, parameter, group.get("role", "not from param_groups"), WHOLE, words, who, frozen + why)
         for role, decay in decays.items():
             words = decay.describe() if decay.strength else "none"
             who = ("rankdecay" if active else "nobody") if decay.strength else ""
             low_rank = isinstance(decay, LowRank)
             since = group.get(f"{role}_steps", 0) % decay.every if isinstance(decay, LowRank) else 0
             waiting = f"{role}: {since} of {decay.every} steps since its last decay" if since else ""  # pyright: ignore
-            for window in windows_in(group, role) or [None]:
-                own = frozen + ((window.label if window else "") or why)
+            for window in windows_in(group, role):
+                own = frozen + (window.label or why)
                 yield Row(name, parameter, role, window, words, who, own, low_rank, waiting)
 
 
 # ---- stepping --------------------------------------------------------------------------------------------
 
 
-def _gather(group: Group, role: str, decay: LowRank | Frobenius, found_inf: Tensor | None) -> float | Tensor:
+def _count_step(group: Group, role: str, decay: LowRank | Frobenius, found_inf: Tensor | None) -> float | Tensor:
     """Counts a step; returns Σ lr · strength of the steps to decay for now, 0 if none is due.
 
     Without ``lr_coupled`` the factor lr is left out.

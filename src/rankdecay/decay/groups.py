@@ -29,6 +29,7 @@ from typing import Any
 from torch import nn
 
 from rankdecay.attention import AttentionNames, Window
+from rankdecay.attention.layer import WHOLE
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
 
@@ -140,16 +141,16 @@ def names_in(group: Group) -> list[str]:
 
 
 def windows_in(group: Group, role: str) -> list[Window]:
-    """Returns where in each parameter of a group the matrices of a role are; empty: the whole parameter."""
-    return [Window.parse(text) for text in group.get(f"{role}_blocks", "").split("; ") if text]
+    """Returns where in each parameter of a group the matrices of a role are."""
+    return [Window.parse(text) for text in group.get(f"{role}_blocks", "").split("; ")]
 
 
-def hook_keys(role: str, decay: Decay, windows: Iterable[Window | None] = ()) -> Group:
+def hook_keys(role: str, decay: Decay, windows: Iterable[Window] = (WHOLE,)) -> Group:
     """Returns the keys that make the hook apply ``decay`` to the matrices of a role."""
     settings = asdict(decay) if isinstance(decay, LowRank) else {"rule": "frobenius", "strength": decay.strength}
     keys: Group = {f"{role}_{name}": value for name, value in settings.items()}
     keys |= {f"{role}_steps": 0, f"{role}_pending": 0.0}  # from the start: a distributed checkpoint fills what is there
-    blocks = "; ".join(str(window) for window in windows if window is not None)
+    blocks = "; ".join(filter(None, map(str, windows)))  # nothing of a whole parameter
     if blocks:
         keys[f"{role}_blocks"] = blocks
     return keys
@@ -188,7 +189,7 @@ def _check_matrix(block: Block, entry: Assigned, decay: LowRank) -> None:
             f"{name} has role {block.role} and shape {shape}, and a low-rank decay needs a matrix: give "
             f"{block.role}=rankdecay.Frobenius(...) instead."
         )
-    if decay.unit == "head" and block.window is None:
+    if decay.unit == "head" and not block.window.has_heads:
         raise ValueError(
             f"{block.role}=LowRank(unit='head') meets {name}, which has no heads; use unit='matrix' for this role."
         )
@@ -220,7 +221,7 @@ def _check_no_conflict(entry: Assigned, decays: list[tuple[Block, Decay | None]]
     """A tied parameter must not get two decays for the same matrix."""
     for i, (block, decay) in enumerate(decays):
         for earlier, its_decay in decays[:i]:
-            same_place = block.window is None or earlier.window is None or block.window == earlier.window
+            same_place = WHOLE in (block.window, earlier.window) or block.window == earlier.window
             if same_place and decay != its_decay:
                 raise ValueError(
                     f"{' and '.join(entry.names)} are one tied parameter and would get two decays: {earlier.role} "

@@ -88,8 +88,22 @@ class LowRank:
         if self.every < 1 or self.every != int(self.every):
             raise ValueError(f"every must be a whole number of steps >= 1, got {self.every!r}")
 
+    def tau(self, amount: Tensor | float, norm: Tensor, rank: Tensor | int) -> Tensor:
+        """Returns τ, what the rule may take from each singular value: the one place where it is defined.
+
+        Args:
+            amount: Σ lr · strength of the steps to decay for (without ``lr_coupled`` Σ strength); broadcastable.
+            norm: ‖W‖_F of each matrix, (...).
+            rank: min(m, n).
+
+        Returns:
+            ``(...)``, in the dtype of ``norm``.
+        """
+        amount = norm.new_ones(norm.shape) * amount
+        return amount if self.scale == "absolute" else amount * norm / rank**0.5
+
     def threshold(self, weight: Tensor, lr: Tensor | float, strength: Tensor | float | None = None) -> Tensor:
-        """τ of one step for each matrix of ``weight``.
+        """Returns τ of one step for each matrix of ``weight``.
 
         Args:
             weight: ``(..., m, n)``.
@@ -100,15 +114,8 @@ class LowRank:
         Returns:
             ``(...)``, in the dtype of ``weight``.
         """
-        strength = self.strength if strength is None else strength
-        amount = weight.new_ones(weight.shape[:-2]) * strength * (lr if self.lr_coupled else 1.0)
-        if self.scale == "absolute":
-            return amount
-        return self.scaled(amount, weight.norm(dim=(-2, -1)), min(weight.shape[-2:]))
-
-    def scaled(self, amount: Tensor, norm: Tensor, rank: Tensor | int) -> Tensor:
-        """τ of matrices from lr · strength (...), their ‖W‖_F (...), and min(m, n)."""
-        return amount if self.scale == "absolute" else amount * norm / rank**0.5
+        amount = (self.strength if strength is None else strength) * (lr if self.lr_coupled else 1.0)
+        return self.tau(amount, weight.norm(dim=(-2, -1)), min(weight.shape[-2:]))
 
     def describe(self) -> str:
         """The decay in a few words."""

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from torch import nn
 
 from rankdecay.attention import AttentionNames, Window
+from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.locate import Unhandled, locate
 from rankdecay.attention.source import ModuleSource, named_parameters
 
@@ -38,14 +39,12 @@ class Block(NamedTuple):
     """One matrix in a parameter: its role, where it is, and why it has the role."""
 
     role: str
-    window: Window | None  # None: the whole parameter
+    window: Window
     why: str
 
-    def labelled_window(self) -> Window | None:
+    def labelled_window(self) -> Window:
         """The window, with the matrix's name where the parameter holds several."""
-        if self.window is None or self.window.is_whole:
-            return self.window
-        return replace(self.window, label=self.why)
+        return self.window if self.window.is_whole else replace(self.window, label=self.why)
 
 
 @dataclass
@@ -78,7 +77,7 @@ def assign_roles(model: nn.Module, names: AttentionNames | None = None) -> tuple
         owner = owners.get(name.rpartition(".")[0])
         blocks = in_attention.get(name) or [_plain_block(name, parameter, owner, blocks_of_layers)]
         if parameter is output_embedding and not isinstance(owner, nn.Embedding):
-            blocks = [Block("embedding", None, "output embedding")]
+            blocks = [Block("embedding", WHOLE, "output embedding")]
         for block in blocks:
             if all(known.role != block.role or known.window != block.window for known in entry.blocks):
                 entry.blocks.append(block)
@@ -93,20 +92,20 @@ def _plain_block(name: str, parameter: nn.Parameter, owner: nn.Module | None, la
     leaf = name.rpartition(".")[2]
     kind = type(owner).__name__
     if _ADAPTER_NAME.search(name):
-        return Block("other", None, "factor of an adapter: L2 on both is a nuclear norm on their product")
+        return Block("other", WHOLE, "factor of an adapter: L2 on both is a nuclear norm on their product")
     if leaf.endswith("bias") or leaf in ("bias_k", "bias_v"):
-        return Block("bias", None, "bias")
+        return Block("bias", WHOLE, "bias")
     if "norm" in kind.lower():
-        return Block("norm", None, f"gain of {kind}")
+        return Block("norm", WHOLE, f"gain of {kind}")
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return Block("embedding", None, "embedding table")
+        return Block("embedding", WHOLE, "embedding table")
     if parameter.ndim < 2:
-        return Block("other", None, f"vector of {kind}")
+        return Block("other", WHOLE, f"vector of {kind}")
     if _EMBEDDING_NAME.search(name):
-        return Block("embedding", None, "named as an embedding")
+        return Block("embedding", WHOLE, "named as an embedding")
     if any(layer and name.startswith(layer + ".") for layer in layers):
-        return Block("mlp", None, "matrix of a block with attention")
-    return Block("other", None, "outside the blocks with attention")
+        return Block("mlp", WHOLE, "matrix of a block with attention")
+    return Block("other", WHOLE, "outside the blocks with attention")
 
 
 def _block(attention: str) -> str:

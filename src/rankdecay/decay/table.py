@@ -20,7 +20,7 @@ class Row(NamedTuple):
     name: str
     parameter: Tensor
     role: str
-    window: Window | None
+    window: Window
     decay: str
     by: str  # who applies it
     why: str
@@ -29,8 +29,7 @@ class Row(NamedTuple):
 
     def matrix(self) -> Tensor:
         """The matrix as it is now; of a sharded parameter in every process, and all have to ask."""
-        value = whole(self.parameter.detach())
-        return value if self.window is None else self.window.matrix(value)
+        return self.window.matrix(whole(self.parameter.detach()))
 
 
 def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str) -> str:
@@ -55,7 +54,7 @@ _RANKS = ["of", "stable rank", "effective rank", "numerical rank"]
 
 
 def _shape(row: Row, ranks: bool) -> str:
-    if row.window is None or row.window.is_whole:
+    if row.window.is_whole:
         return "×".join(map(str, row.parameter.shape))
     if ranks:
         return f"{'×'.join(map(str, row.matrix().shape))} {row.window.label}"

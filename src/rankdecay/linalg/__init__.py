@@ -5,7 +5,8 @@
 * :mod:`~rankdecay.linalg.minimax`: the polynomials behind the matmul-only backend.
 """
 
-from rankdecay.linalg.polar import Backend, choose_backend, polar, record_backends, smooth_polar
+from rankdecay.linalg.backend import Backend, choose_backend, record_backends
+from rankdecay.linalg.polar import polar, smooth_polar
 from rankdecay.linalg.shrink import Rule, newton_schulz, shrink, soft_threshold, spectral_clip
 
 __all__ = [

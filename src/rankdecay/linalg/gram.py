@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from rankdecay.checks import check_name
-from rankdecay.linalg.polar import NULL_TOLERANCE, eigenvectors, full_precision, note_backend
+from rankdecay.linalg.backend import full_precision, note_backend
+from rankdecay.linalg.exact import NULL_TOLERANCE, eigenvectors
 from rankdecay.linalg.shrink import shrink, taken
 from rankdecay.rules import Rule
 

@@ -47,25 +47,20 @@ import torch
 from torch import Tensor
 
 from rankdecay.checks import check_name
-from rankdecay.linalg.backend import float64_on_cpu
+from rankdecay.linalg.backend import float64_on_cpu, full_precision, note_backend
+from rankdecay.linalg.exact import apply_exact, inverse
+from rankdecay.linalg.matmul import iterate, normalised
 from rankdecay.linalg.minimax import SCHEDULES
-from rankdecay.linalg.polar import (
+from rankdecay.linalg.polar import polar_prepared, smooth_prepared
+from rankdecay.linalg.stack import (
     Prepared,
-    apply_exact,
     check_matrix,
     finish,
-    full_precision,
-    inverse,
-    iterate,
     mark_bad,
-    normalised,
-    note_backend,
     per_matrix,
-    polar_prepared,
     prepare,
     resolve,
     scaled_down,
-    smooth_prepared,
     working_dtype,
 )
 from rankdecay.rules import Rule
