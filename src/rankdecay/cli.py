@@ -205,7 +205,7 @@ def _inspect(settings: argparse.Namespace) -> None:
 
 def _inspection(path: Path, settings: argparse.Namespace) -> "Inspection":
     from rankdecay.inspection import inspect
-    from rankdecay.lab.inspect_run import inspect_run, is_run_directory
+    from rankdecay.lab.experiments.grok.inspect_run import inspect_run, is_run_directory
 
     names = _names(settings.names)
     try:

@@ -1,8 +1,8 @@
 """The self-contained HTML page of one inspection, or of several: a training trajectory in the order given.
 
-Like the page of a run (:mod:`rankdecay.lab.report.page`): words and tables are plain HTML made here, nothing is
-fetched, and a string of a checkpoint is only ever text. The charts are drawn from embedded JSON by `inspection.js` on
-`svg.js`, not by plotly, which the base install does not have.
+As on the page of a run, words and tables are plain HTML made here, nothing is fetched, and a string of a checkpoint is
+only ever text. The charts are drawn from embedded JSON by `inspection.js` on `svg.js`, not by plotly, which the base
+install does not have.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from rankdecay.inspection import KINDS, Inspection, Row, by_layer, strip
-from rankdecay.lab.report import pieces
-from rankdecay.lab.report.page import SNAPSHOT_NUMBERS
-from rankdecay.lab.report.pieces import choice
+from rankdecay.lab.report import page as pieces
+from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, choice
 from rankdecay.text import finite_mean, number
 
 #: What the charts and tables show: a name and what it means.
