@@ -16,7 +16,7 @@ from typing import Any
 import stored
 
 from rankdecay import inspect
-from rankdecay.lab.attention_summary import difference, of, summarise
+from rankdecay.lab.experiments.attention.summary import difference, of, summarise
 from rankdecay.lab.store import read_json, read_metrics
 
 MEASURES = ("pseudo_rank", "imbalance", "nuclear_gap")

@@ -31,11 +31,11 @@ from typing import Any
 
 import torch
 
-from rankdecay.lab import local
-from rankdecay.lab.experiments.boundary import PRESETS, Boundary, chosen_arms, filled, make_plan, trials
+from rankdecay.lab.ensemble import local
+from rankdecay.lab.ensemble.sweep import Plan, Trial
+from rankdecay.lab.experiments.boundary.experiment import PRESETS, Boundary, chosen_arms, filled, make_plan, trials
 from rankdecay.lab.machine import describe_machine
 from rankdecay.lab.store import RunDirectory
-from rankdecay.lab.sweep import Plan, Trial
 
 STEPS = 2500
 CELLS = 72
@@ -136,7 +136,7 @@ def ray_nodes(arguments: argparse.Namespace) -> dict[str, Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from rankdecay.lab import cluster
+    from rankdecay.lab.ensemble import cluster
 
     settings, cells = grid("float32")
     settings = dataclasses.replace(

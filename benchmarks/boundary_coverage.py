@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import special
 
-from rankdecay.lab.phase import Fit, fit_boundary
+from rankdecay.lab.experiments.boundary.statistics import Fit, fit_boundary
 
 STEP = math.log(1.25)  # between neighbouring fractions; the statistics do not depend on it
 WIDTHS = (0.05, 0.2, 0.5, 1.0)  # of the logistic, in steps

@@ -18,7 +18,7 @@ from typing import Any
 
 import stored
 
-from rankdecay.lab.phase import reference, summarise
+from rankdecay.lab.experiments.boundary.statistics import reference, summarise
 from rankdecay.lab.store import read_metrics
 from rankdecay.lab.tasks import SAMPLED
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankdecay.lab.factorised import Factors, Method, Training, imbalance, product, shrunk
+from rankdecay.lab.experiments.factor.factorised import Factors, Method, Training, imbalance, product, shrunk
 
 TARGET = torch.diag(torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0], dtype=torch.float64))
 VALUES = torch.linalg.svdvals(TARGET)

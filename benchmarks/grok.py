@@ -25,8 +25,8 @@ from collections.abc import Callable
 
 import torch
 
-from rankdecay.lab.ensemble import Ensemble, compiler_available
-from rankdecay.lab.experiments.grok import PRESETS, Grok, make_arms, make_datasets, make_ensembles
+from rankdecay.lab.ensemble.ensemble import Ensemble, compiler_available
+from rankdecay.lab.experiments.grok.experiment import PRESETS, Grok, make_arms, make_datasets, make_ensembles
 from rankdecay.lab.machine import describe_machine
 
 EVALUATE_EVERY = 200

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from rankdecay.decay import Decay, Frobenius, LowRank
-from rankdecay.lab.experiments.grok import Arm, Grok, make_datasets, make_ensembles
-from rankdecay.lab.outcome import steps_to_hold
+from rankdecay.lab.ensemble.outcome import steps_to_hold
+from rankdecay.lab.experiments.grok.experiment import Arm, Grok, make_datasets, make_ensembles
 
 EVALUATE_EVERY = 40
 

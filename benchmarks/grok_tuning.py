@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rankdecay.lab.cli import parse
-from rankdecay.lab.experiments import grok
+from rankdecay.lab.experiments.grok import experiment as grok
 
 SEEDS = ["--first-seed", "100", "--seeds", "9", "--arms", "low_rank", "l2", "--precision", "float32"]
 SHARED = ["--modulus", "13", "--width", "64", "--lr", "2e-3", "--batch-size", "128", "--tuned-strength", "30"]

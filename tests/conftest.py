@@ -17,8 +17,6 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 settings.register_profile("noisy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("noisy machine")
 
-# `--import-mode=importlib` puts no test directory on the path; tests of models and of ensembles share reference.py.
-sys.path.insert(0, str(Path(__file__).parent / "lab" / "models"))
 # The processes of a test import its module by its name from here.
 sys.path.append(str(Path(__file__).parent.parent))
 from tests.skipped import pytest_terminal_summary  # noqa: E402, F401 - the end of the run's report

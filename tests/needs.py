@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from rankdecay.lab.ensemble import compiler_available
+from rankdecay.lab.ensemble.ensemble import compiler_available
 
 BROWSER = "no Chromium: apt-get install chromium, then make test"
 NEWER_TORCH = "this torch has only the legacy flags of precision: install torch 2.9 or later"

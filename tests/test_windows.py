@@ -60,7 +60,7 @@ def _python(code: str, *arguments: object) -> str:
 def test_every_module_is_imported():
     files = [file.relative_to(ROOT / "src").with_suffix("") for file in (ROOT / "src" / "rankdecay").rglob("*.py")]
     modules = sorted(".".join(file.parts).removesuffix(".__init__") for file in files)
-    assert {"rankdecay.lab.store", "rankdecay.lab.cluster", "rankdecay.lab.parallel"} <= set(modules)
+    assert {"rankdecay.lab.store", "rankdecay.lab.ensemble.cluster", "rankdecay.lab.session.parallel"} <= set(modules)
     _python(PACKAGES + WINDOWS + "for name in sys.argv[1:]:\n    __import__(name)", *modules)
 
 

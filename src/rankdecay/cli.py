@@ -143,7 +143,12 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         help="directory of save_pretrained, safetensors file, PyTorch state dict, or run directory",
     )
     add("--json", action="store_true", help="print every row as JSON instead of the summary")
-    add("--csv", type=Path, metavar="FILE", help="write every row here, without the spectra")
+    add(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write every row here, without the spectra; with --compare each row names its source",
+    )
     add("--html", type=Path, metavar="FILE", help="write a page with maps of the heads and their spectra here")
     add(
         "--compare",
@@ -170,12 +175,12 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _inspect(settings: argparse.Namespace) -> None:
-    from rankdecay.inspection import comparison
+    from rankdecay.inspection import comparison, csv_text
 
     reports = [_inspection(path, settings) for path in (settings.path, *settings.compare)]
     try:
         if settings.csv is not None:
-            settings.csv.write_text(reports[0].to_csv(), encoding="utf-8")
+            settings.csv.write_text(csv_text(reports), encoding="utf-8")
         if settings.html is not None:
             from rankdecay.lab.report.inspection import inspection_page
 
@@ -200,7 +205,7 @@ def _inspect(settings: argparse.Namespace) -> None:
 
 def _inspection(path: Path, settings: argparse.Namespace) -> "Inspection":
     from rankdecay.inspection import inspect
-    from rankdecay.lab.inspect_run import inspect_run, is_run_directory
+    from rankdecay.lab.experiments.grok.inspect_run import inspect_run, is_run_directory
 
     names = _names(settings.names)
     try:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,39 +29,28 @@ from rankdecay.attention.names import SCALED_OUTPUT, AttentionNames
 from rankdecay.attention.products import Product, ProductName, Rotary
 from rankdecay.attention.source import Source, open_source
 from rankdecay.spectrum import Spectrum, spectrum
+from rankdecay.text import aligned, finite_mean, number
 
 #: The named ranks and norms of a row, as the methods and properties of :class:`~rankdecay.Spectrum` are called.
 RANKS = ("effective_rank", "stable_rank", "nuclear_rank", "participation_ratio", "pseudo_rank", "numerical_rank")
 NORMS = ("nuclear_norm", "frobenius_norm", "spectral_norm")
+#: The figures of a product that a matrix does not have.
 BALANCE = ("nuclear_gap", "nuclear_ratio", "imbalance")
 
-_BLOCKS = "▁▂▃▄▅▆▇█"
-#: What a row is of: its symbol and what it does, in the order of reading.
+#: The products and matrices that have rows: symbol and what it does, in the order of reading.
 KINDS = {
     "query_key": ("W_Kᵀ W_Q", "what a query looks for"),
     "query": ("W_Q", "queries, normalised afterwards"),
     "key": ("W_K", "keys, normalised afterwards"),
     "value_output": ("W_O W_V", "what a head writes"),
 }
-_FOOT = (
-    "Means over heads; in brackets Gaussian matrices of the same shapes, untrained. Pseudo rank: the share of a head's",
-    "dimensions that holds 95 % of the nuclear norm; on the right each head's, from ▁ 0 to █ 1, × if not finite.",
-)
-#: Column, key, whether the baseline stands beside it.
-_COLUMNS = (
-    ("pseudo rank", "pseudo_rank"),
-    ("effective", "effective_rank"),
-    ("stable", "stable_rank"),
-    ("nuclear/bound", "nuclear_ratio"),
-    ("imbalance", "imbalance"),
-)
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What :func:`inspect` found.
+    """Result of :func:`inspect`.
 
     Attributes:
         source: the path, or the class of the model.
@@ -69,7 +58,7 @@ class Inspection:
             in :data:`NORMS`, :data:`RANKS` and :data:`BALANCE` (None where not defined, or not finite), ``head_dim``,
             ``singular_values``; of a product ``mean_frobenius``, ½(‖A‖² + ‖B‖²), and ``squared_norms``, those of the
             rows of each factor, or of the planes, by the factor's name; and ``untrained``, the same keys.
-        notes: what a reader has to know of some layers: positions, normalisation, shared heads.
+        notes: what a reader has to know about positions, normalisation and shared heads, with the layers concerned.
         unhandled: attention that could not be read, with the reason.
     """
 
@@ -78,27 +67,28 @@ class Inspection:
     notes: list[str] = field(default_factory=list)
     unhandled: list[str] = field(default_factory=list)
 
+    def of(self, kind: str) -> list[Row]:
+        """Returns the rows of one of :data:`KINDS`."""
+        return [row for row in self.rows if kind in (row.get("product"), row.get("matrix"))]
+
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain numbers, strings and lists; what is not finite is None."""
+        """Returns all fields as plain numbers, strings and lists; None for a number that is not finite."""
         return {"source": self.source, "rows": self.rows, "notes": self.notes, "unhandled": self.unhandled}
 
     def to_csv(self) -> str:
-        """One line per row, without the spectra; the untrained figures in columns of their own."""
-        figures = (*NORMS, *RANKS, *BALANCE)
-        lines: list[list[object]] = [
-            ["layer", "name", "head", "of", *figures, *(f"untrained_{name}" for name in figures)]
-        ]
-        for row in self.rows:
-            values = [*(row[name] for name in figures), *(row["untrained"].get(name) for name in figures)]
-            kind = row.get("product") or row.get("matrix")
-            lines.append([row["layer"], row["name"], row["head"], kind, *("" if v is None else v for v in values)])
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(lines)
-        return text.getvalue()
+        """Returns one line per row, without the spectra; the untrained figures have columns of their own."""
+        return csv_text([self])
 
     def __str__(self) -> str:
-        """The summary that the command line prints."""
-        return summary(self)
+        """Returns the summary that the command line prints: means over heads, in brackets the same shapes untrained."""
+        count = len({(row["layer"], row["name"]) for row in self.rows})
+        lines = [f"{self.source}: {count} attention layer{'s' if count != 1 else ''}"]
+        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  not handled: {reason}" for reason in self.unhandled]
+        for kind, (symbol, meaning) in KINDS.items():
+            if rows := self.of(kind):
+                lines += ["", f"{symbol}, {meaning}", *_table(rows)]
+        return "\n".join([*lines, "", *_FOOT])
 
 
 def inspect(
@@ -135,49 +125,37 @@ def inspect(
     """
     source = open_source(model)
     found, unhandled = find_layers(source, names, num_heads)
-    chosen = _chosen("layers", layers, len(found))
     rows: list[Row] = []
     notes: dict[str, list[int]] = {}
-    for index in chosen:
+    for index in _chosen("layers", layers, len(found), "the model"):
         layer = found[index]
-        wanted = _chosen("heads", heads, layer.num_heads)
+        wanted = _chosen("heads", heads, layer.num_heads, layer.name or "the model")
         try:
-            for row in _layer_rows(layer, _initial(source, layer, len(found))):
-                if row["head"] in wanted:
-                    rows.append({"layer": index, "name": layer.name, **row})
+            layer_rows = list(_layer_rows(layer, *_deviations(source, layer, len(found))))
         except RuntimeError as error:  # shapes that contradict each other, found when they are used
             raise ValueError(f"{layer.name} cannot be read: {error}") from None
+        rows += [{"layer": index, "name": layer.name, **row} for row in layer_rows if row["head"] in wanted]
         for note in _notes(layer):
             notes.setdefault(note, []).append(index)
-    return Inspection(
-        str(source),
-        rows,
-        [f"{_ranges(indices)}: {note}" for note, indices in notes.items()],
-        [str(module) for module in unhandled],
-    )
+    noted = [f"{_ranges(indices)}: {note}" for note, indices in notes.items()]
+    return Inspection(str(source), rows, noted, [str(module) for module in unhandled])
 
 
-def _chosen(argument: str, wanted: Collection[int] | None, count: int) -> list[int]:
+def _chosen(argument: str, wanted: Collection[int] | None, count: int, place: str) -> list[int]:
     if wanted is None:
         return list(range(count))
     outside = sorted(i for i in wanted if not 0 <= i < count)
     if outside:
-        raise ValueError(f"{argument} has {outside[0]}, and there are {argument} 0 to {count - 1}.")
+        raise ValueError(f"{argument}={outside[0]} is out of range: {place} has {argument} 0–{count - 1}.")
     return sorted(set(wanted))
 
 
-class _Initial(NamedTuple):
-    """Standard deviations at initialisation: of W_O, and of the others."""
-
-    output: float = 0.02
-    others: float = 0.02
-
-
-def _initial(source: Source, layer: AttentionLayer, depth: int) -> _Initial:
+def _deviations(source: Source, layer: AttentionLayer, depth: int) -> tuple[float, float]:
+    """The standard deviations at initialisation: of W_Q, W_K and W_V, and of W_O."""
     value = source.setting(layer.name, ("initializer_range",))
     deviation = float(value) if isinstance(value, (int, float)) and 0 < value < 10 else 0.02
     scaled = source.setting(layer.name, ("model_type",)) in SCALED_OUTPUT
-    return _Initial(deviation / (2 * depth) ** 0.5 if scaled else deviation, deviation)
+    return deviation, deviation / (2 * depth) ** 0.5 if scaled else deviation
 
 
 def _notes(layer: AttentionLayer) -> Iterator[str]:
@@ -196,62 +174,80 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
         )
 
 
-def _layer_rows(layer: AttentionLayer, initial: _Initial) -> Iterator[Row]:
+def _ranges(indices: list[int]) -> str:
+    """The layers in words: "layers 0-3, 5"."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    words = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"layer{'s' if len(indices) > 1 else ''} {words}"
+
+
+# ---- rows ------------------------------------------------------------------------------------------------
+
+
+def _layer_rows(layer: AttentionLayer, deviation: float, output_deviation: float) -> Iterator[Row]:
     if layer.qk_norm:
         for view in (layer.query, layer.key):
-            yield from _matrix_rows(view, layer.num_heads, initial.others)
+            yield from _matrix_rows(view, layer.num_heads, deviation)
     else:
-        yield from _product_rows(layer.query_key(), (initial.others, initial.others))
+        yield from _product_rows(layer.query_key(), (deviation, deviation))
     if layer.output is not None:
-        yield from _product_rows(layer.value_output(), (initial.others, initial.output))
+        yield from _product_rows(layer.value_output(), (deviation, output_deviation))
 
 
 def _product_rows(product: Product, deviations: tuple[float, float]) -> Iterator[Row]:
     k, shape = product.single.shape[-1], (product.single.shape[-2], product.several.shape[-2])
-    baseline = untrained_product(product.name, shape, k, product.several.shape[1], product.rotary, deviations)
-    figures = _product_figures(product)
-    sigma = product.spectrum().singular_values
-    norms = _squared_norms(product)
-    for head in range(product.num_heads):
-        own = {name: values[head] for name, values in figures.items()}
-        yield {"head": head, "product": product.name, "head_dim": k, **own,
-               "squared_norms": {role: plain(values[head]) for role, values in norms.items()},
-               "singular_values": plain(sigma[head]), "untrained": baseline}  # fmt: skip
-
-
-def _product_figures(product: Product) -> dict[str, list[float | None]]:
-    balance = {name: plain(getattr(product, name)) for name in (*BALANCE, "mean_frobenius")}
-    return figures_of(product.spectrum()) | balance
-
-
-def _squared_norms(product: Product) -> dict[str, Tensor]:
-    """(heads, n) by the names of the factors, the query or the value first."""
-    single, several = product.squared_norms
-    if product.name == "query_key":
-        return {"query": several, "key": single}
-    return {"value": single, "output": several}
+    untrained = untrained_product(product.name, shape, k, product.several.shape[1], product.rotary, deviations)
+    balance, norms = _balance(product), _squared_norms(product)
+    for head, row in enumerate(spectrum_rows({"product": product.name}, k, product.spectrum(), untrained)):
+        row |= {name: values[head] for name, values in balance.items()}
+        yield row | {"squared_norms": {role: values[head] for role, values in norms.items()}}
 
 
 def _matrix_rows(view: MatrixView, num_heads: int, deviation: float) -> Iterator[Row]:
     heads = view.heads()
-    spectra = spectrum(heads)
-    figures = figures_of(spectra)
-    baseline = _untrained_matrix(tuple(heads.shape[-2:]), deviation)
-    shared = num_heads // len(heads)
-    for head in range(num_heads):
-        own = {name: values[head // shared] for name, values in figures.items()}
-        yield {"head": head, "matrix": view.role, "head_dim": min(heads.shape[-2:]), **own,
-               **dict.fromkeys(BALANCE), "singular_values": plain(spectra.singular_values[head // shared]),
-               "untrained": baseline}  # fmt: skip
+    each = spectrum(heads)
+    shared = replace(each, singular_values=each.singular_values.repeat_interleave(num_heads // len(heads), 0))
+    untrained = _untrained_matrix(tuple(heads.shape[-2:]), deviation)
+    return spectrum_rows({"matrix": view.role}, min(heads.shape[-2:]), shared, untrained)
 
 
-def figures_of(s: Spectrum) -> dict[str, list[float | None]]:
+def spectrum_rows(kind: Row, head_dim: int, heads: Spectrum, untrained: Row) -> Iterator[Row]:
+    """Returns a row per head with the figures of its spectrum, and without balance.
+
+    Args:
+        kind: ``{"product": name}`` or ``{"matrix": name}``.
+        head_dim: largest rank that a head can have.
+        heads: singular values, (heads, k).
+        untrained: the same figures of the same shapes at initialisation.
+    """
+    figures = _spectrum_figures(heads)
+    for head, sigma in enumerate(heads.singular_values):
+        yield {"head": head, **kind, "head_dim": head_dim, **{name: values[head] for name, values in figures.items()},
+               **dict.fromkeys(BALANCE), "singular_values": _plain(sigma), "untrained": untrained}  # fmt: skip
+
+
+def _spectrum_figures(s: Spectrum) -> dict[str, list[float | None]]:
     """Every named norm and rank, one value per head."""
     methods = {"pseudo_rank": s.pseudo_rank(), "numerical_rank": s.numerical_rank()}
-    return {name: plain(methods[name] if name in methods else getattr(s, name)) for name in (*NORMS, *RANKS)}
+    return {name: _plain(methods[name] if name in methods else getattr(s, name)) for name in (*NORMS, *RANKS)}
 
 
-def plain(values: Tensor) -> list[float | None]:
+def _balance(product: Product) -> dict[str, list[float | None]]:
+    return {name: _plain(getattr(product, name)) for name in (*BALANCE, "mean_frobenius")}
+
+
+def _squared_norms(product: Product) -> dict[str, list[list[float | None]]]:
+    """One list per head by the names of the factors, the query or the value first."""
+    single, several = ([_plain(head) for head in norms] for norms in product.squared_norms)
+    return {"query": several, "key": single} if product.name == "query_key" else {"value": single, "output": several}
+
+
+def _plain(values: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
@@ -267,106 +263,98 @@ def untrained_product(
     rotary: Rotary | None,
     deviations: tuple[float, float],
 ) -> Row:
-    """The mean over a few Gaussian draws of the same shapes; they hardly vary."""
+    """Returns the mean figures of a few Gaussian draws of the shapes of a product; they hardly vary."""
     generator = torch.Generator().manual_seed(0)
     draws = 2 if max(rows) > 1024 else 4
     single = torch.randn(draws, rows[0], k, generator=generator, dtype=torch.float64) * deviations[0]
     several = torch.randn(draws, group, rows[1], k, generator=generator, dtype=torch.float64) * deviations[1]
     product = Product(name, single, several, rotary)
     # of the norms one draw, whose scatter is that of a head
-    return _mean(_product_figures(product)) | {
-        "squared_norms": {role: plain(values[0]) for role, values in _squared_norms(product).items()},
-        "singular_values": plain(product.spectrum().singular_values.mean(0)),
-    }
+    one = {"squared_norms": {role: norms[0] for role, norms in _squared_norms(product).items()}}
+    return _means(product.spectrum(), _balance(product)) | one
 
 
 @lru_cache(maxsize=64)
 def _untrained_matrix(shape: tuple[int, int], deviation: float) -> Row:
     draw = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * deviation
-    s = spectrum(draw)
-    return _mean(figures_of(s)) | dict.fromkeys(BALANCE) | {"singular_values": plain(s.singular_values.mean(0))}
+    return _means(spectrum(draw), {}) | dict.fromkeys(BALANCE)
 
 
-def _mean(figures: dict[str, list[float | None]]) -> Row:
-    return {name: sum(value or 0.0 for value in values) / len(values) for name, values in figures.items()}
-
-
-def _ranges(indices: list[int]) -> str:
-    """Layers 0-3 and 5, in words."""
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and i == runs[-1][1] + 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    words = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"layer{'s' if len(indices) > 1 else ''} {words}"
+def _means(s: Spectrum, balance: dict[str, list[float | None]]) -> Row:
+    means = {name: finite_mean(values) for name, values in (_spectrum_figures(s) | balance).items()}
+    return means | {"singular_values": _plain(s.singular_values.mean(0))}
 
 
 # ---- as text ---------------------------------------------------------------------------------------------
 
-
-def summary(report: Inspection) -> str:
-    """Returns the report as text: means over heads, in brackets the same shapes untrained."""
-    count = len({(row["layer"], row["name"]) for row in report.rows})
-    lines = [f"{report.source}: {count} attention layer{'s' if count != 1 else ''}"]
-    lines += [f"  {note}" for note in report.notes]
-    lines += [f"  not handled: {reason}" for reason in report.unhandled]
-    for kind, (symbol, meaning) in KINDS.items():
-        rows = [row for row in report.rows if kind in (row.get("product"), row.get("matrix"))]
-        if rows:
-            lines += ["", f"{symbol}, {meaning}", *_table(rows)]
-    lines += ["", *_FOOT]
-    return "\n".join(lines)
-
-
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    columns = [(title, key) for title, key in _COLUMNS if rows[0]["untrained"].get(key) is not None]
-    cells = [["layer", "of", *(title for title, _ in columns), "heads"]]
-    names = dict.fromkeys((row["layer"], row["name"]) for row in rows)
-    several = len(names) > len({index for index, _ in names})  # runs of one shape beside each other
-    for index, name in names:
-        layer = [row for row in rows if (row["layer"], row["name"]) == (index, name)]
-        figures = [
-            f"{number(finite_mean(row[key] for row in layer))} [{number(layer[0]['untrained'][key])}]"
-            for _, key in columns
-        ]
-        shown = strip(row["pseudo_rank"] for row in layer)
-        cells.append([name if several else str(index), str(layer[0]["head_dim"]), *figures, shown])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return ["  " + "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_FOOT = (
+    "Means over heads; in brackets Gaussian matrices of the same shapes, untrained. Pseudo rank: the share of a head's",
+    "dimensions that holds 95 % of the nuclear norm; on the right each head's, from ▁ 0 to █ 1, × if not finite.",
+)
+#: Columns of the summary, and the keys of a row.
+_COLUMNS = {
+    "pseudo rank": "pseudo_rank",
+    "effective": "effective_rank",
+    "stable": "stable_rank",
+    "nuclear/bound": "nuclear_ratio",
+    "imbalance": "imbalance",
+}
 
 
-def comparison(reports: list[Inspection]) -> str:
+def _table(rows: list[Row]) -> list[str]:
+    columns = {title: key for title, key in _COLUMNS.items() if rows[0]["untrained"].get(key) is not None}
+    cells = [["layer", "of", *columns, "heads"]]
+    layers: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        layers.setdefault((row["layer"], row["name"]), []).append(row)
+    several = len(layers) > len({index for index, _ in layers})  # runs of one shape beside each other
+    for (index, name), heads in layers.items():
+        untrained = heads[0]["untrained"]
+        figures = [f"{number(finite_mean(row[key] for row in heads))} [{number(untrained[key])}]"
+                   for key in columns.values()]  # fmt: skip
+        shown = strip(row["pseudo_rank"] for row in heads)
+        cells.append([name if several else str(index), str(heads[0]["head_dim"]), *figures, shown])
+    return ["  " + line for line in aligned(cells)]
+
+
+def comparison(reports: Sequence[Inspection]) -> str:
     """Returns the mean over heads of each layer's pseudo rank in several checkpoints, in their order, as text."""
     lines = ["", "Pseudo rank, mean over heads, in the order given"]
     for kind, (symbol, meaning) in KINDS.items():
-        series = [
-            {row["layer"]: [] for row in report.rows if kind in (row.get("product"), row.get("matrix"))}
-            for report in reports
-        ]
-        for report, by_layer in zip(reports, series, strict=True):
-            for row in report.rows:
-                if kind in (row.get("product"), row.get("matrix")):
-                    by_layer[row["layer"]].append(row["pseudo_rank"])
-        if not any(series):
-            continue
-        lines += ["", f"{symbol}, {meaning}"]
-        for index in dict.fromkeys(layer for by_layer in series for layer in by_layer):
-            means = [finite_mean(by_layer.get(index, [])) for by_layer in series]
-            lines.append(f"  layer {index}: " + " → ".join(map(number, means)) + "  " + strip(means))
+        series = [by_layer(report.of(kind)) for report in reports]
+        layers = dict.fromkeys(layer for layers in series for layer in layers)
+        if layers:
+            lines += ["", f"{symbol}, {meaning}"]
+        for layer in layers:
+            means = [finite_mean(row["pseudo_rank"] for row in layers.get(layer, ())) for layers in series]
+            lines.append(f"  layer {layer}: {' → '.join(map(number, means))}  {strip(means)}")
     return "\n".join(lines)
 
 
+def csv_text(reports: Sequence[Inspection]) -> str:
+    """Returns one line per row of the reports, without the spectra; of several, the first column names the source."""
+    figures = (*NORMS, *RANKS, *BALANCE)
+    head = ["layer", "name", "head", "of", *figures, *(f"untrained_{name}" for name in figures)]
+    lines: list[list[object]] = [["source", *head] if len(reports) > 1 else head]
+    for report in reports:
+        for row in report.rows:
+            values = [*(row[name] for name in figures), *(row["untrained"].get(name) for name in figures)]
+            line = [row["layer"], row["name"], row["head"], row.get("product") or row.get("matrix"), *values]
+            lines.append([report.source, *line] if len(reports) > 1 else line)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)  # None is an empty field
+    return text.getvalue()
+
+
+def by_layer(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    """Returns the rows of each layer, in order."""
+    layers: dict[int, list[Row]] = {}
+    for row in rows:
+        layers.setdefault(row["layer"], []).append(row)
+    return layers
+
+
 def strip(shares: Iterable[float | None]) -> str:
-    """One block per share in [0, 1]; × where there is none."""
+    """Returns one block per share in [0, 1]; × for None."""
     return "".join("×" if s is None else _BLOCKS[min(int(s * len(_BLOCKS)), len(_BLOCKS) - 1)] for s in shares)
-
-
-def finite_mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def number(value: float | None) -> str:
-    return "×" if value is None else f"{value:.3g}"

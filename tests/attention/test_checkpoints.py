@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -112,14 +113,34 @@ def test_layers_are_numbered_as_in_the_model(tmp_path):
     assert [int(layer.query.tensor()[0, 0]) for layer in layers] == list(range(12))
 
 
-def test_only_what_is_asked_for_is_read(tmp_path):
+def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
+    read = []
+
+    class Watched:
+        def __init__(self, *arguments, **options):
+            self.file = safe_open(*arguments, **options)
+
+        def __enter__(self):
+            self.opened = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.opened, name)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.opened.get_tensor(name)
+
     model = _saved("gpt2", tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
-    loaded = []
-    real = checkpoint.load
-    object.__setattr__(checkpoint, "load", lambda name: loaded.append(name) or real(name))
-    assert checkpoint.shapes["transformer.wte.weight"] == tuple(model.transformer.wte.weight.shape)
-    assert not loaded
+    monkeypatch.setattr("rankdecay.attention.checkpoints.safe_open", Watched)
+    assert open_checkpoint(tmp_path).shapes["transformer.wte.weight"] == tuple(model.transformer.wte.weight.shape)
+    layers = rd.find_attention(tmp_path)
+    assert read == []
+    layers[1].query.heads(), layers[1].value.heads()
+    assert read == ["transformer.h.1.attn.c_attn.weight"]  # one parameter holds both
 
 
 # ---- what is wrong with a file ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import rankdecay as rd
-from rankdecay.lab.models.gpt import GPT, GPTConfig
+from rankdecay.lab.session.gpt import GPT, GPTConfig
 from tests.ranks import RankFailed, on_ranks
 
 STEPS, BATCH, LENGTH, TOKENS = 20, 8, 6, 18

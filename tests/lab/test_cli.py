@@ -12,7 +12,7 @@ import torch
 
 from rankdecay import cli
 from rankdecay.lab.cli import EXPERIMENTS, parse
-from rankdecay.lab.experiments.grok import Grok
+from rankdecay.lab.experiments.grok.experiment import Grok
 from tests.held import held
 from tests.waiting import HANG, until
 
@@ -383,7 +383,7 @@ def test_ctrl_c_says_whether_there_is_a_checkpoint(command, words, tmp_path, mon
     def interrupted(settings, command):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"rankdecay.lab.experiments.{command}.run", interrupted)
+    monkeypatch.setattr(f"rankdecay.lab.experiments.{EXPERIMENTS[command].partition(':')[0]}.run", interrupted)
     assert cli.main([command, "--out", str(tmp_path / "run")]) == 130
     assert f"interrupted; {words}, run again: rankdecay {command} --out" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rankdecay.lab.convex import nuclear_fit, solve
-from rankdecay.lab.factorised import Method, Training, duality_gap, product
+from rankdecay.lab.experiments.factor.factorised import Method, Training, duality_gap, product
 
 
 def soft(target: np.ndarray, strength: float) -> np.ndarray:

@@ -6,11 +6,14 @@ import sys
 import pytest
 import torch
 
-from rankdecay.lab import ensemble, machine, training
+from rankdecay.lab import machine
+from rankdecay.lab.ensemble import ensemble
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments import attention_decay, recall
-from rankdecay.lab.experiments.recall import Recall, RecallProblem
-from rankdecay.lab.training import choose_threads
+from rankdecay.lab.experiments.attention import experiment as attention_decay
+from rankdecay.lab.experiments.attention import recall
+from rankdecay.lab.experiments.attention.recall import Recall, RecallProblem
+from rankdecay.lab.session import session as training
+from rankdecay.lab.session.session import choose_threads
 from tests.waiting import HANG
 
 

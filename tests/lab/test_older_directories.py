@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 from collections.abc import Callable
@@ -12,12 +11,11 @@ from typing import Any
 import pytest
 
 from rankdecay import cli
-from rankdecay.lab.experiments import attention_decay
-from rankdecay.lab.experiments.attention_decay import AttentionDecay
-from rankdecay.lab.experiments.common import identity
+from rankdecay.lab.experiment import identity
+from rankdecay.lab.experiments.attention import experiment as attention_decay
+from rankdecay.lab.experiments.attention.experiment import AttentionDecay
 from rankdecay.lab.store import read_metrics
-
-from .interruption import interrupt
+from tests.lab.interruption import interrupt
 
 DATA = Path(__file__).parents[2] / "docs" / "data"
 COMMANDS = {
@@ -143,7 +141,7 @@ def test_another_precision_is_refused_by_name(tmp_path: Path, capsys: pytest.Cap
 def test_the_standard_preset_is_what_the_stored_runs_of_before_had(stored: str) -> None:
     """So `--preset standard` continues a directory that was begun with no option at all."""
     config = json.loads((DATA / stored / "config.json").read_text())
-    module = importlib.import_module(f"rankdecay.lab.experiments.{config['command']}")
+    module = cli._module(config["command"])
     without = attention_decay.NOT_IDENTITY if issubclass(type(module.PRESETS["standard"]), AttentionDecay) else ()
     now = json.loads(json.dumps(identity(module.PRESETS["standard"], without)))
     added = {"first_seed"} - config["settings"].keys()

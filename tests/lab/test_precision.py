@@ -14,17 +14,16 @@ import pytest
 import torch
 
 from rankdecay.lab import cli, precision
-from rankdecay.lab.ensemble import Training
+from rankdecay.lab.ensemble.ensemble import Training
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.grok import Grok
-from rankdecay.lab.experiments.margin import ARMS as MARGIN_ARMS
-from rankdecay.lab.experiments.recall import Recall
+from rankdecay.lab.experiments.attention.recall import Recall
+from rankdecay.lab.experiments.grok.experiment import Grok
+from rankdecay.lab.experiments.margin.experiment import ARMS as MARGIN_ARMS
 from rankdecay.lab.precision import WORTHWHILE, Products, bfloat16_gain, resolve
+from rankdecay.lab.session.session import Plan
 from rankdecay.lab.store import read_metrics
-from rankdecay.lab.training import Plan
+from tests.lab.interruption import interrupt
 from tests.waiting import HANG
-
-from .interruption import interrupt
 
 PRODUCTS = Products(2, 64, 32, 128)
 SLOW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -286,7 +285,9 @@ def test_a_negative_first_seed_is_refused(command, tmp_path, capsys):
 
 
 def test_strengths_of_a_preset_do_not_bind_who_chooses_other_arms():
-    from rankdecay.lab.experiments import attention_decay, boundary, language
+    from rankdecay.lab.experiments.attention import experiment as attention_decay
+    from rankdecay.lab.experiments.attention import language
+    from rankdecay.lab.experiments.boundary import experiment as boundary
 
     assert list(boundary.chosen_arms(boundary.filled(boundary.Boundary(arms=("none",))))) == ["none"]
     [arm] = attention_decay.chosen_arms(dataclasses.replace(language.Language(), arms=("l2_query_key",)))

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankdecay.lab.experiments.attention_decay import AttentionDecay, Experiment, Record, run
-from rankdecay.lab.models.gpt import GPT, GPTConfig
-from rankdecay.lab.training import Quality, judged
+from rankdecay.lab.experiments.attention.experiment import AttentionDecay, Experiment, Record, run
+from rankdecay.lab.session.gpt import GPT, GPTConfig
+from rankdecay.lab.session.session import Quality, judged
 
 VOCABULARY, HALF = 16, 5
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Literal, NamedTuple
 
+from rankdecay.text import aligned, finite_mean
+
 Kind = Literal["scale_invariant", "pair", "neither", "unknown"]
 
 
@@ -93,12 +95,10 @@ class AuditReport:
             what = " ".join(filter(None, [name, part, "of each head" if unit == "head" else ""]))
             which = frozenset(filter(None, [f"{name} {part}".strip(), partner]))  # a pair once, a head under its whole
             words.setdefault(text, {}).setdefault(which, what + (f" with {partner}" if partner else ""))
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
         said: list[str] = []
         for text, items in words.items():
             said += [*wrap(text, 116), *(f"    {item}" for item in items.values())]
-        return "\n".join([*table, "", *said, *(f"Not read as attention: {note}" for note in self.notes)])
+        return "\n".join([*aligned(cells), "", *said, *(f"Not read as attention: {note}" for note in self.notes)])
 
     def __str__(self) -> str:
         return self.describe()
@@ -110,5 +110,5 @@ def _pattern(name: str) -> str:
 
 
 def _mean(form: str, values: Iterable[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return form.format(sum(known) / len(known)) if known else "-"
+    mean = finite_mean(values)
+    return "-" if mean is None else form.format(mean)

@@ -11,6 +11,7 @@ from torch import Tensor
 from rankdecay.attention import Window
 from rankdecay.dtensor import whole
 from rankdecay.spectrum import spectrum
+from rankdecay.text import aligned
 
 
 class Row(NamedTuple):
@@ -42,14 +43,11 @@ def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str) -
     """
     rows = sorted(rows, key=lambda row: not row.low_rank)
     shown = [row for row in rows if row.low_rank] if ranks else rows
-    head = ["parameter", "shape", "role", *(_RANKS if ranks else ["decay", "applied by", "why"])]
-    cells = [head]
+    cells = [["parameter", "shape", "role", *(_RANKS if ranks else ["decay", "applied by", "why"])]]
     for row in shown:
         last = _ranks(row) if ranks else [row.decay, row.by or "-", row.why]
         cells.append([row.name, _shape(row, ranks), row.role, *last])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join([_summary(rows, attached, optimizer), "", *lines])
+    return "\n".join([_summary(rows, attached, optimizer), "", *aligned(cells)])
 
 
 _RANKS = ["of", "stable rank", "effective rank", "numerical rank"]

@@ -22,13 +22,13 @@ from rankdecay.lab.errors import SettingError, check_name
 
 #: The settings class of every experiment, in its module of `lab.experiments`, beside `run` and `print_summary`.
 EXPERIMENTS = {
-    "grok": "Grok",
-    "boundary": "Boundary",
-    "factor": "Factor",
-    "margin": "Margin",
-    "recall": "Recall",
-    "language": "Language",
-    "vision": "Vision",
+    "grok": "grok.experiment:Grok",
+    "boundary": "boundary.experiment:Boundary",
+    "factor": "factor.experiment:Factor",
+    "margin": "margin.experiment:Margin",
+    "recall": "attention.recall:Recall",
+    "language": "attention.language:Language",
+    "vision": "attention.vision:Vision",
 }
 BRIEF = ("factor", "margin", "report")  # commands that leave nothing to continue from when they are interrupted
 PRESET_OPTIONS = ("--preset", "--size")  # what may choose one of an experiment's PRESETS
@@ -90,13 +90,13 @@ def parse(arguments: Sequence[str]) -> Any:
     if name == "report":
         return tyro.cli(Report, args=options, prog="rankdecay report", config=CONFIG)
     module = _module(name)
-    settings_class, presets = getattr(module, EXPERIMENTS[name]), getattr(module, "PRESETS", {})
+    settings_class, presets = getattr(module, EXPERIMENTS[name].partition(":")[2]), getattr(module, "PRESETS", {})
     default = _preset(presets, options) or next(iter(presets.values()), settings_class())
     return tyro.cli(settings_class, args=options, prog=f"rankdecay {name}", default=default, config=CONFIG)
 
 
 def _module(experiment: str) -> ModuleType:
-    return import_module(f"rankdecay.lab.experiments.{experiment}")
+    return import_module(f"rankdecay.lab.experiments.{EXPERIMENTS[experiment].partition(':')[0]}")
 
 
 def _preset(presets: Mapping[str, Any], options: Sequence[str]) -> Any:

@@ -5,8 +5,8 @@ from importlib import import_module
 from pathlib import Path
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.report.attention.data import COMMANDS as ATTENTION_DECAY
-from rankdecay.lab.report.data import read_run
+from rankdecay.lab.experiments.attention.read import COMMANDS as ATTENTION_DECAY
+from rankdecay.lab.experiments.grok.read import read_run
 from rankdecay.lab.store import read_json
 
 __all__ = ["draw_figure", "read_run", "write_merged_report", "write_report"]
@@ -34,8 +34,8 @@ def write_report(directory: str | Path) -> Path:
     if command == "boundary":
         return write_merged_report([directory], path)
     if command in PAGES:
-        return import_module(f"rankdecay.lab.report.{PAGES[command]}.page").write_page(Path(directory), path)
-    from rankdecay.lab.report.page import write_page
+        return import_module(f"rankdecay.lab.experiments.{PAGES[command]}.page").write_page(Path(directory), path)
+    from rankdecay.lab.experiments.grok.page import write_page
 
     return write_page(read_run(directory), path)
 
@@ -53,8 +53,8 @@ def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> 
     Raises:
         SettingError: when a directory is not a sweep, is damaged, or has other settings than the first.
     """
-    from rankdecay.lab.report.boundary.data import read_sweep
-    from rankdecay.lab.report.boundary.page import write_page
+    from rankdecay.lab.experiments.boundary.page import write_page
+    from rankdecay.lab.experiments.boundary.read import read_sweep
 
     return write_page(read_sweep(directories), Path(path))
 
@@ -74,8 +74,8 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
         ValueError: when the suffix is not a format matplotlib writes.
     """
     if any(map(is_sweep, directories)):
-        from rankdecay.lab.report.boundary import figure as of_sweep
-        from rankdecay.lab.report.boundary.data import read_sweep
+        from rankdecay.lab.experiments.boundary import figure as of_sweep
+        from rankdecay.lab.experiments.boundary.read import read_sweep
 
         return of_sweep.figure(read_sweep(directories), Path(path))
     if len(directories) != 1:
@@ -84,10 +84,10 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
     if command in WITHOUT_FIGURE:
         raise SettingError(f"--figure {path}: {command} has a page and no figure; its charts save as SVG from the page")
     if command in ATTENTION_DECAY:
-        from rankdecay.lab.report.attention import figure as of_attention
+        from rankdecay.lab.experiments.attention import figure as of_attention
 
         return of_attention.figure(Path(directories[0]), Path(path))
-    from rankdecay.lab.report import figure as of_run
+    from rankdecay.lab.experiments.grok import figure as of_run
 
     return of_run.figure(directories[0], path)
 

@@ -1,8 +1,8 @@
 """The self-contained HTML page of one inspection, or of several: a training trajectory in the order given.
 
-Like the page of a run (:mod:`rankdecay.lab.report.page`): words and tables are plain HTML made here, nothing is
-fetched, and a string of a checkpoint is only ever text. The charts are drawn from embedded JSON by `inspection.js` on
-`svg.js`, not by plotly, which the base install does not have.
+As on the page of a run, words and tables are plain HTML made here, nothing is fetched, and a string of a checkpoint is
+only ever text. The charts are drawn from embedded JSON by `inspection.js` on `svg.js`, not by plotly, which the base
+install does not have.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from html import escape
 from pathlib import Path, PurePath
 from typing import Any
 
-from rankdecay.inspection import KINDS, Inspection, Row, finite_mean, number, strip
-from rankdecay.lab.report import pieces
-from rankdecay.lab.report.page import SNAPSHOT_NUMBERS
-from rankdecay.lab.report.pieces import choice
+from rankdecay.inspection import KINDS, Inspection, Row, by_layer, strip
+from rankdecay.lab.report import page as pieces
+from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, choice
+from rankdecay.text import finite_mean, number
 
 #: What the charts and tables show: a name and what it means.
 MEASURES = {
@@ -104,7 +104,7 @@ def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str,
     with_spectra = {0, len(reports) - 1} if thin else set(range(len(reports)))
     kinds = []
     for key, (symbol, meaning) in KINDS.items():
-        own = [[row for row in report.rows if key in (row.get("product"), row.get("matrix"))] for report in reports]
+        own = [report.of(key) for report in reports]
         rows = [row for report in own for row in report]
         if rows:
             defined = [name for name in MEASURES if _measure(rows[0]["untrained"], name, 1) is not None]
@@ -126,11 +126,8 @@ def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str,
 def _layers(
     rows: list[Row], measures: list[str], spectra: bool, pool: dict[tuple[float, ...], int], pairs: dict[Pairs, int]
 ) -> list[Row]:
-    by_layer: dict[int, list[Row]] = {}
-    for row in rows:
-        by_layer.setdefault(row["layer"], []).append(row)
     layers = []
-    for index, heads in sorted(by_layer.items()):
+    for index, heads in sorted(by_layer(rows).items()):
         untrained, dim = heads[0]["untrained"], heads[0]["head_dim"]
         layers.append({
             "layer": index, "name": heads[0]["name"], "dim": dim,

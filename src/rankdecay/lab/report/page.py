@@ -1,283 +1,307 @@
-"""The self-contained HTML page of a run.
+"""What every page is made of: the template filled in, embedded JSON, and the pieces of HTML that pages share.
 
-One file with everything in it: the words and tables are plain HTML, made here of the pieces in
-:mod:`rankdecay.lab.report.pieces`; the charts are drawn by `page/*.js` with plotly, from data embedded as JSON.
+Words and tables are plain HTML, readable without a script. Text from a run or a checkpoint goes through `html.escape`,
+and JSON through `embedded`. Nothing is fetched: a content-security policy in `assets/shell.html` forbids it.
 """
 
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rankdecay.lab.report import pieces, style
-from rankdecay.lab.report.data import Run, is_number
-from rankdecay.lab.report.pieces import choice
-from rankdecay.lab.report.verdict import seed_count, verdict, wilson_interval
+from rankdecay.lab import precision
+from rankdecay.lab.experiments.grok.read import is_number
+from rankdecay.lab.experiments.grok.verdict import Verdict
+from rankdecay.lab.report.style import arm_styles
 
 SNAPSHOT_NUMBERS = 1_000_000  # of spectra and attention in one page, about 7 MB; more snapshots than fit are thinned
-
-COLUMNS = {
-    "generalised": "Generalised",
-    "steps_to_generalise": "Steps, median",
-    "test_accuracy": "Test accuracy",
-    "train_accuracy": "Train accuracy",
-    "diverged": "Diverged seeds",
-    "stable_rank": "Stable rank",
-    "effective_rank": "Effective rank",
-    "product_stable_rank": "Stable rank, head product",
-    "product_effective_rank": "Effective rank, head product",
-    "query_norm": "‖W_Q‖",
-    "key_norm": "‖W_K‖",
-    "decay_size": "Decay step, ‖D‖/‖W‖",
-    "tangential_share": "Tangential share",
-    "steps_per_second": "Steps per second",
+QUESTIONS = {
+    "grok": "Does low-rank decay make a scale-invariant transformer generalise where L2 does not?",
+    "boundary": "At which data fraction and decay strength does the network generalise?",
+    "factor": "Is L2 on two factors the nuclear norm of their product?",
+    "recall": "Does decay of attention alone lower its rank on associative recall?",
+    "language": "What does a separate decay for attention do to the rank and quality of a language model?",
+    "vision": "What does a separate decay for attention do to the rank and quality of a vision transformer?",
+    "margin": "Which margin does softmax attention maximise under gradient flow?",
 }
-METRICS = ["train_accuracy", "test_accuracy", "stable_rank", "effective_rank", "product_stable_rank"]
-METRICS += ["product_effective_rank", "radial_share", "tangential_share"]
-ACCURACIES = {"test_accuracy": "test", "train_accuracy": "training"}
-RANKS = {
-    "stable_rank": "stable rank of W_Q, W_K",
-    "effective_rank": "effective rank of W_Q, W_K",
-    "product_stable_rank": "stable rank of head products",
-    "product_effective_rank": "effective rank of head products",
-}
-FILES = {
-    "config.json": "what was asked, the versions and the machine",
-    "metrics.jsonl": "every evaluation of every member, one JSON object per line",
-    "snapshots/": "spectra and attention maps, one numpy archive per step",
-    "summary.json": "the result per arm",
-}
-SCRIPTS = ["core.js", "plotly.js", "controls.js", "legend.js"]
-SCRIPTS += ["curves.js", "spectra.js", "needle.js", "attention.js", "start.js"]
 
 
-def render(run: Run) -> str:
-    """The page of a run as one HTML string."""
-    data, frames = curves_data(run), snapshot_data(run)
-    metrics = set(data["metrics"])
-    parts = {
-        **pieces.shared(
-            [run.config],
-            run.arms,
-            verdict(run.summary, run.last_step),
-            [*run.notices, *frames["notices"]],
-            directory=run.directory.resolve().name,
-            drawn="charts",
-            again="This command asks for the same run; another machine or version may give other digits.",
-            wall_seconds=(run.summary or {}).get("wall_seconds"),
-            files=pieces.file_list(FILES),
-            sources="the files beside it",
-        ),
-        "criterion": _criterion(run),
-        "table": _table(run),
-        "accuracy": _chart("accuracy-chart", "accuracy", "Accuracy", _known(ACCURACIES, metrics)),
-        "rank": _chart("rank-chart", "rank", "Rank", _known(RANKS, metrics)),
-        "timeline": _timeline(frames),
-        "spectra": _spectra(frames),
-        "needle": _needle(frames),
-        "share": _chart(
-            "share-chart",
-            "share",
-            "Share",
-            _known({"tangential_share": "tangential", "radial_share": "radial"}, metrics),
-        ),
-        "attention": _attention(frames),
-        "data": pieces.embedded(data),
-        "snapshot_data": pieces.embedded(frames),
-    }
-    return pieces.fill("page.html", parts, ["page.css"], SCRIPTS)
+def fill(
+    template: str, parts: Mapping[str, str], styles: Sequence[str], scripts: Sequence[str], experiment: str = ""
+) -> str:
+    """A page as one HTML string: a template inside `assets/shell.html`.
+
+    Args:
+        template: the name of a file in `assets/`; `{{> name}}` in it is replaced by the file `name.html`, which pages
+            share, then `{{name}}` in all of it, and in the shell, by a part.
+        parts: HTML by name; `title` and `data`, and `snapshot_data` where there are snapshots, are for the shell.
+        styles: names of style sheets, as `{{css}}`.
+        scripts: names of scripts, as `{{js}}`; with `plotly.js` among them, plotly's own is `{{plotly}}`.
+        experiment: the folder of `lab/experiments` that may hold any of these files; `assets/` has the others.
+    """
+    folders = [files("rankdecay.lab.report") / "assets"]
+    if experiment:
+        folders.insert(0, files("rankdecay.lab.experiments") / experiment)
+
+    def joined(names: Iterable[str]) -> str:
+        paths = [next(folder / name for folder in folders if (folder / name).is_file()) for name in names]
+        return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+    def filled(name: str, every: Mapping[str, str]) -> str:
+        text = re.sub(r"\{\{> (\w+)\}\}\n", lambda match: joined([f"{match[1]}.html"]), joined([name]))
+        return re.sub(r"\{\{(\w+)\}\}", lambda match: every[match[1]], text)
+
+    shell = {"snapshot_data": '{"steps":[]}', **parts, "css": joined(styles), "js": joined(scripts)}
+    plotly = _plotly() if "plotly.js" in scripts else ""
+    return filled("shell.html", shell | {"plotly": plotly, "body": filled(template, parts)})
 
 
-def curves_data(run: Run) -> dict[str, Any]:
-    """What the page's curves are drawn from: the arms with their style, each member's metrics as columns."""
-    arms = run.arms
-    styles = style.arm_styles(arms)
-    lines = [line for member in run.metrics.values() for line in member]
-    present = [name for name in METRICS if any(is_number(line.get(name)) for line in lines)]
-    return {
-        "arms": [{"name": name, **vars(styles[name])} for name in arms],
-        "metrics": present,
-        "members": [
-            {
-                "arm": arms.index(arm),
-                "seed": seed,
-                "step": [line["step"] for line in member],
-                "values": {
-                    name: [line[name] if is_number(line.get(name)) else None for line in member] for name in present
-                },
-            }
-            for (arm, seed), member in sorted(
-                run.metrics.items(), key=lambda item: (arms.index(item[0][0]), item[0][1])
-            )
-        ],
-    }
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs  # of the extra `lab`; the page of an inspection is made without it
+
+    return f"<script>{get_plotlyjs()}</script>\n"
 
 
-def snapshot_data(run: Run) -> dict[str, Any]:
-    """What the page's slider moves through: a frame per snapshot, thinned evenly when there are too many."""
-    snapshots, notices = run.snapshots, []
-    size = max((sum(array.size for array in snapshot.arrays.values()) for snapshot in snapshots), default=0)
-    fit = max(2, SNAPSHOT_NUMBERS // size) if size else 0
-    if len(snapshots) > fit > 0:
-        notices.append(f"The page shows {fit} of the {len(snapshots)} snapshots in the directory, evenly spaced.")
-        snapshots = [snapshots[i] for i in np.linspace(0, len(snapshots) - 1, fit).round().astype(int)]
-    members = list(dict.fromkeys(member for snapshot in snapshots for member in snapshot.members))
-    arms = run.arms
-    members = sorted((m for m in members if m[0] in arms), key=lambda m: (arms.index(m[0]), m[1]))
-    first = snapshots[0] if snapshots else None
-
-    def shape(name: str) -> list[int]:
-        return list(first.arrays[name].shape[1:]) if first and name in first.arrays else []
-
-    frames = [
-        {
-            name: [array[snapshot.members.index(m)] if m in snapshot.members else None for m in members]
-            for name, array in snapshot.arrays.items()
-        }
-        for snapshot in snapshots
-    ]
-    return {
-        "steps": [snapshot.step for snapshot in snapshots],
-        "members": [{"arm": arms.index(arm), "seed": seed} for arm, seed in members],
-        "singular_values_shape": shape("singular_values"),
-        "product_shape": shape("product"),
-        "attention_shape": shape("attention"),
-        "groups": first.groups if first else [],
-        "positions": first.positions if first else [],
-        "frames": frames,
-        "notices": notices,
-    }
+def write(text: str, path: Path) -> Path:
+    """Puts a page at `path`, by atomic rename, and returns the path."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+    return path
 
 
-# --- pieces of HTML ---
+def embedded(value: Any) -> str:
+    """JSON for a `<script type="application/json">`: nothing in it can end the script or open a comment."""
+    text = json.dumps(plain(value), separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _table(run: Run) -> str:
-    rows = run.summary["arms"] if run.summary else _measured_so_far(run)
-    columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    if not any(row.get("diverged") for row in rows):
-        columns = [key for key in columns if key != "diverged"]
-    if not rows or not columns:
-        return pieces.absent("Nothing has been measured yet.")
-    labels = style.arm_styles(str(row["name"]) for row in rows)
-    lines = [(labels[str(row["name"])].label, [_cell(row, key) for key in columns]) for row in rows]
-    return pieces.table("Summary per arm", ["Arm", *(COLUMNS[key] for key in columns)], lines)
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: numpy arrays as lists, floats to four digits, non-finite numbers as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if np.isfinite(value) else None
+    return value
 
 
-def _criterion(run: Run) -> str:
-    threshold: Any = (run.summary or {}).get("threshold")
-    if not is_number(threshold):
-        return ""
-    return (
-        f"A seed has generalised when its test accuracy reaches {threshold * 100:g} % and the next evaluation holds it."
-    )
+def reproduce(config: Mapping[str, Any]) -> str:
+    """The command line that repeats a run: the recorded one, or the command with its settings as options."""
+    if config.get("reproduce"):
+        return str(config["reproduce"])
+    words = ["rankdecay", str(config.get("command", ""))]
+    for name, value in flat(config.get("settings", {})):
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{option}", *map(str, value)] if value else []
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return " ".join(shlex.quote(word) for word in words if word) + " --out DIR"
 
 
-def _measured_so_far(run: Run) -> list[dict[str, Any]]:
-    """Means over seeds of every member's last evaluation, for a run without a summary."""
+def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as pairs of a dotted name and a value."""
     rows = []
-    for arm in run.arms:
-        last = [lines[-1] for (name, _), lines in run.metrics.items() if name == arm and lines]
-        row: dict[str, Any] = {"name": arm}
-        for key in COLUMNS:
-            values = [float(line[key]) for line in last if is_number(line.get(key))]
-            row[key] = sum(values) / len(values) if values else None
-        rows.append(row)
-    return rows if run.metrics else []
+    for name, value in settings.items():
+        rows += flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return rows
 
 
-def _cell(row: dict[str, Any], key: str) -> str:
-    value: Any = row.get(key)
-    if not is_number(value):
-        return "—"
-    if key == "generalised":
-        seeds = seed_count(row)
-        low, high = wilson_interval(int(value), seeds)
-        return f"{int(value)} of {seeds} <small>{low * 100:.0f}–{high * 100:.0f} %</small>"
-    if key == "steps_to_generalise":
-        return f"{value:,.0f}"
-    if key.endswith(("accuracy", "share")):
-        return f"{value:.3f}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+# --- pieces ---
 
 
-def _known(choices: dict[str, str], present: set[str]) -> dict[str, str]:
-    return {key: text for key, text in choices.items() if key in present}
+def shared(
+    configs: Sequence[Mapping[str, Any]],
+    arms: Iterable[str],
+    outcome: Verdict,
+    said: Iterable[str],
+    *,
+    directory: str,
+    drawn: str,
+    again: str,
+    wall_seconds: Any,
+    files: str,
+    sources: str = "these files",
+) -> dict[str, str]:
+    """The parts that every page of results has: its head, and `result.html`, `configuration.html`, `reproduce.html`.
 
-
-def _chart(identity: str, state: str, label: str, choices: dict[str, str]) -> str:
-    """A chart with the choice of what it shows above it, and the legend that switches arms on and off."""
-    if not choices:
-        return pieces.absent(f"{label}: not recorded in this run.")
-    return (
-        f'<figure><div class="controls">{choice(state, label, choices)}</div>'
-        f'<div class="legend" role="group" aria-label="Arms shown"></div>'
-        f'<div class="chart" id="{identity}"></div></figure>'
-    )
-
-
-def _timeline(frames: dict[str, Any]) -> str:
-    if not frames["steps"]:
-        return pieces.absent("This run has no snapshots, so no spectra or attention maps.")
-    last = len(frames["steps"]) - 1
-    seeds = {str(seed): str(seed) for seed in sorted({member["seed"] for member in frames["members"]})}
-    return (
-        '<div class="timeline" role="group" aria-label="Time">'
-        '<button type="button" id="play">Play</button>'
-        f'<label class="slider"><span>Step <output id="step-output">{frames["steps"][-1]:,}</output></span>'
-        f'<input type="range" id="step-slider" min="0" max="{last}" value="{last}" step="1"></label>'
-        f"{choice('seed', 'Seed', seeds)}</div>"
-    )
-
-
-def _matrices(frames: dict[str, Any], products: bool) -> dict[str, str]:
-    layers = (frames["singular_values_shape"] or [0])[0]
-    choices = {
-        f"singular_values:{layer}:{index}": f"layer {layer + 1}, W_{name}"
-        for layer in range(layers)
-        for index, name in enumerate("QK")
+    Args:
+        configs: of the directories shown; the first speaks for all.
+        arms: names of all arms of the run.
+        outcome: what may be said of it.
+        said: what a reader must know before believing the page.
+        directory: what is shown, in words (text).
+        drawn: what the page draws, "charts" or "maps".
+        again: what repeating the command gives.
+        wall_seconds: of the whole run, if known.
+        files: that the page is made of (HTML).
+        sources: what they are called.
+    """
+    config = configs[0]
+    command, asked = str(config.get("command", "experiment")), question(config)
+    return {
+        "title": escape(f"rankdecay {command}: {asked}"),
+        "command": escape(command),
+        "directory": escape(directory),
+        "question": escape(asked),
+        "headline": escape(outcome.headline),
+        "points": points(outcome.points),
+        "notices": notices(said),
+        "drawn": drawn,
+        "arms": arms_list(config, arms),
+        "settings": settings_table(config),
+        "again": again,
+        "commands": commands(configs),
+        "facts": facts(configs, wall_seconds),
+        "sources": sources,
+        "files": files,
     }
-    if products and frames["product_shape"]:
-        layers, heads = frames["product_shape"][:2]
-        choices |= {
-            f"product:{layer}:{head}": f"layer {layer + 1}, head {head + 1}: W_Qᵀ W_K"
-            for layer in range(layers)
-            for head in range(heads)
-        }
-    return choices
 
 
-def _spectra(frames: dict[str, Any]) -> str:
-    matrices = _matrices(frames, products=True)
-    if not matrices:
-        return pieces.absent("Spectra: not recorded in this run.")
-    scales = {"relative": "relative to σ₁", "absolute": "absolute"}
-    return (
-        f'<figure><div class="controls">{choice("matrix", "Matrix", matrices)}'
-        f"{choice('scale', 'Values', scales)}</div>"
-        '<div class="legend" role="group" aria-label="Arms shown"></div>'
-        '<div class="chart" id="spectra-chart"></div></figure>'
+def question(config: Mapping[str, Any]) -> str:
+    """The question an experiment asks, in words."""
+    command = str(config.get("command", "experiment"))
+    return str(config.get("question") or QUESTIONS.get(command) or f"rankdecay {command}")
+
+
+def points(pairs: Iterable[tuple[str, str]]) -> str:
+    """The lines of a list of lead-ins and sentences."""
+    return "\n".join(f"<dt>{escape(lead)}</dt><dd>{escape(text)}</dd>" for lead, text in pairs)
+
+
+def notices(texts: Iterable[str]) -> str:
+    """What a reader must know before believing a page."""
+    return "".join(f'<p class="notice">{escape(text)}</p>' for text in texts)
+
+
+def scrolling(label: str, rows: str) -> str:
+    """A table that scrolls sideways by itself where the page is narrow."""
+    return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>{rows}</table></div>'
+
+
+def table(label: str, heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """A table with a name per row.
+
+    Args:
+        label: what it holds, for who cannot see it.
+        heads: the columns in words (text), first that of the names.
+        rows: a name (text) and its cells (HTML).
+    """
+    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for name, cells in rows
+    )
+    return scrolling(label, f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>")
+
+
+def absent(text: str) -> str:
+    """What stands where a page has nothing to show."""
+    return f'<p class="absent">{escape(text)}</p>'
+
+
+def choice(state: str, label: str, choices: Mapping[Any, Any], chosen: Any = None) -> str:
+    """A labelled choice that a script reads as `state[...]`; the first is chosen unless another is named."""
+    options = "".join(
+        f'<option value="{escape(str(value))}"{" selected" if chosen is not None and value == chosen else ""}>'
+        f"{escape(str(text))}</option>"
+        for value, text in choices.items()
+    )
+    return f'<label>{escape(label)} <select data-state="{state}">{options}</select></label>'
+
+
+def settings_table(config: Mapping[str, Any]) -> str:
+    """The settings of a run, one per line."""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(shown(value))}</td></tr>'
+        for name, value in flat(config.get("settings", {}))
+    )
+    return scrolling("Settings", rows) if rows else absent("No settings recorded.")
+
+
+def shown(value: Any) -> str:
+    """A setting as text: a list without its brackets, a string without its quotes."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def arms_list(config: Mapping[str, Any], names: Iterable[str]) -> str:
+    """What every arm of a configuration is, in words and numbers.
+
+    Args:
+        config: the content of `config.json`.
+        names: all arms of the run, which decide the labels.
+    """
+    labels = arm_styles(names)
+    items = []
+    for arm in config.get("arms", []):
+        name = str(arm["name"])
+        rest = ", ".join(
+            f"{key.replace('_', ' ').replace('.', ' ')} {shown(value)}"
+            for key, value in flat(arm)
+            if key not in ("name", "description", "control") and value is not None and value is not False
+        )
+        items.append(
+            f"<dt>{escape(labels[name].label)} <code>{escape(name)}</code></dt>"
+            f"<dd>{escape(str(arm.get('description', '')))}"
+            + (f"<small>{escape(rest)}</small>" if rest else "")
+            + "</dd>"
+        )
+    return f'<dl class="arms">{"".join(items)}</dl>' if items else ""
+
+
+def folded(command: str, width: int = 72) -> str:
+    """A long command with one option per line; one with quotes is left alone, for a break could change it."""
+    return command if len(command) <= width or "'" in command else command.replace(" --", " \\\n  --")
+
+
+def commands(configs: Iterable[Mapping[str, Any]]) -> str:
+    """The command lines that repeat some runs, each once."""
+    return "\n".join(
+        f'<pre class="command" tabindex="0"><code>{escape(command)}</code></pre>'
+        for command in dict.fromkeys(folded(reproduce(config)) for config in configs)
     )
 
 
-def _needle(frames: dict[str, Any]) -> str:
-    matrices = _matrices(frames, products=False)
-    if not matrices:
-        return pieces.absent("Needle and fan: no spectra recorded in this run.")
-    return f'<div class="controls">{choice("needle", "Matrix", matrices)}</div><div class="needles" id="needles"></div>'
+def file_list(files: Mapping[str, str]) -> str:
+    """The files beside a page and what is in them (HTML)."""
+    return "".join(f'<li><a href="{name}">{name}</a> {text}</li>' for name, text in files.items())
 
 
-def _attention(frames: dict[str, Any]) -> str:
-    if not frames["attention_shape"]:
-        return pieces.absent("Attention maps: not recorded in this run.")
-    layers = {str(layer): f"layer {layer + 1}" for layer in range(frames["attention_shape"][0])}
-    return (
-        f'<figure><div class="controls">{choice("layer", "Layer", layers)}'
-        '<span class="scale"><span>0</span><i></i><span>1 &nbsp;share of attention</span></span></div>'
-        '<div class="chart grid" id="attention-chart"></div></figure>'
-    )
+def facts(configs: Sequence[Mapping[str, Any]], wall_seconds: Any) -> str:
+    """Versions, machines and wall time; of several directories, each different machine and set of versions once."""
+
+    def versions(config: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
+
+    rows = {
+        "Versions": "; ".join(dict.fromkeys(filter(None, map(versions, configs)))),
+        "Machine": "; ".join(dict.fromkeys(str(config["machine"]) for config in configs if config.get("machine"))),
+        "Precision": "; ".join(dict.fromkeys(filter(None, map(precision.described, configs)))),
+        "Wall time": duration(wall_seconds),
+    }
+    items = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows.items() if value)
+    return f'<dl class="facts">{items}</dl>' if items else ""
 
 
-def write_page(run: Run, path: Path) -> Path:
-    """Render the page of a run and put it at `path`, by atomic rename."""
-    return pieces.write(render(run), path)
+def duration(seconds: Any) -> str | None:
+    """Seconds as a person would say them."""
+    if not is_number(seconds):
+        return None
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,569 @@
+"""Many training runs as one batched computation.
+
+A *member* is one run. Members share the shape of their network and the batch size; learning rate, decays, seed, data
+set and initial scale are their own, and so is the step each has reached: a member may leave, and another take its
+place, at any time. Each member's parameters are one row of a single (members, parameters) tensor, so an optimizer step
+is a handful of in-place operations whatever the number of members.
+
+Nothing a member does depends on its neighbours: initial weights, splits and batches are drawn from the member's seed
+(and its step) alone. Member i of M therefore follows the trajectory it would follow alone, and a resumed run needs no
+stored random state.
+"""
+
+import math
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.lab.ensemble import transformer
+from rankdecay.lab.ensemble.control import PLAIN, Control, Part, above_rank, part_of_step, truncated
+from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parameters
+from rankdecay.lab.precision import check_resolved
+from rankdecay.lab.tasks.base import Dataset, random_generator
+from rankdecay.linalg import shrink
+from rankdecay.linalg.factored import factored_singular_values
+from rankdecay.spectrum import Spectrum, spectrum
+
+Precision = Literal["float32", "mixed", "float64"]
+MEASURED_TRAIN = 1024  # training examples an evaluation looks at: enough to see memorisation, a third of the time
+STATE = ("weights", "mean", "square")  # the tensors of a `State`
+BLOCK_MATRICES = ("value", "output", "mlp_in", "mlp_out")
+EVALUATION_ROWS = {"cpu": 512, "cuda": 8192}  # examples per member and forward pass: what fits the cache, or the launch
+
+
+@dataclass(frozen=True)
+class Member:
+    """One training run.
+
+    Attributes:
+        arm, seed: its name; the seed decides initial weights and batches.
+        decay: of queries and keys; ``None`` for none.
+        rest_decay: decoupled L2 on every other parameter (AdamW's ``weight_decay``).
+        lr: learning rate.
+        initial_scale: multiplies the initial matrices.
+        uniform_attention: queries and keys start at zero, where their gradient is exactly zero: they stay there.
+        control: how it departs from plainly applying its decay.
+    """
+
+    arm: str
+    seed: int
+    decay: Decay | None
+    rest_decay: float
+    lr: float = 1e-3
+    initial_scale: float = 1.0
+    uniform_attention: bool = False
+    control: Control = PLAIN
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """Its low-rank decay, if that is its decay and has a strength."""
+        return self.decay if isinstance(self.decay, LowRank) and self.decay.strength else None
+
+
+@dataclass(frozen=True)
+class State:
+    """Where one member stands: all that its training needs to go on."""
+
+    step: int
+    weights: Tensor  # (parameters,)
+    mean: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all members of an ensemble share beside the shape of the network."""
+
+    batch_size: int = 512
+    precision: Precision = "float32"
+    device: str = "cpu"
+    compile: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        """Refuses a precision that was never resolved, which would quietly train in float32."""
+        check_resolved(self.precision, get_args(Precision))
+
+
+def compiler_available(device: str) -> bool:
+    """Whether `torch.compile` can generate code for ``device`` on this machine."""
+    if device.startswith("cuda"):
+        from torch.utils._triton import has_triton
+
+        return has_triton()
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "default":  # torch 2.13 then writes vector code that does not compile
+        return False
+    return any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+#: Seconds of training from which `torch.compile` pays on any CPU: it takes up to two minutes on a slow one, and saves
+#: an eighth of the time in float32, a third in mixed precision (`benchmarks/grok.py`).
+COMPILE_FROM = 900.0
+PROBED = 2  # steps that are timed for it
+
+
+def worth_compiling(wanted: str, device: str, make: "Callable[[], Ensemble]", steps: float) -> bool:
+    """Return whether to compile ensembles.
+
+    Args:
+        wanted: ``on``, ``off`` or ``auto``: on a GPU, and on a CPU where the run would take long enough.
+        device: on which they train.
+        make: makes one of them, not compiled, to time a few steps of.
+        steps: that will be trained one after another.
+    """
+    if wanted == "off" or not compiler_available(device):
+        return False
+    if wanted == "on" or device.startswith("cuda"):
+        return True
+    if steps <= 10 * PROBED:
+        return False
+    ensemble = make()
+    ensemble.train(1)
+    begun = time.perf_counter()
+    ensemble.train(PROBED)
+    return (time.perf_counter() - begun) / PROBED * steps >= COMPILE_FROM
+
+
+def adamw_(
+    weight: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One AdamW step in place on ``(members, n)`` rows, without its decay; ``grad`` is overwritten.
+
+    ``lr`` and ``step``, the number of the step from 1, are ``(members, 1)``; the latter in float64.
+    """
+    beta1, beta2 = betas
+    mean.lerp_(grad, 1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    # Both bias corrections in the step size and ε: two passes over memory less, the same update.
+    correction = (1 - beta2**step).sqrt()
+    update = torch.sqrt(square, out=grad).add_((eps * correction).to(grad.dtype))
+    torch.div(mean, update, out=update)
+    weight.addcmul_(update, lr * (correction / (1 - beta1**step)).to(lr.dtype), value=-1)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members whose low-rank decays differ in strength alone: one call of `shrink` serves them."""
+
+    policy: LowRank
+    part: Part
+    blocks: bool
+    rows: list[int]
+    strength: Tensor  # (rows, 1)
+
+    def decayed(self, weight: Tensor, tau: Tensor) -> Tensor:
+        """``weight`` (rows, ..., m, n) after a decay of ``tau`` (rows, ...)."""
+        after = shrink(weight, tau, self.policy.rule, smoothing=self.policy.smoothing)
+        return part_of_step(weight, after, self.part)
+
+
+class Ensemble:
+    """Members of one shape, trained together.
+
+    Args:
+        config: shape of the network.
+        members: the runs.
+        datasets: one per member.
+        training: what they share.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, members: Sequence[Member], datasets: Sequence[Dataset], training: Training
+    ) -> None:
+        self.config, self.training = config, training
+        self.members: list[Member] = []
+        self.steps: list[int] = []  # that each member has trained
+        self._datasets: list[Dataset] = []
+        self._acts: list[bool] = []  # whether its schedule lets each member's decay act
+        self._dtype = torch.float64 if training.precision == "float64" else torch.float32
+        self._matmul_dtype = torch.bfloat16 if training.precision == "mixed" else self._dtype
+        self._shapes = config.shapes()
+        self._query_key_size = 2 * config.depth * config.width**2
+        names = [name for name in self._shapes if name.split(".")[0] in BLOCK_MATRICES]
+        self._blocks_end = self._query_key_size + sum(math.prod(self._shapes[name]) for name in names)
+        self._block_names = names
+        size = sum(math.prod(shape) for shape in self._shapes.values())
+        self._weights = torch.empty(0, size, device=training.device, dtype=self._dtype)
+        self._mean, self._square = self._weights.clone(), self._weights.clone()
+        self._angular = torch.empty(0, device=training.device, dtype=torch.float64)
+        self._loss: Callable[..., Tensor] = transformer.loss
+        if training.compile and compiler_available(training.device):
+            self._loss = torch.compile(transformer.loss, dynamic=False)
+        self.admit(members, datasets)
+
+    # --- the members' tensors -----------------------------------------------------------------------------
+
+    def admit(self, members: Sequence[Member], datasets: Sequence[Dataset]) -> None:
+        """Adds members at step 0; the others go on as if nothing had happened.
+
+        Raises:
+            ValueError: if a training set is smaller than a batch.
+        """
+        smallest = min((len(data.train_targets) for data in datasets), default=self.training.batch_size)
+        if self.training.batch_size > smallest:
+            raise ValueError(
+                f"batch_size {self.training.batch_size} exceeds the smallest training set, {smallest} examples"
+            )
+        if not members:
+            return
+        new = torch.stack([self._initial(member) for member in members])
+        self._weights = torch.cat([self._weights, new])
+        self._mean = torch.cat([self._mean, torch.zeros_like(new)])
+        self._square = torch.cat([self._square, torch.zeros_like(new)])
+        self._angular = torch.cat([self._angular, self._angular.new_full((len(members),), math.nan)])
+        self.members += members
+        self.steps += [0] * len(members)
+        self._acts += [True] * len(members)
+        self._datasets += datasets
+        self._bind()
+
+    def _initial(self, member: Member) -> Tensor:
+        """A member's row of parameters at step 0."""
+        values = initial_parameters(self.config, member.seed, member.initial_scale)
+        row = torch.cat([value.flatten() for value in values.values()])
+        if member.uniform_attention:
+            row[: self._query_key_size] = 0
+        if member.control.norm is not None:
+            matrices = row[: self._query_key_size].view(-1, self.config.width, self.config.width)
+            matrices *= member.control.norm / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-300)
+        return row.to(self.training.device, self._dtype)
+
+    def _column(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=self.training.device, dtype=self._dtype)[:, None]
+
+    def _bind(self) -> None:
+        """Derives everything that follows from the members and their rows."""
+        self.parameters = {}
+        start = 0
+        for name, shape in self._shapes.items():
+            stop = start + math.prod(shape)
+            view = self._weights.detach()[:, start:stop].view(len(self.members), *shape)
+            self.parameters[name] = view.requires_grad_()
+            start = stop
+        self._lr = self._column([m.lr for m in self.members])
+        self._step = self._column(self.steps).double()
+        factors = [m.control.query_key_lr for m in self.members]
+        self._one_lr = all(factor == 1 for factor in factors)
+        self._query_key_lr = self._lr * self._column(factors)
+        self._keep_blocks = 1 - self._lr * self._column(
+            [0.0 if m.low_rank and m.control.blocks else m.rest_decay for m in self.members]
+        )
+        self._keep_rest = 1 - self._lr * self._column([m.rest_decay for m in self.members])
+        norms = [m.control.norm for m in self.members]
+        self._norm = self._column([math.nan if norm is None else norm for norm in norms]) if any(norms) else None
+        self._bind_schedule()
+        self._grad = torch.empty_like(self._weights)
+        self._train_tokens, self._train_targets = self._stacked("train")
+        self._test_tokens, self._test_targets = self._stacked("test")
+
+    def _bind_schedule(self) -> None:
+        """What depends on which decays act now, and on the ranks they have reached."""
+        l2 = [
+            m.decay.strength if isinstance(m.decay, Frobenius) and acts else 0.0
+            for m, acts in zip(self.members, self._acts, strict=True)
+        ]
+        self._keep_query_key = 1 - self._query_key_lr * self._column(l2)
+        groups: dict[tuple[LowRank, Part, bool], list[int]] = defaultdict(list)
+        for index, (member, acts) in enumerate(zip(self.members, self._acts, strict=True)):
+            if member.low_rank and acts:
+                plain = replace(member.low_rank, strength=0.0)
+                groups[plain, member.control.part, member.control.blocks].append(index)
+        self._low_rank = [
+            Group(*key, rows, self._column([self._strength(i) for i in rows])) for key, rows in groups.items()
+        ]
+        self._share: Tensor | None = None  # of its decay that each head block takes: (members, depth, 2, heads)
+        if all(m.control.target_rank is None for m in self.members):
+            return
+        c = self.config
+        self._share = self._weights.new_ones(len(self.members), c.depth, 2, c.heads)
+        for index, member in enumerate(self.members):
+            if member.control.target_rank is not None and member.low_rank:
+                matrices = self.query_key[index]
+                if member.low_rank.unit == "head":
+                    matrices = matrices.unflatten(-2, (c.heads, c.head_dim))
+                above = above_rank(matrices, member.control.target_rank)  # (depth, 2) or (depth, 2, heads)
+                self._share[index] *= above.view(c.depth, 2, -1)
+
+    def schedule(self, acts: Sequence[bool]) -> None:
+        """Switches each member's decay on or off, and finds which matrices are above their target rank now."""
+        self._acts = list(acts)
+        self._bind_schedule()
+
+    def truncate(self, index: int) -> None:
+        """Cuts one member's queries and keys to the rank its control names."""
+        rank = self.members[index].control.truncate_to
+        if rank is not None:
+            self.query_key[index] = truncated(self.query_key[index], rank)
+
+    def _strength(self, index: int) -> float:
+        decay = self.members[index].decay
+        return decay.strength if decay else 0.0
+
+    def _stacked(self, side: str) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of all members, padded to the longest set with target −1."""
+        tokens = [getattr(data, f"{side}_tokens") for data in self._datasets]
+        targets = [getattr(data, f"{side}_targets") for data in self._datasets]
+        longest = max(map(len, targets))
+        tokens = np.stack([np.pad(t, ((0, longest - len(t)), (0, 0))) for t in tokens])
+        targets = np.stack([np.pad(t, (0, longest - len(t)), constant_values=-1) for t in targets])
+        return tuple(torch.from_numpy(a).to(self.training.device) for a in (tokens, targets))  # type: ignore[return-value]
+
+    @property
+    def query_key(self) -> Tensor:
+        """W_Q and W_K of every member: ``(members, depth, 2, width, width)``, a view."""
+        c = self.config
+        return self._weights[:, : self._query_key_size].view(-1, c.depth, 2, c.width, c.width)
+
+    # --- training ----------------------------------------------------------------------------------------
+
+    def _batch_indices(self, steps: int) -> Tensor:
+        """Rows of the next ``steps`` batches, ``(steps, members, batch)``.
+
+        A member's batches walk through its training set in one random order after another, so every example is used
+        equally often. The order of epoch e is drawn from (seed, e): no state to store.
+        """
+        batch = self.training.batch_size
+        columns = []
+        for member, step, data in zip(self.members, self.steps, self._datasets, strict=True):
+            size = len(data.train_targets)
+            start, stop = step * batch, (step + steps) * batch
+            epochs = range(start // size, -(-stop // size))
+            order = np.concatenate([random_generator(member.seed, "epoch", e).permutation(size) for e in epochs])
+            offset = start - epochs[0] * size
+            columns.append(order[offset : offset + steps * batch].reshape(steps, batch))
+        return torch.from_numpy(np.stack(columns, axis=1)).to(self.training.device)
+
+    def train(self, steps: int) -> None:
+        """Trains every member for ``steps`` further steps."""
+        member = torch.arange(len(self.members), device=self.training.device)[:, None]
+        for index, rows in enumerate(self._batch_indices(steps)):
+            self.steps = [step + 1 for step in self.steps]
+            self._step += 1
+            tokens, targets = self._train_tokens[member, rows], self._train_targets[member, rows]
+            loss = self._loss(self.parameters, tokens, targets, self.config, self._matmul_dtype)
+            grads = torch.autograd.grad(loss.sum(), list(self.parameters.values()))
+            torch.cat([g.flatten(1) for g in grads], dim=1, out=self._grad)
+            self._update(measure=index == steps - 1)
+
+    @torch.no_grad()
+    def _update(self, *, measure: bool) -> None:
+        """One step of AdamW and of every decay; ``measure`` its angle before the low-rank decay."""
+        query_key, blocks, others = self._weights.tensor_split([self._query_key_size, self._blocks_end], dim=1)
+        query_key.mul_(self._keep_query_key)
+        blocks.mul_(self._keep_blocks)
+        others.mul_(self._keep_rest)
+        before = self.query_key.clone() if measure else None
+        self._adamw()
+        if before is not None:
+            self._angular = _angle(before, self.query_key).flatten(1).mean(1)
+        for group in self._low_rank:
+            self._decay(group)
+        if self._norm is not None:
+            norms = self.query_key.norm(dim=(-2, -1), keepdim=True)
+            held = self._norm.view(-1, 1, 1, 1, 1) / norms
+            self.query_key.mul_(torch.where(held.isfinite(), held, 1))
+
+    def _adamw(self) -> None:
+        t = self.training
+        size = self._query_key_size
+        parts = [(slice(size), self._query_key_lr), (slice(size, None), self._lr)]
+        for part, lr in [(slice(None), self._lr)] if self._one_lr else parts:
+            weight, grad, mean, square = (r[:, part] for r in (self._weights, self._grad, self._mean, self._square))
+            adamw_(weight, grad, mean, square, lr, self._step, t.betas, t.eps)
+
+    def _decay(self, group: Group) -> None:
+        """The group's decay of the members for whom it is due."""
+        every = group.policy.every
+        due = [place for place, row in enumerate(group.rows) if self.steps[row] % every == 0]
+        if not due:
+            return
+        if len(due) < len(group.rows):
+            group = replace(group, rows=[group.rows[place] for place in due], strength=group.strength[due])
+        rows = self._which(group.rows)
+        self.query_key[rows] = self._decayed(group, every)
+        if group.blocks:
+            lr, strength = self._lr[rows][:, 0], group.strength[:, 0]
+            for name in self._block_names:
+                weight = self.parameters[name][rows]
+                tau = every * group.policy.threshold(weight, lr, strength)
+                self.parameters[name][rows] = group.decayed(weight, tau)
+
+    def _which(self, rows: list[int]) -> slice | Tensor:
+        """An index of members; of all of them a slice, which needs no gathered copy."""
+        return slice(None) if len(rows) == len(self.members) else torch.tensor(rows, device=self.training.device)
+
+    def _decayed(self, group: Group, steps: int) -> Tensor:
+        """Queries and keys of a group after ``steps`` steps' worth of decay."""
+        policy, rows = group.policy, self._which(group.rows)
+        stack = self.query_key[rows]
+        by_head = policy.unit == "head"
+        weight = stack.unflatten(-2, (self.config.heads, self.config.head_dim)) if by_head else stack
+        ones = [1] * (weight.ndim - 3)
+        tau = policy.threshold(weight, self._query_key_lr[rows].view(-1, *ones), group.strength.view(-1, *ones))
+        if self._share is not None:
+            share = self._share[rows]
+            tau = tau * (share if by_head else share[..., 0])
+        return group.decayed(weight, steps * tau).view(stack.shape)
+
+    def retain(self, keep: Sequence[bool]) -> None:
+        """Drops the members for which ``keep`` is false; the others go on as if nothing had happened."""
+        rows = [i for i, stays in enumerate(keep) if stays]
+        self.members, self.steps = [self.members[i] for i in rows], [self.steps[i] for i in rows]
+        self._datasets, self._acts = [self._datasets[i] for i in rows], [self._acts[i] for i in rows]
+        self._weights, self._mean, self._square = (t[rows] for t in (self._weights, self._mean, self._square))
+        self._angular = self._angular[rows]
+        if rows:
+            self._bind()
+
+    # --- measuring ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        """Measures every member on its test set and on the first `MEASURED_TRAIN` examples of its training set.
+
+        Returns:
+            One record per member (the keys of ``metrics.jsonl``) and the arrays of a snapshot: spectra, and what the
+            last position attends to on the test set.
+        """
+        attention: list[Tensor] = []
+        shown = slice(MEASURED_TRAIN)
+        train = self._accuracy_and_loss(self._train_tokens[:, shown], self._train_targets[:, shown])
+        test = self._accuracy_and_loss(self._test_tokens, self._test_targets, attention)
+        matrices, products = self.singular_values(), self.product_singular_values()
+        size, radial = self._decay_geometry()
+        norms = self.query_key.norm(dim=(-2, -1)).mean(1)  # (members, 2)
+        columns = {
+            "train_accuracy": train[0],
+            "train_loss": train[1],
+            "test_accuracy": test[0],
+            "test_loss": test[1],
+            "stable_rank": matrices.stable_rank.flatten(1).mean(1),
+            "effective_rank": matrices.effective_rank.flatten(1).mean(1),
+            "product_stable_rank": products.stable_rank.flatten(1).mean(1),
+            "product_effective_rank": products.effective_rank.flatten(1).mean(1),
+            "query_norm": norms[:, 0],
+            "key_norm": norms[:, 1],
+            "rest_norm": self._weights[:, self._query_key_size :].norm(dim=1),
+            "decay_size": size,
+            "radial_share": radial,
+            "tangential_share": 1 - radial,
+            "angular_step": self._angular,
+        }
+        values = {name: column.tolist() for name, column in columns.items()}
+        records = [
+            {"step": self.steps[i], "arm": member.arm, "seed": member.seed}
+            | {name: column[i] if math.isfinite(column[i]) else None for name, column in values.items()}
+            for i, member in enumerate(self.members)
+        ]
+        data = self._datasets[0]
+        arrays = {
+            "arms": np.array([m.arm for m in self.members]),
+            "seeds": np.array([m.seed for m in self.members]),
+            "singular_values": matrices.singular_values.float().cpu().numpy(),
+            "product": products.singular_values.float().cpu().numpy(),
+            "attention": self._attention_maps(torch.cat(attention, 2)).float().cpu().numpy(),
+            "groups": np.array(list(data.groups.values())),
+            "positions": np.array(data.positions),
+        }
+        return records, arrays
+
+    def _attention_maps(self, weights: Tensor) -> Tensor:
+        """Mean of ``weights`` (members, depth, batch, heads, positions) over each group of last tokens."""
+        last, valid = self._test_tokens[:, :, -1], self._test_targets >= 0
+        groups = torch.tensor(list(self._datasets[0].groups), device=last.device)
+        chosen = ((last[:, None] == groups[:, None]) & valid[:, None]).double()  # (members, groups, batch)
+        share = chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+        return torch.einsum("mgb,mlbhp->mlhgp", share, weights.double())
+
+    def singular_values(self) -> Spectrum:
+        """Spectra of W_Q and W_K, ``(members, depth, 2, width)``."""
+        return spectrum(self.query_key)
+
+    def product_singular_values(self) -> Spectrum:
+        """Spectra of W_Q,hᵀ W_K,h, ``(members, depth, heads, head_dim)``."""
+        heads = self.query_key.unflatten(-2, (self.config.heads, self.config.head_dim))
+        query, key = heads.unbind(2)  # (members, depth, heads, head_dim, width)
+        return Spectrum(factored_singular_values(query.mT, key.mT))
+
+    def _accuracy_and_loss(
+        self, tokens: Tensor, targets: Tensor, attention: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Means over each member's examples; the parts' attention (members, depth, rows, …) goes to ``attention``."""
+        correct = torch.zeros(len(self.members), device=tokens.device, dtype=torch.float64)
+        total_loss = torch.zeros_like(correct)
+        rows = EVALUATION_ROWS[tokens.device.type]
+        for part, answer in zip(tokens.split(rows, 1), targets.split(rows, 1), strict=True):
+            seen: list[Tensor] | None = None if attention is None else []
+            logits = transformer.forward(self.parameters, part, self.config, self._matmul_dtype, seen)
+            if attention is not None and seen is not None:
+                attention.append(torch.stack(seen, 1))
+            correct += (logits.argmax(-1) == answer).sum(1)
+            losses = F.cross_entropy(logits.flatten(0, 1), answer.flatten(), ignore_index=-1, reduction="none")
+            total_loss += losses.view(answer.shape).sum(1, dtype=torch.float64)
+        count = (targets >= 0).sum(1)
+        return correct / count, total_loss / count
+
+    def _decay_geometry(self) -> tuple[Tensor, Tensor]:
+        """‖D‖/‖W‖ of one decay step D on queries and keys, and the share of ‖D‖² along W; NaN while none acts."""
+        size = torch.full((len(self.members),), math.nan, device=self.training.device, dtype=torch.float64)
+        radial = size.clone()
+        for index, member in enumerate(self.members):
+            if isinstance(member.decay, Frobenius) and member.decay.strength and self._acts[index]:
+                size[index], radial[index] = member.lr * member.control.query_key_lr * member.decay.strength, 1.0
+        for group in self._low_rank:
+            rows = self._which(group.rows)
+            weight = self.query_key[rows].double()
+            step = weight - self._decayed(group, 1).double()
+            norm, length = weight.norm(dim=(-2, -1)), step.norm(dim=(-2, -1))  # (rows, depth, 2)
+            cosine = (weight * step).sum((-2, -1)) / (norm * length)
+            size[rows] = (length / norm).flatten(1).mean(1)
+            radial[rows] = cosine.square().flatten(1).nanmean(1)  # a matrix below its target rank takes no step
+        return size, radial
+
+    # --- resuming ----------------------------------------------------------------------------------------
+
+    def state(self, index: int) -> State:
+        """Everything one member's training needs to go on, on the CPU."""
+        rows = (self._weights, self._mean, self._square)
+        return State(self.steps[index], *(row[index].detach().cpu().clone() for row in rows))
+
+    def restore(self, index: int, state: State) -> None:
+        """Puts one member where a stored state left it.
+
+        Raises:
+            ValueError: if the state is not that of a member of this shape.
+        """
+        for name in STATE:
+            own, stored = getattr(self, f"_{name}")[index], getattr(state, name)
+            if stored.shape != own.shape or stored.dtype != own.dtype:
+                raise ValueError(
+                    f"stored {name} are {tuple(stored.shape)} {stored.dtype}, expected {tuple(own.shape)} "
+                    f"{own.dtype}: the checkpoint belongs to another ensemble"
+                )
+            own.copy_(stored)
+        self.steps[index] = state.step
+        self._step[index] = state.step
+
+
+def _angle(before: Tensor, after: Tensor) -> Tensor:
+    """The angle in radians between matrices ``(..., m, n)``, from the chord of their directions."""
+    directions = [w.double() / w.double().norm(dim=(-2, -1), keepdim=True) for w in (before, after)]
+    return 2 * torch.asin(((directions[0] - directions[1]).norm(dim=(-2, -1)) / 2).clamp(max=1))

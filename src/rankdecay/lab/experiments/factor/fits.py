@@ -1,0 +1,370 @@
+"""Thousands of matrix fits at once: problems, training, measuring.
+
+A problem is a target, a strength and a seed; all of one arm are a batch. What they are trained by is in
+`lab.factorised`, the settings and arms are those of `lab.experiments.factor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankdecay.lab.convex import nuclear_fit
+from rankdecay.lab.ensemble.outcome import Record
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiment import seeds
+from rankdecay.lab.experiments.factor.factorised import (
+    Factors,
+    Method,
+    Training,
+    borderline,
+    curvature,
+    duality_gap,
+    gap,
+    gap_bound,
+    imbalance,
+    objective,
+    product,
+    shrunk,
+    squared_norm,
+)
+
+if TYPE_CHECKING:
+    from rankdecay.lab.experiments.factor.experiment import Arm, Factor
+
+DIVERGED = 1e6  # times the size of the target
+CLOSE = 1e-3  # of the theory, in units of the target's largest singular value: counts as settled
+ROUNDING = 1e-12  # of a gap, per unit of the factors' squared norm
+RATE_WINDOW = (2.0, 12.0)  # times ηt between which the decay of the imbalance is measured: steps 20 to 120 at lr 0.1
+
+
+# --- the problems ---
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What all arms are trained on: for each strength, every seed; the seed changes fastest."""
+
+    target: Tensor  # (problems, n, n)
+    strength: Tensor  # (problems,)
+    mask: Tensor | None  # (problems, n, n), or None where everything is observed
+    values: Tensor  # singular values of the targets, (problems, n)
+
+
+def make_problems(settings: Factor, device: str) -> Problems:
+    """The targets, strengths and masks; a seed fixes its target and its mask at every strength."""
+    n, targets, masks = settings.size, [], []
+    for seed in seeds(settings):
+        rng = np.random.default_rng([1, seed])  # apart from that of the initial factors
+        if settings.target == ("random",):
+            drawn = rng.standard_normal((n, settings.target_rank)) @ rng.standard_normal((settings.target_rank, n))
+            targets.append(drawn / np.linalg.norm(drawn, 2))
+        else:
+            targets.append(np.diag([float(value) for value in settings.target]))
+        mask = np.zeros(n * n)
+        mask[rng.permutation(n * n)[: max(1, round(settings.observed * n * n))]] = 1
+        masks.append(mask.reshape(n, n))
+
+    def every(arrays: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(arrays)).repeat(len(settings.strengths), 1, 1).to(device)
+
+    strength = torch.tensor(settings.strengths, dtype=torch.float64).repeat_interleave(settings.seeds)
+    target = every(targets)
+    mask = every(masks) if settings.observed < 1 else None
+    return Problems(target, strength.to(device), mask, torch.linalg.svdvals(target))
+
+
+def initial_factors(settings: Factor, depth: int, device: str) -> Factors:
+    """Gaussian factors, the same at every strength: A and B are the first two draws of a seed, W begins as their ABᵀ.
+
+    The scale of deeper products is chosen so that the loss begins as curved as that of two factors, which is what the
+    learning rate has to suit.
+    """
+    n = settings.size
+    scale = settings.scale * math.sqrt(5 / n)
+    norm = 2 * math.sqrt(n) * scale  # about the spectral norm of a factor
+    if depth > 2:  # curvature is about L ‖F‖^(2L - 2)
+        scale *= (2 * norm**2 / depth) ** (1 / (2 * depth - 2)) / norm
+    draws = []
+    for seed in seeds(settings):
+        rng = np.random.default_rng(seed)
+        factors = [scale * rng.standard_normal((n, n)) for _ in range(max(2, depth))]
+        factors[-1] = factors[-1].T
+        draws.append([factors[0] @ factors[1]] if depth == 1 else factors)
+    stacked = [torch.from_numpy(np.stack(factor)) for factor in zip(*draws, strict=True)]
+    return [factor.repeat(len(settings.strengths), 1, 1).to(device) for factor in stacked]
+
+
+# --- training and measuring ---
+
+
+def measure(training: Training) -> dict[str, Tensor]:
+    """Everything that is recorded of every problem: shape (problems,), and its singular values (problems, n)."""
+    factors = training.factors
+    sigma = torch.linalg.svdvals(product(factors))
+    found = {
+        "singular_values": sigma,
+        "objective": objective(factors, training.target, training.strength, training.mask),
+        "imbalance": imbalance(factors),
+        "gap": gap(factors, sigma),
+    }
+    if len(factors) == 2:
+        found["gap_bound"] = gap_bound(factors)
+    return found
+
+
+@dataclass
+class Bound:
+    """Proposition B.4 along a run: how near the gap came to its bound, and how often it was above."""
+
+    checks: int = 0
+    violations: int = 0
+    largest_ratio: float = 0.0
+
+    def see(self, factors: Factors) -> None:
+        """Holds the gaps of some problems at one step against their bounds."""
+        gaps, bounds = gap(factors), gap_bound(factors)
+        rounding = ROUNDING * (squared_norm(factors[0]) + squared_norm(factors[1])).clamp(min=1)
+        self.checks += gaps.numel()
+        self.violations += int((gaps > bounds + rounding).sum())
+        # where both are rounding errors their ratio says nothing
+        self.largest_ratio = max(self.largest_ratio, float((gaps / bounds).where(bounds > 1e3 * rounding, 0.0).max()))
+
+
+@dataclass
+class Outcome:
+    """What one arm came to."""
+
+    steps: list[int]  # of the evaluations
+    measured: list[dict[str, Tensor]]
+    bound: Bound
+    W: Tensor  # (problems, n, n)
+
+
+class Diverged(SettingError):
+    """A learning rate at which gradient descent leaves every bound."""
+
+
+def train(
+    arm: Arm,
+    problems: Problems,
+    factors: Factors,
+    settings: Factor,
+    evaluated: Callable[[int], None] = lambda step: None,
+) -> Outcome:
+    """Trains every problem of an arm.
+
+    The first seed of every strength is held against Proposition B.4 after every step, all seeds at every evaluation. A
+    single matrix ends early, once it moves no more.
+
+    Args:
+        arm: how.
+        problems: what.
+        factors: where they begin.
+        settings: for how long, at which rate.
+        evaluated: told the step after every evaluation.
+
+    Raises:
+        Diverged: if the learning rate is too large.
+    """
+    method = Method(settings.lr, arm.optimizer, arm.decay)
+    training = Training(factors, problems.target, problems.strength, method, problems.mask)
+    outcome = Outcome([0], [measure(training)], Bound(), product(factors).clone())
+    for step in range(1, settings.steps + 1):
+        training.step()
+        evaluate = step % settings.evaluate_every == 0 or step == settings.steps
+        if not (evaluate or arm.depth == 2):
+            continue
+        W = product(training.factors).clone()
+        _refuse_divergence(W, arm, step, factors, problems, method)
+        if arm.depth == 2:
+            outcome.bound.see(
+                training.factors if evaluate else [factor[:: settings.seeds] for factor in training.factors]
+            )
+        if not evaluate:
+            continue
+        outcome.steps.append(step)
+        outcome.measured.append(measure(training))
+        evaluated(step)
+        moved = float((W - outcome.W).abs().max())
+        outcome.W = W
+        # a product can rest at a saddle for long, a matrix cannot
+        if arm.depth == 1 and moved <= 1e-14 * float(problems.values.max()):
+            break
+    return outcome
+
+
+def _refuse_divergence(W: Tensor, arm: Arm, step: int, begun: Factors, problems: Problems, method: Method) -> None:
+    largest = DIVERGED * problems.values.amax(-1)
+    lost = ~(W.abs().amax((-2, -1)) < largest)  # NaN is not below anything
+    if lost.any():
+        safe = 1 / float((curvature(begun) + problems.strength).max())
+        digit = 10 ** math.floor(math.log10(safe))
+        raise Diverged(
+            f"--lr {method.lr:g} is too large: {int(lost.sum())} of {len(lost)} problems of the arm {arm.name} left "
+            f"every bound by step {step}; at their beginning --lr {math.floor(safe / digit) * digit:g} is safe"
+        )
+
+
+# --- what it came to ---
+
+
+def _spread(values: Tensor) -> tuple[float, float, float]:
+    """Median, least and largest."""
+    return float(values.quantile(0.5)), float(values.min()), float(values.max())
+
+
+def records(arm: Arm, outcome: Outcome, settings: Factor) -> list[Record]:
+    """The lines of ``metrics.jsonl`` of one arm: one per strength and evaluation."""
+    lines = []
+    for step, measured in zip(outcome.steps, outcome.measured, strict=True):
+        for number, strength in enumerate(settings.strengths):
+            rows = slice(number * settings.seeds, (number + 1) * settings.seeds)
+            line: Record = {"step": step, "arm": arm.name, "strength": strength, "seeds": settings.seeds}
+            for name in ("imbalance", "gap", "gap_bound", "objective"):
+                if name in measured:
+                    line[name], line[f"{name}_low"], line[f"{name}_high"] = _spread(measured[name][rows])
+            line["singular_values"] = measured["singular_values"][rows].quantile(0.5, dim=0).tolist()
+            lines.append(line)
+    return lines
+
+
+def imbalance_rates(steps: Sequence[int], imbalances: Tensor, lr: float) -> Tensor | None:
+    """The rate per step at which each problem's imbalance decays, from a line through its logarithm.
+
+    Args:
+        steps: of the evaluations.
+        imbalances: shape (evaluations, problems).
+        lr: decides the steps that count, `RATE_WINDOW`.
+
+    Returns:
+        Shape (problems,), or None without two evaluations in the window at which it is more than rounding.
+    """
+    clear = (imbalances > 1e-11 * imbalances[0].clamp(min=1)).all(1).tolist()
+    low, high = RATE_WINDOW
+    used = [i for i, step in enumerate(steps) if clear[i] and low - 1e-9 <= step * lr <= high + 1e-9]
+    if len(used) < 2:
+        return None
+    time = torch.tensor([float(steps[i]) for i in used], dtype=torch.float64, device=imbalances.device)
+    time = time - time.mean()
+    return -(time[:, None] * imbalances[used].log()).sum(0) / time.square().sum()
+
+
+def deviations(arm: Arm, sigma: Tensor, values: Tensor, strength: float) -> tuple[Tensor, Tensor, Tensor]:
+    """How far singular values are from where the theory has them.
+
+    Args:
+        arm: with a penalty.
+        sigma: of the problems, shape (seeds, n).
+        values: of their targets, shape (seeds, n).
+        strength: λ.
+
+    Returns:
+        Where they should be, shape (seeds, n); the largest distance of each problem from it, shape (seeds,), values at
+        the threshold left out; and which values are at the threshold, shape (seeds, n). With more than two factors a
+        value may stay at zero instead, and then the order is no guide: the distance is to the nearest place there is.
+    """
+    penalty = arm.penalty
+    assert penalty is not None
+    expected = shrunk(values, torch.tensor(strength, dtype=values.dtype, device=values.device), penalty)
+    at_threshold = (values - strength).abs() < 1e-6 if penalty == 2 and strength else torch.zeros_like(values).bool()
+    if penalty > 2:
+        places = torch.cat([expected, torch.zeros_like(expected[:, :1])], 1)  # (seeds, n + 1)
+        distance = (sigma[:, :, None] - places[:, None, :]).abs().amin(-1)
+    else:
+        distance = (sigma - expected).abs()
+    return expected, distance.masked_fill(at_threshold, 0).amax(-1), at_threshold
+
+
+def summarise_arm(arm: Arm, outcome: Outcome, problems: Problems, settings: Factor) -> list[Record]:
+    """The figures of one arm, one object per strength."""
+    found = []
+    imbalances = torch.stack([measured["imbalance"] for measured in outcome.measured])  # (evaluations, problems)
+    certificate = duality_gap(outcome.W, problems.target, problems.strength, problems.mask)
+    last = outcome.measured[-1]
+    for number, strength in enumerate(settings.strengths):
+        rows = slice(number * settings.seeds, (number + 1) * settings.seeds)
+        sigma, values = last["singular_values"][rows], problems.values[rows]
+        row: Record = {
+            "name": arm.name,
+            "strength": strength,
+            "seeds": settings.seeds,
+            "target": values.quantile(0.5, dim=0).tolist(),
+            "singular_values": sigma.quantile(0.5, dim=0).tolist(),
+            "singular_values_low": sigma.amin(0).tolist(),
+            "singular_values_high": sigma.amax(0).tolist(),
+            "rank": float((sigma > 0.01 * values[:, :1]).sum(1).double().quantile(0.5)),
+            "steps": outcome.steps[-1],
+            "expected": None,
+            "deviation": None,
+            "deviation_largest": None,
+            "settled": None,
+            "collapsed": None,
+            "borderline": None,
+        }
+        if arm.penalty is not None and problems.mask is None:
+            expected, distance, at_threshold = deviations(arm, sigma, values, strength)
+            row["expected"] = expected.quantile(0.5, dim=0).tolist()
+            row["deviation"], _, row["deviation_largest"] = _spread(distance)
+            row["settled"] = int((distance < CLOSE * values[:, 0]).sum())
+            if arm.penalty > 2:
+                gone = (expected > 0).sum(1) - (sigma > 0.01 * values[:, :1]).sum(1)
+                row["collapsed"] = float(gone.double().mean())
+            if at_threshold.any() and arm.depth == 2:
+                row["borderline"] = {
+                    "largest": float(sigma[at_threshold].max()),
+                    "predicted": borderline(settings.lr, outcome.steps[-1]),
+                }
+        if arm.penalty == 2:
+            row["optimality_gap"], _, row["optimality_gap_largest"] = _spread(certificate[rows])
+        if arm.depth > 1:
+            row |= _balance(arm, outcome, imbalances[:, rows], last["gap"][rows], strength, settings)
+        found.append(row)
+    return found
+
+
+def _balance(arm: Arm, outcome: Outcome, imbalances: Tensor, gaps: Tensor, strength: float, settings: Factor) -> Record:
+    """How balanced the factors of one arm and strength are, and how fast they became so."""
+    row: Record = {"imbalance_initial": _spread(imbalances[0])[0]}
+    row["imbalance"], row["imbalance_low"], row["imbalance_high"] = _spread(imbalances[-1])
+    row["gap"], row["gap_low"], row["gap_high"] = _spread(gaps)
+    rates = imbalance_rates(outcome.steps, imbalances, settings.lr)
+    row |= {"imbalance_rate": None, "imbalance_rate_low": None, "imbalance_rate_high": None}
+    if rates is not None:
+        row["imbalance_rate"], row["imbalance_rate_low"], row["imbalance_rate_high"] = _spread(rates)
+    descent = arm.optimizer == "gd"
+    row["predicted_rate"] = 2 * settings.lr * strength if descent else None  # of the flow
+    row["predicted_rate_of_steps"] = -2 * math.log1p(-settings.lr * strength) if descent else None
+    return row
+
+
+def compare_with_solver(arm_rows: Sequence[Record], W: Tensor, problems: Problems, settings: Factor) -> None:
+    """Adds what a convex solver says of the first seed at every strength, to arms whose penalty is the nuclear norm.
+
+    Args:
+        arm_rows: of `summarise_arm`, one per strength; changed.
+        W: where the arm ended, shape (problems, n, n).
+        problems: what it was trained on.
+        settings: of the run.
+    """
+    for number, row in enumerate(arm_rows):
+        index = number * settings.seeds
+        target = problems.target[index].cpu().numpy()
+        mask = None if problems.mask is None else problems.mask[index].cpu().numpy()
+        optimum = nuclear_fit(target, row["strength"], mask)
+        ended = W[index].cpu().numpy()
+        missed = ended - target if mask is None else mask * (ended - target)
+        value = 0.5 * (missed**2).sum() + row["strength"] * np.linalg.svd(ended, compute_uv=False).sum()
+        row["solver"] = {
+            "objective": optimum.objective,
+            "excess": float(value - optimum.objective),
+            "singular_values": np.linalg.svd(optimum.W, compute_uv=False).tolist(),
+            # one strength of 0 leaves unobserved entries free, and the optimum is not unique
+            "distance": float(np.abs(ended - optimum.W).max()) if row["strength"] or mask is None else None,
+        }

@@ -1,0 +1,55 @@
+"""The spectra a run directory keeps, in the form of a checkpoint's inspection."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rankdecay.inspection import BALANCE, Inspection, Row, spectrum_rows, untrained_product
+from rankdecay.lab.errors import SettingError
+from rankdecay.spectrum import Spectrum
+
+
+def is_run_directory(path: Path) -> bool:
+    """Whether a path is a run directory of ours, rather than a checkpoint."""
+    return (path / "snapshots").is_dir() and (path / "config.json").is_file()
+
+
+def inspect_run(path: Path) -> Inspection:
+    """Returns each head's product W_Kᵀ W_Q in the last snapshot, beside the same shapes at initialisation.
+
+    Args:
+        path: the run directory.
+
+    Raises:
+        SettingError: If it has no snapshot, or one that cannot be read.
+    """
+    files = sorted((path / "snapshots").glob("*.npz"))
+    if not files:
+        raise SettingError(f"{path} has no snapshot yet; wait for the run's first evaluation.")
+    rows: list[Row] = []
+    for (arm, seed), (width, product) in _products(files[-1]).items():
+        for layer, sigma in enumerate(product):  # (heads, head_dim)
+            deviation = (3 * width) ** -0.5  # of nn.Linear's uniform initialisation
+            shapes = ((width, width), sigma.shape[-1], 1, None, (deviation, deviation))
+            untrained = untrained_product("query_key", *shapes) | dict.fromkeys(BALANCE)
+            heads = spectrum_rows({"product": "query_key"}, sigma.shape[-1], Spectrum(sigma), untrained)
+            rows += [{"layer": layer, "name": f"{arm}, seed {seed}, layer {layer}", **row} for row in heads]
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8")).get("settings", {})
+    notes = [f"step {int(files[-1].stem)}"]
+    if settings.get("qk_norm", "head") != "none":
+        notes.append("queries and keys are normalised: the product is shown for its spectrum, not for its balance")
+    return Inspection(str(path), rows, notes)
+
+
+def _products(file: Path) -> dict[tuple[str, int], tuple[int, torch.Tensor]]:
+    """Of every member: the width of the model, and its products' singular values (layers, heads, head_dim)."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            members = zip(arrays["arms"].tolist(), arrays["seeds"].tolist(), strict=True)
+            width = arrays["singular_values"].shape[-1]
+            sigma = torch.from_numpy(arrays["product"].astype(np.float64))
+            return {member: (width, product) for member, product in zip(members, sigma, strict=True)}
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingError(f"{file} cannot be read as a snapshot: {error}") from None

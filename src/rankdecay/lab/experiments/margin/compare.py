@@ -1,0 +1,232 @@
+"""One arm of `rankdecay margin`: the flow of many data sets, the SVMs of the tokens it selected, and the figures.
+
+Which tokens are selected is known only at the end, so weights are kept along the way and measured afterwards. What
+cannot be said of a data set is NaN here, None in files, counted, and left out of means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from rankdecay.lab.experiments.margin.data import DataSets, differences
+from rankdecay.lab.experiments.margin.flow import Decay, Problem, Trajectory, follow, initial_weights
+from rankdecay.lab.experiments.margin.measures import margins, measure, selected_tokens
+from rankdecay.lab.experiments.margin.recipe import descend
+from rankdecay.lab.experiments.margin.svm import Norm, Solution, max_margin, separable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rankdecay.lab.experiments.margin.experiment import Arm, Margin
+
+Record = dict[str, Any]
+FAMILIES = {"merged": "full", "separate": "full", "diagonal": "diagonal"}  # of matrices, by kind of weights
+DIGITS = 6  # of what is recorded
+AT = ("cosine_nuclear", "cosine_frobenius", "nuclear_excess", "frobenius_excess", "effective_rank", "alignment")
+
+
+class Solver:
+    """The SVMs of some data sets, each solved once.
+
+    Args:
+        data: the data sets.
+    """
+
+    def __init__(self, data: DataSets) -> None:
+        self._data = data
+        self._found: dict[tuple[object, ...], Solution | None] = {}
+
+    def constraints(self, family: str, which: int, selected: np.ndarray) -> np.ndarray:
+        """Those of one data set with some tokens selected."""
+        found = differences(self._data, which, selected)
+        return np.diagonal(found, axis1=1, axis2=2) if family == "diagonal" else found
+
+    def separable(self, family: str) -> list[int]:
+        """The data sets whose optimal tokens can all be selected."""
+        best = self._data.optimal
+        return [which for which in range(len(best)) if separable(self.constraints(family, which, best[which]))]
+
+    def solution(self, family: str, which: int, selected: np.ndarray, norm: Norm) -> Solution | None:
+        """The SVM of one data set for the selected tokens; None where they cannot be separated."""
+        key = (family, which, tuple(selected.tolist()), norm)
+        if key not in self._found:
+            self._found[key] = max_margin(self.constraints(family, which, selected), norm)
+        return self._found[key]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one arm came to."""
+
+    sets: list[int]  # those that took part
+    steps: list[int]
+    weights: Tensor  # (evaluations, sets, d, d)
+    selected: Tensor  # (sets, n)
+    solutions: dict[Norm, list[Solution | None]]
+    decided: np.ndarray  # whether tokens are selected at all, (sets,)
+    measured: list[dict[str, np.ndarray]]  # per evaluation
+
+
+def train(
+    arm: Arm, data: DataSets, sets: Sequence[int], settings: Margin, device: str, evaluated: Callable[[int], None]
+) -> Trajectory:
+    """Follows the flow of an arm, or its recipe, on some data sets."""
+    problem = Problem.of(data.only(sets), device)
+    d = data.tokens.shape[-1]
+    drawn = [settings.first_seed + which for which in sets]
+    weights = initial_weights(arm.kind, settings.init, settings.scale, drawn, d, settings.inner or d, device)
+    every = settings.evaluate_every
+    if arm.recipe:
+        strength = settings.l2 if arm.decay else 0.0
+        return descend(
+            weights, problem, loss=settings.loss, strength=strength, evaluate_every=every, evaluated=evaluated
+        )
+    return follow(
+        weights,
+        problem,
+        loss=settings.loss,
+        decay=Decay(arm.decay, settings.l2) if arm.decay else None,
+        rate=settings.rate,
+        steps=settings.steps,
+        margin=settings.margin,
+        evaluate_every=every,
+        evaluated=evaluated,
+    )
+
+
+def compare(
+    arm: Arm, trajectory: Trajectory, solver: Solver, data: DataSets, sets: Sequence[int], loss: str
+) -> Outcome:
+    """Measures a trajectory against the SVMs of the tokens selected at its end."""
+    problem = Problem.of(data.only(sets), str(trajectory.weights.device))
+    last = trajectory.weights[-1]
+    selected = selected_tokens(problem, last)
+    decided = (margins(problem, last, selected) > 0).cpu().numpy()
+    family = FAMILIES[arm.kind]
+    chosen = selected.cpu().numpy()
+    solutions: dict[Norm, list[Solution | None]] = {
+        norm: [
+            solver.solution(family, which, chosen[number], norm) if decided[number] else None
+            for number, which in enumerate(sets)
+        ]
+        for norm in get_args(Norm)
+    }
+    measured = [
+        {name: value.cpu().numpy() for name, value in measure(problem, W, selected, solutions, loss).items()}  # pyright: ignore[reportArgumentType]
+        for W in trajectory.weights
+    ]
+    return Outcome(list(sets), trajectory.steps, trajectory.weights, selected, solutions, decided, measured)
+
+
+# --- what is written ---
+
+
+def plain(values: np.ndarray) -> Any:
+    """Arrays as JSON has them: a few digits, and None for what is not a finite number."""
+    if values.ndim:
+        return [plain(part) for part in values]
+    return float(f"{values:.{DIGITS}g}") if np.isfinite(values) else None
+
+
+def records(arm: Arm, outcome: Outcome) -> list[Record]:
+    """The lines of ``metrics.jsonl`` of one arm: one per evaluation, a list over data sets per measure."""
+    return [
+        {"step": step, "arm": arm.name, "datasets": outcome.sets} | {name: plain(v) for name, v in measured.items()}
+        for step, measured in zip(outcome.steps, outcome.measured, strict=True)
+    ]
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else None
+
+
+def at_margins(outcome: Outcome, target: float) -> list[Record]:
+    """The means over data sets when their margins were 1, 10, 100, …
+
+    Between two evaluations values are interpolated in the logarithm of the margin. A data set that has not come so far
+    is left out, and `datasets` counts the others.
+    """
+    margin = np.stack([measured["margin"] for measured in outcome.measured])  # (evaluations, sets)
+    rows = []
+    for exponent in range(int(np.floor(np.log10(target) + 1e-9)) + 1):
+        found: dict[str, list[float]] = {name: [] for name in AT}
+        for number in range(margin.shape[1]):
+            passed = margin[:, number] > 0
+            # from the last evaluation without a margin on, which margins grow from
+            passed[: len(passed) - int(np.argmin(passed[::-1])) if not passed.all() else 0] = False
+            x = np.log10(margin[passed, number])
+            if not x.size or not x[0] <= exponent <= x.max() + 1e-2:
+                continue
+            for name in AT:
+                y = np.array([measured[name][number] for measured in outcome.measured])[passed]
+                found[name].append(float(np.interp(exponent, np.maximum.accumulate(x), y)))
+        if found[AT[0]]:
+            row: Record = {"margin": 10.0**exponent, "datasets": len(found[AT[0]])}
+            rows.append(row | {name: _mean(np.array(values)) for name, values in found.items()})
+    return rows
+
+
+def summarise(arm: Arm, outcome: Outcome, data: DataSets, settings: Margin) -> Record:
+    """The figures of one arm: means over its data sets at the end, and each data set's cosines."""
+    last, seeds = outcome.measured[-1], len(outcome.sets)
+    optimal = outcome.selected.cpu().numpy() == data.optimal[outcome.sets]
+    nuclear, frobenius = outcome.solutions["nuclear"], outcome.solutions["frobenius"]
+    inner = settings.inner or data.tokens.shape[-1]
+    short = [
+        which
+        for which, solution in zip(outcome.sets, nuclear, strict=True)
+        if solution is not None and arm.kind == "separate" and solution.rank > inner
+    ]
+    unsolved = np.array([solution is None for solution in nuclear])
+    row: Record = {
+        "name": arm.name,
+        "seeds": seeds,
+        "datasets": outcome.sets,
+        "steps": outcome.steps[-1],
+        "reached": int((last["margin"] >= 0.9 * settings.margin).sum()),
+        "undecided": int((~outcome.decided).sum()),
+        "infeasible": int((unsolved & outcome.decided).sum()),
+        "optimal": float(optimal.mean()),
+        "all_optimal": int(optimal.all(1).sum()),
+        "rank_short": short,
+        "rank_nuclear": _mean(np.array([np.nan if one is None else one.rank for one in nuclear], dtype=float)),
+        "rank_frobenius": _mean(np.array([np.nan if one is None else one.rank for one in frobenius], dtype=float)),
+        "cosine_between": _mean(np.array([_between(*pair) for pair in zip(nuclear, frobenius, strict=True)])),
+        "nearer_nuclear": int((last["cosine_nuclear"] > last["cosine_frobenius"]).sum()),
+        "margin_least": _mean(last["margin"].min(keepdims=True)),
+        "margin": float(np.median(last["margin"])),
+        "each": {name: plain(last[name]) for name in (*AT, "margin")},
+        "at": at_margins(outcome, settings.margin),
+    }
+    scalars = (name for name, value in last.items() if value.ndim == 1 and name not in row)
+    row |= {name: _mean(last[name]) for name in scalars}
+    for norm in get_args(Norm):
+        cosines = last[f"cosine_{norm}"]
+        known = cosines[np.isfinite(cosines)]
+        row[f"cosine_{norm}_least"] = float(known.min()) if known.size else None
+    return row
+
+
+def _between(nuclear: Solution | None, frobenius: Solution | None) -> float:
+    if nuclear is None or frobenius is None:
+        return np.nan
+    return float((nuclear.W * frobenius.W).sum() / np.linalg.norm(nuclear.W) / np.linalg.norm(frobenius.W))
+
+
+def arrays(arm: Arm, outcome: Outcome) -> dict[str, np.ndarray]:
+    """What a picture of an arm needs: its weights through time, the tokens selected and both solutions."""
+    shape = outcome.weights.shape[2:]
+    found = {
+        f"{arm.name}_datasets": np.array(outcome.sets),
+        f"{arm.name}_steps": np.array(outcome.steps),
+        f"{arm.name}_weights": outcome.weights.cpu().numpy(),
+        f"{arm.name}_selected": outcome.selected.cpu().numpy(),
+    }
+    for norm, solutions in outcome.solutions.items():
+        found[f"{arm.name}_{norm}"] = np.stack([np.full(shape, np.nan) if one is None else one.W for one in solutions])
+    return found

@@ -1,1 +1,0 @@
-"""The page and the figure of an experiment on the decay of attention: `recall`, `language`, `vision`."""

@@ -1,0 +1,405 @@
+"""One training run of a plain module, as a user of the library would write it: `param_groups`, `attach`, `Monitor`.
+
+A `Problem` says what is learnt; a `Plan` how; `Session` is one run of it, alone or in every process of a group
+(`lab.parallel`). A batch depends on the seed and the step alone and the learning rate on the step alone, so a resumed
+run needs weights and moments, and its numbers are those of a run that was never interrupted.
+"""
+
+import contextlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+import rankdecay as rd
+from rankdecay.decay.policy import Decay
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiments.attention.summary import KEY
+from rankdecay.lab.precision import check_resolved
+from rankdecay.lab.session.distributed import processes, rank, share
+from rankdecay.lab.session.parallel import Layout, clip_gradients, gathered, parted
+from rankdecay.lab.store import Checkpoint
+
+Record = dict[str, Any]
+Batch = tuple[Tensor, ...]
+THREAD_PAIRS = 5  # of steps that are timed, one on one core and one on all
+THREADS_PAY = 1.1  # times as fast as on one core that a step must be on all
+Precision = Literal["float32", "bfloat16", "float16"]
+MEASURES = ("pseudo_rank", "effective_rank", "stable_rank", "nuclear_norm", "nuclear_gap", "imbalance")
+PARTS = ("query_key", "value_output", "query", "key")
+PIECES = 16  # stretches of a validation set: what its standard error is over
+BETAS = (0.9, 0.95)
+LAST_RATE = 0.1  # of the peak learning rate: where the cosine ends
+
+
+class Quality(NamedTuple):
+    """How good a model is on what it was not trained on."""
+
+    loss: float
+    error: float  # standard error of the loss over the pieces; NaN if there is one alone
+    accuracy: float | None = None
+    pieces: tuple[float, ...] = ()  # losses of stretches of the validation set, the same for every model
+
+
+class Problem(Protocol):
+    """What is learnt."""
+
+    unit: str  # what `size` counts: "tokens", "sequences", "images"
+
+    def model(self, seed: int, qk_norm: bool) -> nn.Module:
+        """A fresh model, on the CPU; its initial weights depend on the seed alone."""
+        ...
+
+    def batch(self, seed: int, step: int, size: int) -> Batch:
+        """The examples of one step, on the CPU, first dimension ``size``; they depend on the arguments alone."""
+        ...
+
+    def size(self, batch: Batch) -> int:
+        """How many tokens, sequences or images a batch has."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss over the examples of a batch."""
+        ...
+
+    def evaluate(self, model: nn.Module, device: str) -> Quality:
+        """The quality on the validation set; called in evaluation mode without gradients."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which run of an experiment: what it is called by, and its decays by role."""
+
+    arm: str
+    strength: float  # of the decay of attention
+    mlp_decay: float | None  # of the other matrices of a block; None where there are none
+    qk_norm: bool
+    seed: int
+    decays: Mapping[str, Decay]
+    rest_decay: float = 0.1  # of every other matrix
+
+    @property
+    def key(self) -> Record:
+        """What tells a run from every other of its experiment."""
+        return {name: getattr(self, name) for name in KEY}
+
+    @property
+    def file_name(self) -> str:
+        """A name for a file or directory of its own."""
+        mlp = "" if self.mlp_decay is None else f"_mlp_{self.mlp_decay:g}"
+        return f"{self.arm}_{self.strength:g}{mlp}{'_qk_norm' if self.qk_norm else ''}_seed_{self.seed}"
+
+    def __str__(self) -> str:
+        mlp = "" if self.mlp_decay is None else f", MLP {self.mlp_decay:g}"
+        return f"{self.arm} {self.strength:g}{mlp}{', QK-norm' if self.qk_norm else ''}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How every run of an experiment is trained.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: examples per step, over all processes and accumulated parts.
+        lr: peak learning rate; a linear rise over ``warmup`` steps, then a cosine down to a tenth.
+        warmup: steps of the rise.
+        accumulate: parts a batch is cut into, one after another in the same step.
+        clip: largest norm of the gradient; 0 for none.
+        precision: float32, or bfloat16 or float16 (with a loss scaler) under autocast.
+        compile: whether the model is compiled.
+        device: where.
+        layout: how the processes of a group share each run.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int = 0
+    accumulate: int = 1
+    clip: float = 1.0
+    precision: Precision = "float32"
+    compile: bool = False
+    device: str = "cpu"
+    layout: Layout = field(default_factory=Layout)
+
+    def __post_init__(self) -> None:
+        """Refuses a precision that was never resolved, which would quietly train in float32."""
+        check_resolved(self.precision, get_args(Precision))
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+class Diverged(SettingError):
+    """A run whose loss is no number any more.
+
+    Attributes:
+        step: the first step with such a loss.
+    """
+
+    def __init__(self, run: Run, step: int, lr: float) -> None:
+        super().__init__(
+            f"the loss is not finite at step {step} of {run} (--lr {lr:g}): give a smaller --lr, leave this strength "
+            "out, or give --skip-diverged to note it and go on"
+        )
+        self.step = step
+
+
+class Session:
+    """One run, from step 0 or from where `restore` puts it. Every process of a group makes the same calls.
+
+    Args:
+        run: which.
+        problem: what is learnt.
+        plan: how.
+    """
+
+    def __init__(self, run: Run, problem: Problem, plan: Plan) -> None:
+        self.run, self.problem, self.plan = run, problem, plan
+        self.step = 0
+        self.seconds = 0.0  # in training steps alone
+        self.examples = 0  # tokens, sequences or images trained on
+        self.model = problem.model(run.seed, run.qk_norm).to(plan.device)
+        plan.layout.shard(self.model)
+        groups = rd.param_groups(self.model, rd.Frobenius(run.rest_decay), **run.decays)  # pyright: ignore[reportArgumentType] - roles
+        self.optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=BETAS)
+        self.attachment = rd.attach(self.optimizer)
+        # its own count is of no use here: it is asked where an evaluation is due
+        self.monitor = rd.Monitor(self.model, measures=MEASURES, of=PARTS, detail="layer")
+        self._scaler = torch.amp.GradScaler(self._kind, enabled=plan.precision == "float16")
+        self._trained: nn.Module = torch.compile(self.model) if plan.compile else self.model  # pyright: ignore
+        if processes() > 1 and not plan.layout.sharded:
+            self._trained = nn.parallel.DistributedDataParallel(self._trained)
+        self._losses: list[float] = []  # of the steps since the last evaluation
+        if plan.compile:  # now, or the first run of an experiment would seem the slowest
+            self._gradient(problem.batch(run.seed, 0, plan.batch_size))
+            self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def _kind(self) -> str:
+        return self.plan.device.partition(":")[0]
+
+    def train(self, steps: int) -> Iterator[int]:
+        """Makes ``steps`` optimizer steps; yields after each the number made in all.
+
+        Raises:
+            Diverged: at the end, if a loss on the way was not finite.
+        """
+        losses, first = [], self.step
+        self.model.train()
+        for _ in range(steps):
+            begun = time.perf_counter()
+            losses.append(self._one_step())
+            self.step += 1
+            self.seconds += time.perf_counter() - begun
+            yield self.step
+        begun = time.perf_counter()
+        # one transfer for all of them: a step waits for nothing, so on a GPU this waits for the steps
+        self._losses = torch.stack(losses).tolist()
+        self.seconds += time.perf_counter() - begun
+        for step, loss in enumerate(self._losses, first + 1):
+            if not math.isfinite(loss):
+                raise Diverged(self.run, step, self.plan.lr)
+
+    def _one_step(self) -> Tensor:
+        plan = self.plan
+        batch = self.problem.batch(self.run.seed, self.step, plan.batch_size)
+        self.examples += self.problem.size(batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = plan.lr_at(self.step)
+        loss = self._gradient(batch)
+        if plan.clip:
+            self._scaler.unscale_(self.optimizer)
+            clip_gradients(self.model.parameters(), plan.clip)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if processes() > 1:
+            torch.distributed.all_reduce(loss)  # the mean, and the same news of a loss that is no number
+            loss /= processes()
+        return loss
+
+    def _gradient(self, whole: Batch) -> Tensor:
+        """Adds up the gradient of a batch; returns the mean loss of this process's share of it."""
+        plan = self.plan
+        size = plan.batch_size // (plan.layout.shares * plan.accumulate)
+        total = torch.zeros((), device=plan.device)
+        for part in range(plan.accumulate):
+            place = (plan.layout.share * plan.accumulate + part) * size
+            batch = tuple(t[place : place + size].to(plan.device, non_blocking=True) for t in whole)
+            last = part == plan.accumulate - 1
+            # the gradients of shards are summed up after every part: to wait, a process would have to hold whole ones
+            model = self._trained
+            is_copy = isinstance(model, nn.parallel.DistributedDataParallel)
+            with model.no_sync() if is_copy and not last else contextlib.nullcontext():
+                with self._autocast():
+                    loss = self.problem.loss(model, batch) / plan.accumulate
+                self._scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.plan.precision)
+        return torch.autocast(self._kind, dtype, enabled=dtype is not None)
+
+    @torch.no_grad()
+    def evaluate(self) -> Record:
+        """What is stored of the model as it is now; empty in all processes of a group but the first.
+
+        The first alone measures a model that it has whole, all of them one that they have in parts.
+
+        Raises:
+            Diverged: in all of them, if the loss is not finite.
+        """
+        measures = rank() == 0 or self.plan.layout.sharded
+        quality = share(self._quality() if measures else None)
+        if not math.isfinite(quality.loss):
+            raise Diverged(self.run, self.step, self.plan.lr)
+        layers = nested(self.monitor.measure()) if measures else []
+        if rank() > 0:
+            return {}
+        return {
+            **self.run.key,
+            "step": self.step,
+            self.problem.unit: self.examples,
+            "seconds": round(self.seconds, 3),
+            "train_loss": statistics.fmean(self._losses) if self._losses else None,
+            "loss": quality.loss,
+            "loss_error": quality.error if math.isfinite(quality.error) else None,
+            "accuracy": quality.accuracy,
+            "pieces": [float(f"{piece:.7g}") for piece in quality.pieces],
+            "layers": layers,
+        }
+
+    def _quality(self) -> Quality:
+        self.model.eval()
+        with self._autocast():
+            return self.problem.evaluate(self.model, self.plan.device)
+
+    def whole_model(self) -> nn.Module:
+        """The model as one process would have it: itself, or a copy on the CPU if the processes have it in parts."""
+        if not self.plan.layout.sharded:
+            return self.model
+        model = self.problem.model(self.run.seed, self.run.qk_norm)
+        model.load_state_dict(gathered(self.model.state_dict(), keep=True))
+        return model
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that the rest of the run depends on, whatever the processes that go on; the first has its tensors.
+
+        The other processes of a group get none.
+        """
+        state = self.optimizer.state_dict()
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        moments: dict[str, Record] = {}
+        for index, values in state["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{index}.{name}"] = value
+                else:
+                    moments.setdefault(str(index), {})[name] = value
+        extra = {
+            "run": self.run.key,
+            "seconds": self.seconds,
+            "examples": self.examples,
+            "groups": state["param_groups"],
+            "moments": moments,
+            "scaler": self._scaler.state_dict(),
+        }
+        # tied parameters are one tensor under two names, which safetensors refuses to write: a copy of each
+        tensors = gathered(tensors, keep=rank() == 0)
+        return Checkpoint(self.step, tensors, json.loads(json.dumps(extra)))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to a checkpoint of the same run, with all its tensors in every process of a group."""
+        self.step, self.seconds = checkpoint.step, checkpoint.extra["seconds"]
+        self.examples = checkpoint.extra["examples"]
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for name, tensor in checkpoint.tensors.items():
+            kind, _, rest = name.partition(".")
+            parts[kind][rest] = tensor
+        ours = self.model.state_dict()
+        self.model.load_state_dict({name: parted(tensor, ours[name]) for name, tensor in parts["model"].items()})
+        moments: dict[int, Record] = {int(i): dict(values) for i, values in checkpoint.extra["moments"].items()}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for name, tensor in parts["optimizer"].items():
+            index, _, rest = name.partition(".")
+            parameter = parameters[int(index)]
+            value = parted(tensor, parameter) if tensor.shape == parameter.shape else tensor  # not the count of steps
+            moments.setdefault(int(index), {})[rest] = value
+        self.optimizer.load_state_dict({"state": moments, "param_groups": checkpoint.extra["groups"]})
+        self._scaler.load_state_dict(checkpoint.extra["scaler"])
+
+
+def choose_threads(run: Run, problem: Problem, plan: Plan) -> None:
+    """Lets torch work on one core where all of them make a step no faster: a small model, or a busy machine.
+
+    There threads spend their time waiting for each other; beside two busy processes a run took fifteen times as long.
+
+    Args:
+        run: any of the experiment.
+        problem: what is learnt.
+        plan: how.
+    """
+    threads = torch.get_num_threads()
+    if plan.device != "cpu" or threads == 1 or processes() > 1:
+        return
+    session = Session(run, problem, replace(plan, compile=False))
+    batch = problem.batch(run.seed, 0, plan.batch_size)
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        begun = time.perf_counter()
+        session._gradient(batch)
+        return time.perf_counter() - begun
+
+    seconds(threads)  # the first step makes what later ones find
+    gain = statistics.median(seconds(1) / seconds(threads) for _ in range(THREAD_PAIRS))
+    torch.set_num_threads(threads if gain > THREADS_PAY else 1)
+
+
+def nested(values: Mapping[str, float]) -> list[Record]:
+    """What a Monitor measured, layer by layer: part, then measure, its mean over the heads and least of them.
+
+    Args:
+        values: as `rd.Monitor` names them.
+
+    Returns:
+        For each layer in order ``{"query_key": {"pseudo_rank": ..., "pseudo_rank_min": ..., ...}, ...}``, numbers that
+        are not finite as None.
+    """
+    layers: dict[str, Record] = {}
+    for name, value in values.items():
+        words = name.split("/")
+        if len(words) == 4:
+            _, layer, part, measure = words
+            number = float(f"{value:.6g}") if math.isfinite(value) else None
+            layers.setdefault(layer, {}).setdefault(part, {})[measure] = number
+    return list(layers.values())
+
+
+def judged(losses: Tensor | Sequence[float], accuracy: float | None = None) -> Quality:
+    """The quality by the losses of a validation set, in its order.
+
+    Neighbours may be alike, as windows of one text are, so the error is that over stretches; these are kept, because
+    two models judged by the same ones differ by far less than each of them is uncertain.
+
+    Args:
+        losses: (examples,).
+        accuracy: share of right answers.
+    """
+    values = torch.as_tensor(losses).cpu().double()
+    pieces = torch.stack([stretch.mean() for stretch in values.tensor_split(min(PIECES, len(values)))])
+    error = float(pieces.std()) / math.sqrt(len(pieces)) if len(pieces) > 1 else math.nan
+    return Quality(float(values.mean()), error, accuracy, tuple(pieces.tolist()))

@@ -1,0 +1,136 @@
+"""Every arm of a sweep: its treatment at each of its strengths, and the grid beyond its edges."""
+
+from dataclasses import replace
+
+import pytest
+
+from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.lab.ensemble.control import PLAIN, Control
+from rankdecay.lab.experiments.boundary.arms import PUBLISHED, Arm, Treatment, arms, wider
+from rankdecay.lab.experiments.boundary.experiment import ARMS, PRESETS, STANDARD_ARMS, Boundary
+
+SMALL = Boundary()
+KNOWN = arms(SMALL)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", KNOWN)
+def test_an_arm_builds_a_treatment_at_each_of_its_strengths(preset, name):
+    arm = arms(PRESETS[preset])[name]
+    assert arm.name == name
+    assert list(arm.strengths) == sorted(set(arm.strengths))
+    treatments = [arm.treat(strength) for strength in arm.strengths or (0.0,)]
+    assert len(set(treatments)) == len(treatments)  # and each is hashable, as a member is
+    for strength, treatment in zip(arm.strengths, treatments, strict=False):
+        assert 0 < strength < arm.limit
+        assert strength == int(strength) or not arm.whole
+        axis = [treatment.decay.strength] if treatment.decay else []
+        control = treatment.control
+        axis += [control.norm, control.query_key_lr, control.target_rank, control.truncate_to]
+        assert strength in axis, "the strength is what the treatment varies"
+
+
+@pytest.mark.parametrize("rule", ["smooth", "newton_schulz"])
+@pytest.mark.parametrize("name", KNOWN)
+def test_an_arm_says_what_it_does_in_a_sentence(rule, name):
+    arm = arms(replace(SMALL, rule=rule))[name]
+    assert arm.description[0].isupper()
+    assert arm.description.endswith(".")
+    assert "\n" not in arm.description
+    assert 15 < len(arm.description) < 120
+    if arm.controls_for is not None:
+        assert arm.controls_for
+        assert not arm.controls_for.endswith(".")
+
+
+def test_names_that_others_rely_on():
+    assert set(ARMS) < set(STANDARD_ARMS) < set(KNOWN)
+    assert set(PUBLISHED) < set(KNOWN)
+    assert all(set(preset.arms) <= set(KNOWN) for preset in PRESETS.values())
+    assert [name for name, arm in KNOWN.items() if not arm.strengths] == ["none", "uniform_attention"]
+
+
+def test_what_sets_the_arms_apart():
+    smooth = LowRank(5.0, "smooth", "absolute", every=4, smoothing=0.13)
+    expected = {
+        "none": Treatment(),
+        "uniform_attention": Treatment(uniform_attention=True),
+        "l2": Treatment(Frobenius(5.0)),
+        "l2_all": Treatment(Frobenius(5.0), rest_decay=5.0),
+        "no_qk_norm": Treatment(Frobenius(5.0), qk_norm=False),
+        "low_rank": Treatment(LowRank(5.0, "prox", "absolute", every=4)),
+        "smooth": Treatment(smooth),
+        "prototype": Treatment(LowRank(5.0, "newton_schulz", "absolute", lr_coupled=False)),
+        "radial_only": Treatment(smooth, Control(part="radial")),
+        "raise_rank": Treatment(smooth, Control(part="reversed")),
+        "sphere": Treatment(control=Control(norm=5.0)),
+        "sphere_low_rank": Treatment(smooth, Control(norm=5.0)),
+        "fast_query_key": Treatment(control=Control(query_key_lr=5.0)),
+        "truncate": Treatment(control=Control(truncate_to=5)),
+        "kept_on": Treatment(smooth, stays=True),
+        "until_generalised": Treatment(smooth, Control(schedule="until_generalised"), stays=True),
+        "target_rank_head": Treatment(replace(smooth, unit="head"), Control(target_rank=5.0)),
+    }
+    for name, treatment in expected.items():
+        assert KNOWN[name].treat(5.0) == treatment, name
+
+
+def test_settings_reach_the_treatments():
+    known = arms(replace(SMALL, rule="polar", smoothing=0.2, strength=7.0, every=1, lr=0.01, width=32))
+    assert known["smooth"].treat(1.0).decay == LowRank(1.0, "smooth", "absolute", smoothing=0.2)
+    assert known["tangential_only"].treat(1.0) == Treatment(
+        LowRank(1.0, "polar", "absolute"), Control(part="tangential")
+    )
+    assert known["sphere_low_rank"].treat(1.0).decay == LowRank(7.0, "polar", "absolute")
+    assert known["l2"].limit == known["l2_all"].limit == known["no_qk_norm"].limit == pytest.approx(100)
+    assert known["truncate"].limit == 32
+    assert known["none"].treat(0.0).control == PLAIN
+
+
+# --- widening --------------------------------------------------------------------------------------------------------
+
+
+def arm(**options) -> Arm:
+    return Arm("any", "Any.", lambda _: Treatment(), (1.0,), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "strengths", "edge", "following"),
+    [
+        ({}, (1.25, 2.5, 5, 10), "highest", 20.0),
+        ({}, (1.25, 2.5, 5, 10), "lowest", 0.625),
+        ({}, (10, 1, 3), "highest", 33.3),  # in its own ratio there, and the order does not matter
+        ({}, (10, 1, 3), "lowest", 0.333),
+        ({}, (5,), "highest", 10.0),
+        ({}, (5,), "lowest", 2.5),
+        ({"limit": 500.0}, (100, 300), "highest", None),
+        ({"limit": 500.0}, (200, 300), "highest", 450.0),
+        ({"limit": 500.0}, (223.55, 334.3), "highest", None),  # 499.9, which rounds to the limit
+        ({"whole": True}, (1, 2, 4, 8), "highest", 16.0),
+        ({"whole": True}, (2, 4), "lowest", 1.0),
+        ({"whole": True}, (1, 2), "lowest", None),
+        ({"whole": True}, (1,), "lowest", None),
+        ({"whole": True}, (3, 4), "lowest", 2.0),
+        ({"whole": True, "limit": 64}, (8, 32), "highest", None),
+        ({"whole": True, "limit": 64}, (16, 32), "highest", None),
+    ],
+)
+def test_the_next_strength_beyond_an_edge(options, strengths, edge, following):
+    got = wider(arm(**options), strengths, edge)
+    assert got == following
+    assert got is None or isinstance(got, float)
+
+
+@pytest.mark.parametrize("edge", ["lowest", "highest"])
+@pytest.mark.parametrize("name", [name for name, arm in KNOWN.items() if arm.strengths])
+def test_every_grid_can_be_widened_to_strengths_its_arm_takes(name, edge):
+    """Again and again, as `--widen` does, until there is none: never one that was tried, never one beyond the limit."""
+    arm, tried = KNOWN[name], list(KNOWN[name].strengths)
+    for _ in range(5):
+        following = wider(arm, tried, edge)
+        if following is None:
+            break
+        assert 0 < following < arm.limit
+        assert following < min(tried) if edge == "lowest" else following > max(tried)
+        assert isinstance(arm.treat(following), Treatment)
+        tried.append(following)
