@@ -8,54 +8,12 @@ import torch
 from torch import nn
 
 import rankdecay as rd
-from rankdecay.decay.roles import assign_roles
 from tests import needs
-
-
-class Block(nn.Module):
-    """A pre-norm block in the style of nanoGPT: fused, contiguous."""
-
-    def __init__(self, width: int = 16, heads: int = 2) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.Module()
-        self.attn.n_head = heads
-        self.attn.c_attn = nn.Linear(width, 3 * width)
-        self.attn.c_proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-
-class Model(nn.Module):
-    def __init__(self, tied: bool = True) -> None:
-        super().__init__()
-        self.wte = nn.Embedding(11, 16)
-        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 16))
-        self.h = nn.ModuleList([Block(), Block()])
-        self.scale = nn.Parameter(torch.ones(()))
-        self.lm_head = nn.Linear(16, 11, bias=False)
-        self.probe = nn.Linear(16, 3)
-        if tied:
-            self.lm_head.weight = self.wte.weight
-
-
-def _roles(model: nn.Module) -> dict[str, str]:
-    assigned, _ = assign_roles(model)
-    return {name: "+".join(dict.fromkeys(b.role for b in entry.blocks)) for entry in assigned for name in entry.names}
-
-
-def test_every_parameter_has_the_role_its_place_says():
-    roles = _roles(Model(tied=False))
-    assert roles["wte.weight"] == roles["pos_embed"] == roles["lm_head.weight"] == "embedding"
-    assert roles["h.1.attn.c_attn.weight"] == "query_key+value_output"
-    assert roles["h.1.attn.c_proj.weight"] == "value_output"
-    assert roles["h.0.mlp.0.weight"] == roles["h.1.mlp.2.weight"] == "mlp"
-    assert roles["h.0.ln_1.weight"] == "norm"
-    assert roles["h.0.ln_1.bias"] == roles["h.0.attn.c_attn.bias"] == roles["probe.bias"] == "bias"
-    assert roles["scale"] == roles["probe.weight"] == "other"
+from tests.decay.models import Nano
 
 
 def test_every_parameter_is_in_exactly_one_group():
-    model = Model()
+    model = Nano()
     groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(0.2))
     held = [p for group in groups for p in group["params"]]
     assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
@@ -65,15 +23,15 @@ def test_every_parameter_is_in_exactly_one_group():
 
 
 def test_groups_are_few():
-    groups = rd.param_groups(Model(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2))
+    groups = rd.param_groups(Nano(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2))
     assert len(groups) == len({group["role"] for group in groups}) + 1  # "other" holds a matrix and a scalar
 
 
 def test_the_same_model_has_the_same_groups_whatever_its_decays():
     several = [
-        rd.param_groups(Model(), rd.Frobenius(0.0), query_key=rd.LowRank(0.2)),
-        rd.param_groups(Model(), rd.Frobenius(0.1)),
-        rd.param_groups(Model(), norm=rd.Frobenius(0.3), query_key=rd.LowRank(0.1), value_output=rd.LowRank(0.1)),
+        rd.param_groups(Nano(), rd.Frobenius(0.0), query_key=rd.LowRank(0.2)),
+        rd.param_groups(Nano(), rd.Frobenius(0.1)),
+        rd.param_groups(Nano(), norm=rd.Frobenius(0.3), query_key=rd.LowRank(0.1), value_output=rd.LowRank(0.1)),
     ]
     names = [[group["param_names"] for group in groups] for groups in several]
     assert names[0] == names[1] == names[2]
@@ -81,7 +39,7 @@ def test_the_same_model_has_the_same_groups_whatever_its_decays():
 
 def test_decays_go_where_they_are_asked_for():
     groups = rd.param_groups(
-        Model(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2), value_output=rd.Frobenius(0.3), norm=rd.Frobenius(0.4)
+        Nano(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2), value_output=rd.Frobenius(0.3), norm=rd.Frobenius(0.4)
     )
     by_name = {name: group for group in groups for name in group["param_names"]}
     fused = by_name["h.0.attn.c_attn.weight"]
@@ -97,7 +55,7 @@ def test_decays_go_where_they_are_asked_for():
 
 
 def test_without_a_default_the_optimizers_own_weight_decay_counts():
-    groups = rd.param_groups(Model(), query_key=rd.LowRank(0.2))
+    groups = rd.param_groups(Nano(), query_key=rd.LowRank(0.2))
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
     rd.attach(optimizer)
     by_name = {name: group for group in optimizer.param_groups for name in group["param_names"]}
@@ -109,7 +67,7 @@ def test_without_a_default_the_optimizers_own_weight_decay_counts():
 
 
 def test_group_keys_are_plain_and_survive_a_weights_only_load():
-    optimizer = torch.optim.AdamW(rd.param_groups(Model(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2, every=3)))
+    optimizer = torch.optim.AdamW(rd.param_groups(Nano(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2, every=3)))
     rd.attach(optimizer)
     for group in optimizer.param_groups:
         ours = {k: v for k, v in group.items() if k == "role" or k.startswith(("query_key", "value_output"))}
@@ -118,7 +76,7 @@ def test_group_keys_are_plain_and_survive_a_weights_only_load():
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    other = torch.optim.AdamW(rd.param_groups(Model(), rd.Frobenius(0.0), query_key=rd.LowRank(0.7)))
+    other = torch.optim.AdamW(rd.param_groups(Nano(), rd.Frobenius(0.0), query_key=rd.LowRank(0.7)))
     rd.attach(other)
     other.load_state_dict(state)
     for ours, theirs in zip(other.param_groups, optimizer.param_groups, strict=True):
@@ -154,7 +112,7 @@ def test_a_role_that_matches_nothing_is_an_error():
 
 
 def test_a_role_with_only_frozen_parameters_is_an_error():
-    model = Model()
+    model = Nano()
     for block in model.h:
         block.attn.requires_grad_(False)
     with pytest.raises(ValueError, match=r"only frozen parameters, such as h.0.attn.c_attn.weight.*requires_grad_"):
@@ -188,12 +146,12 @@ def test_an_adapters_base_is_frozen_and_its_factors_are_named():
 )
 def test_a_decay_that_does_not_fit_is_refused(how, message):
     with pytest.raises(ValueError, match=message):
-        rd.param_groups(Model(), rd.Frobenius(0.1), **how)
+        rd.param_groups(Nano(), rd.Frobenius(0.1), **how)
 
 
 def test_what_is_no_decay_is_refused():
     with pytest.raises(TypeError, match=r"query_key=0.1 is not a decay; pass rankdecay.LowRank"):
-        rd.param_groups(Model(), query_key=0.1)
+        rd.param_groups(Nano(), query_key=0.1)
     for strength in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="must be a finite number >= 0; 0 switches it off"):
             rd.LowRank(strength)
@@ -209,7 +167,7 @@ def test_ones_own_attention_gets_its_roles():
 
 
 def test_groups_of_a_copied_model_are_alike():
-    model = Model()
+    model = Nano()
     keys = [
         [{k: v for k, v in g.items() if k != "params"} for g in rd.param_groups(m, query_key=rd.LowRank(0.1))]
         for m in (model, copy.deepcopy(model))
