@@ -33,7 +33,9 @@ def test_the_reference_is_the_rule(benchmark, rule):
 
 def test_a_stack_has_a_row_for_every_rule_and_backend_and_for_what_they_are_compared_with(benchmark):
     arguments = argparse.Namespace(device="cpu", full=False, rounds=1, peer=None)
-    rows = {row.what: row for row in benchmark.stack_rows("2x16", ["prox", "smooth", "polar", "newton_schulz"], arguments)}
+    rows = {
+        row.what: row for row in benchmark.stack_rows("2x16", ["prox", "smooth", "polar", "newton_schulz"], arguments)
+    }
     names = ["prox", "smooth", "polar"]
     decays = [f"{name}, {backend}" for name in names for backend in ("exact", "matmul")] + ["newton_schulz, matmul"]
     assert set(decays) | {"torch.linalg.svd", "AdamW.step", "Muon.step"} < set(rows)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import by_svd, conditioned, gaussian, spectral_error, with_spectrum
+from minimax import evaluate
 
 from rankdecay.linalg.matmul import (
     cubic_newton_schulz,
@@ -13,7 +14,7 @@ from rankdecay.linalg.matmul import (
     polar_by_products,
     smooth_polar_by_products,
 )
-from rankdecay.linalg.minimax import SCHEDULES, evaluate
+from rankdecay.linalg.minimax import SCHEDULES
 
 
 @given(
