@@ -64,7 +64,7 @@ class RankCollapseWarning(UserWarning):
 
 
 class Monitor:
-    """Measures the spectra of a model's attention every k steps and hands them to a callable.
+    """Monitor of the spectra of a model's attention: measures every k steps and hands the values to a callable.
 
     Call :meth:`step` after each optimizer step, or :meth:`attach` it to the optimizer once. Neither touches the graph,
     the gradients or the random generators; under ``torch.compile`` both stay outside compiled code. In a distributed

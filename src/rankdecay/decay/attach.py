@@ -199,8 +199,8 @@ class Attachment:
             raise ValueError(_swapped(index, group, self._registered[index].shapes, now.shapes))
 
     def _check_loaded(self, optimizer: Optimizer) -> None:
-        for index, (admitted, group) in enumerate(zip(self._registered, optimizer.param_groups, strict=False)):
-            lost = [role for role in admitted.roles if role not in hook_roles(group)]
+        for index, (registered, group) in enumerate(zip(self._registered, optimizer.param_groups, strict=False)):
+            lost = [role for role in registered.roles if role not in hook_roles(group)]
             if lost:
                 raise ValueError(
                     f"the loaded optimizer state has no decay for {', '.join(lost)} in group {index}: it was saved by "

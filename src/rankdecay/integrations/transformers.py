@@ -15,7 +15,7 @@ from rankdecay.monitor import Monitor
 
 
 class RankCallback(TrainerCallback):
-    """Logs a :class:`rankdecay.Monitor`'s values every ``every`` optimizer steps.
+    """Callback that logs a :class:`rankdecay.Monitor`'s values every ``every`` optimizer steps.
 
     Args:
         trainer: the trainer it is added to.

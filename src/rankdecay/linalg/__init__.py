@@ -10,9 +10,11 @@
 from rankdecay.linalg.backend import Backend, choose_backend, record_backends
 from rankdecay.linalg.polar import polar, smooth_polar
 from rankdecay.linalg.shrink import newton_schulz, shrink, soft_threshold, spectral_clip
+from rankdecay.rules import Rule
 
 __all__ = [
     "Backend",
+    "Rule",
     "choose_backend",
     "newton_schulz",
     "polar",

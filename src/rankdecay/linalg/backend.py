@@ -1,4 +1,4 @@
-"""Which backend computes, exact or matmul, in which precision, and on which devices."""
+"""Choice of the backend, exact or matmul, its precision, and the devices it runs on."""
 
 from __future__ import annotations
 

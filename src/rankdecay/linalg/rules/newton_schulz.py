@@ -1,4 +1,4 @@
-"""Subtracts τ times k cubic Newton-Schulz steps from W/‖W‖_F, as published prototypes of low-rank decay do.
+"""Subtraction of τ times k cubic Newton-Schulz steps from W/‖W‖_F, as published prototypes of low-rank decay do.
 
 See arXiv 2606.04405. The slope of p_k at zero is 1.5^k (7.6 at k = 5), so small directions are decayed
 multiplicatively, and once ‖W‖_F < τ 1.5^k / 2 they grow. For replication.

@@ -1,4 +1,4 @@
-"""Subtracts τ times the subgradient U Vᵀ of the nuclear norm, σ → σ - τ, with null directions contributing zero.
+"""Subtraction of τ times the subgradient U Vᵀ of the nuclear norm, σ → σ - τ, with null directions contributing zero.
 
 Nothing below τ is special-cased: a direction smaller than τ overshoots and then chatters, which is what this rule does
 and why it is not the default.
