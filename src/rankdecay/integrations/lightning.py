@@ -10,7 +10,7 @@ from rankdecay.monitor import Monitor
 
 
 class RankCallback(Callback):
-    """Callback that hands a :class:`rankdecay.Monitor`'s values to the trainer's loggers, every ``every`` optimizer steps.
+    """Callback that hands a :class:`rankdecay.Monitor`'s values to the loggers, every ``every`` optimizer steps.
 
     They go straight to the loggers, at ``trainer.global_step``, whatever ``log_every_n_steps`` is.
 
