@@ -1,4 +1,4 @@
-"""Finds attention by the names and shapes of parameters: the same for a live model and for files.
+"""Find attention by the names and shapes of parameters: the same for a live model and for files.
 
 A module is attention when the parameters under it carry the names of one row of
 :data:`~rankdecay.attention.names.KNOWN`. Shapes, and the number of heads, say the rest
@@ -23,7 +23,7 @@ from rankdecay.attention.windows import Found, ModuleReader, NotHandled, Place
 
 
 class Unhandled(NamedTuple):
-    """A module that looks like attention and is not handled."""
+    """Module that looks like attention and cannot be read, with the reason."""
 
     name: str
     reason: str
@@ -35,7 +35,7 @@ class Unhandled(NamedTuple):
 def find_attention(
     model: nn.Module | str | Path, names: AttentionNames | None = None, num_heads: int | None = None
 ) -> list[AttentionLayer]:
-    """Returns the attention layers of a model or a checkpoint, in the order of its parameters.
+    """Return the attention layers of a model or a checkpoint, in the order of its parameters.
 
     Recognised by the names and shapes of parameters and by the numbers of heads that modules and configurations
     state (:mod:`rankdecay.attention.names`), not by class; so a model wrapped by ``torch.compile``, DDP or PEFT is
@@ -75,7 +75,7 @@ def find_attention(
 def find_layers(
     source: Source, names: AttentionNames | None = None, num_heads: int | None = None
 ) -> tuple[list[AttentionLayer], list[Unhandled]]:
-    """Returns the attention layers of a source, and what looks like attention and is not handled.
+    """Return the attention layers of a source, and the modules that look like attention and cannot be read.
 
     Raises:
         ValueError: If no attention is found.
@@ -89,7 +89,7 @@ def find_layers(
 def locate(
     source: Source, names: AttentionNames | None = None, num_heads: int | None = None
 ) -> tuple[list[Found], list[Unhandled]]:
-    """Returns where the attention of a source is, in order, and what looks like attention and is not handled.
+    """Locate the attention modules of a source, and those that look like attention and cannot be read.
 
     Args:
         source: the parameters and settings.
@@ -126,7 +126,7 @@ _LATENT_REASON = (
 
 
 def _modules(names: Iterable[str]) -> list[str]:
-    """Every path that is a prefix of a parameter's name, in the order of the names, inner modules after outer ones."""
+    """Return the paths of all modules with parameters, in the order of the parameters, outer modules first."""
     seen: dict[str, None] = {}
     for name in names:
         parts = name.split(".")

@@ -1,4 +1,4 @@
-"""Reads where W_Q, W_K, W_V and W_O of one attention module lie, from the names and shapes of its parameters.
+"""Read where W_Q, W_K, W_V and W_O of one attention module lie, from the names and shapes of its parameters.
 
 * **Head size** is the query's height over the number of heads; how many key and value heads there are follows from the
   height of W_K. No model class is asked for.
@@ -20,7 +20,7 @@ from rankdecay.attention.source import Shape, Source
 
 
 class Place(NamedTuple):
-    """Where one matrix is, and where its bias is."""
+    """Location of one matrix and of its bias."""
 
     parameter: str
     window: Window
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 class Found(NamedTuple):
-    """An attention module, by the names of its parameters."""
+    """Attention module, with the locations of its matrices by role."""
 
     name: str
     places: dict[Role, Place]
@@ -43,10 +43,10 @@ class NotHandled(Exception):
 
 
 class ModuleReader:
-    """Reads one module as attention."""
+    """Reader of one module as attention."""
 
     def __init__(self, module: str, plain: Mapping[str, str], source: Source) -> None:
-        """Reads ``module`` of a source.
+        """Prepare to read a module.
 
         Args:
             module: its path.
@@ -56,7 +56,7 @@ class ModuleReader:
         self.module, self.plain, self.shapes, self.setting = module, plain, source.shapes, source.setting
 
     def parameter(self, child: str) -> str | None:
-        """The plain name of the weight called ``child``: a submodule's, or the parameter itself."""
+        """Return the plain name of the weight called ``child``: of a submodule, or the parameter itself."""
         path = self.module
         while child.startswith("../"):
             if not path:
@@ -110,7 +110,7 @@ class ModuleReader:
         return Found(self.module, places, head_dim, self._rotary(head_dim), self._qk_norm())
 
     def _qk_norm(self) -> bool:
-        """Whether the module has a normalisation of its own for queries or keys."""
+        """Whether the module normalises queries or keys."""
         inside = self.module + "." if self.module else ""
         children = {name[len(inside) :].split(".")[0] for name in self.plain if name.startswith(inside)}
         flags = (self.setting(self.module, (flag,)) for flag in ("use_qk_norm", "qk_layernorm", "qk_norm"))
@@ -138,7 +138,7 @@ class ModuleReader:
         head_dim: int,
         transposed: bool,
     ) -> dict[Role, Place]:
-        """Returns the places of query, key and value."""
+        """Locate query, key and value."""
 
         def whole(child: str, size: int) -> Place:
             lines = height[child]
@@ -168,7 +168,7 @@ class ModuleReader:
         return Place(self.plain[name], window, self.plain[bias] if bias else None, window if bias else None)
 
     def _share_bias(self, places: dict[Role, Place]) -> None:
-        """nn.MultiheadAttention keeps one bias, [q, k, v], also where the weights are separate."""
+        """Locate the biases of nn.MultiheadAttention: one vector [q, k, v], even if the weights are separate."""
         name = f"{self.module}.in_proj_bias" if self.module else "in_proj_bias"
         if name not in self.plain:
             return
@@ -178,7 +178,7 @@ class ModuleReader:
             places[role] = places[role]._replace(bias=self.plain[name], bias_window=window)
 
     def _separate_biases(self, places: dict[Role, Place]) -> None:
-        """Timm's BEiT and EVA add a q_bias and a v_bias of their own to a fused weight; a key has none."""
+        """Locate the q_bias and v_bias that timm's BEiT and EVA add to a fused weight; the key has no bias."""
         for role, place in list(places.items()):
             name = self.plain.get(f"{self.module}.{role[0]}_bias")
             if name and len(self.shapes[name]) == 1:
@@ -194,7 +194,7 @@ class ModuleReader:
                 raise NotHandled(f"{name} has shape {shape}, not that of a matrix")
 
     def _transposed(self, names: list[str]) -> bool:
-        """Whether the weights are stored (in, out): where the bias is as long as the second side only."""
+        """Whether the weights are stored (in, out): the bias is then as long as the second side only."""
         for name in names:
             bias = self.bias(name)
             if bias is None:
@@ -205,7 +205,7 @@ class ModuleReader:
         return False
 
     def _heads(self, row: AttentionNames, height: dict[str, int], across: int | None) -> tuple[int, int]:
-        """Returns the number of query heads and their size."""
+        """Return the number of query heads and their size."""
         heads = row.num_heads or self.number(NUM_HEADS)
         head_dim = row.head_dim or self.number(HEAD_DIM)
         if row.query:
@@ -249,7 +249,7 @@ class ModuleReader:
         return lines // by
 
     def _cut(self, row: AttentionNames, lines: int, heads: int, head_dim: int, transposed: bool) -> dict[Role, Window]:
-        """Returns the windows of a fused parameter."""
+        """Return the windows of a fused parameter."""
         if row.order == "kv":
             key_heads = self._divide(lines, 2 * head_dim, f"the height of {row.fused}", "two heads")
             sizes: list[tuple[Role, int]] = [("key", key_heads), ("value", key_heads)]

@@ -1,4 +1,4 @@
-"""The self-contained HTML page of one inspection, or of several: a training trajectory in the order given.
+"""Self-contained HTML page of one inspection, or of several: a training trajectory in the order given.
 
 As on the page of a run, words and tables are plain HTML made here, nothing is fetched, and a string of a checkpoint is
 only ever text. The charts are drawn from embedded JSON by `inspection.js` on `svg.js`, not by plotly, which the base
@@ -39,7 +39,7 @@ Pairs = tuple[tuple[float | None, ...], tuple[float | None, ...], tuple[float | 
 
 
 def inspection_page(reports: Sequence[Inspection], path: Path) -> Path:
-    """Writes the page of one or several inspections, by atomic rename.
+    """Write the page of one or several inspections, by atomic rename.
 
     Args:
         reports: what :func:`rankdecay.inspect` returned; several are checkpoints of one training, in this order.
@@ -57,7 +57,7 @@ def inspection_page(reports: Sequence[Inspection], path: Path) -> Path:
 
 
 def render(reports: Sequence[Inspection]) -> str:
-    """The page as one HTML string."""
+    """Return the page as one HTML string."""
     labels = short_labels([report.source for report in reports])
     data = page_data(reports, labels)
     title = labels[0] if len(reports) == 1 else f"{len(reports)} checkpoints: {labels[0]} → {labels[-1]}"
@@ -80,7 +80,7 @@ def render(reports: Sequence[Inspection]) -> str:
 
 
 def short_labels(sources: Sequence[str]) -> list[str]:
-    """One name per source: its path without the folders all have in common; numbered where two are the same."""
+    """Return one label per source: its path without the folders that all share; numbered if two are the same."""
     paths: list[tuple[str, ...]] = [PurePath(source).parts or (source,) for source in sources]
     while len(paths) > 1 and min(map(len, paths)) > 1 and len({parts[0] for parts in paths}) == 1:
         paths = [parts[1:] for parts in paths]
@@ -92,10 +92,10 @@ def short_labels(sources: Sequence[str]) -> list[str]:
 
 
 def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str, Any]:
-    """What the charts are drawn from.
+    """Return the data of the charts.
 
     Per kind, report and layer: the measures and singular values of its heads. Untrained spectra, which most layers
-    share, are in a list of their own.
+    share, are in a separate list.
     """
     untrained: dict[tuple[float, ...], int] = {}
     pairs: dict[Pairs, int] = {}
@@ -104,17 +104,18 @@ def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str,
     with_spectra = {0, len(reports) - 1} if thin else set(range(len(reports)))
     kinds = []
     for key, (symbol, meaning) in KINDS.items():
-        own = [report.of(key) for report in reports]
-        rows = [row for report in own for row in report]
+        series = [report.of(key) for report in reports]
+        rows = [row for rows in series for row in rows]
         if rows:
             defined = [name for name in MEASURES if _measure(rows[0]["untrained"], name, 1) is not None]
+            layers = [_layers(part, defined, i in with_spectra, untrained, pairs) for i, part in enumerate(series)]
             kinds.append({
                 "key": key, "symbol": symbol, "meaning": meaning,
                 "measures": {name: MEASURES[name][0] for name in defined},
                 "heads": sorted({row["head"] for row in rows}),
                 # a run directory has spectra and no weights
                 "factors": FACTORS.get(key) if all(row.get("squared_norms") for row in rows) else None,
-                "reports": [_layers(part, defined, i in with_spectra, untrained, pairs) for i, part in enumerate(own)],
+                "reports": layers,
             })  # fmt: skip
     notices = ["The page has the singular values of the first and the last checkpoint only."] if thin else []
     return {
@@ -147,13 +148,13 @@ def _layers(
 
 
 def _norms(row: Row) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
-    """The squared norms of the rows of each factor."""
+    """Return the squared norms of the rows of each factor."""
     first, second = (tuple(values) for values in row["squared_norms"].values())
     return first, second
 
 
 def _bound(row: Row) -> tuple[float | None, float | None]:
-    """The mean squared norm of the factors, and what it is at balance: the nuclear norm, or that of the planes."""
+    """Return the mean squared norm of the factors, and its value at balance: the norm of the product or planes."""
     mean, gap = row["mean_frobenius"], row["nuclear_gap"]
     return mean, None if mean is None or gap is None else mean - gap
 
@@ -164,7 +165,7 @@ def _measure(row: Row, name: str, dim: int) -> float | None:
 
 
 def _spectrum(row: Row) -> list[float] | None:
-    """The singular values; None where they are not known, not a list of holes."""
+    """Return the singular values, or None if any is not finite."""
     return None if None in row["singular_values"] else row["singular_values"]
 
 
@@ -172,13 +173,13 @@ def _spectrum(row: Row) -> list[float] | None:
 
 
 def _clearly_lower(layer: dict[str, Any]) -> bool:
-    """Whether the mean over heads is below the untrained by more than fresh weights scatter."""
+    """Whether the mean over heads is below the untrained one by more than fresh weights scatter."""
     value, baseline = finite_mean(layer["values"]["pseudo_rank"]), layer["baseline"]["pseudo_rank"]
     return value is not None and value < baseline - max(0.05 * baseline, 1 / layer["dim"])
 
 
 def _reading(kind: dict[str, Any], labels: Sequence[str]) -> str:
-    """The pseudo ranks of the last report in plain words."""
+    """Summarise the pseudo ranks of the last report in a sentence."""
     first, last = kind["reports"][0], kind["reports"][-1]
     lower = sum(_clearly_lower(layer) for layer in last)
     cells = [
@@ -186,14 +187,14 @@ def _reading(kind: dict[str, Any], labels: Sequence[str]) -> str:
         for layer in last
         for head, value in zip(layer["heads"], layer["values"]["pseudo_rank"], strict=True)
     ]
-    known = sorted(cell for cell in cells if cell[0] is not None)
+    finite = sorted(cell for cell in cells if cell[0] is not None)
     of = "" if len(labels) == 1 else f" of {labels[-1]}"
     words = (
         f"In {lower} of {len(last)} layers{of}, {kind['symbol']} has a clearly lower pseudo rank than the same shapes "
         "untrained (mean over heads, by more than 5 % and one dimension)"
     )
-    if known:
-        value, layer, head, baseline = known[0]
+    if finite:
+        value, layer, head, baseline = finite[0]
         words += f"; lowest: layer {layer} head {head}, {number(value)} against {number(baseline)}"
     if len(labels) > 1 and first:
         before, after = (
@@ -248,7 +249,7 @@ def _section(kind: dict[str, Any], labels: Sequence[str]) -> str:
 
 
 def _coincidence(kind: dict[str, Any], layers: Sequence[int]) -> str:
-    """The two charts that the paper has of pretrained models."""
+    """Return the two charts that the paper shows of pretrained models."""
     key, (first, second) = kind["key"], kind["factors"]
     lines = "columns" if key == "value_output" else "rows"
     last = kind["reports"][-1]
@@ -278,7 +279,7 @@ def _coincidence(kind: dict[str, Any], layers: Sequence[int]) -> str:
 
 
 def _table(kind: dict[str, Any], several: bool) -> str:
-    """A line per layer: the mean over heads, of several reports the first → the last, and [untrained]."""
+    """Return a table with a line per layer: mean over heads, of several reports first → last, and [untrained]."""
     first = {layer["layer"]: layer for layer in kind["reports"][0]}
     body = ""
     for layer in kind["reports"][-1]:
