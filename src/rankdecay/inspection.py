@@ -233,18 +233,23 @@ def spectrum_rows(kind: Row, head_dim: int, heads: Spectrum, untrained: Row) -> 
 
 def _spectrum_figures(s: Spectrum) -> dict[str, list[float | None]]:
     """Return every named norm and rank, one value per head."""
-    methods = {"pseudo_rank": s.pseudo_rank(), "numerical_rank": s.numerical_rank()}
-    return {name: _plain(methods[name] if name in methods else getattr(s, name)) for name in (*NORMS, *RANKS)}
+    return {name: _plain(figure(s, name)) for name in (*NORMS, *RANKS)}
 
 
 def _balance(product: Product) -> dict[str, list[float | None]]:
-    return {name: _plain(getattr(product, name)) for name in (*BALANCE, "mean_frobenius")}
+    return {name: _plain(figure(product, name)) for name in (*BALANCE, "mean_frobenius")}
 
 
 def _squared_norms(product: Product) -> dict[str, list[list[float | None]]]:
     """Return one list per head by the names of the factors, the query or the value first."""
     single, several = ([_plain(head) for head in norms] for norms in product.squared_norms)
     return {"query": several, "key": single} if product.name == "query_key" else {"value": single, "output": several}
+
+
+def figure(of: Spectrum | Product, name: str) -> Tensor:
+    """Return a named rank or norm of a spectrum, or the balance of a product: one value per head."""
+    value = getattr(of, name)
+    return value if isinstance(value, Tensor) else value()
 
 
 def _plain(values: Tensor) -> list[float | None]:

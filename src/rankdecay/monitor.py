@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from rankdecay.attention import AttentionLayer, AttentionNames, find_attention
 from rankdecay.checks import check_name, check_number
 from rankdecay.dtensor import is_sharded, unwrapped
-from rankdecay.inspection import BALANCE
+from rankdecay.inspection import BALANCE, figure
 from rankdecay.spectrum import spectrum
 
 Part = Literal["query_key", "value_output", "query", "key", "value", "output"]
@@ -199,9 +199,8 @@ class Monitor:
             for part in _parts(layer, self.of):
                 product = getattr(layer, part)() if part in _PRODUCTS else None
                 spectra = product.spectrum() if product is not None else spectrum(getattr(layer, part).heads())
-                values: dict[str, Any] = {m: getattr(spectra, m) for m in wanted if m not in BALANCE}
-                values |= {m: getattr(product, m) for m in wanted if m in BALANCE and product is not None}
-                found[name, part] = {m: (v if isinstance(v, Tensor) else v()).cpu() for m, v in values.items()}
+                sources = {m: product if m in BALANCE else spectra for m in wanted}
+                found[name, part] = {m: figure(of, m).cpu() for m, of in sources.items() if of is not None}
         return found
 
     def _values(self, heads: dict[tuple[str, str], dict[str, Tensor]]) -> dict[str, float]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from rankdecay.attention.layer import AttentionLayer, MatrixView, Role, Window
+from rankdecay.attention.layer import AttentionLayer, MatrixView
 from rankdecay.attention.names import KNOWN, LATENT, AttentionNames
 from rankdecay.attention.source import Source, open_source
 from rankdecay.attention.windows import Found, ModuleReader, NotHandled, Place
@@ -136,13 +135,10 @@ def _modules(names: Iterable[str]) -> list[str]:
 
 
 def _layer(found: Found, source: Source) -> AttentionLayer:
-    def view(role: Role, place: Place) -> MatrixView:
-        bias = None
-        if place.bias is not None and place.bias_window is not None:
-            bias = partial(_part_of, place.bias_window, source.reader(place.bias))
-        return MatrixView(role, place.parameter, place.window, source.reader(place.parameter), bias)
-
-    views = {role: view(role, place) for role, place in found.places.items()}
+    views = {
+        role: MatrixView(role, place.parameter, place.window, source.reader(place.parameter), _bias(place, source))
+        for role, place in found.places.items()
+    }
     return AttentionLayer(
         name=found.name,
         query=views["query"],
@@ -155,8 +151,11 @@ def _layer(found: Found, source: Source) -> AttentionLayer:
     )
 
 
-def _part_of(window: Window, bias: Callable[[], Tensor]) -> Tensor:
-    return window.vector(bias())
+def _bias(place: Place, source: Source) -> Callable[[], Tensor] | None:
+    if place.bias is None or place.bias_window is None:
+        return None
+    window, read = place.bias_window, source.reader(place.bias)
+    return lambda: window.vector(read())
 
 
 def _nothing(source: Source, names: AttentionNames | None, unhandled: list[Unhandled]) -> str:
