@@ -155,7 +155,7 @@ class Monitor:
         if not first and not any(is_sharded(parameter) for parameter in self.model.parameters()):
             return None
         heads = self._heads()
-        if not first:  # it took part in gathering them
+        if not first:  # it only took part in gathering them
             return None
         values = self._values(heads)
         self.log(dict(values))

@@ -195,7 +195,7 @@ def test_what_is_no_decay_is_refused():
     with pytest.raises(TypeError, match=r"query_key=0.1 is not a decay; pass rankdecay.LowRank"):
         rd.param_groups(Model(), query_key=0.1)
     for strength in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="strength must be a finite number >= 0"):
+        with pytest.raises(ValueError, match="must be a finite number >= 0; 0 switches it off"):
             rd.LowRank(strength)
 
 

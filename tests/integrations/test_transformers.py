@@ -91,5 +91,5 @@ def test_the_other_arguments_are_the_monitors(tmp_path):
 def test_bad_input(tmp_path):
     with pytest.raises(TypeError, match=r"trainer must be the transformers\.Trainer to log with, got int"):
         RankCallback(100)
-    with pytest.raises(ValueError, match="log is Trainer's own here"):
+    with pytest.raises(ValueError, match="log is the trainer's here"):
         RankCallback(_trainer(tmp_path)[0], log=print)

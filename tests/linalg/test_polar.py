@@ -348,7 +348,7 @@ def test_reduced_precision_is_off_inside_and_restored(monkeypatch, change, fails
         pytest.skip(needs.NEWER_TORCH)
     module = polar_module()
     seen = []
-    real = module.polar_prepared
+    real = module.polar_by_products
 
     def spy(*args):
         seen.append(matmul_settings())
@@ -356,7 +356,7 @@ def test_reduced_precision_is_off_inside_and_restored(monkeypatch, change, fails
             raise RuntimeError("on purpose")
         return real(*args)
 
-    monkeypatch.setattr(module, "polar_prepared", spy)
+    monkeypatch.setattr(module, "polar_by_products", spy)
     with default_settings_afterwards():
         change()
         before = matmul_settings()
@@ -443,5 +443,5 @@ def test_unknown_backend_suggests_the_nearest():
 
 @pytest.mark.parametrize("eps", [0.0, -1.0, float("nan"), float("inf")])
 def test_smooth_refuses_a_width_that_is_none(eps):
-    with pytest.raises(ValueError, match=r"eps=.*positive finite"):
+    with pytest.raises(ValueError, match=r"eps=.*finite number > 0"):
         smooth_polar(torch.eye(2), eps)

@@ -40,7 +40,7 @@ def apply(
     backend: Backend,
     seed: int,
 ) -> None:
-    """Decays matrices in place, those of one shape together; of sharded parameters in every process that holds parts.
+    """Decay matrices in place, those of one shape together; of sharded parameters in every process that holds parts.
 
     Args:
         parameters: of one group.
@@ -81,7 +81,7 @@ def apply(
 
 
 def _decay_by_sums(pieces: list[Piece], decay: LowRank, amount: float | Tensor, backend: Backend, seed: int) -> None:
-    """Decays matrices whose Gram matrices add up: a collective of the processes that hold parts of them."""
+    """Decay matrices whose Gram matrices add up: a collective of the processes that hold parts of them."""
 
     def batch_key(piece: Piece) -> object:
         return piece.cut.gram, piece.mesh, piece.cut.mesh_dims, piece.value.dtype
@@ -99,7 +99,7 @@ def _decay_by_sums(pieces: list[Piece], decay: LowRank, amount: float | Tensor, 
 def _decay_by_owners(
     places: list[Place], by_head: bool, decay: LowRank, amount: float | Tensor, backend: Backend, seed: int
 ) -> None:
-    """Decays matrices each of which one process owns: a collective of the processes that hold parts of them."""
+    """Decay matrices each of which one process owns: a collective of the processes that hold parts of them."""
 
     def entries(place: Place) -> int:  # sent, and owned
         return 2 * entries_per_process(place)
@@ -115,7 +115,7 @@ def _decay_by_owners(
 def _batches(
     items: Iterable[T], key: Callable[[T], object], size: Callable[[T], int], limit: Callable[[T], int]
 ) -> Iterator[list[T]]:
-    """Yields items of one key, in their order, in lists of no more than the limit, or of one item.
+    """Yield items of one key, in their order, in lists of no more than the limit, or of one item.
 
     Args:
         items: of any keys.
@@ -139,7 +139,7 @@ def _batches(
 
 
 class _Matrix(NamedTuple):
-    """A matrix, or one per head, and the function that puts a new value in its place."""
+    """Matrix, or one per head, and the function that puts a new value in its place."""
 
     value: Tensor
     write: Callable[[Tensor], object]
@@ -149,7 +149,7 @@ class _Matrix(NamedTuple):
 def _shrink(
     matrices: list[_Matrix], decay: LowRank | Frobenius, amount: float | Tensor, backend: Backend, seed: int
 ) -> None:
-    """Replaces matrices by what the decay makes of them, those of one shape, dtype and device together."""
+    """Decay matrices and write them back, those of one shape, dtype and device together."""
 
     def batch_key(matrix: _Matrix) -> object:
         return matrix.value.shape, matrix.value.dtype, matrix.value.device, matrix.part
@@ -178,19 +178,19 @@ def _shrink_batch(
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """Rounds to the dtype of the weights: 16 bits stochastically, 32 to the nearest."""
+    """Round to the dtype of the weights: 16 bits stochastically, 32 to the nearest."""
     if dtype in (torch.float32, torch.float64):
         return values.to(dtype)
     return stochastic_round(values.float(), dtype, torch.Generator(values.device).manual_seed(seed))
 
 
 def _backend_on(values: Tensor, backend: Backend) -> Backend:
-    """Returns the backend of a device: a decomposition on a GPU would wait for it."""
+    """Return the backend of a device: a decomposition on a GPU would wait for it."""
     if backend != "auto":
         return backend
     return "exact" if values.device.type == "cpu" else "matmul"
 
 
 def _limit(values: Tensor) -> int:
-    """Returns the most entries to work on at once on a device: bounds the memory of a step."""
+    """Return the most entries to work on at once on a device: bounds the memory of a step."""
     return _STACKED["cpu" if values.device.type == "cpu" else "cuda"]

@@ -1,4 +1,4 @@
-"""Which role each parameter of a model has, and why: what a decay is chosen by.
+"""Role of each parameter of a model, by which its decay is chosen, and the reason for it.
 
 ==============  ==========================================================================================
 role            parameters
@@ -36,20 +36,20 @@ _ADAPTER_NAME = re.compile(r"\.lora_|\.adapter|\.ia3_|\.hada_|\.lokr_")
 
 
 class Block(NamedTuple):
-    """One matrix in a parameter: its role, where it is, and why it has the role."""
+    """Matrix in a parameter: its role, its window, and the reason for the role."""
 
     role: str
     window: Window
     why: str
 
     def labelled_window(self) -> Window:
-        """The window, with the matrix's name where the parameter holds several."""
+        """Return the window, with the matrix's name where the parameter holds several."""
         return self.window if self.window.is_whole else replace(self.window, label=self.why)
 
 
 @dataclass
 class Assigned:
-    """A parameter, the names it has, and the blocks it holds."""
+    """Parameter, with its names and its blocks."""
 
     parameter: nn.Parameter
     names: list[str]
@@ -57,7 +57,7 @@ class Assigned:
 
 
 def assign_roles(model: nn.Module, names: AttentionNames | None = None) -> tuple[list[Assigned], list[Unhandled]]:
-    """Returns every parameter of the model once, with its blocks, and the attention that is not handled.
+    """Return every parameter of the model once, with its blocks, and the attention that is not handled.
 
     A tied parameter collects the blocks of each of its names; a name that says nothing (role other) adds none.
     """
@@ -82,13 +82,13 @@ def assign_roles(model: nn.Module, names: AttentionNames | None = None) -> tuple
             if all(known.role != block.role or known.window != block.window for known in entry.blocks):
                 entry.blocks.append(block)
     for entry in assigned.values():
-        telling = [block for block in entry.blocks if block.role != "other"]
-        entry.blocks = telling or entry.blocks[:1]
+        known = [block for block in entry.blocks if block.role != "other"]
+        entry.blocks = known or entry.blocks[:1]
     return list(assigned.values()), unhandled
 
 
 def _plain_block(name: str, parameter: nn.Parameter, owner: nn.Module | None, layers: set[str]) -> Block:
-    """The role of a parameter that is no attention matrix, from its module, its name and its shape."""
+    """Return the role of a parameter outside attention, from its module, its name and its shape."""
     leaf = name.rpartition(".")[2]
     kind = type(owner).__name__
     if _ADAPTER_NAME.search(name):
@@ -109,7 +109,7 @@ def _plain_block(name: str, parameter: nn.Parameter, owner: nn.Module | None, la
 
 
 def _block(attention: str) -> str:
-    """The transformer block of an attention module: its path up to the first number, or its parent."""
+    """Return the transformer block of an attention module: its path up to the first number, or its parent."""
     parts = attention.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return ".".join(parts[: number + 1] if number is not None else parts[:-1])

@@ -1,4 +1,4 @@
-"""The table of ``Attachment.describe``: every parameter, what decays it, and why."""
+"""Table of ``Attachment.describe``: every parameter, its decay, and why."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from rankdecay.text import aligned
 
 
 class Row(NamedTuple):
-    """One matrix, or one parameter."""
+    """Row of the table: a matrix, or a parameter."""
 
     name: str
     parameter: Tensor
     role: str
     window: Window
     decay: str
-    by: str  # who applies it
+    by: str  # what applies it
     why: str
     low_rank: bool = False
     waiting: str = ""  # how far an every=k cycle is
 
     def matrix(self) -> Tensor:
-        """The matrix as it is now; of a sharded parameter in every process, and all have to ask."""
+        """Return the present matrix; a collective if the parameter is sharded."""
         return self.window.matrix(whole(self.parameter.detach()))
 
 
 def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str) -> str:
-    """Returns the table as text, a summary first, low-rank decays before the rest.
+    """Return the table as text, a summary first, low-rank decays before the rest.
 
     Args:
         rows: in the order of the optimizer's groups.

@@ -23,10 +23,10 @@ EXACT_UP_TO = {"cpu": math.inf, "cuda": 512}
 
 
 def choose_backend(shape: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> str:
-    """Returns the backend that ``backend="auto"`` takes: ``"exact"`` or ``"matmul"``.
+    """Return the backend that ``backend="auto"`` takes: ``"exact"`` or ``"matmul"``.
 
-    Exact on a CPU, and elsewhere while the smaller side is at most 512; float64 input is always exact, since
-    who keeps weights in float64 asks for its digits.
+    Exact on a CPU, and elsewhere while the smaller side is at most 512; float64 input is always exact: its
+    digits are wanted.
 
     Args:
         shape: Shape of the matrix or stack, ``(..., m, n)``.
@@ -43,7 +43,7 @@ _recorders: ContextVar[tuple[list[str], ...]] = ContextVar("_recorders", default
 
 @contextlib.contextmanager
 def record_backends() -> Iterator[list[str]]:
-    """Collects the backends that actually ran inside the block, in order.
+    """Collect the backends that actually ran inside the block, in order.
 
     Each call of a matrix function appends ``"exact"`` or ``"matmul"``, and ``"svd"`` after ``"exact"`` when
     at least one matrix fell back to the SVD. Calls that have nothing to compute (no entries, zero threshold)
@@ -64,14 +64,14 @@ def record_backends() -> Iterator[list[str]]:
 
 
 def note_backend(name: str) -> None:
-    """Tells the open :func:`record_backends` blocks that ``name`` ran."""
+    """Record in the open :func:`record_backends` blocks that ``name`` ran."""
     for recorder in _recorders.get():
         recorder.append(name)
 
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Runs float32 products in float32: no autocast, no TF32 on CUDA, no bfloat16 in oneDNN.
+    """Run float32 products in float32: no autocast, no TF32 on CUDA, no bfloat16 in oneDNN.
 
     The caller's settings are put back at the end, also after an error. A setting that already means full
     precision is not touched.

@@ -18,13 +18,13 @@ NULL_TOLERANCE = 2.0**-21
 def apply_exact(
     prepared: Prepared, f: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, *, complement: bool = False
 ) -> Tensor:
-    """Returns Y = X V diag(f(σ)) Vᵀ in float64, or its complement X - Y.
+    """Return Y = X V diag(f(σ)) Vᵀ in float64, or its complement X - Y.
 
     Args:
         prepared: Float64 stack from :func:`prepare`, X of shape (..., m, n).
         f: Maps σ of shape (..., n), in no particular order, and the null tolerance of shape (..., 1) to the
             multipliers.
-        dtype: Dtype of the original input, which says how many of its digits are meant.
+        dtype: Dtype of the original input, which decides how many digits count.
         complement: Subtract the result from X; exactly zero where every multiplier is 1.
     """
     X = prepared.X
@@ -39,12 +39,11 @@ def apply_exact(
 
 
 def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns σ (..., n) and V (..., n, n) of the tall float64 stack ``X``, by eigh of XᵀX or by SVD."""
+    """Return σ (..., n) and V (..., n, n) of the tall float64 stack ``X``, by eigh of XᵀX or by SVD."""
     note_backend("exact")
     lam, V, good = eigenvectors(X.mT @ X)
     if dtype == torch.float64:
-        # Relative error of σ² from the Gram: 2^-52 κ². Beyond κ = 1e4 that is more than float64 input
-        # deserves.
+        # Relative error of σ² from the Gram: 2^-52 κ². Beyond κ = 1e4 that is too much for float64 input.
         good &= lam[..., 0] >= 1e-8 * lam[..., -1]
     sigma = lam.clamp_min(0).sqrt()
     if not bool(good.all()):
@@ -55,7 +54,7 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def eigenvectors(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns λ (..., n) rising, eigenvectors (..., n, n), and whether they can be trusted (...): by eigh."""
+    """Return λ (..., n) rising, eigenvectors (..., n, n), and whether they can be trusted (...): by eigh."""
     try:
         lam, V = torch.linalg.eigh(G)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
@@ -66,7 +65,7 @@ def eigenvectors(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _verified(G: Tensor, lam: Tensor, V: Tensor) -> Tensor:
-    """Returns, per matrix, whether V is orthogonal and G = V diag(λ) Vᵀ, on probe vectors: O(n²).
+    """Return, per matrix, whether V is orthogonal and G = V diag(λ) Vᵀ, on probe vectors: O(n²).
 
     A wrong decomposition (seen on CUDA: non-orthonormal eigenvectors without any error) misses almost every
     vector by much; four fixed probes see it at a thousandth of the price of ‖VᵀV − I‖.
@@ -83,5 +82,5 @@ def _verified(G: Tensor, lam: Tensor, V: Tensor) -> Tensor:
 
 
 def inverse(sigma: Tensor, null: Tensor) -> Tensor:
-    """Returns 1/σ, and 0 where σ is not above the null tolerance: what makes X V f(σ) Vᵀ the polar factor."""
+    """Return 1/σ, and 0 where σ is not above the null tolerance: with it X V f(σ) Vᵀ is the polar factor."""
     return torch.where(sigma > null, 1 / sigma.clamp_min(2.0**-1022), 0.0)

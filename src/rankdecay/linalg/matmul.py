@@ -12,7 +12,7 @@ from rankdecay.linalg.minimax import LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
 
 
 def iterate(X: Tensor, triples: Sequence[Triple]) -> Tensor:
-    """Returns the composition of odd quintics applied to the tall stack ``X``, by products only.
+    """Return the composition of odd quintics applied to the tall stack ``X``, by products only.
 
     X ← X (a I + b XᵀX + c (XᵀX)²) per step: three products. ``X`` is not modified.
     """
@@ -26,7 +26,7 @@ def iterate(X: Tensor, triples: Sequence[Triple]) -> Tensor:
 
 
 def normalised(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns X/F and F = ‖X‖_F of shape (..., 1, 1); a zero matrix gives zeros and F = 1."""
+    """Return X/F and F = ‖X‖_F of shape (..., 1, 1); a zero matrix gives zeros and F = 1."""
     F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
     F = torch.where(F == 0, 1.0, F)
     return X / F, F
@@ -38,8 +38,23 @@ def normalised(X: Tensor) -> tuple[Tensor, Tensor]:
 POLAR_STEPS: tuple[Triple, ...] = (*SCHEDULES[1e-6], SQUASH, SQUASH, SQUASH)
 
 
-def regularised_gram(X: Tensor, eps: Tensor, ratio: float | None) -> Tensor:
-    r"""Returns X (XᵀX + ε²I)^(-1/2) by products of n × n matrices.
+def polar_by_products(X: Tensor) -> Tensor:
+    """Return the polar factor of each matrix of a tall stack."""
+    return iterate(normalised(X)[0], POLAR_STEPS)
+
+
+def cubic_newton_schulz(X: Tensor, steps: int) -> Tensor:
+    """Return ``steps`` cubic steps X ← X (3I - XᵀX)/2 from X/‖X‖_F of a tall stack."""
+    X = normalised(X)[0]
+    shape = X.shape
+    X = X.reshape(-1, *shape[-2:])
+    for _ in range(steps):
+        X = torch.baddbmm(X, X, X.mT @ X, beta=1.5, alpha=-0.5)
+    return X.reshape(shape)
+
+
+def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None) -> Tensor:
+    r"""Return X (XᵀX + ε²I)^(-1/2) by products of n × n matrices.
 
     Augment :math:`X_e = [X; \epsilon I]`. The top block of its polar factor is the wanted matrix, and
     :math:`\sigma_{min}(X_e) \ge \epsilon`, so after division by
@@ -58,6 +73,7 @@ def regularised_gram(X: Tensor, eps: Tensor, ratio: float | None) -> Tensor:
         eps: ε > 0 of shape (..., 1, 1).
         ratio: A lower bound of ε/F known to the caller without reading the device, or None.
     """
+    input_dtype = X.dtype
     n = X.shape[-1]
     F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     phi = SAFETY * torch.hypot(F, math.sqrt(n) * eps.double())  # hypot: ε may be far above F
@@ -88,4 +104,4 @@ def regularised_gram(X: Tensor, eps: Tensor, ratio: float | None) -> Tensor:
         if step < length - 1:
             Y = (R @ Z).addcmul_(R, a)
             R = (Y @ Z).addcmul_(Y, a)
-    return X @ Q
+    return (X @ Q).to(input_dtype)

@@ -37,7 +37,7 @@ SQUASH: Triple = (0.0, 2.5, -1.5)
 
 
 def quintic(lower: float, upper: float) -> Triple:
-    """Returns (a, b, c) of the odd quintic nearest to 1 on ``[lower, upper]`` in the maximum norm.
+    """Return (a, b, c) of the odd quintic nearest to 1 on ``[lower, upper]`` in the maximum norm.
 
     The error of the best fit takes its extreme value, with alternating signs, at four points (Chebyshev):
     both ends and the two stationary points of p. Remez exchange: solve for (a, b, c, error) at four points,
@@ -75,7 +75,7 @@ def quintic(lower: float, upper: float) -> Triple:
 
 
 def evaluate(triples: Sequence[Triple], x: np.ndarray | float) -> np.ndarray:
-    """Returns the composition of the quintics ``triples``, first one first, at the points ``x`` (float64)."""
+    """Return the composition of the quintics ``triples``, first one first, at the points ``x`` (float64)."""
     value = np.asarray(x, dtype=np.float64)
     for a, b, c in triples:
         square = value * value
@@ -84,7 +84,7 @@ def evaluate(triples: Sequence[Triple], x: np.ndarray | float) -> np.ndarray:
 
 
 def schedule(ell: float, steps: int, *, cushion: float = 0.0, safety: float = 1.0) -> tuple[Triple, ...]:
-    """Returns ``steps`` quintics whose composition takes ``[ell, 1]`` to 1 (module docstring).
+    """Return ``steps`` quintics whose composition takes ``[ell, 1]`` to 1 (module docstring).
 
     Args:
         ell: Smallest singular value to be taken to 1, relative to the normalisation; ``0 < ell <= 1``.

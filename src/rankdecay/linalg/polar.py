@@ -33,7 +33,7 @@ Everything is computed on :math:`W / 2^k` with :math:`2^k` near the largest entr
 is exact, so the polar factors of W and of :math:`2^j W` are equal bit for bit.
 
 Sources: Higham, *Functions of Matrices*, chapter 8 (polar factor); Amsel et al., arXiv 2505.16932
-(polynomials); the regularised Gram iteration is derived at :func:`~rankdecay.linalg.matmul.regularised_gram`.
+(polynomials); the regularised Gram iteration is derived at :func:`~rankdecay.linalg.matmul.smooth_polar_by_products`.
 """
 
 from __future__ import annotations
@@ -43,43 +43,14 @@ from torch import Tensor
 
 from rankdecay.linalg.backend import float64_on_cpu, full_precision, note_backend
 from rankdecay.linalg.exact import apply_exact, inverse
-from rankdecay.linalg.matmul import POLAR_STEPS, iterate, normalised, regularised_gram
-from rankdecay.linalg.stack import (
-    Prepared,
-    finish,
-    mark_bad,
-    per_matrix,
-    prepare,
-    resolve,
-    scaled_down,
-    working_dtype,
-)
-
-
-def polar_prepared(prepared: Prepared, backend: str, dtype: torch.dtype) -> Tensor:
-    """Returns the polar factor of a prepared stack, in its working dtype and orientation."""
-    if backend == "exact":
-        return apply_exact(prepared, inverse, dtype)
-    note_backend("matmul")
-    return iterate(normalised(prepared.X)[0], POLAR_STEPS)
-
-
-def smooth_prepared(
-    prepared: Prepared, eps: Tensor, backend: str, dtype: torch.dtype, ratio: float | None = None
-) -> Tensor:
-    """Returns X (XᵀX + ε²I)^(-1/2) of a prepared stack; ``eps`` (..., 1, 1) in the units of X."""
-    if backend == "exact":
-        eps = eps[..., 0]  # (..., 1), beside σ
-        # Below the rounding of W there is no telling σ from 0; then ε does not matter either.
-        return apply_exact(prepared, lambda sigma, null: inverse(torch.hypot(sigma, eps), null), dtype)
-    note_backend("matmul")
-    return regularised_gram(prepared.X, eps, ratio).to(prepared.X.dtype)
+from rankdecay.linalg.matmul import polar_by_products, smooth_polar_by_products
+from rankdecay.linalg.stack import finish, mark_bad, per_matrix, prepare, resolve, scaled_down, working_dtype
 
 
 @float64_on_cpu
 @torch.no_grad()
 def polar(W: Tensor, backend: str = "auto") -> Tensor:
-    """Returns the polar factor U Vᵀ of each matrix; null directions map to zero.
+    """Return the polar factor U Vᵀ of each matrix; null directions map to zero.
 
     Args:
         W: Matrix or stack, shape (..., m, n), any real float dtype. Not modified.
@@ -108,13 +79,18 @@ def polar(W: Tensor, backend: str = "auto") -> Tensor:
         return W.clone()
     with full_precision(W.device):
         prepared = prepare(W, working_dtype(W, backend))
-        return finish(polar_prepared(prepared, backend, W.dtype), prepared, W.dtype)
+        if backend == "exact":
+            out = apply_exact(prepared, inverse, W.dtype)
+        else:
+            note_backend("matmul")
+            out = polar_by_products(prepared.X)
+        return finish(out, prepared, W.dtype)
 
 
 @float64_on_cpu
 @torch.no_grad()
 def smooth_polar(W: Tensor, eps: float | Tensor, backend: str = "auto") -> Tensor:
-    """Returns W (WᵀW + ε²I)^(-1/2): each singular value becomes σ/√(σ² + ε²).
+    """Return W (WᵀW + ε²I)^(-1/2): each singular value becomes σ/√(σ² + ε²).
 
     The polar factor with its jump at 0 replaced by a ramp of width ε: directions below ε are no longer
     pushed at full speed, so a decay along it with a step of at most ε never crosses zero. The same function
@@ -143,5 +119,11 @@ def smooth_polar(W: Tensor, eps: float | Tensor, backend: str = "auto") -> Tenso
         return W.clone()
     with full_precision(W.device):
         prepared = mark_bad(prepare(W, working_dtype(W, backend)), width)
-        D = smooth_prepared(prepared, scaled_down(width, prepared), backend, W.dtype)
-        return finish(D, prepared, W.dtype)
+        width = scaled_down(width, prepared)
+        if backend == "exact":
+            # Below the rounding of W there is no telling σ from 0; then ε does not matter either.
+            out = apply_exact(prepared, lambda sigma, null: inverse(torch.hypot(sigma, width[..., 0]), null), W.dtype)
+        else:
+            note_backend("matmul")
+            out = smooth_polar_by_products(prepared.X, width)
+        return finish(out, prepared, W.dtype)

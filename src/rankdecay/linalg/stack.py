@@ -8,12 +8,12 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from rankdecay.checks import check_name
+from rankdecay.checks import check_name, check_number
 from rankdecay.linalg.backend import Backend, choose_backend
 
 
 def check_matrix(W: object) -> None:
-    """Raises unless ``W`` is a real floating-point tensor with at least two dimensions."""
+    """Raise unless ``W`` is a real floating-point tensor with at least two dimensions."""
     if not isinstance(W, Tensor):
         raise TypeError(f"W must be a torch.Tensor, got {type(W).__name__}; convert it with torch.as_tensor(W).")
     if not W.dtype.is_floating_point:
@@ -29,7 +29,7 @@ def check_matrix(W: object) -> None:
 
 
 def per_matrix(name: str, value: float | Tensor, W: Tensor, *, positive: bool = False) -> Tensor:
-    """Returns ``value`` as a float64 tensor of shape ``(..., 1, 1)``, one entry per matrix of ``W``.
+    """Return ``value`` as a float64 tensor of shape ``(..., 1, 1)``, one entry per matrix of ``W``.
 
     A Python number is checked here. A tensor is not, because reading it would synchronise with the device:
     its inadmissible entries become NaN, and spoil only their own matrix.
@@ -38,11 +38,9 @@ def per_matrix(name: str, value: float | Tensor, W: Tensor, *, positive: bool = 
         ValueError: If a Python number is negative, zero where ``positive``, or not finite, or if a tensor
             does not broadcast to ``W.shape[:-2]``.
     """
-    bound = "a positive" if positive else "a non-negative"
     if not isinstance(value, Tensor):
-        value = float(value)
-        if not math.isfinite(value) or value < 0 or (positive and value == 0):
-            raise ValueError(f"{name}={value!r} must be {bound} finite number, in the units of W's singular values.")
+        least, above = (None, 0) if positive else (0, None)
+        check_number(name, value, at_least=least, above=above, remedy="it is in the units of W's singular values")
         return torch.full((1,) * W.ndim, value, dtype=torch.float64, device=W.device)
     sizes = zip(reversed(value.shape), reversed(W.shape[:-2]), strict=False)
     if value.ndim > W.ndim - 2 or any(size not in (1, wanted) for size, wanted in sizes):
@@ -66,7 +64,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(W: Tensor, dtype: torch.dtype) -> Prepared:
-    """Returns ``W`` transposed to tall, divided by a power of two near its largest entry, in ``dtype``."""
+    """Return ``W`` transposed to tall, divided by a power of two near its largest entry, in ``dtype``."""
     wide = W.shape[-2] < W.shape[-1]
     X = W.mT if wide else W
     largest = X.abs().amax((-2, -1), keepdim=True)  # NaN and inf propagate
@@ -79,19 +77,19 @@ def prepare(W: Tensor, dtype: torch.dtype) -> Prepared:
 
 
 def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns 2^exponent exactly, from its bits (``exp2`` and ``ldexp`` go through an inexact ``pow``)."""
+    """Return 2^exponent exactly, from its bits (``exp2`` and ``ldexp`` go through an inexact ``pow``)."""
     if dtype == torch.float64:
         return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
 def working_dtype(W: Tensor, backend: str) -> torch.dtype:
-    """Returns the dtype to compute in: float64 for "exact", float32 or better for "matmul"."""
+    """Return the dtype to compute in: float64 for "exact", float32 or better for "matmul"."""
     return torch.float64 if backend == "exact" or W.dtype == torch.float64 else torch.float32
 
 
 def finish(out: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
-    """Returns ``out`` in the orientation and dtype of the input, NaN where the input was not finite.
+    """Return ``out`` in the orientation and dtype of the input, NaN where the input was not finite.
 
     ``out`` is overwritten.
     """
@@ -100,17 +98,22 @@ def finish(out: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
 
 
 def resolve(W: Tensor, backend: str) -> str:
-    """Checks ``W`` and ``backend`` and returns "exact" or "matmul"."""
+    """Check ``W`` and ``backend`` and returns "exact" or "matmul"."""
     check_matrix(W)
     check_name("backend", backend, get_args(Backend))
     return choose_backend(W.shape, W.device, W.dtype) if backend == "auto" else backend
 
 
 def mark_bad(prepared: Prepared, value: Tensor) -> Prepared:
-    """Returns ``prepared`` with the matrices marked whose parameter ``value`` (..., 1, 1) is NaN."""
+    """Return ``prepared`` with the matrices marked whose parameter ``value`` (..., 1, 1) is NaN."""
     return prepared._replace(bad=prepared.bad | value.isnan())
 
 
 def scaled_down(value: Tensor, prepared: Prepared) -> Tensor:
-    """Returns ``value`` (..., 1, 1) in the units of ``prepared.X``, in float64 and finite."""
-    return (value / prepared.scale.double()).nan_to_num(nan=1.0).clamp_max(2.0**500)
+    """Return ``value`` (..., 1, 1) in the units of ``prepared.X``, in float64 and finite."""
+    return finite(value / prepared.scale.double())
+
+
+def finite(value: Tensor) -> Tensor:
+    """Return ``value`` without NaN and so large at most that quotients by singular values are finite."""
+    return value.nan_to_num(nan=1.0).clamp_max(2.0**500)

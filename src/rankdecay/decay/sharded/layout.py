@@ -1,4 +1,4 @@
-"""Which lines of a parameter each process of a DTensor's mesh has, and how that cuts the matrices in it."""
+"""Layout of a DTensor: which lines of a parameter each process has, and how that cuts the matrices in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rankdecay.attention.layer import Window
 
 
 class Layout(NamedTuple):
-    """How a DTensor lies on its mesh."""
+    """Placement of a DTensor on its mesh."""
 
     mesh: Any  # DeviceMesh
     placements: tuple[Any, ...]
@@ -23,11 +23,11 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, parameter: Any) -> Layout:
-        """Returns the layout of a DTensor."""
+        """Return the layout of a DTensor."""
         return cls(parameter.device_mesh, tuple(parameter.placements), tuple(parameter.shape))
 
     def cuts(self, dim: int) -> list[int]:
-        """Returns the mesh dimensions that cut a tensor dimension, in the order in which they do.
+        """Return the mesh dimensions that cut a tensor dimension, in the order in which they do.
 
         FSDP2 cuts what tensor parallelism has cut already, though its mesh dimension comes first: it says so by a
         strided placement.
@@ -57,12 +57,12 @@ class Layout(NamedTuple):
 
 
 def _cut_by(placement: Any) -> int | None:
-    """The tensor dimension that a placement cuts; None if it replicates."""
+    """Return the tensor dimension that a placement cuts; None if it replicates."""
     return None if placement.is_replicate() else placement.dim
 
 
 def check_placements(parameter: Any, name: str) -> None:
-    """Raises a ``ValueError`` for a DTensor that is neither cut nor replicated, such as one that holds partial sums."""
+    """Raise a ``ValueError`` for a DTensor that is neither cut nor replicated, such as one that holds partial sums."""
     for placement in parameter.placements:
         if not placement.is_replicate() and not isinstance(getattr(placement, "dim", None), int):
             raise ValueError(
@@ -75,7 +75,7 @@ def check_placements(parameter: Any, name: str) -> None:
 
 
 def lines_of(layout: Layout, dim: int, coordinate: Sequence[int]) -> Tensor:
-    """Returns the places along a tensor dimension that the process at a coordinate of the mesh holds."""
+    """Return the places along a tensor dimension that the process at a coordinate of the mesh holds."""
     lines = torch.arange(layout.shape[dim])
     for mesh_dim in layout.cuts(dim):
         pieces = lines.chunk(layout.mesh.size(mesh_dim))  # chunk: the last ones are smaller, or missing
@@ -85,7 +85,7 @@ def lines_of(layout: Layout, dim: int, coordinate: Sequence[int]) -> Tensor:
 
 
 def lines_in_window(layout: Layout, window: Window, coordinate: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Returns which of a process's lines are in a window: their places in its piece, and in the matrix."""
+    """Return which of a process's lines are in a window: their places in its piece, and in the matrix."""
     lines = lines_of(layout, window.line_dim(len(layout.shape)), coordinate)
     if not window.has_heads:
         return torch.arange(len(lines)), lines
@@ -109,7 +109,7 @@ def _heads_are_whole(layout: Layout, window: Window) -> bool:
 
 
 def shape_in_parameter(layout: Layout, window: Window, by_head: bool) -> tuple[int, int]:
-    """Returns the shape of a matrix, or head, as it lies in the parameter: perhaps transposed."""
+    """Return the shape of a matrix, or head, as it lies in the parameter: perhaps transposed."""
     sides = [len(layout.shape) - 2, len(layout.shape) - 1]
     along = window.line_dim(len(layout.shape))
     rows, columns = (
@@ -119,11 +119,11 @@ def shape_in_parameter(layout: Layout, window: Window, by_head: bool) -> tuple[i
     return rows, columns
 
 
-# ---- what a process holds of a matrix ------------------------------------------------------------------------
+# ---- the part of a matrix in one process ----------------------------------------------------------------------
 
 
 class Cut(NamedTuple):
-    """How the matrices of a window are cut."""
+    """Cut of the matrices of a window."""
 
     side: int | None  # -2 rows, -1 columns; None: every matrix is whole in some process
     mesh_dims: tuple[int, ...]  # over which Gram matrices add up
@@ -132,12 +132,12 @@ class Cut(NamedTuple):
 
 
 def _cut(layout: Layout, window: Window, by_head: bool) -> Cut | None:
-    """How the matrices are cut; None if no process could do anything with its piece."""
+    """Return how the matrices are cut; None if no process could do anything with its piece."""
     rows, columns = len(layout.shape) - 2, len(layout.shape) - 1
     shape = shape_in_parameter(layout, window, by_head)
     dims = {-2: rows, -1: columns}
     if window.transposed:
-        shape, dims = shape[::-1], {-2: columns, -1: rows}
+        shape, dims = (shape[1], shape[0]), {-2: columns, -1: rows}
     sides = {side: dim for side, dim in dims.items() if dim in layout.cut_dims}
     if by_head and window.line_dim(len(layout.shape)) in layout.cut_dims:
         if not _heads_are_whole(layout, window):
@@ -154,7 +154,7 @@ def _cut(layout: Layout, window: Window, by_head: bool) -> Cut | None:
 
 @lru_cache(maxsize=4096)
 def _cut_in_place(layout: Layout, window: Window, by_head: bool, itemsize: int) -> Cut | None:
-    """How the matrices are cut, if they are decayed where they lie; None where redistributing sends less, or must."""
+    """Return how the matrices are cut, if they are decayed in place; None where redistributing sends less, or must."""
     cut = _cut(layout, window, by_head)
     if cut is None or cut.side is None:
         return cut
@@ -163,7 +163,7 @@ def _cut_in_place(layout: Layout, window: Window, by_head: bool, itemsize: int) 
 
 
 class Piece(NamedTuple):
-    """What this process holds of the matrices of a window."""
+    """This process's part of the matrices of a window."""
 
     value: Tensor  # (..., m, n): matrices, or pieces of them
     write: Callable[[Tensor], object]  # puts new values in their place
@@ -173,7 +173,7 @@ class Piece(NamedTuple):
 
 
 def _open(local: Tensor, layout: Layout, window: Window, by_head: bool) -> tuple[Tensor, Callable[..., object]]:
-    """What a process holds of a window, as matrices or heads, and the function that writes it back."""
+    """Return a process's part of a window, as matrices or heads, and the function that writes it back."""
     along = window.line_dim(len(layout.shape))
     if not window.has_heads or along not in layout.cut_dims:
         return (window.heads if by_head else window.matrix)(local), partial(window.write, local)
@@ -192,7 +192,7 @@ def _open(local: Tensor, layout: Layout, window: Window, by_head: bool) -> tuple
 
 
 def local_piece(parameter: Any, window: Window, by_head: bool) -> Piece | None:
-    """Returns what this process holds of the matrices of a DTensor; None if they are to be redistributed.
+    """Return this process's part of the matrices of a DTensor; None if they are to be redistributed.
 
     Args:
         parameter: the DTensor.
@@ -210,7 +210,7 @@ def local_piece(parameter: Any, window: Window, by_head: bool) -> Piece | None:
 def elementwise_pieces(
     parameter: Any, windows: Sequence[Window]
 ) -> Iterator[tuple[Tensor, Callable[..., object], int]]:
-    """Yields this process's part of each window as it lies, the function that writes it back, and the part's number.
+    """Yield this process's part of each window in place, the function that writes it back, and the part's number.
 
     An elementwise decay needs nothing of the other processes.
     """

@@ -19,7 +19,7 @@ Index = slice | Tensor
 
 
 class Fragment(NamedTuple):
-    """What one process holds of one matrix: lines of its piece of the parameter, and their places in the matrix."""
+    """One process's part of one matrix: lines of its piece of the parameter, and their places in the matrix."""
 
     batch: int | None  # which matrix of the piece, if a parameter is a stack of them
     rows: Index
@@ -34,20 +34,20 @@ class Fragment(NamedTuple):
         return self.shape[0] * self.shape[1]
 
     def read(self, local: Tensor) -> Tensor:
-        """Returns the lines in the piece of the parameter; a view, or a copy of scattered ones."""
+        """Return the lines in the piece of the parameter; a view, or a copy of scattered ones."""
         return self._stack_entry(local)[_pairs(self.rows, self.columns)] if self.size else local.new_empty(0)
 
     def write(self, local: Tensor, value: Tensor) -> None:
-        """Writes the lines in the piece of the parameter."""
+        """Write the lines in the piece of the parameter."""
         if self.size:
             self._stack_entry(local)[_pairs(self.rows, self.columns)] = value.view(self.shape)
 
     def read_matrix(self, matrix: Tensor) -> Tensor:
-        """Returns the same lines of the whole matrix."""
+        """Return the same lines of the whole matrix."""
         return matrix[_pairs(self.matrix_rows, self.matrix_columns)]
 
     def write_matrix(self, matrix: Tensor, value: Tensor) -> None:
-        """Writes the same lines of the whole matrix."""
+        """Write the same lines of the whole matrix."""
         matrix[_pairs(self.matrix_rows, self.matrix_columns)] = value.view(self.shape)
 
     def _stack_entry(self, local: Tensor) -> Tensor:
@@ -55,12 +55,12 @@ class Fragment(NamedTuple):
 
 
 def _pairs(rows: Index, columns: Index) -> tuple[Index, Index]:
-    """Returns an index of all pairs of rows and columns."""
+    """Return an index of all pairs of rows and columns."""
     return (rows[:, None] if isinstance(rows, Tensor) and isinstance(columns, Tensor) else rows), columns
 
 
 def _index(places: Tensor, device: torch.device) -> Index:
-    """Returns places as an index; a slice where they are neighbours, which is nearly always."""
+    """Return places as an index; a slice where they are neighbours, which is nearly always."""
     first = int(places[0]) if len(places) else 0
     if torch.equal(places, torch.arange(first, first + len(places))):
         return slice(first, first + len(places))
@@ -71,7 +71,7 @@ def _index(places: Tensor, device: torch.device) -> Index:
 def _fragments(
     layout: Layout, window: Window, by_head: bool, coordinate: tuple[int, ...], device: torch.device
 ) -> list[Fragment]:
-    """What the process at a coordinate of the mesh holds of each matrix, in one order everywhere; empty ones too."""
+    """Return the fragments of all matrices at a coordinate of the mesh, in one order everywhere; empty ones too."""
     ndim = len(layout.shape)
     side_lines = [lines_of(layout, dim, coordinate) for dim in (ndim - 2, ndim - 1)]  # places in the parameter
     along = window.line_dim(ndim) - (ndim - 2)
@@ -79,8 +79,8 @@ def _fragments(
     def fragment(inside: Tensor, in_matrix: Tensor, batch: int | None = None) -> Fragment:
         local, matrix = [torch.arange(len(lines)) for lines in side_lines], list(side_lines)
         local[along], matrix[along] = inside, in_matrix
-        indices = [_index(places, device) for places in (*local, *matrix)]
-        return Fragment(batch, *indices, (len(local[0]), len(local[1])))
+        rows, columns, matrix_rows, matrix_columns = (_index(places, device) for places in (*local, *matrix))
+        return Fragment(batch, rows, columns, matrix_rows, matrix_columns, (len(local[0]), len(local[1])))
 
     inside, in_matrix = lines_in_window(layout, window, coordinate)
     if ndim == 3:
@@ -103,13 +103,13 @@ Place = tuple[Any, Window]  # a DTensor, and where its matrices are in it
 
 
 def redistribution_key(place: Place) -> tuple[Any, ...]:
-    """Returns what the places of one redistribution have in common: the processes that share them, and the dtype."""
+    """Return the key by which places are redistributed together: the processes that share them, and the dtype."""
     layout = Layout.of(place[0])
     return layout.mesh, layout.cut_mesh_dims, place[0].dtype
 
 
 def entries_per_process(place: Place) -> int:
-    """Returns about how many entries a process sends, and owns, of a place."""
+    """Return about how many entries a process sends, and owns, of a place."""
     layout = Layout.of(place[0])
     return math.prod(layout.shape) // math.prod(layout.mesh.size(i) for i in layout.cut_mesh_dims)
 
@@ -123,7 +123,7 @@ class Redistribution:
     """
 
     def __init__(self, places: Sequence[Place], by_head: bool) -> None:
-        """Sends every matrix to its owner.
+        """Send every matrix to its owner.
 
         Args:
             places: of one `redistribution_key`.
@@ -146,8 +146,8 @@ class Redistribution:
             [(locals_[k], fragments(k, self.owner)[number]) for k, number in (matrices[i] for i in indices)]
             for indices in owned
         ]
-        mine = [matrices[i] for i in owned[self.owner]]
-        recv = [[fragments(k, rank)[number] for k, number in mine] for rank in range(len(owned))]
+        owned_here = [matrices[i] for i in owned[self.owner]]
+        recv = [[fragments(k, rank)[number] for k, number in owned_here] for rank in range(len(owned))]
         self._dtype = locals_[0].dtype
         self.owned = [torch.empty(shapes[i], dtype=self._dtype, device=self._device) for i in owned[self.owner]]
         self._recv = [list(zip(self.owned, fragments, strict=True)) for fragments in recv]
@@ -156,7 +156,7 @@ class Redistribution:
             fragment.write_matrix(matrix, value)
 
     def close(self) -> None:
-        """Sends every process its fragments of the changed matrices."""
+        """Send every process its fragments of the changed matrices."""
         values = [fragment.read_matrix(matrix) for matrix, fragment in _flat(self._recv)]
         for value, (local, fragment) in self._exchange(values, self._recv, self._send):
             fragment.write(local, value)
@@ -164,7 +164,7 @@ class Redistribution:
     def _exchange(
         self, values: list[Tensor], outgoing: list[list[Target]], incoming: list[list[Target]]
     ) -> Iterator[tuple[Tensor, Target]]:
-        """Sends every process its values; yields what arrives with the places it is for."""
+        """Send every process its values; yield what arrives with the fragments it fills."""
         nothing = torch.empty(0, dtype=self._dtype, device=self._device)
         # parts that are offloaded to the CPU cannot be sent from there
         packed = torch.cat([nothing, *(value.reshape(-1).to(self._device) for value in values)])
@@ -183,7 +183,7 @@ def _flat(ranks: list[list[Target]]) -> list[Target]:
 
 
 def process_group_of(layout: Layout) -> tuple[Any, list[tuple[int, ...]]]:
-    """Returns the group of the processes among which a parameter is cut, and their coordinates in its order."""
+    """Return the group of the processes among which a parameter is cut, and their coordinates in its order."""
     here = layout.mesh.get_coordinate()
     cut = layout.cut_mesh_dims
     sizes = [range(layout.mesh.size(i)) if i in cut else (here[i],) for i in range(layout.mesh.ndim)]
@@ -194,12 +194,12 @@ def process_group_of(layout: Layout) -> tuple[Any, list[tuple[int, ...]]]:
 
 @lru_cache(maxsize=64)
 def _joint_group(ranks: tuple[int, ...]) -> Any:
-    """A group over several dimensions of a mesh, which has one for each alone."""
+    """Return a group over several dimensions of a mesh, which has one for each alone."""
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 def assign_owners(shapes: Sequence[tuple[int, int]], processes: int) -> list[list[int]]:
-    """Returns the matrices that each process owns: the costliest first, to the process with the least to do."""
+    """Return the matrices that each process owns: the costliest first, to the process with the least to do."""
     costs = [min(shape) ** 2 * max(shape) for shape in shapes]
     load = [0] * processes
     owned: list[list[int]] = [[] for _ in range(processes)]

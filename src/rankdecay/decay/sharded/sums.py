@@ -19,7 +19,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "al
 
 
 def decayed_pieces(pieces: Sequence[Piece], decay: LowRank, amount: float | Tensor, backend: str) -> list[Tensor]:
-    """Returns the pieces after the step, in float64: W - W C, or W - C W where their columns are cut.
+    """Return the pieces after the step, in float64: W - W C, or W - C W where their columns are cut.
 
     A collective. The Gram matrices of all pieces must have one size and add up over the same processes.
 
