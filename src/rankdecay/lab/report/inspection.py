@@ -7,8 +7,10 @@ install does not have.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
+from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -214,68 +216,48 @@ def _sources(reports: Sequence[Inspection]) -> str:
 
 
 def _section(kind: dict[str, Any], labels: Sequence[str]) -> str:
-    key, several = kind["key"], len(labels) > 1
-    last = len(labels) - 1
+    key, several, last = kind["key"], len(labels) > 1, len(labels) - 1
     layers = sorted({layer["layer"] for report in kind["reports"] for layer in report})
-    controls = choice(f"measure:{key}", "Measure", kind["measures"])
-    if several:
-        controls += choice(f"report:{key}", "Checkpoint", dict(enumerate(labels)), last)
-    cell = choice(f"layer:{key}", "Layer", {i: i for i in layers}) + choice(
-        f"head:{key}", "Head", {i: i for i in kind["heads"]}
-    )
-    scale = choice(f"scale:{key}", "Scale", {"log": "log", "linear": "linear"})
-    legend = "".join(
-        f'<span><i data-ramp="{i / last}"></i>{escape(label)}</span>' for i, label in enumerate(labels) if several
-    )
-    trajectory = (
-        f'<figure><figcaption>Through training, mean over heads <span class="ramp">layer {layers[0]}'
-        f"<i></i>layer {layers[-1]}</span></figcaption>"
-        f'<div class="chart" id="trajectory-{key}"></div></figure>'
-    )
-    return (
-        f'<section id="{key}"><h2>{kind["symbol"]}, {kind["meaning"]}</h2>'
-        f'<div class="controls pinned">{controls}</div>'
-        f'<div class="pair"><figure><figcaption>Every head <output id="untrained-{key}"></output></figcaption>'
-        f'<div class="chart grid" id="map-{key}"></div></figure>'
-        f'<figure><figcaption>Singular values of a head</figcaption><div class="controls">{cell}{scale}</div>'
-        f'<div class="chart" id="spectrum-{key}"></div><p class="cell" id="cell-{key}"></p></figure></div>'
-        f"<figure><figcaption>Through the layers, mean over heads; the band is from the lowest head to the highest"
-        f'</figcaption><div class="keys">{legend}<span><i class="dashed"></i>untrained</span></div>'
-        f'<div class="chart" id="profile-{key}"></div></figure>'
-        f"{trajectory if several else ''}"
-        f"{_coincidence(kind, layers) if kind['factors'] else ''}"
-        f"{_table(kind, several)}</section>"
-    )
+    ramp = f'<span class="ramp">layer {layers[0]}<i></i>layer {layers[-1]}</span>'
+    controls = [choice(f"measure:{key}", "Measure", kind["measures"])]
+    controls += [choice(f"report:{key}", "Checkpoint", dict(enumerate(labels)), last)] if several else []
+    numbers = {"layer": layers, "head": kind["heads"]}
+    cell = [choice(f"{name}:{key}", name.title(), {i: i for i in indices}) for name, indices in numbers.items()]
+    cell.append(choice(f"scale:{key}", "Scale", {"log": "log", "linear": "linear"}))
+    swatches = [f'<span><i data-ramp="{i / last}"></i>{escape(labels[i])}</span>' for i in range(last + 1) if several]
+    parts = {
+        "key": key,
+        "symbol": kind["symbol"],
+        "meaning": kind["meaning"],
+        "controls": "".join(controls),
+        "cell": "".join(cell),
+        "legend": "".join(swatches),
+        "trajectory": _filled("inspection_trajectory.html", {"key": key, "ramp": ramp}) if several else "",
+        "balance": _balance(kind, ramp) if kind["factors"] else "",
+        "table": _table(kind, several),
+    }
+    return _filled("inspection_kind.html", parts)
 
 
-def _coincidence(kind: dict[str, Any], layers: Sequence[int]) -> str:
+def _balance(kind: dict[str, Any], ramp: str) -> str:
     """Return the two charts that the paper shows of pretrained models."""
-    key, (first, second) = kind["key"], kind["factors"]
-    lines = "columns" if key == "value_output" else "rows"
-    last = kind["reports"][-1]
-    mean, baseline = (
-        number(finite_mean(values))
-        for values in (
-            [value for layer in last for value in layer["values"]["imbalance"]],
-            [layer["baseline"]["imbalance"] for layer in last],
-        )
-    )
-    keys = (
-        f'<div class="keys"><span class="ramp">layer {layers[0]}<i></i>layer {layers[-1]}</span>'
-        '<span><i class="dot"></i>untrained</span></div>'
-    )
-    return (
-        f"<h3>Balance: {first} against {second}</h3>"
-        f"<p>At every stationary point of a loss with L2, all points of both charts are on the diagonal: each row of "
-        f"{first} is as large as its {lines[:-1]} of {second}, and the nuclear norm is its bound; with rotary "
-        "positions planes take the place of rows, and where heads share a key the sum over them. <b>That they nearly "
-        "are says little:</b> in a wide model untrained heads, in grey, nearly are as well. The relative imbalance is "
-        f"the sharper measure: {mean} here (mean over heads), {baseline} untrained.</p>"
-        f'<div class="pair"><figure><figcaption>Squared norms of the rows of {first} and the {lines} of {second}, '
-        f'first head of each layer</figcaption>{keys}<div class="chart square" id="norms-{key}"></div></figure>'
-        f"<figure><figcaption>Nuclear norm and its bound, every head</figcaption>{keys}"
-        f'<div class="chart square" id="bounds-{key}"></div></figure></div>'
-    )
+    layers = kind["reports"][-1]
+    imbalances = [value for layer in layers for value in layer["values"]["imbalance"]]
+    parts = {
+        "key": kind["key"],
+        "ramp": ramp,
+        "first": kind["factors"][0],
+        "second": kind["factors"][1],
+        "line": "column" if kind["key"] == "value_output" else "row",
+        "imbalance": number(finite_mean(imbalances)),
+        "untrained": number(finite_mean(layer["baseline"]["imbalance"] for layer in layers)),
+    }
+    return _filled("inspection_balance.html", parts)
+
+
+def _filled(template: str, parts: dict[str, str]) -> str:
+    text = (files("rankdecay.lab.report") / "assets" / template).read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
 
 
 def _table(kind: dict[str, Any], several: bool) -> str:
