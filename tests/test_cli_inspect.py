@@ -108,7 +108,7 @@ def test_a_state_dict_needs_to_be_told_its_heads(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["missing"], "missing does not exist"),
-        (["pyproject.toml"], "is no checkpoint"),
+        (["pyproject.toml"], "is not a checkpoint"),
         (["src"], "has no weights"),
         (["docs/data/grok_default", "--compare", "missing"], "missing does not exist"),
     ],

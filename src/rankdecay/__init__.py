@@ -19,28 +19,18 @@ if TYPE_CHECKING:
     from rankdecay.monitor import Monitor, RankCollapseWarning
     from rankdecay.spectrum import Spectrum, spectrum
 
-_HOME = {
-    "Attachment": "rankdecay.decay.attach",
-    "AttentionLayer": "rankdecay.attention",
-    "AttentionNames": "rankdecay.attention",
-    "AuditReport": "rankdecay.audit",
-    "AuditRow": "rankdecay.audit",
-    "Frobenius": "rankdecay.decay.policy",
-    "Inspection": "rankdecay.inspection",
-    "LowRank": "rankdecay.decay.policy",
-    "MatrixView": "rankdecay.attention",
-    "Monitor": "rankdecay.monitor",
-    "RankCollapseWarning": "rankdecay.monitor",
-    "Spectrum": "rankdecay.spectrum",
-    "attach": "rankdecay.decay.attach",
-    "audit": "rankdecay.audit",
-    "find_attention": "rankdecay.attention",
-    "inspect": "rankdecay.inspection",
-    "param_groups": "rankdecay.decay.groups",
-    "polar": "rankdecay.linalg",
-    "soft_threshold": "rankdecay.linalg",
-    "spectrum": "rankdecay.spectrum",
+_NAMES = {
+    "attention": ("AttentionLayer", "AttentionNames", "MatrixView", "find_attention"),
+    "audit": ("AuditReport", "AuditRow", "audit"),
+    "decay.attach": ("Attachment", "attach"),
+    "decay.groups": ("param_groups",),
+    "decay.policy": ("Frobenius", "LowRank"),
+    "inspection": ("Inspection", "inspect"),
+    "linalg": ("polar", "soft_threshold"),
+    "monitor": ("Monitor", "RankCollapseWarning"),
+    "spectrum": ("Spectrum", "spectrum"),
 }
+_HOME = {name: f"rankdecay.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Attachment",

@@ -1,4 +1,4 @@
-"""Checks of names and numbers, with one grammar of messages. Importing this module does not import torch.
+"""Check of names and numbers, with one grammar of messages. Importing this module does not import torch.
 
 ======================  ==============================================================================
 what was given          message
@@ -20,18 +20,18 @@ Value = TypeVar("Value")
 
 
 def given(name: str, value: object) -> str:
-    """Returns an argument as the user wrote it: ``--task 'add'`` for an option, else ``task='add'``."""
+    """Return an argument as the user wrote it: ``--task 'add'`` for an option, else ``task='add'``."""
     return f"{name} {value!r}" if name.startswith("-") else f"{name}={value!r}"
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Returns ``"did you mean 'x'? "`` with the known name that is nearest to a word, or nothing if none is near."""
+    """Return ``"did you mean 'x'? "`` with the known name that is nearest to a word, or nothing if none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
     return f"did you mean {near[0]!r}? " if near else ""
 
 
 def check_name(name: str, value: Value, known: Iterable[str], error: type[ValueError] = ValueError) -> Value:
-    """Returns ``value`` if it is a known name; else raises ``error``, which offers the nearest one.
+    """Return ``value`` if it is a known name; else raise ``error``, which offers the nearest one.
 
     Args:
         name: the argument, or the option with its dashes.
@@ -57,7 +57,7 @@ def check_number(
     remedy: str = "",
     error: type[ValueError] = ValueError,
 ) -> Value:
-    """Returns ``value`` if it is a finite number within its bounds; else raises ``error`` with the bounds.
+    """Return ``value`` if it is a finite number within its bounds; else raise ``error`` with the bounds.
 
     Args:
         name: the argument, or the option with its dashes.

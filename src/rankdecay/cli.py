@@ -1,4 +1,4 @@
-"""The command line: ``rankdecay COMMAND [options]``.
+"""Command line: ``rankdecay COMMAND [options]``.
 
 ``inspect`` is here and needs what the library needs. The other commands are the lab's, in :mod:`rankdecay.lab.cli`,
 which is imported when one of them is named. This module imports neither torch nor the lab: ``--help`` answers at once.
@@ -45,7 +45,7 @@ LAB_INSTALL = "pip install 'rankdecay[lab]'"
 
 
 class CommandError(Exception):
-    """A command line that cannot work. The message is one line that names the value and the remedy."""
+    """Raised for a command line that cannot work. The message is one line that names the value and the remedy."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = shlex.join(["rankdecay", *arguments])
         print(f"\nrankdecay: interrupted; to begin anew, run again: {again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output, `head` perhaps, has what they wanted
+    except BrokenPipeError:  # the reader of our output, `head` perhaps, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -111,7 +111,7 @@ def _version() -> str:
 
     try:
         return version("rankdecay")
-    except PackageNotFoundError:  # its files are on the path, but nothing installed them
+    except PackageNotFoundError:  # run from a source tree that is not installed
         return "(not installed)"
 
 

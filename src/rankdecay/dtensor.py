@@ -1,4 +1,4 @@
-"""Sharded parameters without importing what defines them, and the optimizer inside a wrapper."""
+"""Sharded parameters (DTensors), and the optimizer inside a wrapper."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.optim import Optimizer
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor; asked without importing what defines one."""
+    """Whether a tensor is a DTensor; does not import torch.distributed.tensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns a DTensor in one piece and detached; any other tensor as it is.
+    """Return a DTensor in one piece and detached; any other tensor as it is.
 
     A collective of the DTensor's mesh: all of its processes have to call it, and all get the same.
     """
@@ -25,20 +25,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def unwrapped(optimizer: object) -> Optimizer:
-    """Returns the optimizer inside the wrappers of Accelerate, Lightning and timm, whose own hooks never run.
+    """Return the optimizer inside the wrappers of Accelerate, Lightning and timm, whose own hooks never run.
 
     Raises:
         TypeError: If there is no ``torch.optim.Optimizer`` inside.
     """
-    seen = optimizer
+    inside = optimizer
     while True:
-        inner = getattr(seen, "optimizer", None) or getattr(seen, "_base_optimizer", None)
-        if inner is None or inner is seen:
+        inner = getattr(inside, "optimizer", None) or getattr(inside, "_base_optimizer", None)
+        if inner is None or inner is inside:
             break
-        seen = inner
-    if not isinstance(seen, Optimizer):
+        inside = inner
+    if not isinstance(inside, Optimizer):
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(seen).__name__}. An engine that owns its optimizer, "
-            "such as DeepSpeed's, flattens parameters; shard with FSDP2 instead."
+            f"optimizer must be a torch.optim.Optimizer, got {type(inside).__name__}. An engine that owns its "
+            "optimizer, such as DeepSpeed's, flattens parameters; shard with FSDP2 instead."
         )
-    return seen
+    return inside

@@ -1,4 +1,4 @@
-"""The attention spectra of a model or a checkpoint, row by row, beside the same shapes untrained.
+"""Attention spectra of a model or a checkpoint, row by row, beside the same shapes untrained.
 
 A row is one head's product, W_Kᵀ W_Q or W_O W_V; where queries and keys are normalised there is no product W_Kᵀ W_Q,
 and the head's W_Q and W_K have a row each instead. The **untrained** figures are those of Gaussian matrices of the same
@@ -68,19 +68,19 @@ class Inspection:
     unhandled: list[str] = field(default_factory=list)
 
     def of(self, kind: str) -> list[Row]:
-        """Returns the rows of one of :data:`KINDS`."""
+        """Return the rows of one of :data:`KINDS`."""
         return [row for row in self.rows if kind in (row.get("product"), row.get("matrix"))]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all fields as plain numbers, strings and lists; None for a number that is not finite."""
+        """Return all fields as plain numbers, strings and lists; None for a number that is not finite."""
         return {"source": self.source, "rows": self.rows, "notes": self.notes, "unhandled": self.unhandled}
 
     def to_csv(self) -> str:
-        """Returns one line per row, without the spectra; the untrained figures have columns of their own."""
+        """Return one line per row, without the spectra; the untrained figures have columns of their own."""
         return csv_text([self])
 
     def __str__(self) -> str:
-        """Returns the summary that the command line prints: means over heads, in brackets the same shapes untrained."""
+        """Return the summary that the command line prints: means over heads, in brackets the same shapes untrained."""
         count = len({(row["layer"], row["name"]) for row in self.rows})
         lines = [f"{self.source}: {count} attention layer{'s' if count != 1 else ''}"]
         lines += [f"  {note}" for note in self.notes]
@@ -99,7 +99,7 @@ def inspect(
     layers: Collection[int] | None = None,
     heads: Collection[int] | None = None,
 ) -> Inspection:
-    """Returns the spectra of every head's products in a model or checkpoint, beside the same shapes untrained.
+    """Return the spectra of every head's products in a model or checkpoint, beside the same shapes untrained.
 
     A model with sharded parameters (DTensors) has to be inspected in every process, and each returns the same; one
     parameter at a time is whole.
@@ -151,7 +151,7 @@ def _chosen(argument: str, wanted: Collection[int] | None, count: int, place: st
 
 
 def _deviations(source: Source, layer: AttentionLayer, depth: int) -> tuple[float, float]:
-    """The standard deviations at initialisation: of W_Q, W_K and W_V, and of W_O."""
+    """Return the standard deviations at initialisation: of W_Q, W_K and W_V, and of W_O."""
     value = source.setting(layer.name, ("initializer_range",))
     deviation = float(value) if isinstance(value, (int, float)) and 0 < value < 10 else 0.02
     scaled = source.setting(layer.name, ("model_type",)) in SCALED_OUTPUT
@@ -175,7 +175,7 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
 
 
 def _ranges(indices: list[int]) -> str:
-    """The layers in words: "layers 0-3, 5"."""
+    """Format indices as "layers 0-3, 5"."""
     runs: list[list[int]] = []
     for i in indices:
         if runs and i == runs[-1][1] + 1:
@@ -217,7 +217,7 @@ def _matrix_rows(view: MatrixView, num_heads: int, deviation: float) -> Iterator
 
 
 def spectrum_rows(kind: Row, head_dim: int, heads: Spectrum, untrained: Row) -> Iterator[Row]:
-    """Returns a row per head with the figures of its spectrum, and without balance.
+    """Return a row per head with the figures of its spectrum, and without balance.
 
     Args:
         kind: ``{"product": name}`` or ``{"matrix": name}``.
@@ -232,19 +232,24 @@ def spectrum_rows(kind: Row, head_dim: int, heads: Spectrum, untrained: Row) -> 
 
 
 def _spectrum_figures(s: Spectrum) -> dict[str, list[float | None]]:
-    """Every named norm and rank, one value per head."""
-    methods = {"pseudo_rank": s.pseudo_rank(), "numerical_rank": s.numerical_rank()}
-    return {name: _plain(methods[name] if name in methods else getattr(s, name)) for name in (*NORMS, *RANKS)}
+    """Return every named norm and rank, one value per head."""
+    return {name: _plain(figure(s, name)) for name in (*NORMS, *RANKS)}
 
 
 def _balance(product: Product) -> dict[str, list[float | None]]:
-    return {name: _plain(getattr(product, name)) for name in (*BALANCE, "mean_frobenius")}
+    return {name: _plain(figure(product, name)) for name in (*BALANCE, "mean_frobenius")}
 
 
 def _squared_norms(product: Product) -> dict[str, list[list[float | None]]]:
-    """One list per head by the names of the factors, the query or the value first."""
+    """Return one list per head by the names of the factors, the query or the value first."""
     single, several = ([_plain(head) for head in norms] for norms in product.squared_norms)
     return {"query": several, "key": single} if product.name == "query_key" else {"value": single, "output": several}
+
+
+def figure(of: Spectrum | Product, name: str) -> Tensor:
+    """Return a named rank or norm of a spectrum, or the balance of a product: one value per head."""
+    value = getattr(of, name)
+    return value if isinstance(value, Tensor) else value()
 
 
 def _plain(values: Tensor) -> list[float | None]:
@@ -263,7 +268,7 @@ def untrained_product(
     rotary: Rotary | None,
     deviations: tuple[float, float],
 ) -> Row:
-    """Returns the mean figures of a few Gaussian draws of the shapes of a product; they hardly vary."""
+    """Return the mean figures of a few Gaussian draws of the shapes of a product; they hardly vary."""
     generator = torch.Generator().manual_seed(0)
     draws = 2 if max(rows) > 1024 else 4
     single = torch.randn(draws, rows[0], k, generator=generator, dtype=torch.float64) * deviations[0]
@@ -319,7 +324,7 @@ def _table(rows: list[Row]) -> list[str]:
 
 
 def comparison(reports: Sequence[Inspection]) -> str:
-    """Returns the mean over heads of each layer's pseudo rank in several checkpoints, in their order, as text."""
+    """Return the mean over heads of each layer's pseudo rank in several checkpoints, in their order, as text."""
     lines = ["", "Pseudo rank, mean over heads, in the order given"]
     for kind, (symbol, meaning) in KINDS.items():
         series = [by_layer(report.of(kind)) for report in reports]
@@ -333,10 +338,10 @@ def comparison(reports: Sequence[Inspection]) -> str:
 
 
 def csv_text(reports: Sequence[Inspection]) -> str:
-    """Returns one line per row of the reports, without the spectra; of several, the first column names the source."""
+    """Return one line per row of the reports, without the spectra; of several, the first column names the source."""
     figures = (*NORMS, *RANKS, *BALANCE)
     head = ["layer", "name", "head", "of", *figures, *(f"untrained_{name}" for name in figures)]
-    lines: list[list[object]] = [["source", *head] if len(reports) > 1 else head]
+    lines: list[Sequence[object]] = [["source", *head] if len(reports) > 1 else head]
     for report in reports:
         for row in report.rows:
             values = [*(row[name] for name in figures), *(row["untrained"].get(name) for name in figures)]
@@ -348,7 +353,7 @@ def csv_text(reports: Sequence[Inspection]) -> str:
 
 
 def by_layer(rows: Iterable[Row]) -> dict[int, list[Row]]:
-    """Returns the rows of each layer, in order."""
+    """Return the rows of each layer, in order."""
     layers: dict[int, list[Row]] = {}
     for row in rows:
         layers.setdefault(row["layer"], []).append(row)
@@ -356,5 +361,5 @@ def by_layer(rows: Iterable[Row]) -> dict[int, list[Row]]:
 
 
 def strip(shares: Iterable[float | None]) -> str:
-    """Returns one block per share in [0, 1]; × for None."""
+    """Return one block per share in [0, 1]; × for None."""
     return "".join("×" if s is None else _BLOCKS[min(int(s * len(_BLOCKS)), len(_BLOCKS) - 1)] for s in shares)

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from rankdecay.attention import AttentionLayer, AttentionNames, find_attention
 from rankdecay.checks import check_name, check_number
 from rankdecay.dtensor import is_sharded, unwrapped
-from rankdecay.inspection import BALANCE
+from rankdecay.inspection import BALANCE, figure
 from rankdecay.spectrum import spectrum
 
 Part = Literal["query_key", "value_output", "query", "key", "value", "output"]
@@ -55,16 +55,16 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _uncompiled(function: _Function) -> _Function:
-    """Exclude a function from compilation: called from compiled code, it runs between the graphs."""
+    """Keep a function out of compiled graphs: called from compiled code, it runs between them."""
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 class RankCollapseWarning(UserWarning):
-    """The effective rank of a head has fallen under the bound of a :class:`Monitor`."""
+    """Warning that the effective rank of a head has fallen below the bound of a :class:`Monitor`."""
 
 
 class Monitor:
-    """Monitor of the spectra of a model's attention: measures every k steps and hands the values to a callable.
+    """Measure the spectra of a model's attention every k steps and hand them to a callable.
 
     Call :meth:`step` after each optimizer step, or :meth:`attach` it to the optimizer once. Neither touches the graph,
     the gradients or the random generators; under ``torch.compile`` both stay outside compiled code. In a distributed
@@ -139,7 +139,7 @@ class Monitor:
 
     @_uncompiled
     def step(self, at: int | None = None) -> dict[str, float] | None:
-        """Count an optimizer step; when one is due, measures, logs and returns what was logged.
+        """Count an optimizer step; when one is due, measure, log and return what was logged.
 
         Of several processes only the first logs; in the others it returns None.
 
@@ -163,7 +163,7 @@ class Monitor:
         return values
 
     def measure(self) -> dict[str, float]:
-        """Return the values of the model as it is now, the same in every process, and logs nothing.
+        """Return the values of the model as it is now, the same in every process, without logging.
 
         With sharded parameters all processes have to call it.
         """
@@ -192,23 +192,22 @@ class Monitor:
 
     @torch.no_grad()
     def _heads(self) -> dict[tuple[str, str], dict[str, Tensor]]:
-        """Return (layer, part) -> measure -> one value per head, on the CPU."""
+        """Measure every head: (layer, part) -> measure -> one value per head, on the CPU."""
         wanted = {*self.measures, *(("effective_rank",) if self.collapse is not None else ())}
         found: dict[tuple[str, str], dict[str, Tensor]] = {}
         for name, layer in self._layers.items():
             for part in _parts(layer, self.of):
                 product = getattr(layer, part)() if part in _PRODUCTS else None
-                measured = product.spectrum() if product is not None else spectrum(getattr(layer, part).heads())
-                values: dict[str, Any] = {m: getattr(measured, m) for m in wanted if m not in BALANCE}
-                values |= {m: getattr(product, m) for m in wanted if m in BALANCE and product is not None}
-                found[name, part] = {m: (v if isinstance(v, Tensor) else v()).cpu() for m, v in values.items()}
+                spectra = product.spectrum() if product is not None else spectrum(getattr(layer, part).heads())
+                sources = {m: product if m in BALANCE else spectra for m in wanted}
+                found[name, part] = {m: figure(of, m).cpu() for m, of in sources.items() if of is not None}
         return found
 
     def _values(self, heads: dict[tuple[str, str], dict[str, Tensor]]) -> dict[str, float]:
         values: dict[str, float] = {"step": self.steps}
         for part in dict.fromkeys(part for _, part in heads):
             for measure in self._measures(part):
-                everywhere = torch.cat([v[measure] for (_, of), v in heads.items() if of == part])
+                everywhere = torch.cat([by_measure[measure] for (_, of), by_measure in heads.items() if of == part])
                 _summarise(values, f"rank/{part}/{measure}", everywhere)
         for (layer, part), by_measure in heads.items() if self.detail != "model" else ():
             for measure in self._measures(part):
@@ -219,11 +218,11 @@ class Monitor:
         return values
 
     def _measures(self, part: str) -> list[str]:
-        """Return the measures of a part: a single matrix has no balance."""
+        """Return the measures of a part: only products have a balance."""
         return [measure for measure in self.measures if measure not in BALANCE or part in _PRODUCTS]
 
     def _warn(self, heads: dict[tuple[str, str], dict[str, Tensor]]) -> None:
-        """Warn once of all heads that have fallen under the bound since they were last above it."""
+        """Warn once of all heads that have fallen below the bound since they were last above it."""
         if self.collapse is None:
             return
         fallen: list[str] = []
@@ -245,7 +244,7 @@ class Monitor:
 
 
 def _parts(layer: AttentionLayer, of: Iterable[str]) -> list[str]:
-    """Return the parts a layer has; the matrices of a product where it has no product."""
+    """Return the parts that a layer has; the matrices of a product in its place if it has no such product."""
     none = {"query_key"} if layer.qk_norm else set()
     none |= {"value_output", "output"} if layer.output is None else set()
     parts = (name for part in of for name in (part.split("_") if part in none else [part]))

@@ -86,21 +86,21 @@ def check_layer(layer: AttentionLayer, seen: dict[str, list]) -> None:
     query, key, value, context = scores[0], scores[1].mT, mixing[1], mixing[2]
     for view, formed, repeats in ((layer.query, query, 1), (layer.key, key, shared), (layer.value, value, shared)):
         x = (seen.get(_owner(view.parameter_name)) or seen[layer.name])[0]  # (batch, tokens, in)
-        mine = torch.einsum("bti,hdi->bhtd", x, view.heads())
+        expected = torch.einsum("bti,hdi->bhtd", x, view.heads())
         bias = view.bias()
         if bias is not None:
-            mine += bias.reshape(view.num_heads, 1, -1)
-        mine = mine.repeat_interleave(repeats, 1)
-        theirs = formed.reshape(mine.shape)
-        scale = float(theirs.norm() / mine.norm())  # some fold the softmax's 1/√d, or half of it, into the query
+            expected += bias.reshape(view.num_heads, 1, -1)
+        expected = expected.repeat_interleave(repeats, 1)
+        actual = formed.reshape(expected.shape)
+        scale = float(actual.norm() / expected.norm())  # some fold the softmax's 1/√d, or half of it, into the query
         steps = [layer.head_dim**-power for power in (0, 0.25, 0.5)]
         assert min(abs(scale / step - 1) for step in steps) < 1e-4, (layer.name, view.role, scale)
-        torch.testing.assert_close(theirs, scale * mine, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(actual, scale * expected, atol=1e-5, rtol=1e-4)
     if layer.output is None:
         return
     context = context.reshape(-1, heads, *context.shape[1:])  # (batch, heads, tokens, d)
-    mine = torch.einsum("bhtd,hod->bto", context, layer.output.heads())
+    expected = torch.einsum("bhtd,hod->bto", context, layer.output.heads())
     bias = layer.output.bias()
-    mine = mine if bias is None else mine + bias
-    theirs = (seen.get(_owner(layer.output.parameter_name)) or seen[layer.name])[1]
-    torch.testing.assert_close(theirs.reshape(mine.shape), mine, atol=1e-4, rtol=1e-4)
+    expected = expected if bias is None else expected + bias
+    actual = (seen.get(_owner(layer.output.parameter_name)) or seen[layer.name])[1]
+    torch.testing.assert_close(actual.reshape(expected.shape), expected, atol=1e-4, rtol=1e-4)

@@ -210,7 +210,7 @@ def test_an_index_cannot_lead_anywhere_else(shard, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "holds a JSON list, expected an object"),
+        ("[]", "contains a JSON list, expected an object"),
         ("{", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),
         ('{"weight_map": 3}', "has no weight_map"),
@@ -225,13 +225,13 @@ def test_a_broken_index(content, message, tmp_path):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist; give a directory"):
         rd.find_attention(tmp_path / "missing")
-    with pytest.raises(CheckpointError, match=r"has no weights: expected \*.safetensors.*it holds nothing"):
+    with pytest.raises(CheckpointError, match=r"has no weights: expected \*.safetensors.*found nothing"):
         rd.find_attention(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="is empty"):
         rd.find_attention(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         rd.find_attention(tmp_path / "notes.txt")
 
 
@@ -239,7 +239,7 @@ def test_a_header_that_lies_about_its_length(tmp_path):
     file = tmp_path / "model.safetensors"
     for length in (2**63, 2**40, 10_000, 0):
         file.write_bytes(struct.pack("<Q", length) + b'{"a": 1}')
-        with pytest.raises(CheckpointError, match=r"not a whole safetensors file|holds no tensors"):
+        with pytest.raises(CheckpointError, match=r"not a whole safetensors file|contains no tensors"):
             rd.find_attention(file)
     header = json.dumps({"x": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 4]}}).encode()
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))

@@ -66,9 +66,9 @@ def test_multihead_attention_with_separate_widths() -> None:
         (layer.key, key, scores[1].mT),
         (layer.value, value, mixing[1]),
     ):
-        mine = torch.einsum("bti,hdi->bhtd", x, view.heads()) + view.bias().reshape(4, 1, -1)
-        theirs = formed.reshape(mine.shape)
-        torch.testing.assert_close(theirs / theirs.norm(), mine / mine.norm())
+        expected = torch.einsum("bti,hdi->bhtd", x, view.heads()) + view.bias().reshape(4, 1, -1)
+        actual = formed.reshape(expected.shape)
+        torch.testing.assert_close(actual / actual.norm(), expected / expected.norm())
 
 
 def test_transformer_encoder() -> None:

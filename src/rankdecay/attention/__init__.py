@@ -1,4 +1,4 @@
-"""Where W_Q, W_K, W_V and W_O are in a model."""
+"""Location of W_Q, W_K, W_V and W_O in a model or a checkpoint."""
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView, Window
 from rankdecay.attention.locate import find_attention

@@ -1,4 +1,4 @@
-"""Finds attention by the names and shapes of parameters: the same for a live model and for files.
+"""Find attention by the names and shapes of parameters: the same for a live model and for files.
 
 A module is attention when the parameters under it carry the names of one row of
 :data:`~rankdecay.attention.names.KNOWN`. Shapes, and the number of heads, say the rest
@@ -10,20 +10,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from rankdecay.attention.layer import AttentionLayer, MatrixView, Role, Window
+from rankdecay.attention.layer import AttentionLayer, MatrixView
 from rankdecay.attention.names import KNOWN, LATENT, AttentionNames
 from rankdecay.attention.source import Source, open_source
 from rankdecay.attention.windows import Found, ModuleReader, NotHandled, Place
 
 
 class Unhandled(NamedTuple):
-    """A module that looks like attention and is not handled."""
+    """Module that looks like attention and cannot be read, with the reason."""
 
     name: str
     reason: str
@@ -35,7 +34,7 @@ class Unhandled(NamedTuple):
 def find_attention(
     model: nn.Module | str | Path, names: AttentionNames | None = None, num_heads: int | None = None
 ) -> list[AttentionLayer]:
-    """Returns the attention layers of a model or a checkpoint, in the order of its parameters.
+    """Return the attention layers of a model or a checkpoint, in the order of its parameters.
 
     Recognised by the names and shapes of parameters and by the numbers of heads that modules and configurations
     state (:mod:`rankdecay.attention.names`), not by class; so a model wrapped by ``torch.compile``, DDP or PEFT is
@@ -75,7 +74,7 @@ def find_attention(
 def find_layers(
     source: Source, names: AttentionNames | None = None, num_heads: int | None = None
 ) -> tuple[list[AttentionLayer], list[Unhandled]]:
-    """Returns the attention layers of a source, and what looks like attention and is not handled.
+    """Return the attention layers of a source, and the modules that look like attention and cannot be read.
 
     Raises:
         ValueError: If no attention is found.
@@ -89,7 +88,7 @@ def find_layers(
 def locate(
     source: Source, names: AttentionNames | None = None, num_heads: int | None = None
 ) -> tuple[list[Found], list[Unhandled]]:
-    """Returns where the attention of a source is, in order, and what looks like attention and is not handled.
+    """Locate the attention modules of a source, and those that look like attention and cannot be read.
 
     Args:
         source: the parameters and settings.
@@ -126,7 +125,7 @@ _LATENT_REASON = (
 
 
 def _modules(names: Iterable[str]) -> list[str]:
-    """Every path that is a prefix of a parameter's name, in the order of the names, inner modules after outer ones."""
+    """Return the paths of all modules with parameters, in the order of the parameters, outer modules first."""
     seen: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
@@ -136,13 +135,10 @@ def _modules(names: Iterable[str]) -> list[str]:
 
 
 def _layer(found: Found, source: Source) -> AttentionLayer:
-    def view(role: Role, place: Place) -> MatrixView:
-        bias = None
-        if place.bias is not None and place.bias_window is not None:
-            bias = partial(_part_of, place.bias_window, source.reader(place.bias))
-        return MatrixView(role, place.parameter, place.window, source.reader(place.parameter), bias)
-
-    views = {role: view(role, place) for role, place in found.places.items()}
+    views = {
+        role: MatrixView(role, place.parameter, place.window, source.reader(place.parameter), _bias(place, source))
+        for role, place in found.places.items()
+    }
     return AttentionLayer(
         name=found.name,
         query=views["query"],
@@ -155,8 +151,11 @@ def _layer(found: Found, source: Source) -> AttentionLayer:
     )
 
 
-def _part_of(window: Window, bias: Callable[[], Tensor]) -> Tensor:
-    return window.vector(bias())
+def _bias(place: Place, source: Source) -> Callable[[], Tensor] | None:
+    if place.bias is None or place.bias_window is None:
+        return None
+    window, read = place.bias_window, source.reader(place.bias)
+    return lambda: window.vector(read())
 
 
 def _nothing(source: Source, names: AttentionNames | None, unhandled: list[Unhandled]) -> str:

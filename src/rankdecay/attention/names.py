@@ -1,4 +1,4 @@
-"""What attention is called: the names of its projections, and of the settings that say its heads and positions.
+"""Names of attention's projections, and of the settings that state its heads and positions.
 
 To teach the library a new family, add a row to :data:`KNOWN` and the model to ``tests/attention/families.py``, whose
 tests compare each head with what the model itself computes.
@@ -15,7 +15,7 @@ from rankdecay.checks import check_number
 
 @dataclass(frozen=True)
 class AttentionNames:
-    """How one family of attention modules names its projections, relative to the module.
+    """Names of the projections in one family of attention modules, relative to the module.
 
     Give separate ``query``, ``key`` and ``value``; or ``fused`` alone for all three in one parameter; or ``query`` and
     ``fused`` for keys and values in one. A name is a submodule with a ``weight`` (``"q_proj"``), or a parameter itself
@@ -70,12 +70,12 @@ class AttentionNames:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The names that must exist."""
+        """Names that must exist."""
         return tuple(name for name in (self.query, self.key, self.value, self.fused) if name)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names the output projection may have."""
+        """Names that the output projection may have."""
         return (self.output,) if isinstance(self.output, str) else self.output
 
 
@@ -117,12 +117,12 @@ KNOWN: tuple[AttentionNames, ...] = (
     _fused("kv", query="to_q"),
 )
 
-#: What a module, or its configuration, calls its number of heads, its head size and its number of key heads.
+#: Attributes of a module or its configuration: number of heads, head size, number of key heads.
 NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "d_kv", "dim_head")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
 
-#: What says that positions turn queries and keys: in a configuration, or a module that does it.
+#: Settings, or a submodule, that only models with rotary positions have.
 ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_dim", "rotary_pct", "rotary_emb")
 #: Model types whose rotary planes are neighbouring coordinates; elsewhere they are half a head apart.
 INTERLEAVED = ("gptj", "codegen", "cohere", "cohere2", "glm", "glm4", "llama4_text", "ernie4_5")
@@ -130,11 +130,11 @@ QK_NORM = re.compile(r"(q|k|query|key)_?(layer)?_?(norm|ln)|norm_(q|k)|(q|k)_lay
 
 LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")  # DeepSeek's multi-head latent attention
 
-#: Model types with rotary positions whose older configurations do not say so.
+#: Model types with rotary positions that older configurations do not mention.
 ROTARY_TYPES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "gpt_neox", "gptj", "codegen", "falcon", "olmo",
                  "persimmon", "stablelm", "cohere", "glm", "granite", "starcoder2", "modernbert", "dbrx")  # fmt: skip
 
-#: A sub-configuration of a model with several parts, by a word in the module's path.
+#: Sub-configuration of a model with several parts, by a word in the path of a module.
 PARTS = {"vision": "vision_config", "visual": "vision_config", "image": "vision_config", "audio": "audio_config",
           "text": "text_config", "language": "text_config"}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Where parameters and settings come from: a live module or a checkpoint."""
+"""Sources of parameters and settings: a live module or a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rankdecay.dtensor import whole
 
 
 class Source(Protocol):
-    """Parameters by name, not read yet, and the settings of the modules they belong to."""
+    """Parameters by name, read on demand, and the settings of the modules they belong to."""
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -22,19 +22,19 @@ class Source(Protocol):
         ...
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
-        """Returns the value of the first of the attributes that is set, as near to the module as possible, or None."""
+        """Return the value of the first of the attributes that is set, as near to the module as possible, or None."""
         ...
 
     def reader(self, name: str) -> Callable[[], Tensor]:
-        """Returns a function that reads the present value of a parameter."""
+        """Return a function that reads the present value of a parameter."""
         ...
 
 
 class ModuleSource:
-    """A live ``nn.Module``.
+    """Source of the parameters of a live ``nn.Module``.
 
     Raises:
-        TypeError: If the model is none.
+        TypeError: If ``model`` is not an ``nn.Module``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,7 +48,7 @@ class ModuleSource:
         return type(self.model).__name__
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
-        """Returns the nearest value of the attributes: of the module, its configuration, then one level up."""
+        """Return the nearest value of the attributes: of the module, its configuration, then one level up."""
         while True:
             module = self._modules.get(path)
             for holder in (module, getattr(module, "config", None)):
@@ -61,7 +61,7 @@ class ModuleSource:
             path = path.rpartition(".")[0]
 
     def reader(self, name: str) -> Callable[[], Tensor]:
-        """Returns a function that reads a parameter whole, with the contribution of active adapters."""
+        """Return a function that reads a parameter whole, with the contribution of active adapters."""
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
         if not owner.endswith("base_layer"):
@@ -79,7 +79,7 @@ class ModuleSource:
 
 
 def open_source(model: nn.Module | str | Path) -> Source:
-    """Returns the parameters and settings of a model, or of a checkpoint by its path.
+    """Return the parameters and settings of a model, or of a checkpoint by its path.
 
     Raises:
         TypeError: If ``model`` is neither an ``nn.Module`` nor a path.
@@ -93,13 +93,13 @@ def open_source(model: nn.Module | str | Path) -> Source:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of the model under every name it has: a tied parameter appears more than once."""
+    """Return every parameter of the model under each of its names: a tied parameter appears more than once."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _plain(holder: object, attribute: str) -> object:
-    """A number, string, flag or dictionary; never a submodule or a method that happens to have the name."""
+    """Return an attribute that is a number, string, flag or dictionary; None for a submodule or method of that name."""
     value = getattr(holder, attribute, None)
     if attribute in ROTARY and isinstance(value, nn.Module):
-        return True  # the module that turns queries and keys is there
+        return True  # the submodule that turns queries and keys
     return value if isinstance(value, (bool, int, float, str, dict)) else None

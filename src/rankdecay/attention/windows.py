@@ -1,4 +1,4 @@
-"""Reads where W_Q, W_K, W_V and W_O of one attention module lie, from the names and shapes of its parameters.
+"""Read where W_Q, W_K, W_V and W_O of one attention module lie, from the names and shapes of its parameters.
 
 * **Head size** is the query's height over the number of heads; how many key and value heads there are follows from the
   height of W_K. No model class is asked for.
@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from rankdecay.attention.layer import Role, Window
@@ -20,7 +21,7 @@ from rankdecay.attention.source import Shape, Source
 
 
 class Place(NamedTuple):
-    """Where one matrix is, and where its bias is."""
+    """Location of one matrix and of its bias."""
 
     parameter: str
     window: Window
@@ -29,7 +30,7 @@ class Place(NamedTuple):
 
 
 class Found(NamedTuple):
-    """An attention module, by the names of its parameters."""
+    """Attention module, with the locations of its matrices by role."""
 
     name: str
     places: dict[Role, Place]
@@ -43,10 +44,10 @@ class NotHandled(Exception):
 
 
 class ModuleReader:
-    """Reads one module as attention."""
+    """Reader of one module as attention."""
 
     def __init__(self, module: str, plain: Mapping[str, str], source: Source) -> None:
-        """Reads ``module`` of a source.
+        """Prepare to read a module.
 
         Args:
             module: its path.
@@ -56,7 +57,7 @@ class ModuleReader:
         self.module, self.plain, self.shapes, self.setting = module, plain, source.shapes, source.setting
 
     def parameter(self, child: str) -> str | None:
-        """The plain name of the weight called ``child``: a submodule's, or the parameter itself."""
+        """Return the plain name of the weight called ``child``: of a submodule, or the parameter itself."""
         path = self.module
         while child.startswith("../"):
             if not path:
@@ -87,6 +88,11 @@ class ModuleReader:
         return value if isinstance(value, int) and value > 0 else None
 
     def read(self, row: AttentionNames) -> Found:
+        """Locate the matrices of the module.
+
+        Raises:
+            NotHandled: If names, shapes and settings do not agree.
+        """
         parameters = {child: name for child in row.projections if (name := self.parameter(child))}
         output = next((name for child in row.outputs if (name := self.parameter(child))), None)
         self._check_shapes([*parameters.values(), *([output] if output else [])])
@@ -95,7 +101,13 @@ class ModuleReader:
         across = self.shape(output)[0 if transposed else 1] if output else None  # columns of W_O
 
         heads, head_dim = self._heads(row, height, across)
-        places = self._windows(row, parameters, height, heads, head_dim, transposed)
+        places: dict[Role, Place] = {}
+        for role, (child, window) in self._windows(row, height, heads, head_dim).items():
+            places[role] = self._place(parameters[child], replace(window, transposed=transposed))
+        if row.query == "q_proj_weight":
+            self._share_bias(places)
+        elif row.fused and not self.bias(parameters[row.fused]):
+            self._separate_biases(places)
         key_heads, value_dim = places["key"].window.num_heads, places["value"].window.head_dim
         if heads % key_heads:
             raise NotHandled(f"{heads} query heads are not a multiple of {key_heads} key heads")
@@ -105,12 +117,11 @@ class ModuleReader:
                     f"the output projection takes {across} columns, where {heads} heads of {value_dim} give "
                     f"{heads * value_dim}"
                 )
-            window = Window("columns", 0, across, across, value_dim, 1, transposed)
-            places["output"] = self._place(output, window)
+            places["output"] = self._place(output, Window("columns", 0, across, across, value_dim, 1, transposed))
         return Found(self.module, places, head_dim, self._rotary(head_dim), self._qk_norm())
 
     def _qk_norm(self) -> bool:
-        """Whether the module has a normalisation of its own for queries or keys."""
+        """Whether the module normalises queries or keys."""
         inside = self.module + "." if self.module else ""
         children = {name[len(inside) :].split(".")[0] for name in self.plain if name.startswith(inside)}
         flags = (self.setting(self.module, (flag,)) for flag in ("use_qk_norm", "qk_layernorm", "qk_norm"))
@@ -130,45 +141,33 @@ class ModuleReader:
         return Rotary(dims, kind in INTERLEAVED) if dims else None
 
     def _windows(
-        self,
-        row: AttentionNames,
-        parameters: dict[str, str],
-        height: dict[str, int],
-        heads: int,
-        head_dim: int,
-        transposed: bool,
-    ) -> dict[Role, Place]:
-        """Returns the places of query, key and value."""
+        self, row: AttentionNames, height: dict[str, int], heads: int, head_dim: int
+    ) -> dict[Role, tuple[str, Window]]:
+        """Return the projection and the window, if it is not transposed, of query, key and value."""
 
-        def whole(child: str, size: int) -> Place:
-            lines = height[child]
-            return self._place(parameters[child], Window("rows", 0, lines, lines, size, 1, transposed))
+        def whole(child: str, size: int) -> tuple[str, Window]:
+            return child, Window("rows", 0, height[child], height[child], size)
 
-        places: dict[Role, Place] = {}
         if row.query and row.key and row.value:
-            key_heads = self._divide(height[row.key], head_dim, f"the height of {row.key}", "the head size")
-            value_dim = self._divide(height[row.value], key_heads, f"the height of {row.value}", "the key heads")
-            places["query"] = whole(row.query, head_dim)
-            places["key"] = whole(row.key, head_dim)
-            places["value"] = whole(row.value, value_dim)
-            if row.query == "q_proj_weight":
-                self._share_bias(places)
-            return places
+            key_heads = _divide(height[row.key], head_dim, f"the height of {row.key}", "the head size")
+            value_dim = _divide(height[row.value], key_heads, f"the height of {row.value}", "the key heads")
+            return {
+                "query": whole(row.query, head_dim),
+                "key": whole(row.key, head_dim),
+                "value": whole(row.value, value_dim),
+            }
         assert row.fused
-        if row.query:
-            places["query"] = whole(row.query, head_dim)
-        for role, window in self._cut(row, height[row.fused], heads, head_dim, transposed).items():
-            places[role] = self._place(parameters[row.fused], window)
-        if not self.bias(parameters[row.fused]):
-            self._separate_biases(places)
-        return places
+        windows: dict[Role, tuple[str, Window]] = {"query": whole(row.query, head_dim)} if row.query else {}
+        for role, window in self._cut(row, height[row.fused], heads, head_dim).items():
+            windows[role] = (row.fused, window)
+        return windows
 
     def _place(self, name: str, window: Window) -> Place:
         bias = self.bias(name)
         return Place(self.plain[name], window, self.plain[bias] if bias else None, window if bias else None)
 
     def _share_bias(self, places: dict[Role, Place]) -> None:
-        """nn.MultiheadAttention keeps one bias, [q, k, v], also where the weights are separate."""
+        """Locate the biases of nn.MultiheadAttention: one vector [q, k, v], even if the weights are separate."""
         name = f"{self.module}.in_proj_bias" if self.module else "in_proj_bias"
         if name not in self.plain:
             return
@@ -178,7 +177,7 @@ class ModuleReader:
             places[role] = places[role]._replace(bias=self.plain[name], bias_window=window)
 
     def _separate_biases(self, places: dict[Role, Place]) -> None:
-        """Timm's BEiT and EVA add a q_bias and a v_bias of their own to a fused weight; a key has none."""
+        """Locate the q_bias and v_bias that timm's BEiT and EVA add to a fused weight; the key has no bias."""
         for role, place in list(places.items()):
             name = self.plain.get(f"{self.module}.{role[0]}_bias")
             if name and len(self.shapes[name]) == 1:
@@ -194,7 +193,7 @@ class ModuleReader:
                 raise NotHandled(f"{name} has shape {shape}, not that of a matrix")
 
     def _transposed(self, names: list[str]) -> bool:
-        """Whether the weights are stored (in, out): where the bias is as long as the second side only."""
+        """Whether the weights are stored (in, out): the bias is then as long as the second side only."""
         for name in names:
             bias = self.bias(name)
             if bias is None:
@@ -205,7 +204,7 @@ class ModuleReader:
         return False
 
     def _heads(self, row: AttentionNames, height: dict[str, int], across: int | None) -> tuple[int, int]:
-        """Returns the number of query heads and their size."""
+        """Return the number of query heads and their size."""
         heads = row.num_heads or self.number(NUM_HEADS)
         head_dim = row.head_dim or self.number(HEAD_DIM)
         if row.query:
@@ -214,7 +213,7 @@ class ModuleReader:
                 return heads, lines // heads
             if head_dim and lines % head_dim == 0:
                 return lines // head_dim, head_dim
-            raise self._no_heads(f"{row.query} has {lines} rows", heads, head_dim)
+            raise _no_heads(row.query, lines, heads, head_dim)
         assert row.fused
         lines = height[row.fused]
         if self.number(("key_dim", "val_dim", "value_dim")):
@@ -222,7 +221,7 @@ class ModuleReader:
         if heads is None and head_dim and across:
             heads = across // head_dim
         if heads is None:
-            raise self._no_heads(f"{row.fused} has {lines} rows", heads, head_dim)
+            raise _no_heads(row.fused, lines, heads, head_dim)
         key_heads = self.number(KEY_HEADS)
         candidates = [
             head_dim,
@@ -233,40 +232,41 @@ class ModuleReader:
         for size in candidates:
             if size and lines % size == 0 and (lines // size - heads) % 2 == 0 and lines // size > heads:
                 return heads, size
-        raise self._no_heads(f"{row.fused} has {lines} rows", heads, head_dim)
+        raise _no_heads(row.fused, lines, heads, head_dim)
 
-    @staticmethod
-    def _no_heads(what: str, heads: int | None, head_dim: int | None) -> NotHandled:
-        return NotHandled(
-            f"{what}, and {heads or 'an unknown number of'} heads of {head_dim or 'unknown'} size do not divide it; "
-            "pass num_heads=..."
-        )
-
-    @staticmethod
-    def _divide(lines: int, by: int, what: str, what_by: str) -> int:
-        if lines % by:
-            raise NotHandled(f"{what}, {lines}, is not a multiple of {what_by}, {by}")
-        return lines // by
-
-    def _cut(self, row: AttentionNames, lines: int, heads: int, head_dim: int, transposed: bool) -> dict[Role, Window]:
-        """Returns the windows of a fused parameter."""
+    def _cut(self, row: AttentionNames, lines: int, heads: int, head_dim: int) -> dict[Role, Window]:
+        """Return the windows of a fused parameter, if it is not transposed."""
+        height = f"the height of {row.fused}"
         if row.order == "kv":
-            key_heads = self._divide(lines, 2 * head_dim, f"the height of {row.fused}", "two heads")
-            sizes: list[tuple[Role, int]] = [("key", key_heads), ("value", key_heads)]
+            key_heads = _divide(lines, 2 * head_dim, height, "two heads")
         else:
-            key_heads = (self._divide(lines, head_dim, f"the height of {row.fused}", "the head size") - heads) // 2
-            amounts: dict[str, tuple[Role, int]] = {
-                "q": ("query", heads), "k": ("key", key_heads), "v": ("value", key_heads)
-            }  # fmt: skip
-            sizes = [amounts[letter] for letter in row.order]
+            key_heads = (_divide(lines, head_dim, height, "the head size") - heads) // 2
+        amounts: dict[str, tuple[Role, int]] = {
+            "q": ("query", heads),
+            "k": ("key", key_heads),
+            "v": ("value", key_heads),
+        }
+        sizes = [amounts[letter] for letter in row.order]
         groups = key_heads if row.layout == "interleaved" else row.blocks
         if any(amount % groups for _, amount in sizes):
             raise NotHandled(f"{heads} query and {key_heads} key heads do not fall into {groups} equal groups")
-        size = lines // groups
         windows: dict[Role, Window] = {}
         start = 0
         for role, amount in sizes:
             stop = start + amount // groups * head_dim
-            windows[role] = Window("rows", start, stop, size, head_dim, groups, transposed)
+            windows[role] = Window("rows", start, stop, lines // groups, head_dim, groups)
             start = stop
         return windows
+
+
+def _no_heads(child: str, lines: int, heads: int | None, head_dim: int | None) -> NotHandled:
+    return NotHandled(
+        f"{child} has {lines} rows, and {heads or 'an unknown number of'} heads of {head_dim or 'unknown'} size do not "
+        "divide it; pass num_heads=..."
+    )
+
+
+def _divide(lines: int, by: int, what: str, what_by: str) -> int:
+    if lines % by:
+        raise NotHandled(f"{what}, {lines}, is not a multiple of {what_by}, {by}")
+    return lines // by

@@ -1,4 +1,4 @@
-r"""What L2 and low-rank decay do to each parameter: which of the loss's scale symmetries it has, from one gradient.
+r"""Audit of what L2 and low-rank decay do to each parameter, from the scale symmetries that one gradient shows.
 
 If a loss does not change when W becomes cW, then :math:`\langle\nabla_W L, W\rangle = 0` (Euler). If it does not
 change when A becomes cA and B becomes B/c, then :math:`\langle\nabla_A L, A\rangle = \langle\nabla_B L, B\rangle`.
@@ -59,7 +59,7 @@ def audit(
     tolerance: float | None = None,
     names: AttentionNames | None = None,
 ) -> AuditReport:
-    """Says for every parameter, and every head, what L2 and low-rank decay do to it.
+    """Report for every parameter, and every head, what L2 and low-rank decay do to it.
 
     One backward pass, by ``torch.autograd.grad``: no ``.grad`` is written and no hook of an optimizer runs. The model
     should be in eval mode, or at least without dropout, if ``confirm`` is set.
@@ -113,7 +113,7 @@ def audit(
 
 
 def _gradients(model: nn.Module, loss: Callable[[], Tensor] | Tensor) -> dict[nn.Parameter, Tensor]:
-    """The gradient of every parameter that has one."""
+    """Return the gradient of every parameter that the loss depends on."""
     given = isinstance(loss, Tensor)
     if not given and not callable(loss):
         raise TypeError(f"loss must be a function of no arguments or a tensor, got {type(loss).__name__}.")

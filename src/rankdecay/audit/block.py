@@ -14,7 +14,7 @@ from rankdecay.linalg.backend import double
 
 
 class Block(NamedTuple):
-    """A parameter, or a window on one, cut into heads."""
+    """Parameter, or a window on one, that can be cut into heads."""
 
     name: str
     parameter: nn.Parameter
@@ -22,15 +22,15 @@ class Block(NamedTuple):
     window: Window = WHOLE
 
     def cut(self, value: Tensor) -> Tensor:
-        """Returns (heads, …) of the parameter or its gradient, detached; (1, …) of a whole parameter."""
+        """Return (heads, …) of the parameter or its gradient, detached; (1, …) of a whole parameter."""
         return self._upright.heads(self._lines(value.detach()))
 
     def whole(self, value: Tensor) -> Tensor:
-        """Returns the same, not cut."""
+        """Return the same, not cut."""
         return self._upright.matrix(self._lines(value.detach()))
 
     def scale(self, factors: Tensor) -> None:
-        """Multiplies each head by its factor, in place."""
+        """Multiply each head by its factor, in place."""
         value = self.cut(self.parameter)
         value = value * factors.to(value).reshape(-1, *[1] * (value.ndim - 1))
         self._upright.write(self._lines(self.parameter), value)
@@ -49,27 +49,28 @@ class Block(NamedTuple):
 
 
 def column(value: Tensor) -> Tensor:
-    """A bias as a matrix of one column, a view."""
+    """View a bias as a matrix of one column."""
     return value if value.ndim > 1 else value[:, None]
 
 
 def size(g: Tensor, w: Tensor) -> float:
+    """Return ‖g‖‖w‖, the largest that the sum of g·w can be."""
     return float(double(g).norm() * double(w).norm())
 
 
 class Terms(NamedTuple):
-    """Σ g·w and Σ (g·w)², per head."""
+    """Sums Σ g·w and Σ (g·w)², per head."""
 
     total: Tensor
     square: Tensor
 
     def grouped(self, groups: int) -> Terms:
-        """Summed within each of ``groups`` runs of heads."""
+        """Sum within each of ``groups`` runs of heads."""
         return Terms(*(value.unflatten(0, (groups, -1)).sum(1) for value in self))
 
     @staticmethod
     def of(blocks: list[Block]) -> Terms:
-        """Summed over blocks with the same heads; a block without a gradient adds nothing."""
+        """Sum over blocks with the same heads; a block without a gradient adds nothing."""
         terms = [
             (double(block.cut(block.gradient)) * double(block.cut(block.parameter))).flatten(1)
             for block in blocks
@@ -79,6 +80,6 @@ class Terms(NamedTuple):
 
 
 def cancels(terms: Terms) -> float:
-    """Root mean square of the totals, over what it would be if nothing cancelled."""
+    """Return the root mean square of the totals over what it would be if nothing cancelled: 0 if all terms cancel."""
     square = float(terms.square.sum())
     return math.sqrt(float(terms.total.square().sum()) / square) if square > 0 else math.inf

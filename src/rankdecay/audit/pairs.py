@@ -1,4 +1,4 @@
-"""Multiplicative pairs: two parts of which the loss sees only the product."""
+"""Multiplicative pairs: two parts that enter the loss only as their product."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ EFFECT = {
 
 @dataclass(eq=False)
 class Pair:
-    """Two parts of which, perhaps, only the product counts: in every head, or every hidden unit."""
+    """Candidate pair: two parts that may enter the loss only as their product, in every head or hidden unit."""
 
     first: Part
     second: Part
     effect: str
-    sides: tuple[list[Block], list[Block]]  # what scales, cut into units; one side may have several in each
+    sides: tuple[list[Block], list[Block]]  # blocks that scale, cut into units; a side may have several heads in one
 
     def judge(self, trial: Trial | None) -> None:
-        """Makes the parts a pair if the equation holds, and a rescaling does not contradict it."""
+        """Make the parts a pair if the equation holds, and a rescaling does not contradict it."""
         terms = [Terms.of(side) for side in self.sides]
         units = min(len(side.total) for side in terms)
         first, second = (side.grouped(units) for side in terms)
@@ -56,7 +56,7 @@ class Pair:
 
 
 def pairs(found: list[Found], parts: list[Part]) -> Iterator[Pair]:
-    """What may be a pair: by attention's structure, and by the shapes of matrices side by side in one module."""
+    """Return candidate pairs: by the structure of attention, and by the shapes of matrices side by side in a module."""
     known = {(part.matrix.name, part.part): part for part in parts}
     for layer in found:
         query, key, value, output = (
@@ -77,7 +77,7 @@ def pairs(found: list[Found], parts: list[Part]) -> Iterator[Pair]:
     for part in parts:
         if not part.part and part.matrix.parameter.ndim == 2 and part.role in ("mlp", "other"):
             module = part.matrix.name.rpartition(".")[0]
-            adapter = re.sub(r"lora_[AB]\.(.*)", r"lora.\1.", module)  # A and B in dictionaries of their own
+            adapter = re.sub(r"lora_[AB]\.(.*)", r"lora.\1.", module)  # A and B are in two dictionaries
             siblings.setdefault(adapter.rpartition(".")[0], []).append(part)
     for module, members in siblings.items():
         for first in members:

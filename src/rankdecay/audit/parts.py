@@ -1,4 +1,4 @@
-"""The parts of a model that can have a scale symmetry, and whether each is scale-invariant."""
+"""Parts of a model that can have a scale symmetry, and whether each is scale-invariant."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NORM_EPS = 1e-3
 
 
 def unmeasurable(block: Block, largest: float) -> str:
-    """Why nothing can be said of a block, or nothing; ``largest`` is the largest ‖g‖‖W‖ of the model's parameters."""
+    """Return why a block has no measurable symmetry, or ``""``; ``largest`` is the largest ‖g‖‖W‖ in the model."""
     if not block.parameter.requires_grad:
         return "frozen: not trained, and so not decayed"
     if block.gradient is None:
@@ -40,7 +40,7 @@ def unmeasurable(block: Block, largest: float) -> str:
 
 @dataclass(eq=False)
 class Part:
-    """A matrix with its bias, or another parameter, and what is found out about it."""
+    """Matrix with its bias, or another parameter, and the symmetries found."""
 
     matrix: Block
     role: str
@@ -48,7 +48,7 @@ class Part:
     part: str = ""
     bias: Block | None = None
     tolerance: float = NORM_EPS
-    reason: str = ""  # why nothing can be said
+    reason: str = ""  # why no symmetry can be measured
     invariant: bool = False  # as a whole
     by_head: bool = False  # and head by head
     confirmed: bool | None = None
@@ -56,16 +56,16 @@ class Part:
 
     @property
     def scaled(self) -> list[Block]:
-        """What scales together, head by head: not W_O's bias, which has no heads."""
+        """Blocks that scale together, head by head: without the bias of W_O, which has no heads."""
         return [self.matrix] if self.bias is None or self.part == "output" else [self.matrix, self.bias]
 
     @property
     def together(self) -> list[Block]:
-        """The matrix and its bias."""
+        """Matrix and its bias."""
         return [self.matrix] if self.bias is None else [self.matrix, self.bias]
 
     def terms(self) -> Terms:
-        """Of everything together, as one head; of what has a gradient."""
+        """Return the sums over matrix and bias as one head, of those with a gradient."""
         sums = [Terms.of([block]).grouped(1) for block in self.together if block.gradient is not None]
         return Terms(*(torch.stack(values).sum(0) for values in zip(*sums, strict=True)))
 
@@ -76,24 +76,24 @@ class Part:
         return self.bias is not None and self.bias.parameter.numel() == columns != rows
 
     def find_invariance(self, trial: Trial | None) -> None:
-        """Sets whether each head can be rescaled, or else the whole."""
+        """Test whether the loss is invariant to rescaling each head, or else the whole."""
         levels = [(self.scaled, Terms.of(self.scaled))]
         if self.part:
             levels.append((self.together, self.terms()))
         for i, (blocks, sums) in enumerate(levels):
             if cancels(sums) > self.tolerance:
                 continue
-            said = None
+            unchanged = None
             if trial is not None:
                 factors = [alternating(b.heads) if i == 0 else torch.full((b.heads,), RESCALING) for b in blocks]
                 typical = math.log(RESCALING) * math.sqrt(float(sums.square.sum()))
-                said = trial.unchanged(list(zip(blocks, factors, strict=True)), typical, self.tolerance)
-            if said is not False:
-                self.by_head, self.invariant, self.confirmed = i == 0, True, said
+                unchanged = trial.unchanged(list(zip(blocks, factors, strict=True)), typical, self.tolerance)
+            if unchanged is not False:
+                self.by_head, self.invariant, self.confirmed = i == 0, True, unchanged
                 return
 
     def rows(self, largest: float) -> Iterator[AuditRow]:
-        """The whole, its heads if it is attention's, and its bias."""
+        """Return rows for the whole, for the heads of an attention matrix, and for the bias."""
         by_head = None if self.matrix.gradient is None else Terms.of(self.scaled)
         for head in [None, *(range(self.matrix.heads) if self.part else ())]:
             kind = self._kind(self.invariant if head is None else self.by_head)
@@ -170,7 +170,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Partner:
-    """The other side of a pair, and what is known of the pair.
+    """Other side of a pair, and the evidence for the pair.
 
     Attributes:
         part: the other side.
@@ -191,7 +191,7 @@ class Partner:
         return any(block.parameter is scaled.parameter for scaled in self.scaled)
 
     def name(self, heads: int, head: int | None) -> str:
-        """The other side's name, with its heads that belong to ``head`` of ``heads``; without them if that is None."""
+        """Return the name of the other side, with the heads that pair with ``head`` of ``heads`` unless it is None."""
         name = f"{self.part.matrix.name} {self.part.part}".strip()
         if head is None:
             return name
@@ -203,7 +203,7 @@ class Partner:
 
 
 def _low_rank_share(w: Tensor) -> Share | None:
-    """Shares of U Vᵀ along W and across it: cos² = (Σσ)² / (‖W‖² · rank). A stack of matrices counts as one."""
+    """Return the shares of U Vᵀ along W and across it: cos² = (Σσ)² / (‖W‖² · rank). A stack counts as one."""
     if w.ndim not in (2, 3) or not w.any():
         return None
     s = spectrum(w)
@@ -214,7 +214,7 @@ def _low_rank_share(w: Tensor) -> Share | None:
 def parts(
     model: nn.Module, found: list[Found], gradients: dict[nn.Parameter, Tensor], names: AttentionNames | None
 ) -> list[Part]:
-    """Every parameter once, in order: attention's matrices one by one, a bias with its weight."""
+    """Return every parameter once, in order: attention's matrices one by one, a bias with its weight."""
     parameters = named_parameters(model)
 
     def block(name: str, window: Window = WHOLE) -> Block:
@@ -226,16 +226,16 @@ def parts(
     for entry in assign_roles(model, names)[0]:
         roles = {known.why: known.role for known in entry.blocks}
         first = entry.blocks[0]
-        own = [(place, role) for (name, role), place in places.items() if name in entry.names]
-        for place, role in own:
+        located = [(place, role) for (name, role), place in places.items() if name in entry.names]
+        for place, role in located:
             window = place.bias_window if role != "output" else None
             bias = block(place.bias, window or WHOLE) if place.bias else None
             parts.append(Part(block(place.parameter, place.window), roles.get(role, first.role), role, role, bias))
-        if own or entry.parameter in biases:
+        if located or entry.parameter in biases:
             continue
         name = entry.names[0]
         module, _, leaf = name.rpartition(".")
-        weight, bias = (f"{module}.{own}".lstrip(".") for own in ("weight", "bias"))
+        weight, bias = (f"{module}.{leaf}".lstrip(".") for leaf in ("weight", "bias"))
         if leaf == "bias" and weight in parameters:
             continue  # with its weight
         has_bias = leaf == "weight" and bias in parameters

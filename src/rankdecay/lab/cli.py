@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +19,13 @@ from typing import Any
 
 import tyro
 
+from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError, check_name
 
 #: The settings class of every experiment, in its module of `lab.experiments`, beside `run` and `print_summary`.
 EXPERIMENTS = {
     "grok": "grok.experiment:Grok",
     "boundary": "boundary.experiment:Boundary",
-    "factor": "factor.experiment:Factor",
     "margin": "margin.experiment:Margin",
     "recall": "attention.recall:Recall",
     "language": "attention.language:Language",
@@ -89,14 +90,19 @@ def parse(arguments: Sequence[str]) -> Any:
     name, options = arguments[0], list(arguments[1:])
     if name == "report":
         return tyro.cli(Report, args=options, prog="rankdecay report", config=CONFIG)
+    if name not in EXPERIMENTS:
+        presets = experiment.presets(name)
+        first = next(iter(presets.values()))
+        default = _preset(presets, options) or first
+        return tyro.cli(type(first), args=options, prog=f"rankdecay {name}", default=default, config=CONFIG)
     module = _module(name)
     settings_class, presets = getattr(module, EXPERIMENTS[name].partition(":")[2]), getattr(module, "PRESETS", {})
     default = _preset(presets, options) or next(iter(presets.values()), settings_class())
     return tyro.cli(settings_class, args=options, prog=f"rankdecay {name}", default=default, config=CONFIG)
 
 
-def _module(experiment: str) -> ModuleType:
-    return import_module(f"rankdecay.lab.experiments.{EXPERIMENTS[experiment].partition(':')[0]}")
+def _module(name: str) -> ModuleType:
+    return import_module(f"rankdecay.lab.experiments.{EXPERIMENTS[name].partition(':')[0]}")
 
 
 def _preset(presets: Mapping[str, Any], options: Sequence[str]) -> Any:
@@ -116,19 +122,24 @@ def _experiment(name: str, settings: Any, command: str) -> None:
     from rankdecay.lab.machine import respect_cpu_quota
 
     respect_cpu_quota()
-    experiment = _module(name)
-    summary = experiment.run(settings, command)
+    if name not in EXPERIMENTS:
+        found = experiment.load(name)
+        summary = experiment.run(found, settings, command)
+        show = partial(experiment.print_summary, found)
+    else:
+        module = _module(name)
+        summary, show = module.run(settings, command), module.print_summary
     if not summary:  # a process of torchrun that does not write
         return
     if settings.json:
         print(json.dumps(summary))
     elif not settings.quiet:
-        experiment.print_summary(summary)
+        show(summary)
         print(f"\n{settings.out / 'report.html'}  is the page to open; {settings.out / 'summary.json'} has the figures")
 
 
 def _report(settings: Report) -> None:
-    from rankdecay.lab.report import draw_figure, is_sweep, write_merged_report, write_report
+    from rankdecay.lab.report.legacy import draw_figure, is_sweep, write_merged_report, write_report
 
     directories = list(settings.directories)
     if not directories:

@@ -10,5 +10,5 @@ class SettingError(ValueError):
 
 
 def check_name(option: str, value: str, known: Iterable[str]) -> str:
-    """Returns ``value`` if it is a known name; else raises a `SettingError` that offers the nearest one."""
+    """Return ``value`` if it is a known name; else raise a `SettingError` that offers the nearest one."""
     return checks.check_name(option, value, known, SettingError)

@@ -1,140 +1,428 @@
-"""What every experiment checks, records and ends with in the same way.
+"""The skeleton of every experiment: what one is made of, how it is found, and how it is run.
 
-Importing this module imports neither torch nor numpy: the command line reads the experiments for ``--help``.
+An experiment is a folder of `lab/experiments`: ``settings.py`` has its options and imports no torch, ``experiment.py``
+says in an `Experiment` what is trained and how it is shown. `run` trains what the run directory does not hold yet,
+writes the summary and the page. Another package adds one by an entry point of the group ``rankdecay.experiments``.
+
+Importing this module imports neither torch nor numpy: the command line reads it for ``--help``.
 """
 
+from __future__ import annotations
+
+import contextlib
 import dataclasses
-import math
+import pkgutil
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.precision import described
+from rankdecay.lab.report.chart import Axis, Chart, Choice, Line
+from rankdecay.lab.report.section import Html, Section
+from rankdecay.lab.report.style import ArmStyle, arm_styles
+from rankdecay.lab.report.table import Column
+from rankdecay.lab.report.words import Check, Facts
+from rankdecay.lab.settings import Record, Settings, identity
 
 if TYPE_CHECKING:
-    import numpy as np
-    from rich.console import Console
-
-    from rankdecay.lab.precision import Choice
+    from rankdecay.lab.precision import Products
+    from rankdecay.lab.progress import Screen
     from rankdecay.lab.store import RunDirectory
+    from rankdecay.lab.stored import StoredRun
 
-Record = dict[str, Any]
-Preset = Literal["default", "standard"]
-NOT_IDENTITY = ("preset", "out", "device", "compile", "quiet", "json")  # do not change what a run computes
-
-
-def option(name: str) -> str:
-    """A setting as the user writes it."""
-    return f"--{name.replace('_', '-')}"
-
-
-def check_counts(settings: Any, *names: str) -> None:
-    """Raises a `SettingError` unless the named settings are at least 1."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise SettingError(f"{option(name)} {getattr(settings, name)} is too small: give at least 1")
-
-
-def check_numbers(settings: Any, *names: str, zero: bool = False) -> None:
-    """Raises a `SettingError` unless the named settings are finite and > 0; ``zero`` is allowed where it means none."""
-    for name in names:
-        value = getattr(settings, name)
-        if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
-            need = ">= 0; 0 switches it off" if zero else "> 0"
-            raise SettingError(f"{option(name)} {value} must be a finite number {need}")
-
-
-def check_threshold(threshold: float) -> None:
-    """Raises a `SettingError` unless ``--threshold`` is an accuracy."""
-    if not 0 < threshold <= 1:
-        raise SettingError(f"--threshold {threshold} must be an accuracy in (0, 1]: for example 0.95")
+__all__ = [
+    "Arm",
+    "Axis",
+    "Chart",
+    "Check",
+    "Choice",
+    "Column",
+    "Experiment",
+    "Facts",
+    "Html",
+    "Job",
+    "Line",
+    "Section",
+    "Work",
+    "draw_figure",
+    "load",
+    "names",
+    "presets",
+    "print_summary",
+    "run",
+    "write_merged_report",
+    "write_report",
+]
+ENTRY_POINTS = "rankdecay.experiments"  # the group by which another package registers the folder of an experiment
+FIGURE_PANELS = 3  # of a figure that an experiment does not arrange itself
+S = TypeVar("S", bound=Settings)
 
 
-def check_width(width: int, heads: int, example: int) -> None:
-    """Raises a `SettingError` unless ``--width`` can be split into the heads."""
-    if width < heads or width % heads:
-        raise SettingError(f"--width {width} must be a multiple of the {heads} heads: for example {example}")
+# --- what an experiment is made of ---
 
 
-def check_evaluations(settings: Any) -> None:
-    """Raises a `SettingError` unless the last of ``--steps`` is evaluated."""
-    steps, every = settings.steps, settings.evaluate_every
-    if steps % every:
-        raise SettingError(
-            f"--steps {steps} is no multiple of --evaluate-every {every}: "
-            f"give for example --steps {max(1, steps // every) * every}"
+@dataclass(frozen=True)
+class Arm:
+    """One of the alternatives that an experiment compares: how to decay, to parametrise, to train.
+
+    Attributes:
+        name: in ``--arms``, in every row and in the summary.
+        description: what it is, in a sentence.
+        how: what the experiment does under it: a dataclass of its own, whose fields are stored with the arm.
+        strengths: of its decay, where they are an axis of the grid.
+        control: what it rules out, in a sentence, if it is there as a control.
+    """
+
+    name: str
+    description: str
+    how: Any = None
+    strengths: tuple[float, ...] = ()
+    control: str = ""
+
+    def record(self) -> Record:
+        """The arm as ``config.json`` holds it."""
+        how = dataclasses.asdict(self.how) if dataclasses.is_dataclass(self.how) else {}  # type: ignore[arg-type]
+        more = {"strengths": self.strengths} if self.strengths else {}
+        return {"name": self.name, "description": self.description, **more, **how} | (
+            {"control": self.control} if self.control else {}
         )
 
 
-def given_strengths(
-    texts: Sequence[str], arms: Collection[str], example: str, preset: Collection[str] = ()
-) -> dict[str, tuple[float, ...]]:
-    """The strengths of ``--strengths``, ascending, by arm.
+@dataclass(frozen=True)
+class Job:
+    """One run of an experiment.
 
-    Args:
-        texts: each like ``"l2=1,3,10"``.
-        arms: those that were chosen.
-        example: numbers to offer where some cannot be read.
-        preset: texts that nobody typed, which do not count for arms that were not chosen.
+    Attributes:
+        key: names and values that no other job shares; they stand in every row of it.
+        how: what is trained: whatever the experiment's ``train`` takes.
+    """
+
+    key: Record
+    how: Any = None
+
+
+@dataclass
+class Work(Generic[S]):
+    """What `Experiment.train` is given.
+
+    Attributes:
+        settings: checked, filled in, with the precision resolved.
+        device: where to compute.
+        arms: those asked for.
+        data: what `Experiment.data` made.
+        screen: what a person sees meanwhile; ``screen.notice`` tells something.
+        writes: whether this process writes; of ``torchrun`` the first alone does.
+        directory: of the run; None in a process that does not write.
+        rows: those the directory holds.
+        jobs: those it does not hold yet.
+        seconds: spent before an interruption and now; None for the time of this call.
+        found: anything `Experiment.summarise` needs beside the rows.
+    """
+
+    settings: S
+    device: str
+    arms: Sequence[Arm]
+    data: Any
+    screen: Screen
+    writes: bool = True
+    directory: RunDirectory | None = None
+    rows: list[Record] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    seconds: float | None = None
+    found: Record = field(default_factory=dict)
+
+    @property
+    def run_directory(self) -> RunDirectory:
+        """The directory, in the process that writes."""
+        assert self.directory is not None
+        return self.directory
+
+
+def _alone() -> Any:
+    """The one process of an experiment that shares nothing; `lab.session.distributed` has the same two functions."""
+
+    @contextlib.contextmanager
+    def joined(device: str) -> Iterator[tuple[str, bool]]:
+        yield device, True
+
+    return SimpleNamespace(joined=joined, share=lambda value: value)
+
+
+def _plain_screen(work: Work[Any], title: str, options: Mapping[str, Any]) -> Screen:
+    from rankdecay.lab.progress import Screen
+
+    return Screen(**options)
+
+
+@dataclass(frozen=True)
+class Experiment(Generic[S]):
+    """An experiment as data: `run` and the pages know nothing else of it.
+
+    Attributes:
+        name: the command.
+        question: what it answers, in a sentence.
+        presets: settings by the name of the preset; the first are the defaults.
+        check: returns the settings filled in; raises a `SettingError` for those that cannot work.
+        arms: those that the settings ask for.
+        train: trains the jobs of a `Work` and yields rows, which `run` stores as they come. One that stores rows by
+            itself, in step with a checkpoint, yields none.
+        summarise: the figures of the summary, ``arms`` among them, from the work and all rows.
+        columns: of the table of ``arms``, in the terminal and on the page.
+        headline: the main result, in a sentence.
+        checks: what else the run shows.
+        jobs: every run of the grid; `run` leaves out those that the directory holds.
+        data: made once before anything is written: data sets, a corpus.
+        title: what is running, for the screen; after it come the steps and the device.
+        screen: what a person sees meanwhile.
+        minutes: that the default may take on the slowest machine that counts.
+        shorter: the options that shorten it, as a user types them.
+        resumable: whether an interrupted run continues; one of seconds begins anew.
+        grid: the settings that are axes which may grow: a directory takes in what a larger grid adds.
+        not_identity: settings that do not change what a row says, beside those of every experiment.
+        fingerprint: of the data, where the settings do not say what is learnt.
+        narrow: the choice of ``--precision`` that multiplies in bfloat16; none where there is no such option.
+        products: the largest products, to be timed where the machine decides the precision.
+        needs_float64: whether it computes in float64 on the device.
+        processes: joins and shares, see `lab.session.distributed`.
+        aliases: older names of arms, in ``--arms`` and in stored rows.
+        brief: the rows of the terminal's table, from those of the summary, where the page's are too many.
+        note: what the figures of the table are, in words.
+        check_row: of a line of ``metrics.jsonl``, see `lab.stored.read_rows`.
+        so_far: the summary of a run that is not complete, from its rows.
+        merged: reads several directories as one; None where that has no meaning.
+        sections: of the page, with their charts.
+        figure: draws the figure for a paper; by default the first charts of the page, side by side.
+        styles: how its arms are drawn and called, where `lab.report.style` does not know them.
+        files: what is in the run directory, by name.
+        again: what repeating the command gives.
+    """
+
+    name: str
+    question: str
+    presets: Mapping[str, S]
+    check: Callable[[S], S]
+    arms: Callable[[S], Sequence[Arm]]
+    train: Callable[[Work[S]], Iterable[Record]]
+    summarise: Callable[[Work[S], list[Record]], Record]
+    columns: Sequence[Column]
+    headline: Callable[[Facts], str]
+    checks: Sequence[Check] = ()
+    jobs: Callable[[Work[S]], Sequence[Job]] = lambda work: [Job({"arm": arm.name}, arm) for arm in work.arms]
+    data: Callable[[S], Any] = lambda settings: None
+    title: Callable[[Work[S]], str] = lambda work: f"{len(work.arms)} arms"
+    screen: Callable[[Work[S], str, Mapping[str, Any]], Screen] = _plain_screen
+    minutes: float = 15
+    shorter: str = "fewer --seeds or --arms"
+    resumable: bool = True
+    grid: tuple[str, ...] = ()
+    not_identity: tuple[str, ...] = ()
+    fingerprint: Callable[[Any], Record] = lambda data: {}
+    narrow: str = ""
+    products: Callable[[Work[S]], Products | None] = lambda work: None
+    needs_float64: bool = True
+    processes: Callable[[], Any] = _alone
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    brief: Callable[[Sequence[Record]], Sequence[Record]] = lambda rows: rows
+    note: Callable[[Facts], str] = lambda facts: ""
+    check_row: Callable[[Record], Record] = lambda row: row
+    so_far: Callable[[StoredRun], Record | None] = lambda stored: None
+    merged: Callable[[Sequence[Path]], StoredRun] | None = None
+    sections: Callable[[StoredRun], Sequence[Section]] = lambda stored: ()
+    figure: Callable[[StoredRun, Path], Path] | None = None
+    styles: Mapping[str, ArmStyle] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    again: str = "The same version gives the same digits up to rounding, on any machine."
+
+
+# --- how one is found ---
+
+
+@cache
+def _folders() -> dict[str, str]:
+    """The package of every experiment by its name: folders of `lab/experiments`, and those of other packages."""
+    from rankdecay.lab import experiments
+
+    found = {}
+    for folder in pkgutil.walk_packages(experiments.__path__, f"{experiments.__name__}."):
+        if folder.ispkg and (Path(import_module(folder.name).__path__[0]) / "settings.py").exists():
+            found[folder.name.rpartition(".")[2]] = folder.name
+    return found | {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+
+
+def names() -> list[str]:
+    """The commands of all experiments, in the order of `lab.experiments.ORDER`, then those of other packages."""
+    from rankdecay.lab.experiments import ORDER
+
+    return sorted(_folders(), key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+
+
+def presets(name: str) -> Mapping[str, Settings]:
+    """The presets of an experiment, without importing torch."""
+    return import_module(f"{_folders()[name]}.settings").PRESETS
+
+
+def load(name: str) -> Experiment[Any]:
+    """An experiment by its name.
 
     Raises:
-        SettingError: for an arm that was not chosen, or what is no list of numbers.
+        SettingError: for a name that nothing is registered by.
     """
-    found = {}
-    for text in texts:
-        name, _, values = text.partition("=")
-        if text in preset and name not in arms:
-            continue
-        check_name("--strengths", name, arms)
-        try:
-            found[name] = tuple(sorted({float(value) for value in values.split(",")}))
-        except ValueError:
-            raise SettingError(f"--strengths {text} is no list of numbers: give {name}={example}") from None
-    return found
+    check_name("command", name, _folders())
+    return import_module(f"{_folders()[name]}.experiment").EXPERIMENT
 
 
-def print_precision(console: "Console", summary: Record) -> None:
-    """The precision of a finished run, and why it was chosen, below its table."""
-    if "precision" in summary:
-        console.print(f"\nprecision {described(summary)}", markup=False)
+# --- how one is run ---
 
 
-def check_seeds(settings: Any) -> None:
-    """Raises a `SettingError` unless ``--first-seed`` is the number of a seed."""
-    if settings.first_seed < 0:
-        raise SettingError(f"--first-seed {settings.first_seed} is negative: give 0 or more")
+def run(experiment: Experiment[S], settings: S, command: str) -> Record:
+    """Runs an experiment, or what is missing of it, and returns its summary.
+
+    Args:
+        experiment: which.
+        settings: what to run.
+        command: how to repeat it, for the report.
+
+    Returns:
+        The summary; an empty one in a process of ``torchrun`` that does not write.
+
+    Raises:
+        SettingError: if the settings, the data or the output directory cannot work, or training cannot go on.
+    """
+    from rankdecay.lab import precision
+    from rankdecay.lab.machine import resolve_device
+    from rankdecay.lab.progress import Promise, Screen
+
+    settings = experiment.check(settings)
+    processes = experiment.processes()
+    device = resolve_device(settings.device, needs_float64=experiment.needs_float64)
+    with processes.joined(device) as (device, writes):
+        promise = Promise(experiment.minutes, experiment.shorter)
+        quiet = settings.quiet or not writes
+        options = {"quiet": quiet, "to_stderr": settings.json, "promise": promise}
+        work = Work(settings, device, experiment.arms(settings), experiment.data(settings), Screen(**options), writes)
+        work.screen = experiment.screen(work, f"{experiment.title(work)} · {device}", options)
+        choice = None
+        if experiment.narrow:
+            products, notice = experiment.products(work), work.screen.notice
+            resolved = (
+                precision.resolve(
+                    settings, experiment.name, device, notice, narrow=experiment.narrow, products=products
+                )
+                if writes
+                else None
+            )
+            work.settings, choice = processes.share(resolved)
+        if writes:
+            return _run(experiment, work, command, choice, processes.share)
+        if processes.share(None):
+            for _ in experiment.train(work):
+                pass
+        return {}
 
 
-def seeds(settings: Any) -> range:
-    """The seeds of ``--seeds`` and ``--first-seed``."""
-    return range(settings.first_seed, settings.first_seed + settings.seeds)
+def _run(
+    experiment: Experiment[S],
+    work: Work[S],
+    command: str,
+    choice: Any,
+    share: Callable[[Any], Any],
+) -> Record:
+    """`run` in the process that writes."""
+    from rankdecay.lab import precision
+    from rankdecay.lab.store import GROWING, IDENTITY, RunDirectory
+
+    settings, notice = work.settings, work.screen.notice
+    asked = identity(settings, experiment.not_identity) | experiment.fingerprint(work.data)
+    config = configuration(experiment.name, asked, work.arms, work.device, command, choice)
+    if experiment.grid:
+        fixed = {name: value for name, value in asked.items() if name not in experiment.grid}
+        config |= {"fixed": fixed}
+    with RunDirectory.open(settings.out, config, notice, GROWING if experiment.grid else IDENTITY) as directory:
+        work.directory = directory
+        if directory.summary is not None and not experiment.grid:
+            share(False)
+            return _shown(experiment, work)
+        share(True)
+        work.rows = [renamed(row, experiment.aliases) for row in directory.drop_damaged_line()]
+        jobs = experiment.jobs(work)
+        done = {tuple(row.get(name) for name in jobs[0].key) for row in work.rows} if jobs else set()
+        work.jobs = [job for job in jobs if tuple(job.key.values()) not in done]
+        if experiment.grid and work.jobs:
+            if directory.summary is not None and choice is not None:  # complete until now, when nothing was computed
+                precision.warn_if_slow(choice, settings.out, work.device, notice, experiment.products(work))
+            directory.save_config(_with_stored_arms(directory.config, config))
+        begun = time.monotonic()
+        _train(experiment, work)
+        if directory.summary is not None:  # nothing was added
+            return _shown(experiment, work)
+        seconds = time.monotonic() - begun if work.seconds is None else work.seconds
+        summary = {
+            "command": experiment.name,
+            "settings": asked,
+            **experiment.summarise(work, directory.metrics()),
+            "wall_seconds": seconds,
+        }
+        if choice is not None:
+            summary["precision"] = directory.config["precision"]
+        directory.finish(summary)
+        write_report(directory.path)
+        return summary
 
 
-def number(value: float | None, form: str) -> str:
-    """A figure in a table, or a dash for one that is not known."""
-    return "—" if value is None or not math.isfinite(value) else format(value, form)
+def _train(experiment: Experiment[S], work: Work[S]) -> None:
+    """Trains and stores the rows: as they come, or in one piece where an interrupted run begins anew."""
+    directory = work.run_directory
+    if experiment.resumable:
+        for row in experiment.train(work):
+            if directory.summary is not None:
+                directory.reopen()
+            directory.append([row])
+        return
+    directory.resume()  # an interrupted run may have left lines
+    try:
+        directory.append(list(experiment.train(work)))
+    except SettingError:
+        (directory.path / "config.json").unlink()  # nothing was found: leave the directory to other settings
+        raise
 
 
-def identity(settings: Any, without: Collection[str] = ()) -> Record:
-    """The settings that decide what a run computes: all but `NOT_IDENTITY` and ``without``."""
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY and k not in without}
+def _shown(experiment: Experiment[S], work: Work[S]) -> Record:
+    """The summary of a run that is complete, after saying so."""
+    directory = work.run_directory
+    more = "a larger grid would be added to it" if experiment.grid else "for a new run give another --out"
+    work.screen.notice(f"{directory.path} is complete: showing its result; {more}")
+    if not (directory.path / "report.html").exists():  # a kill came between the summary and the page
+        write_report(directory.path)
+    return directory.summary or {}
+
+
+def renamed(row: Record, aliases: Mapping[str, str]) -> Record:
+    """A stored row with the name that its arm has today."""
+    return row | {"arm": aliases[row["arm"]]} if row.get("arm") in aliases else row
+
+
+def _with_stored_arms(stored: Record, config: Record) -> Record:
+    """The configuration now asked for, with the arms that earlier sweeps of the directory had as well."""
+    new = [arm["name"] for arm in config["arms"]]
+    kept = [arm for arm in stored.get("arms", []) if arm["name"] not in new]
+    return config | {"arms": [*config["arms"], *kept]}
 
 
 def configuration(
-    command: str,
-    settings: Record,
-    arms: Sequence[Record],
-    device: str,
-    reproduce: str,
-    precision: "Choice | None" = None,
+    command: str, settings: Record, arms: Sequence[Arm], device: str, reproduce: str, precision: Any = None
 ) -> Record:
     """The content of ``config.json``.
 
     Args:
         command: name of the experiment.
         settings: of `identity`.
-        arms: one object each, with ``name`` and ``description``.
+        arms: those compared.
         device: on which it runs.
         reproduce: the command line that repeats it.
         precision: of its products, where there is a choice.
@@ -144,7 +432,7 @@ def configuration(
     config = {
         "command": command,
         "settings": settings,
-        "arms": list(arms),
+        "arms": [arm.record() for arm in arms],
         "versions": versions(),
         "machine": describe_machine(device),
         "reproduce": reproduce,
@@ -152,67 +440,92 @@ def configuration(
     return config if precision is None else config | {"precision": dataclasses.asdict(precision)}
 
 
-def in_one_piece(
-    settings: Any,
-    config: Record,
-    notice: Callable[[str], None],
-    compute: Callable[[], "tuple[list[Record], Record, int, dict[str, np.ndarray]]"],
-) -> Record:
-    """Runs an experiment too short to be continued, unless it is there already, and returns its summary.
+def print_summary(experiment: Experiment[Any], summary: Record) -> None:
+    """Prints the table of a finished run and what may be said of it."""
+    from rich.console import Console
 
-    Args:
-        settings: of the experiment, with ``out``.
-        config: of `configuration`.
-        notice: told what a user should know.
-        compute: returns the lines of ``metrics.jsonl``, what the summary has beside its head, and the step and arrays
-            of the snapshot. A `SettingError` of it leaves the directory to other settings: nothing was found.
+    from rankdecay.lab.precision import described
+    from rankdecay.lab.report.table import terminal_table
+    from rankdecay.lab.report.words import verdict
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file has room for a whole line
+        console.width = max(console.width, 120)
+    console.print(terminal_table(experiment.columns, experiment.brief(summary["arms"])))
+    facts = Facts.of(summary, experiment.styles)
+    if "precision" in summary:
+        console.print(f"\nprecision {described(summary)}", markup=False)
+    if note := experiment.note(facts):
+        console.print(f"\n{note}", markup=False)
+    console.print(f"\n{verdict(summary, experiment.headline, experiment.checks, experiment.styles)}", markup=False)
+
+
+# --- what is shown of one ---
+
+
+def of_directory(directory: str | Path) -> Experiment[Any]:
+    """The experiment that a directory holds a run of.
 
     Raises:
-        SettingError: if the output directory cannot work, or ``compute`` says so.
+        SettingError: when it holds none, or one that is not installed.
     """
-    from rankdecay.lab.store import RunDirectory
+    from rankdecay.lab.stored import read_config
 
-    with RunDirectory.open(settings.out, config, notice) as directory:
-        summary = finished(directory, notice, "for a new run give another --out")
-        if summary is not None:
-            return summary
-        begun = time.monotonic()
-        try:
-            lines, found, step, arrays = compute()
-        except SettingError:
-            (settings.out / "config.json").unlink()
-            raise
-        directory.resume()  # an interrupted run may have left lines
-        directory.append(lines)
-        directory.save_snapshot(step, arrays)
-        head = {"command": config["command"], "settings": config["settings"]}
-        return finish(directory, {**head, **found, "wall_seconds": time.monotonic() - begun})
+    return load(str(read_config(Path(directory)).get("command")))
 
 
-def finish(directory: "RunDirectory", summary: Record) -> Record:
-    """Writes the summary, which marks the run complete, and its page."""
-    from rankdecay.lab.report import write_report
+def read(experiment: Experiment[Any], directories: Sequence[str | Path]) -> StoredRun:
+    """A run directory, or several as one.
 
-    if "precision" in directory.config:
-        summary["precision"] = directory.config["precision"]
-    directory.finish(summary)
-    write_report(directory.path)
-    return summary
-
-
-def finished(directory: "RunDirectory", notice: Callable[[str], None], hint: str) -> Record | None:
-    """The summary of a run that is complete, after saying so; None of one that is not.
-
-    Args:
-        directory: of the run.
-        notice: told that nothing is computed.
-        hint: what to do for more.
+    Raises:
+        SettingError: when a directory is not a run of the experiment, is damaged, or cannot be merged with the others.
     """
-    from rankdecay.lab.report import write_report
+    from rankdecay.lab.stored import read_run
 
-    summary = directory.summary
-    if summary is not None:
-        notice(f"{directory.path} is complete: showing its result; {hint}")
-        if not (directory.path / "report.html").exists():  # a kill came between the summary and the page
-            write_report(directory.path)
-    return summary
+    paths = list(dict.fromkeys(map(Path, directories)))
+    if experiment.merged is not None:
+        return experiment.merged(paths)
+    if len(paths) > 1:
+        raise SettingError(f"runs of {experiment.name} cannot be merged: report {len(paths)} directories one by one")
+    return read_run(paths[0], lambda row: experiment.check_row(renamed(row, experiment.aliases)), experiment.so_far)
+
+
+def write_report(directory: str | Path) -> Path:
+    """Writes ``report.html`` into a run directory, complete or not, and returns its path.
+
+    Raises:
+        SettingError: when the directory is not a run or a file in it is damaged.
+    """
+    return write_merged_report([directory], Path(directory) / "report.html")
+
+
+def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> Path:
+    """Writes one page of a run directory, or of several that can be merged, and returns its path.
+
+    Raises:
+        SettingError: when a directory is not a run, is damaged, or cannot be merged with the first.
+    """
+    from rankdecay.lab.report.run_page import write_page
+
+    experiment = of_directory(directories[0])
+    return write_page(experiment, read(experiment, directories), Path(path))
+
+
+def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
+    """Draws the static figure of a run, or of several that can be merged, and returns its path.
+
+    Raises:
+        SettingError: when a directory is not a run, is damaged, cannot be merged, or has nothing to draw.
+        ValueError: when the suffix is not a format matplotlib writes.
+    """
+    from rankdecay.lab.report.figure import draw
+
+    experiment = of_directory(directories[0])
+    stored = read(experiment, directories)
+    if experiment.figure is not None:
+        return experiment.figure(stored, Path(path))
+    charts = [part for section in experiment.sections(stored) for part in section.parts if isinstance(part, Chart)]
+    charts = [chart for chart in charts if chart.lines][:FIGURE_PANELS]
+    if not charts:
+        raise SettingError(f"{directories[0]} has nothing to draw yet: let the run go on, or complete it")
+    return draw(charts, arm_styles(stored.arms, experiment.styles), Path(path))

@@ -32,6 +32,7 @@ SCHEMA = 1
 Record = dict[str, Any]
 Notice = Callable[[str], None]
 IDENTITY = ("command", "schema", "settings", "arms")  # what decides whether a directory belongs to a command
+GROWING = ("command", "schema", "fixed")  # the same where the axes of the grid may grow
 ADDED = {"first_seed": 0}  # settings that older directories lack, with the value that all their runs had
 DROPPED = ("preset",)  # settings that older directories have and that never changed what was computed
 

@@ -16,20 +16,12 @@ from typing import Any
 import numpy as np
 
 from rankdecay.lab import precision
-from rankdecay.lab.experiments.grok.read import is_number
 from rankdecay.lab.experiments.grok.verdict import Verdict
 from rankdecay.lab.report.style import arm_styles
+from rankdecay.lab.report.table import scrolling, table  # noqa: F401 - pages not yet ported
+from rankdecay.lab.report.words import duration, is_number
 
 SNAPSHOT_NUMBERS = 1_000_000  # of spectra and attention in one page, about 7 MB; more snapshots than fit are thinned
-QUESTIONS = {
-    "grok": "Does low-rank decay make a scale-invariant transformer generalise where L2 does not?",
-    "boundary": "At which data fraction and decay strength does the network generalise?",
-    "factor": "Is L2 on two factors the nuclear norm of their product?",
-    "recall": "Does decay of attention alone lower its rank on associative recall?",
-    "language": "What does a separate decay for attention do to the rank and quality of a language model?",
-    "vision": "What does a separate decay for attention do to the rank and quality of a vision transformer?",
-    "margin": "Which margin does softmax attention maximise under gradient flow?",
-}
 
 
 def fill(
@@ -47,7 +39,7 @@ def fill(
     """
     folders = [files("rankdecay.lab.report") / "assets"]
     if experiment:
-        folders.insert(0, files("rankdecay.lab.experiments") / experiment)
+        folders.insert(0, files(experiment if "." in experiment else f"rankdecay.lab.experiments.{experiment}"))
 
     def joined(names: Iterable[str]) -> str:
         paths = [next(folder / name for folder in folders if (folder / name).is_file()) for name in names]
@@ -160,7 +152,7 @@ def shared(
         "points": points(outcome.points),
         "notices": notices(said),
         "drawn": drawn,
-        "arms": arms_list(config, arms),
+        "arms": arms_list(config, {name: style.label for name, style in arm_styles(arms).items()}),
         "settings": settings_table(config),
         "again": again,
         "commands": commands(configs),
@@ -173,7 +165,7 @@ def shared(
 def question(config: Mapping[str, Any]) -> str:
     """The question an experiment asks, in words."""
     command = str(config.get("command", "experiment"))
-    return str(config.get("question") or QUESTIONS.get(command) or f"rankdecay {command}")
+    return str(config.get("question") or f"rankdecay {command}")
 
 
 def points(pairs: Iterable[tuple[str, str]]) -> str:
@@ -184,27 +176,6 @@ def points(pairs: Iterable[tuple[str, str]]) -> str:
 def notices(texts: Iterable[str]) -> str:
     """What a reader must know before believing a page."""
     return "".join(f'<p class="notice">{escape(text)}</p>' for text in texts)
-
-
-def scrolling(label: str, rows: str) -> str:
-    """A table that scrolls sideways by itself where the page is narrow."""
-    return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>{rows}</table></div>'
-
-
-def table(label: str, heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """A table with a name per row.
-
-    Args:
-        label: what it holds, for who cannot see it.
-        heads: the columns in words (text), first that of the names.
-        rows: a name (text) and its cells (HTML).
-    """
-    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
-        for name, cells in rows
-    )
-    return scrolling(label, f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>")
 
 
 def absent(text: str) -> str:
@@ -238,14 +209,13 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def arms_list(config: Mapping[str, Any], names: Iterable[str]) -> str:
+def arms_list(config: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """What every arm of a configuration is, in words and numbers.
 
     Args:
         config: the content of `config.json`.
-        names: all arms of the run, which decide the labels.
+        labels: of all arms of the run, by name.
     """
-    labels = arm_styles(names)
     items = []
     for arm in config.get("arms", []):
         name = str(arm["name"])
@@ -255,7 +225,7 @@ def arms_list(config: Mapping[str, Any], names: Iterable[str]) -> str:
             if key not in ("name", "description", "control") and value is not None and value is not False
         )
         items.append(
-            f"<dt>{escape(labels[name].label)} <code>{escape(name)}</code></dt>"
+            f"<dt>{escape(labels[name])} <code>{escape(name)}</code></dt>"
             f"<dd>{escape(str(arm.get('description', '')))}"
             + (f"<small>{escape(rest)}</small>" if rest else "")
             + "</dd>"
@@ -291,17 +261,7 @@ def facts(configs: Sequence[Mapping[str, Any]], wall_seconds: Any) -> str:
         "Versions": "; ".join(dict.fromkeys(filter(None, map(versions, configs)))),
         "Machine": "; ".join(dict.fromkeys(str(config["machine"]) for config in configs if config.get("machine"))),
         "Precision": "; ".join(dict.fromkeys(filter(None, map(precision.described, configs)))),
-        "Wall time": duration(wall_seconds),
+        "Wall time": duration(wall_seconds) if is_number(wall_seconds) else "",
     }
     items = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows.items() if value)
     return f'<dl class="facts">{items}</dl>' if items else ""
-
-
-def duration(seconds: Any) -> str | None:
-    """Seconds as a person would say them."""
-    if not is_number(seconds):
-        return None
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

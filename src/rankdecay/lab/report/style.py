@@ -4,7 +4,7 @@ Colours come in pairs, for a light and for a dark background; each has a contras
 background. Arms that are close in hue, also to a colour-blind reader, differ in dash.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -79,16 +79,17 @@ _SPARE = [
 ]
 
 
-def arm_styles(names: Iterable[str]) -> dict[str, ArmStyle]:
+def arm_styles(names: Iterable[str], more: Mapping[str, ArmStyle] | None = None) -> dict[str, ArmStyle]:
     """The style of every arm, in the order given; an unknown arm keeps its own name as its label.
 
     Args:
         names: arm names as they stand in `config.json`.
+        more: styles of an experiment's own arms, which count before those known here.
 
     Returns:
         One `ArmStyle` per name; a documented arm always gets the same one.
     """
-    names = list(names)
-    taken = {_KNOWN[name].light for name in names if name in _KNOWN}
+    names, known = list(names), _KNOWN | dict(more or {})
+    taken = {known[name].light for name in names if name in known}
     spare = cycle([look for look in _SPARE if look[0] not in taken])
-    return {name: _KNOWN[name] if name in _KNOWN else ArmStyle(name, *next(spare)) for name in dict.fromkeys(names)}
+    return {name: known[name] if name in known else ArmStyle(name, *next(spare)) for name in dict.fromkeys(names)}

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.experiment import (
+from rankdecay.lab.experiments.attention.summary import of, summarise
+from rankdecay.lab.legacy import (
     Preset,
     check_counts,
     check_evaluations,
@@ -34,7 +35,6 @@ from rankdecay.lab.experiment import (
     print_precision,
     seeds,
 )
-from rankdecay.lab.experiments.attention.summary import of, summarise
 
 if TYPE_CHECKING:
     from torch import nn

@@ -17,7 +17,7 @@ from rankdecay.lab.experiments.attention.read import main_mlp_decay, read_grid, 
 from rankdecay.lab.experiments.attention.summary import of
 from rankdecay.lab.experiments.attention.verdict import error_of
 from rankdecay.lab.experiments.grok.read import is_number
-from rankdecay.lab.report.paper import DASHES, drawing, literal
+from rankdecay.lab.report.figure import DASHES, drawing, literal
 from rankdecay.lab.report.style import ArmStyle, arm_styles
 
 Cell = Mapping[str, Any]

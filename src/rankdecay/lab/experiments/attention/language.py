@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.experiment import check_counts
 from rankdecay.lab.experiments.attention import experiment as attention_decay
 from rankdecay.lab.experiments.attention.experiment import AttentionDecay, Experiment, Record, print_summary
+from rankdecay.lab.legacy import check_counts
 from rankdecay.lab.session.parallel import Parallel
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiment import check_counts, check_numbers, check_width
 from rankdecay.lab.experiments.attention import experiment as attention_decay
 from rankdecay.lab.experiments.attention.experiment import AttentionDecay, Experiment, QKNorm, Record, print_summary
+from rankdecay.lab.legacy import check_counts, check_numbers, check_width
 
 if TYPE_CHECKING:
     import numpy as np

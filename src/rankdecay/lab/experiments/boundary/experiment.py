@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rankdecay.lab.ensemble.outcome import key_of
 from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.experiment import (
+from rankdecay.lab.legacy import (
     Record,
     check_counts,
     check_evaluations,

@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.boundary.maps import DataAxis, PhaseMap, by_boundary, data_axis, phase_maps
 from rankdecay.lab.experiments.boundary.read import Sweep
-from rankdecay.lab.report.paper import drawing, literal
+from rankdecay.lab.report.figure import drawing, literal
 from rankdecay.lab.report.style import ArmStyle, arm_styles
 
 COLOURS = LinearSegmentedColormap.from_list("share", ["#f4f2ec", "#7fa3c7", "#0b2d5c"])

@@ -1,318 +1,477 @@
 """Is L2 on two factors the nuclear norm of their product, and how fast does it become that?
 
 Fits a small matrix, given whole or in part, by one matrix, by two factors and by more, under every way to decay them,
-from many seeds and at many strengths in one batch. The mathematics is in `lab.factorised`.
-
-Importing this module does not import torch: the command line reads its settings for ``--help``.
+from many seeds and at many strengths in one batch. The mathematics is in :mod:`factorised`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.experiment import (
-    Preset,
-    Record,
-    check_counts,
-    check_numbers,
-    check_seeds,
-    configuration,
-    identity,
-    in_one_piece,
-    seeds,
-)
+import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    import numpy as np
+from rankdecay.lab.convex import LARGEST
+from rankdecay.lab.experiment import Arm, Axis, Chart, Check, Choice, Column, Experiment, Facts, Line, Section, Work
+from rankdecay.lab.experiments.factor import fits
+from rankdecay.lab.experiments.factor.factorised import shrunk
+from rankdecay.lab.experiments.factor.settings import PRESETS, Factor, check
+from rankdecay.lab.machine import one_thread
+from rankdecay.lab.progress import ArmBar
+from rankdecay.lab.report.style import ArmStyle
+from rankdecay.lab.report.words import Decided, is_number, known, listed, shown, small
+from rankdecay.lab.settings import Record, question, seeds
+from rankdecay.lab.stored import StoredRun
 
-    from rankdecay.lab.progress import ArmBar
-
-MINUTES = 1  # that the default may take on the slowest machine that counts
-ARMS = ("factors", "momentum", "adam", "decoupled", "low_rank", "merged", "deep")
+RATE_TOLERANCE = 0.05
+OPTIMAL = 1e-3  # of an objective above its minimum, in the units of the target's largest singular value
+POINTS = 60  # of a curve of the theory
+FEWEST = 1e-16  # below it a logarithmic axis shows rounding alone
 
 
-@dataclass(frozen=True)
-class Factor:
-    """Is L2 on two factors the nuclear norm of their product? The matrix experiment.
-
-    Fits a small matrix by one, two and more factors under every decay, thousands of problems at once, and holds
-    singular values, balance and gap against the theory and a convex solver. Leaves config.json, metrics.jsonl,
-    summary.json and report.html in --out; it takes seconds, a minute at
-    most, so an interrupted run begins again.
-    """
-
-    preset: Preset = "default"
-    """'standard' computes more than the default: for a fast machine, or for longer."""
-    arms: tuple[str, ...] = ARMS
-    """Which parametrisations and decays to compare."""
-    strengths: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
-    """λ, the strengths of the decay."""
-    target: tuple[str, ...] = ()
-    """The diagonal of the matrix to fit, or 'random', another for each seed; by default 1/size, 2/size, …, 1."""
-    target_rank: int = 0
-    """Rank of a random target; by default full."""
-    size: int = 0
-    """Rows and columns; by default as many as the target has values, or 5."""
-    observed: float = 1.0
-    """Share of the entries that are given, drawn for each seed; below 1 the rest is to be completed."""
-    optimizer: Literal["gd", "momentum", "adam"] = "gd"
-    """Of the arms factors, merged and deep; decoupled is AdamW, or with momentum its plain counterpart."""
-    depth: int = 3
-    """Number of factors of the arm deep."""
-    steps: int = 1000
-    """Training steps."""
-    lr: float = 0.1
-    """Learning rate η of every arm."""
-    scale: float = 0.5
-    """Standard deviation of the initial entries of two factors at size 5; it falls as 1/√size, and with depth."""
-    seeds: int = 50
-    """Problems per arm and strength, each with its own initial factors."""
-    first_seed: int = 0
-    """Number of the first seed: tune on seeds that are not reported, from 100 up say."""
-    evaluate_every: int = 20
-    """Steps between evaluations of every problem."""
-    out: Path = Path("runs/factor")
-    """Where results go; a complete run there is shown again."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, …"""
-    quiet: bool = False
-    """No progress and no table."""
-    json: bool = False
-    """Print the summary as JSON on standard output; progress goes to standard error."""
-
-
-PRESETS = {
-    "default": Factor(),
-    "standard": Factor(preset="standard", out=Path("runs/factor-standard")),  # the default is no less: it takes seconds
-}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to parametrise the matrix and to decay it."""
-
-    name: str
-    description: str
-    depth: int = 2
-    optimizer: Literal["gd", "momentum", "adam"] = "gd"
-    decay: Literal["loss", "decoupled", "prox"] = "loss"
-
-    @property
-    def penalty(self) -> int | None:
-        """L of the quasi-norm Σ σ^(2/L) that its decay amounts to; None where the theory names none."""
-        if self.decay == "decoupled" and self.optimizer == "adam":
-            return None
-        return 2 if self.decay == "prox" else self.depth
+# --- what is trained ---
 
 
 def make_arms(settings: Factor) -> list[Arm]:
-    """The arms asked for, in the order of `ARMS`."""
-    optimizer = settings.optimizer
+    """The arms asked for, in the order of `settings.ARMS`."""
+    optimizer, how = settings.optimizer, fits.Treatment
     named = {"gd": "gradient descent", "momentum": "momentum 0.9", "adam": "Adam"}
     plain = optimizer == "momentum"
+    steps = "damped momentum 0.9" if plain else "AdamW"
+    depth = settings.depth
     every = [
-        Arm("factors", f"W = ABᵀ, L2 on A and B in the loss, {named[optimizer]}.", 2, optimizer),
-        Arm("momentum", "W = ABᵀ, L2 on A and B in the loss, damped momentum 0.9.", 2, "momentum"),
-        Arm("adam", "W = ABᵀ, L2 on A and B in the loss, Adam.", 2, "adam"),
+        Arm("factors", f"W = ABᵀ, L2 on A and B in the loss, {named[optimizer]}.", how(2, optimizer)),
+        Arm("momentum", "W = ABᵀ, L2 on A and B in the loss, damped momentum 0.9.", how(2, "momentum")),
+        Arm("adam", "W = ABᵀ, L2 on A and B in the loss, Adam.", how(2, "adam")),
         Arm(
             "decoupled",
-            f"W = ABᵀ, L2 on A and B beside the gradient step: {'damped momentum 0.9' if plain else 'AdamW'}.",
-            2,
-            "momentum" if plain else "adam",
-            "decoupled",
+            f"W = ABᵀ, L2 on A and B beside the gradient step: {steps}.",
+            how(2, "momentum" if plain else "adam", "decoupled"),
         ),
         Arm(
-            "low_rank", "One W, every singular value soft-thresholded by ηλ after each gradient step.", 1, "gd", "prox"
+            "low_rank", "One W, every singular value soft-thresholded by ηλ after each gradient step.",
+            how(1, "gd", "prox"),
         ),
-        Arm("merged", f"One W, L2 on it in the loss, {named[optimizer]}.", 1, optimizer),
+        Arm("merged", f"One W, L2 on it in the loss, {named[optimizer]}.", how(1, optimizer)),
         Arm(
-            "deep",
-            f"W a product of {settings.depth} factors, L2 on each in the loss, {named[optimizer]}.",
-            settings.depth,
-            optimizer,
+            "deep", f"W a product of {depth} factors, L2 on each in the loss, {named[optimizer]}.",
+            how(depth, optimizer),
         ),
-    ]
+    ]  # fmt: skip
     return [arm for arm in every if arm.name in settings.arms]
 
 
-def filled(settings: Factor) -> Factor:
-    """The settings with the size, the target and its rank filled in.
-
-    Raises:
-        SettingError: for a target that is no diagonal and not 'random', or not of the size.
-    """
-    given = settings.target
-    size = settings.size or (len(given) if len(given) > 1 else 5)
-    if size < 2:
-        raise SettingError(f"--size {size} is too small: a spectrum needs at least 2 rows")
-    if given == ("random",):
-        if not 0 <= settings.target_rank <= size:
-            raise SettingError(f"--target-rank {settings.target_rank} must be between 1 and --size {size}")
-        return dataclasses.replace(settings, size=size, target_rank=settings.target_rank or size)
-    if settings.target_rank:
-        raise SettingError(f"--target-rank {settings.target_rank} has an effect on --target random alone: leave it out")
-    try:
-        values = [float(value) for value in given] or [(i + 1) / size for i in range(size)]
-    except ValueError:
-        raise SettingError(f"--target {' '.join(given)} is not a diagonal: give numbers, or 'random' alone") from None
-    if len(values) != size:
-        raise SettingError(
-            f"--target has {len(values)} values for --size {size}: give {size} values, or leave out --size"
-        )
-    if not all(math.isfinite(value) and value >= 0 for value in values) or max(values) == 0:
-        raise SettingError(f"--target {' '.join(given)} must be singular values: finite, at least 0, not all 0")
-    return dataclasses.replace(settings, size=size, target=tuple(f"{value:g}" for value in values))
+def title(work: Work[Factor]) -> str:
+    """What is running."""
+    settings = work.settings
+    count = len(work.arms) * len(settings.strengths) * settings.seeds
+    return f"factor · {count:,} problems of {settings.size}×{settings.size} · {settings.steps} steps"
 
 
-def check(settings: Factor) -> None:
-    """Raises a `SettingError` for settings that cannot work, before anything is built or written."""
-    if not settings.arms:
-        raise SettingError(f"--arms is empty: choose from {', '.join(ARMS)}")
-    for name in settings.arms:
-        check_name("--arms", name, ARMS)
-    check_seeds(settings)
-    check_counts(settings, "steps", "seeds", "evaluate_every")
-    if settings.depth < 2:
-        raise SettingError(f"--depth {settings.depth} is no product: give at least 2 (the arm merged is one matrix)")
-    check_numbers(settings, "lr", "scale")
-    if not settings.strengths:
-        raise SettingError("--strengths is empty: give for example 0 0.1 0.4")
-    for strength in settings.strengths:
-        if not (math.isfinite(strength) and strength >= 0):
-            raise SettingError(f"--strengths {strength:g} is negative or not finite: a decay is 0 (none) or more")
-        if settings.lr * strength >= 1:
-            raise SettingError(
-                f"--strengths {strength:g} at --lr {settings.lr:g} would flip the sign of the weights: "
-                f"stay below {1 / settings.lr:g}, or lower --lr"
-            )
-    if len(set(settings.strengths)) < len(settings.strengths):
-        raise SettingError(f"--strengths {' '.join(f'{s:g}' for s in settings.strengths)} names a strength twice")
-    if not 0 < settings.observed <= 1:
-        raise SettingError(
-            f"--observed {settings.observed:g} must be a share of the entries in (0, 1]: 1 gives the whole matrix"
-        )
+def screen(work: Work[Factor], title: str, options: Mapping[str, Any]) -> ArmBar:
+    """A bar over the steps of all arms."""
+    return ArmBar(title, len(work.arms) * work.settings.steps, **options)
 
 
-def run(settings: Factor, command: str) -> Record:
-    """Runs the experiment and returns its summary.
-
-    Args:
-        settings: what to run.
-        command: how to repeat it, for the report.
-
-    Raises:
-        SettingError: if the settings or the output directory cannot work.
-    """
-    check(settings)
-    settings = filled(settings)
-    from rankdecay.lab.machine import one_thread, resolve_device
-    from rankdecay.lab.progress import ArmBar, Promise
-
-    device = resolve_device(settings.device)
-    arms = make_arms(settings)
-    described = [dataclasses.asdict(arm) | {"penalty": arm.penalty} for arm in arms]
-    config = configuration("factor", identity(settings), described, device, command)
-    count = len(arms) * len(settings.strengths) * settings.seeds
-    title = f"factor · {count:,} problems of {settings.size}×{settings.size} · {settings.steps} steps · {device}"
-    promise = Promise(MINUTES, "fewer --seeds or --steps")
-    progress = ArmBar(title, len(arms) * settings.steps, quiet=settings.quiet, to_stderr=settings.json, promise=promise)
-
-    def compute() -> tuple[list[Record], Record, int, dict[str, np.ndarray]]:
-        with progress, one_thread():
-            lines, found, arrays = _compute(settings, arms, device, progress)
-        return lines, found, settings.steps, arrays
-
-    return in_one_piece(settings, config, progress.notice, compute)
-
-
-def _compute(
-    settings: Factor, arms: Sequence[Arm], device: str, progress: ArmBar
-) -> tuple[list[Record], Record, dict[str, np.ndarray]]:
-    """The lines of ``metrics.jsonl``, the arms and bounds of the summary, and the arrays of the last step."""
-    import numpy as np
-
-    from rankdecay.lab.convex import LARGEST
-    from rankdecay.lab.experiments.factor import fits
-
+def train(work: Work[Factor]) -> Iterator[Record]:
+    """Fits every problem, arm by arm, and yields what was measured on the way."""
+    settings, device, bar = work.settings, work.device, work.screen
+    assert isinstance(bar, ArmBar)
     problems = fits.make_problems(settings, device)
-    lines, rows, bounds = [], [], {}
+    rows: list[Record] = []
+    bounds: Record = {}
     last: dict[str, list[np.ndarray]] = {"singular_values": [], "imbalance": [], "gap": []}
-    for arm in arms:
-        factors = fits.initial_factors(settings, arm.depth, device)
-        outcome = fits.train(arm, problems, factors, settings, functools.partial(progress.at, arm.name))
-        progress.ended(arm.name, outcome.steps[-1], settings.steps)
-        lines += fits.records(arm, outcome, settings)
-        found = fits.summarise_arm(arm, outcome, problems, settings)
-        if arm.penalty == 2 and settings.size <= LARGEST and arm.name in ("factors", "low_rank"):
-            fits.compare_with_solver(found, outcome.W, problems, settings)
-        rows += found
-        if arm.depth == 2:
-            bounds[arm.name] = dataclasses.asdict(outcome.bound)
-        for name, parts in last.items():
-            parts.append(outcome.measured[-1][name].cpu().numpy())
-    if settings.size > LARGEST and {"factors", "low_rank"} & {arm.name for arm in arms}:
-        progress.notice(f"the convex solver is for sizes up to {LARGEST}: optima are certified by duality alone")
+    with bar, one_thread():
+        for arm in work.arms:
+            factors = fits.initial_factors(settings, arm.how.depth, device)
+            outcome = fits.train(arm, problems, factors, settings, functools.partial(bar.at, arm.name))
+            bar.ended(arm.name, outcome.steps[-1], settings.steps)
+            yield from fits.records(arm, outcome, settings)
+            found = fits.summarise_arm(arm, outcome, problems, settings)
+            if arm.how.penalty == 2 and settings.size <= LARGEST and arm.name in ("factors", "low_rank"):
+                fits.compare_with_solver(found, outcome.W, problems, settings)
+            rows += found
+            if arm.how.depth == 2:
+                bounds[arm.name] = dataclasses.asdict(outcome.bound)
+            for name, parts in last.items():
+                parts.append(outcome.measured[-1][name].cpu().numpy())
+    names = [arm.name for arm in work.arms]
+    if settings.size > LARGEST and {"factors", "low_rank"} & set(names):
+        bar.notice(f"the convex solver is for sizes up to {LARGEST}: optima are certified by duality alone")
+    work.found = {"arms": rows, "bound": bounds}
+    work.run_directory.save_snapshot(settings.steps, _snapshot(settings, names, problems.values.cpu().numpy(), last))
+
+
+def _snapshot(
+    settings: Factor, arms: Sequence[str], targets: np.ndarray, last: Mapping[str, Sequence[np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Every problem at the end, arm by arm, strength by strength, seed by seed."""
     count = len(settings.strengths) * settings.seeds
-    arrays = {
-        "arms": np.repeat([arm.name for arm in arms], count),
+    return {
+        "arms": np.repeat(arms, count),
         "strengths": np.tile(np.repeat(settings.strengths, settings.seeds), len(arms)),
         "seeds": np.tile(seeds(settings), len(arms) * len(settings.strengths)),
-        "target": np.tile(problems.values.cpu().numpy(), (len(arms), 1)),
+        "target": np.tile(targets, (len(arms), 1)),
+        **{name: np.concatenate(parts) for name, parts in last.items()},
     }
-    arrays |= {name: np.concatenate(parts) for name, parts in last.items()}
-    return lines, {"arms": rows, "bound": bounds}, arrays
 
 
-def print_summary(summary: Record) -> None:
-    """The table of a finished run, one line per arm, and what may be said of it."""
-    from rich.console import Console
-    from rich.table import Table
+# --- the table ---
 
-    from rankdecay.lab.experiments.factor.verdict import verdict
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("arm")
-    headings = ("rank at each λ", "off the\ntheory", "settled", "\nimbalance", "\ngap", "above the\noptimum")
-    for heading in headings:
-        justify = "left" if heading.startswith("rank") else "right"
-        table.add_column(heading, justify=justify, vertical="bottom", no_wrap=True)
-    by_arm: dict[str, list[Record]] = {}
-    for row in summary["arms"]:
-        by_arm.setdefault(row["name"], []).append(row)
-    for name, rows in by_arm.items():
-        decayed = [row for row in rows if row["strength"]] or rows
-        table.add_row(
-            name,
-            " ".join(f"{row['rank']:g}" for row in rows),
-            _number(_most(decayed, "deviation")),
-            _share(decayed),
-            _number(_most(decayed, "imbalance")),
-            _number(_most(decayed, "gap")),
-            _number(_most(decayed, "optimality_gap")),
-        )
-    console = Console(highlight=False)
-    strengths = " ".join(f"{row['strength']:g}" for row in next(iter(by_arm.values())))
-    console.print(table)
-    seeds = summary["arms"][0]["seeds"]
-    console.print(f"\nλ = {strengths}; medians over {seeds} seeds, from the third column on at the worst λ > 0\n")
-    console.print(str(verdict(summary)), markup=False)
+def brief(rows: Sequence[Record]) -> list[Record]:
+    """One row per arm: its ranks at all strengths, and of everything else the worst at a strength above 0."""
+    made = []
+    for name, own in Facts.of({"arms": rows}).arms.items():
+        decayed = [row for row in own if row["strength"]] or own
+        worst = {key: max(known(decayed, key), default=None) for key in ("deviation", "imbalance", "gap")}
+        worst["optimality_gap"] = max(known(decayed, "optimality_gap"), default=None)
+        settled, of = _settled(decayed)
+        ranks = " ".join(f"{row['rank']:g}" for row in own)
+        made.append({"name": name, "rank": ranks, "settled": settled if of else None, "seeds": of, **worst})
+    return made
+
+
+def _settled(rows: Sequence[Record]) -> tuple[int, int]:
+    """How many problems ended where the theory has them, and of how many."""
+    counted = [row for row in rows if is_number(row.get("settled"))]
+    return sum(row["settled"] for row in counted), sum(row["seeds"] for row in counted)
+
+
+def _digits(value: float) -> str:
+    return "0" if abs(value) < 1e-6 else f"{value:.3g}" if value >= 1e-3 else small(value)
+
+
+def _tiny(value: Any) -> str:
+    if not is_number(value):
+        return "—"
+    return "0" if abs(value) < 2e-14 else small(value) if value < 0.1 else f"{value:.2g}"
+
+
+COLUMNS = (
+    Column("λ", "strength", "g", where="page"),
+    Column("singular values (median)", lambda row: " ".join(map(_digits, row["singular_values"][:8])), where="page"),
+    Column("rank", "rank", "g"),
+    Column("off the\ntheory", "deviation", _tiny),
+    Column("settled", lambda row: f"{row['settled']:,} of {row['seeds']:,}" if is_number(row.get("settled")) else "—"),
+    Column("imbalance", "imbalance", _tiny),
+    Column("gap", "gap", _tiny),
+    Column("rate per step", "imbalance_rate", ".4f", where="page"),
+    Column("2ηλ", "predicted_rate", ".4f", where="page"),
+    Column("above the\noptimum", "optimality_gap", _tiny),
+)
+
+
+def note(facts: Facts) -> str:
+    """What the figures are."""
+    strengths = " ".join(f"{strength:g}" for strength in facts.settings.get("strengths", ()))
+    return (
+        f"λ = {strengths}. Medians over {facts.settings.get('seeds')} seeds at the end; a table with one row per arm "
+        "has the worst λ > 0. The rank counts singular values above 1 % of the target's largest; a problem has settled "
+        "where all of them are within 0.1 % of it from the theory, those at the threshold left out."
+    )
+
+
+# --- the claims ---
+
+
+def _decayed(facts: Facts, arm: str) -> list[Record]:
+    return [row for row in facts.arms.get(arm, []) if row["strength"] > 0]
 
 
 def _most(rows: Sequence[Record], key: str) -> float | None:
-    return max((row[key] for row in rows if row.get(key) is not None), default=None)
+    return max(known(rows, key), default=None)
 
 
-def _share(rows: Sequence[Record]) -> str:
-    known = [row for row in rows if row["settled"] is not None]
-    return f"{sum(row['settled'] for row in known) / sum(row['seeds'] for row in known):.1%}" if known else "—"
+def headline(facts: Facts) -> str:
+    """Whether L2 on two factors ended where the nuclear norm of their product has its minimum."""
+    rows = _decayed(facts, "factors")
+    if not rows:
+        return "Without the arm of two factors under L2 there is nothing to hold against the nuclear norm."
+    good, count = _settled(rows)
+    if count:
+        how = "in every problem" if good == count else "in most problems" if 2 * good > count else "seldom"
+        return (
+            f"L2 on two factors soft-thresholded the singular values, max(s − λ, 0), as a nuclear norm on their "
+            f"product does, {how}: {good:,} of {count:,} within 0.1 % after {facts.settings['steps']:,} steps."
+        )
+    gap = _most(rows, "optimality_gap")
+    if gap is not None and gap < OPTIMAL:
+        return (
+            "L2 on two factors completed the matrix as the nuclear norm would: its objective ended within "
+            f"{small(gap)} of the optimum (median over seeds, worst strength)."
+        )
+    return "L2 on two factors had not reached the nuclear-norm optimum when the run ended: more steps may bring it."
 
 
-def _number(value: float | None) -> str:
-    return "—" if value is None else f"{value:.1e}"
+def _threshold(arm: str) -> Any:
+    def decided(facts: Facts) -> Decided | None:
+        rows = _decayed(facts, arm)
+        good, count = _settled(rows)
+        if not count:
+            return None
+        text = f"{good:,} of {count:,} problems settled; off by at most {small(_most(rows, 'deviation_largest'))}"
+        edges = [row["borderline"] for row in rows if row.get("borderline")]
+        if edges:
+            text += (
+                f"; a value exactly at the threshold goes as 1/(2ηt), to {edges[0]['predicted']:.4f} by now, and the "
+                f"largest left is {max(edge['largest'] for edge in edges):.4f}"
+            )
+        return good == count, f"{text}."
+
+    return decided
+
+
+def _optimum(arm: str) -> Any:
+    def decided(facts: Facts) -> Decided | None:
+        rows = facts.arms[arm]
+        worst = _most(rows, "optimality_gap_largest")
+        excess = [abs(row["solver"]["excess"]) for row in rows if row.get("solver")]
+        if worst is None and not excess:
+            return None
+        parts = [f"at the first seed within {small(max(excess))} of a convex solver's objective"] if excess else []
+        if worst is not None:
+            half = small(_most(rows, "optimality_gap"))
+            parts.append(f"by duality every problem within {small(worst)} of its optimum, half of them within {half}")
+        return worst is None or worst < OPTIMAL, f"{listed(parts)}."
+
+    return decided
+
+
+def _balance(facts: Facts) -> Decided | None:
+    rows = [
+        row for row in _decayed(facts, "factors") if known([row], "imbalance_rate") and known([row], "predicted_rate")
+    ]
+    if not rows:
+        return None
+    off = {row["strength"]: abs(row["imbalance_rate"] / row["predicted_rate"] - 1) for row in rows}
+    steps = max(abs(row["imbalance_rate"] / row["predicted_rate_of_steps"] - 1) for row in rows)
+    beyond = listed([f"λ = {at:g} ({share:.1%})" for at, share in off.items() if share > RATE_TOLERANCE] or ["none"])
+    return max(off.values()) <= RATE_TOLERANCE, (
+        f"measured to within {max(off.values()):.1%}, further off than {RATE_TOLERANCE:.0%} at {beyond}; "
+        f"−2 ln(1 − ηλ), which counts the step's size, to within {steps:.1%}."
+    )
+
+
+def _bound(facts: Facts) -> Decided | None:
+    bound = facts.summary.get("bound", {}).get("factors")
+    if not bound:
+        return None
+    return not bound["violations"], (
+        f"{bound['violations']:,} of {bound['checks']:,} checks were above it; the gap ½(‖A‖² + ‖B‖²) − ‖ABᵀ‖_* came "
+        f"to at most {bound['largest_ratio']:.0%} of the bound."
+    )
+
+
+def _kept(facts: Facts) -> Decided | None:
+    row = next((row for row in facts.arms["factors"] if row["strength"] == 0), None)
+    if row is None:
+        return None
+    share = row["imbalance"] / row["imbalance_initial"]
+    return share > 1 - RATE_TOLERANCE, f"{share:.0%} of it was left (median); the flow would keep all of it."
+
+
+def _merged(facts: Facts) -> Decided | None:
+    rows, worst = facts.arms["merged"], _most(facts.arms["merged"], "deviation_largest")
+    ranks = {row["rank"] for row in rows}
+    off = "" if worst is None else f"; off S/(1 + λ) by at most {small(worst)}"
+    shown = " ".join(f"{row['rank']:g}" for row in rows)
+    return len(ranks) == 1, f"ranks {shown}{off}."
+
+
+def _decoupled(facts: Facts) -> Decided | None:
+    rows = _decayed(facts, "decoupled") or facts.arms["decoupled"]
+    left = [row["imbalance"] / row["imbalance_initial"] for row in rows]
+    last = rows[-1]
+    return max(left) < 0.01, (
+        f"{min(left):.2g} to {max(left):.2g} of the initial imbalance was left (medians), and at λ = "
+        f"{last['strength']:g} the largest singular value is {last['singular_values'][0]:.3g} of "
+        f"{last['target'][0]:.3g}: beside normalised gradients this decay is not a nuclear norm."
+    )
+
+
+def _deep(facts: Facts) -> Decided | None:
+    rows = facts.arms["deep"]
+    good, count = _settled(rows)
+    if not count:
+        return None
+    gone = shown(_most(_decayed(facts, "deep"), "collapsed"), ".2g")
+    return good == count, (
+        f"{good:,} of {count:,} problems ended at a root of it or at zero, which is a local minimum here: at the worst "
+        f"strength {gone} values per problem went there though the condition has a root."
+    )
+
+
+CHECKS = (
+    Check("L2 on two factors ends at the soft threshold", _threshold("factors"), ("factors",)),
+    Check("Its objective is the nuclear-norm optimum", _optimum("factors"), ("factors",)),
+    Check("‖AᵀA − BᵀB‖ decays at 2ηλ per step", _balance, ("factors",)),
+    Check("The gap stays below the bound of Proposition B.4", _bound, ("factors",)),
+    Check("Without decay the imbalance is kept", _kept, ("factors",)),
+    Check("A soft threshold after every step does the same to one matrix", _threshold("low_rank"), ("low_rank",),
+          "whether the library's decay ends there too"),
+    Check("Its objective is the optimum as well", _optimum("low_rank"), ("low_rank",)),
+    Check("L2 on one matrix keeps its rank", _merged, ("merged",), "whether L2 lowers rank without factors"),
+    Check("Decoupled decay balances the factors", _decoupled, ("decoupled",)),
+    Check("More factors meet the Schatten-2/L condition", _deep, ("deep",)),
+    Check("With momentum, L2 in the loss has the same minimum", _threshold("momentum"), ("momentum",)),
+    Check("With Adam, L2 in the loss has the same minimum", _threshold("adam"), ("adam",)),
+)  # fmt: skip
+
+
+# --- the charts ---
+
+
+def sections(stored: StoredRun) -> list[Section]:
+    """The charts of the page: where the singular values ended, and balance and gap over steps."""
+    rows: list[Record] = stored.summary["arms"] if stored.summary else []
+    facts = Facts.of({"arms": rows}, STYLES)
+    labels = {name: facts.label(name) for name in facts.arms}
+    balanced = {row["name"]: labels[row["name"]] for row in rows if "imbalance" in row}
+    strengths = [f"{row['strength']:g}" for row in rows]
+    depth = stored.settings.get("depth", 3)
+    line = (
+        "The line is where the proximal arm ended, which duality certifies as the nuclear-norm optimum."
+        if stored.settings.get("observed", 1) < 1
+        else "The line is the theory: max(s − λ, 0) for two factors, s/(1 + λ) for one matrix, the larger root of "
+        f"w + λ w^(2/{depth} − 1) = s for {depth} factors; for AdamW, which has none, that of two factors."
+    )
+    step, powers = Axis("step"), Axis("imbalance", "log")
+    ends = [made for name in labels for made in _ends(stored, name, rows)]
+    over = [_over_steps(stored, row) for row in rows if row["name"] in balanced]
+    imbalances = [line for measured, _ in over for line in measured]
+    gaps = [line for _, measured in over for line in measured]
+    middle = strengths[len(strengths) // len(labels) // 3] if labels else None
+    spectra = Chart(
+        "spectra",
+        "Singular values against strength",
+        Axis("λ"),
+        Axis("singular value", from_zero=True),
+        ends,
+        [Choice("arm", "Arm", labels)],
+    )
+    by_strength = Choice("strength", "λ", {at: at for at in dict.fromkeys(strengths)}, middle)
+    balance = Chart(
+        "balance", "Imbalance of the factors", step, powers, imbalances, [Choice("balanced", "Arm", balanced)]
+    )
+    gap = Chart("gap", "Gap and its bound", step, Axis("gap", "log"), gaps, [by_strength])
+    return [
+        Section(
+            "Singular values",
+            f"Where training ended: the median over seeds, and as a bar the whole range. {line}",
+            [spectra] if rows else [],
+        ),
+        Section(
+            "Balance",
+            "The imbalance ‖AᵀA − BᵀB‖ over steps, the median over seeds; of more than two factors, the largest over "
+            "neighbours. Dashed: its beginning times e^(−2ηλt), the law of gradient flow.",
+            [balance] if balanced else [],
+        ),
+        Section(
+            "Gap",
+            "How far the mean squared norm of the factors is above the quasi-norm of their product, the nuclear norm "
+            "for two: the median over seeds and, shaded, the whole range. Dotted: the bound of Proposition B.4.",
+            [gap] if balanced else [],
+        ),
+    ]
+
+
+def _ends(stored: StoredRun, name: str, rows: Sequence[Record]) -> list[Line]:
+    """The singular values of an arm against strength, with their theory."""
+    own = [row for row in rows if row["name"] == name]
+    where = {"arm": name}
+    x, values = _theory(stored, name, own, rows)
+    lines = [Line("theory", x, list(y), mark="dashed", where=where) for y in values]
+    for index in range(len(own[0]["singular_values"])):
+        low, y, high = ([row[f"singular_values{end}"][index] for row in own] for end in ("_low", "", "_high"))
+        lines.append(Line(STYLES[name].label, [row["strength"] for row in own], y, name, low, high, "points", where))
+    return lines
+
+
+def _theory(
+    stored: StoredRun, name: str, own: Sequence[Record], rows: Sequence[Record]
+) -> tuple[list[float], list[list[Any]]]:
+    """Where the singular values should be, over strengths: one curve per value of the target.
+
+    For a given target that is exact and drawn finely. For a random one, another for each seed, it is the median over
+    seeds at the strengths of the run; where entries are missing, what the arm low_rank found, which is certified.
+    """
+    settings = stored.settings
+    if settings.get("observed", 1) == 1 and settings.get("target") != ["random"]:
+        arm = next((arm for arm in stored.config.get("arms", []) if arm["name"] == name), {})
+        penalty = arm.get("penalty") or 2
+        target = torch.tensor(own[0]["target"], dtype=torch.float64)
+        x = torch.linspace(0, 1.05 * (max(row["strength"] for row in own) or 0.1), POINTS, dtype=torch.float64)
+        y = shrunk(target, x[:, None], penalty).T.tolist()  # (values, POINTS)
+        # a jump is a gap in the line, not a slope
+        return x.tolist(), [[v if v > 0 or penalty <= 2 else None for v in line] for line in y]
+    source = own if any(row.get("expected") for row in own) else [row for row in rows if row["name"] == "low_rank"]
+    expected = [row["expected"] or row["singular_values"] for row in source]
+    return [row["strength"] for row in source], [list(line) for line in zip(*expected, strict=True)]
+
+
+def _over_steps(stored: StoredRun, row: Record) -> tuple[list[Line], list[Line]]:
+    """The imbalance of an arm at one strength, with the law of the flow; and its gap, with its bound."""
+    name, at = row["name"], row["strength"]
+    lines = [line for line in stored.rows if line["arm"] == name and line["strength"] == at]
+    step = [line["step"] for line in lines]
+
+    def over(key: str) -> list[float | None]:
+        return [line[key] if is_number(line.get(key)) and line[key] > FEWEST else None for line in lines]
+
+    imbalance, begun = over("imbalance"), lines[0]["imbalance"] if lines else 0.0
+    shade = stored.settings["strengths"].index(at) / max(1, len(stored.settings["strengths"]) - 1)
+    where, called = {"balanced": name}, f"λ = {at:g}"
+    measured = [
+        Line(called, step, imbalance, name, over("imbalance_low"), over("imbalance_high"), "line", where, shade)
+    ]
+    if row.get("predicted_rate"):
+        law = begun * np.exp(-row["predicted_rate"] * np.array(step, dtype=float))
+        y = [value if value > FEWEST else None for value in law.tolist()]
+        measured.insert(0, Line(called, step, y, name, mark="dashed", where=where, shade=shade))
+    at_strength = {"strength": f"{at:g}"}
+    gaps = [
+        Line(STYLES[name].label, step, over("gap_bound"), name, mark="dotted", where=at_strength),
+        Line(STYLES[name].label, step, over("gap"), name, over("gap_low"), over("gap_high"), where=at_strength),
+    ]
+    return measured, gaps
+
+
+STYLES = {
+    "factors": ArmStyle("two factors", "#1d63b8", "#6cb2ff"),
+    "momentum": ArmStyle("two factors, momentum", "#0d7a5f", "#4fd1ab", "dash"),
+    "adam": ArmStyle("two factors, Adam", "#6a3fb5", "#b99bff", "dash"),
+    "decoupled": ArmStyle("two factors, decoupled", "#b0307a", "#ff86bf"),
+    "low_rank": ArmStyle("soft threshold of one matrix", "#c2410c", "#ff8f5c"),
+    "merged": ArmStyle("one matrix", "#767b84", "#8d939d"),
+    "deep": ArmStyle("deep product", "#8a6500", "#e8c34a"),
+}
+
+EXPERIMENT = Experiment(
+    name="factor",
+    question=question(Factor),
+    presets=PRESETS,
+    check=check,
+    arms=make_arms,
+    train=train,
+    summarise=lambda work, rows: work.found,
+    columns=COLUMNS,
+    headline=headline,
+    checks=CHECKS,
+    title=title,
+    screen=screen,
+    minutes=1,
+    shorter="fewer --seeds or --steps",
+    resumable=False,
+    brief=brief,
+    note=note,
+    sections=sections,
+    styles=STYLES,
+    files={
+        "metrics.jsonl": "balance, gap and singular values of every arm and strength over steps",
+        "snapshots": "every problem at the end: singular values, imbalance and gap, as numpy arrays",
+    },
+)

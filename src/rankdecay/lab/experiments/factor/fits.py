@@ -1,15 +1,15 @@
 """Thousands of matrix fits at once: problems, training, measuring.
 
 A problem is a target, a strength and a seed; all of one arm are a batch. What they are trained by is in
-`lab.factorised`, the settings and arms are those of `lab.experiments.factor`.
+:mod:`factorised`, the settings in :mod:`settings`, the arms in :mod:`experiment`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from rankdecay.lab.convex import nuclear_fit
 from rankdecay.lab.ensemble.outcome import Record
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiment import seeds
 from rankdecay.lab.experiments.factor.factorised import (
     Factors,
     Method,
@@ -34,14 +33,37 @@ from rankdecay.lab.experiments.factor.factorised import (
     shrunk,
     squared_norm,
 )
+from rankdecay.lab.settings import seeds
 
 if TYPE_CHECKING:
-    from rankdecay.lab.experiments.factor.experiment import Arm, Factor
+    from rankdecay.lab.experiment import Arm
+    from rankdecay.lab.experiments.factor.settings import Factor
 
 DIVERGED = 1e6  # times the size of the target
 CLOSE = 1e-3  # of the theory, in units of the target's largest singular value: counts as settled
 ROUNDING = 1e-12  # of a gap, per unit of the factors' squared norm
 RATE_WINDOW = (2.0, 12.0)  # times ηt between which the decay of the imbalance is measured: steps 20 to 120 at lr 0.1
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How an arm parametrises the matrix and decays it.
+
+    Attributes:
+        depth: number of factors.
+        optimizer: what takes the steps.
+        decay: in the loss, beside the step, or as a soft threshold after it.
+        penalty: L of the quasi-norm Σ σ^(2/L) that the decay amounts to; None where the theory names none.
+    """
+
+    depth: int = 2
+    optimizer: Literal["gd", "momentum", "adam"] = "gd"
+    decay: Literal["loss", "decoupled", "prox"] = "loss"
+    penalty: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        none = self.decay == "decoupled" and self.optimizer == "adam"
+        object.__setattr__(self, "penalty", None if none else 2 if self.decay == "prox" else self.depth)
 
 
 # --- the problems ---
@@ -173,17 +195,17 @@ def train(
     Raises:
         Diverged: if the learning rate is too large.
     """
-    method = Method(settings.lr, arm.optimizer, arm.decay)
+    method = Method(settings.lr, arm.how.optimizer, arm.how.decay)
     training = Training(factors, problems.target, problems.strength, method, problems.mask)
     outcome = Outcome([0], [measure(training)], Bound(), product(factors).clone())
     for step in range(1, settings.steps + 1):
         training.step()
         evaluate = step % settings.evaluate_every == 0 or step == settings.steps
-        if not (evaluate or arm.depth == 2):
+        if not (evaluate or arm.how.depth == 2):
             continue
         W = product(training.factors).clone()
         _refuse_divergence(W, arm, step, factors, problems, method)
-        if arm.depth == 2:
+        if arm.how.depth == 2:
             outcome.bound.see(
                 training.factors if evaluate else [factor[:: settings.seeds] for factor in training.factors]
             )
@@ -195,7 +217,7 @@ def train(
         moved = float((W - outcome.W).abs().max())
         outcome.W = W
         # a product can rest at a saddle for long, a matrix cannot
-        if arm.depth == 1 and moved <= 1e-14 * float(problems.values.max()):
+        if arm.how.depth == 1 and moved <= 1e-14 * float(problems.values.max()):
             break
     return outcome
 
@@ -270,7 +292,7 @@ def deviations(arm: Arm, sigma: Tensor, values: Tensor, strength: float) -> tupl
         the threshold left out; and which values are at the threshold, shape (seeds, n). With more than two factors a
         value may stay at zero instead, and then the order is no guide: the distance is to the nearest place there is.
     """
-    penalty = arm.penalty
+    penalty = arm.how.penalty
     assert penalty is not None
     expected = shrunk(values, torch.tensor(strength, dtype=values.dtype, device=values.device), penalty)
     at_threshold = (values - strength).abs() < 1e-6 if penalty == 2 and strength else torch.zeros_like(values).bool()
@@ -308,22 +330,22 @@ def summarise_arm(arm: Arm, outcome: Outcome, problems: Problems, settings: Fact
             "collapsed": None,
             "borderline": None,
         }
-        if arm.penalty is not None and problems.mask is None:
+        if arm.how.penalty is not None and problems.mask is None:
             expected, distance, at_threshold = deviations(arm, sigma, values, strength)
             row["expected"] = expected.quantile(0.5, dim=0).tolist()
             row["deviation"], _, row["deviation_largest"] = _spread(distance)
             row["settled"] = int((distance < CLOSE * values[:, 0]).sum())
-            if arm.penalty > 2:
+            if arm.how.penalty > 2:
                 gone = (expected > 0).sum(1) - (sigma > 0.01 * values[:, :1]).sum(1)
                 row["collapsed"] = float(gone.double().mean())
-            if at_threshold.any() and arm.depth == 2:
+            if at_threshold.any() and arm.how.depth == 2:
                 row["borderline"] = {
                     "largest": float(sigma[at_threshold].max()),
                     "predicted": borderline(settings.lr, outcome.steps[-1]),
                 }
-        if arm.penalty == 2:
+        if arm.how.penalty == 2:
             row["optimality_gap"], _, row["optimality_gap_largest"] = _spread(certificate[rows])
-        if arm.depth > 1:
+        if arm.how.depth > 1:
             row |= _balance(arm, outcome, imbalances[:, rows], last["gap"][rows], strength, settings)
         found.append(row)
     return found
@@ -338,7 +360,7 @@ def _balance(arm: Arm, outcome: Outcome, imbalances: Tensor, gaps: Tensor, stren
     row |= {"imbalance_rate": None, "imbalance_rate_low": None, "imbalance_rate_high": None}
     if rates is not None:
         row["imbalance_rate"], row["imbalance_rate_low"], row["imbalance_rate_high"] = _spread(rates)
-    descent = arm.optimizer == "gd"
+    descent = arm.how.optimizer == "gd"
     row["predicted_rate"] = 2 * settings.lr * strength if descent else None  # of the flow
     row["predicted_rate_of_steps"] = -2 * math.log1p(-settings.lr * strength) if descent else None
     return row

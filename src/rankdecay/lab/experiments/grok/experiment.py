@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Scale
 from rankdecay.lab.ensemble.outcome import steps_to_hold
 from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.experiment import (
+from rankdecay.lab.legacy import (
     Record,
     check_counts,
     check_numbers,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from rankdecay.lab.experiments.grok.read import Run, across_seeds, final_spectrum, read_run
-from rankdecay.lab.report.paper import DASHES, drawing, literal
+from rankdecay.lab.report.figure import DASHES, drawing, literal
 from rankdecay.lab.report.style import ArmStyle, arm_styles
 
 FLOOR = 1e-6  # of σ₁: float32 resolves little below it

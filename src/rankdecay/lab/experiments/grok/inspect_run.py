@@ -1,4 +1,4 @@
-"""The spectra a run directory keeps, in the form of a checkpoint's inspection."""
+"""Inspection of a run directory: the spectra of its last snapshot, in the form of a checkpoint's."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from rankdecay.spectrum import Spectrum
 
 
 def is_run_directory(path: Path) -> bool:
-    """Whether a path is a run directory of ours, rather than a checkpoint."""
+    """Whether a path is a run directory of the lab, rather than a checkpoint."""
     return (path / "snapshots").is_dir() and (path / "config.json").is_file()
 
 
 def inspect_run(path: Path) -> Inspection:
-    """Returns each head's product W_Kᵀ W_Q in the last snapshot, beside the same shapes at initialisation.
+    """Return each head's product W_Kᵀ W_Q in the last snapshot, beside the same shapes at initialisation.
 
     Args:
         path: the run directory.
@@ -44,7 +44,7 @@ def inspect_run(path: Path) -> Inspection:
 
 
 def _products(file: Path) -> dict[tuple[str, int], tuple[int, torch.Tensor]]:
-    """Of every member: the width of the model, and its products' singular values (layers, heads, head_dim)."""
+    """Return for every member the width of the model and the singular values (layers, heads, head_dim)."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             members = zip(arrays["arms"].tolist(), arrays["seeds"].tolist(), strict=True)

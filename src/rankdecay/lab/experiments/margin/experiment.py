@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.experiment import (
+from rankdecay.lab.legacy import (
     Preset,
     Record,
     check_counts,

@@ -2,8 +2,7 @@
 
 function select(name, value) {
   state[name] = String(value);
-  const control = document.querySelector(`select[data-state="${name}"]`);
-  if (control) control.value = String(value);
+  for (const control of document.querySelectorAll(`select[data-state="${name}"]`)) control.value = String(value);
   changed(name);
 }
 

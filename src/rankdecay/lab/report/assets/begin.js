@@ -1,0 +1,8 @@
+// The last script of a page: everything is declared, so it can be drawn.
+
+darkMode.addEventListener("change", () => {
+  drawLegends();
+  changed("theme");
+});
+drawLegends();
+watchCharts();

@@ -1,0 +1,128 @@
+"""The self-contained HTML page of a run, made from an `Experiment` and what its directory holds.
+
+One file with everything in it: the words and tables are plain HTML, the charts are drawn by scripts with plotly, from
+data embedded as JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankdecay.lab.report import page as pieces
+from rankdecay.lab.report.chart import Chart, embedded_charts
+from rankdecay.lab.report.section import Html, Section
+from rankdecay.lab.report.style import arm_styles
+from rankdecay.lab.report.table import html_table
+from rankdecay.lab.report.words import MARKS, Facts, Verdict, verdict
+
+if TYPE_CHECKING:
+    from rankdecay.lab.experiment import Experiment
+    from rankdecay.lab.stored import StoredRun
+
+SCRIPTS = ("core.js", "plotly.js", "controls.js", "legend.js", "chart.js")
+FILES = {
+    "config.json": "what was asked, the versions and the machine",
+    "metrics.jsonl": "everything that was measured, one JSON object per line",
+    "summary.json": "the result of every arm; absent while the run goes on",
+}
+
+
+def write_page(experiment: Experiment[Any], stored: StoredRun, path: Path) -> Path:
+    """Writes the page of a run to ``path``, by atomic rename, and returns the path."""
+    return pieces.write(render(experiment, stored), path)
+
+
+def render(experiment: Experiment[Any], stored: StoredRun) -> str:
+    """The page of a run as one HTML string."""
+    styles = arm_styles(stored.arms, experiment.styles)
+    labels = {name: style.label for name, style in styles.items()}
+    sections = experiment.sections(stored)
+    parts = [part for section in sections for part in section.parts]
+    charts = [part for part in parts if isinstance(part, Chart) and part.lines]
+    html = [part for part in parts if isinstance(part, Html)]
+    data, thinned = embedded_charts(charts, styles)
+    for part in html:
+        data |= part.data
+    summary = stored.summary
+    facts = Facts.of(summary, experiment.styles) if summary else None
+    table = html_table("Result of every arm", experiment.columns, summary["arms"], labels) if summary else ""
+    note = experiment.note(facts) if facts else ""
+    shown = [section for section in sections if section.parts]
+    directory = stored.directory.resolve().name
+    several = len(stored.directories)
+    last = stored.last_step
+    so_far = "Nothing is measured yet." if last is None else f"It has been measured up to step {last:,}."
+    outcome = verdict(summary, experiment.headline, experiment.checks, experiment.styles, so_far)
+    said = [*stored.notices, *thinned]
+    if summary is not None and not stored.complete:
+        said.insert(0, "This run is not complete: what follows is of the part that is, and can still change.")
+    files = FILES | dict(experiment.files)
+    filled = {
+        "title": escape(f"rankdecay {experiment.name}: {experiment.question}"),
+        "command": escape(experiment.name),
+        "directory": escape(directory if several == 1 else f"{several} directories, merged"),
+        "question": escape(experiment.question),
+        "nav": _navigation([*shown, Section("Figures", "")] if table else shown),
+        "headline": escape(outcome.headline),
+        "points": _points(outcome),
+        "notices": pieces.notices(said),
+        "sections": "\n".join(_section(section, labels) for section in shown),
+        "figures": table and f'<section id="figures">\n<h2>Figures</h2>\n<p>{escape(note)}</p>\n{table}\n</section>\n',
+        "arms": pieces.arms_list(stored.config, labels),
+        "settings": pieces.settings_table(stored.config),
+        "again": escape(experiment.again),
+        "commands": pieces.commands(stored.configs),
+        "facts": pieces.facts(stored.configs, (summary or {}).get("wall_seconds")),
+        "files": pieces.file_list({k: v for k, v in files.items() if (stored.directory / k).exists()}),
+        "data": pieces.embedded(data),
+    }
+    own = [name for part in html for name in part.scripts]
+    scripts = [*SCRIPTS, *dict.fromkeys(own), "begin.js"]
+    looks = ["page.css", *dict.fromkeys(name for part in html for name in part.styles)]
+    package = type(next(iter(experiment.presets.values()))).__module__.rpartition(".")[0]
+    return pieces.fill("run.html", filled, looks, scripts, package)
+
+
+def _navigation(sections: Sequence[Section]) -> str:
+    places = [("result", "Result"), *((section.anchor, section.title) for section in sections)]
+    places += [("configuration", "Configuration"), ("reproduce", "Reproduce")]
+    return " ".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title in places)
+
+
+def _points(outcome: Verdict) -> str:
+    return "\n".join(
+        f"<dt>{escape(point.claim)}</dt><dd><b>{MARKS[point.holds]}</b> {escape(point.text)}</dd>"
+        for point in outcome.points
+    )
+
+
+def _section(section: Section, labels: dict[str, str]) -> str:
+    made = []
+    for are_charts, group in groupby(section.parts, lambda part: isinstance(part, Chart)):
+        parts = list(group)
+        if not are_charts:
+            made += [part.text for part in parts if isinstance(part, Html)]
+            continue
+        charts = [part for part in parts if isinstance(part, Chart)]
+        drawn = [{line.arm for line in chart.at_first()[0] if line.shade is None} & set(labels) for chart in charts]
+        if any(len(arms) > 1 for arms in drawn):
+            made.append('<div class="legend" role="group" aria-label="Arms shown"></div>')
+        figures = "".join(map(_figure, charts))
+        made.append(f'<div class="pair">{figures}</div>' if len(charts) > 1 else figures)
+    text = f"<p>{escape(section.text)}</p>" if section.text else ""
+    return f'<section id="{section.anchor}">\n<h2>{escape(section.title)}</h2>\n{text}\n{"".join(made)}\n</section>\n'
+
+
+def _figure(chart: Chart) -> str:
+    if not chart.lines:
+        return f"<figure><figcaption>{escape(chart.title)}</figcaption>{pieces.absent(chart.empty)}</figure>"
+    controls = "".join(pieces.choice(c.name, c.label, c.options, c.first) for c in chart.offered)
+    return (
+        f"<figure><figcaption>{escape(chart.title)}</figcaption>"
+        + (f'<div class="controls">{controls}</div>' if controls else "")
+        + f'<div class="chart" id="{chart.name}-chart"></div></figure>'
+    )

@@ -1,0 +1,136 @@
+"""What the settings of every experiment have in common, and the checks they share.
+
+Importing this module, and with it any experiment's settings, imports neither torch nor numpy: ``--help`` reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rankdecay.lab.errors import SettingError, check_name
+
+Record = dict[str, Any]
+Preset = Literal["default", "standard"]
+NOT_IDENTITY = ("preset", "out", "device", "compile", "quiet", "json")  # do not change what a run computes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of every experiment; a subclass adds its own, and its docstring is the help of the command."""
+
+    preset: Preset = "default"
+    """'standard' computes more than the default: for a fast machine, or for longer."""
+    first_seed: int = 0
+    """Number of the first seed: tune on seeds that are not reported, from 100 up say."""
+    out: Path = Path("runs")
+    """Where results go; an interrupted run there is continued, a complete one is shown again."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    quiet: bool = False
+    """No progress and no table."""
+    json: bool = False
+    """Print the summary as JSON on standard output; progress goes to standard error."""
+
+
+def question(settings: type[Settings]) -> str:
+    """What an experiment asks: the first paragraph of its settings' docstring."""
+    return " ".join((settings.__doc__ or settings.__name__).partition("\n\n")[0].split())
+
+
+def option(name: str) -> str:
+    """A setting as the user writes it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def seeds(settings: Any) -> range:
+    """The seeds of ``--seeds`` and ``--first-seed``."""
+    return range(settings.first_seed, settings.first_seed + settings.seeds)
+
+
+def identity(settings: Any, without: Collection[str] = ()) -> Record:
+    """The settings that decide what a run computes: all but `NOT_IDENTITY` and ``without``."""
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY and k not in without}
+
+
+def check_seeds(settings: Any) -> None:
+    """Raises a `SettingError` unless ``--first-seed`` is the number of a seed."""
+    if settings.first_seed < 0:
+        raise SettingError(f"--first-seed {settings.first_seed} is negative: give 0 or more")
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Raises a `SettingError` unless the named settings are at least 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise SettingError(f"{option(name)} {getattr(settings, name)} is too small: give at least 1")
+
+
+def check_numbers(settings: Any, *names: str, zero: bool = False) -> None:
+    """Raises a `SettingError` unless the named settings are finite and > 0; ``zero`` is allowed where it means none."""
+    for name in names:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+            need = ">= 0; 0 switches it off" if zero else "> 0"
+            raise SettingError(f"{option(name)} {value} must be a finite number {need}")
+
+
+def check_threshold(threshold: float) -> None:
+    """Raises a `SettingError` unless ``--threshold`` is an accuracy."""
+    if not 0 < threshold <= 1:
+        raise SettingError(f"--threshold {threshold} must be an accuracy in (0, 1]: for example 0.95")
+
+
+def check_width(width: int, heads: int, example: int) -> None:
+    """Raises a `SettingError` unless ``--width`` can be split into the heads."""
+    if width < heads or width % heads:
+        raise SettingError(f"--width {width} must be a multiple of the {heads} heads: for example {example}")
+
+
+def check_evaluations(settings: Any) -> None:
+    """Raises a `SettingError` unless the last of ``--steps`` is evaluated."""
+    steps, every = settings.steps, settings.evaluate_every
+    if steps % every:
+        raise SettingError(
+            f"--steps {steps} is no multiple of --evaluate-every {every}: "
+            f"give for example --steps {max(1, steps // every) * every}"
+        )
+
+
+def check_arms(given: Sequence[str], known: Collection[str], setting: str = "arms") -> None:
+    """Raises a `SettingError` unless there is an arm and all of them are known."""
+    if not given:
+        raise SettingError(f"{option(setting)} is empty: choose from {', '.join(known)}")
+    for name in given:
+        check_name(option(setting), name, known)
+
+
+def given_strengths(
+    texts: Sequence[str], arms: Collection[str], example: str, preset: Collection[str] = ()
+) -> dict[str, tuple[float, ...]]:
+    """The strengths of ``--strengths``, ascending, by arm.
+
+    Args:
+        texts: each like ``"l2=1,3,10"``.
+        arms: those that were chosen.
+        example: numbers to offer where some cannot be read.
+        preset: texts that nobody typed, which do not count for arms that were not chosen.
+
+    Raises:
+        SettingError: for an arm that was not chosen, or what is not a list of numbers.
+    """
+    found = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if text in preset and name not in arms:
+            continue
+        check_name("--strengths", name, arms)
+        try:
+            found[name] = tuple(sorted({float(value) for value in values.split(",")}))
+        except ValueError:
+            raise SettingError(f"--strengths {text} is no list of numbers: give {name}={example}") from None
+    return found

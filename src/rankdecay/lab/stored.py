@@ -1,0 +1,142 @@
+"""Reads run directories (`docs/run_directory.md`), complete or not: what pages, figures and verdicts are made from.
+
+Only the files are needed. A run that is still going, or was interrupted, has no summary and perhaps no snapshots, and
+reads all the same. What had to be left out is said in `StoredRun.notices`.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.store import Record, read_json, read_metrics
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """Everything a report needs from a run directory, or from several that were merged.
+
+    Attributes:
+        directories: where it comes from.
+        configs: their ``config.json``, as they stand there.
+        config: that of the whole.
+        rows: the lines of ``metrics.jsonl``.
+        summary: that of the run; one computed from the rows, or None, while it is not complete.
+        complete: whether the run is.
+        notices: what a reader must know before believing the rest.
+    """
+
+    directories: list[Path]
+    configs: list[Record]
+    config: Record
+    rows: list[Record]
+    summary: Record | None
+    complete: bool
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def directory(self) -> Path:
+        """The directory, the first of several."""
+        return self.directories[0]
+
+    @property
+    def settings(self) -> Record:
+        """What was asked."""
+        return self.config.get("settings", {})
+
+    @property
+    def arms(self) -> list[str]:
+        """Arm names: the configuration's order, then any that only the summary or the rows know."""
+        named = [str(arm["name"]) for arm in self.config.get("arms", [])]
+        summarised = [str(arm["name"]) for arm in (self.summary or {}).get("arms", [])]
+        return list(dict.fromkeys([*named, *summarised, *(str(row["arm"]) for row in self.rows)]))
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step anything was measured at, or None before the first evaluation."""
+        return max((int(row["step"]) for row in self.rows if "step" in row), default=None)
+
+
+def read_config(directory: Path) -> Record:
+    """The configuration of a run directory.
+
+    Raises:
+        SettingError: when the directory is not a run, or the file is damaged.
+    """
+    config = read_json(directory / "config.json")
+    if config is None:
+        raise SettingError(f"{directory} has no config.json: give the --out directory of a rankdecay experiment")
+    if not all(isinstance(arm, dict) and "name" in arm for arm in config.get("arms", [])):
+        raise SettingError(f"{directory / 'config.json'}: an arm has no name; restore the file")
+    return config
+
+
+def read_rows(directory: Path, check: Callable[[Record], Record], notices: list[str]) -> list[Record]:
+    """The lines of ``metrics.jsonl``, as ``check`` returns them.
+
+    Args:
+        directory: of the run.
+        check: raises a `ValueError`, `TypeError`, `KeyError` or `AttributeError` for a line it cannot use.
+        notices: told of a last line that was cut short.
+
+    Raises:
+        SettingError: for a line that cannot be used, or is damaged.
+    """
+    rows = []
+    for number, line in enumerate(read_metrics(directory, notices.append), start=1):
+        try:
+            rows.append(check(line))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            path = directory / "metrics.jsonl"
+            raise SettingError(f"{path}, line {number}: not a row of this experiment ({error!r})") from error
+    return rows
+
+
+def read_run(
+    directory: str | Path,
+    check: Callable[[Record], Record] = lambda row: row,
+    so_far: Callable[[StoredRun], Record | None] = lambda stored: None,
+) -> StoredRun:
+    """Reads one run directory.
+
+    Args:
+        directory: holds at least ``config.json``.
+        check: of a line of ``metrics.jsonl``, see `read_rows`.
+        so_far: makes a summary of a run that is not complete, if its rows allow one.
+
+    Raises:
+        SettingError: when the directory is not a run, or anything but the last line of ``metrics.jsonl`` is damaged.
+    """
+    directory, notices = Path(directory), []
+    config = read_config(directory)
+    summary = read_json(directory / "summary.json")
+    rows = read_rows(directory, check, notices)
+    stored = StoredRun([directory], [config], config, rows, summary, summary is not None, notices)
+    if summary is None and (found := so_far(stored)) is not None:
+        return StoredRun([directory], [config], config, rows, found, False, notices)
+    return stored
+
+
+def snapshots(stored: StoredRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """The snapshots of a run by step, one at a time; the newest is left out, with a notice, if it cannot be read.
+
+    Raises:
+        SettingError: for an older one that cannot be read.
+    """
+    folder = stored.directory / "snapshots"
+    paths = sorted(folder.glob("*.npz"), key=lambda path: int(path.stem)) if folder.is_dir() else []
+    for path in paths:
+        try:
+            # opened here, because numpy leaves open what it finds damaged
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                arrays: dict[str, Any] = {name: file[name] for name in file.files}
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            if path != paths[-1]:
+                raise SettingError(f"{path} cannot be read ({error!r}); remove it to report without it") from error
+            stored.notices.append(f"The newest snapshot, {path.name}, cannot be read and is left out.")
+        else:
+            yield int(path.stem), arrays
