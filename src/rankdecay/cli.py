@@ -1,4 +1,4 @@
-"""The command line: ``rankdecay COMMAND [options]``.
+"""Command line: ``rankdecay COMMAND [options]``.
 
 ``inspect`` is here and needs what the library needs. The other commands are the lab's, in :mod:`rankdecay.lab.cli`,
 which is imported when one of them is named. This module imports neither torch nor the lab: ``--help`` answers at once.
@@ -8,20 +8,21 @@ interrupted.
 """
 
 import argparse
-import difflib
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from rankdecay.checks import suggestion
+
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
-    from rankdecay.attention.inspection import Inspection
+    from rankdecay.inspection import Inspection
 
 INSPECT = (
     "Show what training did to the rank of a checkpoint's attention, per layer and head, beside the same untrained."
@@ -44,7 +45,7 @@ LAB_INSTALL = "pip install 'rankdecay[lab]'"
 
 
 class CommandError(Exception):
-    """A command line that cannot work. The message is one line that names the value and the remedy."""
+    """Raised for a command line that cannot work. The message is one line that names the value and the remedy."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = shlex.join(["rankdecay", *arguments])
         print(f"\nrankdecay: interrupted; to begin anew, run again: {again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output, `head` perhaps, has what they wanted
+    except BrokenPipeError:  # the reader of our output, `head` perhaps, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -81,17 +82,12 @@ def _run(arguments: Sequence[str]) -> int:
         return _run_lab(arguments)
     else:
         kind, known = ("option", ("--help", "--version")) if command.startswith("-") else ("command", _commands())
-        raise CommandError(f"unknown {kind} {command!r}: {_nearest(command, known)}see rankdecay --help")
+        raise CommandError(f"unknown {kind} {command!r}: {suggestion(command, known)}see rankdecay --help")
     return 0
 
 
 def _commands() -> list[str]:
     return ["inspect", *LAB_COMMANDS]
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {near[0]}? " if near else ""
 
 
 def _help() -> str:
@@ -115,7 +111,7 @@ def _version() -> str:
 
     try:
         return version("rankdecay")
-    except PackageNotFoundError:  # its files are on the path, but nothing installed them
+    except PackageNotFoundError:  # run from a source tree that is not installed
         return "(not installed)"
 
 
@@ -147,7 +143,12 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         help="directory of save_pretrained, safetensors file, PyTorch state dict, or run directory",
     )
     add("--json", action="store_true", help="print every row as JSON instead of the summary")
-    add("--csv", type=Path, metavar="FILE", help="write every row here, without the spectra")
+    add(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write every row here, without the spectra; with --compare each row names its source",
+    )
     add("--html", type=Path, metavar="FILE", help="write a page with maps of the heads and their spectra here")
     add(
         "--compare",
@@ -168,19 +169,18 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     settings, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = re.findall(r"--[\w-]+", parser.format_usage())
-        raise CommandError(
-            f"unknown argument {unknown[0]!r}: {_nearest(unknown[0].partition('=')[0], known)}see {parser.prog} --help"
-        )
+        near = suggestion(unknown[0].partition("=")[0], known)
+        raise CommandError(f"unknown argument {unknown[0]!r}: {near}see {parser.prog} --help")
     return settings
 
 
 def _inspect(settings: argparse.Namespace) -> None:
-    from rankdecay.attention.summary import comparison
+    from rankdecay.inspection import comparison, csv_text
 
     reports = [_inspection(path, settings) for path in (settings.path, *settings.compare)]
     try:
         if settings.csv is not None:
-            settings.csv.write_text(reports[0].to_csv(), encoding="utf-8")
+            settings.csv.write_text(csv_text(reports), encoding="utf-8")
         if settings.html is not None:
             from rankdecay.lab.report.inspection import inspection_page
 
@@ -204,7 +204,7 @@ def _inspect(settings: argparse.Namespace) -> None:
 
 
 def _inspection(path: Path, settings: argparse.Namespace) -> "Inspection":
-    from rankdecay.attention.inspection import inspect
+    from rankdecay.inspection import inspect
     from rankdecay.lab.experiments.grok.inspect_run import inspect_run, is_run_directory
 
     names = _names(settings.names)

@@ -21,6 +21,8 @@ from rankdecay.lab.report.style import arm_styles
 from rankdecay.lab.report.table import scrolling, table  # noqa: F401 - pages not yet ported
 from rankdecay.lab.report.words import duration, is_number
 
+SNAPSHOT_NUMBERS = 1_000_000  # of spectra and attention in one page, about 7 MB; more snapshots than fit are thinned
+
 
 def fill(
     template: str, parts: Mapping[str, str], styles: Sequence[str], scripts: Sequence[str], experiment: str = ""

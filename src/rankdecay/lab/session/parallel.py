@@ -155,7 +155,7 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float) -> None:
     import torch
     from torch import nn
 
-    from rankdecay.attention.modules import whole
+    from rankdecay.dtensor import whole
 
     by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}  # torch combines only what lies on one mesh
     for parameter in parameters:
@@ -179,7 +179,7 @@ def parted(tensor: Tensor, like: Tensor) -> Tensor:
 
 def gathered(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Copies of whole tensors on the CPU, one after another; all processes have to ask, and those that ``keep`` get."""
-    from rankdecay.attention.modules import whole
+    from rankdecay.dtensor import whole
 
     found = {}
     for name, tensor in state.items():

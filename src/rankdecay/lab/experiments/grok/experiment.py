@@ -35,7 +35,7 @@ from rankdecay.lab.legacy import (
     print_precision,
     seeds,
 )
-from rankdecay.rules import Rule
+from rankdecay.rules import rule_names
 
 if TYPE_CHECKING:
     from rankdecay.lab.ensemble.ensemble import Ensemble
@@ -78,8 +78,9 @@ class Grok:
     """Seeds per arm; a seed fixes split, initial weights and batches in every arm."""
     first_seed: int = 0
     """Number of the first seed: tune on seeds that are not reported, from 100 up say."""
-    rule: Rule = "smooth"
-    """Rule of the low_rank arm."""
+    rule: str = "smooth"
+    """Rule of the low_rank arm: newton_schulz, polar, prox,
+    smooth, or one that is registered."""
     scale: Scale = "absolute"
     """Scale of the low_rank arm: a step takes lr × strength from each singular value; 'relative': times their rms."""
     strength: float = 4.0
@@ -238,6 +239,7 @@ def check(settings: Grok) -> None:
                 f"{option(name)} {getattr(settings, name):g} at --lr {settings.lr:g} would flip the sign of the "
                 f"weights: stay below {1 / settings.lr:g}"
             )
+    check_name("--rule", settings.rule, rule_names())
     check_threshold(settings.threshold)
     check_width(settings.width, heads=4, example=128)
 

@@ -13,9 +13,7 @@ from rankdecay.lab.experiments.grok.read import Run, is_number
 from rankdecay.lab.experiments.grok.verdict import seed_count, verdict, wilson_interval
 from rankdecay.lab.report import page as pieces
 from rankdecay.lab.report import style
-from rankdecay.lab.report.page import choice
-
-SNAPSHOT_NUMBERS = 1_000_000  # of spectra and attention in one page, about 7 MB; more snapshots than fit are thinned
+from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, choice
 
 COLUMNS = {
     "generalised": "Generalised",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 
 import numpy as np
 import pytest
@@ -13,11 +12,10 @@ import torch
 from torch import nn
 
 import rankdecay as rd
-from rankdecay.attention.inspection import BALANCE, NORMS, RANKS
-from rankdecay.attention.summary import comparison, strip
+from rankdecay.inspection import BALANCE, NORMS, RANKS, comparison, csv_text, strip
 from tests import needs
 
-from .families import build
+from .attention.families import build
 
 
 def test_rows_equal_a_computation_in_numpy():
@@ -125,9 +123,9 @@ def test_layers_and_heads_can_be_chosen():
     assert [r["nuclear_norm"] for r in rd.inspect(model).rows if r["layer"] == 1 and r["head"] in (0, 3)] == [
         r["nuclear_norm"] for r in rows
     ]
-    with pytest.raises(ValueError, match=r"layers has 2, and there are layers 0 to 1"):
+    with pytest.raises(ValueError, match=r"layers=2 is out of range: the model has layers 0–1"):
         rd.inspect(model, layers=[2])
-    with pytest.raises(ValueError, match=r"heads has 4, and there are heads 0 to 3"):
+    with pytest.raises(ValueError, match=r"heads=4 is out of range: .* has heads 0–3"):
         rd.inspect(model, heads=[4])
 
 
@@ -204,4 +202,24 @@ def test_a_comparison_shows_each_layers_way():
 
 def test_strips():
     assert strip([0, 0.5, 1, None, 0.124, 0.126]) == "▁▅█×▁▂"
-    assert not math.isnan(len(strip([])))
+    assert strip([]) == ""
+
+
+def test_a_checkpoint_is_opened_once(tmp_path, monkeypatch):
+    from rankdecay.attention import source
+
+    opened = []
+    real = source.open_checkpoint
+    monkeypatch.setattr(source, "open_checkpoint", lambda path: opened.append(path) or real(path))
+    build("gpt2").save_pretrained(tmp_path)
+    assert rd.inspect(tmp_path).source == str(tmp_path)
+    assert opened == [tmp_path]
+
+
+def test_the_table_of_several_reports_names_the_source_of_each_row():
+    first, second = rd.inspect(build("gpt2")), rd.inspect(nn.MultiheadAttention(16, 2))
+    lines = list(csv.DictReader(io.StringIO(csv_text([first, second]))))
+    assert [line["source"] for line in lines] == ["GPT2LMHeadModel"] * 16 + ["MultiheadAttention"] * 4
+    assert "source" not in csv_text([first]).splitlines()[0].split(",")
+    assert lines[-1]["head"] == "1"
+    assert float(lines[-1]["nuclear_norm"]) == second.rows[-1]["nuclear_norm"]

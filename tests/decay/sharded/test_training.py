@@ -121,7 +121,7 @@ def test_twenty_steps_end_where_one_process_does(kind, world, hows, unit):
 
 def dies(when: str) -> None:
     """The second process is killed in the sixth step, whose decay is due: before it, or inside."""
-    from rankdecay.decay import sharded
+    from rankdecay.decay.sharded.redistribute import Redistribution
 
     def kill(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -129,7 +129,7 @@ def dies(when: str) -> None:
     def at(step: int) -> None:
         if step == 5 and dist.get_rank() == 1:
             if when == "in the decay":
-                sharded.Deal.close = kill
+                Redistribution.close = kill
             else:
                 kill()
 
