@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import pkgutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -343,7 +344,9 @@ def _run(
     if experiment.grid:
         fixed = {name: value for name, value in asked.items() if name not in experiment.grid}
         config |= {"fixed": fixed}
-    with RunDirectory.open(settings.out, config, notice, GROWING if experiment.grid else IDENTITY) as directory:
+    defaults = json.loads(json.dumps(identity(type(settings)())))
+    keys = GROWING if experiment.grid else IDENTITY
+    with RunDirectory.open(settings.out, config, notice, keys, defaults) as directory:
         work.directory = directory
         if directory.summary is not None and not experiment.grid:
             share(False)
