@@ -27,18 +27,6 @@ if TYPE_CHECKING:
 INSPECT = (
     "Show what training did to the rank of a checkpoint's attention, per layer and head, beside the same untrained."
 )
-#: What the lab's commands do: the first sentence of the help of each.
-LAB_COMMANDS = {
-    "grok": "Does low-rank decay make a scale-invariant transformer generalise where L2 does not, and why?",
-    "boundary": "At which data fraction and decay strength does a transformer generalise, and under which decay?",
-    "factor": "Is L2 on two factors the nuclear norm of their product? The matrix experiment.",
-    "margin": "Which max-margin problem does softmax attention solve? The flow of one layer against two SVMs.",
-    "recall": "What does a decay of attention do to a two-layer attention-only transformer that learns associative "
-    "recall?",
-    "language": "What does a separate decay of attention do to the rank and the loss of a language model?",
-    "vision": "What does a decay of attention do to a vision transformer: rank of its attention against accuracy.",
-    "report": "Make the HTML page of a run directory again, or a figure for a paper.",
-}
 #: The packages of the extra `lab`, as they are imported.
 LAB_PACKAGES = ("tyro", "rich", "plotly", "matplotlib", "scipy", "sklearn", "joblib", "cvxpy")
 LAB_INSTALL = "pip install 'rankdecay[lab]'"
@@ -78,7 +66,7 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"rankdecay {_version()}")
     elif command == "inspect":
         _inspect(_parse_inspect(arguments[1:]))
-    elif command in LAB_COMMANDS:
+    elif command in _lab_commands():
         return _run_lab(arguments)
     else:
         kind, known = ("option", ("--help", "--version")) if command.startswith("-") else ("command", _commands())
@@ -87,7 +75,14 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _commands() -> list[str]:
-    return ["inspect", *LAB_COMMANDS]
+    return ["inspect", *_lab_commands()]
+
+
+def _lab_commands() -> dict[str, str]:
+    """Return what each of the lab's commands does, from the experiments that are installed."""
+    from rankdecay.lab.experiment import questions
+
+    return questions() | {"report": "Make the HTML page of a run directory again, or a figure for a paper."}
 
 
 def _help() -> str:
@@ -99,7 +94,7 @@ def _help() -> str:
     )
     library = parser.add_argument_group("commands")
     lab = parser.add_argument_group("commands of the lab", f"These need more packages: {LAB_INSTALL}")
-    for group, commands in ((library, {"inspect": INSPECT}), (lab, LAB_COMMANDS)):
+    for group, commands in ((library, {"inspect": INSPECT}), (lab, _lab_commands())):
         for name, text in commands.items():
             group.add_argument(name, help=text)  # for the help alone: `_run` chooses the command
     parser.add_argument("--version", action="store_true", help="show the version of rankdecay and exit")

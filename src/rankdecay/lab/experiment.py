@@ -29,7 +29,7 @@ from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import ArmStyle, arm_styles
 from rankdecay.lab.report.table import Column
 from rankdecay.lab.report.words import Check, Facts
-from rankdecay.lab.settings import Record, Settings, identity
+from rankdecay.lab.settings import Record, Settings, identity, question
 
 if TYPE_CHECKING:
     from rankdecay.lab.precision import Products
@@ -55,6 +55,7 @@ __all__ = [
     "load",
     "names",
     "presets",
+    "questions",
     "print_summary",
     "run",
     "write_merged_report",
@@ -266,6 +267,11 @@ def names() -> list[str]:
 def presets(name: str) -> Mapping[str, Settings]:
     """The presets of an experiment, without importing torch."""
     return import_module(f"{_folders()[name]}.settings").PRESETS
+
+
+def questions() -> dict[str, str]:
+    """What every experiment asks, by its name."""
+    return {name: question(type(next(iter(presets(name).values())))) for name in names()}
 
 
 def load(name: str) -> Experiment[Any]:
