@@ -12,7 +12,7 @@ import torch
 
 from rankdecay import cli
 from rankdecay.lab.cli import EXPERIMENTS, parse
-from rankdecay.lab.experiments.grok.experiment import Grok
+from rankdecay.lab.experiments.grok.settings import Grok
 from tests.held import held
 from tests.waiting import HANG, until
 

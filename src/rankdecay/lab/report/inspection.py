@@ -14,9 +14,8 @@ from typing import Any
 
 from rankdecay.attention.inspection import Inspection, Row
 from rankdecay.attention.summary import KINDS, strip
-from rankdecay.lab.experiments.grok.page import SNAPSHOT_NUMBERS
 from rankdecay.lab.report import page as pieces
-from rankdecay.lab.report.page import choice
+from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, choice
 
 #: What the charts and tables show: a name and what it means.
 MEASURES = {
