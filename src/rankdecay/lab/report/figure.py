@@ -98,7 +98,7 @@ def draw(charts: Sequence[Chart], styles: Mapping[str, ArmStyle], path: Path) ->
 
 def _panel(axes: Axes, chart: Chart, styles: Mapping[str, ArmStyle]) -> None:
     lines, y = chart.at_first()
-    lines = [line for line in lines if any(map(is_number, line.y))]
+    lines = [line for line in lines if any(map(is_number, _plain(line.y)))]
     place = _decades(axes, lines) if chart.x.scale == "symlog" else lambda value: value
     for line in lines:
         _line(axes, line, place, styles)

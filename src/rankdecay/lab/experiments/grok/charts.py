@@ -18,14 +18,14 @@ from rankdecay.lab.report.words import is_number, shown
 from rankdecay.lab.settings import Record
 from rankdecay.lab.stored import StoredRun, snapshots
 
-ACCURACIES = {"test_accuracy": "test", "train_accuracy": "training"}
+ACCURACIES = {"test_accuracy": "test accuracy", "train_accuracy": "training accuracy"}
 RANKS = {
     "stable_rank": "stable rank of W_Q, W_K",
     "effective_rank": "effective rank of W_Q, W_K",
     "product_stable_rank": "stable rank of head products",
     "product_effective_rank": "effective rank of head products",
 }
-SHARES = {"tangential_share": "tangential", "radial_share": "radial"}
+SHARES = {"tangential_share": "tangential share", "radial_share": "radial share"}
 FLOOR = 1e-6  # of σ₁: float32 resolves little below it
 SHARE_LIMITS = (-0.02, 1.03)
 ARRAYS = ("singular_values", "product", "attention")  # of a snapshot; their first axis is the member
@@ -59,7 +59,7 @@ def _series(stored: StoredRun, metric: str) -> dict[str, list[tuple[list[int], l
     return found
 
 
-def _curves(stored: StoredRun, name: str, label: str, metrics: Mapping[str, str], axis: dict[str, Any]) -> Chart:
+def _curves(stored: StoredRun, name: str, label: str, metrics: Mapping[str, str], **axis: Any) -> Chart:
     """A chart of one of several metrics: a thin line per seed under the median of the seeds still training."""
     looks, thin, bold = arm_styles(stored.arms, styles(stored.settings)), [], []
     for metric in metrics:
@@ -74,8 +74,16 @@ def _curves(stored: StoredRun, name: str, label: str, metrics: Mapping[str, str]
     measured = {line.where[name] for line in bold}
     offered = {metric: words for metric, words in metrics.items() if metric in measured}
     axes = {metric: Axis(words, **axis) for metric, words in offered.items()}
-    empty = f"{label}: not recorded in this run."
-    return Chart(name, label, Axis("step"), axes, [*thin, *bold], [Choice(name, label, offered)], name, empty=empty)
+    return Chart(
+        name,
+        f"{name.title()} over steps",
+        Axis("step"),
+        axes,
+        [*thin, *bold],
+        [Choice(name, label, offered)],
+        name,
+        empty=f"{name.title()}: not recorded in this run.",
+    )
 
 
 def _words(series: Sequence[tuple[list[int], list[Any]]], steps: Sequence[int], *ends: Sequence[float]) -> list[str]:
@@ -192,9 +200,9 @@ def sections(stored: StoredRun) -> list[Section]:
         "A thin line is one seed, a bold line the median of the seeds still training. Click a name to hide or show its "
         "arm everywhere on the page; hover for values."
     )
-    accuracy = _curves(stored, "accuracy", "Accuracy", ACCURACIES, {"limits": SHARE_LIMITS})
-    rank = _curves(stored, "rank", "Rank", RANKS, {"scale": "log"})
-    share = _curves(stored, "share", "Share", SHARES, {"limits": SHARE_LIMITS})
+    accuracy = _curves(stored, "accuracy", "Accuracy", ACCURACIES, limits=SHARE_LIMITS)
+    rank = _curves(stored, "rank", "Rank", RANKS, scale="log")
+    share = _curves(stored, "share", "Share", SHARES, limits=SHARE_LIMITS)
     time = time_data(stored)
     if not time["steps"]:
         through = [Html(absent("This run has no snapshots, so no spectra or attention maps.")), Html(SHARE), share]

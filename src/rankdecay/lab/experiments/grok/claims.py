@@ -132,13 +132,17 @@ def _rate(facts: Facts) -> Decided:
 CHECKS = (
     Check(
         "Switching attention off is not enough",
-        _no_seed_of("uniform_attention", "held uniform", if_some=": the task does not need a low-rank pattern"),
+        _no_seed_of(
+            "uniform_attention", "under uniform attention", if_some=": the task does not need a low-rank pattern"
+        ),
         ("uniform_attention",),
         "whether switching attention off would do as well",
     ),
     Check(
         "A stronger L2 is not enough",
-        _no_seed_of("l2_tuned", "tuned", " at the one strength tried", ": that did not require low-rank decay"),
+        _no_seed_of(
+            "l2_tuned", "under tuned L2", " at the one strength tried", ": that did not require low-rank decay"
+        ),
         ("l2_tuned",),
         "whether a stronger L2 on the same matrices would do as well",
     ),
