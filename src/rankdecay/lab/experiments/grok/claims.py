@@ -133,7 +133,9 @@ CHECKS = (
     Check(
         "Switching attention off is not enough",
         _no_seed_of(
-            "uniform_attention", "under uniform attention", if_some=": the task does not need a low-rank pattern"
+            "uniform_attention",
+            "under uniform attention",
+            if_some=": what a low-rank pattern does cannot be told from what switching attention off does",
         ),
         ("uniform_attention",),
         "whether switching attention off would do as well",
