@@ -373,7 +373,7 @@ def _run(
             **experiment.summarise(work, directory.metrics()),
             "wall_seconds": seconds,
         }
-        if choice is not None:
+        if "precision" in directory.config:  # one that began before precisions were chosen has none
             summary["precision"] = directory.config["precision"]
         directory.finish(summary)
         write_report(directory.path)

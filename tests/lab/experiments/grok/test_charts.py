@@ -212,18 +212,28 @@ def test_the_same_run_gives_the_same_bytes(make_run, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_figure_has_accuracy_rank_and_spectra(make_run, tmp_path, monkeypatch):
+@pytest.fixture
+def panels(monkeypatch):
+    """The charts of every figure that is drawn."""
     from rankdecay.lab.report import figure
 
-    panels = []
-    monkeypatch.setattr(figure, "draw", lambda found, styles, path: panels.append(found) or path)
-    draw_figure([make_run(["l2", "low_rank"])], tmp_path / "a.png")
-    draw_figure([make_run(["low_rank"], summary=False, snapshots=False)], tmp_path / "b.png")
-    whole, begun = panels
-    assert [chart.title.partition(",")[0] for chart in whole] == [
-        "Test accuracy", "Stable rank of W_Q", "Singular values at the end",
-    ]  # fmt: skip
-    assert all(len(chart.lines) == 2 for chart in whole)
-    assert whole[0].lines[0].low is not None
-    (line,) = begun[-1].lines
-    assert line.arm == "low_rank"
+    found = []
+    monkeypatch.setattr(figure, "draw", lambda charts, styles, path: found.append(charts) or path)
+    return found
+
+
+def test_the_figure_has_accuracy_rank_and_spectra(make_run, tmp_path, panels):
+    draw_figure([make_run(["l2", "low_rank"])], tmp_path / "figure.png")
+    assert [chart.title.partition(",")[0] for chart in panels[0]] == [
+        "Test accuracy",
+        "Stable rank of W_Q",
+        "Singular values at the end",
+    ]
+    for chart in panels[0]:
+        assert [line.arm for line in chart.lines] == ["l2", "low_rank"]
+    assert panels[0][0].lines[0].low is not None
+
+
+def test_the_figure_of_a_run_without_snapshots_or_summary(make_run, tmp_path, panels):
+    draw_figure([make_run(["low_rank"], summary=False, snapshots=False)], tmp_path / "figure.png")
+    assert [chart.y.title for chart in panels[0]] == ["Test accuracy", "Stable rank of W_Q, W_K"]

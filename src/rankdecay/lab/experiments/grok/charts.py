@@ -72,7 +72,7 @@ def _curves(stored: StoredRun, name: str, label: str, metrics: Mapping[str, str]
                 words = _words(series, steps, values, low, high)
                 bold.append(Line(looks[arm].label, steps, values, arm, where=where, words=words))
     measured = {line.where[name] for line in bold}
-    offered = {metric: words for metric, words in metrics.items() if metric in measured}
+    offered = {metric: words for metric, words in metrics.items() if metric in measured} or metrics
     axes = {metric: Axis(words, **axis) for metric, words in offered.items()}
     return Chart(
         name,
@@ -255,7 +255,7 @@ def figure(stored: StoredRun, path: Path) -> Path:
         return [Line(looks[arm].label, x, y, arm, low, high) for arm, (x, y, low, high) in made.items()]
 
     ends = [
-        Line(looks[arm].label, np.arange(1, len(values) + 1), np.maximum(values, FLOOR), arm)
+        Line(looks[arm].label, range(1, len(values) + 1), np.maximum(values, FLOOR).tolist(), arm)
         for arm, values in final_spectrum(stored).items()
     ]
     panels = [
