@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from rankdecay import cli
+from rankdecay.lab import cli as lab_cli
+from rankdecay.lab import experiment
 from rankdecay.lab.experiment import identity
 from rankdecay.lab.experiments.attention import experiment as attention_decay
 from rankdecay.lab.experiments.attention.experiment import AttentionDecay
@@ -141,9 +143,10 @@ def test_another_precision_is_refused_by_name(tmp_path: Path, capsys: pytest.Cap
 def test_the_standard_preset_is_what_the_stored_runs_of_before_had(stored: str) -> None:
     """So `--preset standard` continues a directory that was begun with no option at all."""
     config = json.loads((DATA / stored / "config.json").read_text())
-    module = cli._module(config["command"])
-    without = attention_decay.NOT_IDENTITY if issubclass(type(module.PRESETS["standard"]), AttentionDecay) else ()
-    now = json.loads(json.dumps(identity(module.PRESETS["standard"], without)))
+    command = config["command"]
+    presets = experiment.presets(command) if command not in lab_cli.EXPERIMENTS else lab_cli._module(command).PRESETS
+    without = attention_decay.NOT_IDENTITY if issubclass(type(presets["standard"]), AttentionDecay) else ()
+    now = json.loads(json.dumps(identity(presets["standard"], without)))
     added = {"first_seed"} - config["settings"].keys()
     assert {k: v for k, v in now.items() if k not in {"precision", *added}} == {
         k: v for k, v in config["settings"].items() if k not in {"precision", "preset"}

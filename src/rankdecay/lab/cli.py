@@ -24,7 +24,6 @@ from rankdecay.lab.errors import SettingError, check_name
 
 #: The settings class of every experiment, in its module of `lab.experiments`, beside `run` and `print_summary`.
 EXPERIMENTS = {
-    "grok": "grok.experiment:Grok",
     "boundary": "boundary.experiment:Boundary",
     "margin": "margin.experiment:Margin",
     "recall": "attention.recall:Recall",

@@ -55,8 +55,8 @@ __all__ = [
     "load",
     "names",
     "presets",
-    "questions",
     "print_summary",
+    "questions",
     "run",
     "write_merged_report",
     "write_report",
@@ -200,7 +200,8 @@ class Experiment(Generic[S]):
         merged: reads several directories as one; None where that has no meaning.
         sections: of the page, with their charts.
         figure: draws the figure for a paper; by default the first charts of the page, side by side.
-        styles: how its arms are drawn and called, where `lab.report.style` does not know them.
+        styles: how its arms are drawn and called, where `lab.report.style` does not know them; a function of the
+            settings where they decide it.
         files: what is in the run directory, by name.
         again: what repeating the command gives.
     """
@@ -237,9 +238,13 @@ class Experiment(Generic[S]):
     merged: Callable[[Sequence[Path]], StoredRun] | None = None
     sections: Callable[[StoredRun], Sequence[Section]] = lambda stored: ()
     figure: Callable[[StoredRun, Path], Path] | None = None
-    styles: Mapping[str, ArmStyle] = field(default_factory=dict)
+    styles: Mapping[str, ArmStyle] | Callable[[Mapping[str, Any]], Mapping[str, ArmStyle]] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     again: str = "The same version gives the same digits up to rounding, on any machine."
+
+    def styles_of(self, settings: Mapping[str, Any]) -> Mapping[str, ArmStyle]:
+        """How the arms of a run with these settings are drawn and called."""
+        return self.styles(settings) if callable(self.styles) else self.styles
 
 
 # --- how one is found ---
@@ -377,7 +382,7 @@ def _run(
             **experiment.summarise(work, directory.metrics()),
             "wall_seconds": seconds,
         }
-        if choice is not None:
+        if "precision" in directory.config:  # one that began before precisions were chosen has none
             summary["precision"] = directory.config["precision"]
         directory.finish(summary)
         write_report(directory.path)
@@ -461,12 +466,13 @@ def print_summary(experiment: Experiment[Any], summary: Record) -> None:
     if not console.is_terminal:  # a file has room for a whole line
         console.width = max(console.width, 120)
     console.print(terminal_table(experiment.columns, experiment.brief(summary["arms"])))
-    facts = Facts.of(summary, experiment.styles)
+    styles = experiment.styles_of(summary["settings"])
+    facts = Facts.of(summary, styles)
     if "precision" in summary:
         console.print(f"\nprecision {described(summary)}", markup=False)
     if note := experiment.note(facts):
         console.print(f"\n{note}", markup=False)
-    console.print(f"\n{verdict(summary, experiment.headline, experiment.checks, experiment.styles)}", markup=False)
+    console.print(f"\n{verdict(summary, experiment.headline, experiment.checks, styles)}", markup=False)
 
 
 # --- what is shown of one ---
@@ -537,4 +543,4 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
     charts = [chart for chart in charts if chart.lines][:FIGURE_PANELS]
     if not charts:
         raise SettingError(f"{directories[0]} has nothing to draw yet: let the run go on, or complete it")
-    return draw(charts, arm_styles(stored.arms, experiment.styles), Path(path))
+    return draw(charts, arm_styles(stored.arms, experiment.styles_of(stored.settings)), Path(path))

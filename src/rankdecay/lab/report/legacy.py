@@ -7,14 +7,12 @@ from pathlib import Path
 from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.read import COMMANDS as ATTENTION_DECAY
-from rankdecay.lab.experiments.grok.read import read_run
 from rankdecay.lab.store import read_json
 
-__all__ = ["draw_figure", "read_run", "write_merged_report", "write_report"]
+__all__ = ["draw_figure", "write_merged_report", "write_report"]
 
-PORTED = ("factor",)
 WITHOUT_FIGURE = ("margin",)
-#: The packages of the pages that are made from one directory, by experiment; `page.py` here is of `grok`.
+#: The packages of the pages that are made from one directory, by experiment.
 PAGES = {name: name for name in WITHOUT_FIGURE} | dict.fromkeys(ATTENTION_DECAY, "attention")
 
 # plotly and matplotlib are loaded only when a page or a figure is made, hence the imports in the functions.
@@ -33,15 +31,11 @@ def write_report(directory: str | Path) -> Path:
         SettingError: when the directory is not a run or a file in it is damaged.
     """
     path, command = Path(directory) / "report.html", _command(directory)
-    if command in PORTED:
-        return experiment.write_report(directory)
     if command == "boundary":
         return write_merged_report([directory], path)
     if command in PAGES:
         return import_module(f"rankdecay.lab.experiments.{PAGES[command]}.page").write_page(Path(directory), path)
-    from rankdecay.lab.experiments.grok.page import write_page
-
-    return write_page(read_run(directory), path)
+    return experiment.write_report(directory)
 
 
 def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> Path:
@@ -85,17 +79,13 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
     if len(directories) != 1:
         raise SettingError(f"--figure {path} shows one run, {len(directories)} were given")
     command = _command(directories[0])
-    if command in PORTED:
-        return experiment.draw_figure(directories, path)
     if command in WITHOUT_FIGURE:
         raise SettingError(f"--figure {path}: {command} has a page and no figure; its charts save as SVG from the page")
     if command in ATTENTION_DECAY:
         from rankdecay.lab.experiments.attention import figure as of_attention
 
         return of_attention.figure(Path(directories[0]), Path(path))
-    from rankdecay.lab.experiments.grok import figure as of_run
-
-    return of_run.figure(directories[0], path)
+    return experiment.draw_figure(directories, path)
 
 
 def is_sweep(directory: str | Path) -> bool:

@@ -1,4 +1,15 @@
-// The slider and the play button of the page of a run; then everything begins.
+// Time: the slider and the play button, and what the chosen snapshot holds.
+
+const time = run.time;
+state.step = time.steps.length - 1;
+
+// The chosen seed's row of every visible arm in the snapshot at the slider; `row` is null where it has left the batch.
+function membersNow(name) {
+  const frame = time.frames[state.step];
+  return time.members
+    .map((member, index) => ({ ...member, row: frame[name] ? frame[name][index] : null }))
+    .filter((member) => !state.hidden.has(member.arm));
+}
 
 function goTo(step) {
   state.step = step;
@@ -12,7 +23,6 @@ function goTo(step) {
 function startTimeline() {
   const slider = document.getElementById("step-slider");
   const play = document.getElementById("play");
-  if (!slider) return;
   slider.value = state.step; // browsers keep an old position over a reload
   let timer = null;
   const stop = () => {
@@ -31,7 +41,4 @@ function startTimeline() {
   slider.setAttribute("aria-valuetext", `step ${time.steps[state.step]}`);
 }
 
-darkMode.addEventListener("change", () => { drawLegends(); changed("theme"); });
-drawLegends();
 startTimeline();
-watchCharts();
