@@ -15,7 +15,7 @@ import torch
 from rankdecay.lab.ensemble.ensemble import STATE, State
 from rankdecay.lab.ensemble.outcome import Key, Record
 from rankdecay.lab.ensemble.sweep import Plan, Saved, Source, Trial, train
-from rankdecay.lab.store import Checkpoint, Throttle, RunDirectory
+from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 
 WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt
 

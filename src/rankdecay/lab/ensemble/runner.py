@@ -16,7 +16,7 @@ import torch
 from rankdecay.lab.ensemble.ensemble import STATE, Ensemble, State
 from rankdecay.lab.ensemble.outcome import diverged
 from rankdecay.lab.progress import Progress
-from rankdecay.lab.store import Checkpoint, Throttle, RunDirectory
+from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 
 Record = dict[str, Any]
 Leaves = Callable[[Sequence[Record]], bool]
