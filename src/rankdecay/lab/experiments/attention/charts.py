@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -152,31 +153,57 @@ def _by_step(runs: Sequence[Sequence[Record]]) -> list[list[Record]]:
 # --- against decay ---
 
 
-def _measured(cell: Cell, ends: tuple[str, str], part: str, measure: str, layer: int) -> float | None:
-    means, layers = cell.get(ends[0]) or {}, cell.get(ends[1]) or []
+ENDS, STARTS = ("mean", "layers"), ("untrained_mean", "untrained")
+Of = Callable[[Cell], Any]  # a value of a cell
+
+
+def _measured(cell: Cell, when: tuple[str, str], part: str, measure: str, layer: int) -> float | None:
+    means, layers = cell.get(when[0]) or {}, cell.get(when[1]) or []
     found = means if layer == 0 else layers[layer - 1] if layer <= len(layers) else {}
     return found.get(part, {}).get(measure)
 
 
-ENDS, STARTS = ("mean", "layers"), ("untrained_mean", "untrained")
+def _strength(cell: Cell) -> float:
+    return cell["strength"]
 
 
-def _arm_lines(arms: Mapping[str, Sequence[Cell]], value: Callable[[Cell], Any], **more: Any) -> list[Line]:
-    """A line per arm through a value of its cells, from the weakest decay to the strongest."""
+def _tag(cell: Cell) -> str:
+    return f"{cell['strength']:g}"
+
+
+def _lines(
+    arms: Mapping[str, Sequence[Cell]], x: Of, y: Of, where: Mapping[str, str], error: Of | None = None, **words: Of
+) -> list[Line]:
+    """A line per arm through two values of its cells, from the weakest decay to the strongest.
+
+    Args:
+        arms: the cells of each.
+        x: the place of a cell.
+        y: its value.
+        where: the choices under which the lines are shown.
+        error: half the length of its error bar.
+        words: text by cell, as ``words`` or ``tags`` of a `Line`.
+    """
     lines = []
-    for name, cells in arms.items():
-        label, x, y = _label(name), [cell["strength"] for cell in cells], [value(cell) for cell in cells]
-        if any(map(is_number, y)):
-            lines.append(Line(label, x, y, name, mark="line+points", **more))
+    for name, every in arms.items():
+        cells = [cell for cell in every if is_number(x(cell)) and is_number(y(cell))]
+        if not cells:
+            continue
+        line = Line(_label(name), list(map(x, cells)), list(map(y, cells)), name, mark="line+points", where=where)
+        line = replace(line, **{kind: list(map(text, cells)) for kind, text in words.items()})
+        if error is not None:
+            ends = {end: [y(cell) + sign * error(cell) for cell in cells] for end, sign in (("low", -1), ("high", 1))}
+            line = replace(line, **ends)
+        lines.append(line)
     return lines
-
-
-def _label(name: str) -> str:
-    return STYLES[name].label if name in STYLES else name
 
 
 def _error(cell: Cell) -> float:
     return cell["loss_error"] if is_number(cell.get("loss_error")) else 0.0
+
+
+def _label(name: str) -> str:
+    return STYLES[name].label if name in STYLES else name
 
 
 def _quality_words(cell: Cell) -> str:
@@ -185,52 +212,11 @@ def _quality_words(cell: Cell) -> str:
     return f"loss {loss_words(cell)}{accuracy}{lost}"
 
 
-def _quality_lines(arms: Mapping[str, Sequence[Cell]], quality: str, where: Mapping[str, str]) -> list[Line]:
-    lines = []
-    for name, every in arms.items():
-        cells = [cell for cell in every if is_number(cell.get(quality))]
-        if cells:
-            x, words = [cell["strength"] for cell in cells], list(map(_quality_words, cells))
-            low, y, high = _with_errors(cells, quality)
-            lines.append(Line(_label(name), x, y, name, low, high, "line+points", where, words=words))
-    return lines
-
-
-def _with_errors(cells: Sequence[Cell], quality: str) -> tuple[Any, list[float], Any]:
-    y = [cell[quality] for cell in cells]
-    if quality != "loss":
-        return None, y, None
-    errors = list(map(_error, cells))
-    return [a - b for a, b in zip(y, errors, strict=True)], y, [a + b for a, b in zip(y, errors, strict=True)]
-
-
-def _cost_lines(
-    arms: Mapping[str, Sequence[Cell]], value: Callable[[Cell], Any], quality: str, where: Mapping[str, str]
-) -> list[Line]:
-    """Quality against a measure, with the strength beside each point."""
-    lines = []
-    for name, every in arms.items():
-        cells = [cell for cell in every if is_number(value(cell)) and is_number(cell.get(quality))]
-        if cells:
-            low, y, high = _with_errors(cells, quality)
-            tags = [f"{cell['strength']:g}" for cell in cells]
-            x = list(map(value, cells))
-            lines.append(Line(_label(name), x, y, name, low, high, "line+points", where, tags=tags))
-    return lines
-
-
-def _untrained(values: Iterable[Any], **more: Any) -> Callable[[Sequence[float], bool], list[Line]]:
-    """A dashed line at the mean of untrained values: across places, or upright over them."""
-    start = mean(values)
-
-    def drawn(ends: Sequence[float], upright: bool = False) -> list[Line]:
-        if start is None or not ends:
-            return []
-        along, level = [min(ends), max(ends)], [start, start]
-        x, y = (level, along) if upright else (along, level)
-        return [Line("untrained", x, y, mark="dashed", words=[f"{start:.3g}"] * 2, **more)]
-
-    return drawn
+def _untrained(start: float, ends: Sequence[float], where: Mapping[str, str], *, upright: bool = False) -> Line:
+    """A dashed line at a value before training: across places, or upright over them."""
+    along, level = [min(ends), max(ends)], [start, start]
+    x, y = (level, along) if upright else (along, level)
+    return Line("untrained", x, y, mark="dashed", where=where, words=[f"{start:.3g}"] * 2)
 
 
 def _against_decay(grid: Grid) -> tuple[Chart, Chart, Chart]:
@@ -238,28 +224,25 @@ def _against_decay(grid: Grid) -> tuple[Chart, Chart, Chart]:
     ranks: list[Line] = []
     qualities: list[Line] = []
     costs: list[Line] = []
-    shown = list(grid.choices["quality"].options)
+    shown, errors = list(grid.choices["quality"].options), {"loss": _error, "accuracy": None}
     for norm, mlp, at in grid.slices():
         arms = series(grid.cells, qk_norm=norm, mlp_decay=mlp)
         cells = [cell for own in arms.values() for cell in own]
         for quality in shown:
-            qualities += _quality_lines(arms, quality, at | grid.where(quality=quality))
+            where = at | grid.where(quality=quality)
+            qualities += _lines(arms, _strength, itemgetter(quality), where, errors[quality], words=_quality_words)
         for part, measure, layer in product(grid.parts, MEASURES, map(int, grid.choices["layer"].options)):
             where = at | grid.where(part=part, measure=measure, layer=layer)
-
-            def value(cell: Cell, what: Any = (part, measure, layer)) -> Any:
-                return _measured(cell, ENDS, *what)
-
-            untrained = _untrained((_measured(cell, STARTS, part, measure, layer) for cell in cells), where=where)
-            found = _arm_lines(arms, value, where=where)
-            if not found:
-                continue
-            ranks += [*untrained([cell["strength"] for cell in cells], False), *found]
+            value = partial(_measured, when=ENDS, part=part, measure=measure, layer=layer)
+            start = mean(_measured(cell, STARTS, part, measure, layer) for cell in cells)
+            if start is not None:
+                ranks.append(_untrained(start, list(map(_strength, cells)), where))
+            ranks += _lines(arms, _strength, value, where)
             for quality in shown:
                 beside = where | grid.where(quality=quality)
-                more = _cost_lines(arms, value, quality, beside)
-                upright = _untrained((line.x[0] for line in untrained([0.0], True)), where=beside)
-                costs += [*upright(known(cells, quality), True), *more]
+                if start is not None and known(cells, quality):
+                    costs.append(_untrained(start, known(cells, quality), beside, upright=True))
+                costs += _lines(arms, value, itemgetter(quality), beside, errors[quality], tags=_tag)
     measures = {measure: _axis(measure) for measure in MEASURES}
     of_measure = ("part", "measure", "layer", "norm", "mlp")
     return (
@@ -419,15 +402,14 @@ def figure(stored: StoredRun, path: Path) -> Path:
     for norm, arms in by_norm.items():
         suffix = "" if len(by_norm) == 1 else ", QK-norm" if norm else ", no QK-norm"
         cells = [cell for own in arms.values() for cell in own]
-        strengths = [cell["strength"] for cell in cells]
         for part in ("query_key", "value_output"):
             name = PARTS[part] if any(part in cell["mean"] for cell in cells) else "W_Q, W_K"
-            lines = _arm_lines(arms, lambda cell, part=part: rank_of(cell, part))
+            lines = _lines(arms, _strength, partial(rank_of, part=part), {})
             start = mean(rank_of(cell, part, "untrained_mean") for cell in cells)
-            if start is not None:
-                lines.append(Line("untrained", [min(strengths), max(strengths)], [start, start]))
+            if start is not None:  # below the others, and in the legend
+                lines.insert(0, replace(_untrained(start, list(map(_strength, cells)), {}), mark="line"))
             title = f"Pseudo rank of {name}{suffix}"
             charts.append(Chart(f"{part}-{norm}", title, DECAY, Axis(title, limits=(0, 1.02)), lines))
-        title = f"Loss{suffix}"
-        charts.append(Chart(f"loss-{norm}", title, DECAY, Axis(title), _quality_lines(arms, "loss", {})))
+        title, losses = f"Loss{suffix}", _lines(arms, _strength, itemgetter("loss"), {}, _error)
+        charts.append(Chart(f"loss-{norm}", title, DECAY, Axis(title), losses))
     return draw(charts, arm_styles(stored.arms, STYLES), path)

@@ -6,7 +6,7 @@ larger than its standard error, a change of pseudo rank where it is larger than 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from rankdecay.lab.experiments.attention.settings import ARMS
@@ -20,7 +20,7 @@ from rankdecay.lab.experiments.attention.summary import (
     without_decay,
 )
 from rankdecay.lab.report.style import ArmStyle
-from rankdecay.lab.report.words import Check, Decided, Facts, counted, is_number, listed
+from rankdecay.lab.report.words import Check, Decided, Facts, is_number, listed
 
 MATERIAL = 0.01
 FEW = 5  # seeds; of fewer a standard error is itself a rough guess
@@ -100,12 +100,42 @@ def _against(cell: Cell, other: Cell, name: str) -> str:
     return f"{size} {side} {name}"
 
 
-def _start(arms: Arms, name: str) -> tuple[float | None, str]:
-    """The rank of queries and keys that an arm is held against, and where it is from."""
-    none = without_decay(arms, name)
-    if none is not None:
-        return rank_of(none, "query_key"), "without decay"
-    return rank_of(arms[name][0], "query_key", "untrained_mean"), "untrained"
+Value = Callable[[Cell, str], float | None]  # of a cell, from its "mean" at the end or its "untrained_mean"
+
+
+def _rank(part: str) -> Value:
+    return lambda cell, when: rank_of(cell, part, when)
+
+
+def _matrices(cell: Cell, when: str) -> float | None:
+    """The mean pseudo rank of W_Q and W_K themselves, which with and without QK-norm is the same measure."""
+    means = cell.get(when) or {}
+    return of({part: means[part] for part in ("query", "key") if part in means}, "query_key", "pseudo_rank")
+
+
+def _change(arms: Arms, name: str, value: Value) -> tuple[float, float, str] | None:
+    """A value before and at the strongest decay of an arm, and in words; before is without decay, or untrained."""
+    none, strongest = without_decay(arms, name), arms[name][-1]
+    start = value(arms[name][0], "untrained_mean") if none is None else value(none, "mean")
+    end = value(strongest, "mean")
+    if start is None or end is None or not strongest["strength"]:
+        return None
+    before = "untrained" if none is None else "without decay"
+    return start, end, f"{start:.2f} {before} to {end:.2f} at {strongest['strength']:g}"
+
+
+def _changes(arms: Arms, value: Value) -> dict[str, tuple[float, float, str]]:
+    found = {name: _change(arms, name, value) for name in arms}
+    return {name: change for name, change in found.items() if change is not None}
+
+
+def _is_lower(change: tuple[float, float, str]) -> bool:
+    return change[1] < change[0] - MATERIAL
+
+
+def _decided(held: Sequence[bool | None], texts: Sequence[str], lead: str = "") -> Decided | None:
+    """A claim that holds where it holds in every part, with the figures of each."""
+    return (None if None in held else all(held), f"{lead}{'; '.join(texts)}.") if texts else None
 
 
 # --- the headline ---
@@ -117,158 +147,101 @@ def headline(facts: Facts) -> str:
     if not known:
         return "No run ended with a finite loss, so there is nothing to compare."
     best, arms = _least(known), next(iter(_by_norm(facts).values()), {})
-    parts = [_rank_headline(facts, arms)]
+    texts = []
+    if changes := _changes(arms, _rank("query_key")):
+        words = {name: f"{change[2]} under {facts.label(name)}" for name, change in changes.items()}
+        lowered = [name for name in changes if _is_lower(changes[name])]
+        kept = [text for name, text in words.items() if name not in lowered]
+        subject = f"the pseudo rank of {_product(arms[next(iter(changes))][-1], 'query_key')}"
+        if lowered:
+            texts.append(f"Decay of attention lowered {subject}: {listed([words[name] for name in lowered])}.")
+        if kept:
+            texts.append(f"{'Not' if lowered else f'Decay of attention did not lower {subject}'}: {listed(kept)}.")
     if len(known) == 1:
-        parts.append(f"The loss was {loss_words(best)}; there is no other cell to compare it with.")
+        texts.append(f"The loss was {loss_words(best)}; there is no other cell to compare it with.")
     else:
-        around = series(known, qk_norm=best["qk_norm"], mlp_decay=best["mlp_decay"])
-        none = without_decay(around, best["name"])
+        none = without_decay(series(known, qk_norm=best["qk_norm"], mlp_decay=best["mlp_decay"]), best["name"])
         compared = "" if none is None or none is best else f": {_against(best, none, 'no decay')}"
-        parts.append(f"The least loss, {loss_words(best)}, was that of {_named(facts, best)}{compared}.")
-    return " ".join(filter(None, parts))
-
-
-def _rank_headline(facts: Facts, arms: Arms) -> str:
-    changes: dict[bool, list[str]] = {True: [], False: []}
-    starts: set[str] = set()
-    subject = ""
-    for name, cells in arms.items():
-        strongest, (start, where) = cells[-1], _start(arms, name)
-        end = rank_of(strongest, "query_key")
-        if end is None or start is None or strongest["strength"] == 0:
-            continue
-        subject = _product(strongest, "query_key")
-        starts.add(f"{start:.2f} {where}")
-        text = f"{end:.2f} under {facts.label(name)} at {strongest['strength']:g}"
-        changes[end < start - MATERIAL].append(text)
-    if not starts:
-        return ""
-    start = f", {starts.pop()}," if len(starts) == 1 else ""
-    if not changes[True]:
-        return f"The pseudo rank of {subject}{start} was not lowered by decay: {listed(changes[False])}."
-    rest = f"; it was not lowered to speak of by others: {listed(changes[False])}" if changes[False] else ""
-    return f"Decay of attention lowered the pseudo rank of {subject}{start} to {listed(changes[True])}{rest}."
+        texts.append(f"The least loss, {loss_words(best)}, was that of {_named(facts, best)}{compared}.")
+    return " ".join(texts)
 
 
 # --- the claims ---
 
 
 def _lowers_rank(name: str, facts: Facts) -> Decided | None:
-    lowered, texts = [], []
+    held, texts = [], []
     for norm, arms in _by_norm(facts).items():
-        if name not in arms:
-            continue
-        strongest, (start, _) = arms[name][-1], _start(arms, name)
-        end = rank_of(strongest, "query_key")
-        if start is None or end is None or strongest["strength"] == 0:
-            continue
-        lowered.append(end < start - MATERIAL)
-        ranks = listed([text for part in PRODUCTS if (text := _ranks(arms, name, part))])
-        texts.append(f"{_in_norm(facts, norm)}pseudo rank of {ranks}")
-    return (all(lowered), f"{'; '.join(texts)}.") if texts else None
+        change = _change(arms, name, _rank("query_key")) if name in arms else None
+        if change is not None:
+            held.append(_is_lower(change))
+            ranks = [text for part in PRODUCTS if (text := _ranks(arms, name, part))]
+            texts.append(f"{_in_norm(facts, norm)}pseudo rank of {listed(ranks)}")
+    return _decided(held, texts)
 
 
 def _ranks(arms: Arms, name: str, part: str) -> str:
-    cells, none = arms[name], without_decay(arms, name)
-    strongest, end = cells[-1], rank_of(cells[-1], part)
-    found = [(rank_of(cells[0], part, "untrained_mean"), "untrained")]
-    if none is not None and none is not strongest:
-        found.append((rank_of(none, part), "without decay"))
-    found.append((end, f"at {strongest['strength']:g}"))
-    ranks = [(rank, cell["strength"]) for cell in cells if (rank := rank_of(cell, part)) is not None]
-    if end is not None and min(ranks)[0] < end - MATERIAL:
-        found.append((min(ranks)[0], f"at {min(ranks)[1]:g}, the lowest"))
-    values = [f"{rank:.2f} {when}" for rank, when in found if rank is not None]
-    return f"{_product(strongest, part)} {', '.join(values)}" if values else ""
+    change = _change(arms, name, _rank(part))
+    if change is None:
+        return ""
+    ranks = [(rank, cell["strength"]) for cell in arms[name] if (rank := rank_of(cell, part)) is not None]
+    lowest = f" (lowest {min(ranks)[0]:.2f} at {min(ranks)[1]:g})" if min(ranks)[0] < change[1] - MATERIAL else ""
+    return f"{_product(arms[name][-1], part)} {change[2]}{lowest}"
 
 
 def _lowers_loss(name: str, facts: Facts) -> Decided | None:
-    better: list[bool | None] = []
-    texts = []
+    held, texts = [], []
     for norm, arms in _by_norm(facts).items():
         if name not in arms:
             continue
         cells, none = arms[name], without_decay(arms, name)
-        best = _least(cells)
+        best, strongest = _least(cells), cells[-1]
         distance, error = (0.0, None) if none is None else difference(none, best)
-        better.append(None if none is None else distance > (error or 0.0))
-        edge = best is cells[-1] and len(cells) > 1
+        held.append(None if none is None else distance > (error or 0.0))
         text = f"{_in_norm(facts, norm)}least loss {loss_words(best)} at {best['strength']:g}"
-        text += " (the strongest tried: a stronger one may do better)" if edge else ""
-        if none is not None and none is not best:
-            text += f", {_against(best, none, 'no decay')}"
-        strongest = cells[-1]
-        if strongest is not best and strongest is not none:
-            at = f"strength {strongest['strength']:g}"
-            text += f", {_against(best, strongest, at)}"
-        texts.append(text + _accuracy(cells))
-    if not texts:
-        return None
-    return None if None in better else all(better), f"{'; '.join(texts)}."
-
-
-def _accuracy(cells: Sequence[Cell]) -> str:
-    accurate = [cell for cell in cells if is_number(cell.get("accuracy"))]
-    if not accurate:
-        return ""
-    top = max(accurate, key=lambda cell: cell["accuracy"])
-    if len(accurate) > 1 and all(cell["accuracy"] == top["accuracy"] for cell in accurate):
-        return f", accuracy {top['accuracy']:.1%} at every strength"
-    return f", best accuracy {top['accuracy']:.1%} at {top['strength']:g}"
-
-
-def _matrices(cell: Cell) -> float | None:
-    """The mean pseudo rank of W_Q and W_K themselves, which with and without QK-norm is the same measure."""
-    mean = cell.get("mean") or {}
-    return of({part: mean[part] for part in ("query", "key") if part in mean}, "query_key", "pseudo_rank")
+        if best is strongest and len(cells) > 1:
+            text += " (the strongest tried: a stronger one may do better)"
+        compared = {"no decay": none, f"strength {strongest['strength']:g}": strongest}
+        for reference, cell in compared.items():
+            if cell is not None and cell is not best and (cell is not none or reference == "no decay"):
+                text += f", {_against(best, cell, reference)}"
+        if accurate := [cell for cell in cells if is_number(cell.get("accuracy"))]:
+            top = max(accurate, key=lambda cell: cell["accuracy"])
+            text += f", best accuracy {top['accuracy']:.1%} at {top['strength']:g}"
+        texts.append(text)
+    return _decided(held, texts)
 
 
 def _under_norm(facts: Facts) -> Decided | None:
     """Whether each decay still lowers the rank of W_Q and W_K where their product is behind a norm."""
-    by_norm = _by_norm(facts)
-    lowered, texts = [], []
-    for name in by_norm.get(True, {}):
-        ranks = {}
-        for norm, arms in by_norm.items():
-            none = without_decay(arms, name)
-            if none is not None and name in arms and arms[name][-1]["strength"]:
-                ranks[norm] = _matrices(none), _matrices(arms[name][-1])
-        ranks = {norm: (start, end) for norm, (start, end) in ranks.items() if start is not None and end is not None}
-        if True not in ranks:
-            continue
-        start, end = ranks[True]
-        lowered.append(end < start - MATERIAL)
-        text = f"{facts.label(name)} at {by_norm[True][name][-1]['strength']:g} {start:.2f} to {end:.2f}"
-        texts.append(
-            text + (f" (without the norm {ranks[False][0]:.2f} to {ranks[False][1]:.2f})" if False in ranks else "")
-        )
-    if not texts:
-        return None
-    return all(lowered), f"their mean pseudo rank, without decay and at the strongest: {'; '.join(texts)}."
+    plain, normed = (_changes(_by_norm(facts).get(norm, {}), _matrices) for norm in (False, True))
+    texts = [
+        f"{facts.label(name)} {change[2]}" + (f" ({plain[name][2]} without the norm)" if name in plain else "")
+        for name, change in normed.items()
+    ]
+    return _decided([_is_lower(change) for change in normed.values()], texts, "their mean pseudo rank: ")
 
 
 def _free(facts: Facts) -> Decided | None:
     """Whether the lowest rank has the least loss, or one not told apart from it."""
     held, texts = [], []
     for norm, arms in _by_norm(facts).items():
-        cells = [cell for own in arms.values() for cell in own if rank_of(cell, "query_key") is not None]
+        ranks = {id(cell): rank_of(cell, "query_key") for cells in arms.values() for cell in cells}
+        cells = [cell for own in arms.values() for cell in own if ranks[id(cell)] is not None]
         if len(cells) < 2:
             continue
-        best, lowest = _least(cells), min(cells, key=lambda cell: rank_of(cell, "query_key") or 0)
-        near = [cell for cell in cells if cell is best or _is_near(cell, best)]
-        cheap = min(near, key=lambda cell: rank_of(cell, "query_key") or 0)
-        held.append(lowest in near)
-        text = f"{_in_norm(facts, norm)}the lowest pseudo rank of {_product(best, 'query_key')}, "
-        text += f"{rank_of(lowest, 'query_key'):.2f}, is that of {_named(facts, lowest)}, at a loss of "
-        text += loss_words(lowest)
-        text += ", the least of all" if lowest is best else f", {lowest['loss'] - best['loss']:.4f} above the least"
-        if cheap is not lowest:
-            text += (
-                f"; not told apart from the least loss, the lowest is {rank_of(cheap, 'query_key'):.2f}, "
-                f"{_named(facts, cheap)}, at a loss of {loss_words(cheap)}"
-            )
-        texts.append(text)
-    return (all(held), f"{'; '.join(texts)}.") if texts else None
+        best, order = _least(cells), sorted(cells, key=lambda cell: ranks[id(cell)] or 0)
+        near = [cell for cell in order if cell is best or _is_near(cell, best)]
+        shown = [
+            f"{ranks[id(cell)]:.2f}, of {_named(facts, cell)} at a loss of {loss_words(cell)}"
+            for cell in (order[0], near[0])
+        ]
+        held.append(near[0] is order[0])
+        text = f"{_in_norm(facts, norm)}the lowest pseudo rank of {_product(best, 'query_key')} is {shown[0]}"
+        if order[0] is not best:
+            text += f", {order[0]['loss'] - best['loss']:.4f} above the least"
+        texts.append(text + ("" if held[-1] else f"; not told apart from the least loss, {shown[1]}"))
+    return _decided(held, texts)
 
 
 def _is_near(cell: Cell, best: Cell) -> bool:
@@ -276,81 +249,70 @@ def _is_near(cell: Cell, best: Cell) -> bool:
     return error is not None and distance <= error
 
 
+def _imbalance(part: str, cell: Cell, when: str) -> float | None:
+    return of(cell.get(when) or {}, part, "imbalance")
+
+
 def _balances(facts: Facts) -> Decided | None:
     arms = _by_norm(facts).get(False, {})
-    lowered, texts = [], []
-    for name, cells in arms.items():
-        none = without_decay(arms, name)
-        if none is None or cells[-1]["strength"] == 0:
-            continue
-        changes = []
-        for part, product in PRODUCTS.items():
-            start, end = (of(cell.get("mean") or {}, part, "imbalance") for cell in (none, cells[-1]))
-            if start is not None and end is not None:
-                lowered.append(end < start)
-                changes.append(f"{product} {start:.2f} to {end:.2f}")
-        if changes:
-            texts.append(f"{facts.label(name)} at {cells[-1]['strength']:g}, {listed(changes)}")
-    if not texts:
-        return None
-    return all(lowered), f"imbalance (0 balanced, 2 at most), from no decay to the strongest: {'; '.join(texts)}."
+    held, texts = [], []
+    for part, product in PRODUCTS.items():
+        for name, change in _changes(arms, partial(_imbalance, part)).items():
+            held.append(change[1] < change[0])
+            texts.append(f"{product} under {facts.label(name)} {change[2]}")
+    return _decided(held, texts, "imbalance (0 balanced, 2 at most) of ")
 
 
 def _equal_time(facts: Facts) -> Decided | None:
-    by_arm: dict[str, list[Cell]] = {}
-    for cell in _known(facts):
-        if is_number(cell.get("loss_at_equal_time")) and is_number(cell.get("per_second")):
-            by_arm.setdefault(cell["name"], []).append(cell)
-    if "l2" not in by_arm or len(by_arm) < 2:
+    timed = [c for c in _known(facts) if is_number(c.get("loss_at_equal_time")) and is_number(c.get("per_second"))]
+    by_arm = {name: [cell for cell in timed if cell["name"] == name] for name in facts.arms}
+    best = [_least(cells, "loss_at_equal_time") for cells in by_arm.values() if cells]
+    if not by_arm["l2"] or len(best) < 2:
         return None
-    best = [_least(cells, "loss_at_equal_time") for cells in by_arm.values()]
     best.sort(key=lambda cell: cell["loss_at_equal_time"])
-    losses = [f"{cell['loss_at_equal_time']:.4f} ({_named(facts, cell)})" for cell in best]
-    speeds = {name: max(cell["per_second"] for cell in cells) for name, cells in by_arm.items()}
-    quickest = max(speeds, key=lambda name: speeds[name])
-    shares = [f"{facts.label(name)} {s / speeds[quickest]:.0%}" for name, s in speeds.items() if name != quickest]
-    return best[0]["name"] != "l2", (
-        f"least losses after as many seconds of training as the quickest run took: {'; '.join(losses)}. The quickest "
-        f"arm made {speeds[quickest]:,.0f} {facts.summary.get('unit', 'examples')} per second "
-        f"({facts.label(quickest)}); of that, {listed(shares)}."
-    )
+    unit = facts.summary.get("unit", "examples")
+    texts = [
+        f"{cell['loss_at_equal_time']:.4f}, {_named(facts, cell)} "
+        f"({max(c['per_second'] for c in by_arm[cell['name']]):,.0f} {unit} per second)"
+        for cell in best
+    ]
+    lead = "least losses after as many seconds of training as the quickest run took: "
+    return _decided([best[0]["name"] != "l2"], texts, lead)
 
 
 def _same_at_every_mlp_decay(facts: Facts) -> Decided | None:
     cells = _cells(facts)
     values = sorted({cell["mlp_decay"] for cell in cells if cell["mlp_decay"] is not None})
-    same, texts = [], []
+    held, texts = [], []
     for norm in (False, True):
         by_mlp = [series(cells, qk_norm=norm, mlp_decay=value) for value in values]
         for name in facts.arms:
             best = [_least(arms[name]) for arms in by_mlp if name in arms]
             if len(best) > 1:
-                same.append(len({cell["strength"] for cell in best}) == 1)
+                held.append(len({cell["strength"] for cell in best}) == 1)
                 at = listed([f"{cell['strength']:g} at MLP decay {cell['mlp_decay']:g}" for cell in best])
                 top = _least(best)["mlp_decay"]
                 texts.append(f"{_in_norm(facts, norm)}{facts.label(name)} {at}, the least at MLP decay {top:g}")
-    return (all(same), f"the strength with the least loss: {'; '.join(texts)}.") if texts else None
+    return _decided(held, texts, "the strength with the least loss: ")
 
 
 def _all_ended(facts: Facts) -> Decided | None:
     lost = [f"{c['diverged']} of {c['seeds']} under {_named(facts, c)}" for c in _cells(facts) if c.get("diverged")]
-    return (False, f"left out of every mean, {'; '.join(lost)}.") if lost else None
+    return _decided([False], lost, "left out of every mean, ")
 
 
 def _enough_seeds(facts: Facts) -> Decided | None:
-    known = _known(facts)
-    if not known:
+    count = max((cell["seeds"] - (cell.get("diverged") or 0) for cell in _known(facts)), default=0)
+    if not count:
         return None
-    count = max(cell["seeds"] - (cell.get("diverged") or 0) for cell in known)
-    if count == 1:
-        text = (
-            "one seed per cell. The ± is the error of one evaluation, of a difference that over the same pieces of the "
-            "validation set, and another seed may put the strengths in another order."
-        )
-    else:
-        rough = "; of so few it is itself a rough guess" if count < FEW else ""
-        text = f"the ± is the standard error over {counted(count, 'seed')}, of a difference seed by seed{rough}."
-    text += " With so many cells some differences beyond one standard error are to be expected by chance."
+    rough = "; of so few it is itself a rough guess" if count < FEW else ""
+    text = (
+        "one seed per cell. The ± is the error of one evaluation, of a difference that over the same pieces of the "
+        "validation set, and another seed may put the strengths in another order"
+        if count == 1
+        else f"the ± is the standard error over {count} seeds, of a difference seed by seed{rough}"
+    )
+    text += ". With so many cells some differences beyond one standard error are to be expected by chance."
     main = main_mlp_decay(_cells(facts))
     if _several(facts, "mlp_decay") and main is not None:
         text += f" Where nothing else is said, the decay of the MLPs is {main:g}."
