@@ -8,13 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+from rankdecay.lab.experiments.factor.verdict import small, verdict
 
 from rankdecay import cli
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import NOT_IDENTITY, identity
 from rankdecay.lab.experiments.factor.experiment import ARMS, Factor, check, filled, run
 from rankdecay.lab.experiments.factor.fits import Diverged
-from rankdecay.lab.experiments.factor.verdict import small, verdict
 from rankdecay.lab.report import draw_figure, write_report
 from rankdecay.lab.store import read_metrics
 

@@ -294,7 +294,8 @@ def _over_training(grid: Grid) -> tuple[list[Chart], list[Chart]]:
         Chart(f"layer-{index}", title, step, axes, lines, of_measure, "measure", empty=NO_VALUE)
         for index, (title, lines) in enumerate(zip(titles, by_layer, strict=True))
     ]
-    curves = Chart("curve", "Loss and accuracy", step, CURVES, losses, [*choices, grid.choices["curve"]], "curve")
+    title = "Loss and accuracy" if "accuracy" in grid.choices["curve"].options else "Loss"
+    curves = Chart("curve", title, step, CURVES, losses, [*choices, grid.choices["curve"]], "curve")
     return [curves, over[0]], over[1:] if grid.layers > 1 else []
 
 

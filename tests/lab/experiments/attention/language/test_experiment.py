@@ -13,8 +13,9 @@ import torch
 import rankdecay as rd
 from rankdecay import cli
 from rankdecay.lab.cli import parse
-from rankdecay.lab.experiments.attention.language import PRESETS, Language, LanguageModelling, check
-from rankdecay.lab.experiments.attention.text import load
+from rankdecay.lab.experiments.attention.language.experiment import LanguageModelling
+from rankdecay.lab.experiments.attention.language.settings import PRESETS, Language, check
+from rankdecay.lab.experiments.attention.language.text import load
 from rankdecay.lab.session.session import Session
 from rankdecay.lab.store import read_metrics
 from tests.held import held
@@ -221,7 +222,7 @@ REFUSED = [
     ("--depth 0", ["--depth 0", "at least 1"]),
     ("--arms l3", ["--arms 'l3'", "did you mean 'l2'"]),
     ("--strengths l2=100", ["--strengths l2=100", "--lr 0.01", "below 100"]),
-    ("--strengths l2=-1", ["l2=-1", "no decay"]),
+    ("--strengths l2=-1", ["l2=-1", "not a decay"]),
     ("--steps 5", ["--steps 5", "--evaluate-every 3", "--steps 3"]),
     ("--accumulate 3", ["--batch-size 4", "--accumulate 3", "multiple of 3"]),
     ("--tokenizer /nowhere/tokenizer.json", ["--tokenizer /nowhere/tokenizer.json", "cannot be loaded"]),
@@ -338,7 +339,7 @@ def test_the_loss_is_that_of_the_next_token_and_its_error_that_of_stretches(text
 
 
 def test_a_model_learns_the_text(text):
-    from rankdecay.lab.experiments.attention.experiment import all_runs, make_plan
+    from rankdecay.lab.experiments.attention.runs import all_runs, make_plan
 
     settings = dataclasses.replace(
         Language(), arms=("low_rank",), strengths=("low_rank=1",), context=16, width=32, depth=2, heads=2,

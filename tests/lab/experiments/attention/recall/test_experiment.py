@@ -14,7 +14,8 @@ import torch
 import rankdecay as rd
 from rankdecay import cli
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.recall import Recall, RecallProblem, check, draw
+from rankdecay.lab.experiments.attention.recall.experiment import RecallProblem, draw
+from rankdecay.lab.experiments.attention.recall.settings import Recall, check
 from rankdecay.lab.store import read_metrics
 
 TINY = (

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 import rankdecay as rd
 from rankdecay import cli
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.vision import Vision, VisionProblem, check
+from rankdecay.lab.experiments.attention.vision.experiment import VisionProblem
+from rankdecay.lab.experiments.attention.vision.settings import Vision, check
 from rankdecay.lab.store import read_metrics
 
 TINY = ("--width", "16", "--heads", "2", "--depth", "2", "--mlp-width", "24", "--batch-size", "16", "--steps", "6")

@@ -2,10 +2,10 @@ import json
 import re
 
 import pytest
-
-from rankdecay.lab.experiments.attention import page
 from rankdecay.lab.experiments.attention.experiment import print_summary
 from rankdecay.lab.experiments.attention.read import read_grid
+
+from rankdecay.lab.experiments.attention import page
 from rankdecay.lab.report import write_report
 
 EVIL = "<img src=x onerror=window.owned=1></script><b>%{y}$"
