@@ -54,7 +54,8 @@ def _untrained(part: str):
     def words(cell: Cell) -> str | None:
         before = rank_of(cell, part, "untrained_mean")
         matrices = part == "query_key" and bool(cell.get("mean")) and part not in cell["mean"]
-        return " ".join([f"untrained {before:.3f}"] * (before is not None) + ["W_Q, W_K"] * matrices) or None
+        texts = ["" if before is None else f"untrained {before:.3f}", "W_Q, W_K" if matrices else ""]
+        return " ".join(filter(None, texts)) or None
 
     return words
 
