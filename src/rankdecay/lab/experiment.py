@@ -374,7 +374,7 @@ def _run(
             **experiment.summarise(work, directory.metrics()),
             "wall_seconds": seconds,
         }
-        if choice is not None:
+        if "precision" in directory.config:  # not in that of a run begun before there was a choice
             summary["precision"] = directory.config["precision"]
         directory.finish(summary)
         write_report(directory.path)
