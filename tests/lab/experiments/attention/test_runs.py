@@ -109,21 +109,6 @@ def test_which_models_are_kept_is_a_choice(tmp_path, keep, count):
     assert len(list((tmp_path / "run").glob("models/*"))) == count
 
 
-def test_a_finished_directory_is_shown_and_not_computed_again(finished, capsys):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    problem = Repeat(stops=0)
-    summary = make(finished, problem, arms=("l2", "low_rank"), strengths=("l2=0", "low_rank=2"), seeds=2)
-    assert summary == read(finished)
-    assert "is complete" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
-    assert problem.asked == []
-
-
-def test_another_configuration_is_refused(finished):
-    with pytest.raises(SettingError, match=r"holds another configuration \(lr is 0.01 there, 0.02 now\)"):
-        make(finished, arms=("l2", "low_rank"), strengths=("l2=0", "low_rank=2"), seeds=2, lr=0.02)
-
-
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingError, match=r"--out .*file/run cannot be written .*: choose a directory"):

@@ -285,7 +285,7 @@ def _over_training(grid: Grid) -> tuple[list[Chart], list[Chart]]:
                 continue
             for index, y in enumerate([[mean(at_step) for at_step in zip(*each, strict=True)], *each]):
                 by_layer[index].append(Line(label, x, y, where=where, shade=shade))
-                extent[measure] += filter(is_number, y)
+                extent[measure] += [value for value in y if value is not None]
     axes = {measure: _axis(measure, _limits(measure, values)) for measure, values in extent.items()}
     choices, step = grid.chosen("trained", "norm", "mlp"), Axis("step")
     of_measure = [*choices, *grid.chosen("part", "measure")]

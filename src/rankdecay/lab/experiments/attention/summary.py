@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rankdecay.lab.report.words import counted, is_number, mean
+from rankdecay.lab.report.words import counted, is_number, known, mean
 from rankdecay.lab.session.run_key import KEY, key_of
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def difference(cell: Cell, other: Cell) -> tuple[float, float | None]:
     if len(sample) == len(reference) > 1 and cell["seeds"] == other["seeds"]:
         gaps = [a - b for a, b in zip(sample, reference, strict=True)]
         return distance, statistics.stdev(gaps) / math.sqrt(len(gaps))
-    errors = [value for value in (cell.get("loss_error"), other.get("loss_error")) if is_number(value)]
+    errors = known((cell, other), "loss_error")
     return distance, math.hypot(*errors) if len(errors) == 2 else None
 
 
