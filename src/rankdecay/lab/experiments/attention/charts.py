@@ -13,14 +13,7 @@ from typing import Any
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Axis, Chart, Choice, Html, Line, Section
 from rankdecay.lab.experiments.attention.claims import STYLES, loss_words
-from rankdecay.lab.experiments.attention.summary import (
-    Cell,
-    Record,
-    main_mlp_decay,
-    newest,
-    rank_of,
-    series,
-)
+from rankdecay.lab.experiments.attention.summary import Cell, Record, main_mlp_decay, newest, rank_of, series
 from rankdecay.lab.report import page as pieces
 from rankdecay.lab.report.style import arm_styles
 from rankdecay.lab.report.words import is_number, known, mean

@@ -113,23 +113,23 @@ def _matrices(cell: Cell, when: str) -> float | None:
     return of({part: means[part] for part in ("query", "key") if part in means}, "query_key", "pseudo_rank")
 
 
-def _change(arms: Arms, name: str, value: Value) -> tuple[float, float, str] | None:
-    """A value before and at the strongest decay of an arm, and in words; before is without decay, or untrained."""
-    none, strongest = without_decay(arms, name), arms[name][-1]
-    start = value(arms[name][0], "untrained_mean") if none is None else value(none, "mean")
-    end = value(strongest, "mean")
-    if start is None or end is None or not strongest["strength"]:
-        return None
-    before = "untrained" if none is None else "without decay"
-    return start, end, f"{start:.2f} {before} to {end:.2f} at {strongest['strength']:g}"
+Change = tuple[float, float, str]  # a value before, at the strongest decay, and both in words
 
 
-def _changes(arms: Arms, value: Value) -> dict[str, tuple[float, float, str]]:
-    found = {name: _change(arms, name, value) for name in arms}
-    return {name: change for name, change in found.items() if change is not None}
+def _changes(arms: Arms, value: Value) -> dict[str, Change]:
+    """A value of each arm without decay, or untrained, and at its strongest decay."""
+    found = {}
+    for name, cells in arms.items():
+        none, strongest = without_decay(arms, name), cells[-1]
+        start = value(cells[0], "untrained_mean") if none is None else value(none, "mean")
+        end = value(strongest, "mean")
+        if start is not None and end is not None and strongest["strength"]:
+            before = "untrained" if none is None else "without decay"
+            found[name] = start, end, f"{start:.2f} {before} to {end:.2f} at {strongest['strength']:g}"
+    return found
 
 
-def _is_lower(change: tuple[float, float, str]) -> bool:
+def _is_lower(change: Change) -> bool:
     return change[1] < change[0] - MATERIAL
 
 
@@ -157,59 +157,60 @@ def headline(facts: Facts) -> str:
             texts.append(f"Decay of attention lowered {subject}: {listed([words[name] for name in lowered])}.")
         if kept:
             texts.append(f"{'Not' if lowered else f'Decay of attention did not lower {subject}'}: {listed(kept)}.")
-    if len(known) == 1:
-        texts.append(f"The loss was {loss_words(best)}; there is no other cell to compare it with.")
-    else:
-        none = without_decay(series(known, qk_norm=best["qk_norm"], mlp_decay=best["mlp_decay"]), best["name"])
-        compared = "" if none is None or none is best else f": {_against(best, none, 'no decay')}"
-        texts.append(f"The least loss, {loss_words(best)}, was that of {_named(facts, best)}{compared}.")
-    return " ".join(texts)
+    none = without_decay(series(known, qk_norm=best["qk_norm"], mlp_decay=best["mlp_decay"]), best["name"])
+    compared = "" if none is None or none is best else f": {_against(best, none, 'no decay')}"
+    return " ".join([*texts, f"The least loss, {loss_words(best)}, was that of {_named(facts, best)}{compared}."])
 
 
 # --- the claims ---
 
+OfNorm = Callable[[Facts, Arms], tuple[bool | None, str] | None]  # decides a claim with or without QK-norm alone
 
-def _lowers_rank(name: str, facts: Facts) -> Decided | None:
-    held, texts = [], []
-    for norm, arms in _by_norm(facts).items():
-        change = _change(arms, name, _rank("query_key")) if name in arms else None
+
+def _each_norm(decide: OfNorm) -> Callable[[Facts], Decided | None]:
+    """A claim that is to hold with and without QK-norm."""
+
+    def decided(facts: Facts) -> Decided | None:
+        found = {norm: decide(facts, arms) for norm, arms in _by_norm(facts).items()}
+        both = {_in_norm(facts, norm): each for norm, each in found.items() if each is not None}
+        return _decided([held for held, _ in both.values()], [lead + text for lead, (_, text) in both.items()])
+
+    return decided
+
+
+def _lowers_rank(name: str, facts: Facts, arms: Arms) -> tuple[bool | None, str] | None:
+    changes = {part: _changes(arms, _rank(part)).get(name) for part in PRODUCTS}
+    main = changes["query_key"]
+    if main is None:
+        return None
+    texts = []
+    for part, change in changes.items():
         if change is not None:
-            held.append(_is_lower(change))
-            ranks = [text for part in PRODUCTS if (text := _ranks(arms, name, part))]
-            texts.append(f"{_in_norm(facts, norm)}pseudo rank of {listed(ranks)}")
-    return _decided(held, texts)
+            ranks = [(rank, cell["strength"]) for cell in arms[name] if (rank := rank_of(cell, part)) is not None]
+            lowest = (
+                f" (lowest {min(ranks)[0]:.2f} at {min(ranks)[1]:g})" if min(ranks)[0] < change[1] - MATERIAL else ""
+            )
+            texts.append(f"{_product(arms[name][-1], part)} {change[2]}{lowest}")
+    return _is_lower(main), f"pseudo rank of {listed(texts)}"
 
 
-def _ranks(arms: Arms, name: str, part: str) -> str:
-    change = _change(arms, name, _rank(part))
-    if change is None:
-        return ""
-    ranks = [(rank, cell["strength"]) for cell in arms[name] if (rank := rank_of(cell, part)) is not None]
-    lowest = f" (lowest {min(ranks)[0]:.2f} at {min(ranks)[1]:g})" if min(ranks)[0] < change[1] - MATERIAL else ""
-    return f"{_product(arms[name][-1], part)} {change[2]}{lowest}"
-
-
-def _lowers_loss(name: str, facts: Facts) -> Decided | None:
-    held, texts = [], []
-    for norm, arms in _by_norm(facts).items():
-        if name not in arms:
-            continue
-        cells, none = arms[name], without_decay(arms, name)
-        best, strongest = _least(cells), cells[-1]
-        distance, error = (0.0, None) if none is None else difference(none, best)
-        held.append(None if none is None else distance > (error or 0.0))
-        text = f"{_in_norm(facts, norm)}least loss {loss_words(best)} at {best['strength']:g}"
-        if best is strongest and len(cells) > 1:
-            text += " (the strongest tried: a stronger one may do better)"
-        compared = {"no decay": none, f"strength {strongest['strength']:g}": strongest}
-        for reference, cell in compared.items():
-            if cell is not None and cell is not best and (cell is not none or reference == "no decay"):
-                text += f", {_against(best, cell, reference)}"
-        if accurate := [cell for cell in cells if is_number(cell.get("accuracy"))]:
-            top = max(accurate, key=lambda cell: cell["accuracy"])
-            text += f", best accuracy {top['accuracy']:.1%} at {top['strength']:g}"
-        texts.append(text)
-    return _decided(held, texts)
+def _lowers_loss(name: str, facts: Facts, arms: Arms) -> tuple[bool | None, str] | None:
+    if name not in arms:
+        return None
+    cells, none = arms[name], without_decay(arms, name)
+    best, strongest = _least(cells), cells[-1]
+    text = f"least loss {loss_words(best)} at {best['strength']:g}"
+    if best is strongest and len(cells) > 1:
+        text += " (the strongest tried: a stronger one may do better)"
+    if none is not None and none is not best:
+        text += f", {_against(best, none, 'no decay')}"
+    if strongest is not none and strongest is not best:
+        text += f", {_against(best, strongest, 'strength ' + format(strongest['strength'], 'g'))}"
+    if accurate := [cell for cell in cells if is_number(cell.get("accuracy"))]:
+        top = max(accurate, key=lambda cell: cell["accuracy"])
+        text += f", best accuracy {top['accuracy']:.1%} at {top['strength']:g}"
+    distance, error = (0.0, None) if none is None else difference(none, best)
+    return None if none is None else distance > (error or 0.0), text
 
 
 def _under_norm(facts: Facts) -> Decided | None:
@@ -222,26 +223,27 @@ def _under_norm(facts: Facts) -> Decided | None:
     return _decided([_is_lower(change) for change in normed.values()], texts, "their mean pseudo rank: ")
 
 
-def _free(facts: Facts) -> Decided | None:
+def _free(facts: Facts, arms: Arms) -> tuple[bool | None, str] | None:
     """Whether the lowest rank has the least loss, or one not told apart from it."""
-    held, texts = [], []
-    for norm, arms in _by_norm(facts).items():
-        ranks = {id(cell): rank_of(cell, "query_key") for cells in arms.values() for cell in cells}
-        cells = [cell for own in arms.values() for cell in own if ranks[id(cell)] is not None]
-        if len(cells) < 2:
-            continue
-        best, order = _least(cells), sorted(cells, key=lambda cell: ranks[id(cell)] or 0)
-        near = [cell for cell in order if cell is best or _is_near(cell, best)]
-        shown = [
-            f"{ranks[id(cell)]:.2f}, of {_named(facts, cell)} at a loss of {loss_words(cell)}"
-            for cell in (order[0], near[0])
-        ]
-        held.append(near[0] is order[0])
-        text = f"{_in_norm(facts, norm)}the lowest pseudo rank of {_product(best, 'query_key')} is {shown[0]}"
-        if order[0] is not best:
-            text += f", {order[0]['loss'] - best['loss']:.4f} above the least"
-        texts.append(text + ("" if held[-1] else f"; not told apart from the least loss, {shown[1]}"))
-    return _decided(held, texts)
+    cells = [cell for own in arms.values() for cell in own]
+    ranked = sorted(
+        ((rank, index) for index, cell in enumerate(cells) if (rank := rank_of(cell, "query_key")) is not None)
+    )
+    if len(ranked) < 2:
+        return None
+    best = _least([cells[index] for _, index in ranked])
+    rank, lowest = ranked[0][0], cells[ranked[0][1]]
+    cheap_rank, cheap = next((rank, cells[i]) for rank, i in ranked if cells[i] is best or _is_near(cells[i], best))
+    text = (
+        f"the lowest pseudo rank of {_product(best, 'query_key')} is {rank:.2f}, of {_named(facts, lowest)} at a loss "
+    )
+    text += f"of {loss_words(lowest)}"
+    if lowest is not best:
+        text += f", {lowest['loss'] - best['loss']:.4f} above the least"
+    if cheap is not lowest:
+        text += f"; not told apart from the least loss, {cheap_rank:.2f}, of {_named(facts, cheap)} at a loss of "
+        text += loss_words(cheap)
+    return cheap is lowest, text
 
 
 def _is_near(cell: Cell, best: Cell) -> bool:
@@ -303,20 +305,17 @@ def _all_ended(facts: Facts) -> Decided | None:
 
 def _enough_seeds(facts: Facts) -> Decided | None:
     count = max((cell["seeds"] - (cell.get("diverged") or 0) for cell in _known(facts)), default=0)
-    if not count:
-        return None
     rough = "; of so few it is itself a rough guess" if count < FEW else ""
     text = (
-        "one seed per cell. The ± is the error of one evaluation, of a difference that over the same pieces of the "
-        "validation set, and another seed may put the strengths in another order"
-        if count == 1
-        else f"the ± is the standard error over {count} seeds, of a difference seed by seed{rough}"
+        f"the ± is the standard error over {count} seeds, of a difference seed by seed{rough}."
+        if count > 1
+        else "one seed per cell. The ± is the error of one evaluation, of a difference that over the same pieces of "
+        "the validation set, and another seed may put the strengths in another order."
     )
-    text += ". With so many cells some differences beyond one standard error are to be expected by chance."
-    main = main_mlp_decay(_cells(facts))
-    if _several(facts, "mlp_decay") and main is not None:
-        text += f" Where nothing else is said, the decay of the MLPs is {main:g}."
-    return count >= FEW, text
+    text += " With so many cells some differences beyond one standard error are to be expected by chance."
+    if _several(facts, "mlp_decay"):
+        text += f" Where nothing else is said, the decay of the MLPs is {main_mlp_decay(_cells(facts)):g}."
+    return (count >= FEW, text) if count else None
 
 
 def _of_arm(name: str) -> tuple[Check, Check]:
@@ -327,15 +326,15 @@ def _of_arm(name: str) -> tuple[Check, Check]:
         "low_rank": "whether a low-rank decay lowers it further",
     }
     return (
-        Check(f"{label} lowers the rank", partial(_lowers_rank, name), (name,), open_rank.get(name, "")),
-        Check(f"{label} lowers the loss", partial(_lowers_loss, name), (name,)),
+        Check(f"{label} lowers the rank", _each_norm(partial(_lowers_rank, name)), (name,), open_rank.get(name, "")),
+        Check(f"{label} lowers the loss", _each_norm(partial(_lowers_loss, name)), (name,)),
     )
 
 
 CHECKS = (
     *(check for name in ARMS for check in _of_arm(name)),
     Check("The rank of W_Q and W_K falls under QK-norm too", _under_norm),
-    Check("A low rank costs no loss", _free),
+    Check("A low rank costs no loss", _each_norm(_free)),
     Check("Decay balances the factors", _balances),
     Check("In equal time another decay is ahead of L2", _equal_time, ("l2",)),
     Check("The best decay is the same whatever that of the MLPs", _same_at_every_mlp_decay),

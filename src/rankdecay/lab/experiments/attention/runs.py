@@ -31,6 +31,7 @@ from rankdecay.lab.session.session import Diverged, Plan, Problem, Run, Session,
 from rankdecay.lab.settings import question, seeds
 
 A = TypeVar("A", bound=AttentionDecay)
+OF_A_PLAN = ("steps", "batch_size", "lr", "warmup", "accumulate", "clip", "precision")
 SaveModel = Callable[[nn.Module, Path], None]
 
 
@@ -67,18 +68,8 @@ def make_plan(settings: AttentionDecay, device: str) -> Plan:
     compiles = settings.compile == "on" or (
         settings.compile == "auto" and device.startswith("cuda") and compiler_available(device)
     )
-    return Plan(
-        settings.steps,
-        settings.batch_size,
-        settings.lr,
-        settings.warmup,
-        settings.accumulate,
-        settings.clip,
-        settings.precision,  # pyright: ignore[reportArgumentType] - auto is resolved
-        compiles,
-        device,
-        layout,
-    )
+    asked = {name: getattr(settings, name) for name in OF_A_PLAN}
+    return Plan(**asked, compile=compiles, device=device, layout=layout)
 
 
 def check_machine(settings: AttentionDecay, device: str, layout: Layout) -> None:

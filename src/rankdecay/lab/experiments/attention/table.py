@@ -1,6 +1,6 @@
 """The table of the cells, for the terminal and the page, and the note under it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rankdecay.lab.experiments.attention.summary import Cell, of, rank_of
 from rankdecay.lab.report.table import Column, has, several
@@ -34,7 +34,7 @@ def make_columns(unit: str) -> Sequence[Column]:
     )
 
 
-def _of(part: str, measure: str):
+def _of(part: str, measure: str) -> Callable[[Cell], float | None]:
     return lambda cell: of(cell.get("mean") or {}, part, measure)
 
 
@@ -50,7 +50,7 @@ def _diverged(cell: Cell) -> str | None:
     return f"{cell['diverged']:,} diverged" if cell.get("diverged") else None
 
 
-def _untrained(part: str):
+def _untrained(part: str) -> Callable[[Cell], str | None]:
     def words(cell: Cell) -> str | None:
         before = rank_of(cell, part, "untrained_mean")
         matrices = part == "query_key" and bool(cell.get("mean")) and part not in cell["mean"]
