@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.settings import ARMS, AttentionDecay, check_shared, chosen_arms
 from tests.lab.tiny import make
@@ -89,3 +90,8 @@ def test_a_setting_that_cannot_work_is_refused_in_one_line(tmp_path, changes, wo
     with pytest.raises(SettingError):
         make(**dataclasses.asdict(grid))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_commands_share_is_no_command_itself():
+    assert {"recall", "language", "vision"} <= set(experiment.names())
+    assert "attention" not in experiment.names()
