@@ -26,9 +26,6 @@ from rankdecay.lab.errors import SettingError, check_name
 EXPERIMENTS = {
     "boundary": "boundary.experiment:Boundary",
     "margin": "margin.experiment:Margin",
-    "recall": "attention.recall:Recall",
-    "language": "attention.language:Language",
-    "vision": "attention.vision:Vision",
 }
 BRIEF = ("factor", "margin", "report")  # commands that leave nothing to continue from when they are interrupted
 PRESET_OPTIONS = ("--preset", "--size")  # what may choose one of an experiment's PRESETS

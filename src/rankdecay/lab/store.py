@@ -82,24 +82,24 @@ def read_json(path: Path) -> Record | None:
 CHECKPOINT_RARITY = 20  # a checkpoint waits this many times as long as the last one took: at most 5 % of the time
 
 
-class Rarely:
-    """Does something costly, such as writing a checkpoint, only as often as it takes little of the time.
+class Throttle:
+    """Calls something costly, such as writing a checkpoint, only as often as it takes little of the time.
 
     Attributes:
-        due: when it may be done again, on the clock of `time.monotonic`.
+        due: when the next call may be made, on the clock of `time.monotonic`.
     """
 
     def __init__(self) -> None:
         self.due = 0.0
 
     def __call__(self, act: Callable[[], object]) -> bool:
-        """Does it, or leaves it for later; returns whether it was done."""
-        begun = time.monotonic()
-        if begun < self.due:
+        """Calls ``act`` unless it is too early for it; returns whether it was called."""
+        start = time.monotonic()
+        if start < self.due:
             return False
         act()
-        ended = time.monotonic()
-        self.due = ended + CHECKPOINT_RARITY * (ended - begun)
+        end = time.monotonic()
+        self.due = end + CHECKPOINT_RARITY * (end - start)
         return True
 
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.read import COMMANDS as ATTENTION_DECAY
 from rankdecay.lab.store import read_json
 
 __all__ = ["draw_figure", "write_merged_report", "write_report"]
 
 WITHOUT_FIGURE = ("margin",)
 #: The packages of the pages that are made from one directory, by experiment.
-PAGES = {name: name for name in WITHOUT_FIGURE} | dict.fromkeys(ATTENTION_DECAY, "attention")
+PAGES = {name: name for name in WITHOUT_FIGURE}
 
 # plotly and matplotlib are loaded only when a page or a figure is made, hence the imports in the functions.
 
@@ -81,10 +80,6 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
     command = _command(directories[0])
     if command in WITHOUT_FIGURE:
         raise SettingError(f"--figure {path}: {command} has a page and no figure; its charts save as SVG from the page")
-    if command in ATTENTION_DECAY:
-        from rankdecay.lab.experiments.attention import figure as of_attention
-
-        return of_attention.figure(Path(directories[0]), Path(path))
     return experiment.draw_figure(directories, path)
 
 

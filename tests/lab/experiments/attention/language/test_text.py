@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.text import (
+from rankdecay.lab.experiments.attention.language.text import (
     Corpus,
     Document,
     check_length,

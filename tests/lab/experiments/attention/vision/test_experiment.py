@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import rankdecay as rd
 from rankdecay import cli
-from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.vision import Vision, VisionProblem, check
+from rankdecay.lab.experiments.attention.vision.experiment import VisionProblem
+from rankdecay.lab.experiments.attention.vision.settings import Vision
 from rankdecay.lab.store import read_metrics
 
 TINY = ("--width", "16", "--heads", "2", "--depth", "2", "--mlp-width", "24", "--batch-size", "16", "--steps", "6")
@@ -176,35 +176,6 @@ def test_the_trained_model_is_one_of_transformers(finished):
     assert quality.accuracy == summary["arms"][2]["accuracy"]
 
 
-def test_the_same_command_again_computes_nothing(finished, capsys):
-    out, summary = finished
-    before = (out / "metrics.jsonl").read_bytes()
-    assert cli.main(command(out, "--strengths", "l2=0,1", "low_rank=1", "--json")) == 0
-    assert json.loads(capsys.readouterr().out) == summary
-    assert (out / "metrics.jsonl").read_bytes() == before
-
-
-def test_an_interrupted_run_continues_as_if_it_had_not_been(folder, tmp_path, monkeypatch):
-    arguments = ("--image-folder", str(folder), "--image-size", "8", "--patch", "4", "--grey", "--arms", "low_rank")
-    arguments += ("--strengths", "low_rank=1", "--save", "none", "--quiet")
-    assert cli.main(command(tmp_path / "whole", *arguments)) == 0
-    drawn = VisionProblem.batch
-
-    def stop_at_4(self, seed, step, size):
-        if step == 4:
-            raise KeyboardInterrupt
-        return drawn(self, seed, step, size)
-
-    monkeypatch.setattr(VisionProblem, "batch", stop_at_4)
-    assert cli.main(command(tmp_path / "cut", *arguments)) == 130
-    monkeypatch.undo()
-    assert cli.main(command(tmp_path / "cut", *arguments)) == 0
-    whole, cut = (read_metrics(tmp_path / name) for name in ("whole", "cut"))
-    assert [row["step"] for row in cut] == [0, 3, 6]
-    for a, b in zip(whole, cut, strict=True):
-        assert (a["loss"], a["train_loss"], a["layers"]) == (b["loss"], b["train_loss"], b["layers"])
-
-
 def test_images_of_ones_own_are_learnt(folder, tmp_path, capsys):
     more = ["--image-folder", str(folder), "--image-size", "8", "--patch", "4", "--steps", "30", "--evaluate-every"]
     more += ["30", "--arms", "l2", "--strengths", "l2=0.1", "--mlp-decays", "0", "0.1", "--save", "none", "--json"]
@@ -233,33 +204,6 @@ def test_timm_with_and_without_qk_norm(timm, tmp_path):
 
 
 # --- what it refuses ---
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"valid_share": 0.0}, "--valid-share 0 leaves no images to validate with: give a share in"),
-        ({"valid_share": 1.0}, "--valid-share 1 leaves no images to train on: give a share in"),
-        ({"qk_norm": "on"}, "--qk-norm on: .* has no QK-norm: give --library timm"),
-        ({"qk_norm": "both"}, "--qk-norm both: .* give --library timm"),
-        ({"image_size": 16}, "--image-size is for --image-folder"),
-        ({"grey": True}, "--grey is for --image-folder"),
-        ({"patch": 3}, "--patch 3 does not divide the image of 8 pixels a side: give for example --patch 8"),
-        ({"image_folder": "x", "image_size": 30}, "--patch 8 does not divide the image of 30 .* example --patch 2"),
-        ({"patch": 0}, "--patch 0 is too small"),
-        ({"width": 30}, "--width 30 must be a multiple of the 4 heads: for example 64"),
-        ({"depth": 0}, "--depth 0 is too small"),
-    ],
-)
-def test_settings_that_cannot_work(changes, message):
-    with pytest.raises(SettingError, match=message):
-        check(dataclasses.replace(Vision(), **changes))
-
-
-def test_the_defaults_can_work():
-    check(Vision())
-    check(Vision(image_folder="x"))
-    check(Vision(library="timm", qk_norm="both"))
 
 
 def refused(capsys, *arguments: str) -> str:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.experiment import ARMS, AttentionDecay, all_runs, check, chosen_arms, make_plan
+from rankdecay.lab.experiments.attention.runs import all_runs, make_plan
+from rankdecay.lab.experiments.attention.settings import AttentionDecay
 from rankdecay.lab.store import read_metrics
 from tests.lab.tiny import Repeat, make, settings, timeless
 from tests.waiting import HANG
@@ -40,79 +40,6 @@ def test_every_cell_of_the_grid_is_a_run():
     plain = all_runs(dataclasses.replace(grid, qk_norm="off"), has_mlp=False)
     assert len(plain) == 3 * 2
     assert {(run.mlp_decay, run.qk_norm, "mlp" in run.decays) for run in plain} == {(None, False, False)}
-
-
-def test_an_arm_decays_what_it_says():
-    grid = AttentionDecay(rest_decay=0.2, every=3)
-    low = LowRank(2.0, scale="relative", unit="head", every=3)
-    absolute = dataclasses.replace(low, scale="absolute")
-    rest = Frobenius(0.2)
-    expected = {
-        "l2": (Frobenius(2.0), Frobenius(2.0)),
-        "l2_query_key": (Frobenius(2.0), rest),
-        "low_rank": (low, rest),
-        "low_rank_both": (low, low),
-        "low_rank_absolute": (absolute, rest),
-        "low_rank_both_absolute": (absolute, absolute),
-    }
-    assert {name: tuple(arm.decays(2.0, grid).values()) for name, arm in ARMS.items()} == expected
-    assert list(ARMS["l2"].decays(2.0, grid)) == ["query_key", "value_output"]
-
-
-def test_all_arms_and_their_own_strengths():
-    chosen = chosen_arms(AttentionDecay(arms=("all",), strengths=("low_rank=5,1",)))
-    assert {arm.name: arm.strengths for arm in chosen} == {a.name: a.strengths for a in ARMS.values()} | {
-        "low_rank": (1.0, 5.0)
-    }
-
-
-BAD = [
-    ({"arms": ()}, "--arms is empty: choose from l2"),
-    ({"arms": ("low_rnk",)}, "--arms 'low_rnk' is unknown: did you mean 'low_rank'?"),
-    ({"strengths": ("low_rnk=1",)}, "--strengths 'low_rnk' is unknown: did you mean 'low_rank'?"),
-    ({"strengths": ("l2",)}, "--strengths l2 is no list of numbers: give l2=0,0.1,1"),
-    ({"strengths": ("l2=",)}, "--strengths l2= is no list of numbers: give l2=0,0.1,1"),
-    ({"strengths": ("l2=1,x",)}, "--strengths l2=1,x is no list of numbers: give l2=0,0.1,1"),
-    ({"strengths": ("l2=-1",)}, "--strengths l2=-1 is no decay: give 0 for none, or more"),
-    ({"strengths": ("l2=nan",)}, "--strengths l2=nan is no decay"),
-    ({"strengths": ("l2=1000",)}, "--strengths l2=1000 at --lr 0.001 would take more than all of a weight in one step"),
-    ({"arms": ("low_rank_absolute",), "strengths": ("low_rank_absolute=inf",)}, "=inf is no decay"),
-    ({"mlp_decays": ()}, "--mlp-decays is empty: give for example 0.1"),
-    ({"mlp_decays": (0.1, -2.0)}, "--mlp-decays -2 is no decay"),
-    ({"mlp_decays": (1e4,)}, "--mlp-decays 10000 at --lr 0.001 would take more"),
-    ({"rest_decay": -0.1}, "--rest-decay -0.1 is no decay"),
-    ({"rest_decay": 1000.0}, "stay below 1000"),
-    ({"qk_norm": "yes"}, "--qk-norm 'yes' is unknown"),
-    ({"precision": "float8"}, "--precision 'float8' is unknown: did you mean 'float"),
-    ({"compile": "no"}, "--compile 'no' is unknown"),
-    ({"save": "last"}, "--save 'last' is unknown"),
-    ({"seeds": 0}, "--seeds 0 is too small: give at least 1"),
-    ({"steps": 0}, "--steps 0 is too small"),
-    ({"batch_size": 0}, "--batch-size 0 is too small"),
-    ({"accumulate": 0}, "--accumulate 0 is too small"),
-    ({"evaluate_every": 0}, "--evaluate-every 0 is too small"),
-    ({"every": 0}, "--every 0 is too small"),
-    ({"lr": 0.0}, "--lr 0.0 must be a finite number > 0"),
-    ({"lr": float("inf")}, "--lr inf must be a finite number > 0"),
-    ({"lr": float("nan")}, "--lr nan must be a finite number > 0"),
-    ({"clip": -1.0}, "--clip -1.0 must be a finite number >= 0; 0 switches it off"),
-    ({"warmup": -1}, "--warmup -1 must be a finite number >= 0"),
-    ({"warmup": 500}, "--warmup 500 must be less than --steps 500"),
-    ({"steps": 510}, "--steps 510 is no multiple of --evaluate-every 50: give for example --steps 500"),
-    ({"steps": 60, "evaluate_every": 100}, "give for example --steps 100"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("changes", "words"), BAD, ids=[f"{'-'.join(c)} {i}" for i, (c, _) in enumerate(BAD)])
-def test_a_setting_that_cannot_work_is_refused_in_one_line(tmp_path, changes, words):
-    grid = AttentionDecay(**{"out": tmp_path / "run"} | changes)
-    with pytest.raises(SettingError) as error:
-        check(grid)
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
-    with pytest.raises(SettingError):
-        make(**dataclasses.asdict(grid))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
@@ -180,21 +107,6 @@ def test_the_models_of_the_first_seed_are_kept(finished):
 def test_which_models_are_kept_is_a_choice(tmp_path, keep, count):
     make(tmp_path / "run", seeds=2, steps=6, save=keep, quiet=True)
     assert len(list((tmp_path / "run").glob("models/*"))) == count
-
-
-def test_a_finished_directory_is_shown_and_not_computed_again(finished, capsys):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    problem = Repeat(stops=0)
-    summary = make(finished, problem, arms=("l2", "low_rank"), strengths=("l2=0", "low_rank=2"), seeds=2)
-    assert summary == read(finished)
-    assert "is complete" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
-    assert problem.asked == []
-
-
-def test_another_configuration_is_refused(finished):
-    with pytest.raises(SettingError, match=r"holds another configuration \(lr is 0.01 there, 0.02 now\)"):
-        make(finished, arms=("l2", "low_rank"), strengths=("l2=0", "low_rank=2"), seeds=2, lr=0.02)
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import torch
 
 import rankdecay as rd
 from rankdecay import cli
-from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.recall import Recall, RecallProblem, check, draw
+from rankdecay.lab.experiments.attention.recall.experiment import RecallProblem, draw
+from rankdecay.lab.experiments.attention.recall.settings import Recall
 from rankdecay.lab.store import read_metrics
 
 TINY = (
@@ -216,35 +214,6 @@ def test_the_trained_models_can_be_inspected(finished):
         assert np.mean(ranks) == pytest.approx(layer["value_output"]["pseudo_rank"], rel=1e-4)
 
 
-def test_the_same_command_again_computes_nothing(finished, capsys):
-    out, summary = finished
-    before = (out / "metrics.jsonl").read_bytes()
-    assert cli.main(command(out, "--strengths", "l2=0,1", "low_rank=1", "--json")) == 0
-    assert json.loads(capsys.readouterr().out) == summary
-    assert (out / "metrics.jsonl").read_bytes() == before
-
-
-def test_an_interrupted_run_continues_as_if_it_had_not_been(tmp_path, monkeypatch):
-    arguments = ("--arms", "l2", "--strengths", "l2=0.1", "--qk-norm", "off", "--quiet")
-    assert cli.main(command(tmp_path / "whole", *arguments)) == 0
-    drawn = RecallProblem.batch
-
-    def stop_at_6(self, seed, step, size):
-        if step == 6:
-            raise KeyboardInterrupt
-        return drawn(self, seed, step, size)
-
-    monkeypatch.setattr(RecallProblem, "batch", stop_at_6)
-    assert cli.main(command(tmp_path / "cut", *arguments)) == 130
-    assert not (tmp_path / "cut" / "summary.json").exists()
-    monkeypatch.undo()
-    assert cli.main(command(tmp_path / "cut", *arguments)) == 0
-    whole, cut = (read_metrics(tmp_path / name) for name in ("whole", "cut"))
-    assert [row["step"] for row in cut] == [0, 4, 8]
-    for a, b in zip(whole, cut, strict=True):
-        assert (a["loss"], a["train_loss"], a["layers"]) == (b["loss"], b["train_loss"], b["layers"])
-
-
 def test_an_easy_task_is_learnt(tmp_path, capsys):
     """Two pairs of three keys and values: the real thing takes minutes."""
     easy = [
@@ -270,42 +239,3 @@ def test_an_easy_task_is_learnt(tmp_path, capsys):
     (arm,) = json.loads(capsys.readouterr().out)["arms"]
     assert arm["accuracy"] > 0.9
     assert not (tmp_path / "run" / "models").exists()
-
-
-# --- what it refuses ---
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"pairs": 40}, "--pairs 40 needs as many distinct keys, --keys is 32: give fewer pairs or more keys"),
-        ({"pairs": 0}, "--pairs 0 is too small"),
-        ({"queries": 21}, "--queries 21 asks for more keys than --pairs 20"),
-        ({"values": 1}, "--values 1 leaves nothing to recall"),
-        ({"label_noise": 1.0}, r"--label-noise 1.0 is outside \[0, 1\)"),
-        ({"label_noise": -0.1}, r"--label-noise -0.1 is outside \[0, 1\)"),
-        ({"valid_sequences": 1}, "--valid-sequences 1 gives no standard error"),
-        ({"width": 30, "heads": 4}, "--width 30 must be a multiple of the 4 heads: for example 128"),
-        ({"initial": -1.0}, "--initial -1.0 must be a finite number"),
-        ({"mlp_decays": (0.3,)}, "--mlp-decays has no effect"),
-    ],
-)
-def test_settings_that_cannot_work(changes, message):
-    with pytest.raises(SettingError, match=message):
-        check(dataclasses.replace(Recall(), **changes))
-
-
-def test_the_defaults_can_work_and_are_those_of_the_paper():
-    settings = Recall()
-    check(settings)
-    assert (settings.pairs, settings.label_noise, settings.rest_decay) == (20, 0.05, 0.1)
-    assert (settings.arms, settings.qk_norm) == (("l2", "low_rank"), "both")
-
-
-@pytest.mark.parametrize("name", ["recall", "vision"])
-def test_help_imports_neither_torch_nor_numpy(name):
-    code = f"import sys; from rankdecay import cli\ntry: cli.main([{name!r}, '--help'])\nexcept SystemExit: pass\n"
-    code += "assert not {'torch', 'numpy'} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--strengths" in done.stdout

@@ -1,11 +1,10 @@
-"""Texts to learn from, as arrays of tokens: what is trained on, and what a model is judged by.
+"""Texts as arrays of tokens, split for training and validation.
 
 Without a tokenizer a token is a byte, so any text will do and nothing is downloaded. Several documents are split whole:
 those with the smallest SHA-1 of their name are for validation, the same ones on every machine. Of one document it is
 the end. A byte of zero, or the tokenizer's end of text, is between documents.
 
-A batch depends on the seed and the step alone, so that a run that was interrupted goes on with the texts it would have
-seen.
+A batch depends on the seed and the step alone, so that a resumed run sees the texts it would have seen.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ BYTES = 256
 
 
 class Document(NamedTuple):
-    """One text, as it is in its file."""
+    """Name and bytes of one text."""
 
     name: str
     content: bytes
@@ -38,11 +37,11 @@ class Corpus:
     """A text as tokens.
 
     Attributes:
-        name: where it is from.
+        name: of its source.
         training: (tokens,) unsigned integers.
         validation: (tokens,) the same, of documents that are not in ``training``.
-        vocabulary: how many tokens there are to tell apart.
-        tokenizer: where the tokens are from, or None for bytes.
+        vocabulary: number of distinct tokens.
+        tokenizer: its name or path; None for bytes.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Corpus:
 
     @property
     def sha1(self) -> str:
-        """Tells one text, so split, from another."""
+        """Fingerprint of the text and its split."""
         digest = hashlib.sha1(self.training.tobytes(), usedforsecurity=False)
         digest.update(b"|" + self.validation.tobytes())
         return digest.hexdigest()[:12]
@@ -70,7 +69,7 @@ def standard_library() -> list[Document]:
 
 
 def read_text(path: str | Path) -> list[Document]:
-    """A file, or every file below a directory but the hidden ones.
+    """Reads a file, or every file below a directory but the hidden ones.
 
     Raises:
         SettingError: if there is nothing, or what is there cannot be read or is no text.
@@ -98,7 +97,7 @@ def read_text(path: str | Path) -> list[Document]:
 
 
 def read_dataset(name: str, share: float) -> tuple[list[Document], list[Document]]:
-    """A data set of Hugging Face, from the hub or from this machine: what is trained on, and what validates.
+    """Loads a data set of Hugging Face, from the hub or from this machine: documents to train on and to validate with.
 
     Args:
         name: on the hub, with a configuration perhaps as ``name:configuration``; or a directory of
@@ -139,7 +138,7 @@ def _rows(name: str, of: str, data: Any) -> list[Document]:
 
 
 def split(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """What is trained on, and what validates: whole documents, or the end of the only one.
+    """Splits documents for training and validation: whole ones, or the end of the only one.
 
     Args:
         documents: at least one.
@@ -162,7 +161,7 @@ def split(documents: Sequence[Document], share: float) -> tuple[list[Document], 
 
 
 def load(*, text: str | None, dataset: str | None, tokenizer: str | None, share: float) -> Corpus:
-    """The text that the settings name; without any, Python's standard library.
+    """Loads the text that the settings name; by default Python's standard library.
 
     Raises:
         SettingError: if there is none, or it cannot be read.
@@ -207,7 +206,7 @@ def _tokenizer(name: str) -> Any:
 
 
 def _tokens(documents: Sequence[Document], tokenizer: Any, name: str) -> np.ndarray:
-    """All documents, each with the end of text behind it if the tokenizer has one."""
+    """Tokens of all documents, each followed by the end of text if the tokenizer has one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
 
@@ -229,7 +228,7 @@ def _tokens(documents: Sequence[Document], tokenizer: Any, name: str) -> np.ndar
 
 
 def check_length(corpus: Corpus, context: int) -> None:
-    """Raises a `SettingError` unless a window fits into what is trained on, and two into what validates."""
+    """Raises a `SettingError` unless a window fits into the training text, and two into the validation text."""
     unit = "bytes" if corpus.tokenizer is None else "tokens"
     if len(corpus.training) <= context:
         raise SettingError(
@@ -244,13 +243,13 @@ def check_length(corpus: Corpus, context: int) -> None:
 
 
 def random_windows(tokens: np.ndarray, context: int, size: int, seed: int, step: int) -> Tensor:
-    """(size, context + 1) pieces from anywhere; they depend on the seed and the step alone."""
+    """Draws windows (size, context + 1) from anywhere; they depend on the seed and the step alone."""
     starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - context, size)
     return _cut(tokens, starts, context)
 
 
 def even_windows(tokens: np.ndarray, context: int, most: int) -> Tensor:
-    """(count, context + 1) pieces at even distances, whose predicted tokens do not overlap; at most ``most``."""
+    """Windows (count, context + 1) at even distances, at most ``most``; their predicted tokens do not overlap."""
     count = min(most, (len(tokens) - 1) // context)
     starts = np.linspace(0, len(tokens) - context - 1, count).astype(np.int64)
     return _cut(tokens, starts, context)
