@@ -23,7 +23,7 @@ from rankdecay.lab.report.words import is_number
 WIDTH, ROW, LEGEND = 9.2, 2.6, 0.4  # inches
 PANELS = 3  # in a row
 LEGEND_CHARACTERS = 130  # that fit in a line of the legend
-FEW_DECADES = 1000  # times the least value, up to which a logarithmic axis has ticks at 1, 2, 5
+FEWEST_TICKS, FEW_DECADES = 3, 1000  # times the least value, between which a logarithmic axis has ticks at 1, 2, 5
 ZERO_GAP = 0.7  # of decades: how far left of the least positive value the place of 0 is
 GREY = "#767b84"
 DASHES: dict[str, Any] = {
@@ -122,7 +122,7 @@ def _panel(axes: Axes, chart: Chart, styles: Mapping[str, ArmStyle]) -> None:
 def _few_decades(axis: Axis) -> None:
     """Ticks of a logarithmic axis that are numbers, 1, 2, 5, where powers of ten would be too few."""
     low, high = axis.get_view_interval()
-    if high < FEW_DECADES * low:
+    if FEWEST_TICKS * low < high < FEW_DECADES * low:
         axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
         axis.set_major_formatter("{x:g}")

@@ -7,7 +7,8 @@ const COLD_TO_WARM = {
   dark: ["#8d939d", "#6cb2ff", "#dd8fe0", "#ff8f5c"],
 };
 const ZERO_GAP = 0.7; // of decades: how far left of the least positive value the place of 0 is
-const FEW_DECADES = 1000; // times the least value, up to which a logarithmic axis has the ticks below
+const FEWEST_TICKS = 3; // times the least value, from which on, and
+const FEW_DECADES = 1000; // up to which, a logarithmic axis has the ticks below
 const TICKS = [1, 1.5, 2, 3, 5, 7];
 const BAND = 0.12; // opacity of a band
 
@@ -55,7 +56,7 @@ function fewDecades(lines) {
   const values = lines.flatMap((line) => [...line.y, ...(line.low || []), ...(line.high || [])]).filter((value) => value > 0);
   const low = values.reduce((a, b) => Math.min(a, b), Infinity);
   const high = values.reduce((a, b) => Math.max(a, b), 0);
-  if (!(high < FEW_DECADES * low)) return {};
+  if (!(high > FEWEST_TICKS * low && high < FEW_DECADES * low)) return {};
   const [first, last] = [low, high].map((value) => Math.floor(Math.log10(value)));
   const powers = Array.from({ length: last - first + 2 }, (_, index) => first + index);
   const tickvals = powers.flatMap((power) => TICKS.map((tick) => Number(`${tick}e${power}`)));
