@@ -9,8 +9,9 @@ from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import load, print_summary, run
 from rankdecay.lab.experiments.grok.experiment import make_arms, make_datasets, make_ensembles
-from rankdecay.lab.experiments.grok.settings import ARMS, PRESETS, RULES, Grok
+from rankdecay.lab.experiments.grok.settings import ARMS, PRESETS, Grok
 from rankdecay.lab.store import read_metrics
+from rankdecay.rules import rule_names
 
 TINY = Grok(task="add", modulus=5, train_fraction=0.6, seeds=2, batch_size=4, width=8, precision="float32")
 
@@ -65,11 +66,11 @@ def test_decays_are_those_the_settings_name():
 
 
 def test_an_arm_named_by_its_rule_is_the_decay_of_the_settings_by_that_rule():
-    settings = Grok(arms=("low_rank", *RULES), strength=0.3, scale="relative", smoothing=0.2, every=2)
+    settings = Grok(arms=("low_rank", *rule_names()), strength=0.3, scale="relative", smoothing=0.2, every=2)
     arms = {arm.name: arm.how.decay for arm in make_arms(settings)}
-    assert list(arms) == ["low_rank", *RULES]
+    assert list(arms) == ["low_rank", *rule_names()]
     assert arms["smooth"] == arms["low_rank"]
-    for rule in RULES:
+    for rule in rule_names():
         assert arms[rule] == dataclasses.replace(arms["low_rank"], rule=rule)
 
 
