@@ -245,12 +245,18 @@ class Experiment(Generic[S]):
 
 @cache
 def _folders() -> dict[str, str]:
-    """The package of every experiment by its name: folders of `lab/experiments`, and those of other packages."""
+    """The package of every experiment by its name: folders of `lab/experiments`, and those of other packages.
+
+    A folder with settings but no ``experiment.py`` holds what the experiments below it share.
+    """
     from rankdecay.lab import experiments
 
     found = {}
     for folder in pkgutil.walk_packages(experiments.__path__, f"{experiments.__name__}."):
-        if folder.ispkg and (Path(import_module(folder.name).__path__[0]) / "settings.py").exists():
+        if not folder.ispkg:
+            continue
+        path = Path(import_module(folder.name).__path__[0])
+        if all((path / file).exists() for file in ("settings.py", "experiment.py")):
             found[folder.name.rpartition(".")[2]] = folder.name
     return found | {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 

@@ -52,6 +52,7 @@ class Line:
         where: the choices under which it is drawn, by name; others do not matter to it.
         shade: from 0, cold, to 1, warm: for lines of one arm in an order.
         words: what is said of each point, in place of its value.
+        tags: text beside each point.
     """
 
     label: str
@@ -64,6 +65,7 @@ class Line:
     where: Mapping[str, str] = field(default_factory=dict)
     shade: float | None = None
     words: Sequence[str] | None = None
+    tags: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,21 +90,23 @@ class Chart:
     Attributes:
         name: unique on its page; letters, digits and hyphens.
         title: in words.
-        x: the horizontal axis.
-        y: the vertical axis; a mapping has one for each option of the choice `y_by`.
+        x: the horizontal axis; a mapping has one for each option of the choice `x_by`.
+        y: the vertical axis, likewise of `y_by`.
         lines: of all choices together.
         choices: in the order they are shown; charts that share a name follow one choice.
         y_by: the choice that decides the vertical axis.
+        x_by: the choice that decides the horizontal axis.
         empty: what is said where no line is drawn.
     """
 
     name: str
     title: str
-    x: Axis
+    x: Axis | Mapping[str, Axis]
     y: Axis | Mapping[str, Axis]
     lines: Sequence[Line]
     choices: Sequence[Choice] = ()
     y_by: str | None = None
+    x_by: str | None = None
     empty: str = "There is nothing to show here."
 
     @property
@@ -114,7 +118,17 @@ class Chart:
         """The lines and the vertical axis before a reader has chosen anything."""
         state = {choice.name: choice.first for choice in self.choices}
         lines = [line for line in self.lines if all(state.get(name, at) == at for name, at in line.where.items())]
-        return lines, self.y if isinstance(self.y, Axis) else self.y[state[self.y_by or ""]]
+        return lines, self._first_axis(self.y, self.y_by)
+
+    @property
+    def first_x(self) -> Axis:
+        """The horizontal axis before a reader has chosen anything."""
+        return self._first_axis(self.x, self.x_by)
+
+    def _first_axis(self, axis: Axis | Mapping[str, Axis], by: str | None) -> Axis:
+        if isinstance(axis, Axis):
+            return axis
+        return axis[next(choice.first for choice in self.choices if choice.name == by)]
 
 
 def embedded_charts(charts: Sequence[Chart], styles: Mapping[str, ArmStyle]) -> tuple[dict[str, Any], list[str]]:
@@ -135,9 +149,10 @@ def embedded_charts(charts: Sequence[Chart], styles: Mapping[str, ArmStyle]) -> 
     drawn = [
         {
             "id": chart.name,
-            "x": vars(chart.x),
-            "y": vars(chart.y) if isinstance(chart.y, Axis) else {at: vars(axis) for at, axis in chart.y.items()},
-            "by": chart.y_by,
+            "x": _embedded_axis(chart.x),
+            "y": _embedded_axis(chart.y),
+            "x_by": chart.x_by,
+            "y_by": chart.y_by,
             "choices": [choice.name for choice in chart.choices],
             "fixed": {choice.name: choice.first for choice in chart.choices if len(choice.options) < 2},
             "empty": chart.empty,
@@ -150,6 +165,10 @@ def embedded_charts(charts: Sequence[Chart], styles: Mapping[str, ArmStyle]) -> 
         notices.append(f"Lines are drawn at {points} of up to {longest} places, evenly spaced.")
     looks = [{"name": name, **vars(style)} for name, style in styles.items()]
     return {"arms": looks, "charts": drawn, "places": list(places)}, notices
+
+
+def _embedded_axis(axis: Axis | Mapping[str, Axis]) -> dict[str, Any]:
+    return vars(axis) if isinstance(axis, Axis) else {at: vars(one) for at, one in axis.items()}
 
 
 def _embedded(line: Line, arms: Sequence[str], points: int, places: dict[tuple[Any, ...], int]) -> dict[str, Any]:
@@ -167,6 +186,7 @@ def _embedded(line: Line, arms: Sequence[str], points: int, places: dict[tuple[A
         "where": dict(line.where) or None,
         "shade": line.shade,
         "words": at(line.words),
+        "tags": at(line.tags),
     }
     return made | {name: value for name, value in more.items() if value is not None}
 

@@ -96,14 +96,15 @@ def draw(charts: Sequence[Chart], styles: Mapping[str, ArmStyle], path: Path) ->
 
 def _panel(axes: Axes, chart: Chart, styles: Mapping[str, ArmStyle]) -> None:
     lines, y = chart.at_first()
+    x = chart.first_x
     lines = [line for line in lines if any(map(is_number, line.y))]
-    place = _decades(axes, lines) if chart.x.scale == "symlog" else lambda value: value
+    place = _decades(axes, lines) if x.scale == "symlog" else lambda value: value
     for line in lines:
         _line(axes, line, place, styles)
-    axes.set(title=literal(chart.title), xlabel=literal(chart.x.title))
+    axes.set(title=literal(chart.title), xlabel=literal(x.title))
     if y.title != chart.title:
         axes.set_ylabel(literal(y.title))
-    for axis, scale, limits in ((chart.x, axes.set_xscale, axes.set_xlim), (y, axes.set_yscale, axes.set_ylim)):
+    for axis, scale, limits in ((x, axes.set_xscale, axes.set_xlim), (y, axes.set_yscale, axes.set_ylim)):
         if axis.scale == "log":
             scale("log")
         if axis.limits:
@@ -129,6 +130,8 @@ def _line(axes: Axes, line: Line, place: Any, styles: Mapping[str, ArmStyle]) ->
     if points:
         look |= {"marker": "o", "markersize": 3}
     axes.plot(x, y, **look, label="_" if line.mark in ("thin", "dashed", "dotted") else literal(line.label))
+    for place_x, value, tag in zip(x, y, line.tags or (), strict=False):
+        axes.annotate(literal(tag), (place_x, value), (3, 3), textcoords="offset points", fontsize=7)
     if line.low is None:
         return
     if points:

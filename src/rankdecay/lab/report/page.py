@@ -33,11 +33,14 @@ def fill(
         parts: HTML by name; `title` and `data`, and `snapshot_data` where there are snapshots, are for the shell.
         styles: names of style sheets, as `{{css}}`.
         scripts: names of scripts, as `{{js}}`; with `plotly.js` among them, plotly's own is `{{plotly}}`.
-        experiment: the folder of `lab/experiments` that may hold any of these files; `assets/` has the others.
+        experiment: the folder of `lab/experiments` that may hold any of these files, or else the one above it;
+            `assets/` has the others.
     """
     folders = [files("rankdecay.lab.report") / "assets"]
     if experiment:
-        folders.insert(0, files(experiment if "." in experiment else f"rankdecay.lab.experiments.{experiment}"))
+        package = experiment if "." in experiment else f"rankdecay.lab.experiments.{experiment}"
+        above = package.rpartition(".")[0]
+        folders[:0] = [files(package), *([files(above)] if above else [])]
 
     def joined(names: Iterable[str]) -> str:
         paths = [next(folder / name for folder in folders if (folder / name).is_file()) for name in names]

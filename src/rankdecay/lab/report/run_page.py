@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankdecay.lab.report import page as pieces
-from rankdecay.lab.report.chart import Chart, embedded_charts
+from rankdecay.lab.report.chart import Chart, Choice, embedded_charts
 from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import arm_styles
 from rankdecay.lab.report.table import html_table
@@ -111,18 +111,27 @@ def _section(section: Section, labels: dict[str, str]) -> str:
         drawn = [{line.arm for line in chart.at_first()[0] if line.shade is None} & set(labels) for chart in charts]
         if any(len(arms) > 1 for arms in drawn):
             made.append('<div class="legend" role="group" aria-label="Arms shown"></div>')
-        figures = "".join(map(_figure, charts))
-        made.append(f'<div class="pair">{figures}</div>' if len(charts) > 1 else figures)
+        shared = [choice for choice in charts[0].offered if all(choice in chart.offered for chart in charts[1:])]
+        if len(charts) > 1:  # what all of them follow is asked once
+            made.append(_controls(shared))
+            figures = "".join(_figure(chart, without=shared) for chart in charts)
+            made.append(f'<div class="pair">{figures}</div>')
+        else:
+            made.append(_figure(charts[0]))
     text = f"<p>{escape(section.text)}</p>" if section.text else ""
     return f'<section id="{section.anchor}">\n<h2>{escape(section.title)}</h2>\n{text}\n{"".join(made)}\n</section>\n'
 
 
-def _figure(chart: Chart) -> str:
+def _controls(choices: Sequence[Choice]) -> str:
+    selects = "".join(pieces.choice(c.name, c.label, c.options, c.first) for c in choices)
+    return f'<div class="controls">{selects}</div>' if selects else ""
+
+
+def _figure(chart: Chart, without: Sequence[Choice] = ()) -> str:
     if not chart.lines:
         return f"<figure><figcaption>{escape(chart.title)}</figcaption>{pieces.absent(chart.empty)}</figure>"
-    controls = "".join(pieces.choice(c.name, c.label, c.options, c.first) for c in chart.offered)
+    controls = _controls([choice for choice in chart.offered if choice not in without])
     return (
-        f"<figure><figcaption>{escape(chart.title)}</figcaption>"
-        + (f'<div class="controls">{controls}</div>' if controls else "")
-        + f'<div class="chart" id="{chart.name}-chart"></div></figure>'
+        f"<figure><figcaption>{escape(chart.title)}</figcaption>{controls}"
+        f'<div class="chart" id="{chart.name}-chart"></div></figure>'
     )

@@ -55,7 +55,13 @@ function valueWords(line, index, percent) {
   return `${said(line.y[index])}  (${said(line.low[index])} to ${said(line.high[index])})`;
 }
 
-function lineTraces(element, spec, line, place, yaxis) {
+// Of a chart of points each says where it is; elsewhere all lines at the pointer's place share a box.
+function lineHover(element, name, along, hasPoints) {
+  if (!hasPoints) return hoverText(element, name, along);
+  return { name, meta: name, hovertemplate: `<b>%{meta}</b><br>${along} %{hovertext}<br>%{customdata}<extra></extra>` };
+}
+
+function lineTraces(element, spec, line, place, xaxis, yaxis) {
   const color = lineColor(line);
   const x = run.places[line.x].map((value) => (isKnown(value) ? place(value) : null));
   const known = (value) => (isKnown(value) && !(yaxis.scale === "log" && value <= 0) ? value : null);
@@ -65,14 +71,20 @@ function lineTraces(element, spec, line, place, yaxis) {
   const trace = {
     x,
     y: line.y.map(known),
-    mode: { points: "markers", "line+points": "lines+markers" }[line.mark] || "lines",
+    mode: ({ points: "markers", "line+points": "lines+markers" }[line.mark] || "lines") + (line.tags ? "+text" : ""),
+    text: (line.tags || []).map(plainText),
+    textposition: "top right",
+    textfont: { color: theme().text, size: 11.5 },
+    hovertext: run.places[line.x].map((value) => (isKnown(value) ? digits(value) : "")),
     line: { color, width: 2.4, ...look, ...MARKS[line.mark] },
     marker: { color, size: 8 },
     opacity: line.mark === "thin" ? 0.4 : 1,
     legendgroup: line.label,
     showlegend: isMain && (line.arm === undefined || line.shade !== undefined),
     customdata: line.y.map((_, index) => valueWords(line, index, yaxis.percent)),
-    ...(isMain ? hoverText(element, plainText(line.label), plainText(spec.x.title)) : { hoverinfo: "skip" }),
+    ...(isMain || line.words
+      ? lineHover(element, plainText(line.label), plainText(xaxis.title), hasPoints)
+      : { hoverinfo: "skip" }),
   };
   if (!line.low) return [trace];
   if (hasPoints) {
@@ -99,9 +111,10 @@ function lineTraces(element, spec, line, place, yaxis) {
 
 function drawChart(element, spec) {
   const lines = spec.lines.filter((line) => isAt(spec, line) && isShown(line));
-  const yaxis = spec.by ? spec.y[state[spec.by] ?? spec.fixed[spec.by]] : spec.y;
-  const places = spec.x.scale === "symlog" ? decades(spec.lines.filter((line) => isAt(spec, line))) : null;
-  const traces = lines.flatMap((line) => lineTraces(element, spec, line, places ? places.place : (value) => value, yaxis));
+  const axis = (axes, by) => (by ? axes[state[by] ?? spec.fixed[by]] : axes);
+  const [xaxis, yaxis] = [axis(spec.x, spec.x_by), axis(spec.y, spec.y_by)];
+  const places = xaxis.scale === "symlog" ? decades(spec.lines.filter((line) => isAt(spec, line))) : null;
+  const traces = lines.flatMap((line) => lineTraces(element, spec, line, places ? places.place : (value) => value, xaxis, yaxis));
   traces.sort((a, b) => (b.fill ? 1 : 0) - (a.fill ? 1 : 0)); // bands first, so that no line is under one
   const note = { text: plainText(spec.empty), showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 };
   const named = traces.filter((trace) => trace.showlegend).length > 1;
@@ -113,7 +126,7 @@ function drawChart(element, spec) {
     showlegend: named,
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12.5 } },
     margin: { l: 44, r: 20, t: named ? 40 : 10, b: 40 },
-    xaxis: { ...plotlyAxis(spec.x, 6), hoverformat: ",", unifiedhovertitle: { text: `${plainText(spec.x.title)} %{x}` },
+    xaxis: { ...plotlyAxis(xaxis, 6), hoverformat: ",", unifiedhovertitle: { text: `${plainText(xaxis.title)} %{x}` },
       ...(places ? { ...places.axis, showgrid: false } : {}) },
     yaxis: plotlyAxis(yaxis, 8),
   });
