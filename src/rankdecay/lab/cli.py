@@ -26,7 +26,6 @@ from rankdecay.lab.errors import SettingError, check_name
 EXPERIMENTS = {
     "grok": "grok.experiment:Grok",
     "boundary": "boundary.experiment:Boundary",
-    "margin": "margin.experiment:Margin",
     "recall": "attention.recall:Recall",
     "language": "attention.language:Language",
     "vision": "attention.vision:Vision",

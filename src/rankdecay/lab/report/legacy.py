@@ -12,10 +12,9 @@ from rankdecay.lab.store import read_json
 
 __all__ = ["draw_figure", "read_run", "write_merged_report", "write_report"]
 
-PORTED = ("factor",)
-WITHOUT_FIGURE = ("margin",)
+PORTED = ("factor", "margin")
 #: The packages of the pages that are made from one directory, by experiment; `page.py` here is of `grok`.
-PAGES = {name: name for name in WITHOUT_FIGURE} | dict.fromkeys(ATTENTION_DECAY, "attention")
+PAGES = dict.fromkeys(ATTENTION_DECAY, "attention")
 
 # plotly and matplotlib are loaded only when a page or a figure is made, hence the imports in the functions.
 
@@ -87,8 +86,6 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
     command = _command(directories[0])
     if command in PORTED:
         return experiment.draw_figure(directories, path)
-    if command in WITHOUT_FIGURE:
-        raise SettingError(f"--figure {path}: {command} has a page and no figure; its charts save as SVG from the page")
     if command in ATTENTION_DECAY:
         from rankdecay.lab.experiments.attention import figure as of_attention
 

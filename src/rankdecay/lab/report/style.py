@@ -54,20 +54,6 @@ _KNOWN = {
     "low_rank_both": ArmStyle("low-rank decay of both products", "#9a2f0a", "#ff7a6b", "longdash"),
     "low_rank_absolute": ArmStyle("absolute low-rank decay", "#8b3a8f", "#dd8fe0", "dashdot"),
     "low_rank_both_absolute": ArmStyle("absolute low-rank decay of both products", "#b0307a", "#ff86bf", "dot"),
-    # The matrix experiment.
-    "factors": ArmStyle("two factors", "#1d63b8", "#6cb2ff"),
-    "momentum": ArmStyle("two factors, momentum", "#0d7a5f", "#4fd1ab", "dash"),
-    "adam": ArmStyle("two factors, Adam", "#6a3fb5", "#b99bff", "dash"),
-    "decoupled": ArmStyle("two factors, decoupled", "#b0307a", "#ff86bf"),
-    "merged": ArmStyle("one matrix", "#767b84", "#8d939d"),
-    "deep": ArmStyle("deep product", "#8a6500", "#e8c34a"),
-    # Gradient flow of attention; `merged` and `low_rank` are above.
-    "separate": ArmStyle("K and Q apart", "#1d63b8", "#6cb2ff"),
-    "diagonal": ArmStyle("diagonal K and Q", "#0d7a5f", "#4fd1ab"),
-    "separate_l2": ArmStyle("K and Q apart, L2", "#3f5fd0", "#9db4ff", "dash"),
-    "merged_l2": ArmStyle("one matrix, L2", "#45586e", "#a9bfd6", "dash"),
-    "recipe": ArmStyle("published recipe", "#8b3a8f", "#dd8fe0", "dashdot"),
-    "recipe_bare": ArmStyle("published recipe without L2", "#b08500", "#e8c34a", "dot"),
 }
 # For arms this file does not know, in the order they appear; a colour already in the run is passed over.
 _SPARE = [
