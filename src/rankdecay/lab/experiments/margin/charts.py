@@ -12,7 +12,7 @@ import numpy as np
 from rankdecay.lab.experiment import Axis, Chart, Choice, Line, Section
 from rankdecay.lab.experiments.margin.pictures import pictures
 from rankdecay.lab.report.style import ArmStyle, arm_styles
-from rankdecay.lab.report.words import is_number, shown
+from rankdecay.lab.report.words import counted, is_number, shown
 from rankdecay.lab.settings import Record
 from rankdecay.lab.stored import StoredRun, snapshots
 
@@ -141,89 +141,87 @@ def at_equal_margins(margin: np.ndarray, values: np.ndarray) -> tuple[np.ndarray
 
     Args:
         margin: shape (evaluations, sets).
-        values: in the same shape.
+        values: in the same shape; data sets of which they are not known are left out.
 
     Returns:
         The margins, and the values there, shape (sets, margins), NaN where a data set has not begun.
     """
-    paths = [climb(column) for column in margin.T]
-    logs = [np.maximum.accumulate(np.log10(margin[path, number])) for number, path in enumerate(paths)]
-    ends = [(log[0], log[-1]) for log in logs if log.size]
-    begun = float(np.median([low for low, _ in ends])) if ends else 0.0
-    ended = min((high for _, high in ends), default=-1.0)
+    known = np.isfinite(values) | ~(margin >= SMALLEST)
+    paths = [(climb(margin[:, number]), number) for number in np.flatnonzero(known.all(0))]
+    logs = [np.maximum.accumulate(np.log10(margin[path, number])) for path, number in paths if path.size]
+    begun = float(np.median([log[0] for log in logs])) if logs else 0.0
+    ended = min((log[-1] for log in logs), default=-1.0)
     if begun > ended:
-        return np.empty(0), np.empty((len(paths), 0))
+        return np.empty(0), np.empty((0, 0))
     grid = np.linspace(begun, ended, GRID)
-    found = np.full((len(paths), GRID), np.nan)
-    for number, (path, log) in enumerate(zip(paths, logs, strict=True)):
-        if log.size:
-            found[number] = np.interp(grid, log, values[path, number], left=np.nan, right=np.nan)
-    return 10**grid, found
+    climbed = zip(logs, [values[path, number] for path, number in paths if path.size], strict=True)
+    return 10**grid, np.array([np.interp(grid, log, value, left=np.nan, right=np.nan) for log, value in climbed])
 
 
 def _array(lines: Sequence[Record], name: str) -> np.ndarray:
     return np.array([line[name] for line in lines], dtype=float)  # None, what cannot be said, becomes NaN
 
 
+def _over_margin(
+    margin: np.ndarray, values: np.ndarray, sets: Sequence[int]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Margins and values, shape (sets, margins): of all data sets as ``mean``, then of every one that can be chosen."""
+    grid, every = at_equal_margins(margin, values)
+    if grid.size:
+        yield "mean", grid, every
+    for number, which in enumerate(sets[:CHOICES]):
+        path = climb(margin[:, number])
+        if path.size:
+            yield str(which), margin[path, number], values[path, number][None]
+
+
 def _said(values: np.ndarray) -> list[str]:
-    """Means over data sets in words, with their range and of how many, from an array (sets, places)."""
-    parts = zip(
-        np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0), np.isfinite(values).sum(0), strict=True
-    )
-    return [f"{mean:.3g}  ({low:.3g} to {high:.3g}, {count} sets)" for mean, low, high, count in parts]
+    """Means over data sets in words, with their range and of how many, from an array (sets, margins)."""
+    parts = (np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0), np.isfinite(values).sum(0))
+    return [
+        f"{mean:.3g}  ({low:.3g} to {high:.3g}, {counted(int(count), 'set')})"
+        for mean, low, high, count in zip(*parts, strict=True)
+    ]
 
 
 def _curves(lines: Sequence[Record], row: Record, measure: str, label: str) -> Iterator[Line]:
-    """A measure of one arm: the mean and range of all data sets with a dot at the end, and every data set."""
-    name = str(row["name"])
-    margin, values = _array(lines, "margin"), _array(lines, measure)
-    grid, every = at_equal_margins(margin, values)
-    where = {"set": "mean"}
-    ended = is_number(row["margin"]) and row["margin"] > 0 and is_number(row[measure])
-    if grid.size:
-        mean = np.nanmean(every, 0)
-        low, high = np.nanmin(every, 0), np.nanmax(every, 0)
-        yield Line(label, grid, mean, name, low, high, where=where, words=_said(every))
-        if ended:
-            yield Line(label, [grid[-1], row["margin"]], [mean[-1], row[measure]], name, mark="thin", where=where)
+    """A measure of one arm: the mean and range of all data sets, every data set, and a dot at each end."""
+    name, end = str(row["name"]), (row["margin"], row[measure])
+    ended = all(map(is_number, end)) and end[0] > 0
+    mean = {"set": "mean"}
+    for which, x, every in _over_margin(_array(lines, "margin"), _array(lines, measure), row["datasets"]):
+        if which == "mean":
+            y, low, high = (of(every, 0).tolist() for of in (np.nanmean, np.nanmin, np.nanmax))
+            yield Line(label, x.tolist(), y, name, low, high, where=mean, words=_said(every))
+            if ended:
+                yield Line(label, [x[-1], end[0]], [y[-1], end[1]], name, mark="thin", where=mean)
+        else:
+            where, y = {"set": which}, every[0].tolist()
+            yield Line(label, x.tolist(), y, name, where=where)
+            yield Line(label, [x[-1]], y[-1:], name, mark="points", where=where)
     if ended:
-        end = f"end: {shown(row[measure])}"
-        yield Line(label, [row["margin"]], [row[measure]], name, mark="points", where=where, words=[end])
-    for number, which in enumerate(row["datasets"][:CHOICES]):
-        path = climb(margin[:, number])
-        if path.size:
-            x, y, where = margin[path, number], values[path, number], {"set": str(which)}
-            yield Line(label, x, y, name, where=where)
-            yield Line(label, x[-1:], y[-1:], name, mark="points", where=where)
+        yield Line(label, [end[0]], [end[1]], name, mark="points", where=mean, words=[f"end: {shown(end[1])}"])
 
 
 def _spectra(lines: Sequence[Record], row: Record, arrays: Mapping[str, np.ndarray]) -> Iterator[Line]:
     """The singular values of one arm, and dashed those of its solutions, of all data sets and of every one."""
     name, sets = str(row["name"]), row["datasets"]
     margin, sigma = _array(lines, "margin"), _array(lines, "singular_values")  # (evaluations, sets, d)
-    solutions = {norm: _solved(arrays.get(f"{name}_{norm}"), sets) for norm in SVMS}
-    paths = {str(which): (number, climb(margin[:, number])) for number, which in enumerate(sets[:CHOICES])}
-    count = sigma.shape[-1]
-
-    def own(which: str, index: int, x: np.ndarray, y: np.ndarray, words: Sequence[str] | None = None) -> Line:
-        where, shade = {"set": which, "spectrum": name}, 1 - index / max(1, count - 1)
-        return Line(f"σ{index + 1}", x, np.where(y > ROUNDING, y, np.nan), where=where, shade=shade, words=words)
-
-    found: dict[str, np.ndarray] = {}
-    for index in range(count):
-        grid, every = at_equal_margins(margin, sigma[..., index])
-        if grid.size:
-            found["mean"] = grid
-            yield own("mean", index, grid, np.nanmean(every, 0), _said(every))
-        for which, (number, path) in paths.items():
-            if path.size:
-                found[which] = margin[path, number]
-                yield own(which, index, found[which], sigma[path, number, index])
-    for norm, of in solutions.items():
-        for which, x in found.items():
-            for size in (size for size in of.get(which, ()) if size > RANK * of[which][0]):
-                where = {"set": which, "spectrum": name, "svm": norm}
-                yield Line(SVMS[norm], [x[0], x[-1]], [size, size], mark="dashed", where=where)
+    ends: dict[str, list[float]] = {}
+    for index in range(sigma.shape[-1]):
+        shade = 1 - index / max(1, sigma.shape[-1] - 1)
+        for which, x, every in _over_margin(margin, sigma[..., index], sets):
+            ends[which] = [x[0], x[-1]]
+            y, words = np.nanmean(every, 0), _said(every) if which == "mean" else None
+            if (y > ROUNDING).any():
+                drawn = np.where(y > ROUNDING, y, np.nan).tolist()
+                where = {"set": which, "spectrum": name}
+                yield Line(f"σ{index + 1}", x.tolist(), drawn, where=where, shade=shade, words=words)
+    for norm, label in SVMS.items():
+        for which, sizes in _solved(arrays.get(f"{name}_{norm}"), sets).items():
+            where = {"set": which, "spectrum": name, "svm": norm}
+            for size in sizes[sizes > RANK * sizes[0]] if which in ends else ():
+                yield Line(label, ends[which], [size, size], mark="dashed", where=where)
 
 
 def _solved(solutions: np.ndarray | None, sets: Sequence[int]) -> dict[str, np.ndarray]:

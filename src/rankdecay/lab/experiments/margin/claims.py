@@ -95,7 +95,7 @@ def _nearer(name: str, nuclear: bool = True) -> Any:
         first, second = ("ℓ1 solution", "ℓ2 one") if name == "diagonal" else ("nuclear SVM", "Frobenius one")
         text = (
             f"in {count} of {known} data sets; cosine {row['cosine_nuclear']:.4f} to the {first} and "
-            f"{row['cosine_frobenius']:.4f} to the {second}, which are {row['cosine_between']:.3f} from each other; "
+            f"{row['cosine_frobenius']:.4f} to the {second}, which have {row['cosine_between']:.3f} to each other; "
             f"{'‖β‖₁' if name == 'diagonal' else '‖W‖_*'} {row['nuclear_excess']:.2%} above the least."
         )
         return count == known, text + _stopped(facts, row)
