@@ -18,7 +18,7 @@ from rankdecay.lab.ensemble.ensemble import Training
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.recall.settings import Recall
 from rankdecay.lab.experiments.grok.settings import Grok
-from rankdecay.lab.experiments.margin.experiment import ARMS as MARGIN_ARMS
+from rankdecay.lab.experiments.margin.settings import ARMS as MARGIN_ARMS
 from rankdecay.lab.precision import WORTHWHILE, Products, bfloat16_gain, resolve
 from rankdecay.lab.session.session import Plan
 from rankdecay.lab.store import read_metrics

@@ -25,7 +25,6 @@ from rankdecay.lab.errors import SettingError, check_name
 #: The settings class of every experiment, in its module of `lab.experiments`, beside `run` and `print_summary`.
 EXPERIMENTS = {
     "boundary": "boundary.experiment:Boundary",
-    "margin": "margin.experiment:Margin",
 }
 BRIEF = ("factor", "margin", "report")  # commands that leave nothing to continue from when they are interrupted
 PRESET_OPTIONS = ("--preset", "--size")  # what may choose one of an experiment's PRESETS

@@ -1,7 +1,6 @@
 """What an experiment shows: the self-contained page and the static figure of a run directory, or of several merged."""
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 from rankdecay.lab import experiment
@@ -10,9 +9,6 @@ from rankdecay.lab.store import read_json
 
 __all__ = ["draw_figure", "write_merged_report", "write_report"]
 
-WITHOUT_FIGURE = ("margin",)
-#: The packages of the pages that are made from one directory, by experiment.
-PAGES = {name: name for name in WITHOUT_FIGURE}
 
 # plotly and matplotlib are loaded only when a page or a figure is made, hence the imports in the functions.
 
@@ -32,8 +28,6 @@ def write_report(directory: str | Path) -> Path:
     path, command = Path(directory) / "report.html", _command(directory)
     if command == "boundary":
         return write_merged_report([directory], path)
-    if command in PAGES:
-        return import_module(f"rankdecay.lab.experiments.{PAGES[command]}.page").write_page(Path(directory), path)
     return experiment.write_report(directory)
 
 
@@ -78,8 +72,6 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
     if len(directories) != 1:
         raise SettingError(f"--figure {path} shows one run, {len(directories)} were given")
     command = _command(directories[0])
-    if command in WITHOUT_FIGURE:
-        raise SettingError(f"--figure {path}: {command} has a page and no figure; its charts save as SVG from the page")
     return experiment.draw_figure(directories, path)
 
 

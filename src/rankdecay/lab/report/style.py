@@ -49,20 +49,6 @@ _KNOWN = {
     "paper_a1": ArmStyle("published A1", "#b08500", "#e8c34a", "dash"),
     "paper_s5": ArmStyle("published S5", "#8a6a3a", "#d9bd8e", "dashdot"),
     "paper_s6": ArmStyle("published S6", "#7d4f6d", "#d3a3c2", "longdash"),
-    # The matrix experiment.
-    "factors": ArmStyle("two factors", "#1d63b8", "#6cb2ff"),
-    "momentum": ArmStyle("two factors, momentum", "#0d7a5f", "#4fd1ab", "dash"),
-    "adam": ArmStyle("two factors, Adam", "#6a3fb5", "#b99bff", "dash"),
-    "decoupled": ArmStyle("two factors, decoupled", "#b0307a", "#ff86bf"),
-    "merged": ArmStyle("one matrix", "#767b84", "#8d939d"),
-    "deep": ArmStyle("deep product", "#8a6500", "#e8c34a"),
-    # Gradient flow of attention; `merged` and `low_rank` are above.
-    "separate": ArmStyle("K and Q apart", "#1d63b8", "#6cb2ff"),
-    "diagonal": ArmStyle("diagonal K and Q", "#0d7a5f", "#4fd1ab"),
-    "separate_l2": ArmStyle("K and Q apart, L2", "#3f5fd0", "#9db4ff", "dash"),
-    "merged_l2": ArmStyle("one matrix, L2", "#45586e", "#a9bfd6", "dash"),
-    "recipe": ArmStyle("published recipe", "#8b3a8f", "#dd8fe0", "dashdot"),
-    "recipe_bare": ArmStyle("published recipe without L2", "#b08500", "#e8c34a", "dot"),
 }
 # For arms this file does not know, in the order they appear; a colour already in the run is passed over.
 _SPARE = [

@@ -1,8 +1,12 @@
 """A small real run in two dimensions; a diagonal W can select the optimal tokens of three of its four data sets."""
 
+import json
+
 import pytest
 
-from rankdecay.lab.experiments.margin.experiment import Margin, run
+from rankdecay.lab.experiment import run
+from rankdecay.lab.experiments.margin.experiment import EXPERIMENT
+from rankdecay.lab.experiments.margin.settings import Margin
 
 ARMS = ("merged", "separate", "diagonal", "low_rank")
 
@@ -15,5 +19,11 @@ def planar(tmp_path_factory):
         parametrisation=ARMS, dimension=2, tokens=3, examples=2, datasets=4, margin=1e3, rate=0.03, steps=600,
         evaluate_every=20, out=out, quiet=True, device="cpu",
     )  # fmt: skip
-    run(settings, "rankdecay margin")
+    run(EXPERIMENT, settings, "rankdecay margin")
     return out
+
+
+@pytest.fixture
+def summary(planar):
+    """The summary of the run, to be changed at will."""
+    return json.loads((planar / "summary.json").read_text())

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from rankdecay.lab.report import write_report
+from rankdecay.lab.experiment import write_report
 
 CHARTS = ["cosine-nuclear-chart", "cosine-frobenius-chart", "nuclear-excess-chart", "frobenius-excess-chart"]
 CHARTS += ["spectra-chart"]
@@ -22,22 +22,25 @@ def test_the_charts_are_drawn_and_follow_their_choices(opener, planar, width, sc
         chart.locator(".scatterlayer .trace").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
-    lines = "document.querySelector('#cosine-nuclear-chart').data.filter((trace) => trace.customdata).length"
-    bands = "document.querySelector('#cosine-nuclear-chart').data.filter((trace) => trace.fill === 'toself').length"
+    words = "document.querySelector('#cosine-nuclear-chart').data.filter((trace) => trace.mode === 'lines')"
+    lines = f"{words}.filter((trace) => trace.hovertemplate && trace.line.width > 2).length"
+    bands = f"{words}.filter((trace) => trace.fill === 'toself').length"
     page.locator("#direction").scroll_into_view_if_needed()
     page.wait_for_function(f"() => {lines} === 4 && {bands} === 4")
-    page.locator("#charts > .controls").get_by_label("Data set").select_option("1")
+    page.locator("#direction").get_by_label("Data set").select_option("1")
     page.wait_for_function(f"() => {lines} === 3 && {bands} === 0")  # diagonal weights have no part in this one
     page.locator("#direction .legend button").first.click()
     page.wait_for_function(f"() => {lines} === 2")
 
-    last = "document.querySelector('#spectra-chart').data[0].y.at(-1)"
+    assert page.locator("#spectra").get_by_label("Data set").input_value() == "1"  # one choice for all charts
     page.locator("#spectra-chart").scroll_into_view_if_needed()
-    run_data = "JSON.parse(document.getElementById('run-data').textContent)"
-    for arm in (1, 0):
-        page.locator("#spectra").get_by_label("Arm").select_option(str(arm))
+    run_data = "JSON.parse(document.getElementById('run-data').textContent).charts.at(-1).lines"
+    last = "document.querySelector('#spectra-chart').data[0].y.at(-1)"
+    for arm in ("separate", "merged"):
+        page.locator("#spectra").get_by_label("Arm").select_option(arm)
         page.locator("#spectra-chart").scroll_into_view_if_needed()
-        page.wait_for_function(f"() => {last} === {run_data}.arms[{arm}].each['1'].singular_values[0].at(-1)")
+        own = f"{run_data}.find(({{ where }}) => where.set === '1' && where.spectrum === '{arm}').y.at(-1)"
+        page.wait_for_function(f"() => {last} === {own}")
     axis = "document.querySelector('#spectra-chart').layout.yaxis.type"
     assert page.evaluate(axis) == "log"
     page.locator("#spectra").get_by_label("Axis").select_option("linear")
@@ -65,7 +68,7 @@ def test_the_pictures_follow_time_arm_and_data_set(opener, planar):
     assert "step 0, margin not yet" in section.locator("output").inner_text()
     page.keyboard.press("ArrowRight")
     page.wait_for_function(f"() => document.querySelector('#pictures .direction') && {tip} !== '{ended}'")
-    section.get_by_label("Arm").select_option("2")
+    section.get_by_label("Arm").select_option("diagonal")
     section.get_by_label("Data set").select_option("3")
     page.wait_for_function("() => document.querySelector('#pictures small').textContent.includes('ℓ1 solution')")
     assert slider.input_value() == slider.get_attribute("max")  # another is shown at its end
@@ -98,7 +101,7 @@ def test_an_incomplete_run_has_a_page_too(opener, tmp_path):
     (tmp_path / "config.json").write_text('{"command": "margin", "settings": {"l2": 0.1}, "arms": []}')
     opened = opener(write_report(tmp_path))
     assert "not complete" in opened.page.locator(".headline").inner_text()
-    for section in ("#charts", "#picture", "#figures"):
-        assert not opened.page.locator(section).is_visible()
+    for section in ("#direction", "#picture", "#figures"):
+        assert opened.page.locator(section).count() == 0
     opened.check()
     opened.page.close()

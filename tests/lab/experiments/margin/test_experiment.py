@@ -2,18 +2,18 @@
 
 import dataclasses
 import json
-import math
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pytest
 
 from rankdecay import cli
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiment import draw_figure, print_summary, write_report
+from rankdecay.lab.experiment import run as run_experiment
 from rankdecay.lab.experiments.margin.data import draw
-from rankdecay.lab.experiments.margin.experiment import ARMS, Margin, check, run
-from rankdecay.lab.experiments.margin.verdict import verdict
+from rankdecay.lab.experiments.margin.experiment import EXPERIMENT
+from rankdecay.lab.experiments.margin.settings import ARMS, Margin
 from rankdecay.lab.store import read_metrics
 
 SMALL = Margin(
@@ -41,6 +41,10 @@ def finished(tmp_path_factory):
     return settings, run(settings, "rankdecay margin")
 
 
+def run(settings, command=""):
+    return run_experiment(EXPERIMENT, settings, command)
+
+
 def arm(summary, name):
     return next(row for row in summary["arms"] if row["name"] == name)
 
@@ -53,7 +57,7 @@ def test_merged_goes_to_frobenius_and_separate_to_nuclear_in_every_one_of_twenty
         SMALL, datasets=20, parametrisation=("merged", "separate", "separate_l2"), out=tmp_path / "run", rate=0.01,
         dimension=10, examples=4, tokens=4, margin=1e6, steps=8000, init="random",
     )  # fmt: skip
-    summary = run(settings, "")
+    summary = run(settings)
     merged, separate, decayed = (arm(summary, name) for name in settings.parametrisation)
     assert (merged["nearer_nuclear"], separate["nearer_nuclear"], decayed["nearer_nuclear"]) == (0, 20, 20)
     assert merged["cosine_frobenius"] > 0.999
@@ -70,7 +74,7 @@ def test_with_a_vanishing_l2_every_one_of_twenty_data_sets_is_at_the_nuclear_sol
         SMALL, datasets=20, parametrisation=("separate_l2",), out=tmp_path / "run", rate=4e-3, dimension=10, examples=6,
         tokens=8, steps=400_000, evaluate_every=1000, init="random", l2=1e-60,
     )  # fmt: skip
-    row = run(settings, "")["arms"][0]
+    row = run(settings)["arms"][0]
     assert row["cosine_nuclear_least"] > 0.995
     assert row["nearer_nuclear"] == 20
 
@@ -82,7 +86,7 @@ def test_diagonal_weights_go_to_the_l1_solution(tmp_path):
         SMALL, data="equal", parametrisation=("diagonal",), datasets=6, dimension=20, examples=4, tokens=3, margin=1e8,
         rate=2e-3, steps=80_000, evaluate_every=800, out=tmp_path / "run",
     )  # fmt: skip
-    row = run(settings, "")["arms"][0]
+    row = run(settings)["arms"][0]
     assert row["reached"] == row["nearer_nuclear"] == 6
     assert min(row["each"]["nuclear_excess"]) < 0.002
     assert row["nuclear_excess"] < 0.005
@@ -127,29 +131,6 @@ def test_the_files_of_a_small_run(finished):
         assert arrays["separate_nuclear"].shape == (3, 8, 8)
 
 
-def test_a_complete_run_is_shown_again_and_other_settings_are_refused(finished, capsys):
-    settings, summary = finished
-    assert run(settings, "") == json.loads(json.dumps(summary))
-    assert "is complete" in capsys.readouterr().err
-    with pytest.raises(SettingError, match=r"another configuration \(rate is 0.02 there, 0.05 now\)"):
-        run(dataclasses.replace(settings, rate=0.05), "")
-
-
-def test_the_verdict_says_what_was_measured_and_no_more(finished):
-    _, summary = finished
-    assert "not complete" in verdict(None).headline
-    assert "leans to the nuclear norm, in every data set" in verdict(summary).headline
-    changed = json.loads(json.dumps(summary))
-    arm(changed, "separate")["nearer_nuclear"] = 1
-    arm(changed, "merged")["infeasible"] = 2
-    outcome = verdict(changed)
-    assert "shows no nuclear-norm bias in 2 of 3" in outcome.headline
-    assert "merged: 2 with selected tokens that no W separates" in dict(outcome.points)["Left out"]
-    alone = {**summary, "arms": [arm(summary, "merged")]}
-    assert "nothing to say" in verdict(alone).headline
-    assert "Left out" not in dict(verdict(summary).points)
-
-
 def test_the_command_prints_json_and_a_table(tmp_path, capsys):
     options = (
         "--datasets 2 --dimension 8 --examples 2 --tokens 3 --margin 100 --rate 0.02 --evaluate-every 20 --device cpu"
@@ -163,34 +144,51 @@ def test_the_command_prints_json_and_a_table(tmp_path, capsys):
     assert cli.main([*arguments, "--out", str(tmp_path / "table")]) == 0
     output = capsys.readouterr().out
     assert "Frobenius" in output
-    assert "How fast:" in output
+    assert "merged    2 of 2 " in output
+    assert "✓ K and Q apart come nearer the nuclear SVM as the margin grows: cosine" in output
+
+
+def test_an_interrupted_run_begins_again(tmp_path):
+    settings = dataclasses.replace(SMALL, parametrisation=("merged",), steps=60, out=tmp_path / "run")
+    first = run(settings)
+    (settings.out / "summary.json").unlink()
+    lines = (settings.out / "metrics.jsonl").read_text()
+    with (settings.out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 80, "arm"')
+    assert run(settings)["arms"] == first["arms"]
+    assert (settings.out / "metrics.jsonl").read_text() == lines
+
+
+def test_arms_are_stored_under_the_keys_they_always_had(finished):
+    settings, _ = finished
+    stored = json.loads((settings.out / "config.json").read_text())["arms"]
+    assert [(one["name"], one["kind"], one["decay"], one["recipe"]) for one in stored[-3:]] == [
+        ("low_rank", "merged", "low_rank", False),
+        ("recipe", "separate", "l2", True),
+        ("recipe_bare", "separate", None, True),
+    ]
+
+
+def test_page_table_and_figure_are_made_from_the_files(planar, summary, tmp_path, capsys):
+    page = (planar / "report.html").read_text(encoding="utf-8")
+    for row in summary["arms"]:
+        assert f"{row['cosine_nuclear']:.4f} <small>least {row['cosine_nuclear_least']:.4f}</small>" in page
+    print_summary(EXPERIMENT, summary)
+    assert "diagonal  3 of 3 " in capsys.readouterr().out
+    figure = draw_figure([planar], tmp_path / "figure.svg").read_text(encoding="utf-8")
+    assert "Cosine to the nuclear SVM" in figure
+
+
+def test_a_row_says_which_data_sets_are_left_out_of_its_means(planar, summary, tmp_path):
+    copy = shutil.copytree(planar, tmp_path / "copy")
+    row = summary["arms"][0] | {"infeasible": 1, "undecided": 2, "cosine_nuclear": None, "log10_loss_excess": -12345.6}
+    (copy / "summary.json").write_text(json.dumps(summary | {"arms": [row]}))
+    page = write_report(copy).read_text(encoding="utf-8")
+    assert "1 of 4 <small>1 select the inseparable, 2 select none</small>" in page
+    assert "<td>-12,346</td>" in page
 
 
 # --- what it refuses, and what it names ---
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"parametrisation": ()}, "--parametrisation is empty: choose from merged"),
-        ({"parametrisation": ("merge",)}, "did you mean 'merged'"),
-        ({"tokens": 1}, "--tokens 1 leaves nothing to choose between"),
-        ({"dimension": 1}, "--dimension 1 is too small"),
-        ({"datasets": 0}, "--datasets 0 is too small"),
-        ({"l2": -1.0}, "--l2 -1.0 must be a finite number >= 0"),
-        ({"rate": 0.5}, "--rate 0.5 is no flow"),
-        ({"rate": math.nan}, "--rate nan must be"),
-        ({"scale": 0.0}, "--scale 0.0 must be"),
-        ({"margin": 1e200}, r"--margin 1e\+200 must be between"),
-        ({"inner": -1}, "--inner -1 is negative"),
-        ({"data": "equals"}, "did you mean 'equal'"),
-        ({"data": "aligned", "tokens": 4}, "aligned data have tokens in pairs"),
-        ({"data": "aligned", "tokens": 5, "examples": 12}, "--dimension 12 must be larger"),
-    ],
-)
-def test_settings_that_cannot_work(changes, message):
-    with pytest.raises(SettingError, match=message):
-        check(dataclasses.replace(Margin(), **changes))
 
 
 def test_inseparable_data_are_refused_or_named(tmp_path, capsys):
@@ -212,36 +210,27 @@ def test_equal_scores_are_refused_by_name(tmp_path):
     np.savez(tmp_path / "data.npz", tokens=data.tokens, queries=data.queries, heads=data.heads, labels=data.labels)
     settings = dataclasses.replace(SMALL, data=str(tmp_path / "data.npz"), out=tmp_path / "run")
     with pytest.raises(SettingError, match=r"data set 0, example 1: tokens . and . have the same best score"):
-        run(settings, "")
+        run(settings)
 
 
 def test_an_inner_dimension_below_the_rank_of_the_svm_is_named(tmp_path, capsys):
     settings = dataclasses.replace(
         SMALL, parametrisation=("separate",), inner=1, init="random", examples=4, out=tmp_path / "run", steps=1500
     )
-    summary = run(settings, "")
-    row = summary["arms"][0]
+    row = run(settings)["arms"][0]
     assert row["rank_short"]
     assert "needs a larger rank than --inner 1" in capsys.readouterr().err
-    assert "inner dimension is below" in dict(verdict(summary).points)["Left out"]
 
 
 def test_weights_that_select_nothing_are_counted_and_left_out(tmp_path, capsys):
     settings = dataclasses.replace(
         SMALL, parametrisation=("low_rank", "separate_l2"), l2=1e4, init="random", out=tmp_path / "run", steps=2000
     )
-    row = run(settings, "")["arms"][1]
+    row = run(settings)["arms"][1]
     assert row["name"] == "low_rank"
     assert row["undecided"] == 3
     assert row["cosine_nuclear"] is None
     assert "3 that selected none" in capsys.readouterr().err
-
-
-def test_importing_the_settings_imports_neither_torch_nor_numpy():
-    code = (
-        "import sys, rankdecay.lab.experiments.margin.experiment; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("init", ["paper", "random"])
@@ -257,9 +246,3 @@ def test_the_first_seed_decides_data_and_initial_weights(tmp_path, init):
     three = margins(100, 3)
     assert len(set(three)) == 3
     assert margins(102, 1) == pytest.approx(three[2:], rel=1e-9)
-
-
-def test_a_first_seed_where_nothing_is_drawn_is_refused(tmp_path):
-    settings = dataclasses.replace(SMALL, data=str(tmp_path / "data.npz"), first_seed=3, out=tmp_path / "run")
-    with pytest.raises(SettingError, match=r"--first-seed 3 has no effect on --data .*: leave it out"):
-        run(settings, "")

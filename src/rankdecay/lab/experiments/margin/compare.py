@@ -21,7 +21,8 @@ from rankdecay.lab.experiments.margin.svm import Norm, Solution, max_margin, sep
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rankdecay.lab.experiments.margin.experiment import Arm, Margin
+    from rankdecay.lab.experiment import Arm
+    from rankdecay.lab.experiments.margin.settings import Margin
 
 Record = dict[str, Any]
 FAMILIES = {"merged": "full", "separate": "full", "diagonal": "diagonal"}  # of matrices, by kind of weights
@@ -78,10 +79,10 @@ def train(
     problem = Problem.of(data.only(sets), device)
     d = data.tokens.shape[-1]
     drawn = [settings.first_seed + which for which in sets]
-    weights = initial_weights(arm.kind, settings.init, settings.scale, drawn, d, settings.inner or d, device)
+    weights = initial_weights(arm.how.kind, settings.init, settings.scale, drawn, d, settings.inner or d, device)
     every = settings.evaluate_every
-    if arm.recipe:
-        strength = settings.l2 if arm.decay else 0.0
+    if arm.how.recipe:
+        strength = settings.l2 if arm.how.decay else 0.0
         return descend(
             weights, problem, loss=settings.loss, strength=strength, evaluate_every=every, evaluated=evaluated
         )
@@ -89,7 +90,7 @@ def train(
         weights,
         problem,
         loss=settings.loss,
-        decay=Decay(arm.decay, settings.l2) if arm.decay else None,
+        decay=Decay(arm.how.decay, settings.l2) if arm.how.decay else None,
         rate=settings.rate,
         steps=settings.steps,
         margin=settings.margin,
@@ -106,7 +107,7 @@ def compare(
     last = trajectory.weights[-1]
     selected = selected_tokens(problem, last)
     decided = (margins(problem, last, selected) > 0).cpu().numpy()
-    family = FAMILIES[arm.kind]
+    family = FAMILIES[arm.how.kind]
     chosen = selected.cpu().numpy()
     solutions: dict[Norm, list[Solution | None]] = {
         norm: [
@@ -180,7 +181,7 @@ def summarise(arm: Arm, outcome: Outcome, data: DataSets, settings: Margin) -> R
     short = [
         which
         for which, solution in zip(outcome.sets, nuclear, strict=True)
-        if solution is not None and arm.kind == "separate" and solution.rank > inner
+        if solution is not None and arm.how.kind == "separate" and solution.rank > inner
     ]
     unsolved = np.array([solution is None for solution in nuclear])
     row: Record = {

@@ -22,7 +22,6 @@ import numpy as np
 
 from rankdecay.lab.errors import SettingError
 
-KINDS = ("generic", "equal", "aligned")
 ARRAYS = ("tokens", "queries", "heads", "labels")  # of a file
 TIE = 1e-9  # of the range of the scores: closer than this, the best token is not unique
 
@@ -59,7 +58,7 @@ def draw(kind: str, seeds: Sequence[int], examples: int, tokens: int, dimension:
     """Draws a data set from each seed.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `settings.KINDS`.
         seeds: one per data set.
         examples: n.
         tokens: L.

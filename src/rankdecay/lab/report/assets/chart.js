@@ -141,7 +141,8 @@ function drawChart(element, spec) {
     showlegend: named,
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12.5 } },
     margin: { l: 44, r: 20, t: named ? 40 : 10, b: 40 },
-    xaxis: { ...plotlyAxis(xaxis, 6), hoverformat: ",", unifiedhovertitle: { text: `${plainText(xaxis.title)} %{x}` },
+    xaxis: { ...plotlyAxis(xaxis, 6), hoverformat: xaxis.scale === "log" ? ",.4~g" : ",",
+      unifiedhovertitle: { text: `${plainText(xaxis.title)} %{x}` },
       ...(places ? { ...places.axis, showgrid: false } : {}) },
     yaxis: { ...plotlyAxis(yaxis, 8), ...(yaxis.scale === "log" ? fewDecades(lines) : {}) },
   });

@@ -1,0 +1,112 @@
+"""The settings of `rankdecay margin`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.settings import Settings, check_arms, check_counts, check_numbers, check_seeds
+
+ARMS = ("merged", "separate", "diagonal", "separate_l2", "merged_l2", "low_rank", "recipe", "recipe_bare")
+KINDS = ("generic", "equal", "aligned")  # of data that are drawn
+LARGEST_MARGIN = 1e100  # squares of larger weights leave the range of a float64
+
+
+@dataclass(frozen=True)
+class Margin(Settings):
+    """Which max-margin problem does softmax attention solve? The flow of one layer against two SVMs.
+
+    Follows gradient flow on one-layer attention to margins far beyond float64's softmax, with W merged, K and Q apart
+    or diagonal, with and without an explicit decay, and measures its direction against the SVMs of least nuclear and
+    least Frobenius norm. Leaves config.json, metrics.jsonl, summary.json, snapshots and report.html in --out; an
+    interrupted run begins again. The default takes at most three minutes on a slow core.
+    """
+
+    parametrisation: tuple[str, ...] = tuple(name for name in ARMS if name != "low_rank")
+    """Which arms to compare: these, or low_rank, which takes longest. Those in _l2, low_rank and recipe have an
+    explicit decay of size --l2."""
+    data: str = "generic"
+    """generic, equal (all but the best token of an example share a score), aligned (both SVMs coincide), or an .npz."""
+    dimension: int = 12
+    """d, of tokens and queries."""
+    tokens: int = 4
+    """L, per example."""
+    examples: int = 4
+    """n, per data set."""
+    datasets: int = 8
+    """How many data sets to draw, each from a seed of its own; a file has its own number."""
+    score: float = 4.0
+    """Of the best tokens of equal and aligned data."""
+    inner: int = 0
+    """d_e, columns of K and Q; by default as many as the dimension."""
+    loss: Literal["exponential", "logistic"] = "exponential"
+    """Of an example's label times the output."""
+    init: Literal["paper", "random"] = "paper"
+    """paper: K = √2 scale I, Q = 0. random: both Gaussian. W begins as their product."""
+    scale: float = 1.0
+    """Of the initial weights."""
+    l2: float = 2.2e-16
+    """ε of the explicit decay ε(‖K‖² + ‖Q‖²), ε‖W‖² or 2ε‖W‖_*, in the arms that have one."""
+    rate: float = 4e-3
+    """Largest relative change of the weights per step of the flow."""
+    steps: int = 20_000
+    """Steps of the flow at most; it ends at --margin."""
+    margin: float = 1e6
+    """Margin at which the flow of a data set ends."""
+    evaluate_every: int = 200
+    """Steps between what is recorded."""
+    out: Path = Path("runs/margin")
+    """Where results go; a complete run there is shown again."""
+
+
+PRESETS = {
+    "default": Margin(),
+    "standard": Margin(
+        preset="standard", parametrisation=ARMS, datasets=20, steps=30_000, margin=1e8, out=Path("runs/margin-standard")
+    ),
+}
+
+
+def check(settings: Margin) -> Margin:
+    """Returns the settings, before anything is built or written.
+
+    Raises:
+        SettingError: for settings that cannot work.
+    """
+    check_arms(settings.parametrisation, ARMS, "parametrisation")
+    check_seeds(settings)
+    check_counts(settings, "examples", "datasets", "steps", "evaluate_every")
+    check_numbers(settings, "score", "scale", "rate", "margin")
+    check_numbers(settings, "l2", zero=True)
+    if settings.dimension < 2:
+        raise SettingError(f"--dimension {settings.dimension} is too small: a direction needs at least 2")
+    if settings.tokens < 2:
+        raise SettingError(f"--tokens {settings.tokens} leaves nothing to choose between: give at least 2")
+    if settings.inner < 0:
+        raise SettingError(f"--inner {settings.inner} is negative: give at least 1, or 0 for the dimension")
+    if settings.rate > 0.1:
+        raise SettingError(f"--rate {settings.rate:g} is no flow: a step may change weights by at most 0.1 of them")
+    if not 1 <= settings.margin <= LARGEST_MARGIN:
+        raise SettingError(f"--margin {settings.margin:g} must be between 1 and {LARGEST_MARGIN:g}")
+    _check_data(settings)
+    return settings
+
+
+def _check_data(settings: Margin) -> None:
+    if settings.data not in KINDS and settings.first_seed and settings.init == "paper":
+        raise SettingError(
+            f"--first-seed {settings.first_seed} has no effect on --data {settings.data} with --init paper, where "
+            "nothing is drawn: leave it out"
+        )
+    if settings.data not in KINDS and not settings.data.endswith(".npz"):
+        check_name("--data", settings.data, (*KINDS, "FILE.npz"))
+    if settings.data == "aligned":
+        if settings.tokens % 2 == 0:
+            raise SettingError(f"--tokens {settings.tokens}: aligned data have tokens in pairs beside the best: give 5")
+        if settings.examples >= settings.dimension:
+            raise SettingError(
+                f"--examples {settings.examples} of aligned data have orthogonal best tokens: --dimension "
+                f"{settings.dimension} must be larger"
+            )
