@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 
 def given(name: str, value: object) -> str:
     """Return an argument as the user wrote it: ``--task 'add'`` for an option, else ``task='add'``."""
-    return f"{name} {value!r}" if name.startswith("-") else f"{name}={value!r}"
+    return f"{name} {value!r}" if name.startswith(("-", "`")) else f"{name}={value!r}"
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -10,11 +10,8 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import tyro
@@ -22,11 +19,6 @@ import tyro
 from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError, check_name
 
-#: The settings class of every experiment, in its module of `lab.experiments`, beside `run` and `print_summary`.
-EXPERIMENTS = {
-    "boundary": "boundary.experiment:Boundary",
-}
-BRIEF = ("factor", "margin", "report")  # commands that leave nothing to continue from when they are interrupted
 PRESET_OPTIONS = ("--preset", "--size")  # what may choose one of an experiment's PRESETS
 CONFIG = (tyro.conf.FlagCreatePairsOff,)
 
@@ -64,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"rankdecay: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        aim = "to begin anew" if arguments[0] in BRIEF else "to continue from the last checkpoint"
+        resumable = arguments[0] != "report" and experiment.load(arguments[0]).resumable
+        aim = "to continue from the last checkpoint" if resumable else "to begin anew"
         print(f"\nrankdecay: interrupted; {aim}, run again: {command}", file=sys.stderr)
         return 130
     return 0
@@ -85,19 +78,10 @@ def parse(arguments: Sequence[str]) -> Any:
     name, options = arguments[0], list(arguments[1:])
     if name == "report":
         return tyro.cli(Report, args=options, prog="rankdecay report", config=CONFIG)
-    if name not in EXPERIMENTS:
-        presets = experiment.presets(name)
-        first = next(iter(presets.values()))
-        default = _preset(presets, options) or first
-        return tyro.cli(type(first), args=options, prog=f"rankdecay {name}", default=default, config=CONFIG)
-    module = _module(name)
-    settings_class, presets = getattr(module, EXPERIMENTS[name].partition(":")[2]), getattr(module, "PRESETS", {})
-    default = _preset(presets, options) or next(iter(presets.values()), settings_class())
-    return tyro.cli(settings_class, args=options, prog=f"rankdecay {name}", default=default, config=CONFIG)
-
-
-def _module(name: str) -> ModuleType:
-    return import_module(f"rankdecay.lab.experiments.{EXPERIMENTS[name].partition(':')[0]}")
+    presets = experiment.presets(name)
+    first = next(iter(presets.values()))
+    default = _preset(presets, options) or first
+    return tyro.cli(type(first), args=options, prog=f"rankdecay {name}", default=default, config=CONFIG)
 
 
 def _preset(presets: Mapping[str, Any], options: Sequence[str]) -> Any:
@@ -115,42 +99,36 @@ def _preset(presets: Mapping[str, Any], options: Sequence[str]) -> Any:
 
 def _experiment(name: str, settings: Any, command: str) -> None:
     from rankdecay.lab.machine import respect_cpu_quota
+    from rankdecay.lab.report.terminal import print_summary
 
     respect_cpu_quota()
-    if name not in EXPERIMENTS:
-        found = experiment.load(name)
-        summary = experiment.run(found, settings, command)
-        show = partial(experiment.print_summary, found)
-    else:
-        module = _module(name)
-        summary, show = module.run(settings, command), module.print_summary
+    chosen = experiment.load(name)
+    summary = experiment.run(chosen, settings, command)
     if not summary:  # a process of torchrun that does not write
         return
     if settings.json:
         print(json.dumps(summary))
     elif not settings.quiet:
-        show(summary)
+        print_summary(chosen, summary)
         print(f"\n{settings.out / 'report.html'}  is the page to open; {settings.out / 'summary.json'} has the figures")
 
 
 def _report(settings: Report) -> None:
-    from rankdecay.lab.report.legacy import draw_figure, is_sweep, write_merged_report, write_report
-
     directories = list(settings.directories)
     if not directories:
         raise SettingError("report needs at least one run directory: rankdecay report runs/grok")
     if settings.figure is not None and settings.figure.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise SettingError(f"--figure {settings.figure} is no figure that can be drawn: name it .png, .svg or .pdf")
+        raise SettingError(f"--figure {settings.figure} is an unsupported figure format: use .png, .svg or .pdf")
     if settings.figure is not None and settings.out is not None:
         raise SettingError(f"--out {settings.out} is for the page and --figure for the figure: give one of them")
-    several = len(directories) > 1 and any(map(is_sweep, directories))
+    several = len(directories) > 1 and any(experiment.of_directory(path).merged for path in directories)
     try:
         if settings.figure is not None:
-            print(draw_figure(directories, settings.figure))
+            print(experiment.draw_figure(directories, settings.figure))
         elif settings.out is not None or several:
-            print(write_merged_report(directories, settings.out or Path("merged-report.html")))
+            print(experiment.write_merged_report(directories, settings.out or Path("merged-report.html")))
         else:
             for directory in directories:
-                print(write_report(directory))
+                print(experiment.write_report(directory))
     except OSError as error:
         raise SettingError(f"{error.filename} cannot be read or written ({error.strerror}): check the path") from None

@@ -55,7 +55,6 @@ __all__ = [
     "load",
     "names",
     "presets",
-    "print_summary",
     "questions",
     "run",
     "write_merged_report",
@@ -175,7 +174,7 @@ class Experiment(Generic[S]):
         train: trains the jobs of a `Work` and yields rows, which `run` stores as they come. One that stores rows by
             itself, in step with a checkpoint, yields none.
         summarise: the figures of the summary, ``arms`` among them, from the work and all rows.
-        columns: of the table of ``arms``, in the terminal and on the page.
+        columns: of the table of ``arms``, in the terminal and on the page; a function where the summary decides them.
         headline: the main result, in a sentence.
         checks: what else the run shows.
         jobs: every run of the grid; `run` leaves out those that the directory holds.
@@ -193,6 +192,7 @@ class Experiment(Generic[S]):
         needs_float64: whether it computes in float64 on the device.
         processes: joins and shares, see `lab.session.distributed`.
         aliases: older names of arms, in ``--arms`` and in stored rows.
+        setting_names: how the experiment calls settings that functions it shares with others name in their errors.
         brief: the rows of the terminal's table, from those of the summary, where the page's are too many.
         note: what the figures of the table are, in words.
         check_row: of a line of ``metrics.jsonl``, see `lab.stored.read_rows`.
@@ -213,7 +213,7 @@ class Experiment(Generic[S]):
     arms: Callable[[S], Sequence[Arm]]
     train: Callable[[Work[S]], Iterable[Record]]
     summarise: Callable[[Work[S], list[Record]], Record]
-    columns: Sequence[Column]
+    columns: Sequence[Column] | Callable[[Facts], Sequence[Column]]
     headline: Callable[[Facts], str]
     checks: Sequence[Check] = ()
     jobs: Callable[[Work[S]], Sequence[Job]] = lambda work: [Job({"arm": arm.name}, arm) for arm in work.arms]
@@ -231,6 +231,7 @@ class Experiment(Generic[S]):
     needs_float64: bool = True
     processes: Callable[[], Any] = _alone
     aliases: Mapping[str, str] = field(default_factory=dict)
+    setting_names: Mapping[str, str] = field(default_factory=dict)
     brief: Callable[[Sequence[Record]], Sequence[Record]] = lambda rows: rows
     note: Callable[[Facts], str] = lambda facts: ""
     check_row: Callable[[Record], Record] = lambda row: row
@@ -241,6 +242,10 @@ class Experiment(Generic[S]):
     styles: Mapping[str, ArmStyle] | Callable[[Mapping[str, Any]], Mapping[str, ArmStyle]] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     again: str = "The same version gives the same digits up to rounding, on any machine."
+
+    def columns_of(self, facts: Facts) -> Sequence[Column]:
+        """The columns of a summary."""
+        return self.columns(facts) if callable(self.columns) else self.columns
 
     def styles_of(self, settings: Mapping[str, Any]) -> Mapping[str, ArmStyle]:
         """How the arms of a run with these settings are drawn and called."""
@@ -298,6 +303,16 @@ def load(name: str) -> Experiment[Any]:
 # --- how one is run ---
 
 
+@contextlib.contextmanager
+def own_names(experiment: Experiment[Any]) -> Iterator[None]:
+    """Lets a `SettingError` name the experiment's own options."""
+    try:
+        yield
+    except SettingError as error:
+        error.names = experiment.setting_names
+        raise
+
+
 def run(experiment: Experiment[S], settings: S, command: str) -> Record:
     """Runs an experiment, or what is missing of it, and returns its summary.
 
@@ -312,6 +327,12 @@ def run(experiment: Experiment[S], settings: S, command: str) -> Record:
     Raises:
         SettingError: if the settings, the data or the output directory cannot work, or training cannot go on.
     """
+    with own_names(experiment):
+        return _run(experiment, settings, command)
+
+
+def _run(experiment: Experiment[S], settings: S, command: str) -> Record:
+    """`run`, with the errors of what experiments share."""
     from rankdecay.lab import precision
     from rankdecay.lab.machine import resolve_device
     from rankdecay.lab.progress import Promise, Screen
@@ -337,21 +358,21 @@ def run(experiment: Experiment[S], settings: S, command: str) -> Record:
             )
             work.settings, choice = processes.share(resolved)
         if writes:
-            return _run(experiment, work, command, choice, processes.share)
+            return _run_and_write(experiment, work, command, choice, processes.share)
         if processes.share(None):
             for _ in experiment.train(work):
                 pass
         return {}
 
 
-def _run(
+def _run_and_write(
     experiment: Experiment[S],
     work: Work[S],
     command: str,
     choice: Any,
     share: Callable[[Any], Any],
 ) -> Record:
-    """`run` in the process that writes."""
+    """`_run` in the process that writes."""
     from rankdecay.lab import precision
     from rankdecay.lab.store import GROWING, IDENTITY, RunDirectory
 
@@ -376,7 +397,7 @@ def _run(
         if experiment.grid and work.jobs:
             if directory.summary is not None and choice is not None:  # complete until now, when nothing was computed
                 precision.warn_if_slow(choice, settings.out, work.device, notice, experiment.products(work))
-            directory.save_config(_with_stored_arms(directory.config, config))
+            directory.save_config(_with_stored_arms(directory.config, config, experiment.aliases))
         begun = time.monotonic()
         _train(experiment, work)
         if directory.summary is not None:  # nothing was added
@@ -385,7 +406,7 @@ def _run(
         summary = {
             "command": experiment.name,
             "settings": asked,
-            **experiment.summarise(work, directory.metrics()),
+            **experiment.summarise(work, [renamed(row, experiment.aliases) for row in directory.metrics()]),
             "wall_seconds": seconds,
         }
         if "precision" in directory.config:  # one that began before precisions were chosen has none
@@ -427,10 +448,11 @@ def renamed(row: Record, aliases: Mapping[str, str]) -> Record:
     return row | {"arm": aliases[row["arm"]]} if row.get("arm") in aliases else row
 
 
-def _with_stored_arms(stored: Record, config: Record) -> Record:
+def _with_stored_arms(stored: Record, config: Record, aliases: Mapping[str, str]) -> Record:
     """The configuration now asked for, with the arms that earlier sweeps of the directory had as well."""
     new = [arm["name"] for arm in config["arms"]]
-    kept = [arm for arm in stored.get("arms", []) if arm["name"] not in new]
+    known = [arm | {"name": aliases.get(arm["name"], arm["name"])} for arm in stored.get("arms", [])]
+    kept = [arm for arm in known if arm["name"] not in new]
     return config | {"arms": [*config["arms"], *kept]}
 
 
@@ -458,27 +480,6 @@ def configuration(
         "reproduce": reproduce,
     }
     return config if precision is None else config | {"precision": dataclasses.asdict(precision)}
-
-
-def print_summary(experiment: Experiment[Any], summary: Record) -> None:
-    """Prints the table of a finished run and what may be said of it."""
-    from rich.console import Console
-
-    from rankdecay.lab.precision import described
-    from rankdecay.lab.report.table import terminal_table
-    from rankdecay.lab.report.words import verdict
-
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file has room for a whole line
-        console.width = max(console.width, 120)
-    console.print(terminal_table(experiment.columns, experiment.brief(summary["arms"])))
-    styles = experiment.styles_of(summary["settings"])
-    facts = Facts.of(summary, styles)
-    if "precision" in summary:
-        console.print(f"\nprecision {described(summary)}", markup=False)
-    if note := experiment.note(facts):
-        console.print(f"\n{note}", markup=False)
-    console.print(f"\n{verdict(summary, experiment.headline, experiment.checks, styles)}", markup=False)
 
 
 # --- what is shown of one ---

@@ -25,13 +25,13 @@ def resolve_device(name: str, *, needs_float64: bool = True) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    check_name("--device", kind, ("auto", "cpu", "cuda", "mps"))
+    check_name("`device`", kind, ("auto", "cpu", "cuda", "mps"))
     if kind == "mps" and needs_float64:
-        raise SettingError(f"--device {name} has no float64, in which this experiment computes: use --device cpu")
+        raise SettingError(f"`device` {name} has no float64, in which this experiment computes: use `device` cpu")
     counts = {"cuda": torch.cuda.device_count, "mps": lambda: int(torch.backends.mps.is_available())}
     count = counts[kind]() if kind in counts else 1
     if (index and not index.isdecimal()) or int(index or 0) >= count:
-        raise SettingError(f"--device {name} is not on this machine ({count} of kind {kind}): use --device cpu")
+        raise SettingError(f"`device` {name} is not on this machine ({count} of kind {kind}): use `device` cpu")
     return name
 
 

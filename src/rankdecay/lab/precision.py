@@ -201,8 +201,8 @@ def _check(precision: str, device: str) -> None:
         (ones @ ones).sum().item()
     except (RuntimeError, TypeError) as error:
         raise SettingError(
-            f"--precision {precision}: {device} cannot multiply in {FORMATS[precision]} "
-            f"({str(error).splitlines()[0]}): give --precision float32"
+            f"`precision` {precision}: {device} cannot multiply in {FORMATS[precision]} "
+            f"({str(error).splitlines()[0]}): give `precision` float32"
         ) from None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.errors import SettingError, check_name, option
 
 Record = dict[str, Any]
 Preset = Literal["default", "standard"]
@@ -40,11 +40,6 @@ class Settings:
 def question(settings: type[Settings]) -> str:
     """What an experiment asks: the first paragraph of its settings' docstring."""
     return " ".join((settings.__doc__ or settings.__name__).partition("\n\n")[0].split())
-
-
-def option(name: str) -> str:
-    """A setting as the user writes it."""
-    return f"--{name.replace('_', '-')}"
 
 
 def seeds(settings: Any) -> range:

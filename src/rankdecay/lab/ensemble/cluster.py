@@ -119,7 +119,7 @@ class _Cluster:
         """Trains trials, and yields their rows."""
         slots = self._slots()
         if slots == 0:
-            cause = "has no GPU: use --device cpu, or add" if self._gpu else "has no CPU: add"
+            cause = "has no GPU: use `device` cpu, or add" if self._gpu else "has no CPU: add"
             raise SettingError(f"--ray {self._address}: the cluster {cause} a machine with 'ray start --address=...'")
         self._waiting.extend(map(_Task, tasks(trials, self._plan, slots)))
         try:
@@ -161,7 +161,7 @@ class _Cluster:
             return None
         except self._ray.exceptions.RayError as error:
             reason = str(error).partition("\n")[0]
-            raise SettingError(f"--ray {self._address}: {reason}; the same command continues the sweep") from error
+            raise SettingError(f"`ray` {self._address}: {reason}; the same command continues the sweep") from error
         left = [trial for trial in task.trials if trial.key != key_of(row)]
         if len(left) == len(task.trials):
             return None
@@ -175,8 +175,8 @@ class _Cluster:
         name = type(error).__name__
         if task.losses > LOSSES:
             raise SettingError(
-                f"--ray {self._address}: {what} lost {task.losses} workers in a row ({name}): if their memory does "
-                "not suffice, lower --places; the same command continues the sweep"
+                f"`ray` {self._address}: {what} lost {task.losses} workers in a row ({name}): if their memory does "
+                "not suffice, lower `places`; the same command continues the sweep"
             ) from error
         if task.trials:
             self._notice(f"Ray: a worker was lost ({name}); its {what} will be trained again")
@@ -187,7 +187,7 @@ class _Cluster:
         """What was raised in a task."""
         if "failed to import on the worker" in str(error.cause):
             return SettingError(
-                f"--ray {self._address}: a machine of the cluster cannot import rankdecay: install the same version "
+                f"`ray` {self._address}: a machine of the cluster cannot import rankdecay: install the same version "
                 "there, in the Python that runs Ray"
             )
         return error.cause
@@ -207,7 +207,7 @@ def _connected(address: str) -> Iterator[ModuleType]:
         import ray.exceptions
         from ray._private import worker
     except ImportError:
-        raise SettingError(f"--ray {address} needs the package: pip install 'rankdecay[ray]'") from None
+        raise SettingError(f"`ray` {address} needs the package: pip install 'rankdecay[ray]'") from None
     if address not in ("local", "auto"):
         _check(address)
     if ray.is_initialized():
@@ -221,11 +221,11 @@ def _connected(address: str) -> Iterator[ModuleType]:
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         if address == "local":
-            raise SettingError(f"--ray local: Ray did not start here ({reason}): try without --ray") from error
+            raise SettingError(f"`ray` local: Ray did not start here ({reason}): try without `ray`") from error
         remedy = "start one with 'ray start --head', or use --ray local"
         if address != "auto":
             remedy = "run on a machine of the cluster; if it asks for a token, set RAY_AUTH_MODE=token"
-        raise SettingError(f"--ray {address}: no connection to a cluster ({reason}): {remedy}") from error
+        raise SettingError(f"`ray` {address}: no connection to a cluster ({reason}): {remedy}") from error
     # Without this Ray prints pages on standard output, where --json promises one object, when a machine is lost.
     worker._worker_logs_enabled = False
     try:
@@ -238,10 +238,10 @@ def _check(address: str) -> None:
     """Refuses an address where no cluster answers, which Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
-        raise SettingError(f"--ray {address} is no address: give local, auto or host:port, such as 10.0.0.1:6379")
+        raise SettingError(f"`ray` {address} is no address: give local, auto or host:port, such as 10.0.0.1:6379")
     remedy = "give the address that 'ray start --head' printed, or --ray local"
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise SettingError(f"--ray {address}: nothing answers there ({reason}): {remedy}") from None
+        raise SettingError(f"`ray` {address}: nothing answers there ({reason}): {remedy}") from None

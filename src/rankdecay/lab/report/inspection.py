@@ -17,6 +17,7 @@ from typing import Any
 from rankdecay.inspection import KINDS, Inspection, Row, by_layer, strip
 from rankdecay.lab.report import page as pieces
 from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, choice
+from rankdecay.lab.report.table import scrolling
 from rankdecay.text import finite_mean, number
 
 #: What the charts and tables show: a name and what it means.
@@ -278,4 +279,4 @@ def _table(kind: dict[str, Any], several: bool) -> str:
         )
     heads = "".join(f'<th scope="col">{name}</th>' for name in kind["measures"].values())
     top = f'<th scope="col">Layer</th><th scope="col">Dim</th>{heads}<th scope="col">Pseudo rank of each head</th>'
-    return pieces.scrolling(f"{kind['symbol']} per layer", f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>")
+    return scrolling(f"{kind['symbol']} per layer", f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>")

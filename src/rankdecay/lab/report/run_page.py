@@ -6,18 +6,23 @@ data embedded as JSON.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plotly.offline import get_plotlyjs
+
+from rankdecay.lab.precision import described
 from rankdecay.lab.report import page as pieces
 from rankdecay.lab.report.chart import Chart, Choice, embedded_charts
 from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import arm_styles
-from rankdecay.lab.report.table import html_table
-from rankdecay.lab.report.words import MARKS, Facts, Verdict, verdict
+from rankdecay.lab.report.table import html_table, scrolling
+from rankdecay.lab.report.words import MARKS, Facts, Verdict, duration, is_number, verdict
 
 if TYPE_CHECKING:
     from rankdecay.lab.experiment import Experiment
@@ -49,9 +54,11 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
     for part in html:
         data |= part.data
     summary = stored.summary
-    facts = Facts.of(summary, own) if summary else None
-    table = html_table("Result of every arm", experiment.columns, summary["arms"], labels) if summary else ""
-    note = experiment.note(facts) if facts else ""
+    found = Facts.of(summary, own) if summary else None
+    table, note = "", ""
+    if summary is not None and found is not None:
+        table = html_table("Result of every arm", experiment.columns_of(found), summary["arms"], labels)
+        note = experiment.note(found)
     shown = [section for section in sections if section.parts]
     directory = stored.directory.resolve().name
     several = len(stored.directories)
@@ -73,13 +80,14 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
         "notices": pieces.notices(said),
         "sections": "\n".join(_section(section, labels) for section in shown),
         "figures": table and f'<section id="figures">\n<h2>Figures</h2>\n<p>{escape(note)}</p>\n{table}\n</section>\n',
-        "arms": pieces.arms_list(stored.config, labels),
-        "settings": pieces.settings_table(stored.config),
+        "arms": arms_list(stored.config, labels),
+        "settings": settings_table(stored.config),
         "again": escape(experiment.again),
-        "commands": pieces.commands(stored.configs),
-        "facts": pieces.facts(stored.configs, (summary or {}).get("wall_seconds")),
-        "files": pieces.file_list({k: v for k, v in files.items() if (stored.directory / k).exists()}),
+        "commands": commands(stored.configs),
+        "facts": facts(stored.configs, (summary or {}).get("wall_seconds")),
+        "files": file_list({k: v for k, v in files.items() if (stored.directory / k).exists()}),
         "data": pieces.embedded(data),
+        "plotly": f"<script>{get_plotlyjs()}</script>\n",
     }
     scripts = [*SCRIPTS, *dict.fromkeys(name for part in html for name in part.scripts), "begin.js"]
     looks = ["page.css", *dict.fromkeys(name for part in html for name in part.styles)]
@@ -135,3 +143,104 @@ def _figure(chart: Chart, without: Sequence[Choice] = ()) -> str:
         f"<figure><figcaption>{escape(chart.title)}</figcaption>{controls}"
         f'<div class="chart" id="{chart.name}-chart"></div></figure>'
     )
+
+
+# --- what was asked, and how to ask again ---
+
+
+def reproduce(config: Mapping[str, Any]) -> str:
+    """The command line that repeats a run: the recorded one, or the command with its settings as options."""
+    if config.get("reproduce"):
+        return str(config["reproduce"])
+    words = ["rankdecay", str(config.get("command", ""))]
+    for name, value in flat(config.get("settings", {})):
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{option}", *map(str, value)] if value else []
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return " ".join(shlex.quote(word) for word in words if word) + " --out DIR"
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as pairs of a dotted name and a value."""
+    rows = []
+    for name, value in settings.items():
+        rows += flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return rows
+
+
+def settings_table(config: Mapping[str, Any]) -> str:
+    """The settings of a run, one per line."""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(shown(value))}</td></tr>'
+        for name, value in flat(config.get("settings", {}))
+    )
+    return scrolling("Settings", rows) if rows else pieces.absent("No settings recorded.")
+
+
+def shown(value: Any) -> str:
+    """A setting as text: a list without its brackets, a string without its quotes."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def arms_list(config: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """What every arm of a configuration is, in words and numbers.
+
+    Args:
+        config: the content of `config.json`.
+        labels: of all arms of the run, by name.
+    """
+    items = []
+    for arm in config.get("arms", []):
+        name = str(arm["name"])
+        rest = ", ".join(
+            f"{key.replace('_', ' ').replace('.', ' ')} {shown(value)}"
+            for key, value in flat(arm)
+            if key not in ("name", "description", "control") and value is not None and value is not False
+        )
+        items.append(
+            f"<dt>{escape(labels[name])} <code>{escape(name)}</code></dt>"
+            f"<dd>{escape(str(arm.get('description', '')))}"
+            + (f"<small>{escape(rest)}</small>" if rest else "")
+            + "</dd>"
+        )
+    return f'<dl class="arms">{"".join(items)}</dl>' if items else ""
+
+
+def folded(command: str, width: int = 72) -> str:
+    """A long command with one option per line; one with quotes is left alone, for a break could change it."""
+    return command if len(command) <= width or "'" in command else command.replace(" --", " \\\n  --")
+
+
+def commands(configs: Iterable[Mapping[str, Any]]) -> str:
+    """The command lines that repeat some runs, each once."""
+    return "\n".join(
+        f'<pre class="command" tabindex="0"><code>{escape(command)}</code></pre>'
+        for command in dict.fromkeys(folded(reproduce(config)) for config in configs)
+    )
+
+
+def file_list(files: Mapping[str, str]) -> str:
+    """The files beside a page and what is in them (HTML)."""
+    return "".join(f'<li><a href="{name}">{name}</a> {text}</li>' for name, text in files.items())
+
+
+def facts(configs: Sequence[Mapping[str, Any]], wall_seconds: Any) -> str:
+    """Versions, machines and wall time; of several directories, each different machine and set of versions once."""
+
+    def versions(config: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
+
+    rows = {
+        "Versions": "; ".join(dict.fromkeys(filter(None, map(versions, configs)))),
+        "Machine": "; ".join(dict.fromkeys(str(config["machine"]) for config in configs if config.get("machine"))),
+        "Precision": "; ".join(dict.fromkeys(filter(None, map(described, configs)))),
+        "Wall time": duration(wall_seconds) if is_number(wall_seconds) else "",
+    }
+    items = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows.items() if value)
+    return f'<dl class="facts">{items}</dl>' if items else ""

@@ -3,12 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankdecay.lab.report.words import is_number, shown
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Row = Mapping[str, Any]
 
@@ -55,21 +52,9 @@ def several(key: str) -> Callable[[Sequence[Row]], bool]:
     return lambda rows: len({row.get(key) for row in rows}) > 1
 
 
-def _chosen(columns: Sequence[Column], rows: Sequence[Row], renderer: str) -> list[Column]:
+def chosen(columns: Sequence[Column], rows: Sequence[Row], renderer: str) -> list[Column]:
+    """The columns that a renderer shows of some rows."""
     return [column for column in columns if column.where in ("both", renderer) and column.when(rows)]
-
-
-def terminal_table(columns: Sequence[Column], rows: Sequence[Row]) -> "Table":
-    """The table for a terminal: the name of each row, then the columns."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    chosen = _chosen(columns, rows, "terminal")
-    for number, heading in enumerate(["arm", *(column.heading for column in chosen)]):
-        table.add_column(heading, justify="right" if number else "left", vertical="bottom", no_wrap=True)
-    for row in rows:
-        table.add_row(str(row["name"]), *(column.text(row) for column in chosen))
-    return table
 
 
 def html_table(label: str, columns: Sequence[Column], rows: Sequence[Row], names: Mapping[str, str]) -> str:
@@ -83,10 +68,10 @@ def html_table(label: str, columns: Sequence[Column], rows: Sequence[Row], names
     """
     if not rows:
         return ""
-    chosen = _chosen(columns, rows, "page")
-    heads = ["Arm", *(" ".join(column.heading.split()) for column in chosen)]
+    shown = chosen(columns, rows, "page")
+    heads = ["Arm", *(" ".join(column.heading.split()) for column in shown)]
     heads = [head[:1].upper() + head[1:] for head in heads]
-    body = [(names.get(str(row["name"]), str(row["name"])), [_cell(column, row) for column in chosen]) for row in rows]
+    body = [(names.get(str(row["name"]), str(row["name"])), [_cell(column, row) for column in shown]) for row in rows]
     return table(label, heads, body)
 
 

@@ -59,6 +59,7 @@ class Check:
         claim: a sentence that is true or false.
         holds: decides it; returns None where the run has nothing to say of it.
         arms: what it needs; without one of them the claim is not decided.
+        any_of: arms of which one is enough.
         open: what stays open without these arms; an empty one leaves the claim out then.
     """
 
@@ -66,6 +67,7 @@ class Check:
     holds: Callable[[Facts], Decided | None]
     arms: tuple[str, ...] = ()
     open: str = ""
+    any_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ def verdict(
     facts, points = Facts.of(summary, styles), []
     for check in checks:
         missing = [arm for arm in check.arms if arm not in facts.arms]
+        if check.any_of and not any(arm in facts.arms for arm in check.any_of):
+            missing.append(check.any_of[0])
         if missing and check.open:
             points.append(Point(check.claim, None, f"{listed(missing)} not in this run: it is open {check.open}."))
         elif not missing and (decided := check.holds(facts)) is not None:
@@ -160,6 +164,11 @@ def span(values: Sequence[float], form: str = ",.1f") -> str:
 def listed(items: Sequence[str]) -> str:
     """Items as a sentence names them: ``"a, b and c"``."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def capital(text: str) -> str:
+    """A text that begins a sentence."""
+    return text[:1].upper() + text[1:]
 
 
 def counted(number: int, noun: str) -> str:

@@ -48,8 +48,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.positions == "rotary" and self.head_dim % 2):
             raise SettingError(
-                f"--width {self.width} cannot be split into {self.heads} heads of an even size: "
-                f"give for example --width {self.heads * 32}"
+                f"`width` {self.width} cannot be split into {self.heads} heads of an even size: "
+                f"give for example `width` {self.heads * 32}"
             )
 
     @property
@@ -204,5 +204,5 @@ class GPT(nn.Module):
             SettingError: for a sequence longer than the context.
         """
         if tokens.shape[1] > self.config.context:
-            raise SettingError(f"a sequence of {tokens.shape[1]} tokens is longer than --context {self.config.context}")
+            raise SettingError(f"a sequence of {tokens.shape[1]} tokens is longer than `context` {self.config.context}")
         return self.lm_head(self.model(tokens))

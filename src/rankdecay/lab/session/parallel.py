@@ -51,7 +51,7 @@ class Layout:
         count, _ = _group()
         if self.parallel == "fsdp2_tp" and count > 1 and (count % PAIR or count < 2 * PAIR):
             raise SettingError(
-                f"--parallel fsdp2_tp cannot use {count} processes: start 4, 6, 8, … of them, or give --parallel fsdp2"
+                f"`parallel` fsdp2_tp cannot use {count} processes: start 4, 6, 8, … of them, or give `parallel` fsdp2"
             )
 
     @property
@@ -84,11 +84,11 @@ class Layout:
 
     def check(self, heads: int, mlp_width: int) -> None:
         """Raises a `SettingError` unless the layers of a model can be shared evenly."""
-        for name, size in (("--heads", heads), ("--mlp-width", mlp_width)):
+        for name, size in (("`heads`", heads), ("`mlp_width`", mlp_width)):
             if size % self.tensor:
                 raise SettingError(
-                    f"--parallel {self.parallel} cannot share {name} {size} among {self.tensor} processes: give a "
-                    f"multiple of {self.tensor}, or --parallel fsdp2"
+                    f"`parallel` {self.parallel} cannot share {name} {size} among {self.tensor} processes: give a "
+                    f"multiple of {self.tensor}, or `parallel` fsdp2"
                 )
 
     def shard(self, model: nn.Module) -> None:

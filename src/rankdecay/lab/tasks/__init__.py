@@ -20,7 +20,7 @@ def sequences(task: str, *, modulus: int, values: int, named: int) -> int:
         values: for the tasks in `SAMPLED`.
         named: for ``selection``.
     """
-    check_name("--task", task, TASKS)
+    check_name("`task`", task, TASKS)
     if task == "selection":
         return selection_sequences(modulus, values, named)
     if task == "recall":
@@ -51,7 +51,7 @@ def make_dataset(
         named: for ``selection``.
         split: for the commutative operations.
     """
-    check_name("--task", task, TASKS)
+    check_name("`task`", task, TASKS)
     if task == "selection":
         return selection(modulus, train_examples, seed, values=values, named=named)
     if task == "recall":

@@ -49,7 +49,7 @@ def random_generator(seed: int, purpose: str, *index: int) -> np.random.Generato
 def check_modulus(modulus: int) -> None:
     """Raises a `SettingError` unless there are at least two residues."""
     if modulus < 2:
-        raise SettingError(f"--modulus {modulus} is too small: choose at least 2")
+        raise SettingError(f"`modulus` {modulus} is too small: choose at least 2")
 
 
 def draw_distinct(
@@ -74,17 +74,17 @@ def draw_distinct(
         SettingError: if there are too few sequences, or more than an int64 can number.
     """
     if train_examples < 1:
-        raise SettingError(f"--train-examples {train_examples} is too small: choose at least 1")
+        raise SettingError(f"`train_examples` {train_examples} is too small: choose at least 1")
     if total > np.iinfo(np.int64).max:
         raise SettingError(
-            f"--modulus {modulus} gives {total:.1e} sequences, more than can be numbered: "
-            "choose a smaller modulus or fewer --values"
+            f"`modulus` {modulus} gives {total:.1e} sequences, more than can be numbered: "
+            "choose a smaller modulus or fewer `values`"
         )
     wanted = train_examples + test_examples
     if wanted > total // 2:  # beyond a half, drawing until all are distinct takes ever longer
         raise SettingError(
-            f"--train-examples {train_examples} with {test_examples} test examples is more than half of all {total} "
-            f"sequences at --modulus {modulus}: choose fewer examples or a larger modulus"
+            f"`train_examples` {train_examples} with {test_examples} test examples is more than half of all {total} "
+            f"sequences at `modulus` {modulus}: choose fewer examples or a larger modulus"
         )
     generator = random_generator(seed, task)
     codes = np.empty(0, dtype=np.int64)
@@ -102,7 +102,7 @@ def digits(codes: np.ndarray, base: int, count: int) -> np.ndarray:
 def check_fraction(fraction: float) -> None:
     """Raises a `SettingError` unless ``fraction`` is in (0, 1)."""
     if not 0 < fraction < 1:
-        raise SettingError(f"--train-fraction {fraction} is outside (0, 1): give a share such as 0.5")
+        raise SettingError(f"`train_fraction` {fraction} is outside (0, 1): give a share such as 0.5")
 
 
 def split_by_class(
@@ -129,7 +129,7 @@ def split_by_class(
     if chosen in (0, len(labels)):
         side = "training" if chosen == 0 else "test"
         raise SettingError(
-            f"--train-fraction {fraction} leaves the {side} set empty ({len(labels)} classes): "
+            f"`train_fraction` {fraction} leaves the {side} set empty ({len(labels)} classes): "
             "choose a fraction nearer 0.5 or a larger modulus"
         )
     in_train = np.zeros(len(labels), dtype=bool)

@@ -46,7 +46,7 @@ def digits() -> Images:
     except ImportError as error:
         raise SettingError(
             f"the digits come with scikit-learn, which cannot be imported ({error}): pip install 'rankdecay[lab]', or "
-            "give --image-folder"
+            "give `image_folder`"
         ) from None
     data: Any = load_digits()  # sklearn's Bunch, which its annotations do not promise
     pixels = np.rint(data.images * (255 / DIGITS_LEVELS)).astype(np.uint8)[:, None]
@@ -69,11 +69,11 @@ def image_folder(folder: Path, size: int, *, grey: bool = False) -> Images:
             that is no image.
     """
     if not folder.is_dir():
-        raise SettingError(f"--image-folder {folder} is no folder: give one with a sub-folder of images for each class")
+        raise SettingError(f"`image_folder` {folder} is no folder: give one with a sub-folder of images for each class")
     places = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(places) < 2:
         raise SettingError(
-            f"--image-folder {folder} has {len(places) or 'no'} sub-folder{'' if len(places) == 1 else 's'}: it needs "
+            f"`image_folder` {folder} has {len(places) or 'no'} sub-folder{'' if len(places) == 1 else 's'}: it needs "
             "at least two, one for each class, with the images of the class in it"
         )
     pixels, labels = [], []
@@ -81,7 +81,7 @@ def image_folder(folder: Path, size: int, *, grey: bool = False) -> Images:
         files = sorted(path for path in place.rglob("*") if path.is_file() and not path.name.startswith("."))
         if len(files) < 2:
             raise SettingError(
-                f"--image-folder {folder}: the class {place.name!r} has {len(files) or 'no'} "
+                f"`image_folder` {folder}: the class {place.name!r} has {len(files) or 'no'} "
                 f"image{'' if len(files) == 1 else 's'}: it needs at least two, one to train on and one to validate "
                 "with; add some or remove the sub-folder"
             )

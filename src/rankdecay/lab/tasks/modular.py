@@ -58,7 +58,7 @@ def modular(operation: str, modulus: int, train_fraction: float, seed: int, spli
     """
     check_modulus(modulus)
     if operation == "divide" and not _is_prime(modulus):
-        raise SettingError(f"--modulus {modulus} is not prime, so division is not defined: choose a prime such as 97")
+        raise SettingError(f"`modulus` {modulus} is not prime, so division is not defined: choose a prime such as 97")
     operands = np.arange(modulus), _second_operands(operation, modulus)
     a, b = (axis.ravel() for axis in np.meshgrid(*operands, indexing="ij"))
     tokens = np.stack([a, b, np.full_like(a, modulus)], axis=1)

@@ -51,10 +51,10 @@ def recall(modulus: int, train_examples: int, seed: int, *, values: int = 4, tes
     """
     check_modulus(modulus)
     if not 2 <= values <= len(ORDINALS):
-        raise SettingError(f"--values {values} is outside 2 to {len(ORDINALS)}: how many pairs to recall from")
+        raise SettingError(f"`values` {values} is outside 2 to {len(ORDINALS)}: how many pairs to recall from")
     if values > modulus:
         raise SettingError(
-            f"--values {values} needs as many distinct keys, --modulus {modulus} has fewer: "
+            f"`values` {values} needs as many distinct keys, `modulus` {modulus} has fewer: "
             "choose fewer values or a larger modulus"
         )
     total = recall_sequences(modulus, values)

@@ -37,9 +37,9 @@ def selection(
     """
     check_modulus(modulus)
     if not 2 <= values <= len(ORDINALS):
-        raise SettingError(f"--values {values} is outside 2 to {len(ORDINALS)}: how many residues to choose from")
+        raise SettingError(f"`values` {values} is outside 2 to {len(ORDINALS)}: how many residues to choose from")
     if not 1 <= named <= values:
-        raise SettingError(f"--named {named} is outside 1 to --values {values}: how many of the residues to add")
+        raise SettingError(f"`named` {named} is outside 1 to `values` {values}: how many of the residues to add")
     total = selection_sequences(modulus, values, named)
     codes = draw_distinct("selection", total, train_examples, test_examples, seed, modulus)
     groups = np.array(list(combinations(range(values), named)))  # (groups, named)

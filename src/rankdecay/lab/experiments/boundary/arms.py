@@ -2,21 +2,22 @@
 
 An arm is a function from a *strength*, its axis in the phase diagram, to a treatment. What the strength is differs: L2
 and low-rank strengths are per unit of learning rate, the prototype's is taken per step, a held norm is a norm. To add
-an arm, add an entry to `arms`.
+an arm, add an entry to `every_arm`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.lab.ensemble.control import PLAIN, Control
+from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.experiment import Arm
+from rankdecay.lab.experiments.boundary.settings import PRESETS, Boundary
+from rankdecay.lab.settings import given_strengths
 from rankdecay.rules import get_rule
-
-if TYPE_CHECKING:
-    from rankdecay.lab.experiments.boundary.experiment import Boundary
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,16 @@ class Treatment:
     stays: bool = False
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to treat W_Q and W_K, over a range of strengths.
+class Axis(NamedTuple):
+    """What the strengths of an arm mean.
 
     Attributes:
-        name: of the arm.
-        description: what it does, in a sentence.
         treat: from a strength to a treatment.
-        strengths: the default grid; empty for an arm without a strength.
-        controls_for: what could explain a success of low-rank decay away and is held fixed or isolated here.
         limit: the largest strength that makes sense.
         whole: strengths are whole numbers.
     """
 
-    name: str
-    description: str
     treat: Callable[[float], Treatment]
-    strengths: tuple[float, ...] = ()
-    controls_for: str | None = None
     limit: float = float("inf")
     whole: bool = False
 
@@ -73,7 +65,7 @@ NORMS = (0.1, 0.2, 0.4, 0.8)
 RANKS = (1.0, 2.0, 4.0, 8.0)
 
 
-def arms(settings: Boundary) -> dict[str, Arm]:
+def every_arm(settings: Boundary) -> dict[str, Arm]:
     """Every arm there is, by name.
 
     Args:
@@ -92,167 +84,194 @@ def arms(settings: Boundary) -> dict[str, Arm]:
     def controlled(**options: object) -> Callable[[float], Treatment]:
         return lambda strength: Treatment(low_rank(strength), Control(**options))  # type: ignore[arg-type]
 
+    def l2(strength: float) -> Treatment:
+        return Treatment(Frobenius(strength))
+
     def target(unit: str) -> Callable[[float], Treatment]:
         return lambda rank: Treatment(low_rank(settings.strength, unit=unit), Control(target_rank=rank))
 
     rule = f"the {settings.rule} rule"
     every = [
-        Arm("none", "No decay of W_Q and W_K.", lambda _: Treatment(), (), "the rest of the model's decay alone"),
-        Arm("l2", "L2 on W_Q and W_K alone.", lambda s: Treatment(Frobenius(s)), L2, "decay of any kind", l2_limit),
+        Arm("none", "No decay of W_Q and W_K.", Axis(lambda _: Treatment()), (), "the rest of the model's decay alone"),
+        Arm("l2", "L2 on W_Q and W_K alone.", Axis(l2, l2_limit), L2, "decay of any kind"),
         Arm(
             "l2_all",
             "L2 of one strength on every matrix, as the paper and the prototype compare with.",
-            lambda s: Treatment(Frobenius(s), rest_decay=s),
+            Axis(lambda s: Treatment(Frobenius(s), rest_decay=s), l2_limit),
             PAPER if paper else (0.3, 1.0, 3.0, 5.0),
             "decay of any kind, everywhere",
-            l2_limit,
         ),
         Arm(
-            "low_rank",
+            "prox",
             "The exact soft threshold of the singular values, lr × strength per step.",
-            lambda s: Treatment(low_rank(s, "prox")),
+            Axis(lambda s: Treatment(low_rank(s, "prox"))),
             LOW_RANK,
         ),
         Arm(
             "smooth",
             f"Smoothed low-rank decay (ε = {settings.smoothing:g}·‖W‖_F), lr × strength per step.",
-            lambda s: Treatment(low_rank(s, "smooth")),
+            Axis(lambda s: Treatment(low_rank(s, "smooth"))),
             LOW_RANK,
         ),
         Arm(
             "prototype",
             "The published prototype: five cubic Newton–Schulz steps, the strength itself taken per step.",
-            lambda s: Treatment(prototype(s)),
+            Axis(lambda s: Treatment(prototype(s))),
             PAPER if settings.preset == "prototype" else PROTOTYPE,
         ),
         Arm(
             "paper_a1",
             "The paper's Algorithm 1 on attention and MLP matrices: λ·NS(W) per step.",
-            lambda s: Treatment(prototype(s), Control(blocks=True)),
+            Axis(lambda s: Treatment(prototype(s), Control(blocks=True))),
             PAPER,
         ),
         Arm(
             "paper_s5",
             "The paper's section 5 on attention and MLP matrices: ηλ·‖W‖/‖polar‖·polar(W).",
-            lambda s: Treatment(LowRank(s, "polar", "relative"), Control(blocks=True)),
+            Axis(lambda s: Treatment(LowRank(s, "polar", "relative"), Control(blocks=True))),
             PAPER,
         ),
         Arm(
             "paper_s6",
             "The paper's section 6.3 on attention and MLP matrices: ηλ·polar(W).",
-            lambda s: Treatment(LowRank(s, "polar", "absolute"), Control(blocks=True)),
+            Axis(lambda s: Treatment(LowRank(s, "polar", "absolute"), Control(blocks=True))),
             PAPER,
         ),
         Arm(
             "uniform_attention",
             "W_Q and W_K held at zero: every position attends equally to all.",
-            lambda _: Treatment(uniform_attention=True),
+            Axis(lambda _: Treatment(uniform_attention=True)),
             (),
             "attention being switched off",
         ),
         Arm(
             "no_qk_norm",
             "L2 on W_Q and W_K of a network without QK-norm, where it is a nuclear norm of their product.",
-            lambda s: Treatment(Frobenius(s), qk_norm=False),
+            Axis(lambda s: Treatment(Frobenius(s), qk_norm=False), l2_limit),
             (1.0, 3.0, 10.0, 30.0),
             "QK-norm, without which L2 lowers rank by itself",
-            l2_limit,
         ),
         Arm(
             "radial_only",
             f"Only the part of {rule}'s step along W: the norm falls as under low-rank decay, nothing is turned.",
-            controlled(part="radial"),
+            Axis(controlled(part="radial")),
             (*CONTROL, 20.0),
             "the falling norm, and the angular step that grows with it",
         ),
         Arm(
             "tangential_only",
             f"Only the part of {rule}'s step across W: rank is lost, the norm is not decayed.",
-            controlled(part="tangential"),
+            Axis(controlled(part="tangential")),
             (*CONTROL, 20.0),
             "losing rank without losing norm",
         ),
         Arm(
             "raise_rank",
             f"{rule.capitalize()}'s step with its tangential part turned round: the norm falls, the rank rises.",
-            controlled(part="reversed"),
+            Axis(controlled(part="reversed")),
             CONTROL,
             "the direction of the change of rank",
         ),
         Arm(
             "low_rank_all",
             f"{rule.capitalize()} on W_V, W_O and the MLP too, in place of their L2.",
-            controlled(blocks=True),
+            Axis(controlled(blocks=True)),
             (0.6, 1.25, 2.5),
             "which matrices lose rank",
         ),
         Arm(
             "sphere",
             "No decay; every query and key matrix held at the Frobenius norm on the axis.",
-            lambda norm: Treatment(control=Control(norm=norm)),
+            Axis(lambda norm: Treatment(control=Control(norm=norm))),
             NORMS,
             "a small norm and the large angular step it brings, without loss of rank",
         ),
         Arm(
             "sphere_low_rank",
             f"The same norms held, and {rule} at {settings.strength:g}: rank is all that differs from sphere.",
-            lambda norm: Treatment(low_rank(settings.strength), Control(norm=norm)),
+            Axis(lambda norm: Treatment(low_rank(settings.strength), Control(norm=norm))),
             NORMS,
             "rank at equal norm and equal angular step",
         ),
         Arm(
             "fast_query_key",
             "No decay; a larger learning rate for W_Q and W_K, by the factor on the axis.",
-            lambda factor: Treatment(control=Control(query_key_lr=factor)),
+            Axis(lambda factor: Treatment(control=Control(query_key_lr=factor))),
             (3.0, 10.0, 30.0),
             "the angular step alone",
         ),
         Arm(
             "truncate",
             "No decay; once the training set is memorised, W_Q and W_K are cut to the rank on the axis.",
-            lambda rank: Treatment(control=Control(truncate_to=int(rank))),
+            Axis(lambda rank: Treatment(control=Control(truncate_to=int(rank))), settings.width, whole=True),
             RANKS,
             "low rank reached at once instead of by decay",
-            settings.width,
-            whole=True,
         ),
         Arm(
             "after_memorising",
             f"{rule.capitalize()}, switched on once the training set is memorised.",
-            controlled(schedule="after_memorising"),
+            Axis(controlled(schedule="after_memorising")),
             CONTROL,
             "decay during memorisation",
         ),
         Arm(
             "kept_on",
             f"{rule.capitalize()} to the end of the budget, also after generalising.",
-            lambda s: Treatment(low_rank(s), stays=True),
+            Axis(lambda s: Treatment(low_rank(s), stays=True)),
             CONTROL,
             "what decay does after generalising",
         ),
         Arm(
             "until_generalised",
             f"{rule.capitalize()}, switched off on generalising, trained on to the end of the budget.",
-            lambda s: Treatment(low_rank(s), Control(schedule="until_generalised"), stays=True),
+            Axis(lambda s: Treatment(low_rank(s), Control(schedule="until_generalised"), stays=True)),
             CONTROL,
             "decay after generalising",
         ),
         Arm(
             "target_rank",
             f"{rule.capitalize()} at {settings.strength:g}, on a matrix only while its stable rank is above the axis.",
-            target("matrix"),
+            Axis(target("matrix")),
             (1.5, 3.0, 6.0, 12.0),
             "more rank lost than the task can spare",
         ),
         Arm(
             "target_rank_head",
             f"{rule.capitalize()} per head at {settings.strength:g}, only while its stable rank is above the axis.",
-            target("head"),
+            Axis(target("head")),
             (1.5, 3.0, 6.0),
             "the same per head",
         ),
     ]
     return {arm.name: arm for arm in every}
+
+
+def make_arms(settings: Boundary) -> list[Arm]:
+    """The arms asked for, with the strengths asked for.
+
+    Raises:
+        SettingError: for an unknown arm or strengths it cannot take.
+    """
+    known = every_arm(settings)
+    names = list(dict.fromkeys(settings.arms))
+    if "all" in names:
+        names = [name for name in known if name not in PUBLISHED or settings.preset == "paper"]
+    if not names:
+        raise SettingError(f"--arms is empty: choose from {', '.join(known)}")
+    chosen = {check_name("--arms", name, known): known[name] for name in names}
+    preset = PRESETS[settings.preset].strengths
+    for name, strengths in given_strengths(settings.strengths, chosen, "1,3,10", preset).items():
+        arm = chosen[name]
+        given = f"--strengths {name}={','.join(f'{strength:g}' for strength in strengths)}"
+        if not arm.strengths:
+            raise SettingError(f"{given}: the arm {name} has no strength")
+        for strength in strengths:
+            if not 0 < strength < arm.how.limit:
+                raise SettingError(f"{given}: {strength:g} is not above 0 and below {arm.how.limit:g}, as {name} needs")
+            if arm.how.whole and strength != int(strength):
+                raise SettingError(f"{given}: {strength:g} must be a whole number, as {name} needs: give {name}=2,4")
+        chosen[name] = replace(arm, strengths=strengths)
+    return list(chosen.values())
 
 
 def wider(arm: Arm, strengths: Sequence[float], edge: str) -> float | None:
@@ -268,5 +287,5 @@ def wider(arm: Arm, strengths: Sequence[float], edge: str) -> float | None:
         following = tried[-1] * (tried[-1] / tried[-2] if len(tried) > 1 else 2.0)
     else:
         following = tried[0] / (tried[1] / tried[0] if len(tried) > 1 else 2.0)
-    following = float(round(following) if arm.whole else f"{following:.3g}")
-    return following if 0 < following < arm.limit and following not in tried else None
+    following = float(round(following) if arm.how.whole else f"{following:.3g}")
+    return following if 0 < following < arm.how.limit and following not in tried else None

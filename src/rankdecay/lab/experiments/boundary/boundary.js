@@ -1,4 +1,4 @@
-// The boundaries at best strength, a point and an interval per arm; then everything begins.
+// The boundaries at best strength, a point and an interval per arm.
 
 chart("boundaries-chart", [], (element) => {
   const { text, muted } = theme();
@@ -24,7 +24,3 @@ chart("boundaries-chart", [], (element) => {
     yaxis: { tickvals: shown.map((_, index) => index), ticktext: names, autorange: false, range: [shown.length - 0.5, -0.5], tickfont: { color: text }, showgrid: false },
   });
 });
-
-darkMode.addEventListener("change", () => { drawLegends(); changed("theme"); });
-drawLegends();
-watchCharts();

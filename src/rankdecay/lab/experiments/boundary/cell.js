@@ -2,7 +2,7 @@
 
 const FLOOR = 1e-4; // of the largest singular value
 const OUTCOMES = { budget: "not within", diverged: "diverged" };
-const TICKS = [0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500];
+const DATA_TICKS = [0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500];
 const FINE_TICKS = [1, 10, 100].flatMap((power) => [1, 1.2, 1.5, 1.7, 2, 2.5, 3, 4, 5, 6, 7, 8, 9].map((digit) => Number((digit * power).toPrecision(2))));
 const POWERS = { 1: "1", 0.1: "0.1", 0.01: "0.01", 0.001: "10⁻³", 0.0001: "10⁻⁴" };
 const INNER = { stable_rank: "Stable rank of W_Q, W_K", query_norm: "‖W_Q‖, Frobenius" };
@@ -89,7 +89,7 @@ chart("cell-inner", ["cell", "inner"], (element) => {
   document.getElementById("inner-caption").textContent = INNER[state.inner];
   const traces = seedTraces(state.inner);
   const values = traces.flatMap((trace) => trace.y).filter((value) => value > 0);
-  const ticks = Math.max(...values) > 3 * Math.min(...values) ? TICKS : FINE_TICKS;
+  const ticks = Math.max(...values) > 3 * Math.min(...values) ? DATA_TICKS : FINE_TICKS;
   plot(element, traces, { ...small, xaxis: steps, yaxis: { type: "log", tickvals: ticks, ticktext: ticks.map(String) } });
 });
 

@@ -1,17 +1,35 @@
-"""What the maps and charts of a sweep's page are drawn from; `page/maps.js` and `page/cell.js` draw them."""
+"""What the page of a sweep shows beside its verdict: phase maps with their runs, differences, events and controls."""
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from html import escape
 from typing import Any
 
-from rankdecay.lab.experiments.boundary.maps import DataAxis, PhaseMap, by_boundary
-from rankdecay.lab.experiments.boundary.read import Row, Sweep
-from rankdecay.lab.experiments.boundary.verdict import amount_words
-from rankdecay.lab.experiments.grok.read import is_number
-from rankdecay.lab.report.style import arm_styles
+from rankdecay.lab.experiments.boundary.claims import UNKNOWN, amount_words, ratio_words, settled
+from rankdecay.lab.experiments.boundary.maps import DataAxis, PhaseMap, by_boundary, data_axis, phase_maps, rest_decays
+from rankdecay.lab.report import page as pieces
+from rankdecay.lab.report.chart import evenly
+from rankdecay.lab.report.section import Html, Section
+from rankdecay.lab.report.style import ArmStyle, arm_styles
+from rankdecay.lab.report.table import table
+from rankdecay.lab.report.words import is_number
+from rankdecay.lab.settings import Record as Row
+from rankdecay.lab.stored import StoredRun
 
 NUMBERS = 700_000  # of curves and spectra in one page, about 4 MB beside plotly's 5; curves that do not fit are thinned
 FEWEST_POINTS = 8  # of a curve, however many there are
 CURVES = ("train_accuracy", "test_accuracy", "stable_rank", "query_norm")
+EVENTS = {
+    "rank_first": "Rank first",
+    "together": "Together",
+    "accuracy_first": "Accuracy first",
+    "rank_only": "Rank only",
+    "accuracy_only": "Accuracy only",
+    "neither": "Neither",
+}
+BOUNDARIES = '<figure><div class="chart grid" id="boundaries-chart"></div></figure>'
+STYLES = {"prox": ArmStyle("soft threshold (prox)", "#c2410c", "#ff8f5c")}
 #: What the colour of a cell can be: its name, and the scale it is on.
 MEASURES = {
     "generalised": ("share of seeds that generalised", "share"),
@@ -21,9 +39,8 @@ MEASURES = {
 }
 
 
-def page_data(sweep: Sweep, axis: DataAxis, maps: list[PhaseMap]) -> dict[str, Any]:
+def page_data(sweep: StoredRun, axis: DataAxis, maps: list[PhaseMap]) -> dict[str, Any]:
     """Maps with their cells and fitted boundaries, every run's curves and spectrum, the boundaries at best strength."""
-    styles = arm_styles(sweep.arms)
     curves, notices = _curves(sweep.rows)
     runs: dict[tuple[Any, ...], list[int]] = {}
     for index, row in enumerate(sweep.rows):
@@ -44,7 +61,6 @@ def page_data(sweep: Sweep, axis: DataAxis, maps: list[PhaseMap]) -> dict[str, A
             "segments": [[column for column, _ in segment] for segment in item.segments()],
         })  # fmt: skip
     return {
-        "arms": [{"name": name, **vars(styles[name])} for name in sweep.arms],
         "rows": axis.ticks,
         "data": axis.title,
         "ticks": [axis.value(fraction) for fraction in axis.fractions],
@@ -75,7 +91,7 @@ def _curves(rows: list[Row]) -> tuple[dict[str, Any], list[str]]:
         curve = row.get("curve") or {}
         steps = curve.get("step") or []
         longest = max(longest, len(steps))
-        kept = _evenly(len(steps), points)
+        kept = evenly(len(steps), points)
         index = tuple(row.get("spectrum_index") or ())
         runs.append({
             "seed": row["seed"], "outcome": row["outcome"], "steps": row.get("steps_to_generalise"),
@@ -91,13 +107,6 @@ def _curves(rows: list[Row]) -> tuple[dict[str, Any], list[str]]:
     return {"runs": runs, "pools": list(pools)}, notices
 
 
-def _evenly(length: int, most: int) -> list[int]:
-    """Indices of at most `most` of `length` items, the first and the last among them."""
-    if length <= most:
-        return list(range(length))
-    return [round(i * (length - 1) / (most - 1)) for i in range(most)]
-
-
 def _thinned(values: list[Any] | None, kept: Iterable[int]) -> list[float | None] | None:
     return [_short(values[i]) for i in kept] if values else None
 
@@ -107,7 +116,7 @@ def _short(value: Any) -> float | None:
     return float(f"{value:.3g}") if is_number(value) else None
 
 
-def _best(sweep: Sweep, axis: DataAxis) -> list[dict[str, Any]]:
+def _best(sweep: StoredRun, axis: DataAxis) -> list[dict[str, Any]]:
     """The boundary of every arm at its best strength, in the units of the axis."""
 
     def value(fraction: Any) -> float | None:
@@ -124,7 +133,7 @@ def _best(sweep: Sweep, axis: DataAxis) -> list[dict[str, Any]]:
     return found
 
 
-def _first(sweep: Sweep, axis: DataAxis, maps: list[PhaseMap]) -> list[int]:
+def _first(sweep: StoredRun, axis: DataAxis, maps: list[PhaseMap]) -> list[int]:
     """The cell to begin with, as map and cell: nearest to the boundary of the reference at its best strength."""
     if sweep.summary is None or not maps:
         return []
@@ -140,3 +149,102 @@ def _first(sweep: Sweep, axis: DataAxis, maps: list[PhaseMap]) -> list[int]:
         column, at = maps[number].strengths.index(best["strength"]), axis.position(best["train_fraction"])
         return [number, keys.index(min(keys, key=lambda key: (key[0] != column, abs(key[1] - at))))]
     return [number, 0]
+
+
+# --- the page ---
+
+
+def sections(stored: StoredRun) -> list[Section]:
+    """The sections of the page."""
+    if stored.summary is None:
+        return []
+    axis = data_axis(stored.summary)
+    maps = phase_maps(stored.summary, axis)
+    data = page_data(stored, axis, maps)
+    stored.notices.extend(data.pop("notices"))
+    labels = {name: style.label for name, style in arm_styles(stored.arms, STYLES).items()}
+    phase = pieces.asset("phase.html", __package__, {"controls": _map_controls(maps), "inner": _inner()})
+    return [
+        Section(
+            "Boundaries",
+            "A point and its 95 % interval per arm, at its best strength; a triangle is a bound beyond the grid.",
+            [Html(BOUNDARIES, data, ("maps.js", "cell.js", "boundary.js"), ("boundary.css",))],
+        ),
+        Section(
+            "Phase maps",
+            "One map per arm: strength of the decay across, training data upwards, steps of the grid evenly spaced. "
+            "Point at a cell, or reach it with the arrow keys, to see its runs; click it, or press Enter, to keep it "
+            "while you look at others.",
+            [Html(phase)] if maps else [],
+            "phase",
+        ),
+        Section(
+            "Differences",
+            "How many times as much data the reference needs as each other arm, each at its best strength: below 1 the "
+            "reference needs less. Where a boundary lies beyond the grid the ratio is a bound.",
+            _tables(_differences(stored.summary, labels)),
+        ),
+        Section(
+            "Order of events",
+            "Runs at each arm's best strength, by what came first: the fall of the stable rank of queries and keys, or "
+            "the rise of test accuracy. Evaluations are steps apart, so together means in the same interval.",
+            _tables(_events(stored.summary, labels)),
+            "order",
+        ),
+        Section(
+            "Controls",
+            "What else could explain a success of low-rank decay, and the arm that isolates it or holds it fixed. An "
+            "explanation without an arm here is open.",
+            _controls(stored.config, labels),
+        ),
+    ]
+
+
+def _tables(made: str) -> list[Html]:
+    return [Html(made)] if made else []
+
+
+def _map_controls(maps: list[PhaseMap]) -> str:
+    controls = pieces.choice("measure", "Colour", {name: label for name, (label, _) in MEASURES.items()})
+    rests = {f"{rest:g}": f"{rest:g}" for rest in rest_decays(maps)}
+    return controls + (pieces.choice("rest", "Decay of the rest", {"all": "all", **rests}) if len(rests) > 1 else "")
+
+
+def _inner() -> str:
+    return pieces.choice("inner", "Second chart", {"stable_rank": "stable rank of W_Q, W_K", "query_norm": "‖W_Q‖"})
+
+
+def _differences(summary: Row, labels: Mapping[str, str]) -> str:
+    differences = summary.get("differences", [])
+    if not differences:
+        return ""
+    reference = labels[differences[0]["reference"]]
+    readings = {"less": f"{reference} needs less", "more": f"{reference} needs more", None: "not settled"}
+    rows = [
+        (
+            labels[difference["arm"]],
+            [escape(ratio_words(difference)), escape(_reading(difference, readings))],
+        )
+        for difference in differences
+    ]
+    return table("Differences", ["Compared with", f"Data of {reference} / its data", "Reading"], rows)
+
+
+def _reading(difference: Row, readings: Mapping[str | None, str]) -> str:
+    return UNKNOWN if difference.get("censored") == "unknown" else readings[settled(difference)]
+
+
+def _events(summary: Row, labels: Mapping[str, str]) -> str:
+    rows = [
+        (labels[arm["name"]], [f"{arm['events'].get(key, 0):,}" for key in EVENTS])
+        for arm in summary["arms"]
+        if arm.get("events")
+    ]
+    return table("Order of events", ["Arm", *EVENTS.values()], rows) if rows else ""
+
+
+def _controls(config: Row, labels: Mapping[str, str]) -> list[Html]:
+    """What each arm is there to rule out, as the experiment says it."""
+    found = [(labels[arm["name"]], str(arm["control"])) for arm in config.get("arms", []) if arm.get("control")]
+    shown = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in found)
+    return [Html(f'<dl class="points">{shown}</dl>')] if found else []

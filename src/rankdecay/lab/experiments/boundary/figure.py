@@ -14,10 +14,11 @@ from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import NullLocator
 
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiments.boundary.charts import STYLES
 from rankdecay.lab.experiments.boundary.maps import DataAxis, PhaseMap, by_boundary, data_axis, phase_maps
-from rankdecay.lab.experiments.boundary.read import Sweep
 from rankdecay.lab.report.figure import drawing, literal
 from rankdecay.lab.report.style import ArmStyle, arm_styles
+from rankdecay.lab.stored import StoredRun
 
 COLOURS = LinearSegmentedColormap.from_list("share", ["#f4f2ec", "#7fa3c7", "#0b2d5c"])
 LINE = "#d9480f"
@@ -32,7 +33,7 @@ MOST_TICKS = 12  # on the data axis of the panel of boundaries
 FEWEST_COLUMNS = 3  # a map is at least this wide, for its title
 
 
-def figure(sweep: Sweep, path: Path) -> Path:
+def figure(sweep: StoredRun, path: Path) -> Path:
     """Draw the figure of a sweep; the same runs give the same bytes.
 
     Args:
@@ -47,10 +48,10 @@ def figure(sweep: Sweep, path: Path) -> Path:
         ValueError: when the suffix is not a format matplotlib writes.
     """
     if sweep.summary is None:
-        raise SettingError(f"{sweep.directories[0]} has no finished run yet: there is nothing to draw")
+        raise SettingError(f"{sweep.directory} has no finished run yet: there is nothing to draw")
     axis = data_axis(sweep.summary)
     maps = phase_maps(sweep.summary, axis)
-    styles = arm_styles(sweep.arms)
+    styles = arm_styles(sweep.arms, STYLES)
     lines = _lines(maps)
     arms = by_boundary(sweep.summary)
     titles = max(_title(item, styles, _several(maps)).count("\n") + 1 for item in maps)

@@ -5,14 +5,14 @@ so that its steps matter equally. Between two rows the boundary is placed on a l
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import log
 from statistics import median
 from typing import Any
 
-from rankdecay.lab.experiments.grok.read import is_number
+from rankdecay.lab.report.words import is_number
 from rankdecay.lab.tasks import SAMPLED
 
 
@@ -114,7 +114,7 @@ class PhaseMap:
         return [[(column, inside[column]) for column in group] for group in _adjacent(list(inside))]
 
 
-def data_axis(summary: dict[str, Any]) -> DataAxis:
+def data_axis(summary: Mapping[str, Any]) -> DataAxis:
     """The data axis of a sweep: a share of all examples, or a number of them where they are sampled."""
     cells = [cell for arm in summary["arms"] for cell in arm.get("cells", [])]
     fractions = sorted({float(cell["train_fraction"]) for cell in cells})

@@ -214,7 +214,7 @@ def differences(rows: Sequence[Row], arms: Sequence[str], reference: str) -> lis
 
 def reference(arms: Sequence[str]) -> str | None:
     """The arm the others are compared with: the first low-rank decay among them."""
-    return next((name for name in ("smooth", "low_rank", "prototype", "paper_a1") if name in arms), None)
+    return next((name for name in ("smooth", "prox", "prototype", "paper_a1") if name in arms), None)
 
 
 def events(rows: Iterable[Row]) -> dict[str, int]:
