@@ -26,7 +26,8 @@ from collections.abc import Callable
 import torch
 
 from rankdecay.lab.ensemble.ensemble import Ensemble, compiler_available
-from rankdecay.lab.experiments.grok.experiment import PRESETS, Grok, make_arms, make_datasets, make_ensembles
+from rankdecay.lab.experiments.grok.experiment import make_arms, make_datasets, make_ensembles
+from rankdecay.lab.experiments.grok.settings import PRESETS, Grok
 from rankdecay.lab.machine import describe_machine
 
 EVALUATE_EVERY = 200

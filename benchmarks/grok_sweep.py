@@ -20,7 +20,9 @@ import torch
 
 from rankdecay.decay import Decay, Frobenius, LowRank
 from rankdecay.lab.ensemble.outcome import steps_to_hold
-from rankdecay.lab.experiments.grok.experiment import Arm, Grok, make_datasets, make_ensembles
+from rankdecay.lab.experiment import Arm
+from rankdecay.lab.experiments.grok.experiment import Treatment, make_datasets, make_ensembles
+from rankdecay.lab.experiments.grok.settings import Grok
 
 EVALUATE_EVERY = 40
 
@@ -87,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
             seeds = [seed for seed in datasets if (name, seed, json.dumps(key)) not in done]
             if not seeds:
                 continue
-            arm = Arm(name, "", decay, uniform)
+            arm = Arm(name, "", Treatment(decay, uniform))
             (ensemble,) = make_ensembles(settings, [arm], {seed: datasets[seed] for seed in seeds}, "cpu")
             history: dict[int, list[dict[str, Any]]] = {seed: [] for seed in seeds}
             while ensemble.steps[0] < settings.steps:

@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rankdecay.lab import experiment
 from rankdecay.lab.cli import parse
-from rankdecay.lab.experiments.grok import experiment as grok
 
 SEEDS = ["--first-seed", "100", "--seeds", "9", "--arms", "low_rank", "l2", "--precision", "float32"]
 SHARED = ["--modulus", "13", "--width", "64", "--lr", "2e-3", "--batch-size", "128", "--tuned-strength", "30"]
@@ -47,7 +47,7 @@ def run(out: Path) -> None:
             continue
         with TemporaryDirectory() as folder:
             arguments = ["grok", *SHARED, *options.split(), *SEEDS, "--out", f"{folder}/run"]
-            summary = grok.run(parse(arguments), "")
+            summary = experiment.run(experiment.load("grok"), parse(arguments), "")
         with out.open("a") as file:
             file.write(json.dumps(row(name, summary), separators=(",", ":")) + "\n")
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from rankdecay.attention.find import find_attention
-from rankdecay.attention.inspection import inspect
+from rankdecay.attention import find_attention
+from rankdecay.inspection import inspect
 from rankdecay.lab.machine import describe_machine, versions
 
 

@@ -55,9 +55,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rankdecay as rd
-from rankdecay.decay import sharded
 from rankdecay.decay.apply import apply
 from rankdecay.decay.groups import decays_in, windows_in
+from rankdecay.decay.sharded import sums
 from rankdecay.lab.machine import describe_machine, resolve_device, versions
 
 #: Width, layers, heads, KV heads, MLP width, vocabulary.
@@ -251,7 +251,7 @@ def clocked(seconds: list[float]) -> Iterator[None]:
 
         return run
 
-    places = [(sharded, "_sum_scattered"), (sharded, "_gather"), (dist, "all_reduce"), (dist, "all_to_all_single")]
+    places = [(sums, "_reduce_scatter"), (sums, "_all_gather"), (dist, "all_reduce"), (dist, "all_to_all_single")]
     with contextlib.ExitStack() as stack:
         for owner, name in places:
             stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))

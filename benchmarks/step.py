@@ -43,7 +43,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +52,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rankdecay as rd
 from rankdecay.lab.machine import describe_machine, resolve_device, versions
-from rankdecay.linalg import Backend, Rule, choose_backend, record_backends, shrink
-from rankdecay.linalg.polar import NULL_TOLERANCE, full_precision
+from rankdecay.linalg import Backend, choose_backend, record_backends, shrink
+from rankdecay.linalg.backend import full_precision
+from rankdecay.linalg.exact import NULL_TOLERANCE
 
 CASES = ("4x128", "24x768", "48x2048", "8x4096", "gpt2")
-RULES: tuple[Rule, ...] = get_args(Rule)
+RULES: tuple[str, ...] = ("prox", "smooth", "polar", "newton_schulz")
 #: Without --full, what a CPU measures of the large cases: one matrix, and of 8x4096 the default rule alone.
-ON_CPU: dict[str, Sequence[Rule]] = {"48x2048": RULES, "8x4096": ["prox"]}
+ON_CPU: dict[str, Sequence[str]] = {"48x2048": RULES, "8x4096": ["prox"]}
 LEARNING_RATE, STRENGTH = 3e-4, 0.1
 EVERY = (rd.LowRank(1.0).every, 4, 8)
 #: Seconds: for one variant, for a single run to be the only one, and at least for a case.
@@ -158,7 +159,7 @@ def errors(W: Tensor, out: Tensor, step: Tensor) -> dict[str, float]:
     }
 
 
-def decays(rules: Sequence[Rule]) -> list[tuple[str, Rule, Backend]]:
+def decays(rules: Sequence[str]) -> list[tuple[str, str, Backend]]:
     backends: tuple[Backend, ...] = ("exact", "matmul")
     return [(f"{r}, {b}", r, b) for r in rules for b in backends if (r, b) != ("newton_schulz", "exact")]
 
@@ -177,7 +178,7 @@ def make_stack(count: int, n: int, device: str) -> Tensor:
     return W
 
 
-def stack_rows(case: str, rules: Sequence[Rule], arguments: argparse.Namespace) -> list[Row]:
+def stack_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) -> list[Row]:
     device = arguments.device
     count, n = map(int, case.split("x"))
     measured = count
@@ -190,7 +191,7 @@ def stack_rows(case: str, rules: Sequence[Rule], arguments: argparse.Namespace) 
     ran: dict[str, str] = {}
     operations: dict[str, int] = {}
 
-    def decay(name: str, rule: Rule, backend: Backend) -> Callable[[], float]:
+    def decay(name: str, rule: str, backend: Backend) -> Callable[[], float]:
         def run() -> float:
             outputs.pop(name, None)
             counter = FlopCounterMode(display=False)
@@ -250,7 +251,7 @@ def peer(path: str) -> Callable[..., Any]:
 # ---- GPT-2 -------------------------------------------------------------------------------------------------
 
 
-def gpt2_rows(case: str, rules: Sequence[Rule], arguments: argparse.Namespace) -> list[Row]:
+def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) -> list[Row]:
     """The hook's own time, between a hook before it and one after it, and a training step without it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -272,7 +273,7 @@ def gpt2_rows(case: str, rules: Sequence[Rule], arguments: argparse.Namespace) -
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
 
-    def decay(name: str, rule: Rule, backend: Backend) -> Callable[[], float]:
+    def decay(name: str, rule: str, backend: Backend) -> Callable[[], float]:
         def run() -> float:
             clock = Clock(device)
             before: list[Tensor] = []

@@ -33,7 +33,7 @@ _OPERATORS = ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_r
 
 
 #: Files that take long: first, or one process would end with one of them while the other has nothing left to do.
-LONG = ["test_cluster.py", "test_parallel.py", "test_distributed.py", "test_sharded.py", "test_sharded_training.py"]
+LONG = ["test_cluster.py", "test_parallel.py", "test_distributed.py", "test_sharded.py", "test_training.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

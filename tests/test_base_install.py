@@ -118,7 +118,8 @@ def test_inspect_has_all_its_options(hidden, checkpoints, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 attention layers" in done.stdout
     assert "Pseudo rank, mean over heads, in the order given" in done.stdout
-    assert len(list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))) == 8
+    lines = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert [line["source"] for line in lines] == [str(first)] * 8 + [str(later)] * 8
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     done = _rankdecay(hidden, "inspect", first, *options, "--json")
     answer = json.loads(done.stdout)

@@ -4,12 +4,11 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
-from rankdecay.linalg import Rule, shrink
+from rankdecay.linalg import shrink
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "step.py"
 
@@ -24,7 +23,7 @@ def benchmark(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("rule", get_args(Rule))
+@pytest.mark.parametrize("rule", ["prox", "smooth", "polar", "newton_schulz"])
 def test_the_reference_is_the_rule(benchmark, rule):
     W = torch.randn(3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     tau = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
@@ -34,7 +33,9 @@ def test_the_reference_is_the_rule(benchmark, rule):
 
 def test_a_stack_has_a_row_for_every_rule_and_backend_and_for_what_they_are_compared_with(benchmark):
     arguments = argparse.Namespace(device="cpu", full=False, rounds=1, peer=None)
-    rows = {row.what: row for row in benchmark.stack_rows("2x16", get_args(Rule), arguments)}
+    rows = {
+        row.what: row for row in benchmark.stack_rows("2x16", ["prox", "smooth", "polar", "newton_schulz"], arguments)
+    }
     names = ["prox", "smooth", "polar"]
     decays = [f"{name}, {backend}" for name in names for backend in ("exact", "matmul")] + ["newton_schulz, matmul"]
     assert set(decays) | {"torch.linalg.svd", "AdamW.step", "Muon.step"} < set(rows)
@@ -52,7 +53,7 @@ def test_a_stack_has_a_row_for_every_rule_and_backend_and_for_what_they_are_comp
 def test_a_part_of_a_large_case_is_labelled_as_one(benchmark, monkeypatch):
     monkeypatch.setitem(benchmark.ON_CPU, "6x16", ("prox",))
     arguments = argparse.Namespace(device="cpu", full=False, rounds=1, peer=None)
-    rows = benchmark.stack_rows("6x16", get_args(Rule), arguments)
+    rows = benchmark.stack_rows("6x16", ["prox", "smooth", "polar", "newton_schulz"], arguments)
     assert {row.measured for row in rows} == {"1 of 6"}
     assert not any("polar" in row.what for row in rows)
     arguments.full = True

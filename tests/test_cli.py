@@ -67,13 +67,13 @@ def test_inspect_explains_every_option(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("grokk", ["unknown command 'grokk'", "did you mean grok?", "rankdecay --help"]),
+        ("grokk", ["unknown command 'grokk'", "did you mean 'grok'?", "rankdecay --help"]),
         ("zzz", ["unknown command 'zzz'", "rankdecay --help"]),
-        ("--versoin", ["unknown option '--versoin'", "did you mean --version?"]),
+        ("--versoin", ["unknown option '--versoin'", "did you mean '--version'?"]),
         ("inspect", ["PATH", "rankdecay inspect --help"]),
         ("inspect a b", ["unknown argument 'b'", "rankdecay inspect --help"]),
-        ("inspect a --jsn", ["unknown argument '--jsn'", "did you mean --json?"]),
-        ("inspect a --num-head=4", ["unknown argument '--num-head=4'", "did you mean --num-heads?"]),
+        ("inspect a --jsn", ["unknown argument '--jsn'", "did you mean '--json'?"]),
+        ("inspect a --num-head=4", ["unknown argument '--num-head=4'", "did you mean '--num-heads'?"]),
         ("inspect a --layers one", ["--layers", "'one'", "rankdecay inspect --help"]),
         ("inspect a --html", ["--html", "rankdecay inspect --help"]),
     ],

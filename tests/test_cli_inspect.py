@@ -74,6 +74,12 @@ def test_a_comparison(checkpoint, tmp_path, capsys):
     assert "Pseudo rank, mean over heads, in the order given" in text
     answer = json.loads(_answer(capsys, checkpoint, "--compare", later, "--json"))
     assert len(answer["compare"][0]["rows"]) == len(answer["rows"])
+    table = tmp_path / "rows.csv"
+    _answer(capsys, checkpoint, "--compare", later, "--csv", table)
+    lines = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    rows = answer["rows"] + answer["compare"][0]["rows"]
+    assert [float(line["nuclear_norm"]) for line in lines] == [row["nuclear_norm"] for row in rows]
+    assert [line["source"] for line in lines] == [str(checkpoint)] * 16 + [str(later)] * 16
 
 
 def test_a_run_directory_of_ours(capsys):
@@ -102,7 +108,7 @@ def test_a_state_dict_needs_to_be_told_its_heads(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["missing"], "missing does not exist"),
-        (["pyproject.toml"], "is no checkpoint"),
+        (["pyproject.toml"], "is not a checkpoint"),
         (["src"], "has no weights"),
         (["docs/data/grok_default", "--compare", "missing"], "missing does not exist"),
     ],
@@ -119,7 +125,7 @@ def test_wrong_names_are_refused(checkpoint, capsys):
     assert main(["inspect", str(checkpoint), "--names", "q=a"]) == 2
     assert "--names q=a: expected name=projection with names out of query, key" in capsys.readouterr().err
     assert main(["inspect", str(checkpoint), "--layers", "9"]) == 2
-    assert "layers has 9, and there are layers 0 to 1" in capsys.readouterr().err
+    assert "layers=9 is out of range: the model has layers 0–1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--csv", "--html"])

@@ -10,37 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionLayer, AttentionNames, MatrixView, find_attention
-    from rankdecay.attention.inspection import Inspection, inspect
     from rankdecay.audit import AuditReport, AuditRow, audit
     from rankdecay.decay.attach import Attachment, attach
     from rankdecay.decay.groups import param_groups
     from rankdecay.decay.policy import Frobenius, LowRank
+    from rankdecay.inspection import Inspection, inspect
     from rankdecay.linalg import polar, soft_threshold
     from rankdecay.monitor import Monitor, RankCollapseWarning
     from rankdecay.spectrum import Spectrum, spectrum
 
-_HOME = {
-    "Attachment": "rankdecay.decay.attach",
-    "AttentionLayer": "rankdecay.attention",
-    "AttentionNames": "rankdecay.attention",
-    "AuditReport": "rankdecay.audit",
-    "AuditRow": "rankdecay.audit",
-    "Frobenius": "rankdecay.decay.policy",
-    "Inspection": "rankdecay.attention.inspection",
-    "LowRank": "rankdecay.decay.policy",
-    "MatrixView": "rankdecay.attention",
-    "Monitor": "rankdecay.monitor",
-    "RankCollapseWarning": "rankdecay.monitor",
-    "Spectrum": "rankdecay.spectrum",
-    "attach": "rankdecay.decay.attach",
-    "audit": "rankdecay.audit",
-    "find_attention": "rankdecay.attention",
-    "inspect": "rankdecay.attention.inspection",
-    "param_groups": "rankdecay.decay.groups",
-    "polar": "rankdecay.linalg",
-    "soft_threshold": "rankdecay.linalg",
-    "spectrum": "rankdecay.spectrum",
+_NAMES = {
+    "attention": ("AttentionLayer", "AttentionNames", "MatrixView", "find_attention"),
+    "audit": ("AuditReport", "AuditRow", "audit"),
+    "decay.attach": ("Attachment", "attach"),
+    "decay.groups": ("param_groups",),
+    "decay.policy": ("Frobenius", "LowRank"),
+    "inspection": ("Inspection", "inspect"),
+    "linalg": ("polar", "soft_threshold"),
+    "monitor": ("Monitor", "RankCollapseWarning"),
+    "spectrum": ("Spectrum", "spectrum"),
 }
+_HOME = {name: f"rankdecay.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Attachment",

@@ -1,4 +1,4 @@
-"""The command line: ``rankdecay COMMAND [options]``.
+"""Command line: ``rankdecay COMMAND [options]``.
 
 ``inspect`` is here and needs what the library needs. The other commands are the lab's, in :mod:`rankdecay.lab.cli`,
 which is imported when one of them is named. This module imports neither torch nor the lab: ``--help`` answers at once.
@@ -8,43 +8,32 @@ interrupted.
 """
 
 import argparse
-import difflib
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from rankdecay.checks import suggestion
+
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
-    from rankdecay.attention.inspection import Inspection
+    from rankdecay.inspection import Inspection
 
 INSPECT = (
     "Show what training did to the rank of a checkpoint's attention, per layer and head, beside the same untrained."
 )
-#: What the lab's commands do: the first sentence of the help of each.
-LAB_COMMANDS = {
-    "grok": "Does low-rank decay make a scale-invariant transformer generalise where L2 does not, and why?",
-    "boundary": "At which data fraction and decay strength does a transformer generalise, and under which decay?",
-    "factor": "Is L2 on two factors the nuclear norm of their product? The matrix experiment.",
-    "margin": "Which max-margin problem does softmax attention solve? The flow of one layer against two SVMs.",
-    "recall": "What does a decay of attention do to a two-layer attention-only transformer that learns associative "
-    "recall?",
-    "language": "What does a separate decay of attention do to the rank and the loss of a language model?",
-    "vision": "What does a decay of attention do to a vision transformer: rank of its attention against accuracy.",
-    "report": "Make the HTML page of a run directory again, or a figure for a paper.",
-}
 #: The packages of the extra `lab`, as they are imported.
 LAB_PACKAGES = ("tyro", "rich", "plotly", "matplotlib", "scipy", "sklearn", "joblib", "cvxpy")
 LAB_INSTALL = "pip install 'rankdecay[lab]'"
 
 
 class CommandError(Exception):
-    """A command line that cannot work. The message is one line that names the value and the remedy."""
+    """Raised for a command line that cannot work. The message is one line that names the value and the remedy."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = shlex.join(["rankdecay", *arguments])
         print(f"\nrankdecay: interrupted; to begin anew, run again: {again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output, `head` perhaps, has what they wanted
+    except BrokenPipeError:  # the reader of our output, `head` perhaps, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -77,21 +66,23 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"rankdecay {_version()}")
     elif command == "inspect":
         _inspect(_parse_inspect(arguments[1:]))
-    elif command in LAB_COMMANDS:
+    elif command in _lab_commands():
         return _run_lab(arguments)
     else:
         kind, known = ("option", ("--help", "--version")) if command.startswith("-") else ("command", _commands())
-        raise CommandError(f"unknown {kind} {command!r}: {_nearest(command, known)}see rankdecay --help")
+        raise CommandError(f"unknown {kind} {command!r}: {suggestion(command, known)}see rankdecay --help")
     return 0
 
 
 def _commands() -> list[str]:
-    return ["inspect", *LAB_COMMANDS]
+    return ["inspect", *_lab_commands()]
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {near[0]}? " if near else ""
+def _lab_commands() -> dict[str, str]:
+    """Return what each of the lab's commands does, from the experiments that are installed."""
+    from rankdecay.lab.experiment import questions
+
+    return questions() | {"report": "Make the HTML page of a run directory again, or a figure for a paper."}
 
 
 def _help() -> str:
@@ -103,7 +94,7 @@ def _help() -> str:
     )
     library = parser.add_argument_group("commands")
     lab = parser.add_argument_group("commands of the lab", f"These need more packages: {LAB_INSTALL}")
-    for group, commands in ((library, {"inspect": INSPECT}), (lab, LAB_COMMANDS)):
+    for group, commands in ((library, {"inspect": INSPECT}), (lab, _lab_commands())):
         for name, text in commands.items():
             group.add_argument(name, help=text)  # for the help alone: `_run` chooses the command
     parser.add_argument("--version", action="store_true", help="show the version of rankdecay and exit")
@@ -115,7 +106,7 @@ def _version() -> str:
 
     try:
         return version("rankdecay")
-    except PackageNotFoundError:  # its files are on the path, but nothing installed them
+    except PackageNotFoundError:  # run from a source tree that is not installed
         return "(not installed)"
 
 
@@ -147,7 +138,12 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         help="directory of save_pretrained, safetensors file, PyTorch state dict, or run directory",
     )
     add("--json", action="store_true", help="print every row as JSON instead of the summary")
-    add("--csv", type=Path, metavar="FILE", help="write every row here, without the spectra")
+    add(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write every row here, without the spectra; with --compare each row names its source",
+    )
     add("--html", type=Path, metavar="FILE", help="write a page with maps of the heads and their spectra here")
     add(
         "--compare",
@@ -168,19 +164,18 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     settings, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = re.findall(r"--[\w-]+", parser.format_usage())
-        raise CommandError(
-            f"unknown argument {unknown[0]!r}: {_nearest(unknown[0].partition('=')[0], known)}see {parser.prog} --help"
-        )
+        near = suggestion(unknown[0].partition("=")[0], known)
+        raise CommandError(f"unknown argument {unknown[0]!r}: {near}see {parser.prog} --help")
     return settings
 
 
 def _inspect(settings: argparse.Namespace) -> None:
-    from rankdecay.attention.summary import comparison
+    from rankdecay.inspection import comparison, csv_text
 
     reports = [_inspection(path, settings) for path in (settings.path, *settings.compare)]
     try:
         if settings.csv is not None:
-            settings.csv.write_text(reports[0].to_csv(), encoding="utf-8")
+            settings.csv.write_text(csv_text(reports), encoding="utf-8")
         if settings.html is not None:
             from rankdecay.lab.report.inspection import inspection_page
 
@@ -204,7 +199,7 @@ def _inspect(settings: argparse.Namespace) -> None:
 
 
 def _inspection(path: Path, settings: argparse.Namespace) -> "Inspection":
-    from rankdecay.attention.inspection import inspect
+    from rankdecay.inspection import inspect
     from rankdecay.lab.experiments.grok.inspect_run import inspect_run, is_run_directory
 
     names = _names(settings.names)

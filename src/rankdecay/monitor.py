@@ -28,10 +28,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rankdecay.attention import AttentionLayer, AttentionNames, find_attention
-from rankdecay.attention.inspection import BALANCE
-from rankdecay.attention.modules import is_sharded
-from rankdecay.decay.unwrap import unwrapped
-from rankdecay.linalg.polar import check_name
+from rankdecay.checks import check_name, check_number
+from rankdecay.dtensor import is_sharded, unwrapped
+from rankdecay.inspection import BALANCE, figure
 from rankdecay.spectrum import spectrum
 
 Part = Literal["query_key", "value_output", "query", "key", "value", "output"]
@@ -56,16 +55,16 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _uncompiled(function: _Function) -> _Function:
-    """Called from compiled code, it runs between the graphs."""
+    """Keep a function out of compiled graphs: called from compiled code, it runs between them."""
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 class RankCollapseWarning(UserWarning):
-    """The effective rank of a head has fallen under the bound of a :class:`Monitor`."""
+    """Warning that the effective rank of a head has fallen below the bound of a :class:`Monitor`."""
 
 
 class Monitor:
-    """Measures the spectra of a model's attention every k steps and hands them to a callable.
+    """Measure the spectra of a model's attention every k steps and hand them to a callable.
 
     Call :meth:`step` after each optimizer step, or :meth:`attach` it to the optimizer once. Neither touches the graph,
     the gradients or the random generators; under ``torch.compile`` both stay outside compiled code. In a distributed
@@ -116,15 +115,14 @@ class Monitor:
                 f"model must be the torch.nn.Module in training, got {type(model).__name__}; the attention of a "
                 "checkpoint is read by rankdecay.find_attention(path)."
             )
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"every={every!r} is not a number of steps; expected a whole number >= 1, such as 100.")
+        check_number("every", every, at_least=1, whole=True, remedy="the steps between two measurements, such as 100")
         if not callable(log):
             raise TypeError(
                 f"log must be something to call with a dictionary, got {type(log).__name__}; for example print, "
                 "wandb.log, or the append of a list."
             )
-        if collapse is not None and (isinstance(collapse, bool) or not collapse > 0):
-            raise ValueError(f"collapse={collapse!r} is no bound for an effective rank; expected a number > 0 or None.")
+        if collapse is not None:
+            check_number("collapse", collapse, above=0, remedy="leave it out for no warning")
         check_name("detail", detail, get_args(Detail))
         self.model = model
         self.every = every
@@ -141,7 +139,7 @@ class Monitor:
 
     @_uncompiled
     def step(self, at: int | None = None) -> dict[str, float] | None:
-        """Counts an optimizer step; when one is due, measures, logs and returns what was logged.
+        """Count an optimizer step; when one is due, measure, log and return what was logged.
 
         Of several processes only the first logs; in the others it returns None.
 
@@ -157,7 +155,7 @@ class Monitor:
         if not first and not any(is_sharded(parameter) for parameter in self.model.parameters()):
             return None
         heads = self._heads()
-        if not first:  # it took part in gathering them
+        if not first:  # it only took part in gathering them
             return None
         values = self._values(heads)
         self.log(dict(values))
@@ -165,25 +163,25 @@ class Monitor:
         return values
 
     def measure(self) -> dict[str, float]:
-        """Returns the values of the model as it is now, the same in every process, and logs nothing.
+        """Return the values of the model as it is now, the same in every process, without logging.
 
         With sharded parameters all processes have to call it.
         """
         return self._values(self._heads())
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Makes the optimizer call :meth:`step` after each of its steps; ``remove()`` of what is returned ends it.
+        """Make the optimizer call :meth:`step` after each of its steps; ``remove()`` of what is returned ends it.
 
         As with every hook, a copy of the optimizer does not have it. Attach a decay first, to measure what it left.
         """
         return unwrapped(optimizer).register_step_post_hook(self._after_step)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the count of steps, to be saved with the model and the optimizer."""
+        """Return the count of steps, to be saved with the model and the optimizer."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues the count of a :meth:`state_dict`."""
+        """Continue the count of a :meth:`state_dict`."""
         self.steps = int(state["steps"])
 
     # ---- in a measurement ---------------------------------------------------------------------------------
@@ -194,23 +192,22 @@ class Monitor:
 
     @torch.no_grad()
     def _heads(self) -> dict[tuple[str, str], dict[str, Tensor]]:
-        """(layer, part) -> measure -> one value per head, on the CPU."""
+        """Measure every head: (layer, part) -> measure -> one value per head, on the CPU."""
         wanted = {*self.measures, *(("effective_rank",) if self.collapse is not None else ())}
         found: dict[tuple[str, str], dict[str, Tensor]] = {}
         for name, layer in self._layers.items():
             for part in _parts(layer, self.of):
                 product = getattr(layer, part)() if part in _PRODUCTS else None
-                its = product.spectrum() if product is not None else spectrum(getattr(layer, part).heads())
-                values: dict[str, Any] = {m: getattr(its, m) for m in wanted if m not in BALANCE}
-                values |= {m: getattr(product, m) for m in wanted if m in BALANCE and product is not None}
-                found[name, part] = {m: (v if isinstance(v, Tensor) else v()).cpu() for m, v in values.items()}
+                spectra = product.spectrum() if product is not None else spectrum(getattr(layer, part).heads())
+                sources = {m: product if m in BALANCE else spectra for m in wanted}
+                found[name, part] = {m: figure(of, m).cpu() for m, of in sources.items() if of is not None}
         return found
 
     def _values(self, heads: dict[tuple[str, str], dict[str, Tensor]]) -> dict[str, float]:
         values: dict[str, float] = {"step": self.steps}
         for part in dict.fromkeys(part for _, part in heads):
             for measure in self._measures(part):
-                everywhere = torch.cat([v[measure] for (_, its), v in heads.items() if its == part])
+                everywhere = torch.cat([by_measure[measure] for (_, of), by_measure in heads.items() if of == part])
                 _summarise(values, f"rank/{part}/{measure}", everywhere)
         for (layer, part), by_measure in heads.items() if self.detail != "model" else ():
             for measure in self._measures(part):
@@ -221,11 +218,11 @@ class Monitor:
         return values
 
     def _measures(self, part: str) -> list[str]:
-        """What is measured of a part: a matrix on its own balances nothing."""
+        """Return the measures of a part: only products have a balance."""
         return [measure for measure in self.measures if measure not in BALANCE or part in _PRODUCTS]
 
     def _warn(self, heads: dict[tuple[str, str], dict[str, Tensor]]) -> None:
-        """One warning for all heads that have fallen under the bound since they were last above it."""
+        """Warn once of all heads that have fallen below the bound since they were last above it."""
         if self.collapse is None:
             return
         fallen: list[str] = []
@@ -247,7 +244,7 @@ class Monitor:
 
 
 def _parts(layer: AttentionLayer, of: Iterable[str]) -> list[str]:
-    """What there is of a layer; the matrices of a product in its place where there is none."""
+    """Return the parts that a layer has; the matrices of a product in its place if it has no such product."""
     none = {"query_key"} if layer.qk_norm else set()
     none |= {"value_output", "output"} if layer.output is None else set()
     parts = (name for part in of for name in (part.split("_") if part in none else [part]))
@@ -269,7 +266,7 @@ def _chosen(argument: str, given: str | Iterable[str], legal: tuple[str, ...]) -
 
 
 def _plain(name: str, model: nn.Module) -> str:
-    """The layer's name in the unwrapped model, so that wrapping does not start new curves."""
+    """Return the layer's name in the unwrapped model, so that wrapping does not start new curves."""
     name = f"{name}.".replace("_orig_mod.", "").removesuffix(".")
     if isinstance(getattr(model, "_orig_mod", model), (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         name = name.removeprefix("module").removeprefix(".")

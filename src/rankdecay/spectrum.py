@@ -1,6 +1,6 @@
 """Named ranks and norms of a set of singular values.
 
-Several different numbers are called "effective rank" in public tools, so here every one carries its own
+Several different numbers are called "effective rank" in public tools, so here each has a different
 name. With singular values σ₁ ≥ σ₂ ≥ … ≥ σ_k ≥ 0, k = min(m, n):
 
 ==================  ===========================  ==========  ===============================================
@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.polar import check_matrix, power_of_two
+from rankdecay.checks import check_number
+from rankdecay.linalg.stack import check_matrix, power_of_two
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class Spectrum:
     resolution: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks what can be checked without reading the device."""
+        """Check type and shape, which needs no reading of the device."""
         sigma = self.singular_values
         if not isinstance(sigma, Tensor) or not sigma.dtype.is_floating_point:
             given = f"dtype {sigma.dtype}" if isinstance(sigma, Tensor) else type(sigma).__name__
@@ -107,7 +108,7 @@ class Spectrum:
         return self._rank(energy.sum(-1).square() / energy.square().sum(-1).clamp_min(1))
 
     def pseudo_rank(self, share: float = 0.95) -> Tensor:
-        """Returns the share of singular values needed for ``share`` of Σσ (arXiv 2410.23819).
+        """Return the share of singular values needed for ``share`` of Σσ (arXiv 2410.23819).
 
         The smallest j with σ₁ + … + σ_j ≥ share·Σσ, divided by k.
 
@@ -120,8 +121,7 @@ class Spectrum:
         Raises:
             ValueError: If ``share`` is outside (0, 1].
         """
-        if not 0 < share <= 1:
-            raise ValueError(f"share={share!r} is outside (0, 1]; 0.95 asks for 95 % of the sum of all σ.")
+        check_number("share", share, above=0, at_most=1, remedy="0.95 asks for 95 % of the sum of all σ")
         s = self._relative
         total = s.cumsum(-1)
         if s.shape[-1] == 0:
@@ -131,7 +131,7 @@ class Spectrum:
         return self._rank((short.sum(-1) + 1).to(s.dtype) / s.shape[-1])
 
     def numerical_rank(self, tol: float | Tensor | None = None) -> Tensor:
-        """Returns the number of singular values above ``tol``.
+        """Return the number of singular values above ``tol``.
 
         Args:
             tol: Absolute threshold in the units of W, a number or one per matrix. By default resolution·σ₁,
@@ -143,14 +143,14 @@ class Spectrum:
         """
         sigma = self.singular_values
         if tol is None:
-            own = sigma.shape[-1] * torch.finfo(sigma.dtype).eps
-            tol = (own if self.resolution is None else self.resolution) * self.spectral_norm
+            rounding = sigma.shape[-1] * torch.finfo(sigma.dtype).eps
+            tol = (rounding if self.resolution is None else self.resolution) * self.spectral_norm
         threshold = torch.as_tensor(tol, dtype=sigma.dtype, device=sigma.device)
         return self._known((sigma > threshold[..., None]).sum(-1).to(sigma.dtype))
 
     @property
     def _relative(self) -> Tensor:
-        """σ/σ₁; zeros for a zero matrix."""
+        """Return σ/σ₁; zeros for a zero matrix."""
         sigma = self.singular_values
         largest = self.spectral_norm[..., None]
         return sigma / torch.where(largest == 0, 1.0, largest)
@@ -160,13 +160,13 @@ class Spectrum:
         return torch.where(finite, value, torch.nan)
 
     def _rank(self, value: Tensor) -> Tensor:
-        """Zero for a zero matrix, NaN for a non-finite one, ``value`` otherwise."""
+        """Return zero for a zero matrix, NaN for a non-finite one, ``value`` otherwise."""
         return self._known(torch.where(self.spectral_norm == 0, 0.0, value))
 
 
 @torch.no_grad()
 def spectrum(W: Tensor) -> Spectrum:
-    """Returns the singular values of each matrix of ``W``, in float64, with the norms and ranks named.
+    """Return the singular values of each matrix of ``W``, in float64, with the norms and ranks named.
 
     By a direct float64 ``svdvals``, because a spectrum is looked at down to its tail: singular values are
     accurate to about 1e-16 σ₁, where those of a float64 Gram matrix would end at 1e-8 σ₁.
@@ -175,8 +175,8 @@ def spectrum(W: Tensor) -> Spectrum:
         W: Matrix or stack, shape (..., m, n), any real float dtype, any device. Not modified.
 
     Returns:
-        A :class:`Spectrum` of shape (..., min(m, n)) on the CPU. A matrix with a non-finite entry has NaN
-        there.
+        A :class:`Spectrum` of shape (..., min(m, n)) on the CPU. A matrix with a non-finite entry has
+        NaN.
 
     Raises:
         TypeError: If ``W`` is not a real floating-point tensor.

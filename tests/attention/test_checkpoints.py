@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -112,14 +113,34 @@ def test_layers_are_numbered_as_in_the_model(tmp_path):
     assert [int(layer.query.tensor()[0, 0]) for layer in layers] == list(range(12))
 
 
-def test_only_what_is_asked_for_is_read(tmp_path):
+def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
+    read = []
+
+    class Watched:
+        def __init__(self, *arguments, **options):
+            self.file = safe_open(*arguments, **options)
+
+        def __enter__(self):
+            self.opened = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.opened, name)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.opened.get_tensor(name)
+
     model = _saved("gpt2", tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
-    loaded = []
-    real = checkpoint.load
-    object.__setattr__(checkpoint, "load", lambda name: loaded.append(name) or real(name))
-    assert checkpoint.shapes["transformer.wte.weight"] == tuple(model.transformer.wte.weight.shape)
-    assert not loaded
+    monkeypatch.setattr("rankdecay.attention.checkpoints.safe_open", Watched)
+    assert open_checkpoint(tmp_path).shapes["transformer.wte.weight"] == tuple(model.transformer.wte.weight.shape)
+    layers = rd.find_attention(tmp_path)
+    assert read == []
+    layers[1].query.heads(), layers[1].value.heads()
+    assert read == ["transformer.h.1.attn.c_attn.weight"]  # one parameter holds both
 
 
 # ---- what is wrong with a file ---------------------------------------------------------------------------
@@ -189,7 +210,7 @@ def test_an_index_cannot_lead_anywhere_else(shard, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "holds a JSON list, expected an object"),
+        ("[]", "contains a JSON list, expected an object"),
         ("{", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),
         ('{"weight_map": 3}', "has no weight_map"),
@@ -204,13 +225,13 @@ def test_a_broken_index(content, message, tmp_path):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist; give a directory"):
         rd.find_attention(tmp_path / "missing")
-    with pytest.raises(CheckpointError, match=r"has no weights: expected \*.safetensors.*it holds nothing"):
+    with pytest.raises(CheckpointError, match=r"has no weights: expected \*.safetensors.*found nothing"):
         rd.find_attention(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="is empty"):
         rd.find_attention(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         rd.find_attention(tmp_path / "notes.txt")
 
 
@@ -218,7 +239,7 @@ def test_a_header_that_lies_about_its_length(tmp_path):
     file = tmp_path / "model.safetensors"
     for length in (2**63, 2**40, 10_000, 0):
         file.write_bytes(struct.pack("<Q", length) + b'{"a": 1}')
-        with pytest.raises(CheckpointError, match=r"not a whole safetensors file|holds no tensors"):
+        with pytest.raises(CheckpointError, match=r"not a whole safetensors file|contains no tensors"):
             rd.find_attention(file)
     header = json.dumps({"x": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 4]}}).encode()
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))

@@ -4,8 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import rankdecay as rd
 from rankdecay.attention import Window
+from rankdecay.attention.layer import WHOLE
+
+from .families import build
 
 
 @st.composite
@@ -64,3 +69,63 @@ def test_a_window_on_the_wrong_parameter_says_so():
         window.matrix(torch.zeros(768 * 2304))
     with pytest.raises(ValueError, match=r"'rows 0:3' is not a window"):
         Window.parse("rows 0:3")
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (2, 1, 3, 4)])
+def test_the_whole_parameter_is_a_window_of_any_shape(shape):
+    parameter = torch.randn(shape)
+    value = torch.randn(shape)
+    assert WHOLE.matrix(parameter) is parameter
+    assert torch.equal(WHOLE.heads(parameter), parameter[None])
+    assert WHOLE.num_heads == 1
+    assert WHOLE.is_whole
+    assert not WHOLE.has_heads
+    for new in (value, value[None]):
+        parameter.zero_()
+        WHOLE.write(parameter, new)
+        assert torch.equal(parameter, value)
+
+
+def test_nothing_is_written_down_of_the_whole_parameter():
+    assert str(WHOLE) == ""
+    assert Window.parse("") is WHOLE
+    bias = torch.arange(3.0)
+    assert WHOLE.vector(bias) is bias
+
+
+@given(windows())
+def test_lines_are_along_the_side_that_is_cut(case):
+    window, shape = case
+    lines = shape[window.line_dim(2)]
+    assert lines == window.groups * window.size
+    assert window.extent(lines) == window.num_heads * window.head_dim
+    assert WHOLE.extent(lines) == lines
+
+
+def test_normalised_queries_have_no_product():
+    layer = rd.find_attention(build("qwen3"))[0]
+    with pytest.raises(ValueError, match=r"normalises queries and keys, so its scores are not.*query.tensor\(\)"):
+        layer.query_key()
+    assert layer.value_output().num_heads == 4
+
+
+def test_without_an_output_projection_there_is_no_product_of_values():
+    attention = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q", "k", "v")})
+    attention.num_heads = 2
+    [layer] = rd.find_attention(attention)
+    assert [view.role for view in layer.views] == ["query", "key", "value"]
+    with pytest.raises(ValueError, match="has no output projection, so there is no product"):
+        layer.value_output()
+
+
+def test_a_view_is_of_the_present_value_and_detached():
+    attention = nn.MultiheadAttention(8, 2)
+    [layer] = rd.find_attention(attention)
+    with torch.no_grad():
+        attention.in_proj_weight.fill_(3)
+        attention.in_proj_bias.copy_(torch.arange(24.0))
+    assert layer.key.tensor().unique().tolist() == [3]
+    assert not layer.key.tensor().requires_grad
+    assert layer.key.bias().tolist() == list(range(8, 16))
+    assert (layer.key.num_heads, layer.key.shape, layer.key.heads().shape) == (2, (8, 8), (2, 4, 8))
+    assert layer.output.heads().shape == (2, 8, 4)

@@ -8,54 +8,12 @@ import torch
 from torch import nn
 
 import rankdecay as rd
-from rankdecay.decay.roles import assign_roles
 from tests import needs
-
-
-class Block(nn.Module):
-    """A pre-norm block in the style of nanoGPT: fused, contiguous."""
-
-    def __init__(self, width: int = 16, heads: int = 2) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.Module()
-        self.attn.n_head = heads
-        self.attn.c_attn = nn.Linear(width, 3 * width)
-        self.attn.c_proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-
-class Model(nn.Module):
-    def __init__(self, tied: bool = True) -> None:
-        super().__init__()
-        self.wte = nn.Embedding(11, 16)
-        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 16))
-        self.h = nn.ModuleList([Block(), Block()])
-        self.scale = nn.Parameter(torch.ones(()))
-        self.lm_head = nn.Linear(16, 11, bias=False)
-        self.probe = nn.Linear(16, 3)
-        if tied:
-            self.lm_head.weight = self.wte.weight
-
-
-def _roles(model: nn.Module) -> dict[str, str]:
-    assigned, _ = assign_roles(model)
-    return {name: "+".join(dict.fromkeys(b.role for b in entry.blocks)) for entry in assigned for name in entry.names}
-
-
-def test_every_parameter_has_the_role_its_place_says():
-    roles = _roles(Model(tied=False))
-    assert roles["wte.weight"] == roles["pos_embed"] == roles["lm_head.weight"] == "embedding"
-    assert roles["h.1.attn.c_attn.weight"] == "query_key+value_output"
-    assert roles["h.1.attn.c_proj.weight"] == "value_output"
-    assert roles["h.0.mlp.0.weight"] == roles["h.1.mlp.2.weight"] == "mlp"
-    assert roles["h.0.ln_1.weight"] == "norm"
-    assert roles["h.0.ln_1.bias"] == roles["h.0.attn.c_attn.bias"] == roles["probe.bias"] == "bias"
-    assert roles["scale"] == roles["probe.weight"] == "other"
+from tests.decay.models import Nano
 
 
 def test_every_parameter_is_in_exactly_one_group():
-    model = Model()
+    model = Nano()
     groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(0.2))
     held = [p for group in groups for p in group["params"]]
     assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
@@ -65,15 +23,15 @@ def test_every_parameter_is_in_exactly_one_group():
 
 
 def test_groups_are_few():
-    groups = rd.param_groups(Model(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2))
+    groups = rd.param_groups(Nano(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2))
     assert len(groups) == len({group["role"] for group in groups}) + 1  # "other" holds a matrix and a scalar
 
 
 def test_the_same_model_has_the_same_groups_whatever_its_decays():
     several = [
-        rd.param_groups(Model(), rd.Frobenius(0.0), query_key=rd.LowRank(0.2)),
-        rd.param_groups(Model(), rd.Frobenius(0.1)),
-        rd.param_groups(Model(), norm=rd.Frobenius(0.3), query_key=rd.LowRank(0.1), value_output=rd.LowRank(0.1)),
+        rd.param_groups(Nano(), rd.Frobenius(0.0), query_key=rd.LowRank(0.2)),
+        rd.param_groups(Nano(), rd.Frobenius(0.1)),
+        rd.param_groups(Nano(), norm=rd.Frobenius(0.3), query_key=rd.LowRank(0.1), value_output=rd.LowRank(0.1)),
     ]
     names = [[group["param_names"] for group in groups] for groups in several]
     assert names[0] == names[1] == names[2]
@@ -81,7 +39,7 @@ def test_the_same_model_has_the_same_groups_whatever_its_decays():
 
 def test_decays_go_where_they_are_asked_for():
     groups = rd.param_groups(
-        Model(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2), value_output=rd.Frobenius(0.3), norm=rd.Frobenius(0.4)
+        Nano(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2), value_output=rd.Frobenius(0.3), norm=rd.Frobenius(0.4)
     )
     by_name = {name: group for group in groups for name in group["param_names"]}
     fused = by_name["h.0.attn.c_attn.weight"]
@@ -97,7 +55,7 @@ def test_decays_go_where_they_are_asked_for():
 
 
 def test_without_a_default_the_optimizers_own_weight_decay_counts():
-    groups = rd.param_groups(Model(), query_key=rd.LowRank(0.2))
+    groups = rd.param_groups(Nano(), query_key=rd.LowRank(0.2))
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
     rd.attach(optimizer)
     by_name = {name: group for group in optimizer.param_groups for name in group["param_names"]}
@@ -109,7 +67,7 @@ def test_without_a_default_the_optimizers_own_weight_decay_counts():
 
 
 def test_group_keys_are_plain_and_survive_a_weights_only_load():
-    optimizer = torch.optim.AdamW(rd.param_groups(Model(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2, every=3)))
+    optimizer = torch.optim.AdamW(rd.param_groups(Nano(), rd.Frobenius(0.1), query_key=rd.LowRank(0.2, every=3)))
     rd.attach(optimizer)
     for group in optimizer.param_groups:
         ours = {k: v for k, v in group.items() if k == "role" or k.startswith(("query_key", "value_output"))}
@@ -118,7 +76,7 @@ def test_group_keys_are_plain_and_survive_a_weights_only_load():
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    other = torch.optim.AdamW(rd.param_groups(Model(), rd.Frobenius(0.0), query_key=rd.LowRank(0.7)))
+    other = torch.optim.AdamW(rd.param_groups(Nano(), rd.Frobenius(0.0), query_key=rd.LowRank(0.7)))
     rd.attach(other)
     other.load_state_dict(state)
     for ours, theirs in zip(other.param_groups, optimizer.param_groups, strict=True):
@@ -154,7 +112,7 @@ def test_a_role_that_matches_nothing_is_an_error():
 
 
 def test_a_role_with_only_frozen_parameters_is_an_error():
-    model = Model()
+    model = Nano()
     for block in model.h:
         block.attn.requires_grad_(False)
     with pytest.raises(ValueError, match=r"only frozen parameters, such as h.0.attn.c_attn.weight.*requires_grad_"):
@@ -188,14 +146,14 @@ def test_an_adapters_base_is_frozen_and_its_factors_are_named():
 )
 def test_a_decay_that_does_not_fit_is_refused(how, message):
     with pytest.raises(ValueError, match=message):
-        rd.param_groups(Model(), rd.Frobenius(0.1), **how)
+        rd.param_groups(Nano(), rd.Frobenius(0.1), **how)
 
 
 def test_what_is_no_decay_is_refused():
     with pytest.raises(TypeError, match=r"query_key=0.1 is not a decay; pass rankdecay.LowRank"):
-        rd.param_groups(Model(), query_key=0.1)
+        rd.param_groups(Nano(), query_key=0.1)
     for strength in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="strength must be a finite number >= 0"):
+        with pytest.raises(ValueError, match="must be a finite number >= 0; 0 switches it off"):
             rd.LowRank(strength)
 
 
@@ -209,9 +167,88 @@ def test_ones_own_attention_gets_its_roles():
 
 
 def test_groups_of_a_copied_model_are_alike():
-    model = Model()
+    model = Nano()
     keys = [
         [{k: v for k, v in g.items() if k != "params"} for g in rd.param_groups(m, query_key=rd.LowRank(0.1))]
         for m in (model, copy.deepcopy(model))
     ]
     assert keys[0] == keys[1]
+
+
+# ---- states saved by 0.1 -----------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """One block with a fused attention and a stack of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Module()
+        block.attn = nn.Module()
+        block.attn.n_head = 2
+        block.attn.c_attn = nn.Linear(16, 48, bias=False)
+        block.attn.c_proj = nn.Linear(16, 16, bias=False)
+        block.mlp = nn.Module()
+        block.mlp.experts = nn.Parameter(torch.ones(3, 16, 8))
+        self.h = nn.ModuleList([block])
+
+
+def saved_keys(role: str, strength: float, unit: str = "matrix", blocks: str | None = None) -> dict[str, object]:
+    """What commit 504033f writes of a decay, word for word."""
+    keys = {"strength": strength, "rule": "prox", "scale": "relative", "unit": unit, "every": 1, "lr_coupled": True}
+    keys |= {"smoothing": 0.0, "steps": 0, "pending": 0.0} | ({"blocks": blocks} if blocks is not None else {})
+    return {f"{role}_{key}": value for key, value in keys.items()}
+
+
+SAVED = [
+    {"role": "query_key+value_output", "param_names": ["h.0.attn.c_attn.weight"], "why": ["query, key, value"],
+     **saved_keys("query_key", 0.2, "head", "query: rows[0:16]/48 by 8; key: rows[16:32]/48 by 8"),
+     **saved_keys("value_output", 0.1, blocks="value: rows[32:48]/48 by 8")},
+    {"role": "value_output", "param_names": ["h.0.attn.c_proj.weight"], "why": ["output"],
+     **saved_keys("value_output", 0.1, blocks="columns[0:16]/16 by 8")},
+    {"role": "mlp", "param_names": ["h.0.mlp.experts"], "why": ["matrix of a block with attention"],
+     **saved_keys("mlp", 0.1)},
+]  # fmt: skip
+
+
+def test_a_state_says_what_it_always_said_and_nothing_of_a_whole_parameter():
+    optimizer = torch.optim.SGD(
+        rd.param_groups(Experts(), rd.LowRank(0.1), query_key=rd.LowRank(0.2, unit="head")), 1.0
+    )
+    rd.attach(optimizer)
+    ours = [
+        {key: value for key, value in group.items() if key in saved or key.split("_")[0] in ("mlp", "query", "value")}
+        for group, saved in zip(optimizer.state_dict()["param_groups"], SAVED, strict=True)
+    ]
+    assert ours == SAVED
+    assert [list(group) for group in ours[2:]] == [
+        ["param_names", "why", "role", *(key for key in SAVED[2] if key.startswith("mlp"))]
+    ]
+
+
+def test_a_state_saved_before_whole_windows_decays_as_it_says():
+    model = Experts()
+    optimizer = torch.optim.SGD(rd.param_groups(model, rd.LowRank(9.0), query_key=rd.LowRank(9.0, rule="smooth")), 1.0)
+    rd.attach(optimizer)
+    state = optimizer.state_dict()
+    plain = [
+        {key: group[key] for key in ("lr", "momentum", "params", "weight_decay")} for group in state["param_groups"]
+    ]
+    defaults = {"dampening": 0, "nesterov": False, "maximize": False, "foreach": None, "differentiable": False}
+    groups = [defaults | {"fused": None} | one | saved for one, saved in zip(plain, SAVED, strict=True)]
+    optimizer.load_state_dict({"state": {}, "param_groups": groups})
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+    def prox(weight: torch.Tensor, strength: float) -> torch.Tensor:
+        U, sigma, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        tau = strength * weight.double().norm(dim=(-2, -1)) / min(weight.shape[-2:]) ** 0.5
+        return (U * (sigma - tau[..., None]).clamp_min(0)[..., None, :]) @ Vh
+
+    fused, output, experts = before
+    heads = prox(fused[:32].unflatten(0, (4, 8)), 0.2).flatten(0, 1)
+    expected = [torch.cat([heads, prox(fused[32:], 0.1)]), prox(output, 0.1), prox(experts, 0.1)]
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), wanted, rtol=0, atol=1e-6)

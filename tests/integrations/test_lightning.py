@@ -102,7 +102,7 @@ def test_the_other_arguments_are_the_monitors(tmp_path):
     with pytest.warns(RankCollapseWarning, match="query head 0"):
         _trainer(tmp_path, RankCallback(every=1, of=("query_key", "query"), collapse=100), 1).fit(Task(), _loader())
     assert "rank/query/effective_rank" in _rows(tmp_path)[1]
-    with pytest.raises(ValueError, match="measures='rank' is not known"):
+    with pytest.raises(ValueError, match="measures='rank' is unknown"):
         _trainer(tmp_path / "second", RankCallback(measures="rank"), 1).fit(Task(), _loader())
 
 

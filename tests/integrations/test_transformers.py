@@ -84,12 +84,12 @@ def test_the_other_arguments_are_the_monitors(tmp_path):
         trainer.train()
     trainer, _ = _trainer(tmp_path)
     trainer.add_callback(RankCallback(trainer, measures="rank"))
-    with pytest.raises(ValueError, match="measures='rank' is not known"):
+    with pytest.raises(ValueError, match="measures='rank' is unknown"):
         trainer.train()
 
 
 def test_bad_input(tmp_path):
     with pytest.raises(TypeError, match=r"trainer must be the transformers\.Trainer to log with, got int"):
         RankCallback(100)
-    with pytest.raises(ValueError, match="log is Trainer's own here"):
+    with pytest.raises(ValueError, match="log is the trainer's here"):
         RankCallback(_trainer(tmp_path)[0], log=print)

@@ -12,7 +12,7 @@ import torch
 
 from rankdecay import cli
 from rankdecay.lab.cli import EXPERIMENTS, parse
-from rankdecay.lab.experiments.grok.experiment import Grok
+from rankdecay.lab.experiments.grok.settings import Grok
 from tests.held import held
 from tests.waiting import HANG, until
 
@@ -112,7 +112,7 @@ def test_a_complete_directory_shows_its_result_and_is_left_alone(finished, capsy
     assert cli.main(grok(finished)) == 0
     out = capsys.readouterr().out
     assert "complete" in out
-    assert "stable rank" in out
+    assert "generalised" in out
     assert contents(finished) == before
     assert times == {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.name != ".lock"}
 
@@ -380,10 +380,10 @@ def test_ctrl_c_says_how_to_go_on(uninterrupted, tmp_path, capsys):
     ("command", "words"), [("grok", "to continue from the last checkpoint"), ("factor", "to begin anew")]
 )
 def test_ctrl_c_says_whether_there_is_a_checkpoint(command, words, tmp_path, monkeypatch, capsys):
-    def interrupted(settings, command):
+    def interrupted(experiment, settings, command):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"rankdecay.lab.experiments.{EXPERIMENTS[command].partition(':')[0]}.run", interrupted)
+    monkeypatch.setattr("rankdecay.lab.experiment.run", interrupted)
     assert cli.main([command, "--out", str(tmp_path / "run")]) == 130
     assert f"interrupted; {words}, run again: rankdecay {command} --out" in capsys.readouterr().err
 
@@ -395,7 +395,7 @@ def test_a_kill_before_the_page_was_made_leaves_it_to_the_next_time(tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("rankdecay.lab.report.write_report", interrupted)
+        patch.setattr("rankdecay.lab.experiment.write_report", interrupted)
         assert cli.main(grok(tmp_path / "run", "--quiet")) == 130
     assert (tmp_path / "run" / "summary.json").exists()
     assert cli.main(grok(tmp_path / "run", "--quiet")) == 0

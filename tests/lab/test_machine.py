@@ -9,9 +9,9 @@ import torch
 from rankdecay.lab import machine
 from rankdecay.lab.ensemble import ensemble
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention import experiment as attention_decay
-from rankdecay.lab.experiments.attention import recall
-from rankdecay.lab.experiments.attention.recall import Recall, RecallProblem
+from rankdecay.lab.experiments.attention.recall.experiment import RecallProblem
+from rankdecay.lab.experiments.attention.recall.settings import Recall, check
+from rankdecay.lab.experiments.attention.runs import all_runs, make_plan
 from rankdecay.lab.session import session as training
 from rankdecay.lab.session.session import choose_threads
 from tests.waiting import HANG
@@ -75,9 +75,9 @@ def test_all_cores_train_only_where_a_step_is_faster_for_it(threads, monkeypatch
     threads(2)
     monkeypatch.setattr(training, "THREADS_PAY", pays)
     settings = Recall(pairs=4, queries=2, keys=8, values=4, valid_sequences=8, batch_size=4, precision="float32")
-    recall.check(settings)
-    plan = attention_decay.make_plan(settings, "cpu")
-    choose_threads(attention_decay.all_runs(settings, has_mlp=False)[0], RecallProblem(settings), plan)
+    check(settings)
+    plan = make_plan(settings, "cpu")
+    choose_threads(all_runs(settings, has_mlp=False)[0], RecallProblem(settings), plan)
     assert torch.get_num_threads() == expected
 
 

@@ -16,8 +16,8 @@ import torch
 from rankdecay.lab import cli, precision
 from rankdecay.lab.ensemble.ensemble import Training
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.recall import Recall
-from rankdecay.lab.experiments.grok.experiment import Grok
+from rankdecay.lab.experiments.attention.recall.settings import Recall
+from rankdecay.lab.experiments.grok.settings import Grok
 from rankdecay.lab.experiments.margin.settings import ARMS as MARGIN_ARMS
 from rankdecay.lab.precision import WORTHWHILE, Products, bfloat16_gain, resolve
 from rankdecay.lab.session.session import Plan
@@ -285,12 +285,12 @@ def test_a_negative_first_seed_is_refused(command, tmp_path, capsys):
 
 
 def test_strengths_of_a_preset_do_not_bind_who_chooses_other_arms():
-    from rankdecay.lab.experiments.attention import experiment as attention_decay
-    from rankdecay.lab.experiments.attention import language
+    from rankdecay.lab.experiments.attention.language.settings import Language
+    from rankdecay.lab.experiments.attention.settings import chosen_arms
     from rankdecay.lab.experiments.boundary import experiment as boundary
 
     assert list(boundary.chosen_arms(boundary.filled(boundary.Boundary(arms=("none",))))) == ["none"]
-    [arm] = attention_decay.chosen_arms(dataclasses.replace(language.Language(), arms=("l2_query_key",)))
+    [arm] = chosen_arms(dataclasses.replace(Language(), arms=("l2_query_key",)))
     assert arm.name == "l2_query_key"
     with pytest.raises(SettingError, match="--strengths 'l2'"):
         boundary.chosen_arms(boundary.filled(boundary.Boundary(arms=("none",), strengths=("l2=7",))))

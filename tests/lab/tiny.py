@@ -8,7 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankdecay.lab.experiments.attention.experiment import AttentionDecay, Experiment, Record, run
+from rankdecay.lab.experiment import Record, run
+from rankdecay.lab.experiments.attention.runs import make_experiment
+from rankdecay.lab.experiments.attention.settings import AttentionDecay, check_shared
 from rankdecay.lab.session.gpt import GPT, GPTConfig
 from rankdecay.lab.session.session import Quality, judged
 
@@ -76,7 +78,15 @@ def settings(out: Path, **changes: Any) -> AttentionDecay:
 def make(out: Path, problem: Repeat | None = None, **changes: Any) -> Record:
     """Runs an experiment in a directory, or goes on with it."""
     problem = Repeat() if problem is None else problem
-    return run(settings(out, **changes), Experiment("language", lambda: problem, save=save), "rankdecay tiny")
+    experiment = make_experiment(
+        "language", {"default": AttentionDecay()}, check, lambda _: problem, "tokens", save=save
+    )
+    return run(experiment, settings(out, **changes), "rankdecay tiny")
+
+
+def check(settings: AttentionDecay) -> AttentionDecay:
+    check_shared(settings)
+    return settings
 
 
 def timeless(records: list[Record]) -> list[Record]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 7), (16, 16), (33, 65), (64, 64), (127, 40), (40, 200)]
@@ -60,3 +62,25 @@ def spectral_error(got: Tensor, expected: Tensor) -> float:
 def rounding(W: Tensor) -> float:
     """Spectral norm that rounding W (or a matrix not larger) once to its dtype can have, as a safe bound."""
     return 2 * torch.finfo(W.dtype).eps * float(torch.linalg.matrix_norm(W.double(), ord="fro"))
+
+
+# ---- what Hypothesis draws
+
+dimensions = st.integers(1, 9)
+
+
+levels = st.floats(0, 5)
+
+
+seeds = st.integers(0, 10_000)
+
+
+slow_is_fine = settings(max_examples=40, deadline=None)
+
+
+def random_matrix(m, n, seed):
+    return gaussian(m, n, seed=seed, dtype=torch.float64)
+
+
+def thresholded(tau):
+    return lambda s: (s - tau).clamp_min(0)

@@ -5,8 +5,9 @@ from functools import cache
 
 import numpy as np
 import pytest
+from minimax import evaluate, quintic, schedule
 
-from rankdecay.linalg.minimax import CUSHION, LIMIT, SAFETY, SCHEDULES, SQUASH, Triple, evaluate, quintic, schedule
+from rankdecay.linalg.minimax import CUSHION, LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
 
 # matrix_functions.md, section 4.1: the Polar Express paper's table (last triple pinned to its limit).
 PAPER = [

@@ -1,8 +1,5 @@
 """The polar factor against a float64 SVD: accuracy, null directions, scale, dtypes, backends, precision."""
 
-import contextlib
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +17,7 @@ from matrices import (
     with_spectrum,
 )
 
-from rankdecay.linalg import choose_backend, polar, record_backends, smooth_polar
+from rankdecay.linalg import polar, smooth_polar
 from tests import needs
 
 BACKENDS = ["exact", "matmul"]
@@ -219,168 +216,7 @@ def test_smooth_equals_polar_of_the_augmented_matrix():
 # ---- backends ---------------------------------------------------------------------------------------------
 
 
-def test_choose_backend():
-    assert choose_backend((1024, 4096), "cpu", torch.float32) == "exact"
-    assert choose_backend((3, 4096, 4096), "cpu", torch.float32) == "exact"
-    assert choose_backend((512, 4096), "cuda", torch.bfloat16) == "exact"
-    assert choose_backend((1024, 1024), "cuda", torch.float32) == "matmul"
-    assert choose_backend((4096, 4096), torch.device("cuda", 1), torch.float64) == "exact"
-
-
-def test_auto_runs_what_choose_backend_says(monkeypatch):
-    W = gaussian(24, 16)
-    with record_backends() as ran:
-        polar(W)
-    assert ran == ["exact"]
-    monkeypatch.setitem(polar_module().EXACT_UP_TO, "cpu", 8)
-    assert choose_backend(W.shape, W.device, W.dtype) == "matmul"
-    with record_backends() as ran:
-        polar(W)
-    assert ran == ["matmul"]
-
-
-def polar_module():
-    return importlib.import_module("rankdecay.linalg.polar")
-
-
-def counting(name, real, calls):
-    def counted(*args, **kwargs):
-        calls.append(name)
-        return real(*args, **kwargs)
-
-    return counted
-
-
-def test_reported_backend_is_the_one_that_ran(monkeypatch):
-    """Each decomposition is counted where torch does it; the record must agree with the count."""
-    calls = []
-    for name in ("eigh", "svd"):
-        real = getattr(torch.linalg, name)
-        monkeypatch.setattr(torch.linalg, name, counting(name, real, calls))
-    good, ill = gaussian(8, 8, dtype=torch.float64), conditioned((8, 8), 1e8, torch.float64)
-    for W, backend, decompositions, names in [
-        (good, "exact", ["eigh"], ["exact"]),
-        (ill, "exact", ["eigh", "svd"], ["exact", "svd"]),
-        (good, "matmul", [], ["matmul"]),
-    ]:
-        calls.clear()
-        with record_backends() as ran:
-            polar(W, backend)
-        assert ran == names
-        assert calls == decompositions
-
-
-def test_records_nest_and_end():
-    W = gaussian(4, 4)
-    with record_backends() as outer:
-        polar(W, "matmul")
-        with record_backends() as inner:
-            polar(W, "exact")
-    polar(W)
-    assert outer == ["matmul", "exact"]
-    assert inner == ["exact"]
-
-
-def test_wrong_eigenvectors_fall_back_to_svd(monkeypatch):
-    """Seen on CUDA (pytorch #192483): eigenvectors that are not orthonormal, and no error."""
-    real = torch.linalg.eigh
-
-    def broken(G):
-        lam, V = real(G)
-        V[-1] += 1e-3 * V[-1].roll(1, -1)
-        return lam, V
-
-    monkeypatch.setattr(torch.linalg, "eigh", broken)
-    W = gaussian(4, 40, 40)
-    with record_backends() as ran:
-        got = polar(W, "exact")
-    assert ran == ["exact", "svd"]
-    assert relative_error(got, by_svd(W, ones)) < 1e-6
-
-
-def test_eigh_that_does_not_converge_falls_back_to_svd(monkeypatch):
-    def refuses(G):
-        raise torch.linalg.LinAlgError("no convergence")
-
-    monkeypatch.setattr(torch.linalg, "eigh", refuses)
-    W = gaussian(2, 12, 9)
-    with record_backends() as ran:
-        got = polar(W, "exact")
-    assert ran == ["exact", "svd"]
-    assert relative_error(got, by_svd(W, ones)) < 1e-6
-
-
 # ---- precision settings -----------------------------------------------------------------------------------
-
-
-def matmul_settings():
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    return torch.get_float32_matmul_precision()
-
-
-def by_legacy_flag():
-    torch.backends.cuda.matmul.allow_tf32 = True
-
-
-def by_global_precision():
-    torch.set_float32_matmul_precision("medium")
-
-
-def by_new_flag():
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-
-
-@contextlib.contextmanager
-def default_settings_afterwards():
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-@pytest.mark.parametrize("change", [by_legacy_flag, by_global_precision, by_new_flag])
-@pytest.mark.parametrize("fails", [False, True])
-def test_reduced_precision_is_off_inside_and_restored(monkeypatch, change, fails):
-    if change is by_new_flag and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip(needs.NEWER_TORCH)
-    module = polar_module()
-    seen = []
-    real = module.polar_prepared
-
-    def spy(*args):
-        seen.append(matmul_settings())
-        if fails:
-            raise RuntimeError("on purpose")
-        return real(*args)
-
-    monkeypatch.setattr(module, "polar_prepared", spy)
-    with default_settings_afterwards():
-        change()
-        before = matmul_settings()
-        with contextlib.suppress(RuntimeError):
-            polar(gaussian(8, 8), "matmul")
-        assert matmul_settings() == before
-    reduced = {"tf32", "bf16", "medium", "high"}
-    assert len(seen) == 1
-    assert not reduced & ({seen[0]} if isinstance(seen[0], str) else set(seen[0]))
-
-
-def test_reduced_precision_does_not_change_the_result():
-    W = gaussian(64, 64)
-    expected = polar(W, "matmul")
-    with default_settings_afterwards():
-        by_global_precision()
-        assert torch.equal(polar(W, "matmul"), expected)
-
-
-def test_autocast_is_off_inside():
-    W = gaussian(64, 64)
-    expected = polar(W, "matmul")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(polar(W, "matmul"), expected)
-        assert torch.is_autocast_enabled("cpu")
 
 
 @needs.cuda
@@ -436,11 +272,11 @@ def test_refuses_what_is_no_matrix(function, W, error, message):
 
 
 def test_unknown_backend_suggests_the_nearest():
-    with pytest.raises(ValueError, match=r"backend='exakt'.*'auto', 'exact', 'matmul'.*Did you mean 'exact'"):
+    with pytest.raises(ValueError, match=r"backend='exakt'.*did you mean 'exact'.*auto, exact, matmul"):
         polar(torch.eye(2), "exakt")
 
 
 @pytest.mark.parametrize("eps", [0.0, -1.0, float("nan"), float("inf")])
 def test_smooth_refuses_a_width_that_is_none(eps):
-    with pytest.raises(ValueError, match=r"eps=.*positive finite"):
+    with pytest.raises(ValueError, match=r"eps=.*finite number > 0"):
         smooth_polar(torch.eye(2), eps)

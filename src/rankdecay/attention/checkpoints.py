@@ -1,4 +1,4 @@
-"""Finds attention in files: safetensors, sharded or not, PyTorch state dicts, and the ``config.json`` beside them.
+"""Checkpoint files: safetensors, sharded or not, PyTorch state dicts, and the ``config.json`` beside them.
 
 Only shapes are read at first; a tensor is read when a view asks for it. Nothing in a file is executed: safetensors hold
 none, and a pickle is loaded with ``weights_only=True``, which refuses anything but tensors and plain containers. Files
@@ -14,73 +14,73 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rankdecay.attention.naming import NUM_HEADS, ROTARY, Shape
+from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_TYPES
+
+Shape = tuple[int, ...]
 
 #: Files that hold a PyTorch state dict.
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-
-#: Model types with rotary positions whose older configurations do not say so.
-_ROTARY_TYPES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "gpt_neox", "gptj", "codegen", "falcon", "olmo",
-                 "persimmon", "stablelm", "cohere", "glm", "granite", "starcoder2", "modernbert", "dbrx")  # fmt: skip
-
-#: A sub-configuration of a model with several parts, by a word in the module's path.
-_PARTS = {"vision": "vision_config", "visual": "vision_config", "image": "vision_config", "audio": "audio_config",
-          "text": "text_config", "language": "text_config"}  # fmt: skip
+#: Names of such files that trainers write beside the weights.
+_NO_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state")
 
 _LARGEST_JSON = 64 * 2**20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, with the file and the reason."""
-
-
-class Stored(NamedTuple):
-    """A tensor in a file."""
-
-    file: Path
-    shape: Shape
+    """Raised for a checkpoint that cannot be read; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a checkpoint by name, not yet read, and its configuration.
+    """Names and shapes of the tensors of a checkpoint, read on demand, and its configuration.
 
     Attributes:
         path: what was opened.
-        tensors: file and shape of every tensor.
+        shapes: shape of every tensor, by name.
         config: ``config.json``, empty if there is none.
         load: reads one tensor, to the CPU.
     """
 
     path: Path
-    tensors: Mapping[str, Stored]
+    shapes: Mapping[str, Shape]
     config: Mapping[str, Any]
     load: Callable[[str], Tensor]
 
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Shape of every tensor, by name."""
-        return {name: stored.shape for name, stored in self.tensors.items()}
+    def __str__(self) -> str:
+        return str(self.path)
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
-        """What :func:`rankdecay.attention.naming.locate` asks: an attribute of a module's configuration."""
-        return _configured(self.config, path, attributes)
+        """Return the nearest value of the attributes: in the configuration of the module's part, then of the whole."""
+        known = {key: part for key, part in self.config.items() if key in PARTS.values() and isinstance(part, dict)}
+        parts = [known[key] for word, key in PARTS.items() if word in path and key in known]
+        if not parts and "text_config" in known:
+            parts = [known["text_config"]]
+        side = next((side for side in ("encoder", "decoder") if f"{side}." in path), None)
+        for holder in [*parts, self.config]:
+            if attributes == NUM_HEADS and side and isinstance(holder.get(f"{side}_attention_heads"), int):
+                return holder[f"{side}_attention_heads"]
+            for attribute in attributes:
+                if holder.get(attribute) is not None:
+                    return holder[attribute]
+            if attributes == ROTARY and str(holder.get("model_type", "")).startswith(ROTARY_TYPES):
+                return True
+        return None
 
     def reader(self, name: str) -> Callable[[], Tensor]:
-        """Returns what reads a tensor."""
-        return lambda: self.load(name)
+        """Return a function that reads a tensor."""
+        return partial(self.load, name)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a checkpoint without reading its tensors.
+    """Open a checkpoint without reading its tensors.
 
     Args:
         path: a directory as ``save_pretrained`` leaves it, a ``.safetensors`` file, or a PyTorch state dict.
@@ -94,48 +94,47 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     files = _files_in(path) if path.is_dir() else [path]
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    tensors: dict[str, Stored] = {}
+    files_of: dict[str, Path] = {}
+    shapes: dict[str, Shape] = {}
     pickled: dict[Path, Mapping[str, Tensor]] = {}
     for file in files:
         _check_inside(file, folder)
         if file.suffix == ".safetensors":
             found = _safetensors_shapes(file)
         elif file.suffix not in _PICKLED:
-            raise CheckpointError(f"{file} is no checkpoint: expected .safetensors, or one of {', '.join(_PICKLED)}.")
+            raise CheckpointError(f"{file} is not a checkpoint: expected .safetensors or one of {', '.join(_PICKLED)}.")
         else:
             pickled[file] = _state_dict(file)
             found = {name: tuple(tensor.shape) for name, tensor in pickled[file].items()}
         for name, shape in found.items():
-            if name in tensors:
-                raise CheckpointError(f"{name} is both in {tensors[name].file.name} and in {file.name} of {folder}.")
-            tensors[name] = Stored(file, shape)
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors.")
-
-    tensors = {name: tensors[name] for name in sorted(tensors, key=_natural)}
+            if name in shapes:
+                raise CheckpointError(f"{name} is both in {files_of[name].name} and in {file.name} of {folder}.")
+            files_of[name], shapes[name] = file, shape
+    if not shapes:
+        raise CheckpointError(f"{path} contains no tensors.")
 
     @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices
     def load(name: str) -> Tensor:
-        stored = tensors[name]
-        if stored.file in pickled:
-            return pickled[stored.file][name]
+        file = files_of[name]
+        if file in pickled:
+            return pickled[file][name]
         try:
-            with safe_open(stored.file, framework="pt") as opened:
+            with safe_open(file, framework="pt") as opened:
                 return opened.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{name} cannot be read from {stored.file}: {error}") from None
+            raise CheckpointError(f"{name} cannot be read from {file}: {error}") from None
 
-    return Checkpoint(path, tensors, config, load)
+    return Checkpoint(path, {name: shapes[name] for name in sorted(shapes, key=_natural)}, config, load)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """The order of a model, not of an alphabet: layer 2 before layer 10, an encoder before its decoder."""
+    """Sort names as the model is built: layer 2 before layer 10, the encoder before its decoder."""
     name = name.replace("encoder.", "0encoder.").replace("encoder_attn", "~encoder_attn")
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The weight files of a directory: those of an index if there is one, else every file of the best kind."""
+    """Return the weight files of a directory: those in its index, else all safetensors, else all state dicts."""
     for index in sorted(folder.glob("*.index.json")):
         content = _read_json(index).get("weight_map")
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content.values()):
@@ -145,22 +144,19 @@ def _files_in(folder: Path) -> list[Path]:
         if missing:
             raise CheckpointError(f"{index.name} names {missing[0]}, which is not in {folder}; download it again.")
         return files
-    whole = sorted(folder.glob("*.safetensors"))
-    if whole:
-        return whole
-    pickled = sorted(file for file in folder.iterdir() if file.suffix in _PICKLED and file.is_file())
-    pickled = [file for file in pickled if file.stem not in ("optimizer", "scheduler", "training_args", "rng_state")]
-    if not pickled:
-        there = ", ".join(sorted(file.name for file in folder.iterdir())[:8])
+    content = sorted(folder.iterdir())
+    safetensors = [file for file in content if file.suffix == ".safetensors"]
+    pickled = [file for file in content if file.suffix in _PICKLED and file.is_file() and file.stem not in _NO_WEIGHTS]
+    if not (safetensors or pickled):
         raise CheckpointError(
-            f"{folder} has no weights: expected *.safetensors, an index, or *{', *'.join(_PICKLED)}; it holds "
-            f"{there or 'nothing'}."
+            f"{folder} has no weights: expected *.safetensors, an index, or *{', *'.join(_PICKLED)}; found "
+            f"{', '.join(file.name for file in content[:8]) or 'nothing'}."
         )
-    return pickled
+    return safetensors or pickled
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """A file of a checkpoint may be a link only to somewhere in the checkpoint, or into the hub's own cache."""
+    """Refuse a link that leads out of the checkpoint, unless into the cache of the hub, and an empty file."""
     real, root = file.resolve(), folder.resolve()
     inside = real.is_relative_to(root)
     in_cache = root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent)
@@ -180,7 +176,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, expected an object.")
+        raise CheckpointError(f"{file} contains a JSON {type(content).__name__}, expected an object.")
     return content
 
 
@@ -202,9 +198,9 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
             except RuntimeError:  # the format before torch 1.6 cannot be mapped
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Not torch's whole message, which also says how to load it all the same.
-        said = re.search(r"[Uu]nsupported [^\n]+", str(error))
-        reason = said[0].rstrip(".") if said else "not a pickle of tensors"
+        # torch's whole message would also say how to load it all the same
+        unsupported = re.search(r"[Uu]nsupported [^\n]+", str(error))
+        reason = unsupported[0].rstrip(".") if unsupported else "not a pickle of tensors"
         raise CheckpointError(
             f"{file} is a pickle that needs to run code, or is damaged, and is not loaded ({reason}); save "
             "its state_dict() as safetensors."
@@ -221,7 +217,7 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
 
 
 def _check_not_compressed(file: Path) -> None:
-    """PyTorch stores tensors as they are; a compressed archive may unfold to any size."""
+    """Refuse a compressed archive, which could expand to any size; PyTorch stores tensors uncompressed."""
     try:
         with zipfile.ZipFile(file) as archive:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
@@ -232,14 +228,14 @@ def _check_not_compressed(file: Path) -> None:
 
 
 def _largest(content: object, file: Path) -> dict[str, Tensor]:
-    """The mapping with the most tensors: a checkpoint often has the state dict under a key of its own."""
+    """Return the mapping with the most tensors: a checkpoint often nests its state dict under a key."""
     best: dict[str, Tensor] = {}
     for mapping in _mappings(content, depth=3):
         tensors = {str(name): value for name, value in mapping.items() if isinstance(value, Tensor)}
         if len(tensors) > len(best):
             best = tensors
     if not best:
-        raise CheckpointError(f"{file} holds no state dict with tensors in it.")
+        raise CheckpointError(f"{file} contains no state dict of tensors.")
     return best
 
 
@@ -249,20 +245,3 @@ def _mappings(content: object, depth: int) -> Iterator[Mapping[Any, Any]]:
         if depth:
             for value in content.values():
                 yield from _mappings(value, depth - 1)
-
-
-def _configured(config: Mapping[str, Any], path: str, attributes: tuple[str, ...]) -> object:
-    """The nearest value of any of the attributes: in the part's configuration, then in the whole."""
-    parts = [config[key] for word, key in _PARTS.items() if word in path and isinstance(config.get(key), dict)]
-    if not parts and isinstance(config.get("text_config"), dict):
-        parts = [config["text_config"]]
-    side = next((side for side in ("encoder", "decoder") if f"{side}." in path), None)
-    for holder in [*parts, config]:
-        if attributes == NUM_HEADS and side and isinstance(holder.get(f"{side}_attention_heads"), int):
-            return holder[f"{side}_attention_heads"]
-        for attribute in attributes:
-            if holder.get(attribute) is not None:
-                return holder[attribute]
-        if attributes == ROTARY and str(holder.get("model_type", "")).startswith(_ROTARY_TYPES):
-            return True
-    return None

@@ -1,6 +1,6 @@
-"""One attention layer, and the window through which each of its four matrices is seen in a parameter.
+"""One attention layer, and the window that locates each of its four matrices in a parameter.
 
-Every model stores W_Q, W_K, W_V and W_O its own way: one parameter each, all in one, transposed, interleaved head by
+Models store W_Q, W_K, W_V and W_O in many ways: one parameter each, all in one, transposed, interleaved head by
 head. A :class:`Window` says where one matrix lies, in numbers alone, so that it can be kept in an optimizer's
 parameter group, and opens it as a strided view. Seen through its window every matrix is (out, in): a query is
 ``x @ W_Q.T + b``.
@@ -30,7 +30,7 @@ _WINDOW = re.compile(
 
 @dataclass(frozen=True)
 class Window:
-    """Where one attention matrix lies in a 2-D parameter.
+    """Where one matrix lies in a parameter: an attention matrix in a 2-D one, or :data:`WHOLE` of any.
 
     The parameter, transposed if it is stored as (in, out), is cut into lines: its rows for W_Q, W_K and W_V, its
     columns for W_O, since those are the sides that the heads share out. The lines fall into ``groups`` equal groups of
@@ -68,11 +68,26 @@ class Window:
         return self.stop - self.start == self.size
 
     @property
+    def has_heads(self) -> bool:
+        """Whether the window says how the matrix is cut into heads: every window but :data:`WHOLE` does."""
+        return self.head_dim > 0
+
+    @property
     def num_heads(self) -> int:
-        """Number of heads the matrix holds."""
-        return self.groups * (self.stop - self.start) // self.head_dim
+        """Number of heads the matrix holds; 1 for :data:`WHOLE`."""
+        return self.groups * (self.stop - self.start) // self.head_dim if self.has_heads else 1
+
+    def line_dim(self, ndim: int) -> int:
+        """Return the dimension of a parameter of ``ndim`` dimensions along which its lines lie."""
+        return ndim - 2 if (self.lines == "rows") != self.transposed else ndim - 1
+
+    def extent(self, lines: int) -> int:
+        """Return the number of the matrix's lines in a parameter of ``lines`` lines."""
+        return self.groups * (self.stop - self.start) if self.has_heads else lines
 
     def __str__(self) -> str:
+        if not self.has_heads:
+            return ""
         groups = f"*{self.groups}" if self.groups > 1 else ""
         turned = " transposed" if self.transposed else ""
         label = f"{self.label}: " if self.label else ""
@@ -81,11 +96,13 @@ class Window:
     @staticmethod
     @lru_cache(maxsize=1024)
     def parse(text: str) -> Window:
-        """Returns the window that ``str(window)`` describes.
+        """Return the window that ``str(window)`` describes; the empty text is :data:`WHOLE`.
 
         Raises:
-            ValueError: If the text is not one.
+            ValueError: If the text does not describe a window.
         """
+        if not text:
+            return WHOLE
         found = _WINDOW.fullmatch(text)
         if not found:
             raise ValueError(f"{text!r} is not a window such as 'rows[0:768]/2304 by 64 transposed'.")
@@ -101,23 +118,21 @@ class Window:
         )
 
     def matrix(self, parameter: Tensor) -> Tensor:
-        """Returns the whole matrix, (out, in); a view when it is contiguous in the parameter."""
-        blocks = self._blocks(parameter)
-        return self._upright(blocks.flatten(0, 2))
+        """Return the whole matrix, (out, in); a view when it is contiguous in the parameter."""
+        return self._upright(self._blocks(parameter).flatten(0, 2)) if self.has_heads else parameter
 
     def heads(self, parameter: Tensor) -> Tensor:
-        """Returns one matrix per head: (heads, head_dim, in), or (heads, out, head_dim) for W_O."""
-        blocks = self._blocks(parameter)
-        return self._upright(blocks.flatten(0, 1))
+        """Return one matrix per head: (heads, head_dim, in), or (heads, out, head_dim) for W_O."""
+        return self._upright(self._blocks(parameter).flatten(0, 1)) if self.has_heads else parameter[None]
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
-        """Copies ``value``, shaped as :meth:`matrix` or :meth:`heads`, to its place in the parameter."""
-        blocks = self._blocks(parameter)
-        blocks.copy_(self._upright(value).reshape(blocks.shape))
+        """Copy ``value``, shaped as :meth:`matrix` or :meth:`heads`, to its place in the parameter."""
+        place = self._blocks(parameter) if self.has_heads else parameter
+        place.copy_(self._upright(value).reshape(place.shape))
 
     def vector(self, bias: Tensor) -> Tensor:
-        """Returns the part of a bias (out,) that belongs to the matrix."""
-        if self.lines == "columns":
+        """Return the part of a bias (out,) that belongs to the matrix."""
+        if self.lines == "columns" or not self.has_heads:
             return bias
         return bias.unflatten(0, (self.groups, self.size))[:, self.start : self.stop].reshape(-1)
 
@@ -141,6 +156,9 @@ class Window:
         cut = lines.unflatten(0, (self.groups, self.size))[:, self.start : self.stop]
         return cut.unflatten(1, (-1, self.head_dim))
 
+
+#: All of a parameter of any shape: a matrix, a stack of one per expert, a vector. A state dict holds nothing of it.
+WHOLE = Window("rows", start=0, stop=0, size=0, head_dim=0)
 
 #: What to say when a parameter that should be a matrix is a vector.
 FLATTENED = (
@@ -168,15 +186,15 @@ class MatrixView:
     bias_vector: Callable[[], Tensor] | None = None
 
     def tensor(self) -> Tensor:
-        """Returns the matrix as it is now, detached, (out, in): a query is ``x @ W_Q.T + b``."""
+        """Return the matrix as it is now, detached, (out, in): a query is ``x @ W_Q.T + b``."""
         return self.window.matrix(self.weight().detach())
 
     def heads(self) -> Tensor:
-        """Returns one matrix per head, detached: (heads, head_dim, in), or (heads, out, head_dim) for the output."""
+        """Return one matrix per head, detached: (heads, head_dim, in), or (heads, out, head_dim) for the output."""
         return self.window.heads(self.weight().detach())
 
     def bias(self) -> Tensor | None:
-        """Returns the matrix's bias (out,), detached, or None if it has none."""
+        """Return the matrix's bias (out,), detached, or None if it has none."""
         return None if self.bias_vector is None else self.bias_vector().detach()
 
     @property
@@ -186,7 +204,7 @@ class MatrixView:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """Shape of the matrix, (out, in)."""
         rows, columns = self.tensor().shape
         return rows, columns
 
@@ -227,11 +245,11 @@ class AttentionLayer:
 
     @property
     def views(self) -> tuple[MatrixView, ...]:
-        """Query, key, value and, where there is one, output."""
+        """Query, key, value and, if it exists, output."""
         return tuple(view for view in (self.query, self.key, self.value, self.output) if view is not None)
 
     def query_key(self) -> Product:
-        """Returns W_Kᵀ W_Q of every head, by its factors, biases included.
+        """Return W_Kᵀ W_Q of every head, by its factors, biases included.
 
         Raises:
             ValueError: If queries and keys are normalised: their scores are then no bilinear form.
@@ -246,7 +264,7 @@ class AttentionLayer:
         return Product("query_key", keys.mT, self._grouped(queries.mT), self.rotary)
 
     def value_output(self) -> Product:
-        """Returns W_O W_V of every head, by its factors, with the values' bias.
+        """Return W_O W_V of every head, by its factors, with the values' bias.
 
         Raises:
             ValueError: If the layer has no output projection.
@@ -257,5 +275,5 @@ class AttentionLayer:
         return Product("value_output", values.mT, self._grouped(double(self.output.heads())))
 
     def _grouped(self, heads: Tensor) -> Tensor:
-        """(groups, heads per group, …): the query heads that share a key head."""
+        """Group the query heads by the key head they share: (groups, heads per group, …)."""
         return heads.unflatten(0, (self.num_key_value_heads, -1))

@@ -1,4 +1,4 @@
-r"""The products an attention head computes with, W_Kᵀ W_Q and W_O W_V: spectra, balance and gap, from their factors.
+r"""Products that an attention head computes with, W_Kᵀ W_Q and W_O W_V: spectra, balance and gap, from their factors.
 
 Written as :math:`A B^T` with :math:`A = W_{K,h}^T, B = W_{Q,h}^T`, or :math:`A = W_{O,h}, B = W_{V,h}^T`, each tall,
 (d, head_dim). The product is d × d of rank at most head_dim; with :math:`A = Q_1 R_1, B = Q_2 R_2` its singular values
@@ -37,7 +37,7 @@ ProductName = Literal["query_key", "value_output"]
 
 
 class Rotary(NamedTuple):
-    """How positions turn a head: the first ``dims`` coordinates, in planes of two."""
+    """Rotary positions of a head, which turn the first ``dims`` coordinates in planes of two."""
 
     dims: int
     interleaved: bool  # planes (0, 1), (2, 3), …; otherwise (0, dims/2), (1, dims/2 + 1), …
@@ -45,7 +45,7 @@ class Rotary(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """One product per head, by its factors.
+    """Product of each head, given by its factors.
 
     Attributes:
         name: ``"query_key"`` or ``"value_output"``.
@@ -66,7 +66,7 @@ class Product:
 
     @cached_property
     def _finite(self) -> Tensor:
-        """(groups, heads per group): whether a head and its group's shared factor are finite."""
+        """Mask of the heads that are finite, with the factor their group shares: (groups, heads per group)."""
         single, several = (gram.isfinite().all(-1).all(-1) for gram in self._raw_grams)
         return several & single[:, None]
 
@@ -87,7 +87,7 @@ class Product:
         return _triangle(single, self.single), _triangle(several, self.several)
 
     def spectrum(self) -> Spectrum:
-        """Returns the spectrum of each head's product: singular values (heads, k), k the rank it can have at most.
+        """Return the spectrum of each head's product: singular values (heads, k), k the rank it can have at most.
 
         A head with a non-finite weight has NaN.
         """
@@ -103,13 +103,13 @@ class Product:
 
     @property
     def _balanced(self) -> tuple[Tensor, Tensor]:
-        """What balances in a group: AᵀA and Σ BᵀB over its heads, (groups, k, k)."""
+        """Matrices that are equal in a balanced group: AᵀA and Σ BᵀB over its heads, (groups, k, k)."""
         single, several = self._grams
         return single, several.sum(1)
 
     @property
     def imbalance(self) -> Tensor:
-        """(heads,) relative imbalance of the group a head belongs to, in [0, 2]; 0 iff balanced.
+        """Relative imbalance of the group a head belongs to, (heads,), in [0, 2]; 0 iff balanced.
 
         With rotary positions, of the norms of the planes.
         """
@@ -121,7 +121,7 @@ class Product:
 
     @property
     def nuclear_gap(self) -> Tensor:
-        """(heads,) ½(‖A‖² + ‖B‖²) − ‖ABᵀ‖_* of the group a head belongs to, ≥ 0, in the units of the product.
+        """Gap ½(‖A‖² + ‖B‖²) − ‖ABᵀ‖_* of the group a head belongs to, (heads,), ≥ 0, in the units of the product.
 
         With rotary positions the group norm of the planes takes the place of the nuclear norm.
         """
@@ -129,17 +129,17 @@ class Product:
 
     @property
     def nuclear_ratio(self) -> Tensor:
-        """(heads,) ‖ABᵀ‖_* / ½(‖A‖² + ‖B‖²) of the group a head belongs to, in [0, 1]; 1 iff balanced."""
+        """Ratio ‖ABᵀ‖_* / ½(‖A‖² + ‖B‖²) of the group a head belongs to, (heads,), in [0, 1]; 1 iff balanced."""
         return self._per_head(self._penalty / self._mean_frobenius)
 
     @property
     def mean_frobenius(self) -> Tensor:
-        """(heads,) ½(‖A‖² + ‖B‖²) of the group a head belongs to: what L2 on the factors is, up to its strength."""
+        """Mean ½(‖A‖² + ‖B‖²) of the group a head belongs to, (heads,): L2 on the factors, up to its strength."""
         return self._per_head(self._mean_frobenius)
 
     @property
     def squared_norms(self) -> tuple[Tensor, Tensor]:
-        """(heads, n) each: the diagonals of AᵀA and BᵀB of the group a head belongs to; the same if balanced.
+        """Diagonals of AᵀA and BᵀB of the group a head belongs to, (heads, n) each; equal if balanced.
 
         With rotary positions, of each plane, then of each coordinate that is not turned.
         """
@@ -153,16 +153,16 @@ class Product:
 
     @cached_property
     def _penalty(self) -> Tensor:
-        """What L2 on the factors is at balance: (groups,)."""
+        """L2 on the factors if they were balanced, (groups,): the nuclear norm, or that of the planes."""
         single = self._triangles[0]
         stacked = _triangle(self._balanced[1], self.several.flatten(1, 2))  # the group's heads under each other
         if self.rotary is None:
             return torch.linalg.svdvals(stacked @ single.mT).sum(-1)
         planes = self.rotary.dims // 2
         by_plane = [self._diagonal(gram)[:, :planes].sqrt() for gram in self._balanced]
-        turned = (by_plane[0] * by_plane[1]).sum(-1)
-        still = slice(self.rotary.dims, None)
-        return turned + torch.linalg.svdvals(stacked[..., still] @ single[..., still].mT).sum(-1)
+        planes_norm = (by_plane[0] * by_plane[1]).sum(-1)
+        rest = slice(self.rotary.dims, None)  # coordinates that positions do not turn
+        return planes_norm + torch.linalg.svdvals(stacked[..., rest] @ single[..., rest].mT).sum(-1)
 
     @property
     def _planes(self) -> list[tuple[int, int]]:
@@ -171,7 +171,7 @@ class Product:
         return [(2 * p, 2 * p + 1) if self.rotary.interleaved else (p, p + half) for p in range(half)]
 
     def _diagonal(self, gram: Tensor) -> Tensor:
-        """Of each matrix; with rotary positions the two coordinates of a plane added."""
+        """Diagonal of each Gram matrix; with rotary positions the two coordinates of a plane are added."""
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         if self.rotary is None:
             return diagonal
@@ -179,29 +179,29 @@ class Product:
         return torch.cat([planes, diagonal[..., self.rotary.dims :]], -1)
 
     def _by_plane(self, gram: Tensor) -> Tensor:
-        """The gram with each plane reduced to its squared norm, and no entries between planes: what can balance."""
+        """Gram matrix with each plane reduced to its squared norm, and no entries between planes: what can balance."""
         assert self.rotary is not None
         out = torch.zeros_like(gram)
         for a, b in self._planes:
             norm = (gram[:, a, a] + gram[:, b, b]) / 2**0.5
             out[:, a, a] = norm
-        still = self.rotary.dims
-        out[:, still:, still:] = gram[:, still:, still:]
+        dims = self.rotary.dims
+        out[:, dims:, dims:] = gram[:, dims:, dims:]
         return out
 
     def _per_head(self, per_group: Tensor) -> Tensor:
-        known = self._finite.all(1)  # one broken head leaves its group unknown
-        value = per_group.masked_fill(~known.view(-1, *[1] * (per_group.ndim - 1)), torch.nan)
+        finite = self._finite.all(1)  # one broken head leaves its group unknown
+        value = per_group.masked_fill(~finite.view(-1, *[1] * (per_group.ndim - 1)), torch.nan)
         return value.repeat_interleave(self.several.shape[1], 0)
 
 
 def _where_finite(matrices: Tensor) -> Tensor:
-    """Zeros in place of each matrix that is not finite."""
+    """Replace each matrix that is not finite by zeros."""
     return torch.where(matrices.isfinite().all(-1).all(-1)[..., None, None], matrices, 0.0)
 
 
 def _triangle(gram: Tensor, factor: Tensor) -> Tensor:
-    """R with RᵀR = XᵀX for each factor X, by Cholesky, which is matrix products; by QR where that loses digits.
+    """Return R with RᵀR = XᵀX for each factor X, by Cholesky, which is matrix products; by QR where that loses digits.
 
     Squaring halves the digits: σ of X comes out with an error of 2^-52 σ₁²/σ. Where that may exceed 1e-10 σ₁, in a head
     of (nearly) lower rank than its size, X is factored itself.
@@ -218,7 +218,7 @@ def _triangle(gram: Tensor, factor: Tensor) -> Tensor:
 
 
 def with_bias(matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns (heads, d, in) with the bias (heads · d,) as a column more, in float64."""
+    """Return (heads, d, in) with the bias (heads · d,) as a column more, in float64."""
     matrix = double(matrix)
     if bias is None:
         return matrix

@@ -1,4 +1,4 @@
-r"""What L2 and low-rank decay do to each parameter: which of the loss's scale symmetries it has, from one gradient.
+r"""Audit of what L2 and low-rank decay do to each parameter, from the scale symmetries that one gradient shows.
 
 If a loss does not change when W becomes cW, then :math:`\langle\nabla_W L, W\rangle = 0` (Euler). If it does not
 change when A becomes cA and B becomes B/c, then :math:`\langle\nabla_A L, A\rangle = \langle\nabla_B L, B\rangle`.
@@ -39,11 +39,14 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention import AttentionNames, find_attention
-from rankdecay.attention.modules import attention_of
+from rankdecay.attention.locate import locate
+from rankdecay.attention.source import ModuleSource
+from rankdecay.audit.block import size
 from rankdecay.audit.pairs import pairs
-from rankdecay.audit.parts import NORM_EPS, parts, size, unmeasurable
+from rankdecay.audit.parts import NORM_EPS, parts, unmeasurable
 from rankdecay.audit.report import AuditReport, AuditRow, Share
 from rankdecay.audit.trial import Trial
+from rankdecay.checks import check_number
 
 __all__ = ["AuditReport", "AuditRow", "Share", "audit"]
 
@@ -56,7 +59,7 @@ def audit(
     tolerance: float | None = None,
     names: AttentionNames | None = None,
 ) -> AuditReport:
-    """Says for every parameter, and every head, what L2 and low-rank decay do to it.
+    """Report for every parameter, and every head, what L2 and low-rank decay do to it.
 
     One backward pass, by ``torch.autograd.grad``: no ``.grad`` is written and no hook of an optimizer runs. The model
     should be in eval mode, or at least without dropout, if ``confirm`` is set.
@@ -85,11 +88,11 @@ def audit(
         >>> [row.kind for row in audit(model, lambda: model(x).pow(3).mean()).rows]
         ['scale_invariant', 'neither', 'unknown']
     """
-    found, unhandled = attention_of(model) if names is None else attention_of(model, [names])
+    found, unhandled = locate(ModuleSource(model), names)
     if names is not None and not found:
         find_attention(model, names)  # raises, and lists what there is
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise ValueError(f"tolerance={tolerance!r} is outside (0, 1); leave it out for one that suits the dtype.")
+    if tolerance is not None:
+        check_number("tolerance", tolerance, above=0, below=1, remedy="leave it out for one that suits the dtype")
     if confirm and isinstance(loss, Tensor):
         raise ValueError("confirm=True computes the loss again: pass a function of no arguments, not its value.")
     gradients = _gradients(model, loss)
@@ -103,14 +106,14 @@ def audit(
         if not part.reason:
             part.find_invariance(trial)
     for pair in pairs(found, found_parts):
-        if not any(side.reason or side.pair or side.by_head for side in (pair.first, pair.second)):
+        if not any(side.reason or side.partner or side.by_head for side in (pair.first, pair.second)):
             pair.judge(trial)
-    notes = tuple(f"{module.name or 'the model'}: {module.reason}." for module in unhandled)
+    notes = tuple(f"{module}." for module in unhandled)
     return AuditReport(tuple(row for part in found_parts for row in part.rows(largest)), tolerance, notes)
 
 
 def _gradients(model: nn.Module, loss: Callable[[], Tensor] | Tensor) -> dict[nn.Parameter, Tensor]:
-    """The gradient of every parameter that has one."""
+    """Return the gradient of every parameter that the loss depends on."""
     given = isinstance(loss, Tensor)
     if not given and not callable(loss):
         raise TypeError(f"loss must be a function of no arguments or a tensor, got {type(loss).__name__}.")

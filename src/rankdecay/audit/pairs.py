@@ -1,4 +1,4 @@
-"""Multiplicative pairs: two parts of which the loss sees only the product."""
+"""Multiplicative pairs: two parts that enter the loss only as their product."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rankdecay.attention import Window
-from rankdecay.attention.naming import Found
-from rankdecay.audit.parts import Block, Part, Terms, cancels
+from rankdecay.attention.windows import Found
+from rankdecay.audit.block import Block, Terms, cancels
+from rankdecay.audit.parts import Part, Partner
 from rankdecay.audit.trial import Trial, alternating
 
 EFFECT = {
@@ -25,23 +26,21 @@ EFFECT = {
 
 @dataclass(eq=False)
 class Pair:
-    """Two parts of which, perhaps, only the product counts: in every head, or every hidden unit."""
+    """Candidate pair: two parts that may enter the loss only as their product, in every head or hidden unit."""
 
     first: Part
     second: Part
     effect: str
-    sides: tuple[list[Block], list[Block]]  # what scales, cut into units; one side may have several in each
-    balance: float | None = None
-    confirmed: bool | None = None
+    sides: tuple[list[Block], list[Block]]  # blocks that scale, cut into units; a side may have several heads in one
 
     def judge(self, trial: Trial | None) -> None:
-        """Makes the parts a pair if the equation holds, and a rescaling does not contradict it."""
+        """Make the parts a pair if the equation holds, and a rescaling does not contradict it."""
         terms = [Terms.of(side) for side in self.sides]
         units = min(len(side.total) for side in terms)
         first, second = (side.grouped(units) for side in terms)
-        self.balance = cancels(Terms(first.total - second.total, first.square + second.square))
+        balance, confirmed = cancels(Terms(first.total - second.total, first.square + second.square)), None
         tolerance = max(self.first.tolerance, self.second.tolerance)
-        if self.balance > tolerance:
+        if balance > tolerance:
             return
         if trial is not None:
             up = alternating(units)
@@ -49,34 +48,15 @@ class Pair:
                 [(block, factors.repeat_interleave(block.heads // units)) for block in side]
                 for side, factors in zip(self.sides, (up, 1 / up), strict=True)
             )
-            self.confirmed = trial.unchanged(first + second, abs(trial.change(first)), tolerance)
-        if self.confirmed is not False:
-            self.first.pair = self.second.pair = self
-
-    @property
-    def words(self) -> str:
-        """What decay does to the pair."""
-        return EFFECT[self.effect]
-
-    def scales(self, block: Block) -> bool:
-        """Whether the parameter belongs to one of the sides."""
-        return any(block.parameter is own.parameter for side in self.sides for own in side)
-
-    def partner(self, part: Part, head: int | None) -> str:
-        """The other side's name, and for a head those of its heads that belong to it."""
-        other = self.second if part is self.first else self.first
-        name = f"{other.matrix.name} {other.part}".strip()
-        if head is None:
-            return name
-        theirs, ours = other.matrix.heads, part.matrix.heads
-        if theirs > ours:
-            several = theirs // ours
-            return f"{name} heads {head * several}–{(head + 1) * several - 1}"
-        return f"{name} head {head * theirs // ours}"
+            confirmed = trial.unchanged(first + second, abs(trial.change(first)), tolerance)
+        if confirmed is not False:
+            words, scaled = EFFECT[self.effect], [*self.sides[0], *self.sides[1]]
+            for part, other in ((self.first, self.second), (self.second, self.first)):
+                part.partner = Partner(other, words, scaled, balance, confirmed)
 
 
 def pairs(found: list[Found], parts: list[Part]) -> Iterator[Pair]:
-    """What may be a pair: by attention's structure, and by the shapes of matrices side by side in one module."""
+    """Return candidate pairs: by the structure of attention, and by the shapes of matrices side by side in a module."""
     known = {(part.matrix.name, part.part): part for part in parts}
     for layer in found:
         query, key, value, output = (
@@ -97,7 +77,7 @@ def pairs(found: list[Found], parts: list[Part]) -> Iterator[Pair]:
     for part in parts:
         if not part.part and part.matrix.parameter.ndim == 2 and part.role in ("mlp", "other"):
             module = part.matrix.name.rpartition(".")[0]
-            adapter = re.sub(r"lora_[AB]\.(.*)", r"lora.\1.", module)  # A and B in dictionaries of their own
+            adapter = re.sub(r"lora_[AB]\.(.*)", r"lora.\1.", module)  # A and B are in two dictionaries
             siblings.setdefault(adapter.rpartition(".")[0], []).append(part)
     for module, members in siblings.items():
         for first in members:

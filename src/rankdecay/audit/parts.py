@@ -1,106 +1,31 @@
-"""The parts of a model that can have a scale symmetry, and whether each is scale-invariant."""
+"""Parts of a model that can have a scale symmetry, and whether each is scale-invariant."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rankdecay.attention import AttentionNames, Window
-from rankdecay.attention.modules import named_parameters
-from rankdecay.attention.naming import Found
+from rankdecay.attention.layer import WHOLE
+from rankdecay.attention.source import named_parameters
+from rankdecay.attention.windows import Found
+from rankdecay.audit.block import Block, Terms, cancels, size
 from rankdecay.audit.report import AuditRow, Kind, Share
 from rankdecay.audit.trial import RESCALING, Trial, alternating
 from rankdecay.decay.roles import assign_roles
 from rankdecay.linalg.backend import double
 from rankdecay.spectrum import spectrum
 
-if TYPE_CHECKING:
-    from rankdecay.audit.pairs import Pair
-
 #: Smallest default tolerance: what a norm's eps takes from its invariance, about eps / mean square of its input.
 NORM_EPS = 1e-3
 
 
-class Block(NamedTuple):
-    """A parameter, or a window on one, cut into heads."""
-
-    name: str
-    parameter: nn.Parameter
-    gradient: Tensor | None
-    window: Window | None = None
-
-    def cut(self, value: Tensor) -> Tensor:
-        """(heads, …) of the parameter or its gradient, detached; without a window (1, …)."""
-        value = value.detach()
-        return value[None] if self.window is None else self._upright.heads(column(value))
-
-    def whole(self, value: Tensor) -> Tensor:
-        """The same, not cut."""
-        value = value.detach()
-        return value if self.window is None else self._upright.matrix(column(value))
-
-    def scale(self, factors: Tensor) -> None:
-        """Multiplies each head by its factor, in place."""
-        value = self.cut(self.parameter)
-        value = value * factors.to(value).reshape(-1, *[1] * (value.ndim - 1))
-        if self.window is None:
-            self.parameter.copy_(value[0])
-        else:
-            self._upright.write(column(self.parameter), value)
-
-    @property
-    def heads(self) -> int:
-        return 1 if self.window is None else self.window.num_heads
-
-    @property
-    def _upright(self) -> Window:
-        assert self.window is not None
-        return self.window if self.parameter.ndim > 1 else replace(self.window, transposed=False)
-
-
-def column(value: Tensor) -> Tensor:
-    """A bias as a matrix of one column, a view."""
-    return value if value.ndim > 1 else value[:, None]
-
-
-def size(g: Tensor, w: Tensor) -> float:
-    return float(double(g).norm() * double(w).norm())
-
-
-class Terms(NamedTuple):
-    """Σ g·w and Σ (g·w)², per head."""
-
-    total: Tensor
-    square: Tensor
-
-    def grouped(self, groups: int) -> Terms:
-        """Summed within each of ``groups`` runs of heads."""
-        return Terms(*(value.unflatten(0, (groups, -1)).sum(1) for value in self))
-
-    @staticmethod
-    def of(blocks: list[Block]) -> Terms:
-        """Summed over blocks with the same heads; a block without a gradient adds nothing."""
-        terms = [
-            (double(block.cut(block.gradient)) * double(block.cut(block.parameter))).flatten(1)
-            for block in blocks
-            if block.gradient is not None
-        ]
-        return Terms(sum(t.sum(1) for t in terms), sum(t.square().sum(1) for t in terms))  # pyright: ignore
-
-
-def cancels(terms: Terms) -> float:
-    """Root mean square of the totals, over what it would be if nothing cancelled."""
-    square = float(terms.square.sum())
-    return math.sqrt(float(terms.total.square().sum()) / square) if square > 0 else math.inf
-
-
 def unmeasurable(block: Block, largest: float) -> str:
-    """Why nothing can be said of a block, or nothing; ``largest`` is the largest ‖g‖‖W‖ of the model's parameters."""
+    """Return why a block has no measurable symmetry, or ``""``; ``largest`` is the largest ‖g‖‖W‖ in the model."""
     if not block.parameter.requires_grad:
         return "frozen: not trained, and so not decayed"
     if block.gradient is None:
@@ -115,7 +40,7 @@ def unmeasurable(block: Block, largest: float) -> str:
 
 @dataclass(eq=False)
 class Part:
-    """A matrix with its bias, or another parameter, and what is found out about it."""
+    """Matrix with its bias, or another parameter, and the symmetries found."""
 
     matrix: Block
     role: str
@@ -123,24 +48,24 @@ class Part:
     part: str = ""
     bias: Block | None = None
     tolerance: float = NORM_EPS
-    reason: str = ""  # why nothing can be said
+    reason: str = ""  # why no symmetry can be measured
     invariant: bool = False  # as a whole
     by_head: bool = False  # and head by head
     confirmed: bool | None = None
-    pair: Pair | None = None
+    partner: Partner | None = None
 
     @property
     def scaled(self) -> list[Block]:
-        """What scales together, head by head: not W_O's bias, which has no heads."""
+        """Blocks that scale together, head by head: without the bias of W_O, which has no heads."""
         return [self.matrix] if self.bias is None or self.part == "output" else [self.matrix, self.bias]
 
     @property
     def together(self) -> list[Block]:
-        """The matrix and its bias."""
+        """Matrix and its bias."""
         return [self.matrix] if self.bias is None else [self.matrix, self.bias]
 
     def terms(self) -> Terms:
-        """Of everything together, as one head; of what has a gradient."""
+        """Return the sums over matrix and bias as one head, of those with a gradient."""
         sums = [Terms.of([block]).grouped(1) for block in self.together if block.gradient is not None]
         return Terms(*(torch.stack(values).sum(0) for values in zip(*sums, strict=True)))
 
@@ -151,24 +76,24 @@ class Part:
         return self.bias is not None and self.bias.parameter.numel() == columns != rows
 
     def find_invariance(self, trial: Trial | None) -> None:
-        """Sets whether each head can be rescaled, or else the whole."""
+        """Test whether the loss is invariant to rescaling each head, or else the whole."""
         levels = [(self.scaled, Terms.of(self.scaled))]
         if self.part:
             levels.append((self.together, self.terms()))
         for i, (blocks, sums) in enumerate(levels):
             if cancels(sums) > self.tolerance:
                 continue
-            said = None
+            unchanged = None
             if trial is not None:
                 factors = [alternating(b.heads) if i == 0 else torch.full((b.heads,), RESCALING) for b in blocks]
                 typical = math.log(RESCALING) * math.sqrt(float(sums.square.sum()))
-                said = trial.unchanged(list(zip(blocks, factors, strict=True)), typical, self.tolerance)
-            if said is not False:
-                self.by_head, self.invariant, self.confirmed = i == 0, True, said
+                unchanged = trial.unchanged(list(zip(blocks, factors, strict=True)), typical, self.tolerance)
+            if unchanged is not False:
+                self.by_head, self.invariant, self.confirmed = i == 0, True, unchanged
                 return
 
     def rows(self, largest: float) -> Iterator[AuditRow]:
-        """The whole, its heads if it is attention's, and its bias."""
+        """Return rows for the whole, for the heads of an attention matrix, and for the bias."""
         by_head = None if self.matrix.gradient is None else Terms.of(self.scaled)
         for head in [None, *(range(self.matrix.heads) if self.part else ())]:
             kind = self._kind(self.invariant if head is None else self.by_head)
@@ -182,7 +107,7 @@ class Part:
         if self.bias is not None:
             reason = unmeasurable(self.bias, largest)
             kind = "unknown" if reason else self._kind(self.invariant)
-            of_pair = self.pair is not None and self.pair.scales(self.bias)
+            of_pair = self.partner is not None and self.partner.scales(self.bias)
             if (kind == "unknown" and not reason) or (kind == "pair" and not of_pair):
                 kind = "neither"
             words = f"{reason}." if reason else {
@@ -195,7 +120,7 @@ class Part:
     def _kind(self, invariant: bool) -> Kind:
         if self.reason:
             return "unknown"
-        return "scale_invariant" if invariant else "pair" if self.pair else "neither"
+        return "scale_invariant" if invariant else "pair" if self.partner else "neither"
 
     def _row(self, block: Block, head: int | None, kind: Kind, words: str, euler: float) -> AuditRow:
         def values(of: Tensor) -> Tensor:
@@ -205,7 +130,7 @@ class Part:
         if block.gradient is not None and math.isfinite(euler):
             g = values(block.gradient)
             radial = float((g * w).sum() / (g.norm() * w.norm()))
-        pair = self.pair if block is self.matrix else None
+        partner = self.partner if block is self.matrix else None
         is_bias = block is self.bias
         low_rank = None if is_bias else _low_rank_share(w)
         turned = f" (tangential share {low_rank.tangential:.0%})" if low_rank and kind != "unknown" else ""
@@ -215,11 +140,11 @@ class Part:
             role="bias" if is_bias else self.role,
             head=head,
             kind=kind,
-            partner=pair.partner(self, head) if pair and kind == "pair" else None,
+            partner=partner.name(self.matrix.heads, head) if partner and kind == "pair" else None,
             radial=radial,
             euler=euler if math.isfinite(euler) else None,
-            balance=pair.balance if pair else None,
-            confirmed=self.confirmed if kind == "scale_invariant" else pair.confirmed if pair else None,
+            balance=partner.balance if partner else None,
+            confirmed=self.confirmed if kind == "scale_invariant" else partner.confirmed if partner else None,
             gradient=None if radial is None else Share(radial**2, 1 - radial**2),
             low_rank=low_rank,
             words=words.replace("{turned}", turned),
@@ -233,8 +158,8 @@ class Part:
             bias = " together with its bias" if self.bias else ""
             turns = "; low-rank decay also turns it{turned}" if matrix else ""
             return f"scale-invariant{bias}: L2 changes only its radius, and so the effective learning rate{turns}."
-        if kind == "pair" and self.pair:
-            return f"pair with {self.pair.partner(self, head)}: {self.pair.words}."
+        if kind == "pair" and self.partner:
+            return f"pair with {self.partner.name(self.matrix.heads, head)}: {self.partner.words}."
         if self.invariant:
             return "neither: only all heads together are scale-invariant. L2 on all of them changes only the radius."
         if self.role == "norm":
@@ -243,8 +168,42 @@ class Part:
         return f"neither: L2 shrinks it, and with it what the model computes{ranks}."
 
 
+@dataclass(frozen=True, eq=False)
+class Partner:
+    """Other side of a pair, and the evidence for the pair.
+
+    Attributes:
+        part: the other side.
+        words: what decay does to the pair.
+        scaled: the blocks of both sides, which scale together.
+        balance: distance from the equation of the pair.
+        confirmed: whether a finite rescaling said the same; None if it was not tried, or rounding hid the answer.
+    """
+
+    part: Part
+    words: str
+    scaled: list[Block]
+    balance: float
+    confirmed: bool | None
+
+    def scales(self, block: Block) -> bool:
+        """Whether a parameter belongs to one of the sides."""
+        return any(block.parameter is scaled.parameter for scaled in self.scaled)
+
+    def name(self, heads: int, head: int | None) -> str:
+        """Return the name of the other side, with the heads that pair with ``head`` of ``heads`` unless it is None."""
+        name = f"{self.part.matrix.name} {self.part.part}".strip()
+        if head is None:
+            return name
+        others = self.part.matrix.heads
+        if others > heads:
+            several = others // heads
+            return f"{name} heads {head * several}–{(head + 1) * several - 1}"
+        return f"{name} head {head * others // heads}"
+
+
 def _low_rank_share(w: Tensor) -> Share | None:
-    """Shares of U Vᵀ along W and across it: cos² = (Σσ)² / (‖W‖² · rank). A stack of matrices counts as one."""
+    """Return the shares of U Vᵀ along W and across it: cos² = (Σσ)² / (‖W‖² · rank). A stack counts as one."""
     if w.ndim not in (2, 3) or not w.any():
         return None
     s = spectrum(w)
@@ -255,10 +214,10 @@ def _low_rank_share(w: Tensor) -> Share | None:
 def parts(
     model: nn.Module, found: list[Found], gradients: dict[nn.Parameter, Tensor], names: AttentionNames | None
 ) -> list[Part]:
-    """Every parameter once, in order: attention's matrices one by one, a bias with its weight."""
+    """Return every parameter once, in order: attention's matrices one by one, a bias with its weight."""
     parameters = named_parameters(model)
 
-    def block(name: str, window: Window | None = None) -> Block:
+    def block(name: str, window: Window = WHOLE) -> Block:
         return Block(name, parameters[name], gradients.get(parameters[name]), window)
 
     places = {(place.parameter, role): place for layer in found for role, place in layer.places.items()}
@@ -267,16 +226,16 @@ def parts(
     for entry in assign_roles(model, names)[0]:
         roles = {known.why: known.role for known in entry.blocks}
         first = entry.blocks[0]
-        own = [(place, role) for (name, role), place in places.items() if name in entry.names]
-        for place, role in own:
+        located = [(place, role) for (name, role), place in places.items() if name in entry.names]
+        for place, role in located:
             window = place.bias_window if role != "output" else None
-            bias = block(place.bias, window) if place.bias else None
+            bias = block(place.bias, window or WHOLE) if place.bias else None
             parts.append(Part(block(place.parameter, place.window), roles.get(role, first.role), role, role, bias))
-        if own or entry.parameter in biases:
+        if located or entry.parameter in biases:
             continue
         name = entry.names[0]
         module, _, leaf = name.rpartition(".")
-        weight, bias = (f"{module}.{own}".lstrip(".") for own in ("weight", "bias"))
+        weight, bias = (f"{module}.{leaf}".lstrip(".") for leaf in ("weight", "bias"))
         if leaf == "bias" and weight in parameters:
             continue  # with its weight
         has_bias = leaf == "weight" and bias in parameters

@@ -1,4 +1,4 @@
-"""What an audit says: a row per parameter and head, and the table in words."""
+"""Report of an audit: a row per parameter and head, a table, and the same in words."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Literal, NamedTuple
 
+from rankdecay.text import aligned, finite_mean
+
 Kind = Literal["scale_invariant", "pair", "neither", "unknown"]
 
 
 class Share(NamedTuple):
-    """How much of a step's squared length is along W, and how much turns it; they add to 1."""
+    """Shares of a step's squared length along W and across it, which turns W; they add to 1."""
 
     radial: float
     tangential: float
@@ -20,7 +22,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One matrix, one head of it, or one other parameter.
+    """Result for one matrix, one head of it, or one other parameter.
 
     Attributes:
         name: the parameter's name.
@@ -61,7 +63,7 @@ class AuditRow:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What :func:`audit` found.
+    """Result of :func:`audit`.
 
     Attributes:
         rows: in the order of the parameters; a matrix of attention first whole, then head by head.
@@ -74,7 +76,7 @@ class AuditReport:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Returns a table, one line for like parameters of all layers and for all heads, and what it says in words."""
+        """Return a table with one line for the same parameter in all layers, and the same in words."""
         groups: dict[tuple[str, ...], list[AuditRow]] = {}
         for row in self.rows:
             unit = "whole" if row.head is None else "head"
@@ -93,22 +95,20 @@ class AuditReport:
             what = " ".join(filter(None, [name, part, "of each head" if unit == "head" else ""]))
             which = frozenset(filter(None, [f"{name} {part}".strip(), partner]))  # a pair once, a head under its whole
             words.setdefault(text, {}).setdefault(which, what + (f" with {partner}" if partner else ""))
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-        said: list[str] = []
+        sentences: list[str] = []
         for text, items in words.items():
-            said += [*wrap(text, 116), *(f"    {item}" for item in items.values())]
-        return "\n".join([*table, "", *said, *(f"Not read as attention: {note}" for note in self.notes)])
+            sentences += [*wrap(text, 116), *(f"    {item}" for item in items.values())]
+        return "\n".join([*aligned(cells), "", *sentences, *(f"Not read as attention: {note}" for note in self.notes)])
 
     def __str__(self) -> str:
         return self.describe()
 
 
 def _pattern(name: str) -> str:
-    """The name with the numbers of layers left out."""
+    """Replace the numbers of layers in a name by ``*``."""
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _mean(form: str, values: Iterable[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return form.format(sum(known) / len(known)) if known else "-"
+    mean = finite_mean(values)
+    return "-" if mean is None else form.format(mean)

@@ -1,29 +1,27 @@
-"""Finite rescaling: does the loss stay when parameters with a suspected symmetry are multiplied?"""
+"""Finite rescaling: does the loss change when parameters with a suspected symmetry are multiplied?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rankdecay.audit.parts import Block
+from rankdecay.audit.block import Block
 
 #: The factor of the finite rescaling.
 RESCALING = 1.5
 
 
 def alternating(units: int) -> Tensor:
-    """(units,) 1.5 and 1/1.5 in turn, so that one trial asks each unit for itself."""
+    """Return factors 1.5 and 1/1.5 in turn, (units,), so that one trial tests each unit separately."""
     factors = torch.full((units,), RESCALING, dtype=torch.float64)
     factors[1::2] = 1 / RESCALING
     return factors
 
 
 class Trial:
-    """Computes the loss at rescaled parameters."""
+    """Test of the loss at rescaled parameters."""
 
     def __init__(self, loss: Callable[[], Tensor]) -> None:
         self.loss = loss
@@ -40,7 +38,7 @@ class Trial:
 
     @torch.no_grad()
     def change(self, scaled: list[tuple[Block, Tensor]]) -> float:
-        """Returns the change of the loss when each block's heads are multiplied by its factors."""
+        """Return the change of the loss when each block's heads are multiplied by its factors."""
         before = {block.parameter: block.parameter.clone() for block, _ in scaled}
         try:
             for block, factors in scaled:
@@ -51,7 +49,7 @@ class Trial:
                 parameter.copy_(value)
 
     def unchanged(self, scaled: list[tuple[Block, Tensor]], reference: float, tolerance: float) -> bool | None:
-        """Whether the loss stays, against a change of size ``reference``; None if that is lost in rounding."""
+        """Whether the loss stays, compared to a change of size ``reference``; None if rounding would hide that."""
         if reference <= 4 * self.noise:
             return None
         return abs(self.change(scaled)) <= min(10 * tolerance, 0.5) * reference + self.noise

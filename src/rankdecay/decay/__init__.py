@@ -1,4 +1,4 @@
-"""What is decayed and by which rule."""
+"""Decays of parameters, and how they join an optimizer."""
 
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 

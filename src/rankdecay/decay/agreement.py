@@ -1,4 +1,4 @@
-"""Whether the processes of a distributed run decay alike: asked when a decay is attached, before anything can hang.
+"""Check that all processes of a distributed run have the same decay, on attaching it, before anything can hang.
 
 What each process decays, and how, goes into the store through which the processes found each other. Every process
 reads all of it and so raises the same error, or none; a process that never attaches is named after `WAIT` seconds. In
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rankdecay.attention.modules import is_sharded
 from rankdecay.decay.groups import Group, hook_roles, names_in
+from rankdecay.dtensor import is_sharded
 
 WAIT = 300.0  # seconds
 _STATE = ("_steps", "_pending")  # not settings: what a loaded checkpoint may change later
@@ -25,7 +25,7 @@ _numbers = itertools.count()
 
 
 def check_agreement(groups: Sequence[Group], backend: str) -> None:
-    """Raises in all processes if they do not decay alike.
+    """Raise in all processes if they do not have the same decay.
 
     Processes that hold parts of the same parameters need the same parameters in the same order; any two the same decay
     for a role that both have.
@@ -35,19 +35,20 @@ def check_agreement(groups: Sequence[Group], backend: str) -> None:
         backend: of the decay.
 
     Raises:
-        RuntimeError: If some process did not attach in `WAIT` seconds.
+        RuntimeError: If a process did not attach in `WAIT` seconds.
         ValueError: If two processes disagree.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    mine = _policy(groups, backend)
-    ranks = sorted({rank for meshes in mine["sharded"] for rank in json.loads(meshes)}) or range(dist.get_world_size())
+    policy = _policy(groups, backend)
+    meshes = [json.loads(mesh) for mesh in policy["sharded"]]
+    ranks = sorted({rank for mesh in meshes for rank in mesh}) or range(dist.get_world_size())
     store = dist.distributed_c10d._get_default_store()
-    here = f"rankdecay/attach/{next(_numbers)}"
-    text = json.dumps(mine)
+    prefix = f"rankdecay/attach/{next(_numbers)}"
+    text = json.dumps(policy)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    store.set(f"{here}/{digest}", text)  # once for all that agree, so that a thousand processes read little
-    keys = {rank: f"{here}/rank {rank}" for rank in ranks}
+    store.set(f"{prefix}/{digest}", text)  # once for all that agree, so that a thousand processes read little
+    keys = {rank: f"{prefix}/rank {rank}" for rank in ranks}
     store.set(keys[dist.get_rank()], digest)
     try:
         store.wait(list(keys.values()), timedelta(seconds=WAIT))
@@ -58,20 +59,20 @@ def check_agreement(groups: Sequence[Group], backend: str) -> None:
             f"{dist.get_rank()}: every process has to attach the same decay to its optimizer."
         ) from error
     digests = {rank: store.get(key).decode() for rank, key in keys.items()}
-    policies = {each: json.loads(store.get(f"{here}/{each}")) for each in sorted(set(digests.values()))}
+    policies = {each: json.loads(store.get(f"{prefix}/{each}")) for each in sorted(set(digests.values()))}
     first, *others = digests
     for other in others:
         difference = _difference(policies[digests[first]], policies[digests[other]], first, other)
         if difference:
-            what, one, another = difference
+            setting, one, another = difference
             raise ValueError(
-                f"the processes do not decay alike: {what} is {one} on rank {first} and {another} on rank {other}; "
-                "give rankdecay.param_groups the same arguments on every rank."
+                f"the processes do not have the same decay: {setting} is {one} on rank {first} and {another} on rank "
+                f"{other}; give rankdecay.param_groups the same arguments on every rank."
             )
 
 
 def _policy(groups: Sequence[Group], backend: str) -> dict[str, Any]:
-    """What has to agree: settings by role, and the sharded parameters of each set of processes, in their order."""
+    """Return what has to agree: settings by role, and the sharded parameters of each set of processes, in order."""
     settings: dict[str, Any] = {"the backend": backend}
     sharded: dict[str, list[str]] = {}
     for group in groups:
@@ -81,22 +82,22 @@ def _policy(groups: Sequence[Group], backend: str) -> dict[str, Any]:
             for parameter, name in zip(group["params"], names_in(group), strict=True):
                 if is_sharded(parameter):
                     mesh = json.dumps(parameter.device_mesh.mesh.flatten().tolist())
-                    what = f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.placements} for {role}"
-                    sharded.setdefault(mesh, []).append(what)
+                    words = f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.placements} for {role}"
+                    sharded.setdefault(mesh, []).append(words)
     return {"settings": settings, "sharded": sharded}
 
 
-def _difference(one: dict[str, Any], other: dict[str, Any], rank: int, its: int) -> tuple[str, Any, Any] | None:
+def _difference(one: dict[str, Any], other: dict[str, Any], rank: int, other_rank: int) -> tuple[str, Any, Any] | None:
     if one is other:
         return None
     for key in one["settings"].keys() & other["settings"].keys():
         if one["settings"][key] != other["settings"][key]:
             return key, one["settings"][key], other["settings"][key]
     for mesh in {**one["sharded"], **other["sharded"]}:
-        if not {rank, its} <= set(json.loads(mesh)):
+        if not {rank, other_rank} <= set(json.loads(mesh)):
             continue
         pairs = (policy["sharded"].get(mesh, []) for policy in (one, other))
-        for number, (here, there) in enumerate(itertools.zip_longest(*pairs, fillvalue="nothing")):
-            if here != there:
-                return f"sharded parameter {number}", here, there
+        for number, (first, second) in enumerate(itertools.zip_longest(*pairs, fillvalue="nothing")):
+            if first != second:
+                return f"sharded parameter {number}", first, second
     return None

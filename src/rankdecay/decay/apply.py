@@ -1,7 +1,7 @@
-"""One decay of the matrices of one role, wherever they are: alone, in a stack of like ones, or in many processes.
+"""One decay of the matrices of one role, wherever they are: alone, in a stack of equals, or in many processes.
 
 **16-bit weights** are rounded stochastically, because a decay is far below their last digit
-(:mod:`rankdecay.linalg.rounding`). The random numbers come from a seed that says the step: they leave the global
+(:mod:`rankdecay.linalg.rounding`). The random numbers come from a seed that depends on the step: they leave the global
 generators untouched, and agree between replicas and after a resume.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -17,9 +16,11 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.layer import Window
-from rankdecay.attention.modules import is_sharded
-from rankdecay.decay import sharded
 from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.decay.sharded.layout import Piece, elementwise_pieces, local_piece
+from rankdecay.decay.sharded.redistribute import Place, Redistribution, entries_per_process, redistribution_key
+from rankdecay.decay.sharded.sums import decayed_pieces
+from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend, shrink
 from rankdecay.linalg.backend import has_float64
 from rankdecay.linalg.rounding import stochastic_round
@@ -35,118 +36,110 @@ def apply(
     parameters: list[Tensor],
     windows: list[Window],
     decay: LowRank | Frobenius,
-    due: float | Tensor,
+    amount: float | Tensor,
     backend: Backend,
     seed: int,
 ) -> None:
-    """Decays matrices in place, those of one shape together; of sharded parameters in every process that holds parts.
+    """Decay matrices in place, those of one shape together; of sharded parameters in every process that holds parts.
 
     Args:
         parameters: of one group.
-        windows: where in each of them the matrices are; none for all of it.
-        decay: theirs.
-        due: Σ lr · strength.
+        windows: where in each of them the matrices are.
+        decay: of these matrices.
+        amount: Σ lr · strength since the last decay.
         backend: as for :func:`rankdecay.attach`.
         seed: of the rounding; another for each step, group and role.
     """
-    by_head = isinstance(decay, LowRank) and decay.unit == "head"
-    places = windows or [None]
-    held: list[Tensor] = []
-    whole: list[_Matrix] = []
-    for parameter in parameters:
-        if is_sharded(parameter):
-            held.append(parameter)
-        for window in [] if is_sharded(parameter) else places:
-            value = parameter if window is None else (window.heads if by_head else window.matrix)(parameter)
-            write = parameter.copy_ if window is None else partial(window.write, parameter)
-            whole.append(_Matrix(value, write))
-    _shrink(whole, decay, due, backend, seed)
-    if not held:
-        return
+    by_head = isinstance(decay, LowRank) and decay.unit == "head" and all(window.has_heads for window in windows)
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    plain = [parameter for parameter in parameters if not is_sharded(parameter)]
+    matrices = [
+        _Matrix((window.heads if by_head else window.matrix)(parameter), partial(window.write, parameter))
+        for parameter in plain
+        for window in windows
+    ]
+    _shrink(matrices, decay, amount, backend, seed)
     if isinstance(decay, Frobenius):
-        shares = [_Matrix(*share) for parameter in held for share in sharded.shares(parameter, places)]
-        _shrink(shares, decay, due, backend, seed)
+        pieces = [_Matrix(*piece) for parameter in sharded for piece in elementwise_pieces(parameter, windows)]
+        _shrink(pieces, decay, amount, backend, seed)
         return
-    dealt: list[sharded.Place] = []
-    pieces: list[sharded.Piece] = []
-    for parameter in held:
-        for window in places:
-            piece = sharded.opened(parameter, window, by_head)
+    redistributed: list[Place] = []
+    whole: list[_Matrix] = []
+    cut: list[Piece] = []
+    for parameter in sharded:
+        for window in windows:
+            piece = local_piece(parameter, window, by_head)
             if piece is None:
-                dealt.append((parameter, window))
+                redistributed.append((parameter, window))
+            elif piece.cut.side is None:
+                whole.append(_Matrix(piece.value, piece.write, piece.part))
             else:
-                pieces.append(piece)
-    local = [_Matrix(piece.value, piece.write, piece.part) for piece in pieces if piece.cut.side is None]
-    _shrink(local, decay, due, backend, seed)
-    _decay_sums([piece for piece in pieces if piece.cut.side is not None], decay, due, backend, seed)
-    _decay_dealt(dealt, by_head, decay, due, backend, seed)
+                cut.append(piece)
+    _shrink(whole, decay, amount, backend, seed)
+    _decay_by_sums(cut, decay, amount, backend, seed)
+    _decay_by_owners(redistributed, by_head, decay, amount, backend, seed)
 
 
-def _decay_sums(pieces: list[sharded.Piece], decay: LowRank, due: float | Tensor, backend: Backend, seed: int) -> None:
-    """Decays matrices whose Gram matrices add up; every process that holds parts of them has to."""
+def _decay_by_sums(pieces: list[Piece], decay: LowRank, amount: float | Tensor, backend: Backend, seed: int) -> None:
+    """Decay matrices whose Gram matrices add up: a collective of the processes that hold parts of them."""
 
-    def alike(piece: sharded.Piece) -> object:
+    def batch_key(piece: Piece) -> object:
         return piece.cut.gram, piece.mesh, piece.cut.mesh_dims, piece.value.dtype
 
-    def entries(piece: sharded.Piece) -> int:  # of its Gram matrices, float64
+    def entries(piece: Piece) -> int:  # of its Gram matrices, float64
         return 2 * piece.cut.gram**2 * math.prod(piece.value.shape[:-2])
 
-    for some in _batches(pieces, alike, entries, lambda piece: _most(piece.value)):
-        values = sharded.decayed(some, decay, due, _backend_on(some[0].value, backend))
-        for piece, value in zip(some, values, strict=True):
+    for batch in _batches(pieces, batch_key, entries, lambda piece: _limit(piece.value)):
+        values = decayed_pieces(batch, decay, amount, _backend_on(batch[0].value, backend))
+        for piece, value in zip(batch, values, strict=True):
             seed += 1_000_000_007
             piece.write(_rounded(value, piece.value.dtype, seed + piece.part))
 
 
-def _decay_dealt(
-    places: list[sharded.Place],
-    by_head: bool,
-    decay: LowRank,
-    due: float | Tensor,
-    backend: Backend,
-    seed: int,
+def _decay_by_owners(
+    places: list[Place], by_head: bool, decay: LowRank, amount: float | Tensor, backend: Backend, seed: int
 ) -> None:
-    """Decays matrices that each process owns some of; every process that holds parts of them has to."""
+    """Decay matrices each of which one process owns: a collective of the processes that hold parts of them."""
 
-    def entries(place: sharded.Place) -> int:  # sent, and owned
-        return 2 * sharded.share_of(place)
+    def entries(place: Place) -> int:  # sent, and owned
+        return 2 * entries_per_process(place)
 
-    for some in _batches(places, sharded.dealt_together, entries, lambda place: _most(place[0])):
-        deal = sharded.Deal(some, by_head)
+    for batch in _batches(places, redistribution_key, entries, lambda place: _limit(place[0])):
+        redistribution = Redistribution(batch, by_head)
         seed += 1_000_000_007
-        owned = [_Matrix(matrix, matrix.copy_, deal.owner) for matrix in deal.owned]
-        _shrink(owned, decay, due, backend, seed)
-        deal.close()
+        owned = [_Matrix(matrix, matrix.copy_, redistribution.owner) for matrix in redistribution.owned]
+        _shrink(owned, decay, amount, backend, seed)
+        redistribution.close()
 
 
 def _batches(
-    items: Iterable[T], alike: Callable[[T], object], size: Callable[[T], int], most: Callable[[T], int]
+    items: Iterable[T], key: Callable[[T], object], size: Callable[[T], int], limit: Callable[[T], int]
 ) -> Iterator[list[T]]:
-    """Yields items that are alike, in their order, in lists of no more than so much, or of one item.
+    """Yield items of one key, in their order, in lists of no more than the limit, or of one item.
 
     Args:
-        items: of any kinds.
-        alike: what the items of a list have in common.
+        items: of any keys.
+        key: what the items of a list have in common.
         size: of an item; the same in every process that takes part in a list.
-        most: size of a list with this item.
+        limit: size of a list with this item.
     """
-    kinds: dict[object, list[T]] = {}
+    by_key: dict[object, list[T]] = {}
     for item in items:
-        kinds.setdefault(alike(item), []).append(item)
-    for members in kinds.values():
-        some: list[T] = []
+        by_key.setdefault(key(item), []).append(item)
+    for members in by_key.values():
+        batch: list[T] = []
         total = 0
         for item in members:
-            if some and total + size(item) > most(item):
-                yield some
-                some, total = [], 0
-            some.append(item)
+            if batch and total + size(item) > limit(item):
+                yield batch
+                batch, total = [], 0
+            batch.append(item)
             total += size(item)
-        yield some
+        yield batch
 
 
 class _Matrix(NamedTuple):
-    """A matrix, or one per head, and what puts a new value in its place."""
+    """Matrix, or one per head, and the function that puts a new value in its place."""
 
     value: Tensor
     write: Callable[[Tensor], object]
@@ -154,50 +147,50 @@ class _Matrix(NamedTuple):
 
 
 def _shrink(
-    matrices: list[_Matrix], decay: LowRank | Frobenius, due: float | Tensor, backend: Backend, seed: int
+    matrices: list[_Matrix], decay: LowRank | Frobenius, amount: float | Tensor, backend: Backend, seed: int
 ) -> None:
-    """Replaces matrices by what the decay makes of them, those of one shape, dtype and device together."""
+    """Decay matrices and write them back, those of one shape, dtype and device together."""
 
-    def alike(matrix: _Matrix) -> object:
+    def batch_key(matrix: _Matrix) -> object:
         return matrix.value.shape, matrix.value.dtype, matrix.value.device, matrix.part
 
-    there = (matrix for matrix in matrices if matrix.value.numel())
-    for some in _batches(there, alike, lambda matrix: matrix.value.numel(), lambda matrix: _most(matrix.value)):
+    matrices = [matrix for matrix in matrices if matrix.value.numel()]
+    for batch in _batches(matrices, batch_key, lambda m: m.value.numel(), lambda m: _limit(m.value)):
         seed += 1_000_000_007
-        _shrink_together(some, decay, due, backend, seed + some[0].part)
+        _shrink_batch(batch, decay, amount, backend, seed + batch[0].part)
 
 
-def _shrink_together(
-    members: list[_Matrix], decay: LowRank | Frobenius, due: float | Tensor, backend: Backend, seed: int
+def _shrink_batch(
+    batch: list[_Matrix], decay: LowRank | Frobenius, amount: float | Tensor, backend: Backend, seed: int
 ) -> None:
-    stack = torch.stack([member.value for member in members])  # (matrices, [heads,] m, n)
+    stack = torch.stack([matrix.value for matrix in batch])  # (matrices, [heads,] m, n)
     dtype = stack.dtype
     stack = stack if dtype == torch.float64 else stack.float()
     stack = stack if has_float64(stack.device) else stack.cpu()
-    due = due.to(stack.device, non_blocking=True) if isinstance(due, Tensor) else due
+    amount = amount.to(stack.device, non_blocking=True) if isinstance(amount, Tensor) else amount
     if isinstance(decay, Frobenius):
-        stack = stack - due * stack
+        stack = stack - amount * stack
     else:
-        tau = replace(decay, lr_coupled=True).threshold(stack, lr=due, strength=1.0)  # `due` holds both factors
+        tau = decay.tau(amount, stack.norm(dim=(-2, -1)), min(stack.shape[-2:]))
         stack = shrink(stack, tau, decay.rule, smoothing=decay.smoothing, backend=_backend_on(stack, backend))
-    for member, value in zip(members, _rounded(stack, dtype, seed), strict=True):
-        member.write(value)
+    for matrix, value in zip(batch, _rounded(stack, dtype, seed), strict=True):
+        matrix.write(value)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """To the dtype of the weights: 16 bits stochastically, 32 to the nearest."""
+    """Round to the dtype of the weights: 16 bits stochastically, 32 to the nearest."""
     if dtype in (torch.float32, torch.float64):
         return values.to(dtype)
     return stochastic_round(values.float(), dtype, torch.Generator(values.device).manual_seed(seed))
 
 
 def _backend_on(values: Tensor, backend: Backend) -> Backend:
-    """A decomposition on a GPU would wait for the device."""
+    """Return the backend of a device: a decomposition on a GPU would wait for it."""
     if backend != "auto":
         return backend
     return "exact" if values.device.type == "cpu" else "matmul"
 
 
-def _most(values: Tensor) -> int:
-    """Entries that are worked on at once on a device: bounds the memory of a step."""
+def _limit(values: Tensor) -> int:
+    """Return the most entries to work on at once on a device: bounds the memory of a step."""
     return _STACKED["cpu" if values.device.type == "cpu" else "cuda"]

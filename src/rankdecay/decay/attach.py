@@ -6,7 +6,7 @@ step, then the shrinkage. Everything the hook does it reads from the parameter g
 
 Two things are less obvious; what a decay does to the matrices is in :mod:`rankdecay.decay.apply`:
 
-* **every=k** applies what k steps have gathered: Σ lr · strength over the steps since the last time, so that schedules
+* **every=k** applies the amount of k steps: Σ lr · strength over the steps since the last time, so that schedules
   of either inside the cycle count exactly, and a run resumed in mid-cycle continues it.
 * **A skipped step.** Under ``GradScaler`` a fused optimizer's ``step`` runs, hooks included, also when gradients
   overflowed; its ``found_inf`` is then 1. It multiplies the decay away on the device, since reading it would wait for
@@ -26,18 +26,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankdecay.attention.layer import FLATTENED
-from rankdecay.attention.modules import is_sharded
-from rankdecay.decay import sharded
+from rankdecay.attention.layer import FLATTENED, WHOLE
+from rankdecay.checks import check_name
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import apply
 from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, windows_in
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.decay.roles import ROLES
+from rankdecay.decay.sharded.layout import check_placements
 from rankdecay.decay.table import Row, table
-from rankdecay.decay.unwrap import unwrapped
+from rankdecay.dtensor import is_sharded, unwrapped
 from rankdecay.linalg import Backend
-from rankdecay.linalg.polar import check_name
 
 #: Optimizers that decouple their ``weight_decay`` themselves, where the group's ``decoupled_weight_decay`` says so or
 #: always. Under any other the hook does it, since nothing says what its ``weight_decay`` means.
@@ -49,7 +48,7 @@ _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
 def attach(optimizer: Optimizer, backend: Backend = "auto") -> Attachment:
-    """Makes an optimizer decay as its parameter groups say, after each of its steps.
+    """Make an optimizer decay as its parameter groups say, after each of its steps.
 
     Copying or pickling an optimizer drops its hooks, and PyTorch does not say so: attach to the copy; a copied
     attachment is detached. Attach before or after ``load_state_dict``; the loaded groups count, strengths included, as
@@ -97,12 +96,12 @@ class Attachment:
         # Weak, or the two would keep each other alive, and the next optimizer would seem to share its parameters.
         self._optimizer = weakref.ref(optimizer)
         self._backend: Backend = backend
-        self._admitted: list[_Admitted] = []
+        self._registered: list[_RegisteredGroup] = []
         for index, group in enumerate(optimizer.param_groups):
-            self._admit(index, group)
+            self._register_group(index, group)
         _check_not_shared(optimizer)
         check_agreement(optimizer.param_groups, backend)
-        self._graded: set[int] = set()
+        self._params_with_grad: set[int] = set()
         self._closure = False
         self._first = True
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
@@ -126,7 +125,7 @@ class Attachment:
         return optimizer
 
     def detach(self) -> None:
-        """Stops the decay. The groups keep their keys, so that attaching again continues."""
+        """Stop the decay. The groups keep their keys, so that attaching again continues."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -138,7 +137,7 @@ class Attachment:
         return bool(self._handles)
 
     def describe(self, ranks: bool = False) -> str:
-        """Returns a table of every parameter: what decays it, how strongly, and why.
+        """Return a table of every parameter: what decays it, how strongly, and why.
 
         Args:
             ranks: show instead the present ranks of the matrices that a low-rank decay acts on (an SVD of each).
@@ -148,19 +147,19 @@ class Attachment:
         return table(rows, ranks=ranks, attached=self.active, optimizer=type(optimizer).__name__)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, like a copied optimizer's hooks, is attached to nothing; so that what holds one can be copied."""
+        """Make copies detached, like a copied optimizer, which has no hooks; so that their owner can be copied."""
         return _detached, ()
 
     # ---- in a step ---------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Notes which parameters have a gradient: some optimizers clear it inside their step."""
+        """Note which parameters have a gradient: some optimizers clear it inside their step."""
         for index, group in enumerate(optimizer.param_groups):
-            self._admit(index, group)
+            self._register_group(index, group)
         # With a closure the gradients of this step are not there yet, and those of the last one may be.
         self._closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
         groups = [] if self._closure else [group for group in optimizer.param_groups if hook_roles(group)]
-        self._graded = {id(p) for group in groups for p in group["params"] if p.grad is not None}
+        self._params_with_grad = {id(p) for group in groups for p in group["params"] if p.grad is not None}
         if self._first and not self._closure:
             self._first = False
             _check_trained(optimizer)
@@ -172,34 +171,36 @@ class Attachment:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if self._closure and not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             # Cleared inside the step, which had made them too: whatever is trained had one.
-            self._graded = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+            self._params_with_grad = {
+                id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+            }
         for index, group in enumerate(optimizer.param_groups):
-            live = [p for p in group["params"] if p.grad is not None or id(p) in self._graded]
+            live = [p for p in group["params"] if p.grad is not None or id(p) in self._params_with_grad]
             for role, decay in decays_in(group).items():
-                due = _gather(group, role, decay, found_inf)
-                if live and (isinstance(due, Tensor) or due > 0):
+                amount = _count_step(group, role, decay, found_inf)
+                if live and (isinstance(amount, Tensor) or amount > 0):
                     seed = group[f"{role}_steps"] * 1_000_003 + index * 1_009 + ROLES.index(role)
-                    with _named_failure(role, live):
-                        apply(live, windows_in(group, role), decay, due, self._backend, seed)
+                    with explain_collective_failure(role, live):
+                        apply(live, windows_in(group, role), decay, amount, self._backend, seed)
 
-    def _admit(self, index: int, group: Group) -> None:
-        """Checks a group when it is first seen, and before each step that it holds parameters of the same shapes.
+    def _register_group(self, index: int, group: Group) -> None:
+        """Check a new group, and before each step that a known one has parameters of the same shapes.
 
         They may be replaced by others of the same shapes, as Accelerate does under FSDP2.
         """
-        now = _Admitted(hook_roles(group), [tuple(p.shape) for p in group["params"]])
-        if index == len(self._admitted):
+        now = _RegisteredGroup(hook_roles(group), [tuple(p.shape) for p in group["params"]])
+        if index == len(self._registered):
             optimizer = self.optimizer
             _settle_weight_decay(optimizer, group)
             now = now._replace(roles=hook_roles(group))
             _check_group(optimizer, group)
-            self._admitted.append(now)
-        elif now.roles and now.shapes != self._admitted[index].shapes:
-            raise ValueError(_swapped(index, group, self._admitted[index].shapes, now.shapes))
+            self._registered.append(now)
+        elif now.roles and now.shapes != self._registered[index].shapes:
+            raise ValueError(_swapped(index, group, self._registered[index].shapes, now.shapes))
 
     def _check_loaded(self, optimizer: Optimizer) -> None:
-        for index, (admitted, group) in enumerate(zip(self._admitted, optimizer.param_groups, strict=False)):
-            lost = [role for role in admitted.roles if role not in hook_roles(group)]
+        for index, (registered, group) in enumerate(zip(self._registered, optimizer.param_groups, strict=False)):
+            lost = [role for role in registered.roles if role not in hook_roles(group)]
             if lost:
                 raise ValueError(
                     f"the loaded optimizer state has no decay for {', '.join(lost)} in group {index}: it was saved by "
@@ -208,16 +209,16 @@ class Attachment:
                 )
 
 
-class _Admitted(NamedTuple):
-    """What a group was when it was attached to."""
+class _RegisteredGroup(NamedTuple):
+    """Roles and shapes of a group when the decay was attached."""
 
     roles: list[str]
     shapes: list[tuple[int, ...]]
 
 
 @contextlib.contextmanager
-def _named_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
-    """Says what waited, where another process has stopped: what the backend says names a socket."""
+def explain_collective_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
+    """Explain a collective that failed because another process stopped; the backend's message only names a socket."""
     try:
         yield
     except RuntimeError as error:
@@ -231,10 +232,10 @@ def _named_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
 
 
 def _makes_states_only(optimizer: Optimizer) -> bool:
-    """Whether this step is that by which ``torch.distributed.checkpoint`` gives a fresh optimizer its moments.
+    """Return whether ``torch.distributed.checkpoint`` makes this step, to give a fresh optimizer its moments.
 
     It has a learning rate and gradients of zero and is no step of training; but a decay that is not coupled to the
-    learning rate would act, and a cycle of ``every`` go on. Nothing else than its caller tells it from a warm-up's.
+    learning rate would act, and a cycle of ``every`` go on. Only its caller tells it from a step of a warm-up.
     """
     if any(group.get("lr") != 0 for group in optimizer.param_groups):
         return False
@@ -257,7 +258,7 @@ def _detached() -> Attachment:
 
 
 def _settle_weight_decay(optimizer: Optimizer, group: Group) -> None:
-    """Decides who applies L2: the optimizer where it decouples it, else the hook."""
+    """Decide who applies L2: the optimizer where it decouples it, else the hook."""
     if "role" not in group:
         return
     for role in hook_roles(group):
@@ -271,7 +272,7 @@ def _settle_weight_decay(optimizer: Optimizer, group: Group) -> None:
 
 
 def _check_group(optimizer: Optimizer, group: Group) -> None:
-    """Opens every window once, so that what cannot be decayed is found before training."""
+    """Open every window once, so that what cannot be decayed is found before training."""
     for role, decay in decays_in(group).items():
         if "lr" not in group and decay.strength and (isinstance(decay, Frobenius) or decay.lr_coupled):
             raise ValueError(
@@ -280,7 +281,7 @@ def _check_group(optimizer: Optimizer, group: Group) -> None:
             )
         for parameter, name in zip(group["params"], names_in(group), strict=True):
             if is_sharded(parameter):
-                sharded.check_placements(parameter, f"{name} ({role})")
+                check_placements(parameter, f"{name} ({role})")
             if parameter.ndim < 2 and isinstance(decay, LowRank):
                 raise ValueError(
                     f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
@@ -293,12 +294,12 @@ def _check_group(optimizer: Optimizer, group: Group) -> None:
 
 
 def _check_not_shared(optimizer: Optimizer) -> None:
-    """Two optimizers may hold one parameter; two decays may not."""
-    mine = {id(p) for group in optimizer.param_groups if hook_roles(group) for p in group["params"]}
+    """Raise if another attached optimizer decays one of these parameters."""
+    decayed = {id(p) for group in optimizer.param_groups if hook_roles(group) for p in group["params"]}
     for other in [attachment._optimizer() for attachment in _attached]:
         for group in other.param_groups if other is not None else []:
             for parameter, name in zip(group["params"], names_in(group), strict=True):
-                if id(parameter) in mine and hook_roles(group):
+                if id(parameter) in decayed and hook_roles(group):
                     raise ValueError(
                         f"{name} would be decayed twice: an attached {type(other).__name__}, which still exists, "
                         "decays it already. Call detach() on the earlier attachment, or give the parameter to one "
@@ -307,7 +308,7 @@ def _check_not_shared(optimizer: Optimizer) -> None:
 
 
 def _check_trained(optimizer: Optimizer) -> None:
-    """Warns of an optimizer left with the parameters a model had before it was sharded, which nothing trains."""
+    """Warn of an optimizer left with the parameters a model had before it was sharded, which nothing trains."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -336,7 +337,7 @@ def _swapped(index: int, group: Group, before: list[tuple[int, ...]], now: list[
 
 
 def _settle_pending(optimizer: Optimizer) -> None:
-    """Makes the gathered Σ lr · strength plain numbers, for a state that any weights-only load accepts."""
+    """Make the pending Σ lr · strength plain numbers, for a state that any weights-only load accepts."""
     for group in optimizer.param_groups:
         for role in hook_roles(group):
             if isinstance(group.get(f"{role}_pending"), Tensor):
@@ -351,35 +352,35 @@ def _rows(group: Group, optimizer: Optimizer, active: bool) -> Iterator[Row]:
         if not decays:
             strength = group.get("weight_decay", 0.0)
             words, who = (f"L2 {strength:g}", type(optimizer).__name__) if strength else ("none", "")
-            yield Row(name, parameter, group.get("role", "not from param_groups"), None, words, who, frozen + why)
+            yield Row(name, parameter, group.get("role", "not from param_groups"), WHOLE, words, who, frozen + why)
         for role, decay in decays.items():
             words = decay.describe() if decay.strength else "none"
             who = ("rankdecay" if active else "nobody") if decay.strength else ""
             low_rank = isinstance(decay, LowRank)
             since = group.get(f"{role}_steps", 0) % decay.every if isinstance(decay, LowRank) else 0
             waiting = f"{role}: {since} of {decay.every} steps since its last decay" if since else ""  # pyright: ignore
-            for window in windows_in(group, role) or [None]:
-                own = frozen + ((window.label if window else "") or why)
-                yield Row(name, parameter, role, window, words, who, own, low_rank, waiting)
+            for window in windows_in(group, role):
+                reason = frozen + (window.label or why)
+                yield Row(name, parameter, role, window, words, who, reason, low_rank, waiting)
 
 
 # ---- stepping --------------------------------------------------------------------------------------------
 
 
-def _gather(group: Group, role: str, decay: LowRank | Frobenius, found_inf: Tensor | None) -> float | Tensor:
-    """Counts a step; returns Σ lr · strength of the steps to decay for now, 0 if none is due.
+def _count_step(group: Group, role: str, decay: LowRank | Frobenius, found_inf: Tensor | None) -> float | Tensor:
+    """Count a step; return the amount to decay by now, Σ lr · strength since the last decay, or 0 between decays.
 
     Without ``lr_coupled`` the factor lr is left out.
     """
     coupled, every = (decay.lr_coupled, decay.every) if isinstance(decay, LowRank) else (True, 1)
-    rate: float | Tensor = decay.strength * group["lr"] if coupled and decay.strength else decay.strength
+    amount: float | Tensor = decay.strength * group["lr"] if coupled and decay.strength else decay.strength
     if found_inf is not None:
-        rate = rate * (1 - found_inf)
+        amount = amount * (1 - found_inf)
     steps = group[f"{role}_steps"] = group.get(f"{role}_steps", 0) + 1
-    pending = group.get(f"{role}_pending", 0.0) + rate
+    pending = group.get(f"{role}_pending", 0.0) + amount
     if steps % every:
         group[f"{role}_pending"] = pending
         return 0.0
-    # A skipped step applies nothing, and leaves what was gathered before it to the next one that is due.
+    # A skipped step applies nothing, and leaves the amount that was pending to the next step that decays.
     group[f"{role}_pending"] = 0.0 if found_inf is None or every == 1 else pending * found_inf
     return pending if found_inf is None else pending * (1 - found_inf)

@@ -1,7 +1,7 @@
 """Parameter groups: which decay each parameter gets, written into the optimizer's own groups.
 
-A group is a plain dictionary for any ``torch.optim`` constructor. What the hook of :func:`rankdecay.attach` has to
-know is in it as numbers and strings, so that it goes through ``state_dict`` and a weights-only load, can be read by a
+A group is a plain dictionary for any ``torch.optim`` constructor. All that the hook of :func:`rankdecay.attach` reads
+is in it as numbers and strings, so that it goes through ``state_dict`` and a weights-only load, can be read by a
 person, and can be changed while training, like ``lr``:
 
 ==========================  ============================================================================
@@ -20,7 +20,6 @@ ROLE_steps, _pending        state of ``every=k``: steps seen, and Σ lr · stren
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -29,6 +28,8 @@ from typing import Any
 from torch import nn
 
 from rankdecay.attention import AttentionNames, Window
+from rankdecay.attention.layer import WHOLE
+from rankdecay.checks import check_number
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
 
@@ -48,10 +49,10 @@ def param_groups(
     other: Decay | None = None,
     names: AttentionNames | None = None,
 ) -> list[Group]:
-    """Returns parameter groups for an optimizer, one per role and layout, each with its decay.
+    """Return parameter groups for an optimizer, one per role and layout, each with its decay.
 
     Every parameter of the model is in exactly one group, frozen ones too. Build the optimizer from the groups, then
-    call :func:`rankdecay.attach`, which applies what the optimizer cannot.
+    call :func:`rankdecay.attach`, which applies the decays that the optimizer cannot.
 
     Args:
         model: the model; plain, compiled, or wrapped by DDP or PEFT.
@@ -104,8 +105,8 @@ def param_groups(
         decays = [(block, _decay_of(block, entry, named, default)) for block in entry.blocks]
         _check_no_conflict(entry, decays)
         # Not by the decays: the same model has the same groups whatever its decays, so that a state can be loaded.
-        alike = (tuple((block.role, block.window) for block in entry.blocks), _is_matrix(entry, entry.blocks[0]))
-        group = groups.setdefault(alike, {"params": [], "param_names": [], "why": [], **_keys(decays)})
+        key = (tuple((block.role, block.window) for block in entry.blocks), _is_matrix(entry, entry.blocks[0]))
+        group = groups.setdefault(key, {"params": [], "param_names": [], "why": [], **_keys(decays)})
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.names[0])
         group["why"].append(", ".join(dict.fromkeys(block.why for block in entry.blocks)))
@@ -113,7 +114,7 @@ def param_groups(
 
 
 def decays_in(group: Group) -> dict[str, Decay]:
-    """Returns the decays that the hook applies to a group, by role, as its keys say now.
+    """Return the decays that the hook applies to a group, by role, as its keys say now.
 
     Raises:
         ValueError: If a key has been given a value that the decay does not take.
@@ -130,43 +131,37 @@ def decays_in(group: Group) -> dict[str, Decay]:
 
 
 def hook_roles(group: Group) -> list[str]:
-    """Returns the roles of a group that the hook decays."""
+    """Return the roles of a group that the hook decays."""
     return [role for role in ROLES if f"{role}_rule" in group]
 
 
 def names_in(group: Group) -> list[str]:
-    """Returns the names of a group's parameters, numbered if it has none."""
+    """Return the names of a group's parameters, numbered if it has none."""
     return group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
 
 
 def windows_in(group: Group, role: str) -> list[Window]:
-    """Returns where in each parameter of a group the matrices of a role are; empty: the whole parameter."""
-    return [Window.parse(text) for text in group.get(f"{role}_blocks", "").split("; ") if text]
+    """Return where in each parameter of a group the matrices of a role are."""
+    return [Window.parse(text) for text in group.get(f"{role}_blocks", "").split("; ")]
 
 
-def hook_keys(role: str, decay: Decay, windows: Iterable[Window | None] = ()) -> Group:
-    """Returns the keys that make the hook apply ``decay`` to the matrices of a role."""
+def hook_keys(role: str, decay: Decay, windows: Iterable[Window] = (WHOLE,)) -> Group:
+    """Return the keys that make the hook apply ``decay`` to the matrices of a role."""
     settings = asdict(decay) if isinstance(decay, LowRank) else {"rule": "frobenius", "strength": decay.strength}
     keys: Group = {f"{role}_{name}": value for name, value in settings.items()}
-    keys |= {f"{role}_steps": 0, f"{role}_pending": 0.0}  # from the start: a distributed checkpoint fills what is there
-    blocks = "; ".join(str(window) for window in windows if window is not None)
+    keys |= {f"{role}_steps": 0, f"{role}_pending": 0.0}  # a distributed checkpoint fills existing keys alone
+    blocks = "; ".join(filter(None, map(str, windows)))  # nothing of a whole parameter
     if blocks:
         keys[f"{role}_blocks"] = blocks
     return keys
 
 
 def _number(group: Group, key: str) -> float:
-    value = group[key]
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(
-            f"the parameter group's {key} is {value!r}; expected a finite number >= 0. It is read at every step: set "
-            "it to 0 to switch the decay off."
-        )
-    return value
+    return check_number(f"the parameter group's {key}", group[key], at_least=0, remedy="0 switches the decay off")
 
 
 def _decay_of(block: Block, entry: Assigned, named: dict[str, Decay | None], default: Decay | None) -> Decay | None:
-    """The decay of a block; None: the optimizer's own weight decay."""
+    """Return the decay of a block; None for the optimizer's own weight decay."""
     decay = named[block.role]
     if decay is None:
         decay = default if _is_matrix(entry, block) else Frobenius(0.0)
@@ -176,7 +171,7 @@ def _decay_of(block: Block, entry: Assigned, named: dict[str, Decay | None], def
 
 
 def _is_matrix(entry: Assigned, block: Block) -> bool:
-    """Whether the default decay is for it: a norm's gain and a bias are never matrices."""
+    """Return whether a block has the default decay: a norm's gain and a bias are never matrices."""
     return entry.parameter.ndim >= 2 and block.role not in ("norm", "bias")
 
 
@@ -188,14 +183,14 @@ def _check_matrix(block: Block, entry: Assigned, decay: LowRank) -> None:
             f"{name} has role {block.role} and shape {shape}, and a low-rank decay needs a matrix: give "
             f"{block.role}=rankdecay.Frobenius(...) instead."
         )
-    if decay.unit == "head" and block.window is None:
+    if decay.unit == "head" and not block.window.has_heads:
         raise ValueError(
             f"{block.role}=LowRank(unit='head') meets {name}, which has no heads; use unit='matrix' for this role."
         )
 
 
 def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
-    """What a group says of the decay of its parameters."""
+    """Return the keys that say which decay the parameters of a group have."""
     roles = list(dict.fromkeys(block.role for block, _ in decays))
     keys: Group = {"role": "+".join(roles)}
     distinct = {decay for _, decay in decays}
@@ -217,14 +212,14 @@ def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
 
 
 def _check_no_conflict(entry: Assigned, decays: list[tuple[Block, Decay | None]]) -> None:
-    """A tied parameter must not get two decays for the same matrix."""
+    """Raise if a tied parameter would get two decays for the same matrix."""
     for i, (block, decay) in enumerate(decays):
-        for earlier, its_decay in decays[:i]:
-            same_place = block.window is None or earlier.window is None or block.window == earlier.window
-            if same_place and decay != its_decay:
+        for earlier, earlier_decay in decays[:i]:
+            same_place = WHOLE in (block.window, earlier.window) or block.window == earlier.window
+            if same_place and decay != earlier_decay:
                 raise ValueError(
                     f"{' and '.join(entry.names)} are one tied parameter and would get two decays: {earlier.role} "
-                    f"({_words(its_decay)}) and {block.role} ({_words(decay)}). Give both roles the same decay, or "
+                    f"({_words(earlier_decay)}) and {block.role} ({_words(decay)}). Give both roles the same decay, or "
                     "untie them."
                 )
 
@@ -236,26 +231,26 @@ def _words(decay: Decay | None) -> str:
 def _check_every_role_matches(
     named: dict[str, Decay | None], assigned: list[Assigned], model: nn.Module, unhandled: list[str]
 ) -> None:
-    there: dict[str, list[Assigned]] = {}
+    by_role: dict[str, list[Assigned]] = {}
     for entry in assigned:
         for block in entry.blocks:
-            there.setdefault(block.role, []).append(entry)
+            by_role.setdefault(block.role, []).append(entry)
     for role, decay in named.items():
         if decay is None:
             continue
-        if role not in there:
+        if role not in by_role:
             also = f" Attention that is not handled: {'; '.join(unhandled[:3])}." if unhandled else ""
             names = [name for entry in assigned for name in entry.names]
             raise ValueError(
                 f"{role}={decay!r} matches no parameter of {type(model).__name__}, whose roles are "
-                f"{', '.join(r for r in ROLES if r in there)}.{also} Its parameters are "
+                f"{', '.join(r for r in ROLES if r in by_role)}.{also} Its parameters are "
                 f"{', '.join(names[:12])}{', …' if len(names) > 12 else ''}. For attention of your own, pass "
                 "names=rankdecay.AttentionNames(...)."
             )
-        if decay.strength > 0 and not any(entry.parameter.requires_grad for entry in there[role]):
-            adapted = any(".base_layer." in name for entry in there[role] for name in entry.names)
+        if decay.strength > 0 and not any(entry.parameter.requires_grad for entry in by_role[role]):
+            adapted = any(".base_layer." in name for entry in by_role[role] for name in entry.names)
             raise ValueError(
-                f"{role}={decay!r} matches only frozen parameters, such as {there[role][0].names[0]}, which nothing "
+                f"{role}={decay!r} matches only frozen parameters, such as {by_role[role][0].names[0]}, which nothing "
                 "changes. "
                 + (
                     "They are the base of an adapter: decay its factors with other=rankdecay.Frobenius(...), which is "

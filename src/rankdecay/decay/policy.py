@@ -1,7 +1,7 @@
-"""What is decayed, how strongly and by which rule. Plain data: importing this module does not import torch.
+"""Decays as plain data: how strong, by which rule, of which unit. Importing this module does not import torch.
 
 A decay is *decoupled*: it acts on the weight after the optimizer's step and never enters the loss. Its size is the
-threshold τ, the amount a rule may take from each singular value in one step:
+threshold τ, how much a rule may take from each singular value in one step:
 
 ==========  ==========================  =====================================================================
 scale       τ (``lr_coupled``)          reading
@@ -15,11 +15,11 @@ Without ``lr_coupled`` the factor lr is left out, as in the published prototypes
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from rankdecay.rules import Rule
+from rankdecay.checks import check_name, check_number
+from rankdecay.rules import get_rule, rule_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +28,7 @@ Scale = Literal["relative", "absolute"]
 Unit = Literal["matrix", "head"]
 
 
-def _check_strength(name: str, value: float) -> None:
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}; use 0 to switch the decay off")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+_OFF = "0 switches it off"
 
 
 @dataclass(frozen=True)
@@ -49,10 +42,10 @@ class Frobenius:
     strength: float
 
     def __post_init__(self) -> None:
-        _check_strength("strength", self.strength)
+        check_number("strength", self.strength, at_least=0, remedy=_OFF)
 
     def describe(self) -> str:
-        """The decay in a few words."""
+        """Return the decay in a few words."""
         return f"L2 {self.strength:g}"
 
 
@@ -63,7 +56,8 @@ class LowRank:
     Attributes:
         strength: decay per unit of learning rate (or per step, without ``lr_coupled``), ≥ 0.
         rule: ``"prox"`` soft threshold, exact zeros; ``"smooth"`` W (WᵀW + ε²)^(−1/2), never crosses zero;
-            ``"polar"`` the subgradient UVᵀ; ``"newton_schulz"`` the published prototypes' five cubic steps.
+            ``"polar"`` the subgradient UVᵀ; ``"newton_schulz"`` the published prototypes' five cubic steps; or any
+            other that is registered (:mod:`rankdecay.rules`).
         scale: ``"relative"`` or ``"absolute"``: see the module's table.
         unit: ``"matrix"`` for one spectrum per matrix, ``"head"`` for one per attention head.
         every: apply k·τ every k steps; exact for ``"prox"`` between gradient steps, first order for the others.
@@ -72,7 +66,7 @@ class LowRank:
     """
 
     strength: float
-    rule: Rule = "prox"
+    rule: str = "prox"
     scale: Scale = "relative"
     unit: Unit = "matrix"
     every: int = 1
@@ -80,16 +74,29 @@ class LowRank:
     smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_strength("strength", self.strength)
-        _check_strength("smoothing", self.smoothing)
-        _check_choice("rule", self.rule, get_args(Rule))
-        _check_choice("scale", self.scale, get_args(Scale))
-        _check_choice("unit", self.unit, get_args(Unit))
-        if self.every < 1 or self.every != int(self.every):
-            raise ValueError(f"every must be a whole number of steps >= 1, got {self.every!r}")
+        check_number("strength", self.strength, at_least=0, remedy=_OFF)
+        check_number("smoothing", self.smoothing, at_least=0, remedy=_OFF)
+        check_name("rule", self.rule, rule_names())
+        check_name("scale", self.scale, get_args(Scale))
+        check_name("unit", self.unit, get_args(Unit))
+        check_number("every", self.every, at_least=1, whole=True, remedy="it counts steps")
+
+    def tau(self, amount: Tensor | float, norm: Tensor, rank: Tensor | int) -> Tensor:
+        """Return τ, what the rule may take from each singular value: the one place where it is defined.
+
+        Args:
+            amount: Σ lr · strength of the steps to decay for (without ``lr_coupled`` Σ strength); broadcastable.
+            norm: ‖W‖_F of each matrix, (...).
+            rank: min(m, n).
+
+        Returns:
+            ``(...)``, in the dtype of ``norm``.
+        """
+        amount = norm.new_ones(norm.shape) * amount
+        return amount if self.scale == "absolute" else amount * norm / rank**0.5
 
     def threshold(self, weight: Tensor, lr: Tensor | float, strength: Tensor | float | None = None) -> Tensor:
-        """τ of one step for each matrix of ``weight``.
+        """Return τ of one step for each matrix of ``weight``.
 
         Args:
             weight: ``(..., m, n)``.
@@ -100,21 +107,14 @@ class LowRank:
         Returns:
             ``(...)``, in the dtype of ``weight``.
         """
-        strength = self.strength if strength is None else strength
-        amount = weight.new_ones(weight.shape[:-2]) * strength * (lr if self.lr_coupled else 1.0)
-        if self.scale == "absolute":
-            return amount
-        return self.scaled(amount, weight.norm(dim=(-2, -1)), min(weight.shape[-2:]))
-
-    def scaled(self, amount: Tensor, norm: Tensor, rank: Tensor | int) -> Tensor:
-        """τ of matrices from lr · strength (...), their ‖W‖_F (...), and min(m, n)."""
-        return amount if self.scale == "absolute" else amount * norm / rank**0.5
+        amount = (self.strength if strength is None else strength) * (lr if self.lr_coupled else 1.0)
+        return self.tau(amount, weight.norm(dim=(-2, -1)), min(weight.shape[-2:]))
 
     def describe(self) -> str:
-        """The decay in a few words."""
+        """Return the decay in a few words."""
         words = [self.rule.replace("_", "-"), f"{self.strength:g}", self.scale]
         words += [] if self.lr_coupled else ["per step"]
-        words += [f"ε = {self.smoothing:g}·‖W‖_F"] if self.rule == "smooth" and self.smoothing else []
+        words += [f"ε = {self.smoothing:g}·‖W‖_F"] if self.smoothing and get_rule(self.rule).smoothing else []
         words += ["per head"] if self.unit == "head" else []
         words += [f"every {self.every} steps"] if self.every > 1 else []
         return "low-rank " + ", ".join(words)

@@ -1,4 +1,4 @@
-"""Which role each parameter of a model has, and why: what a decay is chosen by.
+"""Role of each parameter of a model, by which its decay is chosen, and the reason for it.
 
 ==============  ==========================================================================================
 role            parameters
@@ -24,8 +24,9 @@ from typing import NamedTuple
 from torch import nn
 
 from rankdecay.attention import AttentionNames, Window
-from rankdecay.attention.modules import attention_of, named_parameters
-from rankdecay.attention.naming import Unhandled
+from rankdecay.attention.layer import WHOLE
+from rankdecay.attention.locate import Unhandled, locate
+from rankdecay.attention.source import ModuleSource, named_parameters
 
 ROLES = ("query_key", "value_output", "mlp", "embedding", "norm", "bias", "other")
 
@@ -35,22 +36,20 @@ _ADAPTER_NAME = re.compile(r"\.lora_|\.adapter|\.ia3_|\.hada_|\.lokr_")
 
 
 class Block(NamedTuple):
-    """One matrix in a parameter: its role, where it is, and why it has the role."""
+    """Matrix in a parameter: its role, its window, and the reason for the role."""
 
     role: str
-    window: Window | None  # None: the whole parameter
+    window: Window
     why: str
 
-    def labelled_window(self) -> Window | None:
-        """The window, with the matrix's name where the parameter holds several."""
-        if self.window is None or self.window.is_whole:
-            return self.window
-        return replace(self.window, label=self.why)
+    def labelled_window(self) -> Window:
+        """Return the window, with the matrix's name where the parameter holds several."""
+        return self.window if self.window.is_whole else replace(self.window, label=self.why)
 
 
 @dataclass
 class Assigned:
-    """A parameter, the names it has, and the blocks it holds."""
+    """Parameter, with its names and its blocks."""
 
     parameter: nn.Parameter
     names: list[str]
@@ -58,11 +57,11 @@ class Assigned:
 
 
 def assign_roles(model: nn.Module, names: AttentionNames | None = None) -> tuple[list[Assigned], list[Unhandled]]:
-    """Returns every parameter of the model once, with its blocks, and the attention that is not handled.
+    """Return every parameter of the model once, with its blocks, and the attention that is not handled.
 
     A tied parameter collects the blocks of each of its names; a name that says nothing (role other) adds none.
     """
-    found, unhandled = attention_of(model) if names is None else attention_of(model, [names])
+    found, unhandled = locate(ModuleSource(model), names)
     in_attention: dict[str, list[Block]] = {}
     for layer in found:
         for role, place in layer.places.items():
@@ -78,39 +77,39 @@ def assign_roles(model: nn.Module, names: AttentionNames | None = None) -> tuple
         owner = owners.get(name.rpartition(".")[0])
         blocks = in_attention.get(name) or [_plain_block(name, parameter, owner, blocks_of_layers)]
         if parameter is output_embedding and not isinstance(owner, nn.Embedding):
-            blocks = [Block("embedding", None, "output embedding")]
+            blocks = [Block("embedding", WHOLE, "output embedding")]
         for block in blocks:
             if all(known.role != block.role or known.window != block.window for known in entry.blocks):
                 entry.blocks.append(block)
     for entry in assigned.values():
-        telling = [block for block in entry.blocks if block.role != "other"]
-        entry.blocks = telling or entry.blocks[:1]
+        known = [block for block in entry.blocks if block.role != "other"]
+        entry.blocks = known or entry.blocks[:1]
     return list(assigned.values()), unhandled
 
 
 def _plain_block(name: str, parameter: nn.Parameter, owner: nn.Module | None, layers: set[str]) -> Block:
-    """The role of a parameter that is no attention matrix, from its module, its name and its shape."""
+    """Return the role of a parameter outside attention, from its module, its name and its shape."""
     leaf = name.rpartition(".")[2]
     kind = type(owner).__name__
     if _ADAPTER_NAME.search(name):
-        return Block("other", None, "factor of an adapter: L2 on both is a nuclear norm on their product")
+        return Block("other", WHOLE, "factor of an adapter: L2 on both is a nuclear norm on their product")
     if leaf.endswith("bias") or leaf in ("bias_k", "bias_v"):
-        return Block("bias", None, "bias")
+        return Block("bias", WHOLE, "bias")
     if "norm" in kind.lower():
-        return Block("norm", None, f"gain of {kind}")
+        return Block("norm", WHOLE, f"gain of {kind}")
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return Block("embedding", None, "embedding table")
+        return Block("embedding", WHOLE, "embedding table")
     if parameter.ndim < 2:
-        return Block("other", None, f"vector of {kind}")
+        return Block("other", WHOLE, f"vector of {kind}")
     if _EMBEDDING_NAME.search(name):
-        return Block("embedding", None, "named as an embedding")
+        return Block("embedding", WHOLE, "named as an embedding")
     if any(layer and name.startswith(layer + ".") for layer in layers):
-        return Block("mlp", None, "matrix of a block with attention")
-    return Block("other", None, "outside the blocks with attention")
+        return Block("mlp", WHOLE, "matrix of a block with attention")
+    return Block("other", WHOLE, "outside the blocks with attention")
 
 
 def _block(attention: str) -> str:
-    """The transformer block of an attention module: its path up to the first number, or its parent."""
+    """Return the transformer block of an attention module: its path up to the first number, or its parent."""
     parts = attention.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return ".".join(parts[: number + 1] if number is not None else parts[:-1])

@@ -1,4 +1,4 @@
-"""The table of ``Attachment.describe``: every parameter, what decays it, and why."""
+"""Table of ``Attachment.describe``: every parameter, its decay, and why."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rankdecay.attention import Window
-from rankdecay.attention.modules import whole
+from rankdecay.dtensor import whole
 from rankdecay.spectrum import spectrum
+from rankdecay.text import aligned
 
 
 class Row(NamedTuple):
-    """One matrix, or one parameter."""
+    """Row of the table: a matrix, or a parameter."""
 
     name: str
     parameter: Tensor
     role: str
-    window: Window | None
+    window: Window
     decay: str
-    by: str  # who applies it
+    by: str  # what applies it
     why: str
     low_rank: bool = False
     waiting: str = ""  # how far an every=k cycle is
 
     def matrix(self) -> Tensor:
-        """The matrix as it is now; of a sharded parameter in every process, and all have to ask."""
-        value = whole(self.parameter.detach())
-        return value if self.window is None else self.window.matrix(value)
+        """Return the present matrix; a collective if the parameter is sharded."""
+        return self.window.matrix(whole(self.parameter.detach()))
 
 
 def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str) -> str:
-    """Returns the table as text, a summary first, low-rank decays before the rest.
+    """Return the table as text, a summary first, low-rank decays before the rest.
 
     Args:
         rows: in the order of the optimizer's groups.
@@ -43,21 +43,18 @@ def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str) -
     """
     rows = sorted(rows, key=lambda row: not row.low_rank)
     shown = [row for row in rows if row.low_rank] if ranks else rows
-    head = ["parameter", "shape", "role", *(_RANKS if ranks else ["decay", "applied by", "why"])]
-    cells = [head]
+    cells = [["parameter", "shape", "role", *(_RANKS if ranks else ["decay", "applied by", "why"])]]
     for row in shown:
         last = _ranks(row) if ranks else [row.decay, row.by or "-", row.why]
         cells.append([row.name, _shape(row, ranks), row.role, *last])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join([_summary(rows, attached, optimizer), "", *lines])
+    return "\n".join([_summary(rows, attached, optimizer), "", *aligned(cells)])
 
 
 _RANKS = ["of", "stable rank", "effective rank", "numerical rank"]
 
 
 def _shape(row: Row, ranks: bool) -> str:
-    if row.window is None or row.window.is_whole:
+    if row.window.is_whole:
         return "×".join(map(str, row.parameter.shape))
     if ranks:
         return f"{'×'.join(map(str, row.matrix().shape))} {row.window.label}"

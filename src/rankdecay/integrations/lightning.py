@@ -10,7 +10,7 @@ from rankdecay.monitor import Monitor
 
 
 class RankCallback(Callback):
-    """Hands a :class:`rankdecay.Monitor`'s values to the trainer's loggers, every ``every`` optimizer steps.
+    """Callback that hands a :class:`rankdecay.Monitor`'s values to the loggers, every ``every`` optimizer steps.
 
     They go straight to the loggers, at ``trainer.global_step``, whatever ``log_every_n_steps`` is.
 
@@ -30,7 +30,7 @@ class RankCallback(Callback):
         self.monitor: Monitor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the attention, and counts on from a checkpoint."""
+        """Find the attention, and counts on from a checkpoint."""
         if not trainer.loggers:
             raise ValueError(
                 "RankCallback has nowhere to log: the trainer has no logger; give it one, not logger=False."
@@ -47,10 +47,10 @@ class RankCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Follows the optimizer's steps: several batches may make one, and one batch several."""
+        """Follow the optimizer's steps: several batches may make one, and one batch several."""
         if self.monitor is not None:
             self.monitor.step(trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets go of the model."""
+        """Release the model."""
         self.monitor = None

@@ -15,7 +15,7 @@ from rankdecay.monitor import Monitor
 
 
 class RankCallback(TrainerCallback):
-    """Logs a :class:`rankdecay.Monitor`'s values every ``every`` optimizer steps.
+    """Callback that logs a :class:`rankdecay.Monitor`'s values every ``every`` optimizer steps.
 
     Args:
         trainer: the trainer it is added to.
@@ -33,23 +33,23 @@ class RankCallback(TrainerCallback):
                 "first, then trainer.add_callback(RankCallback(trainer))."
             )
         if "log" in options:
-            raise ValueError("log is Trainer's own here; use rankdecay.Monitor(model, log=...) to log elsewhere.")
+            raise ValueError("log is the trainer's here; use rankdecay.Monitor(model, log=...) to log elsewhere.")
         self.trainer, self.every, self.options = trainer, every, options
         self.monitor: Monitor | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Finds the attention, and counts on from a checkpoint."""
+        """Find the attention, and counts on from a checkpoint."""
         model: Any = self.trainer.model
         self.monitor = Monitor(model, self.every, self._log, **self.options)
         self.monitor.steps = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Follows the optimizer's steps."""
+        """Follow the optimizer's steps."""
         if self.monitor is not None:
             self.monitor.step(state.global_step)
 
     def _log(self, values: dict[str, float]) -> None:
-        """Logs, without being taken for Trainer's own log of this step, which would then be left out."""
-        due = self.trainer.control.should_log
+        """Log, and restore the flag by which Trainer makes its log of this step."""
+        should_log = self.trainer.control.should_log
         self.trainer.log({name: value for name, value in values.items() if name != "step"})
-        self.trainer.control.should_log = due
+        self.trainer.control.should_log = should_log

@@ -24,11 +24,7 @@ from rankdecay.lab.errors import SettingError, check_name
 
 #: The settings class of every experiment, in its module of `lab.experiments`, beside `run` and `print_summary`.
 EXPERIMENTS = {
-    "grok": "grok.experiment:Grok",
     "boundary": "boundary.experiment:Boundary",
-    "recall": "attention.recall:Recall",
-    "language": "attention.language:Language",
-    "vision": "attention.vision:Vision",
 }
 BRIEF = ("factor", "margin", "report")  # commands that leave nothing to continue from when they are interrupted
 PRESET_OPTIONS = ("--preset", "--size")  # what may choose one of an experiment's PRESETS

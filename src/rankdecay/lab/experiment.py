@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import pkgutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import ArmStyle, arm_styles
 from rankdecay.lab.report.table import Column
 from rankdecay.lab.report.words import Check, Facts
-from rankdecay.lab.settings import Record, Settings, identity
+from rankdecay.lab.settings import Record, Settings, identity, question
 
 if TYPE_CHECKING:
     from rankdecay.lab.precision import Products
@@ -55,6 +56,7 @@ __all__ = [
     "names",
     "presets",
     "print_summary",
+    "questions",
     "run",
     "write_merged_report",
     "write_report",
@@ -198,7 +200,8 @@ class Experiment(Generic[S]):
         merged: reads several directories as one; None where that has no meaning.
         sections: of the page, with their charts.
         figure: draws the figure for a paper; by default the first charts of the page, side by side.
-        styles: how its arms are drawn and called, where `lab.report.style` does not know them.
+        styles: how its arms are drawn and called, where `lab.report.style` does not know them; a function of the
+            settings where they decide it.
         files: what is in the run directory, by name.
         again: what repeating the command gives.
     """
@@ -235,9 +238,13 @@ class Experiment(Generic[S]):
     merged: Callable[[Sequence[Path]], StoredRun] | None = None
     sections: Callable[[StoredRun], Sequence[Section]] = lambda stored: ()
     figure: Callable[[StoredRun, Path], Path] | None = None
-    styles: Mapping[str, ArmStyle] = field(default_factory=dict)
+    styles: Mapping[str, ArmStyle] | Callable[[Mapping[str, Any]], Mapping[str, ArmStyle]] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     again: str = "The same version gives the same digits up to rounding, on any machine."
+
+    def styles_of(self, settings: Mapping[str, Any]) -> Mapping[str, ArmStyle]:
+        """How the arms of a run with these settings are drawn and called."""
+        return self.styles(settings) if callable(self.styles) else self.styles
 
 
 # --- how one is found ---
@@ -271,6 +278,11 @@ def names() -> list[str]:
 def presets(name: str) -> Mapping[str, Settings]:
     """The presets of an experiment, without importing torch."""
     return import_module(f"{_folders()[name]}.settings").PRESETS
+
+
+def questions() -> dict[str, str]:
+    """What every experiment asks, by its name."""
+    return {name: question(type(next(iter(presets(name).values())))) for name in names()}
 
 
 def load(name: str) -> Experiment[Any]:
@@ -349,7 +361,9 @@ def _run(
     if experiment.grid:
         fixed = {name: value for name, value in asked.items() if name not in experiment.grid}
         config |= {"fixed": fixed}
-    with RunDirectory.open(settings.out, config, notice, GROWING if experiment.grid else IDENTITY) as directory:
+    defaults = json.loads(json.dumps(identity(type(settings)())))
+    keys = GROWING if experiment.grid else IDENTITY
+    with RunDirectory.open(settings.out, config, notice, keys, defaults) as directory:
         work.directory = directory
         if directory.summary is not None and not experiment.grid:
             share(False)
@@ -374,7 +388,7 @@ def _run(
             **experiment.summarise(work, directory.metrics()),
             "wall_seconds": seconds,
         }
-        if choice is not None:
+        if "precision" in directory.config:  # one that began before precisions were chosen has none
             summary["precision"] = directory.config["precision"]
         directory.finish(summary)
         write_report(directory.path)
@@ -458,12 +472,13 @@ def print_summary(experiment: Experiment[Any], summary: Record) -> None:
     if not console.is_terminal:  # a file has room for a whole line
         console.width = max(console.width, 120)
     console.print(terminal_table(experiment.columns, experiment.brief(summary["arms"])))
-    facts = Facts.of(summary, experiment.styles)
+    styles = experiment.styles_of(summary["settings"])
+    facts = Facts.of(summary, styles)
     if "precision" in summary:
         console.print(f"\nprecision {described(summary)}", markup=False)
     if note := experiment.note(facts):
         console.print(f"\n{note}", markup=False)
-    console.print(f"\n{verdict(summary, experiment.headline, experiment.checks, experiment.styles)}", markup=False)
+    console.print(f"\n{verdict(summary, experiment.headline, experiment.checks, styles)}", markup=False)
 
 
 # --- what is shown of one ---
@@ -534,4 +549,4 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
     charts = [chart for chart in charts if chart.lines][:FIGURE_PANELS]
     if not charts:
         raise SettingError(f"{directories[0]} has nothing to draw yet: let the run go on, or complete it")
-    return draw(charts, arm_styles(stored.arms, experiment.styles), Path(path))
+    return draw(charts, arm_styles(stored.arms, experiment.styles_of(stored.settings)), Path(path))

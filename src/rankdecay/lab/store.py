@@ -34,6 +34,7 @@ Notice = Callable[[str], None]
 IDENTITY = ("command", "schema", "settings", "arms")  # what decides whether a directory belongs to a command
 GROWING = ("command", "schema", "fixed")  # the same where the axes of the grid may grow
 ADDED = {"first_seed": 0}  # settings that older directories lack, with the value that all their runs had
+DESCRIBING = ("description", "control")  # of an arm: words, which may be put better
 DROPPED = ("preset",)  # settings that older directories have and that never changed what was computed
 
 
@@ -81,24 +82,24 @@ def read_json(path: Path) -> Record | None:
 CHECKPOINT_RARITY = 20  # a checkpoint waits this many times as long as the last one took: at most 5 % of the time
 
 
-class Rarely:
-    """Does something costly, such as writing a checkpoint, only as often as it takes little of the time.
+class Throttle:
+    """Calls something costly, such as writing a checkpoint, only as often as it takes little of the time.
 
     Attributes:
-        due: when it may be done again, on the clock of `time.monotonic`.
+        due: when the next call may be made, on the clock of `time.monotonic`.
     """
 
     def __init__(self) -> None:
         self.due = 0.0
 
     def __call__(self, act: Callable[[], object]) -> bool:
-        """Does it, or leaves it for later; returns whether it was done."""
-        begun = time.monotonic()
-        if begun < self.due:
+        """Calls ``act`` unless it is too early for it; returns whether it was called."""
+        start = time.monotonic()
+        if start < self.due:
             return False
         act()
-        ended = time.monotonic()
-        self.due = ended + CHECKPOINT_RARITY * (ended - begun)
+        end = time.monotonic()
+        self.due = end + CHECKPOINT_RARITY * (end - start)
         return True
 
 
@@ -124,7 +125,14 @@ class RunDirectory:
         self._notice = notice
 
     @classmethod
-    def open(cls, path: Path, config: Record, notice: Notice, identity: Sequence[str] = IDENTITY) -> "RunDirectory":
+    def open(
+        cls,
+        path: Path,
+        config: Record,
+        notice: Notice,
+        identity: Sequence[str] = IDENTITY,
+        defaults: Record | None = None,
+    ) -> "RunDirectory":
         """Creates the directory, or opens it again if it holds the same configuration.
 
         Args:
@@ -132,6 +140,7 @@ class RunDirectory:
             config: must have the keys of ``identity``; compared with what the directory holds.
             notice: receives one line for everything a user should know.
             identity: the keys that decide whether the directory belongs to this configuration.
+            defaults: of the settings: what those had that an older directory does not hold.
 
         Raises:
             SettingError: if the directory is in use, not writable, holds another configuration or other files.
@@ -158,7 +167,7 @@ class RunDirectory:
             if stored is None:
                 run.save_config(config)
             else:
-                _refuse_other_configuration(path, stored, json.loads(json.dumps(config)), identity)
+                _refuse_other_configuration(path, stored, json.loads(json.dumps(config)), identity, defaults or {})
             on_error.pop_all()
         return run
 
@@ -345,18 +354,35 @@ def _as_json(value: Record) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _refuse_other_configuration(path: Path, stored: Record, wanted: Record, identity: Sequence[str]) -> None:
-    """Raises unless the stored identity equals the wanted one, naming the first difference."""
+def _refuse_other_configuration(
+    path: Path, stored: Record, wanted: Record, identity: Sequence[str], defaults: Record
+) -> None:
+    """Raises unless the stored identity equals the wanted one, naming the first difference.
+
+    Settings that are absent in an older directory had their default then; arms are compared by what they do, not by
+    how they are described, and an attribute that only one of two versions stores does not count.
+    """
     for key in identity:
         old, new = stored.get(key), wanted.get(key)
+        if key == "arms":
+            old, new = _comparable(old or [], new or []), _comparable(new or [], old or [])
         if isinstance(old, dict) and isinstance(new, dict):
             old = {name: value for name, value in old.items() if name not in DROPPED}
-            old = {name: value for name, value in ADDED.items() if name in new} | old
+            old = {name: (defaults | ADDED).get(name) for name in new if key != "arms"} | old
         if old == new:
             continue
-        if isinstance(old, dict) and isinstance(new, dict):
+        if isinstance(old, dict) and isinstance(new, dict) and key != "arms":
             name = next(k for k in {**old, **new} if old.get(k) != new.get(k))
             what = f"{name} is {old.get(name)!r} there, {new.get(name)!r} now"
         else:
             what = f"its {key} differ" if key == "arms" else f"{key} is {old!r} there, {new!r} now"
         raise SettingError(f"--out {path} holds another configuration ({what}): choose another directory")
+
+
+def _comparable(arms: Sequence[Record], others: Sequence[Record]) -> Record:
+    """What arms do, by name: the attributes that the other version of each has too."""
+    known = {arm["name"]: arm for arm in others}
+    return {
+        arm["name"]: {k: v for k, v in arm.items() if k not in DESCRIBING and k in known.get(arm["name"], arm)}
+        for arm in arms
+    }

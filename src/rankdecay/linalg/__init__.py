@@ -1,12 +1,16 @@
-"""Functions of a matrix that act on its singular values. Knows nothing of models or training.
+"""Functions of a matrix that act on its singular values, without models or training.
 
-* :mod:`~rankdecay.linalg.polar`: the polar factor and its smoothed form; the backends.
-* :mod:`~rankdecay.linalg.shrink`: soft threshold, spectral clip, and every decay rule.
-* :mod:`~rankdecay.linalg.minimax`: the polynomials behind the matmul-only backend.
+* :mod:`~rankdecay.linalg.polar`: the polar factor and its smoothed form.
+* :mod:`~rankdecay.linalg.shrink`: one decay step by a rule's name; :mod:`~rankdecay.linalg.rules`: a file per rule.
+* :mod:`~rankdecay.linalg.gram`: the same step from a Gram matrix alone, for sharded weights.
+* :mod:`~rankdecay.linalg.exact`, :mod:`~rankdecay.linalg.matmul`: the two backends; :mod:`~rankdecay.linalg.backend`
+  chooses.
 """
 
-from rankdecay.linalg.polar import Backend, choose_backend, polar, record_backends, smooth_polar
-from rankdecay.linalg.shrink import Rule, newton_schulz, shrink, soft_threshold, spectral_clip
+from rankdecay.linalg.backend import Backend, choose_backend, record_backends
+from rankdecay.linalg.polar import polar, smooth_polar
+from rankdecay.linalg.shrink import newton_schulz, shrink, soft_threshold, spectral_clip
+from rankdecay.rules import Rule
 
 __all__ = [
     "Backend",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def factored_singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """Singular values of ``a @ b.mT``.
+    """Return the singular values of ``a @ b.mT``.
 
     Args:
         a: ``(..., m, k)`` with ``m >= k``.

@@ -6,7 +6,7 @@ Every decay rule multiplies W on one side by a matrix that depends on W through 
 
 So where W is cut into rows, its Gram matrices add up to G, C is the same everywhere, and the rest is local.
 
-* **exact**: :func:`~rankdecay.linalg.shrink.taken` of σ, on the eigenvectors of G.
+* **exact**: the rule's :attr:`~rankdecay.rules.Rule.fraction` of σ, on the eigenvectors of G.
 * **matmul**: a triangular R with RᵀR = G has the singular values of W, so :func:`~rankdecay.linalg.shrink` of R says
   what it takes from W: :math:`C = R^{-1}(R - \mathrm{shrink}(R))`. Cholesky's, of G a little above singular.
 
@@ -16,37 +16,38 @@ of float32 weights; those of float64 have directions below 2⁻²⁵ σ_max coun
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.polar import NULL_TOLERANCE, check_name, eigenvectors, full_precision, note_backend
-from rankdecay.linalg.shrink import shrink, taken
-from rankdecay.rules import Rule
+from rankdecay.checks import check_name
+from rankdecay.linalg.backend import full_precision, note_backend
+from rankdecay.linalg.exact import NULL_TOLERANCE, eigenvectors
+from rankdecay.linalg.shrink import shrink
+from rankdecay.linalg.stack import finite
+from rankdecay.rules import Options, Rule, get_rule
 
 
 @torch.no_grad()
 def shrink_factor(
     G: Tensor,
     tau: Tensor,
-    rule: Rule = "prox",
+    rule: str = "prox",
     *,
     smoothing: float = 0.0,
     steps: int = 5,
     backend: str = "exact",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Returns C such that W - W C is :func:`~rankdecay.linalg.shrink` of every W with WᵀW = G.
+    """Return C such that W - W C is :func:`~rankdecay.linalg.shrink` of every W with WᵀW = G.
 
     Args:
         G: Gram matrices (..., n, n), float64.
         tau: τ ≥ 0 of each, (...), in the units of the singular values of W.
         rule: as for :func:`~rankdecay.linalg.shrink`.
-        smoothing: as there.
-        steps: as there.
+        smoothing: for "smooth", a fraction of ‖W‖_F.
+        steps: for "newton_schulz".
         backend: ``"exact"`` or ``"matmul"``.
-        dtype: dtype of W, which says how many of its digits are meant.
+        dtype: dtype of W, which decides how many digits count.
 
     Returns:
         (..., n, n), float64; NaN where G or τ is not finite. Zero where τ = 0.
@@ -54,34 +55,34 @@ def shrink_factor(
     Raises:
         ValueError: If ``rule`` or ``backend`` is unknown.
     """
-    check_name("rule", rule, get_args(Rule))
+    chosen, options = get_rule(rule), Options(smoothing, steps)
     check_name("backend", backend, ("exact", "matmul"))
     tau = tau.to(G.device, torch.float64)[..., None]  # beside σ
     F = G.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).sqrt()
     bad = ~(G.isfinite().all(-1).all(-1, keepdim=True) & tau.isfinite())
     unit = torch.where(bad | (F == 0), 1.0, F)
     G = (G / unit[..., None].square()).masked_fill(bad[..., None], 0)
-    tau = (tau / unit).nan_to_num(nan=0.0).clamp_max(2.0**500)
     with full_precision(G.device):
-        if backend == "exact":
-            C = _by_eigenvalues(G, tau, rule, smoothing, steps, dtype)
+        if backend == "exact" or chosen.taken_by_products is None:
+            C = _by_eigenvalues(G, unit, finite(tau), chosen, options, dtype)
         else:
-            C = _by_products(G, tau, rule, smoothing, steps)
+            C = _by_products(G, unit, finite(tau), rule, options)
     return C.masked_fill(bad[..., None], torch.nan)
 
 
-def _by_eigenvalues(G: Tensor, tau: Tensor, rule: Rule, smoothing: float, steps: int, dtype: torch.dtype) -> Tensor:
+def _by_eigenvalues(G: Tensor, unit: Tensor, tau: Tensor, rule: Rule, options: Options, dtype: torch.dtype) -> Tensor:
     note_backend("exact")
     sigma, V = _eigenvectors(G)
+    sigma = sigma * unit
     null = (NULL_TOLERANCE if dtype != torch.float64 else 2.0**-25) * sigma.amax(-1, keepdim=True)
-    c = taken(sigma, null, tau, rule, smoothing=smoothing, steps=steps)
+    c = rule.fraction(sigma, null, tau, options)
     # Exactly the identity where nothing is left, so that W - W C is exactly zero.
     all_taken = (c == 1).all(-1)[..., None, None]
     return torch.where(all_taken, torch.eye(c.shape[-1]).to(G), (V * c[..., None, :]) @ V.mT)
 
 
 def _eigenvectors(G: Tensor) -> tuple[Tensor, Tensor]:
-    """σ = √λ (..., n) and the eigenvectors (..., n, n); by SVD where eigh does not converge or is wrong."""
+    """Return σ = √λ (..., n) and the eigenvectors (..., n, n); by SVD where eigh does not converge or is wrong."""
     lam, V, good = eigenvectors(G)
     if not bool(good.all()):
         note_backend("svd")
@@ -90,9 +91,9 @@ def _eigenvectors(G: Tensor) -> tuple[Tensor, Tensor]:
     return lam.clamp_min(0).sqrt(), V
 
 
-def _by_products(G: Tensor, tau: Tensor, rule: Rule, smoothing: float, steps: int) -> Tensor:
+def _by_products(G: Tensor, unit: Tensor, tau: Tensor, rule: str, options: Options) -> Tensor:
     n = G.shape[-1]
     identity = torch.eye(n, dtype=G.dtype, device=G.device)
-    R = torch.linalg.cholesky_ex(G + n * 2.0**-52 * identity).L.mT
-    difference = R - shrink(R, tau[..., 0], rule, smoothing=smoothing, steps=steps, backend="matmul")
+    R = unit[..., None] * torch.linalg.cholesky_ex(G + n * 2.0**-52 * identity).L.mT
+    difference = R - shrink(R, tau[..., 0], rule, **options._asdict(), backend="matmul")
     return torch.linalg.solve_triangular(R, difference, upper=True)

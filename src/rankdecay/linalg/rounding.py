@@ -1,6 +1,6 @@
 """Stochastic rounding: a change far below the last digit of a weight still happens on average.
 
-A bfloat16 weight has eight significant bits. A decay of 1e-5 of its size, rounded to nearest, is no decay at all.
+A bfloat16 weight has eight significant bits. A decay of 1e-5 of its size, rounded to nearest, is lost.
 Rounded up or down at random, with the probability that makes the expectation exact, it is (Croci et al., *Stochastic
 rounding: implementation, error analysis and applications*, Royal Society Open Science 2022).
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-    """Returns ``x`` in a narrower dtype, rounded to one of its two neighbours with expectation exactly ``x``.
+    """Return ``x`` in a narrower dtype, rounded to one of its two neighbours with expectation exactly ``x``.
 
     Args:
         x: float32 values, any shape. A value that ``dtype`` can hold comes back as it is.
@@ -31,7 +31,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator |
 
 
 def _next(value: Tensor, upwards: Tensor) -> Tensor:
-    """The neighbour of each 16-bit float, by its bits: they count magnitudes in order, with the sign on top."""
+    """Return the neighbour of each 16-bit float, by its bits: they count magnitudes in order, with the sign on top."""
     bits = value.view(torch.int16)
     away_from_zero = upwards == (value > 0)
     stepped = (bits + torch.where(away_from_zero, 1, -1).to(torch.int16)).view(value.dtype)

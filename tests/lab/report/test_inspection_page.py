@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rankdecay as rd
-from rankdecay.attention.inspection import Inspection, inspect
+from rankdecay.inspection import Inspection, inspect
 from rankdecay.lab.report.inspection import inspection_page, render, short_labels
 
 EVIL = "<img src=x onerror=window.owned=1>%{y}</script><b>"

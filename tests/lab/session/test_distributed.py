@@ -149,16 +149,16 @@ CHOICE = """
 import os, sys
 from pathlib import Path
 from rankdecay.lab import cli
-from rankdecay.lab.experiments.attention import experiment as attention_decay
+from rankdecay.lab.experiments.attention import runs
 
-make_plan = attention_decay.make_plan
+make_plan = runs.make_plan
 rank = os.environ["RANK"]
 
 def noted(settings, *arguments):
     Path(sys.argv[1], rank).write_text(settings.precision)
     return make_plan(settings, *arguments)
 
-attention_decay.make_plan = noted
+runs.make_plan = noted
 arguments = sys.argv[2:]
 if rank == "1":
     arguments[arguments.index("--out") + 1] += "-of-nobody"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import rankdecay as rd
 from rankdecay.cli import main
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.language import Language, check
+from rankdecay.lab.experiments.attention.language.settings import Language, check
 from rankdecay.lab.session.distributed import joined
 from rankdecay.lab.session.parallel import Layout, Parallel
 from rankdecay.lab.session.session import Plan, Run, Session

@@ -57,9 +57,9 @@ def test_an_interrupted_run_goes_on_first_and_loses_what_came_after_its_checkpoi
     assert steps(directory) == [(0.0, 20, True), (1.0, 0, False), (1.0, 10, False)]
     assert store.missing([FIRST, SECOND, THIRD]) == [THIRD, SECOND]
     assert store.begin(SECOND) is None
-    begun = store.begin(THIRD)
-    assert begun is not None
-    assert begun.step == store.checkpoint_step == 10
+    saved = store.begin(THIRD)
+    assert saved is not None
+    assert saved.step == store.checkpoint_step == 10
     assert 2.0 <= store.seconds < 3.0 + 2.0  # from the last row that was kept on
     store.end(THIRD)
     assert store.checkpoint_step is None
@@ -99,11 +99,11 @@ def test_checkpoints_are_rare_and_follow_their_records(directory):
     store = RunStore(directory)
     session = Session(FIRST, Repeat(), Plan(steps=4, batch_size=8, lr=1e-2))
     store.add(session.evaluate())
-    begun = time.monotonic()
+    start = time.monotonic()
     store.checkpoint(session)
-    took = time.monotonic() - begun
-    assert begun < store._rarely.due <= begun + 21 * took
-    store._rarely.due += 3600  # a busy machine may take longer than that for what follows
+    took = time.monotonic() - start
+    assert start < store._throttle.due <= start + 21 * took
+    store._throttle.due += 3600  # a busy machine may take longer than that for what follows
     path = directory.path / "checkpoint.safetensors"
     written = path.stat().st_mtime_ns
     assert steps(directory) == [(0.0, 0, False)]
@@ -114,7 +114,7 @@ def test_checkpoints_are_rare_and_follow_their_records(directory):
     assert path.stat().st_mtime_ns == written
     assert store.checkpoint_step == 0
     assert steps(directory) == [(0.0, 0, False), (0.0, 1, False)]
-    store._rarely.due = time.monotonic()
+    store._throttle.due = time.monotonic()
     store.checkpoint(session)
     saved = directory.load_checkpoint()
     assert saved is not None

@@ -15,7 +15,7 @@ import torch
 from rankdecay.lab.ensemble.ensemble import STATE, State
 from rankdecay.lab.ensemble.outcome import Key, Record
 from rankdecay.lab.ensemble.sweep import Plan, Saved, Source, Trial, train
-from rankdecay.lab.store import Checkpoint, Rarely, RunDirectory
+from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 
 WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt
 
@@ -59,10 +59,10 @@ class _Saver:
     """Saves the trials of one thread, rarely enough to cost little, and those that wait to be continued."""
 
     def __init__(self, directory: RunDirectory, name: str, waiting: dict[Key, Saved]) -> None:
-        self._directory, self._name, self._waiting, self._rarely = directory, name, waiting, Rarely()
+        self._directory, self._name, self._waiting, self._throttle = directory, name, waiting, Throttle()
 
     def __call__(self, under_way: Callable[[], dict[Key, Saved]]) -> None:
-        self._rarely(lambda: self._save(under_way()))
+        self._throttle(lambda: self._save(under_way()))
 
     def _save(self, under_way: dict[Key, Saved]) -> None:
         tensors, runs = {}, []

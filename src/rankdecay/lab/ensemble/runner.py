@@ -16,7 +16,7 @@ import torch
 from rankdecay.lab.ensemble.ensemble import STATE, Ensemble, State
 from rankdecay.lab.ensemble.outcome import diverged
 from rankdecay.lab.progress import Progress
-from rankdecay.lab.store import Checkpoint, Rarely, RunDirectory
+from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 
 Record = dict[str, Any]
 Leaves = Callable[[Sequence[Record]], bool]
@@ -49,7 +49,7 @@ class Runner:
         self._history: dict[tuple[str, int], list[Record]] = {}
         self.step = 0
         self.seconds = 0.0
-        self._rarely = Rarely()
+        self._throttle = Throttle()
         checkpoint = run.resume()
         if checkpoint:
             self._restore(checkpoint)
@@ -86,7 +86,7 @@ class Runner:
         self.step += steps
         progress.interval_ended()
         self._run.save_snapshot(self.step, _joined(snapshots))
-        self._rarely(lambda: self._run.save_checkpoint(self._checkpoint()))
+        self._throttle(lambda: self._run.save_checkpoint(self._checkpoint()))
 
     def _measured(self, ensembles: Sequence[Ensemble], steps: int) -> Iterator[Measurement]:
         """Trains and evaluates ensembles, several at once on a CPU; yields their measurements in order.

@@ -12,6 +12,7 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -22,6 +23,7 @@ from rankdecay.lab.report.words import is_number
 WIDTH, ROW, LEGEND = 9.2, 2.6, 0.4  # inches
 PANELS = 3  # in a row
 LEGEND_CHARACTERS = 130  # that fit in a line of the legend
+FEWEST_TICKS, FEW_DECADES = 3, 1000  # times the least value, between which a logarithmic axis has ticks at 1, 2, 5
 ZERO_GAP = 0.7  # of decades: how far left of the least positive value the place of 0 is
 GREY = "#767b84"
 DASHES: dict[str, Any] = {
@@ -97,7 +99,7 @@ def draw(charts: Sequence[Chart], styles: Mapping[str, ArmStyle], path: Path) ->
 def _panel(axes: Axes, chart: Chart, styles: Mapping[str, ArmStyle]) -> None:
     lines, y = chart.at_first()
     x = chart.first_x
-    lines = [line for line in lines if any(map(is_number, line.y))]
+    lines = [line for line in lines if any(map(is_number, _plain(line.y)))]
     place = _decades(axes, lines) if x.scale == "symlog" else lambda value: value
     for line in lines:
         _line(axes, line, place, styles)
@@ -111,8 +113,19 @@ def _panel(axes: Axes, chart: Chart, styles: Mapping[str, ArmStyle]) -> None:
             limits(*axis.limits)
         elif axis.from_zero:
             limits(0, None)
+    if y.scale == "log":
+        _few_decades(axes.yaxis)
     if y.percent:
         axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+
+
+def _few_decades(axis: Axis) -> None:
+    """Ticks of a logarithmic axis that are numbers, 1, 2, 5, where powers of ten would be too few."""
+    low, high = axis.get_view_interval()
+    if FEWEST_TICKS * low < high < FEW_DECADES * low:
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axis.set_major_formatter("{x:g}")
 
 
 def _line(axes: Axes, line: Line, place: Any, styles: Mapping[str, ArmStyle]) -> None:

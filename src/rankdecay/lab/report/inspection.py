@@ -1,4 +1,4 @@
-"""The self-contained HTML page of one inspection, or of several: a training trajectory in the order given.
+"""Self-contained HTML page of one inspection, or of several: a training trajectory in the order given.
 
 As on the page of a run, words and tables are plain HTML made here, nothing is fetched, and a string of a checkpoint is
 only ever text. The charts are drawn from embedded JSON by `inspection.js` on `svg.js`, not by plotly, which the base
@@ -7,16 +7,17 @@ install does not have.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from html import escape
+from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
 
-from rankdecay.attention.inspection import Inspection, Row
-from rankdecay.attention.summary import KINDS, strip
-from rankdecay.lab.experiments.grok.page import SNAPSHOT_NUMBERS
+from rankdecay.inspection import KINDS, Inspection, Row, by_layer, strip
 from rankdecay.lab.report import page as pieces
-from rankdecay.lab.report.page import choice
+from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, choice
+from rankdecay.text import finite_mean, number
 
 #: What the charts and tables show: a name and what it means.
 MEASURES = {
@@ -40,7 +41,7 @@ Pairs = tuple[tuple[float | None, ...], tuple[float | None, ...], tuple[float | 
 
 
 def inspection_page(reports: Sequence[Inspection], path: Path) -> Path:
-    """Writes the page of one or several inspections, by atomic rename.
+    """Write the page of one or several inspections, by atomic rename.
 
     Args:
         reports: what :func:`rankdecay.inspect` returned; several are checkpoints of one training, in this order.
@@ -58,7 +59,7 @@ def inspection_page(reports: Sequence[Inspection], path: Path) -> Path:
 
 
 def render(reports: Sequence[Inspection]) -> str:
-    """The page as one HTML string."""
+    """Return the page as one HTML string."""
     labels = short_labels([report.source for report in reports])
     data = page_data(reports, labels)
     title = labels[0] if len(reports) == 1 else f"{len(reports)} checkpoints: {labels[0]} → {labels[-1]}"
@@ -81,7 +82,7 @@ def render(reports: Sequence[Inspection]) -> str:
 
 
 def short_labels(sources: Sequence[str]) -> list[str]:
-    """One name per source: its path without the folders all have in common; numbered where two are the same."""
+    """Return one label per source: its path without the folders that all share; numbered if two are the same."""
     paths: list[tuple[str, ...]] = [PurePath(source).parts or (source,) for source in sources]
     while len(paths) > 1 and min(map(len, paths)) > 1 and len({parts[0] for parts in paths}) == 1:
         paths = [parts[1:] for parts in paths]
@@ -93,10 +94,10 @@ def short_labels(sources: Sequence[str]) -> list[str]:
 
 
 def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str, Any]:
-    """What the charts are drawn from.
+    """Return the data of the charts.
 
     Per kind, report and layer: the measures and singular values of its heads. Untrained spectra, which most layers
-    share, are in a list of their own.
+    share, are in a separate list.
     """
     untrained: dict[tuple[float, ...], int] = {}
     pairs: dict[Pairs, int] = {}
@@ -105,17 +106,18 @@ def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str,
     with_spectra = {0, len(reports) - 1} if thin else set(range(len(reports)))
     kinds = []
     for key, (symbol, meaning) in KINDS.items():
-        own = [[row for row in report.rows if key in (row.get("product"), row.get("matrix"))] for report in reports]
-        rows = [row for report in own for row in report]
+        series = [report.of(key) for report in reports]
+        rows = [row for rows in series for row in rows]
         if rows:
             defined = [name for name in MEASURES if _measure(rows[0]["untrained"], name, 1) is not None]
+            layers = [_layers(part, defined, i in with_spectra, untrained, pairs) for i, part in enumerate(series)]
             kinds.append({
                 "key": key, "symbol": symbol, "meaning": meaning,
                 "measures": {name: MEASURES[name][0] for name in defined},
                 "heads": sorted({row["head"] for row in rows}),
                 # a run directory has spectra and no weights
                 "factors": FACTORS.get(key) if all(row.get("squared_norms") for row in rows) else None,
-                "reports": [_layers(part, defined, i in with_spectra, untrained, pairs) for i, part in enumerate(own)],
+                "reports": layers,
             })  # fmt: skip
     notices = ["The page has the singular values of the first and the last checkpoint only."] if thin else []
     return {
@@ -127,11 +129,8 @@ def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str,
 def _layers(
     rows: list[Row], measures: list[str], spectra: bool, pool: dict[tuple[float, ...], int], pairs: dict[Pairs, int]
 ) -> list[Row]:
-    by_layer: dict[int, list[Row]] = {}
-    for row in rows:
-        by_layer.setdefault(row["layer"], []).append(row)
     layers = []
-    for index, heads in sorted(by_layer.items()):
+    for index, heads in sorted(by_layer(rows).items()):
         untrained, dim = heads[0]["untrained"], heads[0]["head_dim"]
         layers.append({
             "layer": index, "name": heads[0]["name"], "dim": dim,
@@ -151,13 +150,13 @@ def _layers(
 
 
 def _norms(row: Row) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
-    """The squared norms of the rows of each factor."""
+    """Return the squared norms of the rows of each factor."""
     first, second = (tuple(values) for values in row["squared_norms"].values())
     return first, second
 
 
 def _bound(row: Row) -> tuple[float | None, float | None]:
-    """The mean squared norm of the factors, and what it is at balance: the nuclear norm, or that of the planes."""
+    """Return the mean squared norm of the factors, and its value at balance: the norm of the product or planes."""
     mean, gap = row["mean_frobenius"], row["nuclear_gap"]
     return mean, None if mean is None or gap is None else mean - gap
 
@@ -168,30 +167,21 @@ def _measure(row: Row, name: str, dim: int) -> float | None:
 
 
 def _spectrum(row: Row) -> list[float] | None:
-    """The singular values; None where they are not known, not a list of holes."""
+    """Return the singular values, or None if any is not finite."""
     return None if None in row["singular_values"] else row["singular_values"]
 
 
 # --- words and tables ---
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _number(value: float | None) -> str:
-    return "×" if value is None else f"{value:.3g}"
-
-
 def _clearly_lower(layer: dict[str, Any]) -> bool:
-    """Whether the mean over heads is below the untrained by more than fresh weights scatter."""
-    value, baseline = _mean(layer["values"]["pseudo_rank"]), layer["baseline"]["pseudo_rank"]
+    """Whether the mean over heads is below the untrained one by more than fresh weights scatter."""
+    value, baseline = finite_mean(layer["values"]["pseudo_rank"]), layer["baseline"]["pseudo_rank"]
     return value is not None and value < baseline - max(0.05 * baseline, 1 / layer["dim"])
 
 
 def _reading(kind: dict[str, Any], labels: Sequence[str]) -> str:
-    """The pseudo ranks of the last report in plain words."""
+    """Summarise the pseudo ranks of the last report in a sentence."""
     first, last = kind["reports"][0], kind["reports"][-1]
     lower = sum(_clearly_lower(layer) for layer in last)
     cells = [
@@ -199,18 +189,20 @@ def _reading(kind: dict[str, Any], labels: Sequence[str]) -> str:
         for layer in last
         for head, value in zip(layer["heads"], layer["values"]["pseudo_rank"], strict=True)
     ]
-    known = sorted(cell for cell in cells if cell[0] is not None)
+    finite = sorted(cell for cell in cells if cell[0] is not None)
     of = "" if len(labels) == 1 else f" of {labels[-1]}"
     words = (
         f"In {lower} of {len(last)} layers{of}, {kind['symbol']} has a clearly lower pseudo rank than the same shapes "
         "untrained (mean over heads, by more than 5 % and one dimension)"
     )
-    if known:
-        value, layer, head, baseline = known[0]
-        words += f"; lowest: layer {layer} head {head}, {_number(value)} against {_number(baseline)}"
+    if finite:
+        value, layer, head, baseline = finite[0]
+        words += f"; lowest: layer {layer} head {head}, {number(value)} against {number(baseline)}"
     if len(labels) > 1 and first:
-        before, after = (_mean(v for layer in part for v in layer["values"]["pseudo_rank"]) for part in (first, last))
-        words += f"; the mean over all heads went from {_number(before)} to {_number(after)}"
+        before, after = (
+            finite_mean(v for layer in part for v in layer["values"]["pseudo_rank"]) for part in (first, last)
+        )
+        words += f"; the mean over all heads went from {number(before)} to {number(after)}"
     broken = [f"layer {layer} head {head}" for value, layer, head, _ in cells if value is None]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
@@ -224,82 +216,62 @@ def _sources(reports: Sequence[Inspection]) -> str:
 
 
 def _section(kind: dict[str, Any], labels: Sequence[str]) -> str:
-    key, several = kind["key"], len(labels) > 1
-    last = len(labels) - 1
+    key, several, last = kind["key"], len(labels) > 1, len(labels) - 1
     layers = sorted({layer["layer"] for report in kind["reports"] for layer in report})
-    controls = choice(f"measure:{key}", "Measure", kind["measures"])
-    if several:
-        controls += choice(f"report:{key}", "Checkpoint", dict(enumerate(labels)), last)
-    cell = choice(f"layer:{key}", "Layer", {i: i for i in layers}) + choice(
-        f"head:{key}", "Head", {i: i for i in kind["heads"]}
-    )
-    scale = choice(f"scale:{key}", "Scale", {"log": "log", "linear": "linear"})
-    legend = "".join(
-        f'<span><i data-ramp="{i / last}"></i>{escape(label)}</span>' for i, label in enumerate(labels) if several
-    )
-    trajectory = (
-        f'<figure><figcaption>Through training, mean over heads <span class="ramp">layer {layers[0]}'
-        f"<i></i>layer {layers[-1]}</span></figcaption>"
-        f'<div class="chart" id="trajectory-{key}"></div></figure>'
-    )
-    return (
-        f'<section id="{key}"><h2>{kind["symbol"]}, {kind["meaning"]}</h2>'
-        f'<div class="controls pinned">{controls}</div>'
-        f'<div class="pair"><figure><figcaption>Every head <output id="untrained-{key}"></output></figcaption>'
-        f'<div class="chart grid" id="map-{key}"></div></figure>'
-        f'<figure><figcaption>Singular values of a head</figcaption><div class="controls">{cell}{scale}</div>'
-        f'<div class="chart" id="spectrum-{key}"></div><p class="cell" id="cell-{key}"></p></figure></div>'
-        f"<figure><figcaption>Through the layers, mean over heads; the band is from the lowest head to the highest"
-        f'</figcaption><div class="keys">{legend}<span><i class="dashed"></i>untrained</span></div>'
-        f'<div class="chart" id="profile-{key}"></div></figure>'
-        f"{trajectory if several else ''}"
-        f"{_coincidence(kind, layers) if kind['factors'] else ''}"
-        f"{_table(kind, several)}</section>"
-    )
+    ramp = f'<span class="ramp">layer {layers[0]}<i></i>layer {layers[-1]}</span>'
+    controls = [choice(f"measure:{key}", "Measure", kind["measures"])]
+    controls += [choice(f"report:{key}", "Checkpoint", dict(enumerate(labels)), last)] if several else []
+    numbers = {"layer": layers, "head": kind["heads"]}
+    cell = [choice(f"{name}:{key}", name.title(), {i: i for i in indices}) for name, indices in numbers.items()]
+    cell.append(choice(f"scale:{key}", "Scale", {"log": "log", "linear": "linear"}))
+    swatches = [f'<span><i data-ramp="{i / last}"></i>{escape(labels[i])}</span>' for i in range(last + 1) if several]
+    parts = {
+        "key": key,
+        "symbol": kind["symbol"],
+        "meaning": kind["meaning"],
+        "controls": "".join(controls),
+        "cell": "".join(cell),
+        "legend": "".join(swatches),
+        "trajectory": _filled("inspection_trajectory.html", {"key": key, "ramp": ramp}) if several else "",
+        "balance": _balance(kind, ramp) if kind["factors"] else "",
+        "table": _table(kind, several),
+    }
+    return _filled("inspection_kind.html", parts)
 
 
-def _coincidence(kind: dict[str, Any], layers: Sequence[int]) -> str:
-    """The two charts that the paper has of pretrained models."""
-    key, (first, second) = kind["key"], kind["factors"]
-    lines = "columns" if key == "value_output" else "rows"
-    last = kind["reports"][-1]
-    mean, baseline = (
-        _number(_mean(values))
-        for values in (
-            [value for layer in last for value in layer["values"]["imbalance"]],
-            [layer["baseline"]["imbalance"] for layer in last],
-        )
-    )
-    keys = (
-        f'<div class="keys"><span class="ramp">layer {layers[0]}<i></i>layer {layers[-1]}</span>'
-        '<span><i class="dot"></i>untrained</span></div>'
-    )
-    return (
-        f"<h3>Balance: {first} against {second}</h3>"
-        f"<p>At every stationary point of a loss with L2, all points of both charts are on the diagonal: each row of "
-        f"{first} is as large as its {lines[:-1]} of {second}, and the nuclear norm is its bound; with rotary "
-        "positions planes take the place of rows, and where heads share a key the sum over them. <b>That they nearly "
-        "are says little:</b> in a wide model untrained heads, in grey, nearly are as well. The relative imbalance is "
-        f"the sharper measure: {mean} here (mean over heads), {baseline} untrained.</p>"
-        f'<div class="pair"><figure><figcaption>Squared norms of the rows of {first} and the {lines} of {second}, '
-        f'first head of each layer</figcaption>{keys}<div class="chart square" id="norms-{key}"></div></figure>'
-        f"<figure><figcaption>Nuclear norm and its bound, every head</figcaption>{keys}"
-        f'<div class="chart square" id="bounds-{key}"></div></figure></div>'
-    )
+def _balance(kind: dict[str, Any], ramp: str) -> str:
+    """Return the two charts that the paper shows of pretrained models."""
+    layers = kind["reports"][-1]
+    imbalances = [value for layer in layers for value in layer["values"]["imbalance"]]
+    parts = {
+        "key": kind["key"],
+        "ramp": ramp,
+        "first": kind["factors"][0],
+        "second": kind["factors"][1],
+        "line": "column" if kind["key"] == "value_output" else "row",
+        "imbalance": number(finite_mean(imbalances)),
+        "untrained": number(finite_mean(layer["baseline"]["imbalance"] for layer in layers)),
+    }
+    return _filled("inspection_balance.html", parts)
+
+
+def _filled(template: str, parts: dict[str, str]) -> str:
+    text = (files("rankdecay.lab.report") / "assets" / template).read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
 
 
 def _table(kind: dict[str, Any], several: bool) -> str:
-    """A line per layer: the mean over heads, of several reports the first → the last, and [untrained]."""
+    """Return a table with a line per layer: mean over heads, of several reports first → last, and [untrained]."""
     first = {layer["layer"]: layer for layer in kind["reports"][0]}
     body = ""
     for layer in kind["reports"][-1]:
         cells = ""
         for name in kind["measures"]:
-            figures = _number(_mean(layer["values"][name]))
+            figures = number(finite_mean(layer["values"][name]))
             if several:
                 before = first.get(layer["layer"])
-                figures = f"{_number(_mean(before['values'][name])) if before else '–'} → {figures}"
-            cells += f"<td>{figures} <small>[{_number(layer['baseline'][name])}]</small></td>"
+                figures = f"{number(finite_mean(before['values'][name])) if before else '–'} → {figures}"
+            cells += f"<td>{figures} <small>[{number(layer['baseline'][name])}]</small></td>"
         body += (
             f'<tr><th scope="row">{layer["layer"]} <small>{escape(layer["name"])}</small></th><td>{layer["dim"]}</td>'
             f'{cells}<td class="strip">{strip(layer["values"]["pseudo_rank"])}</td></tr>'

@@ -1,20 +1,13 @@
 """What an experiment shows: the self-contained page and the static figure of a run directory, or of several merged."""
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.read import COMMANDS as ATTENTION_DECAY
-from rankdecay.lab.experiments.grok.read import read_run
 from rankdecay.lab.store import read_json
 
-__all__ = ["draw_figure", "read_run", "write_merged_report", "write_report"]
-
-PORTED = ("factor", "margin")
-#: The packages of the pages that are made from one directory, by experiment; `page.py` here is of `grok`.
-PAGES = dict.fromkeys(ATTENTION_DECAY, "attention")
+__all__ = ["draw_figure", "write_merged_report", "write_report"]
 
 # plotly and matplotlib are loaded only when a page or a figure is made, hence the imports in the functions.
 
@@ -31,16 +24,9 @@ def write_report(directory: str | Path) -> Path:
     Raises:
         SettingError: when the directory is not a run or a file in it is damaged.
     """
-    path, command = Path(directory) / "report.html", _command(directory)
-    if command in PORTED:
-        return experiment.write_report(directory)
-    if command == "boundary":
-        return write_merged_report([directory], path)
-    if command in PAGES:
-        return import_module(f"rankdecay.lab.experiments.{PAGES[command]}.page").write_page(Path(directory), path)
-    from rankdecay.lab.experiments.grok.page import write_page
-
-    return write_page(read_run(directory), path)
+    if is_sweep(directory):
+        return write_merged_report([directory], Path(directory) / "report.html")
+    return experiment.write_report(directory)
 
 
 def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> Path:
@@ -83,16 +69,7 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
         return of_sweep.figure(read_sweep(directories), Path(path))
     if len(directories) != 1:
         raise SettingError(f"--figure {path} shows one run, {len(directories)} were given")
-    command = _command(directories[0])
-    if command in PORTED:
-        return experiment.draw_figure(directories, path)
-    if command in ATTENTION_DECAY:
-        from rankdecay.lab.experiments.attention import figure as of_attention
-
-        return of_attention.figure(Path(directories[0]), Path(path))
-    from rankdecay.lab.experiments.grok import figure as of_run
-
-    return of_run.figure(directories[0], path)
+    return experiment.draw_figure(directories, path)
 
 
 def is_sweep(directory: str | Path) -> bool:

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -16,10 +17,23 @@ from typing import Any
 import numpy as np
 
 from rankdecay.lab import precision
-from rankdecay.lab.experiments.grok.verdict import Verdict
 from rankdecay.lab.report.style import arm_styles
 from rankdecay.lab.report.table import scrolling, table  # noqa: F401 - pages not yet ported
 from rankdecay.lab.report.words import duration, is_number
+
+SNAPSHOT_NUMBERS = 1_000_000  # of spectra and attention in one page, about 7 MB; what does not fit is thinned
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A headline and the points under it, of pages not yet ported: each a lead-in and a sentence or two."""
+
+    headline: str
+    points: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        """The verdict as lines of text, for a terminal."""
+        return "\n".join([self.headline, *(f"{lead}: {text}" for lead, text in self.points)])
 
 
 def fill(
@@ -30,7 +44,7 @@ def fill(
     Args:
         template: the name of a file in `assets/`; `{{> name}}` in it is replaced by the file `name.html`, which pages
             share, then `{{name}}` in all of it, and in the shell, by a part.
-        parts: HTML by name; `title` and `data`, and `snapshot_data` where there are snapshots, are for the shell.
+        parts: HTML by name; `title` and `data` are for the shell.
         styles: names of style sheets, as `{{css}}`.
         scripts: names of scripts, as `{{js}}`; with `plotly.js` among them, plotly's own is `{{plotly}}`.
         experiment: the folder of `lab/experiments` that may hold any of these files, or else the one above it;
@@ -50,9 +64,9 @@ def fill(
         text = re.sub(r"\{\{> (\w+)\}\}\n", lambda match: joined([f"{match[1]}.html"]), joined([name]))
         return re.sub(r"\{\{(\w+)\}\}", lambda match: every[match[1]], text)
 
-    shell = {"snapshot_data": '{"steps":[]}', **parts, "css": joined(styles), "js": joined(scripts)}
     plotly = _plotly() if "plotly.js" in scripts else ""
-    return filled("shell.html", shell | {"plotly": plotly, "body": filled(template, parts)})
+    shell = {"css": joined(styles), "js": joined(scripts), "plotly": plotly, "body": filled(template, parts)}
+    return filled("shell.html", {**parts, **shell})
 
 
 def _plotly() -> str:

@@ -38,7 +38,8 @@ def write_page(experiment: Experiment[Any], stored: StoredRun, path: Path) -> Pa
 
 def render(experiment: Experiment[Any], stored: StoredRun) -> str:
     """The page of a run as one HTML string."""
-    styles = arm_styles(stored.arms, experiment.styles)
+    own = experiment.styles_of(stored.settings)
+    styles = arm_styles(stored.arms, own)
     labels = {name: style.label for name, style in styles.items()}
     sections = experiment.sections(stored)
     parts = [part for section in sections for part in section.parts]
@@ -48,7 +49,7 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
     for part in html:
         data |= part.data
     summary = stored.summary
-    facts = Facts.of(summary, experiment.styles) if summary else None
+    facts = Facts.of(summary, own) if summary else None
     table = html_table("Result of every arm", experiment.columns, summary["arms"], labels) if summary else ""
     note = experiment.note(facts) if facts else ""
     shown = [section for section in sections if section.parts]
@@ -56,7 +57,7 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
     several = len(stored.directories)
     last = stored.last_step
     so_far = "Nothing is measured yet." if last is None else f"It has been measured up to step {last:,}."
-    outcome = verdict(summary, experiment.headline, experiment.checks, experiment.styles, so_far)
+    outcome = verdict(summary, experiment.headline, experiment.checks, own, so_far)
     said = [*stored.notices, *thinned]
     if summary is not None and not stored.complete:
         said.insert(0, "This run is not complete: what follows is of the part that is, and can still change.")
@@ -80,8 +81,7 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
         "files": pieces.file_list({k: v for k, v in files.items() if (stored.directory / k).exists()}),
         "data": pieces.embedded(data),
     }
-    own = [name for part in html for name in part.scripts]
-    scripts = [*SCRIPTS, *dict.fromkeys(own), "begin.js"]
+    scripts = [*SCRIPTS, *dict.fromkeys(name for part in html for name in part.scripts), "begin.js"]
     looks = ["page.css", *dict.fromkeys(name for part in html for name in part.styles)]
     package = type(next(iter(experiment.presets.values()))).__module__.rpartition(".")[0]
     return pieces.fill("run.html", filled, looks, scripts, package)

@@ -49,11 +49,6 @@ _KNOWN = {
     "paper_a1": ArmStyle("published A1", "#b08500", "#e8c34a", "dash"),
     "paper_s5": ArmStyle("published S5", "#8a6a3a", "#d9bd8e", "dashdot"),
     "paper_s6": ArmStyle("published S6", "#7d4f6d", "#d3a3c2", "longdash"),
-    # Decays of attention.
-    "l2_query_key": ArmStyle("L2 of W_Q, W_K", "#3f5fd0", "#9db4ff", "dash"),
-    "low_rank_both": ArmStyle("low-rank decay of both products", "#9a2f0a", "#ff7a6b", "longdash"),
-    "low_rank_absolute": ArmStyle("absolute low-rank decay", "#8b3a8f", "#dd8fe0", "dashdot"),
-    "low_rank_both_absolute": ArmStyle("absolute low-rank decay of both products", "#b0307a", "#ff86bf", "dot"),
 }
 # For arms this file does not know, in the order they appear; a colour already in the run is passed over.
 _SPARE = [

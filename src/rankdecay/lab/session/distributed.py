@@ -1,4 +1,4 @@
-"""The processes of ``torchrun``: joining them, and telling the others what the first one knows."""
+"""The process group of ``torchrun``: joining it, and broadcasting from rank 0."""
 
 import contextlib
 import os
@@ -11,21 +11,21 @@ import torch.distributed as dist
 
 from rankdecay.lab.errors import SettingError
 
-#: The first process evaluates alone where each has the whole model, and the others wait for it: on a slow CPU for long.
-#: There a process that ends is noticed at once, because its connection closes; on a GPU only by waiting in vain.
+#: Rank 0 evaluates a replicated model while the others wait, on a slow CPU for long. There gloo notices at once that a
+#: process has ended, because its connection closes; on a GPU only the timeout tells.
 PATIENCE = {"cpu": timedelta(hours=2), "cuda": timedelta(minutes=10)}
 
 
 @contextlib.contextmanager
 def joined(device: str, patience: timedelta | None = None) -> Iterator[tuple[str, bool]]:
-    """Joins the group that ``torchrun`` started, if it did, and leaves it at the end.
+    """Joins the process group that ``torchrun`` started, if it did, and leaves it at the end.
 
     Args:
         device: ``"cpu"`` or a CUDA device; in a group each process takes the GPU of its local rank.
-        patience: how long a process waits for another before it takes it for lost; `PATIENCE` by default.
+        patience: the timeout of a collective; `PATIENCE` by default.
 
     Yields:
-        The device of this process, and whether it is the one that writes.
+        The device of this process, and whether it is rank 0, which writes.
 
     Raises:
         SettingError: in the block, if another process is lost.
@@ -40,11 +40,11 @@ def joined(device: str, patience: timedelta | None = None) -> Iterator[tuple[str
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
     try:
-        yield device, rank() == 0
+        yield device, is_rank_zero()
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
-        reason = str(error).partition(". ")[0]  # what follows is advice for those who know torch's sources
+        reason = str(error).partition(". ")[0]  # the rest is about torch's internals
         raise SettingError(
             f"process {rank()} of {processes()} has lost another, which ended or said nothing for "
             f"{patience.total_seconds():g} s: its own message says why; the same command again goes on from the last "
@@ -55,19 +55,24 @@ def joined(device: str, patience: timedelta | None = None) -> Iterator[tuple[str
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """Rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def is_rank_zero() -> bool:
+    """Whether this process is the one that writes and reports."""
+    return rank() == 0
+
+
 def share(value: Any) -> Any:
-    """What the first process gives, in every process; alone, the value itself."""
+    """Broadcasts a value from rank 0; a process alone keeps its own."""
     if not dist.is_initialized():
         return value
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

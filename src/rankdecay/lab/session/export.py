@@ -1,4 +1,4 @@
-"""A trained GPT as a checkpoint of Hugging Face transformers: ``config.json`` and ``model.safetensors``.
+"""Checkpoints of a GPT for Hugging Face transformers: ``config.json`` and ``model.safetensors``.
 
 | the GPT | the class of transformers | how it is loaded |
 |---|---|---|
@@ -10,7 +10,7 @@
 The first two have the parameters of our GPT under the same names. ImageGPT has one token more than it predicts, the
 start of an image: an embedding of zeros that no text has. Attention without MLPs gets MLPs of one unit that is zero.
 
-transformers itself is not needed: both files are written by hand, and the tests load them with it.
+Writing needs no transformers; the tests load the files with it.
 """
 
 import json
@@ -27,7 +27,7 @@ OWN_TYPE = "rankdecay_gpt"  # the model_type of what transformers has no class f
 
 
 def architecture(config: GPTConfig) -> str | None:
-    """The class of transformers that computes the same, or None if it has none."""
+    """Class of transformers that computes the same, or None."""
     if config.positions == "rotary":
         return "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
     return None if config.qk_norm else "ImageGPTForCausalImageModeling"
@@ -38,7 +38,7 @@ def save_checkpoint(model: GPT, directory: Path) -> None:
 
     Args:
         model: trained or not, on any device.
-        directory: gets ``config.json`` and ``model.safetensors``, in place of what it had under these names.
+        directory: of ``config.json`` and ``model.safetensors``, which are replaced.
     """
     config = model.config
     weights = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
@@ -55,7 +55,7 @@ def save_checkpoint(model: GPT, directory: Path) -> None:
         "initializer_range": config.initial,
         "vocab_size": config.vocabulary,
         "dtype": "float32",
-        # no token of a text has a meaning of its own, byte 2 say, which ends a text for Llama
+        # no special tokens: by default token 2, here a byte, would end a text for Llama
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
@@ -114,7 +114,7 @@ def _image_gpt_settings(config: GPTConfig) -> dict[str, Any]:
 
 
 def _image_gpt_weights(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Its linear maps are Conv1D: the transposed matrix, and a bias."""
+    """Weights under ImageGPT's names; its linear maps are Conv1D: the transposed matrix, and a bias."""
     embedding = weights["model.embed_tokens.weight"]
     tensors = {
         "transformer.wte.weight": torch.cat([embedding, torch.zeros(1, config.width)]),

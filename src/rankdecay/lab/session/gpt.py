@@ -1,8 +1,8 @@
-"""A decoder-only transformer as one trains it today, or before: a plain module, for one run at a time.
+"""A decoder-only transformer of today's kind, or GPT-2's: a plain module.
 
 With rotary positions its blocks are those of Llama (RMSNorm, gated SiLU), and of Qwen 3 with QK-norm, down to the names
 of the parameters; with learned positions those of GPT-2 with RMSNorm for LayerNorm. No biases, tied embeddings. An
-``mlp_width`` of 0 leaves attention alone. `lab.models.export` makes a checkpoint of it that transformers loads.
+``mlp_width`` of 0 leaves attention alone. :mod:`export` writes a checkpoint that transformers loads.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ ROTARY_BASE = 10000.0
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a network.
+    """Shape of a network.
 
     Attributes:
         vocabulary: number of tokens, in and out.
@@ -59,7 +59,7 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal attention; by ``num_heads`` and ``rotary_emb`` `rankdecay.find_attention` knows its heads and planes."""
+    """Causal attention; `rankdecay.find_attention` reads ``num_heads`` and ``rotary_emb``."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         self.rotary_emb = Rotary(config) if config.positions == "rotary" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Maps (batch, tokens, width) to the same shape."""
         query, key, value = (  # (batch, tokens, heads, head_dim); under tensor parallelism some of the heads
             project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Turns coordinates i and i + head_dim/2 of position t by the angle t · base^(−2i/head_dim)."""
+    """Rotates coordinates i and i + head_dim/2 of position t by the angle t · base^(−2i/head_dim)."""
 
     cosine: Tensor
     sine: Tensor
@@ -101,7 +101,7 @@ class Rotary(nn.Module):
         self.register_buffer("sine", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, heads, tokens, head_dim) to the same."""
+        """Maps (batch, heads, tokens, head_dim) to the same shape."""
         tokens = x.shape[-2]
         first, second = x.chunk(2, -1)
         turned = x * self.cosine[:tokens] + torch.cat([-second, first], -1) * self.sine[:tokens]
@@ -117,7 +117,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, width) to the same."""
+        """Maps (…, width) to the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -130,7 +130,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, width) to the same."""
+        """Maps (…, width) to the same shape."""
         return self.down_proj(F.gelu(self.up_proj(x)))
 
 
@@ -147,13 +147,13 @@ class Block(nn.Module):
             self.mlp = GatedMLP(config) if config.positions == "rotary" else MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Maps (batch, tokens, width) to the same shape."""
         x = x + self.self_attn(self.input_layernorm(x))
         return x + self.mlp(self.post_attention_layernorm(x)) if self.has_mlp else x
 
 
 class Decoder(nn.Module):
-    """Embeddings, blocks and the last norm."""
+    """Embeddings, blocks and the final norm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.width, EPSILON)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, tokens) to (batch, tokens, width)."""
+        """Maps (batch, tokens) to (batch, tokens, width)."""
         x = self.embed_tokens(tokens)
         if self.has_positions:
             x = x + self.embed_positions.weight[: tokens.shape[1]]
@@ -198,7 +198,7 @@ class GPT(nn.Module):
         return self.lm_head
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, tokens) to logits (batch, tokens, vocabulary).
+        """Maps (batch, tokens) to logits (batch, tokens, vocabulary).
 
         Raises:
             SettingError: for a sequence longer than the context.

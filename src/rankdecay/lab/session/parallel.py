@@ -1,15 +1,15 @@
-"""How the processes of ``torchrun`` share one run of a GPT, so that together they train what one process alone trains.
+"""Strategies by which the processes of ``torchrun`` train one GPT together, with the result of a single process.
 
 ========  ===================================================================  ===================
-parallel  what a process holds                                                 what it gets
+parallel  parameters of a process                                              batch of a process
 ========  ===================================================================  ===================
-ddp       the whole model                                                      its share of a batch
-fsdp2     a part of every parameter; a block is whole while it computes        its share of a batch
-tp        some heads of every layer and some units of every MLP; the rest      the whole batch
-fsdp2_tp  a part of what tp leaves to it: two processes share the layers       its pair's share
+ddp       all                                                                  its share
+fsdp2     a shard of each; a block is gathered while it computes               its share
+tp        some heads of every layer and some units of every MLP; the rest      all of it
+fsdp2_tp  a shard of its part under tp, with two processes per layer           the share of its pair
 ========  ===================================================================  ===================
 
-Parameters that a process holds in part are DTensors of the whole shape. Importing this module imports no torch.
+Sharded parameters are DTensors of the whole shape. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ PAIR = 2  # processes that share the layers in fsdp2_tp
 
 @dataclass(frozen=True)
 class Layout:
-    """Which process has what; made where the processes have joined.
+    """Distribution of a model and its batches over the processes; to be made after they have joined.
 
     Attributes:
-        parallel: the strategy; one process alone has everything, whatever it is.
+        parallel: the strategy; a process alone has everything under any of them.
         kind: of the devices, ``"cpu"`` or ``"cuda"``.
 
     Raises:
@@ -56,28 +56,28 @@ class Layout:
 
     @property
     def sharded(self) -> bool:
-        """Whether the processes hold parts of the model: then whatever uses it needs all of them."""
+        """Whether the model is sharded, so that every use of it is collective."""
         return self.parallel != "ddp" and _group()[0] > 1
 
     @property
     def tensor(self) -> int:
-        """How many processes share each layer, and so a batch."""
+        """Number of processes that share each layer, and so a batch."""
         count, _ = _group()
         return min(count, {"tp": count, "fsdp2_tp": PAIR}.get(self.parallel, 1))
 
     @property
     def shares(self) -> int:
-        """How many shares a batch is cut into."""
+        """Number of shares that a batch is cut into."""
         return _group()[0] // self.tensor
 
     @property
     def share(self) -> int:
-        """Which of them is this process's."""
+        """Index of this process's share."""
         return _group()[1] // self.tensor
 
     @functools.cached_property
     def mesh(self) -> DeviceMesh:
-        """The processes as (data, tensor); made once, since each makes groups of its own that stay."""
+        """Device mesh (data, tensor); cached, because every mesh creates process groups that stay."""
         from torch.distributed.device_mesh import init_device_mesh
 
         return init_device_mesh(self.kind, (self.shares, self.tensor), mesh_dim_names=("data", "tensor"))
@@ -92,14 +92,14 @@ class Layout:
                 )
 
     def shard(self, model: nn.Module) -> None:
-        """Leaves this process its part of a GPT, in place; before its parameters go to an optimizer."""
+        """Shards a GPT in place; call it before an optimizer gets the parameters."""
         if not self.sharded:
             return
         from rankdecay.lab.session.gpt import GPT
 
         assert isinstance(model, GPT), f"only a GPT can be sharded, not a {type(model).__name__}"
         self.check(model.config.heads, model.config.mlp_width)
-        if self.parallel == "fsdp2_tp":  # torch warns that gathering over both dimensions takes two operations
+        if self.parallel == "fsdp2_tp":  # torch warns that a gather over both dimensions takes two collectives
             logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         if self.parallel in ("tp", "fsdp2_tp"):
             _share_layers(model, self.mesh["tensor"])
@@ -108,17 +108,17 @@ class Layout:
 
 
 def _group() -> tuple[int, int]:
-    """How many processes there are, and which of them this is."""
+    """Number of processes, and the rank of this one."""
     from rankdecay.lab.session import distributed
 
     return distributed.processes(), distributed.rank()
 
 
 def _share_layers(model: GPT, mesh: DeviceMesh) -> None:
-    """Tensor parallelism: whole heads and whole units, so that a block is summed up over the processes only twice.
+    """Tensor parallelism by whole heads and whole units, so that a block needs two all-reduces.
 
-    Embeddings and the norms of the stream stay whole, as plain tensors: every process computes the same with them. The
-    norms of QK-norm meet its own heads alone, so that their gradient is a sum over the processes too.
+    Embeddings and the norms of the stream are replicated as plain tensors. The norms of QK-norm see the heads of their
+    process alone, so that their gradient is a sum over the processes too.
     """
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -133,12 +133,12 @@ def _share_layers(model: GPT, mesh: DeviceMesh) -> None:
     plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
     plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
     for block in model.model.layers:
-        there = dict(block.named_modules())
-        parallelize_module(block, mesh, {name: style for name, style in plan.items() if name in there})
+        modules = dict(block.named_modules())
+        parallelize_module(block, mesh, {name: style for name, style in plan.items() if name in modules})
 
 
 def _share_parameters(model: GPT, mesh: DeviceMesh) -> None:
-    """FSDP2. The root is given back after its forward pass too, or it would stay whole where no backward follows."""
+    """FSDP2. The root is resharded after its forward pass too: in an evaluation no backward pass would do it."""
     from torch.distributed.fsdp import fully_shard
 
     for module in (*model.model.layers, model):
@@ -146,30 +146,30 @@ def _share_parameters(model: GPT, mesh: DeviceMesh) -> None:
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> None:
-    """`nn.utils.clip_grad_norm_`, by the norm over all processes.
+    """Clips by the norm over all processes, as `nn.utils.clip_grad_norm_` does in one.
 
     Args:
-        parameters: plain tensors, which every process has alike, and DTensors of any meshes.
+        parameters: replicated plain tensors, and DTensors of any meshes.
         largest: norm that the gradient is scaled down to.
     """
     import torch
     from torch import nn
 
-    from rankdecay.attention.modules import whole
+    from rankdecay.dtensor import whole
 
-    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}  # torch combines only what lies on one mesh
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}  # torch combines norms of one mesh alone
     for parameter in parameters:
         by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     norms = []
-    for alike in by_mesh.values():
-        norms.append(whole(nn.utils.get_total_norm([p.grad for p in alike if p.grad is not None])))
+    for on_mesh in by_mesh.values():
+        norms.append(whole(nn.utils.get_total_norm([p.grad for p in on_mesh if p.grad is not None])))
     total = torch.linalg.vector_norm(torch.stack(norms))
-    for alike in by_mesh.values():
-        nn.utils.clip_grads_with_norm_(alike, largest, total)
+    for on_mesh in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(on_mesh, largest, total)
 
 
 def parted(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, or this process's part of it if it is to be ``like`` a DTensor; all processes have to ask."""
+    """Distributes a whole tensor as the DTensor ``like`` is, a collective; returns it as it is for a plain one."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):
@@ -178,8 +178,8 @@ def parted(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def gathered(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Copies of whole tensors on the CPU, one after another; all processes have to ask, and those that ``keep`` get."""
-    from rankdecay.attention.modules import whole
+    """Gathers tensors on the CPU, one after another, a collective; processes that do not ``keep`` get none."""
+    from rankdecay.dtensor import whole
 
     found = {}
     for name, tensor in state.items():

@@ -1,8 +1,8 @@
 """One training run of a plain module, as a user of the library would write it: `param_groups`, `attach`, `Monitor`.
 
-A `Problem` says what is learnt; a `Plan` how; `Session` is one run of it, alone or in every process of a group
-(`lab.parallel`). A batch depends on the seed and the step alone and the learning rate on the step alone, so a resumed
-run needs weights and moments, and its numbers are those of a run that was never interrupted.
+A `Problem` says what is learnt, a `Plan` how; a `Session` is one run, alone or in every process of a group
+(:mod:`parallel`). A batch depends on the seed and the step alone and the learning rate on the step alone, so a resumed
+run needs weights and moments, and gives the numbers of a run that was never interrupted.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import rankdecay as rd
 from rankdecay.decay.policy import Decay
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.summary import KEY
 from rankdecay.lab.precision import check_resolved
 from rankdecay.lab.session.distributed import processes, rank, share
 from rankdecay.lab.session.parallel import Layout, clip_gradients, gathered, parted
+from rankdecay.lab.session.run_key import KEY
 from rankdecay.lab.store import Checkpoint
 
 Record = dict[str, Any]
@@ -33,49 +33,49 @@ THREADS_PAY = 1.1  # times as fast as on one core that a step must be on all
 Precision = Literal["float32", "bfloat16", "float16"]
 MEASURES = ("pseudo_rank", "effective_rank", "stable_rank", "nuclear_norm", "nuclear_gap", "imbalance")
 PARTS = ("query_key", "value_output", "query", "key")
-PIECES = 16  # stretches of a validation set: what its standard error is over
+PIECES = 16  # contiguous pieces of a validation set, which its standard error is over
 BETAS = (0.9, 0.95)
 LAST_RATE = 0.1  # of the peak learning rate: where the cosine ends
 
 
 class Quality(NamedTuple):
-    """How good a model is on what it was not trained on."""
+    """Quality of a model on the validation set."""
 
     loss: float
-    error: float  # standard error of the loss over the pieces; NaN if there is one alone
+    error: float  # standard error of the loss over the pieces; NaN for a single one
     accuracy: float | None = None
-    pieces: tuple[float, ...] = ()  # losses of stretches of the validation set, the same for every model
+    pieces: tuple[float, ...] = ()  # losses of pieces of the validation set, the same for every model
 
 
 class Problem(Protocol):
-    """What is learnt."""
+    """Learning problem: a model, batches, a loss and an evaluation."""
 
     unit: str  # what `size` counts: "tokens", "sequences", "images"
 
     def model(self, seed: int, qk_norm: bool) -> nn.Module:
-        """A fresh model, on the CPU; its initial weights depend on the seed alone."""
+        """Returns a fresh model on the CPU; its initial weights depend on the seed alone."""
         ...
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
-        """The examples of one step, on the CPU, first dimension ``size``; they depend on the arguments alone."""
+        """Returns the examples of one step on the CPU, first dimension ``size``; they depend on the arguments alone."""
         ...
 
     def size(self, batch: Batch) -> int:
-        """How many tokens, sequences or images a batch has."""
+        """Counts the tokens, sequences or images of a batch."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss over the examples of a batch."""
+        """Mean loss over the examples of a batch."""
         ...
 
     def evaluate(self, model: nn.Module, device: str) -> Quality:
-        """The quality on the validation set; called in evaluation mode without gradients."""
+        """Quality on the validation set; called in evaluation mode without gradients."""
         ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """Which run of an experiment: what it is called by, and its decays by role."""
+    """One run of an experiment: its key, and its decays by role."""
 
     arm: str
     strength: float  # of the decay of attention
@@ -87,12 +87,12 @@ class Run:
 
     @property
     def key(self) -> Record:
-        """What tells a run from every other of its experiment."""
+        """Unique key of the run within its experiment."""
         return {name: getattr(self, name) for name in KEY}
 
     @property
     def file_name(self) -> str:
-        """A name for a file or directory of its own."""
+        """Name of the file or directory of this run."""
         mlp = "" if self.mlp_decay is None else f"_mlp_{self.mlp_decay:g}"
         return f"{self.arm}_{self.strength:g}{mlp}{'_qk_norm' if self.qk_norm else ''}_seed_{self.seed}"
 
@@ -103,7 +103,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """How every run of an experiment is trained.
+    """Training plan of every run of an experiment.
 
     Attributes:
         steps: optimizer steps.
@@ -130,11 +130,11 @@ class Plan:
     layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self) -> None:
-        """Refuses a precision that was never resolved, which would quietly train in float32."""
+        """Refuses a precision that was not resolved, which would silently train in float32."""
         check_resolved(self.precision, get_args(Precision))
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Learning rate of a step, counted from 0."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -142,7 +142,7 @@ class Plan:
 
 
 class Diverged(SettingError):
-    """A run whose loss is no number any more.
+    """Raised when the loss becomes NaN or infinite.
 
     Attributes:
         step: the first step with such a loss.
@@ -157,12 +157,12 @@ class Diverged(SettingError):
 
 
 class Session:
-    """One run, from step 0 or from where `restore` puts it. Every process of a group makes the same calls.
+    """Training of one run, from step 0 or from a checkpoint. Every process of a group makes the same calls.
 
     Args:
-        run: which.
-        problem: what is learnt.
-        plan: how.
+        run: the run to train.
+        problem: the problem to learn.
+        plan: the training plan.
     """
 
     def __init__(self, run: Run, problem: Problem, plan: Plan) -> None:
@@ -175,14 +175,14 @@ class Session:
         groups = rd.param_groups(self.model, rd.Frobenius(run.rest_decay), **run.decays)  # pyright: ignore[reportArgumentType] - roles
         self.optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=BETAS)
         self.attachment = rd.attach(self.optimizer)
-        # its own count is of no use here: it is asked where an evaluation is due
+        # measured at evaluations, not at the monitor's own interval
         self.monitor = rd.Monitor(self.model, measures=MEASURES, of=PARTS, detail="layer")
         self._scaler = torch.amp.GradScaler(self._kind, enabled=plan.precision == "float16")
         self._trained: nn.Module = torch.compile(self.model) if plan.compile else self.model  # pyright: ignore
         if processes() > 1 and not plan.layout.sharded:
             self._trained = nn.parallel.DistributedDataParallel(self._trained)
         self._losses: list[float] = []  # of the steps since the last evaluation
-        if plan.compile:  # now, or the first run of an experiment would seem the slowest
+        if plan.compile:  # compile before the clock starts, or the first run would look the slowest
             self._gradient(problem.batch(run.seed, 0, plan.batch_size))
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -191,7 +191,7 @@ class Session:
         return self.plan.device.partition(":")[0]
 
     def train(self, steps: int) -> Iterator[int]:
-        """Makes ``steps`` optimizer steps; yields after each the number made in all.
+        """Makes ``steps`` optimizer steps and yields the step count after each.
 
         Raises:
             Diverged: at the end, if a loss on the way was not finite.
@@ -199,15 +199,15 @@ class Session:
         losses, first = [], self.step
         self.model.train()
         for _ in range(steps):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             losses.append(self._one_step())
             self.step += 1
-            self.seconds += time.perf_counter() - begun
+            self.seconds += time.perf_counter() - start
             yield self.step
-        begun = time.perf_counter()
-        # one transfer for all of them: a step waits for nothing, so on a GPU this waits for the steps
+        start = time.perf_counter()
+        # one transfer for all losses: steps are not synchronised, so on a GPU the time they take is counted here
         self._losses = torch.stack(losses).tolist()
-        self.seconds += time.perf_counter() - begun
+        self.seconds += time.perf_counter() - start
         for step, loss in enumerate(self._losses, first + 1):
             if not math.isfinite(loss):
                 raise Diverged(self.run, step, self.plan.lr)
@@ -226,12 +226,12 @@ class Session:
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if processes() > 1:
-            torch.distributed.all_reduce(loss)  # the mean, and the same news of a loss that is no number
+            torch.distributed.all_reduce(loss)  # the mean, which is NaN in every process if it is in one
             loss /= processes()
         return loss
 
     def _gradient(self, whole: Batch) -> Tensor:
-        """Adds up the gradient of a batch; returns the mean loss of this process's share of it."""
+        """Accumulates the gradient of a batch; returns the mean loss of this process's share of it."""
         plan = self.plan
         size = plan.batch_size // (plan.layout.shares * plan.accumulate)
         total = torch.zeros((), device=plan.device)
@@ -239,7 +239,7 @@ class Session:
             place = (plan.layout.share * plan.accumulate + part) * size
             batch = tuple(t[place : place + size].to(plan.device, non_blocking=True) for t in whole)
             last = part == plan.accumulate - 1
-            # the gradients of shards are summed up after every part: to wait, a process would have to hold whole ones
+            # gradients of shards are reduced after every part: deferring it would need whole gradients in memory
             model = self._trained
             is_copy = isinstance(model, nn.parallel.DistributedDataParallel)
             with model.no_sync() if is_copy and not last else contextlib.nullcontext():
@@ -255,18 +255,18 @@ class Session:
 
     @torch.no_grad()
     def evaluate(self) -> Record:
-        """What is stored of the model as it is now; empty in all processes of a group but the first.
+        """Returns the row to store of the current model; an empty one on every rank but 0.
 
-        The first alone measures a model that it has whole, all of them one that they have in parts.
+        Rank 0 measures a replicated model by itself; every rank takes part in measuring a sharded one.
 
         Raises:
-            Diverged: in all of them, if the loss is not finite.
+            Diverged: on every rank, if the loss is not finite.
         """
-        measures = rank() == 0 or self.plan.layout.sharded
-        quality = share(self._quality() if measures else None)
+        takes_part = rank() == 0 or self.plan.layout.sharded
+        quality = share(self._quality() if takes_part else None)
         if not math.isfinite(quality.loss):
             raise Diverged(self.run, self.step, self.plan.lr)
-        layers = nested(self.monitor.measure()) if measures else []
+        layers = nested(self.monitor.measure()) if takes_part else []
         if rank() > 0:
             return {}
         return {
@@ -288,7 +288,7 @@ class Session:
             return self.problem.evaluate(self.model, self.plan.device)
 
     def whole_model(self) -> nn.Module:
-        """The model as one process would have it: itself, or a copy on the CPU if the processes have it in parts."""
+        """Returns the unsharded model: itself, or a copy on the CPU gathered from all processes."""
         if not self.plan.layout.sharded:
             return self.model
         model = self.problem.model(self.run.seed, self.run.qk_norm)
@@ -296,9 +296,9 @@ class Session:
         return model
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that the rest of the run depends on, whatever the processes that go on; the first has its tensors.
+        """Returns the state that the rest of the run depends on, for any number of processes.
 
-        The other processes of a group get none.
+        Its tensors are on rank 0 alone.
         """
         state = self.optimizer.state_dict()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -317,12 +317,12 @@ class Session:
             "moments": moments,
             "scaler": self._scaler.state_dict(),
         }
-        # tied parameters are one tensor under two names, which safetensors refuses to write: a copy of each
+        # copies, because safetensors refuses tied parameters: one tensor under two names
         tensors = gathered(tensors, keep=rank() == 0)
         return Checkpoint(self.step, tensors, json.loads(json.dumps(extra)))
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes back to a checkpoint of the same run, with all its tensors in every process of a group."""
+        """Restores a checkpoint of the same run; every process of a group passes all its tensors."""
         self.step, self.seconds = checkpoint.step, checkpoint.extra["seconds"]
         self.examples = checkpoint.extra["examples"]
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
@@ -336,21 +336,22 @@ class Session:
         for name, tensor in parts["optimizer"].items():
             index, _, rest = name.partition(".")
             parameter = parameters[int(index)]
-            value = parted(tensor, parameter) if tensor.shape == parameter.shape else tensor  # not the count of steps
+            # the step count is a scalar, which is not sharded
+            value = parted(tensor, parameter) if tensor.shape == parameter.shape else tensor
             moments.setdefault(int(index), {})[rest] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": checkpoint.extra["groups"]})
         self._scaler.load_state_dict(checkpoint.extra["scaler"])
 
 
 def choose_threads(run: Run, problem: Problem, plan: Plan) -> None:
-    """Lets torch work on one core where all of them make a step no faster: a small model, or a busy machine.
+    """Sets torch to one thread where more make a step no faster: a small model, or a busy machine.
 
     There threads spend their time waiting for each other; beside two busy processes a run took fifteen times as long.
 
     Args:
-        run: any of the experiment.
-        problem: what is learnt.
-        plan: how.
+        run: any run of the experiment.
+        problem: its problem.
+        plan: its training plan.
     """
     threads = torch.get_num_threads()
     if plan.device != "cpu" or threads == 1 or processes() > 1:
@@ -360,24 +361,24 @@ def choose_threads(run: Run, problem: Problem, plan: Plan) -> None:
 
     def seconds(threads: int) -> float:
         torch.set_num_threads(threads)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         session._gradient(batch)
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
-    seconds(threads)  # the first step makes what later ones find
+    seconds(threads)  # warm up: the first step allocates
     gain = statistics.median(seconds(1) / seconds(threads) for _ in range(THREAD_PAIRS))
     torch.set_num_threads(threads if gain > THREADS_PAY else 1)
 
 
 def nested(values: Mapping[str, float]) -> list[Record]:
-    """What a Monitor measured, layer by layer: part, then measure, its mean over the heads and least of them.
+    """Measurements of a Monitor by layer, part and measure: the mean over heads, and the least of them.
 
     Args:
-        values: as `rd.Monitor` names them.
+        values: named as by `rd.Monitor`.
 
     Returns:
-        For each layer in order ``{"query_key": {"pseudo_rank": ..., "pseudo_rank_min": ..., ...}, ...}``, numbers that
-        are not finite as None.
+        For each layer in order ``{"query_key": {"pseudo_rank": ..., "pseudo_rank_min": ..., ...}, ...}``; a value that
+        is not finite is None.
     """
     layers: dict[str, Record] = {}
     for name, value in values.items():
@@ -390,10 +391,10 @@ def nested(values: Mapping[str, float]) -> list[Record]:
 
 
 def judged(losses: Tensor | Sequence[float], accuracy: float | None = None) -> Quality:
-    """The quality by the losses of a validation set, in its order.
+    """Quality from the losses of a validation set, in its order.
 
-    Neighbours may be alike, as windows of one text are, so the error is that over stretches; these are kept, because
-    two models judged by the same ones differ by far less than each of them is uncertain.
+    Neighbours may be correlated, as windows of one text are, so the standard error is over contiguous pieces. Their
+    losses are kept: the difference of two models on the same pieces is known far better than either loss.
 
     Args:
         losses: (examples,).

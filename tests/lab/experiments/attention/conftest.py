@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rankdecay.lab.experiments.attention.experiment import AttentionDecay, Experiment, run
+from rankdecay.lab.experiment import run
+from rankdecay.lab.experiments.attention.runs import make_experiment as experiment_of
+from rankdecay.lab.experiments.attention.settings import AttentionDecay
 from rankdecay.lab.experiments.attention.summary import summarise
 from rankdecay.lab.session.gpt import GPT, GPTConfig
 from rankdecay.lab.session.session import judged
 
 EVIL = "<img src=x onerror=window.owned=1></script><b>%{y}$"
+UNITS = {"recall": "sequences", "language": "tokens", "vision": "images"}
 STRENGTHS = {"l2": (0.0, 0.1, 1.0, 10.0), "low_rank": (0.1, 1.0, 10.0)}
 
 
@@ -58,7 +61,7 @@ def write_experiment(
     records: list[dict[str, Any]] = []
     for number, key in enumerate(keys[:runs]):
         lost = (key["arm"], key["strength"], key["seed"]) in diverged
-        rows = [evaluation(key, step, layers, accuracy) for step in (steps[:2] if lost else steps)]
+        rows = [evaluation(key, step, layers, accuracy, UNITS[command]) for step in (steps[:2] if lost else steps)]
         if lost:
             rows.append({**key, "step": steps[1] + 7, "diverged": True})
         is_under_way = runs is not None and number == runs - 1
@@ -66,12 +69,12 @@ def write_experiment(
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
     (directory / "summary.json").unlink(missing_ok=True)
     if summary and runs is None:
-        result = {"command": command, "settings": config["settings"], "unit": "tokens", "wall_seconds": 321.0}
-        (directory / "summary.json").write_text(json.dumps(result | {"arms": summarise(records, "tokens")}))
+        result = {"command": command, "settings": config["settings"], "unit": UNITS[command], "wall_seconds": 321.0}
+        (directory / "summary.json").write_text(json.dumps(result | {"arms": summarise(records, UNITS[command])}))
     return directory
 
 
-def evaluation(key: dict[str, Any], step: int, layers: int, accuracy: bool) -> dict[str, Any]:
+def evaluation(key: dict[str, Any], step: int, layers: int, accuracy: bool, unit: str) -> dict[str, Any]:
     """One line: the rank falls with the decay, the loss is least at strength 1 and with an MLP decay of 0.1."""
     strength, is_low_rank = key["strength"], key["arm"] != "l2"
     share = 1 - math.exp(-step / 60)
@@ -105,7 +108,7 @@ def evaluation(key: dict[str, Any], step: int, layers: int, accuracy: bool) -> d
     return {
         **key,
         "step": step,
-        "tokens": 1000 * step,
+        unit: 1000 * step,
         "seconds": step / (40 if is_low_rank else 50),
         "train_loss": loss - 0.1 if step else None,
         "loss": loss,
@@ -152,5 +155,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         strengths=("l2=0,10", "low_rank=10"), mlp_decays=(0.0, 0.1), qk_norm="both", steps=4, evaluate_every=2,
         warmup=1, batch_size=4, lr=1e-2, out=out, device="cpu", quiet=True,
     )  # fmt: skip
-    run(settings, Experiment("language", Copying), "rankdecay language")
+    experiment = experiment_of("language", {"default": settings}, lambda s: s, lambda s: Copying(), "tokens")
+    run(experiment, settings, "rankdecay language")
     return out

@@ -1,10 +1,12 @@
 """The page in a real browser, of an experiment that the real code trained and of made-up ones."""
 
+import json
+
 import pytest
 
-from rankdecay.lab.report import write_report
+from rankdecay.lab.experiment import write_report
 
-CHARTS = ["rank-chart", "quality-chart", "cost-chart", "training-chart"]
+CHARTS = [f"{name}-chart" for name in ("rank", "quality", "cost", "curve", "layer-0", "layer-1", "layer-2")]
 EVIL = "<img src=x onerror=window.owned=1></script><b>%{y}$"
 
 
@@ -16,12 +18,12 @@ def draw(page, identity, mark=".scatterlayer .trace"):
 
 
 def choose(page, state, value):
-    page.locator(f'select[data-state="{state}"]').select_option(value)
+    page.locator(f'select[data-state="{state}"]').first.select_option(value)
 
 
-def last(identity, trace=0):
+def last(identity, trace):
     """The last value of a trace, in the page."""
-    return f"document.querySelector('#{identity}').data[{trace}].y.at(-1)"
+    return f"document.querySelector('#{identity}').data.at({trace}).y.at(-1)"
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
@@ -33,36 +35,37 @@ def test_the_charts_are_drawn(opener, trained, width, scheme):
     draw(page, "mlp-chart", ".heatmaplayer image")
     assert page.evaluate("document.documentElement.scrollWidth") == width
     if width > 1000:
-        they_follow_their_choices(page)
+        they_follow_their_choices(page, json.loads((trained / "summary.json").read_text())["arms"])
     opened.check()
     page.close()
 
 
-def they_follow_their_choices(page):
+def they_follow_their_choices(page, cells):
+    """Every chart follows a choice that it shares with others."""
+    traces = "document.querySelectorAll('#rank-chart .scatterlayer .trace').length"
     draw(page, "rank-chart")
+    page.wait_for_function(f"() => {traces} === 3")  # two arms, and the untrained value
     page.locator("#rank .legend button", has_text="low-rank").click()
-    page.wait_for_function("() => document.querySelectorAll('#rank-chart .scatterlayer .trace').length === 2")
+    page.wait_for_function(f"() => {traces} === 2")
     assert page.locator("#cost .legend button", has_text="low-rank").get_attribute("aria-pressed") == "false"
-    choose(page, "mlp", "0")
-    choose(page, "part", "value_output")
-    choose(page, "measure", "imbalance")
-    choose(page, "layer", "2")
-    cell = "JSON.parse(document.getElementById('run-data').textContent).cells[1]"  # L2 at 10, no norm, MLP decay 0
-    page.wait_for_function(f"() => {last('rank-chart')} === {cell}.ends.value_output.imbalance[2]")
+    for state, value in (("mlp", "0"), ("part", "value_output"), ("measure", "imbalance"), ("layer", "2")):
+        choose(page, state, value)
+    cell = next(c for c in cells if (c["name"], c["strength"], c["mlp_decay"], c["qk_norm"]) == ("l2", 10, 0, False))
+    expected = float(f"{cell['layers'][1]['value_output']['imbalance']:.4g}")
+    page.wait_for_function(f"() => {last('rank-chart', -1)} === {expected}")
+    assert page.locator('#cost select[data-state="measure"]').input_value() == "imbalance"
     choose(page, "norm", "on")
     choose(page, "part", "query_key")
     page.wait_for_function("() => document.querySelector('#rank-chart').textContent.includes('choose W_Q or W_K')")
     choose(page, "part", "query")
     choose(page, "measure", "pseudo_rank")
-    page.wait_for_function("() => document.querySelectorAll('#rank-chart .scatterlayer .trace').length === 2")
-    draw(page, "training-chart")
-    choose(page, "spread", "each")
-    page.wait_for_function("() => document.querySelectorAll('#training-chart .cartesianlayer .subplot').length === 2")
-    choose(page, "shown", "loss")
-    page.wait_for_function("() => document.querySelectorAll('#training-chart .cartesianlayer .subplot').length === 1")
+    page.wait_for_function(f"() => {traces} === 2")
     draw(page, "quality-chart")
     choose(page, "quality", "accuracy")
-    page.wait_for_function(f"() => {last('quality-chart')} === 0.5")
+    page.wait_for_function(f"() => {last('quality-chart', -1)} === 0.5")
+    draw(page, "curve-chart")
+    choose(page, "curve", "accuracy")
+    page.wait_for_function(f"() => {last('curve-chart', -1)} === 0.5")
 
 
 def test_a_hostile_name_is_shown_and_not_run(opener, make_experiment):
@@ -83,8 +86,7 @@ def test_a_hostile_name_is_shown_and_not_run(opener, make_experiment):
 def test_an_experiment_that_goes_on(opener, make_experiment):
     opened = opener(write_report(make_experiment(runs=1)))
     assert "not complete" in opened.page.locator(".headline").inner_text()
-    draw(opened.page, "training-chart")
-    opened.page.locator("#rank-chart").scroll_into_view_if_needed()
-    opened.page.wait_for_function("() => document.querySelector('#rank-chart').textContent.includes('no value')")
+    draw(opened.page, "curve-chart")
+    assert "no value" in opened.page.locator("#rank .absent").inner_text()
     opened.check()
     opened.page.close()

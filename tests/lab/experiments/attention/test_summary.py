@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from rankdecay.lab.experiments.attention.summary import difference, of, summarise
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiment import load, read
+from rankdecay.lab.experiments.attention.summary import difference, main_mlp_decay, newest, of, series, summarise
 
 
 def layer(rank: float | None, imbalance: float = 0.5, *, qk_norm: bool = False) -> dict:
@@ -134,3 +136,95 @@ def test_a_difference_is_taken_piece_by_piece_or_seed_by_seed():
     for unpaired in ({"sample": []}, {"sample": [1.0, 2.8]}, {"seeds": 3}):  # another validation set, or seeds lost
         assert difference(hard, better | unpaired) == pytest.approx((0.1, 0.5 * 2**0.5))
     assert difference(hard, better | {"sample": [], "loss_error": None}) == (pytest.approx(0.1), None)
+
+
+# --- reading what is stored ---
+
+
+def stored_run(directory):
+    return read(load("language"), [directory])
+
+
+def test_what_the_real_code_writes_is_the_same_without_its_summary(trained):
+    summary = stored_run(trained).summary
+    assert len(summary["arms"]) == 3 * 2 * 2
+    (trained / "summary.json").rename(trained / "kept.json")
+    try:
+        again = stored_run(trained)  # computed from the evaluations alone
+    finally:
+        (trained / "kept.json").rename(trained / "summary.json")
+    assert not again.complete
+    assert again.summary["unit"] == "tokens"
+    assert again.summary["arms"] == summary["arms"]
+
+
+def test_only_the_runs_that_ended_count_while_it_goes_on(make_experiment):
+    stored = stored_run(make_experiment(runs=3))
+    assert [(cell["name"], cell["strength"]) for cell in stored.summary["arms"]] == [("l2", 0.0), ("l2", 0.1)]
+    assert {row["strength"] for row in stored.rows} == {0.0, 0.1, 1.0}
+    assert stored.notices == ["Ended so far: 2 runs."]
+    assert stored_run(make_experiment(runs=1)).summary is None
+
+
+def test_a_step_measured_again_counts_once():
+    before = rows([8.0, 2.0])
+    assert [row["loss"] for row in newest([*before, before[0] | {"loss": 9.0}])] == [9.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arm": None, "strength": "strong"},
+        {"seed": None},
+        {"qk_norm": 1},
+        {"layers": [1]},
+        {"layers": None},
+        {"seconds": "long"},
+        {"mlp_decay": "much"},
+    ],
+)
+def test_a_damaged_evaluation_is_named(make_experiment, change):
+    directory = make_experiment()
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | change)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(SettingError, match=r"metrics\.jsonl, line 3"):
+        stored_run(directory)
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_as_divergence_does(make_experiment):
+    directory = make_experiment(("l2",), strengths={"l2": (0.0, 1.0)}, seeds=1, summary=False)
+    path = directory / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[4]["loss"] = lines[3]["loss"] = float("nan")
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    cells = stored_run(directory).summary["arms"]
+    assert [(cell["diverged"], cell["loss"] is None) for cell in cells] == [(1, True), (0, False)]
+
+
+def cell(mlp, loss, strength=1.0, name="l2"):
+    return {"name": name, "strength": strength, "mlp_decay": mlp, "qk_norm": False, "loss": loss}
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ([], None),
+        ([cell(None, 1.0)], None),
+        ([cell(0.5, 1.0)], 0.5),
+        ([cell(0.5, 1.0), cell(0.1, 2.0)], 0.1),
+        ([cell(0.5, 2.0), cell(1.0, 1.0)], 1.0),
+        ([cell(0.5, 2.0), cell(1.0, None)], 0.5),
+        ([cell(0.5, None), cell(1.0, None)], 0.5),
+    ],
+)
+def test_the_decay_of_the_mlps_to_speak_of(cells, expected):
+    assert main_mlp_decay(cells) == expected
+
+
+def test_a_series_goes_from_weak_to_strong_and_has_results_alone():
+    cells = [cell(0.1, 2.0, 10.0, "b"), cell(0.1, 1.0, 0.0, "b"), cell(0.1, None, 1.0, "b"), cell(0.5, 1.0, 1.0, "a")]
+    found = series(cells, qk_norm=False, mlp_decay=0.1)
+    assert {name: [c["strength"] for c in own] for name, own in found.items()} == {"b": [0.0, 10.0]}
+    assert series(cells, qk_norm=True, mlp_decay=0.1) == {}

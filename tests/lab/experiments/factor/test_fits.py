@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rankdecay.lab.experiments.factor.experiment import Factor, filled, make_arms
+from rankdecay.lab.experiments.factor.experiment import make_arms
 from rankdecay.lab.experiments.factor.factorised import curvature
 from rankdecay.lab.experiments.factor.fits import (
     Bound,
@@ -17,10 +17,11 @@ from rankdecay.lab.experiments.factor.fits import (
     make_problems,
     train,
 )
+from rankdecay.lab.experiments.factor.settings import Factor, check
 
 
 def test_the_default_is_the_toy_of_the_paper():
-    settings = filled(Factor(seeds=2))
+    settings = check(Factor(seeds=2))
     problems = make_problems(settings, "cpu")
     assert torch.equal(problems.target[0], torch.diag(torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0], dtype=torch.float64)))
     rng = np.random.default_rng(1)
@@ -37,13 +38,13 @@ def test_the_default_is_the_toy_of_the_paper():
 @pytest.mark.parametrize("size", [5, 40])
 @pytest.mark.parametrize("depth", [3, 5])
 def test_deeper_products_begin_about_as_curved_as_two_factors(size, depth):
-    settings = filled(Factor(seeds=20, size=size, strengths=(0.0,)))
+    settings = check(Factor(seeds=20, size=size, strengths=(0.0,)))
     two, deep = (curvature(initial_factors(settings, d, "cpu")).median().item() for d in (2, depth))
     assert two / 4 < deep < 4 * two
 
 
 def test_random_targets_and_masks_are_of_their_seed():
-    settings = filled(Factor(seeds=3, size=8, target=("random",), target_rank=2, observed=0.25, strengths=(0.1, 0.2)))
+    settings = check(Factor(seeds=3, size=8, target=("random",), target_rank=2, observed=0.25, strengths=(0.1, 0.2)))
     problems = make_problems(settings, "cpu")
     assert problems.mask is not None
     torch.testing.assert_close(problems.values[:, 0], torch.ones(6, dtype=torch.float64))
@@ -57,11 +58,11 @@ def test_random_targets_and_masks_are_of_their_seed():
 
 
 def test_more_seeds_change_nothing_in_those_there_were():
-    few, many = (filled(Factor(seeds=n, strengths=(0.0, 0.1, 0.3), steps=60)) for n in (2, 5))
+    few, many = (check(Factor(seeds=n, strengths=(0.0, 0.1, 0.3), steps=60)) for n in (2, 5))
     for arm in make_arms(few):
         ends = []
         for settings in (few, many):
-            outcome = train(arm, make_problems(settings, "cpu"), initial_factors(settings, arm.depth, "cpu"), settings)
+            outcome = train(arm, make_problems(settings, "cpu"), initial_factors(settings, arm.how.depth, "cpu"), settings)
             ends.append(outcome.W.view(3, settings.seeds, 5, 5)[:, :2])
         torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
 

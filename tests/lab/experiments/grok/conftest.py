@@ -1,4 +1,4 @@
-"""A small run directory in the format of docs/run_directory.md, with made-up, deterministic numbers; a real browser."""
+"""A small run directory in the format of docs/run_directory.md, with made-up, deterministic numbers."""
 
 import json
 from collections.abc import Callable
@@ -21,11 +21,10 @@ def write_run(
     seeds: int = 2,
     width: int = 16,
     every: int = 200,
-    generalised: dict[str, int] | None = None,
     summary: bool = True,
     snapshots: bool = True,
 ) -> Path:
-    """Write a run of `arms` × `seeds`; `generalised` overrides the count of an arm in the summary."""
+    """Write a run of `arms` × `seeds`."""
     arms = ARMS if arms is None else arms
     directory.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -33,8 +32,8 @@ def write_run(
         "modulus": 31,
         "steps": STEPS,
         "seeds": seeds,
-        "early_stop": False,
-        "note": None,
+        "rule": "smooth",
+        "threshold": 0.95,
     }
     config = {
         "command": "grok",
@@ -54,8 +53,8 @@ def write_run(
             if snapshots:
                 _write_snapshot(directory / "snapshots", step, members, spectra)
     if summary:
-        rows = [_row(arm, seeds, (generalised or {}).get(arm), width) for arm in arms]
-        result = {"command": "grok", "wall_seconds": 61.5, "settings": settings, "arms": rows}
+        rows = [_row(arm, seeds, width) for arm in arms]
+        result = {"command": "grok", "wall_seconds": 61.5, "settings": settings, "threshold": 0.95, "arms": rows}
         (directory / "summary.json").write_text(json.dumps(result))
     return directory
 
@@ -125,15 +124,15 @@ def _write_snapshot(directory: Path, step: int, members: list[tuple[str, int]], 
     )
 
 
-def _row(arm: str, seeds: int, generalised: int | None, width: int) -> dict[str, Any]:
-    count = generalised if generalised is not None else seeds if arm in TIME else 0
+def _row(arm: str, seeds: int, width: int) -> dict[str, Any]:
+    steps = TIME.get(arm)
     last = _evaluation(arm, 0, STEPS, _spectra(arm, 0, STEPS, width))
-    steps = TIME.get(arm, 500) if 2 * count >= seeds and count else None
     return {
         "name": arm,
         "seeds": seeds,
-        "generalised": count,
+        "generalised": seeds if steps else 0,
         "steps_to_generalise": steps,
+        "steps_to_generalise_by_seed": [steps] * seeds,
         "steps_per_second": 12.5,
     } | {key: last[key] for key in last if key not in ("arm", "seed", "step", "seconds")}
 
@@ -146,6 +145,3 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return write_run(tmp_path / "run", *args, **kwargs)
 
     return make
-
-
-# --- Debian's Chromium, driven by Playwright ---

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rankdecay.lab.report import write_report
+from rankdecay.lab.experiment import write_report
 
 CHARTS = ["accuracy-chart", "rank-chart", "spectra-chart", "share-chart", "attention-chart"]
 EVIL = "<img src=x onerror=window.owned=1><b>%{y}</b>"
@@ -77,7 +77,7 @@ def test_every_section_is_drawn(desktop):
     assert desktop.locator(".needle").count() == 7
     assert desktop.locator(".needle .fan").count() >= 2
     assert desktop.locator("#attention-chart .heatmaplayer image").count() == 7 * 2
-    assert EVIL in desktop.locator("#curves .legend").first.inner_text()
+    assert EVIL in desktop.locator("#accuracy .legend").inner_text()
 
 
 def test_hovering_names_the_values(desktop):
@@ -132,9 +132,9 @@ def test_the_legend_hides_an_arm_everywhere(desktop):
     traces = "document.querySelectorAll('#accuracy-chart .scatterlayer .trace').length === value"
     _show(desktop, "accuracy-chart")
     before = desktop.locator("#accuracy-chart .scatterlayer .trace").count()
-    button = desktop.locator("#curves .legend").first.get_by_role("button", name="low-rank decay")
+    button = desktop.locator("#accuracy .legend").get_by_role("button", name="low-rank decay")
     button.click()
-    _wait(desktop, traces, before - 2)  # its seeds and its median
+    _wait(desktop, traces, before - 3)  # its seeds and its median
     assert button.get_attribute("aria-pressed") == "false"
     _show(desktop, "needles")
     _wait(desktop, "document.querySelectorAll('.needle').length === value", 6)
@@ -160,7 +160,7 @@ def test_a_phone_gets_the_words_first_and_needs_no_sideways_scrolling(open_page)
     label = page.locator("#accuracy-chart .hovertext")
     label.wait_for()
     assert "step 400: 0.08" in label.text_content()
-    assert page.evaluate("document.querySelector('#result .scroll').scrollWidth") > 375  # the table scrolls by itself
+    assert page.evaluate("document.querySelector('#figures .scroll').scrollWidth") > 375  # the table scrolls by itself
     assert page.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 15
 
 

@@ -1,119 +1,19 @@
-"""What the experiment compares, and how its figures follow from the records."""
+"""What the experiment compares, and what a run of it leaves."""
 
 import dataclasses
-import math
-import subprocess
-import sys
+import json
 
 import pytest
 
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiment import NOT_IDENTITY, identity
-from rankdecay.lab.experiments.grok.experiment import (
-    ARMS,
-    PRESETS,
-    Grok,
-    check,
-    make_arms,
-    make_datasets,
-    make_ensembles,
-    steps_to_hold,
-    summarise,
-    summarise_arm,
-)
+from rankdecay.lab.experiment import load, print_summary, run
+from rankdecay.lab.experiments.grok.experiment import make_arms, make_datasets, make_ensembles
+from rankdecay.lab.experiments.grok.settings import ARMS, PRESETS, Grok
+from rankdecay.lab.store import read_metrics
+from rankdecay.rules import rule_names
 
 TINY = Grok(task="add", modulus=5, train_fraction=0.6, seeds=2, batch_size=4, width=8, precision="float32")
-
-
-def history(accuracies, arm: str = "none", seed: int = 0, **changes) -> list[dict]:
-    record = {
-        "arm": arm,
-        "seed": seed,
-        "train_accuracy": 1.0,
-        "test_loss": 0.5,
-        "stable_rank": 3.0 + seed,
-        "effective_rank": 5.0,
-        "product_stable_rank": 2.0,
-        "product_effective_rank": 4.0,
-        "query_norm": 1.0,
-        "key_norm": 2.0,
-        "decay_size": None,
-        "radial_share": None,
-        "tangential_share": None,
-        "step_seconds": 0.01,
-    }
-    return [record | {"step": 50 * i, "test_accuracy": value} | changes for i, value in enumerate(accuracies)]
-
-
-# --- when a member has generalised ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("accuracies", "expected"),
-    [
-        ([0.1, 0.96, 0.97, 0.2], 50),
-        ([0.95, 0.95], 0),
-        ([0.1, 0.96, 0.2, 0.96, 0.99], 150),
-        ([0.1, 0.96, 0.94, 0.96, 0.94], None),  # reached, never held
-        ([0.1, 0.2, 0.99], None),  # nobody knows yet whether it holds
-        ([0.1, 0.949999], None),
-        ([0.1, 0.99, None], None),  # diverged
-        ([None, 0.99, 0.99], 50),
-        ([0.99], None),
-        ([], None),
-    ],
-)
-def test_steps_to_hold(accuracies, expected):
-    assert steps_to_hold(history(accuracies), 0.95) == expected
-
-
-REACHED, LATER, NEVER = [0.1, 1.0, 1.0, 1.0], [0.1, 0.2, 1.0, 1.0], [0.1, 0.2, 0.2, 0.2]
-
-
-@pytest.mark.parametrize(
-    ("members", "generalised", "steps"),
-    [
-        ([REACHED, REACHED, LATER], 3, 50),
-        ([REACHED, LATER, NEVER], 2, 100),  # the seed that never got there counts as later than any other
-        ([REACHED, NEVER, NEVER], 1, None),
-        ([NEVER, NEVER, NEVER], 0, None),
-        ([REACHED, LATER], 2, 75),
-        ([REACHED], 1, 50),
-        ([NEVER], 0, None),
-    ],
-)
-def test_median_steps_to_generalise(members, generalised, steps):
-    summary = summarise_arm("none", [history(a, seed=i) for i, a in enumerate(members)], 0.95)
-    assert summary["seeds"] == len(members)
-    assert summary["generalised"] == generalised
-    assert summary["steps_to_generalise"] == steps
-
-
-@pytest.mark.parametrize("members", [[REACHED, NEVER], [REACHED, LATER, NEVER, NEVER]])
-def test_half_of_the_seeds_is_not_fewer_than_half(members):
-    """docs/run_directory.md: the median is null if *fewer* than half of the seeds got there."""
-    summary = summarise_arm("none", [history(a, seed=i) for i, a in enumerate(members)], 0.95)
-    assert summary["steps_to_generalise"] is not None
-
-
-def test_other_figures_are_means_over_seeds_at_the_last_evaluation():
-    members = [history([0.1, 0.4], seed=0), history([0.1, 0.8], seed=1, decay_size=0.25)]
-    summary = summarise_arm("none", members, 0.95)
-    assert summary["name"] == "none"
-    assert summary["test_accuracy"] == pytest.approx(0.6)
-    assert summary["stable_rank"] == pytest.approx(3.5)
-    assert summary["decay_size"] == 0.25  # of the seed that has one
-    assert summary["radial_share"] is None
-    assert summary["steps_per_second"] == pytest.approx(100)
-
-
-def test_records_are_sorted_into_arms_whatever_their_order():
-    records = [r for arm, a in (("low_rank", LATER), ("none", NEVER)) for s in (1, 0) for r in history(a, arm, s)]
-    arms = summarise(records[::-1], ["none", "low_rank"], 0.95)
-    assert [arm["name"] for arm in arms] == ["none", "low_rank"]
-    assert [arm["seeds"] for arm in arms] == [2, 2]
-    assert [arm["steps_to_generalise"] for arm in arms] == [None, 100]
 
 
 # --- arms ---------------------------------------------------------------------------------------------------------
@@ -155,75 +55,47 @@ def test_all_arms_start_from_the_same_weights_and_data():
 
 def test_decays_are_those_the_settings_name():
     settings = Grok(weight_decay=2.0, tuned_strength=70.0, strength=0.3, rule="prox", scale="relative")
-    arms = {arm.name: arm for arm in make_arms(settings)}
-    assert arms["none"].decay is None
-    assert arms["l2"].decay == Frobenius(2.0)
-    assert arms["l2_tuned"].decay == Frobenius(70.0)
-    low_rank = arms["low_rank"].decay
+    arms = {arm.name: arm.how.decay for arm in make_arms(settings)}
+    assert arms["none"] is None
+    assert arms["l2"] == Frobenius(2.0)
+    assert arms["l2_tuned"] == Frobenius(70.0)
+    low_rank = arms["low_rank"]
     assert isinstance(low_rank, LowRank)
     assert (low_rank.strength, low_rank.rule, low_rank.scale, low_rank.lr_coupled) == (0.3, "prox", "relative", True)
-    prototype = arms["prototype"].decay
-    assert prototype == LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False)
+    assert arms["prototype"] == LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False)
 
 
-# --- presets and settings ---------------------------------------------------------------------------------------
+def test_an_arm_named_by_its_rule_is_the_decay_of_the_settings_by_that_rule():
+    settings = Grok(arms=("low_rank", *rule_names()), strength=0.3, scale="relative", smoothing=0.2, every=2)
+    arms = {arm.name: arm.how.decay for arm in make_arms(settings)}
+    assert list(arms) == ["low_rank", *rule_names()]
+    assert arms["smooth"] == arms["low_rank"]
+    for rule in rule_names():
+        assert arms[rule] == dataclasses.replace(arms["low_rank"], rule=rule)
+
+
+def test_arms_are_stored_with_the_keys_they_always_had():
+    records = {arm.name: arm.record() for arm in make_arms(Grok())}
+    assert records["none"] == {
+        "name": "none",
+        "description": "No decay of W_Q and W_K.",
+        "decay": None,
+        "uniform_attention": False,
+    }
+    assert records["l2"]["decay"] == {"strength": 1.5}
+    assert records["uniform_attention"]["uniform_attention"] is True
 
 
 def test_the_prototype_preset_is_the_published_set_up():
     preset = PRESETS["prototype"]
     assert (preset.preset, preset.task, preset.modulus, preset.split) == ("prototype", "add", 113, "ordered")
     assert (preset.qk_norm, preset.width, preset.weight_decay, preset.lr) == ("width", 128, 0.1, 1e-3)
-    arms = {arm.name: arm.decay for arm in make_arms(preset)}
+    arms = {arm.name: arm.how.decay for arm in make_arms(preset)}
     assert {"none", "l2", "prototype"} <= arms.keys()
     assert arms["l2"] == Frobenius(0.1)
     assert isinstance(arms["prototype"], LowRank)
     assert arms["prototype"].strength == 0.01
     assert not arms["prototype"].lr_coupled
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_can_run(name):
-    check(PRESETS[name])
-    assert PRESETS[name].preset == name
-    assert set(PRESETS[name].arms) <= set(ARMS)
-
-
-def test_where_and_how_it_is_shown_is_not_what_is_computed():
-    settings = Grok()
-    assert set(identity(settings)) == {f.name for f in dataclasses.fields(settings)} - set(NOT_IDENTITY)
-    assert {"out", "quiet", "json"} <= set(NOT_IDENTITY)
-    for name in ("seeds", "steps", "task", "strength", "lr", "precision"):
-        assert name in identity(settings)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"steps": 0}, ["--steps 0", "at least 1"]),
-        ({"seeds": 0}, ["--seeds 0", "at least 1"]),
-        ({"batch_size": -1}, ["--batch-size -1", "at least 1"]),
-        ({"evaluate_every": 0}, ["--evaluate-every 0", "at least 1"]),
-        ({"strength": -0.5}, ["--strength -0.5", ">= 0"]),
-        ({"strength": math.inf}, ["--strength inf", "finite"]),
-        ({"weight_decay": -1.0}, ["--weight-decay -1.0", ">= 0"]),
-        ({"tuned_strength": math.nan}, ["--tuned-strength nan", "finite"]),
-        ({"lr": -1e-3}, ["--lr -0.001", ">= 0"]),
-        ({"weight_decay": 1000.0}, ["--weight-decay 1000", "below 500"]),
-        ({"tuned_strength": 200.0, "lr": 0.01}, ["--tuned-strength 200", "--lr 0.01", "below 100"]),
-        ({"threshold": 0.0}, ["--threshold 0.0", "0.95"]),
-        ({"threshold": 1.1}, ["--threshold 1.1", "0.95"]),
-        ({"width": 10}, ["--width 10", "multiple of the 4 heads"]),
-        ({"width": 0}, ["--width 0", "multiple of the 4 heads"]),
-        ({"arms": ()}, ["--arms", "empty", "low_rank"]),
-        ({"arms": ("none", "lowrank")}, ["--arms 'lowrank'", "'low_rank'"]),
-        ({"task": "ad"}, ["--task 'ad'", "'add'"]),
-    ],
-)
-def test_settings_that_cannot_work(changes, words):
-    with pytest.raises(SettingError) as error:
-        check(dataclasses.replace(Grok(), **changes))
-    assert all(word in str(error.value) for word in words)
-    assert "\n" not in str(error.value)
 
 
 def test_a_batch_larger_than_the_training_set_is_refused():
@@ -239,8 +111,21 @@ def test_the_smallest_training_set_of_all_seeds_decides():
         make_datasets(dataclasses.replace(TINY, seeds=8, batch_size=sizes[0]))
 
 
-def test_importing_the_settings_imports_neither_torch_nor_numpy():
-    code = (
-        "import sys, rankdecay.lab.experiments.grok.experiment; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+# --- a run --------------------------------------------------------------------------------------------------------
+
+
+def test_rules_are_compared_under_their_names(tmp_path, capsys):
+    settings = dataclasses.replace(
+        TINY, arms=("prox", "low_rank", "none"), steps=4, evaluate_every=2, device="cpu", out=tmp_path, quiet=True
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    experiment = load("grok")
+    summary = run(experiment, settings, "")
+    names = ["none", "prox", "smooth"]
+    assert [arm["name"] for arm in summary["arms"]] == names
+    assert [arm["name"] for arm in json.loads((tmp_path / "config.json").read_text())["arms"]] == names
+    assert {row["arm"] for row in read_metrics(tmp_path)} == set(names)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8").split("<script")[0]
+    assert "low-rank decay, smooth" in page
+    assert "low-rank decay, prox" in page
+    print_summary(experiment, summary)
+    assert "No arm generalised within 4 steps" in capsys.readouterr().out

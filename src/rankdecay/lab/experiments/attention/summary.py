@@ -1,28 +1,81 @@
-"""What the runs of an attention-decay experiment came to: means over seeds, beside the untrained values.
+"""Rows and cells of the grid: a row is an evaluation of a run, a cell the mean of the runs of all seeds.
 
 Importing this module imports neither torch nor numpy: reports read rows without what trained them.
 """
+
+from __future__ import annotations
 
 import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rankdecay.lab.report.words import counted, is_number, known, mean
+from rankdecay.lab.session.run_key import KEY, key_of
+
+if TYPE_CHECKING:
+    from rankdecay.lab.stored import StoredRun
 
 Record = dict[str, Any]
-KEY = ("arm", "strength", "mlp_decay", "qk_norm", "seed")  # what tells a run from every other of its experiment
+Cell = Mapping[str, Any]
+USUAL = 0.1  # the usual decay of every matrix; of several decays of the MLPs, the one to speak of
 
 
-def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The run that a row belongs to."""
-    return tuple(row[name] for name in KEY)
+# --- rows ---
+
+
+def check_row(line: Record, unit: str) -> Record:
+    """A line of ``metrics.jsonl`` with what a report needs; raises for one without.
+
+    A run whose last loss is not finite counts as diverged: it trained on, but no mean can use it.
+    """
+    numbers = [line["strength"], line["step"], line["seed"]]
+    numbers += [] if line["mlp_decay"] is None else [line["mlp_decay"]]
+    if not all(map(is_number, numbers)) or not isinstance(line["qk_norm"], bool):
+        raise ValueError(f"a run with the numbers {numbers} and QK-norm {line['qk_norm']!r}")
+    row = {**line, "arm": str(line["arm"])}
+    if line.get("diverged"):
+        return row
+    for layer in line["layers"]:
+        for measures in layer.values():
+            measures.items()
+    if not is_number(line["seconds"]) or not is_number(line[unit]):
+        raise ValueError("an evaluation without its time or size")
+    if not is_number(line["loss"]):
+        row |= {"loss": None, "loss_error": None} | ({"diverged": True} if line.get("ended") else {})
+    return row | {"accuracy": line["accuracy"] if is_number(line["accuracy"]) else None}
+
+
+def newest(rows: Iterable[Record]) -> list[Record]:
+    """Rows without those that were measured again when a run was resumed."""
+    return list({(*key_of(row), row["step"], bool(row.get("diverged"))): row for row in rows}.values())
+
+
+def so_far(stored: StoredRun, unit: str) -> Record | None:
+    """The summary of an experiment that is not complete, from the runs that have ended; None before the first."""
+    rows = newest(stored.rows)
+    ended = {key_of(row) for row in rows if row.get("ended")}
+    if not ended:
+        return None
+    stored.notices.append(f"Ended so far: {counted(len(ended), 'run')}.")
+    usable = [row for row in rows if key_of(row) in ended and (row.get("diverged") or row["loss"] is not None)]
+    return {
+        "command": stored.config.get("command"),
+        "settings": stored.settings,
+        "unit": unit,
+        "arms": summarise(usable, unit),
+    }
+
+
+# --- cells ---
 
 
 def summarise(records: Sequence[Record], unit: str) -> list[Record]:
-    """One object per arm, strength, decay of the MLPs and QK-norm: means over seeds of what the runs ended with.
+    """One cell per arm, strength, decay of the MLPs and QK-norm: means over seeds at the end of training.
 
     Args:
-        records: all of an experiment.
+        records: the rows of an experiment.
         unit: what the problem counts.
 
     Returns:
@@ -71,23 +124,24 @@ def _cell(key: tuple[Any, ...], runs: Sequence[Sequence[Record]], unit: str, qui
     cell["per_second"] = statistics.median(row[unit] / max(row["seconds"], 1e-9) for row in last)
     cell["loss_at_equal_time"] = statistics.fmean(_loss_at(rows, quickest) for rows in done)
     cell["layers"], cell["untrained"] = _mean_layers(last), _mean_layers([rows[0] for rows in done])
-    cell["mean"], cell["untrained_mean"] = _over_layers(cell["layers"]), _over_layers(cell["untrained"])
+    for means, layers in (("mean", "layers"), ("untrained_mean", "untrained")):
+        cell[means] = _mean_parts(cell[layers]) if cell[layers] else {}
     return cell
 
 
-def difference(cell: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float | None]:
-    """By how much the loss of a cell is above another's, and the standard error of that; None where it is not known.
+def difference(cell: Cell, other: Cell) -> tuple[float, float | None]:
+    """The loss of a cell minus another's, and the standard error of that; None where it is not known.
 
-    Cells have the same seeds, batches and validation set, so their losses are held against each other seed by seed, or
-    piece by piece of the validation set: what is common to both, such as how hard a piece is, cancels.
+    Cells have the same seeds, batches and validation set, so their losses are compared seed by seed, or piece by piece
+    of the validation set: what is common to both, such as how hard a piece is, cancels.
     """
     distance = cell["loss"] - other["loss"]
-    mine, others = cell.get("sample") or [], other.get("sample") or []
-    if len(mine) == len(others) > 1 and cell["seeds"] == other["seeds"]:
-        gaps = [a - b for a, b in zip(mine, others, strict=True)]
+    sample, reference = cell.get("sample") or [], other.get("sample") or []
+    if len(sample) == len(reference) > 1 and cell["seeds"] == other["seeds"]:
+        gaps = [a - b for a, b in zip(sample, reference, strict=True)]
         return distance, statistics.stdev(gaps) / math.sqrt(len(gaps))
-    errors = [cell.get("loss_error"), other.get("loss_error")]
-    return distance, None if None in errors else math.hypot(*errors)  # type: ignore[arg-type]
+    errors = known((cell, other), "loss_error")
+    return distance, math.hypot(*errors) if len(errors) == 2 else None
 
 
 def _loss_at(rows: Sequence[Record], seconds: float) -> float:
@@ -106,24 +160,50 @@ def _mean_layers(records: Sequence[Record]) -> list[Record]:
 
 def _mean_parts(layers: Sequence[Record]) -> Record:
     return {
-        part: {measure: _mean(layer[part][measure] for layer in layers) for measure in layers[0][part]}
+        part: {measure: mean(layer[part][measure] for layer in layers) for measure in layers[0][part]}
         for part in layers[0]
     }
 
 
-def _over_layers(layers: Sequence[Record]) -> Record:
-    return _mean_parts(layers) if layers else {}
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
-def of(mean: Mapping[str, Any], part: str, measure: str) -> float | None:
-    """A measure of a part; under QK-norm, where there is no product, of W_Q and W_K on their own: their mean."""
-    if part in mean:
-        return mean[part].get(measure)
-    if part == "query_key" and "query" in mean:
-        return _mean(mean[matrix].get(measure) for matrix in ("query", "key"))
+def of(means: Cell, part: str, measure: str) -> float | None:
+    """A measure of a part; under QK-norm, where W_KᵀW_Q is no product, the mean of W_Q and W_K themselves."""
+    if part in means:
+        return means[part].get(measure)
+    if part == "query_key" and "query" in means:
+        return mean(means[matrix].get(measure) for matrix in ("query", "key"))
     return None
+
+
+def rank_of(cell: Cell, part: str, when: str = "mean") -> float | None:
+    """The pseudo rank of a part at the end, or ``"untrained_mean"``, over layers."""
+    value = of(cell.get(when) or {}, part, "pseudo_rank")
+    return value if is_number(value) else None
+
+
+# --- cells of one arm, and the axes beside the strength ---
+
+
+def main_mlp_decay(cells: Iterable[Cell]) -> float | None:
+    """The decay of the MLPs to speak of where there are several: the usual one, else that of the least loss."""
+    cells = list(cells)
+    values = {cell["mlp_decay"] for cell in cells}
+    if len(values) <= 1 or USUAL in values:
+        return USUAL if USUAL in values else next(iter(values), None)
+    known = [cell for cell in cells if is_number(cell.get("loss"))] or cells
+    return min(known, key=lambda cell: cell["loss"] or 0)["mlp_decay"]
+
+
+def series(cells: Iterable[Cell], *, qk_norm: bool, mlp_decay: float | None) -> dict[str, list[Cell]]:
+    """The cells with a loss at one choice of the other axes, by arm, each from the weakest decay to the strongest."""
+    cells = list(cells)
+    found: dict[str, list[Cell]] = {cell["name"]: [] for cell in cells}
+    for cell in sorted(cells, key=lambda cell: cell["strength"]):
+        if cell["qk_norm"] == qk_norm and cell["mlp_decay"] == mlp_decay and is_number(cell.get("loss")):
+            found[cell["name"]].append(cell)
+    return {name: chosen for name, chosen in found.items() if chosen}
+
+
+def without_decay(arms: Mapping[str, Sequence[Cell]], name: str) -> Cell | None:
+    """The reference of an arm: its cell at strength 0, else that of an arm that decays the same, or of any."""
+    candidates = (cell for other in (name, "l2_query_key", *arms) for cell in arms.get(other, ()))
+    return next((cell for cell in candidates if cell["strength"] == 0), None)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.lab.ensemble.control import PLAIN, Control
+from rankdecay.rules import get_rule
 
 if TYPE_CHECKING:
     from rankdecay.lab.experiments.boundary.experiment import Boundary
@@ -82,7 +83,7 @@ def arms(settings: Boundary) -> dict[str, Arm]:
     l2_limit = 1 / settings.lr
 
     def low_rank(strength: float, rule: str = settings.rule, **options: object) -> LowRank:
-        smoothing = settings.smoothing if rule == "smooth" else 0.0
+        smoothing = settings.smoothing if get_rule(rule).smoothing else 0.0
         return LowRank(strength, rule, "absolute", every=settings.every, smoothing=smoothing, **options)  # type: ignore
 
     def prototype(strength: float) -> LowRank:

@@ -34,7 +34,7 @@ from rankdecay.lab.legacy import (
     print_precision,
     seeds,
 )
-from rankdecay.rules import Rule
+from rankdecay.rules import rule_names
 
 if TYPE_CHECKING:
     from rankdecay.lab.ensemble.sweep import Plan, Trial
@@ -90,8 +90,9 @@ class Boundary:
     """Positions the last token of selection names."""
     split: Literal["unordered", "ordered"] = "unordered"
     """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
-    rule: Rule = "smooth"
-    """Rule of the controls that take a low-rank decay apart, and of its schedules."""
+    rule: str = "smooth"
+    """Rule of the controls that take a low-rank decay apart, and of its schedules: newton_schulz, polar, prox,
+    smooth, or one that is registered."""
     smoothing: float = 0.13
     """For the smooth rule: directions below this share of ‖W‖_F shrink in proportion."""
     strength: float = 5.0
@@ -258,6 +259,7 @@ def check(settings: Boundary) -> None:
     for decay in settings.rest_decays:
         if not 0 <= settings.lr * decay < 1:
             raise SettingError(f"--rest-decays {decay:g} must be at least 0 and below {1 / settings.lr:g}, 1 / --lr")
+    check_name("--rule", settings.rule, rule_names())
     check_threshold(settings.threshold)
     check_width(settings.width, heads=4, example=64)
     if not 0 < settings.gpu_share <= 1:

@@ -363,6 +363,7 @@ def sections(stored: StoredRun) -> list[Section]:
             "Singular values",
             f"Where training ended: the median over seeds, and as a bar the whole range. {line}",
             [spectra] if rows else [],
+            "spectra",
         ),
         Section(
             "Balance",
@@ -433,10 +434,10 @@ def _over_steps(stored: StoredRun, row: Record) -> tuple[list[Line], list[Line]]
         y = [value if value > FEWEST else None for value in law.tolist()]
         measured.insert(0, Line(called, step, y, name, mark="dashed", where=where, shade=shade))
     at_strength = {"strength": f"{at:g}"}
-    gaps = [
-        Line(STYLES[name].label, step, over("gap_bound"), name, mark="dotted", where=at_strength),
-        Line(STYLES[name].label, step, over("gap"), name, over("gap_low"), over("gap_high"), where=at_strength),
-    ]
+    label, bound = STYLES[name].label, over("gap_bound")
+    gaps = [Line(label, step, over("gap"), name, over("gap_low"), over("gap_high"), where=at_strength)]
+    if any(value is not None for value in bound):
+        gaps.insert(0, Line(label, step, bound, name, mark="dotted", where=at_strength))
     return measured, gaps
 
 

@@ -1,4 +1,4 @@
-"""The spectra a run directory keeps, in the form of a checkpoint's inspection."""
+"""Inspection of a run directory: the spectra of its last snapshot, in the form of a checkpoint's."""
 
 import json
 from pathlib import Path
@@ -6,18 +6,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rankdecay.attention.inspection import BALANCE, Inspection, Row, figures_of, plain, untrained_product
+from rankdecay.inspection import BALANCE, Inspection, Row, spectrum_rows, untrained_product
 from rankdecay.lab.errors import SettingError
 from rankdecay.spectrum import Spectrum
 
 
 def is_run_directory(path: Path) -> bool:
-    """Whether a path is a run directory of ours, rather than a checkpoint."""
+    """Whether a path is a run directory of the lab, rather than a checkpoint."""
     return (path / "snapshots").is_dir() and (path / "config.json").is_file()
 
 
 def inspect_run(path: Path) -> Inspection:
-    """Returns each head's product W_Kᵀ W_Q in the last snapshot, beside the same shapes at initialisation.
+    """Return each head's product W_Kᵀ W_Q in the last snapshot, beside the same shapes at initialisation.
 
     Args:
         path: the run directory.
@@ -33,14 +33,9 @@ def inspect_run(path: Path) -> Inspection:
         for layer, sigma in enumerate(product):  # (heads, head_dim)
             deviation = (3 * width) ** -0.5  # of nn.Linear's uniform initialisation
             shapes = ((width, width), sigma.shape[-1], 1, None, (deviation, deviation))
-            figures = figures_of(Spectrum(sigma))
-            for head in range(len(sigma)):
-                row: Row = {"layer": layer, "name": f"{arm}, seed {seed}, layer {layer}", "head": head}
-                row |= {"product": "query_key", "head_dim": sigma.shape[-1]}
-                row |= {name: values[head] for name, values in figures.items()} | dict.fromkeys(BALANCE)
-                row |= {"singular_values": plain(sigma[head])}
-                row |= {"untrained": untrained_product("query_key", *shapes) | dict.fromkeys(BALANCE)}
-                rows.append(row)
+            untrained = untrained_product("query_key", *shapes) | dict.fromkeys(BALANCE)
+            heads = spectrum_rows({"product": "query_key"}, sigma.shape[-1], Spectrum(sigma), untrained)
+            rows += [{"layer": layer, "name": f"{arm}, seed {seed}, layer {layer}", **row} for row in heads]
     settings = json.loads((path / "config.json").read_text(encoding="utf-8")).get("settings", {})
     notes = [f"step {int(files[-1].stem)}"]
     if settings.get("qk_norm", "head") != "none":
@@ -49,7 +44,7 @@ def inspect_run(path: Path) -> Inspection:
 
 
 def _products(file: Path) -> dict[tuple[str, int], tuple[int, torch.Tensor]]:
-    """Of every member: the width of the model, and its products' singular values (layers, heads, head_dim)."""
+    """Return for every member the width of the model and the singular values (layers, heads, head_dim)."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             members = zip(arrays["arms"].tolist(), arrays["seeds"].tolist(), strict=True)

@@ -7,6 +7,9 @@ const COLD_TO_WARM = {
   dark: ["#8d939d", "#6cb2ff", "#dd8fe0", "#ff8f5c"],
 };
 const ZERO_GAP = 0.7; // of decades: how far left of the least positive value the place of 0 is
+const FEWEST_TICKS = 3; // times the least value, from which on, and
+const FEW_DECADES = 1000; // up to which, a logarithmic axis has the ticks below
+const TICKS = [1, 1.5, 2, 3, 5, 7];
 const BAND = 0.12; // opacity of a band
 
 const isKnown = (value) => value !== null && value !== undefined;
@@ -46,6 +49,18 @@ function plotlyAxis(axis, standoff) {
   else if (axis.from_zero) made.rangemode = "tozero";
   if (axis.percent) made.tickformat = ".0%";
   return made;
+}
+
+// Ticks of a logarithmic axis that are numbers, where powers of ten would be too few.
+function fewDecades(lines) {
+  const values = lines.flatMap((line) => [...line.y, ...(line.low || []), ...(line.high || [])]).filter((value) => value > 0);
+  const low = values.reduce((a, b) => Math.min(a, b), Infinity);
+  const high = values.reduce((a, b) => Math.max(a, b), 0);
+  if (!(high > FEWEST_TICKS * low && high < FEW_DECADES * low)) return {};
+  const [first, last] = [low, high].map((value) => Math.floor(Math.log10(value)));
+  const powers = Array.from({ length: last - first + 2 }, (_, index) => first + index);
+  const tickvals = powers.flatMap((power) => TICKS.map((tick) => Number(`${tick}e${power}`)));
+  return { tickvals, ticktext: tickvals.map(String) };
 }
 
 function valueWords(line, index, percent) {
@@ -129,7 +144,7 @@ function drawChart(element, spec) {
     xaxis: { ...plotlyAxis(xaxis, 6), hoverformat: xaxis.scale === "log" ? ",.4~g" : ",",
       unifiedhovertitle: { text: `${plainText(xaxis.title)} %{x}` },
       ...(places ? { ...places.axis, showgrid: false } : {}) },
-    yaxis: plotlyAxis(yaxis, 8),
+    yaxis: { ...plotlyAxis(yaxis, 8), ...(yaxis.scale === "log" ? fewDecades(lines) : {}) },
   });
 }
 

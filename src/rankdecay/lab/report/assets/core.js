@@ -2,9 +2,8 @@
 // again when that state changes, at most once per animation frame.
 
 const run = JSON.parse(document.getElementById("run-data").textContent);
-const time = JSON.parse(document.getElementById("snapshot-data").textContent);
 
-const state = { hidden: new Set(), step: Math.max(0, time.steps.length - 1) };
+const state = { hidden: new Set() };
 const charts = [];
 const darkMode = window.matchMedia("(prefers-color-scheme: dark)");
 const coarsePointer = window.matchMedia("(pointer: coarse)").matches;
@@ -75,11 +74,3 @@ function digits(value) {
 }
 // A wide chart lists every line at the point under the pointer; on a phone that list would cover the chart.
 const isWide = (element) => element.clientWidth > 700;
-
-// The chosen seed's row of every visible arm in the snapshot at the slider; `row` is null where it has left the batch.
-function membersNow(name) {
-  const frame = time.frames[state.step];
-  return time.members
-    .map((member, index) => ({ ...member, row: frame && frame[name] ? frame[name][index] : null }))
-    .filter((member) => !state.hidden.has(member.arm));
-}

@@ -1,0 +1,365 @@
+"""Attention spectra of a model or a checkpoint, row by row, beside the same shapes untrained.
+
+A row is one head's product, W_Kᵀ W_Q or W_O W_V; where queries and keys are normalised there is no product W_Kᵀ W_Q,
+and the head's W_Q and W_K have a row each instead. The **untrained** figures are those of Gaussian matrices of the same
+shapes, with the standard deviation the configuration initialises with (0.02 if it does not say; GPT-2 divides that of
+W_O by the root of twice its depth). At 4096 × 128 the nuclear norm is 0.99 of its bound before any training, so a
+figure without its baseline says nothing.
+
+Layer by layer: what is in memory is one layer's attention in float64.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankdecay.attention.layer import AttentionLayer, MatrixView
+from rankdecay.attention.locate import find_layers
+from rankdecay.attention.names import SCALED_OUTPUT, AttentionNames
+from rankdecay.attention.products import Product, ProductName, Rotary
+from rankdecay.attention.source import Source, open_source
+from rankdecay.spectrum import Spectrum, spectrum
+from rankdecay.text import aligned, finite_mean, number
+
+#: The named ranks and norms of a row, as the methods and properties of :class:`~rankdecay.Spectrum` are called.
+RANKS = ("effective_rank", "stable_rank", "nuclear_rank", "participation_ratio", "pseudo_rank", "numerical_rank")
+NORMS = ("nuclear_norm", "frobenius_norm", "spectral_norm")
+#: The figures of a product that a matrix does not have.
+BALANCE = ("nuclear_gap", "nuclear_ratio", "imbalance")
+
+#: The products and matrices that have rows: symbol and what it does, in the order of reading.
+KINDS = {
+    "query_key": ("W_Kᵀ W_Q", "what a query looks for"),
+    "query": ("W_Q", "queries, normalised afterwards"),
+    "key": ("W_K", "keys, normalised afterwards"),
+    "value_output": ("W_O W_V", "what a head writes"),
+}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Result of :func:`inspect`.
+
+    Attributes:
+        source: the path, or the class of the model.
+        rows: one dictionary per head and product: ``layer``, ``name``, ``head``, ``product`` (or ``matrix``), the names
+            in :data:`NORMS`, :data:`RANKS` and :data:`BALANCE` (None where not defined, or not finite), ``head_dim``,
+            ``singular_values``; of a product ``mean_frobenius``, ½(‖A‖² + ‖B‖²), and ``squared_norms``, those of the
+            rows of each factor, or of the planes, by the factor's name; and ``untrained``, the same keys.
+        notes: what a reader has to know about positions, normalisation and shared heads, with the layers concerned.
+        unhandled: attention that could not be read, with the reason.
+    """
+
+    source: str
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+    unhandled: list[str] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[Row]:
+        """Return the rows of one of :data:`KINDS`."""
+        return [row for row in self.rows if kind in (row.get("product"), row.get("matrix"))]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain numbers, strings and lists; None for a number that is not finite."""
+        return {"source": self.source, "rows": self.rows, "notes": self.notes, "unhandled": self.unhandled}
+
+    def to_csv(self) -> str:
+        """Return one line per row, without the spectra; the untrained figures have columns of their own."""
+        return csv_text([self])
+
+    def __str__(self) -> str:
+        """Return the summary that the command line prints: means over heads, in brackets the same shapes untrained."""
+        count = len({(row["layer"], row["name"]) for row in self.rows})
+        lines = [f"{self.source}: {count} attention layer{'s' if count != 1 else ''}"]
+        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  not handled: {reason}" for reason in self.unhandled]
+        for kind, (symbol, meaning) in KINDS.items():
+            if rows := self.of(kind):
+                lines += ["", f"{symbol}, {meaning}", *_table(rows)]
+        return "\n".join([*lines, "", *_FOOT])
+
+
+def inspect(
+    model: nn.Module | str | Path,
+    names: AttentionNames | None = None,
+    num_heads: int | None = None,
+    *,
+    layers: Collection[int] | None = None,
+    heads: Collection[int] | None = None,
+) -> Inspection:
+    """Return the spectra of every head's products in a model or checkpoint, beside the same shapes untrained.
+
+    A model with sharded parameters (DTensors) has to be inspected in every process, and each returns the same; one
+    parameter at a time is whole.
+
+    Args:
+        model: a model, or a path: a directory of ``save_pretrained``, a safetensors file, a PyTorch state dict.
+        names: how its attention names its projections, if :func:`rankdecay.find_attention` does not know it.
+        num_heads: number of query heads, where nothing says it: a state dict without a configuration.
+        layers: only these, counted from 0 in the order of the model.
+        heads: only these.
+
+    Returns:
+        An :class:`Inspection`; ``print`` it for a summary.
+
+    Raises:
+        TypeError: If ``model`` is neither a model nor a path.
+        ValueError: If a checkpoint cannot be read, no attention is found, or a layer or head does not exist.
+
+    Example:
+        >>> report = inspect(nn.MultiheadAttention(16, 2))
+        >>> [(row["head"], row["product"]) for row in report.rows]
+        [(0, 'query_key'), (1, 'query_key'), (0, 'value_output'), (1, 'value_output')]
+    """
+    source = open_source(model)
+    found, unhandled = find_layers(source, names, num_heads)
+    rows: list[Row] = []
+    notes: dict[str, list[int]] = {}
+    for index in _chosen("layers", layers, len(found), "the model"):
+        layer = found[index]
+        wanted = _chosen("heads", heads, layer.num_heads, layer.name or "the model")
+        try:
+            layer_rows = list(_layer_rows(layer, *_deviations(source, layer, len(found))))
+        except RuntimeError as error:  # shapes that contradict each other, found when they are used
+            raise ValueError(f"{layer.name} cannot be read: {error}") from None
+        rows += [{"layer": index, "name": layer.name, **row} for row in layer_rows if row["head"] in wanted]
+        for note in _notes(layer):
+            notes.setdefault(note, []).append(index)
+    noted = [f"{_ranges(indices)}: {note}" for note, indices in notes.items()]
+    return Inspection(str(source), rows, noted, [str(module) for module in unhandled])
+
+
+def _chosen(argument: str, wanted: Collection[int] | None, count: int, place: str) -> list[int]:
+    if wanted is None:
+        return list(range(count))
+    outside = sorted(i for i in wanted if not 0 <= i < count)
+    if outside:
+        raise ValueError(f"{argument}={outside[0]} is out of range: {place} has {argument} 0–{count - 1}.")
+    return sorted(set(wanted))
+
+
+def _deviations(source: Source, layer: AttentionLayer, depth: int) -> tuple[float, float]:
+    """Return the standard deviations at initialisation: of W_Q, W_K and W_V, and of W_O."""
+    value = source.setting(layer.name, ("initializer_range",))
+    deviation = float(value) if isinstance(value, (int, float)) and 0 < value < 10 else 0.02
+    scaled = source.setting(layer.name, ("model_type",)) in SCALED_OUTPUT
+    return deviation, deviation / (2 * depth) ** 0.5 if scaled else deviation
+
+
+def _notes(layer: AttentionLayer) -> Iterator[str]:
+    if layer.qk_norm:
+        yield "queries and keys are normalised, so W_Kᵀ W_Q is not what scores are made of: W_Q and W_K on their own"
+    elif layer.rotary is not None:
+        part = "" if layer.rotary.dims == layer.head_dim else f" ({layer.rotary.dims} of {layer.head_dim} coordinates)"
+        yield (
+            f"rotary positions turn queries and keys{part}, so only the norms of the planes can balance: gap and "
+            "imbalance of W_Kᵀ W_Q are by plane, its spectrum is that at equal positions"
+        )
+    if layer.num_key_value_heads < layer.num_heads:
+        yield (
+            f"{layer.num_heads // layer.num_key_value_heads} query heads share a key head: gap and imbalance are of "
+            "the group, the spectrum of each head"
+        )
+
+
+def _ranges(indices: list[int]) -> str:
+    """Format indices as "layers 0-3, 5"."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    words = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"layer{'s' if len(indices) > 1 else ''} {words}"
+
+
+# ---- rows ------------------------------------------------------------------------------------------------
+
+
+def _layer_rows(layer: AttentionLayer, deviation: float, output_deviation: float) -> Iterator[Row]:
+    if layer.qk_norm:
+        for view in (layer.query, layer.key):
+            yield from _matrix_rows(view, layer.num_heads, deviation)
+    else:
+        yield from _product_rows(layer.query_key(), (deviation, deviation))
+    if layer.output is not None:
+        yield from _product_rows(layer.value_output(), (deviation, output_deviation))
+
+
+def _product_rows(product: Product, deviations: tuple[float, float]) -> Iterator[Row]:
+    k, shape = product.single.shape[-1], (product.single.shape[-2], product.several.shape[-2])
+    untrained = untrained_product(product.name, shape, k, product.several.shape[1], product.rotary, deviations)
+    balance, norms = _balance(product), _squared_norms(product)
+    for head, row in enumerate(spectrum_rows({"product": product.name}, k, product.spectrum(), untrained)):
+        row |= {name: values[head] for name, values in balance.items()}
+        yield row | {"squared_norms": {role: values[head] for role, values in norms.items()}}
+
+
+def _matrix_rows(view: MatrixView, num_heads: int, deviation: float) -> Iterator[Row]:
+    heads = view.heads()
+    each = spectrum(heads)
+    shared = replace(each, singular_values=each.singular_values.repeat_interleave(num_heads // len(heads), 0))
+    untrained = _untrained_matrix(tuple(heads.shape[-2:]), deviation)
+    return spectrum_rows({"matrix": view.role}, min(heads.shape[-2:]), shared, untrained)
+
+
+def spectrum_rows(kind: Row, head_dim: int, heads: Spectrum, untrained: Row) -> Iterator[Row]:
+    """Return a row per head with the figures of its spectrum, and without balance.
+
+    Args:
+        kind: ``{"product": name}`` or ``{"matrix": name}``.
+        head_dim: largest rank that a head can have.
+        heads: singular values, (heads, k).
+        untrained: the same figures of the same shapes at initialisation.
+    """
+    figures = _spectrum_figures(heads)
+    for head, sigma in enumerate(heads.singular_values):
+        yield {"head": head, **kind, "head_dim": head_dim, **{name: values[head] for name, values in figures.items()},
+               **dict.fromkeys(BALANCE), "singular_values": _plain(sigma), "untrained": untrained}  # fmt: skip
+
+
+def _spectrum_figures(s: Spectrum) -> dict[str, list[float | None]]:
+    """Return every named norm and rank, one value per head."""
+    return {name: _plain(figure(s, name)) for name in (*NORMS, *RANKS)}
+
+
+def _balance(product: Product) -> dict[str, list[float | None]]:
+    return {name: _plain(figure(product, name)) for name in (*BALANCE, "mean_frobenius")}
+
+
+def _squared_norms(product: Product) -> dict[str, list[list[float | None]]]:
+    """Return one list per head by the names of the factors, the query or the value first."""
+    single, several = ([_plain(head) for head in norms] for norms in product.squared_norms)
+    return {"query": several, "key": single} if product.name == "query_key" else {"value": single, "output": several}
+
+
+def figure(of: Spectrum | Product, name: str) -> Tensor:
+    """Return a named rank or norm of a spectrum, or the balance of a product: one value per head."""
+    value = getattr(of, name)
+    return value if isinstance(value, Tensor) else value()
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+# ---- untrained -------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def untrained_product(
+    name: ProductName,
+    rows: tuple[int, int],
+    k: int,
+    group: int,
+    rotary: Rotary | None,
+    deviations: tuple[float, float],
+) -> Row:
+    """Return the mean figures of a few Gaussian draws of the shapes of a product; they hardly vary."""
+    generator = torch.Generator().manual_seed(0)
+    draws = 2 if max(rows) > 1024 else 4
+    single = torch.randn(draws, rows[0], k, generator=generator, dtype=torch.float64) * deviations[0]
+    several = torch.randn(draws, group, rows[1], k, generator=generator, dtype=torch.float64) * deviations[1]
+    product = Product(name, single, several, rotary)
+    # of the norms one draw, whose scatter is that of a head
+    one = {"squared_norms": {role: norms[0] for role, norms in _squared_norms(product).items()}}
+    return _means(product.spectrum(), _balance(product)) | one
+
+
+@lru_cache(maxsize=64)
+def _untrained_matrix(shape: tuple[int, int], deviation: float) -> Row:
+    draw = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * deviation
+    return _means(spectrum(draw), {}) | dict.fromkeys(BALANCE)
+
+
+def _means(s: Spectrum, balance: dict[str, list[float | None]]) -> Row:
+    means = {name: finite_mean(values) for name, values in (_spectrum_figures(s) | balance).items()}
+    return means | {"singular_values": _plain(s.singular_values.mean(0))}
+
+
+# ---- as text ---------------------------------------------------------------------------------------------
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_FOOT = (
+    "Means over heads; in brackets Gaussian matrices of the same shapes, untrained. Pseudo rank: the share of a head's",
+    "dimensions that holds 95 % of the nuclear norm; on the right each head's, from ▁ 0 to █ 1, × if not finite.",
+)
+#: Columns of the summary, and the keys of a row.
+_COLUMNS = {
+    "pseudo rank": "pseudo_rank",
+    "effective": "effective_rank",
+    "stable": "stable_rank",
+    "nuclear/bound": "nuclear_ratio",
+    "imbalance": "imbalance",
+}
+
+
+def _table(rows: list[Row]) -> list[str]:
+    columns = {title: key for title, key in _COLUMNS.items() if rows[0]["untrained"].get(key) is not None}
+    cells = [["layer", "of", *columns, "heads"]]
+    layers: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        layers.setdefault((row["layer"], row["name"]), []).append(row)
+    several = len(layers) > len({index for index, _ in layers})  # runs of one shape beside each other
+    for (index, name), heads in layers.items():
+        untrained = heads[0]["untrained"]
+        figures = [f"{number(finite_mean(row[key] for row in heads))} [{number(untrained[key])}]"
+                   for key in columns.values()]  # fmt: skip
+        shown = strip(row["pseudo_rank"] for row in heads)
+        cells.append([name if several else str(index), str(heads[0]["head_dim"]), *figures, shown])
+    return ["  " + line for line in aligned(cells)]
+
+
+def comparison(reports: Sequence[Inspection]) -> str:
+    """Return the mean over heads of each layer's pseudo rank in several checkpoints, in their order, as text."""
+    lines = ["", "Pseudo rank, mean over heads, in the order given"]
+    for kind, (symbol, meaning) in KINDS.items():
+        series = [by_layer(report.of(kind)) for report in reports]
+        layers = dict.fromkeys(layer for layers in series for layer in layers)
+        if layers:
+            lines += ["", f"{symbol}, {meaning}"]
+        for layer in layers:
+            means = [finite_mean(row["pseudo_rank"] for row in layers.get(layer, ())) for layers in series]
+            lines.append(f"  layer {layer}: {' → '.join(map(number, means))}  {strip(means)}")
+    return "\n".join(lines)
+
+
+def csv_text(reports: Sequence[Inspection]) -> str:
+    """Return one line per row of the reports, without the spectra; of several, the first column names the source."""
+    figures = (*NORMS, *RANKS, *BALANCE)
+    head = ["layer", "name", "head", "of", *figures, *(f"untrained_{name}" for name in figures)]
+    lines: list[Sequence[object]] = [["source", *head] if len(reports) > 1 else head]
+    for report in reports:
+        for row in report.rows:
+            values = [*(row[name] for name in figures), *(row["untrained"].get(name) for name in figures)]
+            line = [row["layer"], row["name"], row["head"], row.get("product") or row.get("matrix"), *values]
+            lines.append([report.source, *line] if len(reports) > 1 else line)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)  # None is an empty field
+    return text.getvalue()
+
+
+def by_layer(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    """Return the rows of each layer, in order."""
+    layers: dict[int, list[Row]] = {}
+    for row in rows:
+        layers.setdefault(row["layer"], []).append(row)
+    return layers
+
+
+def strip(shares: Iterable[float | None]) -> str:
+    """Return one block per share in [0, 1]; × for None."""
+    return "".join("×" if s is None else _BLOCKS[min(int(s * len(_BLOCKS)), len(_BLOCKS) - 1)] for s in shares)

@@ -1,0 +1,343 @@
+"""What a decay of attention did, in words: ranks, loss, and how far the figures carry.
+
+A claim compares means with standard errors; none says that one thing caused another. A difference counts where it is
+larger than its standard error, a change of pseudo rank where it is larger than `MATERIAL`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from rankdecay.lab.experiments.attention.settings import ARMS
+from rankdecay.lab.experiments.attention.summary import (
+    Cell,
+    difference,
+    main_mlp_decay,
+    of,
+    rank_of,
+    series,
+    without_decay,
+)
+from rankdecay.lab.report.style import ArmStyle
+from rankdecay.lab.report.words import Check, Decided, Facts, is_number, listed
+
+MATERIAL = 0.01
+FEW = 5  # seeds; of fewer a standard error is itself a rough guess
+PRODUCTS = {"query_key": "W_KᵀW_Q", "value_output": "W_O W_V"}
+Arms = Mapping[str, Sequence[Cell]]
+
+_PROX = "(prox, per head)"
+STYLES = {
+    "l2": ArmStyle("L2", "#1d63b8", "#6cb2ff"),
+    "l2_query_key": ArmStyle("L2 of W_Q, W_K", "#3f5fd0", "#9db4ff", "dash"),
+    "low_rank": ArmStyle(f"low-rank decay {_PROX}", "#c2410c", "#ff8f5c"),
+    "low_rank_both": ArmStyle(f"low-rank decay of both products {_PROX}", "#9a2f0a", "#ff7a6b", "longdash"),
+    "low_rank_absolute": ArmStyle(f"absolute low-rank decay {_PROX}", "#8b3a8f", "#dd8fe0", "dashdot"),
+    "low_rank_both_absolute": ArmStyle(
+        f"absolute low-rank decay of both products {_PROX}", "#b0307a", "#ff86bf", "dot"
+    ),
+}
+
+
+# --- cells in words ---
+
+
+def _cells(facts: Facts) -> list[Cell]:
+    return list(facts.summary.get("arms", []))
+
+
+def _known(facts: Facts) -> list[Cell]:
+    return [cell for cell in _cells(facts) if is_number(cell.get("loss"))]
+
+
+def _several(facts: Facts, axis: str) -> bool:
+    return len({cell[axis] for cell in _cells(facts)}) > 1
+
+
+def _by_norm(facts: Facts) -> dict[bool, Arms]:
+    """The cells at the main decay of the MLPs, without and with QK-norm, by arm."""
+    cells = _cells(facts)
+    main = main_mlp_decay(cells)
+    found = {norm: series(cells, qk_norm=norm, mlp_decay=main) for norm in (False, True)}
+    return {norm: arms for norm, arms in found.items() if arms}
+
+
+def _in_norm(facts: Facts, norm: bool) -> str:
+    return ("with QK-norm " if norm else "without QK-norm ") if _several(facts, "qk_norm") else ""
+
+
+def _named(facts: Facts, cell: Cell) -> str:
+    words = f"{facts.label(cell['name'])} at {cell['strength']:g}"
+    if _several(facts, "qk_norm"):
+        words += " with QK-norm" if cell["qk_norm"] else " without QK-norm"
+    if _several(facts, "mlp_decay") and cell["mlp_decay"] is not None:
+        words += f", MLP decay {cell['mlp_decay']:g}"
+    return words
+
+
+def _product(cell: Cell, part: str) -> str:
+    return PRODUCTS[part] if part in (cell.get("mean") or {}) else "W_Q, W_K (mean)"
+
+
+def loss_words(cell: Cell) -> str:
+    """The loss with its standard error."""
+    error = cell.get("loss_error")
+    return f"{cell['loss']:.4f}" + (f" ± {error:.4f}" if is_number(error) else "")
+
+
+def _least(cells: Sequence[Cell], key: str = "loss") -> Cell:
+    return min((cell for cell in cells if is_number(cell.get(key))), key=lambda cell: cell[key])
+
+
+def _against(cell: Cell, other: Cell, name: str) -> str:
+    """How the loss of a cell compares with another's; a difference within its standard error is called so."""
+    distance, error = difference(other, cell)
+    size = f"{abs(distance):.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    side = "below" if distance >= 0 else "above"
+    if error is not None and abs(distance) <= error:
+        return f"not told apart from {name} ({size} {side} it)"
+    return f"{size} {side} {name}"
+
+
+Value = Callable[[Cell, str], float | None]  # of a cell, from its "mean" at the end or its "untrained_mean"
+
+
+def _rank(part: str) -> Value:
+    return lambda cell, when: rank_of(cell, part, when)
+
+
+def _matrices(cell: Cell, when: str) -> float | None:
+    """The mean pseudo rank of W_Q and W_K themselves, which with and without QK-norm is the same measure."""
+    means = cell.get(when) or {}
+    return of({part: means[part] for part in ("query", "key") if part in means}, "query_key", "pseudo_rank")
+
+
+Change = tuple[float, float, str]  # a value before, at the strongest decay, and both in words
+
+
+def _changes(arms: Arms, value: Value) -> dict[str, Change]:
+    """A value of each arm without decay, or untrained, and at its strongest decay."""
+    found = {}
+    for name, cells in arms.items():
+        none, strongest = without_decay(arms, name), cells[-1]
+        start = value(cells[0], "untrained_mean") if none is None else value(none, "mean")
+        end = value(strongest, "mean")
+        if start is not None and end is not None and strongest["strength"]:
+            before = "untrained" if none is None else "without decay"
+            found[name] = start, end, f"{start:.2f} {before} to {end:.2f} at {strongest['strength']:g}"
+    return found
+
+
+def _is_lower(change: Change) -> bool:
+    return change[1] < change[0] - MATERIAL
+
+
+def _decided(held: Sequence[bool | None], texts: Sequence[str], lead: str = "") -> Decided | None:
+    """A claim that holds where it holds in every part, with the figures of each."""
+    return (None if None in held else all(held), f"{lead}{'; '.join(texts)}.") if texts else None
+
+
+# --- the headline ---
+
+
+def headline(facts: Facts) -> str:
+    """Whether the strongest decays lowered the rank of queries and keys, and which cell has the least loss."""
+    known = _known(facts)
+    if not known:
+        return "No run ended with a finite loss, so there is nothing to compare."
+    best, arms = _least(known), next(iter(_by_norm(facts).values()), {})
+    texts = []
+    if changes := _changes(arms, _rank("query_key")):
+        words = {name: f"{change[2]} under {facts.label(name)}" for name, change in changes.items()}
+        lowered = [name for name in changes if _is_lower(changes[name])]
+        kept = [text for name, text in words.items() if name not in lowered]
+        subject = f"the pseudo rank of {_product(arms[next(iter(changes))][-1], 'query_key')}"
+        if lowered:
+            texts.append(f"Decay of attention lowered {subject}: {listed([words[name] for name in lowered])}.")
+        if kept:
+            texts.append(f"{'Not' if lowered else f'Decay of attention did not lower {subject}'}: {listed(kept)}.")
+    none = without_decay(series(known, qk_norm=best["qk_norm"], mlp_decay=best["mlp_decay"]), best["name"])
+    compared = "" if none is None or none is best else f": {_against(best, none, 'no decay')}"
+    return " ".join([*texts, f"The least loss, {loss_words(best)}, was that of {_named(facts, best)}{compared}."])
+
+
+# --- the claims ---
+
+OfNorm = Callable[[Facts, Arms], tuple[bool | None, str] | None]  # decides a claim with or without QK-norm alone
+
+
+def _each_norm(decide: OfNorm) -> Callable[[Facts], Decided | None]:
+    """A claim that is to hold with and without QK-norm."""
+
+    def decided(facts: Facts) -> Decided | None:
+        found = {norm: decide(facts, arms) for norm, arms in _by_norm(facts).items()}
+        both = {_in_norm(facts, norm): each for norm, each in found.items() if each is not None}
+        return _decided([held for held, _ in both.values()], [lead + text for lead, (_, text) in both.items()])
+
+    return decided
+
+
+def _lowers_rank(name: str, facts: Facts, arms: Arms) -> tuple[bool | None, str] | None:
+    changes = {part: _changes(arms, _rank(part)).get(name) for part in PRODUCTS}
+    main = changes["query_key"]
+    if main is None:
+        return None
+    texts = []
+    for part, change in changes.items():
+        if change is not None:
+            ranks = [(rank, cell["strength"]) for cell in arms[name] if (rank := rank_of(cell, part)) is not None]
+            lowest = (
+                f" (lowest {min(ranks)[0]:.2f} at {min(ranks)[1]:g})" if min(ranks)[0] < change[1] - MATERIAL else ""
+            )
+            texts.append(f"{_product(arms[name][-1], part)} {change[2]}{lowest}")
+    return _is_lower(main), f"pseudo rank of {listed(texts)}"
+
+
+def _lowers_loss(name: str, facts: Facts, arms: Arms) -> tuple[bool | None, str] | None:
+    if name not in arms:
+        return None
+    cells, none = arms[name], without_decay(arms, name)
+    best, strongest = _least(cells), cells[-1]
+    text = f"least loss {loss_words(best)} at {best['strength']:g}"
+    if best is strongest and len(cells) > 1:
+        text += " (the strongest tried: a stronger one may do better)"
+    if none is not None and none is not best:
+        text += f", {_against(best, none, 'no decay')}"
+    if strongest is not none and strongest is not best:
+        text += f", {_against(best, strongest, 'strength ' + format(strongest['strength'], 'g'))}"
+    if accurate := [cell for cell in cells if is_number(cell.get("accuracy"))]:
+        top = max(accurate, key=lambda cell: cell["accuracy"])
+        text += f", best accuracy {top['accuracy']:.1%} at {top['strength']:g}"
+    distance, error = (0.0, None) if none is None else difference(none, best)
+    return None if none is None else distance > (error or 0.0), text
+
+
+def _under_norm(facts: Facts) -> Decided | None:
+    """Whether each decay still lowers the rank of W_Q and W_K where their product is behind a norm."""
+    plain, normed = (_changes(_by_norm(facts).get(norm, {}), _matrices) for norm in (False, True))
+    texts = [
+        f"{facts.label(name)} {change[2]}" + (f" ({plain[name][2]} without the norm)" if name in plain else "")
+        for name, change in normed.items()
+    ]
+    return _decided([_is_lower(change) for change in normed.values()], texts, "their mean pseudo rank: ")
+
+
+def _free(facts: Facts, arms: Arms) -> tuple[bool | None, str] | None:
+    """Whether the lowest rank has the least loss, or one not told apart from it."""
+    cells = [cell for own in arms.values() for cell in own]
+    ranked = sorted(
+        ((rank, index) for index, cell in enumerate(cells) if (rank := rank_of(cell, "query_key")) is not None)
+    )
+    if len(ranked) < 2:
+        return None
+    best = _least([cells[index] for _, index in ranked])
+    rank, lowest = ranked[0][0], cells[ranked[0][1]]
+    cheap_rank, cheap = next((rank, cells[i]) for rank, i in ranked if cells[i] is best or _is_near(cells[i], best))
+    text = (
+        f"the lowest pseudo rank of {_product(best, 'query_key')} is {rank:.2f}, of {_named(facts, lowest)} at a loss "
+    )
+    text += f"of {loss_words(lowest)}"
+    if lowest is not best:
+        text += f", {lowest['loss'] - best['loss']:.4f} above the least"
+    if cheap is not lowest:
+        text += f"; not told apart from the least loss, {cheap_rank:.2f}, of {_named(facts, cheap)} at a loss of "
+        text += loss_words(cheap)
+    return cheap is lowest, text
+
+
+def _is_near(cell: Cell, best: Cell) -> bool:
+    distance, error = difference(cell, best)
+    return error is not None and distance <= error
+
+
+def _imbalance(part: str, cell: Cell, when: str) -> float | None:
+    return of(cell.get(when) or {}, part, "imbalance")
+
+
+def _balances(facts: Facts) -> Decided | None:
+    arms = _by_norm(facts).get(False, {})
+    held, texts = [], []
+    for part, product in PRODUCTS.items():
+        for name, change in _changes(arms, partial(_imbalance, part)).items():
+            held.append(change[1] < change[0])
+            texts.append(f"{product} under {facts.label(name)} {change[2]}")
+    return _decided(held, texts, "imbalance (0 balanced, 2 at most) of ")
+
+
+def _equal_time(facts: Facts) -> Decided | None:
+    timed = [c for c in _known(facts) if is_number(c.get("loss_at_equal_time")) and is_number(c.get("per_second"))]
+    by_arm = {name: [cell for cell in timed if cell["name"] == name] for name in facts.arms}
+    best = [_least(cells, "loss_at_equal_time") for cells in by_arm.values() if cells]
+    if not by_arm["l2"] or len(best) < 2:
+        return None
+    best.sort(key=lambda cell: cell["loss_at_equal_time"])
+    unit = facts.summary.get("unit", "examples")
+    texts = [
+        f"{cell['loss_at_equal_time']:.4f}, {_named(facts, cell)} "
+        f"({max(c['per_second'] for c in by_arm[cell['name']]):,.0f} {unit} per second)"
+        for cell in best
+    ]
+    lead = "least losses after as many seconds of training as the quickest run took: "
+    return _decided([best[0]["name"] != "l2"], texts, lead)
+
+
+def _same_at_every_mlp_decay(facts: Facts) -> Decided | None:
+    cells = _cells(facts)
+    values = sorted({cell["mlp_decay"] for cell in cells if cell["mlp_decay"] is not None})
+    held, texts = [], []
+    for norm in (False, True):
+        by_mlp = [series(cells, qk_norm=norm, mlp_decay=value) for value in values]
+        for name in facts.arms:
+            best = [_least(arms[name]) for arms in by_mlp if name in arms]
+            if len(best) > 1:
+                held.append(len({cell["strength"] for cell in best}) == 1)
+                at = listed([f"{cell['strength']:g} at MLP decay {cell['mlp_decay']:g}" for cell in best])
+                top = _least(best)["mlp_decay"]
+                texts.append(f"{_in_norm(facts, norm)}{facts.label(name)} {at}, the least at MLP decay {top:g}")
+    return _decided(held, texts, "the strength with the least loss: ")
+
+
+def _all_ended(facts: Facts) -> Decided | None:
+    lost = [f"{c['diverged']} of {c['seeds']} under {_named(facts, c)}" for c in _cells(facts) if c.get("diverged")]
+    return _decided([False], lost, "left out of every mean, ")
+
+
+def _enough_seeds(facts: Facts) -> Decided | None:
+    count = max((cell["seeds"] - (cell.get("diverged") or 0) for cell in _known(facts)), default=0)
+    rough = "; of so few it is itself a rough guess" if count < FEW else ""
+    text = (
+        f"the ± is the standard error over {count} seeds, of a difference seed by seed{rough}."
+        if count > 1
+        else "one seed per cell. The ± is the error of one evaluation, of a difference that over the same pieces of "
+        "the validation set, and another seed may put the strengths in another order."
+    )
+    text += " With so many cells some differences beyond one standard error are to be expected by chance."
+    if _several(facts, "mlp_decay"):
+        text += f" Where nothing else is said, the decay of the MLPs is {main_mlp_decay(_cells(facts)):g}."
+    return (count >= FEW, text) if count else None
+
+
+def _of_arm(name: str) -> tuple[Check, Check]:
+    label = STYLES[name].label
+    label = label[:1].upper() + label[1:]
+    open_rank = {
+        "l2": "whether plain L2 lowers the rank too",
+        "low_rank": "whether a low-rank decay lowers it further",
+    }
+    return (
+        Check(f"{label} lowers the rank", _each_norm(partial(_lowers_rank, name)), (name,), open_rank.get(name, "")),
+        Check(f"{label} lowers the loss", _each_norm(partial(_lowers_loss, name)), (name,)),
+    )
+
+
+CHECKS = (
+    *(check for name in ARMS for check in _of_arm(name)),
+    Check("The rank of W_Q and W_K falls under QK-norm too", _under_norm),
+    Check("A low rank costs no loss", _each_norm(_free)),
+    Check("Decay balances the factors", _balances),
+    Check("In equal time another decay is ahead of L2", _equal_time, ("l2",)),
+    Check("The best decay is the same whatever that of the MLPs", _same_at_every_mlp_decay),
+    Check("Every run ended with a finite loss", _all_ended),
+    Check("There are enough seeds to put the strengths in order", _enough_seeds),
+)

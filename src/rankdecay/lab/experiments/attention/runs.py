@@ -1,0 +1,235 @@
+"""The grid of a decay of attention and its training: everything in which `recall`, `language` and `vision` are alike.
+
+A run is one model under one arm, one strength of the decay of attention, one of the MLPs, with or without QK-norm, from
+one seed. Runs follow one another; under ``torchrun`` all processes share each of them (`lab.session`).
+`make_experiment` makes the experiment of a command from what is its own: its settings, and a `Problem`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from rankdecay.decay.policy import Frobenius
+from rankdecay.lab.ensemble.ensemble import compiler_available
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiment import Experiment, Record, Work
+from rankdecay.lab.experiments.attention.charts import figure, make_sections
+from rankdecay.lab.experiments.attention.claims import CHECKS, STYLES, headline
+from rankdecay.lab.experiments.attention.settings import NOT_IDENTITY, AttentionDecay, chosen_arms, parallel_of
+from rankdecay.lab.experiments.attention.summary import check_row, so_far, summarise
+from rankdecay.lab.experiments.attention.table import make_columns, note
+from rankdecay.lab.machine import resolve_device
+from rankdecay.lab.progress import RunsProgress
+from rankdecay.lab.session import distributed
+from rankdecay.lab.session.parallel import Layout
+from rankdecay.lab.session.run_store import NonWriter, RunStore
+from rankdecay.lab.session.session import Diverged, Plan, Problem, Run, Session, choose_threads
+from rankdecay.lab.settings import question, seeds
+
+A = TypeVar("A", bound=AttentionDecay)
+OF_A_PLAN = ("steps", "batch_size", "lr", "warmup", "accumulate", "clip", "precision")
+SaveModel = Callable[[nn.Module, Path], None]
+
+
+def all_runs(settings: AttentionDecay, *, has_mlp: bool = True) -> list[Run]:
+    """Every run of the grid, seed by seed, so that the whole picture is there first.
+
+    Args:
+        settings: of the experiment.
+        has_mlp: whether there are MLPs to decay.
+    """
+    norms = {"off": (False,), "on": (True,), "both": (False, True)}[settings.qk_norm]
+    mlp_decays = tuple(dict.fromkeys(settings.mlp_decays)) if has_mlp else (None,)
+    arms, runs = chosen_arms(settings), []
+    for seed in seeds(settings):
+        for qk_norm in norms:
+            for arm in arms:
+                for mlp in mlp_decays:
+                    for strength in arm.strengths:
+                        decays = arm.how.decays(strength, settings)
+                        if mlp is not None:
+                            decays["mlp"] = Frobenius(mlp)
+                        runs.append(Run(arm.name, strength, mlp, qk_norm, seed, decays, settings.rest_decay))
+    return runs
+
+
+def make_plan(settings: AttentionDecay, device: str) -> Plan:
+    """The training plan of every run on a device, by all processes of a group.
+
+    Raises:
+        SettingError: if a batch cannot be shared evenly, or there is no compiler to compile with.
+    """
+    layout = Layout(parallel_of(settings), device.partition(":")[0])
+    check_machine(settings, device, layout)
+    compiles = settings.compile == "on" or (
+        settings.compile == "auto" and device.startswith("cuda") and compiler_available(device)
+    )
+    asked = {name: getattr(settings, name) for name in OF_A_PLAN}
+    return Plan(**asked, compile=compiles, device=device, layout=layout)
+
+
+def check_machine(settings: AttentionDecay, device: str, layout: Layout) -> None:
+    """Raises a `SettingError` for settings that these processes cannot share, or this machine cannot compile."""
+    shares = layout.shares * settings.accumulate
+    if settings.batch_size % shares:
+        raise SettingError(
+            f"--batch-size {settings.batch_size} cannot be shared evenly by {distributed.processes()} processes and "
+            f"--accumulate {settings.accumulate}: give a multiple of {shares}"
+        )
+    if settings.compile == "on" and not compiler_available(device):
+        raise SettingError(
+            "--compile on needs a compiler (g++ or clang++, without ATEN_CPU_CAPABILITY=default; Triton on a GPU): "
+            "give --compile off"
+        )
+
+
+def train(
+    work: Work[Any], *, has_mlp: bool, save: SaveModel | None, notices: Callable[[Any], Sequence[str]]
+) -> Sequence[Record]:
+    """Trains the runs that have not ended, one after another; rows are stored in step with a checkpoint.
+
+    Returns:
+        No rows, because they are stored already.
+    """
+    settings, progress = work.settings, work.screen
+    assert isinstance(progress, RunsProgress)
+    store = RunStore(work.run_directory) if work.writes else NonWriter()
+    if work.writes:
+        for text in notices(settings):
+            progress.notice(text)
+    plan = make_plan(settings, work.device)
+    runs = all_runs(settings, has_mlp=has_mlp)
+    left = store.missing(runs)
+    if left:
+        choose_threads(left[0], work.data, plan)
+    with progress.working(settings.steps * len(runs), settings.steps * (len(runs) - len(left))):
+        for run in left:
+            _train(run, work.data, plan, settings, store, progress, save)
+    work.seconds = store.seconds
+    return ()
+
+
+def _train(
+    run: Run,
+    problem: Problem,
+    plan: Plan,
+    settings: AttentionDecay,
+    store: RunStore | NonWriter,
+    progress: RunsProgress,
+    save: SaveModel | None,
+) -> None:
+    """Trains one run to its end, evaluated and stored on the way."""
+    reports = distributed.is_rank_zero()
+    session = Session(run, problem, plan)
+    checkpoint = store.begin(run)
+    if checkpoint is not None:
+        session.restore(checkpoint)
+        if reports:
+            progress.notice(f"continuing {run} at step {session.step}")
+    progress.begins(session.step)
+    try:
+        if checkpoint is None:
+            store.add(session.evaluate())
+        while session.step < settings.steps:
+            for step in session.train(settings.evaluate_every - session.step % settings.evaluate_every):
+                progress.at(step)
+            record = session.evaluate()
+            store.add(record)
+            if reports:
+                progress.evaluated(str(run), record)
+            if session.step < settings.steps:
+                store.checkpoint(session)
+    except Diverged as error:
+        if not settings.skip_diverged:
+            step, file = store.checkpoint_step, settings.out / "checkpoint.safetensors"
+            where = "" if step is None else f"; the last good checkpoint, of step {step}, is {file}"
+            raise SettingError(f"{error}{where}") from None
+        if reports:
+            progress.notice(f"{run} diverged at step {error.step}: going on with the next")
+        store.add({**run.key, "step": error.step, "diverged": True})
+    else:
+        is_first = run.seed == settings.first_seed
+        if save is not None and (settings.save == "all" or (settings.save == "first" and is_first)):
+            store.save_model(run, session.whole_model(), save)
+    store.end(run)
+    progress.ended(settings.steps - session.step)
+
+
+def make_experiment(
+    name: str,
+    presets: Mapping[str, A],
+    check: Callable[[A], A],
+    problem: Callable[[A], Problem],
+    unit: str,
+    *,
+    has_mlp: bool = True,
+    save: SaveModel | None = None,
+    facts: Callable[[Any], Record] = lambda problem: {},
+    fingerprint: Callable[[Any], Record] = lambda problem: {},
+    notices: Callable[[A], Sequence[str]] = lambda settings: (),
+    check_layout: Callable[[A, Layout], None] = lambda settings, layout: None,
+) -> Experiment[A]:
+    """The experiment of a command.
+
+    Args:
+        name: of the command.
+        presets: its settings by the name of the preset.
+        check: of its settings.
+        problem: makes what is learnt, in every process.
+        unit: what the problem counts: tokens, sequences, images.
+        has_mlp: whether its models have MLPs.
+        save: writes a trained model into a directory that exists; None if models are not kept.
+        facts: about the problem, for the summary.
+        fingerprint: of the problem, where the settings do not say what is learnt: a file may have changed.
+        notices: said before the first run.
+        check_layout: raises a `SettingError` for a model that the processes cannot share.
+    """
+
+    def data(settings: A) -> Problem:
+        made = problem(settings)
+        device = resolve_device(settings.device, needs_float64=False)
+        layout = Layout(parallel_of(settings), device.partition(":")[0])
+        check_machine(settings, device, layout)
+        check_layout(settings, layout)
+        return made
+
+    def title(work: Work[A]) -> str:
+        return f"{name} · {len(all_runs(work.settings, has_mlp=has_mlp))} runs · {work.settings.steps} steps"
+
+    return Experiment(
+        name=name,
+        question=question(type(next(iter(presets.values())))),
+        presets=presets,
+        check=check,
+        arms=chosen_arms,
+        data=data,
+        train=lambda work: train(work, has_mlp=has_mlp, save=save, notices=notices),
+        summarise=lambda work, rows: {"unit": unit, **facts(work.data), "arms": summarise(rows, unit)},
+        columns=make_columns(unit),
+        headline=headline,
+        checks=CHECKS,
+        title=title,
+        screen=lambda work, title, options: RunsProgress(title, unit, **options),
+        shorter="fewer --strengths or --steps",
+        not_identity=NOT_IDENTITY,
+        fingerprint=fingerprint,
+        narrow="bfloat16",
+        needs_float64=False,
+        processes=lambda: distributed,
+        note=note,
+        check_row=lambda row: check_row(row, unit),
+        so_far=lambda stored: so_far(stored, unit),
+        sections=make_sections,
+        figure=figure,
+        styles=STYLES,
+        files={
+            "metrics.jsonl": "every evaluation of every run, layer by layer, one JSON object per line",
+            "summary.json": "the result of every cell of the grid; absent while the experiment goes on",
+            "models": "the trained models that were kept",
+        },
+        again="The same version on the same device gives the same numbers; another device may give other digits.",
+    )

@@ -1,0 +1,181 @@
+"""The settings that `recall`, `language` and `vision` share, and their arms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.experiment import Arm
+from rankdecay.lab.settings import (
+    Preset,
+    Settings,
+    check_arms,
+    check_counts,
+    check_evaluations,
+    check_numbers,
+    check_seeds,
+    given_strengths,
+    option,
+)
+
+if TYPE_CHECKING:
+    from rankdecay.lab.session.parallel import Parallel
+
+QKNorm = Literal["off", "on", "both"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Compile = Literal["auto", "on", "off"]
+Save = Literal["first", "all", "none"]
+CHOICES = {"preset": Preset, "qk_norm": QKNorm, "precision": Precision, "compile": Compile, "save": Save}
+NOT_IDENTITY = ("save", "skip_diverged", "parallel")  # beside those of every experiment: no change of what is computed
+
+
+@dataclass(frozen=True)
+class AttentionDecay(Settings):
+    """The settings that the experiments share; each sets its own defaults."""
+
+    preset: Preset = "default"
+    """'standard' trains more and larger: for a fast machine, or an hour."""
+    arms: tuple[str, ...] = ("l2", "low_rank")
+    """Which decays of attention to compare."""
+    strengths: tuple[str, ...] = ()
+    """Strengths of an arm in place of its own, for example l2=0,0.1,1 low_rank=0.3,3."""
+    mlp_decays: tuple[float, ...] = (0.1,)
+    """L2 of the matrices of the MLPs; several are a second axis of the grid."""
+    rest_decay: float = 0.1
+    """L2 of every other matrix, embeddings among them, and of W_V, W_O where an arm decays W_Q, W_K alone."""
+    qk_norm: QKNorm = "off"
+    """RMSNorm on the queries and keys of each head."""
+    seeds: int = 1
+    """Runs per cell of the grid, each from a seed of its own."""
+    steps: int = 500
+    """Training steps of each run."""
+    lr: float = 1e-3
+    """Peak learning rate: a linear rise, then a cosine down to a tenth."""
+    warmup: int = 50
+    """Steps of the rise."""
+    batch_size: int = 16
+    """Examples per step, over all processes and accumulated parts."""
+    accumulate: int = 1
+    """Parts a batch is cut into, one after another."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for none."""
+    evaluate_every: int = 50
+    """Steps between evaluations."""
+    precision: Precision = "auto"
+    """Of the matrix products, by autocast: 'auto' is bfloat16 on a GPU that has it, float32 elsewhere."""
+    every: int = 4
+    """Steps that a low-rank decay gathers before it acts."""
+    compile: Compile = "auto"
+    """torch.compile; auto compiles on a GPU."""
+    skip_diverged: bool = False
+    """Note a run whose loss is no longer finite and go on with the next; otherwise stop there."""
+    save: Save = "first"
+    """Trained models to keep in --out/models: those of the first seed, all, or none."""
+    out: Path = Path("runs/attention")
+    """Where results go; a run that was interrupted continues there."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps, …"""
+
+
+# --- the arms ---
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How an arm decays attention.
+
+    Attributes:
+        of: roles of the matrices it decays; the others of attention get the decay of the rest.
+        scale: of a low-rank decay; None is L2.
+    """
+
+    of: tuple[str, ...]
+    scale: Literal["relative", "absolute"] | None = None
+
+    def decays(self, strength: float, settings: AttentionDecay) -> dict[str, Decay]:
+        """The decays of all attention matrices, by role."""
+        found: dict[str, Decay] = {role: Frobenius(settings.rest_decay) for role in BOTH}
+        for role in self.of:
+            found[role] = (
+                Frobenius(strength)
+                if self.scale is None
+                else LowRank(strength, scale=self.scale, unit="head", every=settings.every)
+            )
+        return found
+
+
+QUERY_KEY, BOTH = ("query_key",), ("query_key", "value_output")
+L2_STRENGTHS, RELATIVE, ABSOLUTE = (0.0, 0.1, 1.0, 10.0), (0.1, 1.0, 10.0), (0.01, 0.1, 1.0)
+_RELATIVE = "relative to their size"
+_ABSOLUTE = "by the same amount whatever their size"
+ARMS = {
+    name: Arm(name, description, treatment, strengths)
+    for name, description, treatment, strengths in (
+        ("l2", "L2 on W_Q, W_K, W_V and W_O.", Treatment(BOTH), L2_STRENGTHS),
+        ("l2_query_key", "L2 on W_Q and W_K.", Treatment(QUERY_KEY), L2_STRENGTHS),
+        ("low_rank", f"Soft threshold of each head's W_Q and W_K, {_RELATIVE}.",
+         Treatment(QUERY_KEY, "relative"), RELATIVE),
+        ("low_rank_both", f"Soft threshold of each head's W_Q, W_K, W_V and W_O, {_RELATIVE}.",
+         Treatment(BOTH, "relative"), RELATIVE),
+        ("low_rank_absolute", f"Soft threshold of each head's W_Q and W_K, {_ABSOLUTE}.",
+         Treatment(QUERY_KEY, "absolute"), ABSOLUTE),
+        ("low_rank_both_absolute", f"Soft threshold of each head's W_Q, W_K, W_V and W_O, {_ABSOLUTE}.",
+         Treatment(BOTH, "absolute"), ABSOLUTE),
+    )
+}  # fmt: skip
+
+
+def chosen_arms(settings: AttentionDecay) -> list[Arm]:
+    """The arms asked for, with the strengths asked for.
+
+    Raises:
+        SettingError: for an unknown arm, or strengths that cannot be those of a decay.
+    """
+    names = tuple(ARMS) if "all" in settings.arms else settings.arms
+    check_arms(names, ARMS)
+    chosen = {name: ARMS[name] for name in names}
+    for name, strengths in given_strengths(settings.strengths, chosen, "0,0.1,1", type(settings)().strengths).items():
+        chosen[name] = dataclasses.replace(chosen[name], strengths=strengths)
+    for arm in chosen.values():
+        for strength in arm.strengths:
+            given = f"--strengths {arm.name}={strength:g}"
+            _check_decay(given, strength, settings.lr, limited=arm.how.scale != "absolute")
+    return list(chosen.values())
+
+
+def _check_decay(given: str, strength: float, lr: float, *, limited: bool = True) -> None:
+    if not (math.isfinite(strength) and strength >= 0):
+        raise SettingError(f"{given} is not a decay: give 0 for none, or more")
+    if limited and lr * strength >= 1:
+        raise SettingError(
+            f"{given} at --lr {lr:g} would take more than all of a weight in one step: stay below {1 / lr:g}"
+        )
+
+
+def check_shared(settings: AttentionDecay) -> None:
+    """Raises a `SettingError` for settings of `AttentionDecay` that cannot work."""
+    for name, choices in CHOICES.items():
+        check_name(option(name), getattr(settings, name), get_args(choices))
+    check_seeds(settings)
+    check_counts(settings, "seeds", "steps", "batch_size", "accumulate", "evaluate_every", "every")
+    check_numbers(settings, "lr")
+    check_numbers(settings, "clip", "warmup", zero=True)
+    chosen_arms(settings)
+    if settings.warmup >= settings.steps:
+        raise SettingError(f"--warmup {settings.warmup} must be less than --steps {settings.steps}")
+    check_evaluations(settings)
+    if not settings.mlp_decays:
+        raise SettingError("--mlp-decays is empty: give for example 0.1")
+    for decay in settings.mlp_decays:
+        _check_decay(f"--mlp-decays {decay:g}", decay, settings.lr)
+    _check_decay(f"--rest-decay {settings.rest_decay:g}", settings.rest_decay, settings.lr)
+
+
+def parallel_of(settings: AttentionDecay) -> Parallel:
+    """How processes share a run: an option of `language` alone, since only its model can be cut into parts."""
+    return getattr(settings, "parallel", "ddp")

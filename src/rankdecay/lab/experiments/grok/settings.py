@@ -1,0 +1,186 @@
+"""The settings of `rankdecay grok`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rankdecay.decay.policy import Scale
+from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.settings import (
+    Settings,
+    check_arms,
+    check_counts,
+    check_numbers,
+    check_seeds,
+    check_threshold,
+    check_width,
+    option,
+)
+from rankdecay.rules import rule_names
+
+ARMS = ("none", "l2", "l2_tuned", "low_rank", "prototype", "uniform_attention")
+
+
+@dataclass(frozen=True)
+class Grok(Settings):
+    """Does low-rank decay make a scale-invariant transformer generalise where L2 does not, and why?
+
+    Trains every arm from the same seeds, shows their accuracy and rank as they go, and leaves config.json,
+    metrics.jsonl, summary.json and report.html in --out. Interrupted, the same command continues. The default takes at
+    most three minutes on two slow cores, under one on two fast ones.
+    """
+
+    preset: Literal["default", "standard", "prototype"] = "default"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """'standard' is a larger network, for a fast machine; 'prototype' the public set-up: addition mod 113, ordered
+    split, full-width QK-norm, rate 0.01."""
+    arms: tuple[str, ...] = ARMS
+    """Which decays of W_Q and W_K to compare; the name of a rule, such as prox, is low-rank decay by that rule."""
+    task: str = "selection"
+    """selection, recall, add, subtract, multiply, divide, quadratic (x²+xy+y²) or s5."""
+    modulus: int = 13
+    """p of the arithmetic; ignored by s5."""
+    train_fraction: float = 0.5
+    """Share of all examples used for training; for every task but selection and recall."""
+    train_examples: int = 1100
+    """Number of training examples, for selection and recall."""
+    values: int = 4
+    """Number of values to select from, for selection; of pairs, for recall."""
+    split: Literal["unordered", "ordered"] = "unordered"
+    """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
+    steps: int = 600
+    """Training steps."""
+    seeds: int = 3
+    """Seeds per arm; a seed fixes split, initial weights and batches in every arm."""
+    rule: str = "smooth"
+    """Rule of the low_rank arm: newton_schulz, polar, prox, smooth, or one that is registered."""
+    scale: Scale = "absolute"
+    """Scale of the low_rank arm: a step takes lr × strength from each singular value; 'relative': times their rms."""
+    strength: float = 4.0
+    """Strength of the low_rank arm."""
+    smoothing: float = 0.13
+    """For --rule smooth: directions below this share of ‖W‖_F shrink in proportion instead of by a fixed amount."""
+    every: int = 4
+    """Apply four steps' low-rank decay every fourth step, to save time."""
+    tuned_strength: float = 30.0
+    """Strength of the l2_tuned arm: the best the committed sweep found (docs/findings.md)."""
+    weight_decay: float = 1.5
+    """L2 on everything but W_Q and W_K, shared by all arms; the l2 arm applies it to W_Q and W_K too."""
+    lr: float = 2e-3
+    """Learning rate of AdamW."""
+    batch_size: int = 128
+    """Examples per step and member."""
+    precision: Literal["auto", "float32", "mixed", "float64"] = "auto"
+    """'mixed': bfloat16 products, float32 elsewhere; 'auto': mixed where the machine is faster at it, else float32."""
+    width: int = 64
+    """Width of the network, which has 4 heads."""
+    mlp_width: int = 256
+    """Width of the MLP's hidden layer."""
+    depth: int = 2
+    """Layers of the network."""
+    qk_norm: Literal["head", "width", "none"] = "head"
+    """RMSNorm of queries and keys: per head, over the full width, or none."""
+    gains: bool = False
+    """Learnable gains in every norm."""
+    position_scale: float = 0.3
+    """Standard deviation of the initial position embedding."""
+    threshold: float = 0.95
+    """Test accuracy that counts as generalised, if the next evaluation holds it."""
+    stop_when_generalised: bool = False
+    """Let a member leave once two evaluations in a row reach the threshold."""
+    evaluate_every: int = 40
+    """Steps between evaluations."""
+    out: Path = Path("runs/grok")
+    """Where results go; an interrupted run there is continued."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile, where there is a compiler; 'auto' uses it on a GPU and for runs long enough to repay it."""
+
+
+PRESETS = {
+    "default": Grok(),
+    "standard": Grok(
+        preset="standard",
+        modulus=31,
+        train_examples=3000,
+        steps=640,
+        strength=10.0,
+        tuned_strength=100.0,
+        weight_decay=3.0,
+        lr=1e-3,
+        batch_size=256,
+        width=128,
+        mlp_width=512,
+        out=Path("runs/grok-standard"),
+    ),
+    "prototype": Grok(
+        preset="prototype",
+        strength=10.0,
+        tuned_strength=100.0,
+        lr=1e-3,
+        width=128,
+        arms=("none", "l2", "prototype", "uniform_attention"),
+        task="add",
+        modulus=113,
+        train_fraction=0.5,
+        split="ordered",
+        steps=2500,
+        weight_decay=0.1,
+        batch_size=512,
+        mlp_width=512,
+        precision="float32",
+        qk_norm="width",
+        gains=True,
+        position_scale=0.02,
+        threshold=0.99,
+        stop_when_generalised=True,
+        evaluate_every=200,
+        out=Path("runs/grok-prototype"),
+    ),
+}
+UNUSED = {
+    "selection": ("train_fraction",),
+    "recall": ("train_fraction",),
+    "s5": ("modulus", "train_examples", "values"),
+}
+
+
+def check(settings: Grok) -> Grok:
+    """Returns the settings with every arm under the name it is reported by.
+
+    Raises:
+        SettingError: for settings that cannot work.
+    """
+    from rankdecay.lab.tasks import TASKS
+    from rankdecay.lab.tasks.base import check_fraction
+
+    check_name("--task", settings.task, TASKS)
+    check_fraction(settings.train_fraction)
+    for name in UNUSED.get(settings.task, ("train_examples", "values")):
+        if getattr(settings, name) != getattr(PRESETS[settings.preset], name):
+            use = "--train-examples" if name == "train_fraction" else "--train-fraction"
+            remedy = f"use {use}" if name.startswith("train") else "leave it out"
+            value = getattr(settings, name)
+            raise SettingError(f"{option(name)} {value} has no effect on --task {settings.task}: {remedy}")
+    check_name("--rule", settings.rule, rule_names())
+    check_arms(settings.arms, (*ARMS, *rule_names()))
+    check_seeds(settings)
+    check_counts(settings, "steps", "seeds", "every", "depth", "mlp_width", "batch_size", "evaluate_every")
+    check_numbers(settings, "strength", "smoothing", "tuned_strength", "weight_decay", "lr", zero=True)
+    for name in ("tuned_strength", "weight_decay"):
+        if settings.lr * getattr(settings, name) >= 1:
+            raise SettingError(
+                f"{option(name)} {getattr(settings, name):g} at --lr {settings.lr:g} would flip the sign of the "
+                f"weights: stay below {1 / settings.lr:g}"
+            )
+    check_threshold(settings.threshold)
+    check_width(settings.width, heads=4, example=128)
+    return dataclasses.replace(settings, arms=named_arms(settings))
+
+
+def named_arms(settings: Grok) -> tuple[str, ...]:
+    """The arms asked for; where rules are compared, ``low_rank`` is the arm of its rule."""
+    if "low_rank" not in settings.arms or not set(settings.arms) & set(rule_names()):
+        return settings.arms
+    return tuple(dict.fromkeys(settings.rule if name == "low_rank" else name for name in settings.arms))

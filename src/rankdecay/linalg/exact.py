@@ -1,0 +1,86 @@
+"""Functions of singular values by a float64 eigendecomposition of the Gram matrix, verified, or by SVD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rankdecay.linalg.backend import note_backend
+from rankdecay.linalg.stack import Prepared
+
+#: Relative size of a null singular value for input of float32 and below (module docstring).
+NULL_TOLERANCE = 2.0**-21
+
+
+def apply_exact(
+    prepared: Prepared, f: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, *, complement: bool = False
+) -> Tensor:
+    """Return Y = X V diag(f(σ)) Vᵀ in float64, or its complement X - Y.
+
+    Args:
+        prepared: Float64 stack from :func:`prepare`, X of shape (..., m, n).
+        f: Maps σ of shape (..., n), in no particular order, and the null tolerance of shape (..., 1) to the
+            multipliers.
+        dtype: Dtype of the original input, which decides how many digits count.
+        complement: Subtract the result from X; exactly zero where every multiplier is 1.
+    """
+    X = prepared.X
+    sigma, V = _right_singular(X, dtype)
+    tol = NULL_TOLERANCE if dtype != torch.float64 else max(X.shape[-2:]) * 2.0**-52
+    multipliers = f(sigma, tol * sigma.amax(-1, keepdim=True))
+    Y = X @ ((V * multipliers[..., None, :]) @ V.mT)
+    if not complement:
+        return Y
+    nothing_left = (multipliers == 1).all(-1)[..., None, None]
+    return torch.sub(X, Y, out=Y).masked_fill_(nothing_left, 0)
+
+
+def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return σ (..., n) and V (..., n, n) of the tall float64 stack ``X``, by eigh of XᵀX or by SVD."""
+    note_backend("exact")
+    lam, V, good = eigenvectors(X.mT @ X)
+    if dtype == torch.float64:
+        # Relative error of σ² from the Gram: 2^-52 κ². Beyond κ = 1e4 that is too much for float64 input.
+        good &= lam[..., 0] >= 1e-8 * lam[..., -1]
+    sigma = lam.clamp_min(0).sqrt()
+    if not bool(good.all()):
+        note_backend("svd")
+        _, s, Vh = torch.linalg.svd(X[~good], full_matrices=False)
+        sigma[~good], V[~good] = s, Vh.mT
+    return sigma, V
+
+
+def eigenvectors(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return λ (..., n) rising, eigenvectors (..., n, n), and whether they can be trusted (...): by eigh."""
+    try:
+        lam, V = torch.linalg.eigh(G)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        # One matrix that does not converge fails the whole stack.
+        never = torch.zeros(G.shape[:-2], dtype=torch.bool, device=G.device)
+        return G.new_zeros(G.shape[:-1]), torch.zeros_like(G), never
+    return lam, V, _verified(G, lam, V)
+
+
+def _verified(G: Tensor, lam: Tensor, V: Tensor) -> Tensor:
+    """Return, per matrix, whether V is orthogonal and G = V diag(λ) Vᵀ, on probe vectors: O(n²).
+
+    A wrong decomposition (seen on CUDA: non-orthonormal eigenvectors without any error) misses almost every
+    vector by much; four fixed probes see it at a thousandth of the price of ‖VᵀV − I‖.
+    """
+    n = G.shape[-1]
+    grid = torch.arange(1, 4 * n + 1, dtype=G.dtype, device=G.device).reshape(n, 4)
+    probe = torch.cos(grid * grid)  # irregular, entries of order 1; the same in every run
+    y = V.mT @ probe
+    off = torch.linalg.vector_norm(V @ y - probe, dim=(-2, -1))
+    residual = torch.linalg.vector_norm(V @ (lam[..., None] * y) - G @ probe, dim=(-2, -1))
+    size = torch.linalg.vector_norm(probe)
+    bound = 1e-14 * (10 + math.sqrt(n)) * size  # LAPACK stays a hundred times below
+    return (off <= bound) & (residual <= bound * lam.abs().amax(-1))
+
+
+def inverse(sigma: Tensor, null: Tensor) -> Tensor:
+    """Return 1/σ, and 0 where σ is not above the null tolerance: with it X V f(σ) Vᵀ is the polar factor."""
+    return torch.where(sigma > null, 1 / sigma.clamp_min(2.0**-1022), 0.0)

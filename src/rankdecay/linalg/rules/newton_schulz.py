@@ -1,0 +1,30 @@
+"""Subtraction of τ times k cubic Newton-Schulz steps from W/‖W‖_F, as published prototypes of low-rank decay do.
+
+See arXiv 2606.04405. The slope of p_k at zero is 1.5^k (7.6 at k = 5), so small directions are decayed
+multiplicatively, and once ‖W‖_F < τ 1.5^k / 2 they grow. For replication.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankdecay.linalg.exact import inverse
+from rankdecay.linalg.matmul import cubic_newton_schulz
+from rankdecay.linalg.stack import Prepared
+from rankdecay.rules import Options, Rule
+
+
+def _fraction(sigma: Tensor, null: Tensor, tau: Tensor, options: Options) -> Tensor:
+    F = torch.linalg.vector_norm(sigma, dim=-1, keepdim=True)
+    p = sigma / torch.where(F == 0, 1.0, F)
+    for _ in range(options.steps):
+        p = p * (3 - p * p) / 2
+    return tau * inverse(sigma, torch.zeros_like(null)) * p
+
+
+def _taken(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
+    return tau.to(prepared.X.dtype) * cubic_newton_schulz(prepared.X, options.steps)
+
+
+RULE = Rule("newton_schulz", "the published prototypes' five cubic steps", _fraction, _taken, always_products=True)

@@ -1,0 +1,56 @@
+r"""Soft threshold of the singular values, σ → max(σ - τ, 0): the proximal map of τ‖·‖_*.
+
+It is singular value thresholding (Cai, Candès & Shen 2010): it composes, :math:`S_a \circ S_b = S_{a+b}`, is
+non-expansive, and is the complement of clipping, :math:`S_\tau(W) = W - \mathrm{clip}_\tau(W)` (Moreau).
+
+**By products.** With the polar factor O, the symmetric :math:`H = O^T W` and the spectral projector
+:math:`N = (I - \mathrm{sign}(H - \tau I))/2` on the directions below τ, the usual form (W - τO)(I - N) carries a
+rounding of the size of ‖W‖ times the error of the sign iteration. We clip instead, and subtract:
+
+.. math::
+
+    \mathrm{clip}_\tau(W) = \tau O (I - N^2) + (I - O (I - N) O^T) \, W N , \qquad
+    S_\tau(W) = W - \mathrm{clip}_\tau(W).
+
+Projecting from both sides squares the error of N where it would meet a large singular value, and a direction
+with σ = τ, where the sign is undecided, comes out as τ for any value of N. What remains is the relative error
+of O times τ, and a few roundings of W.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankdecay.linalg.matmul import iterate, normalised, polar_by_products
+from rankdecay.linalg.minimax import SCHEDULES
+from rankdecay.linalg.stack import Prepared
+from rankdecay.rules import Options, Rule
+
+
+def _clipped(sigma: Tensor, null: Tensor, tau: Tensor, options: Options) -> Tensor:
+    """Return min(σ, τ)/σ, and 1 at σ = 0 unless τ = 0.
+
+    Subtracting the clipped matrix instead of multiplying by max(0, 1 - τ/σ) leaves W untouched to its last digit
+    as τ goes to 0.
+    """
+    return (tau / sigma.clamp_min(2.0**-1022)).clamp_max(1)
+
+
+def _clip(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
+    """Return clip_τ(X) by products (module docstring)."""
+    X = prepared.X
+    F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    tau = torch.minimum(tau, 2 * F.double()).to(X.dtype)  # above F nothing is clipped, however far above
+    polar_factor = polar_by_products(X)
+    identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    H = polar_factor.mT @ X
+    sign = iterate(normalised((H + H.mT) / 2 - tau * identity)[0], SCHEDULES[1e-6])
+    below = (identity - sign) / 2
+    clipped = X @ below
+    inside = polar_factor.mT @ clipped
+    clipped -= polar_factor @ (inside - below @ inside)
+    return clipped.add_(tau * (polar_factor @ (identity - below @ below)))
+
+
+RULE = Rule("prox", "soft threshold, exact zeros", _clipped, _clip)

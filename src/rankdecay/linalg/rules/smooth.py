@@ -1,0 +1,31 @@
+"""Soft threshold without its jump, σ → σ - τ σ/√(σ² + ε²) with ε = max(τ, smoothing·‖W‖_F): never crosses zero.
+
+It differs from the prox by at most 0.293 τ in any direction when ε = τ. Directions below ε decay exponentially instead
+of reaching zero in finite time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankdecay.linalg.exact import inverse
+from rankdecay.linalg.matmul import smooth_polar_by_products
+from rankdecay.linalg.stack import Prepared
+from rankdecay.rules import Options, Rule
+
+
+def _fraction(sigma: Tensor, null: Tensor, tau: Tensor, options: Options) -> Tensor:
+    F = torch.linalg.vector_norm(sigma, dim=-1, keepdim=True)
+    return tau * inverse(torch.hypot(sigma, torch.maximum(tau, options.smoothing * F)), null)
+
+
+def _taken(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
+    X = prepared.X
+    F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    eps = torch.maximum(tau, options.smoothing * F)
+    eps = torch.where(eps > 0, eps, 1.0)  # τ = 0 without smoothing: nothing is taken, whatever ε
+    return tau.to(X.dtype) * smooth_polar_by_products(X, eps, options.smoothing or None)
+
+
+RULE = Rule("smooth", "W (WᵀW + ε²)^(−1/2), never crosses zero", _fraction, _taken, smoothing=True)

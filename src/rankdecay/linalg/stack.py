@@ -1,0 +1,119 @@
+"""A stack of matrices made ready for a matrix function: checked, tall, finite, scaled by a power of two."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from rankdecay.checks import check_name, check_number
+from rankdecay.linalg.backend import Backend, choose_backend
+
+
+def check_matrix(W: object) -> None:
+    """Raise unless ``W`` is a real floating-point tensor with at least two dimensions."""
+    if not isinstance(W, Tensor):
+        raise TypeError(f"W must be a torch.Tensor, got {type(W).__name__}; convert it with torch.as_tensor(W).")
+    if not W.dtype.is_floating_point:
+        raise TypeError(
+            f"W has dtype {W.dtype}; expected a real floating-point tensor. "
+            + ("Complex matrices are not supported." if W.dtype.is_complex else "Convert it with W.float().")
+        )
+    if W.ndim < 2:
+        raise ValueError(
+            f"W has shape {tuple(W.shape)}; expected (..., m, n). "
+            "A vector has no spectrum: pass W[None] for one row, or leave the parameter out."
+        )
+
+
+def per_matrix(name: str, value: float | Tensor, W: Tensor, *, positive: bool = False) -> Tensor:
+    """Return ``value`` as a float64 tensor of shape ``(..., 1, 1)``, one entry per matrix of ``W``.
+
+    A Python number is checked here. A tensor is not, because reading it would synchronise with the device:
+    its inadmissible entries become NaN, and spoil only their own matrix.
+
+    Raises:
+        ValueError: If a Python number is negative, zero where ``positive``, or not finite, or if a tensor
+            does not broadcast to ``W.shape[:-2]``.
+    """
+    if not isinstance(value, Tensor):
+        least, above = (None, 0) if positive else (0, None)
+        check_number(name, value, at_least=least, above=above, remedy="it is in the units of W's singular values")
+        return torch.full((1,) * W.ndim, value, dtype=torch.float64, device=W.device)
+    sizes = zip(reversed(value.shape), reversed(W.shape[:-2]), strict=False)
+    if value.ndim > W.ndim - 2 or any(size not in (1, wanted) for size, wanted in sizes):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, which does not broadcast to the leading shape "
+            f"{tuple(W.shape[:-2])} of W; pass one number per matrix."
+        )
+    value = value.detach().to(W.device, torch.float64)
+    legal = ((value > 0) if positive else (value >= 0)) & value.isfinite()
+    value = torch.where(legal, value, math.nan)
+    return value.reshape((1,) * (W.ndim - 2 - value.ndim) + value.shape + (1, 1))
+
+
+class Prepared(NamedTuple):
+    """A stack ready for a matrix function: tall, scaled by a power of two, finite."""
+
+    X: Tensor  # (..., m, n), m >= n, entries at most 1 (4 at the very end of the range)
+    scale: Tensor  # (..., 1, 1), W = scale * X, a power of two
+    bad: Tensor  # (..., 1, 1), True where W was not finite; X is 0 there
+    wide: bool  # X is the transpose of W
+
+
+def prepare(W: Tensor, dtype: torch.dtype) -> Prepared:
+    """Return ``W`` transposed to tall, divided by a power of two near its largest entry, in ``dtype``."""
+    wide = W.shape[-2] < W.shape[-1]
+    X = W.mT if wide else W
+    largest = X.abs().amax((-2, -1), keepdim=True)  # NaN and inf propagate
+    bad = ~largest.isfinite()
+    # Twice clamped range: both 2^k and 2^-k must be normal numbers of `dtype`.
+    reach = 1022 if dtype == torch.float64 else 126
+    exponent = torch.frexp(largest.to(dtype)).exponent.masked_fill(bad, 0).clamp(-reach, reach)
+    X = (X.to(dtype) * power_of_two(-exponent, dtype)).masked_fill_(bad, 0)
+    return Prepared(X, power_of_two(exponent, dtype), bad, wide)
+
+
+def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 2^exponent exactly, from its bits (``exp2`` and ``ldexp`` go through an inexact ``pow``)."""
+    if dtype == torch.float64:
+        return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def working_dtype(W: Tensor, backend: str) -> torch.dtype:
+    """Return the dtype to compute in: float64 for "exact", float32 or better for "matmul"."""
+    return torch.float64 if backend == "exact" or W.dtype == torch.float64 else torch.float32
+
+
+def finish(out: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
+    """Return ``out`` in the orientation and dtype of the input, NaN where the input was not finite.
+
+    ``out`` is overwritten.
+    """
+    out = out.masked_fill_(prepared.bad, math.nan).to(dtype)
+    return out.mT.contiguous() if prepared.wide else out
+
+
+def resolve(W: Tensor, backend: str) -> str:
+    """Check ``W`` and ``backend`` and returns "exact" or "matmul"."""
+    check_matrix(W)
+    check_name("backend", backend, get_args(Backend))
+    return choose_backend(W.shape, W.device, W.dtype) if backend == "auto" else backend
+
+
+def mark_bad(prepared: Prepared, value: Tensor) -> Prepared:
+    """Return ``prepared`` with the matrices marked whose parameter ``value`` (..., 1, 1) is NaN."""
+    return prepared._replace(bad=prepared.bad | value.isnan())
+
+
+def scaled_down(value: Tensor, prepared: Prepared) -> Tensor:
+    """Return ``value`` (..., 1, 1) in the units of ``prepared.X``, in float64 and finite."""
+    return finite(value / prepared.scale.double())
+
+
+def finite(value: Tensor) -> Tensor:
+    """Return ``value`` without NaN and so large at most that quotients by singular values are finite."""
+    return value.nan_to_num(nan=1.0).clamp_max(2.0**500)

@@ -1,0 +1,314 @@
+"""Decays of DTensors against those of the same weights in one process, on real processes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankdecay as rd
+from rankdecay.attention.layer import Window
+from rankdecay.decay.groups import hook_keys
+from tests.ranks import on_ranks
+
+SHAPES = [(40, 12), (12, 40), (24, 24), (33, 20), (20, 33), (3, 2), (2, 3), (1, 5), (97, 5), (5, 97)]
+DECAYS = [
+    rd.LowRank(0.8),
+    rd.LowRank(0.5, scale="absolute"),
+    rd.LowRank(0.8, rule="smooth", smoothing=0.1),
+    rd.LowRank(0.3, rule="polar"),
+    rd.LowRank(0.3, rule="newton_schulz", lr_coupled=False, scale="absolute"),
+    rd.Frobenius(0.7),
+]
+
+
+def decayed(weights: list[Any], decay: Any, windows: Any = (), backend: Any = "auto", steps: int = 1) -> list[Any]:
+    """The weights after steps of SGD without any gradient."""
+    parameters = [nn.Parameter(weight) for weight in weights]
+    keys = hook_keys("mlp", decay, windows)
+    optimizer = torch.optim.SGD([{"params": parameters, "role": "mlp", **keys}], lr=0.1)
+    attachment = rd.attach(optimizer, backend=backend)
+    for _ in range(steps):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    attachment.detach()
+    return [parameter.detach() for parameter in parameters]
+
+
+def distance(got: Tensor, wanted: Tensor, before: Tensor) -> float:
+    """Between two steps, as a share of the wanted one."""
+    step = (wanted - before).double().norm()
+    return float((got - wanted).double().norm() / step) if step > 0 else float((got - wanted).norm())
+
+
+def draw(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- every placement and shape -------------------------------------------------------------------------------
+
+
+def placements_of(world: int) -> list[tuple[tuple[int, ...], tuple[Any, ...]]]:
+    """Meshes and placements for a number of processes."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    found: list[tuple[tuple[int, ...], tuple[Any, ...]]] = [((world,), (Shard(0),)), ((world,), (Shard(1),))]
+    found.append(((world,), (Replicate(),)))
+    if world == 4:
+        kinds = (Shard(0), Shard(1), Replicate())
+        found += [((2, 2), pair) for pair in itertools.product(kinds, kinds) if pair != (Replicate(), Replicate())]
+    return found
+
+
+def every_placement(world: int) -> dict[str, float]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    worst: dict[str, float] = {}
+    for mesh_shape, placements in placements_of(world):
+        mesh = init_device_mesh("cpu", mesh_shape)
+        before = [draw(shape, seed) for seed, shape in enumerate(SHAPES)]
+        for decay, backend in [*((decay, "auto") for decay in DECAYS), (DECAYS[0], "matmul"), (DECAYS[2], "matmul")]:
+            wanted = decayed([weight.clone() for weight in before], decay, steps=2)
+            mine = [distribute_tensor(weight.clone(), mesh, placements) for weight in before]
+            found = decayed(mine, decay, backend=backend, steps=2)
+            for shape, new, right, old in zip(SHAPES, found, wanted, before, strict=True):
+                assert new.placements == placements
+                worst[f"{mesh_shape} {placements} {shape} {decay} {backend}"] = distance(new.full_tensor(), right, old)
+    return worst
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_placement_and_shape_decays_as_in_one_process(world):
+    for worst in on_ranks(world, every_placement, world):
+        assert {name: value for name, value in worst.items() if not value < 1e-5} == {}
+        assert len(worst) > 100
+
+
+# ---- windows: fused, grouped and transposed matrices, heads ----------------------------------------------------
+
+WINDOWS = {
+    "GPT-2, 3 heads of 4": ((12, 36), ["rows[0:12]/36 by 4 transposed", "rows[12:24]/36 by 4 transposed"]),
+    "a fused layer with grouped keys": ((28, 20), ["rows[0:20]/28 by 4", "rows[20:24]/28 by 4"]),
+    "GPT-NeoX, a group per head": ((36, 12), ["rows[0:4]/12*3 by 4", "rows[4:8]/12*3 by 4"]),
+    "keys alone, 1 of 5 heads": ((4, 20), ["rows[0:4]/4 by 4"]),
+    "an output, 5 heads of 3": ((14, 15), ["columns[0:15]/15 by 3"]),
+    "a transposed output": ((15, 14), ["columns[0:15]/15 by 3 transposed"]),
+    "heads that fit four shards": ((32, 10), ["rows[0:32]/32 by 4"]),
+}
+
+
+def every_window(world: int) -> dict[str, float]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    worst: dict[str, float] = {}
+    decays = [rd.LowRank(0.8), rd.LowRank(0.8, unit="head"), rd.LowRank(0.5, rule="smooth", unit="head"), DECAYS[-1]]
+    for mesh_shape, placements in placements_of(world):
+        mesh = init_device_mesh("cpu", mesh_shape)
+        for (name, (shape, texts)), decay in itertools.product(WINDOWS.items(), decays):
+            windows = [Window.parse(text) for text in texts]
+            before = [draw(shape, 1), draw(shape, 2)]
+            wanted = decayed([weight.clone() for weight in before], decay, windows)
+            mine = [distribute_tensor(weight.clone(), mesh, placements) for weight in before]
+            for new, right, old in zip(decayed(mine, decay, windows), wanted, before, strict=True):
+                worst[f"{mesh_shape} {placements} {name} {decay}"] = distance(new.full_tensor(), right, old)
+    return worst
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_window_decays_as_in_one_process(world):
+    for worst in on_ranks(world, every_window, world):
+        assert {name: value for name, value in worst.items() if not value < 1e-5} == {}
+
+
+def collectives(shape: tuple[int, ...], placement: int, text: str | None, unit: Any) -> dict[str, int]:
+    """What a decay step calls, by name."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    mesh = init_device_mesh("cpu", (2,))
+    weights = [nn.Parameter(distribute_tensor(draw(shape, seed), mesh, [Shard(placement)])) for seed in range(3)]
+    keys = hook_keys("mlp", rd.LowRank(0.5, unit=unit), [Window.parse(text)] if text else [])
+    optimizer = torch.optim.SGD([{"params": weights, "role": "mlp", **keys}], lr=0.1)
+    rd.attach(optimizer)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    with CommDebugMode() as seen:
+        optimizer.step()
+    return {str(name).rpartition(".")[2]: count for name, count in seen.get_comm_counts().items()}
+
+
+@pytest.mark.parametrize(
+    ("shape", "placement", "window", "unit", "wanted"),
+    [
+        ((96, 12), 0, None, "matrix", {"_reduce_scatter_base_": 1, "_allgather_base_": 1}),
+        ((12, 96), 1, None, "matrix", {"_reduce_scatter_base_": 1, "_allgather_base_": 1}),
+        ((24, 24), 0, None, "matrix", {"alltoall_base_": 2}),
+        ((12, 96), 0, None, "matrix", {"alltoall_base_": 2}),
+        ((16, 20), 0, "rows[0:16]/16 by 4", "head", {}),
+        ((12, 20), 0, "rows[0:12]/12 by 4", "head", {"alltoall_base_": 2}),
+    ],
+)
+def test_long_sides_are_summed_whole_heads_are_local_and_the_rest_is_dealt_all_in_one_bucket(
+    shape, placement, window, unit, wanted
+):
+    for seen in on_ranks(2, collectives, shape, placement, window, unit):
+        assert seen == wanted
+
+
+# ---- other layouts and states ----------------------------------------------------------------------------------
+
+
+def odd_ones() -> dict[str, float]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    found: dict[str, float] = {}
+    for dim in (0, 1, 2):  # experts, their rows, their columns
+        old = draw((5, 12, 7), 3)
+        [wanted] = decayed([old.clone()], DECAYS[0])
+        [new] = decayed([distribute_tensor(old.clone(), mesh, [Shard(dim)])], DECAYS[0])
+        found[f"experts {dim}"] = distance(new.full_tensor(), wanted, old)
+    old = draw((40, 12), 4).double()
+    for decay in DECAYS:
+        [wanted] = decayed([old.clone()], decay)
+        [new] = decayed([distribute_tensor(old.clone(), mesh, [Shard(0)])], decay)
+        found[f"float64 {decay}"] = distance(new.full_tensor(), wanted, old)
+    bad, good = draw((40, 12), 5), draw((40, 12), 6)
+    bad[33, 3] = torch.nan
+    news = decayed([distribute_tensor(w.clone(), mesh, [Shard(0)]) for w in (bad, good)], DECAYS[0])
+    whole = [new.full_tensor() for new in news]
+    assert whole[0].isnan().all()
+    found["beside a NaN"] = distance(whole[1], decayed([good.clone()], DECAYS[0])[0], good)
+    zero = torch.zeros(6, 4)
+    assert not decayed([distribute_tensor(zero, mesh, [Shard(0)])], DECAYS[0])[0].full_tensor().any()
+    return found
+
+
+def test_experts_float64_a_nan_and_zeros():
+    for found in on_ranks(2, odd_ones):
+        assert {name: value for name, value in found.items() if not value < 1e-5} == {}
+
+
+def experts_of_both_kinds() -> list[float]:
+    """Stacks of matrices whose experts lie in one dimension of the mesh and whose rows or columns in the other."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    found = []
+    for shape, dim in itertools.product([(5, 12, 7), (1, 7, 12), (4, 97, 3)], (1, 2)):
+        old = draw(shape, 3)
+        [wanted] = decayed([old.clone()], DECAYS[0])
+        [new] = decayed([distribute_tensor(old.clone(), mesh, [Shard(0), Shard(dim)])], DECAYS[0])
+        found.append(distance(new.full_tensor(), wanted, old))
+    return found
+
+
+def test_experts_that_are_cut_themselves():
+    for found in on_ranks(4, experts_of_both_kinds):
+        assert max(found) < 1e-5
+
+
+def half() -> tuple[Tensor, Tensor, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    old = draw((512, 64), 7).bfloat16()
+    steps = 40
+    cut = distribute_tensor(old.clone(), init_device_mesh("cpu", (2,)), [Shard(0)])
+    copied = distribute_tensor(old.clone(), init_device_mesh("cpu", (2,)), [Replicate()])
+    decay = rd.LowRank(0.002)
+    cut, copied = (decayed([w], decay, steps=steps)[0] for w in (cut, copied))
+    return old, cut.full_tensor(), copied.to_local()
+
+
+def test_16_bit_shards_round_without_bias_and_copies_alike():
+    first, second = on_ranks(2, half)
+    old, cut, _ = first
+    assert torch.equal(first[2], second[2])
+    [exact] = decayed([old.float()], rd.LowRank(0.002), steps=40)
+    moved = (cut.float() - exact).mean() / (old.float() - exact).abs().mean()
+    assert abs(moved) < 0.05
+    upper, lower = (cut - old).chunk(2)
+    assert not torch.equal(upper == 0, lower == 0)  # noise of their own
+
+
+def strided() -> list[float]:
+    """FSDP2 over tensor parallelism: the rows of a shard are not neighbours."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    found = []
+    for unit, (first, second) in itertools.product(("matrix", "head"), [(33, 20), (20, 33), (32, 8), (97, 5)]):
+        net = nn.Sequential(nn.Linear(second, first, bias=False), nn.Linear(first, second, bias=False))
+        olds = [draw(tuple(p.shape), seed) for seed, p in enumerate(net.parameters())]
+        for parameter, old in zip(net.parameters(), olds, strict=True):
+            parameter.data.copy_(old)
+        parallelize_module(net, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+        fully_shard(net, mesh=mesh["dp"])
+        assert "Strided" in str(net[0].weight.placements)
+        for parameter, old in zip(net.parameters(), olds, strict=True):
+            windows = [Window.parse(f"rows[0:{old.shape[0]}]/{old.shape[0]} by {1 if old.shape[0] % 4 else 4}")]
+            decay = rd.LowRank(0.6, unit=unit)
+            [wanted] = decayed([old.clone()], decay, windows)
+            keys = hook_keys("mlp", decay, windows)
+            optimizer = torch.optim.SGD([{"params": [parameter], "role": "mlp", **keys}], lr=0.1)
+            rd.attach(optimizer)
+            parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            found.append(distance(parameter.full_tensor().detach(), wanted, old))
+    return found
+
+
+def test_fsdp2_over_tensor_parallelism():
+    for found in on_ranks(4, strided):
+        assert max(found) < 1e-5
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------
+
+
+def partial_sums() -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = init_device_mesh("cpu", (2,))
+    weight = nn.Parameter(DTensor.from_local(draw((6, 4), 0), mesh, [Partial()]))
+    optimizer = torch.optim.SGD(
+        [{"params": [weight], "param_names": ["up"], "role": "mlp", **hook_keys("mlp", rd.LowRank(0.1))}], lr=0.1
+    )
+    with pytest.raises(ValueError, match=r"up \(mlp\) has the placement .*Shard\(0\)") as caught:
+        rd.attach(optimizer)
+    return str(caught.value)
+
+
+def test_partial_sums_are_refused_by_name():
+    assert len(on_ranks(2, partial_sums)) == 2
+
+
+def sharded_too_late() -> str:
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    optimizer = torch.optim.SGD(rd.param_groups(model, query_key=rd.LowRank(0.1)), lr=0.1)
+    rd.attach(optimizer)
+    fully_shard(model)
+    model(torch.randn(2, 3, 8)).sum().backward()
+    with pytest.warns(UserWarning, match="call fully_shard or parallelize_module first") as caught:
+        optimizer.step()
+    optimizer.step()
+    return str(len([one for one in caught if "first step" in str(one.message)]))
+
+
+def test_an_optimizer_that_was_built_before_sharding_is_told_once():
+    assert on_ranks(2, sharded_too_late) == ["1", "1"]

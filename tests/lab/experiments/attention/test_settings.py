@@ -1,0 +1,97 @@
+"""The arms of the experiments on the decay of attention, their grid of strengths, and what their settings refuse."""
+
+import dataclasses
+
+import pytest
+
+from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.lab import experiment
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiments.attention.settings import ARMS, AttentionDecay, check_shared, chosen_arms
+from tests.lab.tiny import make
+
+
+def test_an_arm_decays_what_it_says():
+    grid = AttentionDecay(rest_decay=0.2, every=3)
+    low = LowRank(2.0, scale="relative", unit="head", every=3)
+    absolute = dataclasses.replace(low, scale="absolute")
+    rest = Frobenius(0.2)
+    expected = {
+        "l2": (Frobenius(2.0), Frobenius(2.0)),
+        "l2_query_key": (Frobenius(2.0), rest),
+        "low_rank": (low, rest),
+        "low_rank_both": (low, low),
+        "low_rank_absolute": (absolute, rest),
+        "low_rank_both_absolute": (absolute, absolute),
+    }
+    assert {name: tuple(arm.how.decays(2.0, grid).values()) for name, arm in ARMS.items()} == expected
+    assert list(ARMS["l2"].how.decays(2.0, grid)) == ["query_key", "value_output"]
+
+
+def test_all_arms_and_their_own_strengths():
+    chosen = chosen_arms(AttentionDecay(arms=("all",), strengths=("low_rank=5,1",)))
+    assert {arm.name: arm.strengths for arm in chosen} == {a.name: a.strengths for a in ARMS.values()} | {
+        "low_rank": (1.0, 5.0)
+    }
+
+
+def test_config_json_has_the_keys_of_an_arm_that_it_always_had():
+    assert ARMS["low_rank"].record() == {
+        "name": "low_rank", "description": "Soft threshold of each head's W_Q and W_K, relative to their size.",
+        "strengths": (0.1, 1.0, 10.0), "of": ("query_key",), "scale": "relative",
+    }  # fmt: skip
+    assert ARMS["l2"].record()["scale"] is None
+
+
+BAD = [
+    ({"arms": ()}, "--arms is empty: choose from l2"),
+    ({"arms": ("low_rnk",)}, "--arms 'low_rnk' is unknown: did you mean 'low_rank'?"),
+    ({"strengths": ("low_rnk=1",)}, "--strengths 'low_rnk' is unknown: did you mean 'low_rank'?"),
+    ({"strengths": ("l2",)}, "--strengths l2 is no list of numbers: give l2=0,0.1,1"),
+    ({"strengths": ("l2=",)}, "--strengths l2= is no list of numbers: give l2=0,0.1,1"),
+    ({"strengths": ("l2=1,x",)}, "--strengths l2=1,x is no list of numbers: give l2=0,0.1,1"),
+    ({"strengths": ("l2=-1",)}, "--strengths l2=-1 is not a decay: give 0 for none, or more"),
+    ({"strengths": ("l2=nan",)}, "--strengths l2=nan is not a decay"),
+    ({"strengths": ("l2=1000",)}, "--strengths l2=1000 at --lr 0.001 would take more than all of a weight in one step"),
+    ({"arms": ("low_rank_absolute",), "strengths": ("low_rank_absolute=inf",)}, "=inf is not a decay"),
+    ({"mlp_decays": ()}, "--mlp-decays is empty: give for example 0.1"),
+    ({"mlp_decays": (0.1, -2.0)}, "--mlp-decays -2 is not a decay"),
+    ({"mlp_decays": (1e4,)}, "--mlp-decays 10000 at --lr 0.001 would take more"),
+    ({"rest_decay": -0.1}, "--rest-decay -0.1 is not a decay"),
+    ({"rest_decay": 1000.0}, "stay below 1000"),
+    ({"qk_norm": "yes"}, "--qk-norm 'yes' is unknown"),
+    ({"precision": "float8"}, "--precision 'float8' is unknown: did you mean 'float"),
+    ({"compile": "no"}, "--compile 'no' is unknown"),
+    ({"save": "last"}, "--save 'last' is unknown"),
+    ({"seeds": 0}, "--seeds 0 is too small: give at least 1"),
+    ({"steps": 0}, "--steps 0 is too small"),
+    ({"batch_size": 0}, "--batch-size 0 is too small"),
+    ({"accumulate": 0}, "--accumulate 0 is too small"),
+    ({"evaluate_every": 0}, "--evaluate-every 0 is too small"),
+    ({"every": 0}, "--every 0 is too small"),
+    ({"lr": 0.0}, "--lr 0.0 must be a finite number > 0"),
+    ({"lr": float("inf")}, "--lr inf must be a finite number > 0"),
+    ({"lr": float("nan")}, "--lr nan must be a finite number > 0"),
+    ({"clip": -1.0}, "--clip -1.0 must be a finite number >= 0; 0 switches it off"),
+    ({"warmup": -1}, "--warmup -1 must be a finite number >= 0"),
+    ({"warmup": 500}, "--warmup 500 must be less than --steps 500"),
+    ({"steps": 510}, "--steps 510 is no multiple of --evaluate-every 50: give for example --steps 500"),
+    ({"steps": 60, "evaluate_every": 100}, "give for example --steps 100"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD, ids=[f"{'-'.join(c)} {i}" for i, (c, _) in enumerate(BAD)])
+def test_a_setting_that_cannot_work_is_refused_in_one_line(tmp_path, changes, words):
+    grid = AttentionDecay(**{"out": tmp_path / "run"} | changes)
+    with pytest.raises(SettingError) as error:
+        check_shared(grid)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(SettingError):
+        make(**dataclasses.asdict(grid))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_commands_share_is_no_command_itself():
+    assert {"recall", "language", "vision"} <= set(experiment.names())
+    assert "attention" not in experiment.names()

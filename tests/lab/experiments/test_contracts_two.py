@@ -1,0 +1,278 @@
+"""What every experiment does in the same way, also one that another package registers.
+
+A newcomer's experiment is in `tests/lab/toy`: one folder, found by a real entry point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankdecay import cli
+from rankdecay.lab import experiment
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.settings import NOT_IDENTITY, option
+from rankdecay.lab.store import RunDirectory, read_metrics
+from tests.waiting import HANG
+
+ATTENTION = "--width 16 --heads 2 --steps 4 --warmup 1 --evaluate-every 2 --save none --strengths l2=0.1 low_rank=1"
+#: A command of seconds for every experiment, and an option that makes it another run.
+TINY_ALL = {
+    "grok": "--modulus 7 --train-examples 200 --width 16 --mlp-width 16 --batch-size 64 --seeds 2 --arms none low_rank "
+    "--steps 20 --evaluate-every 10 --precision float32 | --lr 0.01",
+    "boundary": "--task subtract --modulus 5 --arms none l2 --strengths l2=1 --fractions 0.5 0.8 --seeds 2 --steps 40 "
+    "--evaluate-every 20 --batch-size 8 --width 8 --mlp-width 8 --precision float32 | --lr 0.01",
+    "factor": "--seeds 2 --steps 40 --strengths 0 0.1 | --lr 0.05",
+    "margin": "--datasets 2 --steps 200 --dimension 6 --parametrisation merged separate --margin 10 | --rate 0.001",
+    "recall": f"--pairs 3 --queries 2 --keys 4 --values 4 --batch-size 16 --valid-sequences 64 --arms l2 low_rank "
+    f"--precision float32 --qk-norm off {ATTENTION} | --lr 0.01",
+    "language": f"--text TEXT --depth 1 --mlp-width 16 --context 16 --valid-windows 4 --arms l2 low_rank "
+    f"--precision float32 {ATTENTION} | --lr 0.01",
+    "vision": f"--depth 1 --mlp-width 16 --arms l2 low_rank --precision float32 {ATTENTION} | --lr 0.01",
+    "toy": "--seeds 3 | --decay 0.5",
+}
+TINY = {k: TINY_ALL[k] for k in ("factor", "toy")}
+TIMES = ("seconds", "step_seconds", "wall", "decay_seconds", "wall_seconds", "steps_per_second")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def entry_point(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The toy as another package: what pip would install of it, on the path."""
+    site = tmp_path_factory.mktemp("site")
+    metadata = site / "toy-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[{experiment.ENTRY_POINTS}]\ntoy = tests.lab.toy\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site))
+        experiment._folders.cache_clear()
+        yield site
+    experiment._folders.cache_clear()
+
+
+def command(name: str, out: Path, *more: str) -> list[str]:
+    """The tiny command of an experiment."""
+    text = out.parent / "text.txt"
+    if not text.exists():
+        text.write_text("\n".join(f"the {i}th line of a text that is learnt, {i * i}" for i in range(400)))
+    options = TINY[name].partition("|")[0].replace("TEXT", str(text))
+    return [name, *shlex.split(options), "--device", "cpu", "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A complete run of every experiment that was asked for, made once."""
+    return {"": tmp_path_factory.mktemp("contracts")}
+
+
+@pytest.fixture(params=TINY)
+def done(request: pytest.FixtureRequest, finished: dict[str, Path]) -> tuple[str, Path]:
+    name = request.param
+    if name not in finished:
+        out = finished[""] / name
+        assert cli.main(command(name, out, "--quiet")) == 0
+        finished[name] = out
+    return name, finished[name]
+
+
+def test_there_is_a_contract_for_every_experiment() -> None:
+    assert set(experiment.names()) == set(TINY)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_help_needs_no_torch(name: str, entry_point: Path) -> None:
+    code = f"""
+import sys
+sys.path[:0] = [{str(entry_point)!r}, {str(ROOT)!r}]
+from rankdecay.cli import main
+try:
+    main([{name!r}, "--help"])
+except SystemExit:
+    pass
+sys.exit(",".join(sorted({{"torch", "numpy", "matplotlib", "scipy"}} & set(sys.modules))))
+"""
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=HANG)
+    assert asked.returncode == 0, asked.stderr
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", asked.stdout).split())
+    assert experiment.load(name).question.split("?")[0] in shown
+    for field in dataclasses.fields(next(iter(experiment.presets(name).values()))):
+        assert option(field.name) in shown or f"--no-{option(field.name)[2:]}" in shown
+
+
+def test_files_and_keys(done: tuple[str, Path]) -> None:
+    name, out = done
+    summary = json.loads((out / "summary.json").read_text())
+    config = json.loads((out / "config.json").read_text())
+    assert {"command", "settings", "arms", "wall_seconds"} <= summary.keys()
+    assert {"command", "settings", "arms", "versions", "machine", "reproduce", "schema"} <= config.keys()
+    assert summary["command"] == config["command"] == name
+    assert all({"name", "seeds"} <= arm.keys() for arm in summary["arms"])
+    assert all({"name", "description"} <= arm.keys() for arm in config["arms"])
+    assert {row["arm"] for row in read_metrics(out)} == {arm["name"] for arm in config["arms"]}
+    made = experiment.load(name)
+    asked = {field.name for field in dataclasses.fields(next(iter(made.presets.values())))}
+    assert set(config["settings"]) >= asked - set(NOT_IDENTITY) - set(made.not_identity)
+
+
+def test_the_same_command_again_does_nothing(done: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    name, out = done
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert cli.main(command(name, out, "--json")) == 0
+    said = capsys.readouterr()
+    assert "is complete" in said.err
+    assert json.loads(said.out) == json.loads((out / "summary.json").read_text())
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_terminal_has_a_table_and_a_verdict(done: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    name, out = done
+    assert cli.main(command(name, out)) == 0
+    shown = capsys.readouterr().out
+    for arm in json.loads((out / "summary.json").read_text())["arms"]:
+        assert re.search(rf"^ *{arm['name']}\b", shown, re.MULTILINE)
+    assert "report.html  is the page to open" in shown.replace("\n", " ")
+
+
+def test_another_configuration_is_refused(done: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    name, out = done
+    other = shlex.split(TINY[name].partition("|")[2])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert cli.main(command(name, out, *other)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    setting = other[0][2:].replace("-", "_")
+    assert re.search(rf"holds another configuration \({setting} is .* there, {other[1]} now\)", line)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def sorted_rows(out: Path) -> list[Any]:
+    """The rows without times, in an order that does not depend on which thread was first."""
+    return sorted((timeless(row) for row in read_metrics(out)), key=lambda row: json.dumps(row, sort_keys=True))
+
+
+def test_an_interrupted_run_continues(done: tuple[str, Path], tmp_path: Path) -> None:
+    name, whole = done
+    out, real, count = tmp_path / "run", RunDirectory.append, 0
+
+    def append(self: RunDirectory, records: Any) -> None:
+        nonlocal count
+        real(self, records)
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+
+    if name == "language":  # the same text, from the same place
+        (tmp_path / "text.txt").write_bytes((whole.parent / "text.txt").read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankdecay.lab.store.CHECKPOINT_RARITY", 0)
+        patch.setattr(RunDirectory, "append", append)
+        code = cli.main(command(name, out, "--quiet"))
+    if not experiment.load(name).resumable:
+        assert code == 0  # it stores its rows in one piece
+        return
+    assert code == 130
+    assert not (out / "summary.json").exists()
+    assert cli.main(["report", str(out)]) == 0  # a page of what is there
+    assert cli.main(command(name, out, "--quiet")) == 0
+    assert sorted_rows(out) == sorted_rows(whole)
+    arms = [json.loads((path / "summary.json").read_text())["arms"] for path in (out, whole)]
+    assert timeless(arms[0]) == timeless(arms[1])
+
+
+@contextlib.contextmanager
+def refused(messages: dict[str, str], setting: str) -> Iterator[None]:
+    """Notes the message of a `SettingError`."""
+    try:
+        yield
+    except SettingError as error:
+        messages[setting] = str(error)
+
+
+def bad(field: dataclasses.Field[Any], default: Any) -> list[Any]:
+    """Values that a number cannot have, of the type of a setting."""
+    if isinstance(default, bool):
+        return []
+    if isinstance(default, int | float):
+        return [type(default)(-1)] + ([math.nan] if isinstance(default, float) else [])
+    if isinstance(default, tuple) and default and isinstance(default[0], float):
+        return [(-1.0,), ()]
+    return [("no such arm",)] if field.name in ("arms", "parametrisation") else []
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_bad_setting_is_refused_by_its_own_option(name: str) -> None:
+    default = next(iter(experiment.presets(name).values()))
+    known = {option(field.name) for field in dataclasses.fields(default)}
+    refusals: dict[str, str] = {}
+    for field in dataclasses.fields(default):
+        for value in bad(field, getattr(default, field.name)):
+            made = experiment.load(name)
+            with refused(refusals, field.name):
+                made.arms(made.check(dataclasses.replace(default, **{field.name: value})))
+    assert len(refusals) > 3
+    for setting, message in refusals.items():
+        named = set(re.findall(r"--[a-z][a-z-]*", message))
+        assert option(setting) in named, message
+        assert named <= known, f"{message}: names an option that {name} does not have"
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_preset_can_work(name: str) -> None:
+    presets = experiment.presets(name)
+    assert {"default", "standard"} <= presets.keys()
+    for preset in presets.values():
+        experiment.load(name).check(preset)
+    assert len({preset.out for preset in presets.values()}) > 1 or name == "toy"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
+def test_the_page_opens(done: tuple[str, Path], opener: Any, width: int, scheme: str) -> None:
+    _, out = done
+    opened = opener(out / "report.html", width=width, scheme=scheme)
+    page = opened.page
+    for chart in page.locator(".chart").all():
+        if chart.is_visible():
+            chart.scroll_into_view_if_needed()
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.chart[id]')].every((c) => !c.offsetParent || c.childNodes.length)"
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for select in page.locator("select").all():
+        if select.is_visible() and select.is_enabled():
+            select.select_option(index=select.locator("option").count() - 1)
+    opened.check()
+    page.close()
+
+
+def test_a_page_before_there_is_anything(done: tuple[str, Path], tmp_path: Path, opener: Any) -> None:
+    _, out = done
+    (tmp_path / "config.json").write_bytes((out / "config.json").read_bytes())
+    assert cli.main(["report", str(tmp_path)]) == 0
+    opened = opener(tmp_path / "report.html")
+    assert "not complete" in opened.page.locator(".headline").inner_text()
+    opened.check()
+    opened.page.close()
+
+
+def test_a_static_figure(done: tuple[str, Path], tmp_path: Path) -> None:
+    _, out = done
+    assert cli.main(["report", str(out), "--figure", str(tmp_path / "figure.svg")]) == 0
+    assert (tmp_path / "figure.svg").read_text(encoding="utf-8").startswith("<?xml")

@@ -1,0 +1,46 @@
+"""Cubic Newton-Schulz steps against what is published of them."""
+
+import math
+
+import pytest
+import torch
+from matrices import (
+    gaussian,
+)
+
+from rankdecay.linalg import (
+    newton_schulz,
+    shrink,
+)
+
+BACKENDS = ["exact", "matmul"]
+
+
+def test_published_cubic_response():
+    # low_rank_decay.md 7.3: p_5 at these points, the other direction making ‖W‖_F = 1.
+    for s, expected in [(0.3, 0.99577), (0.1, 0.65872), (0.05, 0.36582), (0.01, 0.07582), (0.001, 0.00759)]:
+        W = torch.diag(torch.tensor([math.sqrt(1 - s * s), s], dtype=torch.float64))
+        assert float(newton_schulz(W)[1, 1]) == pytest.approx(expected, abs=5e-6)
+
+
+@pytest.mark.parametrize(("steps", "slope"), [(3, 3.38), (5, 7.59), (7, 17.09), (10, 57.67), (15, 437.9), (20, 3325)])
+def test_published_cubic_slope(steps, slope):
+    W = torch.diag(torch.tensor([1.0, 1e-9], dtype=torch.float64))
+    assert float(newton_schulz(W, steps)[1, 1]) / 1e-9 == pytest.approx(slope, rel=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(512, 128), (128, 512), (128, 128)])
+def test_newton_schulz_transposes(shape):
+    W = gaussian(*shape)
+    torch.testing.assert_close(newton_schulz(W.mT), newton_schulz(W).mT, rtol=0, atol=1e-6)
+
+
+def test_newton_schulz_of_zero_and_of_tiny():
+    assert not newton_schulz(torch.zeros(3, 4)).any()
+    W = gaussian(6, 4)
+    assert torch.equal(newton_schulz(W * 2.0**-100), newton_schulz(W))
+
+
+def test_step_counts_reach_newton_schulz():
+    W = gaussian(12, 12)
+    torch.testing.assert_close(shrink(W, 0.1, "newton_schulz", steps=9), W - 0.1 * newton_schulz(W, 9))
