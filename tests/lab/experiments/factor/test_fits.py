@@ -62,7 +62,9 @@ def test_more_seeds_change_nothing_in_those_there_were():
     for arm in make_arms(few):
         ends = []
         for settings in (few, many):
-            outcome = train(arm, make_problems(settings, "cpu"), initial_factors(settings, arm.how.depth, "cpu"), settings)
+            outcome = train(
+                arm, make_problems(settings, "cpu"), initial_factors(settings, arm.how.depth, "cpu"), settings
+            )
             ends.append(outcome.W.view(3, settings.seeds, 5, 5)[:, :2])
         torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
 
