@@ -43,6 +43,7 @@ TINY = {
     "toy": "--seeds 3 | --decay 0.5",
 }
 TIMES = ("seconds", "step_seconds", "wall", "decay_seconds", "wall_seconds", "steps_per_second")
+TIMES += ("per_second", "loss_at_equal_time")
 ROOT = Path(__file__).parents[3]
 
 
