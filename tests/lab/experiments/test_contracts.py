@@ -43,6 +43,7 @@ TINY = {
     "toy": "--seeds 3 | --decay 0.5",
 }
 TIMES = ("seconds", "step_seconds", "wall", "decay_seconds", "wall_seconds", "steps_per_second")
+TIMES += ("per_second", "loss_at_equal_time")
 ROOT = Path(__file__).parents[3]
 
 
@@ -228,7 +229,7 @@ def test_a_bad_setting_is_refused_by_its_own_option(name: str) -> None:
                 made.arms(made.check(dataclasses.replace(default, **{field.name: value})))
     assert len(refusals) > 3
     for setting, message in refusals.items():
-        named = set(re.findall(r"--[a-z][a-z-]*", message))
+        named = set(re.findall(r"--[a-z][a-z0-9-]*", message))
         assert option(setting) in named, message
         assert named <= known, f"{message}: names an option that {name} does not have"
         assert "\n" not in message

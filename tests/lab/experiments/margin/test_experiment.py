@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -144,7 +145,7 @@ def test_the_command_prints_json_and_a_table(tmp_path, capsys):
     assert cli.main([*arguments, "--out", str(tmp_path / "table")]) == 0
     output = capsys.readouterr().out
     assert "Frobenius" in output
-    assert "merged    2 of 2 " in output
+    assert re.search(r"merged +2 ", output)
     assert "✓ K and Q apart come nearer the nuclear SVM as the margin grows: cosine" in output
 
 
@@ -174,7 +175,7 @@ def test_page_table_and_figure_are_made_from_the_files(planar, summary, tmp_path
     for row in summary["arms"]:
         assert f"{row['cosine_nuclear']:.4f} <small>least {row['cosine_nuclear_least']:.4f}</small>" in page
     print_summary(EXPERIMENT, summary)
-    assert "diagonal  3 of 3 " in capsys.readouterr().out
+    assert re.search(r"diagonal +3 ", capsys.readouterr().out)
     figure = draw_figure([planar], tmp_path / "figure.svg").read_text(encoding="utf-8")
     assert "Cosine to the nuclear SVM" in figure
 
@@ -184,7 +185,7 @@ def test_a_row_says_which_data_sets_are_left_out_of_its_means(planar, summary, t
     row = summary["arms"][0] | {"infeasible": 1, "undecided": 2, "cosine_nuclear": None, "log10_loss_excess": -12345.6}
     (copy / "summary.json").write_text(json.dumps(summary | {"arms": [row]}))
     page = write_report(copy).read_text(encoding="utf-8")
-    assert "1 of 4 <small>1 select the inseparable, 2 select none</small>" in page
+    assert "<td>1 <small>of 4: 1 select the inseparable, 2 select none</small>" in page
     assert "<td>-12,346</td>" in page
 
 

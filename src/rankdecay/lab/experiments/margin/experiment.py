@@ -178,9 +178,10 @@ def _number(value: Any, form: str) -> str:
     return shown(value, form).replace("e+0", "e").replace("e+", "e")
 
 
-def _undecided(row: Row) -> str | None:
+def _left_out(row: Row) -> str | None:
     counts = {"select the inseparable": row["infeasible"], "select none": row["undecided"]}
-    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or None
+    reasons = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"of {row['seeds']}: {reasons}" if reasons else None
 
 
 def _beside(key: str, form: str, words: str) -> Any:
@@ -189,7 +190,7 @@ def _beside(key: str, form: str, words: str) -> Any:
 
 
 COLUMNS = (
-    Column("data\nsets", lambda row: f"{decided(row)} of {row['seeds']}", small=_undecided),
+    Column("data\nsets", decided, "d", _left_out),
     Column("cosine\nnuclear", "cosine_nuclear", ".4f", _beside("cosine_nuclear_least", ".4f", "least")),
     Column("cosine\nFrobenius", "cosine_frobenius", ".4f", _beside("cosine_frobenius_least", ".4f", "least")),
     Column("nearer\nnuclear", lambda row: f"{row['nearer_nuclear']} of {decided(row)}"),
