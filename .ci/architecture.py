@@ -28,7 +28,19 @@ LAYERS = [
     "monitor",
     "audit",
 ]
-LAYERS += ["integrations", "cli", "lab", "errors", "settings", "machine", "store", "stored", "precision", "progress"]
+LAYERS += [
+    "audit",
+    "integrations",
+    "cli",
+    "lab",
+    "errors",
+    "settings",
+    "machine",
+    "store",
+    "stored",
+    "precision",
+    "progress",
+]
 LAYERS += ["tasks", "convex", "report", "ensemble", "session", "experiment", "experiments"]
 
 
