@@ -30,7 +30,7 @@ from rankdecay.lab.experiments.boundary.settings import ALIASES, GRID, PLACEMENT
 from rankdecay.lab.experiments.boundary.statistics import edges, reference, summarise
 from rankdecay.lab.experiments.boundary.terminal import PhaseProgress
 from rankdecay.lab.precision import Products
-from rankdecay.lab.settings import Record, question, seeds
+from rankdecay.lab.settings import Record, question, renamed, seeds
 from rankdecay.lab.tasks import make_dataset, sequences
 
 if TYPE_CHECKING:
@@ -200,13 +200,12 @@ def _ended(work: Work[Boundary], missing: Sequence[Trial]) -> Iterator[Record]:
         from rankdecay.lab.ensemble import cluster
 
         return cluster.rows(missing, plan, settings.ray, settings.gpu_share, work.screen.notice)
-    return local.rows(missing, plan, work.run_directory)
+    return local.rows(missing, plan, work.run_directory, ALIASES)
 
 
 def summary_of(work: Work[Boundary], rows: Sequence[Record]) -> Record:
     """The cells, boundaries and differences of all runs of the directory, earlier arms included."""
-    stored: list[str] = [arm["name"] for arm in work.run_directory.config["arms"]]
-    names = list(dict.fromkeys(ALIASES.get(name, name) for name in stored))
+    names = [arm["name"] for arm in renamed(work.run_directory.config, ALIASES)["arms"]]
     return {"threshold": work.settings.threshold, **summarise(rows, names, reference(names))}
 
 
