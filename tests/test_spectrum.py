@@ -1,4 +1,4 @@
-"""Named ranks: closed forms, invariances, the order between them, and the published Gaussian table."""
+"""Named ranks: closed forms, invariances, the order between them, and what random matrices have."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ def test_three_four():
         "numerical_rank": 2,
     }
     assert values(s) == pytest.approx(expected, rel=1e-12)
-    # low_rank_decay.md 7.3: cosine with the polar factor, and the squared tangential norm.
+    # docs/theory.md section 4.2: cosine with the polar factor, and the squared tangential norm.
     assert float(s.nuclear_norm / (math.sqrt(2) * s.frobenius_norm)) == pytest.approx(0.98995, abs=5e-6)
     assert 2 - float(s.nuclear_rank) == pytest.approx(0.04, abs=1e-12)
 
@@ -152,8 +152,8 @@ def test_the_tail_is_accurate():
         ("standard_normal", (512, 128), (57.5, 123.7, 119.8)),
     ],
 )
-def test_published_table(draw, shape, expected):
-    """low_rank_decay.md section 1, one draw each: the mean of five others lands within a few per cent."""
+def test_random_matrices(draw, shape, expected):
+    """docs/theory.md section 1.3, one draw each: the mean of five others comes within a few per cent."""
     rng = np.random.default_rng(0)
     size = (5, *shape)
     W = rng.uniform(-1, 1, size) if draw == "uniform" else rng.standard_normal(size)

@@ -166,6 +166,7 @@ def test_rotary_heads_balance_by_plane(interleaved):
     ],
 )
 def test_untrained_factors_look_as_theory_says(d, k, ratio, imbalance, pseudo_rank):
+    """docs/theory.md section 6.3."""
     single, several = (torch.randn(4, d, k, dtype=torch.float64) for _ in range(2))
     product = Product("query_key", single, several[:, None])
     assert product.nuclear_ratio.mean().item() == pytest.approx(ratio, abs=0.01)

@@ -1,7 +1,7 @@
 """Decay without a gradient: what each rule does to a spectrum, step after step.
 
-The tables are matrix_functions.md 5.2 (a 64×64 Gaussian, τ = 1e-3, 900 steps) and low_rank_decay.md 7.3 (a
-128×128 uniform matrix with its published stable ranks).
+The tables are docs/theory.md section 2.7 (a 64×64 Gaussian, τ = 1e-3, 900 steps) and docs/theory.md section 2.8 (the
+stable ranks of a 128×128 uniform matrix).
 """
 
 import math
@@ -14,7 +14,7 @@ from matrices import gaussian
 from rankdecay.linalg import newton_schulz, shrink
 from rankdecay.spectrum import spectrum
 
-# ---- matrix_functions.md 5.2 --------------------------------------------------------------------------
+# ---- docs/theory.md section 2.7 -----------------------------------------------------------------------
 
 TAU, STEPS = 1e-3, 900
 
@@ -59,25 +59,25 @@ def test_prox_kills_exactly_the_right_directions(start, backend):
 def test_polar_chatters(start):
     median, largest, live_error, rank = outcome(start, decayed(start, "polar", backend="exact"))
     assert rank == 27
-    assert 2e-4 < median < 8e-4  # published 4.6e-4: about τ/2
-    assert 0.7e-3 < largest < 1.3e-3  # published 1.0e-3: τ
+    assert 2e-4 < median < 8e-4  # about τ/2
+    assert 0.7e-3 < largest < 1.3e-3  # about τ
     assert live_error < 5e-6
 
 
 def test_smooth_goes_to_zero_without_chatter(start):
     median, largest, live_error, rank = outcome(start, decayed(start, "smooth"))
     assert rank == 27
-    assert median < 1e-6  # published 4e-8
-    assert largest < 1e-6  # published 2e-7
-    assert live_error < 3e-4  # published 1.3e-4
+    assert median < 1e-6
+    assert largest < 1e-6
+    assert live_error < 3e-4
 
 
 def test_published_prototype_does_not_kill(start):
     median, largest, live_error, rank = outcome(start, decayed(start, "newton_schulz"))
-    assert median > 0.08  # published 1.3e-1
-    assert largest > 0.2  # published 2.9e-1
-    assert live_error > 0.1  # published 3.0e-1
-    assert rank >= 58  # published 62: nearly nothing has died
+    assert median > 0.08
+    assert largest > 0.2
+    assert live_error > 0.1
+    assert rank >= 58  # nearly nothing has died
 
 
 @pytest.mark.parametrize("rule", ["prox", "smooth", "polar", "newton_schulz"])
@@ -94,7 +94,7 @@ def test_rank_trajectory(start, rule):
     assert ranks == sorted(ranks, reverse=True)
 
 
-# ---- low_rank_decay.md 7.3 ----------------------------------------------------------------------------
+# ---- docs/theory.md section 2.8 -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_prototype_and_its_instability(reference, steps, alpha, expected):
 def test_prototype_with_fifteen_steps_ends_in_chatter(reference):
     at = [150, 200, 300]
     found = stable_ranks(reference, lambda W: shrink(W, 0.01, "newton_schulz", steps=15), at)
-    assert all(43 < rank < 57 for rank in found)  # published: "then 45-55"
+    assert all(43 < rank < 57 for rank in found)
 
 
 def test_relative_prototype(reference):

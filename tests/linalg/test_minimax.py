@@ -9,7 +9,8 @@ from minimax import evaluate, quintic, schedule
 
 from rankdecay.linalg.minimax import CUSHION, LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
 
-# matrix_functions.md, section 4.1: the Polar Express paper's table (last triple pinned to its limit).
+# docs/theory.md section 3.3: the Polar Express paper's table (last triple pinned to its limit), the five steps of
+# public Muon implementations, and a table for float32 by another program.
 PAPER = [
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),

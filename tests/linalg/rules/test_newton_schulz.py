@@ -1,4 +1,4 @@
-"""Cubic Newton-Schulz steps against what is published of them."""
+"""Cubic Newton-Schulz steps against the tables of docs/theory.md section 2.5."""
 
 import math
 
@@ -16,15 +16,15 @@ from rankdecay.linalg import (
 BACKENDS = ["exact", "matmul"]
 
 
-def test_published_cubic_response():
-    # low_rank_decay.md 7.3: p_5 at these points, the other direction making ‖W‖_F = 1.
+def test_cubic_response():
+    # docs/theory.md section 2.5: p_5 at these points, the other direction making ‖W‖_F = 1.
     for s, expected in [(0.3, 0.99577), (0.1, 0.65872), (0.05, 0.36582), (0.01, 0.07582), (0.001, 0.00759)]:
         W = torch.diag(torch.tensor([math.sqrt(1 - s * s), s], dtype=torch.float64))
         assert float(newton_schulz(W)[1, 1]) == pytest.approx(expected, abs=5e-6)
 
 
 @pytest.mark.parametrize(("steps", "slope"), [(3, 3.38), (5, 7.59), (7, 17.09), (10, 57.67), (15, 437.9), (20, 3325)])
-def test_published_cubic_slope(steps, slope):
+def test_cubic_slope(steps, slope):
     W = torch.diag(torch.tensor([1.0, 1e-9], dtype=torch.float64))
     assert float(newton_schulz(W, steps)[1, 1]) / 1e-9 == pytest.approx(slope, rel=2e-3)
 

@@ -35,5 +35,5 @@ def test_smooth_never_overshoots_and_stays_near_the_prox(m, n, tau, seed, backen
     response = torch.einsum("ik,ij,kj->k", U, shrink(W, tau, "smooth", backend=backend), Vh)
     prox = (sigma - tau).clamp_min(0)
     assert float(response.min()) >= -1e-6
-    # ε = τ: at most (1 - 1/√2) τ = 0.293 τ away from the prox (matrix_functions.md, section 2).
+    # ε = τ: at most (1 - 1/√2) τ = 0.293 τ away from the prox (docs/theory.md section 2.3).
     assert float((response - prox).abs().max()) <= 0.2930 * tau + 1e-6

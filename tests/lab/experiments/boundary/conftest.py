@@ -15,7 +15,7 @@ from rankdecay.lab.experiments.boundary.statistics import reference, summarise
 ARMS: dict[str, tuple[float, float, float]] = {
     "none": (0.62, 0.0, 22.0),
     "l2": (0.4, 0.3, 14.0),
-    "low_rank": (0.24, 0.1, 1.6),
+    "prox": (0.24, 0.1, 1.6),
     "smooth": (0.26, 0.1, 2.2),
     "prototype": (0.31, 0.03, 2.8),
     "radial_only": (0.55, 0.1, 21.0),
@@ -139,5 +139,5 @@ def make_sweep(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def shared_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One sweep for the tests of a module, with an arm whose name is markup."""
-    arms = ["none", "l2", "low_rank", "smooth", EVIL]
+    arms = ["none", "l2", "prox", "smooth", EVIL]
     return write_sweep(tmp_path_factory.mktemp("boundary") / "sweep", arms, rest_decays=(0.5, 1.0))

@@ -6,24 +6,25 @@ import pytest
 
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.lab.ensemble.control import PLAIN, Control
-from rankdecay.lab.experiments.boundary.arms import PUBLISHED, Arm, Treatment, arms, wider
-from rankdecay.lab.experiments.boundary.experiment import ARMS, PRESETS, STANDARD_ARMS, Boundary
+from rankdecay.lab.experiment import Arm
+from rankdecay.lab.experiments.boundary.arms import PUBLISHED, Axis, Treatment, every_arm, wider
+from rankdecay.lab.experiments.boundary.settings import ARMS, PRESETS, STANDARD_ARMS, Boundary
 
 SMALL = Boundary()
-KNOWN = arms(SMALL)
+KNOWN = every_arm(SMALL)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", KNOWN)
 def test_an_arm_builds_a_treatment_at_each_of_its_strengths(preset, name):
-    arm = arms(PRESETS[preset])[name]
+    arm = every_arm(PRESETS[preset])[name]
     assert arm.name == name
     assert list(arm.strengths) == sorted(set(arm.strengths))
-    treatments = [arm.treat(strength) for strength in arm.strengths or (0.0,)]
+    treatments = [arm.how.treat(strength) for strength in arm.strengths or (0.0,)]
     assert len(set(treatments)) == len(treatments)  # and each is hashable, as a member is
     for strength, treatment in zip(arm.strengths, treatments, strict=False):
-        assert 0 < strength < arm.limit
-        assert strength == int(strength) or not arm.whole
+        assert 0 < strength < arm.how.limit
+        assert strength == int(strength) or not arm.how.whole
         axis = [treatment.decay.strength] if treatment.decay else []
         control = treatment.control
         axis += [control.norm, control.query_key_lr, control.target_rank, control.truncate_to]
@@ -33,14 +34,14 @@ def test_an_arm_builds_a_treatment_at_each_of_its_strengths(preset, name):
 @pytest.mark.parametrize("rule", ["smooth", "newton_schulz"])
 @pytest.mark.parametrize("name", KNOWN)
 def test_an_arm_says_what_it_does_in_a_sentence(rule, name):
-    arm = arms(replace(SMALL, rule=rule))[name]
+    arm = every_arm(replace(SMALL, rule=rule))[name]
     assert arm.description[0].isupper()
     assert arm.description.endswith(".")
     assert "\n" not in arm.description
     assert 15 < len(arm.description) < 120
-    if arm.controls_for is not None:
-        assert arm.controls_for
-        assert not arm.controls_for.endswith(".")
+    if arm.control:
+        assert arm.control
+        assert not arm.control.endswith(".")
 
 
 def test_names_that_others_rely_on():
@@ -58,7 +59,7 @@ def test_what_sets_the_arms_apart():
         "l2": Treatment(Frobenius(5.0)),
         "l2_all": Treatment(Frobenius(5.0), rest_decay=5.0),
         "no_qk_norm": Treatment(Frobenius(5.0), qk_norm=False),
-        "low_rank": Treatment(LowRank(5.0, "prox", "absolute", every=4)),
+        "prox": Treatment(LowRank(5.0, "prox", "absolute", every=4)),
         "smooth": Treatment(smooth),
         "prototype": Treatment(LowRank(5.0, "newton_schulz", "absolute", lr_coupled=False)),
         "radial_only": Treatment(smooth, Control(part="radial")),
@@ -72,26 +73,26 @@ def test_what_sets_the_arms_apart():
         "target_rank_head": Treatment(replace(smooth, unit="head"), Control(target_rank=5.0)),
     }
     for name, treatment in expected.items():
-        assert KNOWN[name].treat(5.0) == treatment, name
+        assert KNOWN[name].how.treat(5.0) == treatment, name
 
 
 def test_settings_reach_the_treatments():
-    known = arms(replace(SMALL, rule="polar", smoothing=0.2, strength=7.0, every=1, lr=0.01, width=32))
-    assert known["smooth"].treat(1.0).decay == LowRank(1.0, "smooth", "absolute", smoothing=0.2)
-    assert known["tangential_only"].treat(1.0) == Treatment(
+    known = every_arm(replace(SMALL, rule="polar", smoothing=0.2, strength=7.0, every=1, lr=0.01, width=32))
+    assert known["smooth"].how.treat(1.0).decay == LowRank(1.0, "smooth", "absolute", smoothing=0.2)
+    assert known["tangential_only"].how.treat(1.0) == Treatment(
         LowRank(1.0, "polar", "absolute"), Control(part="tangential")
     )
-    assert known["sphere_low_rank"].treat(1.0).decay == LowRank(7.0, "polar", "absolute")
-    assert known["l2"].limit == known["l2_all"].limit == known["no_qk_norm"].limit == pytest.approx(100)
-    assert known["truncate"].limit == 32
-    assert known["none"].treat(0.0).control == PLAIN
+    assert known["sphere_low_rank"].how.treat(1.0).decay == LowRank(7.0, "polar", "absolute")
+    assert known["l2"].how.limit == known["l2_all"].how.limit == known["no_qk_norm"].how.limit == pytest.approx(100)
+    assert known["truncate"].how.limit == 32
+    assert known["none"].how.treat(0.0).control == PLAIN
 
 
 # --- widening --------------------------------------------------------------------------------------------------------
 
 
 def arm(**options) -> Arm:
-    return Arm("any", "Any.", lambda _: Treatment(), (1.0,), **options)
+    return Arm("any", "Any.", Axis(lambda _: Treatment(), **options), (1.0,))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_every_grid_can_be_widened_to_strengths_its_arm_takes(name, edge):
         following = wider(arm, tried, edge)
         if following is None:
             break
-        assert 0 < following < arm.limit
+        assert 0 < following < arm.how.limit
         assert following < min(tried) if edge == "lowest" else following > max(tried)
-        assert isinstance(arm.treat(following), Treatment)
+        assert isinstance(arm.how.treat(following), Treatment)
         tried.append(following)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rankdecay.lab.report import write_report
+from rankdecay.lab.experiment import write_report
 
 CHARTS = ["boundaries-chart", "cell-accuracy", "cell-inner", "cell-spectrum"]
 STROKE = "getComputedStyle(document.querySelector('#maps .boundary')).stroke"
@@ -146,7 +146,7 @@ def test_a_narrow_page_does_not_scroll_sideways(open_page, width):
 
 
 def test_a_sweep_that_has_only_begun(opener, make_sweep):
-    directory = make_sweep(["low_rank"], summary=False)
+    directory = make_sweep(["prox"], summary=False)
     (directory / "metrics.jsonl").unlink()
     opened = opener(write_report(directory))
     assert "not complete" in opened.page.locator("#result").inner_text()

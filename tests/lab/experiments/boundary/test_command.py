@@ -16,13 +16,13 @@ def _refused(capsys, *arguments):
 
 
 def test_one_directory_gets_its_page(make_sweep, capsys):
-    directory = make_sweep(["low_rank"])
+    directory = make_sweep(["prox"])
     assert cli.main(["report", str(directory)]) == 0
     assert capsys.readouterr().out.strip() == str(directory / "report.html")
 
 
 def test_several_directories_get_one_page_here_or_where_asked(make_sweep, tmp_path, monkeypatch, capsys):
-    first, second = make_sweep(["low_rank"], name="a"), make_sweep(["l2"], name="b")
+    first, second = make_sweep(["prox"], name="a"), make_sweep(["l2"], name="b")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report", str(first), str(second)]) == 0
     assert capsys.readouterr().out.strip() == "merged-report.html"
@@ -32,13 +32,13 @@ def test_several_directories_get_one_page_here_or_where_asked(make_sweep, tmp_pa
 
 
 def test_a_merged_figure(make_sweep, tmp_path):
-    first, second = make_sweep(["low_rank"], name="a"), make_sweep(["l2"], name="b")
+    first, second = make_sweep(["prox"], name="a"), make_sweep(["l2"], name="b")
     assert cli.main(["report", str(first), str(second), "--figure", str(tmp_path / "figure.pdf")]) == 0
     assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_what_cannot_be_merged_is_one_line(make_sweep, tmp_path, capsys):
-    first, second = make_sweep(["low_rank"], name="a"), make_sweep(["l2"], name="b", settings={"steps": 9})
+    first, second = make_sweep(["prox"], name="a"), make_sweep(["l2"], name="b", settings={"steps": 9})
     assert _refused(capsys, first, second).startswith("rankdecay: error: steps is 4000 in")
     (tmp_path / "config.json").write_text(json.dumps({"command": "grok"}))
     assert "without --out" in _refused(capsys, tmp_path, "--out", tmp_path / "page.html")
@@ -57,4 +57,4 @@ def test_what_cannot_be_merged_is_one_line(make_sweep, tmp_path, capsys):
 )
 def test_where_it_cannot_be_written(make_sweep, tmp_path, monkeypatch, capsys, options, words):
     monkeypatch.chdir(tmp_path)
-    assert words in _refused(capsys, make_sweep(["low_rank"]), *options)
+    assert words in _refused(capsys, make_sweep(["prox"]), *options)

@@ -1,9 +1,9 @@
 import pytest
 
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiment import draw_figure
 from rankdecay.lab.experiments.boundary.figure import _lines
 from rankdecay.lab.experiments.boundary.maps import PhaseMap
-from rankdecay.lab.report import draw_figure
 
 
 @pytest.mark.parametrize("suffix", ["svg", "pdf", "png"])
@@ -19,19 +19,19 @@ def test_it_is_vectors_only(shared_sweep, tmp_path):
 
 
 def test_several_directories_are_one_figure(make_sweep, tmp_path):
-    seeds = [make_sweep(["l2", "low_rank"], name=f"seed{i}", seeds=[i]) for i in range(3)]
-    whole = make_sweep(["l2", "low_rank"])
+    seeds = [make_sweep(["l2", "prox"], name=f"seed{i}", seeds=[i]) for i in range(3)]
+    whole = make_sweep(["l2", "prox"])
     merged = draw_figure(seeds, tmp_path / "merged.svg").read_bytes()
     assert merged == draw_figure([whole], tmp_path / "whole.svg").read_bytes()
 
 
 def test_a_sweep_of_examples_still_running_with_bounds(make_sweep, tmp_path):
-    sweep = make_sweep(["none", "l2", "low_rank"], task="recall", summary=False, boundaries={"low_rank": 0.01})
+    sweep = make_sweep(["none", "l2", "prox"], task="recall", summary=False, boundaries={"prox": 0.01})
     assert draw_figure([sweep], tmp_path / "figure.svg").stat().st_size > 1000
 
 
 def test_nothing_to_draw_is_said(make_sweep, tmp_path):
-    directory = make_sweep(["low_rank"], summary=False)
+    directory = make_sweep(["prox"], summary=False)
     (directory / "metrics.jsonl").unlink()
     with pytest.raises(SettingError, match="no finished run yet"):
         draw_figure([directory], tmp_path / "figure.svg")

@@ -1,7 +1,7 @@
 import pytest
 
 from rankdecay.lab.experiments.boundary.maps import DataAxis, by_boundary, data_axis, phase_maps
-from rankdecay.lab.experiments.boundary.read import read_sweep
+from rankdecay.lab.experiments.boundary.read import merged
 
 
 def test_positions_are_even_for_rows_and_logarithmic_between():
@@ -27,7 +27,7 @@ def test_amounts_are_shares_or_examples():
     ("task", "title"), [("add", "share of all"), ("selection", "examples"), ("recall", "examples")]
 )
 def test_sampled_tasks_count_examples(make_sweep, task, title):
-    summary = read_sweep([make_sweep(["low_rank"], task=task)]).summary
+    summary = merged([make_sweep(["prox"], task=task)]).summary
     assert summary is not None
     axis = data_axis(summary)
     assert title in axis.title
@@ -35,11 +35,11 @@ def test_sampled_tasks_count_examples(make_sweep, task, title):
 
 
 def test_a_map_per_arm_and_decay_of_the_rest(make_sweep):
-    summary = read_sweep([make_sweep(["none", "low_rank"], rest_decays=[0.5, 1.0])]).summary
+    summary = merged([make_sweep(["none", "prox"], rest_decays=[0.5, 1.0])]).summary
     assert summary is not None
     maps = phase_maps(summary, data_axis(summary))
     assert [(item.arm, item.rest) for item in maps] == [
-        ("none", "0.5"), ("none", "1"), ("low_rank", "0.5"), ("low_rank", "1")
+        ("none", "0.5"), ("none", "1"), ("prox", "0.5"), ("prox", "1")
     ]  # fmt: skip
     assert [item.has_strengths for item in maps] == [False, False, True, True]
     assert len(maps[2].cells) == 25

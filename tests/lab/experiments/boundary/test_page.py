@@ -2,8 +2,8 @@ import json
 import re
 from html.parser import HTMLParser
 
+from rankdecay.lab.experiment import write_merged_report, write_report
 from rankdecay.lab.experiments.boundary import charts
-from rankdecay.lab.report import write_merged_report, write_report
 
 MEGABYTE = 1_000_000
 
@@ -43,7 +43,7 @@ def _section(path, name):
 
 
 def test_one_file_with_words_tables_and_data(make_sweep):
-    directory = make_sweep(["none", "l2", "low_rank", "uniform_attention"])
+    directory = make_sweep(["none", "l2", "prox", "uniform_attention"])
     path = write_report(directory)
     assert path == directory / "report.html"
     page, data = _parse(path)
@@ -62,38 +62,38 @@ def test_one_file_with_words_tables_and_data(make_sweep):
 
 
 def test_boundaries_are_a_table_with_intervals_bounds_and_edges(make_sweep):
-    path = write_report(make_sweep(["none", "l2", "low_rank"], boundaries={"low_rank": 0.02}, strengths=[0.1, 0.3]))
-    rows = re.findall(r'<tr><th scope="row">([^<]*)</th>(.*?)</tr>', _section(path, "result"))
-    assert [name for name, _ in rows] == ["low-rank decay", "L2", "no decay"]
+    path = write_report(make_sweep(["none", "l2", "prox"], boundaries={"prox": 0.02}, strengths=[0.1, 0.3]))
+    rows = re.findall(r'<tr><th scope="row">([^<]*)</th>(.*?)</tr>', _section(path, "figures"))
+    assert [name for name, _ in rows] == ["no decay", "L2", "soft threshold (prox)"]
     cells = [re.findall(r"<td>(.*?)</td>", cells) for _, cells in rows]
-    assert cells[0][0] == "≤ 15 %"
-    assert cells[0][1].startswith("at most ")
-    assert cells[2][0] == "&gt; 48 %"
-    assert cells[2][2] == "—"
+    assert cells[2][0] == "≤ 15 %"
+    assert cells[2][1].startswith("at most ")
+    assert cells[0][0] == "&gt; 48 %"
+    assert cells[0][2] == "—"
     assert "<small>the highest tried</small>" in cells[1][2]
 
 
 def test_differences_name_the_reference_and_the_reading(make_sweep):
-    text = _section(write_report(make_sweep(["l2", "low_rank"])), "differences")
-    assert "Data of low-rank decay / its data" in text
-    assert "low-rank decay needs less" in text
+    text = _section(write_report(make_sweep(["l2", "prox"])), "differences")
+    assert "Data of soft threshold (prox) / its data" in text
+    assert "soft threshold (prox) needs less" in text
 
 
 def test_one_decay_of_the_rest_needs_no_choice(make_sweep, shared_sweep):
-    assert 'data-state="rest"' not in _section(write_report(make_sweep(["low_rank"])), "phase")
+    assert 'data-state="rest"' not in _section(write_report(make_sweep(["prox"])), "phase")
     text = _section(write_report(shared_sweep), "phase")
     assert '<option value="0.5">0.5</option>' in text
 
 
 def test_hostile_names_stay_text(shared_sweep):
     page, data = _parse(write_report(shared_sweep))
-    assert page.tags.count("script") == 4
+    assert page.tags.count("script") == 3
     assert "img" not in page.tags
     assert data["arms"][4]["name"].startswith("<img")
 
 
 def test_a_page_of_several_directories(make_sweep, tmp_path):
-    first, second = make_sweep(["low_rank"], name="first"), make_sweep(["l2"], name="second", seeds=[0])
+    first, second = make_sweep(["prox"], name="first"), make_sweep(["l2"], name="second", seeds=[0])
     path = write_merged_report([first, second], tmp_path / "merged.html")
     assert path == tmp_path / "merged.html"
     page, data = _parse(path)
@@ -101,27 +101,26 @@ def test_a_page_of_several_directories(make_sweep, tmp_path):
     assert "--out first" in page.words
     assert "--out second" in page.words
     assert str(second) in _section(path, "reproduce")
-    assert [arm["name"] for arm in data["arms"]] == ["low_rank", "l2"]
+    assert [arm["name"] for arm in data["arms"]] == ["prox", "l2"]
 
 
 def test_a_sweep_still_running(make_sweep):
-    page, _ = _parse(write_report(make_sweep(["low_rank"], summary=False)))
-    assert "75 runs are finished; what follows can still change." in page.words
+    page, _ = _parse(write_report(make_sweep(["prox"], summary=False)))
+    assert "This run is not complete: what follows" in page.words
 
 
 def test_a_sweep_that_has_only_begun(make_sweep):
-    directory = make_sweep(["low_rank"], summary=False)
+    directory = make_sweep(["prox"], summary=False)
     (directory / "metrics.jsonl").unlink()
     page, data = _parse(write_report(directory))
-    assert "This sweep is not complete." in page.words
-    assert "There is no map before the first run is finished." in page.words
-    assert (data["maps"], data["first"]) == ([], [])
+    assert "This run is not complete." in page.words
+    assert data["charts"] == []
 
 
 def test_it_begins_at_the_boundary_of_the_reference(make_sweep):
-    _, data = _parse(write_report(make_sweep(["l2", "low_rank"])))
+    _, data = _parse(write_report(make_sweep(["l2", "prox"])))
     number, index = data["first"]
-    assert data["arms"][data["maps"][number]["arm"]]["name"] == "low_rank"
+    assert data["arms"][data["maps"][number]["arm"]]["name"] == "prox"
     assert 0 < data["maps"][number]["cells"][index]["row"] < 4
 
 
@@ -132,9 +131,8 @@ def test_thousands_of_runs_stay_below_twelve_megabytes(make_sweep):
 
 
 def test_curves_are_thinned_to_what_fits_with_their_ends(make_sweep, monkeypatch):
-    directory = make_sweep(["low_rank"], strengths=[0.1], evaluations=101)
+    directory = make_sweep(["prox"], strengths=[0.1], evaluations=101)
     _, data = _parse(write_report(directory))
-    assert data["notices"] == []
     whole = data["runs"][0]
     monkeypatch.setattr(charts, "NUMBERS", 15 * (32 + 4 * 11))
     page, data = _parse(write_report(directory))
@@ -149,7 +147,7 @@ def test_curves_are_thinned_to_what_fits_with_their_ends(make_sweep, monkeypatch
 
 
 def test_a_run_without_curves_or_spectrum(make_sweep):
-    directory = make_sweep(["low_rank"], strengths=[0.1])
+    directory = make_sweep(["prox"], strengths=[0.1])
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     short = [{k: v for k, v in row.items() if k not in ("curve", "spectrum", "spectrum_index")} for row in rows]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))

@@ -20,13 +20,13 @@ from rankdecay.lab.experiments.boundary.statistics import (
     reference,
     summarise,
 )
-from rankdecay.lab.experiments.grok.verdict import wilson_interval
+from rankdecay.lab.report.words import wilson_interval
 
 FRACTIONS = [0.1, 0.15, 0.225, 0.3375]  # equal steps of log f
 STEP = math.log(1.5)
 
 
-def _row(arm="low_rank", strength=0.0, fraction=0.1, seed=0, generalised=True, **more):
+def _row(arm="prox", strength=0.0, fraction=0.1, seed=0, generalised=True, **more):
     return {
         "arm": arm,
         "strength": strength,
@@ -291,9 +291,9 @@ def test_no_edge_while_nothing_generalised():
 
 
 def _difference(reference, other):
-    rows = _rows(reference, arm="low_rank") + _rows(other, arm="l2")
-    (difference,) = differences(rows, ["l2", "low_rank"], "low_rank")
-    assert (difference["reference"], difference["arm"]) == ("low_rank", "l2")
+    rows = _rows(reference, arm="prox") + _rows(other, arm="l2")
+    (difference,) = differences(rows, ["l2", "prox"], "prox")
+    assert (difference["reference"], difference["arm"]) == ("prox", "l2")
     return difference
 
 
@@ -344,9 +344,9 @@ def test_the_ratio_covers_as_often_as_it_says():
         width = (0.1, 0.5)[i % 2] * STEP
         truths = rng.uniform(x[0], x[-1], 2)
         rows = []
-        for arm, truth in zip(("low_rank", "l2"), truths, strict=True):
+        for arm, truth in zip(("prox", "l2"), truths, strict=True):
             rows += _rows(_simulated(rng, x, truth, width, 3), fractions=np.exp(x).tolist(), arm=arm)
-        (difference,) = differences(rows, ["low_rank", "l2"], "low_rank")
+        (difference,) = differences(rows, ["prox", "l2"], "prox")
         low, high = difference["low"] or 0.0, difference["high"] or math.inf
         covered.append(low <= math.exp(truths[0] - truths[1]) <= high)
     assert statistics.fmean(covered) >= 0.92
@@ -377,10 +377,10 @@ def _everything():
 
 
 def test_a_summary_is_plain_json():
-    summary = summarise(_everything(), ["low_rank", "l2", "none", "muon"], "low_rank")
+    summary = summarise(_everything(), ["prox", "l2", "none", "muon"], "prox")
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     low_rank, l2, none, muon = summary["arms"]
-    assert (low_rank["name"], low_rank["seeds"], low_rank["generalised"], low_rank["runs"]) == ("low_rank", 3, 16, 24)
+    assert (low_rank["name"], low_rank["seeds"], low_rank["generalised"], low_rank["runs"]) == ("prox", 3, 16, 24)
     assert low_rank["boundary"]["strength"] == 10.0
     assert low_rank["boundary"]["edge"] == "highest"
     assert low_rank["stable_rank"] == pytest.approx((9 * 2 + 3 * 8) / 12)
@@ -394,17 +394,17 @@ def test_a_summary_is_plain_json():
 
 def test_a_summary_does_not_depend_on_the_order_of_rows():
     rows = _everything()
-    assert summarise(rows, ["low_rank", "l2"], "low_rank") == summarise(rows[::-1], ["low_rank", "l2"], "low_rank")
+    assert summarise(rows, ["prox", "l2"], "prox") == summarise(rows[::-1], ["prox", "l2"], "prox")
 
 
 def test_a_summary_without_a_reference():
-    assert summarise(_everything(), ["low_rank", "l2"], None)["differences"] == []
-    assert summarise(_everything(), ["low_rank", "l2"], "muon")["differences"] == []
+    assert summarise(_everything(), ["prox", "l2"], None)["differences"] == []
+    assert summarise(_everything(), ["prox", "l2"], "muon")["differences"] == []
     assert summarise([], [], None) == {"arms": [], "differences": []}
 
 
 def test_reference_is_the_first_low_rank_arm():
-    assert reference(["none", "low_rank", "smooth"]) == "smooth"
+    assert reference(["none", "prox", "smooth"]) == "smooth"
     assert reference(["none", "l2"]) is None
 
 

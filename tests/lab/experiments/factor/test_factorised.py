@@ -1,6 +1,7 @@
 """The matrix problems against their theory: Kobayashi et al., arXiv 2410.23819, and the toy of their Figure 1.
 
-The toy: a 5×5 target diag(.2, .4, .6, .8, 1), η = 0.1, A and B half of standard normal draws of numpy's generator 0.
+The toy, docs/theory.md section 5.6: a 5×5 target diag(.2, .4, .6, .8, 1), η = 0.1, A and B half of standard normal
+draws of numpy's generator 0.
 """
 
 import math

@@ -51,8 +51,8 @@ def test_the_gradient_is_that_of_autograd(loss, size):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_gradients_of_K_and_Q_are_those_of_the_reference(loss):
-    """∇_K = G Q and ∇_Q = Gᵀ K: section 3.8."""
+def test_the_gradients_of_K_and_Q_are_those_of_autograd(loss):
+    """∇_K = G Q and ∇_Q = Gᵀ K: docs/theory.md section 7.2."""
     P = problem()
     K, Q = (w.requires_grad_() for w in initial_weights("separate", "random", 1.0, [0, 1], 5, 3))
     for_K, for_Q = torch.autograd.grad(loss_value(P, product([K, Q]), loss).sum(), [K, Q])

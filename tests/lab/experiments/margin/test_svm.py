@@ -18,7 +18,7 @@ def constraints(kind="generic", n=4, L=4, d=8, which=0):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_under_assumption_A4_both_have_the_closed_form(norm):
-    """Section 4.4: d = 6, n = 3, L = 5; one W, of rank n, solves both."""
+    """docs/theory.md section 7.4: d = 6, n = 3, L = 5; one W, of rank n, solves both."""
     data, A = constraints("aligned", 3, 5, 6)
     best, z = data.tokens[0, :, 0], data.queries[0]
     c = np.einsum("ik,ilk->il", best, data.tokens[0])[:, 1:].max(1)

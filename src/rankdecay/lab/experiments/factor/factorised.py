@@ -12,7 +12,7 @@ von Oswald, arXiv 2410.23819; Srebro & Shraibman 2005), because ``‖ABᵀ‖_* 
 AᵀA = BᵀB, which holds at every stationary point (Lemma 3.2). With L factors it is a Schatten quasi-norm,
 ``(λL/2) Σ σ^(2/L)``; with one it is ridge regression.
 
-**What is known on the way** (Appendix B there), tested in ``tests/lab/test_factorised.py``:
+**What is known on the way** (Appendix B there), tested in ``tests/lab/experiments/factor/test_factorised.py``:
 
 * Lemma B.1: under gradient flow AᵀA - BᵀB decays exactly as e^(-2λt), so by 2ηλ per step of gradient descent. A step
   multiplies it by (1 - ηλ)², but for a term of order η²: the rate of descent is -2 ln(1 - ηλ), a little faster.

@@ -1,0 +1,147 @@
+"""The documents: links lead somewhere, cited sections exist, the citation is current, CONTRIBUTING's examples run."""
+
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankdecay import cli, rules
+from rankdecay.linalg import shrink
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
+CODE = [ROOT / folder for folder in ("src", "tests", "benchmarks", "examples")]
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+CITATION = re.compile(
+    r"docs/theory\.md,?\s+sections?\s+(\d+(?:\.\d+)?)|\[theory\]\((?:docs/)?theory\.md\),\s+section\s+(\d+(?:\.\d+)?)"
+)
+#: Documents that were never published: what they said is in docs/theory.md.
+UNPUBLISHED = re.compile(r"(low_rank_decay|attention_rank|matrix_functions)\.md|planning (notes|table)")
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ +(.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def sections() -> set[str]:
+    """The numbers of the sections of docs/theory.md."""
+    return set(re.findall(r"^#+ (\d+(?:\.\d+)?) ", prose(ROOT / "docs" / "theory.md"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(re.sub(r"`[^`\n]*`", "", prose(page))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
+
+
+def test_cited_sections_exist_and_nothing_unpublished_is_cited() -> None:
+    known, cited = sections(), set()
+    for file in [*PAGES, *(file for folder in CODE for file in folder.rglob("*.py"))]:
+        text = file.read_text(encoding="utf-8")
+        found = {first or second for first, second in CITATION.findall(text)}
+        assert found <= known, f"{file}: docs/theory.md has no section {', '.join(sorted(found - known))}"
+        assert file == Path(__file__) or not UNPUBLISHED.search(text), file
+        cited |= found
+    assert len(cited) > 5
+
+
+def test_sections_are_numbered_in_order() -> None:
+    numbers = re.findall(r"^#+ (\d+(?:\.\d+)?) ", prose(ROOT / "docs" / "theory.md"), re.MULTILINE)
+    order = [tuple(map(int, number.split("."))) for number in numbers]
+    assert order == sorted(set(order))
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "cff-version: 1.2.0\n" in text
+    for name in ("version", "license"):
+        assert f"\n{name}: {project[name]}\n" in text
+    try:
+        import yaml
+    except ImportError:  # the plain checks are all there is
+        return
+    citation = yaml.safe_load(text)
+    assert {"message", "title", "authors", "abstract"} <= citation.keys()
+    assert citation["authors"] == project["authors"]
+    for reference in citation["references"]:
+        assert {"type", "title", "authors", "year"} <= reference.keys()
+
+
+def test_the_hooks_are_of_the_versions_in_use() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    [ruff] = re.findall(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(rf"ruff-pre-commit\n +rev: v{re.escape(ruff)}\b", hooks)
+
+
+# --- what CONTRIBUTING shows ---
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The files that CONTRIBUTING shows, installed as pip would: on the path, with an entry point for each."""
+    from rankdecay.lab import experiment
+
+    blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)
+    assert [name for name, _ in blocks] == ["log_penalty.py", "fade/settings.py", "fade/experiment.py"]
+    site = tmp_path / "site"
+    for name, code in blocks:
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(code, encoding="utf-8")
+    (site / "fade" / "__init__.py").touch()
+    metadata = site / "fade-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fade\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[rankdecay.rules]\nlog_penalty = log_penalty:RULE\n[rankdecay.experiments]\nfade = fade\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+    caches = rules._loaders, experiment._folders
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("fade", "log_penalty")]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("package")
+def test_the_rule_of_contributing_decays() -> None:
+    W = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(shrink(W, 0.1, "log_penalty").diagonal(), torch.tensor([1.96, 0.95]).double())
+
+
+@pytest.mark.usefixtures("package")
+def test_the_experiment_of_contributing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    command = ["fade", "--steps", "10", "--device", "cpu", "--out", str(out)]
+    assert cli.main(command) == 0
+    assert "✓ L2 keeps the rank" in capsys.readouterr().out
+    arms = {arm["name"]: arm for arm in json.loads((out / "summary.json").read_text())["arms"]}
+    assert arms["prox"]["rank"] < arms["l2"]["rank"] == 32
+    assert "Which decay lowers the rank" in (out / "report.html").read_text(encoding="utf-8")
+    assert cli.main([*command, "--quiet"]) == 0
+    assert cli.main([*command, "--strength", "0.2"]) == 2
+    assert cli.main([*command, "--strength", "-1"]) == 2
+    assert "--strength -1" in capsys.readouterr().err
+    assert cli.main(["report", str(out), "--figure", str(tmp_path / "figure.svg")]) == 0
+    assert (tmp_path / "figure.svg").exists()
