@@ -14,7 +14,7 @@ import dataclasses
 import json
 import pkgutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -29,7 +29,7 @@ from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import ArmStyle, arm_styles
 from rankdecay.lab.report.table import Column
 from rankdecay.lab.report.words import Check, Facts
-from rankdecay.lab.settings import Record, Settings, identity, question
+from rankdecay.lab.settings import Record, Settings, identity, question, renamed
 
 if TYPE_CHECKING:
     from rankdecay.lab.precision import Products
@@ -395,7 +395,7 @@ def _run_and_write(
         if experiment.grid and work.jobs:
             if directory.summary is not None and choice is not None:  # complete until now, when nothing was computed
                 precision.warn_if_slow(choice, settings.out, work.device, notice, experiment.products(work))
-            directory.save_config(_with_stored_arms(directory.config, config, experiment.aliases))
+            directory.save_config(_with_stored_arms(renamed(directory.config, experiment.aliases), config))
         begun = time.monotonic()
         _train(experiment, work)
         if directory.summary is not None:  # nothing was added
@@ -418,10 +418,15 @@ def _train(experiment: Experiment[S], work: Work[S]) -> None:
     """Trains and stores the rows: as they come, or in one piece where an interrupted run begins anew."""
     directory = work.run_directory
     if experiment.resumable:
-        for row in experiment.train(work):
-            if directory.summary is not None:
-                directory.reopen()
-            directory.append([row])
+        rows = experiment.train(work)
+        try:
+            for row in rows:
+                if directory.summary is not None:
+                    directory.reopen()
+                directory.append([row])
+        finally:
+            if isinstance(rows, Generator):  # it may have threads and a display to end before anything is said
+                rows.close()
         return
     directory.resume()  # an interrupted run may have left lines
     try:
@@ -438,19 +443,13 @@ def _shown(experiment: Experiment[S], work: Work[S]) -> Record:
     work.screen.notice(f"{directory.path} is complete: showing its result; {more}")
     if not (directory.path / "report.html").exists():  # a kill came between the summary and the page
         write_report(directory.path)
-    return directory.summary or {}
+    return renamed(directory.summary or {}, experiment.aliases)
 
 
-def renamed(row: Record, aliases: Mapping[str, str]) -> Record:
-    """A stored row with the name that its arm has today."""
-    return row | {"arm": aliases[row["arm"]]} if row.get("arm") in aliases else row
-
-
-def _with_stored_arms(stored: Record, config: Record, aliases: Mapping[str, str]) -> Record:
+def _with_stored_arms(stored: Record, config: Record) -> Record:
     """The configuration now asked for, with the arms that earlier sweeps of the directory had as well."""
     new = [arm["name"] for arm in config["arms"]]
-    known = [arm | {"name": aliases.get(arm["name"], arm["name"])} for arm in stored.get("arms", [])]
-    kept = [arm for arm in known if arm["name"] not in new]
+    kept = [arm for arm in stored.get("arms", []) if arm["name"] not in new]
     return config | {"arms": [*config["arms"], *kept]}
 
 
@@ -507,7 +506,7 @@ def read(experiment: Experiment[Any], directories: Sequence[str | Path]) -> Stor
         return experiment.merged(paths)
     if len(paths) > 1:
         raise SettingError(f"runs of {experiment.name} cannot be merged: report {len(paths)} directories one by one")
-    return read_run(paths[0], lambda row: experiment.check_row(renamed(row, experiment.aliases)), experiment.so_far)
+    return read_run(paths[0], experiment.check_row, experiment.so_far, experiment.aliases)
 
 
 def write_report(directory: str | Path) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,21 @@ def seeds(settings: Any) -> range:
 def identity(settings: Any, without: Collection[str] = ()) -> Record:
     """The settings that decide what a run computes: all but `NOT_IDENTITY` and ``without``."""
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY and k not in without}
+
+
+NAMING = ("arm", "name", "reference")  # keys that hold the name of an arm, in rows, configurations and summaries
+
+
+def renamed(record: Any, aliases: Mapping[str, str]) -> Any:
+    """A row, a configuration or a summary with the names that its arms have today."""
+    if isinstance(record, list):
+        return [renamed(item, aliases) if isinstance(item, dict) else item for item in record]
+    if not isinstance(record, dict) or not aliases:
+        return record
+    return {
+        key: aliases.get(value, value) if key in NAMING and isinstance(value, str) else renamed(value, aliases)
+        for key, value in record.items()
+    }
 
 
 def check_seeds(settings: Any) -> None:

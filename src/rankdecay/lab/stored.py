@@ -5,7 +5,7 @@ reads all the same. What had to be left out is said in `StoredRun.notices`.
 """
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.settings import renamed
 from rankdecay.lab.store import Record, read_json, read_metrics
 
 
@@ -100,6 +101,7 @@ def read_run(
     directory: str | Path,
     check: Callable[[Record], Record] = lambda row: row,
     so_far: Callable[[StoredRun], Record | None] = lambda stored: None,
+    aliases: Mapping[str, str] | None = None,
 ) -> StoredRun:
     """Reads one run directory.
 
@@ -107,14 +109,16 @@ def read_run(
         directory: holds at least ``config.json``.
         check: of a line of ``metrics.jsonl``, see `read_rows`.
         so_far: makes a summary of a run that is not complete, if its rows allow one.
+        aliases: older names of arms, with those of today.
 
     Raises:
         SettingError: when the directory is not a run, or anything but the last line of ``metrics.jsonl`` is damaged.
     """
     directory, notices = Path(directory), []
-    config = read_config(directory)
-    summary = read_json(directory / "summary.json")
-    rows = read_rows(directory, check, notices)
+    config, summary = (
+        renamed(record, aliases or {}) for record in (read_config(directory), read_json(directory / "summary.json"))
+    )
+    rows = read_rows(directory, lambda row: check(renamed(row, aliases or {})), notices)
     stored = StoredRun([directory], [config], config, rows, summary, summary is not None, notices)
     if summary is None and (found := so_far(stored)) is not None:
         return StoredRun([directory], [config], config, rows, found, False, notices)

@@ -7,7 +7,7 @@ little: what a thread holds is one file, written at most a twentieth of the time
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -20,17 +20,20 @@ from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt
 
 
-def rows(trials: Sequence[Trial], plan: Plan, directory: RunDirectory) -> Iterator[Record]:
+def rows(
+    trials: Sequence[Trial], plan: Plan, directory: RunDirectory, aliases: Mapping[str, str] | None = None
+) -> Iterator[Record]:
     """Trains trials and yields a row for each as it ends, continuing those that ``directory`` saw under way.
 
     Args:
         trials: to train.
         plan: what they share.
         directory: where trials under way are saved.
+        aliases: older names of arms, with those of today.
     """
     workers = 1 if plan.training.device != "cpu" else min(torch.get_num_threads(), max(1, len(trials)))
     source, keys = Source(trials), {trial.key for trial in trials}
-    saved = {key: state for key, state in read_saved(directory).items() if key in keys}
+    saved = {key: state for key, state in read_saved(directory, aliases).items() if key in keys}
     stop, ended = threading.Event(), queue.SimpleQueue[Record]()
 
     def work(number: int) -> None:
@@ -72,16 +75,17 @@ class _Saver:
         self._directory.save_checkpoint(Checkpoint(0, tensors, {"runs": runs}), self._name)
 
 
-def read_saved(directory: RunDirectory) -> dict[Key, Saved]:
+def read_saved(directory: RunDirectory, aliases: Mapping[str, str] | None = None) -> dict[Key, Saved]:
     """Every trial that a directory saw under way, each at its furthest step."""
     found: dict[Key, Saved] = {}
     for path in sorted(directory.path.glob("under_way-*.safetensors")):
         checkpoint = directory.load_checkpoint(path.stem)
         if checkpoint is None:
             continue
-        for number, (key, step, rank, records) in enumerate(checkpoint.extra["runs"]):
+        for number, ((arm, *place), step, rank, records) in enumerate(checkpoint.extra["runs"]):
+            key: Key = ((aliases or {}).get(arm, arm), *place)
             state = State(step, *(checkpoint.tensors[f"{number}.{name}"] for name in STATE))
-            before = found.get(tuple(key))
+            before = found.get(key)
             if before is None or before.state.step < step:
-                found[tuple(key)] = Saved(state, rank, records)
+                found[key] = Saved(state, rank, records)
     return found

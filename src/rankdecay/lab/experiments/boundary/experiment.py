@@ -16,7 +16,7 @@ import torch
 
 from rankdecay.lab.ensemble import local
 from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training, worth_compiling
-from rankdecay.lab.ensemble.outcome import KEY
+from rankdecay.lab.ensemble.outcome import KEY, key_of
 from rankdecay.lab.ensemble.sweep import Plan, Trial
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.errors import SettingError
@@ -30,7 +30,7 @@ from rankdecay.lab.experiments.boundary.settings import ALIASES, GRID, PLACEMENT
 from rankdecay.lab.experiments.boundary.statistics import edges, reference, summarise
 from rankdecay.lab.experiments.boundary.terminal import PhaseProgress
 from rankdecay.lab.precision import Products
-from rankdecay.lab.settings import Record, question, seeds
+from rankdecay.lab.settings import Record, question, renamed, seeds
 from rankdecay.lab.tasks import make_dataset, sequences
 
 if TYPE_CHECKING:
@@ -165,9 +165,11 @@ def train(work: Work[Boundary]) -> Iterator[Record]:
     screen.begin(rows, missing, work.settings.steps)
     with screen:
         for widened in range(work.settings.widen + 1):
-            if widened and not (missing := _widened(work, rows, columns)):
-                return
             if widened:
+                if not _widen(work, rows, columns):
+                    return
+                done = {key_of(row) for row in rows}  # an earlier sweep may have been there
+                missing = [job.how for job in jobs(work, columns) if job.how.key not in done]
                 screen.begin(rows, missing, work.settings.steps)
             begun, before = time.monotonic(), work.seconds or 0.0
             for row in _ended(work, missing) if missing else ():
@@ -178,17 +180,17 @@ def train(work: Work[Boundary]) -> Iterator[Record]:
                 screen.update(row)
 
 
-def _widened(work: Work[Boundary], rows: Sequence[Record], columns: dict[str, list[float]]) -> list[Trial]:
-    """The runs of a strength more for every arm whose best one is at the edge of its grid."""
-    added: dict[str, list[float]] = {arm.name: [] for arm in work.arms}
+def _widen(work: Work[Boundary], rows: Sequence[Record], columns: dict[str, list[float]]) -> bool:
+    """Adds a strength to every arm whose best one is at the edge of its grid; returns whether there was one."""
+    added = False
     for arm in work.arms:
         edge = edges([row for row in rows if row["arm"] == arm.name])["edge"]
         strength = wider(arm, columns[arm.name], edge) if arm.strengths and edge in ("lowest", "highest") else None
         if strength is not None:
             work.screen.notice(f"{arm.name} does best at the {edge} strength tried: adding {strength:g}")
             columns[arm.name].append(strength)
-            added[arm.name].append(strength)
-    return [job.how for job in jobs(work, added)]
+            added = True
+    return added
 
 
 def _ended(work: Work[Boundary], missing: Sequence[Trial]) -> Iterator[Record]:
@@ -198,13 +200,12 @@ def _ended(work: Work[Boundary], missing: Sequence[Trial]) -> Iterator[Record]:
         from rankdecay.lab.ensemble import cluster
 
         return cluster.rows(missing, plan, settings.ray, settings.gpu_share, work.screen.notice)
-    return local.rows(missing, plan, work.run_directory)
+    return local.rows(missing, plan, work.run_directory, ALIASES)
 
 
 def summary_of(work: Work[Boundary], rows: Sequence[Record]) -> Record:
     """The cells, boundaries and differences of all runs of the directory, earlier arms included."""
-    stored: list[str] = [arm["name"] for arm in work.run_directory.config["arms"]]
-    names = list(dict.fromkeys(ALIASES.get(name, name) for name in stored))
+    names = [arm["name"] for arm in renamed(work.run_directory.config, ALIASES)["arms"]]
     return {"threshold": work.settings.threshold, **summarise(rows, names, reference(names))}
 
 

@@ -25,13 +25,13 @@ REMEDY = "only sweeps that differ in nothing but their grid are merged: report t
 
 def checked_row(line: Record) -> Record:
     """A finished run as a report needs it; raises a `ValueError`, `TypeError` or `KeyError` for any other line."""
-    name, outcome = str(line["arm"]), str(line["outcome"])
+    outcome = str(line["outcome"])
     numbers = {key: float(line[key]) for key in ("strength", "rest_decay", "train_fraction")}
     needed = [*numbers.values(), line["train_examples"], line["budget"]]
     needed += [line["steps_to_generalise"]] if outcome == "generalised" else []
     if outcome not in OUTCOMES or not all(map(is_number, needed)):
         raise ValueError(f"outcome {outcome!r} with the numbers {needed}")
-    return {**line, **numbers, "arm": ALIASES.get(name, name), "seed": int(line["seed"]), "outcome": outcome}
+    return {**line, **numbers, "arm": str(line["arm"]), "seed": int(line["seed"]), "outcome": outcome}
 
 
 def so_far(stored: StoredRun) -> Record | None:
@@ -62,7 +62,7 @@ def merged(paths: Sequence[Path]) -> StoredRun:
     for path in paths:
         if (command := read_config(path).get("command")) != "boundary":
             raise SettingError(f"{path} is a run of {command!r}, not of 'boundary': report it by itself")
-    parts = [_today(read_run(path, checked_row)) for path in paths]
+    parts = [read_run(path, checked_row, aliases=ALIASES) for path in paths]
     for part in parts:
         _refuse_another(parts[0], part)
     notices = [notice for part in parts for notice in part.notices]
@@ -85,23 +85,6 @@ def merged(paths: Sequence[Path]) -> StoredRun:
     if summary is not None:
         summary["wall_seconds"] = sum(seconds) if all(map(is_number, seconds)) else None
     return dataclasses.replace(whole, summary=summary)
-
-
-def _today(stored: StoredRun) -> StoredRun:
-    """A stored sweep with the names that its arms have today."""
-
-    def named(arms: Sequence[Record]) -> list[Record]:
-        return [arm | {"name": ALIASES.get(arm["name"], arm["name"])} for arm in arms]
-
-    config = stored.config | {"arms": named(stored.config.get("arms", []))}
-    summary = stored.summary
-    if summary is not None:
-        pairs = [
-            pair | {key: ALIASES.get(pair[key], pair[key]) for key in ("reference", "arm")}
-            for pair in summary.get("differences", [])
-        ]
-        summary = summary | {"arms": named(summary["arms"]), "differences": pairs}
-    return dataclasses.replace(stored, config=config, summary=summary)
 
 
 def _unique(rows: Sequence[Record], notices: list[str]) -> list[Record]:
