@@ -88,7 +88,7 @@ def test_strengths_that_cannot_work(policy, strength):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rule": "soft"}, r"rule='soft' is unknown: .*\(known: newton_schulz, polar, prox, smooth\)"),
+        ({"rule": "soft"}, r"rule='soft' is unknown: .*\(known: newton_schulz, polar, prox, smooth"),
         ({"scale": "rel"}, r"scale='rel' is unknown: did you mean 'relative'. \(known: relative, absolute\)"),
         ({"unit": "layer"}, r"unit='layer' is unknown: .*\(known: matrix, head\)"),
         ({"every": 0}, r"every=0 must be a whole number >= 1"),

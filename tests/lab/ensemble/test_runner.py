@@ -263,10 +263,10 @@ TINY = (
 KILLS = """
 import os, signal, sys
 from rankdecay import cli
-import rankdecay.lab.report
+import rankdecay.lab.experiment
 
 out, command = sys.argv[1], sys.argv[2:]
-rankdecay.lab.report.write_report = lambda directory: None  # slow; its interruption has its own test
+rankdecay.lab.experiment.write_report = lambda directory: None  # slow; its interruption has its own test
 WRITING = {"open", "os.rename", "os.remove", "os.mkdir", "os.truncate"}
 
 

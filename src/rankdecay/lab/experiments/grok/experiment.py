@@ -65,7 +65,7 @@ def make_arms(settings: Grok) -> list[Arm]:
             Treatment(Frobenius(settings.tuned_strength)),
         ),
         low_rank("low_rank", settings.rule),
-        *(low_rank(rule, rule) for rule in rule_names()),
+        *(low_rank(rule, rule) for rule in rule_names() if rule in settings.arms),
         Arm(
             "prototype",
             "The published prototype: five cubic Newton–Schulz steps, 0.01 per step.",
