@@ -180,10 +180,10 @@ def bfloat16_gain(products: Products) -> float:
     pairs = {dtype: (left.to(dtype), right.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
 
     def seconds(dtype: torch.dtype, times: int = 1) -> float:
-        begun = time.thread_time()
+        start = time.thread_time()
         for _ in range(times):
             torch.bmm(*pairs[dtype])
-        return max(time.thread_time() - begun, 1e-9)
+        return max(time.thread_time() - start, 1e-9)
 
     with one_thread():
         for dtype in pairs:  # the first call of a shape compiles its kernel

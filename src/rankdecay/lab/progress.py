@@ -141,10 +141,6 @@ class Progress(Screen):
             name, step, train, test, rank, left = self._row(arm)
             self.line(f"{name:<18} step {step:>6}  train {train}  test {test}  stable rank {rank:>5}  {left}")
 
-    def interval_ended(self) -> None:
-        """Every member has been evaluated at the same step: before that, others' steps were made but not counted."""
-        self.estimate()
-
     def _row(self, arm: str) -> tuple[str, ...]:
         records = self._latest[arm]
         if not records:

@@ -6,7 +6,7 @@ reads all the same. What had to be left out is said in `StoredRun.notices`.
 
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +116,7 @@ def read_run(
     summary = read_json(directory / "summary.json")
     rows = read_rows(directory, check, notices)
     stored = StoredRun([directory], [config], config, rows, summary, summary is not None, notices)
-    if summary is None and (found := so_far(stored)) is not None:
-        return StoredRun([directory], [config], config, rows, found, False, notices)
-    return stored
+    return stored if stored.complete else replace(stored, summary=so_far(stored))
 
 
 def snapshots(stored: StoredRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:

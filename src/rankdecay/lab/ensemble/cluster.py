@@ -91,7 +91,7 @@ def _kind(plan: Plan) -> str:
 
 
 def _train(trials: list[Trial], plan: Plan) -> Iterator[Record]:
-    """What a task does."""
+    """Trains the trials of a task in the worker."""
     if plan.training.device == "cpu":
         torch.set_num_threads(1)
     for row in train(Source(trials), plan):  # noqa: UP028 - Ray sends values, which `yield from` would pass on
@@ -154,7 +154,12 @@ class _Cluster:
             self._submit(self._slots())
             return None
         except self._ray.exceptions.RayTaskError as error:
-            raise self._readable(error) from error
+            if "failed to import on the worker" not in str(error.cause):
+                raise error.cause from error
+            raise SettingError(
+                f"`ray` {self._address}: a machine of the cluster cannot import rankdecay: install the same version "
+                "there, in the Python that runs Ray"
+            ) from error
         except self._lost as error:
             del self._running[stream]
             self._again(task, error)
@@ -182,15 +187,6 @@ class _Cluster:
             self._notice(f"Ray: a worker was lost ({name}); its {what} will be trained again")
             self._waiting.appendleft(task)
         self._submit(self._slots())
-
-    def _readable(self, error: Any) -> BaseException:
-        """What was raised in a task."""
-        if "failed to import on the worker" in str(error.cause):
-            return SettingError(
-                f"`ray` {self._address}: a machine of the cluster cannot import rankdecay: install the same version "
-                "there, in the Python that runs Ray"
-            )
-        return error.cause
 
 
 @contextmanager

@@ -13,6 +13,7 @@ stored random state.
 import math
 import os
 import shutil
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from rankdecay.spectrum import Spectrum, spectrum
 
 Precision = Literal["float32", "mixed", "float64"]
 MEASURED_TRAIN = 1024  # training examples an evaluation looks at: enough to see memorisation, a third of the time
+STEPS_BETWEEN_CHECKS = 10
 STATE = ("weights", "mean", "square")  # the tensors of a `State`
 BLOCK_MATRICES = ("value", "output", "mlp_in", "mlp_out")
 EVALUATION_ROWS = {"cpu": 512, "cuda": 8192}  # examples per member and forward pass: what fits the cache, or the launch
@@ -130,9 +132,9 @@ def worth_compiling(wanted: str, device: str, make: "Callable[[], Ensemble]", st
         return False
     ensemble = make()
     ensemble.train(1)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     ensemble.train(PROBED)
-    return (time.perf_counter() - begun) / PROBED * steps >= COMPILE_FROM
+    return (time.perf_counter() - start) / PROBED * steps >= COMPILE_FROM
 
 
 def adamw_(
@@ -561,6 +563,14 @@ class Ensemble:
             own.copy_(stored)
         self.steps[index] = state.step
         self._step[index] = state.step
+
+
+def train_unless_stopped(ensemble: Ensemble, steps: int, stop: threading.Event) -> None:
+    """Trains an ensemble for ``steps`` steps; raises InterruptedError within a few once ``stop`` is set."""
+    for done in range(0, steps, STEPS_BETWEEN_CHECKS):
+        if stop.is_set():
+            raise InterruptedError
+        ensemble.train(min(STEPS_BETWEEN_CHECKS, steps - done))
 
 
 def _angle(before: Tensor, after: Tensor) -> Tensor:

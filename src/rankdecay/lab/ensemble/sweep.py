@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rankdecay.lab.ensemble.control import decay_acts, memorised
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, State, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble, Member, State, Training, train_unless_stopped
 from rankdecay.lab.ensemble.outcome import (
     FELL,
     FIGURES,
@@ -34,7 +34,6 @@ from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.tasks import make_dataset
 from rankdecay.spectrum import spectrum
 
-STEPS_BETWEEN_CHECKS = 10
 SPECTRUM_POINTS = 24  # singular values a row keeps, evenly spread over the logarithm of the index
 CURVES = ("train_accuracy", "test_accuracy", "stable_rank", "query_norm")
 
@@ -168,10 +167,7 @@ class _Places:
     def train(self, after_interval: Intermission) -> Iterator[Record]:
         self._fill()
         while any(not run.finished for run in self._runs):
-            for done in range(0, self._plan.evaluate_every, STEPS_BETWEEN_CHECKS):
-                if self._stop.is_set():
-                    raise InterruptedError
-                self._ensemble.train(min(STEPS_BETWEEN_CHECKS, self._plan.evaluate_every - done))
+            train_unless_stopped(self._ensemble, self._plan.evaluate_every, self._stop)
             rows = self._evaluate()
             self._fill()
             after_interval(self._under_way)

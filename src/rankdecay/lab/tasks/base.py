@@ -52,6 +52,17 @@ def check_modulus(modulus: int) -> None:
         raise SettingError(f"`modulus` {modulus} is too small: choose at least 2")
 
 
+def check_values(values: int, purpose: str) -> None:
+    """Raises a `SettingError` unless a sequence has 2 to 9 values."""
+    if not 2 <= values <= len(ORDINALS):
+        raise SettingError(f"`values` {values} is outside 2 to {len(ORDINALS)}: {purpose}")
+
+
+def split_drawn(tokens: np.ndarray, targets: np.ndarray, train_examples: int) -> tuple[np.ndarray, ...]:
+    """Splits drawn examples into train tokens, train targets, test tokens and test targets."""
+    return tokens[:train_examples], targets[:train_examples], tokens[train_examples:], targets[train_examples:]
+
+
 def draw_distinct(
     task: str, total: int, train_examples: int, test_examples: int, seed: int, modulus: int
 ) -> np.ndarray:
