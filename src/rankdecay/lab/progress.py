@@ -174,9 +174,9 @@ class BarScreen(Screen):
 
     def draw_bar(self, text: str = "", before_left: str = "") -> None:
         """Moves the bar to where the work is; ``text`` replaces what is written before it."""
-        options = {"description": text} if text else {}
         if self.live:
-            self.bar.update(self._task, total=self.work, completed=self.done, left=before_left + self.left(), **options)
+            left = before_left + self.left()
+            self.bar.update(self._task, total=self.work, completed=self.done, description=text or None, left=left)
 
 
 class ArmBar(BarScreen):

@@ -1,7 +1,7 @@
 """Runs the trials of a sweep on this machine: a thread per core of a CPU, one ensemble of many places on a GPU.
 
-An ensemble per core needs no barrier inside an operation. Trials under way are saved now and then, so that a kill loses
-little: what a thread holds is one file, written at most a twentieth of the time.
+An ensemble per core needs no barrier inside an operation. Unfinished trials are saved now and then, so that a kill
+loses little: those of a thread are one file, written at most a twentieth of the time.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt
 
 
 def rows(trials: Sequence[Trial], plan: Plan, directory: RunDirectory) -> Iterator[Record]:
-    """Trains trials and yields a row for each as it ends, continuing those that ``directory`` saw under way.
+    """Trains trials and yields a row for each as it ends, continuing those that ``directory`` holds unfinished.
 
     Args:
         trials: to train.
         plan: what they share.
-        directory: where trials under way are saved.
+        directory: where unfinished trials are saved.
     """
     workers = 1 if plan.training.device != "cpu" else min(torch.get_num_threads(), max(1, len(trials)))
     source, keys = Source(trials), {trial.key for trial in trials}
@@ -44,7 +44,9 @@ def rows(trials: Sequence[Trial], plan: Plan, directory: RunDirectory) -> Iterat
         try:
             over = False
             while not over:
-                over = all(future.done() for future in futures)  # asked first: whoever is done has put its last row
+                over = all(
+                    future.done() for future in futures
+                )  # check before draining: a finished worker has queued its last row
                 with contextlib.suppress(queue.Empty):
                     while True:
                         yield ended.get(timeout=0 if over else WAKE)
@@ -56,7 +58,7 @@ def rows(trials: Sequence[Trial], plan: Plan, directory: RunDirectory) -> Iterat
 
 
 class _Saver:
-    """Saves the trials of one thread, rarely enough to cost little, and those that wait to be continued."""
+    """Saves the running trials of one thread at most a twentieth of the time, and those still to be continued."""
 
     def __init__(self, directory: RunDirectory, name: str, waiting: dict[Key, Saved]) -> None:
         self._directory, self._name, self._waiting, self._throttle = directory, name, waiting, Throttle()
@@ -73,7 +75,7 @@ class _Saver:
 
 
 def read_saved(directory: RunDirectory) -> dict[Key, Saved]:
-    """Every trial that a directory saw under way, each at its furthest step."""
+    """Reads the unfinished trials of a directory, each at its furthest step."""
     found: dict[Key, Saved] = {}
     for path in sorted(directory.path.glob("under_way-*.safetensors")):
         checkpoint = directory.load_checkpoint(path.stem)

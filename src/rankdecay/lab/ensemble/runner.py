@@ -24,7 +24,7 @@ Measurement = tuple[list[Record], dict[str, np.ndarray]]
 
 
 class Runner:
-    """Drives ensembles from wherever the run directory left off to the last step.
+    """Trains ensembles from the checkpoint of the run directory to the last step.
 
     Args:
         run: the directory.
@@ -131,7 +131,7 @@ class Runner:
 
 
 def _train_and_evaluate(ensemble: Ensemble, steps: int, stop: threading.Event) -> Measurement:
-    """One ensemble's interval; gives up between steps once ``stop`` is set."""
+    """Trains one ensemble for an interval and evaluates it; raises InterruptedError once ``stop`` is set."""
     start = time.monotonic()
     train_unless_stopped(ensemble, steps, stop)
     spent = (time.monotonic() - start) / (steps * len(ensemble.members)) if steps else None
@@ -140,7 +140,7 @@ def _train_and_evaluate(ensemble: Ensemble, steps: int, stop: threading.Event) -
 
 
 def _joined(snapshots: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The snapshots of several ensembles as one: rows are joined, labels are shared."""
+    """Joins the snapshots of several ensembles: rows are concatenated, labels are shared."""
     labels = ("groups", "positions")
     first = snapshots[0]
     return {k: first[k] if k in labels else np.concatenate([s[k] for s in snapshots]) for k in first}

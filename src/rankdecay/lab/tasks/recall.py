@@ -15,7 +15,7 @@ from rankdecay.lab.tasks.base import ORDINALS, Dataset, check_modulus, check_val
 
 
 def recall_sequences(modulus: int, values: int) -> int:
-    """How many sequences there are: distinct keys in any order, any values, any of the keys as the query."""
+    """Number of sequences: distinct keys in any order, any values, any of the keys as the query."""
     return values * modulus**values * perm(modulus, values)
 
 

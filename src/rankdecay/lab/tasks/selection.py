@@ -15,7 +15,7 @@ from rankdecay.lab.tasks.base import ORDINALS, Dataset, check_modulus, check_val
 
 
 def selection_sequences(modulus: int, values: int, named: int) -> int:
-    """How many sequences there are: any residues, any group of positions."""
+    """Number of sequences: any residues, any group of positions."""
     return modulus**values * comb(values, named)
 
 
