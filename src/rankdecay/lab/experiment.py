@@ -196,7 +196,7 @@ class Experiment(Generic[S]):
         setting_names: how the experiment calls settings that functions it shares with others name in their errors.
         brief: the rows of the terminal's table, from those of the summary, where the page's are too many.
         note: what the figures of the table are, in words.
-        check_row: of a line of ``metrics.jsonl``, see `lab.stored.read_rows`.
+        check_row: of a line of ``metrics.jsonl``, see `lab.stored.read_run`.
         so_far: the summary of a run that is not complete, from its rows.
         merged: reads several directories as one; None where that has no meaning.
         sections: of the page, with their charts.

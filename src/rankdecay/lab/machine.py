@@ -13,7 +13,7 @@ from rankdecay.lab.errors import SettingError, check_name
 
 
 def resolve_device(name: str, *, needs_float64: bool = True) -> str:
-    """``auto`` becomes CUDA when there is one; anything else is checked.
+    """Resolves ``auto`` to CUDA when there is one; checks any other device.
 
     Args:
         name: the value of ``--device``.
@@ -36,20 +36,20 @@ def resolve_device(name: str, *, needs_float64: bool = True) -> str:
 
 
 def available_cpus() -> int:
-    """The processors that this process may use: its affinity, and the CPU quota of its container, rounded up."""
+    """Number of processors that this process may use: its affinity, and the CPU quota of its container, rounded up."""
     from joblib import cpu_count
 
     return cpu_count()
 
 
 def respect_cpu_quota() -> None:
-    """Lets torch use no more threads than there are processors for: by itself it ignores a container's quota."""
+    """Limits torch's threads to the processors of the process: by itself it ignores a container's quota."""
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch work on one core, for small matrices.
+    """Limits torch to one core, for small matrices.
 
     Its threads wait for each other longer than such a product takes, and beside other work a thousand times as long.
     """
@@ -78,7 +78,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers, and the commit of a checkout."""
+    """Versions of Python, torch and rankdecay, and the commit of a checkout."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     try:
         found["rankdecay"] = version("rankdecay")

@@ -55,7 +55,7 @@ class Choice:
 
     Attributes:
         asked: the value of ``--precision``.
-        value: what it came to.
+        value: the precision of the run.
         reason: why, in words for a person.
     """
 
@@ -93,12 +93,9 @@ def resolve(
     stored = read_json(out / "config.json") or {}
     found = _stored(stored) if stored.get("command") == command else None
     if asked != "auto":
-        choice = Choice(asked, asked, "as asked")
-    elif found is not None:
-        choice = Choice(asked, *found)
-    else:
-        choice = Choice(asked, *_chosen(device, notice, narrow, products))
-    if asked != "auto" or found is not None:
+        found = asked, "as asked"
+    choice = Choice(asked, *(found or _measured(device, notice, narrow, products)))
+    if found is not None:
         _check(choice.value, device)
         if not (out / "summary.json").exists():  # a complete run is only shown
             warn_if_slow(choice, out, device, notice, products)
@@ -108,7 +105,7 @@ def resolve(
 def warn_if_slow(
     choice: Choice, out: Path, device: str, notice: Callable[[str], None], products: Products | None
 ) -> None:
-    """Warn of bfloat16 that was asked for, or kept from an earlier run, if float32 is faster here, and how many times.
+    """Warns that bfloat16, asked for or kept from an earlier run, is slower here than float32, and how many times.
 
     Args:
         choice: of `resolve`.
@@ -131,7 +128,7 @@ def warn_if_slow(
 
 
 def _stored(config: Record) -> tuple[str, str] | None:
-    """The precision that a directory began in, and why; None if its configuration has none."""
+    """Returns the precision that a directory started in, and why; None if its configuration has none."""
     settings, choice = config.get("settings"), config.get("precision")
     value = settings.get("precision") if isinstance(settings, dict) else None
     if not isinstance(value, str) or value not in FORMATS:
@@ -139,8 +136,8 @@ def _stored(config: Record) -> tuple[str, str] | None:
     return value, choice["reason"] if isinstance(choice, dict) else "as the directory began"
 
 
-def _chosen(device: str, notice: Callable[[str], None], narrow: str, products: Products | None) -> tuple[str, str]:
-    """A precision for a device, and the reason."""
+def _measured(device: str, notice: Callable[[str], None], narrow: str, products: Products | None) -> tuple[str, str]:
+    """Returns the precision that suits a device, and the reason."""
     import torch
 
     kind = device.partition(":")[0]
@@ -163,7 +160,7 @@ def _chosen(device: str, notice: Callable[[str], None], narrow: str, products: P
 
 
 def bfloat16_gain(products: Products) -> float:
-    """How many times as fast as float32 products bfloat16 ones run on this processor, as a median of interleaved pairs.
+    """Speed of bfloat16 products over that of float32 ones on this processor, as a median of interleaved pairs.
 
     In processor time on one core, which other work on the machine hardly changes.
 
@@ -180,10 +177,10 @@ def bfloat16_gain(products: Products) -> float:
     pairs = {dtype: (left.to(dtype), right.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
 
     def seconds(dtype: torch.dtype, times: int = 1) -> float:
-        begun = time.thread_time()
+        start = time.thread_time()
         for _ in range(times):
             torch.bmm(*pairs[dtype])
-        return max(time.thread_time() - begun, 1e-9)
+        return max(time.thread_time() - start, 1e-9)
 
     with one_thread():
         for dtype in pairs:  # the first call of a shape compiles its kernel

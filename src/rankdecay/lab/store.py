@@ -83,7 +83,7 @@ CHECKPOINT_RARITY = 20  # a checkpoint waits this many times as long as the last
 
 
 class Throttle:
-    """Calls something costly, such as writing a checkpoint, only as often as it takes little of the time.
+    """Limits how often something costly, such as writing a checkpoint, is called: to 5 % of the time.
 
     Attributes:
         due: when the next call may be made, on the clock of `time.monotonic`.
@@ -148,8 +148,8 @@ class RunDirectory:
         config = {"schema": SCHEMA, **config}
         try:
             path.mkdir(parents=True, exist_ok=True)
-            own = {".lock", "config.json.partial"}  # all that a kill can leave before there is a configuration
-            if read_json(path / "config.json") is None and any(entry.name not in own for entry in path.iterdir()):
+            leftovers = {".lock", "config.json.partial"}  # of a kill before there was a configuration
+            if read_json(path / "config.json") is None and any(entry.name not in leftovers for entry in path.iterdir()):
                 raise SettingError(f"--out {path} has other files in it and is no run directory: choose a new one")
             lock = (path / ".lock").open("ab")
         except OSError as error:
@@ -179,7 +179,7 @@ class RunDirectory:
 
     @property
     def summary(self) -> Record | None:
-        """The result, if the run is complete."""
+        """Summary of a complete run; None of any other."""
         return read_json(self.path / "summary.json")
 
     def append(self, records: Iterable[Record]) -> None:
@@ -380,7 +380,7 @@ def _refuse_other_configuration(
 
 
 def _comparable(arms: Sequence[Record], others: Sequence[Record]) -> Record:
-    """What arms do, by name: the attributes that the other version of each has too."""
+    """Attributes of arms by name, without descriptions and those that the other version of an arm lacks."""
     known = {arm["name"]: arm for arm in others}
     return {
         arm["name"]: {k: v for k, v in arm.items() if k not in DESCRIBING and k in known.get(arm["name"], arm)}

@@ -4,9 +4,10 @@ Only the files are needed. A run that is still going, or was interrupted, has no
 reads all the same. What had to be left out is said in `StoredRun.notices`.
 """
 
+import functools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rankdecay.lab.store import Record, read_json, read_metrics
 
 @dataclass(frozen=True)
 class StoredRun:
-    """Everything a report needs from a run directory, or from several that were merged.
+    """Content of a run directory, or from several that were merged.
 
     Attributes:
         directories: where it comes from.
@@ -41,12 +42,12 @@ class StoredRun:
 
     @property
     def directory(self) -> Path:
-        """The directory, the first of several."""
+        """Directory of the run, the first of several."""
         return self.directories[0]
 
     @property
     def settings(self) -> Record:
-        """What was asked."""
+        """Settings of the run."""
         return self.config.get("settings", {})
 
     @property
@@ -76,27 +77,6 @@ def read_config(directory: Path) -> Record:
     return config
 
 
-def read_rows(directory: Path, check: Callable[[Record], Record], notices: list[str]) -> list[Record]:
-    """The lines of ``metrics.jsonl``, as ``check`` returns them.
-
-    Args:
-        directory: of the run.
-        check: raises a `ValueError`, `TypeError`, `KeyError` or `AttributeError` for a line it cannot use.
-        notices: told of a last line that was cut short.
-
-    Raises:
-        SettingError: for a line that cannot be used, or is damaged.
-    """
-    rows = []
-    for number, line in enumerate(read_metrics(directory, notices.append), start=1):
-        try:
-            rows.append(check(line))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            path = directory / "metrics.jsonl"
-            raise SettingError(f"{path}, line {number}: not a row of this experiment ({error!r})") from error
-    return rows
-
-
 def read_run(
     directory: str | Path,
     check: Callable[[Record], Record] = lambda row: row,
@@ -107,7 +87,8 @@ def read_run(
 
     Args:
         directory: holds at least ``config.json``.
-        check: of a line of ``metrics.jsonl``, see `read_rows`.
+        check: returns a line of ``metrics.jsonl`` as it is to be read; raises a `ValueError`, `TypeError`, `KeyError`
+            or `AttributeError` for one it cannot use.
         so_far: makes a summary of a run that is not complete, if its rows allow one.
         aliases: older names of arms, with those of today.
 
@@ -115,14 +96,17 @@ def read_run(
         SettingError: when the directory is not a run, or anything but the last line of ``metrics.jsonl`` is damaged.
     """
     directory, notices = Path(directory), []
-    config, summary = (
-        renamed(record, aliases or {}) for record in (read_config(directory), read_json(directory / "summary.json"))
-    )
-    rows = read_rows(directory, lambda row: check(renamed(row, aliases or {})), notices)
-    stored = StoredRun([directory], [config], config, rows, summary, summary is not None, notices)
-    if summary is None and (found := so_far(stored)) is not None:
-        return StoredRun([directory], [config], config, rows, found, False, notices)
-    return stored
+    today = functools.partial(renamed, aliases=aliases or {})
+    config, summary = today(read_config(directory)), read_json(directory / "summary.json")
+    rows = []
+    for number, line in enumerate(read_metrics(directory, notices.append), start=1):
+        try:
+            rows.append(check(today(line)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            path = directory / "metrics.jsonl"
+            raise SettingError(f"{path}, line {number}: not a row of this experiment ({error!r})") from error
+    stored = StoredRun([directory], [config], config, rows, summary and today(summary), summary is not None, notices)
+    return stored if stored.complete else replace(stored, summary=so_far(stored))
 
 
 def snapshots(stored: StoredRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:

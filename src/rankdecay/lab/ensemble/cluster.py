@@ -70,7 +70,7 @@ def tasks(trials: Sequence[Trial], plan: Plan, slots: int) -> list[list[Trial]]:
     """Splits trials into tasks of one network each, in the order of their first trials.
 
     Args:
-        trials: in the order in which to begin them.
+        trials: in the order in which to start them.
         plan: what they share.
         slots: tasks that run at once.
     """
@@ -91,7 +91,7 @@ def _kind(plan: Plan) -> str:
 
 
 def _train(trials: list[Trial], plan: Plan) -> Iterator[Record]:
-    """What a task does."""
+    """Trains the trials of a task in the worker."""
     if plan.training.device == "cpu":
         torch.set_num_threads(1)
     for row in train(Source(trials), plan):  # noqa: UP028 - Ray sends values, which `yield from` would pass on
@@ -99,7 +99,7 @@ def _train(trials: list[Trial], plan: Plan) -> Iterator[Record]:
 
 
 class _Cluster:
-    """A cluster, the tasks it has, and those that wait."""
+    """Queue of tasks, those that run on the cluster and those that wait."""
 
     def __init__(
         self, ray: ModuleType, address: str, plan: Plan, gpu_share: float, notice: Callable[[str], None]
@@ -135,7 +135,7 @@ class _Cluster:
                 self._ray.cancel(stream, force=True)
 
     def _slots(self) -> int:
-        """Tasks that the cluster can run at once."""
+        """Number of tasks that the cluster can run at once."""
         resources = self._ray.cluster_resources()
         return int(resources.get("GPU", 0)) * int(1 / self._gpu_share) if self._gpu else int(resources.get("CPU", 0))
 
@@ -145,7 +145,7 @@ class _Cluster:
             self._running[self._train.remote(task.trials, self._plan)] = task
 
     def _next(self, stream: Any) -> Record | None:
-        """The new row that a task has ready; None if it has ended or is lost instead."""
+        """Takes the row that a task has ready; None if the task has ended or was lost."""
         task = self._running[stream]
         try:
             row = self._ray.get(next(stream))
@@ -154,7 +154,12 @@ class _Cluster:
             self._submit(self._slots())
             return None
         except self._ray.exceptions.RayTaskError as error:
-            raise self._readable(error) from error
+            if "failed to import on the worker" not in str(error.cause):
+                raise error.cause from error
+            raise SettingError(
+                f"`ray` {self._address}: a machine of the cluster cannot import rankdecay: install the same version "
+                "there, in the Python that runs Ray"
+            ) from error
         except self._lost as error:
             del self._running[stream]
             self._again(task, error)
@@ -169,7 +174,7 @@ class _Cluster:
         return row
 
     def _again(self, task: _Task, error: Exception) -> None:
-        """Trains what is left of a lost task again."""
+        """Queues the rest of a lost task again."""
         task.losses += 1
         what = f"{len(task.trials)} unfinished run{'s' if len(task.trials) > 1 else ''}"
         name = type(error).__name__
@@ -183,22 +188,13 @@ class _Cluster:
             self._waiting.appendleft(task)
         self._submit(self._slots())
 
-    def _readable(self, error: Any) -> BaseException:
-        """What was raised in a task."""
-        if "failed to import on the worker" in str(error.cause):
-            return SettingError(
-                f"`ray` {self._address}: a machine of the cluster cannot import rankdecay: install the same version "
-                "there, in the Python that runs Ray"
-            )
-        return error.cause
-
 
 @contextmanager
 def _connected(address: str) -> Iterator[ModuleType]:
-    """Ray, connected; afterwards the connection is closed, and a Ray started here ended.
+    """Connects to Ray; closes the connection at the end, and stops a Ray started here.
 
     Raises:
-        SettingError: if that cannot be.
+        SettingError: without Ray, or if no connection can be made.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

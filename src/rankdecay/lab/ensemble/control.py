@@ -1,4 +1,4 @@
-r"""What an arm does to W_Q and W_K beside its decay: the controls that take a decay apart, and its schedule.
+r"""Controls of a decay of W_Q and W_K: its parts, a held norm, and its schedule.
 
 A decay step D on a weight W has a radial part along W, which a scale-invariant network cannot see in its function,
 and a tangential part, which turns W:
@@ -25,7 +25,7 @@ Schedule = Literal["always", "after_memorising", "until_generalised"]
 
 @dataclass(frozen=True)
 class Control:
-    """How a member departs from plainly applying its decay; the defaults do not.
+    """Changes to how a member applies its decay; the defaults change nothing.
 
     Attributes:
         part: of each decay step that is applied (module docstring).

@@ -13,6 +13,7 @@ stored random state.
 import math
 import os
 import shutil
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from rankdecay.spectrum import Spectrum, spectrum
 
 Precision = Literal["float32", "mixed", "float64"]
 MEASURED_TRAIN = 1024  # training examples an evaluation looks at: enough to see memorisation, a third of the time
+STEPS_BETWEEN_CHECKS = 10
 STATE = ("weights", "mean", "square")  # the tensors of a `State`
 BLOCK_MATRICES = ("value", "output", "mlp_in", "mlp_out")
 EVALUATION_ROWS = {"cpu": 512, "cuda": 8192}  # examples per member and forward pass: what fits the cache, or the launch
@@ -66,13 +68,13 @@ class Member:
 
     @property
     def low_rank(self) -> LowRank | None:
-        """Its low-rank decay, if that is its decay and has a strength."""
+        """Low-rank decay of the member, None if it has another one or no strength."""
         return self.decay if isinstance(self.decay, LowRank) and self.decay.strength else None
 
 
 @dataclass(frozen=True)
 class State:
-    """Where one member stands: all that its training needs to go on."""
+    """State of one member: everything its training needs to continue."""
 
     step: int
     weights: Tensor  # (parameters,)
@@ -82,7 +84,7 @@ class State:
 
 @dataclass(frozen=True)
 class Training:
-    """What all members of an ensemble share beside the shape of the network."""
+    """Training settings that all members of an ensemble share."""
 
     batch_size: int = 512
     precision: Precision = "float32"
@@ -92,7 +94,7 @@ class Training:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        """Refuses a precision that was never resolved, which would quietly train in float32."""
+        """Refuses a precision that was not resolved, which would silently train in float32."""
         check_resolved(self.precision, get_args(Precision))
 
 
@@ -130,9 +132,9 @@ def worth_compiling(wanted: str, device: str, make: "Callable[[], Ensemble]", st
         return False
     ensemble = make()
     ensemble.train(1)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     ensemble.train(PROBED)
-    return (time.perf_counter() - begun) / PROBED * steps >= COMPILE_FROM
+    return (time.perf_counter() - start) / PROBED * steps >= COMPILE_FROM
 
 
 def adamw_(
@@ -250,7 +252,7 @@ class Ensemble:
         return torch.tensor(values, device=self.training.device, dtype=self._dtype)[:, None]
 
     def _bind(self) -> None:
-        """Derives everything that follows from the members and their rows."""
+        """Rebuilds every tensor that is derived from the members and their rows."""
         self.parameters = {}
         start = 0
         for name, shape in self._shapes.items():
@@ -275,19 +277,19 @@ class Ensemble:
         self._test_tokens, self._test_targets = self._stacked("test")
 
     def _bind_schedule(self) -> None:
-        """What depends on which decays act now, and on the ranks they have reached."""
+        """Rebuilds what depends on the decays that act now, and on the ranks they have reached."""
         l2 = [
             m.decay.strength if isinstance(m.decay, Frobenius) and acts else 0.0
             for m, acts in zip(self.members, self._acts, strict=True)
         ]
         self._keep_query_key = 1 - self._query_key_lr * self._column(l2)
-        groups: dict[tuple[LowRank, Part, bool], list[int]] = defaultdict(list)
+        groups: dict[tuple[LowRank, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
         for index, (member, acts) in enumerate(zip(self.members, self._acts, strict=True)):
             if member.low_rank and acts:
                 plain = replace(member.low_rank, strength=0.0)
-                groups[plain, member.control.part, member.control.blocks].append(index)
+                groups[plain, member.control.part, member.control.blocks][index] = member.low_rank.strength
         self._low_rank = [
-            Group(*key, rows, self._column([self._strength(i) for i in rows])) for key, rows in groups.items()
+            Group(*key, list(strengths), self._column(list(strengths.values()))) for key, strengths in groups.items()
         ]
         self._share: Tensor | None = None  # of its decay that each head block takes: (members, depth, 2, heads)
         if all(m.control.target_rank is None for m in self.members):
@@ -312,10 +314,6 @@ class Ensemble:
         rank = self.members[index].control.truncate_to
         if rank is not None:
             self.query_key[index] = truncated(self.query_key[index], rank)
-
-    def _strength(self, index: int) -> float:
-        decay = self.members[index].decay
-        return decay.strength if decay else 0.0
 
     def _stacked(self, side: str) -> tuple[Tensor, Tensor]:
         """Tokens and targets of all members, padded to the longest set with target −1."""
@@ -378,8 +376,8 @@ class Ensemble:
             self._decay(group)
         if self._norm is not None:
             norms = self.query_key.norm(dim=(-2, -1), keepdim=True)
-            held = self._norm.view(-1, 1, 1, 1, 1) / norms
-            self.query_key.mul_(torch.where(held.isfinite(), held, 1))
+            factor = self._norm.view(-1, 1, 1, 1, 1) / norms
+            self.query_key.mul_(torch.where(factor.isfinite(), factor, 1))
 
     def _adamw(self) -> None:
         t = self.training
@@ -390,7 +388,7 @@ class Ensemble:
             adamw_(weight, grad, mean, square, lr, self._step, t.betas, t.eps)
 
     def _decay(self, group: Group) -> None:
-        """The group's decay of the members for whom it is due."""
+        """Decays those members of a group whose interval has passed."""
         every = group.policy.every
         due = [place for place, row in enumerate(group.rows) if self.steps[row] % every == 0]
         if not due:
@@ -407,7 +405,7 @@ class Ensemble:
                 self.parameters[name][rows] = group.decayed(weight, tau)
 
     def _which(self, rows: list[int]) -> slice | Tensor:
-        """An index of members; of all of them a slice, which needs no gathered copy."""
+        """Index of some members; a slice for all of them, which needs no gathered copy."""
         return slice(None) if len(rows) == len(self.members) else torch.tensor(rows, device=self.training.device)
 
     def _decayed(self, group: Group, steps: int) -> Tensor:
@@ -541,26 +539,34 @@ class Ensemble:
     # --- resuming ----------------------------------------------------------------------------------------
 
     def state(self, index: int) -> State:
-        """Everything one member's training needs to go on, on the CPU."""
+        """Copies the state of one member to the CPU."""
         rows = (self._weights, self._mean, self._square)
         return State(self.steps[index], *(row[index].detach().cpu().clone() for row in rows))
 
     def restore(self, index: int, state: State) -> None:
-        """Puts one member where a stored state left it.
+        """Restores the state of one member.
 
         Raises:
             ValueError: if the state is not that of a member of this shape.
         """
         for name in STATE:
-            own, stored = getattr(self, f"_{name}")[index], getattr(state, name)
-            if stored.shape != own.shape or stored.dtype != own.dtype:
+            row, stored = getattr(self, f"_{name}")[index], getattr(state, name)
+            if stored.shape != row.shape or stored.dtype != row.dtype:
                 raise ValueError(
-                    f"stored {name} are {tuple(stored.shape)} {stored.dtype}, expected {tuple(own.shape)} "
-                    f"{own.dtype}: the checkpoint belongs to another ensemble"
+                    f"stored {name} are {tuple(stored.shape)} {stored.dtype}, expected {tuple(row.shape)} "
+                    f"{row.dtype}: the checkpoint belongs to another ensemble"
                 )
-            own.copy_(stored)
+            row.copy_(stored)
         self.steps[index] = state.step
         self._step[index] = state.step
+
+
+def train_unless_stopped(ensemble: Ensemble, steps: int, stop: threading.Event) -> None:
+    """Trains an ensemble for ``steps`` steps; raises InterruptedError within a few once ``stop`` is set."""
+    for done in range(0, steps, STEPS_BETWEEN_CHECKS):
+        if stop.is_set():
+            raise InterruptedError
+        ensemble.train(min(STEPS_BETWEEN_CHECKS, steps - done))
 
 
 def _angle(before: Tensor, after: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one training run came to, from its evaluations, and what a sweep's row of it is called by.
+"""Outcome of one run from its evaluations, and the key of its row in a sweep.
 
 Importing this module imports neither torch nor numpy: statistics and reports read rows without what trained them.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 Record = dict[str, Any]
 Key = tuple[str, float, float, float, int]
-KEY = ("arm", "strength", "rest_decay", "train_fraction", "seed")  # what tells a row from every other of its sweep
+KEY = ("arm", "strength", "rest_decay", "train_fraction", "seed")  # unique within a sweep
 FIGURES = (  # of a run's last evaluation: what its row keeps, and what is averaged over seeds
     "test_accuracy",
     "train_accuracy",
@@ -23,7 +23,7 @@ FIGURES = (  # of a run's last evaluation: what its row keeps, and what is avera
     "tangential_share",
 )
 MEMORISED = 0.99  # training accuracy that counts as having fitted the training set
-ROSE = 0.5  # test accuracy that counts as having begun to generalise
+ROSE = 0.5  # test accuracy that counts as having started to generalise
 FELL = 0.5  # of the stable rank at initialisation that counts as having lost rank
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rankdecay.lab.ensemble.ensemble import STATE, Ensemble, State
+from rankdecay.lab.ensemble.ensemble import STATE, Ensemble, State, train_unless_stopped
 from rankdecay.lab.ensemble.outcome import diverged
 from rankdecay.lab.progress import Progress
 from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
@@ -21,11 +21,10 @@ from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 Record = dict[str, Any]
 Leaves = Callable[[Sequence[Record]], bool]
 Measurement = tuple[list[Record], dict[str, np.ndarray]]
-STEPS_BETWEEN_CHECKS = 10
 
 
 class Runner:
-    """Drives ensembles from wherever the run directory left off to the last step.
+    """Trains ensembles from the checkpoint of the run directory to the last step.
 
     Args:
         run: the directory.
@@ -61,19 +60,19 @@ class Runner:
 
     def train(self, progress: Progress) -> list[Record]:
         """Trains to the last step and returns every record of the run."""
-        begun, before = time.monotonic(), self.seconds
+        self._start = time.monotonic() - self.seconds  # as if there had been no interruption
         if self.step == 0 and not self._history:
-            self._advance(0, progress, begun, before)
+            self._advance(0, progress)
         while self.step < self._steps and any(e.members for e in self._ensembles):
-            self._advance(min(self._every, self._steps - self.step), progress, begun, before)
+            self._advance(min(self._every, self._steps - self.step), progress)
         return self._run.metrics()
 
-    def _advance(self, steps: int, progress: Progress, begun: float, before: float) -> None:
-        """One interval of every ensemble: train, evaluate, store, let members leave, checkpoint."""
+    def _advance(self, steps: int, progress: Progress) -> None:
+        """Trains, evaluates and stores every ensemble for one interval; lets members leave and writes a checkpoint."""
         snapshots = []
         running = [ensemble for ensemble in self._ensembles if ensemble.members]
         for ensemble, (records, arrays) in zip(running, self._measured(running, steps), strict=True):
-            self.seconds = before + time.monotonic() - begun
+            self.seconds = time.monotonic() - self._start
             for record in records:
                 record["seconds"] = round(self.seconds, 3)
                 self._history.setdefault((record["arm"], record["seed"]), []).append(record)
@@ -84,7 +83,7 @@ class Runner:
             if not all(keep):
                 ensemble.retain(keep)
         self.step += steps
-        progress.interval_ended()
+        progress.estimate()  # not before: the steps of later ensembles were made but not counted
         self._run.save_snapshot(self.step, _joined(snapshots))
         self._throttle(lambda: self._run.save_checkpoint(self._checkpoint()))
 
@@ -132,19 +131,16 @@ class Runner:
 
 
 def _train_and_evaluate(ensemble: Ensemble, steps: int, stop: threading.Event) -> Measurement:
-    """One ensemble's interval; gives up between steps once ``stop`` is set."""
+    """Trains one ensemble for an interval and evaluates it; raises InterruptedError once ``stop`` is set."""
     start = time.monotonic()
-    for done in range(0, steps, STEPS_BETWEEN_CHECKS):
-        if stop.is_set():
-            raise InterruptedError
-        ensemble.train(min(STEPS_BETWEEN_CHECKS, steps - done))
+    train_unless_stopped(ensemble, steps, stop)
     spent = (time.monotonic() - start) / (steps * len(ensemble.members)) if steps else None
     records, arrays = ensemble.evaluate()
     return [record | {"step_seconds": spent} for record in records], arrays
 
 
 def _joined(snapshots: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The snapshots of several ensembles as one: rows are joined, labels are shared."""
+    """Joins the snapshots of several ensembles: rows are concatenated, labels are shared."""
     labels = ("groups", "positions")
     first = snapshots[0]
     return {k: first[k] if k in labels else np.concatenate([s[k] for s in snapshots]) for k in first}

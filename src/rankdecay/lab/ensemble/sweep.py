@@ -2,10 +2,10 @@
 
 A *trial* is one run of a sweep: a member, the network and the data set it needs. `train` fills the places of an
 ensemble from a source of trials of the same network, and yields a row for each trial that ends. It knows nothing of
-where it runs: `lab.local` drives it in threads, `lab.cluster` in tasks on many machines. A member's trajectory
-does not depend on its neighbours but for how batched products of another size round; nor, then, does a row depend on
-which trials shared its places. In float64 that shows in no stored digit; in mixed precision a run near an edge may
-come out otherwise.
+where it runs: `ensemble.local` drives it in threads, `ensemble.cluster` in tasks on many machines. A member's
+trajectory does not depend on its neighbours but for how batched products of another size round; nor, then, does a row
+depend on which trials shared its places. In float64 that shows in no stored digit; in mixed precision a run near an
+edge may come out otherwise.
 """
 
 import threading
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rankdecay.lab.ensemble.control import decay_acts, memorised
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, State, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble, Member, State, Training, train_unless_stopped
 from rankdecay.lab.ensemble.outcome import (
     FELL,
     FIGURES,
@@ -34,7 +34,6 @@ from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.tasks import make_dataset
 from rankdecay.spectrum import spectrum
 
-STEPS_BETWEEN_CHECKS = 10
 SPECTRUM_POINTS = 24  # singular values a row keeps, evenly spread over the logarithm of the index
 CURVES = ("train_accuracy", "test_accuracy", "stable_rank", "query_norm")
 
@@ -60,13 +59,13 @@ class Trial:
 
     @property
     def key(self) -> Key:
-        """What tells it from every other trial of the sweep."""
+        """Unique key of the trial within the sweep."""
         return (self.member.arm, self.strength, self.member.rest_decay, self.train_fraction, self.member.seed)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all trials of a sweep share.
+    """Settings that all trials of a sweep share.
 
     Attributes:
         training: batch size, precision and device.
@@ -86,7 +85,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Saved:
-    """A trial under way: its state at its last evaluation, and what has been measured of it."""
+    """Unfinished trial: its state at its last evaluation, and its evaluations so far."""
 
     state: State
     initial_rank: float
@@ -94,7 +93,7 @@ class Saved:
 
 
 class Source:
-    """Trials waiting to be trained, shared by the threads that train them."""
+    """Queue of trials that wait to be trained, shared by the threads that train them."""
 
     def __init__(self, trials: Iterable[Trial]) -> None:
         self._lock = threading.Lock()
@@ -121,7 +120,7 @@ class Source:
 
 @dataclass
 class _Run:
-    """A trial in a place."""
+    """Trial that a place of an ensemble is training."""
 
     trial: Trial
     examples: int
@@ -147,8 +146,8 @@ def train(
         source: of trials; others may take from it meanwhile.
         plan: what they share.
         stop: once set, gives up within a few steps by raising InterruptedError.
-        saved: trials that were under way when an earlier sweep ended, to be continued.
-        after_interval: called after each interval with a function that returns the trials now under way.
+        saved: trials that were unfinished when an earlier sweep ended, to be continued.
+        after_interval: called after each interval with a function that returns the unfinished trials.
     """
     saved = saved or {}
     while (config := source.network()) is not None:
@@ -157,7 +156,7 @@ def train(
 
 
 class _Places:
-    """The places of one ensemble."""
+    """Ensemble whose places are refilled as their trials end."""
 
     def __init__(
         self, ensemble: Ensemble, source: Source, plan: Plan, stop: threading.Event, saved: dict[Key, Saved]
@@ -168,13 +167,10 @@ class _Places:
     def train(self, after_interval: Intermission) -> Iterator[Record]:
         self._fill()
         while any(not run.finished for run in self._runs):
-            for done in range(0, self._plan.evaluate_every, STEPS_BETWEEN_CHECKS):
-                if self._stop.is_set():
-                    raise InterruptedError
-                self._ensemble.train(min(STEPS_BETWEEN_CHECKS, self._plan.evaluate_every - done))
+            train_unless_stopped(self._ensemble, self._plan.evaluate_every, self._stop)
             rows = self._evaluate()
             self._fill()
-            after_interval(self._under_way)
+            after_interval(self._unfinished)
             yield from rows
 
     def _evaluate(self) -> list[Record]:
@@ -231,7 +227,7 @@ class _Places:
             self._runs.append(run)
         self._ensemble.schedule([self._decay_acts(run) for run in self._runs])
 
-    def _under_way(self) -> dict[Key, Saved]:
+    def _unfinished(self) -> dict[Key, Saved]:
         return {
             run.trial.key: Saved(self._ensemble.state(index), run.initial_rank, list(run.records))
             for index, run in enumerate(self._runs)
@@ -240,7 +236,7 @@ class _Places:
 
 
 def row(trial: Trial, records: Sequence[Record], initial_rank: float, sigma: np.ndarray, plan: Plan) -> Record:
-    """What a sweep keeps of one run (``docs/run_directory.md``).
+    """Row that a sweep stores of one run (``docs/run_directory.md``).
 
     Args:
         trial: the run.
@@ -275,5 +271,5 @@ def row(trial: Trial, records: Sequence[Record], initial_rank: float, sigma: np.
 
 
 def _short(value: float | None) -> float | None:
-    """Four significant digits: what a row of many is kept with."""
+    """Rounds to four significant digits."""
     return None if value is None else float(f"{value:.4g}")

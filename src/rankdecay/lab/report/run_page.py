@@ -22,7 +22,8 @@ from rankdecay.lab.report.chart import Chart, Choice, embedded_charts
 from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import arm_styles
 from rankdecay.lab.report.table import html_table, scrolling
-from rankdecay.lab.report.words import MARKS, Facts, Verdict, duration, is_number, verdict
+from rankdecay.lab.report.words import MARKS, Facts, Verdict, is_number, verdict
+from rankdecay.text import duration
 
 if TYPE_CHECKING:
     from rankdecay.lab.experiment import Experiment

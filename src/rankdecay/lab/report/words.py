@@ -176,16 +176,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def duration(seconds: Any) -> str:
-    """Seconds as a person says them: ``"48 s"``, ``"3:07 min"``, ``"2:05 h"``."""
-    if not is_number(seconds):
-        return "—"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60}:{whole % 60:02d} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02d} h"
-
-
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval for a proportion, 95 % by default: unlike a standard error, wide at 3 of 3."""
     if trials == 0:

@@ -24,6 +24,7 @@ from torch import Tensor
 from rankdecay.lab.session.gpt import EPSILON, GPT, ROTARY_BASE, GPTConfig
 
 OWN_TYPE = "rankdecay_gpt"  # the model_type of what transformers has no class for
+LLAMA_TYPES = {"Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 
 
 def architecture(config: GPTConfig) -> str | None:
@@ -47,7 +48,7 @@ def save_checkpoint(model: GPT, directory: Path) -> None:
         tensors, settings = _image_gpt_weights(weights, config), _image_gpt_settings(config)
     else:
         weights.pop("lm_head.weight")  # tied: the same tensor as the embedding
-        tensors, settings = weights, _llama_settings(config)
+        tensors, settings = weights, _llama_settings(config, LLAMA_TYPES.get(kind or "", OWN_TYPE))
         if kind is not None and not config.mlp_width:
             tensors |= _no_mlp(config)
     common = {
@@ -63,11 +64,10 @@ def save_checkpoint(model: GPT, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(common | settings, indent=1) + "\n", encoding="utf-8")
 
 
-def _llama_settings(config: GPTConfig) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "model_type": {"Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}.get(
-            architecture(config) or "", OWN_TYPE
-        ),
+def _llama_settings(config: GPTConfig, model_type: str) -> dict[str, Any]:
+    rotary = config.positions == "rotary"
+    return {
+        "model_type": model_type,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width or 1,
         "num_hidden_layers": config.depth,
@@ -75,15 +75,12 @@ def _llama_settings(config: GPTConfig) -> dict[str, Any]:
         "num_key_value_heads": config.heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.context,
-        "hidden_act": "silu" if config.positions == "rotary" else "gelu",
+        "hidden_act": "silu" if rotary else "gelu",
         "rms_norm_eps": EPSILON,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,
-    }
-    if config.positions == "rotary":
-        settings["rope_theta"] = ROTARY_BASE
-    return settings
+    } | ({"rope_theta": ROTARY_BASE} if rotary else {})
 
 
 def _no_mlp(config: GPTConfig) -> dict[str, Tensor]:

@@ -108,30 +108,21 @@ class Rotary(nn.Module):
         return turned.to(x.dtype)
 
 
-class GatedMLP(nn.Module):
-    """Down(silu(gate x) · up x)."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(config.width, config.mlp_width, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (…, width) to the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class MLP(nn.Module):
-    """Down(gelu(up x))."""
+    """Feed-forward part: down(silu(gate x) · up x) with rotary positions as in Llama, else down(gelu(up x))."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.gated = config.positions == "rotary"
+        if self.gated:
+            self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
         self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
         self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (…, width) to the same shape."""
-        return self.down_proj(F.gelu(self.up_proj(x)))
+        up = self.up_proj(x)
+        return self.down_proj(F.silu(self.gate_proj(x)) * up if self.gated else F.gelu(up))
 
 
 class Block(nn.Module):
@@ -144,7 +135,7 @@ class Block(nn.Module):
         self.has_mlp = config.mlp_width > 0
         if self.has_mlp:
             self.post_attention_layernorm = nn.RMSNorm(config.width, EPSILON)
-            self.mlp = GatedMLP(config) if config.positions == "rotary" else MLP(config)
+            self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, tokens, width) to the same shape."""

@@ -236,8 +236,8 @@ class Session:
         size = plan.batch_size // (plan.layout.shares * plan.accumulate)
         total = torch.zeros((), device=plan.device)
         for part in range(plan.accumulate):
-            place = (plan.layout.share * plan.accumulate + part) * size
-            batch = tuple(t[place : place + size].to(plan.device, non_blocking=True) for t in whole)
+            start = (plan.layout.share * plan.accumulate + part) * size
+            batch = tuple(t[start : start + size].to(plan.device, non_blocking=True) for t in whole)
             last = part == plan.accumulate - 1
             # gradients of shards are reduced after every part: deferring it would need whole gradients in memory
             model = self._trained

@@ -12,7 +12,7 @@ TASKS = (*SAMPLED, *OPERATIONS, "s5")
 
 
 def sequences(task: str, *, modulus: int, values: int, named: int) -> int:
-    """How many distinct sequences a task has; for a task that is split by fraction, the examples on both sides.
+    """Number of distinct sequences of a task; for a task that is split by fraction, the examples on both sides.
 
     Args:
         task: one of `TASKS`.

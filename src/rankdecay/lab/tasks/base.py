@@ -1,4 +1,4 @@
-"""What a task hands to the lab: token sequences, their answers, and a split that leaks nothing.
+"""Data set of a task: token sequences, their answers, and a split that leaks nothing.
 
 Every task is a finite set of sequences of equal length whose answer is read at the last position. Splits are drawn
 from a seed alone, so the same seed gives every arm of an experiment the same training set.
@@ -42,7 +42,7 @@ class Dataset:
 
 
 def random_generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
-    """A generator that depends on nothing but its arguments, so that any draw can be repeated without stored state."""
+    """Random generator that depends on its arguments alone, so that any draw can be repeated without stored state."""
     return np.random.default_rng([seed, *purpose.encode(), *index])
 
 
@@ -52,10 +52,21 @@ def check_modulus(modulus: int) -> None:
         raise SettingError(f"`modulus` {modulus} is too small: choose at least 2")
 
 
+def check_values(values: int, purpose: str) -> None:
+    """Raises a `SettingError` unless a sequence has 2 to 9 values."""
+    if not 2 <= values <= len(ORDINALS):
+        raise SettingError(f"`values` {values} is outside 2 to {len(ORDINALS)}: {purpose}")
+
+
+def split_drawn(tokens: np.ndarray, targets: np.ndarray, train_examples: int) -> tuple[np.ndarray, ...]:
+    """Splits drawn examples into train tokens, train targets, test tokens and test targets."""
+    return tokens[:train_examples], targets[:train_examples], tokens[train_examples:], targets[train_examples:]
+
+
 def draw_distinct(
     task: str, total: int, train_examples: int, test_examples: int, seed: int, modulus: int
 ) -> np.ndarray:
-    """Distinct numbers below ``total``, for a task that numbers its sequences and draws instead of listing them.
+    """Draws distinct numbers below ``total``, for a task that numbers its sequences instead of listing them.
 
     Distinct numbers are distinct sequences, so the first ``train_examples`` can train and the rest test.
 

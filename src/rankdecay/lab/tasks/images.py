@@ -31,7 +31,7 @@ class Images:
     classes: tuple[str, ...]
 
     def at(self, indices: np.ndarray) -> "Images":
-        """Some of them."""
+        """Selects images by index."""
         return Images(self.pixels[indices], self.labels[indices], self.classes)
 
 

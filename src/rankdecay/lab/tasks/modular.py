@@ -39,7 +39,7 @@ def _second_operands(operation: str, modulus: int) -> np.ndarray:
 
 
 def modular_sequences(operation: str, modulus: int) -> int:
-    """How many sequences there are: ordered pairs, without the divisor 0."""
+    """Number of sequences: ordered pairs, without the divisor 0."""
     return modulus * len(_second_operands(operation, modulus))
 
 

@@ -11,11 +11,11 @@ from math import perm
 import numpy as np
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.tasks.base import ORDINALS, Dataset, check_modulus, digits, draw_distinct
+from rankdecay.lab.tasks.base import ORDINALS, Dataset, check_modulus, check_values, digits, draw_distinct, split_drawn
 
 
 def recall_sequences(modulus: int, values: int) -> int:
-    """How many sequences there are: distinct keys in any order, any values, any of the keys as the query."""
+    """Number of sequences: distinct keys in any order, any values, any of the keys as the query."""
     return values * modulus**values * perm(modulus, values)
 
 
@@ -50,8 +50,7 @@ def recall(modulus: int, train_examples: int, seed: int, *, values: int = 4, tes
         SettingError: if an argument is out of range or there are fewer sequences than examples asked for.
     """
     check_modulus(modulus)
-    if not 2 <= values <= len(ORDINALS):
-        raise SettingError(f"`values` {values} is outside 2 to {len(ORDINALS)}: how many pairs to recall from")
+    check_values(values, "how many pairs to recall from")
     if values > modulus:
         raise SettingError(
             f"`values` {values} needs as many distinct keys, `modulus` {modulus} has fewer: "
@@ -67,10 +66,7 @@ def recall(modulus: int, train_examples: int, seed: int, *, values: int = 4, tes
     tokens = np.concatenate([pairs, keys[rows, asked][:, None]], axis=1)
     targets = answers[rows, asked]
     return Dataset(
-        tokens[:train_examples],
-        targets[:train_examples],
-        tokens[train_examples:],
-        targets[train_examples:],
+        *split_drawn(tokens, targets, train_examples),
         vocabulary=2 * modulus,
         outputs=modulus,
         positions=(*(f"{ORDINALS[i]} {part}" for i in range(values) for part in ("key", "value")), "query"),

@@ -11,11 +11,11 @@ from math import comb
 import numpy as np
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.tasks.base import ORDINALS, Dataset, check_modulus, digits, draw_distinct
+from rankdecay.lab.tasks.base import ORDINALS, Dataset, check_modulus, check_values, digits, draw_distinct, split_drawn
 
 
 def selection_sequences(modulus: int, values: int, named: int) -> int:
-    """How many sequences there are: any residues, any group of positions."""
+    """Number of sequences: any residues, any group of positions."""
     return modulus**values * comb(values, named)
 
 
@@ -36,8 +36,7 @@ def selection(
         SettingError: if an argument is out of range or there are fewer sequences than examples asked for.
     """
     check_modulus(modulus)
-    if not 2 <= values <= len(ORDINALS):
-        raise SettingError(f"`values` {values} is outside 2 to {len(ORDINALS)}: how many residues to choose from")
+    check_values(values, "how many residues to choose from")
     if not 1 <= named <= values:
         raise SettingError(f"`named` {named} is outside 1 to `values` {values}: how many of the residues to add")
     total = selection_sequences(modulus, values, named)
@@ -48,10 +47,7 @@ def selection(
     tokens = np.concatenate([residues, modulus + group[:, None]], axis=1)
     targets = np.take_along_axis(residues, groups[group], axis=1).sum(1) % modulus
     return Dataset(
-        tokens[:train_examples],
-        targets[:train_examples],
-        tokens[train_examples:],
-        targets[train_examples:],
+        *split_drawn(tokens, targets, train_examples),
         vocabulary=modulus + len(groups),
         outputs=modulus,
         positions=(*(f"{ORDINALS[i]} value" for i in range(values)), "pair" if named == 2 else "named"),

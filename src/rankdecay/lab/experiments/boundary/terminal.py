@@ -3,16 +3,13 @@
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.columns import Columns
 from rich.console import Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from rankdecay.lab.progress import Screen, duration
+from rankdecay.lab.progress import BarScreen
 
 if TYPE_CHECKING:
     from rankdecay.lab.ensemble.sweep import Trial
@@ -25,8 +22,8 @@ PLAIN_EVERY = 30.0  # seconds between lines when there is no terminal
 Cell = tuple[float, float, float]  # rest decay, train fraction, strength
 
 
-class PhaseProgress(Screen):
-    """Progress of a sweep; use as a context after `begin`.
+class PhaseProgress(BarScreen):
+    """Bar of a sweep over its phase maps; use as a context after `begin`.
 
     Args:
         title: what is running.
@@ -35,20 +32,14 @@ class PhaseProgress(Screen):
     """
 
     def __init__(self, title: str, arms: Sequence[str], **options: Any) -> None:
-        super().__init__(**options)
-        self._title, self._arms = title, arms
+        super().__init__(title, **options)
         self._cells: dict[str, dict[Cell, list[bool]]] = {arm: defaultdict(list) for arm in arms}
-        self._bar = Progress(
-            TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"), auto_refresh=False
-        )
-        self._task = self._bar.add_task("", total=0, left="")
-        self._live = Live(console=self.console, auto_refresh=False) if self.is_live else None
         self._entered = False
-        self._waiting = self._ended = 0
-        self._started = self._spoken = time.monotonic()
+        self._missing = 0
+        self._last_line = time.monotonic()
 
     def begin(self, rows: Sequence[dict[str, Any]], missing: Sequence["Trial"], steps: int) -> None:
-        """States what is there and what is still to run.
+        """Shows what is there and what is still to run, and starts the clock.
 
         Args:
             rows: of the runs that have ended.
@@ -61,43 +52,34 @@ class PhaseProgress(Screen):
             self._cells[trial.member.arm][trial.key[2], trial.train_fraction, trial.strength]
         for row in rows:
             self._add(row)
-        self._waiting, self._ended, self._started = len(missing), 0, time.monotonic()
-        self._bar.update(self._task, total=len(rows) + len(missing), completed=len(rows), left="")
+        self._missing = len(missing)
+        self.start_clock(len(rows) + len(missing), len(rows))
         if missing:
-            self.line(f"{self._title}: {len(missing)} runs to do" + (f", {len(rows)} there" if rows else ""))
+            self.line(f"{self.title}: {len(missing)} runs to do" + (f", {len(rows)} there" if rows else ""))
         self._start()
         self._show()
 
-    def __enter__(self) -> "PhaseProgress":
+    def __enter__(self) -> Self:
         self._entered = True
         self._start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.stop()
-
     def update(self, row: dict[str, Any]) -> None:
-        """A run has ended."""
+        """Adds the row of a run that has ended."""
         self._add(row)
-        self._ended += 1
-        share = self._ended / self._waiting if self._waiting else 0
-        if share >= ESTIMATE_FROM:
-            self.estimate(time.monotonic() - self._started, share)
-        left = (time.monotonic() - self._started) / self._ended * max(0, self._waiting - self._ended)
-        said = f"ETA {duration(left)}" if left else ""
-        self._bar.update(self._task, advance=1, left=said)
+        self.done += 1
+        ended = self.done - self.work + self._missing
+        if ended >= ESTIMATE_FROM * self._missing:
+            self.estimate()
         self._show()
-        if time.monotonic() - self._spoken > PLAIN_EVERY or self._ended == self._waiting:
-            self._spoken = time.monotonic()
+        if time.monotonic() - self._last_line > PLAIN_EVERY or ended == self._missing:
+            self._last_line = time.monotonic()
             generalised = sum(sum(seeds) for cells in self._cells.values() for seeds in cells.values())
-            self.line(f"{self._ended} of {self._waiting} runs, {generalised} of all generalised  {said}")
+            self.line(f"{ended} of {self._missing} runs, {generalised} of all generalised  {self.left()}")
 
     def _start(self) -> None:
-        if self._live and self._entered and self._waiting:
-            self._live.start()
+        if self.live and self._entered and self._missing:
+            self.live.start()
 
     def _add(self, row: dict[str, Any]) -> None:
         if row["arm"] in self._cells:
@@ -105,9 +87,10 @@ class PhaseProgress(Screen):
             self._cells[row["arm"]][cell].append(row["outcome"] == "generalised")
 
     def _show(self) -> None:
-        if self._live:
+        if self.live:
+            self.draw_bar(before_left=f"{self.done}/{self.work}  ")
             maps = [phase_map(arm, cells) for arm, cells in self._cells.items() if cells]
-            self._live.update(Group(self._bar, Columns(maps, padding=(1, 3)), Text(LEGEND, "dim")), refresh=True)
+            self.live.update(Group(self.bar, Columns(maps, padding=(1, 3)), Text(LEGEND, "dim")), refresh=True)
 
 
 def phase_map(arm: str, cells: dict[Cell, list[bool]]) -> Text:
