@@ -235,7 +235,7 @@ def test_products_that_cannot_be_timed_are_a_line_where_the_precision_is_settled
 STANDARD = {
     "grok": {"modulus": 31, "width": 128, "mlp_width": 512, "steps": 640, "train_examples": 3000, "lr": 1e-3,
              "batch_size": 256, "strength": 10.0, "tuned_strength": 100.0, "weight_decay": 3.0},
-    "boundary": {"arms": ("none", "l2", "low_rank", "smooth", "prototype", "uniform_attention"), "strengths": (),
+    "boundary": {"arms": ("none", "l2", "prox", "smooth", "prototype", "uniform_attention"), "strengths": (),
                  "widen": 1},
     "factor": {"seeds": 50, "steps": 1000},
     "margin": {"datasets": 20, "steps": 30_000, "margin": 1e8, "parametrisation": MARGIN_ARMS},
@@ -287,13 +287,14 @@ def test_a_negative_first_seed_is_refused(command, tmp_path, capsys):
 def test_strengths_of_a_preset_do_not_bind_who_chooses_other_arms():
     from rankdecay.lab.experiments.attention.language.settings import Language
     from rankdecay.lab.experiments.attention.settings import chosen_arms
-    from rankdecay.lab.experiments.boundary import experiment as boundary
+    from rankdecay.lab.experiments.boundary.arms import make_arms
+    from rankdecay.lab.experiments.boundary.settings import Boundary, filled
 
-    assert list(boundary.chosen_arms(boundary.filled(boundary.Boundary(arms=("none",))))) == ["none"]
+    assert [arm.name for arm in make_arms(filled(Boundary(arms=("none",))))] == ["none"]
     [arm] = chosen_arms(dataclasses.replace(Language(), arms=("l2_query_key",)))
     assert arm.name == "l2_query_key"
     with pytest.raises(SettingError, match="--strengths 'l2'"):
-        boundary.chosen_arms(boundary.filled(boundary.Boundary(arms=("none",), strengths=("l2=7",))))
+        make_arms(filled(Boundary(arms=("none",), strengths=("l2=7",))))
 
 
 def test_described_is_none_where_there_was_no_choice():

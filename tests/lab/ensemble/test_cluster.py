@@ -21,7 +21,9 @@ from rankdecay.lab.ensemble import cluster, sweep
 from rankdecay.lab.ensemble.outcome import key_of
 from rankdecay.lab.ensemble.sweep import Trial
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.boundary.experiment import Boundary, chosen_arms, filled, make_plan, trials
+from rankdecay.lab.experiments.boundary.arms import make_arms
+from rankdecay.lab.experiments.boundary.experiment import make_plan, trials
+from rankdecay.lab.experiments.boundary.settings import Boundary, filled
 from rankdecay.lab.store import read_metrics
 from tests import needs
 from tests.held import held
@@ -56,7 +58,7 @@ SETTINGS = filled(
         compile="off",
     )
 )
-TRIALS = [t for arm in chosen_arms(SETTINGS).values() for t in trials(SETTINGS, arm, arm.strengths or (0.0,))]
+TRIALS = [t for arm in make_arms(SETTINGS) for t in trials(SETTINGS, arm, arm.strengths or (0.0,))]
 # One place each, so that the rows of a task come one by one and a worker that dies has some left to lose.
 PLAN = dataclasses.replace(make_plan(SETTINGS, "cpu", TRIALS), places=1)
 # A machine that is gone fails its checks at once, one after another; one that is merely slow has time to answer.
