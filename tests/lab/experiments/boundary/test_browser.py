@@ -74,7 +74,7 @@ def test_hovering_a_cell_shows_its_runs(open_page):
 
 def test_a_click_keeps_a_cell_beside_others(open_page):
     page = open_page()
-    kept = _cell(page, "low-rank decay, strength 0.1, 48 %")
+    kept = _cell(page, "soft threshold (prox), strength 0.1, 48 %")
     kept.click()
     assert kept.get_attribute("aria-pressed") == "true"
     _cell(page, "L2, strength 0.1, 20 %").hover()
@@ -90,7 +90,7 @@ def test_a_click_keeps_a_cell_beside_others(open_page):
 
 def test_the_keyboard_reaches_every_cell(open_page):
     page = open_page()
-    _cell(page, "low-rank decay, strength 0.03, 20 %").focus()
+    _cell(page, "soft threshold (prox), strength 0.03, 20 %").focus()
     for key, words in [
         ("ArrowRight", "strength 0.1 · 20 %"),
         ("ArrowUp", "strength 0.1 · 27 %"),
@@ -139,7 +139,7 @@ def test_dark_mode_has_its_own_colours(open_page):
 def test_a_narrow_page_does_not_scroll_sideways(open_page, width):
     page = open_page(width=width, height=900)
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    cell = _cell(page, "low-rank decay, strength 0.1, 48 %")
+    cell = _cell(page, "soft threshold (prox), strength 0.1, 48 %")
     cell.click()
     _shows(page, "strength 0.1 · 48 %")
     assert page.locator(".cell").bounding_box()["y"] < 900  # in view, below the maps
