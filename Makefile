@@ -17,6 +17,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	$(BIN)/python .ci/architecture.py --check
+	$(BIN)/python .ci/javascript.py --check
 
 package: .venv/installed
 	$(BIN)/python .ci/package.py
@@ -24,6 +27,8 @@ package: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python .ci/javascript.py
+	$(BIN)/python .ci/architecture.py
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/grok.py

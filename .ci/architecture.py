@@ -12,17 +12,43 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "rankdecay"
 DOCUMENT = ROOT / "docs" / "architecture.md"
+LONGEST = 130  # characters of a sentence; of a longer one what stands before its colon
 BLOCK = re.compile(r"(<!-- modules -->\n```\n).*?(```\n<!-- end -->)", re.DOTALL)
 #: Packages by layer, from what everything stands on; modules that are not named follow in alphabetical order.
-LAYERS = ["rules", "checks", "dtensor", "text", "linalg", "spectrum", "attention", "inspection", "decay", "monitor", "audit"]
-LAYERS += ["integrations", "cli", "lab", "errors", "settings", "machine", "store", "stored", "precision", "progress"]
+LAYERS = [
+    "rules",
+    "checks",
+    "dtensor",
+    "text",
+    "linalg",
+    "spectrum",
+    "attention",
+    "inspection",
+    "decay",
+    "monitor",
+    "audit",
+]
+LAYERS += [
+    "audit",
+    "integrations",
+    "cli",
+    "lab",
+    "errors",
+    "settings",
+    "machine",
+    "store",
+    "stored",
+    "precision",
+    "progress",
+]
 LAYERS += ["tasks", "convex", "report", "ensemble", "session", "experiment", "experiments"]
 
 
 def sentence(path: Path) -> str:
     """The first sentence of a module's docstring, on one line."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return re.split(r"(?<=[.:?])\s", " ".join(text.split("\n\n")[0].split()))[0].rstrip(":")
+    whole = re.split(r"(?<=[.?])\s", " ".join(text.split("\n\n")[0].split()))[0]
+    return whole if len(whole) <= LONGEST else whole.split(": ")[0]
 
 
 def lines(folder: Path, depth: int = 0) -> list[str]:

@@ -35,7 +35,7 @@ from rankdecay.lab.ensemble import local
 from rankdecay.lab.ensemble.sweep import Plan, Trial
 from rankdecay.lab.experiments.boundary.arms import make_arms
 from rankdecay.lab.experiments.boundary.experiment import make_plan, trials
-from rankdecay.lab.experiments.boundary.settings import PRESETS, Boundary, filled
+from rankdecay.lab.experiments.boundary.settings import PRESETS, Boundary, check
 from rankdecay.lab.machine import describe_machine
 from rankdecay.lab.store import RunDirectory
 
@@ -45,8 +45,9 @@ CELLS = 72
 
 def grid(precision: str) -> tuple[Boundary, list[Trial]]:
     """The prototype's grid, a fraction after the other so that any first part of it is a fair mix."""
-    settings = filled(dataclasses.replace(PRESETS["prototype"], precision=precision))
-    per_arm = [list(trials(settings, arm, arm.strengths)) for arm in make_arms(settings)]
+    settings = check(dataclasses.replace(PRESETS["prototype"], precision=precision))
+    arms = {arm.name: arm for arm in make_arms(settings)}
+    per_arm = [list(trials(settings, arm, arm.strengths)) for arm in arms.values()]
     return settings, list(itertools.chain.from_iterable(zip(*per_arm, strict=True)))
 
 

@@ -1,0 +1,1 @@
+"""Experiments: training, comparing and showing, with the library's own decays."""

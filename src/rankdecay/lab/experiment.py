@@ -60,6 +60,7 @@ __all__ = [
     "write_merged_report",
     "write_report",
 ]
+EXPERIMENTS = "rankdecay.lab.experiments"  # the package whose folders are experiments
 ENTRY_POINTS = "rankdecay.experiments"  # the group by which another package registers the folder of an experiment
 FIGURE_PANELS = 3  # of a figure that an experiment does not arrange itself
 S = TypeVar("S", bound=Settings)
@@ -261,10 +262,8 @@ def _folders() -> dict[str, str]:
 
     A folder with settings but no ``experiment.py`` holds what the experiments below it share.
     """
-    from rankdecay.lab import experiments
-
-    found = {}
-    for folder in pkgutil.walk_packages(experiments.__path__, f"{experiments.__name__}."):
+    experiments, found = import_module(EXPERIMENTS), {}  # by name: nothing here depends on any of them
+    for folder in pkgutil.walk_packages(experiments.__path__, f"{EXPERIMENTS}."):
         if not folder.ispkg:
             continue
         path = Path(import_module(folder.name).__path__[0])
@@ -275,9 +274,8 @@ def _folders() -> dict[str, str]:
 
 def names() -> list[str]:
     """The commands of all experiments, in the order of `lab.experiments.ORDER`, then those of other packages."""
-    from rankdecay.lab.experiments import ORDER
-
-    return sorted(_folders(), key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    order = import_module(EXPERIMENTS).ORDER
+    return sorted(_folders(), key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
 def presets(name: str) -> Mapping[str, Settings]:

@@ -1,0 +1,1 @@
+"""Many small transformers trained as one batched computation."""

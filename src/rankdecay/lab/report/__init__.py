@@ -1,0 +1,1 @@
+"""Pages, tables, charts and figures, and the verdict of a run."""

@@ -85,7 +85,7 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
         "again": escape(experiment.again),
         "commands": commands(stored.configs),
         "facts": facts(stored.configs, (summary or {}).get("wall_seconds")),
-        "files": file_list({k: v for k, v in files.items() if (stored.directory / k).exists()}),
+        "files": _sources(stored, files),
         "data": pieces.embedded(data),
         "plotly": f"<script>{get_plotlyjs()}</script>\n",
     }
@@ -93,6 +93,13 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
     looks = ["page.css", *dict.fromkeys(name for part in html for name in part.styles)]
     package = type(next(iter(experiment.presets.values()))).__module__.rpartition(".")[0]
     return pieces.fill("run.html", filled, looks, scripts, package)
+
+
+def _sources(stored: StoredRun, files: Mapping[str, str]) -> str:
+    """What the page is made from: the files of its directory, or several directories."""
+    if len(stored.directories) > 1:
+        return "".join(f"<li><code>{escape(str(path))}</code></li>" for path in stored.directories)
+    return file_list({name: text for name, text in files.items() if (stored.directory / name).exists()})
 
 
 def _navigation(sections: Sequence[Section]) -> str:

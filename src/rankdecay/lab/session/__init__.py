@@ -1,0 +1,1 @@
+"""One large model trained as a user of the library would, alone or under torchrun."""

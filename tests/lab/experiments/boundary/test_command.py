@@ -41,8 +41,7 @@ def test_what_cannot_be_merged_is_one_line(make_sweep, tmp_path, capsys):
     first, second = make_sweep(["prox"], name="a"), make_sweep(["l2"], name="b", settings={"steps": 9})
     assert _refused(capsys, first, second).startswith("rankdecay: error: steps is 4000 in")
     (tmp_path / "config.json").write_text(json.dumps({"command": "grok"}))
-    assert "without --out" in _refused(capsys, tmp_path, "--out", tmp_path / "page.html")
-    assert "without --out" in _refused(capsys, first, tmp_path)
+    assert "is a run of 'grok', not of 'boundary': report it by itself" in _refused(capsys, first, tmp_path)
     assert not list(tmp_path.glob("*.html"))
 
 

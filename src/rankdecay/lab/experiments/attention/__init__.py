@@ -1,0 +1,1 @@
+"""A decay of attention alone: what recall, language and vision share."""

@@ -1,0 +1,1 @@
+"""Phase diagram: the data fraction and strength at which a transformer generalises."""

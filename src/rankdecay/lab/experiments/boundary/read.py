@@ -17,7 +17,7 @@ from rankdecay.lab.experiments.boundary.settings import ALIASES, GRID
 from rankdecay.lab.report.words import counted, is_number
 from rankdecay.lab.settings import Record
 from rankdecay.lab.store import DESCRIBING, DROPPED
-from rankdecay.lab.stored import StoredRun, read_run
+from rankdecay.lab.stored import StoredRun, read_config, read_run
 
 OUTCOMES = ("generalised", "budget", "diverged")
 REMEDY = "only sweeps that differ in nothing but their grid are merged: report them one by one"
@@ -58,13 +58,12 @@ def merged(paths: Sequence[Path]) -> StoredRun:
     Raises:
         SettingError: when a directory is not a sweep, is damaged, or is not of the same sweep as the first.
     """
+    paths = list(dict.fromkeys(paths))
+    for path in paths:
+        if (command := read_config(path).get("command")) != "boundary":
+            raise SettingError(f"{path} is a run of {command!r}, not of 'boundary': report it by itself")
     parts = [read_run(path, checked_row, aliases=ALIASES) for path in paths]
     for part in parts:
-        if part.config.get("command") != "boundary":
-            raise SettingError(
-                f"{part.directory} is a run of {part.config.get('command')!r}, not of 'boundary', whose pages alone "
-                "can be merged or written elsewhere: report it by itself, without --out"
-            )
         _refuse_another(parts[0], part)
     notices = [notice for part in parts for notice in part.notices]
     rows = _unique([row for part in parts for row in part.rows], notices)

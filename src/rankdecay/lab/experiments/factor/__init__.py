@@ -1,0 +1,1 @@
+"""Matrix experiment: is L2 on two factors the nuclear norm of their product?"""

@@ -28,21 +28,28 @@ chart("spectra-chart", ["step", "seed", "matrix", "scale"], (element) => {
     const scale = state.scale === "relative" ? values[0] || 1 : 1;
     const shown = values.map((value) => value / scale);
     const trace = {
-      x: shown.map((_, index) => index + 1), y: shown.map((value) => Math.max(value, FLOOR * unit)), mode: "lines",
+      x: shown.map((_, index) => index + 1),
+      y: shown.map((value) => Math.max(value, FLOOR * unit)),
+      mode: "lines",
     };
     if (String(member.seed) !== state.seed) {
       faint.push({ ...trace, line: { color: armColor(member.arm), width: 1 }, opacity: 0.3, hoverinfo: "skip" });
       continue;
     }
     bold.push({
-      ...trace, ...hoverText(element, plainText(run.arms[member.arm].label), "singular value"), customdata: shown.map(digits),
+      ...trace,
+      ...hoverText(element, plainText(run.arms[member.arm].label), "singular value"),
+      customdata: shown.map(digits),
       line: { color: armColor(member.arm), width: 2.4, dash: run.arms[member.arm].dash },
     });
   }
   const top = Math.log10(unit) + 0.15;
   plot(element, [...faint, ...bold], {
-    xaxis: { title: { text: "index of the singular value", standoff: 6 }, unifiedhovertitle: { text: "singular value %{x}" },
-      range: [0, time[`${name}_shape`].at(-1) + 1] },
+    xaxis: {
+      title: { text: "index of the singular value", standoff: 6 },
+      unifiedhovertitle: { text: "singular value %{x}" },
+      range: [0, time[`${name}_shape`].at(-1) + 1],
+    },
     yaxis: { type: "log", range: [Math.log10(FLOOR * unit) - 0.1, top], exponentformat: "power", dtick: 1 },
   });
 });

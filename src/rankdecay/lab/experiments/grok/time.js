@@ -30,7 +30,10 @@ function startTimeline() {
     timer = null;
     play.textContent = "Play";
   };
-  slider.addEventListener("input", () => { stop(); goTo(Number(slider.value)); });
+  slider.addEventListener("input", () => {
+    stop();
+    goTo(Number(slider.value));
+  });
   play.addEventListener("click", () => {
     if (timer) return stop();
     const last = time.steps.length - 1;

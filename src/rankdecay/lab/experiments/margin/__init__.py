@@ -1,0 +1,1 @@
+"""Max-margin problems of softmax attention under gradient flow."""

@@ -49,7 +49,10 @@ function coursePaths(course, number, moment, radius, color) {
   const path = (kept) => `M${written(kept.map(([direction, at]) => polar(direction, radius(at))))}`;
   const past = points.filter(([, at]) => at <= moment);
   const look = (opacity, width) => ({
-    fill: "none", stroke: color, "stroke-width": width, "stroke-opacity": opacity,
+    fill: "none",
+    stroke: color,
+    "stroke-width": width,
+    "stroke-opacity": opacity,
   });
   return [
     ...(points.length ? [shape("path", { class: "course", d: path(points), ...look(0.3, 1.6) })] : []),
@@ -67,8 +70,17 @@ function drawing(example, number, course, moment, color) {
   const chosen = place(example.tokens[course.selected[number]]);
   const targets = TARGETS.filter(({ norm }) => course[norm] && isKnown(course[norm][number])).map(({ norm, dash }) => {
     const [x2, y2] = polar(course[norm][number], R);
-    return shape("line", { class: `target ${norm}`, x1: 0, y1: 0, x2, y2, stroke: text, "stroke-width": 1.5,
-      "stroke-dasharray": dash, "stroke-linecap": "round" });
+    return shape("line", {
+      class: `target ${norm}`,
+      x1: 0,
+      y1: 0,
+      x2,
+      y2,
+      stroke: text,
+      "stroke-width": 1.5,
+      "stroke-dasharray": dash,
+      "stroke-linecap": "round",
+    });
   });
   const tokens = example.tokens.map((token, index) => {
     const [cx, cy] = place(token);
@@ -83,8 +95,15 @@ function drawing(example, number, course, moment, color) {
     ...coursePaths(course, number, moment, radius, color),
     ...(isKnown(angle) ? [arrow(polar(angle, radius(moment)), angle, color, 3, "direction")] : []),
     ...tokens,
-    shape("circle", { class: "selected", cx: chosen[0], cy: chosen[1], r: 9.5, fill: "none", stroke: color,
-      "stroke-width": 2.4 }),
+    shape("circle", {
+      class: "selected",
+      cx: chosen[0],
+      cy: chosen[1],
+      r: 9.5,
+      fill: "none",
+      stroke: color,
+      "stroke-width": 2.4,
+    }),
   ];
 }
 
@@ -93,8 +112,11 @@ function inWords(number, course, moment) {
   if (!isKnown(angle)) return "W z is zero: it has no direction";
   const family = state.pictured === "diagonal" ? "diagonal" : "full";
   const known = TARGETS.filter(({ norm }) => course[norm] && isKnown(course[norm][number]));
-  return known.map((target) => `${apart(angle, course[target.norm][number]).toFixed(1)}° from the ${target[family]}`)
-    .join(", ") || "no SVM: its tokens are not selected or not separable";
+  return (
+    known
+      .map((target) => `${apart(angle, course[target.norm][number]).toFixed(1)}° from the ${target[family]}`)
+      .join(", ") || "no SVM: its tokens are not selected or not separable"
+  );
 }
 
 function picture(example, number, course, moment, color) {
@@ -128,7 +150,8 @@ chart("pictures", ["pictured", "planar", "moment"], (element) => {
 
 function startPictures() {
   const slider = document.getElementById("moment");
-  const restart = () => { // another arm or data set is shown at its end
+  const restart = () => {
+    // another arm or data set is shown at its end
     const course = courseNow();
     state.moment = course ? course.step.length - 1 : 0;
     slider.disabled = !course;

@@ -1,7 +1,12 @@
 // Draws every chart of the page from its description (lab/report/chart.py): the lines of the chosen options, in the
 // colours of their arms.
 
-const MARKS = { line: {}, thin: { width: 1 }, dashed: { width: 1.4, dash: "dash" }, dotted: { width: 1.6, dash: "dot" } };
+const MARKS = {
+  line: {},
+  thin: { width: 1 },
+  dashed: { width: 1.4, dash: "dash" },
+  dotted: { width: 1.6, dash: "dot" },
+};
 const COLD_TO_WARM = {
   light: ["#767b84", "#1d63b8", "#8b3a8f", "#c2410c"],
   dark: ["#8d939d", "#6cb2ff", "#dd8fe0", "#ff8f5c"],
@@ -53,7 +58,9 @@ function plotlyAxis(axis, standoff) {
 
 // Ticks of a logarithmic axis that are numbers, where powers of ten would be too few.
 function fewDecades(lines) {
-  const values = lines.flatMap((line) => [...line.y, ...(line.low || []), ...(line.high || [])]).filter((value) => value > 0);
+  const values = lines
+    .flatMap((line) => [...line.y, ...(line.low || []), ...(line.high || [])])
+    .filter((value) => value > 0);
   const low = values.reduce((a, b) => Math.min(a, b), Infinity);
   const high = values.reduce((a, b) => Math.max(a, b), 0);
   if (!(high > FEWEST_TICKS * low && high < FEW_DECADES * low)) return {};
@@ -105,7 +112,9 @@ function lineTraces(element, spec, line, place, xaxis, yaxis) {
   if (hasPoints) {
     const reach = (ends, sign) => ends.map((end, index) => (isKnown(end) ? sign * (end - line.y[index]) : 0));
     const [array, arrayminus] = [reach(line.high, 1), reach(line.low, -1)];
-    return [{ ...trace, error_y: { type: "data", symmetric: false, array, arrayminus, color, thickness: 1.4, width: 4 } }];
+    return [
+      { ...trace, error_y: { type: "data", symmetric: false, array, arrayminus, color, thickness: 1.4, width: 4 } },
+    ];
   }
   const [low, high] = [line.low.map(known), line.high.map(known)];
   const both = x.map((_, index) => index).filter((index) => isKnown(low[index]) && isKnown(high[index]));
@@ -129,21 +138,37 @@ function drawChart(element, spec) {
   const axis = (axes, by) => (by ? axes[state[by] ?? spec.fixed[by]] : axes);
   const [xaxis, yaxis] = [axis(spec.x, spec.x_by), axis(spec.y, spec.y_by)];
   const places = xaxis.scale === "symlog" ? decades(spec.lines.filter((line) => isAt(spec, line))) : null;
-  const traces = lines.flatMap((line) => lineTraces(element, spec, line, places ? places.place : (value) => value, xaxis, yaxis));
+  const traces = lines.flatMap((line) =>
+    lineTraces(element, spec, line, places ? places.place : (value) => value, xaxis, yaxis),
+  );
   traces.sort((a, b) => (b.fill ? 1 : 0) - (a.fill ? 1 : 0)); // bands first, so that no line is under one
   const note = { text: plainText(spec.empty), showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 };
   const named = traces.filter((trace) => trace.showlegend).length > 1;
-  const broken = { type: "line", xref: "x", yref: "paper", y0: 0, y1: 1, line: { color: theme().muted, width: 1, dash: "dot" } };
+  const broken = {
+    type: "line",
+    xref: "x",
+    yref: "paper",
+    y0: 0,
+    y1: 1,
+    line: { color: theme().muted, width: 1, dash: "dot" },
+  };
   plot(element, traces, {
     annotations: traces.length ? [] : [note],
     shapes: places && places.gap !== null ? [{ ...broken, x0: places.gap, x1: places.gap }] : [],
-    hovermode: lines.some((line) => line.mark.includes("points")) ? "closest" : isWide(element) ? "x unified" : "closest",
+    hovermode: lines.some((line) => line.mark.includes("points"))
+      ? "closest"
+      : isWide(element)
+        ? "x unified"
+        : "closest",
     showlegend: named,
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12.5 } },
     margin: { l: 44, r: 20, t: named ? 40 : 10, b: 40 },
-    xaxis: { ...plotlyAxis(xaxis, 6), hoverformat: xaxis.scale === "log" ? ",.4~g" : ",",
+    xaxis: {
+      ...plotlyAxis(xaxis, 6),
+      hoverformat: xaxis.scale === "log" ? ",.4~g" : ",",
       unifiedhovertitle: { text: `${plainText(xaxis.title)} %{x}` },
-      ...(places ? { ...places.axis, showgrid: false } : {}) },
+      ...(places ? { ...places.axis, showgrid: false } : {}),
+    },
     yaxis: { ...plotlyAxis(yaxis, 8), ...(yaxis.scale === "log" ? fewDecades(lines) : {}) },
   });
 }

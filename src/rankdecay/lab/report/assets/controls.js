@@ -8,7 +8,10 @@ function select(name, value) {
 
 for (const control of document.querySelectorAll("select[data-state]")) {
   // browsers keep an old choice over a reload
-  control.selectedIndex = Math.max(0, [...control.options].findIndex((option) => option.defaultSelected));
+  control.selectedIndex = Math.max(
+    0,
+    [...control.options].findIndex((option) => option.defaultSelected),
+  );
   state[control.dataset.state] = control.value;
   control.addEventListener("change", () => select(control.dataset.state, control.value));
 }

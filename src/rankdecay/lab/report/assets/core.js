@@ -10,7 +10,8 @@ const coarsePointer = window.matchMedia("(pointer: coarse)").matches;
 
 function chart(id, depends, draw) {
   const element = document.getElementById(id);
-  if (element) charts.push({ element, depends: new Set([...depends, "hidden", "theme"]), draw, near: false, dirty: true });
+  if (element)
+    charts.push({ element, depends: new Set([...depends, "hidden", "theme"]), draw, near: false, dirty: true });
 }
 
 let scheduled = false;
@@ -33,10 +34,13 @@ function changed(key) {
 }
 
 function watchCharts() {
-  const nearView = new IntersectionObserver((entries) => {
-    for (const entry of entries) charts.find((item) => item.element === entry.target).near = entry.isIntersecting;
-    schedule();
-  }, { rootMargin: "400px" });
+  const nearView = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) charts.find((item) => item.element === entry.target).near = entry.isIntersecting;
+      schedule();
+    },
+    { rootMargin: "400px" },
+  );
   const resized = new ResizeObserver((entries) => {
     for (const entry of entries) {
       const item = charts.find((candidate) => candidate.element === entry.target);
@@ -55,8 +59,15 @@ function watchCharts() {
 function theme() {
   const style = getComputedStyle(document.documentElement);
   const color = (name) => style.getPropertyValue(`--${name}`).trim();
-  return { background: color("background"), raised: color("raised"), text: color("text"), muted: color("muted"),
-    rule: color("rule"), grid: color("grid"), map: [color("map-low"), color("map-middle"), color("map-high")] };
+  return {
+    background: color("background"),
+    raised: color("raised"),
+    text: color("text"),
+    muted: color("muted"),
+    rule: color("rule"),
+    grid: color("grid"),
+    map: [color("map-low"), color("map-middle"), color("map-high")],
+  };
 }
 
 const armColor = (arm) => (darkMode.matches ? run.arms[arm].dark : run.arms[arm].light);

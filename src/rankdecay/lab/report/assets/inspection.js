@@ -18,7 +18,10 @@ function fromZero(values) {
 // From the first checkpoint, or layer, to the last: a colour that also darkens.
 function ramp(share) {
   const style = getComputedStyle(document.documentElement);
-  return blend([0, 1, 2].map((stop) => style.getPropertyValue(`--ramp-${stop}`).trim()), share);
+  return blend(
+    [0, 1, 2].map((stop) => style.getPropertyValue(`--ramp-${stop}`).trim()),
+    share,
+  );
 }
 
 function colourKeys() {
@@ -50,19 +53,30 @@ function draw(kind) {
     const cells = layers.map((layer) => heads.map((head) => layer && layer.heads.indexOf(head)));
     const there = (row, column) => cells[row][column] >= 0;
     const value = (row, column) => (there(row, column) ? layers[row].values[measure()][cells[row][column]] : undefined);
-    const words = layers.map((layer, row) => heads.map((head, column) => (there(row, column)
-      ? [`${shown(value(row, column))}, untrained ${shown(layer.baseline[measure()])}`,
-        `layer ${layer.layer}, head ${head}`, layer.name]
-      : ["no such head"])));
+    const words = layers.map((layer, row) =>
+      heads.map((head, column) =>
+        there(row, column)
+          ? [
+              `${shown(value(row, column))}, untrained ${shown(layer.baseline[measure()])}`,
+              `layer ${layer.layer}, head ${head}`,
+              layer.name,
+            ]
+          : ["no such head"],
+      ),
+    );
     const broken = { x: [], y: [] };
-    numbers.forEach((_, row) => heads.forEach((head, column) => {
-      if (value(row, column) !== null) return;
-      broken.x.push(column);
-      broken.y.push(row);
-    }));
+    numbers.forEach((_, row) =>
+      heads.forEach((head, column) => {
+        if (value(row, column) !== null) return;
+        broken.x.push(column);
+        broken.y.push(row);
+      }),
+    );
     const baselines = layers.filter(Boolean).map((layer) => layer.baseline[measure()]);
     const [low, high] = [Math.min(...baselines), Math.max(...baselines)].map(digits);
-    document.getElementById(`untrained-${kind.key}`).textContent = baselines.length ? `untrained: ${low === high ? low : `${low} to ${high}`}` : "";
+    document.getElementById(`untrained-${kind.key}`).textContent = baselines.length
+      ? `untrained: ${low === high ? low : `${low} to ${high}`}`
+      : "";
 
     const count = numbers.length;
     const height = Math.max(Math.min(count * 80, 320), Math.min(count * 30, 420), count * 14) + 60;
@@ -70,11 +84,14 @@ function draw(kind) {
     const row = numbers.indexOf(Number(state[name("layer")]));
     const column = heads.indexOf(Number(state[name("head")]));
     figure(element, {
-      height, right: 4,
+      height,
+      right: 4,
       x: { type: "linear", range: [-0.5, heads.length - 0.5], ticks: categories(heads.map(String)), title: "head" },
       y: { type: "linear", range: [count - 0.5, -0.5], ticks: categories(numbers.map(String)), title: "layer" },
       cells: {
-        values: layers.map((_, i) => heads.map((_, j) => value(i, j))), words, range: range(),
+        values: layers.map((_, i) => heads.map((_, j) => value(i, j))),
+        words,
+        range: range(),
         chosen: row < 0 || column < 0 ? null : [row, column],
       },
       series: [{ type: "signs", ...broken }],
@@ -93,9 +110,14 @@ function draw(kind) {
     function add(values, label, look) {
       if (!values) return;
       const shares = values.map((value) => value / (values[0] || 1));
-      series.push({ type: "line", name: label, x: shares.map((_, i) => i + 1),
+      series.push({
+        type: "line",
+        name: label,
+        x: shares.map((_, i) => i + 1),
         y: log ? shares.map((value) => Math.max(value, FLOOR)) : shares,
-        words: shares.map((share, i) => `${digits(share)}  (${digits(values[i])})`), ...look });
+        words: shares.map((share, i) => `${digits(share)}  (${digits(values[i])})`),
+        ...look,
+      });
     }
     const column = (item) => (item ? item.heads.indexOf(head) : -1);
     if (layer) add(run.untrained[layer.untrained], "untrained", { color: theme().muted, dash: "dash" });
@@ -108,24 +130,39 @@ function draw(kind) {
       add(values, run.labels[i], { color: ramp(LAST ? i / LAST : 1), ...look });
     }
     const at = column(layer);
-    const said = at < 0 ? "no such head" : layer.spectra === null ? "its singular values are not in the page"
-      : layer.spectra[at] === null ? "not finite"
-      : `${kind.measures[measure()]} ${shown(layer.values[measure()][at])}, untrained ${shown(layer.baseline[measure()])}`;
-    document.getElementById(`cell-${kind.key}`).textContent = `Layer ${number}, head ${head}: ${said}. ${layer ? layer.name : ""}`;
+    const said =
+      at < 0
+        ? "no such head"
+        : layer.spectra === null
+          ? "its singular values are not in the page"
+          : layer.spectra[at] === null
+            ? "not finite"
+            : `${kind.measures[measure()]} ${shown(layer.values[measure()][at])}, untrained ${shown(layer.baseline[measure()])}`;
+    document.getElementById(`cell-${kind.key}`).textContent =
+      `Layer ${number}, head ${head}: ${said}. ${layer ? layer.name : ""}`;
     const lowest = Math.min(1, ...series.flatMap((item) => item.y));
     const longest = Math.max(2, ...series.map((item) => item.x.length));
     figure(element, {
-      series, unified: (index) => `singular value ${index}`,
+      series,
+      unified: (index) => `singular value ${index}`,
       x: { type: "linear", range: padded(1, longest), whole: true, title: "index" },
-      y: { title: "σ / σ₁", ...(log ? { type: "log", range: [0.8 * lowest, 1.2] } : { type: "linear", range: [-0.02, 1.04] }) },
+      y: {
+        title: "σ / σ₁",
+        ...(log ? { type: "log", range: [0.8 * lowest, 1.2] } : { type: "linear", range: [-0.02, 1.04] }),
+      },
     });
   });
 
-  const averages = (index) => numbers.map((number) => {
-    const layer = find(index, number);
-    const values = layer ? known(layer.values[measure()]) : [];
-    return { mean: mean(values), low: values.length ? Math.min(...values) : null, high: values.length ? Math.max(...values) : null };
-  });
+  const averages = (index) =>
+    numbers.map((number) => {
+      const layer = find(index, number);
+      const values = layer ? known(layer.values[measure()]) : [];
+      return {
+        mean: mean(values),
+        low: values.length ? Math.min(...values) : null,
+        high: values.length ? Math.max(...values) : null,
+      };
+    });
   const dotted = (count) => count <= 48;
 
   chart(`profile-${kind.key}`, names("measure", "report"), (element) => {
@@ -135,21 +172,40 @@ function draw(kind) {
     const [low, high] = [band.map((item) => item.low), band.map((item) => item.high)];
     const lines = run.labels.map((label, i) => {
       const items = averages(i);
-      return { type: "line", name: shortened(label), x: numbers, y: items.map((item) => item.mean), color: colour(i),
-        width: i === report() ? 2.8 : 1.6, dots: dotted(numbers.length), size: i === report() ? 7 : 5,
-        words: items.map((item) => `${shown(item.mean)}  (${shown(item.low)} to ${shown(item.high)})`) };
+      return {
+        type: "line",
+        name: shortened(label),
+        x: numbers,
+        y: items.map((item) => item.mean),
+        color: colour(i),
+        width: i === report() ? 2.8 : 1.6,
+        dots: dotted(numbers.length),
+        size: i === report() ? 7 : 5,
+        words: items.map((item) => `${shown(item.mean)}  (${shown(item.low)} to ${shown(item.high)})`),
+      };
     });
     figure(element, {
       series: [
         { type: "band", x: numbers, y: low, upper: high, color: colour(report()), opacity: 0.14 },
-        { type: "line", name: "untrained", x: numbers, y: baseline, color: theme().muted, dash: "dash",
-          dots: numbers.length === 1, words: baseline.map(shown) },
+        {
+          type: "line",
+          name: "untrained",
+          x: numbers,
+          y: baseline,
+          color: theme().muted,
+          dash: "dash",
+          dots: numbers.length === 1,
+          words: baseline.map(shown),
+        },
         ...lines,
       ],
       unified: (layer) => `layer ${layer}`,
       x: { type: "linear", range: padded(numbers[0], numbers.at(-1)), whole: true, title: "layer" },
-      y: { type: "linear", range: fromZero([...high, ...low, ...baseline, ...lines.flatMap((line) => line.y)]),
-        title: kind.measures[measure()] },
+      y: {
+        type: "linear",
+        range: fromZero([...high, ...low, ...baseline, ...lines.flatMap((line) => line.y)]),
+        title: kind.measures[measure()],
+      },
     });
   });
 
@@ -157,7 +213,11 @@ function draw(kind) {
     const steps = run.labels.map((_, i) => i);
     const every = steps.map(averages);
     const series = numbers.map((number, row) => ({
-      type: "line", name: `layer ${number}`, x: steps, y: every.map((items) => items[row].mean), dots: dotted(steps.length),
+      type: "line",
+      name: `layer ${number}`,
+      x: steps,
+      y: every.map((items) => items[row].mean),
+      dots: dotted(steps.length),
       color: ramp(numbers.length > 1 ? row / (numbers.length - 1) : 1),
       words: every.map((items, i) => `${run.labels[i]}: ${shown(items[row].mean)}`),
     }));
@@ -174,21 +234,33 @@ function draw(kind) {
     chart(id, names("report"), (element) => {
       const items = numbers.map((number) => find(report(), number)).filter((layer) => layer && layer.norms);
       const own = items.flatMap((layer) => pairs(layer).map((point) => ({ ...point, layer: layer.layer })));
-      const grey = [...new Set(items.map((layer) => layer.untrained_pairs))].flatMap((i) => untrained(run.untrained_pairs[i]));
+      const grey = [...new Set(items.map((layer) => layer.untrained_pairs))].flatMap((i) =>
+        untrained(run.untrained_pairs[i]),
+      );
       const finite = (some) => some.filter((point) => point.x !== null && point.y !== null);
       const all = finite([...own, ...grey]);
       const high = Math.max(...all.flatMap((point) => [point.x, point.y]), 1e-30);
-      const low = Math.max(Math.min(...all.flatMap((point) => [point.x, point.y]).filter((value) => value > 0), high), 1e-6 * high);
+      const low = Math.max(
+        Math.min(...all.flatMap((point) => [point.x, point.y]).filter((value) => value > 0), high),
+        1e-6 * high,
+      );
       const range = [low / 1.2, high * 1.2];
-      const points = (some, label, look) => ({ type: "points", size: 6, x: some.map((point) => Math.max(point.x, range[0])),
-        y: some.map((point) => Math.max(point.y, range[0])), ...look,
-        words: some.map((point) => [label(point), `${x} ${digits(point.x)}`, `${y} ${digits(point.y)}`]) });
+      const points = (some, label, look) => ({
+        type: "points",
+        size: 6,
+        x: some.map((point) => Math.max(point.x, range[0])),
+        y: some.map((point) => Math.max(point.y, range[0])),
+        ...look,
+        words: some.map((point) => [label(point), `${x} ${digits(point.x)}`, `${y} ${digits(point.y)}`]),
+      });
       const place = (layer) => (numbers.length > 1 ? numbers.indexOf(layer) / (numbers.length - 1) : 1);
       figure(element, {
         series: [
           { type: "line", x: range, y: range, color: theme().muted, width: 1 },
-          points(finite(own), (point) => `layer ${point.layer}, ${point.what}`,
-            { colors: finite(own).map((point) => ramp(place(point.layer))), opacity: 0.75 }),
+          points(finite(own), (point) => `layer ${point.layer}, ${point.what}`, {
+            colors: finite(own).map((point) => ramp(place(point.layer))),
+            opacity: 0.75,
+          }),
           points(finite(grey), () => "untrained", { color: theme().muted, open: true }),
         ],
         x: { type: "log", range, title: x },
@@ -200,15 +272,26 @@ function draw(kind) {
   if (kind.factors) {
     const [first, second] = kind.factors;
     const norms = ([xs, ys], head) => xs.map((value, i) => ({ x: value, y: ys[i], what: `head ${head}, row ${i}` }));
-    diagonal(`norms-${kind.key}`, `‖row of ${first}‖²`, `‖its partner in ${second}‖²`,
-      (layer) => norms(layer.norms, layer.heads[0]), (pairs) => norms(pairs));
-    diagonal(`bounds-${kind.key}`, "bound: mean squared norm of the factors", "nuclear norm",
+    diagonal(
+      `norms-${kind.key}`,
+      `‖row of ${first}‖²`,
+      `‖its partner in ${second}‖²`,
+      (layer) => norms(layer.norms, layer.heads[0]),
+      (pairs) => norms(pairs),
+    );
+    diagonal(
+      `bounds-${kind.key}`,
+      "bound: mean squared norm of the factors",
+      "nuclear norm",
       (layer) => layer.bounds.map(([mean, nuclear], i) => ({ x: mean, y: nuclear, what: `head ${layer.heads[i]}` })),
-      ([, , [mean, nuclear]]) => [{ x: mean, y: nuclear }]);
+      ([, , [mean, nuclear]]) => [{ x: mean, y: nuclear }],
+    );
   }
 
   // Begin at the head the words name: that of the lowest pseudo rank in the last checkpoint.
-  const cells = layersOf(LAST).flatMap((layer) => layer.heads.map((head, i) => [layer.values.pseudo_rank[i], layer.layer, head]));
+  const cells = layersOf(LAST).flatMap((layer) =>
+    layer.heads.map((head, i) => [layer.values.pseudo_rank[i], layer.layer, head]),
+  );
   const [lowest] = cells.filter(([value]) => value !== null).sort((a, b) => a[0] - b[0] || a[1] - b[1] || a[2] - b[2]);
   if (lowest) {
     select(name("layer"), lowest[1]);
@@ -218,5 +301,8 @@ function draw(kind) {
 
 run.kinds.forEach(draw);
 colourKeys();
-darkMode.addEventListener("change", () => { colourKeys(); changed("theme"); });
+darkMode.addEventListener("change", () => {
+  colourKeys();
+  changed("theme");
+});
 watchCharts();

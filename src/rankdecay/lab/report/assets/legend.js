@@ -13,18 +13,20 @@ function sample(arm) {
 function drawLegends() {
   for (const legend of document.querySelectorAll(".legend")) {
     const focused = [...legend.children].indexOf(document.activeElement);
-    legend.replaceChildren(...run.arms.map((item, arm) => {
-      const button = document.createElement("button");
-      button.type = "button";
-      button.setAttribute("aria-pressed", String(!state.hidden.has(arm)));
-      button.append(sample(arm), item.label);
-      button.addEventListener("click", () => {
-        if (!state.hidden.delete(arm)) state.hidden.add(arm);
-        drawLegends();
-        changed("hidden");
-      });
-      return button;
-    }));
+    legend.replaceChildren(
+      ...run.arms.map((item, arm) => {
+        const button = document.createElement("button");
+        button.type = "button";
+        button.setAttribute("aria-pressed", String(!state.hidden.has(arm)));
+        button.append(sample(arm), item.label);
+        button.addEventListener("click", () => {
+          if (!state.hidden.delete(arm)) state.hidden.add(arm);
+          drawLegends();
+          changed("hidden");
+        });
+        return button;
+      }),
+    );
     if (focused >= 0) legend.children[focused].focus();
   }
 }

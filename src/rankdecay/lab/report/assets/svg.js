@@ -1,8 +1,10 @@
 // Charts as SVG, without a library: lines, bands, points and cells on two axes, a description of what is under the
 // pointer, zoom by dragging, the whole again by a double click. Every string becomes a text node: a name is only text.
 
-const CIVIDIS = ("#00204c #002a66 #00346e #273f6c #3c4a6b #4c556b #5b5f6d #686a70 #757575 #838178 #928c78 #a19876 "
-  + "#b0a572 #c0b16d #d1bf66 #e1cc5c #f3db4f #ffe945").split(" ");
+const CIVIDIS = (
+  "#00204c #002a66 #00346e #273f6c #3c4a6b #4c556b #5b5f6d #686a70 #757575 #838178 #928c78 #a19876 " +
+  "#b0a572 #c0b16d #d1bf66 #e1cc5c #f3db4f #ffe945"
+).split(" ");
 const CHARACTER = 7.2; // pixels of a character of a label, at most in the mean
 const NEAR = 40; // pixels from the pointer to the point that is described
 const DASHES = { dash: "8 6" };
@@ -102,8 +104,16 @@ function redraw(element) {
   const [across, down] = [scale(axes.x, start, end), scale(axes.y, bottom, 10)];
 
   const caption = element.closest("figure").querySelector("figcaption").textContent;
-  const svg = node("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption,
-    "font-family": family, "font-size": 12.5, fill: muted });
+  const svg = node("svg", {
+    width,
+    height,
+    viewBox: `0 0 ${width} ${height}`,
+    role: "img",
+    "aria-label": caption,
+    "font-family": family,
+    "font-size": 12.5,
+    fill: muted,
+  });
   const clip = node("clipPath", { id: `clip-${element.id}` });
   clip.append(node("rect", { x: start, y: 10, width: Math.max(end - start, 0), height: bottom - 10 }));
   const inside = node("g", { "clip-path": `url(#clip-${element.id})` });
@@ -153,19 +163,38 @@ function drawSeries(parent, item, across, down, ink) {
     for (const piece of pieces) {
       const line = piece.map((i) => place(point(i))).join("L");
       if (type === "band") {
-        const back = [...piece].reverse().map((i) => place(point(i, upper))).join("L");
+        const back = [...piece]
+          .reverse()
+          .map((i) => place(point(i, upper)))
+          .join("L");
         parent.append(node("path", { d: `M${line}L${back}Z`, fill: color, "fill-opacity": opacity }));
       } else {
-        parent.append(node("path", { d: `M${line}`, fill: "none", stroke: color, "stroke-width": width,
-          "stroke-opacity": opacity, "stroke-linejoin": "round", "stroke-dasharray": DASHES[dash] }));
+        parent.append(
+          node("path", {
+            d: `M${line}`,
+            fill: "none",
+            stroke: color,
+            "stroke-width": width,
+            "stroke-opacity": opacity,
+            "stroke-linejoin": "round",
+            "stroke-dasharray": DASHES[dash],
+          }),
+        );
       }
     }
   }
   for (const i of type === "points" || dots ? there : []) {
     const [cx, cy] = point(i);
     const own = colors ? colors[i] : color;
-    parent.append(node("circle", { cx: cx.toFixed(2), cy: cy.toFixed(2), r: size / 2, opacity,
-      ...(open ? { fill: "none", stroke: own } : { fill: own }) }));
+    parent.append(
+      node("circle", {
+        cx: cx.toFixed(2),
+        cy: cy.toFixed(2),
+        r: size / 2,
+        opacity,
+        ...(open ? { fill: "none", stroke: own } : { fill: own }),
+      }),
+    );
   }
   for (const i of type === "signs" ? there : []) {
     const [at, height] = point(i);
@@ -175,15 +204,28 @@ function drawSeries(parent, item, across, down, ink) {
 
 function drawCells(svg, inside, { values, range: [low, high], chosen }, across, down, bar, bottom, muted) {
   const share = (value) => (high > low ? (value - low) / (high - low) : 1);
-  const cell = (row, column) => ({ x: across.at(column - 0.5), y: down.at(row - 0.5),
-    width: across.at(column + 0.5) - across.at(column - 0.5), height: down.at(row + 0.5) - down.at(row - 0.5) });
-  values.forEach((line, row) => line.forEach((value, column) => {
-    if (value === undefined || value === null) return;
-    const box = cell(row, column);
-    const gap = Math.min(1, 0.2 * box.width, 0.2 * box.height);
-    inside.append(node("rect", { x: box.x + gap / 2, y: box.y + gap / 2, width: box.width - gap,
-      height: box.height - gap, fill: blend(CIVIDIS, share(value)) }));
-  }));
+  const cell = (row, column) => ({
+    x: across.at(column - 0.5),
+    y: down.at(row - 0.5),
+    width: across.at(column + 0.5) - across.at(column - 0.5),
+    height: down.at(row + 0.5) - down.at(row - 0.5),
+  });
+  values.forEach((line, row) =>
+    line.forEach((value, column) => {
+      if (value === undefined || value === null) return;
+      const box = cell(row, column);
+      const gap = Math.min(1, 0.2 * box.width, 0.2 * box.height);
+      inside.append(
+        node("rect", {
+          x: box.x + gap / 2,
+          y: box.y + gap / 2,
+          width: box.width - gap,
+          height: box.height - gap,
+          fill: blend(CIVIDIS, share(value)),
+        }),
+      );
+    }),
+  );
   if (chosen) {
     const accent = getComputedStyle(document.documentElement).getPropertyValue("--accent").trim();
     svg.append(node("rect", { ...cell(...chosen), fill: "none", stroke: accent, "stroke-width": 2.5 }));
@@ -241,16 +283,20 @@ function describe(element, pointer) {
   label.hidden = !what;
   group.replaceChildren();
   if (!what) return;
-  label.replaceChildren(...what.lines.filter((line) => line !== undefined && line !== "").map((line, i) => {
-    const item = document.createElement(i ? "div" : "b");
-    if (what.colours?.[i]) {
-      const swatch = document.createElement("i");
-      swatch.style.background = what.colours[i];
-      item.append(swatch);
-    }
-    item.append(line);
-    return item;
-  }));
+  label.replaceChildren(
+    ...what.lines
+      .filter((line) => line !== undefined && line !== "")
+      .map((line, i) => {
+        const item = document.createElement(i ? "div" : "b");
+        if (what.colours?.[i]) {
+          const swatch = document.createElement("i");
+          swatch.style.background = what.colours[i];
+          item.append(swatch);
+        }
+        item.append(line);
+        return item;
+      }),
+  );
   const { bottom } = element.scales;
   const { muted } = theme();
   const [x, y] = what.at;

@@ -1,0 +1,1 @@
+"""A language model with a separate decay of its attention."""

@@ -1,0 +1,1 @@
+"""Associative recall in a two-layer attention-only transformer."""

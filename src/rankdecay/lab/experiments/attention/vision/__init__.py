@@ -1,0 +1,1 @@
+"""A vision transformer with a separate decay of its attention."""
