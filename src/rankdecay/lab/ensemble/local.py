@@ -83,7 +83,7 @@ def read_saved(directory: RunDirectory, aliases: Mapping[str, str] | None = None
         if checkpoint is None:
             continue
         for number, ((arm, *place), step, rank, records) in enumerate(checkpoint.extra["runs"]):
-            key: Key = ((aliases or {}).get(arm, arm), *place)
+            key: Key = (str((aliases or {}).get(arm, arm)), *place)
             state = State(step, *(checkpoint.tensors[f"{number}.{name}"] for name in STATE))
             before = found.get(key)
             if before is None or before.state.step < step:
