@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from rankdecay import cli
-from rankdecay.lab import cli as lab_cli
 from rankdecay.lab import experiment
 from rankdecay.lab.settings import identity
 from rankdecay.lab.store import read_metrics
@@ -137,19 +136,12 @@ def test_another_precision_is_refused_by_name(tmp_path: Path, capsys: pytest.Cap
     assert files(out) == before
 
 
-def standard_of(command: str) -> tuple[Any, tuple[str, ...]]:
-    """The preset standard of a command, and what is no part of its identity."""
-    if command in lab_cli.EXPERIMENTS:  # not ported yet
-        return lab_cli._module(command).PRESETS["standard"], ()
-    return experiment.presets(command)["standard"], experiment.load(command).not_identity
-
-
 @pytest.mark.parametrize("stored", ["grok_standard", "margin/standard", "recall/standard", "vision/standard"])
 def test_the_standard_preset_is_what_the_stored_runs_of_before_had(stored: str) -> None:
     """So `--preset standard` continues a directory that was begun with no option at all."""
     config = json.loads((DATA / stored / "config.json").read_text())
-    standard, without = standard_of(config["command"])
-    now = json.loads(json.dumps(identity(standard, without)))
+    made = experiment.load(config["command"])
+    now = json.loads(json.dumps(identity(made.presets["standard"], made.not_identity)))
     added = {"first_seed"} - config["settings"].keys()
     assert {k: v for k, v in now.items() if k not in {"precision", *added}} == {
         k: v for k, v in config["settings"].items() if k not in {"precision", "preset"}
