@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rankdecay.lab.ensemble.settings import EnsembleSettings
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.settings import (
     Record,
-    Settings,
     check_counts,
     check_evaluations,
     check_numbers,
@@ -27,7 +27,7 @@ ALIASES = {"low_rank": "prox"}  # what sweeps of before called an arm, and a use
 
 
 @dataclass(frozen=True)
-class Boundary(Settings):
+class Boundary(EnsembleSettings):
     """At which data fraction and decay strength does a transformer generalise, and under which decay?
 
     Trains every arm over a grid of training-set sizes, strengths and seeds, shows the phase map as it fills, and
@@ -51,8 +51,6 @@ class Boundary(Settings):
     """Strengths of an arm, ARM=1,3,10; an arm that is not named has its own. Arms without one take none."""
     rest_decays: tuple[float, ...] = ()
     """L2 on everything but W_Q and W_K, shared by all arms; several are an axis of the grid."""
-    seeds: int = 3
-    """Seeds per cell; a seed fixes split, initial weights and batches in every arm."""
     steps: int = 0
     """Training steps after which a run that has not generalised ends; by default the preset's."""
     widen: int = 0
@@ -63,39 +61,13 @@ class Boundary(Settings):
     """Values to select from, or pairs to recall from."""
     named: int = 2
     """Positions the last token of selection names."""
-    split: Literal["unordered", "ordered"] = "unordered"
-    """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
     rule: str = "smooth"
     """Rule of the controls that take a low-rank decay apart, and of its schedules: newton_schulz, polar, prox,
     smooth, or one that is registered."""
-    smoothing: float = 0.13
-    """For the smooth rule: directions below this share of ‖W‖_F shrink in proportion."""
     strength: float = 5.0
     """Strength of the low-rank decay in the arms whose axis is something else: a norm, a target rank."""
-    every: int = 4
-    """Apply four steps' low-rank decay every fourth step, to save time; the published rules do not."""
-    lr: float = 2e-3
-    """Learning rate of AdamW."""
-    batch_size: int = 128
-    """Examples per step and run."""
-    precision: Literal["auto", "float32", "mixed", "float64"] = "auto"
-    """'mixed': bfloat16 products, float32 elsewhere; 'auto': mixed where the machine is faster at it, else float32."""
-    width: int = 64
-    """Width of the network, which has 4 heads."""
-    mlp_width: int = 256
-    """Width of the MLP's hidden layer."""
-    depth: int = 2
-    """Layers of the network."""
     qk_norm: Literal["head", "width"] = "head"
     """RMSNorm of queries and keys, per head or over the full width; the arm no_qk_norm has none."""
-    gains: bool = False
-    """Learnable gains in every norm."""
-    position_scale: float = 0.3
-    """Standard deviation of the initial position embedding."""
-    threshold: float = 0.95
-    """Test accuracy that counts as generalised, if the next evaluation holds it; a run then leaves."""
-    evaluate_every: int = 40
-    """Steps between evaluations; must divide --steps."""
     places: int = 0
     """Runs trained together by one ensemble; by default 4 on a CPU, 64 on a GPU."""
     ray: str | None = None
@@ -104,8 +76,6 @@ class Boundary(Settings):
     """Of a GPU that each Ray task takes."""
     out: Path = Path("runs/boundary")
     """Where results go; an interrupted or smaller sweep there is continued."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile, where there is a compiler; 'auto' uses it on a GPU and for runs long enough to repay it."""
 
 
 PAPER_FRACTIONS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)

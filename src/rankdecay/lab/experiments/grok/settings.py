@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from rankdecay.decay.policy import Scale
+from rankdecay.lab.ensemble.settings import EnsembleSettings
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.settings import (
-    Settings,
     check_arms,
     check_counts,
     check_numbers,
@@ -25,7 +25,7 @@ ARMS = ("none", "l2", "l2_tuned", "low_rank", "prototype", "uniform_attention")
 
 
 @dataclass(frozen=True)
-class Grok(Settings):
+class Grok(EnsembleSettings):
     """Does low-rank decay make a scale-invariant transformer generalise where L2 does not, and why?
 
     Trains every arm from the same seeds, shows their accuracy and rank as they go, and leaves config.json,
@@ -48,54 +48,24 @@ class Grok(Settings):
     """Number of training examples, for selection and recall."""
     values: int = 4
     """Number of values to select from, for selection; of pairs, for recall."""
-    split: Literal["unordered", "ordered"] = "unordered"
-    """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
     steps: int = 600
     """Training steps."""
-    seeds: int = 3
-    """Seeds per arm; a seed fixes split, initial weights and batches in every arm."""
     rule: str = "smooth"
     """Rule of the low_rank arm: newton_schulz, polar, prox, smooth, or one that is registered."""
     scale: Scale = "absolute"
     """Scale of the low_rank arm: a step takes lr × strength from each singular value; 'relative': times their rms."""
     strength: float = 4.0
     """Strength of the low_rank arm."""
-    smoothing: float = 0.13
-    """For --rule smooth: directions below this share of ‖W‖_F shrink in proportion instead of by a fixed amount."""
-    every: int = 4
-    """Apply four steps' low-rank decay every fourth step, to save time."""
     tuned_strength: float = 30.0
     """Strength of the l2_tuned arm: the best the committed sweep found (docs/findings.md)."""
     weight_decay: float = 1.5
     """L2 on everything but W_Q and W_K, shared by all arms; the l2 arm applies it to W_Q and W_K too."""
-    lr: float = 2e-3
-    """Learning rate of AdamW."""
-    batch_size: int = 128
-    """Examples per step and member."""
-    precision: Literal["auto", "float32", "mixed", "float64"] = "auto"
-    """'mixed': bfloat16 products, float32 elsewhere; 'auto': mixed where the machine is faster at it, else float32."""
-    width: int = 64
-    """Width of the network, which has 4 heads."""
-    mlp_width: int = 256
-    """Width of the MLP's hidden layer."""
-    depth: int = 2
-    """Layers of the network."""
     qk_norm: Literal["head", "width", "none"] = "head"
     """RMSNorm of queries and keys: per head, over the full width, or none."""
-    gains: bool = False
-    """Learnable gains in every norm."""
-    position_scale: float = 0.3
-    """Standard deviation of the initial position embedding."""
-    threshold: float = 0.95
-    """Test accuracy that counts as generalised, if the next evaluation holds it."""
     stop_when_generalised: bool = False
     """Let a member leave once two evaluations in a row reach the threshold."""
-    evaluate_every: int = 40
-    """Steps between evaluations."""
     out: Path = Path("runs/grok")
     """Where results go; an interrupted run there is continued."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile, where there is a compiler; 'auto' uses it on a GPU and for runs long enough to repay it."""
 
 
 PRESETS = {

@@ -1,0 +1,44 @@
+"""The settings of experiments that train many small transformers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rankdecay.lab.settings import Settings
+
+
+@dataclass(frozen=True)
+class EnsembleSettings(Settings):
+    """The network, and how every run of an ensemble is trained."""
+
+    seeds: int = 3
+    """Runs of every arm, or cell of the grid; a seed fixes split, initial weights and batches in every arm."""
+    split: Literal["unordered", "ordered"] = "unordered"
+    """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
+    smoothing: float = 0.13
+    """For the smooth rule: directions below this share of ‖W‖_F shrink in proportion instead of by a fixed amount."""
+    every: int = 4
+    """Apply four steps' low-rank decay every fourth step, to save time; the published rules do not."""
+    lr: float = 2e-3
+    """Learning rate of AdamW."""
+    batch_size: int = 128
+    """Examples per step and run."""
+    precision: Literal["auto", "float32", "mixed", "float64"] = "auto"
+    """'mixed': bfloat16 products, float32 elsewhere; 'auto': mixed where the machine is faster at it, else float32."""
+    width: int = 64
+    """Width of the network, which has 4 heads."""
+    mlp_width: int = 256
+    """Width of the MLP's hidden layer."""
+    depth: int = 2
+    """Layers of the network."""
+    gains: bool = False
+    """Learnable gains in every norm."""
+    position_scale: float = 0.3
+    """Standard deviation of the initial position embedding."""
+    threshold: float = 0.95
+    """Test accuracy that counts as generalised, if the next evaluation holds it."""
+    evaluate_every: int = 40
+    """Steps between evaluations."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile, where there is a compiler; 'auto' uses it on a GPU and for runs long enough to repay it."""
