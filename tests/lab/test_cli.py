@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from rankdecay import cli
-from rankdecay.lab.cli import EXPERIMENTS, parse
+from rankdecay.lab.cli import parse
+from rankdecay.lab.experiment import names
 from rankdecay.lab.experiments.grok.settings import Grok
 from tests.held import held
 from tests.waiting import HANG, until
@@ -152,7 +153,7 @@ def test_a_preset_supplies_defaults_that_options_override(preset):
 # --- help -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [*EXPERIMENTS, "report"])
+@pytest.mark.parametrize("command", [*names(), "report"])
 def test_help_answers_without_torch(command):
     code = (
         "import sys\nfrom rankdecay import cli\n"
