@@ -1,6 +1,7 @@
 """The lab's commands as a user meets them: results, refusals, and a run that no kill can spoil."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
