@@ -18,7 +18,9 @@ from typing import Any
 
 import stored
 
+from rankdecay.lab.experiments.boundary.settings import ALIASES
 from rankdecay.lab.experiments.boundary.statistics import reference, summarise
+from rankdecay.lab.settings import renamed
 from rankdecay.lab.store import read_metrics
 from rankdecay.lab.tasks import SAMPLED
 
@@ -39,20 +41,20 @@ def rows_and_names(options: argparse.Namespace) -> tuple[list[dict[str, Any]], l
     rows, names = [], {}
     by_number = False
     for directory in options.directories:
-        config = json.loads((directory / "config.json").read_text())
+        config = renamed(json.loads((directory / "config.json").read_text()), ALIASES)
         names |= {arm["name"]: None for arm in config["arms"]}
-        rows += read_metrics(directory)
+        rows += [renamed(row, ALIASES) for row in read_metrics(directory)]
         by_number = config["settings"]["task"] in SAMPLED
     if options.rest is not None:
         rows = [row for row in rows if row["rest_decay"] == options.rest or row["arm"] == "l2_all"]
-    chosen = [name for name in names if not options.arms or name in options.arms]
+    chosen = [name for name in names if not options.arms or name in {ALIASES.get(arm, arm) for arm in options.arms}]
     return [row for row in rows if row["arm"] in chosen], chosen, by_number
 
 
 def table(options: argparse.Namespace) -> None:
     """A Markdown line per arm at its best strength, lowest boundary first."""
     rows, names, by_number = rows_and_names(options)
-    summary = summarise(rows, names, options.reference or reference(names))
+    summary = summarise(rows, names, ALIASES.get(options.reference, options.reference) or reference(names))
     whole = rows[0]["train_examples"] / rows[0]["train_fraction"] if by_number else 1.0
     sizes = sorted({row["train_fraction"] for row in rows})
 
@@ -152,7 +154,7 @@ def ranks(options: argparse.Namespace) -> None:
         "| arm | best strength | runs | stable rank W_Q, W_K | effective | stable rank W_KᵀW_Q of a head | effective |"
     )
     print("|" + "---|" * 7)
-    for arm in summarise(rows, names, options.reference or reference(names))["arms"]:
+    for arm in summarise(rows, names, ALIASES.get(options.reference, options.reference) or reference(names))["arms"]:
         best = arm["boundary"]
         own = [
             row

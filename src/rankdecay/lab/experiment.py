@@ -378,8 +378,8 @@ def _run_and_write(
     asked = identity(settings, experiment.not_identity) | experiment.fingerprint(work.data)
     config = configuration(experiment.name, asked, work.arms, work.device, command, choice)
     if experiment.grid:
-        fixed = {name: value for name, value in asked.items() if name not in experiment.grid}
-        config |= {"fixed": fixed}
+        fixed, *arms = (_without(record, experiment.grid) for record in (asked, *config["arms"]))
+        config |= {"fixed": fixed, "arms": arms}
     defaults = json.loads(json.dumps(identity(type(settings)())))
     keys = GROWING if experiment.grid else IDENTITY
     with RunDirectory.open(settings.out, config, notice, keys, defaults) as directory:
@@ -444,6 +444,10 @@ def _shown(experiment: Experiment[S], work: Work[S]) -> Record:
     if not (directory.path / "report.html").exists():  # a kill came between the summary and the page
         write_report(directory.path)
     return renamed(directory.summary or {}, experiment.aliases)
+
+
+def _without(record: Record, names: Sequence[str]) -> Record:
+    return {name: value for name, value in record.items() if name not in names}
 
 
 def _with_stored_arms(stored: Record, config: Record) -> Record:

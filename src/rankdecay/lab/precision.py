@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rankdecay.lab.errors import SettingError
+from rankdecay.lab.errors import SettingError, option
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def warn_if_slow(
     if FORMATS[choice.value] != "bfloat16" or device != "cpu":
         return
     kept = choice.asked == "auto"
-    why = f"{out} goes on in {choice.value}, as it began" if kept else f"--precision {choice.asked}"
+    why = f"{out} goes on in {choice.value}, as it began" if kept else f"{option('precision')} {choice.asked}"
     try:
         gain = bfloat16_gain(products or Products(1, 512, 512, 512))
     except RuntimeError as error:
@@ -153,7 +153,8 @@ def _measured(device: str, notice: Callable[[str], None], narrow: str, products:
         gain = bfloat16_gain(products)
     except RuntimeError as error:
         reason = f"bfloat16 products could not be timed ({str(error).splitlines()[0]})"
-        notice(f"--precision auto: {reason}: float32 is used; --precision {narrow} would insist")
+        named = option("precision")
+        notice(f"{named} auto: {reason}: float32 is used; {named} {narrow} would insist")
         return "float32", reason
     measured = f"bfloat16 products of {products} run {gain:.3g} times as fast as float32 ones here"
     return (narrow, measured) if gain >= WORTHWHILE else ("float32", f"{measured}; {WORTHWHILE:g} would be worth it")

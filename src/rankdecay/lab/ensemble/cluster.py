@@ -120,7 +120,7 @@ class _Cluster:
         slots = self._slots()
         if slots == 0:
             cause = "has no GPU: use `device` cpu, or add" if self._gpu else "has no CPU: add"
-            raise SettingError(f"--ray {self._address}: the cluster {cause} a machine with 'ray start --address=...'")
+            raise SettingError(f"`ray` {self._address}: the cluster {cause} a machine with 'ray start --address=...'")
         self._waiting.extend(map(_Task, tasks(trials, self._plan, slots)))
         try:
             self._submit(slots)
@@ -218,7 +218,7 @@ def _connected(address: str) -> Iterator[ModuleType]:
         reason = " ".join(str(error).split()).partition(". ")[0]
         if address == "local":
             raise SettingError(f"`ray` local: Ray did not start here ({reason}): try without `ray`") from error
-        remedy = "start one with 'ray start --head', or use --ray local"
+        remedy = "start one with 'ray start --head', or use `ray` local"
         if address != "auto":
             remedy = "run on a machine of the cluster; if it asks for a token, set RAY_AUTH_MODE=token"
         raise SettingError(f"`ray` {address}: no connection to a cluster ({reason}): {remedy}") from error
@@ -235,7 +235,7 @@ def _check(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         raise SettingError(f"`ray` {address} is no address: give local, auto or host:port, such as 10.0.0.1:6379")
-    remedy = "give the address that 'ray start --head' printed, or --ray local"
+    remedy = "give the address that 'ray start --head' printed, or `ray` local"
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
     except (OSError, OverflowError) as error:

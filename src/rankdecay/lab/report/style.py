@@ -29,26 +29,6 @@ _KNOWN = {
     "none": ArmStyle("no decay", "#767b84", "#8d939d", "dot"),
     "prototype": ArmStyle("prototype", "#b08500", "#e8c34a", "dashdot"),
     "uniform_attention": ArmStyle("uniform attention", "#8b3a8f", "#dd8fe0", "longdash"),
-    "no_qk_norm": ArmStyle("no QK-norm", "#0d7a5f", "#4fd1ab"),
-    "radial_only": ArmStyle("radial part only", "#b0307a", "#ff86bf", "longdashdot"),
-    "tangential_only": ArmStyle("tangential part only", "#5b7f13", "#b2d65e", "dash"),
-    # Relatives of the arms above, in a neighbouring colour and another dash.
-    "smooth": ArmStyle("smooth low-rank decay", "#a34a2a", "#ffb199", "dot"),
-    "low_rank_all": ArmStyle("low-rank decay of all", "#9a2f0a", "#ff7a6b", "dash"),
-    "l2_all": ArmStyle("L2 of all", "#3f5fd0", "#9db4ff", "dashdot"),
-    "truncate": ArmStyle("truncated once", "#7a5c00", "#d8b861", "longdash"),
-    "raise_rank": ArmStyle("rank raised", "#00738c", "#5fd0e8", "dash"),
-    "sphere": ArmStyle("fixed norm", "#45586e", "#a9bfd6", "longdash"),
-    "sphere_low_rank": ArmStyle("low-rank decay at fixed norm", "#b5480f", "#ffab73", "longdash"),
-    "fast_query_key": ArmStyle("faster queries and keys", "#6a3fb5", "#b99bff"),
-    "after_memorising": ArmStyle("low rank after memorising", "#c0392b", "#ff9a8a", "dashdot"),
-    "kept_on": ArmStyle("low rank kept on", "#c2410c", "#ff8f5c", "longdash"),
-    "until_generalised": ArmStyle("low rank until generalised", "#a05a12", "#f0b06a", "dot"),
-    "target_rank": ArmStyle("target rank", "#2f7a2f", "#7fd67f", "dash"),
-    "target_rank_head": ArmStyle("target rank per head", "#1f6f5c", "#6fdcc0", "dot"),
-    "paper_a1": ArmStyle("published A1", "#b08500", "#e8c34a", "dash"),
-    "paper_s5": ArmStyle("published S5", "#8a6a3a", "#d9bd8e", "dashdot"),
-    "paper_s6": ArmStyle("published S6", "#7d4f6d", "#d3a3c2", "longdash"),
 }
 # For arms this file does not know, in the order they appear; a colour already in the run is passed over.
 _SPARE = [

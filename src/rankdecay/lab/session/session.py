@@ -150,8 +150,8 @@ class Diverged(SettingError):
 
     def __init__(self, run: Run, step: int, lr: float) -> None:
         super().__init__(
-            f"the loss is not finite at step {step} of {run} (--lr {lr:g}): give a smaller --lr, leave this strength "
-            "out, or give --skip-diverged to note it and go on"
+            f"the loss is not finite at step {step} of {run} (`lr` {lr:g}): give a smaller `lr`, leave this strength "
+            "out, or give `skip_diverged` to note it and go on"
         )
         self.step = step
 

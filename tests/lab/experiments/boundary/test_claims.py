@@ -1,6 +1,6 @@
 import pytest
 
-from rankdecay.lab.experiments.boundary.charts import STYLES
+from rankdecay.lab.experiments.boundary.arms import styles
 from rankdecay.lab.experiments.boundary.claims import CHECKS, headline, ratio_words, settled
 from rankdecay.lab.experiments.boundary.read import merged
 from rankdecay.lab.report.words import verdict
@@ -17,7 +17,7 @@ def _arm(name, fraction, low=None, high=None, censored=None, **more):
 
 def _verdict(*arms, differences=()):
     summary = {"arms": list(arms), "settings": {"task": "add"}, "differences": list(differences)}
-    result = verdict(summary, headline, CHECKS, STYLES)
+    result = verdict(summary, headline, CHECKS, styles({}))
     return result.headline, {point.claim: point for point in result.points}
 
 
@@ -135,6 +135,6 @@ def test_the_order_of_events_and_diverged_runs():
 def test_every_sweep_the_statistics_can_make_has_words(make_sweep):
     for number, boundary in enumerate((0.01, 0.3, 5.0)):
         directory = make_sweep(["l2", "prox"], name=str(number), boundaries={"prox": boundary})
-        result = verdict(merged([directory]).summary, headline, CHECKS, STYLES)
+        result = verdict(merged([directory]).summary, headline, CHECKS, styles({}))
         assert "None" not in str(result)
         assert "nan" not in str(result)

@@ -7,15 +7,16 @@ an arm, add an entry to `every_arm`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.lab.ensemble.control import PLAIN, Control
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.experiment import Arm
 from rankdecay.lab.experiments.boundary.settings import PRESETS, Boundary
+from rankdecay.lab.report.style import ArmStyle
 from rankdecay.lab.settings import given_strengths
 from rankdecay.rules import get_rule
 
@@ -289,3 +290,34 @@ def wider(arm: Arm, strengths: Sequence[float], edge: str) -> float | None:
         following = tried[0] / (tried[1] / tried[0] if len(tried) > 1 else 2.0)
     following = float(round(following) if arm.how.whole else f"{following:.3g}")
     return following if 0 < following < arm.how.limit and following not in tried else None
+
+
+def styles(settings: Mapping[str, Any]) -> dict[str, ArmStyle]:
+    """How the arms of this experiment alone are drawn and called: relatives in neighbouring colours, other dashes.
+
+    Args:
+        settings: name the rule of the controls.
+    """
+    rule = f"{settings.get('rule', 'smooth')} low-rank"
+    return {
+        "prox": ArmStyle("soft threshold (prox)", "#c2410c", "#ff8f5c"),
+        "no_qk_norm": ArmStyle("no QK-norm", "#0d7a5f", "#4fd1ab"),
+        "radial_only": ArmStyle("radial part only", "#b0307a", "#ff86bf", "longdashdot"),
+        "tangential_only": ArmStyle("tangential part only", "#5b7f13", "#b2d65e", "dash"),
+        "smooth": ArmStyle("smooth low-rank decay", "#a34a2a", "#ffb199", "dot"),
+        "low_rank_all": ArmStyle(f"{rule} decay of all", "#9a2f0a", "#ff7a6b", "dash"),
+        "l2_all": ArmStyle("L2 of all", "#3f5fd0", "#9db4ff", "dashdot"),
+        "truncate": ArmStyle("truncated once", "#7a5c00", "#d8b861", "longdash"),
+        "raise_rank": ArmStyle("rank raised", "#00738c", "#5fd0e8", "dash"),
+        "sphere": ArmStyle("fixed norm", "#45586e", "#a9bfd6", "longdash"),
+        "sphere_low_rank": ArmStyle(f"{rule} decay at fixed norm", "#b5480f", "#ffab73", "longdash"),
+        "fast_query_key": ArmStyle("faster queries and keys", "#6a3fb5", "#b99bff"),
+        "after_memorising": ArmStyle("low rank after memorising", "#c0392b", "#ff9a8a", "dashdot"),
+        "kept_on": ArmStyle("low rank kept on", "#c2410c", "#ff8f5c", "longdash"),
+        "until_generalised": ArmStyle("low rank until generalised", "#a05a12", "#f0b06a", "dot"),
+        "target_rank": ArmStyle("target rank", "#2f7a2f", "#7fd67f", "dash"),
+        "target_rank_head": ArmStyle("target rank per head", "#1f6f5c", "#6fdcc0", "dot"),
+        "paper_a1": ArmStyle("published A1", "#b08500", "#e8c34a", "dash"),
+        "paper_s5": ArmStyle("published S5", "#8a6a3a", "#d9bd8e", "dashdot"),
+        "paper_s6": ArmStyle("published S6", "#7d4f6d", "#d3a3c2", "longdash"),
+    }

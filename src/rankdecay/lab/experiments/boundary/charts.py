@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
+from rankdecay.lab.experiments.boundary.arms import styles
 from rankdecay.lab.experiments.boundary.claims import UNKNOWN, amount_words, ratio_words, settled
 from rankdecay.lab.experiments.boundary.maps import DataAxis, PhaseMap, by_boundary, data_axis, phase_maps, rest_decays
 from rankdecay.lab.report import page as pieces
 from rankdecay.lab.report.chart import evenly
 from rankdecay.lab.report.section import Html, Section
-from rankdecay.lab.report.style import ArmStyle, arm_styles
+from rankdecay.lab.report.style import arm_styles
 from rankdecay.lab.report.table import table
 from rankdecay.lab.report.words import is_number
 from rankdecay.lab.settings import Record as Row
@@ -29,7 +30,6 @@ EVENTS = {
     "neither": "Neither",
 }
 BOUNDARIES = '<figure><div class="chart grid" id="boundaries-chart"></div></figure>'
-STYLES = {"prox": ArmStyle("soft threshold (prox)", "#c2410c", "#ff8f5c")}
 #: What the colour of a cell can be: its name, and the scale it is on.
 MEASURES = {
     "generalised": ("share of seeds that generalised", "share"),
@@ -162,7 +162,7 @@ def sections(stored: StoredRun) -> list[Section]:
     maps = phase_maps(stored.summary, axis)
     data = page_data(stored, axis, maps)
     stored.notices.extend(data.pop("notices"))
-    labels = {name: style.label for name, style in arm_styles(stored.arms, STYLES).items()}
+    labels = {name: style.label for name, style in arm_styles(stored.arms, styles(stored.settings)).items()}
     phase = pieces.asset("phase.html", __package__, {"controls": _map_controls(maps), "inner": _inner()})
     return [
         Section(

@@ -21,10 +21,9 @@ from rankdecay.lab.ensemble.sweep import Plan, Trial
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Arm, Experiment, Job, Work
-from rankdecay.lab.experiments.boundary.arms import make_arms, wider
-from rankdecay.lab.experiments.boundary.charts import STYLES, sections
+from rankdecay.lab.experiments.boundary.arms import make_arms, styles, wider
+from rankdecay.lab.experiments.boundary.charts import sections
 from rankdecay.lab.experiments.boundary.claims import CHECKS, columns, headline, note
-from rankdecay.lab.experiments.boundary.figure import figure
 from rankdecay.lab.experiments.boundary.read import checked_row, merged, so_far
 from rankdecay.lab.experiments.boundary.settings import ALIASES, GRID, PLACEMENT, PRESETS, Boundary, check
 from rankdecay.lab.experiments.boundary.statistics import edges, reference, summarise
@@ -34,6 +33,9 @@ from rankdecay.lab.settings import Record, question, renamed, seeds
 from rankdecay.lab.tasks import make_dataset, sequences
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rankdecay.lab.stored import StoredRun
     from rankdecay.lab.tasks import Dataset
 
 PLACES = {"cpu": 4, "cuda": 64}  # members of an ensemble: what fits the cache, or fills the launches
@@ -215,6 +217,13 @@ def first_data(settings: Boundary) -> Any:
         next(trials(settings, arm, arm.strengths or (0.0,)))
 
 
+def figure(stored: StoredRun, path: Path) -> Path:
+    """Draws the figure for a paper; training needs no matplotlib."""
+    from rankdecay.lab.experiments.boundary.figure import figure as draw
+
+    return draw(stored, path)
+
+
 EXPERIMENT = Experiment(
     name="boundary",
     question=question(Boundary),
@@ -245,7 +254,7 @@ EXPERIMENT = Experiment(
     merged=merged,
     sections=sections,
     figure=figure,
-    styles=STYLES,
+    styles=styles,
     files={
         "metrics.jsonl": "every finished run with its curves, one JSON object per line",
         "summary.json": "cells, boundaries and differences; absent while the sweep runs",

@@ -14,7 +14,7 @@ from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import NullLocator
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.boundary.charts import STYLES
+from rankdecay.lab.experiments.boundary import arms as known
 from rankdecay.lab.experiments.boundary.maps import DataAxis, PhaseMap, by_boundary, data_axis, phase_maps
 from rankdecay.lab.report.figure import drawing, literal
 from rankdecay.lab.report.style import ArmStyle, arm_styles
@@ -51,7 +51,7 @@ def figure(sweep: StoredRun, path: Path) -> Path:
         raise SettingError(f"{sweep.directory} has no finished run yet: there is nothing to draw")
     axis = data_axis(sweep.summary)
     maps = phase_maps(sweep.summary, axis)
-    styles = arm_styles(sweep.arms, STYLES)
+    styles = arm_styles(sweep.arms, known.styles(sweep.settings))
     lines = _lines(maps)
     arms = by_boundary(sweep.summary)
     titles = max(_title(item, styles, _several(maps)).count("\n") + 1 for item in maps)

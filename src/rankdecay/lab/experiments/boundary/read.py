@@ -124,7 +124,7 @@ def _refuse_another(first: StoredRun, part: StoredRun) -> None:
     known = {arm["name"]: arm for arm in first.config.get("arms", [])}
     for arm in part.config.get("arms", []):
         same = known.get(arm["name"], arm)
-        for name in same.keys() & arm.keys() - {*DESCRIBING, "strengths"}:
+        for name in same.keys() & arm.keys() - set(DESCRIBING):
             compare(f"{name} of the arm {arm['name']}", same[name], arm[name])
 
 
