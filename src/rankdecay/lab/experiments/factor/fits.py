@@ -206,9 +206,7 @@ def train(
         W = product(training.factors).clone()
         _refuse_divergence(W, arm, step, factors, problems, method)
         if arm.how.depth == 2:
-            outcome.bound.see(
-                training.factors if evaluate else [factor[:: settings.seeds] for factor in training.factors]
-            )
+            outcome.bound.see([factor[:: 1 if evaluate else settings.seeds] for factor in training.factors])
         if not evaluate:
             continue
         outcome.steps.append(step)
@@ -237,9 +235,10 @@ def _refuse_divergence(W: Tensor, arm: Arm, step: int, begun: Factors, problems:
 # --- what it came to ---
 
 
-def _spread(values: Tensor) -> tuple[float, float, float]:
-    """Median, least and largest."""
-    return float(values.quantile(0.5)), float(values.min()), float(values.max())
+def _spread(name: str, values: Tensor | None) -> Record:
+    """A figure's median, least and largest value, under its name; None where it is not known."""
+    found = (None,) * 3 if values is None else (float(values.quantile(0.5)), float(values.min()), float(values.max()))
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
 
 
 def records(arm: Arm, outcome: Outcome, settings: Factor) -> list[Record]:
@@ -251,7 +250,7 @@ def records(arm: Arm, outcome: Outcome, settings: Factor) -> list[Record]:
             line: Record = {"step": step, "arm": arm.name, "strength": strength, "seeds": settings.seeds}
             for name in ("imbalance", "gap", "gap_bound", "objective"):
                 if name in measured:
-                    line[name], line[f"{name}_low"], line[f"{name}_high"] = _spread(measured[name][rows])
+                    line |= _spread(name, measured[name][rows])
             line["singular_values"] = measured["singular_values"][rows].quantile(0.5, dim=0).tolist()
             lines.append(line)
     return lines
@@ -323,17 +322,12 @@ def summarise_arm(arm: Arm, outcome: Outcome, problems: Problems, settings: Fact
             "singular_values_high": sigma.amax(0).tolist(),
             "rank": float((sigma > 0.01 * values[:, :1]).sum(1).double().quantile(0.5)),
             "steps": outcome.steps[-1],
-            "expected": None,
-            "deviation": None,
-            "deviation_largest": None,
-            "settled": None,
-            "collapsed": None,
-            "borderline": None,
+            **dict.fromkeys(("expected", "deviation", "deviation_largest", "settled", "collapsed", "borderline")),
         }
         if arm.how.penalty is not None and problems.mask is None:
             expected, distance, at_threshold = deviations(arm, sigma, values, strength)
             row["expected"] = expected.quantile(0.5, dim=0).tolist()
-            row["deviation"], _, row["deviation_largest"] = _spread(distance)
+            row |= {"deviation": float(distance.quantile(0.5)), "deviation_largest": float(distance.max())}
             row["settled"] = int((distance < CLOSE * values[:, 0]).sum())
             if arm.how.penalty > 2:
                 gone = (expected > 0).sum(1) - (sigma > 0.01 * values[:, :1]).sum(1)
@@ -344,7 +338,8 @@ def summarise_arm(arm: Arm, outcome: Outcome, problems: Problems, settings: Fact
                     "predicted": borderline(settings.lr, outcome.steps[-1]),
                 }
         if arm.how.penalty == 2:
-            row["optimality_gap"], _, row["optimality_gap_largest"] = _spread(certificate[rows])
+            gaps = certificate[rows]
+            row |= {"optimality_gap": float(gaps.quantile(0.5)), "optimality_gap_largest": float(gaps.max())}
         if arm.how.depth > 1:
             row |= _balance(arm, outcome, imbalances[:, rows], last["gap"][rows], strength, settings)
         found.append(row)
@@ -353,17 +348,15 @@ def summarise_arm(arm: Arm, outcome: Outcome, problems: Problems, settings: Fact
 
 def _balance(arm: Arm, outcome: Outcome, imbalances: Tensor, gaps: Tensor, strength: float, settings: Factor) -> Record:
     """How balanced the factors of one arm and strength are, and how fast they became so."""
-    row: Record = {"imbalance_initial": _spread(imbalances[0])[0]}
-    row["imbalance"], row["imbalance_low"], row["imbalance_high"] = _spread(imbalances[-1])
-    row["gap"], row["gap_low"], row["gap_high"] = _spread(gaps)
-    rates = imbalance_rates(outcome.steps, imbalances, settings.lr)
-    row |= {"imbalance_rate": None, "imbalance_rate_low": None, "imbalance_rate_high": None}
-    if rates is not None:
-        row["imbalance_rate"], row["imbalance_rate_low"], row["imbalance_rate_high"] = _spread(rates)
     descent = arm.how.optimizer == "gd"
-    row["predicted_rate"] = 2 * settings.lr * strength if descent else None  # of the flow
-    row["predicted_rate_of_steps"] = -2 * math.log1p(-settings.lr * strength) if descent else None
-    return row
+    return {
+        "imbalance_initial": float(imbalances[0].quantile(0.5)),
+        **_spread("imbalance", imbalances[-1]),
+        **_spread("gap", gaps),
+        **_spread("imbalance_rate", imbalance_rates(outcome.steps, imbalances, settings.lr)),
+        "predicted_rate": 2 * settings.lr * strength if descent else None,  # of the flow
+        "predicted_rate_of_steps": -2 * math.log1p(-settings.lr * strength) if descent else None,
+    }
 
 
 def compare_with_solver(arm_rows: Sequence[Record], W: Tensor, problems: Problems, settings: Factor) -> None:
@@ -381,7 +374,7 @@ def compare_with_solver(arm_rows: Sequence[Record], W: Tensor, problems: Problem
         mask = None if problems.mask is None else problems.mask[index].cpu().numpy()
         optimum = nuclear_fit(target, row["strength"], mask)
         ended = W[index].cpu().numpy()
-        missed = ended - target if mask is None else mask * (ended - target)
+        missed = (ended - target) * (1.0 if mask is None else mask)
         value = 0.5 * (missed**2).sum() + row["strength"] * np.linalg.svd(ended, compute_uv=False).sum()
         row["solver"] = {
             "objective": optimum.objective,
