@@ -335,7 +335,7 @@ def sections(stored: StoredRun) -> list[Section]:
          Choice("balanced", "Arm", balanced)),
         ("gap", "Gap and its bound", "step", Axis("gap", "log"), gaps, by_strength),
     )  # fmt: skip
-    spectra, balance, gap = (Chart(name, title, Axis(x), *more, [by]) for name, title, x, *more, by in panels)
+    spectra, balance, gap = (Chart(name, title, Axis(x), y, lines, [by]) for name, title, x, y, lines, by in panels)
     return [
         Section(
             "Singular values",

@@ -18,21 +18,8 @@ from torch import Tensor
 from rankdecay.lab.convex import nuclear_fit
 from rankdecay.lab.ensemble.outcome import Record
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.factor.factorised import (
-    Factors,
-    Method,
-    Training,
-    borderline,
-    curvature,
-    duality_gap,
-    gap,
-    gap_bound,
-    imbalance,
-    objective,
-    product,
-    shrunk,
-    squared_norm,
-)
+from rankdecay.lab.experiments.factor import factorised
+from rankdecay.lab.experiments.factor.factorised import Factors, Method, Training
 from rankdecay.lab.settings import seeds
 
 if TYPE_CHECKING:
@@ -129,15 +116,15 @@ def initial_factors(settings: Factor, depth: int, device: str) -> Factors:
 def measure(training: Training) -> dict[str, Tensor]:
     """Everything that is recorded of every problem: shape (problems,), and its singular values (problems, n)."""
     factors = training.factors
-    sigma = torch.linalg.svdvals(product(factors))
+    sigma = torch.linalg.svdvals(factorised.product(factors))
     found = {
         "singular_values": sigma,
-        "objective": objective(factors, training.target, training.strength, training.mask),
-        "imbalance": imbalance(factors),
-        "gap": gap(factors, sigma),
+        "objective": factorised.objective(factors, training.target, training.strength, training.mask),
+        "imbalance": factorised.imbalance(factors),
+        "gap": factorised.gap(factors, sigma),
     }
     if len(factors) == 2:
-        found["gap_bound"] = gap_bound(factors)
+        found["gap_bound"] = factorised.gap_bound(factors)
     return found
 
 
@@ -151,8 +138,8 @@ class Bound:
 
     def see(self, factors: Factors) -> None:
         """Holds the gaps of some problems at one step against their bounds."""
-        gaps, bounds = gap(factors), gap_bound(factors)
-        rounding = ROUNDING * (squared_norm(factors[0]) + squared_norm(factors[1])).clamp(min=1)
+        gaps, bounds = factorised.gap(factors), factorised.gap_bound(factors)
+        rounding = ROUNDING * (factorised.squared_norm(factors[0]) + factorised.squared_norm(factors[1])).clamp(min=1)
         self.checks += gaps.numel()
         self.violations += int((gaps > bounds + rounding).sum())
         # where both are rounding errors their ratio says nothing
@@ -197,13 +184,13 @@ def train(
     """
     method = Method(settings.lr, arm.how.optimizer, arm.how.decay)
     training = Training(factors, problems.target, problems.strength, method, problems.mask)
-    outcome = Outcome([0], [measure(training)], Bound(), product(factors).clone())
+    outcome = Outcome([0], [measure(training)], Bound(), factorised.product(factors).clone())
     for step in range(1, settings.steps + 1):
         training.step()
         evaluate = step % settings.evaluate_every == 0 or step == settings.steps
         if not (evaluate or arm.how.depth == 2):
             continue
-        W = product(training.factors).clone()
+        W = factorised.product(training.factors).clone()
         _refuse_divergence(W, arm, step, factors, problems, method)
         if arm.how.depth == 2:
             outcome.bound.see([factor[:: 1 if evaluate else settings.seeds] for factor in training.factors])
@@ -224,7 +211,7 @@ def _refuse_divergence(W: Tensor, arm: Arm, step: int, begun: Factors, problems:
     largest = DIVERGED * problems.values.amax(-1)
     lost = ~(W.abs().amax((-2, -1)) < largest)  # NaN is not below anything
     if lost.any():
-        safe = 1 / float((curvature(begun) + problems.strength).max())
+        safe = 1 / float((factorised.curvature(begun) + problems.strength).max())
         digit = 10 ** math.floor(math.log10(safe))
         raise Diverged(
             f"--lr {method.lr:g} is too large: {int(lost.sum())} of {len(lost)} problems of the arm {arm.name} left "
@@ -293,7 +280,7 @@ def deviations(arm: Arm, sigma: Tensor, values: Tensor, strength: float) -> tupl
     """
     penalty = arm.how.penalty
     assert penalty is not None
-    expected = shrunk(values, torch.tensor(strength, dtype=values.dtype, device=values.device), penalty)
+    expected = factorised.shrunk(values, torch.tensor(strength, dtype=values.dtype, device=values.device), penalty)
     at_threshold = (values - strength).abs() < 1e-6 if penalty == 2 and strength else torch.zeros_like(values).bool()
     if penalty > 2:
         places = torch.cat([expected, torch.zeros_like(expected[:, :1])], 1)  # (seeds, n + 1)
@@ -307,7 +294,7 @@ def summarise_arm(arm: Arm, outcome: Outcome, problems: Problems, settings: Fact
     """The figures of one arm, one object per strength."""
     found = []
     imbalances = torch.stack([measured["imbalance"] for measured in outcome.measured])  # (evaluations, problems)
-    certificate = duality_gap(outcome.W, problems.target, problems.strength, problems.mask)
+    certificate = factorised.duality_gap(outcome.W, problems.target, problems.strength, problems.mask)
     last = outcome.measured[-1]
     for number, strength in enumerate(settings.strengths):
         rows = slice(number * settings.seeds, (number + 1) * settings.seeds)
@@ -335,7 +322,7 @@ def summarise_arm(arm: Arm, outcome: Outcome, problems: Problems, settings: Fact
             if at_threshold.any() and arm.how.depth == 2:
                 row["borderline"] = {
                     "largest": float(sigma[at_threshold].max()),
-                    "predicted": borderline(settings.lr, outcome.steps[-1]),
+                    "predicted": factorised.borderline(settings.lr, outcome.steps[-1]),
                 }
         if arm.how.penalty == 2:
             gaps = certificate[rows]
