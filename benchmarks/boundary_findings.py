@@ -38,7 +38,8 @@ def _kept(row: dict[str, Any]) -> dict[str, Any]:
 
 def rows_and_names(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str], bool]:
     """The rows asked for, the arms in their order, and whether sizes are numbers of examples."""
-    rows, names = [], {}
+    rows: list[dict[str, Any]] = []
+    names: dict[str, None] = {}
     by_number = False
     for directory in options.directories:
         config = renamed(json.loads((directory / "config.json").read_text()), ALIASES)

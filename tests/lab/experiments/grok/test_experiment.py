@@ -7,9 +7,10 @@ import pytest
 
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiment import load, print_summary, run
+from rankdecay.lab.experiment import load, run
 from rankdecay.lab.experiments.grok.experiment import make_arms, make_datasets, make_ensembles
 from rankdecay.lab.experiments.grok.settings import ARMS, PRESETS, Grok
+from rankdecay.lab.report.terminal import print_summary
 from rankdecay.lab.store import read_metrics
 from rankdecay.rules import rule_names
 

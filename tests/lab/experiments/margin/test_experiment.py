@@ -10,11 +10,12 @@ import pytest
 
 from rankdecay import cli
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiment import draw_figure, print_summary, write_report
+from rankdecay.lab.experiment import draw_figure, write_report
 from rankdecay.lab.experiment import run as run_experiment
 from rankdecay.lab.experiments.margin.data import draw
 from rankdecay.lab.experiments.margin.experiment import EXPERIMENT
 from rankdecay.lab.experiments.margin.settings import ARMS, Margin
+from rankdecay.lab.report.terminal import print_summary
 from rankdecay.lab.store import read_metrics
 
 SMALL = Margin(

@@ -37,30 +37,21 @@ FEWEST = 1e-16  # below it a logarithmic axis shows rounding alone
 
 def make_arms(settings: Factor) -> list[Arm]:
     """The arms asked for, in the order of `settings.ARMS`."""
-    optimizer, how = settings.optimizer, fits.Treatment
-    named = {"gd": "gradient descent", "momentum": "momentum 0.9", "adam": "Adam"}
+    optimizer, depth, how = settings.optimizer, settings.depth, fits.Treatment
     plain = optimizer == "momentum"
-    steps = "damped momentum 0.9" if plain else "AdamW"
-    depth = settings.depth
+    steps = {"gd": "gradient descent", "momentum": "momentum 0.9", "adam": "Adam"}[optimizer]
+    beside = "damped momentum 0.9" if plain else "AdamW"
+    decoupled = how(2, "momentum" if plain else "adam", "decoupled")
+    soft = "One W, every singular value soft-thresholded by ηλ after each gradient step."
     every = [
-        Arm("factors", f"W = ABᵀ, L2 on A and B in the loss, {named[optimizer]}.", how(2, optimizer)),
+        Arm("factors", f"W = ABᵀ, L2 on A and B in the loss, {steps}.", how(2, optimizer)),
         Arm("momentum", "W = ABᵀ, L2 on A and B in the loss, damped momentum 0.9.", how(2, "momentum")),
         Arm("adam", "W = ABᵀ, L2 on A and B in the loss, Adam.", how(2, "adam")),
-        Arm(
-            "decoupled",
-            f"W = ABᵀ, L2 on A and B beside the gradient step: {steps}.",
-            how(2, "momentum" if plain else "adam", "decoupled"),
-        ),
-        Arm(
-            "low_rank", "One W, every singular value soft-thresholded by ηλ after each gradient step.",
-            how(1, "gd", "prox"),
-        ),
-        Arm("merged", f"One W, L2 on it in the loss, {named[optimizer]}.", how(1, optimizer)),
-        Arm(
-            "deep", f"W a product of {depth} factors, L2 on each in the loss, {named[optimizer]}.",
-            how(depth, optimizer),
-        ),
-    ]  # fmt: skip
+        Arm("decoupled", f"W = ABᵀ, L2 on A and B beside the gradient step: {beside}.", decoupled),
+        Arm("low_rank", soft, how(1, "gd", "prox")),
+        Arm("merged", f"One W, L2 on it in the loss, {steps}.", how(1, optimizer)),
+        Arm("deep", f"W a product of {depth} factors, L2 on each in the loss, {steps}.", how(depth, optimizer)),
+    ]
     return [arm for arm in every if arm.name in settings.arms]
 
 
@@ -98,25 +89,18 @@ def train(work: Work[Factor]) -> Iterator[Record]:
                 bounds[arm.name] = dataclasses.asdict(outcome.bound)
             for name, parts in last.items():
                 parts.append(outcome.measured[-1][name].cpu().numpy())
-    names = [arm.name for arm in work.arms]
+    names, per_arm = [arm.name for arm in work.arms], len(settings.strengths) * settings.seeds
     if settings.size > LARGEST and {"factors", "low_rank"} & set(names):
         bar.notice(f"the convex solver is for sizes up to {LARGEST}: optima are certified by duality alone")
     work.found = {"arms": rows, "bound": bounds}
-    work.run_directory.save_snapshot(settings.steps, _snapshot(settings, names, problems.values.cpu().numpy(), last))
-
-
-def _snapshot(
-    settings: Factor, arms: Sequence[str], targets: np.ndarray, last: Mapping[str, Sequence[np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """Every problem at the end, arm by arm, strength by strength, seed by seed."""
-    count = len(settings.strengths) * settings.seeds
-    return {
-        "arms": np.repeat(arms, count),
-        "strengths": np.tile(np.repeat(settings.strengths, settings.seeds), len(arms)),
-        "seeds": np.tile(seeds(settings), len(arms) * len(settings.strengths)),
-        "target": np.tile(targets, (len(arms), 1)),
-        **{name: np.concatenate(parts) for name, parts in last.items()},
+    # every problem at the end, arm by arm, strength by strength, seed by seed
+    ends = {
+        "arms": np.repeat(names, per_arm),
+        "strengths": np.tile(np.repeat(settings.strengths, settings.seeds), len(names)),
+        "seeds": np.tile(seeds(settings), len(names) * len(settings.strengths)),
+        "target": np.tile(problems.values.cpu().numpy(), (len(names), 1)),
     }
+    work.run_directory.save_snapshot(settings.steps, ends | {name: np.concatenate(of) for name, of in last.items()})
 
 
 # --- the table ---
@@ -127,12 +111,18 @@ def brief(rows: Sequence[Record]) -> list[Record]:
     made = []
     for name, own in Facts.of({"arms": rows}).arms.items():
         decayed = [row for row in own if row["strength"]] or own
-        worst = {key: max(known(decayed, key), default=None) for key in ("deviation", "imbalance", "gap")}
-        worst["optimality_gap"] = max(known(decayed, "optimality_gap"), default=None)
+        worst = {key: _most(decayed, key) for key in ("deviation", "imbalance", "gap", "optimality_gap")}
         settled, of = _settled(decayed)
-        ranks = " ".join(f"{row['rank']:g}" for row in own)
-        made.append({"name": name, "rank": ranks, "settled": settled if of else None, "seeds": of, **worst})
+        made.append({"name": name, "rank": _ranks(own), "settled": settled if of else None, "seeds": of, **worst})
     return made
+
+
+def _most(rows: Sequence[Record], key: str) -> float | None:
+    return max(known(rows, key), default=None)
+
+
+def _ranks(rows: Sequence[Record]) -> str:
+    return " ".join(f"{row['rank']:g}" for row in rows)
 
 
 def _settled(rows: Sequence[Record]) -> tuple[int, int]:
@@ -180,10 +170,6 @@ def note(facts: Facts) -> str:
 
 def _decayed(facts: Facts, arm: str) -> list[Record]:
     return [row for row in facts.arms.get(arm, []) if row["strength"] > 0]
-
-
-def _most(rows: Sequence[Record], key: str) -> float | None:
-    return max(known(rows, key), default=None)
 
 
 def headline(facts: Facts) -> str:
@@ -242,9 +228,8 @@ def _optimum(arm: str) -> Any:
 
 
 def _balance(facts: Facts) -> Decided | None:
-    rows = [
-        row for row in _decayed(facts, "factors") if known([row], "imbalance_rate") and known([row], "predicted_rate")
-    ]
+    decayed, rates = _decayed(facts, "factors"), ("imbalance_rate", "predicted_rate")
+    rows = [row for row in decayed if all(is_number(row.get(rate)) for rate in rates)]
     if not rows:
         return None
     off = {row["strength"]: abs(row["imbalance_rate"] / row["predicted_rate"] - 1) for row in rows}
@@ -275,11 +260,10 @@ def _kept(facts: Facts) -> Decided | None:
 
 
 def _merged(facts: Facts) -> Decided | None:
-    rows, worst = facts.arms["merged"], _most(facts.arms["merged"], "deviation_largest")
-    ranks = {row["rank"] for row in rows}
+    rows = facts.arms["merged"]
+    worst = _most(rows, "deviation_largest")
     off = "" if worst is None else f"; off S/(1 + λ) by at most {small(worst)}"
-    shown = " ".join(f"{row['rank']:g}" for row in rows)
-    return len(ranks) == 1, f"ranks {shown}{off}."
+    return len({row["rank"] for row in rows}) == 1, f"ranks {_ranks(rows)}{off}."
 
 
 def _decoupled(facts: Facts) -> Decided | None:
@@ -339,25 +323,19 @@ def sections(stored: StoredRun) -> list[Section]:
         else "The line is the theory: max(s − λ, 0) for two factors, s/(1 + λ) for one matrix, the larger root of "
         f"w + λ w^(2/{depth} − 1) = s for {depth} factors; for AdamW, which has none, that of two factors."
     )
-    step, powers = Axis("step"), Axis("imbalance", "log")
     ends = [made for name in labels for made in _ends(stored, name, rows)]
     over = [_over_steps(stored, row) for row in rows if row["name"] in balanced]
-    imbalances = [line for measured, _ in over for line in measured]
-    gaps = [line for _, measured in over for line in measured]
+    imbalances, gaps = ([made for parts in over for made in parts[which]] for which in (0, 1))
     middle = strengths[len(strengths) // len(labels) // 3] if labels else None
-    spectra = Chart(
-        "spectra",
-        "Singular values against strength",
-        Axis("λ"),
-        Axis("singular value", from_zero=True),
-        ends,
-        [Choice("arm", "Arm", labels)],
-    )
-    by_strength = Choice("strength", "λ", {at: at for at in dict.fromkeys(strengths)}, middle)
-    balance = Chart(
-        "balance", "Imbalance of the factors", step, powers, imbalances, [Choice("balanced", "Arm", balanced)]
-    )
-    gap = Chart("gap", "Gap and its bound", step, Axis("gap", "log"), gaps, [by_strength])
+    by_strength = Choice("strength", "λ", {at: at for at in strengths}, middle)
+    panels = (
+        ("spectra", "Singular values against strength", "λ", Axis("singular value", from_zero=True), ends,
+         Choice("arm", "Arm", labels)),
+        ("balance", "Imbalance of the factors", "step", Axis("imbalance", "log"), imbalances,
+         Choice("balanced", "Arm", balanced)),
+        ("gap", "Gap and its bound", "step", Axis("gap", "log"), gaps, by_strength),
+    )  # fmt: skip
+    spectra, balance, gap = (Chart(name, title, Axis(x), y, lines, [by]) for name, title, x, y, lines, by in panels)
     return [
         Section(
             "Singular values",

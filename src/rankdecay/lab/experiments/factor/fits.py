@@ -18,21 +18,8 @@ from torch import Tensor
 from rankdecay.lab.convex import nuclear_fit
 from rankdecay.lab.ensemble.outcome import Record
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.factor.factorised import (
-    Factors,
-    Method,
-    Training,
-    borderline,
-    curvature,
-    duality_gap,
-    gap,
-    gap_bound,
-    imbalance,
-    objective,
-    product,
-    shrunk,
-    squared_norm,
-)
+from rankdecay.lab.experiments.factor import factorised
+from rankdecay.lab.experiments.factor.factorised import Factors, Method, Training
 from rankdecay.lab.settings import seeds
 
 if TYPE_CHECKING:
@@ -129,15 +116,15 @@ def initial_factors(settings: Factor, depth: int, device: str) -> Factors:
 def measure(training: Training) -> dict[str, Tensor]:
     """Everything that is recorded of every problem: shape (problems,), and its singular values (problems, n)."""
     factors = training.factors
-    sigma = torch.linalg.svdvals(product(factors))
+    sigma = torch.linalg.svdvals(factorised.product(factors))
     found = {
         "singular_values": sigma,
-        "objective": objective(factors, training.target, training.strength, training.mask),
-        "imbalance": imbalance(factors),
-        "gap": gap(factors, sigma),
+        "objective": factorised.objective(factors, training.target, training.strength, training.mask),
+        "imbalance": factorised.imbalance(factors),
+        "gap": factorised.gap(factors, sigma),
     }
     if len(factors) == 2:
-        found["gap_bound"] = gap_bound(factors)
+        found["gap_bound"] = factorised.gap_bound(factors)
     return found
 
 
@@ -151,8 +138,8 @@ class Bound:
 
     def see(self, factors: Factors) -> None:
         """Holds the gaps of some problems at one step against their bounds."""
-        gaps, bounds = gap(factors), gap_bound(factors)
-        rounding = ROUNDING * (squared_norm(factors[0]) + squared_norm(factors[1])).clamp(min=1)
+        gaps, bounds = factorised.gap(factors), factorised.gap_bound(factors)
+        rounding = ROUNDING * (factorised.squared_norm(factors[0]) + factorised.squared_norm(factors[1])).clamp(min=1)
         self.checks += gaps.numel()
         self.violations += int((gaps > bounds + rounding).sum())
         # where both are rounding errors their ratio says nothing
@@ -197,18 +184,16 @@ def train(
     """
     method = Method(settings.lr, arm.how.optimizer, arm.how.decay)
     training = Training(factors, problems.target, problems.strength, method, problems.mask)
-    outcome = Outcome([0], [measure(training)], Bound(), product(factors).clone())
+    outcome = Outcome([0], [measure(training)], Bound(), factorised.product(factors).clone())
     for step in range(1, settings.steps + 1):
         training.step()
         evaluate = step % settings.evaluate_every == 0 or step == settings.steps
         if not (evaluate or arm.how.depth == 2):
             continue
-        W = product(training.factors).clone()
+        W = factorised.product(training.factors).clone()
         _refuse_divergence(W, arm, step, factors, problems, method)
         if arm.how.depth == 2:
-            outcome.bound.see(
-                training.factors if evaluate else [factor[:: settings.seeds] for factor in training.factors]
-            )
+            outcome.bound.see([factor[:: 1 if evaluate else settings.seeds] for factor in training.factors])
         if not evaluate:
             continue
         outcome.steps.append(step)
@@ -226,7 +211,7 @@ def _refuse_divergence(W: Tensor, arm: Arm, step: int, begun: Factors, problems:
     largest = DIVERGED * problems.values.amax(-1)
     lost = ~(W.abs().amax((-2, -1)) < largest)  # NaN is not below anything
     if lost.any():
-        safe = 1 / float((curvature(begun) + problems.strength).max())
+        safe = 1 / float((factorised.curvature(begun) + problems.strength).max())
         digit = 10 ** math.floor(math.log10(safe))
         raise Diverged(
             f"--lr {method.lr:g} is too large: {int(lost.sum())} of {len(lost)} problems of the arm {arm.name} left "
@@ -237,9 +222,10 @@ def _refuse_divergence(W: Tensor, arm: Arm, step: int, begun: Factors, problems:
 # --- what it came to ---
 
 
-def _spread(values: Tensor) -> tuple[float, float, float]:
-    """Median, least and largest."""
-    return float(values.quantile(0.5)), float(values.min()), float(values.max())
+def _spread(name: str, values: Tensor | None) -> Record:
+    """A figure's median, least and largest value, under its name; None where it is not known."""
+    found = (None,) * 3 if values is None else (float(values.quantile(0.5)), float(values.min()), float(values.max()))
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
 
 
 def records(arm: Arm, outcome: Outcome, settings: Factor) -> list[Record]:
@@ -251,7 +237,7 @@ def records(arm: Arm, outcome: Outcome, settings: Factor) -> list[Record]:
             line: Record = {"step": step, "arm": arm.name, "strength": strength, "seeds": settings.seeds}
             for name in ("imbalance", "gap", "gap_bound", "objective"):
                 if name in measured:
-                    line[name], line[f"{name}_low"], line[f"{name}_high"] = _spread(measured[name][rows])
+                    line |= _spread(name, measured[name][rows])
             line["singular_values"] = measured["singular_values"][rows].quantile(0.5, dim=0).tolist()
             lines.append(line)
     return lines
@@ -294,7 +280,7 @@ def deviations(arm: Arm, sigma: Tensor, values: Tensor, strength: float) -> tupl
     """
     penalty = arm.how.penalty
     assert penalty is not None
-    expected = shrunk(values, torch.tensor(strength, dtype=values.dtype, device=values.device), penalty)
+    expected = factorised.shrunk(values, torch.tensor(strength, dtype=values.dtype, device=values.device), penalty)
     at_threshold = (values - strength).abs() < 1e-6 if penalty == 2 and strength else torch.zeros_like(values).bool()
     if penalty > 2:
         places = torch.cat([expected, torch.zeros_like(expected[:, :1])], 1)  # (seeds, n + 1)
@@ -308,7 +294,7 @@ def summarise_arm(arm: Arm, outcome: Outcome, problems: Problems, settings: Fact
     """The figures of one arm, one object per strength."""
     found = []
     imbalances = torch.stack([measured["imbalance"] for measured in outcome.measured])  # (evaluations, problems)
-    certificate = duality_gap(outcome.W, problems.target, problems.strength, problems.mask)
+    certificate = factorised.duality_gap(outcome.W, problems.target, problems.strength, problems.mask)
     last = outcome.measured[-1]
     for number, strength in enumerate(settings.strengths):
         rows = slice(number * settings.seeds, (number + 1) * settings.seeds)
@@ -323,17 +309,12 @@ def summarise_arm(arm: Arm, outcome: Outcome, problems: Problems, settings: Fact
             "singular_values_high": sigma.amax(0).tolist(),
             "rank": float((sigma > 0.01 * values[:, :1]).sum(1).double().quantile(0.5)),
             "steps": outcome.steps[-1],
-            "expected": None,
-            "deviation": None,
-            "deviation_largest": None,
-            "settled": None,
-            "collapsed": None,
-            "borderline": None,
+            **dict.fromkeys(("expected", "deviation", "deviation_largest", "settled", "collapsed", "borderline")),
         }
         if arm.how.penalty is not None and problems.mask is None:
             expected, distance, at_threshold = deviations(arm, sigma, values, strength)
             row["expected"] = expected.quantile(0.5, dim=0).tolist()
-            row["deviation"], _, row["deviation_largest"] = _spread(distance)
+            row |= {"deviation": float(distance.quantile(0.5)), "deviation_largest": float(distance.max())}
             row["settled"] = int((distance < CLOSE * values[:, 0]).sum())
             if arm.how.penalty > 2:
                 gone = (expected > 0).sum(1) - (sigma > 0.01 * values[:, :1]).sum(1)
@@ -341,10 +322,11 @@ def summarise_arm(arm: Arm, outcome: Outcome, problems: Problems, settings: Fact
             if at_threshold.any() and arm.how.depth == 2:
                 row["borderline"] = {
                     "largest": float(sigma[at_threshold].max()),
-                    "predicted": borderline(settings.lr, outcome.steps[-1]),
+                    "predicted": factorised.borderline(settings.lr, outcome.steps[-1]),
                 }
         if arm.how.penalty == 2:
-            row["optimality_gap"], _, row["optimality_gap_largest"] = _spread(certificate[rows])
+            gaps = certificate[rows]
+            row |= {"optimality_gap": float(gaps.quantile(0.5)), "optimality_gap_largest": float(gaps.max())}
         if arm.how.depth > 1:
             row |= _balance(arm, outcome, imbalances[:, rows], last["gap"][rows], strength, settings)
         found.append(row)
@@ -353,17 +335,15 @@ def summarise_arm(arm: Arm, outcome: Outcome, problems: Problems, settings: Fact
 
 def _balance(arm: Arm, outcome: Outcome, imbalances: Tensor, gaps: Tensor, strength: float, settings: Factor) -> Record:
     """How balanced the factors of one arm and strength are, and how fast they became so."""
-    row: Record = {"imbalance_initial": _spread(imbalances[0])[0]}
-    row["imbalance"], row["imbalance_low"], row["imbalance_high"] = _spread(imbalances[-1])
-    row["gap"], row["gap_low"], row["gap_high"] = _spread(gaps)
-    rates = imbalance_rates(outcome.steps, imbalances, settings.lr)
-    row |= {"imbalance_rate": None, "imbalance_rate_low": None, "imbalance_rate_high": None}
-    if rates is not None:
-        row["imbalance_rate"], row["imbalance_rate_low"], row["imbalance_rate_high"] = _spread(rates)
     descent = arm.how.optimizer == "gd"
-    row["predicted_rate"] = 2 * settings.lr * strength if descent else None  # of the flow
-    row["predicted_rate_of_steps"] = -2 * math.log1p(-settings.lr * strength) if descent else None
-    return row
+    return {
+        "imbalance_initial": float(imbalances[0].quantile(0.5)),
+        **_spread("imbalance", imbalances[-1]),
+        **_spread("gap", gaps),
+        **_spread("imbalance_rate", imbalance_rates(outcome.steps, imbalances, settings.lr)),
+        "predicted_rate": 2 * settings.lr * strength if descent else None,  # of the flow
+        "predicted_rate_of_steps": -2 * math.log1p(-settings.lr * strength) if descent else None,
+    }
 
 
 def compare_with_solver(arm_rows: Sequence[Record], W: Tensor, problems: Problems, settings: Factor) -> None:
@@ -381,7 +361,7 @@ def compare_with_solver(arm_rows: Sequence[Record], W: Tensor, problems: Problem
         mask = None if problems.mask is None else problems.mask[index].cpu().numpy()
         optimum = nuclear_fit(target, row["strength"], mask)
         ended = W[index].cpu().numpy()
-        missed = ended - target if mask is None else mask * (ended - target)
+        missed = (ended - target) * (1.0 if mask is None else mask)
         value = 0.5 * (missed**2).sum() + row["strength"] * np.linalg.svd(ended, compute_uv=False).sum()
         row["solver"] = {
             "objective": optimum.objective,

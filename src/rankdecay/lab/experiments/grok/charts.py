@@ -11,7 +11,7 @@ import numpy as np
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.grok.summary import by_member
 from rankdecay.lab.report.chart import Axis, Chart, Choice, Line, evenly, middle
-from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, absent, choice
+from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, absent, asset, choice
 from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import ArmStyle, arm_styles
 from rankdecay.lab.report.words import is_number, shown
@@ -36,7 +36,6 @@ BY_RULE = {
     "polar": ArmStyle("low-rank decay, polar", "#7a5c00", "#d8b861", "longdash"),
     "newton_schulz": ArmStyle("low-rank decay, Newton–Schulz", "#b0307a", "#ff86bf", "dashdot"),
 }
-LEGEND = '<div class="legend" role="group" aria-label="Arms shown"></div>'
 
 
 def styles(settings: Mapping[str, Any]) -> dict[str, ArmStyle]:
@@ -59,7 +58,7 @@ def _series(stored: StoredRun, metric: str) -> dict[str, list[tuple[list[int], l
     return found
 
 
-def _curves(stored: StoredRun, name: str, label: str, metrics: Mapping[str, str], **axis: Any) -> Chart:
+def _curves(stored: StoredRun, name: str, metrics: Mapping[str, str], **axis: Any) -> Chart:
     """A chart of one of several metrics: a thin line per seed under the median of the seeds still training."""
     looks, thin, bold = arm_styles(stored.arms, styles(stored.settings)), [], []
     for metric in metrics:
@@ -74,15 +73,9 @@ def _curves(stored: StoredRun, name: str, label: str, metrics: Mapping[str, str]
     measured = {line.where[name] for line in bold}
     offered = {metric: words for metric, words in metrics.items() if metric in measured} or metrics
     axes = {metric: Axis(words, **axis) for metric, words in offered.items()}
+    title, empty = f"{name.title()} over steps", f"{name.title()}: not recorded in this run."
     return Chart(
-        name,
-        f"{name.title()} over steps",
-        Axis("step"),
-        axes,
-        [*thin, *bold],
-        [Choice(name, label, offered)],
-        name,
-        empty=f"{name.title()}: not recorded in this run.",
+        name, title, Axis("step"), axes, [*thin, *bold], [Choice(name, name.title(), offered)], name, empty=empty
     )
 
 
@@ -128,69 +121,32 @@ def time_data(stored: StoredRun) -> Record:
     }
 
 
-def _timeline(time: Record) -> str:
-    last = len(time["steps"]) - 1
-    seeds = {str(seed): str(seed) for seed in sorted({member["seed"] for member in time["members"]})}
-    return f"""<p>The pictures below follow one slider and one seed: <a href="#spectra">spectra</a>,
-<a href="#needle">needle and fan</a>, <a href="#attention">attention maps</a>.</p>
-<div class="timeline" role="group" aria-label="Time"><button type="button" id="play">Play</button>
-<label class="slider"><span>Step <output id="step-output">{time["steps"][-1]:,}</output></span>
-<input type="range" id="step-slider" min="0" max="{last}" value="{last}" step="1"></label>
-{choice("seed", "Seed", seeds)}</div>"""
-
-
-def _spectra(time: Record) -> str:
-    layers, heads = (time["product_shape"] or [0, 0])[:2]
-    products = {
-        f"product:{layer}:{head}": f"layer {layer + 1}, head {head + 1}: W_Qᵀ W_K"
-        for layer in range(layers)
-        for head in range(heads)
-    }
-    scales = {"relative": "relative to σ₁", "absolute": "absolute"}
-    return f"""<section id="spectra">
-<h3>Spectra</h3>
-<p>Every singular value of one matrix, largest first. Purely radial decay lowers a whole curve on the absolute scale and
-leaves it in place on the relative one; decay that lowers rank bends the tail down on both. Bold is the chosen seed,
-faint the others; values below the floor are drawn on it.</p>
-<figure><div class="controls">{choice("matrix", "Matrix", _matrices(time) | products)}
-{choice("scale", "Values", scales)}</div>{LEGEND}<div class="chart" id="spectra-chart"></div></figure>
-</section>"""
-
-
-def _needle(time: Record) -> str:
-    return f"""<section id="needle">
-<h3>Needle and fan</h3>
-<p>The space of matrices, seen from W. The radial axis points along W: L2 always steps along it, and under QK-norm that
-leaves the function unchanged. The needle is UVᵀ, the direction of low-rank decay at this W, drawn for every arm whether
-or not it took that step; its foot on the axis is the radial part, its height the tangential part, which changes the
-spectrum. Where singular values have vanished the nuclear norm has many subgradients, UVᵀ + Z with ‖Z‖₂ ≤ 1 on the null
-space, and the needle opens into a fan.</p>
-<div class="controls">{choice("needle", "Matrix", _matrices(time))}</div><div class="needles" id="needles"></div>
-</section>"""
-
-
 SHARE = """<p class="below">What each arm's own decay steps did: the share of ‖D‖² across W (tangential) or along it
 (radial). The two add to 1; an arm without decay has no line.</p>"""
 
 
-def _attention(time: Record) -> str:
-    layers = {str(layer): f"layer {layer + 1}" for layer in range(time["attention_shape"][0])}
-    return f"""<section id="attention">
-<h3>Attention maps</h3>
-<p>How much the last position attends to each position (columns), averaged over the test examples that end in each token
-(rows). One map per arm and head. Heads are numbered, not matched: head 1 of two arms need not do the same work.</p>
-<figure><div class="controls">{choice("layer", "Layer", layers)}
-<span class="scale"><span>0</span><i></i><span>1 &nbsp;share of attention</span></span></div>
-<div class="chart grid" id="attention-chart"></div></figure>
-</section>"""
-
-
-def _matrices(time: Record) -> dict[str, str]:
-    layers = (time["singular_values_shape"] or [0])[0]
-    return {
+def _controls(time: Record) -> dict[str, str]:
+    """What ``time.html`` and ``attention.html`` leave open: the slider's end, and what a reader chooses from."""
+    matrices, products = (time[f"{name}_shape"] or [0, 0] for name in ("singular_values", "product"))
+    each = {
         f"singular_values:{layer}:{index}": f"layer {layer + 1}, W_{name}"
-        for layer in range(layers)
+        for layer in range(matrices[0])
         for index, name in enumerate("QK")
+    }
+    heads = {
+        f"product:{layer}:{head}": f"layer {layer + 1}, head {head + 1}: W_Qᵀ W_K"
+        for layer in range(products[0])
+        for head in range(products[1])
+    }
+    seeds = sorted({member["seed"] for member in time["members"]})
+    return {
+        "shown": f"{time['steps'][-1]:,}",
+        "last": str(len(time["steps"]) - 1),
+        "seed": choice("seed", "Seed", {seed: seed for seed in seeds}),
+        "matrix": choice("matrix", "Matrix", each | heads),
+        "scale": choice("scale", "Values", {"relative": "relative to σ₁", "absolute": "absolute"}),
+        "needle": choice("needle", "Matrix", each),
+        "layer": choice("layer", "Layer", {i: f"layer {i + 1}" for i in range(time["attention_shape"][0])}),
     }
 
 
@@ -200,21 +156,15 @@ def sections(stored: StoredRun) -> list[Section]:
         "A thin line is one seed, a bold line the median of the seeds still training. Click a name to hide or show its "
         "arm everywhere on the page; hover for values."
     )
-    accuracy = _curves(stored, "accuracy", "Accuracy", ACCURACIES, limits=SHARE_LIMITS)
-    rank = _curves(stored, "rank", "Rank", RANKS, scale="log")
-    share = _curves(stored, "share", "Share", SHARES, limits=SHARE_LIMITS)
+    accuracy = _curves(stored, "accuracy", ACCURACIES, limits=SHARE_LIMITS)
+    rank = _curves(stored, "rank", RANKS, scale="log")
+    share = _curves(stored, "share", SHARES, limits=SHARE_LIMITS)
     time = time_data(stored)
     if not time["steps"]:
         through = [Html(absent("This run has no snapshots, so no spectra or attention maps.")), Html(SHARE), share]
     else:
-        through = [
-            Html(_timeline(time), {"time": time}, SCRIPTS, ("time.css",)),
-            Html(_spectra(time)),
-            Html(_needle(time)),
-            Html(SHARE),
-            share,
-            Html(_attention(time)),
-        ]
+        pictures, attention = (asset(name, __package__, _controls(time)) for name in ("time.html", "attention.html"))
+        through = [Html(pictures, {"time": time}, SCRIPTS, ("time.css",)), Html(SHARE), share, Html(attention)]
     return [
         Section("Accuracy", seeds, [accuracy]),
         Section("Rank", "", [rank]),

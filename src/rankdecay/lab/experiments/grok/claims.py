@@ -6,8 +6,6 @@ explain a success away come first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 from rankdecay.lab.report.words import Check, Decided, Facts, counted, is_number, known, listed, span, wilson_interval
 from rankdecay.lab.settings import Record
 from rankdecay.rules import rule_names
@@ -63,15 +61,15 @@ def headline(facts: Facts) -> str:
     return f"{said[0].upper()}{said[1:]}{within}; {rest}."
 
 
-def _no_seed_of(arm: str, how: str, if_none: str = "", if_some: str = "") -> Callable[[Facts], Decided | None]:
-    """Whether a control generalised in no seed; where nothing did, its failure says nothing."""
+def _control(claim: str, arm: str, how: str, open: str, if_none: str = "", if_some: str = "") -> Check:
+    """The claim that a control generalised in no seed; where nothing did, its failure says nothing."""
 
     def decided(facts: Facts) -> Decided | None:
         row = facts.arms[arm][0]
         more = if_some if row["generalised"] else if_none
         return (not row["generalised"], f"{how}, {_count(row)} generalised{more}.") if _any(facts) else None
 
-    return decided
+    return Check(claim, decided, (arm,), open)
 
 
 def _earlier(facts: Facts) -> Decided | None:
@@ -106,17 +104,12 @@ def _kept(facts: Facts) -> Decided | None:
 
 def _rank(facts: Facts) -> Decided | None:
     rows = [row for name, row in _rows(facts).items() if name != "uniform_attention"]
-
-    def ranks(chosen: Iterable[Record]) -> list[float]:
-        return known(chosen, "stable_rank")
-
-    did = ranks(row for row in rows if row["generalised"] > row["seeds"] / 2)
-    did_not = ranks(row for row in rows if row["generalised"] <= row["seeds"] / 2)
+    did = known((row for row in rows if row["generalised"] > row["seeds"] / 2), "stable_rank")
+    did_not = known((row for row in rows if row["generalised"] <= row["seeds"] / 2), "stable_rank")
     if not did or not did_not:
         return None
-    return max(did) < min(did_not), (
-        f"{span(did)} where most seeds generalised, {span(did_not)} elsewhere. Going together does not say why."
-    )
+    where = f"{span(did)} where most seeds generalised, {span(did_not)} elsewhere"
+    return max(did) < min(did_not), f"{where}. Going together does not say why."
 
 
 def _rate(facts: Facts) -> Decided:
@@ -130,35 +123,19 @@ def _rate(facts: Facts) -> Decided:
 
 
 CHECKS = (
-    Check(
-        "Switching attention off is not enough",
-        _no_seed_of(
-            "uniform_attention",
-            "under uniform attention",
-            if_some=": what a low-rank pattern does cannot be told from what switching attention off does",
-        ),
-        ("uniform_attention",),
-        "whether switching attention off would do as well",
-    ),
-    Check(
-        "A stronger L2 is not enough",
-        _no_seed_of(
-            "l2_tuned", "under tuned L2", " at the one strength tried", ": that did not require low-rank decay"
-        ),
-        ("l2_tuned",),
-        "whether a stronger L2 on the same matrices would do as well",
-    ),
+    _control("Switching attention off is not enough", "uniform_attention", "under uniform attention",
+             "whether switching attention off would do as well",
+             if_some=": what a low-rank pattern does cannot be told from what switching attention off does"),
+    _control("A stronger L2 is not enough", "l2_tuned", "under tuned L2",
+             "whether a stronger L2 on the same matrices would do as well",
+             " at the one strength tried", ": that did not require low-rank decay"),
     Check("Low-rank decay gets there before tuned L2", _earlier, ("l2_tuned",)),
-    Check(
-        "Queries and keys need a decay",
-        _no_seed_of("none", "without one", if_some=": the rest of the training set-up can be enough"),
-        ("none",),
-        "whether queries and keys need any decay at all",
-    ),
+    _control("Queries and keys need a decay", "none", "without one", "whether queries and keys need any decay at all",
+             if_some=": the rest of the training set-up can be enough"),
     Check("What generalised stays so", _kept),
     Check("Arms that generalise end at a lower stable rank", _rank),
     Check("The rate of success is known to within 20 %", _rate),
-)
+)  # fmt: skip
 
 
 def note(facts: Facts) -> str:

@@ -46,54 +46,34 @@ class Treatment:
 def make_arms(settings: Grok) -> list[Arm]:
     """The arms asked for, in the order of `settings.ARMS`; those named by a rule stand beside ``low_rank``."""
 
+    def arm(name: str, description: str, decay: Decay | None = None, uniform: bool = False) -> Arm:
+        return Arm(name, description, Treatment(decay, uniform))
+
     def low_rank(name: str, rule: Any) -> Arm:
         decay = LowRank(settings.strength, rule, settings.scale, every=settings.every, smoothing=settings.smoothing)
-        return Arm(name, f"The library's decay of W_Q and W_K: {decay.describe()}.", Treatment(decay))
+        return arm(name, f"The library's decay of W_Q and W_K: {decay.describe()}.", decay)
 
+    shared, tuned = settings.weight_decay, settings.tuned_strength
+    strongest = f"L2 of strength {tuned:g} on W_Q and W_K: {tuned * settings.lr:.0%} of the weights per step"
     prototype = LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False)
     every = [
-        Arm("none", "No decay of W_Q and W_K.", Treatment()),
-        Arm(
-            "l2",
-            f"L2 of strength {settings.weight_decay:g} on W_Q and W_K, the same as on the rest of the model.",
-            Treatment(Frobenius(settings.weight_decay)),
+        arm("none", "No decay of W_Q and W_K."),
+        arm(
+            "l2", f"L2 of strength {shared:g} on W_Q and W_K, the same as on the rest of the model.", Frobenius(shared)
         ),
-        Arm(
-            "l2_tuned",
-            f"L2 of strength {settings.tuned_strength:g} on W_Q and W_K: {settings.tuned_strength * settings.lr:.0%} "
-            "of the weights per step, the strength at which L2 does best.",
-            Treatment(Frobenius(settings.tuned_strength)),
-        ),
+        arm("l2_tuned", f"{strongest}, the strength at which L2 does best.", Frobenius(tuned)),
         low_rank("low_rank", settings.rule),
         *(low_rank(rule, rule) for rule in rule_names() if rule in settings.arms),
-        Arm(
-            "prototype",
-            "The published prototype: five cubic Newton–Schulz steps, 0.01 per step.",
-            Treatment(prototype),
-        ),
-        Arm(
-            "uniform_attention",
-            "W_Q and W_K held at zero: every position attends equally to all.",
-            Treatment(uniform_attention=True),
-        ),
+        arm("prototype", "The published prototype: five cubic Newton–Schulz steps, 0.01 per step.", prototype),
+        arm("uniform_attention", "W_Q and W_K held at zero: every position attends equally to all.", uniform=True),
     ]
     return [arm for arm in every if arm.name in settings.arms]
 
 
 def make_datasets(settings: Grok) -> dict[int, Dataset]:
     """One data set per seed, checked against the batch size."""
-    datasets = {
-        seed: make_dataset(
-            settings.task,
-            seed,
-            modulus=settings.modulus,
-            train_fraction=settings.train_fraction,
-            train_examples=settings.train_examples,
-            values=settings.values,
-            split=settings.split,
-        )
-        for seed in seeds(settings)
-    }
+    how = _some(settings, "modulus", "train_fraction", "train_examples", "values", "split")
+    datasets = {seed: make_dataset(settings.task, seed, **how) for seed in seeds(settings)}
     size = min(len(data.train_targets) for data in datasets.values())  # unordered splits differ in size
     if settings.batch_size > size:
         raise SettingError(
@@ -101,6 +81,11 @@ def make_datasets(settings: Grok) -> dict[int, Dataset]:
             f"give at most {size}, or more training examples"
         )
     return datasets
+
+
+def _some(settings: Grok, *names: str) -> Record:
+    """Settings that a part of the experiment has under the same names."""
+    return {name: getattr(settings, name) for name in names}
 
 
 def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: Mapping[int, Dataset], device: str) -> list[Ensemble]:
@@ -111,32 +96,13 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: Mapping[int, D
     from rankdecay.lab.ensemble.transformer import TransformerConfig
 
     data = next(iter(datasets.values()))
-    config = TransformerConfig(
-        data.vocabulary,
-        data.length,
-        data.outputs,
-        width=settings.width,
-        depth=settings.depth,
-        mlp_width=settings.mlp_width,
-        qk_norm=settings.qk_norm,
-        gains=settings.gains,
-        position_scale=settings.position_scale,
-    )
+    shape = _some(settings, "width", "depth", "mlp_width", "qk_norm", "gains", "position_scale")
+    config = TransformerConfig(data.vocabulary, data.length, data.outputs, **shape)
     on_gpu = device.startswith("cuda")
-    training = Training(
-        batch_size=settings.batch_size,
-        precision=settings.precision,  # pyright: ignore[reportArgumentType] - auto is resolved
-        device=device,
-    )
+    training = Training(device=device, **_some(settings, "batch_size", "precision"))
+    rates = settings.weight_decay, settings.lr
     members = [
-        Member(
-            arm.name,
-            seed,
-            arm.how.decay,
-            settings.weight_decay,
-            settings.lr,
-            uniform_attention=arm.how.uniform_attention,
-        )
+        Member(arm.name, seed, arm.how.decay, *rates, uniform_attention=arm.how.uniform_attention)
         for arm in arms
         for seed in datasets
     ]
@@ -186,12 +152,9 @@ def train(work: Work[Grok]) -> Sequence[Record]:
     def leaves(records: Sequence[Record]) -> bool:
         return settings.stop_when_generalised and steps_to_hold(records, settings.threshold) is not None
 
+    ensembles = make_ensembles(settings, work.arms, work.data, work.device)
     runner = Runner(
-        work.run_directory,
-        make_ensembles(settings, work.arms, work.data, work.device),
-        steps=settings.steps,
-        evaluate_every=settings.evaluate_every,
-        leaves=leaves,
+        work.run_directory, ensembles, steps=settings.steps, evaluate_every=settings.evaluate_every, leaves=leaves
     )
     if runner.step:
         progress.notice(f"continuing {settings.out} at step {runner.step}")

@@ -93,7 +93,6 @@ PRESETS = {
         arms=("none", "l2", "prototype", "uniform_attention"),
         task="add",
         modulus=113,
-        train_fraction=0.5,
         split="ordered",
         steps=2500,
         weight_decay=0.1,

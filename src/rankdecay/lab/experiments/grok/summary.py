@@ -6,24 +6,12 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from rankdecay.lab.ensemble.outcome import steps_to_hold
+from rankdecay.lab.ensemble.outcome import FIGURES, steps_to_hold
 from rankdecay.lab.report.words import mean
 from rankdecay.lab.settings import Record
 from rankdecay.lab.stored import StoredRun
 
-MEANS = (
-    "test_accuracy",
-    "train_accuracy",
-    "stable_rank",
-    "effective_rank",
-    "product_stable_rank",
-    "product_effective_rank",
-    "query_norm",
-    "key_norm",
-    "decay_size",
-    "radial_share",
-    "tangential_share",
-)
+MEANS = (*(name for name in FIGURES if name != "angular_step"), "decay_size", "radial_share")
 
 
 def by_member(rows: Iterable[Record]) -> dict[tuple[str, int], list[Record]]:

@@ -22,6 +22,8 @@ MEASURES = {
     "nuclear_excess": "Nuclear norm ‖W‖_* above the least",
     "frobenius_excess": "Frobenius norm ‖W‖_F above the least",
 }
+MARGIN = Axis("margin", "log")
+SIGMA = "σ per unit of margin"
 SVMS = {"nuclear": "nuclear SVM", "frobenius": "Frobenius SVM"}
 SMALLEST = 0.1  # margin from which curves are drawn: below it the softmax selects little and a norm over it says less
 GRID = 80  # margins of a mean
@@ -53,26 +55,24 @@ def sections(stored: StoredRun) -> list[Section]:
             f"The first {CHOICES} of {stored.summary['datasets']} data sets can be chosen; means are over all."
         )
     chosen = Choice("set", "Data set", {"mean": "all: mean and range"} | {str(which): str(which) for which in sets})
-    curves: dict[str, list[Line]] = {name: [] for name in MEASURES}
-    spectra: list[Line] = []
-    for row in rows:
-        lines = [line for line in stored.rows if line["arm"] == row["name"]]
-        if lines:
-            for measure, found in curves.items():
-                found += _curves(lines, row, measure, labels[row["name"]])
-            spectra += _spectra(lines, row, arrays)
-    drawn = {
-        name: Chart(
-            name.replace("_", "-"),
-            words,
-            Axis("margin", "log"),
-            Axis("cosine") if name.startswith("cosine") else Axis("above the least", "log"),
-            curves[name],
-            [chosen],
-            empty="No arm shown has a margin in this data set.",
-        )
-        for name, words in MEASURES.items()
-    }
+    measured = [(own, row) for row in rows if (own := [line for line in stored.rows if line["arm"] == row["name"]])]
+
+    def against_margin(name: str) -> Chart:
+        y = Axis("cosine") if name.startswith("cosine") else Axis("above the least", "log")
+        lines = [line for own, row in measured for line in _curves(own, row, name, labels[row["name"]])]
+        empty = "No arm shown has a margin in this data set."
+        return Chart(name.replace("_", "-"), MEASURES[name], MARGIN, y, lines, [chosen], empty=empty)
+
+    scales = {"log": Axis(SIGMA, "log"), "linear": Axis(SIGMA, from_zero=True)}
+    singular_values = [line for own, row in measured for line in _spectra(own, row, arrays)]
+    choices = [
+        chosen,
+        Choice("spectrum", "Arm", labels, "separate"),
+        Choice("svm", "Dashed", SVMS),
+        Choice("axis", "Axis", {"log": "logarithmic", "linear": "linear"}),
+    ]
+    title, empty = "Singular values against margin", "This arm has no margin in this data set."
+    spectra = Chart("spectra", title, MARGIN, scales, singular_values, choices, y_by="axis", empty=empty)
     return [
         pictures(stored, arrays, labels),
         Section(
@@ -81,42 +81,23 @@ def sections(stored: StoredRun) -> list[Section]:
             "at equal margins, from where half have come to where the first one ended, and shaded the whole range. A "
             "dot is the end of all, at their median margin; where a decay stops the flow, the direction goes on "
             "turning at one margin. Of diagonal weights the norms are ℓ1 and ℓ2.",
-            [drawn["cosine_nuclear"], drawn["cosine_frobenius"]],
+            [against_margin("cosine_nuclear"), against_margin("cosine_frobenius")],
             "direction",
         ),
         Section(
             "Norms above the least",
             "How far the norm of W, per unit of margin, is above the least that any matrix with these margins has. At "
             "0 it solves that SVM.",
-            [drawn["nuclear_excess"], drawn["frobenius_excess"]],
+            [against_margin("nuclear_excess"), against_margin("frobenius_excess")],
             "norms",
         ),
         Section(
             "Singular values",
             "Of W per unit of margin, from the largest down. Dashed: those of an SVM's solution, without what is zero.",
-            [_spectra_chart(spectra, chosen, labels)],
+            [spectra],
             "spectra",
         ),
     ]
-
-
-def _spectra_chart(lines: Sequence[Line], chosen: Choice, labels: Mapping[str, str]) -> Chart:
-    title = "σ per unit of margin"
-    return Chart(
-        "spectra",
-        "Singular values against margin",
-        Axis("margin", "log"),
-        {"log": Axis(title, "log"), "linear": Axis(title, from_zero=True)},
-        lines,
-        [
-            chosen,
-            Choice("spectrum", "Arm", labels, "separate"),
-            Choice("svm", "Dashed", SVMS),
-            Choice("axis", "Axis", {"log": "logarithmic", "linear": "linear"}),
-        ],
-        y_by="axis",
-        empty="This arm has no margin in this data set.",
-    )
 
 
 # --- curves against the margin ---

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankdecay.lab.experiment import Check, Facts
-from rankdecay.lab.report.words import Decided, is_number, listed
+from rankdecay.lab.report.words import Decided, is_number, listed, shown
 from rankdecay.lab.settings import Record
 
 ONE_SOLUTION = 0.999  # cosine between the two SVMs above which data cannot tell them apart
@@ -71,36 +71,38 @@ def _approach(facts: Facts) -> Decided | None:
     at = [found for found in at if found["datasets"] == most]  # means over other data sets do not compare
     if len(at) < 2:
         return None
-    shown = [at[0], at[len(at) // 2], at[-1]] if len(at) > 2 else at
-    cosines = listed([f"{found['cosine_nuclear']:.3f} at margin {_short(found['margin'])}" for found in shown])
-    excess = listed([f"{found['nuclear_excess']:.1%}" for found in shown])
+    some = [at[0], at[len(at) // 2], at[-1]] if len(at) > 2 else at
+    cosines = listed([f"{found['cosine_nuclear']:.3f} at margin {short(found['margin'])}" for found in some])
+    excess = listed([f"{found['nuclear_excess']:.1%}" for found in some])
     return at[-1]["cosine_nuclear"] > at[0]["cosine_nuclear"] and at[-1]["nuclear_excess"] < at[0]["nuclear_excess"], (
         f"cosine to the nuclear SVM {cosines}; the nuclear norm per unit of margin was {excess} above the least (means "
         f"over {most} data sets)."
     )
 
 
-def _short(margin: float) -> str:
-    return f"{margin:,g}".replace("e+0", "e").replace("e+", "e")
+def short(value: Any, form: str = ",g") -> str:
+    """A number with its power of ten in few characters: ``"1e6"``."""
+    return shown(value, form).replace("e+0", "e").replace("e+", "e")
 
 
-def _nearer(name: str, nuclear: bool = True) -> Any:
-    """Whether an arm ended nearer the nuclear SVM, or nearer the other, in every data set."""
+def _nearer(claim: str, name: str, nuclear: bool = True, open: str = "") -> Check:
+    """The claim that an arm ended nearer the nuclear SVM, or nearer the other, in every data set."""
 
     def holds(facts: Facts) -> Decided | None:
         row = _row(facts, name)
         if row is None or row["cosine_between"] > ONE_SOLUTION:
             return None
         count, known = row["nearer_nuclear"] if nuclear else decided(row) - row["nearer_nuclear"], decided(row)
-        first, second = ("ℓ1 solution", "ℓ2 one") if name == "diagonal" else ("nuclear SVM", "Frobenius one")
+        diagonal, full = ("ℓ1 solution", "ℓ2 one", "‖β‖₁"), ("nuclear SVM", "Frobenius one", "‖W‖_*")
+        first, second, norm = diagonal if name == "diagonal" else full
         text = (
             f"in {count} of {known} data sets; cosine {row['cosine_nuclear']:.4f} to the {first} and "
             f"{row['cosine_frobenius']:.4f} to the {second}, which have {row['cosine_between']:.3f} to each other; "
-            f"{'‖β‖₁' if name == 'diagonal' else '‖W‖_*'} {row['nuclear_excess']:.2%} above the least."
+            f"{norm} {row['nuclear_excess']:.2%} above the least."
         )
         return count == known, text + _stopped(facts, row)
 
-    return holds
+    return Check(claim, holds, (name,), open)
 
 
 def _stopped(facts: Facts, row: Record) -> str:
@@ -108,10 +110,9 @@ def _stopped(facts: Facts, row: Record) -> str:
     settings = facts.settings
     if row["name"] not in ("separate_l2", "merged_l2", "low_rank"):
         return ""
-    turning = row["steps"] >= settings["steps"]
-    return f" ε = {settings['l2']:g} stops the flow at a margin of about {row['margin']:.3g}" + (
-        f"; after {settings['steps']:,} steps the direction was not settled yet." if turning else "."
-    )
+    turning = f"; after {settings['steps']:,} steps the direction was not settled yet"
+    more = turning if row["steps"] >= settings["steps"] else ""
+    return f" ε = {settings['l2']:g} stops the flow at a margin of about {row['margin']:.3g}{more}."
 
 
 def _left_out(facts: Facts) -> Decided | None:
@@ -133,15 +134,13 @@ def _left_out(facts: Facts) -> Decided | None:
 
 CHECKS: Sequence[Check] = (
     Check("K and Q apart come nearer the nuclear SVM as the margin grows", _approach, ("separate",)),
-    Check("The flow on W itself ends nearer the Frobenius SVM", _nearer("merged", nuclear=False), ("merged",),
-          "whether it takes two factors"),
-    Check("Diagonal K and Q end nearer the ℓ1 solution", _nearer("diagonal"), ("diagonal",)),
-    Check("An L2 on K and Q ends nearer the nuclear SVM", _nearer("separate_l2"), ("separate_l2",),
-          "where an explicit decay of the factors leads"),
-    Check("An L2 on W ends nearer the Frobenius SVM", _nearer("merged_l2", nuclear=False), ("merged_l2",)),
-    Check("A nuclear norm on W ends nearer the nuclear SVM", _nearer("low_rank"), ("low_rank",)),
-    Check("The published recipe, normalised float64 descent, ends nearer the nuclear SVM", _nearer("recipe"),
-          ("recipe",)),
-    Check("So it does without its ε(‖K‖² + ‖Q‖²)", _nearer("recipe_bare"), ("recipe_bare",)),
+    _nearer("The flow on W itself ends nearer the Frobenius SVM", "merged", False, "whether it takes two factors"),
+    _nearer("Diagonal K and Q end nearer the ℓ1 solution", "diagonal"),
+    _nearer("An L2 on K and Q ends nearer the nuclear SVM", "separate_l2",
+            open="where an explicit decay of the factors leads"),
+    _nearer("An L2 on W ends nearer the Frobenius SVM", "merged_l2", nuclear=False),
+    _nearer("A nuclear norm on W ends nearer the nuclear SVM", "low_rank"),
+    _nearer("The published recipe, normalised float64 descent, ends nearer the nuclear SVM", "recipe"),
+    _nearer("So it does without its ε(‖K‖² + ‖Q‖²)", "recipe_bare"),
     Check("No data set is left out", _left_out),
 )  # fmt: skip

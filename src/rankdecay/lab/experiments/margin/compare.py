@@ -17,6 +17,8 @@ from rankdecay.lab.experiments.margin.flow import Decay, Problem, Trajectory, fo
 from rankdecay.lab.experiments.margin.measures import margins, measure, selected_tokens
 from rankdecay.lab.experiments.margin.recipe import descend
 from rankdecay.lab.experiments.margin.svm import Norm, Solution, max_margin, separable
+from rankdecay.lab.report.words import mean
+from rankdecay.lab.settings import Record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from rankdecay.lab.experiment import Arm
     from rankdecay.lab.experiments.margin.settings import Margin
 
-Record = dict[str, Any]
 FAMILIES = {"merged": "full", "separate": "full", "diagonal": "diagonal"}  # of matrices, by kind of weights
 DIGITS = 6  # of what is recorded
 AT = ("cosine_nuclear", "cosine_frobenius", "nuclear_excess", "frobenius_excess", "effective_rank", "alignment")
@@ -80,22 +81,12 @@ def train(
     d = data.tokens.shape[-1]
     drawn = [settings.first_seed + which for which in sets]
     weights = initial_weights(arm.how.kind, settings.init, settings.scale, drawn, d, settings.inner or d, device)
-    every = settings.evaluate_every
+    shared: Record = {"loss": settings.loss, "evaluate_every": settings.evaluate_every, "evaluated": evaluated}
     if arm.how.recipe:
-        strength = settings.l2 if arm.how.decay else 0.0
-        return descend(
-            weights, problem, loss=settings.loss, strength=strength, evaluate_every=every, evaluated=evaluated
-        )
+        return descend(weights, problem, strength=settings.l2 if arm.how.decay else 0.0, **shared)
+    decay = Decay(arm.how.decay, settings.l2) if arm.how.decay else None
     return follow(
-        weights,
-        problem,
-        loss=settings.loss,
-        decay=Decay(arm.how.decay, settings.l2) if arm.how.decay else None,
-        rate=settings.rate,
-        steps=settings.steps,
-        margin=settings.margin,
-        evaluate_every=every,
-        evaluated=evaluated,
+        weights, problem, decay=decay, rate=settings.rate, steps=settings.steps, margin=settings.margin, **shared
     )
 
 
@@ -141,11 +132,6 @@ def records(arm: Arm, outcome: Outcome) -> list[Record]:
     ]
 
 
-def _mean(values: np.ndarray) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if known.size else None
-
-
 def at_margins(outcome: Outcome, target: float) -> list[Record]:
     """The means over data sets when their margins were 1, 10, 100, …
 
@@ -168,7 +154,7 @@ def at_margins(outcome: Outcome, target: float) -> list[Record]:
                 found[name].append(float(np.interp(exponent, np.maximum.accumulate(x), y)))
         if found[AT[0]]:
             row: Record = {"margin": 10.0**exponent, "datasets": len(found[AT[0]])}
-            rows.append(row | {name: _mean(np.array(values)) for name, values in found.items()})
+            rows.append(row | {name: mean(values) for name, values in found.items()})
     return rows
 
 
@@ -177,13 +163,9 @@ def summarise(arm: Arm, outcome: Outcome, data: DataSets, settings: Margin) -> R
     last, seeds = outcome.measured[-1], len(outcome.sets)
     optimal = outcome.selected.cpu().numpy() == data.optimal[outcome.sets]
     nuclear, frobenius = outcome.solutions["nuclear"], outcome.solutions["frobenius"]
-    inner = settings.inner or data.tokens.shape[-1]
-    short = [
-        which
-        for which, solution in zip(outcome.sets, nuclear, strict=True)
-        if solution is not None and arm.how.kind == "separate" and solution.rank > inner
-    ]
-    unsolved = np.array([solution is None for solution in nuclear])
+    limit = settings.inner or data.tokens.shape[-1] if arm.how.kind == "separate" else np.inf
+    short = [which for which, one in zip(outcome.sets, nuclear, strict=True) if one and one.rank > limit]
+    unsolved = np.array([one is None for one in nuclear])
     row: Record = {
         "name": arm.name,
         "seeds": seeds,
@@ -195,39 +177,34 @@ def summarise(arm: Arm, outcome: Outcome, data: DataSets, settings: Margin) -> R
         "optimal": float(optimal.mean()),
         "all_optimal": int(optimal.all(1).sum()),
         "rank_short": short,
-        "rank_nuclear": _mean(np.array([np.nan if one is None else one.rank for one in nuclear], dtype=float)),
-        "rank_frobenius": _mean(np.array([np.nan if one is None else one.rank for one in frobenius], dtype=float)),
-        "cosine_between": _mean(np.array([_between(*pair) for pair in zip(nuclear, frobenius, strict=True)])),
+        "rank_nuclear": mean(one.rank for one in nuclear if one),
+        "rank_frobenius": mean(one.rank for one in frobenius if one),
+        "cosine_between": mean(
+            float((one.W * other.W).sum() / np.linalg.norm(one.W) / np.linalg.norm(other.W))
+            for one, other in zip(nuclear, frobenius, strict=True)
+            if one and other
+        ),
         "nearer_nuclear": int((last["cosine_nuclear"] > last["cosine_frobenius"]).sum()),
-        "margin_least": _mean(last["margin"].min(keepdims=True)),
+        "margin_least": mean([last["margin"].min()]),
         "margin": float(np.median(last["margin"])),
         "each": {name: plain(last[name]) for name in (*AT, "margin")},
         "at": at_margins(outcome, settings.margin),
     }
     scalars = (name for name, value in last.items() if value.ndim == 1 and name not in row)
-    row |= {name: _mean(last[name]) for name in scalars}
+    row |= {name: mean(last[name]) for name in scalars}
     for norm in get_args(Norm):
-        cosines = last[f"cosine_{norm}"]
-        known = cosines[np.isfinite(cosines)]
-        row[f"cosine_{norm}_least"] = float(known.min()) if known.size else None
+        row[f"cosine_{norm}_least"] = min(filter(np.isfinite, last[f"cosine_{norm}"].tolist()), default=None)
     return row
-
-
-def _between(nuclear: Solution | None, frobenius: Solution | None) -> float:
-    if nuclear is None or frobenius is None:
-        return np.nan
-    return float((nuclear.W * frobenius.W).sum() / np.linalg.norm(nuclear.W) / np.linalg.norm(frobenius.W))
 
 
 def arrays(arm: Arm, outcome: Outcome) -> dict[str, np.ndarray]:
     """What a picture of an arm needs: its weights through time, the tokens selected and both solutions."""
-    shape = outcome.weights.shape[2:]
+    unknown = np.full(outcome.weights.shape[2:], np.nan)
     found = {
-        f"{arm.name}_datasets": np.array(outcome.sets),
-        f"{arm.name}_steps": np.array(outcome.steps),
-        f"{arm.name}_weights": outcome.weights.cpu().numpy(),
-        f"{arm.name}_selected": outcome.selected.cpu().numpy(),
+        "datasets": np.array(outcome.sets),
+        "steps": np.array(outcome.steps),
+        "weights": outcome.weights.cpu().numpy(),
+        "selected": outcome.selected.cpu().numpy(),
+        **{norm: np.stack([one.W if one else unknown for one in of]) for norm, of in outcome.solutions.items()},
     }
-    for norm, solutions in outcome.solutions.items():
-        found[f"{arm.name}_{norm}"] = np.stack([np.full(shape, np.nan) if one is None else one.W for one in solutions])
-    return found
+    return {f"{arm.name}_{name}": array for name, array in found.items()}

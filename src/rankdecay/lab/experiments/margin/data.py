@@ -47,8 +47,7 @@ class DataSets:
 
     def only(self, sets: Sequence[int]) -> DataSets:
         """Some of the data sets."""
-        chosen = list(sets)
-        return DataSets(self.tokens[chosen], self.queries[chosen], self.heads[chosen], self.labels[chosen])
+        return DataSets(*(getattr(self, name)[list(sets)] for name in ARRAYS))
 
     def __len__(self) -> int:
         return len(self.tokens)

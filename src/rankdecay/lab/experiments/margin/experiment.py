@@ -17,13 +17,13 @@ from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Arm, Column, Experiment, Work
 from rankdecay.lab.experiments.margin import compare
 from rankdecay.lab.experiments.margin.charts import STYLES, sections
-from rankdecay.lab.experiments.margin.claims import CHECKS, decided, headline, note
-from rankdecay.lab.experiments.margin.data import DataSets, check_scores, draw, load
+from rankdecay.lab.experiments.margin.claims import CHECKS, decided, headline, note, short
+from rankdecay.lab.experiments.margin.data import ARRAYS, DataSets, check_scores, draw, load
 from rankdecay.lab.experiments.margin.settings import KINDS, PRESETS, Margin, check
 from rankdecay.lab.machine import one_thread
 from rankdecay.lab.progress import ArmBar
 from rankdecay.lab.report.table import Row
-from rankdecay.lab.report.words import is_number, shown
+from rankdecay.lab.report.words import is_number
 from rankdecay.lab.settings import Record, question
 
 LISTED = 12  # data sets that a notice names
@@ -99,7 +99,7 @@ def train(work: Work[Margin]) -> Iterator[Record]:
     solver = compare.Solver(data)
     taking_part = separable_sets(work, solver)
     rows: list[Record] = []
-    arrays = {"tokens": data.tokens, "queries": data.queries, "heads": data.heads, "labels": data.labels}
+    arrays = {name: getattr(data, name) for name in ARRAYS}
     with bar, one_thread():
         for arm in work.arms:
             sets = taking_part[compare.FAMILIES[arm.how.kind]]
@@ -113,8 +113,7 @@ def train(work: Work[Margin]) -> Iterator[Record]:
             rows.append(compare.summarise(arm, outcome, data, settings))
             arrays |= compare.arrays(arm, outcome)
             _warn(work, rows[-1])
-    n, L, d = data.tokens.shape[1:]
-    shape = {"examples": n, "tokens": L, "dimension": d}
+    shape = dict(zip(("examples", "tokens", "dimension"), data.tokens.shape[1:], strict=True))
     work.found = {"datasets": len(data), "shape": shape, "arms": rows}
     work.run_directory.save_snapshot(max(row["steps"] for row in rows), arrays)
 
@@ -174,10 +173,6 @@ def _numbers(sets: Sequence[int]) -> str:
 # --- the table ---
 
 
-def _number(value: Any, form: str) -> str:
-    return shown(value, form).replace("e+0", "e").replace("e+", "e")
-
-
 def _left_out(row: Row) -> str | None:
     counts = {"select the inseparable": row["infeasible"], "select none": row["undecided"]}
     reasons = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
@@ -199,8 +194,8 @@ COLUMNS = (
     Column("rank", "rank", ".3g", _beside("rank_nuclear", ".3g", "SVM"), "page"),
     Column("eff.\nrank", "effective_rank", ".2f"),
     Column("alignment", "alignment", ".3f", where="page"),
-    Column("\nmargin", "margin", lambda value: _number(value, ".2g")),
-    Column("log₁₀ of the excess loss", "log10_loss_excess", lambda value: _number(value, ",.5g"), where="page"),
+    Column("\nmargin", "margin", lambda value: short(value, ".2g")),
+    Column("log₁₀ of the excess loss", "log10_loss_excess", lambda value: short(value, ",.5g"), where="page"),
     Column("optimal tokens", lambda row: f"{row['all_optimal']} of {row['seeds']}", where="page"),
 )
 

@@ -9,7 +9,7 @@ import numpy as np
 from rankdecay.lab.experiment import Html, Section
 from rankdecay.lab.experiments.margin.data import ARRAYS, DataSets
 from rankdecay.lab.report.chart import evenly
-from rankdecay.lab.report.page import choice
+from rankdecay.lab.report.page import asset, choice
 from rankdecay.lab.report.words import is_number
 from rankdecay.lab.settings import Record
 from rankdecay.lab.stored import StoredRun
@@ -34,10 +34,10 @@ def pictures(stored: StoredRun, arrays: Mapping[str, np.ndarray], labels: Mappin
         if (examples := stored.summary["shape"]["examples"]) > PICTURED:
             stored.notices.append(f"Pictures show the first {PICTURED} of {examples} examples.")
         arms = {name: labels[name] for name in drawn["arms"]}
-        controls = choice("pictured", "Arm", arms, "separate") + choice(
-            "planar", "Data set", {s: s for s in drawn["sets"]}
-        )
-        parts = [Html(MARKUP.format(controls=controls), {"pictures": drawn}, ("margin.js",), ("margin.css",))]
+        sets = {which: which for which in drawn["sets"]}
+        controls = choice("pictured", "Arm", arms, "separate") + choice("planar", "Data set", sets)
+        markup = asset("margin.html", __package__, {"controls": controls})
+        parts = [Html(markup, {"pictures": drawn}, ("margin.js",), ("margin.css",))]
     return Section(
         "In two dimensions",
         "One picture per example. Circles are tokens, filled the one with the best score, ringed the one selected at "
@@ -47,13 +47,6 @@ def pictures(stored: StoredRun, arrays: Mapping[str, np.ndarray], labels: Mappin
         parts,
         "picture",
     )
-
-
-MARKUP = """<div class="controls">{controls}
-<label class="slider"><span>Time</span><input type="range" id="moment" min="0" max="1" value="1" step="1"></label>
-<output id="moment-output" for="moment"></output></div>
-<div class="pictures" id="pictures"></div>
-"""
 
 
 def picture_data(arrays: Mapping[str, np.ndarray], rows: Sequence[Record], metrics: Sequence[Record]) -> Record | None:
@@ -79,7 +72,7 @@ def picture_data(arrays: Mapping[str, np.ndarray], rows: Sequence[Record], metri
     return {
         "sets": {str(which): examples(which) for which in shown},
         "arms": {
-            name: {str(which): arm[str(which)] for which in shown if str(which) in arm}
+            name: {which: course for which, course in arm.items() if int(which) in shown}
             for name, arm in courses.items()
             if arm
         },
