@@ -14,8 +14,6 @@ The paper does not give its width, heads, numbers of keys and values, learning r
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -125,9 +123,4 @@ class RecallProblem:
         return tuple(torch.from_numpy(part) for part in drawn)
 
 
-def _save(model: nn.Module, directory: Path) -> None:
-    assert isinstance(model, GPT)
-    save_checkpoint(model, directory)
-
-
-EXPERIMENT = make_experiment("recall", PRESETS, check, RecallProblem, "sequences", has_mlp=False, save=_save)
+EXPERIMENT = make_experiment("recall", PRESETS, check, RecallProblem, "sequences", has_mlp=False, save=save_checkpoint)
