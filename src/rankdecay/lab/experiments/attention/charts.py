@@ -44,9 +44,12 @@ NO_VALUE = "There is no value of this measure here (under QK-norm W_KᵀW_Q is n
 ON = {False: "off", True: "on"}  # QK-norm
 
 
-def _axis(measure: str, limits: tuple[float, float] | None = None) -> Axis:
-    logarithmic = measure in LOGARITHMIC
-    return Axis(MEASURES[measure], "log" if logarithmic else "linear", limits, from_zero=not logarithmic)
+def _axis(measure: str, values: Sequence[float] = ()) -> Axis:
+    """The axis of a measure; of charts that share it the ends are those of all their values."""
+    positive = [value for value in values if value > 0]
+    if measure in LOGARITHMIC:
+        return Axis(MEASURES[measure], "log", (0.8 * min(positive), 1.25 * max(positive)) if positive else None)
+    return Axis(MEASURES[measure], limits=(0.0, 1.04 * max(positive)) if positive else None, from_zero=True)
 
 
 def _mlp(decay: float | None) -> str:
@@ -145,17 +148,16 @@ def _by_step(runs: Sequence[Sequence[Record]]) -> list[list[Record]]:
 
 def _measured(cell: Cell, part: str, measure: str, layer: int, *, untrained: bool = False) -> float | None:
     """A measure of a layer, counted from 1, or the mean of all as layer 0."""
-    means = cell.get("untrained_mean" if untrained else "mean") or {}
-    layers = [means, *(cell.get("untrained" if untrained else "layers") or [])]
+    means, layers = ("untrained_mean", "untrained") if untrained else ("mean", "layers")
+    return _at([cell.get(means) or {}, *(cell.get(layers) or [])], layer, part, measure)
+
+
+def _at(layers: Sequence[Record], layer: int, part: str, measure: str) -> Any:
     return layers[layer].get(part, {}).get(measure) if layer < len(layers) else None
 
 
 Of = Callable[[Cell], Any]  # a value of a cell
 _strength = itemgetter("strength")
-
-
-def _tag(cell: Cell) -> str:
-    return f"{cell['strength']:g}"
 
 
 def _lines(arms: Mapping[str, Sequence[Cell]], x: Of, y: Of, where: Mapping[str, str], **more: Of) -> list[Line]:
@@ -182,10 +184,7 @@ def _off(cell: Cell, errors: int) -> float:
     return cell["loss"] + errors * (cell["loss_error"] if is_number(cell.get("loss_error")) else 0.0)
 
 
-BARS: dict[str, dict[str, Of]] = {
-    "loss": {"low": partial(_off, errors=-1), "high": partial(_off, errors=1)},
-    "accuracy": {},
-}
+BARS = {"loss": {"low": partial(_off, errors=-1), "high": partial(_off, errors=1)}, "accuracy": {}}
 
 
 def _label(name: str) -> str:
@@ -210,7 +209,7 @@ def _against_decay(grid: Grid) -> tuple[Chart, Chart, Chart]:
     ranks: list[Line] = []
     qualities: list[Line] = []
     costs: list[Line] = []
-    shown = list(grid.choices["quality"].options)
+    shown = grid.choices["quality"].options
     for norm, mlp, at in grid.slices():
         arms = series(grid.cells, qk_norm=norm, mlp_decay=mlp)
         cells = [cell for own in arms.values() for cell in own]
@@ -228,7 +227,9 @@ def _against_decay(grid: Grid) -> tuple[Chart, Chart, Chart]:
                 beside = where | grid.where(quality=quality)
                 if start is not None and known(cells, quality):
                     costs.append(_untrained(start, known(cells, quality), beside, upright=True))
-                costs += _lines(arms, value, itemgetter(quality), beside, tags=_tag, **BARS[quality])
+                costs += _lines(
+                    arms, value, itemgetter(quality), beside, tags="{strength:g}".format_map, **BARS[quality]
+                )
     measures = {measure: _axis(measure) for measure in MEASURES}
     of_measure = ("part", "measure", "layer", "norm", "mlp")
     return (
@@ -251,8 +252,7 @@ def _over_training(grid: Grid) -> tuple[list[Chart], list[Chart]]:
     extent: dict[str, list[float]] = {measure: [] for measure in MEASURES}
     for key in grid.keys:
         name, strength, mlp, norm = key
-        steps = grid.curves.get(key, [])
-        if not steps:
+        if not (steps := grid.curves.get(key)):
             continue
         at = grid.where(trained=name, norm=ON[norm], mlp=_mlp(mlp))
         label, shade = f"decay {strength:g}", _shade(strength, [k[1] for k in grid.keys if k[0] == name])
@@ -264,15 +264,15 @@ def _over_training(grid: Grid) -> tuple[list[Chart], list[Chart]]:
         for part, measure in product(grid.parts, MEASURES):
             where = at | grid.where(part=part, measure=measure)
             each = [
-                [mean(_of_layer(row, layer, part, measure) for row in rows) for rows in steps]
+                [mean(_at(row["layers"], layer, part, measure) for row in rows) for rows in steps]
                 for layer in range(grid.layers)
             ]
-            if not any(is_number(value) for y in each for value in y):
-                continue
-            for index, y in enumerate([[mean(at_step) for at_step in zip(*each, strict=True)], *each]):
-                by_layer[index].append(Line(label, x, y, where=where, shade=shade))
-                extent[measure] += [value for value in y if value is not None]
-    axes = {measure: _axis(measure, _limits(measure, values)) for measure, values in extent.items()}
+            found = [value for y in each for value in y if value is not None]
+            extent[measure] += found  # the ends of a mean are within those of the layers
+            for lines, y in zip(by_layer, [list(map(mean, zip(*each, strict=True))), *each], strict=True):
+                if found:
+                    lines.append(Line(label, x, y, where=where, shade=shade))
+    axes = {measure: _axis(measure, values) for measure, values in extent.items()}
     choices, step = grid.chosen("trained", "norm", "mlp"), Axis("step")
     of_measure = [*choices, *grid.chosen("part", "measure")]
     titles = ["Mean of all layers", *(f"Layer {number}" for number in range(1, grid.layers + 1))]
@@ -285,22 +285,10 @@ def _over_training(grid: Grid) -> tuple[list[Chart], list[Chart]]:
     return [curves, over[0]], over[1:] if grid.layers > 1 else []
 
 
-def _of_layer(row: Record, layer: int, part: str, measure: str) -> Any:
-    return row["layers"][layer].get(part, {}).get(measure) if layer < len(row["layers"]) else None
-
-
 def _shade(strength: float, strengths: Iterable[float]) -> float:
     """Grey without decay, then from cold to warm the stronger it is."""
     positive = sorted({other for other in strengths if other > 0})
     return 0.0 if not strength else (1 + 2 * positive.index(strength) / max(1, len(positive) - 1)) / 3
-
-
-def _limits(measure: str, values: Sequence[float]) -> tuple[float, float] | None:
-    """The ends of an axis that charts of several layers share."""
-    if measure not in LOGARITHMIC:
-        return (0.0, 1.04 * max(values)) if values and max(values) > 0 else None
-    positive = [value for value in values if value > 0]
-    return (0.8 * min(positive), 1.25 * max(positive)) if positive else None
 
 
 # --- the map of both decays ---
@@ -310,9 +298,8 @@ def _map(grid: Grid) -> list[Html]:
     """The loss of every pair of decays, which `map.js` draws; none where the MLPs had one decay."""
     if len(grid.choices["mlp"].options) < 2:
         return []
-    labels = {name: _label(name) for name in dict.fromkeys(key[0] for key in grid.keys)}
-    names = list(labels)
-    controls = pieces.choice("mapped", "Arm", dict(enumerate(labels.values())))
+    names = list(dict.fromkeys(key[0] for key in grid.keys))
+    controls = pieces.choice("mapped", "Arm", dict(enumerate(map(_label, names))))
     if len(norm := grid.choices["norm"].options) > 1:
         controls += pieces.choice("norm", "QK-norm", norm)
     cells = [
@@ -333,6 +320,16 @@ def _map(grid: Grid) -> list[Html]:
 
 # --- the page and the figure ---
 
+TEXTS = {
+    "rank": "The decay is on a logarithmic axis; 0 has a place of its own on the left. Dashed: untrained.",
+    "quality": "Bars are one standard error.",
+    "cost": "A point per cell, with its decay of attention beside it; the line joins an arm's from its weakest decay "
+    "to its strongest. Dashed: untrained. What is further left has a lower rank.",
+    "mlp": "The loss of every pair of decays: the stronger the colour, the less.",
+    "training": "A line per decay of attention: grey without, from cold to warm the stronger it is. Means over seeds.",
+    "layers": "The same measure in each layer, on one scale.",
+}
+
 
 def make_sections(stored: StoredRun) -> list[Section]:
     """The sections of the page."""
@@ -341,35 +338,13 @@ def make_sections(stored: StoredRun) -> list[Section]:
         return []
     rank, quality, cost = _against_decay(grid)
     training, layers = _over_training(grid)
-    look = Html("", styles=("attention.css",))
     return [
-        Section(
-            "Rank against decay",
-            "The decay is on a logarithmic axis; 0 has a place of its own on the left. Dashed: untrained.",
-            [rank, look],
-            "rank",
-        ),
-        Section("Quality against decay", "Bars are one standard error.", [quality], "quality"),
-        Section(
-            "What rank costs",
-            "A point per cell, with its decay of attention beside it; the line joins an arm's from its weakest decay "
-            "to its strongest. Dashed: untrained. What is further left has a lower rank.",
-            [cost],
-            "cost",
-        ),
-        Section(
-            "Decay of attention and of the MLPs",
-            "The loss of every pair of decays: the stronger the colour, the less.",
-            _map(grid),
-            "mlp",
-        ),
-        Section(
-            "Over training",
-            "A line per decay of attention: grey without, from cold to warm the stronger it is. Means over seeds.",
-            training,
-            "training",
-        ),
-        Section("Layer by layer", "The same measure in each layer, on one scale.", layers, "layers"),
+        Section("Rank against decay", TEXTS["rank"], [rank, Html("", styles=("attention.css",))], "rank"),
+        Section("Quality against decay", TEXTS["quality"], [quality], "quality"),
+        Section("What rank costs", TEXTS["cost"], [cost], "cost"),
+        Section("Decay of attention and of the MLPs", TEXTS["mlp"], _map(grid), "mlp"),
+        Section("Over training", TEXTS["training"], training, "training"),
+        Section("Layer by layer", TEXTS["layers"], layers, "layers"),
     ]
 
 

@@ -8,7 +8,6 @@ one seed. Runs follow one another; under ``torchrun`` all processes share each o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Experiment, Record, Work
 from rankdecay.lab.experiments.attention.charts import figure, make_sections
 from rankdecay.lab.experiments.attention.claims import CHECKS, STYLES, headline
-from rankdecay.lab.experiments.attention.settings import NOT_IDENTITY, AttentionDecay, chosen_arms, parallel_of
+from rankdecay.lab.experiments.attention.settings import NOT_IDENTITY, AttentionDecay, chosen_arms
 from rankdecay.lab.experiments.attention.summary import check_row, so_far, summarise
 from rankdecay.lab.experiments.attention.table import make_columns, note
 from rankdecay.lab.machine import resolve_device
@@ -42,13 +41,16 @@ def all_runs(settings: AttentionDecay, *, has_mlp: bool = True) -> list[Run]:
         has_mlp: whether there are MLPs to decay.
     """
     norms = {"off": (False,), "on": (True,), "both": (False, True)}[settings.qk_norm]
-    mlp_decays = tuple(dict.fromkeys(settings.mlp_decays)) if has_mlp else (None,)
-    runs = []
-    for seed, qk_norm, arm, mlp in product(seeds(settings), norms, chosen_arms(settings), mlp_decays):
-        for strength in arm.strengths:
-            decays = arm.how.decays(strength, settings) | ({} if mlp is None else {"mlp": Frobenius(mlp)})
-            runs.append(Run(arm.name, strength, mlp, qk_norm, seed, decays, settings.rest_decay))
-    return runs
+    mlps = {decay: {"mlp": Frobenius(decay)} for decay in settings.mlp_decays} if has_mlp else {None: {}}
+    arms = chosen_arms(settings)
+    return [
+        Run(arm.name, strength, mlp, qk_norm, seed, arm.how.decays(strength, settings) | decays, settings.rest_decay)
+        for seed in seeds(settings)
+        for qk_norm in norms
+        for arm in arms
+        for mlp, decays in mlps.items()
+        for strength in arm.strengths
+    ]
 
 
 def make_plan(settings: AttentionDecay, device: str) -> Plan:
@@ -69,7 +71,8 @@ def make_layout(settings: AttentionDecay, device: str) -> Layout:
     Raises:
         SettingError: for a batch that they cannot share evenly, or an order to compile without a compiler.
     """
-    layout = Layout(parallel_of(settings), device.partition(":")[0])
+    parallel: Any = getattr(settings, "parallel", "ddp")  # an option where the model can be cut into parts
+    layout = Layout(parallel, device.partition(":")[0])
     shares = layout.shares * settings.accumulate
     if settings.batch_size % shares:
         raise SettingError(

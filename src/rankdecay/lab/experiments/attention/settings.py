@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.lab.errors import SettingError, check_name
@@ -22,9 +22,6 @@ from rankdecay.lab.settings import (
     given_strengths,
     option,
 )
-
-if TYPE_CHECKING:
-    from rankdecay.lab.session.parallel import Parallel
 
 QKNorm = Literal["off", "on", "both"]
 NOT_IDENTITY = ("save", "skip_diverged", "parallel")  # beside those of every experiment: no change of what is computed
@@ -167,8 +164,3 @@ def check_shared(settings: AttentionDecay) -> None:
     for decay in settings.mlp_decays:
         _check_decay(f"--mlp-decays {decay:g}", decay, settings.lr)
     _check_decay(f"--rest-decay {settings.rest_decay:g}", settings.rest_decay, settings.lr)
-
-
-def parallel_of(settings: AttentionDecay) -> Parallel:
-    """How processes share a run: an option of `language` alone, since only its model can be cut into parts."""
-    return getattr(settings, "parallel", "ddp")

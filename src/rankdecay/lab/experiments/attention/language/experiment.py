@@ -78,7 +78,7 @@ class LanguageModelling:
 
     def facts(self) -> Record:
         """Facts about the text and the model, for the summary."""
-        corpus = self.corpus
+        corpus, parameters = self.corpus, sum(weights.numel() for weights in self.model(0, False).parameters())
         return {
             "text": {
                 "name": corpus.name,
@@ -88,18 +88,13 @@ class LanguageModelling:
                 "validation_tokens": len(corpus.validation),
                 "evaluated_tokens": self._validation[:, 1:].numel(),
             },
-            "model": {
-                "vocabulary": self.config.vocabulary,
-                "parameters": sum(parameter.numel() for parameter in self.model(0, False).parameters()),
-            },
+            "model": {"vocabulary": self.config.vocabulary, "parameters": parameters},
         }
 
 
 def _problem(settings: Language) -> LanguageModelling:
-    corpus = text.load(
-        text=settings.text, dataset=settings.dataset, tokenizer=settings.tokenizer, share=settings.valid_share
-    )
-    return LanguageModelling(settings, corpus)
+    source = {name: getattr(settings, name) for name in ("text", "dataset", "tokenizer")}
+    return LanguageModelling(settings, text.load(**source, share=settings.valid_share))
 
 
 def _notices(settings: Language) -> tuple[str, ...]:
