@@ -94,9 +94,9 @@ def test_the_cells_are_told_apart_by_everything_but_the_seed():
 def test_with_qk_norm_a_product_is_its_two_matrices():
     [cell] = summarise(rows([8.0, 2.0], qk_norm=True), "tokens")
     assert set(cell["mean"]) == {"query", "key", "value_output"}
-    assert of(cell["mean"], "query_key", "pseudo_rank") == pytest.approx(0.3)
-    assert of(cell["mean"], "query_key", "imbalance") is None
-    assert of(cell["mean"], "value_output", "imbalance") == 0.25
+    assert of(cell, "query_key", "pseudo_rank") == pytest.approx(0.3)
+    assert of(cell, "query_key", "imbalance") is None
+    assert of(cell, "value_output", "imbalance") == 0.25
     assert of({}, "query_key", "pseudo_rank") is None
 
 

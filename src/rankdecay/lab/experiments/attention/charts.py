@@ -13,7 +13,16 @@ from typing import Any
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Axis, Chart, Choice, Html, Line, Section
 from rankdecay.lab.experiments.attention.claims import STYLES, loss_words
-from rankdecay.lab.experiments.attention.summary import Cell, Record, main_mlp_decay, newest, rank_of, series
+from rankdecay.lab.experiments.attention.summary import (
+    Cell,
+    Record,
+    by_cell,
+    by_norm,
+    main_mlp_decay,
+    newest,
+    of,
+    series,
+)
 from rankdecay.lab.report import page as pieces
 from rankdecay.lab.report.style import arm_styles
 from rankdecay.lab.report.words import is_number, known, mean
@@ -32,12 +41,15 @@ QUALITIES = {"loss": Axis("loss"), "accuracy": Axis("accuracy", percent=True)}
 CURVES = {"loss": Axis("loss"), "train_loss": Axis("training loss"), "accuracy": Axis("accuracy", percent=True)}
 DECAY = Axis("decay of attention", "symlog")
 NO_VALUE = "There is no value of this measure here (under QK-norm W_KᵀW_Q is no product: choose W_Q or W_K)."
-CellKey = tuple[str, float, float | None, bool]  # arm, strength, decay of the MLPs, QK-norm
+ON = {False: "off", True: "on"}  # QK-norm
 
 
-def _axis(measure: str, limits: tuple[float, float] | None = None) -> Axis:
-    logarithmic = measure in LOGARITHMIC
-    return Axis(MEASURES[measure], "log" if logarithmic else "linear", limits, from_zero=not logarithmic)
+def _axis(measure: str, values: Sequence[float] = ()) -> Axis:
+    """The axis of a measure; of charts that share it the ends are those of all their values."""
+    positive = [value for value in values if value > 0]
+    if measure in LOGARITHMIC:
+        return Axis(MEASURES[measure], "log", (0.8 * min(positive), 1.25 * max(positive)) if positive else None)
+    return Axis(MEASURES[measure], limits=(0.0, 1.04 * max(positive)) if positive else None, from_zero=True)
 
 
 def _mlp(decay: float | None) -> str:
@@ -60,20 +72,16 @@ class Grid:
         return (self.stored.summary or {}).get("arms", [])
 
     @cached_property
-    def curves(self) -> dict[CellKey, list[list[Record]]]:
+    def curves(self) -> dict[tuple[Any, ...], list[list[Record]]]:
         """The rows of each cell by step, one per seed.
 
         Of the runs that ended if there are any, so that no seed leaves a mean on the way; else of all.
         """
-        runs: dict[CellKey, dict[int, list[Record]]] = {}
-        for row in newest(self.stored.rows):
-            key = (row["arm"], row["strength"], row["mlp_decay"], row["qk_norm"])
-            runs.setdefault(key, {}).setdefault(row["seed"], []).append(row)
-        return {key: _by_step(list(by_seed.values())) for key, by_seed in runs.items()}
+        return {key: _by_step(runs) for key, runs in by_cell(newest(self.stored.rows)).items()}
 
     @cached_property
-    def keys(self) -> list[CellKey]:
-        """All cells, those without a result among them."""
+    def keys(self) -> list[tuple[Any, ...]]:
+        """Arm, strength, decay of the MLPs and QK-norm of all cells, those without a result among them."""
         keys = [(str(c["name"]), c["strength"], c["mlp_decay"], bool(c["qk_norm"])) for c in self.cells]
         order = self.stored.arms
         return sorted({*keys, *self.curves}, key=lambda key: (order.index(key[0]), key[3], key[2] or 0, key[1]))
@@ -87,36 +95,28 @@ class Grid:
     def parts(self) -> list[str]:
         """The parts that any layer has measures of."""
         rows = [row for steps in self.curves.values() for at_step in steps[:1] for row in at_step]
-        found = {part for row in rows for layer in row["layers"] for part in layer}
-        return [part for part in PARTS if part in found]
+        return [part for part in PARTS if any(part in layer for row in rows for layer in row["layers"])]
 
     # --- what a reader may choose ---
 
     @cached_property
     def choices(self) -> dict[str, Choice]:
         """All choices by name; one between a single option is no choice."""
-        labels = {name: style.label for name, style in arm_styles(self.stored.arms, STYLES).items()}
         main = main_mlp_decay(self.cells)
         mlps = sorted({key[2] for key in self.keys if key[2] is not None})
         accurate = bool(known(self.cells, "accuracy"))
         layers = {"0": "mean of all"} | {str(number): str(number) for number in range(1, self.layers + 1)}
-        trained = dict.fromkeys(key[0] for key in self.keys if self.curves.get(key))
         every = [
             Choice("part", "Matrix", {part: PARTS[part] for part in self.parts}),
             Choice("measure", "Measure", MEASURES),
             Choice("layer", "Layer", layers if self.layers > 1 else {"0": layers["0"]}),
-            Choice("norm", "QK-norm", {("on" if norm else "off"): "on" if norm else "off" for norm in self.norms}),
+            Choice("norm", "QK-norm", {ON[norm]: ON[norm] for norm in sorted({key[3] for key in self.keys})}),
             Choice("mlp", "MLP decay", {_mlp(mlp): _mlp(mlp) for mlp in mlps or [None]}, _mlp(main)),
             Choice("quality", "Quality", {name: name for name in QUALITIES if name == "loss" or accurate}),
-            Choice("trained", "Arm", {name: labels[name] for name in trained}),
+            Choice("trained", "Arm", {key[0]: _label(key[0]) for key in self.keys if self.curves.get(key)}),
             Choice("curve", "Show", {n: a.title for n, a in CURVES.items() if n != "accuracy" or accurate}),
         ]
         return {choice.name: choice for choice in every}
-
-    @cached_property
-    def norms(self) -> list[bool]:
-        """QK-norm off, on, or both."""
-        return sorted({key[3] for key in self.keys})
 
     def chosen(self, *names: str) -> list[Choice]:
         """The choices of a chart."""
@@ -130,7 +130,7 @@ class Grid:
     def slices(self) -> Iterator[tuple[bool, float | None, dict[str, str]]]:
         """QK-norm and the decay of the MLPs, and the choices that show them."""
         for norm, mlp in dict.fromkeys((key[3], key[2]) for key in self.keys):
-            yield norm, mlp, self.where(norm="on" if norm else "off", mlp=_mlp(mlp))
+            yield norm, mlp, self.where(norm=ON[norm], mlp=_mlp(mlp))
 
 
 def _by_step(runs: Sequence[Sequence[Record]]) -> list[list[Record]]:
@@ -146,27 +146,21 @@ def _by_step(runs: Sequence[Sequence[Record]]) -> list[list[Record]]:
 # --- against decay ---
 
 
-ENDS, STARTS = ("mean", "layers"), ("untrained_mean", "untrained")
+def _measured(cell: Cell, part: str, measure: str, layer: int, *, untrained: bool = False) -> float | None:
+    """A measure of a layer, counted from 1, or the mean of all as layer 0."""
+    means, layers = ("untrained_mean", "untrained") if untrained else ("mean", "layers")
+    return _at([cell.get(means) or {}, *(cell.get(layers) or [])], layer, part, measure)
+
+
+def _at(layers: Sequence[Record], layer: int, part: str, measure: str) -> Any:
+    return layers[layer].get(part, {}).get(measure) if layer < len(layers) else None
+
+
 Of = Callable[[Cell], Any]  # a value of a cell
+_strength = itemgetter("strength")
 
 
-def _measured(cell: Cell, when: tuple[str, str], part: str, measure: str, layer: int) -> float | None:
-    means, layers = cell.get(when[0]) or {}, cell.get(when[1]) or []
-    found = means if layer == 0 else layers[layer - 1] if layer <= len(layers) else {}
-    return found.get(part, {}).get(measure)
-
-
-def _strength(cell: Cell) -> float:
-    return cell["strength"]
-
-
-def _tag(cell: Cell) -> str:
-    return f"{cell['strength']:g}"
-
-
-def _lines(
-    arms: Mapping[str, Sequence[Cell]], x: Of, y: Of, where: Mapping[str, str], error: Of | None = None, **words: Of
-) -> list[Line]:
+def _lines(arms: Mapping[str, Sequence[Cell]], x: Of, y: Of, where: Mapping[str, str], **more: Of) -> list[Line]:
     """A line per arm through two values of its cells, from the weakest decay to the strongest.
 
     Args:
@@ -174,25 +168,23 @@ def _lines(
         x: the place of a cell.
         y: its value.
         where: the choices under which the lines are shown.
-        error: half the length of its error bar.
-        words: text by cell, as ``words`` or ``tags`` of a `Line`.
+        more: what else a `Line` has for each cell: ``words``, ``tags``, ``low`` and ``high``.
     """
     lines = []
     for name, every in arms.items():
-        cells = [cell for cell in every if is_number(x(cell)) and is_number(y(cell))]
-        if not cells:
-            continue
-        line = Line(_label(name), list(map(x, cells)), list(map(y, cells)), name, mark="line+points", where=where)
-        line = replace(line, **{kind: list(map(text, cells)) for kind, text in words.items()})
-        if error is not None:
-            ends = {end: [y(cell) + sign * error(cell) for cell in cells] for end, sign in (("low", -1), ("high", 1))}
-            line = replace(line, **ends)
-        lines.append(line)
+        if cells := [cell for cell in every if is_number(x(cell)) and is_number(y(cell))]:
+            each: dict[str, Any] = {kind: list(map(value, cells)) for kind, value in more.items()}
+            places, values = list(map(x, cells)), list(map(y, cells))
+            lines.append(Line(_label(name), places, values, name, mark="line+points", where=where, **each))
     return lines
 
 
-def _error(cell: Cell) -> float:
-    return cell["loss_error"] if is_number(cell.get("loss_error")) else 0.0
+def _off(cell: Cell, errors: int) -> float:
+    """The loss so many standard errors away."""
+    return cell["loss"] + errors * (cell["loss_error"] if is_number(cell.get("loss_error")) else 0.0)
+
+
+BARS = {"loss": {"low": partial(_off, errors=-1), "high": partial(_off, errors=1)}, "accuracy": {}}
 
 
 def _label(name: str) -> str:
@@ -217,17 +209,17 @@ def _against_decay(grid: Grid) -> tuple[Chart, Chart, Chart]:
     ranks: list[Line] = []
     qualities: list[Line] = []
     costs: list[Line] = []
-    shown, errors = list(grid.choices["quality"].options), {"loss": _error, "accuracy": None}
+    shown = grid.choices["quality"].options
     for norm, mlp, at in grid.slices():
         arms = series(grid.cells, qk_norm=norm, mlp_decay=mlp)
         cells = [cell for own in arms.values() for cell in own]
         for quality in shown:
             where = at | grid.where(quality=quality)
-            qualities += _lines(arms, _strength, itemgetter(quality), where, errors[quality], words=_quality_words)
+            qualities += _lines(arms, _strength, itemgetter(quality), where, words=_quality_words, **BARS[quality])
         for part, measure, layer in product(grid.parts, MEASURES, map(int, grid.choices["layer"].options)):
             where = at | grid.where(part=part, measure=measure, layer=layer)
-            value = partial(_measured, when=ENDS, part=part, measure=measure, layer=layer)
-            start = mean(_measured(cell, STARTS, part, measure, layer) for cell in cells)
+            value = partial(_measured, part=part, measure=measure, layer=layer)
+            start = mean(value(cell, untrained=True) for cell in cells)
             if start is not None:
                 ranks.append(_untrained(start, list(map(_strength, cells)), where))
             ranks += _lines(arms, _strength, value, where)
@@ -235,7 +227,9 @@ def _against_decay(grid: Grid) -> tuple[Chart, Chart, Chart]:
                 beside = where | grid.where(quality=quality)
                 if start is not None and known(cells, quality):
                     costs.append(_untrained(start, known(cells, quality), beside, upright=True))
-                costs += _lines(arms, value, itemgetter(quality), beside, errors[quality], tags=_tag)
+                costs += _lines(
+                    arms, value, itemgetter(quality), beside, tags="{strength:g}".format_map, **BARS[quality]
+                )
     measures = {measure: _axis(measure) for measure in MEASURES}
     of_measure = ("part", "measure", "layer", "norm", "mlp")
     return (
@@ -258,10 +252,9 @@ def _over_training(grid: Grid) -> tuple[list[Chart], list[Chart]]:
     extent: dict[str, list[float]] = {measure: [] for measure in MEASURES}
     for key in grid.keys:
         name, strength, mlp, norm = key
-        steps = grid.curves.get(key, [])
-        if not steps:
+        if not (steps := grid.curves.get(key)):
             continue
-        at = grid.where(trained=name, norm="on" if norm else "off", mlp=_mlp(mlp))
+        at = grid.where(trained=name, norm=ON[norm], mlp=_mlp(mlp))
         label, shade = f"decay {strength:g}", _shade(strength, [k[1] for k in grid.keys if k[0] == name])
         x = [rows[0]["step"] for rows in steps]
         for curve in grid.choices["curve"].options:
@@ -271,15 +264,15 @@ def _over_training(grid: Grid) -> tuple[list[Chart], list[Chart]]:
         for part, measure in product(grid.parts, MEASURES):
             where = at | grid.where(part=part, measure=measure)
             each = [
-                [mean(_of_layer(row, layer, part, measure) for row in rows) for rows in steps]
+                [mean(_at(row["layers"], layer, part, measure) for row in rows) for rows in steps]
                 for layer in range(grid.layers)
             ]
-            if not any(is_number(value) for y in each for value in y):
-                continue
-            for index, y in enumerate([[mean(at_step) for at_step in zip(*each, strict=True)], *each]):
-                by_layer[index].append(Line(label, x, y, where=where, shade=shade))
-                extent[measure] += [value for value in y if value is not None]
-    axes = {measure: _axis(measure, _limits(measure, values)) for measure, values in extent.items()}
+            found = [value for y in each for value in y if value is not None]
+            extent[measure] += found  # the ends of a mean are within those of the layers
+            for lines, y in zip(by_layer, [list(map(mean, zip(*each, strict=True))), *each], strict=True):
+                if found:
+                    lines.append(Line(label, x, y, where=where, shade=shade))
+    axes = {measure: _axis(measure, values) for measure, values in extent.items()}
     choices, step = grid.chosen("trained", "norm", "mlp"), Axis("step")
     of_measure = [*choices, *grid.chosen("part", "measure")]
     titles = ["Mean of all layers", *(f"Layer {number}" for number in range(1, grid.layers + 1))]
@@ -292,22 +285,10 @@ def _over_training(grid: Grid) -> tuple[list[Chart], list[Chart]]:
     return [curves, over[0]], over[1:] if grid.layers > 1 else []
 
 
-def _of_layer(row: Record, layer: int, part: str, measure: str) -> Any:
-    return row["layers"][layer].get(part, {}).get(measure) if layer < len(row["layers"]) else None
-
-
 def _shade(strength: float, strengths: Iterable[float]) -> float:
     """Grey without decay, then from cold to warm the stronger it is."""
     positive = sorted({other for other in strengths if other > 0})
     return 0.0 if not strength else (1 + 2 * positive.index(strength) / max(1, len(positive) - 1)) / 3
-
-
-def _limits(measure: str, values: Sequence[float]) -> tuple[float, float] | None:
-    """The ends of an axis that charts of several layers share."""
-    if measure not in LOGARITHMIC:
-        return (0.0, 1.04 * max(values)) if values and max(values) > 0 else None
-    positive = [value for value in values if value > 0]
-    return (0.8 * min(positive), 1.25 * max(positive)) if positive else None
 
 
 # --- the map of both decays ---
@@ -317,9 +298,8 @@ def _map(grid: Grid) -> list[Html]:
     """The loss of every pair of decays, which `map.js` draws; none where the MLPs had one decay."""
     if len(grid.choices["mlp"].options) < 2:
         return []
-    labels = {name: _label(name) for name in dict.fromkeys(key[0] for key in grid.keys)}
-    names = list(labels)
-    controls = pieces.choice("mapped", "Arm", dict(enumerate(labels.values())))
+    names = list(dict.fromkeys(key[0] for key in grid.keys))
+    controls = pieces.choice("mapped", "Arm", dict(enumerate(map(_label, names))))
     if len(norm := grid.choices["norm"].options) > 1:
         controls += pieces.choice("norm", "QK-norm", norm)
     cells = [
@@ -327,7 +307,7 @@ def _map(grid: Grid) -> list[Html]:
             "arm": names.index(cell["name"]),
             "strength": cell["strength"],
             "mlp": _mlp(cell["mlp_decay"]),
-            "norm": "on" if cell["qk_norm"] else "off",
+            "norm": ON[cell["qk_norm"]],
             "loss": cell.get("loss"),
             "words": f"{_label(cell['name'])}, decay {cell['strength']:g}, MLP decay {_mlp(cell['mlp_decay'])}",
             "quality": _quality_words(cell) if is_number(cell.get("loss")) else "diverged",
@@ -340,6 +320,16 @@ def _map(grid: Grid) -> list[Html]:
 
 # --- the page and the figure ---
 
+TEXTS = {
+    "rank": "The decay is on a logarithmic axis; 0 has a place of its own on the left. Dashed: untrained.",
+    "quality": "Bars are one standard error.",
+    "cost": "A point per cell, with its decay of attention beside it; the line joins an arm's from its weakest decay "
+    "to its strongest. Dashed: untrained. What is further left has a lower rank.",
+    "mlp": "The loss of every pair of decays: the stronger the colour, the less.",
+    "training": "A line per decay of attention: grey without, from cold to warm the stronger it is. Means over seeds.",
+    "layers": "The same measure in each layer, on one scale.",
+}
+
 
 def make_sections(stored: StoredRun) -> list[Section]:
     """The sections of the page."""
@@ -348,35 +338,13 @@ def make_sections(stored: StoredRun) -> list[Section]:
         return []
     rank, quality, cost = _against_decay(grid)
     training, layers = _over_training(grid)
-    look = Html("", styles=("attention.css",))
     return [
-        Section(
-            "Rank against decay",
-            "The decay is on a logarithmic axis; 0 has a place of its own on the left. Dashed: untrained.",
-            [rank, look],
-            "rank",
-        ),
-        Section("Quality against decay", "Bars are one standard error.", [quality], "quality"),
-        Section(
-            "What rank costs",
-            "A point per cell, with its decay of attention beside it; the line joins an arm's from its weakest decay "
-            "to its strongest. Dashed: untrained. What is further left has a lower rank.",
-            [cost],
-            "cost",
-        ),
-        Section(
-            "Decay of attention and of the MLPs",
-            "The loss of every pair of decays: the stronger the colour, the less.",
-            _map(grid),
-            "mlp",
-        ),
-        Section(
-            "Over training",
-            "A line per decay of attention: grey without, from cold to warm the stronger it is. Means over seeds.",
-            training,
-            "training",
-        ),
-        Section("Layer by layer", "The same measure in each layer, on one scale.", layers, "layers"),
+        Section("Rank against decay", TEXTS["rank"], [rank, Html("", styles=("attention.css",))], "rank"),
+        Section("Quality against decay", TEXTS["quality"], [quality], "quality"),
+        Section("What rank costs", TEXTS["cost"], [cost], "cost"),
+        Section("Decay of attention and of the MLPs", TEXTS["mlp"], _map(grid), "mlp"),
+        Section("Over training", TEXTS["training"], training, "training"),
+        Section("Layer by layer", TEXTS["layers"], layers, "layers"),
     ]
 
 
@@ -388,22 +356,20 @@ def figure(stored: StoredRun, path: Path) -> Path:
     from rankdecay.lab.report.figure import draw
 
     grid = Grid(stored)
-    main, charts = main_mlp_decay(grid.cells), []
-    by_norm = {norm: series(grid.cells, qk_norm=norm, mlp_decay=main) for norm in (False, True)}
-    by_norm = {norm: arms for norm, arms in by_norm.items() if arms}
-    if not by_norm:
+    found, charts = by_norm(grid.cells), []
+    if not found:
         raise SettingError(f"{stored.directory} has nothing to draw: no run has ended with a finite loss yet")
-    for norm, arms in by_norm.items():
-        suffix = "" if len(by_norm) == 1 else ", QK-norm" if norm else ", no QK-norm"
+    for norm, arms in found.items():
+        suffix = "" if len(found) == 1 else ", QK-norm" if norm else ", no QK-norm"
         cells = [cell for own in arms.values() for cell in own]
         for part in ("query_key", "value_output"):
             name = PARTS[part] if any(part in cell["mean"] for cell in cells) else "W_Q, W_K"
-            lines = _lines(arms, _strength, partial(rank_of, part=part), {})
-            start = mean(rank_of(cell, part, "untrained_mean") for cell in cells)
+            lines = _lines(arms, _strength, partial(of, part=part), {})
+            start = mean(of(cell, part, when="untrained_mean") for cell in cells)
             if start is not None:  # below the others, and in the legend
                 lines.insert(0, replace(_untrained(start, list(map(_strength, cells)), {}), mark="line"))
             title = f"Pseudo rank of {name}{suffix}"
             charts.append(Chart(f"{part}-{norm}", title, DECAY, Axis(title, limits=(0, 1.02)), lines))
-        title, losses = f"Loss{suffix}", _lines(arms, _strength, itemgetter("loss"), {}, _error)
+        title, losses = f"Loss{suffix}", _lines(arms, _strength, itemgetter("loss"), {}, **BARS["loss"])
         charts.append(Chart(f"loss-{norm}", title, DECAY, Axis(title), losses))
     return draw(charts, arm_styles(stored.arms, STYLES), path)

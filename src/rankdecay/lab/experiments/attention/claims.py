@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 
 from rankdecay.lab.experiments.attention.settings import ARMS
 from rankdecay.lab.experiments.attention.summary import (
     Cell,
+    by_norm,
     difference,
     main_mlp_decay,
     of,
-    rank_of,
     series,
     without_decay,
 )
 from rankdecay.lab.report.style import ArmStyle
-from rankdecay.lab.report.words import Check, Decided, Facts, is_number, listed
+from rankdecay.lab.report.words import Check, Decided, Facts, capital, is_number, listed
 
 MATERIAL = 0.01
 FEW = 5  # seeds; of fewer a standard error is itself a rough guess
@@ -55,22 +56,12 @@ def _several(facts: Facts, axis: str) -> bool:
     return len({cell[axis] for cell in _cells(facts)}) > 1
 
 
-def _by_norm(facts: Facts) -> dict[bool, Arms]:
-    """The cells at the main decay of the MLPs, without and with QK-norm, by arm."""
-    cells = _cells(facts)
-    main = main_mlp_decay(cells)
-    found = {norm: series(cells, qk_norm=norm, mlp_decay=main) for norm in (False, True)}
-    return {norm: arms for norm, arms in found.items() if arms}
-
-
 def _in_norm(facts: Facts, norm: bool) -> str:
     return ("with QK-norm " if norm else "without QK-norm ") if _several(facts, "qk_norm") else ""
 
 
 def _named(facts: Facts, cell: Cell) -> str:
-    words = f"{facts.label(cell['name'])} at {cell['strength']:g}"
-    if _several(facts, "qk_norm"):
-        words += " with QK-norm" if cell["qk_norm"] else " without QK-norm"
+    words = f"{facts.label(cell['name'])} at {cell['strength']:g} {_in_norm(facts, cell['qk_norm'])}".rstrip()
     if _several(facts, "mlp_decay") and cell["mlp_decay"] is not None:
         words += f", MLP decay {cell['mlp_decay']:g}"
     return words
@@ -80,10 +71,13 @@ def _product(cell: Cell, part: str) -> str:
     return PRODUCTS[part] if part in (cell.get("mean") or {}) else "W_Q, W_K (mean)"
 
 
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + (f" ± {error:.4f}" if is_number(error) else "")
+
+
 def loss_words(cell: Cell) -> str:
     """The loss with its standard error."""
-    error = cell.get("loss_error")
-    return f"{cell['loss']:.4f}" + (f" ± {error:.4f}" if is_number(error) else "")
+    return _with_error(cell["loss"], cell.get("loss_error"))
 
 
 def _least(cells: Sequence[Cell], key: str = "loss") -> Cell:
@@ -93,36 +87,22 @@ def _least(cells: Sequence[Cell], key: str = "loss") -> Cell:
 def _against(cell: Cell, other: Cell, name: str) -> str:
     """How the loss of a cell compares with another's; a difference within its standard error is called so."""
     distance, error = difference(other, cell)
-    size = f"{abs(distance):.4f}" + (f" ± {error:.4f}" if error is not None else "")
-    side = "below" if distance >= 0 else "above"
+    size, side = _with_error(abs(distance), error), "below" if distance >= 0 else "above"
     if error is not None and abs(distance) <= error:
         return f"not told apart from {name} ({size} {side} it)"
     return f"{size} {side} {name}"
 
 
-Value = Callable[[Cell, str], float | None]  # of a cell, from its "mean" at the end or its "untrained_mean"
-
-
-def _rank(part: str) -> Value:
-    return lambda cell, when: rank_of(cell, part, when)
-
-
-def _matrices(cell: Cell, when: str) -> float | None:
-    """The mean pseudo rank of W_Q and W_K themselves, which with and without QK-norm is the same measure."""
-    means = cell.get(when) or {}
-    return of({part: means[part] for part in ("query", "key") if part in means}, "query_key", "pseudo_rank")
-
-
 Change = tuple[float, float, str]  # a value before, at the strongest decay, and both in words
 
 
-def _changes(arms: Arms, value: Value) -> dict[str, Change]:
-    """A value of each arm without decay, or untrained, and at its strongest decay."""
+def _changes(arms: Arms, part: str, measure: str = "pseudo_rank") -> dict[str, Change]:
+    """A measure of each arm without decay, or untrained, and at its strongest decay."""
     found = {}
     for name, cells in arms.items():
         none, strongest = without_decay(arms, name), cells[-1]
-        start = value(cells[0], "untrained_mean") if none is None else value(none, "mean")
-        end = value(strongest, "mean")
+        start = of(cells[0], part, measure, "untrained_mean") if none is None else of(none, part, measure)
+        end = of(strongest, part, measure)
         if start is not None and end is not None and strongest["strength"]:
             before = "untrained" if none is None else "without decay"
             found[name] = start, end, f"{start:.2f} {before} to {end:.2f} at {strongest['strength']:g}"
@@ -146,9 +126,9 @@ def headline(facts: Facts) -> str:
     known = _known(facts)
     if not known:
         return "No run ended with a finite loss, so there is nothing to compare."
-    best, arms = _least(known), next(iter(_by_norm(facts).values()), {})
+    best, arms = _least(known), next(iter(by_norm(_cells(facts)).values()), {})
     texts = []
-    if changes := _changes(arms, _rank("query_key")):
+    if changes := _changes(arms, "query_key"):
         words = {name: f"{change[2]} under {facts.label(name)}" for name, change in changes.items()}
         lowered = [name for name in changes if _is_lower(changes[name])]
         kept = [text for name, text in words.items() if name not in lowered]
@@ -164,37 +144,33 @@ def headline(facts: Facts) -> str:
 
 # --- the claims ---
 
-OfNorm = Callable[[Facts, Arms], tuple[bool | None, str] | None]  # decides a claim with or without QK-norm alone
+OfNorm = Callable[[Facts, Arms], Decided | None]  # decides a claim with or without QK-norm alone
 
 
 def _each_norm(decide: OfNorm) -> Callable[[Facts], Decided | None]:
     """A claim that is to hold with and without QK-norm."""
 
     def decided(facts: Facts) -> Decided | None:
-        found = {norm: decide(facts, arms) for norm, arms in _by_norm(facts).items()}
+        found = {norm: decide(facts, arms) for norm, arms in by_norm(_cells(facts)).items()}
         both = {_in_norm(facts, norm): each for norm, each in found.items() if each is not None}
         return _decided([held for held, _ in both.values()], [lead + text for lead, (_, text) in both.items()])
 
     return decided
 
 
-def _lowers_rank(name: str, facts: Facts, arms: Arms) -> tuple[bool | None, str] | None:
-    changes = {part: _changes(arms, _rank(part)).get(name) for part in PRODUCTS}
-    main = changes["query_key"]
-    if main is None:
+def _lowers_rank(name: str, facts: Facts, arms: Arms) -> Decided | None:
+    changes = {part: change for part in PRODUCTS if (change := _changes(arms, part).get(name)) is not None}
+    if "query_key" not in changes:
         return None
     texts = []
     for part, change in changes.items():
-        if change is not None:
-            ranks = [(rank, cell["strength"]) for cell in arms[name] if (rank := rank_of(cell, part)) is not None]
-            lowest = (
-                f" (lowest {min(ranks)[0]:.2f} at {min(ranks)[1]:g})" if min(ranks)[0] < change[1] - MATERIAL else ""
-            )
-            texts.append(f"{_product(arms[name][-1], part)} {change[2]}{lowest}")
-    return _is_lower(main), f"pseudo rank of {listed(texts)}"
+        lowest, at = min((rank, cell["strength"]) for cell in arms[name] if (rank := of(cell, part)) is not None)
+        aside = f" (lowest {lowest:.2f} at {at:g})" if lowest < change[1] - MATERIAL else ""
+        texts.append(f"{_product(arms[name][-1], part)} {change[2]}{aside}")
+    return _is_lower(changes["query_key"]), f"pseudo rank of {listed(texts)}"
 
 
-def _lowers_loss(name: str, facts: Facts, arms: Arms) -> tuple[bool | None, str] | None:
+def _lowers_loss(name: str, facts: Facts, arms: Arms) -> Decided | None:
     if name not in arms:
         return None
     cells, none = arms[name], without_decay(arms, name)
@@ -215,7 +191,8 @@ def _lowers_loss(name: str, facts: Facts, arms: Arms) -> tuple[bool | None, str]
 
 def _under_norm(facts: Facts) -> Decided | None:
     """Whether each decay still lowers the rank of W_Q and W_K where their product is behind a norm."""
-    plain, normed = (_changes(_by_norm(facts).get(norm, {}), _matrices) for norm in (False, True))
+    arms = by_norm(_cells(facts))
+    plain, normed = (_changes(arms.get(norm, {}), "matrices") for norm in (False, True))
     texts = [
         f"{facts.label(name)} {change[2]}" + (f" ({plain[name][2]} without the norm)" if name in plain else "")
         for name, change in normed.items()
@@ -223,26 +200,24 @@ def _under_norm(facts: Facts) -> Decided | None:
     return _decided([_is_lower(change) for change in normed.values()], texts, "their mean pseudo rank: ")
 
 
-def _free(facts: Facts, arms: Arms) -> tuple[bool | None, str] | None:
+def _free(facts: Facts, arms: Arms) -> Decided | None:
     """Whether the lowest rank has the least loss, or one not told apart from it."""
+
+    def words(rank: float, cell: Cell) -> str:
+        return f"{rank:.2f}, of {_named(facts, cell)} at a loss of {loss_words(cell)}"
+
     cells = [cell for own in arms.values() for cell in own]
-    ranked = sorted(
-        ((rank, index) for index, cell in enumerate(cells) if (rank := rank_of(cell, "query_key")) is not None)
-    )
+    ranked = [(rank, cell) for cell in cells if (rank := of(cell, "query_key")) is not None]
+    ranked.sort(key=itemgetter(0))
     if len(ranked) < 2:
         return None
-    best = _least([cells[index] for _, index in ranked])
-    rank, lowest = ranked[0][0], cells[ranked[0][1]]
-    cheap_rank, cheap = next((rank, cells[i]) for rank, i in ranked if cells[i] is best or _is_near(cells[i], best))
-    text = (
-        f"the lowest pseudo rank of {_product(best, 'query_key')} is {rank:.2f}, of {_named(facts, lowest)} at a loss "
-    )
-    text += f"of {loss_words(lowest)}"
+    best, lowest = _least([cell for _, cell in ranked]), ranked[0][1]
+    cheap_rank, cheap = next((rank, cell) for rank, cell in ranked if cell is best or _is_near(cell, best))
+    text = f"the lowest pseudo rank of {_product(best, 'query_key')} is {words(*ranked[0])}"
     if lowest is not best:
         text += f", {lowest['loss'] - best['loss']:.4f} above the least"
     if cheap is not lowest:
-        text += f"; not told apart from the least loss, {cheap_rank:.2f}, of {_named(facts, cheap)} at a loss of "
-        text += loss_words(cheap)
+        text += f"; not told apart from the least loss, {words(cheap_rank, cheap)}"
     return cheap is lowest, text
 
 
@@ -251,17 +226,13 @@ def _is_near(cell: Cell, best: Cell) -> bool:
     return error is not None and distance <= error
 
 
-def _imbalance(part: str, cell: Cell, when: str) -> float | None:
-    return of(cell.get(when) or {}, part, "imbalance")
-
-
 def _balances(facts: Facts) -> Decided | None:
-    arms = _by_norm(facts).get(False, {})
+    arms = by_norm(_cells(facts)).get(False, {})
     held, texts = [], []
     for part, product in PRODUCTS.items():
-        for name, change in _changes(arms, partial(_imbalance, part)).items():
-            held.append(change[1] < change[0])
-            texts.append(f"{product} under {facts.label(name)} {change[2]}")
+        for name, (start, end, words) in _changes(arms, part, "imbalance").items():
+            held.append(end < start)
+            texts.append(f"{product} under {facts.label(name)} {words}")
     return _decided(held, texts, "imbalance (0 balanced, 2 at most) of ")
 
 
@@ -318,15 +289,13 @@ def _enough_seeds(facts: Facts) -> Decided | None:
     return (count >= FEW, text) if count else None
 
 
+OPEN = {"l2": "whether plain L2 lowers the rank too", "low_rank": "whether a low-rank decay lowers it further"}
+
+
 def _of_arm(name: str) -> tuple[Check, Check]:
-    label = STYLES[name].label
-    label = label[:1].upper() + label[1:]
-    open_rank = {
-        "l2": "whether plain L2 lowers the rank too",
-        "low_rank": "whether a low-rank decay lowers it further",
-    }
+    label, open_rank = capital(STYLES[name].label), OPEN.get(name, "")
     return (
-        Check(f"{label} lowers the rank", _each_norm(partial(_lowers_rank, name)), (name,), open_rank.get(name, "")),
+        Check(f"{label} lowers the rank", _each_norm(partial(_lowers_rank, name)), (name,), open_rank),
         Check(f"{label} lowers the loss", _each_norm(partial(_lowers_loss, name)), (name,)),
     )
 

@@ -11,15 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
-
 from rankdecay.decay.policy import Frobenius
 from rankdecay.lab.ensemble.ensemble import compiler_available
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Experiment, Record, Work
 from rankdecay.lab.experiments.attention.charts import figure, make_sections
 from rankdecay.lab.experiments.attention.claims import CHECKS, STYLES, headline
-from rankdecay.lab.experiments.attention.settings import NOT_IDENTITY, AttentionDecay, chosen_arms, parallel_of
+from rankdecay.lab.experiments.attention.settings import NOT_IDENTITY, AttentionDecay, chosen_arms
 from rankdecay.lab.experiments.attention.summary import check_row, so_far, summarise
 from rankdecay.lab.experiments.attention.table import make_columns, note
 from rankdecay.lab.machine import resolve_device
@@ -32,7 +30,7 @@ from rankdecay.lab.settings import question, seeds
 
 A = TypeVar("A", bound=AttentionDecay)
 OF_A_PLAN = ("steps", "batch_size", "lr", "warmup", "accumulate", "clip", "precision")
-SaveModel = Callable[[nn.Module, Path], None]
+SaveModel = Callable[[Any, Path], None]
 
 
 def all_runs(settings: AttentionDecay, *, has_mlp: bool = True) -> list[Run]:
@@ -43,18 +41,16 @@ def all_runs(settings: AttentionDecay, *, has_mlp: bool = True) -> list[Run]:
         has_mlp: whether there are MLPs to decay.
     """
     norms = {"off": (False,), "on": (True,), "both": (False, True)}[settings.qk_norm]
-    mlp_decays = tuple(dict.fromkeys(settings.mlp_decays)) if has_mlp else (None,)
-    arms, runs = chosen_arms(settings), []
-    for seed in seeds(settings):
-        for qk_norm in norms:
-            for arm in arms:
-                for mlp in mlp_decays:
-                    for strength in arm.strengths:
-                        decays = arm.how.decays(strength, settings)
-                        if mlp is not None:
-                            decays["mlp"] = Frobenius(mlp)
-                        runs.append(Run(arm.name, strength, mlp, qk_norm, seed, decays, settings.rest_decay))
-    return runs
+    mlps = {decay: {"mlp": Frobenius(decay)} for decay in settings.mlp_decays} if has_mlp else {None: {}}
+    arms = chosen_arms(settings)
+    return [
+        Run(arm.name, strength, mlp, qk_norm, seed, arm.how.decays(strength, settings) | decays, settings.rest_decay)
+        for seed in seeds(settings)
+        for qk_norm in norms
+        for arm in arms
+        for mlp, decays in mlps.items()
+        for strength in arm.strengths
+    ]
 
 
 def make_plan(settings: AttentionDecay, device: str) -> Plan:
@@ -63,17 +59,20 @@ def make_plan(settings: AttentionDecay, device: str) -> Plan:
     Raises:
         SettingError: if a batch cannot be shared evenly, or there is no compiler to compile with.
     """
-    layout = Layout(parallel_of(settings), device.partition(":")[0])
-    check_machine(settings, device, layout)
-    compiles = settings.compile == "on" or (
-        settings.compile == "auto" and device.startswith("cuda") and compiler_available(device)
-    )
+    layout = make_layout(settings, device)
+    is_worth_it = settings.compile == "auto" and device.startswith("cuda") and compiler_available(device)
     asked = {name: getattr(settings, name) for name in OF_A_PLAN}
-    return Plan(**asked, compile=compiles, device=device, layout=layout)
+    return Plan(**asked, compile=settings.compile == "on" or is_worth_it, device=device, layout=layout)
 
 
-def check_machine(settings: AttentionDecay, device: str, layout: Layout) -> None:
-    """Raises a `SettingError` for settings that these processes cannot share, or this machine cannot compile."""
+def make_layout(settings: AttentionDecay, device: str) -> Layout:
+    """How the processes share a run.
+
+    Raises:
+        SettingError: for a batch that they cannot share evenly, or an order to compile without a compiler.
+    """
+    parallel: Any = getattr(settings, "parallel", "ddp")  # an option where the model can be cut into parts
+    layout = Layout(parallel, device.partition(":")[0])
     shares = layout.shares * settings.accumulate
     if settings.batch_size % shares:
         raise SettingError(
@@ -85,50 +84,37 @@ def check_machine(settings: AttentionDecay, device: str, layout: Layout) -> None
             "--compile on needs a compiler (g++ or clang++, without ATEN_CPU_CAPABILITY=default; Triton on a GPU): "
             "give --compile off"
         )
+    return layout
 
 
-def train(
-    work: Work[Any], *, has_mlp: bool, save: SaveModel | None, notices: Callable[[Any], Sequence[str]]
-) -> Sequence[Record]:
+def train(work: Work[Any], runs: Sequence[Run], save: SaveModel | None) -> Sequence[Record]:
     """Trains the runs that have not ended, one after another; rows are stored in step with a checkpoint.
 
     Returns:
         No rows, because they are stored already.
     """
-    settings, progress = work.settings, work.screen
-    assert isinstance(progress, RunsProgress)
+    steps = work.settings.steps
     store = RunStore(work.run_directory) if work.writes else NonWriter()
-    if work.writes:
-        for text in notices(settings):
-            progress.notice(text)
-    plan = make_plan(settings, work.device)
-    runs = all_runs(settings, has_mlp=has_mlp)
+    plan = make_plan(work.settings, work.device)
     left = store.missing(runs)
     if left:
         choose_threads(left[0], work.data, plan)
-    with progress.working(settings.steps * len(runs), settings.steps * (len(runs) - len(left))):
+    assert isinstance(work.screen, RunsProgress)
+    with work.screen.working(steps * len(runs), steps * (len(runs) - len(left))) as progress:
         for run in left:
-            _train(run, work.data, plan, settings, store, progress, save)
+            _train(run, work, plan, store, progress, save)
     work.seconds = store.seconds
     return ()
 
 
 def _train(
-    run: Run,
-    problem: Problem,
-    plan: Plan,
-    settings: AttentionDecay,
-    store: RunStore | NonWriter,
-    progress: RunsProgress,
-    save: SaveModel | None,
+    run: Run, work: Work[Any], plan: Plan, store: RunStore | NonWriter, progress: RunsProgress, save: SaveModel | None
 ) -> None:
     """Trains one run to its end, evaluated and stored on the way."""
-    reports = distributed.is_rank_zero()
-    session = Session(run, problem, plan)
-    checkpoint = store.begin(run)
+    settings, session, checkpoint = work.settings, Session(run, work.data, plan), store.begin(run)
     if checkpoint is not None:
         session.restore(checkpoint)
-        if reports:
+        if work.writes:
             progress.notice(f"continuing {run} at step {session.step}")
     progress.begins(session.step)
     try:
@@ -139,7 +125,7 @@ def _train(
                 progress.at(step)
             record = session.evaluate()
             store.add(record)
-            if reports:
+            if work.writes:
                 progress.evaluated(str(run), record)
             if session.step < settings.steps:
                 store.checkpoint(session)
@@ -148,12 +134,12 @@ def _train(
             step, file = store.checkpoint_step, settings.out / "checkpoint.safetensors"
             where = "" if step is None else f"; the last good checkpoint, of step {step}, is {file}"
             raise SettingError(f"{error}{where}") from None
-        if reports:
+        if work.writes:
             progress.notice(f"{run} diverged at step {error.step}: going on with the next")
         store.add({**run.key, "step": error.step, "diverged": True})
     else:
-        is_first = run.seed == settings.first_seed
-        if save is not None and (settings.save == "all" or (settings.save == "first" and is_first)):
+        is_kept = settings.save == "all" or (settings.save == "first" and run.seed == settings.first_seed)
+        if save is not None and is_kept:
             store.save_model(run, session.whole_model(), save)
     store.end(run)
     progress.ended(settings.steps - session.step)
@@ -192,13 +178,16 @@ def make_experiment(
     def data(settings: A) -> Problem:
         made = problem(settings)
         device = resolve_device(settings.device, needs_float64=False)
-        layout = Layout(parallel_of(settings), device.partition(":")[0])
-        check_machine(settings, device, layout)
-        check_layout(settings, layout)
+        check_layout(settings, make_layout(settings, device))
         return made
 
     def title(work: Work[A]) -> str:
         return f"{name} · {len(all_runs(work.settings, has_mlp=has_mlp))} runs · {work.settings.steps} steps"
+
+    def trained(work: Work[A]) -> Sequence[Record]:
+        for text in notices(work.settings) if work.writes else ():
+            work.screen.notice(text)
+        return train(work, all_runs(work.settings, has_mlp=has_mlp), save)
 
     return Experiment(
         name=name,
@@ -207,7 +196,7 @@ def make_experiment(
         check=check,
         arms=chosen_arms,
         data=data,
-        train=lambda work: train(work, has_mlp=has_mlp, save=save, notices=notices),
+        train=trained,
         summarise=lambda work, rows: {"unit": unit, **facts(work.data), "arms": summarise(rows, unit)},
         columns=make_columns(unit),
         headline=headline,

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.lab.errors import SettingError, check_name
@@ -23,27 +23,20 @@ from rankdecay.lab.settings import (
     option,
 )
 
-if TYPE_CHECKING:
-    from rankdecay.lab.session.parallel import Parallel
-
 QKNorm = Literal["off", "on", "both"]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Compile = Literal["auto", "on", "off"]
-Save = Literal["first", "all", "none"]
-CHOICES = {"preset": Preset, "qk_norm": QKNorm, "precision": Precision, "compile": Compile, "save": Save}
 NOT_IDENTITY = ("save", "skip_diverged", "parallel")  # beside those of every experiment: no change of what is computed
 
 
 @dataclass(frozen=True)
 class AttentionDecay(Settings):
-    """The settings that the experiments share; each sets its own defaults."""
+    """The settings that the experiments share; each sets its own defaults, and only some of the words anew."""
 
     preset: Preset = "default"
     """'standard' trains more and larger: for a fast machine, or an hour."""
     arms: tuple[str, ...] = ("l2", "low_rank")
     """Which decays of attention to compare."""
     strengths: tuple[str, ...] = ()
-    """Strengths of an arm in place of its own, for example l2=0,0.1,1 low_rank=0.3,3."""
+    """Strengths of an arm, for example l2=0,0.1,1 low_rank=0.3,3; an arm that is not named has its own."""
     mlp_decays: tuple[float, ...] = (0.1,)
     """L2 of the matrices of the MLPs; several are a second axis of the grid."""
     rest_decay: float = 0.1
@@ -66,15 +59,15 @@ class AttentionDecay(Settings):
     """Largest norm of the gradient; 0 for none."""
     evaluate_every: int = 50
     """Steps between evaluations."""
-    precision: Precision = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the matrix products, by autocast: 'auto' is bfloat16 on a GPU that has it, float32 elsewhere."""
     every: int = 4
     """Steps that a low-rank decay gathers before it acts."""
-    compile: Compile = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto compiles on a GPU."""
     skip_diverged: bool = False
     """Note a run whose loss is no longer finite and go on with the next; otherwise stop there."""
-    save: Save = "first"
+    save: Literal["first", "all", "none"] = "first"
     """Trained models to keep in --out/models: those of the first seed, all, or none."""
     out: Path = Path("runs/attention")
     """Where results go; a run that was interrupted continues there."""
@@ -99,14 +92,10 @@ class Treatment:
 
     def decays(self, strength: float, settings: AttentionDecay) -> dict[str, Decay]:
         """The decays of all attention matrices, by role."""
-        found: dict[str, Decay] = {role: Frobenius(settings.rest_decay) for role in BOTH}
-        for role in self.of:
-            found[role] = (
-                Frobenius(strength)
-                if self.scale is None
-                else LowRank(strength, scale=self.scale, unit="head", every=settings.every)
-            )
-        return found
+        decay: Decay = Frobenius(strength)
+        if self.scale is not None:
+            decay = LowRank(strength, scale=self.scale, unit="head", every=settings.every)
+        return {role: decay if role in self.of else Frobenius(settings.rest_decay) for role in BOTH}
 
 
 QUERY_KEY, BOTH = ("query_key",), ("query_key", "value_output")
@@ -159,8 +148,9 @@ def _check_decay(given: str, strength: float, lr: float, *, limited: bool = True
 
 def check_shared(settings: AttentionDecay) -> None:
     """Raises a `SettingError` for settings of `AttentionDecay` that cannot work."""
-    for name, choices in CHOICES.items():
-        check_name(option(name), getattr(settings, name), get_args(choices))
+    for name, kind in get_type_hints(type(settings)).items():
+        if get_origin(kind) is Literal:
+            check_name(option(name), getattr(settings, name), get_args(kind))
     check_seeds(settings)
     check_counts(settings, "seeds", "steps", "batch_size", "accumulate", "evaluate_every", "every")
     check_numbers(settings, "lr")
@@ -174,8 +164,3 @@ def check_shared(settings: AttentionDecay) -> None:
     for decay in settings.mlp_decays:
         _check_decay(f"--mlp-decays {decay:g}", decay, settings.lr)
     _check_decay(f"--rest-decay {settings.rest_decay:g}", settings.rest_decay, settings.lr)
-
-
-def parallel_of(settings: AttentionDecay) -> Parallel:
-    """How processes share a run: an option of `language` alone, since only its model can be cut into parts."""
-    return getattr(settings, "parallel", "ddp")

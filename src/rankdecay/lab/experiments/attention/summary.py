@@ -60,12 +60,8 @@ def so_far(stored: StoredRun, unit: str) -> Record | None:
         return None
     stored.notices.append(f"Ended so far: {counted(len(ended), 'run')}.")
     usable = [row for row in rows if key_of(row) in ended and (row.get("diverged") or row["loss"] is not None)]
-    return {
-        "command": stored.config.get("command"),
-        "settings": stored.settings,
-        "unit": unit,
-        "arms": summarise(usable, unit),
-    }
+    known_so_far = {"command": stored.config.get("command"), "settings": stored.settings, "unit": unit}
+    return known_so_far | {"arms": summarise(usable, unit)}
 
 
 # --- cells ---
@@ -86,47 +82,50 @@ def summarise(records: Sequence[Record], unit: str) -> list[Record]:
         ``layers`` and ``untrained``: part, then measure, at the end and at step 0; and ``mean``, ``untrained_mean``,
         the same over the layers.
     """
-    by_run: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        by_run.setdefault(key_of(record), []).append(record)
-    done = [rows for rows in by_run.values() if not rows[-1].get("diverged")]
-    quickest = min((rows[-1]["seconds"] for rows in done), default=0.0)
-    cells: dict[tuple[Any, ...], list[list[Record]]] = {}
-    for key, rows in by_run.items():
-        cells.setdefault(key[:-1], []).append(rows)
+    cells = by_cell(records)
+    ends = [rows[-1] for runs in cells.values() for rows in _done(runs)]
+    quickest = min((row["seconds"] for row in ends), default=0.0)
     return [_cell(key, runs, unit, quickest) for key, runs in cells.items()]
 
 
-def _cell(key: tuple[Any, ...], runs: Sequence[Sequence[Record]], unit: str, quickest: float) -> Record:
-    done = [rows for rows in runs if not rows[-1].get("diverged")]
+def by_cell(records: Iterable[Record]) -> dict[tuple[Any, ...], list[list[Record]]]:
+    """The rows of each run, seed by seed, under the key of the run without its seed."""
+    cells: dict[tuple[Any, ...], dict[int, list[Record]]] = {}
+    for record in records:
+        *cell, seed = key_of(record)
+        cells.setdefault(tuple(cell), {}).setdefault(seed, []).append(record)
+    return {key: list(runs.values()) for key, runs in cells.items()}
+
+
+def _done(runs: Sequence[list[Record]]) -> list[list[Record]]:
+    return [rows for rows in runs if not rows[-1].get("diverged")]
+
+
+def _cell(key: tuple[Any, ...], runs: Sequence[list[Record]], unit: str, quickest: float) -> Record:
+    done = _done(runs)
     last = [rows[-1] for rows in done]
-    cell: Record = {
+    losses = [row["loss"] for row in last]
+    error, sample = (last[0]["loss_error"], last[0].get("pieces", [])) if last else (None, [])
+    if len(losses) > 1:
+        error, sample = statistics.stdev(losses) / math.sqrt(len(losses)), losses
+    rates = [row[unit] / max(row["seconds"], 1e-9) for row in last]
+    layers, untrained = _mean_layers(last), _mean_layers([rows[0] for rows in done])
+    return {
         "name": key[0],
         **dict(zip(KEY[1:-1], key[1:], strict=True)),
         "seeds": len(runs),
         "diverged": len(runs) - len(done),
-        **dict.fromkeys(("loss", "loss_error", "accuracy", "per_second", "loss_at_equal_time")),
-        "sample": [],
-        "layers": [],
-        "untrained": [],
-        "mean": {},
-        "untrained_mean": {},
+        "loss": statistics.fmean(losses) if done else None,
+        "loss_error": error,
+        "accuracy": mean(row["accuracy"] for row in last),
+        "per_second": statistics.median(rates) if done else None,
+        "loss_at_equal_time": statistics.fmean(_loss_at(rows, quickest) for rows in done) if done else None,
+        "sample": sample,
+        "layers": layers,
+        "untrained": untrained,
+        "mean": _mean_parts(layers),
+        "untrained_mean": _mean_parts(untrained),
     }
-    if not last:
-        return cell
-    losses = [row["loss"] for row in last]
-    cell["loss"] = statistics.fmean(losses)
-    spread = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else last[0]["loss_error"]
-    cell["loss_error"] = spread
-    cell["sample"] = losses if len(losses) > 1 else last[0].get("pieces", [])
-    if last[0]["accuracy"] is not None:
-        cell["accuracy"] = statistics.fmean(row["accuracy"] for row in last)
-    cell["per_second"] = statistics.median(row[unit] / max(row["seconds"], 1e-9) for row in last)
-    cell["loss_at_equal_time"] = statistics.fmean(_loss_at(rows, quickest) for rows in done)
-    cell["layers"], cell["untrained"] = _mean_layers(last), _mean_layers([rows[0] for rows in done])
-    for means, layers in (("mean", "layers"), ("untrained_mean", "untrained")):
-        cell[means] = _mean_parts(cell[layers]) if cell[layers] else {}
-    return cell
 
 
 def difference(cell: Cell, other: Cell) -> tuple[float, float | None]:
@@ -159,33 +158,26 @@ def _mean_layers(records: Sequence[Record]) -> list[Record]:
 
 
 def _mean_parts(layers: Sequence[Record]) -> Record:
-    return {
-        part: {measure: mean(layer[part][measure] for layer in layers) for measure in layers[0][part]}
-        for part in layers[0]
-    }
+    parts = layers[0] if layers else {}
+    return {part: {name: mean(layer[part][name] for layer in layers) for name in parts[part]} for part in parts}
 
 
-def of(means: Cell, part: str, measure: str) -> float | None:
-    """A measure of a part; under QK-norm, where W_KᵀW_Q is no product, the mean of W_Q and W_K themselves."""
-    if part in means:
-        return means[part].get(measure)
-    if part == "query_key" and "query" in means:
-        return mean(means[matrix].get(measure) for matrix in ("query", "key"))
-    return None
+def of(cell: Cell, part: str, measure: str = "pseudo_rank", when: str = "mean") -> float | None:
+    """A measure of a part over layers, at the end or ``"untrained_mean"``.
 
-
-def rank_of(cell: Cell, part: str, when: str = "mean") -> float | None:
-    """The pseudo rank of a part at the end, or ``"untrained_mean"``, over layers."""
-    value = of(cell.get(when) or {}, part, "pseudo_rank")
-    return value if is_number(value) else None
+    Under QK-norm, where W_KᵀW_Q is no product, that of W_Q and W_K themselves: the mean of both, as of ``"matrices"``.
+    """
+    means = cell.get(when) or {}
+    stands_for = {"query_key": ("query", "key"), "matrices": ("query", "key")}
+    names = (part,) if part in means else stands_for.get(part, ())
+    return mean(means[name].get(measure) for name in names if name in means)
 
 
 # --- cells of one arm, and the axes beside the strength ---
 
 
-def main_mlp_decay(cells: Iterable[Cell]) -> float | None:
+def main_mlp_decay(cells: Sequence[Cell]) -> float | None:
     """The decay of the MLPs to speak of where there are several: the usual one, else that of the least loss."""
-    cells = list(cells)
     values = {cell["mlp_decay"] for cell in cells}
     if len(values) <= 1 or USUAL in values:
         return USUAL if USUAL in values else next(iter(values), None)
@@ -193,14 +185,20 @@ def main_mlp_decay(cells: Iterable[Cell]) -> float | None:
     return min(known, key=lambda cell: cell["loss"] or 0)["mlp_decay"]
 
 
-def series(cells: Iterable[Cell], *, qk_norm: bool, mlp_decay: float | None) -> dict[str, list[Cell]]:
+def series(cells: Sequence[Cell], *, qk_norm: bool, mlp_decay: float | None) -> dict[str, list[Cell]]:
     """The cells with a loss at one choice of the other axes, by arm, each from the weakest decay to the strongest."""
-    cells = list(cells)
     found: dict[str, list[Cell]] = {cell["name"]: [] for cell in cells}
     for cell in sorted(cells, key=lambda cell: cell["strength"]):
         if cell["qk_norm"] == qk_norm and cell["mlp_decay"] == mlp_decay and is_number(cell.get("loss")):
             found[cell["name"]].append(cell)
     return {name: chosen for name, chosen in found.items() if chosen}
+
+
+def by_norm(cells: Sequence[Cell]) -> dict[bool, dict[str, list[Cell]]]:
+    """The cells at the main decay of the MLPs, without and with QK-norm, by arm."""
+    main = main_mlp_decay(cells)
+    found = {norm: series(cells, qk_norm=norm, mlp_decay=main) for norm in (False, True)}
+    return {norm: arms for norm, arms in found.items() if arms}
 
 
 def without_decay(arms: Mapping[str, Sequence[Cell]], name: str) -> Cell | None:

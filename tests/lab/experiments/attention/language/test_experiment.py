@@ -235,7 +235,7 @@ def test_sizes_have_the_parameters_that_the_help_names(text, size, parameters):
     from rankdecay.lab.session.gpt import Decoder
 
     settings = dataclasses.replace(PRESETS[size], valid_share=0.5)
-    config = LanguageModelling(settings, load(text=str(text), dataset=None, tokenizer=None, share=0.5)).configs[False]
+    config = LanguageModelling(settings, load(text=str(text), dataset=None, tokenizer=None, share=0.5)).config
     with torch.device("meta"):
         decoder = Decoder(config)
     assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(parameters, rel=0.02)

@@ -7,8 +7,7 @@ join AdamW as they would in anyone's script, by `rd.param_groups` and `rd.attach
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,8 @@ from rankdecay.lab.session.export import save_checkpoint
 from rankdecay.lab.session.gpt import GPT, GPTConfig
 from rankdecay.lab.session.session import Batch, Quality, judged
 from rankdecay.lab.settings import Record
+
+OF_A_MODEL = ("context", "width", "depth", "heads", "mlp_width", "positions")
 
 
 class LanguageModelling:
@@ -45,23 +46,14 @@ class LanguageModelling:
                 f"give 0, or at least {corpus.vocabulary}"
             )
         self.corpus, self.context = corpus, settings.context
-        make = partial(
-            GPTConfig,
-            settings.vocabulary or corpus.vocabulary,
-            settings.context,
-            settings.width,
-            settings.depth,
-            settings.heads,
-            settings.mlp_width,
-            settings.positions,
-        )
-        self.configs = {qk_norm: make(qk_norm) for qk_norm in (False, True)}
+        shape = {name: getattr(settings, name) for name in OF_A_MODEL}
+        self.config = GPTConfig(settings.vocabulary or corpus.vocabulary, **shape)
         self._validation = text.even_windows(corpus.validation, settings.context, settings.valid_windows)
         self._chunk = max(1, settings.batch_size // settings.accumulate)  # windows that fit into memory, as in training
 
     def model(self, seed: int, qk_norm: bool) -> GPT:
         """Returns a fresh GPT; with and without QK-norm a seed gives the same weights."""
-        return GPT(self.configs[qk_norm], seed)
+        return GPT(replace(self.config, qk_norm=qk_norm), seed)
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         """Draws windows from anywhere in the text, (size, context + 1)."""
@@ -86,7 +78,7 @@ class LanguageModelling:
 
     def facts(self) -> Record:
         """Facts about the text and the model, for the summary."""
-        corpus, config = self.corpus, self.configs[False]
+        corpus, parameters = self.corpus, sum(weights.numel() for weights in self.model(0, False).parameters())
         return {
             "text": {
                 "name": corpus.name,
@@ -96,23 +88,13 @@ class LanguageModelling:
                 "validation_tokens": len(corpus.validation),
                 "evaluated_tokens": self._validation[:, 1:].numel(),
             },
-            "model": {
-                "vocabulary": config.vocabulary,
-                "parameters": sum(parameter.numel() for parameter in self.model(0, False).parameters()),
-            },
+            "model": {"vocabulary": self.config.vocabulary, "parameters": parameters},
         }
 
 
 def _problem(settings: Language) -> LanguageModelling:
-    corpus = text.load(
-        text=settings.text, dataset=settings.dataset, tokenizer=settings.tokenizer, share=settings.valid_share
-    )
-    return LanguageModelling(settings, corpus)
-
-
-def _save(model: nn.Module, directory: Path) -> None:
-    assert isinstance(model, GPT)
-    save_checkpoint(model, directory)
+    source = {name: getattr(settings, name) for name in ("text", "dataset", "tokenizer")}
+    return LanguageModelling(settings, text.load(**source, share=settings.valid_share))
 
 
 def _notices(settings: Language) -> tuple[str, ...]:
@@ -134,7 +116,7 @@ EXPERIMENT = make_experiment(
     check,
     _problem,
     "tokens",
-    save=_save,
+    save=save_checkpoint,
     facts=LanguageModelling.facts,
     fingerprint=lambda problem: {"text_sha1": problem.corpus.sha1},
     notices=_notices,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.settings import AttentionDecay, check_shared
 from rankdecay.lab.session.parallel import Parallel
 from rankdecay.lab.settings import check_counts
@@ -27,7 +27,6 @@ class Language(AttentionDecay):
     arms: tuple[str, ...] = ("l2", "low_rank", "low_rank_both")
     """Decays of attention: l2, l2_query_key, low_rank, low_rank_both, the last two also with _absolute; or all."""
     strengths: tuple[str, ...] = ("l2=0,1,10", "low_rank=1,10", "low_rank_both=1")
-    """Strengths of an arm, for example l2=0,0.1,1 low_rank=0.3,3; an arm that is not named has its own."""
     text: str | None = None
     """Learn this file, or the files of this directory, instead of Python's standard library."""
     dataset: str | None = None
@@ -55,17 +54,11 @@ class Language(AttentionDecay):
     batch_size: int = 8
     """Windows per step, over all processes and accumulated parts."""
     steps: int = 450
-    """Training steps of each run."""
     evaluate_every: int = 75
-    """Steps between evaluations."""
     lr: float = 2e-3
-    """Peak learning rate: a linear rise, then a cosine down to a tenth."""
-    warmup: int = 50
-    """Steps of the rise."""
     parallel: Parallel = "ddp"
     """How torchrun's processes share a run: ddp, fsdp2 (parts of all), tp (heads and units), fsdp2_tp (both)."""
     out: Path = Path("runs/language")
-    """Where results go; a run that was interrupted continues there."""
 
 
 PRESETS = {
@@ -115,7 +108,6 @@ def check(settings: Language) -> Language:
         raise SettingError(
             f"--preset {settings.preset} is for --size tiny: leave out --preset or --size {settings.size}"
         )
-    check_name("--parallel", settings.parallel, get_args(Parallel))
     if settings.parallel != "ddp" and settings.precision == "float16":
         raise SettingError(
             f"--precision float16 needs a loss scaler, which --parallel {settings.parallel} has not: give --precision "

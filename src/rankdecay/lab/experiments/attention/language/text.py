@@ -9,8 +9,9 @@ A batch depends on the seed and the step alone, so that a resumed run sees the t
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,12 +77,10 @@ def read_text(path: str | Path) -> list[Document]:
     """
     root = Path(path)
     try:
-        if root.is_dir():
-            below = (file for file in sorted(root.rglob("*")) if file.is_file())
-            files = [file for file in below if not any(p.startswith(".") for p in file.relative_to(root).parts)]
-        else:
-            files = [root]
-        documents = [Document(file.relative_to(root).as_posix(), file.read_bytes()) for file in files]
+        files = [file for file in sorted(root.rglob("*")) if file.is_file()] if root.is_dir() else [root]
+        names = {file: file.relative_to(root) for file in files}
+        visible = [file for file, name in names.items() if not any(part.startswith(".") for part in name.parts)]
+        documents = [Document(names[file].as_posix(), file.read_bytes()) for file in visible]
     except FileNotFoundError:
         raise SettingError(f"--text {path} does not exist: give a text file, or a directory of them") from None
     except OSError as error:
@@ -107,25 +106,32 @@ def read_dataset(name: str, share: float) -> tuple[list[Document], list[Document
     Raises:
         SettingError: if `datasets` is not installed, the data set is not found, or has no column of texts.
     """
-    try:
-        import datasets  # pyright: ignore[reportMissingImports] - an extra of its own
-    except ImportError:
-        raise SettingError(
-            "--dataset needs the package datasets: pip install 'rankdecay[datasets]', or give --text"
-        ) from None
+    datasets = _package("datasets", "dataset", "give --text")
     path, _, configuration = (name, "", "") if Path(name).exists() else name.partition(":")
     saved = any((Path(path) / file).exists() for file in ("dataset_dict.json", "state.json"))
     try:
         data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, configuration or None)
     except Exception as error:  # of the network, of the hub, of a hundred formats
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingError(f"--dataset {name} cannot be loaded ({reason}): check the name, or give --text") from None
+        raise _not_loaded("dataset", name, error, "check the name, or give --text") from None
     splits: dict[str, Any] = dict(data) if isinstance(data, dict) else {"train": data}
     if "train" not in splits:
         raise SettingError(f"--dataset {name} has no split 'train' but {', '.join(splits)}: give another data set")
     training = _rows(name, "train", splits["train"])
     other = next((split for split in ("validation", "test") if split in splits), None)
     return split(training, share) if other is None else (training, _rows(name, other, splits[other]))
+
+
+def _package(name: str, setting: str, instead: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        needs = f"--{setting} needs the package {name}: pip install 'rankdecay[{name}]'"
+        raise SettingError(f"{needs}, or {instead}") from None
+
+
+def _not_loaded(setting: str, name: str, error: Exception, instead: str) -> SettingError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return SettingError(f"--{setting} {name} cannot be loaded ({reason}): {instead}")
 
 
 def _rows(name: str, of: str, data: Any) -> list[Document]:
@@ -188,21 +194,14 @@ def _bytes(documents: Sequence[Document]) -> np.ndarray:
 
 
 def _tokenizer(name: str) -> Any:
-    try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    except ImportError:
-        raise SettingError(
-            "--tokenizer needs the package transformers: pip install 'rankdecay[transformers]', or leave it out"
-        ) from None
+    transformers = _package("transformers", "tokenizer", "leave it out")
     try:
         if Path(name).is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=name)
-        return AutoTokenizer.from_pretrained(name)
+            return transformers.PreTrainedTokenizerFast(tokenizer_file=name)
+        return transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of the network, of the hub, of a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingError(
-            f"--tokenizer {name} cannot be loaded ({reason}): give a directory, a tokenizer.json, or a name on the hub"
-        ) from None
+        instead = "give a directory, a tokenizer.json, or a name on the hub"
+        raise _not_loaded("tokenizer", name, error, instead) from None
 
 
 def _tokens(documents: Sequence[Document], tokenizer: Any, name: str) -> np.ndarray:
@@ -210,18 +209,17 @@ def _tokens(documents: Sequence[Document], tokenizer: Any, name: str) -> np.ndar
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
 
-    def pieces() -> Iterator[np.ndarray]:
-        for document in documents:
-            try:
-                text = document.content.decode()
-            except UnicodeDecodeError as error:
-                raise SettingError(
-                    f"{document.name} of {name} is not UTF-8 (byte {error.start}): convert it, or leave out --tokenizer"
-                ) from None
-            found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            yield np.array([*found, *end], kind)
-
-    return np.concatenate([np.zeros(0, kind), *pieces()])
+    pieces = [np.zeros(0, kind)]
+    for document in documents:
+        try:
+            text = document.content.decode()
+        except UnicodeDecodeError as error:
+            raise SettingError(
+                f"{document.name} of {name} is not UTF-8 (byte {error.start}): convert it, or leave out --tokenizer"
+            ) from None
+        found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        pieces.append(np.array([*found, *end], kind))
+    return np.concatenate(pieces)
 
 
 # --- windows ---
@@ -230,16 +228,19 @@ def _tokens(documents: Sequence[Document], tokenizer: Any, name: str) -> np.ndar
 def check_length(corpus: Corpus, context: int) -> None:
     """Raises a `SettingError` unless a window fits into the training text, and two into the validation text."""
     unit = "bytes" if corpus.tokenizer is None else "tokens"
-    if len(corpus.training) <= context:
-        raise SettingError(
-            f"{corpus.name} has {len(corpus.training)} {unit} to train on, too few for one --context {context} and the "
-            "next: give a longer text, or a smaller --context"
-        )
-    if len(corpus.validation) <= 2 * context:  # of one alone there is no standard error
-        raise SettingError(
-            f"{corpus.name} has {len(corpus.validation)} {unit} for validation, too few for two of --context {context} "
-            "and the next: give a longer text, a larger --valid-share, or a smaller --context"
-        )
+    for tokens, before, use, instead in (
+        (corpus.training, context, "to train on, too few for one --context", "a longer text,"),
+        # of one window alone there is no standard error
+        (
+            corpus.validation,
+            2 * context,
+            "for validation, too few for two of --context",
+            "a longer text, a larger --valid-share,",
+        ),
+    ):
+        if len(tokens) <= before:
+            what = f"{corpus.name} has {len(tokens)} {unit} {use} {context} and the next"
+            raise SettingError(f"{what}: give {instead} or a smaller --context")
 
 
 def random_windows(tokens: np.ndarray, context: int, size: int, seed: int, step: int) -> Tensor:

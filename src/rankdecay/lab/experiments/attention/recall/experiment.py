@@ -14,8 +14,6 @@ The paper does not give its width, heads, numbers of keys and values, learning r
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -30,6 +28,7 @@ from rankdecay.lab.tasks.base import random_generator
 
 DEPTH = 2  # one layer to copy, one to find
 CHUNK = 256  # validation sequences at a time
+OF_A_TASK = ("pairs", "queries", "keys", "values")
 
 
 def draw(
@@ -74,20 +73,11 @@ class RecallProblem:
 
     def model(self, seed: int, qk_norm: bool) -> GPT:
         """Returns a fresh network."""
-        settings = self.settings
-        config = GPTConfig(
-            settings.keys + settings.values,
-            2 * settings.pairs + settings.queries,
-            settings.width,
-            DEPTH,
-            settings.heads,
-            mlp_width=0,
-            positions=settings.positions,
-            qk_norm=qk_norm,
-            # from the usual 0.02 attention would be uniform for thousands of steps
-            initial=settings.initial or settings.width**-0.5,
-        )
-        return GPT(config, seed)
+        given = self.settings
+        tokens, context = given.keys + given.values, 2 * given.pairs + given.queries
+        initial = given.initial or given.width**-0.5  # from 0.02 attention would be uniform for thousands of steps
+        shape = tokens, context, given.width, DEPTH, given.heads, 0  # no MLP
+        return GPT(GPTConfig(*shape, given.positions, qk_norm, initial), seed)
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         """Draws sequences, some of their answers wrong."""
@@ -112,22 +102,9 @@ class RecallProblem:
         return judged(torch.cat(losses), right / self._valid[1].numel())
 
     def _draw(self, seed: int, purpose: str, count: int, noise: float, *index: int) -> Batch:
-        settings = self.settings
-        drawn = draw(
-            random_generator(seed, f"recall {purpose}", *index),
-            count,
-            pairs=settings.pairs,
-            queries=settings.queries,
-            keys=settings.keys,
-            values=settings.values,
-            noise=noise,
-        )
+        task = {name: getattr(self.settings, name) for name in OF_A_TASK}
+        drawn = draw(random_generator(seed, f"recall {purpose}", *index), count, noise=noise, **task)
         return tuple(torch.from_numpy(part) for part in drawn)
 
 
-def _save(model: nn.Module, directory: Path) -> None:
-    assert isinstance(model, GPT)
-    save_checkpoint(model, directory)
-
-
-EXPERIMENT = make_experiment("recall", PRESETS, check, RecallProblem, "sequences", has_mlp=False, save=_save)
+EXPERIMENT = make_experiment("recall", PRESETS, check, RecallProblem, "sequences", has_mlp=False, save=save_checkpoint)

@@ -41,21 +41,12 @@ class Recall(AttentionDecay):
     valid_sequences: int = 512
     """Sequences of the validation set."""
     strengths: tuple[str, ...] = ("l2=0,1", "low_rank=0.1,1")
-    """Strengths of an arm, for example l2=0,0.1,1 low_rank=0.3,3; an arm that is not named has its own."""
     qk_norm: QKNorm = "both"
-    """RMSNorm on the queries and keys of each head."""
     steps: int = 1000
-    """Training steps of each run."""
     lr: float = 3e-3
-    """Peak learning rate: a linear rise, then a cosine down to a tenth."""
-    warmup: int = 50
-    """Steps of the rise."""
     batch_size: int = 64
     """Sequences per step, over all processes and accumulated parts."""
-    evaluate_every: int = 50
-    """Steps between evaluations."""
     out: Path = Path("runs/recall")
-    """Where results go; a run that was interrupted continues there."""
 
 
 PRESETS = {"default": Recall(), "standard": Recall(preset="standard", strengths=(), out=Path("runs/recall-standard"))}

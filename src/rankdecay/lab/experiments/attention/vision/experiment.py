@@ -9,6 +9,7 @@ ImageNet and no accuracies.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,6 @@ class VisionProblem:
         self._mean = pixels.float().mean((0, 2, 3)).view(-1, 1, 1)  # (channels, 1, 1)
         # at least 1, because the spread of equal pixels is 0
         self._spread = pixels.float().std((0, 2, 3)).clamp_min(1.0).view(-1, 1, 1)
-        self._order: tuple[tuple[int, int], np.ndarray] | None = None  # of the epoch drawn last
 
     def facts(self) -> Record:
         """Facts about the images, for the summary."""
@@ -129,15 +129,9 @@ class VisionProblem:
         """Takes the next images of an epoch in random order; a batch may reach into the next epoch."""
         places = np.arange(step * size, (step + 1) * size)
         epochs, within = np.divmod(places, len(self.train.labels))
-        chosen = np.concatenate(
-            [self._permutation(seed, epoch)[within[epochs == epoch]] for epoch in np.unique(epochs)]
-        )
+        orders = {epoch: _order(seed, epoch, len(self.train.labels)) for epoch in np.unique(epochs).tolist()}
+        chosen = np.concatenate([order[within[epochs == epoch]] for epoch, order in orders.items()])
         return torch.from_numpy(self.train.pixels[chosen]), torch.from_numpy(self.train.labels[chosen])
-
-    def _permutation(self, seed: int, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != (seed, epoch):
-            self._order = (seed, epoch), random_generator(seed, "epoch", int(epoch)).permutation(len(self.train.labels))
-        return self._order[1]
 
     def size(self, batch: Batch) -> int:
         """Counts the images of a batch."""
@@ -162,6 +156,11 @@ class VisionProblem:
             losses += F.cross_entropy(logits, labels, reduction="none").tolist()
             right += int((logits.argmax(-1) == labels).sum())
         return judged(losses, right / len(losses))
+
+
+@lru_cache(maxsize=2)  # a batch may reach into the next epoch
+def _order(seed: int, epoch: int, images: int) -> np.ndarray:
+    return random_generator(seed, "epoch", epoch).permutation(images)
 
 
 def save_model(model: nn.Module, directory: Path) -> None:

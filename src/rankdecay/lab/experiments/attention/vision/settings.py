@@ -44,17 +44,12 @@ class Vision(AttentionDecay):
     mlp_width: int = 128
     """Width of the MLP's hidden layer."""
     steps: int = 800
-    """Training steps of each run."""
     lr: float = 2e-3
-    """Peak learning rate: a linear rise, then a cosine down to a tenth."""
     warmup: int = 100
-    """Steps of the rise."""
     batch_size: int = 128
     """Images per step, over all processes and accumulated parts."""
     evaluate_every: int = 100
-    """Steps between evaluations."""
     out: Path = Path("runs/vision")
-    """Where results go; a run that was interrupted continues there."""
 
     @property
     def size(self) -> int:
