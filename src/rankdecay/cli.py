@@ -225,7 +225,10 @@ def _names(text: str | None) -> "AttentionNames | None":
                 f"--names {text}: expected name=projection with names out of {', '.join(legal)}, such as "
                 "query=wq,key=wk,value=wv,output=wo or fused=qkv,output=proj"
             )
-    return AttentionNames(**{name: value for name, _, value in pairs})  # pyright: ignore[reportArgumentType]
+    try:
+        return AttentionNames(**{name: value for name, _, value in pairs})  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise CommandError(f"--names {text}: {error}") from None
 
 
 if __name__ == "__main__":
