@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import pkgutil
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -262,13 +261,9 @@ def _folders() -> dict[str, str]:
 
     A folder with settings but no ``experiment.py`` holds what the experiments below it share.
     """
-    experiments, found = import_module(EXPERIMENTS), {}  # by name: nothing here depends on any of them
-    for folder in pkgutil.walk_packages(experiments.__path__, f"{EXPERIMENTS}."):
-        if not folder.ispkg:
-            continue
-        path = Path(import_module(folder.name).__path__[0])
-        if all((path / file).exists() for file in ("settings.py", "experiment.py")):
-            found[folder.name.rpartition(".")[2]] = folder.name
+    root = Path(import_module(EXPERIMENTS).__path__[0])  # by name: nothing here depends on any of them
+    folders = [path.parent for path in root.rglob("experiment.py") if path.with_name("settings.py").exists()]
+    found = {folder.name: ".".join([EXPERIMENTS, *folder.relative_to(root).parts]) for folder in folders}
     return found | {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
@@ -396,11 +391,11 @@ def _run_and_write(
             if directory.summary is not None and choice is not None:  # complete until now, when nothing was computed
                 precision.warn_if_slow(choice, settings.out, work.device, notice, experiment.products(work))
             directory.save_config(_with_stored_arms(renamed(directory.config, experiment.aliases), config))
-        begun = time.monotonic()
+        started = time.monotonic()
         _train(experiment, work)
         if directory.summary is not None:  # nothing was added
             return _shown(experiment, work)
-        seconds = time.monotonic() - begun if work.seconds is None else work.seconds
+        seconds = time.monotonic() - started if work.seconds is None else work.seconds
         summary = {
             "command": experiment.name,
             "settings": asked,
@@ -420,8 +415,8 @@ def _train(experiment: Experiment[S], work: Work[S]) -> None:
     if experiment.resumable:
         rows = experiment.train(work)
         try:
-            for row in rows:
-                if directory.summary is not None:
+            for number, row in enumerate(rows):
+                if number == 0:
                     directory.reopen()
                 directory.append([row])
         finally:

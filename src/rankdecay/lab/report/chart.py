@@ -177,12 +177,12 @@ def _embedded(line: Line, arms: Sequence[str], points: int, places: dict[tuple[A
     def at(values: Sequence[Any] | None) -> list[Any] | None:
         return None if values is None else [values[i] for i in kept]
 
-    x = tuple(float(value) if is_number(value) else None for value in at(_plain(line.x)) or ())
-    made = {"label": line.label, "x": places.setdefault(x, len(places)), "y": at(_plain(line.y)), "mark": line.mark}
+    x = tuple(float(value) if is_number(value) else None for value in at(plain(line.x)) or ())
+    made = {"label": line.label, "x": places.setdefault(x, len(places)), "y": at(plain(line.y)), "mark": line.mark}
     more = {
         "arm": arms.index(line.arm) if line.arm in arms else None,
-        "low": at(_plain(line.low)),
-        "high": at(_plain(line.high)),
+        "low": at(plain(line.low)),
+        "high": at(plain(line.high)),
         "where": dict(line.where) or None,
         "shade": line.shade,
         "words": at(line.words),
@@ -191,7 +191,8 @@ def _embedded(line: Line, arms: Sequence[str], points: int, places: dict[tuple[A
     return made | {name: value for name, value in more.items() if value is not None}
 
 
-def _plain(values: Any) -> Any:
+def plain(values: Any) -> Any:
+    """Numbers as a list, whether they came as one or as an array."""
     return values.tolist() if hasattr(values, "tolist") else values
 
 

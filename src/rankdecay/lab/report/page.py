@@ -19,7 +19,10 @@ SNAPSHOT_NUMBERS = 1_000_000  # of spectra and attention in one page, about 7 MB
 
 def asset(name: str, package: str | None, parts: Mapping[str, str]) -> str:
     """A file of a package, with `{{name}}` in it replaced by HTML."""
-    text = (files(package or "rankdecay.lab.report") / name).read_text(encoding="utf-8")
+    return _substituted((files(package or "rankdecay.lab.report") / name).read_text(encoding="utf-8"), parts)
+
+
+def _substituted(text: str, parts: Mapping[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
 
 
@@ -45,11 +48,9 @@ def fill(
         paths = [next(folder / name for folder in folders if (folder / name).is_file()) for name in names]
         return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
-    def filled(name: str, every: Mapping[str, str]) -> str:
-        return re.sub(r"\{\{(\w+)\}\}", lambda match: every[match[1]], joined([name]))
-
-    shell = {"css": joined(styles), "js": joined(scripts), "plotly": "", **parts, "body": filled(template, parts)}
-    return filled("shell.html", shell)
+    body = _substituted(joined([template]), parts)
+    shell = {"css": joined(styles), "js": joined(scripts), "plotly": "", **parts, "body": body}
+    return _substituted(joined(["shell.html"]), shell)
 
 
 def write(text: str, path: Path) -> Path:

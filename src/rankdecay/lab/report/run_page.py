@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from plotly.offline import get_plotlyjs
 
+from rankdecay.lab.errors import option
 from rankdecay.lab.precision import described
 from rankdecay.lab.report import page as pieces
 from rankdecay.lab.report.chart import Chart, Choice, embedded_charts
@@ -55,9 +56,9 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
     for part in html:
         data |= part.data
     summary = stored.summary
-    found = Facts.of(summary, own) if summary else None
     table, note = "", ""
-    if summary is not None and found is not None:
+    if summary is not None:
+        found = Facts.of(summary, own)
         table = html_table("Result of every arm", experiment.columns_of(found), summary["arms"], labels)
         note = experiment.note(found)
     shown = [section for section in sections if section.parts]
@@ -162,13 +163,12 @@ def reproduce(config: Mapping[str, Any]) -> str:
         return str(config["reproduce"])
     words = ["rankdecay", str(config.get("command", ""))]
     for name, value in flat(config.get("settings", {})):
-        option = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
+            words.append(option(name if value else f"no_{name}"))
         elif isinstance(value, list | tuple):
-            words += [f"--{option}", *map(str, value)] if value else []
+            words += [option(name), *map(str, value)] if value else []
         elif value is not None:
-            words += [f"--{option}", str(value)]
+            words += [option(name), str(value)]
     return " ".join(shlex.quote(word) for word in words if word) + " --out DIR"
 
 
