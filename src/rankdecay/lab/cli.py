@@ -121,6 +121,9 @@ def _report(settings: Report) -> None:
         raise SettingError(f"--figure {settings.figure} is an unsupported figure format: use .png, .svg or .pdf")
     if settings.figure is not None and settings.out is not None:
         raise SettingError(f"--out {settings.out} is for the page and --figure for the figure: give one of them")
+    for option, path in (("--out", settings.out), ("--figure", settings.figure)):
+        if path is not None and path.is_dir():
+            raise SettingError(f"{option} {path} is a directory: give a file in it")
     several = len(directories) > 1 and any(experiment.of_directory(path).merged for path in directories)
     try:
         if settings.figure is not None:

@@ -98,6 +98,11 @@ def read_run(
     directory, notices = Path(directory), []
     today = functools.partial(renamed, aliases=aliases or {})
     config, summary = today(read_config(directory)), read_json(directory / "summary.json")
+    if summary is not None and summary.get("command") != config.get("command"):
+        raise SettingError(
+            f"{directory / 'summary.json'} is of {summary.get('command')!r} and config.json beside it of "
+            f"{config.get('command')!r}: restore the one that was changed"
+        )
     rows = []
     for number, line in enumerate(read_metrics(directory, notices.append), start=1):
         try:
