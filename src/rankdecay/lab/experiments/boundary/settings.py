@@ -42,7 +42,8 @@ class Boundary(EnsembleSettings):
     task: str = "add"
     """add, subtract, multiply, divide, quadratic (x²+xy+y²), s5, selection or recall."""
     arms: tuple[str, ...] = ARMS
-    """Which decays and controls of W_Q and W_K to compare; 'all' is every one there is."""
+    """Which decays and controls of W_Q and W_K to compare; 'all' is every one there is.
+    low_rank, an older name, is prox."""
     fractions: tuple[float, ...] = ()
     """Shares of all examples used for training; by default those of the preset."""
     train_examples: tuple[int, ...] = ()
