@@ -53,6 +53,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
     del sys.path[0]  # the folder of the tests, whose names are no modules of the command
     hold(Path(sys.argv[sys.argv.index("--out") + 1]), sys.argv[1], int(sys.argv[2]), sys.argv[3])
-    from rankdecay.cli import main
+    from rankdecay.cli import console
 
-    sys.exit(main(sys.argv[4:]))
+    sys.argv[1:4] = []
+    console()

@@ -55,6 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+def console() -> NoReturn:
+    """Run the command of this process and end it."""
+    code = main()
+    if "rankdecay.lab.session.distributed" in sys.modules:
+        from rankdecay.lab.session.distributed import leave, of_torchrun
+
+        if of_torchrun():
+            leave(code)
+    sys.exit(code)
+
+
 def _run(arguments: Sequence[str]) -> int:
     if not arguments:
         print(_help(), file=sys.stderr)
@@ -232,4 +243,4 @@ def _names(text: str | None) -> "AttentionNames | None":
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

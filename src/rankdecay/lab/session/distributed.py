@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,24 @@ from rankdecay.lab.errors import SettingError
 #: Rank 0 evaluates a replicated model while the others wait, on a slow CPU for long. There gloo notices at once that a
 #: process has ended, because its connection closes; on a GPU only the timeout tells.
 PATIENCE = {"cpu": timedelta(hours=2), "cuda": timedelta(minutes=10)}
+
+
+def of_torchrun() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a process of ``torchrun`` with this exit code, without shutting the interpreter down.
+
+    DTensor's caches keep the group alive after ``destroy_process_group``, and with it gloo's threads. One that releases
+    the tensor of its last collective while the interpreter shuts down aborts the process, which ``torchrun`` then takes
+    for a failed run (pytorch issue 190489).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -30,7 +49,7 @@ def joined(device: str, patience: timedelta | None = None) -> Iterator[tuple[str
     Raises:
         SettingError: in the block, if another process is lost.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not of_torchrun():
         yield device, True
         return
     cuda = device.startswith("cuda")
