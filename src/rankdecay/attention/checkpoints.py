@@ -12,9 +12,9 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,24 @@ class Checkpoint:
     def reader(self, name: str) -> Callable[[], Tensor]:
         """Return a function that reads a tensor."""
         return partial(self.load, name)
+
+    def children(self, path: str) -> Collection[str]:
+        """Return the names of what is directly in a module."""
+        return self._children.get(path, ())
+
+    @cached_property
+    def _children(self) -> dict[str, set[str]]:
+        children: dict[str, set[str]] = {}
+        for name in self.shapes:
+            while name:
+                path, _, child = name.rpartition(".")
+                children.setdefault(path, set()).add(child)
+                name = path
+        return children
+
+    def is_known(self, path: str) -> bool:
+        """Whether the configuration names a model type, and no code of the checkpoint's own."""
+        return "model_type" in self.config and "auto_map" not in self.config
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

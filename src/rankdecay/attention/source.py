@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,14 @@ class Source(Protocol):
 
     def reader(self, name: str) -> Callable[[], Tensor]:
         """Return a function that reads the present value of a parameter."""
+        ...
+
+    def children(self, path: str) -> Collection[str]:
+        """Return the names of what is directly in a module: submodules, with weights or without, and parameters."""
+        ...
+
+    def is_known(self, path: str) -> bool:
+        """Whether names and settings say all of a module: it is of a library whose classes the tables cover."""
         ...
 
 
@@ -59,6 +67,17 @@ class ModuleSource:
             if not path:
                 return None
             path = path.rpartition(".")[0]
+
+    def children(self, path: str) -> Collection[str]:
+        """Return the names of the submodules, parameters and buffers of a module, without its wrappers."""
+        module = self._modules.get(path)
+        if module is None:
+            return ()
+        return {*module._modules, *module._parameters, *module._buffers}
+
+    def is_known(self, path: str) -> bool:
+        """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
+        return type(self._modules.get(path)).__module__.startswith(("torch.nn.", "transformers.models.", "timm."))
 
     def reader(self, name: str) -> Callable[[], Tensor]:
         """Return a function that reads a parameter whole, with the contribution of active adapters."""
@@ -102,4 +121,4 @@ def _plain(holder: object, attribute: str) -> object:
     value = getattr(holder, attribute, None)
     if attribute in ROTARY and isinstance(value, nn.Module):
         return True  # the submodule that turns queries and keys
-    return value if isinstance(value, (bool, int, float, str, dict)) else None
+    return value if isinstance(value, (bool, int, float, str, dict, list)) else None
