@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from rankdecay.attention.layer import AttentionLayer, MatrixView
 from rankdecay.attention.names import (
     DEFORMABLE,
+    EXPERTS,
     FUSED,
     LATENT,
     NO_SCORES,
     SEPARATE,
+    SHARED_LATENT,
     AttentionNames,
     is_fused_like,
     is_key_like,
@@ -173,10 +175,18 @@ def locate(
         if only:
             continue
         reason = next((NO_SCORES[mark] for mark in NO_SCORES if mark in source.children(module)), None)
+        if reason is None and reader.setting(("autocorrelation_factor",)) is not None:
+            reason = "autocorrelation: its weights are by delay, not by token"
         if reason is None:
             for latent in LATENT:
                 if reader.parameter(latent.split):
                     attempt(partial(reader.read_latent, latent), map(reader.parameter, latent))
+            if all(map(reader.parameter, SHARED_LATENT)):
+                attempt(reader.read_shared_latent, map(reader.parameter, SHARED_LATENT))
+                taken.update(filter(None, map(reader.parameter, SHARED_LATENT)))
+            if all(map(reader.parameter, EXPERTS)):
+                attempt(reader.read_experts, map(reader.parameter, EXPERTS))
+                taken.update(filter(None, map(reader.parameter, EXPERTS)))
             for row in _known(reader, children):
                 row = _with_heads(row, num_heads)
                 attempt(partial(reader.read, row), map(reader.parameter, row.projections))

@@ -112,7 +112,7 @@ _WORDS = (
 #: A word stands for itself: "to_q", "q_proj", "wq", "toQ"; but not "sequence" or "qkv".
 _BEFORE, _AFTER = r"(?:(?<![A-Za-z])|(?<=\b[wW])|(?<=_[wW])|(?<=[a-z](?=[A-Z])))", r"(?![a-z])"
 #: Parts of names of what is no projection, though it may have the shape of one.
-_NO_PROJECTION = re.compile(r"norm|bias|token|embed|pos(?![a-z])|scale|lora|lambda|(?<![a-z])ln(?![a-z])")
+_NO_PROJECTION = re.compile(r"norm|bias|token|embed|(?<![a-z])emb(?![a-z])|pos(?![a-z])|scale|lora|lambda|(?<![a-z])ln(?![a-z])")
 #: All of it in one parameter: "qkv_proj", "Wqkv", "query_key_value", "to_kv"; and names that do not say it.
 _FUSED_WORD = re.compile(
     r"(?<![a-z])w?(qkv|kqv|qvk|q_k_v|kv|qk|quer(?:y|ies)_keys?(?:_values?)?|keys?_values?)(?:[a-z]?(?![a-z]))|^c_attn$|^att_proj$"
@@ -214,6 +214,7 @@ FUSED: tuple[AttentionNames, ...] = (
     _fused("in_proj_weight"),  # nn.MultiheadAttention
     _fused("qkv"),  # timm
     _fused("to_qkv"),  # diffusers, lucidrains
+    _fused("qkv_linear"),  # LayoutLMv2
     _fused("W_pack"),  # Baichuan
     _fused("attn_qkv"),  # GGUF
     _fused("att_proj"),  # OLMo's own code, Molmo
@@ -253,6 +254,7 @@ NO_SCORES: dict[str, str] = {
     "ssm_ba": _RECURRENT,
     "slope_rate": _LIGHTNING,
     "output_gate": _LIGHTNING,
+    "forget_gate": _RECURRENT,
     "igate_preact": "an mLSTM: linear attention with a recurrent state",
     "weights_proj": "an indexer: it chooses the tokens that attention looks at",
     "index_qk_proj": "an indexer: it chooses the tokens that attention looks at",
@@ -273,13 +275,21 @@ KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "
              "num_query_groups_per_partition", "multi_query_group_num")  # fmt: skip
 
 #: Settings, or a submodule, that only models with rotary positions have.
-ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_dim", "rotary_pct", "rotary_emb")
+ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_dim", "rotary_pct", "rotary_emb",
+          "rotary_value", "freqs_cis", "freqs_cos")  # fmt: skip
 #: Model types whose rotary planes are neighbouring coordinates; elsewhere they are half a head apart.
-INTERLEAVED = ("gptj", "codegen", "cohere", "cohere2", "glm", "glm4", "llama4_text", "ernie4_5")
+INTERLEAVED = (
+    "gptj", "codegen", "cohere", "cohere2", "cohere2_moe", "glm", "glm4", "glm4v_text", "glm_ocr_text", "llama4_text",
+    "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe_text", "helium", "blt", "blt_patcher", "blt_local_encoder",
+    "blt_local_decoder", "blt_global_transformer", "moonshine", "moonshine_streaming", "moonshine_streaming_encoder",
+    "deepseek_v2", "deepseek_v4", "roformer", "efficientloftr", "lightglue", "openai_privacy_filter", "pe_audio_encoder",
+    "pe_video_encoder", "pe_audio_video_encoder", "sam2_video", "sam3_vit_model", "sam3_tracker_video",
+)  # fmt: skip
 #: Model types, with the kind of layer, whose layers of that kind are without rotary positions.
-WITHOUT_ROTARY = {(kind, "full_attention") for kind in ("cohere2", "exaone4", "exaone_moe")}
+WITHOUT_ROTARY = {(kind, "full_attention") for kind in ("cohere2", "cohere2_moe", "exaone4", "exaone4_5_text",
+                  "exaone_moe", "kolibri1")}  # fmt: skip
 #: Model types that normalise queries and keys by norms without weights.
-NORMS_WITHOUT_WEIGHTS = ("nanochat",)
+NORMS_WITHOUT_WEIGHTS = ("nanochat", "neomme", "yoso")
 #: Model types whose query projection holds a gate beside each head.
 GATED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text")
 
@@ -313,6 +323,12 @@ LATENT = (
     LatentNames("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo"),  # DeepSeek's own files
     LatentNames("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_output"),  # GGUF
 )
+
+
+#: DeepSeek V4: the queries' two factors, keys that are the values, the outputs' two.
+SHARED_LATENT = ("q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj")
+#: JetMoE: queries of the experts, keys and values of all, outputs of the experts.
+EXPERTS = ("experts.input_linear", "kv_proj", "experts.output_linear")
 
 
 def is_query_key_norm(child: str) -> bool:

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.names import (
+    EXPERTS,
     GATED,
     HEAD_DIM,
     INTERLEAVED,
@@ -29,6 +30,7 @@ from rankdecay.attention.names import (
     NUM_HEADS,
     POSITIONS,
     ROTARY,
+    SHARED_LATENT,
     VALUES_ARE_KEYS,
     WITHOUT_ROTARY,
     AttentionNames,
@@ -88,7 +90,11 @@ ROTARY_PLANES = ("rope_interleaved", "rope_interleave", "rotary_interleaved", "r
 #: Settings that say whether queries and keys are normalised.
 QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")
 #: Where a projection's weight may be, under its name: itself, a wrapped linear layer, the first of a sequence.
-WEIGHTS = (".weight", "", ".linear.weight", ".0.weight")
+WEIGHTS = (".weight", "", ".linear.weight", ".conv.weight", ".convolution.weight", ".0.weight")
+
+
+#: What a norm is called that stands behind a projection in a module of their own.
+BATCH_NORMS = ("bn", "norm", "batch_norm", "batchnorm", "normalization")
 
 
 class ModuleReader:
@@ -204,7 +210,9 @@ class ModuleReader:
     def _no_product(self, row: AttentionNames) -> str:
         if self._is_of_channels():
             return "takes its scores between channels, not tokens"
-        if row.fused and self.number(("key_dim",)) and row.layout == "interleaved":
+        weights = (self.parameter(child) for child in (row.query, row.key, row.fused) if child)
+        owners = {weight.removesuffix(".weight").rpartition(".")[0] for weight in weights if weight}
+        if any(f"{owner}.{norm}.weight" in self.plain for owner in owners for norm in BATCH_NORMS):
             return "normalises queries and keys over the batch"
         return ""
 
@@ -254,7 +262,7 @@ class ModuleReader:
                 return ""
         inside = [child for child in outputs if not child.startswith("../") and child in fits]
         if inside:
-            return (
+            raise NotHandled(
                 f"the output projection takes {fits[inside[0]]} columns, where {heads} heads of {value_dim} give "
                 f"{heads * value_dim}"
             )
@@ -377,6 +385,55 @@ class ModuleReader:
         rotary = Rotary(turned_dim // 2 * 2, self._is_interleaved()) if turned_dim else None
         return Found(self.module, places, plain_dim, rotary, self._qk_norm())
 
+    def read_shared_latent(self) -> Found:
+        """Locate DeepSeek V4's matrices: one key head that is the value too, and two factors of queries and outputs.
+
+        Raises:
+            NotHandled: If names, shapes and settings do not agree.
+        """
+        first, second, shared, mix, expand = (self.parameter(child) for child in SHARED_LATENT)
+        heads = self.number(NUM_HEADS)
+        if not (first and second and shared and mix and expand and heads):
+            raise NotHandled("latent attention with one key head whose factors have other names")
+        self._check_shapes([first, second, shared, mix, expand])
+        head_dim, lines = self.shape(shared)[0], self.shape(second)[0]
+        if lines != heads * head_dim:
+            raise NotHandled(f"{second} has {lines} rows, where {heads} heads of {head_dim} have {heads * head_dim}")
+        key = self._place(shared, Window("rows", 0, head_dim, head_dim, head_dim))
+        places: dict[Role, Place] = {
+            "query": self._place(second, Window("rows", 0, lines, lines, head_dim)),
+            "key": key,
+            "value": key,
+        }
+        for role, name in {"query_factor": first, "output_factor": mix, "output_mix": expand}.items():
+            rows = self.shape(name)[0]
+            places[role] = self._place(name, Window("rows", 0, rows, rows, rows))
+        turned = self.number(("qk_rope_head_dim",))
+        rotary = Rotary(turned // 2 * 2, self._is_interleaved()) if turned else self._rotary(head_dim)
+        return Found(self.module, places, head_dim, rotary, qk_norm=True)
+
+    def read_experts(self) -> Found:
+        """Locate JetMoE's matrices: W_Q and W_O of each expert, and keys and values that all experts share.
+
+        Raises:
+            NotHandled: If names, shapes and settings do not agree.
+        """
+        query, shared, output = (self.parameter(child) for child in EXPERTS)
+        head_dim = self.number(HEAD_DIM)
+        assert query and shared and output
+        if not head_dim or len(self.shape(query)) != 3 or len(self.shape(output)) != 3:
+            raise NotHandled(f"the heads of the experts in {query} are of unknown size")
+        experts, lines, _ = self.shape(query)
+        if lines % head_dim or self.shape(shared)[0] != 2 * lines or self.shape(output)[2] != lines:
+            raise NotHandled(f"{lines} rows of each expert's queries do not fall into the heads of {shared}")
+        places: dict[Role, Place] = {
+            "query": self._place(query, Window("rows", 0, lines, lines, head_dim, experts, stacked=True)),
+            "key": self._place(shared, Window("rows", 0, lines, 2 * lines, head_dim)),
+            "value": self._place(shared, Window("rows", lines, 2 * lines, 2 * lines, head_dim)),
+            "output": self._place(output, Window("columns", 0, lines, lines, head_dim, experts, stacked=True)),
+        }
+        return Found(self.module, places, head_dim, self._rotary(head_dim), self._qk_norm(), "strided")
+
     def values_are_keys(self) -> bool:
         """Whether the keys serve as values: Gemma 4 in layers of one kind, which then have no projection to values."""
         if self.setting(("attention_k_eq_v", "use_alternative_attention")) is True:
@@ -455,6 +512,8 @@ class ModuleReader:
         parameters = self.setting(("rope_parameters",))
         if isinstance(parameters, dict) and any(isinstance(part, dict) for part in parameters.values()):
             parameters = parameters.get(str(self._of_layer(self.setting(("layer_types",)))))
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "proportional":
+            return 1.0  # planes span the head; those beyond the share are turned by an angle of 0
         share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
         share = share or self.setting(("partial_rotary_factor", "rotary_pct", "rotary_percent", "rotary_percentage"))
         return float(share) if isinstance(share, (int, float)) and 0 < share <= 1 else 1.0
@@ -549,6 +608,8 @@ class ModuleReader:
             count, _, size = self.shape(parameters[row.query or row.fused or ""])
             return count, size
         heads = row.num_heads or self.number(NUM_HEADS)
+        if row.query == "q" and self.parameter("proj_out") and len(self.shape(parameters[row.query])) == 4:
+            heads = row.num_heads or 1  # the attention of a VQGAN has one head
         if self._is_of_channels():
             heads = row.num_heads or self.number(("groups", "num_groups")) or heads
         head_dim = row.head_dim or self.number(HEAD_DIM)
