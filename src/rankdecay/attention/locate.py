@@ -98,8 +98,7 @@ def locate(
     rows = KNOWN if names is None else (names,)
     if num_heads is not None:
         rows = tuple(replace(row, num_heads=num_heads) for row in rows)
-    # Adapters keep the wrapped layer under `base_layer`: it is known by the name it had before.
-    plain = {name.replace(".base_layer.", "."): name for name in source.shapes}
+    plain = source.plain
     found: list[Found] = []
     unhandled: list[Unhandled] = []
     for module in _modules(plain):
