@@ -102,7 +102,7 @@ class ModuleSource:
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return the nearest value of the attributes: of the module, its configuration, then one level up."""
         while True:
-            for module in self._modules.get(path, []):
+            for module in self.modules(path):
                 for holder in (module, getattr(module, "config", None)):
                     for attribute in attributes:
                         value = _plain(holder, attribute)
@@ -111,6 +111,10 @@ class ModuleSource:
             if not path:
                 return None
             path = path.rpartition(".")[0]
+
+    def modules(self, path: str) -> list[nn.Module]:
+        """Return the modules at a path without wrappers: those that wrap, then what they wrap."""
+        return self._modules.get(path, [])
 
     def reader(self, name: str) -> Callable[[], Tensor]:
         """Return a function that reads a parameter whole, as the forward pass uses it now.
