@@ -80,8 +80,8 @@ def added(adapted: Any, path: str, base: Tensor) -> Tensor:
     plain_lora = hasattr(adapted, "lora_A") and not any(name in adapted.lora_variant for name in names)
     if not plain_lora:
         raise ValueError(
-            f"{path} has an adapter ({type(adapted).__name__} of {type(adapted).__module__}) on a quantised weight, and "
-            "only that of plain LoRA can be added to it; load the base in 16 or 32 bits to read it."
+            f"{path} has an adapter ({type(adapted).__name__} of {type(adapted).__module__}) on a quantised weight, "
+            "and only that of plain LoRA can be added to it; load the base in 16 or 32 bits to read it."
         )
     with torch.no_grad():
         return base + sum(adapted.get_delta_weight(name).detach().to(base.dtype) for name in names)

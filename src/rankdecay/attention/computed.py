@@ -131,8 +131,8 @@ def detached_copy(module: nn.Module, changed: nn.Module | None = None) -> Any:
 
 
 def _parametrised(leaf: str, steps: Any) -> Computed:
-    originals = {name: t for name, t in steps.named_parameters(recurse=False)} | dict(steps.named_buffers(recurse=False))
-    originals = {name: tensor for name, tensor in originals.items() if name.startswith("original")}
+    held = (*steps.named_parameters(recurse=False), *steps.named_buffers(recurse=False))
+    originals = {name: tensor for name, tensor in held if name.startswith("original")}
     kinds = [type(step).__name__.removeprefix("_") for step in steps]
     names = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm", "Orthogonal": "orthogonal"}
     how = " and ".join(names.get(kind, kind) for kind in kinds)

@@ -130,7 +130,9 @@ class ModuleSource:
 
     def _identify(self, name: str) -> Known:
         """Return what a parameter is, by the modules on its path."""
-        module, kept, parts = self.model, [], name.split(".")
+        module: Any = self.model
+        kept: list[str] = []
+        parts = name.split(".")
         while True:
             part = parts[0]
             if is_adapted(module) and part != "base_layer":
@@ -152,7 +154,7 @@ class ModuleSource:
                 return Known(".".join([*kept, part]), module)
             if not (part == "base_layer" and is_adapted(module)):
                 kept.append(part)
-            module, parts = module._modules[part], parts[1:]  # pyright: ignore[reportAssignmentType]
+            module, parts = module._modules[part], parts[1:]
 
     def _identify_stored(
         self, name: str, within: str, module: nn.Module, leaf: str, weight: Computed, kept: list[str]

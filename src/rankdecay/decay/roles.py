@@ -42,6 +42,7 @@ ROLES = ("query_key", "value_output", "mlp", "embedding", "norm", "bias", "other
 _ATTENTION_ROLE = {"query": "query_key", "key": "query_key", "value": "value_output", "output": "value_output"}
 
 # ---- of classes ----
+_MATRICES = (nn.Linear, nn.Bilinear, _ConvNd, nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 #: A class that is a normalisation, of any number of dimensions: ``LlamaRMSNorm``, ``LayerNorm2d``, ``RMSNormGated``.
 _NORM_CLASS = re.compile(r"norm(alization)?(\dd|nd|act|gated|fp\d+|\d)*$", re.IGNORECASE)
@@ -49,15 +50,16 @@ _EMBEDDING_CLASS = re.compile(r"Embed(der|dings?)?(\dd)?$", re.IGNORECASE)
 _TABLE_CLASS = re.compile(r"Embedding(Bag|\dd)?$", re.IGNORECASE)
 
 # ---- of a parameter's own name, or its module's ----
-_BIAS = re.compile(r"(.*_)?bias(es)?(_.*)?|.*bias")
+_BIAS = re.compile(r"(.*_)?bias(es)?(_(table|[a-z]|[ih]h_l\d\w*))?")
 _NORM = re.compile(r"(.*_)?(ln|(layer|rms|group|batch)?_?norm)_?\d*(_(weight|scale|gain|gamma|g|w))?")
+_GAIN = re.compile(r"weight|gain|scale|gamma|g|w")
 _SCALE = re.compile(r"(.*_)?(scales?|scaling|temperature|tau|gamma|beta|alpha|ls)_?\d*")
 _STATE_SPACE = re.compile(r"A_logs?|Ds?|dt_.*|A_real|A_imag")
-_EMBEDDING = re.compile(r"embed|pos_emb|position|(^|_)pos(_|$)|rel_pos|tokens?$|pos_enc")
+_EMBEDDING = re.compile(r"embed|(^|_)(emb|pos|abs_pos|rel_pos|tokens?)(_|$)|position|pos_(emb|enc)|tokens?\d*$")
 _EMBEDDING_MODULE = re.compile(r"(.*_)?(embed(ding)?s?|wte|wpe)(_\d+)?|.*patch_embed.*")
-_OUTPUT_EMBEDDING = re.compile(r"lm_head|embed_out|unembed(ding)?|output_embeddings?")
-#: Names that output embeddings have, but not they alone: they have one row for each row of an embedding table.
-_MAYBE_OUTPUT = re.compile(r"output_projection|output_layer|to_logits|proj_out|(.*_)?lm_head(\.\w+)?|(.*_)?decoder")
+_OUTPUT_EMBEDDING = re.compile(r"lm_head|lm_heads\.\d+|embed_out|unembed(ding)?|output_embeddings?")
+#: Names that output embeddings have, but not they alone: they have the shape of an embedding table.
+_MAYBE_OUTPUT = re.compile(r"output_projection|output_layer|to_logits|(.*_)?lm_head(\.\w+)?|(.*_)?decoder")
 _ADAPTER = re.compile(r"(^|\.)(lora_|ia3_|hada_|lokr_)")
 _ADAPTER_IN_BLOCK = re.compile(r"\.adapter")
 
@@ -146,7 +148,7 @@ class _Places:
         self._layers = [layer.name for layer in found]
         self._blocks = {block for layer in self._layers if (block := self._block_of(layer))}
         self._holds_attention = {path for layer in self._layers for path in _ancestors(f"{layer}.")}
-        self._rows = {m.num_embeddings for m in source.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        self._tables = {tuple(m.weight.shape) for m in source.model.modules() if isinstance(m, nn.Embedding)}
 
     def block(self, parameter: nn.Parameter, known: Known) -> Block:
         """Return the role of a parameter outside attention."""
@@ -164,7 +166,7 @@ class _Places:
         kind = type_before_parametrizations(holder).__name__
         block = next((path for path in _ancestors(name) if path in self._blocks), None)
         shape = tuple(parameter.shape)
-        vector = sum(n > 1 for n in shape) < 2 and not isinstance(holder, (nn.Linear, _ConvNd))
+        vector = sum(n > 1 for n in shape) < 2 and not isinstance(holder, _MATRICES)
         in_module = leaf == "weight"  # the module's type says what its weight is; another parameter has a name
         if _ADAPTER.search(name) or (block and _ADAPTER_IN_BLOCK.search(name[len(block) :])):
             return "other", "factor of an adapter: L2 on both is a nuclear norm on their product", False
@@ -172,8 +174,10 @@ class _Places:
             return "bias", "bias", False
         if _BIAS.fullmatch(leaf) or (isinstance(holder, nn.Embedding) and _BIAS.fullmatch(own)):
             return "bias", "bias table", False
-        if isinstance(holder, _NORMS) or _NORM_CLASS.search(kind) or (vector and "norm" in kind.lower()):
+        if isinstance(holder, _NORMS) or (vector and "norm" in kind.lower()):
             return "norm", f"gain of {kind}", False
+        if _NORM_CLASS.search(kind) and _GAIN.fullmatch(leaf) and not isinstance(holder, _MATRICES):
+            return "norm", f"gain of {kind}", False  # one per head, or of an image
         if isinstance(holder, (nn.Embedding, nn.EmbeddingBag)):
             return "embedding", "embedding table", False
         if in_module and parameter.ndim == 2 and _TABLE_CLASS.search(kind):
@@ -182,10 +186,12 @@ class _Places:
             return "norm", "gain, by its name", False
         if parameter.ndim < 2:
             return "other", f"vector of {kind}", False
-        if not in_module and (_SCALE.fullmatch(leaf) or _STATE_SPACE.fullmatch(leaf) or leaf.endswith("_table")):
+        if not in_module and (_SCALE.fullmatch(leaf) or _STATE_SPACE.fullmatch(leaf)):
             return "other", f"{leaf}, no matrix by its name", False
-        if not in_module and _EMBEDDING.search(leaf):
+        if not in_module and _EMBEDDING.search(leaf) and shape[-1] > 1:
             return "embedding", "named as an embedding", False
+        if not in_module and leaf.endswith("_table"):
+            return "other", f"{leaf}, no matrix by its name", False
         if vector:
             return "other", f"vector of {kind}", False
         return self._role_of_matrix(name, owner, shape, holder, block)
@@ -196,13 +202,14 @@ class _Places:
         """Return the role of a matrix, a kernel or a stack of matrices."""
         own = owner.rpartition(".")[2]
         leaf = name.rpartition(".")[2]
+        if self._embeds_patches(owner, block):
+            return "embedding", "patch embedding", False
         if block is None:
-            tail = own if leaf == "weight" else leaf
-            if _OUTPUT_EMBEDDING.fullmatch(tail):
+            tails = (own, ".".join(owner.split(".")[-2:])) if leaf == "weight" else (leaf,)
+            if any(_OUTPUT_EMBEDDING.fullmatch(tail) for tail in tails):
                 return "embedding", "output embedding, by its name", False
-            last = ".".join(owner.split(".")[-2:])
-            if shape[0] in self._rows and (_MAYBE_OUTPUT.fullmatch(tail) or _MAYBE_OUTPUT.fullmatch(last)):
-                return "embedding", "output embedding, by its name and rows", False
+            if shape in self._tables and any(_MAYBE_OUTPUT.fullmatch(tail) for tail in tails):
+                return "embedding", "output embedding, by its name and shape", False
             if self._embeds(owner):
                 return "embedding", "named as an embedding", False
             return "other", "outside the blocks with attention", False
@@ -212,25 +219,32 @@ class _Places:
         if raw and owner in self._layers:
             return "other", "parameter of attention beside its projections", False
         matrices = len(shape) == 2 or isinstance(holder, _ConvNd)
-        stack = len(shape) == 3 and not isinstance(holder, _ConvNd) and shape[0] > 1
+        experts = shape[0] > 1 or "expert" in own or "expert" in leaf
+        stack = len(shape) == 3 and not isinstance(holder, _ConvNd) and experts
         if matrices or stack:
             return "mlp", "matrix of a block with attention", stack
         return "other", f"no matrix, but a tensor of shape {shape}", False
 
     def _embeds(self, owner: str) -> bool:
-        """Whether the module of a matrix, or one that holds it, is an embedding: never one that holds attention."""
-        for depth, path in enumerate([owner, *reversed(list(_ancestors(owner)))]):
+        """Whether a module outside the blocks, or the one that holds it, is an embedding; never one with attention."""
+        outer, _, own = owner.rpartition(".")
+        if "embed" in own or _EMBEDDING_MODULE.fullmatch(own):
+            return True
+        if outer in self._holds_attention or not outer:
+            return False
+        kinds = [type(module).__name__ for module in self._source.modules(outer)]
+        named = _EMBEDDING_MODULE.fullmatch(outer.rpartition(".")[2])
+        return bool(named) or any(_EMBEDDING_CLASS.search(kind) for kind in kinds)
+
+    def _embeds_patches(self, owner: str, block: str | None) -> bool:
+        """Whether a module is part of a patch embedding: by its name, or by its type where it is not between stages."""
+        for path in [*_ancestors(owner), owner]:
             if path in self._holds_attention:
-                return False
+                continue
             own = path.rpartition(".")[2]
             kinds = [type(module).__name__ for module in self._source.modules(path)]
-            if depth == 0 and _EMBEDDING.search(own):
-                return True
-            if depth == 1 and (
-                _EMBEDDING_MODULE.fullmatch(own) or any(_EMBEDDING_CLASS.search(kind) for kind in kinds)
-            ):
-                return True
-            if "patch_embed" in own or any("PatchEmbed" in kind for kind in kinds):
+            by_type = block is None and own != "downsample" and any("PatchEmbed" in kind for kind in kinds)
+            if "patch_embed" in own or by_type:
                 return True
         return False
 
