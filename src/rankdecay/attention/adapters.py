@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from rankdecay.attention.computed import compute, computed_weights, detached_copy
 
@@ -98,12 +99,11 @@ def is_quantised(base: nn.Module, leaf: str) -> bool:
 
 def _write_computed(base: nn.Module, copied: nn.Module) -> None:
     """Make weights that the base computes plain parameters of its copy, which an adapter can be merged into."""
-    for leaf in computed_weights(base):
-        value = compute(base, leaf)
-        if "parametrizations" in copied._modules:
-            lists: Any = copied._modules["parametrizations"]
-            if leaf in lists:
-                torch.nn.utils.parametrize.remove_parametrizations(copied, leaf, leave_parametrized=True)
+    weights = computed_weights(base)
+    if "parametrizations" in copied._modules:
+        # Not by torch's remove_parametrizations, which changes the class that the copy shares with the original.
+        del copied._modules["parametrizations"]
+        copied.__class__ = type_before_parametrizations(base)
+    for leaf in weights:
         vars(copied).pop(leaf, None)
-        copied._parameters.pop(leaf, None)
-        copied.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+        copied.register_parameter(leaf, nn.Parameter(compute(base, leaf), requires_grad=False))

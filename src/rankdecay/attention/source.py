@@ -199,9 +199,12 @@ def _read(module: Any, parts: list[str], path: str, own: Callable[[], Tensor]) -
         base: Any = module.base_layer
         if len(parts) == 2 and is_quantised(base, parts[1]):
             return added(module, path, own()) if parts[1] == "weight" else own()
-        base = merged(module, path)
-        rest = parts[1:]
-        return _read(base, rest, path, own if base is module.base_layer else lambda: _tensor(base, ".".join(rest)))
+        merged_base = merged(module, path)
+        if merged_base is base:
+            return _read(base, parts[1:], path, own)
+        within = ".".join(parts[1:])  # in the copy, what the base computes is a plain parameter
+        rest = next((leaf for leaf, weight in computed_weights(base).items() if weight.matrix == within), within)
+        return _read(merged_base, rest.split("."), path, lambda: _tensor(merged_base, rest))
     if is_replaced(module):
         used = in_use(module)
         rest = parts[1:] if part == "original_module" else parts[2:]
