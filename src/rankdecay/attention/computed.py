@@ -251,6 +251,8 @@ def _stored(
                 raise error(f"{weight} is computed from {held}, and the file does not say how; {_REMEDY}.")
 
             matrix = next((name for name in ("original", "~orig") if name in parts), None)
+            if {"original0", "original1"} <= parts.keys() and _scales(shape("original0"), shape("original1")):
+                matrix = "original1"
             return StoredWeight(shape(matrix) if matrix else (), tuple(parts.values()), refuse)
     return StoredWeight(shape(matrix), tuple(parts.values()), read)
 
