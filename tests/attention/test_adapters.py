@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rankdecay as rd
@@ -106,7 +107,9 @@ def test_every_tuner_of_the_installed_peft_is_read_as_it_would_be_merged_or_refu
     model = trained(peft.get_peft_model(base, configured(kind, configurations()[kind])))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if kind in NO_WEIGHT:
-        with pytest.raises(ValueError, match=rf"q_proj has no weight with its adapter {kind.lower()}.*{NO_WEIGHT[kind]}"):
+        with pytest.raises(
+            ValueError, match=rf"q_proj has no weight with its adapter {kind.lower()}.*{NO_WEIGHT[kind]}"
+        ):
             rd.find_attention(model)[0].query.tensor()
     elif kind in UNTOUCHED:
         ours = projections(model)
@@ -195,7 +198,9 @@ def test_a_module_that_is_saved_beside_the_adapter_is_the_one_in_use(where: str)
     with model.disable_adapter():
         assert not torch.equal(layer.query.tensor(), in_use)
     groups = rd.param_groups(model, query_key=rd.LowRank(0.1))
-    decayed = {n: p for g in groups if "query_key_rule" in g for n, p in zip(g["param_names"], g["params"], strict=True)}
+    decayed = {
+        n: p for g in groups if "query_key_rule" in g for n, p in zip(g["param_names"], g["params"], strict=True)
+    }
     assert decayed[layer.query.parameter_name].requires_grad
     assert not any("original_module" in name for name in decayed)
 
@@ -210,6 +215,67 @@ def test_an_adapter_on_a_computed_weight_is_added_to_what_it_computes() -> None:
     expected = attention.q_proj(torch.eye(32)).T.detach()
     torch.testing.assert_close(layer.query.tensor(), expected)
     assert layer.query.parameter_name.endswith("q_proj.base_layer.parametrizations.weight.original1")
+
+
+class OwnLoRA(nn.Linear):
+    """An adapter in the layer itself, as loralib's."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, bias=False)
+        self.lora_A, self.lora_B = nn.Parameter(torch.ones(2, 8)), nn.Parameter(torch.ones(8, 2))
+        self.merged = False
+
+
+class OwnWrapper(nn.Module):
+    """An adapter around a layer, which is not PEFT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(8, 8, bias=False)
+        self.lora_down, self.lora_up = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+        self.merged = False
+
+
+@pytest.mark.parametrize("cls", [OwnLoRA, OwnWrapper])
+def test_an_adapter_of_ones_own_is_refused_until_it_is_merged(cls: type[nn.Module]) -> None:
+    attention: Any = nn.Module()
+    attention.num_heads, attention.q_proj = 2, cls()
+    attention.k_proj, attention.v_proj = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    [layer] = rd.find_attention(attention)
+    with pytest.raises(ValueError, match=r"q_proj \(Own.*\) adds to its weight what lora_.* and lora_.* say.*merge"):
+        layer.query.tensor()
+    attention.q_proj.merged = True
+    assert torch.equal(layer.query.tensor(), attention.get_parameter(layer.query.parameter_name).detach())
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_file_saved_with_its_adapters(merge: bool, tmp_path) -> None:
+    model: Any = trained(peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=TARGETS)))
+    config = model.get_base_model().config
+    model = model.merge_and_unload() if merge else model
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
+    config.save_pretrained(tmp_path)
+    [layer] = rd.find_attention(tmp_path)
+    assert layer.key.tensor().shape == (32, 32)
+    if merge:
+        assert torch.equal(layer.query.tensor(), model.model.layers[0].self_attn.q_proj.weight.detach())
+        return
+    with pytest.raises(ValueError, match=r"q_proj.lora_A.default.weight is an adapter that is not merged .*merge_and"):
+        layer.query.tensor()
+
+
+def test_a_file_with_a_module_saved_beside_the_adapter(tmp_path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["q_proj"])
+    model: Any = trained(peft.get_peft_model(llama(), config))
+    model.get_base_model().config.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, file)
+    [layer], [live] = rd.find_attention(tmp_path), rd.find_attention(model)
+    assert torch.equal(layer.query.tensor(), live.query.tensor())
+    model.add_adapter("second", config)
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, file)
+    with pytest.raises(ValueError, match=r"modules_to_save.second.weight are saved.*does not say which is in use"):
+        rd.find_attention(tmp_path)[0].query.tensor()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -65,6 +65,14 @@ def _own(step: type[nn.Module]) -> Wrap:
     return lambda layer: register_parametrization(layer, "weight", step())
 
 
+def _of_columns(layer: nn.Module) -> None:
+    P.weight_norm(layer, dim=1)
+
+
+def _of_all(layer: nn.Module) -> None:
+    P.weight_norm(layer, dim=None)  # pyright: ignore[reportArgumentType]
+
+
 def _pruned_twice(layer: nn.Module) -> None:
     prune.l1_unstructured(layer, "weight", 0.4)
     prune.random_unstructured(layer, "weight", 0.2)
@@ -73,8 +81,8 @@ def _pruned_twice(layer: nn.Module) -> None:
 #: What computes the weight, the stored matrix, and what describe() says of it.
 STORED: dict[str, tuple[Wrap, str, str]] = {
     "weight norm": (P.weight_norm, "parametrizations.weight.original1", "under weight_norm: the stored direction"),
-    "weight norm of columns": (lambda layer: P.weight_norm(layer, dim=1), "parametrizations.weight.original1", "direction"),
-    "weight norm of all": (lambda layer: P.weight_norm(layer, dim=None), "parametrizations.weight.original1", "direction"),
+    "weight norm of columns": (_of_columns, "parametrizations.weight.original1", "direction"),
+    "weight norm of all": (_of_all, "parametrizations.weight.original1", "direction"),
     "spectral norm": (P.spectral_norm, "parametrizations.weight.original", "under spectral_norm: the stored matrix"),
     "both": (lambda layer: P.spectral_norm(P.weight_norm(layer)), "parametrizations.weight.original1", "direction"),
     "one's own": (_own(Symmetric), "parametrizations.weight.original", "under Symmetric: the stored matrix"),
@@ -143,7 +151,10 @@ def test_what_has_no_stored_matrix_is_named_and_not_decayed(kind: str) -> None:
 
 
 def test_a_fused_weight_is_computed_too() -> None:
-    for wrap, stored in ((P.weight_norm, "parametrizations.in_proj_weight.original1"), (spectral_norm, "in_proj_weight_orig")):
+    for wrap, stored in (
+        (P.weight_norm, "parametrizations.in_proj_weight.original1"),
+        (spectral_norm, "in_proj_weight_orig"),
+    ):
         attention = nn.MultiheadAttention(8, 2).eval()
         wrap(attention, "in_proj_weight")
         x = torch.ones(3, 1, 8)
@@ -188,7 +199,9 @@ def test_a_file_is_read_as_the_model_that_was_saved(kind: str, tmp_path: Path) -
 def test_a_file_that_does_not_say_how_a_weight_is_computed_is_refused(kind: str, tmp_path: Path) -> None:
     [layer] = rd.find_attention(saved(Net((STORED | NOT_STORED)[kind][0]), tmp_path))
     assert layer.key.tensor().shape == (8, 8)
-    with pytest.raises(ValueError, match=r"q_proj.weight is computed from .*original.*does not say how; save the model"):
+    with pytest.raises(
+        ValueError, match=r"q_proj.weight is computed from .*original.*does not say how; save the model"
+    ):
         layer.query.tensor()
 
 

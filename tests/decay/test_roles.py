@@ -88,7 +88,9 @@ class Encoder(nn.Module):
         self.pooler = nn.Linear(8, 8)
 
 
-@pytest.mark.parametrize("name", ["embedder", "embedding_model", "norm_embed", "patch_embed", "token_embedding", "bias"])
+@pytest.mark.parametrize(
+    "name", ["embedder", "embedding_model", "norm_embed", "patch_embed", "token_embedding", "bias"]
+)
 def test_a_model_has_the_same_roles_under_any_name(name: str) -> None:
     outer = nn.Module()
     outer.add_module(name, Encoder())
@@ -155,7 +157,8 @@ def tensor(*shape: int) -> nn.Parameter:
 
 #: In a block with attention, and outside it.
 IN_BLOCK: dict[str, tuple[Callable[[], nn.Module | nn.Parameter], dict[str, str]]] = {
-    "mlp": (LayerNormMLP, {"layer_norm_weight": "norm", "layer_norm_bias": "bias", "fc1_weight": "mlp", "fc1_bias": "bias"}),
+    "mlp": (LayerNormMLP,
+            {"layer_norm_weight": "norm", "layer_norm_bias": "bias", "fc1_weight": "mlp", "fc1_bias": "bias"}),
     "normed": (lambda: NormedLinear(8, 4, bias=False), {"weight": "mlp"}),
     "q_norm": (PerHeadRMSNorm, {"weight": "norm"}),
     "batch": (lambda: nn.BatchNorm2d(8), {"weight": "norm", "bias": "bias"}),
@@ -223,6 +226,8 @@ def test_a_weight_under_weight_norm_has_the_role_it_had() -> None:
     model.stem = PatchEmbed()
     nn.utils.parametrizations.weight_norm(model.stem.proj)
     roles = roles_of(model)
-    stored = {name: roles[f"{name}.parametrizations.weight.original1"] for name in ("layers.0.fc", "pooler", "stem.proj")}
+    stored = {
+        name: roles[f"{name}.parametrizations.weight.original1"] for name in ("layers.0.fc", "pooler", "stem.proj")
+    }
     assert stored == {"layers.0.fc": "mlp", "pooler": "other", "stem.proj": "embedding"}
     assert roles["layers.0.fc.parametrizations.weight.original0"] == "norm"

@@ -7,6 +7,7 @@ beside the adapters by its ``modules_to_save``.
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -16,12 +17,32 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from rankdecay.attention.computed import compute, computed_weights, detached_copy
 
+#: How the factors of adapters are called.
+_FACTOR = re.compile(r"lora|dora|hada|lokr|ia3_|adapter", re.IGNORECASE)
 _FLOAT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a layer that an adapter has wrapped."""
-    return "base_layer" in module._modules and hasattr(module, "active_adapters")
+    return "base_layer" in module._modules and (hasattr(module, "active_adapters") or bool(factors(module)))
+
+
+def factors(module: nn.Module) -> list[str]:
+    """Return the names of what a module holds that is called as the factors of an adapter are."""
+    return [name for name in (*module._parameters.keys(), *module._modules.keys()) if _FACTOR.match(name)]
+
+
+def check_plain(module: nn.Module, path: str) -> None:
+    """Check that nothing adds to a module's weight in its forward pass.
+
+    Raises:
+        ValueError: If the module has factors of an adapter of its own, as loralib's and torchtune's layers have.
+    """
+    if (own := factors(module)) and not getattr(module, "merged", False):
+        raise ValueError(
+            f"{path or 'the module'} ({type(module).__name__}) adds to its weight what {' and '.join(own)} say, in a "
+            "way that is not known here; merge them into the weight first, or use PEFT, whose adapters are read."
+        )
 
 
 def is_replaced(module: nn.Module) -> bool:
@@ -45,6 +66,9 @@ def merged(adapted: Any, path: str) -> nn.Module:
     Raises:
         ValueError: If the adapter has no weight that it could be merged into.
     """
+    if not hasattr(adapted, "active_adapters"):
+        check_plain(adapted, path)  # somebody's own wrapper
+        return adapted.base_layer
     if adapted.disable_adapters != adapted.merged:
         return adapted.base_layer
     tuner = type(adapted).__module__.split(".")[2] if "peft.tuners." in type(adapted).__module__ else "an adapter"
@@ -75,6 +99,9 @@ def added(adapted: Any, path: str, base: Tensor) -> Tensor:
     Raises:
         ValueError: If the adapter does more than to add to the weight.
     """
+    if not hasattr(adapted, "active_adapters"):
+        check_plain(adapted, path)
+        return base
     if adapted.disable_adapters or adapted.merged:
         return base
     names = [name for name in adapted.active_adapters if name in getattr(adapted, "lora_A", {})]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from rankdecay.attention.adapters import added, in_use, is_adapted, is_quantised, is_replaced, merged
+from rankdecay.attention.adapters import added, check_plain, in_use, is_adapted, is_quantised, is_replaced, merged
 from rankdecay.attention.checkpoints import Checkpoint, CheckpointError, Shape, open_checkpoint
 from rankdecay.attention.computed import Computed, StoredWeight, compute, computed_weights, stored_weights
 from rankdecay.attention.names import ROTARY
@@ -216,13 +216,13 @@ def _read(module: Any, parts: list[str], path: str, own: Callable[[], Tensor]) -
         if within in (leaf, weight.matrix):
             return compute(module, leaf)
     if len(parts) == 1:
+        check_plain(module, path)
         return own()
     return _read(module._modules[part], parts[1:], f"{path}.{part}" if path else part, own)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
+    return reduce(getattr, name.split("."), module)  # pyright: ignore[reportReturnType]
 
 
 def open_source(model: nn.Module | str | Path) -> Source:
