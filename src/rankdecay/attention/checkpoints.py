@@ -57,6 +57,11 @@ class Checkpoint:
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def plain(self) -> Mapping[str, str]:
+        """Name of every tensor by its name without wrappers: the same, since it was opened without them."""
+        return {name: name for name in self.shapes}
+
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return the nearest value of the attributes: in the configuration of the module's part, then of the whole."""
         known = {key: part for key, part in self.config.items() if key in PARTS.values() and isinstance(part, dict)}

@@ -144,8 +144,7 @@ def locate(
     given = [names] if isinstance(names, AttentionNames) else list(names or ())
     if only and not given:
         raise ValueError("only=True looks for names= alone, and names= is not given.")
-    # Adapters keep the wrapped layer under `base_layer`: it is known by the name it had before.
-    plain = {name.replace(".base_layer.", "."): name for name in source.shapes}
+    plain = source.plain
     found: list[Found] = []
     unhandled: list[Unhandled] = []
     for module, children in _modules(plain).items():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from rankdecay.attention.checkpoints import Shape, open_checkpoint
+from rankdecay.attention.adapters import added, check_plain, in_use, is_adapted, is_quantised, is_replaced, merged
+from rankdecay.attention.checkpoints import Checkpoint, CheckpointError, Shape, open_checkpoint
+from rankdecay.attention.computed import Computed, StoredWeight, compute, computed_weights, stored_weights
 from rankdecay.attention.names import ROTARY
 from rankdecay.dtensor import whole
 
@@ -19,6 +23,11 @@ class Source(Protocol):
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """Shape of every parameter, by name."""
+        ...
+
+    @property
+    def plain(self) -> Mapping[str, str]:
+        """Name of every parameter by the name it would have without adapters and parametrisations."""
         ...
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
@@ -38,8 +47,36 @@ class Source(Protocol):
         ...
 
 
+class Known(NamedTuple):
+    """What a parameter of a live model is, seen without wrappers.
+
+    Attributes:
+        plain: the name it would have without adapters and parametrisations; None for what they brought with them.
+        holder: the module that would hold it, without wrappers.
+        note: what it is to its wrapper, for a reader; empty without one.
+        gain: whether it is the magnitude of weight norm.
+        fixed: whether a decay of its matrix has no meaning, as of an orthogonal one.
+    """
+
+    plain: str | None
+    holder: nn.Module
+    note: str = ""
+    gain: bool = False
+    fixed: bool = False
+
+
 class ModuleSource:
     """Source of the parameters of a live ``nn.Module``.
+
+    A weight that its module computes (weight norm, spectral norm, pruning, parametrisations) is known by the stored
+    matrix of the same shape, and where there is none by the name that the module gives it.
+
+    Attributes:
+        model: the module.
+        shapes: shape of every parameter, and of every weight that is computed without a matrix of its shape.
+        plain: name in ``shapes`` by the name without wrappers (``base_layer``, ``parametrizations.weight.original``).
+        known: what each parameter is, by name.
+        computed: weights that are computed without a matrix of their shape, by name.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
@@ -50,7 +87,22 @@ class ModuleSource:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = model
         self.shapes = {name: tuple(p.shape) for name, p in named_parameters(model).items()}
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self.known: dict[str, Known] = {}
+        self.plain: dict[str, str] = {}
+        self.computed: dict[str, Computed] = {}
+        self._weights: dict[int, dict[str, Computed]] = {}
+        self._modules: dict[str, list[nn.Module]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            self._modules.setdefault(path, []).append(module)
+            self._weights[id(module)] = computed_weights(module)
+            without = ".".join(_without_wrappers(model, path)) if path else path
+            if without != path:
+                self._modules.setdefault(without, []).append(module)
+        for name in list(self.shapes):
+            known = self.known[name] = self._identify(name)
+            if known.plain is not None:
+                self.plain.setdefault(known.plain, name)
+        del self._weights
 
     def __str__(self) -> str:
         return type(self.model).__name__
@@ -58,43 +110,127 @@ class ModuleSource:
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return the nearest value of the attributes: of the module, its configuration, then one level up."""
         while True:
-            module = self._modules.get(path)
-            for holder in (module, getattr(module, "config", None)):
-                for attribute in attributes:
-                    value = _plain(holder, attribute)
-                    if value is not None:
-                        return value
+            for module in self.modules(path):
+                for holder in (module, getattr(module, "config", None)):
+                    for attribute in attributes:
+                        value = _plain(holder, attribute)
+                        if value is not None:
+                            return value
             if not path:
                 return None
             path = path.rpartition(".")[0]
 
-    def children(self, path: str) -> Collection[str]:
-        """Return the names of the submodules, parameters and buffers of a module, without its wrappers."""
-        module = self._modules.get(path)
-        if module is None:
-            return ()
-        return {*module._modules, *module._parameters, *module._buffers}
-
-    def is_known(self, path: str) -> bool:
-        """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
-        return type(self._modules.get(path)).__module__.startswith(("torch.nn.", "transformers.models.", "timm."))
+    def modules(self, path: str) -> list[nn.Module]:
+        """Return the modules at a path without wrappers: those that wrap, then what they wrap."""
+        return self._modules.get(path, [])
 
     def reader(self, name: str) -> Callable[[], Tensor]:
-        """Return a function that reads a parameter whole, with the contribution of active adapters."""
-        owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
-        if not owner.endswith("base_layer"):
-            return lambda: whole(getattr(module, leaf))
-        adapted: Any = self.model.get_submodule(owner.rpartition(".")[0])
+        """Return a function that reads a parameter whole, as the forward pass uses it now.
 
-        def weight() -> Tensor:
-            base = whole(getattr(module, leaf))
-            if leaf != "weight" or getattr(adapted, "merged", False) or getattr(adapted, "disable_adapters", False):
-                return base
-            active = [name for name in adapted.active_adapters if name in getattr(adapted, "lora_A", {})]
-            return base + sum(whole(adapted.get_delta_weight(name)) for name in active)
+        That is with the contribution of active adapters, and as a parametrisation computes it.
+        """
+        if name not in self.known and name not in self.computed:
+            return lambda: whole(_tensor(self.model, name))
+        parts = name.split(".")
+        if name in self.known and self.known[name].plain is None:
+            return lambda: whole(_tensor(self.model, name))
+        return lambda: _read(self.model, parts, "", lambda: whole(_tensor(self.model, name)))
 
-        return weight
+    def _identify(self, name: str) -> Known:
+        """Return what a parameter is, by the modules on its path."""
+        module: Any = self.model
+        kept: list[str] = []
+        parts = name.split(".")
+        while True:
+            part = parts[0]
+            if is_adapted(module) and part != "base_layer":
+                return Known(None, module, "factor of an adapter: L2 on both is a nuclear norm on their product")
+            if is_replaced(module):
+                used = in_use(module)
+                if not name.startswith(f"{name[: len(name) - len('.'.join(parts))]}{used}."):
+                    return Known(None, module, f"not in use: {used} stands for it")
+                parts = parts[used.count(".") + 1 :]
+                module = module.get_submodule(used)
+                continue
+            within = ".".join(parts)
+            for leaf, weight in self._weights[id(module)].items():
+                if within in weight.stored:
+                    return self._identify_stored(name, within, module, leaf, weight, kept)
+            if part == "parametrizations" and len(parts) > 2 and parts[1] in self._weights[id(module)]:
+                return Known(None, module, f"parameter of {self._weights[id(module)][parts[1]].how} of {parts[1]}")
+            if len(parts) == 1:
+                return Known(".".join([*kept, part]), module)
+            if not (part == "base_layer" and is_adapted(module)):
+                kept.append(part)
+            module, parts = module._modules[part], parts[1:]
+
+    def _identify_stored(
+        self, name: str, within: str, module: nn.Module, leaf: str, weight: Computed, kept: list[str]
+    ) -> Known:
+        if within == weight.gain:
+            return Known(None, module, f"magnitude of {leaf} under {weight.how}", gain=True)
+        plain = ".".join([*kept, leaf])
+        if within == weight.matrix:
+            return Known(plain, module, weight.note)
+        if weight.matrix is None:
+            path = name[: -len(within)] + leaf
+            self.shapes[path] = weight.shape
+            self.computed[path] = weight
+            self.plain.setdefault(plain, path)
+        return Known(None, module, f"stored of {leaf} {weight.note}", fixed=weight.matrix is None)
+
+
+def _without_wrappers(model: nn.Module, path: str) -> Iterator[str]:
+    """Yield the parts of a module's path without those that wrappers put in it."""
+    module: Any = model
+    parts = path.split(".")
+    while parts:
+        used = in_use(module) if is_replaced(module) else "base_layer" if is_adapted(module) else ""
+        if used and f"{'.'.join(parts)}.".startswith(used + "."):
+            module, parts = module.get_submodule(used), parts[used.count(".") + 1 :]
+            continue
+        yield parts[0]
+        module, parts = module._modules[parts[0]], parts[1:]
+
+
+def _read(module: Any, parts: list[str], path: str, own: Callable[[], Tensor]) -> Tensor:
+    """Return a weight as the forward pass uses it now.
+
+    Args:
+        module: where the rest of the path starts.
+        parts: the rest of the path.
+        path: so far, for messages.
+        own: reads the stored tensor itself.
+    """
+    part = parts[0]
+    if part == "base_layer" and is_adapted(module):
+        base: Any = module.base_layer
+        if len(parts) == 2 and is_quantised(base, parts[1]):
+            return added(module, path, own()) if parts[1] == "weight" else own()
+        merged_base = merged(module, path)
+        if merged_base is base:
+            return _read(base, parts[1:], path, own)
+        within = ".".join(parts[1:])  # in the copy, what the base computes is a plain parameter
+        rest = next((leaf for leaf, weight in computed_weights(base).items() if weight.matrix == within), within)
+        return _read(merged_base, rest.split("."), path, lambda: _tensor(merged_base, rest))
+    if is_replaced(module):
+        used = in_use(module)
+        rest = parts[1:] if part == "original_module" else parts[2:]
+        here: Any = module.get_submodule(used)
+        return _read(here, rest, path, lambda: whole(_tensor(here, ".".join(rest))))
+    weights = computed_weights(module)
+    within = ".".join(parts)
+    for leaf, weight in weights.items():
+        if within in (leaf, weight.matrix):
+            return compute(module, leaf)
+    if len(parts) == 1:
+        check_plain(module, path)
+        return own()
+    return _read(module._modules[part], parts[1:], f"{path}.{part}" if path else part, own)
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    return reduce(getattr, name.split("."), module)  # pyright: ignore[reportReturnType]
 
 
 def open_source(model: nn.Module | str | Path) -> Source:
@@ -107,8 +243,68 @@ def open_source(model: nn.Module | str | Path) -> Source:
     if isinstance(model, nn.Module):
         return ModuleSource(model)
     if isinstance(model, (str, Path)):
-        return open_checkpoint(model)
+        return without_wrappers(open_checkpoint(model))
     raise TypeError(f"model must be a torch.nn.Module or a path to a checkpoint, got {type(model).__name__}.")
+
+
+def without_wrappers(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with each weight under the name it would have without adapters and parametrisations.
+
+    Reading one that an adapter changes, or that is computed in a way the file does not tell, raises a CheckpointError.
+    """
+    shapes, load = dict(checkpoint.shapes), checkpoint.load
+    weights = dict(stored_weights(shapes, load, CheckpointError))
+    weights.update(_saved_under_adapters(shapes, weights, load))
+    if not weights:
+        return checkpoint
+    first = {weight.parts[0]: name for name, weight in weights.items()}
+    parts = {part for weight in weights.values() for part in weight.parts}
+    found: dict[str, Shape] = {}
+    for name, shape in shapes.items():
+        if name in first and first[name] in weights:
+            found[first[name]] = weights[first[name]].shape
+        elif name not in parts:
+            found[name] = shape
+    return replace(checkpoint, shapes=found, load=lambda name: weights[name].read() if name in weights else load(name))
+
+
+def _saved_under_adapters(
+    shapes: Mapping[str, Shape], computed: Mapping[str, StoredWeight], load: Callable[[str], Tensor]
+) -> Iterator[tuple[str, StoredWeight]]:
+    """Yield the weights of a file saved with its adapters, by their names without them."""
+    copies: dict[str, list[str]] = {}
+    beside: dict[str, str] = {}  # a factor of its adapter, by the path of a wrapped layer
+    wrapped = {name[: name.index(".base_layer.")] for name in shapes if ".base_layer." in name}
+    for name in shapes:
+        path = name
+        while path := path.rpartition(".")[0]:
+            if path in wrapped and not name.startswith(path + ".base_layer."):
+                beside.setdefault(path, name)
+        if ".modules_to_save." in name:
+            head, _, tail = name.partition(".modules_to_save.")
+            copies.setdefault(f"{head}.{tail.partition('.')[2]}", []).append(name)
+    for name in [*shapes, *computed]:
+        if ".base_layer." in name:
+            factor = beside.get(name[: name.index(".base_layer.")])
+            shape = computed[name].shape if name in computed else shapes[name]
+            read = computed[name].read if name in computed else partial(load, name)
+            reason = f"{factor} is an adapter that is not merged into {name}"
+            remedy = "save the model after merge_and_unload()"
+            parts = computed[name].parts if name in computed else (name,)
+            reader = _refusal(f"{reason}; {remedy}.") if factor else read
+            yield name.replace(".base_layer.", "."), StoredWeight(shape, parts, reader)
+    for plain, names in copies.items():
+        original = next((n for n in shapes if n.replace(".original_module.", ".") == plain and n != plain), None)
+        reason = f"{' and '.join(names)} are saved, and the file does not say which is in use"
+        read = partial(load, names[0]) if len(names) == 1 else _refusal(f"{reason}; save the one that is.")
+        yield plain, StoredWeight(shapes[names[0]], (*names, *([original] if original else [])), read)
+
+
+def _refusal(message: str) -> Callable[[], Tensor]:
+    def refuse() -> Tensor:
+        raise CheckpointError(message)
+
+    return refuse
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -72,7 +72,7 @@ class Terms(NamedTuple):
     def of(blocks: list[Block]) -> Terms:
         """Sum over blocks with the same heads; a block without a gradient adds nothing."""
         terms = [
-            (double(block.cut(block.gradient)) * double(block.cut(block.parameter))).flatten(1)
+            (double(block.cut(block.gradient)) * double(block.cut(block.parameter)))[..., None].flatten(1)
             for block in blocks
             if block.gradient is not None
         ]

@@ -360,7 +360,8 @@ def _rows(group: Group, optimizer: Optimizer, active: bool) -> Iterator[Row]:
             since = group.get(f"{role}_steps", 0) % decay.every if isinstance(decay, LowRank) else 0
             waiting = f"{role}: {since} of {decay.every} steps since its last decay" if since else ""  # pyright: ignore
             for window in windows_in(group, role):
-                reason = frozen + (window.label or why)
+                _, under, note = why.partition(", under ")  # of a matrix that is computed from the parameter
+                reason = frozen + (f"{window.label}{under}{note}" if window.label else why)
                 yield Row(name, parameter, role, window, words, who, reason, low_rank, waiting)
 
 

@@ -109,7 +109,8 @@ def param_groups(
         group = groups.setdefault(key, {"params": [], "param_names": [], "why": [], **_keys(decays)})
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.names[0])
-        group["why"].append(", ".join(dict.fromkeys(block.why for block in entry.blocks)))
+        reasons = [*(block.why for block in entry.blocks), *(block.note for block in entry.blocks if block.note)]
+        group["why"].append(", ".join(dict.fromkeys(reasons)))
     return list(groups.values())
 
 
@@ -172,13 +173,12 @@ def _decay_of(block: Block, entry: Assigned, named: dict[str, Decay | None], def
 
 def _is_matrix(entry: Assigned, block: Block) -> bool:
     """Return whether a block has the default decay: a norm's gain and a bias are never matrices."""
-    return entry.parameter.ndim >= 2 and block.role not in ("norm", "bias")
+    return entry.parameter.ndim >= 2 and block.role not in ("norm", "bias") and not block.fixed
 
 
 def _check_matrix(block: Block, entry: Assigned, decay: LowRank) -> None:
     name, shape = entry.names[0], tuple(entry.parameter.shape)
-    stacked = len(shape) == 3 and block.role == "mlp"  # experts: one matrix each
-    if len(shape) != 2 and not stacked:
+    if len(shape) != 2 and not block.stack:
         raise ValueError(
             f"{name} has role {block.role} and shape {shape}, and a low-rank decay needs a matrix: give "
             f"{block.role}=rankdecay.Frobenius(...) instead."

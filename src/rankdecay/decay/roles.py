@@ -7,40 +7,81 @@ query_key       W_Q and W_K of every attention layer
 value_output    W_V and W_O
 mlp             the other matrices of the blocks that hold attention: feed-forward, experts, routers
 embedding       token, position and patch embeddings, class tokens, the output embedding
-norm            gains of normalisation layers
-bias            biases, also those of normalisation layers
-other           the rest: task heads, adapters' factors, gates
+norm            gains of normalisation layers, magnitudes of weight norm
+bias            biases, also those of normalisation layers, and tables of biases of the attention scores
+other           the rest: task heads, adapters' factors, gates, scales, kernels of convolutions
 ==============  ==========================================================================================
 
 A fused parameter has one block per matrix in it, each with its own role.
+
+What a parameter is outside attention follows, in this order, from the type of its module, its own name, its shape,
+and whether its block holds attention. A word elsewhere in its path says nothing: an encoder may be called ``embedder``,
+and a fused layer ``LayerNormMLP``.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from rankdecay.attention import AttentionNames, Window
 from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.locate import Unhandled, locate
-from rankdecay.attention.source import ModuleSource, named_parameters
+from rankdecay.attention.source import Known, ModuleSource, named_parameters
+from rankdecay.attention.windows import Found
 
 ROLES = ("query_key", "value_output", "mlp", "embedding", "norm", "bias", "other")
 
 _ATTENTION_ROLE = {"query": "query_key", "key": "query_key", "value": "value_output", "output": "value_output"}
-_EMBEDDING_NAME = re.compile(r"embed|(cls|class|mask|reg|dist|register)_token|pos_emb|lm_head")
-_ADAPTER_NAME = re.compile(r"\.lora_|\.adapter|\.ia3_|\.hada_|\.lokr_")
+
+# ---- of classes ----
+_MATRICES = (nn.Linear, nn.Bilinear, _ConvNd, nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+#: A class that is a normalisation, of any number of dimensions: ``LlamaRMSNorm``, ``LayerNorm2d``, ``RMSNormGated``.
+_NORM_CLASS = re.compile(r"norm(alization)?(\dd|nd|act|gated|fp\d+|\d)*$", re.IGNORECASE)
+_EMBEDDING_CLASS = re.compile(r"Embed(der|dings?)?(\dd)?$", re.IGNORECASE)
+_TABLE_CLASS = re.compile(r"Embedding(Bag|\dd)?$", re.IGNORECASE)
+
+# ---- of a parameter's own name, or its module's ----
+_BIAS = re.compile(r"(.*_)?bias(es)?(_(table|[a-z]|[ih]h_l\d\w*))?")
+_NORM = re.compile(r"(.*_)?(ln|(layer|rms|group|batch)?_?norm)_?\d*(_(weight|scale|gain|gamma|g|w))?")
+_GAIN = re.compile(r"weight|gain|scale|gamma|g|w")
+_SCALE = re.compile(r"(.*_)?(scales?|scaling|temperature|tau|gamma|beta|alpha|ls)_?\d*")
+_STATE_SPACE = re.compile(r"A_logs?|Ds?|dt_.*|A_real|A_imag")
+_EMBEDDING = re.compile(r"embed|(^|_)(emb|pos|abs_pos|rel_pos|tokens?)(_|$)|position|pos_(emb|enc)|tokens?\d*$")
+_EMBEDDING_MODULE = re.compile(r"(.*_)?(embed(ding)?s?|wte|wpe)(_\d+)?|.*patch_embed.*")
+_OUTPUT_EMBEDDING = re.compile(r"lm_head|lm_heads\.\d+|embed_out|unembed(ding)?|output_embeddings?")
+#: Names that output embeddings have, but not they alone: they have the shape of an embedding table.
+_MAYBE_OUTPUT = re.compile(r"output_projection|output_layer|to_logits|(.*_)?lm_head(\.\w+)?|(.*_)?decoder")
+_ADAPTER = re.compile(r"(^|\.)(lora_|ia3_|hada_|lokr_)")
+_ADAPTER_IN_BLOCK = re.compile(r"\.adapter")
 
 
 class Block(NamedTuple):
-    """Matrix in a parameter: its role, its window, and the reason for the role."""
+    """Matrix in a parameter: its role, its window, and the reason for the role.
+
+    Attributes:
+        role: one of :data:`ROLES`.
+        window: where in the parameter.
+        why: for a reader.
+        note: what the parameter is where the matrix is computed from it, such as ``"under weight_norm: …"``.
+        stack: whether the parameter is a stack of matrices, one per expert.
+        fixed: whether only a decay of its role by name reaches it, as of the stored tensors of an orthogonal matrix.
+    """
 
     role: str
     window: Window
     why: str
+    note: str = ""
+    stack: bool = False
+    fixed: bool = False
 
     def labelled_window(self) -> Window:
         """Return the window, with the matrix's name where the parameter holds several."""
@@ -61,58 +102,176 @@ def assign_roles(model: nn.Module, names: AttentionNames | None = None) -> tuple
 
     A tied parameter collects the blocks of each of its names; a name that says nothing (role other) adds none.
     """
-    found, unhandled = locate(ModuleSource(model), names)
+    source = ModuleSource(model)
+    found, unhandled = locate(source, names)
+    unhandled = [*unhandled, *_not_decayed(source, found)]
     in_attention: dict[str, list[Block]] = {}
     for layer in found:
         for role, place in layer.places.items():
-            in_attention.setdefault(place.parameter, []).append(Block(_ATTENTION_ROLE[role], place.window, role))
-    blocks_of_layers = {_block(layer.name) for layer in found}
-    owners = dict(model.named_modules(remove_duplicate=False))
+            note = source.known[place.parameter].note if place.parameter in source.known else ""
+            in_attention.setdefault(place.parameter, []).append(Block(_ATTENTION_ROLE[role], place.window, role, note))
+    places = _Places(source, found)
     output_embedding = _output_embedding(model)
 
     assigned: dict[int, Assigned] = {}
     for name, parameter in named_parameters(model).items():
         entry = assigned.setdefault(id(parameter), Assigned(parameter, [], []))
         entry.names.append(name)
-        owner = owners.get(name.rpartition(".")[0])
-        blocks = in_attention.get(name) or [_plain_block(name, parameter, owner, blocks_of_layers)]
-        if parameter is output_embedding and not isinstance(owner, nn.Embedding):
+        known = source.known[name]
+        blocks = in_attention.get(name) or [places.block(parameter, known)]
+        if parameter is output_embedding and not isinstance(known.holder, nn.Embedding):
             blocks = [Block("embedding", WHOLE, "output embedding")]
         for block in blocks:
-            if all(known.role != block.role or known.window != block.window for known in entry.blocks):
+            if all(other.role != block.role or other.window != block.window for other in entry.blocks):
                 entry.blocks.append(block)
     for entry in assigned.values():
-        known = [block for block in entry.blocks if block.role != "other"]
-        entry.blocks = known or entry.blocks[:1]
+        telling = [block for block in entry.blocks if block.role != "other"]
+        entry.blocks = telling or entry.blocks[:1]
     return list(assigned.values()), unhandled
 
 
-def _plain_block(name: str, parameter: nn.Parameter, owner: nn.Module | None, layers: set[str]) -> Block:
-    """Return the role of a parameter outside attention, from its module, its name and its shape."""
-    leaf = name.rpartition(".")[2]
-    kind = type(owner).__name__
-    if _ADAPTER_NAME.search(name):
-        return Block("other", WHOLE, "factor of an adapter: L2 on both is a nuclear norm on their product")
-    if leaf.endswith("bias") or leaf in ("bias_k", "bias_v"):
-        return Block("bias", WHOLE, "bias")
-    if "norm" in kind.lower():
-        return Block("norm", WHOLE, f"gain of {kind}")
-    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return Block("embedding", WHOLE, "embedding table")
-    if parameter.ndim < 2:
-        return Block("other", WHOLE, f"vector of {kind}")
-    if _EMBEDDING_NAME.search(name):
-        return Block("embedding", WHOLE, "named as an embedding")
-    if any(layer and name.startswith(layer + ".") for layer in layers):
-        return Block("mlp", WHOLE, "matrix of a block with attention")
-    return Block("other", WHOLE, "outside the blocks with attention")
+def _not_decayed(source: ModuleSource, found: list[Found]) -> Iterator[Unhandled]:
+    """Yield the matrices of attention that are computed, and of which no matrix is stored that a decay could act on."""
+    for layer in found:
+        for role, place in layer.places.items():
+            if place.parameter in source.computed:
+                note = source.computed[place.parameter].note
+                reason = f"its {role} is {note}; it is read, and its stored tensors have the role 'other'"
+                yield Unhandled(layer.name, reason)
 
 
-def _block(attention: str) -> str:
-    """Return the transformer block of an attention module: its path up to the first number, or its parent."""
-    parts = attention.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return ".".join(parts[: number + 1] if number is not None else parts[:-1])
+class _Places:
+    """Where attention and embeddings of a model are, and what they say of the parameters around them."""
+
+    def __init__(self, source: ModuleSource, found: list[Found]) -> None:
+        self._source = source
+        self._layers = [layer.name for layer in found]
+        self._blocks = {block for layer in self._layers if (block := self._block_of(layer))}
+        self._holds_attention = {path for layer in self._layers for path in _ancestors(f"{layer}.")}
+        self._tables = {tuple(m.weight.shape) for m in source.model.modules() if isinstance(m, nn.Embedding)}
+
+    def block(self, parameter: nn.Parameter, known: Known) -> Block:
+        """Return the role of a parameter outside attention."""
+        if known.plain is None:
+            role = "norm" if known.gain else "other"
+            return Block(role, WHOLE, known.note, fixed=known.fixed)
+        role, why, stack = self._role(known.plain, parameter, known.holder)
+        return Block(role, WHOLE, why, known.note, stack)
+
+    def _role(self, name: str, parameter: nn.Parameter, holder: nn.Module) -> tuple[str, str, bool]:
+        owner, _, leaf = name.rpartition(".")
+        own = owner.rpartition(".")[2]
+        if leaf.isdigit():  # of a ParameterList, which has the name
+            leaf = own
+        kind = type_before_parametrizations(holder).__name__
+        block = next((path for path in _ancestors(name) if path in self._blocks), None)
+        shape = tuple(parameter.shape)
+        vector = sum(n > 1 for n in shape) < 2 and not isinstance(holder, _MATRICES)
+        in_module = leaf == "weight"  # the module's type says what its weight is; another parameter has a name
+        if _ADAPTER.search(name) or (block and _ADAPTER_IN_BLOCK.search(name[len(block) :])):
+            return "other", "factor of an adapter: L2 on both is a nuclear norm on their product", False
+        if leaf.endswith("bias"):
+            return "bias", "bias", False
+        if _BIAS.fullmatch(leaf) or (isinstance(holder, nn.Embedding) and _BIAS.fullmatch(own)):
+            return "bias", "bias table", False
+        if isinstance(holder, _NORMS) or (vector and "norm" in kind.lower()):
+            return "norm", f"gain of {kind}", False
+        if _NORM_CLASS.search(kind) and _GAIN.fullmatch(leaf) and not isinstance(holder, _MATRICES):
+            return "norm", f"gain of {kind}", False  # one per head, or of an image
+        if isinstance(holder, (nn.Embedding, nn.EmbeddingBag)):
+            return "embedding", "embedding table", False
+        if in_module and parameter.ndim == 2 and _TABLE_CLASS.search(kind):
+            return "embedding", f"embedding table of {kind}", False
+        if not in_module and _NORM.fullmatch(leaf):
+            return "norm", "gain, by its name", False
+        if parameter.ndim < 2:
+            return "other", f"vector of {kind}", False
+        if not in_module and (_SCALE.fullmatch(leaf) or _STATE_SPACE.fullmatch(leaf)):
+            return "other", f"{leaf}, no matrix by its name", False
+        if not in_module and _EMBEDDING.search(leaf) and shape[-1] > 1:
+            return "embedding", "named as an embedding", False
+        if not in_module and leaf.endswith("_table"):
+            return "other", f"{leaf}, no matrix by its name", False
+        if vector:
+            return "other", f"vector of {kind}", False
+        return self._role_of_matrix(name, owner, shape, holder, block)
+
+    def _role_of_matrix(
+        self, name: str, owner: str, shape: tuple[int, ...], holder: nn.Module, block: str | None
+    ) -> tuple[str, str, bool]:
+        """Return the role of a matrix, a kernel or a stack of matrices."""
+        own = owner.rpartition(".")[2]
+        leaf = name.rpartition(".")[2]
+        if self._embeds_patches(owner, block):
+            return "embedding", "patch embedding", False
+        if block is None:
+            tails = (own, ".".join(owner.split(".")[-2:])) if leaf == "weight" else (leaf,)
+            if any(_OUTPUT_EMBEDDING.fullmatch(tail) for tail in tails):
+                return "embedding", "output embedding, by its name", False
+            if shape in self._tables and any(_MAYBE_OUTPUT.fullmatch(tail) for tail in tails):
+                return "embedding", "output embedding, by its name and shape", False
+            if self._embeds(owner):
+                return "embedding", "named as an embedding", False
+            return "other", "outside the blocks with attention", False
+        raw = leaf != "weight"
+        if isinstance(holder, _ConvNd) and any(n > 1 for n in shape[2:]):
+            return "other", f"kernel of {type_before_parametrizations(holder).__name__}", False
+        if raw and owner in self._layers:
+            return "other", "parameter of attention beside its projections", False
+        matrices = len(shape) == 2 or isinstance(holder, _ConvNd)
+        experts = shape[0] > 1 or "expert" in own or "expert" in leaf
+        stack = len(shape) == 3 and not isinstance(holder, _ConvNd) and experts
+        if matrices or stack:
+            return "mlp", "matrix of a block with attention", stack
+        return "other", f"no matrix, but a tensor of shape {shape}", False
+
+    def _embeds(self, owner: str) -> bool:
+        """Whether a module outside the blocks, or the one that holds it, is an embedding; never one with attention."""
+        outer, _, own = owner.rpartition(".")
+        if "embed" in own or _EMBEDDING_MODULE.fullmatch(own):
+            return True
+        if outer in self._holds_attention or not outer:
+            return False
+        kinds = [type(module).__name__ for module in self._source.modules(outer)]
+        named = _EMBEDDING_MODULE.fullmatch(outer.rpartition(".")[2])
+        return bool(named) or any(_EMBEDDING_CLASS.search(kind) for kind in kinds)
+
+    def _embeds_patches(self, owner: str, block: str | None) -> bool:
+        """Whether a module is part of a patch embedding: by its name, or by its type where it is not between stages."""
+        for path in [*_ancestors(owner), owner]:
+            if path in self._holds_attention:
+                continue
+            own = path.rpartition(".")[2]
+            kinds = [type(module).__name__ for module in self._source.modules(path)]
+            by_type = block is None and own != "downsample" and any("PatchEmbed" in kind for kind in kinds)
+            if "patch_embed" in own or by_type:
+                return True
+        return False
+
+    def _block_of(self, attention: str) -> str:
+        """Return the transformer block of an attention module: its path up to a number, or its parent.
+
+        The first number counts that is one of a list of blocks, and not a place in an ``nn.Sequential`` of modules
+        that are all different.
+        """
+        for path in [*_ancestors(attention), attention]:
+            owner, _, own = path.rpartition(".")
+            if own.isdigit() and not self._one_of_a_kind(owner, own):
+                return path
+        return attention.rpartition(".")[0]
+
+    def _one_of_a_kind(self, owner: str, own: str) -> bool:
+        siblings = next((m for m in self._source.modules(owner) if isinstance(m, nn.Sequential)), None)
+        if siblings is None or len(siblings) < 2 or own not in siblings._modules:
+            return False
+        return sum(type(module) is type(siblings._modules[own]) for module in siblings) == 1
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Yield the paths of the modules around a name, from the outermost inwards, without the model itself."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        yield ".".join(parts[:i])
 
 
 def _output_embedding(model: nn.Module) -> nn.Parameter | None:
