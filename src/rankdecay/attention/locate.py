@@ -32,7 +32,11 @@ class Unhandled(NamedTuple):
 
 
 def find_attention(
-    model: nn.Module | str | Path, names: AttentionNames | None = None, num_heads: int | None = None
+    model: nn.Module | str | Path,
+    names: AttentionNames | None = None,
+    num_heads: int | None = None,
+    *,
+    state: str | None = None,
 ) -> list[AttentionLayer]:
     """Return the attention layers of a model or a checkpoint, in the order of its parameters.
 
@@ -47,6 +51,7 @@ def find_attention(
             of which nothing but shapes is read until a view is asked for its tensor.
         names: how your own attention names its projections; it is then the only naming looked for.
         num_heads: number of query heads, where neither module nor configuration says it.
+        state: which weights, of a checkpoint that holds several sets: a file's name, a dotted key, a prefix of names.
 
     Returns:
         One :class:`~rankdecay.attention.AttentionLayer` per attention module.
@@ -65,7 +70,7 @@ def find_attention(
         >>> layer.key.parameter_name, str(layer.key.window), layer.key.heads().shape
         ('in_proj_weight', 'rows[64:128]/192 by 16', torch.Size([4, 16, 64]))
     """
-    layers, unhandled = find_layers(open_source(model), names, num_heads)
+    layers, unhandled = find_layers(open_source(model, state), names, num_heads)
     for module in unhandled:
         warnings.warn(f"{module.name or 'the model'} is not handled: {module.reason}.", stacklevel=2)
     return layers

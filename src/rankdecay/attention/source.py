@@ -78,17 +78,23 @@ class ModuleSource:
         return weight
 
 
-def open_source(model: nn.Module | str | Path) -> Source:
+def open_source(model: nn.Module | str | Path, state: str | None = None) -> Source:
     """Return the parameters and settings of a model, or of a checkpoint by its path.
 
+    Args:
+        model: the model or the path.
+        state: which weights, of a checkpoint that holds several sets.
+
     Raises:
-        TypeError: If ``model`` is neither an ``nn.Module`` nor a path.
+        TypeError: If ``model`` is neither an ``nn.Module`` nor a path, or ``state`` is given with a model.
         ValueError: If a checkpoint cannot be read.
     """
     if isinstance(model, nn.Module):
+        if state is not None:
+            raise TypeError(f"state={state!r} names weights in a checkpoint; give the part of the model itself.")
         return ModuleSource(model)
     if isinstance(model, (str, Path)):
-        return open_checkpoint(model)
+        return open_checkpoint(model, state)
     raise TypeError(f"model must be a torch.nn.Module or a path to a checkpoint, got {type(model).__name__}.")
 
 
