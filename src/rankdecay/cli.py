@@ -194,7 +194,9 @@ def _inspect(settings: argparse.Namespace) -> None:
     paths = (settings.path, *settings.compare)
     states = settings.state or [None]
     if len(states) not in (1, len(paths)):
-        raise CommandError(f"--state is given {len(states)} times for {len(paths)} paths: give it once, or once for each")
+        raise CommandError(
+            f"--state is given {len(states)} times for {len(paths)} paths: give it once, or once for each"
+        )
     chosen = list(zip(paths, states * len(paths) if len(states) == 1 else states, strict=True))
     if settings.list:
         return _list(chosen, settings)

@@ -14,7 +14,7 @@ _BY_TRANSFORMERS = "load it with a version 4 of transformers (from_pretrained(..
 
 #: By the end of a file's name: what it is and what to do.
 _FILES: tuple[tuple[str, str, str], ...] = (
-    (r"\.onnx|\.onnx_data", "an ONNX graph, whose weights have lost their names", "give the model it was exported from"),
+    (r"\.onnx|\.onnx_data", "an ONNX graph, whose weights have no names", "give the model it was exported from"),
     (r"\.msgpack", "a Flax checkpoint", _BY_TRANSFORMERS.format(flag="from_flax") + ", or " + _IN_JAX),
     (r"\.h5|\.hdf5|\.keras", "a TensorFlow or Keras checkpoint",
      _BY_TRANSFORMERS.format(flag="from_tf") + ", or " + _SAVE),
