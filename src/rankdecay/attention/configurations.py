@@ -102,8 +102,9 @@ def _canonical(config: dict[str, Any]) -> dict[str, Any]:
 def _meta(params: dict[str, Any]) -> dict[str, Any]:
     """Return Meta's ``params.json``: rotary positions turn neighbouring coordinates, whether it says so or not."""
     config = {"rope_theta": 10000.0} | {key: value for key, value in params.items() if value is not None}
-    if isinstance(config.get("vision_encoder"), dict):  # Pixtral
-        config["vision_config"] = {"rope_interleaved": True, **config["vision_encoder"]}
+    vision = config.get("vision_encoder")  # Pixtral
+    if isinstance(vision, dict):
+        config["vision_config"] = {"rope_interleaved": True, **vision}
     return _canonical(config) | {"rope_interleaved": True}
 
 

@@ -88,7 +88,7 @@ def listing(
             raise
         return Listing(str(model), candidates=list(several.candidates), undecided=True)
     found, unhandled = find_layers(source, names, num_heads)
-    candidates = list(getattr(source, "candidates", ()))
+    candidates: list[str] = list(getattr(source, "candidates", ()))
     layers = [_layer(index, layer, source) for index, layer in enumerate(found)]
     return Listing(str(source), layers, candidates, [str(module) for module in unhandled])
 
