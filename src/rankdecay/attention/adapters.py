@@ -90,8 +90,8 @@ def merge(adapter: Checkpoint, file: Path, open_base: Callable[[Path], Checkpoin
             return weight
         down, up = (_at_least_single(adapter.load(factor)) for factor in (deltas[name].down, deltas[name].up))
         delta = up @ down
-        # in place, as PEFT: the sum is formed in the wider type and kept in the base's
-        return weight.clone().add_((delta.mT if deltas[name].transposed else delta) * deltas[name].scaling)
+        delta = (delta.mT if deltas[name].transposed else delta) * deltas[name].scaling
+        return weight.clone().add_(delta)  # in place, as PEFT: the sum is formed in the wider type
 
     shapes = dict(base.shapes) | {name: adapter.shapes[stored] for name, stored in own.items()}
     return {"shapes": shapes, "config": base.config, "load": load}

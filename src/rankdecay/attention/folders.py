@@ -70,14 +70,16 @@ def find_files(path: Path, state: str | None, matrices_in: Callable[[Path], set[
     if path.is_dir():
         return _in_folder(path, state, matrices_in, 0)
     folders = [path.parent, *([path.resolve().parent] if path.is_symlink() else [])]
-    if path.suffix not in SUFFIXES:
-        expected = f"{path} is not a checkpoint: expected .safetensors or one of {', '.join(PICKLED)}."
-        raise CheckpointError(foreign_file(path) or expected)
-    check_inside(path.resolve(), path.resolve().parent)  # a link that the caller names is followed
-    files = _whole([path], path.parent, state == path.name)
-    for file in files:
-        if file != path:
-            check_inside(file, path.parent)
+    file = path if path.suffix in SUFFIXES else path.resolve()  # a link may be called as one likes
+    if text := foreign_file(file):
+        raise CheckpointError(text)
+    if file.suffix not in SUFFIXES:
+        raise CheckpointError(f"{path} is not a checkpoint: expected .safetensors or one of {', '.join(PICKLED)}.")
+    check_inside(file.resolve(), file.resolve().parent)  # a link that the caller names is followed
+    files = _whole([file], file.parent, state == path.name)
+    for other in files:
+        if other != file:
+            check_inside(other, file.parent)
     return Files(files, folders, None if state == path.name else state)
 
 
@@ -157,9 +159,8 @@ def _in_subfolder(folder: Path, state: str | None, matrices_in: Callable[[Path],
         return _below(folder, next(iter(inside)), state, matrices_in, depth)
     if inside:
         raise SeveralSets(folder, sorted(inside, key=_in_order), state)
-    for place in (folder, *_subfolders(folder)):
-        if text := foreign_folder(place):
-            raise CheckpointError(text)
+    if text := _foreign(folder, depth):
+        raise CheckpointError(text)
     content = sorted(file.name for file in folder.iterdir())
     raise CheckpointError(
         f"{folder} has no weights: expected *.safetensors, an index, or *{', *'.join(PICKLED)}; found "
@@ -202,6 +203,12 @@ def _has_weights(folder: Path, depth: int) -> bool:
     if _sets(folder):
         return True
     return depth < _DEEP and any(_has_weights(sub, depth + 1) for sub in _subfolders(folder))
+
+
+def _foreign(folder: Path, depth: int) -> str | None:
+    """Return what a directory, or one in it, is, if it is of a format that is not read."""
+    below = (_foreign(sub, depth + 1) for sub in _subfolders(folder)) if depth < _DEEP else ()
+    return foreign_folder(folder) or next(filter(None, below), None)
 
 
 def _no_weights(name: str) -> bool:

@@ -25,6 +25,8 @@ _FILES: tuple[tuple[str, str, str], ...] = (
      "convert it: safetensors.numpy.save_file(dict(numpy.load(file)), 'model.safetensors')"),
     (r"\.distcp", "a shard of a distributed checkpoint (DCP)",
      "give its folder's whole: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt"),
+    (r"(^|/)(bf16_)?zero_pp_rank_.*\.pt|_optim_states\.pt", "a shard of DeepSpeed (ZeRO)",
+     "make one file of all of them with the zero_to_fp32.py beside it"),
     (r"\.nemo|\.tar|\.tgz|\.tar\.gz|\.zip|\.gz|\.7z", "a packed archive", "unpack it and give what is inside"),
     (r"\.pt2|\.pte|\.ptl", "an exported program", "save the state_dict() of the model it was exported from"),
     (r"\.mlmodel|\.mlpackage|\.engine|\.trt|\.plan", "a compiled model", "give the model it was compiled from"),
