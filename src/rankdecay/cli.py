@@ -228,10 +228,14 @@ def _inspect(settings: argparse.Namespace) -> None:
 
 def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespace) -> None:
     from rankdecay.attention.listing import listing
+    from rankdecay.lab.experiments.grok.inspect_run import is_run_directory
 
     for option in ("csv", "html"):
         if getattr(settings, option) is not None:
             raise CommandError(f"--list computes no spectra for --{option}: leave out one of them")
+    for path, _ in chosen:
+        if is_run_directory(path):
+            raise CommandError(f"{path} is a run directory, whose snapshots hold spectra alone: leave out --list")
     names = _names(settings.names)
     try:
         listings = [listing(path, names, settings.num_heads, state=state) for path, state in chosen]
@@ -253,6 +257,10 @@ def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> 
     names = _names(settings.names)
     try:
         if is_run_directory(path):
+            if state is not None:
+                raise CommandError(
+                    f"{path} is a run directory, which has one set of weights: leave out --state {state}"
+                )
             return inspect_run(path)
         layers, heads = settings.layers or None, settings.heads or None
         return inspect(path, names, settings.num_heads, layers=layers, heads=heads, state=state)

@@ -71,6 +71,11 @@ def test_what_a_list_cannot_do(tmp_path, capsys):
     save_file(FIRST, tmp_path / "a.safetensors")
     assert main(["inspect", str(tmp_path / "a.safetensors"), "--list", "--csv", "x.csv"]) == 2
     assert "--list computes no spectra for --csv" in capsys.readouterr().err
+    (tmp_path / "run" / "snapshots").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for option, message in (("--list", "leave out --list"), ("--state=x", "leave out --state x")):
+        assert main(["inspect", str(tmp_path / "run"), option]) == 2
+        assert message in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "a.safetensors"), "--list"]) == 2
     assert "num_heads=" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "a.safetensors"), "--list", "--state", "ema"]) == 2

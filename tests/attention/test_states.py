@@ -171,6 +171,21 @@ def test_a_teacher_of_another_size_is_a_copy_and_a_single_matrix_is_none(tmp_pat
     assert is_read(tmp_path / "b.safetensors", FIRST)
 
 
+def test_small_heads_of_one_shape_are_no_copies(tmp_path):
+    """DAB-DETR's decoder has several heads of the same names, one of them called ref_point_head."""
+    names = ("ref_point_head.layers.0", "ref_point_head.layers.1", "query_scale.layers.0", "query_scale.layers.1")
+    trunk = {f"layers.{i}.attn.{name}.weight": torch.ones(4, 4) for i in range(12) for name in NAMES}
+    save_file(trunk | {f"decoder.{name}.weight": torch.ones(2, 2) for name in names}, tmp_path / "a.safetensors")
+    assert len(queries(tmp_path / "a.safetensors")) == 12
+
+
+def test_moments_beside_weights_are_asked_for_when_their_names_are_short(tmp_path):
+    save_file(weights(1, "params.") | weights(2, "mu.") | weights(3, "nu."), tmp_path / "a.safetensors")
+    with pytest.raises(SeveralSets):
+        queries(tmp_path / "a.safetensors")
+    assert is_read(tmp_path / "a.safetensors", FIRST, "params")
+
+
 def test_containers_that_refer_to_themselves_end(tmp_path):
     around: dict = {"model": FIRST}
     around |= {"a": around, "b": around, "c": around}

@@ -132,7 +132,7 @@ def _flat_yaml(file: Path) -> dict[str, Any]:
         return {}
     settings: dict[str, Any] = {}
     for line in file.read_text("utf-8", "replace").splitlines():
-        found = re.fullmatch(r"([A-Za-z_]\w*):[ \t]+([^#\s].*?)\s*(?: #.*)?", line)
+        found = len(line) < 1000 and re.fullmatch(r"([A-Za-z_]\w*):[ \t]+([^#\s].*?)\s*(?: #.*)?", line)
         if found:
             settings[found[1]] = _scalar(found[2])
     return settings

@@ -21,9 +21,11 @@ from rankdecay.attention.errors import CheckpointError
 #: Words in the name of a copy of a model.
 _COPY = frozenset((
     "student", "teacher", "ema", "shadow", "online", "target", "actor", "critic", "policy", "ref", "reference",
-    "generator", "discriminator", "swa", "averaged", "avg", "polyak", "momentum", "moving", "frozen", "old", "prev",
-    "previous", "best", "last", "latest", "backup", "stale", "slow", "fast", "mu", "nu",
+    "generator", "discriminator", "swa", "averaged", "avg", "polyak", "momentum", "frozen", "old", "prev",
+    "previous", "best", "last", "latest", "backup", "stale",
 ))  # fmt: skip
+#: Whole names of an optimizer's moments, beside the names of the weights.
+_MOMENTS = frozenset(("m", "v", "mu", "nu"))
 #: Words in the name of a part of a model: parts are read together.
 _PART = frozenset((
     "encoder", "decoder", "backbone", "trunk", "head", "neck", "tower", "vision", "visual", "image", "text",
@@ -191,7 +193,7 @@ def _together(keys: list[str], sets: Mapping[str, Any]) -> bool:
 
 
 def _words(name: str) -> set[str]:
-    return {word.lower() for word in re.split(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])", name)}
+    return {word.lower() for word in re.split(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", name)}
 
 
 def _is_copy(path: str) -> bool:
@@ -211,13 +213,15 @@ def _copies(shapes: Mapping[str, tuple[int, ...]], inside: str) -> list[str]:
             # without dots: some EMA classes keep their buffers under such names
             groups.setdefault(tuple(parts[:depth]), set()).add("".join(parts[depth:]))
     found: dict[str, None] = {}
+    total = len(groups[()])
     for prefix, names in groups.items():
         if not prefix:
             continue
         parent, own = prefix[:-1], prefix[-1]
         beside = [other for other in groups if other and other[:-1] == parent and other != prefix]
-        matches = [other for other in beside if _rivals(own, other[-1]) and _same(names, groups[other])]
-        if not matches and _rivals(own, "") and _same(names, {n for n in groups[parent] if not n.startswith(own)}):
+        matches = [other for other in beside if _rivals(own, other[-1]) and _same(names, groups[other], total)]
+        rest = {name for name in groups[parent] if not name.startswith(own)}
+        if not matches and _rivals(own, "") and _same(names, rest, total):
             matches = [parent]
         for key in (*matches, prefix) if matches else ():
             found[inside + ".".join(key) if key else REST] = None
@@ -226,12 +230,13 @@ def _copies(shapes: Mapping[str, tuple[int, ...]], inside: str) -> list[str]:
 
 def _rivals(name: str, other: str) -> bool:
     """Whether two names side by side say copies; encoders of source and target languages are none."""
-    return name == f"{other}_m" or (_is_copy(name) and not _words(other) & {"source", "src"})
+    return name == f"{other}_m" or name in _MOMENTS or (_is_copy(name) and not _words(other) & {"source", "src"})
 
 
-def _same(names: set[str], others: set[str]) -> bool:
+def _same(names: set[str], others: set[str], total: int) -> bool:
+    """Whether two sets of names are those of one model: most of the smaller, and more than a head of the whole file."""
     common = len(names & others)
-    return common >= 2 and 2 * common >= min(len(names), len(others))
+    return common >= max(2, total / 20) and 2 * common >= min(len(names), len(others))
 
 
 def _with_dots(chosen: dict[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:
