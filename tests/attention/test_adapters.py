@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import rankdecay as rd
@@ -94,6 +95,20 @@ def test_other_adapters_are_refused(how, what, tmp_path):
     adapted(tmp_path, on=["q_proj"], **how)
     with pytest.raises(CheckpointError, match=rf"is an adapter with {what}.*merge it first: .*merge_and_unload"):
         rd.inspect(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("unet.attn.to_q.lora_A.weight", "unet.attn.to_q.lora_B.weight"),
+        ("lora_unet_attn_to_q.lora_down.weight", "lora_unet_attn_to_q.lora_up.weight"),
+        ("attn.to_q.hada_w1_a", "attn.to_q.hada_w1_b"),
+    ],
+)
+def test_adapters_of_other_libraries_are_named(names, tmp_path):
+    save_file({name: torch.ones(4, 4) for name in names} | {"x.alpha": torch.ones(())}, tmp_path / "style.safetensors")
+    with pytest.raises(CheckpointError, match=r"is an adapter without adapter_config.json .*merge it with its base"):
+        rd.inspect(tmp_path)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):

@@ -78,5 +78,7 @@ def test_torchscript_and_pickled_modules(tmp_path):
     with pytest.raises(CheckpointError, match=r"is a TorchScript archive.*torch.jit.load\(file\).state_dict"):
         rd.inspect(tmp_path / "script.pt")
     torch.save(nn.MultiheadAttention(4, 2), tmp_path / "module.pt")
-    with pytest.raises(CheckpointError, match=r"needs to run code.*MultiheadAttention.*whole module.*state_dict\(\)"):
+    with pytest.raises(
+        CheckpointError, match=r"needs to run code.*MultiheadAttention.*whole module.*save its state_dict\(\)"
+    ):
         rd.inspect(tmp_path / "module.pt")

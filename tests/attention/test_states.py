@@ -151,6 +151,16 @@ def test_an_average_without_names_is_no_silent_choice(tmp_path):
         queries(tmp_path / "a.pt", "ema.shadow_params")
 
 
+def test_an_average_that_a_callback_keeps_is_no_silent_choice(tmp_path):
+    torch.save(
+        {"state_dict": FIRST, "callbacks": {"EMA": {"weights": SECOND}, "Stop": {"x": SECOND}}}, tmp_path / "a.pt"
+    )
+    with pytest.raises(SeveralSets) as e:
+        queries(tmp_path / "a.pt")
+    assert e.value.candidates == ("state_dict", "callbacks.EMA.weights")
+    assert is_read(tmp_path / "a.pt", SECOND, "callbacks.EMA.weights")
+
+
 def test_copies_inside_of_a_chosen_set_are_asked_for_too(tmp_path):
     torch.save({"model": weights(1, "student.") | weights(2, "teacher."), "model_ema": FIRST}, tmp_path / "a.pt")
     with pytest.raises(SeveralSets) as e:

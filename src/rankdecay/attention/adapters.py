@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _INSIDE = "base_model.model."
 _FACTORS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
+#: Names of the factors in adapters of several libraries.
+_FACTOR = re.compile(r"(?:^|[._])(?:lora|hada|lokr|oft|ia3|vera)[._]")
 #: Files of a base that lies in the adapter's own directory, or the one above.
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 #: Settings that make of LoRA more than a sum.
@@ -41,10 +43,11 @@ class _Delta(NamedTuple):
 
 
 def is_adapter(file: Path, shapes: Mapping[str, Any]) -> bool:
-    """Whether the tensors are those of an adapter that PEFT saved, and not a model."""
+    """Whether the tensors are those of an adapter, and not a model."""
     if file.stem == "adapter_model":
         return True
-    return all(name.startswith(_INSIDE) and ".base_layer.weight" not in name for name in shapes)
+    matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
+    return bool(matrices) and all(_FACTOR.search(name) for name in matrices)
 
 
 def merge(adapter: Checkpoint, file: Path, open_base: Callable[[Path], Checkpoint]) -> dict[str, Any]:

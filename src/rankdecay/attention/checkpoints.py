@@ -181,8 +181,8 @@ def _content(file: Path) -> object:
         unsupported = re.search(r"[Uu]nsupported [^\n]+?(?= was not|\n|$)|GLOBAL \S+", str(error))
         reason = unsupported[0].rstrip(".") if unsupported else "not a pickle of tensors"
         raise CheckpointError(
-            f"{file} is a pickle that needs to run code, or is damaged, and is not loaded ({reason}); if it is a whole "
-            "module, load it where its class is and save its state_dict() as safetensors."
+            f"{file} is a pickle that needs to run code, or is damaged, and is not loaded ({reason}); where you trust "
+            "it (a whole module perhaps), load it and save its state_dict() as safetensors."
         ) from None
     except Exception as error:  # a damaged archive fails in as many ways as it has bytes
         raise CheckpointError(f"{file} is not a PyTorch state dict: {type(error).__name__}: {error}") from None

@@ -155,10 +155,13 @@ def _mappings(content: Mapping[Any, Any], path: str, depth: int) -> Iterator[tup
     yield path or REST, {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     for name, value in content.items():
         inner = f"{path}.{name}" if path else str(name)
-        if _OPTIMIZER.fullmatch(str(name)) or _TRAINER.fullmatch(str(name)):
+        if _OPTIMIZER.fullmatch(str(name)):
             continue
         if isinstance(value, Mapping) and depth:
-            yield from _mappings(value, inner, depth - 1)
+            found = _mappings(value, inner, depth - 1)
+            if _TRAINER.fullmatch(str(name)):  # the average that a callback keeps is the model's
+                found = ((key, tensors) for key, tensors in found if _is_copy(key))
+            yield from found
         elif isinstance(value, list) and _is_copy(inner) and any(isinstance(item, Tensor) for item in value):
             yield inner, value
 
