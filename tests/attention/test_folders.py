@@ -165,6 +165,7 @@ def test_the_cache_of_the_hub(tmp_path):
         assert is_read(path, SECOND)
     assert is_read(repository / "snapshots" / "aaa" / "unet", FIRST)
     assert is_read(repository / "snapshots" / "aaa" / "model.safetensors", FIRST)
+    assert is_read(repository / "blobs" / "1f", FIRST)
     assert is_read(repository, FIRST, "aaa")
     (repository / "refs" / "main").write_text("../../..")
     asks(repository, "aaa", "bbb")

@@ -28,7 +28,7 @@ from torch import Tensor
 from rankdecay.attention.adapters import is_adapter, merge
 from rankdecay.attention.configurations import configuration
 from rankdecay.attention.errors import CheckpointError
-from rankdecay.attention.folders import find_files
+from rankdecay.attention.folders import find_files, kind
 from rankdecay.attention.foreign import check_archive
 from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_TYPES
 from rankdecay.attention.states import SeveralSets, choose_mapping, choose_names
@@ -101,7 +101,7 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
     pickled: dict[Path, Mapping[str, Tensor]] = {}
     content: object = None
     for file in found.files:
-        if file.suffix == ".safetensors":
+        if kind(file) == ".safetensors":
             held = _safetensors_shapes(file)
         else:
             content = _content(file)
@@ -143,7 +143,7 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
 def _matrices_in(file: Path) -> set[str]:
     """Return the names of the matrices in a file; its own name if that cannot be known."""
     try:
-        if file.suffix == ".safetensors":
+        if kind(file) == ".safetensors":
             return {name for name, shape in _safetensors_shapes(file).items() if len(shape) >= 2}
         return {name for name, tensor in choose_mapping(_content(file), None, file)[0].items() if tensor.ndim >= 2}
     except SeveralSets as several:

@@ -73,14 +73,25 @@ def find_files(path: Path, state: str | None, matrices_in: Callable[[Path], set[
     file = path if path.suffix in SUFFIXES else path.resolve()  # a link may be called as one likes
     if text := foreign_file(file):
         raise CheckpointError(text)
-    if file.suffix not in SUFFIXES:
-        raise CheckpointError(f"{path} is not a checkpoint: expected .safetensors or one of {', '.join(PICKLED)}.")
     check_inside(file.resolve(), file.resolve().parent)  # a link that the caller names is followed
+    if kind(file) not in SUFFIXES:
+        raise CheckpointError(f"{path} is not a checkpoint: expected .safetensors or one of {', '.join(PICKLED)}.")
     files = _whole([file], file.parent, state == path.name)
     for other in files:
         if other != file:
             check_inside(other, file.parent)
     return Files(files, folders, None if state == path.name else state)
+
+
+def kind(file: Path) -> str:
+    """Return the suffix of a file, or the one that its first bytes ask for, as of a blob of the hub's cache."""
+    if file.suffix in SUFFIXES:
+        return file.suffix
+    with file.open("rb") as opened:
+        first = opened.read(9)
+    if first[:4] == b"GGUF":
+        return ".gguf"
+    return ".pt" if first[:4] == b"PK\3\4" else ".safetensors" if first[8:] == b"{" else file.suffix
 
 
 def check_inside(file: Path, folder: Path) -> None:
