@@ -2,7 +2,7 @@
 
 Which files of a directory are read is in :mod:`rankdecay.attention.folders`, which of several sets of weights in
 :mod:`rankdecay.attention.states`, the settings in :mod:`rankdecay.attention.configurations`, and adapters on their base
-in :mod:`rankdecay.attention.adapters`.
+in :mod:`rankdecay.attention.adapter_files`.
 
 Only shapes are read at first; a tensor is read when a view asks for it. Nothing in a file is executed: safetensors hold
 none, and a pickle is loaded with ``weights_only=True``, which refuses anything but tensors and plain containers. Files
@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rankdecay.attention.adapters import is_adapter, merge
+from rankdecay.attention.adapter_files import is_adapter, merge
 from rankdecay.attention.configurations import configuration
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import find_files, kind
