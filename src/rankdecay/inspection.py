@@ -98,6 +98,7 @@ def inspect(
     *,
     layers: Collection[int] | None = None,
     heads: Collection[int] | None = None,
+    state: str | None = None,
 ) -> Inspection:
     """Return the spectra of every head's products in a model or checkpoint, beside the same shapes untrained.
 
@@ -110,6 +111,7 @@ def inspect(
         num_heads: number of query heads, where nothing says it: a state dict without a configuration.
         layers: only these, counted from 0 in the order of the model.
         heads: only these.
+        state: which weights, of a checkpoint that holds several sets: a file's name, a dotted key, a prefix of names.
 
     Returns:
         An :class:`Inspection`; ``print`` it for a summary.
@@ -123,7 +125,7 @@ def inspect(
         >>> [(row["head"], row["product"]) for row in report.rows]
         [(0, 'query_key'), (1, 'query_key'), (0, 'value_output'), (1, 'value_output')]
     """
-    source = open_source(model)
+    source = open_source(model, state)
     found, unhandled = find_layers(source, names, num_heads)
     rows: list[Row] = []
     notes: dict[str, list[int]] = {}

@@ -57,6 +57,7 @@ def find_attention(
     num_heads: int | None = None,
     *,
     only: bool = False,
+    state: str | None = None,
 ) -> list[AttentionLayer]:
     """Return the attention layers of a model or a checkpoint, in the order of its parameters.
 
@@ -73,6 +74,7 @@ def find_attention(
             they do not fit is read by the names that are known.
         num_heads: number of query heads, where neither module nor configuration says it.
         only: look for ``names`` alone.
+        state: which weights, of a checkpoint that holds several sets: a file's name, a dotted key, a prefix of names.
 
     Returns:
         One :class:`~rankdecay.attention.AttentionLayer` per attention; a module with two kinds of it has two.
@@ -91,7 +93,7 @@ def find_attention(
         >>> layer.key.parameter_name, str(layer.key.window), layer.key.heads().shape
         ('in_proj_weight', 'rows[64:128]/192 by 16', torch.Size([4, 16, 64]))
     """
-    layers, unhandled = find_layers(open_source(model), names, num_heads, only)
+    layers, unhandled = find_layers(open_source(model, state), names, num_heads, only)
     warn_unhandled(unhandled, "is not handled", stacklevel=3)
     return layers
 

@@ -124,6 +124,16 @@ class ModuleSource:
         """Return the modules at a path without wrappers: those that wrap, then what they wrap."""
         return self._modules.get(path, [])
 
+    def children(self, path: str) -> Collection[str]:
+        """Return the names of the submodules, parameters and buffers of a module, without its wrappers."""
+        parts = (part for module in self.modules(path) for part in (module._modules, module._parameters, module._buffers))
+        return {name for part in parts for name in part}
+
+    def is_known(self, path: str) -> bool:
+        """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
+        known = ("torch.nn.", "transformers.models.", "timm.")
+        return any(type(module).__module__.startswith(known) for module in self.modules(path))
+
     def reader(self, name: str) -> Callable[[], Tensor]:
         """Return a function that reads a parameter whole, as the forward pass uses it now.
 
@@ -233,17 +243,23 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return reduce(getattr, name.split("."), module)  # pyright: ignore[reportReturnType]
 
 
-def open_source(model: nn.Module | str | Path) -> Source:
+def open_source(model: nn.Module | str | Path, state: str | None = None) -> Source:
     """Return the parameters and settings of a model, or of a checkpoint by its path.
 
+    Args:
+        model: the model or the path.
+        state: which weights, of a checkpoint that holds several sets.
+
     Raises:
-        TypeError: If ``model`` is neither an ``nn.Module`` nor a path.
+        TypeError: If ``model`` is neither an ``nn.Module`` nor a path, or ``state`` is given with a model.
         ValueError: If a checkpoint cannot be read.
     """
     if isinstance(model, nn.Module):
+        if state is not None:
+            raise TypeError(f"state={state!r} names weights in a checkpoint; give the part of the model itself.")
         return ModuleSource(model)
     if isinstance(model, (str, Path)):
-        return without_wrappers(open_checkpoint(model))
+        return without_wrappers(open_checkpoint(model, state))
     raise TypeError(f"model must be a torch.nn.Module or a path to a checkpoint, got {type(model).__name__}.")
 
 
