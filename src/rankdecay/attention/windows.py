@@ -267,6 +267,8 @@ class ModuleReader:
                 f"{heads * value_dim}"
             )
         left = self._matrices({place.parameter for place in places.values()})
+        read = {place.parameter.removesuffix(".weight") for place in places.values()}
+        left = [matrix for matrix in left if self._path(matrix.split(".")[0]) not in read]  # not an adapter's factors
         return f"none of its other matrices is known as one: {', '.join(left)}" if left else ""
 
     def _share_of_output(self, child: str, across: int | None, own: int, transposed: bool) -> Window | None:
@@ -293,6 +295,9 @@ class ModuleReader:
             if name.startswith(inside) and stored not in without and len(self.shape(name)) in (2, 3)
             and name.removeprefix(inside).count(".") <= 1
         ][:8]  # fmt: skip
+
+    def _path(self, child: str) -> str:
+        return f"{self.module}.{child}" if self.module else child
 
     def _lines(self, name: str, lines: str, transposed: bool, stacked: bool) -> int:
         """Return how many rows, or columns, the matrix has that a parameter holds."""
