@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_TYPES
+from rankdecay.attention.quantised import dequantised, stored_type
 
 Shape = tuple[int, ...]
 
@@ -96,25 +97,28 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     files_of: dict[str, Path] = {}
     shapes: dict[str, Shape] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    header: dict[str, str] = {}
     pickled: dict[Path, Mapping[str, Tensor]] = {}
     for file in files:
         _check_inside(file, folder)
         if file.suffix == ".safetensors":
-            found = _safetensors_shapes(file)
+            found, held = _safetensors_shapes(file, header)
         elif file.suffix not in _PICKLED:
             raise CheckpointError(f"{file} is not a checkpoint: expected .safetensors or one of {', '.join(_PICKLED)}.")
         else:
             pickled[file] = _state_dict(file)
             found = {name: tuple(tensor.shape) for name, tensor in pickled[file].items()}
+            held = {name: tensor.dtype for name, tensor in pickled[file].items()}
         for name, shape in found.items():
             if name in shapes:
                 raise CheckpointError(f"{name} is both in {files_of[name].name} and in {file.name} of {folder}.")
-            files_of[name], shapes[name] = file, shape
+            files_of[name], shapes[name], dtypes[name] = file, shape, held[name]
     if not shapes:
         raise CheckpointError(f"{path} contains no tensors.")
 
     @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices
-    def load(name: str) -> Tensor:
+    def load_stored(name: str) -> Tensor:
         file = files_of[name]
         if file in pickled:
             return pickled[file][name]
@@ -124,6 +128,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{name} cannot be read from {file}: {error}") from None
 
+    shapes, load = dequantised(shapes, dtypes, config, load_stored, header, CheckpointError)
     return Checkpoint(path, {name: shapes[name] for name in sorted(shapes, key=_natural)}, config, load)
 
 
@@ -180,10 +185,14 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _safetensors_shapes(file: Path) -> dict[str, Shape]:
+def _safetensors_shapes(file: Path, header: dict[str, str]) -> tuple[dict[str, Shape], dict[str, torch.dtype]]:
+    """Return shapes and types of the tensors of a file, and add the strings of its header to ``header``."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            header.update(opened.metadata() or {})
+            held = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in held.items()}
+            return shapes, {name: stored_type(tensor.get_dtype()) for name, tensor in held.items()}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from None
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankdecay.attention.checkpoints import Shape, open_checkpoint
 from rankdecay.attention.names import ROTARY
+from rankdecay.attention.quantised import live_weights
 from rankdecay.dtensor import whole
 
 
@@ -41,7 +42,9 @@ class ModuleSource:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = model
-        self.shapes = {name: tuple(p.shape) for name, p in named_parameters(model).items()}
+        self._quantised = live_weights(model)
+        parameters = {name: tuple(p.shape) for name, p in named_parameters(model).items()}
+        self.shapes = parameters | {name: weight.shape for name, weight in self._quantised.items()}
         self._modules = dict(model.named_modules(remove_duplicate=False))
 
     def __str__(self) -> str:
@@ -64,12 +67,13 @@ class ModuleSource:
         """Return a function that reads a parameter whole, with the contribution of active adapters."""
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
+        own = self._quantised[name].read if name in self._quantised else lambda: whole(getattr(module, leaf))
         if not owner.endswith("base_layer"):
-            return lambda: whole(getattr(module, leaf))
+            return own
         adapted: Any = self.model.get_submodule(owner.rpartition(".")[0])
 
         def weight() -> Tensor:
-            base = whole(getattr(module, leaf))
+            base = own()
             if leaf != "weight" or getattr(adapted, "merged", False) or getattr(adapted, "disable_adapters", False):
                 return base
             active = [name for name in adapted.active_adapters if name in getattr(adapted, "lora_A", {})]
