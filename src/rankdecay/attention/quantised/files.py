@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankdecay.attention.quantised.formats import weights_in
 from rankdecay.attention.quantised.stored import FLOAT, Load, Refused, Shape, Stored, Weight, settings_in
-from rankdecay.attention.quantised.subclasses import flattened, own_dequantize
+from rankdecay.attention.quantised.subclasses import dequantize, flattened, own_dequantize
 
 
 def dequantised(
@@ -61,10 +61,13 @@ def dequantised(
         if name in weights:
             return read(name)
         tensor = load(name)
-        if own_dequantize(tensor):
-            return tensor.dequantize()
-        if tensor.dtype not in FLOAT:
-            raise error(str(stored.at(name).unknown()))
+        try:
+            if own_dequantize(tensor):
+                return dequantize(tensor, stored.at(name))
+            if tensor.dtype not in FLOAT:
+                raise stored.at(name).unknown()
+        except Refused as reason:
+            raise error(str(reason)) from None
         return tensor
 
     return left | {name: weight.shape for name, weight in weights.items()}, load_weight

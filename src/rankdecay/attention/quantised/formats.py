@@ -10,7 +10,7 @@ import torch
 
 from rankdecay.attention.quantised.packed import affine, bitsandbytes4, float4, gptq_or_awq, hqq, packed, ternary
 from rankdecay.attention.quantised.scales import EXPONENTS, float_beside_scale, llm_int8, quanto, scaled
-from rankdecay.attention.quantised.stored import FLOAT, FLOAT8, Refused, Stored, Weight
+from rankdecay.attention.quantised.stored import FLOAT, FLOAT8, Stored, Weight, plain
 
 #: Tensors that describe codes, and integers that are no weights: masks, indices, positions.
 _BESIDE = re.compile(
@@ -21,22 +21,28 @@ _BESIDE = re.compile(
 _NO_WEIGHT = re.compile(r"(mask|bias|index|idxs?|ids|perm|positions?|table|tracked|steps?|buffer)", re.IGNORECASE)
 
 
-#: Modules that hold no attention: what is not readable there does not matter.
-ELSEWHERE = re.compile(
-    r"mlp|ffn|feed_?forward|fc_?\d|moe|gate_proj|up_proj|down_proj|gate_up|dense_h_to_4h|dense_4h_to_h|embed|wte|wpe"
-    r"|lm_head|(^|\.)head\.|classifier|router|patch|(^|\.)conv"
+#: A module, or the one that holds it, that is no projection of attention.
+_ELSEWHERE = re.compile(
+    r"(mlp|ffn|feed_?forward|moe|block_sparse_moe|fc_?\d|w[123]|(gate|up|down|gate_up)_proj|dense_h_to_4h|dense_4h_to_h"
+    r"|embed\w*|word_embeddings|wte|wpe|lm_head|embed_out|router|classifier)"
 )
 
 
+_SCALES = ("weight_scale", "_scale_inv", ".scale_weight", "scaled_fp8")
 _SCALED_FLOAT8 = ("", "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark")
+
+
+def left_alone(module: str) -> bool:
+    """Whether a module is an expert, a feed-forward layer or an embedding: nothing reads its weights here."""
+    return "expert" in module or any(_ELSEWHERE.fullmatch(part) for part in module.split(".")[-2:])
 
 
 def weights_in(stored: Stored, taken: set[str]) -> Iterator[tuple[str, Weight]]:
     """Yield the quantised weights by name; ``taken`` are tensors already accounted for."""
     for name, dtype in stored.dtypes.items():
-        if name in taken or "expert" in name:
-            continue
         owner, dot, leaf = name.rpartition(".")
+        if name in taken or left_alone(owner):
+            continue
         row = next((row for row in FORMATS if row.sign == leaf and row.fits(stored.at(name))), None)
         if row:
             weight, read = stored.at(owner if row.inside else f"{owner}{dot}weight"), row.read
@@ -44,12 +50,9 @@ def weights_in(stored: Stored, taken: set[str]) -> Iterator[tuple[str, Weight]]:
             weight, read = stored.at(name), _codes
         else:
             continue
-        try:
-            found = read(weight)
-        except Refused:
-            if ELSEWHERE.search(name):
-                continue
-            raise
+        found = read(weight)
+        if found and plain(stored.settings.get("transform_config")).get("config_groups"):
+            raise weight.refused("rotated weights (transform_config of compressed-tensors)")
         if found:
             yield weight.name, found
 
@@ -69,6 +72,8 @@ def _codes(stored: Stored) -> Weight | None:
     """Read a weight whose codes have its own name, by their type and by the tensors beside them."""
     dtype = stored.dtypes[stored.name]
     scale = stored.find("_scale_inv", "_scale", "scale_weight", "scale")
+    if dtype in (torch.qint8, torch.quint8):
+        return Weight(stored.shapes[stored.name], lambda: stored.load(stored.name).dequantize())
     if stored.find("pre_quant_scale", "act_pre_scale"):
         raise stored.refused("weights whose inputs are scaled (pre_quant_scale)")
     if stored.find(".absmax", "._data"):
@@ -88,9 +93,9 @@ def _codes(stored: Stored) -> Weight | None:
     if scale and dtype == torch.int8 and stored.method in ("", "compressed-tensors"):
         return scaled(stored, scale)
     if dtype in FLOAT8 and not scale:
-        if stored.settings or any(name.endswith(("_scale", "_scale_inv", ".scale_weight")) for name in stored.shapes):
+        if stored.settings or any(name.endswith(_SCALES) for name in stored.shapes):
             raise stored.wrong(f"it holds {str(dtype).removeprefix('torch.')} numbers without their scale")
-        return Weight(stored.shapes[stored.name], lambda: stored.load(stored.name).float(), ())
+        return Weight(stored.shapes[stored.name], lambda: stored.load(stored.name).float())
     raise stored.unknown()
 
 

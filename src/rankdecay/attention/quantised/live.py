@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankdecay.attention.quantised.formats import weights_in
+from rankdecay.attention.quantised.formats import left_alone, weights_in
 from rankdecay.attention.quantised.stored import REMEDY, Refused, Shape, Stored, Weight, plain, settings_in
 from rankdecay.attention.quantised.subclasses import dequantize, own_dequantize
 from rankdecay.dtensor import whole
@@ -26,7 +26,7 @@ def live_weights(model: nn.Module) -> dict[str, Weight]:
     settings = settings_in(plain(getattr(model, "config", None)))
     found: dict[str, Weight] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if "expert" in path:
+        if left_alone(path):
             continue
         for leaf, weight in _of_module(module, path, settings):
             found[f"{path}.{leaf}" if path else leaf] = weight

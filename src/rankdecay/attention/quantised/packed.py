@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankdecay.attention.quantised.scales import EXPONENTS, Grid, arguments, grid, numbers_of, order_of
-from rankdecay.attention.quantised.stored import FLOAT, Stored, Weight, present
+from rankdecay.attention.quantised.stored import FLOAT, FLOAT8, Stored, Weight, present
 
 
 def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -185,7 +186,8 @@ def float4(stored: Stored, codes: str, scale: str) -> Weight:
     shape = (stored.shapes[codes][0], 2 * stored.shapes[codes][1])
     exponents = stored.dtypes[scale] in EXPONENTS
     group = 32 if exponents else 16
-    if stored.shapes[scale] != (shape[0], shape[1] // group):
+    typed = exponents or stored.dtypes[scale] in FLOAT8
+    if not typed or stored.shapes[scale] != (shape[0], shape[1] // group):
         raise stored.refused(f"codes of shape {stored.shapes[codes]} with scales of shape {stored.shapes[scale]}")
     divisor, factor = stored.find("_global_scale"), stored.find("_scale_2")
     if not (exponents or divisor or factor):

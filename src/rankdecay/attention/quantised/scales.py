@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -67,8 +66,13 @@ def grid(stored: Stored, shape: Shape, scale: str, block: tuple[int | None, int 
 
 def _stated_block(stored: Stored) -> tuple[int | None, int | None]:
     """Return the size of a block, (rows, columns), as far as the configuration states one."""
-    stated = {json.dumps(found) for args in arguments(stored) if (found := args.get("block_structure"))}
-    value = stored.settings.get("weight_block_size") or (json.loads(stated.pop()) if len(stated) == 1 else None)
+    groups = arguments(stored)
+    value = stored.settings.get("weight_block_size")
+    if len(groups) == 1 and groups[0].get("strategy") == "block":
+        value = groups[0].get("block_structure")
+    elif len(groups) == 1 and groups[0].get("strategy") == "group":
+        size = groups[0].get("group_size")
+        return None, size if isinstance(size, int) and size > 0 else None
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(n, int) and n > 0 for n in value):
         return value[0], value[1]
     return None, None

@@ -75,7 +75,8 @@ class Stored:
     @property
     def method(self) -> str:
         """The name of the format in the configuration."""
-        return str(self.settings.get("quant_method") or "")
+        method = self.settings.get("quant_method")
+        return str(getattr(method, "value", method) or "")  # an enumeration in a live configuration
 
     def find(self, *parts: str) -> str | None:
         """Return the first tensor that exists: ``_scale`` and ``.absmax`` continue the name, ``SCB`` lies beside it."""
@@ -127,7 +128,8 @@ def settings_in(config: Mapping[str, Any]) -> Mapping[str, Any]:
             found = plain(part.get(key))
             if found:
                 return plain(found.get("quantization_config")) or found
-    return {}
+    named = next((key for key, value in config.items() if "quant" in str(key) and value), None)  # ChatGLM's bits
+    return {"quant_method": named} if named else {}
 
 
 def plain(settings: object) -> Mapping[str, Any]:

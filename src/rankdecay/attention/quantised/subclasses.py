@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rankdecay.attention.quantised.formats import ELSEWHERE
+from rankdecay.attention.quantised.formats import left_alone
 from rankdecay.attention.quantised.stored import Refused, Stored, Weight
 
 
@@ -32,7 +32,7 @@ def flattened(stored: Stored, metadata: Mapping[str, str]) -> dict[str, Weight]:
     for name, text in metadata.items():
         owner, _, leaf = name.rpartition(".")
         prefix = f"{owner}._{leaf}_" if owner else f"_{leaf}_"
-        if "expert" in name or ELSEWHERE.search(name) or f"{prefix}qdata" not in stored.shapes:
+        if left_alone(owner) or f"{prefix}qdata" not in stored.shapes:
             continue
         weight = stored.at(name)
         try:
