@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention.quantised.formats import left_alone, weights_in
-from rankdecay.attention.quantised.stored import REMEDY, Refused, Shape, Stored, Weight, plain, settings_in
+from rankdecay.attention.quantised.stored import FLOAT, REMEDY, Refused, Shape, Stored, Weight, plain, settings_in
 from rankdecay.attention.quantised.subclasses import dequantize, own_dequantize
 from rankdecay.dtensor import whole
 
@@ -48,11 +48,10 @@ def _of_module(module: nn.Module, path: str, settings: Mapping[str, Any]) -> Ite
         return whole(getattr(module, leaf)).detach().cpu()
 
     stored = Stored("", shapes, dtypes, load, _module_settings(module, settings))
-    for leaf, tensor in held.items():
-        weight = _of_tensor(module, leaf, tensor, f"{path}.{leaf}" if path else leaf)
-        if weight:
-            yield leaf, weight
-            return
+    own = {leaf: _of_tensor(module, leaf, held[leaf], f"{path}.{leaf}" if path else leaf) for leaf in held}
+    if any(own.values()):
+        yield from ((leaf, weight) for leaf, weight in own.items() if weight)
+        return
     if "qweight" in held and callable(getattr(module, "dequantize_weight", None)):
         packed: Any = module  # GPTQModel's kernels reorder the codes, and give them back by this
         yield "weight", Weight(_stated_shape(module, name), lambda: packed.dequantize_weight().detach().t())
@@ -80,7 +79,7 @@ def _of_tensor(module: nn.Module, leaf: str, tensor: Tensor, name: str) -> Weigh
 
     if kind == "Params4bit" and getattr(tensor, "quant_state", None) is not None:
         state: Any = tensor
-        return Weight(tuple(state.quant_state.shape), lambda: _dequantize_4bit(now()))
+        return Weight(tuple(state.quant_state.shape), lambda: _dequantize_4bit(now(), name))
     if kind == "Int8Params" and tensor.dtype == torch.int8:
 
         def read() -> Tensor:
@@ -105,9 +104,14 @@ def _of_tensor(module: nn.Module, leaf: str, tensor: Tensor, name: str) -> Weigh
     return None
 
 
-def _dequantize_4bit(weight: Any) -> Tensor:
+def _dequantize_4bit(weight: Any, name: str) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]
 
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"{name} was put into the order of bitsandbytes' CPU kernel by the first forward pass; "
+            "look at the model before it, or at its checkpoint."
+        )
     return dequantize_4bit(weight.data, weight.quant_state)
 
 
@@ -134,7 +138,10 @@ def _module_settings(module: nn.Module, settings: Mapping[str, Any]) -> Mapping[
 
 
 def _stated_shape(module: nn.Module, name: str) -> Shape:
-    """Return the shape that a linear layer states."""
+    """Return the shape that a linear layer states, or that of a weight of ordinary numbers."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in FLOAT:
+        return tuple(weight.shape)
     shape = tuple(getattr(module, side, None) for side in ("out_features", "in_features"))
     if not all(isinstance(n, int) for n in shape):
         raise ValueError(f"{name} is quantised as {type(module).__name__}, which is not read; {REMEDY}.")

@@ -136,6 +136,8 @@ def llm_int8(stored: Stored, statistics: str) -> Weight:
 
 def quanto(stored: Stored) -> Weight:
     """Read quanto's 8-bit weights."""
+    if stored.name.endswith("._data"):  # packed: weight._data._data
+        raise stored.at(stored.name.removesuffix("._data")).refused("quanto of less than 8 bits")
     codes, scale = stored.need("._data"), stored.need("._scale")
     if stored.find("._shift") or stored.dtypes[codes] not in (torch.int8, *FLOAT8):
         raise stored.refused("quanto of less than 8 bits")
