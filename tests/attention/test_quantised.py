@@ -191,6 +191,23 @@ def test_bitsandbytes_4bit(tmp_path: Path, kind: str, nested: bool) -> None:
         query(live)
 
 
+def test_bitsandbytes_4bit_stored_as_bfloat16(tmp_path: Path) -> None:
+    """FSDP shards only floating types, so the codes of QLoRA may lie in a bfloat16 tensor."""
+    bitsandbytes = needs.package("bitsandbytes")
+
+    def make(w: Tensor) -> nn.Module:
+        layer = bitsandbytes.nn.Linear4bit(D, D, bias=False)
+        layer.weight = bitsandbytes.nn.Params4bit(w, requires_grad=False, quant_storage=torch.bfloat16)
+        return layer.to("cpu")
+
+    live = model(make)
+    held = live["self_attn"].q_proj.weight
+    assert held.dtype == torch.bfloat16
+    expected = bitsandbytes.functional.dequantize_4bit(held.data, held.quant_state)
+    same(query(live), expected)
+    same(query(write(tmp_path, files_of(live))), expected)
+
+
 def test_bitsandbytes_8bit(tmp_path: Path) -> None:
     bitsandbytes = needs.package("bitsandbytes")
 
@@ -505,6 +522,14 @@ def test_sizes_that_contradict_each_other(tmp_path: Path, changes: dict[str, Ten
     path = write(tmp_path, each(lambda _: tensors), quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(CheckpointError, match=rf"\w_proj.weight is quantised .*{said}"):
         query(path)
+
+
+def test_zero_points_that_the_configuration_promises(tmp_path: Path) -> None:
+    args = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}
+    said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": args}}}
+    held = each(lambda _: {".weight": INT8, ".weight_scale": ROWS})
+    with pytest.raises(CheckpointError, match=r"k_proj.weight is quantised .* its zero_point is missing"):
+        rd.find_attention(write(tmp_path, held, quantization_config=said))
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ quanto (8 bits)            ``weight._data``, ``weight._scale``                  
 torchao                    ``_weight_qdata``, …, and the header of the file        by torchao
 =========================  ======================================================  ==================================
 
-Experts are left alone: nothing here reads them, and there can be a hundred thousand. Sizes that contradict each other
-are an error that names the tensor. The products are formed in float32, whatever the precision of the scales.
+Experts, feed-forward layers and embeddings are left alone: nothing here reads them, and there can be a hundred
+thousand. Sizes that contradict each other are an error that names the tensor. The products are formed in float32, whatever the precision of the scales.
 """
 
 from rankdecay.attention.quantised.files import dequantised

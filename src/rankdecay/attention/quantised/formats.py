@@ -16,18 +16,12 @@ from rankdecay.attention.quantised.stored import FLOAT, FLOAT8, Stored, Weight, 
 _BESIDE = re.compile(
     r"(scales?|scale_inv|scale_\d|scb|zeros?|zero_points?|absmax|map|shape|state\w*|format|g_idx|biases)$"
 )
-
-
 _NO_WEIGHT = re.compile(r"(mask|bias|index|idxs?|ids|perm|positions?|table|tracked|steps?|buffer)", re.IGNORECASE)
-
-
 #: A module, or the one that holds it, that is no projection of attention.
 _ELSEWHERE = re.compile(
     r"(mlp|ffn|feed_?forward|moe|block_sparse_moe|fc_?\d|w[123]|(gate|up|down|gate_up)_proj|dense_h_to_4h|dense_4h_to_h"
     r"|embed\w*|word_embeddings|wte|wpe|lm_head|embed_out|router|classifier)"
 )
-
-
 _SCALES = ("weight_scale", "_scale_inv", ".scale_weight", "scaled_fp8")
 _SCALED_FLOAT8 = ("", "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark")
 
@@ -72,6 +66,8 @@ def _codes(stored: Stored) -> Weight | None:
     """Read a weight whose codes have its own name, by their type and by the tensors beside them."""
     dtype = stored.dtypes[stored.name]
     scale = stored.find("_scale_inv", "_scale", "scale_weight", "scale")
+    if len(stored.shapes[stored.name]) != 2 and (scale or dtype not in FLOAT8):
+        raise stored.refused(f"codes of shape {stored.shapes[stored.name]}")
     if dtype in (torch.qint8, torch.quint8):
         return Weight(stored.shapes[stored.name], lambda: stored.load(stored.name).dequantize())
     if stored.find("pre_quant_scale", "act_pre_scale"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankdecay.attention.quantised.scales import EXPONENTS, Grid, arguments, grid, numbers_of, order_of
+from rankdecay.attention.quantised.scales import EXPONENTS, Grid, arguments, grid, numbers_of, order_of, zero_point
 from rankdecay.attention.quantised.stored import FLOAT, FLOAT8, Stored, Weight, present
 
 
@@ -56,16 +56,17 @@ def _bits(stored: Stored, stated: int | None, fits: Callable[[int], bool], choic
 
 def gptq_or_awq(stored: Stored) -> Weight | None:
     codes, scales = stored.need("qweight"), stored.need("scales")
-    if len(stored.shapes[codes]) != 2 or len(stored.shapes[scales]) != 2:
+    if len(stored.shapes[codes]) != 2 or len(stored.shapes[scales]) != 2 or not math.prod(stored.shapes[scales]):
         raise stored.wrong(f"qweight has shape {stored.shapes[codes]} and scales {stored.shapes[scales]}")
     if any(stored.dtypes[name] != torch.int32 for name in (codes, stored.need("qzeros"))):
         raise stored.refused(f"{stored.method or 'GPTQ or AWQ'} with codes that are not packed into int32")
     packing = str(stored.settings.get("packing_format", ""))
     method = stored.method + packing
-    layout = str(stored.settings.get("checkpoint_format") or stored.settings.get("version") or "").lower()
+    layout = str(stored.settings.get("checkpoint_format") or "").lower()
     if stored.method == "auto-round" and packing not in ("auto_round:auto_gptq", "auto_round:auto_awq"):
         raise stored.refused(f"auto-round in packing_format={packing!r}")
     if "awq" in method or (not stored.method and stored.shapes[codes][1] != stored.shapes[scales][1]):
+        layout = layout or str(stored.settings.get("version") or "").lower()
         if layout not in ("", "gemm"):
             raise stored.refused(f"AWQ in the order {layout!r}")
         return _awq(stored, codes, scales)
@@ -95,7 +96,7 @@ def _gptq(stored: Stored, codes: str, scales: str, one: int) -> Weight:
     if columns != out:
         raise stored.wrong(f"its scales have {columns} columns for {out} outputs")
     shape = (out, inputs(bits))
-    size = stored.number("group_size") or -(-shape[1] // groups)
+    size = stored.number("group_size") or max(shape[1] // groups, 1)
     if order is None and -(-shape[1] // size) != groups:
         raise stored.wrong(f"{groups} groups of {size} do not make {shape[1]} inputs")
     cut = Grid((out, groups), (1, size))
@@ -103,7 +104,9 @@ def _gptq(stored: Stored, codes: str, scales: str, one: int) -> Weight:
     def read() -> Tensor:
         numbers = _unpack(stored.load(codes).t().contiguous(), bits, shape[1]).float()
         zero = (_unpack(stored.load(zeros), bits, out).long() + one) & (2**bits - 1)
-        return cut.apply(numbers, stored.load(scales).float().t(), zero.float().t(), order_of(stored, order, cut))
+        return cut.apply(
+            numbers, stored.load(scales).float().t(), zero.float().t(), order_of(stored, order, cut, shape[1])
+        )
 
     return Weight(shape, read, present(codes, scales, zeros, order))
 
@@ -112,10 +115,10 @@ def _awq(stored: Stored, codes: str, scales: str) -> Weight:
     """Read AWQ's GEMM order: packed along the outputs, (inputs, outputs / 8), the eight of a word interleaved."""
     zeros = stored.need("qzeros")
     (inside, words), (groups, out) = stored.shapes[codes], stored.shapes[scales]
-    size = stored.number("group_size") or stored.number("q_group_size") or -(-inside // groups)
+    size = stored.number("group_size") or stored.number("q_group_size") or inside // groups
     if (stored.number("bits") or stored.number("w_bit") or 4) != 4:
         raise stored.refused("AWQ of other than 4 bits")
-    if words * 8 != out or stored.shapes[zeros] != (groups, words) or -(-inside // size) != groups:
+    if words * 8 != out or stored.shapes[zeros] != (groups, words) or inside != groups * size:
         raise stored.wrong(
             f"qweight of shape {stored.shapes[codes]}, qzeros of {stored.shapes[zeros]} and scales of "
             f"{stored.shapes[scales]} in groups of {size} do not belong together"
@@ -142,9 +145,9 @@ def packed(stored: Stored) -> Weight:
     if stored.dtypes[codes] != torch.int32:
         raise stored.unknown()
     stated = stored.need("_shape")
-    shape = tuple(int(n) for n in stored.load(stated).flatten().tolist()) if stored.shapes[stated] == (2,) else ()
+    shape = _stated_shape(stored, stated)
     rows, words = stored.shapes[codes]
-    if len(shape) != 2 or shape[0] != rows or shape[1] < 1:
+    if shape[0] != rows:
         raise stored.wrong(f"{stated} says {shape}, where weight_packed has {rows} rows")
     said = {args["num_bits"] for args in arguments(stored) if isinstance(args.get("num_bits"), int)}
     bits = _bits(
@@ -154,7 +157,7 @@ def packed(stored: Stored) -> Weight:
         (1, 2, 3, 4, 5, 6, 7, 8),
     )
     cut = grid(stored, shape, scale)
-    zero, order = stored.find("_zero_point"), stored.find("_g_idx")
+    zero, order = zero_point(stored), stored.find("_g_idx")
     middle = 2 ** (bits - 1)
     packed_zero = zero is not None and stored.dtypes[zero] == torch.int32
     if zero and stored.shapes[zero] != ((_fill(rows, bits), cut.cells[1]) if packed_zero else stored.shapes[scale]):
@@ -171,7 +174,7 @@ def packed(stored: Stored) -> Weight:
     def read() -> Tensor:
         numbers = _unpack(stored.load(codes), bits, shape[1]).float() - middle
         scales = numbers_of(stored.load(scale)).reshape(cut.cells)
-        return cut.apply(numbers, scales, zeros(), order_of(stored, order, cut))
+        return cut.apply(numbers, scales, zeros(), order_of(stored, order, cut, shape[1]))
 
     return Weight(shape, read, present(codes, scale, stated, zero, order))
 
@@ -190,6 +193,8 @@ def float4(stored: Stored, codes: str, scale: str) -> Weight:
     if not typed or stored.shapes[scale] != (shape[0], shape[1] // group):
         raise stored.refused(f"codes of shape {stored.shapes[codes]} with scales of shape {stored.shapes[scale]}")
     divisor, factor = stored.find("_global_scale"), stored.find("_scale_2")
+    if any(math.prod(stored.shapes[name]) != 1 for name in (divisor, factor) if name):
+        raise stored.wrong("its scale of the whole matrix is not one number")
     if not (exponents or divisor or factor):
         raise stored.wrong("its weight_global_scale or weight_scale_2 is missing")
 
@@ -213,10 +218,10 @@ def affine(stored: Stored) -> Weight:
     rows, words = stored.shapes[stored.name]
     own = stored.settings.get(stored.name.removesuffix(".weight"))
     own = stored.settings if not isinstance(own, Mapping) else own
-    size, bits = own.get("group_size"), own.get("bits")
+    size, bits, kind = own.get("group_size"), own.get("bits"), own.get("mode", "affine")
     held = stored.shapes[scale]
-    if not isinstance(size, int) or not isinstance(bits, int) or own.get("mode", "affine") != "affine":
-        raise stored.refused(f"MLX with group_size={size!r}, bits={bits!r}, mode={own.get('mode', 'affine')!r}")
+    if not (isinstance(size, int) and isinstance(bits, int) and size > 0 and 0 < bits <= 8 and kind == "affine"):
+        raise stored.refused(f"MLX with group_size={size!r}, bits={bits!r}, mode={kind!r}")
     if len(held) != 2 or held[0] != rows or stored.shapes[bias] != held or _fill(held[1] * size, bits) != words:
         raise stored.wrong(f"{words} words a row do not hold {held} groups of {size} numbers of {bits} bits")
     shape = (rows, held[1] * size)
@@ -256,8 +261,9 @@ def bitsandbytes4(stored: Stored) -> Weight:
     if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
         raise stored.wrong(f"its quant_state states the shape {shape!r}")
     count, blocks = math.prod(shape), math.prod(stored.shapes[absmax])
-    numbers = 2 * math.prod(stored.shapes[codes]) * stored.dtypes[codes].itemsize
-    if not isinstance(size, int) or size < 1 or -(-count // size) != blocks or not 0 <= numbers - count < 16:
+    padding = 2 * stored.dtypes[codes].itemsize
+    numbers = math.prod(stored.shapes[codes]) * padding
+    if not isinstance(size, int) or size < 1 or -(-count // size) != blocks or not 0 <= numbers - count < padding:
         raise stored.wrong(f"{numbers} codes and {blocks} blocks of {size!r} do not make the shape {tuple(shape)}")
     if math.prod(stored.shapes[table]) != 16:
         raise stored.wrong(f"its quant_map has {math.prod(stored.shapes[table])} numbers, not 16")
@@ -291,6 +297,16 @@ def bitsandbytes4(stored: Stored) -> Weight:
     return Weight(tuple(shape), read, parts)
 
 
+def _stated_shape(stored: Stored, name: str) -> tuple[int, int]:
+    """Return the shape that a tensor states."""
+    if stored.shapes[name] != (2,) or stored.dtypes[name] not in (torch.int32, torch.int64):
+        raise stored.wrong(f"{name} is not a shape")
+    rows, columns = (int(n) for n in stored.load(name).tolist())
+    if rows < 1 or columns < 1:
+        raise stored.wrong(f"{name} states the shape {rows, columns}")
+    return rows, columns
+
+
 def _json(stored: Stored, name: str) -> dict[str, Any]:
     """Return the JSON object in a tensor of bytes."""
     if stored.dtypes[name] != torch.uint8 or math.prod(stored.shapes[name]) > 2**16:
@@ -311,10 +327,10 @@ def hqq(stored: Stored) -> Weight:
         raise stored.refused("HQQ with codes that are not bytes")
     if any(stored.dtypes[name] not in FLOAT for name in (scale, zero)):
         raise stored.refused("HQQ with quantised scales")
-    shape = tuple(int(n) for n in stored.load(stated).flatten().tolist())
+    shape = _stated_shape(stored, stated)
     count, rows, columns = math.prod(shape), *stored.shapes[codes]
     bits = next((bits for bits in (8, 4, 2, 1) if rows * columns * 8 // bits == count), None)
-    if len(shape) != 2 or min(shape) < 1 or bits is None:
+    if bits is None:
         raise stored.refused(f"HQQ with codes of shape {stored.shapes[codes]} for a matrix of shape {shape}")
     per = 8 // bits
     if stored.shapes[scale] not in ((rows * per, 1), (1, columns)) or stored.shapes[zero] != stored.shapes[scale]:

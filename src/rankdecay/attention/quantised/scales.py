@@ -12,8 +12,6 @@ from torch import Tensor
 from rankdecay.attention.quantised.stored import FLOAT, FLOAT8, Shape, Stored, Weight, present
 
 EXPONENTS = (torch.uint8, getattr(torch, "float8_e8m0fnu", torch.uint8))  # scales that are powers of two (torch 2.7)
-
-
 _POWERS = torch.tensor([2.0 ** (i - 127) for i in range(255)] + [math.nan])
 
 
@@ -78,13 +76,27 @@ def _stated_block(stored: Stored) -> tuple[int | None, int | None]:
     return None, None
 
 
-def order_of(stored: Stored, name: str | None, cut: Grid) -> Tensor | None:
-    """Return the group of each column, where a tensor states it."""
+def zero_point(stored: Stored) -> str | None:
+    """Return the tensor of zero points, if there is one.
+
+    Raises:
+        Refused: If there is none, where the configuration says that the codes are not symmetric.
+    """
+    groups = arguments(stored)
+    if len(groups) == 1 and groups[0].get("symmetric") is False:
+        return stored.need("_zero_point")
+    return stored.find("_zero_point")
+
+
+def order_of(stored: Stored, name: str | None, cut: Grid, columns: int) -> Tensor | None:
+    """Return the group of each of so many columns, where a tensor states it."""
     if name is None or cut.cells[1] == 1:
         return None
     order = stored.load(name).long().flatten()
     if bool((order == -1).all()):
         return None  # initialised by compressed-tensors, and not used
+    if order.numel() != columns:
+        raise stored.wrong(f"{name} has {order.numel()} numbers for {columns} columns")
     if order.numel() and (int(order.min()) < 0 or int(order.max()) >= cut.cells[1]):
         raise stored.wrong(f"{name} names group {int(order.max())} of {cut.cells[1]}")
     return order
@@ -106,25 +118,26 @@ def numbers_of(scale: Tensor) -> Tensor:
 def scaled(stored: Stored, scale: str) -> Weight:
     """Read (codes - zero point) · scale."""
     shape = stored.shapes[stored.name]
-    if len(shape) != 2:
-        raise stored.refused(f"scaled numbers of shape {shape}")
     cut = grid(stored, shape, scale)
-    zero, order = stored.find("_zero_point"), stored.find("_g_idx")
+    zero, order = zero_point(stored), stored.find("_g_idx")
     if zero and stored.shapes[zero] != stored.shapes[scale]:
         raise stored.wrong(f"its zero points have shape {stored.shapes[zero]}, its scales {stored.shapes[scale]}")
 
     def read() -> Tensor:
         codes = stored.load(stored.name).float()
         zeros = stored.load(zero).float().reshape(cut.cells) if zero else None
-        return cut.apply(codes, numbers_of(stored.load(scale)).reshape(cut.cells), zeros, order_of(stored, order, cut))
+        scales = numbers_of(stored.load(scale)).reshape(cut.cells)
+        return cut.apply(codes, scales, zeros, order_of(stored, order, cut, shape[1]))
 
     return Weight(shape, read, present(stored.find(""), scale, zero, order))
 
 
 def llm_int8(stored: Stored, statistics: str) -> Weight:
     shape, order = stored.shapes[stored.name], stored.find("weight_format")
-    if len(shape) != 2 or math.prod(stored.shapes[statistics]) != shape[0]:
+    if math.prod(stored.shapes[statistics]) != shape[0]:
         raise stored.wrong(f"SCB has {math.prod(stored.shapes[statistics])} numbers for a matrix of shape {shape}")
+    if order and math.prod(stored.shapes[order]) != 1:
+        raise stored.wrong(f"{order} is not one number")
 
     def read() -> Tensor:
         if order and int(stored.load(order).flatten()[0]) != 0:
