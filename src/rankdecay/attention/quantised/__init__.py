@@ -27,7 +27,8 @@ torchao                    ``_weight_qdata``, …, and the header of the file   
 =========================  ======================================================  ==================================
 
 Experts, feed-forward layers and embeddings are left alone: nothing here reads them, and there can be a hundred
-thousand. Sizes that contradict each other are an error that names the tensor. The products are formed in float32, whatever the precision of the scales.
+thousand. Sizes that contradict each other are an error that names the tensor. The products are formed in float32,
+whatever the precision of the scales.
 """
 
 from rankdecay.attention.quantised.files import dequantised
