@@ -31,6 +31,7 @@ from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import find_files, kind
 from rankdecay.attention.foreign import check_archive
 from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_TYPES
+from rankdecay.attention.quantised import dequantised, stored_type
 from rankdecay.attention.states import SeveralSets, choose_mapping, choose_names
 
 Shape = tuple[int, ...]
@@ -121,28 +122,31 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
     state, candidates = found.state, list(found.candidates)
     files_of: dict[str, Path] = {}
     shapes: dict[str, Shape] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    header: dict[str, str] = {}
     pickled: dict[Path, Mapping[str, Tensor]] = {}
     content: object = None
     for file in found.files:
         if kind(file) == ".safetensors":
-            held = _safetensors_shapes(file)
+            held, types = _safetensors_shapes(file, header)
         else:
             content = _content(file)
             pickled[file], rest, keys = choose_mapping(content, state, file)
             state = rest if len(found.files) == 1 else state
             candidates += keys if len(keys) > 1 else []
             held = {name: tuple(tensor.shape) for name, tensor in pickled[file].items()}
+            types = {name: tensor.dtype for name, tensor in pickled[file].items()}
             _check_size(pickled[file], file)
         for name, shape in held.items():
             if name in shapes:
                 raise CheckpointError(f"{name} is both in {files_of[name].name} and in {file.name} of {file.parent}.")
-            files_of[name], shapes[name] = file, shape
+            files_of[name], shapes[name], dtypes[name] = file, shape, types[name]
     if not shapes:
         raise CheckpointError(f"{path} contains no tensors.")
     stored_as, copies = choose_names(shapes, state, path)
 
     @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices
-    def load(name: str) -> Tensor:
+    def load_stored(name: str) -> Tensor:
         stored = stored_as[name]
         file = files_of[stored]
         if file in pickled:
@@ -153,8 +157,11 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{stored} cannot be read from {file}: {error}") from None
 
+    dtypes = {name: dtypes[stored] for name, stored in stored_as.items()}
     shapes = {name: shapes[stored_as[name]] for name in sorted(stored_as, key=_natural)}
     config = configuration(found.folders, found.files[0], shapes, content)
+    shapes, load = dequantised(shapes, dtypes, config, load_stored, header, CheckpointError)
+    shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
     opened = Checkpoint(path, shapes, config, load, tuple(dict.fromkeys([*candidates, *copies])))
     if not is_adapter(found.files[0], shapes):
         return opened
@@ -167,7 +174,7 @@ def _matrices_in(file: Path) -> set[str]:
     """Return the names of the matrices in a file; its own name if that cannot be known."""
     try:
         if kind(file) == ".safetensors":
-            return {name for name, shape in _safetensors_shapes(file).items() if len(shape) >= 2}
+            return {name for name, shape in _safetensors_shapes(file, {})[0].items() if len(shape) >= 2}
         return {name for name, tensor in choose_mapping(_content(file), None, file)[0].items() if tensor.ndim >= 2}
     except SeveralSets as several:
         return {f"{file.name}/{key}" for key in several.candidates}
@@ -181,10 +188,14 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def _safetensors_shapes(file: Path) -> dict[str, Shape]:
+def _safetensors_shapes(file: Path, header: dict[str, str]) -> tuple[dict[str, Shape], dict[str, torch.dtype]]:
+    """Return shapes and types of the tensors of a file, and add the strings of its header to ``header``."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            header.update(opened.metadata() or {})
+            held = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in held.items()}
+            return shapes, {name: stored_type(tensor.get_dtype()) for name, tensor in held.items()}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from None
 

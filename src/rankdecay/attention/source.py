@@ -14,6 +14,7 @@ from rankdecay.attention.adapters import added, check_plain, in_use, is_adapted,
 from rankdecay.attention.checkpoints import Checkpoint, CheckpointError, Shape, open_checkpoint
 from rankdecay.attention.computed import Computed, StoredWeight, compute, computed_weights, stored_weights
 from rankdecay.attention.names import ROTARY
+from rankdecay.attention.quantised import live_weights
 from rankdecay.dtensor import whole
 
 
@@ -86,7 +87,9 @@ class ModuleSource:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = model
-        self.shapes = {name: tuple(p.shape) for name, p in named_parameters(model).items()}
+        self._quantised = live_weights(model)
+        parameters = {name: tuple(p.shape) for name, p in named_parameters(model).items()}
+        self.shapes = parameters | {name: weight.shape for name, weight in self._quantised.items()}
         self.known: dict[str, Known] = {}
         self.plain: dict[str, str] = {}
         self.computed: dict[str, Computed] = {}
@@ -139,12 +142,16 @@ class ModuleSource:
 
         That is with the contribution of active adapters, and as a parametrisation computes it.
         """
-        if name not in self.known and name not in self.computed:
-            return lambda: whole(_tensor(self.model, name))
+
+        def own() -> Tensor:
+            return whole(_tensor(self.model, name))
+
+        if name in self._quantised:
+            own = self._quantised[name].read
+        if name not in self.computed and (name not in self.known or self.known[name].plain is None):
+            return own
         parts = name.split(".")
-        if name in self.known and self.known[name].plain is None:
-            return lambda: whole(_tensor(self.model, name))
-        return lambda: _read(self.model, parts, "", lambda: whole(_tensor(self.model, name)))
+        return lambda: _read(self.model, parts, "", own)
 
     def _identify(self, name: str) -> Known:
         """Return what a parameter is, by the modules on its path."""
