@@ -1,4 +1,4 @@
-"""Checkpoint files: safetensors, sharded or not, PyTorch state dicts, and the ``config.json`` beside them.
+"""Checkpoint files: safetensors, sharded or not, PyTorch state dicts, the ``config.json`` beside them, and GGUF.
 
 Only shapes are read at first; a tensor is read when a view asks for it. Nothing in a file is executed: safetensors hold
 none, and a pickle is loaded with ``weights_only=True``, which refuses anything but tensors and plain containers. Files
@@ -13,7 +13,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rankdecay.attention.errors import CheckpointError
+from rankdecay.attention.gguf import files_of, read_gguf
 from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_TYPES
 
 Shape = tuple[int, ...]
@@ -34,10 +36,6 @@ _NO_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state")
 _LARGEST_JSON = 64 * 2**20
 
 
-class CheckpointError(ValueError):
-    """Raised for a checkpoint that cannot be read; the message names the file and the reason."""
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """Names and shapes of the tensors of a checkpoint, read on demand, and its configuration.
@@ -47,12 +45,14 @@ class Checkpoint:
         shapes: shape of every tensor, by name.
         config: ``config.json``, empty if there is none.
         load: reads one tensor, to the CPU.
+        of_module: returns the settings of the module at a path, where a format states them per module; they come first.
     """
 
     path: Path
     shapes: Mapping[str, Shape]
     config: Mapping[str, Any]
     load: Callable[[str], Tensor]
+    of_module: Callable[[str], Mapping[str, Any]] = field(default=lambda path: {})
 
     def __str__(self) -> str:
         return str(self.path)
@@ -64,7 +64,7 @@ class Checkpoint:
         if not parts and "text_config" in known:
             parts = [known["text_config"]]
         side = next((side for side in ("encoder", "decoder") if f"{side}." in path), None)
-        for holder in [*parts, self.config]:
+        for holder in [self.of_module(path), *parts, self.config]:
             if attributes == NUM_HEADS and side and isinstance(holder.get(f"{side}_attention_heads"), int):
                 return holder[f"{side}_attention_heads"]
             for attribute in attributes:
@@ -83,7 +83,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
     Args:
-        path: a directory as ``save_pretrained`` leaves it, a ``.safetensors`` file, or a PyTorch state dict.
+        path: a directory as ``save_pretrained`` leaves it, a ``.safetensors`` file, a PyTorch state dict, or a GGUF
+            file.
 
     Raises:
         CheckpointError: If there is nothing to read, or what is there is damaged or would run code.
@@ -91,6 +92,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a directory, a .safetensors file or a PyTorch state dict.")
+    if gguf := _gguf_files(path):
+        return _open_gguf(path, gguf)
     folder = path if path.is_dir() else path.parent
     files = _files_in(path) if path.is_dir() else [path]
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -125,6 +128,26 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{name} cannot be read from {file}: {error}") from None
 
     return Checkpoint(path, {name: shapes[name] for name in sorted(shapes, key=_natural)}, config, load)
+
+
+def _gguf_files(path: Path) -> list[Path]:
+    """Return the parts of a GGUF model; a directory with other weights beside it is not taken for one."""
+    files = files_of(path)
+    others = (
+        [file.name for file in path.iterdir() if file.suffix in (".safetensors", *_PICKLED)] if path.is_dir() else []
+    )
+    if files and others:
+        raise CheckpointError(f"{path} holds both {files[0].name} and {sorted(others)[0]}; give one of these files.")
+    return files
+
+
+def _open_gguf(path: Path, files: list[Path]) -> Checkpoint:
+    for file in files:
+        _check_inside(file, file.parent)
+    shapes, config, of_module, load = read_gguf(files)
+    if not shapes:
+        raise CheckpointError(f"{path} contains no tensors.")
+    return Checkpoint(path, {name: shapes[name] for name in sorted(shapes, key=_natural)}, config, load, of_module)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

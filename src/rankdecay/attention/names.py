@@ -80,7 +80,7 @@ class AttentionNames:
 
 
 _OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "proj", "Wo", "wo", "W_o", "to_out.0", "to_out",
-            "linear_out", "out", "proj_out", "../output.dense")  # fmt: skip
+            "linear_out", "out", "proj_out", "attn_output", "attn_out", "attn_o", "../output.dense")  # fmt: skip
 
 
 def _separate(query: str, key: str, value: str) -> AttentionNames:
@@ -104,6 +104,8 @@ KNOWN: tuple[AttentionNames, ...] = (
     _separate("Wq", "Wk", "Wv"),
     _separate("W_q", "W_k", "W_v"),
     _separate("linear_q", "linear_k", "linear_v"),
+    _separate("attn_q", "attn_k", "attn_v"),  # GGUF
+    _fused("attn_qkv"),  # GGUF
     _fused("c_attn", query="q_attn"),  # gpt-2's cross-attention
     _fused("c_attn", layout="interleaved", when=("multi_query", None)),  # gpt_bigcode
     _fused("c_attn"),  # gpt-2, nanoGPT
@@ -126,9 +128,10 @@ KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "
 ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_dim", "rotary_pct", "rotary_emb")
 #: Model types whose rotary planes are neighbouring coordinates; elsewhere they are half a head apart.
 INTERLEAVED = ("gptj", "codegen", "cohere", "cohere2", "glm", "glm4", "llama4_text", "ernie4_5")
-QK_NORM = re.compile(r"(q|k|query|key)_?(layer)?_?(norm|ln)|norm_(q|k)|(q|k)_layernorm")
+QK_NORM = re.compile(r"(attn_)?(q|k|query|key)_?(layer)?_?(norm|ln)|norm_(q|k)|(q|k)_layernorm")
 
-LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")  # DeepSeek's multi-head latent attention
+#: DeepSeek's multi-head latent attention, in transformers and in GGUF.
+LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b", "attn_v_b")
 
 #: Model types with rotary positions that older configurations do not mention.
 ROTARY_TYPES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "gpt_neox", "gptj", "codegen", "falcon", "olmo",

@@ -128,6 +128,8 @@ class ModuleReader:
         return any(QK_NORM.fullmatch(child) for child in children) or any(flag is True for flag in flags)
 
     def _rotary(self, head_dim: int) -> Rotary | None:
+        if self.setting(self.module, ("use_rope",)) is False:
+            return None
         if self.setting(self.module, ROTARY) is None or self.setting(self.module, ("alibi",)) is True:
             return None
         dims = self.number(("rotary_dim", "rotary_ndims"))
@@ -136,9 +138,11 @@ class ModuleReader:
             share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
             share = share or self.setting(self.module, ("partial_rotary_factor", "rotary_pct")) or 1.0
             dims = int(head_dim * share) if isinstance(share, (int, float)) else head_dim
-        kind = self.setting(self.module, ("model_type",))
+        interleaved = self.setting(self.module, ("rope_interleaved",))
+        if not isinstance(interleaved, bool):
+            interleaved = self.setting(self.module, ("model_type",)) in INTERLEAVED
         dims = min(dims, head_dim) // 2 * 2
-        return Rotary(dims, kind in INTERLEAVED) if dims else None
+        return Rotary(dims, interleaved) if dims else None
 
     def _windows(
         self, row: AttentionNames, height: dict[str, int], heads: int, head_dim: int
