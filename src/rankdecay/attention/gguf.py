@@ -36,16 +36,16 @@ MAGIC = b"GGUF"
 #: Architectures by how the coordinates that positions turn together lie in a head.
 _PLANES = {
     "interleaved": """llama llada llama4 deci baichuan internlm2 minicpm xverse command-r cohere2 cohere2moe olmo arctic
-        deepseek deepseek2 deepseek2-ocr deepseek32 deepseek4 plm chatglm granite granitemoe granitehybrid graniteswitch
-        granite_swa chameleon bailingmoe bailingmoe3 neo-bert smollm3 arcee ernie4_5 ernie4_5-moe mistral3 mistral4
-        eagle3 llama-embed maincoder glm-dsa dots3note nanbeige hy_v4 glm4 muse-glimmer""",
+        deepseek deepseek2 deepseek2-ocr deepseek32 deepseek4 plm chatglm granite granitemoe granitehybrid
+        graniteswitch granite_swa chameleon bailingmoe bailingmoe3 neo-bert smollm3 arcee ernie4_5 ernie4_5-moe
+        mistral3 mistral4 eagle3 llama-embed maincoder glm-dsa dots3note nanbeige hy_v4 glm4 muse-glimmer""",
     "half": """falcon falcon-h1 grok dbrx jina-bert-v3 modern-bert nomic-bert nomic-bert-moe eurobert stablelm bitnet
-        qwen qwen2 dream qwen2moe qwen2vl qwen3 qwen3moe qwen3next qwen3vl qwen3vlmoe qwen35 qwen35moe llada-moe rnd1 olmo2
-        olmoe phi2 phi3 phimoe plamo plamo2 plamo3 gemma gemma2 gemma3 gemma3n gemma4 gemma4-assistant gemma-embedding
-        starcoder2 openelm gptneox codeshell orion nemotron exaone exaone4 exaone-moe minicpm3 bailingmoe2 dots1
-        hunyuan-moe hunyuan-dense hunyuan_vl jais2 gpt-oss hy_v3 lfm2 lfm2moe smallthinker seed_oss grovemoe apertus
-        minimax-m2 minimax-m3 cogvlm pangu-embedded afmoe laguna mimo2 step35 spark2_5 talkie mellum maple hrm_text
-        glm4moe paddleocr""",
+        qwen qwen2 dream qwen2moe qwen2vl qwen3 qwen3moe qwen3next qwen3vl qwen3vlmoe qwen35 qwen35moe llada-moe rnd1
+        olmo2 olmoe phi2 phi3 phimoe plamo plamo2 plamo3 gemma gemma2 gemma3 gemma3n gemma4 gemma4-assistant gemma-
+        embedding starcoder2 openelm gptneox codeshell orion nemotron exaone exaone4 exaone-moe minicpm3 bailingmoe2
+        dots1 hunyuan-moe hunyuan-dense hunyuan_vl jais2 gpt-oss hy_v3 lfm2 lfm2moe smallthinker seed_oss grovemoe
+        apertus minimax-m2 minimax-m3 cogvlm pangu-embedded afmoe laguna mimo2 step35 spark2_5 talkie mellum maple
+        hrm_text glm4moe paddleocr""",
     "none": """gpt2 mpt refact bloom starcoder bert jina-bert-v2 t5 t5encoder jais jamba mamba mamba2 rwkv6 rwkv6qwen2
         rwkv7 arwkv7 wavtokenizer-dec nemotron_h nemotron_h_moe kimi-linear""",
 }
@@ -175,7 +175,7 @@ def read_gguf(files: Sequence[Path]) -> Contents:
     parts, total = metadata.get("split.count", 0), metadata.get("split.tensors.count")
     if isinstance(parts, int) and parts > len(files):
         raise CheckpointError(
-            f"{files[0]} is one of {parts} files; put all in one directory, named NAME-00001-of-{parts:05d}.gguf and so on."
+            f"{files[0]} is one of {parts} files; put all in one directory, named NAME-00001-of-{parts:05d}.gguf, ..."
         )
     if isinstance(total, int) and total != len(entries):
         raise CheckpointError(f"{files[0]} and its parts have {len(entries)} tensors, and should have {total}.")
