@@ -105,7 +105,8 @@ def inspect(
     parameter at a time is whole.
 
     Args:
-        model: a model, or a path: a directory of ``save_pretrained``, a safetensors file, a PyTorch state dict.
+        model: a model, or a path: a directory of ``save_pretrained``, a safetensors file, a PyTorch state dict,
+            a GGUF file.
         names: how its attention names its projections, if :func:`rankdecay.find_attention` does not know it.
         num_heads: number of query heads, where nothing says it: a state dict without a configuration.
         layers: only these, counted from 0 in the order of the model.
