@@ -298,6 +298,19 @@ def test_an_encoder_of_t5(tmp_path):
     _same_rows(rd.inspect(path), rd.inspect(model))
 
 
+def test_the_encoder_comes_before_the_decoder(tmp_path):
+    tensors = {
+        f"{side}.blk.{i}.attn_{name}.weight": torch.randn(WIDTH, WIDTH)
+        for side in ("dec", "enc")
+        for i in range(11)
+        for name in "qkvo"
+    }
+    path = _written(tmp_path / "model.gguf", "t5", {"t5.attention.head_count": HEADS}, tensors)
+    layers = rd.find_attention(path)
+    assert [layer.name for layer in layers] == [f"{side}.blk.{i}" for side in ("enc", "dec") for i in range(11)]
+    assert all(layer.output is not None and layer.rotary is None for layer in layers)
+
+
 def test_towers_of_a_projector(tmp_path):
     """mmproj files: other names of the output, heads by the tower."""
     tensors = {
@@ -321,6 +334,16 @@ def test_latent_attention_is_named(tmp_path):
     except ValueError as error:
         said = str(error)
     assert "blk.0" in said
+
+
+def test_parts_of_latent_attention_are_joined(tmp_path):
+    """``DeepseekV2Model`` writes kv_b as k_b, transposed, and v_b, by head."""
+    whole = torch.randn(4 * (6 + 8), 12)
+    keys, values = whole.view(4, 6 + 8, 12).split([6, 8], dim=1)
+    parts = {"blk.0.attn_k_b.weight": keys.mT, "blk.0.attn_v_b.weight": values}
+    opened = open_checkpoint(_written(tmp_path / "model.gguf", "deepseek2", {}, parts))
+    assert opened.shapes == {"blk.0.attn_kv_b.weight": (4 * (6 + 8), 12)}
+    assert torch.equal(opened.load("blk.0.attn_kv_b.weight"), whole)
 
 
 def test_a_scale_of_the_whole_matrix(tmp_path):
@@ -424,6 +447,22 @@ def test_a_folder_with_one_file(tmp_path):
     _same_rows(rd.inspect(tmp_path), rd.inspect(path))
     bare = path.rename(tmp_path / "sha256-0123")  # as Ollama keeps them
     assert len(rd.find_attention(bare)) == 2
+
+
+def test_a_link(tmp_path):
+    """One that was asked for is followed, and of those in a folder only what stays inside, or in the hub's cache."""
+    path = _plain(tmp_path / "model.gguf", "llama", {})
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    link = folder / "link.gguf"
+    link.symlink_to(path)
+    assert len(rd.find_attention(link)) == 2
+    with pytest.raises(CheckpointError, match="leads out of"):
+        rd.find_attention(folder)
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir(), snapshot.mkdir(parents=True)
+    (snapshot / "model.gguf").symlink_to(path.rename(blobs / "0123"))
+    assert len(rd.find_attention(snapshot)) == 2
 
 
 def test_a_folder_with_several_models_is_refused(tmp_path):

@@ -143,7 +143,7 @@ def _gguf_files(path: Path) -> list[Path]:
 
 def _open_gguf(path: Path, files: list[Path]) -> Checkpoint:
     for file in files:
-        _check_inside(file, file.parent)
+        _check_inside(file, path if path.is_dir() else file.resolve().parent)  # a link that was asked for is followed
     shapes, config, of_module, load = read_gguf(files)
     if not shapes:
         raise CheckpointError(f"{path} contains no tensors.")
@@ -152,7 +152,9 @@ def _open_gguf(path: Path, files: list[Path]) -> Checkpoint:
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort names as the model is built: layer 2 before layer 10, the encoder before its decoder."""
-    name = name.replace("encoder.", "0encoder.").replace("encoder_attn", "~encoder_attn")
+    name = (
+        name.replace("encoder.", "0encoder.").replace("enc.blk.", "0enc.blk.").replace("encoder_attn", "~encoder_attn")
+    )
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 

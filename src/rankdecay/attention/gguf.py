@@ -67,6 +67,8 @@ _FULL_FIRST = ("cohere2moe", "smallthinker")
 _GATED = ("qwen3next", "qwen35", "qwen35moe")
 #: Model types of transformers on which the scale at initialisation depends.
 _MODEL_TYPES = {"gpt2": "gpt2", "starcoder": "gpt_bigcode"}
+#: Their scale at initialisation where it is not 0.02, as transformers 5.23 has it.
+_DEVIATIONS = {"starcoder2": 0.018042, "nemotron": 0.0134, "minicpm3": 0.1, "hy_v3": 0.006}
 #: What a file may be that is no model, by its ``general.type``.
 _NO_MODEL = {
     "adapter": "a LoRA adapter: merge it into its base (llama-export-lora) and give the result",
@@ -77,7 +79,7 @@ _NO_MODEL = {
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 #: More than any model has; a file that claims more is damaged or hostile.
-_MOST_ENTRIES, _MOST_STRINGS, _LONGEST_NAME, _MOST_DIMENSIONS = 2**20, 2**24, 2**16, 8
+_MOST_ENTRIES, _MOST_STRINGS, _LONGEST_NAME, _MOST_DIMENSIONS = 2**20, 2**22, 2**16, 8
 #: Longer arrays and strings of the metadata are passed over: words of a tokenizer, templates of a chat.
 _LONGEST_KEPT = 2**16
 
@@ -149,8 +151,10 @@ def files_of(path: Path) -> list[Path]:
 def _is_gguf(path: Path) -> bool:
     """Whether a file without the suffix is one all the same, as in the store of Ollama."""
     try:
+        if not path.is_file():  # a pipe would wait
+            return False
         with path.open("rb") as file:
-            return path.is_file() and file.read(len(MAGIC)) == MAGIC
+            return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
 
@@ -181,8 +185,14 @@ def read_gguf(files: Sequence[Path]) -> Contents:
         raise CheckpointError(f"{files[0]} and its parts have {len(entries)} tensors, and should have {total}.")
     settings = _Settings(files[0], metadata)
 
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    halves = _join_latent(shapes)
+
     @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices
     def load(name: str) -> Tensor:
+        if name in halves:
+            keys, values = map(load, halves[name])
+            return torch.cat([keys.mT, values], 1).flatten(0, 1)
         weight = _dequantised(name, entries[name], gguf)
         scale = name.removesuffix(".weight") + ".scale"  # of the whole matrix, beside ternary and 4-bit floats
         if scale not in entries:
@@ -194,8 +204,27 @@ def read_gguf(files: Sequence[Path]) -> Contents:
             )
         return weight * factor.item()
 
-    shapes = {name: entry.shape for name, entry in entries.items()}
     return Contents(shapes, settings.of_model(), settings.of_module, load)
+
+
+def _join_latent(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
+    """Join the keys' and the values' part of what multi-head latent attention makes of its latent, as in older files.
+
+    Newer files have ``attn_k_b`` (heads, latent, k) and ``attn_v_b`` (heads, k, latent) for ``attn_kv_b``, which is
+    (heads · [keys, values], latent); its shape takes the place of theirs.
+
+    Returns:
+        The names of both parts, by the name of the whole.
+    """
+    halves: dict[str, tuple[str, str]] = {}
+    for key in [name for name in shapes if name.endswith("attn_k_b.weight")]:
+        value, whole = key.replace("attn_k_b", "attn_v_b"), key.replace("attn_k_b", "attn_kv_b")
+        a, b = shapes[key], shapes.get(value, ())
+        if len(a) == len(b) == 3 and a[0] == b[0] and a[1] == b[2] and whole not in shapes:
+            halves[whole] = key, value
+            shapes[whole] = a[0] * (a[2] + b[1]), a[1]
+            del shapes[key], shapes[value]
+    return halves
 
 
 def _package(file: Path) -> Any:
@@ -231,6 +260,8 @@ class _Settings:
             settings |= {"num_kv_shared_layers": shared, "layer_types": kinds}
         if self.planes:  # a model without a type is one of which not everything is known
             settings["model_type"] = _MODEL_TYPES.get(self.kind, self.kind)
+        if self.kind in _DEVIATIONS:
+            settings["initializer_range"] = _DEVIATIONS[self.kind]
         return settings | ({"num_hidden_layers": depth} if depth else {})
 
     def of_module(self, path: str) -> dict[str, Any]:
