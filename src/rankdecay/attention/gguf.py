@@ -258,6 +258,8 @@ class _Settings:
         if depth and shared:  # Gemma 3n and 4: the last layers take keys and values of an earlier one of their kind
             kinds = ["sliding_attention" if self._has_window(i) else "full_attention" for i in range(min(depth, 2**12))]
             settings |= {"num_kv_shared_layers": shared, "layer_types": kinds}
+        if self.kind.startswith("gemma4"):  # where there are no values, keys take their place
+            settings["attention_k_eq_v"] = True
         if self.planes:  # a model without a type is one of which not everything is known
             settings["model_type"] = _MODEL_TYPES.get(self.kind, self.kind)
         if self.kind in _DEVIATIONS:
