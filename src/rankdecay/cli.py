@@ -146,7 +146,7 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         "path",
         type=Path,
         metavar="PATH",
-        help="directory of save_pretrained, safetensors file, PyTorch state dict, or run directory",
+        help="directory of save_pretrained, safetensors file, PyTorch state dict, GGUF file, or run directory",
     )
     add("--json", action="store_true", help="print every row as JSON instead of the summary")
     add(

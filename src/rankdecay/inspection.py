@@ -106,7 +106,8 @@ def inspect(
     parameter at a time is whole.
 
     Args:
-        model: a model, or a path: a directory of ``save_pretrained``, a safetensors file, a PyTorch state dict.
+        model: a model, or a path: a directory of ``save_pretrained``, a safetensors file, a PyTorch state dict,
+            a GGUF file.
         names: how its attention names its projections, if :func:`rankdecay.find_attention` does not know it.
         num_heads: number of query heads, where nothing says it: a state dict without a configuration.
         layers: only these, counted from 0 in the order of the model.
@@ -271,6 +272,7 @@ def untrained_product(
     deviations: tuple[float, float],
 ) -> Row:
     """Return the mean figures of a few Gaussian draws of the shapes of a product; they hardly vary."""
+    rotary = rotary and rotary._replace(interleaved=False)  # Gaussian rows are the same in any order
     generator = torch.Generator().manual_seed(0)
     draws = 2 if max(rows) > 1024 else 4
     single = torch.randn(draws, rows[0], k, generator=generator, dtype=torch.float64) * deviations[0]

@@ -15,8 +15,8 @@ import argparse
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from torch import Tensor
 from rankdecay.attention.adapter_files import is_adapter, merge
 from rankdecay.attention.configurations import configuration
 from rankdecay.attention.errors import CheckpointError
-from rankdecay.attention.folders import find_files, kind
+from rankdecay.attention.folders import check_inside, find_files, kind
 from rankdecay.attention.foreign import check_archive
+from rankdecay.attention.gguf import parts_of, read_gguf
 from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_TYPES
 from rankdecay.attention.quantised import dequantised, stored_type
 from rankdecay.attention.states import SeveralSets, choose_mapping, choose_names
@@ -47,6 +48,7 @@ class Checkpoint:
         config: the configuration beside or inside the files, empty if there is none.
         load: reads one tensor, to the CPU.
         candidates: keys of the sets of weights that ``state`` can name, where there are several.
+        of_module: returns the settings of the module at a path, where a format states them per module; they come first.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     load: Callable[[str], Tensor]
     candidates: tuple[str, ...] = ()
+    of_module: Callable[[str], Mapping[str, Any]] = field(default=lambda path: {})
 
     def __str__(self) -> str:
         return str(self.path)
@@ -70,7 +73,7 @@ class Checkpoint:
         if not parts and "text_config" in known:
             parts = [known["text_config"]]
         side = next((side for side in ("encoder", "decoder") if f"{side}." in path), None)
-        for holder in [*parts, self.config]:
+        for holder in [self.of_module(path), *parts, self.config]:
             if attributes == NUM_HEADS and side and isinstance(holder.get(f"{side}_attention_heads"), int):
                 return holder[f"{side}_attention_heads"]
             for attribute in attributes:
@@ -108,7 +111,7 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
 
     Args:
         path: a directory as ``save_pretrained`` or a trainer leaves it, one of the hub's cache, a ``.safetensors``
-            file, a PyTorch state dict, or an adapter beside its base; or a link to one of these.
+            file, a PyTorch state dict, a GGUF file, or an adapter beside its base; or a link to one of these.
         state: which weights, where there are several sets: the name of a file or directory in the directory, the
             dotted path of a mapping in a pickle, a prefix of the names; of a file and what is in it, ``file/key``.
         adapters: whether an adapter is merged; refused otherwise.
@@ -119,6 +122,8 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
     """
     path = Path(path)
     found = find_files(path, state, _matrices_in)
+    if kind(found.files[0]) == ".gguf":
+        return _open_gguf(path, parts_of(found.files[0]), found.candidates)
     state, candidates = found.state, list(found.candidates)
     files_of: dict[str, Path] = {}
     shapes: dict[str, Shape] = {}
@@ -182,9 +187,21 @@ def _matrices_in(file: Path) -> set[str]:
         return set() if "contains no state dict" in str(error) or "is one tensor" in str(error) else {file.name}
 
 
+def _open_gguf(path: Path, files: list[Path], candidates: Sequence[str]) -> Checkpoint:
+    for file in files:
+        check_inside(file, file.parent)
+    shapes, config, of_module, load = read_gguf(files)
+    if not shapes:
+        raise CheckpointError(f"{path} contains no tensors.")
+    shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
+    return Checkpoint(path, shapes, config, load, tuple(candidates), of_module)
+
+
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort names as the model is built: layer 2 before layer 10, the encoder before its decoder."""
-    name = name.replace("encoder.", "0encoder.").replace("encoder_attn", "~encoder_attn")
+    name = (
+        name.replace("encoder.", "0encoder.").replace("enc.blk.", "0enc.blk.").replace("encoder_attn", "~encoder_attn")
+    )
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 

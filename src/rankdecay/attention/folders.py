@@ -18,7 +18,7 @@ from rankdecay.attention.states import SeveralSets, take
 
 #: Files that hold a PyTorch state dict.
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-SUFFIXES = (".safetensors", *PICKLED)
+SUFFIXES = (".safetensors", *PICKLED, ".gguf")
 ADAPTER_CONFIG = "adapter_config.json"
 
 #: Names, without the suffix, that trainers give to what is not weights.
@@ -75,7 +75,7 @@ def find_files(path: Path, state: str | None, matrices_in: Callable[[Path], set[
         raise CheckpointError(text)
     check_inside(file.resolve(), file.resolve().parent)  # a link that the caller names is followed
     if kind(file) not in SUFFIXES:
-        raise CheckpointError(f"{path} is not a checkpoint: expected .safetensors or one of {', '.join(PICKLED)}.")
+        raise CheckpointError(f"{path} is not a checkpoint: expected one of {', '.join(SUFFIXES)}.")
     files = _whole([file], file.parent, state == path.name)
     for other in files:
         if other != file:
