@@ -123,7 +123,10 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
     path = Path(path)
     found = find_files(path, state, _matrices_in)
     if kind(found.files[0]) == ".gguf":
-        return _open_gguf(path, parts_of(found.files[0]), found.candidates)
+        parts = parts_of(found.files[0])
+        for part in parts[1:]:
+            check_inside(part, part.parent)
+        return _open_gguf(path, parts, found.candidates)
     state, candidates = found.state, list(found.candidates)
     files_of: dict[str, Path] = {}
     shapes: dict[str, Shape] = {}
@@ -188,8 +191,6 @@ def _matrices_in(file: Path) -> set[str]:
 
 
 def _open_gguf(path: Path, files: list[Path], candidates: Sequence[str]) -> Checkpoint:
-    for file in files:
-        check_inside(file, file.parent)
     shapes, config, of_module, load = read_gguf(files)
     if not shapes:
         raise CheckpointError(f"{path} contains no tensors.")

@@ -312,7 +312,9 @@ class AttentionLayer:
         if self.output is None:
             raise ValueError(f"{self.name} has no output projection, so there is no product W_O W_V.")
         values = with_bias(self.value.heads(), self.value.bias())
-        return Product("value_output", values.mT, self._grouped(double(self.output.heads()), len(values)), None, self.grouping)
+        return Product(
+            "value_output", values.mT, self._grouped(double(self.output.heads()), len(values)), None, self.grouping
+        )
 
     def _scores(self, name: ProductName, query: MatrixView, key: MatrixView, rotary: Rotary | None) -> Product:
         keys = with_bias(key.heads(), key.bias())

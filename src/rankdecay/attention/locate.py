@@ -101,7 +101,10 @@ def find_attention(
 def warn_unhandled(unhandled: Sequence[Unhandled], what: str, stacklevel: int) -> None:
     """Give one warning of all attention that could not be read; modules with one reason are listed together."""
     if unhandled:
-        warnings.warn("; ".join(f"{module} {what}: {reason}" for module, reason in grouped(unhandled)) + ".", stacklevel=stacklevel)
+        warnings.warn(
+            "; ".join(f"{module} {what}: {reason}" for module, reason in grouped(unhandled)) + ".",
+            stacklevel=stacklevel,
+        )
 
 
 def grouped(unhandled: Sequence[Unhandled]) -> list[tuple[str, str]]:
@@ -230,6 +233,7 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
     """Return why a module is not read whose remaining projections look like queries and keys; None if none do."""
     queries, keys = list(filter(is_query_like, left)), list(filter(is_key_like, left))
     fused = list(filter(is_fused_like, left))
+
     def shown(children: Sequence[str]) -> str:
         shapes = (reader.shape(name) for child in children if (name := reader.parameter(child)))
         return " and ".join(f"{child} {shape}" for child, shape in zip(children, shapes, strict=True))
@@ -307,9 +311,16 @@ def _nothing(source: Source, names: Names, unhandled: list[Unhandled]) -> str:
     text = f"no attention was found in {source}"
     if names is not None:
         rows = [names] if isinstance(names, AttentionNames) else names
-        text += f" under the names {', '.join(map(repr, dict.fromkeys(name for row in rows for name in row.projections)))}"
+        text += (
+            f" under the names {', '.join(map(repr, dict.fromkeys(name for row in rows for name in row.projections)))}"
+        )
     if unhandled:
-        return text + ". Not handled: " + "; ".join(f"{modules}: {reason}" for modules, reason in grouped(unhandled)[:4]) + "."
+        return (
+            text
+            + ". Not handled: "
+            + "; ".join(f"{modules}: {reason}" for modules, reason in grouped(unhandled)[:4])
+            + "."
+        )
     flat = [n for n, shape in shapes.items() if len(shape) == 1 and n.rpartition(".")[2].startswith("_flat_param")]
     if flat:
         return text + f": {flat[0]} is a flattened FSDP1 parameter; shard with FSDP2 (fully_shard) instead."

@@ -112,7 +112,9 @@ _WORDS = (
 #: A word stands for itself: "to_q", "q_proj", "wq", "toQ"; but not "sequence" or "qkv".
 _BEFORE, _AFTER = r"(?:(?<![A-Za-z])|(?<=\b[wW])|(?<=_[wW])|(?<=[a-z](?=[A-Z])))", r"(?![a-z])"
 #: Parts of names of what is no projection, though it may have the shape of one.
-_NO_PROJECTION = re.compile(r"norm|bias|token|embed|(?<![a-z])emb(?![a-z])|pos(?![a-z])|scale|lora|lambda|(?<![a-z])ln(?![a-z])")
+_NO_PROJECTION = re.compile(
+    r"norm|bias|token|embed|(?<![a-z])emb(?![a-z])|pos(?![a-z])|scale|lora|lambda|(?<![a-z])ln(?![a-z])"
+)
 #: All of it in one parameter: "qkv_proj", "Wqkv", "query_key_value", "to_kv"; and names that do not say it.
 _FUSED_WORD = re.compile(
     r"(?<![a-z])w?(qkv|kqv|qvk|q_k_v|kv|qk|quer(?:y|ies)_keys?(?:_values?)?|keys?_values?)(?:[a-z]?(?![a-z]))|^c_attn$|^att_proj$"
@@ -221,6 +223,8 @@ FUSED: tuple[AttentionNames, ...] = (
     _fused("linear_qkv", layout="interleaved", when=("num_query_groups_per_partition", None)),  # Megatron
     _fused("wqkv", layout="interleaved", when=("model_type", ("internlm2", "internvl", "internvl_chat"))),
 )  # fmt: skip
+
+
 def _row(query: str, key: str, value: str, output: str) -> AttentionNames:
     return AttentionNames(query=query, key=key, value=value, output=output)
 

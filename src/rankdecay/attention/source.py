@@ -129,7 +129,9 @@ class ModuleSource:
 
     def children(self, path: str) -> Collection[str]:
         """Return the names of the submodules, parameters and buffers of a module, without its wrappers."""
-        parts = (part for module in self.modules(path) for part in (module._modules, module._parameters, module._buffers))
+        parts = (
+            part for module in self.modules(path) for part in (module._modules, module._parameters, module._buffers)
+        )
         return {name for part in parts for name in part}
 
     def is_known(self, path: str) -> bool:

@@ -382,7 +382,9 @@ class ModuleReader:
             places["latent"] = self._place(shared, Window("rows", 0, latent, latent + turned_dim, latent))
         if shared and turned_dim:
             window = Window("rows", latent, latent + turned_dim, latent + turned_dim, turned_dim)
-            places["query_rotary"] = self._place(query, Window("rows", plain_dim, head_dim, head_dim, turned_dim, heads))
+            places["query_rotary"] = self._place(
+                query, Window("rows", plain_dim, head_dim, head_dim, turned_dim, heads)
+            )
             places["key_rotary"] = self._place(shared, window)
         if name["second"] and name["first"]:
             lines = self.shape(name["first"])[0]
@@ -558,9 +560,15 @@ class ModuleReader:
             windows[role] = (row.fused, window)
         return windows
 
-    def _is_gated(self, row: AttentionNames, height: dict[str, int], heads: int, head_dim: int, across: list[int]) -> bool:
+    def _is_gated(
+        self, row: AttentionNames, height: dict[str, int], heads: int, head_dim: int, across: list[int]
+    ) -> bool:
         """Whether the query projection holds a gate beside each head; every other output fits without."""
-        if not row.query or self.setting(("model_type",)) not in GATED and self.setting(("attn_output_gate",)) is not True:
+        if (
+            not row.query
+            or self.setting(("model_type",)) not in GATED
+            and self.setting(("attn_output_gate",)) is not True
+        ):
             return False
         return head_dim % 2 == 0 and height[row.query] == heads * head_dim and heads * head_dim // 2 in across
 
