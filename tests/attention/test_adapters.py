@@ -244,7 +244,7 @@ def test_an_adapter_of_ones_own_is_refused_until_it_is_merged(cls: type[nn.Modul
     [layer] = rd.find_attention(attention)
     with pytest.raises(ValueError, match=r"q_proj \(Own.*\) adds to its weight what lora_.* and lora_.* say.*merge"):
         layer.query.tensor()
-    attention.q_proj.merged = True
+    attention.get_submodule("q_proj").__dict__["merged"] = True
     assert torch.equal(layer.query.tensor(), attention.get_parameter(layer.query.parameter_name).detach())
 
 
