@@ -10,7 +10,16 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from rankdecay.attention.adapters import added, check_plain, in_use, is_adapted, is_quantised, is_replaced, merged
+from rankdecay.attention.adapters import (
+    added,
+    check_plain,
+    factors,
+    in_use,
+    is_adapted,
+    is_quantised,
+    is_replaced,
+    merged,
+)
 from rankdecay.attention.checkpoints import Checkpoint, CheckpointError, Shape, open_checkpoint
 from rankdecay.attention.computed import Computed, StoredWeight, compute, computed_weights, stored_weights
 from rankdecay.attention.names import ROTARY
@@ -135,7 +144,7 @@ class ModuleSource:
         parts = name.split(".")
         while True:
             part = parts[0]
-            if is_adapted(module) and part != "base_layer":
+            if (is_adapted(module) and part != "base_layer") or (len(parts) == 1 and part in factors(module)):
                 return Known(None, module, "factor of an adapter: L2 on both is a nuclear norm on their product")
             if is_replaced(module):
                 used = in_use(module)
