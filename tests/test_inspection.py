@@ -210,7 +210,7 @@ def test_a_checkpoint_is_opened_once(tmp_path, monkeypatch):
 
     opened = []
     real = source.open_checkpoint
-    monkeypatch.setattr(source, "open_checkpoint", lambda path: opened.append(path) or real(path))
+    monkeypatch.setattr(source, "open_checkpoint", lambda path, state: opened.append(path) or real(path, state))
     build("gpt2").save_pretrained(tmp_path)
     assert rd.inspect(tmp_path).source == str(tmp_path)
     assert opened == [tmp_path]

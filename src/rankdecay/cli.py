@@ -146,7 +146,7 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         "path",
         type=Path,
         metavar="PATH",
-        help="directory of save_pretrained, safetensors file, PyTorch state dict, or run directory",
+        help="directory of save_pretrained, safetensors file, PyTorch state dict, GGUF file, or run directory",
     )
     add("--json", action="store_true", help="print every row as JSON instead of the summary")
     add(
@@ -172,6 +172,14 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="NAMES",
         help="names of the projections, for attention that is not recognised: query=wq,key=wk,value=wv,output=wo",
     )
+    add(
+        "--state",
+        action="append",
+        metavar="KEY",
+        help="which weights, where there are several sets: name of a file in the directory, dotted key, or prefix of "
+        "names (student, state_dict_ema, model.safetensors); again for each path of --compare, if it is another",
+    )
+    add("--list", action="store_true", help="show what would be read, names, shapes and heads, without spectra")
     settings, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = re.findall(r"--[\w-]+", parser.format_usage())
@@ -183,7 +191,16 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
 def _inspect(settings: argparse.Namespace) -> None:
     from rankdecay.inspection import comparison, csv_text
 
-    reports = [_inspection(path, settings) for path in (settings.path, *settings.compare)]
+    paths = (settings.path, *settings.compare)
+    states = settings.state or [None]
+    if len(states) not in (1, len(paths)):
+        raise CommandError(
+            f"--state is given {len(states)} times for {len(paths)} paths: give it once, or once for each"
+        )
+    chosen = list(zip(paths, states * len(paths) if len(states) == 1 else states, strict=True))
+    if settings.list:
+        return _list(chosen, settings)
+    reports = [_inspection(path, state, settings) for path, state in chosen]
     try:
         if settings.csv is not None:
             settings.csv.write_text(csv_text(reports), encoding="utf-8")
@@ -209,18 +226,51 @@ def _inspect(settings: argparse.Namespace) -> None:
             print(written)
 
 
-def _inspection(path: Path, settings: argparse.Namespace) -> "Inspection":
+def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespace) -> None:
+    from rankdecay.attention.listing import listing
+    from rankdecay.lab.experiments.grok.inspect_run import is_run_directory
+
+    for option in ("csv", "html"):
+        if getattr(settings, option) is not None:
+            raise CommandError(f"--list computes no spectra for --{option}: leave out one of them")
+    for path, _ in chosen:
+        if is_run_directory(path):
+            raise CommandError(f"{path} is a run directory, whose snapshots hold spectra alone: leave out --list")
+    names = _names(settings.names)
+    try:
+        listings = [listing(path, names, settings.num_heads, state=state) for path, state in chosen]
+    except ValueError as error:
+        raise _explained(error) from None
+    if settings.json:
+        whole = listings[0].to_json() | {"command": "inspect"}
+        if settings.compare:
+            whole["compare"] = [one.to_json() for one in listings[1:]]
+        print(json.dumps(whole))
+    else:
+        print("\n\n".join(map(str, listings)))
+
+
+def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> "Inspection":
     from rankdecay.inspection import inspect
     from rankdecay.lab.experiments.grok.inspect_run import inspect_run, is_run_directory
 
     names = _names(settings.names)
     try:
         if is_run_directory(path):
+            if state is not None:
+                raise CommandError(
+                    f"{path} is a run directory, which has one set of weights: leave out --state {state}"
+                )
             return inspect_run(path)
-        return inspect(path, names, settings.num_heads, layers=settings.layers or None, heads=settings.heads or None)
+        layers, heads = settings.layers or None, settings.heads or None
+        return inspect(path, names, settings.num_heads, layers=layers, heads=heads, state=state)
     except ValueError as error:
-        hint = " (here: --names query=...,key=...,value=...,output=... --num-heads N)" if "names=" in str(error) else ""
-        raise CommandError(f"{error}{hint}") from None
+        raise _explained(error) from None
+
+
+def _explained(error: ValueError) -> CommandError:
+    hint = " (here: --names query=...,key=...,value=...,output=... --num-heads N)" if "names=" in str(error) else ""
+    return CommandError(f"{error}{hint}")
 
 
 def _names(text: str | None) -> "AttentionNames | None":

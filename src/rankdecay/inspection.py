@@ -98,6 +98,7 @@ def inspect(
     *,
     layers: Collection[int] | None = None,
     heads: Collection[int] | None = None,
+    state: str | None = None,
 ) -> Inspection:
     """Return the spectra of every head's products in a model or checkpoint, beside the same shapes untrained.
 
@@ -105,11 +106,13 @@ def inspect(
     parameter at a time is whole.
 
     Args:
-        model: a model, or a path: a directory of ``save_pretrained``, a safetensors file, a PyTorch state dict.
+        model: a model, or a path: a directory of ``save_pretrained``, a safetensors file, a PyTorch state dict,
+            a GGUF file.
         names: how its attention names its projections, if :func:`rankdecay.find_attention` does not know it.
         num_heads: number of query heads, where nothing says it: a state dict without a configuration.
         layers: only these, counted from 0 in the order of the model.
         heads: only these.
+        state: which weights, of a checkpoint that holds several sets: a file's name, a dotted key, a prefix of names.
 
     Returns:
         An :class:`Inspection`; ``print`` it for a summary.
@@ -123,7 +126,7 @@ def inspect(
         >>> [(row["head"], row["product"]) for row in report.rows]
         [(0, 'query_key'), (1, 'query_key'), (0, 'value_output'), (1, 'value_output')]
     """
-    source = open_source(model)
+    source = open_source(model, state)
     found, unhandled = find_layers(source, names, num_heads)
     rows: list[Row] = []
     notes: dict[str, list[int]] = {}
@@ -269,6 +272,7 @@ def untrained_product(
     deviations: tuple[float, float],
 ) -> Row:
     """Return the mean figures of a few Gaussian draws of the shapes of a product; they hardly vary."""
+    rotary = rotary and rotary._replace(interleaved=False)  # Gaussian rows are the same in any order
     generator = torch.Generator().manual_seed(0)
     draws = 2 if max(rows) > 1024 else 4
     single = torch.randn(draws, rows[0], k, generator=generator, dtype=torch.float64) * deviations[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import rankdecay as rd
-from rankdecay.attention.names import KNOWN
+from rankdecay.attention.names import FUSED
 
 
 def test_three_projections_or_a_fused_one_are_needed() -> None:
@@ -34,6 +34,6 @@ def test_one_output_name_or_several() -> None:
 
 def test_no_known_row_is_hidden_by_an_earlier_one() -> None:
     """A row without a condition matches wherever all its projections exist, so none of its supersets may follow it."""
-    for i, row in enumerate(KNOWN):
-        for earlier in KNOWN[:i]:
+    for i, row in enumerate(FUSED):
+        for earlier in FUSED[:i]:
             assert earlier.when is not None or not set(earlier.projections) <= set(row.projections), (earlier, row)

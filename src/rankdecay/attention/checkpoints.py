@@ -1,4 +1,8 @@
-"""Checkpoint files: safetensors, sharded or not, PyTorch state dicts, and the ``config.json`` beside them.
+"""Checkpoint files: safetensors, sharded or not, PyTorch state dicts, and the configuration beside or inside them.
+
+Which files of a directory are read is in :mod:`rankdecay.attention.folders`, which of several sets of weights in
+:mod:`rankdecay.attention.states`, the settings in :mod:`rankdecay.attention.configurations`, and adapters on their base
+in :mod:`rankdecay.attention.adapter_files`.
 
 Only shapes are read at first; a tensor is read when a view asks for it. Nothing in a file is executed: safetensors hold
 none, and a pickle is loaded with ``weights_only=True``, which refuses anything but tensors and plain containers. Files
@@ -7,14 +11,13 @@ are not trusted: whatever is wrong with them becomes a :class:`CheckpointError` 
 
 from __future__ import annotations
 
-import json
+import argparse
 import pickle
 import re
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +25,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rankdecay.attention.adapter_files import is_adapter, merge
+from rankdecay.attention.configurations import configuration
+from rankdecay.attention.errors import CheckpointError
+from rankdecay.attention.folders import check_inside, find_files, kind
+from rankdecay.attention.foreign import check_archive
+from rankdecay.attention.gguf import parts_of, read_gguf
 from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_TYPES
+from rankdecay.attention.quantised import dequantised, stored_type
+from rankdecay.attention.states import SeveralSets, choose_mapping, choose_names
 
 Shape = tuple[int, ...]
-
-#: Files that hold a PyTorch state dict.
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-#: Names of such files that trainers write beside the weights.
-_NO_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state")
-
-_LARGEST_JSON = 64 * 2**20
-
-
-class CheckpointError(ValueError):
-    """Raised for a checkpoint that cannot be read; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,18 @@ class Checkpoint:
     Attributes:
         path: what was opened.
         shapes: shape of every tensor, by name.
-        config: ``config.json``, empty if there is none.
+        config: the configuration beside or inside the files, empty if there is none.
         load: reads one tensor, to the CPU.
+        candidates: keys of the sets of weights that ``state`` can name, where there are several.
+        of_module: returns the settings of the module at a path, where a format states them per module; they come first.
     """
 
     path: Path
     shapes: Mapping[str, Shape]
     config: Mapping[str, Any]
     load: Callable[[str], Tensor]
+    candidates: tuple[str, ...] = ()
+    of_module: Callable[[str], Mapping[str, Any]] = field(default=lambda path: {})
 
     def __str__(self) -> str:
         return str(self.path)
@@ -69,7 +73,7 @@ class Checkpoint:
         if not parts and "text_config" in known:
             parts = [known["text_config"]]
         side = next((side for side in ("encoder", "decoder") if f"{side}." in path), None)
-        for holder in [*parts, self.config]:
+        for holder in [self.of_module(path), *parts, self.config]:
             if attributes == NUM_HEADS and side and isinstance(holder.get(f"{side}_attention_heads"), int):
                 return holder[f"{side}_attention_heads"]
             for attribute in attributes:
@@ -83,170 +87,161 @@ class Checkpoint:
         """Return a function that reads a tensor."""
         return partial(self.load, name)
 
+    def children(self, path: str) -> Collection[str]:
+        """Return the names of what is directly in a module."""
+        return self._children.get(path, ())
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+    @cached_property
+    def _children(self) -> dict[str, set[str]]:
+        children: dict[str, set[str]] = {}
+        for name in self.shapes:
+            while name:
+                path, _, child = name.rpartition(".")
+                children.setdefault(path, set()).add(child)
+                name = path
+        return children
+
+    def is_known(self, path: str) -> bool:
+        """Whether the configuration names a model type, and no code of the checkpoint's own."""
+        return "model_type" in self.config and "auto_map" not in self.config
+
+
+def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: bool = True) -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
     Args:
-        path: a directory as ``save_pretrained`` leaves it, a ``.safetensors`` file, or a PyTorch state dict.
+        path: a directory as ``save_pretrained`` or a trainer leaves it, one of the hub's cache, a ``.safetensors``
+            file, a PyTorch state dict, a GGUF file, or an adapter beside its base; or a link to one of these.
+        state: which weights, where there are several sets: the name of a file or directory in the directory, the
+            dotted path of a mapping in a pickle, a prefix of the names; of a file and what is in it, ``file/key``.
+        adapters: whether an adapter is merged; refused otherwise.
 
     Raises:
         CheckpointError: If there is nothing to read, or what is there is damaged or would run code.
+        SeveralSets: If there are several sets of weights and ``state`` does not say which.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a directory, a .safetensors file or a PyTorch state dict.")
-    folder = path if path.is_dir() else path.parent
-    files = _files_in(path) if path.is_dir() else [path]
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    found = find_files(path, state, _matrices_in)
+    if kind(found.files[0]) == ".gguf":
+        return _open_gguf(path, parts_of(found.files[0]), found.candidates)
+    state, candidates = found.state, list(found.candidates)
     files_of: dict[str, Path] = {}
     shapes: dict[str, Shape] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    header: dict[str, str] = {}
     pickled: dict[Path, Mapping[str, Tensor]] = {}
-    for file in files:
-        _check_inside(file, folder)
-        if file.suffix == ".safetensors":
-            found = _safetensors_shapes(file)
-        elif file.suffix not in _PICKLED:
-            raise CheckpointError(f"{file} is not a checkpoint: expected .safetensors or one of {', '.join(_PICKLED)}.")
+    content: object = None
+    for file in found.files:
+        if kind(file) == ".safetensors":
+            held, types = _safetensors_shapes(file, header)
         else:
-            pickled[file] = _state_dict(file)
-            found = {name: tuple(tensor.shape) for name, tensor in pickled[file].items()}
-        for name, shape in found.items():
+            content = _content(file)
+            pickled[file], rest, keys = choose_mapping(content, state, file)
+            state = rest if len(found.files) == 1 else state
+            candidates += keys if len(keys) > 1 else []
+            held = {name: tuple(tensor.shape) for name, tensor in pickled[file].items()}
+            types = {name: tensor.dtype for name, tensor in pickled[file].items()}
+            _check_size(pickled[file], file)
+        for name, shape in held.items():
             if name in shapes:
-                raise CheckpointError(f"{name} is both in {files_of[name].name} and in {file.name} of {folder}.")
-            files_of[name], shapes[name] = file, shape
+                raise CheckpointError(f"{name} is both in {files_of[name].name} and in {file.name} of {file.parent}.")
+            files_of[name], shapes[name], dtypes[name] = file, shape, types[name]
     if not shapes:
         raise CheckpointError(f"{path} contains no tensors.")
+    stored_as, copies = choose_names(shapes, state, path)
 
     @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices
-    def load(name: str) -> Tensor:
-        file = files_of[name]
+    def load_stored(name: str) -> Tensor:
+        stored = stored_as[name]
+        file = files_of[stored]
         if file in pickled:
-            return pickled[file][name]
+            return pickled[file][stored]
         try:
             with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name)
+                return opened.get_tensor(stored)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{name} cannot be read from {file}: {error}") from None
+            raise CheckpointError(f"{stored} cannot be read from {file}: {error}") from None
 
-    return Checkpoint(path, {name: shapes[name] for name in sorted(shapes, key=_natural)}, config, load)
+    dtypes = {name: dtypes[stored] for name, stored in stored_as.items()}
+    shapes = {name: shapes[stored_as[name]] for name in sorted(stored_as, key=_natural)}
+    config = configuration(found.folders, found.files[0], shapes, content)
+    shapes, load = dequantised(shapes, dtypes, config, load_stored, header, CheckpointError)
+    shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
+    opened = Checkpoint(path, shapes, config, load, tuple(dict.fromkeys([*candidates, *copies])))
+    if not is_adapter(found.files[0], shapes):
+        return opened
+    if not adapters:
+        raise CheckpointError(f"{path} is an adapter itself; merge it with its own base first.")
+    return replace(opened, **merge(opened, found.files[0], partial(open_checkpoint, adapters=False)))
+
+
+def _matrices_in(file: Path) -> set[str]:
+    """Return the names of the matrices in a file; its own name if that cannot be known."""
+    try:
+        if kind(file) == ".safetensors":
+            return {name for name, shape in _safetensors_shapes(file, {})[0].items() if len(shape) >= 2}
+        return {name for name, tensor in choose_mapping(_content(file), None, file)[0].items() if tensor.ndim >= 2}
+    except SeveralSets as several:
+        return {f"{file.name}/{key}" for key in several.candidates}
+    except CheckpointError as error:
+        return set() if "contains no state dict" in str(error) or "is one tensor" in str(error) else {file.name}
+
+
+def _open_gguf(path: Path, files: list[Path], candidates: Sequence[str]) -> Checkpoint:
+    for file in files:
+        check_inside(file, file.parent)
+    shapes, config, of_module, load = read_gguf(files)
+    if not shapes:
+        raise CheckpointError(f"{path} contains no tensors.")
+    shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
+    return Checkpoint(path, shapes, config, load, tuple(candidates), of_module)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort names as the model is built: layer 2 before layer 10, the encoder before its decoder."""
-    name = name.replace("encoder.", "0encoder.").replace("encoder_attn", "~encoder_attn")
+    name = (
+        name.replace("encoder.", "0encoder.").replace("enc.blk.", "0enc.blk.").replace("encoder_attn", "~encoder_attn")
+    )
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Return the weight files of a directory: those in its index, else all safetensors, else all state dicts."""
-    for index in sorted(folder.glob("*.index.json")):
-        content = _read_json(index).get("weight_map")
-        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content.values()):
-            raise CheckpointError(f"{index} has no weight_map from tensors to files.")
-        files = [folder / name for name in dict.fromkeys(content.values())]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise CheckpointError(f"{index.name} names {missing[0]}, which is not in {folder}; download it again.")
-        return files
-    content = sorted(folder.iterdir())
-    safetensors = [file for file in content if file.suffix == ".safetensors"]
-    pickled = [file for file in content if file.suffix in _PICKLED and file.is_file() and file.stem not in _NO_WEIGHTS]
-    if not (safetensors or pickled):
-        raise CheckpointError(
-            f"{folder} has no weights: expected *.safetensors, an index, or *{', *'.join(_PICKLED)}; found "
-            f"{', '.join(file.name for file in content[:8]) or 'nothing'}."
-        )
-    return safetensors or pickled
-
-
-def _check_inside(file: Path, folder: Path) -> None:
-    """Refuse a link that leads out of the checkpoint, unless into the cache of the hub, and an empty file."""
-    real, root = file.resolve(), folder.resolve()
-    inside = real.is_relative_to(root)
-    in_cache = root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent)
-    if not (inside or in_cache):
-        raise CheckpointError(f"{file} leads out of {folder}, to {real}; copy the file there if you trust it.")
-    if not real.is_file():
-        raise CheckpointError(f"{file} is not a regular file.")
-    if real.stat().st_size == 0:
-        raise CheckpointError(f"{file} is empty; the download or the save was cut short.")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > _LARGEST_JSON:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, too many for a configuration.")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} contains a JSON {type(content).__name__}, expected an object.")
-    return content
-
-
-def _safetensors_shapes(file: Path) -> dict[str, Shape]:
+def _safetensors_shapes(file: Path, header: dict[str, str]) -> tuple[dict[str, Shape], dict[str, torch.dtype]]:
+    """Return shapes and types of the tensors of a file, and add the strings of its header to ``header``."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            header.update(opened.metadata() or {})
+            held = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in held.items()}
+            return shapes, {name: stored_type(tensor.get_dtype()) for name, tensor in held.items()}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from None
 
 
-def _state_dict(file: Path) -> dict[str, Tensor]:
-    _check_not_compressed(file)
+def _content(file: Path) -> object:
+    """Return what a PyTorch file holds: tensors, mapped, and plain containers."""
+    check_archive(file)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of unusual pickles; what matters becomes an error
             try:
-                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # the format before torch 1.6 cannot be mapped
-                content = torch.load(file, map_location="cpu", weights_only=True)
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's whole message would also say how to load it all the same
-        unsupported = re.search(r"[Uu]nsupported [^\n]+", str(error))
+        unsupported = re.search(r"[Uu]nsupported [^\n]+?(?= was not|\n|$)|GLOBAL \S+", str(error))
         reason = unsupported[0].rstrip(".") if unsupported else "not a pickle of tensors"
         raise CheckpointError(
-            f"{file} is a pickle that needs to run code, or is damaged, and is not loaded ({reason}); save "
-            "its state_dict() as safetensors."
+            f"{file} is a pickle that needs to run code, or is damaged, and is not loaded ({reason}); where you trust "
+            "it (a whole module perhaps), load it and save its state_dict() as safetensors."
         ) from None
     except Exception as error:  # a damaged archive fails in as many ways as it has bytes
         raise CheckpointError(f"{file} is not a PyTorch state dict: {type(error).__name__}: {error}") from None
-    tensors = _largest(content, file)
+
+
+def _check_size(tensors: Mapping[str, Tensor], file: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() * tensor.element_size() > file.stat().st_size:  # strides of 0 make much out of little
             raise CheckpointError(
                 f"{name} in {file} claims shape {tuple(tensor.shape)}, which is more than the file holds."
             )
-    return tensors
-
-
-def _check_not_compressed(file: Path) -> None:
-    """Refuse a compressed archive, which could expand to any size; PyTorch stores tensors uncompressed."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
-        return  # the format before torch 1.6, or damaged: torch.load finds out which
-    if packed:
-        raise CheckpointError(f"{file} is compressed ({packed[0]}), which torch.save does not do; it is not unpacked.")
-
-
-def _largest(content: object, file: Path) -> dict[str, Tensor]:
-    """Return the mapping with the most tensors: a checkpoint often nests its state dict under a key."""
-    best: dict[str, Tensor] = {}
-    for mapping in _mappings(content, depth=3):
-        tensors = {str(name): value for name, value in mapping.items() if isinstance(value, Tensor)}
-        if len(tensors) > len(best):
-            best = tensors
-    if not best:
-        raise CheckpointError(f"{file} contains no state dict of tensors.")
-    return best
-
-
-def _mappings(content: object, depth: int) -> Iterator[Mapping[Any, Any]]:
-    if isinstance(content, Mapping):
-        yield content
-        if depth:
-            for value in content.values():
-                yield from _mappings(value, depth - 1)

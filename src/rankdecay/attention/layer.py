@@ -9,21 +9,22 @@ parameter group, and opens it as a strided view. Seen through its window every m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from rankdecay.attention.products import Product, Rotary, with_bias
+from rankdecay.attention.products import Grouping, Product, ProductName, Rotary, with_bias
 from rankdecay.linalg.backend import double
 
-Role = Literal["query", "key", "value", "output"]
+Role = Literal["query", "key", "value", "output", "query_rotary", "key_rotary", "query_factor", "latent", "gate",
+               "query_position", "key_position", "query_sine", "output_factor", "output_mix"]  # fmt: skip
 
 _WINDOW = re.compile(
-    r"(?:(?P<label>query|key|value|output): )?"
-    r"(?P<lines>rows|columns)\[(?P<start>\d+):(?P<stop>\d+)\]/(?P<size>\d+)"
+    rf"(?:(?P<label>{'|'.join(get_args(Role))}): )?"
+    r"(?P<stacked>stack )?(?P<lines>rows|columns)\[(?P<start>\d+):(?P<stop>\d+)\]/(?P<size>\d+)"
     r"(?P<groups>\*\d+)? by (?P<head_dim>\d+)(?P<transposed> transposed)?"
 )
 
@@ -40,7 +41,10 @@ class Window:
     GPT-2's key, 12 heads of 64         rows[768:1536]/2304 by 64 transposed
     GPT-NeoX's, one group per head      rows[64:128]/192*12 by 64
     Llama's output, 32 heads of 128     columns[0:4096]/4096 by 128
+    TransformerLens's W_Q, (12, d, 64)  stack rows[0:64]/64*12 by 64 transposed
     ==================================  =================================
+
+    A stack has its groups in a first dimension of their own.
 
     Attributes:
         lines: ``"rows"`` or ``"columns"``.
@@ -51,6 +55,7 @@ class Window:
         head_dim: lines per head.
         transposed: whether the parameter is stored as (in, out), as Conv1D does.
         label: which matrix it is, for a reader; empty where the parameter holds one alone.
+        stacked: whether the parameter is a stack (groups, …), a matrix per group.
     """
 
     lines: Literal["rows", "columns"]
@@ -61,6 +66,7 @@ class Window:
     groups: int = 1
     transposed: bool = False
     label: str = ""
+    stacked: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -91,6 +97,7 @@ class Window:
         groups = f"*{self.groups}" if self.groups > 1 else ""
         turned = " transposed" if self.transposed else ""
         label = f"{self.label}: " if self.label else ""
+        label += "stack " if self.stacked else ""
         return f"{label}{self.lines}[{self.start}:{self.stop}]/{self.size}{groups} by {self.head_dim}{turned}"
 
     @staticmethod
@@ -115,6 +122,7 @@ class Window:
             groups=int((found["groups"] or "*1")[1:]),
             transposed=found["transposed"] is not None,
             label=found["label"] or "",
+            stacked=found["stacked"] is not None,
         )
 
     def matrix(self, parameter: Tensor) -> Tensor:
@@ -141,19 +149,23 @@ class Window:
 
     def _blocks(self, parameter: Tensor) -> Tensor:
         """The strided view (groups, heads per group, head_dim, length of a line); never a copy."""
-        if parameter.ndim != 2:
+        if parameter.ndim > 2 and not self.stacked:  # (out, in, 1, 1) of a convolution; (in, heads, head_dim)
+            parameter = parameter.view(parameter.shape[0], -1)
+        if parameter.ndim != (3 if self.stacked else 2):
+            kind = f"a stack of {self.groups} matrices" if self.stacked else "a matrix"
             raise ValueError(
-                f"the parameter has shape {tuple(parameter.shape)}, expected a matrix with {self.groups * self.size} "
+                f"the parameter has shape {tuple(parameter.shape)}, expected {kind} with {self.groups * self.size} "
                 f"{self.lines} for the window {self}." + (FLATTENED if parameter.ndim == 1 else "")
             )
         lines = parameter if (self.lines == "rows") != self.transposed else parameter.mT
-        if lines.shape[0] != self.groups * self.size:
+        if lines.shape[:-1] != ((self.groups, self.size) if self.stacked else (self.groups * self.size,)):
             raise ValueError(
                 f"the parameter has shape {tuple(parameter.shape)}, which does not have the "
                 f"{self.groups * self.size} {self.lines} of the window {self}: it is not the parameter the window was "
                 "made for. Build the groups with rankdecay.param_groups on the model as it is now."
             )
-        cut = lines.unflatten(0, (self.groups, self.size))[:, self.start : self.stop]
+        groups = lines if self.stacked else lines.unflatten(0, (self.groups, self.size))
+        cut = groups[:, self.start : self.stop]
         return cut.unflatten(1, (-1, self.head_dim))
 
 
@@ -211,17 +223,29 @@ class MatrixView:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """The four matrices of one attention module.
+    """The matrices of one attention module.
+
+    In **multi-head latent attention** (DeepSeek) queries, keys and values come from a narrow vector each, behind a
+    norm: ``query`` and ``key`` are the parts of the second factors that positions do not turn, ``key`` and ``value``
+    act on the latent that both share, and ``factors`` are the rest, by role.
 
     Attributes:
-        name: path of the module in the model.
+        name: path of the module in the model; with ``:`` and a projection where a module has two kinds of attention.
         query: W_Q, (num_heads · head_dim, d).
-        key: W_K, (num_key_value_heads · head_dim, d).
-        value: W_V, (num_key_value_heads · its head size, d).
+        key: W_K, (num_key_value_heads · head_dim, d); that of another layer where layers share keys.
+        value: W_V, (num_key_value_heads · its head size, d); W_K itself where values are the keys.
         output: W_O, (d, num_heads · head size of the values); None if the module has no output projection.
         head_dim: size of a query's and a key's head.
         rotary: how positions turn queries and keys, if they do.
         qk_norm: whether queries and keys are normalised before their product.
+        grouping: which key head query head i meets: ``"consecutive"``, i // (num_heads / num_key_value_heads), or
+            ``"strided"``, i mod num_key_value_heads.
+        no_product: why scores are no product W_Kᵀ W_Q though queries and keys are not normalised; else "".
+        factors: of latent attention, by role: ``query_factor`` (the queries' first), ``query_rotary`` and
+            ``key_rotary`` (the parts that positions turn; one key head), ``latent``. Of others the ``gate`` inside a
+            query projection, and projections of positions, ``query_position``, ``key_position``, ``query_sine``.
+        unknown: which of ``"rotary"`` and ``"qk_norm"`` nothing states, neither names nor settings; those fields then
+            say what is usual, no.
     """
 
     name: str
@@ -232,6 +256,10 @@ class AttentionLayer:
     head_dim: int
     rotary: Rotary | None = None
     qk_norm: bool = False
+    grouping: Grouping = "consecutive"
+    no_product: str = ""
+    factors: Mapping[Role, MatrixView] = field(default_factory=dict)
+    unknown: frozenset[str] = frozenset()
 
     @property
     def num_heads(self) -> int:
@@ -240,28 +268,40 @@ class AttentionLayer:
 
     @property
     def num_key_value_heads(self) -> int:
-        """Number of key and value heads; head i of the queries meets head i // (num_heads / this) of the keys."""
+        """Number of key and value heads."""
         return self.key.num_heads
 
     @property
     def views(self) -> tuple[MatrixView, ...]:
-        """Query, key, value and, if it exists, output."""
-        return tuple(view for view in (self.query, self.key, self.value, self.output) if view is not None)
+        """Query, key, value, if it exists output, and the factors."""
+        own = (self.query, self.key, self.value, self.output)
+        return tuple(view for view in (*own, *self.factors.values()) if view is not None)
+
+    def key_head(self, head: int) -> int:
+        """Return the key and value head that a query head meets."""
+        heads = self.num_key_value_heads
+        return head % heads if self.grouping == "strided" else head * heads // self.num_heads
 
     def query_key(self) -> Product:
-        """Return W_Kᵀ W_Q of every head, by its factors, biases included.
+        """Return W_Kᵀ W_Q of every head, by its factors, biases included; of latent attention without the rotary part.
 
         Raises:
             ValueError: If queries and keys are normalised: their scores are then no bilinear form.
         """
-        if self.qk_norm:
-            raise ValueError(
-                f"{self.name} normalises queries and keys, so its scores are not those of a product W_Kᵀ W_Q; look at "
-                "the spectra of query.tensor() and key.tensor() instead."
-            )
-        keys = with_bias(self.key.heads(), self.key.bias())
-        queries = with_bias(self.query.heads(), self.query.bias())
-        return Product("query_key", keys.mT, self._grouped(queries.mT), self.rotary)
+        self._check_no_norm()
+        rotary = None if "query_rotary" in self.factors else self.rotary
+        return self._scores("query_key", self.query, self.key, rotary)
+
+    def query_key_rotary(self) -> Product:
+        """Return W_Kᵀ W_Q of the part that positions turn, of latent attention.
+
+        Raises:
+            ValueError: If the layer has no such part, or normalises queries and keys.
+        """
+        if "query_rotary" not in self.factors:
+            raise ValueError(f"{self.name} has no separate rotary part; its scores are those of query_key().")
+        self._check_no_norm()
+        return self._scores("query_key_rotary", self.factors["query_rotary"], self.factors["key_rotary"], self.rotary)
 
     def value_output(self) -> Product:
         """Return W_O W_V of every head, by its factors, with the values' bias.
@@ -272,8 +312,27 @@ class AttentionLayer:
         if self.output is None:
             raise ValueError(f"{self.name} has no output projection, so there is no product W_O W_V.")
         values = with_bias(self.value.heads(), self.value.bias())
-        return Product("value_output", values.mT, self._grouped(double(self.output.heads())))
+        return Product("value_output", values.mT, self._grouped(double(self.output.heads()), len(values)), None, self.grouping)
 
-    def _grouped(self, heads: Tensor) -> Tensor:
+    def _scores(self, name: ProductName, query: MatrixView, key: MatrixView, rotary: Rotary | None) -> Product:
+        keys = with_bias(key.heads(), key.bias())
+        queries = with_bias(query.heads(), query.bias())
+        return Product(name, keys.mT, self._grouped(queries.mT, len(keys)), rotary, self.grouping)
+
+    @property
+    def has_score_product(self) -> bool:
+        """Whether scores are those of a product W_Kᵀ W_Q."""
+        return not (self.qk_norm or self.no_product)
+
+    def _check_no_norm(self) -> None:
+        if not self.has_score_product:
+            raise ValueError(
+                f"{self.name} {self.no_product or 'normalises queries and keys'}, so its scores are not those of a product "
+                "W_Kᵀ W_Q; look at the spectra of query.tensor() and key.tensor() instead."
+            )
+
+    def _grouped(self, heads: Tensor, groups: int) -> Tensor:
         """Group the query heads by the key head they share: (groups, heads per group, …)."""
-        return heads.unflatten(0, (self.num_key_value_heads, -1))
+        if self.grouping == "strided":
+            return heads.unflatten(0, (-1, groups)).transpose(0, 1)
+        return heads.unflatten(0, (groups, -1))

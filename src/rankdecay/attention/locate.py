@@ -1,24 +1,41 @@
 """Find attention by the names and shapes of parameters: the same for a live model and for files.
 
-A module is attention when the parameters under it carry the names of one row of
-:data:`~rankdecay.attention.names.KNOWN`. Shapes, and the number of heads, say the rest
-(:mod:`rankdecay.attention.windows`).
+A module is attention when the parameters under it carry names that belong together
+(:mod:`rankdecay.attention.names`). Shapes, and the number of heads, say the rest
+(:mod:`rankdecay.attention.windows`). What carries such names and is not read is named, with the reason.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.names import KNOWN, LATENT, AttentionNames
+from rankdecay.attention.names import (
+    DEFORMABLE,
+    EXPERTS,
+    FUSED,
+    LATENT,
+    NO_SCORES,
+    SEPARATE,
+    SHARED_LATENT,
+    AttentionNames,
+    is_fused_like,
+    is_key_like,
+    is_query_like,
+    is_value_like,
+    query_beside,
+    separate,
+    spellings,
+)
 from rankdecay.attention.source import Source, open_source
-from rankdecay.attention.windows import Found, ModuleReader, NotHandled, Place
+from rankdecay.attention.windows import WEIGHTS, Found, ModuleReader, NotHandled, Place
 
 
 class Unhandled(NamedTuple):
@@ -31,8 +48,16 @@ class Unhandled(NamedTuple):
         return f"{self.name or 'the model'}: {self.reason}"
 
 
+Names = AttentionNames | Sequence[AttentionNames] | None
+
+
 def find_attention(
-    model: nn.Module | str | Path, names: AttentionNames | None = None, num_heads: int | None = None
+    model: nn.Module | str | Path,
+    names: Names = None,
+    num_heads: int | None = None,
+    *,
+    only: bool = False,
+    state: str | None = None,
 ) -> list[AttentionLayer]:
     """Return the attention layers of a model or a checkpoint, in the order of its parameters.
 
@@ -45,11 +70,14 @@ def find_attention(
     Args:
         model: the model, or any part of it; or a path to a checkpoint (:mod:`rankdecay.attention.checkpoints`),
             of which nothing but shapes is read until a view is asked for its tensor.
-        names: how your own attention names its projections; it is then the only naming looked for.
+        names: how your own attention names its projections, for one kind of attention or several. They come first; what
+            they do not fit is read by the names that are known.
         num_heads: number of query heads, where neither module nor configuration says it.
+        only: look for ``names`` alone.
+        state: which weights, of a checkpoint that holds several sets: a file's name, a dotted key, a prefix of names.
 
     Returns:
-        One :class:`~rankdecay.attention.AttentionLayer` per attention module.
+        One :class:`~rankdecay.attention.AttentionLayer` per attention; a module with two kinds of it has two.
 
     Raises:
         TypeError: If ``model`` is neither an ``nn.Module`` nor a path.
@@ -65,72 +93,185 @@ def find_attention(
         >>> layer.key.parameter_name, str(layer.key.window), layer.key.heads().shape
         ('in_proj_weight', 'rows[64:128]/192 by 16', torch.Size([4, 16, 64]))
     """
-    layers, unhandled = find_layers(open_source(model), names, num_heads)
-    for module in unhandled:
-        warnings.warn(f"{module.name or 'the model'} is not handled: {module.reason}.", stacklevel=2)
+    layers, unhandled = find_layers(open_source(model, state), names, num_heads, only)
+    warn_unhandled(unhandled, "is not handled", stacklevel=3)
     return layers
 
 
+def warn_unhandled(unhandled: Sequence[Unhandled], what: str, stacklevel: int) -> None:
+    """Give one warning of all attention that could not be read; modules with one reason are listed together."""
+    if unhandled:
+        warnings.warn("; ".join(f"{module} {what}: {reason}" for module, reason in grouped(unhandled)) + ".", stacklevel=stacklevel)
+
+
+def grouped(unhandled: Sequence[Unhandled]) -> list[tuple[str, str]]:
+    """Return (modules, reason) for each reason, the modules that share it as one text."""
+    by_reason: dict[str, list[str]] = {}
+    for module in unhandled:
+        by_reason.setdefault(module.reason, []).append(module.name or "the model")
+    return [
+        (", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else ""), reason)
+        for reason, modules in by_reason.items()
+    ]
+
+
 def find_layers(
-    source: Source, names: AttentionNames | None = None, num_heads: int | None = None
+    source: Source, names: Names = None, num_heads: int | None = None, only: bool = False
 ) -> tuple[list[AttentionLayer], list[Unhandled]]:
     """Return the attention layers of a source, and the modules that look like attention and cannot be read.
 
     Raises:
         ValueError: If no attention is found.
     """
-    found, unhandled = locate(source, names, num_heads)
+    found, unhandled = locate(source, names, num_heads, only)
     if not found:
         raise ValueError(_nothing(source, names, unhandled))
     return [_layer(layer, source) for layer in found], unhandled
 
 
 def locate(
-    source: Source, names: AttentionNames | None = None, num_heads: int | None = None
+    source: Source, names: Names = None, num_heads: int | None = None, only: bool = False
 ) -> tuple[list[Found], list[Unhandled]]:
     """Locate the attention modules of a source, and those that look like attention and cannot be read.
 
+    What looks like attention: a module with a projection called as queries are and one called as keys are, or with one
+    called as both (:mod:`rankdecay.attention.names`), that no row of names has read.
+
     Args:
         source: the parameters and settings.
-        names: the only naming to look for; by default all that are known.
+        names: of one's own attention; they come before those that are known.
         num_heads: number of query heads, where no setting says it.
+        only: look for ``names`` alone.
     """
-    rows = KNOWN if names is None else (names,)
-    if num_heads is not None:
-        rows = tuple(replace(row, num_heads=num_heads) for row in rows)
+    given = [names] if isinstance(names, AttentionNames) else list(names or ())
+    if only and not given:
+        raise ValueError("only=True looks for names= alone, and names= is not given.")
     plain = source.plain
     found: list[Found] = []
     unhandled: list[Unhandled] = []
-    for module in _modules(plain):
+    for module, children in _modules(plain).items():
         reader = ModuleReader(module, plain, source)
-        latent = [child for child in LATENT if reader.parameter(child)]
-        if latent:
-            unhandled.append(Unhandled(module, _LATENT_REASON.format(names=" and ".join(latent))))
+        taken: set[str] = set()  # parameters that are read, or spoken of
+
+        def attempt(read: Callable[[], Found], parameters: Iterable[str | None]) -> None:
+            names = [name for name in parameters if name]
+            if names[-1] in taken:  # of two rows that share queries each has its own values
+                return
+            taken.update(names)
+            try:
+                layer = read()
+            except NotHandled as reason:
+                unhandled.append(Unhandled(module, str(reason)))
+                return
+            if any(earlier.name == layer.name for earlier in found[-2:]):
+                layer = layer._replace(name=f"{module}:{names[0][len(module) :].strip('.').split('.')[0]}")
+            found.append(layer)
+            if layer.no_output:
+                unhandled.append(Unhandled(module, f"its output projection is not found, {layer.no_output}"))
+
+        for row in given:
+            if reader.matches(row):
+                row = _with_heads(row, num_heads)
+                attempt(partial(reader.read, row, True), map(reader.parameter, row.projections))
+        if only:
             continue
-        row = next((row for row in rows if reader.matches(row)), None)
-        if row is None:
-            continue
-        try:
-            found.append(reader.read(row))
-        except NotHandled as reason:
-            unhandled.append(Unhandled(module, str(reason)))
+        reason = next((NO_SCORES[mark] for mark in NO_SCORES if mark in source.children(module)), None)
+        if reason is None and reader.setting(("autocorrelation_factor",)) is not None:
+            reason = "autocorrelation: its weights are by delay, not by token"
+        if reason is None:
+            for latent in LATENT:
+                if reader.parameter(latent.split):
+                    attempt(partial(reader.read_latent, latent), map(reader.parameter, latent))
+            if all(map(reader.parameter, SHARED_LATENT)):
+                attempt(reader.read_shared_latent, map(reader.parameter, SHARED_LATENT))
+                taken.update(filter(None, map(reader.parameter, SHARED_LATENT)))
+            if all(map(reader.parameter, EXPERTS)):
+                attempt(reader.read_experts, map(reader.parameter, EXPERTS))
+                taken.update(filter(None, map(reader.parameter, EXPERTS)))
+            for row in _known(reader, children):
+                row = _with_heads(row, num_heads)
+                attempt(partial(reader.read, row), map(reader.parameter, row.projections))
+        left = [
+            child
+            for child in children
+            if (name := reader.parameter(child)) and name not in taken and len(reader.shape(name)) > 1
+        ]
+        reason = _not_recognised(reader, left, reason)
+        if reason:
+            unhandled.append(Unhandled(module, reason))
     return found, unhandled
 
 
-_LATENT_REASON = (
-    "multi-head latent attention ({names}): queries and keys are products of two factors with a normalisation between, "
-    "so there is no W_Q and W_K to decay or to take the spectrum of; the factors have the role 'other'"
-)
+def _with_heads(row: AttentionNames, num_heads: int | None) -> AttentionNames:
+    return row if num_heads is None else replace(row, num_heads=num_heads)
 
 
-def _modules(names: Iterable[str]) -> list[str]:
-    """Return the paths of all modules with parameters, in the order of the parameters, outer modules first."""
-    seen: dict[str, None] = {}
-    for name in names:
+def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionNames]:
+    """Yield the rows of known names that a module has the projections of, the surest first."""
+    yield from filter(reader.matches, (*FUSED, *SEPARATE))
+    lender = reader.lender()
+    for child in children:
+        for spelling in spellings(child):
+            query, key, value = spelling.query, spelling.key, spelling.value
+            if key in children and value in children:
+                yield separate(query, key, value, spelling.output)
+            elif spelling.key_value in children:
+                yield query_beside(query, spelling.key_value)
+            elif spelling.key_value.replace("key_value", "kv") in children:
+                yield query_beside(query, spelling.key_value.replace("key_value", "kv"))
+            elif key in children and reader.values_are_keys():
+                yield separate(query, key, key, spelling.output)
+            elif lender and key not in children and reader.parameter(lender + key):
+                value = lender + (value if reader.parameter(lender + value) else key)
+                yield separate(query, lender + key, value, spelling.output)
+
+
+def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | None) -> str | None:
+    """Return why a module is not read whose remaining projections look like queries and keys; None if none do."""
+    queries, keys = list(filter(is_query_like, left)), list(filter(is_key_like, left))
+    fused = list(filter(is_fused_like, left))
+    def shown(children: Sequence[str]) -> str:
+        shapes = (reader.shape(name) for child in children if (name := reader.parameter(child)))
+        return " and ".join(f"{child} {shape}" for child, shape in zip(children, shapes, strict=True))
+
+    if not (fused or (queries and keys)):
+        mark, deformable = DEFORMABLE
+        if mark in left:
+            return deformable
+        if keys and any(map(is_value_like, left)) and "receptance" not in left:
+            return f"{shown(keys)}: keys and values without a projection to queries"
+        return None
+
+    if reason:
+        return f"{reason} ({shown([*queries, *keys, *fused])})"
+    if fused:
+        several = "s" if len(fused) > 1 else ""
+        return (
+            f"{shown(fused)} hold{'' if several else 's'} queries, keys or values in an order that is not known: say it with "
+            f"names=AttentionNames(fused={fused[0]!r}, order=..., layout='contiguous' or 'interleaved', output=..., num_heads=...)"
+        )
+    return (
+        f"{shown([*queries, *keys])} are called like queries and keys, and not recognised: say what they are with "
+        f"names=AttentionNames(query={queries[0]!r}, key={keys[0]!r}, value=..., output=..., num_heads=...)"
+    )
+
+
+def _modules(plain: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the paths of all modules with parameters, outer ones first, with their children that have a weight.
+
+    In the order of the parameters. A child may be a parameter itself.
+    """
+    modules: dict[str, dict[str, None]] = {}
+    for name in plain:
         parts = name.split(".")
         for i in range(len(parts)):
-            seen.setdefault(".".join(parts[:i]))
-    return list(seen)
+            modules.setdefault(".".join(parts[:i]), {})
+        for weight in WEIGHTS:
+            if name.endswith(weight):
+                module, _, child = name.removesuffix(weight).rpartition(".")
+                if child:
+                    modules.setdefault(module, {})[child] = None
+    return {module: list(children) for module, children in modules.items()}
 
 
 def _layer(found: Found, source: Source) -> AttentionLayer:
@@ -147,6 +288,10 @@ def _layer(found: Found, source: Source) -> AttentionLayer:
         head_dim=found.head_dim,
         rotary=found.rotary,
         qk_norm=found.qk_norm,
+        grouping=found.grouping,
+        no_product=found.no_product,
+        factors={role: view for role, view in views.items() if role not in ("query", "key", "value", "output")},
+        unknown=found.unknown,
     )
 
 
@@ -157,13 +302,14 @@ def _bias(place: Place, source: Source) -> Callable[[], Tensor] | None:
     return lambda: window.vector(read())
 
 
-def _nothing(source: Source, names: AttentionNames | None, unhandled: list[Unhandled]) -> str:
+def _nothing(source: Source, names: Names, unhandled: list[Unhandled]) -> str:
     shapes = source.shapes
     text = f"no attention was found in {source}"
     if names is not None:
-        text += f" under the names {', '.join(map(repr, names.projections))}"
+        rows = [names] if isinstance(names, AttentionNames) else names
+        text += f" under the names {', '.join(map(repr, dict.fromkeys(name for row in rows for name in row.projections)))}"
     if unhandled:
-        return text + ". Not handled: " + "; ".join(map(str, unhandled[:4])) + "."
+        return text + ". Not handled: " + "; ".join(f"{modules}: {reason}" for modules, reason in grouped(unhandled)[:4]) + "."
     flat = [n for n, shape in shapes.items() if len(shape) == 1 and n.rpartition(".")[2].startswith("_flat_param")]
     if flat:
         return text + f": {flat[0]} is a flattened FSDP1 parameter; shard with FSDP2 (fully_shard) instead."

@@ -1,16 +1,22 @@
 """Names of attention's projections, and of the settings that state its heads and positions.
 
-To teach the library a new family, add a row to :data:`KNOWN` and the model to ``tests/attention/families.py``, whose
-tests compare each head with what the model itself computes.
+Separate projections are recognised by a grammar, not by a list: three names that differ in one word alone, which says
+query, key or value (:func:`spellings`). Fused ones are in :data:`FUSED`, since a name does not say how they are cut. What
+this grammar takes for queries and keys, and no row reads, is named to the user (:mod:`rankdecay.attention.locate`).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from rankdecay.checks import check_number
+from rankdecay.attention.products import Grouping
+from rankdecay.checks import check_name, check_number
+
+Layout = Literal["contiguous", "interleaved"]
+Planes = Literal["none", "half", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -19,23 +25,29 @@ class AttentionNames:
 
     Give separate ``query``, ``key`` and ``value``; or ``fused`` alone for all three in one parameter; or ``query`` and
     ``fused`` for keys and values in one. A name is a submodule with a ``weight`` (``"q_proj"``), or a parameter itself
-    (``"q_proj_weight"``).
+    (``"q_proj_weight"``). A parameter of three dimensions is a stack of one matrix per head, (heads, in, head_dim) for
+    queries, keys and values and (heads, head_dim, out) for the output.
 
     Attributes:
         query: name of the query projection.
         key: name of the key projection.
         value: name of the value projection.
         fused: name of the projection that holds several of them.
-        output: names the output projection may have, the first that exists counts; ``"../output.dense"`` starts one
-            level higher. Empty if there is none.
-        order: what the fused projection holds, and in which order: ``"qkv"``, ``"qvk"`` or ``"kv"``.
+        output: names the output projection may have, the first that exists and fits counts; ``"../output.dense"``
+            starts one level higher. Empty if there is none.
+        order: what the fused projection holds, and in which order: ``"qkv"``, ``"qvk"``, ``"kv"``, …
         layout: of the fused projection: ``"contiguous"``, or ``"interleaved"`` by key head
             (:mod:`rankdecay.attention.windows`).
         blocks: for a contiguous layout that repeats: how many times (CodeGen: 4).
-        when: the row counts only if the model's configuration has this attribute with this value (CodeGen), or has it
-            at all when the value is None.
+        when: the row counts only if the model's configuration has this attribute with this value, or with one of these
+            values if it is a tuple, or has it at all if it is None.
         num_heads: number of query heads, if the module does not say it itself.
         head_dim: size of a head, if it is not height / num_heads.
+        rotary: how positions turn queries and keys: ``"none"``, planes ``"half"`` a head apart as in Llama's
+            ``rotate_half``, or ``"interleaved"`` neighbours; None to read it from the model's settings.
+        rotary_dims: how many coordinates of a head are turned; by default all.
+        qk_norm: whether queries and keys are normalised before their product; None to read it from the module.
+        grouping: which key head query head i of h meets, of g: ``"consecutive"``, i // (h / g), or ``"strided"``, i mod g.
 
     Example:
         >>> AttentionNames(query="to_queries", key="to_keys", value="to_values", output="unify", num_heads=8)
@@ -48,12 +60,16 @@ class AttentionNames:
     value: str | None = None
     fused: str | None = None
     output: str | tuple[str, ...] = ()
-    order: Literal["qkv", "qvk", "kv"] = "qkv"
-    layout: Literal["contiguous", "interleaved"] = "contiguous"
+    order: Literal["qkv", "qvk", "kqv", "kvq", "vqk", "vkq", "kv", "vk"] = "qkv"
+    layout: Layout = "contiguous"
     blocks: int = 1
     when: tuple[str, object] | None = None
     num_heads: int | None = None
     head_dim: int | None = None
+    rotary: Planes | None = None
+    rotary_dims: int | None = None
+    qk_norm: bool | None = None
+    grouping: Grouping = "consecutive"
 
     def __post_init__(self) -> None:
         given = {name for name in ("query", "key", "value", "fused") if getattr(self, name)}
@@ -62,9 +78,15 @@ class AttentionNames:
                 f"AttentionNames got {', '.join(sorted(given)) or 'no projection'}; expected query, key and value, "
                 "or fused alone, or query and fused (keys and values in one)."
             )
-        if given == {"query", "fused"} and self.order != "kv":
+        if given == {"query", "fused"} and len(self.order) != 2:
             object.__setattr__(self, "order", "kv")
-        for name in ("num_heads", "head_dim", "blocks"):
+        if self.fused:
+            check_name("order", self.order, ("kv", "vk") if self.query else ("qkv", "qvk", "kqv", "kvq", "vqk", "vkq"))
+        check_name("layout", self.layout, ("contiguous", "interleaved"))
+        check_name("grouping", self.grouping, ("consecutive", "strided"))
+        if self.rotary is not None:
+            check_name("rotary", self.rotary, ("none", "half", "interleaved"))
+        for name in ("num_heads", "head_dim", "blocks", "rotary_dims"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), at_least=1, whole=True)
 
@@ -79,56 +101,248 @@ class AttentionNames:
         return (self.output,) if isinstance(self.output, str) else self.output
 
 
+# ---- the grammar of names --------------------------------------------------------------------------------
+
+#: How a name says query, key, value and output.
+_WORDS = (
+    ("q", "k", "v", "o", "kv"), ("query", "key", "value", "output", "key_value"), ("Q", "K", "V", "O", "KV"),
+    ("queries", "keys", "values", "outputs", "keys_values"), ("qs", "ks", "vs", "os", "kvs"),
+    ("Query", "Key", "Value", "Output", "KeyValue"),
+)  # fmt: skip
+#: A word stands for itself: "to_q", "q_proj", "wq", "toQ"; but not "sequence" or "qkv".
+_BEFORE, _AFTER = r"(?:(?<![A-Za-z])|(?<=\b[wW])|(?<=_[wW])|(?<=[a-z](?=[A-Z])))", r"(?![a-z])"
+#: Parts of names of what is no projection, though it may have the shape of one.
+_NO_PROJECTION = re.compile(r"norm|bias|token|embed|(?<![a-z])emb(?![a-z])|pos(?![a-z])|scale|lora|lambda|(?<![a-z])ln(?![a-z])")
+#: All of it in one parameter: "qkv_proj", "Wqkv", "query_key_value", "to_kv"; and names that do not say it.
+_FUSED_WORD = re.compile(
+    r"(?<![a-z])w?(qkv|kqv|qvk|q_k_v|kv|qk|quer(?:y|ies)_keys?(?:_values?)?|keys?_values?)(?:[a-z]?(?![a-z]))|^c_attn$|^att_proj$"
+    r"|^in_proj_weight$|^w_pack$",
+    re.IGNORECASE,
+)
+
+
+class Spelling(NamedTuple):
+    """Names that differ in one word alone, of the projections of one attention."""
+
+    query: str
+    key: str
+    value: str
+    output: str
+    key_value: str
+
+
+def spellings(child: str) -> Iterator[Spelling]:
+    """Yield the names that belong together if ``child`` is the query's.
+
+    Example:
+        >>> list(spellings("add_q_proj"))
+        [Spelling(query='add_q_proj', key='add_k_proj', value='add_v_proj', output='add_o_proj', key_value='add_kv_proj')]
+    """
+    if _NO_PROJECTION.search(child):
+        return
+    for words in _WORDS:
+        for found in re.finditer(_BEFORE + words[0] + _AFTER, child):
+            before, after = child[: found.start()], child[found.end() :]
+            yield Spelling(*(before + word + after for word in words))
+
+
+def is_query_like(child: str) -> bool:
+    """Whether a name says that it is a projection to queries."""
+    return not is_fused_like(child) and any(True for _ in spellings(child))
+
+
+def is_key_like(child: str) -> bool:
+    """Whether a name says that it is a projection to keys."""
+    if _NO_PROJECTION.search(child) or is_fused_like(child):
+        return False
+    return any(re.search(_BEFORE + words[1] + _AFTER, child) for words in _WORDS)
+
+
+def is_value_like(child: str) -> bool:
+    """Whether a name says that it is a projection to values."""
+    if _NO_PROJECTION.search(child) or is_fused_like(child):
+        return False
+    return any(re.search(_BEFORE + words[2] + _AFTER, child) for words in _WORDS)
+
+
+def is_fused_like(child: str) -> bool:
+    """Whether a name says that it is a projection to several of queries, keys and values."""
+    return bool(_FUSED_WORD.search(child)) and not _NO_PROJECTION.search(child)
+
+
 _OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "proj", "Wo", "wo", "W_o", "to_out.0", "to_out",
-            "linear_out", "out", "proj_out", "../output.dense")  # fmt: skip
+            "linear_out", "out", "proj_out", "output_proj", "out_projection", "projection_output", "linear_proj", "attn_output",
+            "attn_out", "attention_out", "output", "output_projection", "projection", "projection_layer", "post_proj", "post",
+            "final_proj", "fc", "unify", "unifyheads", "output_linear", "../output.dense", "../output", "../dense", "../post",
+            "../proj")  # fmt: skip
 
 
-def _separate(query: str, key: str, value: str) -> AttentionNames:
-    return AttentionNames(query=query, key=key, value=value, output=_OUTPUTS)
+def separate(query: str, key: str, value: str, output: str) -> AttentionNames:
+    """Return the row of three names; the output may be called as they are, or as many are.
+
+    The second attention of a module has an output of its own: "to_add_out" beside "add_q_proj".
+    """
+    added = ("to_add_out",) if query.startswith("add_") else ()
+    outputs = dict.fromkeys([output, output.replace("output", "out"), f"../{output}.dense", *added, *_OUTPUTS])
+    return AttentionNames(query=query, key=key, value=value, output=tuple(outputs))
+
+
+def query_beside(query: str, fused: str) -> AttentionNames:
+    """Return the row of a query projection and one of keys and values together, keys first."""
+    return AttentionNames(query=query, fused=fused, output=_OUTPUTS)
 
 
 def _fused(name: str, query: str | None = None, **how: object) -> AttentionNames:
     return AttentionNames(fused=name, query=query, output=_OUTPUTS, **how)  # pyright: ignore[reportArgumentType]
 
 
-#: The names in use, most specific first. Read in transformers 5.23, timm 1.0.31 and torch 2.13.
-KNOWN: tuple[AttentionNames, ...] = (
-    _separate("q_proj", "k_proj", "v_proj"),  # llama, mistral, qwen, gemma, opt, gpt-j, clip, whisper, bart, vit, …
-    _separate("query", "key", "value"),  # bert, roberta
-    _separate("q_lin", "k_lin", "v_lin"),  # distilbert
-    _separate("q", "k", "v"),  # t5
-    _separate("q_proj_weight", "k_proj_weight", "v_proj_weight"),  # nn.MultiheadAttention with kdim or vdim
-    _separate("to_q", "to_k", "to_v"),  # diffusers, lucidrains
-    _separate("query_proj", "key_proj", "value_proj"),
-    _separate("wq", "wk", "wv"),
-    _separate("Wq", "Wk", "Wv"),
-    _separate("W_q", "W_k", "W_v"),
-    _separate("linear_q", "linear_k", "linear_v"),
+#: Fused projections whose order is known, most specific first. Read in transformers 5.23, timm 1.0.31 and torch 2.13.
+FUSED: tuple[AttentionNames, ...] = (
     _fused("c_attn", query="q_attn"),  # gpt-2's cross-attention
     _fused("c_attn", layout="interleaved", when=("multi_query", None)),  # gpt_bigcode
     _fused("c_attn"),  # gpt-2, nanoGPT
-    _fused("query_key_value", layout="interleaved"),  # gpt_neox, bloom, falcon, persimmon
+    _fused("query_key_value", when=("multi_query_attention", None)),  # ChatGLM 2 and later
+    _fused("query_key_value", layout="interleaved", when=("model_type", ("bloom", "falcon", "gpt_neox", "gpt_neox_japanese",
+           "persimmon", "fuyu", "chatglm", "gptj"))),
     _fused("qkv_proj", order="qvk", blocks=4, when=("model_type", "codegen")),
+    _fused("qkv", layout="interleaved", when=("key_dim", None)),  # timm's LeViT, EfficientFormer
+    _fused("queries_keys_values", layout="interleaved", when=("key_dim", None)),  # LeViT
+    _fused("keys_values", query="queries", layout="interleaved"),  # LeViT
+    _fused("in_proj", layout="interleaved", when=("model_type", "deberta")),
     _fused("qkv_proj"),  # phi-3
     _fused("Wqkv"),  # mpt, modernbert, dbrx
     _fused("in_proj_weight"),  # nn.MultiheadAttention
     _fused("qkv"),  # timm
-    _fused("kv", query="q"),  # timm's attention pooling
-    _fused("kv", query="to_q"),
-)
+    _fused("to_qkv"),  # diffusers, lucidrains
+    _fused("qkv_linear"),  # LayoutLMv2
+    _fused("W_pack"),  # Baichuan
+    _fused("attn_qkv"),  # GGUF
+    _fused("att_proj"),  # OLMo's own code, Molmo
+    _fused("linear_qkv", layout="interleaved", when=("num_query_groups_per_partition", None)),  # Megatron
+    _fused("wqkv", layout="interleaved", when=("model_type", ("internlm2", "internvl", "internvl_chat"))),
+)  # fmt: skip
+def _row(query: str, key: str, value: str, output: str) -> AttentionNames:
+    return AttentionNames(query=query, key=key, value=value, output=output)
+
+
+#: Separate projections whose names differ in more than the one word.
+SEPARATE: tuple[AttentionNames, ...] = (
+    _row("q_content_proj", "k_content_proj", "v_proj", "o_proj"),  # Conditional DETR
+    *(_row(f"{kind}_query_content_proj", f"{kind}_key_content_proj", f"{kind}_value_proj", f"{kind}.output_proj")
+      for kind in ("self_attn", "cross_attn")),  # DAB-DETR
+    _row("vision_proj", "text_proj", "values_text_proj", "out_vision_proj"),  # Grounding DINO's fusion, in both directions
+    _row("text_proj", "vision_proj", "values_vision_proj", "out_text_proj"),
+    *(_row("query", f"key_{kind}", f"value_{kind}", "out_proj") for kind in ("protein", "structure", "msa")),  # Evolla
+)  # fmt: skip
+
+#: Projections of positions that are added to queries or keys, or stand beside them in each head: DETR and its kin.
+POSITIONS = {
+    r"(.*_)?(q|query)_pos_proj": "query_position",
+    r"(.*_)?(k|key)_pos_proj": "key_position",
+    r"(.*_)?(q|query)_pos_sine_proj": "query_sine",
+}
+
+_RECURRENT = "a delta or linear attention layer: a recurrent state takes the place of scores of queries and keys"
+_LIGHTNING = "lightning attention: linear, without a softmax over scores of queries and keys"
+#: Marks of modules that have projections called queries and keys, and no scores of theirs in a softmax.
+NO_SCORES: dict[str, str] = {
+    "A_log": _RECURRENT,
+    "dt_bias": _RECURRENT,
+    "q_conv1d": _RECURRENT,
+    "ssm_alpha": _RECURRENT,  # GGUF
+    "ssm_beta": _RECURRENT,
+    "ssm_ba": _RECURRENT,
+    "slope_rate": _LIGHTNING,
+    "output_gate": _LIGHTNING,
+    "forget_gate": _RECURRENT,
+    "igate_preact": "an mLSTM: linear attention with a recurrent state",
+    "weights_proj": "an indexer: it chooses the tokens that attention looks at",
+    "index_qk_proj": "an indexer: it chooses the tokens that attention looks at",
+    "w_g": "additive attention: a learned vector, not the keys, weighs the queries",
+    "query_key": "attention by hashing: queries are their own keys, normalised",
+    "conv_qk_depthwise": "convolutions stand between its projections and the scores",
+    "multihead_attn": "its projections lead into those of multihead_attn, which are read",
+}
+#: The same of modules that have no projections called so.
+DEFORMABLE = ("sampling_offsets", "deformable attention: its weights come from the queries alone, without keys")
 
 #: Attributes of a module or its configuration: number of heads, head size, number of key heads.
-NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
-HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "d_kv", "dim_head")
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads", "num_q_heads",
+             "n_q_heads", "num_query_heads", "num_attention_heads_per_partition", "attention_heads", "attn_heads")  # fmt: skip
+HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "d_kv", "dim_head",
+            "d_k", "hidden_size_per_attention_head", "kv_channels", "attention_head_dim", "per_head_dim")  # fmt: skip
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads", "n_query_groups", "n_local_heads",
+             "num_query_groups_per_partition", "multi_query_group_num")  # fmt: skip
 
 #: Settings, or a submodule, that only models with rotary positions have.
-ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_dim", "rotary_pct", "rotary_emb")
+ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_dim", "rotary_pct", "rotary_emb",
+          "rotary_value", "freqs_cis", "freqs_cos")  # fmt: skip
 #: Model types whose rotary planes are neighbouring coordinates; elsewhere they are half a head apart.
-INTERLEAVED = ("gptj", "codegen", "cohere", "cohere2", "glm", "glm4", "llama4_text", "ernie4_5")
-QK_NORM = re.compile(r"(q|k|query|key)_?(layer)?_?(norm|ln)|norm_(q|k)|(q|k)_layernorm")
+INTERLEAVED = (
+    "gptj", "codegen", "cohere", "cohere2", "cohere2_moe", "glm", "glm4", "glm4v_text", "glm_ocr_text", "llama4_text",
+    "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe_text", "helium", "blt", "blt_patcher", "blt_local_encoder",
+    "blt_local_decoder", "blt_global_transformer", "moonshine", "moonshine_streaming", "moonshine_streaming_encoder",
+    "deepseek_v2", "deepseek_v4", "roformer", "efficientloftr", "lightglue", "openai_privacy_filter", "pe_audio_encoder",
+    "pe_video_encoder", "pe_audio_video_encoder", "sam2_video", "sam3_vit_model", "sam3_tracker_video",
+)  # fmt: skip
+#: Model types, with the kind of layer, whose layers of that kind are without rotary positions.
+WITHOUT_ROTARY = {(kind, "full_attention") for kind in ("cohere2", "cohere2_moe", "exaone4", "exaone4_5_text",
+                  "exaone_moe", "kolibri1")}  # fmt: skip
+#: Model types that normalise queries and keys by norms without weights.
+NORMS_WITHOUT_WEIGHTS = ("nanochat", "neomme", "yoso")
+#: Model types whose query projection holds a gate beside each head.
+GATED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text")
 
-LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")  # DeepSeek's multi-head latent attention
+
+#: Model types some of whose layers have no projection to values, because the keys are.
+VALUES_ARE_KEYS = ("gemma4_text", "diffusion_gemma", "diffusion_gemma_text")
+
+
+class LatentNames(NamedTuple):
+    """Names of the factors of multi-head latent attention.
+
+    Attributes:
+        query: W_Q, if it has one factor.
+        first: the first factor of W_Q, if it has two.
+        second: the second.
+        shared: to the latent, and to the part of the keys that positions turn.
+        split: from the latent to keys and values.
+        output: W_O.
+    """
+
+    query: str
+    first: str
+    second: str
+    shared: str
+    split: str
+    output: str
+
+
+LATENT = (
+    LatentNames("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),  # in transformers
+    LatentNames("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo"),  # DeepSeek's own files
+    LatentNames("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_output"),  # GGUF
+)
+
+
+#: DeepSeek V4: the queries' two factors, keys that are the values, the outputs' two.
+SHARED_LATENT = ("q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj")
+#: JetMoE: queries of the experts, keys and values of all, outputs of the experts.
+EXPERTS = ("experts.input_linear", "kv_proj", "experts.output_linear")
+
+
+def is_query_key_norm(child: str) -> bool:
+    """Whether a name says that it is a norm of queries or keys: "q_norm", "ln_query", "qk_layernorm", "k_rmsnorm".
+
+    Or the scale of cosine attention, "logit_scale" (Swin 2).
+    """
+    if child == "logit_scale":
+        return True
+    words = set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower()))
+    return bool(words & {"q", "k", "qk", "query", "key", "queries", "keys"}) and any(
+        re.fullmatch(r"norm|ln|rms|(layer|rms|l2|head)?norm(alize|alise|ed)?s?|layernorm", word) for word in words
+    )
+
 
 #: Model types with rotary positions that older configurations do not mention.
 ROTARY_TYPES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "gpt_neox", "gptj", "codegen", "falcon", "olmo",

@@ -33,7 +33,9 @@ from torch import Tensor
 from rankdecay.linalg.backend import double
 from rankdecay.spectrum import Spectrum
 
-ProductName = Literal["query_key", "value_output"]
+ProductName = Literal["query_key", "query_key_rotary", "value_output"]
+#: Which key head query head i of h meets, of g: i // (h / g), or i mod g.
+Grouping = Literal["consecutive", "strided"]
 
 
 class Rotary(NamedTuple):
@@ -48,16 +50,18 @@ class Product:
     """Product of each head, given by its factors.
 
     Attributes:
-        name: ``"query_key"`` or ``"value_output"``.
+        name: ``"query_key"``, its part that positions turn, ``"query_key_rotary"``, or ``"value_output"``.
         single: (groups, rows, k): W_Kᵀ, or W_Vᵀ: one factor per key or value head, float64.
         several: (groups, heads per group, rows, k): W_Qᵀ, or W_O: one per query head, float64.
         rotary: how positions turn the heads of a query_key product.
+        grouping: how the heads are numbered: those of a group together, or one of each group in turn.
     """
 
     name: ProductName
     single: Tensor
     several: Tensor
     rotary: Rotary | None = None
+    grouping: Grouping = "consecutive"
 
     @property
     def num_heads(self) -> int:
@@ -99,7 +103,7 @@ class Product:
         cores = (several @ single[:, None].mT).cpu()  # small, and slow to decompose on a GPU
         sigma = torch.linalg.svdvals(cores).masked_fill(~self._finite.cpu()[..., None], torch.nan)
         rows = max(self.single.shape[-2], self.several.shape[-2])
-        return Spectrum(sigma.flatten(0, 1), rows * torch.finfo(torch.float32).eps)
+        return Spectrum(self._in_order(sigma), rows * torch.finfo(torch.float32).eps)
 
     @property
     def _balanced(self) -> tuple[Tensor, Tensor]:
@@ -192,7 +196,11 @@ class Product:
     def _per_head(self, per_group: Tensor) -> Tensor:
         finite = self._finite.all(1)  # one broken head leaves its group unknown
         value = per_group.masked_fill(~finite.view(-1, *[1] * (per_group.ndim - 1)), torch.nan)
-        return value.repeat_interleave(self.several.shape[1], 0)
+        return self._in_order(value[:, None].expand(-1, self.several.shape[1], *value.shape[1:]))
+
+    def _in_order(self, heads: Tensor) -> Tensor:
+        """Return (groups, heads per group, …) as (heads, …) in the order of the query heads."""
+        return (heads.transpose(0, 1) if self.grouping == "strided" else heads).flatten(0, 1)
 
 
 def _where_finite(matrices: Tensor) -> Tensor:

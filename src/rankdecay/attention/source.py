@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -23,6 +23,7 @@ from rankdecay.attention.adapters import (
 from rankdecay.attention.checkpoints import Checkpoint, CheckpointError, Shape, open_checkpoint
 from rankdecay.attention.computed import Computed, StoredWeight, compute, computed_weights, stored_weights
 from rankdecay.attention.names import ROTARY
+from rankdecay.attention.quantised import live_weights
 from rankdecay.dtensor import whole
 
 
@@ -45,6 +46,14 @@ class Source(Protocol):
 
     def reader(self, name: str) -> Callable[[], Tensor]:
         """Return a function that reads the present value of a parameter."""
+        ...
+
+    def children(self, path: str) -> Collection[str]:
+        """Return the names of what is directly in a module: submodules, with weights or without, and parameters."""
+        ...
+
+    def is_known(self, path: str) -> bool:
+        """Whether names and settings say all of a module: it is of a library whose classes the tables cover."""
         ...
 
 
@@ -87,7 +96,9 @@ class ModuleSource:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = model
-        self.shapes = {name: tuple(p.shape) for name, p in named_parameters(model).items()}
+        self._quantised = live_weights(model)
+        parameters = {name: tuple(p.shape) for name, p in named_parameters(model).items()}
+        self.shapes = parameters | {name: weight.shape for name, weight in self._quantised.items()}
         self.known: dict[str, Known] = {}
         self.plain: dict[str, str] = {}
         self.computed: dict[str, Computed] = {}
@@ -125,17 +136,31 @@ class ModuleSource:
         """Return the modules at a path without wrappers: those that wrap, then what they wrap."""
         return self._modules.get(path, [])
 
+    def children(self, path: str) -> Collection[str]:
+        """Return the names of the submodules, parameters and buffers of a module, without its wrappers."""
+        parts = (part for module in self.modules(path) for part in (module._modules, module._parameters, module._buffers))
+        return {name for part in parts for name in part}
+
+    def is_known(self, path: str) -> bool:
+        """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
+        known = ("torch.nn.", "transformers.models.", "timm.")
+        return any(type(module).__module__.startswith(known) for module in self.modules(path))
+
     def reader(self, name: str) -> Callable[[], Tensor]:
         """Return a function that reads a parameter whole, as the forward pass uses it now.
 
         That is with the contribution of active adapters, and as a parametrisation computes it.
         """
-        if name not in self.known and name not in self.computed:
-            return lambda: whole(_tensor(self.model, name))
+
+        def own() -> Tensor:
+            return whole(_tensor(self.model, name))
+
+        if name in self._quantised:
+            own = self._quantised[name].read
+        if name not in self.computed and (name not in self.known or self.known[name].plain is None):
+            return own
         parts = name.split(".")
-        if name in self.known and self.known[name].plain is None:
-            return lambda: whole(_tensor(self.model, name))
-        return lambda: _read(self.model, parts, "", lambda: whole(_tensor(self.model, name)))
+        return lambda: _read(self.model, parts, "", own)
 
     def _identify(self, name: str) -> Known:
         """Return what a parameter is, by the modules on its path."""
@@ -234,17 +259,23 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return reduce(getattr, name.split("."), module)  # pyright: ignore[reportReturnType]
 
 
-def open_source(model: nn.Module | str | Path) -> Source:
+def open_source(model: nn.Module | str | Path, state: str | None = None) -> Source:
     """Return the parameters and settings of a model, or of a checkpoint by its path.
 
+    Args:
+        model: the model or the path.
+        state: which weights, of a checkpoint that holds several sets.
+
     Raises:
-        TypeError: If ``model`` is neither an ``nn.Module`` nor a path.
+        TypeError: If ``model`` is neither an ``nn.Module`` nor a path, or ``state`` is given with a model.
         ValueError: If a checkpoint cannot be read.
     """
     if isinstance(model, nn.Module):
+        if state is not None:
+            raise TypeError(f"state={state!r} names weights in a checkpoint; give the part of the model itself.")
         return ModuleSource(model)
     if isinstance(model, (str, Path)):
-        return without_wrappers(open_checkpoint(model))
+        return without_wrappers(open_checkpoint(model, state))
     raise TypeError(f"model must be a torch.nn.Module or a path to a checkpoint, got {type(model).__name__}.")
 
 
@@ -318,4 +349,4 @@ def _plain(holder: object, attribute: str) -> object:
     value = getattr(holder, attribute, None)
     if attribute in ROTARY and isinstance(value, nn.Module):
         return True  # the submodule that turns queries and keys
-    return value if isinstance(value, (bool, int, float, str, dict)) else None
+    return value if isinstance(value, (bool, int, float, str, dict, list)) else None

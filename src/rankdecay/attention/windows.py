@@ -6,17 +6,38 @@
 * **Fused, interleaved**: one group per key head, [its queries, k, v]. With as many key heads as query heads that is
   per head [q, k, v] (GPT-NeoX, BLOOM); with one it is [all queries, k, v] (multi-query Falcon).
 * **Transposed** (Conv1D): a fused matrix whose bias is as long as its second side.
+* **Stacked**: a parameter (heads, in, head_dim), one matrix per head (TransformerLens).
+* **With a gate**: per head [q, gate] in one projection (Qwen3-Next).
+* **Shared**: the last layers of Gemma 3n and 4 take keys and values of an earlier one, and some layers have keys for values.
+* **Latent** (DeepSeek): two factors each for queries, keys and values, and a part of their own for the positions.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
-from rankdecay.attention.names import HEAD_DIM, INTERLEAVED, KEY_HEADS, NUM_HEADS, QK_NORM, ROTARY, AttentionNames
-from rankdecay.attention.products import Rotary
+from rankdecay.attention.names import (
+    EXPERTS,
+    GATED,
+    HEAD_DIM,
+    INTERLEAVED,
+    KEY_HEADS,
+    NORMS_WITHOUT_WEIGHTS,
+    NUM_HEADS,
+    POSITIONS,
+    ROTARY,
+    SHARED_LATENT,
+    VALUES_ARE_KEYS,
+    WITHOUT_ROTARY,
+    AttentionNames,
+    LatentNames,
+    is_query_key_norm,
+)
+from rankdecay.attention.products import Grouping, Rotary
 from rankdecay.attention.source import Shape, Source
 
 
@@ -30,17 +51,50 @@ class Place(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Attention module, with the locations of its matrices by role."""
+    """Attention module, with the locations of its matrices by role.
+
+    Attributes:
+        name: path of the module, and after ``:`` a projection if it is not the module's first attention.
+        places: of each matrix, by role.
+        head_dim: size of a query's head.
+        rotary: how positions turn the heads.
+        qk_norm: whether queries and keys are normalised.
+        grouping: which key head a query head meets.
+        unknown: which of these nothing says.
+        no_product: why scores are no product W_Kᵀ W_Q, though queries and keys are not normalised.
+        no_output: what was looked for, if the module has matrices and none is its output projection.
+    """
 
     name: str
     places: dict[Role, Place]
     head_dim: int
     rotary: Rotary | None = None
     qk_norm: bool = False
+    grouping: Grouping = "consecutive"
+    unknown: frozenset[str] = frozenset()
+    no_product: str = ""
+    no_output: str = ""
+
+    @property
+    def module(self) -> str:
+        """Path of the module."""
+        return self.name.partition(":")[0]
 
 
 class NotHandled(Exception):
     """Raised for a module that looks like attention and cannot be read, with the reason."""
+
+
+#: Settings that say whether rotary planes are neighbouring coordinates.
+ROTARY_PLANES = ("rope_interleaved", "rope_interleave", "rotary_interleaved", "rotary_emb_interleaved")
+#: Settings that say whether queries and keys are normalised.
+QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")
+#: Where a projection's weight may be, under its name: itself, a wrapped linear layer, the first of a sequence.
+WEIGHTS = (".weight", "", ".linear.weight", ".conv.weight", ".convolution.weight", ".0.weight")
+
+
+#: What a norm is called that stands behind a projection in a module of their own.
+BATCH_NORMS = ("bn", "norm", "batch_norm", "batchnorm", "normalization")
 
 
 class ModuleReader:
@@ -54,7 +108,10 @@ class ModuleReader:
             plain: every parameter's name in the source, by its name without adapters.
             source: the parameters and settings.
         """
-        self.module, self.plain, self.shapes, self.setting = module, plain, source.shapes, source.setting
+        self.module, self.plain, self.shapes, self.source = module, plain, source.shapes, source
+
+    def setting(self, attributes: tuple[str, ...]) -> object:
+        return self.source.setting(self.module, attributes)
 
     def parameter(self, child: str) -> str | None:
         """Return the plain name of the weight called ``child``: of a submodule, or the parameter itself."""
@@ -64,11 +121,11 @@ class ModuleReader:
                 return None
             path, child = path.rpartition(".")[0], child[3:]
         name = f"{path}.{child}" if path else child
-        return next((full for full in (f"{name}.weight", name) if full in self.plain), None)
+        return next((name + weight for weight in WEIGHTS if name + weight in self.plain), None)
 
     def bias(self, weight: str) -> str | None:
         name = weight.removesuffix("weight") + "bias"
-        return name if name in self.plain else None
+        return name if name in self.plain and name != weight else None
 
     def matches(self, row: AttentionNames) -> bool:
         """Whether the module has every projection of the row, and the configuration it asks for."""
@@ -77,90 +134,435 @@ class ModuleReader:
         if row.when is None:
             return True
         attribute, wanted = row.when
-        value = self.setting(self.module, (attribute,))
-        return value is not None if wanted is None else value == wanted
+        value = self.setting((attribute,))
+        return value is not None if wanted is None else value in (wanted if isinstance(wanted, tuple) else (wanted,))
 
     def shape(self, name: str) -> Shape:
         return self.shapes[self.plain[name]]
 
     def number(self, attributes: tuple[str, ...]) -> int | None:
-        value = self.setting(self.module, attributes)
-        return value if isinstance(value, int) and value > 0 else None
+        value = self.setting(attributes)
+        value = self._of_layer(value)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
-    def read(self, row: AttentionNames) -> Found:
+    @property
+    def layer_number(self) -> int | None:
+        """The model's own number of the layer: the first number in the path."""
+        return next((int(part) for part in self.module.split(".") if part.isdigit()), None)
+
+    def _of_layer(self, value: object) -> object:
+        """Return a setting that is a list, one value per layer, for this layer."""
+        if not isinstance(value, list):
+            return value
+        number = self.layer_number
+        return value[number] if number is not None and number < len(value) else None
+
+    def read(self, row: AttentionNames, named: bool = False) -> Found:
         """Locate the matrices of the module.
+
+        Args:
+            row: the names.
+            named: whether the user gave them, who then has to be told of an output that is not there.
 
         Raises:
             NotHandled: If names, shapes and settings do not agree.
         """
         parameters = {child: name for child in row.projections if (name := self.parameter(child))}
-        output = next((name for child in row.outputs if (name := self.parameter(child))), None)
-        self._check_shapes([*parameters.values(), *([output] if output else [])])
-        transposed = self._transposed(list(parameters.values()))
-        height = {child: self.shape(name)[1 if transposed else 0] for child, name in parameters.items()}
-        across = self.shape(output)[0 if transposed else 1] if output else None  # columns of W_O
-
-        heads, head_dim = self._heads(row, height, across)
+        outputs = {child: name for child in row.outputs if (name := self.parameter(child))}
+        if named and row.outputs and not outputs:
+            raise NotHandled(
+                f"it has no output projection {' or '.join(map(repr, row.outputs))}; its matrices are "
+                f"{', '.join(self._matrices()) or 'none'}; leave output= out if there is none"
+            )
+        layout = self._layout(row, parameters)
+        stacked = layout == "stacked"
+        transposed = layout != "plain" or self._transposed(list(parameters.values()))
+        height = {child: self._lines(name, "rows", transposed, stacked) for child, name in parameters.items()}
+        turned = transposed and layout != "middle"  # the output of (in, heads, head_dim) is (out, heads, head_dim)
+        fits = {
+            child: self._lines(name, "columns", turned, stacked)
+            for child, name in outputs.items()
+            if self._is_matrix(self.shape(name)) or (layout != "plain" and len(self.shape(name)) == 3)
+        }
+        heads, head_dim = self._heads(row, height, list(fits.values()), parameters, stacked)
+        gated = self._is_gated(row, height, heads, head_dim, list(fits.values()))
+        if gated:
+            head_dim //= 2
         places: dict[Role, Place] = {}
-        for role, (child, window) in self._windows(row, height, heads, head_dim).items():
-            places[role] = self._place(parameters[child], replace(window, transposed=transposed))
+        for role, (child, window) in self._windows(row, height, heads, head_dim, gated).items():
+            window = replace(window, transposed=transposed, stacked=stacked)
+            if stacked:
+                size = window.head_dim
+                window = replace(window, start=0, stop=size, size=size, groups=window.num_heads)
+            places[role] = self._place(parameters[child], window)
         if row.query == "q_proj_weight":
             self._share_bias(places)
         elif row.fused and not self.bias(parameters[row.fused]):
             self._separate_biases(places)
-        key_heads, value_dim = places["key"].window.num_heads, places["value"].window.head_dim
+        self._check_heads(heads, places["key"].window.num_heads)
+        value_dim = places["value"].window.head_dim
+        unfit = self._place_output(places, outputs, fits, heads, value_dim, turned, stacked)
+        self._place_positions(places, row, heads)
+        rotary, qk_norm, unknown = self._positions_and_norms(row, head_dim)
+        no_product = self._no_product(row)
+        return Found(self.module, places, head_dim, rotary, qk_norm, row.grouping, unknown, no_product, unfit)
+
+    def _no_product(self, row: AttentionNames) -> str:
+        if self._is_of_channels():
+            return "takes its scores between channels, not tokens"
+        weights = (self.parameter(child) for child in (row.query, row.key, row.fused) if child)
+        owners = {weight.removesuffix(".weight").rpartition(".")[0] for weight in weights if weight}
+        if any(f"{owner}.{norm}.weight" in self.plain for owner in owners for norm in BATCH_NORMS):
+            return "normalises queries and keys over the batch"
+        return ""
+
+    def _is_of_channels(self) -> bool:
+        """Whether tokens are summed over in the scores: Florence-2's and DaViT's channel attention, XCiT, Restormer."""
+        return "channel_attn" in self.module.split(".") or "temperature" in self.source.children(self.module)
+
+    def _place_positions(self, places: dict[Role, Place], row: AttentionNames, heads: int) -> None:
+        """Locate the projections of positions that belong to content projections (DETR and its kin)."""
+        if not row.query or "content" not in row.query:
+            return
+        for child in sorted(self.source.children(self.module)):
+            role = next((role for pattern, role in POSITIONS.items() if re.fullmatch(pattern, child)), None)
+            name = self.parameter(child) if role else None
+            if role and name and len(self.shape(name)) == 2 and self.shape(name)[0] % heads == 0:
+                lines = self.shape(name)[0]
+                places[role] = self._place(name, Window("rows", 0, lines, lines, lines // heads))
+
+    def _check_heads(self, heads: int, key_heads: int) -> None:
         if heads % key_heads:
             raise NotHandled(f"{heads} query heads are not a multiple of {key_heads} key heads")
-        if output and across:
-            if across != heads * value_dim:
-                raise NotHandled(
-                    f"the output projection takes {across} columns, where {heads} heads of {value_dim} give "
-                    f"{heads * value_dim}"
-                )
-            places["output"] = self._place(output, Window("columns", 0, across, across, value_dim, 1, transposed))
-        return Found(self.module, places, head_dim, self._rotary(head_dim), self._qk_norm())
+
+    def _place_output(
+        self, places: dict[Role, Place], outputs: dict[str, str], fits: dict[str, int], heads: int, value_dim: int,
+        transposed: bool, stacked: bool = False,
+    ) -> str:  # fmt: skip
+        """Locate the output projection: the first of the candidates that takes as many columns as the heads give.
+
+        Returns:
+            What to say if there are matrices beside the projections and none is the output; "" if all is well.
+        """
+        for child, name in outputs.items():
+            if fits.get(child) == heads * value_dim:
+                window = Window("columns", 0, heads * value_dim, heads * value_dim, value_dim, 1, transposed)
+                if stacked:
+                    window = Window("columns", 0, value_dim, value_dim, value_dim, heads, True, stacked=True)
+                places["output"] = self._place(name, window)
+                return ""
+            if "key_conv_attn_layer" in self.source.children(self.module) and fits.get(child) == 2 * heads * value_dim:
+                # ConvBERT: as many columns again are of its convolution
+                window = Window("columns", 0, heads * value_dim, 2 * heads * value_dim, value_dim, 1, transposed)
+                places["output"] = self._place(name, window)
+                return ""
+            window = self._share_of_output(child, fits.get(child), heads * value_dim, transposed)
+            if window is not None:
+                places["output"] = self._place(name, window)
+                return ""
+        inside = [child for child in outputs if not child.startswith("../") and child in fits]
+        if inside:
+            raise NotHandled(
+                f"the output projection takes {fits[inside[0]]} columns, where {heads} heads of {value_dim} give "
+                f"{heads * value_dim}"
+            )
+        left = self._matrices({place.parameter for place in places.values()})
+        read = {place.parameter.removesuffix(".weight") for place in places.values()}
+        left = [matrix for matrix in left if self._path(matrix.split(".")[0]) not in read]  # not an adapter's factors
+        return f"none of its other matrices is known as one: {', '.join(left)}" if left else ""
+
+    def _share_of_output(self, child: str, across: int | None, own: int, transposed: bool) -> Window | None:
+        """Return the part of an output projection one level up that belongs to this one of several modules.
+
+        A list of modules of one head each, whose results are concatenated: the number is the last in the path.
+        """
+        number = self.module.rpartition(".")[2]
+        if not child.startswith("../") or across is None or not number.isdigit() or across % own:
+            return None
+        siblings = self.module.rpartition(".")[0]
+        count = len({n.removeprefix(siblings + ".").split(".")[0] for n in self.plain if n.startswith(siblings + ".")})
+        first = int(number) * own
+        if count * own != across:
+            return None
+        return Window("columns", first, first + own, across, own, 1, transposed)
+
+    def _matrices(self, without: set[str] | frozenset[str] = frozenset()) -> list[str]:
+        """Return the matrices directly in the module, as text, without some."""
+        inside = self.module + "." if self.module else ""
+        return [
+            f"{name.removeprefix(inside)} {self.shape(name)}"
+            for name, stored in self.plain.items()
+            if name.startswith(inside) and stored not in without and len(self.shape(name)) in (2, 3)
+            and name.removeprefix(inside).count(".") <= 1
+        ][:8]  # fmt: skip
+
+    def _path(self, child: str) -> str:
+        return f"{self.module}.{child}" if self.module else child
+
+    def _lines(self, name: str, lines: str, transposed: bool, stacked: bool) -> int:
+        """Return how many rows, or columns, the matrix has that a parameter holds."""
+        shape = self.shape(name)
+        if stacked:  # (heads, in, head_dim), or (heads, head_dim, out)
+            return shape[0] * shape[2 if lines == "rows" else 1]
+        if len(shape) == 3 and shape[2] > 1:  # (in, heads, head_dim), or (out, heads, head_dim)
+            shape = (shape[0], shape[1] * shape[2])
+        return shape[1 if (lines == "rows") == transposed else 0]
+
+    def _layout(self, row: AttentionNames, parameters: dict[str, str]) -> Literal["plain", "stacked", "middle"]:
+        """Return how the projections are stored: as matrices, as (heads, in, head_dim), or as (in, heads, head_dim).
+
+        Raises:
+            NotHandled: If a projection is none of these.
+        """
+        shapes = {name: self.shape(name) for name in parameters.values()}
+        for name, shape in shapes.items():
+            if len(shape) == 1:
+                raise NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
+        if all(map(self._is_matrix, shapes.values())):
+            if (self.number(("q_groups", "groups")) or 1) > 1 and any(len(shape) > 2 for shape in shapes.values()):
+                raise NotHandled(f"{next(iter(shapes))} is the weight of a grouped convolution, which is no matrix")
+            return "plain"
+        itself = all(name.endswith(child) for child, name in parameters.items())
+        if not (itself and row.query and row.key and all(len(shape) == 3 for shape in shapes.values())):
+            name, shape = next((name, shape) for name, shape in shapes.items() if not self._is_matrix(shape))
+            raise NotHandled(f"{name} has shape {shape}, not that of a matrix")
+        heads = row.num_heads or self.number(NUM_HEADS)
+        first, middle, _ = self.shape(parameters[row.query])
+        if heads == first != middle or (heads is None and first < middle):
+            return "stacked"
+        if heads == middle != first:
+            return "middle"
+        raise NotHandled(
+            f"{parameters[row.query]} has shape {self.shape(parameters[row.query])}, and "
+            f"{heads or 'an unknown number of'} heads do not say which side is theirs; pass num_heads=..."
+        )
+
+    @staticmethod
+    def _is_matrix(shape: Shape) -> bool:
+        """Whether a parameter is a matrix, or a convolution over nothing but its own place."""
+        return len(shape) == 2 or (len(shape) > 2 and all(size == 1 for size in shape[2:]))
+
+    def read_latent(self, names: LatentNames) -> Found:
+        """Locate the factors of multi-head latent attention.
+
+        Raises:
+            NotHandled: If names, shapes and settings do not agree.
+        """
+        name = {field: self.parameter(child) for field, child in names._asdict().items()}
+        lender = self.lender()
+        shared = name["shared"] or (lender and self.parameter(lender + names.shared))
+        query, split, output = name["second"] or name["query"], name["split"], name["output"]
+        if not (query and split and output):
+            expected = {f"{names.query} or {names.second}": query, names.split: split, names.output: output}
+            missing = [child for child, there in expected.items() if not there]
+            raise NotHandled(f"multi-head latent attention whose {', '.join(missing)} has another name")
+        parameters = [query, split, output, *(part for part in (shared, name["first"]) if part)]
+        self._check_shapes(parameters)
+        heads = self.number(NUM_HEADS)
+        if heads is None:
+            raise _no_heads(names.split, self.shape(split)[0], None, None)
+        (rows, latent), across = self.shape(split), self.shape(output)[1]
+        value_dim = _divide(across, heads, f"the width of {names.output}", "the heads")
+        plain_dim = _divide(rows, heads, f"the height of {names.split}", "the heads") - value_dim
+        head_dim = _divide(self.shape(query)[0], heads, "the height of the query's projection", "the heads")
+        turned_dim = head_dim - plain_dim
+        if plain_dim <= 0 or turned_dim < 0 or (shared and self.shape(shared)[0] != latent + turned_dim):
+            raise NotHandled(
+                f"multi-head latent attention whose factors disagree: {heads} heads of {head_dim} queries, and of "
+                f"{plain_dim} keys and {value_dim} values from a latent of {latent}"
+            )
+        both = plain_dim + value_dim
+        places: dict[Role, Place] = {
+            "query": self._place(query, Window("rows", 0, plain_dim, head_dim, plain_dim, heads)),
+            "key": self._place(split, Window("rows", 0, plain_dim, both, plain_dim, heads)),
+            "value": self._place(split, Window("rows", plain_dim, both, both, value_dim, heads)),
+            "output": self._place(output, Window("columns", 0, across, across, value_dim)),
+        }
+        if shared:
+            places["latent"] = self._place(shared, Window("rows", 0, latent, latent + turned_dim, latent))
+        if shared and turned_dim:
+            window = Window("rows", latent, latent + turned_dim, latent + turned_dim, turned_dim)
+            places["query_rotary"] = self._place(query, Window("rows", plain_dim, head_dim, head_dim, turned_dim, heads))
+            places["key_rotary"] = self._place(shared, window)
+        if name["second"] and name["first"]:
+            lines = self.shape(name["first"])[0]
+            places["query_factor"] = self._place(name["first"], Window("rows", 0, lines, lines, lines))
+        rotary = Rotary(turned_dim // 2 * 2, self._is_interleaved()) if turned_dim else None
+        return Found(self.module, places, plain_dim, rotary, self._qk_norm())
+
+    def read_shared_latent(self) -> Found:
+        """Locate DeepSeek V4's matrices: one key head that is the value too, and two factors of queries and outputs.
+
+        Raises:
+            NotHandled: If names, shapes and settings do not agree.
+        """
+        first, second, shared, mix, expand = (self.parameter(child) for child in SHARED_LATENT)
+        heads = self.number(NUM_HEADS)
+        if not (first and second and shared and mix and expand and heads):
+            raise NotHandled("latent attention with one key head whose factors have other names")
+        self._check_shapes([first, second, shared, mix, expand])
+        head_dim, lines = self.shape(shared)[0], self.shape(second)[0]
+        if lines != heads * head_dim:
+            raise NotHandled(f"{second} has {lines} rows, where {heads} heads of {head_dim} have {heads * head_dim}")
+        key = self._place(shared, Window("rows", 0, head_dim, head_dim, head_dim))
+        places: dict[Role, Place] = {
+            "query": self._place(second, Window("rows", 0, lines, lines, head_dim)),
+            "key": key,
+            "value": key,
+        }
+        for role, name in {"query_factor": first, "output_factor": mix, "output_mix": expand}.items():
+            rows = self.shape(name)[0]
+            places[role] = self._place(name, Window("rows", 0, rows, rows, rows))
+        turned = self.number(("qk_rope_head_dim",))
+        rotary = Rotary(turned // 2 * 2, self._is_interleaved()) if turned else self._rotary(head_dim)
+        return Found(self.module, places, head_dim, rotary, qk_norm=True)
+
+    def read_experts(self) -> Found:
+        """Locate JetMoE's matrices: W_Q and W_O of each expert, and keys and values that all experts share.
+
+        Raises:
+            NotHandled: If names, shapes and settings do not agree.
+        """
+        query, shared, output = (self.parameter(child) for child in EXPERTS)
+        head_dim = self.number(HEAD_DIM)
+        assert query and shared and output
+        if not head_dim or len(self.shape(query)) != 3 or len(self.shape(output)) != 3:
+            raise NotHandled(f"the heads of the experts in {query} are of unknown size")
+        experts, lines, _ = self.shape(query)
+        if lines % head_dim or self.shape(shared)[0] != 2 * lines or self.shape(output)[2] != lines:
+            raise NotHandled(f"{lines} rows of each expert's queries do not fall into the heads of {shared}")
+        places: dict[Role, Place] = {
+            "query": self._place(query, Window("rows", 0, lines, lines, head_dim, experts, stacked=True)),
+            "key": self._place(shared, Window("rows", 0, lines, 2 * lines, head_dim)),
+            "value": self._place(shared, Window("rows", lines, 2 * lines, 2 * lines, head_dim)),
+            "output": self._place(output, Window("columns", 0, lines, lines, head_dim, experts, stacked=True)),
+        }
+        return Found(self.module, places, head_dim, self._rotary(head_dim), self._qk_norm(), "strided")
+
+    def values_are_keys(self) -> bool:
+        """Whether the keys serve as values: Gemma 4 in layers of one kind, which then have no projection to values."""
+        if self.setting(("attention_k_eq_v", "use_alternative_attention")) is True:
+            return True
+        return self.setting(("model_type",)) in VALUES_ARE_KEYS
+
+    def lender(self) -> str | None:
+        """Return the path from here to the attention module whose keys and values this layer takes (Gemma 3n and 4).
+
+        The last layers have none of their own: each takes those of the last layer before them that is of its kind.
+        """
+        number, kinds, modes = self.layer_number, self.setting(("layer_types",)), self.setting(("kv_sharing_modes",))
+        if number is None:
+            return None
+        if isinstance(modes, list):
+            if number >= len(modes) or not str(modes[number]).startswith("reuse"):
+                return None
+            own = [i for i in range(number) if not str(modes[i]).startswith("reuse")]
+            own = [i for i in own if modes[i] == "store"] or own
+        else:
+            shared, depth = self.number(("num_kv_shared_layers",)), self.number(("num_hidden_layers",))
+            if not shared or not depth or number < depth - shared:
+                return None
+            own = list(range(depth - shared))
+        if isinstance(kinds, list) and len(kinds) > number:
+            own = [i for i in own if kinds[i] == kinds[number]] or own
+        before, found, after = f"{self.module}.".partition(f".{number}.")
+        if not own or not found:
+            return None
+        return "../" * (1 + after.count(".")) + f"{own[-1]}.{after}"
+
+    # ---- what is done with queries and keys --------------------------------------------------------------
+
+    def _positions_and_norms(self, row: AttentionNames, head_dim: int) -> tuple[Rotary | None, bool, frozenset[str]]:
+        """Return how positions turn the heads, whether they are normalised, and what of it nothing says."""
+        rotary = self._rotary(head_dim) if row.rotary is None else self._rotary_as_named(row, head_dim)
+        qk_norm = self._qk_norm() if row.qk_norm is None else row.qk_norm
+        unknown = set[str]()
+        if not self.source.is_known(self.module):
+            unknown |= {"rotary"} if row.rotary is None and rotary is None else set()
+            stated = qk_norm or row.qk_norm is not None or self.setting(QK_NORM_FLAGS) is False
+            unknown |= set() if stated else {"qk_norm"}
+        return rotary, qk_norm, frozenset(unknown)
+
+    def _rotary_as_named(self, row: AttentionNames, head_dim: int) -> Rotary | None:
+        if row.rotary == "none":
+            return None
+        return Rotary(min(row.rotary_dims or head_dim, head_dim) // 2 * 2, row.rotary == "interleaved")
 
     def _qk_norm(self) -> bool:
-        """Whether the module normalises queries or keys."""
-        inside = self.module + "." if self.module else ""
-        children = {name[len(inside) :].split(".")[0] for name in self.plain if name.startswith(inside)}
-        flags = (self.setting(self.module, (flag,)) for flag in ("use_qk_norm", "qk_layernorm", "qk_norm"))
-        return any(QK_NORM.fullmatch(child) for child in children) or any(flag is True for flag in flags)
+        """Whether the module normalises queries or keys: it has a norm for them, perhaps without weights, or a flag."""
+        if any(map(is_query_key_norm, self.source.children(self.module))):
+            return True
+        kind = self.setting(("model_type",))
+        if self.setting(QK_NORM_FLAGS) is True:
+            return not (kind == "llama4_text" and self._is_without_rotary())
+        return kind in NORMS_WITHOUT_WEIGHTS
 
     def _rotary(self, head_dim: int) -> Rotary | None:
-        if self.setting(self.module, ROTARY) is None or self.setting(self.module, ("alibi",)) is True:
+        if self.setting(ROTARY) is None or self.setting(("alibi",)) is True or self._is_without_rotary():
             return None
         dims = self.number(("rotary_dim", "rotary_ndims"))
         if dims is None:
-            parameters = self.setting(self.module, ("rope_parameters",))
-            share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
-            share = share or self.setting(self.module, ("partial_rotary_factor", "rotary_pct")) or 1.0
-            dims = int(head_dim * share) if isinstance(share, (int, float)) else head_dim
-        kind = self.setting(self.module, ("model_type",))
+            share = self._rotary_share()
+            dims = int(head_dim * share)
         dims = min(dims, head_dim) // 2 * 2
-        return Rotary(dims, kind in INTERLEAVED) if dims else None
+        return Rotary(dims, self._is_interleaved()) if dims else None
+
+    def _is_interleaved(self) -> bool:
+        """Whether a rotary plane is of neighbouring coordinates."""
+        stated = self.setting(ROTARY_PLANES)
+        return stated if isinstance(stated, bool) else self.setting(("model_type",)) in INTERLEAVED
+
+    def _rotary_share(self) -> float:
+        """Return the share of a head's coordinates that positions turn; it may be stated for each kind of layer."""
+        parameters = self.setting(("rope_parameters",))
+        if isinstance(parameters, dict) and any(isinstance(part, dict) for part in parameters.values()):
+            parameters = parameters.get(str(self._of_layer(self.setting(("layer_types",)))))
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "proportional":
+            return 1.0  # planes span the head; those beyond the share are turned by an angle of 0
+        share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
+        share = share or self.setting(("partial_rotary_factor", "rotary_pct", "rotary_percent", "rotary_percentage"))
+        return float(share) if isinstance(share, (int, float)) and 0 < share <= 1 else 1.0
+
+    def _is_without_rotary(self) -> bool:
+        """Whether this layer is without rotary positions though the model has them."""
+        if self.setting(("use_rope",)) is False:
+            return True
+        with_rotary = self.setting(("no_rope_layers",))  # 1 where a layer has them, whatever the name says
+        if isinstance(with_rotary, list) and with_rotary:
+            return not self._of_layer(with_rotary)
+        kind = self._of_layer(self.setting(("layer_types",)))
+        return (str(self.setting(("model_type",))), kind) in WITHOUT_ROTARY
+
+    # ---- windows -----------------------------------------------------------------------------------------
 
     def _windows(
-        self, row: AttentionNames, height: dict[str, int], heads: int, head_dim: int
+        self, row: AttentionNames, height: dict[str, int], heads: int, head_dim: int, gated: bool
     ) -> dict[Role, tuple[str, Window]]:
         """Return the projection and the window, if it is not transposed, of query, key and value."""
 
         def whole(child: str, size: int) -> tuple[str, Window]:
             return child, Window("rows", 0, height[child], height[child], size)
 
+        windows: dict[Role, tuple[str, Window]] = {}
+        if row.query and gated:  # per head [query, gate]
+            windows["query"] = row.query, Window("rows", 0, head_dim, 2 * head_dim, head_dim, heads)
+            windows["gate"] = row.query, Window("rows", head_dim, 2 * head_dim, 2 * head_dim, head_dim, heads)
+        elif row.query:
+            windows["query"] = whole(row.query, head_dim)
         if row.query and row.key and row.value:
             key_heads = _divide(height[row.key], head_dim, f"the height of {row.key}", "the head size")
             value_dim = _divide(height[row.value], key_heads, f"the height of {row.value}", "the key heads")
-            return {
-                "query": whole(row.query, head_dim),
-                "key": whole(row.key, head_dim),
-                "value": whole(row.value, value_dim),
-            }
+            return windows | {"key": whole(row.key, head_dim), "value": whole(row.value, value_dim)}
         assert row.fused
-        windows: dict[Role, tuple[str, Window]] = {"query": whole(row.query, head_dim)} if row.query else {}
         for role, window in self._cut(row, height[row.fused], heads, head_dim).items():
             windows[role] = (row.fused, window)
         return windows
+
+    def _is_gated(self, row: AttentionNames, height: dict[str, int], heads: int, head_dim: int, across: list[int]) -> bool:
+        """Whether the query projection holds a gate beside each head; every other output fits without."""
+        if not row.query or self.setting(("model_type",)) not in GATED and self.setting(("attn_output_gate",)) is not True:
+            return False
+        return head_dim % 2 == 0 and height[row.query] == heads * head_dim and heads * head_dim // 2 in across
 
     def _place(self, name: str, window: Window) -> Place:
         bias = self.bias(name)
@@ -184,12 +586,12 @@ class ModuleReader:
                 lines = self.shapes[name][0]
                 places[role] = place._replace(bias=name, bias_window=Window("rows", 0, lines, lines, lines))
 
-    def _check_shapes(self, names: list[str]) -> None:
+    def _check_shapes(self, names: list[str], dimensions: int = 2) -> None:
         for name in names:
             shape = self.shape(name)
             if len(shape) == 1:
                 raise NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
-            if len(shape) != 2:
+            if len(shape) != dimensions:
                 raise NotHandled(f"{name} has shape {shape}, not that of a matrix")
 
     def _transposed(self, names: list[str]) -> bool:
@@ -198,14 +600,23 @@ class ModuleReader:
             bias = self.bias(name)
             if bias is None:
                 continue
-            (length,), (rows, columns) = self.shape(bias), self.shape(name)
+            (length, *_), (rows, columns, *_) = self.shape(bias), self.shape(name)
             if rows != columns:
                 return length == columns
         return False
 
-    def _heads(self, row: AttentionNames, height: dict[str, int], across: int | None) -> tuple[int, int]:
-        """Return the number of query heads and their size."""
+    def _heads(
+        self, row: AttentionNames, height: dict[str, int], across: list[int], parameters: dict[str, str], stacked: bool
+    ) -> tuple[int, int]:
+        """Return the number of query heads and the lines of each."""
+        if stacked:  # the shape says it
+            count, _, size = self.shape(parameters[row.query or row.fused or ""])
+            return count, size
         heads = row.num_heads or self.number(NUM_HEADS)
+        if row.query == "q" and self.parameter("proj_out") and len(self.shape(parameters[row.query])) == 4:
+            heads = row.num_heads or 1  # the attention of a VQGAN has one head
+        if self._is_of_channels():
+            heads = row.num_heads or self.number(("groups", "num_groups")) or heads
         head_dim = row.head_dim or self.number(HEAD_DIM)
         if row.query:
             lines = height[row.query]
@@ -213,19 +624,23 @@ class ModuleReader:
                 return heads, lines // heads
             if head_dim and lines % head_dim == 0:
                 return lines // head_dim, head_dim
+            if heads is None and self._is_one_of_heads():
+                return 1, lines
             raise _no_heads(row.query, lines, heads, head_dim)
         assert row.fused
         lines = height[row.fused]
+        if row.layout == "interleaved" and (key_dim := self.number(("key_dim",))) and heads:
+            return heads, key_dim
         if self.number(("key_dim", "val_dim", "value_dim")):
             raise NotHandled(f"{row.fused} holds queries and values of different widths")
         if heads is None and head_dim and across:
-            heads = across // head_dim
+            heads = across[0] // head_dim
         if heads is None:
             raise _no_heads(row.fused, lines, heads, head_dim)
         key_heads = self.number(KEY_HEADS)
         candidates = [
             head_dim,
-            across // heads if across and across % heads == 0 else None,
+            *(columns // heads for columns in across if columns % heads == 0),
             lines // (heads + 2 * key_heads) if key_heads and lines % (heads + 2 * key_heads) == 0 else None,
             lines // (3 * heads) if lines % (3 * heads) == 0 else None,
         ]
@@ -234,10 +649,24 @@ class ModuleReader:
                 return heads, size
         raise _no_heads(row.fused, lines, heads, head_dim)
 
+    def _is_one_of_heads(self) -> bool:
+        """Whether the module is one of a list called ``heads``: it is one head."""
+        parts = self.module.split(".")
+        return len(parts) > 1 and parts[-1].isdigit() and parts[-2] in ("heads", "attn_heads", "attention_heads")
+
     def _cut(self, row: AttentionNames, lines: int, heads: int, head_dim: int) -> dict[Role, Window]:
         """Return the windows of a fused parameter, if it is not transposed."""
         height = f"the height of {row.fused}"
-        if row.order == "kv":
+        if row.layout == "interleaved" and self.number(("key_dim",)):  # LeViT: per head, with wider values
+            size = _divide(lines, heads, height, "the heads")
+            ends = [head_dim * (i + 1) for i in range(len(row.order) - 1)] + [size]
+            starts = [0, *ends[:-1]]
+            roles: dict[str, Role] = {"q": "query", "k": "key", "v": "value"}
+            return {
+                roles[letter]: Window("rows", start, end, size, end - start, heads)
+                for letter, start, end in zip(row.order, starts, ends, strict=True)
+            }
+        if len(row.order) == 2:
             key_heads = _divide(lines, 2 * head_dim, height, "two heads")
         else:
             key_heads = (_divide(lines, head_dim, height, "the head size") - heads) // 2

@@ -1,0 +1,325 @@
+"""Which files of a directory are the weights: trainer folders, caches of the hub, shards with an index and without.
+
+A directory is not trusted: a link in it that leads out of it is refused, unless it leads into the cache of the hub that
+the directory belongs to. A link that the caller names is followed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rankdecay.attention.errors import CheckpointError
+from rankdecay.attention.foreign import foreign_file, foreign_folder
+from rankdecay.attention.states import SeveralSets, take
+
+#: Files that hold a PyTorch state dict.
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+SUFFIXES = (".safetensors", *PICKLED, ".gguf")
+ADAPTER_CONFIG = "adapter_config.json"
+
+#: Names, without the suffix, that trainers give to what is not weights.
+_NO_WEIGHTS = re.compile(
+    r"(?:.*_)?(?:optimizers?|optim|schedulers?|scaler|rng_states?|random_states?|dataloader|sampler|optim_states)"
+    r"(?:_state|_dict|_rank)*(?:[_-]?\d+)*|train(?:ing|er)?_(?:args|state)|(?:bf16_)?zero_pp_rank_.*|args"
+)
+#: One of several files of a model, by name: what comes before its number, and how many there are.
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[a-z]+)")
+#: Shards of which each holds a part of every matrix.
+_SLICE = re.compile(r"(?P<stem>consolidated\.|mp_rank_)\d\d(?P<rest>(?:_model_states)?\.(?:pth|pt))")
+_LARGEST_JSON = 64 * 2**20
+_DEEP = 3
+
+
+class Files(NamedTuple):
+    """Files of one set of weights.
+
+    Attributes:
+        files: the files.
+        folders: where their configuration may be, the nearest first.
+        state: what is left of the key to be found inside of the files.
+        candidates: keys of all sets in the directory.
+    """
+
+    files: list[Path]
+    folders: list[Path]
+    state: str | None = None
+    candidates: tuple[str, ...] = ()
+
+
+def find_files(path: Path, state: str | None, matrices_in: Callable[[Path], set[str]]) -> Files:
+    """Return the weight files of a path.
+
+    Args:
+        path: a file or directory, or a link to one.
+        state: name of a file or subdirectory, then after a slash the key inside of it.
+        matrices_in: returns the names of the matrices in a file.
+
+    Raises:
+        CheckpointError: If there are none, or more than one set of them, or a format that is not read.
+    """
+    if not path.exists():
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link to {path.readlink()}, which does not exist.")
+        if path.with_name(path.name + ".index").is_file():
+            raise CheckpointError(str(foreign_file(path.with_name(path.name + ".index"))))
+        raise CheckpointError(f"{path} does not exist; give a directory, a .safetensors file or a PyTorch state dict.")
+    if path.is_dir():
+        return _in_folder(path, state, matrices_in, 0)
+    folders = [path.parent, *([path.resolve().parent] if path.is_symlink() else [])]
+    file = path if path.suffix in SUFFIXES else path.resolve()  # a link may be called as one likes
+    if text := foreign_file(file):
+        raise CheckpointError(text)
+    check_inside(file.resolve(), file.resolve().parent)  # a link that the caller names is followed
+    if kind(file) not in SUFFIXES:
+        raise CheckpointError(f"{path} is not a checkpoint: expected one of {', '.join(SUFFIXES)}.")
+    files = _whole([file], file.parent, state == path.name)
+    for other in files:
+        if other != file:
+            check_inside(other, file.parent)
+    return Files(files, folders, None if state == path.name else state)
+
+
+def kind(file: Path) -> str:
+    """Return the suffix of a file, or the one that its first bytes ask for, as of a blob of the hub's cache."""
+    if file.suffix in SUFFIXES:
+        return file.suffix
+    with file.open("rb") as opened:
+        first = opened.read(9)
+    if first[:4] == b"GGUF":
+        return ".gguf"
+    return ".pt" if first[:4] == b"PK\3\4" else ".safetensors" if first[8:] == b"{" else file.suffix
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Refuse a link that leads out of the checkpoint, unless into the cache of the hub, and an empty file.
+
+    Raises:
+        CheckpointError: If the file is such a link, or empty, or no regular file.
+    """
+    real, root = file.resolve(), folder.resolve()
+    inside = real.is_relative_to(root)
+    above = next((above for above in root.parents if above.name == "snapshots"), None)
+    in_cache = above is not None and real.is_relative_to(above.parent)
+    if not (inside or in_cache):
+        raise CheckpointError(f"{file} leads out of {folder}, to {real}; copy the file there if you trust it.")
+    if not real.is_file():
+        raise CheckpointError(f"{file} is not a regular file.")
+    if real.stat().st_size == 0:
+        raise CheckpointError(f"{file} is empty; the download or the save was cut short.")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: If it cannot be read, or is no object.
+    """
+    try:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, too many for a configuration.")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} contains a JSON {type(content).__name__}, expected an object.")
+    return content
+
+
+def _in_folder(folder: Path, state: str | None, matrices_in: Callable[[Path], set[str]], depth: int) -> Files:
+    sets = _sets(folder)
+    if sets and not take(sets, state, "/"):
+        sets = _obvious(sets, matrices_in)
+    if not sets:
+        return _in_subfolder(folder, state, matrices_in, depth)
+    found = take(sets, state, "/") or _taken_by_name(folder, state)
+    if found:
+        key, state = found
+        if (folder / key).is_dir():
+            return _below(folder, key, state, matrices_in, depth)
+    elif len(sets) == 1:
+        key = next(iter(sets))
+    else:
+        raise SeveralSets(folder, sets, state)
+    files = sets[key]() if key in sets else [folder / key]
+    files = _whole(files, folder, key not in sets or key.endswith(".json"))
+    for file in files:
+        check_inside(file, folder)
+    return Files(files, [folder], state, tuple(sets) if len(sets) > 1 else ())
+
+
+def _taken_by_name(folder: Path, state: str | None) -> tuple[str, str | None] | None:
+    """Return a file or directory that the state names although it is none of the sets."""
+    names = [file.name for file in folder.iterdir() if file.is_dir() or file.suffix in SUFFIXES]
+    return take(names, state, "/") if state else None
+
+
+def _in_subfolder(folder: Path, state: str | None, matrices_in: Callable[[Path], set[str]], depth: int) -> Files:
+    """Look one level down: checkpoints of a trainer, revisions in a cache of the hub, parts of a pipeline."""
+    inside = {sub.name: sub for sub in _subfolders(folder) if _has_weights(sub, depth + 1)}
+    alone = (folder / "snapshots").is_dir() and _has_weights(folder / "snapshots", depth + 1)
+    if alone and folder.name.startswith("models--"):
+        return _in_cache(folder, state, matrices_in, depth)
+    found = take(inside, state, "/")
+    if found:
+        return _below(folder, found[0], found[1], matrices_in, depth)
+    if len(inside) == 1:
+        return _below(folder, next(iter(inside)), state, matrices_in, depth)
+    if inside:
+        raise SeveralSets(folder, sorted(inside, key=_in_order), state)
+    if text := _foreign(folder, depth):
+        raise CheckpointError(text)
+    content = sorted(file.name for file in folder.iterdir())
+    raise CheckpointError(
+        f"{folder} has no weights: expected *.safetensors, an index, or *{', *'.join(PICKLED)}; found "
+        f"{', '.join(content[:8]) or 'nothing'}."
+    )
+
+
+def _in_cache(folder: Path, state: str | None, matrices_in: Callable[[Path], set[str]], depth: int) -> Files:
+    """Read a repository in the cache of the hub: the revision that its main branch had when it was downloaded."""
+    revisions = {sub.name: sub for sub in _subfolders(folder / "snapshots") if _has_weights(sub, depth + 1)}
+    refs = [file for file in (folder / "refs").glob("*") if file.is_file()]
+    branches = {file.name: file.read_text("utf-8", "replace").strip() for file in refs}
+    named = take({*revisions, *branches}, state, "/")
+    key, state = named or ("main" if branches.get("main") in revisions else next(iter(revisions)), state)
+    if not named and key != "main" and len(revisions) > 1:
+        raise SeveralSets(folder, revisions, state)
+    revision = branches.get(key, key)
+    if revision not in revisions:
+        raise CheckpointError(f"{folder} has no snapshot of {key} ({revision}) with weights; download it again.")
+    return _below(folder, f"snapshots/{revision}", state, matrices_in, depth)
+
+
+def _below(folder: Path, name: str, state: str | None, matrices_in: Callable[[Path], set[str]], depth: int) -> Files:
+    inner = folder / name
+    if not inner.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{inner} leads out of {folder}, to {inner.resolve()}; give that directory itself.")
+    if depth == _DEEP:
+        raise CheckpointError(f"{folder} has no weights, nor have the directories above it; give the one that has.")
+    found = _in_folder(inner, state, matrices_in, depth + 1)
+    return found._replace(folders=[*found.folders, folder])
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [
+        sub for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name[0] != "." and not _no_weights(sub.name)
+    ]
+
+
+def _has_weights(folder: Path, depth: int) -> bool:
+    if _sets(folder):
+        return True
+    return depth < _DEEP and any(_has_weights(sub, depth + 1) for sub in _subfolders(folder))
+
+
+def _foreign(folder: Path, depth: int) -> str | None:
+    """Return what a directory, or one in it, is, if it is of a format that is not read."""
+    below = (_foreign(sub, depth + 1) for sub in _subfolders(folder)) if depth < _DEEP else ()
+    return foreign_folder(folder) or next(filter(None, below), None)
+
+
+def _no_weights(name: str) -> bool:
+    return _NO_WEIGHTS.fullmatch(name) is not None
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+# ---- sets of files in one directory ----------------------------------------------------------------------
+
+
+def _sets(folder: Path) -> dict[str, Callable[[], list[Path]]]:
+    """Return the sets of weight files in a directory by their keys: an index, shards, or a file each."""
+    sets: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix in SUFFIXES and not file.is_dir() and not _no_weights(file.stem):
+            sets.setdefault(_key(file), []).append(file)
+    result: dict[str, Callable[[], list[Path]]] = {key: lambda files=files: files for key, files in sets.items()}
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            listed = {file.name for file in _of_index(index)}
+        except CheckpointError:  # told where this index is the one to read
+            stem = index.name.removesuffix(".index.json").partition(".")[0]
+            listed = {file.name for files in sets.values() for file in files if file.name.startswith(f"{stem}-")}
+        for key, files in sets.items():
+            if all(file.name in listed for file in files):
+                result.pop(key, None)
+        result[index.name] = lambda index=index: _of_index(index)
+    return result
+
+
+def _key(file: Path) -> str:
+    shard = _SHARD.fullmatch(file.name)
+    if shard:
+        return f"{shard['stem']}-*-of-{shard['count']}{shard['suffix']}"
+    cut = _SLICE.fullmatch(file.name)
+    return f"{cut['stem']}*{cut['rest']}" if cut else file.name
+
+
+def _of_index(index: Path) -> list[Path]:
+    content = read_json(index).get("weight_map")
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files.")
+    files = [index.parent / name for name in dict.fromkeys(content.values())]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{index.name} names {missing[0]}, which is not in {index.parent}; download it again.")
+    return files
+
+
+def _obvious(
+    sets: dict[str, Callable[[], list[Path]]], matrices_in: Callable[[Path], set[str]]
+) -> dict[str, Callable[[], list[Path]]]:
+    """Leave out what is no set of its own: files without weights, and the older format of the same weights."""
+    if len(sets) > 1:
+        stored = {_model(key) for key in sets if ".safetensors" in key}
+        sets = {key: of for key, of in sets.items() if ".bin" not in key or _model(key) not in stored}
+    if len(sets) > 1:
+        single = {key: matrices_in(of()[0]) for key, of in sets.items() if "*" not in key and not key.endswith(".json")}
+        sets = {key: of for key, of in sets.items() if key not in single or single[key]}
+        names = [name for key in sets for name in single.get(key, ())]
+        if len(sets) > 1 and len({re.sub(r"\d+", "#", key) for key in sets}) == 1 and len(set(names)) == len(names):
+            files = sorted((file for of in sets.values() for file in of()), key=lambda file: _in_order(file.name))
+            return {re.sub(r"\d+", "*", files[0].name): lambda: files}  # numbered, each with other tensors: parts
+    return sets
+
+
+def _model(key: str) -> str:
+    """Return what a file is called without its format: ``pytorch_model.bin`` and ``model.safetensors`` are one."""
+    return re.sub(r"pytorch_|-\*-of-\d+|\.index\.json$|\.(safetensors|bin)\b", "", key)
+
+
+def _whole(files: list[Path], folder: Path, insisted: bool) -> list[Path]:
+    """Return all shards of the model that files belong to.
+
+    Raises:
+        CheckpointError: If one is missing, or each holds a part of every matrix.
+    """
+    first = files[0]
+    if _SLICE.fullmatch(first.name):
+        slices = sorted(file.name for file in folder.iterdir() if _key(file) == _key(first))
+        if len(slices) > 1:
+            raise CheckpointError(
+                f"{first.name} is one of {len(slices)} model-parallel shards in {folder} ({', '.join(slices[:3])}, …), "
+                "each with a part of every matrix, which are not joined; convert them to one model (for Llama: "
+                "python -m transformers.models.llama.convert_llama_weights_to_hf)."
+            )
+    shard = _SHARD.fullmatch(first.name)
+    if shard is None or insisted or len(files) >= int(shard["count"]):
+        return files
+    names = [
+        f"{shard['stem']}-{number:05d}-of-{shard['count']}{shard['suffix']}"
+        for number in range(1, min(int(shard["count"]), 10_000) + 1)
+    ]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{first.name} is one of {int(shard['count'])} files of a model, and {missing[0]} is not in {folder}; "
+            f"download it, or read this one alone with --state {first.name} (state= in Python)."
+        )
+    return [folder / name for name in names]

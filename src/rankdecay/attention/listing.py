@@ -1,0 +1,126 @@
+"""What would be read of a model or checkpoint: layers, names, shapes and windows, without any tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rankdecay.attention.layer import AttentionLayer, MatrixView
+from rankdecay.attention.locate import find_layers
+from rankdecay.attention.names import AttentionNames
+from rankdecay.attention.source import Shape, Source, open_source
+from rankdecay.attention.states import SeveralSets
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Result of :func:`listing`.
+
+    Attributes:
+        source: the path, or the class of the model.
+        layers: one dictionary per attention layer: its ``layer``, ``name``, heads, positions, and ``matrices``: of each
+            the ``matrix``, its ``parameter`` with its ``shape``, and the ``window`` in it.
+        candidates: keys of the sets of weights that ``state=`` can name, where there are several.
+        unhandled: attention that cannot be read, with the reason.
+        undecided: whether nothing says which of the candidates is meant; then there are no layers.
+    """
+
+    source: str
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    candidates: list[str] = field(default_factory=list)
+    unhandled: list[str] = field(default_factory=list)
+    undecided: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain numbers, strings and lists."""
+        return {
+            "source": self.source,
+            "layers": self.layers,
+            "candidates": self.candidates,
+            "unhandled": self.unhandled,
+        }
+
+    def __str__(self) -> str:
+        """Return what the command line prints."""
+        if self.undecided:
+            lines = [f"{self.source} holds several sets of weights; read one with"]
+            return "\n".join([*lines, *(f"  --state {key}" for key in self.candidates)])
+        count = len(self.layers)
+        lines = [f"{self.source}: {count} attention layer{'s' if count != 1 else ''}"]
+        if self.candidates:
+            lines.append(f"  sets of weights in it (--state KEY): {', '.join(self.candidates)}")
+        lines += [f"  not handled: {reason}" for reason in self.unhandled]
+        for layer in self.layers:
+            lines += ["", f"layer {layer['layer']}  {layer['name'] or '(the model)'}: {_heads(layer)}"]
+            width = max(len(matrix["parameter"]) for matrix in layer["matrices"])
+            for matrix in layer["matrices"]:
+                shape = "×".join(map(str, matrix["shape"]))
+                lines.append(f"  {matrix['matrix']:6}  {matrix['parameter']:{width}}  {shape:>11}  {matrix['window']}")
+        return "\n".join(lines)
+
+
+def listing(
+    model: nn.Module | str | Path,
+    names: AttentionNames | None = None,
+    num_heads: int | None = None,
+    *,
+    state: str | None = None,
+) -> Listing:
+    """Return what :func:`rankdecay.inspect` would read, from names and shapes alone.
+
+    Args:
+        model: a model, or the path of a checkpoint.
+        names: how its attention names its projections, if it is not recognised.
+        num_heads: number of query heads, where nothing says it.
+        state: which weights, where there are several sets.
+
+    Raises:
+        TypeError: If ``model`` is neither a model nor a path.
+        ValueError: If a checkpoint cannot be read, or no attention is found.
+    """
+    try:
+        source = open_source(model, state)
+    except SeveralSets as several:
+        if state is not None:
+            raise
+        return Listing(str(model), candidates=list(several.candidates), undecided=True)
+    found, unhandled = find_layers(source, names, num_heads)
+    candidates: list[str] = list(getattr(source, "candidates", ()))
+    layers = [_layer(index, layer, source) for index, layer in enumerate(found)]
+    return Listing(str(source), layers, candidates, [str(module) for module in unhandled])
+
+
+def _layer(index: int, layer: AttentionLayer, source: Source) -> dict[str, Any]:
+    return {
+        "layer": index,
+        "name": layer.name,
+        "num_heads": layer.num_heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        "head_dim": layer.head_dim,
+        "rotary": None if layer.rotary is None else layer.rotary._asdict(),
+        "qk_norm": layer.qk_norm,
+        "matrices": [_matrix(view, source.shapes[view.parameter_name]) for view in layer.views],
+    }
+
+
+def _matrix(view: MatrixView, shape: Shape) -> dict[str, Any]:
+    return {
+        "matrix": view.role,
+        "parameter": view.parameter_name,
+        "shape": list(shape),
+        "window": str(view.window),
+        "bias": view.bias_vector is not None,
+    }
+
+
+def _heads(layer: dict[str, Any]) -> str:
+    heads, keys, rotary = layer["num_heads"], layer["num_key_value_heads"], layer["rotary"]
+    text = f"{heads} heads of {layer['head_dim']}"
+    text += f", {keys} of keys and values" if keys != heads else ""
+    if rotary is not None:
+        planes = "neighbouring coordinates" if rotary.get("interleaved") else "coordinates half a head apart"
+        text += f", rotary positions over {rotary['dims']} ({planes})"
+    return text + (", queries and keys normalised" if layer["qk_norm"] else "")

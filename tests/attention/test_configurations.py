@@ -1,0 +1,120 @@
+"""The number of heads and the positions, from configurations of several libraries, beside the files and inside."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import rankdecay as rd
+from rankdecay.attention.checkpoints import open_checkpoint
+from rankdecay.cli import main
+
+from .families import build
+from .test_states import FIRST
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"model_args": {"n_head": 4, "n_embd": 8, "block_size": 16}},
+        {"config": {"lr": 1.0, "n_head": 4}},
+        {"hyper_parameters": {"lr": 1.0, "model": {"num_heads": 4}}},
+        {"hyper_parameters": {"num_attention_heads": 4}},
+        {"args": argparse.Namespace(nhead=4, lr=1.0)},
+        {"config": {"lr": 1.0}, "model_config": {"n_heads": 4}},
+    ],
+)
+def test_a_configuration_inside_of_the_file(beside, tmp_path, capsys):
+    torch.save({"model": FIRST, "optimizer": {}, **beside}, tmp_path / "ckpt.pt")
+    assert [layer.num_heads for layer in rd.find_attention(tmp_path / "ckpt.pt")] == [4, 4]
+    assert main(["inspect", str(tmp_path / "ckpt.pt")]) == 0
+    assert "2 attention layers" in capsys.readouterr().out
+
+
+def test_what_is_inside_comes_before_what_is_beside(tmp_path):
+    torch.save({"model": FIRST, "model_args": {"n_head": 4}}, tmp_path / "ckpt.pt")
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
+    assert open_checkpoint(tmp_path / "ckpt.pt").config == {"num_attention_heads": 2, "n_head": 4}
+    save_file(FIRST, tmp_path / "model.safetensors")
+    assert rd.find_attention(tmp_path / "model.safetensors")[0].num_heads == 2
+
+
+def meta(width: int = 16, keys: int = 8) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    heights = {"wq": width, "wk": keys, "wv": keys, "wo": width}
+    tensors = {f"layers.0.attention.{name}.weight": torch.randn(height, width) for name, height in heights.items()}
+    return tensors | {"tok_embeddings.weight": torch.randn(4, width)}
+
+
+def test_metas_own_files(tmp_path):
+    params = {"dim": 16, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": -1, "rope_theta": None}
+    torch.save(meta(), tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    for path in (tmp_path, tmp_path / "consolidated.00.pth"):
+        [layer] = rd.find_attention(path)
+        assert (layer.num_heads, layer.num_key_value_heads, layer.head_dim) == (4, 2, 4)
+        assert layer.rotary is not None
+        assert layer.rotary.dims == 4
+        config = open_checkpoint(path).config
+        assert (config["rope_interleaved"], config["rope_theta"], config["num_key_value_heads"]) == (True, 1e4, 2)
+
+
+def test_llama2_c_and_mistral(tmp_path):
+    arguments = {"dim": 16, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 8}
+    state = {f"_orig_mod.{name}": tensor for name, tensor in meta().items()}
+    torch.save({"model": state, "model_args": arguments, "config": {"n_heads": 4}}, tmp_path / "ckpt.pt")
+    assert open_checkpoint(tmp_path / "ckpt.pt").config["rope_interleaved"] is True
+    save_file(meta(), tmp_path / "consolidated.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "mistral", "num_attention_heads": 4}')
+    (tmp_path / "params.json").write_text('{"dim": 16, "n_heads": 4, "head_dim": 4, "rope_theta": 1000000.0}')
+    opened = open_checkpoint(tmp_path / "consolidated.safetensors")
+    assert opened.config["rope_interleaved"] is True
+    assert opened.config["rope_theta"] == 1e6
+
+
+def test_the_same_names_without_rotary_positions_are_not_metas(tmp_path):
+    tensors = {name: tensor for name, tensor in meta().items() if "tok" not in name}
+    save_file(tensors | {"pos_emb.weight": torch.ones(4, 16)}, tmp_path / "model.safetensors")
+    assert rd.find_attention(tmp_path / "model.safetensors", num_heads=4)[0].rotary is None
+
+
+def test_litgpt(tmp_path):
+    names = [f"transformer.h.0.attn.{name}.weight" for name in ("q", "k", "v")]
+    torch.save({name: torch.ones(8, 8) for name in names}, tmp_path / "lit_model.pth")
+    (tmp_path / "model_config.yaml").write_text(
+        "# made by litgpt\nname: pythia\nhf_config:\n  org: EleutherAI\n  n_head: 99\nn_head: 4\n"
+        "n_query_groups: 2  # few\n"
+        "rope_base: 10000\nrotary_percentage: 0.5\nbias: true\nhead_size: null\nnorm_class_name: 'LayerNorm'\n"
+    )
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')  # of the repository it was converted from
+    config = open_checkpoint(tmp_path).config
+    assert (config["n_head"], config["num_key_value_heads"], config["rope_theta"]) == (4, 2, 10000)
+    assert (config["partial_rotary_factor"], config["bias"], config["name"]) == (0.5, True, "pythia")
+    assert rd.find_attention(tmp_path)[0].num_heads == 4
+
+
+def test_open_clip(tmp_path):
+    def tower(prefix, width):
+        block = f"{prefix}transformer.resblocks.0.attn."
+        return {
+            f"{block}in_proj_weight": torch.ones(3 * width, width),
+            f"{block}out_proj.weight": torch.ones(width, width),
+        }
+
+    save_file(tower("visual.", 128) | tower("", 16), tmp_path / "open_clip_model.safetensors")
+    model = {"vision_cfg": {"width": 128, "patch_size": 16}, "text_cfg": {"width": 16, "heads": 4}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    heads = {layer.name.partition(".")[0]: layer.num_heads for layer in rd.find_attention(tmp_path)}
+    assert heads == {"visual": 2, "transformer": 4}
+
+
+def test_a_checkpoint_of_a_trainer_takes_the_configuration_above_it(tmp_path):
+    model = build("gpt2")
+    (tmp_path / "checkpoint-3").mkdir()
+    torch.save(model.state_dict(), tmp_path / "checkpoint-3" / "pytorch_model.bin")
+    model.config.save_pretrained(tmp_path)
+    assert rd.find_attention(tmp_path)[0].num_heads == 4

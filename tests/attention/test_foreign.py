@@ -1,0 +1,84 @@
+"""Formats that are not read: one line each that says what it is and what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+import rankdecay as rd
+from rankdecay.attention.errors import CheckpointError
+from rankdecay.cli import main
+
+from .test_states import FIRST
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flax_model.msgpack", "is a Flax checkpoint.*from_flax=True"),
+        ("tf_model.h5", "is a TensorFlow or Keras checkpoint.*from_tf=True"),
+        ("model.keras", "is a TensorFlow or Keras checkpoint"),
+        ("model.onnx", "is an ONNX graph.*exported from"),
+        ("weights.npz", "is a NumPy archive.*safetensors.numpy.save_file"),
+        ("model.ckpt.index", "is part of a TensorFlow checkpoint"),
+        ("model.ckpt.data-00000-of-00001", "is part of a TensorFlow checkpoint"),
+        ("__0_0.distcp", "distributed checkpoint.*dcp_to_torch"),
+        ("zero_pp_rank_0_mp_rank_00_model_states.pt", "DeepSpeed.*zero_to_fp32.py"),
+        ("model.pkl", "is a pickle, which can run code"),
+        ("model.nemo", "is a packed archive.*unpack"),
+    ],
+)
+def test_files_and_directories_of_them(name, message, tmp_path):
+    (tmp_path / name).write_bytes(b"123")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(CheckpointError, match=message) as e:
+            rd.inspect(path)
+        assert "\n" not in str(e.value)
+
+
+def test_a_tensorflow_checkpoint_by_its_prefix(tmp_path):
+    (tmp_path / "model.ckpt.index").write_bytes(b"123")
+    with pytest.raises(CheckpointError, match="is part of a TensorFlow checkpoint"):
+        rd.inspect(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("global_step9/zero_pp_rank_0_mp_rank_00_model_states.pt", "latest"), r"DeepSpeed shards.*zero_to_fp32.py"),
+        (("default/_CHECKPOINT_METADATA", "default/manifest.ocdbt"), "Orbax"),
+        (("saved_model.pb", "variables/variables.index"), "TensorFlow SavedModel"),
+        (("iter_0000010/mp_rank_00/x", "latest_checkpointed_iteration.txt"), "Megatron"),
+        (
+            ("checkpoint-5/pytorch_model_fsdp_0/.metadata", "checkpoint-5/optimizer_0/.metadata"),
+            "dcp_to_torch .*fsdp_0",
+        ),
+    ],
+)
+def test_directories(files, message, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"123")
+    with pytest.raises(CheckpointError, match=message):
+        rd.inspect(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about one process
+def test_a_distributed_checkpoint_as_torch_writes_it(tmp_path, capsys):
+    dcp.save({"model": FIRST}, checkpoint_id=tmp_path / "dcp")
+    assert main(["inspect", str(tmp_path / "dcp")]) == 2
+    assert "distributed checkpoint (DCP), which is not read; make one file of it: python -m" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # that torch.jit is old
+def test_torchscript_and_pickled_modules(tmp_path):
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    with pytest.raises(CheckpointError, match=r"is a TorchScript archive.*torch.jit.load\(file\).state_dict"):
+        rd.inspect(tmp_path / "script.pt")
+    torch.save(nn.MultiheadAttention(4, 2), tmp_path / "module.pt")
+    with pytest.raises(
+        CheckpointError, match=r"needs to run code.*MultiheadAttention.*whole module.*save its state_dict\(\)"
+    ):
+        rd.inspect(tmp_path / "module.pt")
