@@ -138,8 +138,8 @@ class ModuleSource:
 
     def children(self, path: str) -> Collection[str]:
         """Return the names of the submodules, parameters and buffers of a module, without its wrappers."""
-        parts = (part for module in self.modules(path) for part in (module._modules, module._parameters, module._buffers))
-        return {name for part in parts for name in part}
+        held = ((m._modules, m._parameters, m._buffers) for m in self.modules(path))
+        return {name for parts in held for part in parts for name in part.keys()}  # noqa: SIM118 - scripted modules'
 
     def is_known(self, path: str) -> bool:
         """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
