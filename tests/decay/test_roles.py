@@ -221,13 +221,11 @@ def test_kernels_are_not_taken_for_stacks_of_experts() -> None:
 
 def test_a_weight_under_weight_norm_has_the_role_it_had() -> None:
     model = Encoder()
-    for module in (model.layers[0].fc, model.pooler):
-        nn.utils.parametrizations.weight_norm(module)
     model.stem = PatchEmbed()
-    nn.utils.parametrizations.weight_norm(model.stem.proj)
+    names = ("layers.0.fc", "pooler", "stem.proj")
+    for name in names:
+        nn.utils.parametrizations.weight_norm(model.get_submodule(name))
     roles = roles_of(model)
-    stored = {
-        name: roles[f"{name}.parametrizations.weight.original1"] for name in ("layers.0.fc", "pooler", "stem.proj")
-    }
+    stored = {name: roles[f"{name}.parametrizations.weight.original1"] for name in names}
     assert stored == {"layers.0.fc": "mlp", "pooler": "other", "stem.proj": "embedding"}
     assert roles["layers.0.fc.parametrizations.weight.original0"] == "norm"

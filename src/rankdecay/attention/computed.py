@@ -111,23 +111,24 @@ def detached_copy(module: nn.Module, changed: nn.Module | None = None) -> Any:
         module: to be copied; its buffers are copied too.
         changed: the part of it whose parameters the caller will change, and which are therefore copied.
     """
+    parts = list(module.modules())  # once: PEFT's MultiheadAttention makes its parameters anew each time it is listed
+    inside = {id(part) for part in changed.modules()} if changed is not None else set()
     memo: dict[int, Any] = {}
-    cloned = {id(parameter) for parameter in changed.parameters()} if changed is not None else set()
-    for part in module.modules():
+    for part in parts:
         for name, value in vars(part).items():
             if "hook" in name and isinstance(value, dict):
                 memo[id(value)] = type(value)()  # somebody's hooks would bring what they are bound to
             elif name in ("_hf_hook", "forward") or isinstance(value, Tensor):
                 memo[id(value)] = value
-    for parameter in module.parameters():
-        value = whole(parameter).detach()
-        value = value.clone() if id(parameter) in cloned else value
-        memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = whole(buffer).detach().clone()
-    copied = copy.deepcopy(module, memo)
-    del memo
-    return copied
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                value = whole(parameter).detach()
+                value = value.clone() if id(part) in inside else value
+                memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
+        for buffer in part._buffers.values():
+            if buffer is not None:
+                memo[id(buffer)] = whole(buffer).detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 def _parametrised(leaf: str, steps: Any) -> Computed:

@@ -10,7 +10,16 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from rankdecay.attention.adapters import added, check_plain, in_use, is_adapted, is_quantised, is_replaced, merged
+from rankdecay.attention.adapters import (
+    added,
+    check_plain,
+    factors,
+    in_use,
+    is_adapted,
+    is_quantised,
+    is_replaced,
+    merged,
+)
 from rankdecay.attention.checkpoints import Checkpoint, CheckpointError, Shape, open_checkpoint
 from rankdecay.attention.computed import Computed, StoredWeight, compute, computed_weights, stored_weights
 from rankdecay.attention.names import ROTARY
@@ -129,10 +138,8 @@ class ModuleSource:
 
     def children(self, path: str) -> Collection[str]:
         """Return the names of the submodules, parameters and buffers of a module, without its wrappers."""
-        parts = (
-            part for module in self.modules(path) for part in (module._modules, module._parameters, module._buffers)
-        )
-        return {name for part in parts for name in part}
+        held = ((m._modules, m._parameters, m._buffers) for m in self.modules(path))
+        return {name for parts in held for part in parts for name in part.keys()}  # noqa: SIM118 - scripted modules'
 
     def is_known(self, path: str) -> bool:
         """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
@@ -162,7 +169,7 @@ class ModuleSource:
         parts = name.split(".")
         while True:
             part = parts[0]
-            if is_adapted(module) and part != "base_layer":
+            if (is_adapted(module) and part != "base_layer") or (len(parts) == 1 and part in factors(module)):
                 return Known(None, module, "factor of an adapter: L2 on both is a nuclear norm on their product")
             if is_replaced(module):
                 used = in_use(module)
