@@ -469,11 +469,14 @@ def test_a_folder_with_several_models_is_refused(tmp_path):
     _plain(tmp_path / "model-Q4_K_M.gguf", "llama", {})
     _plain(tmp_path / "model-Q8_0.gguf", "llama", {})
     with pytest.raises(
-        CheckpointError, match=r"holds several sets of weights: model-Q4_K_M.gguf, model-Q8_0.gguf; say which with --state"
+        CheckpointError,
+        match=r"holds several sets of weights: model-Q4_K_M.gguf, model-Q8_0.gguf; say which with --state",
     ):
         rd.find_attention(tmp_path)
     (tmp_path / "model-Q8_0.gguf").rename(tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds several sets of weights: model-Q4_K_M.gguf, model.safetensors; say"):
+    with pytest.raises(
+        CheckpointError, match=r"holds several sets of weights: model-Q4_K_M.gguf, model.safetensors; say"
+    ):
         rd.find_attention(tmp_path)
 
 
@@ -487,7 +490,9 @@ def test_a_split_model(tmp_path):
     for given in (folder, *parts):
         _same_rows(rd.inspect(given), rd.inspect(whole))
     lost = parts[1].rename(tmp_path / "lost.gguf")
-    with pytest.raises(CheckpointError, match=r"is one of 3 files of a model, and model-00002-of-00003.gguf is not in .*split"):
+    with pytest.raises(
+        CheckpointError, match=r"is one of 3 files of a model, and model-00002-of-00003.gguf is not in .*split"
+    ):
         rd.find_attention(folder)
     lost.rename(parts[1])
     alone = parts[0].rename(tmp_path / "alone.gguf")

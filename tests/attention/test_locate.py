@@ -27,7 +27,7 @@ def test_tied_attention_is_listed_under_each_name() -> None:
     assert layers[0].query.parameter_name != layers[1].query.parameter_name
 
 
-def test_latent_attention_is_named_with_the_reason() -> None:
+def test_latent_attention_is_read_factor_by_factor() -> None:
     import transformers
 
     config = transformers.DeepseekV3Config(
@@ -36,11 +36,29 @@ def test_latent_attention_is_named_with_the_reason() -> None:
         n_group=1, topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = transformers.DeepseekV3ForCausalLM(config)
-    with pytest.raises(ValueError, match=r"model.layers.0.self_attn: multi-head latent attention .*two factors"):
-        rd.find_attention(model)
-    both = nn.ModuleDict({"latent": model, "plain": build("llama")})
-    with pytest.warns(UserWarning, match=r"latent.model.layers.0.self_attn is not handled: multi-head latent"):
-        assert len(rd.find_attention(both)) == 2
+    [layer] = rd.find_attention(model)
+    attention = model.model.layers[0].self_attn
+    split = attention.kv_b_proj.weight.detach().view(4, 16, 8)
+    assert torch.equal(layer.key.heads(), split[:, :8])
+    assert torch.equal(layer.value.heads(), split[:, 8:])
+    queries = attention.q_b_proj.weight.detach().view(4, 12, 16)
+    assert torch.equal(layer.query.heads(), queries[:, :8])
+    assert torch.equal(layer.factors["query_rotary"].heads(), queries[:, 8:])
+    shared = attention.kv_a_proj_with_mqa.weight.detach()
+    assert torch.equal(layer.factors["latent"].tensor(), shared[:8])
+    assert torch.equal(layer.factors["key_rotary"].tensor(), shared[8:])
+    assert torch.equal(layer.factors["query_factor"].tensor(), attention.q_a_proj.weight)
+    scores = layer.query_key().spectrum().singular_values
+    expected = torch.linalg.svdvals(split[:, :8].double().mT @ queries[:, :8].double())
+    torch.testing.assert_close(scores[:, :8], expected[:, :8])
+    rotary = layer.query_key_rotary().spectrum().singular_values
+    expected = torch.linalg.svdvals(shared[8:].double().mT @ queries[:, 8:].double())
+    torch.testing.assert_close(rotary, expected[:, :4])
+    roles = {name: group["role"] for group in rd.param_groups(model) for name in group["param_names"]}
+    assert {name.split(".")[-2]: role for name, role in roles.items() if "self_attn" in name and "norm" not in name} == {
+        "q_a_proj": "query_key", "q_b_proj": "query_key", "kv_a_proj_with_mqa": "query_key+other",
+        "kv_b_proj": "query_key+value_output", "o_proj": "value_output",
+    }  # fmt: skip
 
 
 class _Own(nn.Module):
@@ -78,12 +96,20 @@ def test_what_is_not_attention_is_refused_with_the_remedy() -> None:
         rd.find_attention(_Own(), rd.AttentionNames(query="asks", fused="answers"))
 
 
-def test_the_first_row_of_names_that_matches_counts() -> None:
+def test_a_module_may_have_two_kinds_of_attention() -> None:
     both = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj", "query", "key", "value")})
     both.num_heads = 2
-    [found], unhandled = locate(ModuleSource(both))
-    assert found.places["query"].parameter == "q_proj.weight"
+    found, unhandled = locate(ModuleSource(both))
+    assert [layer.places["query"].parameter for layer in found] == ["q_proj.weight", "query.weight"]
+    assert [layer.name for layer in found] == ["", ":query"]
+    assert [layer.module for layer in found] == ["", ""]
     assert unhandled == []
+    names = rd.AttentionNames(query="query", key="key", value="value")
+    assert [layer.places["query"].parameter for layer in locate(ModuleSource(both), names)[0]] == [
+        "query.weight",
+        "q_proj.weight",
+    ]
+    assert len(locate(ModuleSource(both), names, only=True)[0]) == 1
 
 
 def test_a_number_of_heads_given_overrides_the_settings() -> None:

@@ -136,8 +136,8 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 
 
 def test_weights_that_are_no_matrices_are_refused() -> None:
-    convolution = nn.ModuleDict({"qkv": nn.Conv2d(8, 24, 1), "proj": nn.Conv2d(8, 8, 1)})
-    with pytest.raises(ValueError, match=r"qkv.weight has shape \(24, 8, 1, 1\), not that of a matrix"):
+    convolution = nn.ModuleDict({"qkv": nn.Conv2d(8, 24, 3), "proj": nn.Conv2d(8, 8, 1)})
+    with pytest.raises(ValueError, match=r"qkv.weight has shape \(24, 8, 3, 3\), not that of a matrix"):
         rd.find_attention(convolution)
     flat = nn.ParameterDict({"q_proj": torch.zeros(64), "k_proj": torch.zeros(64), "v_proj": torch.zeros(64)})
     with pytest.raises(ValueError, match=r"flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2"):

@@ -27,7 +27,7 @@ class Fused(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_heads = 4
+        self.num_heads, self.model_type = 4, "falcon"  # which says how the parameter is cut
         self.query_key_value = nn.Linear(10, 24)
         self.dense = nn.Linear(12, 10)
 

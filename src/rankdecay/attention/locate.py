@@ -8,7 +8,7 @@ A module is attention when the parameters under it carry names that belong toget
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from rankdecay.attention.names import (
     EXPERTS,
     FUSED,
     LATENT,
-    NO_SCORES,
     SEPARATE,
     SHARED_LATENT,
     AttentionNames,
@@ -149,60 +148,63 @@ def locate(
     given = [names] if isinstance(names, AttentionNames) else list(names or ())
     if only and not given:
         raise ValueError("only=True looks for names= alone, and names= is not given.")
-    plain = source.plain
-    found: list[Found] = []
-    unhandled: list[Unhandled] = []
-    for module, children in _modules(plain).items():
-        reader = ModuleReader(module, plain, source)
-        taken: set[str] = set()  # parameters that are read, or spoken of
+    search = _Search(source, given, num_heads, only)
+    for module, children in _modules(source.plain).items():
+        search.look_at(module, children)
+    return search.found, search.unhandled
 
-        def attempt(read: Callable[[], Found], parameters: Iterable[str | None]) -> None:
-            names = [name for name in parameters if name]
-            if names[-1] in taken:  # of two rows that share queries each has its own values
-                return
-            taken.update(names)
-            try:
-                layer = read()
-            except NotHandled as reason:
-                unhandled.append(Unhandled(module, str(reason)))
-                return
-            if any(earlier.name == layer.name for earlier in found[-2:]):
-                layer = layer._replace(name=f"{module}:{names[0][len(module) :].strip('.').split('.')[0]}")
-            found.append(layer)
-            if layer.no_output:
-                unhandled.append(Unhandled(module, f"its output projection is not found, {layer.no_output}"))
 
-        for row in given:
-            if reader.matches(row):
-                row = _with_heads(row, num_heads)
-                attempt(partial(reader.read, row, True), map(reader.parameter, row.projections))
-        if only:
-            continue
-        reason = next((NO_SCORES[mark] for mark in NO_SCORES if mark in source.children(module)), None)
-        if reason is None and reader.setting(("autocorrelation_factor",)) is not None:
-            reason = "autocorrelation: its weights are by delay, not by token"
+class _Search:
+    """Walk over the modules of a source, with what has been found so far."""
+
+    def __init__(self, source: Source, given: Sequence[AttentionNames], num_heads: int | None, only: bool) -> None:
+        self.source, self.given, self.num_heads, self.only = source, given, num_heads, only
+        self.found: list[Found] = []
+        self.unhandled: list[Unhandled] = []
+        self._taken: set[str] = set()  # parameters that are read, or spoken of
+
+    def look_at(self, module: str, children: Sequence[str]) -> None:
+        """Read every attention of a module, and note what looks like attention beside it."""
+        reader = ModuleReader(module, self.source.plain, self.source)
+        for row in filter(reader.matches, self.given):
+            self._attempt(reader, partial(reader.read, _with_heads(row, self.num_heads), named=True), row.projections)
+        if self.only:
+            return
+        reason = reader.reason_without_scores()
         if reason is None:
             for latent in LATENT:
                 if reader.parameter(latent.split):
-                    attempt(partial(reader.read_latent, latent), map(reader.parameter, latent))
-            if all(map(reader.parameter, SHARED_LATENT)):
-                attempt(reader.read_shared_latent, map(reader.parameter, SHARED_LATENT))
-                taken.update(filter(None, map(reader.parameter, SHARED_LATENT)))
-            if all(map(reader.parameter, EXPERTS)):
-                attempt(reader.read_experts, map(reader.parameter, EXPERTS))
-                taken.update(filter(None, map(reader.parameter, EXPERTS)))
+                    self._attempt(reader, partial(reader.read_latent, latent), latent)
+            for names, read in ((SHARED_LATENT, reader.read_shared_latent), (EXPERTS, reader.read_experts)):
+                if all(map(reader.parameter, names)):
+                    self._attempt(reader, read, names)
             for row in _known(reader, children):
-                row = _with_heads(row, num_heads)
-                attempt(partial(reader.read, row), map(reader.parameter, row.projections))
+                self._attempt(reader, partial(reader.read, _with_heads(row, self.num_heads)), row.projections)
         left = [
             child
             for child in children
-            if (name := reader.parameter(child)) and name not in taken and len(reader.shape(name)) > 1
+            if (name := reader.parameter(child)) and name not in self._taken and len(reader.shape(name)) > 1
         ]
-        reason = _not_recognised(reader, left, reason)
-        if reason:
-            unhandled.append(Unhandled(module, reason))
-    return found, unhandled
+        if reason := _not_recognised(reader, left, reason):
+            self.unhandled.append(Unhandled(module, reason))
+
+    def _attempt(self, reader: ModuleReader, read: Callable[[], Found], projections: Sequence[str]) -> None:
+        """Read projections, unless they are taken: of two rows that share queries each has its own values, the last."""
+        names = [name for name in map(reader.parameter, projections) if name]
+        if names[-1] in self._taken:
+            return
+        self._taken.update(names)
+        try:
+            layer = read()
+        except NotHandled as reason:
+            self.unhandled.append(Unhandled(reader.module, str(reason)))
+            return
+        if any(earlier.name == layer.name for earlier in self.found[-4:]):
+            projection = names[0].removeprefix(f"{reader.module}.").partition(".")[0]
+            layer = layer._replace(name=f"{reader.module}:{projection}")
+        self.found.append(layer)
+        if layer.no_output:
+            self.unhandled.append(Unhandled(reader.module, f"its output projection is not found, {layer.no_output}"))
 
 
 def _with_heads(row: AttentionNames, num_heads: int | None) -> AttentionNames:

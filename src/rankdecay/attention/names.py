@@ -167,6 +167,11 @@ def is_value_like(child: str) -> bool:
     return any(re.search(_BEFORE + words[2] + _AFTER, child) for words in _WORDS)
 
 
+def is_input_like(child: str) -> bool:
+    """Whether a name says that it is a projection to any of queries, keys and values."""
+    return any(says(child) for says in (is_query_like, is_key_like, is_value_like, is_fused_like))
+
+
 def is_fused_like(child: str) -> bool:
     """Whether a name says that it is a projection to several of queries, keys and values."""
     return bool(_FUSED_WORD.search(child)) and not _NO_PROJECTION.search(child)
@@ -343,6 +348,8 @@ def is_query_key_norm(child: str) -> bool:
     if child == "logit_scale":
         return True
     words = set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower()))
+    if "a" in words:
+        return False  # of the first factor of latent attention, before the queries
     return bool(words & {"q", "k", "qk", "query", "key", "queries", "keys"}) and any(
         re.fullmatch(r"norm|ln|rms|(layer|rms|l2|head)?norm(alize|alise|ed)?s?|layernorm", word) for word in words
     )

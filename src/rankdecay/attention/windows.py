@@ -26,6 +26,7 @@ from rankdecay.attention.names import (
     HEAD_DIM,
     INTERLEAVED,
     KEY_HEADS,
+    NO_SCORES,
     NORMS_WITHOUT_WEIGHTS,
     NUM_HEADS,
     POSITIONS,
@@ -35,6 +36,7 @@ from rankdecay.attention.names import (
     WITHOUT_ROTARY,
     AttentionNames,
     LatentNames,
+    is_input_like,
     is_query_key_norm,
 )
 from rankdecay.attention.products import Grouping, Rotary
@@ -268,7 +270,11 @@ class ModuleReader:
             )
         left = self._matrices({place.parameter for place in places.values()})
         read = {place.parameter.removesuffix(".weight") for place in places.values()}
-        left = [matrix for matrix in left if self._path(matrix.split(".")[0]) not in read]  # not an adapter's factors
+        left = [  # without an adapter's factors, and the projections of another attention
+            matrix
+            for matrix in left
+            if self._path(matrix.split(".")[0]) not in read and not is_input_like(re.split(r"[. ]", matrix)[0])
+        ]
         return f"none of its other matrices is known as one: {', '.join(left)}" if left else ""
 
     def _share_of_output(self, child: str, across: int | None, own: int, transposed: bool) -> Window | None:
@@ -342,6 +348,13 @@ class ModuleReader:
         """Whether a parameter is a matrix, or a convolution over nothing but its own place."""
         return len(shape) == 2 or (len(shape) > 2 and all(size == 1 for size in shape[2:]))
 
+    def reason_without_scores(self) -> str | None:
+        """Return why the module's projections form no scores in a softmax, though they may be called queries and keys."""
+        if self.setting(("autocorrelation_factor",)) is not None:
+            return "autocorrelation: its weights are by delay, not by token"
+        children = self.source.children(self.module)
+        return next((NO_SCORES[mark] for mark in NO_SCORES if mark in children), None)
+
     def read_latent(self, names: LatentNames) -> Found:
         """Locate the factors of multi-head latent attention.
 
@@ -390,7 +403,9 @@ class ModuleReader:
             lines = self.shape(name["first"])[0]
             places["query_factor"] = self._place(name["first"], Window("rows", 0, lines, lines, lines))
         rotary = Rotary(turned_dim // 2 * 2, self._is_interleaved()) if turned_dim else None
-        return Found(self.module, places, plain_dim, rotary, self._qk_norm())
+        # in DeepSeek's own code q_norm is what q_a_layernorm is elsewhere, between the factors
+        qk_norm = self._qk_norm() and names.first != "wq_a"
+        return Found(self.module, places, plain_dim, rotary, qk_norm)
 
     def read_shared_latent(self) -> Found:
         """Locate DeepSeek V4's matrices: one key head that is the value too, and two factors of queries and outputs.

@@ -38,8 +38,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rankdecay.attention import AttentionNames, find_attention
-from rankdecay.attention.locate import locate
+from rankdecay.attention import find_attention
+from rankdecay.attention.locate import Names, grouped, locate
 from rankdecay.attention.source import ModuleSource
 from rankdecay.audit.block import size
 from rankdecay.audit.pairs import pairs
@@ -47,6 +47,7 @@ from rankdecay.audit.parts import NORM_EPS, parts, unmeasurable
 from rankdecay.audit.report import AuditReport, AuditRow, Share
 from rankdecay.audit.trial import Trial
 from rankdecay.checks import check_number
+from rankdecay.decay.roles import assign_roles
 
 __all__ = ["AuditReport", "AuditRow", "Share", "audit"]
 
@@ -57,7 +58,9 @@ def audit(
     *,
     confirm: bool = False,
     tolerance: float | None = None,
-    names: AttentionNames | None = None,
+    names: Names = None,
+    num_heads: int | None = None,
+    only: bool = False,
 ) -> AuditReport:
     """Report for every parameter, and every head, what L2 and low-rank decay do to it.
 
@@ -72,6 +75,8 @@ def audit(
         tolerance: what counts as 0. By default the larger of 1e-3, for the eps inside norms, and 8 roundings of the
             parameter's dtype. Under autocast the computation is coarser than the dtype: give 0.06 for bfloat16.
         names: how your own attention names its projections, as for :func:`rankdecay.find_attention`.
+        num_heads: number of query heads, where the model does not say it.
+        only: look for ``names`` alone.
 
     Returns:
         The report; ``print`` it.
@@ -88,9 +93,9 @@ def audit(
         >>> [row.kind for row in audit(model, lambda: model(x).pow(3).mean()).rows]
         ['scale_invariant', 'neither', 'unknown']
     """
-    found, unhandled = locate(ModuleSource(model), names)
+    found, unhandled = locate(ModuleSource(model), names, num_heads, only)
     if names is not None and not found:
-        find_attention(model, names)  # raises, and lists what there is
+        find_attention(model, names, num_heads, only=only)  # raises, and lists what there is
     if tolerance is not None:
         check_number("tolerance", tolerance, above=0, below=1, remedy="leave it out for one that suits the dtype")
     if confirm and isinstance(loss, Tensor):
@@ -99,7 +104,7 @@ def audit(
     trial = Trial(loss) if confirm and not isinstance(loss, Tensor) else None
 
     largest = max(size(g, parameter.detach()) for parameter, g in gradients.items())
-    found_parts = parts(model, found, gradients, names)
+    found_parts = parts(model, found, gradients, assign_roles(model, names, num_heads, only)[0])
     for part in found_parts:
         part.reason = unmeasurable(part.matrix, largest)
         part.tolerance = tolerance or max(NORM_EPS, 8 * torch.finfo(part.matrix.parameter.dtype).eps)
@@ -108,7 +113,7 @@ def audit(
     for pair in pairs(found, found_parts):
         if not any(side.reason or side.partner or side.by_head for side in (pair.first, pair.second)):
             pair.judge(trial)
-    notes = tuple(f"{module}." for module in unhandled)
+    notes = tuple(f"{modules}: {reason}." for modules, reason in grouped(unhandled))
     return AuditReport(tuple(row for part in found_parts for row in part.rows(largest)), tolerance, notes)
 
 

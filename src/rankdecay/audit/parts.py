@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankdecay.attention import AttentionNames, Window
+from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.source import named_parameters
 from rankdecay.attention.windows import Found
 from rankdecay.audit.block import Block, Terms, cancels, size
 from rankdecay.audit.report import AuditRow, Kind, Share
 from rankdecay.audit.trial import RESCALING, Trial, alternating
-from rankdecay.decay.roles import assign_roles
+from rankdecay.decay.roles import Assigned
 from rankdecay.linalg.backend import double
 from rankdecay.spectrum import spectrum
 
@@ -212,7 +212,7 @@ def _low_rank_share(w: Tensor) -> Share | None:
 
 
 def parts(
-    model: nn.Module, found: list[Found], gradients: dict[nn.Parameter, Tensor], names: AttentionNames | None
+    model: nn.Module, found: list[Found], gradients: dict[nn.Parameter, Tensor], assigned: list[Assigned]
 ) -> list[Part]:
     """Return every parameter once, in order: attention's matrices one by one, a bias with its weight."""
     parameters = named_parameters(model)
@@ -223,7 +223,7 @@ def parts(
     places = {(place.parameter, role): place for layer in found for role, place in layer.places.items()}
     biases = {parameters[place.bias] for place in places.values() if place.bias}
     parts: list[Part] = []
-    for entry in assign_roles(model, names)[0]:
+    for entry in assigned:
         roles = {known.why: known.role for known in entry.blocks}
         first = entry.blocks[0]
         located = [(place, role) for (name, role), place in places.items() if name in entry.names]

@@ -30,7 +30,7 @@ from rankdecay.attention.layer import FLATTENED, WHOLE
 from rankdecay.checks import check_name
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import apply
-from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, windows_in
+from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, unhandled_in, windows_in
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.sharded.layout import check_placements
@@ -99,6 +99,7 @@ class Attachment:
         self._registered: list[_RegisteredGroup] = []
         for index, group in enumerate(optimizer.param_groups):
             self._register_group(index, group)
+        self._unhandled = tuple(unhandled_in(optimizer.param_groups))
         _check_not_shared(optimizer)
         check_agreement(optimizer.param_groups, backend)
         self._params_with_grad: set[int] = set()
@@ -144,7 +145,14 @@ class Attachment:
         """
         optimizer = self.optimizer
         rows = [row for group in optimizer.param_groups for row in _rows(group, optimizer, self.active)]
-        return table(rows, ranks=ranks, attached=self.active, optimizer=type(optimizer).__name__)
+        return table(
+            rows, ranks=ranks, attached=self.active, optimizer=type(optimizer).__name__, unhandled=self.unhandled
+        )
+
+    @property
+    def unhandled(self) -> tuple[str, ...]:
+        """What looks like attention in the model and is not decayed as such, with the reasons, as the groups were made."""
+        return self._unhandled
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make copies detached, like a copied optimizer, which has no hooks; so that their owner can be copied."""
@@ -282,6 +290,11 @@ def _check_group(optimizer: Optimizer, group: Group) -> None:
         for parameter, name in zip(group["params"], names_in(group), strict=True):
             if is_sharded(parameter):
                 check_placements(parameter, f"{name} ({role})")
+                if parameter.ndim != 2 and any(window.has_heads for window in windows_in(group, role)):
+                    raise ValueError(
+                        f"{name} ({role}) has shape {tuple(parameter.shape)} and is sharded, and a decay of attention that "
+                        "is stored in more than two dimensions needs it whole: leave its module out of fully_shard."
+                    )
             if parameter.ndim < 2 and isinstance(decay, LowRank):
                 raise ValueError(
                     f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"

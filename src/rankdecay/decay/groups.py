@@ -20,15 +20,17 @@ ROLE_steps, _pending        state of ``every=k``: steps seen, and Σ lr · stren
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import Any
 
 from torch import nn
 
-from rankdecay.attention import AttentionNames, Window
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
+from rankdecay.attention.locate import Names, grouped, warn_unhandled
 from rankdecay.checks import check_number
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
@@ -47,7 +49,9 @@ def param_groups(
     norm: Decay | None = None,
     bias: Decay | None = None,
     other: Decay | None = None,
-    names: AttentionNames | None = None,
+    names: Names = None,
+    num_heads: int | None = None,
+    only: bool = False,
 ) -> list[Group]:
     """Return parameter groups for an optimizer, one per role and layout, each with its decay.
 
@@ -65,7 +69,10 @@ def param_groups(
         norm: decay of normalisation gains.
         bias: decay of biases.
         other: decay of everything else.
-        names: how your own attention names its projections, if :func:`rankdecay.find_attention` does not know it.
+        names: how your own attention names its projections, for one kind of attention or several, if
+            :func:`rankdecay.find_attention` does not know it.
+        num_heads: number of query heads, where the model does not say it.
+        only: look for ``names`` alone.
 
     Returns:
         Groups with ``params``, ``param_names``, ``role``, ``why``, ``weight_decay`` and the keys of the decay
@@ -93,12 +100,11 @@ def param_groups(
                 f"{argument}={decay!r} is not a decay; pass rankdecay.LowRank(strength) or "
                 "rankdecay.Frobenius(strength)."
             )
-    assigned, unhandled = assign_roles(model, names)
+    assigned, unhandled = assign_roles(model, names, num_heads, only)
     _check_every_role_matches(named, assigned, model, [f"{m.name or 'the model'}: {m.reason}" for m in unhandled])
 
     if query_key is not None or value_output is not None:
-        for module in unhandled:
-            warnings.warn(f"{module.name or 'the model'} is not decayed: {module.reason}.", stacklevel=2)
+        warn_unhandled(unhandled, "is not decayed", stacklevel=3)
 
     groups: dict[object, Group] = {}
     for entry in assigned:
@@ -111,7 +117,25 @@ def param_groups(
         group["param_names"].append(entry.names[0])
         reasons = [*(block.why for block in entry.blocks), *(block.note for block in entry.blocks if block.note)]
         group["why"].append(", ".join(dict.fromkeys(reasons)))
+    _note_unhandled(groups.values(), [f"{modules}: {reason}" for modules, reason in grouped(unhandled)])
     return list(groups.values())
+
+
+#: What was said of a model's attention when its groups were made, by its parameters; groups themselves keep no more
+#: than what a state has to hold.
+_said: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _note_unhandled(groups: Iterable[Group], reasons: list[str]) -> None:
+    for group in groups:
+        for parameter in group["params"]:
+            _said[parameter] = reasons
+
+
+def unhandled_in(groups: Iterable[Group]) -> list[str]:
+    """Return the attention that was not handled when :func:`param_groups` made the groups, with the reasons."""
+    said = [reason for group in groups for parameter in group["params"] for reason in _said.get(parameter, ())]
+    return list(dict.fromkeys(said))
 
 
 def decays_in(group: Group) -> dict[str, Decay]:
@@ -178,7 +202,7 @@ def _is_matrix(entry: Assigned, block: Block) -> bool:
 
 def _check_matrix(block: Block, entry: Assigned, decay: LowRank) -> None:
     name, shape = entry.names[0], tuple(entry.parameter.shape)
-    if len(shape) != 2 and not block.stack:
+    if len(shape) != 2 and not block.stack and not block.window.has_heads:
         raise ValueError(
             f"{name} has role {block.role} and shape {shape}, and a low-rank decay needs a matrix: give "
             f"{block.role}=rankdecay.Frobenius(...) instead."

@@ -31,15 +31,20 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from rankdecay.attention import AttentionNames, Window
+from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
-from rankdecay.attention.locate import Unhandled, locate
+from rankdecay.attention.locate import Names, Unhandled, locate
 from rankdecay.attention.source import Known, ModuleSource, named_parameters
 from rankdecay.attention.windows import Found
 
 ROLES = ("query_key", "value_output", "mlp", "embedding", "norm", "bias", "other")
 
-_ATTENTION_ROLE = {"query": "query_key", "key": "query_key", "value": "value_output", "output": "value_output"}
+_ATTENTION_ROLE = {
+    "query": "query_key", "key": "query_key", "value": "value_output", "output": "value_output",
+    "query_rotary": "query_key", "key_rotary": "query_key", "query_factor": "query_key", "query_position": "query_key",
+    "key_position": "query_key", "query_sine": "query_key", "output_factor": "value_output", "output_mix": "value_output",
+    "latent": "other", "gate": "other",
+}  # fmt: skip
 
 # ---- of classes ----
 _MATRICES = (nn.Linear, nn.Bilinear, _ConvNd, nn.Embedding, nn.EmbeddingBag)
@@ -97,19 +102,23 @@ class Assigned:
     blocks: list[Block]
 
 
-def assign_roles(model: nn.Module, names: AttentionNames | None = None) -> tuple[list[Assigned], list[Unhandled]]:
+def assign_roles(
+    model: nn.Module, names: Names = None, num_heads: int | None = None, only: bool = False
+) -> tuple[list[Assigned], list[Unhandled]]:
     """Return every parameter of the model once, with its blocks, and the attention that is not handled.
 
     A tied parameter collects the blocks of each of its names; a name that says nothing (role other) adds none.
     """
     source = ModuleSource(model)
-    found, unhandled = locate(source, names)
+    found, unhandled = locate(source, names, num_heads, only)
     unhandled = [*unhandled, *_not_decayed(source, found)]
     in_attention: dict[str, list[Block]] = {}
     for layer in found:
         for role, place in layer.places.items():
             note = source.known[place.parameter].note if place.parameter in source.known else ""
-            in_attention.setdefault(place.parameter, []).append(Block(_ATTENTION_ROLE[role], place.window, role, note))
+            blocks = in_attention.setdefault(place.parameter, [])
+            if all(block.window != place.window for block in blocks):  # keys may be values too, and of several layers
+                blocks.append(Block(_ATTENTION_ROLE[role], place.window, role, note))
     places = _Places(source, found)
     output_embedding = _output_embedding(model)
 

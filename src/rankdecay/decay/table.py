@@ -32,7 +32,7 @@ class Row(NamedTuple):
         return self.window.matrix(whole(self.parameter.detach()))
 
 
-def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str) -> str:
+def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str, unhandled: Sequence[str] = ()) -> str:
     """Return the table as text, a summary first, low-rank decays before the rest.
 
     Args:
@@ -40,6 +40,7 @@ def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str) -
         ranks: only the matrices with a low-rank decay, with their ranks.
         attached: whether the decay is applied.
         optimizer: name of the optimizer.
+        unhandled: what looks like attention and is not decayed as such.
     """
     rows = sorted(rows, key=lambda row: not row.low_rank)
     shown = [row for row in rows if row.low_rank] if ranks else rows
@@ -47,7 +48,8 @@ def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str) -
     for row in shown:
         last = _ranks(row) if ranks else [row.decay, row.by or "-", row.why]
         cells.append([row.name, _shape(row, ranks), row.role, *last])
-    return "\n".join([_summary(rows, attached, optimizer), "", *aligned(cells)])
+    named = [f"  not handled: {reason}" for reason in unhandled]
+    return "\n".join([_summary(rows, attached, optimizer), *named, "", *aligned(cells)])
 
 
 _RANKS = ["of", "stable rank", "effective rank", "numerical rank"]
