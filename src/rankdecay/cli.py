@@ -3,8 +3,8 @@
 ``inspect`` is here and needs what the library needs. The other commands are the lab's, in :mod:`rankdecay.lab.cli`,
 which is imported when one of them is named. This module imports neither torch nor the lab: ``--help`` answers at once.
 
-Exit codes: 0 done, 2 a command, setting or file that cannot work (one line on standard error says what to do), 130
-interrupted.
+Exit codes: 0 done, 2 a command, setting or file that cannot work (one line on standard error says what to do), 3 with
+``inspect --strict`` if attention is not handled, 130 interrupted.
 """
 
 import argparse
@@ -16,12 +16,13 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rankdecay.checks import suggestion
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
+    from rankdecay.attention.listing import Listing
     from rankdecay.inspection import Inspection
 
 INSPECT = (
@@ -30,6 +31,10 @@ INSPECT = (
 #: The packages of the extra `lab`, as they are imported.
 LAB_PACKAGES = ("tyro", "rich", "plotly", "matplotlib", "scipy", "sklearn", "joblib", "cvxpy")
 LAB_INSTALL = "pip install 'rankdecay[lab]'"
+
+
+#: Exit code of ``inspect --strict`` when something that looks like attention is not handled.
+STRICT = 3
 
 
 class CommandError(Exception):
@@ -76,7 +81,7 @@ def _run(arguments: Sequence[str]) -> int:
     elif command == "--version":
         print(f"rankdecay {_version()}")
     elif command == "inspect":
-        _inspect(_parse_inspect(arguments[1:]))
+        return _inspect(_parse_inspect(arguments[1:]))
     elif command in _lab_commands():
         return _run_lab(arguments)
     else:
@@ -164,13 +169,29 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="later checkpoints, in order: what changed from the first on",
     )
-    add("--layers", type=int, nargs="*", default=[], metavar="N", help="only these layers, counted from 0")
+    add(
+        "--layers",
+        nargs="*",
+        default=[],
+        metavar="N",
+        help="only these layers, by the model's own numbers; of a tower as decoder.4",
+    )
     add("--heads", type=int, nargs="*", default=[], metavar="N", help="only these heads")
     add("--num-heads", type=int, metavar="N", help="number of query heads, for a state dict without config.json")
+    add("--head-dim", type=int, metavar="N", help="size of a head, where --num-heads does not say it")
     add(
         "--names",
+        action="append",
         metavar="NAMES",
-        help="names of the projections, for attention that is not recognised: query=wq,key=wk,value=wv,output=wo",
+        help="names of the projections, for attention that is not recognised: query=wq,key=wk,value=wv,output=wo; also "
+        "order, layout, num_heads, head_dim, rotary (none, half, interleaved), rotary_dims, qk_norm (yes, no), grouping; "
+        "again for a second kind of attention",
+    )
+    add("--only", action="store_true", help="look for the attention that --names names alone")
+    add(
+        "--strict",
+        action="store_true",
+        help=f"leave with exit code {STRICT} if anything that looks like attention is not handled",
     )
     add(
         "--state",
@@ -188,7 +209,7 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     return settings
 
 
-def _inspect(settings: argparse.Namespace) -> None:
+def _inspect(settings: argparse.Namespace) -> int:
     from rankdecay.inspection import comparison, csv_text
 
     paths = (settings.path, *settings.compare)
@@ -217,16 +238,21 @@ def _inspect(settings: argparse.Namespace) -> None:
         if settings.compare:
             whole["compare"] = [report.to_json() for report in reports[1:]]
         print(json.dumps(whole, allow_nan=False))
-        return
+        return _code(reports, settings)
     print(reports[-1])
     if settings.compare:
         print(comparison(reports))
     for written in (settings.csv, settings.html):
         if written is not None:
             print(written)
+    return _code(reports, settings)
 
 
-def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespace) -> None:
+def _code(reports: "Sequence[Inspection | Listing]", settings: argparse.Namespace) -> int:
+    return STRICT if settings.strict and any(report.unhandled for report in reports) else 0
+
+
+def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespace) -> int:
     from rankdecay.attention.listing import listing
     from rankdecay.lab.experiments.grok.inspect_run import is_run_directory
 
@@ -236,9 +262,9 @@ def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespac
     for path, _ in chosen:
         if is_run_directory(path):
             raise CommandError(f"{path} is a run directory, whose snapshots hold spectra alone: leave out --list")
-    names = _names(settings.names)
+    how = _how(settings)
     try:
-        listings = [listing(path, names, settings.num_heads, state=state) for path, state in chosen]
+        listings = [listing(path, **how, state=state) for path, state in chosen]
     except ValueError as error:
         raise _explained(error) from None
     if settings.json:
@@ -248,13 +274,14 @@ def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespac
         print(json.dumps(whole))
     else:
         print("\n\n".join(map(str, listings)))
+    return _code(listings, settings)
 
 
 def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> "Inspection":
     from rankdecay.inspection import inspect
     from rankdecay.lab.experiments.grok.inspect_run import inspect_run, is_run_directory
 
-    names = _names(settings.names)
+    how = _how(settings)
     try:
         if is_run_directory(path):
             if state is not None:
@@ -263,7 +290,7 @@ def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> 
                 )
             return inspect_run(path)
         layers, heads = settings.layers or None, settings.heads or None
-        return inspect(path, names, settings.num_heads, layers=layers, heads=heads, state=state)
+        return inspect(path, **how, layers=layers, heads=heads, state=state)
     except ValueError as error:
         raise _explained(error) from None
 
@@ -273,21 +300,49 @@ def _explained(error: ValueError) -> CommandError:
     return CommandError(f"{error}{hint}")
 
 
-def _names(text: str | None) -> "AttentionNames | None":
+def _how(settings: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that say how attention is found."""
+    for option in ("num_heads", "head_dim"):
+        value = getattr(settings, option)
+        if value is not None and value < 1:
+            raise CommandError(f"--{option.replace('_', '-')} {value} must be at least 1")
+    if settings.only and not settings.names:
+        raise CommandError("--only looks for the attention of --names alone, and --names is not given")
+    names = [_names(text) for text in settings.names or ()]
+    return {
+        "names": names or None,
+        "num_heads": settings.num_heads,
+        "head_dim": settings.head_dim,
+        "only": settings.only,
+    }
+
+
+#: What ``--names`` may say, with the type of each value.
+_NAMES: dict[str, type] = {
+    "query": str, "key": str, "value": str, "fused": str, "output": str, "order": str, "layout": str, "grouping": str,
+    "rotary": str, "qk_norm": bool, "num_heads": int, "head_dim": int, "rotary_dims": int, "blocks": int,
+}  # fmt: skip
+
+
+def _names(text: str) -> "AttentionNames":
     from rankdecay.attention import AttentionNames
 
-    if text is None:
-        return None
-    pairs = [part.partition("=") for part in text.split(",")]
-    legal = ("query", "key", "value", "fused", "output", "order", "layout")
-    for name, _, value in pairs:
-        if name not in legal or not value:
+    given: dict[str, object] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in _NAMES or not value:
             raise CommandError(
-                f"--names {text}: expected name=projection with names out of {', '.join(legal)}, such as "
+                f"--names {text}: expected name=projection with names out of {', '.join(_NAMES)}, such as "
                 "query=wq,key=wk,value=wv,output=wo or fused=qkv,output=proj"
             )
+        kind, flags = _NAMES[name], {"yes": True, "true": True, "no": False, "false": False}
+        if kind is int and not value.isdigit():
+            raise CommandError(f"--names {text}: {name}={value} must be a whole number")
+        if kind is bool and value.lower() not in flags:
+            raise CommandError(f"--names {text}: {name}={value} must be yes or no")
+        given[name] = flags[value.lower()] if kind is bool else kind(value)
     try:
-        return AttentionNames(**{name: value for name, _, value in pairs})  # pyright: ignore[reportArgumentType]
+        return AttentionNames(**given)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise CommandError(f"--names {text}: {error}") from None
 

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import find_layers
-from rankdecay.attention.names import SCALED_OUTPUT, AttentionNames
+from rankdecay.attention.locate import Names, find_layers, grouped
+from rankdecay.attention.names import SCALED_OUTPUT
+from rankdecay.attention.numbering import Numbered
 from rankdecay.attention.products import Product, ProductName, Rotary
-from rankdecay.attention.source import Source, open_source
+from rankdecay.attention.scale import gradients_of, settled
+from rankdecay.attention.source import ModuleSource, Source, open_source
 from rankdecay.spectrum import Spectrum, spectrum
 from rankdecay.text import aligned, finite_mean, number
 
@@ -40,10 +42,17 @@ BALANCE = ("nuclear_gap", "nuclear_ratio", "imbalance")
 #: The products and matrices that have rows: symbol and what it does, in the order of reading.
 KINDS = {
     "query_key": ("W_Kᵀ W_Q", "what a query looks for"),
+    "query_key_rotary": ("W_Kᵀ W_Q rotary", "the part that positions turn"),
     "query": ("W_Q", "queries, normalised afterwards"),
     "key": ("W_K", "keys, normalised afterwards"),
     "value_output": ("W_O W_V", "what a head writes"),
+    "query_factor": ("W_QA", "the queries' first factor, normalised before the second"),
+    "latent": ("W_C", "the latent that keys and values share, normalised afterwards"),
+    "output_factor": ("W_OA", "the outputs' first factor, in groups"),
+    "output_mix": ("W_OB", "the outputs' second factor"),
 }
+#: The matrices of :data:`KINDS` that have no heads.
+_FACTORS = ("query_factor", "latent", "output_factor", "output_mix")
 
 Row = dict[str, Any]
 
@@ -54,7 +63,8 @@ class Inspection:
 
     Attributes:
         source: the path, or the class of the model.
-        rows: one dictionary per head and product: ``layer``, ``name``, ``head``, ``product`` (or ``matrix``), the names
+        rows: one dictionary per head and product: ``layer``, the model's own number, with its ``tower`` where there are
+            several and a ``label`` that no other layer has, ``name``, ``head``, ``product`` (or ``matrix``), the names
             in :data:`NORMS`, :data:`RANKS` and :data:`BALANCE` (None where not defined, or not finite), ``head_dim``,
             ``singular_values``; of a product ``mean_frobenius``, ½(‖A‖² + ‖B‖²), and ``squared_norms``, those of the
             rows of each factor, or of the planes, by the factor's name; and ``untrained``, the same keys.
@@ -81,7 +91,7 @@ class Inspection:
 
     def __str__(self) -> str:
         """Return the summary that the command line prints: means over heads, in brackets the same shapes untrained."""
-        count = len({(row["layer"], row["name"]) for row in self.rows})
+        count = len({(label(row), row["name"]) for row in self.rows})
         lines = [f"{self.source}: {count} attention layer{'s' if count != 1 else ''}"]
         lines += [f"  {note}" for note in self.notes]
         lines += [f"  not handled: {reason}" for reason in self.unhandled]
@@ -93,12 +103,15 @@ class Inspection:
 
 def inspect(
     model: nn.Module | str | Path,
-    names: AttentionNames | None = None,
+    names: Names = None,
     num_heads: int | None = None,
     *,
-    layers: Collection[int] | None = None,
+    head_dim: int | None = None,
+    layers: Collection[int | str] | None = None,
     heads: Collection[int] | None = None,
+    only: bool = False,
     state: str | None = None,
+    example: Any = None,
 ) -> Inspection:
     """Return the spectra of every head's products in a model or checkpoint, beside the same shapes untrained.
 
@@ -108,18 +121,24 @@ def inspect(
     Args:
         model: a model, or a path: a directory of ``save_pretrained``, a safetensors file, a PyTorch state dict,
             a GGUF file.
-        names: how its attention names its projections, if :func:`rankdecay.find_attention` does not know it.
+        names: how its attention names its projections, for one kind of attention or several, if
+            :func:`rankdecay.find_attention` does not know it.
         num_heads: number of query heads, where nothing says it: a state dict without a configuration.
-        layers: only these, counted from 0 in the order of the model.
+        layers: only these, by the model's own numbers; of a tower as ``"decoder.4"``.
         heads: only these.
+        head_dim: size of a head, where nothing says it.
+        only: look for ``names`` alone.
         state: which weights, of a checkpoint that holds several sets: a file's name, a dotted key, a prefix of names.
+        example: what a live model is called with (a dictionary of arguments, a tuple, a tensor), or a function that
+            returns its loss. One forward and backward pass then tells whether queries and keys are normalised, where
+            neither the module nor its configuration says it.
 
     Returns:
         An :class:`Inspection`; ``print`` it for a summary.
 
     Raises:
-        TypeError: If ``model`` is neither a model nor a path.
-        ValueError: If a checkpoint cannot be read, no attention is found, or a layer or head does not exist.
+        TypeError: If ``model`` is neither a model nor a path, or ``example`` is given with a path.
+        ValueError: If a checkpoint cannot be read, the model has no values (on the meta device), no attention is found, or a layer or head does not exist.
 
     Example:
         >>> report = inspect(nn.MultiheadAttention(16, 2))
@@ -127,29 +146,74 @@ def inspect(
         [(0, 'query_key'), (1, 'query_key'), (0, 'value_output'), (1, 'value_output')]
     """
     source = open_source(model, state)
-    found, unhandled = find_layers(source, names, num_heads)
+    found, unhandled = find_layers(source, names, num_heads, only, head_dim)
+    if isinstance(source, ModuleSource):
+        check_values(source.model, found)
+    if example is not None:
+        if not isinstance(source, ModuleSource):
+            raise TypeError(f"example= runs a live model, and {source} is a checkpoint: load the model and give it.")
+        found = settled(found, gradients_of(source.model, _score_parameters(found), example))
     rows: list[Row] = []
-    notes: dict[str, list[int]] = {}
-    for index in _chosen("layers", layers, len(found), "the model"):
-        layer = found[index]
-        wanted = _chosen("heads", heads, layer.num_heads, layer.name or "the model")
+    notes: dict[str, list[str]] = {}
+    for layer in _chosen_layers(layers, found):
+        wanted = _chosen_heads(heads, layer.num_heads, layer.name or "the model")
         try:
             layer_rows = list(_layer_rows(layer, *_deviations(source, layer, len(found))))
         except RuntimeError as error:  # shapes that contradict each other, found when they are used
             raise ValueError(f"{layer.name} cannot be read: {error}") from None
-        rows += [{"layer": index, "name": layer.name, **row} for row in layer_rows if row["head"] in wanted]
+        place = {
+            "layer": layer.place.number,
+            "tower": layer.place.tower,
+            "label": layer.place.label,
+            "name": layer.name,
+        }
+        rows += [place | row for row in layer_rows if row["head"] in wanted]
         for note in _notes(layer):
-            notes.setdefault(note, []).append(index)
-    noted = [f"{_ranges(indices)}: {note}" for note, indices in notes.items()]
-    return Inspection(str(source), rows, noted, [str(module) for module in unhandled])
+            notes.setdefault(note, []).append(layer.place.label)
+    noted = [f"{_ranges(labels)}: {note}" for note, labels in notes.items()]
+    return Inspection(str(source), rows, noted, [f"{modules}: {reason}" for modules, reason in grouped(unhandled)])
 
 
-def _chosen(argument: str, wanted: Collection[int] | None, count: int, place: str) -> list[int]:
+def check_values(model: nn.Module, layers: Sequence[AttentionLayer]) -> None:
+    """Raise a ``ValueError`` if parameters of attention are on the meta device, where they have no values."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for layer in layers:
+        for view in layer.views:
+            if (parameter := parameters.get(view.parameter_name)) is not None and parameter.is_meta:
+                raise ValueError(
+                    f"{view.parameter_name} is on the meta device and has no values; load the weights first "
+                    "(to_empty and load_state_dict, or from_pretrained)."
+                )
+
+
+def _score_parameters(layers: Sequence[AttentionLayer]) -> list[str]:
+    views = [view for layer in layers for view in (layer.query, layer.key)]
+    return [name for view in views for name in (view.parameter_name, view.bias_name) if name]
+
+
+def _chosen_layers(wanted: Collection[int | str] | None, layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
+    if wanted is None:
+        return list(layers)
+    for one in wanted:
+        if not any(_is_called(layer.place, one) for layer in layers):
+            known = _ranges([layer.place.label for layer in layers])
+            raise ValueError(f"layers={one} is out of range: the model has {known}.")
+    return [layer for layer in layers if any(_is_called(layer.place, one) for one in wanted)]
+
+
+def _is_called(place: Numbered, name: int | str) -> bool:
+    """Whether a layer is meant by a number, or by a label with or without the module inside the layer."""
+    if isinstance(name, int) or name.isdigit():
+        return place.number == int(name)
+    return name in (place.label, f"{place.tower}.{place.number}") or place.label.startswith(f"{name}.")
+
+
+def _chosen_heads(wanted: Collection[int] | None, count: int, place: str) -> list[int]:
     if wanted is None:
         return list(range(count))
     outside = sorted(i for i in wanted if not 0 <= i < count)
     if outside:
-        raise ValueError(f"{argument}={outside[0]} is out of range: {place} has {argument} 0–{count - 1}.")
+        raise ValueError(f"heads={outside[0]} is out of range: {place} has heads 0–{count - 1}.")
     return sorted(set(wanted))
 
 
@@ -162,8 +226,16 @@ def _deviations(source: Source, layer: AttentionLayer, depth: int) -> tuple[floa
 
 
 def _notes(layer: AttentionLayer) -> Iterator[str]:
+    own = "W_Kᵀ W_Q is not what scores are made of: W_Q and W_K on their own"
     if layer.qk_norm:
-        yield "queries and keys are normalised, so W_Kᵀ W_Q is not what scores are made of: W_Q and W_K on their own"
+        yield f"queries and keys are normalised, so {own}"
+    elif layer.no_product:
+        yield f"it {layer.no_product}, so {own}"
+    elif "query_rotary" in layer.factors:
+        yield (
+            "latent attention: a product stands where no norm does, W_Kᵀ W_Q from the queries' vector to the latent, that "
+            "of the part which positions turn apart, and W_O W_V from the latent; the factors before the norms on their own"
+        )
     elif layer.rotary is not None:
         part = "" if layer.rotary.dims == layer.head_dim else f" ({layer.rotary.dims} of {layer.head_dim} coordinates)"
         yield (
@@ -175,31 +247,50 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
             f"{layer.num_heads // layer.num_key_value_heads} query heads share a key head: gap and imbalance are of "
             "the group, the spectrum of each head"
         )
+    if layer.unknown:
+        asked = {"qk_norm": "queries and keys are normalised", "rotary": "rotary positions turn them"}
+        yield (
+            f"nothing says whether {' or whether '.join(asked[name] for name in sorted(layer.unknown))}, and it is shown as "
+            "if not: say it with names=AttentionNames(..., qk_norm=..., rotary=...), or give a live model and example="
+        )
 
 
-def _ranges(indices: list[int]) -> str:
-    """Format indices as "layers 0-3, 5"."""
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and i == runs[-1][1] + 1:
-            runs[-1][1] = i
+def _ranges(labels: Sequence[str]) -> str:
+    """Format labels as "layers 0-3, 5", or "layers encoder.0-3, decoder.0"."""
+    runs: list[tuple[str, int | str, int | str]] = []
+    for text in dict.fromkeys(labels):
+        tower, _, last = text.rpartition(".")
+        number = int(last) if last.isdigit() else last
+        if runs and isinstance(number, int) and runs[-1][0] == tower and runs[-1][2] == number - 1:
+            runs[-1] = (tower, runs[-1][1], number)
         else:
-            runs.append([i, i])
-    words = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"layer{'s' if len(indices) > 1 else ''} {words}"
+            runs.append((tower, number, number))
+    words = [(f"{tower}." if tower else "") + (f"{a}" if a == b else f"{a}-{b}") for tower, a, b in runs]
+    return f"layer{'s' if len(set(labels)) > 1 else ''} {', '.join(words)}"
+
+
+def label(row: Row) -> str:
+    """Return what a layer is called that no other layer of its model is called."""
+    return row.get("label") or str(row["layer"])
 
 
 # ---- rows ------------------------------------------------------------------------------------------------
 
 
 def _layer_rows(layer: AttentionLayer, deviation: float, output_deviation: float) -> Iterator[Row]:
-    if layer.qk_norm:
+    if not layer.has_score_product:
         for view in (layer.query, layer.key):
-            yield from _matrix_rows(view, layer.num_heads, deviation)
+            yield from _matrix_rows(view, layer, deviation)
     else:
         yield from _product_rows(layer.query_key(), (deviation, deviation))
+        if "query_rotary" in layer.factors:
+            yield from _product_rows(layer.query_key_rotary(), (deviation, deviation))
     if layer.output is not None:
         yield from _product_rows(layer.value_output(), (deviation, output_deviation))
+
+    for role in _FACTORS:
+        if role in layer.factors:
+            yield from _factor_rows(layer.factors[role], deviation)  # pyright: ignore[reportArgumentType]
 
 
 def _product_rows(product: Product, deviations: tuple[float, float]) -> Iterator[Row]:
@@ -211,12 +302,21 @@ def _product_rows(product: Product, deviations: tuple[float, float]) -> Iterator
         yield row | {"squared_norms": {role: values[head] for role, values in norms.items()}}
 
 
-def _matrix_rows(view: MatrixView, num_heads: int, deviation: float) -> Iterator[Row]:
+def _matrix_rows(view: MatrixView, layer: AttentionLayer, deviation: float) -> Iterator[Row]:
     heads = view.heads()
     each = spectrum(heads)
-    shared = replace(each, singular_values=each.singular_values.repeat_interleave(num_heads // len(heads), 0))
+    if view.role == "key":  # a row for each query head, with the key head it meets
+        which = torch.tensor([layer.key_head(head) for head in range(layer.num_heads)])
+        each = replace(each, singular_values=each.singular_values[which.to(each.singular_values.device)])
     untrained = _untrained_matrix(tuple(heads.shape[-2:]), deviation)
-    return spectrum_rows({"matrix": view.role}, min(heads.shape[-2:]), shared, untrained)
+    return spectrum_rows({"matrix": view.role}, min(heads.shape[-2:]), each, untrained)
+
+
+def _factor_rows(view: MatrixView, deviation: float) -> Iterator[Row]:
+    """Return one row, as of head 0: a factor has no heads."""
+    matrix = view.tensor()
+    untrained = _untrained_matrix(tuple(matrix.shape), deviation)
+    return spectrum_rows({"matrix": view.role}, min(matrix.shape), spectrum(matrix[None]), untrained)
 
 
 def spectrum_rows(kind: Row, head_dim: int, heads: Spectrum, untrained: Row) -> Iterator[Row]:
@@ -246,7 +346,7 @@ def _balance(product: Product) -> dict[str, list[float | None]]:
 def _squared_norms(product: Product) -> dict[str, list[list[float | None]]]:
     """Return one list per head by the names of the factors, the query or the value first."""
     single, several = ([_plain(head) for head in norms] for norms in product.squared_norms)
-    return {"query": several, "key": single} if product.name == "query_key" else {"value": single, "output": several}
+    return {"query": several, "key": single} if product.name != "value_output" else {"value": single, "output": several}
 
 
 def figure(of: Spectrum | Product, name: str) -> Tensor:
@@ -314,16 +414,16 @@ _COLUMNS = {
 def _table(rows: list[Row]) -> list[str]:
     columns = {title: key for title, key in _COLUMNS.items() if rows[0]["untrained"].get(key) is not None}
     cells = [["layer", "of", *columns, "heads"]]
-    layers: dict[tuple[int, str], list[Row]] = {}
+    layers: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        layers.setdefault((row["layer"], row["name"]), []).append(row)
-    several = len(layers) > len({index for index, _ in layers})  # runs of one shape beside each other
-    for (index, name), heads in layers.items():
+        layers.setdefault((label(row), row["name"]), []).append(row)
+    several = len(layers) > len({called for called, _ in layers})  # runs of one shape beside each other
+    for (called, name), heads in layers.items():
         untrained = heads[0]["untrained"]
         figures = [f"{number(finite_mean(row[key] for row in heads))} [{number(untrained[key])}]"
                    for key in columns.values()]  # fmt: skip
         shown = strip(row["pseudo_rank"] for row in heads)
-        cells.append([name if several else str(index), str(heads[0]["head_dim"]), *figures, shown])
+        cells.append([name if several else called, str(heads[0]["head_dim"]), *figures, shown])
     return ["  " + line for line in aligned(cells)]
 
 
@@ -344,23 +444,30 @@ def comparison(reports: Sequence[Inspection]) -> str:
 def csv_text(reports: Sequence[Inspection]) -> str:
     """Return one line per row of the reports, without the spectra; of several, the first column names the source."""
     figures = (*NORMS, *RANKS, *BALANCE)
-    head = ["layer", "name", "head", "of", *figures, *(f"untrained_{name}" for name in figures)]
+    head = ["layer", "tower", "name", "head", "of", *figures, *(f"untrained_{name}" for name in figures)]
     lines: list[Sequence[object]] = [["source", *head] if len(reports) > 1 else head]
     for report in reports:
         for row in report.rows:
             values = [*(row[name] for name in figures), *(row["untrained"].get(name) for name in figures)]
-            line = [row["layer"], row["name"], row["head"], row.get("product") or row.get("matrix"), *values]
+            line = [
+                row["layer"],
+                row.get("tower", ""),
+                row["name"],
+                row["head"],
+                row.get("product") or row.get("matrix"),
+                *values,
+            ]
             lines.append([report.source, *line] if len(reports) > 1 else line)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)  # None is an empty field
     return text.getvalue()
 
 
-def by_layer(rows: Iterable[Row]) -> dict[int, list[Row]]:
-    """Return the rows of each layer, in order."""
-    layers: dict[int, list[Row]] = {}
+def by_layer(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each layer by its label, in order."""
+    layers: dict[str, list[Row]] = {}
     for row in rows:
-        layers.setdefault(row["layer"], []).append(row)
+        layers.setdefault(label(row), []).append(row)
     return layers
 
 

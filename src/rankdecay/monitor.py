@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rankdecay.attention import AttentionLayer, AttentionNames, find_attention
+from rankdecay.attention import AttentionLayer, find_attention
+from rankdecay.attention.locate import Names
+from rankdecay.attention.scale import settled
 from rankdecay.checks import check_name, check_number
-from rankdecay.dtensor import is_sharded, unwrapped
-from rankdecay.inspection import BALANCE, figure
+from rankdecay.dtensor import is_sharded, unwrapped, whole
+from rankdecay.inspection import BALANCE, check_values, figure
 from rankdecay.spectrum import spectrum
 
 Part = Literal["query_key", "value_output", "query", "key", "value", "output"]
@@ -72,6 +74,9 @@ class Monitor:
     tensor parallelism): then every process measures, since each parameter in turn is gathered from all of them, one
     at a time, and every process has to make the same calls.
 
+    Where neither a module nor its configuration says whether queries and keys are normalised, the gradients of the
+    first step tell: the loss then does not depend on the scale of any head.
+
     Args:
         model: the model; one wrapped by ``torch.compile``, DDP or PEFT is seen through.
         every: steps between two measurements.
@@ -85,6 +90,8 @@ class Monitor:
         detail: log values of the ``"model"``, of each ``"layer"`` as well, or of each ``"head"`` as well.
         collapse: warn when the effective rank of a head falls under this bound; once, until it recovers.
         names: how your own attention names its projections, as in :func:`rankdecay.find_attention`.
+        num_heads: number of query heads, where the model does not say it.
+        only: look for ``names`` alone.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or ``log`` cannot be called.
@@ -108,7 +115,9 @@ class Monitor:
         of: Part | Iterable[Part] = ("query_key", "value_output"),
         detail: Detail = "layer",
         collapse: float | None = None,
-        names: AttentionNames | None = None,
+        names: Names = None,
+        num_heads: int | None = None,
+        only: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -132,7 +141,8 @@ class Monitor:
         self.detail: Detail = detail
         self.collapse = collapse
         self.steps = 0  #: optimizer steps counted so far
-        self._layers = {_plain(layer.name, model): layer for layer in find_attention(model, names)}
+        layers = find_attention(model, names, num_heads, only=only)
+        self._layers = {_plain(layer.name, model): layer for layer in layers}
         if not any(_parts(layer, self.of) for layer in self._layers.values()):
             raise ValueError(f"of={self.of!r}: no attention of {type(model).__name__} has an output projection.")
         self._collapsed: set[tuple[str, str, int]] = set()
@@ -147,6 +157,7 @@ class Monitor:
             at: the number of steps made so far, if you count them yourself; else one more than before. It may stay the
                 same, and may jump: a measurement is due when a multiple of ``every`` has been passed.
         """
+        self._settle()
         before, self.steps = self.steps, self.steps + 1 if at is None else at
         if self.steps // self.every <= before // self.every:
             return None
@@ -190,11 +201,23 @@ class Monitor:
     def _after_step(self, *_: Any) -> None:
         self.step()
 
+    def _settle(self) -> None:
+        """Find out from the first gradients whether queries and keys are normalised, where nothing had said it."""
+        unknown = {name: layer for name, layer in self._layers.items() if "qk_norm" in layer.unknown}
+        if not unknown:
+            return
+        wanted = {view.parameter_name for layer in unknown.values() for view in (layer.query, layer.key)}
+        wanted |= {view.bias_name for layer in unknown.values() for view in (layer.query, layer.key) if view.bias_name}
+        parameters = {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if n in wanted}
+        gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+        self._layers |= dict(zip(unknown, settled(list(unknown.values()), gradients), strict=True))
+
     @torch.no_grad()
     def _heads(self) -> dict[tuple[str, str], dict[str, Tensor]]:
         """Measure every head: (layer, part) -> measure -> one value per head, on the CPU."""
         wanted = {*self.measures, *(("effective_rank",) if self.collapse is not None else ())}
         found: dict[tuple[str, str], dict[str, Tensor]] = {}
+        check_values(self.model, list(self._layers.values()))
         for name, layer in self._layers.items():
             for part in _parts(layer, self.of):
                 product = getattr(layer, part)() if part in _PRODUCTS else None
@@ -245,7 +268,7 @@ class Monitor:
 
 def _parts(layer: AttentionLayer, of: Iterable[str]) -> list[str]:
     """Return the parts that a layer has; the matrices of a product in its place if it has no such product."""
-    none = {"query_key"} if layer.qk_norm else set()
+    none = set() if layer.has_score_product else {"query_key"}
     none |= {"value_output", "output"} if layer.output is None else set()
     parts = (name for part in of for name in (part.split("_") if part in none else [part]))
     return [part for part in dict.fromkeys(parts) if part not in none]

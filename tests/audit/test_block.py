@@ -9,7 +9,8 @@ from torch import nn
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
-from rankdecay.audit.block import Block, Terms, cancels, size
+from rankdecay.attention.scale import Terms, cancels
+from rankdecay.audit.block import Block, size, terms_of
 
 WINDOW = Window("rows", 4, 8, 8, 2)  # the second of two matrices, with two heads of 2
 
@@ -60,7 +61,7 @@ def test_the_whole_parameter_is_scaled_by_one_factor():
 def test_terms_are_those_of_numpy():
     b = block((8, 3), WINDOW)
     products = (b.gradient.numpy() * b.parameter.detach().numpy())[4:].reshape(2, 6)
-    terms = Terms.of([b, block((8,), WHOLE)._replace(gradient=None)])
+    terms = terms_of([b, block((8,), WHOLE)._replace(gradient=None)])
     np.testing.assert_allclose(terms.total, products.sum(1))
     np.testing.assert_allclose(terms.square, (products**2).sum(1))
     np.testing.assert_allclose(terms.grouped(1).total, products.sum())

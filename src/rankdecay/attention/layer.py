@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from rankdecay.attention.numbering import Numbered
 from rankdecay.attention.products import Grouping, Product, ProductName, Rotary, with_bias
 from rankdecay.linalg.backend import double
 
@@ -189,6 +190,8 @@ class MatrixView:
         window: where in the parameter.
         weight: returns the parameter's present value; with the adapters' contribution for a PEFT model.
         bias_vector: returns the matrix's part of its bias, if there is one.
+        bias_name: name of the parameter that holds the bias.
+        bias_window: where in that parameter.
     """
 
     role: Role
@@ -196,6 +199,8 @@ class MatrixView:
     window: Window
     weight: Callable[[], Tensor]
     bias_vector: Callable[[], Tensor] | None = None
+    bias_name: str | None = None
+    bias_window: Window | None = None
 
     def tensor(self) -> Tensor:
         """Return the matrix as it is now, detached, (out, in): a query is ``x @ W_Q.T + b``."""
@@ -246,6 +251,7 @@ class AttentionLayer:
             query projection, and projections of positions, ``query_position``, ``key_position``, ``query_sine``.
         unknown: which of ``"rotary"`` and ``"qk_norm"`` nothing states, neither names nor settings; those fields then
             say what is usual, no.
+        place: the model's own number of the layer, and the tower it stands in.
     """
 
     name: str
@@ -260,6 +266,7 @@ class AttentionLayer:
     no_product: str = ""
     factors: Mapping[Role, MatrixView] = field(default_factory=dict)
     unknown: frozenset[str] = frozenset()
+    place: Numbered = Numbered("", 0, "0")
 
     @property
     def num_heads(self) -> int:

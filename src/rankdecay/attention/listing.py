@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import find_layers
-from rankdecay.attention.names import AttentionNames
+from rankdecay.attention.locate import Names, find_layers, grouped
 from rankdecay.attention.source import Shape, Source, open_source
 from rankdecay.attention.states import SeveralSets
 
@@ -54,7 +53,7 @@ class Listing:
             lines.append(f"  sets of weights in it (--state KEY): {', '.join(self.candidates)}")
         lines += [f"  not handled: {reason}" for reason in self.unhandled]
         for layer in self.layers:
-            lines += ["", f"layer {layer['layer']}  {layer['name'] or '(the model)'}: {_heads(layer)}"]
+            lines += ["", f"layer {layer['label']}  {layer['name'] or '(the model)'}: {_heads(layer)}"]
             width = max(len(matrix["parameter"]) for matrix in layer["matrices"])
             for matrix in layer["matrices"]:
                 shape = "×".join(map(str, matrix["shape"]))
@@ -64,9 +63,11 @@ class Listing:
 
 def listing(
     model: nn.Module | str | Path,
-    names: AttentionNames | None = None,
+    names: Names = None,
     num_heads: int | None = None,
     *,
+    head_dim: int | None = None,
+    only: bool = False,
     state: str | None = None,
 ) -> Listing:
     """Return what :func:`rankdecay.inspect` would read, from names and shapes alone.
@@ -75,6 +76,8 @@ def listing(
         model: a model, or the path of a checkpoint.
         names: how its attention names its projections, if it is not recognised.
         num_heads: number of query heads, where nothing says it.
+        head_dim: size of a head, where nothing says it.
+        only: look for ``names`` alone.
         state: which weights, where there are several sets.
 
     Raises:
@@ -87,21 +90,25 @@ def listing(
         if state is not None:
             raise
         return Listing(str(model), candidates=list(several.candidates), undecided=True)
-    found, unhandled = find_layers(source, names, num_heads)
+    found, unhandled = find_layers(source, names, num_heads, only, head_dim)
     candidates: list[str] = list(getattr(source, "candidates", ()))
-    layers = [_layer(index, layer, source) for index, layer in enumerate(found)]
-    return Listing(str(source), layers, candidates, [str(module) for module in unhandled])
+    layers = [_layer(layer, source) for layer in found]
+    reasons = [f"{modules}: {reason}" for modules, reason in grouped(unhandled)]
+    return Listing(str(source), layers, candidates, reasons)
 
 
-def _layer(index: int, layer: AttentionLayer, source: Source) -> dict[str, Any]:
+def _layer(layer: AttentionLayer, source: Source) -> dict[str, Any]:
     return {
-        "layer": index,
+        "layer": layer.place.number,
+        "tower": layer.place.tower,
+        "label": layer.place.label,
         "name": layer.name,
         "num_heads": layer.num_heads,
         "num_key_value_heads": layer.num_key_value_heads,
         "head_dim": layer.head_dim,
         "rotary": None if layer.rotary is None else layer.rotary._asdict(),
         "qk_norm": layer.qk_norm,
+        "unknown": sorted(layer.unknown),
         "matrices": [_matrix(view, source.shapes[view.parameter_name]) for view in layer.views],
     }
 

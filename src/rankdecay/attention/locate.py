@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from rankdecay.attention.layer import AttentionLayer, MatrixView
+from rankdecay.attention.layer import AttentionLayer, MatrixView, Role
 from rankdecay.attention.names import (
     DEFORMABLE,
     EXPERTS,
@@ -33,6 +33,7 @@ from rankdecay.attention.names import (
     separate,
     spellings,
 )
+from rankdecay.attention.numbering import Numbered, numbered
 from rankdecay.attention.source import Source, open_source
 from rankdecay.attention.windows import WEIGHTS, Found, ModuleReader, NotHandled, Place
 
@@ -55,6 +56,7 @@ def find_attention(
     names: Names = None,
     num_heads: int | None = None,
     *,
+    head_dim: int | None = None,
     only: bool = False,
     state: str | None = None,
 ) -> list[AttentionLayer]:
@@ -72,6 +74,7 @@ def find_attention(
         names: how your own attention names its projections, for one kind of attention or several. They come first; what
             they do not fit is read by the names that are known.
         num_heads: number of query heads, where neither module nor configuration says it.
+        head_dim: size of a head, where nothing says it.
         only: look for ``names`` alone.
         state: which weights, of a checkpoint that holds several sets: a file's name, a dotted key, a prefix of names.
 
@@ -92,7 +95,7 @@ def find_attention(
         >>> layer.key.parameter_name, str(layer.key.window), layer.key.heads().shape
         ('in_proj_weight', 'rows[64:128]/192 by 16', torch.Size([4, 16, 64]))
     """
-    layers, unhandled = find_layers(open_source(model, state), names, num_heads, only)
+    layers, unhandled = find_layers(open_source(model, state), names, num_heads, only, head_dim)
     warn_unhandled(unhandled, "is not handled", stacklevel=3)
     return layers
 
@@ -118,21 +121,22 @@ def grouped(unhandled: Sequence[Unhandled]) -> list[tuple[str, str]]:
 
 
 def find_layers(
-    source: Source, names: Names = None, num_heads: int | None = None, only: bool = False
+    source: Source, names: Names = None, num_heads: int | None = None, only: bool = False, head_dim: int | None = None
 ) -> tuple[list[AttentionLayer], list[Unhandled]]:
     """Return the attention layers of a source, and the modules that look like attention and cannot be read.
 
     Raises:
         ValueError: If no attention is found.
     """
-    found, unhandled = locate(source, names, num_heads, only)
+    found, unhandled = locate(source, names, num_heads, only, head_dim)
     if not found:
         raise ValueError(_nothing(source, names, unhandled))
-    return [_layer(layer, source) for layer in found], unhandled
+    places = numbered([layer.name for layer in found])
+    return [_layer(layer, source, place) for layer, place in zip(found, places, strict=True)], unhandled
 
 
 def locate(
-    source: Source, names: Names = None, num_heads: int | None = None, only: bool = False
+    source: Source, names: Names = None, num_heads: int | None = None, only: bool = False, head_dim: int | None = None
 ) -> tuple[list[Found], list[Unhandled]]:
     """Locate the attention modules of a source, and those that look like attention and cannot be read.
 
@@ -143,12 +147,14 @@ def locate(
         source: the parameters and settings.
         names: of one's own attention; they come before those that are known.
         num_heads: number of query heads, where no setting says it.
+        head_dim: size of a head, where nothing says it.
         only: look for ``names`` alone.
     """
     given = [names] if isinstance(names, AttentionNames) else list(names or ())
     if only and not given:
         raise ValueError("only=True looks for names= alone, and names= is not given.")
-    search = _Search(source, given, num_heads, only)
+    sizes = {"num_heads": num_heads, "head_dim": head_dim}
+    search = _Search(source, given, {name: size for name, size in sizes.items() if size is not None}, only)
     for module, children in _modules(source.plain).items():
         search.look_at(module, children)
     return search.found, search.unhandled
@@ -157,8 +163,8 @@ def locate(
 class _Search:
     """Walk over the modules of a source, with what has been found so far."""
 
-    def __init__(self, source: Source, given: Sequence[AttentionNames], num_heads: int | None, only: bool) -> None:
-        self.source, self.given, self.num_heads, self.only = source, given, num_heads, only
+    def __init__(self, source: Source, given: Sequence[AttentionNames], sizes: dict[str, int], only: bool) -> None:
+        self.source, self.given, self.sizes, self.only = source, given, sizes, only
         self.found: list[Found] = []
         self.unhandled: list[Unhandled] = []
         self._taken: set[str] = set()  # parameters that are read, or spoken of
@@ -167,7 +173,7 @@ class _Search:
         """Read every attention of a module, and note what looks like attention beside it."""
         reader = ModuleReader(module, self.source.plain, self.source)
         for row in filter(reader.matches, self.given):
-            self._attempt(reader, partial(reader.read, _with_heads(row, self.num_heads), named=True), row.projections)
+            self._attempt(reader, partial(reader.read, replace(row, **self.sizes), named=True), row.projections)
         if self.only:
             return
         reason = reader.reason_without_scores()
@@ -179,7 +185,7 @@ class _Search:
                 if all(map(reader.parameter, names)):
                     self._attempt(reader, read, names)
             for row in _known(reader, children):
-                self._attempt(reader, partial(reader.read, _with_heads(row, self.num_heads)), row.projections)
+                self._attempt(reader, partial(reader.read, replace(row, **self.sizes)), row.projections)
         left = [
             child
             for child in children
@@ -205,10 +211,6 @@ class _Search:
         self.found.append(layer)
         if layer.no_output:
             self.unhandled.append(Unhandled(reader.module, f"its output projection is not found, {layer.no_output}"))
-
-
-def _with_heads(row: AttentionNames, num_heads: int | None) -> AttentionNames:
-    return row if num_heads is None else replace(row, num_heads=num_heads)
 
 
 def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionNames]:
@@ -280,9 +282,17 @@ def _modules(plain: Mapping[str, str]) -> dict[str, list[str]]:
     return {module: list(children) for module, children in modules.items()}
 
 
-def _layer(found: Found, source: Source) -> AttentionLayer:
-    views = {
-        role: MatrixView(role, place.parameter, place.window, source.reader(place.parameter), _bias(place, source))
+def _layer(found: Found, source: Source, place: Numbered) -> AttentionLayer:
+    views: dict[Role, MatrixView] = {
+        role: MatrixView(
+            role,
+            place.parameter,
+            place.window,
+            source.reader(place.parameter),
+            _bias(place, source),
+            place.bias,
+            place.bias_window,
+        )
         for role, place in found.places.items()
     }
     return AttentionLayer(
@@ -298,6 +308,7 @@ def _layer(found: Found, source: Source) -> AttentionLayer:
         no_product=found.no_product,
         factors={role: view for role, view in views.items() if role not in ("query", "key", "value", "output")},
         unknown=found.unknown,
+        place=place,
     )
 
 

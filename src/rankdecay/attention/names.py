@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from rankdecay.attention.layer import Role
 from rankdecay.attention.products import Grouping
 from rankdecay.checks import check_name, check_number
 
@@ -245,7 +246,7 @@ SEPARATE: tuple[AttentionNames, ...] = (
 )  # fmt: skip
 
 #: Projections of positions that are added to queries or keys, or stand beside them in each head: DETR and its kin.
-POSITIONS = {
+POSITIONS: dict[str, Role] = {
     r"(.*_)?(q|query)_pos_proj": "query_position",
     r"(.*_)?(k|key)_pos_proj": "key_position",
     r"(.*_)?(q|query)_pos_sine_proj": "query_sine",

@@ -427,7 +427,8 @@ class ModuleReader:
             "key": key,
             "value": key,
         }
-        for role, name in {"query_factor": first, "output_factor": mix, "output_mix": expand}.items():
+        factors: dict[Role, str] = {"query_factor": first, "output_factor": mix, "output_mix": expand}
+        for role, name in factors.items():
             rows = self.shape(name)[0]
             places[role] = self._place(name, Window("rows", 0, rows, rows, rows))
         turned = self.number(("qk_rope_head_dim",))
@@ -569,7 +570,8 @@ class ModuleReader:
         if row.query and row.key and row.value:
             key_heads = _divide(height[row.key], head_dim, f"the height of {row.key}", "the head size")
             value_dim = _divide(height[row.value], key_heads, f"the height of {row.value}", "the key heads")
-            return windows | {"key": whole(row.key, head_dim), "value": whole(row.value, value_dim)}
+            windows["key"], windows["value"] = whole(row.key, head_dim), whole(row.value, value_dim)
+            return windows
         assert row.fused
         for role, window in self._cut(row, height[row.fused], heads, head_dim).items():
             windows[role] = (row.fused, window)
@@ -579,10 +581,8 @@ class ModuleReader:
         self, row: AttentionNames, height: dict[str, int], heads: int, head_dim: int, across: list[int]
     ) -> bool:
         """Whether the query projection holds a gate beside each head; every other output fits without."""
-        if (
-            not row.query
-            or self.setting(("model_type",)) not in GATED
-            and self.setting(("attn_output_gate",)) is not True
+        if not row.query or (
+            self.setting(("model_type",)) not in GATED and self.setting(("attn_output_gate",)) is not True
         ):
             return False
         return head_dim % 2 == 0 and height[row.query] == heads * head_dim and heads * head_dim // 2 in across

@@ -40,10 +40,11 @@ from torch import Tensor, nn
 
 from rankdecay.attention import find_attention
 from rankdecay.attention.locate import Names, grouped, locate
+from rankdecay.attention.scale import NORM_EPS
 from rankdecay.attention.source import ModuleSource
 from rankdecay.audit.block import size
 from rankdecay.audit.pairs import pairs
-from rankdecay.audit.parts import NORM_EPS, parts, unmeasurable
+from rankdecay.audit.parts import parts, unmeasurable
 from rankdecay.audit.report import AuditReport, AuditRow, Share
 from rankdecay.audit.trial import Trial
 from rankdecay.checks import check_number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
+from rankdecay.attention.scale import Terms
 from rankdecay.linalg.backend import double
 
 
@@ -58,28 +58,10 @@ def size(g: Tensor, w: Tensor) -> float:
     return float(double(g).norm() * double(w).norm())
 
 
-class Terms(NamedTuple):
-    """Sums Σ g·w and Σ (g·w)², per head."""
-
-    total: Tensor
-    square: Tensor
-
-    def grouped(self, groups: int) -> Terms:
-        """Sum within each of ``groups`` runs of heads."""
-        return Terms(*(value.unflatten(0, (groups, -1)).sum(1) for value in self))
-
-    @staticmethod
-    def of(blocks: list[Block]) -> Terms:
-        """Sum over blocks with the same heads; a block without a gradient adds nothing."""
-        terms = [
-            (double(block.cut(block.gradient)) * double(block.cut(block.parameter)))[..., None].flatten(1)
-            for block in blocks
-            if block.gradient is not None
-        ]
-        return Terms(sum(t.sum(1) for t in terms), sum(t.square().sum(1) for t in terms))  # pyright: ignore
-
-
-def cancels(terms: Terms) -> float:
-    """Return the root mean square of the totals over what it would be if nothing cancelled: 0 if all terms cancel."""
-    square = float(terms.square.sum())
-    return math.sqrt(float(terms.total.square().sum()) / square) if square > 0 else math.inf
+def terms_of(blocks: list[Block]) -> Terms:
+    """Return the sums of g·w over blocks with the same heads; a block without a gradient adds nothing."""
+    return Terms.of([
+        double(block.cut(block.gradient)) * double(block.cut(block.parameter))
+        for block in blocks
+        if block.gradient is not None
+    ])  # fmt: skip

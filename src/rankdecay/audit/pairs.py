@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rankdecay.attention import Window
+from rankdecay.attention.scale import Terms, cancels
 from rankdecay.attention.windows import Found
-from rankdecay.audit.block import Block, Terms, cancels
+from rankdecay.audit.block import Block, terms_of
 from rankdecay.audit.parts import Part, Partner
 from rankdecay.audit.trial import Trial, alternating
 
@@ -35,7 +36,7 @@ class Pair:
 
     def judge(self, trial: Trial | None) -> None:
         """Make the parts a pair if the equation holds, and a rescaling does not contradict it."""
-        terms = [Terms.of(side) for side in self.sides]
+        terms = [terms_of(side) for side in self.sides]
         units = min(len(side.total) for side in terms)
         first, second = (side.grouped(units) for side in terms)
         balance, confirmed = cancels(Terms(first.total - second.total, first.square + second.square)), None

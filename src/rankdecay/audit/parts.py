@@ -11,17 +11,15 @@ from torch import Tensor, nn
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
+from rankdecay.attention.scale import NORM_EPS, Terms, cancels
 from rankdecay.attention.source import named_parameters
 from rankdecay.attention.windows import Found
-from rankdecay.audit.block import Block, Terms, cancels, size
+from rankdecay.audit.block import Block, size, terms_of
 from rankdecay.audit.report import AuditRow, Kind, Share
 from rankdecay.audit.trial import RESCALING, Trial, alternating
 from rankdecay.decay.roles import Assigned
 from rankdecay.linalg.backend import double
 from rankdecay.spectrum import spectrum
-
-#: Smallest default tolerance: what a norm's eps takes from its invariance, about eps / mean square of its input.
-NORM_EPS = 1e-3
 
 
 def unmeasurable(block: Block, largest: float) -> str:
@@ -66,7 +64,7 @@ class Part:
 
     def terms(self) -> Terms:
         """Return the sums over matrix and bias as one head, of those with a gradient."""
-        sums = [Terms.of([block]).grouped(1) for block in self.together if block.gradient is not None]
+        sums = [terms_of([block]).grouped(1) for block in self.together if block.gradient is not None]
         return Terms(*(torch.stack(values).sum(0) for values in zip(*sums, strict=True)))
 
     @property
@@ -77,7 +75,7 @@ class Part:
 
     def find_invariance(self, trial: Trial | None) -> None:
         """Test whether the loss is invariant to rescaling each head, or else the whole."""
-        levels = [(self.scaled, Terms.of(self.scaled))]
+        levels = [(self.scaled, terms_of(self.scaled))]
         if self.part:
             levels.append((self.together, self.terms()))
         for i, (blocks, sums) in enumerate(levels):
@@ -94,7 +92,7 @@ class Part:
 
     def rows(self, largest: float) -> Iterator[AuditRow]:
         """Return rows for the whole, for the heads of an attention matrix, and for the bias."""
-        by_head = None if self.matrix.gradient is None else Terms.of(self.scaled)
+        by_head = None if self.matrix.gradient is None else terms_of(self.scaled)
         for head in [None, *(range(self.matrix.heads) if self.part else ())]:
             kind = self._kind(self.invariant if head is None else self.by_head)
             if by_head is None:
@@ -114,7 +112,7 @@ class Part:
                 "scale_invariant": "scale-invariant with its matrix: to decay one of the two is no rescaling.",
                 "pair": "scales with its matrix in the pair: a column more of it.",
             }.get(kind, "neither: L2 pulls it to zero.")  # fmt: skip
-            euler = math.inf if self.bias.gradient is None else cancels(Terms.of([self.bias]).grouped(1))
+            euler = math.inf if self.bias.gradient is None else cancels(terms_of([self.bias]).grouped(1))
             yield self._row(self.bias, None, kind, words, euler)
 
     def _kind(self, invariant: bool) -> Kind:

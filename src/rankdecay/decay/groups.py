@@ -25,7 +25,6 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from torch import nn
-
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rankdecay.attention import Window
@@ -134,7 +133,7 @@ def _note_unhandled(groups: Iterable[Group], reasons: list[str]) -> None:
 
 def unhandled_in(groups: Iterable[Group]) -> list[str]:
     """Return the attention that was not handled when :func:`param_groups` made the groups, with the reasons."""
-    said = [reason for group in groups for parameter in group["params"] for reason in _said.get(parameter, ())]
+    said = [reason for group in groups for parameter in group["params"] for reason in _said.get(parameter) or ()]
     return list(dict.fromkeys(said))
 
 

@@ -134,7 +134,7 @@ def assign_roles(
             if all(other.role != block.role or other.window != block.window for other in entry.blocks):
                 entry.blocks.append(block)
     for entry in assigned.values():
-        telling = [block for block in entry.blocks if block.role != "other"]
+        telling = [block for block in entry.blocks if block.role != "other" or block.window.has_heads]
         entry.blocks = telling or entry.blocks[:1]
     return list(assigned.values()), unhandled
 

@@ -8,7 +8,7 @@ install does not have.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path, PurePath
@@ -111,7 +111,10 @@ def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str,
         rows = [row for rows in series for row in rows]
         if rows:
             defined = [name for name in MEASURES if _measure(rows[0]["untrained"], name, 1) is not None]
-            layers = [_layers(part, defined, i in with_spectra, untrained, pairs) for i, part in enumerate(series)]
+            places = _places(rows)
+            layers = [
+                _layers(part, defined, i in with_spectra, untrained, pairs, places) for i, part in enumerate(series)
+            ]
             kinds.append({
                 "key": key, "symbol": symbol, "meaning": meaning,
                 "measures": {name: MEASURES[name][0] for name in defined},
@@ -128,13 +131,18 @@ def page_data(reports: Sequence[Inspection], labels: Sequence[str]) -> dict[str,
 
 
 def _layers(
-    rows: list[Row], measures: list[str], spectra: bool, pool: dict[tuple[float, ...], int], pairs: dict[Pairs, int]
+    rows: list[Row],
+    measures: list[str],
+    spectra: bool,
+    pool: dict[tuple[float, ...], int],
+    pairs: dict[Pairs, int],
+    places: dict[str, int],
 ) -> list[Row]:
     layers = []
-    for index, heads in sorted(by_layer(rows).items()):
+    for called, heads in sorted(by_layer(rows).items(), key=lambda layer: places[layer[0]]):
         untrained, dim = heads[0]["untrained"], heads[0]["head_dim"]
         layers.append({
-            "layer": index, "name": heads[0]["name"], "dim": dim,
+            "layer": places[called], "label": called, "name": heads[0]["name"], "dim": dim,
             "untrained": pool.setdefault(tuple(untrained["singular_values"]), len(pool)),
             "heads": [row["head"] for row in heads],
             "values": {name: [_measure(row, name, dim) for row in heads] for name in measures},
@@ -148,6 +156,13 @@ def _layers(
                 "untrained_pairs": pairs.setdefault((*_norms(untrained), _bound(untrained)), len(pairs)),
             }
     return layers
+
+
+def _places(rows: Iterable[Row]) -> dict[str, int]:
+    """Return the place of each layer on an axis: its number, or where there are towers its order."""
+    labels = list(by_layer(rows))
+    numbers = all(called.isdigit() for called in labels)
+    return {called: int(called) if numbers else i for i, called in enumerate(labels)}
 
 
 def _norms(row: Row) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
@@ -186,7 +201,7 @@ def _reading(kind: dict[str, Any], labels: Sequence[str]) -> str:
     first, last = kind["reports"][0], kind["reports"][-1]
     lower = sum(_clearly_lower(layer) for layer in last)
     cells = [
-        (value, layer["layer"], head, layer["baseline"]["pseudo_rank"])
+        (value, layer["layer"], layer["label"], head, layer["baseline"]["pseudo_rank"])
         for layer in last
         for head, value in zip(layer["heads"], layer["values"]["pseudo_rank"], strict=True)
     ]
@@ -197,14 +212,14 @@ def _reading(kind: dict[str, Any], labels: Sequence[str]) -> str:
         "untrained (mean over heads, by more than 5 % and one dimension)"
     )
     if finite:
-        value, layer, head, baseline = finite[0]
+        value, _, layer, head, baseline = finite[0]
         words += f"; lowest: layer {layer} head {head}, {number(value)} against {number(baseline)}"
     if len(labels) > 1 and first:
         before, after = (
             finite_mean(v for layer in part for v in layer["values"]["pseudo_rank"]) for part in (first, last)
         )
         words += f"; the mean over all heads went from {number(before)} to {number(after)}"
-    broken = [f"layer {layer} head {head}" for value, layer, head, _ in cells if value is None]
+    broken = [f"layer {layer} head {head}" for value, _, layer, head, _ in cells if value is None]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         words += f"; not finite: {', '.join(broken[:3])}{more}"
@@ -218,12 +233,13 @@ def _sources(reports: Sequence[Inspection]) -> str:
 
 def _section(kind: dict[str, Any], labels: Sequence[str]) -> str:
     key, several, last = kind["key"], len(labels) > 1, len(labels) - 1
-    layers = sorted({layer["layer"] for report in kind["reports"] for layer in report})
-    ramp = f'<span class="ramp">layer {layers[0]}<i></i>layer {layers[-1]}</span>'
+    layers = dict(sorted((layer["layer"], layer["label"]) for report in kind["reports"] for layer in report))
+    first, final = (escape(called) for called in (min(layers.items())[1], max(layers.items())[1]))
+    ramp = f'<span class="ramp">layer {first}<i></i>layer {final}</span>'
     controls = [choice(f"measure:{key}", "Measure", kind["measures"])]
     controls += [choice(f"report:{key}", "Checkpoint", dict(enumerate(labels)), last)] if several else []
-    numbers = {"layer": layers, "head": kind["heads"]}
-    cell = [choice(f"{name}:{key}", name.title(), {i: i for i in indices}) for name, indices in numbers.items()]
+    numbers = {"layer": layers, "head": {head: head for head in kind["heads"]}}
+    cell = [choice(f"{name}:{key}", name.title(), options) for name, options in numbers.items()]
     cell.append(choice(f"scale:{key}", "Scale", {"log": "log", "linear": "linear"}))
     swatches = [f'<span><i data-ramp="{i / last}"></i>{escape(labels[i])}</span>' for i in range(last + 1) if several]
     parts = {
@@ -274,7 +290,7 @@ def _table(kind: dict[str, Any], several: bool) -> str:
                 figures = f"{number(finite_mean(before['values'][name])) if before else '–'} → {figures}"
             cells += f"<td>{figures} <small>[{number(layer['baseline'][name])}]</small></td>"
         body += (
-            f'<tr><th scope="row">{layer["layer"]} <small>{escape(layer["name"])}</small></th><td>{layer["dim"]}</td>'
+            f'<tr><th scope="row">{escape(layer["label"])} <small>{escape(layer["name"])}</small></th><td>{layer["dim"]}</td>'
             f'{cells}<td class="strip">{strip(layer["values"]["pseudo_rank"])}</td></tr>'
         )
     heads = "".join(f'<th scope="col">{name}</th>' for name in kind["measures"].values())

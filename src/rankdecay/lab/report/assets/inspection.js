@@ -39,6 +39,9 @@ function draw(kind) {
   const find = (index, layer) => layersOf(index).find((item) => item.layer === layer);
   const heads = kind.heads;
   const numbers = [...new Set(kind.reports.flat().map((layer) => layer.layer))].sort((a, b) => a - b);
+  const labels = new Map(kind.reports.flat().map((layer) => [layer.layer, layer.label]));
+  const called = (number) => labels.get(number) ?? number;
+  const towers = [...labels].some(([number, label]) => String(number) !== label); // places in an order, not numbers
 
   // From the lowest to the highest of all checkpoints, so that a colour means the same in each, and never so close
   // together that the scatter of untrained heads looks like a difference.
@@ -58,7 +61,7 @@ function draw(kind) {
         there(row, column)
           ? [
               `${shown(value(row, column))}, untrained ${shown(layer.baseline[measure()])}`,
-              `layer ${layer.layer}, head ${head}`,
+              `layer ${layer.label}, head ${head}`,
               layer.name,
             ]
           : ["no such head"],
@@ -87,7 +90,12 @@ function draw(kind) {
       height,
       right: 4,
       x: { type: "linear", range: [-0.5, heads.length - 0.5], ticks: categories(heads.map(String)), title: "head" },
-      y: { type: "linear", range: [count - 0.5, -0.5], ticks: categories(numbers.map(String)), title: "layer" },
+      y: {
+        type: "linear",
+        range: [count - 0.5, -0.5],
+        ticks: categories(numbers.map(called).map(String)),
+        title: "layer",
+      },
       cells: {
         values: layers.map((_, i) => heads.map((_, j) => value(i, j))),
         words,
@@ -139,7 +147,7 @@ function draw(kind) {
             ? "not finite"
             : `${kind.measures[measure()]} ${shown(layer.values[measure()][at])}, untrained ${shown(layer.baseline[measure()])}`;
     document.getElementById(`cell-${kind.key}`).textContent =
-      `Layer ${number}, head ${head}: ${said}. ${layer ? layer.name : ""}`;
+      `Layer ${called(number)}, head ${head}: ${said}. ${layer ? layer.name : ""}`;
     const lowest = Math.min(1, ...series.flatMap((item) => item.y));
     const longest = Math.max(2, ...series.map((item) => item.x.length));
     figure(element, {
@@ -199,8 +207,13 @@ function draw(kind) {
         },
         ...lines,
       ],
-      unified: (layer) => `layer ${layer}`,
-      x: { type: "linear", range: padded(numbers[0], numbers.at(-1)), whole: true, title: "layer" },
+      unified: (layer) => `layer ${called(layer)}`,
+      x: {
+        type: "linear",
+        range: padded(numbers[0], numbers.at(-1)),
+        whole: true,
+        title: towers ? "layer, in the order of the table" : "layer",
+      },
       y: {
         type: "linear",
         range: fromZero([...high, ...low, ...baseline, ...lines.flatMap((line) => line.y)]),
@@ -214,7 +227,7 @@ function draw(kind) {
     const every = steps.map(averages);
     const series = numbers.map((number, row) => ({
       type: "line",
-      name: `layer ${number}`,
+      name: `layer ${called(number)}`,
       x: steps,
       y: every.map((items) => items[row].mean),
       dots: dotted(steps.length),
@@ -257,7 +270,7 @@ function draw(kind) {
       figure(element, {
         series: [
           { type: "line", x: range, y: range, color: theme().muted, width: 1 },
-          points(finite(own), (point) => `layer ${point.layer}, ${point.what}`, {
+          points(finite(own), (point) => `layer ${called(point.layer)}, ${point.what}`, {
             colors: finite(own).map((point) => ramp(place(point.layer))),
             opacity: 0.75,
           }),

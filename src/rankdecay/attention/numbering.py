@@ -1,0 +1,78 @@
+"""Numbers of layers as the model counts them, and the towers they stand in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+#: Names of lists of blocks. A number after one of these counts layers; after another it may count parts of a layer.
+_LISTS = ("layers", "layer", "blocks", "block", "h", "stages", "resblocks", "blk", "encoder_layers", "decoder_layers")
+
+
+class Numbered(NamedTuple):
+    """Place of an attention module in its model.
+
+    Attributes:
+        tower: path of the list of layers it is in, without what all towers share; "" if there is one tower.
+        number: the model's own number of the layer.
+        label: what tells it from every other: number, with the tower, and the module where a layer has several.
+    """
+
+    tower: str
+    number: int
+    label: str
+
+
+def numbered(names: Sequence[str]) -> list[Numbered]:
+    """Return tower, number and label of each attention module of a model.
+
+    Example:
+        >>> [place.label for place in numbered(["encoder.layers.4.attn", "decoder.layers.0.attn"])]
+        ['encoder.4', 'decoder.0']
+    """
+    places = [_place(name) for name in names]
+    if any(number is None for _, number in places):
+        alone = all(number is None for _, number in places)
+        places = [
+            (tower, number) if number is not None else ([] if alone else tower, i if alone else 0)
+            for i, (tower, number) in enumerate(places)
+        ]
+    towers = _distinct([tower for tower, _ in places])
+    labels = [f"{tower}.{number}" if tower else str(number) for tower, (_, number) in zip(towers, places, strict=True)]
+    labels = [
+        _with_module(label, name) if labels.count(label) > 1 else label
+        for label, name in zip(labels, names, strict=True)
+    ]
+    return [
+        Numbered(tower, number or 0, label) for tower, (_, number), label in zip(towers, places, labels, strict=True)
+    ]
+
+
+def _place(name: str) -> tuple[list[str], int | None]:
+    """Return the path of the innermost list of layers that a module is in, and its number there."""
+    parts = name.partition(":")[0].split(".")
+    digits = [i for i, part in enumerate(parts) if part.isdigit()]
+    if not digits:
+        return parts, None
+    layers = [i for i in digits if i and parts[i - 1] in _LISTS] or digits[:1]
+    last = layers[-1]
+    inside = last - 1 if last and parts[last - 1] in _LISTS else last
+    return parts[:inside], int(parts[last])
+
+
+def _distinct(towers: Sequence[list[str]]) -> list[str]:
+    """Return the towers as text, without the parts that all begin with."""
+    shortest = min(map(len, towers), default=0)
+    common = 0
+    while common < shortest and len({tower[common] for tower in towers}) == 1:
+        common += 1
+    if all(len(tower) == common for tower in towers):
+        return ["" for _ in towers]
+    return [".".join(tower[common:] or tower[-1:]) for tower in towers]
+
+
+def _with_module(label: str, name: str) -> str:
+    """Return a label with the path of the module in its layer, which is one of several."""
+    path, _, projection = name.partition(":")
+    before, found, inside = path.rpartition(f".{label.rpartition('.')[2]}.")
+    return ".".join([label, *filter(None, [inside if found else before or path, projection])])
