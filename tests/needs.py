@@ -54,6 +54,18 @@ def smollm2() -> Path:
     return path
 
 
+def torchao() -> ModuleType:
+    """Imports torchao, which is beside the environment, or skips what asks for it."""
+    folder = str(Path(sys.prefix, "torchao"))
+    sys.path.append(folder)
+    try:
+        return pytest.importorskip(
+            "torchao", reason="no torchao: rm .venv/installed, then make test, which puts it beside the environment"
+        )
+    finally:
+        sys.path.remove(folder)
+
+
 def chromium() -> str:
     """The path of the browser, or skips what asks for it."""
     path = shutil.which("chromium")

@@ -171,6 +171,7 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add(
         "--layers",
+        type=_layer,
         nargs="*",
         default=[],
         metavar="N",
@@ -296,8 +297,16 @@ def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> 
 
 
 def _explained(error: ValueError) -> CommandError:
-    hint = " (here: --names query=...,key=...,value=...,output=... --num-heads N)" if "names=" in str(error) else ""
+    options = {"names=": "--names query=...,key=...,value=...,output=...", "num_heads=": "--num-heads N"}
+    meant = [option for argument, option in options.items() if argument in str(error)]
+    hint = f" (here: {' '.join(meant)})" if meant else ""
     return CommandError(f"{error}{hint}")
+
+
+def _layer(text: str) -> str:
+    if not re.fullmatch(r"[\w.]*\d[\w.]*", text):
+        raise argparse.ArgumentTypeError(f"invalid layer {text!r}: a number, or one of a tower such as decoder.4")
+    return text
 
 
 def _how(settings: argparse.Namespace) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def _chosen_layers(wanted: Collection[int | str] | None, layers: Sequence[Attent
         return list(layers)
     for one in wanted:
         if not any(_is_called(layer.place, one) for layer in layers):
-            known = _ranges([layer.place.label for layer in layers])
+            known = _ranges([layer.place.label for layer in layers]).replace("-", "–")
             raise ValueError(f"layers={one} is out of range: the model has {known}.")
     return [layer for layer in layers if any(_is_called(layer.place, one) for one in wanted)]
 

@@ -18,7 +18,6 @@ from tests import needs
 from .families import build
 
 peft = needs.package("peft")
-bitsandbytes_missing = "no bitsandbytes: rm .venv/installed, then make test, which installs it"
 
 TARGETS = ["q_proj", "v_proj"]
 #: What a tuner needs beyond the names of the layers and a rank, for matrices of this size.
@@ -293,7 +292,7 @@ def test_a_mixture_of_adapters_is_refused_and_its_base_is_read_when_it_is_off(tm
 
 
 def test_an_adapter_on_a_quantised_base_is_added_to_what_the_codes_stand_for() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason=bitsandbytes_missing)
+    bitsandbytes = needs.package("bitsandbytes")
     base = llama()
     attention = base.model.layers[0].self_attn
     dense = attention.q_proj.weight.detach().clone()

@@ -307,7 +307,7 @@ def test_compressed_tensors(tmp_path: Path, form: str, arguments: dict[str, obje
 @pytest.mark.parametrize("kind", ["int8", "float8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torchao(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
-    needs.package("torchao")
+    needs.torchao()
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import (
         Float8WeightOnlyConfig,

@@ -103,10 +103,8 @@ def find_attention(
 def warn_unhandled(unhandled: Sequence[Unhandled], what: str, stacklevel: int) -> None:
     """Give one warning of all attention that could not be read; modules with one reason are listed together."""
     if unhandled:
-        warnings.warn(
-            "; ".join(f"{module} {what}: {reason}" for module, reason in grouped(unhandled)) + ".",
-            stacklevel=stacklevel,
-        )
+        said = "; ".join(f"{modules} {what}: {reason}" for modules, reason in grouped(unhandled))
+        warnings.warn(said.rstrip(".") + ".", stacklevel=stacklevel)
 
 
 def grouped(unhandled: Sequence[Unhandled]) -> list[tuple[str, str]]:
@@ -167,11 +165,12 @@ class _Search:
         self.source, self.given, self.sizes, self.only = source, given, sizes, only
         self.found: list[Found] = []
         self.unhandled: list[Unhandled] = []
-        self._taken: set[str] = set()  # parameters that are read, or spoken of
+        self._taken: set[str] = set()  # parameters that are read, or spoken of, in the module at hand
 
     def look_at(self, module: str, children: Sequence[str]) -> None:
         """Read every attention of a module, and note what looks like attention beside it."""
         reader = ModuleReader(module, self.source.plain, self.source)
+        self._taken = set()
         for row in filter(reader.matches, self.given):
             self._attempt(reader, partial(reader.read, replace(row, **self.sizes), named=True), row.projections)
         if self.only:
@@ -324,16 +323,10 @@ def _nothing(source: Source, names: Names, unhandled: list[Unhandled]) -> str:
     text = f"no attention was found in {source}"
     if names is not None:
         rows = [names] if isinstance(names, AttentionNames) else names
-        text += (
-            f" under the names {', '.join(map(repr, dict.fromkeys(name for row in rows for name in row.projections)))}"
-        )
+        text += f" under the names {', '.join(repr(name) for row in rows for name in row.projections)}"
     if unhandled:
-        return (
-            text
-            + ". Not handled: "
-            + "; ".join(f"{modules}: {reason}" for modules, reason in grouped(unhandled)[:4])
-            + "."
-        )
+        reasons = "; ".join(f"{modules}: {reason}" for modules, reason in grouped(unhandled)[:4])
+        return f"{text}. Not handled: {reasons.rstrip('.')}."
     flat = [n for n, shape in shapes.items() if len(shape) == 1 and n.rpartition(".")[2].startswith("_flat_param")]
     if flat:
         return text + f": {flat[0]} is a flattened FSDP1 parameter; shard with FSDP2 (fully_shard) instead."

@@ -182,7 +182,8 @@ _OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "proj", "Wo
             "linear_out", "out", "proj_out", "output_proj", "out_projection", "projection_output", "linear_proj", "attn_output",
             "attn_out", "attention_out", "output", "output_projection", "projection", "projection_layer", "post_proj", "post",
             "final_proj", "fc", "unify", "unifyheads", "output_linear", "../output.dense", "../output", "../dense", "../post",
-            "../proj")  # fmt: skip
+            "../proj", "../../proj", "../../out_proj", "../../o_proj", "../../c_proj", "../../dense", "../../fc",
+            "../../unify")  # fmt: skip
 
 
 def separate(query: str, key: str, value: str, output: str) -> AttentionNames:

@@ -55,6 +55,8 @@ def _place(name: str) -> tuple[list[str], int | None]:
     if not digits:
         return parts, None
     layers = [i for i in digits if i and parts[i - 1] in _LISTS] or digits[:1]
+    if parts[layers[0] - 1] == "block" and parts[layers[-1] - 1] == "layer":
+        layers = layers[:1]  # T5: block.4.layer.1 is the second part of block 4
     last = layers[-1]
     inside = last - 1 if last and parts[last - 1] in _LISTS else last
     return parts[:inside], int(parts[last])

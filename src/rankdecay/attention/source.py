@@ -347,6 +347,6 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _plain(holder: object, attribute: str) -> object:
     """Return an attribute that is a number, string, flag or dictionary; None for a submodule or method of that name."""
     value = getattr(holder, attribute, None)
-    if attribute in ROTARY and isinstance(value, nn.Module):
-        return True  # the submodule that turns queries and keys
+    if attribute in ROTARY and isinstance(value, (nn.Module, Tensor)):
+        return True  # the submodule, or a table of angles, that turns queries and keys
     return value if isinstance(value, (bool, int, float, str, dict, list)) else None

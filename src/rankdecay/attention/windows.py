@@ -227,7 +227,7 @@ class ModuleReader:
         if not row.query or "content" not in row.query:
             return
         for child in sorted(self.source.children(self.module)):
-            role = next((role for pattern, role in POSITIONS.items() if re.fullmatch(pattern, child)), None)
+            role: Role | None = next((r for pattern, r in POSITIONS.items() if re.fullmatch(pattern, child)), None)
             name = self.parameter(child) if role else None
             if role and name and len(self.shape(name)) == 2 and self.shape(name)[0] % heads == 0:
                 lines = self.shape(name)[0]
@@ -528,7 +528,10 @@ class ModuleReader:
     def _is_interleaved(self) -> bool:
         """Whether a rotary plane is of neighbouring coordinates."""
         stated = self.setting(ROTARY_PLANES)
-        return stated if isinstance(stated, bool) else self.setting(("model_type",)) in INTERLEAVED
+        if isinstance(stated, bool):
+            return stated
+        # Meta's and llama2.c's code multiplies neighbours, as complex numbers, with a table of this name.
+        return self.setting(("freqs_cis", "freqs_cos")) is True or self.setting(("model_type",)) in INTERLEAVED
 
     def _rotary_share(self) -> float:
         """Return the share of a head's coordinates that positions turn; it may be stated for each kind of layer."""

@@ -168,6 +168,8 @@ class Attachment:
         self._closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
         groups = [] if self._closure else [group for group in optimizer.param_groups if hook_roles(group)]
         self._params_with_grad = {id(p) for group in groups for p in group["params"] if p.grad is not None}
+        if self._first:
+            _check_values(optimizer)
         if self._first and not self._closure:
             self._first = False
             _check_trained(optimizer)
@@ -332,6 +334,17 @@ def _check_trained(optimizer: Optimizer) -> None:
             "rankdecay.param_groups, then build the optimizer.",
             stacklevel=5,
         )
+
+
+def _check_values(optimizer: Optimizer) -> None:
+    """Raise if parameters have no values: groups made before ``to_empty``, which replaces a model's parameters."""
+    for group in optimizer.param_groups:
+        for parameter, name in zip(group["params"], names_in(group), strict=True):
+            if hook_roles(group) and parameter.is_meta:
+                raise ValueError(
+                    f"{name} is on the meta device, so a step changes nothing of the model: to_empty replaces a model's "
+                    "parameters. Call rankdecay.param_groups after it, then build the optimizer and attach."
+                )
 
 
 def _swapped(index: int, group: Group, before: list[tuple[int, ...]], now: list[tuple[int, ...]]) -> str:

@@ -262,7 +262,7 @@ def _check_every_role_matches(
         if decay is None:
             continue
         if role not in by_role:
-            also = f" Attention that is not handled: {'; '.join(unhandled[:3])}." if unhandled else ""
+            also = f" Attention that is not handled: {'; '.join(unhandled[:3]).rstrip('.')}." if unhandled else ""
             names = [name for entry in assigned for name in entry.names]
             raise ValueError(
                 f"{role}={decay!r} matches no parameter of {type(model).__name__}, whose roles are "

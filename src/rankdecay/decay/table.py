@@ -28,7 +28,13 @@ class Row(NamedTuple):
     waiting: str = ""  # how far an every=k cycle is
 
     def matrix(self) -> Tensor:
-        """Return the present matrix; a collective if the parameter is sharded."""
+        """Return the present matrix; a collective if the parameter is sharded.
+
+        Raises:
+            ValueError: If it is on the meta device.
+        """
+        if self.parameter.is_meta:
+            raise ValueError(f"{self.name} is on the meta device and has no ranks; load the weights first.")
         return self.window.matrix(whole(self.parameter.detach()))
 
 
