@@ -137,9 +137,13 @@ class ModuleSource:
         return self._modules.get(path, [])
 
     def children(self, path: str) -> Collection[str]:
-        """Return the names of the submodules, parameters and buffers of a module, without its wrappers."""
-        held = ((m._modules, m._parameters, m._buffers) for m in self.modules(path))
-        return {name for parts in held for part in parts for name in part.keys()}  # noqa: SIM118 - scripted modules'
+        """Return the names of the submodules, parameters and buffers of a module, without its wrappers.
+
+        A place that is left empty, by None or an Identity as timm's ``q_norm`` is, does not count.
+        """
+        held = [(m._modules, m._parameters, m._buffers) for m in self.modules(path)]
+        parts = [(name, part[name]) for group in held for part in group for name in part.keys()]  # noqa: SIM118 - scripted
+        return {name for name, value in parts if value is not None and not isinstance(value, nn.Identity)}
 
     def is_known(self, path: str) -> bool:
         """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
