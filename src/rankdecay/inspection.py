@@ -233,8 +233,8 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
         yield f"it {layer.no_product}, so {own}"
     elif "query_rotary" in layer.factors:
         yield (
-            "latent attention: a product stands where no norm does, W_Kᵀ W_Q from the queries' vector to the latent, that "
-            "of the part which positions turn apart, and W_O W_V from the latent; the factors before the norms on their own"
+            "latent attention: queries, keys and values have two factors each with a norm between. W_Kᵀ W_Q and W_O W_V are "
+            "shown behind the norms, the part that positions turn on its own, and the factors before the norms one by one"
         )
     elif layer.rotary is not None:
         part = "" if layer.rotary.dims == layer.head_dim else f" ({layer.rotary.dims} of {layer.head_dim} coordinates)"
