@@ -185,8 +185,8 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         action="append",
         metavar="NAMES",
         help="names of the projections, for attention that is not recognised: query=wq,key=wk,value=wv,output=wo; also "
-        "order, layout, num_heads, head_dim, rotary (none, half, interleaved), rotary_dims, qk_norm (yes, no), grouping; "
-        "again for a second kind of attention",
+        "order, layout, num_heads, head_dim, rotary (none, half, interleaved), rotary_dims, qk_norm (yes, no), "
+        "grouping; repeat it for a second kind of attention",
     )
     add("--only", action="store_true", help="look for the attention that --names names alone")
     add(

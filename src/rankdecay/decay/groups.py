@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
-from rankdecay.attention.locate import Names, grouped, warn_unhandled
+from rankdecay.attention.locate import Names, warn_unhandled
 from rankdecay.checks import check_number
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
@@ -116,7 +116,7 @@ def param_groups(
         group["param_names"].append(entry.names[0])
         reasons = [*(block.why for block in entry.blocks), *(block.note for block in entry.blocks if block.note)]
         group["why"].append(", ".join(dict.fromkeys(reasons)))
-    _note_unhandled(groups.values(), [f"{modules}: {reason}" for modules, reason in grouped(unhandled)])
+    _note_unhandled(groups.values(), reasons(unhandled))
     return list(groups.values())
 
 

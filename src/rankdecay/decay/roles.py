@@ -40,9 +40,9 @@ from rankdecay.attention.windows import Found
 ROLES = ("query_key", "value_output", "mlp", "embedding", "norm", "bias", "other")
 
 _ATTENTION_ROLE = {
-    "query": "query_key", "key": "query_key", "value": "value_output", "output": "value_output",
-    "query_rotary": "query_key", "key_rotary": "query_key", "query_factor": "query_key", "query_position": "query_key",
-    "key_position": "query_key", "query_sine": "query_key", "output_factor": "value_output", "output_mix": "value_output",
+    "query": "query_key", "query_rotary": "query_key", "query_factor": "query_key", "query_position": "query_key",
+    "query_sine": "query_key", "key": "query_key", "key_rotary": "query_key", "key_position": "query_key",
+    "value": "value_output", "output": "value_output", "output_factor": "value_output", "output_mix": "value_output",
     "latent": "other", "gate": "other",
 }  # fmt: skip
 
