@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import Names, find_layers, reasons
+from rankdecay.attention.locate import Names, find_layers, listed
 from rankdecay.attention.names import SCALED_OUTPUT
 from rankdecay.attention.numbering import Numbered
 from rankdecay.attention.products import Product, ProductName, Rotary
@@ -172,7 +172,7 @@ def inspect(
         for note in _notes(layer):
             notes.setdefault(note, []).append(layer.place.label)
     noted = [f"{_ranges(labels)}: {note}" for note, labels in notes.items()]
-    return Inspection(str(source), rows, noted, reasons(unhandled))
+    return Inspection(str(source), rows, noted, listed(unhandled))
 
 
 def check_values(model: nn.Module, layers: Sequence[AttentionLayer]) -> None:

@@ -118,7 +118,7 @@ def grouped(unhandled: Sequence[Unhandled]) -> list[tuple[str, str]]:
     ]
 
 
-def reasons(unhandled: Sequence[Unhandled]) -> list[str]:
+def listed(unhandled: Sequence[Unhandled]) -> list[str]:
     """Return one text for each reason, with the modules that it is said of."""
     return [f"{modules}: {reason}" for modules, reason in grouped(unhandled)]
 
@@ -331,7 +331,7 @@ def _nothing(source: Source, names: Names, unhandled: list[Unhandled]) -> str:
         rows = [names] if isinstance(names, AttentionNames) else names
         text += f" under the names {', '.join(repr(name) for row in rows for name in row.projections)}"
     if unhandled:
-        return f"{text}. Not handled: {'; '.join(reasons(unhandled)[:4]).rstrip('.')}."
+        return f"{text}. Not handled: {'; '.join(listed(unhandled)[:4]).rstrip('.')}."
     flat = [n for n, shape in shapes.items() if len(shape) == 1 and n.rpartition(".")[2].startswith("_flat_param")]
     if flat:
         return text + f": {flat[0]} is a flattened FSDP1 parameter; shard with FSDP2 (fully_shard) instead."
