@@ -192,7 +192,7 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--strict",
         action="store_true",
-        help=f"leave with exit code {STRICT} if anything that looks like attention is not handled",
+        help=f"exit with code {STRICT} if anything that looks like attention is not handled",
     )
     add(
         "--state",

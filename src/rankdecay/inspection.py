@@ -252,9 +252,11 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
     if layer.unknown:
         asked = {"qk_norm": "queries and keys are normalised", "rotary": "rotary positions turn them"}
         questions = " or whether ".join(asked[name] for name in sorted(layer.unknown))
+        settings = ", ".join(f"{name}=..." for name in sorted(layer.unknown))
+        example = ", or give a live model and example=" if "qk_norm" in layer.unknown else ""
         yield (
             f"nothing says whether {questions}, and it is shown as if not: say it with "
-            "names=AttentionNames(..., qk_norm=..., rotary=...), or give a live model and example="
+            f"names=AttentionNames(..., {settings}){example}"
         )
 
 
@@ -273,7 +275,7 @@ def _ranges(labels: Sequence[str]) -> str:
 
 
 def label(row: Row) -> str:
-    """Return what a layer is called that no other layer of its model is called."""
+    """Return the unique label of a row's layer in its model."""
     return row.get("label") or str(row["layer"])
 
 

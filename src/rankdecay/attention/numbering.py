@@ -64,7 +64,7 @@ def _place(name: str) -> tuple[list[str], int | None]:
 
 
 def _distinct(towers: Sequence[list[str]]) -> list[str]:
-    """Return the towers as text, without the parts that all begin with."""
+    """Return the towers as text, without their common prefix."""
     shortest = min(map(len, towers), default=0)
     common = 0
     while common < shortest and len({tower[common] for tower in towers}) == 1:

@@ -1,4 +1,4 @@
-"""Whether scaling a matrix changes a loss, from its gradient (Euler): sums of g·w that cancel.
+"""Whether scaling a matrix changes a loss, from its gradient by Euler's theorem: sums of g·w that cancel.
 
 A sum is measured against the size it has when nothing makes it cancel, the root of the sum of its squared terms. Where
 queries and keys are normalised, the loss does not depend on the scale of any head of W_Q or W_K.

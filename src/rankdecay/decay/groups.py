@@ -119,8 +119,8 @@ def param_groups(
     return list(groups.values())
 
 
-#: What was said of a model's attention when its groups were made, by its parameters; groups themselves keep no more
-#: than what a state has to hold.
+#: Attention that was not handled when groups were made, by each parameter of the model. It is not in the groups, which
+#: hold only what an optimizer's state has to.
 _said: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
