@@ -221,7 +221,7 @@ def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionN
     """Yield the rows of known names that a module has the projections of, the surest first."""
     yield from filter(reader.matches, (*FUSED, *SEPARATE))
     lender = reader.lender()
-    for child in children:
+    for child in sorted(children, key=lambda child: (len(child), child)):  # the order in files differs
         for spelling in spellings(child):
             query, key, value = spelling.query, spelling.key, spelling.value
             if key in children and value in children:
@@ -264,7 +264,7 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
             "output=..., num_heads=...)"
         )
     return (
-        f"{shown([*queries, *keys])} are called like queries and keys, and not recognised: say what they are with "
+        f"{shown([*queries, *keys])} are named like projections to queries and keys, and not recognised: map them with "
         f"names=AttentionNames(query={queries[0]!r}, key={keys[0]!r}, value=..., output=..., num_heads=...)"
     )
 

@@ -219,6 +219,11 @@ class ModuleReader:
             return "normalises queries and keys over the batch"
         return ""
 
+    def _is_of_vqgan(self) -> bool:
+        """Whether it is the attention of a VQGAN's convolutions: of one head, without positions."""
+        query = self.parameter("q")
+        return bool(query and self.parameter("proj_out") and len(self.shape(query)) == 4)
+
     def _is_of_channels(self) -> bool:
         """Whether tokens are summed over in the scores: Florence-2's and DaViT's channel attention, XCiT, Restormer."""
         return "channel_attn" in self.module.split(".") or "temperature" in self.source.children(self.module)
@@ -547,7 +552,7 @@ class ModuleReader:
 
     def _is_without_rotary(self) -> bool:
         """Whether this layer is without rotary positions though the model has them."""
-        if self.setting(("use_rope",)) is False:
+        if self.setting(("use_rope",)) is False or self._is_of_vqgan():
             return True
         with_rotary = self.setting(("no_rope_layers",))  # 1 where a layer has them, whatever the name says
         if isinstance(with_rotary, list) and with_rotary:
@@ -640,11 +645,18 @@ class ModuleReader:
             count, _, size = self.shape(parameters[row.query or row.fused or ""])
             return count, size
         heads = row.num_heads or self.number(NUM_HEADS)
-        if row.query == "q" and self.parameter("proj_out") and len(self.shape(parameters[row.query])) == 4:
-            heads = row.num_heads or 1  # the attention of a VQGAN has one head
+        if self._is_of_vqgan():
+            heads = row.num_heads or 1
+        if row.query in ("vision_proj", "text_proj") and (sides := self.number(("encoder_attention_heads",))):
+            heads = row.num_heads or sides // 2  # Grounding DINO's fusion
         if self._is_of_channels():
             heads = row.num_heads or self.number(("groups", "num_groups")) or heads
         head_dim = row.head_dim or self.number(HEAD_DIM)
+        if self.number(("head_ratio",)) and not head_dim and heads and (width := self.number(("hidden_size",))):
+            heads, head_dim = None, width // heads  # ConvBERT: its convolution has the other heads
+        key_dim = self.number(("key_dim",)) if row.layout == "interleaved" else None
+        if key_dim and heads:  # LeViT: values are wider than keys, and a layer that shrinks has heads of its own number
+            return (height[row.query] // key_dim if row.query else heads), key_dim
         if row.query:
             lines = height[row.query]
             if heads and lines % heads == 0:
@@ -656,8 +668,6 @@ class ModuleReader:
             raise _no_heads(row.query, lines, heads, head_dim)
         assert row.fused
         lines = height[row.fused]
-        if row.layout == "interleaved" and (key_dim := self.number(("key_dim",))) and heads:
-            return heads, key_dim
         if self.number(("key_dim", "val_dim", "value_dim")):
             raise NotHandled(f"{row.fused} holds queries and values of different widths")
         if heads is None and head_dim and across:
