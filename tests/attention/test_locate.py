@@ -55,7 +55,8 @@ def test_latent_attention_is_read_factor_by_factor() -> None:
     expected = torch.linalg.svdvals(shared[8:].double().mT @ queries[:, 8:].double())
     torch.testing.assert_close(rotary, expected[:, :4])
     roles = {name: group["role"] for group in rd.param_groups(model) for name in group["param_names"]}
-    assert {name.split(".")[-2]: role for name, role in roles.items() if "self_attn" in name and "norm" not in name} == {
+    of_attention = {name: role for name, role in roles.items() if "self_attn" in name and "norm" not in name}
+    assert {name.split(".")[-2]: role for name, role in of_attention.items()} == {
         "q_a_proj": "query_key", "q_b_proj": "query_key", "kv_a_proj_with_mqa": "other+query_key",
         "kv_b_proj": "query_key+value_output", "o_proj": "value_output",
     }  # fmt: skip

@@ -22,11 +22,13 @@ _CLASS = re.compile(r".*(Attention|Attn)$")
 #: Modules of the sweep that hold projections and are not read, by class: what is said of them.
 NAMED: dict[str, str] = {
     "GatedDeltaNet": "recurrent state", "DeltaAttention": "recurrent state", "TextLinearAttention": "recurrent state",
-    "LightningAttention": "lightning attention", "xLSTMLayer": "mLSTM", "Indexer": "an indexer", "QSAIndexer": "an indexer",
-    "DeformableAttention": "deformable attention", "EfficientAdditiveAttention": "additive attention",
-    "LSHSelfAttention": "hashing", "AutoformerAttention": "autocorrelation", "CCAProjection": "convolutions stand between",
+    "LightningAttention": "lightning attention", "xLSTMLayer": "mLSTM", "Indexer": "an indexer",
+    "QSAIndexer": "an indexer", "DeformableAttention": "deformable attention",
+    "EfficientAdditiveAttention": "additive attention", "LSHSelfAttention": "hashing",
+    "AutoformerAttention": "autocorrelation", "CCAProjection": "convolutions stand between",
     "SqueezeBertSelfAttention": "grouped convolution", "MobileViTV2LinearSelfAttention": "rows",
-    "AriaCrossAttention": "multihead_attn", "AXK2Attention": "latent attention", "Compressor": "order that is not known", "V4Indexer": "order that is not known",
+    "AriaCrossAttention": "multihead_attn", "AXK2Attention": "latent attention",
+    "Compressor": "order that is not known", "V4Indexer": "order that is not known",
     "GlobalPointer": "not recognised", "AttentionPoolingHead": "without a projection to queries",
 }  # fmt: skip
 #: Classes that sound like attention and hold no projections of queries and keys of their own.

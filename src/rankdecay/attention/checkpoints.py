@@ -5,8 +5,8 @@ Which files of a directory are read is in :mod:`rankdecay.attention.folders`, wh
 in :mod:`rankdecay.attention.adapter_files`.
 
 Only shapes are read at first; a tensor is read when a view asks for it. Nothing in a file is executed: safetensors hold
-none, and a pickle is loaded with ``weights_only=True``, which refuses anything but tensors and plain containers. Files
-are not trusted: whatever is wrong with them becomes a :class:`CheckpointError` that names the file.
+no code, and a pickle is loaded with ``weights_only=True``, which refuses anything but tensors and plain containers.
+Files are not trusted: whatever is wrong with them becomes a :class:`CheckpointError` that names the file.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def _content(file: Path) -> object:
 
 def _check_size(tensors: Mapping[str, Tensor], file: Path) -> None:
     for name, tensor in tensors.items():
-        if tensor.numel() * tensor.element_size() > file.stat().st_size:  # strides of 0 make much out of little
+        if tensor.numel() * tensor.element_size() > file.stat().st_size:  # strides of 0 need no bytes
             raise CheckpointError(
                 f"{name} in {file} claims shape {tuple(tensor.shape)}, which is more than the file holds."
             )
