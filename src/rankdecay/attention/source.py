@@ -52,6 +52,10 @@ class Source(Protocol):
         """Return the names of what is directly in a module: submodules, with weights or without, and parameters."""
         ...
 
+    def kind(self, path: str) -> str:
+        """Return the name of a module's class, or "" where nothing says it."""
+        ...
+
     def is_known(self, path: str) -> bool:
         """Whether names and settings say all of a module: it is of a library whose classes the tables cover."""
         ...
@@ -144,6 +148,10 @@ class ModuleSource:
         held = [(m._modules, m._parameters, m._buffers) for m in self.modules(path)]
         parts = [(name, part[name]) for group in held for part in group for name in part.keys()]  # noqa: SIM118 - scripted
         return {name for name, value in parts if value is not None and not isinstance(value, nn.Identity)}
+
+    def kind(self, path: str) -> str:
+        """Return the name of a module's class, without wrappers."""
+        return type(self.modules(path)[-1]).__name__ if self.modules(path) else ""
 
     def is_known(self, path: str) -> bool:
         """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
@@ -351,6 +359,6 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _plain(holder: object, attribute: str) -> object:
     """Return an attribute that is a number, string, flag or dictionary; None for a submodule or method of that name."""
     value = getattr(holder, attribute, None)
-    if attribute in ROTARY and isinstance(value, (nn.Module, Tensor)):
+    if (attribute in ROTARY or attribute == "rope") and isinstance(value, (nn.Module, Tensor)):
         return True  # the submodule, or a table of angles, that turns queries and keys
     return value if isinstance(value, (bool, int, float, str, dict, list)) else None
