@@ -7,7 +7,7 @@ if the matrices have each other's roles: then scores, or values, change by a fac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,41 +28,25 @@ def randomise(model: nn.Module) -> nn.Module:
                 parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
             elif name.endswith("bias") and "norm" not in name and "bn" not in name:
                 parameter.normal_(std=0.1, generator=generator)
-    return model.eval()
+    model.eval()  # which in some of timm's classes returns None
+    return model
 
 
 @torch.no_grad()
-def calls(model: nn.Module, modules: Sequence[str], forward: Callable[[], object]) -> dict[str, tuple[tuple, dict]]:
-    """Return what each module is called with in one forward pass, first call."""
-    seen: dict[str, tuple[tuple, dict]] = {}
-    handles = []
-    for name in modules:
-
-        def note(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
-            seen.setdefault(name, (args, kwargs))
-
-        handles.append(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True))
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-@torch.no_grad()
-def wrong_roles(model: nn.Module, layer: AttentionLayer, module: str, call: tuple[tuple, dict]) -> list[str]:
-    """Return what the module's output says against the matrices of one layer; nothing if all is well.
+def contradictions(
+    model: nn.Module, layer: AttentionLayer, forward: Callable[[], object], *, bent: bool = False
+) -> list[str]:
+    """Return what the model's output says against the matrices of one layer; nothing if all is well.
 
     Args:
         model: the model.
         layer: one of its layers.
-        module: path of the module that was called, which holds the layer's matrices.
-        call: what it is called with.
+        forward: runs it on the same input each time.
+        bent: whether an activation stands between values and output, so that a factor does not pass.
     """
 
     def result() -> Tensor:
-        return _flat(model.get_submodule(module)(*call[0], **call[1]))
+        return _flat(forward())
 
     wrong = []
     usual = result()
@@ -70,11 +54,13 @@ def wrong_roles(model: nn.Module, layer: AttentionLayer, module: str, call: tupl
         group = layer.key_head(head)
         queries = [h for h in range(layer.num_heads) if layer.key_head(h) == group]
         pairs: list[tuple[str, MatrixView, list[int], MatrixView | None, list[int]]] = []
-        if layer.qk_norm:
+        if layer.no_product and not layer.no_product.endswith("over the batch"):
+            pass  # no product to test; in eval mode, and with statistics as at the start, a norm over the batch is none
+        elif layer.qk_norm:
             pairs += [("query", layer.query, [head], None, []), ("key", layer.key, [group], None, [])]
         else:
             pairs.append(("query and key", layer.query, queries, layer.key, [group]))
-        if layer.output is not None:
+        if layer.output is not None and not bent:
             pairs.append(("value and output", layer.value, [group], layer.output, queries))
         for what, first, heads, second, others in pairs:
             with _scaled(model, first, heads, _FACTOR):
@@ -94,7 +80,7 @@ def wrong_roles(model: nn.Module, layer: AttentionLayer, module: str, call: tupl
 
 
 @contextmanager
-def _scaled(model: nn.Module, view: MatrixView, heads: Sequence[int], factor: float):
+def _scaled(model: nn.Module, view: MatrixView, heads: Sequence[int], factor: float) -> Iterator[None]:
     """Multiply heads of a matrix, with their biases unless it is an output, in place."""
     changed: list[tuple[Tensor, Tensor]] = []
     parameters: dict[str, Any] = dict(model.named_parameters())
@@ -121,4 +107,24 @@ def _flat(output: object) -> Tensor:
     if isinstance(output, Tensor):
         return output.flatten()
     assert isinstance(output, (tuple, list))
-    return torch.cat([_flat(part) for part in output if isinstance(part, (Tensor, tuple, list))])
+    return torch.cat([part.flatten() for part in output if isinstance(part, Tensor)])
+
+
+@torch.no_grad()
+def planes_turned(model: nn.Module, layer: AttentionLayer, forward: Callable[[], object]) -> bool:
+    """Whether queries and keys can be turned together in the layer's rotary planes, which commutes with positions."""
+    assert layer.rotary is not None
+    dims = layer.rotary.dims
+    index = torch.arange(dims).view(-1, 2) if layer.rotary.interleaved else torch.arange(dims).view(2, -1).T
+    usual = _flat(forward())
+    parameters = dict(model.named_parameters())
+    for view in (layer.query, layer.key):
+        weight = parameters[view.parameter_name]
+        heads = view.window.heads(weight.data).clone()
+        for plane, (i, j) in enumerate(index.tolist()):
+            angle = torch.tensor(0.3 + plane)
+            first, second = heads[:, i].clone(), heads[:, j].clone()
+            heads[:, i] = angle.cos() * first - angle.sin() * second
+            heads[:, j] = angle.sin() * first + angle.cos() * second
+        view.window.write(weight.data, heads)
+    return bool(torch.allclose(_flat(forward()), usual, atol=1e-4))

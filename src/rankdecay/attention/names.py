@@ -221,6 +221,7 @@ FUSED: tuple[AttentionNames, ...] = (
     _fused("query_key_value", layout="interleaved", when=("model_type", ("bloom", "falcon", "gpt_neox", "gpt_neox_japanese",
            "persimmon", "fuyu", "chatglm", "gptj"))),
     _fused("qkv_proj", order="qvk", blocks=4, when=("model_type", "codegen")),
+    _fused("qkv", layout="interleaved", when=("head_first", True)),  # timm's CoAtNet, MaxViT
     _fused("qkv", layout="interleaved", when=("key_dim", None)),  # timm's LeViT, EfficientFormer
     _fused("queries_keys_values", layout="interleaved", when=("key_dim", None)),  # LeViT
     _fused("keys_values", query="queries", layout="interleaved"),  # LeViT
@@ -307,6 +308,8 @@ NOT_READ: dict[str, str] = {
     "mlp_out_proj": "one projection, in_proj, holds queries, keys, values and the hidden layer of an MLP",  # timm's ViT-22B
     "qkvs": "a list of fused projections, one for each head, whose input is the result of the head before",
 }
+#: Classes whose output projection takes the first channel of every head, then the second: no head has columns of its own.
+MIXED_OUTPUT = ("timm.models.nest.Attention",)
 #: Attributes that give the width of a query's and a key's head where values have another, after them in a fused projection.
 KEY_DIM = ("key_dim", "dim_head_qk", "qk_dim")
 

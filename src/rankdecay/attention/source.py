@@ -53,7 +53,7 @@ class Source(Protocol):
         ...
 
     def kind(self, path: str) -> str:
-        """Return the name of a module's class, or "" where nothing says it."""
+        """Return the name of a module's class, as "timm.models.nest.Attention"; "" where nothing says it."""
         ...
 
     def is_known(self, path: str) -> bool:
@@ -150,8 +150,9 @@ class ModuleSource:
         return {name for name, value in parts if value is not None and not isinstance(value, nn.Identity)}
 
     def kind(self, path: str) -> str:
-        """Return the name of a module's class, without wrappers."""
-        return type(self.modules(path)[-1]).__name__ if self.modules(path) else ""
+        """Return the name of a module's class, without wrappers, and of where it is from."""
+        kind = type(self.modules(path)[-1]) if self.modules(path) else None
+        return f"{kind.__module__}.{kind.__qualname__}" if kind else ""
 
     def is_known(self, path: str) -> bool:
         """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""

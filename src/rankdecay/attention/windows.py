@@ -27,6 +27,7 @@ from rankdecay.attention.names import (
     INTERLEAVED,
     KEY_DIM,
     KEY_HEADS,
+    MIXED_OUTPUT,
     NO_SCORES,
     NO_SCORES_SETTINGS,
     NORMS_WITHOUT_WEIGHTS,
@@ -256,6 +257,8 @@ class ModuleReader:
         Returns:
             What to say if there are matrices beside the projections and none is the output; "" if all is well.
         """
+        if self.source.kind(self.module) in MIXED_OUTPUT:
+            return "since its columns take the heads' channels in turn"
         for child, name in outputs.items():
             if fits.get(child) == heads * value_dim:
                 window = Window("columns", 0, heads * value_dim, heads * value_dim, value_dim, 1, transposed)
@@ -603,7 +606,9 @@ class ModuleReader:
         for role, window in self._cut(row, height[row.fused], heads, head_dim).items():
             windows[role] = (row.fused, window)
         if row.value:
-            windows["value"] = whole(row.value, _divide(height[row.value], heads, f"the height of {row.value}", "the heads"))
+            windows["value"] = whole(
+                row.value, _divide(height[row.value], heads, f"the height of {row.value}", "the heads")
+            )
         return windows
 
     def _is_gated(
@@ -633,7 +638,7 @@ class ModuleReader:
     def _separate_biases(self, places: dict[Role, Place]) -> None:
         """Locate the q_bias and v_bias that timm's BEiT and EVA add to a fused weight; the key has no bias."""
         for role, place in list(places.items()):
-            name = self.plain.get(f"{self.module}.{role[0]}_bias")
+            name = self.plain.get(self._path(f"{role[0]}_bias"))
             if name and len(self.shapes[name]) == 1:
                 lines = self.shapes[name][0]
                 places[role] = place._replace(bias=name, bias_window=Window("rows", 0, lines, lines, lines))
@@ -686,7 +691,9 @@ class ModuleReader:
         if row.value and heads:  # queries and keys in one, as wide as each other
             return heads, _divide(lines, 2 * heads, f"the height of {row.fused}", "two times the heads")
         if across and lines == 1 + 2 * across[0]:
-            raise NotHandled(f"{row.fused} holds one score for each token, keys and values, and no queries: linear attention")
+            raise NotHandled(
+                f"{row.fused} holds one score for each token, keys and values, and no queries: linear attention"
+            )
         if self.number(("val_dim", "value_dim")):
             raise NotHandled(f"{row.fused} holds queries and values of different widths")
         if heads is None and head_dim and across:
