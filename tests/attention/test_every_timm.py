@@ -159,7 +159,7 @@ def _classes(folder: Path) -> Iterator[tuple[str, str]]:
 
 #: Classes called attention that hold one of those above, or that no model above has and that are built below.
 HOLD_ONE = re.compile(
-    r".*(Block|AttentionCl|PartitionAttention2d|MobileAttention|SpatialAttention|LocalWindowAttention)"
+    r".*(Block|AttentionCl|PartitionAttention2d|ParallelPartitionAttention|MobileAttention|SpatialAttention|LocalWindowAttention|BlockClassAttn)"
 )
 
 
@@ -256,7 +256,9 @@ MODULES: list[tuple[Any, ...]] = [
 ]  # fmt: skip
 
 
-def build(name: str, kind: str, settings: dict[str, Any], shape: tuple[int, ...], *more: Any) -> tuple[nn.Module, Callable[[], object]]:  # fmt: skip
+def build(
+    name: str, kind: str, settings: dict[str, Any], shape: tuple[int, ...], *more: Any
+) -> tuple[nn.Module, Callable]:
     torch.manual_seed(0)
     model = randomise(getattr(importlib.import_module(f"timm.{name}"), kind)(**settings))
     with torch.no_grad():

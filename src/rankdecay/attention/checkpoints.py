@@ -31,7 +31,7 @@ from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside, find_files, kind
 from rankdecay.attention.foreign import check_archive
 from rankdecay.attention.gguf import parts_of, read_gguf
-from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_TYPES
+from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, is_rotary_type
 from rankdecay.attention.quantised import dequantised, stored_type
 from rankdecay.attention.states import SeveralSets, choose_mapping, choose_names
 
@@ -68,19 +68,19 @@ class Checkpoint:
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return the nearest value of the attributes: in the configuration of the module's part, then of the whole."""
-        known = {key: part for key, part in self.config.items() if key in PARTS.values() and isinstance(part, dict)}
-        parts = [known[key] for word, key in PARTS.items() if word in path and key in known]
-        if not parts and "text_config" in known:
-            parts = [known["text_config"]]
-        side = next((side for side in ("encoder", "decoder") if f"{side}." in path), None)
-        for holder in [self.of_module(path), *parts, self.config]:
-            if attributes == NUM_HEADS and side and isinstance(holder.get(f"{side}_attention_heads"), int):
-                return holder[f"{side}_attention_heads"]
+        holders = [self.of_module(path), *parts_of_config(self.config, path)]
+        for holder in holders:
+            if attributes == NUM_HEADS and (heads := _heads_of_side(holder, path)) is not None:
+                return heads
+            if attributes == NUM_HEADS and "num_attention_heads_per_stage" in holder:
+                return None  # which stage a block is in, its number does not say
             for attribute in attributes:
                 if holder.get(attribute) is not None:
                     return holder[attribute]
-            if attributes == ROTARY and str(holder.get("model_type", "")).startswith(ROTARY_TYPES):
+            if attributes == ROTARY and is_rotary_type(str(holder.get("model_type", ""))):
                 return True
+            if attributes == ROTARY and holder and holder is not holders[0]:
+                return None  # of the whole, positions are those of another part
         return None
 
     def reader(self, name: str) -> Callable[[], Tensor]:
@@ -108,6 +108,47 @@ class Checkpoint:
     def is_known(self, path: str) -> bool:
         """Whether the configuration names a model type, and no code of the checkpoint's own."""
         return "model_type" in self.config and "auto_map" not in self.config
+
+
+def parts_of_config(config: Mapping[str, Any], path: str) -> list[Mapping[str, Any]]:
+    """Return the configurations that speak of the module at a path, the nearest first, the whole last.
+
+    A part's configuration is nested in that of the whole, under a name that a part of the path resembles:
+    ``vision_config`` of ``vision_tower``. Of a model with several parts, one whose path resembles none is of the text
+    if it is where a language model is, and else of nothing that is stated.
+    """
+    nested = {key: part for key, part in config.items() if isinstance(part, dict) and "model_type" in part}
+    if not nested:
+        return [config]
+    words = f".{path}."
+    stems = {key: key.removesuffix("_config") for key in nested}
+    fits = [key for key, stem in stems.items() if any(name in words for name in (stem, *PARTS.get(key, ())))]
+    exact = [key for key in fits if stems[key] in words]
+    if best := max(exact or fits, key=lambda key: len(stems[key]), default=None):
+        return [*parts_of_config(nested[best], path), config]
+    text = next((key for key in ("text_config", "llm_config", "language_config") if key in nested), None)
+    if text and _LANGUAGE_MODEL.match(path):
+        return [nested[text], config]
+    return [config]
+
+
+#: Where the layers of a language model are when its part has no name of its own.
+_LANGUAGE_MODEL = re.compile(r"(model\.)?(layers|h|blocks|decoder|transformer|language_model|embed)\b")
+
+
+def _heads_of_side(config: Mapping[str, Any], path: str) -> object:
+    """Return the number of heads of the encoder, decoder or predictor that a module is in, where each has its own."""
+    sides = {"encoder": ("encoder",), "decoder": ("decoder",), "pred": ("predictor",)}
+    stated: dict[str, object] = {}
+    for side in sides:
+        for key in (f"{side}_attention_heads", f"{side}_num_attention_heads", f"num_{side}_attention_heads"):
+            if isinstance(config.get(key), int):
+                stated.setdefault(side, config[key])
+    inside = [side for side in stated if any(f"{name}." in path for name in sides[side])]
+    if inside:
+        return stated[max(inside, key=lambda side: path.rfind(sides[side][0]))]
+    alone = len(stated) == 1 and not any(config.get(name) for name in NUM_HEADS)
+    return next(iter(stated.values())) if alone else None
 
 
 def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: bool = True) -> Checkpoint:

@@ -216,7 +216,7 @@ def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionN
     """Yield the rows of known names that a module has the projections of, the surest first."""
     yield from filter(reader.matches, (*FUSED, *SEPARATE))
     lender = reader.lender()
-    for child in children:
+    for child in sorted(children, key=lambda child: (len(child), child)):  # in files the order is another
         for spelling in spellings(child):
             query, key, value = spelling.query, spelling.key, spelling.value
             if key in children and value in children:

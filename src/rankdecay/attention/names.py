@@ -315,7 +315,7 @@ KEY_DIM = ("key_dim", "dim_head_qk", "qk_dim")
 
 #: Attributes of a module or its configuration: number of heads, head size, number of key heads.
 NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads", "num_q_heads",
-             "n_q_heads", "num_query_heads", "num_attention_heads_per_partition", "attention_heads", "attn_heads")  # fmt: skip
+             "n_q_heads", "num_query_heads", "num_attention_heads_per_partition", "attention_heads", "attn_heads", "resampler_n_heads")  # fmt: skip
 HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "d_kv", "dim_head",
             "d_k", "hidden_size_per_attention_head", "kv_channels", "attention_head_dim", "per_head_dim")  # fmt: skip
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads", "n_query_groups", "n_local_heads",
@@ -336,7 +336,7 @@ INTERLEAVED = (
 WITHOUT_ROTARY = {(kind, "full_attention") for kind in ("cohere2", "cohere2_moe", "exaone4", "exaone4_5_text",
                   "exaone_moe", "kolibri1")}  # fmt: skip
 #: Model types that normalise queries and keys by norms without weights.
-NORMS_WITHOUT_WEIGHTS = ("nanochat", "neomme", "yoso")
+NORMS_WITHOUT_WEIGHTS = ("nanochat", "neomme", "yoso", "muse_glimmer_text", "muse_spark_text")
 #: Model types whose query projection holds a gate beside each head.
 GATED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text")
 
@@ -378,6 +378,11 @@ SHARED_LATENT = ("q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj")
 EXPERTS = ("experts.input_linear", "kv_proj", "experts.output_linear")
 
 
+def is_rotary_type(kind: str) -> bool:
+    """Whether a model type has rotary positions though older configurations do not mention them."""
+    return kind.startswith(ROTARY_TYPES) and not re.search("vision|audio|speech|asr|image|docling|encoder", kind)
+
+
 def is_query_key_norm(child: str) -> bool:
     """Whether a name says that it is a norm of queries or keys: "q_norm", "ln_query", "qk_layernorm", "k_rmsnorm".
 
@@ -397,9 +402,11 @@ def is_query_key_norm(child: str) -> bool:
 ROTARY_TYPES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "gpt_neox", "gptj", "codegen", "falcon", "olmo",
                  "persimmon", "stablelm", "cohere", "glm", "granite", "starcoder2", "modernbert", "dbrx")  # fmt: skip
 
-#: Sub-configuration of a model with several parts, by a word in the path of a module.
-PARTS = {"vision": "vision_config", "visual": "vision_config", "image": "vision_config", "audio": "audio_config",
-          "text": "text_config", "language": "text_config"}  # fmt: skip
+#: What the parts of a model are called in the paths of its modules, beside the name of their configuration.
+PARTS = {
+    "vision_config": ("visual", "image", "video_tower"), "text_config": ("language",), "backbone_config": (
+    "pixel_level_module.encoder", "conv_encoder", "swin"), "audio_config": ("speech",), "perceiver_config": ("resampler",),
+}  # fmt: skip
 
 #: Model types that initialise the projections into the residual stream by 1/√(2 · layers) smaller.
 SCALED_OUTPUT = ("gpt2", "gpt_bigcode")

@@ -125,8 +125,13 @@ class ModuleSource:
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return the nearest value of the attributes: of the module, its configuration, then one level up."""
+        own: object = None  # the configuration of the part the module is in
         while True:
             for module in self.modules(path):
+                config = getattr(module, "config", None)
+                own = own if own is not None else config
+                if attributes == ROTARY and config is not own and config is not None:
+                    return None  # of another part, whose positions are its own
                 for holder in (module, getattr(module, "config", None)):
                     for attribute in attributes:
                         value = _plain(holder, attribute)

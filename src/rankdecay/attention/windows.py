@@ -227,6 +227,11 @@ class ModuleReader:
             return "normalises queries and keys over the batch"
         return ""
 
+    def _is_of_vqgan(self) -> bool:
+        """Whether it is the attention of a VQGAN's convolutions: of one head, without positions."""
+        query = self.parameter("q")
+        return bool(query and self.parameter("proj_out") and len(self.shape(query)) == 4)
+
     def _is_of_channels(self) -> bool:
         """Whether tokens are summed over in the scores: Florence-2's and DaViT's channel attention, XCiT, Restormer."""
         if "ChannelAttention" in self.source.kind(self.module):
@@ -573,7 +578,7 @@ class ModuleReader:
 
     def _is_without_rotary(self) -> bool:
         """Whether this layer is without rotary positions though the model has them."""
-        if self.setting(("use_rope",)) is False:
+        if self.setting(("use_rope",)) is False or self._is_of_vqgan():
             return True
         with_rotary = self.setting(("no_rope_layers",))  # 1 where a layer has them, whatever the name says
         if isinstance(with_rotary, list) and with_rotary:
@@ -670,11 +675,18 @@ class ModuleReader:
             count, _, size = self.shape(parameters[row.query or row.fused or ""])
             return count, size
         heads = row.num_heads or self.number(NUM_HEADS)
-        if row.query == "q" and self.parameter("proj_out") and len(self.shape(parameters[row.query])) == 4:
-            heads = row.num_heads or 1  # the attention of a VQGAN has one head
+        if self._is_of_vqgan():
+            heads = row.num_heads or 1
+        if row.query in ("vision_proj", "text_proj") and (sides := self.number(("encoder_attention_heads",))):
+            heads = row.num_heads or sides // 2  # Grounding DINO's fusion
         if self._is_of_channels():
             heads = row.num_heads or self.number(("groups", "num_groups")) or heads
         head_dim = row.head_dim or self.number(HEAD_DIM)
+        if self.number(("head_ratio",)) and not head_dim and heads and (width := self.number(("hidden_size",))):
+            heads, head_dim = None, width // heads  # ConvBERT: its convolution has the other heads
+        key_dim = self.number(KEY_DIM) if row.layout == "interleaved" else None
+        if key_dim and heads:  # LeViT: values are wider than keys, and a layer that shrinks has heads of its own number
+            return (height[row.query] // key_dim if row.query else heads), key_dim
         if row.query:
             lines = height[row.query]
             if heads and lines % heads == 0:
@@ -720,7 +732,9 @@ class ModuleReader:
     def _cut(self, row: AttentionNames, lines: int, heads: int, head_dim: int) -> dict[Role, Window]:
         """Return the windows of a fused parameter, if it is not transposed."""
         height = f"the height of {row.fused}"
-        if self.number(KEY_DIM):  # values are wider than keys; LeViT's and HaloNet's are per head
+        if self.number(KEY_DIM) and (
+            row.layout == "interleaved" or not row.query
+        ):  # values are wider than keys; LeViT's and HaloNet's are per head
             groups = heads if row.layout == "interleaved" else 1
             size = _divide(lines, heads, height, "the heads") * heads // groups
             head_dim = head_dim * heads // groups
