@@ -289,6 +289,7 @@ NO_SCORES: dict[str, str] = {
     "conv_lambda": "a lambda layer: keys go through a softmax without queries",
     "v_gate": "values and a gate are in one projection",  # timm's iFormer
     "aggreg": "linear attention: a ReLU of queries and keys, without a softmax",  # timm's EfficientViT
+    "to_qkv_multiscale": "linear attention: a ReLU of queries and keys, without a softmax",  # Sana's autoencoder
     "to_qkv_mlp_proj": "one projection holds queries, keys, values and the hidden layer of an MLP",  # Flux 2
     "query_key": "attention by hashing: queries are their own keys, normalised",
     "conv_qk_depthwise": "convolutions stand between its projections and the scores",

@@ -364,6 +364,9 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _plain(holder: object, attribute: str) -> object:
     """Return an attribute that is a number, string, flag or dictionary; None for a submodule or method of that name."""
+    settings = vars(holder).get("_internal_dict") if isinstance(holder, nn.Module) else None
+    if settings is not None and attribute not in vars(holder) and hasattr(settings, attribute):
+        return None  # diffusers' models warn when asked for what their config, which is asked next, has
     value = getattr(holder, attribute, None)
     if (attribute in ROTARY or attribute == "rope") and isinstance(value, (nn.Module, Tensor)):
         return True  # the submodule, or a table of angles, that turns queries and keys
