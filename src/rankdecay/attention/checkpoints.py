@@ -101,6 +101,10 @@ class Checkpoint:
                 name = path
         return children
 
+    def kind(self, path: str) -> str:
+        """Return "": files do not name classes."""
+        return ""
+
     def is_known(self, path: str) -> bool:
         """Whether the configuration names a model type, and no code of the checkpoint's own."""
         return "model_type" in self.config and "auto_map" not in self.config
