@@ -169,7 +169,7 @@ class _Search:
 
     def look_at(self, module: str, children: Sequence[str]) -> None:
         """Read every attention of a module, and note what looks like attention beside it."""
-        reader = ModuleReader(module, self.source.plain, self.source)
+        reader = ModuleReader(module, self.source.plain, self.source, self.sizes)
         self._taken = set()
         for row in filter(reader.matches, self.given):
             self._attempt(reader, partial(reader.read, replace(row, **self.sizes), named=True), row.projections)
@@ -180,9 +180,11 @@ class _Search:
             for latent in LATENT:
                 if reader.parameter(latent.split):
                     self._attempt(reader, partial(reader.read_latent, latent), latent)
-            for names, read in ((SHARED_LATENT, reader.read_shared_latent), (EXPERTS, reader.read_experts)):
-                if all(map(reader.parameter, names)):
-                    self._attempt(reader, read, names)
+            for shared in SHARED_LATENT:
+                if all(map(reader.parameter, shared)):
+                    self._attempt(reader, partial(reader.read_shared_latent, shared), shared)
+            if all(map(reader.parameter, EXPERTS)):
+                self._attempt(reader, reader.read_experts, EXPERTS)
             for row in _known(reader, children):
                 self._attempt(reader, partial(reader.read, replace(row, **self.sizes)), row.projections)
         left = [
@@ -247,6 +249,9 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
             return deformable
         if keys and any(map(is_value_like, left)) and "receptance" not in left:
             return f"{shown(keys)}: keys and values without a projection to queries"
+        outputs = [s.output for child in queries for s in spellings(child) if reader.parameter(s.output)]
+        if outputs and not reason:
+            return f"{shown(queries)}: queries without a projection to keys, which may be those of another layer"
         return None
 
     if reason:

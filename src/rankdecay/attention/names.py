@@ -336,8 +336,11 @@ LATENT = (
 )
 
 
-#: DeepSeek V4: the queries' two factors, keys that are the values, the outputs' two.
-SHARED_LATENT = ("q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj")
+#: DeepSeek V4, in transformers and in its own files: the queries' two factors, keys that are the values, the outputs' two.
+SHARED_LATENT = (
+    ("q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj"),
+    ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"),
+)
 #: JetMoE: queries of the experts, keys and values of all, outputs of the experts.
 EXPERTS = ("experts.input_linear", "kv_proj", "experts.output_linear")
 

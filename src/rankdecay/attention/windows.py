@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -31,7 +31,6 @@ from rankdecay.attention.names import (
     NUM_HEADS,
     POSITIONS,
     ROTARY,
-    SHARED_LATENT,
     VALUES_ARE_KEYS,
     WITHOUT_ROTARY,
     AttentionNames,
@@ -102,14 +101,18 @@ BATCH_NORMS = ("bn", "norm", "batch_norm", "batchnorm", "normalization")
 class ModuleReader:
     """Reader of one module as attention."""
 
-    def __init__(self, module: str, plain: Mapping[str, str], source: Source) -> None:
+    def __init__(
+        self, module: str, plain: Mapping[str, str], source: Source, sizes: Mapping[str, int] | None = None
+    ) -> None:
         """Prepare to read a module.
 
         Args:
             module: its path.
             plain: every parameter's name in the source, by its name without adapters.
             source: the parameters and settings.
+            sizes: ``num_heads`` and ``head_dim`` as the user gives them, over the settings.
         """
+        self.sizes = sizes or {}
         self.module, self.plain, self.shapes, self.source = module, plain, source.shapes, source
 
     def setting(self, attributes: tuple[str, ...]) -> object:
@@ -143,6 +146,9 @@ class ModuleReader:
         return self.shapes[self.plain[name]]
 
     def number(self, attributes: tuple[str, ...]) -> int | None:
+        given = {NUM_HEADS: "num_heads", HEAD_DIM: "head_dim"}.get(attributes, "")
+        if given in self.sizes:
+            return self.sizes[given]
         value = self.setting(attributes)
         value = self._of_layer(value)
         return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
@@ -407,13 +413,13 @@ class ModuleReader:
         qk_norm = self._qk_norm() and names.first != "wq_a"
         return Found(self.module, places, plain_dim, rotary, qk_norm)
 
-    def read_shared_latent(self) -> Found:
+    def read_shared_latent(self, names: Sequence[str]) -> Found:
         """Locate DeepSeek V4's matrices: one key head that is the value too, and two factors of queries and outputs.
 
         Raises:
             NotHandled: If names, shapes and settings do not agree.
         """
-        first, second, shared, mix, expand = (self.parameter(child) for child in SHARED_LATENT)
+        first, second, shared, mix, expand = (self.parameter(child) for child in names)
         heads = self.number(NUM_HEADS)
         if not (first and second and shared and mix and expand and heads):
             raise NotHandled("latent attention with one key head whose factors have other names")
@@ -430,7 +436,8 @@ class ModuleReader:
         factors: dict[Role, str] = {"query_factor": first, "output_factor": mix, "output_mix": expand}
         for role, name in factors.items():
             rows = self.shape(name)[0]
-            places[role] = self._place(name, Window("rows", 0, rows, rows, rows))
+            groups = (self.number(("o_groups",)) or 1) if role == "output_factor" else 1
+            places[role] = self._place(name, Window("rows", 0, rows, rows, _divide(rows, groups, name, "its groups")))
         turned = self.number(("qk_rope_head_dim",))
         rotary = Rotary(turned // 2 * 2, self._is_interleaved()) if turned else self._rotary(head_dim)
         return Found(self.module, places, head_dim, rotary, qk_norm=True)
@@ -445,7 +452,7 @@ class ModuleReader:
         head_dim = self.number(HEAD_DIM)
         assert query and shared and output
         if not head_dim or len(self.shape(query)) != 3 or len(self.shape(output)) != 3:
-            raise NotHandled(f"the heads of the experts in {query} are of unknown size")
+            raise NotHandled(f"the heads of the experts in {query} are of unknown size; pass head_dim=...")
         experts, lines, _ = self.shape(query)
         if lines % head_dim or self.shape(shared)[0] != 2 * lines or self.shape(output)[2] != lines:
             raise NotHandled(f"{lines} rows of each expert's queries do not fall into the heads of {shared}")
@@ -641,9 +648,14 @@ class ModuleReader:
         heads = row.num_heads or self.number(NUM_HEADS)
         if row.query == "q" and self.parameter("proj_out") and len(self.shape(parameters[row.query])) == 4:
             heads = row.num_heads or 1  # the attention of a VQGAN has one head
+        ratio = self.number(("head_ratio",))
+        if ratio and heads and row.num_heads is None and self.number(HEAD_DIM) is None:
+            heads //= ratio  # a configuration's number; ConvBERT gives the rest to its convolution
         if self._is_of_channels():
             heads = row.num_heads or self.number(("groups", "num_groups")) or heads
         head_dim = row.head_dim or self.number(HEAD_DIM)
+        if row.query and row.layout == "interleaved" and (key_dim := self.number(("key_dim",))):
+            return _divide(height[row.query], key_dim, f"the height of {row.query}", "the key size"), key_dim
         if row.query:
             lines = height[row.query]
             if heads and lines % heads == 0:
