@@ -28,7 +28,6 @@ from rankdecay.attention.names import (
     is_fused_like,
     is_key_like,
     is_query_like,
-    is_value_like,
     query_beside,
     separate,
     spellings,
@@ -170,6 +169,7 @@ class _Search:
     def look_at(self, module: str, children: Sequence[str]) -> None:
         """Read every attention of a module, and note what looks like attention beside it."""
         reader = ModuleReader(module, self.source.plain, self.source, self.sizes)
+        children = [child for child in children if reader.parameter(child)]
         self._taken = set()
         for row in filter(reader.matches, self.given):
             self._attempt(reader, partial(reader.read, replace(row, **self.sizes), named=True), row.projections)
@@ -247,7 +247,8 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         mark, deformable = DEFORMABLE
         if mark in left:
             return deformable
-        if keys and any(map(is_value_like, left)) and "receptance" not in left:
+        alike = any(spelling.value in left for key in keys for spelling in spellings(key, of="key"))
+        if alike and "receptance" not in left:
             return f"{shown(keys)}: keys and values without a projection to queries"
         outputs = [s.output for child in queries for s in spellings(child) if reader.parameter(s.output)]
         if outputs and not reason:

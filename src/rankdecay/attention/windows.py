@@ -36,6 +36,7 @@ from rankdecay.attention.names import (
     AttentionNames,
     LatentNames,
     is_input_like,
+    is_output_like,
     is_query_key_norm,
 )
 from rankdecay.attention.products import Grouping, Rotary
@@ -126,7 +127,12 @@ class ModuleReader:
                 return None
             path, child = path.rpartition(".")[0], child[3:]
         name = f"{path}.{child}" if path else child
-        return next((name + weight for weight in WEIGHTS if name + weight in self.plain), None)
+        found = next((name + weight for weight in WEIGHTS if name + weight in self.plain), None)
+        if found == f"{name}.0.weight" and any(
+            len(self.shape(after)) > 1 for i in range(1, 4) if (after := f"{name}.{i}.weight") in self.plain
+        ):
+            return None  # a network, such as MoCo's encoder_q
+        return found
 
     def bias(self, weight: str) -> str | None:
         name = weight.removesuffix("weight") + "bias"
@@ -176,7 +182,10 @@ class ModuleReader:
             NotHandled: If names, shapes and settings do not agree.
         """
         parameters = {child: name for child in row.projections if (name := self.parameter(child))}
-        outputs = {child: name for child in row.outputs if (name := self.parameter(child))}
+        candidates = row.outputs
+        if candidates and not named:  # the known names first, then what is called an output
+            candidates = (*candidates, *sorted(filter(is_output_like, self.source.children(self.module))))
+        outputs = {child: name for child in candidates if (name := self.parameter(child))}
         if named and row.outputs and not outputs:
             raise NotHandled(
                 f"it has no output projection {' or '.join(map(repr, row.outputs))}; its matrices are "
