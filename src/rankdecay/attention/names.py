@@ -119,7 +119,7 @@ _NO_PROJECTION = re.compile(
 )
 #: "lin_out", "toOut", "OutProj"; not "output_gate".
 _OUTPUT_WORD = re.compile(
-    r"(.*(_|[a-z](?=O)))?[oO]ut(put)?(_?(proj(ection)?|lin(ear)?|layer|fc|dense|conv|map|w|weight))?", re.I
+    r"(.*(_|[a-z](?=O)))?[oO]ut(put)?(_?(proj(ection)?|lin(ear)?|layer|fc|dense|conv|map|w|weight))?", re.IGNORECASE
 )
 #: All of it in one parameter: "qkv_proj", "Wqkv", "query_key_value", "to_kv"; and names that do not say it.
 _FUSED_WORD = re.compile(

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -92,7 +92,8 @@ ROTARY_PLANES = ("rope_interleaved", "rope_interleave", "rotary_interleaved", "r
 #: Settings that say whether queries and keys are normalised.
 QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")
 #: Where a projection's weight may be, under its name: itself, a wrapped linear layer, the first of a sequence.
-WEIGHTS = (".weight", "", ".linear.weight", ".conv.weight", ".convolution.weight", ".0.weight")
+WEIGHTS = (".weight", "", *(f".{own}.weight" for own in ("linear", "layer", "lin", "fc", "dense", "proj", "conv")),
+           ".convolution.weight", ".0.weight", ".1.weight")  # fmt: skip
 
 
 #: What a norm is called that stands behind a projection in a module of their own.
@@ -127,12 +128,23 @@ class ModuleReader:
                 return None
             path, child = path.rpartition(".")[0], child[3:]
         name = f"{path}.{child}" if path else child
-        found = next((name + weight for weight in WEIGHTS if name + weight in self.plain), None)
-        if found == f"{name}.0.weight" and any(
-            len(self.shape(after)) > 1 for i in range(1, 4) if (after := f"{name}.{i}.weight") in self.plain
-        ):
-            return None  # a network, such as MoCo's encoder_q
-        return found
+        found = [name + weight for weight in WEIGHTS if name + weight in self.plain]
+        if found[:2] == [f"{name}.0.weight", f"{name}.1.weight"] and len(self.shape(found[0])) == 1:
+            return found[1]  # behind a norm
+        if found and found[0] == f"{name}.0.weight" and not self._is_list(name):
+            if any(self._matrix(f"{name}.{i}.weight") for i in range(1, 6)):
+                return None  # a network, such as MoCo's encoder_q
+        return found[0] if found else None
+
+    def _matrix(self, name: str) -> Shape | None:
+        """Return the shape of a parameter of two dimensions or more, if there is one of that name."""
+        shape = self.shape(name) if name in self.plain else ()
+        return shape if len(shape) > 1 else None
+
+    def _is_list(self, name: str) -> bool:
+        """Whether there are several matrices under a name, numbered and of one shape, such as one for each head."""
+        shape = self._matrix(f"{name}.0.weight")
+        return shape is not None and shape == self._matrix(f"{name}.1.weight")
 
     def bias(self, weight: str) -> str | None:
         name = weight.removesuffix("weight") + "bias"
@@ -186,6 +198,12 @@ class ModuleReader:
         if candidates and not named:  # the known names first, then what is called an output
             candidates = (*candidates, *sorted(filter(is_output_like, self.source.children(self.module))))
         outputs = {child: name for child in candidates if (name := self.parameter(child))}
+        for name in parameters.values():
+            if name.endswith(".0.weight") and self._is_list(name.removesuffix(".0.weight")):
+                raise NotHandled(
+                    f"{name.removesuffix('.0.weight')} is a list of matrices; hold them in one parameter, or query, key and "
+                    "value of a head in one module"
+                )
         if named and row.outputs and not outputs:
             raise NotHandled(
                 f"it has no output projection {' or '.join(map(repr, row.outputs))}; its matrices are "
@@ -340,15 +358,25 @@ class ModuleReader:
             if len(shape) == 1:
                 raise NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
         if all(map(self._is_matrix, shapes.values())):
-            if (self.number(("q_groups", "groups")) or 1) > 1 and any(len(shape) > 2 for shape in shapes.values()):
-                raise NotHandled(f"{next(iter(shapes))} is the weight of a grouped convolution, which is no matrix")
+            for name, shape in shapes.items():
+                groups = (
+                    self.number(("q_groups", "groups")),
+                    self.source.setting(name.removesuffix(".weight"), ("groups",)),
+                )
+                if len(shape) > 2 and any(isinstance(count, int) and count > 1 for count in groups):
+                    raise NotHandled(f"{name} is the weight of a grouped convolution, which is no matrix")
             return "plain"
         itself = all(name.endswith(child) for child, name in parameters.items())
         if not (itself and row.query and row.key and all(len(shape) == 3 for shape in shapes.values())):
             name, shape = next((name, shape) for name, shape in shapes.items() if not self._is_matrix(shape))
             raise NotHandled(f"{name} has shape {shape}, not that of a matrix")
         heads = row.num_heads or self.number(NUM_HEADS)
-        first, middle, _ = self.shape(parameters[row.query])
+        first, middle, last = self.shape(parameters[row.query])
+        if heads == first and middle < last != (row.head_dim or self.number(HEAD_DIM)):
+            raise NotHandled(
+                f"{parameters[row.query]} has shape {(first, middle, last)}, where {heads} matrices of (in, head_dim) were "
+                f"expected; transpose it, or pass head_dim={last} if heads are that wide"
+            )
         if heads == first != middle or (heads is None and first < middle):
             return "stacked"
         if heads == middle != first:
@@ -663,6 +691,8 @@ class ModuleReader:
         if self._is_of_channels():
             heads = row.num_heads or self.number(("groups", "num_groups")) or heads
         head_dim = row.head_dim or self.number(HEAD_DIM)
+        if row.query and self._is_one_of_heads(row, height):
+            return 1, height[row.query]
         if row.query and row.layout == "interleaved" and (key_dim := self.number(("key_dim",))):
             return _divide(height[row.query], key_dim, f"the height of {row.query}", "the key size"), key_dim
         if row.query:
@@ -671,8 +701,6 @@ class ModuleReader:
                 return heads, lines // heads
             if head_dim and lines % head_dim == 0:
                 return lines // head_dim, head_dim
-            if heads is None and self._is_one_of_heads():
-                return 1, lines
             raise _no_heads(row.query, lines, heads, head_dim)
         assert row.fused
         lines = height[row.fused]
@@ -696,10 +724,17 @@ class ModuleReader:
                 return heads, size
         raise _no_heads(row.fused, lines, heads, head_dim)
 
-    def _is_one_of_heads(self) -> bool:
-        """Whether the module is one of a list called ``heads``: it is one head."""
+    def _is_one_of_heads(self, row: AttentionNames, height: Mapping[str, int]) -> bool:
+        """Whether the module is one head of a list of them: by the list's name, or by the output beside the list."""
         parts = self.module.split(".")
-        return len(parts) > 1 and parts[-1].isdigit() and parts[-2] in ("heads", "attn_heads", "attention_heads")
+        if len(parts) < 2 or not parts[-1].isdigit() or any(map(self.parameter, _inside(row.outputs))):
+            return False
+        lines = height.get(row.value or "", 0)
+        return parts[-2] in ("heads", "attn_heads", "attention_heads") or any(
+            lines > 0 and len(self.shape(name)) == 2 and self._share_of_output(child, self.shape(name)[1], lines, False)
+            for child in row.outputs
+            if (name := self.parameter(child))
+        )
 
     def _cut(self, row: AttentionNames, lines: int, heads: int, head_dim: int) -> dict[Role, Window]:
         """Return the windows of a fused parameter, if it is not transposed."""
@@ -733,6 +768,10 @@ class ModuleReader:
             windows[role] = Window("rows", start, stop, lines // groups, head_dim, groups)
             start = stop
         return windows
+
+
+def _inside(outputs: Iterable[str]) -> list[str]:
+    return [child for child in outputs if not child.startswith("../")]
 
 
 def _no_heads(child: str, lines: int, heads: int | None, head_dim: int | None) -> NotHandled:
