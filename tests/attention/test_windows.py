@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rankdecay as rd
+from rankdecay.attention import AttentionLayer
 from rankdecay.attention.products import Rotary
+from tests import needs
 
 from .computed import Products, check_layer, check_model, watched
 from .families import TOKENS, TRANSFORMERS, build, randomised, run
+from .interventions import check_heads, prepared
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +151,172 @@ def test_weights_that_are_no_matrices_are_refused() -> None:
     sharded.register_parameter("_flat_param", nn.Parameter(torch.zeros(64)))
     with pytest.raises(ValueError, match=r"_flat_param is a flattened FSDP1 parameter"):
         rd.find_attention(sharded)
+
+
+# ---- layouts of their own --------------------------------------------------------------------------------
+
+_MODEL: dict[str, Any] = {
+    "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 50,
+    "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_GROUPED = _MODEL | {"num_key_value_heads": 2, "head_dim": 8}
+_GEMMA = _GROUPED | {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+_EXPERTS = _MODEL | {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1, "num_key_value_heads": 4,
+}  # fmt: skip
+_LATENT = _EXPERTS | {
+    "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
+}  # fmt: skip
+_RELATIVE = _MODEL | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
+
+#: name -> (family, settings, architecture)
+LAYOUTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gemma3n": ("Gemma3nText", _GEMMA | {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4,
+                "intermediate_size": [64] * 4}, "Gemma3nForCausalLM"),
+    "gemma4": ("Gemma4Text", _GEMMA | {"global_head_dim": 16}, "Gemma4ForCausalLM"),
+    "gemma4-keys-are-values": ("Gemma4Text", _GEMMA | {"num_hidden_layers": 2, "num_kv_shared_layers": 0,
+                               "attention_k_eq_v": True, "num_global_key_value_heads": 2, "global_head_dim": 16,
+                               "layer_types": ["sliding_attention", "full_attention"]}, "Gemma4ForCausalLM"),
+    "qwen3_next": ("Qwen3Next", _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                   "shared_expert_intermediate_size": 16, "layer_types": ["full_attention"]}, "Qwen3NextForCausalLM"),
+    "deepseek_v3": ("DeepseekV3", _LATENT, "DeepseekV3ForCausalLM"),
+    "deepseek_v2-one-query-factor": ("DeepseekV2", _LATENT | {"q_lora_rank": None, "topk_method": "greedy"},
+                                     "DeepseekV2ForCausalLM"),
+    "deepseek_v4": ("DeepseekV4", _MODEL | {"head_dim": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "o_groups": 2,
+                    "o_lora_rank": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                    "layer_types": ["sliding_attention"]}, "DeepseekV4ForCausalLM"),
+    "jetmoe": ("JetMoe", {"hidden_size": 32, "num_hidden_layers": 1, "num_key_value_heads": 2, "kv_channels": 8,
+               "intermediate_size": 32, "num_local_experts": 3, "num_experts_per_tok": 2, "vocab_size": 50,
+               "pad_token_id": 0}, "JetMoeForCausalLM"),
+    "xlnet": ("XLNet", {"d_model": 32, "n_head": 4, "n_layer": 1, "d_inner": 64, "vocab_size": 50}, "XLNetModel"),
+    "levit": ("Levit", {"image_size": 128, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4],
+              "depths": [1, 1, 1], "key_dim": [8, 8, 8]}, "LevitModel"),
+    "convbert": ("ConvBert", _MODEL | {"head_ratio": 2}, "ConvBertModel"),
+    "funnel": ("Funnel", {"vocab_size": 50, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1],
+               "num_decoder_layers": 1}, "FunnelModel"),
+    "deberta": ("Deberta", _RELATIVE, "DebertaModel"),
+    "deberta_v2": ("DebertaV2", _RELATIVE, "DebertaV2Model"),
+    "moshi": ("Moshi", _MODEL | {"ffn_dim": 64}, "MoshiModel"),
+    "cpmant": ("CpmAnt", {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 64,
+               "num_hidden_layers": 1}, "CpmAntModel"),
+}  # fmt: skip
+#: Attention layers in each, where it is not one.
+LAYERS = {"gemma3n": 4, "gemma4": 4, "gemma4-keys-are-values": 2, "levit": 5, "funnel": 3}
+
+
+def _build(name: str) -> nn.Module:
+    transformers = needs.package("transformers")
+    family, settings, architecture = LAYOUTS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**settings, attn_implementation="eager")
+    return prepared(getattr(transformers, architecture)(config))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_head_is_where_its_window_says(name: str, tmp_path: Path) -> None:
+    model = _build(name)
+    generator = torch.Generator().manual_seed(1)
+    ids, image = torch.randint(3, 50, (1, 6), generator=generator), torch.randn(1, 3, 128, 128, generator=generator)
+    layers = check_heads(model, lambda: model(image if name == "levit" else ids))
+    assert len(layers) == LAYERS.get(name, 1)
+    model.save_pretrained(tmp_path)
+    _check_same(layers, rd.find_attention(tmp_path))
+
+
+def _check_same(live: list[AttentionLayer], stored: list[AttentionLayer]) -> None:
+    """A file has no modules, and yet is read as the model is; its names may be others."""
+    assert len(live) == len(stored)
+    for one, other in zip(live, stored, strict=True):
+        for field in ("head_dim", "rotary", "qk_norm", "grouping", "no_product", "place"):
+            assert getattr(one, field) == getattr(other, field), field
+        assert [view.role for view in one.views] == [view.role for view in other.views]
+        for mine, theirs in zip(one.views, other.views, strict=True):
+            assert str(mine.window) == str(theirs.window)
+            torch.testing.assert_close(mine.heads(), theirs.heads())
+            assert (mine.bias() is None) == (theirs.bias() is None)
+
+
+def _of_conditional_detr() -> tuple[nn.Module, Callable[[], object]]:
+    from transformers.models.conditional_detr import modeling_conditional_detr as family
+
+    config = family.ConditionalDetrConfig(d_model=32, decoder_attention_heads=4, decoder_ffn_dim=64)
+    config._attn_implementation = "eager"
+    layer = prepared(family.ConditionalDetrDecoderLayer(config))
+    x, places, encoded, at = (torch.randn(1, n, 32) for n in (5, 5, 7, 7))
+    how = {"spatial_position_embeddings": at, "query_position_embeddings": places, "query_sine_embed": places}
+    return layer, lambda: layer(x, encoder_hidden_states=encoded, is_first=True, **how)
+
+
+def _of_grounding_dino() -> tuple[nn.Module, Callable[[], object]]:
+    from transformers.models.grounding_dino import modeling_grounding_dino as family
+
+    config = family.GroundingDinoConfig(d_model=32, encoder_ffn_dim=64, encoder_attention_heads=8)
+    fusion = prepared(family.GroundingDinoBiMultiHeadAttention(config))
+    image, text = torch.randn(1, 5, 32), torch.randn(1, 7, 32)
+
+    def run() -> tuple[Tensor, Tensor]:
+        (of_image, _), (of_text, _) = fusion(image, text)
+        return of_image, of_text
+
+    return nn.ModuleDict({"fusion": fusion}), run
+
+
+def _of_florence() -> tuple[nn.Module, Callable[[], object]]:
+    from transformers.models.florence2 import modeling_florence2 as family
+
+    config = family.Florence2VisionConfig(embed_dim=(32,), num_groups=(4,), num_heads=(2,), qkv_bias=True)
+    config._attn_implementation = "eager"
+    channels = prepared(family.Florence2VisionChannelAttention(config, 0))
+    x = torch.randn(1, 6, 32)
+    return nn.ModuleDict({"channel_attn": channels}), lambda: channels(x)
+
+
+@pytest.mark.parametrize(
+    ("build_part", "roles"),
+    [
+        pytest.param(_of_conditional_detr, [{"query_position", "key_position"}] * 2, id="conditional_detr"),
+        pytest.param(_of_grounding_dino, [set(), set()], id="grounding_dino"),
+        pytest.param(_of_florence, [set()], id="florence2"),
+    ],
+)
+def test_each_head_of_a_part_is_where_its_window_says(build_part, roles: list[set[str]]) -> None:
+    needs.package("transformers")
+    torch.manual_seed(0)
+    model, run = build_part()
+    layers = check_heads(model, run)
+    assert [set(layer.factors) - {"query_sine"} for layer in layers] == roles
+
+
+def test_scores_of_channels_are_no_product() -> None:
+    needs.package("transformers")
+    [layer] = rd.find_attention(_of_florence()[0])
+    assert layer.num_heads == 4  # groups
+    with pytest.raises(ValueError, match=r"channel_attn takes its scores between channels, not tokens"):
+        layer.query_key()
+
+
+def test_a_gate_inside_the_queries_is_no_part_of_them() -> None:
+    model = _build("qwen3_next")
+    [layer] = rd.find_attention(model)
+    attention = model.model.layers[0].self_attn
+    queries = attention.q_proj.weight.detach().view(4, 2, 8, 32)
+    assert torch.equal(layer.query.heads(), queries[:, 0])
+    assert torch.equal(layer.factors["gate"].heads(), queries[:, 1])
+
+
+def test_grouped_factors_of_outputs_are_a_matrix_for_each_group() -> None:
+    model = _build("deepseek_v4")
+    [layer] = rd.find_attention(model)
+    assert layer.value.window == layer.key.window
+    assert layer.factors["output_factor"].heads().shape == (2, 8, 32)
+    seen: list[Tensor] = []
+    module = model.model.layers[0].self_attn.o_a_proj
+    handle = module.register_forward_hook(lambda _, given, out: seen.extend([given[0], out]))
+    model(torch.randint(3, 50, (1, 6)))
+    handle.remove()
+    expected = torch.einsum("btgi,goi->btgo", seen[0], layer.factors["output_factor"].heads())
+    torch.testing.assert_close(seen[1].reshape(expected.shape), expected)
