@@ -36,12 +36,12 @@ class Softmaxes(TorchDispatchMode):
         return out
 
 
-def prepared(model: nn.Module) -> nn.Module:
+def prepared(model: nn.Module, gain: float = 1.5) -> nn.Module:
     """The model with weights that tell heads apart, and without biases or dropout."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=gain * parameter[0].numel() ** -0.5)
             elif name.endswith("bias"):
                 parameter.zero_()
     return model.eval()
@@ -98,10 +98,14 @@ def _check_scores(model: nn.Module, layer: AttentionLayer, run: Callable[[], obj
         if view.role not in (*_QUERIES, *_KEYS):
             continue
         for head in range(view.num_heads):
-            with changed(model, view, [head], torch.randn_like):
+            with changed(model, view, [head], lambda weight: weight.roll(1, -1)):
                 after = _weights(model, layer, run)
             for one, other in zip(before, after, strict=True):
-                moved = {i for i in range(len(one)) if not torch.allclose(one[i], other[i], atol=1e-5)}
+                moved = {
+                    i
+                    for i in range(len(one))
+                    if not torch.allclose(one[i], other[i], rtol=0, atol=100 * torch.finfo(one.dtype).eps)
+                }
                 expected = _meeting(layer, view, head, len(one))
                 some_only = view.role in _QUERIES and len(one) != layer.num_heads  # an expert has not all the tokens
                 assert moved <= expected if some_only else moved == expected, (layer.name, view.role, head)

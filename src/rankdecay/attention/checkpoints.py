@@ -105,6 +105,10 @@ class Checkpoint:
         """Whether the configuration names a model type, and no code of the checkpoint's own."""
         return "model_type" in self.config and "auto_map" not in self.config
 
+    def own(self, path: str, attributes: tuple[str, ...]) -> object:
+        """Return None: there are no modules, and what a format states of one is not told from a configuration."""
+        return None
+
 
 def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: bool = True) -> Checkpoint:
     """Open a checkpoint without reading its tensors.

@@ -628,11 +628,12 @@ class ModuleReader:
         self, row: AttentionNames, height: dict[str, int], heads: int, head_dim: int, across: list[int]
     ) -> bool:
         """Whether the query projection holds a gate beside each head; every other output fits without."""
-        if not row.query or (
-            self.setting(("model_type",)) not in GATED and self.setting(("attn_output_gate",)) is not True
-        ):
+        if not row.query or not self._has_gates():
             return False
         return head_dim % 2 == 0 and height[row.query] == heads * head_dim and heads * head_dim // 2 in across
+
+    def _has_gates(self) -> bool:
+        return self.setting(("model_type",)) in GATED or self.setting(("attn_output_gate",)) is True
 
     def _place(self, name: str, window: Window) -> Place:
         bias = self.bias(name)
@@ -693,6 +694,10 @@ class ModuleReader:
         head_dim = row.head_dim or self.number(HEAD_DIM)
         if row.query and self._is_one_of_heads(row, height):
             return 1, height[row.query]
+        own_dim = self.source.own(self.module, HEAD_DIM)
+        if row.query and isinstance(own_dim, int) and not (row.num_heads or row.head_dim or self._has_gates()):
+            if self.source.own(self.module, NUM_HEADS) is None and own_dim > 0 and height[row.query] % own_dim == 0:
+                return height[row.query] // own_dim, own_dim  # the configuration's number may be of another tower
         if row.query and row.layout == "interleaved" and (key_dim := self.number(("key_dim",))):
             return _divide(height[row.query], key_dim, f"the height of {row.query}", "the key size"), key_dim
         if row.query:
