@@ -135,3 +135,49 @@ def test_a_file_that_cannot_be_written_is_one_line(option, checkpoint, tmp_path,
     error = capsys.readouterr().err
     assert error.startswith(f"rankdecay: error: {path}")
     assert error.count("\n") == 1
+
+
+@pytest.fixture
+def two_kinds(tmp_path) -> Path:
+    """Attention under names of its own, one that is known, and one that nobody can read."""
+    file = tmp_path / "own.safetensors"
+    own = {f"encoder.layers.4.own.{name}.weight": torch.randn(8, 8) for name in "abcd"}
+    known = {f"decoder.layers.4.attn.{name}_proj.weight": torch.randn(8, 8) for name in "qkvo"}
+    save_file(own | known | {"decoder.layers.5.attn.kqv.weight": torch.randn(24, 8)}, file)
+    return file
+
+
+NAMED = ("--names", "query=a,key=b,value=c,output=d,rotary=none,qk_norm=no")
+
+
+def test_strict_is_an_exit_code_of_its_own(two_kinds, capsys):
+    assert main(["inspect", str(two_kinds), "--num-heads", "2", "--strict"]) == 3
+    assert "not handled: decoder.layers.5.attn: kqv (24, 8)" in capsys.readouterr().out
+    answer = json.loads(_answer(capsys, two_kinds, "--num-heads", 2, "--json"))
+    assert [said.partition(":")[0] for said in answer["unhandled"]] == ["decoder.layers.5.attn"]
+    both = (*NAMED, "--names", "fused=kqv,order=kqv", "--num-heads", "2", "--strict", "--json")
+    answer = json.loads(_answer(capsys, two_kinds, *both))
+    assert answer["unhandled"] == []
+    assert {row["label"] for row in answer["rows"]} == {"encoder.4", "decoder.4", "decoder.5"}
+
+
+def test_only_what_is_named(two_kinds, capsys):
+    answer = json.loads(_answer(capsys, two_kinds, *NAMED, "--only", "--num-heads", 2, "--json", "--strict"))
+    assert {row["label"] for row in answer["rows"]} == {"4"}
+    assert main(["inspect", str(two_kinds), "--only"]) == 2
+    assert "--only looks for the attention of --names alone" in capsys.readouterr().err
+
+
+def test_layers_of_a_tower_and_the_size_of_a_head(two_kinds, capsys):
+    def labels(*layers: str) -> set[str]:
+        how = (*NAMED, "--head-dim", 4, "--json", "--layers", *layers)
+        return {row["label"] for row in json.loads(_answer(capsys, two_kinds, *how))["rows"]}
+
+    assert labels("4") == {"encoder.4", "decoder.4"}
+    assert labels("decoder.4") == {"decoder.4"}
+    assert labels("encoder.4", "decoder.4") == {"encoder.4", "decoder.4"}
+    for wrong in ("encoder.5", "7"):
+        assert main(["inspect", str(two_kinds), *NAMED, "--head-dim", "4", "--layers", wrong]) == 2
+        assert f"layers={wrong} is out of range" in capsys.readouterr().err
+    assert main(["inspect", str(two_kinds), "--head-dim", "0"]) == 2
+    assert "--head-dim 0 must be at least 1" in capsys.readouterr().err

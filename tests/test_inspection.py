@@ -16,6 +16,7 @@ from rankdecay.inspection import BALANCE, NORMS, RANKS, comparison, csv_text, st
 from tests import needs
 
 from .attention.families import build
+from .attention.layouts import build_layout
 
 
 def test_rows_equal_a_computation_in_numpy():
@@ -223,3 +224,47 @@ def test_the_table_of_several_reports_names_the_source_of_each_row():
     assert "source" not in csv_text([first]).splitlines()[0].split(",")
     assert lines[-1]["head"] == "1"
     assert float(lines[-1]["nuclear_norm"]) == second.rows[-1]["nuclear_norm"]
+
+
+def test_a_model_without_values_is_refused_by_name():
+    with torch.device("meta"):
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(ValueError, match=r"^attention\.in_proj_weight is on the meta device and has no values; load"):
+        rd.inspect(model)
+
+
+def test_latent_attention_has_products_where_no_norm_stands():
+    model = build_layout("deepseek_v3")
+    report = rd.inspect(model)
+    kinds = {row.get("product") or row.get("matrix"): 0 for row in report.rows}
+    assert list(kinds) == ["query_key", "query_key_rotary", "value_output", "query_factor", "latent"]
+    attention = model.model.layers[0].self_attn
+    split = attention.kv_b_proj.weight.detach().double().view(4, 14, 8)
+    output = attention.o_proj.weight.detach().double().view(32, 4, 6)
+    for head, row in enumerate(report.of("value_output")):
+        expected = torch.linalg.svdvals(output[:, head] @ split[head, 8:])[:6]
+        torch.testing.assert_close(torch.tensor(row["singular_values"], dtype=torch.float64), expected)
+    [latent] = report.of("latent")
+    expected = torch.linalg.svdvals(attention.kv_a_proj_with_mqa.weight.detach().double()[:8])
+    torch.testing.assert_close(torch.tensor(latent["singular_values"], dtype=torch.float64), expected)
+    assert any("latent attention" in note for note in report.notes)
+
+
+def test_a_strided_head_has_the_product_with_the_key_head_it_meets():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({n: nn.Linear(8, rows, bias=False) for n, rows in (("q", 8), ("k", 4), ("v", 4), ("o", 8))})
+    for grouping, meets in (("strided", [0, 1, 0, 1]), ("consecutive", [0, 0, 1, 1])):
+        names = rd.AttentionNames(query="q", key="k", value="v", output="o", num_heads=4, grouping=grouping)
+        q, k = (model[name].weight.detach().double().unflatten(0, (-1, 2)) for name in "qk")
+        for row in rd.inspect(model, names).of("query_key"):
+            expected = torch.linalg.svdvals(k[meets[row["head"]]].mT @ q[row["head"]])[:2]
+            torch.testing.assert_close(torch.tensor(row["singular_values"], dtype=torch.float64), expected)
+
+
+def test_what_is_not_handled_is_in_the_report():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "odd": nn.ModuleDict({"kqv": nn.Linear(8, 24)})})
+    report = rd.inspect(model)
+    [said] = report.unhandled
+    assert said.startswith("odd: kqv (24, 8) holds")
+    assert f"not handled: {said}" in str(report)
+    assert report.to_json()["unhandled"] == [said]

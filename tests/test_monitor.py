@@ -414,3 +414,18 @@ def test_the_blocks_of_the_page_run(block, monkeypatch):
         )
         assert (name, values[name]) == call.args[:2] or call.args[0][name] == values[name]
         assert "wandb" in block or 100 in (*call.args, *call.kwargs.values())
+
+
+def test_attention_of_ones_own_alone():
+    model = nn.ModuleDict(
+        {
+            "known": nn.MultiheadAttention(8, 2),
+            "own": nn.ModuleDict({name: nn.Linear(8, 8) for name in "abcd"}),
+        }
+    )
+    names = rd.AttentionNames(query="a", key="b", value="c", output="d", qk_norm=False, rotary="none")
+    how = {"log": lambda values: None, "names": [names], "num_heads": 2}
+    both = rd.Monitor(model, **how).measure()
+    assert any(name.startswith("rank/known/") for name in both)
+    only = rd.Monitor(model, only=True, **how).measure()
+    assert {name.split("/")[1] for name in only if name.count("/") == 3} == {"own"}

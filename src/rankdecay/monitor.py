@@ -19,12 +19,14 @@ A head with a non-finite weight is NaN, and so is every mean and least value tha
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from rankdecay.attention import AttentionLayer, find_attention
@@ -146,6 +148,7 @@ class Monitor:
         if not any(_parts(layer, self.of) for layer in self._layers.values()):
             raise ValueError(f"of={self.of!r}: no attention of {type(model).__name__} has an output projection.")
         self._collapsed: set[tuple[str, str, int]] = set()
+        self._settle_before_steps()
 
     @_uncompiled
     def step(self, at: int | None = None) -> dict[str, float] | None:
@@ -157,7 +160,6 @@ class Monitor:
             at: the number of steps made so far, if you count them yourself; else one more than before. It may stay the
                 same, and may jump: a measurement is due when a multiple of ``every`` has been passed.
         """
-        self._settle()
         before, self.steps = self.steps, self.steps + 1 if at is None else at
         if self.steps // self.every <= before // self.every:
             return None
@@ -200,6 +202,13 @@ class Monitor:
     @_uncompiled
     def _after_step(self, *_: Any) -> None:
         self.step()
+
+    def _settle_before_steps(self) -> None:
+        """Look at gradients before each optimizer's step, while the weights are those they are gradients at."""
+        if any("qk_norm" in layer.unknown for layer in self._layers.values()):
+            monitor = weakref.ref(self)
+            settle = _uncompiled(lambda *_: (alive := monitor()) and alive._settle())
+            weakref.finalize(self, register_optimizer_step_pre_hook(settle).remove)
 
     def _settle(self) -> None:
         """Find out from the first gradients whether queries and keys are normalised, where nothing had said it."""

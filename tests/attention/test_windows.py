@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rankdecay as rd
+from rankdecay.attention import AttentionLayer
 from rankdecay.attention.products import Rotary
+from tests import needs
 
 from .computed import Products, check_layer, check_model, watched
 from .families import TOKENS, TRANSFORMERS, build, randomised, run
+from .interventions import check_heads, prepared
+from .layouts import LAYERS, LAYOUTS, build_layout
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +152,254 @@ def test_weights_that_are_no_matrices_are_refused() -> None:
     sharded.register_parameter("_flat_param", nn.Parameter(torch.zeros(64)))
     with pytest.raises(ValueError, match=r"_flat_param is a flattened FSDP1 parameter"):
         rd.find_attention(sharded)
+
+
+# ---- layouts of their own --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_head_is_where_its_window_says(name: str, tmp_path: Path) -> None:
+    model = build_layout(name)
+    generator = torch.Generator().manual_seed(1)
+    ids, image = torch.randint(3, 50, (1, 6), generator=generator), torch.randn(1, 3, 128, 128, generator=generator)
+    given = image.double() if name == "levit" else ids
+    layers = check_heads(model, lambda: model(given))
+    assert len(layers) == LAYERS.get(name, 1)
+    model.save_pretrained(tmp_path)
+    _check_same(layers, rd.find_attention(tmp_path))
+
+
+def _check_same(live: list[AttentionLayer], stored: list[AttentionLayer]) -> None:
+    """A file has no modules, and yet is read as the model is; its names may be others."""
+    assert len(live) == len(stored)
+    for one, other in zip(live, stored, strict=True):
+        for field in ("head_dim", "rotary", "qk_norm", "grouping", "no_product", "place"):
+            assert getattr(one, field) == getattr(other, field), field
+        assert [view.role for view in one.views] == [view.role for view in other.views]
+        for mine, theirs in zip(one.views, other.views, strict=True):
+            assert str(mine.window) == str(theirs.window)
+            torch.testing.assert_close(mine.heads(), theirs.heads())
+            assert (mine.bias() is None) == (theirs.bias() is None)
+
+
+def _of_conditional_detr() -> tuple[nn.Module, Callable[[], object]]:
+    from transformers.models.conditional_detr import modeling_conditional_detr as family
+
+    config = family.ConditionalDetrConfig(d_model=32, decoder_attention_heads=4, decoder_ffn_dim=64)
+    config._attn_implementation = "eager"
+    layer = prepared(family.ConditionalDetrDecoderLayer(config))
+    x, places, encoded, at = (torch.randn(1, n, 32) for n in (5, 5, 7, 7))
+    how = {"spatial_position_embeddings": at, "query_position_embeddings": places, "query_sine_embed": places}
+    return layer, lambda: layer(x, encoder_hidden_states=encoded, is_first=True, **how)
+
+
+def _of_grounding_dino() -> tuple[nn.Module, Callable[[], object]]:
+    from transformers.models.grounding_dino import modeling_grounding_dino as family
+
+    config = family.GroundingDinoConfig(d_model=32, encoder_ffn_dim=64, encoder_attention_heads=8)
+    fusion = prepared(family.GroundingDinoBiMultiHeadAttention(config))
+    image, text = torch.randn(1, 5, 32), torch.randn(1, 7, 32)
+
+    def run() -> tuple[Tensor, Tensor]:
+        (of_image, _), (of_text, _) = fusion(image, text)
+        return of_image, of_text
+
+    return nn.ModuleDict({"fusion": fusion}), run
+
+
+def _of_florence() -> tuple[nn.Module, Callable[[], object]]:
+    from transformers.models.florence2 import modeling_florence2 as family
+
+    config = family.Florence2VisionConfig(embed_dim=(32,), num_groups=(4,), num_heads=(2,), qkv_bias=True)
+    config._attn_implementation = "eager"
+    channels = prepared(family.Florence2VisionChannelAttention(config, 0))
+    x = torch.randn(1, 6, 32)
+    return nn.ModuleDict({"channel_attn": channels}), lambda: channels(x)
+
+
+@pytest.mark.parametrize(
+    ("build_part", "roles"),
+    [
+        pytest.param(_of_conditional_detr, [{"query_position", "key_position"}] * 2, id="conditional_detr"),
+        pytest.param(_of_grounding_dino, [set(), set()], id="grounding_dino"),
+        pytest.param(_of_florence, [set()], id="florence2"),
+    ],
+)
+def test_each_head_of_a_part_is_where_its_window_says(build_part, roles: list[set[str]]) -> None:
+    needs.package("transformers")
+    torch.manual_seed(0)
+    model, run = build_part()
+    layers = check_heads(model, run)
+    assert [set(layer.factors) - {"query_sine"} for layer in layers] == roles
+
+
+def test_scores_of_channels_are_no_product() -> None:
+    needs.package("transformers")
+    [layer] = rd.find_attention(_of_florence()[0])
+    assert layer.num_heads == 4  # groups
+    with pytest.raises(ValueError, match=r"channel_attn takes its scores between channels, not tokens"):
+        layer.query_key()
+
+
+def test_a_gate_inside_the_queries_is_no_part_of_them() -> None:
+    model = build_layout("qwen3_next")
+    [layer] = rd.find_attention(model)
+    attention = model.model.layers[0].self_attn
+    queries = attention.q_proj.weight.detach().view(4, 2, 8, 32)
+    assert torch.equal(layer.query.heads(), queries[:, 0])
+    assert torch.equal(layer.factors["gate"].heads(), queries[:, 1])
+
+
+def test_grouped_factors_of_outputs_are_a_matrix_for_each_group() -> None:
+    model = build_layout("deepseek_v4")
+    [layer] = rd.find_attention(model)
+    assert layer.value.window == layer.key.window
+    assert layer.factors["output_factor"].heads().shape == (2, 8, 32)
+    seen: list[Tensor] = []
+    module = model.model.layers[0].self_attn.o_a_proj
+    handle = module.register_forward_hook(lambda _, given, out: seen.extend([given[0], out]))
+    model(torch.randint(3, 50, (1, 6)))
+    handle.remove()
+    expected = torch.einsum("btgi,goi->btgo", seen[0], layer.factors["output_factor"].heads())
+    torch.testing.assert_close(seen[1].reshape(expected.shape), expected)
+
+
+# ---- by hand ---------------------------------------------------------------------------------------------
+
+
+class _Hand(nn.Module):
+    """Attention of 4 query heads of 6 by a softmax, from queries, keys and values (batch, heads, tokens, 6)."""
+
+    def __init__(self, **weights: Any) -> None:
+        super().__init__()
+        self.num_heads = 4
+        for name, weight in weights.items():
+            setattr(self, name, weight if isinstance(weight, nn.Module) else nn.Parameter(weight))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT / 6**0.5, -1) @ v
+
+
+class _Stacked(_Hand):
+    """TransformerLens: one (in, head_dim) matrix a head."""
+
+    def __init__(self) -> None:
+        shapes = {"W_Q": (4, 16, 6), "W_K": (2, 16, 6), "W_V": (2, 16, 6), "W_O": (4, 6, 16)}
+        super().__init__(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("bti,hid->bhtd", x, w) for w in (self.W_Q, self.W_K, self.W_V))
+        z = self.mix(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+        return torch.einsum("bhtd,hdo->bto", z, self.W_O)
+
+
+class _Convolved(_Hand):
+    """Convolutions of one place, of an image."""
+
+    def __init__(self) -> None:
+        super().__init__(to_qkv=nn.Conv2d(16, 72, 1, bias=False), to_out=nn.Conv2d(24, 16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x.mT.unflatten(-1, (2, -1))
+        q, k, v = self.to_qkv(image).flatten(2).unflatten(1, (3, 4, 6)).mT.unbind(1)
+        return self.to_out(self.mix(q, k, v).mT.flatten(1, 2).unflatten(-1, (2, -1))).flatten(2).mT
+
+
+class _Strided(_Hand):
+    """x-transformers: query head i meets key head i mod 2."""
+
+    def __init__(self) -> None:
+        linears = {"to_q": (16, 24), "to_k": (16, 12), "to_v": (16, 12), "to_out": (24, 16)}
+        super().__init__(**{name: nn.Linear(*sizes, bias=False) for name, sizes in linears.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (linear(x).unflatten(-1, (-1, 6)).transpose(1, 2) for linear in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(self.mix(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)).transpose(1, 2).flatten(2))
+
+
+class _Behind(_Hand):
+    """Projections behind a norm each, in a sequence."""
+
+    def __init__(self) -> None:
+        linears = {name: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 24)) for name in ("q_proj", "k_proj", "v_proj")}
+        super().__init__(**linears, o_proj=nn.Linear(24, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, 6)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(self.mix(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", [_Stacked, _Convolved, _Strided, _Behind])
+def test_each_head_of_a_module_by_hand(kind: type[_Hand], tmp_path: Path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model, x = prepared(nn.ModuleDict({"layers": nn.ModuleList([kind()])})), torch.randn(1, 6, 16)
+    names = ()
+    if kind is _Strided:
+        how = {"query": "to_q", "key": "to_k", "value": "to_v", "output": "to_out", "grouping": "strided"}
+        names = (rd.AttentionNames(**how),)
+        find = rd.find_attention
+        monkeypatch.setattr(rd, "find_attention", lambda model: find(model, names))
+    [layer] = check_heads(model, lambda: model["layers"][0](x))
+    assert set(view.role for view in layer.views) == {"query", "key", "value", "output"}
+    monkeypatch.undo()
+    torch.save(model.half().state_dict(), tmp_path / "weights.pt")
+    [stored] = rd.find_attention(tmp_path / "weights.pt", names, num_heads=4)
+    _check_same([layer], [stored])
+
+
+class _Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.query, self.value = (nn.Linear(16, 6, bias=False) for _ in range(3))
+
+
+@pytest.mark.parametrize("called", ["heads", "sa"])
+@pytest.mark.parametrize("stated", [None, 4])
+def test_a_module_for_each_head(called: str, stated: int | None) -> None:
+    attention = nn.Module()
+    attention.add_module(called, nn.ModuleList([_Head() for _ in range(4)]))
+    attention.proj = nn.Linear(24, 16)
+    if stated:
+        attention.num_heads = stated
+    layers = rd.find_attention(nn.ModuleDict({"attention": attention}))
+    assert [layer.num_heads for layer in layers] == [1] * 4
+    for i, layer in enumerate(layers):
+        assert torch.equal(layer.query.heads()[0], getattr(attention, called)[i].query.weight)
+        assert torch.equal(layer.output.tensor(), attention.proj.weight[:, 6 * i : 6 * i + 6])
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ({name: nn.Conv2d(16, 16, 1, groups=4) for name in ("q", "k", "v")}, r"q\.weight is the weight of a grouped conv"),
+        ({name: torch.zeros(4, 6, 16) for name in ("W_Q", "W_K", "W_V")}, r"4 matrices of \(in, head_dim\) were expected"),
+        ({name: nn.ModuleList([nn.Linear(16, 6) for _ in range(4)]) for name in ("q_proj", "k_proj", "v_proj")},
+         r"q_proj is a list of matrices; hold them in one parameter"),
+        ({"qkv": torch.zeros(3, 16, 16)}, r"qkv has shape \(3, 16, 16\), not that of a matrix"),
+        ({"to_qk": nn.Linear(16, 32), "to_v": nn.Linear(16, 16)}, r"to_qk \(32, 16\) holds .* in an order that is not known"),
+        ({"qkvg": nn.Linear(16, 64)}, r"qkvg \(64, 16\) holds"),
+        ({"query_key_value": nn.Linear(16, 48)}, r"query_key_value \(48, 16\) holds"),
+        ({name: nn.Linear(16, 16) for name in ("q1", "q2", "k1", "k2", "v")}, r"q1 .* are called like queries and keys"),
+        ({name: nn.Linear(16, 16) for name in ("q_proj", "o_proj")}, r"queries without a projection to keys"),
+        ({name: nn.Linear(16, 16) for name in ("key", "value")}, r"keys and values without a projection to queries"),
+        ({name: nn.Linear(16, 16) for name in ("q_proj", "k_proj", "v_proj", "gk_proj")}, r"gated linear attention"),
+    ],
+)  # fmt: skip
+def test_what_is_stored_otherwise_is_refused_by_name(weights: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        rd.find_attention(nn.ModuleDict({"attention": _Hand(**weights)}))
+
+
+def test_heads_of_a_tower_that_its_configuration_does_not_state() -> None:
+    model, _ = _of_conditional_detr()
+    model.self_attn.config.num_attention_heads = 8  # of the encoder
+    assert [layer.num_heads for layer in rd.find_attention(model)] == [4, 4]
+
+
+def test_a_number_of_heads_given_reaches_latent_attention(tmp_path: Path) -> None:
+    model = build_layout("deepseek_v3")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"kv_b_proj has 56 rows, and an unknown number of heads"):
+        rd.find_attention(tmp_path / "weights.pt")
+    [live], [stored] = rd.find_attention(model), rd.find_attention(tmp_path / "weights.pt", num_heads=4)
+    assert [str(view.window) for view in live.views] == [str(view.window) for view in stored.views]

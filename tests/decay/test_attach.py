@@ -9,13 +9,16 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rankdecay as rd
+from rankdecay.attention import Window
 from tests import needs
+from tests.attention.layouts import build_layout
 from tests.decay.models import (
     STRENGTH,
     Model,
@@ -676,3 +679,96 @@ def test_an_optimizer_without_a_learning_rate_needs_a_decay_without_one():
     before = query_key(model)
     optimizer.step()
     assert not torch.equal(before[0], query_key(model)[0])
+
+
+# ---- windows of every layout -----------------------------------------------------------------------------
+
+#: By the ending of a parameter's name: views of its matrices of W_Q and W_K, (out, in) each, cut by hand.
+CUTS: dict[str, dict[str, Callable[[Tensor], list[Tensor]]]] = {
+    "qwen3_next": {
+        "q_proj.weight": lambda w: [w.view(4, 2, 8, 32)[:, 0]],
+        "k_proj.weight": lambda w: [w],
+    },
+    "deepseek_v3": {
+        "q_a_proj.weight": lambda w: [w],
+        "q_b_proj.weight": lambda w: [w.view(4, 12, 16)[:, :8], w.view(4, 12, 16)[:, 8:]],
+        "kv_a_proj_with_mqa.weight": lambda w: [w[8:]],
+        "kv_b_proj.weight": lambda w: [w.view(4, 14, 8)[:, :8]],
+    },
+    "jetmoe": {"experts.input_linear.weight": lambda w: [w], "kv_proj.weight": lambda w: [w[:16]]},
+    "xlnet": {"rel_attn.q": lambda w: [w.permute(1, 2, 0)], "rel_attn.k": lambda w: [w.permute(1, 2, 0)]},
+    "deberta": {"in_proj.weight": lambda w: [w.view(4, 24, 32)[:, :8], w.view(4, 24, 32)[:, 8:16]]},
+    "convbert": {"self.query.weight": lambda w: [w], "self.key.weight": lambda w: [w]},
+    "gemma4-keys-are-values": {
+        "layers.0.self_attn.q_proj.weight": lambda w: [w.view(4, 8, 32)],
+        "layers.0.self_attn.k_proj.weight": lambda w: [w.view(2, 8, 32)],
+        "layers.1.self_attn.q_proj.weight": lambda w: [w.view(4, 16, 32)],
+        "layers.1.self_attn.k_proj.weight": lambda w: [w.view(2, 16, 32)],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", ["matrix", "head"])
+@pytest.mark.parametrize("name", CUTS)
+def test_a_decay_through_a_window_changes_its_rows_and_nothing_else(name: str, unit: str) -> None:
+    model = build_layout(name).double()
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rate = LR * STRENGTH
+    for parameter, weight in expected.items():
+        for ending, cut in CUTS[name].items():
+            for part in cut(weight) if parameter.endswith(ending) else ():
+                one_head = ending == "q_a_proj.weight" or len(part) == 4
+                heads = part if part.ndim == 3 else part.unflatten(0, (1, -1) if one_head else (-1, 8))
+                if name == "jetmoe" and unit == "head" and part.ndim == 3:  # two heads in each expert
+                    heads = part.view(6, 8, 32)
+                matrix = heads if unit == "head" else heads.reshape(-1, heads.shape[-1])
+                shrunk = _shrunk(matrix, _tau(matrix, rate)[..., None] if unit == "head" else _tau(matrix, rate))
+                part.copy_(shrunk.reshape(part.shape))
+    optimizer = torch.optim.SGD(groups_of(model, unit=unit), lr=LR)
+    rd.attach(optimizer)
+    zero_gradients(model)
+    optimizer.step()
+    for parameter, value in model.named_parameters():
+        torch.testing.assert_close(value.detach(), expected[parameter], msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+@pytest.mark.parametrize("name", [*CUTS, "deepseek_v4", "levit", "gemma3n", "funnel"])
+def test_windows_in_a_state_dict_are_read_back(name: str) -> None:
+    model = build_layout(name)
+    optimizer = torch.optim.AdamW(groups_of(model))
+    rd.attach(optimizer)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    stored = torch.load(file, weights_only=True)["param_groups"]
+    texts = {
+        text for group in stored for key, keys in group.items() if key.endswith("_blocks") for text in keys.split("; ")
+    }
+    assert texts
+    for text in texts:
+        assert str(Window.parse(text)) == text
+    known = {str(replace(view.window, label="")) for layer in rd.find_attention(model) for view in layer.views}
+    assert {text.rpartition(": ")[2] for text in texts} <= known
+
+
+def test_what_was_not_handled_is_kept_by_the_attachment() -> None:
+    model = nn.ModuleDict({"known": make_model(), "odd": nn.ModuleDict({"kqv": nn.Linear(8, 24)})})
+    with pytest.warns(UserWarning, match=r"^odd is not decayed: kqv \(24, 8\) holds .* names=AttentionNames") as warned:
+        groups = groups_of(model)
+    assert len(warned) == 1
+    optimizer = torch.optim.SGD(groups, lr=LR)
+    attachment = rd.attach(optimizer)
+    [said] = attachment.unhandled
+    assert said.startswith("odd: kqv (24, 8) holds")
+    assert "kqv (24, 8)" in attachment.describe()
+    assert rd.attach(torch.optim.SGD(groups_of(make_model()), lr=LR)).unhandled == ()
+
+
+def test_groups_made_before_to_empty_are_noticed_at_the_first_step() -> None:
+    with torch.device("meta"):
+        model = Model()
+    optimizer = torch.optim.SGD(groups_of(model), lr=LR)
+    rd.attach(optimizer)
+    model.to_empty(device="cpu")
+    with pytest.raises(ValueError, match=r"q_proj\.weight is on the meta device.*param_groups after it"):
+        optimizer.step()

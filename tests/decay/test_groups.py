@@ -252,3 +252,48 @@ def test_a_state_saved_before_whole_windows_decays_as_it_says():
     expected = [torch.cat([heads, prox(fused[32:], 0.1)]), prox(output, 0.1), prox(experts, 0.1)]
     for parameter, wanted in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.detach().double(), wanted, rtol=0, atol=1e-6)
+
+
+def _named(heads: int, **shapes: tuple[int, int]) -> nn.Module:
+    module = nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items()})
+    module.num_heads = heads
+    return module
+
+
+def test_attention_of_ones_own_beside_attention_that_is_known():
+    model = nn.ModuleDict(
+        {
+            "own": _named(2, a=(8, 8), b=(8, 8), c=(8, 8), d=(8, 8)),
+            "odd": _named(2, ask=(8, 8), answer=(8, 16), mix=(8, 8)),
+            "known": _named(2, q_proj=(8, 8), k_proj=(8, 8), v_proj=(8, 8), o_proj=(8, 8)),
+        }
+    )
+    names = [
+        rd.AttentionNames(query="a", key="b", value="c", output="d"),
+        rd.AttentionNames(query="ask", fused="answer", output="mix"),
+    ]
+
+    def decayed(**how) -> set[str]:
+        groups = rd.param_groups(model, query_key=rd.LowRank(0.1), **how)
+        return {name for group in groups if "query_key" in group["role"] for name in group["param_names"]}
+
+    known, own = {"known.q_proj.weight", "known.k_proj.weight"}, {"own.a.weight", "own.b.weight"}
+    assert decayed() == known
+    assert decayed(names=names[0]) == known | own
+    assert decayed(names=names) == known | own | {"odd.ask.weight", "odd.answer.weight"}
+    assert decayed(names=names[:1], only=True) == own
+    with pytest.raises(ValueError, match=r"only=True looks for names= alone"):
+        decayed(only=True)
+
+
+def test_an_output_that_is_named_and_missing_is_an_error_with_what_there_is():
+    model = nn.ModuleDict({"own": _named(2, a=(8, 8), b=(8, 8), c=(8, 8), d=(8, 8))})
+    names = rd.AttentionNames(query="a", key="b", value="c", output="e")
+    with pytest.raises(ValueError, match=r"no output projection 'e'; its matrices are a\.weight.*d\.weight \(8, 8\)"):
+        rd.param_groups(model, query_key=rd.LowRank(0.1), names=names)
+
+
+def test_heads_given_here_count_everywhere():
+    model = nn.ModuleDict({name: nn.Linear(12, 12) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    groups = rd.param_groups(model, query_key=rd.LowRank(0.1, unit="head"), num_heads=3)
+    assert {group["query_key_blocks"] for group in groups if "query_key_blocks" in group} == {"rows[0:12]/12 by 4"}

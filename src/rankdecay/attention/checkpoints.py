@@ -109,6 +109,10 @@ class Checkpoint:
         """Whether the configuration names a model type, and no code of the checkpoint's own."""
         return "model_type" in self.config and "auto_map" not in self.config
 
+    def own(self, path: str, attributes: tuple[str, ...]) -> object:
+        """Return None: there are no modules, and what a format states of one is not told from a configuration."""
+        return None
+
 
 def parts_of_config(config: Mapping[str, Any], path: str) -> list[Mapping[str, Any]]:
     """Return the configurations that speak of the module at a path, the nearest first, the whole last.

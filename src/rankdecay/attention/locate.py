@@ -28,7 +28,6 @@ from rankdecay.attention.names import (
     is_fused_like,
     is_key_like,
     is_query_like,
-    is_value_like,
     query_beside,
     separate,
     spellings,
@@ -174,7 +173,8 @@ class _Search:
 
     def look_at(self, module: str, children: Sequence[str]) -> None:
         """Read every attention of a module, and note what looks like attention beside it."""
-        reader = ModuleReader(module, self.source.plain, self.source)
+        reader = ModuleReader(module, self.source.plain, self.source, self.sizes)
+        children = [child for child in children if reader.parameter(child)]
         self._taken = set()
         for row in filter(reader.matches, self.given):
             self._attempt(reader, partial(reader.read, replace(row, **self.sizes), named=True), row.projections)
@@ -185,9 +185,11 @@ class _Search:
             for latent in LATENT:
                 if reader.parameter(latent.split):
                     self._attempt(reader, partial(reader.read_latent, latent), latent)
-            for names, read in ((SHARED_LATENT, reader.read_shared_latent), (EXPERTS, reader.read_experts)):
-                if all(map(reader.parameter, names)):
-                    self._attempt(reader, read, names)
+            for shared in SHARED_LATENT:
+                if all(map(reader.parameter, shared)):
+                    self._attempt(reader, partial(reader.read_shared_latent, shared), shared)
+            if all(map(reader.parameter, EXPERTS)):
+                self._attempt(reader, reader.read_experts, EXPERTS)
             for row in _known(reader, children):
                 self._attempt(reader, partial(reader.read, replace(row, **self.sizes)), row.projections)
         left = [
@@ -252,8 +254,12 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         there = reader.source.children(reader.module)
         if mark := next((mark for mark in NOT_READ if mark in there), None):
             return NOT_READ[mark]
-        if keys and any(map(is_value_like, left)) and "receptance" not in left:
+        alike = any(spelling.value in left for key in keys for spelling in spellings(key, of="key"))
+        if alike and "receptance" not in left:
             return f"{shown(keys)}: keys and values without a projection to queries"
+        outputs = [s.output for child in queries for s in spellings(child) if reader.parameter(s.output)]
+        if outputs and not reason:
+            return f"{shown(queries)}: queries without a projection to keys, which may be those of another layer"
         return None
 
     if reason:

@@ -115,10 +115,15 @@ _WORDS = (
     ("Query", "Key", "Value", "Output", "KeyValue"),
 )  # fmt: skip
 #: A word stands for itself: "to_q", "q_proj", "wq", "toQ"; but not "sequence" or "qkv".
-_BEFORE, _AFTER = r"(?:(?<![A-Za-z])|(?<=\b[wW])|(?<=_[wW])|(?<=[a-z](?=[A-Z])))", r"(?![a-z])"
+_BEFORE = r"(?:(?<![A-Za-z])|(?<=\b[wW])|(?<=_[wW])|(?<=[a-z](?=[A-Z]))|(?<=\bto)(?=quer|key|val|out))"
+_AFTER = r"(?![a-z])"
 #: Parts of names of what is no projection, though it may have the shape of one.
 _NO_PROJECTION = re.compile(
     r"norm|bias|token|embed|pool|mapper|(?<![a-z])emb(?![a-z])|pos(?![a-z])|scale|lora|lambda|(?<![a-z])ln(?![a-z])"
+)
+#: "lin_out", "toOut", "OutProj"; not "output_gate".
+_OUTPUT_WORD = re.compile(
+    r"(.*(_|[a-z](?=O)))?[oO]ut(put)?(_?(proj(ection)?|lin(ear)?|layer|fc|dense|conv|map|w|weight))?", re.IGNORECASE
 )
 #: All of it in one parameter: "qkv_proj", "Wqkv", "query_key_value", "to_kv"; and names that do not say it.
 _FUSED_WORD = re.compile(
@@ -138,8 +143,8 @@ class Spelling(NamedTuple):
     key_value: str
 
 
-def spellings(child: str) -> Iterator[Spelling]:
-    """Yield the names that belong together if ``child`` is the query's.
+def spellings(child: str, of: Literal["query", "key", "value"] = "query") -> Iterator[Spelling]:
+    """Yield the names that belong together if ``child`` is the query's, or that of another.
 
     Example:
         >>> list(spellings("q_proj"))
@@ -148,7 +153,7 @@ def spellings(child: str) -> Iterator[Spelling]:
     if _NO_PROJECTION.search(child):
         return
     for words in _WORDS:
-        for found in re.finditer(_BEFORE + words[0] + _AFTER, child):
+        for found in re.finditer(_BEFORE + words[Spelling._fields.index(of)] + _AFTER, child):
             before, after = child[: found.start()], child[found.end() :]
             yield Spelling(*(before + word + after for word in words))
 
@@ -165,21 +170,22 @@ def is_query_like(child: str) -> bool:
 
 def is_key_like(child: str) -> bool:
     """Whether a name says that it is a projection to keys."""
-    if _NO_PROJECTION.search(child) or is_fused_like(child):
-        return False
-    return any(re.search(_BEFORE + words[1] + _AFTER, child) for words in _WORDS)
+    return not is_fused_like(child) and any(True for _ in spellings(child, of="key"))
 
 
 def is_value_like(child: str) -> bool:
     """Whether a name says that it is a projection to values."""
-    if _NO_PROJECTION.search(child) or is_fused_like(child):
-        return False
-    return any(re.search(_BEFORE + words[2] + _AFTER, child) for words in _WORDS)
+    return not is_fused_like(child) and any(True for _ in spellings(child, of="value"))
 
 
 def is_input_like(child: str) -> bool:
     """Whether a name says that it is a projection to any of queries, keys and values."""
     return any(says(child) for says in (is_query_like, is_key_like, is_value_like, is_fused_like))
+
+
+def is_output_like(child: str) -> bool:
+    """Whether a name says that it is a projection to the attention's output."""
+    return bool(_OUTPUT_WORD.fullmatch(child)) and not _NO_PROJECTION.search(child)
 
 
 def is_fused_like(child: str) -> bool:
@@ -298,6 +304,8 @@ NO_SCORES: dict[str, str] = {
     "to_qkv_multiscale": "linear attention: a ReLU of queries and keys, without a softmax",  # Sana's autoencoder
     "to_qkv_mlp_proj": "one projection holds queries, keys, values and the hidden layer of an MLP",  # Flux 2
     "query_key": "attention by hashing: queries are their own keys, normalised",
+    "gk_proj": "gated linear attention: a recurrent state takes the place of scores of queries and keys",
+    "g_norm_swish_gate": "linear attention or retention, without a softmax over scores of queries and keys",
     "conv_qk_depthwise": "convolutions stand between its projections and the scores",
     "multihead_attn": "its projections lead into those of multihead_attn, which are read",
 }
@@ -380,8 +388,11 @@ LATENT = (
 )
 
 
-#: DeepSeek V4: the queries' two factors, keys that are the values, the outputs' two.
-SHARED_LATENT = ("q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj")
+#: DeepSeek V4, in transformers and in its own files: the queries' two factors, keys that are the values, the outputs' two.
+SHARED_LATENT = (
+    ("q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj"),
+    ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"),
+)
 #: JetMoE: queries of the experts, keys and values of all, outputs of the experts.
 EXPERTS = ("experts.input_linear", "kv_proj", "experts.output_linear")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,4 +79,5 @@ def _with_module(label: str, name: str) -> str:
     """Return a label with the path of the module in its layer, which is one of several."""
     path, _, projection = name.partition(":")
     before, found, inside = path.rpartition(f".{label.rpartition('.')[2]}.")
+    inside = re.sub(r"^layer\.\d+\.", "", inside)  # T5's part of a block
     return ".".join([label, *filter(None, [inside if found else before or path, projection])])

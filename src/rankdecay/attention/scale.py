@@ -93,8 +93,10 @@ def gradients_of(model: nn.Module, names: Sequence[str], example: Any) -> dict[s
     frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad and _can_train(parameter)]
     for parameter in frozen:
         parameter.requires_grad_()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = list({p.device for p in parameters.values() if p.device.type == "cuda"})
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.random.fork_rng(devices=devices):
             value = _as_number(_call(model, example))
             found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     except (TypeError, RuntimeError, KeyError, IndexError) as error:
@@ -104,6 +106,10 @@ def gradients_of(model: nn.Module, names: Sequence[str], example: Any) -> dict[s
     finally:
         for parameter in frozen:
             parameter.requires_grad_(requires_grad=False)
+        with torch.no_grad():  # running statistics, which a pass in training mode moves
+            for name, buffer in model.named_buffers():
+                if name in buffers and buffer.shape == buffers[name].shape:
+                    buffer.copy_(buffers[name])
     return {name: whole(g.detach()) for name, g in zip(parameters, found, strict=True) if g is not None}
 
 
@@ -127,7 +133,7 @@ def _as_number(output: Any) -> Tensor:
     tensors = [loss] if isinstance(loss, Tensor) else list(_tensors(output))
     if not tensors:
         raise ValueError(f"the model returned {type(output).__name__} without a tensor of numbers on example=.")
-    first = tensors[0]
+    first = next((tensor for tensor in tensors if tensor.requires_grad), tensors[0])
     if first.numel() == 1:
         return first.reshape(())
     weights = torch.randn(first.shape, generator=torch.Generator().manual_seed(0)).to(first.device)

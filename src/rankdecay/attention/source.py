@@ -60,6 +60,10 @@ class Source(Protocol):
         """Whether names and settings say all of a module: it is of a library whose classes the tables cover."""
         ...
 
+    def own(self, path: str, attributes: tuple[str, ...]) -> object:
+        """Return the value of the first of the attributes that a live module itself has; None in files."""
+        ...
+
 
 class Known(NamedTuple):
     """What a parameter of a live model is, seen without wrappers.
@@ -163,6 +167,11 @@ class ModuleSource:
         """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
         known = ("torch.nn.", "transformers.models.", "timm.")
         return any(type(module).__module__.startswith(known) for module in self.modules(path))
+
+    def own(self, path: str, attributes: tuple[str, ...]) -> object:
+        """Return the value of the first of the attributes that a module itself has, not its configuration."""
+        values = (_plain(module, attribute) for module in self.modules(path) for attribute in attributes)
+        return next((value for value in values if value is not None), None)
 
     def reader(self, name: str) -> Callable[[], Tensor]:
         """Return a function that reads a parameter whole, as the forward pass uses it now.

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -35,12 +35,12 @@ from rankdecay.attention.names import (
     NUM_HEADS,
     POSITIONS,
     ROTARY,
-    SHARED_LATENT,
     VALUES_ARE_KEYS,
     WITHOUT_ROTARY,
     AttentionNames,
     LatentNames,
     is_input_like,
+    is_output_like,
     is_query_key_norm,
     is_table,
 )
@@ -97,8 +97,10 @@ ROTARY_PLANES = ("rope_interleaved", "rope_interleave", "rotary_interleaved", "r
 #: Settings that say whether queries and keys are normalised.
 QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")
 #: Where a projection's weight may be, under its name: itself, a wrapped linear layer, the first of a sequence.
-WEIGHTS = (".weight", "", ".linear.weight", ".conv.weight", ".convolution.weight", ".0.weight", ".proj.weight",
-           ".c.weight", ".ln.linear.weight", ".proj.conv.weight")  # fmt: skip
+WEIGHTS = (
+    ".weight", "", *(f".{own}.weight" for own in ("linear", "layer", "lin", "fc", "dense", "proj", "conv", "c")),
+    ".convolution.weight", ".0.weight", ".1.weight", ".ln.linear.weight", ".proj.conv.weight",
+)  # fmt: skip
 
 
 #: What a norm is called that stands behind a projection in a module of their own.
@@ -108,14 +110,18 @@ BATCH_NORMS = ("bn", "norm", "batch_norm", "batchnorm", "normalization")
 class ModuleReader:
     """Reader of one module as attention."""
 
-    def __init__(self, module: str, plain: Mapping[str, str], source: Source) -> None:
+    def __init__(
+        self, module: str, plain: Mapping[str, str], source: Source, sizes: Mapping[str, int] | None = None
+    ) -> None:
         """Prepare to read a module.
 
         Args:
             module: its path.
             plain: every parameter's name in the source, by its name without adapters.
             source: the parameters and settings.
+            sizes: ``num_heads`` and ``head_dim`` as the user gives them, over the settings.
         """
+        self.sizes = sizes or {}
         self.module, self.plain, self.shapes, self.source = module, plain, source.shapes, source
 
     def setting(self, attributes: tuple[str, ...]) -> object:
@@ -129,7 +135,23 @@ class ModuleReader:
                 return None
             path, child = path.rpartition(".")[0], child[3:]
         name = f"{path}.{child}" if path else child
-        return next((name + weight for weight in WEIGHTS if name + weight in self.plain), None)
+        found = [name + weight for weight in WEIGHTS if name + weight in self.plain]
+        if found[:2] == [f"{name}.0.weight", f"{name}.1.weight"] and len(self.shape(found[0])) == 1:
+            return found[1]  # behind a norm
+        if found and found[0] == f"{name}.0.weight" and not self._is_list(name):
+            if any(self._matrix(f"{name}.{i}.weight") for i in range(1, 6)):
+                return None  # a network, such as MoCo's encoder_q
+        return found[0] if found else None
+
+    def _matrix(self, name: str) -> Shape | None:
+        """Return the shape of a parameter of two dimensions or more, if there is one of that name."""
+        shape = self.shape(name) if name in self.plain else ()
+        return shape if len(shape) > 1 else None
+
+    def _is_list(self, name: str) -> bool:
+        """Whether there are several matrices under a name, numbered and of one shape, such as one for each head."""
+        shape = self._matrix(f"{name}.0.weight")
+        return shape is not None and shape == self._matrix(f"{name}.1.weight")
 
     def bias(self, weight: str) -> str | None:
         name = weight.removesuffix("weight") + "bias"
@@ -149,6 +171,9 @@ class ModuleReader:
         return self.shapes[self.plain[name]]
 
     def number(self, attributes: tuple[str, ...]) -> int | None:
+        given = {NUM_HEADS: "num_heads", HEAD_DIM: "head_dim"}.get(attributes, "")
+        if given in self.sizes:
+            return self.sizes[given]
         value = self.setting(attributes)
         value = self._of_layer(value)
         return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
@@ -176,7 +201,16 @@ class ModuleReader:
             NotHandled: If names, shapes and settings do not agree.
         """
         parameters = {child: name for child in row.projections if (name := self.parameter(child))}
-        outputs = {child: name for child in row.outputs if (name := self.parameter(child))}
+        candidates = row.outputs
+        if candidates and not named:  # the known names first, then what is called an output
+            candidates = (*candidates, *sorted(filter(is_output_like, self.source.children(self.module))))
+        outputs = {child: name for child in candidates if (name := self.parameter(child))}
+        for name in parameters.values():
+            if name.endswith(".0.weight") and self._is_list(name.removesuffix(".0.weight")):
+                raise NotHandled(
+                    f"{name.removesuffix('.0.weight')} is a list of matrices; hold them in one parameter, or query, key and "
+                    "value of a head in one module"
+                )
         if named and row.outputs and not outputs:
             raise NotHandled(
                 f"it has no output projection {' or '.join(map(repr, row.outputs))}; its matrices are "
@@ -352,15 +386,25 @@ class ModuleReader:
             if len(shape) == 1:
                 raise NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
         if all(map(self._is_matrix, shapes.values())):
-            if (self.number(("q_groups", "groups")) or 1) > 1 and any(len(shape) > 2 for shape in shapes.values()):
-                raise NotHandled(f"{next(iter(shapes))} is the weight of a grouped convolution, which is no matrix")
+            for name, shape in shapes.items():
+                groups = (
+                    self.number(("q_groups", "groups")),
+                    self.source.setting(name.removesuffix(".weight"), ("groups",)),
+                )
+                if len(shape) > 2 and any(isinstance(count, int) and count > 1 for count in groups):
+                    raise NotHandled(f"{name} is the weight of a grouped convolution, which is no matrix")
             return "plain"
         itself = all(name.endswith(child) for child, name in parameters.items())
         if not (itself and row.query and row.key and all(len(shape) == 3 for shape in shapes.values())):
             name, shape = next((name, shape) for name, shape in shapes.items() if not self._is_matrix(shape))
             raise NotHandled(f"{name} has shape {shape}, not that of a matrix")
         heads = row.num_heads or self.number(NUM_HEADS)
-        first, middle, _ = self.shape(parameters[row.query])
+        first, middle, last = self.shape(parameters[row.query])
+        if heads == first and middle < last != (row.head_dim or self.number(HEAD_DIM)):
+            raise NotHandled(
+                f"{parameters[row.query]} has shape {(first, middle, last)}, where {heads} matrices of (in, head_dim) were "
+                f"expected; transpose it, or pass head_dim={last} if heads are that wide"
+            )
         if heads == first != middle or (heads is None and first < middle):
             return "stacked"
         if heads == middle != first:
@@ -435,13 +479,13 @@ class ModuleReader:
         qk_norm = self._qk_norm() and names.first != "wq_a"
         return Found(self.module, places, plain_dim, rotary, qk_norm)
 
-    def read_shared_latent(self) -> Found:
+    def read_shared_latent(self, names: Sequence[str]) -> Found:
         """Locate DeepSeek V4's matrices: one key head that is the value too, and two factors of queries and outputs.
 
         Raises:
             NotHandled: If names, shapes and settings do not agree.
         """
-        first, second, shared, mix, expand = (self.parameter(child) for child in SHARED_LATENT)
+        first, second, shared, mix, expand = (self.parameter(child) for child in names)
         heads = self.number(NUM_HEADS)
         if not (first and second and shared and mix and expand and heads):
             raise NotHandled("latent attention with one key head whose factors have other names")
@@ -458,7 +502,8 @@ class ModuleReader:
         factors: dict[Role, str] = {"query_factor": first, "output_factor": mix, "output_mix": expand}
         for role, name in factors.items():
             rows = self.shape(name)[0]
-            places[role] = self._place(name, Window("rows", 0, rows, rows, rows))
+            groups = (self.number(("o_groups",)) or 1) if role == "output_factor" else 1
+            places[role] = self._place(name, Window("rows", 0, rows, rows, _divide(rows, groups, name, "its groups")))
         turned = self.number(("qk_rope_head_dim",))
         rotary = Rotary(turned // 2 * 2, self._is_interleaved()) if turned else self._rotary(head_dim)
         return Found(self.module, places, head_dim, rotary, qk_norm=True)
@@ -473,7 +518,7 @@ class ModuleReader:
         head_dim = self.number(HEAD_DIM)
         assert query is not None and shared is not None and output is not None  # noqa: PT018
         if not head_dim or len(self.shape(query)) != 3 or len(self.shape(output)) != 3:
-            raise NotHandled(f"the heads of the experts in {query} are of unknown size")
+            raise NotHandled(f"the heads of the experts in {query} are of unknown size; pass head_dim=...")
         experts, lines, _ = self.shape(query)
         if lines % head_dim or self.shape(shared)[0] != 2 * lines or self.shape(output)[2] != lines:
             raise NotHandled(f"{lines} rows of each expert's queries do not fall into the heads of {shared}")
@@ -621,11 +666,12 @@ class ModuleReader:
         self, row: AttentionNames, height: dict[str, int], heads: int, head_dim: int, across: list[int]
     ) -> bool:
         """Whether the query projection holds a gate beside each head; every other output fits without."""
-        if not row.query or (
-            self.setting(("model_type",)) not in GATED and self.setting(("attn_output_gate",)) is not True
-        ):
+        if not row.query or not self._has_gates():
             return False
         return head_dim % 2 == 0 and height[row.query] == heads * head_dim and heads * head_dim // 2 in across
+
+    def _has_gates(self) -> bool:
+        return self.setting(("model_type",)) in GATED or self.setting(("attn_output_gate",)) is True
 
     def _place(self, name: str, window: Window) -> Place:
         bias = self.bias(name)
@@ -680,22 +726,29 @@ class ModuleReader:
             heads = row.num_heads or 1
         if row.query in ("vision_proj", "text_proj") and (sides := self.number(("encoder_attention_heads",))):
             heads = row.num_heads or sides // 2  # Grounding DINO's fusion
+        ratio = self.number(("head_ratio",))
+        if ratio and heads and row.num_heads is None and self.number(HEAD_DIM) is None:
+            heads //= ratio  # a configuration's number; ConvBERT gives the rest to its convolution
         if self._is_of_channels():
             heads = row.num_heads or self.number(("groups", "num_groups")) or heads
         head_dim = row.head_dim or self.number(HEAD_DIM)
-        if self.number(("head_ratio",)) and not head_dim and heads and (width := self.number(("hidden_size",))):
-            heads, head_dim = None, width // heads  # ConvBERT: its convolution has the other heads
+        if row.query and self._is_one_of_heads(row, height):
+            return 1, height[row.query]
+        own_dim = self.source.own(self.module, HEAD_DIM)
+        if row.query and isinstance(own_dim, int) and not (row.num_heads or row.head_dim or self._has_gates()):
+            if self.source.own(self.module, NUM_HEADS) is None and own_dim > 0 and height[row.query] % own_dim == 0:
+                return height[row.query] // own_dim, own_dim  # the configuration's number may be of another tower
         key_dim = self.number(KEY_DIM) if row.layout == "interleaved" else None
-        if key_dim and heads:  # LeViT: values are wider than keys, and a layer that shrinks has heads of its own number
-            return (height[row.query] // key_dim if row.query else heads), key_dim
+        if key_dim and row.query:  # LeViT: values are wider than keys, and a layer that shrinks has heads of its own
+            return _divide(height[row.query], key_dim, f"the height of {row.query}", "the key size"), key_dim
+        if key_dim and heads:
+            return heads, key_dim
         if row.query:
             lines = height[row.query]
             if heads and lines % heads == 0:
                 return heads, lines // heads
             if head_dim and lines % head_dim == 0:
                 return lines // head_dim, head_dim
-            if heads is None and self._is_one_of_heads():
-                return 1, lines
             raise _no_heads(row.query, lines, heads, head_dim)
         assert row.fused
         lines = height[row.fused]
@@ -725,10 +778,17 @@ class ModuleReader:
                 return heads, size
         raise _no_heads(row.fused, lines, heads, head_dim)
 
-    def _is_one_of_heads(self) -> bool:
-        """Whether the module is one of a list called ``heads``: it is one head."""
+    def _is_one_of_heads(self, row: AttentionNames, height: Mapping[str, int]) -> bool:
+        """Whether the module is one head of a list of them: by the list's name, or by the output beside the list."""
         parts = self.module.split(".")
-        return len(parts) > 1 and parts[-1].isdigit() and parts[-2] in ("heads", "attn_heads", "attention_heads")
+        if len(parts) < 2 or not parts[-1].isdigit() or any(map(self.parameter, _inside(row.outputs))):
+            return False
+        lines = height.get(row.value or "", 0)
+        return parts[-2] in ("heads", "attn_heads", "attention_heads") or any(
+            lines > 0 and len(self.shape(name)) == 2 and self._share_of_output(child, self.shape(name)[1], lines, False)
+            for child in row.outputs
+            if (name := self.parameter(child))
+        )
 
     def _cut(self, row: AttentionNames, lines: int, heads: int, head_dim: int) -> dict[Role, Window]:
         """Return the windows of a fused parameter, if it is not transposed."""
@@ -768,6 +828,10 @@ class ModuleReader:
             windows[role] = Window("rows", start, stop, lines // groups, head_dim, groups)
             start = stop
         return windows
+
+
+def _inside(outputs: Iterable[str]) -> list[str]:
+    return [child for child in outputs if not child.startswith("../")]
 
 
 def _no_heads(child: str, lines: int, heads: int | None, head_dim: int | None) -> NotHandled:
