@@ -160,7 +160,7 @@ def _classes(folder: Path) -> Iterator[tuple[str, str]]:
 
 #: Classes called attention that hold one of those above, or that no model above has and that are built below.
 HOLD_ONE = re.compile(
-    r".*(Block|AttentionCl|PartitionAttention2d|ParallelPartitionAttention|MobileAttention|SpatialAttention|LocalWindowAttention|BlockClassAttn)"
+    r".*(Block|AttentionCl|PartitionAttention(2d)?|MobileAttention|SpatialAttention|LocalWindowAttention|BlockClassAttn)"
 )
 
 
