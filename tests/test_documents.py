@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rankdecay
 from rankdecay import cli, rules
 from rankdecay.linalg import shrink
 
@@ -20,6 +22,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CITATION = re.compile(
     r"docs/theory\.md,?\s+sections?\s+(\d+(?:\.\d+)?)|\[theory\]\((?:docs/)?theory\.md\),\s+section\s+(\d+(?:\.\d+)?)"
 )
+RECOGNITION = (ROOT / "docs" / "recognition.md").read_text(encoding="utf-8")
 #: Documents that were never published: what they said is in docs/theory.md.
 UNPUBLISHED = re.compile(r"(low_rank_decay|attention_rank|matrix_functions)\.md|planning (notes|table)")
 
@@ -89,6 +92,24 @@ def test_the_hooks_are_of_the_versions_in_use() -> None:
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     [ruff] = re.findall(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert re.search(rf"ruff-pre-commit\n +rev: v{re.escape(ruff)}\b", hooks)
+
+
+def test_the_page_on_recognition_runs_and_says_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {"torch": torch, "nn": torch.nn, "rd": rankdecay}
+    for block in re.findall(r"```python\n(.*?)```", RECOGNITION, re.DOTALL):
+        exec(block, names)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 6
+    assert "cross: query_of (32, 32) and key_of (32, 32)" in printed[0]
+    assert printed[1:4] == ["['self_attn', 'cross']", "()", "rows[0:32]/96 by 8 rows[32:64]/96 by 8"]
+    assert "nothing says whether queries and keys are normalised" in printed[4]
+    assert "queries and keys are normalised, so" in printed[5]
+
+
+@pytest.mark.parametrize("command", re.findall(r"^rankdecay inspect .*--names.*$", RECOGNITION, re.MULTILINE))
+def test_the_commands_of_the_page_on_recognition_are_understood(command: str) -> None:
+    settings = cli._parse_inspect(shlex.split(command)[2:])
+    assert cli._how(settings)["names"]
 
 
 # --- what CONTRIBUTING shows ---

@@ -185,14 +185,14 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         action="append",
         metavar="NAMES",
         help="names of the projections, for attention that is not recognised: query=wq,key=wk,value=wv,output=wo; also "
-        "order, layout, num_heads, head_dim, rotary (none, half, interleaved), rotary_dims, qk_norm (yes, no), grouping; "
-        "again for a second kind of attention",
+        "order, layout, num_heads, head_dim, rotary (none, half, interleaved), rotary_dims, qk_norm (yes, no), "
+        "grouping; repeat it for a second kind of attention",
     )
     add("--only", action="store_true", help="look for the attention that --names names alone")
     add(
         "--strict",
         action="store_true",
-        help=f"leave with exit code {STRICT} if anything that looks like attention is not handled",
+        help=f"exit with code {STRICT} if anything that looks like attention is not handled",
     )
     add(
         "--state",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import Names, find_layers, grouped
+from rankdecay.attention.locate import Names, find_layers, listed
 from rankdecay.attention.names import SCALED_OUTPUT
 from rankdecay.attention.numbering import Numbered
 from rankdecay.attention.products import Product, ProductName, Rotary
@@ -138,7 +138,8 @@ def inspect(
 
     Raises:
         TypeError: If ``model`` is neither a model nor a path, or ``example`` is given with a path.
-        ValueError: If a checkpoint cannot be read, the model has no values (on the meta device), no attention is found, or a layer or head does not exist.
+        ValueError: If a checkpoint cannot be read, the model has no values (on the meta device) or cannot be run on
+            ``example``, no attention is found, or a layer or head does not exist.
 
     Example:
         >>> report = inspect(nn.MultiheadAttention(16, 2))
@@ -171,7 +172,7 @@ def inspect(
         for note in _notes(layer):
             notes.setdefault(note, []).append(layer.place.label)
     noted = [f"{_ranges(labels)}: {note}" for note, labels in notes.items()]
-    return Inspection(str(source), rows, noted, [f"{modules}: {reason}" for modules, reason in grouped(unhandled)])
+    return Inspection(str(source), rows, noted, listed(unhandled))
 
 
 def check_values(model: nn.Module, layers: Sequence[AttentionLayer]) -> None:
@@ -233,8 +234,9 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
         yield f"it {layer.no_product}, so {own}"
     elif "query_rotary" in layer.factors:
         yield (
-            "latent attention: a product stands where no norm does, W_Kᵀ W_Q from the queries' vector to the latent, that "
-            "of the part which positions turn apart, and W_O W_V from the latent; the factors before the norms on their own"
+            "latent attention: products are formed where no norm stands between the factors: W_Kᵀ W_Q between the "
+            "queries' vector and the latent, the same for the rotary part, and W_O W_V from the latent; the factors "
+            "before the norms are shown on their own"
         )
     elif layer.rotary is not None:
         part = "" if layer.rotary.dims == layer.head_dim else f" ({layer.rotary.dims} of {layer.head_dim} coordinates)"
@@ -249,9 +251,12 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
         )
     if layer.unknown:
         asked = {"qk_norm": "queries and keys are normalised", "rotary": "rotary positions turn them"}
+        questions = " or whether ".join(asked[name] for name in sorted(layer.unknown))
+        settings = ", ".join(f"{name}=..." for name in sorted(layer.unknown))
+        example = ", or give a live model and example=" if "qk_norm" in layer.unknown else ""
         yield (
-            f"nothing says whether {' or whether '.join(asked[name] for name in sorted(layer.unknown))}, and it is shown as "
-            "if not: say it with names=AttentionNames(..., qk_norm=..., rotary=...), or give a live model and example="
+            f"nothing says whether {questions}, and it is shown as if not: say it with "
+            f"names=AttentionNames(..., {settings}){example}"
         )
 
 
@@ -270,7 +275,7 @@ def _ranges(labels: Sequence[str]) -> str:
 
 
 def label(row: Row) -> str:
-    """Return what a layer is called that no other layer of its model is called."""
+    """Return the unique label of a row's layer in its model."""
     return row.get("label") or str(row["layer"])
 
 

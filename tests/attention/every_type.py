@@ -35,7 +35,7 @@ _RESNET: dict[str, Any] = {
 }
 _RESNET_LAST = _RESNET | {"backbone_config": {"model_type": "resnet", "out_features": ["stage4"], "depths": [1] * 4}}
 _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
-_BY_KIND = {kind: _ROPE for kind in ("full_attention", "sliding_attention")}
+_BY_KIND = dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)
 _FORECAST: dict[str, Any] = {"prediction_length": 4, "context_length": 8}
 _CLIP: dict[str, Any] = {"model_type": "clip_vision_model", "num_hidden_layers": 2}
 _QSA: dict[str, Any] = {

@@ -241,7 +241,7 @@ def test_an_adapter_of_ones_own_is_refused_until_it_is_merged(cls: type[nn.Modul
     attention.num_heads, attention.q_proj = 2, cls()
     attention.k_proj, attention.v_proj, attention.o_proj = (nn.Linear(8, 8, bias=False) for _ in range(3))
     [layer] = rd.find_attention(attention)
-    with pytest.raises(ValueError, match=r"q_proj \(Own.*\) adds to its weight what lora_.* and lora_.* say.*merge"):
+    with pytest.raises(ValueError, match=r"q_proj \(Own.*\) adds lora_.* and lora_.* to its weight.*merge"):
         layer.query.tensor()
     attention.get_submodule("q_proj").__dict__["merged"] = True
     assert torch.equal(layer.query.tensor(), attention.get_parameter(layer.query.parameter_name).detach())

@@ -55,7 +55,8 @@ def test_latent_attention_is_read_factor_by_factor() -> None:
     expected = torch.linalg.svdvals(shared[8:].double().mT @ queries[:, 8:].double())
     torch.testing.assert_close(rotary, expected[:, :4])
     roles = {name: group["role"] for group in rd.param_groups(model) for name in group["param_names"]}
-    assert {name.split(".")[-2]: role for name, role in roles.items() if "self_attn" in name and "norm" not in name} == {
+    of_attention = {name: role for name, role in roles.items() if "self_attn" in name and "norm" not in name}
+    assert {name.split(".")[-2]: role for name, role in of_attention.items()} == {
         "q_a_proj": "query_key", "q_b_proj": "query_key", "kv_a_proj_with_mqa": "other+query_key",
         "kv_b_proj": "query_key+value_output", "o_proj": "value_output",
     }  # fmt: skip
@@ -100,14 +101,14 @@ def test_a_module_may_have_two_kinds_of_attention() -> None:
     both = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj", "query", "key", "value")})
     both.num_heads = 2
     found, unhandled = locate(ModuleSource(both))
-    assert [layer.places["query"].parameter for layer in found] == ["q_proj.weight", "query.weight"]
-    assert [layer.name for layer in found] == ["", ":query"]
+    assert [layer.places["query"].parameter for layer in found] == ["query.weight", "q_proj.weight"]
+    assert [layer.name for layer in found] == ["", ":q_proj"]
     assert [layer.module for layer in found] == ["", ""]
     assert unhandled == []
-    names = rd.AttentionNames(query="query", key="key", value="value")
+    names = rd.AttentionNames(query="q_proj", key="k_proj", value="v_proj")
     assert [layer.places["query"].parameter for layer in locate(ModuleSource(both), names)[0]] == [
-        "query.weight",
         "q_proj.weight",
+        "query.weight",
     ]
     assert len(locate(ModuleSource(both), names, only=True)[0]) == 1
 

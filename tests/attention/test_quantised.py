@@ -187,7 +187,7 @@ def test_bitsandbytes_4bit(tmp_path: Path, kind: str, nested: bool) -> None:
     assert sum(len(group["params"]) for group in groups) == 4
 
     held.quant_state.packing_format_for_cpu = True  # as the first forward pass leaves it on processors with AVX512-BF16
-    with pytest.raises(ValueError, match=r"q_proj.weight was put into the order of bitsandbytes' CPU kernel"):
+    with pytest.raises(ValueError, match=r"q_proj.weight was reordered for bitsandbytes' CPU kernel"):
         query(live)
 
 

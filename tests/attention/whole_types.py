@@ -9,20 +9,26 @@ import re
 
 from torch import Tensor, nn
 
-_QUERY = re.compile(r"(.*_)?(q|wq|query|queries)(_.*)?|(to|w|linear|project|projection|att|attn)_?(q|query|queries).*|.*_q")
+_QUERY = re.compile(
+    r"(.*_)?(q|wq|query|queries)(_.*)?|(to|w|linear|project|projection|att|attn)_?(q|query|queries).*|.*_q"
+)
 _KEY = re.compile(r"(.*_)?(k|wk|kv|key|keys)(_.*)?|(to|w|linear|project|projection|att|attn)_?(k|key|keys|kv).*|.*_kv?")
-_FUSED = re.compile(r".*qkv.*|c_attn|in_proj_weight|query_key_value|queries_keys_values|att_proj|.*_qk|qk_.*|query_key|w_?pack", re.I)
+_FUSED = re.compile(
+    r".*qkv.*|c_attn|in_proj_weight|query_key_value|queries_keys_values|att_proj|.*_qk|qk_.*|query_key|w_?pack", re.I
+)
 _NONE = re.compile(r".*(norm|ln|rope|rotary|bias|scale|embed|embedding|embeddings|gate|tokens?|dropout|pos)_?.*")
 _CLASS = re.compile(r".*(Attention|Attn)$")
 
 #: Modules of the sweep that hold projections and are not read, by class: what is said of them.
 NAMED: dict[str, str] = {
     "GatedDeltaNet": "recurrent state", "DeltaAttention": "recurrent state", "TextLinearAttention": "recurrent state",
-    "LightningAttention": "lightning attention", "xLSTMLayer": "mLSTM", "Indexer": "an indexer", "QSAIndexer": "an indexer",
-    "DeformableAttention": "deformable attention", "EfficientAdditiveAttention": "additive attention",
-    "LSHSelfAttention": "hashing", "AutoformerAttention": "autocorrelation", "CCAProjection": "convolutions stand between",
+    "LightningAttention": "lightning attention", "xLSTMLayer": "mLSTM", "Indexer": "an indexer",
+    "QSAIndexer": "an indexer", "DeformableAttention": "deformable attention",
+    "EfficientAdditiveAttention": "additive attention", "LSHSelfAttention": "hashing",
+    "AutoformerAttention": "autocorrelation", "CCAProjection": "convolutions stand between",
     "SqueezeBertSelfAttention": "grouped convolution", "MobileViTV2LinearSelfAttention": "rows",
-    "AriaCrossAttention": "multihead_attn", "AXK2Attention": "latent attention", "Compressor": "order that is not known",
+    "AriaCrossAttention": "multihead_attn", "AXK2Attention": "latent attention",
+    "Compressor": "order that is not known", "V4Indexer": "order that is not known",
     "GlobalPointer": "not recognised", "AttentionPoolingHead": "without a projection to queries",
 }  # fmt: skip
 #: Classes that sound like attention and hold no projections of queries and keys of their own.

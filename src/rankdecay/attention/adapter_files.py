@@ -26,7 +26,7 @@ _FACTORS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A",
 _FACTOR = re.compile(r"(?:^|[._])(?:lora|hada|lokr|oft|ia3|vera)[._]")
 #: Files of a base that lies in the adapter's own directory, or the one above.
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-#: Settings that make of LoRA more than a sum.
+#: Settings that make LoRA more than the sum W + s · B A.
 _MORE = ("use_dora", "layer_replication", "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config",
          "kasa_config", "monteclora_config", "lora_bias", "trainable_token_indices", "megatron_config")  # fmt: skip
 #: Initialisations that leave the base as it is; the others change it too.
@@ -51,7 +51,7 @@ def is_adapter(file: Path, shapes: Mapping[str, Any]) -> bool:
 
 
 def merge(adapter: Checkpoint, file: Path, open_base: Callable[[Path], Checkpoint]) -> dict[str, Any]:
-    """Return what a checkpoint is with an adapter merged into its base.
+    """Return the fields of a checkpoint: an adapter merged into its base.
 
     Args:
         adapter: the adapter's tensors.
@@ -169,7 +169,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _alignment(names: list[str], base: Checkpoint) -> Callable[[str], str]:
-    """Return what names in the adapter's model are called in the base's files: the same but for one prefix."""
+    """Return a function from names in the adapter's model to names in the base's files, which differ by one prefix."""
     heads = ("", *{name.partition(".")[0] + "." for name in (*names, *base.shapes)})
     for prefix in heads:
         if all(name.startswith(prefix) and name[len(prefix) :] in base.shapes for name in names):
@@ -197,7 +197,7 @@ def _by_pattern(patterns: object, module: str, default: object) -> object:
     for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
         repeats = len(re.findall(r"[*+{]", pattern))
         if repeats > 4 or (repeats and "(" in pattern):
-            raise ValueError(f"the pattern {pattern!r} is not tried: it could take for ever")
+            raise ValueError(f"the pattern {pattern!r} is not tried: matching it could take too long")
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
@@ -209,7 +209,7 @@ def _by_pattern(patterns: object, module: str, default: object) -> object:
 def _oriented(
     deltas: dict[str, _Delta], adapter: Checkpoint, base: Checkpoint, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, _Delta]]:
-    """Yield the changes turned as their weights are stored: (in, out) by Conv1D, which shapes show unless square."""
+    """Yield the changes oriented as their weights: Conv1D stores (in, out), which only a square shape hides."""
     seen: dict[str, set[bool]] = {}
     shape = {name: (adapter.shapes[delta.up][0], adapter.shapes[delta.down][-1]) for name, delta in deltas.items()}
     for name, delta in deltas.items():

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from rankdecay.attention.computed import compute, computed_weights, detached_copy
 
-#: How the factors of adapters are called.
+#: Names of the factors of adapters.
 _FACTOR = re.compile(r"lora|dora|hada|lokr|ia3_|adapter", re.IGNORECASE)
 _FLOAT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,7 +28,7 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def factors(module: nn.Module) -> list[str]:
-    """Return the names of what a module holds that is called as the factors of an adapter are."""
+    """Return the names of the parameters and submodules that are named like the factors of an adapter."""
     return [name for name in (*module._parameters.keys(), *module._modules.keys()) if _FACTOR.match(name)]
 
 
@@ -40,13 +40,13 @@ def check_plain(module: nn.Module, path: str) -> None:
     """
     if (own := factors(module)) and not getattr(module, "merged", False):
         raise ValueError(
-            f"{path or 'the module'} ({type(module).__name__}) adds to its weight what {' and '.join(own)} say, in a "
-            "way that is not known here; merge them into the weight first, or use PEFT, whose adapters are read."
+            f"{path or 'the module'} ({type(module).__name__}) adds {' and '.join(own)} to its weight in a way that "
+            "is not known here; merge them into the weight first, or use PEFT, whose adapters are read."
         )
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether a module is trained as a whole beside the adapters, so that it exists twice."""
+    """Whether a module is trained whole beside the adapters; PEFT then keeps the original as well."""
     return "original_module" in module._modules and "modules_to_save" in module._modules
 
 
@@ -57,7 +57,7 @@ def in_use(replaced: Any) -> str:
 
 
 def merged(adapted: Any, path: str) -> nn.Module:
-    """Return the base layer with all that its forward pass now adds to it: a copy, or itself where that is nothing.
+    """Return the base layer with its active adapters merged: a copy, or the layer itself if there is nothing to merge.
 
     Args:
         adapted: the wrapped layer.
@@ -82,7 +82,7 @@ def merged(adapted: Any, path: str) -> nn.Module:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             copied.unmerge() if adapted.merged else copied.merge()
-    except Exception as reason:  # as many kinds as there are tuners
+    except Exception as reason:  # each tuner raises its own
         said = str(reason) or "it cannot be merged"
         raise ValueError(f"{path} has no weight with its adapter {tuner} merged: {said.rstrip('.')}.") from reason
     return copied.base_layer
@@ -97,7 +97,7 @@ def added(adapted: Any, path: str, base: Tensor) -> Tensor:
         base: the dequantised weight.
 
     Raises:
-        ValueError: If the adapter does more than to add to the weight.
+        ValueError: If the adapter is more than a sum with the weight.
     """
     if not hasattr(adapted, "active_adapters"):
         check_plain(adapted, path)

@@ -5,8 +5,8 @@ Which files of a directory are read is in :mod:`rankdecay.attention.folders`, wh
 in :mod:`rankdecay.attention.adapter_files`.
 
 Only shapes are read at first; a tensor is read when a view asks for it. Nothing in a file is executed: safetensors hold
-none, and a pickle is loaded with ``weights_only=True``, which refuses anything but tensors and plain containers. Files
-are not trusted: whatever is wrong with them becomes a :class:`CheckpointError` that names the file.
+no code, and a pickle is loaded with ``weights_only=True``, which refuses anything but tensors and plain containers.
+Files are not trusted: whatever is wrong with them becomes a :class:`CheckpointError` that names the file.
 """
 
 from __future__ import annotations
@@ -117,14 +117,20 @@ def parts_of_config(config: Mapping[str, Any], path: str) -> list[Mapping[str, A
     ``vision_config`` of ``vision_tower``. Of a model with several parts, one whose path resembles none is of the text
     if it is where a language model is, and else of nothing that is stated.
     """
-    nested = {key: part for key, part in config.items() if isinstance(part, dict) and "model_type" in part}
+    nested = {
+        key: part
+        for key, part in config.items()
+        if isinstance(part, dict) and ("model_type" in part or key.endswith("_config"))
+    }
     if not nested:
         return [config]
     words = f".{path}."
     stems = {key: key.removesuffix("_config") for key in nested}
     fits = [key for key, stem in stems.items() if any(name in words for name in (stem, *PARTS.get(key, ())))]
-    exact = [key for key in fits if stems[key] in words]
-    if best := max(exact or fits, key=lambda key: len(stems[key]), default=None):
+    # "sam_encoder" is of sam_config rather than encoder_config, and either rather than another name for a part
+    if best := max(
+        fits, key=lambda key: (f".{stems[key]}" in words, stems[key] in words, len(stems[key])), default=None
+    ):
         return [*parts_of_config(nested[best], path), config]
     text = next((key for key in ("text_config", "llm_config", "language_config") if key in nested), None)
     if text and _LANGUAGE_MODEL.match(path):
@@ -287,7 +293,7 @@ def _content(file: Path) -> object:
 
 def _check_size(tensors: Mapping[str, Tensor], file: Path) -> None:
     for name, tensor in tensors.items():
-        if tensor.numel() * tensor.element_size() > file.stat().st_size:  # strides of 0 make much out of little
+        if tensor.numel() * tensor.element_size() > file.stat().st_size:  # strides of 0 need no bytes
             raise CheckpointError(
                 f"{name} in {file} claims shape {tuple(tensor.shape)}, which is more than the file holds."
             )

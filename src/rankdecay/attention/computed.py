@@ -14,8 +14,8 @@ any other of ``utils.parametrize``       ``.original`` or ``.original0``, …  l
                                                                              in a file: refused by name
 =======================================  ==================================  ======================================
 
-A live weight is computed on copies, so that nothing moves: neither the power iteration of spectral norm, nor a random
-generator, nor the graph.
+A live weight is computed on copies, so that nothing of the model changes: neither the power iteration of spectral norm,
+nor a random generator, nor the graph.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def detached_copy(module: nn.Module, changed: nn.Module | None = None) -> Any:
     for part in parts:
         for name, value in vars(part).items():
             if "hook" in name and isinstance(value, dict):
-                memo[id(value)] = type(value)()  # somebody's hooks would bring what they are bound to
+                memo[id(value)] = type(value)()  # a hook would copy the object it is bound to as well
             elif name in ("_hf_hook", "forward") or isinstance(value, Tensor):
                 memo[id(value)] = value
         for parameter in part._parameters.values():
@@ -244,7 +244,7 @@ def _stored(
         case ("~mask", "~orig") if shape("~mask") == shape("~orig"):
             matrix, read = "~orig", lambda: torch.mul(*of("~orig", "~mask"))
         case names if all(name.startswith("~") for name in names) and "~orig" not in names:
-            return None  # names that only look like those of torch
+            return None  # names that resemble torch's by chance
         case names:
 
             def refuse() -> Tensor:

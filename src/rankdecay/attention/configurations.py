@@ -20,7 +20,7 @@ _LARGEST_YAML = 2**20
 
 
 def configuration(folders: Collection[Path], file: Path, names: Collection[str], content: object) -> dict[str, Any]:
-    """Return what says the numbers of heads and the positions of a checkpoint.
+    """Return the settings that state the numbers of heads and the positions of a checkpoint.
 
     Args:
         folders: where files of configuration may be, the nearest first.
@@ -85,7 +85,7 @@ def _parts(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
 
 
 def _canonical(config: dict[str, Any]) -> dict[str, Any]:
-    """Add the common names of settings that some libraries spell in their own way."""
+    """Add the usual names of settings for which some libraries have names of their own."""
     spelled = {
         "num_key_value_heads": ("n_query_groups", "num_query_groups", "n_kv_heads"),
         "rope_theta": ("rope_base",),
@@ -100,7 +100,7 @@ def _canonical(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _meta(params: dict[str, Any]) -> dict[str, Any]:
-    """Return Meta's ``params.json``: rotary positions turn neighbouring coordinates, whether it says so or not."""
+    """Return Meta's ``params.json``: rotary positions always turn neighbouring coordinates."""
     config = {"rope_theta": 10000.0} | {key: value for key, value in params.items() if value is not None}
     vision = config.get("vision_encoder")  # Pixtral
     if isinstance(vision, dict):

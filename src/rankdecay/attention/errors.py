@@ -1,4 +1,4 @@
-"""What goes wrong with checkpoints, whatever their format."""
+"""The error that reading a checkpoint raises, whatever its format."""
 
 
 class CheckpointError(ValueError):

@@ -21,7 +21,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLED, ".gguf")
 ADAPTER_CONFIG = "adapter_config.json"
 
-#: Names, without the suffix, that trainers give to what is not weights.
+#: Names, without the suffix, of files of trainers that hold no weights.
 _NO_WEIGHTS = re.compile(
     r"(?:.*_)?(?:optimizers?|optim|schedulers?|scaler|rng_states?|random_states?|dataloader|sampler|optim_states)"
     r"(?:_state|_dict|_rank)*(?:[_-]?\d+)*|train(?:ing|er)?_(?:args|state)|(?:bf16_)?zero_pp_rank_.*|args"
@@ -70,7 +70,7 @@ def find_files(path: Path, state: str | None, matrices_in: Callable[[Path], set[
     if path.is_dir():
         return _in_folder(path, state, matrices_in, 0)
     folders = [path.parent, *([path.resolve().parent] if path.is_symlink() else [])]
-    file = path if path.suffix in SUFFIXES else path.resolve()  # a link may be called as one likes
+    file = path if path.suffix in SUFFIXES else path.resolve()  # a link may have any name
     if text := foreign_file(file):
         raise CheckpointError(text)
     check_inside(file.resolve(), file.resolve().parent)  # a link that the caller names is followed
@@ -84,7 +84,7 @@ def find_files(path: Path, state: str | None, matrices_in: Callable[[Path], set[
 
 
 def kind(file: Path) -> str:
-    """Return the suffix of a file, or the one that its first bytes ask for, as of a blob of the hub's cache."""
+    """Return the suffix of a file; of a blob of the hub's cache, which has none, what its first bytes imply."""
     if file.suffix in SUFFIXES:
         return file.suffix
     with file.open("rb") as opened:
@@ -217,7 +217,7 @@ def _has_weights(folder: Path, depth: int) -> bool:
 
 
 def _foreign(folder: Path, depth: int) -> str | None:
-    """Return what a directory, or one in it, is, if it is of a format that is not read."""
+    """Return what to say of a directory, or one in it, that is of a known format which is not read."""
     below = (_foreign(sub, depth + 1) for sub in _subfolders(folder)) if depth < _DEEP else ()
     return foreign_folder(folder) or next(filter(None, below), None)
 
@@ -243,7 +243,7 @@ def _sets(folder: Path) -> dict[str, Callable[[], list[Path]]]:
     for index in sorted(folder.glob("*.index.json")):
         try:
             listed = {file.name for file in _of_index(index)}
-        except CheckpointError:  # told where this index is the one to read
+        except CheckpointError:  # reported if this index is the one that is read
             stem = index.name.removesuffix(".index.json").partition(".")[0]
             listed = {file.name for files in sets.values() for file in files if file.name.startswith(f"{stem}-")}
         for key, files in sets.items():
@@ -290,7 +290,7 @@ def _obvious(
 
 
 def _model(key: str) -> str:
-    """Return what a file is called without its format: ``pytorch_model.bin`` and ``model.safetensors`` are one."""
+    """Return the name of a file without its format: ``pytorch_model.bin`` and ``model.safetensors`` are one."""
     return re.sub(r"pytorch_|-\*-of-\d+|\.index\.json$|\.(safetensors|bin)\b", "", key)
 
 

@@ -1,4 +1,4 @@
-"""Formats that hold weights and are not read: what each is, and how to make a file of it that is."""
+"""Formats of weights that are known and not read: what each is, and how to convert it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SAVE = "save its tensors with safetensors.torch.save_file and give that file"
 _IN_JAX = "restore it in JAX, " + _SAVE.replace("its tensors", "the arrays, as tensors,")
 _BY_TRANSFORMERS = "load it with a version 4 of transformers (from_pretrained(..., {flag}=True)) and save_pretrained it"
 
-#: By the end of a file's name: what it is and what to do.
+#: Pattern of the end of a file's name, what the file is, and what to do.
 _FILES: tuple[tuple[str, str, str], ...] = (
     (r"\.onnx|\.onnx_data", "an ONNX graph, whose weights have no names", "give the model it was exported from"),
     (r"\.msgpack", "a Flax checkpoint", _BY_TRANSFORMERS.format(flag="from_flax") + ", or " + _IN_JAX),
@@ -24,9 +24,9 @@ _FILES: tuple[tuple[str, str, str], ...] = (
     (r"\.npz|\.npy", "a NumPy archive",
      "convert it: safetensors.numpy.save_file(dict(numpy.load(file)), 'model.safetensors')"),
     (r"\.distcp", "a shard of a distributed checkpoint (DCP)",
-     "give its folder's whole: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt"),
+     "convert its whole folder: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt"),
     (r"(^|/)(bf16_)?zero_pp_rank_.*\.pt|_optim_states\.pt", "a shard of DeepSpeed (ZeRO)",
-     "make one file of all of them with the zero_to_fp32.py beside it"),
+     "merge all shards with the zero_to_fp32.py beside them"),
     (r"\.nemo|\.tar|\.tgz|\.tar\.gz|\.zip|\.gz|\.7z", "a packed archive", "unpack it and give what is inside"),
     (r"\.pt2|\.pte|\.ptl", "an exported program", "save the state_dict() of the model it was exported from"),
     (r"\.mlmodel|\.mlpackage|\.engine|\.trt|\.plan", "a compiled model", "give the model it was compiled from"),
@@ -84,7 +84,7 @@ def check_archive(file: Path) -> None:
     if any(name == "constants.pkl" or name.startswith("code/") for name in inside):
         raise CheckpointError(
             f"{file} is a TorchScript archive, which holds code and is not loaded; where you trust it, "
-            "torch.save(torch.jit.load(file).state_dict(), 'model.pt') makes a state dict of it."
+            "torch.save(torch.jit.load(file).state_dict(), 'model.pt') converts it to a state dict."
         )
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed:

@@ -9,8 +9,8 @@ block come from the file's metadata and, where llama.cpp fixes them in its code,
 * **Fused** ``attn_qkv`` is [q, k, v], contiguous, whatever it was in the original model: the converter rearranges it.
 * **Layers without rotary positions** are those that llama.cpp does not turn.
 
-The header is read here and not by ``gguf.GGUFReader``, which takes every count in a file for true, and seconds for the
-words of a tokenizer. It is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What depends on the
+The header is read here and not by ``gguf.GGUFReader``, which trusts every count in a file and takes seconds to read
+a tokenizer's words. It is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What depends on the
 architecture was read in llama.cpp as llama-cpp-python 0.3.36 ships it: ``llama_model_rope_type`` in
 ``src/llama-model.cpp``, ``src/models/*.cpp``, ``tools/mtmd/clip.cpp`` and ``conversion/*.py``.
 """
@@ -59,7 +59,7 @@ _SECTIONED = ("glm4", "bailingmoe3")
 #: Architectures in which only the layers with a sliding window have rotary positions.
 _TURNED_IN_WINDOWS = ("llama4", "smollm3", "cohere2", "cohere2moe", "exaone4", "exaone-moe", "smallthinker", "afmoe",
                       "muse-glimmer", "maple")  # fmt: skip
-#: Of these, those that have no such layers, and turn all, unless the file states a window.
+#: Of these, those that turn every layer unless the file states a window.
 _WINDOW_IF_STATED = ("exaone4", "smallthinker")
 #: Of these, those whose period begins with the layer without a window, where the others' end with it.
 _FULL_FIRST = ("cohere2moe", "smallthinker")
@@ -69,7 +69,7 @@ _GATED = ("qwen3next", "qwen35", "qwen35moe")
 _MODEL_TYPES = {"gpt2": "gpt2", "starcoder": "gpt_bigcode"}
 #: Their scale at initialisation where it is not 0.02, as transformers 5.23 has it.
 _DEVIATIONS = {"starcoder2": 0.018042, "nemotron": 0.0134, "minicpm3": 0.1, "hy_v3": 0.006}
-#: What a file may be that is no model, by its ``general.type``.
+#: Files that are no models, by their ``general.type``.
 _NO_MODEL = {
     "adapter": "a LoRA adapter: merge it into its base (llama-export-lora) and give the result",
     "imatrix": "an importance matrix, which has no weights: give the model",
@@ -181,7 +181,7 @@ def read_gguf(files: Sequence[Path]) -> Contents:
 
 
 def _join_latent(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
-    """Join the keys' and the values' part of what multi-head latent attention makes of its latent, as in older files.
+    """Join the factors of multi-head latent attention that newer files split into keys and values.
 
     Newer files have ``attn_k_b`` (heads, latent, k) and ``attn_v_b`` (heads, k, latent) for ``attn_kv_b``, which is
     (heads · [keys, values], latent); its shape takes the place of theirs.
@@ -341,7 +341,7 @@ def _read_header(file: Path, gguf: Any) -> _Header:
 
 
 class _HeaderReader:
-    """Reader of a header, front to back. What it claims is compared with the size of the file before it is believed."""
+    """Reader of a header, front to back. Each count and offset is checked against the size of the file before use."""
 
     def __init__(self, file: Path, opened: BinaryIO) -> None:
         self.file, self.opened = file, opened
@@ -351,7 +351,7 @@ class _HeaderReader:
         if self._bytes(4) != MAGIC:
             raise CheckpointError(f"{self.file} is not a GGUF file: it does not begin with {MAGIC.decode()}.")
         version = self._number("I")
-        if version & 0xFFFF == 0:  # 3 from the other side
+        if version & 0xFFFF == 0:  # a version with its bytes reversed
             raise CheckpointError(
                 f"{self.file} is big-endian; convert it with: gguf-convert-endian {self.file.name} little"
             )

@@ -266,7 +266,7 @@ class AttentionLayer:
     no_product: str = ""
     factors: Mapping[Role, MatrixView] = field(default_factory=dict)
     unknown: frozenset[str] = frozenset()
-    place: Numbered = Numbered("", 0, "0")
+    place: Numbered = field(default_factory=Numbered)
 
     @property
     def num_heads(self) -> int:
@@ -336,8 +336,8 @@ class AttentionLayer:
     def _check_no_norm(self) -> None:
         if not self.has_score_product:
             raise ValueError(
-                f"{self.name} {self.no_product or 'normalises queries and keys'}, so its scores are not those of a product "
-                "W_Kᵀ W_Q; look at the spectra of query.tensor() and key.tensor() instead."
+                f"{self.name} {self.no_product or 'normalises queries and keys'}, so its scores are not those of a "
+                "product W_Kᵀ W_Q; look at the spectra of query.tensor() and key.tensor() instead."
             )
 
     def _grouped(self, heads: Tensor, groups: int) -> Tensor:

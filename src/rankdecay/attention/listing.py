@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import Names, find_layers, grouped
+from rankdecay.attention.locate import Names, find_layers, listed
 from rankdecay.attention.source import Shape, Source, open_source
 from rankdecay.attention.states import SeveralSets
 
@@ -93,8 +93,7 @@ def listing(
     found, unhandled = find_layers(source, names, num_heads, only, head_dim)
     candidates: list[str] = list(getattr(source, "candidates", ()))
     layers = [_layer(layer, source) for layer in found]
-    reasons = [f"{modules}: {reason}" for modules, reason in grouped(unhandled)]
-    return Listing(str(source), layers, candidates, reasons)
+    return Listing(str(source), layers, candidates, listed(unhandled))
 
 
 def _layer(layer: AttentionLayer, source: Source) -> dict[str, Any]:

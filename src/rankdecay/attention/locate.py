@@ -118,6 +118,11 @@ def grouped(unhandled: Sequence[Unhandled]) -> list[tuple[str, str]]:
     ]
 
 
+def listed(unhandled: Sequence[Unhandled]) -> list[str]:
+    """Return one text for each reason, with the modules that it is said of."""
+    return [f"{modules}: {reason}" for modules, reason in grouped(unhandled)]
+
+
 def find_layers(
     source: Source, names: Names = None, num_heads: int | None = None, only: bool = False, head_dim: int | None = None
 ) -> tuple[list[AttentionLayer], list[Unhandled]]:
@@ -216,7 +221,7 @@ def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionN
     """Yield the rows of known names that a module has the projections of, the surest first."""
     yield from filter(reader.matches, (*FUSED, *SEPARATE))
     lender = reader.lender()
-    for child in sorted(children, key=lambda child: (len(child), child)):  # in files the order is another
+    for child in sorted(children, key=lambda child: (len(child), child)):  # the order in files differs
         for spelling in spellings(child):
             query, key, value = spelling.query, spelling.key, spelling.value
             if key in children and value in children:
@@ -254,13 +259,14 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
     if reason:
         return f"{reason} ({shown([*queries, *keys, *fused])})"
     if fused:
-        several = "s" if len(fused) > 1 else ""
+        hold = "hold" if len(fused) > 1 else "holds"
         return (
-            f"{shown(fused)} hold{'' if several else 's'} queries, keys or values in an order that is not known: say it with "
-            f"names=AttentionNames(fused={fused[0]!r}, order=..., layout='contiguous' or 'interleaved', output=..., num_heads=...)"
+            f"{shown(fused)} {hold} queries, keys or values in an order that is not known: say it "
+            f"with names=AttentionNames(fused={fused[0]!r}, order=..., layout='contiguous' or 'interleaved', "
+            "output=..., num_heads=...)"
         )
     return (
-        f"{shown([*queries, *keys])} are called like queries and keys, and not recognised: say what they are with "
+        f"{shown([*queries, *keys])} are named like projections to queries and keys, and not recognised: map them with "
         f"names=AttentionNames(query={queries[0]!r}, key={keys[0]!r}, value=..., output=..., num_heads=...)"
     )
 
@@ -327,8 +333,7 @@ def _nothing(source: Source, names: Names, unhandled: list[Unhandled]) -> str:
         rows = [names] if isinstance(names, AttentionNames) else names
         text += f" under the names {', '.join(repr(name) for row in rows for name in row.projections)}"
     if unhandled:
-        reasons = "; ".join(f"{modules}: {reason}" for modules, reason in grouped(unhandled)[:4])
-        return f"{text}. Not handled: {reasons.rstrip('.')}."
+        return f"{text}. Not handled: {'; '.join(listed(unhandled)[:4]).rstrip('.')}."
     flat = [n for n, shape in shapes.items() if len(shape) == 1 and n.rpartition(".")[2].startswith("_flat_param")]
     if flat:
         return text + f": {flat[0]} is a flattened FSDP1 parameter; shard with FSDP2 (fully_shard) instead."

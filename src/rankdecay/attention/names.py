@@ -1,8 +1,9 @@
 """Names of attention's projections, and of the settings that state its heads and positions.
 
 Separate projections are recognised by a grammar, not by a list: three names that differ in one word alone, which says
-query, key or value (:func:`spellings`). Fused ones are in :data:`FUSED`, since a name does not say how they are cut. What
-this grammar takes for queries and keys, and no row reads, is named to the user (:mod:`rankdecay.attention.locate`).
+query, key or value (:func:`spellings`). Fused ones are listed in :data:`FUSED`, since a name does not say in which
+order they hold queries, keys and values. A module whose names look like queries and keys to this grammar, and which no
+row reads, is reported to the user (:mod:`rankdecay.attention.locate`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ class AttentionNames:
     """Names of the projections in one family of attention modules, relative to the module.
 
     Give separate ``query``, ``key`` and ``value``; or ``fused`` alone for all three in one parameter; or ``query`` and
-    ``fused`` for keys and values in one; or ``fused`` and ``value`` for queries and keys in one. A name is a submodule
-    with a ``weight`` (``"q_proj"``), or a parameter itself (``"q_proj_weight"``). A parameter of three
-    dimensions is a stack of one matrix per head, (heads, in, head_dim) for queries, keys and values and
-    (heads, head_dim, out) for the output.
+    ``fused`` for keys and values in one; or ``fused`` and ``value`` for queries and keys in one. A name is a submodule with a ``weight`` (``"q_proj"``), or a parameter itself
+    (``"q_proj_weight"``). A parameter of three dimensions is a stack of one matrix per head, (heads, in, head_dim) for
+    queries, keys and values and (heads, head_dim, out) for the output.
 
     Attributes:
         query: name of the query projection.
@@ -50,7 +50,8 @@ class AttentionNames:
             ``rotate_half``, or ``"interleaved"`` neighbours; None to read it from the model's settings.
         rotary_dims: how many coordinates of a head are turned; by default all.
         qk_norm: whether queries and keys are normalised before their product; None to read it from the module.
-        grouping: which key head query head i of h meets, of g: ``"consecutive"``, i // (h / g), or ``"strided"``, i mod g.
+        grouping: which of g key heads query head i of h meets: ``"consecutive"``, i // (h / g), or ``"strided"``,
+            i mod g.
 
     Example:
         >>> AttentionNames(query="to_queries", key="to_keys", value="to_values", output="unify", num_heads=8)
@@ -79,7 +80,7 @@ class AttentionNames:
         if given not in ({"query", "key", "value"}, {"fused"}, {"query", "fused"}, {"fused", "value"}):
             raise ValueError(
                 f"AttentionNames got {', '.join(sorted(given)) or 'no projection'}; expected query, key and value, "
-                "or fused alone, or query and fused (keys and values in one), or fused and value (queries and keys)."
+                "or fused alone, or query and fused (keys and values in one), or fused and value (queries and keys in one)."
             )
         if len(given) == 2 and len(self.order) != 2:
             object.__setattr__(self, "order", "kv" if self.query else "qk")
@@ -141,8 +142,8 @@ def spellings(child: str) -> Iterator[Spelling]:
     """Yield the names that belong together if ``child`` is the query's.
 
     Example:
-        >>> list(spellings("add_q_proj"))
-        [Spelling(query='add_q_proj', key='add_k_proj', value='add_v_proj', output='add_o_proj', key_value='add_kv_proj')]
+        >>> list(spellings("q_proj"))
+        [Spelling(query='q_proj', key='k_proj', value='v_proj', output='o_proj', key_value='kv_proj')]
     """
     if _NO_PROJECTION.search(child):
         return
@@ -153,7 +154,7 @@ def spellings(child: str) -> Iterator[Spelling]:
 
 
 def is_table(child: str) -> bool:
-    """Whether a name says that it is of positions, biases, norms: no projection, whatever its shape."""
+    """Whether a name says that it is of positions, biases, norms and the like, though it may have a projection's shape."""
     return bool(_NO_PROJECTION.search(child))
 
 
@@ -186,13 +187,16 @@ def is_fused_like(child: str) -> bool:
     return bool(_FUSED_WORD.search(child)) and not _NO_PROJECTION.search(child)
 
 
-_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "proj", "Wo", "wo", "W_o", "to_out.0", "to_out",
-            "linear_out", "out", "proj_out", "output_proj", "out_projection", "projection_output", "linear_proj", "attn_output",
-            "attn_out", "attention_out", "out_layer", "proj_attn", "output", "output_projection", "projection",
-            "projection_layer", "post_proj", "post",
-            "final_proj", "fc", "unify", "unifyheads", "output_linear", "../output.dense", "../output", "../dense", "../post",
-            "../proj", "../../proj", "../../out_proj", "../../o_proj", "../../c_proj", "../../dense", "../../fc",
-            "../../unify", "../proj_out")  # fmt: skip
+#: Names of output projections, in the order they are looked for: in the module, then one and two levels up.
+_OUTPUTS = (
+    "o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "proj", "Wo", "wo", "W_o", "to_out.0", "to_out",
+    "linear_out", "out", "proj_out", "output_proj", "out_projection", "projection_output", "linear_proj",
+    "attn_output", "attn_out", "attention_out", "out_layer", "proj_attn", "output", "output_projection",
+    "projection", "projection_layer",
+    "post_proj", "post", "final_proj", "fc", "unify", "unifyheads", "output_linear",
+    "../output.dense", "../output", "../dense", "../post", "../proj",
+    "../../proj", "../../out_proj", "../../o_proj", "../../c_proj", "../../dense", "../../fc", "../../unify", "../proj_out",
+)  # fmt: skip
 
 
 def separate(query: str, key: str, value: str, output: str) -> AttentionNames:
@@ -220,8 +224,8 @@ FUSED: tuple[AttentionNames, ...] = (
     _fused("c_attn", layout="interleaved", when=("multi_query", None)),  # gpt_bigcode
     _fused("c_attn"),  # gpt-2, nanoGPT
     _fused("query_key_value", when=("multi_query_attention", None)),  # ChatGLM 2 and later
-    _fused("query_key_value", layout="interleaved", when=("model_type", ("bloom", "falcon", "gpt_neox", "gpt_neox_japanese",
-           "persimmon", "fuyu", "chatglm", "gptj"))),
+    _fused("query_key_value", layout="interleaved", when=("model_type", (
+           "bloom", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon", "fuyu", "chatglm", "gptj"))),
     _fused("qkv_proj", order="qvk", blocks=4, when=("model_type", "codegen")),
     _fused("qkv", layout="interleaved", when=("head_first", True)),  # timm's CoAtNet, MaxViT
     _fused("qkv", layout="interleaved", when=("key_dim", None)),  # timm's LeViT, EfficientFormer
@@ -255,8 +259,8 @@ SEPARATE: tuple[AttentionNames, ...] = (
     _row("q_content_proj", "k_content_proj", "v_proj", "o_proj"),  # Conditional DETR
     *(_row(f"{kind}_query_content_proj", f"{kind}_key_content_proj", f"{kind}_value_proj", f"{kind}.output_proj")
       for kind in ("self_attn", "cross_attn")),  # DAB-DETR
-    _row("vision_proj", "text_proj", "values_text_proj", "out_vision_proj"),  # Grounding DINO's fusion, in both directions
-    _row("text_proj", "vision_proj", "values_vision_proj", "out_text_proj"),
+    _row("vision_proj", "text_proj", "values_text_proj", "out_vision_proj"),  # Grounding DINO's fusion, and
+    _row("text_proj", "vision_proj", "values_vision_proj", "out_text_proj"),  # its other direction
     *(_row("query", f"key_{kind}", f"value_{kind}", "out_proj") for kind in ("protein", "structure", "msa")),  # Evolla
 )  # fmt: skip
 
@@ -308,32 +312,33 @@ NOT_READ: dict[str, str] = {
     "sampling_offsets": "deformable attention: its weights come from the queries alone, without keys",
     "lambda_q1": _DIFFERENTIAL,
     "lambda_a": _DIFFERENTIAL,
-    "mlp_out_proj": "one projection, in_proj, holds queries, keys, values and the hidden layer of an MLP",  # ViT-22B
+    "mlp_out_proj": "one projection, in_proj, holds queries, keys, values and the hidden layer of an MLP",  # timm's ViT-22B
     "qkvs": "a list of fused projections, one for each head, whose input is the result of the head before",
 }
-#: Classes whose output projection takes the first channel of every head, then the second: heads have no columns.
+#: Classes whose output projection takes the first channel of every head, then the second: no head has columns of its own.
 MIXED_OUTPUT = ("timm.models.nest.Attention",)
-#: Attributes that give the width of a head of queries and keys where values, after them when fused, have another.
+#: Attributes that give the width of a query's and a key's head where values have another, after them in a fused projection.
 KEY_DIM = ("key_dim", "dim_head_qk", "qk_dim")
 
 #: Attributes of a module or its configuration: number of heads, head size, number of key heads.
 NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads", "num_q_heads",
-             "n_q_heads", "num_query_heads", "num_attention_heads_per_partition", "attention_heads", "attn_heads", "resampler_n_heads")  # fmt: skip
+             "n_q_heads", "num_query_heads", "num_attention_heads_per_partition", "attention_heads", "attn_heads",
+             "resampler_n_heads")  # fmt: skip
 HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "d_kv", "dim_head",
             "d_k", "hidden_size_per_attention_head", "kv_channels", "attention_head_dim", "per_head_dim")  # fmt: skip
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads", "n_query_groups", "n_local_heads",
-             "num_query_groups_per_partition", "multi_query_group_num")  # fmt: skip
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads", "n_query_groups",
+             "n_local_heads", "num_query_groups_per_partition", "multi_query_group_num")  # fmt: skip
 
 #: Settings, or a submodule, that only models with rotary positions have.
 ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_dim", "rotary_pct", "rotary_emb",
           "rotary_value", "freqs_cis", "freqs_cos")  # fmt: skip
 #: Model types whose rotary planes are neighbouring coordinates; elsewhere they are half a head apart.
 INTERLEAVED = (
-    "gptj", "codegen", "cohere", "cohere2", "cohere2_moe", "glm", "glm4", "glm4v_text", "glm_ocr_text", "llama4_text",
-    "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe_text", "helium", "blt", "blt_patcher", "blt_local_encoder",
-    "blt_local_decoder", "blt_global_transformer", "moonshine", "moonshine_streaming", "moonshine_streaming_encoder",
-    "deepseek_v2", "deepseek_v4", "roformer", "efficientloftr", "lightglue", "openai_privacy_filter", "pe_audio_encoder",
-    "pe_video_encoder", "pe_audio_video_encoder", "sam2_video", "sam3_vit_model", "sam3_tracker_video",
+    "blt", "blt_global_transformer", "blt_local_decoder", "blt_local_encoder", "blt_patcher", "codegen", "cohere",
+    "cohere2", "cohere2_moe", "deepseek_v2", "deepseek_v4", "efficientloftr", "ernie4_5", "ernie4_5_moe",
+    "ernie4_5_vl_moe_text", "glm", "glm4", "glm4v_text", "glm_ocr_text", "gptj", "helium", "lightglue", "llama4_text",
+    "moonshine", "moonshine_streaming", "moonshine_streaming_encoder", "openai_privacy_filter", "pe_audio_encoder",
+    "pe_audio_video_encoder", "pe_video_encoder", "roformer", "sam2_video", "sam3_tracker_video", "sam3_vit_model",
 )  # fmt: skip
 #: Model types, with the kind of layer, whose layers of that kind are without rotary positions.
 WITHOUT_ROTARY = {(kind, "full_attention") for kind in ("cohere2", "cohere2_moe", "exaone4", "exaone4_5_text",
@@ -407,8 +412,8 @@ ROTARY_TYPES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "gpt_neox
 
 #: What the parts of a model are called in the paths of its modules, beside the name of their configuration.
 PARTS = {
-    "vision_config": ("visual", "image", "video_tower"), "text_config": ("language",), "backbone_config": (
-    "pixel_level_module.encoder", "conv_encoder", "swin"), "audio_config": ("speech",), "perceiver_config": ("resampler",),
+    "vision_config": ("visual", "image", "video_tower"), "text_config": ("language",), "audio_config": ("speech",),
+    "backbone_config": ("pixel_level_module.encoder", "conv_encoder", "swin"), "perceiver_config": ("resampler",),
 }  # fmt: skip
 
 #: Model types that initialise the projections into the residual stream by 1/√(2 · layers) smaller.

@@ -15,12 +15,13 @@ class Numbered(NamedTuple):
     Attributes:
         tower: path of the list of layers it is in, without what all towers share; "" if there is one tower.
         number: the model's own number of the layer.
-        label: what tells it from every other: number, with the tower, and the module where a layer has several.
+        label: unique name of the layer: its number, with the tower where there are several, and with the module where
+            a layer has several attention modules.
     """
 
-    tower: str
-    number: int
-    label: str
+    tower: str = ""
+    number: int = 0
+    label: str = "0"
 
 
 def numbered(names: Sequence[str]) -> list[Numbered]:
@@ -63,7 +64,7 @@ def _place(name: str) -> tuple[list[str], int | None]:
 
 
 def _distinct(towers: Sequence[list[str]]) -> list[str]:
-    """Return the towers as text, without the parts that all begin with."""
+    """Return the towers as text, without their common prefix."""
     shortest = min(map(len, towers), default=0)
     common = 0
     while common < shortest and len({tower[common] for tower in towers}) == 1:

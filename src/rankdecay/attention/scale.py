@@ -1,4 +1,4 @@
-"""Whether scaling a matrix changes a loss, from its gradient (Euler): sums of g·w that cancel.
+"""Whether scaling a matrix changes a loss, from its gradient by Euler's theorem: sums of g·w that cancel.
 
 A sum is measured against the size it has when nothing makes it cancel, the root of the sum of its squared terms. Where
 queries and keys are normalised, the loss does not depend on the scale of any head of W_Q or W_K.
@@ -103,7 +103,7 @@ def gradients_of(model: nn.Module, names: Sequence[str], example: Any) -> dict[s
         ) from error
     finally:
         for parameter in frozen:
-            parameter.requires_grad_(False)  # noqa: FBT003 - positional in torch
+            parameter.requires_grad_(requires_grad=False)
     return {name: whole(g.detach()) for name, g in zip(parameters, found, strict=True) if g is not None}
 
 

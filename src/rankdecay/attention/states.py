@@ -1,9 +1,9 @@
-"""Which set of weights: a file or a directory often holds several, and none is chosen in silence.
+"""Choice among several sets of weights in a file or a directory: the obvious one, or the one the caller names.
 
-A set is a file of a directory, a mapping nested in a pickle, or a prefix of the names in one flat dictionary. What an
-optimizer keeps is no set of weights. Two sets of one file are **copies** of one model where one of them is called as
-copies are (student and teacher, EMA, target, actor and critic …) and the same matrices are in both: the caller then
-says which. Parts of one model (encoder and decoder, two towers, queries and documents) are read together.
+A set is a file of a directory, a mapping nested in a pickle, or a prefix of the names in one flat dictionary. The
+state of an optimizer is no set of weights. Two sets of one file are **copies** of one model if the name of one says so
+(student and teacher, EMA, target, actor and critic …) and both hold the same matrices: the caller then says which.
+Parts of one model (encoder and decoder, two towers, queries and documents) are read together.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _PART = frozenset((
     "embedder", "embedding", "embeddings", "projector", "adapter", "connector", "lm",
 ))  # fmt: skip
 _LATER = r"(?:_?(?:states?|dicts?|state_dicts?|\d+))*"
-#: Names under which an optimizer keeps what is shaped as the weights are.
+#: Names of an optimizer's state, whose tensors have the shapes of the weights.
 _OPTIMIZER = re.compile(
     r"(?:.*_)?(?:optimi[sz]ers?|optim|opt|grads?|gradients?|(?:max_)?exp_avg(?:_sq)?|momentum_buffer|moments?)"
     + _LATER,
     re.IGNORECASE,
 )
-#: Names under which trainers keep what is not weights.
+#: Names under which trainers store other things than weights.
 _TRAINER = re.compile(
     r"(?:.*_)?(?:schedulers?|scaler|amp|rng|callbacks|loops|dataloader|sampler)" + _LATER, re.IGNORECASE
 )
-#: The set that has no name: what is not under any of the others.
+#: Key of the tensors that are under none of the other keys.
 REST = "."
 _DEEP, _MOST_MAPPINGS = 4, 10_000  # a hostile pickle can refer to itself
 
@@ -149,7 +149,7 @@ def choose_names(
 
 
 def _mappings(content: Mapping[Any, Any], path: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """Yield every mapping or list of tensors with its dotted path, but what an optimizer keeps."""
+    """Yield every mapping or list of tensors with its dotted path, except the state of an optimizer."""
     if "param_groups" in content:
         return
     yield path or REST, {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
@@ -188,7 +188,7 @@ def _named(tensors: Mapping[str, Tensor] | list[Any], key: str, file: Path) -> d
 
 
 def _together(keys: list[str], sets: Mapping[str, Any]) -> bool:
-    """Whether sets are parts of one model: no copies, and called as parts are, or of one matrix each."""
+    """Whether sets are parts of one model: no copies, and named as parts, or of one matrix each."""
     if any(map(_is_copy, keys)) or REST in keys:
         return False
     single = all(sum(tensor.ndim >= 2 for tensor in _items(sets[key]).values()) == 1 for key in keys)
@@ -232,12 +232,12 @@ def _copies(shapes: Mapping[str, tuple[int, ...]], inside: str) -> list[str]:
 
 
 def _rivals(name: str, other: str) -> bool:
-    """Whether two names side by side say copies; encoders of source and target languages are none."""
+    """Whether two sibling names are those of copies; encoders of source and target languages are not."""
     return name == f"{other}_m" or name in _MOMENTS or (_is_copy(name) and not _words(other) & {"source", "src"})
 
 
 def _same(names: set[str], others: set[str], total: int) -> bool:
-    """Whether two sets of names are those of one model: most of the smaller, and more than a head of the whole file."""
+    """Whether two sets of names are of one model: they share most of the smaller, and more than a head's names."""
     common = len(names & others)
     return common >= max(2, total / 20) and 2 * common >= min(len(names), len(others))
 

@@ -8,7 +8,8 @@
 * **Transposed** (Conv1D): a fused matrix whose bias is as long as its second side.
 * **Stacked**: a parameter (heads, in, head_dim), one matrix per head (TransformerLens).
 * **With a gate**: per head [q, gate] in one projection (Qwen3-Next).
-* **Shared**: the last layers of Gemma 3n and 4 take keys and values of an earlier one, and some layers have keys for values.
+* **Shared**: the last layers of Gemma 3n and 4 take keys and values of an earlier one, and in some layers the keys
+  serve as values.
 * **Latent** (DeepSeek): two factors each for queries, keys and values, and a part of their own for the positions.
 """
 
@@ -390,7 +391,7 @@ class ModuleReader:
         return len(shape) == 2 or (len(shape) > 2 and all(size == 1 for size in shape[2:]))
 
     def reason_without_scores(self) -> str | None:
-        """Return why the module's projections form no scores in a softmax, though they may be called queries and keys."""
+        """Return why projections called queries and keys form no softmax scores here; None if they may."""
         for setting, reason in NO_SCORES_SETTINGS.items():
             if self.setting((setting,)) not in (None, False):
                 return reason
@@ -485,7 +486,7 @@ class ModuleReader:
         """
         query, shared, output = (self.parameter(child) for child in EXPERTS)
         head_dim = self.number(HEAD_DIM)
-        assert query and shared and output
+        assert query is not None and shared is not None and output is not None  # noqa: PT018
         if not head_dim or len(self.shape(query)) != 3 or len(self.shape(output)) != 3:
             raise NotHandled(f"the heads of the experts in {query} are of unknown size")
         experts, lines, _ = self.shape(query)
@@ -525,7 +526,7 @@ class ModuleReader:
             own = list(range(depth - shared))
         if isinstance(kinds, list) and len(kinds) > number:
             own = [i for i in own if kinds[i] == kinds[number]] or own
-        before, found, after = f"{self.module}.".partition(f".{number}.")
+        _, found, after = f"{self.module}.".partition(f".{number}.")
         if not own or not found:
             return None
         return "../" * (1 + after.count(".")) + f"{own[-1]}.{after}"

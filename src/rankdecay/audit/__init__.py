@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention import find_attention
-from rankdecay.attention.locate import Names, grouped, locate
+from rankdecay.attention.locate import Names, listed, locate
 from rankdecay.attention.scale import NORM_EPS
 from rankdecay.attention.source import ModuleSource
 from rankdecay.audit.block import size
@@ -114,7 +114,7 @@ def audit(
     for pair in pairs(found, found_parts):
         if not any(side.reason or side.partner or side.by_head for side in (pair.first, pair.second)):
             pair.judge(trial)
-    notes = tuple(f"{modules}: {reason}." for modules, reason in grouped(unhandled))
+    notes = tuple(f"{reason}." for reason in listed(unhandled))
     return AuditReport(tuple(row for part in found_parts for row in part.rows(largest)), tolerance, notes)
 
 

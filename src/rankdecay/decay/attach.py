@@ -151,7 +151,7 @@ class Attachment:
 
     @property
     def unhandled(self) -> tuple[str, ...]:
-        """What looks like attention in the model and is not decayed as such, with the reasons, as the groups were made."""
+        """Attention of the model that is not decayed, with the reasons, as found when the groups were made."""
         return self._unhandled
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -294,8 +294,8 @@ def _check_group(optimizer: Optimizer, group: Group) -> None:
                 check_placements(parameter, f"{name} ({role})")
                 if parameter.ndim != 2 and any(window.has_heads for window in windows_in(group, role)):
                     raise ValueError(
-                        f"{name} ({role}) has shape {tuple(parameter.shape)} and is sharded, and a decay of attention that "
-                        "is stored in more than two dimensions needs it whole: leave its module out of fully_shard."
+                        f"{name} ({role}) has shape {tuple(parameter.shape)} and is sharded; attention stored in "
+                        "more than two dimensions can be decayed only whole: leave its module out of fully_shard."
                     )
             if parameter.ndim < 2 and isinstance(decay, LowRank):
                 raise ValueError(
@@ -342,7 +342,7 @@ def _check_values(optimizer: Optimizer) -> None:
         for parameter, name in zip(group["params"], names_in(group), strict=True):
             if hook_roles(group) and parameter.is_meta:
                 raise ValueError(
-                    f"{name} is on the meta device, so a step changes nothing of the model: to_empty replaces a model's "
+                    f"{name} is on the meta device, so a step changes nothing of the model: to_empty replaces its "
                     "parameters. Call rankdecay.param_groups after it, then build the optimizer and attach."
                 )
 

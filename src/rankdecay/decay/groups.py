@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
-from rankdecay.attention.locate import Names, grouped, warn_unhandled
+from rankdecay.attention.locate import Names, listed, warn_unhandled
 from rankdecay.checks import check_number
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
@@ -100,8 +100,7 @@ def param_groups(
                 "rankdecay.Frobenius(strength)."
             )
     assigned, unhandled = assign_roles(model, names, num_heads, only)
-    _check_every_role_matches(named, assigned, model, [f"{m.name or 'the model'}: {m.reason}" for m in unhandled])
-
+    _check_every_role_matches(named, assigned, model, listed(unhandled))
     if query_key is not None or value_output is not None:
         warn_unhandled(unhandled, "is not decayed", stacklevel=3)
 
@@ -116,12 +115,12 @@ def param_groups(
         group["param_names"].append(entry.names[0])
         reasons = [*(block.why for block in entry.blocks), *(block.note for block in entry.blocks if block.note)]
         group["why"].append(", ".join(dict.fromkeys(reasons)))
-    _note_unhandled(groups.values(), [f"{modules}: {reason}" for modules, reason in grouped(unhandled)])
+    _note_unhandled(groups.values(), listed(unhandled))
     return list(groups.values())
 
 
-#: What was said of a model's attention when its groups were made, by its parameters; groups themselves keep no more
-#: than what a state has to hold.
+#: Attention that was not handled when groups were made, by each parameter of the model. It is not in the groups, which
+#: hold only what an optimizer's state has to.
 _said: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

@@ -40,9 +40,9 @@ from rankdecay.attention.windows import Found
 ROLES = ("query_key", "value_output", "mlp", "embedding", "norm", "bias", "other")
 
 _ATTENTION_ROLE = {
-    "query": "query_key", "key": "query_key", "value": "value_output", "output": "value_output",
-    "query_rotary": "query_key", "key_rotary": "query_key", "query_factor": "query_key", "query_position": "query_key",
-    "key_position": "query_key", "query_sine": "query_key", "output_factor": "value_output", "output_mix": "value_output",
+    "query": "query_key", "query_rotary": "query_key", "query_factor": "query_key", "query_position": "query_key",
+    "query_sine": "query_key", "key": "query_key", "key_rotary": "query_key", "key_position": "query_key",
+    "value": "value_output", "output": "value_output", "output_factor": "value_output", "output_mix": "value_output",
     "latent": "other", "gate": "other",
 }  # fmt: skip
 
@@ -78,7 +78,8 @@ class Block(NamedTuple):
         why: for a reader.
         note: what the parameter is where the matrix is computed from it, such as ``"under weight_norm: …"``.
         stack: whether the parameter is a stack of matrices, one per expert.
-        fixed: whether only a decay of its role by name reaches it, as of the stored tensors of an orthogonal matrix.
+        fixed: whether the default decay leaves it out, as the stored tensors of an orthogonal matrix; a decay given to
+            its role by name does not.
     """
 
     role: str
@@ -150,7 +151,7 @@ def _not_decayed(source: ModuleSource, found: list[Found]) -> Iterator[Unhandled
 
 
 class _Places:
-    """Where attention and embeddings of a model are, and what they say of the parameters around them."""
+    """Places of attention and embeddings in a model, from which the roles of other parameters follow."""
 
     def __init__(self, source: ModuleSource, found: list[Found]) -> None:
         self._source = source

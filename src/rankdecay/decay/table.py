@@ -46,7 +46,7 @@ def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str, u
         ranks: only the matrices with a low-rank decay, with their ranks.
         attached: whether the decay is applied.
         optimizer: name of the optimizer.
-        unhandled: what looks like attention and is not decayed as such.
+        unhandled: attention that is not decayed, with the reasons.
     """
     rows = sorted(rows, key=lambda row: not row.low_rank)
     shown = [row for row in rows if row.low_rank] if ranks else rows

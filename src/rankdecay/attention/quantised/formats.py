@@ -96,7 +96,7 @@ def _codes(stored: Stored) -> Weight | None:
 
 
 class Format(NamedTuple):
-    """Row of the table of formats: the tensor that gives it away, and how the weight is read.
+    """Row of the table of formats: the tensor that identifies it, and how the weight is read.
 
     Attributes:
         sign: last part of the name of that tensor.

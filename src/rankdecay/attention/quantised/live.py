@@ -71,7 +71,7 @@ def _of_module(module: nn.Module, path: str, settings: Mapping[str, Any]) -> Ite
 
 
 def _of_tensor(module: nn.Module, leaf: str, tensor: Tensor, name: str) -> Weight | None:
-    """Return a weight that knows itself how to be dequantised: of torchao, quanto or bitsandbytes."""
+    """Return a weight whose tensor can dequantise itself: of torchao, quanto or bitsandbytes."""
     kind = type(tensor).__name__
 
     def now() -> Any:
@@ -109,7 +109,7 @@ def _dequantize_4bit(weight: Any, name: str) -> Tensor:
 
     if getattr(weight.quant_state, "packing_format_for_cpu", False):
         raise ValueError(
-            f"{name} was put into the order of bitsandbytes' CPU kernel by the first forward pass; "
+            f"{name} was reordered for bitsandbytes' CPU kernel by the first forward pass; "
             "look at the model before it, or at its checkpoint."
         )
     return dequantize_4bit(weight.data, weight.quant_state)

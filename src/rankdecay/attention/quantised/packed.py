@@ -274,7 +274,7 @@ def bitsandbytes4(stored: Stored) -> Weight:
         if not isinstance(inner, int) or inner < 1 or -(-blocks // inner) != cells:
             raise stored.wrong(f"{cells} nested blocks of {inner!r} do not make {blocks} scales")
         if not isinstance(offset, (int, float)) or math.prod(stored.shapes[stored.need(".nested_quant_map")]) != 256:
-            raise stored.wrong("its nested statistics are not whole")
+            raise stored.wrong("its nested statistics are incomplete")
     elif stored.dtypes[absmax] not in FLOAT:
         raise stored.wrong("its absmax holds codes, and nested_absmax is missing")
 

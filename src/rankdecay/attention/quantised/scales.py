@@ -161,7 +161,7 @@ def quanto(stored: Stored) -> Weight:
 
 
 def float_beside_scale(stored: Stored) -> Weight | None:
-    """Judge a scale beside a weight of an ordinary type: BitNet's unpacked ternary numbers, or nothing known."""
+    """Read a weight of an ordinary type that has a scale beside it: BitNet's unpacked ternary numbers, nothing else."""
     if stored.dtypes.get(stored.name) not in FLOAT or len(stored.shapes[stored.name]) != 2:
         return None
     scale = stored.need("_scale", "_scale_inv")

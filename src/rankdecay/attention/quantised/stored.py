@@ -1,4 +1,4 @@
-"""One quantised weight as it is stored, and the reasons it may not be read."""
+"""One quantised weight as it is stored, and the reasons why one is not read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REMEDY = (
 
 
 def stored_type(name: str) -> torch.dtype:
-    """Return the type that the header of a safetensors file calls so; bytes where this torch has no such type."""
+    """Return the torch type of a type in a safetensors header; uint8 if this version of torch does not have it."""
     return getattr(torch, _TYPES.get(name, "uint8"), torch.uint8)
 
 

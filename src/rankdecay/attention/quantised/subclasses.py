@@ -41,7 +41,7 @@ def flattened(stored: Stored, metadata: Mapping[str, str]) -> dict[str, Weight]:
             held = {p: torch.empty(stored.shapes[n], dtype=stored.dtypes[n], device="meta") for p, n in names.items()}
             shape = tuple(_torchao_tensor(weight, text, held).shape)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise weight.wrong(f"torchao's description of it is not whole ({error})") from None
+            raise weight.wrong(f"torchao's description of it is incomplete ({error})") from None
 
         def read(weight: Stored = weight, text: str = text, names: dict[str, str] = names) -> Tensor:
             tensor = _torchao_tensor(weight, text, {part: weight.load(name) for part, name in names.items()})

@@ -289,8 +289,9 @@ def _table(kind: dict[str, Any], several: bool) -> str:
                 before = first.get(layer["layer"])
                 figures = f"{number(finite_mean(before['values'][name])) if before else '–'} → {figures}"
             cells += f"<td>{figures} <small>[{number(layer['baseline'][name])}]</small></td>"
+        name = f"{escape(layer['label'])} <small>{escape(layer['name'])}</small>"
         body += (
-            f'<tr><th scope="row">{escape(layer["label"])} <small>{escape(layer["name"])}</small></th><td>{layer["dim"]}</td>'
+            f'<tr><th scope="row">{name}</th><td>{layer["dim"]}</td>'
             f'{cells}<td class="strip">{strip(layer["values"]["pseudo_rank"])}</td></tr>'
         )
     heads = "".join(f'<th scope="col">{name}</th>' for name in kind["measures"].values())

@@ -23,7 +23,7 @@ def of_torchrun() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a process of ``torchrun`` with this exit code, without shutting the interpreter down.
+    """End a process of ``torchrun`` with this exit code, without shutting the interpreter down.
 
     DTensor's caches keep the group alive after ``destroy_process_group``, and with it gloo's threads. One that releases
     the tensor of its last collective while the interpreter shuts down aborts the process, which ``torchrun`` then takes
