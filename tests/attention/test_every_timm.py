@@ -380,8 +380,8 @@ NAMED_ALONE: list[tuple[str, str, dict[str, Any], str]] = [
         {"dim": 32, "num_heads": 4},
         "query_proj has shape .*, not that of a matrix",
     ),
-    ("layers.other_pool", "SimPool2d", {"dim": 32, "num_heads": 4}, "called like queries and keys, and not recognised"),
-    ("layers.other_pool", "SimPool1d", {"dim": 32, "num_heads": 4}, "called like queries and keys, and not recognised"),
+    ("layers.other_pool", "SimPool2d", {"dim": 32, "num_heads": 4}, "queries and keys, and not recognised"),
+    ("layers.other_pool", "SimPool1d", {"dim": 32, "num_heads": 4}, "queries and keys, and not recognised"),
 ]
 POOL_FIRST = "models.mvitv2.MultiScaleAttentionPoolFirst"
 
