@@ -403,3 +403,25 @@ def test_a_number_of_heads_given_reaches_latent_attention(tmp_path: Path) -> Non
         rd.find_attention(tmp_path / "weights.pt")
     [live], [stored] = rd.find_attention(model), rd.find_attention(tmp_path / "weights.pt", num_heads=4)
     assert [str(view.window) for view in live.views] == [str(view.window) for view in stored.views]
+
+
+@pytest.mark.parametrize(
+    "query", [nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.ModuleList([nn.Linear(8, 4)] * 2)]
+)
+def test_a_projection_of_several_matrices_is_not_read_by_its_first(query) -> None:
+    attention = nn.ModuleDict({"q": query, "k": nn.Linear(8, 8), "v": nn.Linear(8, 8), "proj": nn.Linear(8, 8)})
+    attention.num_heads = 2
+    with pytest.raises(ValueError, match="q is a sequence or a list of several matrices"):
+        rd.find_attention(attention)
+
+
+def test_queries_and_keys_in_one_projection() -> None:
+    attention = nn.ModuleDict({"qk": nn.Linear(8, 16), "v": nn.Linear(8, 8), "proj": nn.Linear(8, 8)})
+    attention.num_heads = 2
+    [layer] = rd.find_attention(attention)
+    assert [str(view.window) for view in layer.views[:2]] == ["rows[0:8]/16 by 4", "rows[8:16]/16 by 4"]
+    attention["qk"] = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="its queries may be their own keys"):
+        rd.find_attention(attention)
+    names = rd.AttentionNames(fused="qk", value="v", order="kq", output="proj")
+    assert str(rd.find_attention(attention, names)[0].query.window) == "rows[4:8]/8 by 2"

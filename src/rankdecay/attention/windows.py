@@ -216,6 +216,14 @@ class ModuleReader:
                 f"it has no output projection {' or '.join(map(repr, row.outputs))}; its matrices are "
                 f"{', '.join(self._matrices()) or 'none'}; leave output= out if there is none"
             )
+        self._check_alone(parameters)
+        if (
+            row.fused
+            and row.value
+            and not named
+            and self.shape(parameters[row.fused])[0] == self.shape(parameters[row.value])[0]
+        ):
+            raise NotHandled(f"{row.fused} is no higher than {row.value}: its queries may be their own keys")
         layout = self._layout(row, parameters)
         stacked = layout == "stacked"
         transposed = layout != "plain" or self._transposed(list(parameters.values()))
@@ -248,6 +256,13 @@ class ModuleReader:
         rotary, qk_norm, unknown = self._positions_and_norms(row, head_dim)
         no_product = self._no_product(row)
         return Found(self.module, places, head_dim, rotary, qk_norm, row.grouping, unknown, no_product, unfit)
+
+    def _check_alone(self, parameters: dict[str, str]) -> None:
+        """Check that no projection is the first matrix of several: of an MLP, or of a list with one for each head."""
+        for child, name in parameters.items():
+            others = (name.removesuffix("0.weight") + f"{i}.weight" for i in (1, 2, 3))
+            if name.endswith(f"{child}.0.weight") and any(n in self.plain and len(self.shape(n)) > 1 for n in others):
+                raise NotHandled(f"{child} is a sequence or a list of several matrices")
 
     def _no_product(self, row: AttentionNames) -> str:
         if self._is_of_channels():
