@@ -103,7 +103,7 @@ def gradients_of(model: nn.Module, names: Sequence[str], example: Any) -> dict[s
         ) from error
     finally:
         for parameter in frozen:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad_(False)
     return {name: whole(g.detach()) for name, g in zip(parameters, found, strict=True) if g is not None}
 
 
