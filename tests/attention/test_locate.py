@@ -101,14 +101,14 @@ def test_a_module_may_have_two_kinds_of_attention() -> None:
     both = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj", "query", "key", "value")})
     both.num_heads = 2
     found, unhandled = locate(ModuleSource(both))
-    assert [layer.places["query"].parameter for layer in found] == ["q_proj.weight", "query.weight"]
-    assert [layer.name for layer in found] == ["", ":query"]
+    assert [layer.places["query"].parameter for layer in found] == ["query.weight", "q_proj.weight"]
+    assert [layer.name for layer in found] == ["", ":q_proj"]
     assert [layer.module for layer in found] == ["", ""]
     assert unhandled == []
-    names = rd.AttentionNames(query="query", key="key", value="value")
+    names = rd.AttentionNames(query="q_proj", key="k_proj", value="v_proj")
     assert [layer.places["query"].parameter for layer in locate(ModuleSource(both), names)[0]] == [
-        "query.weight",
         "q_proj.weight",
+        "query.weight",
     ]
     assert len(locate(ModuleSource(both), names, only=True)[0]) == 1
 

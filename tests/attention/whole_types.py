@@ -28,7 +28,7 @@ NAMED: dict[str, str] = {
     "AutoformerAttention": "autocorrelation", "CCAProjection": "convolutions stand between",
     "SqueezeBertSelfAttention": "grouped convolution", "MobileViTV2LinearSelfAttention": "rows",
     "AriaCrossAttention": "multihead_attn", "AXK2Attention": "latent attention",
-    "Compressor": "order that is not known",
+    "Compressor": "order that is not known", "V4Indexer": "order that is not known",
     "GlobalPointer": "not recognised", "AttentionPoolingHead": "without a projection to queries",
 }  # fmt: skip
 #: Classes that sound like attention and hold no projections of queries and keys of their own.

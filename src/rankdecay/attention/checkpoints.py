@@ -101,6 +101,10 @@ class Checkpoint:
                 name = path
         return children
 
+    def kind(self, path: str) -> str:
+        """Return "": files do not name classes."""
+        return ""
+
     def is_known(self, path: str) -> bool:
         """Whether the configuration names a model type, and no code of the checkpoint's own."""
         return "model_type" in self.config and "auto_map" not in self.config
@@ -113,14 +117,20 @@ def parts_of_config(config: Mapping[str, Any], path: str) -> list[Mapping[str, A
     ``vision_config`` of ``vision_tower``. Of a model with several parts, one whose path resembles none is of the text
     if it is where a language model is, and else of nothing that is stated.
     """
-    nested = {key: part for key, part in config.items() if isinstance(part, dict) and "model_type" in part}
+    nested = {
+        key: part
+        for key, part in config.items()
+        if isinstance(part, dict) and ("model_type" in part or key.endswith("_config"))
+    }
     if not nested:
         return [config]
     words = f".{path}."
     stems = {key: key.removesuffix("_config") for key in nested}
     fits = [key for key, stem in stems.items() if any(name in words for name in (stem, *PARTS.get(key, ())))]
-    exact = [key for key in fits if stems[key] in words]
-    if best := max(exact or fits, key=lambda key: len(stems[key]), default=None):
+    # "sam_encoder" is of sam_config rather than encoder_config, and either rather than another name for a part
+    if best := max(
+        fits, key=lambda key: (f".{stems[key]}" in words, stems[key] in words, len(stems[key])), default=None
+    ):
         return [*parts_of_config(nested[best], path), config]
     text = next((key for key in ("text_config", "llm_config", "language_config") if key in nested), None)
     if text and _LANGUAGE_MODEL.match(path):

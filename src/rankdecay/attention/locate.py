@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView, Role
 from rankdecay.attention.names import (
-    DEFORMABLE,
     EXPERTS,
     FUSED,
     LATENT,
+    NOT_READ,
     SEPARATE,
     SHARED_LATENT,
     AttentionNames,
@@ -235,6 +235,8 @@ def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionN
             elif lender and key not in children and reader.parameter(lender + key):
                 value = lender + (value if reader.parameter(lender + value) else key)
                 yield separate(query, lender + key, value, spelling.output)
+    if "add_k_proj" in children and "add_q_proj" not in children:  # diffusers: queries that meet keys of two inputs
+        yield separate("to_q", "add_k_proj", "add_v_proj", "to_out.0")
 
 
 def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | None) -> str | None:
@@ -247,9 +249,9 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         return " and ".join(f"{child} {shape}" for child, shape in zip(children, shapes, strict=True))
 
     if not (fused or (queries and keys)):
-        mark, deformable = DEFORMABLE
-        if mark in left:
-            return deformable
+        there = reader.source.children(reader.module)
+        if mark := next((mark for mark in NOT_READ if mark in there), None):
+            return NOT_READ[mark]
         if keys and any(map(is_value_like, left)) and "receptance" not in left:
             return f"{shown(keys)}: keys and values without a projection to queries"
         return None

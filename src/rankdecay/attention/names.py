@@ -18,6 +18,7 @@ from rankdecay.attention.products import Grouping
 from rankdecay.checks import check_name, check_number
 
 Layout = Literal["contiguous", "interleaved"]
+_ORDERS = ("qkv", "qvk", "kqv", "kvq", "vqk", "vkq")
 Planes = Literal["none", "half", "interleaved"]
 
 
@@ -26,7 +27,7 @@ class AttentionNames:
     """Names of the projections in one family of attention modules, relative to the module.
 
     Give separate ``query``, ``key`` and ``value``; or ``fused`` alone for all three in one parameter; or ``query`` and
-    ``fused`` for keys and values in one. A name is a submodule with a ``weight`` (``"q_proj"``), or a parameter itself
+    ``fused`` for keys and values in one; or ``fused`` and ``value`` for queries and keys in one. A name is a submodule with a ``weight`` (``"q_proj"``), or a parameter itself
     (``"q_proj_weight"``). A parameter of three dimensions is a stack of one matrix per head, (heads, in, head_dim) for
     queries, keys and values and (heads, head_dim, out) for the output.
 
@@ -63,7 +64,7 @@ class AttentionNames:
     value: str | None = None
     fused: str | None = None
     output: str | tuple[str, ...] = ()
-    order: Literal["qkv", "qvk", "kqv", "kvq", "vqk", "vkq", "kv", "vk"] = "qkv"
+    order: Literal["qkv", "qvk", "kqv", "kvq", "vqk", "vkq", "kv", "vk", "qk", "kq"] = "qkv"
     layout: Layout = "contiguous"
     blocks: int = 1
     when: tuple[str, object] | None = None
@@ -76,15 +77,16 @@ class AttentionNames:
 
     def __post_init__(self) -> None:
         given = {name for name in ("query", "key", "value", "fused") if getattr(self, name)}
-        if given not in ({"query", "key", "value"}, {"fused"}, {"query", "fused"}):
+        if given not in ({"query", "key", "value"}, {"fused"}, {"query", "fused"}, {"fused", "value"}):
             raise ValueError(
                 f"AttentionNames got {', '.join(sorted(given)) or 'no projection'}; expected query, key and value, "
-                "or fused alone, or query and fused (keys and values in one)."
+                "or fused alone, or query and fused (keys and values in one), or fused and value (queries and keys in one)."
             )
-        if given == {"query", "fused"} and len(self.order) != 2:
-            object.__setattr__(self, "order", "kv")
+        if len(given) == 2 and len(self.order) != 2:
+            object.__setattr__(self, "order", "kv" if self.query else "qk")
         if self.fused:
-            check_name("order", self.order, ("kv", "vk") if self.query else ("qkv", "qvk", "kqv", "kvq", "vqk", "vkq"))
+            orders = ("kv", "vk") if self.query else ("qk", "kq") if self.value else _ORDERS
+            check_name("order", self.order, orders)
         check_name("layout", self.layout, ("contiguous", "interleaved"))
         check_name("grouping", self.grouping, ("consecutive", "strided"))
         if self.rotary is not None:
@@ -116,7 +118,7 @@ _WORDS = (
 _BEFORE, _AFTER = r"(?:(?<![A-Za-z])|(?<=\b[wW])|(?<=_[wW])|(?<=[a-z](?=[A-Z])))", r"(?![a-z])"
 #: Parts of names of what is no projection, though it may have the shape of one.
 _NO_PROJECTION = re.compile(
-    r"norm|bias|token|embed|(?<![a-z])emb(?![a-z])|pos(?![a-z])|scale|lora|lambda|(?<![a-z])ln(?![a-z])"
+    r"norm|bias|token|embed|pool|mapper|(?<![a-z])emb(?![a-z])|pos(?![a-z])|scale|lora|lambda|(?<![a-z])ln(?![a-z])"
 )
 #: All of it in one parameter: "qkv_proj", "Wqkv", "query_key_value", "to_kv"; and names that do not say it.
 _FUSED_WORD = re.compile(
@@ -149,6 +151,11 @@ def spellings(child: str) -> Iterator[Spelling]:
         for found in re.finditer(_BEFORE + words[0] + _AFTER, child):
             before, after = child[: found.start()], child[found.end() :]
             yield Spelling(*(before + word + after for word in words))
+
+
+def is_table(child: str) -> bool:
+    """Whether a name says that it is of positions, biases, norms and the like, though it may have a projection's shape."""
+    return bool(_NO_PROJECTION.search(child))
 
 
 def is_query_like(child: str) -> bool:
@@ -184,10 +191,11 @@ def is_fused_like(child: str) -> bool:
 _OUTPUTS = (
     "o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "proj", "Wo", "wo", "W_o", "to_out.0", "to_out",
     "linear_out", "out", "proj_out", "output_proj", "out_projection", "projection_output", "linear_proj",
-    "attn_output", "attn_out", "attention_out", "output", "output_projection", "projection", "projection_layer",
+    "attn_output", "attn_out", "attention_out", "out_layer", "proj_attn", "output", "output_projection",
+    "projection", "projection_layer",
     "post_proj", "post", "final_proj", "fc", "unify", "unifyheads", "output_linear",
     "../output.dense", "../output", "../dense", "../post", "../proj",
-    "../../proj", "../../out_proj", "../../o_proj", "../../c_proj", "../../dense", "../../fc", "../../unify",
+    "../../proj", "../../out_proj", "../../o_proj", "../../c_proj", "../../dense", "../../fc", "../../unify", "../proj_out",
 )  # fmt: skip
 
 
@@ -219,10 +227,15 @@ FUSED: tuple[AttentionNames, ...] = (
     _fused("query_key_value", layout="interleaved", when=("model_type", (
            "bloom", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon", "fuyu", "chatglm", "gptj"))),
     _fused("qkv_proj", order="qvk", blocks=4, when=("model_type", "codegen")),
+    _fused("qkv", layout="interleaved", when=("head_first", True)),  # timm's CoAtNet, MaxViT
     _fused("qkv", layout="interleaved", when=("key_dim", None)),  # timm's LeViT, EfficientFormer
     _fused("queries_keys_values", layout="interleaved", when=("key_dim", None)),  # LeViT
     _fused("keys_values", query="queries", layout="interleaved"),  # LeViT
     _fused("in_proj", layout="interleaved", when=("model_type", "deberta")),
+    _fused("kv", query="q", layout="interleaved", when=("key_dim", None)),  # timm's LeViT where it shrinks the image
+    _fused("kv", query="q", layout="interleaved", when=("dim_head_qk", None)),  # timm's HaloNet
+    _fused("pwise", layout="interleaved", when=("num_keys", 3)),  # timm's LowFormer, CPUBone
+    AttentionNames(fused="qk", value="v", output=_OUTPUTS),  # timm's ConViT, TNT
     _fused("qkv_proj"),  # phi-3
     _fused("Wqkv"),  # mpt, modernbert, dbrx
     _fused("in_proj_weight"),  # nn.MultiheadAttention
@@ -260,6 +273,7 @@ POSITIONS: dict[str, Role] = {
 
 _RECURRENT = "a delta or linear attention layer: a recurrent state takes the place of scores of queries and keys"
 _LIGHTNING = "lightning attention: linear, without a softmax over scores of queries and keys"
+_DIFFERENTIAL = "differential attention: the difference of two softmaxes, for which queries and keys come in pairs"
 #: Marks of modules that have projections called queries and keys, and no scores of theirs in a softmax.
 NO_SCORES: dict[str, str] = {
     "A_log": _RECURRENT,
@@ -275,12 +289,36 @@ NO_SCORES: dict[str, str] = {
     "weights_proj": "an indexer: it chooses the tokens that attention looks at",
     "index_qk_proj": "an indexer: it chooses the tokens that attention looks at",
     "w_g": "additive attention: a learned vector, not the keys, weighs the queries",
+    "lambda_q1": _DIFFERENTIAL,
+    "lambda_a": _DIFFERENTIAL,
+    "crpe": "factorised attention: keys go through a softmax without queries",  # timm's CoaT
+    "conv_lambda": "a lambda layer: keys go through a softmax without queries",
+    "v_gate": "values and a gate are in one projection",  # timm's iFormer
+    "aggreg": "linear attention: a ReLU of queries and keys, without a softmax",  # timm's EfficientViT
+    "to_qkv_multiscale": "linear attention: a ReLU of queries and keys, without a softmax",  # Sana's autoencoder
+    "to_qkv_mlp_proj": "one projection holds queries, keys, values and the hidden layer of an MLP",  # Flux 2
     "query_key": "attention by hashing: queries are their own keys, normalised",
     "conv_qk_depthwise": "convolutions stand between its projections and the scores",
     "multihead_attn": "its projections lead into those of multihead_attn, which are read",
 }
-#: The same of modules that have no projections called so.
-DEFORMABLE = ("sampling_offsets", "deformable attention: its weights come from the queries alone, without keys")
+#: The same among settings, which are not None or False.
+NO_SCORES_SETTINGS: dict[str, str] = {
+    "autocorrelation_factor": "autocorrelation: its weights are by delay, not by token",
+    "use_global": "its queries are tokens of the whole image, for which it has no projection",  # timm's GC ViT
+    "dim_qk": "a lambda layer: keys go through a softmax without queries",
+}
+#: Marks of modules that attend, and have no projections called so.
+NOT_READ: dict[str, str] = {
+    "sampling_offsets": "deformable attention: its weights come from the queries alone, without keys",
+    "lambda_q1": _DIFFERENTIAL,
+    "lambda_a": _DIFFERENTIAL,
+    "mlp_out_proj": "one projection, in_proj, holds queries, keys, values and the hidden layer of an MLP",  # timm's ViT-22B
+    "qkvs": "a list of fused projections, one for each head, whose input is the result of the head before",
+}
+#: Classes whose output projection takes the first channel of every head, then the second: no head has columns of its own.
+MIXED_OUTPUT = ("timm.models.nest.Attention",)
+#: Attributes that give the width of a query's and a key's head where values have another, after them in a fused projection.
+KEY_DIM = ("key_dim", "dim_head_qk", "qk_dim")
 
 #: Attributes of a module or its configuration: number of heads, head size, number of key heads.
 NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads", "num_q_heads",

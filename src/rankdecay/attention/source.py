@@ -52,6 +52,10 @@ class Source(Protocol):
         """Return the names of what is directly in a module: submodules, with weights or without, and parameters."""
         ...
 
+    def kind(self, path: str) -> str:
+        """Return the name of a module's class, as "timm.models.nest.Attention"; "" where nothing says it."""
+        ...
+
     def is_known(self, path: str) -> bool:
         """Whether names and settings say all of a module: it is of a library whose classes the tables cover."""
         ...
@@ -149,6 +153,11 @@ class ModuleSource:
         held = [(m._modules, m._parameters, m._buffers) for m in self.modules(path)]
         parts = [(name, part[name]) for group in held for part in group for name in part.keys()]  # noqa: SIM118 - scripted
         return {name for name, value in parts if value is not None and not isinstance(value, nn.Identity)}
+
+    def kind(self, path: str) -> str:
+        """Return the name of a module's class, without wrappers, and of where it is from."""
+        kind = type(self.modules(path)[-1]) if self.modules(path) else None
+        return f"{kind.__module__}.{kind.__qualname__}" if kind else ""
 
     def is_known(self, path: str) -> bool:
         """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
@@ -355,7 +364,10 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _plain(holder: object, attribute: str) -> object:
     """Return an attribute that is a number, string, flag or dictionary; None for a submodule or method of that name."""
+    settings = vars(holder).get("_internal_dict") if isinstance(holder, nn.Module) else None
+    if settings is not None and attribute not in vars(holder) and hasattr(settings, attribute):
+        return None  # diffusers' models warn when asked for what their config, which is asked next, has
     value = getattr(holder, attribute, None)
-    if attribute in ROTARY and isinstance(value, (nn.Module, Tensor)):
+    if (attribute in ROTARY or attribute == "rope") and isinstance(value, (nn.Module, Tensor)):
         return True  # the submodule, or a table of angles, that turns queries and keys
     return value if isinstance(value, (bool, int, float, str, dict, list)) else None

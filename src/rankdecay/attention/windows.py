@@ -26,8 +26,11 @@ from rankdecay.attention.names import (
     GATED,
     HEAD_DIM,
     INTERLEAVED,
+    KEY_DIM,
     KEY_HEADS,
+    MIXED_OUTPUT,
     NO_SCORES,
+    NO_SCORES_SETTINGS,
     NORMS_WITHOUT_WEIGHTS,
     NUM_HEADS,
     POSITIONS,
@@ -39,6 +42,7 @@ from rankdecay.attention.names import (
     LatentNames,
     is_input_like,
     is_query_key_norm,
+    is_table,
 )
 from rankdecay.attention.products import Grouping, Rotary
 from rankdecay.attention.source import Shape, Source
@@ -93,7 +97,8 @@ ROTARY_PLANES = ("rope_interleaved", "rope_interleave", "rotary_interleaved", "r
 #: Settings that say whether queries and keys are normalised.
 QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")
 #: Where a projection's weight may be, under its name: itself, a wrapped linear layer, the first of a sequence.
-WEIGHTS = (".weight", "", ".linear.weight", ".conv.weight", ".convolution.weight", ".0.weight")
+WEIGHTS = (".weight", "", ".linear.weight", ".conv.weight", ".convolution.weight", ".0.weight", ".proj.weight",
+           ".c.weight", ".ln.linear.weight", ".proj.conv.weight")  # fmt: skip
 
 
 #: What a norm is called that stands behind a projection in a module of their own.
@@ -214,8 +219,12 @@ class ModuleReader:
         if self._is_of_channels():
             return "takes its scores between channels, not tokens"
         weights = (self.parameter(child) for child in (row.query, row.key, row.fused) if child)
-        owners = {weight.removesuffix(".weight").rpartition(".")[0] for weight in weights if weight}
-        if any(f"{owner}.{norm}.weight" in self.plain for owner in owners for norm in BATCH_NORMS):
+        owners = {  # a norm beside the last of a sequence, called proj, is before it
+            weight.removesuffix(".weight").rpartition(".")[0]
+            for weight in weights
+            if weight and not weight.endswith(".proj.weight")
+        }
+        if any(f"{owner}.{norm}.weight" in self.plain for owner in owners - {self.module} for norm in BATCH_NORMS):
             return "normalises queries and keys over the batch"
         return ""
 
@@ -226,6 +235,8 @@ class ModuleReader:
 
     def _is_of_channels(self) -> bool:
         """Whether tokens are summed over in the scores: Florence-2's and DaViT's channel attention, XCiT, Restormer."""
+        if "ChannelAttention" in self.source.kind(self.module):
+            return True
         return "channel_attn" in self.module.split(".") or "temperature" in self.source.children(self.module)
 
     def _place_positions(self, places: dict[Role, Place], row: AttentionNames, heads: int) -> None:
@@ -252,6 +263,8 @@ class ModuleReader:
         Returns:
             What to say if there are matrices beside the projections and none is the output; "" if all is well.
         """
+        if self.source.kind(self.module) in MIXED_OUTPUT:
+            return "since its columns take the heads' channels in turn"
         for child, name in outputs.items():
             if fits.get(child) == heads * value_dim:
                 window = Window("columns", 0, heads * value_dim, heads * value_dim, value_dim, 1, transposed)
@@ -262,6 +275,12 @@ class ModuleReader:
             if "key_conv_attn_layer" in self.source.children(self.module) and fits.get(child) == 2 * heads * value_dim:
                 # ConvBERT: as many columns again are of its convolution
                 window = Window("columns", 0, heads * value_dim, 2 * heads * value_dim, value_dim, 1, transposed)
+                places["output"] = self._place(name, window)
+                return ""
+            mlp = self.parameter("../proj_mlp") if child == "../proj_out" else None
+            if mlp and fits.get(child) == heads * value_dim + self.shape(mlp)[0]:
+                # Flux and its kin: an MLP's columns are behind those of attention
+                window = Window("columns", 0, heads * value_dim, fits[child], value_dim, 1, transposed)
                 places["output"] = self._place(name, window)
                 return ""
             window = self._share_of_output(child, fits.get(child), heads * value_dim, transposed)
@@ -279,7 +298,9 @@ class ModuleReader:
         left = [  # without an adapter's factors, and the projections of another attention
             matrix
             for matrix in left
-            if self._path(matrix.split(".")[0]) not in read and not is_input_like(re.split(r"[. ]", matrix)[0])
+            if self._path(matrix.split(".")[0]) not in read
+            and not is_input_like(re.split(r"[. ]", matrix)[0])
+            and not is_table(matrix)
         ]
         return f"none of its other matrices is known as one: {', '.join(left)}" if left else ""
 
@@ -356,8 +377,9 @@ class ModuleReader:
 
     def reason_without_scores(self) -> str | None:
         """Return why projections called queries and keys form no softmax scores here; None if they may."""
-        if self.setting(("autocorrelation_factor",)) is not None:
-            return "autocorrelation: its weights are by delay, not by token"
+        for setting, reason in NO_SCORES_SETTINGS.items():
+            if self.setting((setting,)) not in (None, False):
+                return reason
         children = self.source.children(self.module)
         return next((NO_SCORES[mark] for mark in NO_SCORES if mark in children), None)
 
@@ -522,6 +544,11 @@ class ModuleReader:
         return kind in NORMS_WITHOUT_WEIGHTS
 
     def _rotary(self, head_dim: int) -> Rotary | None:
+        if isinstance(half := self.setting(("rotate_half",)), bool):  # timm
+            turned = self.setting(("rope",)) is not None
+            return Rotary(head_dim // 2 * 2, not half) if turned else None
+        if self.setting(("_diffusers_version", "_use_default_values")) is not None:
+            return None  # diffusers' models turn queries and keys in ways of their own, which no setting says
         if self.setting(ROTARY) is None or self.setting(("alibi",)) is True or self._is_without_rotary():
             return None
         dims = self.number(("rotary_dim", "rotary_ndims"))
@@ -584,6 +611,10 @@ class ModuleReader:
         assert row.fused
         for role, window in self._cut(row, height[row.fused], heads, head_dim).items():
             windows[role] = (row.fused, window)
+        if row.value:
+            windows["value"] = whole(
+                row.value, _divide(height[row.value], heads, f"the height of {row.value}", "the heads")
+            )
         return windows
 
     def _is_gated(
@@ -613,7 +644,7 @@ class ModuleReader:
     def _separate_biases(self, places: dict[Role, Place]) -> None:
         """Locate the q_bias and v_bias that timm's BEiT and EVA add to a fused weight; the key has no bias."""
         for role, place in list(places.items()):
-            name = self.plain.get(f"{self.module}.{role[0]}_bias")
+            name = self.plain.get(self._path(f"{role[0]}_bias"))
             if name and len(self.shapes[name]) == 1:
                 lines = self.shapes[name][0]
                 places[role] = place._replace(bias=name, bias_window=Window("rows", 0, lines, lines, lines))
@@ -654,7 +685,7 @@ class ModuleReader:
         head_dim = row.head_dim or self.number(HEAD_DIM)
         if self.number(("head_ratio",)) and not head_dim and heads and (width := self.number(("hidden_size",))):
             heads, head_dim = None, width // heads  # ConvBERT: its convolution has the other heads
-        key_dim = self.number(("key_dim",)) if row.layout == "interleaved" else None
+        key_dim = self.number(KEY_DIM) if row.layout == "interleaved" else None
         if key_dim and heads:  # LeViT: values are wider than keys, and a layer that shrinks has heads of its own number
             return (height[row.query] // key_dim if row.query else heads), key_dim
         if row.query:
@@ -668,7 +699,15 @@ class ModuleReader:
             raise _no_heads(row.query, lines, heads, head_dim)
         assert row.fused
         lines = height[row.fused]
-        if self.number(("key_dim", "val_dim", "value_dim")):
+        if heads and (key_dim := self.number(KEY_DIM)):
+            return heads, key_dim
+        if row.value and heads:  # queries and keys in one, as wide as each other
+            return heads, _divide(lines, 2 * heads, f"the height of {row.fused}", "two times the heads")
+        if across and lines == 1 + 2 * across[0]:
+            raise NotHandled(
+                f"{row.fused} holds one score for each token, keys and values, and no queries: linear attention"
+            )
+        if self.number(("val_dim", "value_dim")):
             raise NotHandled(f"{row.fused} holds queries and values of different widths")
         if heads is None and head_dim and across:
             heads = across[0] // head_dim
@@ -694,16 +733,22 @@ class ModuleReader:
     def _cut(self, row: AttentionNames, lines: int, heads: int, head_dim: int) -> dict[Role, Window]:
         """Return the windows of a fused parameter, if it is not transposed."""
         height = f"the height of {row.fused}"
-        if row.layout == "interleaved" and self.number(("key_dim",)):  # LeViT: per head, with wider values
-            size = _divide(lines, heads, height, "the heads")
+        if self.number(KEY_DIM) and (
+            row.layout == "interleaved" or not row.query
+        ):  # values are wider than keys; LeViT's and HaloNet's are per head
+            groups = heads if row.layout == "interleaved" else 1
+            size = _divide(lines, heads, height, "the heads") * heads // groups
+            head_dim = head_dim * heads // groups
             ends = [head_dim * (i + 1) for i in range(len(row.order) - 1)] + [size]
             starts = [0, *ends[:-1]]
             roles: dict[str, Role] = {"q": "query", "k": "key", "v": "value"}
             return {
-                roles[letter]: Window("rows", start, end, size, end - start, heads)
+                roles[letter]: Window("rows", start, end, size, (end - start) * groups // heads, groups)
                 for letter, start, end in zip(row.order, starts, ends, strict=True)
             }
-        if len(row.order) == 2:
+        if row.value:
+            key_heads = _divide(lines, head_dim, height, "the head size") - heads
+        elif len(row.order) == 2:
             key_heads = _divide(lines, 2 * head_dim, height, "two heads")
         else:
             key_heads = (_divide(lines, head_dim, height, "the head size") - heads) // 2
