@@ -25,16 +25,17 @@ from .rescaled import contradictions, planes_turned, randomise
 
 #: One model, and mostly the smallest, for each class that looks like attention.
 MODELS = """
-    bat_resnext26ts beit_base_patch16_224 caformer_s18 cait_xxs24_224 coat_tiny coatnet_0_224 convit_tiny cpubone_b0_bfrobust
-    crossvit_tiny_240 csatv2 davit_base_fl davit_tiny deepseek_vit_412m eca_botnext26ts_256 edgenext_xx_small
-    efficientformer_l1 efficientformerv2_s0 efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224 fastvit_mci0
-    gcvit_xxtiny gemma4_vit_167m halonet_h1 hiera_tiny_224 iformer_t lambda_resnet26t levit_128s lowformer_b0
-    maxvit_tiny_pm_256 maxvit_tiny_tf_224 mobilenetv4_hybrid_medium_075 mobilevitv2_050 mvitv2_tiny nest_tiny nextvit_small
-    pvt_v2_b0 resnest14d resnet50_clip sam2_hiera_tiny samvit_base_patch16_224 shvit_s1 skresnet18 swiftformer_xs
-    swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256 test_vit3 test_vit_relpos tiny_vit_5m_224
-    tnt_s_legacy_patch16_224 twins_svt_small visformer_tiny vit_dpwee_patch16_reg1_gap_256 vit_dwee_patch16_reg1_gap_256
-    vit_pwee_patch16_reg1_gap_256 volo_d1_224 xcit_nano_12_p8_224 focalnet_tiny_srf convnext_atto
-    """.split()
+    bat_resnext26ts beit_base_patch16_224 caformer_s18 cait_xxs24_224 coat_tiny coatnet_0_224 convit_tiny
+    cpubone_b0_bfrobust crossvit_tiny_240 csatv2 davit_base_fl davit_tiny deepseek_vit_412m eca_botnext26ts_256
+    edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224
+    fastvit_mci0 gcvit_xxtiny gemma4_vit_167m halonet_h1 hiera_tiny_224 iformer_t lambda_resnet26t levit_128s
+    lowformer_b0 maxvit_tiny_pm_256 maxvit_tiny_tf_224 mobilenetv4_hybrid_medium_075 mobilevitv2_050 mvitv2_tiny
+    nest_tiny nextvit_small pvt_v2_b0 resnest14d resnet50_clip sam2_hiera_tiny samvit_base_patch16_224 shvit_s1
+    skresnet18 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256 test_vit3
+    test_vit_relpos tiny_vit_5m_224 tnt_s_legacy_patch16_224 twins_svt_small visformer_tiny
+    vit_dpwee_patch16_reg1_gap_256 vit_dwee_patch16_reg1_gap_256 vit_pwee_patch16_reg1_gap_256 volo_d1_224
+    xcit_nano_12_p8_224 focalnet_tiny_srf convnext_atto
+    """.split()  # noqa: SIM905 - a list of this length is easier to read and sort as words
 
 #: Classes that look like attention and are named, never read: what the reason has to say.
 NAMED = {
@@ -198,14 +199,19 @@ MODULES: list[tuple[Any, ...]] = [
     ("layers.attention", "AttentionRope", {"dim": 32, "num_heads": 4}, TOKENS),
     ("layers.attention", "AttentionRope", {"dim": 32, "num_heads": 4, "qkv_fused": False}, TOKENS),
     ("layers.attention2d", "MultiQueryAttention2d", {"dim": 32, "num_heads": 4, "key_dim": 8, "value_dim": 6}, IMAGE),
-    ("layers.attention2d", "MultiQueryAttention2d", {"dim": 32, "num_heads": 4, "query_strides": 2, "kv_stride": 2}, IMAGE),
+    ("layers.attention2d", "MultiQueryAttention2d",
+     {"dim": 32, "num_heads": 4, "query_strides": 2, "kv_stride": 2}, IMAGE),
     ("layers.attention2d", "Attention2d", {"dim": 32, "num_heads": 4}, IMAGE),
-    ("layers.attention_pool", "AttentionPoolLatent", {"in_features": 32, "num_heads": 4, "latent_len": 2, "pool_type": ""}, TOKENS),
+    ("layers.attention_pool", "AttentionPoolLatent",
+     {"in_features": 32, "num_heads": 4, "latent_len": 2, "pool_type": ""}, TOKENS),
     ("layers.attention_pool2d", "AttentionPool2d", {"in_features": 32, "num_heads": 4, "feat_size": 4}, IMAGE),
-    ("layers.attention_pool2d", "AttentionPool2d", {"in_features": 32, "num_heads": 4, "feat_size": 4, "qkv_separate": True}, IMAGE),
+    ("layers.attention_pool2d", "AttentionPool2d",
+     {"in_features": 32, "num_heads": 4, "feat_size": 4, "qkv_separate": True}, IMAGE),
     ("layers.attention_pool2d", "RotAttentionPool2d", {"in_features": 32, "num_heads": 4, "ref_feat_size": 4}, IMAGE),
-    ("layers.bottleneck_attn", "BottleneckAttn", {"dim": 32, "feat_size": (4, 4), "num_heads": 4, "dim_head": 6}, IMAGE),
-    ("layers.halo_attn", "HaloAttn", {"dim": 32, "num_heads": 4, "dim_head": 6, "block_size": 2, "halo_size": 1}, IMAGE),
+    ("layers.bottleneck_attn", "BottleneckAttn",
+     {"dim": 32, "feat_size": (4, 4), "num_heads": 4, "dim_head": 6}, IMAGE),
+    ("layers.halo_attn", "HaloAttn",
+     {"dim": 32, "num_heads": 4, "dim_head": 6, "block_size": 2, "halo_size": 1}, IMAGE),
     ("models.beit", "Attention", {"dim": 32, "num_heads": 4, "qkv_bias": True}, TOKENS),
     ("models.cait", "ClassAttn", {"dim": 32, "num_heads": 4}, TOKENS),
     ("models.cait", "TalkingHeadAttn", {"dim": 32, "num_heads": 4}, TOKENS),
@@ -218,18 +224,25 @@ MODULES: list[tuple[Any, ...]] = [
     ("models.davit", "ChannelAttentionV2", {"dim": 32, "num_heads": 4}, TOKENS),
     ("models.edgenext", "CrossCovarianceAttn", {"dim": 32, "num_heads": 4}, TOKENS),
     ("models.xcit", "XCA", {"dim": 32, "num_heads": 4}, TOKENS),
-    ("models.efficientformer", "Attention", {"dim": 32, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": 4}, TOKENS),
-    ("models.efficientformer_v2", "Attention2d", {"dim": 32, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": 4}, IMAGE),
+    ("models.efficientformer", "Attention",
+     {"dim": 32, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": 4}, TOKENS),
+    ("models.efficientformer_v2", "Attention2d",
+     {"dim": 32, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": 4}, IMAGE),
     ("models.efficientformer_v2", "Attention2dDownsample",
      {"dim": 32, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": 4, "out_dim": 24}, IMAGE),
-    ("models.eva", "EvaAttention", {"dim": 32, "num_heads": 4, "norm_layer": nn.LayerNorm, "scale_norm": False, "qk_norm": False}, TOKENS),
-    ("models.eva", "EvaAttention", {"dim": 32, "num_heads": 4, "qkv_fused": False, "norm_layer": nn.LayerNorm, "scale_norm": False}, TOKENS),
+    ("models.eva", "EvaAttention",
+     {"dim": 32, "num_heads": 4, "norm_layer": nn.LayerNorm, "scale_norm": False, "qk_norm": False}, TOKENS),
+    ("models.eva", "EvaAttention",
+     {"dim": 32, "num_heads": 4, "qkv_fused": False, "norm_layer": nn.LayerNorm, "scale_norm": False}, TOKENS),
     ("models.fastvit", "Attention", {"dim": 32, "head_dim": 8}, IMAGE),
-    ("models.gcvit", "WindowAttentionGlobal", {"dim": 32, "num_heads": 4, "window_size": (4, 4), "use_global": False}, TOKENS),
+    ("models.gcvit", "WindowAttentionGlobal",
+     {"dim": 32, "num_heads": 4, "window_size": (4, 4), "use_global": False}, TOKENS),
     ("models.hiera", "MaskUnitAttention", {"dim": 32, "dim_out": 48, "heads": 4, "window_size": 16}, TOKENS),
     ("models.hieradet_sam2", "MultiScaleAttention", {"dim": 32, "dim_out": 48, "num_heads": 4}, CHANNELS_LAST),
-    ("models.levit", "Attention", {"dim": 32, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": (4, 4)}, TOKENS),
-    ("models.levit", "Attention", {"dim": 32, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": (4, 4), "use_conv": True}, IMAGE),
+    ("models.levit", "Attention",
+     {"dim": 32, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": (4, 4)}, TOKENS),
+    ("models.levit", "Attention",
+     {"dim": 32, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": (4, 4), "use_conv": True}, IMAGE),
     ("models.levit", "AttentionDownsample",
      {"in_dim": 32, "out_dim": 24, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": (4, 4)}, TOKENS),
     ("models.maxxvit", "Attention2d", {"dim": 32, "dim_head": 8}, IMAGE),
@@ -237,14 +250,18 @@ MODULES: list[tuple[Any, ...]] = [
     ("models.maxxvit", "AttentionCl", {"dim": 32, "dim_head": 8}, CHANNELS_LAST),
     ("models.maxxvit", "AttentionCl", {"dim": 32, "dim_head": 8, "head_first": False}, CHANNELS_LAST),
     ("models.metaformer", "Attention", {"dim": 32, "head_dim": 8}, TOKENS),
-    ("models.mvitv2", "MultiScaleAttention", {"dim": 32, "dim_out": 48, "feat_size": (4, 4), "num_heads": 4, "has_cls_token": False, "residual_pooling": False}, TOKENS, (4, 4)),
+    ("models.mvitv2", "MultiScaleAttention",
+     {"dim": 32, "dim_out": 48, "feat_size": (4, 4), "num_heads": 4, "has_cls_token": False,
+      "residual_pooling": False}, TOKENS, (4, 4)),
     ("models.nextvit", "EfficientAttention", {"dim": 32, "head_dim": 8, "sr_ratio": 2}, TOKENS),
     ("models.pvt_v2", "Attention", {"dim": 32, "num_heads": 4, "sr_ratio": 2}, TOKENS, (4, 4)),
     ("models.pvt_v2", "Attention", {"dim": 32, "num_heads": 4, "linear_attn": True}, TOKENS, (4, 4)),
     ("models.swin_transformer", "WindowAttention", {"dim": 32, "num_heads": 4, "window_size": 4}, WINDOW),
     ("models.swin_transformer_v2", "WindowAttention", {"dim": 32, "num_heads": 4, "window_size": (4, 4)}, WINDOW),
-    ("models.swin_transformer_v2_cr", "WindowMultiHeadAttention", {"dim": 32, "num_heads": 4, "window_size": (4, 4)}, WINDOW),
-    ("models.tiny_vit", "Attention", {"dim": 32, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": (4, 4)}, TOKENS),
+    ("models.swin_transformer_v2_cr", "WindowMultiHeadAttention",
+     {"dim": 32, "num_heads": 4, "window_size": (4, 4)}, WINDOW),
+    ("models.tiny_vit", "Attention",
+     {"dim": 32, "key_dim": 6, "num_heads": 4, "attn_ratio": 2, "resolution": (4, 4)}, TOKENS),
     ("models.tnt", "Attention", {"dim": 32, "hidden_dim": 24, "num_heads": 4}, TOKENS),
     ("models.twins", "LocallyGroupedAttn", {"dim": 32, "num_heads": 4, "ws": 2}, TOKENS, (4, 4)),
     ("models.twins", "GlobalSubSampleAttn", {"dim": 32, "num_heads": 4, "sr_ratio": 2}, TOKENS, (4, 4)),
@@ -282,9 +299,12 @@ def test_matrices_are_those_of_the_forward_pass(timm, case):
 
 #: Classes of no model above that are named: module, class, arguments, what is said.
 NAMED_ALONE: list[tuple[str, str, dict[str, Any], str]] = [
-    ("layers.attention2d", "MultiQueryAttentionV2", {"dim": 32, "num_heads": 4}, "query_proj has shape .*, not that of a matrix"),
-    ("layers.other_pool", "SimPool2d", {"dim": 32, "num_heads": 4}, "called like queries and keys, and not recognised"),
-    ("layers.other_pool", "SimPool1d", {"dim": 32, "num_heads": 4}, "called like queries and keys, and not recognised"),
+    ("layers.attention2d", "MultiQueryAttentionV2",
+     {"dim": 32, "num_heads": 4}, "query_proj has shape .*, not that of a matrix"),
+    ("layers.other_pool", "SimPool2d",
+     {"dim": 32, "num_heads": 4}, "like projections to queries and keys, and not recognised"),
+    ("layers.other_pool", "SimPool1d",
+     {"dim": 32, "num_heads": 4}, "like projections to queries and keys, and not recognised"),
 ]  # fmt: skip
 POOL_FIRST = "models.mvitv2.MultiScaleAttentionPoolFirst"
 
