@@ -126,11 +126,11 @@ def test_a_map_before_attention_is_no_projection(diffusers):
 #: Names of projections in classes of diffusers called attention; a new one fails, so that somebody looks at it.
 SPELLINGS = set(
     """
-    add_k_proj add_q_proj add_v_proj img_attn_qkv img_qkv_proj k k_img k_proj key kv_linear q q_img q_linear
-    q_proj qkv query to_added_kv to_added_qkv to_k to_k_custom_diffusion to_k_ip to_k_t to_key to_kv to_q
-    to_q_custom_diffusion to_q_t to_qkv to_qkv_mlp_proj to_query to_v to_v_custom_diffusion to_v_ip to_v_t
-    to_value txt_attn_qkv txt_kv_proj v v_img v_proj value
-    """.split()  # noqa: SIM905
+    add_k_proj add_q_proj add_v_proj img_attn_qkv img_qkv_proj k k_img k_proj key kv_linear q q_img q_linear q_proj
+    qkv query to_added_kv to_added_qkv to_k to_k_custom_diffusion to_k_ip to_k_t to_key to_kv to_q
+    to_q_custom_diffusion to_q_t to_qkv to_qkv_mlp_proj to_query to_v to_v_custom_diffusion to_v_ip to_v_t to_value
+    txt_attn_qkv txt_kv_proj v v_img v_proj value
+    """.split()  # noqa: SIM905 - easier to read and sort as words
 )
 
 

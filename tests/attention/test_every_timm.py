@@ -27,15 +27,15 @@ from .rescaled import contradictions, planes_turned, randomise
 MODELS = """
     bat_resnext26ts beit_base_patch16_224 caformer_s18 cait_xxs24_224 coat_tiny coatnet_0_224 convit_tiny
     cpubone_b0_bfrobust crossvit_tiny_240 csatv2 davit_base_fl davit_tiny deepseek_vit_412m eca_botnext26ts_256
-    edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvit_b0 efficientvit_m0
-    eva02_tiny_patch14_224 fastvit_mci0 gcvit_xxtiny gemma4_vit_167m halonet_h1 hiera_tiny_224 iformer_t
-    lambda_resnet26t levit_128s lowformer_b0 maxvit_tiny_pm_256 maxvit_tiny_tf_224 mobilenetv4_hybrid_medium_075
-    mobilevitv2_050 mvitv2_tiny nest_tiny nextvit_small pvt_v2_b0 resnest14d resnet50_clip sam2_hiera_tiny
-    samvit_base_patch16_224 shvit_s1 skresnet18 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny_224
-    swinv2_tiny_window8_256 test_vit3 test_vit_relpos tiny_vit_5m_224 tnt_s_legacy_patch16_224 twins_svt_small
-    visformer_tiny vit_dpwee_patch16_reg1_gap_256 vit_dwee_patch16_reg1_gap_256 vit_pwee_patch16_reg1_gap_256
-    volo_d1_224 xcit_nano_12_p8_224 focalnet_tiny_srf convnext_atto
-    """.split()  # noqa: SIM905
+    edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224
+    fastvit_mci0 gcvit_xxtiny gemma4_vit_167m halonet_h1 hiera_tiny_224 iformer_t lambda_resnet26t levit_128s
+    lowformer_b0 maxvit_tiny_pm_256 maxvit_tiny_tf_224 mobilenetv4_hybrid_medium_075 mobilevitv2_050 mvitv2_tiny
+    nest_tiny nextvit_small pvt_v2_b0 resnest14d resnet50_clip sam2_hiera_tiny samvit_base_patch16_224 shvit_s1
+    skresnet18 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256 test_vit3
+    test_vit_relpos tiny_vit_5m_224 tnt_s_legacy_patch16_224 twins_svt_small visformer_tiny
+    vit_dpwee_patch16_reg1_gap_256 vit_dwee_patch16_reg1_gap_256 vit_pwee_patch16_reg1_gap_256 volo_d1_224
+    xcit_nano_12_p8_224 focalnet_tiny_srf convnext_atto
+    """.split()  # noqa: SIM905 - a list of this length is easier to read and sort as words
 
 #: Classes that look like attention and are named, never read: what the reason has to say.
 NAMED = {
@@ -374,15 +374,13 @@ def test_matrices_are_those_of_the_forward_pass(timm, case):
 
 #: Classes of no model above that are named: module, class, arguments, what is said.
 NAMED_ALONE: list[tuple[str, str, dict[str, Any], str]] = [
-    (
-        "layers.attention2d",
-        "MultiQueryAttentionV2",
-        {"dim": 32, "num_heads": 4},
-        "query_proj has shape .*, not that of a matrix",
-    ),
-    ("layers.other_pool", "SimPool2d", {"dim": 32, "num_heads": 4}, "queries and keys, and not recognised"),
-    ("layers.other_pool", "SimPool1d", {"dim": 32, "num_heads": 4}, "queries and keys, and not recognised"),
-]
+    ("layers.attention2d", "MultiQueryAttentionV2",
+     {"dim": 32, "num_heads": 4}, "query_proj has shape .*, not that of a matrix"),
+    ("layers.other_pool", "SimPool2d",
+     {"dim": 32, "num_heads": 4}, "like projections to queries and keys, and not recognised"),
+    ("layers.other_pool", "SimPool1d",
+     {"dim": 32, "num_heads": 4}, "like projections to queries and keys, and not recognised"),
+]  # fmt: skip
 POOL_FIRST = "models.mvitv2.MultiScaleAttentionPoolFirst"
 
 

@@ -27,9 +27,10 @@ class AttentionNames:
     """Names of the projections in one family of attention modules, relative to the module.
 
     Give separate ``query``, ``key`` and ``value``; or ``fused`` alone for all three in one parameter; or ``query`` and
-    ``fused`` for keys and values in one; or ``fused`` and ``value`` for queries and keys in one. A name is a submodule with a ``weight`` (``"q_proj"``), or a parameter itself
-    (``"q_proj_weight"``). A parameter of three dimensions is a stack of one matrix per head, (heads, in, head_dim) for
-    queries, keys and values and (heads, head_dim, out) for the output.
+    ``fused`` for keys and values in one; or ``fused`` and ``value`` for queries and keys in one. A name is a submodule
+    with a ``weight`` (``"q_proj"``), or a parameter itself (``"q_proj_weight"``). A parameter of three dimensions is a
+    stack of one matrix per head, (heads, in, head_dim) for queries, keys and values and (heads, head_dim, out) for the
+    output.
 
     Attributes:
         query: name of the query projection.
@@ -80,7 +81,8 @@ class AttentionNames:
         if given not in ({"query", "key", "value"}, {"fused"}, {"query", "fused"}, {"fused", "value"}):
             raise ValueError(
                 f"AttentionNames got {', '.join(sorted(given)) or 'no projection'}; expected query, key and value, "
-                "or fused alone, or query and fused (keys and values in one), or fused and value (queries and keys in one)."
+                "or fused alone, or query and fused (keys and values in one), or fused and value (queries and keys in "
+                "one)."
             )
         if len(given) == 2 and len(self.order) != 2:
             object.__setattr__(self, "order", "kv" if self.query else "qk")
@@ -159,7 +161,7 @@ def spellings(child: str, of: Literal["query", "key", "value"] = "query") -> Ite
 
 
 def is_table(child: str) -> bool:
-    """Whether a name says that it is of positions, biases, norms and the like, though it may have a projection's shape."""
+    """Whether a name is that of positions, biases, norms and the like, which may have the shape of a projection."""
     return bool(_NO_PROJECTION.search(child))
 
 
@@ -198,10 +200,10 @@ _OUTPUTS = (
     "o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "proj", "Wo", "wo", "W_o", "to_out.0", "to_out",
     "linear_out", "out", "proj_out", "output_proj", "out_projection", "projection_output", "linear_proj",
     "attn_output", "attn_out", "attention_out", "out_layer", "proj_attn", "output", "output_projection",
-    "projection", "projection_layer",
-    "post_proj", "post", "final_proj", "fc", "unify", "unifyheads", "output_linear",
+    "projection", "projection_layer", "post_proj", "post", "final_proj", "fc", "unify", "unifyheads", "output_linear",
     "../output.dense", "../output", "../dense", "../post", "../proj",
-    "../../proj", "../../out_proj", "../../o_proj", "../../c_proj", "../../dense", "../../fc", "../../unify", "../proj_out",
+    "../../proj", "../../out_proj", "../../o_proj", "../../c_proj", "../../dense", "../../fc", "../../unify",
+    "../proj_out",
 )  # fmt: skip
 
 
@@ -320,12 +322,15 @@ NOT_READ: dict[str, str] = {
     "sampling_offsets": "deformable attention: its weights come from the queries alone, without keys",
     "lambda_q1": _DIFFERENTIAL,
     "lambda_a": _DIFFERENTIAL,
-    "mlp_out_proj": "one projection, in_proj, holds queries, keys, values and the hidden layer of an MLP",  # timm's ViT-22B
+    # timm's ViT-22B
+    "mlp_out_proj": "one projection, in_proj, holds queries, keys, values and the hidden layer of an MLP",
     "qkvs": "a list of fused projections, one for each head, whose input is the result of the head before",
 }
-#: Classes whose output projection takes the first channel of every head, then the second: no head has columns of its own.
+#: Classes whose output projection takes the first channel of every head, then the second: heads have no columns of
+#: their own.
 MIXED_OUTPUT = ("timm.models.nest.Attention",)
-#: Attributes that give the width of a query's and a key's head where values have another, after them in a fused projection.
+#: Attributes that give the width of a query's and a key's head where that of the values, which follow in the fused
+#: projection, is another.
 KEY_DIM = ("key_dim", "dim_head_qk", "qk_dim")
 
 #: Attributes of a module or its configuration: number of heads, head size, number of key heads.

@@ -105,7 +105,7 @@ def gradients_of(model: nn.Module, names: Sequence[str], example: Any) -> dict[s
         ) from error
     finally:
         for parameter in frozen:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad_(False)
         with torch.no_grad():  # running statistics, which a pass in training mode moves
             for name, buffer in model.named_buffers():
                 if name in buffers and buffer.shape == buffers[name].shape:
