@@ -249,11 +249,16 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
             f"{layer.num_heads // layer.num_key_value_heads} query heads share a key head: gap and imbalance are of "
             "the group, the spectrum of each head"
         )
-    if layer.unknown:
+    if "order" in layer.unknown:
+        yield (
+            "the fused projection is read as all queries, all keys, all values, as in most code, and nothing says so: "
+            "if it is cut head by head, give names=AttentionNames(fused=..., layout='interleaved')"
+        )
+    if unknown := layer.unknown - {"order"}:
         asked = {"qk_norm": "queries and keys are normalised", "rotary": "rotary positions turn them"}
-        questions = " or whether ".join(asked[name] for name in sorted(layer.unknown))
-        settings = ", ".join(f"{name}=..." for name in sorted(layer.unknown))
-        example = ", or give a live model and example=" if "qk_norm" in layer.unknown else ""
+        questions = " or whether ".join(asked[name] for name in sorted(unknown))
+        settings = ", ".join(f"{name}=..." for name in sorted(unknown))
+        example = ", or give a live model and example=" if "qk_norm" in unknown else ""
         yield (
             f"nothing says whether {questions}, and it is shown as if not: say it with "
             f"names=AttentionNames(..., {settings}){example}"

@@ -17,8 +17,8 @@ _MODEL: dict[str, Any] = {
 }  # fmt: skip
 _GROUPED = _MODEL | {"num_key_value_heads": 2, "head_dim": 8}
 _GEMMA = _GROUPED | {
-    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 50,
+    "hidden_size_per_layer_input": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
 _EXPERTS = _MODEL | {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
@@ -52,8 +52,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "levit": ("Levit", {"image_size": 128, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4],
               "depths": [1, 1, 1], "key_dim": [8, 8, 8]}, "LevitModel"),
     "convbert": ("ConvBert", _MODEL | {"head_ratio": 2}, "ConvBertModel"),
-    "funnel": ("Funnel", {"vocab_size": 50, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1],
-               "num_decoder_layers": 1}, "FunnelModel"),
+    "funnel": ("Funnel", {"vocab_size": 50, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64,
+               "block_sizes": [1, 1], "num_decoder_layers": 1}, "FunnelModel"),
     "deberta": ("Deberta", _RELATIVE, "DebertaModel"),
     "deberta_v2": ("DebertaV2", _RELATIVE, "DebertaV2Model"),
     "moshi": ("Moshi", _MODEL | {"ffn_dim": 64}, "MoshiModel"),

@@ -56,8 +56,9 @@ def test_no_known_row_is_hidden_by_an_earlier_one() -> None:
 
 #: Names of query, key, value and output that somebody has given them.
 SPELLINGS = [
-    "q_proj k_proj v_proj o_proj", "Wq Wk Wv Wo", "W_Q W_K W_V W_O", "wq wk wv wo", "linear_q linear_k linear_v linear_out",
-    "lin_q lin_k lin_v lin_out", "to_q to_k to_v to_out", "toQ toK toV toOut", "toqueries tokeys tovalues unifyheads",
+    "q_proj k_proj v_proj o_proj", "Wq Wk Wv Wo", "W_Q W_K W_V W_O", "wq wk wv wo",
+    "linear_q linear_k linear_v linear_out", "lin_q lin_k lin_v lin_out", "to_q to_k to_v to_out",
+    "toQ toK toV toOut", "toqueries tokeys tovalues unifyheads",
     "qProj kProj vProj oProj", "queryProj keyProj valueProj outProj", "QueryProj KeyProj ValueProj OutProj",
     "w_qs w_ks w_vs fc", "queries keys values fc_out", "query_layer key_layer value_layer out_layer",
     "proj_query proj_key proj_value proj_output", "dense_q dense_k dense_v dense_out", "Q K V O",
@@ -87,8 +88,9 @@ def test_three_names_that_differ_in_one_word_are_a_projection_each(names: str) -
 
 
 @pytest.mark.parametrize(
-    "name", ["sequence", "monkey", "keyword", "evaluate", "turkey_proj", "token_proj", "tok", "kernel", "qa_outputs", "q_norm",
-             "k_bias", "query_embed", "q_lora_a", "ln_q", "queue", "vq", "quantize", "conv", "equal"],
+    "name",
+    ["sequence", "monkey", "keyword", "evaluate", "turkey_proj", "token_proj", "tok", "kernel", "qa_outputs",
+     "q_norm", "k_bias", "query_embed", "q_lora_a", "ln_q", "queue", "vq", "quantize", "conv", "equal"],
 )  # fmt: skip
 def test_a_word_inside_another_says_nothing(name: str) -> None:
     assert not is_input_like(name)
@@ -96,8 +98,9 @@ def test_a_word_inside_another_says_nothing(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("to_q", "query"), ("add_k_proj", "key"), ("W_V", "value"), ("Wqkv", "fused"), ("to_kv", "fused"), ("qk_proj", "fused"),
-     ("query_key_value", "fused"), ("key_value", "fused"), ("wk", "key"), ("in_proj_weight", "fused")],
+    [("to_q", "query"), ("add_k_proj", "key"), ("W_V", "value"), ("Wqkv", "fused"), ("to_kv", "fused"),
+     ("qk_proj", "fused"), ("query_key_value", "fused"), ("key_value", "fused"), ("wk", "key"),
+     ("in_proj_weight", "fused")],
 )  # fmt: skip
 def test_one_name_says_one_thing(name: str, says: str) -> None:
     kinds = {"query": is_query_like, "key": is_key_like, "value": is_value_like, "fused": is_fused_like}
@@ -106,9 +109,9 @@ def test_one_name_says_one_thing(name: str, says: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("q_norm", True), ("ln_query", True), ("norm_k", True), ("q_rmsnorm", True), ("qk_layernorm", True), ("kNorm", True),
-     ("logit_scale", True), ("query_ln", True), ("q_a_layernorm", False), ("kv_a_layernorm", False), ("norm", False),
-     ("input_layernorm", False), ("normal", False), ("q_proj", False), ("kv_norm", False)],
+    [("q_norm", True), ("ln_query", True), ("norm_k", True), ("q_rmsnorm", True), ("qk_layernorm", True),
+     ("kNorm", True), ("logit_scale", True), ("query_ln", True), ("q_a_layernorm", False), ("kv_a_layernorm", False),
+     ("norm", False), ("input_layernorm", False), ("normal", False), ("q_proj", False), ("kv_norm", False)],
 )  # fmt: skip
 def test_norms_of_queries_and_keys(name: str, expected: bool) -> None:
     assert is_query_key_norm(name) == expected
@@ -118,9 +121,10 @@ def test_norms_of_queries_and_keys(name: str, expected: bool) -> None:
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
 WITHOUT_ATTENTION = {
-    "Mamba": _SMALL, "Mamba2": _SMALL | {"num_heads": 8, "head_dim": 8, "n_groups": 2}, "FalconMamba": _SMALL, "Rwkv": _SMALL,
-    "ResNet": {}, "RegNet": {}, "ConvNext": {}, "ConvNextV2": {}, "MobileNetV1": {}, "MobileNetV2": {}, "EfficientNet": {},
-    "Bit": {}, "FocalNet": {}, "PoolFormer": {}, "FNet": {}, "Encodec": {}, "PatchTSMixer": {}, "UnivNet": {},
+    "Mamba": _SMALL, "Mamba2": _SMALL | {"num_heads": 8, "head_dim": 8, "n_groups": 2}, "FalconMamba": _SMALL,
+    "Rwkv": _SMALL, "ResNet": {}, "RegNet": {}, "ConvNext": {}, "ConvNextV2": {}, "MobileNetV1": {}, "MobileNetV2": {},
+    "EfficientNet": {}, "Bit": {}, "FocalNet": {}, "PoolFormer": {}, "FNet": {}, "Encodec": {},
+    "PatchTSMixer": {}, "UnivNet": {},
 }  # fmt: skip
 
 

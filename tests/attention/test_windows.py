@@ -340,7 +340,7 @@ def test_each_head_of_a_module_by_hand(kind: type[_Hand], tmp_path: Path, monkey
         find = rd.find_attention
         monkeypatch.setattr(rd, "find_attention", lambda model: find(model, names))
     [layer] = check_heads(model, lambda: model["layers"][0](x))
-    assert set(view.role for view in layer.views) == {"query", "key", "value", "output"}
+    assert {view.role for view in layer.views} == {"query", "key", "value", "output"}
     monkeypatch.undo()
     torch.save(model.half().state_dict(), tmp_path / "weights.pt")
     [stored] = rd.find_attention(tmp_path / "weights.pt", names, num_heads=4)
@@ -371,15 +371,19 @@ def test_a_module_for_each_head(called: str, stated: int | None) -> None:
 @pytest.mark.parametrize(
     ("weights", "reason"),
     [
-        ({name: nn.Conv2d(16, 16, 1, groups=4) for name in ("q", "k", "v")}, r"q\.weight is the weight of a grouped conv"),
-        ({name: torch.zeros(4, 6, 16) for name in ("W_Q", "W_K", "W_V")}, r"4 matrices of \(in, head_dim\) were expected"),
+        ({name: nn.Conv2d(16, 16, 1, groups=4) for name in ("q", "k", "v")},
+         r"q\.weight is the weight of a grouped conv"),
+        ({name: torch.zeros(4, 6, 16) for name in ("W_Q", "W_K", "W_V")},
+         r"4 matrices of \(in, head_dim\) were expected"),
         ({name: nn.ModuleList([nn.Linear(16, 6) for _ in range(4)]) for name in ("q_proj", "k_proj", "v_proj")},
-         r"q_proj is a list of matrices; hold them in one parameter"),
+         r"q_proj is a sequence or a list of several matrices"),
         ({"qkv": torch.zeros(3, 16, 16)}, r"qkv has shape \(3, 16, 16\), not that of a matrix"),
-        ({"to_qk": nn.Linear(16, 32), "to_v": nn.Linear(16, 16)}, r"to_qk \(32, 16\) holds .* in an order that is not known"),
+        ({"to_qk": nn.Linear(16, 32), "to_v": nn.Linear(16, 16)},
+         r"to_qk \(32, 16\) holds .* in an order that is not known"),
         ({"qkvg": nn.Linear(16, 64)}, r"qkvg \(64, 16\) holds"),
         ({"query_key_value": nn.Linear(16, 48)}, r"query_key_value \(48, 16\) holds"),
-        ({name: nn.Linear(16, 16) for name in ("q1", "q2", "k1", "k2", "v")}, r"q1 .* are called like queries and keys"),
+        ({name: nn.Linear(16, 16) for name in ("q1", "q2", "k1", "k2", "v")},
+         r"q1 .* are named like projections to queries and keys"),
         ({name: nn.Linear(16, 16) for name in ("q_proj", "o_proj")}, r"queries without a projection to keys"),
         ({name: nn.Linear(16, 16) for name in ("key", "value")}, r"keys and values without a projection to queries"),
         ({name: nn.Linear(16, 16) for name in ("q_proj", "k_proj", "v_proj", "gk_proj")}, r"gated linear attention"),

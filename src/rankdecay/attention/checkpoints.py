@@ -31,7 +31,7 @@ from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside, find_files, kind
 from rankdecay.attention.foreign import check_archive
 from rankdecay.attention.gguf import parts_of, read_gguf
-from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, is_rotary_type
+from rankdecay.attention.names import NO_ROTARY_TYPES, NUM_HEADS, PARTS, ROTARY, is_rotary_type
 from rankdecay.attention.quantised import dequantised, stored_type
 from rankdecay.attention.states import SeveralSets, choose_mapping, choose_names
 
@@ -106,8 +106,12 @@ class Checkpoint:
         return ""
 
     def is_known(self, path: str) -> bool:
-        """Whether the configuration names a model type, and no code of the checkpoint's own."""
-        return "model_type" in self.config and "auto_map" not in self.config
+        """Whether the configuration names a model type that the tables cover, and no code of the checkpoint's own."""
+        kind = next(
+            (part.get("model_type") for part in parts_of_config(self.config, path) if "model_type" in part), None
+        )
+        said = self.setting(path, (*ROTARY, "use_rope")) is not None or kind in NO_ROTARY_TYPES
+        return kind is not None and said and "auto_map" not in self.config
 
     def own(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return None: there are no modules, and what a format states of one is not told from a configuration."""
@@ -124,17 +128,20 @@ def parts_of_config(config: Mapping[str, Any], path: str) -> list[Mapping[str, A
     nested = {
         key: part
         for key, part in config.items()
-        if isinstance(part, dict) and ("model_type" in part or key.endswith("_config"))
+        if isinstance(part, dict) and ("model_type" in part or key.endswith("_config") or key in ("encoder", "decoder"))
     }
     if not nested:
         return [config]
     words = f".{path}."
     stems = {key: key.removesuffix("_config") for key in nested}
     fits = [key for key, stem in stems.items() if any(name in words for name in (stem, *PARTS.get(key, ())))]
+
     # "sam_encoder" is of sam_config rather than encoder_config, and either rather than another name for a part
-    if best := max(
-        fits, key=lambda key: (f".{stems[key]}" in words, stems[key] in words, len(stems[key])), default=None
-    ):
+    def fit(key: str) -> tuple[bool, bool, int, int]:
+        stem = stems[key]
+        return f".{stem}" in words, stem in words, -words.find(f".{stem}"), len(stem)
+
+    if best := max(fits, key=fit, default=None):
         return [*parts_of_config(nested[best], path), config]
     text = next((key for key in ("text_config", "llm_config", "language_config") if key in nested), None)
     if text and _LANGUAGE_MODEL.match(path):

@@ -277,6 +277,7 @@ class _Settings:
         return {
             "rope_theta": base if isinstance(base, float) else 10000.0,
             "rotary_dim": dims,
+            "partial_rotary_factor": 1.0,  # of a file that does not say how many, all
             "rope_interleaved": self.planes == "interleaved" and not sectioned,
         }
 

@@ -249,8 +249,8 @@ class AttentionLayer:
         factors: of latent attention, by role: ``query_factor`` (the queries' first), ``query_rotary`` and
             ``key_rotary`` (the parts that positions turn; one key head), ``latent``. Of others the ``gate`` inside a
             query projection, and projections of positions, ``query_position``, ``key_position``, ``query_sine``.
-        unknown: which of ``"rotary"`` and ``"qk_norm"`` nothing states, neither names nor settings; those fields then
-            say what is usual, no.
+        unknown: which of ``"rotary"``, ``"qk_norm"`` and ``"order"`` (of a fused projection) nothing states, neither
+            names nor settings; they are then as is usual: none, no, and all queries before all keys and values.
         place: the model's own number of the layer, and the tower it stands in.
     """
 

@@ -153,12 +153,20 @@ def locate(
         only: look for ``names`` alone.
     """
     given = [names] if isinstance(names, AttentionNames) else list(names or ())
+    if isinstance(names, (str, dict)) or not all(isinstance(row, AttentionNames) for row in given):
+        raise TypeError(f"names must be an AttentionNames or several of them, got {names!r}.")
     if only and not given:
         raise ValueError("only=True looks for names= alone, and names= is not given.")
     sizes = {"num_heads": num_heads, "head_dim": head_dim}
     search = _Search(source, given, {name: size for name, size in sizes.items() if size is not None}, only)
     for module, children in _modules(source.plain).items():
         search.look_at(module, children)
+    for row in given:
+        if row not in search.matched and search.found:
+            called = ", ".join(map(repr, row.projections))
+            search.unhandled.append(
+                Unhandled("", f"names=AttentionNames of {called} match no module; is one misspelt?")
+            )
     return search.found, search.unhandled
 
 
@@ -169,6 +177,7 @@ class _Search:
         self.source, self.given, self.sizes, self.only = source, given, sizes, only
         self.found: list[Found] = []
         self.unhandled: list[Unhandled] = []
+        self.matched: set[AttentionNames] = set()  # of those given
         self._taken: set[str] = set()  # parameters that are read, or spoken of, in the module at hand
 
     def look_at(self, module: str, children: Sequence[str]) -> None:
@@ -177,6 +186,7 @@ class _Search:
         children = [child for child in children if reader.parameter(child)]
         self._taken = set()
         for row in filter(reader.matches, self.given):
+            self.matched.add(row)
             self._attempt(reader, partial(reader.read, replace(row, **self.sizes), named=True), row.projections)
         if self.only:
             return

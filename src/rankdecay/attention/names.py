@@ -84,6 +84,10 @@ class AttentionNames:
                 "or fused alone, or query and fused (keys and values in one), or fused and value (queries and keys in "
                 "one)."
             )
+        if len({self.query, self.key}) == 1 and self.query:
+            raise ValueError(f"AttentionNames got query={self.query!r} and key={self.key!r}; they are two projections.")
+        if self.rotary_dims is not None and self.rotary in (None, "none"):
+            raise ValueError(f"rotary_dims={self.rotary_dims} needs rotary='half' or 'interleaved'.")
         if len(given) == 2 and len(self.order) != 2:
             object.__setattr__(self, "order", "kv" if self.query else "qk")
         if self.fused:
@@ -286,6 +290,8 @@ _DIFFERENTIAL = "differential attention: the difference of two softmaxes, for wh
 NO_SCORES: dict[str, str] = {
     "A_log": _RECURRENT,
     "dt_bias": _RECURRENT,
+    "fast_attention": "Performer: random features take the place of a softmax over scores",
+    "inner_attention": "an attention of a library that chooses its kind elsewhere, softmax or linear",
     "q_conv1d": _RECURRENT,
     "ssm_alpha": _RECURRENT,  # GGUF
     "ssm_beta": _RECURRENT,
@@ -362,6 +368,19 @@ NORMS_WITHOUT_WEIGHTS = ("nanochat", "neomme", "yoso", "muse_glimmer_text", "mus
 GATED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text")
 
 
+#: Model types every fourth of whose layers has no rotary positions, if the configuration does not say which.
+EVERY_FOURTH = ("smollm3", "llama4_text")
+#: Share of a head's coordinates that positions turn, where a configuration leaves it to the class.
+DEFAULT_SHARES = {"glm": 0.5, "glm4": 0.5, "persimmon": 0.5, "nemotron": 0.5, "stablelm": 0.25, "stablelm_epoch": 0.25}
+#: Model types without rotary positions. Of any other a file says so only by having no setting of them.
+NO_ROTARY_TYPES = (
+    "gpt2", "gpt_bigcode", "gpt_neo", "imagegpt", "opt", "bloom", "mpt", "bert", "roberta", "xlm-roberta", "camembert",
+    "electra", "distilbert", "albert", "deberta", "deberta-v2", "bart", "mbart", "pegasus", "marian", "t5", "mt5",
+    "umt5", "whisper", "speech_to_text", "wav2vec2", "hubert", "wavlm", "vit", "deit", "beit", "swin", "swinv2",
+    "dinov2", "clip", "clip_text_model", "clip_vision_model", "siglip", "siglip_text_model", "siglip_vision_model",
+    "blip", "detr", "funnel", "xlnet", "convbert", "led", "longformer", "levit",
+)  # fmt: skip
+
 #: Model types some of whose layers have no projection to values, because the keys are.
 VALUES_ARE_KEYS = ("gemma4_text", "diffusion_gemma", "diffusion_gemma_text")
 
@@ -393,7 +412,8 @@ LATENT = (
 )
 
 
-#: DeepSeek V4, in transformers and in its own files: the queries' two factors, keys that are the values, the outputs' two.
+#: DeepSeek V4, in transformers and in its own files: the queries' two factors, keys that are the values, and the
+#: outputs' two.
 SHARED_LATENT = (
     ("q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj"),
     ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 #: Names of lists of blocks. A number after one of these counts layers; after another it may count parts of a layer.
-_LISTS = ("layers", "layer", "blocks", "block", "h", "stages", "resblocks", "blk", "encoder_layers", "decoder_layers")
+LISTS = ("layers", "layer", "blocks", "block", "h", "stages", "resblocks", "blk", "encoder_layers", "decoder_layers")
 
 
 class Numbered(NamedTuple):
@@ -56,11 +56,11 @@ def _place(name: str) -> tuple[list[str], int | None]:
     digits = [i for i, part in enumerate(parts) if part.isdigit()]
     if not digits:
         return parts, None
-    layers = [i for i in digits if i and parts[i - 1] in _LISTS] or digits[:1]
+    layers = [i for i in digits if i and parts[i - 1] in LISTS] or digits[:1]
     if parts[layers[0] - 1] == "block" and parts[layers[-1] - 1] == "layer":
         layers = layers[:1]  # T5: block.4.layer.1 is the second part of block 4
     last = layers[-1]
-    inside = last - 1 if last and parts[last - 1] in _LISTS else last
+    inside = last - 1 if last and parts[last - 1] in LISTS else last
     return parts[:inside], int(parts[last])
 
 

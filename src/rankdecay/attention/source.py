@@ -327,10 +327,19 @@ def without_wrappers(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, shapes=found, load=lambda name: weights[name].read() if name in weights else load(name))
 
 
+#: Factors of adapters of one's own, beside the weight they belong to.
+_FACTORS = ("lora_A", "lora_A.weight", "lora_down.weight")
+
+
 def _saved_under_adapters(
     shapes: Mapping[str, Shape], computed: Mapping[str, StoredWeight], load: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, StoredWeight]]:
     """Yield the weights of a file saved with its adapters, by their names without them."""
+    for name, shape in shapes.items():  # loralib's layers hold factors beside the weight
+        beside_it = (f"{name.removesuffix('weight')}{factor}" for factor in _FACTORS)
+        if name.endswith(".weight") and (factor := next(filter(shapes.__contains__, beside_it), None)):
+            reason = f"{factor} is an adapter that is not merged into {name}; merge it into the weight and save again."
+            yield name, StoredWeight(shape, (name,), _refusal(reason))
     copies: dict[str, list[str]] = {}
     beside: dict[str, str] = {}  # a factor of its adapter, by the path of a wrapped layer
     wrapped = {name[: name.index(".base_layer.")] for name in shapes if ".base_layer." in name}

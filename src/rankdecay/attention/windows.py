@@ -22,7 +22,10 @@ from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.names import (
+    DEFAULT_SHARES,
+    EVERY_FOURTH,
     EXPERTS,
+    FUSED,
     GATED,
     HEAD_DIM,
     INTERLEAVED,
@@ -44,6 +47,7 @@ from rankdecay.attention.names import (
     is_query_key_norm,
     is_table,
 )
+from rankdecay.attention.numbering import LISTS
 from rankdecay.attention.products import Grouping, Rotary
 from rankdecay.attention.source import Shape, Source
 
@@ -138,20 +142,14 @@ class ModuleReader:
         found = [name + weight for weight in WEIGHTS if name + weight in self.plain]
         if found[:2] == [f"{name}.0.weight", f"{name}.1.weight"] and len(self.shape(found[0])) == 1:
             return found[1]  # behind a norm
-        if found and found[0] == f"{name}.0.weight" and not self._is_list(name):
-            if any(self._matrix(f"{name}.{i}.weight") for i in range(1, 6)):
-                return None  # a network, such as MoCo's encoder_q
+        if found and "encoder" in child and any(self._matrix(f"{name}.{i}.weight") for i in range(1, 6)):
+            return None  # a network, such as MoCo's encoder_q
         return found[0] if found else None
 
     def _matrix(self, name: str) -> Shape | None:
         """Return the shape of a parameter of two dimensions or more, if there is one of that name."""
         shape = self.shape(name) if name in self.plain else ()
         return shape if len(shape) > 1 else None
-
-    def _is_list(self, name: str) -> bool:
-        """Whether there are several matrices under a name, numbered and of one shape, such as one for each head."""
-        shape = self._matrix(f"{name}.0.weight")
-        return shape is not None and shape == self._matrix(f"{name}.1.weight")
 
     def bias(self, weight: str) -> str | None:
         name = weight.removesuffix("weight") + "bias"
@@ -180,8 +178,11 @@ class ModuleReader:
 
     @property
     def layer_number(self) -> int | None:
-        """The model's own number of the layer: the first number in the path."""
-        return next((int(part) for part in self.module.split(".") if part.isdigit()), None)
+        """The model's own number of the layer: the first that counts a list of layers, else the first in the path."""
+        parts = self.module.split(".")
+        digits = [i for i, part in enumerate(parts) if part.isdigit()]
+        layers = [i for i in digits if i and parts[i - 1] in LISTS] or digits
+        return int(parts[layers[0]]) if layers else None
 
     def _of_layer(self, value: object) -> object:
         """Return a setting that is a list, one value per layer, for this layer."""
@@ -205,12 +206,6 @@ class ModuleReader:
         if candidates and not named:  # the known names first, then what is called an output
             candidates = (*candidates, *sorted(filter(is_output_like, self.source.children(self.module))))
         outputs = {child: name for child in candidates if (name := self.parameter(child))}
-        for name in parameters.values():
-            if name.endswith(".0.weight") and self._is_list(name.removesuffix(".0.weight")):
-                raise NotHandled(
-                    f"{name.removesuffix('.0.weight')} is a list of matrices; hold them in one parameter, or query, key and "
-                    "value of a head in one module"
-                )
         if named and row.outputs and not outputs:
             raise NotHandled(
                 f"it has no output projection {' or '.join(map(repr, row.outputs))}; its matrices are "
@@ -262,7 +257,7 @@ class ModuleReader:
         for child, name in parameters.items():
             others = (name.removesuffix("0.weight") + f"{i}.weight" for i in (1, 2, 3))
             if name.endswith(f"{child}.0.weight") and any(n in self.plain and len(self.shape(n)) > 1 for n in others):
-                raise NotHandled(f"{child} is a sequence or a list of several matrices")
+                raise NotHandled(f"{child} is a sequence or a list of several matrices, not one")
 
     def _no_product(self, row: AttentionNames) -> str:
         if self._is_of_channels():
@@ -417,8 +412,8 @@ class ModuleReader:
         first, middle, last = self.shape(parameters[row.query])
         if heads == first and middle < last != (row.head_dim or self.number(HEAD_DIM)):
             raise NotHandled(
-                f"{parameters[row.query]} has shape {(first, middle, last)}, where {heads} matrices of (in, head_dim) were "
-                f"expected; transpose it, or pass head_dim={last} if heads are that wide"
+                f"{parameters[row.query]} has shape {(first, middle, last)}, where {heads} matrices of (in, head_dim) "
+                f"were expected; transpose it, or pass head_dim={last} if heads are that wide"
             )
         if heads == first != middle or (heads is None and first < middle):
             return "stacked"
@@ -489,7 +484,8 @@ class ModuleReader:
         if name["second"] and name["first"]:
             lines = self.shape(name["first"])[0]
             places["query_factor"] = self._place(name["first"], Window("rows", 0, lines, lines, lines))
-        rotary = Rotary(turned_dim // 2 * 2, self._is_interleaved()) if turned_dim else None
+        neighbours = names.first == "wq_a" or self._is_interleaved()  # DeepSeek's own code multiplies complex numbers
+        rotary = Rotary(turned_dim // 2 * 2, neighbours) if turned_dim else None
         # in DeepSeek's own code q_norm is what q_a_layernorm is elsewhere, between the factors
         qk_norm = self._qk_norm() and names.first != "wq_a"
         return Found(self.module, places, plain_dim, rotary, qk_norm)
@@ -587,6 +583,7 @@ class ModuleReader:
             unknown |= {"rotary"} if row.rotary is None and rotary is None else set()
             stated = qk_norm or row.qk_norm is not None or self.setting(QK_NORM_FLAGS) is False
             unknown |= set() if stated else {"qk_norm"}
+            unknown |= {"order"} if row.fused and row in FUSED and row.when is None else set()
         return rotary, qk_norm, frozenset(unknown)
 
     def _rotary_as_named(self, row: AttentionNames, head_dim: int) -> Rotary | None:
@@ -634,18 +631,28 @@ class ModuleReader:
         if isinstance(parameters, dict) and parameters.get("rope_type") == "proportional":
             return 1.0  # planes span the head; those beyond the share are turned by an angle of 0
         share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
-        share = share or self.setting(("partial_rotary_factor", "rotary_pct", "rotary_percent", "rotary_percentage"))
+        share = share or self.setting(("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent"))
+        share = share or DEFAULT_SHARES.get(str(self.setting(("model_type",))))
         return float(share) if isinstance(share, (int, float)) and 0 < share <= 1 else 1.0
 
     def _is_without_rotary(self) -> bool:
         """Whether this layer is without rotary positions though the model has them."""
-        if self.setting(("use_rope",)) is False or self._is_of_vqgan():
+        if self.setting(("use_rope", "use_mem_rope")) is False or self._is_of_vqgan():
+            return True
+        kind, number = str(self.setting(("model_type",))), self.layer_number
+        said = self.setting(("position_embedding_type",))
+        if (kind == "esm" and said == "absolute") or (kind == "granitemoehybrid" and said != "rope"):
             return True
         with_rotary = self.setting(("no_rope_layers",))  # 1 where a layer has them, whatever the name says
         if isinstance(with_rotary, list) and with_rotary:
             return not self._of_layer(with_rotary)
-        kind = self._of_layer(self.setting(("layer_types",)))
-        return (str(self.setting(("model_type",))), kind) in WITHOUT_ROTARY
+        if kind in EVERY_FOURTH and number is not None:  # as the class fills in what the configuration leaves out
+            return (number + 1) % (self.number(("no_rope_layer_interval",)) or 4) == 0
+        layer = self._of_layer(self.setting(("layer_types",)))
+        period = self.number(("sliding_window_pattern",))
+        if layer is None and period and number is not None:
+            layer = "full_attention" if (number + 1) % period == 0 else "sliding_attention"
+        return (kind, layer) in WITHOUT_ROTARY
 
     # ---- windows -----------------------------------------------------------------------------------------
 
@@ -750,9 +757,16 @@ class ModuleReader:
         if row.query and self._is_one_of_heads(row, height):
             return 1, height[row.query]
         own_dim = self.source.own(self.module, HEAD_DIM)
-        if row.query and isinstance(own_dim, int) and not (row.num_heads or row.head_dim or self._has_gates()):
-            if self.source.own(self.module, NUM_HEADS) is None and own_dim > 0 and height[row.query] % own_dim == 0:
-                return height[row.query] // own_dim, own_dim  # the configuration's number may be of another tower
+        stated = row.num_heads or row.head_dim or self._has_gates() or self.source.own(self.module, NUM_HEADS)
+        if row.query and isinstance(own_dim, int) and not stated and own_dim > 0 and height[row.query] % own_dim == 0:
+            return height[row.query] // own_dim, own_dim  # the configuration's number may be of another tower
+        if row.query and row.head_dim:
+            lines, count = height[row.query], row.num_heads or height[row.query] // row.head_dim
+            if count * row.head_dim != lines:
+                raise NotHandled(
+                    f"{row.query} has {lines} rows, and {count} heads of {row.head_dim} have {count * row.head_dim}"
+                )
+            return count, row.head_dim
         key_dim = self.number(KEY_DIM) if row.layout == "interleaved" else None
         if key_dim and row.query:  # LeViT: values are wider than keys, and a layer that shrinks has heads of its own
             return _divide(height[row.query], key_dim, f"the height of {row.query}", "the key size"), key_dim

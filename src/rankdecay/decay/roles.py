@@ -117,6 +117,8 @@ def assign_roles(
     for layer in found:
         for role, place in layer.places.items():
             note = source.known[place.parameter].note if place.parameter in source.known else ""
+            if "order" in layer.unknown and role in ("query", "key", "value"):
+                note = note or "all queries, then all keys, then all values, as nothing says otherwise"
             blocks = in_attention.setdefault(place.parameter, [])
             if all(block.window != place.window for block in blocks):  # keys may be values too, and of several layers
                 blocks.append(Block(_ATTENTION_ROLE[role], place.window, role, note))

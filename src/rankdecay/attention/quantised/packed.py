@@ -320,8 +320,13 @@ def _json(stored: Stored, name: str) -> dict[str, Any]:
     return content
 
 
-def hqq(stored: Stored) -> Weight:
-    """Read HQQ: codes of 8, 4, 2 or 1 bits, the first rows in the highest bits, in groups along one axis."""
+def hqq(stored: Stored) -> Weight | None:
+    """Read HQQ: codes of 8, 4, 2 or 1 bits, the first rows in the highest bits, in groups along one axis.
+
+    A floating-point W_q is a projection that is called so.
+    """
+    if stored.dtypes[stored.need("W_q")] in FLOAT:
+        return None
     codes, scale, zero, stated = (stored.need(part) for part in ("W_q", "scale", "zero", "shape"))
     if stored.dtypes[codes] != torch.uint8 or len(stored.shapes[codes]) != 2:
         raise stored.refused("HQQ with codes that are not bytes")
