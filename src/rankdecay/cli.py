@@ -186,7 +186,7 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="NAMES",
         help="names of the projections, for attention that is not recognised: query=wq,key=wk,value=wv,output=wo; also "
         "order, layout, num_heads, head_dim, rotary (none, half, interleaved), rotary_dims, qk_norm (yes, no), "
-        "grouping; repeat it for a second kind of attention",
+        "transposed (yes, no), grouping; repeat it for a second kind of attention",
     )
     add("--only", action="store_true", help="look for the attention that --names names alone")
     add(
@@ -329,7 +329,8 @@ def _how(settings: argparse.Namespace) -> dict[str, Any]:
 #: What ``--names`` may say, with the type of each value.
 _NAMES: dict[str, type] = {
     "query": str, "key": str, "value": str, "fused": str, "output": str, "order": str, "layout": str, "grouping": str,
-    "rotary": str, "qk_norm": bool, "num_heads": int, "head_dim": int, "rotary_dims": int, "blocks": int,
+    "rotary": str, "qk_norm": bool, "transposed": bool,
+    "num_heads": int, "head_dim": int, "rotary_dims": int, "blocks": int,
 }  # fmt: skip
 
 

@@ -429,3 +429,35 @@ def test_queries_and_keys_in_one_projection() -> None:
         rd.find_attention(attention)
     names = rd.AttentionNames(fused="qk", value="v", order="kq", output="proj")
     assert str(rd.find_attention(attention, names)[0].query.window) == "rows[4:8]/8 by 2"
+
+
+def test_parameters_of_a_module_are_turned_as_shapes_tell_or_refused() -> None:
+    def attention(*shapes: tuple[int, int]) -> nn.Module:
+        module = nn.Module()
+        for name, shape in zip(("w_q", "w_k", "w_v", "w_o"), shapes, strict=True):
+            module.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        module.num_heads = 4
+        return module
+
+    turned = attention((8, 16), (8, 4), (8, 4), (16, 8))  # x @ W
+    [layer] = rd.find_attention(turned)
+    assert (layer.num_heads, layer.num_key_value_heads, layer.head_dim) == (4, 1, 4)
+    assert torch.equal(layer.query.tensor(), turned.w_q.T)
+    assert torch.equal(layer.output.tensor(), turned.w_o.T)
+    square = attention(*[(8, 8)] * 4)
+    with pytest.raises(ValueError, match=r"w_q and w_k and w_v are parameters .* transposed="):
+        rd.find_attention(square)
+    for transposed in (False, True):
+        names = rd.AttentionNames(query="w_q", key="w_k", value="w_v", output="w_o", transposed=transposed)
+        [layer] = rd.find_attention(square, names)
+        assert torch.equal(layer.query.tensor(), square.w_q.T if transposed else square.w_q)
+
+
+def test_separate_conv1d_layers_are_transposed_also_where_they_are_square() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    attention = nn.ModuleDict({name: Conv1D(8, 8) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    attention.num_heads = 2
+    [layer] = rd.find_attention(attention)
+    assert torch.equal(layer.query.tensor(), attention["q_proj"].weight.T)
+    assert torch.equal(layer.output.tensor(), attention["o_proj"].weight.T)

@@ -51,6 +51,8 @@ class AttentionNames:
             ``rotate_half``, or ``"interleaved"`` neighbours; None to read it from the model's settings.
         rotary_dims: how many coordinates of a head are turned; by default all.
         qk_norm: whether queries and keys are normalised before their product; None to read it from the module.
+        transposed: whether the weights are stored (in, out), as ``x @ W`` takes them; None to tell it from the module's
+            class, its biases and the shapes.
         grouping: which of g key heads query head i of h meets: ``"consecutive"``, i // (h / g), or ``"strided"``,
             i mod g.
 
@@ -74,6 +76,7 @@ class AttentionNames:
     rotary: Planes | None = None
     rotary_dims: int | None = None
     qk_norm: bool | None = None
+    transposed: bool | None = None
     grouping: Grouping = "consecutive"
 
     def __post_init__(self) -> None:
@@ -361,7 +364,7 @@ INTERLEAVED = (
 )  # fmt: skip
 #: Model types, with the kind of layer, whose layers of that kind are without rotary positions.
 WITHOUT_ROTARY = {(kind, "full_attention") for kind in ("cohere2", "cohere2_moe", "exaone4", "exaone4_5_text",
-                  "exaone_moe", "kolibri1")}  # fmt: skip
+                  "exaone_moe", "kolibri1", "flint", "muse_spark_text", "muse_glimmer_text")}  # fmt: skip
 #: Model types that normalise queries and keys by norms without weights.
 NORMS_WITHOUT_WEIGHTS = ("nanochat", "neomme", "yoso", "muse_glimmer_text", "muse_spark_text")
 #: Model types whose query projection holds a gate beside each head.

@@ -221,7 +221,7 @@ class ModuleReader:
             raise NotHandled(f"{row.fused} is no higher than {row.value}: its queries may be their own keys")
         layout = self._layout(row, parameters)
         stacked = layout == "stacked"
-        transposed = layout != "plain" or self._transposed(list(parameters.values()))
+        transposed = layout != "plain" or self._transposed(row, parameters)
         height = {child: self._lines(name, "rows", transposed, stacked) for child, name in parameters.items()}
         turned = transposed and layout != "middle"  # the output of (in, heads, head_dim) is (out, heads, head_dim)
         fits = {
@@ -725,16 +725,35 @@ class ModuleReader:
             if len(shape) != dimensions:
                 raise NotHandled(f"{name} has shape {shape}, not that of a matrix")
 
-    def _transposed(self, names: list[str]) -> bool:
-        """Whether the weights are stored (in, out): the bias is then as long as the second side only."""
-        for name in names:
+    def _transposed(self, row: AttentionNames, parameters: dict[str, str]) -> bool:
+        """Whether the weights are stored (in, out): by their class, or as the bias is as long as the second side only.
+
+        Raises:
+            NotHandled: If they are parameters of the module itself, which may be either, and no shape tells.
+        """
+        if row.transposed is not None:
+            return row.transposed
+        if any(self.source.kind(name.removesuffix(".weight")).endswith(".Conv1D") for name in parameters.values()):
+            return True
+        for name in parameters.values():
             bias = self.bias(name)
             if bias is None:
                 continue
             (length, *_), (rows, columns, *_) = self.shape(bias), self.shape(name)
             if rows != columns:
                 return length == columns
-        return False
+        own = {child: self.shape(name) for child, name in parameters.items() if name == self._path(child)}
+        if not own or len(own) < len(parameters) or any(child.endswith("weight") for child in own):
+            return False  # weights of modules, or called as torch calls those that it takes as (out, in)
+        rows, columns = ({shape[side] for shape in own.values()} for side in (0, 1))
+        if row.fused and not row.query and (shape := own[row.fused])[0] != shape[1]:
+            return shape[1] > shape[0]
+        if len(rows) == len(columns):
+            raise NotHandled(
+                f"{' and '.join(own)} are parameters of the module itself, and no shape says whether they are "
+                "(out, in), or (in, out) as in x @ W: say it with names=AttentionNames(..., transposed=...)"
+            )
+        return len(rows) < len(columns)  # all have the input's width in common
 
     def _heads(
         self, row: AttentionNames, height: dict[str, int], across: list[int], parameters: dict[str, str], stacked: bool
