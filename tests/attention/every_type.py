@@ -1,6 +1,6 @@
 """Every model type of the installed transformers, built from its configuration with few layers.
 
-:func:`describe` builds on the meta device, where only shapes exist, with the widths that the family really has;
+:func:`describe` builds on the meta device, where only shapes exist, with the widths that the family really has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _NOT_LAYERS = re.compile(
     r"num_feat_extract_layers|num_res.*|.*kv_shared.*|.*adapter_layers|.*_dense_layers|num_nextn_predict_layers|"
     r"num_.*levels|iou_head_depth|.*postnet.*|.*predictor.*"
 )
-LAYERS = 8  # enough for each kind of layer of the hybrids
+LAYERS = 8  # enough for each kind of layer of the hybrids, where no list of the configuration says how many
+
+#: Settings of models whose layers are not all alike.
+_HYBRID = re.compile(r"period|interval|frequency|pattern|offset|hybrid|every|_idx|indices|indexes|_layers$|interleave")
 
 _RESNET: dict[str, Any] = {
     "backbone_config": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"], "depths": [1, 1, 1, 1]},
@@ -125,15 +128,27 @@ def configuration(kind: str) -> Any:
 
 
 def _shorten(config: Any) -> None:
+    """Leave each kind of layer once: as many layers as show them all, two where they are all alike."""
     from transformers import PretrainedConfig
 
+    wanted = _layers(vars(config))
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             _shorten(value)
-        elif type(value) is int and value > LAYERS and _LAYERS.fullmatch(name) and not _NOT_LAYERS.fullmatch(name):
-            setattr(config, name, LAYERS)
+        elif type(value) is int and value > wanted and _LAYERS.fullmatch(name) and not _NOT_LAYERS.fullmatch(name):
+            setattr(config, name, wanted)
             if "num_kv_shared_layers" in vars(config):
                 config.num_kv_shared_layers = min(config.num_kv_shared_layers, 2)
+
+
+def _layers(settings: dict[str, Any]) -> int:
+    found = (
+        value for name, value in settings.items() if re.fullmatch(r"layers?_\w*types?|block_types", name) and value
+    )
+    if lists := list(found):
+        kinds = (value.index(kind) + 1 for value in lists for kind in set(value))
+        return max(LAYERS // 4, *kinds) + (2 if settings.get("num_kv_shared_layers") else 0)
+    return LAYERS if any(_HYBRID.search(name) and value for name, value in settings.items()) else LAYERS // 4
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from rankdecay.attention.names import (
     SHARED_LATENT,
     AttentionNames,
     is_fused_like,
+    is_input_like,
     is_key_like,
     is_query_like,
     query_beside,
@@ -170,6 +171,14 @@ def locate(
     return search.found, search.unhandled
 
 
+#: Children beside those called as queries, keys or values that make a module worth a look.
+_WORTH_A_LOOK = frozenset(
+    [name for row in (*FUSED, *SEPARATE) for name in row.projections]
+    + [name for names in (*LATENT, *SHARED_LATENT) for name in names]
+    + [*NOT_READ]
+)
+
+
 class _Search:
     """Walk over the modules of a source, with what has been found so far."""
 
@@ -188,7 +197,7 @@ class _Search:
         for row in filter(reader.matches, self.given):
             self.matched.add(row)
             self._attempt(reader, partial(reader.read, replace(row, **self.sizes), named=True), row.projections)
-        if self.only:
+        if self.only or not (_WORTH_A_LOOK.intersection(children) or any(map(is_input_like, children))):
             return
         reason = reader.reason_without_scores()
         if reason is None:

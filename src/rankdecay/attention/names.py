@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role
@@ -187,6 +188,7 @@ def is_value_like(child: str) -> bool:
     return not is_fused_like(child) and any(True for _ in spellings(child, of="value"))
 
 
+@lru_cache(maxsize=4096)
 def is_input_like(child: str) -> bool:
     """Whether a name says that it is a projection to any of queries, keys and values."""
     return any(says(child) for says in (is_query_like, is_key_like, is_value_like, is_fused_like))

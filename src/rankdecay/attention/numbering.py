@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 #: Names of lists of blocks. A number after one of these counts layers; after another it may count parts of a layer.
-LISTS = ("layers", "layer", "blocks", "block", "h", "stages", "resblocks", "blk", "encoder_layers", "decoder_layers")
+LISTS = (
+    "layers",
+    "layer",
+    "blocks",
+    "block",
+    "h",
+    "stages",
+    "levels",
+    "resblocks",
+    "blk",
+    "encoder_layers",
+    "decoder_layers",
+)
 
 
 class Numbered(NamedTuple):

@@ -22,11 +22,12 @@ from tests.ranks import torchrun
 from tests.waiting import HANG, until
 
 SCRIPT = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.lab.tiny import Repeat, make
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.session.distributed import leave
 from tests.held import hold
 import rankdecay.lab.store
 rankdecay.lab.store.CHECKPOINT_RARITY = 0
@@ -38,8 +39,12 @@ try:
     summary = make(Path(sys.argv[2], "run"), Repeat(breaks=breaks), **changes)
 except SettingError as error:
     said.write_text(str(error))
-    sys.exit(3)
+    other, end = said.with_name(str(1 - int(said.name))), time.monotonic() + 20
+    while not other.exists() and time.monotonic() < end:  # torchrun ends it as soon as this one has left
+        time.sleep(0.02)
+    leave(3)
 said.write_text("summary" if summary else "nothing")
+leave(0)
 """
 
 
@@ -150,6 +155,7 @@ import os, sys
 from pathlib import Path
 from rankdecay.lab import cli
 from rankdecay.lab.experiments.attention import runs
+from rankdecay.lab.session.distributed import leave
 
 make_plan = runs.make_plan
 rank = os.environ["RANK"]
@@ -162,5 +168,5 @@ runs.make_plan = noted
 arguments = sys.argv[2:]
 if rank == "1":
     arguments[arguments.index("--out") + 1] += "-of-nobody"
-sys.exit(cli.main(["recall", *arguments]))
+leave(cli.main(["recall", *arguments]))
 """
