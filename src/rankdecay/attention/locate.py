@@ -197,7 +197,8 @@ class _Search:
         for row in filter(reader.matches, self.given):
             self.matched.add(row)
             self._attempt(reader, partial(reader.read, replace(row, **self.sizes), named=True), row.projections)
-        if self.only or not (_WORTH_A_LOOK.intersection(children) or any(map(is_input_like, children))):
+        there = {*children, *self.source.children(module)}
+        if self.only or not (_WORTH_A_LOOK & there or any(map(is_input_like, there))):
             return
         reason = reader.reason_without_scores()
         if reason is None:
