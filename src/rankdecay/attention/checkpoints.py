@@ -64,11 +64,15 @@ class Checkpoint:
     @property
     def plain(self) -> Mapping[str, str]:
         """Name of every tensor by its name without wrappers: the same, since it was opened without them."""
+        return self._plain
+
+    @cached_property
+    def _plain(self) -> dict[str, str]:
         return {name: name for name in self.shapes}
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return the nearest value of the attributes: in the configuration of the module's part, then of the whole."""
-        holders = [self.of_module(path), *parts_of_config(self.config, path)]
+        holders = self._settings_of(path)
         for holder in holders:
             if attributes == NUM_HEADS and (heads := _heads_of_side(holder, path)) is not None:
                 return heads
@@ -82,6 +86,16 @@ class Checkpoint:
             if attributes == ROTARY and holder and holder is not holders[0]:
                 return None  # of the whole, positions are those of another part
         return None
+
+    def _settings_of(self, path: str) -> list[Mapping[str, Any]]:
+        """Return what speaks of the module at a path, the nearest first; kept, since many settings are asked of one."""
+        if path not in self._settings:
+            self._settings[path] = [self.of_module(path), *parts_of_config(self.config, path)]
+        return self._settings[path]
+
+    @cached_property
+    def _settings(self) -> dict[str, list[Mapping[str, Any]]]:
+        return {}
 
     def reader(self, name: str) -> Callable[[], Tensor]:
         """Return a function that reads a tensor."""
@@ -107,9 +121,7 @@ class Checkpoint:
 
     def is_known(self, path: str) -> bool:
         """Whether the configuration names a model type that the tables cover, and no code of the checkpoint's own."""
-        kind = next(
-            (part.get("model_type") for part in parts_of_config(self.config, path) if "model_type" in part), None
-        )
+        kind = next((part["model_type"] for part in self._settings_of(path) if "model_type" in part), None)
         said = self.setting(path, (*ROTARY, "use_rope")) is not None or kind in NO_ROTARY_TYPES
         return kind is not None and said and "auto_map" not in self.config
 

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 #: Names of lists of blocks. A number after one of these counts layers; after another it may count parts of a layer.
-LISTS = (
-    "layers",
-    "layer",
-    "blocks",
-    "block",
-    "h",
-    "stages",
-    "levels",
-    "resblocks",
-    "blk",
-    "encoder_layers",
-    "decoder_layers",
-)
+LISTS = ("layers", "layer", "blocks", "block", "h", "stages", "levels", "resblocks", "blk", "encoder_layers",
+         "decoder_layers")  # fmt: skip
 
 
 class Numbered(NamedTuple):
@@ -53,9 +43,9 @@ def numbered(names: Sequence[str]) -> list[Numbered]:
         ]
     towers = _distinct([tower for tower, _ in places])
     labels = [f"{tower}.{number}" if tower else str(number) for tower, (_, number) in zip(towers, places, strict=True)]
+    count = Counter(labels)
     labels = [
-        _with_module(label, name) if labels.count(label) > 1 else label
-        for label, name in zip(labels, names, strict=True)
+        _with_module(label, name) if count[label] > 1 else label for label, name in zip(labels, names, strict=True)
     ]
     return [
         Numbered(tower, number or 0, label) for tower, (_, number), label in zip(towers, places, labels, strict=True)
