@@ -772,3 +772,17 @@ def test_groups_made_before_to_empty_are_noticed_at_the_first_step() -> None:
     model.to_empty(device="cpu")
     with pytest.raises(ValueError, match=r"q_proj\.weight is on the meta device.*param_groups after it"):
         optimizer.step()
+
+
+def test_an_assumed_order_is_in_the_description_and_not_in_the_state() -> None:
+    attention = nn.ModuleDict({"qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"attn": attention})
+    groups = rd.param_groups(model, query_key=rd.LowRank(0.1), num_heads=2)
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    attachment = rd.attach(optimizer)
+    assert "assumed: attn.qkv.weight holds all queries, then all keys, then all values" in attachment.describe()
+    assert attachment.unhandled == ()
+    assert "assumed" not in str(optimizer.state_dict())
+    known = nn.MultiheadAttention(8, 2)
+    optimizer = torch.optim.SGD(rd.param_groups(known, query_key=rd.LowRank(0.1)), lr=0.1)
+    assert "assumed" not in rd.attach(optimizer).describe()

@@ -48,7 +48,7 @@ from rankdecay.audit.parts import parts, unmeasurable
 from rankdecay.audit.report import AuditReport, AuditRow, Share
 from rankdecay.audit.trial import Trial
 from rankdecay.checks import check_number
-from rankdecay.decay.roles import assign_roles
+from rankdecay.decay.roles import roles_in
 
 __all__ = ["AuditReport", "AuditRow", "Share", "audit"]
 
@@ -94,7 +94,8 @@ def audit(
         >>> [row.kind for row in audit(model, lambda: model(x).pow(3).mean()).rows]
         ['scale_invariant', 'neither', 'unknown']
     """
-    found, unhandled = locate(ModuleSource(model), names, num_heads, only)
+    source = ModuleSource(model)
+    found, unhandled = locate(source, names, num_heads, only)
     if names is not None and not found:
         find_attention(model, names, num_heads, only=only)  # raises, and lists what there is
     if tolerance is not None:
@@ -105,7 +106,7 @@ def audit(
     trial = Trial(loss) if confirm and not isinstance(loss, Tensor) else None
 
     largest = max(size(g, parameter.detach()) for parameter, g in gradients.items())
-    found_parts = parts(model, found, gradients, assign_roles(model, names, num_heads, only)[0])
+    found_parts = parts(model, found, gradients, roles_in(source, found))
     for part in found_parts:
         part.reason = unmeasurable(part.matrix, largest)
         part.tolerance = tolerance or max(NORM_EPS, 8 * torch.finfo(part.matrix.parameter.dtype).eps)

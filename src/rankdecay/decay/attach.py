@@ -20,17 +20,18 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator
+from itertools import dropwhile
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankdecay.attention.layer import FLATTENED, WHOLE
+from rankdecay.attention.layer import FLATTENED, WHOLE, Role
 from rankdecay.checks import check_name
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import apply
-from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, unhandled_in, windows_in
+from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, remarks_on, windows_in
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.sharded.layout import check_placements
@@ -99,7 +100,6 @@ class Attachment:
         self._registered: list[_RegisteredGroup] = []
         for index, group in enumerate(optimizer.param_groups):
             self._register_group(index, group)
-        self._unhandled = tuple(unhandled_in(optimizer.param_groups))
         _check_not_shared(optimizer)
         check_agreement(optimizer.param_groups, backend)
         self._params_with_grad: set[int] = set()
@@ -145,14 +145,13 @@ class Attachment:
         """
         optimizer = self.optimizer
         rows = [row for group in optimizer.param_groups for row in _rows(group, optimizer, self.active)]
-        return table(
-            rows, ranks=ranks, attached=self.active, optimizer=type(optimizer).__name__, unhandled=self.unhandled
-        )
+        remarks = remarks_on(optimizer.param_groups)
+        return table(rows, ranks=ranks, attached=self.active, optimizer=type(optimizer).__name__, remarks=remarks)
 
     @property
     def unhandled(self) -> tuple[str, ...]:
         """Attention of the model that is not decayed, with the reasons, as found when the groups were made."""
-        return self._unhandled
+        return remarks_on(self.optimizer.param_groups).unhandled
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make copies detached, like a copied optimizer, which has no hooks; so that their owner can be copied."""
@@ -386,8 +385,8 @@ def _rows(group: Group, optimizer: Optimizer, active: bool) -> Iterator[Row]:
             since = group.get(f"{role}_steps", 0) % decay.every if isinstance(decay, LowRank) else 0
             waiting = f"{role}: {since} of {decay.every} steps since its last decay" if since else ""  # pyright: ignore
             for window in windows_in(group, role):
-                _, under, note = why.partition(", under ")  # of a matrix that is computed from the parameter
-                reason = frozen + (f"{window.label}{under}{note}" if window.label else why)
+                notes = dropwhile(get_args(Role).__contains__, why.split(", "))  # behind the names of the matrices
+                reason = frozen + (", ".join([window.label, *notes]) if window.label else why)
                 yield Row(name, parameter, role, window, words, who, reason, low_rank, waiting)
 
 

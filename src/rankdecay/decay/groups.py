@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -115,25 +115,38 @@ def param_groups(
         group["param_names"].append(entry.names[0])
         reasons = [*(block.why for block in entry.blocks), *(block.note for block in entry.blocks if block.note)]
         group["why"].append(", ".join(dict.fromkeys(reasons)))
-    _note_unhandled(groups.values(), listed(unhandled))
+    assumed = [entry.names[0] for entry in assigned if any(block.assumed for block in entry.blocks)]
+    _keep_remarks(groups.values(), Remarks(tuple(listed(unhandled)), tuple(assumed)))
     return list(groups.values())
 
 
-#: Attention that was not handled when groups were made, by each parameter of the model. It is not in the groups, which
-#: hold only what an optimizer's state has to.
-_said: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class Remarks(NamedTuple):
+    """What a reader has to know of a model's attention, found when its groups were made.
+
+    Attributes:
+        unhandled: what looks like attention and is not decayed as such, with the reasons.
+        assumed: names of fused parameters that are read as queries, keys, values, since nothing says the order.
+    """
+
+    unhandled: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
 
-def _note_unhandled(groups: Iterable[Group], reasons: list[str]) -> None:
+NO_REMARKS = Remarks()
+#: Remarks by each parameter of the model. They are not in the groups, which hold only what an optimizer's state has to.
+_remarks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _keep_remarks(groups: Iterable[Group], remarks: Remarks) -> None:
     for group in groups:
         for parameter in group["params"]:
-            _said[parameter] = reasons
+            _remarks[parameter] = remarks
 
 
-def unhandled_in(groups: Iterable[Group]) -> list[str]:
-    """Return the attention that was not handled when :func:`param_groups` made the groups, with the reasons."""
-    said = [reason for group in groups for parameter in group["params"] for reason in _said.get(parameter) or ()]
-    return list(dict.fromkeys(said))
+def remarks_on(groups: Iterable[Group]) -> Remarks:
+    """Return what :func:`param_groups` remarked when it made the groups, of one model or several."""
+    each = [_remarks[p] for group in groups for p in group["params"] if p in _remarks]
+    return Remarks(*(tuple(dict.fromkeys(text for one in each for text in one[i])) for i in range(2)))
 
 
 def decays_in(group: Group) -> dict[str, Decay]:

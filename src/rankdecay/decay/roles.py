@@ -80,6 +80,7 @@ class Block(NamedTuple):
         stack: whether the parameter is a stack of matrices, one per expert.
         fixed: whether the default decay leaves it out, as the stored tensors of an orthogonal matrix; a decay given to
             its role by name does not.
+        assumed: whether nothing says that the parameter holds its matrices in this order.
     """
 
     role: str
@@ -88,6 +89,7 @@ class Block(NamedTuple):
     note: str = ""
     stack: bool = False
     fixed: bool = False
+    assumed: bool = False
 
     def labelled_window(self) -> Window:
         """Return the window, with the matrix's name where the parameter holds several."""
@@ -106,27 +108,30 @@ class Assigned:
 def assign_roles(
     model: nn.Module, names: Names = None, num_heads: int | None = None, only: bool = False
 ) -> tuple[list[Assigned], list[Unhandled]]:
-    """Return every parameter of the model once, with its blocks, and the attention that is not handled.
+    """Return every parameter of the model once, with its blocks, and the attention that is not handled."""
+    source = ModuleSource(model)
+    found, unhandled = locate(source, names, num_heads, only)
+    return roles_in(source, found), [*unhandled, *_not_decayed(source, found)]
+
+
+def roles_in(source: ModuleSource, found: list[Found]) -> list[Assigned]:
+    """Return every parameter of a model once, with its blocks, from the attention that was found in it.
 
     A tied parameter collects the blocks of each of its names; a name that says nothing (role other) adds none.
     """
-    source = ModuleSource(model)
-    found, unhandled = locate(source, names, num_heads, only)
-    unhandled = [*unhandled, *_not_decayed(source, found)]
     in_attention: dict[str, list[Block]] = {}
     for layer in found:
         for role, place in layer.places.items():
             note = source.known[place.parameter].note if place.parameter in source.known else ""
-            if "order" in layer.unknown and role in ("query", "key", "value"):
-                note = note or "all queries, then all keys, then all values, as nothing says otherwise"
             blocks = in_attention.setdefault(place.parameter, [])
             if all(block.window != place.window for block in blocks):  # keys may be values too, and of several layers
-                blocks.append(Block(_ATTENTION_ROLE[role], place.window, role, note))
+                assumed = "order" in layer.unknown and not place.window.is_whole
+                blocks.append(Block(_ATTENTION_ROLE[role], place.window, role, note, assumed=assumed))
     places = _Places(source, found)
-    output_embedding = _output_embedding(model)
+    output_embedding = _output_embedding(source.model)
 
     assigned: dict[int, Assigned] = {}
-    for name, parameter in named_parameters(model).items():
+    for name, parameter in named_parameters(source.model).items():
         entry = assigned.setdefault(id(parameter), Assigned(parameter, [], []))
         entry.names.append(name)
         known = source.known[name]
@@ -139,7 +144,7 @@ def assign_roles(
     for entry in assigned.values():
         telling = [block for block in entry.blocks if block.role != "other" or block.window.has_heads]
         entry.blocks = telling or entry.blocks[:1]
-    return list(assigned.values()), unhandled
+    return list(assigned.values())
 
 
 def _not_decayed(source: ModuleSource, found: list[Found]) -> Iterator[Unhandled]:

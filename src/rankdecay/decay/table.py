@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rankdecay.attention import Window
+from rankdecay.decay.groups import NO_REMARKS, Remarks
 from rankdecay.dtensor import whole
 from rankdecay.spectrum import spectrum
 from rankdecay.text import aligned
@@ -38,7 +39,7 @@ class Row(NamedTuple):
         return self.window.matrix(whole(self.parameter.detach()))
 
 
-def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str, unhandled: Sequence[str] = ()) -> str:
+def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str, remarks: Remarks = NO_REMARKS) -> str:
     """Return the table as text, a summary first, low-rank decays before the rest.
 
     Args:
@@ -46,7 +47,7 @@ def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str, u
         ranks: only the matrices with a low-rank decay, with their ranks.
         attached: whether the decay is applied.
         optimizer: name of the optimizer.
-        unhandled: attention that is not decayed, with the reasons.
+        remarks: what a reader has to know of the model's attention.
     """
     rows = sorted(rows, key=lambda row: not row.low_rank)
     shown = [row for row in rows if row.low_rank] if ranks else rows
@@ -54,7 +55,11 @@ def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str, u
     for row in shown:
         last = _ranks(row) if ranks else [row.decay, row.by or "-", row.why]
         cells.append([row.name, _shape(row, ranks), row.role, *last])
-    named = [f"  not handled: {reason}" for reason in unhandled]
+    named = [f"  not handled: {reason}" for reason in remarks.unhandled]
+    named += [
+        f"  assumed: {name} holds all queries, then all keys, then all values, as nothing says otherwise"
+        for name in remarks.assumed
+    ]
     return "\n".join([_summary(rows, attached, optimizer), *named, "", *aligned(cells)])
 
 
