@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import rankdecay as rd
+from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.locate import Unhandled, locate
 from rankdecay.attention.source import ModuleSource
 
@@ -126,3 +129,37 @@ def test_what_is_not_handled_says_where_and_why() -> None:
     assert found == []
     assert str(module).startswith("a: q has 24 rows")
     assert str(Unhandled("", "flattened")) == "the model: flattened"
+
+
+def test_each_of_three_attentions_of_a_module_has_a_name_of_its_own() -> None:
+    attention = nn.Module()
+    attention.num_heads = 2
+    kinds = [f"{part}_{kind}" for part in ("key", "value") for kind in ("protein", "structure", "msa")]
+    for name in ("query", *kinds, "out_proj"):
+        attention.add_module(name, nn.Linear(8, 8))
+    layers = rd.find_attention(nn.ModuleDict({"attn": attention}))
+    assert [layer.name for layer in layers] == ["attn", "attn:query", "attn:key_msa"]
+
+
+@pytest.mark.parametrize("given", [None, 2])
+def test_an_order_that_nothing_says_is_assumed_and_said(given: int | None, tmp_path) -> None:
+    attention = nn.ModuleDict({"qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8)})
+    if given is None:
+        attention.num_heads = 2
+    model = nn.ModuleDict({"attn": attention})
+    assert [layer.unknown for layer in rd.find_attention(model, num_heads=given)] == [{"order", "qk_norm", "rotary"}]
+    [note, _] = [note for note in rd.inspect(model, num_heads=given).notes if "nothing says" in note]
+    assert "the fused projection is read as all queries, all keys, all values" in note
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    assert "order" in rd.find_attention(tmp_path / "weights.pt", num_heads=2)[0].unknown
+    names = rd.AttentionNames(fused="qkv", output="proj")
+    assert "order" not in rd.find_attention(model, names, num_heads=given)[0].unknown
+
+
+def test_a_file_of_many_modules_is_walked_once() -> None:
+    """What is looked up for each module must not be built anew of all names."""
+    shapes = {f"layers.{i}.attn.{name}_proj.weight": (8, 8) for i in range(50) for name in "qkvo"}
+    checkpoint = Checkpoint(Path("file"), shapes, {"num_attention_heads": 2}, torch.zeros)
+    assert checkpoint.plain is checkpoint.plain
+    assert checkpoint._settings_of("layers.0.attn") is checkpoint._settings_of("layers.0.attn")
+    assert len(locate(checkpoint)[0]) == 50

@@ -29,7 +29,12 @@ def is_adapted(module: nn.Module) -> bool:
 
 def factors(module: nn.Module) -> list[str]:
     """Return the names of the parameters and submodules that are named like the factors of an adapter."""
-    return [name for name in (*module._parameters.keys(), *module._modules.keys()) if _FACTOR.match(name)]
+    return [name for name in (*module._parameters.keys(), *module._modules.keys()) if is_factor(name)]
+
+
+def is_factor(name: str) -> bool:
+    """Whether a module or parameter is called as the factors of adapters are."""
+    return bool(_FACTOR.match(name))
 
 
 def check_plain(module: nn.Module, path: str) -> None:

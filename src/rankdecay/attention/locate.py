@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,7 +196,7 @@ class _Search:
         self._taken = set()
         for row in filter(reader.matches, self.given):
             self.matched.add(row)
-            self._attempt(reader, partial(reader.read, replace(row, **self.sizes), named=True), row.projections)
+            self._attempt(reader, partial(reader.read, row, named=True), row.projections)
         there = {*children, *self.source.children(module)}
         if self.only or not (_WORTH_A_LOOK & there or any(map(is_input_like, there))):
             return
@@ -211,7 +211,7 @@ class _Search:
             if all(map(reader.parameter, EXPERTS)):
                 self._attempt(reader, reader.read_experts, EXPERTS)
             for row in _known(reader, children):
-                self._attempt(reader, partial(reader.read, replace(row, **self.sizes)), row.projections)
+                self._attempt(reader, partial(reader.read, row), row.projections)
         left = [
             child
             for child in children
@@ -231,10 +231,10 @@ class _Search:
         except NotHandled as reason:
             self.unhandled.append(Unhandled(reader.module, str(reason)))
             return
-        if any(earlier.name == layer.name for earlier in self.found[-4:]):
-            projection = names[0].removeprefix(f"{reader.module}.").partition(".")[0]
-            layer = layer._replace(name=f"{reader.module}:{projection}")
-        self.found.append(layer)
+        called = {earlier.name for earlier in takewhile(lambda one: one.module == layer.module, reversed(self.found))}
+        firsts = (name.removeprefix(f"{reader.module}.").partition(".")[0] for name in names)
+        name = next(name for name in (layer.name, *(f"{layer.name}:{first}" for first in firsts)) if name not in called)
+        self.found.append(layer._replace(name=name))
         if layer.no_output:
             self.unhandled.append(Unhandled(reader.module, f"its output projection is not found, {layer.no_output}"))
 
@@ -242,7 +242,6 @@ class _Search:
 def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionNames]:
     """Yield the rows of known names that a module has the projections of, the surest first."""
     yield from filter(reader.matches, (*FUSED, *SEPARATE))
-    lender = reader.lender()
     for child in sorted(children, key=lambda child: (len(child), child)):  # the order in files differs
         for spelling in spellings(child):
             query, key, value = spelling.query, spelling.key, spelling.value
@@ -254,7 +253,7 @@ def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionN
                 yield query_beside(query, spelling.key_value.replace("key_value", "kv"))
             elif key in children and reader.values_are_keys():
                 yield separate(query, key, key, spelling.output)
-            elif lender and key not in children and reader.parameter(lender + key):
+            elif key not in children and (lender := reader.lender()) and reader.parameter(lender + key):
                 value = lender + (value if reader.parameter(lender + value) else key)
                 yield separate(query, lender + key, value, spelling.output)
     if "add_k_proj" in children and "add_q_proj" not in children:  # diffusers: queries that meet keys of two inputs

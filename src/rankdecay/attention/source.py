@@ -16,6 +16,7 @@ from rankdecay.attention.adapters import (
     factors,
     in_use,
     is_adapted,
+    is_factor,
     is_quantised,
     is_replaced,
     merged,
@@ -165,8 +166,8 @@ class ModuleSource:
 
     def is_known(self, path: str) -> bool:
         """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
-        known = ("torch.nn.", "transformers.models.", "timm.")
-        return any(type(module).__module__.startswith(known) for module in self.modules(path))
+        known = ("torch.nn.modules.activation.", "transformers.models.", "timm.")  # torch's: MultiheadAttention
+        return any(f"{type(module).__module__}.".startswith(known) for module in self.modules(path))
 
     def own(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return the value of the first of the attributes that a module itself has, not its configuration."""
@@ -327,19 +328,17 @@ def without_wrappers(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, shapes=found, load=lambda name: weights[name].read() if name in weights else load(name))
 
 
-#: Factors of adapters of one's own, beside the weight they belong to.
-_FACTORS = ("lora_A", "lora_A.weight", "lora_down.weight")
-
-
 def _saved_under_adapters(
     shapes: Mapping[str, Shape], computed: Mapping[str, StoredWeight], load: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, StoredWeight]]:
     """Yield the weights of a file saved with its adapters, by their names without them."""
-    for name, shape in shapes.items():  # loralib's layers hold factors beside the weight
-        beside_it = (f"{name.removesuffix('weight')}{factor}" for factor in _FACTORS)
-        if name.endswith(".weight") and (factor := next(filter(shapes.__contains__, beside_it), None)):
-            reason = f"{factor} is an adapter that is not merged into {name}; merge it into the weight and save again."
-            yield name, StoredWeight(shape, (name,), _refusal(reason))
+    for name in shapes:  # of loralib's kind: factors beside the weight they belong to, without a wrapper
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if is_factor(part)), 0)
+        weight = ".".join([*parts[:first], "weight"])
+        if first and weight in shapes:
+            reason = f"{name} is an adapter that is not merged into {weight}; merge it into the weight and save again."
+            yield weight, StoredWeight(shapes[weight], (weight,), _refusal(reason))
     copies: dict[str, list[str]] = {}
     beside: dict[str, str] = {}  # a factor of its adapter, by the path of a wrapped layer
     wrapped = {name[: name.index(".base_layer.")] for name in shapes if ".base_layer." in name}

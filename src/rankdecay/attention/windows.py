@@ -25,7 +25,6 @@ from rankdecay.attention.names import (
     DEFAULT_SHARES,
     EVERY_FOURTH,
     EXPERTS,
-    FUSED,
     GATED,
     HEAD_DIM,
     INTERLEAVED,
@@ -201,6 +200,8 @@ class ModuleReader:
         Raises:
             NotHandled: If names, shapes and settings do not agree.
         """
+        assumed = not named and bool(row.fused) and row.when is None
+        row = replace(row, **self.sizes)
         parameters = {child: name for child in row.projections if (name := self.parameter(child))}
         candidates = row.outputs
         if candidates and not named:  # the known names first, then what is called an output
@@ -249,6 +250,8 @@ class ModuleReader:
         unfit = self._place_output(places, outputs, fits, heads, value_dim, turned, stacked)
         self._place_positions(places, row, heads)
         rotary, qk_norm, unknown = self._positions_and_norms(row, head_dim)
+        if assumed and not self.source.is_known(self.module):
+            unknown |= {"order"}
         no_product = self._no_product(row)
         return Found(self.module, places, head_dim, rotary, qk_norm, row.grouping, unknown, no_product, unfit)
 
@@ -309,33 +312,21 @@ class ModuleReader:
         """
         if self.source.kind(self.module) in MIXED_OUTPUT:
             return "since its columns take the heads' channels in turn"
-        for child, name in outputs.items():
-            if fits.get(child) == heads * value_dim:
-                window = Window("columns", 0, heads * value_dim, heads * value_dim, value_dim, 1, transposed)
-                if stacked:
-                    window = Window("columns", 0, value_dim, value_dim, value_dim, heads, True, stacked=True)
-                places["output"] = self._place(name, window)
-                return ""
-            if "key_conv_attn_layer" in self.source.children(self.module) and fits.get(child) == 2 * heads * value_dim:
-                # ConvBERT: as many columns again are of its convolution
-                window = Window("columns", 0, heads * value_dim, 2 * heads * value_dim, value_dim, 1, transposed)
-                places["output"] = self._place(name, window)
-                return ""
-            mlp = self.parameter("../proj_mlp") if child == "../proj_out" else None
-            if mlp and fits.get(child) == heads * value_dim + self.shape(mlp)[0]:
-                # Flux and its kin: an MLP's columns are behind those of attention
-                window = Window("columns", 0, heads * value_dim, fits[child], value_dim, 1, transposed)
-                places["output"] = self._place(name, window)
-                return ""
-            window = self._share_of_output(child, fits.get(child), heads * value_dim, transposed)
+        own = heads * value_dim
+        for child, across in fits.items():
+            if across == own and stacked:
+                window = Window("columns", 0, value_dim, value_dim, value_dim, heads, True, stacked=True)
+            elif across == own + self._columns_behind(child, own) or across == own:
+                window = Window("columns", 0, own, across, value_dim, 1, transposed)
+            else:
+                window = self._share_of_output(child, across, own, transposed)
             if window is not None:
-                places["output"] = self._place(name, window)
+                places["output"] = self._place(outputs[child], window)
                 return ""
         inside = [child for child in outputs if not child.startswith("../") and child in fits]
         if inside:
             raise NotHandled(
-                f"the output projection takes {fits[inside[0]]} columns, where {heads} heads of {value_dim} give "
-                f"{heads * value_dim}"
+                f"the output projection takes {fits[inside[0]]} columns, where {heads} heads of {value_dim} give {own}"
             )
         left = self._matrices({place.parameter for place in places.values()})
         read = {place.parameter.removesuffix(".weight") for place in places.values()}
@@ -348,18 +339,24 @@ class ModuleReader:
         ]
         return f"none of its other matrices is known as one: {', '.join(left)}" if left else ""
 
-    def _share_of_output(self, child: str, across: int | None, own: int, transposed: bool) -> Window | None:
+    def _columns_behind(self, child: str, own: int) -> int:
+        """Return how many columns of an output projection take something else, behind what attention gives."""
+        if "key_conv_attn_layer" in self.source.children(self.module):
+            return own  # ConvBERT's convolution, which has as many channels
+        mlp = self.parameter("../proj_mlp") if child == "../proj_out" else None
+        return self.shape(mlp)[0] if mlp else 0  # Flux and its kin
+
+    def _share_of_output(self, child: str, across: int, own: int, transposed: bool) -> Window | None:
         """Return the part of an output projection one level up that belongs to this one of several modules.
 
         A list of modules of one head each, whose results are concatenated: the number is the last in the path.
         """
         number = self.module.rpartition(".")[2]
-        if not child.startswith("../") or across is None or not number.isdigit() or across % own:
+        if not child.startswith("../") or not number.isdigit() or across % own:
             return None
-        siblings = self.module.rpartition(".")[0]
-        count = len({n.removeprefix(siblings + ".").split(".")[0] for n in self.plain if n.startswith(siblings + ".")})
+        siblings = self.source.children(self.module.rpartition(".")[0])
         first = int(number) * own
-        if count * own != across:
+        if len(siblings) * own != across:
             return None
         return Window("columns", first, first + own, across, own, 1, transposed)
 
@@ -583,7 +580,6 @@ class ModuleReader:
             unknown |= {"rotary"} if row.rotary is None and rotary is None else set()
             stated = qk_norm or row.qk_norm is not None or self.setting(QK_NORM_FLAGS) is False
             unknown |= set() if stated else {"qk_norm"}
-            unknown |= {"order"} if row.fused and row in FUSED and row.when is None else set()
         return rotary, qk_norm, frozenset(unknown)
 
     def _rotary_as_named(self, row: AttentionNames, head_dim: int) -> Rotary | None:
