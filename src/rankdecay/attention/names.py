@@ -199,6 +199,21 @@ def is_output_like(child: str) -> bool:
     return bool(_OUTPUT_WORD.fullmatch(child)) and not _NO_PROJECTION.search(child)
 
 
+def is_query_key_norm(child: str) -> bool:
+    """Whether a name says that it is a norm of queries or keys: "q_norm", "ln_query", "qk_layernorm", "k_rmsnorm".
+
+    Or the scale of cosine attention, "logit_scale" (Swin 2).
+    """
+    if child == "logit_scale":
+        return True
+    words = set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower()))
+    if "a" in words:
+        return False  # of the first factor of latent attention, before the queries
+    return bool(words & {"q", "k", "qk", "query", "key", "queries", "keys"}) and any(
+        re.fullmatch(r"norm|ln|rms|(layer|rms|l2|head)?norm(alize|alise|ed)?s?|layernorm", word) for word in words
+    )
+
+
 def is_fused_like(child: str) -> bool:
     """Whether a name says that it is a projection to several of queries, keys and values."""
     return bool(_FUSED_WORD.search(child)) and not _NO_PROJECTION.search(child)
@@ -427,29 +442,15 @@ SHARED_LATENT = (
 EXPERTS = ("experts.input_linear", "kv_proj", "experts.output_linear")
 
 
+#: Model types with rotary positions that older configurations do not mention.
+ROTARY_TYPES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "gpt_neox", "gptj", "codegen", "falcon", "olmo",
+                 "persimmon", "stablelm", "cohere", "glm", "granite", "starcoder2", "modernbert", "dbrx")  # fmt: skip
+
+
 def is_rotary_type(kind: str) -> bool:
     """Whether a model type has rotary positions though older configurations do not mention them."""
     return kind.startswith(ROTARY_TYPES) and not re.search("vision|audio|speech|asr|image|docling|encoder", kind)
 
-
-def is_query_key_norm(child: str) -> bool:
-    """Whether a name says that it is a norm of queries or keys: "q_norm", "ln_query", "qk_layernorm", "k_rmsnorm".
-
-    Or the scale of cosine attention, "logit_scale" (Swin 2).
-    """
-    if child == "logit_scale":
-        return True
-    words = set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower()))
-    if "a" in words:
-        return False  # of the first factor of latent attention, before the queries
-    return bool(words & {"q", "k", "qk", "query", "key", "queries", "keys"}) and any(
-        re.fullmatch(r"norm|ln|rms|(layer|rms|l2|head)?norm(alize|alise|ed)?s?|layernorm", word) for word in words
-    )
-
-
-#: Model types with rotary positions that older configurations do not mention.
-ROTARY_TYPES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "gpt_neox", "gptj", "codegen", "falcon", "olmo",
-                 "persimmon", "stablelm", "cohere", "glm", "granite", "starcoder2", "modernbert", "dbrx")  # fmt: skip
 
 #: What the parts of a model are called in the paths of its modules, beside the name of their configuration.
 PARTS = {

@@ -22,32 +22,21 @@ from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.names import (
-    DEFAULT_SHARES,
-    EVERY_FOURTH,
     EXPERTS,
-    GATED,
     HEAD_DIM,
-    INTERLEAVED,
     KEY_DIM,
     KEY_HEADS,
     MIXED_OUTPUT,
-    NO_SCORES,
-    NO_SCORES_SETTINGS,
-    NORMS_WITHOUT_WEIGHTS,
     NUM_HEADS,
     POSITIONS,
-    ROTARY,
-    VALUES_ARE_KEYS,
-    WITHOUT_ROTARY,
     AttentionNames,
     LatentNames,
     is_input_like,
     is_output_like,
-    is_query_key_norm,
     is_table,
 )
-from rankdecay.attention.numbering import LISTS
 from rankdecay.attention.products import Grouping, Rotary
+from rankdecay.attention.settings import QK_NORM_FLAGS, ModuleSettings
 from rankdecay.attention.source import Shape, Source
 
 
@@ -95,10 +84,6 @@ class NotHandled(Exception):
     """Raised for a module that looks like attention and cannot be read, with the reason."""
 
 
-#: Settings that say whether rotary planes are neighbouring coordinates.
-ROTARY_PLANES = ("rope_interleaved", "rope_interleave", "rotary_interleaved", "rotary_emb_interleaved")
-#: Settings that say whether queries and keys are normalised.
-QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")
 #: Where a projection's weight may be, under its name: itself, a wrapped linear layer, the first of a sequence.
 WEIGHTS = (
     ".weight", "", *(f".{own}.weight" for own in ("linear", "layer", "lin", "fc", "dense", "proj", "conv", "c")),
@@ -110,7 +95,7 @@ WEIGHTS = (
 BATCH_NORMS = ("bn", "norm", "batch_norm", "batchnorm", "normalization")
 
 
-class ModuleReader:
+class ModuleReader(ModuleSettings):
     """Reader of one module as attention."""
 
     def __init__(
@@ -124,11 +109,8 @@ class ModuleReader:
             source: the parameters and settings.
             sizes: ``num_heads`` and ``head_dim`` as the user gives them, over the settings.
         """
-        self.sizes = sizes or {}
-        self.module, self.plain, self.shapes, self.source = module, plain, source.shapes, source
-
-    def setting(self, attributes: tuple[str, ...]) -> object:
-        return self.source.setting(self.module, attributes)
+        super().__init__(module, source, sizes)
+        self.plain, self.shapes = plain, source.shapes
 
     def parameter(self, child: str) -> str | None:
         """Return the plain name of the weight called ``child``: of a submodule, or the parameter itself."""
@@ -166,29 +148,6 @@ class ModuleReader:
 
     def shape(self, name: str) -> Shape:
         return self.shapes[self.plain[name]]
-
-    def number(self, attributes: tuple[str, ...]) -> int | None:
-        given = {NUM_HEADS: "num_heads", HEAD_DIM: "head_dim"}.get(attributes, "")
-        if given in self.sizes:
-            return self.sizes[given]
-        value = self.setting(attributes)
-        value = self._of_layer(value)
-        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-    @property
-    def layer_number(self) -> int | None:
-        """The model's own number of the layer: the first that counts a list of layers, else the first in the path."""
-        parts = self.module.split(".")
-        digits = [i for i, part in enumerate(parts) if part.isdigit()]
-        layers = [i for i in digits if i and parts[i - 1] in LISTS] or digits
-        return int(parts[layers[0]]) if layers else None
-
-    def _of_layer(self, value: object) -> object:
-        """Return a setting that is a list, one value per layer, for this layer."""
-        if not isinstance(value, list):
-            return value
-        number = self.layer_number
-        return value[number] if number is not None and number < len(value) else None
 
     def read(self, row: AttentionNames, named: bool = False) -> Found:
         """Locate the matrices of the module.
@@ -426,14 +385,6 @@ class ModuleReader:
         """Whether a parameter is a matrix, or a convolution over nothing but its own place."""
         return len(shape) == 2 or (len(shape) > 2 and all(size == 1 for size in shape[2:]))
 
-    def reason_without_scores(self) -> str | None:
-        """Return why projections called queries and keys form no softmax scores here; None if they may."""
-        for setting, reason in NO_SCORES_SETTINGS.items():
-            if self.setting((setting,)) not in (None, False):
-                return reason
-        children = self.source.children(self.module)
-        return next((NO_SCORES[mark] for mark in NO_SCORES if mark in children), None)
-
     def read_latent(self, names: LatentNames) -> Found:
         """Locate the factors of multi-head latent attention.
 
@@ -481,10 +432,10 @@ class ModuleReader:
         if name["second"] and name["first"]:
             lines = self.shape(name["first"])[0]
             places["query_factor"] = self._place(name["first"], Window("rows", 0, lines, lines, lines))
-        neighbours = names.first == "wq_a" or self._is_interleaved()  # DeepSeek's own code multiplies complex numbers
+        neighbours = names.first == "wq_a" or self.is_interleaved()  # DeepSeek's own code multiplies complex numbers
         rotary = Rotary(turned_dim // 2 * 2, neighbours) if turned_dim else None
         # in DeepSeek's own code q_norm is what q_a_layernorm is elsewhere, between the factors
-        qk_norm = self._qk_norm() and names.first != "wq_a"
+        qk_norm = self.has_qk_norm() and names.first != "wq_a"
         return Found(self.module, places, plain_dim, rotary, qk_norm)
 
     def read_shared_latent(self, names: Sequence[str]) -> Found:
@@ -513,7 +464,7 @@ class ModuleReader:
             groups = (self.number(("o_groups",)) or 1) if role == "output_factor" else 1
             places[role] = self._place(name, Window("rows", 0, rows, rows, _divide(rows, groups, name, "its groups")))
         turned = self.number(("qk_rope_head_dim",))
-        rotary = Rotary(turned // 2 * 2, self._is_interleaved()) if turned else self._rotary(head_dim)
+        rotary = Rotary(turned // 2 * 2, self.is_interleaved()) if turned else self.rotary(head_dim)
         return Found(self.module, places, head_dim, rotary, qk_norm=True)
 
     def read_experts(self) -> Found:
@@ -536,45 +487,17 @@ class ModuleReader:
             "value": self._place(shared, Window("rows", lines, 2 * lines, 2 * lines, head_dim)),
             "output": self._place(output, Window("columns", 0, lines, lines, head_dim, experts, stacked=True)),
         }
-        return Found(self.module, places, head_dim, self._rotary(head_dim), self._qk_norm(), "strided")
-
-    def values_are_keys(self) -> bool:
-        """Whether the keys serve as values: Gemma 4 in layers of one kind, which then have no projection to values."""
-        if self.setting(("attention_k_eq_v", "use_alternative_attention")) is True:
-            return True
-        return self.setting(("model_type",)) in VALUES_ARE_KEYS
-
-    def lender(self) -> str | None:
-        """Return the path from here to the attention module whose keys and values this layer takes (Gemma 3n and 4).
-
-        The last layers have none of their own: each takes those of the last layer before them that is of its kind.
-        """
-        number, kinds, modes = self.layer_number, self.setting(("layer_types",)), self.setting(("kv_sharing_modes",))
-        if number is None:
-            return None
-        if isinstance(modes, list):
-            if number >= len(modes) or not str(modes[number]).startswith("reuse"):
-                return None
-            own = [i for i in range(number) if not str(modes[i]).startswith("reuse")]
-            own = [i for i in own if modes[i] == "store"] or own
-        else:
-            shared, depth = self.number(("num_kv_shared_layers",)), self.number(("num_hidden_layers",))
-            if not shared or not depth or number < depth - shared:
-                return None
-            own = list(range(depth - shared))
-        if isinstance(kinds, list) and len(kinds) > number:
-            own = [i for i in own if kinds[i] == kinds[number]] or own
-        _, found, after = f"{self.module}.".partition(f".{number}.")
-        if not own or not found:
-            return None
-        return "../" * (1 + after.count(".")) + f"{own[-1]}.{after}"
+        return Found(self.module, places, head_dim, self.rotary(head_dim), self.has_qk_norm(), "strided")
 
     # ---- what is done with queries and keys --------------------------------------------------------------
 
     def _positions_and_norms(self, row: AttentionNames, head_dim: int) -> tuple[Rotary | None, bool, frozenset[str]]:
         """Return how positions turn the heads, whether they are normalised, and what of it nothing says."""
-        rotary = self._rotary(head_dim) if row.rotary is None else self._rotary_as_named(row, head_dim)
-        qk_norm = self._qk_norm() if row.qk_norm is None else row.qk_norm
+        if row.rotary is not None:
+            rotary = self._rotary_as_named(row, head_dim)
+        else:
+            rotary = None if self._is_of_vqgan() else self.rotary(head_dim)
+        qk_norm = self.has_qk_norm() if row.qk_norm is None else row.qk_norm
         unknown = set[str]()
         if not self.source.is_known(self.module):
             unknown |= {"rotary"} if row.rotary is None and rotary is None else set()
@@ -586,69 +509,6 @@ class ModuleReader:
         if row.rotary == "none":
             return None
         return Rotary(min(row.rotary_dims or head_dim, head_dim) // 2 * 2, row.rotary == "interleaved")
-
-    def _qk_norm(self) -> bool:
-        """Whether the module normalises queries or keys: it has a norm for them, perhaps without weights, or a flag."""
-        if any(map(is_query_key_norm, self.source.children(self.module))):
-            return True
-        kind = self.setting(("model_type",))
-        if self.setting(QK_NORM_FLAGS) is True:
-            return not (kind == "llama4_text" and self._is_without_rotary())
-        return kind in NORMS_WITHOUT_WEIGHTS
-
-    def _rotary(self, head_dim: int) -> Rotary | None:
-        if isinstance(half := self.setting(("rotate_half",)), bool):  # timm
-            turned = self.setting(("rope",)) is not None
-            return Rotary(head_dim // 2 * 2, not half) if turned else None
-        if self.setting(("_diffusers_version", "_use_default_values")) is not None:
-            return None  # diffusers' models turn queries and keys in ways of their own, which no setting says
-        if self.setting(ROTARY) is None or self.setting(("alibi",)) is True or self._is_without_rotary():
-            return None
-        dims = self.number(("rotary_dim", "rotary_ndims"))
-        if dims is None:
-            share = self._rotary_share()
-            dims = int(head_dim * share)
-        dims = min(dims, head_dim) // 2 * 2
-        return Rotary(dims, self._is_interleaved()) if dims else None
-
-    def _is_interleaved(self) -> bool:
-        """Whether a rotary plane is of neighbouring coordinates."""
-        stated = self.setting(ROTARY_PLANES)
-        if isinstance(stated, bool):
-            return stated
-        # Meta's and llama2.c's code multiplies neighbours, as complex numbers, with a table of this name.
-        return self.setting(("freqs_cis", "freqs_cos")) is True or self.setting(("model_type",)) in INTERLEAVED
-
-    def _rotary_share(self) -> float:
-        """Return the share of a head's coordinates that positions turn; it may be stated for each kind of layer."""
-        parameters = self.setting(("rope_parameters",))
-        if isinstance(parameters, dict) and any(isinstance(part, dict) for part in parameters.values()):
-            parameters = parameters.get(str(self._of_layer(self.setting(("layer_types",)))))
-        if isinstance(parameters, dict) and parameters.get("rope_type") == "proportional":
-            return 1.0  # planes span the head; those beyond the share are turned by an angle of 0
-        share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
-        share = share or self.setting(("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent"))
-        share = share or DEFAULT_SHARES.get(str(self.setting(("model_type",))))
-        return float(share) if isinstance(share, (int, float)) and 0 < share <= 1 else 1.0
-
-    def _is_without_rotary(self) -> bool:
-        """Whether this layer is without rotary positions though the model has them."""
-        if self.setting(("use_rope", "use_mem_rope")) is False or self._is_of_vqgan():
-            return True
-        kind, number = str(self.setting(("model_type",))), self.layer_number
-        said = self.setting(("position_embedding_type",))
-        if (kind == "esm" and said == "absolute") or (kind == "granitemoehybrid" and said != "rope"):
-            return True
-        with_rotary = self.setting(("no_rope_layers",))  # 1 where a layer has them, whatever the name says
-        if isinstance(with_rotary, list) and with_rotary:
-            return not self._of_layer(with_rotary)
-        if kind in EVERY_FOURTH and number is not None:  # as the class fills in what the configuration leaves out
-            return (number + 1) % (self.number(("no_rope_layer_interval",)) or 4) == 0
-        layer = self._of_layer(self.setting(("layer_types",)))
-        period = self.number(("sliding_window_pattern",))
-        if layer is None and period and number is not None:
-            layer = "full_attention" if (number + 1) % period == 0 else "sliding_attention"
-        return (kind, layer) in WITHOUT_ROTARY
 
     # ---- windows -----------------------------------------------------------------------------------------
 
@@ -684,12 +544,9 @@ class ModuleReader:
         self, row: AttentionNames, height: dict[str, int], heads: int, head_dim: int, across: list[int]
     ) -> bool:
         """Whether the query projection holds a gate beside each head; every other output fits without."""
-        if not row.query or not self._has_gates():
+        if not row.query or not self.has_gates():
             return False
         return head_dim % 2 == 0 and height[row.query] == heads * head_dim and heads * head_dim // 2 in across
-
-    def _has_gates(self) -> bool:
-        return self.setting(("model_type",)) in GATED or self.setting(("attn_output_gate",)) is True
 
     def _place(self, name: str, window: Window) -> Place:
         bias = self.bias(name)
@@ -772,7 +629,7 @@ class ModuleReader:
         if row.query and self._is_one_of_heads(row, height):
             return 1, height[row.query]
         own_dim = self.source.own(self.module, HEAD_DIM)
-        stated = row.num_heads or row.head_dim or self._has_gates() or self.source.own(self.module, NUM_HEADS)
+        stated = row.num_heads or row.head_dim or self.has_gates() or self.source.own(self.module, NUM_HEADS)
         if row.query and isinstance(own_dim, int) and not stated and own_dim > 0 and height[row.query] % own_dim == 0:
             return height[row.query] // own_dim, own_dim  # the configuration's number may be of another tower
         if row.query and row.head_dim:

@@ -1,0 +1,184 @@
+"""What the settings of a model say of one attention module: numbers, positions, norms, and keys that layers share.
+
+The settings are attributes of the module and of the configurations above it, or the configuration of a checkpoint
+(:mod:`rankdecay.attention.source`). What they leave to a model's class is in the tables of
+:mod:`rankdecay.attention.names`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rankdecay.attention.names import (
+    DEFAULT_SHARES,
+    EVERY_FOURTH,
+    GATED,
+    HEAD_DIM,
+    INTERLEAVED,
+    NO_SCORES,
+    NO_SCORES_SETTINGS,
+    NORMS_WITHOUT_WEIGHTS,
+    NUM_HEADS,
+    ROTARY,
+    VALUES_ARE_KEYS,
+    WITHOUT_ROTARY,
+    is_query_key_norm,
+)
+from rankdecay.attention.numbering import LISTS
+from rankdecay.attention.products import Rotary
+from rankdecay.attention.source import Source
+
+#: Settings that say whether rotary planes are neighbouring coordinates.
+ROTARY_PLANES = ("rope_interleaved", "rope_interleave", "rotary_interleaved", "rotary_emb_interleaved")
+#: Settings that say whether queries and keys are normalised.
+QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")
+
+
+class ModuleSettings:
+    """Settings of one module.
+
+    Attributes:
+        module: its path.
+        source: the parameters and settings.
+        sizes: ``num_heads`` and ``head_dim`` as the user gives them, over the settings.
+    """
+
+    def __init__(self, module: str, source: Source, sizes: Mapping[str, int] | None = None) -> None:
+        self.module, self.source, self.sizes = module, source, sizes or {}
+
+    def setting(self, attributes: tuple[str, ...]) -> object:
+        """Return the nearest value of the first of the attributes that is set, or None."""
+        return self.source.setting(self.module, attributes)
+
+    def number(self, attributes: tuple[str, ...]) -> int | None:
+        """Return a setting that is a positive whole number, as the user gives it or for this layer, or None."""
+        given = {NUM_HEADS: "num_heads", HEAD_DIM: "head_dim"}.get(attributes, "")
+        if given in self.sizes:
+            return self.sizes[given]
+        value = self._of_layer(self.setting(attributes))
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+    @property
+    def layer_number(self) -> int | None:
+        """The model's own number of the layer: the first that counts a list of layers, else the first in the path."""
+        parts = self.module.split(".")
+        digits = [i for i, part in enumerate(parts) if part.isdigit()]
+        layers = [i for i in digits if i and parts[i - 1] in LISTS] or digits
+        return int(parts[layers[0]]) if layers else None
+
+    def _of_layer(self, value: object) -> object:
+        """Return a setting that is a list, one value per layer, for this layer."""
+        if not isinstance(value, list):
+            return value
+        number = self.layer_number
+        return value[number] if number is not None and number < len(value) else None
+
+    # ---- queries, keys and values -------------------------------------------------------------------------
+
+    def reason_without_scores(self) -> str | None:
+        """Return why projections called queries and keys form no softmax scores here; None if they may."""
+        for setting, reason in NO_SCORES_SETTINGS.items():
+            if self.setting((setting,)) not in (None, False):
+                return reason
+        children = self.source.children(self.module)
+        return next((NO_SCORES[mark] for mark in NO_SCORES if mark in children), None)
+
+    def has_gates(self) -> bool:
+        """Whether the query projection holds a gate beside each head."""
+        return self.setting(("model_type",)) in GATED or self.setting(("attn_output_gate",)) is True
+
+    def values_are_keys(self) -> bool:
+        """Whether the keys serve as values: Gemma 4 in layers of one kind, which then have no projection to values."""
+        if self.setting(("attention_k_eq_v", "use_alternative_attention")) is True:
+            return True
+        return self.setting(("model_type",)) in VALUES_ARE_KEYS
+
+    def lender(self) -> str | None:
+        """Return the path from here to the attention module whose keys and values this layer takes (Gemma 3n and 4).
+
+        The last layers have none of their own: each takes those of the last layer before them that is of its kind.
+        """
+        number, kinds, modes = self.layer_number, self.setting(("layer_types",)), self.setting(("kv_sharing_modes",))
+        if number is None:
+            return None
+        if isinstance(modes, list):
+            if number >= len(modes) or not str(modes[number]).startswith("reuse"):
+                return None
+            own = [i for i in range(number) if not str(modes[i]).startswith("reuse")]
+            own = [i for i in own if modes[i] == "store"] or own
+        else:
+            shared, depth = self.number(("num_kv_shared_layers",)), self.number(("num_hidden_layers",))
+            if not shared or not depth or number < depth - shared:
+                return None
+            own = list(range(depth - shared))
+        if isinstance(kinds, list) and len(kinds) > number:
+            own = [i for i in own if kinds[i] == kinds[number]] or own
+        _, found, after = f"{self.module}.".partition(f".{number}.")
+        if not own or not found:
+            return None
+        return "../" * (1 + after.count(".")) + f"{own[-1]}.{after}"
+
+    # ---- positions and norms ------------------------------------------------------------------------------
+
+    def has_qk_norm(self) -> bool:
+        """Whether the module normalises queries or keys: it has a norm for them, perhaps without weights, or a flag."""
+        if any(map(is_query_key_norm, self.source.children(self.module))):
+            return True
+        kind = self.setting(("model_type",))
+        if self.setting(QK_NORM_FLAGS) is True:
+            return not (kind == "llama4_text" and self._is_without_rotary())
+        return kind in NORMS_WITHOUT_WEIGHTS
+
+    def rotary(self, head_dim: int) -> Rotary | None:
+        if isinstance(half := self.setting(("rotate_half",)), bool):  # timm
+            turned = self.setting(("rope",)) is not None
+            return Rotary(head_dim // 2 * 2, not half) if turned else None
+        if self.setting(("_diffusers_version", "_use_default_values")) is not None:
+            return None  # diffusers' models turn queries and keys in ways of their own, which no setting says
+        if self.setting(ROTARY) is None or self.setting(("alibi",)) is True or self._is_without_rotary():
+            return None
+        dims = self.number(("rotary_dim", "rotary_ndims"))
+        if dims is None:
+            share = self._rotary_share()
+            dims = int(head_dim * share)
+        dims = min(dims, head_dim) // 2 * 2
+        return Rotary(dims, self.is_interleaved()) if dims else None
+
+    def is_interleaved(self) -> bool:
+        """Whether a rotary plane is of neighbouring coordinates."""
+        stated = self.setting(ROTARY_PLANES)
+        if isinstance(stated, bool):
+            return stated
+        # Meta's and llama2.c's code multiplies neighbours, as complex numbers, with a table of this name.
+        return self.setting(("freqs_cis", "freqs_cos")) is True or self.setting(("model_type",)) in INTERLEAVED
+
+    def _rotary_share(self) -> float:
+        """Return the share of a head's coordinates that positions turn; it may be stated for each kind of layer."""
+        parameters = self.setting(("rope_parameters",))
+        if isinstance(parameters, dict) and any(isinstance(part, dict) for part in parameters.values()):
+            parameters = parameters.get(str(self._of_layer(self.setting(("layer_types",)))))
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "proportional":
+            return 1.0  # planes span the head; those beyond the share are turned by an angle of 0
+        share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
+        share = share or self.setting(("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent"))
+        share = share or DEFAULT_SHARES.get(str(self.setting(("model_type",))))
+        return float(share) if isinstance(share, (int, float)) and 0 < share <= 1 else 1.0
+
+    def _is_without_rotary(self) -> bool:
+        """Whether this layer is without rotary positions though the model has them."""
+        if self.setting(("use_rope", "use_mem_rope")) is False:
+            return True
+        kind, number = str(self.setting(("model_type",))), self.layer_number
+        said = self.setting(("position_embedding_type",))
+        if (kind == "esm" and said == "absolute") or (kind == "granitemoehybrid" and said != "rope"):
+            return True
+        with_rotary = self.setting(("no_rope_layers",))  # 1 where a layer has them, whatever the name says
+        if isinstance(with_rotary, list) and with_rotary:
+            return not self._of_layer(with_rotary)
+        if kind in EVERY_FOURTH and number is not None:  # as the class fills in what the configuration leaves out
+            return (number + 1) % (self.number(("no_rope_layer_interval",)) or 4) == 0
+        layer = self._of_layer(self.setting(("layer_types",)))
+        period = self.number(("sliding_window_pattern",))
+        if layer is None and period and number is not None:
+            layer = "full_attention" if (number + 1) % period == 0 else "sliding_attention"
+        return (kind, layer) in WITHOUT_ROTARY
