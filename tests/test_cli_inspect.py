@@ -181,3 +181,18 @@ def test_layers_of_a_tower_and_the_size_of_a_head(two_kinds, capsys):
         assert f"layers={wrong} is out of range" in capsys.readouterr().err
     assert main(["inspect", str(two_kinds), "--head-dim", "0"]) == 2
     assert "--head-dim 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_a_listing_has_the_layers_asked_for_and_no_heads(checkpoint, capsys) -> None:
+    shown = _answer(capsys, checkpoint, "--list", "--layers", 1)
+    assert "layers.1.self_attn.q_proj.weight" in shown
+    assert "layers.0.self_attn.q_proj.weight" not in shown
+    assert main(["inspect", str(checkpoint), "--list", "--heads", "0"]) == 2
+    assert "--list computes no spectra for --heads" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--layers=0", "--heads=0", "--num-heads=4", "--head-dim=8", "--names=query=q,fused=kv"])
+def test_what_a_run_directory_cannot_be_asked_is_not_ignored(option, capsys) -> None:
+    assert main(["inspect", str(ROOT / "docs" / "data" / "grok_default"), option]) == 2
+    said = f"of which all is shown: leave out {option.partition('=')[0]}"
+    assert said in capsys.readouterr().err

@@ -257,15 +257,15 @@ def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespac
     from rankdecay.attention.listing import listing
     from rankdecay.lab.experiments.grok.inspect_run import is_run_directory
 
-    for option in ("csv", "html"):
-        if getattr(settings, option) is not None:
+    for option in ("csv", "html", "heads"):
+        if getattr(settings, option):
             raise CommandError(f"--list computes no spectra for --{option}: leave out one of them")
     for path, _ in chosen:
         if is_run_directory(path):
             raise CommandError(f"{path} is a run directory, whose snapshots hold spectra alone: leave out --list")
     how = _how(settings)
     try:
-        listings = [listing(path, **how, state=state) for path, state in chosen]
+        listings = [listing(path, **how, layers=settings.layers or None, state=state) for path, state in chosen]
     except ValueError as error:
         raise _explained(error) from None
     if settings.json:
@@ -289,6 +289,11 @@ def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> 
                 raise CommandError(
                     f"{path} is a run directory, which has one set of weights: leave out --state {state}"
                 )
+            for option in ("names", "only", "num_heads", "head_dim", "layers", "heads"):
+                if getattr(settings, option):
+                    raise CommandError(
+                        f"{path} is a run directory, of which all is shown: leave out --{option.replace('_', '-')}"
+                    )
             return inspect_run(path)
         layers, heads = settings.layers or None, settings.heads or None
         return inspect(path, **how, layers=layers, heads=heads, state=state)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import Names, find_layers, listed
+from rankdecay.attention.locate import Names, chosen, find_layers, listed
 from rankdecay.attention.names import SCALED_OUTPUT
-from rankdecay.attention.numbering import Numbered
+from rankdecay.attention.numbering import ranges
 from rankdecay.attention.products import Product, ProductName, Rotary
 from rankdecay.attention.scale import gradients_of, settled
 from rankdecay.attention.source import ModuleSource, Source, open_source
@@ -156,7 +156,7 @@ def inspect(
         found = settled(found, gradients_of(source.model, _score_parameters(found), example))
     rows: list[Row] = []
     notes: dict[str, list[str]] = {}
-    for layer in _chosen_layers(layers, found):
+    for layer in chosen(layers, found):
         wanted = _chosen_heads(heads, layer.num_heads, layer.name or "the model")
         try:
             layer_rows = list(_layer_rows(layer, *_deviations(source, layer, len(found))))
@@ -171,7 +171,7 @@ def inspect(
         rows += [place | row for row in layer_rows if row["head"] in wanted]
         for note in _notes(layer):
             notes.setdefault(note, []).append(layer.place.label)
-    noted = [f"{_ranges(labels)}: {note}" for note, labels in notes.items()]
+    noted = [f"{ranges(labels)}: {note}" for note, labels in notes.items()]
     return Inspection(str(source), rows, noted, listed(unhandled))
 
 
@@ -190,23 +190,6 @@ def check_values(model: nn.Module, layers: Sequence[AttentionLayer]) -> None:
 def _score_parameters(layers: Sequence[AttentionLayer]) -> list[str]:
     views = [view for layer in layers for view in (layer.query, layer.key)]
     return [name for view in views for name in (view.parameter_name, view.bias_name) if name]
-
-
-def _chosen_layers(wanted: Collection[int | str] | None, layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
-    if wanted is None:
-        return list(layers)
-    for one in wanted:
-        if not any(_is_called(layer.place, one) for layer in layers):
-            known = _ranges([layer.place.label for layer in layers]).replace("-", "–")
-            raise ValueError(f"layers={one} is out of range: the model has {known}.")
-    return [layer for layer in layers if any(_is_called(layer.place, one) for one in wanted)]
-
-
-def _is_called(place: Numbered, name: int | str) -> bool:
-    """Whether a layer is meant by a number, or by a label with or without the module inside the layer."""
-    if isinstance(name, int) or name.isdigit():
-        return place.number == int(name)
-    return name in (place.label, f"{place.tower}.{place.number}") or place.label.startswith(f"{name}.")
 
 
 def _chosen_heads(wanted: Collection[int] | None, count: int, place: str) -> list[int]:
@@ -263,20 +246,6 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
             f"nothing says whether {questions}, and it is shown as if not: say it with "
             f"names=AttentionNames(..., {settings}){example}"
         )
-
-
-def _ranges(labels: Sequence[str]) -> str:
-    """Format labels as "layers 0-3, 5", or "layers encoder.0-3, decoder.0"."""
-    runs: list[tuple[str, int | str, int | str]] = []
-    for text in dict.fromkeys(labels):
-        tower, _, last = text.rpartition(".")
-        number = int(last) if last.isdigit() else last
-        if runs and isinstance(number, int) and runs[-1][0] == tower and runs[-1][2] == number - 1:
-            runs[-1] = (tower, runs[-1][1], number)
-        else:
-            runs.append((tower, number, number))
-    words = [(f"{tower}." if tower else "") + (f"{a}" if a == b else f"{a}-{b}") for tower, a, b in runs]
-    return f"layer{'s' if len(set(labels)) > 1 else ''} {', '.join(words)}"
 
 
 def label(row: Row) -> str:

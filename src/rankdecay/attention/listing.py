@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import Names, find_layers, listed
+from rankdecay.attention.locate import Names, chosen, find_layers, listed
 from rankdecay.attention.source import Shape, Source, open_source
 from rankdecay.attention.states import SeveralSets
+from rankdecay.text import aligned
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ class Listing:
         lines += [f"  not handled: {reason}" for reason in self.unhandled]
         for layer in self.layers:
             lines += ["", f"layer {layer['label']}  {layer['name'] or '(the model)'}: {_heads(layer)}"]
-            width = max(len(matrix["parameter"]) for matrix in layer["matrices"])
-            for matrix in layer["matrices"]:
-                shape = "×".join(map(str, matrix["shape"]))
-                lines.append(f"  {matrix['matrix']:6}  {matrix['parameter']:{width}}  {shape:>11}  {matrix['window']}")
+            cells = [
+                [m["matrix"], m["parameter"], "×".join(map(str, m["shape"])), m["window"]] for m in layer["matrices"]
+            ]
+            lines += [f"  {line}" for line in aligned(cells)]
         return "\n".join(lines)
 
 
@@ -66,6 +68,7 @@ def listing(
     names: Names = None,
     num_heads: int | None = None,
     *,
+    layers: Collection[int | str] | None = None,
     head_dim: int | None = None,
     only: bool = False,
     state: str | None = None,
@@ -76,6 +79,7 @@ def listing(
         model: a model, or the path of a checkpoint.
         names: how its attention names its projections, if it is not recognised.
         num_heads: number of query heads, where nothing says it.
+        layers: only these, as for :func:`rankdecay.inspect`.
         head_dim: size of a head, where nothing says it.
         only: look for ``names`` alone.
         state: which weights, where there are several sets.
@@ -92,8 +96,8 @@ def listing(
         return Listing(str(model), candidates=list(several.candidates), undecided=True)
     found, unhandled = find_layers(source, names, num_heads, only, head_dim)
     candidates: list[str] = list(getattr(source, "candidates", ()))
-    layers = [_layer(layer, source) for layer in found]
-    return Listing(str(source), layers, candidates, listed(unhandled))
+    shown = [_layer(layer, source) for layer in chosen(layers, found)]
+    return Listing(str(source), shown, candidates, listed(unhandled))
 
 
 def _layer(layer: AttentionLayer, source: Source) -> dict[str, Any]:

@@ -8,7 +8,7 @@ A module is attention when the parameters under it carry names that belong toget
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -33,7 +33,7 @@ from rankdecay.attention.names import (
     separate,
     spellings,
 )
-from rankdecay.attention.numbering import Numbered, numbered
+from rankdecay.attention.numbering import Numbered, is_called, numbered, ranges
 from rankdecay.attention.source import Source, open_source
 from rankdecay.attention.windows import WEIGHTS, Found, ModuleReader, NotHandled, Place
 
@@ -136,6 +136,21 @@ def find_layers(
         raise ValueError(_nothing(source, names, unhandled))
     places = numbered([layer.name for layer in found])
     return [_layer(layer, source, place) for layer, place in zip(found, places, strict=True)], unhandled
+
+
+def chosen(wanted: Collection[int | str] | None, layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
+    """Return the layers that are meant by numbers, or in a tower by labels such as ``"decoder.4"``; all by default.
+
+    Raises:
+        ValueError: If a layer that is wanted does not exist.
+    """
+    if wanted is None:
+        return list(layers)
+    for one in wanted:
+        if not any(is_called(layer.place, one) for layer in layers):
+            known = ranges([layer.place.label for layer in layers]).replace("-", "–")
+            raise ValueError(f"layers={one} is out of range: the model has {known}.")
+    return [layer for layer in layers if any(is_called(layer.place, one) for one in wanted)]
 
 
 def locate(

@@ -83,3 +83,24 @@ def _with_module(label: str, name: str) -> str:
     before, found, inside = path.rpartition(f".{label.rpartition('.')[2]}.")
     inside = re.sub(r"^layer\.\d+\.", "", inside)  # T5's part of a block
     return ".".join([label, *filter(None, [inside if found else before or path, projection])])
+
+
+def is_called(place: Numbered, name: int | str) -> bool:
+    """Whether a layer is meant by a number, or by a label with or without the module inside the layer."""
+    if isinstance(name, int) or name.isdigit():
+        return place.number == int(name)
+    return name in (place.label, f"{place.tower}.{place.number}") or place.label.startswith(f"{name}.")
+
+
+def ranges(labels: Sequence[str]) -> str:
+    """Format labels as "layers 0-3, 5", or "layers encoder.0-3, decoder.0"."""
+    runs: list[tuple[str, int | str, int | str]] = []
+    for text in dict.fromkeys(labels):
+        tower, _, last = text.rpartition(".")
+        number = int(last) if last.isdigit() else last
+        if runs and isinstance(number, int) and runs[-1][0] == tower and runs[-1][2] == number - 1:
+            runs[-1] = (tower, runs[-1][1], number)
+        else:
+            runs.append((tower, number, number))
+    words = [(f"{tower}." if tower else "") + (f"{a}" if a == b else f"{a}-{b}") for tower, a, b in runs]
+    return f"layer{'s' if len(set(labels)) > 1 else ''} {', '.join(words)}"
