@@ -162,9 +162,9 @@ class _Places:
 
     def __init__(self, source: ModuleSource, found: list[Found]) -> None:
         self._source = source
-        self._layers = [layer.name for layer in found]
-        self._blocks = {block for layer in self._layers if (block := self._block_of(layer))}
-        self._holds_attention = {path for layer in self._layers for path in _ancestors(f"{layer}.")}
+        self._attention = {layer.module for layer in found}
+        self._blocks = {block for module in self._attention if (block := self._block_of(module))}
+        self._holds_attention = {path for module in self._attention for path in _ancestors(f"{module}.")}
         self._tables = {tuple(m.weight.shape) for m in source.model.modules() if isinstance(m, nn.Embedding)}
 
     def block(self, parameter: nn.Parameter, known: Known) -> Block:
@@ -233,7 +233,7 @@ class _Places:
         raw = leaf != "weight"
         if isinstance(holder, _ConvNd) and any(n > 1 for n in shape[2:]):
             return "other", f"kernel of {type_before_parametrizations(holder).__name__}", False
-        if raw and owner in self._layers:
+        if raw and owner in self._attention:
             return "other", "parameter of attention beside its projections", False
         matrices = len(shape) == 2 or isinstance(holder, _ConvNd)
         experts = shape[0] > 1 or "expert" in own or "expert" in leaf
