@@ -287,7 +287,7 @@ def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) ->
                 if "query_key_rule" in group:
                     group["query_key_rule"] = rule
             handles = [optimizer.register_step_post_hook(start)]
-            attachment = rd.attach(optimizer, backend)
+            attachment = rd.attach(optimizer, backend=backend)
             handles += [optimizer.register_step_post_hook(clock.__exit__)]
             with record_backends() as ran:
                 optimizer.step()

@@ -24,21 +24,45 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.to(sharded.device_mesh.device_type).full_tensor()  # offloaded parts cannot be sent from the CPU
 
 
+#: Where wrappers keep the optimizer that they step: Accelerate, Lightning and Lookahead; timm; SAM.
+_INSIDE = ("optimizer", "_base_optimizer", "base_optimizer", "optim")
+
+
+def wrappers_of(optimizer: object) -> list[object]:
+    """Return the wrappers around an optimizer, from the outside inwards."""
+    found: list[object] = []
+    inside = optimizer
+    while (inner := _inner(inside)) is not None and all(inner is not each for each in found):
+        found.append(inside)
+        inside = inner
+    return found
+
+
+def _inner(optimizer: object) -> object | None:
+    held = [getattr(optimizer, name, None) for name in _INSIDE]
+    return next(
+        (each for each in held if each is not None and each is not optimizer and not isinstance(each, (str, type))),
+        None,
+    )
+
+
 def unwrapped(optimizer: object) -> Optimizer:
-    """Return the optimizer inside the wrappers of Accelerate, Lightning and timm, whose own hooks never run.
+    """Return the optimizer inside the wrappers of Accelerate, Lightning, timm and SAM, whose own hooks never run.
 
     Raises:
         TypeError: If there is no ``torch.optim.Optimizer`` inside.
     """
-    inside = optimizer
-    while True:
-        inner = getattr(inside, "optimizer", None) or getattr(inside, "_base_optimizer", None)
-        if inner is None or inner is inside:
-            break
-        inside = inner
+    wrappers = wrappers_of(optimizer)
+    inside = _inner(wrappers[-1]) if wrappers else optimizer
     if not isinstance(inside, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(inside).__name__}. An engine that owns its "
             "optimizer, such as DeepSpeed's, flattens parameters; shard with FSDP2 instead."
+        )
+    several = getattr(inside, "optimizers", None)
+    if isinstance(several, (list, tuple)) and several and all(isinstance(each, Optimizer) for each in several):
+        raise TypeError(
+            f"{type(inside).__name__} steps {len(several)} optimizers, {', '.join(type(o).__name__ for o in several)}: "
+            "attach to each of its .optimizers that has the roles you name."
         )
     return inside

@@ -63,7 +63,7 @@ ROWS = [
 
 
 def test_low_rank_decays_come_first_and_every_shape_is_told():
-    text = table(ROWS, ranks=False, attached=False, optimizer="AdamW")
+    text = table(ROWS, ranks=False, state="detached from AdamW: what follows is not applied")
     assert text.startswith("rankdecay, detached from AdamW: what follows is not applied")
     assert "  mlp: 2 × low-rank prox, 1, by rankdecay" in text.splitlines()
     lines = text.split("\n\n")[1].splitlines()
@@ -74,7 +74,7 @@ def test_low_rank_decays_come_first_and_every_shape_is_told():
 
 def test_ranks_are_those_of_the_matrix_in_the_window():
     row = Row("fused", nn.Parameter(torch.ones(4, 12)), "query_key", ROWS[3].window, "", "", "", low_rank=True)
-    [_, shown] = table([ROWS[1], row], ranks=True, attached=True, optimizer="SGD").splitlines()[-2:]
+    [_, shown] = table([ROWS[1], row], ranks=True, state="attached to SGD").splitlines()[-2:]
     assert shown.split() == ["fused", "4×4", "key", "query_key", "4", "1", "1", "1"]
     assert row.matrix().shape == (4, 4)
     assert ROWS[2].matrix().shape == (2, 3, 5)

@@ -10,28 +10,29 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from rankdecay.decay.groups import Group, hook_roles, names_in
+from rankdecay.decay.groups import Group
+from rankdecay.decay.targets import Target
 from rankdecay.dtensor import is_sharded
 
 WAIT = 300.0  # seconds
-_STATE = ("_steps", "_pending")  # not settings: what a loaded checkpoint may change later
 _numbers = itertools.count()
 
 
-def check_agreement(groups: Sequence[Group], backend: str) -> None:
+def check_agreement(targets: Iterable[tuple[Group, Target]], backend: str) -> None:
     """Raise in all processes if they do not have the same decay.
 
     Processes that hold parts of the same parameters need the same parameters in the same order; any two the same decay
     for a role that both have.
 
     Args:
-        groups: the optimizer's.
+        targets: of the attachment, with their groups.
         backend: of the decay.
 
     Raises:
@@ -40,7 +41,7 @@ def check_agreement(groups: Sequence[Group], backend: str) -> None:
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    policy = _policy(groups, backend)
+    policy = _policy(targets, backend)
     meshes = [json.loads(mesh) for mesh in policy["sharded"]]
     ranks = sorted({rank for mesh in meshes for rank in mesh}) or range(dist.get_world_size())
     store = dist.distributed_c10d._get_default_store()
@@ -67,23 +68,25 @@ def check_agreement(groups: Sequence[Group], backend: str) -> None:
             setting, one, another = difference
             raise ValueError(
                 f"the processes do not have the same decay: {setting} is {one} on rank {first} and {another} on rank "
-                f"{other}; give rankdecay.param_groups the same arguments on every rank."
+                f"{other}; give rankdecay.param_groups the same arguments on every rank, and rankdecay.attach too."
             )
 
 
-def _policy(groups: Sequence[Group], backend: str) -> dict[str, Any]:
+def _policy(targets: Iterable[tuple[Group, Target]], backend: str) -> dict[str, Any]:
     """Return what has to agree: settings by role, and the sharded parameters of each set of processes, in order."""
     settings: dict[str, Any] = {"the backend": backend}
     sharded: dict[str, list[str]] = {}
-    for group in groups:
-        for role in hook_roles(group):
-            keys = [key for key in group if key.startswith(f"{role}_") and not key.endswith(_STATE)]
-            settings |= {key: group[key] for key in keys if not key.endswith("_blocks")}
-            for parameter, name in zip(group["params"], names_in(group), strict=True):
-                if is_sharded(parameter):
-                    mesh = json.dumps(parameter.device_mesh.mesh.flatten().tolist())
-                    words = f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.placements} for {role}"
-                    sharded.setdefault(mesh, []).append(words)
+    for group, target in targets:
+        decay, role = target.decay_in(group), target.role
+        settings |= {
+            f"{role}_{name}": value for name, value in {"decay": type(decay).__name__, **asdict(decay)}.items()
+        }
+        parameter: Any
+        for parameter, name in zip(target.parameters(group), target.names, strict=True):
+            if is_sharded(parameter):
+                mesh = json.dumps(parameter.device_mesh.mesh.flatten().tolist())
+                words = f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.placements} for {role}"
+                sharded.setdefault(mesh, []).append(words)
     return {"settings": settings, "sharded": sharded}
 
 

@@ -1,11 +1,14 @@
 """The hook that joins a decay to any torch optimizer.
 
 ``optimizer.register_step_post_hook`` runs after each step, the order of proximal gradient descent: first the gradient
-step, then the shrinkage. Everything the hook does it reads from the parameter groups at that moment
-(:mod:`rankdecay.decay.groups`), so a scheduler, a changed strength, a loaded state and swapped parameters all count.
+step, then the shrinkage. What is decayed comes from a source (:mod:`rankdecay.decay.sources`), the optimizer's own
+groups or a model, and is asked for at that moment, so that a scheduler, a changed strength, a loaded state and swapped
+parameters all count. What a decay does to the matrices is in :mod:`rankdecay.decay.apply`.
 
-Two things are less obvious; what a decay does to the matrices is in :mod:`rankdecay.decay.apply`:
+Three things are less obvious:
 
+* **No other decay.** While the optimizer steps, the parameters of a role that has a decay have no L2 of the
+  optimizer's: their groups are divided for the length of the step, which is exact whatever that L2 would have been.
 * **every=k** applies the amount of k steps: Σ lr · strength over the steps since the last time, so that schedules
   of either inside the cycle count exactly, and a run resumed in mid-cycle continues it.
 * **A skipped step.** Under ``GradScaler`` a fused optimizer's ``step`` runs, hooks included, also when gradients
@@ -16,102 +19,249 @@ Two things are less obvious; what a decay does to the matrices is in :mod:`rankd
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import dropwhile
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankdecay.attention.layer import FLATTENED, WHOLE, Role
+from rankdecay.attention.locate import Names
 from rankdecay.checks import check_name
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import apply
-from rankdecay.decay.groups import Group, decays_in, hook_keys, hook_roles, names_in, remarks_on, windows_in
-from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.decay.groups import Excluded, Group, hook_roles, plan, with_names
+from rankdecay.decay.optimizers import (
+    Iterates,
+    check_own_decay,
+    check_states,
+    check_supported,
+    has_rate,
+    has_rate_per_parameter,
+    has_state,
+    may_make_states_only,
+    rate,
+    rate_of_parameter,
+    remarks_on_optimizer,
+)
+from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.sharded.layout import check_placements
+from rankdecay.decay.sources import FromGroups, FromModel, Source, give_weight_decay
 from rankdecay.decay.table import Row, table
-from rankdecay.dtensor import is_sharded, unwrapped
+from rankdecay.decay.targets import Target
+from rankdecay.decay.watch import Watch
+from rankdecay.dtensor import is_sharded, unwrapped, wrappers_of
 from rankdecay.linalg import Backend
 
-#: Optimizers that decouple their ``weight_decay`` themselves, where the group's ``decoupled_weight_decay`` says so or
-#: always. Under any other the hook does it, since nothing says what its ``weight_decay`` means.
-_DECOUPLING = tuple(
-    getattr(torch.optim, name) for name in ("Adam", "NAdam", "RAdam", "Adafactor", "Muon") if hasattr(torch.optim, name)
-)
+Counts = Literal["optimizer", "attachment"]
 
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
-def attach(optimizer: Optimizer, backend: Backend = "auto") -> Attachment:
-    """Make an optimizer decay as its parameter groups say, after each of its steps.
+def attach(
+    optimizer: Optimizer,
+    model: nn.Module | None = None,
+    default: Decay | None = None,
+    *,
+    query_key: Decay | None = None,
+    value_output: Decay | None = None,
+    mlp: Decay | None = None,
+    embedding: Decay | None = None,
+    norm: Decay | None = None,
+    bias: Decay | None = None,
+    other: Decay | None = None,
+    exclude: Excluded = (),
+    names: Names = None,
+    num_heads: int | None = None,
+    only: bool = False,
+    backend: Backend = "auto",
+    counts: Counts = "optimizer",
+) -> Attachment:
+    """Make an optimizer decay the roles that are named, after each of its steps.
+
+    The optimizer's groups stay as they are. A role that is named gets its decay and no other: the optimizer's own
+    ``weight_decay`` does not act on it. All else is left to the optimizer. If it has a part of a role's parameters,
+    that part is decayed, and ``describe()`` names the rest, which another optimizer may have.
+
+    Without a model and roles, the decays are those in the groups of :func:`rankdecay.param_groups`.
 
     Copying or pickling an optimizer drops its hooks, and PyTorch does not say so: attach to the copy; a copied
-    attachment is detached. Attach before or after ``load_state_dict``; the loaded groups count, strengths included, as
-    they do for ``lr``. A parameter without a gradient is left alone, as AdamW does.
+    attachment is detached. Attach before or after ``load_state_dict``. A parameter without a gradient is left alone, as
+    AdamW does.
 
     Args:
-        optimizer: built from the groups of :func:`rankdecay.param_groups`; any class. A wrapper of Accelerate or
-            Lightning is seen through.
+        optimizer: any class; a wrapper of Accelerate, Lightning, timm or SAM is seen through.
+        model: the model whose parameters the optimizer has; plain, compiled, or wrapped by DDP, FSDP2 or PEFT.
+        default: decay of every matrix whose role is not named.
+        query_key: decay of W_Q and W_K.
+        value_output: decay of W_V and W_O.
+        mlp: decay of the other matrices in blocks with attention.
+        embedding: decay of input and output embeddings.
+        norm: decay of normalisation gains.
+        bias: decay of biases.
+        other: decay of everything else.
+        exclude: parameters to leave to the optimizer, as for :func:`rankdecay.param_groups`.
+        names: how your own attention names its projections, as there.
+        num_heads: number of query heads, where the model does not say it.
+        only: look for ``names`` alone.
         backend: ``"exact"``, ``"matmul"``, or ``"auto"``: exact on a CPU, products elsewhere, so that a step
             never waits for the device.
+        counts: where the state of ``every=k`` is saved: in ``optimizer.state_dict()``, under one key in the state of
+            each parameter, or in ``attachment.state_dict()`` alone. Either can load the state of a run without decay;
+            but a distributed checkpoint must have every key that ``optimizer.state_dict()`` has.
 
     Returns:
-        An :class:`Attachment`; keep it to describe or detach the decay. The optimizer keeps it alive.
+        An :class:`Attachment`; keep it to describe, change or detach the decay. The optimizer keeps it alive.
 
     Raises:
-        TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer``.
-        ValueError: If no group comes from :func:`rankdecay.param_groups`, if the optimizer is attached already, if
-            another attached optimizer decays one of its parameters, or if a group's keys are not valid.
+        TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer`` or ``model`` not a module.
+        ValueError: If there is nothing to decay, if the optimizer is attached already, if another attached optimizer
+            decays one of its parameters, if it cannot be decayed under, or if it holds nothing of a role.
 
     Example:
         >>> import rankdecay as rd
         >>> model = torch.nn.MultiheadAttention(8, 2)
-        >>> optimizer = torch.optim.SGD(rd.param_groups(model, query_key=rd.LowRank(0.1)), lr=0.1)
-        >>> attachment = rd.attach(optimizer)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        >>> attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
     """
-    return Attachment(unwrapped(optimizer), backend)
+    inside = unwrapped(optimizer)
+    check_supported(inside)
+    given = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding, "norm": norm,
+             "bias": bias, "other": other}  # fmt: skip
+    named = {role: decay for role, decay in given.items() if decay is not None}
+    check_name("backend", backend, get_args(Backend))
+    check_name("counts", counts, get_args(Counts))
+    source = _source(inside, model, default, named, names, num_heads, only, exclude, counts == "optimizer")
+    return Attachment(inside, source, backend, [type(each).__name__ for each in wrappers_of(optimizer)])
+
+
+def _source(
+    optimizer: Optimizer,
+    model: nn.Module | None,
+    default: Decay | None,
+    named: dict[str, Decay],
+    names: Names,
+    num_heads: int | None,
+    only: bool,
+    exclude: Excluded,
+    counts_in_state: bool,
+) -> Source:
+    """Return where the decays come from: the optimizer's groups, or the model and the roles."""
+    kind = type(optimizer).__name__
+    ours = any("role" in group for group in optimizer.param_groups)
+    if model is None:
+        if named or default is not None or exclude:
+            words = ", ".join(named) or ("default" if default is not None else "exclude")
+            raise TypeError(f"attach({kind}, {words}=...) needs the model: rankdecay.attach(optimizer, model, ...).")
+        if not ours:
+            raise ValueError(
+                f"no parameter group of this {kind} comes from rankdecay.param_groups, so there is nothing to decay: "
+                "name the roles, rankdecay.attach(optimizer, model, query_key=rankdecay.LowRank(0.1)), or build it as "
+                f"{kind}(rankdecay.param_groups(model, ...), ...)."
+            )
+        return FromGroups()
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {model!r}; the backend is a keyword, backend={model!r}."
+            if isinstance(model, str)
+            else f"model must be a torch.nn.Module, got {type(model).__name__}."
+        )
+    if not named and default is None:
+        raise ValueError("no role is named, so there is nothing to decay: give query_key=rankdecay.LowRank(0.1).")
+    if ours:
+        roles = sorted({role for group in optimizer.param_groups for role in hook_roles(group)} & set(named))
+        raise ValueError(
+            f"the groups of this {kind} come from rankdecay.param_groups and say their decays already"
+            + (f", of {', '.join(roles)} too" if roles else "")
+            + "; give all of them there and call rankdecay.attach(optimizer), or build the optimizer from "
+            "model.parameters()."
+        )
+    planned, remarks = plan(model, default, named, names, num_heads, only, exclude, rest=None, stacklevel=4)
+    _check_held(optimizer, model, named, planned)
+    return FromModel(model, planned, remarks, named, default, counts_in_state)
+
+
+def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Decay], planned: list[Any]) -> None:
+    """Raise if the optimizer has no parameter of the model, or none of a role.
+
+    Args:
+        optimizer: to attach to.
+        model: of which the decays are.
+        named: decays by role.
+        planned: parameters of the model.
+    """
+    kind = type(optimizer).__name__
+    held = {id(p): tuple(p.shape) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(each.entry.parameter) in held for each in planned):
+        shapes = {tuple(each.entry.parameter.shape) for each in planned}
+        copies = sum(shape in shapes for shape in held.values())
+        raise ValueError(
+            f"this {kind} has no parameter of {type(model).__name__}"
+            + (
+                f", but {copies} of the same shapes: they are those of another copy, or of the model before it was "
+                "sharded or copied. Build the optimizer from the model as it is now, then attach."
+                if copies
+                else "; give the model whose parameters it has."
+                + (FLATTENED if any(len(shape) == 1 for shape in held.values()) else "")
+            )
+        )
+    for role in named:
+        of_role = [e.entry for e in planned if not e.excluded and any(block.role == role for block in e.entry.blocks)]
+        if not any(id(entry.parameter) in held for entry in of_role):
+            raise ValueError(
+                f"{role}={named[role]!r} names no parameter of this {kind}: {of_role[0].names[0]} and "
+                f"{len(of_role) - 1} more are not in it. Attach that role to the optimizer which has them."
+            )
 
 
 class Attachment:
     """A decay that is attached to an optimizer. Made by :func:`attach`."""
 
-    def __init__(self, optimizer: Optimizer, backend: Backend = "auto") -> None:
+    def __init__(self, optimizer: Optimizer, source: Source, backend: Backend, wrappers: list[str]) -> None:
         kind = type(optimizer).__name__
         if any(other._optimizer() is optimizer for other in _attached):
             raise ValueError(
                 f"this {kind} is attached already, and a second hook would decay twice; call detach() on its "
                 "attachment first."
             )
-        if not any("role" in group for group in optimizer.param_groups):
-            raise ValueError(
-                f"no parameter group of this {kind} comes from rankdecay.param_groups, so there is nothing to decay: "
-                f"build it as {kind}(rankdecay.param_groups(model, ...), ...)."
-            )
-        check_name("backend", backend, get_args(Backend))
         # Weak, or the two would keep each other alive, and the next optimizer would seem to share its parameters.
         self._optimizer = weakref.ref(optimizer)
+        self._source = source
         self._backend: Backend = backend
+        self._wrappers = wrappers
         self._registered: list[_RegisteredGroup] = []
-        for index, group in enumerate(optimizer.param_groups):
-            self._register_group(index, group)
-        _check_not_shared(optimizer)
-        check_agreement(optimizer.param_groups, backend)
+        self._put_back: Callable[[], None] = _nothing
+        try:
+            for index, group in enumerate(optimizer.param_groups):
+                self._register_group(index, group)
+            _check_not_shared(optimizer, self)
+            check_agreement(self._targets(optimizer), backend)
+        except BaseException:
+            source.close(optimizer)
+            raise
         self._params_with_grad: set[int] = set()
+        self._rates: list[float | Tensor] = []
         self._closure = False
         self._first = True
+        self._first_decay = True
+        self._states_only = False
+        self._had_rate = any(group.get("lr") or group.get("initial_lr") for group in optimizer.param_groups)
+        self._paused = False
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
-        self._handles = [
+        self._handles: list[Any] = [
             optimizer.register_step_pre_hook(uncompiled(self._before_step)),
             optimizer.register_step_post_hook(uncompiled(self._after_step)),
-            optimizer.register_state_dict_pre_hook(_settle_pending),
+            optimizer.register_state_dict_pre_hook(self._before_saving),
             optimizer.register_load_state_dict_post_hook(self._check_loaded),
         ]
+        if any("param_names" in group for group in optimizer.param_groups):
+            _name_later_groups(optimizer)
+        self._watch = Watch(kind, [p for group, target in self._targets(optimizer) for p in target.parameters(group)])
         _attached.add(self)
 
     @property
@@ -126,32 +276,118 @@ class Attachment:
         return optimizer
 
     def detach(self) -> None:
-        """Stop the decay. The groups keep their keys, so that attaching again continues."""
+        """Stop the decay and leave the optimizer's groups as they were found. Attaching again continues its cycles."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._watch.stop()
+        self._restore()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._source.close(optimizer)
+            vars(optimizer).pop("add_param_group", None)
         _attached.discard(self)
 
     @property
     def active(self) -> bool:
-        """Whether the decay is applied: False after :meth:`detach`."""
-        return bool(self._handles)
+        """Whether the decay is applied: False after :meth:`detach`, and while it is paused."""
+        return bool(self._handles) and not self._paused
+
+    def pause(self) -> None:
+        """Stop the decay until :meth:`resume`: the matrices have none meanwhile, and cycles of steps stand still.
+
+        L2 that the optimizer applies by the groups of :func:`rankdecay.param_groups` goes on; change their
+        ``weight_decay`` for that.
+        """
+        self._paused = True
+
+    def resume(self) -> None:
+        """Decay again, after :meth:`pause`."""
+        self._paused = False
+
+    def set(
+        self,
+        *,
+        query_key: Decay | None = None,
+        value_output: Decay | None = None,
+        mlp: Decay | None = None,
+        embedding: Decay | None = None,
+        norm: Decay | None = None,
+        bias: Decay | None = None,
+        other: Decay | None = None,
+    ) -> None:
+        """Give roles other decays, from the next step on. A cycle of steps that has begun goes on.
+
+        In a distributed run, call it with the same decays in every process.
+
+        Raises:
+            TypeError: If a decay is neither LowRank nor Frobenius.
+            ValueError: If the optimizer has no parameter of a role, or a decay does not suit one.
+        """
+        optimizer = self.optimizer
+        given = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding,
+                 "norm": norm, "bias": bias, "other": other}  # fmt: skip
+        decays = {role: decay for role, decay in given.items() if decay is not None}
+        for role, decay in decays.items():
+            if not isinstance(decay, (LowRank, Frobenius)):
+                raise TypeError(f"{role}={decay!r} is not a decay; pass rankdecay.LowRank or rankdecay.Frobenius.")
+        self._restore()
+        self._source.set(optimizer, decays)
+        for index, group in enumerate(optimizer.param_groups):
+            _check_group(optimizer, index, group, self._source)
+            self._registered[index] = _RegisteredGroup.of(group, self._source.targets(index, group))
+
+    def rows(self) -> list[Row]:
+        """Return a row for every matrix of every parameter: what decays it, how strongly, and why."""
+        optimizer = self.optimizer
+        self._restore()
+        indexed = enumerate(optimizer.param_groups)
+        return [row for index, group in indexed for row in self._rows_of(optimizer, index, group)]
 
     def describe(self, ranks: bool = False) -> str:
-        """Return a table of every parameter: what decays it, how strongly, and why.
+        """Return the rows as a table, with what else a reader has to know above it.
 
         Args:
             ranks: show instead the present ranks of the matrices that a low-rank decay acts on (an SVD of each).
         """
         optimizer = self.optimizer
-        rows = [row for group in optimizer.param_groups for row in _rows(group, optimizer, self.active)]
-        remarks = remarks_on(optimizer.param_groups)
-        return table(rows, ranks=ranks, attached=self.active, optimizer=type(optimizer).__name__, remarks=remarks)
+        state = "attached to" if self.active else ("paused on" if self._handles else "detached from")
+        return table(
+            self.rows(),
+            ranks=ranks,
+            state=f"{state} {type(optimizer).__name__}" + ("" if self.active else ": what follows is not applied"),
+            remarks=self._source.remarks(optimizer),
+            notes=[*remarks_on_optimizer(optimizer, self._wrappers), *self._source.notes(optimizer)],
+        )
 
     @property
     def unhandled(self) -> tuple[str, ...]:
-        """Attention of the model that is not decayed, with the reasons, as found when the groups were made."""
-        return remarks_on(self.optimizer.param_groups).unhandled
+        """Attention of the model that is not decayed, with the reasons, as found when the model was looked at."""
+        return self._source.remarks(self.optimizer).unhandled
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts of the decay by parameter, role and kind: plain numbers.
+
+        ``optimizer.state_dict()`` has them too, unless the decay was attached with ``counts="attachment"``.
+        """
+        optimizer = self.optimizer
+        for _, target in self._targets(optimizer):
+            target.counter.settle()
+        return {
+            f"{name}.{target.role}_{number}": getattr(target.counter, number)
+            for _, target in self._targets(optimizer)
+            for name in target.names
+            for number in ("steps", "pending")
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take the counts over from :meth:`state_dict`; a count that is missing there is zero."""
+        for _, target in self._targets(self.optimizer):
+            first = f"{target.names[0]}.{target.role}"
+            target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
+            target.counter.pending = float(state_dict.get(f"{first}_pending", 0.0))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make copies detached, like a copied optimizer, which has no hooks; so that their owner can be copied."""
@@ -159,70 +395,184 @@ class Attachment:
 
     # ---- in a step ---------------------------------------------------------------------------------------
 
+    def _restore(self) -> None:
+        """Put the groups back as they were before the step, once."""
+        put_back, self._put_back = self._put_back, _nothing
+        put_back()
+
+    def _targets(self, optimizer: Optimizer) -> Iterator[tuple[Group, Target]]:
+        for index, group in enumerate(optimizer.param_groups):
+            for target in self._source.targets(index, group):
+                yield group, target
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note which parameters have a gradient: some optimizers clear it inside their step."""
+        self._restore()  # if the last step raised
+        self._watch.stop()
         for index, group in enumerate(optimizer.param_groups):
             self._register_group(index, group)
+        self._source.recall(optimizer)
+        self._states_only = may_make_states_only(optimizer)
         # With a closure the gradients of this step are not there yet, and those of the last one may be.
         self._closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
-        groups = [] if self._closure else [group for group in optimizer.param_groups if hook_roles(group)]
-        self._params_with_grad = {id(p) for group in groups for p in group["params"] if p.grad is not None}
+        live = (p for group, target in self._targets(optimizer) for p in target.parameters(group))
+        self._params_with_grad = set() if self._closure else {id(p) for p in live if p.grad is not None}
         if self._first:
-            _check_values(optimizer)
+            self._check_values(optimizer)
         if self._first and not self._closure:
             self._first = False
             _check_trained(optimizer)
+        self._rates = [rate(optimizer, group) for group in optimizer.param_groups]
+        sections = [self._source.sections(index, group) for index, group in enumerate(optimizer.param_groups)]
+        if self._paused:
+            sections = [[part._replace(l2=0.0) for part in parts] for parts in sections]
+        self._put_back = give_weight_decay(optimizer, sections)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _makes_states_only(optimizer):
-            return
-        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        self._restore()
         if self._closure and not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             # Cleared inside the step, which had made them too: whatever is trained had one.
+            trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+            self._params_with_grad = {id(p) for p in trained}
+        elif self._closure:
             self._params_with_grad = {
-                id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+                id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
             }
+        if self._states_only:  # or a step of a stateless optimizer that was given no rate
+            self._states_only = has_state(optimizer) or self._had_rate
+        else:
+            self._had_rate = True
+        if not self._states_only:
+            self._watch.stepped(bool(self._params_with_grad))
+            if not self._paused:
+                self._decay(optimizer)
+        self._source.keep(optimizer, self._params_with_grad)
+
+    def _decay(self, optimizer: Optimizer) -> None:
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         for index, group in enumerate(optimizer.param_groups):
-            live = [p for p in group["params"] if p.grad is not None or id(p) in self._params_with_grad]
-            for role, decay in decays_in(group).items():
-                amount = _count_step(group, role, decay, found_inf)
-                if live and (isinstance(amount, Tensor) or amount > 0):
-                    seed = group[f"{role}_steps"] * 1_000_003 + index * 1_009 + ROLES.index(role)
-                    with explain_collective_failure(role, live):
-                        apply(live, windows_in(group, role), decay, amount, self._backend, seed)
+            for number, target in enumerate(self._source.targets(index, group)):
+                if target.by_optimizer:
+                    continue
+                decay = target.decay_in(group)
+                factor = 1.0 if has_rate_per_parameter(optimizer, group) else self._rates[index]
+                amount = _count_step(target, decay, factor, found_inf)
+                live = [p for p in target.parameters(group) if id(p) in self._params_with_grad]
+                if not live or not (isinstance(amount, Tensor) or amount > 0):
+                    continue
+                if self._first_decay:
+                    self._first_decay = False
+                    check_states(optimizer, live)
+                place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
+                seed = target.counter.steps * 1_000_003 + place
+                with explain_collective_failure(target.role, live):
+                    self._apply(optimizer, group, live, target, decay, amount, seed)
+
+    def _apply(
+        self,
+        optimizer: Optimizer,
+        group: Group,
+        live: list[Tensor],
+        target: Target,
+        decay: Decay,
+        amount: Any,
+        seed: int,
+    ) -> None:
+        if has_rate_per_parameter(optimizer, group):
+            for parameter in live:
+                its = amount * (rate_of_parameter(optimizer, group, parameter) if decay.lr_coupled else 1.0)
+                apply([parameter], target.windows, decay, its, self._backend, seed)
+            return
+        iterates = Iterates(optimizer, group, live)
+        apply(iterates.tensors, target.windows, decay, amount, self._backend, seed)
+        iterates.follow()
 
     def _register_group(self, index: int, group: Group) -> None:
         """Check a new group, and before each step that a known one has parameters of the same shapes.
 
         They may be replaced by others of the same shapes, as Accelerate does under FSDP2.
         """
-        now = _RegisteredGroup(hook_roles(group), [tuple(p.shape) for p in group["params"]])
         if index == len(self._registered):
             optimizer = self.optimizer
-            _settle_weight_decay(optimizer, group)
-            now = now._replace(roles=hook_roles(group))
-            _check_group(optimizer, group)
-            self._registered.append(now)
-        elif now.roles and now.shapes != self._registered[index].shapes:
-            raise ValueError(_swapped(index, group, self._registered[index].shapes, now.shapes))
+            self._source.register(optimizer, index, group)
+            _check_group(optimizer, index, group, self._source)
+            self._registered.append(_RegisteredGroup.of(group, self._source.targets(index, group)))
+            return
+        before = self._registered[index]
+        now = [tuple(p.shape) for p in group["params"]]
+        if before.roles and now != before.shapes:
+            raise ValueError(_swapped(index, before, now))
+
+    def _before_saving(self, optimizer: Optimizer) -> None:
+        """Make the state what it is between steps: groups in one piece, and counts that are plain numbers."""
+        self._restore()
+        for _, target in self._targets(optimizer):
+            target.counter.settle()
 
     def _check_loaded(self, optimizer: Optimizer) -> None:
+        self._source.recall(optimizer)
+        if isinstance(self._source, FromModel):
+            return
         for index, (registered, group) in enumerate(zip(self._registered, optimizer.param_groups, strict=False)):
+            self._source.register(optimizer, index, group)
             lost = [role for role in registered.roles if role not in hook_roles(group)]
             if lost:
                 raise ValueError(
                     f"the loaded optimizer state has no decay for {', '.join(lost)} in group {index}: it was saved by "
                     "an optimizer without rankdecay, and torch replaces the groups by the saved ones. Copy the keys of "
-                    "rankdecay.param_groups into its 'param_groups' before loading it."
+                    "rankdecay.param_groups into its 'param_groups' before loading it, or build the optimizer without "
+                    "them and attach by roles: rankdecay.attach(optimizer, model, query_key=...)."
                 )
+
+    def _check_values(self, optimizer: Optimizer) -> None:
+        """Raise if parameters have no values: an optimizer made before ``to_empty``, which replaces parameters."""
+        for group, target in self._targets(optimizer):
+            for parameter, name in zip(target.parameters(group), target.names, strict=True):
+                if parameter.is_meta:
+                    raise ValueError(
+                        f"{name} is on the meta device, so a step changes nothing of the model: to_empty replaces its "
+                        "parameters. Build the optimizer, and with it rankdecay.param_groups after it, then attach."
+                    )
+
+    def _rows_of(self, optimizer: Optimizer, index: int, group: Group) -> Iterator[Row]:
+        targets: dict[int, list[Target]] = {}
+        for target in self._source.targets(index, group):
+            for position in target.positions:
+                targets.setdefault(position, []).append(target)
+        kind = type(optimizer).__name__
+        for position, parameter in enumerate(group["params"]):
+            name, role, why = self._source.place(index, group, position)
+            frozen = "" if parameter.requires_grad else "frozen; "
+            if position not in targets:
+                l2 = group.get("weight_decay", 0.0)
+                words = f"L2 {l2:g}" if l2 else "none"
+                yield Row(name, parameter, role, WHOLE, words, kind if l2 else "", frozen + why)
+            for target in targets.get(position, []):
+                decay = target.decay_in(group)
+                words = decay.describe() if decay.strength else "none"
+                who = kind if target.by_optimizer else "rankdecay"
+                who = (who if self.active else "nobody") if decay.strength else ""
+                low_rank = isinstance(decay, LowRank)
+                since = target.counter.steps % decay.every if isinstance(decay, LowRank) else 0
+                waiting = f"{target.role}: {since} of {decay.every} steps since its last decay" if since else ""  # pyright: ignore
+                for window in target.windows:
+                    notes = dropwhile(get_args(Role).__contains__, why.split(", "))  # behind the names of the matrices
+                    reason = frozen + (", ".join([window.label, *notes]) if window.label else why)
+                    yield Row(name, parameter, target.role, window, words, who, reason, low_rank, waiting)
 
 
 class _RegisteredGroup(NamedTuple):
     """Roles and shapes of a group when the decay was attached."""
 
+    name: str
     roles: list[str]
     shapes: list[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, group: Group, targets: list[Target]) -> _RegisteredGroup:
+        roles = list(dict.fromkeys(target.role for target in targets))
+        return cls(group.get("role", "+".join(roles)), roles, [tuple(p.shape) for p in group["params"]])
 
 
 @contextlib.contextmanager
@@ -240,20 +590,20 @@ def explain_collective_failure(role: str, parameters: list[Tensor]) -> Iterator[
         ) from error
 
 
-def _makes_states_only(optimizer: Optimizer) -> bool:
-    """Return whether ``torch.distributed.checkpoint`` makes this step, to give a fresh optimizer its moments.
+def _name_later_groups(optimizer: Optimizer) -> None:
+    """Let an optimizer whose groups have names take groups without, as a user adds them later."""
+    add, held = type(optimizer).add_param_group, weakref.ref(optimizer)
 
-    It has a learning rate and gradients of zero and is no step of training; but a decay that is not coupled to the
-    learning rate would act, and a cycle of ``every`` go on. Only its caller tells it from a step of a warm-up.
-    """
-    if any(group.get("lr") != 0 for group in optimizer.param_groups):
-        return False
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "_init_optim_state":
-            return True
-        frame = frame.f_back
-    return False
+    def add_param_group(param_group: dict[str, Any]) -> None:
+        its = held()
+        if its is not None:
+            add(its, with_names(param_group))
+
+    optimizer.add_param_group = add_param_group  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _detached() -> Attachment:
@@ -266,32 +616,26 @@ def _detached() -> Attachment:
 # ---- attaching -------------------------------------------------------------------------------------------
 
 
-def _settle_weight_decay(optimizer: Optimizer, group: Group) -> None:
-    """Decide who applies L2: the optimizer where it decouples it, else the hook."""
-    if "role" not in group:
-        return
-    for role in hook_roles(group):
-        if group[f"{role}_strength"] == "weight_decay":
-            group[f"{role}_strength"] = float(optimizer.defaults.get("weight_decay", 0.0))
-    strength = group.get("weight_decay", 0.0)
-    decouples = isinstance(optimizer, _DECOUPLING) and "weight_decay" in optimizer.defaults
-    if group.get("decoupled_weight_decay") and strength and not decouples and not hook_roles(group):
-        group["weight_decay"] = 0.0
-        group.update(hook_keys(group["role"].split("+")[0], Frobenius(strength)))
-
-
-def _check_group(optimizer: Optimizer, group: Group) -> None:
+def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source) -> None:
     """Open every window once, so that what cannot be decayed is found before training."""
-    for role, decay in decays_in(group).items():
-        if "lr" not in group and decay.strength and (isinstance(decay, Frobenius) or decay.lr_coupled):
+    targets = source.targets(index, group)
+    check_own_decay(optimizer, index, group, bool(targets))
+    for target in targets:
+        decay, role = target.decay_in(group), target.role
+        if decay.strength and decay.lr_coupled and not has_rate(optimizer, group):
             raise ValueError(
                 f"the decay of {role} is coupled to the learning rate, and {type(optimizer).__name__} has no 'lr' in "
-                "its groups; use LowRank(..., lr_coupled=False)."
+                "its groups; use lr_coupled=False."
             )
-        for parameter, name in zip(group["params"], names_in(group), strict=True):
+        if isinstance(decay, LowRank) and decay.every > 1 and has_rate_per_parameter(optimizer, group):
+            raise ValueError(
+                f"{role} is to be decayed every {decay.every} steps, and {type(optimizer).__name__} has another rate "
+                "for each parameter in each step; use every=1."
+            )
+        for parameter, name in zip(target.parameters(group), target.names, strict=True):
             if is_sharded(parameter):
                 check_placements(parameter, f"{name} ({role})")
-                if parameter.ndim != 2 and any(window.has_heads for window in windows_in(group, role)):
+                if parameter.ndim != 2 and any(window.has_heads for window in target.windows):
                     raise ValueError(
                         f"{name} ({role}) has shape {tuple(parameter.shape)} and is sharded; attention stored in "
                         "more than two dimensions can be decayed only whole: leave its module out of fully_shard."
@@ -300,24 +644,27 @@ def _check_group(optimizer: Optimizer, group: Group) -> None:
                 raise ValueError(
                     f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
                 )
-            for window in windows_in(group, role):
+            for window in target.windows:
                 try:
                     window.heads(torch.empty(parameter.shape, device="meta"))
                 except ValueError as error:
                     raise ValueError(f"{name} ({role}): {error}") from None
 
 
-def _check_not_shared(optimizer: Optimizer) -> None:
+def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
     """Raise if another attached optimizer decays one of these parameters."""
-    decayed = {id(p) for group in optimizer.param_groups if hook_roles(group) for p in group["params"]}
-    for other in [attachment._optimizer() for attachment in _attached]:
-        for group in other.param_groups if other is not None else []:
-            for parameter, name in zip(group["params"], names_in(group), strict=True):
-                if id(parameter) in decayed and hook_roles(group):
+    ours = {id(p): n for g, t in attachment._targets(optimizer) for p, n in zip(t.parameters(g), t.names, strict=True)}
+    for other in _attached:
+        theirs = other._optimizer()
+        if theirs is None:
+            continue
+        for group, target in other._targets(theirs):
+            for parameter in target.parameters(group):
+                if id(parameter) in ours:
                     raise ValueError(
-                        f"{name} would be decayed twice: an attached {type(other).__name__}, which still exists, "
-                        "decays it already. Call detach() on the earlier attachment, or give the parameter to one "
-                        "optimizer."
+                        f"{ours[id(parameter)]} would be decayed twice: an attached {type(theirs).__name__}, which "
+                        "still exists, decays it already. Call detach() on the earlier attachment, or give the "
+                        "parameter to one optimizer."
                     )
 
 
@@ -335,78 +682,37 @@ def _check_trained(optimizer: Optimizer) -> None:
         )
 
 
-def _check_values(optimizer: Optimizer) -> None:
-    """Raise if parameters have no values: groups made before ``to_empty``, which replaces a model's parameters."""
-    for group in optimizer.param_groups:
-        for parameter, name in zip(group["params"], names_in(group), strict=True):
-            if hook_roles(group) and parameter.is_meta:
-                raise ValueError(
-                    f"{name} is on the meta device, so a step changes nothing of the model: to_empty replaces its "
-                    "parameters. Call rankdecay.param_groups after it, then build the optimizer and attach."
-                )
-
-
-def _swapped(index: int, group: Group, before: list[tuple[int, ...]], now: list[tuple[int, ...]]) -> str:
-    old = [shape for shape in before if shape not in now][:3]
-    new = [shape for shape in now if shape not in before][:3]
+def _swapped(index: int, before: _RegisteredGroup, now: list[tuple[int, ...]]) -> str:
+    old = [shape for shape in before.shapes if shape not in now][:3]
+    new = [shape for shape in now if shape not in before.shapes][:3]
     return (
-        f"the parameters of group {index} (role {group.get('role')}) are not those the decay was attached to: "
-        f"{len(before)} before and {len(now)} now, shapes {old} before and {new} now."
+        f"the parameters of group {index} (role {before.name}) are not those the decay was attached to: "
+        f"{len(before.shapes)} before and {len(now)} now, shapes {old} before and {new} now."
         + (
             FLATTENED
             if any(len(shape) == 1 for shape in new)
-            else " Build the groups with rankdecay.param_groups on the model as it is now, then the optimizer, then "
-            "attach."
+            else " Build the optimizer from the model as it is now, then attach."
         )
     )
-
-
-def _settle_pending(optimizer: Optimizer) -> None:
-    """Make the pending Σ lr · strength plain numbers, for a state that any weights-only load accepts."""
-    for group in optimizer.param_groups:
-        for role in hook_roles(group):
-            if isinstance(group.get(f"{role}_pending"), Tensor):
-                group[f"{role}_pending"] = float(group[f"{role}_pending"])
-
-
-def _rows(group: Group, optimizer: Optimizer, active: bool) -> Iterator[Row]:
-    decays = decays_in(group)
-    whys = group.get("why") or [""] * len(group["params"])
-    for parameter, name, why in zip(group["params"], names_in(group), whys, strict=True):
-        frozen = "" if parameter.requires_grad else "frozen; "
-        if not decays:
-            strength = group.get("weight_decay", 0.0)
-            words, who = (f"L2 {strength:g}", type(optimizer).__name__) if strength else ("none", "")
-            yield Row(name, parameter, group.get("role", "not from param_groups"), WHOLE, words, who, frozen + why)
-        for role, decay in decays.items():
-            words = decay.describe() if decay.strength else "none"
-            who = ("rankdecay" if active else "nobody") if decay.strength else ""
-            low_rank = isinstance(decay, LowRank)
-            since = group.get(f"{role}_steps", 0) % decay.every if isinstance(decay, LowRank) else 0
-            waiting = f"{role}: {since} of {decay.every} steps since its last decay" if since else ""  # pyright: ignore
-            for window in windows_in(group, role):
-                notes = dropwhile(get_args(Role).__contains__, why.split(", "))  # behind the names of the matrices
-                reason = frozen + (", ".join([window.label, *notes]) if window.label else why)
-                yield Row(name, parameter, role, window, words, who, reason, low_rank, waiting)
 
 
 # ---- stepping --------------------------------------------------------------------------------------------
 
 
-def _count_step(group: Group, role: str, decay: LowRank | Frobenius, found_inf: Tensor | None) -> float | Tensor:
-    """Count a step; return the amount to decay by now, Σ lr · strength since the last decay, or 0 between decays.
+def _count_step(target: Target, decay: Decay, rate: float | Tensor, found_inf: Tensor | None) -> float | Tensor:
+    """Count a step; return the amount to decay by now, Σ rate · strength since the last decay, or 0 between decays.
 
-    Without ``lr_coupled`` the factor lr is left out.
+    Without ``lr_coupled`` the rate is left out.
     """
-    coupled, every = (decay.lr_coupled, decay.every) if isinstance(decay, LowRank) else (True, 1)
-    amount: float | Tensor = decay.strength * group["lr"] if coupled and decay.strength else decay.strength
+    every, counter = decay.every if isinstance(decay, LowRank) else 1, target.counter
+    amount: float | Tensor = decay.strength * rate if decay.lr_coupled and decay.strength else decay.strength
     if found_inf is not None:
         amount = amount * (1 - found_inf)
-    steps = group[f"{role}_steps"] = group.get(f"{role}_steps", 0) + 1
-    pending = group.get(f"{role}_pending", 0.0) + amount
-    if steps % every:
-        group[f"{role}_pending"] = pending
+    counter.steps += 1
+    pending = counter.pending + amount
+    if counter.steps % every:
+        counter.pending = pending
         return 0.0
     # A skipped step applies nothing, and leaves the amount that was pending to the next step that decays.
-    group[f"{role}_pending"] = 0.0 if found_inf is None or every == 1 else pending * found_inf
+    counter.pending = 0.0 if found_inf is None or every == 1 else pending * found_inf
     return pending if found_inf is None else pending * (1 - found_inf)

@@ -9,10 +9,12 @@ key                         meaning
 ==========================  ============================================================================
 role                        what the group holds: ``"query_key"``, or ``"query_key+value_output"`` if fused
 why                         a reason for each parameter, for ``describe()``
-weight_decay                L2 applied by the optimizer itself; 0 where the hook decays
+weight_decay                strength of L2, whoever applies it; a schedule may change it
 decoupled_weight_decay      True: not through the gradient (Adam reads this key; for SGD the hook steps in)
-ROLE_rule                   ``"prox"``, … or ``"frobenius"``: a decay that the hook applies
-ROLE_strength, _scale, …    the other fields of :class:`~rankdecay.LowRank`
+ROLE_rule                   ``"prox"``, … or ``"frobenius"``: a decay that the hook applies. The optimizer's own L2
+                            is then off while it steps
+ROLE_strength, _scale, …    the other fields of :class:`~rankdecay.LowRank`; the strength of L2 may be
+                            ``"weight_decay"``, for the value of that key
 ROLE_blocks                 where in the parameter, a :class:`~rankdecay.attention.Window` per matrix
 ROLE_steps, _pending        state of ``every=k``: steps seen, and Σ lr · strength since the last decay
 ==========================  ============================================================================
@@ -20,21 +22,27 @@ ROLE_steps, _pending        state of ``every=k``: steps seen, and Σ lr · stren
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.locate import Names, listed, warn_unhandled
-from rankdecay.checks import check_number
+from rankdecay.checks import check_number, suggestion
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
 
 Group = dict[str, Any]
+Excluded = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
+
+#: Strength of an L2 that is the group's ``weight_decay``, where the hook applies it.
+LIVE = "weight_decay"
 
 
 def param_groups(
@@ -51,6 +59,7 @@ def param_groups(
     names: Names = None,
     num_heads: int | None = None,
     only: bool = False,
+    exclude: Excluded = (),
 ) -> list[Group]:
     """Return parameter groups for an optimizer, one per role and layout, each with its decay.
 
@@ -72,6 +81,8 @@ def param_groups(
             :func:`rankdecay.find_attention` does not know it.
         num_heads: number of query heads, where the model does not say it.
         only: look for ``names`` alone.
+        exclude: parameters to leave to the optimizer's own ``weight_decay``: names, shell patterns such as
+            ``"*.layers.0.*"``, or compiled regular expressions (searched for); a module's path means all in it.
 
     Returns:
         Groups with ``params``, ``param_names``, ``role``, ``why``, ``weight_decay`` and the keys of the decay
@@ -80,7 +91,7 @@ def param_groups(
     Raises:
         TypeError: If a decay is neither LowRank nor Frobenius.
         ValueError: If a named role matches no parameter, or only frozen ones; if a low-rank decay meets a parameter
-            that is no matrix; if a tied parameter would get two decays.
+            that is no matrix; if a tied parameter would get two decays; if a pattern of ``exclude`` matches nothing.
 
     Warns:
         UserWarning: If some attention of the model is not handled, with the reason.
@@ -93,6 +104,55 @@ def param_groups(
     """
     named = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding, "norm": norm,
              "bias": bias, "other": other}  # fmt: skip
+    planned, remarks = plan(model, default, named, names, num_heads, only, exclude, rest=Frobenius(0.0), stacklevel=3)
+    groups: dict[object, Group] = {}
+    for entry, decays, excluded in planned:
+        # Not by the decays: the same model has the same groups whatever its decays, so that a state can be loaded.
+        layout = tuple((block.role, block.window) for block in entry.blocks)
+        key = (layout, _is_matrix(entry, entry.blocks[0]), excluded)
+        group = groups.setdefault(key, {"params": [], "param_names": [], "why": [], **_keys(decays)})
+        group["params"].append(entry.parameter)
+        group["param_names"].append(entry.names[0])
+        group["why"].append(why_of(entry))
+        _known[entry.parameter] = Known(entry.names[0], group["why"][-1], remarks, entry.blocks)
+    for group in groups.values():
+        _apply_real_l2(group)
+    return Groups(groups.values())
+
+
+class Planned(NamedTuple):
+    """Parameter, and the decay of each of its matrices; None for the optimizer's own weight decay."""
+
+    entry: Assigned
+    decays: list[tuple[Block, Decay | None]]
+    excluded: bool = False
+
+
+def plan(
+    model: nn.Module,
+    default: Decay | None,
+    named: Mapping[str, Decay | None],
+    names: Names,
+    num_heads: int | None,
+    only: bool,
+    exclude: Excluded,
+    *,
+    rest: Decay | None,
+    stacklevel: int,
+) -> tuple[list[Planned], Remarks]:
+    """Return the decay of every matrix of a model, and what a reader has to know of its attention.
+
+    Args:
+        model: the model.
+        default: decay of the matrices whose role is not named.
+        named: decay by role.
+        names: as for :func:`param_groups`; ``num_heads``, ``only`` and ``exclude`` too.
+        num_heads: see there.
+        only: see there.
+        exclude: see there.
+        rest: decay of what is no matrix, where its role is not named.
+        stacklevel: of the warning, seen from here.
+    """
     for argument, decay in {"default": default, **named}.items():
         if decay is not None and not isinstance(decay, (LowRank, Frobenius)):
             raise TypeError(
@@ -100,24 +160,61 @@ def param_groups(
                 "rankdecay.Frobenius(strength)."
             )
     assigned, unhandled = assign_roles(model, names, num_heads, only)
-    _check_every_role_matches(named, assigned, model, listed(unhandled))
-    if query_key is not None or value_output is not None:
-        warn_unhandled(unhandled, "is not decayed", stacklevel=3)
-
-    groups: dict[object, Group] = {}
+    is_excluded = _excluded(exclude, [name for entry in assigned for name in entry.names])
+    out = {id(entry) for entry in assigned if any(is_excluded(name) for name in entry.names)}
+    _check_every_role_matches(named, [e for e in assigned if id(e) not in out], model, listed(unhandled), bool(out))
+    if named.get("query_key") is not None or named.get("value_output") is not None:
+        warn_unhandled(unhandled, "is not decayed", stacklevel=stacklevel + 1)
+    planned: list[Planned] = []
     for entry in assigned:
-        decays = [(block, _decay_of(block, entry, named, default)) for block in entry.blocks]
+        if id(entry) in out:
+            planned.append(Planned(entry, [(block, None) for block in entry.blocks], True))
+            continue
+        decays = [(block, decay_of(block, entry, named, default, rest)) for block in entry.blocks]
         _check_no_conflict(entry, decays)
-        # Not by the decays: the same model has the same groups whatever its decays, so that a state can be loaded.
-        key = (tuple((block.role, block.window) for block in entry.blocks), _is_matrix(entry, entry.blocks[0]))
-        group = groups.setdefault(key, {"params": [], "param_names": [], "why": [], **_keys(decays)})
-        group["params"].append(entry.parameter)
-        group["param_names"].append(entry.names[0])
-        reasons = [*(block.why for block in entry.blocks), *(block.note for block in entry.blocks if block.note)]
-        group["why"].append(", ".join(dict.fromkeys(reasons)))
+        planned.append(Planned(entry, decays))
     assumed = [entry.names[0] for entry in assigned if any(block.assumed for block in entry.blocks)]
-    _keep_remarks(groups.values(), Remarks(tuple(listed(unhandled)), tuple(assumed)))
-    return list(groups.values())
+    return planned, Remarks(tuple(listed(unhandled)), tuple(assumed))
+
+
+def why_of(entry: Assigned) -> str:
+    """Return the reasons for the roles of a parameter."""
+    reasons = [*(block.why for block in entry.blocks), *(block.note for block in entry.blocks if block.note)]
+    return ", ".join(dict.fromkeys(reasons))
+
+
+class Groups(list[Group]):
+    """Groups that give names to those put beside them.
+
+    An optimizer refuses groups with ``param_names``, such as ours, beside groups without, such as a user's own.
+    """
+
+    def __add__(self, others: Iterable[Any]) -> Groups:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Groups([*self, *map(with_names, others)])
+
+    def __radd__(self, others: Iterable[Any]) -> Groups:
+        return Groups([*map(with_names, others), *self])
+
+    def __iadd__(self, others: Iterable[Any]) -> Groups:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.extend(others)
+        return self
+
+    def extend(self, others: Iterable[Any]) -> None:
+        super().extend(map(with_names, others))
+
+    def append(self, group: Any) -> None:
+        super().append(with_names(group))
+
+
+def with_names(group: Any) -> Any:
+    """Return a group of a user's own with names for its parameters, if it has none."""
+    if not isinstance(group, dict) or "param_names" in group or "params" not in group:
+        return group
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else list(params)
+    if any(isinstance(each, tuple) for each in params):
+        return group
+    return {**group, "params": params, "param_names": [f"parameter {i}" for i in range(len(params))]}
 
 
 class Remarks(NamedTuple):
@@ -133,19 +230,29 @@ class Remarks(NamedTuple):
 
 
 NO_REMARKS = Remarks()
-#: Remarks by each parameter of the model. They are not in the groups, which hold only what an optimizer's state has to.
-_remarks: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _keep_remarks(groups: Iterable[Group], remarks: Remarks) -> None:
-    for group in groups:
-        for parameter in group["params"]:
-            _remarks[parameter] = remarks
+class Known(NamedTuple):
+    """What :func:`param_groups` knows of a parameter, and an optimizer's state need not hold."""
+
+    name: str
+    why: str
+    remarks: Remarks
+    blocks: list[Block]
+
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def remarks_on(groups: Iterable[Group]) -> Remarks:
     """Return what :func:`param_groups` remarked when it made the groups, of one model or several."""
-    each = [_remarks[p] for group in groups for p in group["params"] if p in _remarks]
+    each = dict.fromkeys(_known[p].remarks for group in groups for p in group["params"] if p in _known)
+    return merged_remarks(each)
+
+
+def merged_remarks(remarks: Iterable[Remarks]) -> Remarks:
+    """Return the remarks of several models together."""
+    each = list(remarks)
     return Remarks(*(tuple(dict.fromkeys(text for one in each for text in one[i])) for i in range(2)))
 
 
@@ -158,12 +265,54 @@ def decays_in(group: Group) -> dict[str, Decay]:
     found: dict[str, Decay] = {}
     for role in hook_roles(group):
         if group[f"{role}_rule"] == "frobenius":
-            found[role] = Frobenius(_number(group, f"{role}_strength"))
+            key = LIVE if group[f"{role}_strength"] == LIVE else f"{role}_strength"
+            found[role] = Frobenius(_number(group, key), group.get(f"{role}_lr_coupled", True))
             continue
         settings = {field.name: group[f"{role}_{field.name}"] for field in fields(LowRank)}
         settings["strength"] = _number(group, f"{role}_strength")
         found[role] = LowRank(**settings)
     return found
+
+
+def live_l2(role: str, windows: Iterable[Window] = (WHOLE,)) -> Group:
+    """Return the keys that make the hook apply the group's ``weight_decay`` to the matrices of a role."""
+    return hook_keys(role, Frobenius(0.0), windows) | {f"{role}_strength": LIVE}
+
+
+def has_live_l2(group: Group) -> bool:
+    """Whether the hook applies the group's ``weight_decay``."""
+    return any(group[f"{role}_strength"] == LIVE for role in hook_roles(group))
+
+
+def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
+    """Give roles of a group other decays; their counts go on.
+
+    Raises:
+        ValueError: If the group does not say where the matrices of its roles are.
+    """
+    roles = group.get("role", "").split("+")
+    if not set(roles) & set(decays):
+        return
+    known = [_known[p].blocks for p in group["params"] if p in _known]
+    found = decays_in(group)
+    if not known and (len(roles) > 1 or any(f"{role}_blocks" in group for role in roles)):
+        raise ValueError(
+            f"the decay of {group['role']} cannot be replaced, since its parameters are not those of "
+            "rankdecay.param_groups: change the group's own keys, such as query_key_strength."
+        )
+    blocks = known[0] if known else [Block(roles[0], WHOLE, "")]
+    whole: Decay | None = Frobenius(group["weight_decay"]) if "weight_decay" in group else None
+    pairs = [(block, decays.get(block.role, found.get(block.role, whole))) for block in blocks]
+    for block, decay in pairs:
+        if isinstance(decay, LowRank) and group["params"]:
+            _check_matrix(block, Assigned(group["params"][0], names_in(group)[:1], blocks), decay)
+    counts = {key: group[key] for key in group if key.endswith(("_steps", "_pending"))}
+    for role in hook_roles(group):
+        for key in [key for key in group if key.startswith(f"{role}_")]:
+            del group[key]
+    group.update(_keys(pairs))
+    group.update({key: value for key, value in counts.items() if key in group})
+    _apply_real_l2(group)
 
 
 def hook_roles(group: Group) -> list[str]:
@@ -172,8 +321,22 @@ def hook_roles(group: Group) -> list[str]:
 
 
 def names_in(group: Group) -> list[str]:
-    """Return the names of a group's parameters, numbered if it has none."""
-    return group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+    """Return the names of a group's parameters, numbered where they are not known.
+
+    A group may have lost parameters since its names were written, as frozen ones that were filtered out.
+    """
+    names = group.get("param_names")
+    if names and len(names) == len(group["params"]):
+        return names
+    return [_known[p].name if p in _known else f"parameter {i}" for i, p in enumerate(group["params"])]
+
+
+def whys_in(group: Group) -> list[str]:
+    """Return the reason for the role of each of a group's parameters."""
+    whys = group.get("why")
+    if whys and len(whys) == len(group["params"]):
+        return whys
+    return [_known[p].why if p in _known else "" for p in group["params"]]
 
 
 def windows_in(group: Group, role: str) -> list[Window]:
@@ -183,7 +346,11 @@ def windows_in(group: Group, role: str) -> list[Window]:
 
 def hook_keys(role: str, decay: Decay, windows: Iterable[Window] = (WHOLE,)) -> Group:
     """Return the keys that make the hook apply ``decay`` to the matrices of a role."""
-    settings = asdict(decay) if isinstance(decay, LowRank) else {"rule": "frobenius", "strength": decay.strength}
+    if isinstance(decay, LowRank):
+        settings = asdict(decay)
+    else:
+        settings = {"rule": "frobenius", "strength": decay.strength}
+        settings |= {} if decay.lr_coupled else {"lr_coupled": False}
     keys: Group = {f"{role}_{name}": value for name, value in settings.items()}
     keys |= {f"{role}_steps": 0, f"{role}_pending": 0.0}  # a distributed checkpoint fills existing keys alone
     blocks = "; ".join(filter(None, map(str, windows)))  # nothing of a whole parameter
@@ -196,11 +363,49 @@ def _number(group: Group, key: str) -> float:
     return check_number(f"the parameter group's {key}", group[key], at_least=0, remedy="0 switches the decay off")
 
 
-def _decay_of(block: Block, entry: Assigned, named: dict[str, Decay | None], default: Decay | None) -> Decay | None:
+def _apply_real_l2(group: Group) -> None:
+    """Let the hook apply L2 to 16-bit weights: the optimizer would round it away, at usual learning rates."""
+    narrow = any(parameter.is_floating_point() and parameter.dtype.itemsize < 4 for parameter in group["params"])
+    if narrow and group.get("weight_decay") and not hook_roles(group):
+        role = group["role"].split("+")[0]
+        group.update(live_l2(role))
+
+
+def _excluded(exclude: Excluded, names: list[str]) -> Callable[[str], bool]:
+    """Return the test of whether a name is excluded.
+
+    Raises:
+        TypeError: If a pattern is neither a string nor a compiled regular expression.
+        ValueError: If a pattern matches no name.
+    """
+    patterns = [exclude] if isinstance(exclude, (str, re.Pattern)) else list(exclude)
+    tests: list[Callable[[str], bool]] = []
+    for pattern in patterns:
+        if not isinstance(pattern, (str, re.Pattern)):
+            raise TypeError(f"exclude has {pattern!r}: give names, shell patterns, or compiled regular expressions.")
+
+        def test(name: str, pattern: str | re.Pattern[str] = pattern) -> bool:
+            if isinstance(pattern, re.Pattern):
+                return pattern.search(name) is not None
+            return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+
+        if not any(test(name) for name in names):
+            modules = {name.rpartition(".")[0] for name in names} - {""}
+            near = suggestion(pattern if isinstance(pattern, str) else pattern.pattern, [*names, *sorted(modules)])
+            raise ValueError(
+                f"exclude={pattern!r} matches no parameter: {near}(there are {len(names)}, from {names[0]} to {names[-1]})"
+            )
+        tests.append(test)
+    return lambda name: any(test(name) for test in tests)
+
+
+def decay_of(
+    block: Block, entry: Assigned, named: Mapping[str, Decay | None], default: Decay | None, rest: Decay | None
+) -> Decay | None:
     """Return the decay of a block; None for the optimizer's own weight decay."""
-    decay = named[block.role]
+    decay = named.get(block.role)
     if decay is None:
-        decay = default if _is_matrix(entry, block) else Frobenius(0.0)
+        decay = default if _is_matrix(entry, block) else rest
     if isinstance(decay, LowRank):
         _check_matrix(block, entry, decay)
     return decay
@@ -233,14 +438,17 @@ def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
         [decay] = distinct
         if decay is None:
             return keys
-        if isinstance(decay, Frobenius):
+        if isinstance(decay, Frobenius) and decay.lr_coupled:
             return keys | {"weight_decay": decay.strength, "decoupled_weight_decay": True}
-    keys["weight_decay"] = 0.0
+    # One strength of L2 is the group's weight_decay, so that a schedule of it counts; absent, the optimizer's own.
+    l2 = {decay for decay in distinct if decay is None or (isinstance(decay, Frobenius) and decay.lr_coupled)}
+    live = None if None in l2 else (l2.pop() if len(l2) == 1 else Frobenius(0.0))
+    keys |= {} if live is None else {"weight_decay": live.strength}
     for role in roles:
         [decay] = {decay for block, decay in decays if block.role == role}
         windows = [block.labelled_window() for block, _ in decays if block.role == role]
-        if decay is None:  # shares a parameter with a decay of the hook: so the hook has to do the optimizer's as well
-            keys |= hook_keys(role, Frobenius(0.0), windows) | {f"{role}_strength": "weight_decay"}
+        if decay is None or decay == live:
+            keys |= live_l2(role, windows)
         else:
             keys |= hook_keys(role, decay, windows)
     return keys
@@ -264,7 +472,11 @@ def _words(decay: Decay | None) -> str:
 
 
 def _check_every_role_matches(
-    named: dict[str, Decay | None], assigned: list[Assigned], model: nn.Module, unhandled: list[str]
+    named: Mapping[str, Decay | None],
+    assigned: list[Assigned],
+    model: nn.Module,
+    unhandled: list[str],
+    some_excluded: bool,
 ) -> None:
     by_role: dict[str, list[Assigned]] = {}
     for entry in assigned:
@@ -276,8 +488,9 @@ def _check_every_role_matches(
         if role not in by_role:
             also = f" Attention that is not handled: {'; '.join(unhandled[:3]).rstrip('.')}." if unhandled else ""
             names = [name for entry in assigned for name in entry.names]
+            left = " that is not excluded" if some_excluded else ""
             raise ValueError(
-                f"{role}={decay!r} matches no parameter of {type(model).__name__}, whose roles are "
+                f"{role}={decay!r} matches no parameter of {type(model).__name__}{left}, whose roles are "
                 f"{', '.join(r for r in ROLES if r in by_role)}.{also} Its parameters are "
                 f"{', '.join(names[:12])}{', …' if len(names) > 12 else ''}. For attention of your own, pass "
                 "names=rankdecay.AttentionNames(...)."

@@ -36,17 +36,19 @@ class Frobenius:
     """Decoupled L2 decay, as in AdamW: W ← (1 − lr·strength) W. Multiplies every singular value by the same number.
 
     Attributes:
-        strength: decay per unit of learning rate, ≥ 0.
+        strength: decay per unit of learning rate (or per step, without ``lr_coupled``), ≥ 0.
+        lr_coupled: whether it is multiplied by the learning rate.
     """
 
     strength: float
+    lr_coupled: bool = True
 
     def __post_init__(self) -> None:
         check_number("strength", self.strength, at_least=0, remedy=_OFF)
 
     def describe(self) -> str:
         """Return the decay in a few words."""
-        return f"L2 {self.strength:g}"
+        return f"L2 {self.strength:g}" + ("" if self.lr_coupled else " per step")
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,17 @@ class Row(NamedTuple):
         return self.window.matrix(whole(self.parameter.detach()))
 
 
-def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str, remarks: Remarks = NO_REMARKS) -> str:
+def table(
+    rows: Sequence[Row], *, ranks: bool, state: str, remarks: Remarks = NO_REMARKS, notes: Sequence[str] = ()
+) -> str:
     """Return the table as text, a summary first, low-rank decays before the rest.
 
     Args:
         rows: in the order of the optimizer's groups.
         ranks: only the matrices with a low-rank decay, with their ranks.
-        attached: whether the decay is applied.
-        optimizer: name of the optimizer.
+        state: whether it is attached, and to what.
         remarks: what a reader has to know of the model's attention.
+        notes: what a reader has to know of the optimizer.
     """
     rows = sorted(rows, key=lambda row: not row.low_rank)
     shown = [row for row in rows if row.low_rank] if ranks else rows
@@ -60,7 +62,8 @@ def table(rows: Sequence[Row], *, ranks: bool, attached: bool, optimizer: str, r
         f"  assumed: {name} holds all queries, then all keys, then all values, as nothing says otherwise"
         for name in remarks.assumed
     ]
-    return "\n".join([_summary(rows, attached, optimizer), *named, "", *aligned(cells)])
+    named += [f"  note: {note}" for note in notes]
+    return "\n".join([_summary(rows, state), *named, "", *aligned(cells)])
 
 
 _RANKS = ["of", "stable rank", "effective rank", "numerical rank"]
@@ -82,8 +85,7 @@ def _ranks(row: Row) -> list[str]:
     return [str(s.singular_values.shape[-1]), *(f"{float(value.mean()):.4g}" for value in values)]
 
 
-def _summary(rows: Sequence[Row], attached: bool, optimizer: str) -> str:
-    state = f"attached to {optimizer}" if attached else f"detached from {optimizer}: what follows is not applied"
+def _summary(rows: Sequence[Row], state: str) -> str:
     counts = Counter((row.role, row.decay, row.by) for row in rows)
     lines = [f"rankdecay, {state}"]
     waiting = dict.fromkeys(row.waiting for row in rows if row.waiting)

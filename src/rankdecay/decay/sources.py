@@ -1,0 +1,425 @@
+"""Where an attachment's targets come from: the optimizer's groups, or a model and the decays of its roles.
+
+Both say the same things of a group: its targets, and with which weight decay the optimizer is to step which of its
+parameters, so that a role has its decay and no other.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankdecay.attention.source import named_parameters
+from rankdecay.decay.groups import (
+    Group,
+    Planned,
+    Remarks,
+    change_decays,
+    decay_of,
+    decays_in,
+    has_live_l2,
+    hook_roles,
+    live_l2,
+    names_in,
+    remarks_on,
+    why_of,
+    whys_in,
+    windows_in,
+)
+from rankdecay.decay.optimizers import decouples, is_decoupled
+from rankdecay.decay.policy import Decay, Frobenius
+from rankdecay.decay.targets import Bundle, Counter, Target
+
+
+class Section(NamedTuple):
+    """Parameters of a group, and the weight decay that the optimizer is to have for them while it steps."""
+
+    positions: list[int]
+    l2: float
+
+
+class Place(NamedTuple):
+    """What a parameter of a group is, for a reader."""
+
+    name: str
+    role: str
+    why: str
+
+
+class Source(Protocol):
+    """Where the targets of an optimizer come from."""
+
+    def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
+        """Take a group up, when it is first seen."""
+        ...
+
+    def targets(self, index: int, group: Group) -> list[Target]:
+        """Return the targets of a group."""
+        ...
+
+    def sections(self, index: int, group: Group) -> list[Section]:
+        """Return the parameters that the optimizer is to step with another weight decay than the group's."""
+        ...
+
+    def place(self, index: int, group: Group, position: int) -> Place:
+        """Return what a parameter is."""
+        ...
+
+    def remarks(self, optimizer: Optimizer) -> Remarks:
+        """Return what a reader has to know of the model's attention."""
+        ...
+
+    def notes(self, optimizer: Optimizer) -> list[str]:
+        """Return what else a reader has to know."""
+        ...
+
+    def set(self, optimizer: Optimizer, decays: Mapping[str, Decay]) -> None:
+        """Give roles other decays."""
+        ...
+
+    def recall(self, optimizer: Optimizer) -> None:
+        """Take the counts from a state that has been loaded."""
+        ...
+
+    def keep(self, optimizer: Optimizer, stepped: set[int]) -> None:
+        """Write the counts where the optimizer saves them."""
+        ...
+
+    def close(self, optimizer: Optimizer) -> None:
+        """Leave the optimizer's groups as they were found."""
+        ...
+
+
+# ---- the optimizer's groups ------------------------------------------------------------------------------
+
+
+class FromGroups:
+    """Targets of an optimizer that was built from the groups of :func:`rankdecay.param_groups`."""
+
+    def __init__(self) -> None:
+        self._added: dict[int, list[str]] = {}  # keys written to a group that was found without them
+        self._warned = False
+
+    def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
+        """Let the hook apply L2 where the optimizer does not decouple it."""
+        l2 = group.get("decoupled_weight_decay") and group.get("weight_decay")
+        if "role" not in group or hook_roles(group) or not l2 or decouples(optimizer, group):
+            return
+        keys = live_l2(group["role"].split("+")[0])
+        group.update(keys)
+        self._added[index] = list(keys)
+
+    def targets(self, index: int, group: Group) -> list[Target]:
+        """Return the targets of a group, as its keys say now.
+
+        Raises:
+            ValueError: If a key has been given a value that its decay does not take.
+        """
+        positions, names, whys = list(range(len(group["params"]))), names_in(group), whys_in(group)
+        return [
+            Target(role, decay, windows_in(group, role), positions, names, whys, Counter(group, role))
+            for role, decay in decays_in(group).items()
+        ]
+
+    def sections(self, index: int, group: Group) -> list[Section]:
+        """Return a group whole where the hook decays it: the optimizer's own L2 is off."""
+        if not hook_roles(group) or "weight_decay" not in group:
+            return []
+        if group["weight_decay"] and not has_live_l2(group) and not self._warned:
+            self._warned = True
+            decays = ", ".join(decay.describe() for decay in decays_in(group).values())
+            warnings.warn(
+                f"weight_decay={group['weight_decay']} was written to the group of {group['role']}, which has a decay "
+                f"of its own ({decays}), and is not applied to it; change that decay with attachment.set(...).",
+                stacklevel=6,
+            )
+        return [Section(list(range(len(group["params"]))), 0.0)]
+
+    def place(self, index: int, group: Group, position: int) -> Place:
+        """Return what the group says of a parameter."""
+        role = group.get("role", "not from param_groups")
+        return Place(names_in(group)[position], role, whys_in(group)[position])
+
+    def remarks(self, optimizer: Optimizer) -> Remarks:
+        """Return what was remarked when the groups were made."""
+        return remarks_on(optimizer.param_groups)
+
+    def notes(self, optimizer: Optimizer) -> list[str]:
+        """Return nothing: the rows say it all."""
+        return []
+
+    def set(self, optimizer: Optimizer, decays: Mapping[str, Decay]) -> None:
+        """Write other decays into the groups.
+
+        Raises:
+            ValueError: If no group holds one of the roles.
+        """
+        held = {role for group in optimizer.param_groups for role in group.get("role", "").split("+")}
+        for role in decays:
+            if role not in held:
+                raise ValueError(f"{role} has no parameter in this optimizer; its roles are {', '.join(sorted(held))}.")
+        for group in optimizer.param_groups:
+            change_decays(group, decays)
+
+    def recall(self, optimizer: Optimizer) -> None:
+        """Do nothing: the optimizer loads the counts with its groups."""
+
+    def keep(self, optimizer: Optimizer, stepped: set[int]) -> None:
+        """Do nothing: the optimizer saves the counts with its groups."""
+
+    def close(self, optimizer: Optimizer) -> None:
+        """Take out of the groups what was added to them."""
+        for index, keys in self._added.items():
+            for key in keys:
+                optimizer.param_groups[index].pop(key, None)
+        self._added = {}
+
+
+# ---- a model ---------------------------------------------------------------------------------------------
+
+
+class FromModel:
+    """Targets of an optimizer whose groups stay as they are: found in a model by the roles of its parameters.
+
+    A parameter is known by its place in its group, so that it may be replaced by another of the same shape, as
+    Accelerate does under FSDP2.
+
+    Args:
+        model: the model; kept weakly.
+        planned: decays of its matrices.
+        remarks: what is known of its attention.
+        named: the decays that were given, by role.
+        default: decay of the other matrices.
+        counts_in_state: whether the optimizer's state has the counts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        planned: list[Planned],
+        remarks: Remarks,
+        named: Mapping[str, Decay | None],
+        default: Decay | None,
+        counts_in_state: bool,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._kind = type(model).__name__
+        self._named, self._default = dict(named), default
+        self._remarks = remarks
+        self._counts_in_state = counts_in_state
+        self._planned: dict[str, Planned] = {}
+        self._frozen = {name for each in planned if not each.entry.parameter.requires_grad for name in each.entry.names}
+        for each in planned:
+            for name in each.entry.names:
+                self._planned[name] = _without_values(each)
+        self._names: list[list[str | None]] = []  # of each parameter of each group
+        self._bundles: list[list[Bundle]] = []
+
+    def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
+        """Find the parameters of a group in the model.
+
+        Raises:
+            ValueError: If the optimizer's own L2 would act on a named role and cannot be switched off.
+        """
+        model = self._model()
+        by_id = {id(p): name for name, p in named_parameters(model).items()} if model is not None else {}
+        names = [by_id.get(id(parameter)) for parameter in group["params"]]
+        self._names.append(names)
+        self._bundles.append(self._bundle(optimizer, index, group))
+
+    def targets(self, index: int, group: Group) -> list[Target]:
+        """Return the targets of a group."""
+        return [target for bundle in self._bundles[index] for target in bundle.targets]
+
+    def sections(self, index: int, group: Group) -> list[Section]:
+        """Return the parameters of named roles, with the decay that the optimizer applies for us, or none."""
+        if "weight_decay" not in group:
+            return []
+        return [Section(bundle.positions, bundle.l2) for bundle in self._bundles[index]]
+
+    def place(self, index: int, group: Group, position: int) -> Place:
+        """Return what the model says of a parameter."""
+        name = self._names[index][position]
+        if name is None:
+            return Place(f"parameter {position} of group {index}", "-", f"not a parameter of {self._kind}")
+        planned = self._planned[name]
+        role = "+".join(dict.fromkeys(block.role for block in planned.entry.blocks))
+        return Place(name, role, why_of(planned.entry) + ("; excluded" if planned.excluded else ""))
+
+    def remarks(self, optimizer: Optimizer) -> Remarks:
+        """Return what was remarked when the model was looked at."""
+        return self._remarks
+
+    def notes(self, optimizer: Optimizer) -> list[str]:
+        """Return which parameters of the named roles the optimizer does not have."""
+        held = {name for names in self._names for name in names}
+        missing: dict[str, list[str]] = {}
+        for name, (entry, pairs, _) in self._planned.items():
+            if name in self._frozen or held & set(entry.names) or name != entry.names[0]:
+                continue
+            for role in {block.role for block, decay in pairs if decay is not None}:
+                missing.setdefault(role, []).append(name)
+        return [
+            f"{role}: {len(names)} of its parameters are not in this optimizer ({', '.join(names[:4])}"
+            f"{', …' if len(names) > 4 else ''}); attach the role to the optimizer which has them, too"
+            for role, names in missing.items()
+        ]
+
+    def set(self, optimizer: Optimizer, decays: Mapping[str, Decay]) -> None:
+        """Give roles other decays; their counts go on.
+
+        Raises:
+            ValueError: If the optimizer holds no parameter of one of the roles.
+        """
+        held = {name for names in self._names for name in names if name is not None}
+        for role in decays:
+            if not any(block.role == role for name in held for block, _ in self._planned[name].decays):
+                raise ValueError(f"{role} has no parameter of {self._kind} in this {type(optimizer).__name__}.")
+        named = self._named | dict(decays)
+        planned = {}
+        for name, (entry, old, excluded) in self._planned.items():
+            pairs = [(b, None if excluded else decay_of(b, entry, named, self._default, None)) for b, _ in old]
+            planned[name] = Planned(entry, pairs, excluded)
+        before = self._named, self._planned
+        self._named, self._planned = named, planned
+        try:
+            bundles = [self._bundle(optimizer, index, group) for index, group in enumerate(optimizer.param_groups)]
+        except ValueError:
+            self._named, self._planned = before
+            raise
+        for old_group, new_group in zip(self._bundles, bundles, strict=True):
+            for bundle in new_group:
+                former = next((b for b in old_group if b.positions[0] in bundle.positions), None)
+                bundle.numbers.update(former.numbers if former is not None else {})
+        self._bundles = bundles
+
+    def recall(self, optimizer: Optimizer) -> None:
+        """Take the counts from a state that has been loaded."""
+        if self._counts_in_state:
+            for group, bundle in self._each_bundle(optimizer):
+                bundle.recall(optimizer, group)
+
+    def keep(self, optimizer: Optimizer, stepped: set[int]) -> None:
+        """Write the counts to the state of the parameters that were stepped."""
+        if self._counts_in_state:
+            for group, bundle in self._each_bundle(optimizer):
+                bundle.keep(optimizer, group, stepped)
+
+    def close(self, optimizer: Optimizer) -> None:
+        """Do nothing: the groups are as they were found."""
+
+    def _each_bundle(self, optimizer: Optimizer) -> Iterable[tuple[Group, Bundle]]:
+        for group, bundles in zip(optimizer.param_groups, self._bundles, strict=False):
+            for bundle in bundles:
+                yield group, bundle
+
+    def _bundle(self, optimizer: Optimizer, index: int, group: Group) -> list[Bundle]:
+        """Return the parameters of a group that have a named decay, those of one kind together."""
+        alike: dict[object, list[int]] = {}
+        for position, name in enumerate(self._names[index]):
+            if name is None or all(decay is None for _, decay in self._planned[name].decays):
+                continue
+            narrow = group["params"][position].dtype.itemsize < 4
+            matrices = tuple((block.role, block.window, decay) for block, decay in self._planned[name].decays)
+            alike.setdefault((matrices, narrow), []).append(position)
+        return [self._bundle_of(optimizer, index, group, positions) for positions in alike.values()]
+
+    def _bundle_of(self, optimizer: Optimizer, index: int, group: Group, positions: list[int]) -> Bundle:
+        names = [name for position in positions if (name := self._names[index][position]) is not None]
+        decays = self._planned[names[0]].decays
+        whys = [why_of(self._planned[name].entry) for name in names]
+        distinct = {decay for _, decay in decays}
+        own = group.get("weight_decay", 0.0)
+        if None in distinct and own and not is_decoupled(optimizer, group):
+            left = next(block.role for block, decay in decays if decay is None)
+            raise ValueError(
+                f"{names[0]} in group {index} holds matrices of {left} too, and the group's weight_decay={own} goes "
+                f"through the gradient of {type(optimizer).__name__}, so that no part of a parameter can be spared it: "
+                f"name {left} as well, or set weight_decay=0 in that group."
+            )
+        [decay, *others] = distinct
+        narrow = group["params"][positions[0]].dtype.itemsize < 4  # the optimizer would round L2 away
+        by_optimizer = isinstance(decay, Frobenius) and decay.lr_coupled and not others and decouples(optimizer, group)
+        by_optimizer = by_optimizer and not narrow
+        numbers: dict[str, Any] = {}
+        targets = []
+        for role in dict.fromkeys(block.role for block, _ in decays):
+            [its] = {decay for block, decay in decays if block.role == role}
+            windows = [block.labelled_window() for block, _ in decays if block.role == role]
+            counter = Counter(numbers, role)
+            targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer))
+        l2 = decay.strength if by_optimizer and isinstance(decay, Frobenius) else 0.0
+        return Bundle(positions, targets, l2, numbers)
+
+
+def _without_values(planned: Planned) -> Planned:
+    """Return the plan of a parameter without the parameter: sharding replaces it, and would not free it."""
+    shape = nn.Parameter(torch.empty(planned.entry.parameter.shape, device="meta"), requires_grad=False)
+    return planned._replace(entry=replace(planned.entry, parameter=shape))
+
+
+# ---- while the optimizer steps ---------------------------------------------------------------------------
+
+
+_CHANGED = ("params", "weight_decay", "decoupled_weight_decay")
+
+
+def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Callable[[], None]:
+    """Give parts of the optimizer's groups a weight decay of their own, for one step.
+
+    A part becomes a group, directly behind the one it is taken from; the list of the groups stays the same object,
+    since wrappers share it.
+
+    Args:
+        optimizer: whose groups to divide.
+        sections: of each group.
+
+    Returns:
+        Function that puts everything back.
+    """
+    found = list(optimizer.param_groups)
+    groups: list[Group] = []
+    undo: list[tuple[Group, dict[str, Any]]] = []
+    for group, parts in zip(found, sections, strict=True):
+        own = group.get("weight_decay")
+        others = [part for part in parts if isinstance(own, Tensor) or part.l2 != own]
+        if not others:
+            groups.append(group)
+            continue
+        taken = {position for part in others for position in part.positions}
+        rest = [p for position, p in enumerate(group["params"]) if position not in taken]
+        undo.append((group, {key: group[key] for key in _CHANGED if key in group}))
+        copies = [
+            {**group, **_with_l2(group, part.l2), "params": [group["params"][i] for i in part.positions]}
+            for part in others
+        ]
+        if rest:
+            group["params"] = rest
+        else:  # the group itself, so that what the optimizer counts in it is kept
+            first = copies.pop(0)
+            group.update({key: first[key] for key in _CHANGED if key in first})
+        groups += [group, *copies]
+    if undo:
+        optimizer.param_groups[:] = groups
+
+    def put_back() -> None:
+        for group, keys in undo:
+            group.update(keys)
+        if undo:
+            optimizer.param_groups[:] = found
+
+    return put_back
+
+
+def _with_l2(group: Group, l2: float) -> dict[str, Any]:
+    keys: dict[str, Any] = {"weight_decay": l2}
+    if l2 and "decoupled_weight_decay" in group:
+        keys["decoupled_weight_decay"] = True
+    return keys

@@ -1,0 +1,132 @@
+"""What a step decays: the matrices of one role, in parameters of one group of the optimizer.
+
+It follows from a group's own keys, where :func:`rankdecay.param_groups` made the group, or from the model, where
+:func:`rankdecay.attach` was given the decays. Either way it is a :class:`Target`. Only its count of steps is kept
+elsewhere, where whatever saves the optimizer saves it too: in the keys of the group, or in the state of its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rankdecay.attention import Window
+from rankdecay.decay.groups import Group
+from rankdecay.decay.policy import Decay, Frobenius, LowRank
+
+#: Our one key in ``optimizer.state[parameter]``.
+STATE_KEY = "rankdecay"
+
+
+class Counter:
+    """State of ``every=k`` in a dictionary: steps seen, and Σ lr · strength since the last decay."""
+
+    def __init__(self, numbers: dict[str, Any], role: str) -> None:
+        self._numbers, self._steps, self._pending = numbers, f"{role}_steps", f"{role}_pending"
+
+    @property
+    def steps(self) -> int:
+        return self._numbers.get(self._steps, 0)
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._numbers[self._steps] = value
+
+    @property
+    def pending(self) -> float | Tensor:
+        return self._numbers.get(self._pending, 0.0)
+
+    @pending.setter
+    def pending(self, value: float | Tensor) -> None:
+        self._numbers[self._pending] = value
+
+    def settle(self) -> None:
+        """Make the pending sum a plain number, for a state that any weights-only load accepts."""
+        if isinstance(self.pending, Tensor):
+            self.pending = float(self.pending)
+
+
+@dataclass
+class Target:
+    """Matrices of one role that one decay acts on, in parameters of one group.
+
+    Attributes:
+        role: their role.
+        decay: what decays them; None for the optimizer's own L2, which the hook has to apply where another matrix in
+            the same parameter must not have it.
+        windows: where in each parameter they are.
+        positions: of the parameters in the group.
+        names: of the parameters.
+        whys: the reason for the role, for each parameter.
+        counter: of its steps.
+        by_optimizer: whether the optimizer applies the decay, and the hook nothing.
+    """
+
+    role: str
+    decay: Decay | None
+    windows: list[Window]
+    positions: list[int]
+    names: list[str]
+    whys: list[str]
+    counter: Counter
+    by_optimizer: bool = False
+
+    def parameters(self, group: Group) -> list[Tensor]:
+        """Return its parameters, as they are in the group now."""
+        return [group["params"][position] for position in self.positions]
+
+    def decay_in(self, group: Group) -> Decay:
+        """Return its decay; for the optimizer's own L2, of the group's present ``weight_decay``."""
+        return self.decay if self.decay is not None else Frobenius(float(group.get("weight_decay", 0.0)))
+
+
+@dataclass
+class Bundle:
+    """Parameters of a group that have the same matrices with the same decays, found in a model.
+
+    Attributes:
+        positions: of the parameters in the group.
+        targets: one per role.
+        l2: weight decay with which the optimizer is to step these parameters.
+        numbers: counts of the targets; the same dictionary is in the state of every parameter, where a resumed run
+            needs it: for cycles of several steps, and for the random numbers by which 16-bit weights are rounded.
+            A state without it is that of a run without decay, and either can load the other's.
+    """
+
+    positions: list[int]
+    targets: list[Target]
+    l2: float
+    numbers: dict[str, Any] = field(default_factory=dict)
+    _written: bool = False
+
+    def is_counted(self, group: Group) -> bool:
+        """Whether a resumed run needs the counts."""
+        narrow = any(group["params"][position].dtype.itemsize < 4 for position in self.positions)
+        return narrow or any(isinstance(t.decay, LowRank) and t.decay.every > 1 for t in self.targets)
+
+    def recall(self, optimizer: Optimizer, group: Group) -> None:
+        """Take the counts over from a state that has been loaded since the last step."""
+        states = [optimizer.state.get(group["params"][position]) for position in self.positions]
+        found = next((state[STATE_KEY] for state in states if state and state.get(STATE_KEY)), None)
+        if found is self.numbers or (found is None and not self._written):
+            return
+        self.numbers.clear()
+        self.numbers.update(found if isinstance(found, Mapping) else {})
+        self._written = False
+
+    def keep(self, optimizer: Optimizer, group: Group, stepped: set[int]) -> None:
+        """Write the counts to the state of the parameters that have been stepped.
+
+        Not before: to many an optimizer a state with anything in it is one that has been made.
+        """
+        if not self.is_counted(group):
+            return
+        for position in self.positions:
+            parameter = group["params"][position]
+            if id(parameter) in stepped:
+                optimizer.state[parameter][STATE_KEY] = self.numbers
+                self._written = True

@@ -1,0 +1,71 @@
+"""Notice that the optimizer a decay is attached to never steps, or never sees a gradient.
+
+A decay that waits for a step which does not come would do nothing without a word: a trainer may have built another
+optimizer, a wrapper may step the parameters itself, or hooks of the backward pass may step each parameter and leave no
+gradient behind.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+
+from torch import Tensor
+
+#: Backward passes without a step, or steps without a gradient, after which a warning is given, once.
+PATIENCE = 10
+
+
+class Watch:
+    """Count of backward passes before the first step, and of steps without a gradient.
+
+    Args:
+        kind: name of the optimizer.
+        parameters: that are decayed.
+    """
+
+    def __init__(self, kind: str, parameters: Sequence[Tensor]) -> None:
+        self._kind = kind
+        self.patience = PATIENCE
+        self._backwards = self._empty = 0
+        self._warned = False
+        self._handle = None
+        trained = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
+        if trained is not None:
+            watch = weakref.ref(self)
+
+            def count(_: Tensor) -> None:
+                held = watch()
+                if held is not None:
+                    held._backward()
+
+            self._handle = trained.register_post_accumulate_grad_hook(count)
+
+    def stop(self) -> None:
+        """Stop to watch backward passes."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def stepped(self, had_gradients: bool) -> None:
+        """Take note of a step, and whether a decayed parameter had a gradient in it."""
+        self._empty = 0 if had_gradients else self._empty + 1
+        if self._empty == self.patience and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"in {self._empty} steps of {self._kind} no decayed parameter had a gradient, and without one nothing "
+                "is decayed. If hooks of the backward pass step each parameter by its own optimizer, attach to those.",
+                stacklevel=6,
+            )
+
+    def _backward(self) -> None:
+        self._backwards += 1
+        if self._backwards == self.patience:
+            self.stop()
+            warnings.warn(
+                f"{self._backwards} backward passes, and no step() of the {self._kind} that rankdecay is attached to, "
+                "so nothing is decayed yet. If something else steps the parameters (a wrapper, or an optimizer that a "
+                "trainer built), attach to that; if the gradients of more passes are accumulated, all is well.",
+                stacklevel=2,
+            )

@@ -1,0 +1,401 @@
+"""Decays given to ``attach`` by role: exactly those, and groups that stay as they were found."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import rankdecay as rd
+from rankdecay.decay.targets import STATE_KEY
+from tests.decay.models import STRENGTH, make_model, query_key, zero_gradients
+
+LR = 0.1
+MAKERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=LR),
+    "momentum": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, weight_decay=0.3),
+    "adam": lambda p: torch.optim.Adam(p, lr=LR, weight_decay=0.3),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=0.3),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=0.3, foreach=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=LR, weight_decay=0.3),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=LR, weight_decay=0.3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=LR, weight_decay=0.3),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=LR, weight_decay=0.3),
+    "lion": lambda p: torch.optim.Rprop(p, lr=LR),
+}
+
+
+def _backward(model: nn.Module, seed: int = 0) -> None:
+    ids = torch.randint(9, (8,), generator=torch.Generator().manual_seed(seed))
+    nn.functional.cross_entropy(model(ids), ids).backward()
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for seed in steps:
+        optimizer.zero_grad()
+        _backward(model, seed)
+        optimizer.step()
+
+
+def _same(one: nn.Module, other: nn.Module) -> None:
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_rest_of_the_model_is_trained_as_if_nothing_were_attached(kind: str) -> None:
+    """Of every optimizer, with its own L2; and the named role has its decay and no L2."""
+    plain, decayed = make_model(), make_model()
+    optimizers = [MAKERS[kind](model.parameters()) for model in (plain, decayed)]
+    rd.attach(optimizers[1], decayed, query_key=rd.LowRank(STRENGTH), exclude="layers.2")  # which is fused
+    for model in (plain, decayed):
+        zero_gradients(model)
+    before = query_key(decayed)
+    optimizers[1].step()
+    for old, new in zip(before[:4], query_key(decayed)[:4], strict=True):
+        s = torch.linalg.svdvals(old)
+        tau = LR * STRENGTH * old.norm() / min(old.shape) ** 0.5
+        torch.testing.assert_close(torch.linalg.svdvals(new), (s - tau).clamp_min(0), atol=1e-5, rtol=0)
+    optimizers[0].step()
+    for (name, a), b in zip(plain.named_parameters(), decayed.parameters(), strict=True):
+        if "q_proj.weight" not in name and "k_proj.weight" not in name:
+            assert torch.equal(a, b), name
+
+
+def test_a_fused_parameter_keeps_the_optimizers_l2_of_its_values_alone() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.0))
+    fused = model.layers[2]["attention"].query_key_value.weight
+    before = fused.detach().clone().unflatten(0, (2, 12))
+    zero_gradients(model)
+    optimizer.step()
+    after = fused.detach().unflatten(0, (2, 12))
+    assert torch.equal(after[:, :9], before[:, :9])
+    torch.testing.assert_close(after[:, 9:], before[:, 9:] * (1 - LR * 0.3))
+
+
+def test_l2_through_the_gradient_of_a_part_of_a_parameter_is_refused() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.3)
+    with pytest.raises(ValueError, match=r"query_key_value.weight in group 0 .* name value_output as well"):
+        rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1), value_output=rd.Frobenius(0.0))
+    assert attachment.active
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_of_attaching_train_alike(kind: str, dtype: torch.dtype) -> None:
+    roles = {"query_key": rd.LowRank(STRENGTH, every=2), "value_output": rd.Frobenius(0.2), "mlp": rd.Frobenius(0.0)}
+    roles = {role: decay for role, decay in roles.items() if role != "mlp"}
+    rest = {"norm": rd.Frobenius(0.0), "bias": rd.Frobenius(0.0)}
+    makers = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    by_groups, by_roles = make_model(dtype), make_model(dtype)
+    groups = rd.param_groups(by_groups, rd.Frobenius(0.4), **roles)
+    first = makers[kind](groups, lr=1e-2)
+    rd.attach(first)
+    second = makers[kind](by_roles.parameters(), lr=1e-2)
+    rd.attach(second, by_roles, rd.Frobenius(0.4), **roles, **rest)
+    _train(by_groups, first, range(5))
+    _train(by_roles, second, range(5))
+    for a, b in zip(by_groups.parameters(), by_roles.parameters(), strict=True):
+        if dtype == torch.float32:
+            torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
+        else:
+            assert (a - b).float().norm() < 0.05 * a.float().norm()
+
+
+def test_groups_stay_as_they_were_found() -> None:
+    model = make_model()
+    by_size = sorted(model.parameters(), key=lambda p: p.numel())
+    groups = [
+        {"params": by_size[:5], "lr": 0.01, "mine": "kept"},
+        {"params": by_size[5:], "weight_decay": 0.2, "layer": 3},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=0.1)
+    found = [dict(group) for group in optimizer.param_groups]
+    objects = list(optimizer.param_groups)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1), value_output=rd.Frobenius(0.3))
+    _train(model, optimizer, range(3))
+    attachment.describe()
+    attachment.detach()
+    for group, before, same in zip(optimizer.param_groups, found, objects, strict=True):
+        assert group is same
+        assert list(group) == list(before)
+        assert all(group[key] is before[key] or group[key] == before[key] for key in before if key != "params")
+        assert [id(p) for p in group["params"]] == [id(p) for p in before["params"]]
+
+
+def test_a_step_that_raises_leaves_the_groups_whole_for_whatever_comes_next() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+
+    def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(fails)
+    assert len(optimizer.state_dict()["param_groups"]) == 1
+    _train(model, optimizer, range(2))
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("maker", ["adamw", "sgd", "momentum"])
+@pytest.mark.parametrize("first", ["attach", "load"])
+def test_resuming_in_mid_cycle_changes_nothing(dtype: torch.dtype, maker: str, first: str) -> None:
+    def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=4), value_output=rd.Frobenius(0.1))
+
+    whole = make_model(dtype)
+    optimizer = MAKERS[maker](whole.parameters())
+    attach(whole, optimizer)
+    _train(whole, optimizer, range(6))
+    file = io.BytesIO()
+    torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    _train(whole, optimizer, range(6, 12))
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = make_model(dtype)
+    resumed.load_state_dict(state["model"])
+    other = MAKERS[maker](resumed.parameters())
+    if first == "attach":
+        attach(resumed, other)
+    other.load_state_dict(state["optimizer"])
+    if first == "load":
+        attach(resumed, other)
+    _train(resumed, other, range(6, 12))
+    _same(whole, resumed)
+
+
+def test_the_state_has_one_key_of_ours_and_only_where_a_resumed_run_needs_it() -> None:
+    for every, kept in ((1, False), (3, True)):
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+        rd.attach(optimizer, model, query_key=rd.LowRank(0.1, every=every))
+        _train(model, optimizer, range(2))
+        ours = {name for name, p in model.named_parameters() if STATE_KEY in optimizer.state[p]}
+        assert bool(ours) == kept
+        assert all("q_proj.weight" in n or "k_proj.weight" in n or "query_key_value.weight" in n for n in ours)
+        assert all(len(set(state) - {"step", "exp_avg", "exp_avg_sq"}) <= 1 for state in optimizer.state.values())
+
+
+def test_a_run_without_decay_continues_with_it_and_the_other_way_round() -> None:
+    with_decay, without = make_model(), make_model()
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=LR) for model in (with_decay, without)]
+    rd.attach(optimizers[0], with_decay, query_key=rd.LowRank(STRENGTH, every=3))
+    for model, optimizer in zip((with_decay, without), optimizers, strict=True):
+        _train(model, optimizer, range(4))
+    saved = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    for state, attached in ((saved[1], True), (saved[0], False)):
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+        attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=3)) if attached else None
+        optimizer.load_state_dict(state)
+        _train(model, optimizer, range(4, 7))
+        if attachment is not None:
+            assert {value for name, value in attachment.state_dict().items() if name.endswith("steps")} == {3}
+
+
+def test_the_attachments_own_state_can_hold_the_counts() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=4), counts="attachment")
+    _train(model, optimizer, range(6))
+    assert not any(STATE_KEY in state for state in optimizer.state.values())
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), attachment.state_dict()))
+    _train(model, optimizer, range(6, 10))
+    resumed = make_model()
+    resumed.load_state_dict(saved[0])
+    other = torch.optim.AdamW(resumed.parameters(), lr=LR)
+    again = rd.attach(other, resumed, query_key=rd.LowRank(STRENGTH, every=4), counts="attachment")
+    other.load_state_dict(saved[1])
+    again.load_state_dict(saved[2])
+    _train(resumed, other, range(6, 10))
+    _same(model, resumed)
+
+
+@pytest.mark.parametrize("by", ["groups", "roles"])
+def test_a_decay_is_changed_paused_and_resumed_in_mid_run(by: str) -> None:
+    model = make_model()
+    roles = {"query_key": rd.LowRank(STRENGTH), "value_output": rd.Frobenius(0.1)}
+    if by == "groups":
+        optimizer = torch.optim.SGD(rd.param_groups(model, rd.Frobenius(0.0), **roles), lr=LR)
+        attachment = rd.attach(optimizer)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        attachment = rd.attach(optimizer, model, **roles)
+
+    def factor() -> float:
+        before = query_key(model)[0]
+        zero_gradients(model)
+        optimizer.step()
+        return float(query_key(model)[0].norm() / before.norm())
+
+    assert factor() < 0.99
+    attachment.pause()
+    assert factor() == 1
+    assert "paused on SGD: what follows is not applied" in attachment.describe()
+    attachment.resume()
+    attachment.set(query_key=rd.Frobenius(0.5))
+    assert factor() == pytest.approx(1 - LR * 0.5, rel=1e-5)
+    assert "L2 0.5" in attachment.describe()
+    attachment.set(query_key=rd.LowRank(0.0))
+    assert factor() == 1
+    attachment.set(query_key=rd.LowRank(STRENGTH))
+    assert factor() < 0.99
+    with pytest.raises(TypeError, match=r"query_key=0\.1 is not a decay"):
+        attachment.set(query_key=0.1)
+    with pytest.raises(ValueError, match="mlp has no parameter"):
+        attachment.set(mlp=rd.LowRank(1.0))
+
+
+def test_what_is_excluded_is_left_to_the_optimizer() -> None:
+    for exclude in ("layers.0.attention", "layers.0.*", ["layers.0.attention.q_proj.weight", "*0*k_proj.weight"]):
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
+        attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH), exclude=exclude)
+        before = model.layers[0]["attention"].q_proj.weight.detach().clone()
+        zero_gradients(model)
+        optimizer.step()
+        torch.testing.assert_close(model.layers[0]["attention"].q_proj.weight, before * (1 - LR * 0.3))
+        rows = {row.name: row for row in attachment.rows()}
+        assert "excluded" in rows["layers.0.attention.q_proj.weight"].why
+    with pytest.raises(ValueError, match=r"exclude='layers.0.attn' matches no parameter: did you mean"):
+        rd.attach(torch.optim.AdamW(model.parameters()), model, query_key=rd.LowRank(0.1), exclude="layers.0.attn")
+
+
+def test_two_optimizers_that_share_out_a_role() -> None:
+    model = make_model()
+    attention = [p for p in model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not a for a in attention)]
+    muon, adamw = torch.optim.Muon(attention[:3], lr=LR), torch.optim.AdamW(attention[3:] + others, lr=LR)
+    first = rd.attach(muon, model, query_key=rd.LowRank(STRENGTH))
+    second = rd.attach(adamw, model, query_key=rd.LowRank(STRENGTH))
+    assert "of its parameters are not in this optimizer (layers.1.attention.q_proj.weight" in first.describe()
+    assert "of its parameters are not in this optimizer (layers.0.attention.q_proj.weight" in second.describe()
+    before = query_key(model)
+    zero_gradients(model)
+    muon.step()
+    adamw.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, query_key(model), strict=True))
+
+
+def test_a_group_added_later_is_decayed_too_and_one_of_another_module_is_not() -> None:
+    model, head = make_model(), nn.Linear(9, 3)
+    weights = list(model.parameters())
+    optimizer = torch.optim.SGD(weights[:4], lr=LR)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH))
+    optimizer.add_param_group({"params": weights[4:], "lr": 0.05})
+    optimizer.add_param_group({"params": list(head.parameters())})
+    before = query_key(model)
+    for module in (model, head):
+        zero_gradients(module)
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, query_key(model), strict=True))
+    assert "not a parameter of Model" in attachment.describe()
+
+
+def test_what_cannot_be_attached_says_what_to_do() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    with pytest.raises(TypeError, match=r"needs the model: rankdecay.attach\(optimizer, model"):
+        rd.attach(optimizer, query_key=rd.LowRank(0.1))
+    with pytest.raises(TypeError, match=r"backend is a keyword, backend='exact'"):
+        rd.attach(optimizer, "exact")
+    with pytest.raises(ValueError, match="no role is named"):
+        rd.attach(optimizer, model)
+    with pytest.raises(ValueError, match=r"has no parameter of Model, but \d+ of the same shapes.*Build the optimizer"):
+        rd.attach(optimizer, make_model(), query_key=rd.LowRank(0.1))
+    with pytest.raises(ValueError, match=r"has no parameter of Linear; give the model"):
+        rd.attach(optimizer, nn.Linear(3, 77), other=rd.Frobenius(0.1))
+    head = torch.optim.AdamW(model.head.parameters(), lr=LR)
+    with pytest.raises(ValueError, match=r"query_key=.* names no parameter of this AdamW: .*q_proj.weight and 4 more"):
+        rd.attach(head, model, query_key=rd.LowRank(0.1))
+    groups = torch.optim.AdamW(rd.param_groups(model, query_key=rd.LowRank(0.1)), lr=LR)
+    with pytest.raises(ValueError, match=r"say their decays already, of query_key too; give all of them there"):
+        rd.attach(groups, model, query_key=rd.LowRank(0.1))
+    first = rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+    with pytest.raises(ValueError, match=r"would be decayed twice: an attached AdamW"):
+        rd.attach(torch.optim.SGD(model.parameters(), lr=LR), model, query_key=rd.LowRank(0.1))
+    first.detach()
+
+
+def test_per_step_l2_is_not_multiplied_by_the_learning_rate() -> None:
+    for by in ("groups", "roles"):
+        model = make_model()
+        decay = rd.Frobenius(0.25, lr_coupled=False)
+        if by == "groups":
+            optimizer = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.0), query_key=decay), lr=1e-9)
+            rd.attach(optimizer)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, weight_decay=0.3)
+            rd.attach(optimizer, model, query_key=decay)
+        before = query_key(model)
+        zero_gradients(model)
+        optimizer.step()
+        for old, new in zip(before, query_key(model), strict=True):
+            torch.testing.assert_close(new, old * 0.75, atol=1e-6, rtol=1e-5)
+
+
+def test_l2_of_16_bit_weights_happens() -> None:
+    """AdamW's own is below their last digit at every step, and lost."""
+    lost = {}
+    for by in ("own", "groups", "roles"):
+        model = make_model(torch.bfloat16)
+        torch.manual_seed(0)
+        if by == "own":
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+        elif by == "groups":
+            optimizer = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1)), lr=1e-3)
+            rd.attach(optimizer)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+            rd.attach(optimizer, model, rd.Frobenius(0.1))
+        weight = model.embedding.weight
+        with torch.no_grad():
+            weight.copy_(torch.randn(weight.shape).abs() + 0.5)
+        before = weight.detach().double().sum()
+        zero_gradients(model)
+        for _ in range(1000):
+            optimizer.step()
+        lost[by] = float(1 - weight.detach().double().sum() / before)
+    expected = 1 - (1 - 1e-4) ** 1000
+    assert lost["own"] < 0.01
+    assert lost["groups"] == pytest.approx(expected, rel=0.1)
+    assert lost["roles"] == pytest.approx(expected, rel=0.1)
+
+
+def test_a_step_that_never_comes_is_one_warning() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+
+    def passes() -> None:
+        for _ in range(25):
+            model.zero_grad()
+            _backward(model)
+
+    with pytest.warns(UserWarning, match=r"10 backward passes, and no step\(\) of the AdamW") as caught:
+        passes()
+    assert len(caught) == 1
+    attachment.detach()
+
+
+def test_steps_without_a_gradient_are_one_warning() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+
+    def steps() -> None:
+        for _ in range(25):
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="in 10 steps of AdamW no decayed parameter had a gradient") as caught:
+        steps()
+    assert len(caught) == 1
