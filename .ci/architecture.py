@@ -31,6 +31,7 @@ LAYERS = [
 LAYERS += [
     "audit",
     "integrations",
+    "compat",
     "cli",
     "lab",
     "errors",

@@ -8,10 +8,13 @@ from matrices import (
     gaussian,
 )
 
+from rankdecay import rules
 from rankdecay.linalg import (
     newton_schulz,
     shrink,
 )
+from rankdecay.linalg.rules.newton_schulz import RULE, with_steps
+from rankdecay.rules import Options
 
 BACKENDS = ["exact", "matmul"]
 
@@ -44,3 +47,16 @@ def test_newton_schulz_of_zero_and_of_tiny():
 def test_step_counts_reach_newton_schulz():
     W = gaussian(12, 12)
     torch.testing.assert_close(shrink(W, 0.1, "newton_schulz", steps=9), W - 0.1 * newton_schulz(W, 9))
+
+
+def test_a_rule_of_another_number_of_steps_is_known_by_its_name(monkeypatch):
+    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+    rule = with_steps(9)
+    assert with_steps(9) is rule
+    assert with_steps(5) is RULE
+    W = gaussian(12, 12)
+    by_name = shrink(W, 0.1, rule.name)
+    torch.testing.assert_close(by_name, shrink(W, 0.1, "newton_schulz", steps=9), rtol=0, atol=0)
+    sigma, null = torch.linspace(0.1, 1, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    wanted = RULE.fraction(sigma, null, null + 0.1, Options(steps=9))
+    torch.testing.assert_close(rule.fraction(sigma, null, null + 0.1, Options()), wanted, rtol=0, atol=0)
