@@ -393,7 +393,7 @@ def _excluded(exclude: Excluded, names: list[str]) -> Callable[[str], bool]:
             modules = {name.rpartition(".")[0] for name in names} - {""}
             near = suggestion(pattern if isinstance(pattern, str) else pattern.pattern, [*names, *sorted(modules)])
             raise ValueError(
-                f"exclude={pattern!r} matches no parameter: {near}(there are {len(names)}, from {names[0]} to {names[-1]})"
+                f"exclude={pattern!r} matches no parameter: {near}(the {len(names)} are {names[0]} to {names[-1]})"
             )
         tests.append(test)
     return lambda name: any(test(name) for test in tests)
