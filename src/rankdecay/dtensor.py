@@ -30,8 +30,8 @@ def local(tensor: Tensor) -> Tensor:
     return held.to_local() if is_sharded(tensor) else held
 
 
-#: Where wrappers keep the optimizer that they step: Accelerate, Lightning and Lookahead; timm; SAM.
-_INSIDE = ("optimizer", "_base_optimizer", "base_optimizer", "optim")
+#: Where wrappers keep the optimizer that they step: Accelerate, Lightning and Lookahead; timm; SAM; heavyball's SAM.
+_INSIDE = ("optimizer", "_base_optimizer", "base_optimizer", "optim", "wrapped_optimizer")
 
 
 def wrappers_of(optimizer: object) -> list[object]:
@@ -62,8 +62,14 @@ def unwrapped(optimizer: object) -> Optimizer:
     inside = _inner(wrappers[-1]) if wrappers else optimizer
     if not isinstance(inside, Optimizer):
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(inside).__name__}. An engine that owns its "
-            "optimizer, such as DeepSpeed's, flattens parameters; shard with FSDP2 instead."
+            f"optimizer must be a torch.optim.Optimizer, got {type(inside).__name__}"
+            + (
+                ", which has no hooks of a step though it has groups: make it a subclass, or attach to the optimizer "
+                "that it steps."
+                if hasattr(inside, "param_groups") and not hasattr(inside, "register_step_post_hook")
+                else ". An engine that owns its optimizer, such as DeepSpeed's, flattens parameters; shard with FSDP2 "
+                "instead."
+            )
         )
     several = getattr(inside, "optimizers", None)
     if isinstance(several, (list, tuple)) and several and all(isinstance(each, Optimizer) for each in several):

@@ -34,9 +34,9 @@ from rankdecay.attention.locate import Names
 from rankdecay.checks import check_name
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import apply
+from rankdecay.decay.averaged import decay_averaged, is_averaged
 from rankdecay.decay.groups import Excluded, Group, hook_roles, plan, with_names
 from rankdecay.decay.optimizers import (
-    Iterates,
     check_own_decay,
     check_states,
     check_supported,
@@ -46,6 +46,7 @@ from rankdecay.decay.optimizers import (
     may_make_states_only,
     rate,
     rate_of_parameter,
+    rate_of_step,
     remarks_on_optimizer,
 )
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
@@ -129,15 +130,17 @@ def attach(
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         >>> attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
     """
-    inside = unwrapped(optimizer)
-    check_supported(inside)
+    check_supported(optimizer)
+    inside, wrappers = unwrapped(optimizer), wrappers_of(optimizer)
+    for each in (*wrappers, inside):
+        check_supported(each)
     given = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding, "norm": norm,
              "bias": bias, "other": other}  # fmt: skip
     named = {role: decay for role, decay in given.items() if decay is not None}
     check_name("backend", backend, get_args(Backend))
     check_name("counts", counts, get_args(Counts))
     source = _source(inside, model, default, named, names, num_heads, only, exclude, counts == "optimizer")
-    return Attachment(inside, source, backend, [type(each).__name__ for each in wrappers_of(optimizer)])
+    return Attachment(inside, source, backend, wrappers)
 
 
 def _source(
@@ -222,7 +225,7 @@ def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Deca
 class Attachment:
     """A decay that is attached to an optimizer. Made by :func:`attach`."""
 
-    def __init__(self, optimizer: Optimizer, source: Source, backend: Backend, wrappers: list[str]) -> None:
+    def __init__(self, optimizer: Optimizer, source: Source, backend: Backend, wrappers: list[object]) -> None:
         kind = type(optimizer).__name__
         if any(other._optimizer() is optimizer for other in _attached):
             raise ValueError(
@@ -233,14 +236,16 @@ class Attachment:
         self._optimizer = weakref.ref(optimizer)
         self._source = source
         self._backend: Backend = backend
-        self._wrappers = wrappers
+        self._wrappers = [type(each).__name__ for each in wrappers]
         self._registered: list[_RegisteredGroup] = []
         self._put_back: Callable[[], None] = _nothing
+        self._paused = False
         try:
             for index, group in enumerate(optimizer.param_groups):
                 self._register_group(index, group)
             _check_not_shared(optimizer, self)
             check_agreement(self._targets(optimizer), backend)
+            self._give_weight_decay(optimizer)()  # so that what cannot be divided is found now
         except BaseException:
             source.close(optimizer)
             raise
@@ -359,7 +364,10 @@ class Attachment:
             ranks=ranks,
             state=f"{state} {type(optimizer).__name__}" + ("" if self.active else ": what follows is not applied"),
             remarks=self._source.remarks(optimizer),
-            notes=[*remarks_on_optimizer(optimizer, self._wrappers), *self._source.notes(optimizer)],
+            notes=[
+                *remarks_on_optimizer(optimizer, self._wrappers),
+                *self._source.notes(optimizer),
+            ],
         )
 
     @property
@@ -423,10 +431,13 @@ class Attachment:
             self._first = False
             _check_trained(optimizer)
         self._rates = [rate(optimizer, group) for group in optimizer.param_groups]
+        self._put_back = self._give_weight_decay(optimizer)
+
+    def _give_weight_decay(self, optimizer: Optimizer) -> Callable[[], None]:
         sections = [self._source.sections(index, group) for index, group in enumerate(optimizer.param_groups)]
         if self._paused:
             sections = [[part._replace(l2=0.0) for part in parts] for parts in sections]
-        self._put_back = give_weight_decay(optimizer, sections)
+        return give_weight_decay(optimizer, sections)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -452,11 +463,11 @@ class Attachment:
     def _decay(self, optimizer: Optimizer) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         for index, group in enumerate(optimizer.param_groups):
+            factor = 1.0 if has_rate_per_parameter(optimizer, group) else rate_of_step(group, self._rates[index])
             for number, target in enumerate(self._source.targets(index, group)):
                 if target.by_optimizer:
                     continue
                 decay = target.decay_in(group)
-                factor = 1.0 if has_rate_per_parameter(optimizer, group) else self._rates[index]
                 amount = _count_step(target, decay, factor, found_inf)
                 live = [p for p in target.parameters(group) if id(p) in self._params_with_grad]
                 if not live or not (isinstance(amount, Tensor) or amount > 0):
@@ -484,9 +495,10 @@ class Attachment:
                 its = amount * (rate_of_parameter(optimizer, group, parameter) if decay.lr_coupled else 1.0)
                 apply([parameter], target.windows, decay, its, self._backend, seed)
             return
-        iterates = Iterates(optimizer, group, live)
-        apply(iterates.tensors, target.windows, decay, amount, self._backend, seed)
-        iterates.follow()
+        if is_averaged(group):
+            decay_averaged(optimizer, group, live, target.windows, decay, amount, self._backend, seed)
+        else:
+            apply(live, target.windows, decay, amount, self._backend, seed)
 
     def _register_group(self, index: int, group: Group) -> None:
         """Check a new group, and before each step that a known one has parameters of the same shapes.
@@ -631,6 +643,17 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
             raise ValueError(
                 f"{role} is to be decayed every {decay.every} steps, and {type(optimizer).__name__} has another rate "
                 "for each parameter in each step; use every=1."
+            )
+        if isinstance(decay, LowRank) and decay.every > 1 and group.get("gradient_release"):
+            raise ValueError(
+                f"{role} is to be decayed every {decay.every} steps, and with gradient_release=True "
+                f"{type(optimizer).__name__} steps each parameter by itself, so that there is nothing to count; use "
+                "every=1."
+            )
+        if isinstance(decay, LowRank) and is_averaged(group) and any(map(is_sharded, target.parameters(group))):
+            raise ValueError(
+                f"{role} is sharded, and a low-rank decay under {type(optimizer).__name__} needs whole matrices; use "
+                "DDP, or an optimizer that is not schedule-free."
             )
         for parameter, name in zip(target.parameters(group), target.names, strict=True):
             if is_sharded(parameter):

@@ -33,7 +33,7 @@ from rankdecay.decay.groups import (
     whys_in,
     windows_in,
 )
-from rankdecay.decay.optimizers import decouples, is_decoupled
+from rankdecay.decay.optimizers import check_divisible, decouples, is_decoupled
 from rankdecay.decay.policy import Decay, Frobenius
 from rankdecay.decay.targets import Bundle, Counter, Target
 
@@ -387,7 +387,7 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Ca
     found = list(optimizer.param_groups)
     groups: list[Group] = []
     undo: list[tuple[Group, dict[str, Any]]] = []
-    for group, parts in zip(found, sections, strict=True):
+    for index, (group, parts) in enumerate(zip(found, sections, strict=True)):
         own = group.get("weight_decay")
         others = [part for part in parts if isinstance(own, Tensor) or part.l2 != own]
         if not others:
@@ -395,9 +395,12 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Ca
             continue
         taken = {position for part in others for position in part.positions}
         rest = [p for position, p in enumerate(group["params"]) if position not in taken]
+        if rest or len(others) > 1:
+            check_divisible(optimizer, index)
         undo.append((group, {key: group[key] for key in _CHANGED if key in group}))
+        counts = {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}  # advanced in place
         copies = [
-            {**group, **_with_l2(group, part.l2), "params": [group["params"][i] for i in part.positions]}
+            {**group, **counts, **_with_l2(group, part.l2), "params": [group["params"][i] for i in part.positions]}
             for part in others
         ]
         if rest:
