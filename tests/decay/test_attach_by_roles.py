@@ -371,6 +371,101 @@ def test_l2_of_16_bit_weights_happens() -> None:
     assert lost["roles"] == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("maker", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.SGD, torch.optim.Adafactor])
+@pytest.mark.parametrize("by", ["groups", "roles"])
+@pytest.mark.parametrize("cast", ["before attach", "after attach", "in mid-run"])
+def test_l2_of_a_model_cast_to_16_bits_later_happens(maker: type, by: str, cast: str) -> None:
+    model = make_model()
+    torch.manual_seed(0)
+    if by == "groups":
+        optimizer = maker(rd.param_groups(model, rd.Frobenius(0.1)), lr=1e-3)
+    else:
+        optimizer = maker(model.parameters(), lr=1e-3, weight_decay=0.0)
+    if cast == "before attach":
+        model.bfloat16()
+    attachment = rd.attach(optimizer) if by == "groups" else rd.attach(optimizer, model, rd.Frobenius(0.1))
+    if cast == "in mid-run":
+        zero_gradients(model)
+        optimizer.step()
+    if cast != "before attach":
+        optimizer.zero_grad()
+        optimizer.state.clear()  # whose moments have the old dtype
+        model.bfloat16()
+    weight = model.embedding.weight
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape).abs() + 0.5)
+    before = weight.detach().double().sum()
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    zero_gradients(model)
+    for _ in range(100):
+        optimizer.step()
+    lost = float(1 - weight.detach().double().sum() / before)
+    assert lost == pytest.approx(1 - (1 - 1e-3) ** 100, rel=0.2)
+    rows = {row.name: row for row in attachment.rows()}
+    assert rows["embedding.weight"].by == "rankdecay"
+
+
+@pytest.mark.parametrize("maker", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("by", ["groups", "roles"])
+def test_a_schedule_of_weight_decay_counts_where_l2_is_the_groups_own(maker: type, by: str) -> None:
+    """Written to every group, as DINO does; also for the values in a fused parameter."""
+    model = make_model()
+    if by == "groups":
+        groups = rd.param_groups(model, rd.Frobenius(0.5), query_key=rd.LowRank(0.0))
+        optimizer = maker(groups, lr=LR)
+        attachment = rd.attach(optimizer)
+    else:
+        optimizer = maker(model.parameters(), lr=LR, weight_decay=0.0)
+        how = {"exclude": "layers.2"} if maker is torch.optim.SGD else {}  # coupled L2 of a part cannot be
+        attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.0), **how)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.2
+    zero_gradients(model)
+    kept = {"mlp": model.head.weight, "fused": model.layers[2]["attention"].query_key_value.weight}
+    before = {name: p.detach().clone() for name, p in kept.items()}
+    queries = query_key(model)[0]
+    if by == "groups":
+        with pytest.warns(UserWarning, match=r"weight_decay=0.2 was written to the group of query_key") as caught:
+            optimizer.step()
+        assert len(caught) == 1
+    else:
+        optimizer.step()
+    torch.testing.assert_close(kept["mlp"], before["mlp"] * (1 - LR * 0.2))
+    if by == "groups" or maker is torch.optim.AdamW:
+        values = slice(9, 12)
+        fused, was = (w.detach().unflatten(0, (2, 12)) for w in (kept["fused"], before["fused"]))
+        torch.testing.assert_close(fused[:, values], was[:, values] * (1 - LR * 0.2))
+        assert torch.equal(fused[:, :9], was[:, :9])
+    assert torch.equal(query_key(model)[0], queries)
+    rows = {(row.name, row.role): row.decay for row in attachment.rows()}
+    assert rows["head.weight", "embedding" if ("head.weight", "embedding") in rows else "other"] == "L2 0.2"
+
+
+def test_a_step_that_calls_the_step_of_its_base_class_is_one_step() -> None:
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().step(closure)
+
+    model = make_model()
+    optimizer = Twice(model.parameters(), lr=LR)
+    attachment = rd.attach(optimizer, model, query_key=rd.Frobenius(0.5))
+    zero_gradients(model)
+    before = query_key(model)[0]
+    for _ in range(2):
+        optimizer.step()
+    torch.testing.assert_close(query_key(model)[0], before * (1 - LR * 0.5) ** 2)
+    assert {value for name, value in attachment.state_dict().items() if name.endswith("steps")} == {2}
+
+    def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(fails)
+    optimizer.step()
+    torch.testing.assert_close(query_key(model)[0], before * (1 - LR * 0.5) ** 3)
+
+
 def test_a_step_that_never_comes_is_one_warning() -> None:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)

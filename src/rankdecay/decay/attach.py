@@ -43,6 +43,7 @@ from rankdecay.decay.optimizers import (
     has_rate,
     has_rate_per_parameter,
     has_state,
+    is_inner_step,
     may_make_states_only,
     rate,
     rate_of_parameter,
@@ -239,7 +240,7 @@ class Attachment:
         self._wrappers = [type(each).__name__ for each in wrappers]
         self._registered: list[_RegisteredGroup] = []
         self._put_back: Callable[[], None] = _nothing
-        self._paused = False
+        self._paused = self._in_step = False
         try:
             for index, group in enumerate(optimizer.param_groups):
                 self._register_group(index, group)
@@ -415,6 +416,9 @@ class Attachment:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note which parameters have a gradient: some optimizers clear it inside their step."""
+        if self._in_step and is_inner_step(optimizer):
+            return
+        self._in_step = True
         self._restore()  # if the last step raised
         self._watch.stop()
         for index, group in enumerate(optimizer.param_groups):
@@ -441,6 +445,9 @@ class Attachment:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if is_inner_step(optimizer):
+            return
+        self._in_step = False
         self._restore()
         if self._closure and not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             # Cleared inside the step, which had made them too: whatever is trained had one.
@@ -515,6 +522,11 @@ class Attachment:
         now = [tuple(p.shape) for p in group["params"]]
         if before.roles and now != before.shapes:
             raise ValueError(_swapped(index, before, now))
+        self._check_not_lost(index, group)
+        if before.dtypes != [p.dtype for p in group["params"]]:  # cast since: the optimizer may round its L2 away
+            optimizer = self.optimizer
+            self._source.recast(optimizer, index, group)
+            self._registered[index] = _RegisteredGroup.of(group, self._source.targets(index, group))
 
     def _before_saving(self, optimizer: Optimizer) -> None:
         """Make the state what it is between steps: groups in one piece, and counts that are plain numbers."""
@@ -524,18 +536,22 @@ class Attachment:
 
     def _check_loaded(self, optimizer: Optimizer) -> None:
         self._source.recall(optimizer)
+        for index, group in enumerate(optimizer.param_groups[: len(self._registered)]):
+            self._source.recast(optimizer, index, group)
+            self._check_not_lost(index, group)
+
+    def _check_not_lost(self, index: int, group: Group) -> None:
+        """Raise if a loaded state has replaced the groups by some without decays; not every load calls hooks."""
         if isinstance(self._source, FromModel):
             return
-        for index, (registered, group) in enumerate(zip(self._registered, optimizer.param_groups, strict=False)):
-            self._source.register(optimizer, index, group)
-            lost = [role for role in registered.roles if role not in hook_roles(group)]
-            if lost:
-                raise ValueError(
-                    f"the loaded optimizer state has no decay for {', '.join(lost)} in group {index}: it was saved by "
-                    "an optimizer without rankdecay, and torch replaces the groups by the saved ones. Copy the keys of "
-                    "rankdecay.param_groups into its 'param_groups' before loading it, or build the optimizer without "
-                    "them and attach by roles: rankdecay.attach(optimizer, model, query_key=...)."
-                )
+        lost = [role for role in self._registered[index].roles if role not in hook_roles(group)]
+        if lost:
+            raise ValueError(
+                f"the loaded optimizer state has no decay for {', '.join(lost)} in group {index}: it was saved by "
+                "an optimizer without rankdecay, and torch replaces the groups by the saved ones. Copy the keys of "
+                "rankdecay.param_groups into its 'param_groups' before loading it, or build the optimizer without "
+                "them and attach by roles: rankdecay.attach(optimizer, model, query_key=...)."
+            )
 
     def _check_values(self, optimizer: Optimizer) -> None:
         """Raise if parameters have no values: an optimizer made before ``to_empty``, which replaces parameters."""
@@ -575,16 +591,19 @@ class Attachment:
 
 
 class _RegisteredGroup(NamedTuple):
-    """Roles and shapes of a group when the decay was attached."""
+    """Roles, shapes and dtypes of a group when the decay was attached."""
 
     name: str
     roles: list[str]
     shapes: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
 
     @classmethod
     def of(cls, group: Group, targets: list[Target]) -> _RegisteredGroup:
         roles = list(dict.fromkeys(target.role for target in targets))
-        return cls(group.get("role", "+".join(roles)), roles, [tuple(p.shape) for p in group["params"]])
+        parameters = group["params"]
+        name = group.get("role", "+".join(roles))
+        return cls(name, roles, [tuple(p.shape) for p in parameters], [p.dtype for p in parameters])
 
 
 @contextlib.contextmanager
@@ -631,7 +650,7 @@ def _detached() -> Attachment:
 def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source) -> None:
     """Open every window once, so that what cannot be decayed is found before training."""
     targets = source.targets(index, group)
-    check_own_decay(optimizer, index, group, bool(targets))
+    check_own_decay(optimizer, index, group, [p for target in targets for p in target.parameters(group)])
     for target in targets:
         decay, role = target.decay_in(group), target.role
         if decay.strength and decay.lr_coupled and not has_rate(optimizer, group):

@@ -365,10 +365,14 @@ def _number(group: Group, key: str) -> float:
 
 def _apply_real_l2(group: Group) -> None:
     """Let the hook apply L2 to 16-bit weights: the optimizer would round it away, at usual learning rates."""
-    narrow = any(parameter.is_floating_point() and parameter.dtype.itemsize < 4 for parameter in group["params"])
-    if narrow and group.get("weight_decay") and not hook_roles(group):
+    if any(map(is_narrow, group["params"])) and group.get("weight_decay") and not hook_roles(group):
         role = group["role"].split("+")[0]
         group.update(live_l2(role))
+
+
+def is_narrow(parameter: Tensor) -> bool:
+    """Whether a parameter has 16 bits: an optimizer would round its L2 away, and the hook rounds stochastically."""
+    return parameter.is_floating_point() and parameter.dtype.itemsize < 4
 
 
 def _excluded(exclude: Excluded, names: list[str]) -> Callable[[str], bool]:

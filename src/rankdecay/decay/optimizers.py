@@ -20,6 +20,7 @@ decay: it is refused.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ from rankdecay.decay.groups import Group
 from rankdecay.decay.targets import STATE_KEY
 from rankdecay.dtensor import local, whole
 
+#: File of the function that calls the hooks around a step.
+_HOOKED_STEP = Optimizer.profile_hook_step.__code__.co_filename
 #: Optimizers of torch that decouple their ``weight_decay``, always or where ``decoupled_weight_decay`` says so.
 _DECOUPLING = tuple(
     getattr(torch.optim, name) for name in ("Adam", "NAdam", "RAdam", "Adafactor", "Muon") if hasattr(torch.optim, name)
@@ -70,6 +73,8 @@ _REFUSED = {
     "SafeFP16Optimizer": _OWN_WEIGHTS,
     "CPUOffloadOptimizer": _OWN_WEIGHTS,
     "TRAC": _INNER_GRADIENT,
+    "Magma": "leaves out steps at random, and with them decays; attach to an optimizer without it",
+    "Amos": "has a decay of its own besides weight_decay, which cannot be switched off; use another optimizer",
     "Nero": _FIXED_NORM,
     "HyperBallAdamW": _FIXED_NORM,
     "Scion": _FIXED_NORM,
@@ -85,7 +90,9 @@ _REFUSED = {
 #: Classes that keep something by the position of a group, or count in tensors that they share between groups.
 _INDIVISIBLE = ("AdaBound", "AdaBoundW", "ASGD")
 #: Keys and attributes by which some decay weights besides ``weight_decay``.
-_OTHER_DECAYS = ("wd", "weight_decay_rate", "decay", "l2", "extra_l2", "weight_decay_1d", "weight_decay_at_y")
+_OTHER_DECAYS = ("wd", "weight_decay_rate", "decay", "l2", "lambda_rank")
+#: The same, of parameters that are no matrices.
+_DECAYS_OF_VECTORS = ("weight_decay_1d",)
 #: Classes whose decay is an attribute, which a group's key does not change.
 _DECAY_IS_ATTRIBUTE = ("DeMo", "WSAM")
 
@@ -105,17 +112,25 @@ def check_supported(optimizer: object) -> None:
         raise ValueError(f"{kind} {_IN_BACKWARD}.")
 
 
-def check_own_decay(optimizer: Optimizer, index: int, group: Group, is_decayed: bool) -> None:
-    """Raise if a group that is decayed has a decay of the optimizer's that cannot be switched off for it.
+def check_own_decay(optimizer: Optimizer, index: int, group: Group, decayed: Iterable[Tensor]) -> None:
+    """Raise if a group has a decay of the optimizer's that cannot be switched off.
+
+    Args:
+        optimizer: whose group it is.
+        index: of the group.
+        group: to check.
+        decayed: its parameters that are decayed.
 
     Raises:
         ValueError: With the name under which the optimizer keeps its decay.
     """
-    if not is_decayed:
+    dimensions = {parameter.ndim for parameter in decayed}
+    if not dimensions:
         return
     kind = type(optimizer).__name__
     attribute = "weight_decay" not in group or kind in _DECAY_IS_ATTRIBUTE
-    for name in (*_OTHER_DECAYS, *(("weight_decay",) if attribute else ())):
+    vectors = _DECAYS_OF_VECTORS if min(dimensions) < 2 else ()
+    for name in (*_OTHER_DECAYS, *vectors, *(("weight_decay",) if attribute else ())):
         for value in (group.get(name), getattr(optimizer, name, None) if attribute else None):
             if isinstance(value, (int, float)) and value:
                 raise ValueError(
@@ -124,18 +139,29 @@ def check_own_decay(optimizer: Optimizer, index: int, group: Group, is_decayed: 
                 )
 
 
-def check_divisible(optimizer: Optimizer, index: int) -> None:
+def check_divisible(optimizer: Optimizer, index: int, group: Group) -> None:
     """Raise if a group of an optimizer cannot be stepped in parts.
 
     Raises:
         ValueError: With what to do.
     """
     kind = type(optimizer).__name__
-    if kind in _INDIVISIBLE:
+    if kind in _INDIVISIBLE or group.get("gradient_release"):  # which holds on to the group of each parameter
         raise ValueError(
             f"{kind} cannot step a part of group {index} without its weight_decay: give the named roles a group of "
             "their own, or set weight_decay=0 in that group."
         )
+
+
+def is_inner_step(optimizer: Optimizer) -> bool:
+    """Whether a hook is called from a step inside another of the same optimizer, as by ``super().step()``."""
+    frame, found = sys._getframe(1), 0
+    while frame is not None and found < 2:
+        code = frame.f_code
+        if code.co_name == "wrapper" and code.co_filename == _HOOKED_STEP:
+            found += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return found > 1
 
 
 def has_state(optimizer: Optimizer) -> bool:
@@ -167,6 +193,12 @@ def has_rate(optimizer: Optimizer, group: Group) -> bool:
     return group.get("lr") is not None or has_rate_per_parameter(optimizer, group)
 
 
+def finds_rate(optimizer: object, group: Group) -> bool:
+    """Whether an optimizer multiplies lr by an estimate d; the d of torch's Adafactor is a threshold of clipping."""
+    named = any(kind.__name__.startswith(("DAdapt", "Prodigy")) for kind in type(optimizer).__mro__)
+    return "d" in group and ("d0" in group or named)
+
+
 def rate(optimizer: Any, group: Group) -> float | Tensor:
     """Return the rate by which a decay of a group is multiplied, before the optimizer's step."""
     lr = group.get("lr")
@@ -175,7 +207,7 @@ def rate(optimizer: Any, group: Group) -> float | Tensor:
     if "d_prev" in group and hasattr(optimizer, "get_dlr"):
         lr = optimizer.get_dlr(group)
         return optimizer.get_bias_correction(lr, group["betas"][1], group["k"])[0] if _corrects(group) else lr
-    if "d" in group and "d0" in group:  # what makes an lr of 1 a rate
+    if finds_rate(optimizer, group):  # d makes an lr of 1 a rate
         lr = lr * group["d"] * _bias_correction(group)
     if is_averaged(group):
         warmup, k = group.get("warmup_steps", 0), group.get("k", group.get("step", 0))
@@ -204,8 +236,9 @@ def _corrects(group: Group) -> bool:
 def _bias_correction(group: Group) -> float:
     if not _corrects(group):
         return 1.0
-    (beta1, beta2), k = group["betas"][:2], group.get("k", group.get("step", 0))
-    return (1 - beta2 ** (k + 1)) ** 0.5 / (1 - beta1 ** (k + 1))
+    beta1, beta2 = group["betas"][:2]
+    k = group["k"] + 1 if "k" in group else group["step"] + ("d0" not in group)
+    return (1 - beta2**k) ** 0.5 / (1 - beta1**k)
 
 
 def decouples(optimizer: Optimizer, group: Group) -> bool:
@@ -215,7 +248,7 @@ def decouples(optimizer: Optimizer, group: Group) -> bool:
     of_torch = type(optimizer).step.__module__.startswith("torch.optim.")  # and not overridden
     if of_torch and isinstance(optimizer, _DECOUPLING) and "weight_decay" in optimizer.defaults:
         return True
-    if "d0" in group:
+    if finds_rate(optimizer, group):
         return bool(group.get("decouple") or (is_averaged(group) and group.get("weight_decay_by_lr")))
     if "relative_step" in group:
         return hasattr(optimizer, "_get_lr")
@@ -294,7 +327,7 @@ def remarks_on_optimizer(optimizer: Optimizer, wrappers: Iterable[str]) -> list[
             f"{kind} averages: a low-rank decay acts on its base iterate, and shrinks what the average, whose weights "
             "are evaluated, still holds outside the range of that; L2 acts as the optimizer's own"
         )
-    if any("d" in group and "d0" in group for group in groups):
+    if any(finds_rate(optimizer, group) for group in groups):
         said.append(f"{kind} finds its rate: a decay is multiplied by lr · d")
     if any(has_rate_per_parameter(optimizer, group) for group in groups):
         said.append(f"{kind} has a rate of its own for each parameter, by which a decay of it is multiplied")

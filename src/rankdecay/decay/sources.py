@@ -26,6 +26,7 @@ from rankdecay.decay.groups import (
     decays_in,
     has_live_l2,
     hook_roles,
+    is_narrow,
     live_l2,
     names_in,
     remarks_on,
@@ -58,6 +59,10 @@ class Source(Protocol):
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
         """Take a group up, when it is first seen."""
+        ...
+
+    def recast(self, optimizer: Optimizer, index: int, group: Group) -> None:
+        """Take a known group up again, whose keys or dtypes have changed."""
         ...
 
     def targets(self, index: int, group: Group) -> list[Target]:
@@ -108,13 +113,16 @@ class FromGroups:
         self._warned = False
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
-        """Let the hook apply L2 where the optimizer does not decouple it."""
+        """Let the hook apply L2 where the optimizer does not decouple it, or would round it away."""
         l2 = group.get("decoupled_weight_decay") and group.get("weight_decay")
-        if "role" not in group or hook_roles(group) or not l2 or decouples(optimizer, group):
+        real = decouples(optimizer, group) and not any(map(is_narrow, group["params"]))
+        if "role" not in group or hook_roles(group) or not l2 or real:
             return
         keys = live_l2(group["role"].split("+")[0])
         group.update(keys)
         self._added[index] = list(keys)
+
+    recast = register
 
     def targets(self, index: int, group: Group) -> list[Target]:
         """Return the targets of a group, as its keys say now.
@@ -234,6 +242,10 @@ class FromModel:
         self._names.append(names)
         self._bundles.append(self._bundle(optimizer, index, group))
 
+    def recast(self, optimizer: Optimizer, index: int, group: Group) -> None:
+        """Share out a group's parameters again; their counts go on."""
+        self._bundles[index] = self._continued(self._bundles[index], self._bundle(optimizer, index, group))
+
     def targets(self, index: int, group: Group) -> list[Target]:
         """Return the targets of a group."""
         return [target for bundle in self._bundles[index] for target in bundle.targets]
@@ -294,11 +306,7 @@ class FromModel:
         except ValueError:
             self._named, self._planned = before
             raise
-        for old_group, new_group in zip(self._bundles, bundles, strict=True):
-            for bundle in new_group:
-                former = next((b for b in old_group if b.positions[0] in bundle.positions), None)
-                bundle.numbers.update(former.numbers if former is not None else {})
-        self._bundles = bundles
+        self._bundles = [self._continued(old, new) for old, new in zip(self._bundles, bundles, strict=True)]
 
     def recall(self, optimizer: Optimizer) -> None:
         """Take the counts from a state that has been loaded."""
@@ -315,6 +323,13 @@ class FromModel:
     def close(self, optimizer: Optimizer) -> None:
         """Do nothing: the groups are as they were found."""
 
+    def _continued(self, old: list[Bundle], new: list[Bundle]) -> list[Bundle]:
+        """Return new bundles with the counts of the old ones."""
+        for bundle in new:
+            former = next((b for b in old if b.positions[0] in bundle.positions), None)
+            bundle.numbers.update(former.numbers if former is not None else {})
+        return new
+
     def _each_bundle(self, optimizer: Optimizer) -> Iterable[tuple[Group, Bundle]]:
         for group, bundles in zip(optimizer.param_groups, self._bundles, strict=False):
             for bundle in bundles:
@@ -326,7 +341,7 @@ class FromModel:
         for position, name in enumerate(self._names[index]):
             if name is None or all(decay is None for _, decay in self._planned[name].decays):
                 continue
-            narrow = group["params"][position].dtype.itemsize < 4
+            narrow = is_narrow(group["params"][position])
             matrices = tuple((block.role, block.window, decay) for block, decay in self._planned[name].decays)
             alike.setdefault((matrices, narrow), []).append(position)
         return [self._bundle_of(optimizer, index, group, positions) for positions in alike.values()]
@@ -345,7 +360,7 @@ class FromModel:
                 f"name {left} as well, or set weight_decay=0 in that group."
             )
         [decay, *others] = distinct
-        narrow = group["params"][positions[0]].dtype.itemsize < 4  # the optimizer would round L2 away
+        narrow = is_narrow(group["params"][positions[0]])
         by_optimizer = isinstance(decay, Frobenius) and decay.lr_coupled and not others and decouples(optimizer, group)
         by_optimizer = by_optimizer and not narrow
         numbers: dict[str, Any] = {}
@@ -396,7 +411,7 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Ca
         taken = {position for part in others for position in part.positions}
         rest = [p for position, p in enumerate(group["params"]) if position not in taken]
         if rest or len(others) > 1:
-            check_divisible(optimizer, index)
+            check_divisible(optimizer, index, group)
         undo.append((group, {key: group[key] for key in _CHANGED if key in group}))
         counts = {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}  # advanced in place
         copies = [

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.attention import Window
-from rankdecay.decay.groups import Group
+from rankdecay.decay.groups import Group, is_narrow
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 
 #: Our one key in ``optimizer.state[parameter]``.
@@ -105,7 +105,7 @@ class Bundle:
 
     def is_counted(self, group: Group) -> bool:
         """Whether a resumed run needs the counts."""
-        narrow = any(group["params"][position].dtype.itemsize < 4 for position in self.positions)
+        narrow = any(is_narrow(group["params"][position]) for position in self.positions)
         return narrow or any(isinstance(t.decay, LowRank) and t.decay.every > 1 for t in self.targets)
 
     def recall(self, optimizer: Optimizer, group: Group) -> None:
