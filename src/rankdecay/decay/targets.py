@@ -27,10 +27,12 @@ class Counter:
 
     def __init__(self, numbers: dict[str, Any], role: str) -> None:
         self._numbers, self._steps, self._pending = numbers, f"{role}_steps", f"{role}_pending"
+        numbers.setdefault(self._steps, 0)  # a distributed checkpoint fills existing keys alone
+        numbers.setdefault(self._pending, 0.0)
 
     @property
     def steps(self) -> int:
-        return self._numbers.get(self._steps, 0)
+        return self._numbers[self._steps]
 
     @steps.setter
     def steps(self, value: int) -> None:
@@ -38,7 +40,7 @@ class Counter:
 
     @property
     def pending(self) -> float | Tensor:
-        return self._numbers.get(self._pending, 0.0)
+        return self._numbers[self._pending]
 
     @pending.setter
     def pending(self, value: float | Tensor) -> None:
@@ -114,7 +116,7 @@ class Bundle:
         found = next((state[STATE_KEY] for state in states if state and state.get(STATE_KEY)), None)
         if found is self.numbers or (found is None and not self._written):
             return
-        self.numbers.clear()
+        self.numbers.update(dict.fromkeys(self.numbers, 0))
         self.numbers.update(found if isinstance(found, Mapping) else {})
         self._written = False
 
