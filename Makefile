@@ -48,4 +48,6 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/diffusers -c constraints.txt diffusers
 	# torchao makes transformers warn wherever it is imported.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/torchao -c constraints.txt torchao
+	# axolotl pins other versions of half of this; its plugins' interface and configuration need two small packages.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/axolotl -c constraints.txt axolotl addict colorama
 	touch $@

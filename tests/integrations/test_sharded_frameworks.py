@@ -1,4 +1,4 @@
-"""FSDP2 as frameworks switch it on: two processes train, stop in the middle of a cycle and go on as one process alone.
+"""FSDP2 and DDP as frameworks switch them on: two processes stop in the middle of a cycle and go on as one alone.
 
 Accelerate, and so Trainer, shard on accelerators only, and on a CPU replicate without a word. Here Accelerate is told
 that the CPU is one; all else is theirs. Lightning shards on any device.
@@ -144,26 +144,31 @@ def with_trainer(folder: str) -> dict[str, Any]:
     return outcome(trainer.model, logged, sharded=True)
 
 
-def with_settings(folder: str, state_dict_type: str, **way: Any) -> dict[str, Any]:
-    """The optimizer that Trainer makes, with a decay by role."""
+def with_settings(folder: str, state_dict_type: str | None, **way: Any) -> dict[str, Any]:
+    """The optimizer that Trainer makes, with a decay by role; replicated without a type of sharded states."""
     from transformers import Trainer, TrainingArguments
 
-    shard_on_the_cpu()
-    how: dict[str, Any] = {"lr_scheduler_type": "constant", "max_grad_norm": 0, "save_steps": SAVED, "fsdp": True}
+    how: dict[str, Any] = {"lr_scheduler_type": "constant", "max_grad_norm": 0, "save_steps": SAVED}
     how |= {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "learning_rate": 1e-2}
-    how |= {"fsdp_config": {"state_dict_type": state_dict_type}, "per_device_train_batch_size": 2}
+    how |= {"per_device_train_batch_size": 2}
+    if state_dict_type is None:
+        how["use_cpu"] = True
+    else:
+        shard_on_the_cpu()
+        how |= {"fsdp": True, "fsdp_config": {"state_dict_type": state_dict_type}}
     data = [{"input_ids": row, "labels": row} for row in IDS]
     for stop in (SAVED, STEPS):
         arguments = TrainingArguments(folder, max_steps=stop, **how)
         trainer = Trainer(make_model(), arguments, train_dataset=data, **way)
         trainer.train(resume_from_checkpoint=stop > SAVED)
-    return outcome(trainer.model, [], sharded=True)
+    assert trainer.accelerator.num_processes == 2
+    return outcome(trainer.model, [], sharded=state_dict_type is not None)
 
 
 SETTINGS = "default=Frobenius:0.1,query_key=LowRank:1.0:every=3"
 
 
-def with_callback(folder: str, state_dict_type: str = "SHARDED_STATE_DICT") -> dict[str, Any]:
+def with_callback(folder: str, state_dict_type: str | None = "SHARDED_STATE_DICT") -> dict[str, Any]:
     from rankdecay.integrations.transformers import RankDecay
 
     return with_settings(folder, state_dict_type, callbacks=[RankDecay(SETTINGS)])
@@ -184,7 +189,17 @@ def with_factory_and_one_file(folder: str) -> dict[str, Any]:
     return with_factory(folder, "FULL_STATE_DICT")
 
 
-BY_ROLES = [with_callback, with_callback_and_one_file, with_factory, with_factory_and_one_file]
+def with_callback_and_replicas(folder: str) -> dict[str, Any]:
+    return with_callback(folder, None)
+
+
+BY_ROLES = [
+    with_callback,
+    with_callback_and_replicas,
+    with_callback_and_one_file,
+    with_factory,
+    with_factory_and_one_file,
+]
 
 # ---- Lightning -------------------------------------------------------------------------------------------
 
