@@ -57,7 +57,7 @@ def names(block: str, folder: Path) -> dict[str, Any]:
     if "plain_optimizer" in block:
         known["plain_optimizer"] = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1)), lr=1e-3)
         train(model, known["plain_optimizer"])
-    if "rd.param_groups" not in block and "optimizer = torch.optim" not in block:
+    if "rd.param_groups" not in block and "torch.optim." not in block and "RankDecay" not in block:
         known["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-3)
         known["attachment"] = rd.attach(known["optimizer"], model, query_key=rd.LowRank(0.1))
         train(model, known["optimizer"])
@@ -83,6 +83,9 @@ def test_block_runs_and_leaves_a_decay(block: str, tmp_path: Path) -> None:
     model, optimizer = trained(known)
     [layer] = rd.find_attention(model)
     assert layer.query.tensor().abs().min() > 0
+    if "callback" in known:  # which has detached
+        assert set(known["callback"].attachment.state_dict().values()) == {0, 2}
+        rd.attach(optimizer, model, **known["callback"].keywords)
     [attachment] = [each for each in attached() if each.optimizer is unwrapped(optimizer)]
     attachment.set(query_key=rd.LowRank(100.0))
     for group in optimizer.param_groups:

@@ -111,7 +111,7 @@ def attach(
         only: look for ``names`` alone.
         backend: ``"exact"``, ``"matmul"``, or ``"auto"``: exact on a CPU, products elsewhere, so that a step
             never waits for the device.
-        counts: where the state of ``every=k`` is saved: in ``optimizer.state_dict()``, under one key in the state of
+        counts: where the state of ``every=k`` is saved: in ``optimizer.state_dict()``, as numbers in the state of
             each parameter, or in ``attachment.state_dict()`` alone. Either can load the state of a run without decay;
             but a distributed checkpoint must have every key that ``optimizer.state_dict()`` has.
 
@@ -520,6 +520,7 @@ class Attachment:
         self._restore()
         for _, target in self._targets(optimizer):
             target.counter.settle()
+        self._source.keep(optimizer, set())
 
     def _check_loaded(self, optimizer: Optimizer) -> None:
         self._source.recall(optimizer)
