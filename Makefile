@@ -53,4 +53,6 @@ clean:
 		torch-optimi came-pytorch adam-mini badam einops
 	# torchao makes transformers warn wherever it is imported.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/torchao -c constraints.txt torchao
+	# axolotl pins other versions of half of this; its plugins' interface and configuration need two small packages.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/axolotl -c constraints.txt axolotl addict colorama
 	touch $@

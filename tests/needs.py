@@ -71,6 +71,14 @@ def smollm2() -> Path:
     return path
 
 
+def axolotl() -> str:
+    """The path of the folder with axolotl, or skips what asks for it."""
+    path = Path(sys.prefix, "axolotl")
+    if not path.exists():
+        pytest.skip("no axolotl: rm .venv/installed, then make test, which puts it beside the environment")
+    return str(path)
+
+
 def torchao() -> ModuleType:
     """Imports torchao, which is beside the environment, or skips what asks for it."""
     folder = str(Path(sys.prefix, "torchao"))

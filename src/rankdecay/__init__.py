@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rankdecay.decay.attach import Attachment, attach
     from rankdecay.decay.groups import param_groups
     from rankdecay.decay.policy import Frobenius, LowRank
+    from rankdecay.decay.settings import decays
     from rankdecay.inspection import Inspection, inspect
     from rankdecay.linalg import polar, soft_threshold
     from rankdecay.monitor import Monitor, RankCollapseWarning
@@ -25,6 +26,7 @@ _NAMES = {
     "decay.attach": ("Attachment", "attach"),
     "decay.groups": ("param_groups",),
     "decay.policy": ("Frobenius", "LowRank"),
+    "decay.settings": ("decays",),
     "inspection": ("Inspection", "inspect"),
     "linalg": ("polar", "soft_threshold"),
     "monitor": ("Monitor", "RankCollapseWarning"),
@@ -47,6 +49,7 @@ __all__ = [
     "Spectrum",
     "attach",
     "audit",
+    "decays",
     "find_attention",
     "inspect",
     "param_groups",

@@ -26,9 +26,9 @@ from rankdecay.decay.groups import (
     decays_in,
     has_live_l2,
     hook_roles,
-    is_narrow,
     live_l2,
     names_in,
+    real_l2,
     remarks_on,
     why_of,
     whys_in,
@@ -36,7 +36,7 @@ from rankdecay.decay.groups import (
 )
 from rankdecay.decay.optimizers import check_divisible, decouples, is_decoupled
 from rankdecay.decay.policy import Decay, Frobenius
-from rankdecay.decay.targets import Bundle, Counter, Target
+from rankdecay.decay.targets import STATE_PREFIX, Bundle, Counter, Target
 
 
 class Section(NamedTuple):
@@ -58,11 +58,7 @@ class Source(Protocol):
     """Where the targets of an optimizer come from."""
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
-        """Take a group up, when it is first seen."""
-        ...
-
-    def recast(self, optimizer: Optimizer, index: int, group: Group) -> None:
-        """Take a known group up again, whose keys or dtypes have changed."""
+        """Take a group up, when it is first seen and when the dtypes of its parameters have changed."""
         ...
 
     def targets(self, index: int, group: Group) -> list[Target]:
@@ -115,14 +111,11 @@ class FromGroups:
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
         """Let the hook apply L2 where the optimizer does not decouple it, or would round it away."""
         l2 = group.get("decoupled_weight_decay") and group.get("weight_decay")
-        real = decouples(optimizer, group) and not any(map(is_narrow, group["params"]))
-        if "role" not in group or hook_roles(group) or not l2 or real:
+        if "role" not in group or hook_roles(group) or not l2:
             return
-        keys = live_l2(group["role"].split("+")[0])
+        keys = real_l2(group) if decouples(optimizer, group) else live_l2(group["role"].split("+")[0])
         group.update(keys)
         self._added[index] = list(keys)
-
-    recast = register
 
     def targets(self, index: int, group: Group) -> list[Target]:
         """Return the targets of a group, as its keys say now.
@@ -236,15 +229,14 @@ class FromModel:
         Raises:
             ValueError: If the optimizer's own L2 would act on a named role and cannot be switched off.
         """
+        if index < len(self._bundles):
+            self._bundles[index] = self._counted_on(self._bundles[index], self._bundle(optimizer, index, group))
+            return
         model = self._model()
         by_id = {id(p): name for name, p in named_parameters(model).items()} if model is not None else {}
         names = [by_id.get(id(parameter)) for parameter in group["params"]]
         self._names.append(names)
         self._bundles.append(self._bundle(optimizer, index, group))
-
-    def recast(self, optimizer: Optimizer, index: int, group: Group) -> None:
-        """Share out a group's parameters again; their counts go on."""
-        self._bundles[index] = self._continued(self._bundles[index], self._bundle(optimizer, index, group))
 
     def targets(self, index: int, group: Group) -> list[Target]:
         """Return the targets of a group."""
@@ -306,7 +298,7 @@ class FromModel:
         except ValueError:
             self._named, self._planned = before
             raise
-        self._bundles = [self._continued(old, new) for old, new in zip(self._bundles, bundles, strict=True)]
+        self._bundles = [self._counted_on(old, new) for old, new in zip(self._bundles, bundles, strict=True)]
 
     def recall(self, optimizer: Optimizer) -> None:
         """Take the counts from a state that has been loaded."""
@@ -323,12 +315,13 @@ class FromModel:
     def close(self, optimizer: Optimizer) -> None:
         """Do nothing: the groups are as they were found."""
 
-    def _continued(self, old: list[Bundle], new: list[Bundle]) -> list[Bundle]:
-        """Return new bundles with the counts of the old ones."""
-        for bundle in new:
-            former = next((b for b in old if b.positions[0] in bundle.positions), None)
+    @staticmethod
+    def _counted_on(before: list[Bundle], now: list[Bundle]) -> list[Bundle]:
+        """Let the counts of new bundles go on from those that had their parameters."""
+        for bundle in now:
+            former = next((each for each in before if bundle.positions[0] in each.positions), None)
             bundle.numbers.update(former.numbers if former is not None else {})
-        return new
+        return now
 
     def _each_bundle(self, optimizer: Optimizer) -> Iterable[tuple[Group, Bundle]]:
         for group, bundles in zip(optimizer.param_groups, self._bundles, strict=False):
@@ -341,7 +334,7 @@ class FromModel:
         for position, name in enumerate(self._names[index]):
             if name is None or all(decay is None for _, decay in self._planned[name].decays):
                 continue
-            narrow = is_narrow(group["params"][position])
+            narrow = group["params"][position].dtype.itemsize < 4
             matrices = tuple((block.role, block.window, decay) for block, decay in self._planned[name].decays)
             alike.setdefault((matrices, narrow), []).append(position)
         return [self._bundle_of(optimizer, index, group, positions) for positions in alike.values()]
@@ -360,7 +353,7 @@ class FromModel:
                 f"name {left} as well, or set weight_decay=0 in that group."
             )
         [decay, *others] = distinct
-        narrow = is_narrow(group["params"][positions[0]])
+        narrow = group["params"][positions[0]].dtype.itemsize < 4  # the optimizer would round L2 away
         by_optimizer = isinstance(decay, Frobenius) and decay.lr_coupled and not others and decouples(optimizer, group)
         by_optimizer = by_optimizer and not narrow
         numbers: dict[str, Any] = {}
@@ -368,7 +361,7 @@ class FromModel:
         for role in dict.fromkeys(block.role for block, _ in decays):
             [its] = {decay for block, decay in decays if block.role == role}
             windows = [block.labelled_window() for block, _ in decays if block.role == role]
-            counter = Counter(numbers, role)
+            counter = Counter(numbers, f"{STATE_PREFIX}{role}")
             targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer))
         l2 = decay.strength if by_optimizer and isinstance(decay, Frobenius) else 0.0
         return Bundle(positions, targets, l2, numbers)

@@ -7,7 +7,6 @@ elsewhere, where whatever saves the optimizer saves it too: in the keys of the g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +14,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.attention import Window
-from rankdecay.decay.groups import Group, is_narrow
+from rankdecay.decay.groups import Group
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 
-#: Our one key in ``optimizer.state[parameter]``.
-STATE_KEY = "rankdecay"
+#: Our keys in ``optimizer.state[parameter]`` begin with it. Each holds a number: before torch 2.10 a distributed
+#: checkpoint that is flattened takes no dictionary there, and a tensor would be cast to the parameter's dtype.
+STATE_PREFIX = "rankdecay_"
+
+
+def is_ours(key: object) -> bool:
+    """Whether a key in the state of a parameter is one of a decay."""
+    return str(key).startswith(STATE_PREFIX)
 
 
 class Counter:
@@ -92,9 +97,9 @@ class Bundle:
         positions: of the parameters in the group.
         targets: one per role.
         l2: weight decay with which the optimizer is to step these parameters.
-        numbers: counts of the targets; the same dictionary is in the state of every parameter, where a resumed run
-            needs it: for cycles of several steps, and for the random numbers by which 16-bit weights are rounded.
-            A state without it is that of a run without decay, and either can load the other's.
+        numbers: counts of the targets; they are in the state of every parameter, too, where a resumed run needs
+            them: for cycles of several steps, and for the random numbers by which 16-bit weights are rounded.
+            A state without them is that of a run without decay, and either can load the other's.
     """
 
     positions: list[int]
@@ -103,30 +108,38 @@ class Bundle:
     numbers: dict[str, Any] = field(default_factory=dict)
     _written: bool = False
 
+    def __post_init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        """Count from zero, with every number there: a distributed checkpoint loads into the keys that it finds."""
+        self.numbers.clear()
+        for target in self.targets:
+            target.counter.steps, target.counter.pending = 0, 0.0
+
     def is_counted(self, group: Group) -> bool:
         """Whether a resumed run needs the counts."""
-        narrow = any(is_narrow(group["params"][position]) for position in self.positions)
+        narrow = any(group["params"][position].dtype.itemsize < 4 for position in self.positions)
         return narrow or any(isinstance(t.decay, LowRank) and t.decay.every > 1 for t in self.targets)
 
     def recall(self, optimizer: Optimizer, group: Group) -> None:
         """Take the counts over from a state that has been loaded since the last step."""
-        states = [optimizer.state.get(group["params"][position]) for position in self.positions]
-        found = next((state[STATE_KEY] for state in states if state and state.get(STATE_KEY)), None)
-        if found is self.numbers or (found is None and not self._written):
+        states = [optimizer.state.get(group["params"][position]) or {} for position in self.positions]
+        found = next((its for state in states if (its := {k: state[k] for k in self.numbers if k in state})), {})
+        if found == self.numbers or not (found or self._written):
             return
-        self.numbers.clear()
-        self.numbers.update(found if isinstance(found, Mapping) else {})
+        self._reset()
+        self.numbers.update(found)
         self._written = False
 
     def keep(self, optimizer: Optimizer, group: Group, stepped: set[int]) -> None:
-        """Write the counts to the state of the parameters that have been stepped.
+        """Write the counts to the state of the parameters that have been stepped, and of those that have counts.
 
         Not before: to many an optimizer a state with anything in it is one that has been made.
         """
-        if not self.is_counted(group):
-            return
+        counted = self.is_counted(group)
         for position in self.positions:
             parameter = group["params"][position]
-            if id(parameter) in stepped:
-                optimizer.state[parameter][STATE_KEY] = self.numbers
+            if (counted and id(parameter) in stepped) or any(map(is_ours, optimizer.state.get(parameter) or ())):
+                optimizer.state[parameter].update(self.numbers)
                 self._written = True

@@ -7,6 +7,7 @@ gradient behind.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -61,6 +62,8 @@ class Watch:
             )
 
     def _backward(self) -> None:
+        if _is_accumulating():
+            return
         self._backwards += 1
         if self._backwards == self.patience:
             self.stop()
@@ -70,3 +73,9 @@ class Watch:
                 "trainer built), attach to that; if the gradients of more passes are accumulated, all is well.",
                 stacklevel=2,
             )
+
+
+def _is_accumulating() -> bool:
+    """Whether Accelerate, with which Trainer trains too, says that the gradients of this pass wait for more."""
+    state = sys.modules.get("accelerate.state")
+    return state is not None and not state.GradientState().sync_gradients

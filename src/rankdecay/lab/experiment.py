@@ -29,7 +29,7 @@ from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import ArmStyle, arm_styles
 from rankdecay.lab.report.table import Column
 from rankdecay.lab.report.words import Check, Facts
-from rankdecay.lab.settings import Record, Settings, identity, question, renamed
+from rankdecay.lab.settings import Record, Settings, check_lists, identity, question, renamed
 
 if TYPE_CHECKING:
     from rankdecay.lab.precision import Products
@@ -342,6 +342,7 @@ def _run(experiment: Experiment[S], settings: S, command: str) -> Record:
     from rankdecay.lab.machine import resolve_device
     from rankdecay.lab.progress import Promise, Screen
 
+    check_lists(settings)
     settings = experiment.check(settings)
     processes = experiment.processes()
     device = resolve_device(settings.device, needs_float64=experiment.needs_float64)
