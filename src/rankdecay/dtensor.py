@@ -24,6 +24,12 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.to(sharded.device_mesh.device_type).full_tensor()  # offloaded parts cannot be sent from the CPU
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a DTensor that this process holds, detached; any other tensor whole."""
+    held: Any = tensor.detach()
+    return held.to_local() if is_sharded(tensor) else held
+
+
 #: Where wrappers keep the optimizer that they step: Accelerate, Lightning and Lookahead; timm; SAM.
 _INSIDE = ("optimizer", "_base_optimizer", "base_optimizer", "optim")
 

@@ -359,11 +359,12 @@ def test_per_step_l2_is_not_multiplied_by_the_learning_rate() -> None:
             torch.testing.assert_close(new, old * 0.75, atol=1e-6, rtol=1e-5)
 
 
-def test_l2_of_16_bit_weights_happens() -> None:
+@pytest.mark.parametrize("cast", ["before", "after"])
+def test_l2_of_16_bit_weights_happens(cast: str) -> None:
     """AdamW's own is below their last digit at every step, and lost."""
     lost = {}
     for by in ("own", "groups", "roles"):
-        model = make_model(torch.bfloat16)
+        model = make_model(torch.bfloat16 if cast == "before" else torch.float32)
         torch.manual_seed(0)
         if by == "own":
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
@@ -373,6 +374,7 @@ def test_l2_of_16_bit_weights_happens() -> None:
         else:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
             rd.attach(optimizer, model, rd.Frobenius(0.1))
+        model.bfloat16()
         weight = model.embedding.weight
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape).abs() + 0.5)

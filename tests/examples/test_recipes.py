@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import rankdecay as rd
+from rankdecay.decay.attach import attached
+from rankdecay.dtensor import unwrapped
 from tests import needs
 
 transformers = needs.package("transformers")
@@ -55,10 +57,9 @@ def names(block: str, folder: Path) -> dict[str, Any]:
     if "plain_optimizer" in block:
         known["plain_optimizer"] = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1)), lr=1e-3)
         train(model, known["plain_optimizer"])
-    if "rd.param_groups" not in block:
-        groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(0.1))
-        known["optimizer"] = torch.optim.AdamW(groups, lr=1e-3)
-        known["attachment"] = rd.attach(known["optimizer"])
+    if "rd.param_groups" not in block and "optimizer = torch.optim" not in block:
+        known["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        known["attachment"] = rd.attach(known["optimizer"], model, query_key=rd.LowRank(0.1))
         train(model, known["optimizer"])
     return known
 
@@ -82,8 +83,10 @@ def test_block_runs_and_leaves_a_decay(block: str, tmp_path: Path) -> None:
     model, optimizer = trained(known)
     [layer] = rd.find_attention(model)
     assert layer.query.tensor().abs().min() > 0
-    [group] = [group for group in optimizer.param_groups if "query_key_rule" in group]
-    group["query_key_strength"], group["lr"] = 100.0, 1.0  # more than every singular value
+    [attachment] = [each for each in attached() if each.optimizer is unwrapped(optimizer)]
+    attachment.set(query_key=rd.LowRank(100.0))
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0  # more than every singular value
     train(model, optimizer)
     assert (layer.query.tensor() == 0).all()
     assert (layer.value.tensor() != 0).any()

@@ -219,12 +219,17 @@ def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Deca
             )
 
 
+def attached() -> list[Attachment]:
+    """Return the attachments whose decay is applied, or paused, and whose optimizer still exists."""
+    return [attachment for attachment in _attached if attachment._optimizer() is not None]
+
+
 class Attachment:
     """A decay that is attached to an optimizer. Made by :func:`attach`."""
 
     def __init__(self, optimizer: Optimizer, source: Source, backend: Backend, wrappers: list[str]) -> None:
         kind = type(optimizer).__name__
-        if any(other._optimizer() is optimizer for other in _attached):
+        if any(other.optimizer is optimizer for other in attached()):
             raise ValueError(
                 f"this {kind} is attached already, and a second hook would decay twice; call detach() on its "
                 "attachment first."
@@ -246,6 +251,7 @@ class Attachment:
             raise
         self._params_with_grad: set[int] = set()
         self._rates: list[float | Tensor] = []
+        self._stepping: list[list[Target]] = []  # the targets of this step, by group
         self._closure = False
         self._first = True
         self._first_decay = True
@@ -376,7 +382,7 @@ class Attachment:
         for _, target in self._targets(optimizer):
             target.counter.settle()
         return {
-            f"{name}.{target.role}_{number}": getattr(target.counter, number)
+            f"{_bare(name)}.{target.role}_{number}": getattr(target.counter, number)
             for _, target in self._targets(optimizer)
             for name in target.names
             for number in ("steps", "pending")
@@ -385,7 +391,7 @@ class Attachment:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the counts over from :meth:`state_dict`; a count that is missing there is zero."""
         for _, target in self._targets(self.optimizer):
-            first = f"{target.names[0]}.{target.role}"
+            first = f"{_bare(target.names[0])}.{target.role}"
             target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
             target.counter.pending = float(state_dict.get(f"{first}_pending", 0.0))
 
@@ -412,10 +418,12 @@ class Attachment:
         for index, group in enumerate(optimizer.param_groups):
             self._register_group(index, group)
         self._source.recall(optimizer)
+        self._stepping = [self._source.targets(index, group) for index, group in enumerate(optimizer.param_groups)]
         self._states_only = may_make_states_only(optimizer)
         # With a closure the gradients of this step are not there yet, and those of the last one may be.
         self._closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
-        live = (p for group, target in self._targets(optimizer) for p in target.parameters(group))
+        pairs = zip(optimizer.param_groups, self._stepping, strict=True)
+        live = (p for group, targets in pairs for target in targets for p in target.parameters(group))
         self._params_with_grad = set() if self._closure else {id(p) for p in live if p.grad is not None}
         if self._first:
             self._check_values(optimizer)
@@ -451,8 +459,8 @@ class Attachment:
 
     def _decay(self, optimizer: Optimizer) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-        for index, group in enumerate(optimizer.param_groups):
-            for number, target in enumerate(self._source.targets(index, group)):
+        for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
+            for number, target in enumerate(targets):
                 if target.by_optimizer:
                     continue
                 decay = target.decay_in(group)
@@ -500,9 +508,12 @@ class Attachment:
             self._registered.append(_RegisteredGroup.of(group, self._source.targets(index, group)))
             return
         before = self._registered[index]
-        now = [tuple(p.shape) for p in group["params"]]
-        if before.roles and now != before.shapes:
-            raise ValueError(_swapped(index, before, now))
+        now = _RegisteredGroup.of(group, [])
+        if before.roles and now.shapes != before.shapes:
+            raise ValueError(_swapped(index, before, now.shapes))
+        if now.dtypes != before.dtypes:  # who applies L2 depends on them
+            self._source.register(self.optimizer, index, group)
+            self._registered[index] = _RegisteredGroup.of(group, self._source.targets(index, group))
 
     def _before_saving(self, optimizer: Optimizer) -> None:
         """Make the state what it is between steps: groups in one piece, and counts that are plain numbers."""
@@ -564,16 +575,18 @@ class Attachment:
 
 
 class _RegisteredGroup(NamedTuple):
-    """Roles and shapes of a group when the decay was attached."""
+    """Roles, shapes and dtypes of a group when the decay was attached."""
 
     name: str
     roles: list[str]
     shapes: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
 
     @classmethod
     def of(cls, group: Group, targets: list[Target]) -> _RegisteredGroup:
         roles = list(dict.fromkeys(target.role for target in targets))
-        return cls(group.get("role", "+".join(roles)), roles, [tuple(p.shape) for p in group["params"]])
+        shapes, dtypes = [tuple(p.shape) for p in group["params"]], [p.dtype for p in group["params"]]
+        return cls(group.get("role", "+".join(roles)), roles, shapes, dtypes)
 
 
 @contextlib.contextmanager
@@ -601,6 +614,11 @@ def _name_later_groups(optimizer: Optimizer) -> None:
             add(its, with_names(param_group))
 
     optimizer.add_param_group = add_param_group  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _bare(name: str) -> str:
+    """Return the name that a parameter has before its model is compiled or wrapped."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _nothing() -> None:
@@ -655,10 +673,8 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
 def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
     """Raise if another attached optimizer decays one of these parameters."""
     ours = {id(p): n for g, t in attachment._targets(optimizer) for p, n in zip(t.parameters(g), t.names, strict=True)}
-    for other in _attached:
-        theirs = other._optimizer()
-        if theirs is None:
-            continue
+    for other in attached():
+        theirs = other.optimizer
         for group, target in other._targets(theirs):
             for parameter in target.parameters(group):
                 if id(parameter) in ours:

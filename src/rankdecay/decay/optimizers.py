@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from rankdecay.decay.groups import Group
 from rankdecay.decay.targets import is_ours
-from rankdecay.dtensor import whole
+from rankdecay.dtensor import local, whole
 
 #: Optimizers of torch that decouple their ``weight_decay``, always or where ``decoupled_weight_decay`` says so.
 _DECOUPLING = tuple(
@@ -194,15 +194,16 @@ def check_states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     Raises:
         ValueError: With the name of the entry of the state.
     """
-    parameter = next((p for p in parameters if optimizer.state.get(p) and p.numel() and bool(p.detach().any())), None)
+    with_state = (p for p in parameters if optimizer.state.get(p))
+    parameter = next((p for p in with_state if local(p).numel() and bool(local(p).any())), None)
     if parameter is None:
         return
-    weight = parameter.detach()
+    weight = local(parameter)
     for name, entry in optimizer.state[parameter].items():
         known = name in _LAGGING or name in _ONLY_READ or name == "z"
-        if known or not isinstance(entry, Tensor) or entry.shape != weight.shape or not entry.is_floating_point():
+        if known or not isinstance(entry, Tensor) or entry.shape != parameter.shape or not entry.is_floating_point():
             continue
-        if (entry.detach().to(weight.device) - weight).float().norm() < 0.1 * weight.float().norm():
+        if (local(entry).to(weight.device) - weight).float().norm() < 0.1 * weight.float().norm():
             raise ValueError(
                 f"{type(optimizer).__name__} keeps weights of its own in its state ({name!r}), from which it may "
                 f"compute the parameters again and so undo a decay; {_REMEDY}."

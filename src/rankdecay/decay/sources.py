@@ -28,6 +28,7 @@ from rankdecay.decay.groups import (
     hook_roles,
     live_l2,
     names_in,
+    real_l2,
     remarks_on,
     why_of,
     whys_in,
@@ -57,7 +58,7 @@ class Source(Protocol):
     """Where the targets of an optimizer come from."""
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
-        """Take a group up, when it is first seen."""
+        """Take a group up, when it is first seen and when the dtypes of its parameters have changed."""
         ...
 
     def targets(self, index: int, group: Group) -> list[Target]:
@@ -108,11 +109,11 @@ class FromGroups:
         self._warned = False
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
-        """Let the hook apply L2 where the optimizer does not decouple it."""
+        """Let the hook apply L2 where the optimizer does not decouple it, or would round it away."""
         l2 = group.get("decoupled_weight_decay") and group.get("weight_decay")
-        if "role" not in group or hook_roles(group) or not l2 or decouples(optimizer, group):
+        if "role" not in group or hook_roles(group) or not l2:
             return
-        keys = live_l2(group["role"].split("+")[0])
+        keys = real_l2(group) if decouples(optimizer, group) else live_l2(group["role"].split("+")[0])
         group.update(keys)
         self._added[index] = list(keys)
 
@@ -228,6 +229,9 @@ class FromModel:
         Raises:
             ValueError: If the optimizer's own L2 would act on a named role and cannot be switched off.
         """
+        if index < len(self._bundles):
+            self._bundles[index] = self._counted_on(self._bundles[index], self._bundle(optimizer, index, group))
+            return
         model = self._model()
         by_id = {id(p): name for name, p in named_parameters(model).items()} if model is not None else {}
         names = [by_id.get(id(parameter)) for parameter in group["params"]]
@@ -294,11 +298,7 @@ class FromModel:
         except ValueError:
             self._named, self._planned = before
             raise
-        for old_group, new_group in zip(self._bundles, bundles, strict=True):
-            for bundle in new_group:
-                former = next((b for b in old_group if b.positions[0] in bundle.positions), None)
-                bundle.numbers.update(former.numbers if former is not None else {})
-        self._bundles = bundles
+        self._bundles = [self._counted_on(old, new) for old, new in zip(self._bundles, bundles, strict=True)]
 
     def recall(self, optimizer: Optimizer) -> None:
         """Take the counts from a state that has been loaded."""
@@ -314,6 +314,14 @@ class FromModel:
 
     def close(self, optimizer: Optimizer) -> None:
         """Do nothing: the groups are as they were found."""
+
+    @staticmethod
+    def _counted_on(before: list[Bundle], now: list[Bundle]) -> list[Bundle]:
+        """Let the counts of new bundles go on from those that had their parameters."""
+        for bundle in now:
+            former = next((each for each in before if bundle.positions[0] in each.positions), None)
+            bundle.numbers.update(former.numbers if former is not None else {})
+        return now
 
     def _each_bundle(self, optimizer: Optimizer) -> Iterable[tuple[Group, Bundle]]:
         for group, bundles in zip(optimizer.param_groups, self._bundles, strict=False):

@@ -30,6 +30,7 @@ class Watch:
         self.patience = PATIENCE
         self._backwards = self._empty = 0
         self._warned = False
+        self._watched = bool(parameters)
         self._handle = None
         trained = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
         if trained is not None:
@@ -50,7 +51,7 @@ class Watch:
 
     def stepped(self, had_gradients: bool) -> None:
         """Take note of a step, and whether a decayed parameter had a gradient in it."""
-        self._empty = 0 if had_gradients else self._empty + 1
+        self._empty = 0 if had_gradients or not self._watched else self._empty + 1
         if self._empty == self.patience and not self._warned:
             self._warned = True
             warnings.warn(

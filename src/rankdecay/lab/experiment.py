@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from rankdecay.decay.policy import Frobenius
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.report.chart import Axis, Chart, Choice, Line
 from rankdecay.lab.report.section import Html, Section
@@ -88,11 +89,22 @@ class Arm:
 
     def record(self) -> Record:
         """The arm as ``config.json`` holds it."""
-        how = dataclasses.asdict(self.how) if dataclasses.is_dataclass(self.how) else {}  # type: ignore[arg-type]
+        how = _as_stored(self.how) if dataclasses.is_dataclass(self.how) else {}
         more = {"strengths": self.strengths} if self.strengths else {}
         return {"name": self.name, "description": self.description, **more, **how} | (
             {"control": self.control} if self.control else {}
         )
+
+
+def _as_stored(how: Any) -> Any:
+    """Return a dataclass as a dictionary; of L2 what differs from its defaults, as directories of before hold it."""
+    if not dataclasses.is_dataclass(how):
+        return how
+    fields = {field.name: getattr(how, field.name) for field in dataclasses.fields(how)}
+    if isinstance(how, Frobenius):
+        defaults = {field.name: field.default for field in dataclasses.fields(how)}
+        fields = {name: value for name, value in fields.items() if value != defaults[name]}
+    return {name: _as_stored(value) for name, value in fields.items()}
 
 
 @dataclass(frozen=True)
