@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.decay.groups import Group
-from rankdecay.decay.targets import is_ours
+from rankdecay.decay.targets import STATE_KEY
 from rankdecay.dtensor import local, whole
 
 #: Optimizers of torch that decouple their ``weight_decay``, always or where ``decoupled_weight_decay`` says so.
@@ -85,7 +85,7 @@ def check_own_decay(optimizer: Optimizer, index: int, group: Group, is_decayed: 
 def has_state(optimizer: Optimizer) -> bool:
     """Whether an optimizer has made its state; our own counts are none."""
     states = (state for state in optimizer.state.values() if isinstance(state, dict))
-    return any(not is_ours(key) for state in states for key in state)
+    return any(key != STATE_KEY for state in states for key in state)
 
 
 def may_make_states_only(optimizer: Optimizer) -> bool:
