@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rankdecay as rd
-from rankdecay.decay.targets import is_ours
+from rankdecay.decay.targets import STATE_KEY
 from tests.decay.models import STRENGTH, make_model, query_key, zero_gradients
 
 LR = 0.1
@@ -173,18 +173,18 @@ def test_resuming_in_mid_cycle_changes_nothing(dtype: torch.dtype, maker: str, f
     _same(whole, resumed)
 
 
-def test_the_state_has_two_numbers_of_ours_for_each_role_and_only_where_a_resumed_run_needs_it() -> None:
+def test_the_state_has_one_key_of_ours_and_only_where_a_resumed_run_needs_it() -> None:
     for every, kept in ((1, False), (3, True)):
         model = make_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
         rd.attach(optimizer, model, query_key=rd.LowRank(0.1, every=every))
         _train(model, optimizer, range(2))
-        ours = {name for name, p in model.named_parameters() if any(map(is_ours, optimizer.state[p]))}
+        ours = {name for name, p in model.named_parameters() if STATE_KEY in optimizer.state[p]}
         assert bool(ours) == kept
         assert all("q_proj.weight" in n or "k_proj.weight" in n or "query_key_value.weight" in n for n in ours)
         for state in optimizer.state.values():
-            assert all(type(value) in (int, float) for key, value in state.items() if is_ours(key))
-            assert len(set(state) - {"step", "exp_avg", "exp_avg_sq"}) in (0, 2, 4)  # 4: fused, of two roles
+            assert all(type(value) in (int, float) for value in state.get(STATE_KEY, {}).values())
+            assert set(state) <= {"step", "exp_avg", "exp_avg_sq", STATE_KEY}
 
 
 def test_a_run_without_decay_continues_with_it_and_the_other_way_round() -> None:
@@ -209,7 +209,7 @@ def test_the_attachments_own_state_can_hold_the_counts() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=4), counts="attachment")
     _train(model, optimizer, range(6))
-    assert not any(is_ours(key) for state in optimizer.state.values() for key in state)
+    assert not any(STATE_KEY in state for state in optimizer.state.values())
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), attachment.state_dict()))
     _train(model, optimizer, range(6, 10))
     resumed = make_model()

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rankdecay as rd
+from rankdecay.decay.targets import STATE_KEY
 from tests import needs
 
 needs.package("transformers")
@@ -39,7 +40,7 @@ STEPS = 60
 class Example:
     needs: list[str]
     checkpoint: str  # where it is after so many steps
-    optimizer_state: Callable[[Path], dict[str, Any]]  # from a checkpoint, as anyone may load it
+    counts: Callable[[Path], tuple[int, float]]  # in a checkpoint, as anyone may load it: steps, and what is pending
     tables: int = 2  # of ranks, that it prints
 
 
@@ -47,11 +48,26 @@ def load(path: Path) -> Any:
     return torch.load(path, weights_only=True)
 
 
+def in_optimizer(state: dict[str, Any]) -> tuple[int, float]:
+    """Return the counts of W_Q and W_K in an optimizer's groups or states; where there are several, they are alike."""
+    places = [*state["param_groups"], *(entry.get(STATE_KEY, {}) for entry in state["state"].values())]
+    [counts] = {(g["query_key_steps"], g["query_key_pending"]) for g in places if "query_key_steps" in g}
+    return counts
+
+
+def in_callback(state: dict[str, Any]) -> tuple[int, float]:
+    counts = state["callbacks"]["RankDecay"]["counts"]
+    [steps], [pending] = ({n for name, n in counts.items() if name.endswith(kind)} for kind in ("steps", "pending"))
+    return steps, pending
+
+
 EXAMPLES = {
-    "plain_loop": Example([], "step_{}.pt", lambda path: load(path)["optimizer"]),
-    "hf_trainer": Example(["accelerate"], "checkpoint-{}", lambda path: load(path / "optimizer.pt"), tables=1),
-    "accelerate_loop": Example(["accelerate"], "step_{}", lambda path: load(path / "optimizer.bin")),
-    "lightning_module": Example(["lightning"], "*-step={}.ckpt", lambda path: load(path)["optimizer_states"][0]),
+    "plain_loop": Example([], "step_{}.pt", lambda path: in_optimizer(load(path)["optimizer"])),
+    "hf_trainer": Example(
+        ["accelerate"], "checkpoint-{}", lambda path: in_optimizer(load(path / "optimizer.pt")), tables=1
+    ),
+    "accelerate_loop": Example(["accelerate"], "step_{}", lambda path: in_optimizer(load(path / "optimizer.bin"))),
+    "lightning_module": Example(["lightning"], "*-step={}.ckpt", lambda path: in_callback(load(path))),
 }
 
 
@@ -65,6 +81,9 @@ class Run:
     def checkpoint(self, name: str, step: int) -> Path:
         [path] = self.folder.glob(EXAMPLES[name].checkpoint.format(step))
         return path
+
+    def counts(self, name: str, step: int) -> tuple[int, float]:
+        return EXAMPLES[name].counts(self.checkpoint(name, step))
 
 
 @pytest.fixture(scope="module")
@@ -107,21 +126,6 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def counts_of_queries(state: dict[str, Any]) -> dict[str, Any]:
-    """From an optimizer's state, by groups or by roles; all of W_Q and W_K are alike."""
-    counts = [
-        {name: group[f"query_key_{name}"] for name in ("steps", "pending")}
-        for group in state["param_groups"]
-        if "query_key_rule" in group
-    ] or [
-        {name: entry[f"rankdecay_query_key_{name}"] for name in ("steps", "pending")}
-        for entry in state["state"].values()
-        if "rankdecay_query_key_steps" in entry
-    ]
-    assert all(each == counts[0] for each in counts)
-    return counts[0]
-
-
 def ranks(model: nn.Module) -> torch.Tensor:
     """Numerical rank over the largest there can be, of every W_Q and W_K."""
     matrices = [view.tensor() for layer in rd.find_attention(model) for view in (layer.query, layer.key)]
@@ -136,7 +140,7 @@ def test_lowers_the_rank_once_per_step(name: str, run: Callable[..., Run]) -> No
     assert (ranks(decayed.model) < 0.7).all()
     for one in (decayed, without):
         assert one.steps == STEPS
-        assert counts_of_queries(one.optimizer.state_dict())["steps"] == STEPS
+        assert one.counts(name, STEPS)[0] == STEPS
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -153,13 +157,14 @@ def test_learns_the_task_all_the_same(name: str, run: Callable[..., Run]) -> Non
 def test_resumes_to_the_last_bit(name: str, run: Callable[..., Run]) -> None:
     step, whole = 40, run(name)
     checkpoint = whole.checkpoint(name, step)
-    saved = counts_of_queries(EXAMPLES[name].optimizer_state(checkpoint))
-    assert saved["steps"] == step
-    assert saved["pending"] > 0  # every=3: the cycle is at 1 of 3
+    steps, pending = whole.counts(name, step)
+    assert steps == step
+    assert pending > 0
     resumed = run(name, resume=str(checkpoint))
     assert resumed.steps == STEPS - step
     torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
     assert resumed.optimizer.state_dict()["param_groups"] == whole.optimizer.state_dict()["param_groups"]
+    assert resumed.counts(name, STEPS) == whole.counts(name, STEPS)
 
 
 def test_there_is_no_other_example() -> None:

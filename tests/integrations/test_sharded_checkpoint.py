@@ -195,7 +195,7 @@ def test_a_run_without_decay_ignores_the_counts_of_a_checkpoint(flat: bool, fold
 @pytest.mark.parametrize("flat", [False, True])
 def test_counts_that_a_checkpoint_has_not_are_an_error_with_two_ways_out(flat: bool, folder: Path) -> None:
     path = folder / "nothing" / str(flat)
-    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: .*rankdecay_query_key_steps"):
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: .*rankdecay.query_key_steps"):
         load(Run(sharded=False, by="roles"), path, flat)
 
     aside = Run(sharded=False, by="roles", counts="attachment")

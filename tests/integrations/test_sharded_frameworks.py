@@ -204,13 +204,18 @@ BY_ROLES = [
 # ---- Lightning -------------------------------------------------------------------------------------------
 
 
-def with_lightning(folder: str) -> dict[str, Any]:
+def with_lightning_callback(folder: str) -> dict[str, Any]:
+    """The callback attaches, under an optimizer which the module makes without a thought of decays."""
+    return with_lightning(folder, by_callback=True)
+
+
+def with_lightning(folder: str, by_callback: bool = False) -> dict[str, Any]:
     import lightning as L
     from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.strategies import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
 
-    from rankdecay.integrations.lightning import RankCallback
+    from rankdecay.integrations.lightning import RankCallback, RankDecay
 
     class Recorder(DummyLogger):
         def log_metrics(self, metrics: dict[str, float], step: int) -> None:
@@ -227,6 +232,8 @@ def with_lightning(folder: str) -> dict[str, Any]:
             return self.model(input_ids=batch, labels=batch).loss
 
         def configure_optimizers(self) -> Any:
+            if by_callback:
+                return AdamW(self.parameters(), lr=1e-2, weight_decay=0.0)
             optimizer = make_optimizer(self.model)
             rd.attach(optimizer)
             return optimizer
@@ -236,7 +243,9 @@ def with_lightning(folder: str) -> dict[str, Any]:
     for stop in (SAVED, STEPS):
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
         quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "logger": Recorder()}
-        callbacks = [RankCallback(every=2, detail="model")]
+        callbacks: list[Any] = [RankCallback(every=2, detail="model")]
+        if by_callback:
+            callbacks.append(RankDecay(default=rd.Frobenius(0.1), query_key=rd.LowRank(1.0, every=3)))
         trainer = L.Trainer(
             accelerator="cpu", devices=2, strategy=strategy, max_steps=stop, callbacks=callbacks, **quiet
         )
@@ -247,9 +256,11 @@ def with_lightning(folder: str) -> dict[str, Any]:
     return outcome(module.model, logged, sharded=True)
 
 
-@pytest.mark.parametrize("framework", [with_accelerate, with_trainer, with_lightning, *BY_ROLES])
+@pytest.mark.parametrize(
+    "framework", [with_accelerate, with_trainer, with_lightning, with_lightning_callback, *BY_ROLES]
+)
 def test_two_processes_arrive_where_one_does(framework: Callable[[str], Any], tmp_path: Path) -> None:
-    if framework is with_lightning:
+    if framework in (with_lightning, with_lightning_callback):
         needs.package("lightning")
     first, other = on_ranks(2, framework, str(tmp_path / "saved"))
     expected = alone()

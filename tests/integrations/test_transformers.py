@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rankdecay as rd
-from rankdecay.decay.targets import is_ours
+from rankdecay.decay.targets import STATE_KEY
 from rankdecay.monitor import Monitor, RankCollapseWarning
 from tests import needs
 
@@ -163,8 +163,8 @@ def test_the_counts_are_in_the_state_of_the_trainer_too(by_hand, tmp_path):
     make_trainer(tmp_path, SAVED, trainer=WAYS["callback"]()).train()
     checkpoint = tmp_path / f"checkpoint-{SAVED}"
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    taken = [entry.pop(key) for entry in state["state"].values() for key in list(entry) if is_ours(key)]
-    assert taken.count(SAVED) == 2  # of W_Q and W_K
+    taken = [entry.pop(STATE_KEY) for entry in state["state"].values() if STATE_KEY in entry]
+    assert [counts["query_key_steps"] for counts in taken] == [SAVED, SAVED]  # of W_Q and W_K
     torch.save(state, checkpoint / "optimizer.pt")
     resumed = make_trainer(tmp_path, trainer=WAYS["text"]())
     resumed.train(resume_from_checkpoint=str(checkpoint))

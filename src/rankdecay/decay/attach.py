@@ -113,7 +113,7 @@ def attach(
         only: look for ``names`` alone.
         backend: ``"exact"``, ``"matmul"``, or ``"auto"``: exact on a CPU, products elsewhere, so that a step
             never waits for the device.
-        counts: where the state of ``every=k`` is saved: in ``optimizer.state_dict()``, as numbers in the state of
+        counts: where the state of ``every=k`` is saved: in ``optimizer.state_dict()``, under one key in the state of
             each parameter, or in ``attachment.state_dict()`` alone. Either can load the state of a run without decay;
             but a distributed checkpoint must have every key that ``optimizer.state_dict()`` has.
 
@@ -291,12 +291,14 @@ class Attachment:
         """Stop the decay and leave the optimizer's groups as they were found. Attaching again continues its cycles."""
         if not self._handles:
             return
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._before_saving(optimizer)
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._watch.stop()
         self._restore()
-        optimizer = self._optimizer()
         if optimizer is not None:
             self._source.close(optimizer)
             vars(optimizer).pop("add_param_group", None)
@@ -318,6 +320,10 @@ class Attachment:
     def resume(self) -> None:
         """Decay again, after :meth:`pause`."""
         self._paused = False
+
+    def expect_steps(self) -> None:
+        """Give no warning of backward passes without a step: something is known to step, after however many."""
+        self._watch.stop()
 
     def set(
         self,

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from rankdecay.decay.averaged import is_averaged
 from rankdecay.decay.groups import Group
-from rankdecay.decay.targets import is_ours
+from rankdecay.decay.targets import STATE_KEY
 from rankdecay.dtensor import local, whole
 
 #: File of the function that calls the hooks around a step.
@@ -167,7 +167,7 @@ def is_inner_step(optimizer: Optimizer) -> bool:
 def has_state(optimizer: Optimizer) -> bool:
     """Whether an optimizer has made its state; our own counts are none."""
     states = (state for state in optimizer.state.values() if isinstance(state, dict))
-    return any(not is_ours(key) for state in states for key in state)
+    return any(key != STATE_KEY for state in states for key in state)
 
 
 def may_make_states_only(optimizer: Optimizer) -> bool:

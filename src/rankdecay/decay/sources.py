@@ -36,7 +36,7 @@ from rankdecay.decay.groups import (
 )
 from rankdecay.decay.optimizers import check_divisible, decouples, is_decoupled
 from rankdecay.decay.policy import Decay, Frobenius
-from rankdecay.decay.targets import STATE_PREFIX, Bundle, Counter, Target
+from rankdecay.decay.targets import Bundle, Counter, Target
 
 
 class Section(NamedTuple):
@@ -361,7 +361,7 @@ class FromModel:
         for role in dict.fromkeys(block.role for block, _ in decays):
             [its] = {decay for block, decay in decays if block.role == role}
             windows = [block.labelled_window() for block, _ in decays if block.role == role]
-            counter = Counter(numbers, f"{STATE_PREFIX}{role}")
+            counter = Counter(numbers, role)
             targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer))
         l2 = decay.strength if by_optimizer and isinstance(decay, Frobenius) else 0.0
         return Bundle(positions, targets, l2, numbers)

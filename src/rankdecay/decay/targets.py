@@ -7,6 +7,7 @@ elsewhere, where whatever saves the optimizer saves it too: in the keys of the g
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +18,8 @@ from rankdecay.attention import Window
 from rankdecay.decay.groups import Group
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 
-#: Our keys in ``optimizer.state[parameter]`` begin with it. Each holds a number: before torch 2.10 a distributed
-#: checkpoint that is flattened takes no dictionary there, and a tensor would be cast to the parameter's dtype.
-STATE_PREFIX = "rankdecay_"
-
-
-def is_ours(key: object) -> bool:
-    """Whether a key in the state of a parameter is one of a decay."""
-    return str(key).startswith(STATE_PREFIX)
+#: Our one key in ``optimizer.state[parameter]``.
+STATE_KEY = "rankdecay"
 
 
 class Counter:
@@ -97,9 +92,10 @@ class Bundle:
         positions: of the parameters in the group.
         targets: one per role.
         l2: weight decay with which the optimizer is to step these parameters.
-        numbers: counts of the targets; they are in the state of every parameter, too, where a resumed run needs
-            them: for cycles of several steps, and for the random numbers by which 16-bit weights are rounded.
-            A state without them is that of a run without decay, and either can load the other's.
+        numbers: counts of the targets; the same dictionary is in the state of every parameter, where a resumed run
+            needs it: for cycles of several steps, and for the random numbers by which 16-bit weights are rounded.
+            A state without it is that of a run without decay, and either can load the other's. Plain numbers, since a
+            tensor would be cast to the dtype of the parameter.
     """
 
     positions: list[int]
@@ -125,11 +121,12 @@ class Bundle:
     def recall(self, optimizer: Optimizer, group: Group) -> None:
         """Take the counts over from a state that has been loaded since the last step."""
         states = [optimizer.state.get(group["params"][position]) or {} for position in self.positions]
-        found = next((its for state in states if (its := {k: state[k] for k in self.numbers if k in state})), {})
-        if found == self.numbers or not (found or self._written):
+        found = next((state[STATE_KEY] for state in states if state.get(STATE_KEY)), None)
+        if found is self.numbers or (found is None and not self._written):
             return
+        known = {key: found[key] for key in self.numbers if key in found} if isinstance(found, Mapping) else {}
         self._reset()
-        self.numbers.update(found)
+        self.numbers.update(known)
         self._written = False
 
     def keep(self, optimizer: Optimizer, group: Group, stepped: set[int]) -> None:
@@ -140,6 +137,6 @@ class Bundle:
         counted = self.is_counted(group)
         for position in self.positions:
             parameter = group["params"][position]
-            if (counted and id(parameter) in stepped) or any(map(is_ours, optimizer.state.get(parameter) or ())):
-                optimizer.state[parameter].update(self.numbers)
+            if (counted and id(parameter) in stepped) or STATE_KEY in (optimizer.state.get(parameter) or ()):
+                optimizer.state[parameter][STATE_KEY] = self.numbers
                 self._written = True
