@@ -257,6 +257,21 @@ def test_a_decay_is_changed_paused_and_resumed_in_mid_run(by: str) -> None:
         attachment.set(mlp=rd.LowRank(1.0))
 
 
+def test_a_group_keeps_its_number_while_the_optimizer_steps() -> None:
+    """Dion's optimizers keep a learning rate for each number."""
+    model = make_model()
+    layers, *others = [list(part.parameters()) for part in (model.layers, model.norm, model.head)]
+    groups = [{"params": params, "lr": LR * number} for number, params in enumerate([layers, *others], start=1)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.3)
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    seen: list[list[float]] = []
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append([group["lr"] for group in o.param_groups]))
+    _train(model, optimizer, range(1))
+    assert seen[0][:3] == rates
+    assert set(seen[0][3:]) == {LR}  # what has a decay of its own, as further groups
+
+
 def test_an_amount_that_waits_when_cycles_are_given_up_is_applied_once() -> None:
     runs = [make_model(), make_model()]
     for model, every in zip(runs, (3, 1), strict=True):

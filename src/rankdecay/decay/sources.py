@@ -382,8 +382,8 @@ _CHANGED = ("params", "weight_decay", "decoupled_weight_decay")
 def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Callable[[], None]:
     """Give parts of the optimizer's groups a weight decay of their own, for one step.
 
-    A part becomes a group, directly behind the one it is taken from; the list of the groups stays the same object,
-    since wrappers share it.
+    A part becomes a group behind all others, since some optimizers know a group by its number, as dion's keep a
+    learning rate for each; the list of the groups stays the same object, since wrappers share it.
 
     Args:
         optimizer: whose groups to divide.
@@ -393,13 +393,12 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Ca
         Function that puts everything back.
     """
     found = list(optimizer.param_groups)
-    groups: list[Group] = []
+    parted: list[Group] = []
     undo: list[tuple[Group, dict[str, Any]]] = []
     for index, (group, parts) in enumerate(zip(found, sections, strict=True)):
         own = group.get("weight_decay")
         others = [part for part in parts if isinstance(own, Tensor) or part.l2 != own]
         if not others:
-            groups.append(group)
             continue
         taken = {position for part in others for position in part.positions}
         rest = [p for position, p in enumerate(group["params"]) if position not in taken]
@@ -416,9 +415,9 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Ca
         else:  # the group itself, so that what the optimizer counts in it is kept
             first = copies.pop(0)
             group.update({key: first[key] for key in _CHANGED if key in first})
-        groups += [group, *copies]
+        parted += copies
     if undo:
-        optimizer.param_groups[:] = groups
+        optimizer.param_groups[:] = [*found, *parted]
 
     def put_back() -> None:
         for group, keys in undo:
