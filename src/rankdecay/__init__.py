@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionLayer, AttentionNames, MatrixView, find_attention
     from rankdecay.audit import AuditReport, AuditRow, audit
-    from rankdecay.decay.attach import Attachment, attach
+    from rankdecay.decay.attach import attach
+    from rankdecay.decay.attachment import Attachment
     from rankdecay.decay.groups import param_groups
     from rankdecay.decay.policy import Frobenius, LowRank
     from rankdecay.decay.settings import decays
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "attention": ("AttentionLayer", "AttentionNames", "MatrixView", "find_attention"),
     "audit": ("AuditReport", "AuditRow", "audit"),
-    "decay.attach": ("Attachment", "attach"),
+    "decay.attach": ("attach",),
+    "decay.attachment": ("Attachment",),
     "decay.groups": ("param_groups",),
     "decay.policy": ("Frobenius", "LowRank"),
     "decay.settings": ("decays",),

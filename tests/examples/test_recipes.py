@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rankdecay as rd
-from rankdecay.decay.attach import attached
+from rankdecay.decay.attachment import attached
 from rankdecay.dtensor import unwrapped
 from tests import needs
 

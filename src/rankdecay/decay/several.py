@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from rankdecay.decay.attach import Attachment, attach
+from rankdecay.decay.attach import attach
+from rankdecay.decay.attachment import Attachment
 from rankdecay.decay.groups import plan
 from rankdecay.decay.policy import Decay
 from rankdecay.decay.roles import ROLES

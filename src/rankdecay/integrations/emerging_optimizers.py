@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rankdecay.decay.attach import Attachment
+from rankdecay.decay.attachment import Attachment
 
 
 class WeightUpdateHook(Protocol):

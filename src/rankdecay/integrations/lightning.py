@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rankdecay.decay.attach import Attachment
+from rankdecay.decay.attachment import Attachment
 from rankdecay.decay.several import attach_each
 from rankdecay.monitor import Monitor
 

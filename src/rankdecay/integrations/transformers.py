@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from rankdecay.decay.attach import Attachment, attach
+from rankdecay.decay.attach import attach
+from rankdecay.decay.attachment import Attachment
 from rankdecay.decay.settings import as_settings, decays
 from rankdecay.monitor import Monitor
 
