@@ -1,4 +1,7 @@
-"""Every block of docs/recipes.md runs as it stands, on a model that it decays."""
+"""Every block of docs/recipes.md runs as it stands, on a model that it decays.
+
+But those fenced `Python`, for packages that no registry has or that cannot run here: those were run by hand.
+"""
 
 import copy
 import re
@@ -57,7 +60,7 @@ def names(block: str, folder: Path) -> dict[str, Any]:
     if "plain_optimizer" in block:
         known["plain_optimizer"] = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1)), lr=1e-3)
         train(model, known["plain_optimizer"])
-    if not any(part in block for part in ("rd.param_groups", "torch.optim.", "RankDecay", "L.")):
+    if not any(part in block for part in ("rd.param_groups", "= torch.optim.", "RankDecay", "L.")):
         known["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-3)
         known["attachment"] = rd.attach(known["optimizer"], model, query_key=rd.LowRank(0.1))
         train(model, known["optimizer"])

@@ -13,7 +13,15 @@ from torch import nn
 import rankdecay as rd
 
 LR = 0.1
-ARGUMENTS: dict[str, Any] = {"lr": LR, "weight_decay": 0.3, "momentum": 0.9, "layer_decay": 0.5}
+ARGUMENTS: dict[str, Any] = {
+    "opt": "adamw",
+    "opt_eps": None,
+    "opt_betas": None,
+    "lr": LR,
+    "weight_decay": 0.3,
+    "momentum": 0.9,
+    "layer_decay": 0.5,
+}
 
 
 def _model(timm: ModuleType) -> Any:
@@ -25,7 +33,7 @@ def _model(timm: ModuleType) -> Any:
 def _optimizer(model: nn.Module, **arguments: Any) -> Any:
     from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-    parsed = argparse.Namespace(opt="adamw", opt_eps=None, opt_betas=None, **{**ARGUMENTS, **arguments})
+    parsed = argparse.Namespace(**{**ARGUMENTS, **arguments})
     return create_optimizer_v2(model, **optimizer_kwargs(cfg=parsed))
 
 

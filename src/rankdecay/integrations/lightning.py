@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rankdecay.decay.attachment import Attachment
+from rankdecay.decay.settings import decays
 from rankdecay.decay.several import attach_each
 from rankdecay.monitor import Monitor
 
@@ -21,9 +23,11 @@ class RankDecay(Callback):
     can be continued with it, and the other way round.
 
     Args:
-        **arguments: those of :func:`rankdecay.attach` behind the model.
+        settings: as :func:`rankdecay.decays` reads them: text or a dictionary.
+        **roles: decays by role, and other arguments of :func:`rankdecay.attach`, beside the settings or without.
 
     Attributes:
+        arguments: those of :func:`rankdecay.attach` that were read.
         attachments: the :class:`rankdecay.Attachment` of each optimizer, of the present or the last fit.
 
     Raises:
@@ -33,9 +37,9 @@ class RankDecay(Callback):
         ``Trainer(callbacks=[RankDecay(query_key=rd.LowRank(0.1), value_output=rd.Frobenius(0.0))])``
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, settings: str | Mapping[str, Any] | None = None, **roles: Any) -> None:
         super().__init__()
-        self.arguments = {"counts": "attachment", **arguments}
+        self.arguments = {"counts": "attachment", **decays(settings, **roles)}
         self.attachments: list[Attachment] = []
         self._attached = False
         self._counts: dict[str, Any] = {}  # when the last fit ended
