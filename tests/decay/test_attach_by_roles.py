@@ -85,6 +85,13 @@ def test_l2_through_the_gradient_of_a_part_of_a_parameter_is_refused() -> None:
         rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
     attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1), value_output=rd.Frobenius(0.0))
     assert attachment.active
+    attachment.detach()
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+    optimizer.param_groups[0]["weight_decay"] = 0.3  # as a schedule raises it
+    zero_gradients(model)
+    with pytest.raises(ValueError, match=r"weight_decay=0.3 goes through the gradient of SGD"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])

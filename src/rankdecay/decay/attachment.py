@@ -289,7 +289,9 @@ class Attachment:
         self._put_back = self._give_weight_decay(optimizer)
 
     def _give_weight_decay(self, optimizer: Optimizer) -> Callable[[], None]:
-        sections = [self._source.sections(index, group) for index, group in enumerate(optimizer.param_groups)]
+        sections = [
+            self._source.sections(optimizer, index, group) for index, group in enumerate(optimizer.param_groups)
+        ]
         if self._paused:
             sections = [[part._replace(l2=0.0) for part in parts] for parts in sections]
         return give_weight_decay(optimizer, sections)

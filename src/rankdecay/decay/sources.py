@@ -65,7 +65,7 @@ class Source(Protocol):
         """Return the targets of a group."""
         ...
 
-    def sections(self, index: int, group: Group) -> list[Section]:
+    def sections(self, optimizer: Optimizer, index: int, group: Group) -> list[Section]:
         """Return the parameters that the optimizer is to step with another weight decay than the group's."""
         ...
 
@@ -129,7 +129,7 @@ class FromGroups:
             for role, decay in decays_in(group).items()
         ]
 
-    def sections(self, index: int, group: Group) -> list[Section]:
+    def sections(self, optimizer: Optimizer, index: int, group: Group) -> list[Section]:
         """Return a group whole where the hook decays it: the optimizer's own L2 is off."""
         if not hook_roles(group) or "weight_decay" not in group:
             return []
@@ -242,10 +242,12 @@ class FromModel:
         """Return the targets of a group."""
         return [target for bundle in self._bundles[index] for target in bundle.targets]
 
-    def sections(self, index: int, group: Group) -> list[Section]:
+    def sections(self, optimizer: Optimizer, index: int, group: Group) -> list[Section]:
         """Return the parameters of named roles, with the decay that the optimizer applies for us, or none."""
         if "weight_decay" not in group:
             return []
+        for bundle in self._bundles[index]:  # a schedule may have raised the group's weight decay
+            _check_part(optimizer, index, group, bundle)
         return [Section(bundle.positions, bundle.l2) for bundle in self._bundles[index]]
 
     def place(self, index: int, group: Group, position: int) -> Place:
@@ -344,14 +346,6 @@ class FromModel:
         decays = self._planned[names[0]].decays
         whys = [why_of(self._planned[name].entry) for name in names]
         distinct = {decay for _, decay in decays}
-        own = group.get("weight_decay", 0.0)
-        if None in distinct and own and not is_decoupled(optimizer, group):
-            left = next(block.role for block, decay in decays if decay is None)
-            raise ValueError(
-                f"{names[0]} in group {index} holds matrices of {left} too, and the group's weight_decay={own} goes "
-                f"through the gradient of {type(optimizer).__name__}, so that no part of a parameter can be spared it: "
-                f"name {left} as well, or set weight_decay=0 in that group."
-            )
         [decay, *others] = distinct
         narrow = group["params"][positions[0]].dtype.itemsize < 4  # the optimizer would round L2 away
         by_optimizer = isinstance(decay, Frobenius) and decay.lr_coupled and not others and decouples(optimizer, group)
@@ -364,7 +358,21 @@ class FromModel:
             counter = Counter(numbers, role)
             targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer))
         l2 = decay.strength if by_optimizer and isinstance(decay, Frobenius) else 0.0
-        return Bundle(positions, targets, l2, numbers)
+        bundle = Bundle(positions, targets, l2, numbers)
+        _check_part(optimizer, index, group, bundle)
+        return bundle
+
+
+def _check_part(optimizer: Optimizer, index: int, group: Group, bundle: Bundle) -> None:
+    """Raise if a part of a parameter is left to an L2 that goes through the gradient, which no part can be spared."""
+    left = next((target for target in bundle.targets if target.decay is None), None)
+    own = group.get("weight_decay", 0.0)
+    if left is not None and own and not is_decoupled(optimizer, group):
+        raise ValueError(
+            f"{left.names[0]} in group {index} holds matrices of {left.role} too, and the group's weight_decay={own} "
+            f"goes through the gradient of {type(optimizer).__name__}, so that no part of a parameter can be spared it: "
+            f"name {left.role} as well, or set weight_decay=0 in that group."
+        )
 
 
 def _without_values(planned: Planned) -> Planned:
