@@ -370,7 +370,7 @@ def _check_part(optimizer: Optimizer, index: int, group: Group, bundle: Bundle) 
     if left is not None and own and not is_decoupled(optimizer, group):
         raise ValueError(
             f"{left.names[0]} in group {index} holds matrices of {left.role} too, and the group's weight_decay={own} "
-            f"goes through the gradient of {type(optimizer).__name__}, so that no part of a parameter can be spared it: "
+            f"goes through the gradient of {type(optimizer).__name__}, so no part of a parameter can be spared it: "
             f"name {left.role} as well, or set weight_decay=0 in that group."
         )
 
