@@ -256,8 +256,16 @@ def with_lightning(folder: str, by_callback: bool = False) -> dict[str, Any]:
     return outcome(module.model, logged, sharded=True)
 
 
+#: Of callback or factory, shards or one file: the others have each of them once.
+SLOW = (with_callback_and_one_file, with_factory)
+
+
 @pytest.mark.parametrize(
-    "framework", [with_accelerate, with_trainer, with_lightning, with_lightning_callback, *BY_ROLES]
+    "framework",
+    [
+        pytest.param(framework, marks=pytest.mark.slow if framework in SLOW else ())
+        for framework in (with_accelerate, with_trainer, with_lightning, with_lightning_callback, *BY_ROLES)
+    ],
 )
 def test_two_processes_arrive_where_one_does(framework: Callable[[str], Any], tmp_path: Path) -> None:
     if framework in (with_lightning, with_lightning_callback):
