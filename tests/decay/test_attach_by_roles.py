@@ -269,11 +269,16 @@ def test_a_group_keeps_its_number_while_the_optimizer_steps() -> None:
     model = make_model()
     layers, *others = [list(part.parameters()) for part in (model.layers, model.norm, model.head)]
     groups = [{"params": params, "lr": LR * number} for number, params in enumerate([layers, *others], start=1)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.3)
+    seen: list[list[float]] = []
+
+    class Seen(torch.optim.AdamW):
+        def step(self, closure=None):
+            seen.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    optimizer = Seen(groups, weight_decay=0.3)
     rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
     rates = [group["lr"] for group in optimizer.param_groups]
-    seen: list[list[float]] = []
-    optimizer.register_step_pre_hook(lambda o, *_: seen.append([group["lr"] for group in o.param_groups]))
     _train(model, optimizer, range(1))
     assert seen[0][:3] == rates
     assert set(seen[0][3:]) == {LR}  # what has a decay of its own, as further groups
@@ -534,3 +539,120 @@ def test_steps_without_a_gradient_are_one_warning() -> None:
     with pytest.warns(UserWarning, match="in 10 steps of AdamW no decayed parameter had a gradient") as caught:
         steps()
     assert len(caught) == 1
+
+
+def test_between_a_failed_step_and_the_next_everything_can_be_asked() -> None:
+    """Its groups are still divided; also of what another attachment asks."""
+    model, other = make_model(), make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+
+    def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    for ask in (attachment.describe, attachment.state_dict, optimizer.state_dict, attachment.detach):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step(fails)
+        rd.attach(torch.optim.AdamW(other.parameters()), other, query_key=rd.LowRank(0.1)).detach()
+        ask()
+        assert len(optimizer.param_groups) == 1
+
+
+def test_asking_from_a_closure_changes_nothing_of_the_step() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.0))
+    before = query_key(model)
+
+    def closure() -> None:
+        zero_gradients(model)
+        assert "query_key: 6 × none" in attachment.describe()
+        attachment.state_dict()
+
+    optimizer.step(closure)
+    assert all(torch.equal(a, b) for a, b in zip(before, query_key(model), strict=True))
+
+
+@pytest.mark.parametrize("ask", ["describe", "state_dict", "set", "detach", "attach another"])
+def test_a_group_that_was_just_added_is_known_to_whatever_is_asked_next(ask: str) -> None:
+    model, other = make_model(), make_model()
+    weights = list(model.parameters())
+    optimizer = torch.optim.SGD(weights[:4], lr=LR)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH))
+    optimizer.add_param_group({"params": weights[4:]})
+    if ask == "set":
+        attachment.set(query_key=rd.LowRank(0.1))
+    elif ask == "attach another":
+        rd.attach(torch.optim.SGD(other.parameters(), lr=LR), other, query_key=rd.LowRank(0.1))
+    else:
+        getattr(attachment, ask)()
+    zero_gradients(model)
+    optimizer.step()
+
+
+def test_a_layer_that_was_added_to_the_model_is_decayed_too() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH))
+    model.layers.append(make_model().layers[0])
+    optimizer.add_param_group({"params": list(model.layers[3].parameters())})
+    added = model.layers[3]["attention"].q_proj.weight
+    before = added.detach().clone()
+    zero_gradients(model)
+    optimizer.step()
+    assert not torch.equal(added, before)
+    assert {row.role for row in attachment.rows() if row.name.startswith("layers.3")} >= {"query_key", "value_output"}
+
+
+@pytest.mark.parametrize("by", ["groups", "roles"])
+def test_with_every_k_a_parameter_is_decayed_for_the_steps_in_which_it_had_a_gradient(by: str) -> None:
+    """Also if it never has one in each k-th step, as half of a model that is trained in turns."""
+
+    def run(every: int, resume: bool = False) -> list[torch.Tensor]:
+        model = make_model()
+        decay = rd.LowRank(STRENGTH, scale="absolute", every=every)
+
+        def make() -> torch.optim.Optimizer:
+            if by == "groups":
+                optimizer = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.0), query_key=decay), lr=1e-2)
+                rd.attach(optimizer)
+            else:
+                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+                rd.attach(optimizer, model, query_key=decay)
+            return optimizer
+
+        optimizer = make()
+        for step in range(12):
+            zero_gradients(model)
+            for parameter in model.layers[step % 2].parameters():
+                parameter.grad = None
+            optimizer.step()
+            if resume and step == 6:
+                state = copy.deepcopy(optimizer.state_dict())
+                del optimizer
+                optimizer = make()
+                optimizer.load_state_dict(state)
+        return query_key(model)
+
+    for a, b, c in zip(run(1), run(4), run(4, resume=True), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=0)
+        assert torch.equal(b, c)
+
+
+def test_a_hook_of_the_users_before_the_step_comes_first() -> None:
+    """One that was registered after attaching; it sets the weight decay, which counts but for the named role."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.5)
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.0))
+
+    def schedule(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 1.0
+
+    optimizer.register_step_pre_hook(schedule)
+    before, head = query_key(model), model.head.weight.detach().clone()
+    zero_gradients(model)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, query_key(model), strict=True))
+    torch.testing.assert_close(model.head.weight, head * (1 - LR))
+    assert optimizer.param_groups[0]["weight_decay"] == 1.0

@@ -15,7 +15,7 @@ from rankdecay.attention.layer import FLATTENED
 from rankdecay.attention.locate import Names
 from rankdecay.checks import check_name
 from rankdecay.decay.attachment import Attachment
-from rankdecay.decay.groups import Excluded, hook_roles, plan
+from rankdecay.decay.groups import Excluded, Planned, Remarks, hook_roles, plan
 from rankdecay.decay.optimizers import check_supported
 from rankdecay.decay.policy import Decay
 from rankdecay.decay.sources import FromGroups, FromModel, Source
@@ -145,9 +145,13 @@ def _source(
             + "; give all of them there and call rankdecay.attach(optimizer), or build the optimizer from "
             "model.parameters()."
         )
-    planned, remarks = plan(model, default, named, names, num_heads, only, exclude, rest=None, stacklevel=4)
+
+    def look_at(model: nn.Module, named: Mapping[str, Decay | None]) -> tuple[list[Planned], Remarks]:
+        return plan(model, default, named, names, num_heads, only, exclude, rest=None, stacklevel=5)
+
+    planned, remarks = look_at(model, named)
     _check_held(optimizer, model, named, planned)
-    return FromModel(model, planned, remarks, named, default, counts_in_state)
+    return FromModel(model, planned, remarks, named, default, counts_in_state, lambda *now: look_at(*now)[0])
 
 
 def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Decay], planned: list[Any]) -> None:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rankdecay.attention.layer import FLATTENED, WHOLE, Role
 from rankdecay.decay.agreement import check_agreement
@@ -41,6 +42,7 @@ from rankdecay.decay.optimizers import (
     has_rate_per_parameter,
     has_state,
     is_inner_step,
+    is_stepping,
     may_make_states_only,
     rate,
     rate_of_parameter,
@@ -58,6 +60,7 @@ from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend
 
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
+_sees_hooks = False
 
 
 def attached() -> list[Attachment]:
@@ -87,14 +90,14 @@ class Attachment:
             for index, group in enumerate(optimizer.param_groups):
                 self._register_group(index, group)
             _check_not_shared(optimizer, self)
-            check_agreement(self._targets(optimizer), backend)
+            check_agreement([(held.group, held.target) for held in self._targets(optimizer)], backend)
             self._give_weight_decay(optimizer)()  # so that what cannot be divided is found now
         except BaseException:
             source.close(optimizer)
             raise
         self._params_with_grad: set[int] = set()
         self._rates: list[float | Tensor] = []
-        self._stepping: list[list[Target]] = []  # the targets of this step, by group
+        self._stepping: list[list[_Held]] = []  # the targets of this step, by group
         self._closure = False
         self._first = True
         self._first_decay = True
@@ -110,8 +113,9 @@ class Attachment:
         ]
         if any("param_names" in group for group in optimizer.param_groups):
             _name_later_groups(optimizer)
-        self._watch = Watch(kind, [p for group, target in self._targets(optimizer) for p in target.parameters(group)])
+        self._watch = Watch(kind, [p for held in self._targets(optimizer) for p in held.parameters])
         _attached.add(self)
+        _see_hooks()
 
     @property
     def optimizer(self) -> Optimizer:
@@ -128,15 +132,13 @@ class Attachment:
         """Stop the decay and leave the optimizer's groups as they were found. Attaching again continues its cycles."""
         if not self._handles:
             return
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            self._before_saving(optimizer)
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._watch.stop()
-        self._restore()
+        optimizer = self._optimizer()
         if optimizer is not None:
+            self._before_saving(optimizer)
             self._source.close(optimizer)
             vars(optimizer).pop("add_param_group", None)
         _attached.discard(self)
@@ -144,7 +146,7 @@ class Attachment:
     @property
     def active(self) -> bool:
         """Whether the decay is applied: False after :meth:`detach`, and while it is paused."""
-        return bool(self._handles) and not self._paused
+        return bool(self._handles) and not self._paused and self._optimizer() is not None
 
     def pause(self) -> None:
         """Stop the decay until :meth:`resume`: the matrices have none meanwhile, and cycles of steps stand still.
@@ -188,18 +190,18 @@ class Attachment:
         for role, decay in decays.items():
             if not isinstance(decay, (LowRank, Frobenius)):
                 raise TypeError(f"{role}={decay!r} is not a decay; pass rankdecay.LowRank or rankdecay.Frobenius.")
-        self._restore()
-        self._source.set(optimizer, decays)
-        for index, group in enumerate(optimizer.param_groups):
-            _check_group(optimizer, index, group, self._source)
-            self._registered[index] = _RegisteredGroup.of(group, self._source.targets(index, group))
+        with self._groups_in_one_piece(optimizer):
+            self._source.set(optimizer, decays)
+            for index, group in enumerate(optimizer.param_groups):
+                _check_group(optimizer, index, group, self._source)
+                self._registered[index] = _RegisteredGroup.of(group, self._source.targets(index, group))
 
     def rows(self) -> list[Row]:
         """Return a row for every matrix of every parameter: what decays it, how strongly, and why."""
         optimizer = self.optimizer
-        self._restore()
-        indexed = enumerate(optimizer.param_groups)
-        return [row for index, group in indexed for row in self._rows_of(optimizer, index, group)]
+        with self._groups_in_one_piece(optimizer):
+            indexed = enumerate(optimizer.param_groups)
+            return [row for index, group in indexed for row in self._rows_of(optimizer, index, group)]
 
     def describe(self, ranks: bool = False) -> str:
         """Return the rows as a table, with what else a reader has to know above it.
@@ -231,18 +233,29 @@ class Attachment:
         ``optimizer.state_dict()`` has them too, unless the decay was attached with ``counts="attachment"``.
         """
         optimizer = self.optimizer
-        for _, target in self._targets(optimizer):
+        targets = [held.target for held in self._targets(optimizer)]
+        for target in targets:
             target.counter.settle()
         return {
             f"{_bare(name)}.{target.role}_{number}": getattr(target.counter, number)
-            for _, target in self._targets(optimizer)
+            for target in targets
             for name in target.names
             for number in ("steps", "pending")
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take the counts over from :meth:`state_dict`; a count that is missing there is zero."""
-        for _, target in self._targets(self.optimizer):
+        """Take the counts over from :meth:`state_dict`; a count that is missing there is zero.
+
+        Raises:
+            ValueError: If it has counts, but none of these parameters.
+        """
+        names = [_bare(name) for held in self._targets(self.optimizer) for name in held.target.names]
+        if state_dict and not any(key.rpartition(".")[0] in names for key in state_dict):
+            raise ValueError(
+                f"the counts are of other parameters, such as {next(iter(state_dict))}; here they are of "
+                f"{', '.join(names[:3])}. Load what attachment.state_dict() gave for the same model."
+            )
+        for _, target, _ in self._targets(self.optimizer):
             first = f"{_bare(target.names[0])}.{target.role}"
             target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
             target.counter.pending = float(state_dict.get(f"{first}_pending", 0.0))
@@ -258,10 +271,35 @@ class Attachment:
         put_back, self._put_back = self._put_back, _nothing
         put_back()
 
-    def _targets(self, optimizer: Optimizer) -> Iterator[tuple[Group, Target]]:
-        for index, group in enumerate(optimizer.param_groups):
-            for target in self._source.targets(index, group):
-                yield group, target
+    def _targets(self, optimizer: Optimizer) -> list[_Held]:
+        """Return the targets with their parameters; in the middle of a step those of the step, whose groups are cut."""
+        if self._put_back is not _nothing and is_stepping(optimizer):
+            return [held for group in self._stepping for held in group]
+        self._restore()
+        self._register_new_groups(optimizer)
+        return [held for group in self._held_by_group(optimizer) for held in group]
+
+    def _held_by_group(self, optimizer: Optimizer) -> list[list[_Held]]:
+        return [
+            [_Held(group, target, target.parameters(group)) for target in self._source.targets(index, group)]
+            for index, group in enumerate(optimizer.param_groups)
+        ]
+
+    @contextlib.contextmanager
+    def _groups_in_one_piece(self, optimizer: Optimizer) -> Iterator[None]:
+        """Put the groups back for a moment, if a step is being made, and know those that were added since the last."""
+        cut = self._put_back is not _nothing and is_stepping(optimizer)
+        self._restore()
+        self._register_new_groups(optimizer)
+        try:
+            yield
+        finally:
+            if cut:
+                self._put_back = self._give_weight_decay(optimizer)
+
+    def _register_new_groups(self, optimizer: Optimizer) -> None:
+        for index, group in enumerate(optimizer.param_groups[len(self._registered) :], len(self._registered)):
+            self._register_group(index, group)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note which parameters have a gradient: some optimizers clear it inside their step."""
@@ -273,12 +311,11 @@ class Attachment:
         for index, group in enumerate(optimizer.param_groups):
             self._register_group(index, group)
         self._source.recall(optimizer)
-        self._stepping = [self._source.targets(index, group) for index, group in enumerate(optimizer.param_groups)]
+        self._stepping = self._held_by_group(optimizer)
         self._states_only = may_make_states_only(optimizer)
         # With a closure the gradients of this step are not there yet, and those of the last one may be.
         self._closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
-        pairs = zip(optimizer.param_groups, self._stepping, strict=True)
-        live = (p for group, targets in pairs for target in targets for p in target.parameters(group))
+        live = (p for targets in self._stepping for held in targets for p in held.parameters)
         self._params_with_grad = set() if self._closure else {id(p) for p in live if p.grad is not None}
         if self._first:
             self._check_values(optimizer)
@@ -324,21 +361,20 @@ class Attachment:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
             factor = 1.0 if has_rate_per_parameter(optimizer, group) else rate_of_step(group, self._rates[index])
-            for number, target in enumerate(targets):
+            for number, (_, target, parameters) in enumerate(targets):
                 if target.by_optimizer:
                     continue
                 decay = target.decay_in(group)
-                amount = _count_step(target, decay, factor, found_inf)
-                live = [p for p in target.parameters(group) if id(p) in self._params_with_grad]
-                if not live or not (isinstance(amount, Tensor) or amount > 0):
-                    continue
-                if self._first_decay:
-                    self._first_decay = False
-                    check_states(optimizer, live)
-                place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
-                seed = target.counter.steps * 1_000_003 + place
-                with explain_collective_failure(target.role, live):
-                    self._apply(optimizer, group, live, target, decay, amount, seed)
+                live = [id(p) in self._params_with_grad for p in parameters]
+                for amount, positions in _count_step(target, decay, factor, found_inf, live):
+                    chosen = [parameters[position] for position in positions]
+                    if self._first_decay:
+                        self._first_decay = False
+                        check_states(optimizer, chosen)
+                    place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
+                    seed = target.counter.steps * 1_000_003 + place
+                    with explain_collective_failure(target.role, chosen):
+                        self._apply(optimizer, group, chosen, target, decay, amount, seed)
 
     def _apply(
         self,
@@ -383,7 +419,7 @@ class Attachment:
     def _before_saving(self, optimizer: Optimizer) -> None:
         """Make the state what it is between steps: groups in one piece, and counts that are plain numbers."""
         self._restore()
-        for _, target in self._targets(optimizer):
+        for _, target, _ in self._targets(optimizer):
             target.counter.settle()
         self._source.keep(optimizer, set())
 
@@ -410,8 +446,8 @@ class Attachment:
 
     def _check_values(self, optimizer: Optimizer) -> None:
         """Raise if parameters have no values: an optimizer made before ``to_empty``, which replaces parameters."""
-        for group, target in self._targets(optimizer):
-            for parameter, name in zip(target.parameters(group), target.names, strict=True):
+        for _, target, parameters in self._targets(optimizer):
+            for parameter, name in zip(parameters, target.names, strict=True):
                 if parameter.is_meta:
                     raise ValueError(
                         f"{name} is on the meta device, so a step changes nothing of the model: to_empty replaces its "
@@ -443,6 +479,14 @@ class Attachment:
                     notes = dropwhile(get_args(Role).__contains__, why.split(", "))  # behind the names of the matrices
                     reason = frozen + (", ".join([window.label, *notes]) if window.label else why)
                     yield Row(name, parameter, target.role, window, words, who, reason, low_rank, waiting)
+
+
+class _Held(NamedTuple):
+    """Target with the group and the parameters that it has now."""
+
+    group: Group
+    target: Target
+    parameters: list[Tensor]
 
 
 class _RegisteredGroup(NamedTuple):
@@ -494,6 +538,24 @@ def _bare(name: str) -> str:
 
 def _nothing() -> None:
     pass
+
+
+def _keep_hooks_last(optimizer: Optimizer, *_: Any) -> None:
+    """Let the hook before a step be the last: one of a user's may set learning rates and weight decays."""
+    for attachment in attached():
+        if attachment._optimizer() is optimizer and attachment._handles:
+            hooks, own = optimizer._optimizer_step_pre_hooks, attachment._handles[0].id
+            if own in hooks and next(reversed(hooks)) != own:
+                hooks.move_to_end(own)
+
+
+def _see_hooks() -> None:
+    """See every step before its optimizer's own hooks: these cannot be put in order while they run."""
+    global _sees_hooks
+    if not _sees_hooks:
+        uncompiled: Any = torch.compiler.disable
+        register_optimizer_step_pre_hook(uncompiled(_keep_hooks_last))
+        _sees_hooks = True
 
 
 def _detached() -> Attachment:
@@ -554,11 +616,12 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
 
 def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
     """Raise if another attached optimizer decays one of these parameters."""
-    ours = {id(p): n for g, t in attachment._targets(optimizer) for p, n in zip(t.parameters(g), t.names, strict=True)}
+    held = attachment._targets(optimizer)
+    ours = {id(p): name for each in held for p, name in zip(each.parameters, each.target.names, strict=True)}
     for other in attached():
         theirs = other.optimizer
-        for group, target in other._targets(theirs):
-            for parameter in target.parameters(group):
+        for _, _, parameters in other._targets(theirs):
+            for parameter in parameters:
                 if id(parameter) in ours:
                     raise ValueError(
                         f"{ours[id(parameter)]} would be decayed twice: an attached {type(theirs).__name__}, which "
@@ -598,10 +661,20 @@ def _swapped(index: int, before: _RegisteredGroup, now: list[tuple[int, ...]]) -
 # ---- stepping --------------------------------------------------------------------------------------------
 
 
-def _count_step(target: Target, decay: Decay, rate: float | Tensor, found_inf: Tensor | None) -> float | Tensor:
-    """Count a step; return the amount to decay by now, Σ rate · strength since the last decay, or 0 between decays.
+def _count_step(
+    target: Target, decay: Decay, rate: float | Tensor, found_inf: Tensor | None, live: list[bool]
+) -> list[tuple[float | Tensor, list[int]]]:
+    """Count a step, and return what is to be decayed now: amounts, and the parameters that lose them.
 
-    Without ``lr_coupled`` the rate is left out.
+    An amount is Σ rate · strength over the steps since the last decay in which a parameter had a gradient. Without
+    ``lr_coupled`` the rate is left out. Between the decays of ``every=k`` there is nothing.
+
+    Args:
+        target: whose step it is.
+        decay: of the target.
+        rate: of the step.
+        found_inf: 1 on the device if the step was skipped.
+        live: whether each parameter of the target has a gradient.
     """
     every, counter = decay.every if isinstance(decay, LowRank) else 1, target.counter
     amount: float | Tensor = decay.strength * rate if decay.lr_coupled and decay.strength else decay.strength
@@ -609,9 +682,19 @@ def _count_step(target: Target, decay: Decay, rate: float | Tensor, found_inf: T
         amount = amount * (1 - found_inf)
     counter.steps += 1
     pending = counter.pending + amount
+    if every > 1:
+        for position in (position for position, has_gradient in enumerate(live) if not has_gradient):
+            counter.miss(position, amount)
     if counter.steps % every:
         counter.pending = pending
-        return 0.0
+        return []
     # A skipped step applies nothing, and leaves the amount that was pending to the next step that decays.
     counter.pending = 0.0 if found_inf is None or every == 1 else pending * found_inf
-    return pending if found_inf is None else pending * (1 - found_inf)
+    due = pending if found_inf is None else pending * (1 - found_inf)
+    missed = counter.take_missed()
+    alike: dict[object, tuple[float | Tensor, list[int]]] = {}
+    for position, has_gradient in enumerate(live):
+        its = due - missed[position] if position in missed else due
+        if (has_gradient or every > 1) and (isinstance(its, Tensor) or its > 0):
+            alike.setdefault(its if isinstance(its, float) else id(its), (its, []))[1].append(position)
+    return list(alike.values())

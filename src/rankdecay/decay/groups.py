@@ -393,7 +393,9 @@ def _excluded(exclude: Excluded, names: list[str]) -> Callable[[str], bool]:
         TypeError: If a pattern is neither a string nor a compiled regular expression.
         ValueError: If a pattern matches no name.
     """
-    patterns = [exclude] if isinstance(exclude, (str, re.Pattern)) else list(exclude)
+    patterns = [exclude] if isinstance(exclude, (str, re.Pattern)) else exclude or ()
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"exclude={exclude!r}: give names, shell patterns, or compiled regular expressions.")
     tests: list[Callable[[str], bool]] = []
     for pattern in patterns:
         if not isinstance(pattern, (str, re.Pattern)):

@@ -155,13 +155,22 @@ def check_divisible(optimizer: Optimizer, index: int, group: Group) -> None:
 
 def is_inner_step(optimizer: Optimizer) -> bool:
     """Whether a hook is called from a step inside another of the same optimizer, as by ``super().step()``."""
-    frame, found = sys._getframe(1), 0
-    while frame is not None and found < 2:
+    return _steps_running(optimizer, 2) == 2
+
+
+def is_stepping(optimizer: Optimizer) -> bool:
+    """Whether a step of an optimizer is being made, as when its closure asks."""
+    return _steps_running(optimizer, 1) == 1
+
+
+def _steps_running(optimizer: Optimizer, most: int) -> int:
+    frame, found = sys._getframe(2), 0
+    while frame is not None and found < most:
         code = frame.f_code
         if code.co_name == "wrapper" and code.co_filename == _HOOKED_STEP:
             found += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
-    return found > 1
+    return found
 
 
 def has_state(optimizer: Optimizer) -> bool:

@@ -199,6 +199,7 @@ class FromModel:
         named: the decays that were given, by role.
         default: decay of the other matrices.
         counts_in_state: whether the optimizer's state has the counts.
+        replan: looks at the model again, for what has been added to it.
     """
 
     def __init__(
@@ -209,17 +210,17 @@ class FromModel:
         named: Mapping[str, Decay | None],
         default: Decay | None,
         counts_in_state: bool,
+        replan: Callable[[nn.Module, Mapping[str, Decay | None]], list[Planned]],
     ) -> None:
+        self._replan = replan
         self._model = weakref.ref(model)
         self._kind = type(model).__name__
         self._named, self._default = dict(named), default
         self._remarks = remarks
         self._counts_in_state = counts_in_state
         self._planned: dict[str, Planned] = {}
-        self._frozen = {name for each in planned if not each.entry.parameter.requires_grad for name in each.entry.names}
-        for each in planned:
-            for name in each.entry.names:
-                self._planned[name] = _without_values(each)
+        self._frozen: set[str] = set()
+        self._know(planned)
         self._names: list[list[str | None]] = []  # of each parameter of each group
         self._bundles: list[list[Bundle]] = []
 
@@ -235,8 +236,18 @@ class FromModel:
         model = self._model()
         by_id = {id(p): name for name, p in named_parameters(model).items()} if model is not None else {}
         names = [by_id.get(id(parameter)) for parameter in group["params"]]
+        if model is not None and any(name is not None and name not in self._planned for name in names):
+            self._know(self._replan(model, self._named))
         self._names.append(names)
         self._bundles.append(self._bundle(optimizer, index, group))
+
+    def _know(self, planned: list[Planned]) -> None:
+        """Take up the parameters that are not known yet."""
+        for each in planned:
+            for name in each.entry.names:
+                if name not in self._planned:
+                    self._planned[name] = _without_values(each)
+                    self._frozen |= set() if each.entry.parameter.requires_grad else {name}
 
     def targets(self, index: int, group: Group) -> list[Target]:
         """Return the targets of a group."""

@@ -7,7 +7,6 @@ elsewhere, where whatever saves the optimizer saves it too: in the keys of the g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +26,7 @@ class Counter:
 
     def __init__(self, numbers: dict[str, Any], role: str) -> None:
         self._numbers, self._steps, self._pending = numbers, f"{role}_steps", f"{role}_pending"
+        self._missed = f"{role}_missed"
 
     @property
     def steps(self) -> int:
@@ -44,10 +44,21 @@ class Counter:
     def pending(self, value: float | Tensor) -> None:
         self._numbers[self._pending] = value
 
+    def miss(self, position: int, amount: float | Tensor) -> None:
+        """Note a part of the pending sum that a parameter, by its position in the target, is spared."""
+        missed = self._numbers.setdefault(self._missed, {})
+        missed[str(position)] = missed.get(str(position), 0.0) + amount
+
+    def take_missed(self) -> dict[int, float | Tensor]:
+        """Return what each parameter was spared since the last decay, and begin anew."""
+        return {int(position): amount for position, amount in self._numbers.pop(self._missed, {}).items()}
+
     def settle(self) -> None:
-        """Make the pending sum a plain number, for a state that any weights-only load accepts."""
+        """Make the sums plain numbers, for a state that any weights-only load accepts."""
         if isinstance(self.pending, Tensor):
             self.pending = float(self.pending)
+        if self._missed in self._numbers:
+            self._numbers[self._missed] = {name: float(n) for name, n in self._numbers[self._missed].items()}
 
 
 @dataclass
@@ -124,7 +135,7 @@ class Bundle:
         found = next((state[STATE_KEY] for state in states if state.get(STATE_KEY)), None)
         if found is self.numbers or (found is None and not self._written):
             return
-        known = {key: found[key] for key in self.numbers if key in found} if isinstance(found, Mapping) else {}
+        known = {k: n for k, n in dict(found or {}).items() if k in self.numbers or k.endswith("_missed")}
         self._reset()
         self.numbers.update(known)
         self._written = False
