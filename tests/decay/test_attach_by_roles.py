@@ -277,7 +277,7 @@ def test_a_group_keeps_its_number_while_the_optimizer_steps() -> None:
             return super().step(closure)
 
     optimizer = Seen(groups, weight_decay=0.3)
-    rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.1), value_output=rd.Frobenius(0.0))
     rates = [group["lr"] for group in optimizer.param_groups]
     _train(model, optimizer, range(1))
     assert seen[0][:3] == rates
@@ -656,3 +656,66 @@ def test_a_hook_of_the_users_before_the_step_comes_first() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, query_key(model), strict=True))
     torch.testing.assert_close(model.head.weight, head * (1 - LR))
     assert optimizer.param_groups[0]["weight_decay"] == 1.0
+
+
+def test_a_pause_leaves_what_is_the_optimizers_own() -> None:
+    """Of a fused parameter too, whose values the hook decays in the optimizer's place."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
+    rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH)).pause()
+    fused = model.layers[2]["attention"].query_key_value.weight
+    before = fused.detach().clone().unflatten(0, (2, 12))
+    zero_gradients(model)
+    optimizer.step()
+    after = fused.detach().unflatten(0, (2, 12))
+    assert torch.equal(after[:, :9], before[:, :9])
+    torch.testing.assert_close(after[:, 9:], before[:, 9:] * (1 - LR * 0.3))
+
+
+def test_a_rate_that_the_step_itself_sets_counts() -> None:
+    class WarmUp(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["lr"] = LR
+            return super().step(closure)
+
+    model = make_model()
+    optimizer = WarmUp(model.parameters(), lr=100.0)
+    rd.attach(optimizer, model, query_key=rd.Frobenius(0.5))
+    before = query_key(model)
+    zero_gradients(model)
+    optimizer.step()
+    for old, new in zip(before, query_key(model), strict=True):
+        torch.testing.assert_close(new, old * (1 - LR * 0.5))
+
+
+def test_what_has_no_effect_any_more_is_refused() -> None:
+    model = make_model()
+    groups = [{"params": [p]} for p in model.parameters()]
+    optimizer = torch.optim.AdamW(groups, lr=LR)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+    with pytest.raises(ValueError, match=r"the counts are of other parameters, such as state"):
+        attachment.load_state_dict(optimizer.state_dict())
+    removed = optimizer.param_groups.pop(0)
+    with pytest.raises(ValueError, match=r"groups and has .*: detach before groups are removed"):
+        optimizer.step()
+    optimizer.param_groups.insert(0, removed)
+    attachment.detach()
+    for told in (lambda: attachment.set(query_key=rd.LowRank(1.0)), attachment.resume):
+        with pytest.raises(RuntimeError, match="is detached, so nothing it is told has an effect"):
+            told()
+    with pytest.raises(TypeError, match="the arguments are swapped"):
+        rd.attach(model, optimizer, query_key=rd.LowRank(0.1))
+    with pytest.raises(TypeError, match="lr_coupled='no' must be True or False"):
+        rd.LowRank(0.1, lr_coupled="no")
+    for wrong in (3, model.head):
+        with pytest.raises(TypeError, match="exclude="):
+            rd.attach(optimizer, model, query_key=rd.LowRank(0.1), exclude=wrong)
+    with pytest.raises(ValueError, match=r"exclude='q_proj' matches no parameter: give '\*q_proj\*'"):
+        rd.attach(optimizer, model, query_key=rd.LowRank(0.1), exclude="q_proj")
+
+
+def test_a_group_key_of_the_users_may_be_called_role() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "role": "backbone"}], lr=LR)
+    assert rd.attach(optimizer, model, query_key=rd.LowRank(0.1)).active

@@ -91,6 +91,8 @@ def attach(
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         >>> attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
     """
+    if isinstance(optimizer, nn.Module) and isinstance(model, Optimizer):
+        raise TypeError("the arguments are swapped: rankdecay.attach(optimizer, model, ...).")
     check_supported(optimizer)
     inside, wrappers = unwrapped(optimizer), wrappers_of(optimizer)
     for each in (*wrappers, inside):
@@ -117,7 +119,7 @@ def _source(
 ) -> Source:
     """Return where the decays come from: the optimizer's groups, or the model and the roles."""
     kind = type(optimizer).__name__
-    ours = any("role" in group for group in optimizer.param_groups)
+    ours = any("role" in group and ("why" in group or hook_roles(group)) for group in optimizer.param_groups)
     if model is None:
         if named or default is not None or exclude:
             words = ", ".join(named) or ("default" if default is not None else "exclude")

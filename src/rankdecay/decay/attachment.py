@@ -158,6 +158,7 @@ class Attachment:
 
     def resume(self) -> None:
         """Decay again, after :meth:`pause`."""
+        self._check_attached()
         self._paused = False
 
     def expect_steps(self) -> None:
@@ -184,6 +185,7 @@ class Attachment:
             ValueError: If the optimizer has no parameter of a role, or a decay does not suit one.
         """
         optimizer = self.optimizer
+        self._check_attached()
         given = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding,
                  "norm": norm, "bias": bias, "other": other}  # fmt: skip
         decays = {role: decay for role, decay in given.items() if decay is not None}
@@ -195,6 +197,10 @@ class Attachment:
             for index, group in enumerate(optimizer.param_groups):
                 _check_group(optimizer, index, group, self._source)
                 self._registered[index] = _RegisteredGroup.of(group, self._source.targets(index, group))
+
+    def _check_attached(self) -> None:
+        if not self._handles:
+            raise RuntimeError("this attachment is detached, so nothing it is told has an effect; attach again.")
 
     def rows(self) -> list[Row]:
         """Return a row for every matrix of every parameter: what decays it, how strongly, and why."""
@@ -308,6 +314,11 @@ class Attachment:
         self._in_step = True
         self._restore()  # if the last step raised
         self._watch.stop()
+        if len(optimizer.param_groups) < len(self._registered):
+            raise ValueError(
+                f"{type(optimizer).__name__} had {len(self._registered)} groups and has {len(optimizer.param_groups)}: "
+                "detach before groups are removed, then attach again."
+            )
         for index, group in enumerate(optimizer.param_groups):
             self._register_group(index, group)
         self._source.recall(optimizer)
@@ -353,17 +364,16 @@ class Attachment:
             self._had_rate = True
         if not self._states_only:
             self._watch.stepped(bool(self._params_with_grad))
-            if not self._paused:
-                self._decay(optimizer)
+            self._decay(optimizer)
         self._source.keep(optimizer, self._params_with_grad)
 
     def _decay(self, optimizer: Optimizer) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
-            factor = 1.0 if has_rate_per_parameter(optimizer, group) else rate_of_step(group, self._rates[index])
+            factor = rate_of_step(optimizer, group, self._rates[index])
             for number, (_, target, parameters) in enumerate(targets):
-                if target.by_optimizer:
-                    continue
+                if target.by_optimizer or (self._paused and target.decay is not None):
+                    continue  # what is the optimizer's own goes on
                 decay = target.decay_in(group)
                 live = [id(p) in self._params_with_grad for p in parameters]
                 for amount, positions in _count_step(target, decay, factor, found_inf, live):
@@ -544,7 +554,8 @@ def _keep_hooks_last(optimizer: Optimizer, *_: Any) -> None:
     """Let the hook before a step be the last: one of a user's may set learning rates and weight decays."""
     for attachment in attached():
         if attachment._optimizer() is optimizer and attachment._handles:
-            hooks, own = optimizer._optimizer_step_pre_hooks, attachment._handles[0].id
+            hooks: Any = optimizer._optimizer_step_pre_hooks
+            own = attachment._handles[0].id
             if own in hooks and next(reversed(hooks)) != own:
                 hooks.move_to_end(own)
 
@@ -626,7 +637,8 @@ def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
                     raise ValueError(
                         f"{ours[id(parameter)]} would be decayed twice: an attached {type(theirs).__name__}, which "
                         "still exists, decays it already. Call detach() on the earlier attachment, or give the "
-                        "parameter to one optimizer."
+                        "parameter to one optimizer. (After a trainer was interrupted, its attachment is in "
+                        "rankdecay.decay.attachment.attached().)"
                     )
 
 

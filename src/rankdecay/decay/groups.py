@@ -409,6 +409,8 @@ def _excluded(exclude: Excluded, names: list[str]) -> Callable[[str], bool]:
         if not any(test(name) for name in names):
             modules = {name.rpartition(".")[0] for name in names} - {""}
             near = suggestion(pattern if isinstance(pattern, str) else pattern.pattern, [*names, *sorted(modules)])
+            if isinstance(pattern, str) and any(pattern in name for name in names):
+                near = f"give {f'*{pattern}*'!r} for every name that has it in it "
             raise ValueError(
                 f"exclude={pattern!r} matches no parameter: {near}(the {len(names)} are {names[0]} to {names[-1]})"
             )

@@ -225,9 +225,19 @@ def rate(optimizer: Any, group: Group) -> float | Tensor:
     return lr
 
 
-def rate_of_step(group: Group, before: float | Tensor) -> float | Tensor:
-    """Return the rate in the step that has been made: what the optimizer says, or what it was before the step."""
-    return group.get("scheduled_lr", before) if is_averaged(group) else before
+def rate_of_step(optimizer: Optimizer, group: Group, before: float | Tensor) -> float | Tensor:
+    """Return the rate in the step that has been made; 1 where each parameter has one of its own.
+
+    Args:
+        optimizer: that has made it.
+        group: whose rate.
+        before: the rate before the step, which counts where the step itself finds the next one.
+    """
+    if has_rate_per_parameter(optimizer, group):
+        return 1.0
+    if is_averaged(group):
+        return group.get("scheduled_lr", before)
+    return before if finds_rate(optimizer, group) else rate(optimizer, group)  # a step may set its lr
 
 
 def rate_of_parameter(optimizer: Any, group: Group, parameter: Tensor) -> float:

@@ -31,6 +31,11 @@ Unit = Literal["matrix", "head"]
 _OFF = "0 switches it off"
 
 
+def _check_truth(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False.")
+
+
 @dataclass(frozen=True)
 class Frobenius:
     """Decoupled L2 decay, as in AdamW: W ← (1 − lr·strength) W. Multiplies every singular value by the same number.
@@ -45,6 +50,7 @@ class Frobenius:
 
     def __post_init__(self) -> None:
         check_number("strength", self.strength, at_least=0, remedy=_OFF)
+        _check_truth("lr_coupled", self.lr_coupled)
 
     def describe(self) -> str:
         """Return the decay in a few words."""
@@ -77,6 +83,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         check_number("strength", self.strength, at_least=0, remedy=_OFF)
+        _check_truth("lr_coupled", self.lr_coupled)
         check_number("smoothing", self.smoothing, at_least=0, remedy=_OFF)
         check_name("rule", self.rule, rule_names())
         check_name("scale", self.scale, get_args(Scale))

@@ -7,7 +7,6 @@ parameters, so that a role has its decay and no other.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -193,7 +192,7 @@ class FromModel:
     Accelerate does under FSDP2.
 
     Args:
-        model: the model; kept weakly.
+        model: the model.
         planned: decays of its matrices.
         remarks: what is known of its attention.
         named: the decays that were given, by role.
@@ -213,7 +212,7 @@ class FromModel:
         replan: Callable[[nn.Module, Mapping[str, Decay | None]], list[Planned]],
     ) -> None:
         self._replan = replan
-        self._model = weakref.ref(model)
+        self._model = model
         self._kind = type(model).__name__
         self._named, self._default = dict(named), default
         self._remarks = remarks
@@ -233,11 +232,10 @@ class FromModel:
         if index < len(self._bundles):
             self._bundles[index] = self._counted_on(self._bundles[index], self._bundle(optimizer, index, group))
             return
-        model = self._model()
-        by_id = {id(p): name for name, p in named_parameters(model).items()} if model is not None else {}
+        by_id = {id(p): name for name, p in named_parameters(self._model).items()}
         names = [by_id.get(id(parameter)) for parameter in group["params"]]
-        if model is not None and any(name is not None and name not in self._planned for name in names):
-            self._know(self._replan(model, self._named))
+        if any(name is not None and name not in self._planned for name in names):
+            self._know(self._replan(self._model, self._named))
         self._names.append(names)
         self._bundles.append(self._bundle(optimizer, index, group))
 
