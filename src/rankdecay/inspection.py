@@ -46,6 +46,8 @@ KINDS = {
     "query": ("W_Q", "queries, normalised afterwards"),
     "key": ("W_K", "keys, normalised afterwards"),
     "value_output": ("W_O W_V", "what a head writes"),
+    "value": ("W_V", "values"),
+    "output": ("W_O", "what is made of the heads, changed before"),
     "query_factor": ("W_QA", "the queries' first factor, normalised before the second"),
     "latent": ("W_C", "the latent that keys and values share, normalised afterwards"),
     "output_factor": ("W_OA", "the outputs' first factor, in groups"),
@@ -227,6 +229,8 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
             f"rotary positions turn queries and keys{part}, so only the norms of the planes can balance: gap and "
             "imbalance of W_Kᵀ W_Q are by plane, its spectrum is that at equal positions"
         )
+    if layer.no_value_product:
+        yield f"it {layer.no_value_product}, so W_O W_V is not what a head writes: W_V and W_O on their own"
     if layer.num_key_value_heads < layer.num_heads:
         yield (
             f"{layer.num_heads // layer.num_key_value_heads} query heads share a key head: gap and imbalance are of "
@@ -264,9 +268,11 @@ def _layer_rows(layer: AttentionLayer, deviation: float, output_deviation: float
         yield from _product_rows(layer.query_key(), (deviation, deviation))
         if "query_rotary" in layer.factors:
             yield from _product_rows(layer.query_key_rotary(), (deviation, deviation))
-    if layer.output is not None:
+    if layer.has_value_product:
         yield from _product_rows(layer.value_output(), (deviation, output_deviation))
-
+    elif layer.output is not None:
+        yield from _matrix_rows(layer.value, layer, deviation)
+        yield from _matrix_rows(layer.output, layer, output_deviation)
     for role in _FACTORS:
         if role in layer.factors:
             yield from _factor_rows(layer.factors[role], deviation)  # pyright: ignore[reportArgumentType]
@@ -284,7 +290,7 @@ def _product_rows(product: Product, deviations: tuple[float, float]) -> Iterator
 def _matrix_rows(view: MatrixView, layer: AttentionLayer, deviation: float) -> Iterator[Row]:
     heads = view.heads()
     each = spectrum(heads)
-    if view.role == "key":  # a row for each query head, with the key head it meets
+    if view.num_heads < layer.num_heads:  # a row for each query head, with the key or value head it meets
         which = torch.tensor([layer.key_head(head) for head in range(layer.num_heads)])
         each = replace(each, singular_values=each.singular_values[which.to(each.singular_values.device)])
     untrained = _untrained_matrix(tuple(heads.shape[-2:]), deviation)

@@ -31,9 +31,10 @@ from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside, find_files, kind
 from rankdecay.attention.foreign import check_archive
 from rankdecay.attention.gguf import parts_of, read_gguf
-from rankdecay.attention.names import NO_ROTARY_TYPES, NUM_HEADS, PARTS, ROTARY, is_rotary_type
+from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_UNSAID, is_rotary_type
 from rankdecay.attention.quantised import dequantised, stored_type
 from rankdecay.attention.states import SeveralSets, choose_mapping, choose_names
+from rankdecay.attention.unturned import NO_ROTARY_TYPES
 
 Shape = tuple[int, ...]
 
@@ -121,9 +122,17 @@ class Checkpoint:
 
     def is_known(self, path: str) -> bool:
         """Whether the configuration names a model type that the tables cover, and no code of the checkpoint's own."""
-        kind = next((part["model_type"] for part in self._settings_of(path) if "model_type" in part), None)
-        said = self.setting(path, (*ROTARY, "use_rope")) is not None or kind in NO_ROTARY_TYPES
+        kind = self.kind_of_part(path)
+        said = self.states_positions(path) or kind in NO_ROTARY_TYPES or kind in ROTARY_UNSAID
         return kind is not None and said and "auto_map" not in self.config
+
+    def kind_of_part(self, path: str) -> str | None:
+        """Return the model type of the part of the model that a module is in."""
+        return next((part["model_type"] for part in self._settings_of(path) if part.get("model_type")), None)
+
+    def states_positions(self, path: str) -> bool:
+        """Whether the configuration has settings of rotary positions."""
+        return self.setting(path, (*ROTARY, "use_rope")) is not None
 
     def own(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return None: there are no modules, and what a format states of one is not told from a configuration."""

@@ -353,6 +353,7 @@ def _layer(found: Found, source: Source, place: Numbered) -> AttentionLayer:
         qk_norm=found.qk_norm,
         grouping=found.grouping,
         no_product=found.no_product,
+        no_value_product=found.no_value_product,
         factors={role: view for role, view in views.items() if role not in ("query", "key", "value", "output")},
         unknown=found.unknown,
         place=place,
@@ -360,10 +361,11 @@ def _layer(found: Found, source: Source, place: Numbered) -> AttentionLayer:
 
 
 def _bias(place: Place, source: Source) -> Callable[[], Tensor] | None:
+    added = source.reader(place.added) if place.added else None
     if place.bias is None or place.bias_window is None:
-        return None
+        return None if added is None else lambda: added().flatten()
     window, read = place.bias_window, source.reader(place.bias)
-    return lambda: window.vector(read())
+    return lambda: window.vector(read()) + (0 if added is None else added().flatten())
 
 
 def _nothing(source: Source, names: Names, unhandled: list[Unhandled]) -> str:

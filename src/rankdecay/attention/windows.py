@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,18 +23,27 @@ from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.names import (
+    BETWEEN,
     EXPERTS,
+    GATES,
     HEAD_DIM,
+    HEADS_NORMS,
     KEY_DIM,
     KEY_HEADS,
+    LATENT_WITHOUT_ROTARY,
     MIXED_OUTPUT,
     NUM_HEADS,
+    POOLING,
     POSITIONS,
+    QUERY_BIASES,
+    TURNED,
+    VALUE_NORMS_WITHOUT_WEIGHTS,
     AttentionNames,
     LatentNames,
     is_input_like,
     is_output_like,
     is_table,
+    is_value_norm,
 )
 from rankdecay.attention.products import Grouping, Rotary
 from rankdecay.attention.settings import QK_NORM_FLAGS, ModuleSettings
@@ -47,6 +57,7 @@ class Place(NamedTuple):
     window: Window
     bias: str | None = None
     bias_window: Window | None = None
+    added: str | None = None  # (heads, head_dim), or flat: what is added to queries before they meet keys
 
 
 class Found(NamedTuple):
@@ -61,6 +72,7 @@ class Found(NamedTuple):
         grouping: which key head a query head meets.
         unknown: which of these nothing says.
         no_product: why scores are no product W_Kᵀ W_Q, though queries and keys are not normalised.
+        no_value_product: what stands between values and output projection.
         no_output: what was looked for, if the module has matrices and none is its output projection.
     """
 
@@ -72,6 +84,7 @@ class Found(NamedTuple):
     grouping: Grouping = "consecutive"
     unknown: frozenset[str] = frozenset()
     no_product: str = ""
+    no_value_product: str = ""
     no_output: str = ""
 
     @property
@@ -211,8 +224,11 @@ class ModuleReader(ModuleSettings):
         rotary, qk_norm, unknown = self._positions_and_norms(row, head_dim)
         if assumed and not self.source.is_known(self.module):
             unknown |= {"order"}
-        no_product = self._no_product(row)
-        return Found(self.module, places, head_dim, rotary, qk_norm, row.grouping, unknown, no_product, unfit)
+        no_product, no_value_product = self._no_product(row), self._no_value_product(places)
+        self._add_query_bias(places)
+        return Found(
+            self.module, places, head_dim, rotary, qk_norm, row.grouping, unknown, no_product, no_value_product, unfit
+        )
 
     def _check_alone(self, parameters: dict[str, str]) -> None:
         """Check that no projection is the first matrix of several: of an MLP, or of a list with one for each head."""
@@ -232,7 +248,41 @@ class ModuleReader(ModuleSettings):
         }
         if any(f"{owner}.{norm}.weight" in self.plain for owner in owners - {self.module} for norm in BATCH_NORMS):
             return "normalises queries and keys over the batch"
+        kind = self.setting(("model_type",))
+        if kind in TURNED:
+            return "turns queries and keys by positions, though not plane by plane"
+        if kind in POOLING and row.fused and (shape := self.shape(self.parameter(row.fused) or ""))[0] != 3 * shape[1]:
+            return "pools its queries over tokens"
+        if "k_sconv" in self.source.children(self.module):
+            return "convolves keys over tokens"
         return ""
+
+    def _no_value_product(self, places: dict[Role, Place]) -> str:
+        """Return what stands between values and output projection, if it is more than the weights of attention."""
+        if "output" not in places:
+            return ""
+        if self._is_of_channels():
+            return "mixes the channels of each head by its scores"
+        children, value = self.source.children(self.module), places["value"].window
+        own = places["query"].window.num_heads * value.head_dim
+        gates = (name for child in GATES if child in children and (name := self.parameter(child)))
+        if reason := next((reason for child, reason in BETWEEN.items() if child in children), ""):
+            return reason
+        if "gate" in places or any(self.shape(name)[0] == own for name in gates):
+            return "gates what its heads give before the output projection"
+        if any(child in children for child in HEADS_NORMS):
+            return "normalises what its heads give before the output projection"
+        if any(map(is_value_norm, children)) or self.setting(("model_type",)) in VALUE_NORMS_WITHOUT_WEIGHTS:
+            return "normalises values"
+        return ""
+
+    def _add_query_bias(self, places: dict[Role, Place]) -> None:
+        """Locate what is added to queries that meet keys, beside what is added to those that meet positions."""
+        lines = places["query"].window.extent(0)
+        for child in QUERY_BIASES:
+            name = self.plain.get(self._path(child))
+            if name and math.prod(self.shapes[name]) == lines:
+                places["query"] = places["query"]._replace(added=name)
 
     def _is_of_vqgan(self) -> bool:
         """Whether it is the attention of a VQGAN's convolutions: of one head, without positions."""
@@ -433,10 +483,12 @@ class ModuleReader(ModuleSettings):
             lines = self.shape(name["first"])[0]
             places["query_factor"] = self._place(name["first"], Window("rows", 0, lines, lines, lines))
         neighbours = names.first == "wq_a" or self.is_interleaved()  # DeepSeek's own code multiplies complex numbers
-        rotary = Rotary(turned_dim // 2 * 2, neighbours) if turned_dim else None
+        turned = turned_dim and self.setting(("model_type",)) not in LATENT_WITHOUT_ROTARY
+        rotary = Rotary(turned_dim // 2 * 2, neighbours) if turned else None
         # in DeepSeek's own code q_norm is what q_a_layernorm is elsewhere, between the factors
         qk_norm = self.has_qk_norm() and names.first != "wq_a"
-        return Found(self.module, places, plain_dim, rotary, qk_norm)
+        no_value_product = self._no_value_product(places)
+        return Found(self.module, places, plain_dim, rotary, qk_norm, no_value_product=no_value_product)
 
     def read_shared_latent(self, names: Sequence[str]) -> Found:
         """Locate DeepSeek V4's matrices: one key head that is the value too, and two factors of queries and outputs.
