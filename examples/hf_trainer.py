@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 import rankdecay as rd
+from rankdecay.integrations.transformers import RankDecay
 
 
 def make_examples(count: int) -> list[dict[str, torch.Tensor]]:
@@ -26,28 +27,27 @@ def main(steps=60, directory="runs/hf_trainer", strength=3.0, resume=None):
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attention_dropout=0.1))
 
-    # Low rank for W_Q and W_K, L2 for every other matrix. With every=3, three steps are decayed in one go: cheaper.
-    groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(strength, every=3))
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    attachment = rd.attach(optimizer)  # decays after each optimizer.step() from now on
-    print(f"Before:\n{attachment.describe(ranks=True)}\n")
+    # Low rank for W_Q and W_K; the rest keeps weight_decay. With every=3, three steps are decayed in one go: cheaper.
+    callback = RankDecay(query_key=rd.LowRank(strength, every=3))
 
     arguments = TrainingArguments(
         directory,
         max_steps=steps,
         per_device_train_batch_size=16,
         gradient_accumulation_steps=2,  # the decay follows the optimizer: one per two batches
+        learning_rate=1e-2,
+        weight_decay=0.1,
         lr_scheduler_type="linear",  # the decay follows the learning rate too
         logging_steps=20,
         save_steps=20,
         report_to="none",
         dataloader_pin_memory=False,
     )
-    # The rates are the optimizer's: Trainer ignores its own learning_rate and weight_decay when it is given one.
-    trainer = Trainer(model, arguments, train_dataset=make_examples(960), optimizers=(optimizer, None))
-    trainer.train(resume_from_checkpoint=resume)
-    print(f"\nAfter:\n{attachment.describe(ranks=True)}")
-    return model, optimizer
+    trainer = Trainer(model, arguments, train_dataset=make_examples(960), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)  # attaches when it begins, detaches when it ends
+    assert callback.attachment is not None
+    print(f"\n{callback.attachment.describe(ranks=True)}")
+    return model, trainer.optimizer.optimizer
 
 
 if __name__ == "__main__":

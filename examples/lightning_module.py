@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankdecay as rd
+from rankdecay.integrations.lightning import RankDecay
 
 
 def make_sequences(count: int) -> torch.Tensor:
@@ -23,43 +24,43 @@ def make_sequences(count: int) -> torch.Tensor:
 
 
 class CopyTask(L.LightningModule):
-    def __init__(self, strength: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
         sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 15}
         heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         self.model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
-        self.strength = strength
-        self.attachment = None
 
     def training_step(self, batch, batch_index):
         return self.model(input_ids=batch, labels=batch).loss
 
     def configure_optimizers(self):
-        # Low rank for W_Q and W_K, L2 for every other matrix. With every=3, three steps are decayed in one go: cheaper.
-        groups = rd.param_groups(self.model, rd.Frobenius(0.1), query_key=rd.LowRank(self.strength, every=3))
-        optimizer = torch.optim.AdamW(groups, lr=1e-2)
-        if self.attachment is not None:  # a second fit: the first one's optimizer may still be there
-            self.attachment.detach()
-        self.attachment = rd.attach(optimizer)  # decays after each optimizer.step() from now on
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
         steps = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_train_start(self):
-        print(f"Step {self.global_step}:\n{self.attachment.describe(ranks=True)}\n")
 
-    def on_train_end(self):
-        print(f"\nStep {self.global_step}:\n{self.attachment.describe(ranks=True)}")
+class ShowRanks(L.Callback):
+    def __init__(self, decay: RankDecay) -> None:
+        self.decay = decay
+
+    def on_train_start(self, trainer, task):
+        print(f"Step {trainer.global_step}:\n{self.decay.attachments[0].describe(ranks=True)}\n")
+
+    def on_train_end(self, trainer, task):
+        print(f"\nStep {trainer.global_step}:\n{self.decay.attachments[0].describe(ranks=True)}")
 
 
 def main(epochs=3, directory="runs/lightning_module", strength=3.0, resume=None):
     L.seed_everything(0)
-    task = CopyTask(strength)
+    task = CopyTask()
+    # Low rank for W_Q and W_K, the optimizer's own L2 for the rest. With every=3, three steps are decayed in one go.
+    decay = RankDecay(query_key=rd.LowRank(strength, every=3))
     loader = torch.utils.data.DataLoader(make_sequences(640), batch_size=16)
     trainer = L.Trainer(
         max_epochs=epochs,
         accumulate_grad_batches=2,  # 40 batches, 20 steps an epoch; the decay follows the steps
-        callbacks=[ModelCheckpoint(directory, save_top_k=-1)],
+        callbacks=[decay, ShowRanks(decay), ModelCheckpoint(directory, save_top_k=-1)],
         enable_progress_bar=False,
         enable_model_summary=False,
         logger=False,

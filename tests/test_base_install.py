@@ -21,6 +21,7 @@ from tests.waiting import HANG
 
 ROOT = Path(__file__).resolve().parents[1]
 INTEGRATIONS = {
+    "rankdecay.integrations.axolotl": "axolotl",
     "rankdecay.integrations.lightning": "lightning",
     "rankdecay.integrations.transformers": "transformers",
 }

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionLayer, AttentionNames, MatrixView, find_attention
     from rankdecay.audit import AuditReport, AuditRow, audit
-    from rankdecay.decay.attach import Attachment, attach
+    from rankdecay.decay.attach import attach
+    from rankdecay.decay.attachment import Attachment
     from rankdecay.decay.groups import param_groups
     from rankdecay.decay.policy import Frobenius, LowRank
+    from rankdecay.decay.settings import decays
     from rankdecay.inspection import Inspection, inspect
     from rankdecay.linalg import polar, soft_threshold
     from rankdecay.monitor import Monitor, RankCollapseWarning
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
 _NAMES = {
     "attention": ("AttentionLayer", "AttentionNames", "MatrixView", "find_attention"),
     "audit": ("AuditReport", "AuditRow", "audit"),
-    "decay.attach": ("Attachment", "attach"),
+    "decay.attach": ("attach",),
+    "decay.attachment": ("Attachment",),
     "decay.groups": ("param_groups",),
     "decay.policy": ("Frobenius", "LowRank"),
+    "decay.settings": ("decays",),
     "inspection": ("Inspection", "inspect"),
     "linalg": ("polar", "soft_threshold"),
     "monitor": ("Monitor", "RankCollapseWarning"),
@@ -47,6 +51,7 @@ __all__ = [
     "Spectrum",
     "attach",
     "audit",
+    "decays",
     "find_attention",
     "inspect",
     "param_groups",

@@ -24,8 +24,14 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.to(sharded.device_mesh.device_type).full_tensor()  # offloaded parts cannot be sent from the CPU
 
 
-#: Where wrappers keep the optimizer that they step: Accelerate, Lightning and Lookahead; timm; SAM.
-_INSIDE = ("optimizer", "_base_optimizer", "base_optimizer", "optim")
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a DTensor that this process holds, detached; any other tensor whole."""
+    held: Any = tensor.detach()
+    return held.to_local() if is_sharded(tensor) else held
+
+
+#: Where wrappers keep the optimizer that they step: Accelerate, Lightning and Lookahead; timm; SAM; heavyball's SAM.
+_INSIDE = ("optimizer", "_base_optimizer", "base_optimizer", "optim", "wrapped_optimizer")
 
 
 def wrappers_of(optimizer: object) -> list[object]:
@@ -56,8 +62,14 @@ def unwrapped(optimizer: object) -> Optimizer:
     inside = _inner(wrappers[-1]) if wrappers else optimizer
     if not isinstance(inside, Optimizer):
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(inside).__name__}. An engine that owns its "
-            "optimizer, such as DeepSpeed's, flattens parameters; shard with FSDP2 instead."
+            f"optimizer must be a torch.optim.Optimizer, got {type(inside).__name__}"
+            + (
+                ", which has no hooks of a step though it has groups: make it a subclass, or attach to the optimizer "
+                "that it steps."
+                if hasattr(inside, "param_groups") and not hasattr(inside, "register_step_post_hook")
+                else ". An engine that owns its optimizer, such as DeepSpeed's, flattens parameters; shard with FSDP2 "
+                "instead."
+            )
         )
     several = getattr(inside, "optimizers", None)
     if isinstance(several, (list, tuple)) and several and all(isinstance(each, Optimizer) for each in several):

@@ -127,7 +127,7 @@ def _ranks(model: nn.Module) -> str:
         Row(view.parameter_name, model.get_parameter(view.parameter_name), "query_key", view.window, "", "", "", True)
         for view in (layer.query for layer in rd.find_attention(model))
     ]
-    return table(rows, ranks=True, attached=True, optimizer="AdamW")
+    return table(rows, ranks=True, state="attached to AdamW")
 
 
 @pytest.mark.parametrize("world", SHARDINGS)

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rankdecay as rd
+from rankdecay.decay.targets import STATE_KEY
 from tests import needs
 
 needs.package("transformers")
@@ -39,18 +40,34 @@ STEPS = 60
 class Example:
     needs: list[str]
     checkpoint: str  # where it is after so many steps
-    optimizer_state: Callable[[Path], dict[str, Any]]  # from a checkpoint, as anyone may load it
+    counts: Callable[[Path], tuple[int, float]]  # in a checkpoint, as anyone may load it: steps, and what is pending
+    tables: int = 2  # of ranks, that it prints
 
 
 def load(path: Path) -> Any:
     return torch.load(path, weights_only=True)
 
 
+def in_optimizer(state: dict[str, Any]) -> tuple[int, float]:
+    """Return the counts of W_Q and W_K in an optimizer's groups or states; where there are several, they are alike."""
+    places = [*state["param_groups"], *(entry.get(STATE_KEY, {}) for entry in state["state"].values())]
+    [counts] = {(g["query_key_steps"], g["query_key_pending"]) for g in places if "query_key_steps" in g}
+    return counts
+
+
+def in_callback(state: dict[str, Any]) -> tuple[int, float]:
+    counts = state["callbacks"]["RankDecay"]["counts"]
+    [steps], [pending] = ({n for name, n in counts.items() if name.endswith(kind)} for kind in ("steps", "pending"))
+    return steps, pending
+
+
 EXAMPLES = {
-    "plain_loop": Example([], "step_{}.pt", lambda path: load(path)["optimizer"]),
-    "hf_trainer": Example(["accelerate"], "checkpoint-{}", lambda path: load(path / "optimizer.pt")),
-    "accelerate_loop": Example(["accelerate"], "step_{}", lambda path: load(path / "optimizer.bin")),
-    "lightning_module": Example(["lightning"], "*-step={}.ckpt", lambda path: load(path)["optimizer_states"][0]),
+    "plain_loop": Example([], "step_{}.pt", lambda path: in_optimizer(load(path)["optimizer"])),
+    "hf_trainer": Example(
+        ["accelerate"], "checkpoint-{}", lambda path: in_optimizer(load(path / "optimizer.pt")), tables=1
+    ),
+    "accelerate_loop": Example(["accelerate"], "step_{}", lambda path: in_optimizer(load(path / "optimizer.bin"))),
+    "lightning_module": Example(["lightning"], "*-step={}.ckpt", lambda path: in_callback(load(path))),
 }
 
 
@@ -64,6 +81,9 @@ class Run:
     def checkpoint(self, name: str, step: int) -> Path:
         [path] = self.folder.glob(EXAMPLES[name].checkpoint.format(step))
         return path
+
+    def counts(self, name: str, step: int) -> tuple[int, float]:
+        return EXAMPLES[name].counts(self.checkpoint(name, step))
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +126,6 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def group_of_queries(state: dict[str, Any]) -> dict[str, Any]:
-    """From an optimizer's state; where there are several, they are alike but for their parameters."""
-    [group, *others] = [group for group in state["param_groups"] if "query_key_rule" in group]
-    assert all(other["query_key_steps"] == group["query_key_steps"] for other in others)
-    return group
-
-
 def ranks(model: nn.Module) -> torch.Tensor:
     """Numerical rank over the largest there can be, of every W_Q and W_K."""
     matrices = [view.tensor() for layer in rd.find_attention(model) for view in (layer.query, layer.key)]
@@ -127,7 +140,7 @@ def test_lowers_the_rank_once_per_step(name: str, run: Callable[..., Run]) -> No
     assert (ranks(decayed.model) < 0.7).all()
     for one in (decayed, without):
         assert one.steps == STEPS
-        assert group_of_queries(one.optimizer.state_dict())["query_key_steps"] == STEPS
+        assert one.counts(name, STEPS)[0] == STEPS
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -144,14 +157,14 @@ def test_learns_the_task_all_the_same(name: str, run: Callable[..., Run]) -> Non
 def test_resumes_to_the_last_bit(name: str, run: Callable[..., Run]) -> None:
     step, whole = 40, run(name)
     checkpoint = whole.checkpoint(name, step)
-    saved = group_of_queries(EXAMPLES[name].optimizer_state(checkpoint))
-    assert saved["query_key_every"] == 3
-    assert saved["query_key_steps"] == step
-    assert saved["query_key_pending"] > 0
+    steps, pending = whole.counts(name, step)
+    assert steps == step
+    assert pending > 0
     resumed = run(name, resume=str(checkpoint))
     assert resumed.steps == STEPS - step
     torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
     assert resumed.optimizer.state_dict()["param_groups"] == whole.optimizer.state_dict()["param_groups"]
+    assert resumed.counts(name, STEPS) == whole.counts(name, STEPS)
 
 
 def test_there_is_no_other_example() -> None:
@@ -166,5 +179,5 @@ def test_every_example_runs_as_a_script(name: str, tmp_path: Path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
-    assert capsys.readouterr().out.count("numerical rank") == 2
+    assert capsys.readouterr().out.count("numerical rank") == EXAMPLES[name].tables
     assert list((tmp_path / "runs" / name).glob(EXAMPLES[name].checkpoint.format(40)))

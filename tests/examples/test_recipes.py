@@ -1,4 +1,7 @@
-"""Every block of docs/recipes.md runs as it stands, on a model that it decays."""
+"""Every block of docs/recipes.md runs as it stands, on a model that it decays.
+
+But those fenced `Python`, for packages that no registry has or that cannot run here: those were run by hand.
+"""
 
 import copy
 import re
@@ -10,6 +13,8 @@ import torch
 from torch import nn
 
 import rankdecay as rd
+from rankdecay.decay.attachment import attached
+from rankdecay.dtensor import unwrapped
 from tests import needs
 
 transformers = needs.package("transformers")
@@ -50,15 +55,14 @@ def names(block: str, folder: Path) -> dict[str, Any]:
     if "L." in block:
         known["L"] = L = needs.package("lightning")
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        known["make_trainer"] = lambda: L.Trainer(max_steps=2, log_every_n_steps=1, **quiet)
+        known["make_trainer"] = lambda **how: L.Trainer(max_steps=2, log_every_n_steps=1, **quiet, **how)
         known["loader"] = torch.utils.data.DataLoader(ids, batch_size=4)
     if "plain_optimizer" in block:
         known["plain_optimizer"] = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1)), lr=1e-3)
         train(model, known["plain_optimizer"])
-    if "rd.param_groups" not in block:
-        groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(0.1))
-        known["optimizer"] = torch.optim.AdamW(groups, lr=1e-3)
-        known["attachment"] = rd.attach(known["optimizer"])
+    if not any(part in block for part in ("rd.param_groups", "= torch.optim.", "RankDecay", "L.")):
+        known["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        known["attachment"] = rd.attach(known["optimizer"], model, query_key=rd.LowRank(0.1))
         train(model, known["optimizer"])
     return known
 
@@ -82,8 +86,16 @@ def test_block_runs_and_leaves_a_decay(block: str, tmp_path: Path) -> None:
     model, optimizer = trained(known)
     [layer] = rd.find_attention(model)
     assert layer.query.tensor().abs().min() > 0
-    [group] = [group for group in optimizer.param_groups if "query_key_rule" in group]
-    group["query_key_strength"], group["lr"] = 100.0, 1.0  # more than every singular value
+    if "callback" in known:  # which has detached
+        assert set(known["callback"].attachment.state_dict().values()) == {0, 2}
+        rd.attach(optimizer, model, **known["callback"].keywords)
+    elif "decay" in known:  # the callback of Lightning, which has detached when its last fit ended
+        assert 2 in known["decay"].state_dict()["counts"].values()
+        rd.attach(optimizer, model, **known["decay"].arguments)
+    [attachment] = [each for each in attached() if each.optimizer is unwrapped(optimizer)]
+    attachment.set(query_key=rd.LowRank(100.0))
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0  # more than every singular value
     train(model, optimizer)
     assert (layer.query.tensor() == 0).all()
     assert (layer.value.tensor() != 0).any()

@@ -1,4 +1,4 @@
-"""FSDP2 as frameworks switch it on: two processes train, stop in the middle of a cycle and go on as one process alone.
+"""FSDP2 and DDP as frameworks switch them on: two processes stop in the middle of a cycle and go on as one alone.
 
 Accelerate, and so Trainer, shard on accelerators only, and on a CPU replicate without a word. Here Accelerate is told
 that the CPU is one; all else is theirs. Lightning shards on any device.
@@ -144,16 +144,78 @@ def with_trainer(folder: str) -> dict[str, Any]:
     return outcome(trainer.model, logged, sharded=True)
 
 
+def with_settings(folder: str, state_dict_type: str | None, **way: Any) -> dict[str, Any]:
+    """The optimizer that Trainer makes, with a decay by role; replicated without a type of sharded states."""
+    from transformers import Trainer, TrainingArguments
+
+    how: dict[str, Any] = {"lr_scheduler_type": "constant", "max_grad_norm": 0, "save_steps": SAVED}
+    how |= {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "learning_rate": 1e-2}
+    how |= {"per_device_train_batch_size": 2}
+    if state_dict_type is None:
+        how["use_cpu"] = True
+    else:
+        shard_on_the_cpu()
+        how |= {"fsdp": True, "fsdp_config": {"state_dict_type": state_dict_type}}
+    data = [{"input_ids": row, "labels": row} for row in IDS]
+    for stop in (SAVED, STEPS):
+        arguments = TrainingArguments(folder, max_steps=stop, **how)
+        trainer = Trainer(make_model(), arguments, train_dataset=data, **way)
+        trainer.train(resume_from_checkpoint=stop > SAVED)
+    assert trainer.accelerator.num_processes == 2
+    return outcome(trainer.model, [], sharded=state_dict_type is not None)
+
+
+SETTINGS = "default=Frobenius:0.1,query_key=LowRank:1.0:every=3"
+
+
+def with_callback(folder: str, state_dict_type: str | None = "SHARDED_STATE_DICT") -> dict[str, Any]:
+    from rankdecay.integrations.transformers import RankDecay
+
+    return with_settings(folder, state_dict_type, callbacks=[RankDecay(SETTINGS)])
+
+
+def with_callback_and_one_file(folder: str) -> dict[str, Any]:
+    return with_callback(folder, "FULL_STATE_DICT")
+
+
+def with_factory(folder: str, state_dict_type: str = "SHARDED_STATE_DICT") -> dict[str, Any]:
+    from rankdecay.integrations.transformers import decaying
+
+    made = decaying(AdamW, {"lr": 1e-2}, SETTINGS)
+    return with_settings(folder, state_dict_type, optimizer_cls_and_kwargs=made)
+
+
+def with_factory_and_one_file(folder: str) -> dict[str, Any]:
+    return with_factory(folder, "FULL_STATE_DICT")
+
+
+def with_callback_and_replicas(folder: str) -> dict[str, Any]:
+    return with_callback(folder, None)
+
+
+BY_ROLES = [
+    with_callback,
+    with_callback_and_replicas,
+    with_callback_and_one_file,
+    with_factory,
+    with_factory_and_one_file,
+]
+
 # ---- Lightning -------------------------------------------------------------------------------------------
 
 
-def with_lightning(folder: str) -> dict[str, Any]:
+def with_lightning_callback(folder: str) -> dict[str, Any]:
+    """The callback attaches, under an optimizer which the module makes without a thought of decays."""
+    return with_lightning(folder, by_callback=True)
+
+
+def with_lightning(folder: str, by_callback: bool = False) -> dict[str, Any]:
     import lightning as L
     from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.strategies import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
 
-    from rankdecay.integrations.lightning import RankCallback
+    from rankdecay.integrations.lightning import RankCallback, RankDecay
 
     class Recorder(DummyLogger):
         def log_metrics(self, metrics: dict[str, float], step: int) -> None:
@@ -170,6 +232,8 @@ def with_lightning(folder: str) -> dict[str, Any]:
             return self.model(input_ids=batch, labels=batch).loss
 
         def configure_optimizers(self) -> Any:
+            if by_callback:
+                return AdamW(self.parameters(), lr=1e-2, weight_decay=0.0)
             optimizer = make_optimizer(self.model)
             rd.attach(optimizer)
             return optimizer
@@ -179,7 +243,9 @@ def with_lightning(folder: str) -> dict[str, Any]:
     for stop in (SAVED, STEPS):
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
         quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "logger": Recorder()}
-        callbacks = [RankCallback(every=2, detail="model")]
+        callbacks: list[Any] = [RankCallback(every=2, detail="model")]
+        if by_callback:
+            callbacks.append(RankDecay(default=rd.Frobenius(0.1), query_key=rd.LowRank(1.0, every=3)))
         trainer = L.Trainer(
             accelerator="cpu", devices=2, strategy=strategy, max_steps=stop, callbacks=callbacks, **quiet
         )
@@ -190,9 +256,19 @@ def with_lightning(folder: str) -> dict[str, Any]:
     return outcome(module.model, logged, sharded=True)
 
 
-@pytest.mark.parametrize("framework", [with_accelerate, with_trainer, with_lightning])
+#: Of callback or factory, shards or one file: the others have each of them once.
+SLOW = (with_callback_and_one_file, with_factory)
+
+
+@pytest.mark.parametrize(
+    "framework",
+    [
+        pytest.param(framework, marks=pytest.mark.slow if framework in SLOW else ())
+        for framework in (with_accelerate, with_trainer, with_lightning, with_lightning_callback, *BY_ROLES)
+    ],
+)
 def test_two_processes_arrive_where_one_does(framework: Callable[[str], Any], tmp_path: Path) -> None:
-    if framework is with_lightning:
+    if framework in (with_lightning, with_lightning_callback):
         needs.package("lightning")
     first, other = on_ranks(2, framework, str(tmp_path / "saved"))
     expected = alone()
@@ -200,5 +276,5 @@ def test_two_processes_arrive_where_one_does(framework: Callable[[str], Any], tm
         for name, weight in expected["weights"].items():
             np.testing.assert_allclose(its["weights"][name], weight, rtol=1e-5, atol=1e-8, err_msg=name)
     assert other["logged"] == []
-    for values, those in zip(first["logged"], expected["logged"], strict=True):
+    for values, those in zip(first["logged"], expected["logged"] if framework not in BY_ROLES else [], strict=True):
         assert values == pytest.approx(those, rel=1e-5)

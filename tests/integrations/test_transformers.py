@@ -1,4 +1,4 @@
-"""The callback of transformers.Trainer: what reaches its reporters and its log history."""
+"""The callbacks of transformers.Trainer: a decay by settings, and what reaches its reporters and its log history."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import rankdecay as rd
+from rankdecay.decay.targets import STATE_KEY
 from rankdecay.monitor import Monitor, RankCollapseWarning
 from tests import needs
 
 transformers = needs.package("transformers")
 needs.package("accelerate")
-from rankdecay.integrations.transformers import RankCallback  # noqa: E402
+from rankdecay.integrations.transformers import RankCallback, RankDecay, decaying  # noqa: E402
 
 NAME = "rank/query_key/effective_rank"
 LAYER = "rank/model.layers.0.self_attn/value_output/stable_rank_min"
@@ -30,10 +31,15 @@ class Reporter(transformers.TrainerCallback):
         self.rows.append((state.global_step, dict(logs)))
 
 
-def _trainer(folder: Path, steps: int = 6, **how: Any) -> tuple[Any, Reporter]:
-    torch.manual_seed(0)
+def make_model() -> Any:
     sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+
+
+def _trainer(folder: Path, steps: int = 6, **how: Any) -> tuple[Any, Reporter]:
+    model = make_model()
     options: dict[str, Any] = {"logging_steps": 4, "save_steps": 4, "report_to": "none", **how}
     arguments = transformers.TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=4, disable_tqdm=True, use_cpu=True, **options
@@ -93,3 +99,173 @@ def test_bad_input(tmp_path):
         RankCallback(100)
     with pytest.raises(ValueError, match="log is the trainer's here"):
         RankCallback(_trainer(tmp_path)[0], log=print)
+
+
+# ---- the decay -------------------------------------------------------------------------------------------
+
+SAVED, STEPS = 4, 7  # every=3: the cycle is at 1 of 3 when it is saved
+ROLES = {"query_key": rd.LowRank(2.0, every=3), "value_output": rd.Frobenius(0.0)}
+TEXT = "query_key=LowRank:2.0:every=3,value_output=Frobenius:0.0"
+KWARGS = {"lr": 1e-2, "weight_decay": 0.1, "fused": True}  # as Trainer makes its own
+
+
+def make_trainer(folder: Path, steps: int = STEPS, trainer: dict[str, Any] | None = None, **how: Any) -> Any:
+    options: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.1, "save_steps": SAVED, "report_to": "none"}
+    options |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": 4, "disable_tqdm": True, **how}
+    arguments = transformers.TrainingArguments(str(folder), max_steps=steps, use_cpu=True, **options)
+    ids = torch.randint(16, (96, 6), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    given: dict[str, Any] = {"train_dataset": data, **(trainer or {})}
+    if "model_init" not in given:
+        given.setdefault("model", make_model())
+    made = transformers.Trainer(args=arguments, **given)
+    made.remove_callback(transformers.PrinterCallback)
+    return made
+
+
+WAYS = {
+    "callback": lambda: {"callbacks": [RankDecay(**ROLES)]},
+    "text": lambda: {"callbacks": [RankDecay(TEXT)]},
+    "factory": lambda: {"optimizer_cls_and_kwargs": decaying(torch.optim.AdamW, KWARGS, **ROLES)},
+}
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Trained without callback and factory: Trainer's own optimizer, attached as a user would."""
+    made = make_trainer(tmp_path_factory.mktemp("by_hand"))
+    rd.attach(made.create_optimizer(), made.model, **ROLES)
+    made.train()
+    return made
+
+
+def assert_same_weights(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_trainer_decays_its_own_optimizer_and_goes_on_in_the_middle_of_a_cycle(way, by_hand, tmp_path):
+    whole = make_trainer(tmp_path, trainer=WAYS[way]())
+    whole.train()
+    assert_same_weights(whole.model, by_hand.model)
+    assert [group["weight_decay"] for group in whole.optimizer.param_groups] == [0.1, 0.0]
+    resumed = make_trainer(tmp_path, trainer=WAYS[way]())
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVED}"))
+    assert_same_weights(resumed.model, by_hand.model)
+    without = make_trainer(tmp_path / "without")
+    without.train()
+    query = without.model.model.layers[0].self_attn.q_proj.weight
+    assert not torch.equal(query, by_hand.model.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_the_counts_are_in_the_state_of_the_trainer_too(by_hand, tmp_path):
+    """Where a distributed checkpoint cannot load them; here they are taken out of the optimizer's state."""
+    make_trainer(tmp_path, SAVED, trainer=WAYS["callback"]()).train()
+    checkpoint = tmp_path / f"checkpoint-{SAVED}"
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    taken = [entry.pop(STATE_KEY) for entry in state["state"].values() if STATE_KEY in entry]
+    assert [counts["query_key_steps"] for counts in taken] == [SAVED, SAVED]  # of W_Q and W_K
+    torch.save(state, checkpoint / "optimizer.pt")
+    resumed = make_trainer(tmp_path, trainer=WAYS["text"]())
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_weights(resumed.model, by_hand.model)
+
+
+def test_trainer_may_restore_the_callback_itself(by_hand, tmp_path):
+    """With ``restore_callback_states_from_checkpoint`` it makes a new one from the state of the old one."""
+    make_trainer(tmp_path, SAVED, trainer=WAYS["callback"]()).train()
+    how: dict[str, Any] = {"restore_callback_states_from_checkpoint": True}
+    resumed = make_trainer(tmp_path, trainer={"callbacks": [RankDecay("query_key=LowRank:9")]}, **how)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVED}"))
+    assert_same_weights(resumed.model, by_hand.model)
+
+
+@pytest.mark.parametrize("way", ["callback", "factory"])
+def test_model_init_and_a_second_training(way, by_hand, tmp_path):
+    given = WAYS[way]()
+    made = make_trainer(tmp_path, trainer={"model_init": make_model, **given})
+    for _ in range(2):  # each of a new model, with a new optimizer
+        made.train()
+        assert_same_weights(made.model, by_hand.model)
+
+
+def test_a_second_training_of_the_same_model_continues_its_cycle(tmp_path):
+    callback = RankDecay(**ROLES)
+    made = make_trainer(tmp_path, 4, trainer={"callbacks": [callback]})
+    made.train()
+    assert not callback.attachment.active
+    made.train()
+    counts = callback.attachment.state_dict()
+    assert {counts[name] for name in counts if name.endswith("query_key_steps")} == {8}
+
+
+def test_a_training_that_raised_can_be_begun_again(by_hand, tmp_path):
+    class Stops(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    callback = RankDecay(**ROLES)
+    made = make_trainer(tmp_path, trainer={"callbacks": [callback, Stops()]})
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    made.remove_callback(Stops)
+    made.train()
+    assert made.state.global_step == STEPS
+
+
+def test_a_run_without_decay_goes_on_with_one_and_the_other_way_round(tmp_path):
+    make_trainer(tmp_path / "without", SAVED).train()
+    checkpoint = tmp_path / "without" / f"checkpoint-{SAVED}"
+    callback = RankDecay(**ROLES)
+    made = make_trainer(tmp_path / "with", 8, trainer={"callbacks": [callback]})
+    made.train(resume_from_checkpoint=str(checkpoint))
+    counts = callback.attachment.state_dict()
+    assert {counts[name] for name in counts if name.endswith("query_key_steps")} == {8 - SAVED}
+    made = make_trainer(tmp_path / "with", 9)
+    made.train(resume_from_checkpoint=str(tmp_path / "with" / "checkpoint-8"))
+    assert made.state.global_step == 9
+
+
+@pytest.mark.parametrize("way", ["callback", "factory"])
+def test_many_passes_to_a_step_are_no_sign_of_an_optimizer_that_never_steps(way, tmp_path):
+    """Warnings are errors here; ten backward passes without a step would be one."""
+    how: dict[str, Any] = {"gradient_accumulation_steps": 12, "per_device_train_batch_size": 2}
+    made = make_trainer(tmp_path, 3, trainer=WAYS[way](), **how)
+    made.train()
+    assert made.state.global_step == 3
+
+
+def test_an_optimizer_that_never_steps_is_still_noticed(tmp_path):
+    class Deaf(transformers.Trainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            optimizer = super().create_optimizer(model)
+            optimizer.step = lambda *_, **__: None
+            return optimizer
+
+    made = make_trainer(tmp_path, 11)
+    deaf = Deaf(made.model, made.args, train_dataset=made.train_dataset, callbacks=[RankDecay(**ROLES)])
+    deaf.remove_callback(transformers.PrinterCallback)
+    with pytest.warns(UserWarning, match=r"10 backward passes, and no step\(\)"):
+        deaf.train()
+
+
+def test_peft(tmp_path):
+    peft = needs.package("peft")
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj", "k_proj"], r=2))
+    with pytest.raises(ValueError, match=r"query_key=.* only frozen parameters, .* decay its factors with other="):
+        make_trainer(tmp_path, trainer={"model": model, "callbacks": [RankDecay(**ROLES)]}).train()
+    callback = RankDecay("other=Frobenius:0.5")
+    made = make_trainer(tmp_path, trainer={"model": model, "callbacks": [callback]})
+    made.train()
+    decayed = [row.name for row in callback.attachment.rows() if row.decay == "L2 0.5"]
+    assert len(decayed) == 4
+    assert all("lora_" in name for name in decayed)
+
+
+def test_what_cannot_be_read_is_said_at_once():
+    with pytest.raises(ValueError, match="setting='query_kye' is unknown: did you mean 'query_key'"):
+        RankDecay(query_kye=rd.LowRank(0.1))
+    with pytest.raises(ValueError, match="no role is named"):
+        RankDecay()
+    with pytest.raises(ValueError, match="setting='lr' is unknown"):
+        decaying(torch.optim.AdamW, lr=1e-2)

@@ -90,10 +90,10 @@ def _decay_by_sums(pieces: list[Piece], decay: LowRank, amount: float | Tensor, 
         return 2 * piece.cut.gram**2 * math.prod(piece.value.shape[:-2])
 
     for batch in _batches(pieces, batch_key, entries, lambda piece: _limit(piece.value)):
-        values = decayed_pieces(batch, decay, amount, _backend_on(batch[0].value, backend))
+        values = decayed_pieces(batch, decay, amount, backend_on(batch[0].value, backend))
         for piece, value in zip(batch, values, strict=True):
             seed += 1_000_000_007
-            piece.write(_rounded(value, piece.value.dtype, seed + piece.part))
+            piece.write(rounded(value, piece.value.dtype, seed + piece.part))
 
 
 def _decay_by_owners(
@@ -172,19 +172,19 @@ def _shrink_batch(
         stack = stack - amount * stack
     else:
         tau = decay.tau(amount, stack.norm(dim=(-2, -1)), min(stack.shape[-2:]))
-        stack = shrink(stack, tau, decay.rule, smoothing=decay.smoothing, backend=_backend_on(stack, backend))
-    for matrix, value in zip(batch, _rounded(stack, dtype, seed), strict=True):
+        stack = shrink(stack, tau, decay.rule, smoothing=decay.smoothing, backend=backend_on(stack, backend))
+    for matrix, value in zip(batch, rounded(stack, dtype, seed), strict=True):
         matrix.write(value)
 
 
-def _rounded(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+def rounded(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     """Round to the dtype of the weights: 16 bits stochastically, 32 to the nearest."""
     if dtype in (torch.float32, torch.float64):
         return values.to(dtype)
     return stochastic_round(values.float(), dtype, torch.Generator(values.device).manual_seed(seed))
 
 
-def _backend_on(values: Tensor, backend: Backend) -> Backend:
+def backend_on(values: Tensor, backend: Backend) -> Backend:
     """Return the backend of a device: a decomposition on a GPU would wait for it."""
     if backend != "auto":
         return backend

@@ -114,9 +114,10 @@ def param_groups(
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.names[0])
         group["why"].append(why_of(entry))
-        _known[entry.parameter] = Known(entry.names[0], group["why"][-1], remarks, entry.blocks)
+        l2 = all(isinstance(decay, Frobenius) for _, decay in decays)
+        _known[entry.parameter] = Known(entry.names[0], group["why"][-1], remarks, entry.blocks, l2)
     for group in groups.values():
-        _apply_real_l2(group)
+        group.update(real_l2(group))
     return Groups(groups.values())
 
 
@@ -233,12 +234,21 @@ NO_REMARKS = Remarks()
 
 
 class Known(NamedTuple):
-    """What :func:`param_groups` knows of a parameter, and an optimizer's state need not hold."""
+    """What :func:`param_groups` knows of a parameter, and an optimizer's state need not hold.
+
+    Attributes:
+        name: its name.
+        why: the reason for its role.
+        remarks: on the model.
+        blocks: its matrices.
+        l2: whether its decay is L2 that was asked for, and not the optimizer's own.
+    """
 
     name: str
     why: str
     remarks: Remarks
     blocks: list[Block]
+    l2: bool
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -312,7 +322,7 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
             del group[key]
     group.update(_keys(pairs))
     group.update({key: value for key, value in counts.items() if key in group})
-    _apply_real_l2(group)
+    group.update(real_l2(group))
 
 
 def hook_roles(group: Group) -> list[str]:
@@ -363,12 +373,17 @@ def _number(group: Group, key: str) -> float:
     return check_number(f"the parameter group's {key}", group[key], at_least=0, remedy="0 switches the decay off")
 
 
-def _apply_real_l2(group: Group) -> None:
-    """Let the hook apply L2 to 16-bit weights: the optimizer would round it away, at usual learning rates."""
-    narrow = any(parameter.is_floating_point() and parameter.dtype.itemsize < 4 for parameter in group["params"])
-    if narrow and group.get("weight_decay") and not hook_roles(group):
-        role = group["role"].split("+")[0]
-        group.update(live_l2(role))
+def real_l2(group: Group) -> Group:
+    """Return the keys by which the hook applies L2 to 16-bit weights, if a group has any.
+
+    The optimizer would round it away, at usual learning rates.
+    """
+    narrow = any(
+        p.is_floating_point() and p.dtype.itemsize < 4 and p in _known and _known[p].l2 for p in group["params"]
+    )
+    if not narrow or not group.get("weight_decay") or hook_roles(group):
+        return {}
+    return live_l2(group["role"].split("+")[0])
 
 
 def _excluded(exclude: Excluded, names: list[str]) -> Callable[[str], bool]:

@@ -1,16 +1,15 @@
 """What the decay has to know of an optimizer: its rate, which weights it steps, and what its own L2 means.
 
 Most optimizers step the parameters themselves, at ``group["lr"]``, and for these nothing here matters. The others are
-told by what they have (keys of their groups and of their states) rather than by name, so that a copy of one in another
-package is treated alike:
+told by what they have (keys of their groups and of their states) where that says enough, so that a copy of one in
+another package is treated alike, and by their names where it does not. ``docs/optimizers.md`` lists both.
 
 =========================  ====================================================  =======================================
 optimizer                  rate of a decay                                       weights that are decayed
 =========================  ====================================================  =======================================
 Prodigy, D-Adaptation      d · lr, with the d before the step                    the parameters
 Adafactor, relative steps  the step of each parameter                            the parameters
-schedule-free              lr with its warm-up                                   the base iterate z; the parameters, an
-                                                                                 average, follow
+schedule-free              lr with its warm-up                                   :mod:`rankdecay.decay.averaged`
 Lookahead, Ranger          lr                                                    the fast weights; the parameters follow
                                                                                  when the two are averaged
 =========================  ====================================================  =======================================
@@ -21,70 +20,154 @@ decay: it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rankdecay.decay.averaged import is_averaged
 from rankdecay.decay.groups import Group
 from rankdecay.decay.targets import STATE_KEY
-from rankdecay.dtensor import whole
+from rankdecay.dtensor import local, whole
 
+#: File of the function that calls the hooks around a step.
+_HOOKED_STEP = Optimizer.profile_hook_step.__code__.co_filename
 #: Optimizers of torch that decouple their ``weight_decay``, always or where ``decoupled_weight_decay`` says so.
 _DECOUPLING = tuple(
     getattr(torch.optim, name) for name in ("Adam", "NAdam", "RAdam", "Adafactor", "Muon") if hasattr(torch.optim, name)
 )
 
 #: Entries of a state that are weights and do no harm: averaged with the parameters now and then, or only read.
-_LAGGING = ("slow_buffer", "slow_params", "slow_weights", "lookahead_params", "cached_params")
-_ONLY_READ = ("p0",)
+_LAGGING = ("slow_buffer", "slow_param", "slow_params", "slow_weights", "la_param", "lookahead_params",
+            "lookahead_slow_buff", "cached_params")  # fmt: skip
+_ONLY_READ = ("p0", "ax", "ema", "pbar", "prev_param", "old", "old_p", "backup")
+#: Moments, which a loss that is ‖W‖² makes equal to the weights.
+_MOMENTS = ("exp_avg", "momentum", "grad", "square")
 
 _REMEDY = "use an optimizer that steps the parameters themselves, such as AdamW, or leave the decay to its weight_decay"
-_IN_BACKWARD = "steps inside fused_backward, before which nothing sees a gradient; use an optimizer with a step()"
+_IN_BACKWARD = "steps inside the backward pass, where nothing sees a gradient; use an optimizer with a step()"
+_FROM_START = f"computes the parameters from their start and a sum of gradients, and so undoes a decay; {_REMEDY}"
+_OWN_WEIGHTS = f"keeps weights of its own and computes the parameters from them, and so undoes a decay; {_REMEDY}"
+_FIXED_NORM = "gives every matrix a fixed norm after each step, and so undoes L2; use an optimizer that does not"
+_SCHEDULE_FREE = "is not the schedule-free optimizer that trains: use AdamWScheduleFree or SGDScheduleFree"
+_INNER_GRADIENT = f"replaces each step by another after its inner optimizer's, and so undoes a decay; {_REMEDY}"
 #: Classes that cannot be decayed, with the reason; by name, as nothing in their groups tells it before a step.
 _REFUSED = {
-    "MADGRAD": f"computes the parameters from their start and a sum of gradients, and so undoes a decay; {_REMEDY}",
-    "MirrorMADGRAD": f"computes the parameters from a sum of gradients, and so undoes a decay; {_REMEDY}",
-    "LOMO": _IN_BACKWARD,
-    "AdaLomo": _IN_BACKWARD,
+    "MADGRAD": _FROM_START,
+    "MirrorMADGRAD": _FROM_START,
+    "DAdaptAdaGrad": _FROM_START,
+    "DAdaptSGD": _FROM_START,
+    "FTRL": _FROM_START,
+    "A2Grad": _OWN_WEIGHTS,
+    "A2GradExp": _OWN_WEIGHTS,
+    "A2GradInc": _OWN_WEIGHTS,
+    "A2GradUni": _OWN_WEIGHTS,
+    "AccSGD": _OWN_WEIGHTS,
+    "SRMM": _OWN_WEIGHTS,
+    "MSAMLaProp": _OWN_WEIGHTS,
+    "BlockOptimizer": _OWN_WEIGHTS,
+    "BlockOptimizerRatio": _OWN_WEIGHTS,
+    "SafeFP16Optimizer": _OWN_WEIGHTS,
+    "CPUOffloadOptimizer": _OWN_WEIGHTS,
+    "TRAC": _INNER_GRADIENT,
+    "Magma": "leaves out steps at random, and with them decays; attach to an optimizer without it",
+    "Amos": "has a decay of its own besides weight_decay, which cannot be switched off; use another optimizer",
+    "Nero": _FIXED_NORM,
+    "HyperBallAdamW": _FIXED_NORM,
+    "Scion": _FIXED_NORM,
+    "SFAdamW": f"keeps the iterate of schedule-free where it cannot be decayed; {_SCHEDULE_FREE.partition(': ')[2]}",
+    "ScheduleFreeRAdam": "does not say its rate; use schedulefree.RAdamScheduleFree or a warm-up",
+    "AdamWScheduleFreeReference": _SCHEDULE_FREE,
+    "SGDScheduleFreeReference": _SCHEDULE_FREE,
+    "ScheduleFreeWrapperReference": _SCHEDULE_FREE,
+    "ScheduleFreeWrapper": f"does not say its average; {_SCHEDULE_FREE.partition(': ')[2]}",
     "LayerWiseDummyOptimizer": "has a step() that does nothing, since hooks of the backward pass step each parameter; "
     "attach to each of the optimizers in its optimizer_dict",
 }
+#: Classes that keep something by the position of a group, or count in tensors that they share between groups.
+_INDIVISIBLE = ("AdaBound", "AdaBoundW", "ASGD")
+#: Keys and attributes by which some decay weights besides ``weight_decay``.
+_OTHER_DECAYS = ("wd", "weight_decay_rate", "decay", "l2", "lambda_rank")
+#: The same, of parameters that are no matrices.
+_DECAYS_OF_VECTORS = ("weight_decay_1d",)
+#: Classes whose decay is an attribute, which a group's key does not change.
+_DECAY_IS_ATTRIBUTE = ("DeMo", "WSAM")
 
 
-def check_supported(optimizer: Optimizer) -> None:
-    """Raise if a decay cannot act under an optimizer.
+def check_supported(optimizer: object) -> None:
+    """Raise if a decay cannot act under an optimizer, or a wrapper.
 
     Raises:
         ValueError: With the reason and what to do.
     """
-    for kind in type(optimizer).__mro__:
-        if kind.__name__ in _REFUSED:
-            raise ValueError(f"{type(optimizer).__name__} {_REFUSED[kind.__name__]}.")
+    kind = type(optimizer).__name__
+    for base in type(optimizer).__mro__:
+        if base.__name__ in _REFUSED:
+            raise ValueError(f"{kind} {_REFUSED[base.__name__]}.")
+    groups = getattr(optimizer, "param_groups", None) or []
+    if hasattr(optimizer, "fused_backward") or any(group.get("fused_back_pass") for group in groups):
+        raise ValueError(f"{kind} {_IN_BACKWARD}.")
 
 
-def check_own_decay(optimizer: Optimizer, index: int, group: Group, is_decayed: bool) -> None:
-    """Raise if a group that is decayed has a decay of the optimizer's that cannot be switched off for it.
+def check_own_decay(optimizer: Optimizer, index: int, group: Group, decayed: Iterable[Tensor]) -> None:
+    """Raise if a group has a decay of the optimizer's that cannot be switched off.
+
+    Args:
+        optimizer: whose group it is.
+        index: of the group.
+        group: to check.
+        decayed: its parameters that are decayed.
 
     Raises:
         ValueError: With the name under which the optimizer keeps its decay.
     """
-    if "weight_decay" in group or not is_decayed:
+    dimensions = {parameter.ndim for parameter in decayed}
+    if not dimensions:
         return
-    for name in ("weight_decay", "wd", "weight_decay_rate", "decay", "l2"):
-        for value in (group.get(name), getattr(optimizer, name, None)):
+    kind = type(optimizer).__name__
+    attribute = "weight_decay" not in group or kind in _DECAY_IS_ATTRIBUTE
+    vectors = _DECAYS_OF_VECTORS if min(dimensions) < 2 else ()
+    for name in (*_OTHER_DECAYS, *vectors, *(("weight_decay",) if attribute else ())):
+        for value in (group.get(name), getattr(optimizer, name, None) if attribute else None):
             if isinstance(value, (int, float)) and value:
                 raise ValueError(
-                    f"{type(optimizer).__name__} decays group {index} by its own {name}={value}, which cannot be "
-                    f"switched off for the roles that are named; build it with {name}=0."
+                    f"{kind} decays group {index} by its own {name}={value}, which cannot be switched off for the "
+                    f"roles that are named; build it with {name}=0."
                 )
 
 
+def check_divisible(optimizer: Optimizer, index: int, group: Group) -> None:
+    """Raise if a group of an optimizer cannot be stepped in parts.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    kind = type(optimizer).__name__
+    if kind in _INDIVISIBLE or group.get("gradient_release"):  # which holds on to the group of each parameter
+        raise ValueError(
+            f"{kind} cannot step a part of group {index} without its weight_decay: give the named roles a group of "
+            "their own, or set weight_decay=0 in that group."
+        )
+
+
+def is_inner_step(optimizer: Optimizer) -> bool:
+    """Whether a hook is called from a step inside another of the same optimizer, as by ``super().step()``."""
+    frame, found = sys._getframe(1), 0
+    while frame is not None and found < 2:
+        code = frame.f_code
+        if code.co_name == "wrapper" and code.co_filename == _HOOKED_STEP:
+            found += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return found > 1
+
+
 def has_state(optimizer: Optimizer) -> bool:
-    """Whether an optimizer has made its state; our own count is none."""
-    return any(set(state) - {STATE_KEY} for state in optimizer.state.values() if isinstance(state, dict))
+    """Whether an optimizer has made its state; our own counts are none."""
+    states = (state for state in optimizer.state.values() if isinstance(state, dict))
+    return any(key != STATE_KEY for state in states for key in state)
 
 
 def may_make_states_only(optimizer: Optimizer) -> bool:
@@ -101,14 +184,9 @@ def may_make_states_only(optimizer: Optimizer) -> bool:
     return bool(gradients) and not any(bool(whole(gradient).any()) for gradient in gradients)
 
 
-def is_schedule_free(group: Group) -> bool:
-    """Whether a group is of a schedule-free optimizer, whose parameters are between a base iterate and its average."""
-    return {"weight_sum", "lr_max", "weight_lr_power", "k"} <= group.keys()
-
-
 def has_rate_per_parameter(optimizer: Optimizer, group: Group) -> bool:
     """Whether an optimizer has another rate for each parameter: Adafactor with relative steps."""
-    return hasattr(optimizer, "_get_lr") and "relative_step" in group
+    return "relative_step" in group and (hasattr(optimizer, "_get_lr") or hasattr(optimizer, "get_relative_step_size"))
 
 
 def has_rate(optimizer: Optimizer, group: Group) -> bool:
@@ -116,38 +194,66 @@ def has_rate(optimizer: Optimizer, group: Group) -> bool:
     return group.get("lr") is not None or has_rate_per_parameter(optimizer, group)
 
 
-def rate(optimizer: Optimizer, group: Group) -> float | Tensor:
+def finds_rate(optimizer: object, group: Group) -> bool:
+    """Whether an optimizer multiplies lr by an estimate d; the d of torch's Adafactor is a threshold of clipping."""
+    named = any(kind.__name__.startswith(("DAdapt", "Prodigy")) for kind in type(optimizer).__mro__)
+    return "d" in group and ("d0" in group or named)
+
+
+def rate(optimizer: Any, group: Group) -> float | Tensor:
     """Return the rate by which a decay of a group is multiplied, before the optimizer's step."""
     lr = group.get("lr")
     if lr is None:
         return 0.0
-    if "d" in group and "d0" in group:  # what makes an lr of 1 a rate
+    if "d_prev" in group and hasattr(optimizer, "get_dlr"):
+        lr = optimizer.get_dlr(group)
+        return optimizer.get_bias_correction(lr, group["betas"][1], group["k"])[0] if _corrects(group) else lr
+    if finds_rate(optimizer, group):  # d makes an lr of 1 a rate
         lr = lr * group["d"] * _bias_correction(group)
-    if is_schedule_free(group):
-        warmup, k = group.get("warmup_steps", 0), group["k"]
+    if is_averaged(group):
+        warmup, k = group.get("warmup_steps", 0), group.get("k", group.get("step", 0))
         lr = lr * ((k + 1) / warmup if k < warmup else 1.0)
     return lr
 
 
+def rate_of_step(group: Group, before: float | Tensor) -> float | Tensor:
+    """Return the rate in the step that has been made: what the optimizer says, or what it was before the step."""
+    return group.get("scheduled_lr", before) if is_averaged(group) else before
+
+
 def rate_of_parameter(optimizer: Any, group: Group, parameter: Tensor) -> float:
     """Return the rate of one parameter in the step that has been made."""
-    return float(optimizer._get_lr(group, optimizer.state[parameter]))
+    if hasattr(optimizer, "_get_lr"):
+        return float(optimizer._get_lr(group, optimizer.state[parameter]))
+    settings = (group["step"], group["relative_step"], group["warmup_init"])
+    step, rms = optimizer.get_relative_step_size(group["lr"], *settings), optimizer.get_rms(parameter.detach().float())
+    return float(optimizer.get_lr(step, float(rms), group["scale_parameter"]))
+
+
+def _corrects(group: Group) -> bool:
+    return bool(group.get("use_bias_correction") or group.get("bias_correction"))
 
 
 def _bias_correction(group: Group) -> float:
-    if not group.get("use_bias_correction"):
+    if not _corrects(group):
         return 1.0
-    (beta1, beta2), k = group["betas"][:2], group.get("k", 0)
-    return (1 - beta2 ** (k + 1)) ** 0.5 / (1 - beta1 ** (k + 1))
+    beta1, beta2 = group["betas"][:2]
+    k = group["k"] + 1 if "k" in group else group["step"] + ("d0" not in group)
+    return (1 - beta2**k) ** 0.5 / (1 - beta1**k)
 
 
 def decouples(optimizer: Optimizer, group: Group) -> bool:
     """Whether an optimizer applies its ``weight_decay`` as :class:`rankdecay.Frobenius` would, or can be told to."""
     if "weight_decay" not in group:
         return False
-    if isinstance(optimizer, _DECOUPLING) and "weight_decay" in optimizer.defaults:
+    of_torch = type(optimizer).step.__module__.startswith("torch.optim.")  # and not overridden
+    if of_torch and isinstance(optimizer, _DECOUPLING) and "weight_decay" in optimizer.defaults:
         return True
-    return bool(group.get("decouple")) or is_schedule_free(group) or has_rate_per_parameter(optimizer, group)
+    if finds_rate(optimizer, group):
+        return bool(group.get("decouple") or (is_averaged(group) and group.get("weight_decay_by_lr")))
+    if "relative_step" in group:
+        return hasattr(optimizer, "_get_lr")
+    return is_averaged(group)
 
 
 def is_decoupled(optimizer: Optimizer, group: Group) -> bool:
@@ -158,54 +264,58 @@ def is_decoupled(optimizer: Optimizer, group: Group) -> bool:
 # ---- weights of the optimizer's own ----------------------------------------------------------------------
 
 
-class Iterates:
-    """What a decay acts on in the place of some parameters, and how these follow.
-
-    The parameters of a schedule-free optimizer are y = (1 − β)·z + β·x, where x is the average of all z. A step adds u
-    to z, and to y what of it y has: 1 − β·(1 − c) of u, where c is the weight of the new z in x. So does a decay.
-    """
-
-    def __init__(self, optimizer: Optimizer, group: Group, parameters: list[Tensor]) -> None:
-        self._parameters = parameters
-        self._states = [optimizer.state.get(parameter, {}) for parameter in parameters]
-        self.own = is_schedule_free(group) and all("z" in state for state in self._states)
-        self.tensors: list[Tensor] = [state["z"] for state in self._states] if self.own else parameters
-        self._before = [tensor.detach().clone() for tensor in self.tensors] if self.own else []
-        self._share = 1.0
-        if self.own:
-            beta = group["betas"][0] if "betas" in group else group["momentum"]
-            newest = group["k"] ** group.get("r", 0.0) * group["lr_max"] ** group["weight_lr_power"]
-            c = newest / group["weight_sum"] if group["weight_sum"] else 0.0
-            self._share = 1 - beta * (1 - c)
-
-    def follow(self) -> None:
-        """Let the parameters follow what has been decayed."""
-        for parameter, now, before in zip(self._parameters, self.tensors, self._before, strict=False):
-            parameter.add_((now - before).to(parameter.dtype), alpha=self._share)
-
-
 def check_states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     """Raise if an optimizer, after its first step, turns out to keep weights of its own.
 
     A parameter that is computed from other weights loses a decay at the next step. Such weights are near the
-    parameters at first, as no moment of the gradients is.
+    parameters at first, as no moment of the gradients is. They are looked for in the state, whatever its nesting, and
+    in lists and dictionaries of the optimizer.
+
+    Args:
+        optimizer: that has made its first step.
+        parameters: that have been stepped.
 
     Raises:
-        ValueError: With the name of the entry of the state.
+        ValueError: With the name of the entry.
     """
-    parameter = next((p for p in parameters if optimizer.state.get(p) and p.numel() and bool(p.detach().any())), None)
+    parameter = next((p for p in parameters if _is_telling(local(p))), None)
     if parameter is None:
         return
-    weight = parameter.detach()
-    for name, entry in optimizer.state[parameter].items():
-        known = name in _LAGGING or name in _ONLY_READ or name == "z"
-        if known or not isinstance(entry, Tensor) or entry.shape != weight.shape or not entry.is_floating_point():
+    weight = local(parameter)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    kept = {name: value for name, value in vars(optimizer).items() if name not in ("param_groups", "state", "defaults")}
+    averages = any(is_averaged(group) for group in optimizer.param_groups)
+    for name, entry in (*_tensors(optimizer.state.get(parameter, {})), *_tensors(kept)):
+        if name in _LAGGING or name in _ONLY_READ or any(word in name for word in _MOMENTS):
             continue
-        if (entry.detach().to(weight.device) - weight).float().norm() < 0.1 * weight.float().norm():
+        if (averages and name == "z") or id(entry) in known:
+            continue
+        if entry.shape != parameter.shape or not entry.is_floating_point() or local(entry).shape != weight.shape:
+            continue
+        if local(entry).data_ptr() == weight.data_ptr():
+            continue
+        if (local(entry).to(weight.device) - weight).float().norm() < 0.1 * weight.float().norm():
             raise ValueError(
                 f"{type(optimizer).__name__} keeps weights of its own in its state ({name!r}), from which it may "
                 f"compute the parameters again and so undo a decay; {_REMEDY}."
             )
+
+
+def _is_telling(weight: Tensor) -> bool:
+    """Whether a weight differs from others: constants, as gains are at first, are near other constants."""
+    return weight.numel() > 1 and bool((weight != weight.flatten()[0]).any())
+
+
+def _tensors(entries: object, name: str = "", depth: int = 3) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested dictionaries and lists, with the last name that leads to each."""
+    if isinstance(entries, Tensor):
+        yield name, entries
+    elif depth and isinstance(entries, Mapping):
+        for key, entry in entries.items():
+            yield from _tensors(entry, key if isinstance(key, str) else name, depth - 1)
+    elif depth and isinstance(entries, (list, tuple)):
+        for entry in entries:
+            yield from _tensors(entry, name, depth - 1)
 
 
 def remarks_on_optimizer(optimizer: Optimizer, wrappers: Iterable[str]) -> list[str]:
@@ -213,11 +323,12 @@ def remarks_on_optimizer(optimizer: Optimizer, wrappers: Iterable[str]) -> list[
     said: list[str] = []
     groups = optimizer.param_groups
     kind = type(optimizer).__name__
-    if any(is_schedule_free(group) for group in groups):
+    if any(is_averaged(group) for group in groups):
         said.append(
-            f"{kind} averages: the decay acts on its base iterate, and the parameters follow it as they follow a step"
+            f"{kind} averages: a low-rank decay acts on its base iterate, and shrinks what the average, whose weights "
+            "are evaluated, still holds outside the range of that; L2 acts as the optimizer's own"
         )
-    if any("d" in group and "d0" in group for group in groups):
+    if any(finds_rate(optimizer, group) for group in groups):
         said.append(f"{kind} finds its rate: a decay is multiplied by lr · d")
     if any(has_rate_per_parameter(optimizer, group) for group in groups):
         said.append(f"{kind} has a rate of its own for each parameter, by which a decay of it is multiplied")
@@ -227,4 +338,6 @@ def remarks_on_optimizer(optimizer: Optimizer, wrappers: Iterable[str]) -> list[
         said.append(
             f"{lagging} averages the weights with slow ones now and then: these lag behind the decay, as behind a step"
         )
+    if kind == "SPlus":
+        said.append("SPlus evaluates an average of its weights, which lags behind the decay, as behind a step")
     return said

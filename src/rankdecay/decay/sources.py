@@ -28,12 +28,13 @@ from rankdecay.decay.groups import (
     hook_roles,
     live_l2,
     names_in,
+    real_l2,
     remarks_on,
     why_of,
     whys_in,
     windows_in,
 )
-from rankdecay.decay.optimizers import decouples, is_decoupled
+from rankdecay.decay.optimizers import check_divisible, decouples, is_decoupled
 from rankdecay.decay.policy import Decay, Frobenius
 from rankdecay.decay.targets import Bundle, Counter, Target
 
@@ -57,14 +58,14 @@ class Source(Protocol):
     """Where the targets of an optimizer come from."""
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
-        """Take a group up, when it is first seen."""
+        """Take a group up, when it is first seen and when the dtypes of its parameters have changed."""
         ...
 
     def targets(self, index: int, group: Group) -> list[Target]:
         """Return the targets of a group."""
         ...
 
-    def sections(self, index: int, group: Group) -> list[Section]:
+    def sections(self, optimizer: Optimizer, index: int, group: Group) -> list[Section]:
         """Return the parameters that the optimizer is to step with another weight decay than the group's."""
         ...
 
@@ -108,11 +109,11 @@ class FromGroups:
         self._warned = False
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
-        """Let the hook apply L2 where the optimizer does not decouple it."""
+        """Let the hook apply L2 where the optimizer does not decouple it, or would round it away."""
         l2 = group.get("decoupled_weight_decay") and group.get("weight_decay")
-        if "role" not in group or hook_roles(group) or not l2 or decouples(optimizer, group):
+        if "role" not in group or hook_roles(group) or not l2:
             return
-        keys = live_l2(group["role"].split("+")[0])
+        keys = real_l2(group) if decouples(optimizer, group) else live_l2(group["role"].split("+")[0])
         group.update(keys)
         self._added[index] = list(keys)
 
@@ -128,7 +129,7 @@ class FromGroups:
             for role, decay in decays_in(group).items()
         ]
 
-    def sections(self, index: int, group: Group) -> list[Section]:
+    def sections(self, optimizer: Optimizer, index: int, group: Group) -> list[Section]:
         """Return a group whole where the hook decays it: the optimizer's own L2 is off."""
         if not hook_roles(group) or "weight_decay" not in group:
             return []
@@ -228,6 +229,9 @@ class FromModel:
         Raises:
             ValueError: If the optimizer's own L2 would act on a named role and cannot be switched off.
         """
+        if index < len(self._bundles):
+            self._bundles[index] = self._counted_on(self._bundles[index], self._bundle(optimizer, index, group))
+            return
         model = self._model()
         by_id = {id(p): name for name, p in named_parameters(model).items()} if model is not None else {}
         names = [by_id.get(id(parameter)) for parameter in group["params"]]
@@ -238,10 +242,12 @@ class FromModel:
         """Return the targets of a group."""
         return [target for bundle in self._bundles[index] for target in bundle.targets]
 
-    def sections(self, index: int, group: Group) -> list[Section]:
+    def sections(self, optimizer: Optimizer, index: int, group: Group) -> list[Section]:
         """Return the parameters of named roles, with the decay that the optimizer applies for us, or none."""
         if "weight_decay" not in group:
             return []
+        for bundle in self._bundles[index]:  # a schedule may have raised the group's weight decay
+            _check_part(optimizer, index, group, bundle)
         return [Section(bundle.positions, bundle.l2) for bundle in self._bundles[index]]
 
     def place(self, index: int, group: Group, position: int) -> Place:
@@ -294,11 +300,7 @@ class FromModel:
         except ValueError:
             self._named, self._planned = before
             raise
-        for old_group, new_group in zip(self._bundles, bundles, strict=True):
-            for bundle in new_group:
-                former = next((b for b in old_group if b.positions[0] in bundle.positions), None)
-                bundle.numbers.update(former.numbers if former is not None else {})
-        self._bundles = bundles
+        self._bundles = [self._counted_on(old, new) for old, new in zip(self._bundles, bundles, strict=True)]
 
     def recall(self, optimizer: Optimizer) -> None:
         """Take the counts from a state that has been loaded."""
@@ -314,6 +316,14 @@ class FromModel:
 
     def close(self, optimizer: Optimizer) -> None:
         """Do nothing: the groups are as they were found."""
+
+    @staticmethod
+    def _counted_on(before: list[Bundle], now: list[Bundle]) -> list[Bundle]:
+        """Let the counts of new bundles go on from those that had their parameters."""
+        for bundle in now:
+            former = next((each for each in before if bundle.positions[0] in each.positions), None)
+            bundle.numbers.update(former.numbers if former is not None else {})
+        return now
 
     def _each_bundle(self, optimizer: Optimizer) -> Iterable[tuple[Group, Bundle]]:
         for group, bundles in zip(optimizer.param_groups, self._bundles, strict=False):
@@ -336,14 +346,6 @@ class FromModel:
         decays = self._planned[names[0]].decays
         whys = [why_of(self._planned[name].entry) for name in names]
         distinct = {decay for _, decay in decays}
-        own = group.get("weight_decay", 0.0)
-        if None in distinct and own and not is_decoupled(optimizer, group):
-            left = next(block.role for block, decay in decays if decay is None)
-            raise ValueError(
-                f"{names[0]} in group {index} holds matrices of {left} too, and the group's weight_decay={own} goes "
-                f"through the gradient of {type(optimizer).__name__}, so that no part of a parameter can be spared it: "
-                f"name {left} as well, or set weight_decay=0 in that group."
-            )
         [decay, *others] = distinct
         narrow = group["params"][positions[0]].dtype.itemsize < 4  # the optimizer would round L2 away
         by_optimizer = isinstance(decay, Frobenius) and decay.lr_coupled and not others and decouples(optimizer, group)
@@ -356,7 +358,21 @@ class FromModel:
             counter = Counter(numbers, role)
             targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer))
         l2 = decay.strength if by_optimizer and isinstance(decay, Frobenius) else 0.0
-        return Bundle(positions, targets, l2, numbers)
+        bundle = Bundle(positions, targets, l2, numbers)
+        _check_part(optimizer, index, group, bundle)
+        return bundle
+
+
+def _check_part(optimizer: Optimizer, index: int, group: Group, bundle: Bundle) -> None:
+    """Raise if a part of a parameter is left to an L2 that goes through the gradient, which no part can be spared."""
+    left = next((target for target in bundle.targets if target.decay is None), None)
+    own = group.get("weight_decay", 0.0)
+    if left is not None and own and not is_decoupled(optimizer, group):
+        raise ValueError(
+            f"{left.names[0]} in group {index} holds matrices of {left.role} too, and the group's weight_decay={own} "
+            f"goes through the gradient of {type(optimizer).__name__}, so no part of a parameter can be spared it: "
+            f"name {left.role} as well, or set weight_decay=0 in that group."
+        )
 
 
 def _without_values(planned: Planned) -> Planned:
@@ -374,8 +390,8 @@ _CHANGED = ("params", "weight_decay", "decoupled_weight_decay")
 def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Callable[[], None]:
     """Give parts of the optimizer's groups a weight decay of their own, for one step.
 
-    A part becomes a group, directly behind the one it is taken from; the list of the groups stays the same object,
-    since wrappers share it.
+    A part becomes a group behind all others, since some optimizers know a group by its number, as dion's keep a
+    learning rate for each; the list of the groups stays the same object, since wrappers share it.
 
     Args:
         optimizer: whose groups to divide.
@@ -385,19 +401,21 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Ca
         Function that puts everything back.
     """
     found = list(optimizer.param_groups)
-    groups: list[Group] = []
+    parted: list[Group] = []
     undo: list[tuple[Group, dict[str, Any]]] = []
-    for group, parts in zip(found, sections, strict=True):
+    for index, (group, parts) in enumerate(zip(found, sections, strict=True)):
         own = group.get("weight_decay")
         others = [part for part in parts if isinstance(own, Tensor) or part.l2 != own]
         if not others:
-            groups.append(group)
             continue
         taken = {position for part in others for position in part.positions}
         rest = [p for position, p in enumerate(group["params"]) if position not in taken]
+        if rest or len(others) > 1:
+            check_divisible(optimizer, index, group)
         undo.append((group, {key: group[key] for key in _CHANGED if key in group}))
+        counts = {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}  # advanced in place
         copies = [
-            {**group, **_with_l2(group, part.l2), "params": [group["params"][i] for i in part.positions]}
+            {**group, **counts, **_with_l2(group, part.l2), "params": [group["params"][i] for i in part.positions]}
             for part in others
         ]
         if rest:
@@ -405,9 +423,9 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Ca
         else:  # the group itself, so that what the optimizer counts in it is kept
             first = copies.pop(0)
             group.update({key: first[key] for key in _CHANGED if key in first})
-        groups += [group, *copies]
+        parted += copies
     if undo:
-        optimizer.param_groups[:] = groups
+        optimizer.param_groups[:] = [*found, *parted]
 
     def put_back() -> None:
         for group, keys in undo:

@@ -94,7 +94,8 @@ class Bundle:
         l2: weight decay with which the optimizer is to step these parameters.
         numbers: counts of the targets; the same dictionary is in the state of every parameter, where a resumed run
             needs it: for cycles of several steps, and for the random numbers by which 16-bit weights are rounded.
-            A state without it is that of a run without decay, and either can load the other's.
+            A state without it is that of a run without decay, and either can load the other's. Plain numbers, since a
+            tensor would be cast to the dtype of the parameter.
     """
 
     positions: list[int]
@@ -103,6 +104,15 @@ class Bundle:
     numbers: dict[str, Any] = field(default_factory=dict)
     _written: bool = False
 
+    def __post_init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        """Count from zero, with every number there: a distributed checkpoint loads into the keys that it finds."""
+        self.numbers.clear()
+        for target in self.targets:
+            target.counter.steps, target.counter.pending = 0, 0.0
+
     def is_counted(self, group: Group) -> bool:
         """Whether a resumed run needs the counts."""
         narrow = any(group["params"][position].dtype.itemsize < 4 for position in self.positions)
@@ -110,23 +120,23 @@ class Bundle:
 
     def recall(self, optimizer: Optimizer, group: Group) -> None:
         """Take the counts over from a state that has been loaded since the last step."""
-        states = [optimizer.state.get(group["params"][position]) for position in self.positions]
-        found = next((state[STATE_KEY] for state in states if state and state.get(STATE_KEY)), None)
+        states = [optimizer.state.get(group["params"][position]) or {} for position in self.positions]
+        found = next((state[STATE_KEY] for state in states if state.get(STATE_KEY)), None)
         if found is self.numbers or (found is None and not self._written):
             return
-        self.numbers.clear()
-        self.numbers.update(found if isinstance(found, Mapping) else {})
+        known = {key: found[key] for key in self.numbers if key in found} if isinstance(found, Mapping) else {}
+        self._reset()
+        self.numbers.update(known)
         self._written = False
 
     def keep(self, optimizer: Optimizer, group: Group, stepped: set[int]) -> None:
-        """Write the counts to the state of the parameters that have been stepped.
+        """Write the counts to the state of the parameters that have been stepped, and of those that have counts.
 
         Not before: to many an optimizer a state with anything in it is one that has been made.
         """
-        if not self.is_counted(group):
-            return
+        counted = self.is_counted(group)
         for position in self.positions:
             parameter = group["params"][position]
-            if id(parameter) in stepped:
+            if (counted and id(parameter) in stepped) or STATE_KEY in (optimizer.state.get(parameter) or ()):
                 optimizer.state[parameter][STATE_KEY] = self.numbers
                 self._written = True

@@ -7,6 +7,7 @@ gradient behind.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ class Watch:
         self.patience = PATIENCE
         self._backwards = self._empty = 0
         self._warned = False
+        self._watched = bool(parameters)
         self._handle = None
         trained = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
         if trained is not None:
@@ -50,7 +52,7 @@ class Watch:
 
     def stepped(self, had_gradients: bool) -> None:
         """Take note of a step, and whether a decayed parameter had a gradient in it."""
-        self._empty = 0 if had_gradients else self._empty + 1
+        self._empty = 0 if had_gradients or not self._watched else self._empty + 1
         if self._empty == self.patience and not self._warned:
             self._warned = True
             warnings.warn(
@@ -60,6 +62,8 @@ class Watch:
             )
 
     def _backward(self) -> None:
+        if _is_accumulating():
+            return
         self._backwards += 1
         if self._backwards == self.patience:
             self.stop()
@@ -69,3 +73,9 @@ class Watch:
                 "trainer built), attach to that; if the gradients of more passes are accumulated, all is well.",
                 stacklevel=2,
             )
+
+
+def _is_accumulating() -> bool:
+    """Whether Accelerate, with which Trainer trains too, says that the gradients of this pass wait for more."""
+    state = sys.modules.get("accelerate.state")
+    return state is not None and not state.GradientState().sync_gradients

@@ -1,12 +1,90 @@
-"""Ranks of attention among the metrics of a Lightning ``Trainer``."""
+"""Decays for a Lightning ``Trainer``, and the ranks of attention among its metrics."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rankdecay.decay.attachment import Attachment
+from rankdecay.decay.settings import decays
+from rankdecay.decay.several import attach_each
 from rankdecay.monitor import Monitor
+
+
+class RankDecay(Callback):
+    """Callback that decays the roles that are named, under the optimizers of ``configure_optimizers``.
+
+    It attaches when they are set up, before a checkpoint's state is loaded into them, and detaches when the fit ends.
+    Of several optimizers each gets the roles that it has parameters of.
+
+    The counts of ``every=k`` are in a checkpoint as the state of this callback. So a checkpoint of a run without it
+    can be continued with it, and the other way round.
+
+    Args:
+        settings: as :func:`rankdecay.decays` reads them: text or a dictionary.
+        **roles: decays by role, and other arguments of :func:`rankdecay.attach`, beside the settings or without.
+
+    Attributes:
+        arguments: those of :func:`rankdecay.attach` that were read.
+        attachments: the :class:`rankdecay.Attachment` of each optimizer, of the present or the last fit.
+
+    Raises:
+        ValueError: From ``fit``, if no optimizer has a parameter of a role, or as :func:`rankdecay.attach`.
+
+    Example:
+        ``Trainer(callbacks=[RankDecay(query_key=rd.LowRank(0.1), value_output=rd.Frobenius(0.0))])``
+    """
+
+    def __init__(self, settings: str | Mapping[str, Any] | None = None, **roles: Any) -> None:
+        super().__init__()
+        self.arguments = {"counts": "attachment", **decays(settings, **roles)}
+        self.attachments: list[Attachment] = []
+        self._attached = False
+        self._counts: dict[str, Any] = {}  # when the last fit ended
+        self._loaded: dict[str, Any] = {}  # of a checkpoint that is being restored
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to the optimizers, which hold the parameters that the strategy has left them."""
+        self._detach()
+        self.attachments = attach_each(trainer.optimizers, pl_module, **self.arguments)
+        self._attached = True
+        if pl_module.automatic_optimization:
+            for attachment in self.attachments:
+                attachment.expect_steps()
+        self._load()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach, so that a further fit can begin."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach after a fit that raised or was interrupted."""
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts, for a checkpoint."""
+        if self._attached:
+            self._counts = {name: n for each in self.attachments for name, n in each.state_dict().items()}
+        return {"counts": self._counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the counts from a checkpoint; some strategies restore it before there are optimizers, some after."""
+        self._loaded = state_dict["counts"]
+        if self._attached:
+            self._load()
+
+    def _load(self) -> None:
+        counts, self._loaded = self._loaded, {}
+        for attachment in self.attachments if counts else ():
+            attachment.load_state_dict(counts)
+
+    def _detach(self) -> None:
+        self.state_dict()
+        self._attached = False
+        for attachment in self.attachments:
+            attachment.detach()
 
 
 class RankCallback(Callback):

@@ -22,13 +22,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from rankdecay.decay.policy import Frobenius
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.report.chart import Axis, Chart, Choice, Line
 from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import ArmStyle, arm_styles
 from rankdecay.lab.report.table import Column
 from rankdecay.lab.report.words import Check, Facts
-from rankdecay.lab.settings import Record, Settings, identity, question, renamed
+from rankdecay.lab.settings import Record, Settings, check_lists, identity, question, renamed
 
 if TYPE_CHECKING:
     from rankdecay.lab.precision import Products
@@ -88,11 +89,22 @@ class Arm:
 
     def record(self) -> Record:
         """The arm as ``config.json`` holds it."""
-        how = dataclasses.asdict(self.how) if dataclasses.is_dataclass(self.how) else {}  # type: ignore[arg-type]
+        how = _as_stored(self.how) if dataclasses.is_dataclass(self.how) else {}
         more = {"strengths": self.strengths} if self.strengths else {}
         return {"name": self.name, "description": self.description, **more, **how} | (
             {"control": self.control} if self.control else {}
         )
+
+
+def _as_stored(how: Any) -> Any:
+    """Return a dataclass as a dictionary; of L2 what differs from its defaults, as directories of before hold it."""
+    if not dataclasses.is_dataclass(how):
+        return how
+    fields = {field.name: getattr(how, field.name) for field in dataclasses.fields(how)}
+    if isinstance(how, Frobenius):
+        defaults = {field.name: field.default for field in dataclasses.fields(how)}
+        fields = {name: value for name, value in fields.items() if value != defaults[name]}
+    return {name: _as_stored(value) for name, value in fields.items()}
 
 
 @dataclass(frozen=True)
@@ -330,6 +342,7 @@ def _run(experiment: Experiment[S], settings: S, command: str) -> Record:
     from rankdecay.lab.machine import resolve_device
     from rankdecay.lab.progress import Promise, Screen
 
+    check_lists(settings)
     settings = experiment.check(settings)
     processes = experiment.processes()
     device = resolve_device(settings.device, needs_float64=experiment.needs_float64)

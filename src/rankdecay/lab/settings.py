@@ -67,6 +67,16 @@ def renamed(record: Any, aliases: Mapping[str, str]) -> Any:
     }
 
 
+def check_lists(settings: Any) -> None:
+    """Raises a `SettingError` if an option that takes several values is given one of them twice."""
+    for field in dataclasses.fields(settings):
+        values = getattr(settings, field.name)
+        if isinstance(values, tuple):
+            twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+            if twice is not None:
+                raise SettingError(f"{option(field.name)} has {twice} twice: give it once")
+
+
 def check_seeds(settings: Any) -> None:
     """Raises a `SettingError` unless ``--first-seed`` is the number of a seed."""
     if settings.first_seed < 0:

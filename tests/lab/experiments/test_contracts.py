@@ -236,6 +236,18 @@ def test_a_bad_setting_is_refused_by_its_own_option(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_a_value_that_is_given_twice_is_refused_by_its_option(name: str, tmp_path: Path) -> None:
+    default = dataclasses.replace(next(iter(experiment.presets(name).values())), out=tmp_path)
+    lists = [field.name for field in dataclasses.fields(default) if isinstance(getattr(default, field.name), tuple)]
+    assert lists or name == "toy"
+    for setting in lists:
+        value = (*getattr(default, setting), "x", "x")
+        with pytest.raises(SettingError, match=rf"{option(setting)} has .* twice: give it once"):
+            experiment.run(experiment.load(name), dataclasses.replace(default, **{setting: value}), "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_every_preset_can_work(name: str) -> None:
     presets = experiment.presets(name)
     assert {"default", "standard"} <= presets.keys()

@@ -282,7 +282,8 @@ class Ensemble:
             m.decay.strength if isinstance(m.decay, Frobenius) and acts else 0.0
             for m, acts in zip(self.members, self._acts, strict=True)
         ]
-        self._keep_query_key = 1 - self._query_key_lr * self._column(l2)
+        per_step = self._column([float(m.decay is not None and not m.decay.lr_coupled) for m in self.members]) > 0
+        self._keep_query_key = 1 - torch.where(per_step, 1.0, self._query_key_lr) * self._column(l2)
         groups: dict[tuple[LowRank, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
         for index, (member, acts) in enumerate(zip(self.members, self._acts, strict=True)):
             if member.low_rank and acts:
@@ -525,7 +526,8 @@ class Ensemble:
         radial = size.clone()
         for index, member in enumerate(self.members):
             if isinstance(member.decay, Frobenius) and member.decay.strength and self._acts[index]:
-                size[index], radial[index] = member.lr * member.control.query_key_lr * member.decay.strength, 1.0
+                rate = member.lr * member.control.query_key_lr if member.decay.lr_coupled else 1.0
+                size[index], radial[index] = rate * member.decay.strength, 1.0
         for group in self._low_rank:
             rows = self._which(group.rows)
             weight = self.query_key[rows].double()

@@ -20,7 +20,6 @@ def test_size_and_target_follow_from_each_other():
     [
         ({"strengths": (0.1, -0.2)}, r"--strengths -0.2 is negative or not finite"),
         ({"strengths": (math.nan,)}, r"--strengths nan is negative or not finite"),
-        ({"strengths": (0.1, 0.1)}, r"names a strength twice"),
         ({"strengths": ()}, r"--strengths is empty: give for example"),
         ({"strengths": (10.0,)}, r"--strengths 10 at --lr 0.1 would flip the sign of the weights: stay below 10"),
         ({"observed": 0.0}, r"--observed 0 must be a share of the entries in \(0, 1\]"),

@@ -82,8 +82,6 @@ def check(settings: Factor) -> Factor:
                 f"--strengths {strength:g} at --lr {settings.lr:g} would flip the sign of the weights: "
                 f"stay below {1 / settings.lr:g}, or lower --lr"
             )
-    if len(set(settings.strengths)) < len(settings.strengths):
-        raise SettingError(f"--strengths {' '.join(f'{s:g}' for s in settings.strengths)} names a strength twice")
     if not 0 < settings.observed <= 1:
         raise SettingError(
             f"--observed {settings.observed:g} must be a share of the entries in (0, 1]: 1 gives the whole matrix"

@@ -1,0 +1,617 @@
+"""The hook that joins a decay to any torch optimizer.
+
+``optimizer.register_step_post_hook`` runs after each step, the order of proximal gradient descent: first the gradient
+step, then the shrinkage. What is decayed comes from a source (:mod:`rankdecay.decay.sources`), the optimizer's own
+groups or a model, and is asked for at that moment, so that a scheduler, a changed strength, a loaded state and swapped
+parameters all count. What a decay does to the matrices is in :mod:`rankdecay.decay.apply`.
+
+Three things are less obvious:
+
+* **No other decay.** While the optimizer steps, the parameters of a role that has a decay have no L2 of the
+  optimizer's: their groups are divided for the length of the step, which is exact whatever that L2 would have been.
+* **every=k** applies the amount of k steps: Σ lr · strength over the steps since the last time, so that schedules
+  of either inside the cycle count exactly, and a run resumed in mid-cycle continues it.
+* **A skipped step.** Under ``GradScaler`` a fused optimizer's ``step`` runs, hooks included, also when gradients
+  overflowed; its ``found_inf`` is then 1. It multiplies the decay away on the device, since reading it would wait for
+  the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from itertools import dropwhile
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rankdecay.attention.layer import FLATTENED, WHOLE, Role
+from rankdecay.decay.agreement import check_agreement
+from rankdecay.decay.apply import apply
+from rankdecay.decay.averaged import decay_averaged, is_averaged
+from rankdecay.decay.groups import Group, hook_roles, with_names
+from rankdecay.decay.optimizers import (
+    check_own_decay,
+    check_states,
+    has_rate,
+    has_rate_per_parameter,
+    has_state,
+    is_inner_step,
+    may_make_states_only,
+    rate,
+    rate_of_parameter,
+    rate_of_step,
+    remarks_on_optimizer,
+)
+from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.roles import ROLES
+from rankdecay.decay.sharded.layout import check_placements
+from rankdecay.decay.sources import FromModel, Source, give_weight_decay
+from rankdecay.decay.table import Row, table
+from rankdecay.decay.targets import Target
+from rankdecay.decay.watch import Watch
+from rankdecay.dtensor import is_sharded
+from rankdecay.linalg import Backend
+
+_attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+def attached() -> list[Attachment]:
+    """Return the attachments whose decay is applied, or paused, and whose optimizer still exists."""
+    return [attachment for attachment in _attached if attachment._optimizer() is not None]
+
+
+class Attachment:
+    """A decay that is attached to an optimizer. Made by :func:`attach`."""
+
+    def __init__(self, optimizer: Optimizer, source: Source, backend: Backend, wrappers: list[object]) -> None:
+        kind = type(optimizer).__name__
+        if any(other.optimizer is optimizer for other in attached()):
+            raise ValueError(
+                f"this {kind} is attached already, and a second hook would decay twice; call detach() on its "
+                "attachment first."
+            )
+        # Weak, or the two would keep each other alive, and the next optimizer would seem to share its parameters.
+        self._optimizer = weakref.ref(optimizer)
+        self._source = source
+        self._backend: Backend = backend
+        self._wrappers = [type(each).__name__ for each in wrappers]
+        self._registered: list[_RegisteredGroup] = []
+        self._put_back: Callable[[], None] = _nothing
+        self._paused = self._in_step = False
+        try:
+            for index, group in enumerate(optimizer.param_groups):
+                self._register_group(index, group)
+            _check_not_shared(optimizer, self)
+            check_agreement(self._targets(optimizer), backend)
+            self._give_weight_decay(optimizer)()  # so that what cannot be divided is found now
+        except BaseException:
+            source.close(optimizer)
+            raise
+        self._params_with_grad: set[int] = set()
+        self._rates: list[float | Tensor] = []
+        self._stepping: list[list[Target]] = []  # the targets of this step, by group
+        self._closure = False
+        self._first = True
+        self._first_decay = True
+        self._states_only = False
+        self._had_rate = any(group.get("lr") or group.get("initial_lr") for group in optimizer.param_groups)
+        self._paused = False
+        uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(uncompiled(self._before_step)),
+            optimizer.register_step_post_hook(uncompiled(self._after_step)),
+            optimizer.register_state_dict_pre_hook(self._before_saving),
+            optimizer.register_load_state_dict_post_hook(self._check_loaded),
+        ]
+        if any("param_names" in group for group in optimizer.param_groups):
+            _name_later_groups(optimizer)
+        self._watch = Watch(kind, [p for group, target in self._targets(optimizer) for p in target.parameters(group)])
+        _attached.add(self)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer whose steps the decay follows."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise RuntimeError(
+                "this attachment has no optimizer: it was copied or pickled, which drops hooks, or its optimizer no "
+                "longer exists; call rankdecay.attach on the optimizer in use."
+            )
+        return optimizer
+
+    def detach(self) -> None:
+        """Stop the decay and leave the optimizer's groups as they were found. Attaching again continues its cycles."""
+        if not self._handles:
+            return
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._before_saving(optimizer)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._watch.stop()
+        self._restore()
+        if optimizer is not None:
+            self._source.close(optimizer)
+            vars(optimizer).pop("add_param_group", None)
+        _attached.discard(self)
+
+    @property
+    def active(self) -> bool:
+        """Whether the decay is applied: False after :meth:`detach`, and while it is paused."""
+        return bool(self._handles) and not self._paused
+
+    def pause(self) -> None:
+        """Stop the decay until :meth:`resume`: the matrices have none meanwhile, and cycles of steps stand still.
+
+        L2 that the optimizer applies by the groups of :func:`rankdecay.param_groups` goes on; change their
+        ``weight_decay`` for that.
+        """
+        self._paused = True
+
+    def resume(self) -> None:
+        """Decay again, after :meth:`pause`."""
+        self._paused = False
+
+    def expect_steps(self) -> None:
+        """Give no warning of backward passes without a step: something is known to step, after however many."""
+        self._watch.stop()
+
+    def set(
+        self,
+        *,
+        query_key: Decay | None = None,
+        value_output: Decay | None = None,
+        mlp: Decay | None = None,
+        embedding: Decay | None = None,
+        norm: Decay | None = None,
+        bias: Decay | None = None,
+        other: Decay | None = None,
+    ) -> None:
+        """Give roles other decays, from the next step on. A cycle of steps that has begun goes on.
+
+        In a distributed run, call it with the same decays in every process.
+
+        Raises:
+            TypeError: If a decay is neither LowRank nor Frobenius.
+            ValueError: If the optimizer has no parameter of a role, or a decay does not suit one.
+        """
+        optimizer = self.optimizer
+        given = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding,
+                 "norm": norm, "bias": bias, "other": other}  # fmt: skip
+        decays = {role: decay for role, decay in given.items() if decay is not None}
+        for role, decay in decays.items():
+            if not isinstance(decay, (LowRank, Frobenius)):
+                raise TypeError(f"{role}={decay!r} is not a decay; pass rankdecay.LowRank or rankdecay.Frobenius.")
+        self._restore()
+        self._source.set(optimizer, decays)
+        for index, group in enumerate(optimizer.param_groups):
+            _check_group(optimizer, index, group, self._source)
+            self._registered[index] = _RegisteredGroup.of(group, self._source.targets(index, group))
+
+    def rows(self) -> list[Row]:
+        """Return a row for every matrix of every parameter: what decays it, how strongly, and why."""
+        optimizer = self.optimizer
+        self._restore()
+        indexed = enumerate(optimizer.param_groups)
+        return [row for index, group in indexed for row in self._rows_of(optimizer, index, group)]
+
+    def describe(self, ranks: bool = False) -> str:
+        """Return the rows as a table, with what else a reader has to know above it.
+
+        Args:
+            ranks: show instead the present ranks of the matrices that a low-rank decay acts on (an SVD of each).
+        """
+        optimizer = self.optimizer
+        state = "attached to" if self.active else ("paused on" if self._handles else "detached from")
+        return table(
+            self.rows(),
+            ranks=ranks,
+            state=f"{state} {type(optimizer).__name__}" + ("" if self.active else ": what follows is not applied"),
+            remarks=self._source.remarks(optimizer),
+            notes=[
+                *remarks_on_optimizer(optimizer, self._wrappers),
+                *self._source.notes(optimizer),
+            ],
+        )
+
+    @property
+    def unhandled(self) -> tuple[str, ...]:
+        """Attention of the model that is not decayed, with the reasons, as found when the model was looked at."""
+        return self._source.remarks(self.optimizer).unhandled
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts of the decay by parameter, role and kind: plain numbers.
+
+        ``optimizer.state_dict()`` has them too, unless the decay was attached with ``counts="attachment"``.
+        """
+        optimizer = self.optimizer
+        for _, target in self._targets(optimizer):
+            target.counter.settle()
+        return {
+            f"{_bare(name)}.{target.role}_{number}": getattr(target.counter, number)
+            for _, target in self._targets(optimizer)
+            for name in target.names
+            for number in ("steps", "pending")
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take the counts over from :meth:`state_dict`; a count that is missing there is zero."""
+        for _, target in self._targets(self.optimizer):
+            first = f"{_bare(target.names[0])}.{target.role}"
+            target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
+            target.counter.pending = float(state_dict.get(f"{first}_pending", 0.0))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Make copies detached, like a copied optimizer, which has no hooks; so that their owner can be copied."""
+        return _detached, ()
+
+    # ---- in a step ---------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        """Put the groups back as they were before the step, once."""
+        put_back, self._put_back = self._put_back, _nothing
+        put_back()
+
+    def _targets(self, optimizer: Optimizer) -> Iterator[tuple[Group, Target]]:
+        for index, group in enumerate(optimizer.param_groups):
+            for target in self._source.targets(index, group):
+                yield group, target
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Note which parameters have a gradient: some optimizers clear it inside their step."""
+        if self._in_step and is_inner_step(optimizer):
+            return
+        self._in_step = True
+        self._restore()  # if the last step raised
+        self._watch.stop()
+        for index, group in enumerate(optimizer.param_groups):
+            self._register_group(index, group)
+        self._source.recall(optimizer)
+        self._stepping = [self._source.targets(index, group) for index, group in enumerate(optimizer.param_groups)]
+        self._states_only = may_make_states_only(optimizer)
+        # With a closure the gradients of this step are not there yet, and those of the last one may be.
+        self._closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
+        pairs = zip(optimizer.param_groups, self._stepping, strict=True)
+        live = (p for group, targets in pairs for target in targets for p in target.parameters(group))
+        self._params_with_grad = set() if self._closure else {id(p) for p in live if p.grad is not None}
+        if self._first:
+            self._check_values(optimizer)
+        if self._first and not self._closure:
+            self._first = False
+            _check_trained(optimizer)
+        self._rates = [rate(optimizer, group) for group in optimizer.param_groups]
+        self._put_back = self._give_weight_decay(optimizer)
+
+    def _give_weight_decay(self, optimizer: Optimizer) -> Callable[[], None]:
+        sections = [
+            self._source.sections(optimizer, index, group) for index, group in enumerate(optimizer.param_groups)
+        ]
+        if self._paused:
+            sections = [[part._replace(l2=0.0) for part in parts] for parts in sections]
+        return give_weight_decay(optimizer, sections)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if is_inner_step(optimizer):
+            return
+        self._in_step = False
+        self._restore()
+        if self._closure and not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            # Cleared inside the step, which had made them too: whatever is trained had one.
+            trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+            self._params_with_grad = {id(p) for p in trained}
+        elif self._closure:
+            self._params_with_grad = {
+                id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            }
+        if self._states_only:  # or a step of a stateless optimizer that was given no rate
+            self._states_only = has_state(optimizer) or self._had_rate
+        else:
+            self._had_rate = True
+        if not self._states_only:
+            self._watch.stepped(bool(self._params_with_grad))
+            if not self._paused:
+                self._decay(optimizer)
+        self._source.keep(optimizer, self._params_with_grad)
+
+    def _decay(self, optimizer: Optimizer) -> None:
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
+            factor = 1.0 if has_rate_per_parameter(optimizer, group) else rate_of_step(group, self._rates[index])
+            for number, target in enumerate(targets):
+                if target.by_optimizer:
+                    continue
+                decay = target.decay_in(group)
+                amount = _count_step(target, decay, factor, found_inf)
+                live = [p for p in target.parameters(group) if id(p) in self._params_with_grad]
+                if not live or not (isinstance(amount, Tensor) or amount > 0):
+                    continue
+                if self._first_decay:
+                    self._first_decay = False
+                    check_states(optimizer, live)
+                place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
+                seed = target.counter.steps * 1_000_003 + place
+                with explain_collective_failure(target.role, live):
+                    self._apply(optimizer, group, live, target, decay, amount, seed)
+
+    def _apply(
+        self,
+        optimizer: Optimizer,
+        group: Group,
+        live: list[Tensor],
+        target: Target,
+        decay: Decay,
+        amount: Any,
+        seed: int,
+    ) -> None:
+        if has_rate_per_parameter(optimizer, group):
+            for parameter in live:
+                its = amount * (rate_of_parameter(optimizer, group, parameter) if decay.lr_coupled else 1.0)
+                apply([parameter], target.windows, decay, its, self._backend, seed)
+            return
+        if is_averaged(group):
+            decay_averaged(optimizer, group, live, target.windows, decay, amount, self._backend, seed)
+        else:
+            apply(live, target.windows, decay, amount, self._backend, seed)
+
+    def _register_group(self, index: int, group: Group) -> None:
+        """Check a new group, and before each step that a known one has parameters of the same shapes.
+
+        They may be replaced by others of the same shapes, as Accelerate does under FSDP2.
+        """
+        if index == len(self._registered):
+            optimizer = self.optimizer
+            self._source.register(optimizer, index, group)
+            _check_group(optimizer, index, group, self._source)
+            self._registered.append(_RegisteredGroup.of(group, self._source.targets(index, group)))
+            return
+        before = self._registered[index]
+        now = _RegisteredGroup.of(group, [])
+        if before.roles and now.shapes != before.shapes:
+            raise ValueError(_swapped(index, before, now.shapes))
+        self._check_not_lost(index, group)
+        if now.dtypes != before.dtypes:  # who applies L2 depends on them
+            self._source.register(self.optimizer, index, group)
+            self._registered[index] = _RegisteredGroup.of(group, self._source.targets(index, group))
+
+    def _before_saving(self, optimizer: Optimizer) -> None:
+        """Make the state what it is between steps: groups in one piece, and counts that are plain numbers."""
+        self._restore()
+        for _, target in self._targets(optimizer):
+            target.counter.settle()
+        self._source.keep(optimizer, set())
+
+    def _check_loaded(self, optimizer: Optimizer) -> None:
+        self._source.recall(optimizer)
+        if isinstance(self._source, FromModel):
+            return
+        for index, group in enumerate(optimizer.param_groups[: len(self._registered)]):
+            self._source.register(optimizer, index, group)
+            self._check_not_lost(index, group)
+
+    def _check_not_lost(self, index: int, group: Group) -> None:
+        """Raise if a loaded state has replaced the groups by some without decays; not every load calls hooks."""
+        if isinstance(self._source, FromModel):
+            return
+        lost = [role for role in self._registered[index].roles if role not in hook_roles(group)]
+        if lost:
+            raise ValueError(
+                f"the loaded optimizer state has no decay for {', '.join(lost)} in group {index}: it was saved by "
+                "an optimizer without rankdecay, and torch replaces the groups by the saved ones. Copy the keys of "
+                "rankdecay.param_groups into its 'param_groups' before loading it, or build the optimizer without "
+                "them and attach by roles: rankdecay.attach(optimizer, model, query_key=...)."
+            )
+
+    def _check_values(self, optimizer: Optimizer) -> None:
+        """Raise if parameters have no values: an optimizer made before ``to_empty``, which replaces parameters."""
+        for group, target in self._targets(optimizer):
+            for parameter, name in zip(target.parameters(group), target.names, strict=True):
+                if parameter.is_meta:
+                    raise ValueError(
+                        f"{name} is on the meta device, so a step changes nothing of the model: to_empty replaces its "
+                        "parameters. Build the optimizer, and with it rankdecay.param_groups after it, then attach."
+                    )
+
+    def _rows_of(self, optimizer: Optimizer, index: int, group: Group) -> Iterator[Row]:
+        targets: dict[int, list[Target]] = {}
+        for target in self._source.targets(index, group):
+            for position in target.positions:
+                targets.setdefault(position, []).append(target)
+        kind = type(optimizer).__name__
+        for position, parameter in enumerate(group["params"]):
+            name, role, why = self._source.place(index, group, position)
+            frozen = "" if parameter.requires_grad else "frozen; "
+            if position not in targets:
+                l2 = group.get("weight_decay", 0.0)
+                words = f"L2 {l2:g}" if l2 else "none"
+                yield Row(name, parameter, role, WHOLE, words, kind if l2 else "", frozen + why)
+            for target in targets.get(position, []):
+                decay = target.decay_in(group)
+                words = decay.describe() if decay.strength else "none"
+                who = kind if target.by_optimizer else "rankdecay"
+                who = (who if self.active else "nobody") if decay.strength else ""
+                low_rank = isinstance(decay, LowRank)
+                since = target.counter.steps % decay.every if isinstance(decay, LowRank) else 0
+                waiting = f"{target.role}: {since} of {decay.every} steps since its last decay" if since else ""  # pyright: ignore
+                for window in target.windows:
+                    notes = dropwhile(get_args(Role).__contains__, why.split(", "))  # behind the names of the matrices
+                    reason = frozen + (", ".join([window.label, *notes]) if window.label else why)
+                    yield Row(name, parameter, target.role, window, words, who, reason, low_rank, waiting)
+
+
+class _RegisteredGroup(NamedTuple):
+    """Roles, shapes and dtypes of a group when the decay was attached."""
+
+    name: str
+    roles: list[str]
+    shapes: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+
+    @classmethod
+    def of(cls, group: Group, targets: list[Target]) -> _RegisteredGroup:
+        roles = list(dict.fromkeys(target.role for target in targets))
+        shapes, dtypes = [tuple(p.shape) for p in group["params"]], [p.dtype for p in group["params"]]
+        return cls(group.get("role", "+".join(roles)), roles, shapes, dtypes)
+
+
+@contextlib.contextmanager
+def explain_collective_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
+    """Explain a collective that failed because another process stopped; the backend's message only names a socket."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(is_sharded(parameter) for parameter in parameters):
+            raise
+        raise RuntimeError(
+            f"the decay of {role} needs every process that holds a part of its parameters, and on rank "
+            f"{torch.distributed.get_rank()} it failed: {error}. If another process has stopped, continue the run from "
+            "its last checkpoint."
+        ) from error
+
+
+def _name_later_groups(optimizer: Optimizer) -> None:
+    """Let an optimizer whose groups have names take groups without, as a user adds them later."""
+    add, held = type(optimizer).add_param_group, weakref.ref(optimizer)
+
+    def add_param_group(param_group: dict[str, Any]) -> None:
+        its = held()
+        if its is not None:
+            add(its, with_names(param_group))
+
+    optimizer.add_param_group = add_param_group  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _bare(name: str) -> str:
+    """Return the name that a parameter has before its model is compiled or wrapped."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _nothing() -> None:
+    pass
+
+
+def _detached() -> Attachment:
+    attachment = Attachment.__new__(Attachment)
+    attachment._optimizer = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    attachment._handles = []
+    return attachment
+
+
+# ---- attaching -------------------------------------------------------------------------------------------
+
+
+def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source) -> None:
+    """Open every window once, so that what cannot be decayed is found before training."""
+    targets = source.targets(index, group)
+    check_own_decay(optimizer, index, group, [p for target in targets for p in target.parameters(group)])
+    for target in targets:
+        decay, role = target.decay_in(group), target.role
+        if decay.strength and decay.lr_coupled and not has_rate(optimizer, group):
+            raise ValueError(
+                f"the decay of {role} is coupled to the learning rate, and {type(optimizer).__name__} has no 'lr' in "
+                "its groups; use lr_coupled=False."
+            )
+        if isinstance(decay, LowRank) and decay.every > 1 and has_rate_per_parameter(optimizer, group):
+            raise ValueError(
+                f"{role} is to be decayed every {decay.every} steps, and {type(optimizer).__name__} has another rate "
+                "for each parameter in each step; use every=1."
+            )
+        if isinstance(decay, LowRank) and decay.every > 1 and group.get("gradient_release"):
+            raise ValueError(
+                f"{role} is to be decayed every {decay.every} steps, and with gradient_release=True "
+                f"{type(optimizer).__name__} steps each parameter by itself, so that there is nothing to count; use "
+                "every=1."
+            )
+        if isinstance(decay, LowRank) and is_averaged(group) and any(map(is_sharded, target.parameters(group))):
+            raise ValueError(
+                f"{role} is sharded, and a low-rank decay under {type(optimizer).__name__} needs whole matrices; use "
+                "DDP, or an optimizer that is not schedule-free."
+            )
+        for parameter, name in zip(target.parameters(group), target.names, strict=True):
+            if is_sharded(parameter):
+                check_placements(parameter, f"{name} ({role})")
+                if parameter.ndim != 2 and any(window.has_heads for window in target.windows):
+                    raise ValueError(
+                        f"{name} ({role}) has shape {tuple(parameter.shape)} and is sharded; attention stored in "
+                        "more than two dimensions can be decayed only whole: leave its module out of fully_shard."
+                    )
+            if parameter.ndim < 2 and isinstance(decay, LowRank):
+                raise ValueError(
+                    f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
+                )
+            for window in target.windows:
+                try:
+                    window.heads(torch.empty(parameter.shape, device="meta"))
+                except ValueError as error:
+                    raise ValueError(f"{name} ({role}): {error}") from None
+
+
+def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
+    """Raise if another attached optimizer decays one of these parameters."""
+    ours = {id(p): n for g, t in attachment._targets(optimizer) for p, n in zip(t.parameters(g), t.names, strict=True)}
+    for other in attached():
+        theirs = other.optimizer
+        for group, target in other._targets(theirs):
+            for parameter in target.parameters(group):
+                if id(parameter) in ours:
+                    raise ValueError(
+                        f"{ours[id(parameter)]} would be decayed twice: an attached {type(theirs).__name__}, which "
+                        "still exists, decays it already. Call detach() on the earlier attachment, or give the "
+                        "parameter to one optimizer."
+                    )
+
+
+def _check_trained(optimizer: Optimizer) -> None:
+    """Warn of an optimizer left with the parameters a model had before it was sharded, which nothing trains."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if parameters and all(p.grad is None for p in parameters):
+        warnings.warn(
+            f"no parameter of this {type(optimizer).__name__} has a gradient at its first step, so nothing is trained "
+            "or decayed. Sharding replaces a model's parameters: call fully_shard or parallelize_module first, then "
+            "rankdecay.param_groups, then build the optimizer.",
+            stacklevel=5,
+        )
+
+
+def _swapped(index: int, before: _RegisteredGroup, now: list[tuple[int, ...]]) -> str:
+    old = [shape for shape in before.shapes if shape not in now][:3]
+    new = [shape for shape in now if shape not in before.shapes][:3]
+    return (
+        f"the parameters of group {index} (role {before.name}) are not those the decay was attached to: "
+        f"{len(before.shapes)} before and {len(now)} now, shapes {old} before and {new} now."
+        + (
+            FLATTENED
+            if any(len(shape) == 1 for shape in new)
+            else " Build the optimizer from the model as it is now, then attach."
+        )
+    )
+
+
+# ---- stepping --------------------------------------------------------------------------------------------
+
+
+def _count_step(target: Target, decay: Decay, rate: float | Tensor, found_inf: Tensor | None) -> float | Tensor:
+    """Count a step; return the amount to decay by now, Σ rate · strength since the last decay, or 0 between decays.
+
+    Without ``lr_coupled`` the rate is left out.
+    """
+    every, counter = decay.every if isinstance(decay, LowRank) else 1, target.counter
+    amount: float | Tensor = decay.strength * rate if decay.lr_coupled and decay.strength else decay.strength
+    if found_inf is not None:
+        amount = amount * (1 - found_inf)
+    counter.steps += 1
+    pending = counter.pending + amount
+    if counter.steps % every:
+        counter.pending = pending
+        return 0.0
+    # A skipped step applies nothing, and leaves the amount that was pending to the next step that decays.
+    counter.pending = 0.0 if found_inf is None or every == 1 else pending * found_inf
+    return pending if found_inf is None else pending * (1 - found_inf)
