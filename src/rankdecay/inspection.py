@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -171,7 +171,7 @@ def inspect(
             "name": layer.name,
         }
         rows += [place | row for row in layer_rows if row["head"] in wanted]
-        for note in _notes(layer):
+        for note in (*_notes(layer), *_stored_as(layer, source.stored_as)):
             notes.setdefault(note, []).append(layer.place.label)
     noted = [f"{ranges(labels)}: {note}" for note, labels in notes.items()]
     return Inspection(str(source), rows, noted, listed(unhandled))
@@ -239,9 +239,15 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
     if "order" in layer.unknown:
         yield (
             "the fused projection is read as all queries, all keys, all values, as in most code, and nothing says so: "
-            "if it is cut head by head, give names=AttentionNames(fused=..., layout='interleaved')"
+            "if it is cut head by head, or row by row, give names=AttentionNames(fused=..., layout='interleaved' or "
+            "'alternating')"
         )
-    if unknown := layer.unknown - {"order"}:
+    if "grouping" in layer.unknown:
+        yield (
+            "nothing says which key head a query head meets: the first query heads are taken to meet the first, as in "
+            "most code; if query head i meets key head i mod g, give names=AttentionNames(..., grouping='strided')"
+        )
+    if unknown := layer.unknown - {"order", "grouping"}:
         asked = {"qk_norm": "queries and keys are normalised", "rotary": "rotary positions turn them"}
         questions = " or whether ".join(asked[name] for name in sorted(unknown))
         settings = ", ".join(f"{name}=..." for name in sorted(unknown))
@@ -250,6 +256,12 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
             f"nothing says whether {questions}, and it is shown as if not: say it with "
             f"names=AttentionNames(..., {settings}){example}"
         )
+
+
+def _stored_as(layer: AttentionLayer, formats: Mapping[str, str]) -> Iterator[str]:
+    formats_of = dict.fromkeys(formats[v.parameter_name] for v in layer.views if v.parameter_name in formats)
+    if formats_of:
+        yield f"weights are stored as {', '.join(formats_of)}, and shown dequantised"
 
 
 def label(row: Row) -> str:

@@ -67,6 +67,8 @@ def _run(again: Callable[[], object]) -> tuple[list[Tensor], Tensor]:
 
 def _output(output: object) -> Tensor:
     """What attention gives: the first tensor, not its weights or positions; all numbers of a model's output."""
+    if isinstance(output, tuple) and len(output) > 1 and all(isinstance(part, tuple) for part in output):
+        return torch.cat([_output(part) for part in output])  # of two attentions
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], (Tensor, tuple)):
         return _output(output[0])
     return _numbers(output)

@@ -285,8 +285,8 @@ def inputs(model: nn.Module) -> dict[str, Any]:
         "hidden_states": lambda: torch.randn(1, TOKENS, size("hidden_size", "d_model"), generator=generator),
         "query_embeds": lambda: torch.randn(1, TOKENS, size("hidden_size", "d_model"), generator=generator),
     }
-    main = model.main_input_name
-    main = [main] if isinstance(main, str) else main
+    named: Any = model.main_input_name
+    main: list[str] = [named] if isinstance(named, str) else list(named)
     required = [name for name, parameter in takes.items() if parameter.default is inspect.Parameter.empty]
     also = [name for name in ("bbox",) if name in takes]
     composite = any(True for _ in list(_configs(config))[1:])

@@ -19,6 +19,9 @@ def windows(draw) -> tuple[Window, tuple[int, int]]:
     heads = [draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(0, 2))]
     groups = draw(st.integers(1, 3))
     start, stop, size = (head_dim * sum(heads[: i + 1]) for i in range(3))
+    if draw(st.booleans()):  # a line of each in turn
+        start, size, groups = draw(st.integers(0, 2)), 3, head_dim * draw(st.integers(1, 3))
+        stop = start + 1
     window = Window(draw(st.sampled_from(["rows", "columns"])), start, stop, size, head_dim, groups,
                     draw(st.booleans()))  # fmt: skip
     shape = (groups * size, draw(st.integers(1, 5)))

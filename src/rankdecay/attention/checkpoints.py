@@ -50,6 +50,7 @@ class Checkpoint:
         load: reads one tensor, to the CPU.
         candidates: keys of the sets of weights that ``state`` can name, where there are several.
         of_module: returns the settings of the module at a path, where a format states them per module; they come first.
+        stored_as: what each quantised tensor is stored as, by name.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Checkpoint:
     load: Callable[[str], Tensor]
     candidates: tuple[str, ...] = ()
     of_module: Callable[[str], Mapping[str, Any]] = field(default=lambda path: {})
+    stored_as: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -251,9 +253,9 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
     dtypes = {name: dtypes[stored] for name, stored in stored_as.items()}
     shapes = {name: shapes[stored_as[name]] for name in sorted(stored_as, key=_natural)}
     config = configuration(found.folders, found.files[0], shapes, content)
-    shapes, load = dequantised(shapes, dtypes, config, load_stored, header, CheckpointError)
+    shapes, load, codes = dequantised(shapes, dtypes, config, load_stored, header, CheckpointError)
     shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
-    opened = Checkpoint(path, shapes, config, load, tuple(dict.fromkeys([*candidates, *copies])))
+    opened = Checkpoint(path, shapes, config, load, tuple(dict.fromkeys([*candidates, *copies])), stored_as=codes)
     if not is_adapter(found.files[0], shapes):
         return opened
     if not adapters:
@@ -274,11 +276,11 @@ def _matrices_in(file: Path) -> set[str]:
 
 
 def _open_gguf(path: Path, files: list[Path], candidates: Sequence[str]) -> Checkpoint:
-    shapes, config, of_module, load = read_gguf(files)
+    shapes, config, of_module, load, codes = read_gguf(files)
     if not shapes:
         raise CheckpointError(f"{path} contains no tensors.")
     shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
-    return Checkpoint(path, shapes, config, load, tuple(candidates), of_module)
+    return Checkpoint(path, shapes, config, load, tuple(candidates), of_module, codes)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

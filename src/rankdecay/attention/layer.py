@@ -43,9 +43,11 @@ class Window:
     GPT-NeoX's, one group per head      rows[64:128]/192*12 by 64
     Llama's output, 32 heads of 128     columns[0:4096]/4096 by 128
     TransformerLens's W_Q, (12, d, 64)  stack rows[0:64]/64*12 by 64 transposed
+    EDM's key, of a convolution         rows[1:2]/3*512 by 64
     ==================================  =================================
 
-    A stack has its groups in a first dimension of their own.
+    In the last, queries, keys and values take turns row by row, so that a head has lines of many groups. A stack has
+    its groups in a first dimension of their own.
 
     Attributes:
         lines: ``"rows"`` or ``"columns"``.
@@ -167,6 +169,8 @@ class Window:
             )
         groups = lines if self.stacked else lines.unflatten(0, (self.groups, self.size))
         cut = groups[:, self.start : self.stop]
+        if cut.shape[1] < self.head_dim:  # one line of each group
+            return cut.unflatten(0, (-1, self.head_dim)).transpose(1, 2)
         return cut.unflatten(1, (-1, self.head_dim))
 
 
@@ -250,8 +254,9 @@ class AttentionLayer:
         factors: of latent attention, by role: ``query_factor`` (the queries' first), ``query_rotary`` and
             ``key_rotary`` (the parts that positions turn; one key head), ``latent``. Of others the ``gate`` inside a
             query projection, and projections of positions, ``query_position``, ``key_position``, ``query_sine``.
-        unknown: which of ``"rotary"``, ``"qk_norm"`` and ``"order"`` (of a fused projection) nothing states, neither
-            names nor settings; they are then as is usual: none, no, and all queries before all keys and values.
+        unknown: which of ``"rotary"``, ``"qk_norm"``, ``"order"`` (of a fused projection) and ``"grouping"`` nothing
+            states, neither names nor settings; they are then as is usual: none, no, all queries before all keys and
+            values, and consecutive.
         place: the model's own number of the layer, and the tower it stands in.
     """
 

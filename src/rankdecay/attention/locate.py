@@ -302,8 +302,8 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         hold = "hold" if len(fused) > 1 else "holds"
         return (
             f"{shown(fused)} {hold} queries, keys or values in an order that is not known: say it "
-            f"with names=AttentionNames(fused={fused[0]!r}, order=..., layout='contiguous' or 'interleaved', "
-            "output=..., num_heads=...)"
+            f"with names=AttentionNames(fused={fused[0]!r}, order=..., layout='contiguous', "
+            "'interleaved' or 'alternating', output=..., num_heads=...)"
         )
     return (
         f"{shown([*queries, *keys])} are named like projections to queries and keys, and not recognised: map them with "

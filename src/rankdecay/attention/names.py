@@ -18,7 +18,7 @@ from rankdecay.attention.layer import Role
 from rankdecay.attention.products import Grouping
 from rankdecay.checks import check_name, check_number
 
-Layout = Literal["contiguous", "interleaved"]
+Layout = Literal["contiguous", "interleaved", "alternating"]
 _ORDERS = ("qkv", "qvk", "kqv", "kvq", "vqk", "vkq")
 Planes = Literal["none", "half", "interleaved"]
 
@@ -41,8 +41,8 @@ class AttentionNames:
         output: names the output projection may have, the first that exists and fits counts; ``"../output.dense"``
             starts one level higher. Empty if there is none.
         order: what the fused projection holds, and in which order: ``"qkv"``, ``"qvk"``, ``"kv"``, …
-        layout: of the fused projection: ``"contiguous"``, or ``"interleaved"`` by key head
-            (:mod:`rankdecay.attention.windows`).
+        layout: of the fused projection: ``"contiguous"``; ``"interleaved"`` by key head; or ``"alternating"``, a row of
+            each in turn, as ``view(batch * heads, head_dim, 3, -1)`` takes them (:mod:`rankdecay.attention.windows`).
         blocks: for a contiguous layout that repeats: how many times (CodeGen: 4).
         when: the row counts only if the model's configuration has this attribute with this value, or with one of these
             values if it is a tuple, or has it at all if it is None.
@@ -97,7 +97,7 @@ class AttentionNames:
         if self.fused:
             orders = ("kv", "vk") if self.query else ("qk", "kq") if self.value else _ORDERS
             check_name("order", self.order, orders)
-        check_name("layout", self.layout, ("contiguous", "interleaved"))
+        check_name("layout", self.layout, ("contiguous", "interleaved", "alternating"))
         check_name("grouping", self.grouping, ("consecutive", "strided"))
         if self.rotary is not None:
             check_name("rotary", self.rotary, ("none", "half", "interleaved"))

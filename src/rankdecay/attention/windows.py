@@ -5,6 +5,7 @@
 * **Fused, contiguous**: lines [q, k, v], the heads inside each.
 * **Fused, interleaved**: one group per key head, [its queries, k, v]. With as many key heads as query heads that is
   per head [q, k, v] (GPT-NeoX, BLOOM); with one it is [all queries, k, v] (multi-query Falcon).
+* **Fused, alternating**: a row of q, one of k and one of v in turn (EDM).
 * **Transposed** (Conv1D): a fused matrix whose bias is as long as its second side.
 * **Stacked**: a parameter (heads, in, head_dim), one matrix per head (TransformerLens).
 * **With a gate**: per head [q, gate] in one projection (Qwen3-Next).
@@ -224,6 +225,8 @@ class ModuleReader(ModuleSettings):
         rotary, qk_norm, unknown = self._positions_and_norms(row, head_dim)
         if assumed and not self.source.is_known(self.module):
             unknown |= {"order"}
+        if not named and places["key"].window.num_heads not in (1, heads) and not self.source.is_known(self.module):
+            unknown |= {"grouping"}
         no_product, no_value_product = self._no_product(row), self._no_value_product(places)
         self._add_query_bias(places)
         return Found(
@@ -771,6 +774,14 @@ class ModuleReader(ModuleSettings):
             "v": ("value", key_heads),
         }
         sizes = [amounts[letter] for letter in row.order]
+        if row.layout == "alternating":
+            if key_heads != heads and "q" in row.order:
+                raise NotHandled(f"{row.fused} holds {heads} query and {key_heads} key heads, which cannot take turns")
+            turns = len(row.order)
+            return {
+                amounts[letter][0]: Window("rows", i, i + 1, turns, head_dim, lines // turns)
+                for i, letter in enumerate(row.order)
+            }
         groups = key_heads if row.layout == "interleaved" else row.blocks
         if any(amount % groups for _, amount in sizes):
             raise NotHandled(f"{heads} query and {key_heads} key heads do not fall into {groups} equal groups")
