@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +46,8 @@ KINDS = {
     "query": ("W_Q", "queries, normalised afterwards"),
     "key": ("W_K", "keys, normalised afterwards"),
     "value_output": ("W_O W_V", "what a head writes"),
+    "value": ("W_V", "values"),
+    "output": ("W_O", "what is made of the heads, changed before"),
     "query_factor": ("W_QA", "the queries' first factor, normalised before the second"),
     "latent": ("W_C", "the latent that keys and values share, normalised afterwards"),
     "output_factor": ("W_OA", "the outputs' first factor, in groups"),
@@ -169,7 +171,7 @@ def inspect(
             "name": layer.name,
         }
         rows += [place | row for row in layer_rows if row["head"] in wanted]
-        for note in _notes(layer):
+        for note in (*_notes(layer), *_stored_as(layer, source.stored_as)):
             notes.setdefault(note, []).append(layer.place.label)
     noted = [f"{ranges(labels)}: {note}" for note, labels in notes.items()]
     return Inspection(str(source), rows, noted, listed(unhandled))
@@ -227,6 +229,8 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
             f"rotary positions turn queries and keys{part}, so only the norms of the planes can balance: gap and "
             "imbalance of W_Kᵀ W_Q are by plane, its spectrum is that at equal positions"
         )
+    if layer.no_value_product:
+        yield f"it {layer.no_value_product}, so W_O W_V is not what a head writes: W_V and W_O on their own"
     if layer.num_key_value_heads < layer.num_heads:
         yield (
             f"{layer.num_heads // layer.num_key_value_heads} query heads share a key head: gap and imbalance are of "
@@ -235,9 +239,15 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
     if "order" in layer.unknown:
         yield (
             "the fused projection is read as all queries, all keys, all values, as in most code, and nothing says so: "
-            "if it is cut head by head, give names=AttentionNames(fused=..., layout='interleaved')"
+            "if it is cut head by head, or row by row, give names=AttentionNames(fused=..., layout='interleaved' or "
+            "'alternating')"
         )
-    if unknown := layer.unknown - {"order"}:
+    if "grouping" in layer.unknown:
+        yield (
+            "nothing says which key head a query head meets: the first query heads are taken to meet the first, as in "
+            "most code; if query head i meets key head i mod g, give names=AttentionNames(..., grouping='strided')"
+        )
+    if unknown := layer.unknown - {"order", "grouping"}:
         asked = {"qk_norm": "queries and keys are normalised", "rotary": "rotary positions turn them"}
         questions = " or whether ".join(asked[name] for name in sorted(unknown))
         settings = ", ".join(f"{name}=..." for name in sorted(unknown))
@@ -246,6 +256,12 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
             f"nothing says whether {questions}, and it is shown as if not: say it with "
             f"names=AttentionNames(..., {settings}){example}"
         )
+
+
+def _stored_as(layer: AttentionLayer, formats: Mapping[str, str]) -> Iterator[str]:
+    formats_of = dict.fromkeys(formats[v.parameter_name] for v in layer.views if v.parameter_name in formats)
+    if formats_of:
+        yield f"weights are stored as {', '.join(formats_of)}, and shown dequantised"
 
 
 def label(row: Row) -> str:
@@ -264,9 +280,11 @@ def _layer_rows(layer: AttentionLayer, deviation: float, output_deviation: float
         yield from _product_rows(layer.query_key(), (deviation, deviation))
         if "query_rotary" in layer.factors:
             yield from _product_rows(layer.query_key_rotary(), (deviation, deviation))
-    if layer.output is not None:
+    if layer.has_value_product:
         yield from _product_rows(layer.value_output(), (deviation, output_deviation))
-
+    elif layer.output is not None:
+        yield from _matrix_rows(layer.value, layer, deviation)
+        yield from _matrix_rows(layer.output, layer, output_deviation)
     for role in _FACTORS:
         if role in layer.factors:
             yield from _factor_rows(layer.factors[role], deviation)  # pyright: ignore[reportArgumentType]
@@ -284,7 +302,7 @@ def _product_rows(product: Product, deviations: tuple[float, float]) -> Iterator
 def _matrix_rows(view: MatrixView, layer: AttentionLayer, deviation: float) -> Iterator[Row]:
     heads = view.heads()
     each = spectrum(heads)
-    if view.role == "key":  # a row for each query head, with the key head it meets
+    if view.num_heads < layer.num_heads:  # a row for each query head, with the key or value head it meets
         which = torch.tensor([layer.key_head(head) for head in range(layer.num_heads)])
         each = replace(each, singular_values=each.singular_values[which.to(each.singular_values.device)])
     untrained = _untrained_matrix(tuple(heads.shape[-2:]), deviation)

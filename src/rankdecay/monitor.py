@@ -278,7 +278,8 @@ class Monitor:
 def _parts(layer: AttentionLayer, of: Iterable[str]) -> list[str]:
     """Return the parts that a layer has; the matrices of a product in its place if it has no such product."""
     none = set() if layer.has_score_product else {"query_key"}
-    none |= {"value_output", "output"} if layer.output is None else set()
+    none |= set() if layer.has_value_product else {"value_output"}
+    none |= {"output"} if layer.output is None else set()
     parts = (name for part in of for name in (part.split("_") if part in none else [part]))
     return [part for part in dict.fromkeys(parts) if part not in none]
 

@@ -71,7 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "detr": _RESNET_LAST,
     "table-transformer": _RESNET_LAST,
     "omdet-turbo": _RESNET,
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 1e4}},
     "deepseek_ocr2": {"text_config": _GLM_OCR},
     "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1},

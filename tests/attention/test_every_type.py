@@ -1,26 +1,29 @@
 """Every model type of the installed transformers: found whole, or named with the reason; and the same from files alone.
 
 A new type that is neither fails, with what is missing. `every_type` builds them, `whole_types` judges without the
-library's tables which of their modules look like attention.
+library's tables which of their modules look like attention. Then, head by head, against what small models of them do on
+random input (`running`, `comparison`): a fifth of the types here, all of them with ``-m slow``.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import pytest
+import torch
 from torch import nn
 
-from rankdecay.attention.checkpoints import Checkpoint, _natural
 from rankdecay.attention.locate import Unhandled, locate
 from rankdecay.attention.source import ModuleSource
+from rankdecay.attention.unturned import NO_ROTARY_TYPES
 from rankdecay.attention.windows import Found
 from tests import needs
 
-from . import every_type, whole_types
+from . import compared_types, every_type, running, unturned, whole_types
 
 needs.package("transformers")
 
@@ -30,6 +33,7 @@ FILES_DIFFER = {
     "neucodec": "positions of the encoder inside are its own", "xcodec2": "positions of the encoder inside are its own",
 }  # fmt: skip
 _counts: Counter[str] = Counter()
+_unturned: set[str] = set()
 
 
 def _explained(model: nn.Module, module: Unhandled) -> bool:
@@ -60,24 +64,64 @@ def test_every_attention_is_found_or_named(kind: str) -> None:
 
 def _check_files(kind: str, model: Any, found: list[Found]) -> None:
     """The names and shapes of a checkpoint, with its configuration, say the same, or refuse by name."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    stored, refused = locate(Checkpoint(Path(kind), shapes, config, nothing))
+    checkpoint = unturned.checkpoint_of(kind, model)
+    stored, refused = locate(checkpoint)
     live = {layer.name: _shown(layer) for layer in found}
     for layer in stored:
         if kind not in FILES_DIFFER:
             assert _shown(layer) == live[layer.name]
     missing = live.keys() - {layer.name for layer in stored} - {module.name for module in refused}
     assert not missing
-
-
-def nothing(_: str) -> Any:
-    """A loader of a checkpoint of which only shapes are read."""
-    raise AssertionError
+    _unturned.update(unturned.without_positions(checkpoint, found))
+    assert not {layer.name for layer in stored if layer.unknown}, "run python -m tests.attention.unturned"
 
 
 def test_nearly_all_types_are_found_whole() -> None:
     """Of 600 types 513 have attention and all of it is found, 37 have none; the rest is mostly without such scores."""
     if sum(_counts.values()) > 590:  # not after a choice of types by `-k`
         assert _counts["whole"] >= 488
+
+
+def test_the_table_of_types_without_positions_is_what_live_models_say() -> None:
+    if sum(_counts.values()) > 590:
+        assert _unturned == NO_ROTARY_TYPES, "run python -m tests.attention.unturned"
+
+
+# ---- what the model itself does --------------------------------------------------------------------------
+
+
+def _types_to_compare() -> list[Any]:
+    """Every type with attention; four fifths of them, by a hash of the name, only in the slow run."""
+    kinds = [k for k in every_type.types() if k not in every_type.ELSEWHERE and k not in compared_types.NOT_BUILT]
+    always = {kind for kind in kinds if crc32(kind.encode()) % 5 == 0} - running.COSTLY
+    return [pytest.param(kind, marks=() if kind in always else pytest.mark.slow) for kind in kinds]
+
+
+@pytest.mark.filterwarnings("ignore")  # of small models whose settings contradict each other
+@pytest.mark.parametrize("kind", _types_to_compare())
+def test_each_head_is_what_the_model_uses(kind: str) -> None:
+    """One fifth of all types, chosen by a hash of the name; all of them in the slow run.
+
+    Of a small model with random weights, run on random input: `comparison` says what is compared, `compared_types` what
+    cannot be.
+    """
+    with torch.no_grad(), _without_fast_paths():
+        problems = running.compare(kind)
+    for module, texts in problems.items():
+        if module in compared_types.NOT_RUN:
+            assert any(text.startswith("not run") for text in texts), f"{module} runs: strike it from NOT_RUN"
+            texts = [text for text in texts if not text.startswith("not run")]
+        allowed, _ = compared_types.DIFFERS.get(module, ((), ""))
+        unexplained = [text for text in texts if not text.startswith(allowed)] if allowed else texts
+        assert not unexplained, module
+
+
+@contextmanager
+def _without_fast_paths() -> Iterator[None]:
+    """Lets nn.MultiheadAttention go through a softmax."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -178,7 +178,9 @@ def test_a_real_file_has_the_rows_that_transformers_loads(tmp_path):
     saved.mkdir()
     save_model(model, str(saved / "model.safetensors"))
     model.config.save_pretrained(saved)
-    ours, theirs = rd.inspect(path, layers=[0, 29]).rows, rd.inspect(saved).rows
+    report = rd.inspect(path, layers=[0, 29])
+    assert any("weights are stored as Q4_1" in note for note in report.notes)
+    ours, theirs = report.rows, rd.inspect(saved).rows
     assert len(ours) == len(theirs) == 2 * 9 * 2
     places = {"name": "", "layer": 0, "label": ""}  # layers 0 and 29 of thirty, and of two
     for a, b in zip(ours, theirs, strict=True):

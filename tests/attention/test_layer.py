@@ -19,6 +19,9 @@ def windows(draw) -> tuple[Window, tuple[int, int]]:
     heads = [draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(0, 2))]
     groups = draw(st.integers(1, 3))
     start, stop, size = (head_dim * sum(heads[: i + 1]) for i in range(3))
+    if draw(st.booleans()):  # a line of each in turn
+        start, size, groups = draw(st.integers(0, 2)), 3, head_dim * draw(st.integers(1, 3))
+        stop = start + 1
     window = Window(draw(st.sampled_from(["rows", "columns"])), start, stop, size, head_dim, groups,
                     draw(st.booleans()))  # fmt: skip
     shape = (groups * size, draw(st.integers(1, 5)))
@@ -116,6 +119,54 @@ def test_without_an_output_projection_there_is_no_product_of_values():
     assert [view.role for view in layer.views] == ["query", "key", "value"]
     with pytest.raises(ValueError, match="has no output projection, so there is no product"):
         layer.value_output()
+
+
+class _Separate(nn.Module):
+    def __init__(self, **more: nn.Module) -> None:
+        super().__init__()
+        self.num_heads = 2
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.add_module(name, nn.Linear(8, 8))
+        for name, module in more.items():
+            self.add_module(name, module)
+
+
+@pytest.mark.parametrize(
+    ("child", "module", "reason"),
+    [
+        ("gate_proj", nn.Linear(8, 8), "gates what its heads give"),
+        ("inner_attn_ln", nn.LayerNorm(8), "normalises what its heads give"),
+        ("v_norm", nn.RMSNorm(4), "normalises values"),
+        ("v_sconv", nn.Conv1d(8, 8, 3, groups=8), "convolves values"),
+    ],
+)
+def test_what_stands_before_the_output_projection_leaves_no_product_of_values(child, module, reason):
+    model = _Separate(**{child: module})
+    [layer] = rd.find_attention(model)
+    assert not layer.has_value_product
+    with pytest.raises(ValueError, match=rf"{reason}.*do not write W_O W_V.*value.tensor\(\)"):
+        layer.value_output()
+    report = rd.inspect(model)
+    assert {row.get("matrix") for row in report.rows if row.get("matrix")} == {"value", "output"}
+    assert len(report.of("value")) == len(report.of("output")) == 2
+    assert any(reason in note for note in report.notes)
+    assert not any("value_output" in name for name in rd.Monitor(model).measure())
+
+
+def test_a_gate_with_one_number_for_each_head_leaves_the_product_of_values():
+    [layer] = rd.find_attention(_Separate(g_proj=nn.Linear(8, 2)))
+    assert layer.value_output().num_heads == 2
+
+
+def test_what_is_added_to_queries_that_meet_keys_is_of_their_bias():
+    model = _Separate()
+    model.bias_u, model.bias_v = (nn.Parameter(torch.randn(2, 4)) for _ in range(2))
+    [layer] = rd.find_attention(model)
+    torch.testing.assert_close(layer.query.bias(), (model.q_proj.bias + model.bias_u.flatten()).detach())
+    assert layer.query.bias_name == "q_proj.bias"
+    model.q_proj.bias = None
+    [layer] = rd.find_attention(model)
+    torch.testing.assert_close(layer.query.bias(), model.bias_u.flatten().detach())
 
 
 def test_a_view_is_of_the_present_value_and_detached():

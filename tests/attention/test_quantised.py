@@ -95,6 +95,32 @@ def test_fp8_scales(tmp_path: Path, name: str, block: tuple[int, int]) -> None:
     same(query(write(tmp_path, each(quantise))), block_fp8(WEIGHTS["q_proj"], *block)[2])
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({}, "float8_e4m3fn codes"), ({"quantization_config": {"quant_method": "fp8"}}, "fp8 (float8_e4m3fn)")],
+)
+def test_the_format_of_what_was_dequantised_is_said(tmp_path: Path, config: dict, expected: str) -> None:
+    def quantise(w: Tensor) -> dict[str, Tensor]:
+        codes, scale, _ = block_fp8(w)
+        return {".weight": codes, ".weight_scale_inv": scale}
+
+    report = rd.inspect(write(tmp_path, each(quantise), **config))
+    assert any(f"weights are stored as {expected}, and shown dequantised" in note for note in report.notes)
+    assert not any("stored as" in note for note in rd.inspect(model()).notes)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_the_format_of_a_live_module_is_said() -> None:
+    from torch.ao.nn.quantized.dynamic import Linear
+
+    def make(w: Tensor) -> nn.Module:
+        layer = Linear(D, D, bias_=False)
+        layer.set_weight_bias(torch.quantize_per_tensor(w, 0.001, 0, torch.qint8), None)
+        return layer
+
+    assert any("weights are stored as Linear (qint8)" in note for note in rd.inspect(model(make)).notes)
+
+
 def test_fp8_block_cut_short(tmp_path: Path) -> None:
     """The last block of DeepSeek's scales is smaller than the others; the configuration has to say which are."""
     w = weight(0)[:192]
@@ -571,7 +597,7 @@ def test_codes_are_never_returned_under_their_own_name() -> None:
     held = {"mask": torch.ones(4, 4, dtype=torch.int32), "weight": torch.ones(4, 4)}
     shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
     dtypes = {name: tensor.dtype for name, tensor in held.items()}
-    read_shapes, load = dequantised(shapes, dtypes, {}, held.__getitem__)
+    read_shapes, load, _ = dequantised(shapes, dtypes, {}, held.__getitem__)
     assert read_shapes == shapes
     assert load("weight") is held["weight"]
     with pytest.raises(ValueError, match="mask is quantised as int32 codes of an unknown format"):

@@ -63,6 +63,20 @@ def test_a_norm_without_a_name_is_seen(norm: str, bias: bool) -> None:
     assert not any("nothing says whether queries" in note for note in report.notes)
 
 
+class OverTheWidth(Own):
+    """A norm over all heads together: no head of W_Q is without a scale, and W_Q is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (functional.normalize(projection(x), dim=-1) for projection in (self.q_proj, self.k_proj))
+        q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in (8 * q, k, self.v_proj(x)))
+        return self.o_proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_norm_over_all_heads_is_seen(bias: bool) -> None:
+    assert _shown(rd.inspect(OverTheWidth(bias=bias), example=_x())) == {"query", "key"}
+
+
 def test_without_an_example_it_is_said_to_be_unknown() -> None:
     report = rd.inspect(Own("rms"))
     assert any("queries and keys are normalised" in note and "nothing says" in note for note in report.notes)

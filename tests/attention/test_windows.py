@@ -15,6 +15,7 @@ from rankdecay.attention import AttentionLayer
 from rankdecay.attention.products import Rotary
 from tests import needs
 
+from . import comparison
 from .computed import Products, check_layer, check_model, watched
 from .families import TOKENS, TRANSFORMERS, build, randomised, run
 from .interventions import check_heads, prepared
@@ -461,3 +462,52 @@ def test_separate_conv1d_layers_are_transposed_also_where_they_are_square() -> N
     [layer] = rd.find_attention(attention)
     assert torch.equal(layer.query.tensor(), attention["q_proj"].weight.T)
     assert torch.equal(layer.output.tensor(), attention["o_proj"].weight.T)
+
+
+# ---- rows that take turns, and key heads that do ---------------------------------------------------------
+
+
+class _TakingTurns(nn.Module):
+    """The order of rows of EDM's U-Nets: a row of the queries, one of the keys and one of the values in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 4, nn.Conv2d(32, 96, 1), nn.Conv2d(32, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(len(x) * 4, 8, 3, -1).unbind(2)
+        weights = torch.einsum("ncq,nck->nqk", q, k / 8**0.5).softmax(-1)
+        return self.proj(torch.einsum("nqk,nck->ncq", weights, v).reshape(x.shape))
+
+
+def test_rows_that_take_turns_can_be_said() -> None:
+    torch.manual_seed(0)
+    attention = prepared(_TakingTurns())
+    names = rd.AttentionNames(fused="qkv", layout="alternating", output="proj")
+    [layer] = rd.find_attention(attention, names=names)
+    assert str(layer.key.window) == "rows[1:2]/3*32 by 8"
+    x = torch.randn(1, 32, 3, 3)
+    with torch.no_grad():
+        assert not list(comparison.check(attention, layer, lambda: attention(x)))
+    [wrong] = rd.find_attention(attention)
+    assert "order" in wrong.unknown
+    with torch.no_grad():
+        assert list(comparison.check(attention, wrong, lambda: attention(x)))
+    assert any("'alternating'" in note for note in rd.inspect(attention).notes)
+
+
+def test_keys_and_values_may_take_turns_beside_queries() -> None:
+    attention = nn.ModuleDict({"q": nn.Linear(32, 32), "kv": nn.Linear(32, 32), "proj": nn.Linear(32, 32)})
+    names = rd.AttentionNames(query="q", fused="kv", layout="alternating", output="proj", num_heads=4)
+    [layer] = rd.find_attention(attention, names=names)
+    assert torch.equal(layer.value.tensor(), attention["kv"].weight[1::2])
+    assert (layer.num_heads, layer.num_key_value_heads) == (4, 2)
+
+
+def test_which_key_head_a_query_head_meets_may_be_unknown() -> None:
+    attention = nn.ModuleDict({name: nn.Linear(32, size) for name, size in zip("qkvo", (32, 16, 16, 32), strict=True)})
+    attention.num_heads = 4
+    assert any("which key head a query head meets" in note for note in rd.inspect(attention).notes)
+    said = rd.AttentionNames(query="q", key="k", value="v", output="o", grouping="strided")
+    report = rd.inspect(attention, names=said)
+    assert not any("which key head a query head meets" in note for note in report.notes)

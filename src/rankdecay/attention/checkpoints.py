@@ -31,9 +31,10 @@ from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside, find_files, kind
 from rankdecay.attention.foreign import check_archive
 from rankdecay.attention.gguf import parts_of, read_gguf
-from rankdecay.attention.names import NO_ROTARY_TYPES, NUM_HEADS, PARTS, ROTARY, is_rotary_type
+from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_UNSAID, is_rotary_type
 from rankdecay.attention.quantised import dequantised, stored_type
 from rankdecay.attention.states import SeveralSets, choose_mapping, choose_names
+from rankdecay.attention.unturned import NO_ROTARY_TYPES
 
 Shape = tuple[int, ...]
 
@@ -49,6 +50,7 @@ class Checkpoint:
         load: reads one tensor, to the CPU.
         candidates: keys of the sets of weights that ``state`` can name, where there are several.
         of_module: returns the settings of the module at a path, where a format states them per module; they come first.
+        stored_as: what each quantised tensor is stored as, by name.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class Checkpoint:
     load: Callable[[str], Tensor]
     candidates: tuple[str, ...] = ()
     of_module: Callable[[str], Mapping[str, Any]] = field(default=lambda path: {})
+    stored_as: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -121,9 +124,17 @@ class Checkpoint:
 
     def is_known(self, path: str) -> bool:
         """Whether the configuration names a model type that the tables cover, and no code of the checkpoint's own."""
-        kind = next((part["model_type"] for part in self._settings_of(path) if "model_type" in part), None)
-        said = self.setting(path, (*ROTARY, "use_rope")) is not None or kind in NO_ROTARY_TYPES
+        kind = self.kind_of_part(path)
+        said = self.states_positions(path) or kind in NO_ROTARY_TYPES or kind in ROTARY_UNSAID
         return kind is not None and said and "auto_map" not in self.config
+
+    def kind_of_part(self, path: str) -> str | None:
+        """Return the model type of the part of the model that a module is in."""
+        return next((part["model_type"] for part in self._settings_of(path) if part.get("model_type")), None)
+
+    def states_positions(self, path: str) -> bool:
+        """Whether the configuration has settings of rotary positions."""
+        return self.setting(path, (*ROTARY, "use_rope")) is not None
 
     def own(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return None: there are no modules, and what a format states of one is not told from a configuration."""
@@ -242,9 +253,9 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
     dtypes = {name: dtypes[stored] for name, stored in stored_as.items()}
     shapes = {name: shapes[stored_as[name]] for name in sorted(stored_as, key=_natural)}
     config = configuration(found.folders, found.files[0], shapes, content)
-    shapes, load = dequantised(shapes, dtypes, config, load_stored, header, CheckpointError)
+    shapes, load, codes = dequantised(shapes, dtypes, config, load_stored, header, CheckpointError)
     shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
-    opened = Checkpoint(path, shapes, config, load, tuple(dict.fromkeys([*candidates, *copies])))
+    opened = Checkpoint(path, shapes, config, load, tuple(dict.fromkeys([*candidates, *copies])), stored_as=codes)
     if not is_adapter(found.files[0], shapes):
         return opened
     if not adapters:
@@ -265,11 +276,11 @@ def _matrices_in(file: Path) -> set[str]:
 
 
 def _open_gguf(path: Path, files: list[Path], candidates: Sequence[str]) -> Checkpoint:
-    shapes, config, of_module, load = read_gguf(files)
+    shapes, config, of_module, load, codes = read_gguf(files)
     if not shapes:
         raise CheckpointError(f"{path} contains no tensors.")
     shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
-    return Checkpoint(path, shapes, config, load, tuple(candidates), of_module)
+    return Checkpoint(path, shapes, config, load, tuple(candidates), of_module, codes)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

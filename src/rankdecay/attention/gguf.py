@@ -95,12 +95,14 @@ class Contents(NamedTuple):
         config: settings of the whole model under the names that configurations of transformers have for them.
         of_module: returns the settings of the module at a path; GGUF may state them per block.
         load: reads one tensor and dequantises it, in float32 if it was quantised.
+        stored_as: the type of each tensor that is quantised, by name, such as "Q4_K".
     """
 
     shapes: dict[str, tuple[int, ...]]
     config: dict[str, Any]
     of_module: Callable[[str], Mapping[str, Any]]
     load: Callable[[str], Tensor]
+    stored_as: Mapping[str, str]
 
 
 class _Entry(NamedTuple):
@@ -177,7 +179,17 @@ def read_gguf(files: Sequence[Path]) -> Contents:
             )
         return weight * factor.item()
 
-    return Contents(shapes, settings.of_model(), settings.of_module, load)
+    kinds = {name: _quantised_as(entries[halves.get(name, (name,))[0]], gguf) for name in shapes}
+    stored_as = {name: kind for name, kind in kinds.items() if kind}
+    return Contents(shapes, settings.of_model(), settings.of_module, load, stored_as)
+
+
+def _quantised_as(entry: _Entry, gguf: Any) -> str:
+    """Return the name of a type whose numbers are codes; "" of floating-point numbers and of types not known."""
+    if entry.size is None:
+        return ""
+    kind = gguf.GGMLQuantizationType(entry.kind).name
+    return "" if kind in ("F64", "F32", "F16", "BF16") else kind
 
 
 def _join_latent(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:

@@ -43,9 +43,11 @@ class Window:
     GPT-NeoX's, one group per head      rows[64:128]/192*12 by 64
     Llama's output, 32 heads of 128     columns[0:4096]/4096 by 128
     TransformerLens's W_Q, (12, d, 64)  stack rows[0:64]/64*12 by 64 transposed
+    EDM's key, of a convolution         rows[1:2]/3*512 by 64
     ==================================  =================================
 
-    A stack has its groups in a first dimension of their own.
+    In the last, queries, keys and values take turns row by row, so that a head has lines of many groups. A stack has
+    its groups in a first dimension of their own.
 
     Attributes:
         lines: ``"rows"`` or ``"columns"``.
@@ -167,6 +169,8 @@ class Window:
             )
         groups = lines if self.stacked else lines.unflatten(0, (self.groups, self.size))
         cut = groups[:, self.start : self.stop]
+        if cut.shape[1] < self.head_dim:  # one line of each group
+            return cut.unflatten(0, (-1, self.head_dim)).transpose(1, 2)
         return cut.unflatten(1, (-1, self.head_dim))
 
 
@@ -189,7 +193,7 @@ class MatrixView:
         parameter_name: name of the parameter that holds it, as in ``model.named_parameters()``.
         window: where in the parameter.
         weight: returns the parameter's present value; with the adapters' contribution for a PEFT model.
-        bias_vector: returns the matrix's part of its bias, if there is one.
+        bias_vector: returns the matrix's part of its bias, if there is one, with what is added to queries alone.
         bias_name: name of the parameter that holds the bias.
         bias_window: where in that parameter.
     """
@@ -246,11 +250,13 @@ class AttentionLayer:
         grouping: which key head query head i meets: ``"consecutive"``, i // (num_heads / num_key_value_heads), or
             ``"strided"``, i mod num_key_value_heads.
         no_product: why scores are no product W_Kᵀ W_Q though queries and keys are not normalised; else "".
+        no_value_product: what stands between values and output projection, so that no head writes W_O W_V; else "".
         factors: of latent attention, by role: ``query_factor`` (the queries' first), ``query_rotary`` and
             ``key_rotary`` (the parts that positions turn; one key head), ``latent``. Of others the ``gate`` inside a
             query projection, and projections of positions, ``query_position``, ``key_position``, ``query_sine``.
-        unknown: which of ``"rotary"``, ``"qk_norm"`` and ``"order"`` (of a fused projection) nothing states, neither
-            names nor settings; they are then as is usual: none, no, and all queries before all keys and values.
+        unknown: which of ``"rotary"``, ``"qk_norm"``, ``"order"`` (of a fused projection) and ``"grouping"`` nothing
+            states, neither names nor settings; they are then as is usual: none, no, all queries before all keys and
+            values, and consecutive.
         place: the model's own number of the layer, and the tower it stands in.
     """
 
@@ -264,6 +270,7 @@ class AttentionLayer:
     qk_norm: bool = False
     grouping: Grouping = "consecutive"
     no_product: str = ""
+    no_value_product: str = ""
     factors: Mapping[Role, MatrixView] = field(default_factory=dict)
     unknown: frozenset[str] = frozenset()
     place: Numbered = field(default_factory=Numbered)
@@ -314,10 +321,15 @@ class AttentionLayer:
         """Return W_O W_V of every head, by its factors, with the values' bias.
 
         Raises:
-            ValueError: If the layer has no output projection.
+            ValueError: If the layer has no output projection, or a norm or a gate stands before it.
         """
         if self.output is None:
             raise ValueError(f"{self.name} has no output projection, so there is no product W_O W_V.")
+        if self.no_value_product:
+            raise ValueError(
+                f"{self.name} {self.no_value_product}, so its heads do not write W_O W_V; look at the spectra of "
+                "value.tensor() and output.tensor() instead."
+            )
         values = with_bias(self.value.heads(), self.value.bias())
         return Product(
             "value_output", values.mT, self._grouped(double(self.output.heads()), len(values)), None, self.grouping
@@ -332,6 +344,11 @@ class AttentionLayer:
     def has_score_product(self) -> bool:
         """Whether scores are those of a product W_Kᵀ W_Q."""
         return not (self.qk_norm or self.no_product)
+
+    @property
+    def has_value_product(self) -> bool:
+        """Whether what a head writes is a product W_O W_V."""
+        return self.output is not None and not self.no_value_product
 
     def _check_no_norm(self) -> None:
         if not self.has_score_product:

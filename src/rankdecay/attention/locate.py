@@ -302,8 +302,8 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         hold = "hold" if len(fused) > 1 else "holds"
         return (
             f"{shown(fused)} {hold} queries, keys or values in an order that is not known: say it "
-            f"with names=AttentionNames(fused={fused[0]!r}, order=..., layout='contiguous' or 'interleaved', "
-            "output=..., num_heads=...)"
+            f"with names=AttentionNames(fused={fused[0]!r}, order=..., layout='contiguous', "
+            "'interleaved' or 'alternating', output=..., num_heads=...)"
         )
     return (
         f"{shown([*queries, *keys])} are named like projections to queries and keys, and not recognised: map them with "
@@ -353,6 +353,7 @@ def _layer(found: Found, source: Source, place: Numbered) -> AttentionLayer:
         qk_norm=found.qk_norm,
         grouping=found.grouping,
         no_product=found.no_product,
+        no_value_product=found.no_value_product,
         factors={role: view for role, view in views.items() if role not in ("query", "key", "value", "output")},
         unknown=found.unknown,
         place=place,
@@ -360,10 +361,11 @@ def _layer(found: Found, source: Source, place: Numbered) -> AttentionLayer:
 
 
 def _bias(place: Place, source: Source) -> Callable[[], Tensor] | None:
+    added = source.reader(place.added) if place.added else None
     if place.bias is None or place.bias_window is None:
-        return None
+        return None if added is None else lambda: added().flatten()
     window, read = place.bias_window, source.reader(place.bias)
-    return lambda: window.vector(read())
+    return lambda: window.vector(read()) + (0 if added is None else added().flatten())
 
 
 def _nothing(source: Source, names: Names, unhandled: list[Unhandled]) -> str:

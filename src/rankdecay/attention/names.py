@@ -18,7 +18,7 @@ from rankdecay.attention.layer import Role
 from rankdecay.attention.products import Grouping
 from rankdecay.checks import check_name, check_number
 
-Layout = Literal["contiguous", "interleaved"]
+Layout = Literal["contiguous", "interleaved", "alternating"]
 _ORDERS = ("qkv", "qvk", "kqv", "kvq", "vqk", "vkq")
 Planes = Literal["none", "half", "interleaved"]
 
@@ -41,8 +41,8 @@ class AttentionNames:
         output: names the output projection may have, the first that exists and fits counts; ``"../output.dense"``
             starts one level higher. Empty if there is none.
         order: what the fused projection holds, and in which order: ``"qkv"``, ``"qvk"``, ``"kv"``, …
-        layout: of the fused projection: ``"contiguous"``, or ``"interleaved"`` by key head
-            (:mod:`rankdecay.attention.windows`).
+        layout: of the fused projection: ``"contiguous"``; ``"interleaved"`` by key head; or ``"alternating"``, a row of
+            each in turn, as ``view(batch * heads, head_dim, 3, -1)`` takes them (:mod:`rankdecay.attention.windows`).
         blocks: for a contiguous layout that repeats: how many times (CodeGen: 4).
         when: the row counts only if the model's configuration has this attribute with this value, or with one of these
             values if it is a tuple, or has it at all if it is None.
@@ -97,7 +97,7 @@ class AttentionNames:
         if self.fused:
             orders = ("kv", "vk") if self.query else ("qk", "kq") if self.value else _ORDERS
             check_name("order", self.order, orders)
-        check_name("layout", self.layout, ("contiguous", "interleaved"))
+        check_name("layout", self.layout, ("contiguous", "interleaved", "alternating"))
         check_name("grouping", self.grouping, ("consecutive", "strided"))
         if self.rotary is not None:
             check_name("rotary", self.rotary, ("none", "half", "interleaved"))
@@ -214,6 +214,11 @@ def is_query_key_norm(child: str) -> bool:
     )
 
 
+def is_value_norm(child: str) -> bool:
+    """Whether a name says that it is a norm of values: "v_norm", "value_layernorm"."""
+    return bool(re.fullmatch(r"(v|value|values)_(rms_?|layer_?)?norm", child))
+
+
 def is_fused_like(child: str) -> bool:
     """Whether a name says that it is a projection to several of queries, keys and values."""
     return bool(_FUSED_WORD.search(child)) and not _NO_PROJECTION.search(child)
@@ -303,6 +308,20 @@ POSITIONS: dict[str, Role] = {
     r"(.*_)?(q|query)_pos_sine_proj": "query_sine",
 }
 
+#: Norms between the heads and the output projection.
+HEADS_NORMS = ("inner_attn_ln", "attn_sub_norm", "o_norm", "attn_norm_before_out", "subln")
+#: Gates between the heads and the output projection, if they have as many rows as the heads give: one each coordinate.
+GATES = ("gate_proj", "g_proj", "attn_gate", "output_gate_proj", "gate")
+#: Children that say what else stands there.
+BETWEEN = {
+    "v_sconv": "convolves values over tokens",
+    "dt_proj": "takes from its values which tokens are seen",  # Doge
+    "queries_keys_values": "puts an activation before the output projection",  # LeViT
+    "keys_values": "puts an activation before the output projection",
+}
+#: What is added to queries before they meet keys, and not before they meet positions (Transformer-XL, conformers).
+QUERY_BIASES = ("bias_u", "pos_bias_u", "r_w_bias")
+
 _RECURRENT = "a delta or linear attention layer: a recurrent state takes the place of scores of queries and keys"
 _LIGHTNING = "lightning attention: linear, without a softmax over scores of queries and keys"
 _DIFFERENTIAL = "differential attention: the difference of two softmaxes, for which queries and keys come in pairs"
@@ -362,7 +381,8 @@ KEY_DIM = ("key_dim", "dim_head_qk", "qk_dim")
 #: Attributes of a module or its configuration: number of heads, head size, number of key heads.
 NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads", "num_q_heads",
              "n_q_heads", "num_query_heads", "num_attention_heads_per_partition", "attention_heads", "attn_heads",
-             "resampler_n_heads")  # fmt: skip
+             "resampler_n_heads", "conf_num_attention_heads", "decoder_self_attention_heads",
+             "mit_num_attention_heads")  # fmt: skip
 HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "d_kv", "dim_head",
             "d_k", "hidden_size_per_attention_head", "kv_channels", "attention_head_dim", "per_head_dim")  # fmt: skip
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads", "n_query_groups",
@@ -373,34 +393,48 @@ ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "r
           "rotary_value", "freqs_cis", "freqs_cos")  # fmt: skip
 #: Model types whose rotary planes are neighbouring coordinates; elsewhere they are half a head apart.
 INTERLEAVED = (
-    "blt", "blt_global_transformer", "blt_local_decoder", "blt_local_encoder", "blt_patcher", "codegen", "cohere",
-    "cohere2", "cohere2_moe", "deepseek_v2", "deepseek_v4", "efficientloftr", "ernie4_5", "ernie4_5_moe",
-    "ernie4_5_vl_moe_text", "glm", "glm4", "glm4v_text", "glm_ocr_text", "gptj", "helium", "lightglue", "llama4_text",
-    "moonshine", "moonshine_streaming", "moonshine_streaming_encoder", "openai_privacy_filter", "pe_audio_encoder",
-    "pe_audio_video_encoder", "pe_video_encoder", "roformer", "sam2_video", "sam3_tracker_video", "sam3_vit_model",
+    "bailing_hybrid", "blt", "blt_global_transformer", "blt_local_decoder", "blt_local_encoder", "blt_patcher",
+    "codegen", "cohere", "cohere2", "cohere2_moe", "deepseek_v2", "deepseek_v32", "deepseek_v4", "dots3_note_text",
+    "efficientloftr", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe_text", "glm", "glm4", "glm4v_text",
+    "glm_moe_dsa", "glm_ocr_text", "gptj", "helium", "inkling2_vision", "lightglue", "llama4_text",
+    "llama4_vision_model", "longcat_flash", "mistral_large4_text", "moonshine", "moonshine_streaming",
+    "moonshine_streaming_encoder", "openai_privacy_filter", "pe_audio_encoder", "pe_audio_video_encoder",
+    "pe_video_encoder", "roformer", "sam2_video", "sam3_tracker_video", "sam3_vit_model",
 )  # fmt: skip
 #: Model types, with the kind of layer, whose layers of that kind are without rotary positions.
 WITHOUT_ROTARY = {(kind, "full_attention") for kind in ("cohere2", "cohere2_moe", "exaone4", "exaone4_5_text",
                   "exaone_moe", "kolibri1", "flint", "muse_spark_text", "muse_glimmer_text")}  # fmt: skip
 #: Model types that normalise queries and keys by norms without weights.
 NORMS_WITHOUT_WEIGHTS = ("nanochat", "neomme", "yoso", "muse_glimmer_text", "muse_spark_text")
+#: Model types that normalise values by norms without weights.
+VALUE_NORMS_WITHOUT_WEIGHTS = (
+    "gemma3n_text", "gemma4_text", "gemma4_unified_text", "gemma4_vision", "diffusion_gemma_text", "diffusion_gemma",
+    "embedding_gemma2_text",
+)  # fmt: skip
+#: Model types with latent attention whose part for positions is not turned.
+LATENT_WITHOUT_ROTARY = ("kimi_linear",)
 #: Model types whose query projection holds a gate beside each head.
 GATED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text")
 
 
+#: What cross-attention is called: without rotary positions, though the model's self-attention has them.
+CROSS = re.compile(r"cross_?att|encoder_attn|encoder_decoder_attention|(?:^|\.)adapter$")
+#: Model types whose cross-attention has them too.
+ROTARY_IN_CROSS = ("edgetam_video", "sam2_video", "sam3_tracker_video")
+#: Model types whose cross-attention has norms called as those of queries and keys, before their projections.
+NORMS_BEFORE_IN_CROSS = ("blt_local_encoder", "blt_local_decoder")
+#: Parts of a model without rotary positions, whatever the model has.
+WITHOUT_POSITIONS = re.compile(r"(?:^|\.)spatial_perceiver\.")  # EdgeTAM
+#: Model types with rotary positions that no setting mentions.
+ROTARY_UNSAID = ("lightglue",)
+#: Model types that turn queries and keys by positions, but not plane by plane.
+TURNED = ("vjepa2", "clvp_encoder")
+#: Model types with a mixture of attention in stages, the first layer of which pools its queries over tokens.
+POOLING = ("hiera", "sam2_hiera_det_model", "edgetam_vision_model")
 #: Model types every fourth of whose layers has no rotary positions, if the configuration does not say which.
 EVERY_FOURTH = ("smollm3", "llama4_text")
 #: Share of a head's coordinates that positions turn, where a configuration leaves it to the class.
 DEFAULT_SHARES = {"glm": 0.5, "glm4": 0.5, "persimmon": 0.5, "nemotron": 0.5, "stablelm": 0.25, "stablelm_epoch": 0.25}
-#: Model types without rotary positions. Of any other a file says so only by having no setting of them.
-NO_ROTARY_TYPES = (
-    "gpt2", "gpt_bigcode", "gpt_neo", "imagegpt", "opt", "bloom", "mpt", "bert", "roberta", "xlm-roberta", "camembert",
-    "electra", "distilbert", "albert", "deberta", "deberta-v2", "bart", "mbart", "pegasus", "marian", "t5", "mt5",
-    "umt5", "whisper", "speech_to_text", "wav2vec2", "hubert", "wavlm", "vit", "deit", "beit", "swin", "swinv2",
-    "dinov2", "clip", "clip_text_model", "clip_vision_model", "siglip", "siglip_text_model", "siglip_vision_model",
-    "blip", "detr", "funnel", "xlnet", "convbert", "led", "longformer", "levit",
-)  # fmt: skip
-
 #: Model types some of whose layers have no projection to values, because the keys are.
 VALUES_ARE_KEYS = ("gemma4_text", "diffusion_gemma", "diffusion_gemma_text")
 

@@ -56,15 +56,18 @@ def settled(layers: Sequence[AttentionLayer], gradients: Mapping[str, Tensor]) -
 
 
 def _settled(layer: AttentionLayer, gradients: Mapping[str, Tensor]) -> AttentionLayer:
-    measured = [euler for view in (layer.query, layer.key) if (euler := _euler(view, gradients)) is not None]
+    measured = [terms for view in (layer.query, layer.key) if (terms := _terms(view, gradients)) is not None]
     if not measured:
         return layer
     tolerance = max(NORM_EPS, 8 * torch.finfo(layer.query.weight().dtype).eps)
-    return replace(layer, qk_norm=min(measured) <= tolerance, unknown=layer.unknown - {"qk_norm"})
+    of_heads = min(map(cancels, measured)) <= tolerance
+    # A norm over all heads leaves one sum of each matrix, which may be small by chance: of both it is not.
+    of_width = len(measured) == 2 and all(cancels(terms.grouped(1)) <= tolerance for terms in measured)
+    return replace(layer, qk_norm=of_heads or of_width, unknown=layer.unknown - {"qk_norm"})
 
 
-def _euler(view: MatrixView, gradients: Mapping[str, Tensor]) -> float | None:
-    """Return how far g·w of the heads is from cancelling, bias included; None without a gradient."""
+def _terms(view: MatrixView, gradients: Mapping[str, Tensor]) -> Terms | None:
+    """Return the sums of g·w of the heads, bias included; None without a gradient."""
     gradient, bias = gradients.get(view.parameter_name), view.bias()
     if gradient is None or not gradient.isfinite().all() or not gradient.any():
         return None
@@ -72,7 +75,7 @@ def _euler(view: MatrixView, gradients: Mapping[str, Tensor]) -> float | None:
     of_bias = gradients.get(view.bias_name) if view.bias_name else None
     if bias is not None and of_bias is not None and view.bias_window is not None:
         products.append((double(view.bias_window.vector(of_bias)) * double(bias)).view(view.num_heads, -1))
-    return cancels(Terms.of(products))
+    return Terms.of(products)
 
 
 def gradients_of(model: nn.Module, names: Sequence[str], example: Any) -> dict[str, Tensor]:

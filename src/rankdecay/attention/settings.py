@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rankdecay.attention.names import (
+    CROSS,
     DEFAULT_SHARES,
     EVERY_FOURTH,
     GATED,
@@ -17,10 +18,14 @@ from rankdecay.attention.names import (
     INTERLEAVED,
     NO_SCORES,
     NO_SCORES_SETTINGS,
+    NORMS_BEFORE_IN_CROSS,
     NORMS_WITHOUT_WEIGHTS,
     NUM_HEADS,
     ROTARY,
+    ROTARY_IN_CROSS,
+    ROTARY_UNSAID,
     VALUES_ARE_KEYS,
+    WITHOUT_POSITIONS,
     WITHOUT_ROTARY,
     is_query_key_norm,
 )
@@ -122,9 +127,11 @@ class ModuleSettings:
 
     def has_qk_norm(self) -> bool:
         """Whether the module normalises queries or keys: it has a norm for them, perhaps without weights, or a flag."""
+        kind = self.setting(("model_type",))
+        if kind in NORMS_BEFORE_IN_CROSS and self.is_cross():
+            return False
         if any(map(is_query_key_norm, self.source.children(self.module))):
             return True
-        kind = self.setting(("model_type",))
         if self.setting(QK_NORM_FLAGS) is True:
             return not (kind == "llama4_text" and self._is_without_rotary())
         return kind in NORMS_WITHOUT_WEIGHTS
@@ -135,13 +142,14 @@ class ModuleSettings:
             return Rotary(head_dim // 2 * 2, not half) if turned else None
         if self.setting(("_diffusers_version", "_use_default_values")) is not None:
             return None  # diffusers' models turn queries and keys in ways of their own, which no setting says
-        if self.setting(ROTARY) is None or self.setting(("alibi",)) is True or self._is_without_rotary():
+        stated = self.setting(ROTARY) is not None or self.setting(("model_type",)) in ROTARY_UNSAID
+        if not stated or self.setting(("alibi",)) is True or self._is_without_rotary():
             return None
         dims = self.number(("rotary_dim", "rotary_ndims"))
         if dims is None:
             share = self._rotary_share()
             dims = int(head_dim * share)
-        dims = min(dims, head_dim) // 2 * 2
+        dims = min(dims + dims % 2, head_dim // 2 * 2)  # frequencies are of every second coordinate, the last too
         return Rotary(dims, self.is_interleaved()) if dims else None
 
     def is_interleaved(self) -> bool:
@@ -164,11 +172,17 @@ class ModuleSettings:
         share = share or DEFAULT_SHARES.get(str(self.setting(("model_type",))))
         return float(share) if isinstance(share, (int, float)) and 0 < share <= 1 else 1.0
 
+    def is_cross(self) -> bool:
+        """Whether the module is called as cross-attention is."""
+        return bool(CROSS.search(self.module.lower()))
+
     def _is_without_rotary(self) -> bool:
         """Whether this layer is without rotary positions though the model has them."""
         if self.setting(("use_rope", "use_mem_rope")) is False:
             return True
         kind, number = str(self.setting(("model_type",))), self.layer_number
+        if WITHOUT_POSITIONS.search(self.module) or (self.is_cross() and kind not in ROTARY_IN_CROSS):
+            return True
         said = self.setting(("position_embedding_type",))
         if (kind == "esm" and said == "absolute") or (kind == "granitemoehybrid" and said != "rope"):
             return True

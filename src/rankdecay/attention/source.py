@@ -41,6 +41,11 @@ class Source(Protocol):
         """Name of every parameter by the name it would have without adapters and parametrisations."""
         ...
 
+    @property
+    def stored_as(self) -> Mapping[str, str]:
+        """What each quantised parameter is stored as, by name: it is read as the numbers that its codes stand for."""
+        ...
+
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return the value of the first of the attributes that is set, as near to the module as possible, or None."""
         ...
@@ -127,6 +132,11 @@ class ModuleSource:
 
     def __str__(self) -> str:
         return type(self.model).__name__
+
+    @property
+    def stored_as(self) -> Mapping[str, str]:
+        """What each quantised parameter is stored as, by name."""
+        return {name: weight.format for name, weight in self._quantised.items()}
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return the nearest value of the attributes: of the module, its configuration, then one level up."""

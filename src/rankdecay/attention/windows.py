@@ -5,6 +5,7 @@
 * **Fused, contiguous**: lines [q, k, v], the heads inside each.
 * **Fused, interleaved**: one group per key head, [its queries, k, v]. With as many key heads as query heads that is
   per head [q, k, v] (GPT-NeoX, BLOOM); with one it is [all queries, k, v] (multi-query Falcon).
+* **Fused, alternating**: a row of q, one of k and one of v in turn (EDM).
 * **Transposed** (Conv1D): a fused matrix whose bias is as long as its second side.
 * **Stacked**: a parameter (heads, in, head_dim), one matrix per head (TransformerLens).
 * **With a gate**: per head [q, gate] in one projection (Qwen3-Next).
@@ -15,6 +16,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,18 +24,27 @@ from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.names import (
+    BETWEEN,
     EXPERTS,
+    GATES,
     HEAD_DIM,
+    HEADS_NORMS,
     KEY_DIM,
     KEY_HEADS,
+    LATENT_WITHOUT_ROTARY,
     MIXED_OUTPUT,
     NUM_HEADS,
+    POOLING,
     POSITIONS,
+    QUERY_BIASES,
+    TURNED,
+    VALUE_NORMS_WITHOUT_WEIGHTS,
     AttentionNames,
     LatentNames,
     is_input_like,
     is_output_like,
     is_table,
+    is_value_norm,
 )
 from rankdecay.attention.products import Grouping, Rotary
 from rankdecay.attention.settings import QK_NORM_FLAGS, ModuleSettings
@@ -47,6 +58,7 @@ class Place(NamedTuple):
     window: Window
     bias: str | None = None
     bias_window: Window | None = None
+    added: str | None = None  # (heads, head_dim), or flat: what is added to queries before they meet keys
 
 
 class Found(NamedTuple):
@@ -61,6 +73,7 @@ class Found(NamedTuple):
         grouping: which key head a query head meets.
         unknown: which of these nothing says.
         no_product: why scores are no product W_Kᵀ W_Q, though queries and keys are not normalised.
+        no_value_product: what stands between values and output projection.
         no_output: what was looked for, if the module has matrices and none is its output projection.
     """
 
@@ -72,6 +85,7 @@ class Found(NamedTuple):
     grouping: Grouping = "consecutive"
     unknown: frozenset[str] = frozenset()
     no_product: str = ""
+    no_value_product: str = ""
     no_output: str = ""
 
     @property
@@ -211,8 +225,13 @@ class ModuleReader(ModuleSettings):
         rotary, qk_norm, unknown = self._positions_and_norms(row, head_dim)
         if assumed and not self.source.is_known(self.module):
             unknown |= {"order"}
-        no_product = self._no_product(row)
-        return Found(self.module, places, head_dim, rotary, qk_norm, row.grouping, unknown, no_product, unfit)
+        if not named and places["key"].window.num_heads not in (1, heads) and not self.source.is_known(self.module):
+            unknown |= {"grouping"}
+        no_product, no_value_product = self._no_product(row), self._no_value_product(places)
+        self._add_query_bias(places)
+        return Found(
+            self.module, places, head_dim, rotary, qk_norm, row.grouping, unknown, no_product, no_value_product, unfit
+        )
 
     def _check_alone(self, parameters: dict[str, str]) -> None:
         """Check that no projection is the first matrix of several: of an MLP, or of a list with one for each head."""
@@ -232,7 +251,41 @@ class ModuleReader(ModuleSettings):
         }
         if any(f"{owner}.{norm}.weight" in self.plain for owner in owners - {self.module} for norm in BATCH_NORMS):
             return "normalises queries and keys over the batch"
+        kind = self.setting(("model_type",))
+        if kind in TURNED:
+            return "turns queries and keys by positions, though not plane by plane"
+        if kind in POOLING and row.fused and (shape := self.shape(self.parameter(row.fused) or ""))[0] != 3 * shape[1]:
+            return "pools its queries over tokens"
+        if "k_sconv" in self.source.children(self.module):
+            return "convolves keys over tokens"
         return ""
+
+    def _no_value_product(self, places: dict[Role, Place]) -> str:
+        """Return what stands between values and output projection, if it is more than the weights of attention."""
+        if "output" not in places:
+            return ""
+        if self._is_of_channels():
+            return "mixes the channels of each head by its scores"
+        children, value = self.source.children(self.module), places["value"].window
+        own = places["query"].window.num_heads * value.head_dim
+        gates = (name for child in GATES if child in children and (name := self.parameter(child)))
+        if reason := next((reason for child, reason in BETWEEN.items() if child in children), ""):
+            return reason
+        if "gate" in places or any(self.shape(name)[0] == own for name in gates):
+            return "gates what its heads give before the output projection"
+        if any(child in children for child in HEADS_NORMS):
+            return "normalises what its heads give before the output projection"
+        if any(map(is_value_norm, children)) or self.setting(("model_type",)) in VALUE_NORMS_WITHOUT_WEIGHTS:
+            return "normalises values"
+        return ""
+
+    def _add_query_bias(self, places: dict[Role, Place]) -> None:
+        """Locate what is added to queries that meet keys, beside what is added to those that meet positions."""
+        lines = places["query"].window.extent(0)
+        for child in QUERY_BIASES:
+            name = self.plain.get(self._path(child))
+            if name and math.prod(self.shapes[name]) == lines:
+                places["query"] = places["query"]._replace(added=name)
 
     def _is_of_vqgan(self) -> bool:
         """Whether it is the attention of a VQGAN's convolutions: of one head, without positions."""
@@ -433,10 +486,12 @@ class ModuleReader(ModuleSettings):
             lines = self.shape(name["first"])[0]
             places["query_factor"] = self._place(name["first"], Window("rows", 0, lines, lines, lines))
         neighbours = names.first == "wq_a" or self.is_interleaved()  # DeepSeek's own code multiplies complex numbers
-        rotary = Rotary(turned_dim // 2 * 2, neighbours) if turned_dim else None
+        turned = turned_dim and self.setting(("model_type",)) not in LATENT_WITHOUT_ROTARY
+        rotary = Rotary(turned_dim // 2 * 2, neighbours) if turned else None
         # in DeepSeek's own code q_norm is what q_a_layernorm is elsewhere, between the factors
         qk_norm = self.has_qk_norm() and names.first != "wq_a"
-        return Found(self.module, places, plain_dim, rotary, qk_norm)
+        no_value_product = self._no_value_product(places)
+        return Found(self.module, places, plain_dim, rotary, qk_norm, no_value_product=no_value_product)
 
     def read_shared_latent(self, names: Sequence[str]) -> Found:
         """Locate DeepSeek V4's matrices: one key head that is the value too, and two factors of queries and outputs.
@@ -719,6 +774,14 @@ class ModuleReader(ModuleSettings):
             "v": ("value", key_heads),
         }
         sizes = [amounts[letter] for letter in row.order]
+        if row.layout == "alternating":
+            if key_heads != heads and "q" in row.order:
+                raise NotHandled(f"{row.fused} holds {heads} query and {key_heads} key heads, which cannot take turns")
+            turns = len(row.order)
+            return {
+                amounts[letter][0]: Window("rows", i, i + 1, turns, head_dim, lines // turns)
+                for i, letter in enumerate(row.order)
+            }
         groups = key_heads if row.layout == "interleaved" else row.blocks
         if any(amount % groups for _, amount in sizes):
             raise NotHandled(f"{heads} query and {key_heads} key heads do not fall into {groups} equal groups")

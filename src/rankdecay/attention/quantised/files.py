@@ -21,7 +21,7 @@ def dequantised(
     load: Load,
     metadata: Mapping[str, str] | None = None,
     error: type[ValueError] = ValueError,
-) -> tuple[dict[str, Shape], Load]:
+) -> tuple[dict[str, Shape], Load, dict[str, str]]:
     """Return the tensors of a file with each quantised weight under its own name and shape.
 
     Args:
@@ -34,7 +34,8 @@ def dequantised(
 
     Returns:
         The shapes, where the tensors a weight is made of are replaced by the weight; and a function that reads a
-        tensor and dequantises it, to float32. It raises for a tensor of codes that belongs to no known weight.
+        tensor and dequantises it, to float32, which raises for a tensor of codes that belongs to no known weight; and
+        what each quantised weight is stored as, by name.
 
     Raises:
         ValueError: If an attention weight is in a format that is not read, or its tensors contradict each other.
@@ -70,4 +71,5 @@ def dequantised(
             raise error(str(reason)) from None
         return tensor
 
-    return left | {name: weight.shape for name, weight in weights.items()}, load_weight
+    stored_as = {name: weight.format for name, weight in weights.items()}
+    return left | {name: weight.shape for name, weight in weights.items()}, load_weight, stored_as

@@ -48,7 +48,14 @@ def weights_in(stored: Stored, taken: set[str]) -> Iterator[tuple[str, Weight]]:
         if found and plain(stored.settings.get("transform_config")).get("config_groups"):
             raise weight.refused("rotated weights (transform_config of compressed-tensors)")
         if found:
-            yield weight.name, found
+            yield weight.name, found._replace(format=_called(stored.method, row, dtype))
+
+
+def _called(method: str, row: Format | None, dtype: torch.dtype) -> str:
+    """Return what a format is called: by the configuration, by the tensor that identifies it, by the type of codes."""
+    called = method or (row.called if row else "")
+    codes = str(dtype).removeprefix("torch.")
+    return f"{called} ({codes})" if called else f"{codes} codes"
 
 
 def _is_weight(stored: Stored, name: str) -> bool:
@@ -103,12 +110,14 @@ class Format(NamedTuple):
         read: what reads the weight, or says why it is not read.
         inside: whether the tensor's name continues that of the weight (``weight.absmax``), not of the module.
         beside: tensors that must lie beside it, where the name alone could be anything.
+        called: what the format is called where no configuration says it.
     """
 
     sign: str
     read: Callable[[Stored], Weight | None]
     inside: bool = False
     beside: tuple[str, ...] = ()
+    called: str = ""
 
     def fits(self, stored: Stored) -> bool:
         return all(stored.find(part) for part in self.beside)
@@ -123,13 +132,13 @@ def _refuse(kind: str) -> Callable[[Stored], None]:
 
 #: Formats that are known by the name of a tensor; those known by the type of ``weight`` are in :func:`_codes`.
 FORMATS: tuple[Format, ...] = (
-    Format("absmax", bitsandbytes4, inside=True),
-    Format("_data", quanto, inside=True),
-    Format("qweight", gptq_or_awq, beside=("scales",)),
+    Format("absmax", bitsandbytes4, inside=True, called="bitsandbytes"),
+    Format("_data", quanto, inside=True, called="quanto"),
+    Format("qweight", gptq_or_awq, beside=("scales",), called="gptq or awq"),
     Format("qweight", _refuse("codes in a tensor named qweight")),
-    Format("weight_packed", packed, beside=("weight_scale",)),
+    Format("weight_packed", packed, beside=("weight_scale",), called="compressed-tensors"),
     Format("weight_packed", _refuse("compressed-tensors' marlin-24")),
-    Format("W_q", hqq),
+    Format("W_q", hqq, called="hqq"),
     Format("weight_scale", float_beside_scale),
     Format("weight_scale_inv", float_beside_scale),
     Format("codes", _refuse("AQLM"), beside=("codebooks",)),

@@ -29,7 +29,8 @@ def live_weights(model: nn.Module) -> dict[str, Weight]:
         if left_alone(path):
             continue
         for leaf, weight in _of_module(module, path, settings):
-            found[f"{path}.{leaf}" if path else leaf] = weight
+            called = weight.format or type(getattr(module, leaf, module)).__name__
+            found[f"{path}.{leaf}" if path else leaf] = weight._replace(format=called)
     return found
 
 
@@ -38,7 +39,9 @@ def _of_module(module: nn.Module, path: str, settings: Mapping[str, Any]) -> Ite
     name = f"{path}.weight" if path else "weight"
     if type(module).__module__.startswith("torch.ao.nn.quantized") and callable(getattr(module, "weight", None)):
         unpacked: Any = module
-        yield "weight", Weight((unpacked.out_features, unpacked.in_features), lambda: unpacked.weight().dequantize())
+        shape = unpacked.out_features, unpacked.in_features
+        called = f"{type(module).__name__} ({str(unpacked.weight().dtype).removeprefix('torch.')})"
+        yield "weight", Weight(shape, lambda: unpacked.weight().dequantize(), format=called)
         return
     held = {leaf: t for leaf, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     shapes = {leaf: tuple(tensor.shape) for leaf, tensor in held.items()}

@@ -31,11 +31,19 @@ def stored_type(name: str) -> torch.dtype:
 
 
 class Weight(NamedTuple):
-    """Weight stored as codes: its own shape, how it is read, and the tensors it is made of."""
+    """Weight stored as codes.
+
+    Attributes:
+        shape: its own.
+        read: dequantises it.
+        parts: names of the tensors it is made of.
+        format: what it is stored as, for a reader.
+    """
 
     shape: Shape
     read: Callable[[], Tensor]
     parts: tuple[str, ...] = ()
+    format: str = ""
 
 
 class Refused(Exception):

@@ -47,7 +47,7 @@ def flattened(stored: Stored, metadata: Mapping[str, str]) -> dict[str, Weight]:
             tensor = _torchao_tensor(weight, text, {part: weight.load(name) for part, name in names.items()})
             return dequantize(tensor, weight)
 
-        found[name] = Weight(shape, read, tuple(names.values()))
+        found[name] = Weight(shape, read, tuple(names.values()), "torchao")
     return found
 
 

@@ -1,0 +1,58 @@
+"""The table of model types without rotary positions, from live models of every type; run as a program, it writes it."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rankdecay.attention import unturned
+from rankdecay.attention.checkpoints import Checkpoint, _natural
+from rankdecay.attention.locate import locate
+from rankdecay.attention.names import ROTARY_UNSAID
+from rankdecay.attention.source import ModuleSource
+from rankdecay.attention.windows import Found
+
+from . import every_type
+
+
+def nothing(_: str) -> Any:
+    """A loader of a checkpoint of which only shapes are read."""
+    raise AssertionError
+
+
+def checkpoint_of(kind: str, model: Any) -> Checkpoint:
+    """A file of a model: the names and shapes of its state, and its configuration."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
+    return Checkpoint(Path(kind), shapes, json.loads(model.config.to_json_string(use_diff=False)), nothing)
+
+
+def without_positions(checkpoint: Checkpoint, live: Sequence[Found]) -> set[str]:
+    """The types of a model's parts that have attention without rotary positions, and no settings that say so."""
+    kinds = {layer.name: checkpoint.kind_of_part(layer.name) for layer in live}
+    turned = {kinds[layer.name] for layer in live if layer.rotary is not None}
+    return {
+        kind for name, kind in kinds.items()
+        if kind and kind not in turned and kind not in ROTARY_UNSAID and not checkpoint.states_positions(name)
+    }  # fmt: skip
+
+
+def write() -> None:
+    """Write the table."""
+    found: set[str] = set()
+    for kind in every_type.types():
+        if kind not in every_type.ELSEWHERE:
+            model = every_type.describe(kind)
+            found |= without_positions(checkpoint_of(kind, model), locate(ModuleSource(model))[0])
+    file = Path(unturned.__file__)
+    before, _, rest = file.read_text("utf-8").partition('"""\n    ')
+    lines = textwrap.wrap(" ".join(sorted(found)), 110, break_on_hyphens=False)
+    table = textwrap.indent("\n".join(lines), "    ").lstrip()
+    file.write_text(f'{before}"""\n    {table}\n    """{rest.partition(chr(34) * 3)[2]}', "utf-8")
+
+
+if __name__ == "__main__":
+    write()
