@@ -15,6 +15,7 @@ import rankdecay as rd
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.settings import as_settings
 from rankdecay.rules import rule_names
+from tests import needs
 
 NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "output": ["to_out", "out"], "num_heads": 2}
 
@@ -30,7 +31,7 @@ def test_text_and_dictionaries_say_the_same():
 
 
 def test_yaml_reads_small_numbers_as_text():
-    yaml = pytest.importorskip("yaml", reason="no yaml: rm .venv/installed, then make test, which installs it")
+    yaml = needs.package("yaml")
     read = yaml.safe_load("query_key: {decay: LowRank, strength: 1e-3, lr_coupled: no}\nexclude: [lm_head]")
     assert read["query_key"]["strength"] == "1e-3"
     assert rd.decays(read) == {"query_key": rd.LowRank(1e-3, lr_coupled=False), "exclude": ["lm_head"]}

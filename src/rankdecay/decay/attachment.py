@@ -146,7 +146,7 @@ class Attachment:
     @property
     def active(self) -> bool:
         """Whether the decay is applied: False after :meth:`detach`, and while it is paused."""
-        return bool(self._handles) and not self._paused and self._optimizer() is not None
+        return bool(self._handles) and not self._paused
 
     def pause(self) -> None:
         """Stop the decay until :meth:`resume`: the matrices have none meanwhile, and cycles of steps stand still.
