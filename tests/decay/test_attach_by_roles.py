@@ -65,10 +65,14 @@ def test_the_rest_of_the_model_is_trained_as_if_nothing_were_attached(kind: str)
             assert torch.equal(a, b), name
 
 
-def test_a_fused_parameter_keeps_the_optimizers_l2_of_its_values_alone() -> None:
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_fused_parameter_keeps_the_optimizers_l2_of_its_values_alone(paused: bool) -> None:
+    """Also while the decay of the rest is paused."""
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
-    rd.attach(optimizer, model, query_key=rd.LowRank(0.0))
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH if paused else 0.0))
+    if paused:
+        attachment.pause()
     fused = model.layers[2]["attention"].query_key_value.weight
     before = fused.detach().clone().unflatten(0, (2, 12))
     zero_gradients(model)
@@ -604,7 +608,7 @@ def test_a_layer_that_was_added_to_the_model_is_decayed_too() -> None:
     assert {row.role for row in attachment.rows() if row.name.startswith("layers.3")} >= {"query_key", "value_output"}
 
 
-@pytest.mark.parametrize("by", ["groups", "roles"])
+@pytest.mark.parametrize("by", ["groups", "roles", "roles, and counts aside"])
 def test_with_every_k_a_parameter_is_decayed_for_the_steps_in_which_it_had_a_gradient(by: str) -> None:
     """Also if it never has one in each k-th step, as half of a model that is trained in turns."""
 
@@ -612,26 +616,27 @@ def test_with_every_k_a_parameter_is_decayed_for_the_steps_in_which_it_had_a_gra
         model = make_model()
         decay = rd.LowRank(STRENGTH, scale="absolute", every=every)
 
-        def make() -> torch.optim.Optimizer:
+        def make() -> tuple[torch.optim.Optimizer, rd.Attachment]:
             if by == "groups":
                 optimizer = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.0), query_key=decay), lr=1e-2)
-                rd.attach(optimizer)
-            else:
-                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-                rd.attach(optimizer, model, query_key=decay)
-            return optimizer
+                return optimizer, rd.attach(optimizer)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            counts = "attachment" if "aside" in by else "optimizer"
+            return optimizer, rd.attach(optimizer, model, query_key=decay, counts=counts)
 
-        optimizer = make()
+        optimizer, attachment = make()
         for step in range(12):
             zero_gradients(model)
             for parameter in model.layers[step % 2].parameters():
                 parameter.grad = None
             optimizer.step()
             if resume and step == 6:
-                state = copy.deepcopy(optimizer.state_dict())
-                del optimizer
-                optimizer = make()
+                state, counts = copy.deepcopy((optimizer.state_dict(), attachment.state_dict()))
+                attachment.detach()
+                optimizer, attachment = make()
                 optimizer.load_state_dict(state)
+                if "aside" in by:
+                    attachment.load_state_dict(counts)
         return query_key(model)
 
     for a, b, c in zip(run(1), run(4), run(4, resume=True), strict=True):
@@ -656,20 +661,6 @@ def test_a_hook_of_the_users_before_the_step_comes_first() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, query_key(model), strict=True))
     torch.testing.assert_close(model.head.weight, head * (1 - LR))
     assert optimizer.param_groups[0]["weight_decay"] == 1.0
-
-
-def test_a_pause_leaves_what_is_the_optimizers_own() -> None:
-    """Of a fused parameter too, whose values the hook decays in the optimizer's place."""
-    model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
-    rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH)).pause()
-    fused = model.layers[2]["attention"].query_key_value.weight
-    before = fused.detach().clone().unflatten(0, (2, 12))
-    zero_gradients(model)
-    optimizer.step()
-    after = fused.detach().unflatten(0, (2, 12))
-    assert torch.equal(after[:, :9], before[:, :9])
-    torch.testing.assert_close(after[:, 9:], before[:, 9:] * (1 - LR * 0.3))
 
 
 def test_a_rate_that_the_step_itself_sets_counts() -> None:

@@ -34,7 +34,7 @@ from rankdecay.attention.layer import FLATTENED, WHOLE, Role
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
-from rankdecay.decay.groups import Group, hook_roles, with_names
+from rankdecay.decay.groups import Group, check_decays, with_names
 from rankdecay.decay.optimizers import (
     check_own_decay,
     check_states,
@@ -49,10 +49,10 @@ from rankdecay.decay.optimizers import (
     rate_of_step,
     remarks_on_optimizer,
 )
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Decay, LowRank
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.sharded.layout import check_placements
-from rankdecay.decay.sources import FromModel, Source, give_weight_decay
+from rankdecay.decay.sources import Source, give_weight_decay
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target
 from rankdecay.decay.watch import Watch
@@ -103,7 +103,6 @@ class Attachment:
         self._first_decay = True
         self._states_only = False
         self._had_rate = any(group.get("lr") or group.get("initial_lr") for group in optimizer.param_groups)
-        self._paused = False
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(uncompiled(self._before_step)),
@@ -189,9 +188,7 @@ class Attachment:
         given = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding,
                  "norm": norm, "bias": bias, "other": other}  # fmt: skip
         decays = {role: decay for role, decay in given.items() if decay is not None}
-        for role, decay in decays.items():
-            if not isinstance(decay, (LowRank, Frobenius)):
-                raise TypeError(f"{role}={decay!r} is not a decay; pass rankdecay.LowRank or rankdecay.Frobenius.")
+        check_decays(decays)
         with self._groups_in_one_piece(optimizer):
             self._source.set(optimizer, decays)
             for index, group in enumerate(optimizer.param_groups):
@@ -222,10 +219,7 @@ class Attachment:
             ranks=ranks,
             state=f"{state} {type(optimizer).__name__}" + ("" if self.active else ": what follows is not applied"),
             remarks=self._source.remarks(optimizer),
-            notes=[
-                *remarks_on_optimizer(optimizer, self._wrappers),
-                *self._source.notes(optimizer),
-            ],
+            notes=[*remarks_on_optimizer(optimizer, self._wrappers), *self._source.notes(optimizer)],
         )
 
     @property
@@ -242,12 +236,14 @@ class Attachment:
         targets = [held.target for held in self._targets(optimizer)]
         for target in targets:
             target.counter.settle()
-        return {
-            f"{_bare(name)}.{target.role}_{number}": getattr(target.counter, number)
-            for target in targets
-            for name in target.names
-            for number in ("steps", "pending")
-        }
+        counts: dict[str, Any] = {}
+        for target in targets:
+            missed = target.counter.missed
+            for position, name in enumerate(target.names):
+                of = f"{_bare(name)}.{target.role}"
+                counts |= {f"{of}_steps": target.counter.steps, f"{of}_pending": target.counter.pending}
+                counts |= {f"{of}_missed": missed[position]} if position in missed else {}
+        return counts
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the counts over from :meth:`state_dict`; a count that is missing there is zero.
@@ -265,6 +261,11 @@ class Attachment:
             first = f"{_bare(target.names[0])}.{target.role}"
             target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
             target.counter.pending = float(state_dict.get(f"{first}_pending", 0.0))
+            target.counter.take_missed()
+            for position, name in enumerate(target.names):
+                missed = state_dict.get(f"{_bare(name)}.{target.role}_missed")
+                if missed is not None:
+                    target.counter.miss(position, float(missed))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make copies detached, like a copied optimizer, which has no hooks; so that their owner can be copied."""
@@ -421,7 +422,7 @@ class Attachment:
         now = _RegisteredGroup.of(group, [])
         if before.roles and now.shapes != before.shapes:
             raise ValueError(_swapped(index, before, now.shapes))
-        self._check_not_lost(index, group)
+        self._source.check_kept(self.optimizer, index, group, before.roles)
         if now.dtypes != before.dtypes:  # who applies L2 depends on them
             self._source.register(self.optimizer, index, group)
             self._registered[index] = _RegisteredGroup.of(group, self._source.targets(index, group))
@@ -435,24 +436,8 @@ class Attachment:
 
     def _check_loaded(self, optimizer: Optimizer) -> None:
         self._source.recall(optimizer)
-        if isinstance(self._source, FromModel):
-            return
-        for index, group in enumerate(optimizer.param_groups[: len(self._registered)]):
-            self._source.register(optimizer, index, group)
-            self._check_not_lost(index, group)
-
-    def _check_not_lost(self, index: int, group: Group) -> None:
-        """Raise if a loaded state has replaced the groups by some without decays; not every load calls hooks."""
-        if isinstance(self._source, FromModel):
-            return
-        lost = [role for role in self._registered[index].roles if role not in hook_roles(group)]
-        if lost:
-            raise ValueError(
-                f"the loaded optimizer state has no decay for {', '.join(lost)} in group {index}: it was saved by "
-                "an optimizer without rankdecay, and torch replaces the groups by the saved ones. Copy the keys of "
-                "rankdecay.param_groups into its 'param_groups' before loading it, or build the optimizer without "
-                "them and attach by roles: rankdecay.attach(optimizer, model, query_key=...)."
-            )
+        for index, (registered, group) in enumerate(zip(self._registered, optimizer.param_groups, strict=False)):
+            self._source.check_kept(optimizer, index, group, registered.roles)
 
     def _check_values(self, optimizer: Optimizer) -> None:
         """Raise if parameters have no values: an optimizer made before ``to_empty``, which replaces parameters."""

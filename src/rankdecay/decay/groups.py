@@ -154,12 +154,7 @@ def plan(
         rest: decay of what is no matrix, where its role is not named.
         stacklevel: of the warning, seen from here.
     """
-    for argument, decay in {"default": default, **named}.items():
-        if decay is not None and not isinstance(decay, (LowRank, Frobenius)):
-            raise TypeError(
-                f"{argument}={decay!r} is not a decay; pass rankdecay.LowRank(strength) or "
-                "rankdecay.Frobenius(strength)."
-            )
+    check_decays({"default": default, **named})
     assigned, unhandled = assign_roles(model, names, num_heads, only)
     is_excluded = _excluded(exclude, [name for entry in assigned for name in entry.names])
     out = {id(entry) for entry in assigned if any(is_excluded(name) for name in entry.names)}
@@ -176,6 +171,16 @@ def plan(
         planned.append(Planned(entry, decays))
     assumed = [entry.names[0] for entry in assigned if any(block.assumed for block in entry.blocks)]
     return planned, Remarks(tuple(listed(unhandled)), tuple(assumed))
+
+
+def check_decays(decays: Mapping[str, Decay | None]) -> None:
+    """Raise a `TypeError` if one of several arguments is neither a decay nor None."""
+    for argument, decay in decays.items():
+        if decay is not None and not isinstance(decay, (LowRank, Frobenius)):
+            raise TypeError(
+                f"{argument}={decay!r} is not a decay; pass rankdecay.LowRank(strength) or "
+                "rankdecay.Frobenius(strength)."
+            )
 
 
 def why_of(entry: Assigned) -> str:

@@ -92,6 +92,10 @@ class Source(Protocol):
         """Write the counts where the optimizer saves them."""
         ...
 
+    def check_kept(self, optimizer: Optimizer, index: int, group: Group, roles: list[str]) -> None:
+        """Raise if a loaded state has taken the decays of these roles out of a group; not every load calls hooks."""
+        ...
+
     def close(self, optimizer: Optimizer) -> None:
         """Leave the optimizer's groups as they were found."""
         ...
@@ -173,6 +177,18 @@ class FromGroups:
 
     def keep(self, optimizer: Optimizer, stepped: set[int]) -> None:
         """Do nothing: the optimizer saves the counts with its groups."""
+
+    def check_kept(self, optimizer: Optimizer, index: int, group: Group, roles: list[str]) -> None:
+        """Raise if a loaded state has replaced a group by one without the decays of these roles."""
+        self.register(optimizer, index, group)
+        lost = [role for role in roles if role not in hook_roles(group)]
+        if lost:
+            raise ValueError(
+                f"the loaded optimizer state has no decay for {', '.join(lost)} in group {index}: it was saved by "
+                "an optimizer without rankdecay, and torch replaces the groups by the saved ones. Copy the keys of "
+                "rankdecay.param_groups into its 'param_groups' before loading it, or build the optimizer without "
+                "them and attach by roles: rankdecay.attach(optimizer, model, query_key=...)."
+            )
 
     def close(self, optimizer: Optimizer) -> None:
         """Take out of the groups what was added to them."""
@@ -322,6 +338,9 @@ class FromModel:
         if self._counts_in_state:
             for group, bundle in self._each_bundle(optimizer):
                 bundle.keep(optimizer, group, stepped)
+
+    def check_kept(self, optimizer: Optimizer, index: int, group: Group, roles: list[str]) -> None:
+        """Do nothing: the groups say nothing of decays."""
 
     def close(self, optimizer: Optimizer) -> None:
         """Do nothing: the groups are as they were found."""

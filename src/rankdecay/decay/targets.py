@@ -49,9 +49,16 @@ class Counter:
         missed = self._numbers.setdefault(self._missed, {})
         missed[str(position)] = missed.get(str(position), 0.0) + amount
 
+    @property
+    def missed(self) -> dict[int, float | Tensor]:
+        """What each parameter was spared since the last decay, by its position."""
+        return {int(position): amount for position, amount in self._numbers.get(self._missed, {}).items()}
+
     def take_missed(self) -> dict[int, float | Tensor]:
         """Return what each parameter was spared since the last decay, and begin anew."""
-        return {int(position): amount for position, amount in self._numbers.pop(self._missed, {}).items()}
+        missed = self.missed
+        self._numbers.pop(self._missed, None)
+        return missed
 
     def settle(self) -> None:
         """Make the sums plain numbers, for a state that any weights-only load accepts."""

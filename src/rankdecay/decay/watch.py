@@ -28,7 +28,6 @@ class Watch:
 
     def __init__(self, kind: str, parameters: Sequence[Tensor]) -> None:
         self._kind = kind
-        self.patience = PATIENCE
         self._backwards = self._empty = 0
         self._warned = False
         self._watched = bool(parameters)
@@ -53,7 +52,7 @@ class Watch:
     def stepped(self, had_gradients: bool) -> None:
         """Take note of a step, and whether a decayed parameter had a gradient in it."""
         self._empty = 0 if had_gradients or not self._watched else self._empty + 1
-        if self._empty == self.patience and not self._warned:
+        if self._empty == PATIENCE and not self._warned:
             self._warned = True
             warnings.warn(
                 f"in {self._empty} steps of {self._kind} no decayed parameter had a gradient, and without one nothing "
@@ -65,7 +64,7 @@ class Watch:
         if _is_accumulating():
             return
         self._backwards += 1
-        if self._backwards == self.patience:
+        if self._backwards == PATIENCE:
             self.stop()
             warnings.warn(
                 f"{self._backwards} backward passes, and no step() of the {self._kind} that rankdecay is attached to, "
