@@ -8,7 +8,7 @@ Exit codes: 0 done, 2 a command, setting or file that cannot work (one line on s
 """
 
 import argparse
-import json
+import io
 import os
 import re
 import shlex
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rankdecay.checks import suggestion
+from rankdecay.files import unwritable, write
+from rankdecay.text import json_text, visible
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
@@ -49,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except CommandError as error:
-        print(f"rankdecay: error: {error}", file=sys.stderr)
+        print(f"rankdecay: error: {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = shlex.join(["rankdecay", *arguments])
-        print(f"\nrankdecay: interrupted; to begin anew, run again: {again}", file=sys.stderr)
+        print(f"\nrankdecay: interrupted; to begin anew, run again: {visible(again)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, `head` perhaps, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def console() -> NoReturn:
     """Run the command of this process and end it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without our characters gets them spelled
+            stream.reconfigure(errors="backslashreplace")
     code = main()
     if "rankdecay.lab.session.distributed" in sys.modules:
         from rankdecay.lab.session.distributed import leave, of_torchrun
@@ -225,27 +230,25 @@ def _inspect(settings: argparse.Namespace) -> int:
     reports = [_inspection(path, state, settings) for path, state in chosen]
     try:
         if settings.csv is not None:
-            settings.csv.write_text(csv_text(reports), encoding="utf-8")
+            write(settings.csv, csv_text(reports).encode())
         if settings.html is not None:
             from rankdecay.lab.report.inspection import inspection_page
 
             inspection_page(reports, settings.html)
     except OSError as error:
-        raise CommandError(
-            f"{error.filename} cannot be written ({error.strerror}): name a file in a directory you may write to"
-        ) from None
+        raise CommandError(unwritable(error)) from None
     if settings.json:
         whole = reports[0].to_json() | {"command": "inspect"}
         if settings.compare:
             whole["compare"] = [report.to_json() for report in reports[1:]]
-        print(json.dumps(whole, allow_nan=False))
+        print(json_text(whole))
         return _code(reports, settings)
     print(reports[-1])
     if settings.compare:
         print(comparison(reports))
     for written in (settings.csv, settings.html):
         if written is not None:
-            print(written)
+            print(visible(str(written)))
     return _code(reports, settings)
 
 
@@ -267,12 +270,12 @@ def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespac
     try:
         listings = [listing(path, **how, layers=settings.layers or None, state=state) for path, state in chosen]
     except ValueError as error:
-        raise _explained(error) from None
+        raise _explained(error, chosen[0][0]) from None
     if settings.json:
         whole = listings[0].to_json() | {"command": "inspect"}
         if settings.compare:
             whole["compare"] = [one.to_json() for one in listings[1:]]
-        print(json.dumps(whole))
+        print(json_text(whole))
     else:
         print("\n\n".join(map(str, listings)))
     return _code(listings, settings)
@@ -298,14 +301,15 @@ def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> 
         layers, heads = settings.layers or None, settings.heads or None
         return inspect(path, **how, layers=layers, heads=heads, state=state)
     except ValueError as error:
-        raise _explained(error) from None
+        raise _explained(error, path) from None
 
 
-def _explained(error: ValueError) -> CommandError:
+def _explained(error: ValueError, path: Path) -> CommandError:
     options = {"names=": "--names query=...,key=...,value=...,output=...", "num_heads=": "--num-heads N"}
     meant = [option for argument, option in options.items() if argument in str(error)]
     hint = f" (here: {' '.join(meant)})" if meant else ""
-    return CommandError(f"{error}{hint}")
+    where = "" if path.name in str(error) else f"{path}: "
+    return CommandError(f"{where}{error}{hint}")
 
 
 def _layer(text: str) -> str:

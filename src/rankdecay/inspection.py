@@ -31,7 +31,7 @@ from rankdecay.attention.products import Product, ProductName, Rotary
 from rankdecay.attention.scale import gradients_of, settled
 from rankdecay.attention.source import ModuleSource, Source, open_source
 from rankdecay.spectrum import Spectrum, spectrum
-from rankdecay.text import aligned, finite_mean, number
+from rankdecay.text import aligned, cell, finite_mean, number, shown_lines
 
 #: The named ranks and norms of a row, as the methods and properties of :class:`~rankdecay.Spectrum` are called.
 RANKS = ("effective_rank", "stable_rank", "nuclear_rank", "participation_ratio", "pseudo_rank", "numerical_rank")
@@ -100,7 +100,7 @@ class Inspection:
         for kind, (symbol, meaning) in KINDS.items():
             if rows := self.of(kind):
                 lines += ["", f"{symbol}, {meaning}", *_table(rows)]
-        return "\n".join([*lines, "", *_FOOT])
+        return shown_lines([*lines, "", *_FOOT])
 
 
 def inspect(
@@ -162,8 +162,12 @@ def inspect(
         wanted = _chosen_heads(heads, layer.num_heads, layer.name or "the model")
         try:
             layer_rows = list(_layer_rows(layer, *_deviations(source, layer, len(found))))
-        except RuntimeError as error:  # shapes that contradict each other, found when they are used
-            raise ValueError(f"{layer.name} cannot be read: {error}") from None
+        except (
+            RuntimeError,
+            ZeroDivisionError,
+            MemoryError,
+        ) as error:  # shapes that contradict each other, or overflow
+            raise ValueError(f"{layer.name or 'the model'} of {source} cannot be read: {error}") from None
         place = {
             "layer": layer.place.number,
             "tower": layer.place.tower,
@@ -435,7 +439,7 @@ def comparison(reports: Sequence[Inspection]) -> str:
         for layer in layers:
             means = [finite_mean(row["pseudo_rank"] for row in layers.get(layer, ())) for layers in series]
             lines.append(f"  layer {layer}: {' → '.join(map(number, means))}  {strip(means)}")
-    return "\n".join(lines)
+    return shown_lines(lines)
 
 
 def csv_text(reports: Sequence[Inspection]) -> str:
@@ -456,7 +460,7 @@ def csv_text(reports: Sequence[Inspection]) -> str:
             ]
             lines.append([report.source, *line] if len(reports) > 1 else line)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)  # None is an empty field
+    csv.writer(text, lineterminator="\n").writerows(map(cell, line) for line in lines)  # None is an empty field
     return text.getvalue()
 
 

@@ -1,8 +1,46 @@
-"""Figures and tables as plain text."""
+"""Figures, tables and the words of strangers as plain text."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Sequence
+
+#: What a terminal obeys or takes for a new line, what turns the direction of writing, and halves of characters.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+#: Beginnings of a cell that a spreadsheet takes for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def visible(text: str) -> str:
+    r"""Return a text of which no character does anything but stand there: ``\x1b``, ``\n`` and their like are spelled.
+
+    Names of tensors, directories and arms come from strangers: a line feed in one fakes a line of a log, and an escape
+    sequence clears the screen. Whatever a terminal or a log receives goes through here.
+
+    Example:
+        >>> print(visible("a\x1b[2J\nb"))
+        a\x1b[2J\nb
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def shown_lines(texts: Iterable[str]) -> str:
+    """Return texts as lines, each made visible, so that a text with a line feed is still one line."""
+    return "\n".join(map(visible, texts))
+
+
+def json_text(value: object) -> str:
+    """Return a value as JSON of one line that a terminal can show: whatever is not plain is spelled."""
+    return json.dumps(value).replace("\x7f", "\\u007f")
+
+
+def cell(value: object) -> object:
+    """Return a value as a cell of a CSV file: a number as it is, a text such that a spreadsheet never computes it."""
+    if not isinstance(value, str):
+        return value
+    text = visible(value)
+    return f"'{text}" if value.startswith(_FORMULA) else text
 
 
 def finite_mean(values: Iterable[float | None]) -> float | None:
@@ -25,6 +63,7 @@ def duration(seconds: float) -> str:
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Return a line per row of a table, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    """Return a line per row of a table, each column as wide as its widest cell, which is made visible."""
+    shown = [[visible(text) for text in row] for row in cells]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]

@@ -209,9 +209,9 @@ def test_an_index_cannot_lead_anywhere_else(shard, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "contains a JSON list, expected an object"),
-        ("{", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "should hold one JSON object, not list"),
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
         ('{"weight_map": 3}', "has no weight_map"),
     ],
 )

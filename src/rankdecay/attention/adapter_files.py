@@ -7,6 +7,8 @@ base is at hand (the directory that the adapter names, or beside it) the weight 
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from rankdecay.attention.errors import CheckpointError
-from rankdecay.attention.folders import ADAPTER_CONFIG, read_json
+from rankdecay.attention.folders import ADAPTER_CONFIG, check_inside, files_of_index, read_json
+from rankdecay.files import real
 
 if TYPE_CHECKING:
     from rankdecay.attention.checkpoints import Checkpoint
@@ -31,6 +34,12 @@ _MORE = ("use_dora", "layer_replication", "use_qalora", "alora_invocation_tokens
          "kasa_config", "monteclora_config", "lora_bias", "trainable_token_indices", "megatron_config")  # fmt: skip
 #: Initialisations that leave the base as it is; the others change it too.
 _PLAIN_INITIALISATION = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+_LONGEST_PATH = 4096
+#: Most patterns, and most ways to match one with a name: a second of work in all.
+_MOST_PATTERNS, _MOST_WAYS = 1000, 10**7
+_LARGEST_ALPHA = 1e9  # no number that is meant: what it scales would be all that is left
 
 
 class _Delta(NamedTuple):
@@ -65,10 +74,12 @@ def merge(adapter: Checkpoint, file: Path, open_base: Callable[[Path], Checkpoin
         CheckpointError: If the adapter is of another kind, or its base is not at hand or does not fit.
     """
     folder = file.parent
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not os.path.lexists(folder / ADAPTER_CONFIG):
         raise CheckpointError(f"{file} is an adapter without {ADAPTER_CONFIG} beside it; merge it with its base first.")
     config = read_json(folder / ADAPTER_CONFIG)
     named = config.get("base_model_name_or_path")
+    if not isinstance(named, str | None) or len(named or "") > _LONGEST_PATH:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is no path: {str(named)[:100]!r}.")
     how = (
         f"merge it first: PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload().save_pretrained(...), "
         "and give that directory"
@@ -120,18 +131,16 @@ def _base(named: str, folder: Path, file: Path, open_base: Callable[[Path], Chec
     if named:
         last = Path(named).name
         for place in (Path(named), folder / named, folder.parent / named, folder / last, folder.parent / last):
-            if place.is_dir() and place.resolve() != folder.resolve():
+            if os.path.isdir(place) and real(place) != real(folder):
                 return open_base(place)
     for place in (folder, folder.parent):
-        if (place / "config.json").is_file():
-            found = next((place / model for model in _MODELS if (place / model).is_file()), None)
+        if os.path.isfile(place / "config.json"):
+            found = next((place / model for model in _MODELS if os.path.isfile(place / model)), None)
             if found is not None:
-                return open_base(found) if found.suffix != ".json" else open_base(_first_shard(found))
+                first = files_of_index(found)[0] if found.suffix == ".json" else found
+                check_inside(first, place)
+                return open_base(first)
     return None
-
-
-def _first_shard(index: Path) -> Path:
-    return index.parent / str(next(iter(read_json(index).get("weight_map", {"": index.name}).values())))
 
 
 def _changes(
@@ -176,28 +185,34 @@ def _alignment(names: list[str], base: Checkpoint) -> Callable[[str], str]:
             return lambda name: name.removeprefix(prefix)
         if all(prefix + name in base.shapes for name in names):
             return lambda name: prefix + name
-    missing = next(name for name in names if name not in base.shapes)
+    missing = next((name for name in names if name not in base.shapes), names[0])
     raise ValueError(f"the base has no {missing}")
 
 
 def _delta(module: str, pair: dict[str, str], adapter: Checkpoint, config: Mapping[str, Any]) -> _Delta:
+    for name in pair.values():
+        if len(adapter.shapes[name]) != 2 or 0 in adapter.shapes[name]:
+            raise ValueError(f"{name} has shape {adapter.shapes[name]}, and no factor of a matrix has")
     rank = adapter.shapes[pair["A"]][0]
     said = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
     if said != rank or adapter.shapes[pair["B"]][-1] != rank:
         raise ValueError(f"{module} has rank {rank} where {ADAPTER_CONFIG} says {said}")
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not isinstance(alpha, (int, float)):
-        raise ValueError(f"lora_alpha is {alpha!r}")
+    if not isinstance(alpha, (int, float)) or not abs(alpha) < _LARGEST_ALPHA:
+        raise ValueError(f"lora_alpha is {str(alpha)[:100]}")
     scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return _Delta(pair["A"], pair["B"], scaling, transposed="embedding" in pair["A"])
 
 
 def _by_pattern(patterns: object, module: str, default: object) -> object:
     """Return the value of the first pattern, a regular expression, that a module's name ends with, as in PEFT."""
+    if isinstance(patterns, Mapping) and len(patterns) > _MOST_PATTERNS:
+        raise ValueError(f"{ADAPTER_CONFIG} has {len(patterns)} patterns, and no more than {_MOST_PATTERNS} are tried")
     for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
-        repeats = len(re.findall(r"[*+{]", pattern))
-        if repeats > 4 or (repeats and "(" in pattern):
-            raise ValueError(f"the pattern {pattern!r} is not tried: matching it could take too long")
+        repeats = len(re.findall(r"[*+{?]", pattern))
+        ways = math.comb(len(module) + repeats + 1, repeats + 1)  # to share a name out among them
+        if len(pattern) > 1000 or ways > _MOST_WAYS or (repeats and "(" in pattern):
+            raise ValueError(f"the pattern {pattern[:200]!r} is not tried: matching it could take too long")
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value

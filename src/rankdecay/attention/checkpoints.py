@@ -32,8 +32,16 @@ from rankdecay.attention.folders import check_inside, find_files, kind
 from rankdecay.attention.foreign import check_archive
 from rankdecay.attention.gguf import parts_of, read_gguf
 from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_UNSAID, is_rotary_type
+from rankdecay.attention.numbering import number_in
 from rankdecay.attention.quantised import dequantised, stored_type
-from rankdecay.attention.states import SeveralSets, choose_mapping, choose_names
+from rankdecay.attention.states import (
+    LONGEST_NAME,
+    MOST_PARTS,
+    MOST_TENSORS,
+    SeveralSets,
+    choose_mapping,
+    choose_names,
+)
 from rankdecay.attention.unturned import NO_ROTARY_TYPES
 
 Shape = tuple[int, ...]
@@ -206,6 +214,15 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
         SeveralSets: If there are several sets of weights and ``state`` does not say which.
     """
     path = Path(path)
+    try:
+        return _open(path, state, adapters)
+    except OSError as error:  # a name that is too long, a directory without permission, a file gone meanwhile
+        where = error.filename if isinstance(error.filename, str) else path
+        raise CheckpointError(f"{where} cannot be read ({error.strerror or error}); check the path.") from None
+
+
+def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
+    """`open_checkpoint`, but for the errors of the file system."""
     found = find_files(path, state, _matrices_in)
     if kind(found.files[0]) == ".gguf":
         parts = parts_of(found.files[0])
@@ -227,9 +244,10 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
             pickled[file], rest, keys = choose_mapping(content, state, file)
             state = rest if len(found.files) == 1 else state
             candidates += keys if len(keys) > 1 else []
+            _check_tensors(pickled[file], file)
             held = {name: tuple(tensor.shape) for name, tensor in pickled[file].items()}
             types = {name: tensor.dtype for name, tensor in pickled[file].items()}
-            _check_size(pickled[file], file)
+        _check_names(held, file, len(shapes))
         for name, shape in held.items():
             if name in shapes:
                 raise CheckpointError(f"{name} is both in {files_of[name].name} and in {file.name} of {file.parent}.")
@@ -266,6 +284,7 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
 def _matrices_in(file: Path) -> set[str]:
     """Return the names of the matrices in a file; its own name if that cannot be known."""
     try:
+        check_inside(file, file.parent)
         if kind(file) == ".safetensors":
             return {name for name, shape in _safetensors_shapes(file, {})[0].items() if len(shape) >= 2}
         return {name for name, tensor in choose_mapping(_content(file), None, file)[0].items() if tensor.ndim >= 2}
@@ -288,7 +307,8 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     name = (
         name.replace("encoder.", "0encoder.").replace("enc.blk.", "0enc.blk.").replace("encoder_attn", "~encoder_attn")
     )
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    numbers = ((number_in(part), part) for part in name.split("."))
+    return [(1, 0, part) if number is None else (0, number, "") for number, part in numbers]
 
 
 def _safetensors_shapes(file: Path, header: dict[str, str]) -> tuple[dict[str, Shape], dict[str, torch.dtype]]:
@@ -325,8 +345,28 @@ def _content(file: Path) -> object:
         raise CheckpointError(f"{file} is not a PyTorch state dict: {type(error).__name__}: {error}") from None
 
 
-def _check_size(tensors: Mapping[str, Tensor], file: Path) -> None:
+def _check_names(names: Collection[str], file: Path, before: int) -> None:
+    """Refuse names that no parameter has: what is done with one grows with its length and its parts."""
+    if before + len(names) > MOST_TENSORS:
+        raise CheckpointError(
+            f"{file} brings the tensors to {before + len(names)}; more than {MOST_TENSORS} are not read."
+        )
+    for name in names:
+        if len(name) > LONGEST_NAME or name.count(".") >= MOST_PARTS:
+            raise CheckpointError(
+                f"{file} names a tensor {name[:60]!r}… of {len(name)} characters and {name.count('.') + 1} parts; more "
+                f"than {LONGEST_NAME} characters or {MOST_PARTS} parts are not read."
+            )
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Refuse tensors without a shape of numbers or without numbers, and those that claim more than the file has."""
     for name, tensor in tensors.items():
+        if tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided:
+            what = "nested" if tensor.is_nested else "on the meta device" if tensor.is_meta else "sparse"
+            raise CheckpointError(
+                f"{name[:LONGEST_NAME]} in {file} is a {what} tensor, which is not read; save it dense."
+            )
         if tensor.numel() * tensor.element_size() > file.stat().st_size:  # strides of 0 need no bytes
             raise CheckpointError(
                 f"{name} in {file} claims shape {tuple(tensor.shape)}, which is more than the file holds."

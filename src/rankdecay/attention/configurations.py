@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rankdecay.attention.folders import read_json
+from rankdecay.attention.errors import CheckpointError
+from rankdecay.attention.folders import check_inside, read_json
 from rankdecay.attention.names import HEAD_DIM, NUM_HEADS
+from rankdecay.files import read_bytes
 
 #: Keys under which trainers keep the configuration of the model inside of a checkpoint.
 _INSIDE = ("model_args", "model_config", "config", "gpt_config", "hyper_parameters", "hparams", "cfg", "args")
 _META = re.compile(r"(?:(?:module|_orig_mod)\.)*layers\.\d+\.attention\.wq\.weight")
 _META_TENSORS = re.compile(r"(?:.*\.)?(?:rope\.freqs|freqs_cis|freqs_cos|tok_embeddings\.weight)")
 _LARGEST_YAML = 2**20
+_MOST_SETTINGS = 10_000
+_PLAIN = (str, int, float, type(None))
+#: Settings that are asked for, by what they have to be.
+_TEXTS = ("model_type", "position_embedding_type", "rope_type")
+_SHARES = ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent", "rotary_percentage")
+_LISTS = ("layer_types", "kv_sharing_modes", "no_rope_layers")
 
 
 def configuration(folders: Collection[Path], file: Path, names: Collection[str], content: object) -> dict[str, Any]:
@@ -59,9 +69,34 @@ def is_meta(names: Collection[str], file: Path, inside: Mapping[str, Any]) -> bo
 
 def _first(folders: Collection[Path], name: str) -> dict[str, Any]:
     for folder in folders:
-        if (folder / name).is_file():
-            return _flat_yaml(folder / name) if name.endswith(".yaml") else read_json(folder / name)
+        file = folder / name
+        if os.path.lexists(file):  # a pipe or a broken link of that name is said, not passed over
+            return _checked(_flat_yaml(file) if name.endswith(".yaml") else read_json(file), file)
     return {}
+
+
+def _checked(config: dict[str, Any], file: object, depth: int = 4) -> dict[str, Any]:
+    """Return a configuration whose settings are of the kinds that are asked for.
+
+    Raises:
+        CheckpointError: If one is not, or there are more than any model has.
+    """
+    if len(config) > _MOST_SETTINGS or depth < 0:
+        raise CheckpointError(f"{file} has {len(config)} settings in one place, more than a model has; restore it.")
+    for name, value in config.items():
+        if name in _TEXTS and not isinstance(value, str | None):
+            raise CheckpointError(f"{file}: {name} should be a text, and is {_brief(value)}; restore it.")
+        if name in _SHARES and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise CheckpointError(f"{file}: {name} should be a share from 0 to 1, and is {_brief(value)}; restore it.")
+        if name in _LISTS and isinstance(value, list) and not all(isinstance(item, _PLAIN) for item in value):
+            raise CheckpointError(f"{file}: {name} should list plain values, and has others; restore it.")
+        if isinstance(value, dict) and ("model_type" in value or name.endswith(("_config", "_cfg", "_parameters"))):
+            _checked(value, file, depth - 1)
+    return config
+
+
+def _brief(value: object) -> str:
+    return repr(value)[:100]
 
 
 def _inside(content: object) -> dict[str, Any]:
@@ -70,7 +105,7 @@ def _inside(content: object) -> dict[str, Any]:
         return {}
     found = [part for key in _INSIDE if key in content for part in _parts(content[key], depth=2)]
     stating = [part for part in found if any(isinstance(part.get(key), int) for key in (*NUM_HEADS, *HEAD_DIM))]
-    return _canonical(dict(stating[0])) if stating else {}
+    return _canonical(_checked(dict(stating[0]), "the configuration inside of the checkpoint")) if stating else {}
 
 
 def _parts(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
@@ -80,7 +115,7 @@ def _parts(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
         return
     yield {str(key): item for key, item in value.items() if isinstance(item, (bool, int, float, str, dict, list))}
     if depth:
-        for item in list(value.values())[:1000]:
+        for item in islice(value.values(), 1000 if depth > 1 else 100):  # mappings of mappings may be shared
             yield from _parts(item, depth - 1)
 
 
@@ -128,10 +163,9 @@ def _open_clip(config: dict[str, Any]) -> dict[str, Any]:
 
 def _flat_yaml(file: Path) -> dict[str, Any]:
     """Return the plain settings at the top level of a YAML file; anything nested is left out."""
-    if file.stat().st_size > _LARGEST_YAML:
-        return {}
+    check_inside(file, file.parent)
     settings: dict[str, Any] = {}
-    for line in file.read_text("utf-8", "replace").splitlines():
+    for line in read_bytes(file, _LARGEST_YAML, CheckpointError).decode("utf-8", "replace").splitlines():
         found = len(line) < 1000 and re.fullmatch(r"([A-Za-z_]\w*):[ \t]+([^#\s].*?)\s*(?: #.*)?", line)
         if found:
             settings[found[1]] = _scalar(found[2])

@@ -6,7 +6,7 @@ the directory belongs to. A link that the caller names is followed.
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.foreign import foreign_file, foreign_folder
+from rankdecay.attention.numbering import number_in
 from rankdecay.attention.states import SeveralSets, take
+from rankdecay.files import kind_of, read_bytes, real
+from rankdecay.files import read_json as read_object
 
 #: Files that hold a PyTorch state dict.
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -24,13 +27,16 @@ ADAPTER_CONFIG = "adapter_config.json"
 #: Names, without the suffix, of files of trainers that hold no weights.
 _NO_WEIGHTS = re.compile(
     r"(?:.*_)?(?:optimizers?|optim|schedulers?|scaler|rng_states?|random_states?|dataloader|sampler|optim_states)"
-    r"(?:_state|_dict|_rank)*(?:[_-]?\d+)*|train(?:ing|er)?_(?:args|state)|(?:bf16_)?zero_pp_rank_.*|args"
+    r"(?:_state|_dict|_rank)*(?:[_-]?\d)*|train(?:ing|er)?_(?:args|state)|(?:bf16_)?zero_pp_rank_.*|args"
 )
 #: One of several files of a model, by name: what comes before its number, and how many there are.
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[a-z]+)")
 #: Shards of which each holds a part of every matrix.
 _SLICE = re.compile(r"(?P<stem>consolidated\.|mp_rank_)\d\d(?P<rest>(?:_model_states)?\.(?:pth|pt))")
-_LARGEST_JSON = 64 * 2**20
+#: Most bytes of an index or a configuration: 9 MB are the index of the 92,000 tensors of a DeepSeek V3.
+LARGEST_JSON = 32 * 2**20
+#: Most files of one model.
+_MOST_FILES = 10_000
 _DEEP = 3
 
 
@@ -61,19 +67,20 @@ def find_files(path: Path, state: str | None, matrices_in: Callable[[Path], set[
     Raises:
         CheckpointError: If there are none, or more than one set of them, or a format that is not read.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         if path.is_symlink():
-            raise CheckpointError(f"{path} is a link to {path.readlink()}, which does not exist.")
-        if path.with_name(path.name + ".index").is_file():
+            where = kind_of(path) or "which does not exist"
+            raise CheckpointError(f"{path} is a link to {path.readlink()}, {where}.")
+        if path.name and os.path.isfile(f"{path}.index"):
             raise CheckpointError(str(foreign_file(path.with_name(path.name + ".index"))))
         raise CheckpointError(f"{path} does not exist; give a directory, a .safetensors file or a PyTorch state dict.")
-    if path.is_dir():
+    if os.path.isdir(path):
         return _in_folder(path, state, matrices_in, 0)
-    folders = [path.parent, *([path.resolve().parent] if path.is_symlink() else [])]
-    file = path if path.suffix in SUFFIXES else path.resolve()  # a link may have any name
+    folders = [path.parent, *([real(path).parent] if path.is_symlink() else [])]
+    file = path if path.suffix in SUFFIXES else real(path)  # a link may have any name
     if text := foreign_file(file):
         raise CheckpointError(text)
-    check_inside(file.resolve(), file.resolve().parent)  # a link that the caller names is followed
+    _check_content(path)  # a link that the caller names is followed
     if kind(file) not in SUFFIXES:
         raise CheckpointError(f"{path} is not a checkpoint: expected one of {', '.join(SUFFIXES)}.")
     files = _whole([file], file.parent, state == path.name)
@@ -100,33 +107,31 @@ def check_inside(file: Path, folder: Path) -> None:
     Raises:
         CheckpointError: If the file is such a link, or empty, or no regular file.
     """
-    real, root = file.resolve(), folder.resolve()
-    inside = real.is_relative_to(root)
+    target, root = real(file), real(folder)
+    inside = target.is_relative_to(root)
     above = next((above for above in root.parents if above.name == "snapshots"), None)
-    in_cache = above is not None and real.is_relative_to(above.parent)
+    in_cache = above is not None and target.is_relative_to(above.parent)
     if not (inside or in_cache):
-        raise CheckpointError(f"{file} leads out of {folder}, to {real}; copy the file there if you trust it.")
-    if not real.is_file():
-        raise CheckpointError(f"{file} is not a regular file.")
-    if real.stat().st_size == 0:
+        raise CheckpointError(f"{file} leads out of {folder}, to {target}; copy the file there if you trust it.")
+    _check_content(file)
+
+
+def _check_content(file: Path) -> None:
+    kind = kind_of(file)
+    if kind != "file":
+        raise CheckpointError(f"{file} is not a regular file{f', but {kind}' if kind else ''}.")
+    if file.stat().st_size == 0:
         raise CheckpointError(f"{file} is empty; the download or the save was cut short.")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
+    """Return the object in a JSON file, which has to be a regular file of its directory, as the weights are.
 
     Raises:
-        CheckpointError: If it cannot be read, or is no object.
+        CheckpointError: If it cannot be read, or is no object, or leads elsewhere.
     """
-    try:
-        if file.stat().st_size > _LARGEST_JSON:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, too many for a configuration.")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} contains a JSON {type(content).__name__}, expected an object.")
-    return content
+    check_inside(file, file.parent)
+    return read_object(file, LARGEST_JSON, CheckpointError)
 
 
 def _in_folder(folder: Path, state: str | None, matrices_in: Callable[[Path], set[str]], depth: int) -> Files:
@@ -138,7 +143,7 @@ def _in_folder(folder: Path, state: str | None, matrices_in: Callable[[Path], se
     found = take(sets, state, "/") or _taken_by_name(folder, state)
     if found:
         key, state = found
-        if (folder / key).is_dir():
+        if os.path.isdir(folder / key):
             return _below(folder, key, state, matrices_in, depth)
     elif len(sets) == 1:
         key = next(iter(sets))
@@ -153,14 +158,14 @@ def _in_folder(folder: Path, state: str | None, matrices_in: Callable[[Path], se
 
 def _taken_by_name(folder: Path, state: str | None) -> tuple[str, str | None] | None:
     """Return a file or directory that the state names although it is none of the sets."""
-    names = [file.name for file in folder.iterdir() if file.is_dir() or file.suffix in SUFFIXES]
+    names = [file.name for file in folder.iterdir() if file.suffix in SUFFIXES or os.path.isdir(file)]
     return take(names, state, "/") if state else None
 
 
 def _in_subfolder(folder: Path, state: str | None, matrices_in: Callable[[Path], set[str]], depth: int) -> Files:
     """Look one level down: checkpoints of a trainer, revisions in a cache of the hub, parts of a pipeline."""
     inside = {sub.name: sub for sub in _subfolders(folder) if _has_weights(sub, depth + 1)}
-    alone = (folder / "snapshots").is_dir() and _has_weights(folder / "snapshots", depth + 1)
+    alone = os.path.isdir(folder / "snapshots") and _has_weights(folder / "snapshots", depth + 1)
     if alone and folder.name.startswith("models--"):
         return _in_cache(folder, state, matrices_in, depth)
     found = take(inside, state, "/")
@@ -182,8 +187,10 @@ def _in_subfolder(folder: Path, state: str | None, matrices_in: Callable[[Path],
 def _in_cache(folder: Path, state: str | None, matrices_in: Callable[[Path], set[str]], depth: int) -> Files:
     """Read a repository in the cache of the hub: the revision that its main branch had when it was downloaded."""
     revisions = {sub.name: sub for sub in _subfolders(folder / "snapshots") if _has_weights(sub, depth + 1)}
-    refs = [file for file in (folder / "refs").glob("*") if file.is_file()]
-    branches = {file.name: file.read_text("utf-8", "replace").strip() for file in refs}
+    refs = [file for file in sorted((folder / "refs").glob("*")) if not os.path.isdir(file)][:_MOST_FILES]
+    for file in refs:
+        check_inside(file, folder)
+    branches = {file.name: read_bytes(file, 1000, CheckpointError).decode("utf-8", "replace").strip() for file in refs}
     named = take({*revisions, *branches}, state, "/")
     key, state = named or ("main" if branches.get("main") in revisions else next(iter(revisions)), state)
     if not named and key != "main" and len(revisions) > 1:
@@ -196,8 +203,8 @@ def _in_cache(folder: Path, state: str | None, matrices_in: Callable[[Path], set
 
 def _below(folder: Path, name: str, state: str | None, matrices_in: Callable[[Path], set[str]], depth: int) -> Files:
     inner = folder / name
-    if not inner.resolve().is_relative_to(folder.resolve()):
-        raise CheckpointError(f"{inner} leads out of {folder}, to {inner.resolve()}; give that directory itself.")
+    if not real(inner).is_relative_to(real(folder)):
+        raise CheckpointError(f"{inner} leads out of {folder}, to {real(inner)}; give that directory itself.")
     if depth == _DEEP:
         raise CheckpointError(f"{folder} has no weights, nor have the directories above it; give the one that has.")
     found = _in_folder(inner, state, matrices_in, depth + 1)
@@ -206,19 +213,23 @@ def _below(folder: Path, name: str, state: str | None, matrices_in: Callable[[Pa
 
 def _subfolders(folder: Path) -> list[Path]:
     return [
-        sub for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name[0] != "." and not _no_weights(sub.name)
+        sub
+        for sub in sorted(folder.iterdir())
+        if os.path.isdir(sub) and sub.name[0] != "." and not _no_weights(sub.name)
     ]
 
 
 def _has_weights(folder: Path, depth: int) -> bool:
     if _sets(folder):
         return True
-    return depth < _DEEP and any(_has_weights(sub, depth + 1) for sub in _subfolders(folder))
+    inside = [sub for sub in _subfolders(folder) if not sub.is_symlink()] if depth < _DEEP else []  # links may circle
+    return any(_has_weights(sub, depth + 1) for sub in inside)
 
 
 def _foreign(folder: Path, depth: int) -> str | None:
     """Return what to say of a directory, or one in it, that is of a known format which is not read."""
-    below = (_foreign(sub, depth + 1) for sub in _subfolders(folder)) if depth < _DEEP else ()
+    inside = [sub for sub in _subfolders(folder) if not sub.is_symlink()] if depth < _DEEP else []
+    below = (_foreign(sub, depth + 1) for sub in inside)
     return foreign_folder(folder) or next(filter(None, below), None)
 
 
@@ -227,7 +238,8 @@ def _no_weights(name: str) -> bool:
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    numbers = ((number_in(part), part) for part in re.split(r"(\d+)", name))
+    return [(-1, part) if number is None else (number, "") for number, part in numbers]
 
 
 # ---- sets of files in one directory ----------------------------------------------------------------------
@@ -237,19 +249,19 @@ def _sets(folder: Path) -> dict[str, Callable[[], list[Path]]]:
     """Return the sets of weight files in a directory by their keys: an index, shards, or a file each."""
     sets: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix in SUFFIXES and not file.is_dir() and not _no_weights(file.stem):
+        if file.suffix in SUFFIXES and not os.path.isdir(file) and not _no_weights(file.stem):
             sets.setdefault(_key(file), []).append(file)
     result: dict[str, Callable[[], list[Path]]] = {key: lambda files=files: files for key, files in sets.items()}
     for index in sorted(folder.glob("*.index.json")):
         try:
-            listed = {file.name for file in _of_index(index)}
+            listed = {file.name for file in files_of_index(index)}
         except CheckpointError:  # reported if this index is the one that is read
             stem = index.name.removesuffix(".index.json").partition(".")[0]
             listed = {file.name for files in sets.values() for file in files if file.name.startswith(f"{stem}-")}
         for key, files in sets.items():
             if all(file.name in listed for file in files):
                 result.pop(key, None)
-        result[index.name] = lambda index=index: _of_index(index)
+        result[index.name] = lambda index=index: files_of_index(index)
     return result
 
 
@@ -261,14 +273,18 @@ def _key(file: Path) -> str:
     return f"{cut['stem']}*{cut['rest']}" if cut else file.name
 
 
-def _of_index(index: Path) -> list[Path]:
+def files_of_index(index: Path) -> list[Path]:
     content = read_json(index).get("weight_map")
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files.")
-    files = [index.parent / name for name in dict.fromkeys(content.values())]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointError(f"{index.name} names {missing[0]}, which is not in {index.parent}; download it again.")
+    names = dict.fromkeys(content.values())
+    if len(names) > _MOST_FILES:
+        raise CheckpointError(f"{index} names {len(names)} files; a model of more than {_MOST_FILES} is not read.")
+    files = [index.parent / name for name in names]
+    if missing := next((file for file in files if not os.path.exists(file)), None):
+        raise CheckpointError(
+            f"{index.name} names {missing.name[:200]}, which is not in {index.parent}; download it again."
+        )
     return files
 
 
@@ -316,7 +332,7 @@ def _whole(files: list[Path], folder: Path, insisted: bool) -> list[Path]:
         f"{shard['stem']}-{number:05d}-of-{shard['count']}{shard['suffix']}"
         for number in range(1, min(int(shard["count"]), 10_000) + 1)
     ]
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not os.path.exists(folder / name)]
     if missing:
         raise CheckpointError(
             f"{first.name} is one of {int(shard['count'])} files of a model, and {missing[0]} is not in {folder}; "

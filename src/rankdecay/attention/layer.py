@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from rankdecay.attention.numbering import Numbered
@@ -145,6 +146,10 @@ class Window:
         """Return the part of a bias (out,) that belongs to the matrix."""
         if self.lines == "columns" or not self.has_heads:
             return bias
+        if bias.shape != (self.groups * self.size,):
+            raise ValueError(
+                f"the bias has shape {tuple(bias.shape)}, expected ({self.groups * self.size},) for the window {self}."
+            )
         return bias.unflatten(0, (self.groups, self.size))[:, self.start : self.stop].reshape(-1)
 
     def _upright(self, lines: Tensor) -> Tensor:
@@ -208,11 +213,26 @@ class MatrixView:
 
     def tensor(self) -> Tensor:
         """Return the matrix as it is now, detached, (out, in): a query is ``x @ W_Q.T + b``."""
-        return self.window.matrix(self.weight().detach())
+        return self.window.matrix(self._numbers())
 
     def heads(self) -> Tensor:
         """Return one matrix per head, detached: (heads, head_dim, in), or (heads, out, head_dim) for the output."""
-        return self.window.heads(self.weight().detach())
+        return self.window.heads(self._numbers())
+
+    def _numbers(self) -> Tensor:
+        """Return the parameter's value, detached.
+
+        Raises:
+            ValueError: If it is no dense tensor of real numbers.
+        """
+        value = self.weight().detach()
+        what = "nested" if value.is_nested else "complex" if value.is_complex() else ""
+        if what or value.layout is not torch.strided:
+            raise ValueError(
+                f"{self.parameter_name} is a {what or 'sparse'} tensor ({value.dtype}), and the rank of attention is "
+                "that of dense real matrices: convert it first."
+            )
+        return value
 
     def bias(self) -> Tensor | None:
         """Return the matrix's bias (out,), detached, or None if it has none."""

@@ -13,7 +13,7 @@ from rankdecay.attention.layer import AttentionLayer, MatrixView
 from rankdecay.attention.locate import Names, chosen, find_layers, listed
 from rankdecay.attention.source import Shape, Source, open_source
 from rankdecay.attention.states import SeveralSets
-from rankdecay.text import aligned
+from rankdecay.text import aligned, shown_lines
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Listing:
         """Return what the command line prints."""
         if self.undecided:
             lines = [f"{self.source} holds several sets of weights; read one with"]
-            return "\n".join([*lines, *(f"  --state {key}" for key in self.candidates)])
+            return shown_lines([*lines, *(f"  --state {key}" for key in self.candidates)])
         count = len(self.layers)
         lines = [f"{self.source}: {count} attention layer{'s' if count != 1 else ''}"]
         if self.candidates:
@@ -60,7 +60,7 @@ class Listing:
                 [m["matrix"], m["parameter"], "×".join(map(str, m["shape"])), m["window"]] for m in layer["matrices"]
             ]
             lines += [f"  {line}" for line in aligned(cells)]
-        return "\n".join(lines)
+        return shown_lines(lines)
 
 
 def listing(

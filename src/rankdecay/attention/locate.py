@@ -36,6 +36,7 @@ from rankdecay.attention.names import (
 from rankdecay.attention.numbering import Numbered, is_called, numbered, ranges
 from rankdecay.attention.source import Source, open_source
 from rankdecay.attention.windows import WEIGHTS, Found, ModuleReader, NotHandled, Place
+from rankdecay.text import visible
 
 
 class Unhandled(NamedTuple):
@@ -104,7 +105,7 @@ def warn_unhandled(unhandled: Sequence[Unhandled], what: str, stacklevel: int) -
     """Give one warning of all attention that could not be read; modules with one reason are listed together."""
     if unhandled:
         said = "; ".join(f"{modules} {what}: {reason}" for modules, reason in grouped(unhandled))
-        warnings.warn(said.rstrip(".") + ".", stacklevel=stacklevel)
+        warnings.warn(visible(said.rstrip(".") + "."), stacklevel=stacklevel)
 
 
 def grouped(unhandled: Sequence[Unhandled]) -> list[tuple[str, str]]:
@@ -242,6 +243,8 @@ class _Search:
             return
         self._taken.update(names)
         try:
+            if empty := next((name for name in names if 0 in reader.shape(name)), None):
+                raise NotHandled(f"{empty} has shape {reader.shape(empty)}, and no numbers")
             layer = read()
         except NotHandled as reason:
             self.unhandled.append(Unhandled(reader.module, str(reason)))

@@ -12,6 +12,14 @@ LISTS = ("layers", "layer", "blocks", "block", "h", "stages", "levels", "resbloc
          "decoder_layers")  # fmt: skip
 
 
+def number_in(part: str) -> int | None:
+    """Return the number that a part of a name is; None for what is none, or none that counts layers.
+
+    ``str.isdigit`` is also true of ``²``, which is no number, and of 5,000 digits, which are no layer's.
+    """
+    return int(part) if part.isascii() and part.isdigit() and len(part) <= 9 else None
+
+
 class Numbered(NamedTuple):
     """Place of an attention module in its model.
 
@@ -55,7 +63,7 @@ def numbered(names: Sequence[str]) -> list[Numbered]:
 def _place(name: str) -> tuple[list[str], int | None]:
     """Return the path of the innermost list of layers that a module is in, and its number there."""
     parts = name.partition(":")[0].split(".")
-    digits = [i for i, part in enumerate(parts) if part.isdigit()]
+    digits = [i for i, part in enumerate(parts) if number_in(part) is not None]
     if not digits:
         return parts, None
     layers = [i for i in digits if i and parts[i - 1] in LISTS] or digits[:1]
@@ -87,8 +95,9 @@ def _with_module(label: str, name: str) -> str:
 
 def is_called(place: Numbered, name: int | str) -> bool:
     """Whether a layer is meant by a number, or by a label with or without the module inside the layer."""
-    if isinstance(name, int) or name.isdigit():
-        return place.number == int(name)
+    number = name if isinstance(name, int) else number_in(name)
+    if number is not None:
+        return place.number == number
     return name in (place.label, f"{place.tower}.{place.number}") or place.label.startswith(f"{name}.")
 
 
@@ -97,7 +106,8 @@ def ranges(labels: Sequence[str]) -> str:
     runs: list[tuple[str, int | str, int | str]] = []
     for text in dict.fromkeys(labels):
         tower, _, last = text.rpartition(".")
-        number = int(last) if last.isdigit() else last
+        digits = number_in(last)
+        number = last if digits is None else digits
         if runs and isinstance(number, int) and runs[-1][0] == tower and runs[-1][2] == number - 1:
             runs[-1] = (tower, runs[-1][1], number)
         else:

@@ -16,6 +16,7 @@ from rankdecay.attention.names import (
     GATED,
     HEAD_DIM,
     INTERLEAVED,
+    KEY_HEADS,
     NO_SCORES,
     NO_SCORES_SETTINGS,
     NORMS_BEFORE_IN_CROSS,
@@ -29,7 +30,7 @@ from rankdecay.attention.names import (
     WITHOUT_ROTARY,
     is_query_key_norm,
 )
-from rankdecay.attention.numbering import LISTS
+from rankdecay.attention.numbering import LISTS, number_in
 from rankdecay.attention.products import Rotary
 from rankdecay.attention.source import Source
 
@@ -37,6 +38,14 @@ from rankdecay.attention.source import Source
 ROTARY_PLANES = ("rope_interleaved", "rope_interleave", "rotary_interleaved", "rotary_emb_interleaved")
 #: Settings that say whether queries and keys are normalised.
 QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")
+
+
+#: Numbers without which nothing can be read, so that one which is none is said; some libraries leave it out as -1.
+_SIZES = {NUM_HEADS: "the number of heads", HEAD_DIM: "the size of a head", KEY_HEADS: "the number of key heads"}
+
+
+class NotHandled(Exception):
+    """Raised for a module that looks like attention and cannot be read, with the reason."""
 
 
 class ModuleSettings:
@@ -61,13 +70,15 @@ class ModuleSettings:
         if given in self.sizes:
             return self.sizes[given]
         value = self._of_layer(self.setting(attributes))
+        if attributes in _SIZES and isinstance(value, (int, float)) and value != -1 and not 1 <= value < 2**31:
+            raise NotHandled(f"its settings state {str(value)[:40]} as {_SIZES[attributes]}")
         return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
     @property
     def layer_number(self) -> int | None:
         """The model's own number of the layer: the first that counts a list of layers, else the first in the path."""
         parts = self.module.split(".")
-        digits = [i for i, part in enumerate(parts) if part.isdigit()]
+        digits = [i for i, part in enumerate(parts) if number_in(part) is not None]
         layers = [i for i in digits if i and parts[i - 1] in LISTS] or digits
         return int(parts[layers[0]]) if layers else None
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rankdecay.attention.errors import CheckpointError
+from rankdecay.attention.numbering import number_in
 
 #: Words in the name of a copy of a model.
 _COPY = frozenset((
@@ -32,7 +32,7 @@ _PART = frozenset((
     "language", "audio", "video", "query", "doc", "document", "passage", "context", "question", "answer",
     "embedder", "embedding", "embeddings", "projector", "adapter", "connector", "lm",
 ))  # fmt: skip
-_LATER = r"(?:_?(?:states?|dicts?|state_dicts?|\d+))*"
+_LATER = r"(?:_?(?:states?|dicts?|\d))*"  # one way to read each character: a name that does not match fails at once
 #: Names of an optimizer's state, whose tensors have the shapes of the weights.
 _OPTIMIZER = re.compile(
     r"(?:.*_)?(?:optimi[sz]ers?|optim|opt|grads?|gradients?|(?:max_)?exp_avg(?:_sq)?|momentum_buffer|moments?)"
@@ -46,6 +46,10 @@ _TRAINER = re.compile(
 #: Key of the tensors that are under none of the other keys.
 REST = "."
 _DEEP, _MOST_MAPPINGS = 4, 10_000  # a hostile pickle can refer to itself
+#: Longest name of a tensor, in characters, and most parts of one: what is done with a name grows with both.
+LONGEST_NAME, MOST_PARTS = 1024, 64
+#: Most tensors of a checkpoint: the largest that are published have a third of it.
+MOST_TENSORS = 2**20
 
 
 class SeveralSets(CheckpointError):
@@ -90,8 +94,16 @@ def choose_mapping(content: object, state: str | None, file: Path) -> tuple[dict
     """
     if isinstance(content, Tensor):
         raise CheckpointError(f"{file} is one tensor of shape {tuple(content.shape)}, not a state dict.")
-    mappings = islice(_mappings(content, "", _DEEP), _MOST_MAPPINGS) if isinstance(content, Mapping) else ()
-    sets = {key: tensors for key, tensors in mappings if tensors}
+    mappings = _mappings(content, "", _DEEP, ()) if isinstance(content, Mapping) else ()
+    sets: dict[str, Any] = {}
+    for count, (key, tensors) in enumerate(mappings):
+        if count == _MOST_MAPPINGS:
+            raise CheckpointError(
+                f"{file} has more than {_MOST_MAPPINGS} mappings inside of each other, and no model has so many parts; "
+                "where you trust it, load it and save the state_dict() of the model."
+            )
+        if tensors:
+            sets[key] = tensors
     if not sets:
         raise CheckpointError(f"{file} contains no state dict of tensors.")
     keys = _candidates(sets)
@@ -148,17 +160,27 @@ def choose_names(
     return _with_dots(chosen, shapes), copies
 
 
-def _mappings(content: Mapping[Any, Any], path: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """Yield every mapping or list of tensors with its dotted path, except the state of an optimizer."""
-    if "param_groups" in content:
+def _mappings(content: Mapping[Any, Any], path: str, depth: int, above: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """Yield every mapping or list of tensors with its dotted path, except the state of an optimizer.
+
+    Args:
+        content: the mapping.
+        path: where it is.
+        depth: how much deeper to look.
+        above: the mappings that it is in; one that holds itself is looked at once.
+    """
+    if "param_groups" in content or id(content) in above:
         return
+    above = (*above, id(content))
     yield path or REST, {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     for name, value in content.items():
         inner = f"{path}.{name}" if path else str(name)
+        if len(inner) > LONGEST_NAME:  # of a tensor it is refused where names are
+            continue
         if _OPTIMIZER.fullmatch(str(name)):
             continue
         if isinstance(value, Mapping) and depth:
-            found = _mappings(value, inner, depth - 1)
+            found = _mappings(value, inner, depth - 1, above)
             if _TRAINER.fullmatch(str(name)):  # the average that a callback keeps is the model's
                 found = ((key, tensors) for key, tensors in found if _is_copy(key))
             yield from found
@@ -211,21 +233,23 @@ def _copies(shapes: Mapping[str, tuple[int, ...]], inside: str) -> list[str]:
         if len(shape) < 2 or _OPTIMIZER.fullmatch(parts[0]):
             continue
         for depth in range(min(4, len(parts))):
-            if depth and parts[depth - 1].isdigit():  # inside of a layer there are no copies of models
+            if depth and number_in(parts[depth - 1]) is not None:  # inside of a layer there are no copies of models
                 break
             # without dots: some EMA classes keep their buffers under such names
             groups.setdefault(tuple(parts[:depth]), set()).add("".join(parts[depth:]))
     found: dict[str, None] = {}
     total = len(groups[()])
-    for prefix, names in groups.items():
-        if not prefix:
-            continue
-        parent, own = prefix[:-1], prefix[-1]
-        beside = [other for other in groups if other and other[:-1] == parent and other != prefix]
+    large = [prefix for prefix, names in groups.items() if prefix and len(names) >= _least(total)]  # of a parent a few
+    siblings: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for prefix in large:
+        siblings.setdefault(prefix[:-1], []).append(prefix)
+    for prefix in large:
+        parent, own, names = prefix[:-1], prefix[-1], groups[prefix]
+        beside = [other for other in siblings[parent] if other != prefix]
         matches = [other for other in beside if _rivals(own, other[-1]) and _same(names, groups[other], total)]
-        rest = {name for name in groups[parent] if not name.startswith(own)}
-        if not matches and _rivals(own, "") and _same(names, rest, total):
-            matches = [parent]
+        if not matches and _rivals(own, ""):
+            rest = {name for name in groups[parent] if not name.startswith(own)}
+            matches = [parent] if _same(names, rest, total) else []
         for key in (*matches, prefix) if matches else ():
             found[inside + ".".join(key) if key else REST] = None
     return list(found)
@@ -239,7 +263,12 @@ def _rivals(name: str, other: str) -> bool:
 def _same(names: set[str], others: set[str], total: int) -> bool:
     """Whether two sets of names are of one model: they share most of the smaller, and more than a head's names."""
     common = len(names & others)
-    return common >= max(2, total / 20) and 2 * common >= min(len(names), len(others))
+    return common >= _least(total) and 2 * common >= min(len(names), len(others))
+
+
+def _least(total: int) -> float:
+    """Return how many names of ``total`` two copies of a model share at least."""
+    return max(2, total / 20)
 
 
 def _with_dots(chosen: dict[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:

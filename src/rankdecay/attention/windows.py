@@ -47,7 +47,7 @@ from rankdecay.attention.names import (
     is_value_norm,
 )
 from rankdecay.attention.products import Grouping, Rotary
-from rankdecay.attention.settings import QK_NORM_FLAGS, ModuleSettings
+from rankdecay.attention.settings import QK_NORM_FLAGS, ModuleSettings, NotHandled
 from rankdecay.attention.source import Shape, Source
 
 
@@ -92,10 +92,6 @@ class Found(NamedTuple):
     def module(self) -> str:
         """Path of the module."""
         return self.name.partition(":")[0]
-
-
-class NotHandled(Exception):
-    """Raised for a module that looks like attention and cannot be read, with the reason."""
 
 
 #: Where a projection's weight may be, under its name: itself, a wrapped linear layer, the first of a sequence.

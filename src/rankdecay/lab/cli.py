@@ -6,7 +6,6 @@ when the lab's packages are installed, and says what exit codes mean.
 """
 
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,10 @@ from typing import Any
 
 import tyro
 
+from rankdecay.files import unwritable
 from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.text import json_text, visible
 
 PRESET_OPTIONS = ("--preset", "--size")  # what may choose one of an experiment's PRESETS
 CONFIG = (tyro.conf.FlagCreatePairsOff,)
@@ -53,12 +54,12 @@ def main(arguments: Sequence[str]) -> int:
         else:
             _experiment(arguments[0], settings, command)
     except SettingError as error:
-        print(f"rankdecay: error: {error}", file=sys.stderr)
+        print(f"rankdecay: error: {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumable = arguments[0] != "report" and experiment.load(arguments[0]).resumable
         aim = "to continue from the last checkpoint" if resumable else "to begin anew"
-        print(f"\nrankdecay: interrupted; {aim}, run again: {command}", file=sys.stderr)
+        print(f"\nrankdecay: interrupted; {aim}, run again: {visible(command)}", file=sys.stderr)
         return 130
     return 0
 
@@ -107,10 +108,12 @@ def _experiment(name: str, settings: Any, command: str) -> None:
     if not summary:  # a process of torchrun that does not write
         return
     if settings.json:
-        print(json.dumps(summary))
+        print(json_text(summary))
     elif not settings.quiet:
-        print_summary(chosen, summary)
-        print(f"\n{settings.out / 'report.html'}  is the page to open; {settings.out / 'summary.json'} has the figures")
+        with experiment.fitting([settings.out], "summary.json and config.json"):
+            print_summary(chosen, summary)
+        page, figures = (visible(str(settings.out / name)) for name in ("report.html", "summary.json"))
+        print(f"\n{page}  is the page to open; {figures} has the figures")
 
 
 def _report(settings: Report) -> None:
@@ -127,11 +130,12 @@ def _report(settings: Report) -> None:
     several = len(directories) > 1 and any(experiment.of_directory(path).merged for path in directories)
     try:
         if settings.figure is not None:
-            print(experiment.draw_figure(directories, settings.figure))
+            print(visible(str(experiment.draw_figure(directories, settings.figure))))
         elif settings.out is not None or several:
-            print(experiment.write_merged_report(directories, settings.out or Path("merged-report.html")))
+            out = settings.out or Path("merged-report.html")
+            print(visible(str(experiment.write_merged_report(directories, out))))
         else:
             for directory in directories:
-                print(experiment.write_report(directory))
+                print(visible(str(experiment.write_report(directory))))
     except OSError as error:
-        raise SettingError(f"{error.filename} cannot be read or written ({error.strerror}): check the path") from None
+        raise SettingError(unwritable(error)) from None

@@ -13,9 +13,10 @@ import contextlib
 import dataclasses
 import json
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -397,23 +398,33 @@ def _run_and_write(
             return _shown(experiment, work)
         share(True)
         work.rows = [renamed(row, experiment.aliases) for row in directory.drop_damaged_line()]
+        known = bool(work.rows) or directory.has_checkpoint()
         jobs = experiment.jobs(work)
-        done = {tuple(row.get(name) for name in jobs[0].key) for row in work.rows} if jobs else set()
+        with fitting([settings.out], "metrics.jsonl and config.json"):
+            done = {tuple(row.get(name) for name in jobs[0].key) for row in work.rows} if jobs else set()
         work.jobs = [job for job in jobs if tuple(job.key.values()) not in done]
         if experiment.grid and work.jobs:
             if directory.summary is not None and choice is not None:  # complete until now, when nothing was computed
                 precision.warn_if_slow(choice, settings.out, work.device, notice, experiment.products(work))
             directory.save_config(_with_stored_arms(renamed(directory.config, experiment.aliases), config))
         started = time.monotonic()
-        _train(experiment, work)
+        going_on = (
+            partial(fitting, [settings.out], "the checkpoint and metrics.jsonl") if known else contextlib.nullcontext
+        )
+        with going_on():
+            _train(experiment, work)
         if directory.summary is not None:  # nothing was added
             return _shown(experiment, work)
         seconds = time.monotonic() - started if work.seconds is None else work.seconds
+        rows = [renamed(row, experiment.aliases) for row in directory.metrics()]
+        with going_on():
+            figures = experiment.summarise(work, rows)
         summary = {
             "command": experiment.name,
             "settings": asked,
-            **experiment.summarise(work, [renamed(row, experiment.aliases) for row in directory.metrics()]),
+            **figures,
             "wall_seconds": seconds,
+            "lines": len(rows),
         }
         if "precision" in directory.config:  # one that began before precisions were chosen has none
             summary["precision"] = directory.config["precision"]
@@ -502,7 +513,11 @@ def of_directory(directory: str | Path) -> Experiment[Any]:
     """
     from rankdecay.lab.stored import read_config
 
-    return load(str(read_config(Path(directory)).get("command")))
+    command = str(read_config(Path(directory)).get("command"))
+    try:
+        return load(command)
+    except SettingError as error:
+        raise SettingError(f"{Path(directory) / 'config.json'}: {error}") from None
 
 
 def read(experiment: Experiment[Any], directories: Sequence[str | Path]) -> StoredRun:
@@ -536,10 +551,16 @@ def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> 
     Raises:
         SettingError: when a directory is not a run, is damaged, or cannot be merged with the first.
     """
-    from rankdecay.lab.report.run_page import write_page
+    from rankdecay.lab.report.page import write
+    from rankdecay.lab.report.run_page import render
+    from rankdecay.lab.store import tidy
 
+    for directory in directories:
+        tidy(Path(directory))
     experiment = of_directory(directories[0])
-    return write_page(experiment, read(experiment, directories), Path(path))
+    with fitting(directories):
+        page = render(experiment, read(experiment, directories))
+    return write(page, Path(path))
 
 
 def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
@@ -552,11 +573,38 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
     from rankdecay.lab.report.figure import draw
 
     experiment = of_directory(directories[0])
-    stored = read(experiment, directories)
-    if experiment.figure is not None:
-        return experiment.figure(stored, Path(path))
-    charts = [part for section in experiment.sections(stored) for part in section.parts if isinstance(part, Chart)]
-    charts = [chart for chart in charts if chart.lines][:FIGURE_PANELS]
+    with fitting(directories):
+        stored = read(experiment, directories)
+        if experiment.figure is not None:
+            return experiment.figure(stored, Path(path))
+        charts = _charts_of_figure(experiment, stored)
     if not charts:
         raise SettingError(f"{directories[0]} has nothing to draw yet: let the run go on, or complete it")
-    return draw(charts, arm_styles(stored.arms, experiment.styles_of(stored.settings)), Path(path))
+    with fitting(directories):
+        return draw(charts, arm_styles(stored.arms, experiment.styles_of(stored.settings)), Path(path))
+
+
+def _charts_of_figure(experiment: Experiment[Any], stored: StoredRun) -> list[Chart]:
+    charts = [part for section in experiment.sections(stored) for part in section.parts if isinstance(part, Chart)]
+    return [chart for chart in charts if chart.lines][:FIGURE_PANELS]
+
+
+#: What code raises that reads a dictionary or an array which is not what it was written as.
+UNFIT = (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError, RuntimeError)
+
+
+@contextlib.contextmanager
+def fitting(directories: Sequence[str | Path], what: str = "") -> Iterator[None]:
+    """Say of which directory the files do not fit together, where something made from them fails."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except UNFIT as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{type(error).__name__}: {str(error)[:200]}, {Path(frame.filename).name}:{frame.lineno}"
+        what = what or "config.json, metrics.jsonl, summary.json and the snapshots"
+        raise SettingError(
+            f"{', '.join(map(str, directories))}: {what} do not fit together ({where}): restore the file that was "
+            "changed; if none was, this is a defect to report"
+        ) from error

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from rankdecay.text import duration
+from rankdecay.text import duration, visible
 
 ESTIMATE_AFTER = 2.0  # seconds of work from which the rest can be estimated
 
@@ -63,9 +63,9 @@ class Screen:
     def notice(self, text: str) -> None:
         """Writes a line the user should see even with ``quiet``: it goes to standard error then."""
         if self.quiet:
-            print(text, file=sys.stderr)
+            print(visible(text), file=sys.stderr)
         else:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(visible(text), markup=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
         """Writes a line for whoever reads a log: neither in a terminal, which is live, nor with ``quiet``."""

@@ -3,9 +3,13 @@
 The rules that make a run survive being killed at any moment:
 
 * metrics are appended, whole lines at a time; a line a kill cut short is dropped, with a notice, on the next reading;
+* a line carries a checksum of itself and of the one before it, and a checkpoint the number of lines it was written
+  after, so that a line which is changed or missing is noticed;
 * everything else is written beside its final name and renamed over it, so a file is either whole or not there;
 * what was written after the last checkpoint is removed on resuming, because the resumed run writes it again;
-* the summary is written last and marks the run complete.
+* the summary is written last and marks the run complete; what a kill left beside it is removed by the next command.
+
+Nothing in a directory is trusted: what is read has to be a regular file in it, of a size that makes sense.
 """
 
 import contextlib
@@ -13,16 +17,20 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
+import stat
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankdecay import files
 from rankdecay.lab.errors import SettingError
 
 if TYPE_CHECKING:
@@ -38,28 +46,82 @@ DESCRIBING = ("description", "control")  # of an arm: words, which may be put be
 DROPPED = ("preset",)  # settings that older directories have and that never changed what was computed
 
 
+LARGEST = {"metrics.jsonl": 2**29, "config.json": 2**24, "summary.json": 2**26}  # bytes that make sense
+FILES = (*LARGEST, "report.html", "report.html.part", ".lock")  # regular files, where they are at all
+OWN = re.compile(r"(checkpoint|under_way-\d+)\.safetensors")  # what a run needs to go on, and no longer when complete
+SNAPSHOT = re.compile(r"[0-9]{8}\.npz")
+_CHECKED = re.compile(rb'(\{.+), "crc": "([0-9a-f]{8})"\}', re.DOTALL)  # a line with its checksum
+KINDS = {"step": int, "seed": int, "arm": str, "seconds": float, "wall": float}  # of what rows have in common
+
+
 def read_metrics(directory: Path, notice: Notice | None = None) -> list[Record]:
     """The records of ``metrics.jsonl``, without a last line that was cut short.
 
     Raises:
-        SettingError: if a line before the last is damaged, which no interruption explains.
+        SettingError: if a line before the last is damaged or missing, which no interruption explains.
     """
+    return [record for record, _ in _read_lines(directory, notice)]
+
+
+def _read_lines(directory: Path, notice: Notice | None = None) -> list[tuple[Record, bytes]]:
+    """The records of ``metrics.jsonl``, each with the line that it is."""
     path = directory / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    records = []
+    if not os.path.lexists(path):
+        return []
+    lines = _read(path, LARGEST[path.name]).split(b"\n")
+    last = max((number for number, line in enumerate(lines, 1) if line), default=0)
+    found: list[tuple[Record, bytes]] = []
+    previous = b""
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines) - 1 or (number == len(lines) - 1 and lines[-1]):
+            record, previous = _parsed(line, previous)
+        except ValueError as error:
+            if number < last:
                 raise SettingError(
-                    f"{path}, line {number} is damaged: remove that line, or use another --out"
+                    f"{path}, line {number} {error}: restore the file from a copy; or remove this line and those after "
+                    "it, and the checkpoint if there is one, to compute them again; or use another --out"
                 ) from None
             if notice:
                 notice(f"{path.name}: dropped a damaged last line, cut short after {len(line)} bytes")
-    return records
+        else:
+            found.append((record, line))
+    return found
+
+
+def _parsed(line: bytes, previous: bytes) -> tuple[Record, bytes]:
+    """Return the record of a line without its checksum, and that; a `ValueError` says what is wrong with the line."""
+    checked, crc = _CHECKED.fullmatch(line), b""
+    if checked:
+        crc = checked[2]
+        if _checksum(checked[1], previous) != crc:
+            raise ValueError("is damaged, or one before it is missing: its checksum does not fit")
+        line = checked[1] + b"}"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("is damaged") from None
+    if not isinstance(record, dict) or not record:
+        raise ValueError(f"is damaged: it holds {'nothing' if record == {} else type(record).__name__}, not a record")
+    for name, kind in KINDS.items():
+        value = record.get(name, kind())
+        right = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
+        if (not right and value is not None) or isinstance(value, bool):
+            raise ValueError(f"is damaged: its {name} is {str(value)[:40]!r}")
+    return record, crc
+
+
+def _checksum(body: bytes, previous: bytes) -> bytes:
+    """Of a line without its end, and the checksum of the line before."""
+    return b"%08x" % zlib.crc32(previous + body)
+
+
+def _read(path: Path, largest: int) -> bytes:
+    """The content of a file of a run directory, which has to be a regular file in it."""
+    if path.is_symlink() and not files.real(path).is_relative_to(files.real(path.parent)):
+        raise SettingError(f"{path} is a link that leads out of the directory: put the file itself there")
+    return files.read_bytes(path, largest, SettingError)
 
 
 def read_json(path: Path) -> Record | None:
@@ -68,15 +130,97 @@ def read_json(path: Path) -> Record | None:
     Raises:
         SettingError: if it holds anything else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(path):
         return None
-    except ValueError as error:
+    try:
+        value = json.loads(_read(path, LARGEST.get(path.name, 2**24)))
+    except SettingError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise SettingError(f"{path} is not valid JSON ({error}): restore it, or use another --out") from None
     if not isinstance(value, dict):
         raise SettingError(f"{path} should hold one JSON object, not {type(value).__name__}: use another --out")
     return value
+
+
+# What the keys of a configuration and of a summary have to be, where they are there at all.
+CONTENT: dict[str, type | tuple[type, ...]] = {
+    "command": str, "settings": dict, "arms": list, "versions": dict, "machine": str, "reproduce": str,
+    "precision": dict, "fixed": dict, "threshold": (int, float), "wall_seconds": (int, float, type(None)), "lines": int,
+}  # fmt: skip
+
+
+def check_content(record: Record, path: Path) -> None:
+    """Raise a `SettingError` if a configuration or summary is not made of what it should be."""
+    for name, kinds in CONTENT.items():
+        if name in record and not isinstance(record[name], kinds):
+            raise SettingError(f"{path}: its {name} is {str(record[name])[:60]!r}; restore the file")
+    if not all(isinstance(arm, dict) and isinstance(arm.get("name"), str) for arm in record.get("arms", [])):
+        raise SettingError(f"{path}: an arm has no name; restore the file")
+
+
+def snapshot_files(directory: Path) -> list[Path]:
+    """The snapshots of a run directory, by step; files of other names are none.
+
+    Raises:
+        SettingError: if something else stands in the place of their directory.
+    """
+    folder = directory / "snapshots"
+    if not os.path.lexists(folder):
+        return []
+    if folder.is_symlink() or not folder.is_dir():
+        raise SettingError(f"{folder} is {_kind(folder)}, and should be a directory: restore or remove it")
+    try:
+        return sorted(path for path in folder.iterdir() if SNAPSHOT.fullmatch(path.name))
+    except OSError as error:
+        raise SettingError(f"{folder} cannot be read ({error.strerror}): restore access to it") from None
+
+
+def _kind(path: Path) -> str:
+    return "a link" if path.is_symlink() else files.kind_of(path)
+
+
+def _check_kinds(path: Path) -> None:
+    """Raise a `SettingError` if something else stands in the place of a file that is written or read here.
+
+    A pipe would be waited for, and what is written through a link harms a file somewhere else.
+    """
+    for entry in sorted(path.iterdir()):
+        mode = entry.lstat().st_mode
+        if (entry.name in FILES or OWN.fullmatch(entry.name)) and not stat.S_ISREG(mode):
+            raise SettingError(f"{entry} is {_kind(entry)}, and should be a file: restore or remove it")
+        if entry.name in ("snapshots", "models") and not stat.S_ISDIR(mode):
+            raise SettingError(f"{entry} is {_kind(entry)}, and should be a directory: restore or remove it")
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a file or directory is one that a kill left half written."""
+    name = path.name.removesuffix(".partial")
+    return path.name.endswith(".partial") and (
+        name in FILES or OWN.fullmatch(name) is not None or SNAPSHOT.fullmatch(name) is not None
+    )
+
+
+def _tidy(path: Path) -> None:
+    """Remove what a kill left: files half written, and beside a summary what only an incomplete run needs."""
+    complete = (path / "summary.json").exists()
+    for entry in [*path.iterdir(), *(path / "snapshots").glob("*.partial")]:
+        if _is_left_over(entry) or (complete and OWN.fullmatch(entry.name)):
+            with contextlib.suppress(IsADirectoryError):
+                entry.unlink()
+    for model in (path / "models").glob("*.partial"):
+        shutil.rmtree(model, ignore_errors=True)
+
+
+def tidy(path: Path) -> None:
+    """Remove what a kill left in a run directory, unless another process has it open or it cannot be written."""
+    with contextlib.suppress(OSError):
+        if not (path / ".lock").is_file() or (path / ".lock").is_symlink():
+            return
+        with (path / ".lock").open("ab") as lock:
+            if _lock(lock):
+                _check_kinds(path)
+                _tidy(path)
 
 
 CHECKPOINT_RARITY = 20  # a checkpoint waits this many times as long as the last one took: at most 5 % of the time
@@ -105,11 +249,19 @@ class Throttle:
 
 @dataclass
 class Checkpoint:
-    """Where an interrupted run continues: a step, named tensors, and plain data."""
+    """Where an interrupted run continues: a step, named tensors, and plain data.
+
+    Attributes:
+        step: of the run.
+        tensors: by name.
+        extra: what else it takes.
+        lines: of ``metrics.jsonl`` that were there when it was written; None before they were counted.
+    """
 
     step: int
     tensors: "dict[str, Tensor]"
     extra: Record
+    lines: int | None = field(default=None, compare=False)
 
 
 class RunDirectory:
@@ -123,6 +275,7 @@ class RunDirectory:
         self.path = path
         self._lock = lock
         self._notice = notice
+        self._end: tuple[int, bytes] | None = None  # number of lines, and the checksum of the last, once it is known
 
     @classmethod
     def open(
@@ -148,6 +301,7 @@ class RunDirectory:
         config = {"schema": SCHEMA, **config}
         try:
             path.mkdir(parents=True, exist_ok=True)
+            _check_kinds(path)
             leftovers = {".lock", "config.json.partial"}  # of a kill before there was a configuration
             if read_json(path / "config.json") is None and any(entry.name not in leftovers for entry in path.iterdir()):
                 raise SettingError(f"--out {path} has other files in it and is no run directory: choose a new one")
@@ -163,6 +317,8 @@ class RunDirectory:
                     f"--out {path} is in use by another process: wait for it, or choose another directory"
                 )
             run = cls(path, lock, notice)
+            with run._guarded("."):
+                _tidy(path)
             stored = read_json(path / "config.json")  # only now can nobody else be writing it
             if stored is None:
                 run.save_config(config)
@@ -180,12 +336,28 @@ class RunDirectory:
     @property
     def summary(self) -> Record | None:
         """Summary of a complete run; None of any other."""
-        return read_json(self.path / "summary.json")
+        path = self.path / "summary.json"
+        summary = read_json(path)
+        if summary is not None:
+            check_content(summary, path)
+        return summary
 
     def append(self, records: Iterable[Record]) -> None:
         """Adds lines to ``metrics.jsonl``."""
+        count, previous = self._last_line()
+        text, end = _as_lines(records, previous)
+        self._end = None  # until the line is written: a full disk may leave a part of it
         with self._guarded("metrics.jsonl"), (self.path / "metrics.jsonl").open("ab") as file:
-            file.write(_as_lines(records))
+            file.write(text)
+        self._end = count + text.count(b"\n"), end
+
+    def _last_line(self) -> tuple[int, bytes]:
+        """How many lines ``metrics.jsonl`` has, and the checksum of the last; empty if that has none."""
+        if self._end is None:
+            lines = _read_lines(self.path)
+            checked = _CHECKED.fullmatch(lines[-1][1]) if lines else None
+            self._end = len(lines), checked[2] if checked else b""
+        return self._end
 
     def metrics(self) -> list[Record]:
         """The records written so far."""
@@ -210,47 +382,84 @@ class RunDirectory:
         """Replaces a checkpoint; ``name`` is for runs that keep several."""
         from safetensors.torch import save
 
-        header = json.dumps({"step": checkpoint.step, "extra": checkpoint.extra})
-        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
-        self._write(f"{name}.safetensors", save(tensors, metadata={"checkpoint": header}))
+        self.reopen()  # of a complete sweep that is extended: beside a summary, a checkpoint is a leftover
+        path = self.path / "metrics.jsonl"
+        with self._guarded(path.name):
+            if path.exists():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())  # the lines must not be lost to a power cut that the checkpoint survives
+        header = json.dumps({"step": checkpoint.step, "extra": checkpoint.extra, "lines": self._last_line()[0]})
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in checkpoint.tensors.items()}
+        metadata = {"checkpoint": header, "crc": _digest(header, tensors)}
+        self._write(f"{name}.safetensors", save(tensors, metadata=metadata))
 
     def load_checkpoint(self, name: str = "checkpoint") -> Checkpoint | None:
         """A checkpoint written before, or ``None`` if there is none of that name."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path / f"{name}.safetensors"
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
+            if path.is_symlink() or not path.is_file():
+                raise ValueError(f"it is {_kind(path)}, no file")
             with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["checkpoint"])
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return Checkpoint(header["step"], tensors, header["extra"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # all but the first: another header
+            header = json.loads(metadata["checkpoint"])
+            if "crc" in metadata and metadata["crc"] != _digest(metadata["checkpoint"], tensors):
+                raise ValueError("its checksum does not fit")
+            step, extra, lines = header["step"], header["extra"], header.get("lines")
+            if not (isinstance(step, int) and step >= 0 and isinstance(extra, dict) and isinstance(lines, int | None)):
+                raise ValueError("it has another header")
+            return Checkpoint(step, tensors, extra, lines)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise SettingError(f"{path} is damaged ({error}): remove it to begin again, or use another --out") from None
+
+    def check_lines(self, checkpoint: Checkpoint, records: Sequence[Record], name: str = "checkpoint") -> None:
+        """Raise a `SettingError` if ``metrics.jsonl`` has lost lines that were there when a checkpoint was written."""
+        if checkpoint.lines is not None and len(records) < checkpoint.lines:
+            raise SettingError(
+                f"{self.path / 'metrics.jsonl'} has {len(records)} lines and had {checkpoint.lines} when "
+                f"{name}.safetensors was written: restore it from a copy; or remove {self.path / name}.safetensors to "
+                "begin again; or use another --out"
+            )
 
     def resume(self) -> Checkpoint | None:
         """The last checkpoint, or ``None`` to begin at step 0. Removes what was written after it."""
         checkpoint = self.load_checkpoint()
         step = checkpoint.step if checkpoint else 0
-        kept = [record for record in self.metrics() if record["step"] <= step] if checkpoint else []
+        records = self.metrics() if checkpoint else []
+        if checkpoint:
+            self.check_lines(checkpoint, records)
+            if without := next((number for number, record in enumerate(records, 1) if "step" not in record), None):
+                raise SettingError(
+                    f"{self.path / 'metrics.jsonl'}, line {without} has no step: restore the file, or use another --out"
+                )
         if (self.path / "metrics.jsonl").exists():
-            self._write("metrics.jsonl", _as_lines(kept))
-        for snapshot in (self.path / "snapshots").glob("*.npz"):
+            self.replace_metrics([record for record in records if record["step"] <= step])
+        for snapshot in snapshot_files(self.path):
             if checkpoint is None or int(snapshot.stem) > step:
-                snapshot.unlink()
+                with self._guarded(f"snapshots/{snapshot.name}"):
+                    snapshot.unlink()
         return checkpoint
 
     def finish(self, summary: Record) -> None:
         """Writes the summary, which marks the run complete, and removes the checkpoint and a page made meanwhile."""
-        (self.path / "report.html").unlink(missing_ok=True)  # beside a summary there is no page but its own
+        with self._guarded("report.html"):
+            (self.path / "report.html").unlink(missing_ok=True)  # beside a summary there is no page but its own
         self._write("summary.json", _as_json(summary))
-        for checkpoint in self.path.glob("*.safetensors"):
-            checkpoint.unlink()
+        with self._guarded("checkpoint.safetensors"):
+            _tidy(self.path)
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is what an interrupted run continues from."""
+        return any(OWN.fullmatch(entry.name) for entry in self.path.iterdir())
 
     def drop_checkpoint(self) -> None:
         """Removes the checkpoint of a run that has ended, where others follow."""
-        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
+        with self._guarded("checkpoint.safetensors"):
+            (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def save_model(self, name: str, write: Callable[[Path], None]) -> None:
         """Keeps a trained model as the directory ``models/name``, whole or not at all.
@@ -270,20 +479,23 @@ class RunDirectory:
 
     def replace_metrics(self, records: Iterable[Record]) -> None:
         """Writes ``metrics.jsonl`` again."""
-        self._write("metrics.jsonl", _as_lines(records))
+        self._end = None
+        self._write("metrics.jsonl", _as_lines(records)[0])
 
     def reopen(self) -> None:
         """Removes the summary of a complete run that is to go on, an extended sweep say."""
-        (self.path / "summary.json").unlink(missing_ok=True)
+        with self._guarded("summary.json"):
+            (self.path / "summary.json").unlink(missing_ok=True)
 
     def drop_damaged_line(self) -> list[Record]:
         """The records written so far, after removing a last line that a kill cut short, so that more can follow."""
-        records = self.metrics()
+        found = _read_lines(self.path, self._notice)
         path = self.path / "metrics.jsonl"
-        text = _as_lines(records)
-        if path.exists() and path.read_bytes() != text:
+        text = b"".join(line + b"\n" for _, line in found)
+        if path.exists() and path.stat().st_size != len(text):
             self._write("metrics.jsonl", text)
-        return records
+            self._end = None
+        return [record for record, _ in found]
 
     def _write(self, name: str, data: bytes) -> None:
         """Writes a whole file under its name, or leaves what was there."""
@@ -292,7 +504,7 @@ class RunDirectory:
         with self._guarded(name):
             path.parent.mkdir(exist_ok=True)
             try:
-                with partial.open("wb") as file:
+                with files.fresh(partial) as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
@@ -308,8 +520,9 @@ class RunDirectory:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 remedy = "free some space, then run the same command again: it continues from the last checkpoint"
                 raise SettingError(f"the disk is full, {self.path / name} was not written: {remedy}") from None
+            where = self.path if name == "." else self.path / name
             raise SettingError(
-                f"{self.path / name} cannot be written ({error.strerror}): restore access, then run the command again"
+                f"{where} cannot be written ({error.strerror}): restore access, then run the command again"
             ) from None
 
 
@@ -346,8 +559,26 @@ def _lock_on_windows(file: IO[bytes]) -> bool:
     return True
 
 
-def _as_lines(records: Iterable[Record]) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+def _as_lines(records: Iterable[Record], previous: bytes = b"") -> tuple[bytes, bytes]:
+    """Return records as lines, each with the checksum of itself and the one before, and the last checksum."""
+    lines = []
+    for record in records:
+        body = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")[:-1]
+        previous = _checksum(body, previous)
+        lines.append(body + b', "crc": "' + previous + b'"}\n')
+    return b"".join(lines), previous
+
+
+def _digest(header: str, tensors: "dict[str, Tensor]") -> str:
+    """The checksum of a checkpoint: of its header, and of name, type, shape and bytes of every tensor."""
+    import torch
+
+    crc = zlib.crc32(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        numbers: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        crc = zlib.crc32(numbers, crc)
+    return f"{crc:08x}"
 
 
 def _as_json(value: Record) -> bytes:

@@ -5,17 +5,18 @@ reads all the same. What had to be left out is said in `StoredRun.notices`.
 """
 
 import functools
+import io
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from rankdecay import files
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.settings import renamed
-from rankdecay.lab.store import Record, read_json, read_metrics
+from rankdecay.lab.store import Record, check_content, read_json, read_metrics, snapshot_files
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ def read_config(directory: Path) -> Record:
     Raises:
         SettingError: when the directory is not a run, or the file is damaged.
     """
-    config = read_json(directory / "config.json")
+    path = directory / "config.json"
+    config = read_json(path)
     if config is None:
         raise SettingError(f"{directory} has no config.json: give the --out directory of a rankdecay experiment")
-    if not all(isinstance(arm, dict) and "name" in arm for arm in config.get("arms", [])):
-        raise SettingError(f"{directory / 'config.json'}: an arm has no name; restore the file")
+    check_content(config, path)
     return config
 
 
@@ -98,6 +99,8 @@ def read_run(
     directory, notices = Path(directory), []
     today = functools.partial(renamed, aliases=aliases or {})
     config, summary = today(read_config(directory)), read_json(directory / "summary.json")
+    if summary is not None:
+        check_content(summary, directory / "summary.json")
     if summary is not None and summary.get("command") != config.get("command"):
         raise SettingError(
             f"{directory / 'summary.json'} is of {summary.get('command')!r} and config.json beside it of "
@@ -110,6 +113,11 @@ def read_run(
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             path = directory / "metrics.jsonl"
             raise SettingError(f"{path}, line {number}: not a row of this experiment ({error!r})") from error
+    if summary is not None and len(rows) < summary.get("lines", 0):
+        raise SettingError(
+            f"{directory / 'metrics.jsonl'} has {len(rows)} lines, and summary.json was made from {summary['lines']}: "
+            "restore it from a copy, or remove summary.json and run the command again"
+        )
     stored = StoredRun([directory], [config], config, rows, summary and today(summary), summary is not None, notices)
     return stored if stored.complete else replace(stored, summary=so_far(stored))
 
@@ -120,16 +128,46 @@ def snapshots(stored: StoredRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     Raises:
         SettingError: for an older one that cannot be read.
     """
-    folder = stored.directory / "snapshots"
-    paths = sorted(folder.glob("*.npz"), key=lambda path: int(path.stem)) if folder.is_dir() else []
+    paths = snapshot_files(stored.directory)
     for path in paths:
         try:
-            # opened here, because numpy leaves open what it finds damaged
-            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                arrays: dict[str, Any] = {name: file[name] for name in file.files}
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            arrays = read_snapshot(path)
+        except SettingError as error:
             if path != paths[-1]:
-                raise SettingError(f"{path} cannot be read ({error!r}); remove it to report without it") from error
-            stored.notices.append(f"The newest snapshot, {path.name}, cannot be read and is left out.")
+                raise
+            stored.notices.append(f"The newest snapshot, {path.name}, is left out: {error}")
         else:
             yield int(path.stem), arrays
+
+
+LARGEST_SNAPSHOT = 2**28  # bytes, unpacked
+LABELS = ("groups", "positions")  # arrays that all members share
+
+
+def read_snapshot(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of one snapshot.
+
+    Raises:
+        SettingError: if it cannot be read, is compressed from more than makes sense, or its arrays do not fit together.
+    """
+    try:
+        raw = io.BytesIO(files.read_bytes(path, LARGEST_SNAPSHOT, SettingError))
+        with zipfile.ZipFile(raw) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > LARGEST_SNAPSHOT:
+            raise SettingError(f"{path} unpacks to {size} bytes, more than any snapshot has; remove it")
+        with np.load(raw, allow_pickle=False) as file:
+            arrays: dict[str, np.ndarray] = {name: file[name] for name in file.files}
+        if odd := next((name for name, array in arrays.items() if array.dtype.kind not in "biufU"), None):
+            raise ValueError(f"{odd} is of type {arrays[odd].dtype}")
+        if "arms" in arrays:
+            counts = {name: array.shape[:1] for name, array in arrays.items() if name not in LABELS}
+            if len(set(counts.values())) > 1:
+                raise ValueError(f"its arrays are of {sorted(set(counts.values()))} members")
+    except SettingError:
+        raise
+    except Exception as error:  # a damaged archive fails in as many ways as it has bytes
+        raise SettingError(
+            f"{path} cannot be read as a snapshot ({str(error)[:200]}); restore it, or remove it to go on without it"
+        ) from None
+    return arrays

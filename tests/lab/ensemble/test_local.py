@@ -22,6 +22,7 @@ from rankdecay.lab.ensemble.sweep import Plan, Source, Trial
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.store import RunDirectory
+from tests.lab.disk import full_for
 from tests.waiting import HANG, no_hang
 
 NETWORK = TransformerConfig(6, 3, 5, width=8, depth=1, heads=2, mlp_width=16)
@@ -332,8 +333,8 @@ def test_an_exception_of_a_worker_surfaces(directory, monkeypatch, threads, work
 
 
 def test_a_full_disk_is_reported_as_such(directory):
-    (directory.path / "under_way-0.safetensors.partial").symlink_to("/dev/full")
-    with pytest.raises(SettingError, match="disk is full"):
+    partial = directory.path / "under_way-0.safetensors.partial"
+    with full_for(partial), pytest.raises(SettingError, match="disk is full"):
         list(local.rows(TRIALS, PLAN, directory))
 
 

@@ -1,5 +1,6 @@
 """A run that is interrupted, killed or out of disk ends as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from rankdecay.lab.progress import Progress
 from rankdecay.lab.store import RunDirectory, read_metrics
 from rankdecay.lab.tasks import make_dataset
 from tests import needs
+from tests.lab.disk import full_for
 from tests.waiting import HANG
 
 CONFIG = {"command": "test", "settings": {}, "arms": []}
@@ -164,20 +166,24 @@ def test_a_line_cut_short_by_a_kill(whole, tmp_path, share):
 
 
 @needs.full_disk
-@pytest.mark.parametrize("name", ["metrics.jsonl", "snapshots/00000006.npz.partial", "checkpoint.safetensors.partial"])
-def test_a_full_disk_costs_nothing_that_was_stored(whole, tmp_path, name):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "snapshots/00000006.npz", "checkpoint.safetensors"])
+def test_a_full_disk_costs_nothing_that_was_stored(whole, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("rankdecay.lab.store.CHECKPOINT_RARITY", 0)  # a checkpoint at each evaluation
     path = tmp_path / "run"
+    with contextlib.ExitStack() as disk:
 
-    def fill(step):
-        if step == 3 and not (path / "aside").exists() and not (path / name).is_symlink():
-            if (path / name).exists():
+        def fill(step):
+            if step != 3 or (path / "aside").exists():
+                return
+            if name == "metrics.jsonl":
                 (path / name).rename(path / "aside")
-            (path / name).symlink_to("/dev/full")
+                (path / name).symlink_to("/dev/full")
+            else:
+                disk.enter_context(full_for(path / f"{name}.partial"))
 
-    ensembles_stored = "metrics.jsonl" if name == "metrics.jsonl" else name.removesuffix(".partial")
-    with pytest.raises(SettingError) as error:
-        run(path, then=fill)
-    assert all(word in str(error.value) for word in ("disk is full", ensembles_stored, "free", "again"))
+        with pytest.raises(SettingError) as error:
+            run(path, then=fill)
+    assert all(word in str(error.value) for word in ("disk is full", name, "free", "again"))
     assert "\n" not in str(error.value)
     if (path / "aside").exists():
         (path / name).unlink()
@@ -328,5 +334,4 @@ def test_killed_before_any_one_of_its_file_operations_a_run_ends_the_same(tmp_pa
         for arm, wanted in zip(summary["arms"], expected["arms"], strict=True):
             assert timeless([arm | {"steps_per_second": 0}]) == timeless([wanted | {"steps_per_second": 0}])
         left = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.suffix != ".npz"}
-        # a kill between the summary and the end leaves the last checkpoint, which nobody reads any more
-        assert left - {"checkpoint.safetensors"} == {".lock", "config.json", "metrics.jsonl", "summary.json"}, fatal
+        assert left == {".lock", "config.json", "metrics.jsonl", "summary.json"}, fatal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rankdecay.files import write
 from rankdecay.lab.report.chart import Chart, Line, plain
 from rankdecay.lab.report.style import ArmStyle
 from rankdecay.lab.report.words import is_number
+from rankdecay.text import visible
 
 WIDTH, ROW, LEGEND = 9.2, 2.6, 0.4  # inches
 PANELS = 3  # in a row
@@ -69,12 +72,15 @@ def drawing(path: Path, size: tuple[float, float], layout: Any = None) -> Iterat
         FigureCanvasAgg(picture)
         yield picture
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-        picture.savefig(path, dpi=200, metadata=metadata, facecolor="white")
+        drawn = io.BytesIO()
+        kind = path.suffix.lower().removeprefix(".")
+        picture.savefig(drawn, format=kind, dpi=200, metadata=metadata, facecolor="white")
+        write(path, drawn.getvalue())
 
 
 def literal(text: str) -> str:
     """A name as matplotlib shows it as it is: a dollar sign would begin mathematics."""
-    return text.replace("$", r"\$")
+    return visible(text).replace("$", r"\$")
 
 
 def draw(charts: Sequence[Chart], styles: Mapping[str, ArmStyle], path: Path) -> Path:

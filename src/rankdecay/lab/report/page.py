@@ -8,18 +8,20 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rankdecay import files
 
 SNAPSHOT_NUMBERS = 1_000_000  # of spectra and attention in one page, about 7 MB; what does not fit is thinned
 
 
 def asset(name: str, package: str | None, parts: Mapping[str, str]) -> str:
     """A file of a package, with `{{name}}` in it replaced by HTML."""
-    return _substituted((files(package or "rankdecay.lab.report") / name).read_text(encoding="utf-8"), parts)
+    return _substituted((resources.files(package or "rankdecay.lab.report") / name).read_text(encoding="utf-8"), parts)
 
 
 def _substituted(text: str, parts: Mapping[str, str]) -> str:
@@ -39,10 +41,10 @@ def fill(
         package: of an experiment, whose folder may hold any of these files, or else the one above it; `assets/` has
             the others.
     """
-    folders = [files("rankdecay.lab.report") / "assets"]
+    folders = [resources.files("rankdecay.lab.report") / "assets"]
     if package:
         above = package.rpartition(".")[0]
-        folders[:0] = [files(package), *([files(above)] if above else [])]
+        folders[:0] = [resources.files(package), *([resources.files(above)] if above else [])]
 
     def joined(names: Iterable[str]) -> str:
         paths = [next(folder / name for folder in folders if (folder / name).is_file()) for name in names]
@@ -55,10 +57,7 @@ def fill(
 
 def write(text: str, path: Path) -> Path:
     """Puts a page at `path`, by atomic rename, and returns the path."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-    return path
+    return files.write(path, text.encode("utf-8", "backslashreplace"))  # half a character, of a name, is spelled
 
 
 def embedded(value: Any) -> str:

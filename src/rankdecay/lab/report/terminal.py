@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rankdecay.lab.precision import described
 from rankdecay.lab.report.table import Column, Row, chosen
 from rankdecay.lab.report.words import Facts, verdict
 from rankdecay.lab.settings import Record
+from rankdecay.text import shown_lines, visible
 
 if TYPE_CHECKING:
     from rankdecay.lab.experiment import Experiment
@@ -28,9 +30,9 @@ def print_summary(experiment: Experiment[Any], summary: Record) -> None:
     facts = Facts.of(summary, styles)
     console.print(table(experiment.columns_of(facts), experiment.brief(summary["arms"])))
     if "precision" in summary:
-        console.print(f"\nprecision {described(summary)}", markup=False)
+        console.print(f"\nprecision {visible(described(summary) or '')}", markup=False)
     if note := experiment.note(facts):
-        console.print(f"\n{note}", markup=False)
+        console.print(f"\n{shown_lines(note.splitlines())}", markup=False)
     console.print(f"\n{verdict(summary, experiment.headline, experiment.checks, styles)}", markup=False)
 
 
@@ -41,5 +43,5 @@ def table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
     for number, heading in enumerate(["arm", *(column.heading for column in shown)]):
         made.add_column(heading, justify="right" if number else "left", vertical="bottom", no_wrap=True)
     for row in rows:
-        made.add_row(str(row["name"]), *(column.text(row) for column in shown))
+        made.add_row(*(Text(visible(text)) for text in (str(row["name"]), *(column.text(row) for column in shown))))
     return made

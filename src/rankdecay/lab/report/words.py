@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rankdecay.lab.report.style import ArmStyle, arm_styles
+from rankdecay.text import shown_lines
 
 Record = dict[str, Any]
 MARKS = {True: "✓", False: "✗", None: "–"}  # a claim holds, does not, or is not decided
@@ -91,7 +92,7 @@ class Verdict:
 
     def __str__(self) -> str:
         """The verdict as lines of text, for a terminal."""
-        return "\n".join([self.headline, *map(str, self.points)])
+        return shown_lines([self.headline, *map(str, self.points)])
 
 
 def verdict(

@@ -32,6 +32,8 @@ class RunStore:
         kept = [row for row in rows if key_of(row) in self._ended or _is_before(row, interrupted, self._saved)]
         if len(kept) < len(rows):
             directory.replace_metrics(kept)
+        if self._saved is not None:
+            directory.check_lines(self._saved, rows)
         self._before = max((row["wall"] for row in kept), default=0.0)
         self._start = time.monotonic()
         self._throttle = Throttle()

@@ -1,6 +1,6 @@
 """Inspection of a run directory: the spectra of its last snapshot, in the form of a checkpoint's."""
 
-import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +8,14 @@ import torch
 
 from rankdecay.inspection import BALANCE, Inspection, Row, spectrum_rows, untrained_product
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.store import snapshot_files
+from rankdecay.lab.stored import read_config, read_snapshot
 from rankdecay.spectrum import Spectrum
 
 
 def is_run_directory(path: Path) -> bool:
     """Whether a path is a run directory of the lab, rather than a checkpoint."""
-    return (path / "snapshots").is_dir() and (path / "config.json").is_file()
+    return os.path.isdir(path / "snapshots") and os.path.isfile(path / "config.json")
 
 
 def inspect_run(path: Path) -> Inspection:
@@ -25,7 +27,7 @@ def inspect_run(path: Path) -> Inspection:
     Raises:
         SettingError: If it has no snapshot, or one that cannot be read.
     """
-    files = sorted((path / "snapshots").glob("*.npz"))
+    files = snapshot_files(path)
     if not files:
         raise SettingError(f"{path} has no snapshot yet; wait for the run's first evaluation.")
     rows: list[Row] = []
@@ -36,7 +38,7 @@ def inspect_run(path: Path) -> Inspection:
             untrained = untrained_product("query_key", *shapes) | dict.fromkeys(BALANCE)
             heads = spectrum_rows({"product": "query_key"}, sigma.shape[-1], Spectrum(sigma), untrained)
             rows += [{"layer": layer, "name": f"{arm}, seed {seed}, layer {layer}", **row} for row in heads]
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8")).get("settings", {})
+    settings = read_config(path).get("settings", {})
     notes = [f"step {int(files[-1].stem)}"]
     if settings.get("qk_norm", "head") != "none":
         notes.append("queries and keys are normalised: the product is shown for its spectrum, not for its balance")
@@ -46,10 +48,15 @@ def inspect_run(path: Path) -> Inspection:
 def _products(file: Path) -> dict[tuple[str, int], tuple[int, torch.Tensor]]:
     """Return for every member the width of the model and the singular values (layers, heads, head_dim)."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            members = zip(arrays["arms"].tolist(), arrays["seeds"].tolist(), strict=True)
-            width = arrays["singular_values"].shape[-1]
-            sigma = torch.from_numpy(arrays["product"].astype(np.float64))
-            return {member: (width, product) for member, product in zip(members, sigma, strict=True)}
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingError(f"{file} cannot be read as a snapshot: {error}") from None
+        arrays = read_snapshot(file)
+        members = zip(arrays["arms"].tolist(), arrays["seeds"].tolist(), strict=True)
+        width = arrays["singular_values"].shape[-1]
+        product = arrays["product"].astype(np.float64)
+        if product.ndim != 4 or not 0 < product.shape[-1] <= width:
+            raise ValueError(f"product has shape {product.shape}")
+        sigma = torch.from_numpy(product)
+        return {member: (width, product) for member, product in zip(members, sigma, strict=True)}
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        if isinstance(error, SettingError):
+            raise
+        raise SettingError(f"{file} cannot be read as a snapshot ({error}); restore it, or remove it") from None
