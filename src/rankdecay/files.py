@@ -99,7 +99,10 @@ def write(path: str | Path, content: bytes) -> Path:
     part = path.with_name(f"{path.name[:_LONGEST]}{PARTIAL[0]}")
     try:
         if kind_of(path) in ("a pipe", "a device"):
-            with path.open("wb") as file:
+            # of a pipe that nobody reads this fails, and would wait otherwise
+            handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+            with open(handle, "wb") as file:
+                os.set_blocking(handle, True)
                 file.write(content)
             return path
         if path.is_dir():

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.layer import AttentionLayer, MatrixView
 from rankdecay.attention.locate import Names, chosen, find_layers, listed
 from rankdecay.attention.names import SCALED_OUTPUT
@@ -162,11 +163,9 @@ def inspect(
         wanted = _chosen_heads(heads, layer.num_heads, layer.name or "the model")
         try:
             layer_rows = list(_layer_rows(layer, *_deviations(source, layer, len(found))))
-        except (
-            RuntimeError,
-            ZeroDivisionError,
-            MemoryError,
-        ) as error:  # shapes that contradict each other, or overflow
+        except CheckpointError:
+            raise
+        except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:  # shapes that contradict each other
             raise ValueError(f"{layer.name or 'the model'} of {source} cannot be read: {error}") from None
         place = {
             "layer": layer.place.number,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import gc
 import os
 import re
 import shutil
@@ -120,8 +121,12 @@ def warm(made: list[Sample], where: Path) -> None:
                 copy = where / "warm" / sample.name
                 shutil.copytree(sample.root, copy)
                 cli.main(["report", str(copy / "run")])
+                cli.main(["report", str(copy / "run"), "--figure", str(copy / "figure.svg")])
+                cli.main(_again(sample, copy))
             else:
                 cli.main(["inspect", str(sample.root / sample.given), "--json"])
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page that it looks at
 
 
 def run_command(command: list[str]) -> int:
@@ -149,9 +154,14 @@ def of_run(rng: Random, sample: Sample, root: Path) -> list[str]:
     if kind == "out":
         return ["report", out, "--out", str(root / "page.html")]
     if kind == "again":
-        places = {"OUT": out, "TEXT": str(root / "text.txt")}
-        return [places.get(word, word) for word in sample.again]
+        return _again(sample, root)
     return [kind, out]
+
+
+def _again(sample: Sample, root: Path) -> list[str]:
+    """Return the command that wrote a run directory, for a copy of it."""
+    places = {"OUT": str(root / sample.given), "TEXT": str(root / "text.txt")}
+    return [places.get(word, word) for word in sample.again]
 
 
 def judge(case: Case, ended: Ended, before: dict[str, object], after: dict[str, object], root: Path) -> Finding | None:

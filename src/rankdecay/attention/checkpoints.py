@@ -272,7 +272,8 @@ def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
     shapes = {name: shapes[stored_as[name]] for name in sorted(stored_as, key=_natural)}
     config = configuration(found.folders, found.files[0], shapes, content)
     shapes, load, codes = dequantised(shapes, dtypes, config, load_stored, header, CheckpointError)
-    shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
+    if codes:  # the codes of a weight may have stood elsewhere
+        shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
     opened = Checkpoint(path, shapes, config, load, tuple(dict.fromkeys([*candidates, *copies])), stored_as=codes)
     if not is_adapter(found.files[0], shapes):
         return opened
@@ -307,8 +308,13 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     name = (
         name.replace("encoder.", "0encoder.").replace("enc.blk.", "0enc.blk.").replace("encoder_attn", "~encoder_attn")
     )
-    numbers = ((number_in(part), part) for part in name.split("."))
-    return [(1, 0, part) if number is None else (0, number, "") for number, part in numbers]
+    return [_natural_part(part) for part in name.split(".")]
+
+
+@lru_cache(maxsize=2**14)
+def _natural_part(part: str) -> tuple[int, int, str]:
+    number = number_in(part)
+    return (1, 0, part) if number is None else (0, number, "")
 
 
 def _safetensors_shapes(file: Path, header: dict[str, str]) -> tuple[dict[str, Shape], dict[str, torch.dtype]]:

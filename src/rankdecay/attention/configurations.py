@@ -21,7 +21,7 @@ _INSIDE = ("model_args", "model_config", "config", "gpt_config", "hyper_paramete
 _META = re.compile(r"(?:(?:module|_orig_mod)\.)*layers\.\d+\.attention\.wq\.weight")
 _META_TENSORS = re.compile(r"(?:.*\.)?(?:rope\.freqs|freqs_cis|freqs_cos|tok_embeddings\.weight)")
 _LARGEST_YAML = 2**20
-_MOST_SETTINGS = 10_000
+_MOST_SETTINGS, _MOST_PARTS = 10_000, 100
 _PLAIN = (str, int, float, type(None))
 #: Settings that are asked for, by what they have to be.
 _TEXTS = ("model_type", "position_embedding_type", "rope_type")
@@ -83,6 +83,7 @@ def _checked(config: dict[str, Any], file: object, depth: int = 4) -> dict[str, 
     """
     if len(config) > _MOST_SETTINGS or depth < 0:
         raise CheckpointError(f"{file} has {len(config)} settings in one place, more than a model has; restore it.")
+    _check_parts(config, file)
     for name, value in config.items():
         if name in _TEXTS and not isinstance(value, str | None):
             raise CheckpointError(f"{file}: {name} should be a text, and is {_brief(value)}; restore it.")
@@ -90,9 +91,20 @@ def _checked(config: dict[str, Any], file: object, depth: int = 4) -> dict[str, 
             raise CheckpointError(f"{file}: {name} should be a share from 0 to 1, and is {_brief(value)}; restore it.")
         if name in _LISTS and isinstance(value, list) and not all(isinstance(item, _PLAIN) for item in value):
             raise CheckpointError(f"{file}: {name} should list plain values, and has others; restore it.")
-        if isinstance(value, dict) and ("model_type" in value or name.endswith(("_config", "_cfg", "_parameters"))):
+        if isinstance(value, dict) and (
+            "model_type" in value or name.endswith(("_config", "_cfg", "_parameters")) or name in ("encoder", "decoder")
+        ):
             _checked(value, file, depth - 1)
     return config
+
+
+def _check_parts(config: Mapping[str, Any], file: object) -> None:
+    """Refuse a configuration of more parts than any model has: each is compared with the path of every module."""
+    parts = sum(isinstance(value, dict) for value in config.values())
+    if parts > _MOST_PARTS:
+        raise CheckpointError(
+            f"{file} has the settings of {parts} parts in one place, more than a model has; restore it."
+        )
 
 
 def _brief(value: object) -> str:

@@ -260,6 +260,7 @@ class _Search:
 def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionNames]:
     """Yield the rows of known names that a module has the projections of, the surest first."""
     yield from filter(reader.matches, (*FUSED, *SEPARATE))
+    children = dict.fromkeys(children)  # asked for each name of each spelling
     for child in sorted(children, key=lambda child: (len(child), child)):  # the order in files differs
         for spelling in spellings(child):
             query, key, value = spelling.query, spelling.key, spelling.value
@@ -284,14 +285,17 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
     fused = list(filter(is_fused_like, left))
 
     def shown(children: Sequence[str]) -> str:
-        shapes = (reader.shape(name) for child in children if (name := reader.parameter(child)))
-        return " and ".join(f"{child} {shape}" for child, shape in zip(children, shapes, strict=True))
+        first = children[:6]
+        shapes = (reader.shape(name) for child in first if (name := reader.parameter(child)))
+        more = f" and {len(children) - 6} more" if len(children) > 6 else ""
+        return " and ".join(f"{child} {shape}" for child, shape in zip(first, shapes, strict=True)) + more
 
     if not (fused or (queries and keys)):
         there = reader.source.children(reader.module)
         if mark := next((mark for mark in NOT_READ if mark in there), None):
             return NOT_READ[mark]
-        alike = any(spelling.value in left for key in keys for spelling in spellings(key, of="key"))
+        among = set(left)
+        alike = any(spelling.value in among for key in keys for spelling in spellings(key, of="key"))
         if alike and "receptance" not in left:
             return f"{shown(keys)}: keys and values without a projection to queries"
         outputs = [s.output for child in queries for s in spellings(child) if reader.parameter(s.output)]

@@ -153,13 +153,22 @@ class Spelling(NamedTuple):
     key_value: str
 
 
-def spellings(child: str, of: Literal["query", "key", "value"] = "query") -> Iterator[Spelling]:
-    """Yield the names that belong together if ``child`` is the query's, or that of another.
+#: Longest name of a projection in its module, in characters: what is done with one grows with the square.
+_LONGEST = 128
+
+
+@lru_cache(maxsize=4096)  # the layers of a model use a few names again and again
+def spellings(child: str, of: Literal["query", "key", "value"] = "query") -> tuple[Spelling, ...]:
+    """Return the names that belong together if ``child`` is the query's, or that of another.
 
     Example:
         >>> list(spellings("q_proj"))
         [Spelling(query='q_proj', key='k_proj', value='v_proj', output='o_proj', key_value='kv_proj')]
     """
+    return tuple(_spelled(child, of)) if len(child) <= _LONGEST else ()
+
+
+def _spelled(child: str, of: Literal["query", "key", "value"]) -> Iterator[Spelling]:
     if _NO_PROJECTION.search(child):
         return
     for words in _WORDS:
@@ -196,7 +205,7 @@ def is_input_like(child: str) -> bool:
 
 def is_output_like(child: str) -> bool:
     """Whether a name says that it is a projection to the attention's output."""
-    return bool(_OUTPUT_WORD.fullmatch(child)) and not _NO_PROJECTION.search(child)
+    return len(child) <= _LONGEST and bool(_OUTPUT_WORD.fullmatch(child)) and not _NO_PROJECTION.search(child)
 
 
 def is_query_key_norm(child: str) -> bool:

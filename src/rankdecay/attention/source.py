@@ -104,12 +104,15 @@ class ModuleSource:
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
+        ValueError: If a parameter has no shape.
     """
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = model
+        if nested := next((name for name, p in model.named_parameters() if p.is_nested), None):
+            raise ValueError(f"{nested} is a nested tensor, which has no shape: make it a plain one first.")
         self._quantised = live_weights(model)
         parameters = {name: tuple(p.shape) for name, p in named_parameters(model).items()}
         self.shapes = parameters | {name: weight.shape for name, weight in self._quantised.items()}

@@ -48,8 +48,8 @@ REST = "."
 _DEEP, _MOST_MAPPINGS = 4, 10_000  # a hostile pickle can refer to itself
 #: Longest name of a tensor, in characters, and most parts of one: what is done with a name grows with both.
 LONGEST_NAME, MOST_PARTS = 1024, 64
-#: Most tensors of a checkpoint: the largest that are published have a third of it.
-MOST_TENSORS = 2**20
+#: Most tensors of a checkpoint: the largest that are published, quantised experts, have about half of it.
+MOST_TENSORS = 2**19
 
 
 class SeveralSets(CheckpointError):

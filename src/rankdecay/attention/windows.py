@@ -641,7 +641,7 @@ class ModuleReader(ModuleSettings):
             return True
         for name in parameters.values():
             bias = self.bias(name)
-            if bias is None:
+            if bias is None or not self.shape(bias):
                 continue
             (length, *_), (rows, columns, *_) = self.shape(bias), self.shape(name)
             if rows != columns:

@@ -19,6 +19,7 @@ Three things are less obvious:
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -60,12 +61,15 @@ from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend
 
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
+_attaching = threading.Lock()  # the set must not change its size while another thread looks through it
 _sees_hooks = False
 
 
 def attached() -> list[Attachment]:
     """Return the attachments whose decay is applied, or paused, and whose optimizer still exists."""
-    return [attachment for attachment in _attached if attachment._optimizer() is not None]
+    with _attaching:
+        every = list(_attached)
+    return [attachment for attachment in every if attachment._optimizer() is not None]
 
 
 class Attachment:
@@ -113,7 +117,8 @@ class Attachment:
         if any("param_names" in group for group in optimizer.param_groups):
             _name_later_groups(optimizer)
         self._watch = Watch(kind, [p for held in self._targets(optimizer) for p in held.parameters])
-        _attached.add(self)
+        with _attaching:
+            _attached.add(self)
         _see_hooks()
 
     @property
@@ -140,7 +145,8 @@ class Attachment:
             self._before_saving(optimizer)
             self._source.close(optimizer)
             vars(optimizer).pop("add_param_group", None)
-        _attached.discard(self)
+        with _attaching:
+            _attached.discard(self)
 
     @property
     def active(self) -> bool:

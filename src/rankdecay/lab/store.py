@@ -323,6 +323,7 @@ class RunDirectory:
             if stored is None:
                 run.save_config(config)
             else:
+                check_content(stored, path / "config.json")
                 _refuse_other_configuration(path, stored, json.loads(json.dumps(config)), identity, defaults or {})
             on_error.pop_all()
         return run

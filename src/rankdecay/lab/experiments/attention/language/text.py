@@ -8,6 +8,7 @@ A batch depends on the seed and the step alone, so that a resumed run sees the t
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankdecay.files import read_bytes
 from rankdecay.lab.errors import SettingError
 
+LARGEST = 2**31  # bytes of one file: all of a text is in memory, several times
 # Not part of the library, or no prose and no program: tables of characters, the topics of pydoc.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 BYTES = 256
@@ -80,7 +83,9 @@ def read_text(path: str | Path) -> list[Document]:
         files = [file for file in sorted(root.rglob("*")) if file.is_file()] if root.is_dir() else [root]
         names = {file: file.relative_to(root) for file in files}
         visible = [file for file, name in names.items() if not any(part.startswith(".") for part in name.parts)]
-        documents = [Document(names[file].as_posix(), file.read_bytes()) for file in visible]
+        if not os.path.exists(root):
+            raise FileNotFoundError
+        documents = [Document(names[file].as_posix(), read_bytes(file, LARGEST, SettingError)) for file in visible]
     except FileNotFoundError:
         raise SettingError(f"--text {path} does not exist: give a text file, or a directory of them") from None
     except OSError as error:
