@@ -72,10 +72,9 @@ def read_json(path: str | Path, largest: int, error: type[ValueError] = ValueErr
     Raises:
         ValueError: (or ``error``) As :func:`read_bytes`, and if the file holds anything but one JSON object.
     """
+    content = read_bytes(path, largest, error)
     try:
-        value = json.loads(read_bytes(path, largest, error).decode("utf-8-sig"))
-    except error:
-        raise
+        value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as damaged:
         raise error(f"{path} is not valid JSON ({_brief(damaged)}): restore it.") from None
     if not isinstance(value, dict):

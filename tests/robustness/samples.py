@@ -203,7 +203,7 @@ def _lit(root: Path) -> None:
     for layer in range(DEPTH):
         path = f"transformer.h.{layer}.attn."
         tensors |= {
-            f"{path}attn.weight": torch.randn(3 * WIDTH, WIDTH),
+            f"{path}qkv.weight": torch.randn(3 * WIDTH, WIDTH),
             f"{path}proj.weight": torch.randn(WIDTH, WIDTH),
         }
     torch.save({"model": tensors}, root / "lit_model.pth")

@@ -6,6 +6,7 @@ when the lab's packages are installed, and says what exit codes mean.
 """
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,7 @@ def _report(settings: Report) -> None:
     if settings.figure is not None and settings.out is not None:
         raise SettingError(f"--out {settings.out} is for the page and --figure for the figure: give one of them")
     for option, path in (("--out", settings.out), ("--figure", settings.figure)):
-        if path is not None and path.is_dir():
+        if path is not None and os.path.isdir(path):
             raise SettingError(f"{option} {path} is a directory: give a file in it")
     several = len(directories) > 1 and any(experiment.of_directory(path).merged for path in directories)
     try:

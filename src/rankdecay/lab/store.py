@@ -132,10 +132,9 @@ def read_json(path: Path) -> Record | None:
     """
     if not os.path.lexists(path):
         return None
+    content = _read(path, LARGEST.get(path.name, 2**24))
     try:
-        value = json.loads(_read(path, LARGEST.get(path.name, 2**24)))
-    except SettingError:
-        raise
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise SettingError(f"{path} is not valid JSON ({error}): restore it, or use another --out") from None
     if not isinstance(value, dict):
