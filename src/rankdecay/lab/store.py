@@ -78,7 +78,7 @@ def _read_lines(directory: Path, notice: Notice | None = None) -> list[tuple[Rec
         try:
             record, previous = _parsed(line, previous)
         except ValueError as error:
-            if number < last:
+            if number < last or isinstance(error, _Changed):
                 raise SettingError(
                     f"{path}, line {number} {error}: restore the file from a copy; or remove this line and those after "
                     "it, and the checkpoint if there is one, to compute them again; or use another --out"
@@ -90,25 +90,29 @@ def _read_lines(directory: Path, notice: Notice | None = None) -> list[tuple[Rec
     return found
 
 
+class _Changed(ValueError):
+    """Raised for a line that is whole and yet not what was written, which no interruption explains."""
+
+
 def _parsed(line: bytes, previous: bytes) -> tuple[Record, bytes]:
     """Return the record of a line without its checksum, and that; a `ValueError` says what is wrong with the line."""
     checked, crc = _CHECKED.fullmatch(line), b""
     if checked:
         crc = checked[2]
         if _checksum(checked[1], previous) != crc:
-            raise ValueError("is damaged, or one before it is missing: its checksum does not fit")
+            raise _Changed("is damaged, or one before it is missing: its checksum does not fit")
         line = checked[1] + b"}"
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
-        raise ValueError("is damaged") from None
+        raise ValueError("is damaged") from None  # the last one perhaps because it was cut short
     if not isinstance(record, dict) or not record:
-        raise ValueError(f"is damaged: it holds {'nothing' if record == {} else type(record).__name__}, not a record")
+        raise _Changed(f"is damaged: it holds {'nothing' if record == {} else type(record).__name__}, not a record")
     for name, kind in KINDS.items():
         value = record.get(name, kind())
         right = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
         if (not right and value is not None) or isinstance(value, bool):
-            raise ValueError(f"is damaged: its {name} is {str(value)[:40]!r}")
+            raise _Changed(f"is damaged: its {name} is {str(value)[:40]!r}")
     return record, crc
 
 
