@@ -369,7 +369,12 @@ def test_permission_lost_during_a_run_is_one_clear_error(tmp_path):
 # --- directories that grow ----------------------------------------------------------------------------------------
 
 GROWING = ("command", "schema", "fixed")
-SWEEP = {"command": "boundary", "fixed": {"task": "add", "lr": 0.001}, "settings": {"seeds": 1}, "arms": ["none"]}
+SWEEP = {
+    "command": "boundary",
+    "fixed": {"task": "add", "lr": 0.001},
+    "settings": {"seeds": 1},
+    "arms": [{"name": "none"}],
+}
 
 
 def grown(path: Path, config=SWEEP, notices: list[str] | None = None) -> RunDirectory:
@@ -378,14 +383,16 @@ def grown(path: Path, config=SWEEP, notices: list[str] | None = None) -> RunDire
 
 def test_only_what_is_fixed_decides_whether_a_directory_is_the_same(tmp_path):
     grown(tmp_path / "run").__exit__()
-    more = SWEEP | {"settings": {"seeds": 3}, "arms": ["none", "l2"]}
+    more = SWEEP | {"settings": {"seeds": 3}, "arms": [{"name": "none"}, {"name": "l2"}]}
     with grown(tmp_path / "run", more) as run:
         assert run.config == {"schema": 1, **SWEEP}  # opening changes nothing
         run.save_config(more)
         assert run.config == {"schema": 1, **more}
-        run.save_config({**run.config, "arms": ["none", "l2", "smooth"]})  # one that was read has a schema already
+        run.save_config(
+            {**run.config, "arms": [{"name": name} for name in ("none", "l2", "smooth")]}
+        )  # one that was read has a schema already
     with grown(tmp_path / "run") as run:
-        assert run.config == {"schema": 1, **more, "arms": ["none", "l2", "smooth"]}
+        assert run.config == {"schema": 1, **more, "arms": [{"name": name} for name in ("none", "l2", "smooth")]}
     with pytest.raises(SettingError, match="seeds is 3 there, 1 now"):
         opened(tmp_path / "run", SWEEP)
 
