@@ -15,10 +15,10 @@ import gc
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -85,7 +85,7 @@ class Fuzzer:
         said: list[str] = []
         for _ in range(rng.choice([1, 1, 1, 2, 3])):
             for _ in range(20):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ValueError):  # of a file that an earlier damage left empty, say
                     if text := rng.choice(damages)(rng, root):
                         said.append(text)
                         break
@@ -201,9 +201,33 @@ def _contents(root: Path) -> dict[str, object]:
     return found
 
 
-def cases(fuzzer: Fuzzer, numbers: range) -> Iterator[tuple[Case, Ended, Finding | None]]:
-    for number in numbers:
-        yield fuzzer.run(number)
+def report(fuzzer: Fuzzer, numbers: range, most: int) -> int:
+    """Run cases, print the findings as they come and the counts at the end, and return the exit code."""
+    counts: collections.Counter[str] = collections.Counter()
+    signs: collections.Counter[str] = collections.Counter()
+    start, slowest, largest = time.monotonic(), 0.0, 0
+    try:
+        for case, ended, finding in map(fuzzer.run, numbers):
+            kind = finding.kind if finding else {0: "result", 2: "refused", 3: "result"}[ended.code]
+            counts[kind] += 1
+            slowest, largest = max(slowest, ended.seconds), max(largest, ended.grown)
+            if finding is None:
+                continue
+            last = (finding.text.strip().splitlines() or [""])[-1]
+            where = (re.findall(r'File "[^"]*?/(?:src/)?(rankdecay/[^"]+)", line (\d+)', finding.text) or [("", "")])[
+                -1
+            ]
+            sign = f"{kind} {':'.join(where)} {re.sub(r'[0-9]+', '#', last)[:90]}"
+            signs[sign] += 1
+            if signs[sign] <= most:
+                print(f"{kind}: {case}\n    {last[:250]} {':'.join(where)}", flush=True)
+    finally:
+        counted = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+        print(f"{sum(counts.values())} cases in {time.monotonic() - start:.0f} s: {counted}")
+        print(f"slowest {slowest:.1f} s, largest {largest / 2**20:.0f} MiB")
+        for sign, count in signs.most_common(60):
+            print(f"{count:5d} {sign}")
+    return int(bool(set(counts) - {"result", "refused"}))
 
 
 def main() -> int:
@@ -230,29 +254,8 @@ def main() -> int:
                 sep="\n---\n",
             )
             return int(finding is not None)
-        counts: collections.Counter[str] = collections.Counter()
-        start, slowest, largest = time.monotonic(), 0.0, 0
-        shown: collections.Counter[str] = collections.Counter()
-        for case, ended, finding in cases(fuzzer, range(given.start, given.start + given.cases)):
-            kind = finding.kind if finding else {0: "result", 2: "refused", 3: "result"}[ended.code]
-            counts[kind] += 1
-            slowest, largest = max(slowest, ended.seconds), max(largest, ended.grown)
-            if finding:
-                last = (finding.text.strip().splitlines() or [""])[-1]
-                where_from = re.findall(r'File "[^"]*?/(?:src/)?(rankdecay/[^"]+)", line (\d+)', finding.text)
-                sign = f"{kind} {where_from[-1] if where_from else ''} {re.sub(r'[0-9]+', '#', last)[:90]}"
-                shown[sign] += 1
-                if shown[sign] <= given.show:
-                    print(f"{kind}: {case}\n    {last[:250]} {where_from[-1] if where_from else ''}", flush=True)
-        seconds = time.monotonic() - start
-        print(
-            f"{sum(counts.values())} cases in {seconds:.0f} s: "
-            + ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
-        )
-        print(f"slowest {slowest:.1f} s, largest {largest / 2**20:.0f} MiB")
-        for sign, count in shown.most_common(60):
-            print(f"{count:5d} {sign}")
-        return int(bool(set(counts) - {"result", "refused"}))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        return report(fuzzer, range(given.start, given.start + given.cases), given.show)
     finally:
         if not given.keep:
             shutil.rmtree(where, ignore_errors=True)

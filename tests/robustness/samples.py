@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 WIDTH, HEADS, KEY_HEADS, DEPTH = 16, 4, 2, 2
 RUNS = Path(__file__).parents[1] / "lab" / "directories_02dcd16"
@@ -66,6 +66,15 @@ def runs(where: Path) -> list[Sample]:
         assert "OUT" in words, words
         found.append(Sample(stored.name, root, "run", (*words, "--preset", "standard")))
     return found
+
+
+def attention() -> nn.Module:
+    """A live attention of two heads."""
+    model = nn.Module()
+    model.num_heads = 2  # pyright: ignore[reportArgumentType]
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        setattr(model, name, nn.Linear(8, 8))
+    return model
 
 
 def llama(seed: int = 0) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from rankdecay import cli
 from rankdecay.attention.checkpoints import _natural_part
 from rankdecay.attention.listing import listing
 from rankdecay.attention.names import is_input_like, spellings
-from tests.robustness.samples import CHECKPOINTS, GPT2, LLAMA, llama
+from tests.robustness.samples import CHECKPOINTS, GPT2, LLAMA, attention, llama
 from tests.robustness.test_files import put
 
 
@@ -199,14 +199,6 @@ def test_tensors_that_are_no_matrices(
     cli.main(["inspect", str(tmp_path)])
     said = capsys.readouterr()
     assert words in said.err + said.out
-
-
-def attention() -> nn.Module:
-    model = nn.Module()
-    model.num_heads = 2  # pyright: ignore[reportArgumentType]
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        setattr(model, name, nn.Linear(8, 8))
-    return model
 
 
 def test_a_key_projection_of_no_rows_in_a_live_model() -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import os
+import sys
 import threading
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rankdecay as rd
+from rankdecay.decay.attachment import attached
 from tests import needs
 from tests.robustness.forked import forked
+from tests.robustness.samples import attention
 
 
 def side_by_side(*acts: Callable[[], None]) -> None:
@@ -47,12 +51,26 @@ def attach(of: nn.Module) -> tuple[torch.optim.Optimizer, rd.Attachment]:
 
 
 def test_attaching_in_several_threads() -> None:
+    """The attachments are looked through while others come and go; threads take turns as often as Python allows."""
+
+    held = [attach(nn.MultiheadAttention(2, 1)) for _ in range(30)]
+
     def often(of: nn.Module) -> None:
-        for _ in range(60):
+        for _ in range(20):
             attach(of)[1].detach()
 
-    side_by_side(*(lambda of=model(i): often(of) for i in range(4)))
-    gc.collect()
+    def look() -> None:
+        for _ in range(20_000):
+            attached()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        side_by_side(look, *(partial(often, model(i)) for i in range(3)))
+    finally:
+        sys.setswitchinterval(before)
+    for _, attachment in held:
+        attachment.detach()
 
 
 def train(of: nn.Module, steps: int = 30) -> list[Tensor]:
@@ -69,12 +87,37 @@ def train(of: nn.Module, steps: int = 30) -> list[Tensor]:
 
 
 def test_two_trainings_in_two_threads_are_those_one_after_the_other() -> None:
+    """Also where one attaches while the other is in the middle of a step, whose groups are cut for its length."""
     alone = [train(model(seed)) for seed in (0, 1)]
-    models = [model(seed) for seed in (0, 1)]  # made here: the seed of torch is one for all threads
-    together: dict[int, list[Tensor]] = {}
-    side_by_side(*(lambda i=i: together.update({i: train(models[i])}) for i in (0, 1)))
-    for i, parameters in enumerate(alone):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(together[i], parameters, strict=True))
+    for _ in range(5):
+        models = [model(seed) for seed in (0, 1)]  # made here: the seed of torch is one for all threads
+        together: dict[int, list[Tensor]] = {}
+        side_by_side(*(lambda i=i: together.update({i: train(models[i])}) for i in (0, 1)))  # noqa: B023 - it waits
+        for i, parameters in enumerate(alone):
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(together[i], parameters, strict=True))
+
+
+def test_attaching_in_the_middle_of_a_step_of_another_thread() -> None:
+    """What happens by chance above, made to happen: the other's groups must stay cut until its step ends."""
+    first, second = attention(), model(1)
+    cut: list[int] = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            cut.append(len(self.param_groups))
+            side_by_side(lambda: attach(second)[1].detach())
+            cut.append(len(self.param_groups))
+            return super().step(closure)
+
+    optimizer = Watched(first.parameters(), lr=1e-2)
+    attachment = rd.attach(optimizer, first, query_key=rd.LowRank(0.5))
+    whole = len(optimizer.param_groups)
+    for parameter in first.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert cut[0] == cut[1] > whole
+    assert len(optimizer.param_groups) == whole
+    attachment.detach()
 
 
 @needs.fork

@@ -286,7 +286,8 @@ class Attachment:
 
     def _targets(self, optimizer: Optimizer) -> list[_Held]:
         """Return the targets with their parameters; in the middle of a step those of the step, whose groups are cut."""
-        if self._put_back is not _nothing and is_stepping(optimizer):
+        elsewhere = self._in_step and self._thread != threading.get_ident()  # where `is_stepping` cannot look
+        if self._put_back is not _nothing and (elsewhere or is_stepping(optimizer)):
             return [held for group in self._stepping for held in group]
         self._restore()
         self._register_new_groups(optimizer)
@@ -318,7 +319,7 @@ class Attachment:
         """Note which parameters have a gradient: some optimizers clear it inside their step."""
         if self._in_step and is_inner_step(optimizer):
             return
-        self._in_step = True
+        self._in_step, self._thread = True, threading.get_ident()
         self._restore()  # if the last step raised
         self._watch.stop()
         if len(optimizer.param_groups) < len(self._registered):
