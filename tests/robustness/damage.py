@@ -27,10 +27,51 @@ Damage = Callable[[Random, Path], str | None]
 HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\nrankdecay: error: a line that is none\r=1+1\u202e"
 #: Values that a number, a name or a list in a file may be replaced by; a marker starts with "@".
 ODD: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 1e308, -1e308, 0.5, 1e-320, 2**31, 2**63, 10**30, "", "x", "4", "١٢", "⁴", "½", "\ud800", HOSTILE,
-    [], {}, [[]], [None], {"a": None}, [1, 2, 3], "a." * 10_000, "x" * 20_000, "../../../etc/passwd", "/dev/zero",
-    "/dev/stdin", "model.safetensors", ".", "..", "@inf", "@-inf", "@nan", "@digits", "@deep", "@dict", 3.5, -0.0,
-]  # fmt: skip
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    1e308,
+    -1e308,
+    0.5,
+    1e-320,
+    2**31,
+    2**63,
+    10**30,
+    "",
+    "x",
+    "4",
+    "١٢",
+    "⁴",
+    "½",
+    "\ud800",
+    HOSTILE,
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": None},
+    [1, 2, 3],
+    "a." * 10_000,
+    "x" * 20_000,
+    "../../../etc/passwd",
+    "/dev/zero",
+    "/dev/stdin",
+    "model.safetensors",
+    ".",
+    "..",
+    "@inf",
+    "@-inf",
+    "@nan",
+    "@digits",
+    "@deep",
+    "@dict",
+    3.5,
+    -0.0,
+]
 
 
 def files_of(root: Path, *suffixes: str) -> list[Path]:
@@ -107,8 +148,25 @@ def replaced(rng: Random, root: Path) -> str | None:
     (root.parent / "outside.json").write_text('{"model_type": "outside"}')
     others = [other for other in files_of(root) if other != path]
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    kind = rng.choice(["directory", "full", "fifo", "socket", "circle", "zero", "random", "outside", "nowhere", "long",
-                       "huge", "empty", "other", "linked", "proc"])  # fmt: skip
+    kind = rng.choice(
+        [
+            "directory",
+            "full",
+            "fifo",
+            "socket",
+            "circle",
+            "zero",
+            "random",
+            "outside",
+            "nowhere",
+            "long",
+            "huge",
+            "empty",
+            "other",
+            "linked",
+            "proc",
+        ]
+    )
     if kind == "directory":
         path.mkdir()
     elif kind == "full":
@@ -132,8 +190,15 @@ def replaced(rng: Random, root: Path) -> str | None:
     elif kind == "linked" and others:
         path.symlink_to(rng.choice(others))
     else:
-        targets = {"circle": path.name, "zero": "/dev/zero", "random": "/dev/urandom", "outside": str(root.parent / "outside.json"),
-                   "nowhere": "gone", "long": "x" * 300, "proc": "/proc/self/maps"}  # fmt: skip
+        targets = {
+            "circle": path.name,
+            "zero": "/dev/zero",
+            "random": "/dev/urandom",
+            "outside": str(root.parent / "outside.json"),
+            "nowhere": "gone",
+            "long": "x" * 300,
+            "proc": "/proc/self/maps",
+        }
         try:
             path.symlink_to(targets.get(kind, "gone"))
         except OSError:
@@ -154,13 +219,38 @@ def added(rng: Random, root: Path) -> str | None:
     if not found:
         return None
     beside = rng.choice(found)
-    name = rng.choice([
-        "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "config.json", "params.json",
-        "model_config.yaml", "open_clip_config.json", "adapter_config.json", "lit_config.json", "00000099.npz", "x.npz",
-        "checkpoint.safetensors", "under_way-7.safetensors", "summary.json", "metrics.jsonl", "report.html", "-1.npz",
-        "a\x1b[2Jb\nc.safetensors", "=1+1.safetensors", "\udcff.safetensors", "x" * 240 + ".bin", "x.partial", "99.npz",
-        "zarr.json", "model.gguf", "model-00001-of-99999.safetensors", "model-00002-of-00003.bin", "config.json.part",
-    ])  # fmt: skip
+    name = rng.choice(
+        [
+            "model.safetensors",
+            "pytorch_model.bin",
+            "model.safetensors.index.json",
+            "config.json",
+            "params.json",
+            "model_config.yaml",
+            "open_clip_config.json",
+            "adapter_config.json",
+            "lit_config.json",
+            "00000099.npz",
+            "x.npz",
+            "checkpoint.safetensors",
+            "under_way-7.safetensors",
+            "summary.json",
+            "metrics.jsonl",
+            "report.html",
+            "-1.npz",
+            "a\x1b[2Jb\nc.safetensors",
+            "=1+1.safetensors",
+            "\udcff.safetensors",
+            "x" * 240 + ".bin",
+            "x.partial",
+            "99.npz",
+            "zarr.json",
+            "model.gguf",
+            "model-00001-of-99999.safetensors",
+            "model-00002-of-00003.bin",
+            "config.json.part",
+        ]
+    )
     path = beside.parent / name
     if path.exists():
         return None
@@ -180,8 +270,17 @@ def renamed(rng: Random, root: Path) -> str | None:
     path = _any(rng, root)
     if path is None:
         return None
-    name = rng.choice([f"{HOSTILE[:40].replace('/', '')}{path.suffix}", f"{path.stem}2{path.suffix}", f"=x{path.suffix}",
-                       f"{'n' * 230}{path.suffix}", f"{path.stem}.bin", f"{path.stem}.npz", f"{path.stem}.json"])  # fmt: skip
+    name = rng.choice(
+        [
+            f"{HOSTILE[:40].replace('/', '')}{path.suffix}",
+            f"{path.stem}2{path.suffix}",
+            f"=x{path.suffix}",
+            f"{'n' * 230}{path.suffix}",
+            f"{path.stem}.bin",
+            f"{path.stem}.npz",
+            f"{path.stem}.json",
+        ]
+    )
     if path.with_name(name).exists():
         return None
     path.rename(path.with_name(name))
@@ -239,8 +338,14 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 def _text(value: Any) -> str:
     text = json.dumps(value)
-    marks = {"@inf": "Infinity", "@-inf": "-Infinity", "@nan": "NaN", "@digits": "9" * 5000, "@deep": "[" * 3000 + "]" * 3000,
-             "@dict": '{"a":' * 500 + "1" + "}" * 500}  # fmt: skip
+    marks = {
+        "@inf": "Infinity",
+        "@-inf": "-Infinity",
+        "@nan": "NaN",
+        "@digits": "9" * 5000,
+        "@deep": "[" * 3000 + "]" * 3000,
+        "@dict": '{"a":' * 500 + "1" + "}" * 500,
+    }
     for mark, text_of in marks.items():
         text = text.replace(f'"{mark}"', text_of)
     return text
@@ -272,8 +377,25 @@ def header_changed(rng: Random, root: Path) -> str | None:
     if how == "value":
         _changed(rng, header)
     elif how == "name":
-        header[rng.choice([HOSTILE, "", ".", "..", "a" + ".b" * 2000, name + ".", "." + name, name.upper(), "١.weight", "x" * 10_000,
-                           name.replace("0", "9" * 30), name.replace("0", "²"), "model.layers.0.self_attn"])] = header.pop(name)  # fmt: skip
+        header[
+            rng.choice(
+                [
+                    HOSTILE,
+                    "",
+                    ".",
+                    "..",
+                    "a" + ".b" * 2000,
+                    name + ".",
+                    "." + name,
+                    name.upper(),
+                    "١.weight",
+                    "x" * 10_000,
+                    name.replace("0", "9" * 30),
+                    name.replace("0", "²"),
+                    "model.layers.0.self_attn",
+                ]
+            )
+        ] = header.pop(name)
     elif how == "many":
         empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
         form = rng.choice(["model.layers.{}.self_attn.q_proj.weight", "x{}", "a.{}.b.c.d.e.weight", "encoder{}.q"])
@@ -282,8 +404,21 @@ def header_changed(rng: Random, root: Path) -> str | None:
     elif how == "shape" and isinstance(entry.get("shape"), list):
         shape = entry["shape"]
         total = int(np.prod([size for size in shape if isinstance(size, int)] or [1]))
-        entry["shape"] = rng.choice([[total], [1, total], [total, 1], [0, 5], [], shape[::-1], [1, *shape], [*shape, 1],
-                                     [2**40, 2**40], [-1, -total], [2, 2, max(1, total // 4)]])  # fmt: skip
+        entry["shape"] = rng.choice(
+            [
+                [total],
+                [1, total],
+                [total, 1],
+                [0, 5],
+                [],
+                shape[::-1],
+                [1, *shape],
+                [*shape, 1],
+                [2**40, 2**40],
+                [-1, -total],
+                [2, 2, max(1, total // 4)],
+            ]
+        )
         if 0 in entry["shape"]:
             entry["data_offsets"] = [0, 0]
     elif how == "dtype":
@@ -330,17 +465,33 @@ def _other_tensor(rng: Random, tensor: torch.Tensor) -> torch.Tensor:
     shape = tuple(tensor.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return rng.choice([
-            lambda: torch.zeros(()), lambda: torch.zeros(0), lambda: torch.zeros((0, *shape[1:])),
-            lambda: torch.zeros((*shape[:-1], 0)), lambda: torch.zeros(shape), lambda: torch.full(shape, torch.nan),
-            lambda: torch.full(shape, 1e38), lambda: torch.full(shape, 1e-40), lambda: torch.full(shape, torch.inf),
-            lambda: torch.randn(shape[::-1]), lambda: torch.randn((1, *shape)), lambda: torch.randn((*shape, 1)),
-            lambda: torch.randn((2, *shape)), lambda: torch.randn([size + 1 for size in shape]),
-            lambda: torch.randn(shape, dtype=torch.complex64), lambda: torch.zeros(shape, dtype=torch.bool),
-            lambda: torch.ones(shape, dtype=torch.int64), lambda: torch.randn(shape).to(torch.float8_e5m2),
-            lambda: torch.randn(shape, dtype=torch.float64) * 1e200, lambda: torch.randn([2 * size for size in shape]),
-            lambda: torch.randn(shape).half(), lambda: torch.ones((4096, 1)), lambda: torch.ones((1, 4096)),
-        ])()  # fmt: skip
+        return rng.choice(
+            [
+                lambda: torch.zeros(()),
+                lambda: torch.zeros(0),
+                lambda: torch.zeros((0, *shape[1:])),
+                lambda: torch.zeros((*shape[:-1], 0)),
+                lambda: torch.zeros(shape),
+                lambda: torch.full(shape, torch.nan),
+                lambda: torch.full(shape, 1e38),
+                lambda: torch.full(shape, 1e-40),
+                lambda: torch.full(shape, torch.inf),
+                lambda: torch.randn(shape[::-1]),
+                lambda: torch.randn((1, *shape)),
+                lambda: torch.randn((*shape, 1)),
+                lambda: torch.randn((2, *shape)),
+                lambda: torch.randn([size + 1 for size in shape]),
+                lambda: torch.randn(shape, dtype=torch.complex64),
+                lambda: torch.zeros(shape, dtype=torch.bool),
+                lambda: torch.ones(shape, dtype=torch.int64),
+                lambda: torch.randn(shape).to(torch.float8_e5m2),
+                lambda: torch.randn(shape, dtype=torch.float64) * 1e200,
+                lambda: torch.randn([2 * size for size in shape]),
+                lambda: torch.randn(shape).half(),
+                lambda: torch.ones((4096, 1)),
+                lambda: torch.ones((1, 4096)),
+            ]
+        )()
 
 
 # ---- pickles -----------------------------------------------------------------------------------------------
@@ -362,8 +513,29 @@ def pickle_changed(rng: Random, root: Path) -> str | None:
     state = rng.choice(states)
     key = rng.choice(list(state))
     tensor = state[key] if isinstance(state[key], torch.Tensor) else torch.randn(4, 4)
-    kind = rng.choice(["tensor", "tensor", "sparse", "nested", "expanded", "itself", "shared", "deep", "keys", "names",
-                       "parameter", "list", "quantized", "complex", "meta", "long", "alias", "scalar", "set"])  # fmt: skip
+    kind = rng.choice(
+        [
+            "tensor",
+            "tensor",
+            "sparse",
+            "nested",
+            "expanded",
+            "itself",
+            "shared",
+            "deep",
+            "keys",
+            "names",
+            "parameter",
+            "list",
+            "quantized",
+            "complex",
+            "meta",
+            "long",
+            "alias",
+            "scalar",
+            "set",
+        ]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -497,8 +669,22 @@ def lines_changed(rng: Random, root: Path) -> str | None:
     elif kind == "swapped":
         rng.shuffle(lines)
     elif kind == "other":
-        lines[number] = rng.choice([b"1\n", b"null\n", b"[]\n", b'"x"\n', b"{}\n", b"NaN\n", b"\xff\n", b"\n", b"{" * 9000 + b"\n",
-                                    b'{"step": 1}\n', b"\0" * 100 + b"\n", b"x" * 100_000 + b"\n"])  # fmt: skip
+        lines[number] = rng.choice(
+            [
+                b"1\n",
+                b"null\n",
+                b"[]\n",
+                b'"x"\n',
+                b"{}\n",
+                b"NaN\n",
+                b"\xff\n",
+                b"\n",
+                b"{" * 9000 + b"\n",
+                b'{"step": 1}\n',
+                b"\0" * 100 + b"\n",
+                b"x" * 100_000 + b"\n",
+            ]
+        )
     elif kind == "value":
         try:
             value = json.loads(lines[number])
@@ -549,11 +735,16 @@ def arrays_changed(rng: Random, root: Path) -> str | None:
         arrays[HOSTILE.replace("/", "")] = np.zeros(3)
     else:
         arrays[name] = {
-            "empty": lambda: array[:0], "scalar": lambda: np.float32(1), "text": lambda: np.array([HOSTILE] * max(1, len(np.atleast_1d(array)))),
-            "nan": lambda: np.full(array.shape, np.nan), "transposed": lambda: np.ascontiguousarray(array.T),
-            "object": lambda: np.array([{"a": 1}], dtype=object), "longer": lambda: np.concatenate([np.atleast_1d(array)] * 2),
-            "complex": lambda: np.ones(array.shape, complex), "bool": lambda: np.ones(array.shape, bool),
-        }[kind]()  # fmt: skip
+            "empty": lambda: array[:0],
+            "scalar": lambda: np.float32(1),
+            "text": lambda: np.array([HOSTILE] * max(1, len(np.atleast_1d(array)))),
+            "nan": lambda: np.full(array.shape, np.nan),
+            "transposed": lambda: np.ascontiguousarray(array.T),
+            "object": lambda: np.array([{"a": 1}], dtype=object),
+            "longer": lambda: np.concatenate([np.atleast_1d(array)] * 2),
+            "complex": lambda: np.ones(array.shape, complex),
+            "bool": lambda: np.ones(array.shape, bool),
+        }[kind]()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     path.write_bytes(buffer.getvalue())
@@ -562,10 +753,27 @@ def arrays_changed(rng: Random, root: Path) -> str | None:
 
 EVERY: tuple[Damage, ...] = (flipped, cut_off, cut_out, put_in, removed, replaced, replaced, added, renamed)
 OF_CHECKPOINTS: tuple[Damage, ...] = (
-    *EVERY, json_changed, json_changed, header_changed, header_changed, tensors_changed, pickle_changed, pickle_changed, zip_changed,
+    *EVERY,
+    json_changed,
+    json_changed,
+    header_changed,
+    header_changed,
+    tensors_changed,
+    pickle_changed,
+    pickle_changed,
+    zip_changed,
     gguf_changed,
-)  # fmt: skip
+)
 OF_RUNS: tuple[Damage, ...] = (
-    *EVERY, json_changed, json_changed, json_changed, lines_changed, lines_changed, lines_changed, arrays_changed,
-    header_changed, tensors_changed, zip_changed,
-)  # fmt: skip
+    *EVERY,
+    json_changed,
+    json_changed,
+    json_changed,
+    lines_changed,
+    lines_changed,
+    lines_changed,
+    arrays_changed,
+    header_changed,
+    tensors_changed,
+    zip_changed,
+)

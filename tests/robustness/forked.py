@@ -1,7 +1,7 @@
 """A function in a forked child that is ended after a time, or when it takes too much memory.
 
-The child shares what its parent has imported, so that a case costs milliseconds. PyTorch computes with one thread in the
-parent: a pool of threads does not outlive a fork.
+The child shares what its parent has imported, so that a case costs milliseconds. PyTorch computes with one thread in
+the parent: a pool of threads does not outlive a fork.
 """
 
 from __future__ import annotations

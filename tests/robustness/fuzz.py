@@ -1,4 +1,4 @@
-"""Damaged checkpoints and run directories, given to every command that reads them: never a traceback, a wait or a flood.
+"""Damaged checkpoints and run directories, given to every command that reads them: no traceback, no wait, no flood.
 
     python -m tests.robustness.fuzz --cases 10000
 
@@ -138,10 +138,21 @@ def run_command(command: list[str]) -> int:
 
 def of_checkpoint(rng: Random, given: Path, root: Path) -> list[str]:
     """Return a command that reads a checkpoint."""
-    more = rng.choice([
-        [], [], ["--json"], ["--list"], ["--csv", f"{root}/out.csv"], ["--html", f"{root}/out.html"], ["--state", "model"],
-        ["--num-heads", "4"], ["--list", "--num-heads", "4"], ["--compare", str(given)], ["--state", "model", "--csv", f"{root}/out.csv"],
-    ])  # fmt: skip
+    more = rng.choice(
+        [
+            [],
+            [],
+            ["--json"],
+            ["--list"],
+            ["--csv", f"{root}/out.csv"],
+            ["--html", f"{root}/out.html"],
+            ["--state", "model"],
+            ["--num-heads", "4"],
+            ["--list", "--num-heads", "4"],
+            ["--compare", str(given)],
+            ["--state", "model", "--csv", f"{root}/out.csv"],
+        ]
+    )
     return ["inspect", str(given), *more]
 
 

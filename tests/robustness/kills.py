@@ -2,8 +2,8 @@
 
     python -m tests.robustness.kills --kills 200
 
-Kill N of a seed is always the same, but for threads that take turns as the machine has it. A third of the kills leaves a
-line of the metrics torn, and a quarter is followed by a second kill of the run that continues.
+Kill N of a seed is always the same, but for threads that take turns as the machine has it. A third of the kills leaves
+a line of the metrics torn, and a quarter is followed by a second kill of the run that continues.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tests.robustness.samples import RUNS, llama
 WRITING = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 TINY = "--device cpu --precision float32 --quiet"
 SESSION = "--width 8 --heads 2 --steps 4 --warmup 1 --evaluate-every 2 --arms l2 --strengths l2=0.1 --batch-size 8"
+# ruff: noqa: E501 - command lines
 #: Every command that writes; ``OUT`` is the directory that is compared.
 COMMANDS: dict[str, str] = {
     "grok": f"grok --task add --modulus 5 --steps 4 --evaluate-every 2 --seeds 1 --batch-size 8 --width 8 --arms none low_rank "

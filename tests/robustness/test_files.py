@@ -32,10 +32,15 @@ def put(kind: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("pipe", "a pipe"), ("directory", "a directory"), ("circle", "a link in a circle"), ("device", "a device"),
-        ("large", "1099511627776 bytes"), ("growing", "at most 100"), ("missing", "No such file"),
+        ("pipe", "a pipe"),
+        ("directory", "a directory"),
+        ("circle", "a link in a circle"),
+        ("device", "a device"),
+        ("large", "1099511627776 bytes"),
+        ("growing", "at most 100"),
+        ("missing", "No such file"),
     ],
-)  # fmt: skip
+)
 def test_only_regular_files_of_a_size_that_makes_sense_are_read(kind: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     put(kind, path)
@@ -47,10 +52,13 @@ def test_only_regular_files_of_a_size_that_makes_sense_are_read(kind: str, words
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"[]", "not list"), (b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b'{"a":' + b"9" * 5000 + b"}", "digits"),
+        (b"[]", "not list"),
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b'{"a":' + b"9" * 5000 + b"}", "digits"),
         (b"[" * 5000, "not valid JSON"),
     ],
-)  # fmt: skip
+)
 def test_a_json_file_holds_one_object(content: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_bytes(content)

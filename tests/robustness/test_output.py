@@ -50,8 +50,19 @@ def check(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--json",), ("--list",), ("--list", "--json"), ("--compare", "SELF"), ("--layers", "99"), ("--state", "x"), ("--html", "OUT"), ("--csv", "OUT")]
-)  # fmt: skip
+    "options",
+    [
+        (),
+        ("--json",),
+        ("--list",),
+        ("--list", "--json"),
+        ("--compare", "SELF"),
+        ("--layers", "99"),
+        ("--state", "x"),
+        ("--html", "OUT"),
+        ("--csv", "OUT"),
+    ],
+)
 def test_what_inspect_prints(
     options: tuple[str, ...], hostile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,8 +165,13 @@ def commands(hostile: Path, run: Path, place: Path) -> list[list[str]]:
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("kind", ["missing", "directory", "full", "long"])
 def test_the_message_names_the_path_and_nothing_is_left(
-    kind: str, number: int, hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+    kind: str,
+    number: int,
+    hostile: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     if kind == "full" and needs.full_disk.args[0]:
         pytest.skip(needs.full_disk.kwargs["reason"])
     run = shutil.copytree(RUNS / "factor", tmp_path / "run")

@@ -18,7 +18,10 @@ from rankdecay.lab import stored
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.store import Checkpoint, RunDirectory, read_metrics
 from rankdecay.lab.stored import read_run, read_snapshot
+from tests import needs
+from tests.lab.disk import full_for
 from tests.lab.interruption import interrupt
+from tests.robustness.kills import COMMANDS, contents
 from tests.robustness.samples import RUNS
 from tests.robustness.test_files import put
 
@@ -217,7 +220,8 @@ def test_another_thing_in_the_place_of_a_file(
             path.write_bytes(held[: len(held) // 2])
         elif kind != "missing":
             put(kind, path)
-        for command in (["report", str(run)], ["inspect", str(run)], [*GROK, "--out", str(run)]):
+        reading = [["report", str(run)]] if name in ("summary.json", "snapshots") else [["inspect", str(run)]]
+        for command in reading if state == "complete" else [[*GROK, "--out", str(run)]]:
             capsys.readouterr()
             code = cli.main(command)
             said = capsys.readouterr().err
@@ -227,6 +231,26 @@ def test_another_thing_in_the_place_of_a_file(
                 assert str(run) in said
             if code == 0 and command[0] == "grok" and kind in ("pipe", "circle", "device"):
                 raise AssertionError(f"{name}, {kind}: the run went on")
+
+
+@needs.full_disk
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sweep_on_a_disk_that_fills_and_empties_again(threads: int, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    text = COMMANDS["boundary"]
+    try:
+        torch.set_num_threads(threads)
+        for place, full in (("whole", ()), ("filled", ("config.json", "under_way-0.safetensors", "summary.json"))):
+            out = tmp_path / place
+            out.mkdir()
+            command = text.replace("OUT", str(out)).split()
+            for name in full:  # each is full once, and the next run goes on
+                with full_for(out / "run" / f"{name}.partial"):
+                    assert cli.main(command) in (0, 2)
+            assert cli.main(command) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert contents(tmp_path / "filled") == contents(tmp_path / "whole")
 
 
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
