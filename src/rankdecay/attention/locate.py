@@ -260,19 +260,19 @@ class _Search:
 def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionNames]:
     """Yield the rows of known names that a module has the projections of, the surest first."""
     yield from filter(reader.matches, (*FUSED, *SEPARATE))
-    children = dict.fromkeys(children)  # asked for each name of each spelling
+    among = set(children)  # asked for each name of each spelling
     for child in sorted(children, key=lambda child: (len(child), child)):  # the order in files differs
         for spelling in spellings(child):
             query, key, value = spelling.query, spelling.key, spelling.value
-            if key in children and value in children:
+            if key in among and value in among:
                 yield separate(query, key, value, spelling.output)
-            elif spelling.key_value in children:
+            elif spelling.key_value in among:
                 yield query_beside(query, spelling.key_value)
-            elif spelling.key_value.replace("key_value", "kv") in children:
+            elif spelling.key_value.replace("key_value", "kv") in among:
                 yield query_beside(query, spelling.key_value.replace("key_value", "kv"))
-            elif key in children and reader.values_are_keys():
+            elif key in among and reader.values_are_keys():
                 yield separate(query, key, key, spelling.output)
-            elif key not in children and (lender := reader.lender()) and reader.parameter(lender + key):
+            elif key not in among and (lender := reader.lender()) and reader.parameter(lender + key):
                 value = lender + (value if reader.parameter(lender + value) else key)
                 yield separate(query, lender + key, value, spelling.output)
     if "add_k_proj" in children and "add_q_proj" not in children:  # diffusers: queries that meet keys of two inputs

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -460,7 +461,7 @@ def _shown(experiment: Experiment[S], work: Work[S]) -> Record:
     directory = work.run_directory
     more = "a larger grid would be added to it" if experiment.grid else "for a new run give another --out"
     work.screen.notice(f"{directory.path} is complete: showing its result; {more}")
-    if not (directory.path / "report.html").exists():  # a kill came between the summary and the page
+    if not os.path.lexists(directory.path / "report.html"):  # a kill came between the summary and the page
         write_report(directory.path)
     return renamed(directory.summary or {}, experiment.aliases)
 

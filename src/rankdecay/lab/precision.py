@@ -10,6 +10,7 @@ Importing this module does not import torch.
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -97,7 +98,7 @@ def resolve(
     choice = Choice(asked, *(found or _measured(device, notice, narrow, products)))
     if found is not None:
         _check(choice.value, device)
-        if not (out / "summary.json").exists():  # a complete run is only shown
+        if not os.path.exists(out / "summary.json"):  # a complete run is only shown
             warn_if_slow(choice, out, device, notice, products)
     return dataclasses.replace(settings, precision=choice.value), choice  # type: ignore[type-var]
 

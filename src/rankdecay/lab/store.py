@@ -206,7 +206,7 @@ def _is_left_over(path: Path) -> bool:
 
 def _tidy(path: Path) -> None:
     """Remove what a kill left: files half written, and beside a summary what only an incomplete run needs."""
-    complete = (path / "summary.json").exists()
+    complete = os.path.isfile(path / "summary.json")
     for entry in [*path.iterdir(), *(path / "snapshots").glob("*.partial")]:
         if _is_left_over(entry) or (complete and OWN.fullmatch(entry.name)):
             with contextlib.suppress(IsADirectoryError):

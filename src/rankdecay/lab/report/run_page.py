@@ -7,6 +7,7 @@ data embedded as JSON.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -101,7 +102,7 @@ def _sources(stored: StoredRun, files: Mapping[str, str]) -> str:
     """What the page is made from: the files of its directory, or several directories."""
     if len(stored.directories) > 1:
         return "".join(f"<li><code>{escape(str(path))}</code></li>" for path in stored.directories)
-    return file_list({name: text for name, text in files.items() if (stored.directory / name).exists()})
+    return file_list({name: text for name, text in files.items() if os.path.exists(stored.directory / name)})
 
 
 def _navigation(sections: Sequence[Section]) -> str:
