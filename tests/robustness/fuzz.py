@@ -85,7 +85,9 @@ class Fuzzer:
         said: list[str] = []
         for _ in range(rng.choice([1, 1, 1, 2, 3])):
             for _ in range(20):
-                with contextlib.suppress(OSError, ValueError):  # of a file that an earlier damage left empty, say
+                with contextlib.suppress(
+                    OSError, ValueError, RecursionError
+                ):  # of a file that an earlier damage left empty, say
                     if text := rng.choice(damages)(rng, root):
                         said.append(text)
                         break

@@ -227,21 +227,22 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     where = Path(tempfile.mkdtemp(prefix="kills-"))
+    start, done, wrong = time.monotonic(), 0, 0
     try:
-        start, wrong = time.monotonic(), 0
         kills = Kills(where, given.seed)
         for number in range(given.start, given.start + given.kills):
             killed = kills.kill(number)
+            done += 1
             if killed.wrong:
                 wrong += 1
                 print(killed, flush=True)
-        print(
-            f"{given.kills} kills in {time.monotonic() - start:.0f} s: {given.kills - wrong} resumed to equal results, {wrong} did not"
-        )
-        return int(wrong > 0)
     finally:
+        print(f"{done} kills in {time.monotonic() - start:.0f} s: ", end="")
+        print(f"{done - wrong} resumed to equal results, {wrong} did not", flush=True)
         shutil.rmtree(where, ignore_errors=True)
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
