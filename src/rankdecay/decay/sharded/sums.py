@@ -46,10 +46,11 @@ def decayed_pieces(pieces: Sequence[Piece], decay: LowRank, amount: float | Tens
     ranks = [min(piece.cut.shape) for piece, count in zip(pieces, counts, strict=True) for _ in range(count)]
     start = dist.get_rank(inner) * share
     ranks = [*ranks, *[1] * padding][start : start + share]
-    norm = sums.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
-    amount = amount.to(norm.device, non_blocking=True) if isinstance(amount, Tensor) else amount
-    tau = decay.tau(amount, norm, torch.tensor(ranks).to(norm, non_blocking=True))
-    factors = shrink_factor(sums, tau, decay.rule, smoothing=decay.smoothing, backend=backend, dtype=first.value.dtype)
+    amount = torch.as_tensor(amount, dtype=torch.float64).to(sums.device, non_blocking=True).expand(share)
+    rank = torch.tensor(ranks).to(sums.device, non_blocking=True)
+    factors = shrink_factor(
+        sums, amount, decay.rule, **decay.options, rank=rank, backend=backend, dtype=first.value.dtype
+    )
     _all_gather(total, factors, group=inner)
     return [_after(piece, factor) for piece, factor in zip(pieces, total[:number].split(counts), strict=True)]
 
