@@ -42,6 +42,7 @@ class Step(NamedTuple):
         decay: of these matrices.
         amount: Σ lr · strength since the last decay.
         seed: of the rounding; another for each step, group and role.
+        role: of the matrices, for a message.
     """
 
     parameters: list[Tensor]
@@ -49,6 +50,13 @@ class Step(NamedTuple):
     decay: Decay
     amount: float | Tensor
     seed: int
+    role: str = ""
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether other processes take part in it."""
+        elementwise = isinstance(self.decay, Frobenius) and not self.decay.needs_norm
+        return not elementwise and any(map(is_sharded, self.parameters))
 
     @property
     def by_head(self) -> bool:
@@ -194,7 +202,8 @@ def _shrink_batch(batch: list[_Matrix], decay: Decay, amount: float | Tensor, ba
     stack = stack if has_float64(stack.device) else stack.cpu()
     amount = amount.to(stack.device, non_blocking=True) if isinstance(amount, Tensor) else amount
     if isinstance(decay, Frobenius):
-        stack = power_step(stack, amount, decay.power, decay.cap or 1.0)
+        matrices = stack if stack.ndim > 2 else stack.reshape(len(stack), 1, -1)  # a vector is one row
+        stack = power_step(matrices, amount, decay.power, decay.cap or 1.0).view(stack.shape)
     else:
         stack = shrink(stack, amount, decay.rule, **decay.options, backend=backend_on(stack, backend))
     for matrix, value in zip(batch, rounded(stack, dtype, seed), strict=True):

@@ -372,7 +372,6 @@ class Attachment:
     def _decay(self, optimizer: Optimizer) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         due: list[Step] = []
-        roles: list[str] = []
         for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
             factor = rate_of_step(optimizer, group, self._rates[index])
             counts = counts_steps(optimizer, group)
@@ -388,15 +387,14 @@ class Attachment:
                         check_states(optimizer, chosen)
                     place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
                     seed = target.counter.steps * 1_000_003 + place
-                    step = Step(chosen, target.windows, decay, amount, seed)
+                    step = Step(chosen, target.windows, decay, amount, seed, target.role)
                     if is_averaged(group):
                         decay_averaged(optimizer, group, step, self._backend)
                     elif has_rate_per_parameter(optimizer, group):
                         due += _with_rates(optimizer, group, step)
                     else:
                         due.append(step)
-                    roles.append(target.role)
-        with explain_collective_failure(roles, due):
+        with explain_collective_failure(due):
             apply(due, self._backend)
 
     def _register_group(self, index: int, group: Group) -> None:
@@ -495,15 +493,16 @@ class _RegisteredGroup(NamedTuple):
 
 
 @contextlib.contextmanager
-def explain_collective_failure(roles: list[str], steps: list[Step]) -> Iterator[None]:
+def explain_collective_failure(steps: list[Step]) -> Iterator[None]:
     """Explain a collective that failed because another process stopped; the backend's message only names a socket."""
     try:
         yield
     except RuntimeError as error:
-        if not any(is_sharded(parameter) for step in steps for parameter in step.parameters):
+        roles = dict.fromkeys(step.role for step in steps if step.is_collective)
+        if not roles:
             raise
         raise RuntimeError(
-            f"the decay of {', '.join(dict.fromkeys(roles))} needs every process that holds a part of its parameters, and on rank "
+            f"the decay of {', '.join(roles)} needs every process that holds a part of its parameters, and on rank "
             f"{torch.distributed.get_rank()} it failed: {error}. If another process has stopped, continue the run from "
             "its last checkpoint."
         ) from error
@@ -581,18 +580,6 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
                 f"the decay of {role} is coupled to the learning rate, and {type(optimizer).__name__} has no 'lr' in "
                 "its groups; use lr_coupled=False."
             )
-        every = target.every_in(group, counts_steps(optimizer, group))
-        if every > 1 and has_rate_per_parameter(optimizer, group):
-            raise ValueError(
-                f"{role} is to be decayed every {every} steps, and {type(optimizer).__name__} has another rate "
-                "for each parameter in each step; use every=1."
-            )
-        if every > 1 and group.get("gradient_release"):
-            raise ValueError(
-                f"{role} is to be decayed every {every} steps, and with gradient_release=True "
-                f"{type(optimizer).__name__} steps each parameter by itself, so that there is nothing to count; use "
-                "every=1."
-            )
         if isinstance(decay, LowRank) and is_averaged(group) and any(map(is_sharded, target.parameters(group))):
             raise ValueError(
                 f"{role} is sharded, and a low-rank decay under {type(optimizer).__name__} needs whole matrices; use "
@@ -615,6 +602,18 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
                     window.heads(torch.empty(parameter.shape, device="meta"))
                 except ValueError as error:
                     raise ValueError(f"{name} ({role}): {error}") from None
+        every = target.every_in(group, counts_steps(optimizer, group))
+        if every > 1 and has_rate_per_parameter(optimizer, group):
+            raise ValueError(
+                f"{role} is to be decayed every {every} steps, and {type(optimizer).__name__} has another rate "
+                "for each parameter in each step; use every=1."
+            )
+        if every > 1 and group.get("gradient_release"):
+            raise ValueError(
+                f"{role} is to be decayed every {every} steps, and with gradient_release=True "
+                f"{type(optimizer).__name__} steps each parameter by itself, so that there is nothing to count; use "
+                "every=1."
+            )
 
 
 def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:

@@ -46,7 +46,7 @@ def decay_averaged(optimizer: Optimizer, group: Group, step: Step, backend: Back
         step: the matrices, and what they lose.
         backend: as for :func:`rankdecay.attach`.
     """
-    parameters, windows, decay, amount, seed = step
+    parameters, windows, decay, amount, seed, _ = step
     beta = float(group["betas"][0] if "betas" in group else group["momentum"])
     is_average = holds_average(optimizer)
     for number, parameter in enumerate(parameters):
@@ -65,9 +65,7 @@ def decay_averaged(optimizer: Optimizer, group: Group, step: Step, backend: Back
         parameter.copy_(rounded(held + change, parameter.dtype, seed + 1))
 
 
-def _change(
-    weight: Tensor, windows: list[Window], decay: Decay, amount: float | Tensor, backend: Backend
-) -> Tensor:
+def _change(weight: Tensor, windows: list[Window], decay: Decay, amount: float | Tensor, backend: Backend) -> Tensor:
     """Return what a decay would add to a weight."""
     decayed = weight.clone()
     apply([Step([decayed], windows, decay, amount, 0)], backend)

@@ -369,7 +369,9 @@ def windows_in(group: Group, role: str) -> list[Window]:
 def hook_keys(role: str, decay: Decay, windows: Iterable[Window] = (WHOLE,)) -> Group:
     """Return the keys that make the hook apply ``decay`` to the matrices of a role."""
     settings = {} if isinstance(decay, LowRank) else {"rule": "frobenius"}
-    always = ("strength", "rule", "scale", "unit", "every", "lr_coupled", "smoothing") if not settings else ("strength",)
+    always = (
+        ("strength", "rule", "scale", "unit", "every", "lr_coupled", "smoothing") if not settings else ("strength",)
+    )
     defaults = {field.name: field.default for field in fields(decay)}
     settings |= {n: v for n, v in asdict(decay).items() if n in always or v != defaults[n]}
     if "every" in settings and settings["every"] is None:
