@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rankdecay.attention import Window
-from rankdecay.attention.layer import WHOLE
+from rankdecay.attention.layer import WHOLE, smaller_side
 from rankdecay.attention.locate import Names, listed, warn_unhandled
 from rankdecay.checks import check_number, suggestion
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
@@ -46,6 +46,8 @@ Excluded = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 LIVE = "weight_decay"
 #: ``every`` of a low-rank decay that follows from the shapes of the matrices.
 BY_SHAPE = "by shape"
+#: Fields of a low-rank decay that a group always has; others where they are not as their defaults.
+_ALWAYS = ("strength", "rule", "scale", "unit", "every", "lr_coupled", "smoothing")
 
 
 def param_groups(
@@ -467,7 +469,7 @@ def check_suits(block: Block, entry: Assigned, decay: Decay) -> None:
             f"{block.role}={kind}(unit='head') meets {name}, which has no heads; use unit='matrix' for this role."
         )
     if isinstance(decay, LowRank) and decay.keep:
-        smaller = block.window.smaller_side(shape, decay.unit == "head")
+        smaller = smaller_side(block.window, shape, decay.unit == "head")
         if decay.keep >= smaller:
             raise ValueError(
                 f"keep={decay.keep} of {block.role} spares every singular value of {name}, whose "
