@@ -34,6 +34,7 @@ from rankdecay.attention.layer import FLATTENED, WHOLE, Role
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
+from rankdecay.decay.finite import FiniteCheck
 from rankdecay.decay.groups import Group, check_decays, with_names
 from rankdecay.decay.optimizers import (
     check_own_decay,
@@ -56,6 +57,7 @@ from rankdecay.decay.sharded.layout import check_placements
 from rankdecay.decay.sources import Source, give_weight_decay
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target
+from rankdecay.decay.units import in_units, present
 from rankdecay.decay.watch import Watch
 from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend
@@ -103,6 +105,7 @@ class Attachment:
         self._first = True
         self._first_decay = True
         self._states_only = False
+        self._finite = FiniteCheck()
         self._had_rate = any(group.get("lr") or group.get("initial_lr") for group in optimizer.param_groups)
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
         self._handles: list[Any] = [
@@ -220,8 +223,32 @@ class Attachment:
             ranks=ranks,
             state=f"{state} {type(optimizer).__name__}" + ("" if self.active else ": what follows is not applied"),
             remarks=self._source.remarks(optimizer),
-            notes=[*remarks_on_optimizer(optimizer, self._wrappers), *self._source.notes(optimizer)],
+            notes=[
+                *([] if ranks else self._units(optimizer)),
+                *remarks_on_optimizer(optimizer, self._wrappers),
+                *self._source.notes(optimizer),
+            ],
         )
+
+    def _units(self, optimizer: Optimizer) -> list[str]:
+        """Return what the strengths mean now: a sentence for each role, decay and learning rate."""
+        alike: dict[tuple[str, Decay, float], list[Tensor]] = {}
+        with self._groups_in_one_piece(optimizer):
+            for index, group in enumerate(optimizer.param_groups):
+                lr = group.get("lr")
+                if lr is None or has_rate_per_parameter(optimizer, group):
+                    continue
+                for target in self._source.targets(index, group):
+                    decay = target.decay_in(group)
+                    step = Step(target.parameters(group), target.windows, decay, 0.0, 0)
+                    matrices = alike.setdefault((target.role, decay, float(lr)), [])
+                    if decay.strength and not any(map(is_sharded, step.parameters)):
+                        matrices += step.matrices()
+        return [
+            f"{role}: {in_units(decay, lr, present(matrices))}"
+            for (role, decay, lr), matrices in alike.items()
+            if decay.strength
+        ]
 
     @property
     def unhandled(self) -> tuple[str, ...]:
@@ -372,6 +399,7 @@ class Attachment:
     def _decay(self, optimizer: Optimizer) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         due: list[Step] = []
+        named: list[tuple[str, Tensor]] = []
         for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
             factor = rate_of_step(optimizer, group, self._rates[index])
             counts = counts_steps(optimizer, group)
@@ -382,6 +410,7 @@ class Attachment:
                 live = [id(p) in self._params_with_grad for p in parameters]
                 for amount, positions in _count_step(target, decay, every, factor, found_inf, live):
                     chosen = [parameters[position] for position in positions]
+                    named += [(target.names[position], parameters[position]) for position in positions]
                     if self._first_decay:
                         self._first_decay = False
                         check_states(optimizer, chosen)
@@ -396,6 +425,7 @@ class Attachment:
                         due.append(step)
         with explain_collective_failure(due):
             apply(due, self._backend)
+        self._finite.look(named)
 
     def _register_group(self, index: int, group: Group) -> None:
         """Check a new group, and before each step that a known one has parameters of the same shapes.
