@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple, get_args
 
 import torch
@@ -74,6 +75,17 @@ def prepare(W: Tensor, dtype: torch.dtype) -> Prepared:
     exponent = torch.frexp(largest.to(dtype)).exponent.masked_fill(bad, 0).clamp(-reach, reach)
     X = (X.to(dtype) * power_of_two(-exponent, dtype)).masked_fill_(bad, 0)
     return Prepared(X, power_of_two(exponent, dtype), bad, wide)
+
+
+#: Entries that a step works on at once, at least one matrix: 8 MB of float64 on a CPU, in its cache.
+WORKING = {"cpu": 2**20, "cuda": 2**25}
+
+
+def chunks(W: Tensor) -> Iterator[slice]:
+    """Yield the parts of a stack (b, m, n) that are worked on at once."""
+    count = max(1, WORKING["cpu" if W.device.type == "cpu" else "cuda"] // max(1, W[0].numel()))
+    for start in range(0, len(W), count):
+        yield slice(start, start + count)
 
 
 def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
