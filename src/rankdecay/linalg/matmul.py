@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rankdecay.linalg import chebyshev
 from rankdecay.linalg.minimax import LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
+from rankdecay.linalg.stack import times
 
 
 def iterate(X: Tensor, triples: Sequence[Triple]) -> Tensor:
@@ -72,7 +73,7 @@ def smooth_by_products(X: Tensor, eps: Tensor, share: Tensor, norm: Tensor, rati
         few = few_products(X, eps, norm)[:, 0, 0]
         if bool(few.all()):
             G, square, bound = _bounded(X)
-            return X @ _inverse_root(G, square, eps, chebyshev.index_of(eps.square() / bound)).mul_(share)
+            return times(X, _inverse_root(G, square, eps, chebyshev.index_of(eps.square() / bound)).mul_(share))
         if bool(few.any()):  # which way a matrix goes does not depend on its neighbours
             taken = torch.empty_like(X)
             for some in (few, ~few):
@@ -80,7 +81,7 @@ def smooth_by_products(X: Tensor, eps: Tensor, share: Tensor, norm: Tensor, rati
             return taken
     elif X.dtype == torch.float32 and ratio is not None and ratio**2 * (1 - 1e-5) >= _LEAST_DELTA:
         index = chebyshev.index_of(torch.full((1, 1, 1), ratio**2 * (1 - 1e-5), dtype=torch.float64))
-        return X @ _inverse_root(X.mT @ X, None, eps, index).mul_(share)
+        return times(X, _inverse_root(X.mT @ X, None, eps, index).mul_(share))
     return (share * eps.to(X.dtype)) * smooth_polar_by_products(X, eps, ratio)
 
 
@@ -167,4 +168,4 @@ def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None)
         if step < length - 1:
             Y = (R @ Z).addcmul_(R, a)
             R = (Y @ Z).addcmul_(Y, a)
-    return (X @ Q).to(input_dtype)
+    return times(X, Q).to(input_dtype)

@@ -17,7 +17,6 @@ from rankdecay.linalg.backend import (
     choose_backend,
     float64_on_cpu,
     full_precision,
-    has_float64,
     note_backend,
     noted_once,
 )
@@ -181,19 +180,24 @@ def newton_schulz(W: Tensor, steps: int = 5) -> Tensor:
         return finish(cubic_newton_schulz(prepared.X, steps), prepared, W.dtype)
 
 
+@float64_on_cpu
 @torch.no_grad()
-def power_step(W: Tensor, amount: float | Tensor, power: float = 1.0, cap: float = 1.0) -> Tensor:
+def power_step(
+    W: Tensor, amount: float | Tensor, power: float = 1.0, cap: float = 1.0, out: Tensor | None = None
+) -> Tensor:
     """Return each matrix after it lost the share min(amount · ‖W‖_F^(power - 1), cap) of itself.
 
     The gradient step of amount · ‖W‖_F^(power + 1)/(power + 1), without a decomposition. The exponent of the norm is
     kept apart, so that the whole range of the dtype is legal, also where ‖W‖_F is beyond it.
 
     Args:
-        W: Matrix or stack, shape (..., m, n), float32 or float64 (16-bit weights come as float32). Not modified.
+        W: Matrix or stack, shape (..., m, n), float32 or float64 (16-bit weights come as float32). Not modified
+            unless it is ``out``.
         amount: lr · strength ≥ 0, a number or one per matrix, (...). A tensor is not checked; an entry that is negative
             or not finite gives NaN in its own slice.
         power: 1 for L2, 0 for a constant amount of the norm per step, ≥ 0.
         cap: Largest share of one step, in (0, 1].
+        out: Where to put the result; ``W`` itself is the quickest, one pass for the norm and one for the step.
 
     Returns:
         A tensor of the shape and dtype of ``W``. A zero matrix stays zero; a matrix with a non-finite entry gives NaN
@@ -213,20 +217,31 @@ def power_step(W: Tensor, amount: float | Tensor, power: float = 1.0, cap: float
     check_number("cap", cap, above=0, at_most=1, remedy="1 is no cap")
     step = per_matrix("amount", amount, W)
     if W.numel() == 0 or (not isinstance(amount, Tensor) and amount == 0):
-        return W.clone()
+        return W.clone() if out is None else out.copy_(W)
     share = threshold.power(log_norm(W), step, power, cap).to(W.dtype)
-    return threshold.leave(W, share)
+    return threshold.leave(W, share, out)
 
 
 def log_norm(W: Tensor) -> Tensor:
     """Return log ‖W‖_F of each matrix, (..., 1, 1), float64: -∞ for zeros, NaN where an entry is not finite."""
-    if W.dtype != torch.float64 and has_float64(W.device):
-        norm = torch.linalg.vector_norm(W, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-        return torch.where(norm.isfinite(), norm.log(), math.nan)
-    prepared = prepare(W, W.dtype)
+    on_cpu = W.device.type == "cpu"
+    if not on_cpu and W.dtype == torch.float64:
+        return _log_norm_of_any(W)
+    # A sum in the dtype of W is the quicker one on a CPU, where it can be read whether it was in range.
+    norm = torch.linalg.vector_norm(W, dim=(-2, -1), keepdim=True, dtype=None if on_cpu else torch.float64).double()
+    log = torch.where(norm.isfinite(), norm.log(), math.nan)
+    if on_cpu:
+        low, high = (1e-140, 1e150) if W.dtype == torch.float64 else (1e-12, 1e18)
+        odd = ~((norm > low) & (norm < high))[..., 0, 0]
+        if bool(odd.any()):
+            log[odd] = _log_norm_of_any(W[odd])
+    return log
+
+
+def _log_norm_of_any(W: Tensor) -> Tensor:
+    prepared = prepare(W, torch.float64)
     norm = torch.linalg.vector_norm(prepared.X, dim=(-2, -1), keepdim=True)
-    log = norm.log() + prepared.scale.log()
-    return log.masked_fill(prepared.bad, math.nan).to(torch.float64 if has_float64(W.device) else W.dtype)
+    return (norm.log() + prepared.scale.log()).masked_fill(prepared.bad, math.nan)
 
 
 def check_options(rule: str, smoothing: float, steps: int, relative: bool, keep: int, preserve_norm: bool) -> Options:

@@ -25,15 +25,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankdecay.linalg.stack import times
 
-def leave(X: Tensor, share: Tensor | float) -> Tensor:
-    """Return (1 - t) X, to the last digit X where t = 0.
+
+def leave(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return X - t X, to the last digit X where t = 0. The rounding of 1 - t would be a decay of its own.
 
     Args:
         X: groups, any shape.
         share: t, broadcastable to ``X``.
+        out: where to put it, ``X`` too: memory that was never used costs a CPU ten times the step.
     """
-    return X - share * X
+    return torch.addcmul(X, X, share, value=-1, out=out)
 
 
 def leave_directions(X: Tensor, V: Tensor, share: Tensor, *, coarse: bool = False) -> Tensor:
@@ -47,7 +50,7 @@ def leave_directions(X: Tensor, V: Tensor, share: Tensor, *, coarse: bool = Fals
     """
     if X.device.type == "cpu" and len(X) == 1 and X.ndim == 3 and X.shape[-1] >= _LARGE:
         return _leave_one(X[0], V[0], share[0], coarse)[None]
-    taken = X @ taken_by_directions(V, share)
+    taken = times(X, taken_by_directions(V, share))
     return torch.sub(X, taken, out=taken)
 
 
@@ -84,13 +87,13 @@ def _leave_one(X: Tensor, V: Tensor, share: Tensor, coarse: bool) -> Tensor:
     falling = bool((share[large:].abs() <= _SMALL).all())  # those that lose much come first
     if 2 * left <= 2 * large + small:
         part = V[:, alive]
-        return (X @ part).mul_(1 - share[alive]) @ part.mT
+        return times(times(X, part).mul_(1 - share[alive]), part.mT)
     if not falling:
         large = n
-    after = torch.addmm(X, (X @ V[:, :large]).mul_(share[:large]), V[:, :large].mT, alpha=-1)
+    after = X - times(times(X, V[:, :large]).mul_(share[:large]), V[:, :large].mT)
     if large < n:
         part = V[:, large:].float()
-        after -= (X.float() @ part).mul_(share[large:].float()) @ part.mT
+        after -= times(times(X.float(), part).mul_(share[large:].float()), part.mT)
     return after
 
 
