@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from rankdecay.attention.numbering import Numbered
@@ -172,6 +173,13 @@ class Window:
         if cut.shape[1] < self.head_dim:  # one line of each group
             return cut.unflatten(0, (-1, self.head_dim)).transpose(1, 2)
         return cut.unflatten(1, (-1, self.head_dim))
+
+
+@lru_cache(maxsize=4096)
+def smaller_side(window: Window, shape: tuple[int, ...], by_head: bool) -> int:
+    """Return the smaller side of a window's matrix, or of each of its heads, in a parameter of a shape."""
+    parameter = torch.empty(shape, device="meta")
+    return min((window.heads if by_head else window.matrix)(parameter).shape[-2:], default=0)
 
 
 #: All of a parameter of any shape: a matrix, a stack of one per expert, a vector. A state dict holds nothing of it.

@@ -133,6 +133,26 @@ def hold_norm(share: Tensor, norm: Tensor) -> Tensor:
     return torch.where(after > 0, 1 - (1 - share) * (before / torch.where(after > 0, after, 1.0)), 0.0)
 
 
+def radial(X: Tensor, decayed: Tensor) -> Tensor:
+    """Return the share of a whole matrix that a step takes along it: ⟨X - X', X⟩/‖X‖²; 0 for a zero matrix.
+
+    Args:
+        X: before the step, (..., m, n).
+        decayed: X', after it.
+
+    Returns:
+        (..., 1, 1).
+    """
+    square = X.square().sum((-2, -1), keepdim=True)
+    along = ((X - decayed) * X).sum((-2, -1), keepdim=True)
+    return torch.where(square > 0, along / torch.where(square > 0, square, 1.0), 0.0)
+
+
+def towards(norm: Tensor, target: Tensor | float) -> Tensor:
+    """Return the share after which a group has a given norm, < 0 where it grows; 0 for a group that is zero."""
+    return torch.where(norm > 0, 1 - target / torch.where(norm > 0, norm, 1.0), 0.0)
+
+
 def reference(W: Sequence[Sequence[float]], tau: float, *, keep: int = 0, preserve_norm: bool = False) -> Tensor:
     """Return the soft threshold of singular directions, by an SVD in float64: what the fast paths are compared with."""
     U, sigma, Vh = torch.linalg.svd(torch.as_tensor(W, dtype=torch.float64), full_matrices=False)
