@@ -31,7 +31,7 @@ from rankdecay.rules import Options, Rule, get_rule
 @torch.no_grad()
 def shrink_factor(
     G: Tensor,
-    tau: Tensor,
+    tau: float | Tensor,
     rule: str = "prox",
     *,
     relative: bool = False,
@@ -69,7 +69,7 @@ def shrink_factor(
     """
     chosen, options = get_rule(rule), check_options(rule, smoothing, steps, relative, keep, preserve_norm)
     check_name("backend", backend, ("exact", "matmul"))
-    tau = torch.as_tensor(tau).to(G.device, torch.float64)[..., None]  # beside σ
+    tau = torch.as_tensor(tau, dtype=torch.float64, device=G.device)[..., None]  # beside σ
     if not isinstance(exponent, int) or exponent != 0:
         scale = power_of_two(torch.as_tensor(exponent, device=G.device).clamp(-1022, 1022), torch.float64)[..., None]
     else:

@@ -201,7 +201,7 @@ def power_step(
 
     Returns:
         A tensor of the shape and dtype of ``W``. A zero matrix stays zero; a matrix with a non-finite entry gives NaN
-        in its own slice only.
+        in its own slice only (with power 1 in that entry only).
 
     Raises:
         TypeError: If ``W`` is not a real floating-point tensor.
@@ -218,7 +218,8 @@ def power_step(
     step = per_matrix("amount", amount, W)
     if W.numel() == 0 or (not isinstance(amount, Tensor) and amount == 0):
         return W.clone() if out is None else out.copy_(W)
-    share = threshold.power(log_norm(W), step, power, cap).to(W.dtype)
+    log = torch.zeros_like(step) if power == 1 else log_norm(W)  # the share does not depend on it
+    share = threshold.power(log, step, power, cap).to(W.dtype)
     return threshold.leave(W, share, out)
 
 
