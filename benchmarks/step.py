@@ -369,7 +369,7 @@ def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) ->
             clock = Clock(device)
             seconds = 0.0
             other = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1), query_key=decay), lr=LEARNING_RATE)
-            handles = [other.register_step_post_hook(clock.__enter__)]
+            handles = [other.register_step_post_hook(lambda *_: clock.__enter__() and None)]
             attachment = rd.attach(other)
             handles += [other.register_step_post_hook(clock.__exit__)]
             for _ in range(steps):

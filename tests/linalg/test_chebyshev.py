@@ -78,5 +78,5 @@ def test_a_cpu_multiplies_where_that_is_cheaper_and_decomposes_where_epsilon_is_
             shrink(W, 1e-6, "smooth", smoothing=0.13, **options)
         assert ran == ["exact"]
     with record_backends() as ran:
-        shrink(W.double(), 1e-6, "smooth", smoothing=0.13)
+        shrink(W[0].double(), 1e-6, "smooth", smoothing=0.13)
     assert ran == ["exact"]
