@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrices import conditioned, gaussian, low_rank, orthonormal, random_matrix, seeds, slow_is_fine, with_spectrum
 
-from rankdecay.linalg import power_step, record_backends, shrink, threshold
+from rankdecay.linalg import power_step, record_backends, shrink, stack, threshold
 from rankdecay.linalg.gram import shrink_factor
 
 BACKENDS = ["auto", "exact", "matmul"]
@@ -204,6 +204,44 @@ def test_the_largest_are_spared_on_every_backend():
             shrink(W, 0.1, rule, keep=2)
     with pytest.raises(ValueError, match=r"keep=-1 must be a whole number >= 0"):
         shrink(W, 0.1, keep=-1)
+
+
+@pytest.mark.parametrize("options", [{"keep": 2}, {"preserve_norm": True}, {"keep": 1, "preserve_norm": True}])
+def test_the_same_from_a_gram_matrix(options):
+    W = gaussian(2, 9, 5, dtype=torch.float64)
+    tau = torch.tensor([0.7, 2.5], dtype=torch.float64)
+    for rule in ("prox", "smooth"):
+        for backend in ("exact", "matmul"):
+            C = shrink_factor(W.mT @ W, tau, rule, backend=backend, **options)
+            torch.testing.assert_close(W - W @ C, shrink(W, tau, rule, backend="exact", **options), rtol=0, atol=2e-5)
+    C = shrink_factor(W @ W.mT, torch.tensor(0.3), relative=True, rank=torch.tensor([5, 5]))  # of the longer side
+    torch.testing.assert_close(W - C @ W, shrink(W, 0.3, relative=True), rtol=0, atol=1e-6)
+
+
+# ---- large matrices and large stacks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(130, 140), (150, 128)])
+def test_a_large_matrix_by_what_it_loses(shape, dtype):
+    W = conditioned(shape, 1e4, dtype)
+    sigma = torch.linalg.svdvals(W.double())
+    for level in (1e-7, 0.5 * float(sigma[-1]), float(sigma[-10]), float(sigma[64]), float(sigma[3])):
+        for options in ({}, {"keep": 2}, {"preserve_norm": True}):
+            got, wanted = shrink(W, level, **options), reference(W, level, "prox", **options)
+            bound = 1e-7 if dtype == torch.float32 else 1e-12
+            assert float((got.double() - wanted).norm()) <= bound * float(sigma.norm())
+
+
+def test_a_stack_in_parts_is_the_stack(monkeypatch):
+    W, tau = gaussian(3, 4, 8, 6), torch.rand(3, 4)
+    whole = {rule: shrink(W, tau, rule, smoothing=0.1) for rule in RULES}
+    monkeypatch.setitem(stack.WORKING, "cpu", 100)
+    for rule in RULES:
+        with record_backends() as ran:
+            got = shrink(W, tau, rule, smoothing=0.1)
+        assert len(ran) == 1
+        torch.testing.assert_close(got, whole[rule], rtol=0, atol=1e-6)
 
 
 # ---- properties -----------------------------------------------------------------------------------------------------
