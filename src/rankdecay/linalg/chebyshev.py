@@ -64,7 +64,7 @@ def polynomial(index: int) -> Polynomial:
         degree += 1
     degree = math.prod(shape_of(degree))
     error, coefficients = _fit(delta, degree)
-    return Polynomial(degree, tuple((coefficients * (math.sqrt(delta) * (1 - error))).tolist()))
+    return Polynomial(degree, tuple((coefficients * (math.sqrt(delta) * (1 - 1.001 * error - 1e-7))).tolist()))
 
 
 def _fit(delta: float, degree: int) -> tuple[float, Tensor]:

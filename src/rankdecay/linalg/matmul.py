@@ -87,7 +87,7 @@ def smooth_by_products(X: Tensor, eps: Tensor, share: Tensor, norm: Tensor, rati
 
 def _inverse_root(G: Tensor, square: Tensor | None, eps: Tensor, index: Tensor) -> Tensor:
     """Return ε (G + ε²I)^(-1/2) by the polynomials of an index (b or 1, 1, 1), on the host."""
-    beta = (eps.square() / chebyshev.delta_of(index).to(eps.device)).clamp_max(2.0**100).to(G.dtype)
+    beta = (eps.square() / chebyshev.delta_of(index).to(eps.device, non_blocking=True)).clamp_max(2.0**100).to(G.dtype)
     return chebyshev.evaluate(G, square, beta, index.flatten().tolist())
 
 
