@@ -87,7 +87,7 @@ def scopes_of(model: nn.Module, scope: str) -> list[list[tuple[AttentionLayer, M
 
 
 def expected(model: nn.Module, scope: str, amount: float, **how: Any) -> list[list[Tensor]]:
-    """Return the planes of each scope after the reference's step; columns of a bias are counted as rows of their own."""
+    """Return the planes of each scope after the reference's step; a bias's entry is a row of its own."""
     results = []
     for heads in scopes_of(model, scope):
         planes = [planes_of(*head) for head in heads]  # [head][plane]
@@ -95,7 +95,7 @@ def expected(model: nn.Module, scope: str, amount: float, **how: Any) -> list[li
         stacked = []
         for j in range(len(planes[0])):
             rows = []
-            for (layer, view, _), head in zip(heads, planes, strict=True):
+            for (_, view, _), head in zip(heads, planes, strict=True):
                 bias = view.bias() is not None
                 matrix = head[j][:, : head[j].shape[1] - bias]
                 rows.append(torch.nn.functional.pad(matrix, (0, width - matrix.shape[1])))
@@ -140,9 +140,6 @@ def test_step_is_that_of_the_reference(kind: str, scope: Any):
         for name, p in model.named_parameters():
             if name not in in_planes:
                 assert torch.equal(p, before[name]), name
-    # rows that positions do not turn, values and norms stay as they are
-    layer = rd.find_attention(model)[0]
-    assert layer.rotary is not None
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "GPTNeoX", "Phi", "Cohere"])
@@ -264,10 +261,7 @@ def test_equal_planes_are_kept_in_the_same_order_at_every_step():
     for _ in range(4):
         decay_planes([member._replace(amount=0.1) for member in members], "model", "relative", keep=2)
         [norms] = plane_norms(members, "model").values()
-        assert (
-            norms[:2].tolist() == pytest.approx([4 * math.sqrt(3 / 2) * 2 / math.sqrt(8)] * 2, rel=1)
-            and norms[0] == norms[1]
-        )
+        assert norms[0] == norms[1] == 12**0.5
         assert (norms[2:] < norms[0]).all()
 
 
