@@ -47,11 +47,10 @@ def test_threshold_formulas(scale, lr_coupled, expected, weight):
     assert policy.threshold(weight, 0.01).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_threshold_of_a_stack_with_its_own_rates_and_strengths():
+def test_threshold_of_a_stack_with_its_own_rates():
     stack = torch.stack([DIAGONAL, 2 * DIAGONAL, torch.zeros_like(DIAGONAL)])
-    lr, strength = torch.tensor([0.1, 0.01, 0.1]).double(), torch.tensor([1.0, 2.0, 3.0]).double()
-    tau = LowRank(99.0).threshold(stack, lr, strength)
-    expected = torch.tensor([0.1 * 5**0.5, 0.01 * 2 * 2 * 5**0.5, 0.0], dtype=torch.float64)
+    tau = LowRank(2.0).threshold(stack, torch.tensor([0.1, 0.01, 0.1]).double())
+    expected = torch.tensor([2 * 0.1 * 5**0.5, 2 * 0.01 * 2 * 5**0.5, 0.0], dtype=torch.float64)
     torch.testing.assert_close(tau, expected)
     assert LowRank(99.0).threshold(stack.float(), 0.1).dtype == torch.float32
 
@@ -109,7 +108,7 @@ def test_zero_switches_off():
 
 
 def test_policies_are_plain_frozen_data():
-    assert LowRank(0.1) == LowRank(0.1, "prox", "relative", "matrix", 1, True, 0.0)
+    assert LowRank(0.1) == LowRank(0.1, "prox", "relative", "matrix", None, True, 0.0)
     assert len({LowRank(0.1), LowRank(0.1), LowRank(0.2), Frobenius(0.1)}) == 3
     with pytest.raises(dataclasses.FrozenInstanceError):
         LowRank(0.1).strength = 0.2  # type: ignore[misc]

@@ -92,7 +92,7 @@ def test_there_and_back(roles: dict[str, Any], more: bool):
             "query_key='LowRnk:0.1' is no decay: decay='LowRnk' is unknown: did you mean 'LowRank'",
         ),
         ("mlp=LowRank:0.1:rul=smooth", "mlp=.* is no decay: field='rul' is unknown: did you mean 'rule'?"),
-        ("mlp=Frobenius:0.1:rule=smooth", "mlp=.* field='rule' is unknown: .*known: strength, lr_coupled"),
+        ("mlp=Frobenius:0.1:rule=smooth", "mlp=.* field='rule' is unknown: .*known: strength, power, cap"),
         ("mlp=LowRank:0.1:rule=smoth", "mlp=.* rule='smoth' is unknown: did you mean 'smooth'?"),
         ("mlp=LowRank:a", "mlp='LowRank:a' is no decay: strength='a' must be a finite number >= 0; 0 switches it off"),
         ("mlp=LowRank:nan", "mlp='LowRank:nan' is no decay: strength=nan must be a finite number"),

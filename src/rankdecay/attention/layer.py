@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from rankdecay.attention.numbering import Numbered
@@ -93,6 +94,12 @@ class Window:
     def extent(self, lines: int) -> int:
         """Return the number of the matrix's lines in a parameter of ``lines`` lines."""
         return self.groups * (self.stop - self.start) if self.has_heads else lines
+
+    @lru_cache(maxsize=4096)
+    def smaller_side(self, shape: tuple[int, ...], by_head: bool) -> int:
+        """Return the smaller side of the matrix, or of each head, in a parameter of a shape."""
+        parameter = torch.empty(shape, device="meta")
+        return min((self.heads if by_head else self.matrix)(parameter).shape[-2:], default=0)
 
     def __str__(self) -> str:
         if not self.has_heads:

@@ -32,12 +32,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rankdecay.attention.layer import FLATTENED, WHOLE, Role
 from rankdecay.decay.agreement import check_agreement
-from rankdecay.decay.apply import apply
+from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
 from rankdecay.decay.groups import Group, check_decays, with_names
 from rankdecay.decay.optimizers import (
     check_own_decay,
     check_states,
+    counts_steps,
     has_rate,
     has_rate_per_parameter,
     has_state,
@@ -180,7 +181,7 @@ class Attachment:
         In a distributed run, call it with the same decays in every process.
 
         Raises:
-            TypeError: If a decay is neither LowRank nor Frobenius.
+            TypeError: If a decay is none of the library's.
             ValueError: If the optimizer has no parameter of a role, or a decay does not suit one.
         """
         optimizer = self.optimizer
@@ -370,42 +371,31 @@ class Attachment:
 
     def _decay(self, optimizer: Optimizer) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        due: list[Step] = []
         for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
             factor = rate_of_step(optimizer, group, self._rates[index])
+            counts = counts_steps(optimizer, group)
             for number, (_, target, parameters) in enumerate(targets):
                 if target.by_optimizer or (self._paused and target.decay is not None):
                     continue  # what is the optimizer's own goes on
-                decay = target.decay_in(group)
+                decay, every = target.decay_in(group), target.every_in(group, counts)
                 live = [id(p) in self._params_with_grad for p in parameters]
-                for amount, positions in _count_step(target, decay, factor, found_inf, live):
+                for amount, positions in _count_step(target, decay, every, factor, found_inf, live):
                     chosen = [parameters[position] for position in positions]
                     if self._first_decay:
                         self._first_decay = False
                         check_states(optimizer, chosen)
                     place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
                     seed = target.counter.steps * 1_000_003 + place
-                    with explain_collective_failure(target.role, chosen):
-                        self._apply(optimizer, group, chosen, target, decay, amount, seed)
-
-    def _apply(
-        self,
-        optimizer: Optimizer,
-        group: Group,
-        live: list[Tensor],
-        target: Target,
-        decay: Decay,
-        amount: Any,
-        seed: int,
-    ) -> None:
-        if has_rate_per_parameter(optimizer, group):
-            for parameter in live:
-                its = amount * (rate_of_parameter(optimizer, group, parameter) if decay.lr_coupled else 1.0)
-                apply([parameter], target.windows, decay, its, self._backend, seed)
-            return
-        if is_averaged(group):
-            decay_averaged(optimizer, group, live, target.windows, decay, amount, self._backend, seed)
-        else:
-            apply(live, target.windows, decay, amount, self._backend, seed)
+                    step = Step(chosen, target.windows, decay, amount, seed, target.role)
+                    if is_averaged(group):
+                        decay_averaged(optimizer, group, step, self._backend)
+                    elif has_rate_per_parameter(optimizer, group):
+                        due += _with_rates(optimizer, group, step)
+                    else:
+                        due.append(step)
+        with explain_collective_failure(due):
+            apply(due, self._backend)
 
     def _register_group(self, index: int, group: Group) -> None:
         """Check a new group, and before each step that a known one has parameters of the same shapes.
@@ -468,8 +458,11 @@ class Attachment:
                 who = kind if target.by_optimizer else "rankdecay"
                 who = (who if self.active else "nobody") if decay.strength else ""
                 low_rank = isinstance(decay, LowRank)
-                since = target.counter.steps % decay.every if isinstance(decay, LowRank) else 0
-                waiting = f"{target.role}: {since} of {decay.every} steps since its last decay" if since else ""  # pyright: ignore
+                every = target.every_in(group, counts_steps(optimizer, group))
+                if every > 1 and decay.strength and isinstance(decay, LowRank) and decay.every is None:
+                    words += f", every {every} steps by shape"
+                since = target.counter.steps % every
+                waiting = f"{target.role}: {since} of {every} steps since its last decay" if since else ""
                 for window in target.windows:
                     notes = dropwhile(get_args(Role).__contains__, why.split(", "))  # behind the names of the matrices
                     reason = frozen + (", ".join([window.label, *notes]) if window.label else why)
@@ -500,15 +493,16 @@ class _RegisteredGroup(NamedTuple):
 
 
 @contextlib.contextmanager
-def explain_collective_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
+def explain_collective_failure(steps: list[Step]) -> Iterator[None]:
     """Explain a collective that failed because another process stopped; the backend's message only names a socket."""
     try:
         yield
     except RuntimeError as error:
-        if not any(is_sharded(parameter) for parameter in parameters):
+        roles = dict.fromkeys(step.role for step in steps if step.is_collective)
+        if not roles:
             raise
         raise RuntimeError(
-            f"the decay of {role} needs every process that holds a part of its parameters, and on rank "
+            f"the decay of {', '.join(roles)} needs every process that holds a part of its parameters, and on rank "
             f"{torch.distributed.get_rank()} it failed: {error}. If another process has stopped, continue the run from "
             "its last checkpoint."
         ) from error
@@ -529,6 +523,17 @@ def _name_later_groups(optimizer: Optimizer) -> None:
 def _bare(name: str) -> str:
     """Return the name that a parameter has before its model is compiled or wrapped."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _with_rates(optimizer: Optimizer, group: Group, step: Step) -> list[Step]:
+    """Return the step of each parameter alone, of an optimizer that has a rate for each."""
+    if not step.decay.lr_coupled:
+        return [step]
+    rates = [rate_of_parameter(optimizer, group, parameter) for parameter in step.parameters]
+    return [
+        step._replace(parameters=[parameter], amount=step.amount * rate)
+        for parameter, rate in zip(step.parameters, rates, strict=True)
+    ]
 
 
 def _nothing() -> None:
@@ -575,17 +580,6 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
                 f"the decay of {role} is coupled to the learning rate, and {type(optimizer).__name__} has no 'lr' in "
                 "its groups; use lr_coupled=False."
             )
-        if isinstance(decay, LowRank) and decay.every > 1 and has_rate_per_parameter(optimizer, group):
-            raise ValueError(
-                f"{role} is to be decayed every {decay.every} steps, and {type(optimizer).__name__} has another rate "
-                "for each parameter in each step; use every=1."
-            )
-        if isinstance(decay, LowRank) and decay.every > 1 and group.get("gradient_release"):
-            raise ValueError(
-                f"{role} is to be decayed every {decay.every} steps, and with gradient_release=True "
-                f"{type(optimizer).__name__} steps each parameter by itself, so that there is nothing to count; use "
-                "every=1."
-            )
         if isinstance(decay, LowRank) and is_averaged(group) and any(map(is_sharded, target.parameters(group))):
             raise ValueError(
                 f"{role} is sharded, and a low-rank decay under {type(optimizer).__name__} needs whole matrices; use "
@@ -608,6 +602,18 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
                     window.heads(torch.empty(parameter.shape, device="meta"))
                 except ValueError as error:
                     raise ValueError(f"{name} ({role}): {error}") from None
+        every = target.every_in(group, counts_steps(optimizer, group))
+        if every > 1 and has_rate_per_parameter(optimizer, group):
+            raise ValueError(
+                f"{role} is to be decayed every {every} steps, and {type(optimizer).__name__} has another rate "
+                "for each parameter in each step; use every=1."
+            )
+        if every > 1 and group.get("gradient_release"):
+            raise ValueError(
+                f"{role} is to be decayed every {every} steps, and with gradient_release=True "
+                f"{type(optimizer).__name__} steps each parameter by itself, so that there is nothing to count; use "
+                "every=1."
+            )
 
 
 def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
@@ -659,7 +665,7 @@ def _swapped(index: int, before: _RegisteredGroup, now: list[tuple[int, ...]]) -
 
 
 def _count_step(
-    target: Target, decay: Decay, rate: float | Tensor, found_inf: Tensor | None, live: list[bool]
+    target: Target, decay: Decay, every: int, rate: float | Tensor, found_inf: Tensor | None, live: list[bool]
 ) -> list[tuple[float | Tensor, list[int]]]:
     """Count a step, and return what is to be decayed now: amounts, and the parameters that lose them.
 
@@ -669,14 +675,16 @@ def _count_step(
     Args:
         target: whose step it is.
         decay: of the target.
+        every: after how many steps it is applied.
         rate: of the step.
         found_inf: 1 on the device if the step was skipped.
         live: whether each parameter of the target has a gradient.
     """
-    every, counter = decay.every if isinstance(decay, LowRank) else 1, target.counter
-    amount: float | Tensor = decay.strength * rate if decay.lr_coupled and decay.strength else decay.strength
+    counter = target.counter
+    amount = _bounded(decay.strength * rate if decay.lr_coupled and decay.strength else decay.strength)
+    amount = amount * counter.ramp(decay)
     if found_inf is not None:
-        amount = amount * (1 - found_inf)
+        amount = (amount if isinstance(amount, Tensor) else min(amount, _LARGEST_ON_DEVICE)) * (1 - found_inf)
     counter.steps += 1
     pending = counter.pending + amount
     if every > 1:
@@ -695,3 +703,11 @@ def _count_step(
         if (has_gradient or every > 1) and (isinstance(its, Tensor) or its > 0):
             alike.setdefault(its if isinstance(its, float) else id(its), (its, []))[1].append(position)
     return list(alike.values())
+
+
+#: Bounds of an amount, far above any that leaves something of a weight: so that sums stay finite, and ∞ · 0 never is.
+_LARGEST, _LARGEST_ON_DEVICE = 1e300, 1e37
+
+
+def _bounded(amount: float | Tensor) -> float | Tensor:
+    return amount.clamp_max(_LARGEST_ON_DEVICE) if isinstance(amount, Tensor) else min(amount, _LARGEST)

@@ -17,6 +17,7 @@ ROLE_strength, _scale, …    the other fields of :class:`~rankdecay.LowRank`; t
                             ``"weight_decay"``, for the value of that key
 ROLE_blocks                 where in the parameter, a :class:`~rankdecay.attention.Window` per matrix
 ROLE_steps, _pending        state of ``every=k``: steps seen, and Σ lr · strength since the last decay
+ROLE_warmed                 steps of a warm-up that have been made
 ==========================  ============================================================================
 """
 
@@ -26,7 +27,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -43,6 +44,8 @@ Excluded = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
 #: Strength of an L2 that is the group's ``weight_decay``, where the hook applies it.
 LIVE = "weight_decay"
+#: ``every`` of a low-rank decay that follows from the shapes of the matrices.
+BY_SHAPE = "by shape"
 
 
 def param_groups(
@@ -114,7 +117,7 @@ def param_groups(
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.names[0])
         group["why"].append(why_of(entry))
-        l2 = all(isinstance(decay, Frobenius) for _, decay in decays)
+        l2 = all(isinstance(decay, Frobenius) and decay.is_l2 for _, decay in decays)
         _known[entry.parameter] = Known(entry.names[0], group["why"][-1], remarks, entry.blocks, l2)
     for group in groups.values():
         group.update(real_l2(group))
@@ -176,7 +179,7 @@ def plan(
 def check_decays(decays: Mapping[str, Decay | None]) -> None:
     """Raise a `TypeError` if one of several arguments is neither a decay nor None."""
     for argument, decay in decays.items():
-        if decay is not None and not isinstance(decay, (LowRank, Frobenius)):
+        if decay is not None and not isinstance(decay, get_args(Decay)):
             raise TypeError(
                 f"{argument}={decay!r} is not a decay; pass rankdecay.LowRank(strength) or "
                 "rankdecay.Frobenius(strength)."
@@ -279,13 +282,14 @@ def decays_in(group: Group) -> dict[str, Decay]:
     """
     found: dict[str, Decay] = {}
     for role in hook_roles(group):
-        if group[f"{role}_rule"] == "frobenius":
-            key = LIVE if group[f"{role}_strength"] == LIVE else f"{role}_strength"
-            found[role] = Frobenius(_number(group, key), group.get(f"{role}_lr_coupled", True))
-            continue
-        settings = {field.name: group[f"{role}_{field.name}"] for field in fields(LowRank)}
-        settings["strength"] = _number(group, f"{role}_strength")
-        found[role] = LowRank(**settings)
+        kind = Frobenius if group[f"{role}_rule"] == "frobenius" else LowRank
+        keys = {field.name: f"{role}_{field.name}" for field in fields(kind)}
+        settings = {name: group[key] for name, key in keys.items() if key in group}
+        live = settings["strength"] == LIVE
+        settings["strength"] = _number(group, LIVE if live else f"{role}_strength")
+        if settings.get("every") == BY_SHAPE:
+            settings["every"] = None
+        found[role] = kind(**settings)
     return found
 
 
@@ -319,9 +323,12 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
     whole: Decay | None = Frobenius(group["weight_decay"]) if "weight_decay" in group else None
     pairs = [(block, decays.get(block.role, found.get(block.role, whole))) for block in blocks]
     for block, decay in pairs:
-        if isinstance(decay, LowRank) and group["params"]:
-            _check_matrix(block, Assigned(group["params"][0], names_in(group)[:1], blocks), decay)
+        if decay is not None and group["params"]:
+            check_suits(block, Assigned(group["params"][0], names_in(group)[:1], blocks), decay)
     counts = {key: group[key] for key in group if key.endswith(("_steps", "_pending"))}
+    for role, decay in decays.items():
+        if found.get(role) == decay and f"{role}_warmed" in group:
+            counts[f"{role}_warmed"] = group[f"{role}_warmed"]  # the same decay again: its warm-up goes on
     for role in hook_roles(group):
         for key in [key for key in group if key.startswith(f"{role}_")]:
             del group[key]
@@ -361,13 +368,17 @@ def windows_in(group: Group, role: str) -> list[Window]:
 
 def hook_keys(role: str, decay: Decay, windows: Iterable[Window] = (WHOLE,)) -> Group:
     """Return the keys that make the hook apply ``decay`` to the matrices of a role."""
-    if isinstance(decay, LowRank):
-        settings = asdict(decay)
-    else:
-        settings = {"rule": "frobenius", "strength": decay.strength}
-        settings |= {} if decay.lr_coupled else {"lr_coupled": False}
+    settings = {} if isinstance(decay, LowRank) else {"rule": "frobenius"}
+    always = (
+        ("strength", "rule", "scale", "unit", "every", "lr_coupled", "smoothing") if not settings else ("strength",)
+    )
+    defaults = {field.name: field.default for field in fields(decay)}
+    settings |= {n: v for n, v in asdict(decay).items() if n in always or v != defaults[n]}
+    if "every" in settings and settings["every"] is None:
+        settings["every"] = BY_SHAPE
     keys: Group = {f"{role}_{name}": value for name, value in settings.items()}
     keys |= {f"{role}_steps": 0, f"{role}_pending": 0.0}  # a distributed checkpoint fills existing keys alone
+    keys |= {f"{role}_warmed": 0} if decay.warmup else {}
     blocks = "; ".join(filter(None, map(str, windows)))  # nothing of a whole parameter
     if blocks:
         keys[f"{role}_blocks"] = blocks
@@ -430,8 +441,8 @@ def decay_of(
     decay = named.get(block.role)
     if decay is None:
         decay = default if _is_matrix(entry, block) else rest
-    if isinstance(decay, LowRank):
-        _check_matrix(block, entry, decay)
+    if decay is not None:
+        check_suits(block, entry, decay)
     return decay
 
 
@@ -440,17 +451,29 @@ def _is_matrix(entry: Assigned, block: Block) -> bool:
     return entry.parameter.ndim >= 2 and block.role not in ("norm", "bias") and not block.fixed
 
 
-def _check_matrix(block: Block, entry: Assigned, decay: LowRank) -> None:
+def check_suits(block: Block, entry: Assigned, decay: Decay) -> None:
+    """Raise if a decay is not defined for a block."""
     name, shape = entry.names[0], tuple(entry.parameter.shape)
-    if len(shape) != 2 and not block.stack and not block.window.has_heads:
+    needs_matrix = isinstance(decay, LowRank) or (decay.needs_norm and len(shape) > 2)
+    if needs_matrix and len(shape) != 2 and not block.stack and not block.window.has_heads:
+        what = "a low-rank decay" if isinstance(decay, LowRank) else f"a decay of power {decay.power:g}"
         raise ValueError(
-            f"{name} has role {block.role} and shape {shape}, and a low-rank decay needs a matrix: give "
-            f"{block.role}=rankdecay.Frobenius(...) instead."
+            f"{name} has role {block.role} and shape {shape}, and {what} needs a matrix: give "
+            f"{block.role}=rankdecay.Frobenius(...){' of power 1' if isinstance(decay, Frobenius) else ''} instead."
         )
+    kind = type(decay).__name__
     if decay.unit == "head" and not block.window.has_heads:
         raise ValueError(
-            f"{block.role}=LowRank(unit='head') meets {name}, which has no heads; use unit='matrix' for this role."
+            f"{block.role}={kind}(unit='head') meets {name}, which has no heads; use unit='matrix' for this role."
         )
+    if isinstance(decay, LowRank) and decay.keep:
+        smaller = block.window.smaller_side(shape, decay.unit == "head")
+        if decay.keep >= smaller:
+            raise ValueError(
+                f"keep={decay.keep} of {block.role} spares every singular value of {name}, whose "
+                f"{'heads' if decay.unit == 'head' else 'matrices'} have {smaller}; give a smaller one, or "
+                "rankdecay.Frobenius(0.0) for no decay."
+            )
 
 
 def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
@@ -462,10 +485,10 @@ def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
         [decay] = distinct
         if decay is None:
             return keys
-        if isinstance(decay, Frobenius) and decay.lr_coupled:
+        if isinstance(decay, Frobenius) and decay.is_l2:
             return keys | {"weight_decay": decay.strength, "decoupled_weight_decay": True}
     # One strength of L2 is the group's weight_decay, so that a schedule of it counts; absent, the optimizer's own.
-    l2 = {decay for decay in distinct if decay is None or (isinstance(decay, Frobenius) and decay.lr_coupled)}
+    l2 = {decay for decay in distinct if decay is None or (isinstance(decay, Frobenius) and decay.is_l2)}
     live = None if None in l2 else (l2.pop() if len(l2) == 1 else Frobenius(0.0))
     keys |= {} if live is None else {"weight_decay": live.strength}
     for role in roles:

@@ -33,7 +33,7 @@ from rankdecay.decay.groups import (
     whys_in,
     windows_in,
 )
-from rankdecay.decay.optimizers import check_divisible, decouples, is_decoupled
+from rankdecay.decay.optimizers import check_divisible, counts_steps, decouples, is_decoupled
 from rankdecay.decay.policy import Decay, Frobenius
 from rankdecay.decay.targets import Bundle, Counter, Target
 
@@ -337,7 +337,7 @@ class FromModel:
         """Write the counts to the state of the parameters that were stepped."""
         if self._counts_in_state:
             for group, bundle in self._each_bundle(optimizer):
-                bundle.keep(optimizer, group, stepped)
+                bundle.keep(optimizer, group, stepped, counts_steps(optimizer, group))
 
     def check_kept(self, optimizer: Optimizer, index: int, group: Group, roles: list[str]) -> None:
         """Do nothing: the groups say nothing of decays."""
@@ -347,10 +347,16 @@ class FromModel:
 
     @staticmethod
     def _counted_on(before: list[Bundle], now: list[Bundle]) -> list[Bundle]:
-        """Let the counts of new bundles go on from those that had their parameters."""
+        """Let the counts of new bundles go on from those that had their parameters; a new decay warms up anew."""
         for bundle in now:
             former = next((each for each in before if bundle.positions[0] in each.positions), None)
-            bundle.numbers.update(former.numbers if former is not None else {})
+            if former is None:
+                continue
+            bundle.numbers.update(former.numbers)
+            same = {(target.role, target.decay) for target in former.targets}
+            for target in bundle.targets:
+                if target.decay is not None and target.decay.warmup and (target.role, target.decay) not in same:
+                    target.counter.start_warmup()
         return now
 
     def _each_bundle(self, optimizer: Optimizer) -> Iterable[tuple[Group, Bundle]]:
@@ -376,7 +382,7 @@ class FromModel:
         distinct = {decay for _, decay in decays}
         [decay, *others] = distinct
         narrow = group["params"][positions[0]].dtype.itemsize < 4  # the optimizer would round L2 away
-        by_optimizer = isinstance(decay, Frobenius) and decay.lr_coupled and not others and decouples(optimizer, group)
+        by_optimizer = isinstance(decay, Frobenius) and decay.is_l2 and not others and decouples(optimizer, group)
         by_optimizer = by_optimizer and not narrow
         numbers: dict[str, Any] = {}
         targets = []

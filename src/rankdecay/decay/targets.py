@@ -22,11 +22,11 @@ STATE_KEY = "rankdecay"
 
 
 class Counter:
-    """State of ``every=k`` in a dictionary: steps seen, and Σ lr · strength since the last decay."""
+    """Counts in a dictionary: steps seen, those of a warm-up, and Σ lr · strength since the last decay."""
 
     def __init__(self, numbers: dict[str, Any], role: str) -> None:
         self._numbers, self._steps, self._pending = numbers, f"{role}_steps", f"{role}_pending"
-        self._missed = f"{role}_missed"
+        self._missed, self._warmed = f"{role}_missed", f"{role}_warmed"
 
     @property
     def steps(self) -> int:
@@ -35,6 +35,18 @@ class Counter:
     @steps.setter
     def steps(self, value: int) -> None:
         self._numbers[self._steps] = value
+
+    def ramp(self, decay: Decay) -> float:
+        """Count a step of the decay's warm-up, and return the part of its strength that acts in it."""
+        if not decay.warmup:
+            return 1.0
+        made = min(self._numbers.get(self._warmed, 0) + 1, decay.warmup)
+        self._numbers[self._warmed] = made
+        return decay.ramp(made)
+
+    def start_warmup(self) -> None:
+        """Let a warm-up begin with the next step."""
+        self._numbers[self._warmed] = 0
 
     @property
     def pending(self) -> float | Tensor:
@@ -97,6 +109,22 @@ class Target:
         """Return its parameters, as they are in the group now."""
         return [group["params"][position] for position in self.positions]
 
+    def every_in(self, group: Group, counts: bool) -> int:
+        """Return after how many steps its decay is applied.
+
+        Args:
+            group: of the parameters.
+            counts: whether the optimizer's steps can be counted; else a number that follows from the shapes is 1.
+        """
+        decay = self.decay_in(group)
+        if not isinstance(decay, LowRank) or (decay.every is None and not counts):
+            return 1
+        if decay.every is not None:
+            return decay.every
+        by_head = decay.unit == "head"
+        sides = [w.smaller_side(tuple(p.shape), by_head) for p in self.parameters(group) for w in self.windows]
+        return max(1, decay.interval(max(sides, default=1)))
+
     def decay_in(self, group: Group) -> Decay:
         """Return its decay; for the optimizer's own L2, of the group's present ``weight_decay``."""
         return self.decay if self.decay is not None else Frobenius(float(group.get("weight_decay", 0.0)))
@@ -111,7 +139,7 @@ class Bundle:
         targets: one per role.
         l2: weight decay with which the optimizer is to step these parameters.
         numbers: counts of the targets; the same dictionary is in the state of every parameter, where a resumed run
-            needs it: for cycles of several steps, and for the random numbers by which 16-bit weights are rounded.
+            needs it: for cycles of several steps, for a warm-up, and for the random numbers by which 16-bit weights are rounded.
             A state without it is that of a run without decay, and either can load the other's. Plain numbers, since a
             tensor would be cast to the dtype of the parameter.
     """
@@ -130,11 +158,15 @@ class Bundle:
         self.numbers.clear()
         for target in self.targets:
             target.counter.steps, target.counter.pending = 0, 0.0
+            if target.decay is not None and target.decay.warmup:
+                target.counter.start_warmup()
 
-    def is_counted(self, group: Group) -> bool:
-        """Whether a resumed run needs the counts."""
+    def is_counted(self, group: Group, counts: bool) -> bool:
+        """Whether a resumed run needs the counts; ``counts`` as for :meth:`Target.every_in`."""
         narrow = any(group["params"][position].dtype.itemsize < 4 for position in self.positions)
-        return narrow or any(isinstance(t.decay, LowRank) and t.decay.every > 1 for t in self.targets)
+        return narrow or any(
+            t.every_in(group, counts) > 1 or (t.decay is not None and t.decay.warmup) for t in self.targets
+        )
 
     def recall(self, optimizer: Optimizer, group: Group) -> None:
         """Take the counts over from a state that has been loaded since the last step."""
@@ -147,12 +179,12 @@ class Bundle:
         self.numbers.update(known)
         self._written = False
 
-    def keep(self, optimizer: Optimizer, group: Group, stepped: set[int]) -> None:
+    def keep(self, optimizer: Optimizer, group: Group, stepped: set[int], counts: bool) -> None:
         """Write the counts to the state of the parameters that have been stepped, and of those that have counts.
 
         Not before: to many an optimizer a state with anything in it is one that has been made.
         """
-        counted = self.is_counted(group)
+        counted = self.is_counted(group, counts)
         for position in self.positions:
             parameter = group["params"][position]
             if (counted and id(parameter) in stepped) or STATE_KEY in (optimizer.state.get(parameter) or ()):

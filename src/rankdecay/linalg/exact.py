@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rankdecay.linalg.backend import note_backend
 from rankdecay.linalg.stack import Prepared
+from rankdecay.linalg.threshold import leave_directions
 
 #: Relative size of a null singular value for input of float32 and below (module docstring).
 NULL_TOLERANCE = 2.0**-21
@@ -18,7 +19,7 @@ NULL_TOLERANCE = 2.0**-21
 def apply_exact(
     prepared: Prepared, f: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, *, complement: bool = False
 ) -> Tensor:
-    """Return Y = X V diag(f(σ)) Vᵀ in float64, or its complement X - Y.
+    """Return X V diag(f(σ)) Vᵀ in float64, or what is left of X when each direction loses the share f(σ).
 
     Args:
         prepared: Float64 stack from :func:`prepare`, X of shape (..., m, n).
@@ -31,11 +32,9 @@ def apply_exact(
     sigma, V = _right_singular(X, dtype)
     tol = NULL_TOLERANCE if dtype != torch.float64 else max(X.shape[-2:]) * 2.0**-52
     multipliers = f(sigma, tol * sigma.amax(-1, keepdim=True))
-    Y = X @ ((V * multipliers[..., None, :]) @ V.mT)
-    if not complement:
-        return Y
-    nothing_left = (multipliers == 1).all(-1)[..., None, None]
-    return torch.sub(X, Y, out=Y).masked_fill_(nothing_left, 0)
+    if complement:
+        return leave_directions(X, V, multipliers)
+    return X @ ((V * multipliers[..., None, :]) @ V.mT)
 
 
 def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,26 @@ def leave_(X: Tensor, share: Tensor) -> None:
     X.addcmul_(X, share.to(X.dtype), value=-1)
 
 
+def leave_directions(X: Tensor, V: Tensor, share: Tensor) -> Tensor:
+    """Return what is left of X when each right singular direction loses its share: :func:`leave` in their basis.
+
+    Args:
+        X: matrices (..., m, n).
+        V: their right singular vectors (..., n, n).
+        share: t of each, (..., n).
+    """
+    taken = X @ taken_by_directions(V, share)
+    return torch.sub(X, taken, out=taken)
+
+
+def taken_by_directions(V: Tensor, share: Tensor) -> Tensor:
+    """Return V diag(t) Vᵀ, the part of X that is taken from its right; exactly I where t = 1 in every direction."""
+    # A share of 1 - 1e-13 is one of a threshold at σ₁, up to the rounding of σ₁ itself.
+    all_taken = ((share - 1).abs() <= 2.0**-50 * (8 + share.shape[-1])).all(-1)[..., None, None]
+    identity = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
+    return torch.where(all_taken, identity, (V * share[..., None, :]) @ V.mT)
+
+
 def soft(norm: Tensor, tau: Tensor) -> Tensor:
     """Return min(1, τ/‖X_g‖); 1 for a group that is zero, unless τ = 0."""
     return (tau / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
@@ -60,10 +80,7 @@ def power(log_norm: Tensor, amount: Tensor, p: float, cap: float = 1.0) -> Tenso
         p: of the penalty strength · ‖X_g‖^(p + 1)/(p + 1), whose gradient step this is.
         cap: the largest share, in (0, 1].
     """
-    if p == 1:
-        share = amount.expand_as(log_norm)
-    else:
-        share = torch.exp(torch.log(amount) + (p - 1) * log_norm)
+    share = amount.expand_as(log_norm) if p == 1 else torch.exp(torch.log(amount) + (p - 1) * log_norm)
     return torch.where((log_norm == -math.inf) | (amount == 0), 0.0, share.clamp_max(cap))
 
 
@@ -78,6 +95,26 @@ def hold_norm(share: Tensor, norm: Tensor) -> Tensor:
     before = torch.linalg.vector_norm(norm, dim=-1, keepdim=True)
     after = torch.linalg.vector_norm((1 - share) * norm, dim=-1, keepdim=True)
     return torch.where(after > 0, 1 - (1 - share) * (before / torch.where(after > 0, after, 1.0)), 0.0)
+
+
+def radial(X: Tensor, decayed: Tensor) -> Tensor:
+    """Return the share of a whole matrix that a step takes along it: ⟨X - X', X⟩/‖X‖²; 0 for a zero matrix.
+
+    Args:
+        X: before the step, (..., m, n).
+        decayed: X', after it.
+
+    Returns:
+        (..., 1, 1).
+    """
+    square = X.square().sum((-2, -1), keepdim=True)
+    along = ((X - decayed) * X).sum((-2, -1), keepdim=True)
+    return torch.where(square > 0, along / torch.where(square > 0, square, 1.0), 0.0)
+
+
+def towards(norm: Tensor, target: Tensor | float) -> Tensor:
+    """Return the share after which a group has a given norm, < 0 where it grows; 0 for a group that is zero."""
+    return torch.where(norm > 0, 1 - target / torch.where(norm > 0, norm, 1.0), 0.0)
 
 
 def reference(W: Sequence[Sequence[float]], tau: float, *, keep: int = 0, preserve_norm: bool = False) -> Tensor:

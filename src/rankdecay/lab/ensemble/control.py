@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.lab.ensemble.outcome import MEMORISED, first_step
+from rankdecay.linalg.threshold import leave, radial
 from rankdecay.spectrum import spectrum
 
 Part = Literal["whole", "radial", "tangential", "reversed"]
@@ -65,10 +66,10 @@ def part_of_step(weight: Tensor, decayed: Tensor, part: Part) -> Tensor:
     """The weight after one ``part`` of the step from ``weight`` to ``decayed``, both ``(..., m, n)``."""
     if part == "whole":
         return decayed
-    step = weight - decayed
-    square = weight.square().sum((-2, -1), keepdim=True)
-    along = (step * weight).sum((-2, -1), keepdim=True) / torch.where(square > 0, square, 1) * weight
-    return weight - {"radial": along, "tangential": step - along, "reversed": 2 * along - step}[part]
+    after_radial = leave(weight, radial(weight, decayed))
+    if part == "radial":
+        return after_radial
+    return decayed + weight - after_radial if part == "tangential" else 2 * after_radial - decayed
 
 
 def above_rank(weight: Tensor, target: float | Tensor) -> Tensor:

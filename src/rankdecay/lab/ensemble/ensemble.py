@@ -31,8 +31,9 @@ from rankdecay.lab.ensemble.control import PLAIN, Control, Part, above_rank, par
 from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parameters
 from rankdecay.lab.precision import check_resolved
 from rankdecay.lab.tasks.base import Dataset, random_generator
-from rankdecay.linalg import shrink
+from rankdecay.linalg import power_step, shrink
 from rankdecay.linalg.factored import factored_singular_values
+from rankdecay.linalg.threshold import leave, towards
 from rankdecay.spectrum import Spectrum, spectrum
 
 Precision = Literal["float32", "mixed", "float64"]
@@ -70,6 +71,12 @@ class Member:
     def low_rank(self) -> LowRank | None:
         """Low-rank decay of the member, None if it has another one or no strength."""
         return self.decay if isinstance(self.decay, LowRank) and self.decay.strength else None
+
+    @property
+    def constant_l2(self) -> float:
+        """Strength of a decay that multiplies W_Q and W_K by the same number at every step; else 0."""
+        decay = self.decay
+        return decay.strength if isinstance(decay, Frobenius) and replace(decay, lr_coupled=True).is_l2 else 0.0
 
 
 @dataclass(frozen=True)
@@ -163,17 +170,25 @@ def adamw_(
 
 @dataclass(frozen=True)
 class Group:
-    """Members whose low-rank decays differ in strength alone: one call of `shrink` serves them."""
+    """Members whose decays differ in strength alone: one call of `shrink` serves them."""
 
-    policy: LowRank
+    policy: Decay
     part: Part
     blocks: bool
     rows: list[int]
     strength: Tensor  # (rows, 1)
 
-    def decayed(self, weight: Tensor, tau: Tensor) -> Tensor:
-        """``weight`` (rows, ..., m, n) after a decay of ``tau`` (rows, ...)."""
-        after = shrink(weight, tau, self.policy.rule, smoothing=self.policy.smoothing)
+    def every(self, side: int) -> int:
+        """After how many steps matrices, or heads, of a smaller side are decayed."""
+        return self.policy.interval(side) if isinstance(self.policy, LowRank) else 1
+
+    def decayed(self, weight: Tensor, amount: Tensor) -> Tensor:
+        """``weight`` (rows, ..., m, n) after a decay of Σ lr · strength = ``amount`` (rows, ...)."""
+        policy = self.policy
+        if isinstance(policy, LowRank):
+            after = shrink(weight, amount, policy.rule, **policy.options)
+        else:
+            after = power_step(weight, amount, policy.power, policy.cap or 1.0)
         return part_of_step(weight, after, self.part)
 
 
@@ -278,18 +293,15 @@ class Ensemble:
 
     def _bind_schedule(self) -> None:
         """Rebuilds what depends on the decays that act now, and on the ranks they have reached."""
-        l2 = [
-            m.decay.strength if isinstance(m.decay, Frobenius) and acts else 0.0
-            for m, acts in zip(self.members, self._acts, strict=True)
-        ]
+        l2 = [m.constant_l2 if acts else 0.0 for m, acts in zip(self.members, self._acts, strict=True)]
         per_step = self._column([float(m.decay is not None and not m.decay.lr_coupled) for m in self.members]) > 0
         self._keep_query_key = 1 - torch.where(per_step, 1.0, self._query_key_lr) * self._column(l2)
-        groups: dict[tuple[LowRank, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
+        groups: dict[tuple[Decay, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
         for index, (member, acts) in enumerate(zip(self.members, self._acts, strict=True)):
-            if member.low_rank and acts:
-                plain = replace(member.low_rank, strength=0.0)
-                groups[plain, member.control.part, member.control.blocks][index] = member.low_rank.strength
-        self._low_rank = [
+            if member.decay is not None and member.decay.strength and acts and not member.constant_l2:
+                plain = replace(member.decay, strength=0.0)
+                groups[plain, member.control.part, member.control.blocks][index] = member.decay.strength
+        self._groups = [
             Group(*key, list(strengths), self._column(list(strengths.values()))) for key, strengths in groups.items()
         ]
         self._share: Tensor | None = None  # of its decay that each head block takes: (members, depth, 2, heads)
@@ -373,12 +385,13 @@ class Ensemble:
         self._adamw()
         if before is not None:
             self._angular = _angle(before, self.query_key).flatten(1).mean(1)
-        for group in self._low_rank:
+        for group in self._groups:
             self._decay(group)
         if self._norm is not None:
             norms = self.query_key.norm(dim=(-2, -1), keepdim=True)
-            factor = self._norm.view(-1, 1, 1, 1, 1) / norms
-            self.query_key.mul_(torch.where(factor.isfinite(), factor, 1))
+            target = self._norm.view(-1, 1, 1, 1, 1)  # NaN of members whose norm is free
+            share = torch.where(target.isnan(), 0, towards(norms, target))
+            self.query_key.copy_(leave(self.query_key, share))
 
     def _adamw(self) -> None:
         t = self.training
@@ -390,7 +403,8 @@ class Ensemble:
 
     def _decay(self, group: Group) -> None:
         """Decays those members of a group whose interval has passed."""
-        every = group.policy.every
+        c = self.config
+        every = group.every(c.head_dim if group.policy.unit == "head" else c.width)
         due = [place for place, row in enumerate(group.rows) if self.steps[row] % every == 0]
         if not due:
             return
@@ -399,11 +413,16 @@ class Ensemble:
         rows = self._which(group.rows)
         self.query_key[rows] = self._decayed(group, every)
         if group.blocks:
-            lr, strength = self._lr[rows][:, 0], group.strength[:, 0]
             for name in self._block_names:
                 weight = self.parameters[name][rows]
-                tau = every * group.policy.threshold(weight, lr, strength)
-                self.parameters[name][rows] = group.decayed(weight, tau)
+                amount = every * self._amount(group, self._lr[rows])
+                self.parameters[name][rows] = group.decayed(weight, amount.view(-1, *[1] * (weight.ndim - 3)))
+
+    def _amount(self, group: Group, lr: Tensor) -> Tensor:
+        """Lr · strength of the next decay of each row of a group, (rows, 1); less while it is warming up."""
+        policy = group.policy
+        ramp = self._column([policy.ramp(self.steps[row]) for row in group.rows])
+        return group.strength * ramp * (lr if policy.lr_coupled else 1.0)
 
     def _which(self, rows: list[int]) -> slice | Tensor:
         """Index of some members; a slice for all of them, which needs no gathered copy."""
@@ -415,12 +434,11 @@ class Ensemble:
         stack = self.query_key[rows]
         by_head = policy.unit == "head"
         weight = stack.unflatten(-2, (self.config.heads, self.config.head_dim)) if by_head else stack
-        ones = [1] * (weight.ndim - 3)
-        tau = policy.threshold(weight, self._query_key_lr[rows].view(-1, *ones), group.strength.view(-1, *ones))
+        amount = self._amount(group, self._query_key_lr[rows]).view(-1, *[1] * (weight.ndim - 3))
         if self._share is not None:
             share = self._share[rows]
-            tau = tau * (share if by_head else share[..., 0])
-        return group.decayed(weight, steps * tau).view(stack.shape)
+            amount = amount * (share if by_head else share[..., 0])
+        return group.decayed(weight, steps * amount).view(stack.shape)
 
     def retain(self, keep: Sequence[bool]) -> None:
         """Drops the members for which ``keep`` is false; the others go on as if nothing had happened."""
@@ -525,10 +543,10 @@ class Ensemble:
         size = torch.full((len(self.members),), math.nan, device=self.training.device, dtype=torch.float64)
         radial = size.clone()
         for index, member in enumerate(self.members):
-            if isinstance(member.decay, Frobenius) and member.decay.strength and self._acts[index]:
+            if member.constant_l2 and member.decay is not None and self._acts[index]:
                 rate = member.lr * member.control.query_key_lr if member.decay.lr_coupled else 1.0
-                size[index], radial[index] = rate * member.decay.strength, 1.0
-        for group in self._low_rank:
+                size[index], radial[index] = rate * member.constant_l2, 1.0
+        for group in self._groups:
             rows = self._which(group.rows)
             weight = self.query_key[rows].double()
             step = weight - self._decayed(group, 1).double()

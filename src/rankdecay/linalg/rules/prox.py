@@ -25,23 +25,20 @@ from torch import Tensor
 from rankdecay.linalg.matmul import iterate, normalised, polar_by_products
 from rankdecay.linalg.minimax import SCHEDULES
 from rankdecay.linalg.stack import Prepared
+from rankdecay.linalg.threshold import soft
 from rankdecay.rules import Options, Rule
 
 
-def _clipped(sigma: Tensor, null: Tensor, tau: Tensor, options: Options) -> Tensor:
-    """Return min(σ, τ)/σ, and 1 at σ = 0 unless τ = 0.
-
-    Subtracting the clipped matrix instead of multiplying by max(0, 1 - τ/σ) leaves W untouched to its last digit
-    as τ goes to 0.
-    """
-    return (tau / sigma.clamp_min(2.0**-1022)).clamp_max(1)
+def _share(sigma: Tensor, null: Tensor, tau: Tensor, options: Options) -> Tensor:
+    return soft(sigma, tau)
 
 
 def _clip(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
     """Return clip_τ(X) by products (module docstring)."""
     X = prepared.X
     F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    tau = torch.minimum(tau, 2 * F.double()).to(X.dtype)  # above F nothing is clipped, however far above
+    all_taken = tau >= F
+    tau = torch.minimum(tau, F.double()).to(X.dtype)
     polar_factor = polar_by_products(X)
     identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     H = polar_factor.mT @ X
@@ -50,7 +47,7 @@ def _clip(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
     clipped = X @ below
     inside = polar_factor.mT @ clipped
     clipped -= polar_factor @ (inside - below @ inside)
-    return clipped.add_(tau * (polar_factor @ (identity - below @ below)))
+    return torch.where(all_taken, X, clipped.add_(tau * (polar_factor @ (identity - below @ below))))
 
 
-RULE = Rule("prox", "soft threshold, exact zeros", _clipped, _clip)
+RULE = Rule("prox", "soft threshold, exact zeros", _share, _clip, keep=True, homogeneous=True)

@@ -80,7 +80,7 @@ def every_arm(settings: Boundary) -> dict[str, Arm]:
         return LowRank(strength, rule, "absolute", every=settings.every, smoothing=smoothing, **options)  # type: ignore
 
     def prototype(strength: float) -> LowRank:
-        return LowRank(strength, "newton_schulz", "absolute", lr_coupled=False)
+        return LowRank(strength, "newton_schulz", "absolute", every=1, lr_coupled=False)
 
     def controlled(**options: object) -> Callable[[float], Treatment]:
         return lambda strength: Treatment(low_rank(strength), Control(**options))  # type: ignore[arg-type]
@@ -129,13 +129,13 @@ def every_arm(settings: Boundary) -> dict[str, Arm]:
         Arm(
             "paper_s5",
             "The paper's section 5 on attention and MLP matrices: ηλ·‖W‖/‖polar‖·polar(W).",
-            Axis(lambda s: Treatment(LowRank(s, "polar", "relative"), Control(blocks=True))),
+            Axis(lambda s: Treatment(LowRank(s, "polar", "relative", every=1), Control(blocks=True))),
             PAPER,
         ),
         Arm(
             "paper_s6",
             "The paper's section 6.3 on attention and MLP matrices: ηλ·polar(W).",
-            Axis(lambda s: Treatment(LowRank(s, "polar", "absolute"), Control(blocks=True))),
+            Axis(lambda s: Treatment(LowRank(s, "polar", "absolute", every=1), Control(blocks=True))),
             PAPER,
         ),
         Arm(

@@ -55,7 +55,7 @@ def make_arms(settings: Grok) -> list[Arm]:
 
     shared, tuned = settings.weight_decay, settings.tuned_strength
     strongest = f"L2 of strength {tuned:g} on W_Q and W_K: {tuned * settings.lr:.0%} of the weights per step"
-    prototype = LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False)
+    prototype = LowRank(0.01, "newton_schulz", "absolute", every=1, lr_coupled=False)
     every = [
         arm("none", "No decay of W_Q and W_K."),
         arm(
