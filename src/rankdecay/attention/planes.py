@@ -5,7 +5,7 @@ Positions turn two coordinates of a head by one angle: coordinates j and j + d/2
 entries of the biases, are *plane j* of the head, and an ordinary checkpoint can leave out what is zero in all of them.
 
 A checkpoint has one set of frequencies for all layers that share a configuration, so a plane can be meant of a head, of
-a key head with the query heads it serves, of a layer, or of all those layers (:data:`SCOPES`).
+a key head with the query heads it serves, of a layer, or of all those layers (:meth:`PlaneRows.scopes`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.products import Grouping, Rotary
 from rankdecay.attention.windows import Found, Place
 
-Scope = Literal["head", "group", "layer", "model"]
 Part = Literal["query", "key", "query bias", "key bias"]
 
 
@@ -40,7 +39,7 @@ class PlaneRows:
         key_heads: key heads of the layer.
         grouping: which key head a query head meets.
         configuration: the rotary configuration of the layer; layers of one text can lose a plane only together.
-        parameters: names of all parameters that have rows of the layer's planes.
+        parameters: names of the parameters of all parts of the layer that have rows of its planes.
         layers: number of layers that share the configuration.
     """
 
@@ -52,7 +51,7 @@ class PlaneRows:
     key_heads: int
     grouping: Grouping
     configuration: str
-    parameters: tuple[str, ...]
+    parameters: tuple[tuple[Part, str], ...]
     layers: int
 
     @property
@@ -72,7 +71,7 @@ class PlaneRows:
                 "key_heads": self.key_heads,
                 "grouping": self.grouping,
                 "configuration": self.configuration,
-                "parameters": list(self.parameters),
+                "parameters": dict(self.parameters),
                 "layers": self.layers,
             }
         )
@@ -96,7 +95,7 @@ class PlaneRows:
                 said["key_heads"],
                 said["grouping"],
                 said["configuration"],
-                tuple(said["parameters"]),
+                tuple(said["parameters"].items()),
                 said["layers"],
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -113,7 +112,7 @@ class PlaneRows:
             return turned.unflatten(1, (-1, 2))
         return turned.unflatten(1, (2, -1)).mT
 
-    def scopes(self, scope: Scope) -> list[str]:
+    def scopes(self, scope: str) -> list[str]:
         """Return what the planes of each head of the matrix belong to; matrices that belong together say the same.
 
         Args:
@@ -154,7 +153,7 @@ def plane_rows(found: list[Found], notes: Mapping[str, str]) -> tuple[dict[str, 
         assert layer.rotary is not None
         parts = _parts(layer)
         heads, key_heads = (layer.places[role].window.num_heads for role in ("query", "key"))
-        names = tuple(dict.fromkeys(name for name, _ in parts.values()))
+        names = tuple((part, name) for part, (name, _) in parts.items())
         for part, (name, window) in parts.items():
             rows.setdefault(name, []).append(
                 PlaneRows(

@@ -19,15 +19,16 @@ the weights' dtype is still that of the same weights at scale 1. A row that is n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rankdecay.attention.planes import PlaneRows, Scope
+from rankdecay.attention.planes import PlaneRows
+from rankdecay.decay.policy import Planes, Scale, Scope
 from rankdecay.decay.sharded.layout import Layout, lines_of
 from rankdecay.dtensor import is_sharded, local
 from rankdecay.linalg.backend import has_float64
@@ -56,7 +57,7 @@ class Member(NamedTuple):
 def decay_planes(
     members: Sequence[Member],
     scope: Scope,
-    scale: Literal["relative", "absolute"],
+    scale: Scale,
     keep: int = 0,
     seed: int = 0,
 ) -> None:
@@ -126,6 +127,53 @@ def reference(planes: Sequence[Tensor], amount: float, *, relative: bool = True,
         lost = 0.0 if j in kept or not tau else tau * math.sqrt(n) / norms[j] if norms[j] else 1.0
         after.append(plane * max(0.0, 1 - lost))
     return after
+
+
+def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]]) -> None:
+    """Raise a ``ValueError`` if some rows of a plane's scope are missing, or if planes and decay do not fit.
+
+    Args:
+        decay: of the planes.
+        held: names and rows of the parameters that it acts on.
+    """
+    rows = [each for _, several in held for each in several]
+    given = f"query_key=Planes(scope={decay.scope!r})"
+    parts: dict[str, set[str]] = {}
+    layers: dict[str, set[str]] = {}
+    for each in rows:
+        parts.setdefault(each.layer, set()).add(each.part)
+        layers.setdefault(each.configuration, set()).add(each.layer)
+    for each in rows:
+        missing = [name for part, name in each.parameters if part not in parts[each.layer]]
+        if missing:
+            raise ValueError(
+                f"{given} needs all rows of a plane in one optimizer, and {', '.join(missing)} of {each.layer} "
+                f"{'is' if len(missing) == 1 else 'are'} frozen, excluded or not in this one: a plane would never "
+                "vanish. No other scope would do: put W_Q, W_K and their biases into one optimizer, all of them "
+                "trained, or exclude the layer."
+            )
+        there = layers[each.configuration]
+        if decay.scope == "model" and len(there) != each.layers:
+            raise ValueError(
+                f"{given} needs the {each.layers} layers of one rotary configuration in one optimizer, and this one "
+                f"has {len(there)} of them, {', '.join(sorted(there)[:4])}{', …' if len(there) > 4 else ''}: give it the "
+                "others too, or use scope='layer', for which a layer is enough."
+            )
+        if (decay.keep or 0) >= each.planes:
+            raise ValueError(
+                f"keep={decay.keep} spares every plane of {each.layer}, whose heads have {each.planes}; give a smaller "
+                "one, or rankdecay.Frobenius(0.0) for no decay."
+            )
+    for name, several in held:
+        if decay.scope == "model":
+            break
+        own: dict[object, str] = {}
+        for each in several:
+            if own.setdefault((each.part, each.window), each.layer) != each.layer:
+                raise ValueError(
+                    f"{given} meets {name}, which {own[each.part, each.window]} and {each.layer} share, so that its "
+                    "planes are of several layers; use scope='model'."
+                )
 
 
 # ---- which line belongs to which plane -------------------------------------------------------------------

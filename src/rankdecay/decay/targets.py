@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.attention import Window
+from rankdecay.attention.planes import PlaneRows
 from rankdecay.decay.groups import Group
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 
@@ -94,6 +95,7 @@ class Target:
         whys: the reason for the role, for each parameter.
         counter: of its steps.
         by_optimizer: whether the optimizer applies the decay, and the hook nothing.
+        planes: of a decay of rotary planes: where they are in each parameter; nothing of one that takes no part.
     """
 
     role: str
@@ -104,6 +106,7 @@ class Target:
     whys: list[str]
     counter: Counter
     by_optimizer: bool = False
+    planes: list[tuple[PlaneRows, ...]] = field(default_factory=list)
 
     def parameters(self, group: Group) -> list[Tensor]:
         """Return its parameters, as they are in the group now."""
