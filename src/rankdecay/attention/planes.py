@@ -153,7 +153,7 @@ def plane_rows(found: list[Found], notes: Mapping[str, str]) -> tuple[dict[str, 
         assert layer.rotary is not None
         parts = _parts(layer)
         heads, key_heads = (layer.places[role].window.num_heads for role in ("query", "key"))
-        names = tuple((part, name) for part, (name, _) in parts.items())
+        names: tuple[tuple[Part, str], ...] = tuple((part, name) for part, (name, _) in parts.items())
         for part, (name, window) in parts.items():
             rows.setdefault(name, []).append(
                 PlaneRows(

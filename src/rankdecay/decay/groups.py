@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rankdecay.attention import Window
-from rankdecay.attention.layer import WHOLE
+from rankdecay.attention.layer import WHOLE, smaller_side
 from rankdecay.attention.locate import Names, listed, warn_unhandled
 from rankdecay.attention.planes import PlaneRows
 from rankdecay.checks import check_number, suggestion
@@ -54,6 +54,8 @@ LIVE = "weight_decay"
 PLANES = "planes"
 #: ``every`` of a low-rank decay that follows from the shapes of the matrices.
 BY_SHAPE = "by shape"
+#: Fields of a low-rank decay that a group always has; others where they are not as their defaults.
+_ALWAYS = ("strength", "rule", "scale", "unit", "every", "lr_coupled", "smoothing")
 
 
 def param_groups(
@@ -244,8 +246,8 @@ def bias_planes(
     own = next((decay for _, decay in decays if decay is not None and decay.strength), None)
     if own is not None and lines < entry.parameter.numel():
         raise ValueError(
-            f"{entry.names[0]} holds the biases of queries, keys and values: those of queries and keys are decayed with "
-            f"query_key={query_key!r}, and bias={own!r} cannot act on the rest of it alone; leave bias out."
+            f"{entry.names[0]} holds the biases of queries, keys and values: those of queries and keys are decayed "
+            f"with query_key={query_key!r}, and bias={own!r} cannot act on the rest of it alone; leave bias out."
         )
     return query_key
 
@@ -391,8 +393,8 @@ def planes_in(group: Group) -> list[tuple[PlaneRows, ...]]:
     if all(p in _known for p in group["params"]):
         return [_known[p].planes for p in group["params"]]
     raise ValueError(
-        f"the group of {group.get('role')} had {len(texts)} parameters and has {len(group['params'])}, and nothing says "
-        "where the rotary planes of each are; build it with rankdecay.param_groups."
+        f"the group of {group.get('role')} had {len(texts)} parameters and has {len(group['params'])}, and nothing "
+        "says where the rotary planes of each are; build it with rankdecay.param_groups."
     )
 
 
@@ -605,7 +607,7 @@ def check_suits(block: Block, entry: Assigned, decay: Decay) -> None:
             f"{block.role}={kind}(unit='head') meets {name}, which has no heads; use unit='matrix' for this role."
         )
     if isinstance(decay, LowRank) and decay.keep:
-        smaller = block.window.smaller_side(shape, decay.unit == "head")
+        smaller = smaller_side(block.window, shape, decay.unit == "head")
         if decay.keep >= smaller:
             raise ValueError(
                 f"keep={decay.keep} of {block.role} spares every singular value of {name}, whose "

@@ -19,7 +19,7 @@ the weights' dtype is still that of the same weights at scale 1. A row that is n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -52,6 +52,90 @@ class Member(NamedTuple):
     parameter: Tensor
     rows: tuple[PlaneRows, ...]
     amount: float | Tensor | None
+
+
+class PlaneStep:
+    """Planes that a step of the optimizer decays, gathered over its groups, since a plane has rows in several."""
+
+    def __init__(self) -> None:
+        self._decay: Planes | None = None
+        self._seed = 0
+        self._members: list[Member] = []
+
+    def add(
+        self,
+        decay: Planes,
+        parameters: Sequence[Tensor],
+        rows: Sequence[tuple[PlaneRows, ...]],
+        amounts: Mapping[int, float | Tensor],
+        seed: int,
+    ) -> None:
+        """Add parameters of one group.
+
+        Args:
+            decay: of the group; only its strength may differ between groups.
+            parameters: of the group, those without a gradient too.
+            rows: of each.
+            amounts: lr · strength of those that lose something, by position.
+            seed: of the rounding of 16-bit weights.
+
+        Raises:
+            ValueError: If the groups differ in what is decayed.
+        """
+        if self._decay is None:
+            self._decay, self._seed = decay, seed
+        check_alike([self._decay, decay])
+        self._members += [
+            Member(parameter, its, amounts.get(position))
+            for position, (parameter, its) in enumerate(zip(parameters, rows, strict=True))
+            if its
+        ]
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether other processes take part in it."""
+        return any(is_sharded(member.parameter) for member in self._members)
+
+    def apply(self) -> None:
+        """Decay the planes, if anything loses anything."""
+        if self._decay is not None and any(member.amount is not None for member in self._members):
+            decay_planes(self._members, self._decay.scope, self._decay.scale, self._decay.keep or 0, self._seed)
+
+    def words(self) -> list[str]:
+        """Return how many planes are zero, in words, for each rotary configuration: a collective if sharded."""
+        if self._decay is None or not self._members:
+            return []
+        zero: dict[str, list[Tensor]] = {}
+        for (configuration, _), norms in plane_norms(self._members, self._decay.scope).items():
+            zero.setdefault(configuration, []).append(norms == 0)
+        return [_words(configuration, torch.stack(each), self._decay) for configuration, each in zero.items()]
+
+
+def _words(configuration: str, zero: Tensor, decay: Planes) -> str:
+    scopes, planes = zero.shape
+    counts = zero.sum(1)
+    what = f"planes of query_key ({configuration}): "
+    if decay.scope != "model":
+        few, many = int(counts.min()), int(counts.max())
+        there = {"layer": "layers", "group": "key heads", "head": "heads"}[decay.scope]
+        return what + f"of {planes} in each of {scopes} {there}, {few if few == many else f'{few} to {many}'} are zero"
+    gone = zero[0].nonzero()[:, 0].tolist()
+    return (
+        what
+        + f"of {planes}, {len(gone) or 'none'} {'is' if len(gone) < 2 else 'are'} zero"
+        + (f": {', '.join(map(str, gone))}" if gone else "")
+    )
+
+
+def check_alike(decays: Iterable[Planes]) -> None:
+    """Raise a ``ValueError`` if decays differ in what a plane is and by which law it shrinks."""
+    kinds = dict.fromkeys((decay.scope, decay.scale, decay.keep) for decay in decays)
+    if len(kinds) > 1:
+        raise ValueError(
+            f"groups of query_key differ in what is decayed: (scope, scale, keep) is {' and '.join(map(str, kinds))}, "
+            "and planes that vanish together have one of each; change it with "
+            "attachment.set(query_key=rankdecay.Planes(...))."
+        )
 
 
 def decay_planes(
@@ -156,8 +240,8 @@ def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]
         if decay.scope == "model" and len(there) != each.layers:
             raise ValueError(
                 f"{given} needs the {each.layers} layers of one rotary configuration in one optimizer, and this one "
-                f"has {len(there)} of them, {', '.join(sorted(there)[:4])}{', …' if len(there) > 4 else ''}: give it the "
-                "others too, or use scope='layer', for which a layer is enough."
+                f"has {len(there)} of them, {', '.join(sorted(there)[:4])}{', …' if len(there) > 4 else ''}: give it "
+                "the others too, or use scope='layer', for which a layer is enough."
             )
         if (decay.keep or 0) >= each.planes:
             raise ValueError(

@@ -37,7 +37,7 @@ from rankdecay.decay.groups import (
     windows_in,
 )
 from rankdecay.decay.optimizers import check_divisible, counts_steps, decouples, is_decoupled
-from rankdecay.decay.planes import check_planes
+from rankdecay.decay.planes import check_alike, check_planes
 from rankdecay.decay.policy import Decay, Frobenius, Planes
 from rankdecay.decay.targets import Bundle, Counter, Target
 
@@ -111,21 +111,11 @@ def check_planes_held(source: Source, optimizer: Optimizer) -> None:
     Raises:
         ValueError: If it has; or if groups differ in what a plane is.
     """
-    held: dict[tuple[object, ...], list[Target]] = {}
-    for index, group in enumerate(optimizer.param_groups):
-        for target in source.targets(index, group):
-            if isinstance(target.decay, Planes):
-                held.setdefault((target.decay.scope, target.decay.scale, target.decay.keep), []).append(target)
-    if len(held) > 1:
-        raise ValueError(
-            f"groups of query_key differ in what is decayed: (scope, scale, keep) is {' and '.join(map(str, held))}, "
-            "and planes that vanish together have one of each; change it with "
-            "attachment.set(query_key=rankdecay.Planes(...))."
-        )
-    for targets in held.values():
-        decay = targets[0].decay
-        assert isinstance(decay, Planes)
-        check_planes(decay, [pair for t in targets for pair in zip(t.names, t.planes, strict=True)])
+    targets = [target for index, group in enumerate(optimizer.param_groups) for target in source.targets(index, group)]
+    decays = [target.decay for target in targets if isinstance(target.decay, Planes)]
+    check_alike(decays)
+    for decay in decays[:1]:
+        check_planes(decay, [pair for t in targets if t.planes for pair in zip(t.names, t.planes, strict=True)])
 
 
 # ---- the optimizer's groups ------------------------------------------------------------------------------

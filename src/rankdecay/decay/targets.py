@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.attention import Window
+from rankdecay.attention.layer import smaller_side
 from rankdecay.attention.planes import PlaneRows
 from rankdecay.decay.groups import Group
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
@@ -125,7 +126,7 @@ class Target:
         if decay.every is not None:
             return decay.every
         by_head = decay.unit == "head"
-        sides = [w.smaller_side(tuple(p.shape), by_head) for p in self.parameters(group) for w in self.windows]
+        sides = [smaller_side(w, tuple(p.shape), by_head) for p in self.parameters(group) for w in self.windows]
         return max(1, decay.interval(max(sides, default=1)))
 
     def decay_in(self, group: Group) -> Decay:
@@ -142,9 +143,9 @@ class Bundle:
         targets: one per role.
         l2: weight decay with which the optimizer is to step these parameters.
         numbers: counts of the targets; the same dictionary is in the state of every parameter, where a resumed run
-            needs it: for cycles of several steps, for a warm-up, and for the random numbers by which 16-bit weights are rounded.
-            A state without it is that of a run without decay, and either can load the other's. Plain numbers, since a
-            tensor would be cast to the dtype of the parameter.
+            needs it: for cycles of several steps, for a warm-up, and for the random numbers by which 16-bit weights
+            are rounded. A state without it is that of a run without decay, and either can load the other's. Plain
+            numbers, since a tensor would be cast to the dtype of the parameter.
     """
 
     positions: list[int]
