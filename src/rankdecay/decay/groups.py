@@ -242,14 +242,20 @@ def bias_planes(
     """
     if not isinstance(query_key, Planes) or not entry.planes or any(b.role == "query_key" for b in entry.blocks):
         return None
-    lines = sum(rows.window.extent(0) for rows in {(rows.part, rows.window): rows for rows in entry.planes}.values())
     own = next((decay for _, decay in decays if decay is not None and decay.strength), None)
-    if own is not None and lines < entry.parameter.numel():
+    if own is not None and holds_more(entry.planes, entry.parameter):
         raise ValueError(
             f"{entry.names[0]} holds the biases of queries, keys and values: those of queries and keys are decayed "
             f"with query_key={query_key!r}, and bias={own!r} cannot act on the rest of it alone; leave bias out."
         )
     return query_key
+
+
+def holds_more(planes: Iterable[PlaneRows], bias: Tensor) -> bool:
+    """Whether a bias with rotary planes holds the biases of values too."""
+    return sum(rows.window.extent(0) for rows in {(each.part, each.window): each for each in planes}.values()) < (
+        bias.numel()
+    )
 
 
 def why_of(entry: Assigned) -> str:

@@ -108,23 +108,22 @@ class PlaneStep:
         zero: dict[str, list[Tensor]] = {}
         for (configuration, _), norms in plane_norms(self._members, self._decay.scope).items():
             zero.setdefault(configuration, []).append(norms == 0)
-        return [_words(configuration, torch.stack(each), self._decay) for configuration, each in zero.items()]
+        return [
+            f"planes of query_key{f' ({name})' if len(zero) > 1 else ''}: {_counted(torch.stack(each), self._decay.scope)}"
+            for name, each in zero.items()
+        ]
 
 
-def _words(configuration: str, zero: Tensor, decay: Planes) -> str:
+def _counted(zero: Tensor, scope: Scope) -> str:
+    """Return which planes are zero in all layers, or how many in each scope, of a table (scopes, planes)."""
     scopes, planes = zero.shape
-    counts = zero.sum(1)
-    what = f"planes of query_key ({configuration}): "
-    if decay.scope != "model":
-        few, many = int(counts.min()), int(counts.max())
-        there = {"layer": "layers", "group": "key heads", "head": "heads"}[decay.scope]
-        return what + f"of {planes} in each of {scopes} {there}, {few if few == many else f'{few} to {many}'} are zero"
-    gone = zero[0].nonzero()[:, 0].tolist()
-    return (
-        what
-        + f"of {planes}, {len(gone) or 'none'} {'is' if len(gone) < 2 else 'are'} zero"
-        + (f": {', '.join(map(str, gone))}" if gone else "")
-    )
+    if scope != "model":
+        few, many = int(zero.sum(1).min()), int(zero.sum(1).max())
+        there = {"layer": "layers", "group": "key heads", "head": "heads"}[scope]
+        return f"of {planes} in each of {scopes} {there}, {few if few == many else f'{few} to {many}'} are zero"
+    gone = ", ".join(map(str, zero[0].nonzero()[:, 0].tolist()))
+    number = int(zero.sum())
+    return f"of {planes}, {number or 'none'} {'are' if number > 1 else 'is'} zero{f': {gone}' if gone else ''}"
 
 
 def check_alike(decays: Iterable[Planes]) -> None:

@@ -25,6 +25,7 @@ from rankdecay.decay.groups import (
     decay_of,
     decays_in,
     has_live_l2,
+    holds_more,
     hook_roles,
     live_l2,
     names_in,
@@ -440,9 +441,17 @@ class FromModel:
 
 
 def _check_part(optimizer: Optimizer, index: int, group: Group, bundle: Bundle) -> None:
-    """Raise if a part of a parameter is left to an L2 that goes through the gradient, which no part can be spared."""
+    """Raise if a part of a parameter is left to an L2 that cannot act on a part: through the gradient, or on a bias."""
     left = next((target for target in bundle.targets if target.decay is None), None)
     own = group.get("weight_decay", 0.0)
+    for target in bundle.targets:
+        for parameter, name, rows in zip(target.parameters(group), target.names, target.planes, strict=False):
+            if own and parameter.ndim == 1 and holds_more(rows, parameter):
+                raise ValueError(
+                    f"{name} in group {index} holds the biases of queries, keys and values: those of queries and keys "
+                    f"are decayed with their planes, and the group's weight_decay={own} cannot act on the rest of it "
+                    "alone; put it into a group with weight_decay=0, as biases usually are."
+                )
     if left is not None and own and not is_decoupled(optimizer, group):
         raise ValueError(
             f"{left.names[0]} in group {index} holds matrices of {left.role} too, and the group's weight_decay={own} "
