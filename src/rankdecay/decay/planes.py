@@ -108,10 +108,8 @@ class PlaneStep:
         zero: dict[str, list[Tensor]] = {}
         for (configuration, _), norms in plane_norms(self._members, self._decay.scope).items():
             zero.setdefault(configuration, []).append(norms == 0)
-        return [
-            f"planes of query_key{f' ({name})' if len(zero) > 1 else ''}: {_counted(torch.stack(each), self._decay.scope)}"
-            for name, each in zero.items()
-        ]
+        counted = {name: _counted(torch.stack(each), self._decay.scope) for name, each in zero.items()}
+        return [f"planes of query_key{f' ({n})' if len(zero) > 1 else ''}: {words}" for n, words in counted.items()]
 
 
 def _counted(zero: Tensor, scope: Scope) -> str:
