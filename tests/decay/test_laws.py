@@ -313,3 +313,23 @@ def test_what_makes_no_sense_is_one_clear_message(make, message):
 def test_the_old_order_of_arguments_is_refused_by_name():
     with pytest.raises(TypeError, match="lr_coupled is a keyword, lr_coupled=False"):
         rd.Frobenius(0.1, False)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("decay", [rd.LowRank(0.1), rd.Frobenius(0.1, power=0)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_matrix_that_is_not_finite_spoils_itself_alone_and_is_named_once(decay, value):
+    model = make_model()
+    healthy = make_model()
+    bad = model.layers[1]["attention"].k_proj.weight
+    with torch.no_grad():
+        bad[2, 3] = value
+    stepped(healthy, "roles", decay, steps=2)
+    with pytest.warns(UserWarning, match="1.attention.k_proj.weight has entries that are not finite") as caught:
+        stepped(model, "roles", decay, steps=2)
+    assert len(caught) == 1
+    for new, expected in zip(query_key(model), query_key(healthy), strict=True):
+        if new.shape == bad.shape and new.isnan().any():
+            assert new.isnan().all()
+        else:
+            assert torch.equal(new, expected)
+    assert sum(bool(matrix.isnan().any()) for matrix in query_key(model)) == 1

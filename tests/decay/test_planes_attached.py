@@ -282,3 +282,39 @@ def test_text_and_groups_hold_the_decay():
 
     assert rd.decays(as_settings({"query_key": decay})) == {"query_key": decay}
     assert decays_in(hook_keys("query_key", decay)) == {"query_key": decay}
+
+
+@pytest.mark.parametrize("scale", ["absolute", "relative"])
+def test_what_a_strength_means_is_said(scale: Any):
+    model = make("Qwen2")
+    attachment, optimizer = attached(model, "groups", rd.Planes(0.1, scale=scale))
+    found = re.search(
+        r"note: query_key: at the present lr of 0\.1 a step takes 0\.01 of .* ([\d,]+) steps", attachment.describe()
+    )
+    assert found is not None
+    said = int(found[1].replace(",", ""))
+    before = norms(model)
+    step(optimizer, model)
+    lost = before[0] - norms(model)[0]
+    size = before.square().mean().sqrt() * (0.1 if scale == "relative" else 1.0)
+    assert float(size / lost) == pytest.approx(said, rel=0.1)
+
+
+def test_a_weight_that_is_not_finite_is_named_once_and_spoils_no_other():
+    model = make("Qwen2")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    with torch.no_grad():
+        dict(model.named_parameters())[name][3, 2] = torch.inf
+    _, optimizer = attached(model, "model", PLANES)
+    with pytest.warns(UserWarning, match=f"^{re.escape(name)} has entries that are not finite"):
+        step(optimizer, model)
+    step(optimizer, model)  # a second warning would be an error
+    bad = {name: int((~p.isfinite()).sum()) for name, p in model.named_parameters() if not p.isfinite().all()}
+    assert bad == {name: 1}
+
+
+def test_planes_of_16_bit_weights_vanish_to_exact_zeros():
+    model = make("Qwen2").bfloat16()
+    _, optimizer = attached(model, "groups", rd.Planes(3.0, keep=1, scale="absolute"))
+    step(optimizer, model, 12)
+    assert int((norms(model) == 0).sum()) == 3

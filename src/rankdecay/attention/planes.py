@@ -112,6 +112,10 @@ class PlaneRows:
             return turned.unflatten(1, (-1, 2))
         return turned.unflatten(1, (2, -1)).mT
 
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return the rows of all heads, (heads · head_dim, in); of a bias one of its entries is a row."""
+        return self.window.vector(parameter)[:, None] if parameter.ndim == 1 else self.window.matrix(parameter)
+
     def scopes(self, scope: str) -> list[str]:
         """Return what the planes of each head of the matrix belong to; matrices that belong together say the same.
 

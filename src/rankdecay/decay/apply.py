@@ -52,6 +52,15 @@ class Step(NamedTuple):
     seed: int
     role: str = ""
 
+    def matrices(self) -> list[Tensor]:
+        """Return the matrices, or the stacks of heads, of the parameters, as rows of a vector where they are none."""
+        found = [
+            (window.heads if self.by_head else window.matrix)(parameter)
+            for parameter in self.parameters
+            for window in self.windows
+        ]
+        return [each if each.ndim > 1 else each.reshape(1, -1) for each in found]
+
     @property
     def is_collective(self) -> bool:
         """Whether other processes take part in it."""

@@ -34,6 +34,7 @@ from rankdecay.attention.layer import FLATTENED, WHOLE, Role
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
+from rankdecay.decay.finite import FiniteCheck
 from rankdecay.decay.groups import Group, check_decays, with_names
 from rankdecay.decay.optimizers import (
     check_own_decay,
@@ -57,6 +58,7 @@ from rankdecay.decay.sharded.layout import check_placements
 from rankdecay.decay.sources import Source, check_planes_held, give_weight_decay
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target
+from rankdecay.decay.units import in_units, present
 from rankdecay.decay.watch import Watch
 from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend
@@ -105,6 +107,7 @@ class Attachment:
         self._first = True
         self._first_decay = True
         self._states_only = False
+        self._finite = FiniteCheck()
         self._had_rate = any(group.get("lr") or group.get("initial_lr") for group in optimizer.param_groups)
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
         self._handles: list[Any] = [
@@ -226,7 +229,12 @@ class Attachment:
             ranks=ranks,
             state=f"{state} {type(optimizer).__name__}" + ("" if self.active else ": what follows is not applied"),
             remarks=self._source.remarks(optimizer),
-            notes=[*remarks_on_optimizer(optimizer, self._wrappers), *self._source.notes(optimizer), *zeros],
+            notes=[
+                *([] if ranks else self._units(optimizer)),
+                *remarks_on_optimizer(optimizer, self._wrappers),
+                *self._source.notes(optimizer),
+                *zeros,
+            ],
         )
 
     def _planes(self, optimizer: Optimizer) -> PlaneStep:
@@ -234,8 +242,32 @@ class Attachment:
         planes = PlaneStep()
         for _, target, parameters in self._targets(optimizer):
             if isinstance(target.decay, Planes) and not any(parameter.is_meta for parameter in parameters):
-                planes.add(target.decay, parameters, target.planes, {}, 0)
+                planes.add(target.decay, parameters, target.names, target.planes, {}, 0)
         return planes
+
+    def _units(self, optimizer: Optimizer) -> list[str]:
+        """Return what the strengths mean now: a sentence for each role, decay and learning rate."""
+        alike: dict[tuple[str, Decay, float], list[Tensor]] = {}
+        with self._groups_in_one_piece(optimizer):
+            for index, group in enumerate(optimizer.param_groups):
+                lr = group.get("lr")
+                if lr is None or has_rate_per_parameter(optimizer, group):
+                    continue
+                for target in self._source.targets(index, group):
+                    decay, parameters = target.decay_in(group), target.parameters(group)
+                    matrices = alike.setdefault((target.role, decay, float(lr)), [])
+                    if not decay.strength or any(map(is_sharded, parameters)):
+                        continue
+                    if isinstance(decay, Planes):
+                        pairs = zip(parameters, target.planes, strict=True)
+                        matrices += [rows.of(parameter) for parameter, several in pairs for rows in several]
+                    else:
+                        matrices += Step(parameters, target.windows, decay, 0.0, 0).matrices()
+        return [
+            f"{role}: {in_units(decay, lr, present(matrices))}"
+            for (role, decay, lr), matrices in alike.items()
+            if decay.strength
+        ]
 
     @property
     def unhandled(self) -> tuple[str, ...]:
@@ -391,6 +423,7 @@ class Attachment:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         due: list[Step] = []
         planes = PlaneStep()
+        named: list[tuple[str, Tensor]] = []
         for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
             factor = rate_of_step(optimizer, group, self._rates[index])
             counts = counts_steps(optimizer, group)
@@ -404,10 +437,11 @@ class Attachment:
                 seed = target.counter.steps * 1_000_003 + place
                 if isinstance(decay, Planes):
                     its = _amounts(optimizer, group, parameters, decay, amounts)
-                    planes.add(decay, parameters, target.planes, its, seed)
+                    planes.add(decay, parameters, target.names, target.planes, its, seed)
                     continue
                 for amount, positions in amounts:
                     chosen = [parameters[position] for position in positions]
+                    named += [(target.names[position], parameters[position]) for position in positions]
                     if self._first_decay:
                         self._first_decay = False
                         check_states(optimizer, chosen)
@@ -421,7 +455,8 @@ class Attachment:
         roles = [step.role for step in due if step.is_collective]
         with explain_collective_failure(roles + ["query_key"] * planes.is_collective):
             apply(due, self._backend)
-            planes.apply()
+            named += planes.apply()
+        self._finite.look(named)
 
     def _register_group(self, index: int, group: Group) -> None:
         """Check a new group, and before each step that a known one has parameters of the same shapes.

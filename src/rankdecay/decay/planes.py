@@ -61,11 +61,13 @@ class PlaneStep:
         self._decay: Planes | None = None
         self._seed = 0
         self._members: list[Member] = []
+        self._names: list[str] = []
 
     def add(
         self,
         decay: Planes,
         parameters: Sequence[Tensor],
+        names: Sequence[str],
         rows: Sequence[tuple[PlaneRows, ...]],
         amounts: Mapping[int, float | Tensor],
         seed: int,
@@ -75,6 +77,7 @@ class PlaneStep:
         Args:
             decay: of the group; only its strength may differ between groups.
             parameters: of the group, those without a gradient too.
+            names: of each.
             rows: of each.
             amounts: lr · strength of those that lose something, by position.
             seed: of the rounding of 16-bit weights.
@@ -85,21 +88,22 @@ class PlaneStep:
         if self._decay is None:
             self._decay, self._seed = decay, seed
         check_alike([self._decay, decay])
-        self._members += [
-            Member(parameter, its, amounts.get(position))
-            for position, (parameter, its) in enumerate(zip(parameters, rows, strict=True))
-            if its
-        ]
+        for position, (parameter, name, its) in enumerate(zip(parameters, names, rows, strict=True)):
+            if its:
+                self._members.append(Member(parameter, its, amounts.get(position)))
+                self._names.append(name)
 
     @property
     def is_collective(self) -> bool:
         """Whether other processes take part in it."""
         return any(is_sharded(member.parameter) for member in self._members)
 
-    def apply(self) -> None:
-        """Decay the planes, if anything loses anything."""
-        if self._decay is not None and any(member.amount is not None for member in self._members):
-            decay_planes(self._members, self._decay.scope, self._decay.scale, self._decay.keep or 0, self._seed)
+    def apply(self) -> list[tuple[str, Tensor]]:
+        """Decay the planes, if anything loses anything, and return the norms of the lines that each parameter had."""
+        if self._decay is None or all(member.amount is None for member in self._members):
+            return []
+        norms = decay_planes(self._members, self._decay.scope, self._decay.scale, self._decay.keep or 0, self._seed)
+        return list(zip(self._names, norms, strict=True))
 
     def words(self) -> list[str]:
         """Return how many planes are zero, in words, for each rotary configuration: a collective if sharded."""
@@ -141,7 +145,7 @@ def decay_planes(
     scale: Scale,
     keep: int = 0,
     seed: int = 0,
-) -> None:
+) -> list[Tensor]:
     """Decay the planes of all parameters of a step in place.
 
     A collective where parameters are sharded: every process that holds a part has to call it.
@@ -152,10 +156,14 @@ def decay_planes(
         scale: of τ.
         keep: number of planes of each scope, the largest, that lose nothing.
         seed: of the rounding of 16-bit weights.
+
+    Returns:
+        Norms of the lines of each parameter in this process before the step, up to a power of two, in which an entry
+        that is not finite shows.
     """
     table = table_of(members, scope)
     views = [_lines_first(local(member.parameter), member.rows[0]) for member in members]
-    norms, exponent = _norms(members, views, table)
+    norms, exponent, of_lines = _norms(views, table)
     amounts: list[float | Tensor] = []
     numbers: list[int] = []  # of each member's amount
     for member in members:
@@ -172,6 +180,7 @@ def decay_planes(
         part = view[piece.first : piece.last]
         share = shares[numbers[number]][piece.slots].view(*part.shape[:-1], 1)
         _leave(part, share, seed + number * _SEED + piece.part)
+    return of_lines
 
 
 def plane_norms(members: Sequence[Member], scope: Scope) -> dict[tuple[str, ...], Tensor]:
@@ -181,7 +190,7 @@ def plane_norms(members: Sequence[Member], scope: Scope) -> dict[tuple[str, ...]
     """
     table = table_of(members, scope)
     views = [_lines_first(local(member.parameter), member.rows[0]) for member in members]
-    norms, exponent = _norms(members, views, table)
+    norms, exponent, _ = _norms(views, table)
     found: dict[tuple[str, ...], Tensor] = {}
     for part in table.parts:
         block = math.ldexp(1.0, exponent) * norms[part.start : part.stop].view(-1, part.planes)
@@ -381,8 +390,8 @@ def _lines_first(parameter: Tensor, rows: PlaneRows) -> Tensor:
 # ---- norms -----------------------------------------------------------------------------------------------
 
 
-def _norms(members: Sequence[Member], views: Sequence[Tensor], table: Table) -> tuple[Tensor, int]:
-    """Return the norms of all planes in units of a power of two, (slots,) float64, and its exponent.
+def _norms(views: Sequence[Tensor], table: Table) -> tuple[Tensor, int, list[Tensor]]:
+    """Return the norms of all planes in units of a power of two, (slots,) float64, its exponent, and those of lines.
 
     On the CPU, or on a device that has float64.
     """
@@ -391,15 +400,16 @@ def _norms(members: Sequence[Member], views: Sequence[Tensor], table: Table) -> 
     ways = list(dict.fromkeys(piece.sums for piece in table.pieces))
     home = next((part.device for part in parts if has_float64(part.device)), torch.device("cpu"))
     total = torch.zeros(table.slots + 1, dtype=torch.float64, device=home)
+    of_lines = _line_norms(parts, exponent)
     for way in ways:
         its = [i for i, piece in enumerate(table.pieces) if piece.sums == way]
-        norms = torch.cat([norm.to(home) for norm in _line_norms([parts[i] for i in its], exponent)])
+        norms = torch.cat([of_lines[i].to(home) for i in its]).nan_to_num_(nan=0.0, posinf=0.0)
         slots = torch.cat([table.pieces[i].slots.to(home) for i in its])
         squares = torch.zeros_like(total).index_add_(0, slots, norms.square_())
         if way is not None:
             squares = _summed(squares, way)
         total += squares
-    return total[:-1].sqrt_(), exponent
+    return total[:-1].sqrt_(), exponent, of_lines
 
 
 def _summed(squares: Tensor, way: tuple[Any, tuple[int, ...]]) -> Tensor:
@@ -411,7 +421,7 @@ def _summed(squares: Tensor, way: tuple[Any, tuple[int, ...]]) -> Tensor:
 
 
 def _line_norms(parts: Sequence[Tensor], exponent: int) -> list[Tensor]:
-    """Return the norm of each line in units of 2^exponent, float64, zero where it is not finite."""
+    """Return the norm of each line in units of 2^exponent, float64."""
     narrow = [i for i, part in enumerate(parts) if part.dtype != torch.float64 and part.device.type == "cpu"]
     found: dict[int, Tensor] = {}
     if narrow:
@@ -433,7 +443,7 @@ def _careful(part: Tensor, norm: Tensor) -> Tensor:
     again = (((norm < _SAFE[0]) | ~(norm < _SAFE[1])) & (largest != 0)).nonzero()[:, 0]
     if len(again):
         norm[again] = torch.linalg.vector_norm(part.flatten(0, -2)[again].double(), dim=-1)
-    return norm.nan_to_num_(nan=0.0, posinf=0.0)
+    return norm
 
 
 def _wide(part: Tensor, exponent: int) -> Tensor:
@@ -441,7 +451,7 @@ def _wide(part: Tensor, exponent: int) -> Tensor:
         part = part.cpu()
     if exponent:
         part = part.double().ldexp(torch.tensor(-exponent, device=part.device))
-    return torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64).flatten().nan_to_num_(nan=0.0, posinf=0.0)
+    return torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64).flatten()
 
 
 def _exponent(parts: Sequence[Tensor], table: Table) -> int:

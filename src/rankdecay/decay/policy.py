@@ -239,8 +239,8 @@ class Planes:
 
     Positions turn two coordinates of a head by one angle, rows j and j + d/2 of its W_Q and W_K (2j and 2j + 1 where
     planes are interleaved). All rows of plane j in a scope, those of the biases of queries and keys with them, lose the
-    same share: X_j ← X_j · max(0, 1 - τ√n / ‖X_j‖_F), with n the number of rows. Rows that positions do not turn, of
-    heads that are turned in part, have no decay, and no rank is lowered otherwise. It is for ``query_key``.
+    same share: X_j ← X_j · max(0, 1 - τ√n / ‖X_j‖_F), with n the number of rows, an entry of a bias being one. Rows
+    that positions do not turn, of heads that are turned in part, have no decay. It is for ``query_key``.
 
     Under QK-norm a plane can be left out only if it is zero in queries and keys alike, which is what this makes of it;
     the norms' gains stay as they are. (A LayerNorm in that place subtracts a mean that a plane of zeros changes, so

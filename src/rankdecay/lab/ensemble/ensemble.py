@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.lab.ensemble import transformer
 from rankdecay.lab.ensemble.control import PLAIN, Control, Part, above_rank, part_of_step, truncated
 from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parameters
@@ -60,7 +60,7 @@ class Member:
 
     arm: str
     seed: int
-    decay: Decay | None
+    decay: OfMatrix | None
     rest_decay: float
     lr: float = 1e-3
     initial_scale: float = 1.0
@@ -172,7 +172,7 @@ def adamw_(
 class Group:
     """Members whose decays differ in strength alone: one call of `shrink` serves them."""
 
-    policy: Decay
+    policy: OfMatrix
     part: Part
     blocks: bool
     rows: list[int]
