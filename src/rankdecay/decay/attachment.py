@@ -290,6 +290,7 @@ class Attachment:
                 of = f"{_bare(name)}.{target.role}"
                 counts |= {f"{of}_steps": target.counter.steps, f"{of}_pending": target.counter.pending}
                 counts |= {f"{of}_missed": missed[position]} if position in missed else {}
+                counts |= {f"{of}_warmed": target.counter.warmed} if target.counter.warmed else {}
         return counts
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -308,6 +309,7 @@ class Attachment:
             first = f"{_bare(target.names[0])}.{target.role}"
             target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
             target.counter.pending = float(state_dict.get(f"{first}_pending", 0.0))
+            target.counter.start_warmup(after=int(state_dict.get(f"{first}_warmed", 0)))
             target.counter.take_missed()
             for position, name in enumerate(target.names):
                 missed = state_dict.get(f"{_bare(name)}.{target.role}_missed")

@@ -33,7 +33,7 @@ from rankdecay.decay.sharded.layout import Layout, lines_of
 from rankdecay.dtensor import is_sharded, local
 from rankdecay.linalg.backend import has_float64
 from rankdecay.linalg.rounding import stochastic_round
-from rankdecay.linalg.threshold import leave, leave_, soft, spare_largest
+from rankdecay.linalg.threshold import leave, soft, spare_largest
 
 _SEED = 1_000_000_007
 #: Norms whose squares float32 holds to its last digit.
@@ -493,7 +493,7 @@ def _leave(part: Tensor, share: Tensor, seed: int) -> None:
     """Let lines lose their share in place; 16 bits are rounded stochastically."""
     share = share.to(part.device, torch.float64 if part.dtype == torch.float64 else torch.float32)
     if part.dtype.itemsize >= 4:
-        leave_(part, share)
+        leave(part, share, out=part)
         return
     generator = torch.Generator(part.device).manual_seed(seed)
     part.copy_(stochastic_round(leave(part.float(), share), part.dtype, generator))

@@ -42,13 +42,18 @@ class Counter:
         """Count a step of the decay's warm-up, and return the part of its strength that acts in it."""
         if not decay.warmup:
             return 1.0
-        made = min(self._numbers.get(self._warmed, 0) + 1, decay.warmup)
-        self._numbers[self._warmed] = made
-        return decay.ramp(made)
+        self._numbers[self._warmed] = min(self.warmed + 1, decay.warmup)
+        return decay.ramp(self.warmed)
 
-    def start_warmup(self) -> None:
-        """Let a warm-up begin with the next step."""
-        self._numbers[self._warmed] = 0
+    @property
+    def warmed(self) -> int:
+        """Steps of a warm-up that have been made."""
+        return self._numbers.get(self._warmed, 0)
+
+    def start_warmup(self, after: int = 0) -> None:
+        """Let a warm-up begin with the next step, or go on after some."""
+        if after or self._warmed in self._numbers:
+            self._numbers[self._warmed] = after
 
     @property
     def pending(self) -> float | Tensor:
@@ -163,7 +168,7 @@ class Bundle:
         for target in self.targets:
             target.counter.steps, target.counter.pending = 0, 0.0
             if target.decay is not None and target.decay.warmup:
-                target.counter.start_warmup()
+                self.numbers[f"{target.role}_warmed"] = 0
 
     def is_counted(self, group: Group, counts: bool) -> bool:
         """Whether a resumed run needs the counts; ``counts`` as for :meth:`Target.every_in`."""

@@ -63,6 +63,21 @@ def record_backends() -> Iterator[list[str]]:
         _recorders.reset(token)
 
 
+@contextlib.contextmanager
+def noted_once() -> Iterator[None]:
+    """Record what runs inside the block as one call, each backend once."""
+    outer = _recorders.get()
+    ran: list[str] = []
+    token = _recorders.set((ran,))
+    try:
+        yield
+    finally:
+        _recorders.reset(token)
+        for name in dict.fromkeys(ran):
+            for recorder in outer:
+                recorder.append(name)
+
+
 def note_backend(name: str) -> None:
     """Record in the open :func:`record_backends` blocks that ``name`` ran."""
     for recorder in _recorders.get():
