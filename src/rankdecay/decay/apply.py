@@ -101,13 +101,26 @@ def apply(steps: Sequence[Step], backend: Backend) -> None:
 
 def _apply_whole(step: Step, backend: Backend) -> None:
     """Decay the matrices of the parameters that this process has whole."""
-    matrices = [
-        _Matrix((window.heads if step.by_head else window.matrix)(parameter), partial(window.write, parameter))
-        for parameter in step.parameters
-        if not is_sharded(parameter)
-        for window in step.windows
-    ]
+    matrices: list[_Matrix] = []
+    for parameter in step.parameters:
+        if is_sharded(parameter):
+            continue
+        for window in step.windows:
+            value = (window.heads if step.by_head else window.matrix)(parameter)
+            if isinstance(step.decay, Frobenius) and _decayed_in_place(parameter, value, step.decay, step.amount):
+                continue
+            matrices.append(_Matrix(value, partial(window.write, parameter)))
     _shrink(matrices, step, backend, step.seed)
+
+
+def _decayed_in_place(parameter: Tensor, value: Tensor, decay: Frobenius, amount: float | Tensor) -> bool:
+    """Decay a view of a parameter's numbers where they are, if that is possible: no copy, so two passes over them."""
+    here = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+    if not here or value.dtype.itemsize < 4 or value.device.type != "cpu" or not value.numel():
+        return False
+    matrix = value if value.ndim > 1 else value.view(1, -1)
+    power_step(matrix, amount, decay.power, decay.cap or 1.0, out=matrix)
+    return True
 
 
 def _apply_low_rank(sharded: list[Tensor], step: Step, decay: LowRank, backend: Backend) -> None:
