@@ -94,7 +94,7 @@ def main() -> None:
             several = 1 if name == "training step" else 5
             times[name] += [seconds_of(call, device) for _ in range(several)][-several // 2 :]
     readings = {name: {"ms": 1e3 * statistics.median(t[1:]), "best": 1e3 * min(t[1:])} for name, t in times.items()}
-    print(describe_machine(device), f"{torch.get_num_threads()} threads", arguments.dtype)
+    print(describe_machine(device), arguments.dtype)
     step = readings["training step"]
     for name, reading in readings.items():
         share = "".join(f"{100 * reading[key] / step[key]:10.3f} %" for key in ("ms", "best"))
