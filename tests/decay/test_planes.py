@@ -38,6 +38,7 @@ MODELS = {
 
 
 def make(kind: str) -> nn.Module:
+    torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**MODELS[kind][0])
     return randomised(getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config))
 

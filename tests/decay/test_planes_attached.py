@@ -15,7 +15,7 @@ from rankdecay.decay.planes import decay_planes, plane_norms
 from rankdecay.decay.policy import Decay
 from tests.attention.families import build
 from tests.decay.models import zero_gradients
-from tests.decay.test_planes import make, members_of
+from tests.decay.test_planes import SIZES, make, members_of
 
 PLANES = rd.Planes(2.0)
 
@@ -318,3 +318,57 @@ def test_planes_of_16_bit_weights_vanish_to_exact_zeros():
     _, optimizer = attached(model, "groups", rd.Planes(3.0, keep=1, scale="absolute"))
     step(optimizer, model, 12)
     assert int((norms(model) == 0).sum()) == 3
+
+
+def test_layers_that_share_their_attention_are_one_group_of_the_model_alone():
+    model: Any = make("Llama")
+    wanted = copy.deepcopy(model)
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    attachment, optimizer = attached(model, "groups", PLANES)
+    step(optimizer, model)
+    alone = [each for each in members_of(wanted, 0.2) if each.rows[0].layer == "model.layers.0.self_attn"]
+    decay_planes(alone, "model", "relative")
+    torch.testing.assert_close(model.get_parameter("model.layers.0.self_attn.q_proj.weight"), alone[0].parameter)
+    attachment.detach()
+    with pytest.raises(ValueError, match=r"q_proj.weight, which .*0.self_attn and .*1.self_attn share.*scope='model'"):
+        rd.param_groups(model, query_key=rd.Planes(1.0, scope="layer"))
+
+
+def test_weights_that_are_computed_are_refused():
+    model = make("Llama")
+    nn.utils.parametrizations.weight_norm(model.get_submodule("model.layers.0.self_attn.k_proj"))
+    with pytest.raises(ValueError, match=r"computes its weights: .*k_proj.*under weight_norm"):
+        rd.param_groups(model, query_key=PLANES)
+
+
+def test_layers_without_positions_among_others_have_to_be_left_out_by_name():
+    import transformers
+
+    model = transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**SIZES | {"num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match=r"layers\.3\.self_attn, which has no rotary positions"):
+        rd.param_groups(model, query_key=PLANES)
+    attachment, _optimizer = attached(model, "groups", PLANES, exclude="*.layers.3.self_attn.*")
+    assert "query_key: 6 × planes 2" in attachment.describe()
+
+
+def test_averaged_weights_are_refused():
+    model = make("Llama")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0] |= {"weight_sum": 0.0, "weight_lr_power": 2.0}  # as schedule-free optimizers have
+    with pytest.raises(ValueError, match="needs the weights of all parameters of a step at once"):
+        rd.attach(optimizer, model, query_key=PLANES)
+
+
+def test_a_parameter_without_a_gradient_counts_and_stays():
+    model = make("Llama")
+    wanted = copy.deepcopy(model)
+    _, optimizer = attached(model, "model", PLANES)
+    zero_gradients(model)
+    model.get_parameter("model.layers.0.self_attn.q_proj.weight").grad = None
+    optimizer.step()
+    members = [
+        each._replace(amount=None if each.rows[0].part == "query" and ".0." in each.rows[0].layer else 0.2)
+        for each in members_of(wanted, None)
+    ]
+    decay_planes(members, "model", "relative")
+    same(model, wanted)
