@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.layer import Window
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.decay.sharded.layout import Piece, elementwise_pieces, local_piece
 from rankdecay.decay.sharded.norms import Part, decayed_by_norm, parts_of
 from rankdecay.decay.sharded.redistribute import Place, Redistribution, entries_per_process, redistribution_key
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
     parameters: list[Tensor]
     windows: list[Window]
-    decay: Decay
+    decay: OfMatrix
     amount: float | Tensor
     seed: int
     role: str = ""
@@ -217,7 +217,7 @@ def _shrink(matrices: list[_Matrix], step: Step, backend: Backend, seed: int) ->
         _shrink_batch(batch, step.decay, step.amount, backend, seed + batch[0].part)
 
 
-def _shrink_batch(batch: list[_Matrix], decay: Decay, amount: float | Tensor, backend: Backend, seed: int) -> None:
+def _shrink_batch(batch: list[_Matrix], decay: OfMatrix, amount: float | Tensor, backend: Backend, seed: int) -> None:
     stack = torch.stack([matrix.value for matrix in batch])  # (matrices, [heads,] m, n)
     dtype = stack.dtype
     stack = stack if dtype == torch.float64 else stack.float()

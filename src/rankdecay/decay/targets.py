@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import smaller_side
+from rankdecay.attention.planes import PlaneRows
 from rankdecay.decay.groups import Group
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 
@@ -100,6 +101,7 @@ class Target:
         whys: the reason for the role, for each parameter.
         counter: of its steps.
         by_optimizer: whether the optimizer applies the decay, and the hook nothing.
+        planes: of a decay of rotary planes: where they are in each parameter; nothing of one that takes no part.
     """
 
     role: str
@@ -110,6 +112,7 @@ class Target:
     whys: list[str]
     counter: Counter
     by_optimizer: bool = False
+    planes: list[tuple[PlaneRows, ...]] = field(default_factory=list)
 
     def parameters(self, group: Group) -> list[Tensor]:
         """Return its parameters, as they are in the group now."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankdecay.decay.policy import Decay, Frobenius
+from rankdecay.decay.policy import Decay, Frobenius, Planes
 
 
 def in_units(decay: Decay, lr: float, matrices: Sequence[Tensor]) -> str:
@@ -25,6 +25,8 @@ def in_units(decay: Decay, lr: float, matrices: Sequence[Tensor]) -> str:
         return f"{when}a step takes nothing"
     if isinstance(decay, Frobenius):
         return f"{when}a step takes {_of_norm(decay, amount, matrices)}"
+    if isinstance(decay, Planes):
+        return f"{when}a step takes {_of_planes(decay, amount, matrices)}"
     if decay.scale == "relative":
         return (
             f"{when}a step takes {amount:.2g} of the root mean square of the singular values (rms): one of a tenth of "
@@ -36,6 +38,20 @@ def in_units(decay: Decay, lr: float, matrices: Sequence[Tensor]) -> str:
     rms = [float(m.double().norm() / math.sqrt(min(m.shape[-2:]) * math.prod(m.shape[:-2]))) for m in matrices]
     mean = sum(rms) / len(rms)
     return f"{words}, now {mean:.2g} in the root mean square: one of that size is zero after {_steps(mean / amount)}"
+
+
+def _of_planes(decay: Planes, amount: float, matrices: Sequence[Tensor]) -> str:
+    if decay.scale == "relative":
+        return (
+            f"{amount:.2g} of the root mean square of the planes' norms from each: one of a tenth of it is zero after "
+            f"{_steps(0.1 / amount)}"
+        )
+    words = f"{amount:.2g} of every plane, of the root mean square of its rows' norms"
+    rows = sum(m.shape[-2] for m in matrices)
+    if not rows:
+        return words
+    rms = math.sqrt(sum(float(m.double().square().sum()) for m in matrices) / rows)
+    return f"{words}, now {rms:.2g} in all: one of that size is zero after {_steps(rms / amount)}"
 
 
 def _of_norm(decay: Frobenius, amount: float, matrices: Sequence[Tensor]) -> str:

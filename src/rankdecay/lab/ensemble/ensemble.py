@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.lab.ensemble import transformer
 from rankdecay.lab.ensemble.control import PLAIN, Control, Part, above_rank, part_of_step, truncated
 from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parameters
@@ -60,7 +60,7 @@ class Member:
 
     arm: str
     seed: int
-    decay: Decay | None
+    decay: OfMatrix | None
     rest_decay: float
     lr: float = 1e-3
     initial_scale: float = 1.0
@@ -172,7 +172,7 @@ def adamw_(
 class Group:
     """Members whose decays differ in strength alone: one call of `shrink` serves them."""
 
-    policy: Decay
+    policy: OfMatrix
     part: Part
     blocks: bool
     rows: list[int]
@@ -296,7 +296,7 @@ class Ensemble:
         l2 = [m.constant_l2 if acts else 0.0 for m, acts in zip(self.members, self._acts, strict=True)]
         per_step = self._column([float(m.decay is not None and not m.decay.lr_coupled) for m in self.members]) > 0
         self._keep_query_key = 1 - torch.where(per_step, 1.0, self._query_key_lr) * self._column(l2)
-        groups: dict[tuple[Decay, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
+        groups: dict[tuple[OfMatrix, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
         for index, (member, acts) in enumerate(zip(self.members, self._acts, strict=True)):
             if member.decay is not None and member.decay.strength and acts and not member.constant_l2:
                 plain = replace(member.decay, strength=0.0)
