@@ -151,7 +151,8 @@ def _decay_by_sums(pieces: list[Piece], decay: LowRank, amount: float | Tensor, 
         return 2 * piece.cut.gram**2 * math.prod(piece.value.shape[:-2])
 
     for batch in _batches(pieces, batch_key, entries, lambda piece: _limit(piece.value)):
-        values = decayed_pieces(batch, decay, amount, backend_on(batch[0].value, backend))
+        its = backend_on(batch[0].value, backend)
+        values = decayed_pieces(batch, decay, amount, "exact" if its == "auto" else its)
         for piece, value in zip(batch, values, strict=True):
             seed += 1_000_000_007
             piece.write(rounded(value, piece.value.dtype, seed + piece.part))
@@ -240,10 +241,8 @@ def rounded(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def backend_on(values: Tensor, backend: Backend) -> Backend:
-    """Return the backend of a device: a decomposition on a GPU would wait for it."""
-    if backend != "auto":
-        return backend
-    return "exact" if values.device.type == "cpu" else "matmul"
+    """Return the backend of a device: a decomposition on a GPU would wait for it; a CPU takes what costs less."""
+    return "matmul" if backend == "auto" and values.device.type != "cpu" else backend
 
 
 def _limit(values: Tensor) -> int:

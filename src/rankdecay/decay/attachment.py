@@ -443,7 +443,8 @@ class Attachment:
                     continue
                 for amount, positions in amounts:
                     chosen = [parameters[position] for position in positions]
-                    named += [(target.names[position], parameters[position]) for position in positions]
+                    if isinstance(decay, LowRank) or decay.needs_norm:
+                        named += [(target.names[position], parameters[position]) for position in positions]
                     if self._first_decay:
                         self._first_decay = False
                         check_states(optimizer, chosen)
