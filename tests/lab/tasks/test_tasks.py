@@ -189,7 +189,7 @@ def test_a_validation_set_of_a_split_task_is_taken_from_the_test_set_by_class(ta
 
 
 def test_a_validation_set_that_cannot_be_is_refused():
-    with pytest.raises(SettingError, match="`validation` 60 leaves no test set of the"):
+    with pytest.raises(SettingError, match="--validation 60 leaves no test set of the"):
         make_dataset("add", 0, modulus=11, train_fraction=0.5, validation=60)
-    with pytest.raises(SettingError, match="`validation` -1 is negative"):
+    with pytest.raises(SettingError, match="--validation -1 is negative"):
         make_dataset("add", 0, modulus=11, validation=-1)

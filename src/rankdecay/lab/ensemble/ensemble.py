@@ -149,28 +149,35 @@ def worth_compiling(wanted: str, device: str, make: "Callable[[], Ensemble]", st
     return (time.perf_counter() - start) / PROBED * steps >= COMPILE_FROM
 
 
-def adamw_(
-    weight: Tensor,
-    grad: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    lr: Tensor,
-    step: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """One AdamW step in place on ``(members, n)`` rows, without its decay; ``grad`` is overwritten.
+@dataclass(frozen=True)
+class Rows:
+    """Parameters that AdamW steps alike: one list entry per member and name, each contiguous."""
 
-    ``lr`` and ``step``, the number of the step from 1, are ``(members, 1)``; the latter in float64.
-    """
-    beta1, beta2 = betas
-    mean.lerp_(grad, 1 - beta1)
-    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    # Both bias corrections in the step size and ε: two passes over memory less, the same update.
-    correction = (1 - beta2**step).sqrt()
-    update = torch.sqrt(square, out=grad).add_((eps * correction).to(grad.dtype))
-    torch.div(mean, update, out=update)
-    weight.addcmul_(update, lr * (correction / (1 - beta1**step)).to(lr.dtype), value=-1)
+    lr: float
+    weight_decay: float
+    places: list[tuple[int, str]]  # index of the member, name of the parameter
+    weights: list[Tensor]
+    means: list[Tensor]
+    squares: list[Tensor]
+    steps: list[Tensor]  # scalars in float32, of their member: steps made
+
+    def step(self, grads: dict[str, Tensor], betas: tuple[float, float], eps: float) -> None:
+        """One AdamW step with its decay, in one pass over memory; ``grads`` are ``(members, ...)`` by name."""
+        torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage] - what AdamW(fused=True) calls
+            self.weights,
+            [grads[name][member] for member, name in self.places],
+            self.means,
+            self.squares,
+            [],
+            self.steps,
+            lr=self.lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=self.weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 @dataclass(frozen=True)
@@ -225,9 +232,7 @@ class Ensemble:
         self._matmul_dtype = torch.bfloat16 if training.precision == "mixed" else self._dtype
         self._shapes = config.shapes()
         self._query_key_size = 2 * config.depth * config.width**2
-        names = [name for name in self._shapes if name.split(".")[0] in BLOCK_MATRICES]
-        self._blocks_end = self._query_key_size + sum(math.prod(self._shapes[name]) for name in names)
-        self._block_names = names
+        self._block_names = [name for name in self._shapes if name.split(".")[0] in BLOCK_MATRICES]
         size = sum(math.prod(shape) for shape in self._shapes.values())
         self._weights = torch.empty(0, size, device=training.device, dtype=self._dtype)
         self._mean, self._square = self._weights.clone(), self._weights.clone()
@@ -310,18 +315,11 @@ class Ensemble:
             self.parameters[name] = view.requires_grad_()
             start = stop
         self._lr = self._column([m.lr for m in self.members])
-        self._step = self._column(self.steps).double()
-        factors = [m.control.query_key_lr for m in self.members]
-        self._one_lr = all(factor == 1 for factor in factors)
-        self._query_key_lr = self._lr * self._column(factors)
-        self._keep_blocks = 1 - self._lr * self._column(
-            [0.0 if m.low_rank and m.control.blocks else m.rest_decay for m in self.members]
-        )
-        self._keep_rest = 1 - self._lr * self._column([m.rest_decay for m in self.members])
+        self._step = torch.tensor(self.steps, dtype=torch.float32, device=self.training.device)
+        self._query_key_lr = self._lr * self._column([m.control.query_key_lr for m in self.members])
         self._holds_norms = any(m.control.holds_norm for m in self.members)
         self._sharpens = any(m.control.sharpen for m in self.members)
         self._bind_schedule()
-        self._grad = torch.empty_like(self._weights)
         self._train_tokens, self._train_targets = self._stacked("train")
         self._test_tokens, self._test_targets = self._stacked("test")
         has_validation = self._datasets[0].validation_targets is not None
@@ -329,8 +327,8 @@ class Ensemble:
 
     def _bind_schedule(self) -> None:
         """Rebuilds what depends on the decays that act now, and on the ranks they have reached."""
-        l2 = [m.constant_l2 if acts else 0.0 for m, acts in zip(self.members, self._acts, strict=True)]
-        self._keep_query_key = 1 - self._query_key_lr * self._column(l2)
+        self._l2 = [m.constant_l2 if acts else 0.0 for m, acts in zip(self.members, self._acts, strict=True)]
+        self._bind_rows()
         groups: dict[tuple[int, Decay, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
         for index, (member, acts) in enumerate(zip(self.members, self._acts, strict=True)):
             for order, decay in enumerate(member.decays if acts else ()):
@@ -356,6 +354,29 @@ class Ensemble:
                     matrices = matrices.unflatten(-2, (c.heads, c.head_dim))
                 above = above_rank(matrices, member.control.target_rank)  # (depth, 2) or (depth, 2, heads)
                 self._share[index] *= above.view(c.depth, 2, -1)
+
+    def _bind_rows(self) -> None:
+        """Rebuilds the lists that AdamW steps: members and parameters of equal rate and decay together."""
+        alike: dict[tuple[float, float], Rows] = {}
+        for index, member in enumerate(self.members):
+            start = 0
+            for name, shape in self._shapes.items():
+                lr, decay = member.lr, member.rest_decay
+                if name.split(".")[0] in ("query", "key"):
+                    lr, decay = lr * member.control.query_key_lr, self._l2[index]
+                elif name in self._block_names and member.low_rank and member.control.blocks:
+                    decay = 0.0
+                rows = alike.setdefault((lr, decay), Rows(lr, decay, [], [], [], [], []))
+                rows.places.append((index, name))
+                rows.steps.append(self._step[index])
+                for whole, parts in (
+                    (self._weights, rows.weights),
+                    (self._mean, rows.means),
+                    (self._square, rows.squares),
+                ):
+                    parts.append(whole.detach()[index, start : start + math.prod(shape)].view(shape))
+                start += math.prod(shape)
+        self._rows = list(alike.values())
 
     def schedule(self, acts: Sequence[bool]) -> None:
         """Switches each member's decay on or off, and finds which matrices are above their target rank now."""
@@ -402,18 +423,16 @@ class Ensemble:
             columns.append(order[offset : offset + steps * batch].reshape(steps, batch))
         return torch.from_numpy(np.stack(columns, axis=1)).to(self.training.device)
 
-    def train(self, steps: int, watch: Callable[[], None] = lambda: None) -> None:
-        """Trains every member for ``steps`` further steps, and calls ``watch`` after each."""
+    def train(self, steps: int) -> None:
+        """Trains every member for ``steps`` further steps."""
         member = torch.arange(len(self.members), device=self.training.device)[:, None]
         for index, rows in enumerate(self._batch_indices(steps)):
             self.steps = [step + 1 for step in self.steps]
-            self._step += 1
+            self._step += 1  # before AdamW's own step, which reads it
             tokens, targets = self._train_tokens[member, rows], self._train_targets[member, rows]
             loss = self._loss(self.parameters, tokens, targets, self.config, self._matmul_dtype, self._sharpness())
             grads = torch.autograd.grad(loss.sum(), list(self.parameters.values()))
-            torch.cat([g.flatten(1) for g in grads], dim=1, out=self._grad)
-            self._update(measure=index == steps - 1)
-            watch()
+            self._update(dict(zip(self.parameters, grads, strict=True)), measure=index == steps - 1)
 
     def _sharpness(self) -> Tensor | None:
         """What the scores of every member's attention are multiplied by at this step; None for 1."""
@@ -426,14 +445,12 @@ class Ensemble:
         self._marked = self.query_key.clone(), list(self.steps)
 
     @torch.no_grad()
-    def _update(self, *, measure: bool) -> None:
+    def _update(self, grads: dict[str, Tensor], *, measure: bool) -> None:
         """One step of AdamW and of every decay; ``measure`` its angle, before the decays after it and with them."""
-        query_key, blocks, others = self._weights.tensor_split([self._query_key_size, self._blocks_end], dim=1)
-        query_key.mul_(self._keep_query_key)
-        blocks.mul_(self._keep_blocks)
-        others.mul_(self._keep_rest)
+        # The angle is that of the update: a decay of AdamW's own, which does not turn a matrix, makes no difference.
         before = self.query_key.clone() if measure else None
-        self._adamw()
+        for rows in self._rows:
+            rows.step(grads, self.training.betas, self.training.eps)
         if before is not None:
             self._angular = _angle(before, self.query_key).flatten(1).mean(1)
         for group in self._groups:
@@ -459,14 +476,6 @@ class Ensemble:
             elif radius is not None:
                 held[index] = radius
         return held[..., None, None]
-
-    def _adamw(self) -> None:
-        t = self.training
-        size = self._query_key_size
-        parts = [(slice(size), self._query_key_lr), (slice(size, None), self._lr)]
-        for part, lr in [(slice(None), self._lr)] if self._one_lr else parts:
-            weight, grad, mean, square = (r[:, part] for r in (self._weights, self._grad, self._mean, self._square))
-            adamw_(weight, grad, mean, square, lr, self._step, t.betas, t.eps)
 
     def _decay(self, group: Group) -> None:
         """Decays those members of a group whose interval has passed."""
@@ -624,7 +633,7 @@ class Ensemble:
         """‖D‖/‖W‖ of one step D of all decays of W_Q and W_K, and the share of ‖D‖² along W; NaN while none acts."""
         size = torch.full((len(self.members),), math.nan, device=self.training.device, dtype=torch.float64)
         radial = size.clone()
-        after = self.query_key * self._keep_query_key.view(-1, 1, 1, 1, 1)
+        after = self.query_key * (1 - self._query_key_lr * self._column(self._l2)).view(-1, 1, 1, 1, 1)
         for group in self._groups:
             rows = self._which(group.rows)
             after[rows] = self._decayed(group, 1, after[rows])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.lab.ensemble.control import PLAIN, YOKED_SEED
-from rankdecay.lab.ensemble.ensemble import STEPS_BETWEEN_CHECKS, Ensemble, Member, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.tasks import make_dataset
 
@@ -49,14 +49,10 @@ def norm_paths(
     datasets = [make_dataset(seed=donor.seed, **how) for donor, how in zip(donors, data, strict=True)]
     # Eager: a compiled step would be compiled once more, for this number of members.
     ensemble = Ensemble(config, donors, datasets, replace(training, compile=False))
-    norms: list[Tensor] = []
-
-    def watch() -> None:
-        norms.append(ensemble.query_key.double().norm(dim=(-2, -1)))  # (members, depth, 2)
-
-    watch()
-    for done in range(0, steps, STEPS_BETWEEN_CHECKS):
+    norms = [ensemble.query_key.double().norm(dim=(-2, -1))]  # (members, depth, 2)
+    for _ in range(steps):
         if stop.is_set():
             raise InterruptedError
-        ensemble.train(min(STEPS_BETWEEN_CHECKS, steps - done), watch)
+        ensemble.train(1)
+        norms.append(ensemble.query_key.double().norm(dim=(-2, -1)))
     return list(torch.stack(norms, 1))
