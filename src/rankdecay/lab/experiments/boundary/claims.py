@@ -93,7 +93,7 @@ def columns(facts: Facts) -> list[Column]:
 def note(facts: Facts) -> str:
     """What the boundary is."""
     threshold = f"{100 * (facts.summary.get('threshold') or 0):g} %"
-    decides = "validation" if facts.summary["settings"].get("validation") else "test"
+    decides = "validation" if facts.settings.get("validation") else "test"
     waited = sum(row.get("never_acted") or 0 for row in facts.summary["arms"])
     never = (
         f" {counted(waited, 'run')} ended before a schedule or a truncation acted: they are runs without decay, or "
