@@ -60,6 +60,8 @@ class Rule:
         taken_by_products: the part of ``prepared.X`` that a step takes, computed by matrix products alone, from
             (prepared, τ (..., 1, 1) in the units of ``prepared.X``, options). A rule without it is decomposed by every
             backend, which makes a GPU wait.
+        products_pay: of the same arguments, a truth value per matrix (...): whether products cost a CPU less than a
+            decomposition and within 1e-3 of the step. None: they never are.
         always_products: whether ``shrink`` takes products whatever the backend.
         smoothing: whether the rule reads ``options.smoothing``.
         keep: whether the largest singular values may be spared, which costs a decomposition on every backend.
@@ -71,6 +73,7 @@ class Rule:
     description: str
     fraction: Callable[[Tensor, Tensor, Tensor, Options], Tensor]
     taken_by_products: Callable[[Prepared, Tensor, Options], Tensor] | None = None
+    products_pay: Callable[[Prepared, Tensor, Options], Tensor] | None = None
     always_products: bool = False
     smoothing: bool = False
     keep: bool = False

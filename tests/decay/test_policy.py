@@ -133,3 +133,25 @@ def test_descriptions_name_what_was_chosen(policy, words):
 def test_importing_policies_does_not_import_torch():
     code = "import sys, rankdecay.decay.policy; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- what docs/choose_a_decay.md says ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("amount", "differs"), [(0.05, 0.14), (0.005, 0.015), (3e-5, 9e-5)])
+def test_eight_relative_steps_at_once_differ_from_eight_steps_by_what_the_page_says(amount, differs):
+    weight = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 8
+    one_by_one = weight
+    for _ in range(8):
+        one_by_one = shrink(one_by_one, amount, relative=True)
+    at_once = shrink(weight, 8 * amount, relative=True)
+    difference = (one_by_one - at_once).norm() / (one_by_one - weight).norm()
+    assert float(difference) == pytest.approx(differs, rel=0.05)
+
+
+@pytest.mark.parametrize(("rows", "along"), [(64, 0.98), (768, 0.72)])
+def test_a_step_on_an_untrained_head_is_nearly_radial_as_the_page_says(rows, along):
+    weight = torch.randn(rows, 768, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    step = weight - shrink(weight, 1e-3, relative=True)
+    share = (step * weight).sum().square() / (step.square().sum() * weight.square().sum())
+    assert float(share) == pytest.approx(along, abs=0.005)

@@ -95,12 +95,6 @@ class Window:
         """Return the number of the matrix's lines in a parameter of ``lines`` lines."""
         return self.groups * (self.stop - self.start) if self.has_heads else lines
 
-    @lru_cache(maxsize=4096)
-    def smaller_side(self, shape: tuple[int, ...], by_head: bool) -> int:
-        """Return the smaller side of the matrix, or of each head, in a parameter of a shape."""
-        parameter = torch.empty(shape, device="meta")
-        return min((self.heads if by_head else self.matrix)(parameter).shape[-2:], default=0)
-
     def __str__(self) -> str:
         if not self.has_heads:
             return ""
@@ -179,6 +173,13 @@ class Window:
         if cut.shape[1] < self.head_dim:  # one line of each group
             return cut.unflatten(0, (-1, self.head_dim)).transpose(1, 2)
         return cut.unflatten(1, (-1, self.head_dim))
+
+
+@lru_cache(maxsize=4096)
+def smaller_side(window: Window, shape: tuple[int, ...], by_head: bool) -> int:
+    """Return the smaller side of a window's matrix, or of each of its heads, in a parameter of a shape."""
+    parameter = torch.empty(shape, device="meta")
+    return min((window.heads if by_head else window.matrix)(parameter).shape[-2:], default=0)
 
 
 #: All of a parameter of any shape: a matrix, a stack of one per expert, a vector. A state dict holds nothing of it.

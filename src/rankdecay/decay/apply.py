@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.layer import Window
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.decay.sharded.layout import Piece, elementwise_pieces, local_piece
 from rankdecay.decay.sharded.norms import Part, decayed_by_norm, parts_of
 from rankdecay.decay.sharded.redistribute import Place, Redistribution, entries_per_process, redistribution_key
@@ -47,10 +47,19 @@ class Step(NamedTuple):
 
     parameters: list[Tensor]
     windows: list[Window]
-    decay: Decay
+    decay: OfMatrix
     amount: float | Tensor
     seed: int
     role: str = ""
+
+    def matrices(self) -> list[Tensor]:
+        """Return the matrices, or the stacks of heads, of the parameters, as rows of a vector where they are none."""
+        found = [
+            (window.heads if self.by_head else window.matrix)(parameter)
+            for parameter in self.parameters
+            for window in self.windows
+        ]
+        return [each if each.ndim > 1 else each.reshape(1, -1) for each in found]
 
     @property
     def is_collective(self) -> bool:
@@ -92,13 +101,26 @@ def apply(steps: Sequence[Step], backend: Backend) -> None:
 
 def _apply_whole(step: Step, backend: Backend) -> None:
     """Decay the matrices of the parameters that this process has whole."""
-    matrices = [
-        _Matrix((window.heads if step.by_head else window.matrix)(parameter), partial(window.write, parameter))
-        for parameter in step.parameters
-        if not is_sharded(parameter)
-        for window in step.windows
-    ]
+    matrices: list[_Matrix] = []
+    for parameter in step.parameters:
+        if is_sharded(parameter):
+            continue
+        for window in step.windows:
+            value = (window.heads if step.by_head else window.matrix)(parameter)
+            if isinstance(step.decay, Frobenius) and _decayed_in_place(parameter, value, step.decay, step.amount):
+                continue
+            matrices.append(_Matrix(value, partial(window.write, parameter)))
     _shrink(matrices, step, backend, step.seed)
+
+
+def _decayed_in_place(parameter: Tensor, value: Tensor, decay: Frobenius, amount: float | Tensor) -> bool:
+    """Decay a view of a parameter's numbers where they are, if that is possible: no copy, so two passes over them."""
+    here = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+    if not here or value.dtype.itemsize < 4 or value.device.type != "cpu" or not value.numel():
+        return False
+    matrix = value if value.ndim > 1 else value.view(1, -1)
+    power_step(matrix, amount, decay.power, decay.cap or 1.0, out=matrix)
+    return True
 
 
 def _apply_low_rank(sharded: list[Tensor], step: Step, decay: LowRank, backend: Backend) -> None:
@@ -129,7 +151,8 @@ def _decay_by_sums(pieces: list[Piece], decay: LowRank, amount: float | Tensor, 
         return 2 * piece.cut.gram**2 * math.prod(piece.value.shape[:-2])
 
     for batch in _batches(pieces, batch_key, entries, lambda piece: _limit(piece.value)):
-        values = decayed_pieces(batch, decay, amount, backend_on(batch[0].value, backend))
+        its = backend_on(batch[0].value, backend)
+        values = decayed_pieces(batch, decay, amount, "exact" if its == "auto" else its)
         for piece, value in zip(batch, values, strict=True):
             seed += 1_000_000_007
             piece.write(rounded(value, piece.value.dtype, seed + piece.part))
@@ -195,7 +218,7 @@ def _shrink(matrices: list[_Matrix], step: Step, backend: Backend, seed: int) ->
         _shrink_batch(batch, step.decay, step.amount, backend, seed + batch[0].part)
 
 
-def _shrink_batch(batch: list[_Matrix], decay: Decay, amount: float | Tensor, backend: Backend, seed: int) -> None:
+def _shrink_batch(batch: list[_Matrix], decay: OfMatrix, amount: float | Tensor, backend: Backend, seed: int) -> None:
     stack = torch.stack([matrix.value for matrix in batch])  # (matrices, [heads,] m, n)
     dtype = stack.dtype
     stack = stack if dtype == torch.float64 else stack.float()
@@ -218,10 +241,8 @@ def rounded(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def backend_on(values: Tensor, backend: Backend) -> Backend:
-    """Return the backend of a device: a decomposition on a GPU would wait for it."""
-    if backend != "auto":
-        return backend
-    return "exact" if values.device.type == "cpu" else "matmul"
+    """Return the backend of a device: a decomposition on a GPU would wait for it; a CPU takes what costs less."""
+    return "matmul" if backend == "auto" and values.device.type != "cpu" else backend
 
 
 def _limit(values: Tensor) -> int:

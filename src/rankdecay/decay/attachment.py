@@ -34,6 +34,7 @@ from rankdecay.attention.layer import FLATTENED, WHOLE, Role
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
+from rankdecay.decay.finite import FiniteCheck
 from rankdecay.decay.groups import Group, check_decays, with_names
 from rankdecay.decay.optimizers import (
     check_own_decay,
@@ -50,12 +51,14 @@ from rankdecay.decay.optimizers import (
     rate_of_step,
     remarks_on_optimizer,
 )
-from rankdecay.decay.policy import Decay, LowRank
+from rankdecay.decay.planes import PlaneStep
+from rankdecay.decay.policy import Decay, LowRank, Planes
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.sharded.layout import check_placements
-from rankdecay.decay.sources import Source, give_weight_decay
+from rankdecay.decay.sources import Source, check_planes_held, give_weight_decay
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target
+from rankdecay.decay.units import in_units, present
 from rankdecay.decay.watch import Watch
 from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend
@@ -90,6 +93,7 @@ class Attachment:
         try:
             for index, group in enumerate(optimizer.param_groups):
                 self._register_group(index, group)
+            check_planes_held(source, optimizer)
             _check_not_shared(optimizer, self)
             check_agreement([(held.group, held.target) for held in self._targets(optimizer)], backend)
             self._give_weight_decay(optimizer)()  # so that what cannot be divided is found now
@@ -103,6 +107,7 @@ class Attachment:
         self._first = True
         self._first_decay = True
         self._states_only = False
+        self._finite = FiniteCheck()
         self._had_rate = any(group.get("lr") or group.get("initial_lr") for group in optimizer.param_groups)
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
         self._handles: list[Any] = [
@@ -211,17 +216,58 @@ class Attachment:
         """Return the rows as a table, with what else a reader has to know above it.
 
         Args:
-            ranks: show instead the present ranks of the matrices that a low-rank decay acts on (an SVD of each).
+            ranks: show instead the present ranks of the matrices that a low-rank decay acts on (an SVD of each). Of
+                sharded parameters that is a collective, and so is counting the rotary planes that are zero, which is
+                then left out without it.
         """
         optimizer = self.optimizer
+        planes = self._planes(optimizer)
+        zeros = planes.words() if ranks or not planes.is_collective else []
         state = "attached to" if self.active else ("paused on" if self._handles else "detached from")
         return table(
             self.rows(),
             ranks=ranks,
             state=f"{state} {type(optimizer).__name__}" + ("" if self.active else ": what follows is not applied"),
             remarks=self._source.remarks(optimizer),
-            notes=[*remarks_on_optimizer(optimizer, self._wrappers), *self._source.notes(optimizer)],
+            notes=[
+                *([] if ranks else self._units(optimizer)),
+                *remarks_on_optimizer(optimizer, self._wrappers),
+                *self._source.notes(optimizer),
+                *zeros,
+            ],
         )
+
+    def _planes(self, optimizer: Optimizer) -> PlaneStep:
+        """Return all rows of planes that have a decay, and have values."""
+        planes = PlaneStep()
+        for _, target, parameters in self._targets(optimizer):
+            if isinstance(target.decay, Planes) and not any(parameter.is_meta for parameter in parameters):
+                planes.add(target.decay, parameters, target.names, target.planes, {}, 0)
+        return planes
+
+    def _units(self, optimizer: Optimizer) -> list[str]:
+        """Return what the strengths mean now: a sentence for each role, decay and learning rate."""
+        alike: dict[tuple[str, Decay, float], list[Tensor]] = {}
+        with self._groups_in_one_piece(optimizer):
+            for index, group in enumerate(optimizer.param_groups):
+                lr = group.get("lr")
+                if lr is None or has_rate_per_parameter(optimizer, group):
+                    continue
+                for target in self._source.targets(index, group):
+                    decay, parameters = target.decay_in(group), target.parameters(group)
+                    matrices = alike.setdefault((target.role, decay, float(lr)), [])
+                    if not decay.strength or any(map(is_sharded, parameters)):
+                        continue
+                    if isinstance(decay, Planes):
+                        pairs = zip(parameters, target.planes, strict=True)
+                        matrices += [rows.of(parameter) for parameter, several in pairs for rows in several]
+                    else:
+                        matrices += Step(parameters, target.windows, decay, 0.0, 0).matrices()
+        return [
+            f"{role}: {in_units(decay, lr, present(matrices))}"
+            for (role, decay, lr), matrices in alike.items()
+            if decay.strength
+        ]
 
     @property
     def unhandled(self) -> tuple[str, ...]:
@@ -244,6 +290,7 @@ class Attachment:
                 of = f"{_bare(name)}.{target.role}"
                 counts |= {f"{of}_steps": target.counter.steps, f"{of}_pending": target.counter.pending}
                 counts |= {f"{of}_missed": missed[position]} if position in missed else {}
+                counts |= {f"{of}_warmed": target.counter.warmed} if target.counter.warmed else {}
         return counts
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -262,6 +309,7 @@ class Attachment:
             first = f"{_bare(target.names[0])}.{target.role}"
             target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
             target.counter.pending = float(state_dict.get(f"{first}_pending", 0.0))
+            target.counter.start_warmup(after=int(state_dict.get(f"{first}_warmed", 0)))
             target.counter.take_missed()
             for position, name in enumerate(target.names):
                 missed = state_dict.get(f"{_bare(name)}.{target.role}_missed")
@@ -306,8 +354,11 @@ class Attachment:
                 self._put_back = self._give_weight_decay(optimizer)
 
     def _register_new_groups(self, optimizer: Optimizer) -> None:
-        for index, group in enumerate(optimizer.param_groups[len(self._registered) :], len(self._registered)):
+        known = len(self._registered)
+        for index, group in enumerate(optimizer.param_groups[known:], known):
             self._register_group(index, group)
+        if len(self._registered) > known:
+            check_planes_held(self._source, optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note which parameters have a gradient: some optimizers clear it inside their step."""
@@ -321,8 +372,9 @@ class Attachment:
                 f"{type(optimizer).__name__} had {len(self._registered)} groups and has {len(optimizer.param_groups)}: "
                 "detach before groups are removed, then attach again."
             )
-        for index, group in enumerate(optimizer.param_groups):
+        for index, group in enumerate(optimizer.param_groups[: len(self._registered)]):
             self._register_group(index, group)
+        self._register_new_groups(optimizer)
         self._source.recall(optimizer)
         self._stepping = self._held_by_group(optimizer)
         self._states_only = may_make_states_only(optimizer)
@@ -372,6 +424,8 @@ class Attachment:
     def _decay(self, optimizer: Optimizer) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         due: list[Step] = []
+        planes = PlaneStep()
+        named: list[tuple[str, Tensor]] = []
         for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
             factor = rate_of_step(optimizer, group, self._rates[index])
             counts = counts_steps(optimizer, group)
@@ -380,13 +434,20 @@ class Attachment:
                     continue  # what is the optimizer's own goes on
                 decay, every = target.decay_in(group), target.every_in(group, counts)
                 live = [id(p) in self._params_with_grad for p in parameters]
-                for amount, positions in _count_step(target, decay, every, factor, found_inf, live):
+                amounts = _count_step(target, decay, every, factor, found_inf, live)
+                place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
+                seed = target.counter.steps * 1_000_003 + place
+                if isinstance(decay, Planes):
+                    its = _amounts(optimizer, group, parameters, decay, amounts)
+                    planes.add(decay, parameters, target.names, target.planes, its, seed)
+                    continue
+                for amount, positions in amounts:
                     chosen = [parameters[position] for position in positions]
+                    if isinstance(decay, LowRank) or decay.needs_norm:
+                        named += [(target.names[position], parameters[position]) for position in positions]
                     if self._first_decay:
                         self._first_decay = False
                         check_states(optimizer, chosen)
-                    place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
-                    seed = target.counter.steps * 1_000_003 + place
                     step = Step(chosen, target.windows, decay, amount, seed, target.role)
                     if is_averaged(group):
                         decay_averaged(optimizer, group, step, self._backend)
@@ -394,8 +455,11 @@ class Attachment:
                         due += _with_rates(optimizer, group, step)
                     else:
                         due.append(step)
-        with explain_collective_failure(due):
+        roles = [step.role for step in due if step.is_collective]
+        with explain_collective_failure(roles + ["query_key"] * planes.is_collective):
             apply(due, self._backend)
+            named += planes.apply()
+        self._finite.look(named)
 
     def _register_group(self, index: int, group: Group) -> None:
         """Check a new group, and before each step that a known one has parameters of the same shapes.
@@ -493,18 +557,17 @@ class _RegisteredGroup(NamedTuple):
 
 
 @contextlib.contextmanager
-def explain_collective_failure(steps: list[Step]) -> Iterator[None]:
+def explain_collective_failure(roles: list[str]) -> Iterator[None]:
     """Explain a collective that failed because another process stopped; the backend's message only names a socket."""
     try:
         yield
     except RuntimeError as error:
-        roles = dict.fromkeys(step.role for step in steps if step.is_collective)
         if not roles:
             raise
         raise RuntimeError(
-            f"the decay of {', '.join(roles)} needs every process that holds a part of its parameters, and on rank "
-            f"{torch.distributed.get_rank()} it failed: {error}. If another process has stopped, continue the run from "
-            "its last checkpoint."
+            f"the decay of {', '.join(dict.fromkeys(roles))} needs every process that holds a part of its parameters, "
+            f"and on rank {torch.distributed.get_rank()} it failed: {error}. If another process has stopped, "
+            "continue the run from its last checkpoint."
         ) from error
 
 
@@ -534,6 +597,20 @@ def _with_rates(optimizer: Optimizer, group: Group, step: Step) -> list[Step]:
         step._replace(parameters=[parameter], amount=step.amount * rate)
         for parameter, rate in zip(step.parameters, rates, strict=True)
     ]
+
+
+def _amounts(
+    optimizer: Optimizer,
+    group: Group,
+    parameters: list[Tensor],
+    decay: Decay,
+    amounts: list[tuple[float | Tensor, list[int]]],
+) -> dict[int, float | Tensor]:
+    """Return the amount of each parameter by its position, with its own rate where an optimizer has one for each."""
+    each = {position: amount for amount, positions in amounts for position in positions}
+    if has_rate_per_parameter(optimizer, group) and decay.lr_coupled:
+        return {i: amount * rate_of_parameter(optimizer, group, parameters[i]) for i, amount in each.items()}
+    return each
 
 
 def _nothing() -> None:
@@ -585,6 +662,12 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
                 f"{role} is sharded, and a low-rank decay under {type(optimizer).__name__} needs whole matrices; use "
                 "DDP, or an optimizer that is not schedule-free."
             )
+        if isinstance(decay, Planes) and (is_averaged(group) or group.get("gradient_release")):
+            why = "keeps an average of them" if is_averaged(group) else "steps each parameter by itself"
+            raise ValueError(
+                f"{role}=Planes needs the weights of all parameters of a step at once, and {type(optimizer).__name__} "
+                f"{why}; use {role}=rankdecay.LowRank(...), or another optimizer."
+            )
         for parameter, name in zip(target.parameters(group), target.names, strict=True):
             if is_sharded(parameter):
                 check_placements(parameter, f"{name} ({role})")
@@ -593,7 +676,8 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
                         f"{name} ({role}) has shape {tuple(parameter.shape)} and is sharded; attention stored in "
                         "more than two dimensions can be decayed only whole: leave its module out of fully_shard."
                     )
-            if parameter.ndim < 2 and isinstance(decay, LowRank):
+            flat = isinstance(decay, Planes) and any(window.has_heads for window in target.windows)
+            if parameter.ndim < 2 and (flat or isinstance(decay, LowRank)):
                 raise ValueError(
                     f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
                 )

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from rankdecay.attention.layer import Window
 from rankdecay.decay.apply import Step, apply, backend_on, rounded
 from rankdecay.decay.groups import Group
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.linalg import Backend, shrink
 from rankdecay.linalg.backend import has_float64
 
@@ -65,7 +65,7 @@ def decay_averaged(optimizer: Optimizer, group: Group, step: Step, backend: Back
         parameter.copy_(rounded(held + change, parameter.dtype, seed + 1))
 
 
-def _change(weight: Tensor, windows: list[Window], decay: Decay, amount: float | Tensor, backend: Backend) -> Tensor:
+def _change(weight: Tensor, windows: list[Window], decay: OfMatrix, amount: float | Tensor, backend: Backend) -> Tensor:
     """Return what a decay would add to a weight."""
     decayed = weight.clone()
     apply([Step([decayed], windows, decay, amount, 0)], backend)

@@ -8,9 +8,10 @@ decay                  a group is                       what a step takes from i
 =====================  ===============================  ================================================================
 :class:`Frobenius`     the matrix, or a head            lr · strength · ‖W‖_F^(power - 1) of itself
 :class:`LowRank`       a singular direction             τ of its singular value
+:class:`Planes`        a rotary plane of W_Q and W_K    τ · √n of the norm of its n rows
 =====================  ===============================  ================================================================
 
-The threshold τ of a low-rank decay has one of two scales, and with it a law by which the norm falls:
+The threshold τ of the last two has one of two scales, and with it a law by which the norm falls:
 
 ==========  ==========================  ================================================================================
 scale       τ (``lr_coupled``)          reading
@@ -21,7 +22,8 @@ absolute    lr · strength               the same amount whatever the size of th
                                         constant amount, to zero in finite time
 ==========  ==========================  ================================================================================
 
-Without ``lr_coupled`` the factor lr is left out, as in the published prototypes. rms(σ) = ‖W‖_F / √min(m, n).
+Without ``lr_coupled`` the factor lr is left out, as in the published prototypes. rms(σ) = ‖W‖_F / √min(m, n); of P
+planes it is ‖X‖_F / √(P·n).
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 Scale = Literal["relative", "absolute"]
 Unit = Literal["matrix", "head"]
+Scope = Literal["head", "group", "layer", "model"]
 
 _OFF = "0 switches it off"
 #: Where a user gives no ``every``: one step in min(side / 48, 16), rounded up. A decomposition costs the side of the
@@ -230,4 +233,63 @@ class LowRank:
         return "low-rank " + ", ".join(words)
 
 
-Decay = Frobenius | LowRank
+@dataclass(frozen=True)
+class Planes:
+    """Decoupled decay of rotary planes, a group lasso: planes vanish, and an ordinary checkpoint can leave them out.
+
+    Positions turn two coordinates of a head by one angle, rows j and j + d/2 of its W_Q and W_K (2j and 2j + 1 where
+    planes are interleaved). All rows of plane j in a scope, those of the biases of queries and keys with them, lose the
+    same share: X_j ← X_j · max(0, 1 - τ√n / ‖X_j‖_F), with n the number of rows, an entry of a bias being one. Rows
+    that positions do not turn, of heads that are turned in part, have no decay. It is for ``query_key``.
+
+    Under QK-norm a plane can be left out only if it is zero in queries and keys alike, which is what this makes of it;
+    the norms' gains stay as they are. (A LayerNorm in that place subtracts a mean that a plane of zeros changes, so
+    there nothing can be left out.)
+
+    Attributes:
+        strength: decay per unit of learning rate (or per step, without ``lr_coupled``), ≥ 0. A parameter's own learning
+            rate counts where groups have several.
+        keep: this many planes of each scope, the largest, lose nothing; of equals the first. None for 0.
+        scope: what a plane belongs to. ``"model"``: all layers that share a rotary configuration, so that the same
+            planes vanish everywhere, as the one ``head_dim`` of an ordinary checkpoint needs it; ``"layer"``;
+            ``"group"``: a key head with the query heads it serves; ``"head"``: a query head with its key head, or where
+            a key head serves several, each by itself.
+        scale: ``"relative"`` or ``"absolute"``: see the module's table.
+        warmup: steps over which the strength rises from 0.
+        lr_coupled: whether τ is multiplied by the learning rate.
+    """
+
+    strength: float
+    keep: int | None = None
+    scope: Scope = "model"
+    scale: Scale = "relative"
+    warmup: int = 0
+    lr_coupled: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("strength", self.strength, at_least=0, remedy=_OFF)
+        if self.keep is not None:
+            check_number("keep", self.keep, at_least=0, whole=True, remedy="it counts planes; None spares none")
+        check_name("scope", self.scope, get_args(Scope))
+        check_name("scale", self.scale, get_args(Scale))
+        _check_warmup(self.warmup)
+        _check_truth("lr_coupled", self.lr_coupled)
+
+    def ramp(self, step: int) -> float:
+        """Return the part of the strength that acts at a step, the first of which is 1."""
+        return _ramp(self.warmup, step)
+
+    def describe(self) -> str:
+        """Return the decay in a few words."""
+        scopes = {"head": "per head", "group": "per key head", "layer": "per layer", "model": "the same in all layers"}
+        words = [f"{self.strength:g}", self.scale]
+        words += [] if self.lr_coupled else ["per step"]
+        words += [scopes[self.scope]]
+        words += [f"{self.keep} largest kept"] if self.keep else []
+        words += [f"warm-up {self.warmup} steps"] if self.warmup else []
+        return "planes " + ", ".join(words)
+
+
+#: Decays that act on one matrix, or head, by itself.
+OfMatrix = Frobenius | LowRank
+Decay = Frobenius | LowRank | Planes

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.attention import Window
+from rankdecay.attention.layer import smaller_side
+from rankdecay.attention.planes import PlaneRows
 from rankdecay.decay.groups import Group
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 
@@ -40,13 +42,18 @@ class Counter:
         """Count a step of the decay's warm-up, and return the part of its strength that acts in it."""
         if not decay.warmup:
             return 1.0
-        made = min(self._numbers.get(self._warmed, 0) + 1, decay.warmup)
-        self._numbers[self._warmed] = made
-        return decay.ramp(made)
+        self._numbers[self._warmed] = min(self.warmed + 1, decay.warmup)
+        return decay.ramp(self.warmed)
 
-    def start_warmup(self) -> None:
-        """Let a warm-up begin with the next step."""
-        self._numbers[self._warmed] = 0
+    @property
+    def warmed(self) -> int:
+        """Steps of a warm-up that have been made."""
+        return self._numbers.get(self._warmed, 0)
+
+    def start_warmup(self, after: int = 0) -> None:
+        """Let a warm-up begin with the next step, or go on after some."""
+        if after or self._warmed in self._numbers:
+            self._numbers[self._warmed] = after
 
     @property
     def pending(self) -> float | Tensor:
@@ -94,6 +101,7 @@ class Target:
         whys: the reason for the role, for each parameter.
         counter: of its steps.
         by_optimizer: whether the optimizer applies the decay, and the hook nothing.
+        planes: of a decay of rotary planes: where they are in each parameter; nothing of one that takes no part.
     """
 
     role: str
@@ -104,6 +112,7 @@ class Target:
     whys: list[str]
     counter: Counter
     by_optimizer: bool = False
+    planes: list[tuple[PlaneRows, ...]] = field(default_factory=list)
 
     def parameters(self, group: Group) -> list[Tensor]:
         """Return its parameters, as they are in the group now."""
@@ -122,7 +131,7 @@ class Target:
         if decay.every is not None:
             return decay.every
         by_head = decay.unit == "head"
-        sides = [w.smaller_side(tuple(p.shape), by_head) for p in self.parameters(group) for w in self.windows]
+        sides = [smaller_side(w, tuple(p.shape), by_head) for p in self.parameters(group) for w in self.windows]
         return max(1, decay.interval(max(sides, default=1)))
 
     def decay_in(self, group: Group) -> Decay:
@@ -139,9 +148,9 @@ class Bundle:
         targets: one per role.
         l2: weight decay with which the optimizer is to step these parameters.
         numbers: counts of the targets; the same dictionary is in the state of every parameter, where a resumed run
-            needs it: for cycles of several steps, for a warm-up, and for the random numbers by which 16-bit weights are rounded.
-            A state without it is that of a run without decay, and either can load the other's. Plain numbers, since a
-            tensor would be cast to the dtype of the parameter.
+            needs it: for cycles of several steps, for a warm-up, and for the random numbers by which 16-bit weights
+            are rounded. A state without it is that of a run without decay, and either can load the other's. Plain
+            numbers, since a tensor would be cast to the dtype of the parameter.
     """
 
     positions: list[int]
@@ -159,7 +168,7 @@ class Bundle:
         for target in self.targets:
             target.counter.steps, target.counter.pending = 0, 0.0
             if target.decay is not None and target.decay.warmup:
-                target.counter.start_warmup()
+                self.numbers[f"{target.role}_warmed"] = 0
 
     def is_counted(self, group: Group, counts: bool) -> bool:
         """Whether a resumed run needs the counts; ``counts`` as for :meth:`Target.every_in`."""

@@ -31,7 +31,7 @@ from rankdecay.rules import Options, Rule, get_rule
 @torch.no_grad()
 def shrink_factor(
     G: Tensor,
-    tau: Tensor,
+    tau: float | Tensor,
     rule: str = "prox",
     *,
     relative: bool = False,
@@ -69,17 +69,18 @@ def shrink_factor(
     """
     chosen, options = get_rule(rule), check_options(rule, smoothing, steps, relative, keep, preserve_norm)
     check_name("backend", backend, ("exact", "matmul"))
-    tau = torch.as_tensor(tau).to(G.device, torch.float64)[..., None]  # beside σ
+    tau = torch.as_tensor(tau, dtype=torch.float64, device=G.device)[..., None]  # beside σ
     if not isinstance(exponent, int) or exponent != 0:
         scale = power_of_two(torch.as_tensor(exponent, device=G.device).clamp(-1022, 1022), torch.float64)[..., None]
     else:
         scale = tau.new_ones(())
-    rank = torch.as_tensor(G.shape[-1] if rank is None else rank).to(G.device, torch.float64)[..., None]
+    rank = G.shape[-1] if rank is None else rank
+    root = rank.to(G.device, torch.float64)[..., None].sqrt() if isinstance(rank, Tensor) else rank**0.5
     F = G.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).sqrt()
     bad = ~(G.isfinite().all(-1).all(-1, keepdim=True) & tau.isfinite())
     unit = torch.where(bad | (F == 0), 1.0, F)
     G = (G / unit[..., None].square()).masked_fill(bad[..., None], 0)
-    tau = finite(tau * torch.where(F == 0, 0.0, rank.rsqrt()) if relative else tau / (unit * scale))
+    tau = finite(tau * torch.where(F == 0, 0.0, 1 / root) if relative else tau / (unit * scale))
     options = options._replace(relative=False)
     with full_precision(G.device):
         if by_decomposition(chosen, options, backend):

@@ -6,17 +6,26 @@ The rules themselves are a file each in :mod:`rankdecay.linalg.rules`.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rankdecay.checks import check_number
 from rankdecay.linalg import threshold
-from rankdecay.linalg.backend import float64_on_cpu, full_precision, has_float64, note_backend
+from rankdecay.linalg.backend import (
+    choose_backend,
+    float64_on_cpu,
+    full_precision,
+    note_backend,
+    noted_once,
+)
 from rankdecay.linalg.exact import apply_exact
 from rankdecay.linalg.matmul import cubic_newton_schulz
 from rankdecay.linalg.stack import (
+    Prepared,
     check_matrix,
+    chunks,
     finish,
     finite,
     mark_bad,
@@ -62,7 +71,8 @@ def shrink(
         smoothing: For "smooth": ε = max(τ, smoothing·‖W‖_F) per matrix.
         steps: For "newton_schulz": number of cubic steps.
         backend: ``"exact"``, ``"matmul"``, or ``"auto"``. "newton_schulz" is always products, and a rule that has
-            none is always exact.
+            none is always exact. "auto" on a CPU takes products for "smooth" of float32 weights and narrower where ε is
+            at least some 0.06 σ₁, without ``keep`` and ``preserve_norm``; that is within 5e-4 of the step.
 
     Returns:
         A tensor of the shape and dtype of ``W``, detached from autograd; a matrix with a non-finite entry
@@ -78,12 +88,11 @@ def shrink(
                 [ 0.0000, -0.5000]])
     """
     options = check_options(rule, smoothing, steps, relative, keep, preserve_norm)
-    backend = resolve(W, backend)
+    resolve(W, backend)
     step = per_matrix("tau", tau, W)
     if W.numel() == 0 or (not isinstance(tau, Tensor) and tau == 0):
         return W.clone()
-    left = _step(W, step, get_rule(rule), options, backend, complement=True)
-    return torch.where(step == 0, W, left)
+    return _Step(get_rule(rule), options).run(W, step, backend)
 
 
 def soft_threshold(W: Tensor, tau: float | Tensor, backend: str = "auto") -> Tensor:
@@ -99,8 +108,8 @@ def soft_threshold(W: Tensor, tau: float | Tensor, backend: str = "auto") -> Ten
     Returns:
         A tensor of the shape and dtype of ``W``, detached from autograd. A matrix with a non-finite entry
         gives NaN in its own slice only. Spectral-norm error: at most 1e-6 τ plus the rounding of the dtype
-        with "exact", and exactly zero when τ > σ_max; at most 2e-5 min(τ, ‖W‖) + 1e-6 ‖W‖ with "matmul" in
-        float32, which leaves dead directions at that level.
+        with "exact"; at most 2e-5 min(τ, ‖W‖) + 1e-6 ‖W‖ + 3e-7 ‖W‖_F with "matmul" in float32. With both a zero matrix
+        where τ ≥ σ_max, and otherwise at most two units in the last place of σ_max in the directions below τ.
 
     Raises:
         TypeError: If ``W`` is not a real floating-point tensor.
@@ -135,11 +144,11 @@ def spectral_clip(W: Tensor, beta: float | Tensor, backend: str = "auto") -> Ten
         TypeError: If ``W`` is not a real floating-point tensor.
         ValueError: As for :func:`soft_threshold`.
     """
-    backend = resolve(W, backend)
+    resolve(W, backend)
     radius = per_matrix("beta", beta, W)
     if W.numel() == 0:
         return W.clone()
-    return _step(W, radius, get_rule("prox"), Options(), backend, complement=False)
+    return _Step(get_rule("prox"), Options(), clip=True).run(W, radius, backend)
 
 
 @float64_on_cpu
@@ -172,23 +181,28 @@ def newton_schulz(W: Tensor, steps: int = 5) -> Tensor:
         return finish(cubic_newton_schulz(prepared.X, steps), prepared, W.dtype)
 
 
+@float64_on_cpu
 @torch.no_grad()
-def power_step(W: Tensor, amount: float | Tensor, power: float = 1.0, cap: float = 1.0) -> Tensor:
+def power_step(
+    W: Tensor, amount: float | Tensor, power: float = 1.0, cap: float = 1.0, out: Tensor | None = None
+) -> Tensor:
     """Return each matrix after it lost the share min(amount · ‖W‖_F^(power - 1), cap) of itself.
 
     The gradient step of amount · ‖W‖_F^(power + 1)/(power + 1), without a decomposition. The exponent of the norm is
     kept apart, so that the whole range of the dtype is legal, also where ‖W‖_F is beyond it.
 
     Args:
-        W: Matrix or stack, shape (..., m, n), float32 or float64 (16-bit weights come as float32). Not modified.
+        W: Matrix or stack, shape (..., m, n), float32 or float64 (16-bit weights come as float32). Not modified
+            unless it is ``out``.
         amount: lr · strength ≥ 0, a number or one per matrix, (...). A tensor is not checked; an entry that is negative
             or not finite gives NaN in its own slice.
         power: 1 for L2, 0 for a constant amount of the norm per step, ≥ 0.
         cap: Largest share of one step, in (0, 1].
+        out: Where to put the result; ``W`` itself is the quickest, one pass for the norm and one for the step.
 
     Returns:
         A tensor of the shape and dtype of ``W``. A zero matrix stays zero; a matrix with a non-finite entry gives NaN
-        in its own slice only.
+        in its own slice only (with power 1 in that entry only).
 
     Raises:
         TypeError: If ``W`` is not a real floating-point tensor.
@@ -204,20 +218,32 @@ def power_step(W: Tensor, amount: float | Tensor, power: float = 1.0, cap: float
     check_number("cap", cap, above=0, at_most=1, remedy="1 is no cap")
     step = per_matrix("amount", amount, W)
     if W.numel() == 0 or (not isinstance(amount, Tensor) and amount == 0):
-        return W.clone()
-    share = threshold.power(log_norm(W), step, power, cap).to(W.dtype)
-    return threshold.leave(W, share)
+        return W.clone() if out is None else out.copy_(W)
+    log = torch.zeros_like(step) if power == 1 else log_norm(W)  # the share does not depend on it
+    share = threshold.power(log, step, power, cap).to(W.dtype)
+    return threshold.leave(W, share, out)
 
 
 def log_norm(W: Tensor) -> Tensor:
     """Return log ‖W‖_F of each matrix, (..., 1, 1), float64: -∞ for zeros, NaN where an entry is not finite."""
-    if W.dtype != torch.float64 and has_float64(W.device):
-        norm = torch.linalg.vector_norm(W, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-        return torch.where(norm.isfinite(), norm.log(), math.nan)
-    prepared = prepare(W, W.dtype)
+    on_cpu = W.device.type == "cpu"
+    if not on_cpu and W.dtype == torch.float64:
+        return _log_norm_of_any(W)
+    # A sum in the dtype of W is the quicker one on a CPU, where it can be read whether it was in range.
+    norm = torch.linalg.vector_norm(W, dim=(-2, -1), keepdim=True, dtype=None if on_cpu else torch.float64).double()
+    log = torch.where(norm.isfinite(), norm.log(), math.nan)
+    if on_cpu:
+        low, high = (1e-140, 1e150) if W.dtype == torch.float64 else (1e-12, 1e18)
+        odd = ~((norm > low) & (norm < high))[..., 0, 0]
+        if bool(odd.any()):
+            log[odd] = _log_norm_of_any(W[odd])
+    return log
+
+
+def _log_norm_of_any(W: Tensor) -> Tensor:
+    prepared = prepare(W, torch.float64)
     norm = torch.linalg.vector_norm(prepared.X, dim=(-2, -1), keepdim=True)
-    log = norm.log() + prepared.scale.log()
-    return log.masked_fill(prepared.bad, math.nan).to(torch.float64 if has_float64(W.device) else W.dtype)
+    return (norm.log() + prepared.scale.log()).masked_fill(prepared.bad, math.nan)
 
 
 def check_options(rule: str, smoothing: float, steps: int, relative: bool, keep: int, preserve_norm: bool) -> Options:
@@ -261,41 +287,89 @@ def shares(sigma: Tensor, null: Tensor, tau: Tensor, unit: Tensor, rule: Rule, o
     return threshold.hold_norm(share, sigma) if options.preserve_norm else share
 
 
-def _step(W: Tensor, step: Tensor, rule: Rule, options: Options, backend: str, *, complement: bool) -> Tensor:
-    """Return what a step of size (..., 1, 1) takes from W by a rule, or its complement, what it leaves."""
-    decompose = by_decomposition(rule, options, backend)
-    with full_precision(W.device):
-        prepared = mark_bad(prepare(W, working_dtype(W, "exact" if decompose else "matmul")), step)
+#: Entries in the units of the prepared matrix, which are at most 1, that no step should reach: a rule that overshoots
+#: has then taken 2⁶⁴ times the matrix.
+_BEYOND = 2.0**64
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step by a rule on stacks (b, m, n), with τ (b, 1, 1); each writes into ``out``."""
+
+    rule: Rule
+    options: Options
+    clip: bool = False  # what is taken is the result, not what is left
+
+    def run(self, W: Tensor, tau: Tensor, backend: str) -> Tensor:
+        """Return the result for W (..., m, n) and τ (..., 1, 1): a few matrices at a time, to bound the workspace."""
+        result = torch.empty_like(W, memory_format=torch.contiguous_format)
+        tau = tau.expand(*W.shape[:-2], 1, 1).reshape(-1, 1, 1)
+        stack, out = W.reshape(-1, *W.shape[-2:]), result.view(-1, *W.shape[-2:])
+        with full_precision(W.device), noted_once():
+            for part in chunks(stack):
+                self._choose(stack[part], tau[part], out[part], backend)
+        return result
+
+    def _choose(self, W: Tensor, tau: Tensor, out: Tensor, backend: str) -> None:
+        options = self.options
+        chosen = choose_backend(W.shape, W.device, W.dtype) if backend == "auto" else backend
+        if by_decomposition(self.rule, options, chosen):
+            pays = self.rule.products_pay
+            if pays is None or backend != "auto" or W.dtype == torch.float64 or options.keep or options.preserve_norm:
+                return self._decompose(W, tau, out)
+            prepared = mark_bad(prepare(W, torch.float32), tau)
+            quick = pays(prepared, self._threshold(prepared, tau), options)
+            if not bool(quick.any()):
+                return self._decompose(W, tau, out)
+            if not bool(quick.all()):  # of which kind a matrix is does not depend on its neighbours
+                for some, kind in ((quick, "matmul"), (~quick, "exact")):
+                    out[some] = self.run(W[some], tau[some], kind)
+                return None
+        else:
+            prepared = mark_bad(prepare(W, working_dtype(W, "matmul")), tau)
+        return self._multiply(prepared, W, tau, out)
+
+    def _threshold(self, prepared: Prepared, tau: Tensor) -> Tensor:
+        """Return τ in the units of ``prepared.X``, float64 and finite."""
+        if not self.options.relative:
+            return scaled_down(tau, prepared)
+        norm = torch.linalg.vector_norm(prepared.X, dim=(-2, -1), keepdim=True)
+        return finite(tau * norm.double() / min(prepared.X.shape[-2:]) ** 0.5)
+
+    def _decompose(self, W: Tensor, tau: Tensor, out: Tensor) -> None:
+        prepared = mark_bad(prepare(W, torch.float64), tau)
+        threshold = self._threshold(prepared, tau)[..., 0]
+
+        def share(sigma: Tensor, null: Tensor) -> Tensor:
+            return shares(sigma, null, threshold, prepared.scale[..., 0], self.rule, self.options)
+
+        after = apply_exact(prepared, share, W.dtype, complement=True)
+        self._write(prepared.X - after if self.clip else after, prepared, W, tau, out)
+
+    def _multiply(self, prepared: Prepared, W: Tensor, tau: Tensor, out: Tensor) -> None:
+        assert self.rule.taken_by_products is not None
+        note_backend("matmul")
         X = prepared.X
-        if options.relative:
-            F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-            tau = finite(step * F / min(X.shape[-2:]) ** 0.5)
-        else:
-            tau = scaled_down(step, prepared)
-        if decompose:
+        threshold = self._threshold(prepared, tau).clamp_max(torch.finfo(X.dtype).max)
+        after = self.rule.taken_by_products(prepared, threshold, self.options)
+        if not self.clip:
+            after = torch.sub(X, after, out=after)
+        if self.options.preserve_norm:
+            before, left = (torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True) for Y in (X, after))
+            after = torch.where(left > 0, after * (before / torch.where(left > 0, left, 1.0)), X)
+        self._write(after, prepared, W, tau, out)
 
-            def share(sigma: Tensor, null: Tensor) -> Tensor:
-                return shares(sigma, null, tau[..., 0], prepared.scale[..., 0], rule, options)
-
-            out = apply_exact(prepared, share, W.dtype, complement=complement)
-        else:
-            assert rule.taken_by_products is not None
-            note_backend("matmul")
-            out = rule.taken_by_products(prepared, tau.clamp_max(torch.finfo(X.dtype).max), options)
-            out = X - out if complement else out
-            if options.preserve_norm:
-                before, after = (torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True) for Y in (X, out))
-                out = torch.where(after > 0, out * (before / torch.where(after > 0, after, 1.0)), X)
-        return finish(_within_range(out.mul_(prepared.scale), W.dtype), prepared, W.dtype)
-
-
-def _within_range(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return zeros for a matrix that left the range of a dtype: of a step beyond all bounds nothing is left.
-
-    ``out`` is overwritten.
-    """
-    beyond = ~(out.abs().amax((-2, -1), keepdim=True) <= torch.finfo(dtype).max)
-    return out.masked_fill_(beyond, 0)
+    def _write(self, after: Tensor, prepared: Prepared, W: Tensor, tau: Tensor, out: Tensor) -> None:
+        """Put what a step gave in its place, in the units and the orientation of W; ``after`` is overwritten."""
+        if not self.rule.keep:  # it may overshoot: of a step beyond all bounds nothing is left
+            limit = (torch.finfo(W.dtype).max / prepared.scale.double()).clamp_max(_BEYOND)
+            after.masked_fill_(~(after.abs().amax((-2, -1), keepdim=True) <= limit), 0)
+        after.mul_(prepared.scale).masked_fill_(prepared.bad, math.nan)
+        if self.options.preserve_norm:  # an entry may grow
+            after.clamp_(-torch.finfo(W.dtype).max, torch.finfo(W.dtype).max)
+        out.copy_(after.mT if prepared.wide else after)
+        if not self.clip and (W.device.type != "cpu" or bool((tau == 0).any())):
+            torch.where(tau == 0, W, out, out=out)
 
 
 def _check_steps(steps: int) -> None:

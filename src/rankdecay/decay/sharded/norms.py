@@ -110,10 +110,10 @@ def _scaled(part: Part, exponent: Tensor) -> Tensor:
 
 
 def _per_group(part: Part, values: Tensor, reduce: Literal["sum", "amax"]) -> Tensor:
-    lines = values.movedim(part.axis, 0).reshape(len(part.group_of_line), -1)
     groups = values.new_zeros(part.groups)
-    if not lines.numel():
+    if not values.numel():
         return groups
+    lines = values.movedim(part.axis, 0).flatten(1) if values.ndim > 1 else values[:, None]
     if reduce == "sum":
         return groups.index_add_(0, part.group_of_line, lines.sum(1))
     return groups.index_reduce_(0, part.group_of_line, lines.amax(1), "amax")

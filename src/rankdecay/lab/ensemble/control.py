@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from rankdecay.decay.policy import Decay
+from rankdecay.decay.policy import OfMatrix
 from rankdecay.lab.ensemble.outcome import MEMORISED, first_step
 from rankdecay.linalg.threshold import leave, radial
 from rankdecay.spectrum import spectrum
@@ -60,8 +60,8 @@ class Control:
     norm_from: float | None = None
     norm_steps: int = 0
     norm_fall: Fall = "geometric"
-    yoked: Decay | None = None
-    also: Decay | None = None
+    yoked: OfMatrix | None = None
+    also: OfMatrix | None = None
     sharpen: int = 0
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.lab.ensemble import transformer
 from rankdecay.lab.ensemble.control import PLAIN, Control, Part, above_rank, part_of_step, truncated
 from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parameters
@@ -61,7 +61,7 @@ class Member:
 
     arm: str
     seed: int
-    decay: Decay | None
+    decay: OfMatrix | None
     rest_decay: float
     lr: float = 1e-3
     initial_scale: float = 1.0
@@ -74,7 +74,7 @@ class Member:
         return self.decay if isinstance(self.decay, LowRank) and self.decay.strength else None
 
     @property
-    def decays(self) -> tuple[Decay, ...]:
+    def decays(self) -> tuple[OfMatrix, ...]:
         """Decays of W_Q and W_K that have a strength, in the order in which they are applied."""
         return tuple(decay for decay in (self.decay, self.control.also) if decay is not None and decay.strength)
 
@@ -184,7 +184,7 @@ class Rows:
 class Group:
     """Members whose decays differ in strength alone: one call of `shrink` serves them."""
 
-    policy: Decay
+    policy: OfMatrix
     part: Part
     blocks: bool
     rows: list[int]
@@ -329,7 +329,7 @@ class Ensemble:
         """Rebuilds what depends on the decays that act now, and on the ranks they have reached."""
         self._l2 = [m.constant_l2 if acts else 0.0 for m, acts in zip(self.members, self._acts, strict=True)]
         self._bind_rows()
-        groups: dict[tuple[int, Decay, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
+        groups: dict[tuple[int, OfMatrix, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
         for index, (member, acts) in enumerate(zip(self.members, self._acts, strict=True)):
             for order, decay in enumerate(member.decays if acts else ()):
                 if not (isinstance(decay, Frobenius) and decay.is_l2):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.lab.ensemble.control import PLAIN, Control
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.experiment import Arm
@@ -34,7 +34,7 @@ class Treatment:
         stays: train to the end of the budget even after generalising.
     """
 
-    decay: Decay | None = None
+    decay: OfMatrix | None = None
     control: Control = PLAIN
     uniform_attention: bool = False
     qk_norm: bool = True

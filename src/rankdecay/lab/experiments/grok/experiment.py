@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rankdecay.decay.policy import Decay, Frobenius, LowRank, Scale
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix, Scale
 from rankdecay.lab.ensemble.outcome import steps_to_hold
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Arm, Column, Experiment, Job, Work
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 class Treatment:
     """One way to treat W_Q and W_K."""
 
-    decay: Decay | None = None
+    decay: OfMatrix | None = None
     uniform_attention: bool = False
 
 
 def make_arms(settings: Grok) -> list[Arm]:
     """The arms asked for, in the order of `settings.ARMS`; those named by a rule stand beside ``low_rank``."""
 
-    def arm(name: str, description: str, decay: Decay | None = None, uniform: bool = False) -> Arm:
+    def arm(name: str, description: str, decay: OfMatrix | None = None, uniform: bool = False) -> Arm:
         return Arm(name, description, Treatment(decay, uniform))
 
     def low_rank(name: str, rule: Any, scale: Scale = settings.scale) -> Arm:
