@@ -34,7 +34,8 @@ def variants(device: str, dtype: torch.dtype, layers: int, width: int) -> dict[s
         hidden_size=width, num_attention_heads=width // 64, num_hidden_layers=layers, intermediate_size=8 * width // 3,
         vocab_size=50257, max_position_embeddings=1024,
     )  # fmt: skip
-    model: Any = LlamaForCausalLM(config).to(device, dtype)
+    built: Any = LlamaForCausalLM(config)
+    model = built.to(device, dtype)
     tokens = torch.randint(50257, (4, 512), device=device)
     optimizer = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.Planes(0.1, keep=8)), lr=3e-4)
     matrices = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rankdecay as rd
-from rankdecay.attention.layer import AttentionLayer, MatrixView
+from rankdecay.attention.layer import AttentionLayer, MatrixView, Window
 from rankdecay.attention.locate import locate
 from rankdecay.attention.planes import PlaneRows, plane_rows
+from rankdecay.attention.products import Rotary
 from rankdecay.attention.source import ModuleSource, named_parameters
 from rankdecay.decay.planes import Member, decay_planes, plane_norms, reference
 from tests.attention.families import build, randomised
@@ -176,9 +178,6 @@ def test_models_without_rotary_positions_give_a_reason():
 
 def plain(heads: int, size: int, dims: int, interleaved: bool, columns: int, dtype: torch.dtype) -> list[Member]:
     """Return W_Q and W_K of one layer, with a bias of the queries."""
-    from rankdecay.attention.layer import Window
-    from rankdecay.attention.products import Rotary
-
     lines = heads * size
     window = Window("rows", 0, lines, lines, size)
     parts: tuple[Any, ...] = ("query", "key", "query bias")
@@ -308,3 +307,28 @@ def test_sixteen_bits_are_rounded_at_random_and_the_same_for_a_seed():
     assert not torch.equal(one[0], other[0])
     lost = 1 - sum(p.double().norm() ** 2 for p in one) / sum(m.parameter.double().norm() ** 2 for m in start)
     assert float(lost) == pytest.approx(2e-3, rel=0.1)  # to the nearest would be nothing
+
+
+@pytest.mark.parametrize("way", ["transposed", "stack", "middle", "turns"])
+def test_however_a_matrix_is_stored(way: str):
+    torch.manual_seed(0)
+    usual = plain(3, 4, 4, False, 5, torch.float64)[:2]
+    stored = []
+    for member in usual:
+        W, rows = member.parameter, member.rows[0]
+        heads = W.view(3, 4, 5)
+        text, value = {
+            "transposed": ("rows[0:12]/12 by 4 transposed", W.T.contiguous()),
+            "stack": ("stack rows[0:4]/4*3 by 4 transposed", heads.mT.contiguous()),
+            "middle": ("rows[0:12]/12 by 4 transposed", heads.permute(2, 0, 1).contiguous()),
+            "turns": ("rows[1:2]/2*12 by 4", torch.stack([torch.ones_like(W), W], 1).flatten(0, 1)),
+        }[way]
+        window = Window.parse(text)
+        stored.append(Member(value, (replace(rows, window=window),), member.amount))
+    decay_planes(usual, "group", "relative")
+    decay_planes(stored, "group", "relative")
+    for member, its in zip(usual, stored, strict=True):
+        got = its.parameter if way != "middle" else its.parameter.flatten(1)
+        torch.testing.assert_close(its.rows[0].window.matrix(got), member.parameter, rtol=1e-14, atol=0)
+        if way == "turns":
+            assert torch.equal(its.parameter[::2], torch.ones(12, 5, dtype=torch.float64))

@@ -344,7 +344,8 @@ def test_weights_that_are_computed_are_refused():
 def test_layers_without_positions_among_others_have_to_be_left_out_by_name():
     import transformers
 
-    model = transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**SIZES | {"num_hidden_layers": 4}))
+    sizes: dict[str, Any] = SIZES | {"num_hidden_layers": 4}
+    model = transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**sizes))
     with pytest.raises(ValueError, match=r"layers\.3\.self_attn, which has no rotary positions"):
         rd.param_groups(model, query_key=PLANES)
     attachment, _optimizer = attached(model, "groups", PLANES, exclude="*.layers.3.self_attn.*")
