@@ -633,7 +633,7 @@ class Ensemble:
         """‖D‖/‖W‖ of one step D of all decays of W_Q and W_K, and the share of ‖D‖² along W; NaN while none acts."""
         size = torch.full((len(self.members),), math.nan, device=self.training.device, dtype=torch.float64)
         radial = size.clone()
-        after = self.query_key * (1 - self._query_key_lr * self._column(self._l2)).view(-1, 1, 1, 1, 1)
+        after = leave(self.query_key, (self._query_key_lr * self._column(self._l2)).view(-1, 1, 1, 1, 1))
         for group in self._groups:
             rows = self._which(group.rows)
             after[rows] = self._decayed(group, 1, after[rows])
