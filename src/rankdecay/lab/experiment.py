@@ -97,7 +97,7 @@ class Arm:
 
 
 def _as_stored(how: Any) -> Any:
-    """Return a dataclass as a dictionary, without what directories of before do not hold and is at its default."""
+    """A dataclass as a dictionary, without what directories of before do not hold, where it is at its default."""
     if not dataclasses.is_dataclass(how):
         return how
     fields = {field.name: (getattr(how, field.name), field.default) for field in dataclasses.fields(how)}
