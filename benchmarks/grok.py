@@ -4,12 +4,19 @@
     python benchmarks/grok.py --peer PATH                  # PATH: a checkout with the prototype's experiment.py
     python benchmarks/grok.py --device cuda --members 64
     python benchmarks/grok.py --curves 4                   # do mixed precision's accuracy curves match float32's?
+    python benchmarks/grok.py --parts --threads 1          # each part of a step of the default grok, and its ceiling
 
 The work is the prototype's own: addition mod 113, ordered split at 0.5, two layers of width 128, full-width QK-norm
 with gains, batch 512, its Newton–Schulz decay on W_Q and W_K, the whole test set evaluated every 200 steps (ours
 evaluates part of the training set and the spectra as well). Rounds of every variant are interleaved, because these
 machines drift; the table gives the median over rounds and the median of the ratio to the peer's round beside it. The
 prototype's dependencies (seaborn, tqdm) have to be installed for ``--peer``; its code is read from PATH, never copied.
+
+``--parts`` takes one float32 step of the default `rankdecay grok` apart (three seeds of the low-rank arm; a core trains
+one such ensemble). Every call that the network makes is recorded with its inputs and timed alone, forwards and
+backwards. Its ceiling is the time that its products take at the rate of one large float32 product, and its memory
+passes (every input and output once) at the rate of a triad over arrays of the size of the largest activation, which
+are in the cache as they are in training. The share is ceiling over time.
 """
 
 import argparse
@@ -22,9 +29,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 
+from rankdecay.lab.ensemble import transformer
 from rankdecay.lab.ensemble.ensemble import Ensemble, compiler_available
 from rankdecay.lab.experiments.grok.experiment import make_arms, make_datasets, make_ensembles
 from rankdecay.lab.experiments.grok.settings import PRESETS, Grok
@@ -140,6 +151,132 @@ def curves(arguments: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
+# --- the parts of a step ----------------------------------------------------------------------------------
+
+
+Call = tuple[Callable[..., object], tuple[object, ...]]
+FUNCTIONS = ("_Product", "_UnitRMS", "_Gather")  # of the transformer, by what they are called in the table
+PART_NAMES = {"_Product": "products", "_UnitRMS": "norms", "_Gather": "gathered tables", "_attend": "attention"}
+
+
+def recorded(ensemble: Ensemble) -> tuple[dict[str, list[Call]], Callable[[], tuple[torch.Tensor, ...]]]:
+    """The calls of one forward pass by part, and a function that does the pass and its backward."""
+    calls: dict[str, list[Call]] = {}
+
+    def spy(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*inputs: object, **options: object) -> object:
+            bound = (lambda *i: function(*i, **options)) if options else function
+            calls.setdefault(PART_NAMES.get(name, name), []).append((bound, inputs))
+            return function(*inputs, **options)
+
+        return call
+
+    rows = ensemble._batch_indices(1)[0]
+    member = torch.arange(len(ensemble.members))[:, None]
+    tokens, targets = ensemble._train_tokens[member, rows], ensemble._train_targets[member, rows]
+    arguments = ensemble.parameters, tokens, targets, ensemble.config, torch.float32
+    with contextlib.ExitStack() as stack:
+        for name in FUNCTIONS:
+            function = getattr(transformer, name)
+            stack.enter_context(patch.object(transformer, name, SimpleNamespace(apply=spy(name, function.apply))))
+        stack.enter_context(patch.object(transformer, "_attend", spy("_attend", transformer._attend)))
+        stack.enter_context(patch.object(F, "silu", spy("silu", F.silu)))
+        stack.enter_context(patch.object(F, "cross_entropy", spy("cross-entropy", F.cross_entropy)))
+        transformer.loss(*arguments)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(transformer.loss(*arguments).sum(), list(ensemble.parameters.values()))
+
+    return calls, gradients
+
+
+def timed(work: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    return (time.perf_counter() - start) / repeats
+
+
+def replay(calls: list[Call]) -> tuple[Callable[[], object], float, float]:
+    """A function that does some calls forwards and backwards, their operations, and the bytes of their passes."""
+    prepared, operations, moved = [], 0.0, 0.0
+    for function, inputs in calls:
+        leaves = [
+            i.detach().clone().requires_grad_() if isinstance(i, torch.Tensor) and i.is_floating_point() else i
+            for i in inputs
+        ]
+        out = function(*leaves)
+        out = out[0] if isinstance(out, tuple) else out
+        assert isinstance(out, torch.Tensor)
+        wanted = [i for i in leaves if isinstance(i, torch.Tensor) and i.requires_grad]
+        prepared.append((function, leaves, wanted, torch.randn_like(out)))
+        operations += 3 * 2 * out.numel() * wanted[0].shape[-1]
+        read, written = sum(i.nbytes for i in wanted), out.nbytes
+        moved += (read + written) + (read + written + read)  # forwards; backwards
+
+    def work() -> None:
+        for function, leaves, wanted, gradient in prepared:
+            out = function(*leaves)
+            out = out[0] if isinstance(out, tuple) else out
+            torch.autograd.grad(out, wanted, gradient)  # type: ignore[arg-type]
+
+    return work, operations, moved
+
+
+def parts(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """Milliseconds of every part of a step, its share of the step, and its ceiling's share of its time."""
+    torch.set_num_threads(arguments.threads)
+    settings = dataclasses.replace(PRESETS["default"], precision="float32", compile="off", arms=("low_rank",))
+    (ensemble,) = make_ensembles(settings, make_arms(settings), make_datasets(settings), "cpu")
+    ensemble.train(4)
+    calls, gradients = recorded(ensemble)
+    found = dict(zip(ensemble.parameters, gradients(), strict=True))
+    every = settings.every
+    square, column = torch.randn(2048, 2048), torch.randn(3 * 128 * 5 * 256)
+    into, other = torch.empty_like(column), torch.randn_like(column)
+
+    def adamw() -> None:
+        for rows in ensemble._rows:
+            rows.step(found, ensemble.training.betas, ensemble.training.eps)
+
+    def decay() -> None:  # an interval's worth, once
+        for group in ensemble._groups:
+            ensemble._decayed(group, every, ensemble.query_key)
+
+    works: dict[str, tuple[Callable[[], object], float, float]] = {
+        "step": (lambda: ensemble.train(4), 0, 0),
+        "forward and backward": (gradients, 0, 0),
+        **{name: replay(some) for name, some in calls.items()},
+        "AdamW": (adamw, 0, 7 * ensemble._weights.nbytes),
+        "low-rank decay": (decay, 0, 0),
+        "one product": (lambda: square @ square, 2 * 2048**3, 0),
+        "triad": (lambda: torch.add(column, other, alpha=0.5, out=into), 0, 3 * column.nbytes),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(arguments.rounds + 1):  # the first warms up
+        for name, (work, _, _) in works.items():
+            spent = timed(work, 1 if name == "one product" else 8) / {"step": 4, "low-rank decay": every}.get(name, 1)
+            if number:
+                seconds[name].append(spent)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    rate = works["one product"][1] / median["one product"]
+    bandwidth = works["triad"][2] / median["triad"]
+    rows: list[dict[str, object]] = [
+        {"part": "one product", "gflop_per_second": rate / 1e9},
+        {"part": "triad", "gigabytes_per_second": bandwidth / 1e9},
+    ]
+    for name, (_, operations, moved) in works.items():
+        if name in ("one product", "triad"):
+            continue
+        row: dict[str, object] = {"part": name, "milliseconds": 1e3 * median[name]}
+        row["share_of_step"] = median[name] / median["step"]
+        if moved:
+            ceiling = operations / rate if name == "products" else moved / bandwidth
+            row["share_of_ceiling"] = ceiling / median[name]
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="folder that holds the prototype's experiment.py")
@@ -148,13 +285,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--parts", action="store_true", help="the parts of a step and their ceilings")
+    parser.add_argument("--threads", type=int, default=1, help="for --parts: an ensemble has one core")
     parser.add_argument("--curves", type=int, metavar="SEEDS", default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    rows = curves(arguments) if arguments.curves else speed(arguments)
+    rows = parts(arguments) if arguments.parts else curves(arguments) if arguments.curves else speed(arguments)
     machine = describe_machine(arguments.device)
     if arguments.json:
-        print(json.dumps({"machine": machine, "members": arguments.members, "rows": rows}))
+        members = 3 if arguments.parts else arguments.members
+        print(json.dumps({"machine": machine, "torch": torch.__version__, "members": members, "rows": rows}, indent=1))
         return
     print(f"{machine}; torch {torch.__version__}; {arguments.members} members")
     for row in rows:

@@ -2,13 +2,16 @@
 
     python benchmarks/step.py                                    # about 12 minutes on 2 CPU cores
     python benchmarks/step.py --cases 24x768 --rules prox --peer PATH
+    python benchmarks/step.py --cases 24x768 --rounds 5          # the ratios that are goals, 5 minutes
     python benchmarks/step.py --cases gpt2 --rounds 5            # the share of a GPT-2 training step
     python benchmarks/step.py --device cuda --json step.json
 
 A case is a stack of square float32 matrices (``24x768``: 24 of 768²), or ``gpt2``: W_Q and W_K of GPT-2 124M, 24 blocks
 of 768² inside 12 fused parameters, decayed by the real hook. In a stack, matrices of rank n/2 with a spectrum over five
 decades, as a decay leaves them, and fresh Gaussian ones take turns. τ = 3e-5·rms(σ): a learning rate of 3e-4 times a
-strength of 0.1.
+strength of 0.1. ``smooth`` has ε = τ, ``smooth 0.13`` ε = 0.13·‖W‖_F, as five cubic steps have; ``heads`` are the same
+entries as heads of 64 rows. Ratios of medians follow each table: to five cubic Newton-Schulz steps in float32
+(``newton_schulz``, of this library), laws of the norm to AdamW.
 
 Rounds of every variant are interleaved, because these machines drift. The first round warms up; the time is the median
 of the others. A variant runs at least twice (once if that takes a minute) and stops after 25 seconds; a small case is
@@ -19,14 +22,16 @@ column    meaning
 ========  ==============================================================================================================
 measured  matrices that were timed; "1 of 48": the time is that of one, times 48
 ran       the backend that actually ran (``record_backends``)
-ms        of one decay: median of n rounds, and the best; then per training step at the default ``every``, at 4 and 8
+ms        of one decay: median of n rounds, and the best; then per training step at some ``every``
 step      error ‖(W − out) − (W − ref)‖_F / ‖W − ref‖_F against a float64 SVD, the worst over matrices (n > 1024 and
           ``gpt2``: of the first alone)
 rounding  the same of the reference itself once it is rounded to float32: what no implementation goes below
 weight    error ‖out − ref‖_F / ‖W‖_F
 ceiling   products only: achieved part of the rate of one product of the same stack in the dtype it computes in,
           float32 without TF32 (``smooth``: float64 at this τ); operations counted while it ran
-share     the decay's part of a training step of GPT-2 (forward, backward, AdamW; 8 × 256 tokens), decay included
+peak      memory allocated at the same time beside W, the result included, as a part of W
+share     the decay's part of a training step of GPT-2 (forward, backward, AdamW; 4 × 512 tokens), decay included; of
+          ``cycle`` rows at the default ``every``, over as many steps of the optimizer with its hook
 ========  ==============================================================================================================
 
 The prototype's dependencies (seaborn, tqdm) have to be installed for ``--peer``; its code is read from PATH, never
@@ -48,11 +53,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import rankdecay as rd
 from rankdecay.lab.machine import describe_machine, resolve_device, versions
-from rankdecay.linalg import Backend, choose_backend, record_backends, shrink
+from rankdecay.linalg import Backend, choose_backend, newton_schulz, power_step, record_backends, shrink
 from rankdecay.linalg.backend import full_precision
 from rankdecay.linalg.exact import NULL_TOLERANCE
 
@@ -61,7 +67,10 @@ RULES: tuple[str, ...] = ("prox", "smooth", "polar", "newton_schulz")
 #: Without --full, what a CPU measures of the large cases: one matrix, and of 8x4096 the default rule alone.
 ON_CPU: dict[str, Sequence[str]] = {"48x2048": RULES, "8x4096": ["prox"]}
 LEARNING_RATE, STRENGTH = 3e-4, 0.1
-EVERY = (rd.LowRank(1.0).every, 4, 8)
+EVERY = (1, 4, 8, 16)
+SMOOTHING, HEAD = 0.13, 64
+NEWTON_SCHULZ = "five cubic steps"
+POWERS = (0.0, 2.0)
 #: Seconds: for one variant, for a single run to be the only one, and at least for a case.
 PATIENCE, LONG, LEAST = 25.0, 60.0, 5.0
 
@@ -80,6 +89,7 @@ class Row:
     rounding: float | None = None
     weight_error: float | None = None
     ceiling: float | None = None
+    peak: float | None = None
     share: dict[int, float] = field(default_factory=dict)
 
 
@@ -164,6 +174,25 @@ def decays(rules: Sequence[str]) -> list[tuple[str, str, Backend]]:
     return [(f"{r}, {b}", r, b) for r in rules for b in backends if (r, b) != ("newton_schulz", "exact")]
 
 
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """Most bytes that a call holds at one time beside what was there."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    del result
+    kineto: Any = profiler.profiler
+    held = most = 0
+    for event in kineto.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
 # ---- stacks ------------------------------------------------------------------------------------------------
 
 
@@ -208,8 +237,22 @@ def stack_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) -
     variants = {name: decay(name, rule, backend) for name, rule, backend in chosen}
     for X in (W, W.double()):
         variants[f"one product, {str(X.dtype)[6:]}"] = timed(lambda X=X: X @ X, device)
+    extra: dict[str, Callable[[], Tensor]] = {NEWTON_SCHULZ: lambda: newton_schulz(W)}
+    if "smooth" in rules:
+        extra[f"smooth {SMOOTHING}"] = lambda: shrink(W, tau, "smooth", smoothing=SMOOTHING)
+    if "prox" in rules and n % HEAD == 0:
+        heads = W.unflatten(1, (n // HEAD, HEAD))
+        extra["heads, prox"] = lambda: shrink(heads, tau[:, None])
+        extra[f"heads, smooth {SMOOTHING}"] = lambda: shrink(heads, tau[:, None], "smooth", smoothing=SMOOTHING)
+    variants |= {name: timed(call, device) for name, call in extra.items()}
+    in_place = W.clone()
+    for power in POWERS:
+        variants[f"norm^{power:g}, in place"] = timed(
+            lambda power=power: power_step(in_place, 1e-9, power, out=in_place), device
+        )
     variants["torch.linalg.svd"] = timed(lambda: torch.linalg.svd(W, full_matrices=False), device)
     variants["AdamW.step"] = timed(torch.optim.AdamW(trained(W), lr=LEARNING_RATE).step, device)
+    variants["AdamW.step, fused"] = timed(torch.optim.AdamW(trained(W), lr=LEARNING_RATE, fused=True).step, device)
     variants["Muon.step"] = timed(torch.optim.Muon(trained(W), lr=LEARNING_RATE).step, device)
     if arguments.peer:
         named = [(f"w{i}", p) for i, p in enumerate(trained(W))]
@@ -225,8 +268,25 @@ def stack_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) -
         if ran[name] == "matmul":
             product = rows["one product, " + ("float64" if rule == "smooth" else "float32")]
             row.ceiling = operations[name] / (2 * measured * n**3) * product.ms / row.ms
+    of_decay = {name: lambda r=rule, b=backend: shrink(W, tau, r, backend=b) for name, rule, backend in chosen}
+    for name, call in (of_decay | extra).items():
+        rows[name].peak = peak_memory(call, device) / (W.numel() * W.element_size())
+    for row in rows.values():
+        print_ratio(row, rows)
     print(f'{case}: backend="auto" takes {choose_backend(W.shape, W.device, W.dtype)}', flush=True)
     return list(rows.values())
+
+
+def print_ratio(row: Row, rows: dict[str, Row]) -> None:
+    """Print the time of a decay over that of five cubic steps, and of a law of the norm over AdamW."""
+    if row.what.startswith("norm^"):
+        others = ("AdamW.step", "AdamW.step, fused")
+    elif row.what.startswith(("prox", "smooth", "heads", "prototype")):
+        others = (NEWTON_SCHULZ,)
+    else:
+        return
+    for other in others:
+        print(f"{row.case}: {row.what} / {other} = {row.ms / rows[other].ms:.2f}", flush=True)
 
 
 def trained(W: Tensor) -> list[Parameter]:
@@ -258,8 +318,8 @@ def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) ->
     device = arguments.device
     model: Any = GPT2LMHeadModel(GPT2Config())
     model.to(device)
-    tokens = torch.randint(50257, (8, 256), device=device)
-    policy = rd.LowRank(STRENGTH)
+    tokens = torch.randint(50257, (4, 512), device=device)
+    policy = rd.LowRank(STRENGTH, every=1)
     groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=policy)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
     fused: list[Parameter] = [block.attn.c_attn.weight for block in model.transformer.h]
@@ -302,8 +362,35 @@ def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) ->
 
         return run
 
+    def cycle(decay: rd.LowRank, steps: int) -> Callable[[], float]:
+        """The hook's time over as many steps as the default ``every`` has, per step."""
+
+        def run() -> float:
+            clock = Clock(device)
+            seconds = 0.0
+            other = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1), query_key=decay), lr=LEARNING_RATE)
+            handles = [other.register_step_post_hook(lambda *_: clock.__enter__() and None)]
+            attachment = rd.attach(other)
+            handles += [other.register_step_post_hook(clock.__exit__)]
+            for _ in range(steps):
+                other.step()
+                seconds += clock.seconds
+            attachment.detach()
+            for handle in handles:
+                handle.remove()
+            return seconds / steps
+
+        return run
+
     chosen = decays(rules)
     variants = {"training step": timed(train, device), "of that AdamW.step": timed(optimizer.step, device)}
+    cycles = {
+        "cycle: defaults": rd.LowRank(STRENGTH),
+        "cycle: per head": rd.LowRank(STRENGTH, unit="head"),
+        f"cycle: smooth {SMOOTHING}": rd.LowRank(STRENGTH, rule="smooth", smoothing=SMOOTHING),
+    }
+    lengths = {name: decay.interval(HEAD if decay.unit == "head" else 768) for name, decay in cycles.items()}
+    variants |= {name: cycle(decay, lengths[name]) for name, decay in cycles.items()}
     variants |= {f"hook: {name}": decay(f"hook: {name}", rule, backend) for name, rule, backend in chosen}
     seconds = interleaved(variants, arguments.rounds)
     rows = {name: Row(case, name, **timing(seconds[name])) for name in variants}
@@ -311,6 +398,8 @@ def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) ->
         row = rows[name] = replace(rows[name], measured="24", **values)
         row.every = {k: row.ms / k for k in EVERY}
         row.share = {k: ms / (rows["training step"].ms + ms) for k, ms in row.every.items()}
+    for name, k in lengths.items():
+        rows[name].share = {k: rows[name].ms / (rows["training step"].ms + rows[name].ms)}
     print(f'{case}: backend="auto" takes {"exact" if device == "cpu" else "matmul"}', flush=True)
     return list(rows.values())
 
@@ -319,10 +408,9 @@ def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) ->
 
 
 def header() -> str:
-    words = ("ms", "best", *(f"every={k}" for k in EVERY), "step", "rounding", "weight", "ceiling")
+    words = ("ms", "best", *(f"every={k}" for k in EVERY), "step", "rounding", "weight", "ceiling", "peak")
     columns = "".join(f"{word:>10}" for word in words)
-    share = "  share at every=" + ", ".join(map(str, EVERY))
-    return f"{'case':8}{'what':28}{'measured':9}{'ran':7}{'n':>4}{columns}{share}"
+    return f"{'case':8}{'what':28}{'measured':9}{'ran':7}{'n':>4}{columns}  share at every="
 
 
 def line(row: Row) -> str:
@@ -333,7 +421,8 @@ def line(row: Row) -> str:
     for ms in (row.ms, row.best, *(row.every.get(k) for k in EVERY)):
         cells.append(number(ms, ",.0f" if ms and ms >= 100 else ".2f"))
     cells += [number(error, ".1e") for error in (row.step_error, row.rounding, row.weight_error)]
-    cells += [number(row.ceiling, ".0%"), "  ", ", ".join(f"{share:.1%}" for share in row.share.values())]
+    shares = (f"{k}: {share:.2%}" for k, share in row.share.items())
+    cells += [number(row.ceiling, ".0%"), number(row.peak, ".2f"), "  ", ", ".join(shares)]
     return "".join(cells).rstrip()
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rankdecay.decay.attach import attach
     from rankdecay.decay.attachment import Attachment
     from rankdecay.decay.groups import param_groups
-    from rankdecay.decay.policy import Frobenius, LowRank
+    from rankdecay.decay.policy import Frobenius, LowRank, Planes
     from rankdecay.decay.settings import decays
     from rankdecay.inspection import Inspection, inspect
     from rankdecay.linalg import polar, soft_threshold
@@ -27,7 +27,7 @@ _NAMES = {
     "decay.attach": ("attach",),
     "decay.attachment": ("Attachment",),
     "decay.groups": ("param_groups",),
-    "decay.policy": ("Frobenius", "LowRank"),
+    "decay.policy": ("Frobenius", "LowRank", "Planes"),
     "decay.settings": ("decays",),
     "inspection": ("Inspection", "inspect"),
     "linalg": ("polar", "soft_threshold"),
@@ -47,6 +47,7 @@ __all__ = [
     "LowRank",
     "MatrixView",
     "Monitor",
+    "Planes",
     "RankCollapseWarning",
     "Spectrum",
     "attach",

@@ -29,7 +29,7 @@ from rankdecay.attention.names import is_input_like
 from rankdecay.attention.source import ModuleSource
 from rankdecay.attention.windows import Found
 from rankdecay.checks import check_number
-from rankdecay.decay.apply import apply
+from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.policy import LowRank
 from rankdecay.linalg.rules.newton_schulz import with_steps
 from rankdecay.spectrum import spectrum
@@ -95,7 +95,7 @@ class NewtonSchulzLowRankDecay:
         self._steps += 1
         for number, (windows, parameters) in enumerate(self._by_windows.items()):
             seed = self._steps * 1_000_003 + number * 1_009
-            apply(parameters, list(windows), decay, decay.strength, "auto", seed)
+            apply([Step(parameters, list(windows), decay, decay.strength, seed)], "auto")
 
     def _decay(self) -> LowRank:
         check_number("decay_rate", self.decay_rate, at_least=0, remedy="0 switches it off")

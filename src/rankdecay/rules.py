@@ -36,34 +36,48 @@ class Options(NamedTuple):
     Attributes:
         smoothing: a fraction of ‖W‖_F, :attr:`rankdecay.LowRank.smoothing`.
         steps: number of iterations, for a rule that is one.
+        relative: whether τ was given in units of rms(σ); a rule gets it in the units of σ.
+        keep: of how many of the largest singular values the share becomes 0 after the rule.
+        preserve_norm: whether the shares are changed after the rule so that ‖W‖_F stays.
     """
 
     smoothing: float = 0.0
     steps: int = 5
+    relative: bool = False
+    keep: int = 0
+    preserve_norm: bool = False
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A decay rule: σ becomes σ - c(σ) σ. τ comes in the units of the singular values, whatever the decay's scale.
+    """A decay rule: σ becomes (1 - t) σ. τ comes in the units of the singular values, whatever the decay's scale.
 
     Attributes:
         name: of the rule, an identifier.
         description: what a singular value becomes, in a few words.
-        fraction: c(σ, null, τ, options) of all singular values of each matrix, (..., n), of which σ ≤ null (..., 1)
-            count as zero, and τ (..., 1), float64. It is all that a rule needs, on sharded weights too.
+        fraction: the share t(σ, null, τ, options) of all singular values of each matrix, (..., n), of which
+            σ ≤ null (..., 1) count as zero, and τ (..., 1), float64. All that a rule needs, on sharded weights too.
         taken_by_products: the part of ``prepared.X`` that a step takes, computed by matrix products alone, from
             (prepared, τ (..., 1, 1) in the units of ``prepared.X``, options). A rule without it is decomposed by every
             backend, which makes a GPU wait.
+        products_pay: of the same arguments, a truth value per matrix (...): whether products cost a CPU less than a
+            decomposition and within 1e-3 of the step. None: they never are.
         always_products: whether ``shrink`` takes products whatever the backend.
         smoothing: whether the rule reads ``options.smoothing``.
+        keep: whether the largest singular values may be spared, which costs a decomposition on every backend.
+        homogeneous: whether t depends on ratios alone, t(cσ, cτ) = t(σ, τ). It is then asked in units of a power of two
+            near the largest entry, where nothing overflows; any other rule in the units of W.
     """
 
     name: str
     description: str
     fraction: Callable[[Tensor, Tensor, Tensor, Options], Tensor]
     taken_by_products: Callable[[Prepared, Tensor, Options], Tensor] | None = None
+    products_pay: Callable[[Prepared, Tensor, Options], Tensor] | None = None
     always_products: bool = False
     smoothing: bool = False
+    keep: bool = False
+    homogeneous: bool = False
 
 
 _registered: dict[str, Rule] = {}

@@ -9,7 +9,7 @@ from torch import nn
 import rankdecay as rd
 from rankdecay.attention.layer import WHOLE, Window
 from rankdecay.decay import apply as module
-from rankdecay.decay.apply import apply
+from rankdecay.decay.apply import Step, apply
 from rankdecay.linalg import record_backends, shrink
 from tests.decay.models import groups_of, make_model, zero_gradients
 
@@ -35,7 +35,7 @@ def test_each_matrix_decays_as_its_own_svd_says(m, n, experts, amount, scale, se
     weights = [drawn(m, n, seed=seed, dtype=torch.float64), drawn(experts, m, n, seed=seed + 1, dtype=torch.float64)]
     before = [weight.clone() for weight in weights]
     decay = rd.LowRank(1.0, scale=scale)
-    apply(weights, [WHOLE], decay, amount, "auto", 0)
+    apply([Step(weights, [WHOLE], decay, amount, 0)], "auto")
     for new, old in zip(weights, before, strict=True):
         U, sigma, Vh = torch.linalg.svd(old, full_matrices=False)
         tau = amount * (old.norm(dim=(-2, -1)) / min(m, n) ** 0.5 if scale == "relative" else 1)
@@ -47,7 +47,7 @@ def test_each_matrix_decays_as_its_own_svd_says(m, n, experts, amount, scale, se
 def test_heads_are_matrices_of_their_own_and_the_rest_is_left():
     window = Window("rows", 0, 4, 6, 2)
     fused, whole = drawn(6, 5), drawn(6, 5)
-    apply([fused, whole], [window], rd.LowRank(1.0, unit="head"), 0.3, "auto", 0)
+    apply([Step([fused, whole], [window], rd.LowRank(1.0, unit="head"), 0.3, 0)], "auto")
     for new in (fused, whole):
         assert torch.equal(new[4:], drawn(6, 5)[4:])
         for head in range(2):
@@ -58,15 +58,15 @@ def test_heads_are_matrices_of_their_own_and_the_rest_is_left():
 
 def test_a_parameter_without_heads_is_one_matrix_also_by_head():
     by_head, by_matrix = drawn(6, 5), drawn(6, 5)
-    apply([by_head], [WHOLE], rd.LowRank(1.0, unit="head"), 0.3, "auto", 0)
-    apply([by_matrix], [WHOLE], rd.LowRank(1.0), 0.3, "auto", 0)
+    apply([Step([by_head], [WHOLE], rd.LowRank(1.0, unit="head"), 0.3, 0)], "auto")
+    apply([Step([by_matrix], [WHOLE], rd.LowRank(1.0), 0.3, 0)], "auto")
     assert torch.equal(by_head, by_matrix)
 
 
 def test_l2_takes_a_share_of_vectors_and_scalars_too():
     weights = [torch.tensor(2.0), torch.ones(3), drawn(2, 3, 4)]
     before = [weight.clone() for weight in weights]
-    apply(weights, [WHOLE], rd.Frobenius(1.0), 0.25, "auto", 0)
+    apply([Step(weights, [WHOLE], rd.Frobenius(1.0), 0.25, 0)], "auto")
     for new, old in zip(weights, before, strict=True):
         assert torch.equal(new, old - 0.25 * old)
 
@@ -77,13 +77,13 @@ def test_l2_takes_a_share_of_vectors_and_scalars_too():
 def test_matrices_of_one_shape_are_one_call_within_the_bound_on_memory(monkeypatch):
     weights = [drawn(4, 3, seed=seed) for seed in range(5)] + [drawn(3, 4)]
     with record_backends() as ran:
-        apply([weight.clone() for weight in weights], [WHOLE], rd.LowRank(1.0), 0.1, "exact", 0)
+        apply([Step([weight.clone() for weight in weights], [WHOLE], rd.LowRank(1.0), 0.1, 0)], "exact")
     assert ran == ["exact"] * 2
     together = [weight.clone() for weight in weights]
-    apply(together, [WHOLE], rd.LowRank(1.0), 0.1, "exact", 0)
+    apply([Step(together, [WHOLE], rd.LowRank(1.0), 0.1, 0)], "exact")
     monkeypatch.setitem(module._STACKED, "cpu", 24)
     with record_backends() as ran:
-        apply(weights, [WHOLE], rd.LowRank(1.0), 0.1, "exact", 0)
+        apply([Step(weights, [WHOLE], rd.LowRank(1.0), 0.1, 0)], "exact")
     assert ran == ["exact"] * 4  # 2 + 2 + 1, and the one of another shape
     for one, other in zip(together, weights, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
@@ -92,7 +92,7 @@ def test_matrices_of_one_shape_are_one_call_within_the_bound_on_memory(monkeypat
 @pytest.mark.parametrize(("backend", "ran"), [("auto", "exact"), ("exact", "exact"), ("matmul", "matmul")])
 def test_a_cpu_decomposes_unless_it_is_asked_for_products(backend, ran):
     with record_backends() as seen:
-        apply([drawn(4, 3)], [WHOLE], rd.LowRank(1.0), 0.1, backend, 0)
+        apply([Step([drawn(4, 3)], [WHOLE], rd.LowRank(1.0), 0.1, 0)], backend)
     assert seen == [ran]
 
 
@@ -142,6 +142,6 @@ def test_replicas_round_alike():
 def test_another_seed_rounds_otherwise():
     weights = [drawn(64, 64, dtype=torch.bfloat16) for _ in range(3)]
     for weight, seed in zip(weights, (1, 1, 2), strict=True):
-        apply([weight], [WHOLE], rd.LowRank(1.0), 1e-3, "auto", seed)
+        apply([Step([weight], [WHOLE], rd.LowRank(1.0), 1e-3, seed)], "auto")
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

@@ -212,7 +212,7 @@ SAVED = [
 
 def test_a_state_says_what_it_always_said_and_nothing_of_a_whole_parameter():
     optimizer = torch.optim.SGD(
-        rd.param_groups(Experts(), rd.LowRank(0.1), query_key=rd.LowRank(0.2, unit="head")), 1.0
+        rd.param_groups(Experts(), rd.LowRank(0.1, every=1), query_key=rd.LowRank(0.2, unit="head", every=1)), 1.0
     )
     rd.attach(optimizer)
     ours = [

@@ -47,11 +47,10 @@ def test_threshold_formulas(scale, lr_coupled, expected, weight):
     assert policy.threshold(weight, 0.01).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_threshold_of_a_stack_with_its_own_rates_and_strengths():
+def test_threshold_of_a_stack_with_its_own_rates():
     stack = torch.stack([DIAGONAL, 2 * DIAGONAL, torch.zeros_like(DIAGONAL)])
-    lr, strength = torch.tensor([0.1, 0.01, 0.1]).double(), torch.tensor([1.0, 2.0, 3.0]).double()
-    tau = LowRank(99.0).threshold(stack, lr, strength)
-    expected = torch.tensor([0.1 * 5**0.5, 0.01 * 2 * 2 * 5**0.5, 0.0], dtype=torch.float64)
+    tau = LowRank(2.0).threshold(stack, torch.tensor([0.1, 0.01, 0.1]).double())
+    expected = torch.tensor([2 * 0.1 * 5**0.5, 2 * 0.01 * 2 * 5**0.5, 0.0], dtype=torch.float64)
     torch.testing.assert_close(tau, expected)
     assert LowRank(99.0).threshold(stack.float(), 0.1).dtype == torch.float32
 
@@ -109,7 +108,7 @@ def test_zero_switches_off():
 
 
 def test_policies_are_plain_frozen_data():
-    assert LowRank(0.1) == LowRank(0.1, "prox", "relative", "matrix", 1, True, 0.0)
+    assert LowRank(0.1) == LowRank(0.1, "prox", "relative", "matrix", None, True, 0.0)
     assert len({LowRank(0.1), LowRank(0.1), LowRank(0.2), Frobenius(0.1)}) == 3
     with pytest.raises(dataclasses.FrozenInstanceError):
         LowRank(0.1).strength = 0.2  # type: ignore[misc]
@@ -134,3 +133,25 @@ def test_descriptions_name_what_was_chosen(policy, words):
 def test_importing_policies_does_not_import_torch():
     code = "import sys, rankdecay.decay.policy; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- what docs/choose_a_decay.md says ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("amount", "differs"), [(0.05, 0.14), (0.005, 0.015), (3e-5, 9e-5)])
+def test_eight_relative_steps_at_once_differ_from_eight_steps_by_what_the_page_says(amount, differs):
+    weight = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 8
+    one_by_one = weight
+    for _ in range(8):
+        one_by_one = shrink(one_by_one, amount, relative=True)
+    at_once = shrink(weight, 8 * amount, relative=True)
+    difference = (one_by_one - at_once).norm() / (one_by_one - weight).norm()
+    assert float(difference) == pytest.approx(differs, rel=0.05)
+
+
+@pytest.mark.parametrize(("rows", "along"), [(64, 0.98), (768, 0.72)])
+def test_a_step_on_an_untrained_head_is_nearly_radial_as_the_page_says(rows, along):
+    weight = torch.randn(rows, 768, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    step = weight - shrink(weight, 1e-3, relative=True)
+    share = (step * weight).sum().square() / (step.square().sum() * weight.square().sum())
+    assert float(share) == pytest.approx(along, abs=0.005)

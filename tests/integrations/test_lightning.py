@@ -173,7 +173,7 @@ class Decayed(L.LightningModule):
 
 DATA = torch.randn(48, 3, 8, generator=torch.Generator().manual_seed(1))
 DECAYS: dict[str, Any] = {
-    "query_key": rd.LowRank(1.0, every=3),
+    "query_key": rd.LowRank(1.0, every=3, warmup=5),
     "value_output": rd.Frobenius(0.5),
     "mlp": rd.LowRank(0.5, rule="smooth", every=4, lr_coupled=False),
 }

@@ -46,7 +46,7 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
 
 def decayed(kind: str) -> list[dict[str, Tensor]]:
     """Return the weights of a run with a decay, and of one that was resumed in mid-cycle."""
-    decays: dict[str, Any] = {"query_key": rd.LowRank(1.0, every=3), "value_output": rd.Frobenius(0.0)}
+    decays: dict[str, Any] = {"query_key": rd.LowRank(1.0, every=3, warmup=5), "value_output": rd.Frobenius(0.0)}
     decays["embedding"] = rd.Frobenius(0.5)
     model, resumed = make_model(), make_model()
     optimizer = make_optimizer(model, kind)

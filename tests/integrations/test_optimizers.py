@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import rankdecay as rd
 from rankdecay.attention.layer import WHOLE
+from rankdecay.decay.apply import Step
 from rankdecay.decay.averaged import decay_averaged
 from tests import needs
 from tests.decay.models import make_model
@@ -173,8 +174,8 @@ def test_schedule_free_l2_leaves_what_its_own_leaves(package: str, name: str) ->
             rates.append(float(group.get("scheduled_lr", LR)) if "d" not in group else group["d_prev"] * group["lr"])
             if way == "hook":
                 with torch.no_grad():
-                    how = ([WHOLE], rd.Frobenius(strength), strength * rates[-1], "auto", 0)
-                    decay_averaged(optimizer, group, [model.still.weight], *how)
+                    step = Step([model.still.weight], [WHOLE], rd.Frobenius(strength), strength * rates[-1], 0)
+                    decay_averaged(optimizer, group, step, "auto")
         trained = model.still.weight.norm().item()
         if callable(getattr(optimizer, "eval", None)):
             optimizer.eval()

@@ -38,7 +38,7 @@ def make_model() -> Any:
 
 
 def make_optimizer(model: nn.Module) -> AdamW:
-    return AdamW(rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(1.0, every=3)), lr=1e-2)
+    return AdamW(rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(1.0, every=3, warmup=5)), lr=1e-2)
 
 
 def alone() -> dict[str, Any]:
@@ -165,7 +165,7 @@ def with_settings(folder: str, state_dict_type: str | None, **way: Any) -> dict[
     return outcome(trainer.model, [], sharded=state_dict_type is not None)
 
 
-SETTINGS = "default=Frobenius:0.1,query_key=LowRank:1.0:every=3"
+SETTINGS = "default=Frobenius:0.1,query_key=LowRank:1.0:every=3:warmup=5"
 
 
 def with_callback(folder: str, state_dict_type: str | None = "SHARDED_STATE_DICT") -> dict[str, Any]:
@@ -245,7 +245,7 @@ def with_lightning(folder: str, by_callback: bool = False) -> dict[str, Any]:
         quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "logger": Recorder()}
         callbacks: list[Any] = [RankCallback(every=2, detail="model")]
         if by_callback:
-            callbacks.append(RankDecay(default=rd.Frobenius(0.1), query_key=rd.LowRank(1.0, every=3)))
+            callbacks.append(RankDecay(default=rd.Frobenius(0.1), query_key=rd.LowRank(1.0, every=3, warmup=5)))
         trainer = L.Trainer(
             accelerator="cpu", devices=2, strategy=strategy, max_steps=stop, callbacks=callbacks, **quiet
         )

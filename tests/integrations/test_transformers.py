@@ -104,8 +104,8 @@ def test_bad_input(tmp_path):
 # ---- the decay -------------------------------------------------------------------------------------------
 
 SAVED, STEPS = 4, 7  # every=3: the cycle is at 1 of 3 when it is saved
-ROLES = {"query_key": rd.LowRank(2.0, every=3), "value_output": rd.Frobenius(0.0)}
-TEXT = "query_key=LowRank:2.0:every=3,value_output=Frobenius:0.0"
+ROLES = {"query_key": rd.LowRank(2.0, every=3, warmup=5), "value_output": rd.Frobenius(0.0)}
+TEXT = "query_key=LowRank:2.0:every=3:warmup=5,value_output=Frobenius:0.0"
 KWARGS = {"lr": 1e-2, "weight_decay": 0.1, "fused": True}  # as Trainer makes its own
 
 

@@ -179,6 +179,13 @@ class Window:
         return cut.unflatten(1, (-1, self.head_dim))
 
 
+@lru_cache(maxsize=4096)
+def smaller_side(window: Window, shape: tuple[int, ...], by_head: bool) -> int:
+    """Return the smaller side of a window's matrix, or of each of its heads, in a parameter of a shape."""
+    parameter = torch.empty(shape, device="meta")
+    return min((window.heads if by_head else window.matrix)(parameter).shape[-2:], default=0)
+
+
 #: All of a parameter of any shape: a matrix, a stack of one per expert, a vector. A state dict holds nothing of it.
 WHOLE = Window("rows", start=0, stop=0, size=0, head_dim=0)
 

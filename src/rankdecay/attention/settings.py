@@ -7,6 +7,8 @@ The settings are attributes of the module and of the configurations above it, or
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 
 from rankdecay.attention.names import (
@@ -36,6 +38,9 @@ from rankdecay.attention.source import Source
 
 #: Settings that say whether rotary planes are neighbouring coordinates.
 ROTARY_PLANES = ("rope_interleaved", "rope_interleave", "rotary_interleaved", "rotary_emb_interleaved")
+#: Settings that say which frequencies rotary positions have.
+FREQUENCIES = ("rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base", "rotary_value")
+_LONG = 160
 #: Settings that say whether queries and keys are normalised.
 QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")
 
@@ -170,6 +175,32 @@ class ModuleSettings:
             return stated
         # Meta's and llama2.c's code multiplies neighbours, as complex numbers, with a table of this name.
         return self.setting(("freqs_cis", "freqs_cos")) is True or self.setting(("model_type",)) in INTERLEAVED
+
+    def states_planes(self) -> bool:
+        """Whether anything says which coordinates a rotary plane is of: settings, or a class that the tables cover."""
+        told = (self.setting(("rotate_half",)), self.setting(ROTARY_PLANES))
+        return (
+            any(isinstance(value, bool) for value in told) or self.is_interleaved() or self.source.is_known(self.module)
+        )
+
+    def frequencies(self) -> str:
+        """Return what the settings say of the rotary frequencies, as text that layers with one configuration share."""
+        said: dict[str, object] = {}
+        parameters = self.setting(("rope_parameters",))
+        if isinstance(parameters, dict):  # which holds all of it, for each kind of layer where they differ
+            if any(isinstance(part, dict) for part in parameters.values()):
+                said["layer_type"] = kind = str(self._of_layer(self.setting(("layer_types",))))
+                parameters = parameters.get(kind)
+            said["rope_parameters"] = parameters
+        else:
+            said |= {name: value for name in FREQUENCIES if (value := self.setting((name,))) is not None}
+            if "rope_local_base_freq" in said:  # of the layers with a window
+                said["layer_type"] = str(self._of_layer(self.setting(("layer_types",))))
+        text = json.dumps(said, sort_keys=True, default=str) if said else ""
+        if len(text) > _LONG:  # a factor for each frequency
+            text = f"{text[:_LONG]}… {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        kind = self.setting(("model_type",))  # of the part of a model, which has a configuration of its own
+        return ", ".join(filter(None, [str(kind or ""), text]))
 
     def _rotary_share(self) -> float:
         """Return the share of a head's coordinates that positions turn; it may be stated for each kind of layer."""

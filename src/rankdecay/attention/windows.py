@@ -75,6 +75,8 @@ class Found(NamedTuple):
         no_product: why scores are no product W_Kᵀ W_Q, though queries and keys are not normalised.
         no_value_product: what stands between values and output projection.
         no_output: what was looked for, if the module has matrices and none is its output projection.
+        frequencies: what the settings say of the rotary frequencies, as text: layers of one text share them.
+        planes_assumed: whether nothing says which coordinates positions turn together; then those half a head apart.
     """
 
     name: str
@@ -87,6 +89,8 @@ class Found(NamedTuple):
     no_product: str = ""
     no_value_product: str = ""
     no_output: str = ""
+    frequencies: str = ""
+    planes_assumed: bool = False
 
     @property
     def module(self) -> str:
@@ -226,7 +230,18 @@ class ModuleReader(ModuleSettings):
         no_product, no_value_product = self._no_product(row), self._no_value_product(places)
         self._add_query_bias(places)
         return Found(
-            self.module, places, head_dim, rotary, qk_norm, row.grouping, unknown, no_product, no_value_product, unfit
+            self.module,
+            places,
+            head_dim,
+            rotary,
+            qk_norm,
+            row.grouping,
+            unknown,
+            no_product,
+            no_value_product,
+            unfit,
+            self.frequencies() if rotary is not None else "",
+            rotary is not None and row.rotary is None and not self.states_planes(),
         )
 
     def _check_alone(self, parameters: dict[str, str]) -> None:
@@ -538,7 +553,16 @@ class ModuleReader(ModuleSettings):
             "value": self._place(shared, Window("rows", lines, 2 * lines, 2 * lines, head_dim)),
             "output": self._place(output, Window("columns", 0, lines, lines, head_dim, experts, stacked=True)),
         }
-        return Found(self.module, places, head_dim, self.rotary(head_dim), self.has_qk_norm(), "strided")
+        return Found(
+            self.module,
+            places,
+            head_dim,
+            self.rotary(head_dim),
+            self.has_qk_norm(),
+            "strided",
+            frequencies=self.frequencies(),
+            planes_assumed=not self.states_planes(),
+        )
 
     # ---- what is done with queries and keys --------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 """Decays of parameters, and how they join an optimizer."""
 
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes
 
-__all__ = ["Decay", "Frobenius", "LowRank"]
+__all__ = ["Decay", "Frobenius", "LowRank", "Planes"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from rankdecay.decay.groups import Group
+from rankdecay.decay.policy import Planes
 from rankdecay.decay.targets import Target
 from rankdecay.dtensor import is_sharded
 
@@ -41,8 +42,10 @@ def check_agreement(targets: Iterable[tuple[Group, Target]], backend: str) -> No
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
+    targets = list(targets)
     policy = _policy(targets, backend)
     meshes = [json.loads(mesh) for mesh in policy["sharded"]]
+    meshes += _whole_meshes(targets) if policy["planes"] else []
     ranks = sorted({rank for mesh in meshes for rank in mesh}) or range(dist.get_world_size())
     store = dist.distributed_c10d._get_default_store()
     prefix = f"rankdecay/attach/{next(_numbers)}"
@@ -63,6 +66,7 @@ def check_agreement(targets: Iterable[tuple[Group, Target]], backend: str) -> No
     policies = {each: json.loads(store.get(f"{prefix}/{each}")) for each in sorted(set(digests.values()))}
     first, *others = digests
     for other in others:
+        _check_planes(policies[digests[first]], policies[digests[other]], first, other)
         difference = _difference(policies[digests[first]], policies[digests[other]], first, other)
         if difference:
             setting, one, another = difference
@@ -76,18 +80,53 @@ def _policy(targets: Iterable[tuple[Group, Target]], backend: str) -> dict[str, 
     """Return what has to agree: settings by role, and the sharded parameters of each set of processes, in order."""
     settings: dict[str, Any] = {"the backend": backend}
     sharded: dict[str, list[str]] = {}
+    planes: dict[str, list[str]] = {}
     for group, target in targets:
         decay, role = target.decay_in(group), target.role
         settings |= {
             f"{role}_{name}": value for name, value in {"decay": type(decay).__name__, **asdict(decay)}.items()
         }
+        if isinstance(decay, Planes) and decay.scope == "model":
+            for rows in (rows for several in target.planes for rows in several):
+                layers = planes.setdefault(rows.configuration, [])
+                layers += [] if rows.layer in layers else [rows.layer]
         parameter: Any
         for parameter, name in zip(target.parameters(group), target.names, strict=True):
             if is_sharded(parameter):
                 mesh = json.dumps(parameter.device_mesh.mesh.flatten().tolist())
                 words = f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.placements} for {role}"
                 sharded.setdefault(mesh, []).append(words)
-    return {"settings": settings, "sharded": sharded}
+    return {"settings": settings, "sharded": sharded, "planes": planes}
+
+
+def _whole_meshes(targets: Sequence[tuple[Group, Target]]) -> list[list[int]]:
+    """Return the processes of the meshes that those of sharded parameters are parts of: pipeline stages among them."""
+    found: list[list[int]] = []
+    for group, target in targets:
+        parameter: Any
+        for parameter in target.parameters(group):
+            if is_sharded(parameter):
+                mesh = parameter.device_mesh
+                root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
+                found.append(root.mesh.flatten().tolist())
+    return found
+
+
+def _check_planes(one: dict[str, Any], other: dict[str, Any], rank: int, other_rank: int) -> None:
+    """Raise if two processes hold different layers of planes that are to vanish in all layers."""
+    if one["planes"] == other["planes"] or not (one["planes"] or other["planes"]):
+        return
+    if one["settings"].get("query_key_decay") != other["settings"].get("query_key_decay"):
+        return  # which is said in other words
+    words = (
+        "; ".join(f"{len(layers)}, {', '.join(layers[:2])}, …" for layers in policy["planes"].values()) or "none"
+        for policy in (one, other)
+    )
+    raise ValueError(
+        "query_key=Planes(scope='model') needs all layers of a rotary configuration in every process, and these "
+        f"processes have different ones, as pipeline stages do: rank {rank} has {next(words)} and rank {other_rank} "
+        f"has {next(words)}; use scope='layer', for which a layer is enough."
+    )
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any], rank: int, other_rank: int) -> tuple[str, Any, Any] | None:

@@ -8,7 +8,7 @@ generators untouched, and agree between replicas and after a resume.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.layer import Window
-from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.decay.sharded.layout import Piece, elementwise_pieces, local_piece
+from rankdecay.decay.sharded.norms import Part, decayed_by_norm, parts_of
 from rankdecay.decay.sharded.redistribute import Place, Redistribution, entries_per_process, redistribution_key
 from rankdecay.decay.sharded.sums import decayed_pieces
 from rankdecay.dtensor import is_sharded
-from rankdecay.linalg import Backend, shrink
+from rankdecay.linalg import Backend, power_step, shrink
 from rankdecay.linalg.backend import has_float64
 from rankdecay.linalg.rounding import stochastic_round
 
@@ -32,52 +33,112 @@ T = TypeVar("T")
 _STACKED = {"cpu": 2**25, "cuda": 2**26}
 
 
-def apply(
-    parameters: list[Tensor],
-    windows: list[Window],
-    decay: LowRank | Frobenius,
-    amount: float | Tensor,
-    backend: Backend,
-    seed: int,
-) -> None:
-    """Decay matrices in place, those of one shape together; of sharded parameters in every process that holds parts.
+class Step(NamedTuple):
+    """What one step takes from the matrices of one role.
 
-    Args:
-        parameters: of one group.
+    Attributes:
+        parameters: of one group of the optimizer.
         windows: where in each of them the matrices are.
         decay: of these matrices.
         amount: Σ lr · strength since the last decay.
-        backend: as for :func:`rankdecay.attach`.
         seed: of the rounding; another for each step, group and role.
+        role: of the matrices, for a message.
     """
-    by_head = isinstance(decay, LowRank) and decay.unit == "head" and all(window.has_heads for window in windows)
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
-    plain = [parameter for parameter in parameters if not is_sharded(parameter)]
-    matrices = [
-        _Matrix((window.heads if by_head else window.matrix)(parameter), partial(window.write, parameter))
-        for parameter in plain
-        for window in windows
-    ]
-    _shrink(matrices, decay, amount, backend, seed)
-    if isinstance(decay, Frobenius):
-        pieces = [_Matrix(*piece) for parameter in sharded for piece in elementwise_pieces(parameter, windows)]
-        _shrink(pieces, decay, amount, backend, seed)
-        return
+
+    parameters: list[Tensor]
+    windows: list[Window]
+    decay: OfMatrix
+    amount: float | Tensor
+    seed: int
+    role: str = ""
+
+    def matrices(self) -> list[Tensor]:
+        """Return the matrices, or the stacks of heads, of the parameters, as rows of a vector where they are none."""
+        found = [
+            (window.heads if self.by_head else window.matrix)(parameter)
+            for parameter in self.parameters
+            for window in self.windows
+        ]
+        return [each if each.ndim > 1 else each.reshape(1, -1) for each in found]
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether other processes take part in it."""
+        elementwise = isinstance(self.decay, Frobenius) and not self.decay.needs_norm
+        return not elementwise and any(map(is_sharded, self.parameters))
+
+    @property
+    def by_head(self) -> bool:
+        """Whether each head is a matrix of its own."""
+        return self.decay.unit == "head" and all(window.has_heads for window in self.windows)
+
+
+def apply(steps: Sequence[Step], backend: Backend) -> None:
+    """Decay matrices in place; of sharded parameters in every process that holds parts.
+
+    Matrices of one shape in one group are decayed together, and the norms of sharded ones found together.
+
+    Args:
+        steps: in the same order in every process.
+        backend: as for :func:`rankdecay.attach`.
+    """
+    parts: list[Part] = []
+    for step in steps:
+        _apply_whole(step, backend)
+        sharded = [parameter for parameter in step.parameters if is_sharded(parameter)]
+        if isinstance(step.decay, LowRank):
+            _apply_low_rank(sharded, step, step.decay, backend)
+        elif not step.decay.needs_norm:
+            pieces = [_Matrix(*piece) for parameter in sharded for piece in elementwise_pieces(parameter, step.windows)]
+            _shrink(pieces, step, backend, step.seed)
+        else:
+            for parameter in sharded:
+                seed = step.seed + 1_000_000_007 * (len(parts) + 1)
+                parts += parts_of(parameter, step.windows, step.by_head, step.decay, step.amount, seed)
+    for part, value in zip(parts, decayed_by_norm(parts), strict=True):
+        part.write(rounded(value, part.value.dtype, part.seed))
+
+
+def _apply_whole(step: Step, backend: Backend) -> None:
+    """Decay the matrices of the parameters that this process has whole."""
+    matrices: list[_Matrix] = []
+    for parameter in step.parameters:
+        if is_sharded(parameter):
+            continue
+        for window in step.windows:
+            value = (window.heads if step.by_head else window.matrix)(parameter)
+            if isinstance(step.decay, Frobenius) and _decayed_in_place(parameter, value, step.decay, step.amount):
+                continue
+            matrices.append(_Matrix(value, partial(window.write, parameter)))
+    _shrink(matrices, step, backend, step.seed)
+
+
+def _decayed_in_place(parameter: Tensor, value: Tensor, decay: Frobenius, amount: float | Tensor) -> bool:
+    """Decay a view of a parameter's numbers where they are, if that is possible: no copy, so two passes over them."""
+    here = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+    if not here or value.dtype.itemsize < 4 or value.device.type != "cpu" or not value.numel():
+        return False
+    matrix = value if value.ndim > 1 else value.view(1, -1)
+    power_step(matrix, amount, decay.power, decay.cap or 1.0, out=matrix)
+    return True
+
+
+def _apply_low_rank(sharded: list[Tensor], step: Step, decay: LowRank, backend: Backend) -> None:
     redistributed: list[Place] = []
     whole: list[_Matrix] = []
     cut: list[Piece] = []
     for parameter in sharded:
-        for window in windows:
-            piece = local_piece(parameter, window, by_head)
+        for window in step.windows:
+            piece = local_piece(parameter, window, step.by_head)
             if piece is None:
                 redistributed.append((parameter, window))
             elif piece.cut.side is None:
                 whole.append(_Matrix(piece.value, piece.write, piece.part))
             else:
                 cut.append(piece)
-    _shrink(whole, decay, amount, backend, seed)
-    _decay_by_sums(cut, decay, amount, backend, seed)
-    _decay_by_owners(redistributed, by_head, decay, amount, backend, seed)
+    _shrink(whole, step, backend, step.seed)
+    _decay_by_sums(cut, decay, step.amount, backend, step.seed)
+    _decay_by_owners(redistributed, step, backend, step.seed)
 
 
 def _decay_by_sums(pieces: list[Piece], decay: LowRank, amount: float | Tensor, backend: Backend, seed: int) -> None:
@@ -90,25 +151,24 @@ def _decay_by_sums(pieces: list[Piece], decay: LowRank, amount: float | Tensor, 
         return 2 * piece.cut.gram**2 * math.prod(piece.value.shape[:-2])
 
     for batch in _batches(pieces, batch_key, entries, lambda piece: _limit(piece.value)):
-        values = decayed_pieces(batch, decay, amount, backend_on(batch[0].value, backend))
+        its = backend_on(batch[0].value, backend)
+        values = decayed_pieces(batch, decay, amount, "exact" if its == "auto" else its)
         for piece, value in zip(batch, values, strict=True):
             seed += 1_000_000_007
             piece.write(rounded(value, piece.value.dtype, seed + piece.part))
 
 
-def _decay_by_owners(
-    places: list[Place], by_head: bool, decay: LowRank, amount: float | Tensor, backend: Backend, seed: int
-) -> None:
+def _decay_by_owners(places: list[Place], step: Step, backend: Backend, seed: int) -> None:
     """Decay matrices each of which one process owns: a collective of the processes that hold parts of them."""
 
     def entries(place: Place) -> int:  # sent, and owned
         return 2 * entries_per_process(place)
 
     for batch in _batches(places, redistribution_key, entries, lambda place: _limit(place[0])):
-        redistribution = Redistribution(batch, by_head)
+        redistribution = Redistribution(batch, step.by_head)
         seed += 1_000_000_007
         owned = [_Matrix(matrix, matrix.copy_, redistribution.owner) for matrix in redistribution.owned]
-        _shrink(owned, decay, amount, backend, seed)
+        _shrink(owned, step, backend, seed)
         redistribution.close()
 
 
@@ -146,9 +206,7 @@ class _Matrix(NamedTuple):
     part: int = 0  # of a sharded parameter; pieces differ in the random numbers of their rounding, copies do not
 
 
-def _shrink(
-    matrices: list[_Matrix], decay: LowRank | Frobenius, amount: float | Tensor, backend: Backend, seed: int
-) -> None:
+def _shrink(matrices: list[_Matrix], step: Step, backend: Backend, seed: int) -> None:
     """Decay matrices and write them back, those of one shape, dtype and device together."""
 
     def batch_key(matrix: _Matrix) -> object:
@@ -157,22 +215,20 @@ def _shrink(
     matrices = [matrix for matrix in matrices if matrix.value.numel()]
     for batch in _batches(matrices, batch_key, lambda m: m.value.numel(), lambda m: _limit(m.value)):
         seed += 1_000_000_007
-        _shrink_batch(batch, decay, amount, backend, seed + batch[0].part)
+        _shrink_batch(batch, step.decay, step.amount, backend, seed + batch[0].part)
 
 
-def _shrink_batch(
-    batch: list[_Matrix], decay: LowRank | Frobenius, amount: float | Tensor, backend: Backend, seed: int
-) -> None:
+def _shrink_batch(batch: list[_Matrix], decay: OfMatrix, amount: float | Tensor, backend: Backend, seed: int) -> None:
     stack = torch.stack([matrix.value for matrix in batch])  # (matrices, [heads,] m, n)
     dtype = stack.dtype
     stack = stack if dtype == torch.float64 else stack.float()
     stack = stack if has_float64(stack.device) else stack.cpu()
     amount = amount.to(stack.device, non_blocking=True) if isinstance(amount, Tensor) else amount
     if isinstance(decay, Frobenius):
-        stack = stack - amount * stack
+        matrices = stack if stack.ndim > 2 else stack.reshape(len(stack), 1, -1)  # a vector is one row
+        stack = power_step(matrices, amount, decay.power, decay.cap or 1.0).view(stack.shape)
     else:
-        tau = decay.tau(amount, stack.norm(dim=(-2, -1)), min(stack.shape[-2:]))
-        stack = shrink(stack, tau, decay.rule, smoothing=decay.smoothing, backend=backend_on(stack, backend))
+        stack = shrink(stack, amount, decay.rule, **decay.options, backend=backend_on(stack, backend))
     for matrix, value in zip(batch, rounded(stack, dtype, seed), strict=True):
         matrix.write(value)
 
@@ -185,10 +241,8 @@ def rounded(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def backend_on(values: Tensor, backend: Backend) -> Backend:
-    """Return the backend of a device: a decomposition on a GPU would wait for it."""
-    if backend != "auto":
-        return backend
-    return "exact" if values.device.type == "cpu" else "matmul"
+    """Return the backend of a device: a decomposition on a GPU would wait for it; a CPU takes what costs less."""
+    return "matmul" if backend == "auto" and values.device.type != "cpu" else backend
 
 
 def _limit(values: Tensor) -> int:

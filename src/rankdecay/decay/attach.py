@@ -60,7 +60,7 @@ def attach(
         optimizer: any class; a wrapper of Accelerate, Lightning, timm or SAM is seen through.
         model: the model whose parameters the optimizer has; plain, compiled, or wrapped by DDP, FSDP2 or PEFT.
         default: decay of every matrix whose role is not named.
-        query_key: decay of W_Q and W_K.
+        query_key: decay of W_Q and W_K; :class:`rankdecay.Planes` acts on their biases too.
         value_output: decay of W_V and W_O.
         mlp: decay of the other matrices in blocks with attention.
         embedding: decay of input and output embeddings.

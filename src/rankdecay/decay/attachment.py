@@ -33,12 +33,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rankdecay.attention.layer import FLATTENED, WHOLE, Role
 from rankdecay.decay.agreement import check_agreement
-from rankdecay.decay.apply import apply
+from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
+from rankdecay.decay.finite import FiniteCheck
 from rankdecay.decay.groups import Group, check_decays, with_names
 from rankdecay.decay.optimizers import (
     check_own_decay,
     check_states,
+    counts_steps,
     has_rate,
     has_rate_per_parameter,
     has_state,
@@ -50,12 +52,14 @@ from rankdecay.decay.optimizers import (
     rate_of_step,
     remarks_on_optimizer,
 )
-from rankdecay.decay.policy import Decay, LowRank
+from rankdecay.decay.planes import PlaneStep
+from rankdecay.decay.policy import Decay, LowRank, Planes
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.sharded.layout import check_placements
-from rankdecay.decay.sources import Source, give_weight_decay
+from rankdecay.decay.sources import Source, check_planes_held, give_weight_decay
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target
+from rankdecay.decay.units import in_units, present
 from rankdecay.decay.watch import Watch
 from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend
@@ -93,6 +97,7 @@ class Attachment:
         try:
             for index, group in enumerate(optimizer.param_groups):
                 self._register_group(index, group)
+            check_planes_held(source, optimizer)
             _check_not_shared(optimizer, self)
             check_agreement([(held.group, held.target) for held in self._targets(optimizer)], backend)
             self._give_weight_decay(optimizer)()  # so that what cannot be divided is found now
@@ -106,6 +111,7 @@ class Attachment:
         self._first = True
         self._first_decay = True
         self._states_only = False
+        self._finite = FiniteCheck()
         self._had_rate = any(group.get("lr") or group.get("initial_lr") for group in optimizer.param_groups)
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
         self._handles: list[Any] = [
@@ -186,7 +192,7 @@ class Attachment:
         In a distributed run, call it with the same decays in every process.
 
         Raises:
-            TypeError: If a decay is neither LowRank nor Frobenius.
+            TypeError: If a decay is none of the library's.
             ValueError: If the optimizer has no parameter of a role, or a decay does not suit one.
         """
         optimizer = self.optimizer
@@ -216,17 +222,58 @@ class Attachment:
         """Return the rows as a table, with what else a reader has to know above it.
 
         Args:
-            ranks: show instead the present ranks of the matrices that a low-rank decay acts on (an SVD of each).
+            ranks: show instead the present ranks of the matrices that a low-rank decay acts on (an SVD of each). Of
+                sharded parameters that is a collective, and so is counting the rotary planes that are zero, which is
+                then left out without it.
         """
         optimizer = self.optimizer
+        planes = self._planes(optimizer)
+        zeros = planes.words() if ranks or not planes.is_collective else []
         state = "attached to" if self.active else ("paused on" if self._handles else "detached from")
         return table(
             self.rows(),
             ranks=ranks,
             state=f"{state} {type(optimizer).__name__}" + ("" if self.active else ": what follows is not applied"),
             remarks=self._source.remarks(optimizer),
-            notes=[*remarks_on_optimizer(optimizer, self._wrappers), *self._source.notes(optimizer)],
+            notes=[
+                *([] if ranks else self._units(optimizer)),
+                *remarks_on_optimizer(optimizer, self._wrappers),
+                *self._source.notes(optimizer),
+                *zeros,
+            ],
         )
+
+    def _planes(self, optimizer: Optimizer) -> PlaneStep:
+        """Return all rows of planes that have a decay, and have values."""
+        planes = PlaneStep()
+        for _, target, parameters in self._targets(optimizer):
+            if isinstance(target.decay, Planes) and not any(parameter.is_meta for parameter in parameters):
+                planes.add(target.decay, parameters, target.names, target.planes, {}, 0)
+        return planes
+
+    def _units(self, optimizer: Optimizer) -> list[str]:
+        """Return what the strengths mean now: a sentence for each role, decay and learning rate."""
+        alike: dict[tuple[str, Decay, float], list[Tensor]] = {}
+        with self._groups_in_one_piece(optimizer):
+            for index, group in enumerate(optimizer.param_groups):
+                lr = group.get("lr")
+                if lr is None or has_rate_per_parameter(optimizer, group):
+                    continue
+                for target in self._source.targets(index, group):
+                    decay, parameters = target.decay_in(group), target.parameters(group)
+                    matrices = alike.setdefault((target.role, decay, float(lr)), [])
+                    if not decay.strength or any(map(is_sharded, parameters)):
+                        continue
+                    if isinstance(decay, Planes):
+                        pairs = zip(parameters, target.planes, strict=True)
+                        matrices += [rows.of(parameter) for parameter, several in pairs for rows in several]
+                    else:
+                        matrices += Step(parameters, target.windows, decay, 0.0, 0).matrices()
+        return [
+            f"{role}: {in_units(decay, lr, present(matrices))}"
+            for (role, decay, lr), matrices in alike.items()
+            if decay.strength
+        ]
 
     @property
     def unhandled(self) -> tuple[str, ...]:
@@ -249,6 +296,7 @@ class Attachment:
                 of = f"{_bare(name)}.{target.role}"
                 counts |= {f"{of}_steps": target.counter.steps, f"{of}_pending": target.counter.pending}
                 counts |= {f"{of}_missed": missed[position]} if position in missed else {}
+                counts |= {f"{of}_warmed": target.counter.warmed} if target.counter.warmed else {}
         return counts
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -267,6 +315,7 @@ class Attachment:
             first = f"{_bare(target.names[0])}.{target.role}"
             target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
             target.counter.pending = float(state_dict.get(f"{first}_pending", 0.0))
+            target.counter.start_warmup(after=int(state_dict.get(f"{first}_warmed", 0)))
             target.counter.take_missed()
             for position, name in enumerate(target.names):
                 missed = state_dict.get(f"{_bare(name)}.{target.role}_missed")
@@ -312,8 +361,11 @@ class Attachment:
                 self._put_back = self._give_weight_decay(optimizer)
 
     def _register_new_groups(self, optimizer: Optimizer) -> None:
-        for index, group in enumerate(optimizer.param_groups[len(self._registered) :], len(self._registered)):
+        known = len(self._registered)
+        for index, group in enumerate(optimizer.param_groups[known:], known):
             self._register_group(index, group)
+        if len(self._registered) > known:
+            check_planes_held(self._source, optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note which parameters have a gradient: some optimizers clear it inside their step."""
@@ -327,8 +379,9 @@ class Attachment:
                 f"{type(optimizer).__name__} had {len(self._registered)} groups and has {len(optimizer.param_groups)}: "
                 "detach before groups are removed, then attach again."
             )
-        for index, group in enumerate(optimizer.param_groups):
+        for index, group in enumerate(optimizer.param_groups[: len(self._registered)]):
             self._register_group(index, group)
+        self._register_new_groups(optimizer)
         self._source.recall(optimizer)
         self._stepping = self._held_by_group(optimizer)
         self._states_only = may_make_states_only(optimizer)
@@ -377,42 +430,43 @@ class Attachment:
 
     def _decay(self, optimizer: Optimizer) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        due: list[Step] = []
+        planes = PlaneStep()
+        named: list[tuple[str, Tensor]] = []
         for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
             factor = rate_of_step(optimizer, group, self._rates[index])
+            counts = counts_steps(optimizer, group)
             for number, (_, target, parameters) in enumerate(targets):
                 if target.by_optimizer or (self._paused and target.decay is not None):
                     continue  # what is the optimizer's own goes on
-                decay = target.decay_in(group)
+                decay, every = target.decay_in(group), target.every_in(group, counts)
                 live = [id(p) in self._params_with_grad for p in parameters]
-                for amount, positions in _count_step(target, decay, factor, found_inf, live):
+                amounts = _count_step(target, decay, every, factor, found_inf, live)
+                place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
+                seed = target.counter.steps * 1_000_003 + place
+                if isinstance(decay, Planes):
+                    its = _amounts(optimizer, group, parameters, decay, amounts)
+                    planes.add(decay, parameters, target.names, target.planes, its, seed)
+                    continue
+                for amount, positions in amounts:
                     chosen = [parameters[position] for position in positions]
+                    if isinstance(decay, LowRank) or decay.needs_norm:
+                        named += [(target.names[position], parameters[position]) for position in positions]
                     if self._first_decay:
                         self._first_decay = False
                         check_states(optimizer, chosen)
-                    place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
-                    seed = target.counter.steps * 1_000_003 + place
-                    with explain_collective_failure(target.role, chosen):
-                        self._apply(optimizer, group, chosen, target, decay, amount, seed)
-
-    def _apply(
-        self,
-        optimizer: Optimizer,
-        group: Group,
-        live: list[Tensor],
-        target: Target,
-        decay: Decay,
-        amount: Any,
-        seed: int,
-    ) -> None:
-        if has_rate_per_parameter(optimizer, group):
-            for parameter in live:
-                its = amount * (rate_of_parameter(optimizer, group, parameter) if decay.lr_coupled else 1.0)
-                apply([parameter], target.windows, decay, its, self._backend, seed)
-            return
-        if is_averaged(group):
-            decay_averaged(optimizer, group, live, target.windows, decay, amount, self._backend, seed)
-        else:
-            apply(live, target.windows, decay, amount, self._backend, seed)
+                    step = Step(chosen, target.windows, decay, amount, seed, target.role)
+                    if is_averaged(group):
+                        decay_averaged(optimizer, group, step, self._backend)
+                    elif has_rate_per_parameter(optimizer, group):
+                        due += _with_rates(optimizer, group, step)
+                    else:
+                        due.append(step)
+        roles = [step.role for step in due if step.is_collective]
+        with explain_collective_failure(roles + ["query_key"] * planes.is_collective):
+            apply(due, self._backend)
+            named += planes.apply()
+        self._finite.look(named)
 
     def _register_group(self, index: int, group: Group) -> None:
         """Check a new group, and before each step that a known one has parameters of the same shapes.
@@ -475,8 +529,11 @@ class Attachment:
                 who = kind if target.by_optimizer else "rankdecay"
                 who = (who if self.active else "nobody") if decay.strength else ""
                 low_rank = isinstance(decay, LowRank)
-                since = target.counter.steps % decay.every if isinstance(decay, LowRank) else 0
-                waiting = f"{target.role}: {since} of {decay.every} steps since its last decay" if since else ""  # pyright: ignore
+                every = target.every_in(group, counts_steps(optimizer, group))
+                if every > 1 and decay.strength and isinstance(decay, LowRank) and decay.every is None:
+                    words += f", every {every} steps by shape"
+                since = target.counter.steps % every
+                waiting = f"{target.role}: {since} of {every} steps since its last decay" if since else ""
                 for window in target.windows:
                     notes = dropwhile(get_args(Role).__contains__, why.split(", "))  # behind the names of the matrices
                     reason = frozen + (", ".join([window.label, *notes]) if window.label else why)
@@ -507,17 +564,17 @@ class _RegisteredGroup(NamedTuple):
 
 
 @contextlib.contextmanager
-def explain_collective_failure(role: str, parameters: list[Tensor]) -> Iterator[None]:
+def explain_collective_failure(roles: list[str]) -> Iterator[None]:
     """Explain a collective that failed because another process stopped; the backend's message only names a socket."""
     try:
         yield
     except RuntimeError as error:
-        if not any(is_sharded(parameter) for parameter in parameters):
+        if not roles:
             raise
         raise RuntimeError(
-            f"the decay of {role} needs every process that holds a part of its parameters, and on rank "
-            f"{torch.distributed.get_rank()} it failed: {error}. If another process has stopped, continue the run from "
-            "its last checkpoint."
+            f"the decay of {', '.join(dict.fromkeys(roles))} needs every process that holds a part of its parameters, "
+            f"and on rank {torch.distributed.get_rank()} it failed: {error}. If another process has stopped, "
+            "continue the run from its last checkpoint."
         ) from error
 
 
@@ -536,6 +593,31 @@ def _name_later_groups(optimizer: Optimizer) -> None:
 def _bare(name: str) -> str:
     """Return the name that a parameter has before its model is compiled or wrapped."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _with_rates(optimizer: Optimizer, group: Group, step: Step) -> list[Step]:
+    """Return the step of each parameter alone, of an optimizer that has a rate for each."""
+    if not step.decay.lr_coupled:
+        return [step]
+    rates = [rate_of_parameter(optimizer, group, parameter) for parameter in step.parameters]
+    return [
+        step._replace(parameters=[parameter], amount=step.amount * rate)
+        for parameter, rate in zip(step.parameters, rates, strict=True)
+    ]
+
+
+def _amounts(
+    optimizer: Optimizer,
+    group: Group,
+    parameters: list[Tensor],
+    decay: Decay,
+    amounts: list[tuple[float | Tensor, list[int]]],
+) -> dict[int, float | Tensor]:
+    """Return the amount of each parameter by its position, with its own rate where an optimizer has one for each."""
+    each = {position: amount for amount, positions in amounts for position in positions}
+    if has_rate_per_parameter(optimizer, group) and decay.lr_coupled:
+        return {i: amount * rate_of_parameter(optimizer, group, parameters[i]) for i, amount in each.items()}
+    return each
 
 
 def _nothing() -> None:
@@ -582,21 +664,16 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
                 f"the decay of {role} is coupled to the learning rate, and {type(optimizer).__name__} has no 'lr' in "
                 "its groups; use lr_coupled=False."
             )
-        if isinstance(decay, LowRank) and decay.every > 1 and has_rate_per_parameter(optimizer, group):
-            raise ValueError(
-                f"{role} is to be decayed every {decay.every} steps, and {type(optimizer).__name__} has another rate "
-                "for each parameter in each step; use every=1."
-            )
-        if isinstance(decay, LowRank) and decay.every > 1 and group.get("gradient_release"):
-            raise ValueError(
-                f"{role} is to be decayed every {decay.every} steps, and with gradient_release=True "
-                f"{type(optimizer).__name__} steps each parameter by itself, so that there is nothing to count; use "
-                "every=1."
-            )
         if isinstance(decay, LowRank) and is_averaged(group) and any(map(is_sharded, target.parameters(group))):
             raise ValueError(
                 f"{role} is sharded, and a low-rank decay under {type(optimizer).__name__} needs whole matrices; use "
                 "DDP, or an optimizer that is not schedule-free."
+            )
+        if isinstance(decay, Planes) and (is_averaged(group) or group.get("gradient_release")):
+            why = "keeps an average of them" if is_averaged(group) else "steps each parameter by itself"
+            raise ValueError(
+                f"{role}=Planes needs the weights of all parameters of a step at once, and {type(optimizer).__name__} "
+                f"{why}; use {role}=rankdecay.LowRank(...), or another optimizer."
             )
         for parameter, name in zip(target.parameters(group), target.names, strict=True):
             if is_sharded(parameter):
@@ -606,7 +683,8 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
                         f"{name} ({role}) has shape {tuple(parameter.shape)} and is sharded; attention stored in "
                         "more than two dimensions can be decayed only whole: leave its module out of fully_shard."
                     )
-            if parameter.ndim < 2 and isinstance(decay, LowRank):
+            flat = isinstance(decay, Planes) and any(window.has_heads for window in target.windows)
+            if parameter.ndim < 2 and (flat or isinstance(decay, LowRank)):
                 raise ValueError(
                     f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
                 )
@@ -615,6 +693,18 @@ def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source)
                     window.heads(torch.empty(parameter.shape, device="meta"))
                 except ValueError as error:
                     raise ValueError(f"{name} ({role}): {error}") from None
+        every = target.every_in(group, counts_steps(optimizer, group))
+        if every > 1 and has_rate_per_parameter(optimizer, group):
+            raise ValueError(
+                f"{role} is to be decayed every {every} steps, and {type(optimizer).__name__} has another rate "
+                "for each parameter in each step; use every=1."
+            )
+        if every > 1 and group.get("gradient_release"):
+            raise ValueError(
+                f"{role} is to be decayed every {every} steps, and with gradient_release=True "
+                f"{type(optimizer).__name__} steps each parameter by itself, so that there is nothing to count; use "
+                "every=1."
+            )
 
 
 def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
@@ -666,7 +756,7 @@ def _swapped(index: int, before: _RegisteredGroup, now: list[tuple[int, ...]]) -
 
 
 def _count_step(
-    target: Target, decay: Decay, rate: float | Tensor, found_inf: Tensor | None, live: list[bool]
+    target: Target, decay: Decay, every: int, rate: float | Tensor, found_inf: Tensor | None, live: list[bool]
 ) -> list[tuple[float | Tensor, list[int]]]:
     """Count a step, and return what is to be decayed now: amounts, and the parameters that lose them.
 
@@ -676,14 +766,16 @@ def _count_step(
     Args:
         target: whose step it is.
         decay: of the target.
+        every: after how many steps it is applied.
         rate: of the step.
         found_inf: 1 on the device if the step was skipped.
         live: whether each parameter of the target has a gradient.
     """
-    every, counter = decay.every if isinstance(decay, LowRank) else 1, target.counter
-    amount: float | Tensor = decay.strength * rate if decay.lr_coupled and decay.strength else decay.strength
+    counter = target.counter
+    amount = _bounded(decay.strength * rate if decay.lr_coupled and decay.strength else decay.strength)
+    amount = amount * counter.ramp(decay)
     if found_inf is not None:
-        amount = amount * (1 - found_inf)
+        amount = (amount if isinstance(amount, Tensor) else min(amount, _LARGEST_ON_DEVICE)) * (1 - found_inf)
     counter.steps += 1
     pending = counter.pending + amount
     if every > 1:
@@ -702,3 +794,11 @@ def _count_step(
         if (has_gradient or every > 1) and (isinstance(its, Tensor) or its > 0):
             alike.setdefault(its if isinstance(its, float) else id(its), (its, []))[1].append(position)
     return list(alike.values())
+
+
+#: Bounds of an amount, far above any that leaves something of a weight: so that sums stay finite, and ∞ · 0 never is.
+_LARGEST, _LARGEST_ON_DEVICE = 1e300, 1e37
+
+
+def _bounded(amount: float | Tensor) -> float | Tensor:
+    return amount.clamp_max(_LARGEST_ON_DEVICE) if isinstance(amount, Tensor) else min(amount, _LARGEST)

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.attention.layer import Window
-from rankdecay.decay.apply import apply, backend_on, rounded
+from rankdecay.decay.apply import Step, apply, backend_on, rounded
 from rankdecay.decay.groups import Group
-from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.linalg import Backend, shrink
 from rankdecay.linalg.backend import has_float64
 
@@ -37,28 +37,16 @@ def holds_average(optimizer: Optimizer) -> bool:
     return not callable(getattr(optimizer, "train", None))
 
 
-def decay_averaged(
-    optimizer: Optimizer,
-    group: Group,
-    parameters: list[Tensor],
-    windows: list[Window],
-    decay: LowRank | Frobenius,
-    amount: float | Tensor,
-    backend: Backend,
-    seed: int,
-) -> None:
+def decay_averaged(optimizer: Optimizer, group: Group, step: Step, backend: Backend) -> None:
     """Decay matrices of a schedule-free optimizer in place, after its step.
 
     Args:
         optimizer: that has made the step.
         group: of the parameters.
-        parameters: that have been stepped.
-        windows: where in each of them the matrices are.
-        decay: of these matrices.
-        amount: Σ lr · strength since the last decay.
+        step: the matrices, and what they lose.
         backend: as for :func:`rankdecay.attach`.
-        seed: of the rounding of 16-bit weights.
     """
+    parameters, windows, decay, amount, seed, _ = step
     beta = float(group["betas"][0] if "betas" in group else group["momentum"])
     is_average = holds_average(optimizer)
     for number, parameter in enumerate(parameters):
@@ -77,12 +65,10 @@ def decay_averaged(
         parameter.copy_(rounded(held + change, parameter.dtype, seed + 1))
 
 
-def _change(
-    weight: Tensor, windows: list[Window], decay: LowRank | Frobenius, amount: float | Tensor, backend: Backend
-) -> Tensor:
+def _change(weight: Tensor, windows: list[Window], decay: OfMatrix, amount: float | Tensor, backend: Backend) -> Tensor:
     """Return what a decay would add to a weight."""
     decayed = weight.clone()
-    apply([decayed], windows, decay, amount, backend, 0)
+    apply([Step([decayed], windows, decay, amount, 0)], backend)
     return decayed - weight
 
 
@@ -97,7 +83,7 @@ def _low_rank_changes(
         view = window.heads if by_head else window.matrix
         before = view(z)
         average, iterate = view(x), view(after)
-        tau = decay.tau(amount, before.norm(dim=(-2, -1)), min(before.shape[-2:]))
+        tau = decay.tau(before, amount)
         kept = within_range(average, iterate, tau)
         backend_here = backend_on(average, backend)
         rest = shrink(average - kept, tau, decay.rule, smoothing=decay.smoothing, backend=backend_here)

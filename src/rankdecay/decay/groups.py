@@ -16,7 +16,10 @@ ROLE_rule                   ``"prox"``, … or ``"frobenius"``: a decay that the
 ROLE_strength, _scale, …    the other fields of :class:`~rankdecay.LowRank`; the strength of L2 may be
                             ``"weight_decay"``, for the value of that key
 ROLE_blocks                 where in the parameter, a :class:`~rankdecay.attention.Window` per matrix
+query_key_planes            of :class:`~rankdecay.Planes`: the rows of each parameter, of biases too, a
+                            :class:`~rankdecay.attention.planes.PlaneRows` a line
 ROLE_steps, _pending        state of ``every=k``: steps seen, and Σ lr · strength since the last decay
+ROLE_warmed                 steps of a warm-up that have been made
 ==========================  ============================================================================
 """
 
@@ -24,18 +27,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rankdecay.attention import Window
-from rankdecay.attention.layer import WHOLE
+from rankdecay.attention.layer import WHOLE, smaller_side
 from rankdecay.attention.locate import Names, listed, warn_unhandled
+from rankdecay.attention.planes import PlaneRows
 from rankdecay.checks import check_number, suggestion
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.planes import check_planes
+from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes
 from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
 
 Group = dict[str, Any]
@@ -43,6 +49,13 @@ Excluded = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
 #: Strength of an L2 that is the group's ``weight_decay``, where the hook applies it.
 LIVE = "weight_decay"
+
+#: The rule, in a group's keys, of a decay of rotary planes.
+PLANES = "planes"
+#: ``every`` of a low-rank decay that follows from the shapes of the matrices.
+BY_SHAPE = "by shape"
+#: Fields of a low-rank decay that a group always has; others where they are not as their defaults.
+_ALWAYS = ("strength", "rule", "scale", "unit", "every", "lr_coupled", "smoothing")
 
 
 def param_groups(
@@ -70,7 +83,7 @@ def param_groups(
         model: the model; plain, compiled, or wrapped by DDP or PEFT.
         default: decay of every matrix whose role is not named below; without one, the optimizer's own
             ``weight_decay``. Norms and biases have no decay unless they are named.
-        query_key: decay of W_Q and W_K.
+        query_key: decay of W_Q and W_K; :class:`rankdecay.Planes` acts on their biases too.
         value_output: decay of W_V and W_O.
         mlp: decay of the other matrices in blocks with attention.
         embedding: decay of input and output embeddings.
@@ -106,7 +119,9 @@ def param_groups(
              "bias": bias, "other": other}  # fmt: skip
     planned, remarks = plan(model, default, named, names, num_heads, only, exclude, rest=Frobenius(0.0), stacklevel=3)
     groups: dict[object, Group] = {}
-    for entry, decays, excluded in planned:
+    planes = query_key if isinstance(query_key, Planes) else None
+    for each in planned:
+        entry, decays, excluded = each.entry, each.decays, each.excluded
         # Not by the decays: the same model has the same groups whatever its decays, so that a state can be loaded.
         layout = tuple((block.role, block.window) for block in entry.blocks)
         key = (layout, _is_matrix(entry, entry.blocks[0]), excluded)
@@ -114,19 +129,35 @@ def param_groups(
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.names[0])
         group["why"].append(why_of(entry))
-        l2 = all(isinstance(decay, Frobenius) for _, decay in decays)
-        _known[entry.parameter] = Known(entry.names[0], group["why"][-1], remarks, entry.blocks, l2)
+        l2 = all(isinstance(decay, Frobenius) and decay.is_l2 for _, decay in decays)
+        _known[entry.parameter] = Known(
+            entry.names[0], group["why"][-1], remarks, entry.blocks, l2, entry.planes, entry.no_planes
+        )
     for group in groups.values():
+        _give_planes(group, planes)
         group.update(real_l2(group))
     return Groups(groups.values())
 
 
 class Planned(NamedTuple):
-    """Parameter, and the decay of each of its matrices; None for the optimizer's own weight decay."""
+    """Parameter, and the decay of each of its matrices; None for the optimizer's own weight decay.
+
+    Attributes:
+        entry: the parameter.
+        decays: of its blocks.
+        excluded: whether it is left to the optimizer.
+        bias_of: the decay of planes that a bias of queries or keys has rows of, in place of ``decays``.
+    """
 
     entry: Assigned
     decays: list[tuple[Block, Decay | None]]
     excluded: bool = False
+    bias_of: Planes | None = None
+
+    @property
+    def acting(self) -> list[tuple[Block, Decay | None]]:
+        """The decays that act on its blocks; a bias with planes is part of W_Q and W_K."""
+        return self.decays if self.bias_of is None else [(Block("query_key", WHOLE, "bias"), self.bias_of)]
 
 
 def plan(
@@ -161,6 +192,8 @@ def plan(
     _check_every_role_matches(named, [e for e in assigned if id(e) not in out], model, listed(unhandled), bool(out))
     if named.get("query_key") is not None or named.get("value_output") is not None:
         warn_unhandled(unhandled, "is not decayed", stacklevel=stacklevel + 1)
+    _leave_out(assigned, out)
+    planes = named.get("query_key")
     planned: list[Planned] = []
     for entry in assigned:
         if id(entry) in out:
@@ -168,7 +201,9 @@ def plan(
             continue
         decays = [(block, decay_of(block, entry, named, default, rest)) for block in entry.blocks]
         _check_no_conflict(entry, decays)
-        planned.append(Planned(entry, decays))
+        planned.append(Planned(entry, decays, bias_of=bias_planes(entry, decays, planes)))
+    if isinstance(planes, Planes):
+        check_planes(planes, [(entry.names[0], entry.planes) for entry in assigned])
     assumed = [entry.names[0] for entry in assigned if any(block.assumed for block in entry.blocks)]
     return planned, Remarks(tuple(listed(unhandled)), tuple(assumed))
 
@@ -176,11 +211,51 @@ def plan(
 def check_decays(decays: Mapping[str, Decay | None]) -> None:
     """Raise a `TypeError` if one of several arguments is neither a decay nor None."""
     for argument, decay in decays.items():
-        if decay is not None and not isinstance(decay, (LowRank, Frobenius)):
+        if decay is not None and not isinstance(decay, get_args(Decay)):
             raise TypeError(
                 f"{argument}={decay!r} is not a decay; pass rankdecay.LowRank(strength) or "
                 "rankdecay.Frobenius(strength)."
             )
+        if isinstance(decay, Planes) and argument != "query_key":
+            raise ValueError(f"{argument}={decay!r}: rotary planes are of W_Q and W_K; give it to query_key.")
+
+
+def _leave_out(assigned: list[Assigned], excluded: set[int]) -> None:
+    """Take the planes of excluded and frozen parameters away, and count the layers that have some left."""
+    for entry in assigned:
+        if id(entry) in excluded or not entry.parameter.requires_grad:
+            entry.planes = ()
+    layers: dict[str, set[str]] = {}
+    for rows in (rows for entry in assigned for rows in entry.planes):
+        layers.setdefault(rows.configuration, set()).add(rows.layer)
+    for entry in assigned:
+        entry.planes = tuple(replace(rows, layers=len(layers[rows.configuration])) for rows in entry.planes)
+
+
+def bias_planes(
+    entry: Assigned, decays: Sequence[tuple[Block, Decay | None]], query_key: Decay | None
+) -> Planes | None:
+    """Return the decay of planes that a bias has instead of its own; None if it has none.
+
+    Raises:
+        ValueError: If it holds more than the bias of queries or keys, and biases have a decay of their own.
+    """
+    if not isinstance(query_key, Planes) or not entry.planes or any(b.role == "query_key" for b in entry.blocks):
+        return None
+    own = next((decay for _, decay in decays if decay is not None and decay.strength), None)
+    if own is not None and holds_more(entry.planes, entry.parameter):
+        raise ValueError(
+            f"{entry.names[0]} holds the biases of queries, keys and values: those of queries and keys are decayed "
+            f"with query_key={query_key!r}, and bias={own!r} cannot act on the rest of it alone; leave bias out."
+        )
+    return query_key
+
+
+def holds_more(planes: Iterable[PlaneRows], bias: Tensor) -> bool:
+    """Whether a bias with rotary planes holds the biases of values too."""
+    return sum(rows.window.extent(0) for rows in {(each.part, each.window): each for each in planes}.values()) < (
+        bias.numel()
+    )
 
 
 def why_of(entry: Assigned) -> str:
@@ -247,6 +322,8 @@ class Known(NamedTuple):
         remarks: on the model.
         blocks: its matrices.
         l2: whether its decay is L2 that was asked for, and not the optimizer's own.
+        planes: where it has rows of rotary planes.
+        no_planes: why it has none, for W_Q and W_K.
     """
 
     name: str
@@ -254,6 +331,8 @@ class Known(NamedTuple):
     remarks: Remarks
     blocks: list[Block]
     l2: bool
+    planes: tuple[PlaneRows, ...] = ()
+    no_planes: str = ""
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -279,19 +358,60 @@ def decays_in(group: Group) -> dict[str, Decay]:
     """
     found: dict[str, Decay] = {}
     for role in hook_roles(group):
-        if group[f"{role}_rule"] == "frobenius":
-            key = LIVE if group[f"{role}_strength"] == LIVE else f"{role}_strength"
-            found[role] = Frobenius(_number(group, key), group.get(f"{role}_lr_coupled", True))
-            continue
-        settings = {field.name: group[f"{role}_{field.name}"] for field in fields(LowRank)}
-        settings["strength"] = _number(group, f"{role}_strength")
-        found[role] = LowRank(**settings)
+        kind = {"frobenius": Frobenius, PLANES: Planes}.get(group[f"{role}_rule"], LowRank)
+        keys = {field.name: f"{role}_{field.name}" for field in fields(kind)}
+        settings = {name: group[key] for name, key in keys.items() if key in group}
+        live = settings["strength"] == LIVE
+        settings["strength"] = _number(group, LIVE if live else f"{role}_strength")
+        if settings.get("every") == BY_SHAPE:
+            settings["every"] = None
+        found[role] = kind(**settings)
     return found
 
 
 def live_l2(role: str, windows: Iterable[Window] = (WHOLE,)) -> Group:
     """Return the keys that make the hook apply the group's ``weight_decay`` to the matrices of a role."""
     return hook_keys(role, Frobenius(0.0), windows) | {f"{role}_strength": LIVE}
+
+
+def _give_planes(group: Group, decay: Planes | None) -> None:
+    """Write where the rotary planes of a group's parameters are; for biases also the decay, which acts on them too."""
+    if decay is None:
+        return
+    rows = [_known[p].planes if p in _known else () for p in group["params"]]
+    of_matrices = "query_key" in roles_of(group)
+    if of_matrices or any(rows):
+        group.update({} if of_matrices else hook_keys("query_key", decay))
+        group[f"query_key_{PLANES}"] = ["\n".join(map(str, each)) for each in rows]
+
+
+def planes_in(group: Group) -> list[tuple[PlaneRows, ...]]:
+    """Return where the rotary planes of each of a group's parameters are, nothing of those that have none.
+
+    Raises:
+        ValueError: If the group does not say it of each of its parameters.
+    """
+    texts = group.get(f"query_key_{PLANES}")
+    if texts is None:
+        return [() for _ in group["params"]]
+    if len(texts) == len(group["params"]):
+        return [_rows(text) for text in texts]
+    if all(p in _known for p in group["params"]):
+        return [_known[p].planes for p in group["params"]]
+    raise ValueError(
+        f"the group of {group.get('role')} had {len(texts)} parameters and has {len(group['params'])}, and nothing "
+        "says where the rotary planes of each are; build it with rankdecay.param_groups."
+    )
+
+
+@lru_cache(maxsize=4096)
+def _rows(text: str) -> tuple[PlaneRows, ...]:
+    return tuple(map(PlaneRows.parse, filter(None, text.split("\n"))))
+
+
+def roles_of(group: Group) -> list[str]:
+    """Return the roles of the matrices in a group; a bias with rotary planes has a decay of another."""
+    return group.get("role", "").split("+")
 
 
 def has_live_l2(group: Group) -> bool:
@@ -305,7 +425,9 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
     Raises:
         ValueError: If the group does not say where the matrices of its roles are.
     """
-    roles = group.get("role", "").split("+")
+    roles = roles_of(group)
+    if "query_key" in decays and "query_key" not in roles:
+        _change_biases(group, decays["query_key"])
     if not set(roles) & set(decays):
         return
     known = [_known[p].blocks for p in group["params"] if p in _known]
@@ -319,15 +441,39 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
     whole: Decay | None = Frobenius(group["weight_decay"]) if "weight_decay" in group else None
     pairs = [(block, decays.get(block.role, found.get(block.role, whole))) for block in blocks]
     for block, decay in pairs:
-        if isinstance(decay, LowRank) and group["params"]:
-            _check_matrix(block, Assigned(group["params"][0], names_in(group)[:1], blocks), decay)
+        if decay is not None and group["params"]:
+            no_planes = next((_known[p].no_planes for p in group["params"] if p in _known), "")
+            check_suits(block, Assigned(group["params"][0], names_in(group)[:1], blocks, no_planes=no_planes), decay)
     counts = {key: group[key] for key in group if key.endswith(("_steps", "_pending"))}
-    for role in hook_roles(group):
+    for role, decay in decays.items():
+        if found.get(role) == decay and f"{role}_warmed" in group:
+            counts[f"{role}_warmed"] = group[f"{role}_warmed"]  # the same decay again: its warm-up goes on
+    for role in set(hook_roles(group)) & set(roles):
         for key in [key for key in group if key.startswith(f"{role}_")]:
             del group[key]
     group.update(_keys(pairs))
+    if "query_key" in roles:
+        acting = decays_in(group).get("query_key")
+        _give_planes(group, acting if isinstance(acting, Planes) else None)
     group.update({key: value for key, value in counts.items() if key in group})
     group.update(real_l2(group))
+
+
+def _change_biases(group: Group, decay: Decay) -> None:
+    """Let the biases of queries and keys in a group follow the decay of their matrices, if that is of planes."""
+    found = decays_in(group)
+    counts = {key: group[key] for key in ("query_key_steps", "query_key_warmed") if key in group}
+    for key in [key for key in group if key.startswith("query_key_")]:
+        del group[key]
+    if not isinstance(decay, Planes):
+        return
+    own = found.get(roles_of(group)[0], Frobenius(group.get("weight_decay", 0.0)))
+    for known in (_known[p] for p in group["params"] if p in _known):
+        shape = next(p for p in group["params"] if p in _known and _known[p] is known)
+        bias_planes(Assigned(shape, [known.name], known.blocks, known.planes), [(b, own) for b in known.blocks], decay)
+    _give_planes(group, decay)
+    same = found.get("query_key") == decay
+    group.update({key: n for key, n in counts.items() if key in group and (same or key != "query_key_warmed")})
 
 
 def hook_roles(group: Group) -> list[str]:
@@ -361,13 +507,17 @@ def windows_in(group: Group, role: str) -> list[Window]:
 
 def hook_keys(role: str, decay: Decay, windows: Iterable[Window] = (WHOLE,)) -> Group:
     """Return the keys that make the hook apply ``decay`` to the matrices of a role."""
-    if isinstance(decay, LowRank):
-        settings = asdict(decay)
-    else:
-        settings = {"rule": "frobenius", "strength": decay.strength}
-        settings |= {} if decay.lr_coupled else {"lr_coupled": False}
+    settings = {} if isinstance(decay, LowRank) else {"rule": PLANES if isinstance(decay, Planes) else "frobenius"}
+    always = (
+        ("strength", "rule", "scale", "unit", "every", "lr_coupled", "smoothing") if not settings else ("strength",)
+    )
+    defaults = {field.name: field.default for field in fields(decay)}
+    settings |= {n: v for n, v in asdict(decay).items() if n in always or v != defaults[n]}
+    if "every" in settings and settings["every"] is None:
+        settings["every"] = BY_SHAPE
     keys: Group = {f"{role}_{name}": value for name, value in settings.items()}
     keys |= {f"{role}_steps": 0, f"{role}_pending": 0.0}  # a distributed checkpoint fills existing keys alone
+    keys |= {f"{role}_warmed": 0} if decay.warmup else {}
     blocks = "; ".join(filter(None, map(str, windows)))  # nothing of a whole parameter
     if blocks:
         keys[f"{role}_blocks"] = blocks
@@ -386,7 +536,7 @@ def real_l2(group: Group) -> Group:
     narrow = any(
         p.is_floating_point() and p.dtype.itemsize < 4 and p in _known and _known[p].l2 for p in group["params"]
     )
-    if not narrow or not group.get("weight_decay") or hook_roles(group):
+    if not narrow or not group.get("weight_decay") or set(hook_roles(group)) & set(roles_of(group)):
         return {}
     return live_l2(group["role"].split("+")[0])
 
@@ -430,8 +580,8 @@ def decay_of(
     decay = named.get(block.role)
     if decay is None:
         decay = default if _is_matrix(entry, block) else rest
-    if isinstance(decay, LowRank):
-        _check_matrix(block, entry, decay)
+    if decay is not None:
+        check_suits(block, entry, decay)
     return decay
 
 
@@ -440,17 +590,36 @@ def _is_matrix(entry: Assigned, block: Block) -> bool:
     return entry.parameter.ndim >= 2 and block.role not in ("norm", "bias") and not block.fixed
 
 
-def _check_matrix(block: Block, entry: Assigned, decay: LowRank) -> None:
+def check_suits(block: Block, entry: Assigned, decay: Decay) -> None:
+    """Raise if a decay is not defined for a block."""
     name, shape = entry.names[0], tuple(entry.parameter.shape)
-    if len(shape) != 2 and not block.stack and not block.window.has_heads:
+    if isinstance(decay, Planes):
+        if entry.no_planes or not block.window.has_heads:
+            raise ValueError(
+                f"{block.role}={decay!r} meets {entry.no_planes or f'{name}, whose heads are not known'}. Give "
+                f"{block.role}=rankdecay.LowRank(...), or leave these layers out with exclude=."
+            )
+        return
+    needs_matrix = isinstance(decay, LowRank) or (decay.needs_norm and len(shape) > 2)
+    if needs_matrix and len(shape) != 2 and not block.stack and not block.window.has_heads:
+        what = "a low-rank decay" if isinstance(decay, LowRank) else f"a decay of power {decay.power:g}"
         raise ValueError(
-            f"{name} has role {block.role} and shape {shape}, and a low-rank decay needs a matrix: give "
-            f"{block.role}=rankdecay.Frobenius(...) instead."
+            f"{name} has role {block.role} and shape {shape}, and {what} needs a matrix: give "
+            f"{block.role}=rankdecay.Frobenius(...){' of power 1' if isinstance(decay, Frobenius) else ''} instead."
         )
+    kind = type(decay).__name__
     if decay.unit == "head" and not block.window.has_heads:
         raise ValueError(
-            f"{block.role}=LowRank(unit='head') meets {name}, which has no heads; use unit='matrix' for this role."
+            f"{block.role}={kind}(unit='head') meets {name}, which has no heads; use unit='matrix' for this role."
         )
+    if isinstance(decay, LowRank) and decay.keep:
+        smaller = smaller_side(block.window, shape, decay.unit == "head")
+        if decay.keep >= smaller:
+            raise ValueError(
+                f"keep={decay.keep} of {block.role} spares every singular value of {name}, whose "
+                f"{'heads' if decay.unit == 'head' else 'matrices'} have {smaller}; give a smaller one, or "
+                "rankdecay.Frobenius(0.0) for no decay."
+            )
 
 
 def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
@@ -462,10 +631,10 @@ def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
         [decay] = distinct
         if decay is None:
             return keys
-        if isinstance(decay, Frobenius) and decay.lr_coupled:
+        if isinstance(decay, Frobenius) and decay.is_l2:
             return keys | {"weight_decay": decay.strength, "decoupled_weight_decay": True}
     # One strength of L2 is the group's weight_decay, so that a schedule of it counts; absent, the optimizer's own.
-    l2 = {decay for decay in distinct if decay is None or (isinstance(decay, Frobenius) and decay.lr_coupled)}
+    l2 = {decay for decay in distinct if decay is None or (isinstance(decay, Frobenius) and decay.is_l2)}
     live = None if None in l2 else (l2.pop() if len(l2) == 1 else Frobenius(0.0))
     keys |= {} if live is None else {"weight_decay": live.strength}
     for role in roles:

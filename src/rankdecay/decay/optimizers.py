@@ -198,6 +198,11 @@ def has_rate_per_parameter(optimizer: Optimizer, group: Group) -> bool:
     return "relative_step" in group and (hasattr(optimizer, "_get_lr") or hasattr(optimizer, "get_relative_step_size"))
 
 
+def counts_steps(optimizer: Optimizer, group: Group) -> bool:
+    """Whether the decays of several steps can be applied at once: one rate for all parameters, and one step."""
+    return not has_rate_per_parameter(optimizer, group) and not group.get("gradient_release")
+
+
 def has_rate(optimizer: Optimizer, group: Group) -> bool:
     """Whether a group has a learning rate, of its own or hidden."""
     return group.get("lr") is not None or has_rate_per_parameter(optimizer, group)

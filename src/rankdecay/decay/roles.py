@@ -34,6 +34,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.locate import Names, Unhandled, locate
+from rankdecay.attention.planes import PlaneRows, plane_rows
 from rankdecay.attention.source import Known, ModuleSource, named_parameters
 from rankdecay.attention.windows import Found
 
@@ -98,11 +99,21 @@ class Block(NamedTuple):
 
 @dataclass
 class Assigned:
-    """Parameter, with its names and its blocks."""
+    """Parameter, with its names and its blocks.
+
+    Attributes:
+        parameter: the parameter.
+        names: its names; several if it is tied.
+        blocks: the matrices in it.
+        planes: where it has rows of rotary planes: W_Q, W_K and their biases.
+        no_planes: of W_Q and W_K of an attention whose planes cannot be decayed: its name, and why.
+    """
 
     parameter: nn.Parameter
     names: list[str]
     blocks: list[Block]
+    planes: tuple[PlaneRows, ...] = ()
+    no_planes: str = ""
 
 
 def assign_roles(
@@ -127,6 +138,7 @@ def roles_in(source: ModuleSource, found: list[Found]) -> list[Assigned]:
             if all(block.window != place.window for block in blocks):  # keys may be values too, and of several layers
                 assumed = "order" in layer.unknown and not place.window.is_whole
                 blocks.append(Block(_ATTENTION_ROLE[role], place.window, role, note, assumed=assumed))
+    rows, reasons = _planes(source, found)
     places = _Places(source, found)
     output_embedding = _output_embedding(source.model)
 
@@ -134,6 +146,8 @@ def roles_in(source: ModuleSource, found: list[Found]) -> list[Assigned]:
     for name, parameter in named_parameters(source.model).items():
         entry = assigned.setdefault(id(parameter), Assigned(parameter, [], []))
         entry.names.append(name)
+        entry.planes += tuple(rows.get(name, ()))
+        entry.no_planes = entry.no_planes or reasons.get(name, "")
         known = source.known[name]
         blocks = in_attention.get(name) or [places.block(parameter, known)]
         if parameter is output_embedding and not isinstance(known.holder, nn.Embedding):
@@ -145,6 +159,20 @@ def roles_in(source: ModuleSource, found: list[Found]) -> list[Assigned]:
         telling = [block for block in entry.blocks if block.role != "other" or block.window.has_heads]
         entry.blocks = telling or entry.blocks[:1]
     return list(assigned.values())
+
+
+def _planes(source: ModuleSource, found: list[Found]) -> tuple[dict[str, list[PlaneRows]], dict[str, str]]:
+    """Return the rows of rotary planes, or why there are none, by the name of the parameter."""
+    computed = {name: weight.note for name, weight in source.computed.items()}
+    notes = computed | {name: known.note for name, known in source.known.items() if known.note}
+    rows, reasons = plane_rows(found, notes)
+    return rows, {
+        place.parameter: f"{layer.name or 'the model'}, which {reasons[layer.name]}"
+        for layer in found
+        if layer.name in reasons
+        for role, place in layer.places.items()
+        if _ATTENTION_ROLE[role] == "query_key"
+    }
 
 
 def _not_decayed(source: ModuleSource, found: list[Found]) -> Iterator[Unhandled]:

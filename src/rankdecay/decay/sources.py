@@ -20,21 +20,26 @@ from rankdecay.decay.groups import (
     Group,
     Planned,
     Remarks,
+    bias_planes,
     change_decays,
     decay_of,
     decays_in,
     has_live_l2,
+    holds_more,
     hook_roles,
     live_l2,
     names_in,
+    planes_in,
     real_l2,
     remarks_on,
+    roles_of,
     why_of,
     whys_in,
     windows_in,
 )
-from rankdecay.decay.optimizers import check_divisible, decouples, is_decoupled
-from rankdecay.decay.policy import Decay, Frobenius
+from rankdecay.decay.optimizers import check_divisible, counts_steps, decouples, is_decoupled
+from rankdecay.decay.planes import check_alike, check_planes
+from rankdecay.decay.policy import Decay, Frobenius, Planes
 from rankdecay.decay.targets import Bundle, Counter, Target
 
 
@@ -101,6 +106,19 @@ class Source(Protocol):
         ...
 
 
+def check_planes_held(source: Source, optimizer: Optimizer) -> None:
+    """Raise if an optimizer has a part of the rows of rotary planes that are to vanish together.
+
+    Raises:
+        ValueError: If it has; or if groups differ in what a plane is.
+    """
+    targets = [target for index, group in enumerate(optimizer.param_groups) for target in source.targets(index, group)]
+    decays = [target.decay for target in targets if isinstance(target.decay, Planes)]
+    check_alike(decays)
+    for decay in decays[:1]:
+        check_planes(decay, [pair for t in targets if t.planes for pair in zip(t.names, t.planes, strict=True)])
+
+
 # ---- the optimizer's groups ------------------------------------------------------------------------------
 
 
@@ -114,7 +132,7 @@ class FromGroups:
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
         """Let the hook apply L2 where the optimizer does not decouple it, or would round it away."""
         l2 = group.get("decoupled_weight_decay") and group.get("weight_decay")
-        if "role" not in group or hook_roles(group) or not l2:
+        if "role" not in group or set(hook_roles(group)) & set(roles_of(group)) or not l2:
             return
         keys = real_l2(group) if decouples(optimizer, group) else live_l2(group["role"].split("+")[0])
         group.update(keys)
@@ -126,17 +144,25 @@ class FromGroups:
         Raises:
             ValueError: If a key has been given a value that its decay does not take.
         """
-        positions, names, whys = list(range(len(group["params"]))), names_in(group), whys_in(group)
-        return [
-            Target(role, decay, windows_in(group, role), positions, names, whys, Counter(group, role))
-            for role, decay in decays_in(group).items()
-        ]
+        names, whys, planes = names_in(group), whys_in(group), planes_in(group)
+        every = list(range(len(group["params"])))
+        biases = [] if "query_key" in roles_of(group) else [i for i in every if planes[i]]  # among others
+        targets: list[Target] = []
+        for role, decay in decays_in(group).items():
+            of_planes = isinstance(decay, Planes)
+            at = every if not biases else biases if of_planes else [i for i in every if i not in biases]
+            windows, counter = windows_in(group, role), Counter(group, role)
+            rows = [planes[i] for i in at] if of_planes else []
+            its_names, its_whys = [names[i] for i in at], [whys[i] for i in at]
+            targets.append(Target(role, decay, windows, at, its_names, its_whys, counter, planes=rows))
+        return targets
 
     def sections(self, optimizer: Optimizer, index: int, group: Group) -> list[Section]:
         """Return a group whole where the hook decays it: the optimizer's own L2 is off."""
         if not hook_roles(group) or "weight_decay" not in group:
             return []
-        if group["weight_decay"] and not has_live_l2(group) and not self._warned:
+        own = set(hook_roles(group)) & set(roles_of(group))
+        if group["weight_decay"] and own and not has_live_l2(group) and not self._warned:
             self._warned = True
             decays = ", ".join(decay.describe() for decay in decays_in(group).values())
             warnings.warn(
@@ -144,7 +170,11 @@ class FromGroups:
                 f"of its own ({decays}), and is not applied to it; change that decay with attachment.set(...).",
                 stacklevel=6,
             )
-        return [Section(list(range(len(group["params"]))), 0.0)]
+        every = list(range(len(group["params"])))
+        if not own:  # biases of queries and keys, whose planes are decayed, among others
+            planes = planes_in(group)
+            every = [position for position in every if planes[position]]
+        return [Section(every, 0.0)]
 
     def place(self, index: int, group: Group, position: int) -> Place:
         """Return what the group says of a parameter."""
@@ -169,8 +199,16 @@ class FromGroups:
         for role in decays:
             if role not in held:
                 raise ValueError(f"{role} has no parameter in this optimizer; its roles are {', '.join(sorted(held))}.")
-        for group in optimizer.param_groups:
-            change_decays(group, decays)
+        before = [dict(group) for group in optimizer.param_groups]
+        try:
+            for group in optimizer.param_groups:
+                change_decays(group, decays)
+            check_planes_held(self, optimizer)
+        except ValueError:
+            for group, found in zip(optimizer.param_groups, before, strict=True):
+                group.clear()
+                group.update(found)
+            raise
 
     def recall(self, optimizer: Optimizer) -> None:
         """Do nothing: the optimizer loads the counts with its groups."""
@@ -281,7 +319,7 @@ class FromModel:
         if name is None:
             return Place(f"parameter {position} of group {index}", "-", f"not a parameter of {self._kind}")
         planned = self._planned[name]
-        role = "+".join(dict.fromkeys(block.role for block in planned.entry.blocks))
+        role = "+".join(dict.fromkeys(block.role for block, _ in planned.acting))
         return Place(name, role, why_of(planned.entry) + ("; excluded" if planned.excluded else ""))
 
     def remarks(self, optimizer: Optimizer) -> Remarks:
@@ -292,10 +330,11 @@ class FromModel:
         """Return which parameters of the named roles the optimizer does not have."""
         held = {name for names in self._names for name in names}
         missing: dict[str, list[str]] = {}
-        for name, (entry, pairs, _) in self._planned.items():
+        for name, planned in self._planned.items():
+            entry = planned.entry
             if name in self._frozen or held & set(entry.names) or name != entry.names[0]:
                 continue
-            for role in {block.role for block, decay in pairs if decay is not None}:
+            for role in {block.role for block, decay in planned.acting if decay is not None}:
                 missing.setdefault(role, []).append(name)
         return [
             f"{role}: {len(names)} of its parameters are not in this optimizer ({', '.join(names[:4])}"
@@ -315,17 +354,20 @@ class FromModel:
                 raise ValueError(f"{role} has no parameter of {self._kind} in this {type(optimizer).__name__}.")
         named = self._named | dict(decays)
         planned = {}
-        for name, (entry, old, excluded) in self._planned.items():
+        for name, (entry, old, excluded, _) in self._planned.items():
             pairs = [(b, None if excluded else decay_of(b, entry, named, self._default, None)) for b, _ in old]
-            planned[name] = Planned(entry, pairs, excluded)
-        before = self._named, self._planned
+            bias_of = None if excluded else bias_planes(entry, pairs, named.get("query_key"))
+            planned[name] = Planned(entry, pairs, excluded, bias_of)
+        before = self._named, self._planned, self._bundles
         self._named, self._planned = named, planned
         try:
-            bundles = [self._bundle(optimizer, index, group) for index, group in enumerate(optimizer.param_groups)]
+            indexed = enumerate(optimizer.param_groups)
+            self._bundles = [self._bundle(optimizer, index, group) for index, group in indexed]
+            check_planes_held(self, optimizer)
         except ValueError:
-            self._named, self._planned = before
+            self._named, self._planned, self._bundles = before
             raise
-        self._bundles = [self._counted_on(old, new) for old, new in zip(self._bundles, bundles, strict=True)]
+        self._bundles = [self._counted_on(old, new) for old, new in zip(before[2], self._bundles, strict=True)]
 
     def recall(self, optimizer: Optimizer) -> None:
         """Take the counts from a state that has been loaded."""
@@ -337,7 +379,7 @@ class FromModel:
         """Write the counts to the state of the parameters that were stepped."""
         if self._counts_in_state:
             for group, bundle in self._each_bundle(optimizer):
-                bundle.keep(optimizer, group, stepped)
+                bundle.keep(optimizer, group, stepped, counts_steps(optimizer, group))
 
     def check_kept(self, optimizer: Optimizer, index: int, group: Group, roles: list[str]) -> None:
         """Do nothing: the groups say nothing of decays."""
@@ -347,10 +389,16 @@ class FromModel:
 
     @staticmethod
     def _counted_on(before: list[Bundle], now: list[Bundle]) -> list[Bundle]:
-        """Let the counts of new bundles go on from those that had their parameters."""
+        """Let the counts of new bundles go on from those that had their parameters; a new decay warms up anew."""
         for bundle in now:
             former = next((each for each in before if bundle.positions[0] in each.positions), None)
-            bundle.numbers.update(former.numbers if former is not None else {})
+            if former is None:
+                continue
+            bundle.numbers.update(former.numbers)
+            same = {(target.role, target.decay) for target in former.targets}
+            for target in bundle.targets:
+                if target.decay is not None and target.decay.warmup and (target.role, target.decay) not in same:
+                    target.counter.start_warmup()
         return now
 
     def _each_bundle(self, optimizer: Optimizer) -> Iterable[tuple[Group, Bundle]]:
@@ -362,21 +410,21 @@ class FromModel:
         """Return the parameters of a group that have a named decay, those of one kind together."""
         alike: dict[object, list[int]] = {}
         for position, name in enumerate(self._names[index]):
-            if name is None or all(decay is None for _, decay in self._planned[name].decays):
+            if name is None or all(decay is None for _, decay in self._planned[name].acting):
                 continue
             narrow = group["params"][position].dtype.itemsize < 4
-            matrices = tuple((block.role, block.window, decay) for block, decay in self._planned[name].decays)
+            matrices = tuple((block.role, block.window, decay) for block, decay in self._planned[name].acting)
             alike.setdefault((matrices, narrow), []).append(position)
         return [self._bundle_of(optimizer, index, group, positions) for positions in alike.values()]
 
     def _bundle_of(self, optimizer: Optimizer, index: int, group: Group, positions: list[int]) -> Bundle:
         names = [name for position in positions if (name := self._names[index][position]) is not None]
-        decays = self._planned[names[0]].decays
+        decays = self._planned[names[0]].acting
         whys = [why_of(self._planned[name].entry) for name in names]
         distinct = {decay for _, decay in decays}
         [decay, *others] = distinct
         narrow = group["params"][positions[0]].dtype.itemsize < 4  # the optimizer would round L2 away
-        by_optimizer = isinstance(decay, Frobenius) and decay.lr_coupled and not others and decouples(optimizer, group)
+        by_optimizer = isinstance(decay, Frobenius) and decay.is_l2 and not others and decouples(optimizer, group)
         by_optimizer = by_optimizer and not narrow
         numbers: dict[str, Any] = {}
         targets = []
@@ -384,7 +432,8 @@ class FromModel:
             [its] = {decay for block, decay in decays if block.role == role}
             windows = [block.labelled_window() for block, _ in decays if block.role == role]
             counter = Counter(numbers, role)
-            targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer))
+            planes = [self._planned[name].entry.planes for name in names] if isinstance(its, Planes) else []
+            targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer, planes))
         l2 = decay.strength if by_optimizer and isinstance(decay, Frobenius) else 0.0
         bundle = Bundle(positions, targets, l2, numbers)
         _check_part(optimizer, index, group, bundle)
@@ -392,9 +441,17 @@ class FromModel:
 
 
 def _check_part(optimizer: Optimizer, index: int, group: Group, bundle: Bundle) -> None:
-    """Raise if a part of a parameter is left to an L2 that goes through the gradient, which no part can be spared."""
+    """Raise if a part of a parameter is left to an L2 that cannot act on a part: through the gradient, or on a bias."""
     left = next((target for target in bundle.targets if target.decay is None), None)
     own = group.get("weight_decay", 0.0)
+    for target in bundle.targets:
+        for parameter, name, rows in zip(target.parameters(group), target.names, target.planes, strict=False):
+            if own and parameter.ndim == 1 and holds_more(rows, parameter):
+                raise ValueError(
+                    f"{name} in group {index} holds the biases of queries, keys and values: those of queries and keys "
+                    f"are decayed with their planes, and the group's weight_decay={own} cannot act on the rest of it "
+                    "alone; put it into a group with weight_decay=0, as biases usually are."
+                )
     if left is not None and own and not is_decoupled(optimizer, group):
         raise ValueError(
             f"{left.names[0]} in group {index} holds matrices of {left.role} too, and the group's weight_decay={own} "

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankdecay.attention import Window
+from rankdecay.attention.layer import smaller_side
+from rankdecay.attention.planes import PlaneRows
 from rankdecay.decay.groups import Group
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
 
@@ -22,11 +24,11 @@ STATE_KEY = "rankdecay"
 
 
 class Counter:
-    """State of ``every=k`` in a dictionary: steps seen, and Σ lr · strength since the last decay."""
+    """Counts in a dictionary: steps seen, those of a warm-up, and Σ lr · strength since the last decay."""
 
     def __init__(self, numbers: dict[str, Any], role: str) -> None:
         self._numbers, self._steps, self._pending = numbers, f"{role}_steps", f"{role}_pending"
-        self._missed = f"{role}_missed"
+        self._missed, self._warmed = f"{role}_missed", f"{role}_warmed"
 
     @property
     def steps(self) -> int:
@@ -35,6 +37,23 @@ class Counter:
     @steps.setter
     def steps(self, value: int) -> None:
         self._numbers[self._steps] = value
+
+    def ramp(self, decay: Decay) -> float:
+        """Count a step of the decay's warm-up, and return the part of its strength that acts in it."""
+        if not decay.warmup:
+            return 1.0
+        self._numbers[self._warmed] = min(self.warmed + 1, decay.warmup)
+        return decay.ramp(self.warmed)
+
+    @property
+    def warmed(self) -> int:
+        """Steps of a warm-up that have been made."""
+        return self._numbers.get(self._warmed, 0)
+
+    def start_warmup(self, after: int = 0) -> None:
+        """Let a warm-up begin with the next step, or go on after some."""
+        if after or self._warmed in self._numbers:
+            self._numbers[self._warmed] = after
 
     @property
     def pending(self) -> float | Tensor:
@@ -82,6 +101,7 @@ class Target:
         whys: the reason for the role, for each parameter.
         counter: of its steps.
         by_optimizer: whether the optimizer applies the decay, and the hook nothing.
+        planes: of a decay of rotary planes: where they are in each parameter; nothing of one that takes no part.
     """
 
     role: str
@@ -92,10 +112,27 @@ class Target:
     whys: list[str]
     counter: Counter
     by_optimizer: bool = False
+    planes: list[tuple[PlaneRows, ...]] = field(default_factory=list)
 
     def parameters(self, group: Group) -> list[Tensor]:
         """Return its parameters, as they are in the group now."""
         return [group["params"][position] for position in self.positions]
+
+    def every_in(self, group: Group, counts: bool) -> int:
+        """Return after how many steps its decay is applied.
+
+        Args:
+            group: of the parameters.
+            counts: whether the optimizer's steps can be counted; else a number that follows from the shapes is 1.
+        """
+        decay = self.decay_in(group)
+        if not isinstance(decay, LowRank) or (decay.every is None and not counts):
+            return 1
+        if decay.every is not None:
+            return decay.every
+        by_head = decay.unit == "head"
+        sides = [smaller_side(w, tuple(p.shape), by_head) for p in self.parameters(group) for w in self.windows]
+        return max(1, decay.interval(max(sides, default=1)))
 
     def decay_in(self, group: Group) -> Decay:
         """Return its decay; for the optimizer's own L2, of the group's present ``weight_decay``."""
@@ -111,9 +148,9 @@ class Bundle:
         targets: one per role.
         l2: weight decay with which the optimizer is to step these parameters.
         numbers: counts of the targets; the same dictionary is in the state of every parameter, where a resumed run
-            needs it: for cycles of several steps, and for the random numbers by which 16-bit weights are rounded.
-            A state without it is that of a run without decay, and either can load the other's. Plain numbers, since a
-            tensor would be cast to the dtype of the parameter.
+            needs it: for cycles of several steps, for a warm-up, and for the random numbers by which 16-bit weights
+            are rounded. A state without it is that of a run without decay, and either can load the other's. Plain
+            numbers, since a tensor would be cast to the dtype of the parameter.
     """
 
     positions: list[int]
@@ -130,11 +167,15 @@ class Bundle:
         self.numbers.clear()
         for target in self.targets:
             target.counter.steps, target.counter.pending = 0, 0.0
+            if target.decay is not None and target.decay.warmup:
+                self.numbers[f"{target.role}_warmed"] = 0
 
-    def is_counted(self, group: Group) -> bool:
-        """Whether a resumed run needs the counts."""
+    def is_counted(self, group: Group, counts: bool) -> bool:
+        """Whether a resumed run needs the counts; ``counts`` as for :meth:`Target.every_in`."""
         narrow = any(group["params"][position].dtype.itemsize < 4 for position in self.positions)
-        return narrow or any(isinstance(t.decay, LowRank) and t.decay.every > 1 for t in self.targets)
+        return narrow or any(
+            t.every_in(group, counts) > 1 or (t.decay is not None and t.decay.warmup) for t in self.targets
+        )
 
     def recall(self, optimizer: Optimizer, group: Group) -> None:
         """Take the counts over from a state that has been loaded since the last step."""
@@ -147,12 +188,12 @@ class Bundle:
         self.numbers.update(known)
         self._written = False
 
-    def keep(self, optimizer: Optimizer, group: Group, stepped: set[int]) -> None:
+    def keep(self, optimizer: Optimizer, group: Group, stepped: set[int], counts: bool) -> None:
         """Write the counts to the state of the parameters that have been stepped, and of those that have counts.
 
         Not before: to many an optimizer a state with anything in it is one that has been made.
         """
-        counted = self.is_counted(group)
+        counted = self.is_counted(group, counts)
         for position in self.positions:
             parameter = group["params"][position]
             if (counted and id(parameter) in stepped) or STATE_KEY in (optimizer.state.get(parameter) or ()):

@@ -99,14 +99,16 @@ class Arm:
 
 
 def _as_stored(how: Any) -> Any:
-    """Return a dataclass as a dictionary; of L2 what differs from its defaults, as directories of before hold it."""
+    """A dataclass as a dictionary, without what directories of before do not hold, where it is at its default."""
     if not dataclasses.is_dataclass(how):
         return how
-    fields = {field.name: getattr(how, field.name) for field in dataclasses.fields(how)}
-    if isinstance(how, Frobenius):
-        defaults = {field.name: field.default for field in dataclasses.fields(how)}
-        fields = {name: value for name, value in fields.items() if value != defaults[name]}
-    return {name: _as_stored(value) for name, value in fields.items()}
+    fields = {field.name: (getattr(how, field.name), field.default) for field in dataclasses.fields(how)}
+    later = fields if isinstance(how, Frobenius) else _LATER_FIELDS
+    return {n: _as_stored(value) for n, (value, default) in fields.items() if n not in later or value != default}
+
+
+#: Of a decay or a control.
+_LATER_FIELDS = ("keep", "preserve_norm", "warmup")
 
 
 @dataclass(frozen=True)

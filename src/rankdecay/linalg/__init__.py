@@ -9,7 +9,7 @@
 
 from rankdecay.linalg.backend import Backend, choose_backend, record_backends
 from rankdecay.linalg.polar import polar, smooth_polar
-from rankdecay.linalg.shrink import newton_schulz, shrink, soft_threshold, spectral_clip
+from rankdecay.linalg.shrink import newton_schulz, power_step, shrink, soft_threshold, spectral_clip
 from rankdecay.rules import Rule
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "choose_backend",
     "newton_schulz",
     "polar",
+    "power_step",
     "record_backends",
     "shrink",
     "smooth_polar",

@@ -16,9 +16,10 @@ P = ParamSpec("P")
 
 Backend = Literal["auto", "exact", "matmul"]
 
-#: Largest smaller side for which ``backend="auto"`` decomposes. On a CPU the products of a decay step take four to six
-#: times the time of `eigh` at every size measured, 768 to 4096 (`benchmarks/step.py`); on CUDA `eigh` is latency-bound,
-#: and products win early.
+#: Largest smaller side for which ``backend="auto"`` decomposes. On a CPU the products of the soft threshold and of the
+#: polar factor take four to six times the time of `eigh` at every size measured, 768 to 4096 (`benchmarks/step.py`); a
+#: rule of fewer says so itself (:attr:`rankdecay.rules.Rule.products_pay`). On CUDA `eigh` is latency-bound, and
+#: products win early.
 EXACT_UP_TO = {"cpu": math.inf, "cuda": 512}
 
 
@@ -61,6 +62,21 @@ def record_backends() -> Iterator[list[str]]:
         yield ran
     finally:
         _recorders.reset(token)
+
+
+@contextlib.contextmanager
+def noted_once() -> Iterator[None]:
+    """Record what runs inside the block as one call, each backend once."""
+    outer = _recorders.get()
+    ran: list[str] = []
+    token = _recorders.set((ran,))
+    try:
+        yield
+    finally:
+        _recorders.reset(token)
+        for name in dict.fromkeys(ran):
+            for recorder in outer:
+                recorder.append(name)
 
 
 def note_backend(name: str) -> None:

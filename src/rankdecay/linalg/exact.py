@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rankdecay.linalg.backend import note_backend
 from rankdecay.linalg.stack import Prepared
+from rankdecay.linalg.threshold import leave_directions
 
 #: Relative size of a null singular value for input of float32 and below (module docstring).
 NULL_TOLERANCE = 2.0**-21
@@ -18,7 +20,7 @@ NULL_TOLERANCE = 2.0**-21
 def apply_exact(
     prepared: Prepared, f: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, *, complement: bool = False
 ) -> Tensor:
-    """Return Y = X V diag(f(σ)) Vᵀ in float64, or its complement X - Y.
+    """Return X V diag(f(σ)) Vᵀ in float64, or what is left of X when each direction loses the share f(σ).
 
     Args:
         prepared: Float64 stack from :func:`prepare`, X of shape (..., m, n).
@@ -31,17 +33,15 @@ def apply_exact(
     sigma, V = _right_singular(X, dtype)
     tol = NULL_TOLERANCE if dtype != torch.float64 else max(X.shape[-2:]) * 2.0**-52
     multipliers = f(sigma, tol * sigma.amax(-1, keepdim=True))
-    Y = X @ ((V * multipliers[..., None, :]) @ V.mT)
-    if not complement:
-        return Y
-    nothing_left = (multipliers == 1).all(-1)[..., None, None]
-    return torch.sub(X, Y, out=Y).masked_fill_(nothing_left, 0)
+    if complement:
+        return leave_directions(X, V, multipliers, coarse=dtype != torch.float64)
+    return X @ ((V * multipliers[..., None, :]) @ V.mT)
 
 
 def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return σ (..., n) and V (..., n, n) of the tall float64 stack ``X``, by eigh of XᵀX or by SVD."""
     note_backend("exact")
-    lam, V, good = eigenvectors(X.mT @ X)
+    lam, V, good = eigenvectors(gram(X))
     if dtype == torch.float64:
         # Relative error of σ² from the Gram: 2^-52 κ². Beyond κ = 1e4 that is too much for float64 input.
         good &= lam[..., 0] >= 1e-8 * lam[..., -1]
@@ -51,6 +51,19 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         _, s, Vh = torch.linalg.svd(X[~good], full_matrices=False)
         sigma[~good], V[~good] = s, Vh.mT
     return sigma, V
+
+
+def gram(X: Tensor) -> Tensor:
+    """Return XᵀX of a stack (..., m, n); of large matrices on a CPU half of it is computed, and copied."""
+    n = X.shape[-1]
+    if X.device.type != "cpu" or n < 256:
+        return X.mT @ X
+    G = X.new_empty(*X.shape[:-2], n, n)
+    bounds = [n * i // 4 for i in range(5)]
+    for start, end in itertools.pairwise(bounds):
+        G[..., start:end, start:] = X[..., start:end].mT @ X[..., start:]
+        G[..., end:, start:end] = G[..., start:end, end:].mT
+    return G
 
 
 def eigenvectors(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,63 +22,79 @@ from torch import Tensor
 from rankdecay.checks import check_name
 from rankdecay.linalg.backend import full_precision, note_backend
 from rankdecay.linalg.exact import NULL_TOLERANCE, eigenvectors
-from rankdecay.linalg.shrink import shrink
-from rankdecay.linalg.stack import finite
+from rankdecay.linalg.shrink import by_decomposition, check_options, shares, shrink
+from rankdecay.linalg.stack import finite, power_of_two
+from rankdecay.linalg.threshold import taken_by_directions
 from rankdecay.rules import Options, Rule, get_rule
 
 
 @torch.no_grad()
 def shrink_factor(
     G: Tensor,
-    tau: Tensor,
+    tau: float | Tensor,
     rule: str = "prox",
     *,
+    relative: bool = False,
+    keep: int = 0,
+    preserve_norm: bool = False,
     smoothing: float = 0.0,
     steps: int = 5,
     backend: str = "exact",
     dtype: torch.dtype = torch.float32,
+    rank: int | Tensor | None = None,
+    exponent: int | Tensor = 0,
 ) -> Tensor:
     """Return C such that W - W C is :func:`~rankdecay.linalg.shrink` of every W with WᵀW = G.
 
     Args:
         G: Gram matrices (..., n, n), float64.
-        tau: τ ≥ 0 of each, (...), in the units of the singular values of W.
-        rule: as for :func:`~rankdecay.linalg.shrink`.
+        tau: τ ≥ 0 of each, a number or (...), in the units of the singular values of W.
+        rule: as for :func:`~rankdecay.linalg.shrink`; so are the other options of the step.
+        relative: whether τ is in units of rms(σ) = ‖W‖_F/√rank.
+        keep: number of largest singular values that are left alone.
+        preserve_norm: rescale to the norm of W.
         smoothing: for "smooth", a fraction of ‖W‖_F.
         steps: for "newton_schulz".
         backend: ``"exact"`` or ``"matmul"``.
         dtype: dtype of W, which decides how many digits count.
+        rank: the smaller side of W, a number or (...): for ``relative``. None: n, of a W that is not wide.
+        exponent: a number or (...): G is the Gram matrix of W/2^exponent. The squares of float64 weights overflow from
+            1e154 and underflow below 1e-154; those of any narrower dtype do neither.
 
     Returns:
         (..., n, n), float64; NaN where G or τ is not finite. Zero where τ = 0.
 
     Raises:
-        ValueError: If ``rule`` or ``backend`` is unknown.
+        ValueError: If ``rule`` or ``backend`` is unknown, or the rule has no ``keep``.
     """
-    chosen, options = get_rule(rule), Options(smoothing, steps)
+    chosen, options = get_rule(rule), check_options(rule, smoothing, steps, relative, keep, preserve_norm)
     check_name("backend", backend, ("exact", "matmul"))
-    tau = tau.to(G.device, torch.float64)[..., None]  # beside σ
+    tau = torch.as_tensor(tau, dtype=torch.float64, device=G.device)[..., None]  # beside σ
+    if not isinstance(exponent, int) or exponent != 0:
+        scale = power_of_two(torch.as_tensor(exponent, device=G.device).clamp(-1022, 1022), torch.float64)[..., None]
+    else:
+        scale = tau.new_ones(())
+    rank = G.shape[-1] if rank is None else rank
+    root = rank.to(G.device, torch.float64)[..., None].sqrt() if isinstance(rank, Tensor) else rank**0.5
     F = G.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).sqrt()
     bad = ~(G.isfinite().all(-1).all(-1, keepdim=True) & tau.isfinite())
     unit = torch.where(bad | (F == 0), 1.0, F)
     G = (G / unit[..., None].square()).masked_fill(bad[..., None], 0)
+    tau = finite(tau * torch.where(F == 0, 0.0, 1 / root) if relative else tau / (unit * scale))
+    options = options._replace(relative=False)
     with full_precision(G.device):
-        if backend == "exact" or chosen.taken_by_products is None:
-            C = _by_eigenvalues(G, unit, finite(tau), chosen, options, dtype)
+        if by_decomposition(chosen, options, backend):
+            C = _by_eigenvalues(G, unit * scale, tau, chosen, options, dtype)
         else:
-            C = _by_products(G, unit, finite(tau), rule, options)
+            C = _by_products(G, tau, rule, options)
     return C.masked_fill(bad[..., None], torch.nan)
 
 
 def _by_eigenvalues(G: Tensor, unit: Tensor, tau: Tensor, rule: Rule, options: Options, dtype: torch.dtype) -> Tensor:
     note_backend("exact")
     sigma, V = _eigenvectors(G)
-    sigma = sigma * unit
     null = (NULL_TOLERANCE if dtype != torch.float64 else 2.0**-25) * sigma.amax(-1, keepdim=True)
-    c = rule.fraction(sigma, null, tau, options)
-    # Exactly the identity where nothing is left, so that W - W C is exactly zero.
-    all_taken = (c == 1).all(-1)[..., None, None]
-    return torch.where(all_taken, torch.eye(c.shape[-1]).to(G), (V * c[..., None, :]) @ V.mT)
+    return taken_by_directions(V, shares(sigma, null, tau, unit, rule, options))
 
 
 def _eigenvectors(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +107,9 @@ def _eigenvectors(G: Tensor) -> tuple[Tensor, Tensor]:
     return lam.clamp_min(0).sqrt(), V
 
 
-def _by_products(G: Tensor, unit: Tensor, tau: Tensor, rule: str, options: Options) -> Tensor:
+def _by_products(G: Tensor, tau: Tensor, rule: str, options: Options) -> Tensor:
     n = G.shape[-1]
     identity = torch.eye(n, dtype=G.dtype, device=G.device)
-    R = unit[..., None] * torch.linalg.cholesky_ex(G + n * 2.0**-52 * identity).L.mT
+    R = torch.linalg.cholesky_ex(G + n * 2.0**-52 * identity).L.mT
     difference = R - shrink(R, tau[..., 0], rule, **options._asdict(), backend="matmul")
     return torch.linalg.solve_triangular(R, difference, upper=True)

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankdecay.linalg import chebyshev
 from rankdecay.linalg.minimax import LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
+from rankdecay.linalg.stack import times
 
 
 def iterate(X: Tensor, triples: Sequence[Triple]) -> Tensor:
@@ -51,6 +53,68 @@ def cubic_newton_schulz(X: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         X = torch.baddbmm(X, X, X.mT @ X, beta=1.5, alpha=-0.5)
     return X.reshape(shape)
+
+
+def smooth_by_products(X: Tensor, eps: Tensor, share: Tensor, norm: Tensor, ratio: float | None) -> Tensor:
+    """Return share · ε X (XᵀX + ε²I)^(-1/2), the part that a smooth step takes.
+
+    Where ε is not much below σ₁, and X is float32, by the polynomial of :mod:`rankdecay.linalg.chebyshev` that ε/σ₁
+    needs, with an error of at most 5e-4 of what is taken; otherwise by :func:`smooth_polar_by_products`. A CPU reads
+    a bound of σ₁ for each matrix; other devices know ``ratio``, so that they need not wait.
+
+    Args:
+        X: Tall stack (b, m, n).
+        eps: ε > 0, (b, 1, 1), float64.
+        share: (b, 1, 1), in the dtype of X.
+        norm: ‖X‖_F, (b, 1, 1), float64.
+        ratio: A lower bound of ε/‖X‖_F that the caller knows without reading the device, or None.
+    """
+    if X.dtype == torch.float32 and X.device.type == "cpu":
+        few = few_products(X, eps, norm)[:, 0, 0]
+        if bool(few.all()):
+            G, square, bound = _bounded(X)
+            return times(X, _inverse_root(G, square, eps, chebyshev.index_of(eps.square() / bound)).mul_(share))
+        if bool(few.any()):  # which way a matrix goes does not depend on its neighbours
+            taken = torch.empty_like(X)
+            for some in (few, ~few):
+                taken[some] = smooth_by_products(X[some], eps[some], share[some], norm[some], ratio)
+            return taken
+    elif X.dtype == torch.float32 and ratio is not None and ratio**2 * (1 - 1e-5) >= _LEAST_DELTA:
+        index = chebyshev.index_of(torch.full((1, 1, 1), ratio**2 * (1 - 1e-5), dtype=torch.float64))
+        return times(X, _inverse_root(X.mT @ X, None, eps, index).mul_(share))
+    return (share * eps.to(X.dtype)) * smooth_polar_by_products(X, eps, ratio)
+
+
+def _inverse_root(G: Tensor, square: Tensor | None, eps: Tensor, index: Tensor) -> Tensor:
+    """Return ε (G + ε²I)^(-1/2) by the polynomials of an index (b or 1, 1, 1), on the host."""
+    beta = (eps.square() / chebyshev.delta_of(index).to(eps.device, non_blocking=True)).clamp_max(2.0**100).to(G.dtype)
+    return chebyshev.evaluate(G, square, beta, index.flatten().tolist())
+
+
+def few_products(X: Tensor, eps: Tensor, norm: Tensor) -> Tensor:
+    """Return whether a polynomial serves each matrix of a float32 stack, (b, 1, 1): by norms where they decide."""
+    least, most = _least_delta(eps, norm, 1), _least_delta(eps, norm, X.shape[-1])
+    few = least >= _LEAST_DELTA
+    open_ = ~few & (most >= _LEAST_DELTA)
+    if bool(open_.any()):
+        few = few | (open_ & (chebyshev.index_of(eps.square() / _bounded(X)[2]) <= chebyshev.LAST))
+    return few
+
+
+_LEAST_DELTA = 2.0 ** (-chebyshev.LAST / 4)
+
+
+def _least_delta(eps: Tensor, norm: Tensor, directions: int) -> Tensor:
+    """Return ε²/σ₁² if ‖X‖_F is that of equal directions; without rounding, since ‖X‖_F has some."""
+    return directions * (1 - 1e-5) * (eps / norm.clamp_min(1e-300)).square()
+
+
+def _bounded(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return G = XᵀX, G², and an upper bound of σ₁², (Σ σ⁸)^(1/4), (..., 1, 1), float64."""
+    G = X.mT @ X
+    square = G @ G
+    bound = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).double().sqrt()
+    return G, square, (bound * (1 + 1e-5)).clamp_min(1e-300)
 
 
 def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None) -> Tensor:
@@ -104,4 +168,4 @@ def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None)
         if step < length - 1:
             Y = (R @ Z).addcmul_(R, a)
             R = (Y @ Z).addcmul_(Y, a)
-    return (X @ Q).to(input_dtype)
+    return times(X, Q).to(input_dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple, get_args
 
 import torch
@@ -66,14 +67,31 @@ class Prepared(NamedTuple):
 def prepare(W: Tensor, dtype: torch.dtype) -> Prepared:
     """Return ``W`` transposed to tall, divided by a power of two near its largest entry, in ``dtype``."""
     wide = W.shape[-2] < W.shape[-1]
-    X = W.mT if wide else W
-    largest = X.abs().amax((-2, -1), keepdim=True)  # NaN and inf propagate
+    largest = torch.maximum(W.amax((-2, -1), keepdim=True), -W.amin((-2, -1), keepdim=True))  # NaN and inf propagate
     bad = ~largest.isfinite()
     # Twice clamped range: both 2^k and 2^-k must be normal numbers of `dtype`.
     reach = 1022 if dtype == torch.float64 else 126
     exponent = torch.frexp(largest.to(dtype)).exponent.masked_fill(bad, 0).clamp(-reach, reach)
-    X = (X.to(dtype) * power_of_two(-exponent, dtype)).masked_fill_(bad, 0)
+    X = torch.mul(W.mT if wide else W, power_of_two(-exponent, dtype))
+    if W.device.type != "cpu" or bool(bad.any()):  # reading is free there, and a pass less
+        X.masked_fill_(bad, 0)
     return Prepared(X, power_of_two(exponent, dtype), bad, wide)
+
+
+def times(X: Tensor, C: Tensor) -> Tensor:
+    """Return X C in the memory layout of X: what is transposed stays so, and need not be copied back."""
+    return X @ C if X.stride(-1) == 1 or X.shape[-2] == 1 else (C.mT @ X.mT).mT
+
+
+#: Entries that a step works on at once, at least one matrix: 4 MB of float64 on a CPU, in its cache.
+WORKING = {"cpu": 2**19, "cuda": 2**25}
+
+
+def chunks(W: Tensor) -> Iterator[slice]:
+    """Yield the parts of a stack (b, m, n) that are worked on at once."""
+    count = max(1, WORKING["cpu" if W.device.type == "cpu" else "cuda"] // max(1, W[0].numel()))
+    for start in range(0, len(W), count):
+        yield slice(start, start + count)
 
 
 def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:

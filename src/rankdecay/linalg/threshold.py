@@ -25,15 +25,76 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankdecay.linalg.stack import times
 
-def leave(X: Tensor, share: Tensor | float) -> Tensor:
-    """Return (1 - t) X, to the last digit X where t = 0.
+
+def leave(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return X - t X, to the last digit X where t = 0. The rounding of 1 - t would be a decay of its own.
 
     Args:
         X: groups, any shape.
         share: t, broadcastable to ``X``.
+        out: where to put it, ``X`` too: memory that was never used costs a CPU ten times the step.
     """
-    return X - share * X
+    return torch.addcmul(X, X, share, value=-1, out=out)
+
+
+def leave_directions(X: Tensor, V: Tensor, share: Tensor, *, coarse: bool = False) -> Tensor:
+    """Return what is left of X when each right singular direction loses its share: :func:`leave` in their basis.
+
+    Args:
+        X: matrices (..., m, n), float64.
+        V: their right singular vectors (..., n, n).
+        share: t of each, (..., n).
+        coarse: whether only the digits of float32 are wanted; a large matrix alone on a CPU then costs less.
+    """
+    if X.device.type == "cpu" and len(X) == 1 and X.ndim == 3 and X.shape[-1] >= _LARGE:
+        return _leave_one(X[0], V[0], share[0], coarse)[None]
+    taken = times(X, taken_by_directions(V, share))
+    return torch.sub(X, taken, out=taken)
+
+
+def taken_by_directions(V: Tensor, share: Tensor) -> Tensor:
+    """Return V diag(t) Vᵀ, the part of X that is taken from its right; exactly I where t = 1 in every direction."""
+    identity = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
+    return torch.where(all_taken(share)[..., None, None], identity, (V * share[..., None, :]) @ V.mT)
+
+
+def all_taken(share: Tensor) -> Tensor:
+    """Return whether nothing is left, (...): t = 1 everywhere, up to the rounding of σ₁ where it meets τ."""
+    return ((share - 1).abs() <= 2.0**-50 * (8 + share.shape[-1])).all(-1)
+
+
+#: Smaller side from which it pays to look for what need not be multiplied.
+_LARGE = 128
+
+#: A share from which float32 is enough: a product's error, some 4e-6 of what is taken, is below the rounding of W.
+_SMALL = 2.0**-6
+
+
+def _leave_one(X: Tensor, V: Tensor, share: Tensor, coarse: bool) -> Tensor:
+    """Return X - X V diag(t) Vᵀ of one matrix (m, n): by the directions of which something is left, if they are few.
+
+    Else, of rising σ, those that lose much in float64 and the others in float32.
+    """
+    n = len(share)
+    if bool(all_taken(share)):
+        return torch.zeros_like(X)
+    alive = share < 1
+    left = int(alive.sum())
+    small = int((share.abs() <= _SMALL).sum()) if coarse else 0
+    large = n - small
+    falling = bool((share[large:].abs() <= _SMALL).all())  # those that lose much come first
+    if 2 * left <= 2 * large + small:
+        part = V[:, alive]
+        return times(times(X, part).mul_(1 - share[alive]), part.mT)
+    if not falling:
+        large = n
+    after = X - times(times(X, V[:, :large]).mul_(share[:large]), V[:, :large].mT)
+    if large < n:
+        part = V[:, large:].float()
+        after -= times(times(X.float(), part).mul_(share[large:].float()), part.mT)
+    return after
 
 
 def soft(norm: Tensor, tau: Tensor) -> Tensor:
@@ -55,10 +116,7 @@ def power(log_norm: Tensor, amount: Tensor, p: float, cap: float = 1.0) -> Tenso
         p: of the penalty strength · ‖X_g‖^(p + 1)/(p + 1), whose gradient step this is.
         cap: the largest share, in (0, 1].
     """
-    if p == 1:
-        share = amount.expand_as(log_norm)
-    else:
-        share = torch.exp(torch.log(amount) + (p - 1) * log_norm)
+    share = amount.expand_as(log_norm) if p == 1 else torch.exp(torch.log(amount) + (p - 1) * log_norm)
     return torch.where((log_norm == -math.inf) | (amount == 0), 0.0, share.clamp_max(cap))
 
 
@@ -73,6 +131,26 @@ def hold_norm(share: Tensor, norm: Tensor) -> Tensor:
     before = torch.linalg.vector_norm(norm, dim=-1, keepdim=True)
     after = torch.linalg.vector_norm((1 - share) * norm, dim=-1, keepdim=True)
     return torch.where(after > 0, 1 - (1 - share) * (before / torch.where(after > 0, after, 1.0)), 0.0)
+
+
+def radial(X: Tensor, decayed: Tensor) -> Tensor:
+    """Return the share of a whole matrix that a step takes along it: ⟨X - X', X⟩/‖X‖²; 0 for a zero matrix.
+
+    Args:
+        X: before the step, (..., m, n).
+        decayed: X', after it.
+
+    Returns:
+        (..., 1, 1).
+    """
+    square = X.square().sum((-2, -1), keepdim=True)
+    along = ((X - decayed) * X).sum((-2, -1), keepdim=True)
+    return torch.where(square > 0, along / torch.where(square > 0, square, 1.0), 0.0)
+
+
+def towards(norm: Tensor, target: Tensor | float) -> Tensor:
+    """Return the share after which a group has a given norm, < 0 where it grows; 0 for a group that is zero."""
+    return torch.where(norm > 0, 1 - target / torch.where(norm > 0, norm, 1.0), 0.0)
 
 
 def reference(W: Sequence[Sequence[float]], tau: float, *, keep: int = 0, preserve_norm: bool = False) -> Tensor:

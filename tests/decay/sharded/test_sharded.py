@@ -21,6 +21,8 @@ DECAYS = [
     rd.LowRank(0.8, rule="smooth", smoothing=0.1),
     rd.LowRank(0.3, rule="polar"),
     rd.LowRank(0.3, rule="newton_schulz", lr_coupled=False, scale="absolute"),
+    rd.LowRank(0.8, keep=2, preserve_norm=True, warmup=3),
+    rd.Frobenius(2.0, power=0, warmup=3),
     rd.Frobenius(0.7),
 ]
 
@@ -108,6 +110,7 @@ def every_window(world: int) -> dict[str, float]:
 
     worst: dict[str, float] = {}
     decays = [rd.LowRank(0.8), rd.LowRank(0.8, unit="head"), rd.LowRank(0.5, rule="smooth", unit="head"), DECAYS[-1]]
+    decays += [rd.Frobenius(2.0, power=0), rd.Frobenius(0.5, power=2, cap=0.3, unit="head")]
     for mesh_shape, placements in placements_of(world):
         mesh = init_device_mesh("cpu", mesh_shape)
         for (name, (shape, texts)), decay in itertools.product(WINDOWS.items(), decays):
@@ -126,15 +129,16 @@ def test_every_window_decays_as_in_one_process(world):
         assert {name: value for name, value in worst.items() if not value < 1e-5} == {}
 
 
-def collectives(shape: tuple[int, ...], placement: int, text: str | None, unit: Any) -> dict[str, int]:
-    """What a decay step calls, by name."""
+def collectives(shape: tuple[int, ...], placement: int, text: str | None, unit: Any, power: Any) -> dict[str, int]:
+    """What a decay step calls, by name: of a low-rank decay, or of a norm of some power."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
     mesh = init_device_mesh("cpu", (2,))
     weights = [nn.Parameter(distribute_tensor(draw(shape, seed), mesh, [Shard(placement)])) for seed in range(3)]
-    keys = hook_keys("mlp", rd.LowRank(0.5, unit=unit), [Window.parse(text)] if text else [])
+    decay = rd.LowRank(0.5, unit=unit) if power is None else rd.Frobenius(0.5, power=power, unit=unit)
+    keys = hook_keys("mlp", decay, [Window.parse(text)] if text else [])
     optimizer = torch.optim.SGD([{"params": weights, "role": "mlp", **keys}], lr=0.1)
     rd.attach(optimizer)
     for weight in weights:
@@ -145,20 +149,23 @@ def collectives(shape: tuple[int, ...], placement: int, text: str | None, unit: 
 
 
 @pytest.mark.parametrize(
-    ("shape", "placement", "window", "unit", "wanted"),
+    ("shape", "placement", "window", "unit", "power", "wanted"),
     [
-        ((96, 12), 0, None, "matrix", {"_reduce_scatter_base_": 1, "_allgather_base_": 1}),
-        ((12, 96), 1, None, "matrix", {"_reduce_scatter_base_": 1, "_allgather_base_": 1}),
-        ((24, 24), 0, None, "matrix", {"alltoall_base_": 2}),
-        ((12, 96), 0, None, "matrix", {"alltoall_base_": 2}),
-        ((16, 20), 0, "rows[0:16]/16 by 4", "head", {}),
-        ((12, 20), 0, "rows[0:12]/12 by 4", "head", {"alltoall_base_": 2}),
+        ((96, 12), 0, None, "matrix", None, {"_reduce_scatter_base_": 1, "_allgather_base_": 1}),
+        ((12, 96), 1, None, "matrix", None, {"_reduce_scatter_base_": 1, "_allgather_base_": 1}),
+        ((24, 24), 0, None, "matrix", None, {"alltoall_base_": 2}),
+        ((12, 96), 0, None, "matrix", None, {"alltoall_base_": 2}),
+        ((16, 20), 0, "rows[0:16]/16 by 4", "head", None, {}),
+        ((12, 20), 0, "rows[0:12]/12 by 4", "head", None, {"alltoall_base_": 2}),
+        ((24, 24), 0, None, "matrix", 1, {}),
+        ((24, 24), 1, None, "matrix", 0, {"allreduce_": 1}),
+        ((12, 20), 0, "rows[0:12]/12 by 4", "head", 2, {"allreduce_": 1}),
     ],
 )
 def test_long_sides_are_summed_whole_heads_are_local_and_the_rest_is_dealt_all_in_one_bucket(
-    shape, placement, window, unit, wanted
+    shape, placement, window, unit, power, wanted
 ):
-    for seen in on_ranks(2, collectives, shape, placement, window, unit):
+    for seen in on_ranks(2, collectives, shape, placement, window, unit, power):
         assert seen == wanted
 
 

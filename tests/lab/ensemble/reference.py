@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int, qk_norm: str, gains: bool) -> None:
         super().__init__()
-        self.heads, self.qk_norm = heads, qk_norm
+        self.heads, self.qk_norm, self.sharpness = heads, qk_norm, 1.0
         self.norm_attention, self.norm_mlp = RMSNorm(width, gains), RMSNorm(width, gains)
         self.query, self.key, self.value, self.output = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.mlp_in, self.mlp_out = nn.Linear(width, mlp_width, bias=False), nn.Linear(mlp_width, width, bias=False)
@@ -40,7 +40,7 @@ class Block(nn.Module):
         query, key = self.heads_first(query), self.heads_first(key)
         if self.qk_norm == "head":
             query, key = self.norm_query(query), self.norm_key(key)
-        mixed = F.scaled_dot_product_attention(query, key, value)  # (batch, heads, length, head_dim)
+        mixed = F.scaled_dot_product_attention(self.sharpness * query, key, value)  # (batch, heads, length, head_dim)
         x = x + self.output(mixed.transpose(1, 2).reshape(x.shape))
         return x + self.mlp_out(F.silu(self.mlp_in(self.norm_mlp(x))))
 

@@ -1,6 +1,7 @@
 """Trajectories: many runs at once are the runs one by one, and those are torch.optim.AdamW with our decay."""
 
 import math
+import threading
 from collections import Counter
 from dataclasses import replace
 
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.lab.ensemble import transformer
-from rankdecay.lab.ensemble.control import Control
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training, compiler_available
+from rankdecay.lab.ensemble.control import YOKED_SEED, Control
+from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training, compiler_available, train_unless_stopped
 from rankdecay.lab.ensemble.transformer import TransformerConfig
+from rankdecay.lab.ensemble.yoked import norm_paths
 from rankdecay.lab.tasks import make_dataset
 from rankdecay.linalg import shrink
 from rankdecay.spectrum import spectrum
@@ -25,10 +27,12 @@ CONFIG = TransformerConfig(MODULUS + 1, 3, MODULUS, width=8, depth=2, heads=2, m
 BATCH = 10
 PRECISE = Training(batch_size=BATCH, precision="float64")
 
-PROX = LowRank(20.0, rule="prox")
+PROX = LowRank(20.0, rule="prox")  # of so small a side, every step
 SMOOTH = LowRank(20.0, rule="smooth", smoothing=0.01)
 POLAR = LowRank(0.003, rule="polar", scale="absolute", lr_coupled=False)
 PROTOTYPE = LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False)
+HEADS = replace(PROX, unit="head")
+AMOUNT = Frobenius(40.0, power=0)  # 0.04 of a norm of about 1.6 in every step: at a cap of 0.1 from the 30th on
 
 MEMBERS = [
     Member("none", 0, None, 1.0),
@@ -38,15 +42,29 @@ MEMBERS = [
     Member("prox", 0, PROX, 1.0),
     Member("prox_strong", 1, replace(PROX, strength=50.0), 1.0, lr=5e-4),
     Member("prox_every", 0, replace(PROX, every=4), 1.0),
-    Member("prox_head", 3, replace(PROX, unit="head"), 1.0),
+    Member("prox_head", 3, HEADS, 1.0),
     Member("smooth", 0, SMOOTH, 3.0),
     Member("polar", 0, POLAR, 1.0),
     Member("prototype", 4, PROTOTYPE, 0.1),
     Member("wide", 0, PROX, 1.0, initial_scale=3.0),
     Member("uniform", 0, None, 1.0, uniform_attention=True),
     Member("uniform_decayed", 1, PROTOTYPE, 1.0, uniform_attention=True),
+    Member("power_0", 0, replace(AMOUNT, cap=0.1), 1.0),
+    Member("power_0_stopped", 1, replace(AMOUNT, strength=100.0), 1.0, lr=2e-3),  # without a cap it takes all there is
+    Member("power_2", 1, Frobenius(30.0, power=2), 1.0),
+    Member("power_2_head", 0, Frobenius(60.0, power=2, cap=0.03, unit="head"), 1.0),
+    Member("l2_capped", 2, Frobenius(30.0, cap=0.01), 1.0),
+    Member("l2_per_step", 2, Frobenius(0.03, lr_coupled=False), 1.0),
+    Member("l2_ramp", 0, Frobenius(30.0, warmup=20), 1.0),
+    Member("power_0_ramp", 3, replace(AMOUNT, warmup=15, cap=0.1), 1.0),
+    Member("keep", 0, replace(PROX, strength=50.0, keep=2), 1.0),
+    Member("preserve_norm", 1, replace(PROX, preserve_norm=True), 1.0),
+    Member("keep_preserve", 1, replace(PROX, strength=50.0, keep=3, preserve_norm=True, unit="head"), 1.0),
+    Member("prox_ramp", 0, replace(PROX, warmup=30), 1.0),
+    Member("prox_ramp_every", 0, replace(PROX, every=4, warmup=30), 1.0),
 ]
 FRACTIONS = [0.5, 0.6, 0.7, 0.8, 0.5, 0.9, 0.5, 0.75, 0.5, 0.5, 0.65, 0.5, 0.5, 0.85]
+FRACTIONS += [0.5, 0.6, 0.7, 0.5, 0.8, 0.6, 0.5, 0.9, 0.5, 0.6, 0.7, 0.5, 0.55]
 
 
 def dataset(member: Member, fraction: float = 0.6):
@@ -136,7 +154,10 @@ def train_plainly(member: Member, config: TransformerConfig, initial, batches, a
     targets = [network.parameter_named(name) for name, role in roles.items() if role in ("query", "key")]
     blocks = [network.parameter_named(name) for name, role in roles.items() if role in BLOCKS]
     others = [network.parameter_named(name) for name, role in roles.items() if role not in ("query", "key", *BLOCKS)]
-    l2 = decay.strength if isinstance(decay, Frobenius) else 0.0
+    given = [each for each in (decay, control.also) if each]
+    l2 = sum(each.strength for each in given if isinstance(each, Frobenius) and each.is_l2)
+    own = decay if not (isinstance(decay, Frobenius) and decay.is_l2) else None
+    also = control.also if control.also and not (isinstance(control.also, Frobenius) and control.also.is_l2) else None
     fast = member.lr * control.query_key_lr
     groups = [
         {"params": targets, "weight_decay": l2, "lr": fast},
@@ -147,35 +168,66 @@ def train_plainly(member: Member, config: TransformerConfig, initial, batches, a
     for step, tokens in enumerate(batches, 1):
         expected = torch.tensor([answers[tuple(row)] for row in tokens.tolist()])
         optimizer.zero_grad()
+        for block in network.blocks:
+            block.sharpness = min(1.0, step / control.sharpen) if control.sharpen else 1.0
         F.cross_entropy(network(tokens), expected).backward()
         optimizer.step()
         with torch.no_grad():
-            if isinstance(decay, LowRank) and step % decay.every == 0:
-                for parameter in targets:
-                    heads = config.heads if decay.unit == "head" else 1
-                    parts = [part_of(control.part, part, shrunk(part, decay, fast)) for part in parameter.chunk(heads)]
-                    parameter.copy_(torch.cat(parts))
-                for parameter in blocks if control.blocks else []:
-                    parameter.copy_(part_of(control.part, parameter, shrunk(parameter, decay, member.lr)))
+            for parameter in targets if own else []:
+                heads = config.heads if own.unit == "head" else 1
+                parts = [part_of(control.part, part, decayed(part, own, fast, step)) for part in parameter.chunk(heads)]
+                parameter.copy_(torch.cat(parts))
+            for parameter in blocks if own and control.blocks else []:
+                parameter.copy_(part_of(control.part, parameter, decayed(parameter, own, member.lr, step)))
+            for parameter in targets if also else []:
+                parameter.copy_(decayed(parameter, also, fast, step))
             if control.norm is not None:
+                radius = control.norm
+                if control.norm_from:
+                    left = max(0.0, 1 - step / control.norm_steps)  # of the way from the first norm to the last
+                    if control.norm_fall == "linear":
+                        radius += left * (control.norm_from - control.norm)
+                    else:
+                        radius *= math.exp(left * math.log(control.norm_from / control.norm))
                 for parameter in targets:
-                    parameter *= control.norm / parameter.norm()
+                    parameter *= radius / parameter.norm()
     return {name: network.parameter_named(name).detach() for name in initial}
 
 
 def part_of(part: str, weight: torch.Tensor, decayed: torch.Tensor) -> torch.Tensor:
     step = weight - decayed
+    if part == "whole" or not step.any():
+        return decayed
     direction = weight / weight.norm()
     radial = (step * direction).sum() * direction
     return weight - {"whole": step, "radial": radial, "tangential": step - radial, "reversed": 2 * radial - step}[part]
 
 
-def shrunk(weight: torch.Tensor, decay: LowRank, lr: float) -> torch.Tensor:
+def decayed(weight: torch.Tensor, decay: Frobenius | LowRank, lr: float, step: int) -> torch.Tensor:
+    """A weight after the decay of a step, the first of which is 1, with its warm-up and its law written out."""
+    every = (decay.every or 1) if isinstance(decay, LowRank) else 1
+    if step % every:
+        return weight
+    ramp = sum(min(1.0, (step - back) / decay.warmup) if decay.warmup else 1.0 for back in range(every))
+    amount = ramp * decay.strength * (lr if decay.lr_coupled else 1.0)
+    if isinstance(decay, Frobenius):
+        norm = float(weight.norm())
+        return weight * (1 - min(amount * norm ** (decay.power - 1), decay.cap or 1.0)) if norm else weight
+    return shrunk(weight, decay, amount)
+
+
+def shrunk(weight: torch.Tensor, decay: LowRank, amount: float) -> torch.Tensor:
     """One decay step, its threshold written out."""
-    tau = decay.every * decay.strength * (lr if decay.lr_coupled else 1.0)
+    tau = amount
     if decay.scale == "relative":
         tau *= float(torch.linalg.svdvals(weight).square().mean().sqrt())
-    return shrink(weight, tau, decay.rule, smoothing=decay.smoothing)
+    if not decay.keep and not decay.preserve_norm:
+        return shrink(weight, tau, decay.rule, smoothing=decay.smoothing)
+    assert decay.rule == "prox"
+    left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
+    after = torch.cat([sigma[: decay.keep], (sigma[decay.keep :] - tau).clamp_min(0)])
+    after = after * (sigma.norm() / after.norm()) if decay.preserve_norm else after
+    return left * after @ right
 
 
 @pytest.mark.parametrize("index", range(len(MEMBERS)), ids=[f"{m.arm}-{m.seed}" for m in MEMBERS])
@@ -240,7 +292,7 @@ def test_prox_every_k_steps_acts_then_only_and_k_times_as_hard():
 
 
 def test_unit_head_decays_each_head_by_its_own_spectrum():
-    member = Member("a", 0, replace(PROX, unit="head"), 1.0)
+    member = Member("a", 0, HEADS, 1.0)
     decayed, free = ensemble([member]), ensemble([Member("b", 0, None, 1.0)])
     decayed.train(1)
     free.train(1)
@@ -298,15 +350,24 @@ CONTROLLED = {
     "fast_l2": Member("a", 0, Frobenius(10.0), 1.0, control=Control(query_key_lr=3.0)),
     "blocks": Member("a", 0, PROX, 20.0, control=Control(blocks=True)),
     "blocks_every": Member("a", 1, replace(SMOOTH, every=3), 20.0, control=Control(blocks=True)),
-    "blocks_per_head": Member("a", 1, replace(PROX, unit="head"), 20.0, control=Control(blocks=True)),
+    "blocks_per_head": Member("a", 1, HEADS, 20.0, control=Control(blocks=True)),
     "blocks_prototype": Member("a", 2, PROTOTYPE, 20.0, control=Control(blocks=True)),
     "blocks_radial": Member("a", 2, PROX, 20.0, control=Control(blocks=True, part="radial")),
     "radial": Member("a", 0, PROX, 1.0, control=Control(part="radial")),
     "tangential": Member("a", 1, SMOOTH, 1.0, control=Control(part="tangential")),
-    "tangential_per_head": Member("a", 3, replace(PROX, unit="head"), 1.0, control=Control(part="tangential")),
+    "tangential_per_head": Member("a", 3, HEADS, 1.0, control=Control(part="tangential")),
     "reversed": Member("a", 2, replace(SMOOTH, every=4), 1.0, control=Control(part="reversed")),
     "sphere": Member("a", 0, None, 1.0, control=Control(norm=0.3)),
     "sphere_decayed": Member("a", 1, replace(PROX, every=2), 1.0, control=Control(norm=2.0)),
+    "falling": Member("a", 0, None, 1.0, control=Control(norm=0.2, norm_from=1.6, norm_steps=12)),
+    "falling_linearly": Member(
+        "a", 1, PROX, 1.0, control=Control(norm=0.4, norm_from=1.6, norm_steps=15, norm_fall="linear")
+    ),
+    "elastic": Member("a", 0, PROX, 1.0, control=Control(also=Frobenius(30.0))),
+    "ramp_low_rank": Member(
+        "a", 2, replace(PROX, preserve_norm=True, every=2), 1.0, control=Control(also=Frobenius(30.0, warmup=10))
+    ),
+    "sharpened": Member("a", 1, PROX, 1.0, control=Control(sharpen=12)),
 }
 
 
@@ -468,6 +529,108 @@ def test_a_controlled_member_is_resumed_bit_for_bit():
     second.train(8)
     for index in range(len(members)):
         assert_equal_weights(weights(second, index), weights(through, index), atol=0)
+
+
+# --- norms of another run ---------------------------------------------------------------------------------------------
+
+
+def yoked(seed: int, decay: LowRank = SMOOTH) -> Member:
+    return Member("yoked", seed, None, 1.0, control=Control(yoked=decay))
+
+
+def paths_of(members, steps: int) -> list[torch.Tensor]:
+    how = {"task": "subtract", "modulus": MODULUS, "train_fraction": 0.6}
+    return norm_paths(CONFIG, members, [how] * len(members), PRECISE, steps, threading.Event())
+
+
+def test_a_yoked_member_has_the_norms_of_another_seed_and_nothing_else_of_it():
+    members = [yoked(0), yoked(1, PROX)]
+    paths = paths_of(members, 12)
+    trained = Ensemble(CONFIG, members, [dataset(member) for member in members], PRECISE, paths)
+    donors = [Member("donor", YOKED_SEED + seed, decay, 1.0) for seed, decay in ((0, SMOOTH), (1, PROX))]
+    others, free = ensemble(donors), ensemble([Member("none", 0, None, 1.0)])
+    for step in range(13):
+        norms = trained.query_key.norm(dim=(-2, -1))
+        torch.testing.assert_close(norms, others.query_key.norm(dim=(-2, -1)), rtol=1e-12, atol=0)
+        torch.testing.assert_close(norms, torch.stack(paths)[:, step], rtol=1e-12, atol=0)
+        if step == 0:
+            cosine = torch.cosine_similarity(trained.query_key[0].flatten(2), free.query_key[0].flatten(2), dim=-1)
+            torch.testing.assert_close(cosine, torch.ones_like(cosine))  # its own initial weights
+        if step < 12:
+            trained.train(1)
+            others.train(1)
+    with pytest.raises(ValueError, match="yoked is at step 13, and its path of the norm ends at 12"):
+        trained.train(1)
+
+
+def test_a_yoked_member_comes_and_is_resumed_as_any_other():
+    members = [yoked(3), MEMBERS[0]]
+    (path,) = paths_of(members[:1], 20)
+    through, second = (
+        Ensemble(CONFIG, members, [dataset(m) for m in members], PRECISE, [path, None]) for _ in range(2)
+    )
+    late = ensemble([MEMBERS[4]])
+    through.train(15)
+    late.train(3)
+    late.admit(members[:1], [dataset(members[0])], [path])
+    second.train(15)
+    late.restore(1, second.state(0))
+    late.retain([False, True])
+    for trained in (through, late):
+        trained.train(5)
+    assert_equal_weights(weights(late, 0), weights(through, 0))
+
+
+def test_a_yoked_member_without_a_path_is_refused():
+    with pytest.raises(ValueError, match="yoked needs a path of the norm exactly if it is yoked"):
+        ensemble([yoked(0)])
+
+
+def test_a_path_of_the_norm_says_where_it_begins_and_ends():
+    for wrong in ({"norm_from": 1.0}, {"norm": 0.3, "norm_steps": 5}, {"norm_from": 1.0, "norm_steps": 5}):
+        with pytest.raises(ValueError, match="make no path of the norm"):
+            Control(**wrong)
+    with pytest.raises(ValueError, match="norm_fall='slow' must be one of"):
+        Control(norm=0.3, norm_from=1.0, norm_steps=5, norm_fall="slow")
+    with pytest.raises(ValueError, match="both say what the norm is"):
+        Control(norm=0.3, yoked=PROX)
+
+
+# --- a third set, and turning ----------------------------------------------------------------------------------------
+
+
+def test_the_validation_set_is_measured_beside_the_test_set():
+    member = MEMBERS[4]
+    data = make_dataset("subtract", 0, modulus=MODULUS, train_fraction=0.6, validation=4)
+    trained = Ensemble(CONFIG, [member], [data], PRECISE)
+    trained.train(20)
+    (record,), _ = trained.evaluate()
+    network = ReferenceTransformer.with_parameters(CONFIG, weights(trained, 0))
+    for side in ("validation", "test"):
+        tokens, targets = (torch.from_numpy(getattr(data, f"{side}_{what}")) for what in ("tokens", "targets"))
+        assert record[f"{side}_accuracy"] == float((network(tokens).argmax(-1) == targets).double().mean())
+        assert record[f"{side}_loss"] == pytest.approx(F.cross_entropy(network(tokens), targets).item(), abs=1e-9)
+    with pytest.raises(ValueError, match="give it to all, or to none"):
+        trained.admit([MEMBERS[0]], [dataset(MEMBERS[0])])
+
+
+def test_the_angle_of_a_step_after_its_decay_and_over_twenty_steps():
+    members = [MEMBERS[4], MEMBERS[0]]
+    trained, other = ensemble(members), ensemble(members)
+    train_unless_stopped(trained, 50, threading.Event())
+    other.train(30)
+    then = other.query_key.clone()
+    other.train(19)
+    before = other.query_key.clone()
+    other.train(1)
+    for index, record in enumerate(trained.evaluate()[0]):
+        for key, start in (("angular_step_after", before), ("rotation", then)):
+            flat = (start[index].flatten(2), other.query_key[index].flatten(2))
+            angle = torch.arccos(torch.cosine_similarity(*flat, dim=-1)).mean()
+            assert record[key] == pytest.approx(float(angle), rel=1e-6), key
+    assert trained.evaluate()[0][0]["angular_step"] < trained.evaluate()[0][0]["angular_step_after"]
+    trained.train(1)
+    assert trained.evaluate()[0][0]["rotation"] is None  # not twenty steps ago
 
 
 # --- members that are admitted later --------------------------------------------------------------------------------
@@ -674,7 +837,7 @@ def test_radial_and_tangential_share_of_a_prox_step():
     shares, sizes = [], []
     for name in ("query.0", "key.0", "query.1", "key.1"):
         weight = one.parameters[name][0].detach()
-        step = weight - shrunk(weight, PROX, 1e-3)
+        step = weight - decayed(weight, PROX, 1e-3, 1)
         shares.append(float((step * weight).sum() / step.norm() / weight.norm()) ** 2)
         sizes.append(float(step.norm() / weight.norm()))
     assert record["radial_share"] == pytest.approx(np.mean(shares), rel=1e-6)

@@ -12,7 +12,7 @@ import pytest
 
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.lab.ensemble import ensemble
-from rankdecay.lab.ensemble.control import Control
+from rankdecay.lab.ensemble.control import YOKED_SEED, Control
 from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training
 from rankdecay.lab.ensemble.outcome import FIGURES, KEY, Key, key_of
 from rankdecay.lab.ensemble.sweep import Plan, Saved, Source, Trial, row, train
@@ -46,6 +46,7 @@ TRIALS = [
     trial("diverging", 0, lr=1e30),
     trial("truncate", 1, control=Control(truncate_to=1)),
     trial("target_rank", 0, SMOOTH, control=Control(target_rank=2.0)),
+    trial("yoked", 0, control=Control(yoked=SMOOTH)),
 ]
 LONG = {t.key for t in TRIALS if t.stays}
 
@@ -102,6 +103,33 @@ def test_the_trials_end_in_every_way_there_is(rows):
     early = [key for key, r in rows.items() if r["outcome"] == "generalised" and r["steps"] < PLAN.budget]
     assert len(early) >= 3
     assert all(rows[key]["outcome"] == "generalised" for key in LONG), "those stayed"
+
+
+def test_a_row_says_when_its_schedule_acted_or_that_it_never_did(rows):
+    truncated, late, until = (
+        of(rows, *key) for key in (("truncate", 1), ("after_memorising", 1), ("until_generalised", 3))
+    )
+    assert truncated["acted_at"] == truncated["memorised_at"]
+    assert late["acted_at"] == late["memorised_at"]
+    assert until["acted_at"] == until["steps_to_generalise"] + PLAN.evaluate_every
+    assert "acted_at" not in of(rows, "soft", 4), "nothing to wait for"
+    short = replace(PLAN, budget=20)
+    (never,) = run([t for t in TRIALS if t.member.arm == "until_generalised"], short).values()
+    assert never["acted_at"] is None
+
+
+def test_the_validation_set_decides_where_there_is_one():
+    """The test set is measured and decides nothing: an accuracy that no test set can have is never looked for."""
+    wanted = replace(
+        trial("soft", 4, SOFT, fraction=0.9), data={**trial("soft").data, "train_fraction": 0.84, "validation": 1}
+    )
+    (three,) = run([wanted]).values()
+    curve = three["curve"]
+    assert curve["validation_accuracy"] != curve["test_accuracy"]
+    held = [a >= PLAN.threshold for a in curve["validation_accuracy"]]
+    first = next((step for step, *two in zip(curve["step"], held, held[1:], strict=False) if all(two)), None)
+    assert three["steps_to_generalise"] == first
+    assert three["validation_accuracy"] == curve["validation_accuracy"][-1]
 
 
 def test_a_diverged_run_leaves_at_once(rows):
@@ -245,7 +273,7 @@ def count_steps(monkeypatch) -> list[int]:
     original = Ensemble.train
 
     def spy(self, steps):
-        trained.append(steps * len(self.members))
+        trained.append(steps * sum(m.seed < YOKED_SEED for m in self.members))
         original(self, steps)
 
     monkeypatch.setattr(Ensemble, "train", spy)
@@ -275,7 +303,8 @@ def watch_members(monkeypatch) -> list[tuple[TransformerConfig, list[tuple[str, 
 
     def spy(self, steps):
         who = [(m.arm, m.seed, step) for m, step in zip(self.members, self.steps, strict=True)]
-        seen.append((self.config, who))
+        if self.members[0].seed < YOKED_SEED:  # not those whose norms others get
+            seen.append((self.config, who))
         original(self, steps)
 
     monkeypatch.setattr(Ensemble, "train", spy)
@@ -390,7 +419,7 @@ def test_a_stop_is_obeyed_within_a_few_steps(monkeypatch):
 def test_an_interval_need_not_be_a_multiple_of_the_checks(monkeypatch):
     trained = count_steps(monkeypatch)
     rows = run(TRIALS[:1], replace(PLAN, budget=50, evaluate_every=25))
-    assert trained == [10, 10, 5] * 2
+    assert trained == [5, 10, 10] * 2
     assert rows[TRIALS[0].key]["curve"]["step"] == [25, 50]
 
 

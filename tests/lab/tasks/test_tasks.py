@@ -157,3 +157,39 @@ def test_a_class_is_never_on_both_sides(classes, fraction, seed):
     assert len(set(labels[train[:, 0]])) == round(fraction * total)
     assert (train_targets == labels[train[:, 0]] * 3).all()
     assert (test_targets == labels[test[:, 0]] * 3).all()
+
+
+# --- a third set ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["selection", "recall"])
+def test_a_drawn_validation_set_leaves_the_other_two_as_they_are(task):
+    how = {"modulus": 7, "train_examples": 60}
+    two, three = make_dataset(task, 3, **how), make_dataset(task, 3, **how, validation=40)
+    for name in ("train_tokens", "train_targets", "test_tokens", "test_targets"):
+        np.testing.assert_array_equal(getattr(three, name), getattr(two, name))
+    assert two.validation_tokens is None
+    assert three.validation_tokens is not None
+    rows = [tuple(row) for row in np.concatenate([three.train_tokens, three.test_tokens, three.validation_tokens])]
+    assert len(rows) == len(set(rows)) == 60 + 1000 + 40
+
+
+@pytest.mark.parametrize(("task", "mirrored"), [("add", True), ("subtract", False), ("s5", False)])
+def test_a_validation_set_of_a_split_task_is_taken_from_the_test_set_by_class(task, mirrored):
+    two, three = (make_dataset(task, 3, modulus=11, train_fraction=0.4, validation=count) for count in (0, 20))
+    np.testing.assert_array_equal(three.train_tokens, two.train_tokens)
+    assert three.validation_tokens is not None
+    assert three.validation_targets is not None
+    assert 20 <= len(three.validation_targets) <= 21
+    sides = [set(map(tuple, tokens.tolist())) for tokens in (three.validation_tokens, three.test_tokens)]
+    assert not sides[0] & sides[1]
+    assert sides[0] | sides[1] == set(map(tuple, two.test_tokens.tolist()))
+    if mirrored:
+        assert {(b, a, end) for a, b, end in sides[0]} == sides[0]
+
+
+def test_a_validation_set_that_cannot_be_is_refused():
+    with pytest.raises(SettingError, match="--validation 60 leaves no test set of the"):
+        make_dataset("add", 0, modulus=11, train_fraction=0.5, validation=60)
+    with pytest.raises(SettingError, match="--validation -1 is negative"):
+        make_dataset("add", 0, modulus=11, validation=-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from rankdecay.decay.policy import LowRank
 from rankdecay.decay.sharded.layout import Piece
 from rankdecay.linalg.gram import shrink_factor
+from rankdecay.linalg.stack import power_of_two
 
 # The first names are those of torch 2.13; a build without torch.distributed has neither.
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
@@ -31,9 +32,10 @@ def decayed_pieces(pieces: Sequence[Piece], decay: LowRank, amount: float | Tens
     """
     first = pieces[0]
     n = first.cut.gram
-    grams = [_gram(piece).reshape(-1, n, n) for piece in pieces]
-    counts = [len(gram) for gram in grams]
     *outer, inner = (first.mesh.get_group(mesh_dim) for mesh_dim in first.cut.mesh_dims)
+    exponents = _exponents(pieces, [*outer, inner])
+    grams = [_gram(piece, exponent).reshape(-1, n, n) for piece, exponent in zip(pieces, exponents, strict=True)]
+    counts = [len(gram) for gram in grams]
     world, number = dist.get_world_size(inner), sum(counts)
     share = -(-number // world)
     padding = share * world - number
@@ -46,16 +48,42 @@ def decayed_pieces(pieces: Sequence[Piece], decay: LowRank, amount: float | Tens
     ranks = [min(piece.cut.shape) for piece, count in zip(pieces, counts, strict=True) for _ in range(count)]
     start = dist.get_rank(inner) * share
     ranks = [*ranks, *[1] * padding][start : start + share]
-    norm = sums.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
-    amount = amount.to(norm.device, non_blocking=True) if isinstance(amount, Tensor) else amount
-    tau = decay.tau(amount, norm, torch.tensor(ranks).to(norm, non_blocking=True))
-    factors = shrink_factor(sums, tau, decay.rule, smoothing=decay.smoothing, backend=backend, dtype=first.value.dtype)
+    amount = torch.as_tensor(amount, dtype=torch.float64).to(sums.device, non_blocking=True).expand(share)
+    rank = torch.tensor(ranks).to(sums.device, non_blocking=True)
+    exponent = torch.cat([*(each.flatten() for each in exponents), exponents[0].new_zeros(padding)])
+    factors = shrink_factor(
+        sums,
+        amount,
+        decay.rule,
+        **decay.options,
+        rank=rank,
+        exponent=exponent[start : start + share].to(sums.device, non_blocking=True),
+        backend=backend,
+        dtype=first.value.dtype,
+    )
     _all_gather(total, factors, group=inner)
     return [_after(piece, factor) for piece, factor in zip(pieces, total[:number].split(counts), strict=True)]
 
 
-def _gram(piece: Piece) -> Tensor:
+def _exponents(pieces: Sequence[Piece], groups: Sequence[Any]) -> list[Tensor]:
+    """Return the power of two by which each matrix is divided: of float64 alone, whose squares may be out of range."""
+    shapes = [piece.value.shape[:-2] for piece in pieces]
+    if pieces[0].value.dtype != torch.float64:
+        return [torch.zeros(shape, dtype=torch.int32) for shape in shapes]
+    flat = [piece.value.reshape(*piece.value.shape[:-2], -1) for piece in pieces]
+    each = [f.abs().amax(-1) if f.shape[-1] else f.new_zeros(f.shape[:-1]) for f in flat]
+    largest = torch.cat([each_one.reshape(-1) for each_one in each]).to(pieces[0].mesh.device_type)
+    for group in groups:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    exponent = torch.frexp(largest).exponent.clamp(-1022, 1022)
+    return [part.view(shape) for part, shape in zip(exponent.split([s.numel() for s in shapes]), shapes, strict=True)]
+
+
+def _gram(piece: Piece, exponent: Tensor) -> Tensor:
     value = piece.value.double()
+    value = (
+        value * power_of_two(-exponent, torch.float64).to(value.device)[..., None, None] if exponent.any() else value
+    )
     return value.mT @ value if piece.cut.side == -2 else value @ value.mT
 
 

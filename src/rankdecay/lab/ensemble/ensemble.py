@@ -25,19 +25,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.lab.ensemble import transformer
 from rankdecay.lab.ensemble.control import PLAIN, Control, Part, above_rank, part_of_step, truncated
 from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parameters
 from rankdecay.lab.precision import check_resolved
 from rankdecay.lab.tasks.base import Dataset, random_generator
-from rankdecay.linalg import shrink
+from rankdecay.linalg import power_step, shrink
 from rankdecay.linalg.factored import factored_singular_values
+from rankdecay.linalg.threshold import leave, towards
 from rankdecay.spectrum import Spectrum, spectrum
 
 Precision = Literal["float32", "mixed", "float64"]
 MEASURED_TRAIN = 1024  # training examples an evaluation looks at: enough to see memorisation, a third of the time
 STEPS_BETWEEN_CHECKS = 10
+ROTATION_STEPS = 20  # over which an evaluation says how far queries and keys have turned
 STATE = ("weights", "mean", "square")  # the tensors of a `State`
 BLOCK_MATRICES = ("value", "output", "mlp_in", "mlp_out")
 EVALUATION_ROWS = {"cpu": 512, "cuda": 8192}  # examples per member and forward pass: what fits the cache, or the launch
@@ -59,7 +61,7 @@ class Member:
 
     arm: str
     seed: int
-    decay: Decay | None
+    decay: OfMatrix | None
     rest_decay: float
     lr: float = 1e-3
     initial_scale: float = 1.0
@@ -70,6 +72,16 @@ class Member:
     def low_rank(self) -> LowRank | None:
         """Low-rank decay of the member, None if it has another one or no strength."""
         return self.decay if isinstance(self.decay, LowRank) and self.decay.strength else None
+
+    @property
+    def decays(self) -> tuple[OfMatrix, ...]:
+        """Decays of W_Q and W_K that have a strength, in the order in which they are applied."""
+        return tuple(decay for decay in (self.decay, self.control.also) if decay is not None and decay.strength)
+
+    @property
+    def constant_l2(self) -> float:
+        """Strength of AdamW's own decay of W_Q and W_K, taken before its step as the optimizer does; else 0."""
+        return sum(decay.strength for decay in self.decays if isinstance(decay, Frobenius) and decay.is_l2)
 
 
 @dataclass(frozen=True)
@@ -137,43 +149,58 @@ def worth_compiling(wanted: str, device: str, make: "Callable[[], Ensemble]", st
     return (time.perf_counter() - start) / PROBED * steps >= COMPILE_FROM
 
 
-def adamw_(
-    weight: Tensor,
-    grad: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    lr: Tensor,
-    step: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """One AdamW step in place on ``(members, n)`` rows, without its decay; ``grad`` is overwritten.
+@dataclass(frozen=True)
+class Rows:
+    """Parameters that AdamW steps alike: one list entry per member and name, each contiguous."""
 
-    ``lr`` and ``step``, the number of the step from 1, are ``(members, 1)``; the latter in float64.
-    """
-    beta1, beta2 = betas
-    mean.lerp_(grad, 1 - beta1)
-    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    # Both bias corrections in the step size and ε: two passes over memory less, the same update.
-    correction = (1 - beta2**step).sqrt()
-    update = torch.sqrt(square, out=grad).add_((eps * correction).to(grad.dtype))
-    torch.div(mean, update, out=update)
-    weight.addcmul_(update, lr * (correction / (1 - beta1**step)).to(lr.dtype), value=-1)
+    lr: float
+    weight_decay: float
+    places: list[tuple[int, str]]  # index of the member, name of the parameter
+    weights: list[Tensor]
+    means: list[Tensor]
+    squares: list[Tensor]
+    steps: list[Tensor]  # scalars in float32, of their member: steps made
+
+    def step(self, grads: dict[str, Tensor], betas: tuple[float, float], eps: float) -> None:
+        """One AdamW step with its decay, in one pass over memory; ``grads`` are ``(members, ...)`` by name."""
+        torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage] - what AdamW(fused=True) calls
+            self.weights,
+            [grads[name][member] for member, name in self.places],
+            self.means,
+            self.squares,
+            [],
+            self.steps,
+            lr=self.lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=self.weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 @dataclass(frozen=True)
 class Group:
-    """Members whose low-rank decays differ in strength alone: one call of `shrink` serves them."""
+    """Members whose decays differ in strength alone: one call of `shrink` serves them."""
 
-    policy: LowRank
+    policy: OfMatrix
     part: Part
     blocks: bool
     rows: list[int]
     strength: Tensor  # (rows, 1)
 
-    def decayed(self, weight: Tensor, tau: Tensor) -> Tensor:
-        """``weight`` (rows, ..., m, n) after a decay of ``tau`` (rows, ...)."""
-        after = shrink(weight, tau, self.policy.rule, smoothing=self.policy.smoothing)
+    def every(self, side: int) -> int:
+        """After how many steps matrices, or heads, of a smaller side are decayed."""
+        return self.policy.interval(side) if isinstance(self.policy, LowRank) else 1
+
+    def decayed(self, weight: Tensor, amount: Tensor) -> Tensor:
+        """``weight`` (rows, ..., m, n) after a decay of Σ lr · strength = ``amount`` (rows, ...)."""
+        policy = self.policy
+        if isinstance(policy, LowRank):
+            after = shrink(weight, amount, policy.rule, **policy.options)
+        else:
+            after = power_step(weight, amount, policy.power, policy.cap or 1.0)
         return part_of_step(weight, after, self.part)
 
 
@@ -185,10 +212,16 @@ class Ensemble:
         members: the runs.
         datasets: one per member.
         training: what they share.
+        paths: see `admit`.
     """
 
     def __init__(
-        self, config: TransformerConfig, members: Sequence[Member], datasets: Sequence[Dataset], training: Training
+        self,
+        config: TransformerConfig,
+        members: Sequence[Member],
+        datasets: Sequence[Dataset],
+        training: Training,
+        paths: Sequence[Tensor | None] | None = None,
     ) -> None:
         self.config, self.training = config, training
         self.members: list[Member] = []
@@ -199,26 +232,42 @@ class Ensemble:
         self._matmul_dtype = torch.bfloat16 if training.precision == "mixed" else self._dtype
         self._shapes = config.shapes()
         self._query_key_size = 2 * config.depth * config.width**2
-        names = [name for name in self._shapes if name.split(".")[0] in BLOCK_MATRICES]
-        self._blocks_end = self._query_key_size + sum(math.prod(self._shapes[name]) for name in names)
-        self._block_names = names
+        self._block_names = [name for name in self._shapes if name.split(".")[0] in BLOCK_MATRICES]
         size = sum(math.prod(shape) for shape in self._shapes.values())
         self._weights = torch.empty(0, size, device=training.device, dtype=self._dtype)
         self._mean, self._square = self._weights.clone(), self._weights.clone()
         self._angular = torch.empty(0, device=training.device, dtype=torch.float64)
+        self._angular_after = self._angular.clone()
+        self._marked: tuple[Tensor, list[int]] | None = None  # queries and keys of some steps ago, and those steps
+        self._paths: list[Tensor | None] = []  # norms that yoked members are given: (steps + 1, depth, 2)
         self._loss: Callable[..., Tensor] = transformer.loss
         if training.compile and compiler_available(training.device):
             self._loss = torch.compile(transformer.loss, dynamic=False)
-        self.admit(members, datasets)
+        self.admit(members, datasets, paths)
 
     # --- the members' tensors -----------------------------------------------------------------------------
 
-    def admit(self, members: Sequence[Member], datasets: Sequence[Dataset]) -> None:
+    def admit(
+        self, members: Sequence[Member], datasets: Sequence[Dataset], paths: Sequence[Tensor | None] | None = None
+    ) -> None:
         """Adds members at step 0; the others go on as if nothing had happened.
 
+        Args:
+            members: the new ones.
+            datasets: one for each; all of an ensemble have a validation set, or none.
+            paths: of a yoked member, the norms of its matrices at every step from 0 on, ``(steps + 1, depth, 2)``
+                (`rankdecay.lab.ensemble.yoked.norm_paths`).
+
         Raises:
-            ValueError: if a training set is smaller than a batch.
+            ValueError: if a training set is smaller than a batch, a yoked member has no path, or a validation set is
+                missing.
         """
+        paths = [None] * len(members) if paths is None else paths
+        for member, path in zip(members, paths, strict=True):
+            if (member.control.yoked is None) != (path is None):
+                raise ValueError(f"{member.arm} needs a path of the norm exactly if it is yoked: see norm_paths")
+        if len({data.validation_targets is None for data in (*self._datasets, *datasets)}) > 1:
+            raise ValueError("some members have a validation set and others none: give it to all, or to none")
         smallest = min((len(data.train_targets) for data in datasets), default=self.training.batch_size)
         if self.training.batch_size > smallest:
             raise ValueError(
@@ -226,26 +275,31 @@ class Ensemble:
             )
         if not members:
             return
-        new = torch.stack([self._initial(member) for member in members])
+        new = torch.stack([self._initial(member, path) for member, path in zip(members, paths, strict=True)])
         self._weights = torch.cat([self._weights, new])
         self._mean = torch.cat([self._mean, torch.zeros_like(new)])
         self._square = torch.cat([self._square, torch.zeros_like(new)])
-        self._angular = torch.cat([self._angular, self._angular.new_full((len(members),), math.nan)])
+        unknown = self._angular.new_full((len(members),), math.nan)
+        self._angular = torch.cat([self._angular, unknown])
+        self._angular_after = torch.cat([self._angular_after, unknown])
+        self._marked = None
+        self._paths += paths
         self.members += members
         self.steps += [0] * len(members)
         self._acts += [True] * len(members)
         self._datasets += datasets
         self._bind()
 
-    def _initial(self, member: Member) -> Tensor:
+    def _initial(self, member: Member, path: Tensor | None) -> Tensor:
         """A member's row of parameters at step 0."""
         values = initial_parameters(self.config, member.seed, member.initial_scale)
         row = torch.cat([value.flatten() for value in values.values()])
         if member.uniform_attention:
             row[: self._query_key_size] = 0
-        if member.control.norm is not None:
+        if member.control.holds_norm:
             matrices = row[: self._query_key_size].view(-1, self.config.width, self.config.width)
-            matrices *= member.control.norm / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-300)
+            norm = member.control.radius(0) or 0.0 if path is None else path[0].cpu().view(-1, 1, 1)
+            matrices *= norm / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-300)
         return row.to(self.training.device, self._dtype)
 
     def _column(self, values: Sequence[float]) -> Tensor:
@@ -261,36 +315,32 @@ class Ensemble:
             self.parameters[name] = view.requires_grad_()
             start = stop
         self._lr = self._column([m.lr for m in self.members])
-        self._step = self._column(self.steps).double()
-        factors = [m.control.query_key_lr for m in self.members]
-        self._one_lr = all(factor == 1 for factor in factors)
-        self._query_key_lr = self._lr * self._column(factors)
-        self._keep_blocks = 1 - self._lr * self._column(
-            [0.0 if m.low_rank and m.control.blocks else m.rest_decay for m in self.members]
-        )
-        self._keep_rest = 1 - self._lr * self._column([m.rest_decay for m in self.members])
-        norms = [m.control.norm for m in self.members]
-        self._norm = self._column([math.nan if norm is None else norm for norm in norms]) if any(norms) else None
+        self._step = torch.tensor(self.steps, dtype=torch.float32, device=self.training.device)
+        self._query_key_lr = self._lr * self._column([m.control.query_key_lr for m in self.members])
+        self._holds_norms = any(m.control.holds_norm for m in self.members)
+        self._sharpens = any(m.control.sharpen for m in self.members)
         self._bind_schedule()
-        self._grad = torch.empty_like(self._weights)
         self._train_tokens, self._train_targets = self._stacked("train")
         self._test_tokens, self._test_targets = self._stacked("test")
+        has_validation = self._datasets[0].validation_targets is not None
+        self._validation = self._stacked("validation") if has_validation else None
 
     def _bind_schedule(self) -> None:
         """Rebuilds what depends on the decays that act now, and on the ranks they have reached."""
-        l2 = [
-            m.decay.strength if isinstance(m.decay, Frobenius) and acts else 0.0
-            for m, acts in zip(self.members, self._acts, strict=True)
-        ]
-        per_step = self._column([float(m.decay is not None and not m.decay.lr_coupled) for m in self.members]) > 0
-        self._keep_query_key = 1 - torch.where(per_step, 1.0, self._query_key_lr) * self._column(l2)
-        groups: dict[tuple[LowRank, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
+        self._l2 = [m.constant_l2 if acts else 0.0 for m, acts in zip(self.members, self._acts, strict=True)]
+        self._bind_rows()
+        groups: dict[tuple[int, OfMatrix, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
         for index, (member, acts) in enumerate(zip(self.members, self._acts, strict=True)):
-            if member.low_rank and acts:
-                plain = replace(member.low_rank, strength=0.0)
-                groups[plain, member.control.part, member.control.blocks][index] = member.low_rank.strength
-        self._low_rank = [
-            Group(*key, list(strengths), self._column(list(strengths.values()))) for key, strengths in groups.items()
+            for order, decay in enumerate(member.decays if acts else ()):
+                if not (isinstance(decay, Frobenius) and decay.is_l2):
+                    second = decay is member.control.also
+                    how: tuple[Part, bool] = (
+                        ("whole", False) if second else (member.control.part, member.control.blocks)
+                    )
+                    groups[order, replace(decay, strength=0.0), *how][index] = decay.strength
+        self._groups = [
+            Group(*key[1:], list(strengths), self._column(list(strengths.values())))
+            for key, strengths in sorted(groups.items(), key=lambda item: item[0][0])
         ]
         self._share: Tensor | None = None  # of its decay that each head block takes: (members, depth, 2, heads)
         if all(m.control.target_rank is None for m in self.members):
@@ -304,6 +354,29 @@ class Ensemble:
                     matrices = matrices.unflatten(-2, (c.heads, c.head_dim))
                 above = above_rank(matrices, member.control.target_rank)  # (depth, 2) or (depth, 2, heads)
                 self._share[index] *= above.view(c.depth, 2, -1)
+
+    def _bind_rows(self) -> None:
+        """Rebuilds the lists that AdamW steps: members and parameters of equal rate and decay together."""
+        alike: dict[tuple[float, float], Rows] = {}
+        for index, member in enumerate(self.members):
+            start = 0
+            for name, shape in self._shapes.items():
+                lr, decay = member.lr, member.rest_decay
+                if name.split(".")[0] in ("query", "key"):
+                    lr, decay = lr * member.control.query_key_lr, self._l2[index]
+                elif name in self._block_names and member.low_rank and member.control.blocks:
+                    decay = 0.0
+                rows = alike.setdefault((lr, decay), Rows(lr, decay, [], [], [], [], []))
+                rows.places.append((index, name))
+                rows.steps.append(self._step[index])
+                for whole, parts in (
+                    (self._weights, rows.weights),
+                    (self._mean, rows.means),
+                    (self._square, rows.squares),
+                ):
+                    parts.append(whole.detach()[index, start : start + math.prod(shape)].view(shape))
+                start += math.prod(shape)
+        self._rows = list(alike.values())
 
     def schedule(self, acts: Sequence[bool]) -> None:
         """Switches each member's decay on or off, and finds which matrices are above their target rank now."""
@@ -355,72 +428,92 @@ class Ensemble:
         member = torch.arange(len(self.members), device=self.training.device)[:, None]
         for index, rows in enumerate(self._batch_indices(steps)):
             self.steps = [step + 1 for step in self.steps]
-            self._step += 1
+            self._step += 1  # before AdamW's own step, which reads it
             tokens, targets = self._train_tokens[member, rows], self._train_targets[member, rows]
-            loss = self._loss(self.parameters, tokens, targets, self.config, self._matmul_dtype)
+            loss = self._loss(self.parameters, tokens, targets, self.config, self._matmul_dtype, self._sharpness())
             grads = torch.autograd.grad(loss.sum(), list(self.parameters.values()))
-            torch.cat([g.flatten(1) for g in grads], dim=1, out=self._grad)
-            self._update(measure=index == steps - 1)
+            self._update(dict(zip(self.parameters, grads, strict=True)), measure=index == steps - 1)
+
+    def _sharpness(self) -> Tensor | None:
+        """What the scores of every member's attention are multiplied by at this step; None for 1."""
+        if not self._sharpens:
+            return None
+        return self._column([m.control.sharpness(step) for m, step in zip(self.members, self.steps, strict=True)])[:, 0]
+
+    def mark(self) -> None:
+        """Remembers queries and keys as they are: the next evaluation says how far they have turned since."""
+        self._marked = self.query_key.clone(), list(self.steps)
 
     @torch.no_grad()
-    def _update(self, *, measure: bool) -> None:
-        """One step of AdamW and of every decay; ``measure`` its angle before the low-rank decay."""
-        query_key, blocks, others = self._weights.tensor_split([self._query_key_size, self._blocks_end], dim=1)
-        query_key.mul_(self._keep_query_key)
-        blocks.mul_(self._keep_blocks)
-        others.mul_(self._keep_rest)
+    def _update(self, grads: dict[str, Tensor], *, measure: bool) -> None:
+        """One step of AdamW and of every decay; ``measure`` its angle, before the decays after it and with them."""
+        # The angle is that of the update: a decay of AdamW's own, which does not turn a matrix, makes no difference.
         before = self.query_key.clone() if measure else None
-        self._adamw()
+        for rows in self._rows:
+            rows.step(grads, self.training.betas, self.training.eps)
         if before is not None:
             self._angular = _angle(before, self.query_key).flatten(1).mean(1)
-        for group in self._low_rank:
+        for group in self._groups:
             self._decay(group)
-        if self._norm is not None:
-            norms = self.query_key.norm(dim=(-2, -1), keepdim=True)
-            factor = self._norm.view(-1, 1, 1, 1, 1) / norms
-            self.query_key.mul_(torch.where(factor.isfinite(), factor, 1))
+        if self._holds_norms:
+            norms, target = self.query_key.norm(dim=(-2, -1), keepdim=True), self._held_norms()
+            share = torch.where(target.isnan(), 0, towards(norms, target))
+            self.query_key.copy_(leave(self.query_key, share))
+        if before is not None:
+            self._angular_after = _angle(before, self.query_key).flatten(1).mean(1)
 
-    def _adamw(self) -> None:
-        t = self.training
-        size = self._query_key_size
-        parts = [(slice(size), self._query_key_lr), (slice(size, None), self._lr)]
-        for part, lr in [(slice(None), self._lr)] if self._one_lr else parts:
-            weight, grad, mean, square = (r[:, part] for r in (self._weights, self._grad, self._mean, self._square))
-            adamw_(weight, grad, mean, square, lr, self._step, t.betas, t.eps)
+    def _held_norms(self) -> Tensor:
+        """The norm of every matrix after this step, ``(members, depth, 2, 1, 1)``; NaN where it is free."""
+        held = self._weights.new_full((len(self.members), self.config.depth, 2), math.nan)
+        for index, (member, path) in enumerate(zip(self.members, self._paths, strict=True)):
+            step, radius = self.steps[index], member.control.radius(self.steps[index])
+            if path is not None:
+                if step >= len(path):
+                    raise ValueError(
+                        f"{member.arm} is at step {step}, and its path of the norm ends at {len(path) - 1}"
+                    )
+                held[index] = path[step]
+            elif radius is not None:
+                held[index] = radius
+        return held[..., None, None]
 
     def _decay(self, group: Group) -> None:
         """Decays those members of a group whose interval has passed."""
-        every = group.policy.every
+        c = self.config
+        every = group.every(c.head_dim if group.policy.unit == "head" else c.width)
         due = [place for place, row in enumerate(group.rows) if self.steps[row] % every == 0]
         if not due:
             return
         if len(due) < len(group.rows):
             group = replace(group, rows=[group.rows[place] for place in due], strength=group.strength[due])
         rows = self._which(group.rows)
-        self.query_key[rows] = self._decayed(group, every)
+        self.query_key[rows] = self._decayed(group, every, self.query_key[rows])
         if group.blocks:
-            lr, strength = self._lr[rows][:, 0], group.strength[:, 0]
             for name in self._block_names:
                 weight = self.parameters[name][rows]
-                tau = every * group.policy.threshold(weight, lr, strength)
-                self.parameters[name][rows] = group.decayed(weight, tau)
+                amount = self._amount(group, self._lr[rows], every)
+                self.parameters[name][rows] = group.decayed(weight, amount.view(-1, *[1] * (weight.ndim - 3)))
+
+    def _amount(self, group: Group, lr: Tensor, steps: int) -> Tensor:
+        """Σ lr · strength over the last steps of each row of a group, (rows, 1); less while it is warming up."""
+        policy, now = group.policy, [self.steps[row] for row in group.rows]
+        acts = self._column([sum(policy.ramp(max(step - back, 1)) for back in range(steps)) for step in now])
+        return group.strength * acts * (lr if policy.lr_coupled else 1.0)
 
     def _which(self, rows: list[int]) -> slice | Tensor:
         """Index of some members; a slice for all of them, which needs no gathered copy."""
         return slice(None) if len(rows) == len(self.members) else torch.tensor(rows, device=self.training.device)
 
-    def _decayed(self, group: Group, steps: int) -> Tensor:
-        """Queries and keys of a group after ``steps`` steps' worth of decay."""
+    def _decayed(self, group: Group, steps: int, stack: Tensor) -> Tensor:
+        """``stack``, queries and keys of a group, after ``steps`` steps' worth of decay."""
         policy, rows = group.policy, self._which(group.rows)
-        stack = self.query_key[rows]
         by_head = policy.unit == "head"
         weight = stack.unflatten(-2, (self.config.heads, self.config.head_dim)) if by_head else stack
-        ones = [1] * (weight.ndim - 3)
-        tau = policy.threshold(weight, self._query_key_lr[rows].view(-1, *ones), group.strength.view(-1, *ones))
+        amount = self._amount(group, self._query_key_lr[rows], steps).view(-1, *[1] * (weight.ndim - 3))
         if self._share is not None:
             share = self._share[rows]
-            tau = tau * (share if by_head else share[..., 0])
-        return group.decayed(weight, steps * tau).view(stack.shape)
+            amount = amount * (share if by_head else share[..., 0])
+        return group.decayed(weight, amount).view(stack.shape)
 
     def retain(self, keep: Sequence[bool]) -> None:
         """Drops the members for which ``keep`` is false; the others go on as if nothing had happened."""
@@ -428,7 +521,8 @@ class Ensemble:
         self.members, self.steps = [self.members[i] for i in rows], [self.steps[i] for i in rows]
         self._datasets, self._acts = [self._datasets[i] for i in rows], [self._acts[i] for i in rows]
         self._weights, self._mean, self._square = (t[rows] for t in (self._weights, self._mean, self._square))
-        self._angular = self._angular[rows]
+        self._angular, self._angular_after = self._angular[rows], self._angular_after[rows]
+        self._paths, self._marked = [self._paths[i] for i in rows], None
         if rows:
             self._bind()
 
@@ -436,7 +530,7 @@ class Ensemble:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-        """Measures every member on its test set and on the first `MEASURED_TRAIN` examples of its training set.
+        """Measures every member on its test and validation sets and the first `MEASURED_TRAIN` training examples.
 
         Returns:
             One record per member (the keys of ``metrics.jsonl``) and the arrays of a snapshot: spectra, and what the
@@ -465,7 +559,12 @@ class Ensemble:
             "radial_share": radial,
             "tangential_share": 1 - radial,
             "angular_step": self._angular,
+            "angular_step_after": self._angular_after,
+            "rotation": self._rotation(),
         }
+        if self._validation is not None:
+            accuracy, loss = self._accuracy_and_loss(*self._validation)
+            columns |= {"validation_accuracy": accuracy, "validation_loss": loss}
         values = {name: column.tolist() for name, column in columns.items()}
         records = [
             {"step": self.steps[i], "arm": member.arm, "seed": member.seed}
@@ -483,6 +582,14 @@ class Ensemble:
             "positions": np.array(data.positions),
         }
         return records, arrays
+
+    def _rotation(self) -> Tensor:
+        """The angle since `mark`, if that was `ROTATION_STEPS` ago; else NaN."""
+        if self._marked is None or any(
+            now - then != ROTATION_STEPS for now, then in zip(self.steps, self._marked[1], strict=True)
+        ):
+            return torch.full_like(self._angular, math.nan)
+        return _angle(self._marked[0], self.query_key).flatten(1).mean(1)
 
     def _attention_maps(self, weights: Tensor) -> Tensor:
         """Mean of ``weights`` (members, depth, batch, heads, positions) over each group of last tokens."""
@@ -511,7 +618,9 @@ class Ensemble:
         rows = EVALUATION_ROWS[tokens.device.type]
         for part, answer in zip(tokens.split(rows, 1), targets.split(rows, 1), strict=True):
             seen: list[Tensor] | None = None if attention is None else []
-            logits = transformer.forward(self.parameters, part, self.config, self._matmul_dtype, seen)
+            logits = transformer.forward(
+                self.parameters, part, self.config, self._matmul_dtype, seen, self._sharpness()
+            )
             if attention is not None and seen is not None:
                 attention.append(torch.stack(seen, 1))
             correct += (logits.argmax(-1) == answer).sum(1)
@@ -521,21 +630,25 @@ class Ensemble:
         return correct / count, total_loss / count
 
     def _decay_geometry(self) -> tuple[Tensor, Tensor]:
-        """‖D‖/‖W‖ of one decay step D on queries and keys, and the share of ‖D‖² along W; NaN while none acts."""
+        """‖D‖/‖W‖ of one step D of all decays of W_Q and W_K, and the share of ‖D‖² along W; NaN while none acts."""
         size = torch.full((len(self.members),), math.nan, device=self.training.device, dtype=torch.float64)
         radial = size.clone()
-        for index, member in enumerate(self.members):
-            if isinstance(member.decay, Frobenius) and member.decay.strength and self._acts[index]:
-                rate = member.lr * member.control.query_key_lr if member.decay.lr_coupled else 1.0
-                size[index], radial[index] = rate * member.decay.strength, 1.0
-        for group in self._low_rank:
+        after = leave(self.query_key, (self._query_key_lr * self._column(self._l2)).view(-1, 1, 1, 1, 1))
+        for group in self._groups:
             rows = self._which(group.rows)
+            after[rows] = self._decayed(group, 1, after[rows])
+        decayed = sorted({row for group in self._groups for row in group.rows})
+        if decayed:
+            rows = self._which(decayed)
             weight = self.query_key[rows].double()
-            step = weight - self._decayed(group, 1).double()
+            step = weight - after[rows].double()
             norm, length = weight.norm(dim=(-2, -1)), step.norm(dim=(-2, -1))  # (rows, depth, 2)
             cosine = (weight * step).sum((-2, -1)) / (norm * length)
             size[rows] = (length / norm).flatten(1).mean(1)
             radial[rows] = cosine.square().flatten(1).nanmean(1)  # a matrix below its target rank takes no step
+        for index, member in enumerate(self.members):
+            if member.constant_l2 and self._acts[index] and index not in decayed:
+                size[index], radial[index] = member.lr * member.control.query_key_lr * member.constant_l2, 1.0
         return size, radial
 
     # --- resuming ----------------------------------------------------------------------------------------
@@ -561,14 +674,23 @@ class Ensemble:
             row.copy_(stored)
         self.steps[index] = state.step
         self._step[index] = state.step
+        self._marked = None
 
 
 def train_unless_stopped(ensemble: Ensemble, steps: int, stop: threading.Event) -> None:
-    """Trains an ensemble for ``steps`` steps; raises InterruptedError within a few once ``stop`` is set."""
-    for done in range(0, steps, STEPS_BETWEEN_CHECKS):
-        if stop.is_set():
-            raise InterruptedError
-        ensemble.train(min(STEPS_BETWEEN_CHECKS, steps - done))
+    """Trains an ensemble for ``steps`` steps, marking where the rotation that is measured after them begins.
+
+    Raises:
+        InterruptedError: within a few steps once ``stop`` is set.
+    """
+    parts = [max(steps - ROTATION_STEPS, 0), min(steps, ROTATION_STEPS)]
+    for part in parts:
+        if part == ROTATION_STEPS == parts[1]:
+            ensemble.mark()
+        for done in range(0, part, STEPS_BETWEEN_CHECKS):
+            if stop.is_set():
+                raise InterruptedError
+            ensemble.train(min(STEPS_BETWEEN_CHECKS, part - done))
 
 
 def _angle(before: Tensor, after: Tensor) -> Tensor:

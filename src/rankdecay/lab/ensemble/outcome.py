@@ -23,6 +23,7 @@ FIGURES = (  # of a run's last evaluation: what its row keeps, and what is avera
     "tangential_share",
 )
 MEMORISED = 0.99  # training accuracy that counts as having fitted the training set
+LATER_FIGURES = ("angular_step_after", "rotation", "validation_accuracy")  # that rows of before do not have
 ROSE = 0.5  # test accuracy that counts as having started to generalise
 FELL = 0.5  # of the stable rank at initialisation that counts as having lost rank
 
@@ -32,9 +33,15 @@ def key_of(row: Record) -> Key:
     return tuple(row[name] for name in KEY)  # type: ignore[return-value]
 
 
+def deciding(records: Sequence[Record]) -> str:
+    """The accuracy that decides when a run has generalised: validation's where there is one, else the test's."""
+    return "validation_accuracy" if records and "validation_accuracy" in records[0] else "test_accuracy"
+
+
 def steps_to_hold(records: Sequence[Record], threshold: float) -> int | None:
-    """The first evaluated step at which test accuracy reaches ``threshold`` and the next evaluation holds it."""
-    reached = [record["test_accuracy"] is not None and record["test_accuracy"] >= threshold for record in records]
+    """The first evaluated step at which the accuracy that decides reaches ``threshold`` and the next one holds it."""
+    key = deciding(records)
+    reached = [record[key] is not None and record[key] >= threshold for record in records]
     for record, now, then in zip(records, reached, reached[1:], strict=False):
         if now and then:
             return record["step"]

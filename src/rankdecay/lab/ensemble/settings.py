@@ -16,6 +16,9 @@ class EnsembleSettings(Settings):
     """Runs of every arm, or cell of the grid; a seed fixes split, initial weights and batches in every arm."""
     split: Literal["unordered", "ordered"] = "unordered"
     """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
+    validation: int = 0
+    """Examples of a third set that decides when a run has generalised, stops or switches; 0: the test set does, as in
+    runs of before."""
     smoothing: float = 0.13
     """For the smooth rule: directions below this share of ‖W‖_F shrink in proportion instead of by a fixed amount."""
     every: int = 4
@@ -37,7 +40,7 @@ class EnsembleSettings(Settings):
     position_scale: float = 0.3
     """Standard deviation of the initial position embedding."""
     threshold: float = 0.95
-    """Test accuracy that counts as generalised, if the next evaluation holds it."""
+    """Accuracy of the set that decides that counts as generalised, if the next evaluation holds it."""
     evaluate_every: int = 40
     """Steps between evaluations."""
     compile: Literal["auto", "on", "off"] = "auto"

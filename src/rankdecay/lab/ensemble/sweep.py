@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from rankdecay.lab.ensemble.control import decay_acts, memorised
+from rankdecay.lab.ensemble.control import acted_at, decay_acts, memorised
 from rankdecay.lab.ensemble.ensemble import Ensemble, Member, State, Training, train_unless_stopped
 from rankdecay.lab.ensemble.outcome import (
     FELL,
     FIGURES,
     KEY,
+    LATER_FIGURES,
     MEMORISED,
     ROSE,
     Key,
@@ -31,6 +33,7 @@ from rankdecay.lab.ensemble.outcome import (
     steps_to_hold,
 )
 from rankdecay.lab.ensemble.transformer import TransformerConfig
+from rankdecay.lab.ensemble.yoked import norm_paths
 from rankdecay.lab.tasks import make_dataset
 from rankdecay.spectrum import spectrum
 
@@ -216,7 +219,7 @@ class _Places:
             return
         first = len(self._runs)
         datasets = [make_dataset(seed=trial.member.seed, **trial.data) for trial in taken]
-        self._ensemble.admit([trial.member for trial in taken], datasets)
+        self._ensemble.admit([trial.member for trial in taken], datasets, self._paths(taken))
         ranks = spectrum(self._ensemble.query_key[first:]).stable_rank.flatten(1).mean(1).tolist()
         for index, (trial, data, rank) in enumerate(zip(taken, datasets, ranks, strict=True), first):
             run = _Run(trial, len(data.train_targets), rank, [])
@@ -226,6 +229,16 @@ class _Places:
                 run.initial_rank, run.records = before.initial_rank, list(before.records)
             self._runs.append(run)
         self._ensemble.schedule([self._decay_acts(run) for run in self._runs])
+
+    def _paths(self, trials: Sequence[Trial]) -> list[Tensor | None]:
+        """The norms that yoked runs are given, of runs that are trained for them first."""
+        yoked = [place for place, trial in enumerate(trials) if trial.member.control.yoked is not None]
+        members, data = [trials[place].member for place in yoked], [trials[place].data for place in yoked]
+        found = norm_paths(self._ensemble.config, members, data, self._plan.training, self._plan.budget, self._stop)
+        paths: list[Tensor | None] = [None] * len(trials)
+        for place, path in zip(yoked, found, strict=True):
+            paths[place] = path
+        return paths
 
     def _unfinished(self) -> dict[Key, Saved]:
         return {
@@ -247,8 +260,10 @@ def row(trial: Trial, records: Sequence[Record], initial_rank: float, sigma: np.
     """
     last = records[-1]
     steps = steps_to_hold(records, plan.threshold)
+    control = trial.member.control
     accuracies = [r["test_accuracy"] for r in records if r["test_accuracy"] is not None]
     outcome = "generalised" if steps is not None else "diverged" if diverged(last) else "budget"
+    curves = [*CURVES, *(["validation_accuracy"] if "validation_accuracy" in last else [])]
     index = np.unique(np.geomspace(1, sigma.shape[-1], SPECTRUM_POINTS).round().astype(int))
     largest = sigma[..., :1]
     relative = np.divide(sigma, largest, out=np.zeros_like(sigma), where=largest > 0).reshape(-1, sigma.shape[-1])
@@ -261,10 +276,12 @@ def row(trial: Trial, records: Sequence[Record], initial_rank: float, sigma: np.
         "budget": plan.budget,
         "best_test_accuracy": _short(max(accuracies, default=None)),
         **{name: _short(last[name]) for name in (*FIGURES, "decay_size")},
+        **{name: _short(last[name]) for name in LATER_FIGURES if name in last},
+        **({"acted_at": acted_at(control, records, steps)} if control.switches else {}),
         "memorised_at": first_step(records, "train_accuracy", above=MEMORISED),
         "rank_fell_at": first_step(records, "stable_rank", below=FELL * initial_rank) if initial_rank > 0 else None,
         "accuracy_rose_at": first_step(records, "test_accuracy", above=ROSE),
-        "curve": {"step": [r["step"] for r in records], **{k: [_short(r[k]) for r in records] for k in CURVES}},
+        "curve": {"step": [r["step"] for r in records], **{k: [_short(r[k]) for r in records] for k in curves}},
         "spectrum_index": index.tolist(),
         "spectrum": [_short(float(value)) for value in spectrum_now],
     }

@@ -159,10 +159,25 @@ def rms_norm(x: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (normed * gain.view(gain.shape[0], *([1] * (x.ndim - 2)), gain.shape[-1])).to(dtype)
 
 
+class _Product(torch.autograd.Function):
+    """X Wᵀ per member. The gradient of W comes in the layout of W, which the optimizer reads without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        return torch.bmm(grad, weight), torch.bmm(grad.mT, x)
+
+
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """X Wᵀ per member, in ``dtype``. ``x`` (members, ..., in), ``weight`` (members, out, in)."""
     members, width = x.shape[0], x.shape[-1]
-    out = torch.bmm(x.reshape(members, -1, width).to(dtype), weight.to(dtype).mT)
+    out: Tensor = _Product.apply(x.reshape(members, -1, width).to(dtype), weight.to(dtype))  # type: ignore[assignment]
     return out.view(*x.shape[:-1], weight.shape[1])
 
 
@@ -192,7 +207,9 @@ def _project(
     return query, key, value
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, config: TransformerConfig, sharpness: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Softmax attention over sequences of three to six positions, where fused kernels have nothing to gain.
 
     A few (query, key) pairs are multiplied out and summed, which a compiler fuses and which needs no transposed copy;
@@ -204,6 +221,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, config: TransformerConfig
     """
     q, k, v = (x.unflatten(-1, (config.heads, config.head_dim)) for x in (query, key, value))
     scale = config.head_dim**-0.5
+    if sharpness is not None:
+        q = q * sharpness.to(q.dtype).view(-1, 1, 1, 1, 1)
     if q.shape[2] * k.shape[2] <= FEW_PAIRS:
         scores = (q[:, :, :, None] * k[:, :, None]).sum(-1, dtype=_accumulate(q.dtype))  # (m, b, queries, keys, heads)
         weights = (scores * scale).softmax(3)
@@ -223,6 +242,7 @@ def forward(
     config: TransformerConfig,
     dtype: torch.dtype,
     attention: list[Tensor] | None = None,
+    sharpness: Tensor | None = None,
 ) -> Tensor:
     """Logits of the answer at the last position.
 
@@ -232,6 +252,7 @@ def forward(
         config: shape of the network.
         dtype: of the matrix products; norms, softmax and the residual stream stay in the parameters' dtype.
         attention: if a list, each layer appends what the last position attends to: (members, batch, heads, keys).
+        sharpness: multiplies the scores of each member's attention, (members,); 1 where there is none.
 
     Returns:
         ``(members, batch, outputs)`` in the parameters' dtype.
@@ -262,7 +283,7 @@ def forward(
         if layer:
             normed = rms_norm(x, parameters.get(f"norm_attention.{layer}"), dtype)
             query, key, value = _project(normed, parameters, layer, config, dtype, last)
-        mixed, weights = _attend(query, key, value, config)
+        mixed, weights = _attend(query, key, value, config, sharpness)
         if attention is not None:
             attention.append(weights)
         if last:
@@ -277,8 +298,13 @@ def forward(
 
 
 def loss(
-    parameters: Parameters, tokens: Tensor, targets: Tensor, config: TransformerConfig, dtype: torch.dtype
+    parameters: Parameters,
+    tokens: Tensor,
+    targets: Tensor,
+    config: TransformerConfig,
+    dtype: torch.dtype,
+    sharpness: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of each member, ``(members,)``. ``targets`` is ``(members, batch)``."""
-    logits = forward(parameters, tokens, config, dtype)
+    logits = forward(parameters, tokens, config, dtype, sharpness=sharpness)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).mean(1)

@@ -1,8 +1,8 @@
 """Data sets: one file per family. `make_dataset` is the one place that knows them all."""
 
-from rankdecay.lab.errors import check_name
-from rankdecay.lab.tasks.base import Dataset
-from rankdecay.lab.tasks.modular import OPERATIONS, Split, modular, modular_sequences
+from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.tasks.base import TEST_EXAMPLES, Dataset, last_drawn, with_validation
+from rankdecay.lab.tasks.modular import COMMUTATIVE, OPERATIONS, Split, modular, modular_sequences, pair_classes
 from rankdecay.lab.tasks.permutations import SEQUENCES, permutation_composition
 from rankdecay.lab.tasks.recall import recall, recall_sequences
 from rankdecay.lab.tasks.selection import selection, selection_sequences
@@ -38,6 +38,7 @@ def make_dataset(
     values: int = 4,
     named: int = 2,
     split: Split = "unordered",
+    validation: int = 0,
 ) -> Dataset:
     """Builds the data set of a task.
 
@@ -50,15 +51,27 @@ def make_dataset(
         values: for the tasks in `SAMPLED`.
         named: for ``selection``.
         split: for the commutative operations.
+        validation: examples of a third set, beside training and test; 0 for none. The training set does not depend on
+            it, and for the tasks in `SAMPLED`, where they are drawn in addition, the test set does not either.
     """
     check_name("`task`", task, TASKS)
+    if validation < 0:
+        raise SettingError(f"`validation` {validation} is negative: give 0 for none")
+    drawn = {"test_examples": TEST_EXAMPLES + validation}
     if task == "selection":
-        return selection(modulus, train_examples, seed, values=values, named=named)
-    if task == "recall":
-        return recall(modulus, train_examples, seed, values=values)
-    if task == "s5":
-        return permutation_composition(train_fraction, seed)
-    return modular(task, modulus, train_fraction, seed, split)
+        data = selection(modulus, train_examples, seed, values=values, named=named, **drawn)
+    elif task == "recall":
+        data = recall(modulus, train_examples, seed, values=values, **drawn)
+    elif task == "s5":
+        data = permutation_composition(train_fraction, seed)
+    else:
+        data = modular(task, modulus, train_fraction, seed, split)
+    if not validation:
+        return data
+    if task in SAMPLED:
+        return last_drawn(data, validation)
+    mirrored = task in COMMUTATIVE and split == "unordered"
+    return with_validation(data, validation, seed, lambda tokens: pair_classes(tokens, mirrored))
 
 
 __all__ = ["SAMPLED", "TASKS", "Dataset", "make_dataset", "sequences"]

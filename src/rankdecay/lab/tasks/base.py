@@ -4,12 +4,14 @@ Every task is a finite set of sequences of equal length whose answer is read at 
 from a seed alone, so the same seed gives every arm of an experiment the same training set.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rankdecay.lab.errors import SettingError
 
+TEST_EXAMPLES = 1000  # of a task whose examples are drawn
 ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th", "9th")  # names of what a sequence holds several of
 
 
@@ -24,6 +26,8 @@ class Dataset:
         outputs: number of possible answers.
         positions: a name for each position, for labels.
         groups: the name of each possible *last* token, by token; attention maps are averaged over these groups.
+        validation_tokens, validation_targets: what decides when to stop, to switch and which setting is best, where it
+            was asked for; the test set then decides nothing.
     """
 
     train_tokens: np.ndarray
@@ -34,6 +38,8 @@ class Dataset:
     outputs: int
     positions: tuple[str, ...]
     groups: dict[int, str]
+    validation_tokens: np.ndarray | None = None
+    validation_targets: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -61,6 +67,47 @@ def check_values(values: int, purpose: str) -> None:
 def split_drawn(tokens: np.ndarray, targets: np.ndarray, train_examples: int) -> tuple[np.ndarray, ...]:
     """Splits drawn examples into train tokens, train targets, test tokens and test targets."""
     return tokens[:train_examples], targets[:train_examples], tokens[train_examples:], targets[train_examples:]
+
+
+def last_drawn(data: Dataset, validation: int) -> Dataset:
+    """A data set of drawn examples whose last test examples are the validation set."""
+    return replace(
+        data,
+        test_tokens=data.test_tokens[:-validation],
+        test_targets=data.test_targets[:-validation],
+        validation_tokens=data.test_tokens[-validation:],
+        validation_targets=data.test_targets[-validation:],
+    )
+
+
+def with_validation(data: Dataset, validation: int, seed: int, classes: Callable[[np.ndarray], np.ndarray]) -> Dataset:
+    """A data set of which some of the test examples are the validation set, and the rest the test set.
+
+    Args:
+        data: without a validation set.
+        validation: how many at least; whole classes are taken.
+        seed: decides which.
+        classes: labels of tokens ``(examples, positions)``; examples of one label determine each other's answer.
+
+    Raises:
+        SettingError: if that leaves no test set.
+    """
+    labels, inverse, counts = np.unique(classes(data.test_tokens), return_inverse=True, return_counts=True)
+    order = random_generator(seed, "validation").permutation(len(labels))
+    chosen = order[: int(np.searchsorted(np.cumsum(counts[order]), validation)) + 1]
+    if len(chosen) >= len(labels):
+        raise SettingError(
+            f"`validation` {validation} leaves no test set of the {len(data.test_targets)} examples that are not "
+            "trained on: choose fewer, or a smaller training set"
+        )
+    inside = np.isin(inverse, chosen)
+    return replace(
+        data,
+        test_tokens=data.test_tokens[~inside],
+        test_targets=data.test_targets[~inside],
+        validation_tokens=data.test_tokens[inside],
+        validation_targets=data.test_targets[inside],
+    )
 
 
 def draw_distinct(

@@ -43,6 +43,13 @@ def modular_sequences(operation: str, modulus: int) -> int:
     return modulus * len(_second_operands(operation, modulus))
 
 
+def pair_classes(tokens: np.ndarray, mirrored: bool) -> np.ndarray:
+    """A label for each sequence (a, b, =): one for (a, b) and (b, a) if ``mirrored``."""
+    a, b = tokens[:, 0], tokens[:, 1]
+    size = int(tokens.max()) + 1
+    return np.minimum(a, b) * size + np.maximum(a, b) if mirrored else a * size + b
+
+
 def modular(operation: str, modulus: int, train_fraction: float, seed: int, split: Split = "unordered") -> Dataset:
     """All pairs of residues under one operation.
 
@@ -64,7 +71,7 @@ def modular(operation: str, modulus: int, train_fraction: float, seed: int, spli
     tokens = np.stack([a, b, np.full_like(a, modulus)], axis=1)
     targets = OPERATIONS[operation](a, b, modulus)
     mirrored = operation in COMMUTATIVE and split == "unordered"
-    classes = np.minimum(a, b) * modulus + np.maximum(a, b) if mirrored else a * modulus + b
+    classes = pair_classes(tokens, mirrored)
     return Dataset(
         *split_by_class(tokens, targets, classes, train_fraction, seed),
         vocabulary=modulus + 1,

@@ -11,7 +11,16 @@ from math import perm
 import numpy as np
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.tasks.base import ORDINALS, Dataset, check_modulus, check_values, digits, draw_distinct, split_drawn
+from rankdecay.lab.tasks.base import (
+    ORDINALS,
+    TEST_EXAMPLES,
+    Dataset,
+    check_modulus,
+    check_values,
+    digits,
+    draw_distinct,
+    split_drawn,
+)
 
 
 def recall_sequences(modulus: int, values: int) -> int:
@@ -33,7 +42,9 @@ def _arrangements(codes: np.ndarray, modulus: int, count: int) -> np.ndarray:
     return chosen
 
 
-def recall(modulus: int, train_examples: int, seed: int, *, values: int = 4, test_examples: int = 1000) -> Dataset:
+def recall(
+    modulus: int, train_examples: int, seed: int, *, values: int = 4, test_examples: int = TEST_EXAMPLES
+) -> Dataset:
     """Random sequences of ``values`` pairs (key, value) and a query.
 
     Args:

@@ -11,7 +11,16 @@ from math import comb
 import numpy as np
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.tasks.base import ORDINALS, Dataset, check_modulus, check_values, digits, draw_distinct, split_drawn
+from rankdecay.lab.tasks.base import (
+    ORDINALS,
+    TEST_EXAMPLES,
+    Dataset,
+    check_modulus,
+    check_values,
+    digits,
+    draw_distinct,
+    split_drawn,
+)
 
 
 def selection_sequences(modulus: int, values: int, named: int) -> int:
@@ -20,7 +29,7 @@ def selection_sequences(modulus: int, values: int, named: int) -> int:
 
 
 def selection(
-    modulus: int, train_examples: int, seed: int, *, values: int = 4, named: int = 2, test_examples: int = 1000
+    modulus: int, train_examples: int, seed: int, *, values: int = 4, named: int = 2, test_examples: int = TEST_EXAMPLES
 ) -> Dataset:
     """Random sequences of ``values`` residues and one token for a group of ``named`` positions.
 

@@ -30,7 +30,14 @@ def _taken(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
     return tau.to(prepared.X.dtype) * cubic_newton_schulz(prepared.X, options.steps)
 
 
-RULE = Rule("newton_schulz", "the published prototypes' five cubic steps", _fraction, _taken, always_products=True)
+RULE = Rule(
+    "newton_schulz",
+    "the published prototypes' five cubic steps",
+    _fraction,
+    _taken,
+    always_products=True,
+    homogeneous=True,
+)
 
 
 def with_steps(steps: int) -> Rule:

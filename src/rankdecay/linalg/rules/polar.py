@@ -22,4 +22,4 @@ def _taken(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
     return tau.to(prepared.X.dtype) * polar_by_products(prepared.X)
 
 
-RULE = Rule("polar", "the subgradient UVᵀ", _fraction, _taken)
+RULE = Rule("polar", "the subgradient UVᵀ", _fraction, _taken, homogeneous=True)

@@ -9,23 +9,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.exact import inverse
-from rankdecay.linalg.matmul import smooth_polar_by_products
+from rankdecay.linalg.matmul import few_products, smooth_by_products
 from rankdecay.linalg.stack import Prepared
+from rankdecay.linalg.threshold import smooth
 from rankdecay.rules import Options, Rule
 
 
-def _fraction(sigma: Tensor, null: Tensor, tau: Tensor, options: Options) -> Tensor:
+def _share(sigma: Tensor, null: Tensor, tau: Tensor, options: Options) -> Tensor:
     F = torch.linalg.vector_norm(sigma, dim=-1, keepdim=True)
-    return tau * inverse(torch.hypot(sigma, torch.maximum(tau, options.smoothing * F)), null)
+    return smooth(sigma, tau, torch.maximum(tau, options.smoothing * F))
+
+
+def _norm(X: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).double()
+
+
+def _width(norm: Tensor, tau: Tensor, options: Options) -> Tensor:
+    """Return ε (..., 1, 1); 1 for a zero matrix without τ, of which nothing can be taken."""
+    eps = torch.maximum(tau, options.smoothing * norm)
+    return torch.where(eps > 0, eps, 1.0)
 
 
 def _taken(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
     X = prepared.X
-    F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    eps = torch.maximum(tau, options.smoothing * F)
-    eps = torch.where(eps > 0, eps, 1.0)  # τ = 0 without smoothing: nothing is taken, whatever ε
-    return tau.to(X.dtype) * smooth_polar_by_products(X, eps, options.smoothing or None)
+    norm = _norm(X)
+    eps = _width(norm, tau, options)
+    # Far above ‖W‖_F a direction keeps less than a rounding, (σ/τ)²/2: all is taken.
+    all_taken = tau > norm * (2.0**14 if X.dtype == torch.float32 else 2.0**28)
+    share = torch.where(all_taken, 0.0, tau / eps).to(X.dtype)
+    taken = smooth_by_products(X, eps, share, norm, options.smoothing or None)
+    return torch.where(all_taken, X, taken)
 
 
-RULE = Rule("smooth", "W (WᵀW + ε²)^(−1/2), never crosses zero", _fraction, _taken, smoothing=True)
+def _products_pay(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
+    norm = _norm(prepared.X)
+    return few_products(prepared.X, _width(norm, tau, options), norm)[..., 0, 0]
+
+
+RULE = Rule(
+    "smooth",
+    "W (WᵀW + ε²)^(−1/2), never crosses zero",
+    _share,
+    _taken,
+    _products_pay,
+    smoothing=True,
+    keep=True,
+    homogeneous=True,
+)

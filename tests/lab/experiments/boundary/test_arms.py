@@ -27,7 +27,8 @@ def test_an_arm_builds_a_treatment_at_each_of_its_strengths(preset, name):
         assert strength == int(strength) or not arm.how.whole
         axis = [treatment.decay.strength] if treatment.decay else []
         control = treatment.control
-        axis += [control.norm, control.query_key_lr, control.target_rank, control.truncate_to]
+        axis += [control.norm, control.query_key_lr, control.target_rank, control.truncate_to, control.sharpen]
+        axis += [control.yoked.strength] if control.yoked else []
         assert strength in axis, "the strength is what the treatment varies"
 
 
@@ -61,7 +62,17 @@ def test_what_sets_the_arms_apart():
         "no_qk_norm": Treatment(Frobenius(5.0), qk_norm=False),
         "prox": Treatment(LowRank(5.0, "prox", "absolute", every=4)),
         "smooth": Treatment(smooth),
-        "prototype": Treatment(LowRank(5.0, "newton_schulz", "absolute", lr_coupled=False)),
+        "prototype": Treatment(LowRank(5.0, "newton_schulz", "absolute", every=1, lr_coupled=False)),
+        "l2_ramp": Treatment(Frobenius(5.0, warmup=200)),
+        "radial": Treatment(Frobenius(5.0, power=0, cap=0.1)),
+        "power_2": Treatment(Frobenius(5.0, power=2, cap=0.1)),
+        "relative": Treatment(replace(smooth, scale="relative")),
+        "elastic": Treatment(smooth, Control(also=Frobenius(30.0))),
+        "ramp_low_rank": Treatment(replace(smooth, preserve_norm=True), Control(also=Frobenius(30.0, warmup=200))),
+        "sphere_falling": Treatment(control=Control(norm=5.0, norm_from=(64 / 3) ** 0.5, norm_steps=200)),
+        "yoked": Treatment(control=Control(yoked=smooth)),
+        "sharpen": Treatment(control=Control(sharpen=5)),
+        "radial_no_qk_norm": Treatment(smooth, Control(part="radial"), qk_norm=False),
         "radial_only": Treatment(smooth, Control(part="radial")),
         "raise_rank": Treatment(smooth, Control(part="reversed")),
         "sphere": Treatment(control=Control(norm=5.0)),
@@ -78,11 +89,11 @@ def test_what_sets_the_arms_apart():
 
 def test_settings_reach_the_treatments():
     known = every_arm(replace(SMALL, rule="polar", smoothing=0.2, strength=7.0, every=1, lr=0.01, width=32))
-    assert known["smooth"].how.treat(1.0).decay == LowRank(1.0, "smooth", "absolute", smoothing=0.2)
+    assert known["smooth"].how.treat(1.0).decay == LowRank(1.0, "smooth", "absolute", every=1, smoothing=0.2)
     assert known["tangential_only"].how.treat(1.0) == Treatment(
-        LowRank(1.0, "polar", "absolute"), Control(part="tangential")
+        LowRank(1.0, "polar", "absolute", every=1), Control(part="tangential")
     )
-    assert known["sphere_low_rank"].how.treat(1.0).decay == LowRank(7.0, "polar", "absolute")
+    assert known["sphere_low_rank"].how.treat(1.0).decay == LowRank(7.0, "polar", "absolute", every=1)
     assert known["l2"].how.limit == known["l2_all"].how.limit == known["no_qk_norm"].how.limit == pytest.approx(100)
     assert known["truncate"].how.limit == 32
     assert known["none"].how.treat(0.0).control == PLAIN

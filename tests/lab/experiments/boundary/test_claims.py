@@ -1,9 +1,9 @@
 import pytest
 
 from rankdecay.lab.experiments.boundary.arms import styles
-from rankdecay.lab.experiments.boundary.claims import CHECKS, headline, ratio_words, settled
+from rankdecay.lab.experiments.boundary.claims import CHECKS, headline, note, ratio_words, settled
 from rankdecay.lab.experiments.boundary.read import merged
-from rankdecay.lab.report.words import verdict
+from rankdecay.lab.report.words import Facts, verdict
 
 
 def _arm(name, fraction, low=None, high=None, censored=None, **more):
@@ -138,3 +138,16 @@ def test_every_sweep_the_statistics_can_make_has_words(make_sweep):
         result = verdict(merged([directory]).summary, headline, CHECKS, styles({}))
         assert "None" not in str(result)
         assert "nan" not in str(result)
+
+
+def test_the_note_says_which_set_decided_and_how_many_schedules_never_acted():
+    def said(settings, **arm):
+        summary = {"arms": [_arm("truncate", 0.2, **arm)], "settings": settings, "threshold": 0.95}
+        return note(Facts.of(summary))
+
+    old = said({"task": "add"})
+    assert "when its test accuracy reaches 95 %" in old
+    assert "schedule" not in old
+    new = said({"task": "add", "validation": 100}, never_acted=3)
+    assert "when its validation accuracy reaches 95 %" in new
+    assert "3 runs ended before a schedule or a truncation acted" in new

@@ -63,7 +63,7 @@ def test_decays_are_those_the_settings_name():
     low_rank = arms["low_rank"]
     assert isinstance(low_rank, LowRank)
     assert (low_rank.strength, low_rank.rule, low_rank.scale, low_rank.lr_coupled) == (0.3, "prox", "relative", True)
-    assert arms["prototype"] == LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False)
+    assert arms["prototype"] == LowRank(0.01, rule="newton_schulz", scale="absolute", every=1, lr_coupled=False)
 
 
 def test_an_arm_named_by_its_rule_is_the_decay_of_the_settings_by_that_rule():

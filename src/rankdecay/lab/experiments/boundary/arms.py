@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.lab.ensemble.control import PLAIN, Control
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.experiment import Arm
@@ -34,7 +34,7 @@ class Treatment:
         stays: train to the end of the budget even after generalising.
     """
 
-    decay: Decay | None = None
+    decay: OfMatrix | None = None
     control: Control = PLAIN
     uniform_attention: bool = False
     qk_norm: bool = True
@@ -63,6 +63,8 @@ PROTOTYPE = (0.0025, 0.005, 0.01, 0.02)
 PUBLISHED = ("paper_a1", "paper_s5", "paper_s6")  # the forms the paper writes its step in, for its own grid
 PAPER = (1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2)
 NORMS = (0.1, 0.2, 0.4, 0.8)
+AMOUNTS = (10.0, 20.0, 40.0, 80.0)  # of the norm: low-rank decay at 5 takes some 5 √width of it
+CAP = 0.1  # the largest share of a norm that one step of `radial` and `power_2` takes
 RANKS = (1.0, 2.0, 4.0, 8.0)
 
 
@@ -80,13 +82,22 @@ def every_arm(settings: Boundary) -> dict[str, Arm]:
         return LowRank(strength, rule, "absolute", every=settings.every, smoothing=smoothing, **options)  # type: ignore
 
     def prototype(strength: float) -> LowRank:
-        return LowRank(strength, "newton_schulz", "absolute", lr_coupled=False)
+        return LowRank(strength, "newton_schulz", "absolute", every=1, lr_coupled=False)
 
     def controlled(**options: object) -> Callable[[float], Treatment]:
         return lambda strength: Treatment(low_rank(strength), Control(**options))  # type: ignore[arg-type]
 
     def l2(strength: float) -> Treatment:
         return Treatment(Frobenius(strength))
+
+    def norms(power: float) -> Callable[[float], Treatment]:
+        return lambda strength: Treatment(Frobenius(strength, power=power, cap=CAP))
+
+    def falling(norm: float) -> Treatment:
+        start = (settings.width / 3) ** 0.5  # of a matrix at initialisation
+        return Treatment(control=Control(norm=norm, norm_from=start, norm_steps=settings.warmup))
+
+    ramp = Frobenius(settings.l2_strength, warmup=settings.warmup)
 
     def target(unit: str) -> Callable[[float], Treatment]:
         return lambda rank: Treatment(low_rank(settings.strength, unit=unit), Control(target_rank=rank))
@@ -95,6 +106,47 @@ def every_arm(settings: Boundary) -> dict[str, Arm]:
     every = [
         Arm("none", "No decay of W_Q and W_K.", Axis(lambda _: Treatment()), (), "the rest of the model's decay alone"),
         Arm("l2", "L2 on W_Q and W_K alone.", Axis(l2, l2_limit), L2, "decay of any kind"),
+        Arm(
+            "l2_ramp",
+            f"L2 on W_Q and W_K alone, whose strength rises from 0 over {settings.warmup} steps.",
+            Axis(lambda s: Treatment(Frobenius(s, warmup=settings.warmup)), l2_limit),
+            L2,
+            "the schedule of the norm, by L2 alone",
+        ),
+        Arm(
+            "radial",
+            f"A constant amount of each norm, lr × strength per step, at most {CAP:g} of it; nothing is turned.",
+            Axis(norms(0)),
+            AMOUNTS,
+            "the law by which the norm falls, without low-rank decay",
+        ),
+        Arm(
+            "power_2",
+            f"A share of each norm that grows with it, lr × strength × ‖W‖ per step, at most {CAP:g}.",
+            Axis(norms(2)),
+            L2,
+            "the law by which the norm falls",
+        ),
+        Arm(
+            "relative",
+            f"{settings.rule.capitalize()} at L2's law of the norm: lr × strength × rms(σ) from each singular value.",
+            Axis(lambda s: Treatment(replace(low_rank(s), scale="relative"))),
+            L2,
+            "low rank at the law of the norm that L2 has",
+        ),
+        Arm(
+            "elastic",
+            f"{settings.rule.capitalize()}, and L2 of {settings.l2_strength:g} beside it: the paper's LRD Elastic.",
+            Axis(lambda s: Treatment(low_rank(s), Control(also=Frobenius(settings.l2_strength)))),
+            (0.6, *LOW_RANK),
+        ),
+        Arm(
+            "ramp_low_rank",
+            f"L2 of {settings.l2_strength:g}, warmed up over {settings.warmup} steps; {settings.rule} at a norm held.",
+            Axis(lambda s: Treatment(replace(low_rank(s), preserve_norm=True), Control(also=ramp))),
+            (0.6, *LOW_RANK),
+            "rank beside l2_ramp, at its norms",
+        ),
         Arm(
             "l2_all",
             "L2 of one strength on every matrix, as the paper and the prototype compare with.",
@@ -129,13 +181,13 @@ def every_arm(settings: Boundary) -> dict[str, Arm]:
         Arm(
             "paper_s5",
             "The paper's section 5 on attention and MLP matrices: ηλ·‖W‖/‖polar‖·polar(W).",
-            Axis(lambda s: Treatment(LowRank(s, "polar", "relative"), Control(blocks=True))),
+            Axis(lambda s: Treatment(LowRank(s, "polar", "relative", every=1), Control(blocks=True))),
             PAPER,
         ),
         Arm(
             "paper_s6",
             "The paper's section 6.3 on attention and MLP matrices: ηλ·polar(W).",
-            Axis(lambda s: Treatment(LowRank(s, "polar", "absolute"), Control(blocks=True))),
+            Axis(lambda s: Treatment(LowRank(s, "polar", "absolute", every=1), Control(blocks=True))),
             PAPER,
         ),
         Arm(
@@ -158,6 +210,13 @@ def every_arm(settings: Boundary) -> dict[str, Arm]:
             Axis(controlled(part="radial")),
             (*CONTROL, 20.0),
             "the falling norm, and the angular step that grows with it",
+        ),
+        Arm(
+            "radial_no_qk_norm",
+            "The arm radial_only in a network without QK-norm.",
+            Axis(lambda s: Treatment(low_rank(s), Control(part="radial"), qk_norm=False)),
+            (*CONTROL, 20.0),
+            "QK-norm, without which the norm is seen by the loss",
         ),
         Arm(
             "tangential_only",
@@ -186,6 +245,27 @@ def every_arm(settings: Boundary) -> dict[str, Arm]:
             Axis(lambda norm: Treatment(control=Control(norm=norm))),
             NORMS,
             "a small norm and the large angular step it brings, without loss of rank",
+        ),
+        Arm(
+            "sphere_falling",
+            f"No decay; every norm falls from its first to that on the axis within {settings.warmup} steps, and stays.",
+            Axis(falling),
+            NORMS,
+            "a schedule of the norm, without any decay",
+        ),
+        Arm(
+            "yoked",
+            f"No decay; every norm as in a run under {rule} with another seed, at each step.",
+            Axis(lambda s: Treatment(control=Control(yoked=low_rank(s)))),
+            CONTROL,
+            "the norms of low-rank decay, without its rank",
+        ),
+        Arm(
+            "sharpen",
+            "No decay; the scores of attention rise from 0 to what they are in as many steps as the axis says.",
+            Axis(lambda steps: Treatment(control=Control(sharpen=int(steps))), whole=True),
+            (100.0, 200.0, 400.0),
+            "attention that is uniform at first, without decay",
         ),
         Arm(
             "sphere_low_rank",
@@ -300,6 +380,16 @@ def styles(settings: Mapping[str, Any]) -> dict[str, ArmStyle]:
     """
     rule = f"{settings.get('rule', 'smooth')} low-rank"
     return {
+        "l2_ramp": ArmStyle("L2 with a warm-up", "#3a54c4", "#8fa6ff", "dash"),
+        "radial": ArmStyle("constant amount of the norm", "#a0327f", "#ff8fd0", "dot"),
+        "power_2": ArmStyle("square law of the norm", "#7a3aa8", "#cf9bff", "dashdot"),
+        "relative": ArmStyle(f"relative {rule}", "#b8602a", "#ffb98a", "dashdot"),
+        "elastic": ArmStyle(f"L2 and {rule}", "#8c4a2f", "#e8a98c", "longdashdot"),
+        "ramp_low_rank": ArmStyle(f"L2 warm-up and {rule}", "#6b4fa0", "#bda6ee", "longdash"),
+        "sphere_falling": ArmStyle("falling norm, no decay", "#3f6f8f", "#93c5e0", "dashdot"),
+        "yoked": ArmStyle("norms of another seed", "#2c7f86", "#7ed3da", "longdashdot"),
+        "sharpen": ArmStyle("attention sharpened slowly", "#6f7420", "#c5ca6d", "dot"),
+        "radial_no_qk_norm": ArmStyle("radial part, no QK-norm", "#207a4f", "#6fd8a8", "longdashdot"),
         "prox": ArmStyle("soft threshold (prox)", "#c2410c", "#ff8f5c"),
         "no_qk_norm": ArmStyle("no QK-norm", "#0d7a5f", "#4fd1ab"),
         "radial_only": ArmStyle("radial part only", "#b0307a", "#ff86bf", "longdashdot"),

@@ -85,17 +85,26 @@ def columns(facts: Facts) -> list[Column]:
         Column("decay of\nthe rest", best("rest_decay"), "g", edge("rest_edge"), when=lambda rows: len(rests) > 1),
         Column("runs that\ngeneralised", lambda row: f"{row['generalised']:,} of {row['runs']:,}"),
         Column("diverged", "diverged", ",d", when=lambda rows: any(row["diverged"] for row in rows)),
+        Column("never\nacted", "never_acted", ",d", when=lambda rows: any(row.get("never_acted") for row in rows)),
         Column("stable rank\nthere", "stable_rank", when=has("stable_rank")),
     ]
 
 
 def note(facts: Facts) -> str:
     """What the boundary is."""
+    threshold = f"{100 * (facts.summary.get('threshold') or 0):g} %"
+    decides = "validation" if facts.settings.get("validation") else "test"
+    waited = sum(row.get("never_acted") or 0 for row in facts.summary["arms"])
+    never = (
+        f" {counted(waited, 'run')} ended before a schedule or a truncation acted: they are runs without decay, or "
+        "with decay throughout."
+        if waited
+        else ""
+    )
     return (
         "The boundary is the amount of training data at which half of the runs generalise, each arm at the strength "
         "where that is least: a logistic fitted to the seeds of all amounts, with its 95 % credible interval. A run "
-        f"has generalised when its test accuracy reaches {100 * (facts.summary.get('threshold') or 0):g} % and the "
-        "next evaluation holds it."
+        f"has generalised when its {decides} accuracy reaches {threshold} and the next evaluation holds it.{never}"
     )
 
 

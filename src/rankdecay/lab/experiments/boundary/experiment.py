@@ -57,6 +57,7 @@ def training_sets(settings: Boundary) -> tuple[list[Size], Dataset]:
     numbers = {"modulus": settings.modulus, "values": settings.values, "named": settings.named}
     whole = sequences(settings.task, **numbers)
     common: Record = {"task": settings.task, **numbers, "split": settings.split}
+    common |= {"validation": settings.validation} if settings.validation else {}
     sizes: list[Size] = [(f, common | {"train_fraction": f}) for f in settings.fractions]
     sizes += [(count / whole, common | {"train_examples": count}) for count in settings.train_examples]
     first = [make_dataset(seed=0, **size) for _, size in sizes]
@@ -113,7 +114,11 @@ def make_plan(settings: Boundary, device: str, missing: Sequence[Trial]) -> Plan
     def ensemble() -> Ensemble:
         some = [trial for trial in missing if trial.config == missing[0].config][:together]
         data = [make_dataset(seed=trial.member.seed, **trial.data) for trial in some]
-        return Ensemble(some[0].config, [trial.member for trial in some], data, training)
+        members = [
+            dataclasses.replace(m, control=dataclasses.replace(m.control, yoked=None))
+            for m in (trial.member for trial in some)
+        ]
+        return Ensemble(some[0].config, members, data, training)
 
     steps = len(missing) / together / torch.get_num_threads() * settings.steps
     training = dataclasses.replace(training, compile=worth_compiling(settings.compile, device, ensemble, steps))

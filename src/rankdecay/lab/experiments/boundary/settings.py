@@ -67,6 +67,10 @@ class Boundary(EnsembleSettings):
     smooth, or one that is registered."""
     strength: float = 5.0
     """Strength of the low-rank decay in the arms whose axis is something else: a norm, a target rank."""
+    warmup: int = 200
+    """Steps of the schedules: in which the strength of l2_ramp rises from 0, and the norm of sphere_falling falls."""
+    l2_strength: float = 30.0
+    """Strength of the L2 beside low-rank decay, in elastic and ramp_low_rank."""
     qk_norm: Literal["head", "width"] = "head"
     """RMSNorm of queries and keys, per head or over the full width; the arm no_qk_norm has none."""
     places: int = 0
@@ -163,12 +167,16 @@ def check(settings: Boundary) -> Boundary:
     for fraction in settings.fractions:
         check_fraction(fraction)
     check_seeds(settings)
-    check_counts(settings, "steps", "seeds", "every", "depth", "mlp_width", "batch_size", "evaluate_every")
+    check_counts(settings, "steps", "seeds", "every", "warmup", "depth", "mlp_width", "batch_size", "evaluate_every")
     for name in ("places", "widen"):
         if getattr(settings, name) < 0:
             raise SettingError(f"--{name} {getattr(settings, name)} is negative: give 0 or more")
     check_evaluations(settings)
-    check_numbers(settings, "strength", "smoothing", "lr")
+    check_numbers(settings, "strength", "smoothing", "lr", "l2_strength")
+    if settings.lr * settings.l2_strength >= 1:
+        raise SettingError(f"--l2-strength {settings.l2_strength:g} must be below {1 / settings.lr:g}, 1 / --lr")
+    if settings.validation < 0:
+        raise SettingError(f"--validation {settings.validation} is negative: give 0 for none")
     for decay in settings.rest_decays:
         if not 0 <= settings.lr * decay < 1:
             raise SettingError(f"--rest-decays {decay:g} must be at least 0 and below {1 / settings.lr:g}, 1 / --lr")

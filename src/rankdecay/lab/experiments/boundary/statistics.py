@@ -234,6 +234,7 @@ def _summarise_arm(name: str, rows: list[Row]) -> dict[str, Any]:
         "runs": len(rows),
         "generalised": sum(map(_generalised, rows)),
         "diverged": sum(row["outcome"] == "diverged" for row in rows),
+        "never_acted": sum(row.get("acted_at", 0) is None for row in rows),  # of those with something to wait for
         "cells": its_cells,
         "boundaries": [column.as_dict() for column in columns],
         "boundary": best.as_dict() | _edges(columns) if best else None,

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.linalg import soft_threshold
+from rankdecay.linalg.threshold import leave
 
 Factors = list[Tensor]  # F_1 (problems, m, r), F_2 … (problems, r, r), F_L (problems, r, n)
 Optimizer = Literal["gd", "momentum", "adam"]
@@ -277,7 +278,7 @@ class Training:
             if method.decay == "loss":
                 gradient.addcmul_(self._lambda, factor)
             elif method.decay == "decoupled":
-                factor.mul_(1 - method.lr * self._lambda)
+                leave(factor, method.lr * self._lambda, out=factor)
             factor.sub_(self._direction(number, gradient), alpha=method.lr)
             if method.decay == "prox":
                 factor.copy_(soft_threshold(factor, method.lr * self.strength))

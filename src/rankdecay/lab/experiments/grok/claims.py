@@ -140,9 +140,10 @@ CHECKS = (
 
 def note(facts: Facts) -> str:
     """What the figures of the table are."""
+    decides = "validation" if facts.settings.get("validation") else "test"
     return (
-        "Means over seeds at the end of the run; steps are their median. A seed has generalised when its test accuracy "
-        f"reaches {facts.summary['threshold'] * 100:g} % and the next evaluation holds it. The share of a decay step "
-        "across W, its tangential part, changes the spectrum; the rest is radial. The page has the 95 % interval under "
-        "a count: with few seeds it is wide."
+        "Means over seeds at the end of the run; steps are their median. A seed has generalised when its "
+        f"{decides} accuracy reaches {facts.summary['threshold'] * 100:g} % and the next evaluation holds it. The "
+        "share of a decay step across W, its tangential part, changes the spectrum; the rest is radial. The page has "
+        "the 95 % interval under a count: with few seeds it is wide."
     )

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix, Scale
 from rankdecay.lab.ensemble.outcome import steps_to_hold
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Arm, Column, Experiment, Job, Work
@@ -39,30 +39,42 @@ if TYPE_CHECKING:
 class Treatment:
     """One way to treat W_Q and W_K."""
 
-    decay: Decay | None = None
+    decay: OfMatrix | None = None
     uniform_attention: bool = False
 
 
 def make_arms(settings: Grok) -> list[Arm]:
     """The arms asked for, in the order of `settings.ARMS`; those named by a rule stand beside ``low_rank``."""
 
-    def arm(name: str, description: str, decay: Decay | None = None, uniform: bool = False) -> Arm:
+    def arm(name: str, description: str, decay: OfMatrix | None = None, uniform: bool = False) -> Arm:
         return Arm(name, description, Treatment(decay, uniform))
 
-    def low_rank(name: str, rule: Any) -> Arm:
-        decay = LowRank(settings.strength, rule, settings.scale, every=settings.every, smoothing=settings.smoothing)
+    def low_rank(name: str, rule: Any, scale: Scale = settings.scale) -> Arm:
+        strength = settings.tuned_strength if name == "relative" else settings.strength  # at L2's law of the norm
+        decay = LowRank(strength, rule, scale, every=settings.every, smoothing=settings.smoothing)
         return arm(name, f"The library's decay of W_Q and W_K: {decay.describe()}.", decay)
 
     shared, tuned = settings.weight_decay, settings.tuned_strength
     strongest = f"L2 of strength {tuned:g} on W_Q and W_K: {tuned * settings.lr:.0%} of the weights per step"
-    prototype = LowRank(0.01, rule="newton_schulz", scale="absolute", lr_coupled=False)
+    prototype = LowRank(0.01, "newton_schulz", "absolute", every=1, lr_coupled=False)
     every = [
         arm("none", "No decay of W_Q and W_K."),
         arm(
             "l2", f"L2 of strength {shared:g} on W_Q and W_K, the same as on the rest of the model.", Frobenius(shared)
         ),
         arm("l2_tuned", f"{strongest}, the strength at which L2 does best.", Frobenius(tuned)),
+        arm(
+            "l2_ramp",
+            f"The same L2, {tuned:g}, rising from 0 over {settings.warmup} steps.",
+            Frobenius(tuned, warmup=settings.warmup),
+        ),
+        arm(
+            "radial",
+            "A constant amount of each norm per step, at most a tenth of it: no rank is lowered.",
+            Frobenius(settings.amount, power=0, cap=0.1),
+        ),
         low_rank("low_rank", settings.rule),
+        low_rank("relative", settings.rule, "relative"),
         *(low_rank(rule, rule) for rule in rule_names() if rule in settings.arms),
         arm("prototype", "The published prototype: five cubic Newton–Schulz steps, 0.01 per step.", prototype),
         arm("uniform_attention", "W_Q and W_K held at zero: every position attends equally to all.", uniform=True),
@@ -72,7 +84,7 @@ def make_arms(settings: Grok) -> list[Arm]:
 
 def make_datasets(settings: Grok) -> dict[int, Dataset]:
     """One data set per seed, checked against the batch size."""
-    how = _some(settings, "modulus", "train_fraction", "train_examples", "values", "split")
+    how = _some(settings, "modulus", "train_fraction", "train_examples", "values", "split", "validation")
     datasets = {seed: make_dataset(settings.task, seed, **how) for seed in seeds(settings)}
     size = min(len(data.train_targets) for data in datasets.values())  # unordered splits differ in size
     if settings.batch_size > size:

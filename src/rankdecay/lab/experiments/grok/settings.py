@@ -22,6 +22,7 @@ from rankdecay.lab.settings import (
 from rankdecay.rules import rule_names
 
 ARMS = ("none", "l2", "l2_tuned", "low_rank", "prototype", "uniform_attention")
+MORE_ARMS = ("l2_ramp", "radial", "relative")  # that can be asked for
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Grok(EnsembleSettings):
     """'standard' is a larger network, for a fast machine; 'prototype' the public set-up: addition mod 113, ordered
     split, full-width QK-norm, rate 0.01."""
     arms: tuple[str, ...] = ARMS
-    """Which decays of W_Q and W_K to compare; the name of a rule, such as prox, is low-rank decay by that rule."""
+    """Which decays of W_Q and W_K to compare; the name of a rule, such as prox, is low-rank decay by that rule.
+    Beside those of the default: l2_ramp, radial, relative."""
     task: str = "selection"
     """selection, recall, add, subtract, multiply, divide, quadratic (x²+xy+y²) or s5."""
     modulus: int = 13
@@ -60,6 +62,10 @@ class Grok(EnsembleSettings):
     """Strength of the l2_tuned arm: the best the committed sweep found (docs/findings.md)."""
     weight_decay: float = 1.5
     """L2 on everything but W_Q and W_K, shared by all arms; the l2 arm applies it to W_Q and W_K too."""
+    warmup: int = 200
+    """Steps in which the strength of l2_ramp, otherwise that of l2_tuned, rises from 0."""
+    amount: float = 30.0
+    """Strength of the radial arm: lr × amount of each norm per step, at most a tenth of it."""
     qk_norm: Literal["head", "width", "none"] = "head"
     """RMSNorm of queries and keys: per head, over the full width, or none."""
     stop_when_generalised: bool = False
@@ -133,10 +139,10 @@ def check(settings: Grok) -> Grok:
             value = getattr(settings, name)
             raise SettingError(f"{option(name)} {value} has no effect on --task {settings.task}: {remedy}")
     check_name("--rule", settings.rule, rule_names())
-    check_arms(settings.arms, (*ARMS, *rule_names()))
+    check_arms(settings.arms, (*ARMS, *MORE_ARMS, *rule_names()))
     check_seeds(settings)
-    check_counts(settings, "steps", "seeds", "every", "depth", "mlp_width", "batch_size", "evaluate_every")
-    check_numbers(settings, "strength", "smoothing", "tuned_strength", "weight_decay", "lr", zero=True)
+    check_counts(settings, "steps", "seeds", "every", "warmup", "depth", "mlp_width", "batch_size", "evaluate_every")
+    check_numbers(settings, "strength", "smoothing", "tuned_strength", "weight_decay", "amount", "lr", zero=True)
     for name in ("tuned_strength", "weight_decay"):
         if settings.lr * getattr(settings, name) >= 1:
             raise SettingError(

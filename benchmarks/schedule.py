@@ -1,0 +1,505 @@
+r"""E1: is what low-rank decay does for grokking a schedule of the norm, or the rank? (`docs/findings.md`)
+
+    python benchmarks/schedule.py --stage time               # how long the whole takes here, from measured steps
+    python benchmarks/schedule.py --stage tune               # seeds 100-102; ends by freezing DIR/tuned.json
+    python benchmarks/schedule.py --stage test               # seeds 200-209, each arm at its frozen settings
+    python benchmarks/schedule.py --stage secondary          # five variants, at one size
+    python benchmarks/schedule.py --stage report [--json]    # from the stored rows alone
+
+Selection mod 13, the network of the default `rankdecay grok`. Every stage goes on where it was interrupted; rows are in
+DIR/tune and DIR/test (DIR is docs/data/schedule). Three sets: training, validation (1,000 examples, which decides
+stopping and tuning) and test (1,000, read by ``report`` once, for the accuracy at the end).
+
+**Tuning**, the same for every arm: six strengths in factors of two at a decay of the rest of 2, the ramp's length as
+a second factor where there is one; strengths are added until the best is inside; then the decay of the rest in
+{1, 2, 4} at the best. The criterion is the restricted mean time: steps until validation accuracy holds 95 %, the budget
+for a run that never does, over seeds and sizes. ``tuned.json`` is written once and not again.
+
+**Contrasts**, named beforehand: low rank against `radial_only`, `raise_rank` and `l2_ramp`, and `l2_ramp` against
+`l2`, where low rank is the one of `smooth` and `prox` that tuning found faster. Times of one seed and size are paired;
+a seed's log-ratio is its mean over sizes, and the seed is the unit: t-tests over seeds, Holm over the four. Two arms
+are equivalent when both one-sided tests at ±8 % pass at 5 %. The headline (a schedule of the norm) **stands** if low
+rank is equivalent to `l2_ramp` and to `radial_only`, is **withdrawn** if low rank is more than 8 % faster than either
+(one-sided, 5 %, Holm over the two), and is **open** otherwise; also where fewer than half of the runs of one of the
+three held 95 %, since two runs that reach the horizon look alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from rankdecay.lab.ensemble import local
+from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training
+from rankdecay.lab.ensemble.outcome import key_of
+from rankdecay.lab.ensemble.sweep import Plan, Trial
+from rankdecay.lab.ensemble.transformer import TransformerConfig
+from rankdecay.lab.experiments.boundary.arms import every_arm
+from rankdecay.lab.experiments.boundary.settings import Boundary
+from rankdecay.lab.machine import describe_machine
+from rankdecay.lab.store import GROWING, RunDirectory, read_metrics
+from rankdecay.lab.tasks import make_dataset, sequences
+
+Row = dict[str, Any]
+
+HALVES = (0.625, 1.25, 2.5, 5.0, 10.0, 20.0)
+SQUARES = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+RADII = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+GRIDS: dict[str, tuple[float, ...]] = {  # strengths in factors of two
+    "none": (),
+    "l2": SQUARES,
+    "l2_ramp": SQUARES,
+    "radial": (5.0, 10.0, 20.0, 40.0, 80.0, 160.0),
+    "power_2": SQUARES,
+    "radial_only": HALVES,
+    "sphere": RADII,
+    "sphere_falling": RADII,
+    "smooth": HALVES,
+    "prox": HALVES,
+    "relative": SQUARES,
+    "raise_rank": HALVES,
+    "yoked": HALVES,
+}
+RAMPS = {"l2_ramp": (100, 200, 400), "sphere_falling": (100, 200, 400)}
+RESTS, FIRST_REST = (1.0, 2.0, 4.0), 2.0
+CONTRASTS = (("low rank", "radial_only"), ("low rank", "raise_rank"), ("low rank", "l2_ramp"), ("l2_ramp", "l2"))
+MARGIN, LEVEL = 1.08, 0.05
+WIDENINGS = 6
+# A variant, the arm whose settings it has, and its β₂; at one size, on the held-out seeds.
+SECONDARY = {
+    "no_qk_norm": ("l2", 0.999),
+    "radial_no_qk_norm": ("radial_only", 0.999),
+    "none_beta2": ("none", 0.95),
+    "smooth_beta2": ("smooth", 0.95),
+    "sharpen": ("none", 0.999),
+    "elastic": ("smooth", 0.999),
+    "ramp_low_rank": ("smooth", 0.999),
+}
+SHARPEN = 200.0  # steps in which the scores of attention rise to what they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What is trained; a smaller one is for trying the command."""
+
+    modulus: int = 13
+    width: int = 64
+    mlp_width: int = 256
+    batch_size: int = 128
+    lr: float = 2e-3
+    validation: int = 1000
+    evaluate_every: int = 40
+    tune_seeds: tuple[int, ...] = (100, 101, 102)
+    tune_sizes: tuple[int, ...] = (600, 700, 850)
+    tune_budget: int = 1600
+    test_seeds: tuple[int, ...] = tuple(range(200, 210))
+    test_sizes: tuple[int, ...] = (600, 700, 800, 950)
+    test_budget: int = 3200
+    horizons: tuple[int, ...] = (800, 1600, 3200)
+    secondary_size: int = 700
+
+
+TINY = Protocol(5, 16, 16, 16, 1e-2, 50, 20, (100, 101), (60, 120), 60, (200, 201, 202), (60, 120), 80, (40, 80), 60)
+
+
+# --- what is trained ---
+
+
+def settings_of(protocol: Protocol, ramp: int | None) -> Boundary:
+    """The settings of `rankdecay boundary` that its arms read."""
+    return Boundary(
+        task="selection",
+        modulus=protocol.modulus,
+        width=protocol.width,
+        lr=protocol.lr,
+        warmup=ramp or Boundary.warmup,
+        validation=protocol.validation,
+        precision="float32",
+    )
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """The arm and the ramp's length of ``l2_ramp@200``."""
+    arm, _, ramp = name.partition("@")
+    return arm, int(ramp) if ramp else None
+
+
+def trial(
+    protocol: Protocol,
+    name: str,
+    strength: float,
+    rest: float,
+    size: int,
+    seed: int,
+    arm: str | None = None,
+    **options: Any,
+) -> Trial:
+    """One run; ``name`` is that of its rows, ``arm`` what it does if that is another."""
+    which, ramp = split_name(arm or name)
+    settings = dataclasses.replace(settings_of(protocol, ramp), **options)
+    treatment = every_arm(settings)[which].how.treat(strength)
+    data = {"task": "selection", "modulus": protocol.modulus, "train_examples": size, "validation": protocol.validation}
+    first = make_dataset(seed=0, **data)
+    config = TransformerConfig(
+        first.vocabulary,
+        first.length,
+        first.outputs,
+        width=protocol.width,
+        mlp_width=protocol.mlp_width,
+        qk_norm="head" if treatment.qk_norm else "none",
+    )
+    control, uniform = treatment.control, treatment.uniform_attention
+    member = Member(name, seed, treatment.decay, rest, protocol.lr, uniform_attention=uniform, control=control)
+    share = size / sequences("selection", modulus=protocol.modulus, values=4, named=2)
+    return Trial(strength, share, member, config, data)
+
+
+def trained(
+    path: Path, protocol: Protocol, trials: Iterable[Trial], budget: int, beta2: float = 0.999, device: str = "cpu"
+) -> list[Row]:
+    """All rows of a directory, after training what it does not hold of some trials."""
+    fixed = {**dataclasses.asdict(protocol), "budget": budget, "precision": "float32"}
+    fixed = json.loads(json.dumps(fixed))
+    config = {"command": "schedule", "settings": fixed, "fixed": fixed, "arms": [], "machine": describe_machine(device)}
+    with RunDirectory.open(path, config, lambda line: print(line, file=sys.stderr), GROWING) as directory:
+        rows = directory.drop_damaged_line()
+        done = {key_of(row) for row in rows}
+        missing = [one for one in trials if one.key not in done]
+        training = Training(protocol.batch_size, device=device, betas=(0.9, beta2))
+        places = 4 if device == "cpu" else 64
+        plan = Plan(training, budget, protocol.evaluate_every, 0.95, places)
+        begun = time.monotonic()
+        for number, row in enumerate(local.rows(missing, plan, directory) if missing else (), 1):
+            directory.append([row])
+            rows.append(row)
+            minutes = (time.monotonic() - begun) / 60
+            print(f"{path.name}: {number} of {len(missing)} runs, {minutes:.1f} min", file=sys.stderr, flush=True)
+    return rows
+
+
+# --- tuning ---
+
+
+def restricted(row: Row, horizon: float) -> float:
+    """Steps until validation accuracy holds 95 %; the horizon for a run that had not by then."""
+    steps = row["steps_to_generalise"]
+    return float(min(horizon if steps is None else steps, horizon))
+
+
+def mean_time(rows: Sequence[Row], horizon: float) -> float:
+    return statistics.fmean(restricted(row, horizon) for row in rows)
+
+
+def scores(rows: Sequence[Row], horizon: float) -> dict[tuple[str, float, float], float]:
+    """The restricted mean time of every setting: arm with its ramp, strength, decay of the rest."""
+    found: dict[tuple[str, float, float], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["arm"], row["strength"], row["rest_decay"]), []).append(row)
+    return {setting: mean_time(some, horizon) for setting, some in found.items()}
+
+
+def tune(protocol: Protocol, directory: Path, device: str) -> Row:
+    """Trains the grids of every arm, widened until the best is inside, and freezes what is best."""
+    frozen = directory / "tuned.json"
+    if frozen.exists():
+        raise SystemExit(f"{frozen} is frozen: the held-out runs use it. Give another --dir to tune again.")
+    pairs = [(seed, size) for seed in protocol.tune_seeds for size in protocol.tune_sizes]
+
+    def runs(settings: Iterable[tuple[str, float, float]]) -> list[Row]:
+        wanted = [trial(protocol, *setting, size, seed) for seed, size in pairs for setting in settings]
+        known = {one.key for one in wanted}
+        rows = trained(directory / "tune", protocol, wanted, protocol.tune_budget, device=device)
+        return [row for row in rows if key_of(row) in known]
+
+    grids: dict[str, list[float]] = {}
+    for arm, strengths in GRIDS.items():
+        for name in [f"{arm}@{ramp}" for ramp in RAMPS.get(arm, ())] or [arm]:
+            grids[name] = list(strengths) or [0.0]
+    open_edges: list[str] = []
+    found: dict[tuple[str, float, float], float] = {}
+    for _ in range(WIDENINGS + 1):
+        found = scores(runs([(n, s, FIRST_REST) for n, some in grids.items() for s in some]), protocol.tune_budget)
+        open_edges = [name for name, some in grids.items() if (beyond(protocol, name, some, found)) is not None]
+        added = {name: beyond(protocol, name, grids[name], found) for name in open_edges}
+        if not added:
+            break
+        for name, strength in added.items():
+            assert strength is not None
+            grids[name].append(strength)
+    best: dict[str, tuple[str, float]] = {}
+    for arm in GRIDS:
+        names = [name for name in grids if split_name(name)[0] == arm]
+        best[arm] = min(((n, s) for n in names for s in grids[n]), key=lambda at: found[(*at, FIRST_REST)])
+    rests = scores(runs([(*best[arm], rest) for arm in GRIDS for rest in RESTS]), protocol.tune_budget)
+    arms: Row = {}
+    for arm, (name, strength) in best.items():
+        rest = min(RESTS, key=lambda value, at=(name, strength): rests[(*at, value)])
+        time_found = rests[name, strength, rest]
+        arms[arm] = {
+            "name": name,
+            "strength": strength,
+            "rest_decay": rest,
+            "restricted_mean_time": time_found,
+            "strengths": sorted(grids[name]),
+            "edge_is_open": name in open_edges,
+            "rest_at_edge": rest in (RESTS[0], RESTS[-1]),
+        }
+    low_rank = min(("smooth", "prox"), key=lambda arm: arms[arm]["restricted_mean_time"])
+    result = {"protocol": dataclasses.asdict(protocol), "low_rank": low_rank, "arms": arms}
+    frozen.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def beyond(
+    protocol: Protocol, name: str, strengths: Sequence[float], found: dict[tuple[str, float, float], float]
+) -> float | None:
+    """The next strength if the best is at an edge; None if it is inside, or all are alike, or the arm takes no more."""
+    tried = sorted(strengths)
+    times = [found[name, strength, FIRST_REST] for strength in tried]
+    if len(tried) == 1 or max(times) == min(times):
+        return None
+    at = times.index(min(times))
+    following = 2 * tried[-1] if at == len(tried) - 1 else tried[0] / 2 if at == 0 else None
+    if following is None:
+        return None
+    arm, ramp = split_name(name)
+    return following if following < every_arm(settings_of(protocol, ramp))[arm].how.limit else None
+
+
+def tuned(directory: Path, protocol: Protocol) -> Row:
+    path = directory / "tuned.json"
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: run --stage tune first, which freezes the settings of every arm.")
+    held = json.loads(path.read_text())
+    if held["protocol"] != json.loads(json.dumps(dataclasses.asdict(protocol))):
+        raise SystemExit(f"{path} was tuned by another protocol: give another --dir, or the options it was made with.")
+    return held
+
+
+# --- held-out seeds ---
+
+
+def test(protocol: Protocol, directory: Path, device: str) -> None:
+    """Every arm at its frozen settings on seeds and sizes that tuning has not seen."""
+    held = tuned(directory, protocol)["arms"]
+    wanted = [
+        trial(protocol, own["name"], own["strength"], own["rest_decay"], size, seed)
+        for seed in protocol.test_seeds
+        for size in protocol.test_sizes
+        for own in held.values()
+    ]
+    trained(directory / "test", protocol, wanted, protocol.test_budget, device=device)
+
+
+def secondary(protocol: Protocol, directory: Path, device: str) -> None:
+    """Variants that are no rivals: at one size, with the settings of the arm that each is held against."""
+    held, size = tuned(directory, protocol)["arms"], protocol.secondary_size
+    for beta2 in (0.999, 0.95):
+        wanted = []
+        for name, (of, beta) in SECONDARY.items():
+            if beta != beta2:
+                continue
+            own, ramp = held[of], split_name(held["l2_ramp"]["name"])[1]
+            arm = name.removesuffix("_beta2") + ("" if name != "ramp_low_rank" else f"@{ramp}")
+            strength = SHARPEN if name == "sharpen" else own["strength"]
+            beside = "l2_ramp" if name == "ramp_low_rank" else "l2"
+            wanted += [
+                trial(
+                    protocol, name, strength, own["rest_decay"], size, seed, arm, l2_strength=held[beside]["strength"]
+                )
+                for seed in protocol.test_seeds
+            ]
+        path = directory / ("secondary" if beta2 == 0.999 else "secondary_beta2")
+        trained(path, protocol, wanted, protocol.test_budget, beta2, device)
+
+
+# --- contrasts ---
+
+
+def log_ratios(rows: Sequence[Row], arm: str, other: str, horizon: float) -> np.ndarray:
+    """Mean over sizes of log(time of ``arm`` / time of ``other``), one number per seed."""
+    times = {(row["arm"], row["seed"], row["train_examples"]): restricted(row, horizon) for row in rows}
+    by_seed: dict[int, list[float]] = {}
+    for (name, seed, size), spent in times.items():
+        if name == arm:
+            if (other, seed, size) not in times:
+                raise SystemExit(f"{other} has no run of seed {seed} with {size} examples: run --stage test first.")
+            by_seed.setdefault(seed, []).append(math.log(spent / times[other, seed, size]))
+    return np.array([statistics.fmean(by_seed[seed]) for seed in sorted(by_seed)])
+
+
+def contrast(ratios: np.ndarray) -> Row:
+    """The ratio of times with its interval, p of no difference, of equivalence, and of being more than 8 % faster."""
+    count, mean = len(ratios), float(np.mean(ratios))
+    error = float(np.std(ratios, ddof=1)) / math.sqrt(count)
+
+    def tail(bound: float, below: bool) -> float:
+        """P of a mean so far below (or above) a bound if the truth is the bound."""
+        if error == 0:
+            return 0.0 if (mean < bound) == below and mean != bound else 1.0
+        t = (mean - bound) / error
+        return float(stats.t.cdf(t, count - 1) if below else stats.t.sf(t, count - 1))
+
+    margin, half = math.log(MARGIN), float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
+    return {
+        "ratio": math.exp(mean),
+        "low": math.exp(mean - half),
+        "high": math.exp(mean + half),
+        "seeds": count,
+        "p": min(1.0, 2 * min(tail(0.0, below=True), tail(0.0, below=False))),
+        "p_equivalent": max(tail(margin, below=True), tail(-margin, below=False)),
+        "p_faster": tail(-margin, below=True),
+    }
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number, by Holm's step-down."""
+    order, adjusted, worst = np.argsort(p), [0.0] * len(p), 0.0
+    for rank, index in enumerate(order):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[index]))
+        adjusted[int(index)] = worst
+    return adjusted
+
+
+def verdict(against_ramp: Row, against_radial: Row, held: Sequence[float]) -> str:
+    """What becomes of the headline, from two contrasts of low rank, and the shares of runs that held 95 %."""
+    both = (against_ramp, against_radial)
+    if min(holm([each["p_faster"] for each in both])) < LEVEL:
+        return "withdrawn"
+    alike = all(each["p_equivalent"] < LEVEL for each in both)
+    return "stands" if alike and min(held) >= 0.5 else "open"
+
+
+def report(protocol: Protocol, directory: Path) -> Row:
+    """Everything that is printed, from the stored rows."""
+    held, rows = tuned(directory, protocol), read_metrics(directory / "test")
+    name_of = {row["name"]: arm for arm, row in held["arms"].items()}
+    rows = [row | {"arm": name_of[row["arm"]]} for row in rows]
+    arms = []
+    for arm, own in held["arms"].items():
+        some = [row for row in rows if row["arm"] == arm]
+        times = {str(horizon): mean_time(some, horizon) for horizon in protocol.horizons}
+        arms.append(
+            {
+                "arm": arm,
+                **{key: own[key] for key in ("name", "strength", "rest_decay")},
+                "runs": len(some),
+                "restricted_mean_time": times,
+                "held": {str(h): sum(restricted(row, h) < h for row in some) for h in protocol.horizons},
+                "test_accuracy": statistics.fmean(row["test_accuracy"] or 0.0 for row in some),
+                "stable_rank": statistics.fmean(row["stable_rank"] or math.nan for row in some),
+            }
+        )
+    at_horizons: Row = {}
+    for horizon in protocol.horizons:
+        pairs = [(held["low_rank"] if a == "low rank" else a, b) for a, b in CONTRASTS]
+        found = [contrast(log_ratios(rows, a, b, horizon)) | {"arm": a, "against": b} for a, b in pairs]
+        for one, adjusted in zip(found, holm([one["p"] for one in found]), strict=True):
+            one["p_holm"] = adjusted
+        at_horizons[str(horizon)] = found
+    last = {one["against"]: one for one in at_horizons[str(protocol.horizons[-1])] if one["arm"] == held["low_rank"]}
+    shares = [
+        arm["held"][str(protocol.horizons[-1])] / arm["runs"]
+        for arm in arms
+        if arm["arm"] in (held["low_rank"], "l2_ramp", "radial_only")
+    ]
+    headline = verdict(last["l2_ramp"], last["radial_only"], shares)
+    return {"low_rank": held["low_rank"], "arms": arms, "contrasts": at_horizons, "headline": headline}
+
+
+def show(result: Row) -> None:
+    for arm in result["arms"]:
+        times = "  ".join(f"{h}: {t:,.0f}" for h, t in arm["restricted_mean_time"].items())
+        times += f"  held {list(arm['held'].values())[-1]}"
+        settings = f"{arm['name']} {arm['strength']:g}, rest {arm['rest_decay']:g}"
+        print(f"{settings:<32} {arm['runs']:>4} runs  {times}  test {arm['test_accuracy']:.3f}")
+    for horizon, contrasts in result["contrasts"].items():
+        print(f"\nread at {horizon} steps: time of the first over time of the second")
+        for one in contrasts:
+            print(
+                f"{one['arm']} / {one['against']}: {one['ratio']:.3f} ({one['low']:.3f}-{one['high']:.3f}), "
+                f"p {one['p']:.3g}, Holm {one['p_holm']:.3g}; within 8 %: p {one['p_equivalent']:.3g}"
+            )
+    print(f"\nheadline: {result['headline']}")
+
+
+# --- how long it takes ---
+
+
+def duration(protocol: Protocol) -> Row:
+    """Hours of every stage on this machine if nobody leaves early, from steps of an ensemble per core."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = trial(protocol, "smooth", 5.0, FIRST_REST, protocol.tune_sizes[0], 100)
+    members = [dataclasses.replace(one.member, seed=seed) for seed in range(100, 104)]
+    data = [make_dataset(seed=member.seed, **one.data) for member in members]
+    ensemble = Ensemble(one.config, members, data, Training(protocol.batch_size))
+    ensemble.train(8)
+    rounds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        ensemble.train(16)
+        rounds.append((time.perf_counter() - start) / 16 / len(members))
+    seconds = statistics.median(rounds)
+    settings = sum(max(len(some), 1) * len(RAMPS.get(arm, (0,))) for arm, some in GRIDS.items())
+    settings += (len(RESTS) - 1) * len(GRIDS)
+    settings += len(GRIDS["yoked"])  # each of those is trained after the run whose norms it gets
+    tuning = settings * len(protocol.tune_seeds) * len(protocol.tune_sizes) * protocol.tune_budget
+    held_out = (len(GRIDS) + 1) * len(protocol.test_seeds) * len(protocol.test_sizes) * protocol.test_budget
+    beside = len(SECONDARY) * len(protocol.test_seeds) * protocol.test_budget
+
+    def hours(steps: float) -> float:
+        return steps * seconds / cores / 3600
+
+    return {
+        "machine": describe_machine("cpu"),
+        "milliseconds_per_step_and_run": 1e3 * seconds,
+        "cores": cores,
+        "tune_hours_at_most": hours(tuning),
+        "test_hours_at_most": hours(held_out),
+        "secondary_hours_at_most": hours(beside),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("time", "tune", "test", "secondary", "report"), required=True)
+    parser.add_argument("--dir", type=Path, default=Path("docs/data/schedule"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="a protocol of a minute, to try the command; needs a --dir")
+    parser.add_argument("--modulus", type=int, default=Protocol.modulus, help="31 with --width 128: the replication")
+    parser.add_argument("--width", type=int, default=Protocol.width)
+    parser.add_argument("--sizes", type=int, nargs="+", help="of the held-out runs and of tuning alike: one replicates")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.tiny and arguments.dir == parser.get_default("dir"):
+        parser.error("--tiny needs a --dir of its own: docs/data/schedule is for the protocol itself")
+    protocol = TINY if arguments.tiny else Protocol(modulus=arguments.modulus, width=arguments.width)
+    if arguments.width != Protocol.width and not arguments.tiny:
+        protocol = dataclasses.replace(protocol, mlp_width=4 * arguments.width)
+    if arguments.sizes:
+        sizes = tuple(arguments.sizes)
+        protocol = dataclasses.replace(protocol, tune_sizes=sizes, test_sizes=sizes, secondary_size=sizes[0])
+    if arguments.stage == "report":
+        result = report(protocol, arguments.dir)
+        print(json.dumps(result, indent=1)) if arguments.json else show(result)
+    elif arguments.stage == "time":
+        print(json.dumps(duration(protocol), indent=1))
+    else:
+        {"tune": tune, "test": test, "secondary": secondary}[arguments.stage](protocol, arguments.dir, arguments.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The pre-stated tests of `benchmarks/schedule.py`: contrasts, equivalence, the verdict, and the edges of a grid."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import schedule
+
+
+def rows(times: dict[str, dict[tuple[int, int], int | None]]) -> list[dict]:
+    return [
+        {"arm": arm, "seed": seed, "train_examples": size, "steps_to_generalise": steps}
+        for arm, some in times.items()
+        for (seed, size), steps in some.items()
+    ]
+
+
+def test_a_run_that_never_holds_counts_as_the_horizon_and_a_late_one_too():
+    some = rows({"a": {(0, 600): 400, (0, 700): None, (1, 600): 1200, (1, 700): 800}})
+    assert schedule.mean_time(some, 800) == (400 + 800 + 800 + 800) / 4
+    assert schedule.mean_time(some, 1600) == (400 + 1600 + 1200 + 800) / 4
+
+
+def test_log_ratios_are_paired_by_seed_and_size_and_averaged_over_sizes():
+    some = rows(
+        {"a": {(0, 600): 400, (0, 700): 800, (1, 600): 200}, "b": {(0, 600): 800, (0, 700): 800, (1, 600): 800}}
+    )
+    np.testing.assert_allclose(schedule.log_ratios(some, "a", "b", 800), [math.log(0.5) / 2, math.log(0.25)])
+    with pytest.raises(SystemExit, match="b has no run of seed 1 with 600 examples"):
+        schedule.log_ratios([row for row in some if (row["arm"], row["seed"]) != ("b", 1)], "a", "b", 800)
+
+
+def test_a_contrast_is_a_t_test_over_seeds():
+    ratios = np.random.default_rng(0).normal(-0.02, 0.05, 10)
+    found = schedule.contrast(ratios)
+    low, high = stats.ttest_1samp(ratios, 0).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((math.exp(low), math.exp(high)))
+
+    def p(bound: float, alternative: str = "two-sided") -> float:
+        _, value = stats.ttest_1samp(ratios, bound, alternative=alternative)
+        return value  # pyright: ignore[reportReturnType] - scipy has no types
+
+    margin = math.log(1.08)
+    assert found["p"] == pytest.approx(p(0))
+    assert found["p_equivalent"] == pytest.approx(max(p(margin, "less"), p(-margin, "greater")))
+    assert found["p_faster"] == pytest.approx(p(-margin, "less"))
+
+
+def test_holm():
+    assert schedule.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+
+
+def test_the_headline_stands_is_withdrawn_or_is_open():
+    def of(mean: float, spread: float) -> dict:
+        return schedule.contrast(mean + spread * np.linspace(-1, 1, 10))
+
+    same, vague, faster = of(0.01, 0.02), of(0.0, 0.5), of(-0.3, 0.05)
+    learnt = [0.9, 0.8, 1.0]
+    assert schedule.verdict(same, same, learnt) == "stands"
+    assert schedule.verdict(same, same, [0.9, 0.4, 1.0]) == "open"  # two runs at the horizon look alike
+    assert schedule.verdict(same, vague, learnt) == "open"
+    assert schedule.verdict(same, faster, learnt) == schedule.verdict(faster, vague, learnt) == "withdrawn"
+    assert schedule.verdict(same, of(0.3, 0.05), learnt) == "open"  # slower, which is no reason to withdraw
+    assert schedule.contrast(np.zeros(10))["p_equivalent"] == 0.0  # the same evaluation in every seed
+
+
+def test_a_grid_is_widened_where_its_best_is_at_an_edge():
+    def following(times: list[float], name: str = "smooth", grid: tuple[float, ...] = (1.0, 2.0, 4.0)) -> float | None:
+        found = dict(zip([(name, s, schedule.FIRST_REST) for s in grid], times, strict=True))
+        return schedule.beyond(schedule.Protocol(), name, grid, found)
+
+    assert following([3, 2, 1]) == 8.0
+    assert following([1, 2, 3]) == 0.5
+    assert following([3, 1, 3]) is None
+    assert following([2, 2, 2]) is None  # nobody learns: there is no best
+    assert following([3, 2, 1], "l2_ramp@200", (64.0, 128.0, 256.0)) is None  # an L2 of 512 turns weights round
+
+
+def test_every_arm_and_variant_can_be_made():
+    protocol = schedule.TINY
+    for arm, grid in schedule.GRIDS.items():
+        for ramp in schedule.RAMPS.get(arm, (None,)):
+            name = arm if ramp is None else f"{arm}@{ramp}"
+            for strength in grid or (0.0,):
+                one = schedule.trial(protocol, name, strength, 2.0, 60, 100)
+                assert one.key == (name, strength, 2.0, one.train_fraction, 100)
+                assert one.member.decay is None or one.member.decay.warmup == (ramp or 0)
+    also = schedule.trial(protocol, "elastic", 5.0, 2.0, 60, 200, l2_strength=7.0).member.control.also
+    assert also is not None
+    assert also.strength == 7.0
