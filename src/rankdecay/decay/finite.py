@@ -55,4 +55,3 @@ class FiniteCheck:
                 "before, and lower the learning rate or clip the gradients.",
                 stacklevel=7,
             )
-
