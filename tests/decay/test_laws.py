@@ -374,12 +374,3 @@ def test_another_decay_warms_up_anew_after_steps_of_a_longer_warm_up(by):
     optimizer.step()
     for matrix, norm in zip(query_key(model), before, strict=True):
         assert norm - float(matrix.norm()) == pytest.approx(LR * 0.2 / 4, rel=1e-3)
-
-
-def test_a_state_of_groups_with_other_decays_is_refused_as_what_it_is():
-    model = make_model()
-    saved = torch.optim.SGD(rd.param_groups(model, query_key=rd.LowRank(0.1)), lr=LR).state_dict()
-    optimizer = torch.optim.SGD(rd.param_groups(model, value_output=rd.Frobenius(0.1, power=0)), lr=LR)
-    rd.attach(optimizer)
-    with pytest.raises(ValueError, match="it was saved with other decays, and torch"):
-        optimizer.load_state_dict(saved)
