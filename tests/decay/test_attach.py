@@ -427,13 +427,18 @@ def test_resuming_in_mid_cycle_changes_nothing(dtype):
         assert torch.equal(a, b)
 
 
-def test_a_state_of_an_optimizer_without_decay_is_refused():
+def test_a_state_without_these_decays_is_refused_as_what_it_is():
     model = make_model()
     plain = torch.optim.AdamW(rd.param_groups(make_model(), rd.Frobenius(0.1)), lr=LR)
     optimizer = torch.optim.AdamW(groups_of(model), lr=LR)
     rd.attach(optimizer)
+    state = plain.state_dict()
+    with pytest.raises(ValueError, match=r"no decay for query_key in group .* saved with other decays"):
+        optimizer.load_state_dict(state)
+    for group in state["param_groups"]:
+        del group["role"]
     with pytest.raises(ValueError, match=r"no decay for query_key in group .* saved by an optimizer without rankdecay"):
-        optimizer.load_state_dict(plain.state_dict())
+        optimizer.load_state_dict(state)
 
 
 def test_a_strength_can_be_changed_while_training():

@@ -333,3 +333,44 @@ def test_a_matrix_that_is_not_finite_spoils_itself_alone_and_is_named_once(decay
         else:
             assert torch.equal(new, expected)
     assert sum(bool(matrix.isnan().any()) for matrix in query_key(model)) == 1
+
+
+@pytest.mark.parametrize(
+    "decay", [rd.LowRank(1e308), rd.LowRank(1e39, warmup=3), rd.Frobenius(1e308, power=0), rd.Frobenius(1e308, cap=0.5)]
+)
+def test_a_strength_beyond_float32_and_a_learning_rate_that_is_a_tensor_make_no_nan(decay):
+    model = make_model()
+    before = [matrix.clone() for matrix in query_key(model)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.0))
+    rd.attach(optimizer, model, query_key=decay)
+    for lr in (0.0, 1e-30):
+        optimizer.param_groups[0]["lr"].fill_(lr)
+        zero_gradients(model)
+        optimizer.step()
+        after = query_key(model)
+        assert all(matrix.isfinite().all() for matrix in after)
+        assert lr or all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("decay", [rd.LowRank(3.0, preserve_norm=True), rd.LowRank(1e3, rule="polar")])
+def test_an_entry_that_grows_stays_in_the_range_of_float16(decay):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.diag(torch.tensor([60000.0, 30000.0, 10.0, 5.0])).half())
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    rd.attach(optimizer, model, other=decay)
+    for _ in range(5):
+        zero_gradients(model)
+        optimizer.step()
+        assert model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("by", ["groups", "roles"])
+def test_another_decay_warms_up_anew_after_steps_of_a_longer_warm_up(by):
+    model = make_model()
+    optimizer, attachment = stepped(model, by, rd.Frobenius(0.1, power=0, warmup=10), steps=5)
+    before = [float(matrix.norm()) for matrix in query_key(model)]
+    attachment.set(query_key=rd.Frobenius(0.2, power=0, warmup=4))
+    zero_gradients(model)
+    optimizer.step()
+    for matrix, norm in zip(query_key(model), before, strict=True):
+        assert norm - float(matrix.norm()) == pytest.approx(LR * 0.2 / 4, rel=1e-3)

@@ -5,12 +5,13 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, Planes
 from rankdecay.linalg import shrink
 
 WIDE = torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
@@ -155,3 +156,15 @@ def test_a_step_on_an_untrained_head_is_nearly_radial_as_the_page_says(rows, alo
     step = weight - shrink(weight, 1e-3, relative=True)
     share = (step * weight).sum().square() / (step.square().sum() * weight.square().sum())
     assert float(share) == pytest.approx(along, abs=0.005)
+
+
+def test_numbers_of_numpy_and_torch_become_plain_ones_which_a_weights_only_load_takes():
+    one, tenth = np.int64(1), np.float32(0.125)
+    made = [
+        Frobenius(tenth, power=np.float64(2), cap=tenth, warmup=one),
+        LowRank(torch.tensor(0.125), every=one, keep=one, smoothing=tenth, warmup=one),  # pyright: ignore[reportArgumentType]
+        Planes(tenth, keep=one, warmup=one),
+    ]
+    for decay in made:
+        assert {type(value) for value in dataclasses.asdict(decay).values()} <= {int, float, bool, str}
+        assert decay.strength == 0.125

@@ -130,3 +130,8 @@ def test_a_setting_given_twice_or_of_no_kind():
         rd.decays("mlp=LowRank:0.1", mlp=rd.LowRank(0.1))
     with pytest.raises(TypeError, match=r"settings=0.1 must be a dictionary, or text such as 'query_key=LowRank:0.1"):
         rd.decays(0.1)  # pyright: ignore[reportArgumentType]
+
+
+def test_none_in_text_is_none():
+    found = rd.decays("query_key=LowRank:0.1:every=none,mlp=Frobenius:0.1:cap=None")
+    assert found == {"query_key": rd.LowRank(0.1), "mlp": rd.Frobenius(0.1)}

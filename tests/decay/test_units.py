@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import rankdecay as rd
-from rankdecay.decay.units import in_units
+from rankdecay.decay.units import in_units, present
 from tests.decay.models import make_model, zero_gradients
 
 MATRIX = torch.diag(torch.tensor([4.0, 2.0, 0.4, 0.1]))
@@ -74,6 +75,63 @@ def test_a_relative_threshold_ends_a_small_singular_value_after_about_the_steps_
 )
 def test_words(decay, lr, words):
     assert words in in_units(decay, lr, [])
+
+
+@pytest.mark.parametrize(
+    ("decay", "lr", "words"),
+    [
+        (rd.Frobenius(0.5, power=0, cap=0.05), 0.1, "at the cap of 0.05 after 70 steps, never zero"),
+        (rd.Frobenius(5.0, power=0, cap=0.05), 0.1, "the cap, so never zero"),
+        (rd.Frobenius(0.1, power=1, cap=0.5), 10.0, "half is left after 1 step"),
+        (rd.LowRank(1.0, rule="smooth", scale="absolute"), 0.1, "at most 0.1 of every singular value, now 2.2 in the"),
+        (rd.LowRank(1.0, scale="absolute", keep=2), 0.1, "every singular value but the 2 largest, now"),
+        (rd.Frobenius(0.5, warmup=5), 0.1, "at the present lr of 0.1 and after the warm-up a step takes"),
+    ],
+)
+def test_words_where_nothing_becomes_zero_or_something_is_spared(decay, lr, words):
+    assert words in in_units(decay, lr, [MATRIX])
+
+
+def test_other_rules_than_the_prox_promise_no_zero():
+    for rule in ("smooth", "polar", "newton_schulz"):
+        assert "zero" not in in_units(rd.LowRank(1.0, rule=rule), 0.1, [MATRIX])
+        assert "zero" not in in_units(rd.LowRank(1.0, rule=rule, scale="absolute"), 0.1, [MATRIX])
+
+
+def test_the_cap_of_a_constant_amount_is_reached_after_the_steps_that_are_said():
+    decay = rd.Frobenius(0.5, power=0, cap=0.05)
+    said = steps_in(in_units(decay, 0.1, [MATRIX]))
+    reached = steps_until(decay, 0.1, lambda w: w.norm() <= 1.00001)
+    assert abs(reached - said) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "decay",
+    [
+        rd.LowRank(1.0),
+        rd.LowRank(1e-310),
+        rd.LowRank(1.7e308),
+        rd.LowRank(1.0, scale="absolute"),
+        rd.Frobenius(1e-310),
+        rd.Frobenius(1.0, power=0),
+        rd.Frobenius(1.0, power=0, cap=0.1),
+        rd.Frobenius(1.7e308, power=20),
+    ],
+)
+def test_every_weight_and_every_strength_can_be_described(decay, dtype):
+    largest = torch.finfo(dtype).max
+    for value in (0.0, largest, -largest, 1 / largest, math.nan, math.inf):
+        matrix = torch.full((3, 4), value, dtype=dtype)
+        for lr in (1e-3, 1e3):
+            words = in_units(decay, lr, present([matrix]))
+            assert "nan" not in words
+
+
+def test_a_norm_beyond_the_square_root_of_the_range_is_said_as_it_is():
+    assert "now 3e+300 in the mean" in in_units(
+        rd.Frobenius(1.0, power=0), 0.1, [torch.full((3, 3), 1e300, dtype=torch.float64)]
+    )
 
 
 def test_the_description_says_it_for_every_role_and_for_weights_elsewhere_what_can_be_said():

@@ -149,3 +149,15 @@ def test_refuses_a_step_that_is_none(rule, tau):
 def test_errors_name_the_value_and_the_remedy(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(3, 4, 4))
+
+
+@pytest.mark.parametrize("backend", ["exact", "matmul"])
+@pytest.mark.parametrize("shape", [(4, 4), (24, 64), (64, 300), (130, 130)])
+def test_below_the_threshold_four_roundings_are_left_in_float64(shape, backend):
+    W = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma = torch.linalg.svdvals(W)
+    for part in (0.1, 0.5, 0.9):
+        tau = part * sigma[:, 0]
+        left = torch.linalg.svdvals(shrink(W, tau, backend=backend))
+        below = torch.where(sigma < tau[:, None], left, 0.0) / sigma[:, :1]
+        assert float(below.max()) <= 4 * torch.finfo(torch.float64).eps

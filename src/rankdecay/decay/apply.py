@@ -234,9 +234,14 @@ def _shrink_batch(batch: list[_Matrix], decay: OfMatrix, amount: float | Tensor,
 
 
 def rounded(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """Round to the dtype of the weights: 16 bits stochastically, 32 to the nearest."""
+    """Round to the dtype of the weights: 16 bits stochastically, 32 to the nearest; what was finite stays so.
+
+    A step may let an entry grow (``preserve_norm``, a rule that overshoots), beyond float16 if not beyond float32.
+    """
     if dtype in (torch.float32, torch.float64):
         return values.to(dtype)
+    largest = torch.finfo(dtype).max
+    values = torch.where(values.isfinite(), values.clamp(-largest, largest), values)
     return stochastic_round(values.float(), dtype, torch.Generator(values.device).manual_seed(seed))
 
 

@@ -63,6 +63,7 @@ from rankdecay.decay.units import in_units, present
 from rankdecay.decay.watch import Watch
 from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend
+from rankdecay.linalg.backend import has_float64
 
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 _attaching = threading.Lock()  # the set must not change its size while another thread looks through it
@@ -772,6 +773,8 @@ def _count_step(
         live: whether each parameter of the target has a gradient.
     """
     counter = target.counter
+    if isinstance(rate, Tensor) and has_float64(rate.device):  # where a strength beyond float32 is none
+        rate = rate.double()
     amount = _bounded(decay.strength * rate if decay.lr_coupled and decay.strength else decay.strength)
     amount = amount * counter.ramp(decay)
     if found_inf is not None:
@@ -801,4 +804,6 @@ _LARGEST, _LARGEST_ON_DEVICE = 1e300, 1e37
 
 
 def _bounded(amount: float | Tensor) -> float | Tensor:
-    return amount.clamp_max(_LARGEST_ON_DEVICE) if isinstance(amount, Tensor) else min(amount, _LARGEST)
+    if not isinstance(amount, Tensor):
+        return min(amount, _LARGEST)
+    return amount.clamp_max(_LARGEST if amount.dtype == torch.float64 else _LARGEST_ON_DEVICE)

@@ -29,7 +29,8 @@ planes it is ‖X‖_F / √(P·n).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rankdecay.checks import check_name, check_number
@@ -56,6 +57,15 @@ def _check_truth(name: str, value: object) -> None:
 
 def _check_warmup(warmup: object) -> None:
     check_number("warmup", warmup, at_least=0, whole=True, remedy="it counts steps; 0 for none")
+
+
+def _make_plain(decay: Any) -> None:
+    """Turn the numbers of a decay that are not Python's, as those of numpy, into such: a state holds nothing else."""
+    for field in fields(decay):
+        value = getattr(decay, field.name)
+        if type(value) not in (int, float, bool, str, type(None)):
+            plain = index(value) if field.type in ("int", "int | None") else float(value)
+            object.__setattr__(decay, field.name, plain)
 
 
 def _ramp(warmup: int, step: int) -> float:
@@ -104,6 +114,7 @@ class Frobenius:
         _check_warmup(self.warmup)
         check_name("unit", self.unit, get_args(Unit))
         _check_truth("lr_coupled", self.lr_coupled)
+        _make_plain(self)
 
     @property
     def is_l2(self) -> bool:
@@ -179,6 +190,7 @@ class LowRank:
             )
         _check_truth("preserve_norm", self.preserve_norm)
         _check_warmup(self.warmup)
+        _make_plain(self)
 
     def interval(self, side: int) -> int:
         """Return after how many steps a decay is applied: ``every``, or what keeps its cost near 1 % of a step.
@@ -274,6 +286,7 @@ class Planes:
         check_name("scale", self.scale, get_args(Scale))
         _check_warmup(self.warmup)
         _check_truth("lr_coupled", self.lr_coupled)
+        _make_plain(self)
 
     def ramp(self, step: int) -> float:
         """Return the part of the strength that acts at a step, the first of which is 1."""

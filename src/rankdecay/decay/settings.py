@@ -96,10 +96,10 @@ def _split(text: str) -> dict[str, str]:
 
 
 def _literal(value: Any) -> Any:
-    """Return the number or truth value that a text is, or the text; YAML reads ``1e-3`` as text."""
+    """Return the number, truth value or None that a text is, or the text; YAML reads ``1e-3`` as text."""
     if not isinstance(value, str):
         return value
-    words = {"true": True, "false": False}
+    words = {"true": True, "false": False, "none": None}
     if value.lower() in words:
         return words[value.lower()]
     for kind in (int, float):

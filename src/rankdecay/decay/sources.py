@@ -221,9 +221,10 @@ class FromGroups:
         self.register(optimizer, index, group)
         lost = [role for role in roles if role not in hook_roles(group)]
         if lost:
+            saved = "with other decays" if "role" in group else "by an optimizer without rankdecay"
             raise ValueError(
-                f"the loaded optimizer state has no decay for {', '.join(lost)} in group {index}: it was saved by "
-                "an optimizer without rankdecay, and torch replaces the groups by the saved ones. Copy the keys of "
+                f"the loaded optimizer state has no decay for {', '.join(lost)} in group {index}: it was saved "
+                f"{saved}, and torch replaces the groups by the saved ones. Copy the keys of "
                 "rankdecay.param_groups into its 'param_groups' before loading it, or build the optimizer without "
                 "them and attach by roles: rankdecay.attach(optimizer, model, query_key=...)."
             )
@@ -368,6 +369,7 @@ class FromModel:
             self._named, self._planned, self._bundles = before
             raise
         self._bundles = [self._counted_on(old, new) for old, new in zip(before[2], self._bundles, strict=True)]
+        self.keep(optimizer, set())  # or the next step would recall the former counts, of a warm-up too
 
     def recall(self, optimizer: Optimizer) -> None:
         """Take the counts from a state that has been loaded."""

@@ -51,7 +51,11 @@ def leave_directions(X: Tensor, V: Tensor, share: Tensor, *, coarse: bool = Fals
     if X.device.type == "cpu" and len(X) == 1 and X.ndim == 3 and X.shape[-1] >= _LARGE:
         return _leave_one(X[0], V[0], share[0], coarse)[None]
     taken = times(X, taken_by_directions(V, share))
-    return torch.sub(X, taken, out=taken)
+    left = torch.sub(X, taken, out=taken)
+    if not coarse and bool((share == 1).any()):  # what a product of float64 leaves of nothing is some ten roundings
+        gone = V * (share == 1)[..., None, :]
+        left -= times(times(left, gone), gone.mT)
+    return left
 
 
 def taken_by_directions(V: Tensor, share: Tensor) -> Tensor:
