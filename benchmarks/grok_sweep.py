@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from rankdecay.decay import Decay, Frobenius, LowRank
+from rankdecay.decay import Frobenius, LowRank
+from rankdecay.decay.policy import OfMatrix
 from rankdecay.lab.ensemble.outcome import steps_to_hold
 from rankdecay.lab.experiment import Arm
 from rankdecay.lab.experiments.grok.experiment import Treatment, make_datasets, make_ensembles
@@ -32,12 +33,12 @@ def absolute(rule: Any, amount: float, **options: Any) -> LowRank:
     return LowRank(amount, rule=rule, scale="absolute", lr_coupled=False, **options)
 
 
-def treatments(lr: float, rest: float) -> dict[str, tuple[Decay | None, bool]]:
+def treatments(lr: float, rest: float) -> dict[str, tuple[OfMatrix | None, bool]]:
     """Decay, and whether attention is held uniform, of every arm by name.
 
     L2 and relative strengths are named by what they take per step, lr times strength.
     """
-    table: dict[str, tuple[Decay | None, bool]] = {
+    table: dict[str, tuple[OfMatrix | None, bool]] = {
         "none": (None, False),
         "uniform_attention": (None, True),
         "l2 usual": (Frobenius(rest), False),

@@ -55,7 +55,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rankdecay as rd
-from rankdecay.decay.apply import apply
+from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.groups import decays_in, windows_in
 from rankdecay.decay.sharded import sums
 from rankdecay.lab.machine import describe_machine, resolve_device, versions
@@ -386,11 +386,11 @@ def dry_run(model: Any, replicas: int, shards: int, unit: Any) -> tuple[Traffic,
     with torch.no_grad(), operations, traffic:
         for group in groups:
             decay = decays_in(group).get("query_key")
-            if decay is not None:
+            if isinstance(decay, rd.LowRank):
                 laid: list[Tensor] = [
                     distribute_tensor(p.detach(), mesh, placements, src_data_rank=None) for p in group["params"]
                 ]
-                apply(laid, windows_in(group, "query_key"), decay, LEARNING_RATE * STRENGTH, "auto", 0)
+                apply([Step(laid, windows_in(group, "query_key"), decay, LEARNING_RATE * STRENGTH, 0)], "auto")
     return traffic, operations.get_total_flops()
 
 

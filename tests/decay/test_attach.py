@@ -276,6 +276,28 @@ def test_accumulated_gradients_are_one_step():
 
 
 @pytest.mark.parametrize("fused", [False, True])
+def test_a_step_skipped_by_the_scaler_is_none_of_a_warm_up(fused):
+    model = make_model()
+    optimizer = torch.optim.SGD(
+        rd.param_groups(model, query_key=rd.Frobenius(1.0, power=0, warmup=4)), lr=LR, fused=fused
+    )
+    attachment = rd.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
+    before = query_key(model)
+    for overflow in (True, True, False):
+        zero_gradients(model)
+        scaler.scale(torch.ones(()))
+        if overflow:
+            model.head.weight.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+    for old, new in zip(before, query_key(model), strict=True):
+        assert float(old.norm() - new.norm()) == pytest.approx(LR / 4, rel=1e-4)
+    optimizer.state_dict()
+    assert {value for name, value in attachment.state_dict().items() if name.endswith("warmed")} == {1}
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_step_skipped_by_the_scaler_decays_nothing(fused, every):
     model, reference = make_model(), make_model()

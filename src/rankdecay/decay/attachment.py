@@ -776,9 +776,9 @@ def _count_step(
     if isinstance(rate, Tensor) and has_float64(rate.device):  # where a strength beyond float32 is none
         rate = rate.double()
     amount = _bounded(decay.strength * rate if decay.lr_coupled and decay.strength else decay.strength)
-    amount = amount * counter.ramp(decay)
     if found_inf is not None:
         amount = (amount if isinstance(amount, Tensor) else min(amount, _LARGEST_ON_DEVICE)) * (1 - found_inf)
+    amount = amount * counter.ramp(decay, found_inf)
     counter.steps += 1
     pending = counter.pending + amount
     if every > 1:

@@ -38,15 +38,24 @@ class Counter:
     def steps(self, value: int) -> None:
         self._numbers[self._steps] = value
 
-    def ramp(self, decay: Decay) -> float:
-        """Count a step of the decay's warm-up, and return the part of its strength that acts in it."""
+    def ramp(self, decay: Decay, found_inf: Tensor | None) -> float | Tensor:
+        """Count a step of the decay's warm-up, and return the part of its strength that acts in it.
+
+        Args:
+            decay: of the step.
+            found_inf: 1 on the device if the step was skipped, which then does not count.
+        """
         if not decay.warmup:
             return 1.0
-        self._numbers[self._warmed] = min(self.warmed + 1, decay.warmup)
-        return decay.ramp(self.warmed)
+        if found_inf is None:
+            self._numbers[self._warmed] = min(int(self.warmed) + 1, decay.warmup)
+            return decay.ramp(self._numbers[self._warmed])
+        warmed = (self.warmed + (1 - found_inf)).clamp_max(decay.warmup)
+        self._numbers[self._warmed] = warmed
+        return warmed / decay.warmup
 
     @property
-    def warmed(self) -> int:
+    def warmed(self) -> int | Tensor:
         """Steps of a warm-up that have been made."""
         return self._numbers.get(self._warmed, 0)
 
@@ -80,7 +89,9 @@ class Counter:
         return missed
 
     def settle(self) -> None:
-        """Make the sums plain numbers, for a state that any weights-only load accepts."""
+        """Make the counts plain numbers, for a state that any weights-only load accepts."""
+        if isinstance(self.warmed, Tensor):
+            self._numbers[self._warmed] = int(self.warmed)
         if isinstance(self.pending, Tensor):
             self.pending = float(self.pending)
         if self._missed in self._numbers:
