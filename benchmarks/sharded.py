@@ -263,7 +263,7 @@ def measure(name: str, layout: str, world: int, device: str, rounds: int) -> lis
     torch.manual_seed(0)
     model = llama(name).to(device)
     shard(model, layout, world, device)
-    optimizer = torch.optim.AdamW(rd.param_groups(model, query_key=rd.LowRank(STRENGTH)), lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(rd.param_groups(model, query_key=rd.LowRank(STRENGTH, every=1)), lr=LEARNING_RATE)
     for parameter in model.parameters():
         parameter.grad = 1e-3 * torch.ones_like(parameter)
 
@@ -381,7 +381,7 @@ def dry_run(model: Any, replicas: int, shards: int, unit: Any) -> tuple[Traffic,
     """What the decay of a model on ``meta`` sends and computes on rank 0, which has the largest share, as on GPUs."""
     shape, placements = ((shards,), (Shard(0),)) if replicas == 1 else ((replicas, shards), (Replicate(), Shard(0)))
     mesh = init_device_mesh("meta", shape)
-    groups = rd.param_groups(model, query_key=rd.LowRank(STRENGTH, unit=unit))
+    groups = rd.param_groups(model, query_key=rd.LowRank(STRENGTH, unit=unit, every=1))
     traffic, operations = Traffic(), FlopCounterMode(display=False)
     with torch.no_grad(), operations, traffic:
         for group in groups:

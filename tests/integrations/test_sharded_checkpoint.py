@@ -51,7 +51,8 @@ class Run:
             for layer in self.model:
                 fully_shard(layer)
             fully_shard(self.model)
-        decays: dict[str, Any] = {"default": rd.Frobenius(0.1), "query_key": rd.LowRank(1.0, every=every, warmup=5)}
+        query_key = rd.LowRank(1.0, every=every, warmup=5 if every > 1 else 0)  # either has counts
+        decays: dict[str, Any] = {"default": rd.Frobenius(0.1), "query_key": query_key}
         decays["mlp"] = rd.LowRank(1.0, every=every, lr_coupled=False, scale="absolute")
         self.by_groups = by == "groups"
         groups = rd.param_groups(self.model, **decays) if self.by_groups else self.model.parameters()

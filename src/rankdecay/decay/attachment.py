@@ -297,7 +297,7 @@ class Attachment:
                 of = f"{_bare(name)}.{target.role}"
                 counts |= {f"{of}_steps": target.counter.steps, f"{of}_pending": target.counter.pending}
                 counts |= {f"{of}_missed": missed[position]} if position in missed else {}
-                counts |= {f"{of}_warmed": target.counter.warmed} if target.counter.warmed else {}
+                counts |= {f"{of}_warmed": target.counter.warmed} if target.decay and target.decay.warmup else {}
         return counts
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

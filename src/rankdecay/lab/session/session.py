@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -222,7 +223,10 @@ class Session:
         if plan.clip:
             self._scaler.unscale_(self.optimizer)
             clip_gradients(self.model.parameters(), plan.clip)
-        self._scaler.step(self.optimizer)
+        with warnings.catch_warnings():
+            # A loss that is not finite ends the run, with the step and what to do.
+            warnings.filterwarnings("ignore", ".*entries that are not finite")
+            self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if processes() > 1:

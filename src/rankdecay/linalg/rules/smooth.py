@@ -41,8 +41,15 @@ def _taken(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
     return torch.where(all_taken, X, taken)
 
 
+#: Smallest side of a matrix for whose step a CPU takes products. Below it there is little to gain, and the step of a
+#: matrix depends on nothing but the matrix, to the last digit: members of an ensemble, shards and one process agree.
+_LEAST_SIDE = 256
+
+
 def _products_pay(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
     norm = _norm(prepared.X)
+    if prepared.X.shape[-1] < _LEAST_SIDE:
+        return torch.zeros(norm.shape[:-2], dtype=torch.bool, device=norm.device)
     return few_products(prepared.X, _width(norm, tau, options), norm)[..., 0, 0]
 
 
