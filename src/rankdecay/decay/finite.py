@@ -51,7 +51,7 @@ class FiniteCheck:
             self._named.update(bad)
             warnings.warn(
                 f"{', '.join(bad)} {'has' if len(bad) == 1 else 'have'} entries that are not finite; a decay "
-                "of their rank or norm spreads them over the matrix, and over no other. Training has diverged: go back to a checkpoint of "
-                "before, and lower the learning rate or clip the gradients.",
+                "of their rank or norm spreads them over the matrix, and over no other. Training has diverged: go back "
+                "to a checkpoint of before, and lower the learning rate or clip the gradients.",
                 stacklevel=7,
             )
