@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.linalg.backend import note_backend
-from rankdecay.linalg.stack import Prepared
+from rankdecay.linalg.stack import Prepared, gram
 from rankdecay.linalg.threshold import leave_directions
 
 #: Relative size of a null singular value for input of float32 and below (module docstring).
@@ -18,7 +17,12 @@ NULL_TOLERANCE = 2.0**-21
 
 
 def apply_exact(
-    prepared: Prepared, f: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, *, complement: bool = False
+    prepared: Prepared,
+    f: Callable[[Tensor, Tensor], Tensor],
+    dtype: torch.dtype,
+    *,
+    complement: bool = False,
+    overwrite: bool = False,
 ) -> Tensor:
     """Return X V diag(f(σ)) Vᵀ in float64, or what is left of X when each direction loses the share f(σ).
 
@@ -28,13 +32,14 @@ def apply_exact(
             multipliers.
         dtype: Dtype of the original input, which decides how many digits count.
         complement: Subtract the result from X; exactly zero where every multiplier is 1.
+        overwrite: Whether the complement may take the place of X.
     """
     X = prepared.X
     sigma, V = _right_singular(X, dtype)
     tol = NULL_TOLERANCE if dtype != torch.float64 else max(X.shape[-2:]) * 2.0**-52
     multipliers = f(sigma, tol * sigma.amax(-1, keepdim=True))
     if complement:
-        return leave_directions(X, V, multipliers, coarse=dtype != torch.float64)
+        return leave_directions(X, V, multipliers, coarse=dtype != torch.float64, overwrite=overwrite)
     return X @ ((V * multipliers[..., None, :]) @ V.mT)
 
 
@@ -51,19 +56,6 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         _, s, Vh = torch.linalg.svd(X[~good], full_matrices=False)
         sigma[~good], V[~good] = s, Vh.mT
     return sigma, V
-
-
-def gram(X: Tensor) -> Tensor:
-    """Return XᵀX of a stack (..., m, n); of large matrices on a CPU half of it is computed, and copied."""
-    n = X.shape[-1]
-    if X.device.type != "cpu" or n < 256:
-        return X.mT @ X
-    G = X.new_empty(*X.shape[:-2], n, n)
-    bounds = [n * i // 4 for i in range(5)]
-    for start, end in itertools.pairwise(bounds):
-        G[..., start:end, start:] = X[..., start:end].mT @ X[..., start:]
-        G[..., end:, start:end] = G[..., start:end, end:].mT
-    return G
 
 
 def eigenvectors(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -344,7 +344,7 @@ class _Step:
         def share(sigma: Tensor, null: Tensor) -> Tensor:
             return shares(sigma, null, threshold, prepared.scale[..., 0], self.rule, self.options)
 
-        after = apply_exact(prepared, share, W.dtype, complement=True)
+        after = apply_exact(prepared, share, W.dtype, complement=True, overwrite=not self.clip)
         self._write(prepared.X - after if self.clip else after, prepared, W, tau, out)
 
     def _multiply(self, prepared: Prepared, W: Tensor, tau: Tensor, out: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple, get_args
@@ -81,6 +82,19 @@ def prepare(W: Tensor, dtype: torch.dtype) -> Prepared:
 def times(X: Tensor, C: Tensor) -> Tensor:
     """Return X C in the memory layout of X: what is transposed stays so, and need not be copied back."""
     return X @ C if X.stride(-1) == 1 or X.shape[-2] == 1 else (C.mT @ X.mT).mT
+
+
+def gram(X: Tensor) -> Tensor:
+    """Return XᵀX of a stack (..., m, n); of large matrices on a CPU half of it is computed, and copied."""
+    n = X.shape[-1]
+    if X.device.type != "cpu" or n < 256:
+        return X.mT @ X
+    G = X.new_empty(*X.shape[:-2], n, n)
+    bounds = [n * i // 4 for i in range(5)]
+    for start, end in itertools.pairwise(bounds):
+        G[..., start:end, start:] = X[..., start:end].mT @ X[..., start:]
+        G[..., end:, start:end] = G[..., start:end, end:].mT
+    return G
 
 
 #: Entries that a step works on at once, at least one matrix: 4 MB of float64 on a CPU, in its cache.

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.stack import times
+from rankdecay.linalg.stack import gram, times
 
 
 def leave(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
@@ -39,7 +39,7 @@ def leave(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.addcmul(X, X, share, value=-1, out=out)
 
 
-def leave_directions(X: Tensor, V: Tensor, share: Tensor, *, coarse: bool = False) -> Tensor:
+def leave_directions(X: Tensor, V: Tensor, share: Tensor, *, coarse: bool = False, overwrite: bool = False) -> Tensor:
     """Return what is left of X when each right singular direction loses its share: :func:`leave` in their basis.
 
     Args:
@@ -47,9 +47,10 @@ def leave_directions(X: Tensor, V: Tensor, share: Tensor, *, coarse: bool = Fals
         V: their right singular vectors (..., n, n).
         share: t of each, (..., n).
         coarse: whether only the digits of float32 are wanted; a large matrix alone on a CPU then costs less.
+        overwrite: whether ``X`` may be the result: memory that was never used costs a CPU more than the passes over it.
     """
     if X.device.type == "cpu" and len(X) == 1 and X.ndim == 3 and X.shape[-1] >= _LARGE:
-        return _leave_one(X[0], V[0], share[0], coarse)[None]
+        return _leave_one(X[0] if overwrite else X[0].clone(), V[0], share[0], coarse)[None]
     taken = times(X, taken_by_directions(V, share))
     left = torch.sub(X, taken, out=taken)
     if not coarse and bool((share == 1).any()):  # what a product of float64 leaves of nothing is some ten roundings
@@ -77,13 +78,13 @@ _SMALL = 2.0**-6
 
 
 def _leave_one(X: Tensor, V: Tensor, share: Tensor, coarse: bool) -> Tensor:
-    """Return X - X V diag(t) Vᵀ of one matrix (m, n): by the directions of which something is left, if they are few.
+    """Return X - X V diag(t) Vᵀ of one matrix (m, n), in its place: by the directions that are left, if they are few.
 
     Else, of rising σ, those that lose much in float64 and the others in float32.
     """
     n = len(share)
     if bool(all_taken(share)):
-        return torch.zeros_like(X)
+        return X.zero_()
     alive = share < 1
     left = int(alive.sum())
     small = int((share.abs() <= _SMALL).sum()) if coarse else 0
@@ -94,11 +95,18 @@ def _leave_one(X: Tensor, V: Tensor, share: Tensor, coarse: bool) -> Tensor:
         return times(times(X, part).mul_(1 - share[alive]), part.mT)
     if not falling:
         large = n
-    after = X - times(times(X, V[:, :large]).mul_(share[:large]), V[:, :large].mT)
+    taken: list[Tensor] = []
+    if large:
+        taken.append(times(times(X, V[:, :large]).mul_(share[:large]), V[:, :large].mT))
     if large < n:
-        part = V[:, large:].float()
-        after -= times(times(X.float(), part).mul_(share[large:].float()), part.mT)
-    return after
+        part, its = V[:, large:].float(), share[large:].float()
+        if bool((its >= 0).all()):  # V diag(t) Vᵀ is a Gram matrix, of which half is computed
+            taken.append(times(X.float(), gram(part.mul_(its.sqrt()).mT)))
+        else:
+            taken.append(times(times(X.float(), part).mul_(its), part.mT))
+    for each in taken:
+        X -= each
+    return X
 
 
 def soft(norm: Tensor, tau: Tensor) -> Tensor:
