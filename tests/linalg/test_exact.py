@@ -1,12 +1,14 @@
 """Functions of singular values by decomposition: against a float64 SVD, and where a decomposition fails."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import by_svd, conditioned, gaussian, relative_error, with_spectrum
 
-from rankdecay.linalg import polar, record_backends
+from rankdecay.linalg import polar, record_backends, shrink
 from rankdecay.linalg.exact import NULL_TOLERANCE, apply_exact, eigenvectors, inverse
 from rankdecay.linalg.stack import prepare
 
@@ -109,3 +111,24 @@ def test_eigh_that_does_not_converge_falls_back_to_svd(monkeypatch):
         got = polar(W, "exact")
     assert ran == ["exact", "svd"]
     assert relative_error(got, by_svd(W, ones)) < 1e-6
+
+
+@pytest.mark.parametrize("rule", ["prox", "smooth"])
+def test_large_matrices_are_decomposed_side_by_side_as_one_by_one(rule):
+    """And the number of threads is afterwards what it was, also in a thread that is started then."""
+    W = torch.randn(5, 260, 300, generator=torch.Generator().manual_seed(0))
+    W[3, 7, 7] = torch.nan
+    threads, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        together = shrink(W, 0.01, rule, relative=True, backend="exact")
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert seen == [2] == [torch.get_num_threads()]
+    finally:
+        torch.set_num_threads(threads)
+    alone = torch.stack([shrink(each, 0.01, rule, relative=True, backend="exact") for each in W])
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-6, equal_nan=True)
+    assert together[3].isnan().all()
+    assert not together[[0, 1, 2, 4]].isnan().any()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from rankdecay.linalg.backend import note_backend
-from rankdecay.linalg.stack import Prepared, gram
+from rankdecay.linalg.stack import Prepared, at_once, gram
 from rankdecay.linalg.threshold import leave_directions
 
 #: Relative size of a null singular value for input of float32 and below (module docstring).
@@ -61,12 +62,27 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def eigenvectors(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return λ (..., n) rising, eigenvectors (..., n, n), and whether they can be trusted (...): by eigh."""
     try:
-        lam, V = torch.linalg.eigh(G)
+        lam, V = _side_by_side(G) if at_once(G) > 1 and len(G) > 1 else torch.linalg.eigh(G)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         # One matrix that does not converge fails the whole stack.
         never = torch.zeros(G.shape[:-2], dtype=torch.bool, device=G.device)
         return G.new_zeros(G.shape[:-1]), torch.zeros_like(G), never
     return lam, V, _verified(G, lam, V)
+
+
+def _side_by_side(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``eigh`` of a stack (b, n, n), a matrix per thread: half of the work of one is not parallel.
+
+    The threads live as long as the call, so that a process may fork afterwards; each has one thread of torch's, and a
+    thread that another part of the program starts meanwhile may be given as few.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(at_once(G), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = list(pool.map(torch.linalg.eigh, G.unbind()))
+    finally:
+        torch.set_num_threads(threads)
+    return torch.stack([lam for lam, _ in found]), torch.stack([V for _, V in found])
 
 
 def _verified(G: Tensor, lam: Tensor, V: Tensor) -> Tensor:

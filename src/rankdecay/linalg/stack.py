@@ -101,9 +101,16 @@ def gram(X: Tensor) -> Tensor:
 WORKING = {"cpu": 2**19, "cuda": 2**25}
 
 
+def at_once(W: Tensor) -> int:
+    """Return how many large matrices of a stack (..., m, n) a CPU decomposes at once: one per thread, up to 4."""
+    if W.device.type != "cpu" or W.ndim != 3 or not 256 <= min(W.shape[-2:]) <= 2048:
+        return 1
+    return min(torch.get_num_threads(), 4)
+
+
 def chunks(W: Tensor) -> Iterator[slice]:
     """Yield the parts of a stack (b, m, n) that are worked on at once."""
-    count = max(1, WORKING["cpu" if W.device.type == "cpu" else "cuda"] // max(1, W[0].numel()))
+    count = max(at_once(W), WORKING["cpu" if W.device.type == "cpu" else "cuda"] // max(1, W[0].numel()))
     for start in range(0, len(W), count):
         yield slice(start, start + count)
 

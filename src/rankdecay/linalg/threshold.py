@@ -49,8 +49,11 @@ def leave_directions(X: Tensor, V: Tensor, share: Tensor, *, coarse: bool = Fals
         coarse: whether only the digits of float32 are wanted; a large matrix alone on a CPU then costs less.
         overwrite: whether ``X`` may be the result: memory that was never used costs a CPU more than the passes over it.
     """
-    if X.device.type == "cpu" and len(X) == 1 and X.ndim == 3 and X.shape[-1] >= _LARGE:
-        return _leave_one(X[0] if overwrite else X[0].clone(), V[0], share[0], coarse)[None]
+    if X.device.type == "cpu" and X.ndim == 3 and X.shape[-1] >= _LARGE:
+        X = X if overwrite else X.clone()
+        for each in zip(X, V, share, strict=True):
+            _leave_one(*each, coarse)
+        return X
     taken = times(X, taken_by_directions(V, share))
     left = torch.sub(X, taken, out=taken)
     if not coarse and bool((share == 1).any()):  # what a product of float64 leaves of nothing is some ten roundings
@@ -92,7 +95,7 @@ def _leave_one(X: Tensor, V: Tensor, share: Tensor, coarse: bool) -> Tensor:
     falling = bool((share[large:].abs() <= _SMALL).all())  # those that lose much come first
     if 2 * left <= 2 * large + small:
         part = V[:, alive]
-        return times(times(X, part).mul_(1 - share[alive]), part.mT)
+        return X.copy_(times(times(X, part).mul_(1 - share[alive]), part.mT))
     if not falling:
         large = n
     taken: list[Tensor] = []
