@@ -16,6 +16,10 @@ from rankdecay.lab.ensemble.ensemble import compiler_available
 
 BROWSER = "no Chromium: apt-get install chromium, then make test"
 NEWER_TORCH = "this torch has only the legacy flags of precision: install torch 2.9 or later"
+FULL_DISK = "no /dev/full, a disk that is full: run make test on Linux"
+FORK = "no fork: run make test on Linux or macOS"
+ONE_THREAD = "torch's threads do not outlive a fork: OMP_NUM_THREADS=1 make test"
+ODD_NAMES = "this file system has no such names: run make test on ext4 or tmpfs"
 BY_HAND = "no {} for a block of docs/recipes.md: install it and run the block by hand"
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run make test on a machine with a GPU")
@@ -24,10 +28,8 @@ compiler = pytest.mark.skipif(
     reason="torch.compile cannot use a C++ compiler: apt-get install g++, unset ATEN_CPU_CAPABILITY, then make test",
 )
 ordinary_user = pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root: run make test as one")
-full_disk = pytest.mark.skipif(
-    not Path("/dev/full").exists(), reason="no /dev/full, a disk that is full: run make test on Linux"
-)
-fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork: run make test on Linux or macOS")
+full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason=FULL_DISK)
+fork = pytest.mark.skipif(not hasattr(os, "fork"), reason=FORK)
 
 #: Packages that `make test` does not install.
 _EXTRAS = {"datasets": "pip install 'rankdecay[datasets]', then make test"}

@@ -67,9 +67,9 @@ def test_the_step_is_within_a_thousandth(spectrum, smoothing):
 
 
 def test_a_cpu_multiplies_where_that_is_cheaper_and_decomposes_where_epsilon_is_small():
-    W = torch.stack([gaussian(40, 40), conditioned((40, 40), 1e30, torch.float32)])
+    W = torch.stack([gaussian(256, 256), conditioned((256, 256), 1e30, torch.float32)])
     assert choose_backend(W.shape, W.device, W.dtype) == "exact"
-    for smoothing, ran_by in ((0.0, ["exact"]), (0.13, ["matmul"]), (0.05, ["matmul", "exact"])):
+    for smoothing, ran_by in ((0.0, ["exact"]), (0.13, ["matmul"]), (0.02, ["matmul", "exact"])):
         with record_backends() as ran:
             shrink(W, 1e-6, "smooth", smoothing=smoothing)
         assert ran == ran_by

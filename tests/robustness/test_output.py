@@ -138,7 +138,7 @@ def test_half_a_character_in_a_name(tmp_path: Path, capsys: pytest.CaptureFixtur
     try:
         shutil.copytree(RUNS / "factor", out)
     except OSError:
-        pytest.skip("this file system has no such names: run make test on ext4 or tmpfs")
+        pytest.skip(needs.ODD_NAMES)
     assert cli.main(["report", str(out)]) == 0
     save_file(llama(), tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").rename(out / "model.safetensors")
@@ -173,7 +173,7 @@ def test_the_message_names_the_path_and_nothing_is_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if kind == "full" and needs.full_disk.args[0]:
-        pytest.skip(needs.full_disk.kwargs["reason"])
+        pytest.skip(needs.FULL_DISK)
     run = shutil.copytree(RUNS / "factor", tmp_path / "run")
     there = tmp_path / "there"
     there.mkdir()

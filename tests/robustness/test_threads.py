@@ -124,7 +124,7 @@ def test_attaching_in_the_middle_of_a_step_of_another_thread() -> None:
 def test_a_fork_after_use_computes_the_same() -> None:
     """What the library keeps (attachments, caches) is as good in a child; torch's own pool of threads is not."""
     if torch.get_num_threads() > 1:
-        pytest.skip("torch's threads do not outlive a fork: OMP_NUM_THREADS=1 make test")
+        pytest.skip(needs.ONE_THREAD)
     expected, report = train(model(0)), str(rd.inspect(model(0)))
 
     def child() -> int:
@@ -165,7 +165,7 @@ def test_one_thread_and_two_agree_to_rounding() -> None:
 
 def test_a_process_has_its_own_attachments() -> None:
     if not hasattr(os, "fork"):
-        pytest.skip("no fork: run make test on Linux or macOS")
+        pytest.skip(needs.FORK)
     small = model(0)
     optimizer, attachment = attach(small)
 

@@ -50,9 +50,9 @@ def test_what_cannot_be_merged_is_one_line(make_sweep, tmp_path, capsys):
     [
         (["--figure", "figure.bmp"], ".png, .svg or .pdf"),
         (["--figure", "figure.svg", "--out", "page.html"], "give one of them"),
-        (["--out", "nowhere/page.html"], "cannot be read or written"),
+        (["--out", "nowhere/page.html"], "nowhere/page.html cannot be written"),
         (["--out", "."], "--out . is a directory: give a file"),
-        (["--figure", "nowhere/figure.svg"], "cannot be read or written"),
+        (["--figure", "nowhere/figure.svg"], "nowhere/figure.svg cannot be written"),
     ],
 )
 def test_where_it_cannot_be_written(make_sweep, tmp_path, monkeypatch, capsys, options, words):

@@ -100,6 +100,8 @@ def test_many_data_sets_are_not_all_offered(planar, summary, tmp_path):
 
 
 def test_a_summary_alone_has_charts_without_lines(planar, tmp_path):
-    for name in ("config.json", "summary.json"):
-        shutil.copy(planar / name, tmp_path / name)
+    shutil.copy(planar / "config.json", tmp_path / "config.json")
+    summary = json.loads((planar / "summary.json").read_text("utf-8"))
+    del summary["lines"]  # of the metrics, by which a later version would miss them
+    (tmp_path / "summary.json").write_text(json.dumps(summary), "utf-8")
     assert "No arm shown has a margin in this data set." in write_report(tmp_path).read_text("utf-8")
