@@ -351,3 +351,11 @@ def test_the_samples_are_sound(tmp_path: Path) -> None:
         assert rd.inspect(root / given, state=state).rows, name
     assert load_file(tmp_path / "whole" / "model.safetensors")
     assert os.path.islink(tmp_path / "cache" / "models--someone--model" / "snapshots" / "0123abcd" / "config.json")
+
+
+def test_a_kind_of_layer_that_is_no_text(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found by the fuzzer, case 5960: it was looked up in a set."""
+    for kinds in ([{}, {}], [[1], 2]):
+        (whole / "config.json").write_text(json.dumps(LLAMA | {"layer_types": kinds, "model_type": "cohere2"}))
+        assert cli.main(["inspect", str(whole), "--json"]) in (0, 2, 3)
+        capsys.readouterr()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rankdecay import cli
-from rankdecay.lab import stored
+from rankdecay.lab import store, stored
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.store import Checkpoint, RunDirectory, read_metrics
 from rankdecay.lab.stored import read_run, read_snapshot
@@ -332,3 +332,10 @@ def test_durations_do_not_depend_on_the_clock_of_the_wall(tmp_path: Path, monkey
     assert 0 <= summary["wall_seconds"] < 600
     assert all(0 < row["step_seconds"] < 600 for row in rows if row["step_seconds"] is not None)
     assert os.path.exists(tmp_path / "run" / "report.html")
+
+
+def test_a_setting_that_nobody_knows_and_is_null_is_a_difference_with_a_name(tmp_path: Path) -> None:
+    """Found by the fuzzer, case 6668: a key of the settings was changed, and its value is null."""
+    there, now = {"settings": {"width": 16, "imagf_size": None}}, {"settings": {"width": 16}}
+    with pytest.raises(SettingError, match="imagf_size is None there"):
+        store._refuse_other_configuration(tmp_path, there, now, ["settings"], {})

@@ -237,4 +237,4 @@ class ModuleSettings:
         period = self.number(("sliding_window_pattern",))
         if layer is None and period and number is not None:
             layer = "full_attention" if (number + 1) % period == 0 else "sliding_attention"
-        return (kind, layer) in WITHOUT_ROTARY
+        return (kind, layer if isinstance(layer, str) else None) in WITHOUT_ROTARY

@@ -607,7 +607,7 @@ def _refuse_other_configuration(
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict) and key != "arms":
-            name = next(k for k in {**old, **new} if old.get(k) != new.get(k))
+            name = next(k for k in {**old, **new} if (k in old) != (k in new) or old.get(k) != new.get(k))
             what = f"{name} is {old.get(name)!r} there, {new.get(name)!r} now"
         else:
             what = f"its {key} differ" if key == "arms" else f"{key} is {old!r} there, {new!r} now"
