@@ -339,3 +339,12 @@ def test_a_setting_that_nobody_knows_and_is_null_is_a_difference_with_a_name(tmp
     there, now = {"settings": {"width": 16, "imagf_size": None}}, {"settings": {"width": 16}}
     with pytest.raises(SettingError, match="imagf_size is None there"):
         store._refuse_other_configuration(tmp_path, there, now, ["settings"], {})
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_values_inside_of_values_are_refused(name: str, complete: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found by the fuzzer, case 8004."""
+    path = complete / name
+    path.write_text(path.read_text().replace("{", '{"deep": ' + "[" * 400 + "]" * 400 + ", ", 1))
+    assert cli.main(["report", str(complete)]) == 2
+    assert f"{name} has values inside of values" in capsys.readouterr().err

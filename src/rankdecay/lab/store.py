@@ -143,7 +143,22 @@ def read_json(path: Path) -> Record | None:
         raise SettingError(f"{path} is not valid JSON ({error}): restore it, or use another --out") from None
     if not isinstance(value, dict):
         raise SettingError(f"{path} should hold one JSON object, not {type(value).__name__}: use another --out")
+    if _is_deep(value):
+        raise SettingError(f"{path} has values inside of values, {DEEPEST} and more: restore it, or use another --out")
     return value
+
+
+DEEPEST = 50  # levels of a file of ours, which have about five
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects lie in each other `DEEPEST` times: what walks them does so by calling itself."""
+    level = [value]
+    for _ in range(DEEPEST):
+        lists = [each for each in level if isinstance(each, list)]
+        objects = [each.values() for each in level if isinstance(each, dict)]
+        level = [inner for each in (*lists, *objects) for inner in each if isinstance(inner, (list, dict))]
+    return bool(level)
 
 
 # What the keys of a configuration and of a summary have to be, where they are there at all.
