@@ -68,6 +68,19 @@ def zero_gradients(model: nn.Module) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
+def backward(model: nn.Module, seed: int = 0) -> None:
+    ids = torch.randint(9, (8,), generator=torch.Generator().manual_seed(seed))
+    nn.functional.cross_entropy(model(ids), ids).backward()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """A step for each seed."""
+    for seed in steps:
+        optimizer.zero_grad()
+        backward(model, seed)
+        optimizer.step()
+
+
 def query_key(model: Model, by_head: bool = False) -> list[Tensor]:
     views = [view for layer in rd.find_attention(model) for view in (layer.query, layer.key)]
     return [(view.heads() if by_head else view.tensor()).clone().double() for view in views]

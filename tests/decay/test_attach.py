@@ -22,18 +22,15 @@ from tests.attention.layouts import build_layout
 from tests.decay.models import (
     STRENGTH,
     Model,
+    backward,
     groups_of,
     make_model,
     query_key,
+    train,
     zero_gradients,
 )
 
 LR = 0.1
-
-
-def _backward(model: Model, seed: int = 0) -> None:
-    ids = torch.randint(9, (8,), generator=torch.Generator().manual_seed(seed))
-    nn.functional.cross_entropy(model(ids), ids).backward()
 
 
 def _shrunk(matrix: Tensor, tau: Tensor | float) -> Tensor:
@@ -159,7 +156,7 @@ def test_the_decay_follows_the_optimizers_own_step(name, rule):
     for seed in range(3):
         for one, its in ((model, optimizer), (by_hand, plain)):
             its.zero_grad()
-            _backward(one, seed)
+            backward(one, seed)
             its.step()
         for view in views:
             matrix = view.tensor()
@@ -269,10 +266,20 @@ def test_accumulated_gradients_are_one_step():
     rd.attach(optimizer)
     before = query_key(model)
     for seed in range(3):
-        _backward(model, seed)
+        backward(model, seed)
         assert all(torch.equal(a, b) for a, b in zip(before, query_key(model), strict=True))
     optimizer.step()
     assert {g["query_key_steps"] for g in optimizer.param_groups if "query_key_steps" in g} == {1}
+
+
+def _scaled_step(model: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, overflow: bool) -> None:
+    """A step under a scaler with gradients of zero, of which one overflows, so that the step is skipped."""
+    zero_gradients(model)
+    scaler.scale(torch.ones(()))
+    if overflow:
+        model.head.weight.grad.fill_(float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -285,12 +292,7 @@ def test_a_step_skipped_by_the_scaler_is_none_of_a_warm_up(fused):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
     before = query_key(model)
     for overflow in (True, True, False):
-        zero_gradients(model)
-        scaler.scale(torch.ones(()))
-        if overflow:
-            model.head.weight.grad.fill_(float("inf"))
-        scaler.step(optimizer)
-        scaler.update()
+        _scaled_step(model, optimizer, scaler, overflow)
     for old, new in zip(before, query_key(model), strict=True):
         assert float(old.norm() - new.norm()) == pytest.approx(LR / 4, rel=1e-4)
     optimizer.state_dict()
@@ -309,12 +311,7 @@ def test_a_step_skipped_by_the_scaler_decays_nothing(fused, every):
     for step in range(9):
         overflow = step in (0, 2, 5)
         state = [p.detach().clone() for p in model.parameters()]
-        zero_gradients(model)
-        scaler.scale(torch.ones(()))
-        if overflow:
-            model.head.weight.grad.fill_(float("inf"))
-        scaler.step(optimizer)
-        scaler.update()
+        _scaled_step(model, optimizer, scaler, overflow)
         if overflow:
             assert all(torch.equal(a, b) for a, b in zip(state, model.parameters(), strict=True))
         good += not overflow
@@ -420,22 +417,15 @@ def test_every_k_applies_what_the_steps_gathered():
         assert all(same) if step % 4 == 3 else not any(same)
 
 
-def _train(model: Model, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for seed in steps:
-        optimizer.zero_grad()
-        _backward(model, seed)
-        optimizer.step()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resuming_in_mid_cycle_changes_nothing(dtype):
     whole = make_model(dtype)
     optimizer = torch.optim.AdamW(groups_of(whole, every=4), lr=LR)
     rd.attach(optimizer)
-    _train(whole, optimizer, range(6))
+    train(whole, optimizer, range(6))
     file = io.BytesIO()
     torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    _train(whole, optimizer, range(6, 12))
+    train(whole, optimizer, range(6, 12))
 
     file.seek(0)
     state = torch.load(file, weights_only=True)
@@ -444,7 +434,7 @@ def test_resuming_in_mid_cycle_changes_nothing(dtype):
     other = torch.optim.AdamW(groups_of(resumed, every=4), lr=LR)
     rd.attach(other)
     other.load_state_dict(state["optimizer"])
-    _train(resumed, other, range(6, 12))
+    train(resumed, other, range(6, 12))
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -508,7 +498,7 @@ def test_a_compiled_model_and_a_compiled_step():
     for seed in range(5):
         for model, optimizer, advance in zip((eager, compiled), optimizers, (optimizers[0].step, step), strict=True):
             optimizer.zero_grad()
-            _backward(model, seed)
+            backward(model, seed)
             advance()
     for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)

@@ -11,7 +11,7 @@ from torch import nn
 
 import rankdecay as rd
 from rankdecay.decay.targets import STATE_KEY
-from tests.decay.models import STRENGTH, make_model, query_key, zero_gradients
+from tests.decay.models import STRENGTH, backward, make_model, query_key, train, zero_gradients
 
 LR = 0.1
 MAKERS = {
@@ -26,18 +26,6 @@ MAKERS = {
     "nadam": lambda p: torch.optim.NAdam(p, lr=LR, weight_decay=0.3),
     "lion": lambda p: torch.optim.Rprop(p, lr=LR),
 }
-
-
-def _backward(model: nn.Module, seed: int = 0) -> None:
-    ids = torch.randint(9, (8,), generator=torch.Generator().manual_seed(seed))
-    nn.functional.cross_entropy(model(ids), ids).backward()
-
-
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for seed in steps:
-        optimizer.zero_grad()
-        _backward(model, seed)
-        optimizer.step()
 
 
 def _same(one: nn.Module, other: nn.Module) -> None:
@@ -111,8 +99,8 @@ def test_both_ways_of_attaching_train_alike(kind: str, dtype: torch.dtype) -> No
     rd.attach(first)
     second = makers[kind](by_roles.parameters(), lr=1e-2)
     rd.attach(second, by_roles, rd.Frobenius(0.4), **roles, **rest)
-    _train(by_groups, first, range(5))
-    _train(by_roles, second, range(5))
+    train(by_groups, first, range(5))
+    train(by_roles, second, range(5))
     for a, b in zip(by_groups.parameters(), by_roles.parameters(), strict=True):
         if dtype == torch.float32:
             torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
@@ -131,7 +119,7 @@ def test_groups_stay_as_they_were_found() -> None:
     found = [dict(group) for group in optimizer.param_groups]
     objects = list(optimizer.param_groups)
     attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1), value_output=rd.Frobenius(0.3))
-    _train(model, optimizer, range(3))
+    train(model, optimizer, range(3))
     attachment.describe()
     attachment.detach()
     for group, before, same in zip(optimizer.param_groups, found, objects, strict=True):
@@ -152,7 +140,7 @@ def test_a_step_that_raises_leaves_the_groups_whole_for_whatever_comes_next() ->
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step(fails)
     assert len(optimizer.state_dict()["param_groups"]) == 1
-    _train(model, optimizer, range(2))
+    train(model, optimizer, range(2))
     assert len(optimizer.param_groups) == 1
 
 
@@ -166,10 +154,10 @@ def test_resuming_in_mid_cycle_changes_nothing(dtype: torch.dtype, maker: str, f
     whole = make_model(dtype)
     optimizer = MAKERS[maker](whole.parameters())
     attach(whole, optimizer)
-    _train(whole, optimizer, range(6))
+    train(whole, optimizer, range(6))
     file = io.BytesIO()
     torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    _train(whole, optimizer, range(6, 12))
+    train(whole, optimizer, range(6, 12))
     file.seek(0)
     state = torch.load(file, weights_only=True)
     resumed = make_model(dtype)
@@ -180,7 +168,7 @@ def test_resuming_in_mid_cycle_changes_nothing(dtype: torch.dtype, maker: str, f
     other.load_state_dict(state["optimizer"])
     if first == "load":
         attach(resumed, other)
-    _train(resumed, other, range(6, 12))
+    train(resumed, other, range(6, 12))
     _same(whole, resumed)
 
 
@@ -189,7 +177,7 @@ def test_the_state_has_one_key_of_ours_and_only_where_a_resumed_run_needs_it() -
         model = make_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
         rd.attach(optimizer, model, query_key=rd.LowRank(0.1, every=every))
-        _train(model, optimizer, range(2))
+        train(model, optimizer, range(2))
         ours = {name for name, p in model.named_parameters() if STATE_KEY in optimizer.state[p]}
         assert bool(ours) == kept
         assert all("q_proj.weight" in n or "k_proj.weight" in n or "query_key_value.weight" in n for n in ours)
@@ -203,14 +191,14 @@ def test_a_run_without_decay_continues_with_it_and_the_other_way_round() -> None
     optimizers = [torch.optim.AdamW(model.parameters(), lr=LR) for model in (with_decay, without)]
     rd.attach(optimizers[0], with_decay, query_key=rd.LowRank(STRENGTH, every=3))
     for model, optimizer in zip((with_decay, without), optimizers, strict=True):
-        _train(model, optimizer, range(4))
+        train(model, optimizer, range(4))
     saved = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
     for state, attached in ((saved[1], True), (saved[0], False)):
         model = make_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
         attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=3)) if attached else None
         optimizer.load_state_dict(state)
-        _train(model, optimizer, range(4, 7))
+        train(model, optimizer, range(4, 7))
         if attachment is not None:
             assert {value for name, value in attachment.state_dict().items() if name.endswith("steps")} == {3}
 
@@ -219,17 +207,17 @@ def test_the_attachments_own_state_can_hold_the_counts() -> None:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=4), counts="attachment")
-    _train(model, optimizer, range(6))
+    train(model, optimizer, range(6))
     assert not any(STATE_KEY in state for state in optimizer.state.values())
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), attachment.state_dict()))
-    _train(model, optimizer, range(6, 10))
+    train(model, optimizer, range(6, 10))
     resumed = make_model()
     resumed.load_state_dict(saved[0])
     other = torch.optim.AdamW(resumed.parameters(), lr=LR)
     again = rd.attach(other, resumed, query_key=rd.LowRank(STRENGTH, every=4), counts="attachment")
     other.load_state_dict(saved[1])
     again.load_state_dict(saved[2])
-    _train(resumed, other, range(6, 10))
+    train(resumed, other, range(6, 10))
     _same(model, resumed)
 
 
@@ -283,7 +271,7 @@ def test_a_group_keeps_its_number_while_the_optimizer_steps() -> None:
     optimizer = Seen(groups, weight_decay=0.3)
     rd.attach(optimizer, model, query_key=rd.LowRank(0.1), value_output=rd.Frobenius(0.0))
     rates = [group["lr"] for group in optimizer.param_groups]
-    _train(model, optimizer, range(1))
+    train(model, optimizer, range(1))
     assert seen[0][:3] == rates
     assert set(seen[0][3:]) == {LR}  # what has a decay of its own, as further groups
 
@@ -523,7 +511,7 @@ def test_a_step_that_never_comes_is_one_warning() -> None:
     def passes() -> None:
         for _ in range(25):
             model.zero_grad()
-            _backward(model)
+            backward(model)
 
     with pytest.warns(UserWarning, match=r"10 backward passes, and no step\(\) of the AdamW") as caught:
         passes()

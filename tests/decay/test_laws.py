@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rankdecay as rd
 from rankdecay.decay.targets import STATE_KEY
-from tests.decay.models import make_model, query_key, zero_gradients
+from tests.decay.models import make_model, query_key, train, zero_gradients
 
 LR = 0.1
 
@@ -188,13 +188,6 @@ def test_a_warm_up_and_a_cycle_go_on_after_saving_pausing_and_the_same_decay_aga
             return model, optimizer, rd.attach(optimizer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
         return model, optimizer, rd.attach(optimizer, model, query_key=decay)
-
-    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-        for seed in steps:
-            ids = torch.randint(9, (8,), generator=torch.Generator().manual_seed(seed))
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(ids), ids).backward()
-            optimizer.step()
 
     whole, optimizer, _ = build()
     train(whole, optimizer, range(3))
