@@ -50,8 +50,8 @@ Excluded = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 #: Strength of an L2 that is the group's ``weight_decay``, where the hook applies it.
 LIVE = "weight_decay"
 
-#: The rule, in a group's keys, of a decay of rotary planes.
-PLANES = "planes"
+#: The rule, in a group's keys, of decays that have none.
+FROBENIUS, PLANES = "frobenius", "planes"
 #: ``every`` of a low-rank decay that follows from the shapes of the matrices.
 BY_SHAPE = "by shape"
 #: Fields of a low-rank decay that a group always has; others where they are not as their defaults.
@@ -358,7 +358,7 @@ def decays_in(group: Group) -> dict[str, Decay]:
     """
     found: dict[str, Decay] = {}
     for role in hook_roles(group):
-        kind = {"frobenius": Frobenius, PLANES: Planes}.get(group[f"{role}_rule"], LowRank)
+        kind = {FROBENIUS: Frobenius, PLANES: Planes}.get(group[f"{role}_rule"], LowRank)
         keys = {field.name: f"{role}_{field.name}" for field in fields(kind)}
         settings = {name: group[key] for name, key in keys.items() if key in group}
         live = settings["strength"] == LIVE
@@ -507,13 +507,12 @@ def windows_in(group: Group, role: str) -> list[Window]:
 
 def hook_keys(role: str, decay: Decay, windows: Iterable[Window] = (WHOLE,)) -> Group:
     """Return the keys that make the hook apply ``decay`` to the matrices of a role."""
-    settings = {} if isinstance(decay, LowRank) else {"rule": PLANES if isinstance(decay, Planes) else "frobenius"}
-    always = (
-        ("strength", "rule", "scale", "unit", "every", "lr_coupled", "smoothing") if not settings else ("strength",)
-    )
+    always = _ALWAYS if isinstance(decay, LowRank) else ("strength",)
     defaults = {field.name: field.default for field in fields(decay)}
-    settings |= {n: v for n, v in asdict(decay).items() if n in always or v != defaults[n]}
-    if "every" in settings and settings["every"] is None:
+    settings = {name: value for name, value in asdict(decay).items() if name in always or value != defaults[name]}
+    if not isinstance(decay, LowRank):
+        settings["rule"] = PLANES if isinstance(decay, Planes) else FROBENIUS
+    elif decay.every is None:
         settings["every"] = BY_SHAPE
     keys: Group = {f"{role}_{name}": value for name, value in settings.items()}
     keys |= {f"{role}_steps": 0, f"{role}_pending": 0.0}  # a distributed checkpoint fills existing keys alone
