@@ -52,13 +52,13 @@ class Step(NamedTuple):
     seed: int
     role: str = ""
 
+    def view(self, window: Window, parameter: Tensor) -> Tensor:
+        """Return the matrix in a window, or one per head."""
+        return (window.heads if self.by_head else window.matrix)(parameter)
+
     def matrices(self) -> list[Tensor]:
         """Return the matrices, or the stacks of heads, of the parameters, as rows of a vector where they are none."""
-        found = [
-            (window.heads if self.by_head else window.matrix)(parameter)
-            for parameter in self.parameters
-            for window in self.windows
-        ]
+        found = [self.view(window, parameter) for parameter in self.parameters for window in self.windows]
         return [each if each.ndim > 1 else each.reshape(1, -1) for each in found]
 
     @property
@@ -106,7 +106,7 @@ def _apply_whole(step: Step, backend: Backend) -> None:
         if is_sharded(parameter):
             continue
         for window in step.windows:
-            value = (window.heads if step.by_head else window.matrix)(parameter)
+            value = step.view(window, parameter)
             if isinstance(step.decay, Frobenius) and _decayed_in_place(parameter, value, step.decay, step.amount):
                 continue
             matrices.append(_Matrix(value, partial(window.write, parameter)))

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankdecay.attention.layer import Window
 from rankdecay.decay.apply import Step, apply, backend_on, rounded
 from rankdecay.decay.groups import Group
-from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
+from rankdecay.decay.policy import LowRank
 from rankdecay.linalg import Backend, shrink
 from rankdecay.linalg.backend import has_float64
 
@@ -46,44 +45,39 @@ def decay_averaged(optimizer: Optimizer, group: Group, step: Step, backend: Back
         step: the matrices, and what they lose.
         backend: as for :func:`rankdecay.attach`.
     """
-    parameters, windows, decay, amount, seed, _ = step
+    seed = step.seed
     beta = float(group["betas"][0] if "betas" in group else group["momentum"])
     is_average = holds_average(optimizer)
-    for number, parameter in enumerate(parameters):
+    for number, parameter in enumerate(step.parameters):
         iterate = optimizer.state[parameter]["z"]
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         held, z = parameter.detach().to(wide), iterate.detach().to(parameter.device, wide)
         x = held if is_average else held.lerp(z, 1 - 1 / beta)
-        if isinstance(decay, Frobenius):
-            y = x.lerp(z, 1 - beta) if is_average else held
-            change_x, change_z = torch.zeros_like(x), _change(y, windows, decay, amount, backend)
+        if isinstance(step.decay, LowRank):
+            change_x, change_z = _low_rank_changes(x, z, step, step.decay, backend)
         else:
-            change_x, change_z = _low_rank_changes(x, z, windows, decay, amount, backend)
+            y = x.lerp(z, 1 - beta) if is_average else held
+            change_x, change_z = torch.zeros_like(x), _change(y, step, backend)
         change = change_x if is_average else beta * change_x + (1 - beta) * change_z
         seed += 1_000_000_007 * (number > 0)
         iterate.copy_(rounded(z + change_z, iterate.dtype, seed))
         parameter.copy_(rounded(held + change, parameter.dtype, seed + 1))
 
 
-def _change(weight: Tensor, windows: list[Window], decay: OfMatrix, amount: float | Tensor, backend: Backend) -> Tensor:
-    """Return what a decay would add to a weight."""
+def _change(weight: Tensor, step: Step, backend: Backend) -> Tensor:
+    """Return what a step would add to a weight."""
     decayed = weight.clone()
-    apply([Step([decayed], windows, decay, amount, 0)], backend)
+    apply([step._replace(parameters=[decayed])], backend)  # which rounds nothing: the weight is wide
     return decayed - weight
 
 
-def _low_rank_changes(
-    x: Tensor, z: Tensor, windows: list[Window], decay: LowRank, amount: float | Tensor, backend: Backend
-) -> tuple[Tensor, Tensor]:
+def _low_rank_changes(x: Tensor, z: Tensor, step: Step, decay: LowRank, backend: Backend) -> tuple[Tensor, Tensor]:
     """Return what is added to the average and to the iterate."""
-    change_z = _change(z, windows, decay, amount, backend)
+    change_z = _change(z, step, backend)
     now, after = x.clone(), z + change_z
-    by_head = decay.unit == "head" and all(window.has_heads for window in windows)
-    for window in windows:
-        view = window.heads if by_head else window.matrix
-        before = view(z)
-        average, iterate = view(x), view(after)
-        tau = decay.tau(before, amount)
+    for window in step.windows:
+        average, iterate = step.view(window, x), step.view(window, after)
+        tau = decay.tau(step.view(window, z), step.amount)
         kept = within_range(average, iterate, tau)
         backend_here = backend_on(average, backend)
         rest = shrink(average - kept, tau, decay.rule, smoothing=decay.smoothing, backend=backend_here)
