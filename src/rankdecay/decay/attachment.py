@@ -443,10 +443,12 @@ class Attachment:
                 decay, every = target.decay_in(group), target.every_in(group, counts)
                 live = [id(p) in self._params_with_grad for p in parameters]
                 amounts = _count_step(target, decay, every, factor, found_inf, live)
+                if decay.lr_coupled and has_rate_per_parameter(optimizer, group):
+                    amounts = _with_own_rates(optimizer, group, parameters, amounts)
                 place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
                 seed = target.counter.steps * 1_000_003 + place
                 if isinstance(decay, Planes):
-                    its = _amounts(optimizer, group, parameters, decay, amounts)
+                    its = {position: amount for amount, positions in amounts for position in positions}
                     planes.add(decay, parameters, target.names, target.planes, its, seed)
                     continue
                 for amount, positions in amounts:
@@ -459,8 +461,6 @@ class Attachment:
                     step = Step(chosen, target.windows, decay, amount, seed, target.role)
                     if is_averaged(group):
                         decay_averaged(optimizer, group, step, self._backend)
-                    elif has_rate_per_parameter(optimizer, group):
-                        due += _with_rates(optimizer, group, step)
                     else:
                         due.append(step)
         roles = [step.role for step in due if step.is_collective]
@@ -596,29 +596,15 @@ def _bare(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
-def _with_rates(optimizer: Optimizer, group: Group, step: Step) -> list[Step]:
-    """Return the step of each parameter alone, of an optimizer that has a rate for each."""
-    if not step.decay.lr_coupled:
-        return [step]
-    rates = [rate_of_parameter(optimizer, group, parameter) for parameter in step.parameters]
+def _with_own_rates(
+    optimizer: Optimizer, group: Group, parameters: list[Tensor], amounts: list[tuple[float | Tensor, list[int]]]
+) -> list[tuple[float | Tensor, list[int]]]:
+    """Return the amount of each parameter by itself, under an optimizer that has a rate for each."""
     return [
-        step._replace(parameters=[parameter], amount=step.amount * rate)
-        for parameter, rate in zip(step.parameters, rates, strict=True)
+        (amount * rate_of_parameter(optimizer, group, parameters[position]), [position])
+        for amount, positions in amounts
+        for position in positions
     ]
-
-
-def _amounts(
-    optimizer: Optimizer,
-    group: Group,
-    parameters: list[Tensor],
-    decay: Decay,
-    amounts: list[tuple[float | Tensor, list[int]]],
-) -> dict[int, float | Tensor]:
-    """Return the amount of each parameter by its position, with its own rate where an optimizer has one for each."""
-    each = {position: amount for amount, positions in amounts for position in positions}
-    if has_rate_per_parameter(optimizer, group) and decay.lr_coupled:
-        return {i: amount * rate_of_parameter(optimizer, group, parameters[i]) for i, amount in each.items()}
-    return each
 
 
 def _nothing() -> None:
