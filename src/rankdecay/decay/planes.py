@@ -28,11 +28,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rankdecay.attention.planes import PlaneRows
+from rankdecay.decay.apply import rounded
 from rankdecay.decay.policy import Planes, Scale, Scope
 from rankdecay.decay.sharded.layout import Layout, lines_of
 from rankdecay.dtensor import is_sharded, local
 from rankdecay.linalg.backend import has_float64
-from rankdecay.linalg.rounding import stochastic_round
 from rankdecay.linalg.threshold import leave, soft, spare_largest
 
 _SEED = 1_000_000_007
@@ -494,6 +494,5 @@ def _leave(part: Tensor, share: Tensor, seed: int) -> None:
     share = share.to(part.device, torch.float64 if part.dtype == torch.float64 else torch.float32)
     if part.dtype.itemsize >= 4:
         leave(part, share, out=part)
-        return
-    generator = torch.Generator(part.device).manual_seed(seed)
-    part.copy_(stochastic_round(leave(part.float(), share), part.dtype, generator))
+    else:
+        part.copy_(rounded(leave(part.float(), share), part.dtype, seed))

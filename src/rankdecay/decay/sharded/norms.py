@@ -14,6 +14,7 @@ from rankdecay.attention.layer import Window
 from rankdecay.decay.policy import Frobenius
 from rankdecay.decay.sharded.layout import Layout, elementwise_pieces, lines_in_window, lines_of
 from rankdecay.decay.sharded.redistribute import process_group_of
+from rankdecay.linalg.stack import power_of_two
 from rankdecay.linalg.threshold import leave, power
 
 
@@ -87,12 +88,12 @@ def _log_norms(parts: Sequence[Part]) -> list[Tensor]:
     sums = None if not layout.cut_mesh_dims else process_group_of(layout)[0]
     device = layout.mesh.device_type
     counts = [part.groups for part in parts]
-    exponents = [torch.zeros(part.groups, dtype=torch.float64, device=part.value.device) for part in parts]
+    exponents: list[Tensor | None] = [None] * len(parts)
     if any(part.value.dtype == torch.float64 for part in parts):  # whose squares may be out of range
         largest = torch.cat([_per_group(part, part.value.double().abs(), "amax").to(device) for part in parts])
         if sums is not None:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=sums)
-        exponents = list(torch.frexp(largest).exponent.double().split(counts))
+        exponents = list(torch.frexp(largest).exponent.clamp(-1022, 1022).split(counts))
     squares = [
         _per_group(part, _scaled(part, exponent).square(), "sum").to(device)
         for part, exponent in zip(parts, exponents, strict=True)
@@ -100,13 +101,20 @@ def _log_norms(parts: Sequence[Part]) -> list[Tensor]:
     total = torch.cat(squares)
     if sums is not None:
         dist.all_reduce(total, group=sums)
-    logs = zip(total.split(counts), exponents, parts, strict=True)
-    return [(each.log() / 2 + exponent.to(each) * math.log(2)).to(part.value.device) for each, exponent, part in logs]
+    logs = [square.log() / 2 for square in total.split(counts)]
+    logs = [
+        log if exponent is None else log + exponent.to(log) * math.log(2)
+        for log, exponent in zip(logs, exponents, strict=True)
+    ]
+    return [log.to(part.value.device) for log, part in zip(logs, parts, strict=True)]
 
 
-def _scaled(part: Part, exponent: Tensor) -> Tensor:
-    half = torch.exp2((-exponent / 2).to(part.value.device))  # twice: 2^1074 itself is out of range
-    return part.value.double() * _per_line(part, half) * _per_line(part, half)
+def _scaled(part: Part, exponent: Tensor | None) -> Tensor:
+    """Return the part in float64, its groups divided by a power of two."""
+    value = part.value.double()
+    if exponent is None:
+        return value
+    return value * _per_line(part, power_of_two(-exponent, torch.float64).to(value.device))
 
 
 def _per_group(part: Part, values: Tensor, reduce: Literal["sum", "amax"]) -> Tensor:
