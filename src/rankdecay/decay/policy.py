@@ -55,10 +55,6 @@ def _check_truth(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r} must be True or False.")
 
 
-def _check_warmup(warmup: object) -> None:
-    check_number("warmup", warmup, at_least=0, whole=True, remedy="it counts steps; 0 for none")
-
-
 def _make_plain(decay: Any) -> None:
     """Turn the numbers of a decay that are not Python's, as those of numpy, into such: a state holds nothing else."""
     for field in fields(decay):
@@ -68,12 +64,25 @@ def _make_plain(decay: Any) -> None:
             object.__setattr__(decay, field.name, plain)
 
 
-def _ramp(warmup: int, step: int) -> float:
-    return min(1.0, step / warmup) if warmup else 1.0
+class _Paced:
+    """What every decay has: a strength, per unit of learning rate or per step, that may rise from 0."""
+
+    strength: float
+    warmup: int
+    lr_coupled: bool
+
+    def ramp(self, step: int) -> float:
+        """Return the part of the strength that acts at a step, the first of which is 1."""
+        return min(1.0, step / self.warmup) if self.warmup else 1.0
+
+    def _check_pace(self) -> None:
+        check_number("strength", self.strength, at_least=0, remedy=_OFF)
+        check_number("warmup", self.warmup, at_least=0, whole=True, remedy="it counts steps; 0 for none")
+        _check_truth("lr_coupled", self.lr_coupled)
 
 
 @dataclass(frozen=True)
-class Frobenius:
+class Frobenius(_Paced):
     """Decay of the norm: W ← W (1 - min(lr·strength·‖W‖_F^(power - 1), cap)). No rank is lowered.
 
     It is the decoupled gradient step of strength·‖W‖_F^(power + 1)/(power + 1), without an SVD.
@@ -103,7 +112,7 @@ class Frobenius:
     lr_coupled: bool = True
 
     def __post_init__(self) -> None:
-        check_number("strength", self.strength, at_least=0, remedy=_OFF)
+        self._check_pace()
         if isinstance(self.power, bool):
             raise TypeError(
                 f"power={self.power!r} must be a number: 1 for L2; lr_coupled is a keyword, lr_coupled={self.power!r}."
@@ -111,9 +120,7 @@ class Frobenius:
         check_number("power", self.power, at_least=0, remedy="1 is L2, 0 a constant amount per step")
         if self.cap is not None:
             check_number("cap", self.cap, above=0, at_most=1, remedy="the largest share of the norm that a step takes")
-        _check_warmup(self.warmup)
         check_name("unit", self.unit, get_args(Unit))
-        _check_truth("lr_coupled", self.lr_coupled)
         _make_plain(self)
 
     @property
@@ -126,10 +133,6 @@ class Frobenius:
         """Whether a step depends on the norm; otherwise every entry can be decayed by itself."""
         return self.power != 1
 
-    def ramp(self, step: int) -> float:
-        """Return the part of the strength that acts at a step, the first of which is 1."""
-        return _ramp(self.warmup, step)
-
     def describe(self) -> str:
         """Return the decay in a few words."""
         words = [f"L2 {self.strength:g}" if self.power == 1 else f"norm^{self.power:g} {self.strength:g}"]
@@ -141,7 +144,7 @@ class Frobenius:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(_Paced):
     """Decoupled low-rank decay: takes the same amount from every singular value, so that small ones vanish.
 
     Attributes:
@@ -174,8 +177,7 @@ class LowRank:
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        check_number("strength", self.strength, at_least=0, remedy=_OFF)
-        _check_truth("lr_coupled", self.lr_coupled)
+        self._check_pace()
         check_number("smoothing", self.smoothing, at_least=0, remedy=_OFF)
         check_name("rule", self.rule, rule_names())
         check_name("scale", self.scale, get_args(Scale))
@@ -189,7 +191,6 @@ class LowRank:
                 "rule='prox' or rule='smooth'."
             )
         _check_truth("preserve_norm", self.preserve_norm)
-        _check_warmup(self.warmup)
         _make_plain(self)
 
     def interval(self, side: int) -> int:
@@ -209,10 +210,6 @@ class LowRank:
             "keep": self.keep,
             "preserve_norm": self.preserve_norm,
         }
-
-    def ramp(self, step: int) -> float:
-        """Return the part of the strength that acts at a step, the first of which is 1."""
-        return _ramp(self.warmup, step)
 
     def threshold(self, weight: Tensor, lr: Tensor | float) -> Tensor:
         """Return τ of one step for each matrix of ``weight``, after the warm-up.
@@ -246,7 +243,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Planes:
+class Planes(_Paced):
     """Decoupled decay of rotary planes, a group lasso: planes vanish, and an ordinary checkpoint can leave them out.
 
     Positions turn two coordinates of a head by one angle, rows j and j + d/2 of its W_Q and W_K (2j and 2j + 1 where
@@ -279,18 +276,12 @@ class Planes:
     lr_coupled: bool = True
 
     def __post_init__(self) -> None:
-        check_number("strength", self.strength, at_least=0, remedy=_OFF)
+        self._check_pace()
         if self.keep is not None:
             check_number("keep", self.keep, at_least=0, whole=True, remedy="it counts planes; None spares none")
         check_name("scope", self.scope, get_args(Scope))
         check_name("scale", self.scale, get_args(Scale))
-        _check_warmup(self.warmup)
-        _check_truth("lr_coupled", self.lr_coupled)
         _make_plain(self)
-
-    def ramp(self, step: int) -> float:
-        """Return the part of the strength that acts at a step, the first of which is 1."""
-        return _ramp(self.warmup, step)
 
     def describe(self) -> str:
         """Return the decay in a few words."""

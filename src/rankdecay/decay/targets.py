@@ -38,6 +38,12 @@ class Counter:
     def steps(self, value: int) -> None:
         self._numbers[self._steps] = value
 
+    def reset(self, warmup: int) -> None:
+        """Count from zero, with every number there that a decay with this warm-up has."""
+        self.steps, self.pending = 0, 0.0
+        if warmup:
+            self._numbers[self._warmed] = 0
+
     def ramp(self, decay: Decay, found_inf: Tensor | None) -> float | Tensor:
         """Count a step of the decay's warm-up, and return the part of its strength that acts in it.
 
@@ -177,9 +183,7 @@ class Bundle:
         """Count from zero, with every number there: a distributed checkpoint loads into the keys that it finds."""
         self.numbers.clear()
         for target in self.targets:
-            target.counter.steps, target.counter.pending = 0, 0.0
-            if target.decay is not None and target.decay.warmup:
-                self.numbers[f"{target.role}_warmed"] = 0
+            target.counter.reset(target.decay.warmup if target.decay is not None else 0)
 
     def is_counted(self, group: Group, counts: bool) -> bool:
         """Whether a resumed run needs the counts; ``counts`` as for :meth:`Target.every_in`."""
