@@ -70,9 +70,10 @@ def smooth_by_products(X: Tensor, eps: Tensor, share: Tensor, norm: Tensor, rati
         ratio: A lower bound of ε/‖X‖_F that the caller knows without reading the device, or None.
     """
     if X.dtype == torch.float32 and X.device.type == "cpu":
-        few = few_products(X, eps, norm)[:, 0, 0]
+        few, bounded = _few_products(X, eps, norm)
+        few = few[:, 0, 0]
         if bool(few.all()):
-            G, square, bound = _bounded(X)
+            G, square, bound = bounded or _bounded(X)
             return times(X, _inverse_root(G, square, eps, chebyshev.index_of(eps.square() / bound)).mul_(share))
         if bool(few.any()):  # which way a matrix goes does not depend on its neighbours
             taken = torch.empty_like(X)
@@ -92,13 +93,19 @@ def _inverse_root(G: Tensor, square: Tensor | None, eps: Tensor, index: Tensor) 
 
 
 def few_products(X: Tensor, eps: Tensor, norm: Tensor) -> Tensor:
-    """Return whether a polynomial serves each matrix of a float32 stack, (b, 1, 1): by norms where they decide."""
+    """Return whether a polynomial serves each matrix of a float32 stack, (b, 1, 1)."""
+    return _few_products(X, eps, norm)[0]
+
+
+def _few_products(X: Tensor, eps: Tensor, norm: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """Return the same, and what :func:`_bounded` gave, if norms alone did not decide it."""
     least, most = _least_delta(eps, norm, 1), _least_delta(eps, norm, X.shape[-1])
     few = least >= _LEAST_DELTA
     open_ = ~few & (most >= _LEAST_DELTA)
-    if bool(open_.any()):
-        few = few | (open_ & (chebyshev.index_of(eps.square() / _bounded(X)[2]) <= chebyshev.LAST))
-    return few
+    if not bool(open_.any()):
+        return few, None
+    bounded = _bounded(X)
+    return few | (open_ & (chebyshev.index_of(eps.square() / bounded[2]) <= chebyshev.LAST)), bounded
 
 
 _LEAST_DELTA = 2.0 ** (-chebyshev.LAST / 4)
