@@ -3,7 +3,7 @@
     python benchmarks/step.py                                    # about 12 minutes on 2 CPU cores
     python benchmarks/step.py --cases 24x768 --rules prox --peer PATH
     python benchmarks/step.py --cases 24x768 --rounds 5          # the ratios that are goals, 5 minutes
-    python benchmarks/step.py --cases gpt2 --rounds 5            # the share of a GPT-2 training step
+    python benchmarks/step.py --cases gpt2 --rules prox --rounds 5 --patience 90     # the share of a GPT-2 training step
     python benchmarks/step.py --device cuda --json step.json
 
 A case is a stack of square float32 matrices (``24x768``: 24 of 768²), or ``gpt2``: W_Q and W_K of GPT-2 124M, 24 blocks
@@ -14,8 +14,8 @@ entries as heads of 64 rows. Ratios of medians follow each table: to five cubic 
 (``newton_schulz``, of this library), laws of the norm to AdamW.
 
 Rounds of every variant are interleaved, because these machines drift. The first round warms up; the time is the median
-of the others. A variant runs at least twice (once if that takes a minute) and stops after 25 seconds; a small case is
-repeated for 5 seconds. Where median and best are far apart, something else was using the machine.
+of the others. A variant runs at least twice (once if that takes a minute) and stops after ``--patience`` seconds, 25; a
+small case is repeated for 5 seconds. Where median and best are far apart, something else was using the machine.
 
 ========  ==============================================================================================================
 column    meaning
@@ -124,13 +124,15 @@ def timed(call: Callable[[], object], device: str) -> Callable[[], float]:
     return run
 
 
-def interleaved(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    variants: dict[str, Callable[[], float]], rounds: int, patience: float = PATIENCE
+) -> dict[str, list[float]]:
     """Seconds of each variant, in rounds, without the first where there are others."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     start, done = time.perf_counter(), 0
     while done < rounds + 1 or time.perf_counter() - start < LEAST:
         for name, run in variants.items():
-            if done * min(times[name], default=0.0) < (LONG if done == 1 else PATIENCE):
+            if done * min(times[name], default=0.0) < (LONG if done == 1 else patience):
                 times[name].append(run())
         done += 1
     return {name: seconds[1:] or seconds for name, seconds in times.items()}
@@ -257,7 +259,7 @@ def stack_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) -
     if arguments.peer:
         named = [(f"w{i}", p) for i, p in enumerate(trained(W))]
         variants["prototype's decay"] = timed(peer(arguments.peer)(named, decay_rate=float(tau[0])).step, device)
-    seconds = interleaved(variants, arguments.rounds)
+    seconds = interleaved(variants, arguments.rounds, arguments.patience)
     amount = str(count) if measured == count else f"{measured} of {count}"
     rows = {name: Row(case, name, amount, **timing(seconds[name], count / measured)) for name in variants}
     known = 1 if n > 1024 else measured
@@ -392,7 +394,7 @@ def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) ->
     lengths = {name: decay.interval(HEAD if decay.unit == "head" else 768) for name, decay in cycles.items()}
     variants |= {name: cycle(decay, lengths[name]) for name, decay in cycles.items()}
     variants |= {f"hook: {name}": decay(f"hook: {name}", rule, backend) for name, rule, backend in chosen}
-    seconds = interleaved(variants, arguments.rounds)
+    seconds = interleaved(variants, arguments.rounds, arguments.patience)
     rows = {name: Row(case, name, **timing(seconds[name])) for name in variants}
     for name, values in found.items():
         row = rows[name] = replace(rows[name], measured="24", **values)
@@ -440,6 +442,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     parser.add_argument("--rounds", type=int, default=3, help="after the one that warms up")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds after which a variant stops")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--peer", help="folder that holds the prototype's experiment.py")
     parser.add_argument("--device", default="cpu")

@@ -32,7 +32,7 @@ def test_the_reference_is_the_rule(benchmark, rule):
 
 
 def test_a_stack_has_a_row_for_every_rule_and_backend_and_for_what_they_are_compared_with(benchmark):
-    arguments = argparse.Namespace(device="cpu", full=False, rounds=1, peer=None)
+    arguments = argparse.Namespace(device="cpu", full=False, rounds=1, peer=None, patience=benchmark.PATIENCE)
     rows = {
         row.what: row for row in benchmark.stack_rows("2x16", ["prox", "smooth", "polar", "newton_schulz"], arguments)
     }
@@ -52,7 +52,7 @@ def test_a_stack_has_a_row_for_every_rule_and_backend_and_for_what_they_are_comp
 
 def test_a_part_of_a_large_case_is_labelled_as_one(benchmark, monkeypatch):
     monkeypatch.setitem(benchmark.ON_CPU, "6x16", ("prox",))
-    arguments = argparse.Namespace(device="cpu", full=False, rounds=1, peer=None)
+    arguments = argparse.Namespace(device="cpu", full=False, rounds=1, peer=None, patience=benchmark.PATIENCE)
     rows = benchmark.stack_rows("6x16", ["prox", "smooth", "polar", "newton_schulz"], arguments)
     assert {row.measured for row in rows} == {"1 of 6"}
     assert not any("polar" in row.what for row in rows)
