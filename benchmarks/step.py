@@ -3,7 +3,7 @@
     python benchmarks/step.py                                    # about 12 minutes on 2 CPU cores
     python benchmarks/step.py --cases 24x768 --rules prox --peer PATH
     python benchmarks/step.py --cases 24x768 --rounds 5          # the ratios that are goals, 5 minutes
-    python benchmarks/step.py --cases gpt2 --rules prox --rounds 5 --patience 90     # the share of a GPT-2 training step
+    python benchmarks/step.py --cases gpt2 --rules prox --rounds 5 --patience 90  # the share of a GPT-2 step
     python benchmarks/step.py --device cuda --json step.json
 
 A case is a stack of square float32 matrices (``24x768``: 24 of 768²), or ``gpt2``: W_Q and W_K of GPT-2 124M, 24 blocks
