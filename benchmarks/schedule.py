@@ -42,15 +42,15 @@ import torch
 from scipy import stats
 
 from rankdecay.lab.ensemble import local
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble, Training
 from rankdecay.lab.ensemble.outcome import key_of
 from rankdecay.lab.ensemble.sweep import Plan, Trial
-from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.experiments.boundary.arms import every_arm
+from rankdecay.lab.experiments.boundary.experiment import places, trials
 from rankdecay.lab.experiments.boundary.settings import Boundary
 from rankdecay.lab.machine import describe_machine
 from rankdecay.lab.store import GROWING, RunDirectory, read_metrics
-from rankdecay.lab.tasks import make_dataset, sequences
+from rankdecay.lab.tasks import make_dataset
 
 Row = dict[str, Any]
 
@@ -118,14 +118,17 @@ TINY = Protocol(5, 16, 16, 16, 1e-2, 50, 20, (100, 101), (60, 120), 60, (200, 20
 
 
 def settings_of(protocol: Protocol, ramp: int | None) -> Boundary:
-    """The settings of `rankdecay boundary` that its arms read."""
+    """The settings of `rankdecay boundary` that its arms and runs read."""
     return Boundary(
         task="selection",
         modulus=protocol.modulus,
         width=protocol.width,
+        mlp_width=protocol.mlp_width,
+        batch_size=protocol.batch_size,
         lr=protocol.lr,
         warmup=ramp or Boundary.warmup,
         validation=protocol.validation,
+        seeds=1,
         precision="float32",
     )
 
@@ -148,26 +151,14 @@ def trial(
 ) -> Trial:
     """One run; ``name`` is that of its rows, ``arm`` what it does if that is another."""
     which, ramp = split_name(arm or name)
-    settings = dataclasses.replace(settings_of(protocol, ramp), **options)
-    treatment = every_arm(settings)[which].how.treat(strength)
-    data = {"task": "selection", "modulus": protocol.modulus, "train_examples": size, "validation": protocol.validation}
-    first = make_dataset(seed=0, **data)
-    config = TransformerConfig(
-        first.vocabulary,
-        first.length,
-        first.outputs,
-        width=protocol.width,
-        mlp_width=protocol.mlp_width,
-        qk_norm="head" if treatment.qk_norm else "none",
-    )
-    control, uniform = treatment.control, treatment.uniform_attention
-    member = Member(name, seed, treatment.decay, rest, protocol.lr, uniform_attention=uniform, control=control)
-    share = size / sequences("selection", modulus=protocol.modulus, values=4, named=2)
-    return Trial(strength, share, member, config, data)
+    only = {"train_examples": (size,), "rest_decays": (rest,), "first_seed": seed}
+    settings = dataclasses.replace(settings_of(protocol, ramp), **only, **options)
+    (one,) = trials(settings, every_arm(settings)[which], [strength])
+    return dataclasses.replace(one, member=dataclasses.replace(one.member, arm=name))
 
 
 def trained(
-    path: Path, protocol: Protocol, trials: Iterable[Trial], budget: int, beta2: float = 0.999, device: str = "cpu"
+    path: Path, protocol: Protocol, wanted: Iterable[Trial], budget: int, beta2: float = 0.999, device: str = "cpu"
 ) -> list[Row]:
     """All rows of a directory, after training what it does not hold of some trials."""
     fixed = {**dataclasses.asdict(protocol), "budget": budget, "precision": "float32"}
@@ -176,10 +167,10 @@ def trained(
     with RunDirectory.open(path, config, lambda line: print(line, file=sys.stderr), GROWING) as directory:
         rows = directory.drop_damaged_line()
         done = {key_of(row) for row in rows}
-        missing = [one for one in trials if one.key not in done]
+        missing = [one for one in wanted if one.key not in done]
         training = Training(protocol.batch_size, device=device, betas=(0.9, beta2))
-        places = 4 if device == "cpu" else 64
-        plan = Plan(training, budget, protocol.evaluate_every, 0.95, places)
+        together = places(settings_of(protocol, None), device)
+        plan = Plan(training, budget, protocol.evaluate_every, 0.95, together)
         begun = time.monotonic()
         for number, row in enumerate(local.rows(missing, plan, directory) if missing else (), 1):
             directory.append([row])
