@@ -3,7 +3,7 @@ r"""E1: is what low-rank decay does for grokking a schedule of the norm, or the 
     python benchmarks/schedule.py --stage time               # how long the whole takes here, from measured steps
     python benchmarks/schedule.py --stage tune               # seeds 100-102; ends by freezing DIR/tuned.json
     python benchmarks/schedule.py --stage test               # seeds 200-209, each arm at its frozen settings
-    python benchmarks/schedule.py --stage secondary          # five variants, at one size
+    python benchmarks/schedule.py --stage secondary          # variants, at one size
     python benchmarks/schedule.py --stage report [--json]    # from the stored rows alone
 
 Selection mod 13, the network of the default `rankdecay grok`. Every stage goes on where it was interrupted; rows are in
@@ -218,17 +218,16 @@ def tune(protocol: Protocol, directory: Path, device: str) -> Row:
     for arm, strengths in GRIDS.items():
         for name in [f"{arm}@{ramp}" for ramp in RAMPS.get(arm, ())] or [arm]:
             grids[name] = list(strengths) or [0.0]
-    open_edges: list[str] = []
+    added: dict[str, float] = {}
     found: dict[tuple[str, float, float], float] = {}
     for _ in range(WIDENINGS + 1):
+        for name, strength in added.items():
+            grids[name].append(strength)
         found = scores(runs([(n, s, FIRST_REST) for n, some in grids.items() for s in some]), protocol.tune_budget)
-        open_edges = [name for name, some in grids.items() if (beyond(protocol, name, some, found)) is not None]
-        added = {name: beyond(protocol, name, grids[name], found) for name in open_edges}
+        following = {name: beyond(protocol, name, some, found) for name, some in grids.items()}
+        added = {name: strength for name, strength in following.items() if strength is not None}
         if not added:
             break
-        for name, strength in added.items():
-            assert strength is not None
-            grids[name].append(strength)
     best: dict[str, tuple[str, float]] = {}
     for arm in GRIDS:
         names = [name for name in grids if split_name(name)[0] == arm]
@@ -244,7 +243,7 @@ def tune(protocol: Protocol, directory: Path, device: str) -> Row:
             "rest_decay": rest,
             "restricted_mean_time": time_found,
             "strengths": sorted(grids[name]),
-            "edge_is_open": name in open_edges,
+            "edge_is_open": name in added,
             "rest_at_edge": rest in (RESTS[0], RESTS[-1]),
         }
     low_rank = min(("smooth", "prox"), key=lambda arm: arms[arm]["restricted_mean_time"])

@@ -90,3 +90,26 @@ def test_every_arm_and_variant_can_be_made():
     also = schedule.trial(protocol, "elastic", 5.0, 2.0, 60, 200, l2_strength=7.0).member.control.also
     assert also is not None
     assert also.strength == 7.0
+
+
+def test_an_edge_that_stays_open_is_frozen_as_such_at_the_last_strength_that_was_trained(monkeypatch, tmp_path):
+    """The stronger the faster, without end, for one arm; the others do best inside."""
+    trained: set[tuple[str, float]] = set()
+
+    def fake(path, protocol, wanted, budget, device):
+        found = []
+        for one in wanted:
+            name, strength, rest, _, seed = one.key
+            trained.add((name, strength))
+            steps = 50 / strength if name == "smooth" else 10 + abs(math.log2(strength / 8.0)) if strength else 60
+            row = {"arm": name, "strength": strength, "rest_decay": rest, "seed": seed}
+            found.append(row | {"train_fraction": one.train_fraction, "steps_to_generalise": steps})
+        return found
+
+    monkeypatch.setattr(schedule, "trained", fake)
+    monkeypatch.setattr(schedule, "WIDENINGS", 2)
+    frozen = schedule.tune(schedule.TINY, tmp_path, "cpu")["arms"]
+    assert {arm for arm, own in frozen.items() if own["edge_is_open"]} == {"smooth"}
+    assert frozen["smooth"]["strength"] == max(schedule.GRIDS["smooth"]) * 2**2
+    for own in frozen.values():
+        assert {(own["name"], strength) for strength in own["strengths"]} <= trained
