@@ -380,6 +380,9 @@ def report(protocol: Protocol, directory: Path) -> Row:
     arms = []
     for arm, own in held["arms"].items():
         some = [row for row in rows if row["arm"] == arm]
+        lacking = len(protocol.test_seeds) * len(protocol.test_sizes) - len(some)
+        if lacking:
+            raise SystemExit(f"{directory / 'test'} lacks {lacking} runs of {arm}: run --stage test first.")
         times = {str(horizon): mean_time(some, horizon) for horizon in protocol.horizons}
         arms.append(
             {

@@ -113,3 +113,21 @@ def test_an_edge_that_stays_open_is_frozen_as_such_at_the_last_strength_that_was
     assert frozen["smooth"]["strength"] == max(schedule.GRIDS["smooth"]) * 2**2
     for own in frozen.values():
         assert {(own["name"], strength) for strength in own["strengths"]} <= trained
+
+
+def test_a_report_of_runs_that_are_not_all_there_is_refused(monkeypatch, tmp_path):
+    """A verdict on the seeds that happen to be there would be none of the protocol's."""
+    protocol = schedule.Protocol()
+    arms = {
+        arm: {"name": arm, "strength": 1.0, "rest_decay": 2.0}
+        for arm in ("smooth", "radial_only", "raise_rank", "l2_ramp", "l2")
+    }
+    monkeypatch.setattr(schedule, "tuned", lambda directory, protocol: {"low_rank": "smooth", "arms": arms})
+    stored = rows({arm: {(s, n): 400 + s for s in protocol.test_seeds for n in protocol.test_sizes} for arm in arms})
+    stored = [row | {"test_accuracy": 1.0, "stable_rank": 2.0} for row in stored]
+    monkeypatch.setattr(schedule, "read_metrics", lambda path: stored)
+    assert schedule.report(protocol, tmp_path)["headline"] == "stands"
+    for row in [row for row in stored if row["arm"] == "smooth" and row["seed"] == 209]:
+        stored.remove(row)
+    with pytest.raises(SystemExit, match="test lacks 4 runs of smooth: run --stage test first"):
+        schedule.report(protocol, tmp_path)
