@@ -292,11 +292,11 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = parts(arguments) if arguments.parts else curves(arguments) if arguments.curves else speed(arguments)
     machine = describe_machine(arguments.device)
+    members = PRESETS["default"].seeds if arguments.parts else arguments.curves or arguments.members
     if arguments.json:
-        members = 3 if arguments.parts else arguments.members
         print(json.dumps({"machine": machine, "torch": torch.__version__, "members": members, "rows": rows}, indent=1))
         return
-    print(f"{machine}; torch {torch.__version__}; {arguments.members} members")
+    print(f"{machine}; torch {torch.__version__}; {members} members")
     for row in rows:
         print("  ".join(f"{k}: {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
 

@@ -3,7 +3,7 @@ r"""E1: is what low-rank decay does for grokking a schedule of the norm, or the 
     python benchmarks/schedule.py --stage time               # how long the whole takes here, from measured steps
     python benchmarks/schedule.py --stage tune               # seeds 100-102; ends by freezing DIR/tuned.json
     python benchmarks/schedule.py --stage test               # seeds 200-209, each arm at its frozen settings
-    python benchmarks/schedule.py --stage secondary          # five variants, at one size
+    python benchmarks/schedule.py --stage secondary          # variants, at one size
     python benchmarks/schedule.py --stage report [--json]    # from the stored rows alone
 
 Selection mod 13, the network of the default `rankdecay grok`. Every stage goes on where it was interrupted; rows are in
@@ -42,15 +42,15 @@ import torch
 from scipy import stats
 
 from rankdecay.lab.ensemble import local
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble, Training
 from rankdecay.lab.ensemble.outcome import key_of
 from rankdecay.lab.ensemble.sweep import Plan, Trial
-from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.experiments.boundary.arms import every_arm
+from rankdecay.lab.experiments.boundary.experiment import places, trials
 from rankdecay.lab.experiments.boundary.settings import Boundary
 from rankdecay.lab.machine import describe_machine
 from rankdecay.lab.store import GROWING, RunDirectory, read_metrics
-from rankdecay.lab.tasks import make_dataset, sequences
+from rankdecay.lab.tasks import make_dataset
 
 Row = dict[str, Any]
 
@@ -118,14 +118,17 @@ TINY = Protocol(5, 16, 16, 16, 1e-2, 50, 20, (100, 101), (60, 120), 60, (200, 20
 
 
 def settings_of(protocol: Protocol, ramp: int | None) -> Boundary:
-    """The settings of `rankdecay boundary` that its arms read."""
+    """The settings of `rankdecay boundary` that its arms and runs read."""
     return Boundary(
         task="selection",
         modulus=protocol.modulus,
         width=protocol.width,
+        mlp_width=protocol.mlp_width,
+        batch_size=protocol.batch_size,
         lr=protocol.lr,
         warmup=ramp or Boundary.warmup,
         validation=protocol.validation,
+        seeds=1,
         precision="float32",
     )
 
@@ -148,26 +151,14 @@ def trial(
 ) -> Trial:
     """One run; ``name`` is that of its rows, ``arm`` what it does if that is another."""
     which, ramp = split_name(arm or name)
-    settings = dataclasses.replace(settings_of(protocol, ramp), **options)
-    treatment = every_arm(settings)[which].how.treat(strength)
-    data = {"task": "selection", "modulus": protocol.modulus, "train_examples": size, "validation": protocol.validation}
-    first = make_dataset(seed=0, **data)
-    config = TransformerConfig(
-        first.vocabulary,
-        first.length,
-        first.outputs,
-        width=protocol.width,
-        mlp_width=protocol.mlp_width,
-        qk_norm="head" if treatment.qk_norm else "none",
-    )
-    control, uniform = treatment.control, treatment.uniform_attention
-    member = Member(name, seed, treatment.decay, rest, protocol.lr, uniform_attention=uniform, control=control)
-    share = size / sequences("selection", modulus=protocol.modulus, values=4, named=2)
-    return Trial(strength, share, member, config, data)
+    only = {"train_examples": (size,), "rest_decays": (rest,), "first_seed": seed}
+    settings = dataclasses.replace(settings_of(protocol, ramp), **only, **options)
+    (one,) = trials(settings, every_arm(settings)[which], [strength])
+    return dataclasses.replace(one, member=dataclasses.replace(one.member, arm=name))
 
 
 def trained(
-    path: Path, protocol: Protocol, trials: Iterable[Trial], budget: int, beta2: float = 0.999, device: str = "cpu"
+    path: Path, protocol: Protocol, wanted: Iterable[Trial], budget: int, beta2: float = 0.999, device: str = "cpu"
 ) -> list[Row]:
     """All rows of a directory, after training what it does not hold of some trials."""
     fixed = {**dataclasses.asdict(protocol), "budget": budget, "precision": "float32"}
@@ -176,10 +167,10 @@ def trained(
     with RunDirectory.open(path, config, lambda line: print(line, file=sys.stderr), GROWING) as directory:
         rows = directory.drop_damaged_line()
         done = {key_of(row) for row in rows}
-        missing = [one for one in trials if one.key not in done]
+        missing = [one for one in wanted if one.key not in done]
         training = Training(protocol.batch_size, device=device, betas=(0.9, beta2))
-        places = 4 if device == "cpu" else 64
-        plan = Plan(training, budget, protocol.evaluate_every, 0.95, places)
+        together = places(settings_of(protocol, None), device)
+        plan = Plan(training, budget, protocol.evaluate_every, 0.95, together)
         begun = time.monotonic()
         for number, row in enumerate(local.rows(missing, plan, directory) if missing else (), 1):
             directory.append([row])
@@ -227,17 +218,16 @@ def tune(protocol: Protocol, directory: Path, device: str) -> Row:
     for arm, strengths in GRIDS.items():
         for name in [f"{arm}@{ramp}" for ramp in RAMPS.get(arm, ())] or [arm]:
             grids[name] = list(strengths) or [0.0]
-    open_edges: list[str] = []
+    added: dict[str, float] = {}
     found: dict[tuple[str, float, float], float] = {}
     for _ in range(WIDENINGS + 1):
+        for name, strength in added.items():
+            grids[name].append(strength)
         found = scores(runs([(n, s, FIRST_REST) for n, some in grids.items() for s in some]), protocol.tune_budget)
-        open_edges = [name for name, some in grids.items() if (beyond(protocol, name, some, found)) is not None]
-        added = {name: beyond(protocol, name, grids[name], found) for name in open_edges}
+        following = {name: beyond(protocol, name, some, found) for name, some in grids.items()}
+        added = {name: strength for name, strength in following.items() if strength is not None}
         if not added:
             break
-        for name, strength in added.items():
-            assert strength is not None
-            grids[name].append(strength)
     best: dict[str, tuple[str, float]] = {}
     for arm in GRIDS:
         names = [name for name in grids if split_name(name)[0] == arm]
@@ -253,7 +243,7 @@ def tune(protocol: Protocol, directory: Path, device: str) -> Row:
             "rest_decay": rest,
             "restricted_mean_time": time_found,
             "strengths": sorted(grids[name]),
-            "edge_is_open": name in open_edges,
+            "edge_is_open": name in added,
             "rest_at_edge": rest in (RESTS[0], RESTS[-1]),
         }
     low_rank = min(("smooth", "prox"), key=lambda arm: arms[arm]["restricted_mean_time"])
@@ -390,6 +380,9 @@ def report(protocol: Protocol, directory: Path) -> Row:
     arms = []
     for arm, own in held["arms"].items():
         some = [row for row in rows if row["arm"] == arm]
+        lacking = len(protocol.test_seeds) * len(protocol.test_sizes) - len(some)
+        if lacking:
+            raise SystemExit(f"{directory / 'test'} lacks {lacking} runs of {arm}: run --stage test first.")
         times = {str(horizon): mean_time(some, horizon) for horizon in protocol.horizons}
         arms.append(
             {

@@ -90,3 +90,44 @@ def test_every_arm_and_variant_can_be_made():
     also = schedule.trial(protocol, "elastic", 5.0, 2.0, 60, 200, l2_strength=7.0).member.control.also
     assert also is not None
     assert also.strength == 7.0
+
+
+def test_an_edge_that_stays_open_is_frozen_as_such_at_the_last_strength_that_was_trained(monkeypatch, tmp_path):
+    """The stronger the faster, without end, for one arm; the others do best inside."""
+    trained: set[tuple[str, float]] = set()
+
+    def fake(path, protocol, wanted, budget, device):
+        found = []
+        for one in wanted:
+            name, strength, rest, _, seed = one.key
+            trained.add((name, strength))
+            steps = 50 / strength if name == "smooth" else 10 + abs(math.log2(strength / 8.0)) if strength else 60
+            row = {"arm": name, "strength": strength, "rest_decay": rest, "seed": seed}
+            found.append(row | {"train_fraction": one.train_fraction, "steps_to_generalise": steps})
+        return found
+
+    monkeypatch.setattr(schedule, "trained", fake)
+    monkeypatch.setattr(schedule, "WIDENINGS", 2)
+    frozen = schedule.tune(schedule.TINY, tmp_path, "cpu")["arms"]
+    assert {arm for arm, own in frozen.items() if own["edge_is_open"]} == {"smooth"}
+    assert frozen["smooth"]["strength"] == max(schedule.GRIDS["smooth"]) * 2**2
+    for own in frozen.values():
+        assert {(own["name"], strength) for strength in own["strengths"]} <= trained
+
+
+def test_a_report_of_runs_that_are_not_all_there_is_refused(monkeypatch, tmp_path):
+    """A verdict on the seeds that happen to be there would be none of the protocol's."""
+    protocol = schedule.Protocol()
+    arms = {
+        arm: {"name": arm, "strength": 1.0, "rest_decay": 2.0}
+        for arm in ("smooth", "radial_only", "raise_rank", "l2_ramp", "l2")
+    }
+    monkeypatch.setattr(schedule, "tuned", lambda directory, protocol: {"low_rank": "smooth", "arms": arms})
+    stored = rows({arm: {(s, n): 400 + s for s in protocol.test_seeds for n in protocol.test_sizes} for arm in arms})
+    stored = [row | {"test_accuracy": 1.0, "stable_rank": 2.0} for row in stored]
+    monkeypatch.setattr(schedule, "read_metrics", lambda path: stored)
+    assert schedule.report(protocol, tmp_path)["headline"] == "stands"
+    for row in [row for row in stored if row["arm"] == "smooth" and row["seed"] == 209]:
+        stored.remove(row)
+    with pytest.raises(SystemExit, match="test lacks 4 runs of smooth: run --stage test first"):
+        schedule.report(protocol, tmp_path)

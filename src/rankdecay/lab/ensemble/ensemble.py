@@ -489,9 +489,9 @@ class Ensemble:
         rows = self._which(group.rows)
         self.query_key[rows] = self._decayed(group, every, self.query_key[rows])
         if group.blocks:
+            amount = self._amount(group, self._lr[rows], every)
             for name in self._block_names:
                 weight = self.parameters[name][rows]
-                amount = self._amount(group, self._lr[rows], every)
                 self.parameters[name][rows] = group.decayed(weight, amount.view(-1, *[1] * (weight.ndim - 3)))
 
     def _amount(self, group: Group, lr: Tensor, steps: int) -> Tensor:

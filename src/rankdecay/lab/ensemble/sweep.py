@@ -75,7 +75,7 @@ class Plan:
         budget: steps after which a run ends.
         evaluate_every: steps between evaluations; divides the budget, so that no run is measured at a step that
             depends on its neighbours.
-        threshold: test accuracy that counts as generalised when the next evaluation holds it.
+        threshold: accuracy of the set that decides that counts as generalised when the next evaluation holds it.
         places: members trained at once by one ensemble.
     """
 

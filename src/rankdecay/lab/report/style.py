@@ -26,6 +26,8 @@ _KNOWN = {
     "low_rank": ArmStyle("low-rank decay", "#c2410c", "#ff8f5c"),
     "l2": ArmStyle("L2", "#1d63b8", "#6cb2ff"),
     "l2_tuned": ArmStyle("tuned L2", "#0b3a75", "#b4d6ff", "dash"),
+    "l2_ramp": ArmStyle("L2 with a warm-up", "#3a54c4", "#8fa6ff", "dash"),
+    "radial": ArmStyle("constant amount of the norm", "#a0327f", "#ff8fd0", "dot"),
     "none": ArmStyle("no decay", "#767b84", "#8d939d", "dot"),
     "prototype": ArmStyle("prototype", "#b08500", "#e8c34a", "dashdot"),
     "uniform_attention": ArmStyle("uniform attention", "#8b3a8f", "#dd8fe0", "longdash"),

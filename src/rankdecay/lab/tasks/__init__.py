@@ -2,7 +2,7 @@
 
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.tasks.base import TEST_EXAMPLES, Dataset, last_drawn, with_validation
-from rankdecay.lab.tasks.modular import COMMUTATIVE, OPERATIONS, Split, modular, modular_sequences, pair_classes
+from rankdecay.lab.tasks.modular import OPERATIONS, Split, modular, modular_sequences, pair_classes
 from rankdecay.lab.tasks.permutations import SEQUENCES, permutation_composition
 from rankdecay.lab.tasks.recall import recall, recall_sequences
 from rankdecay.lab.tasks.selection import selection, selection_sequences
@@ -70,8 +70,7 @@ def make_dataset(
         return data
     if task in SAMPLED:
         return last_drawn(data, validation)
-    mirrored = task in COMMUTATIVE and split == "unordered"
-    return with_validation(data, validation, seed, lambda tokens: pair_classes(tokens, mirrored))
+    return with_validation(data, validation, seed, pair_classes(data.test_tokens, task, split))
 
 
 __all__ = ["SAMPLED", "TASKS", "Dataset", "make_dataset", "sequences"]

@@ -4,7 +4,6 @@ Every task is a finite set of sequences of equal length whose answer is read at 
 from a seed alone, so the same seed gives every arm of an experiment the same training set.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,28 +70,23 @@ def split_drawn(tokens: np.ndarray, targets: np.ndarray, train_examples: int) ->
 
 def last_drawn(data: Dataset, validation: int) -> Dataset:
     """A data set of drawn examples whose last test examples are the validation set."""
-    return replace(
-        data,
-        test_tokens=data.test_tokens[:-validation],
-        test_targets=data.test_targets[:-validation],
-        validation_tokens=data.test_tokens[-validation:],
-        validation_targets=data.test_targets[-validation:],
-    )
+    count = len(data.test_targets)
+    return _validating(data, np.arange(count) >= count - validation)
 
 
-def with_validation(data: Dataset, validation: int, seed: int, classes: Callable[[np.ndarray], np.ndarray]) -> Dataset:
+def with_validation(data: Dataset, validation: int, seed: int, classes: np.ndarray) -> Dataset:
     """A data set of which some of the test examples are the validation set, and the rest the test set.
 
     Args:
         data: without a validation set.
         validation: how many at least; whole classes are taken.
         seed: decides which.
-        classes: labels of tokens ``(examples, positions)``; examples of one label determine each other's answer.
+        classes: a label per test example; examples of one label determine each other's answer.
 
     Raises:
         SettingError: if that leaves no test set.
     """
-    labels, inverse, counts = np.unique(classes(data.test_tokens), return_inverse=True, return_counts=True)
+    labels, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
     order = random_generator(seed, "validation").permutation(len(labels))
     chosen = order[: int(np.searchsorted(np.cumsum(counts[order]), validation)) + 1]
     if len(chosen) >= len(labels):
@@ -100,7 +94,11 @@ def with_validation(data: Dataset, validation: int, seed: int, classes: Callable
             f"`validation` {validation} leaves no test set of the {len(data.test_targets)} examples that are not "
             "trained on: choose fewer, or a smaller training set"
         )
-    inside = np.isin(inverse, chosen)
+    return _validating(data, np.isin(inverse, chosen))
+
+
+def _validating(data: Dataset, inside: np.ndarray) -> Dataset:
+    """Makes those test examples the validation set that are ``inside``, one truth value each."""
     return replace(
         data,
         test_tokens=data.test_tokens[~inside],

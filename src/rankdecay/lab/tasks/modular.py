@@ -43,10 +43,11 @@ def modular_sequences(operation: str, modulus: int) -> int:
     return modulus * len(_second_operands(operation, modulus))
 
 
-def pair_classes(tokens: np.ndarray, mirrored: bool) -> np.ndarray:
-    """A label for each sequence (a, b, =): one for (a, b) and (b, a) if ``mirrored``."""
+def pair_classes(tokens: np.ndarray, operation: str, split: Split) -> np.ndarray:
+    """A label for each sequence (a, b, =): one for (a, b) and (b, a) if they commute and the split is unordered."""
     a, b = tokens[:, 0], tokens[:, 1]
     size = int(tokens.max()) + 1
+    mirrored = operation in COMMUTATIVE and split == "unordered"
     return np.minimum(a, b) * size + np.maximum(a, b) if mirrored else a * size + b
 
 
@@ -70,10 +71,8 @@ def modular(operation: str, modulus: int, train_fraction: float, seed: int, spli
     a, b = (axis.ravel() for axis in np.meshgrid(*operands, indexing="ij"))
     tokens = np.stack([a, b, np.full_like(a, modulus)], axis=1)
     targets = OPERATIONS[operation](a, b, modulus)
-    mirrored = operation in COMMUTATIVE and split == "unordered"
-    classes = pair_classes(tokens, mirrored)
     return Dataset(
-        *split_by_class(tokens, targets, classes, train_fraction, seed),
+        *split_by_class(tokens, targets, pair_classes(tokens, operation, split), train_fraction, seed),
         vocabulary=modulus + 1,
         outputs=modulus,
         positions=("a", "b", "="),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from rankdecay.lab.experiments.boundary.arms import make_arms
 from rankdecay.lab.experiments.boundary.experiment import EXPERIMENT, make_plan, training_sets, trials
 from rankdecay.lab.experiments.boundary.settings import PLACEMENT, PRESETS, Boundary, check, fixed
 from rankdecay.lab.settings import NOT_IDENTITY
+from tests.lab.lines import without_checksums
 from tests.waiting import HANG, until
 
 TINY = Boundary(
@@ -369,8 +369,9 @@ def test_the_older_name_of_an_arm_is_its_rule(tmp_path):
     small = dataclasses.replace(TINY, out=tmp_path / "run", arms=("prox",), strengths=("prox=5",), seeds=1)
     run(small, "")
     path = tmp_path / "run" / "metrics.jsonl"
-    text = re.sub(r', "crc": "[0-9a-f]{8}"', "", path.read_text())
-    path.write_text(text.replace('"prox"', '"low_rank"'))  # as a sweep of before stored it
+    path.write_text(
+        without_checksums(path.read_text()).replace('"prox"', '"low_rank"')
+    )  # as a sweep of before stored it
     before = lines(tmp_path / "run")
     older = dataclasses.replace(small, arms=("low_rank",), strengths=("low_rank=5,10",))
     summary = run(older, "")

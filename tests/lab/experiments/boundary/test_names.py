@@ -1,7 +1,6 @@
 """An arm is named by its rule; what was stored or is typed under its older name counts as it."""
 
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rankdecay.lab.ensemble.outcome import key_of
 from rankdecay.lab.experiment import load, read
 from rankdecay.lab.experiments.boundary.settings import ALIASES
 from rankdecay.lab.store import Checkpoint, RunDirectory
+from tests.lab.lines import without_checksums
 
 COMMAND = shlex.split(
     "boundary --task subtract --modulus 5 --arms none low_rank --strengths low_rank=1,10 --fractions 0.5 0.8 --seeds 1 "
@@ -24,8 +24,7 @@ COMMAND = shlex.split(
 
 def rename(path: Path) -> None:
     """Give a file the name that the arm had before."""
-    text = re.sub(r', "crc": "[0-9a-f]{8}"', "", path.read_text())  # lines of before have none
-    path.write_text(text.replace('"prox"', '"low_rank"'))
+    path.write_text(without_checksums(path.read_text()).replace('"prox"', '"low_rank"'))
 
 
 @pytest.fixture

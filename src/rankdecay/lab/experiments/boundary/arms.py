@@ -380,8 +380,6 @@ def styles(settings: Mapping[str, Any]) -> dict[str, ArmStyle]:
     """
     rule = f"{settings.get('rule', 'smooth')} low-rank"
     return {
-        "l2_ramp": ArmStyle("L2 with a warm-up", "#3a54c4", "#8fa6ff", "dash"),
-        "radial": ArmStyle("constant amount of the norm", "#a0327f", "#ff8fd0", "dot"),
         "power_2": ArmStyle("square law of the norm", "#7a3aa8", "#cf9bff", "dashdot"),
         "relative": ArmStyle(f"relative {rule}", "#b8602a", "#ffb98a", "dashdot"),
         "elastic": ArmStyle(f"L2 and {rule}", "#8c4a2f", "#e8a98c", "longdashdot"),

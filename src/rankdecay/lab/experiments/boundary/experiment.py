@@ -114,9 +114,9 @@ def make_plan(settings: Boundary, device: str, missing: Sequence[Trial]) -> Plan
     def ensemble() -> Ensemble:
         some = [trial for trial in missing if trial.config == missing[0].config][:together]
         data = [make_dataset(seed=trial.member.seed, **trial.data) for trial in some]
-        members = [
-            dataclasses.replace(m, control=dataclasses.replace(m.control, yoked=None))
-            for m in (trial.member for trial in some)
+        members = [  # without the norms of other runs, which would have to be trained first
+            dataclasses.replace(trial.member, control=dataclasses.replace(trial.member.control, yoked=None))
+            for trial in some
         ]
         return Ensemble(some[0].config, members, data, training)
 

@@ -44,8 +44,6 @@ def styles(settings: Mapping[str, Any]) -> dict[str, ArmStyle]:
     label = BY_RULE[rule].label if rule in BY_RULE else ", ".join(filter(None, ("low-rank decay", rule)))
     own = {
         "low_rank": ArmStyle(label, "#c2410c", "#ff8f5c"),
-        "l2_ramp": ArmStyle("L2 with a warm-up", "#3a54c4", "#8fa6ff", "dash"),
-        "radial": ArmStyle("constant amount of the norm", "#a0327f", "#ff8fd0", "dot"),
         "relative": ArmStyle(f"{label}, relative", "#b8602a", "#ffb98a", "dashdot"),
     }
     return BY_RULE | own

@@ -49,8 +49,7 @@ def make_arms(settings: Grok) -> list[Arm]:
     def arm(name: str, description: str, decay: OfMatrix | None = None, uniform: bool = False) -> Arm:
         return Arm(name, description, Treatment(decay, uniform))
 
-    def low_rank(name: str, rule: Any, scale: Scale = settings.scale) -> Arm:
-        strength = settings.tuned_strength if name == "relative" else settings.strength  # at L2's law of the norm
+    def low_rank(name: str, rule: Any, scale: Scale = settings.scale, strength: float = settings.strength) -> Arm:
         decay = LowRank(strength, rule, scale, every=settings.every, smoothing=settings.smoothing)
         return arm(name, f"The library's decay of W_Q and W_K: {decay.describe()}.", decay)
 
@@ -74,7 +73,7 @@ def make_arms(settings: Grok) -> list[Arm]:
             Frobenius(settings.amount, power=0, cap=0.1),
         ),
         low_rank("low_rank", settings.rule),
-        low_rank("relative", settings.rule, "relative"),
+        low_rank("relative", settings.rule, "relative", tuned),  # L2's law of the norm, so L2's strength
         *(low_rank(rule, rule) for rule in rule_names() if rule in settings.arms),
         arm("prototype", "The published prototype: five cubic Newton–Schulz steps, 0.01 per step.", prototype),
         arm("uniform_attention", "W_Q and W_K held at zero: every position attends equally to all.", uniform=True),
