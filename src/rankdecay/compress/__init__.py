@@ -1,0 +1,6 @@
+"""A model with a smaller head and KV cache, written as an ordinary checkpoint of its own class."""
+
+from rankdecay.compress.compression import Compression, Size, compress, plan
+from rankdecay.compress.reduction import NotReducible
+
+__all__ = ["Compression", "NotReducible", "Size", "compress", "plan"]

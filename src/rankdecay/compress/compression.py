@@ -1,0 +1,480 @@
+"""The same model with a smaller head and KV cache, as an ordinary checkpoint of its own class.
+
+Rotary planes are dropped and values given fewer directions; the result needs no code of this library. Which planes
+and directions go is chosen on a text where one is given, and by the weights alone, with a warning, where not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from rankdecay.compress import calibration as texts
+from rankdecay.compress.card import card
+from rankdecay.compress.choice import PlaneScores, with_losses
+from rankdecay.compress.files import StoredModel, new_directory, write_checkpoint
+from rankdecay.compress.original import Original, Smaller
+from rankdecay.compress.reduction import Moments, NotReducible, value_energies
+from rankdecay.compress.skeleton import model_class
+from rankdecay.text import aligned, shown_lines
+
+#: What is told of progress: what is done, how much of it, and of how much.
+Progress = Callable[[str, int, int], None]
+
+_ENERGY = (
+    "Choosing without a text: planes by the energy of the weights, values as if all inputs counted alike. On real models "
+    "that lost three to six times as much of the loss as choosing planes on a text, and 2.4 nats in values where 0.08 "
+    "were lost with a text. Give calibration=, a text file of what the model is for."
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a head size costs and saves.
+
+    Attributes:
+        head_dim: d'.
+        bytes_per_token: of keys and values in the cache, in the type of the weights.
+        plane_energy: share of the planes' energy that is dropped, the largest over tables of frequencies.
+        value_energy: share of the squared singular values of W_O W_V that is dropped, mean over key heads.
+        loss: nats per token on the text's second half; None without a text.
+    """
+
+    head_dim: int
+    bytes_per_token: int
+    plane_energy: float
+    value_energy: float
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What became of a model, and what it costs.
+
+    Attributes:
+        source: the path, or the class of the model.
+        model_type: ``model_type`` of its configuration.
+        head_dim: size of a head before.
+        new_head_dim: size of a head now; None if only the sizes were asked for.
+        sizes: what each size costs, the original first.
+        kept: the rotary planes that stay, by kind of layer, "all" where there is one table of frequencies.
+        chosen_by: "loss" with a text, else "energy".
+        exact: whether nothing but zeros was dropped.
+        parameters: number of parameters before and now.
+        notes: what a reader has to know.
+        out: where it was written.
+        heal: how the loss can be won back.
+    """
+
+    source: str
+    model_type: str
+    head_dim: int
+    new_head_dim: int | None
+    sizes: list[Size]
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    chosen_by: str = "energy"
+    exact: bool = False
+    parameters: tuple[int, int] = (0, 0)
+    notes: list[str] = field(default_factory=list)
+    out: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain numbers, strings and lists."""
+        return {
+            "source": self.source,
+            "model_type": self.model_type,
+            "head_dim": self.head_dim,
+            "new_head_dim": self.new_head_dim,
+            "sizes": [vars(size) for size in self.sizes],
+            "kept": self.kept,
+            "chosen_by": self.chosen_by,
+            "exact": self.exact,
+            "parameters": list(self.parameters),
+            "notes": self.notes,
+            "out": self.out,
+        }
+
+    def __str__(self) -> str:
+        """Return the table of sizes, what was chosen, and the notes."""
+        lines = [f"{self.source}: {self.model_type}, heads of {self.head_dim}", "", *size_table(self.sizes)]
+        if self.new_head_dim is not None:
+            planes = "; ".join(f"{name}: {', '.join(map(str, kept))}" for name, kept in self.kept.items())
+            before, after = self.parameters
+            lines += [
+                "",
+                f"head size {self.head_dim} → {self.new_head_dim}, parameters {before:,} → {after:,}, planes and values "
+                f"chosen by {'the loss on the text' if self.chosen_by == 'loss' else 'the energy of the weights'}",
+                *([f"planes that stay: {planes}"] if planes else []),
+                *(["nothing but zeros was dropped: the logits are the same"] if self.exact else []),
+            ]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.out is not None:
+            lines += ["", f"{self.out}  is an ordinary checkpoint of transformers; its README.md says how to heal it"]
+        return shown_lines(lines)
+
+
+def size_table(sizes: Sequence[Size]) -> list[str]:
+    """Return the table of sizes as lines."""
+    with_loss = any(size.loss is not None for size in sizes)
+    cells = [["head size", "cache bytes/token", "of it", "planes' energy lost", "values' energy lost"]]
+    if with_loss:
+        cells[0] += ["loss", "more"]
+    for size in sizes:
+        row = [
+            str(size.head_dim),
+            f"{size.bytes_per_token:,}",
+            f"{size.bytes_per_token / sizes[0].bytes_per_token:.1%}",
+            f"{size.plane_energy:.2%}",
+            f"{size.value_energy:.2%}",
+        ]
+        if with_loss:
+            first = sizes[0].loss
+            row += ["—" if size.loss is None else f"{size.loss:.4f}"]
+            row += ["" if size.loss is None or first is None else f"{size.loss - first:+.4f}"]
+        cells.append(row)
+    foot = "energy is not loss: a plane of little energy can be what a head finds the previous token by"
+    return ["  " + line for line in aligned(cells)] + [f"  ({foot})"]
+
+
+@overload
+def compress(
+    model: nn.Module,
+    head_dim: int,
+    out: str | Path | None = None,
+    calibration: str | Path | Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    window: int = texts.WINDOW,
+    windows: int = texts.MOST_WINDOWS,
+    sizes: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> nn.Module: ...
+
+
+@overload
+def compress(
+    model: str | Path,
+    head_dim: int,
+    out: str | Path | None = None,
+    calibration: str | Path | Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    window: int = texts.WINDOW,
+    windows: int = texts.MOST_WINDOWS,
+    sizes: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Compression: ...
+
+
+def compress(
+    model: nn.Module | str | Path,
+    head_dim: int,
+    out: str | Path | None = None,
+    calibration: str | Path | Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    window: int = texts.WINDOW,
+    windows: int = texts.MOST_WINDOWS,
+    sizes: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> nn.Module | Compression:
+    """Return a causal language model with a smaller head: fewer rotary planes, and values of lower rank.
+
+    The result is of the class of the original and needs no code of ours; its KV cache is smaller by head_dim / d. What
+    is dropped and is not zero costs loss: :func:`plan` shows how much, and training on (``docs/compress.md``) wins some
+    of it back.
+
+    Args:
+        model: a model of transformers, or the directory of one (``save_pretrained``), which is read and written layer
+            by layer, without building the model.
+        head_dim: the size of a head wanted: even, smaller than the model's; a multiple of 8 for the kernels' sake.
+        out: directory to write to, which must not exist. For a path it is needed.
+        calibration: path of a text file, or tokens, (tokens,) or (windows, length): planes are chosen by the loss on
+            every second window, values on what enters the layers there. Without it the weights alone decide, with a
+            warning.
+        tokenizer: of a live model, for a text; that of a directory is found beside it.
+        window: tokens of a window.
+        windows: number of windows, spread over the text; half of them choose.
+        sizes: other head sizes to show the cost of; by default 7/8, 3/4 and 1/2 of d where there is a text.
+        progress: is told of progress: what, done, of how many.
+
+    Returns:
+        Of a live model the smaller model, in the same type and on the CPU, with its :class:`Compression` as
+        ``compression``; of a path the :class:`Compression`.
+
+    Raises:
+        NotReducible: (a ``ValueError``) If its head cannot be made smaller in its class, with the reason.
+        ValueError: If an argument cannot work, or files cannot be read or written.
+    """
+    plan_, smaller, read, moments, stored = _planned(
+        model, head_dim, calibration, tokenizer, window, windows, sizes, progress
+    )
+    assert smaller is not None
+    if isinstance(model, (str, Path)) and out is None:
+        raise ValueError("out is needed for a model in files: name a directory that does not exist yet.")
+    tell = progress or _silent
+    if stored is not None:
+        assert out is not None
+        with new_directory(Path(out)) as folder:
+            say = _counted(tell, "writing tensors")
+            write_checkpoint(stored, smaller, moments, folder, card(plan_), say)
+        return _with_out(plan_, out)
+    total = len(smaller.layers)
+    small = smaller.model(read, moments, lambda done: tell("making layers smaller", done, total))
+    if out is not None:
+        with new_directory(Path(out)) as folder:
+            assert isinstance(small, nn.Module)
+            small.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(card(plan_))
+        plan_ = _with_out(plan_, out)
+    small.compression = plan_  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    return small
+
+
+def plan(
+    model: nn.Module | str | Path,
+    head_dim: int | None = None,
+    calibration: str | Path | Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    window: int = texts.WINDOW,
+    windows: int = texts.MOST_WINDOWS,
+    sizes: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Compression:
+    """Return what :func:`compress` would do and cost, and write nothing; the arguments are the same.
+
+    Without ``head_dim`` only the table of sizes.
+    """
+    return _planned(model, head_dim, calibration, tokenizer, window, windows, sizes, progress)[0]
+
+
+def _planned(
+    model: nn.Module | str | Path,
+    head_dim: int | None,
+    calibration: str | Path | Tensor | None,
+    tokenizer: Any,
+    window: int,
+    windows: int,
+    sizes: Sequence[int] | None,
+    progress: Progress | None,
+) -> tuple[Compression, Smaller | None, Callable[[str], Tensor], list[Moments] | None, StoredModel | None]:
+    if find_spec("transformers") is None:
+        raise ValueError(
+            "compress needs transformers, whose classes it writes for: pip install 'rankdecay[transformers]'."
+        )
+    tell = progress or _silent
+    stored = StoredModel(model) if isinstance(model, (str, Path)) else None
+    kind, config, read = _opened(model, stored)
+    original = Original(kind, config)
+    if stored is not None:
+        names = [name for layer in original.layers for name in layer.parameters]
+        stored.check(original.skeleton.shapes, names)
+    for wanted in (*([] if head_dim is None else [head_dim]), *(sizes or ())):
+        _check_size(original, wanted)
+    scores = original.scores(read)
+    moments: list[Moments] | None = None
+    notes = list(original.warnings)
+    losses: Callable[[Smaller | None], float] | None = None
+    if calibration is not None:
+        live, tokens = _text(model, kind, stored, calibration, tokenizer, window, windows, config, tell)
+        choosing, reported = tokens[::2], tokens[1::2]
+        layers, keys = original.with_positions(original.layers)
+        moments = texts.moments(live, original.layers, choosing)
+        scores = with_losses(scores, texts.plane_losses(live, layers, keys, original.turned(), choosing, tell))
+
+        def losses(small: Smaller | None) -> float:
+            return texts.loss(live if small is None else small.model(read, moments, lambda done: None), reported)
+
+    else:
+        notes.append(_ENERGY)
+    energies = [value_energies(layer, read, moments[i] if moments else None) for i, layer in enumerate(original.layers)]
+    table: list[Size] = []
+    smaller: Smaller | None = None
+    listed = [original.head_dim, *_shown(original.head_dim, head_dim, sizes, original)]
+    for count, size in enumerate(listed):
+        small = None
+        if size != original.head_dim:
+            kept = {key: scores[key].kept(planes) for key, planes in original.planes_of(size).items()}
+            small = original.smaller(size, kept, _written(config, stored))
+            smaller = small if size == head_dim else smaller
+        table.append(_size(original, small, scores, energies, read, losses))
+        if losses is not None:
+            tell("measuring head sizes", count + 1, len(listed))
+    if head_dim is not None and head_dim % 8:
+        notes.append(f"head size {head_dim} is no multiple of 8: many attention kernels are slow there, or refuse it.")
+    counts = (0, 0)
+    if smaller is not None:
+        counts = (_parameters(original.skeleton.model), _parameters(smaller.skeleton.model))
+    result = Compression(
+        str(model) if stored is not None else kind.__name__,
+        str(config.model_type),
+        original.head_dim,
+        head_dim,
+        table,
+        {} if smaller is None else {key or "all": planes.tolist() for key, planes in smaller.kept.items()},
+        "loss" if calibration is not None else "energy",
+        smaller is not None and _is_exact(smaller, scores, energies),
+        counts,
+        notes,
+    )
+    return result, smaller, read, moments, stored
+
+
+def _opened(
+    model: nn.Module | str | Path, stored: StoredModel | None
+) -> tuple[type[nn.Module], Any, Callable[[str], Tensor]]:
+    """Return class, configuration and reader of a model."""
+    from transformers import AutoConfig, PreTrainedModel
+
+    if stored is not None:
+        try:
+            config = AutoConfig.from_pretrained(str(stored.path), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # whatever transformers makes of a configuration
+            raise NotReducible(f"{stored.path / 'config.json'} is not one that transformers reads: {error}") from None
+        return model_class(config), config, stored.read
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a model of transformers or the path of one, got {type(model).__name__}; of a model in "
+            "wrappers give what is inside, and merge adapters first (merge_and_unload)."
+        )
+    state = model.state_dict()
+    if odd := next((name for name, t in state.items() if t.is_meta), None):
+        raise ValueError(f"{odd} is on the meta device and has no values; load the weights first.")
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if odd := next((name for name in names if not state[name].is_floating_point()), None):
+        raise NotReducible(f"{odd} is quantised ({state[odd].dtype}): dequantise the model first (model.dequantize()).")
+    if "quantization_config" in vars(model.config):
+        raise NotReducible("the model is quantised: dequantise it first (model.dequantize()).")
+
+    def read(name: str) -> Tensor:
+        if name not in state:
+            raise NotReducible(
+                f"the model has no {name}, which its class should have: merge adapters and wrappers first."
+            )
+        return state[name].detach().cpu()
+
+    return type(model), model.config, read
+
+
+def _text(
+    model: nn.Module | str | Path,
+    kind: Any,
+    stored: StoredModel | None,
+    calibration: str | Path | Tensor,
+    tokenizer: Any,
+    window: int,
+    windows: int,
+    config: Any,
+    tell: Progress,
+) -> tuple[nn.Module, Tensor]:
+    """Return a live model and the windows of the text."""
+    if not isinstance(window, int) or window < 2:
+        raise ValueError(f"window={window} must be at least 2 tokens.")
+    if not isinstance(windows, int) or windows < 2:
+        raise ValueError(f"windows={windows} must be at least 2: one chooses, one is reported.")
+    longest = getattr(config, "max_position_embeddings", None) or window
+    if isinstance(model, nn.Module):
+        tokens = texts.windows_of(calibration, tokenizer, min(window, longest), windows)
+        return model, tokens
+    assert stored is not None
+    if tokenizer is None and not isinstance(calibration, Tensor):
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(stored.path), local_files_only=True)
+        except Exception as error:  # whatever is missing
+            raise ValueError(
+                f"{stored.path} has no tokenizer that transformers reads ({error}): pass tokenizer=."
+            ) from None
+    tokens = texts.windows_of(calibration, tokenizer, min(window, longest), windows)
+    tell("loading the model", 0, 1)
+    live = kind.from_pretrained(str(stored.path), dtype=torch.float32, local_files_only=True).eval()
+    return live, tokens
+
+
+def _written(config: Any, stored: StoredModel | None) -> dict[str, Any]:
+    """Return what ``config.json`` holds, with ``rope_parameters`` as the class completes them."""
+    if stored is None:
+        return config.to_dict()
+    written = dict(stored.config)
+    parameters = config.to_dict().get("rope_parameters")
+    return written | ({"rope_parameters": parameters} if parameters else {})
+
+
+def _check_size(original: Original, size: int) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 2 or size % 2:
+        raise ValueError(
+            f"head_dim={size!r} must be an even number of at least 2: rotary planes are of two coordinates."
+        )
+    if size >= original.head_dim:
+        raise ValueError(f"head_dim={size} must be smaller than {original.head_dim}, the size of the model's heads.")
+
+
+def _shown(head_dim: int, wanted: int | None, sizes: Sequence[int] | None, original: Original) -> list[int]:
+    step = 8 if head_dim >= 32 else 2
+    usual = [head_dim * part // 8 // step * step for part in (7, 6, 4)] if sizes is None else list(sizes)
+    chosen = {size for size in [*usual, *([wanted] if wanted else [])] if 2 <= size < head_dim}
+    return sorted(chosen, reverse=True)
+
+
+def _size(
+    original: Original,
+    small: Smaller | None,
+    scores: Mapping[str | None, PlaneScores],
+    energies: Sequence[Tensor],
+    read: Callable[[str], Tensor],
+    losses: Callable[[Smaller | None], float] | None,
+) -> Size:
+    head_dim = original.head_dim if small is None else small.head_dim
+    width = read(original.layers[0].parameters[0]).element_size()
+    planes = max((scores[key].lost(kept) for key, kept in small.kept.items()), default=0.0) if small else 0.0
+    shares = [1 - e[:, :head_dim].sum(-1) / e.sum(-1).clamp_min(torch.finfo(e.dtype).tiny) for e in energies]
+    lost = float(torch.cat(shares).clamp_min(0).mean()) if small else 0.0
+    loss = losses(small) if losses is not None else None
+    return Size(head_dim, original.cached_heads * head_dim * width, planes, lost, loss)
+
+
+def _is_exact(smaller: Smaller, scores: Mapping[str | None, PlaneScores], energies: Sequence[Tensor]) -> bool:
+    """Whether only zeros go; of values up to what rounding leaves of a lower rank."""
+    for key, kept in smaller.kept.items():
+        gone = torch.ones_like(scores[key].removable)
+        gone[kept] = False
+        if not bool(scores[key].removable[gone].all()):
+            return False
+    if any(layer.found.rotary is None or layer.found.rotary.dims < layer.head_dim for layer in smaller.layers):
+        return False  # coordinates without positions, whose rank is not looked at here
+    return all(bool((e[:, smaller.head_dim :] <= 1e-12 * e[:, :1]).all()) for e in energies)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _with_out(result: Compression, out: str | Path) -> Compression:
+    from dataclasses import replace
+
+    return replace(result, out=str(out))
+
+
+def _counted(tell: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: tell(what, done, total)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def warn_of(result: Compression) -> None:
+    """Warn of what the Python caller may not see otherwise."""
+    for note in result.notes:
+        warnings.warn(note, stacklevel=3)
