@@ -63,11 +63,15 @@ def windows_of(text: str | Path | Tensor, tokenizer: Any, length: int, most: int
 def loss(model: nn.Module, windows: Tensor) -> float:
     """Return the mean loss of a causal language model on windows of tokens, in nats per token, no window at once."""
     device = next(model.parameters()).device
-    total = 0.0
-    for window in windows:
-        tokens = window[None].to(device)
-        logits = model(input_ids=tokens, use_cache=False).logits
-        total += float(F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum"))
+    was_training, total = model.training, 0.0
+    model.eval()  # without dropout
+    try:
+        for window in windows:
+            tokens = window[None].to(device)
+            logits = model(input_ids=tokens, use_cache=False).logits
+            total += float(F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum"))
+    finally:
+        model.train(was_training)
     return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 

@@ -7,8 +7,10 @@ and directions go is chosen on a text where one is given, and by the weights alo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, overload
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from rankdecay.compress import calibration as texts
 from rankdecay.compress.card import card
 from rankdecay.compress.choice import PlaneScores, with_losses
-from rankdecay.compress.files import StoredModel, new_directory, write_checkpoint
+from rankdecay.compress.files import StoredModel, check_new, new_directory, write_checkpoint
 from rankdecay.compress.original import Original, Smaller
 from rankdecay.compress.reduction import Moments, NotReducible, value_energies
 from rankdecay.compress.skeleton import model_class
@@ -29,9 +31,9 @@ from rankdecay.text import aligned, shown_lines
 Progress = Callable[[str, int, int], None]
 
 _ENERGY = (
-    "Choosing without a text: planes by the energy of the weights, values as if all inputs counted alike. On real models "
-    "that lost three to six times as much of the loss as choosing planes on a text, and 2.4 nats in values where 0.08 "
-    "were lost with a text. Give calibration=, a text file of what the model is for."
+    "chosen without a text: planes by the energy of the weights, values as if all inputs counted alike. On a real model "
+    "planes chosen so cost three to six times as much loss as those chosen on a text, and values 2.4 nats where 0.08 "
+    "were lost with one. Give a text of what the model is for (calibration=, --calibration)"
 )
 
 
@@ -109,8 +111,8 @@ class Compression:
             before, after = self.parameters
             lines += [
                 "",
-                f"head size {self.head_dim} → {self.new_head_dim}, parameters {before:,} → {after:,}, planes and values "
-                f"chosen by {'the loss on the text' if self.chosen_by == 'loss' else 'the energy of the weights'}",
+                f"head size {self.head_dim} → {self.new_head_dim}, parameters {before:,} → {after:,}; chosen by "
+                + ("the loss on the text" if self.chosen_by == "loss" else "the energy of the weights"),
                 *([f"planes that stay: {planes}"] if planes else []),
                 *(["nothing but zeros was dropped: the logits are the same"] if self.exact else []),
             ]
@@ -206,20 +208,40 @@ def compress(
         progress: is told of progress: what, done, of how many.
 
     Returns:
-        Of a live model the smaller model, in the same type and on the CPU, with its :class:`Compression` as
+        Of a live model the smaller model, in the same type on the same device, with its :class:`Compression` as
         ``compression``; of a path the :class:`Compression`.
 
     Raises:
         NotReducible: (a ``ValueError``) If its head cannot be made smaller in its class, with the reason.
         ValueError: If an argument cannot work, or files cannot be read or written.
     """
-    plan_, smaller, read, moments, stored = _planned(
-        model, head_dim, calibration, tokenizer, window, windows, sizes, progress
-    )
-    assert smaller is not None
     if isinstance(model, (str, Path)) and out is None:
         raise ValueError("out is needed for a model in files: name a directory that does not exist yet.")
+    if out is not None:
+        check_new(Path(out))  # before any work
     tell = progress or _silent
+    with _transformers():
+        return _compressed(model, head_dim, out, calibration, tokenizer, window, windows, sizes, tell)
+
+
+def _compressed(
+    model: nn.Module | str | Path,
+    head_dim: int,
+    out: str | Path | None,
+    calibration: str | Path | Tensor | None,
+    tokenizer: Any,
+    window: int,
+    windows: int,
+    sizes: Sequence[int] | None,
+    tell: Progress,
+) -> nn.Module | Compression:
+    plan_, smaller, read, moments, stored = _planned(
+        model, head_dim, calibration, tokenizer, window, windows, sizes, tell
+    )
+    assert smaller is not None
+    if isinstance(model, nn.Module):
+        for note in plan_.notes:
+            warnings.warn(note, stacklevel=3)
     if stored is not None:
         assert out is not None
         with new_directory(Path(out)) as folder:
@@ -237,7 +259,7 @@ def compress(
             (folder / "README.md").write_text(card(plan_))
         plan_ = _with_out(plan_, out)
     small.compression = plan_  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    return small
+    return small.to(next(model.parameters()).device) if isinstance(model, nn.Module) else small
 
 
 def plan(
@@ -255,7 +277,27 @@ def plan(
 
     Without ``head_dim`` only the table of sizes.
     """
-    return _planned(model, head_dim, calibration, tokenizer, window, windows, sizes, progress)[0]
+    with _transformers():
+        tell = progress or _silent
+        return _planned(model, head_dim, calibration, tokenizer, window, windows, sizes, tell)[0]
+
+
+@contextmanager
+def _transformers() -> Iterator[None]:
+    """Check that transformers is there, and keep its progress bars out of the way."""
+    if find_spec("transformers") is None:
+        raise ValueError(
+            "compress needs transformers, for whose classes it writes: pip install 'rankdecay[transformers]'."
+        )
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _planned(
@@ -266,13 +308,8 @@ def _planned(
     window: int,
     windows: int,
     sizes: Sequence[int] | None,
-    progress: Progress | None,
+    tell: Progress,
 ) -> tuple[Compression, Smaller | None, Callable[[str], Tensor], list[Moments] | None, StoredModel | None]:
-    if find_spec("transformers") is None:
-        raise ValueError(
-            "compress needs transformers, whose classes it writes for: pip install 'rankdecay[transformers]'."
-        )
-    tell = progress or _silent
     stored = StoredModel(model) if isinstance(model, (str, Path)) else None
     kind, config, read = _opened(model, stored)
     original = Original(kind, config)
@@ -292,9 +329,7 @@ def _planned(
         moments = texts.moments(live, original.layers, choosing)
         scores = with_losses(scores, texts.plane_losses(live, layers, keys, original.turned(), choosing, tell))
 
-        def losses(small: Smaller | None) -> float:
-            return texts.loss(live if small is None else small.model(read, moments, lambda done: None), reported)
-
+        losses = partial(_loss, live, read, moments, reported)
     else:
         notes.append(_ENERGY)
     energies = [value_energies(layer, read, moments[i] if moments else None) for i, layer in enumerate(original.layers)]
@@ -328,6 +363,14 @@ def _planned(
         notes,
     )
     return result, smaller, read, moments, stored
+
+
+def _loss(
+    live: nn.Module, read: Callable[[str], Tensor], moments: list[Moments], tokens: Tensor, small: Smaller | None
+) -> float:
+    """Return the loss of the original, or of the same with a smaller head, which is built for it."""
+    model = live if small is None else small.model(read, moments, lambda done: None).to(torch.float32)
+    return texts.loss(model, tokens)
 
 
 def _opened(
@@ -393,8 +436,10 @@ def _text(
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(stored.path), local_files_only=True)
         except Exception as error:  # whatever is missing
+            reason = str(error).partition("\n")[0].rstrip(" :.")
             raise ValueError(
-                f"{stored.path} has no tokenizer that transformers reads ({error}): pass tokenizer=."
+                f"{stored.path} has no tokenizer that transformers reads ({reason}): save it there, or call "
+                "rankdecay.compress with tokenizer=."
             ) from None
     tokens = texts.windows_of(calibration, tokenizer, min(window, longest), windows)
     tell("loading the model", 0, 1)
@@ -461,8 +506,6 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _with_out(result: Compression, out: str | Path) -> Compression:
-    from dataclasses import replace
-
     return replace(result, out=str(out))
 
 
@@ -472,9 +515,3 @@ def _counted(tell: Progress, what: str) -> Callable[[int, int], None]:
 
 def _silent(what: str, done: int, total: int) -> None:
     pass
-
-
-def warn_of(result: Compression) -> None:
-    """Warn of what the Python caller may not see otherwise."""
-    for note in result.notes:
-        warnings.warn(note, stacklevel=3)
