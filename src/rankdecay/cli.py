@@ -439,6 +439,7 @@ def _compress(settings: argparse.Namespace) -> int:
     from rankdecay.compress import compress, plan
 
     path: Path = settings.path
+    size: int | None = settings.head_dim
     how: dict[str, Any] = {
         "window": settings.window,
         "windows": settings.windows,
@@ -447,9 +448,10 @@ def _compress(settings: argparse.Namespace) -> int:
     }
     try:
         if settings.dry_run:
-            result = plan(path, settings.head_dim, settings.calibration, **how)
+            result = plan(path, size, settings.calibration, **how)
         else:
-            result = compress(path, settings.head_dim, settings.out, settings.calibration, **how)
+            assert size is not None
+            result = compress(path, size, settings.out, settings.calibration, **how)
     except ValueError as error:
         raise _explained(error, settings.path) from None
     print(json_text(result.to_json() | {"command": "compress"}) if settings.json else result)
