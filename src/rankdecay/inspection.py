@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -115,6 +115,7 @@ def inspect(
     only: bool = False,
     state: str | None = None,
     example: Any = None,
+    progress: Callable[[str, int, int], object] | None = None,
 ) -> Inspection:
     """Return the spectra of every head's products in a model or checkpoint, beside the same shapes untrained.
 
@@ -135,6 +136,7 @@ def inspect(
         example: what a live model is called with (a dictionary of arguments, a tuple, a tensor), or a function that
             returns its loss. One forward and backward pass then tells whether queries and keys are normalised, where
             neither the module nor its configuration says it.
+        progress: is told what is done, how much of it, and of how much: ``("layers of model", 3, 12)``.
 
     Returns:
         An :class:`Inspection`; ``print`` it for a summary.
@@ -159,7 +161,10 @@ def inspect(
         found = settled(found, gradients_of(source.model, _score_parameters(found), example))
     rows: list[Row] = []
     notes: dict[str, list[str]] = {}
-    for layer in chosen(layers, found):
+    read = chosen(layers, found)
+    for number_read, layer in enumerate(read):
+        if progress is not None:
+            progress(f"layers of {source}", number_read, len(read))
         wanted = _chosen_heads(heads, layer.num_heads, layer.name or "the model")
         try:
             layer_rows = list(_layer_rows(layer, *_deviations(source, layer, len(found))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 #: What a terminal obeys or takes for a new line, what turns the direction of writing, and halves of characters.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -67,3 +67,9 @@ def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     shown = [[visible(text) for text in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+
+
+def shown_examples(examples: Mapping[str, str]) -> str:
+    """Return command lines, each below what it does, as they stand at the end of a command's help; empty for none."""
+    lines = [line for command, what in examples.items() for line in (f"  {command}", f"      {what}")]
+    return "\n".join(["examples:", *lines]) if lines else ""

@@ -22,9 +22,9 @@ from rankdecay.compress import calibration as texts
 from rankdecay.compress.card import card
 from rankdecay.compress.choice import PlaneScores, with_losses
 from rankdecay.compress.files import StoredModel, check_new, new_directory, write_checkpoint
-from rankdecay.compress.result import Compression, Size
 from rankdecay.compress.original import Original, Smaller
 from rankdecay.compress.reduction import Moments, NotReducible, value_energies
+from rankdecay.compress.result import Compression, Size
 from rankdecay.compress.skeleton import model_class
 from rankdecay.files import read_bytes
 

@@ -54,6 +54,7 @@ __all__ = [
     "Section",
     "Work",
     "draw_figure",
+    "examples",
     "load",
     "names",
     "presets",
@@ -297,6 +298,11 @@ def presets(name: str) -> Mapping[str, Settings]:
 def questions() -> dict[str, str]:
     """What every experiment asks, by its name."""
     return {name: question(type(next(iter(presets(name).values())))) for name in names()}
+
+
+def examples(name: str) -> Mapping[str, str]:
+    """Command lines to show in the help of an experiment, with what each does."""
+    return getattr(import_module(f"{_folders()[name]}.settings"), "EXAMPLES", {})
 
 
 def load(name: str) -> Experiment[Any]:
