@@ -53,6 +53,8 @@ clean:
 		torch-optimi came-pytorch adam-mini badam einops
 	# torchao makes transformers warn wherever it is imported.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/torchao -c constraints.txt torchao
+	# Loggers, which Lightning and transformers would log to wherever they can be imported.
+	$(BIN)/pip install --quiet --disable-pip-version-check --target .venv/loggers -c constraints.txt tensorboard wandb trackio
 	# axolotl pins other versions of half of this; its plugins' interface and configuration need two small packages.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/axolotl -c constraints.txt axolotl addict colorama
 	touch $@

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rankdecay.checks import suggestion
 from rankdecay.completion import SHELLS
 from rankdecay.files import show_page, unwritable, write
-from rankdecay.text import duration, json_text, shown_examples, visible
+from rankdecay.text import SPELLED, duration, json_text, shown_examples, visible
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
@@ -98,7 +98,7 @@ def console() -> NoReturn:
     """Run the command of this process and end it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without our characters gets them spelled
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=SPELLED)
     if os.environ.get("NO_COLOR") or not sys.stderr.isatty():  # tyro, which reads its own variable when imported
         os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     code = main()
@@ -312,7 +312,8 @@ def _parsed(parser: _Parser, arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _inspect(settings: argparse.Namespace) -> int:
-    from rankdecay.inspection import comparison, csv_text
+    from rankdecay.inspection import comparison, csv_text, moments, over_time
+    from rankdecay.lab.experiments.grok.inspect_run import is_run_directory, run_over_time
 
     if settings.open and settings.html is None:
         raise CommandError("--open opens the page of --html, which is not given: add --html page.html")
@@ -345,8 +346,12 @@ def _inspect(settings: argparse.Namespace) -> int:
         print(json_text(whole))
         return _code(reports, settings)
     print(reports[-1])
+    pictured = run_over_time(settings.path) if is_run_directory(settings.path) else ""
     if settings.compare:
         print(comparison(reports))
+        print(f"\n{over_time(moments(reports))}")
+    elif pictured:
+        print(f"\n{pictured}")
     for written in (settings.csv, settings.html):
         if written is not None:
             print(visible(str(written)))

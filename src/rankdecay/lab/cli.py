@@ -103,6 +103,8 @@ def _experiment(name: str, settings: Any, command: str) -> None:
     elif not settings.quiet:
         with experiment.fitting([settings.out], "summary.json and config.json"):
             print_summary(chosen, summary)
+            if picture := chosen.picture(settings.out):
+                print(f"\n{picture}")
         page, figures = (visible(str(settings.out / name)) for name in ("report.html", "summary.json"))
         opened = "is open in a browser" if settings.open else "is the page to look at (--open opens it)"
         print(f"\n{page}  {opened}; {figures} has the figures")

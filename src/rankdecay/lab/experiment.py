@@ -219,6 +219,7 @@ class Experiment(Generic[S]):
         figure: draws the figure for a paper; by default the first charts of the page, side by side.
         styles: how its arms are drawn and called, where `lab.report.style` does not know them; a function of the
             settings where they decide it.
+        picture: what the terminal draws below the table, from the run directory; empty for nothing.
         files: what is in the run directory, by name.
         again: what repeating the command gives.
     """
@@ -257,6 +258,7 @@ class Experiment(Generic[S]):
     sections: Callable[[StoredRun], Sequence[Section]] = lambda stored: ()
     figure: Callable[[StoredRun, Path], Path] | None = None
     styles: Mapping[str, ArmStyle] | Callable[[Mapping[str, Any]], Mapping[str, ArmStyle]] = field(default_factory=dict)
+    picture: Callable[[Path], str] = lambda path: ""
     files: Mapping[str, str] = field(default_factory=dict)
     again: str = "The same version gives the same digits up to rounding, on any machine."
 

@@ -295,7 +295,9 @@ def test_a_static_figure(done: tuple[str, Path], tmp_path: Path) -> None:
 # --- examples of the help ---
 
 #: Options of `TINY` that replace those of an example: sizes alone, so that what an example shows is run.
-SIZES = ("--steps", "--seeds", "--modulus", "--width", "--depth", "--datasets")
+SIZES = ("--steps", "--seeds", "--width", "--depth", "--datasets")
+#: Options of `TINY` that do not go with an option of an example.
+WITHOUT = {"--task": "--train-examples", "--arms": "--strengths", "--data": "--dimension"}
 EXAMPLES = [line for name in experiment.names() for line in experiment.examples(name)]
 
 
@@ -314,8 +316,7 @@ def test_an_example_of_the_help_runs(line: str, tmp_path: Path, monkeypatch: pyt
     Path("corpus.txt").write_bytes(Path("text.txt").read_bytes())
     pieces = [piece.split() for piece in re.split(r" (?=--)", shlex.join(tiny))]
     kept = [piece for piece in pieces if piece[0] in SIZES or piece[0] not in given]
-    if "--task" in given:
-        kept = [piece for piece in kept if piece[0] != "--train-examples"]
+    kept = [piece for piece in kept if piece[0] not in [WITHOUT.get(word) for word in given]]
     assert cli.main([name, *given, *(word for piece in kept for word in piece), "--quiet"]) == 0
     out = given[given.index("--out") + 1] if "--out" in given else f"runs/{name}"
     preset = "-standard" if "standard" in given else ""
