@@ -83,9 +83,9 @@ class Monitor:
     Args:
         model: the model; one wrapped by ``torch.compile``, DDP or PEFT is seen through.
         every: steps between two measurements.
-        log: takes a dictionary of floats, ``"step"`` among them: ``print``, ``wandb.log``, ``history.append``. One with a
-            true attribute ``takes_spectra`` is given the singular values too, as those of
-            :mod:`rankdecay.integrations.loggers` are: a tensor (heads, k) on the CPU by ``<layer>/<part>``.
+        log: takes a dictionary of floats, ``"step"`` among them: ``print``, ``wandb.log``, ``history.append``. One that
+            has a true attribute ``takes_spectra``, as those of :mod:`rankdecay.integrations.loggers` have, is given the
+            singular values too: a tensor (heads, k) on the CPU by ``<layer>/<part>``.
         measures: names of :class:`rankdecay.Spectrum`'s ranks and norms, and, for products alone, ``"imbalance"``,
             ``"nuclear_gap"`` and ``"nuclear_ratio"`` (:class:`rankdecay.attention.products.Product`).
         of: ``"query_key"`` (W_Kᵀ W_Q) and ``"value_output"`` (W_O W_V), with their biases, or the matrices

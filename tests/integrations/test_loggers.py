@@ -1,4 +1,4 @@
-"""Monitor's figures in TensorBoard, W&B and trackio, logged and read back with their own packages; and in the terminal."""
+"""Monitor's figures in TensorBoard, W&B, trackio, read back with their own packages, and in the terminal."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where a :class:`rankdecay.Monitor` logs to: TensorBoard, W&B, trackio and the terminal, with pictures of spectra.
 
-Each is given to ``Monitor(model, log=...)``. It receives the ranks as any callable does, and the singular values of each
-layer too: as a histogram, in the terminal as a line of blocks. The packages are their user's; this module imports none.
+Each is given to ``Monitor(model, log=...)``. It receives the ranks as any callable does, and the singular values of
+each layer too: as a histogram, in the terminal as a line of blocks. The packages are their user's.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ PRESETS = {
 }
 EXAMPLES = {
     "rankdecay margin --datasets 2": "two data sets: under a minute",
-    "rankdecay margin --parametrisation separate merged --data aligned --out runs/aligned": "both problems agree",
+    "rankdecay margin --data aligned --tokens 5 --out runs/aligned": "data on which both problems agree",
 }
 
 
