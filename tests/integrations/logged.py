@@ -75,8 +75,12 @@ def wandb(folder: Path) -> dict[str, Any]:
         record = protocol.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                name, *inner = item.nested_key or [item.key]
+                value = json.loads(item.value_json)
+                row[name] = row.get(name, {}) | {inner[0]: value} if inner else value
+            rows.append(row)
     return {
         "plain": plain,
         "scalars": {row["step"]: row[RANK] for row in rows},

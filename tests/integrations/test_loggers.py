@@ -73,7 +73,7 @@ def test_a_terminal_without_blocks_gets_levels_in_ascii() -> None:
     file = io.TextIOWrapper(raw, encoding="latin-1")
     rd.Monitor(attention([1.0, 0.5, 0.25, 0.0]), every=1, log=Terminal(file), of="query_key").step()
     file.flush()
-    assert raw.getvalue() == b"step      1  attention/query_key  @+:.  effective rank 2.6\n"
+    assert raw.getvalue() == b"step      1  attention/query_key  @+-.  effective rank 2.6\n"
 
 
 def test_a_plain_callable_gets_no_spectra() -> None:
