@@ -62,7 +62,7 @@ class Layer:
         key_norm: norm of the keys, or None.
         scale: what scores are multiplied by now.
         new_scale: what the smaller head's class multiplies them by.
-        sums_to_one: whether the softmax's rows do: not with sinks.
+        sums_to_one: whether the softmax's rows do, and values reach W_O as they are: not with sinks, nor with gates.
         turned: rotary coordinates of the smaller head.
     """
 
@@ -130,18 +130,19 @@ def reduced(layer: Layer, read: Read, head_dim: int, kept: Tensor | None, moment
         moments: of the layer's input, for the choice of what low rank keeps; None: all inputs count alike.
     """
     parts = _Parts(layer.found, read)
-    query, key = _scores(layer, parts, head_dim, kept, moments)
+    coordinates = kept_coordinates(layer, read, head_dim, kept) if layer.query_norm is not None else None
+    query, key = _scores(layer, parts, head_dim, kept, coordinates, moments)
     value, output, bias = _values(layer, parts, head_dim, moments)
     made = _Writer(parts, head_dim)
     for role, heads in (("query", query), ("key", key), ("value", value)):
         made.write(role, heads[..., : parts.width(role)], heads[..., -1] if parts.has_bias(role) else None)
     made.write("output", output, None)
     written = made.finished()
-    if bias is not None:
-        written[layer.found.places["output"].bias or ""] = bias
+    if (name := layer.found.places["output"].bias) is not None:
+        written[name] = read(name) if bias is None else bias
     for norm, side in ((layer.query_norm, "query"), (layer.key_norm, "key")):
-        if norm is not None:
-            written[norm.parameter] = _gains(layer, norm, read(norm.parameter), side, kept, head_dim)
+        if norm is not None and coordinates is not None:
+            written[norm.parameter] = _gains(layer, norm, read(norm.parameter), side, coordinates)
     return {name: tensor.to(read(name).dtype) for name, tensor in written.items()}
 
 
@@ -216,10 +217,40 @@ def plane_parts(layer: Layer, read: Read) -> tuple[Tensor, Tensor]:
     return parts.grouped(of("query")), of("key")
 
 
+def kept_coordinates(layer: Layer, read: Read, head_dim: int, kept: Tensor | None) -> Tensor:
+    """Return the coordinates of a head that stay where queries and keys are normalised, in their new order.
+
+    Those of the kept planes, and of the coordinates without positions, which the gains of one norm tie together over
+    all heads, those of the largest share in the norms of queries and keys and in their product.
+
+    Args:
+        layer: the layer.
+        read: reads a parameter by its name.
+        head_dim: d'.
+        kept: the rotary planes that stay; None for a layer without rotary positions.
+    """
+    rows = torch.empty(0, dtype=torch.int64)
+    turned = 0
+    if kept is not None and layer.found.rotary is not None:
+        rows, turned = plane_rows_of(layer.found.rotary, kept), layer.found.rotary.dims
+    if turned == layer.head_dim:
+        return rows
+    parts = _Parts(layer.found, read)
+    query, key = (parts.heads(role).square().sum(-1) for role in ("query", "key"))
+    query, key = (part / part.sum(-1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny) for part in (query, key))
+    grouped = parts.grouped(query)
+    share = (grouped * key[:, None]).sum((0, 1)) + query.sum(0) + key.sum(0)
+    best = share[turned:].sort(stable=True, descending=True).indices[: head_dim - len(rows)].sort().values
+    return torch.cat([rows, best + turned])
+
+
 def _scores(
-    layer: Layer, parts: _Parts, head_dim: int, kept: Tensor | None, moments: Moments | None
+    layer: Layer, parts: _Parts, head_dim: int, kept: Tensor | None, coordinates: Tensor | None, moments: Moments | None
 ) -> tuple[Tensor, Tensor]:
     query, key = parts.heads("query"), parts.heads("key")
+    if coordinates is not None:
+        same = (head_dim / layer.head_dim) ** 0.5  # the root mean square stays what it was
+        return query[:, coordinates] * same, key[:, coordinates] * same
     rotary = layer.found.rotary if kept is not None else None
     queries: list[Tensor] = []
     keys: list[Tensor] = []
@@ -234,11 +265,7 @@ def _scores(
         left, right = _without_positions(parts, query[:, turned:], key[:, turned:], rank, moments)
         queries.append(left)
         keys.append(right)
-    query, key = torch.cat(queries, dim=1), torch.cat(keys, dim=1)
-    if layer.query_norm is None:
-        return query * (layer.scale / layer.new_scale), key
-    same = (head_dim / layer.head_dim) ** 0.5  # the root mean square stays what it was
-    return query * same, key * same
+    return torch.cat(queries, dim=1) * (layer.scale / layer.new_scale), torch.cat(keys, dim=1)
 
 
 def _without_positions(
@@ -315,14 +342,12 @@ def truncated(
     return new_left, new_right
 
 
-def _gains(layer: Layer, norm: Norm, stored: Tensor, side: str, kept: Tensor | None, head_dim: int) -> Tensor:
-    assert kept is not None and layer.found.rotary is not None
+def _gains(layer: Layer, norm: Norm, stored: Tensor, side: str, coordinates: Tensor) -> Tensor:
     gains = stored.double().flatten() + norm.offset
-    rows = plane_rows_of(layer.found.rotary, kept)
-    factor = (layer.head_dim / head_dim) ** 0.5
+    factor = (layer.head_dim / len(coordinates)) ** 0.5
     if side == "query":
         factor *= layer.scale / layer.new_scale
-    return (gains.view(-1, layer.head_dim)[:, rows] * factor - norm.offset).flatten()
+    return (gains.view(-1, layer.head_dim)[:, coordinates] * factor - norm.offset).flatten()
 
 
 class _Writer:
