@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from rankdecay.compress.result import Compression, size_table
 from rankdecay.text import visible
-
-if TYPE_CHECKING:
-    from rankdecay.compress.compression import Compression
 
 
 def card(made: Compression) -> str:
     """Return the README.md of a compressed model."""
-    from rankdecay.compress.compression import size_table
-
     assert made.new_head_dim is not None
     source = visible(made.source.rstrip("/").rpartition("/")[2])
     lost = next(size for size in made.sizes if size.head_dim == made.new_head_dim)
     first = made.sizes[0]
+    before, after = made.parameters
     planes = [f"* {name}: {', '.join(map(str, kept))}" for name, kept in made.kept.items()]
     how = (
         "on a text: planes by the loss with one left out at a time, values on what enters the layers"
@@ -37,7 +32,7 @@ def card(made: Compression) -> str:
         f"Made from {source} ({made.model_type}, heads of {made.head_dim}) by `rankdecay compress`. It is an ordinary "
         "checkpoint: `AutoModelForCausalLM.from_pretrained` loads it, without any other code.",
         "",
-        f"* Head size {made.head_dim} → {made.new_head_dim}; parameters {made.parameters[0]:,} → {made.parameters[1]:,}.",
+        f"* Head size {made.head_dim} → {made.new_head_dim}; parameters {before:,} → {after:,}.",
         f"* KV cache {first.bytes_per_token:,} → {lost.bytes_per_token:,} bytes a token, keys and values together.",
         f"* Chosen {how}.",
         f"* Cost: {cost}.",
@@ -51,7 +46,7 @@ def card(made: Compression) -> str:
         "```",
         "",
         "**To heal it**, train it on for some hundred steps on text like that of its first training, at a tenth of the "
-        "first learning rate or less; the original as a teacher helps. Compare it with the original trained for the same "
-        "steps.",
+        "first learning rate or less; the original as a teacher helps. Compare it with the original trained for the "
+        "same steps.",
     ]
     return "\n".join([*lines, *(f"\nNote: {visible(note)}" for note in made.notes)]) + "\n"

@@ -7,8 +7,10 @@ and directions go is chosen on a text where one is given, and by the weights alo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, overload
@@ -19,128 +21,21 @@ from torch import Tensor, nn
 from rankdecay.compress import calibration as texts
 from rankdecay.compress.card import card
 from rankdecay.compress.choice import PlaneScores, with_losses
-from rankdecay.compress.files import StoredModel, new_directory, write_checkpoint
+from rankdecay.compress.files import StoredModel, check_new, new_directory, write_checkpoint
+from rankdecay.compress.result import Compression, Size
 from rankdecay.compress.original import Original, Smaller
 from rankdecay.compress.reduction import Moments, NotReducible, value_energies
 from rankdecay.compress.skeleton import model_class
-from rankdecay.text import aligned, shown_lines
+from rankdecay.files import read_bytes
 
 #: What is told of progress: what is done, how much of it, and of how much.
 Progress = Callable[[str, int, int], None]
 
 _ENERGY = (
-    "Choosing without a text: planes by the energy of the weights, values as if all inputs counted alike. On real models "
-    "that lost three to six times as much of the loss as choosing planes on a text, and 2.4 nats in values where 0.08 "
-    "were lost with a text. Give calibration=, a text file of what the model is for."
+    "chosen without a text: planes by the energy of the weights, values as if all inputs counted alike. On a real "
+    "model planes chosen so cost three to six times as much loss as those chosen on a text, and values 2.4 nats where "
+    "0.08 were lost with one. Give a text of what the model is for (calibration=, --calibration)"
 )
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a head size costs and saves.
-
-    Attributes:
-        head_dim: d'.
-        bytes_per_token: of keys and values in the cache, in the type of the weights.
-        plane_energy: share of the planes' energy that is dropped, the largest over tables of frequencies.
-        value_energy: share of the squared singular values of W_O W_V that is dropped, mean over key heads.
-        loss: nats per token on the text's second half; None without a text.
-    """
-
-    head_dim: int
-    bytes_per_token: int
-    plane_energy: float
-    value_energy: float
-    loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Compression:
-    """What became of a model, and what it costs.
-
-    Attributes:
-        source: the path, or the class of the model.
-        model_type: ``model_type`` of its configuration.
-        head_dim: size of a head before.
-        new_head_dim: size of a head now; None if only the sizes were asked for.
-        sizes: what each size costs, the original first.
-        kept: the rotary planes that stay, by kind of layer, "all" where there is one table of frequencies.
-        chosen_by: "loss" with a text, else "energy".
-        exact: whether nothing but zeros was dropped.
-        parameters: number of parameters before and now.
-        notes: what a reader has to know.
-        out: where it was written.
-        heal: how the loss can be won back.
-    """
-
-    source: str
-    model_type: str
-    head_dim: int
-    new_head_dim: int | None
-    sizes: list[Size]
-    kept: dict[str, list[int]] = field(default_factory=dict)
-    chosen_by: str = "energy"
-    exact: bool = False
-    parameters: tuple[int, int] = (0, 0)
-    notes: list[str] = field(default_factory=list)
-    out: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields as plain numbers, strings and lists."""
-        return {
-            "source": self.source,
-            "model_type": self.model_type,
-            "head_dim": self.head_dim,
-            "new_head_dim": self.new_head_dim,
-            "sizes": [vars(size) for size in self.sizes],
-            "kept": self.kept,
-            "chosen_by": self.chosen_by,
-            "exact": self.exact,
-            "parameters": list(self.parameters),
-            "notes": self.notes,
-            "out": self.out,
-        }
-
-    def __str__(self) -> str:
-        """Return the table of sizes, what was chosen, and the notes."""
-        lines = [f"{self.source}: {self.model_type}, heads of {self.head_dim}", "", *size_table(self.sizes)]
-        if self.new_head_dim is not None:
-            planes = "; ".join(f"{name}: {', '.join(map(str, kept))}" for name, kept in self.kept.items())
-            before, after = self.parameters
-            lines += [
-                "",
-                f"head size {self.head_dim} → {self.new_head_dim}, parameters {before:,} → {after:,}, planes and values "
-                f"chosen by {'the loss on the text' if self.chosen_by == 'loss' else 'the energy of the weights'}",
-                *([f"planes that stay: {planes}"] if planes else []),
-                *(["nothing but zeros was dropped: the logits are the same"] if self.exact else []),
-            ]
-        lines += [f"note: {note}" for note in self.notes]
-        if self.out is not None:
-            lines += ["", f"{self.out}  is an ordinary checkpoint of transformers; its README.md says how to heal it"]
-        return shown_lines(lines)
-
-
-def size_table(sizes: Sequence[Size]) -> list[str]:
-    """Return the table of sizes as lines."""
-    with_loss = any(size.loss is not None for size in sizes)
-    cells = [["head size", "cache bytes/token", "of it", "planes' energy lost", "values' energy lost"]]
-    if with_loss:
-        cells[0] += ["loss", "more"]
-    for size in sizes:
-        row = [
-            str(size.head_dim),
-            f"{size.bytes_per_token:,}",
-            f"{size.bytes_per_token / sizes[0].bytes_per_token:.1%}",
-            f"{size.plane_energy:.2%}",
-            f"{size.value_energy:.2%}",
-        ]
-        if with_loss:
-            first = sizes[0].loss
-            row += ["—" if size.loss is None else f"{size.loss:.4f}"]
-            row += ["" if size.loss is None or first is None else f"{size.loss - first:+.4f}"]
-        cells.append(row)
-    foot = "energy is not loss: a plane of little energy can be what a head finds the previous token by"
-    return ["  " + line for line in aligned(cells)] + [f"  ({foot})"]
 
 
 @overload
@@ -206,20 +101,40 @@ def compress(
         progress: is told of progress: what, done, of how many.
 
     Returns:
-        Of a live model the smaller model, in the same type and on the CPU, with its :class:`Compression` as
+        Of a live model the smaller model, in the same type on the same device, with its :class:`Compression` as
         ``compression``; of a path the :class:`Compression`.
 
     Raises:
         NotReducible: (a ``ValueError``) If its head cannot be made smaller in its class, with the reason.
         ValueError: If an argument cannot work, or files cannot be read or written.
     """
-    plan_, smaller, read, moments, stored = _planned(
-        model, head_dim, calibration, tokenizer, window, windows, sizes, progress
-    )
-    assert smaller is not None
     if isinstance(model, (str, Path)) and out is None:
         raise ValueError("out is needed for a model in files: name a directory that does not exist yet.")
+    if out is not None:
+        check_new(Path(out))  # before any work
     tell = progress or _silent
+    with _transformers():
+        return _compressed(model, head_dim, out, calibration, tokenizer, window, windows, sizes, tell)
+
+
+def _compressed(
+    model: nn.Module | str | Path,
+    head_dim: int,
+    out: str | Path | None,
+    calibration: str | Path | Tensor | None,
+    tokenizer: Any,
+    window: int,
+    windows: int,
+    sizes: Sequence[int] | None,
+    tell: Progress,
+) -> nn.Module | Compression:
+    plan_, smaller, read, moments, stored = _planned(
+        model, head_dim, calibration, tokenizer, window, windows, sizes, tell
+    )
+    assert smaller is not None
+    if isinstance(model, nn.Module):
+        for note in plan_.notes:
+            warnings.warn(note, stacklevel=3)
     if stored is not None:
         assert out is not None
         with new_directory(Path(out)) as folder:
@@ -237,7 +152,7 @@ def compress(
             (folder / "README.md").write_text(card(plan_))
         plan_ = _with_out(plan_, out)
     small.compression = plan_  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    return small
+    return small.to(next(model.parameters()).device) if isinstance(model, nn.Module) else small
 
 
 def plan(
@@ -255,7 +170,27 @@ def plan(
 
     Without ``head_dim`` only the table of sizes.
     """
-    return _planned(model, head_dim, calibration, tokenizer, window, windows, sizes, progress)[0]
+    with _transformers():
+        tell = progress or _silent
+        return _planned(model, head_dim, calibration, tokenizer, window, windows, sizes, tell)[0]
+
+
+@contextmanager
+def _transformers() -> Iterator[None]:
+    """Check that transformers is there, and keep its progress bars out of the way."""
+    if find_spec("transformers") is None:
+        raise ValueError(
+            "compress needs transformers, for whose classes it writes: pip install 'rankdecay[transformers]'."
+        )
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _planned(
@@ -266,13 +201,8 @@ def _planned(
     window: int,
     windows: int,
     sizes: Sequence[int] | None,
-    progress: Progress | None,
+    tell: Progress,
 ) -> tuple[Compression, Smaller | None, Callable[[str], Tensor], list[Moments] | None, StoredModel | None]:
-    if find_spec("transformers") is None:
-        raise ValueError(
-            "compress needs transformers, whose classes it writes for: pip install 'rankdecay[transformers]'."
-        )
-    tell = progress or _silent
     stored = StoredModel(model) if isinstance(model, (str, Path)) else None
     kind, config, read = _opened(model, stored)
     original = Original(kind, config)
@@ -292,9 +222,7 @@ def _planned(
         moments = texts.moments(live, original.layers, choosing)
         scores = with_losses(scores, texts.plane_losses(live, layers, keys, original.turned(), choosing, tell))
 
-        def losses(small: Smaller | None) -> float:
-            return texts.loss(live if small is None else small.model(read, moments, lambda done: None), reported)
-
+        losses = partial(_loss, live, read, moments, reported)
     else:
         notes.append(_ENERGY)
     energies = [value_energies(layer, read, moments[i] if moments else None) for i, layer in enumerate(original.layers)]
@@ -330,6 +258,14 @@ def _planned(
     return result, smaller, read, moments, stored
 
 
+def _loss(
+    live: nn.Module, read: Callable[[str], Tensor], moments: list[Moments], tokens: Tensor, small: Smaller | None
+) -> float:
+    """Return the loss of the original, or of the same with a smaller head, which is built for it."""
+    model = live if small is None else small.model(read, moments, lambda done: None).to(torch.float32)
+    return texts.loss(model, tokens)
+
+
 def _opened(
     model: nn.Module | str | Path, stored: StoredModel | None
 ) -> tuple[type[nn.Module], Any, Callable[[str], Tensor]]:
@@ -359,7 +295,7 @@ def _opened(
     def read(name: str) -> Tensor:
         if name not in state:
             raise NotReducible(
-                f"the model has no {name}, which its class should have: merge adapters and wrappers first."
+                f"the model has no {name}, which its class should have: merge adapters first (merge_and_unload)."
             )
         return state[name].detach().cpu()
 
@@ -387,14 +323,18 @@ def _text(
         tokens = texts.windows_of(calibration, tokenizer, min(window, longest), windows)
         return model, tokens
     assert stored is not None
+    if not isinstance(calibration, Tensor):
+        read_bytes(calibration, texts.LARGEST_TEXT)  # a path that is wrong is said before anything else
     if tokenizer is None and not isinstance(calibration, Tensor):
         from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(stored.path), local_files_only=True)
         except Exception as error:  # whatever is missing
+            reason = str(error).partition("\n")[0].rstrip(" :.")
             raise ValueError(
-                f"{stored.path} has no tokenizer that transformers reads ({error}): pass tokenizer=."
+                f"{stored.path} has no tokenizer that transformers reads ({reason}): save it there, or call "
+                "rankdecay.compress with tokenizer=."
             ) from None
     tokens = texts.windows_of(calibration, tokenizer, min(window, longest), windows)
     tell("loading the model", 0, 1)
@@ -461,8 +401,6 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _with_out(result: Compression, out: str | Path) -> Compression:
-    from dataclasses import replace
-
     return replace(result, out=str(out))
 
 
@@ -472,9 +410,3 @@ def _counted(tell: Progress, what: str) -> Callable[[int, int], None]:
 
 def _silent(what: str, done: int, total: int) -> None:
     pass
-
-
-def warn_of(result: Compression) -> None:
-    """Warn of what the Python caller may not see otherwise."""
-    for note in result.notes:
-        warnings.warn(note, stacklevel=3)

@@ -108,6 +108,12 @@ class StoredModel:
                 yield file
 
 
+def check_new(out: Path) -> None:
+    """Raise a ``ValueError`` if a directory to write has something in it, or is none."""
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"out={str(out)!r} exists: name a directory that does not, since nothing is overwritten.")
+
+
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """Make a directory under another name, and give it its own once all is in it; nothing is left if that fails.
@@ -115,8 +121,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises:
         ValueError: If the directory exists, or cannot be written, with its path and the remedy.
     """
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out={str(out)!r} exists: name a directory that does not, nothing is overwritten.")
+    check_new(out)
     part = out.with_name(f"{out.name}.part")
     try:
         try:
