@@ -6,9 +6,10 @@ that rounding cannot turn one choice of experts into another.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,20 @@ from tests.attention.every_type import SETTINGS
 VOCABULARY = 50
 HEAD, NEW = 16, 8
 LENGTH = 24
+
+#: Switches that have nothing to do with attention.
+OTHER_SWITCHES = frozenset(
+    """
+    use_cache tie_word_embeddings output_hidden_states output_attentions return_dict is_encoder_decoder output_router_logits
+    add_cross_attention is_decoder
+    """.split()  # noqa: SIM905 - a table of words
+)
+_MOST = 20_000_000  # parameters of a model that is run
+
+
+class NotBuilt(Exception):
+    """Raised for a type whose small model is not built, with the reason."""
+
 
 #: Sizes of a small model; those that its configuration has are set.
 _SIZES: dict[str, Any] = {
@@ -77,11 +92,33 @@ def build(kind: str, extra: dict[str, Any] | None = None, dtype: torch.dtype = t
     """Return a model of a type with random weights."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    config = CONFIG_MAPPING[kind](**settings(kind, extra))
+    try:
+        config = CONFIG_MAPPING[kind](**settings(kind, extra))
+        with torch.device("meta"):
+            shapes: Any = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of whatever a configuration or a class checks
+        raise NotBuilt(f"{kind}: {error}") from None
+    if sum(parameter.numel() for parameter in shapes.parameters()) > _MOST:
+        Original(type(shapes), config)  # which refuses it, as a rule
+        raise NotBuilt(f"{kind} is too large to be run")
     _plainly(config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return randomised(AutoModelForCausalLM.from_config(config, dtype=dtype)).to(dtype)
+
+
+def original(model: Any) -> Original:
+    """Return what is known of a live model."""
+    return Original(type(model), model.config)
+
+
+def cache_bytes(model: Any) -> int:
+    """Return the bytes of the keys and values in the cache after a text, counted from its tensors."""
+    ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    held = [getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held if isinstance(tensor, Tensor))
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -222,3 +259,48 @@ def in_float64() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Logits of a small model beside those with a smaller head, of which nothing but zeros went.
+
+    Attributes:
+        float32: the largest difference beside the largest logit, in float32.
+        float64: the same in float64, with the frequencies of the original; norms, sines and the softmax of most classes
+            are of float32 even then. NaN where the class does not run in float64.
+        algebra: the same with those in float64, too.
+        sensitivity: what a change of the keys by a hundredth does: whether attention matters at all.
+    """
+
+    float32: float
+    float64: float
+    algebra: float
+    sensitivity: float
+
+
+def compared(kind: str, extra: dict[str, Any] | None = None) -> Comparison:
+    """Compare a small model of a type with itself with a smaller head.
+
+    Raises:
+        NotReducible: If it is refused.
+    """
+    model: Any = build(kind, extra)
+    original = Original(type(model), model.config)
+    kept = emptied(original, model)
+    made = smaller(original, model, kept)
+    small = with_weights(made, model)
+    in_float32 = error(logits(copy.deepcopy(model).float()), logits(copy.deepcopy(small).float()))
+    copy_frequencies(model, small, kept)
+    try:
+        plain = error(logits(model), logits(small))
+    except RuntimeError:  # a class whose router is of float32, whatever the model is
+        plain = float("nan")
+    with in_float64():
+        wanted = logits(model)
+        algebra = error(wanted, logits(small))
+        state = dict(model.named_parameters(remove_duplicate=False))
+        for found in original.skeleton.found:
+            _change(found, "key", state, lambda heads: heads * (1 + 0.01 * torch.randn(heads.shape).to(heads.dtype)))
+        sensitivity = error(wanted, logits(model))
+    return Comparison(in_float32, plain, algebra, sensitivity)

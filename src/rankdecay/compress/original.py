@@ -128,7 +128,8 @@ class Original:
         names = getattr(type(self.config), "attribute_map", None) or {}
         written = smaller_configuration(config, head_dim, self.skeleton.ropes, kept, names)
         try:
-            new_config = type(self.config).from_dict(dict(written))
+            # as a file has it, infinity and the like are written in a form of their own
+            new_config = type(self.config).from_dict(type(self.config)._decode_special_floats(dict(written)))
         except Exception as error:  # of the many checks that configurations make
             said = " ".join(str(error).split())[:200]
             raise NotReducible(

@@ -159,6 +159,23 @@ def value_energies(layer: Layer, read: Read, moments: Moments | None) -> Tensor:
     return torch.linalg.svdvals(product).square()
 
 
+def unturned_energies(layer: Layer, read: Read) -> Tensor | None:
+    """Return the energies of what a head has without positions, (key heads, directions), largest first.
+
+    Without a norm the squared singular values of Q̂ᵀ W_K; with one, the shares of coordinates, one row for all heads.
+    None where positions turn all of a head.
+    """
+    turned = layer.found.rotary.dims if layer.found.rotary is not None else 0
+    if turned == layer.head_dim:
+        return None
+    if layer.query_norm is not None:
+        return _shares(layer, read)[turned:].sort(descending=True).values[None]
+    parts = _Parts(layer.found, read)
+    query = parts.grouped(parts.heads("query")[:, turned:]).transpose(-1, -2).flatten(1, 2)
+    key = parts.heads("key")[:, turned:]
+    return torch.linalg.svdvals(torch.linalg.qr(query).R @ torch.linalg.qr(key.mT).R.mT).square()
+
+
 class _Parts:
     """The matrices of a layer by role, head by head, in float64, with their biases as a last column."""
 
@@ -235,13 +252,17 @@ def kept_coordinates(layer: Layer, read: Read, head_dim: int, kept: Tensor | Non
         rows, turned = plane_rows_of(layer.found.rotary, kept), layer.found.rotary.dims
     if turned == layer.head_dim:
         return rows
+    shares = _shares(layer, read)[turned:]
+    best = shares.sort(stable=True, descending=True).indices[: head_dim - len(rows)].sort().values
+    return torch.cat([rows, best + turned])
+
+
+def _shares(layer: Layer, read: Read) -> Tensor:
+    """Return the share that each coordinate has in the norms of queries and keys and in their product, (d,)."""
     parts = _Parts(layer.found, read)
     query, key = (parts.heads(role).square().sum(-1) for role in ("query", "key"))
     query, key = (part / part.sum(-1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny) for part in (query, key))
-    grouped = parts.grouped(query)
-    share = (grouped * key[:, None]).sum((0, 1)) + query.sum(0) + key.sum(0)
-    best = share[turned:].sort(stable=True, descending=True).indices[: head_dim - len(rows)].sort().values
-    return torch.cat([rows, best + turned])
+    return (parts.grouped(query) * key[:, None]).sum((0, 1)) + query.sum(0) + key.sum(0)
 
 
 def _scores(
