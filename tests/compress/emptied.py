@@ -28,8 +28,8 @@ LENGTH = 24
 #: Switches that have nothing to do with attention.
 OTHER_SWITCHES = frozenset(
     """
-    use_cache tie_word_embeddings output_hidden_states output_attentions return_dict is_encoder_decoder output_router_logits
-    add_cross_attention is_decoder
+    use_cache tie_word_embeddings output_hidden_states output_attentions return_dict is_encoder_decoder
+    output_router_logits add_cross_attention is_decoder
     """.split()  # noqa: SIM905 - a table of words
 )
 _MOST = 20_000_000  # parameters of a model that is run
@@ -48,11 +48,13 @@ _SIZES: dict[str, Any] = {
     "topk_group": 1, "sliding_window": 8, "shared_expert_intermediate_size": 16, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "moe_num_experts": 4, "moe_k": 4, "query_pre_attn_scalar": HEAD,
     "shared_intermediate_size": 16, "ffn_hidden_size": 32, "expert_ffn_hidden_size": 16, "attention_bias": True,
-    "use_bias": True, "qkv_bias": True, "use_qkv_bias": True, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": VOCABULARY, "moe_intermediate_dim": 16, "attention_dropout": 0.0, "num_shared_experts": 1,
-    "moe_topk": 4, "use_cla": False, "d_model": 48, "n_heads": 4, "n_layers": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 2, "decoder_layers": 2, "mamba_n_heads": 12, "mamba_d_head": 8,
-    "mamba_d_ssm": 96, "mamba_expand": 2, "mamba_d_state": 8, "mamba_num_heads": 12, "mamba_head_dim": 8, "ssm_state_size": 8, "n_embd": 48, "n_head": 4, "n_layer": 4, "max_window_layers": 0, "use_sliding_window": True,
+    "use_bias": True, "qkv_bias": True, "use_qkv_bias": True, "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "moe_intermediate_dim": 16,
+    "attention_dropout": 0.0, "num_shared_experts": 1, "moe_topk": 4, "use_cla": False, "d_model": 48, "n_heads": 4,
+    "n_layers": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32, "encoder_layers": 2, "decoder_layers": 2, "mamba_n_heads": 12, "mamba_d_head": 8,
+    "mamba_d_ssm": 96, "mamba_expand": 2, "mamba_d_state": 8, "mamba_num_heads": 12, "mamba_head_dim": 8,
+    "ssm_state_size": 8, "n_embd": 48, "n_head": 4, "n_layer": 4, "max_window_layers": 0, "use_sliding_window": True,
 }  # fmt: skip
 
 
@@ -173,8 +175,8 @@ def _low(heads: Tensor, first: int, rank: int) -> Tensor:
     """Make the rows from the first on combinations of some of them, of the same size."""
     heads = heads.clone()
     basis = heads[:, first : first + rank]
-    mix = torch.randn(heads.shape[1] - first, rank, generator=torch.Generator().manual_seed(2)).to(heads.dtype)
-    heads[:, first:] = torch.linalg.qr(mix).Q @ basis * (heads.shape[1] / rank) ** 0.5
+    mix = torch.randn(heads.shape[1] - first, rank, generator=torch.Generator().manual_seed(2))
+    heads[:, first:] = torch.linalg.qr(mix).Q.to(heads.dtype) @ basis * (heads.shape[1] / rank) ** 0.5
     return heads
 
 
@@ -186,6 +188,7 @@ def _change(found: Found, role: Any, state: dict[str, Any], change: Any) -> None
     if place.bias is None:
         place.window.write(parameter, change(heads))
         return
+    assert place.bias_window is not None
     window = replace(place.bias_window, transposed=False, stacked=False)
     bias = state[place.bias].data
     column = window.vector(bias).reshape(*heads.shape[:2], 1)

@@ -172,8 +172,9 @@ def _emptied(case: Case, layer: Layer, state: dict[str, Tensor], new_head: int) 
         kept = torch.randperm(turned // 2, generator=generator)[:planes].sort().values
         gone = torch.ones(turned, dtype=torch.bool)
         gone[plane_rows_of(case.rotary, kept)] = False
+        rows = gone.nonzero()[:, 0]
         for role in ("query", "key"):
-            _change(layer, role, state, lambda heads, gone=gone.nonzero()[:, 0]: heads.index_fill(1, gone, 0.0))
+            _change(layer, role, state, lambda heads: heads.index_fill(1, rows, 0.0))
     rest = new_head - 2 * planes
     if turned < case.head:
         if case.norm:
@@ -294,8 +295,7 @@ def test_a_plane_of_zeros_in_the_key_alone_is_free_only_without_a_norm():
     """Under a norm the query's root mean square counts it: it is not removable, and its energy counts."""
     for norm, free in ((None, True), ("head", False)):
         layer, state, _ = _made(_case(norm=norm), 8)
-        rows = plane_rows_of(Rotary(8, False), torch.tensor([2]))
-        _change(layer, "key", state, lambda heads: heads.index_fill(1, rows, 0.0))
+        _change(layer, "key", state, lambda heads: heads.index_fill(1, torch.tensor([2, 6]), 0.0))
         scores = plane_scores([layer], [None], state.__getitem__)[None]
         assert scores.removable.tolist() == [False, False, free, False]
         assert (float(scores.energy[2]) == 0) == free

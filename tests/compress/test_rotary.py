@@ -11,6 +11,7 @@ import torch
 
 import rankdecay as rd
 from rankdecay.compress import NotReducible
+from rankdecay.compress.rotary import _share
 from tests import needs
 from tests.compress import emptied
 
@@ -87,8 +88,11 @@ def test_a_table_for_each_kind_of_layer():
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_heads_that_are_partly_turned(share):
     for kind in ("phi", "glm", "nemotron"):  # halves, neighbours, another name
-        extra = {"partial_rotary_factor": share, "rope_parameters": {**SCALINGS["default"], "partial_rotary_factor": share}}
-        model, small, made, kept = _made(kind, extra)
+        extra = {
+            "partial_rotary_factor": share,
+            "rope_parameters": {**SCALINGS["default"], "partial_rotary_factor": share},
+        }
+        model, small, _, kept = _made(kind, extra)
         assert len(kept[None]) == round(share * emptied.NEW / 2)
         assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5, kind
 
@@ -127,6 +131,40 @@ def test_configurations_as_releases_before_five_write_them(tmp_path, name):
     (tmp_path / "made/config.json").write_text(json.dumps(written))
     small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", attn_implementation="eager")
     assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5
+
+
+def test_a_gemma_3_as_releases_before_five_write_it(tmp_path):
+    """Which had two tables without naming them; head_dim is left to the class, too."""
+    settings = {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+    }
+    model: Any = emptied.build("gemma3_text", settings, torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    for name in ("rope_parameters", "head_dim"):
+        config.pop(name)
+    config |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    original = emptied.original(model)
+    assert set(original.skeleton.ropes) == {"sliding_attention", "full_attention"}
+    kept = emptied.emptied(original, model, 128)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        made = rd.compress(tmp_path / "model", 128, tmp_path / "made")
+    assert made.kept == {key: planes.tolist() for key, planes in kept.items()}
+    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", attn_implementation="eager")
+    assert small.config.head_dim == 128
+    assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5
+
+
+@pytest.mark.parametrize(("part", "whole"), [(30, 44), (26, 46), (4, 8), (62, 78), (2, 254)])
+def test_a_share_of_a_head_gives_the_planes_back(part, whole):
+    assert int(whole * _share(part, whole)) == part
 
 
 def test_planes_that_do_not_turn_can_be_kept():

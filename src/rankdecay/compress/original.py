@@ -1,4 +1,4 @@
-"""A model to be made smaller, and the same with a smaller head: layers, frequencies, and whether the class allows it."""
+"""A model to be made smaller, and the same with a smaller head, once its class is sure to compute the same."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ class Original:
         self.turned()  # refuses what cannot be turned
         if any(rope.kind == "dynamic" for rope in self.skeleton.ropes.values()):
             self.warnings.append(
-                f"rope_type 'dynamic' changes frequencies beyond max_position_embeddings={config.max_position_embeddings}"
-                ", which no table of a configuration says: up to that length the smaller model is the same, not beyond."
+                "rope_type 'dynamic' changes frequencies beyond "
+                f"max_position_embeddings={config.max_position_embeddings}, which no table of a configuration says: up "
+                "to that length the smaller model is the same, not beyond."
             )
 
     @cached_property
@@ -133,7 +134,8 @@ class Original:
         except Exception as error:  # of the many checks that configurations make
             said = " ".join(str(error).split())[:200]
             raise NotReducible(
-                f"{type(self.config).__name__} does not take head_dim={head_dim} with the frequencies of the kept planes: {said}"
+                f"{type(self.config).__name__} does not take head_dim={head_dim} with the frequencies of the kept "
+                f"planes: {said}"
             ) from None
         skeleton = Skeleton(self.kind, new_config)
         layers = self._layers(skeleton, {key: len(planes) for key, planes in kept.items()})
@@ -146,8 +148,8 @@ class Original:
         changed = changed_shapes(self.skeleton.shapes, new.shapes)
         if any(found.head_dim != head_dim for found in new.found) or not changed:
             raise NotReducible(
-                f"{name} does not take head_dim={head_dim} from its configuration: its heads are {new.found[0].head_dim} "
-                "wide, so that a smaller head cannot be written in this class."
+                f"{name} does not take head_dim={head_dim} from its configuration: its heads are "
+                f"{new.found[0].head_dim} wide, so that a smaller head cannot be written in this class."
             )
         fixed = {layer.found.places["output"].bias for layer in layers}
         if others := sorted(changed - ours):
@@ -216,7 +218,15 @@ class Smaller:
             odd = sorted(state.keys() ^ self.skeleton.shapes.keys())
             raise NotReducible(f"{self.original.kind.__name__} with a smaller head has other parameters: {odd[0]}.")
         kind: Any = self.original.kind
-        return kind.from_pretrained(None, config=self.config, state_dict=state, dtype=next(iter(state.values())).dtype)
+        # as the original runs: not every kernel computes all that a class does, soft caps for one
+        kernels = getattr(self.original.config, "_attn_implementation", None)
+        given = {} if kernels is None else {"attn_implementation": kernels}
+        dtype = next(iter(state.values())).dtype
+        made = kind.from_pretrained(None, config=self.config, state_dict=state, dtype=dtype, **given)
+        for name, parameter in made.named_parameters():
+            if parameter.dtype != state[name].dtype:  # of a model in several types, which loading makes one
+                parameter.data = state[name]
+        return made
 
     @cached_property
     def _ours(self) -> set[str]:

@@ -10,7 +10,7 @@ Head size d becomes d'. All of it is computed in float64; what a row stands for 
   counts in the query's root mean square and must not go.
 * **Coordinates without positions** (N1). A head with W_Q of its queries and W_K computes with Q̂ᵀ W_K alone, where Q̂
   has W_Q and b_Q of all query heads that share the key: its truncated SVD is the best W_Q and W_K of d' coordinates,
-  and equal if the rank is at most d'. A bias of the keys is a column of W_K, so that this holds with sinks and caps too.
+  and equal if the rank is at most d'. A bias of the keys is a column of W_K: this holds with sinks and caps, too.
 * **Values** (N2). M = [W_O,1; …; W_O,m] W_V by key head, truncated in the same way. Rows of the softmax sum to one, so
   that b_V adds W_O b_V to the output's bias where there is one; elsewhere it is a column of W_V.
 
@@ -134,7 +134,8 @@ def reduced(layer: Layer, read: Read, head_dim: int, kept: Tensor | None, moment
     query, key = _scores(layer, parts, head_dim, kept, coordinates, moments)
     value, output, bias = _values(layer, parts, head_dim, moments)
     made = _Writer(parts, head_dim)
-    for role, heads in (("query", query), ("key", key), ("value", value)):
+    sides: list[tuple[Role, Tensor]] = [("query", query), ("key", key), ("value", value)]
+    for role, heads in sides:
         made.write(role, heads[..., : parts.width(role)], heads[..., -1] if parts.has_bias(role) else None)
     made.write("output", output, None)
     written = made.finished()
@@ -188,7 +189,8 @@ class _Parts:
         heads = place.window.heads(self.read(place.parameter)).double()
         if role == "output" or not self.has_bias(role):
             return heads
-        assert place.bias is not None and place.bias_window is not None
+        assert place.bias is not None
+        assert place.bias_window is not None
         bias = replace(place.bias_window, transposed=False, stacked=False).vector(self.read(place.bias)).double()
         return torch.cat([heads, bias.view(*heads.shape[:2], 1)], dim=-1)
 
@@ -221,7 +223,7 @@ def plane_rows_of(rotary: Rotary, kept: Tensor) -> Tensor:
 
 
 def plane_parts(layer: Layer, read: Read) -> tuple[Tensor, Tensor]:
-    """Return the squared norms of the rows of each plane: (key heads, heads of each, planes) and (key heads, planes)."""
+    """Return the squared norms of the rows of each plane, (key heads, heads of each, planes), (key heads, planes)."""
     rotary = layer.found.rotary
     assert rotary is not None
     parts = _Parts(layer.found, read)
@@ -383,7 +385,8 @@ class _Writer:
         place = self.parts.found.places[role]
         self._write(place.parameter, place.window, heads)
         if bias is not None:
-            assert place.bias is not None and place.bias_window is not None
+            assert place.bias is not None
+            assert place.bias_window is not None
             window = replace(place.bias_window, transposed=False, stacked=False)
             self._write(place.bias, window, bias[..., None])
 

@@ -8,6 +8,7 @@ from. ``short_factor`` and ``long_factor`` are those up to the original length a
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,8 +64,8 @@ def smaller_configuration(
         )
         for key, planes in kept.items()
     }
-    new["rope_parameters"] = made[None] if None in made else {**parameters, **made}
-    turned = {2 * len(planes) / head_dim for planes in kept.values()}
+    new["rope_parameters"] = made.get(None, {**parameters, **made})
+    turned = {_share(2 * len(planes), head_dim) for planes in kept.values()}
     for name in ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent"):
         if new.get(name) is not None:
             if len(turned) > 1:
@@ -81,9 +82,7 @@ def smaller_configuration(
     return new
 
 
-def _parameters(
-    old: Mapping[str, Any], rope: Rope, kept: Tensor, head_dim: int, longest: int | None
-) -> dict[str, Any]:
+def _parameters(old: Mapping[str, Any], rope: Rope, kept: Tensor, head_dim: int, longest: int | None) -> dict[str, Any]:
     theta = float(old["rope_theta"])
     planes = len(kept)
     base = theta ** -(torch.arange(planes, dtype=torch.float64) / planes)
@@ -106,7 +105,13 @@ def _parameters(
     if length or longest:
         new["original_max_position_embeddings"] = length or longest
     if 2 * planes != head_dim:
-        new["partial_rotary_factor"] = 2 * planes / head_dim
+        new["partial_rotary_factor"] = _share(2 * planes, head_dim)
     if old.get("mrope_section"):
         raise NotReducible("its planes turn by positions of several kinds (mrope_section).")
     return new | rest
+
+
+def _share(part: int, whole: int) -> float:
+    """Return part / whole, so that classes that round the product with the whole downwards find the part."""
+    share = part / whole
+    return share if int(whole * share) == part else math.nextafter(share, 2.0)

@@ -81,6 +81,11 @@ class Skeleton:
 
     def check(self) -> None:
         """Raise ``NotReducible`` if the identities do not hold for some layer."""
+        if (limit := getattr(self.config, "clip_qkv", None)) is not None:
+            raise NotReducible(
+                f"clip_qkv={limit}: queries, keys and values are clipped coordinate by coordinate, so that they cannot "
+                "be given others; if nothing of yours is that large, set clip_qkv to null in config.json."
+            )
         owners: dict[str, str] = {}
         for found in self.found:
             check_reducible(found, self.shapes)

@@ -46,7 +46,7 @@ _GROUPS = {
     "its values have heads of another size than its keys": "mimo_v2_flash",
     "its layers share their attention": "zamba zamba2",
     "its parts have heads of several sizes": "blt",
-    "it adds a bias of positions to its scores, and its configuration has a name of its own for the size of a head": "cpmant",
+    "its configuration has a name of its own for the size of a head, and its scores a bias of positions": "cpmant",
     "it hashes its queries, or adds positions to its scores": "reformer xlnet",
     "it has parts beside a language model: compress the language model alone, saved with its own configuration": """
         dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified got_ocr2 llama4 mllama moss_transcribe_diarize qwen3_5
