@@ -7,6 +7,7 @@ that rounding cannot turn one choice of experts into another.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from rankdecay.attention.windows import Found
 from rankdecay.compress.original import Original, Smaller
 from rankdecay.compress.reduction import plane_rows_of
+from rankdecay.compress.types import CHECKED
 from tests.attention.every_type import SETTINGS
 
 VOCABULARY = 50
@@ -274,12 +276,14 @@ class Comparison:
             are of float32 even then. NaN where the class does not run in float64.
         algebra: the same with those in float64, too.
         sensitivity: what a change of the keys by a hundredth does: whether attention matters at all.
+        cache: bytes of the smaller model's cache beside the original's.
     """
 
     float32: float
     float64: float
     algebra: float
     sensitivity: float
+    cache: float
 
 
 def compared(kind: str, extra: dict[str, Any] | None = None) -> Comparison:
@@ -293,7 +297,9 @@ def compared(kind: str, extra: dict[str, Any] | None = None) -> Comparison:
     kept = emptied(original, model)
     made = smaller(original, model, kept)
     small = with_weights(made, model)
-    in_float32 = error(logits(copy.deepcopy(model).float()), logits(copy.deepcopy(small).float()))
+    singles = [copy.deepcopy(one).float() for one in (model, small)]
+    in_float32 = error(*map(logits, singles))
+    cache = cache_bytes(singles[1]) / cache_bytes(singles[0])
     copy_frequencies(model, small, kept)
     try:
         plain = error(logits(model), logits(small))
@@ -306,4 +312,17 @@ def compared(kind: str, extra: dict[str, Any] | None = None) -> Comparison:
         for found in original.skeleton.found:
             _change(found, "key", state, lambda heads: heads * (1 + 0.01 * torch.randn(heads.shape).to(heads.dtype)))
         sensitivity = error(wanted, logits(model))
-    return Comparison(in_float32, plain, algebra, sensitivity)
+    return Comparison(in_float32, plain, algebra, sensitivity, cache)
+
+
+def main(kinds: list[str]) -> None:
+    """Print a table of how near the smaller model comes, by type."""
+    print("| type | float32 | float64 | float64, norms and softmax too | cache |\n|---|---|---|---|---|")
+    for kind in kinds:
+        result = compared(kind)
+        errors = (f"{value:.0e}" for value in (result.float32, result.float64, result.algebra))
+        print(f"| {kind} | {' | '.join(errors)} | {result.cache:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or sorted(CHECKED))

@@ -1,6 +1,6 @@
 """Which model types can have a smaller head, found by trying: logits beside the original's, of which only zeros went.
 
-The named families are compared here, every other type in the slow tests (six minutes on two cores)::
+The named families are compared here, every other type in the slow tests (a quarter of an hour on a busy core)::
 
     pytest -q -m slow tests/compress/test_families.py
 """
@@ -43,8 +43,8 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "norm-partial": ("glm4_moe", {"use_qk_norm": True}),
     "hybrid": ("lfm2", {}),
 }
-#: Types that the identities do not see the reason of.
-_UNSEEN = {"minimax_m3_vl_text", "git"}
+#: Types of which a small model does not show the reason: no indexer, a text alone, lists that do not match.
+_UNSEEN = {"minimax_m3_vl_text", "git", "zamba2"}
 #: Types whose attention makes up too little of the logits of a small model for a hundredth of the keys to show.
 _CALM = 1e-5
 
@@ -54,6 +54,7 @@ def _checked(result: emptied.Comparison) -> None:
     assert result.float32 < 1e-5
     assert not result.float64 > 1e-5  # no number where the class does not run in float64
     assert result.sensitivity > _CALM
+    assert result.cache == emptied.NEW / emptied.HEAD
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -122,7 +123,6 @@ def test_checked_types_are_the_same(kind, tmp_path):
     assert made.kept == {key or "all": planes.tolist() for key, planes in kept.items()}
     small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", attn_implementation="eager")
     assert emptied.error(emptied.logits(model), emptied.logits(small.eval())) < 1e-5
-    assert 2 * emptied.cache_bytes(small) == emptied.cache_bytes(model)
 
 
 @pytest.mark.slow

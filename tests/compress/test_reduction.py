@@ -71,6 +71,19 @@ def test_truncated_counts_errors_where_it_is_told(shape, rank, seed, both):
     torch.testing.assert_close(left_over, best, atol=1e-7 * float(scale), rtol=1e-7)
 
 
+@settings(max_examples=40)
+@given(st.integers(2, 16), st.integers(1, 8), st.booleans(), st.integers(0, 1000))
+def test_what_is_small_is_not_lost(digits, rank, on_the_left, seed):
+    """Weights that a decay has all but emptied have singular values of every size."""
+    sizes = 10.0 ** -torch.linspace(0, digits, 8, dtype=torch.float64)
+    graded = torch.linalg.qr(_random(12, 8, seed=seed)).Q * sizes @ torch.linalg.qr(_random(8, 8, seed=seed + 1)).Q
+    low = _random(8, rank, seed=seed + 2) @ _random(rank, 10, seed=seed + 3)
+    left, right = (graded, low) if on_the_left else (low.mT, graded.mT)
+    new_left, new_right = truncated(left, right, rank)
+    product = left @ right
+    assert float((product - new_left @ new_right).abs().max() / product.abs().max()) < 1e-9
+
+
 @given(shapes, st.integers(0, 1000))
 def test_truncated_of_nothing_is_nothing(shape, seed):
     rows, inner, columns = shape
