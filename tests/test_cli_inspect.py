@@ -63,6 +63,24 @@ def test_csv_and_page(checkpoint, tmp_path, capsys):
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize("options", [(), ("--quiet",), ("--json",)], ids=["plain", "quiet", "json"])
+def test_a_line_of_progress_where_work_is_long(options, tmp_path, capsys, monkeypatch):
+    tensors = {f"{i}.{name}_proj.weight": torch.eye(4) for i in range(8) for name in ("q", "k", "v", "o")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    command = [tmp_path / "model.safetensors", "--num-heads", 2, *options]
+    _answer_and_error = lambda: (main(["inspect", *map(str, command)]), capsys.readouterr())  # noqa: E731
+    code, said = _answer_and_error()
+    assert (code, said.err) == (0, "")  # done in a moment
+    clock = iter(range(0, 1000, 2))  # two seconds a layer
+    monkeypatch.setattr("rankdecay.cli.time.monotonic", lambda: float(next(clock)))
+    code, slow = _answer_and_error()
+    assert (code, slow.out) == (0, said.out)
+    lines = [] if options else [
+        f"{command[0]}: 3 of 8 layers, 6 s, ETA 10 s", f"{command[0]}: 6 of 8 layers, 12 s, ETA 4 s",
+    ]  # fmt: skip
+    assert slow.err.splitlines() == lines
+
+
 def test_a_comparison(checkpoint, tmp_path, capsys):
     later = tmp_path / "later"
     shutil.copytree(checkpoint, later)

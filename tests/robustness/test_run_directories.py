@@ -313,6 +313,9 @@ UNFIT: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "fuzz 21530": ("margin", edited("summary.json", "settings", {}), "summary.json"),
     "settings": ("grok", edited("config.json", "threshold", [1]), "config.json"),
     "layer": ("vision", edited("metrics.jsonl:2", "stable_rank", "x"), "metrics.jsonl, line 2"),
+    "text": ("factor", edited("metrics.jsonl:5", "imbalance", "x"), "metrics.jsonl, line 5"),
+    "list": ("grok", edited("metrics.jsonl:3", "stable_rank", [1.0]), "metrics.jsonl, line 3"),
+    "in a list": ("margin", edited("metrics.jsonl:3", "rank", ["x"]), "metrics.jsonl, line 3"),
     "cell": ("vision", edited("summary.json", "strength", "x"), "summary.json"),
 }
 

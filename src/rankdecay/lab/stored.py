@@ -7,7 +7,7 @@ reads all the same. What had to be left out is said in `StoredRun.notices`.
 import functools
 import io
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -122,18 +122,51 @@ def check_rows(directory: Path, rows: Iterable[Record], check: Callable[[Record]
     """The lines of ``metrics.jsonl`` as they are to be read.
 
     Raises:
-        SettingError: for one that ``check`` refuses; see `read_run`.
+        SettingError: for one that ``check`` refuses (see `read_run`), or with a value of another kind than the others.
     """
-    checked = []
-    for number, row in enumerate(rows, start=1):
-        try:
+    rows = list(rows)
+    number, checked = 0, []
+    try:
+        for number, row in enumerate(rows, start=1):  # noqa: B007 - named below
             checked.append(check(row))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            path = directory / "metrics.jsonl"
-            raise SettingError(
-                f"{path}, line {number}: not a row of this experiment ({error!r}): restore the file from a copy"
-            ) from error
+        if odd := _odd(rows):
+            number, name = odd
+            raise ValueError(f"its {name} is {str(rows[number - 1][name])[:40]!r}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SettingError(
+            f"{directory / 'metrics.jsonl'}, line {number}: not a row of this experiment ({error!r}): restore the file "
+            "from a copy"
+        ) from error
     return checked
+
+
+def _odd(rows: Sequence[Record]) -> tuple[int, str] | None:
+    """The line and name of a value that is of another kind than in most lines: a text where the others have a number.
+
+    Lines of before have no checksum, and a chart would show such a value as a gap.
+    """
+    found: dict[str, dict[frozenset[str], list[int]]] = {}
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            found.setdefault(name, {}).setdefault(_kinds(value), []).append(number)
+    for name, lines in found.items():
+        usual = max(lines, key=lambda kinds: len(lines[kinds]))
+        for kinds, numbers in lines.items():
+            if not kinds <= usual and usual and 2 * len(numbers) < len(lines[usual]):
+                return numbers[0], name
+    return None
+
+
+def _kinds(value: object) -> frozenset[str]:
+    """The kinds of value in a value of JSON; none of null."""
+    if isinstance(value, (list, dict)):
+        inside = value.values() if isinstance(value, dict) else value
+        return frozenset({type(value).__name__}.union(*map(_kinds, inside)))
+    if value is None:
+        return frozenset()
+    return frozenset(
+        {"number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__}
+    )
 
 
 def snapshots(stored: StoredRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
