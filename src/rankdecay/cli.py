@@ -389,8 +389,8 @@ def _names(text: str) -> "AttentionNames":
                 "query=wq,key=wk,value=wv,output=wo or fused=qkv,output=proj"
             )
         kind, flags = _NAMES[name], {"yes": True, "true": True, "no": False, "false": False}
-        if kind is int and not value.isdigit():
-            raise CommandError(f"--names {text}: {name}={value} must be a whole number")
+        if kind is int and not re.fullmatch("[0-9]{1,18}", value):
+            raise CommandError(f"--names {text}: {name}={value[:40]} must be a whole number")
         if kind is bool and value.lower() not in flags:
             raise CommandError(f"--names {text}: {name}={value} must be yes or no")
         given[name] = flags[value.lower()] if kind is bool else kind(value)

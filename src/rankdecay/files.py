@@ -99,8 +99,9 @@ def write(path: str | Path, content: bytes) -> Path:
         OSError: with the path as its ``filename``.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name[:_LONGEST]}{PARTIAL[0]}")
     try:
+        if "\0" in path.name:
+            raise OSError(errno.EINVAL, "a name has no NUL in it")
         if kind_of(path) in ("a pipe", "a device"):
             # of a pipe that nobody reads this fails, and would wait otherwise
             handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
@@ -110,7 +111,7 @@ def write(path: str | Path, content: bytes) -> Path:
             return path
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        put(path, part, content)
+        put(path, path.with_name(f"{path.name[:_LONGEST]}{PARTIAL[0]}"), content)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     return path

@@ -81,7 +81,9 @@ def _checked(config: dict[str, Any], file: object, depth: int = 4) -> dict[str, 
     Raises:
         CheckpointError: If one is not, or there are more than any model has.
     """
-    if len(config) > _MOST_SETTINGS or depth < 0:
+    if depth < 0:
+        raise CheckpointError(f"{file} has configurations inside of configurations, deeper than a model; restore it.")
+    if len(config) > _MOST_SETTINGS:
         raise CheckpointError(f"{file} has {len(config)} settings in one place, more than a model has; restore it.")
     parts = sum(isinstance(value, dict) for value in config.values())
     if parts > _MOST_PARTS:  # each is compared with the path of every module

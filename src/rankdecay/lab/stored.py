@@ -164,9 +164,7 @@ def _kinds(value: object) -> frozenset[str]:
         return frozenset({type(value).__name__}.union(*map(_kinds, inside)))
     if value is None:
         return frozenset()
-    return frozenset(
-        {"number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__}
-    )
+    return frozenset({"number" if type(value) in (int, float) else type(value).__name__})
 
 
 def snapshots(stored: StoredRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
