@@ -24,6 +24,7 @@ from rankdecay.linalg.exact import apply_exact
 from rankdecay.linalg.matmul import cubic_newton_schulz
 from rankdecay.linalg.stack import (
     Prepared,
+    at_once,
     check_matrix,
     chunks,
     finish,
@@ -33,6 +34,7 @@ from rankdecay.linalg.stack import (
     prepare,
     resolve,
     scaled_down,
+    side_by_side,
     working_dtype,
 )
 from rankdecay.rules import Options, Rule, get_rule
@@ -307,17 +309,24 @@ class _Step:
         tau = tau.expand(*W.shape[:-2], 1, 1).reshape(-1, 1, 1)
         stack, out = W.reshape(-1, *W.shape[-2:]), result.view(-1, *W.shape[-2:])
         with full_precision(W.device), noted_once():
-            for part in chunks(stack):
+            for part in [slice(None)] if at_once(stack) > 1 and self._decomposes(W, backend) else chunks(stack):
                 self._choose(stack[part], tau[part], out[part], backend)
         return result
 
-    def _choose(self, W: Tensor, tau: Tensor, out: Tensor, backend: str) -> None:
+    def _decomposes(self, W: Tensor, backend: str) -> bool:
+        """Return whether every matrix is decomposed, whatever is in it."""
         options = self.options
+        if backend == "auto":
+            open_ = self.rule.products_pay and W.dtype != torch.float64 and not (options.keep or options.preserve_norm)
+            return not open_ and by_decomposition(self.rule, options, choose_backend(W.shape, W.device, W.dtype))
+        return by_decomposition(self.rule, options, backend)
+
+    def _choose(self, W: Tensor, tau: Tensor, out: Tensor, backend: str) -> None:
+        options, pays = self.options, self.rule.products_pay
+        if self._decomposes(W, backend):
+            return self._decompose(W, tau, out)
         chosen = choose_backend(W.shape, W.device, W.dtype) if backend == "auto" else backend
-        if by_decomposition(self.rule, options, chosen):
-            pays = self.rule.products_pay
-            if pays is None or backend != "auto" or W.dtype == torch.float64 or options.keep or options.preserve_norm:
-                return self._decompose(W, tau, out)
+        if pays is not None and by_decomposition(self.rule, options, chosen):
             prepared = mark_bad(prepare(W, torch.float32), tau)
             quick = pays(prepared, self._threshold(prepared, tau), options)
             if not bool(quick.any()):
@@ -338,6 +347,13 @@ class _Step:
         return finite(tau * norm.double() / min(prepared.X.shape[-2:]) ** 0.5)
 
     def _decompose(self, W: Tensor, tau: Tensor, out: Tensor) -> None:
+        if at_once(W) > 1:
+
+            def each(i: int) -> None:
+                self._decompose(W[i : i + 1], tau[i : i + 1], out[i : i + 1])
+
+            side_by_side(each, range(len(W)))
+            return
         prepared = mark_bad(prepare(W, torch.float64), tau)
         threshold = self._threshold(prepared, tau)[..., 0]
 
