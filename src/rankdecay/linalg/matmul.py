@@ -100,13 +100,20 @@ def choose_tier(ratio: float, tiers: Sequence[str]) -> str:
 def smooth_by_few_products(X: Tensor, eps: Tensor, share: Tensor, ratio: float, product: Product | None) -> Tensor:
     """Return :func:`smooth_by_products` where ε is at least ``ratio``, some 0.0625, of ‖X‖_F, by a given product.
 
-        Largest error of the step found, over spectra and shapes (`python benchmarks/tiers.py`):
+    Largest error of the step found, over spectra and shapes (`python benchmarks/tiers.py`):
 
-        ===========  =======  ============  =======  ===================
-        ε/‖X‖_F      TF32     bfloat16 × 3  float32  (bfloat16)
-        ===========  =======  ============  =======  ===================
-    TABLE
-        ===========  =======  ============  =======  ===================
+    ===========  =======  ============  =======  ===================
+    ε/‖X‖_F      TF32     bfloat16 × 3  float32  (bfloat16)
+    ===========  =======  ============  =======  ===================
+    0.0626       3.0e-2   4.8e-4        2.1e-4   2.7e-1
+    0.08         5.9e-3   3.7e-4        3.6e-4   4.9e-2
+    0.13         3.8e-3   1.9e-4        1.9e-4   3.5e-2
+    0.2          1.4e-3   1.5e-4        1.5e-4   1.4e-2
+    0.3          9.9e-4   3.5e-4        3.5e-4   7.9e-3
+    0.35         8.1e-4   1.7e-4        1.7e-4   6.7e-3
+    0.5          5.6e-4   1.7e-4        1.7e-4   4.8e-3
+    1            4.3e-4   2.3e-4        2.3e-4   2.9e-3
+    ===========  =======  ============  =======  ===================
     """
     index = chebyshev.index_of(torch.full((1, 1, 1), ratio**2 * (1 - 1e-5), dtype=torch.float64))
     G = product(X.mT, X) if product else X.mT @ X
