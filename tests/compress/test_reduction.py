@@ -40,7 +40,7 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 8), st.integers(1, 12))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(shapes, st.integers(1, 8), st.integers(0, 1000))
 def test_truncated_is_the_best_of_its_rank(shape, rank, seed):
     rows, inner, columns = shape
@@ -57,7 +57,7 @@ def test_truncated_is_the_best_of_its_rank(shape, rank, seed):
     torch.testing.assert_close(*lengths, atol=1e-9, rtol=1e-6)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(shapes, st.integers(1, 8), st.integers(0, 1000), st.booleans())
 def test_truncated_counts_errors_where_it_is_told(shape, rank, seed, both):
     rows, inner, columns = shape
@@ -265,7 +265,7 @@ def _output(
     return result + state[place.bias] if place.bias else result
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(cases(), st.booleans(), st.data())
 def test_a_layer_of_zeros_and_low_rank_is_the_same(case, with_moments, data):
     new_head = 2 * data.draw(st.integers(1 if case.rotary is None else 2, case.head // 2), label="new head")
