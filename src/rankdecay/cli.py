@@ -14,7 +14,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rankdecay.checks import suggestion
 from rankdecay.completion import SHELLS
 from rankdecay.files import show_page, unwritable, write
-from rankdecay.text import SPELLED, duration, json_text, shown_examples, visible
+from rankdecay.text import SPELLED, duration, json_text, shown_examples, time_left, visible
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
@@ -294,9 +295,9 @@ def _inspect_parser() -> _Parser:
         help="which weights, where there are several sets: name of a file in the directory, dotted key, or prefix of "
         "names (student, state_dict_ema, model.safetensors); again for each path of --compare, if it is another",
     )
+    add("--quiet", action="store_true", help="no lines of progress on standard error; --json has none either")
     add("--list", action="store_true", help="show what would be read, names, shapes and heads, without spectra")
     add("--open", action="store_true", help="open the page of --html in a browser")
-    add("--quiet", action="store_true", help="no progress on standard error")
     return parser
 
 
@@ -314,10 +315,16 @@ def _parsed(parser: _Parser, arguments: Sequence[str]) -> argparse.Namespace:
 def _inspect(settings: argparse.Namespace) -> int:
     from rankdecay.inspection import comparison, csv_text, moments, over_time
     from rankdecay.lab.experiments.grok.inspect_run import is_run_directory, run_over_time
+    from rankdecay.lab.store import tidy
 
     if settings.open and settings.html is None:
         raise CommandError("--open opens the page of --html, which is not given: add --html page.html")
     paths = (settings.path, *settings.compare)
+    try:
+        for path in paths:
+            tidy(path)
+    except ValueError as error:
+        raise _explained(error, settings.path) from None
     states = settings.state or [None]
     if len(states) not in (1, len(paths)):
         raise CommandError(
@@ -326,8 +333,7 @@ def _inspect(settings: argparse.Namespace) -> int:
     chosen = list(zip(paths, states * len(paths) if len(states) == 1 else states, strict=True))
     if settings.list:
         return _list(chosen, settings)
-    progress = None if settings.quiet else _Progress()
-    reports = [_inspection(path, state, settings, progress) for path, state in chosen]
+    reports = [_inspection(path, state, settings) for path, state in chosen]
     try:
         if settings.csv is not None:
             write(settings.csv, csv_text(reports).encode())
@@ -387,9 +393,7 @@ def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespac
     return _code(listings, settings)
 
 
-def _inspection(
-    path: Path, state: str | None, settings: argparse.Namespace, progress: Callable[[str, int, int], None] | None
-) -> "Inspection":
+def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> "Inspection":
     from rankdecay.inspection import inspect
     from rankdecay.lab.experiments.grok.inspect_run import inspect_run, is_run_directory
 
@@ -407,9 +411,32 @@ def _inspection(
                     )
             return inspect_run(path)
         layers, heads = settings.layers or None, settings.heads or None
+        progress = None if settings.quiet or settings.json else partial(_Progress(), str(path), unit=" layers")
         return inspect(path, **how, layers=layers, heads=heads, state=state, progress=progress)
     except ValueError as error:
         raise _explained(error, path) from None
+
+
+class _Progress:
+    """Line on standard error now and then while work takes longer than one waits without a word."""
+
+    def __init__(self) -> None:
+        self._what: str | None = None
+        self._last = self._start = time.monotonic()
+        self._due = self._start + PATIENCE
+
+    def __call__(self, what: str, done: int, count: int, unit: str = "") -> None:
+        """Say how much of what is done, unless it was said a moment ago or all of it is."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._start, self._due = what, self._last, self._last + PATIENCE
+        self._last = now
+        if now < self._due or done == count:
+            return
+        self._due = now + PATIENCE
+        seconds = now - self._start
+        left = ", ".join(filter(None, [duration(seconds), time_left(seconds, done, count - done)]))
+        print(visible(f"{what}: {done} of {count}{unit}, {left}"), file=sys.stderr)
 
 
 def _explained(error: ValueError, path: Path) -> CommandError:
@@ -469,8 +496,8 @@ def _names(text: str) -> "AttentionNames":
                 "query=wq,key=wk,value=wv,output=wo or fused=qkv,output=proj"
             )
         kind, flags = _NAMES[name], {"yes": True, "true": True, "no": False, "false": False}
-        if kind is int and not value.isdigit():
-            raise CommandError(f"--names {text}: {name}={value} must be a whole number")
+        if kind is int and not re.fullmatch("[0-9]{1,18}", value):
+            raise CommandError(f"--names {text}: {name}={value[:40]} must be a whole number")
         if kind is bool and value.lower() not in flags:
             raise CommandError(f"--names {text}: {name}={value} must be yes or no")
         given[name] = flags[value.lower()] if kind is bool else kind(value)
@@ -503,25 +530,6 @@ def _compress_parser() -> _Parser:
     add("--json", action="store_true", help="print the result as JSON")
     add("--quiet", action="store_true", help="no progress on standard error")
     return parser
-
-
-class _Progress:
-    """Line on standard error now and then while work takes longer than one waits without a word."""
-
-    def __init__(self) -> None:
-        self._what = ""
-        self._start = self._due = 0.0
-
-    def __call__(self, what: str, done: int, count: int) -> None:
-        """Say how much of what is done, unless it was said a moment ago or all of it is."""
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._start, self._due = what, now, now + PATIENCE
-        if now < self._due or done == count:
-            return
-        self._due = now + PATIENCE
-        left = f", ETA {duration((now - self._start) / done * (count - done))}" if done else ""
-        print(visible(f"{what}: {done} of {count}, {duration(now - self._start)}{left}"), file=sys.stderr)
 
 
 def _compress(settings: argparse.Namespace) -> int:

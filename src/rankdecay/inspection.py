@@ -116,7 +116,7 @@ def inspect(
     only: bool = False,
     state: str | None = None,
     example: Any = None,
-    progress: Callable[[str, int, int], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Inspection:
     """Return the spectra of every head's products in a model or checkpoint, beside the same shapes untrained.
 
@@ -137,7 +137,7 @@ def inspect(
         example: what a live model is called with (a dictionary of arguments, a tuple, a tensor), or a function that
             returns its loss. One forward and backward pass then tells whether queries and keys are normalised, where
             neither the module nor its configuration says it.
-        progress: is told what is done, how much of it, and of how much: ``("layers of model", 3, 12)``.
+        progress: called after each layer with the number of layers done and that of all.
 
     Returns:
         An :class:`Inspection`; ``print`` it for a summary.
@@ -162,10 +162,8 @@ def inspect(
         found = settled(found, gradients_of(source.model, _score_parameters(found), example))
     rows: list[Row] = []
     notes: dict[str, list[str]] = {}
-    read = chosen(layers, found)
-    for number_read, layer in enumerate(read):
-        if progress is not None:
-            progress(f"layers of {source}", number_read, len(read))
+    asked = chosen(layers, found)
+    for done, layer in enumerate(asked, 1):
         wanted = _chosen_heads(heads, layer.num_heads, layer.name or "the model")
         try:
             layer_rows = list(_layer_rows(layer, *_deviations(source, layer, len(found))))
@@ -182,6 +180,8 @@ def inspect(
         rows += [place | row for row in layer_rows if row["head"] in wanted]
         for note in (*_notes(layer), *_stored_as(layer, source.stored_as)):
             notes.setdefault(note, []).append(layer.place.label)
+        if progress is not None:
+            progress(done, len(asked))
     noted = [f"{ranges(labels)}: {note}" for note, labels in notes.items()]
     return Inspection(str(source), rows, noted, listed(unhandled))
 
