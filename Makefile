@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: grok test test-slow lint package format bench clean
+.PHONY: grok test test-slow notebooks versions lint package format bench clean
 
 grok: .venv/installed
 	$(BIN)/rankdecay grok
@@ -12,6 +12,12 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow
+
+notebooks: .venv/installed
+	$(BIN)/pytest -m slow tests/test_notebooks.py
+
+versions: .venv/installed
+	$(BIN)/python .ci/versions.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

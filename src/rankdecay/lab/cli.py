@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str]) -> Any:
             return tyro.cli(Report, args=options, prog="rankdecay report", config=(*CONFIG, POSITIONAL))
         presets = experiment.presets(name)
         first = next(iter(presets.values()))
-        default = _preset(presets, options) or first
+        default = _preset(name, presets, options) or first
         return tyro.cli(type(first), args=options, prog=f"rankdecay {name}", default=default, config=CONFIG)
     except SystemExit as leaving:
         if not leaving.code:  # tyro has shown the help, which knows no examples
@@ -76,16 +76,20 @@ def parse(arguments: Sequence[str]) -> Any:
         raise
 
 
-def _preset(presets: Mapping[str, Any], options: Sequence[str]) -> Any:
+def _preset(name: str, presets: Mapping[str, Any], options: Sequence[str]) -> Any:
     """The preset named on the command line, which supplies the defaults, so that every option can still be set."""
     words = pairwise([*options, ""])
     for word, following in reversed(list(words)):  # the last one counts, as of every option
         option, equals, value = word.partition("=")
         if option in PRESET_OPTIONS:
             setting = option.removeprefix("--")
-            known = {name: preset for name, preset in presets.items() if getattr(preset, setting, None) == name}
+            known = {n: preset for n, preset in presets.items() if getattr(preset, setting, None) == n}
             if known:  # else the settings have no such option, which is said when they are read
-                return known[check_name(option, value if equals else following, known)]
+                chosen = value if equals else following
+                if chosen in experiment.renamed_presets(name):
+                    now = experiment.renamed_presets(name)[chosen]
+                    raise SettingError(f"{option} {chosen} has another name since rankdecay 0.2: give {option} {now}")
+                return known[check_name(option, chosen, known)]
     return None
 
 

@@ -59,6 +59,7 @@ __all__ = [
     "names",
     "presets",
     "questions",
+    "renamed_presets",
     "run",
     "write_merged_report",
     "write_report",
@@ -308,6 +309,11 @@ def examples(name: str) -> Mapping[str, str]:
     return getattr(import_module(f"{_folders()[name]}.settings"), "EXAMPLES", {})
 
 
+def renamed_presets(name: str) -> Mapping[str, str]:
+    """What the presets of an experiment are called that had another name in an earlier version."""
+    return getattr(import_module(f"{_folders()[name]}.settings"), "RENAMED_PRESETS", {})
+
+
 def load(name: str) -> Experiment[Any]:
     """An experiment by its name.
 
@@ -356,6 +362,7 @@ def _run(experiment: Experiment[S], settings: S, command: str) -> Record:
     from rankdecay.lab.progress import Promise, Screen
 
     check_lists(settings)
+    older = [name for name in getattr(settings, "arms", ()) if name in experiment.aliases]
     settings = experiment.check(settings)
     processes = experiment.processes()
     device = resolve_device(settings.device, needs_float64=experiment.needs_float64)
@@ -365,6 +372,11 @@ def _run(experiment: Experiment[S], settings: S, command: str) -> Record:
         options = {"quiet": quiet, "to_stderr": settings.json, "promise": promise}
         work = Work(settings, device, experiment.arms(settings), experiment.data(settings), Screen(**options), writes)
         work.screen = experiment.screen(work, f"{experiment.title(work)} · {device}", options)
+        for name in older if writes else ():
+            work.screen.notice(
+                f"--arms {name} is an older name of {experiment.aliases[name]}, which rankdecay 0.3 will not know: "
+                f"give {experiment.aliases[name]}"
+            )
         choice = None
         if experiment.narrow:
             products, notice = experiment.products(work), work.screen.notice
