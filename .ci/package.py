@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"torch", "safetensors", "numpy"}
-SDIST_MEGABYTES = 1.5
+SDIST_MEGABYTES = 2.0
 CHECKPOINT = """
 import torch
 names = [f"layers.{i}.self_attn.{name}_proj.weight" for i in range(2) for name in "qkvo"]

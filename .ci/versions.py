@@ -46,7 +46,7 @@ HEADING = "| Python | torch | transformers | fast tests | when |\n|---|---|---|-
 
 
 def constraints(folder: Path, torch: str, transformers: str) -> Path:
-    """Write the constraints of this tree with other versions of torch and transformers, without what is tied to them."""
+    """Write the constraints of this tree with other versions of torch and transformers, without what goes with them."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     tied = ("torch", "transformers", "torchvision", "torchao", "numpy", "accelerate")
     kept = [line for line in lines if re.split("==", line)[0] not in tied]
