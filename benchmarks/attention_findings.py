@@ -1,19 +1,26 @@
-"""The tables of `docs/findings.md` on the decay of attention, from the stored rows of recall, language and vision.
+"""The tables of `docs/findings` on the decay of attention, from the stored rows of recall, language and vision.
 
     python benchmarks/attention_findings.py store runs/language docs/data/language/default   # a compact copy
     python benchmarks/attention_findings.py table docs/data/language/default                 # one line per cell
     python benchmarks/attention_findings.py layers docs/data/recall/default                  # and of each layer
+    python benchmarks/attention_findings.py scatter docs/data/language/mlp docs/data/language/seeds   # chance
+    python benchmarks/attention_findings.py stands docs/data/language/standard docs/data/language/qk_norm
     python benchmarks/attention_findings.py balance runs/language/models/*                   # of the models it kept
+    python benchmarks/attention_findings.py planes runs/language/models/*                    # and their rotary planes
 
 A compact copy is a run directory: its rows with the measures that the tables show, so `rankdecay report` draws it too.
 """
 
 import argparse
 import json
+import math
 import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import stored
+from scipy import stats
 
 from rankdecay import inspect
 from rankdecay.lab.experiments.attention.summary import difference, of, summarise
@@ -51,14 +58,14 @@ def table(options: argparse.Namespace) -> None:
 
 def _lines(cells: list[Row], unit: str) -> None:
     heads = ["arm", "decay", "MLP", "QK-norm", "loss", "above no decay", "accuracy", "rank QK", "rank VO"]
-    heads += ["imbalance QK", "imbalance VO", "gap QK", "gap VO", f"{unit}/s", "at equal time"]
+    heads += ["rank W_Q", "rank W_K", "imbalance QK", "imbalance VO", "gap QK", "gap VO", f"{unit}/s", "at equal time"]
     shown = [[*_named(cell), *_figures(cell, _no_decay(cells, cell))] for cell in cells]
     keep = [i for i in range(len(heads)) if any(row[i] != "—" for row in shown)]
     print("\n| " + " | ".join(heads[i] for i in keep) + " |\n|" + "---|" * len(keep))
     for row in shown:
         print("| " + " | ".join(row[i] for i in keep) + " |")
     for cell in cells[:1]:
-        ranks = ", ".join(f"{part} {_number(of(cell['untrained_mean'], part, 'pseudo_rank'), '.2f')}" for part in PARTS)
+        ranks = ", ".join(f"{part} {_number(of(cell, part, when='untrained_mean'), '.2f')}" for part in PARTS)
         print(f"\nuntrained pseudo rank: {ranks}")
 
 
@@ -69,14 +76,16 @@ def _named(cell: Row) -> list[str]:
 
 def _figures(cell: Row, none: Row | None) -> list[str]:
     if cell["loss"] is None:
-        return ["diverged", *["—"] * 10]
+        return ["diverged", *["—"] * 12]
     above = "—"
     if none is not None and none is not cell:
         distance, error = difference(cell, none)
         above = f"{distance:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
     figures = [f"{cell['loss']:.4f}", above, _number(cell["accuracy"], ".3f")]
     for measure in MEASURES:
-        figures += [_number(of(cell["mean"], part, measure), ".3g") for part in PARTS]
+        figures += [_number(of(cell, part, measure), ".3g") for part in PARTS]
+        if measure == "pseudo_rank":
+            figures += [_number((cell["mean"].get(side) or {}).get(measure), ".3g") for side in ("query", "key")]
     return [*figures, _number(cell["per_second"], ",.0f"), _number(cell["loss_at_equal_time"], ".4f")]
 
 
@@ -99,8 +108,9 @@ def layers(options: argparse.Namespace) -> None:
         print("\n| arm | decay | QK-norm | layer | rank QK | rank VO | imbalance QK | imbalance VO |\n|" + "---|" * 8)
         for cell in summarise(read_metrics(directory), (read_json(directory / "summary.json") or {})["unit"]):
             for index, (layer, before) in enumerate(zip(cell["layers"], cell["untrained"], strict=True)):
+                now, then = {"mean": layer}, {"mean": before}
                 shown = [
-                    f"{_number(of(layer, part, measure), '.2f')} ({_number(of(before, part, measure), '.2f')})"
+                    f"{_number(of(now, part, measure), '.2f')} ({_number(of(then, part, measure), '.2f')})"
                     for measure in MEASURES[:2]
                     for part in PARTS
                 ]
@@ -120,5 +130,96 @@ def balance(options: argparse.Namespace) -> None:
         print(f"| {directory.name} | {' | '.join(figures)} |")
 
 
+# --- what differs by chance ---
+
+DATA = Path("docs/data/language")
+BLOCK = (0.0, 0.1, 1.0)  # decays of attention and of the MLPs whose cells hardly differ but by chance
+PLANE = 0.01  # of the largest: a plane above it counts as active
+
+
+def chance(data: Path = DATA) -> Row:
+    """The difference of two runs that chance alone exceeds once in twenty times, and what it is estimated from.
+
+    From the seeds of no decay where they are stored, else from the scatter of neighbouring cells, which holds what the
+    decays do as well and so errs towards calling too little a difference.
+    """
+    seeds = data / "seeds"
+    losses = (
+        [row["loss"] for row in read_metrics(seeds) if row.get("ended")] if (seeds / "config.json").exists() else []
+    )
+    what = "seeds of no decay"
+    if len(losses) < FEWEST:
+        cells = [cell for name in ("mlp", "standard") for cell in summarise(read_metrics(data / name), "tokens")]
+        near = [cell for cell in cells if cell["strength"] in BLOCK and cell["mlp_decay"] in BLOCK]
+        losses = [cell["loss"] for cell in near if cell["name"] == "l2"]
+        what = "neighbouring cells of the MLPs' grid"
+    deviation = statistics.stdev(losses)
+    bound = float(stats.t.ppf(0.975, len(losses) - 1)) * math.sqrt(2) * deviation
+    return {"runs": len(losses), "of": what, "deviation": deviation, "pair": math.sqrt(2) * deviation, "bound": bound}
+
+
+FEWEST = 3  # seeds that say more than the block does
+
+
+def scatter(options: argparse.Namespace) -> None:
+    """How far two runs differ by chance."""
+    found = chance(options.directories[0].parent)
+    print(
+        f"From {found['runs']} {found['of']}: standard deviation {found['deviation']:.4f} nats, of the difference of "
+        f"two runs {found['pair']:.4f}; {found['bound']:.3f} is exceeded by chance once in twenty times."
+    )
+
+
+def standing(directories: Iterable[Path], data: Path = DATA) -> tuple[list[tuple[str, float]], int]:
+    """The cells whose loss differs from that of no decay by more than chance, and how many were compared."""
+    bound, found, compared = chance(data)["bound"], [], 0
+    for directory in directories:
+        cells = summarise(read_metrics(directory), "tokens")
+        for cell in cells:
+            none = _no_decay(cells, cell)
+            if none is None or none is cell or cell["loss"] is None:
+                continue
+            compared += 1
+            distance = difference(cell, none)[0]
+            if abs(distance) > bound:
+                norm = " with QK-norm" if cell["qk_norm"] else ""
+                found.append((f"{cell['name']} {cell['strength']:g}{norm}", distance))
+    return found, compared
+
+
+def stands(options: argparse.Namespace) -> None:
+    """The differences from no decay that chance does not explain."""
+    found, compared = standing(options.directories, options.directories[0].parent)
+    listed = "; ".join(f"{name} ({distance:+.3f})" for name, distance in found) or "none"
+    bound = chance(options.directories[0].parent)["bound"]
+    print(f"Of {compared} differences from no decay, beyond {bound:.3f}: {listed}.")
+
+
+def planes(options: argparse.Namespace) -> None:
+    """A Markdown line per checkpoint: rank of W_Q, of W_K, of their product at equal positions, and active planes."""
+    print("| model | rank W_Q | rank W_K | rank W_KᵀW_Q at equal positions | active planes |\n|---|--:|--:|--:|--:|")
+    for directory in options.directories:
+        rows = inspect(directory).rows
+        shown = []
+        for key, value in (("matrix", "query"), ("matrix", "key"), ("product", "query_key")):
+            some = [row["pseudo_rank"] for row in rows if row.get(key) == value]
+            shown.append(f"{statistics.fmean(some):.2f}" if some else "—")
+        active = []
+        for row in rows:
+            if row.get("product") == "query_key" and row.get("squared_norms"):
+                sizes = [math.sqrt(a * b) for a, b in zip(*row["squared_norms"].values(), strict=True)]
+                active.append(sum(size > PLANE * max(sizes) for size in sizes) / len(sizes))
+        shown.append(f"{statistics.fmean(active):.2f}" if active else "—")
+        print(f"| {directory.name} | {' | '.join(shown)} |")
+
+
+TABLES = {"table": table, "layers": layers, "scatter": scatter, "stands": stands, "balance": balance, "planes": planes}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one of the commands above."""
+    stored.command_line(__doc__, store, TABLES, arguments=arguments)
+
+
 if __name__ == "__main__":
-    stored.command_line(__doc__, store, {"table": table, "layers": layers, "balance": balance})
+    main()

@@ -1,4 +1,4 @@
-"""How often intervals for a boundary contain it: the numbers of `docs/findings.md` and `lab/phase.py`, by simulation.
+"""How often intervals for a boundary contain it: the numbers of `docs/findings` and `lab/phase.py`, by simulation.
 
 python benchmarks/boundary_coverage.py        # about half a minute on one core
 

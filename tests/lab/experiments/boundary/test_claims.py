@@ -103,6 +103,7 @@ def test_a_difference_is_settled_where_the_seeds_say_so_too():
     assert settled(by_fits | {"by_seed": None}) == "less"
     assert seeds_words(seeds | {"low": 0.7, "high": 1.04}) == "0.85 (0.70–1.04)"
     assert seeds_words(seeds | {"low": None, "high": None}) == "0.85, one seed"
+    assert seeds_words(seeds | {"low": 0.85, "high": 0.85}) == "0.85, all seeds alike"
     assert seeds_words(None) == "—"
 
 

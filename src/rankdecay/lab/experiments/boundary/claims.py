@@ -50,7 +50,11 @@ def seeds_words(found: Mapping[str, Any] | None) -> str:
     """A ratio with the seed as its unit: `"0.86 (0.70–1.04)"`, a dash where no seed can be compared."""
     if not found:
         return "—"
-    between = f" ({found['low']:.2f}–{found['high']:.2f})" if is_number(found.get("low")) else ", one seed"
+    low, high = found.get("low"), found.get("high")
+    if not (is_number(low) and is_number(high)):
+        return f"{found['ratio']:.2f}, one seed"
+    alike = high < 1.0001 * low  # the grid does not part the seeds: their scatter, not the error, is 0
+    between = ", all seeds alike" if alike else f" ({low:.2f}–{high:.2f})"
     return f"{found['ratio']:.2f}{between}"
 
 
