@@ -3,7 +3,7 @@
     python benchmarks/attention_findings.py store runs/language docs/data/language/default   # a compact copy
     python benchmarks/attention_findings.py table docs/data/language/default                 # one line per cell
     python benchmarks/attention_findings.py layers docs/data/recall/default                  # and of each layer
-    python benchmarks/attention_findings.py scatter docs/data/language/mlp docs/data/language/seeds   # chance
+    python benchmarks/attention_findings.py scatter docs/data/language                         # chance
     python benchmarks/attention_findings.py stands docs/data/language/standard docs/data/language/qk_norm
     python benchmarks/attention_findings.py balance runs/language/models/*                   # of the models it kept
     python benchmarks/attention_findings.py planes runs/language/models/*                    # and their rotary planes
@@ -51,9 +51,18 @@ def _kept(row: Row) -> Row:
 def table(options: argparse.Namespace) -> None:
     """A Markdown line per cell, its loss against that of no decay with the same MLP decay and norm."""
     for directory in options.directories:
-        unit = (read_json(directory / "summary.json") or {"unit": "tokens"})["unit"]
-        cells = summarise(read_metrics(directory), unit)
-        _lines(cells, unit)
+        _lines(cells_of(directory), (read_json(directory / "summary.json") or {"unit": "tokens"})["unit"])
+
+
+def cells_of(directory: Path) -> list[Row]:
+    """The cells of a stored run."""
+    unit = (read_json(directory / "summary.json") or {"unit": "tokens"})["unit"]
+    return summarise(read_metrics(directory), unit)
+
+
+def measure(cell: Row, part: str, name: str = "pseudo_rank") -> float | None:
+    """A measure of a product, or of W_Q or W_K alone, over heads and layers."""
+    return (cell["mean"].get(part) or {}).get(name) if part in ("query", "key") else of(cell, part, name)
 
 
 def _lines(cells: list[Row], unit: str) -> None:
@@ -137,42 +146,47 @@ BLOCK = (0.0, 0.1, 1.0)  # decays of attention and of the MLPs whose cells hardl
 PLANE = 0.01  # of the largest: a plane above it counts as active
 
 
-def chance(data: Path = DATA) -> Row:
-    """The difference of two runs that chance alone exceeds once in twenty times, and what it is estimated from.
+FEWEST = 3  # seeds that say anything of a scatter
 
-    From the seeds of no decay where they are stored, else from the scatter of neighbouring cells, which holds what the
-    decays do as well and so errs towards calling too little a difference.
+
+def chances(data: Path = DATA) -> list[Row]:
+    """The difference of two runs that chance alone exceeds once in twenty times, as far as it was measured.
+
+    From neighbouring cells of one seed, whose scatter holds what the decays do as well; and from seeds of no decay,
+    where they are stored, whose scatter holds what two runs of one seed have in common. A difference of two cells of
+    one seed is between the two, so it stands where it is beyond both.
     """
+    cells = [cell for name in ("mlp", "standard") for cell in summarise(read_metrics(data / name), "tokens")]
+    near = [cell for cell in cells if cell["strength"] in BLOCK and cell["mlp_decay"] in BLOCK]
+    found = {"neighbouring cells of one seed": [cell["loss"] for cell in near if cell["name"] == "l2"]}
     seeds = data / "seeds"
-    losses = (
-        [row["loss"] for row in read_metrics(seeds) if row.get("ended")] if (seeds / "config.json").exists() else []
-    )
-    what = "seeds of no decay"
-    if len(losses) < FEWEST:
-        cells = [cell for name in ("mlp", "standard") for cell in summarise(read_metrics(data / name), "tokens")]
-        near = [cell for cell in cells if cell["strength"] in BLOCK and cell["mlp_decay"] in BLOCK]
-        losses = [cell["loss"] for cell in near if cell["name"] == "l2"]
-        what = "neighbouring cells of the MLPs' grid"
-    deviation = statistics.stdev(losses)
-    bound = float(stats.t.ppf(0.975, len(losses) - 1)) * math.sqrt(2) * deviation
-    return {"runs": len(losses), "of": what, "deviation": deviation, "pair": math.sqrt(2) * deviation, "bound": bound}
-
-
-FEWEST = 3  # seeds that say more than the block does
+    if (seeds / "config.json").exists():
+        found["seeds of no decay"] = [row["loss"] for row in read_metrics(seeds) if row.get("ended")]
+    rows = []
+    for what, losses in found.items():
+        if len(losses) >= FEWEST:
+            pair = math.sqrt(2) * statistics.stdev(losses)
+            bound = float(stats.t.ppf(0.975, len(losses) - 1)) * pair
+            rows.append({"of": what, "runs": len(losses), "pair": pair, "bound": bound})
+    return rows
 
 
 def scatter(options: argparse.Namespace) -> None:
-    """How far two runs differ by chance."""
-    found = chance(options.directories[0].parent)
-    print(
-        f"From {found['runs']} {found['of']}: standard deviation {found['deviation']:.4f} nats, of the difference of "
-        f"two runs {found['pair']:.4f}; {found['bound']:.3f} is exceeded by chance once in twenty times."
-    )
+    """A Markdown line per way to say how far two runs differ by chance."""
+    print("| from | runs | standard deviation of a difference | exceeded once in twenty times |\n|---|--:|--:|--:|")
+    for found in chances(options.directories[0]):
+        print(f"| {found['of']} | {found['runs']} | {found['pair']:.3f} | {found['bound']:.3f} |")
 
 
-def standing(directories: Iterable[Path], data: Path = DATA) -> tuple[list[tuple[str, float]], int]:
-    """The cells whose loss differs from that of no decay by more than chance, and how many were compared."""
-    bound, found, compared = chance(data)["bound"], [], 0
+def standing(directories: Iterable[Path], data: Path = DATA) -> tuple[list[tuple[str, float, int]], int, int]:
+    """The cells whose loss differs from that of no decay by more than chance, as it was measured in some way.
+
+    Returns:
+        The name of each, its difference, and beyond how many of the bounds it is; how many bounds there are; and how
+        many cells were compared.
+    """
+    bounds = [found["bound"] for found in chances(data)]
+    found, compared = [], 0
     for directory in directories:
         cells = summarise(read_metrics(directory), "tokens")
         for cell in cells:
@@ -181,18 +195,22 @@ def standing(directories: Iterable[Path], data: Path = DATA) -> tuple[list[tuple
                 continue
             compared += 1
             distance = difference(cell, none)[0]
-            if abs(distance) > bound:
+            if beyond := sum(abs(distance) > bound for bound in bounds):
                 norm = " with QK-norm" if cell["qk_norm"] else ""
-                found.append((f"{cell['name']} {cell['strength']:g}{norm}", distance))
-    return found, compared
+                found.append((f"{cell['name']} {cell['strength']:g}{norm}", distance, beyond))
+    return found, len(bounds), compared
 
 
 def stands(options: argparse.Namespace) -> None:
     """The differences from no decay that chance does not explain."""
-    found, compared = standing(options.directories, options.directories[0].parent)
-    listed = "; ".join(f"{name} ({distance:+.3f})" for name, distance in found) or "none"
-    bound = chance(options.directories[0].parent)["bound"]
-    print(f"Of {compared} differences from no decay, beyond {bound:.3f}: {listed}.")
+    found, bounds, compared = standing(options.directories, options.directories[0].parent)
+
+    def listed(wanted: bool) -> str:
+        some = [f"{name} ({distance:+.3f})" for name, distance, beyond in found if (beyond == bounds) == wanted]
+        return ", ".join(some) or "none"
+
+    print(f"Of {compared} differences from no decay these stand: {listed(True)}. Beyond one measure of chance and not "
+          f"the other: {listed(False)}.")  # fmt: skip
 
 
 def planes(options: argparse.Namespace) -> None:

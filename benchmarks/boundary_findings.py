@@ -11,6 +11,7 @@
     python benchmarks/boundary_findings.py ranks docs/data/boundary/selection --rest 2         # what is left
     python benchmarks/boundary_findings.py ends docs/data/boundary/selection                   # what the runs kept
     python benchmarks/boundary_findings.py stuck docs/data/plateau.json                        # subtraction near .4
+    python benchmarks/boundary_findings.py picture docs/data/boundary/prototype                # beside the published
 
 A compact copy is a run directory: its rows without curves and spectra, so `rankdecay report` draws it too, and a longer
 sweep goes on from it.
@@ -287,6 +288,47 @@ def cells(options: argparse.Namespace) -> None:
                 print(f"| {runs.size(fraction)} | {' | '.join(means)} |")
 
 
+NEAR = 0.11  # of a published colour: a cell that agrees with it
+
+
+def published(directory: Path) -> Row:
+    """Our cells beside those of the published picture: how many agree, and the rank of its strongest column."""
+    runs = sweep((directory,))
+    known = json.loads((directory / "published.json").read_text())["arms"]
+    off = {}
+    for arm, by_fraction in known.items():
+        for fraction, by_strength in by_fraction.items():
+            for strength, value in by_strength.items():
+                (ours,) = best_accuracies(runs, arm, float(fraction), float(strength))
+                off[arm, fraction, strength] = round(abs(round(ours, 2) - value), 2)  # read off to two digits
+    strongest = max(row["strength"] for row in runs.of("prototype"))
+    ranks = [row["stable_rank"] for row in runs.of("prototype") if row["strength"] == strongest]
+    return {
+        "cells": len(off),
+        "near": sum(value <= NEAR for value in off.values()),
+        "within": NEAR,
+        "apart": ", ".join(
+            f"{arm} {strength} at {fraction}" for (arm, fraction, strength), v in off.items() if v > NEAR
+        ),
+        "full_rank": f"{min(ranks):.0f}–{max(ranks):.0f}",
+    }
+
+
+def picture(options: argparse.Namespace) -> None:
+    """The cells of the prototype's grid, ours / the published picture's."""
+    for directory in options.directories:
+        runs = sweep((directory,))
+        for arm, by_fraction in json.loads((directory / "published.json").read_text())["arms"].items():
+            strengths = list(next(iter(by_fraction.values())))
+            print(f"\n| {arm} | {' | '.join(strengths)} |\n|" + "---|" * (len(strengths) + 1))
+            for fraction, known in by_fraction.items():
+                shown = []
+                for strength in strengths:
+                    (ours,) = best_accuracies(runs, arm, float(fraction), float(strength))
+                    shown.append(f"{ours:.2f} / {known[strength]:.2f}")
+                print(f"| {fraction} | {' | '.join(shown)} |")
+
+
 def ends(options: argparse.Namespace) -> None:
     """A Markdown line per arm: test accuracy at the end of the runs that generalised, and the best of all runs."""
     runs = _sweep(options)
@@ -343,6 +385,7 @@ TABLES = {
     "ranks": ranks,
     "ends": ends,
     "stuck": stuck,
+    "picture": picture,
 }
 
 

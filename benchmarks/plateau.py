@@ -20,7 +20,7 @@ from rankdecay.lab.ensemble.ensemble import Ensemble, Training
 from rankdecay.lab.experiments.boundary.arms import every_arm
 from rankdecay.lab.experiments.boundary.experiment import trials
 from rankdecay.lab.experiments.boundary.settings import Boundary
-from rankdecay.lab.machine import describe_machine
+from rankdecay.lab.machine import describe_machine, versions
 from rankdecay.lab.tasks import make_dataset
 
 MODULUS, EVERY = 31, 120
@@ -77,6 +77,7 @@ def main() -> None:
     rows = [row for f in given.fractions for arm, s in ARMS.items() for row in curves(arm, s, f, given.steps)]
     document = {
         "machine": describe_machine("cpu"),
+        "versions": versions(),
         "columns": ["step", "train right", "train right but for the sign", "test right", "test right but for the sign"],
         "seconds": round(time.monotonic() - begun),
         "rows": rows,
