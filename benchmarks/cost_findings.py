@@ -6,6 +6,8 @@ python benchmarks/cost_findings.py gpt2 docs/data/step_goals.json      # as a sh
 python benchmarks/cost_findings.py inspection docs/data/inspection.json
 python benchmarks/cost_findings.py parts docs/data/grok_parts.json     # of a step of the default grok
 python benchmarks/cost_findings.py sweep docs/data/boundary_speed.json # beside the prototype's loop
+python benchmarks/cost_findings.py sharded docs/data/sharded.json      # of sharded weights
+python benchmarks/cost_findings.py paper docs/data/sharded_paper.json  # and on paper
 """
 
 import argparse
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import sharded as sharded_script
 import stored
 
 Row = dict[str, Any]
@@ -94,7 +97,24 @@ def sweep(options: argparse.Namespace) -> None:
             print(f"| {row['variant']} | {shown} |")
 
 
+def sharded(options: argparse.Namespace) -> None:
+    """A Markdown line per layout: what a decay of sharded weights takes and sends."""
+    for path in options.directories:
+        print(sharded_script.HEADER)
+        for row in json.loads(path.read_text())["rows"]:
+            print(sharded_script.line(sharded_script.Row(**row)))
+
+
+def paper(options: argparse.Namespace) -> None:
+    """A Markdown line per size and layout: the same on paper."""
+    for path in options.directories:
+        print(sharded_script.PAPER_HEADER)
+        for row in json.loads(path.read_text())["rows"]:
+            print(sharded_script.line(sharded_script.PaperRow(**row)))
+
+
 TABLES = {"step": step, "goals": goals, "gpt2": gpt2, "inspection": inspection, "parts": parts, "sweep": sweep}
+TABLES |= {"sharded": sharded, "paper": paper}
 
 
 def store(options: argparse.Namespace) -> None:

@@ -142,6 +142,13 @@ def cell(name: str, arm: str, size: str, rest: str = "") -> str:
     return f"{sum(row['outcome'] == 'generalised' for row in rows)} of {len(rows)}"
 
 
+def cell_mean(name: str, arm: str, size: str, key: str, rest: str = "", form: str = ".2g") -> str:
+    """A mean over the runs of one size, of an arm at its best strength."""
+    sweep = _sweep(name, rest)
+    rows = [r for r in sweep.of(arm, sweep.arm(arm)["boundary"]) if sweep.size(r["train_fraction"]) == size]
+    return format(statistics.fmean(row[key] for row in rows), form)
+
+
 def delay(name: str, arm: str, key: str, rest: str = "") -> str:
     """When the runs of an arm memorised, and how much later they generalised: a key of `boundary_findings.delays`."""
     return f"{boundary_findings.delays(_sweep(name, rest), arm)[key]:g}"
@@ -302,6 +309,17 @@ def share(path: str, what: str) -> str:
     return f"{next(iter(row['share'].values())):.2%}"
 
 
+def planes(key: str, form: str = ".1f") -> str:
+    """Milliseconds of the hook of `Planes`: ``ms`` in the median, or ``best``."""
+    return format(json.loads((DATA / "planes.json").read_text())["readings"]["planes, the hook"][key], form)
+
+
+def planes_share(key: str) -> str:
+    """The share of a training step that the hook of `Planes` takes."""
+    readings = json.loads((DATA / "planes.json").read_text())["readings"]
+    return f"{readings['planes, the hook'][key] / readings['training step'][key]:.2%}"
+
+
 def against(path: str, what: str, other: str) -> str:
     """The ratio of two readings of 24 × 768²."""
     rows = {r["what"]: r["ms"] for r in json.loads((DATA / path).read_text())["rows"] if r["case"] == "24x768"}
@@ -312,8 +330,8 @@ NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         value, held, median, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests, cell,
-        delay, switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates, left, stuck,
-        seconds_mean, share, against, spread, ends, published, rank_of, sent,
+        cell_mean, delay, switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates, left, stuck,
+        seconds_mean, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
     )
 }  # fmt: skip
 NUMBERS |= {"e1": schedule_findings.words}
