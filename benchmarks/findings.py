@@ -88,6 +88,11 @@ def median(run: str, arm: str) -> str:
     return "none" if steps is None else f"{steps:g}"
 
 
+def lost(run: str, arm: str) -> str:
+    """How many seeds of an arm of `grok` that held the threshold end below it."""
+    return str(grok_findings.lost(DATA / run, arm))
+
+
 def final(run: str, arm: str, key: str = "test_accuracy", form: str = ".1%") -> str:
     """A figure of an arm of `grok` at the end."""
     return format(grok_findings.arms_of(DATA / run)[arm][key], form)
@@ -297,12 +302,6 @@ def stuck(key: str) -> str:
     return f"{min(firsts):,} and {max(firsts):,}"
 
 
-def seconds_mean(path: str, what: str, form: str = ",.0f") -> str:
-    """Milliseconds of a reading of a benchmark."""
-    rows = json.loads((DATA / path).read_text())["rows"]
-    return format(statistics.median(row["ms"] for row in rows if row["what"] == what), form)
-
-
 def share(path: str, what: str) -> str:
     """The share of a training step of GPT-2 that a reading takes."""
     row = next(r for r in json.loads((DATA / path).read_text())["rows"] if r["what"] == what and r["case"] == "gpt2")
@@ -329,9 +328,9 @@ def against(path: str, what: str, other: str) -> str:
 NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
-        value, held, median, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests, cell,
-        cell_mean, delay, switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates, left, stuck,
-        seconds_mean, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
+        value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
+        cell, cell_mean, delay, switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates,
+        left, stuck, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
     )
 }  # fmt: skip
 NUMBERS |= {"e1": schedule_findings.words}

@@ -11,7 +11,7 @@ from typing import Any
 
 import stored
 
-from rankdecay.lab.store import read_json
+from rankdecay.lab.store import read_json, read_metrics
 
 Row = dict[str, Any]
 
@@ -50,6 +50,15 @@ def arms_of(directory: Path) -> dict[str, Row]:
     return {row["name"]: row for row in (read_json(directory / "summary.json") or {"arms": []})["arms"]}
 
 
+def lost(directory: Path, arm: str) -> int:
+    """How many seeds of an arm held the threshold and end below it."""
+    threshold = (read_json(directory / "summary.json") or {})["threshold"]
+    held_from = arms_of(directory)[arm]["steps_to_generalise_by_seed"]
+    last = {row["seed"]: row["test_accuracy"] for row in read_metrics(directory) if row["arm"] == arm}
+    ends = [last[seed] or 0.0 for seed in sorted(last)]
+    return sum(step is not None and end < threshold for step, end in zip(held_from, ends, strict=True))
+
+
 def table(options: argparse.Namespace) -> None:
     """A Markdown line per arm."""
     for directory in options.directories:
@@ -61,11 +70,11 @@ def table(options: argparse.Namespace) -> None:
 def seeds(options: argparse.Namespace) -> None:
     """A Markdown line per arm that held in any seed: the step from which each did."""
     for directory in options.directories:
-        print("| arm | held from, seed by seed |\n|---|---|")
+        print("| arm | held from, seed by seed | of them below it at the end |\n|---|---|--:|")
         for name, row in arms_of(directory).items():
             if row["generalised"]:
                 steps = ("—" if step is None else f"{step:g}" for step in row["steps_to_generalise_by_seed"])
-                print(f"| {name} | {', '.join(steps)} |")
+                print(f"| {name} | {', '.join(steps)} | {lost(directory, name)} |")
 
 
 def store(options: argparse.Namespace) -> None:
