@@ -392,4 +392,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:  # a claim that its rows do not bear out, or words that nothing is made from
+        sys.exit(f"findings: {error}")
