@@ -12,6 +12,7 @@ A compact copy is a run directory: its rows with the measures that the tables sh
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -22,8 +23,9 @@ from typing import Any
 import stored
 from scipy import stats
 
-from rankdecay import inspect
+from rankdecay import find_attention, inspect, spectrum
 from rankdecay.lab.experiments.attention.summary import difference, of, summarise
+from rankdecay.lab.machine import describe_machine, versions
 from rankdecay.lab.store import read_json, read_metrics
 
 MEASURES = ("pseudo_rank", "imbalance", "nuclear_gap")
@@ -144,6 +146,14 @@ def balance(options: argparse.Namespace) -> None:
 DATA = Path("docs/data/language")
 BLOCK = (0.0, 0.1, 1.0)  # decays of attention and of the MLPs whose cells hardly differ but by chance
 PLANE = 0.01  # of the largest: a plane above it counts as active
+SHARE = 0.95  # of the sum of the planes' sizes, as of a pseudo rank
+PLANE_FIGURES = {
+    "query": "rank W_Q",
+    "key": "rank W_K",
+    "product": "rank W_KᵀW_Q at equal positions",
+    "active": "planes above 1 % of the largest",
+    "carrying": "planes that make 95 %",
+}
 
 
 FEWEST = 3  # seeds that say anything of a scatter
@@ -213,22 +223,43 @@ def stands(options: argparse.Namespace) -> None:
           f"the other: {listed(False)}.")  # fmt: skip
 
 
+def plane_figures(directory: Path) -> Row:
+    """Ranks of the heads of W_Q, of W_K and of their product at equal positions, and how many planes are in use."""
+    found: dict[str, list[float]] = {key: [] for key in PLANE_FIGURES}
+    for layer in find_attention(directory):
+        for name, view, heads in (
+            ("query", layer.query, layer.num_heads),
+            ("key", layer.key, layer.num_key_value_heads),
+        ):
+            if view is not None:
+                for head in view.tensor().double().unflatten(0, (heads, -1)):
+                    found[name].append(spectrum(head).pseudo_rank(SHARE).item())
+    for row in inspect(directory).rows:
+        if row.get("product") != "query_key":
+            continue
+        found["product"].append(row["pseudo_rank"])
+        sizes = sorted((math.sqrt(a * b) for a, b in zip(*row["squared_norms"].values(), strict=True)), reverse=True)
+        found["active"].append(sum(size > PLANE * sizes[0] for size in sizes) / len(sizes))
+        below = next(n for n, total in enumerate(itertools.accumulate(sizes), 1) if total >= SHARE * sum(sizes))
+        found["carrying"].append(below / len(sizes))
+    return {"model": directory.name} | {key: round(statistics.fmean(values), 4) for key, values in found.items()}
+
+
 def planes(options: argparse.Namespace) -> None:
-    """A Markdown line per checkpoint: rank of W_Q, of W_K, of their product at equal positions, and active planes."""
-    print("| model | rank W_Q | rank W_K | rank W_KᵀW_Q at equal positions | active planes |\n|---|--:|--:|--:|--:|")
-    for directory in options.directories:
-        rows = inspect(directory).rows
-        shown = []
-        for key, value in (("matrix", "query"), ("matrix", "key"), ("product", "query_key")):
-            some = [row["pseudo_rank"] for row in rows if row.get(key) == value]
-            shown.append(f"{statistics.fmean(some):.2f}" if some else "—")
-        active = []
-        for row in rows:
-            if row.get("product") == "query_key" and row.get("squared_norms"):
-                sizes = [math.sqrt(a * b) for a, b in zip(*row["squared_norms"].values(), strict=True)]
-                active.append(sum(size > PLANE * max(sizes) for size in sizes) / len(sizes))
-        shown.append(f"{statistics.fmean(active):.2f}" if active else "—")
-        print(f"| {directory.name} | {' | '.join(shown)} |")
+    """A Markdown line per checkpoint, or per row of a stored file: ranks, and the rotary planes in use."""
+    rows: list[Row] = []
+    for path in options.directories:
+        rows += json.loads(path.read_text())["rows"] if path.suffix == ".json" else [plane_figures(path)]
+    if options.json:
+        document = {"machine": describe_machine("cpu"), "versions": versions(), "rows": rows}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"| model | {' | '.join(PLANE_FIGURES.values())} |\n|---|" + "--:|" * len(PLANE_FIGURES))
+    for row in rows:
+        print(f"| {row['model']} | {' | '.join(f'{row[key]:.2f}' for key in PLANE_FIGURES)} |")
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, help="of planes: write the rows here as well")
 
 
 TABLES = {"table": table, "layers": layers, "scatter": scatter, "stands": stands, "balance": balance, "planes": planes}
@@ -236,7 +267,7 @@ TABLES = {"table": table, "layers": layers, "scatter": scatter, "stands": stands
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one of the commands above."""
-    stored.command_line(__doc__, store, TABLES, arguments=arguments)
+    stored.command_line(__doc__, store, TABLES, _options, arguments)
 
 
 if __name__ == "__main__":
