@@ -71,7 +71,10 @@ def value(path: str, keys: str, form: str = "g") -> str:
         if ":" in key:
             name, _, wanted = key.partition(":")
             rows = found[name]
-            found = next(row for row in rows if wanted in (row.get("name"), row.get("what"), row.get("model")))
+            named = [row for row in rows if wanted in (row.get("name"), row.get("what"), row.get("model"))]
+            if not named:
+                raise ValueError(f"{DATA / path} has nothing called {wanted!r} among its {name}")
+            found = named[0]
         else:
             found = found[int(key)] if isinstance(found, list) else found[key]
     return format(found, form)
