@@ -66,7 +66,7 @@ def _printed(script: str, words: Sequence[str]) -> str:
 
 def value(path: str, keys: str, form: str = "g") -> str:
     """A number of a JSON file: ``value monitor.json share .3%``; ``rows:7b.read_ms`` is of the row called 7b."""
-    found: Any = read_json(DATA / path)
+    found: Any = json.loads((DATA / path).read_text())
     for key in keys.split("."):
         if ":" in key:
             name, _, wanted = key.partition(":")

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rankdecay.checks import suggestion
 from rankdecay.files import unwritable, write
-from rankdecay.text import json_text, visible
+from rankdecay.text import duration, json_text, time_left, visible
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
@@ -35,6 +36,8 @@ LAB_PACKAGES = ("tyro", "rich", "plotly", "matplotlib", "scipy", "sklearn", "job
 LAB_INSTALL = "pip install 'rankdecay[lab]'"
 
 
+#: Seconds of work before the first line of progress, and between two of them.
+PATIENCE = 5.0
 #: Exit code of ``inspect --strict`` when something that looks like attention is not handled.
 STRICT = 3
 
@@ -206,6 +209,7 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         help="which weights, where there are several sets: name of a file in the directory, dotted key, or prefix of "
         "names (student, state_dict_ema, model.safetensors); again for each path of --compare, if it is another",
     )
+    add("--quiet", action="store_true", help="no lines of progress on standard error; --json has none either")
     add("--list", action="store_true", help="show what would be read, names, shapes and heads, without spectra")
     settings, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -217,8 +221,14 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _inspect(settings: argparse.Namespace) -> int:
     from rankdecay.inspection import comparison, csv_text
+    from rankdecay.lab.store import tidy
 
     paths = (settings.path, *settings.compare)
+    try:
+        for path in paths:
+            tidy(path)
+    except ValueError as error:
+        raise _explained(error, settings.path) from None
     states = settings.state or [None]
     if len(states) not in (1, len(paths)):
         raise CommandError(
@@ -299,9 +309,33 @@ def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> 
                     )
             return inspect_run(path)
         layers, heads = settings.layers or None, settings.heads or None
-        return inspect(path, **how, layers=layers, heads=heads, state=state)
+        progress = None if settings.quiet or settings.json else _Progress(path)
+        return inspect(path, **how, layers=layers, heads=heads, state=state, progress=progress)
     except ValueError as error:
         raise _explained(error, path) from None
+
+
+class _Progress:
+    """Line on standard error now and then while a checkpoint takes longer than one waits without a word.
+
+    Args:
+        path: what is inspected.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._start = time.monotonic()
+        self._due = self._start + PATIENCE
+
+    def __call__(self, done: int, count: int) -> None:
+        """Say how many layers are done, unless it was said a moment ago or all are."""
+        now = time.monotonic()
+        if now < self._due or done == count:
+            return
+        self._due = now + PATIENCE
+        seconds = now - self._start
+        text = f"{self._path}: {done} of {count} layers, {duration(seconds)}, {time_left(seconds, done, count - done)}"
+        print(visible(text), file=sys.stderr)
 
 
 def _explained(error: ValueError, path: Path) -> CommandError:
@@ -355,8 +389,8 @@ def _names(text: str) -> "AttentionNames":
                 "query=wq,key=wk,value=wv,output=wo or fused=qkv,output=proj"
             )
         kind, flags = _NAMES[name], {"yes": True, "true": True, "no": False, "false": False}
-        if kind is int and not value.isdigit():
-            raise CommandError(f"--names {text}: {name}={value} must be a whole number")
+        if kind is int and not re.fullmatch("[0-9]{1,18}", value):
+            raise CommandError(f"--names {text}: {name}={value[:40]} must be a whole number")
         if kind is bool and value.lower() not in flags:
             raise CommandError(f"--names {text}: {name}={value} must be yes or no")
         given[name] = flags[value.lower()] if kind is bool else kind(value)
