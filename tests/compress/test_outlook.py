@@ -41,6 +41,16 @@ def test_what_cannot_be_made_smaller_is_said_with_the_reason():
     assert "no configuration says of which class it is" in str(rd.inspect(torch.nn.MultiheadAttention(16, 2)))
 
 
+@pytest.mark.parametrize(("value", "says"), [(float("nan"), "not finite"), (1e200, "so large or so small")])
+def test_weights_without_an_energy(value, says):
+    model = small.model().double()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.fill_(value)
+    report = rd.inspect(model)
+    assert report.smaller is not None
+    assert says in report.smaller.reason
+
+
 def test_of_a_part_of_a_model_nothing_is_said(tmp_path):
     report = rd.inspect(small.saved(tmp_path / "model"), layers=[0])
     assert report.smaller is None
