@@ -37,13 +37,23 @@ def windows_of(text: str | Path | Tensor, tokenizer: Any, length: int, most: int
         ValueError: If the text is shorter than two windows, or is text and there is no tokenizer.
     """
     if isinstance(text, Tensor):
+        if text.is_floating_point() or text.is_complex() or text.dtype == torch.bool or text.ndim not in (1, 2):
+            raise ValueError(
+                f"calibration is a tensor of {text.dtype} and shape {tuple(text.shape)}, expected numbers of tokens, "
+                "(tokens,) or (windows, length)."
+            )
+        text = text.long()
         if text.ndim == 2:
+            if text.shape[1] < 2:
+                raise ValueError(f"calibration has windows of {text.shape[1]} tokens, expected at least 2.")
             if len(text) < 2:
                 raise ValueError(
                     f"calibration has {len(text)} window, expected at least 2: one chooses, one is reported."
                 )
             return text
         tokens = text.flatten()
+    elif not isinstance(text, (str, Path)):
+        raise TypeError(f"calibration must be the path of a text or a tensor of tokens, got {type(text).__name__}.")
     else:
         if tokenizer is None:
             raise ValueError(f"calibration={str(text)!r} is text, and there is no tokenizer: pass tokenizer=.")
@@ -63,7 +73,7 @@ def windows_of(text: str | Path | Tensor, tokenizer: Any, length: int, most: int
 def loss(model: nn.Module, windows: Tensor) -> float:
     """Return the mean loss of a causal language model on windows of tokens, in nats per token, no window at once."""
     device = next(model.parameters()).device
-    was_training, total = model.training, 0.0
+    modes, total = [(module, module.training) for module in model.modules()], 0.0
     model.eval()  # without dropout
     try:
         for window in windows:
@@ -71,7 +81,8 @@ def loss(model: nn.Module, windows: Tensor) -> float:
             logits = model(input_ids=tokens, use_cache=False).logits
             total += float(F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum"))
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 

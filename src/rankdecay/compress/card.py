@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rankdecay.compress.result import Compression, size_table
 from rankdecay.text import visible
 
@@ -9,7 +11,7 @@ from rankdecay.text import visible
 def card(made: Compression) -> str:
     """Return the README.md of a compressed model."""
     assert made.new_head_dim is not None
-    source = visible(made.source.rstrip("/").rpartition("/")[2])
+    source = visible(Path(made.source).absolute().name)
     lost = next(size for size in made.sizes if size.head_dim == made.new_head_dim)
     first = made.sizes[0]
     before, after = made.parameters
@@ -19,7 +21,7 @@ def card(made: Compression) -> str:
         if made.chosen_by == "loss"
         else "by the weights alone, without a text; expect a large loss before it is healed"
     )
-    cost = "nothing but zeros was dropped, and the logits are those of the original"
+    cost = "nothing but zeros was dropped: the logits are those of the original, up to the rounding of the weights"
     if not made.exact:
         cost = (
             f"the loss on text that was not used to choose went from {first.loss:.4f} to {lost.loss:.4f} nats a token"

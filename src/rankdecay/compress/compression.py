@@ -6,6 +6,8 @@ and directions go is chosen on a text where one is given, and by the weights alo
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -110,10 +112,13 @@ def compress(
     """
     if isinstance(model, (str, Path)) and out is None:
         raise ValueError("out is needed for a model in files: name a directory that does not exist yet.")
+    if head_dim is None:
+        raise ValueError("head_dim=None: say the size of a head; rankdecay.compress.plan shows what sizes cost.")
     if out is not None:
-        check_new(Path(out))  # before any work
+        out = Path(out).expanduser()
+        check_new(out)  # before any work
     tell = progress or _silent
-    with _transformers():
+    with _transformers(), torch.inference_mode(False), torch.no_grad():
         return _compressed(model, head_dim, out, calibration, tokenizer, window, windows, sizes, tell)
 
 
@@ -143,16 +148,27 @@ def _compressed(
         return _with_out(plan_, out)
     total = len(smaller.layers)
     small = smaller.model(read, moments, lambda done: tell("making layers smaller", done, total))
+    assert isinstance(model, nn.Module)
+    _as_before(small, model)
     if out is not None:
         with new_directory(Path(out)) as folder:
             assert isinstance(small, nn.Module)
             small.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(card(plan_))
+            (folder / "README.md").write_text(card(plan_), "utf-8")
         plan_ = _with_out(plan_, out)
     small.compression = plan_  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    return small.to(next(model.parameters()).device) if isinstance(model, nn.Module) else small
+    return small.to(next(model.parameters()).device)
+
+
+def _as_before(small: nn.Module, model: nn.Module) -> None:
+    """Give the smaller model how the original generates, and which of its parameters are trained."""
+    if getattr(model, "generation_config", None) is not None:
+        small.generation_config = copy.deepcopy(model.generation_config)  # pyright: ignore[reportAttributeAccessIssue]
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
 
 
 def plan(
@@ -170,7 +186,7 @@ def plan(
 
     Without ``head_dim`` only the table of sizes.
     """
-    with _transformers():
+    with _transformers(), torch.inference_mode(False), torch.no_grad():
         tell = progress or _silent
         return _planned(model, head_dim, calibration, tokenizer, window, windows, sizes, tell)[0]
 
@@ -206,9 +222,13 @@ def _planned(
     stored = StoredModel(model) if isinstance(model, (str, Path)) else None
     kind, config, read = _opened(model, stored)
     original = Original(kind, config)
+    if isinstance(model, nn.Module):
+        original.skeleton.check_same(model)
     if stored is not None:
         names = [name for layer in original.layers for name in layer.parameters]
         stored.check(original.skeleton.shapes, names)
+    if sizes is not None and (isinstance(sizes, str) or not isinstance(sizes, Sequence)):
+        raise TypeError(f"sizes must be a list of head sizes, got {sizes!r}.")
     for wanted in (*([] if head_dim is None else [head_dim]), *(sizes or ())):
         _check_size(original, wanted)
     scores = original.scores(read)
@@ -219,6 +239,8 @@ def _planned(
         live, tokens = _text(model, kind, stored, calibration, tokenizer, window, windows, config, tell)
         choosing, reported = tokens[::2], tokens[1::2]
         layers, keys = original.with_positions(original.layers)
+        if not math.isfinite(texts.loss(live, choosing[:1])):
+            raise ValueError("the model's loss on the text is no number: do its weights hold NaN or infinity?")
         moments = texts.moments(live, original.layers, choosing)
         scores = with_losses(scores, texts.plane_losses(live, layers, keys, original.turned(), choosing, tell))
 
@@ -251,7 +273,7 @@ def _planned(
         table,
         {} if smaller is None else {key or "all": planes.tolist() for key, planes in smaller.kept.items()},
         "loss" if calibration is not None else "energy",
-        smaller is not None and _is_exact(smaller, scores, energies, read),
+        smaller is not None and _is_exact(smaller, scores, read),
         counts,
         notes,
     )
@@ -315,13 +337,19 @@ def _text(
 ) -> tuple[nn.Module, Tensor]:
     """Return a live model and the windows of the text."""
     if not isinstance(window, int) or window < 2:
-        raise ValueError(f"window={window} must be at least 2 tokens.")
+        raise ValueError(f"window={window!r} must be at least 2 tokens.")
     if not isinstance(windows, int) or windows < 2:
         raise ValueError(f"windows={windows} must be at least 2: one chooses, one is reported.")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    if kind.__name__ not in CAUSAL.values():
+        raise NotReducible(
+            f"{kind.__name__} is no causal language model, whose loss on a text could choose: leave it out."
+        )
     longest = getattr(config, "max_position_embeddings", None) or window
     if isinstance(model, nn.Module):
         tokens = texts.windows_of(calibration, tokenizer, min(window, longest), windows)
-        return model, tokens
+        return model, _known(tokens, config)
     assert stored is not None
     if not isinstance(calibration, Tensor):
         read_bytes(calibration, texts.LARGEST_TEXT)  # a path that is wrong is said before anything else
@@ -339,7 +367,17 @@ def _text(
     tokens = texts.windows_of(calibration, tokenizer, min(window, longest), windows)
     tell("loading the model", 0, 1)
     live = kind.from_pretrained(str(stored.path), dtype=torch.float32, local_files_only=True).eval()
-    return live, tokens
+    return live, _known(tokens, config)
+
+
+def _known(tokens: Tensor, config: Any) -> Tensor:
+    """Return tokens, all of which the model knows."""
+    if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
+        raise ValueError(
+            f"calibration has token {int(tokens.max())}, and the model knows 0 to {config.vocab_size - 1}: is the "
+            "tokenizer that of the model?"
+        )
+    return tokens
 
 
 def _written(config: Any, stored: StoredModel | None) -> dict[str, Any]:
@@ -352,7 +390,7 @@ def _written(config: Any, stored: StoredModel | None) -> dict[str, Any]:
 
 
 def _check_size(original: Original, size: int) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 2 or size % 2:
+    if not hasattr(size, "__index__") or isinstance(size, bool) or size < 2 or size % 2:
         raise ValueError(
             f"head_dim={size!r} must be an even number of at least 2: rotary planes are of two coordinates."
         )
@@ -375,7 +413,10 @@ def _size(
     losses: Callable[[Smaller | None], float] | None,
 ) -> Size:
     head_dim = original.head_dim if small is None else small.head_dim
-    width = read(original.layers[0].parameters[0]).element_size()
+    # a checkpoint is loaded in the type that its configuration names
+    named = getattr(original.config, "dtype", None)
+    weights = read(original.layers[0].found.places["key"].parameter).dtype
+    width = (named if isinstance(named, torch.dtype) else weights).itemsize
     planes = max((scores[key].lost(kept) for key, kept in small.kept.items()), default=0.0) if small else 0.0
     lost = lost_energy(energies, head_dim) if small else 0.0
     loss = losses(small) if losses is not None else None
@@ -385,10 +426,12 @@ def _size(
 def _is_exact(
     smaller: Smaller,
     scores: Mapping[str | None, PlaneScores],
-    energies: Sequence[Tensor],
     read: Callable[[str], Tensor],
 ) -> bool:
-    """Whether only zeros go; of values, and of what has no positions, up to what rounding leaves of a lower rank."""
+    """Whether only zeros go; of values, and of what has no positions, up to what rounding leaves of a lower rank.
+
+    Whatever the inputs: what a text does not show may be what another one has.
+    """
     for key, kept in smaller.kept.items():
         gone = torch.ones_like(scores[key].removable)
         gone[kept] = False
@@ -400,7 +443,7 @@ def _is_exact(
         energy = unturned_energies(layer, read)
         if energy is not None and not _ends(energy, left):
             return False
-    return all(_ends(energy, smaller.head_dim) for energy in energies)
+    return all(_ends(value_energies(layer, read, None), smaller.head_dim) for layer in smaller.layers)
 
 
 def _ends(energies: Tensor, count: int) -> bool:

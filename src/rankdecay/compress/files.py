@@ -7,6 +7,7 @@ written beside its name and renamed at the end.
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ _NAMES = {
 _COPIED = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".vocab", ".md")
 _NOT_COPIED = ("config.json", "README.md", "trainer_state.json", "optimizer.json")
 _LARGEST_COPY = 2**28
+_LONGEST_NAME = 60  # characters of a directory's name that are kept while it is written: at most 255 bytes in all
 #: What a configuration calls its number of layers, and a number that none of its settings reaches.
 _LAYERS, _MOST = ("num_hidden_layers", "num_layers", "n_layers", "n_layer"), 2**40
 _BIG_SHARD = 4 * 2**30
@@ -128,7 +130,7 @@ class StoredModel:
 
 def check_new(out: Path) -> None:
     """Raise a ``ValueError`` if a directory to write has something in it, or is none."""
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={str(out)!r} exists: name a directory that does not, since nothing is overwritten.")
 
 
@@ -140,13 +142,18 @@ def new_directory(out: Path) -> Iterator[Path]:
         ValueError: If the directory exists, or cannot be written, with its path and the remedy.
     """
     check_new(out)
-    part = out.with_name(f"{out.name}.part")
+    prefix = f".{out.name[:_LONGEST_NAME]}.rankdecay-"
+    part = out.with_name(f"{prefix}{os.getpid()}")
     try:
         try:
-            if part.is_dir() and not part.is_symlink():  # that a kill left
-                shutil.rmtree(part)
-            part.mkdir(parents=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            for left in out.parent.glob(f"{glob.escape(prefix)}*"):  # that a kill left
+                pid = left.name.removeprefix(prefix)
+                if pid.isascii() and pid.isdecimal() and not _is_running(int(pid)):
+                    shutil.rmtree(left, ignore_errors=True)
+            part.mkdir()
             yield part
+            check_new(out)  # somebody else may have been quicker
             if out.is_dir():
                 out.rmdir()
             part.rename(out)
@@ -155,6 +162,16 @@ def new_directory(out: Path) -> Iterator[Path]:
     except OSError as error:
         named = str(error.filename or out).replace(str(part), str(out))
         raise ValueError(unwritable(OSError(error.errno or errno.EIO, error.strerror or str(error), named))) from None
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user, or no number that a process has
+        return True
+    return True
 
 
 def write_checkpoint(
@@ -212,11 +229,13 @@ def write_checkpoint(
             os.fsync(out.fileno())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8"
+        )
     for file in stored.extra_files():
         shutil.copyfile(file, folder / file.name)
-    (folder / "config.json").write_text(json.dumps(smaller.written, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(card)
+    (folder / "config.json").write_text(json.dumps(smaller.written, indent=2, sort_keys=True) + "\n", "utf-8")
+    (folder / "README.md").write_text(card, "utf-8")
 
 
 def _plan(stored: StoredModel, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, torch.dtype], list[list[str]]]:

@@ -45,6 +45,11 @@ class Original:
         self.head_dim = self.skeleton.found[0].head_dim
         self.warnings: list[str] = []
         self.turned()  # refuses what cannot be turned
+        if any(rope.attention_factor != 1.0 for rope in self.skeleton.ropes.values()):
+            self.warnings.append(
+                "its sines and cosines are multiplied by an attention_factor, which transformers reads beside longrope "
+                "factors; readers that know short_mscale and long_mscale alone ignore it."
+            )
         if any(rope.kind == "dynamic" for rope in self.skeleton.ropes.values()):
             self.warnings.append(
                 "rope_type 'dynamic' changes frequencies beyond "
@@ -150,6 +155,11 @@ class Original:
             )
         if others := sorted(ours - changed - fixed):
             raise NotReducible(f"{name} does not give {others[0]} another shape with a smaller head.")
+        for number, small in enumerate(new.found):
+            turned = small.rotary.dims // 2 if small.rotary is not None else 0
+            left = 0 if self.skeleton.found[number].rotary is None else len(kept[self.skeleton.rope_key(number)])
+            if turned != left:
+                raise NotReducible(f"{name} would turn {turned} planes of a head of {head_dim}, and {left} are kept.")
         for key, planes in kept.items():
             old, rope = self.skeleton.ropes[key], new.ropes.get(key)
             if rope is None or len(rope.short) != len(planes):

@@ -91,7 +91,7 @@ class Compression:
                 f"head size {self.head_dim} → {self.new_head_dim}, parameters {before:,} → {after:,}; chosen by "
                 + ("the loss on the text" if self.chosen_by == "loss" else "the energy of the weights"),
                 *([f"planes that stay: {planes}"] if planes else []),
-                *(["nothing but zeros was dropped: the logits are the same"] if self.exact else []),
+                *(["nothing but zeros was dropped: the logits are the same, up to rounding"] if self.exact else []),
             ]
         lines += [f"note: {note}" for note in self.notes]
         if self.out is not None:

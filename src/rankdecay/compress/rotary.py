@@ -104,7 +104,7 @@ def _parameters(old: Mapping[str, Any], rope: Rope, kept: Tensor, head_dim: int,
     length = old.get("original_max_position_embeddings") if rope.kind == "longrope" or rest else None
     if length or longest:
         new["original_max_position_embeddings"] = length or longest
-    if 2 * planes != head_dim:
+    if 2 * planes != head_dim or "partial_rotary_factor" in old:  # a class may have another share as its default
         new["partial_rotary_factor"] = _share(2 * planes, head_dim)
     if old.get("mrope_section"):
         raise NotReducible("its planes turn by positions of several kinds (mrope_section).")

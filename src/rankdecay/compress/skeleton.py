@@ -88,6 +88,42 @@ class Skeleton:
             )
         check_reducible(self.found)
 
+    def check_same(self, model: nn.Module) -> None:
+        """Raise ``NotReducible`` if a live model is not what its configuration builds.
+
+        The configuration is what a checkpoint is read by: numbers of modules, shapes and rotary frequencies that were
+        changed after building would be lost without a word.
+        """
+        name = type(model).__name__
+        for key, tensor in model.state_dict().items():
+            said = self.shapes.get(key)
+            if said is not None and tuple(tensor.shape) != said:
+                raise NotReducible(f"{key} has shape {tuple(tensor.shape)}, and {name}'s configuration says {said}.")
+        built = dict(self.model.named_modules())
+        for path, module in model.named_modules():
+            other = built.get(path)
+            buffers = {part: b for part, b in module.named_buffers(recurse=False) if part.endswith("inv_freq")}
+            if other is None or type(other) is not type(module):
+                continue
+            for part, buffer in buffers.items():
+                key = part.removesuffix("inv_freq").removesuffix("original_").rstrip("_") or None
+                rope = self.ropes.get(key)
+                if rope is None or ("original_" not in part and rope.kind in ("longrope", "dynamic")):
+                    continue  # that follows the length of the last text
+                if buffer.shape != rope.short.shape or not torch.allclose(
+                    buffer.double().cpu(), rope.short, rtol=1e-2 if buffer.itemsize < 4 else 1e-5
+                ):
+                    raise NotReducible(f"{path}.{part} has other frequencies than {name}'s configuration says.")
+            if buffers:
+                continue
+            for part, value in vars(module).items():
+                said = vars(other).get(part)
+                if type(value) in (int, float) and type(said) in (int, float) and value != said:
+                    raise NotReducible(
+                        f"{path}.{part} is {value}, and {name}'s configuration builds it with {said}: a checkpoint is "
+                        "read by its configuration, so set it there."
+                    )
+
     def scale(self, found: Found) -> float:
         """Return what the scores of an attention are multiplied by."""
         module = self.model.get_submodule(found.module)
