@@ -1,0 +1,398 @@
+r"""What a smaller head costs: small models on text, by every way to get there, with the controls that decide what is claimed.
+
+    python benchmarks/compress.py --stage time                    # minutes that the whole takes here, from measured steps
+    python benchmarks/compress.py --stage tune --family llama     # seed 100; ends by freezing DIR/tuned-llama.json
+    python benchmarks/compress.py --stage train --family llama    # seeds 0-4
+    python benchmarks/compress.py --stage rivals --family llama   # on the dense models of those seeds, before healing
+    python benchmarks/compress.py --stage predicted --family llama
+    python benchmarks/compress.py --stage decoding --family llama
+    python benchmarks/compress.py --stage figure                  # from the stored rows alone
+    python benchmarks/compress.py --stage report                  # likewise: the tables
+
+The families are a Llama and a Qwen3 (QK-norm) of 0.76 million parameters, head 32, on the bytes of Python's standard library,
+the text of `rankdecay language`. Rows are in DIR (docs/data/compress), one file per stage, and every stage goes on where
+it was interrupted; weights that stages share are in WORK (runs/compress) and are trained again if they are not there.
+
+All arms see the same batches, as many tokens, and one learning-rate schedule. The first part of it is trained once per
+seed and shared (but by the small head from the start):
+
+==============  =======================================================================================================
+dense           goes on as it is
+cut             compressed at once (planes and values chosen on training text), then trained for all that is left
+planes          ``Planes(keep)`` and ``LowRank(keep)`` of W_V per key head for a while, compressed, then trained for the rest
+l2              L2 of W_Q, W_K, W_V and W_O, tuned, in their place
+low_rank        ``LowRank(keep)`` of each head of W_Q and W_K in the place of ``Planes``
+small           the small head from the first step on
+==============  =======================================================================================================
+
+Strengths are tuned at half the head on another seed and other windows of the validation text than are reported.
+AdamW's moments go along with the parameters that a cut does not touch; those of the others start anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rankdecay as rd
+from rankdecay.compress import compress
+from rankdecay.lab.experiments.attention.language import text
+from rankdecay.lab.machine import describe_machine, versions
+
+Row = dict[str, Any]
+Moments = dict[str, dict[str, Tensor]]
+Decays = dict[str, Any]
+
+FAMILIES = ("llama", "qwen3")
+ARMS = ("dense", "cut", "planes", "l2", "low_rank", "small")
+GRIDS = {"planes": (8.0, 24.0, 72.0), "low_rank": (8.0, 24.0, 72.0), "l2": (3.0, 10.0, 30.0)}
+REST = 0.1  # L2 of all matrices that no decay is named for
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What is trained; a smaller one is for trying the command."""
+
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    key_heads: int = 2
+    head_dim: int = 32
+    mlp_width: int = 344
+    context: int = 128
+    batch_size: int = 4
+    lr: float = 2e-3
+    warmup: int = 40
+    shared: int = 420  # steps that all but the small head share
+    decayed: int = 180  # steps under a decay
+    steps: int = 720
+    sizes: tuple[int, ...] = (16, 8)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    tune_seeds: tuple[int, ...] = (100,)
+    windows: int = 192  # of the validation text: every second one is reported, the others tune
+    calibration: int = 32  # windows of the training text, half of which choose
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0: a warm-up and a cosine to a tenth."""
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / self.steps)
+        return self.lr * min(1.0, (step + 1) / self.warmup) * cosine
+
+
+TINY = Protocol(
+    width=32, depth=2, heads=2, key_heads=1, head_dim=16, mlp_width=64, context=32, batch_size=2, warmup=2, shared=6,
+    decayed=4, steps=14, sizes=(8,), seeds=(0, 1), windows=8, calibration=4,
+)  # fmt: skip
+
+
+# --- models and training ---
+
+
+def fresh(protocol: Protocol, family: str, seed: int, head_dim: int) -> nn.Module:
+    """A model as it is before training."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    config, kind = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[family]
+    torch.manual_seed(seed)
+    made: Any = config(
+        vocab_size=text.BYTES, hidden_size=protocol.width, intermediate_size=protocol.mlp_width,
+        num_hidden_layers=protocol.depth, num_attention_heads=protocol.heads, num_key_value_heads=protocol.key_heads,
+        head_dim=head_dim, max_position_embeddings=4 * protocol.context, tie_word_embeddings=True,
+    )  # fmt: skip
+    return kind(made)
+
+
+def train(
+    model: nn.Module,
+    moments: Moments,
+    protocol: Protocol,
+    corpus: text.Corpus,
+    seed: int,
+    steps: range,
+    decays: Mapping[str, Any] | None = None,
+) -> Moments:
+    """Train a model in place for some steps of the schedule and return AdamW's moments, by the names of parameters."""
+    decays = dict(decays or {})
+    # Rank d' of a key head's W_V is enough for M = [W_O,1; ...] W_V to have it; W_O stays the optimizer's.
+    exclude = ("*.o_proj.weight",) if isinstance(decays.get("value_output"), rd.LowRank) else ()
+    groups = rd.param_groups(model, rd.Frobenius(REST), exclude=exclude, **decays)
+    optimizer = torch.optim.AdamW(groups, lr=protocol.lr, betas=(0.9, 0.95), weight_decay=REST, fused=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, name in names.items():
+        held = moments.get(name)
+        if held is not None and held["exp_avg"].shape == parameter.shape:
+            optimizer.state[parameter] = {key: value.clone() for key, value in held.items()}
+    attachment = rd.attach(optimizer)
+    model.train()
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = protocol.rate(step)
+        windows = text.random_windows(corpus.training, protocol.context, protocol.batch_size, seed, step)
+        optimizer.zero_grad()
+        losses_of(model, windows).mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    attachment.detach()
+    model.zero_grad()
+    kept = ("step", "exp_avg", "exp_avg_sq")
+    return {
+        names[parameter]: {key: state[key].clone() for key in kept}
+        for parameter, state in optimizer.state.items()
+        if "exp_avg" in state
+    }
+
+
+def losses_of(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean loss of each window, (windows,)."""
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.mT.float(), windows[:, 1:], reduction="none").mean(1)
+
+
+@torch.no_grad()
+def judged(model: nn.Module, windows: Tensor) -> float:
+    """Loss on windows of the validation text."""
+    model.eval()
+    return float(torch.cat([losses_of(model, some) for some in windows.split(16)]).mean())
+
+
+def cut(model: nn.Module, head_dim: int, protocol: Protocol, corpus: text.Corpus, seed: int) -> nn.Module:
+    """The model with a smaller head, chosen on training text."""
+    tokens = text.random_windows(corpus.training, protocol.context, protocol.calibration, seed, 10**6)[:, :-1]
+    small = compress(model, head_dim, calibration=tokens, sizes=[])  # pyright: ignore[reportArgumentType]
+    assert isinstance(small, nn.Module)
+    return small
+
+
+def decays_of(arm: str, strength: float, head_dim: int) -> Decays:
+    """The decays of W_Q and W_K, and of W_V, in an arm."""
+    if arm == "l2":
+        return {"query_key": rd.Frobenius(strength), "value_output": rd.Frobenius(strength)}
+    values = rd.LowRank(strength, keep=head_dim, unit="head")
+    both = {
+        "planes": rd.Planes(strength, keep=head_dim // 2, scope="model"),
+        "low_rank": rd.LowRank(strength, keep=head_dim, unit="head"),
+    }
+    return {"query_key": both[arm], "value_output": values}
+
+
+@torch.no_grad()
+def cache_bytes(model: nn.Module, tokens: int = 16) -> float:
+    """Bytes per token, counted from the tensors of the cache."""
+    cache = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)) / tokens
+
+
+class Stage:
+    """Rows of one stage, in a file to which what is missing is added.
+
+    Args:
+        arguments: of the command line.
+        name: of the file.
+        keys: fields that tell one row from another.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, name: str, keys: Sequence[str]) -> None:
+        self.path, self.keys = arguments.dir / f"{name}.jsonl", keys
+        self.rows = read(self.path)
+        self._there = {tuple(row[key] for key in keys) for row in self.rows}
+
+    def has(self, **key: Any) -> bool:
+        return tuple(key[name] for name in self.keys) in self._there
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        self._there.add(tuple(row[name] for name in self.keys))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps({key: shortened(value) for key, value in row.items()}) + "\n")
+        print(json.dumps({key: shortened(value) for key, value in row.items()}), flush=True)
+
+
+def shortened(value: Any) -> Any:
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+class Lab:
+    """What the stages share: the text, windows of it, and models that were trained already."""
+
+    def __init__(self, arguments: argparse.Namespace, protocol: Protocol) -> None:
+        self.arguments, self.protocol = arguments, protocol
+        self.corpus = text.load(text=None, dataset=None, tokenizer=None, share=0.1)
+        windows = text.even_windows(self.corpus.validation, protocol.context, protocol.windows)
+        self.reported, self.tuning = windows[::2], windows[1::2]
+
+    def shared(self, family: str, seed: int) -> tuple[nn.Module, Moments]:
+        """The model after the steps that all arms share."""
+        return self._kept(family, seed, "shared", self._train_shared)
+
+    def dense(self, family: str, seed: int) -> nn.Module:
+        """The model after all steps, with the head it had."""
+        return self._kept(family, seed, "dense", self._train_dense)[0]
+
+    def _train_shared(self, family: str, seed: int) -> tuple[nn.Module, Moments]:
+        model = fresh(self.protocol, family, seed, self.protocol.head_dim)
+        return model, train(model, {}, self.protocol, self.corpus, seed, range(self.protocol.shared))
+
+    def _train_dense(self, family: str, seed: int) -> tuple[nn.Module, Moments]:
+        model, moments = self.shared(family, seed)
+        steps = range(self.protocol.shared, self.protocol.steps)
+        return model, train(model, moments, self.protocol, self.corpus, seed, steps)
+
+    def _kept(
+        self, family: str, seed: int, name: str, make: Callable[[str, int], tuple[nn.Module, Moments]]
+    ) -> tuple[nn.Module, Moments]:
+        path = self.arguments.work / f"{family}-{seed}-{name}.pt"
+        if path.exists():
+            held = torch.load(path, weights_only=True)
+            model = fresh(self.protocol, family, seed, self.protocol.head_dim)
+            model.load_state_dict(held["model"])
+            return model, held["moments"]
+        model, moments = make(family, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        torch.save({"model": model.state_dict(), "moments": moments}, part)
+        part.rename(path)
+        return model, moments
+
+    def decayed_then_cut(
+        self, family: str, seed: int, arm: str, strength: float, sizes: Sequence[int], windows: Tensor
+    ) -> Iterator[Row]:
+        """Rows of an arm that decays before it is cut; of L2 one training serves all sizes."""
+        protocol = self.protocol
+        at = protocol.shared + protocol.decayed
+        model, held = None, {}
+        for head_dim in sizes:
+            if model is None or arm != "l2":
+                model, moments = self.shared(family, seed)
+                decays = decays_of(arm, strength, head_dim)
+                held = train(model, moments, protocol, self.corpus, seed, range(protocol.shared, at), decays)
+            yield self.cut_then_healed(model, held, family, seed, arm, head_dim, at, windows) | {"strength": strength}
+
+    def cut_then_healed(
+        self,
+        model: nn.Module,
+        moments: Moments,
+        family: str,
+        seed: int,
+        arm: str,
+        head_dim: int,
+        at: int,
+        windows: Tensor,
+    ) -> Row:
+        """The row of a model that is cut at a step of the schedule and trained for the rest of it."""
+        whole = judged(model, windows)
+        small = cut(model, head_dim, self.protocol, self.corpus, seed)
+        made: Any = small.compression
+        at_once, there = judged(small, windows), cache_bytes(small)
+        train(small, moments, self.protocol, self.corpus, seed, range(at, self.protocol.steps))
+        return {
+            "family": family, "seed": seed, "arm": arm, "head_dim": head_dim, "whole": whole, "cut": at_once,
+            "healed": judged(small, windows), "cache_bytes": there, "exact": made.exact, "kept": made.kept["all"],
+        }  # fmt: skip
+
+
+# --- stages ---
+
+
+def tune(lab: Lab, family: str) -> None:
+    """Choose a strength for each decay, on another seed and other windows, and freeze it."""
+    frozen = lab.arguments.dir / f"tuned-{family}.json"
+    if frozen.exists():
+        raise SystemExit(f"{frozen} is frozen: the runs use it. Give another --dir to tune again.")
+    stage = Stage(lab.arguments, "tune", ("family", "seed", "arm", "head_dim", "strength"))
+    size = lab.protocol.sizes[0]
+    for seed in lab.protocol.tune_seeds:
+        for arm, strengths in GRIDS.items():
+            for strength in strengths:
+                if not stage.has(family=family, seed=seed, arm=arm, head_dim=size, strength=strength):
+                    for row in lab.decayed_then_cut(family, seed, arm, strength, [size], lab.tuning):
+                        stage.add(**row)
+    found: dict[str, float] = {}
+    for arm, strengths in GRIDS.items():
+        rows = [row for row in stage.rows if (row["family"], row["arm"]) == (family, arm)]
+        found[arm] = min(
+            strengths, key=lambda s, rows=rows: statistics.fmean(r["healed"] for r in rows if r["strength"] == s)
+        )
+    record = {"protocol": dataclasses.asdict(lab.protocol), "strengths": found, "machine": describe_machine("cpu")}
+    frozen.write_text(json.dumps(record | {"versions": versions(), "text_sha1": lab.corpus.sha1}, indent=1) + "\n")
+
+
+def tuned(lab: Lab, family: str) -> dict[str, float]:
+    path = lab.arguments.dir / f"tuned-{family}.json"
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: run --stage tune --family {family} first, which freezes the strengths.")
+    held = json.loads(path.read_text())
+    if held["protocol"] != json.loads(json.dumps(dataclasses.asdict(lab.protocol))):
+        raise SystemExit(f"{path} was tuned by another protocol: give another --dir, or the options it was made with.")
+    return held["strengths"]
+
+
+def train_all(lab: Lab, family: str) -> None:
+    """Every arm on every seed."""
+    strengths, protocol = tuned(lab, family), lab.protocol
+    stage = Stage(lab.arguments, "train", ("family", "seed", "arm", "head_dim"))
+    for seed in protocol.seeds:
+        missing = {
+            arm: [d for d in sizes if not stage.has(family=family, seed=seed, arm=arm, head_dim=d)]
+            for arm, sizes in [(arm, [protocol.head_dim] if arm == "dense" else protocol.sizes) for arm in ARMS]
+        }
+        if missing["dense"]:
+            model = lab.dense(family, seed)
+            loss = judged(model, lab.reported)
+            stage.add(
+                family=family, seed=seed, arm="dense", head_dim=protocol.head_dim, healed=loss,
+                cache_bytes=cache_bytes(model),
+            )  # fmt: skip
+        for head_dim in missing["cut"]:
+            model, moments = lab.shared(family, seed)
+            stage.add(
+                **lab.cut_then_healed(
+                    model, moments, family, seed, "cut", head_dim, protocol.shared, lab.reported
+                )
+            )  # fmt: skip
+        for arm in ("planes", "l2", "low_rank"):
+            for row in lab.decayed_then_cut(family, seed, arm, strengths[arm], missing[arm], lab.reported):
+                stage.add(**row)
+        for head_dim in missing["small"]:
+            model = fresh(protocol, family, seed, head_dim)
+            train(model, {}, protocol, lab.corpus, seed, range(protocol.steps))
+            stage.add(
+                family=family, seed=seed, arm="small", head_dim=head_dim, healed=judged(model, lab.reported),
+                cache_bytes=cache_bytes(model),
+            )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = {"tune": tune, "train": train_all}
+    parser.add_argument("--stage", choices=(*stages,), required=True)
+    parser.add_argument("--family", choices=FAMILIES, default="llama")
+    parser.add_argument("--dir", type=Path, default=Path("docs/data/compress"))
+    parser.add_argument("--work", type=Path, default=Path("runs/compress"), help="for weights that stages share")
+    parser.add_argument("--tiny", action="store_true", help="a protocol of seconds, to try the command; needs a --dir")
+    arguments = parser.parse_args()
+    if arguments.tiny and arguments.dir == parser.get_default("dir"):
+        parser.error("--tiny needs a --dir of its own: docs/data/compress is for the protocol itself")
+    lab = Lab(arguments, TINY if arguments.tiny else Protocol())
+    stages[arguments.stage](lab, arguments.family)
+
+
+if __name__ == "__main__":
+    main()
