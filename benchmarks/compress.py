@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import statistics
@@ -49,7 +50,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rankdecay as rd
+from rankdecay.compress import calibration as texts
 from rankdecay.compress import compress
+from rankdecay.compress.choice import with_losses
+from rankdecay.compress.compression import _opened as opened
+from rankdecay.compress.files import StoredModel
+from rankdecay.compress.original import Original
+from rankdecay.compress.reduction import Moments as Inputs
 from rankdecay.lab.experiments.attention.language import text
 from rankdecay.lab.machine import describe_machine, versions
 
@@ -379,19 +386,106 @@ def train_all(lab: Lab, family: str) -> None:
             )  # fmt: skip
 
 
+def pretrained(arguments: argparse.Namespace) -> None:
+    """A real checkpoint: both sizes chosen by one ranking of its planes, healed, beside the original trained as long."""
+    from transformers import AutoTokenizer
+
+    healing = example("compress_pretrained")
+    stage = Stage(arguments, "pretrained", ("model", "head_dim", "tokens", "teacher", "windows"))
+    path, steps, name = arguments.model, arguments.steps, Path(arguments.model).name
+    stored = StoredModel(path)
+    kind, config, read_weights = opened(path, stored)
+    live = kind.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    training, validation = healing.windows_of_text(tokenizer, arguments.text, arguments.window)
+    validation, tokens = validation[: arguments.measured], steps * 2 * arguments.window
+    original = Original(kind, config)
+    choosing = training[: arguments.choosing]
+    held = arguments.work / f"{name}-choice-{arguments.choosing}x{arguments.window}.pt"
+    if not held.exists():
+        layers, keys = original.with_positions(original.layers)
+        begun = time.monotonic()
+
+        def say(what: str, done: int, of: int) -> None:
+            print(f"{what}: {done} of {of}, {(time.monotonic() - begun) / 60:.1f} min", flush=True)
+
+        found = texts.moments(live, original.layers, choosing)
+        losses = texts.plane_losses(live, layers, keys, original.turned(), choosing, say)
+        held.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"moments": [one.matrix for one in found], "losses": losses[None]}, held)
+    choice = torch.load(held, weights_only=True)
+    moments = [Inputs(one) for one in choice["moments"]]
+    scores = with_losses(original.scores(read_weights), {None: choice["losses"]})
+    before = healing.loss_on(live, validation)
+    common = {
+        "model": name, "teacher": arguments.teacher, "windows": arguments.choosing, "window": arguments.window,
+        "measured_tokens": validation.numel(),
+    }  # fmt: skip
+
+    def smaller(head_dim: int) -> nn.Module:
+        kept = {None: scores[None].kept(head_dim // 2)}
+        return original.smaller(head_dim, kept, stored.config | {"rope_parameters": config.rope_parameters}).model(
+            read_weights, moments, lambda done: None
+        )
+
+    for head_dim in arguments.head_dims:
+        if not stage.has(**common, head_dim=head_dim, tokens=0):
+            small = smaller(head_dim)
+            stage.add(
+                **common, head_dim=head_dim, tokens=0, before=before, after=healing.loss_on(small, validation),
+                cache_bytes=cache_bytes(small), kept=scores[None].kept(head_dim // 2).tolist(),
+            )  # fmt: skip
+    for head_dim in (*arguments.head_dims, original.head_dim) if steps else ():
+        if stage.has(**common, head_dim=head_dim, tokens=tokens):
+            continue
+        control = head_dim == original.head_dim
+        model = copy.deepcopy(live) if control else smaller(head_dim)
+        start = healing.loss_on(model, validation)
+        teacher = live if arguments.teacher and not control else None
+        healing.heal(model, training[arguments.choosing :], arguments.work / "trainer", steps=steps, teacher=teacher)
+        stage.add(
+            **common, head_dim=head_dim, tokens=tokens, steps=steps, before=start,
+            after=healing.loss_on(model, validation), cache_bytes=cache_bytes(model),
+        )  # fmt: skip
+
+
+def example(name: str) -> Any:
+    """A module of examples/."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = {"tune": tune, "train": train_all}
-    parser.add_argument("--stage", choices=(*stages,), required=True)
+    parser.add_argument("--stage", choices=(*stages, "pretrained"), required=True)
     parser.add_argument("--family", choices=FAMILIES, default="llama")
     parser.add_argument("--dir", type=Path, default=Path("docs/data/compress"))
     parser.add_argument("--work", type=Path, default=Path("runs/compress"), help="for weights that stages share")
     parser.add_argument("--tiny", action="store_true", help="a protocol of seconds, to try the command; needs a --dir")
+    pretrained_options = parser.add_argument_group("pretrained")
+    pretrained_options.add_argument("--model", help="directory of a checkpoint with its tokenizer")
+    pretrained_options.add_argument("--text", help="a text file; without, modules of Python's standard library")
+    pretrained_options.add_argument("--head-dims", type=int, nargs="+", default=[48, 56])
+    pretrained_options.add_argument("--window", type=int, default=256)
+    pretrained_options.add_argument("--choosing", type=int, default=6, help="windows of the text that choose")
+    pretrained_options.add_argument("--measured", type=int, default=16, help="windows of the text that measure")
+    pretrained_options.add_argument("--steps", type=int, default=48, help="of healing, 2 windows each")
+    pretrained_options.add_argument("--teacher", action="store_true")
     arguments = parser.parse_args()
     if arguments.tiny and arguments.dir == parser.get_default("dir"):
         parser.error("--tiny needs a --dir of its own: docs/data/compress is for the protocol itself")
-    lab = Lab(arguments, TINY if arguments.tiny else Protocol())
-    stages[arguments.stage](lab, arguments.family)
+    torch.set_num_threads(1)
+    if arguments.stage == "pretrained":
+        if arguments.model is None:
+            parser.error("--stage pretrained needs --model")
+        return pretrained(arguments)
+    stages[arguments.stage](Lab(arguments, TINY if arguments.tiny else Protocol()), arguments.family)
+    return None
 
 
 if __name__ == "__main__":
