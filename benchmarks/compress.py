@@ -1,6 +1,6 @@
-r"""What a smaller head costs: small models on text, by every way to get there, with the controls that decide what is claimed.
+r"""What a smaller head costs: small models on text, by every way to get there, beside the controls of every claim.
 
-    python benchmarks/compress.py --stage time                    # minutes that the whole takes here, from measured steps
+    python benchmarks/compress.py --stage time                    # minutes that it takes here, from measured steps
     python benchmarks/compress.py --stage tune --family llama     # seed 100; ends by freezing DIR/tuned-llama.json
     python benchmarks/compress.py --stage train --family llama    # seeds 0-4
     python benchmarks/compress.py --stage rivals --family llama   # on the dense models of those seeds, before healing
@@ -9,9 +9,11 @@ r"""What a smaller head costs: small models on text, by every way to get there, 
     python benchmarks/compress.py --stage figure                  # from the stored rows alone
     python benchmarks/compress.py --stage report                  # likewise: the tables
 
-The families are a Llama and a Qwen3 (QK-norm) of 0.76 million parameters, head 32, on the bytes of Python's standard library,
-the text of `rankdecay language`. Rows are in DIR (docs/data/compress), one file per stage, and every stage goes on where
-it was interrupted; weights that stages share are in WORK (runs/compress) and are trained again if they are not there.
+    python benchmarks/compress.py --stage pretrained --model DIR  # a real checkpoint: cut, healed, and the control
+
+The families are a Llama and a Qwen3 (QK-norm) of 0.76 million parameters, head 32, on the bytes of Python's standard
+library, the text of `rankdecay language`. Rows are in DIR (docs/data/compress), one file per stage, and every stage goes
+on where it was interrupted; weights that stages share are in WORK (runs/compress), trained again if they are not there.
 
 All arms see the same batches, as many tokens, and one learning-rate schedule. The first part of it is trained once per
 seed and shared (but by the small head from the start):
@@ -19,7 +21,7 @@ seed and shared (but by the small head from the start):
 ==============  =======================================================================================================
 dense           goes on as it is
 cut             compressed at once (planes and values chosen on training text), then trained for all that is left
-planes          ``Planes(keep)`` and ``LowRank(keep)`` of W_V per key head for a while, compressed, then trained for the rest
+planes          ``Planes(keep)``, and ``LowRank(keep)`` of W_V per key head, for a while, then compressed and trained on
 l2              L2 of W_Q, W_K, W_V and W_O, tuned, in their place
 low_rank        ``LowRank(keep)`` of each head of W_Q and W_K in the place of ``Planes``
 small           the small head from the first step on
@@ -42,7 +44,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from scipy import stats
@@ -57,6 +59,7 @@ from rankdecay.compress.compression import _opened as opened
 from rankdecay.compress.files import StoredModel
 from rankdecay.compress.original import Original
 from rankdecay.compress.reduction import Moments as Inputs
+from rankdecay.compress.reduction import truncated, value_energies
 from rankdecay.lab.experiments.attention.language import text
 from rankdecay.lab.machine import describe_machine, versions
 
@@ -253,6 +256,13 @@ class Lab:
         """The model after all steps, with the head it had."""
         return self._kept(family, seed, "dense", self._train_dense)[0]
 
+    def is_trained(self, family: str, seed: int) -> bool:
+        """Whether the dense model of a seed is there; without it nothing but its own training is waited for."""
+        path = self.arguments.work / f"{family}-{seed}-dense.pt"
+        if not path.exists():
+            print(f"{path} is not there yet: run --stage train --family {family} first; seed {seed} is left out.")
+        return path.exists()
+
     def _train_shared(self, family: str, seed: int) -> tuple[nn.Module, Moments]:
         model = fresh(self.protocol, family, seed, self.protocol.head_dim)
         return model, train(model, {}, self.protocol, self.corpus, seed, range(self.protocol.shared))
@@ -386,8 +396,418 @@ def train_all(lab: Lab, family: str) -> None:
             )  # fmt: skip
 
 
+# --- rivals and predictions, on the dense models ---
+
+
+def attentions(model: Any) -> list[Any]:
+    return [layer.self_attn for layer in model.model.layers]
+
+
+class Heads:
+    """The matrices of one attention by key head, as views that write through.
+
+    Attributes:
+        query: (key heads, query heads of each, d, D).
+        key: (key heads, d, D).
+        value: the same.
+        output: (key heads, query heads of each, d, D): W_O, a row for each coordinate.
+    """
+
+    def __init__(self, attention: Any, head_dim: int) -> None:
+        def rows(weight: Tensor) -> Tensor:
+            return weight.detach().unflatten(0, (-1, head_dim))
+
+        self.key, self.value = rows(attention.k_proj.weight), rows(attention.v_proj.weight)
+        groups = len(self.key)
+        self.query = rows(attention.q_proj.weight).unflatten(0, (groups, -1))
+        self.output = rows(attention.o_proj.weight.mT).unflatten(0, (groups, -1))
+
+    def keep_rows(self, kept: Tensor) -> None:
+        """Zero the rows of queries and keys that are not kept; kept is (key heads, d), of truth values."""
+        self.key.mul_(kept[..., None])
+        self.query.mul_(kept[:, None, :, None])
+
+    def keep_planes(self, kept: Tensor) -> None:
+        """The same of planes, (key heads, d/2) or (d/2). A norm over all d numbers then counts as the smaller one."""
+        self.keep_rows(torch.cat([kept, kept], dim=-1).expand(len(self.key), -1))
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Whether each is one of the largest of its row."""
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(count).indices, True)
+
+
+@torch.no_grad()
+def keys_by_svd(heads: Heads, rank: int) -> None:
+    """W_K of each head of a lower rank: cached before positions and multiplied out when read, by a kernel of its own."""
+    left, values, right = torch.linalg.svd(heads.key, full_matrices=False)
+    heads.key.copy_(left[..., :rank] * values[..., None, :rank] @ right[..., :rank, :])
+
+
+@torch.no_grad()
+def scores_by_svd(heads: Heads, rank: int) -> None:
+    """The best d' coordinates of each head's W_Qᵀ W_K, turned by the class's frequencies as if they were planes."""
+    d = heads.key.shape[-2]
+    joined = heads.query.transpose(1, 2).flatten(2)  # (groups, d, m D)
+    left, values, right = torch.linalg.svd(joined.mT @ heads.key, full_matrices=False)
+    root = values[..., :rank].sqrt()
+    new_query, new_key = (left[..., :rank] * root[..., None, :]).mT, root[..., None] * right[..., :rank, :]
+    planes = torch.arange(rank // 2) * d // rank  # of the same frequencies as a head of d' has by itself
+    rows = torch.cat([planes, planes + d // 2])
+    heads.key.zero_()
+    heads.query.zero_()
+    heads.key[:, rows] = new_key
+    heads.query[:, :, rows] = new_query.unflatten(-1, (heads.query.shape[1], -1)).transpose(1, 2)
+
+
+@torch.no_grad()
+def rows_by_magnitude(heads: Heads, count: int) -> None:
+    """The rows of each head with the largest ‖q‖‖k‖; cached before positions, since a plane may lose one of two."""
+    heads.keep_rows(largest(heads.query.square().sum((1, 3)).sqrt() * heads.key.norm(dim=-1), count))
+
+
+@torch.no_grad()
+def values_by_magnitude(heads: Heads, count: int) -> None:
+    kept = largest(heads.output.square().sum((1, 3)).sqrt() * heads.value.norm(dim=-1), count)
+    heads.value.mul_(kept[..., None])
+
+
+def fisher(model: nn.Module, windows: Tensor, head_dim: int) -> list[Tensor]:
+    """Σ (gradient · weight)² of each plane of each key head, gradients by window: (key heads, d/2) by layer."""
+    sums: list[Tensor] = []
+    for window in windows.split(1):
+        model.zero_grad()
+        losses_of(model, window).mean().backward()
+        for number, attention in enumerate(attentions(model)):
+            q, k = (
+                (p.weight.grad * p.weight.detach()).square().sum(1)
+                for p in (attention.q_proj, attention.k_proj)
+            )  # fmt: skip
+            rows = k.view(-1, head_dim)
+            rows = rows + q.view(len(rows), -1, head_dim).sum(1)
+            planes = rows.unflatten(1, (2, -1)).sum(1)
+            if number == len(sums):
+                sums.append(planes)
+            else:
+                sums[number] += planes
+    model.zero_grad()
+    return sums
+
+
+@contextmanager
+def changed(model: Any, head_dim: int) -> Iterator[list[Heads]]:
+    """Matrices that may be changed, and are afterwards what they were."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        yield [Heads(attention, head_dim) for attention in attentions(model)]
+    finally:
+        model.load_state_dict(state)
+
+
+def flat_gains(model: Any) -> None:
+    """Give the norms of queries and keys one gain for all coordinates, since an SVD mixes them."""
+    for attention in attentions(model):
+        for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)):
+            if norm is not None:
+                norm.weight.data.fill_(float(norm.weight.data.mean()))
+
+
+def rivals(lab: Lab, family: str) -> None:
+    """Loss of the dense models, keys alone or keys and values cut by each method, at equal bytes, before healing."""
+    protocol, d = lab.protocol, lab.protocol.head_dim
+    stage = Stage(lab.arguments, "rivals", ("family", "seed", "method", "head_dim"))
+    for seed in protocol.seeds:
+        if not lab.is_trained(family, seed):
+            continue
+        model = lab.dense(family, seed)
+        whole = judged(model, lab.reported)
+        data = text.random_windows(lab.corpus.training, protocol.context, protocol.calibration, seed, 10**6)[::2]
+        importance = fisher(model, data, d)
+        energy = original_of(model).scores(reader(model))[None].energy
+        for head_dim in protocol.sizes:
+            planes = head_dim // 2
+            small: Any = cut(model, head_dim, protocol, lab.corpus, seed)
+            by_loss = torch.zeros(d // 2, dtype=torch.bool)
+            by_loss[small.compression.kept["all"]] = True
+            alike = [torch.stack(importance).sum((0, 1))] * protocol.depth
+
+            def shared(kept: Tensor) -> Callable[[list[Heads]], object]:
+                return lambda layers: [heads.keep_planes(kept) for heads in layers]
+
+            def own(scores: list[Tensor], planes: int = planes) -> Callable[[list[Heads]], object]:
+                return lambda layers: (
+                    [heads.keep_planes(largest(one, planes)) for heads, one in zip(layers, scores, strict=True)]
+                )
+
+            def each(change: Callable[[Heads, int], None], count: int = head_dim) -> Callable[[list[Heads]], object]:
+                return lambda layers: [change(heads, count) for heads in layers]
+
+            methods = {
+                "planes by loss": shared(by_loss),
+                "planes by energy": shared(largest(energy, planes)),
+                "planes by Fisher": own(alike),
+                "pairs of each head by Fisher": own(importance),
+                "rows by magnitude": each(rows_by_magnitude),
+                "SVD of W_K": each(keys_by_svd),
+                "SVD of the scores, no positions": each(scores_by_svd),
+            }
+            for method, change in methods.items():
+                if stage.has(family=family, seed=seed, method=method, head_dim=head_dim):
+                    continue
+                with changed(model, d) as layers:
+                    change(layers)
+                    if method.startswith("SVD of the scores"):
+                        flat_gains(model)
+                    keys = judged(model, lab.reported)
+                    if method == "rows by magnitude":
+                        for heads in layers:
+                            values_by_magnitude(heads, head_dim)
+                    else:
+                        put_values(layers, [Heads(a, head_dim) for a in attentions(small)])
+                    both = judged(model, lab.reported)
+                stage.add(family=family, seed=seed, method=method, head_dim=head_dim, whole=whole, keys=keys, both=both)
+
+
+@torch.no_grad()
+def put_values(layers: Sequence[Heads], small: Sequence[Heads]) -> None:
+    """Give a model the values of a smaller head, beside zeros."""
+    for heads, other in zip(layers, small, strict=True):
+        rank = other.value.shape[-2]
+        heads.value.zero_()
+        heads.output.zero_()
+        heads.value[:, :rank] = other.value
+        heads.output[:, :, :rank] = other.output
+
+
+def original_of(model: Any) -> Original:
+    return Original(type(model), model.config)
+
+
+def reader(model: nn.Module) -> Callable[[str], Tensor]:
+    state = model.state_dict()
+    return lambda name: state[name]
+
+
+def predicted(lab: Lab, family: str) -> None:
+    """What the weights alone say of a plane or of a rank, beside what leaving it out does to the loss."""
+    protocol, d = lab.protocol, lab.protocol.head_dim
+    stage = Stage(lab.arguments, "predicted", ("family", "seed", "what", "number", "data"))
+    for seed in protocol.seeds:
+        if not lab.is_trained(family, seed) or stage.has(
+            family=family, seed=seed, what="rank", number=d // 8, data=True
+        ):
+            continue
+        model = lab.dense(family, seed)
+        whole = judged(model, lab.reported)
+        original, read_weights = original_of(model), reader(model)
+        energy = original.scores(read_weights)[None].energy
+
+        def rise(change: Callable[[list[Heads]], object], model: nn.Module = model, whole: float = whole) -> float:
+            with changed(model, d) as layers:
+                change(layers)
+                return judged(model, lab.reported) - whole
+
+        for plane in range(d // 2):
+            others = torch.arange(d // 2) != plane
+            lost = rise(lambda layers, others=others: [heads.keep_planes(others) for heads in layers])
+            stage.add(
+                family=family, seed=seed, what="plane", number=plane, data=False, share=float(energy[plane]), rise=lost
+            )
+        data = text.random_windows(lab.corpus.training, protocol.context, protocol.calibration, seed, 10**6)[::2, :-1]
+        for moments in ([None] * protocol.depth, texts.moments(model, original.layers, data)):
+            given = moments[0] is not None
+            shares = [
+                value_energies(layer, read_weights, own) for layer, own in zip(original.layers, moments, strict=True)
+            ]
+            for rank in range(d - d // 8, 0, -d // 8):
+                share = torch.cat([one[:, rank:].sum(1) / one.sum(1) for one in shares]).mean()
+                lost = rise(lambda layers, own=moments, rank=rank: values_at(layers, own, rank))
+                stage.add(
+                    family=family, seed=seed, what="rank", number=rank, data=given, share=float(share), rise=lost
+                )  # fmt: skip
+
+
+@torch.no_grad()
+def values_at(layers: Sequence[Heads], moments: Sequence[Inputs | None], rank: int) -> None:
+    """Values of a lower rank by key head, the best for the weights, or for the inputs whose moments are given."""
+    for heads, own in zip(layers, moments, strict=True):
+        stacked = heads.output.mT.flatten(1, 2).double()  # (groups, m · out, d)
+        left, right = truncated(stacked, heads.value.double(), rank, own.root(with_one=False) if own else None)
+        heads.value.zero_()
+        heads.output.zero_()
+        heads.value[:, :rank] = right.float()
+        heads.output[:, :, :rank] = left.unflatten(1, (heads.output.shape[1], -1)).mT.float()
+
+
+# --- decoding ---
+
+
+def decoding(lab: Lab, family: str) -> None:
+    """Tokens per second of greedy decoding with a cache, in turns, medians of five."""
+    protocol = lab.protocol
+    stage = Stage(lab.arguments, "decoding", ("family", "head_dim", "prompt"))
+    model = lab.dense(family, protocol.seeds[0])
+    models: dict[int, Any] = {protocol.head_dim: model}
+    models |= {size: cut(model, size, protocol, lab.corpus, protocol.seeds[0]) for size in protocol.sizes}
+    time_decoding(stage, models, {"family": family}, protocol.context // 2, 8, protocol.context // 2)
+
+
+def time_decoding(
+    stage: Stage, models: Mapping[int, Any], common: Row, prompt: int, batch_size: int, new: int, rounds: int = 5
+) -> None:
+    vocabulary = next(iter(models.values())).config.vocab_size
+    tokens = torch.randint(3, vocabulary, (batch_size, prompt), generator=torch.Generator().manual_seed(0))
+    times: dict[int, list[float]] = {size: [] for size in models}
+    for _ in range(rounds + 1):  # the first warms up
+        for size, model in models.items():
+            model.eval()
+            begun = time.perf_counter()
+            model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new, do_sample=False
+            )
+            times[size].append(time.perf_counter() - begun)
+    for size, spent in times.items():
+        rates = [batch_size * new / one for one in spent[1:]]
+        stage.add(
+            **common, head_dim=size, prompt=prompt, new_tokens=new, batch_size=batch_size, rounds=rounds,
+            tokens_per_second=statistics.median(rates), best=max(rates), threads=torch.get_num_threads(),
+            cache_bytes=cache_bytes(models[size]), parameters=sum(p.numel() for p in models[size].parameters()),
+        )  # fmt: skip
+
+
+def duration(lab: Lab, family: str) -> None:
+    """Print how long the stages take here, from measured steps."""
+    protocol = lab.protocol
+    model = fresh(protocol, family, 0, protocol.head_dim)
+    train(model, {}, protocol, lab.corpus, 0, range(5))
+    begun = time.perf_counter()
+    train(model, {}, protocol, lab.corpus, 0, range(30))
+    seconds = (time.perf_counter() - begun) / 30
+    at, sizes = protocol.shared + protocol.decayed, len(protocol.sizes)
+    left, healing = protocol.steps - protocol.shared, protocol.steps - at
+    seed = protocol.steps + sizes * (3 * left + healing + protocol.steps) + protocol.decayed
+    tuning = protocol.shared + left * sum(map(len, GRIDS.values()))
+    print(f"{1e3 * seconds:.0f} ms a step on {describe_machine('cpu')}")
+    for stage, steps in (("tune", len(protocol.tune_seeds) * tuning), ("train", len(protocol.seeds) * seed)):
+        print(f"{stage}: {steps * seconds / 60:.0f} min")
+
+
+# --- what is shown ---
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half of the 95 % interval over seeds."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.4f}"
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.4f} ± {half:.4f}"
+
+
+def report(directory: Path) -> None:
+    """Print the tables from the stored rows."""
+    rows = read(directory / "train.jsonl")
+    for family in FAMILIES:
+        mine = [row for row in rows if row["family"] == family]
+        dense = {row["seed"]: row for row in mine if row["arm"] == "dense"}
+        if not dense:
+            continue
+        frozen = json.loads((directory / f"tuned-{family}.json").read_text())
+        print(f"\n{family}, strengths {frozen['strengths']}; ± is half of a 95 % t interval over seeds")
+        bytes_dense = next(iter(dense.values()))["cache_bytes"]
+        print(f"dense: {interval([r['healed'] for r in dense.values()])}, {bytes_dense:.0f} bytes a token")
+        print("| arm | head | bytes | seeds | before the cut | cut | healed | − dense | − cut and healed |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for head_dim in sorted({row["head_dim"] for row in mine if row["arm"] != "dense"}, reverse=True):
+            its = {(row["arm"], row["seed"]): row for row in mine if row["head_dim"] == head_dim}
+            for arm in ARMS[1:]:
+                some = [row for (name, seed), row in its.items() if name == arm and seed in dense]
+                if not some:
+                    continue
+                first = [interval([r[key] for r in some]) if key in some[0] else "" for key in ("whole", "cut")]
+                paired = [r["healed"] - dense[r["seed"]]["healed"] for r in some]
+                against = [
+                    r["healed"] - its["cut", r["seed"]]["healed"] for r in some if ("cut", r["seed"]) in its
+                ]  # fmt: skip
+                last = interval(against) if arm != "cut" and against else ""
+                exact = sum(bool(r.get("exact")) for r in some)
+                name = arm + (f" ({exact} of {len(some)} cuts exact)" if arm in ("planes", "low_rank", "l2") else "")
+                print(
+                    f"| {name} | {head_dim} | {some[0]['cache_bytes']:.0f} | {len(some)} | {' | '.join(first)} | "
+                    f"{interval([r['healed'] for r in some])} | {interval(paired)} | {last} |"
+                )
+    report_rivals(read(directory / "rivals.jsonl"))
+    for row in read(directory / "decoding.jsonl"):
+        print(
+            f"{row['family']}, head {row['head_dim']}, batch {row['batch_size']}, {row['prompt']} + {row['new_tokens']}"
+            f" tokens: {row['tokens_per_second']:.0f} tokens/s (best {row['best']:.0f}), cache {row['cache_bytes']:.0f} "
+            f"bytes a token, {row['parameters']:,} parameters, {row['threads']} thread(s)"
+        )
+    for row in read(directory / "pretrained.jsonl"):
+        what = "at once" if not row["tokens"] else f"after {row['steps']} steps, {row['tokens']} tokens"
+        print(
+            f"{row['model']}, head {row['head_dim']}, cache {row['cache_bytes']:.0f} bytes a token: "
+            f"{row['before']:.4f} → {row['after']:.4f} {what}"
+        )
+
+
+def report_rivals(rows: Sequence[Row]) -> None:
+    for family in FAMILIES:
+        mine = [row for row in rows if row["family"] == family]
+        if not mine:
+            continue
+        sizes = sorted({row["head_dim"] for row in mine}, reverse=True)
+        print(f"\n{family}: rise of the loss before healing, keys alone | keys and values")
+        print("| method | " + " | ".join(f"{size}: keys | {size}: both" for size in sizes) + " |")
+        print("|---" * (1 + 2 * len(sizes)) + "|")
+        for method in dict.fromkeys(row["method"] for row in mine):
+            cells = []
+            for size in sizes:
+                some = [row for row in mine if (row["method"], row["head_dim"]) == (method, size)]
+                cells += [interval([r[key] - r["whole"] for r in some]) for key in ("keys", "both")]
+            print(f"| {method} | {' | '.join(cells)} |")
+
+
+def figure(directory: Path, path: Path) -> None:
+    """Draw what was predicted without data against the loss measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read(directory / "predicted.jsonl")
+    drawn, axes = plt.subplots(1, 2, figsize=(9, 3.8), constrained_layout=True)
+    colours = {"llama": "#1f77b4", "qwen3": "#d95f02"}
+    floor = 1e-5
+    for family in FAMILIES:
+        some = [row for row in rows if row["family"] == family and row["what"] == "plane"]
+        axes[0].scatter(
+            [r["share"] for r in some], [max(r["rise"], floor) for r in some], 14, colours[family], alpha=0.7,
+            label=family,
+        )  # fmt: skip
+        for data, marker in ((False, "o"), (True, "^")):
+            some = [r for r in rows if r["family"] == family and r["what"] == "rank" and r["data"] == data]
+            axes[1].scatter(
+                [r["share"] for r in some], [max(r["rise"], floor) for r in some], 14, colours[family], marker,
+                alpha=0.7, label=f"{family}, {'with' if data else 'without'} data",
+            )  # fmt: skip
+    axes[0].set_title("one rotary plane left out", fontsize=10)
+    axes[1].set_title("values of a lower rank", fontsize=10)
+    axes[0].set_xlabel("share of the score energy, from the weights alone")
+    axes[1].set_xlabel("share of the energy of W_O W_V dropped")
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_ylabel("rise of the loss, nats")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=110)
+    print(path)
+
+
 def pretrained(arguments: argparse.Namespace) -> None:
-    """A real checkpoint: both sizes chosen by one ranking of its planes, healed, beside the original trained as long."""
+    """A real checkpoint: all sizes by one ranking of its planes, healed, beside the original trained as long."""
     from transformers import AutoTokenizer
 
     healing = example("compress_pretrained")
@@ -395,7 +815,7 @@ def pretrained(arguments: argparse.Namespace) -> None:
     path, steps, name = arguments.model, arguments.steps, Path(arguments.model).name
     stored = StoredModel(path)
     kind, config, read_weights = opened(path, stored)
-    live = kind.from_pretrained(path, dtype=torch.float32).eval()
+    live = cast(Any, kind).from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     training, validation = healing.windows_of_text(tokenizer, arguments.text, arguments.window)
     validation, tokens = validation[: arguments.measured], steps * 2 * arguments.window
@@ -423,7 +843,7 @@ def pretrained(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
 
     def smaller(head_dim: int) -> nn.Module:
-        kept = {None: scores[None].kept(head_dim // 2)}
+        kept: dict[str | None, Tensor] = {None: scores[None].kept(head_dim // 2)}
         return original.smaller(head_dim, kept, stored.config | {"rope_parameters": config.rope_parameters}).model(
             read_weights, moments, lambda done: None
         )
@@ -461,12 +881,15 @@ def example(name: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = {"tune": tune, "train": train_all}
-    parser.add_argument("--stage", choices=(*stages, "pretrained"), required=True)
+    stages = {"tune": tune, "train": train_all, "rivals": rivals, "predicted": predicted, "decoding": decoding}
+    parser.add_argument("--stage", choices=(*stages, "pretrained", "time", "figure", "report"), required=True)
     parser.add_argument("--family", choices=FAMILIES, default="llama")
     parser.add_argument("--dir", type=Path, default=Path("docs/data/compress"))
     parser.add_argument("--work", type=Path, default=Path("runs/compress"), help="for weights that stages share")
     parser.add_argument("--tiny", action="store_true", help="a protocol of seconds, to try the command; needs a --dir")
+    parser.add_argument(
+        "--image", type=Path, default=Path("docs/images/compress.png"), help="where --stage figure draws"
+    )
     pretrained_options = parser.add_argument_group("pretrained")
     pretrained_options.add_argument("--model", help="directory of a checkpoint with its tokenizer")
     pretrained_options.add_argument("--text", help="a text file; without, modules of Python's standard library")
@@ -484,6 +907,12 @@ def main() -> None:
         if arguments.model is None:
             parser.error("--stage pretrained needs --model")
         return pretrained(arguments)
+    if arguments.stage == "report":
+        return report(arguments.dir)
+    if arguments.stage == "figure":
+        return figure(arguments.dir, arguments.image)
+    if arguments.stage == "time":
+        return duration(Lab(arguments, Protocol()), arguments.family)
     stages[arguments.stage](Lab(arguments, TINY if arguments.tiny else Protocol()), arguments.family)
     return None
 

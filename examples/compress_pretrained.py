@@ -1,12 +1,12 @@
 """A smaller head for a model that one has, healed with transformers.Trainer, beside the original trained as long.
 
-    python examples/compress_pretrained.py MODEL --head-dim 48 --text FILE             # MODEL: a directory, or a live one's
-    python examples/compress_pretrained.py MODEL --head-dim 48 --text FILE --teacher   # the original's logits as targets
-    python examples/compress_pretrained.py MODEL --head-dim 48 --text FILE --control   # the original, trained as long
+    python examples/compress_pretrained.py MODEL --head-dim 48 --text FILE
+    python examples/compress_pretrained.py MODEL --head-dim 48 --text FILE --teacher  # the original's logits as targets
+    python examples/compress_pretrained.py MODEL --head-dim 48 --text FILE --control  # the original, trained as long
 
 MODEL is a directory of `save_pretrained` with its tokenizer, in full precision; FILE any text like that of the model's
 training, whose last tenth is for measuring. Without a text it is the modules of Python's standard library. The healed
-model is in --out, an ordinary checkpoint. On a CPU a step of a model of 135 million parameters on 512 tokens is seconds.
+model is in --out, an ordinary checkpoint. On a CPU a step of 512 tokens of 135 million parameters takes seconds.
 """
 
 import argparse
