@@ -12,8 +12,8 @@ r"""What a smaller head costs: small models on text, by every way to get there, 
     python benchmarks/compress.py --stage pretrained --model DIR  # a real checkpoint: cut, healed, and the control
 
 The families are a Llama and a Qwen3 (QK-norm) of 0.76 million parameters, head 32, on the bytes of Python's standard
-library, the text of `rankdecay language`. Rows are in DIR (docs/data/compress), one file per stage, and every stage goes
-on where it was interrupted; weights that stages share are in WORK (runs/compress), trained again if they are not there.
+library, the text of `rankdecay language`. Rows are in DIR (docs/data/compress), one file per stage; every stage goes on
+where it was interrupted; weights that stages share are in WORK (runs/compress), trained again if they are not there.
 
 All arms see the same batches, as many tokens, and one learning-rate schedule. The first part of it is trained once per
 seed and shared (but by the small head from the start):
@@ -69,7 +69,7 @@ Decays = dict[str, Any]
 
 FAMILIES = ("llama", "qwen3")
 ARMS = ("dense", "cut", "planes", "l2", "low_rank", "small")
-GRIDS = {"planes": (8.0, 24.0, 72.0), "low_rank": (8.0, 24.0, 72.0), "l2": (3.0, 10.0, 30.0)}
+GRIDS = {"planes": (8.0, 24.0, 72.0), "low_rank": (8.0, 24.0, 72.0), "l2": (0.3, 1.0, 3.0, 10.0)}
 REST = 0.1  # L2 of all matrices that no decay is named for
 
 
@@ -140,7 +140,7 @@ def train(
     exclude = ("*.o_proj.weight",) if isinstance(decays.get("value_output"), rd.LowRank) else ()
     groups = rd.param_groups(model, rd.Frobenius(REST), exclude=exclude, **decays)
     optimizer = torch.optim.AdamW(groups, lr=protocol.lr, betas=(0.9, 0.95), weight_decay=REST, fused=True)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, name in names.items():
         held = moments.get(name)
         if held is not None and held["exp_avg"].shape == parameter.shape:
@@ -439,14 +439,14 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def keys_by_svd(heads: Heads, rank: int) -> None:
-    """W_K of each head of a lower rank: cached before positions and multiplied out when read, by a kernel of its own."""
+    """W_K of each head of a lower rank: cached before positions and multiplied out when read, which needs a kernel."""
     left, values, right = torch.linalg.svd(heads.key, full_matrices=False)
     heads.key.copy_(left[..., :rank] * values[..., None, :rank] @ right[..., :rank, :])
 
 
 @torch.no_grad()
 def scores_by_svd(heads: Heads, rank: int) -> None:
-    """The best d' coordinates of each head's W_Qᵀ W_K, turned by the class's frequencies as if they were planes."""
+    """The best d' coordinates of each head's W_Qᵀ W_K, turned by the class's own frequencies."""
     d = heads.key.shape[-2]
     joined = heads.query.transpose(1, 2).flatten(2)  # (groups, d, m D)
     left, values, right = torch.linalg.svd(joined.mT @ heads.key, full_matrices=False)
@@ -740,8 +740,8 @@ def report(directory: Path) -> None:
     for row in read(directory / "decoding.jsonl"):
         print(
             f"{row['family']}, head {row['head_dim']}, batch {row['batch_size']}, {row['prompt']} + {row['new_tokens']}"
-            f" tokens: {row['tokens_per_second']:.0f} tokens/s (best {row['best']:.0f}), cache {row['cache_bytes']:.0f} "
-            f"bytes a token, {row['parameters']:,} parameters, {row['threads']} thread(s)"
+            f" tokens: {row['tokens_per_second']:.0f} a second (best {row['best']:.0f}), cache {row['cache_bytes']:.0f}"
+            f" bytes a token, {row['parameters']:,} parameters, {row['threads']} thread(s)"
         )
     for row in read(directory / "pretrained.jsonl"):
         what = "at once" if not row["tokens"] else f"after {row['steps']} steps, {row['tokens']} tokens"
