@@ -41,6 +41,7 @@ import json
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -642,35 +643,50 @@ def values_at(layers: Sequence[Heads], moments: Sequence[Inputs | None], rank: i
 # --- decoding ---
 
 
-def decoding(lab: Lab, family: str) -> None:
-    """Tokens per second of greedy decoding with a cache, in turns, medians of five."""
-    protocol = lab.protocol
-    stage = Stage(lab.arguments, "decoding", ("family", "head_dim", "prompt"))
-    model = lab.dense(family, protocol.seeds[0])
-    models: dict[int, Any] = {protocol.head_dim: model}
-    models |= {size: cut(model, size, protocol, lab.corpus, protocol.seeds[0]) for size in protocol.sizes}
-    time_decoding(stage, models, {"family": family}, protocol.context // 2, 8, protocol.context // 2)
+def decoding(arguments: argparse.Namespace) -> None:
+    """Tokens per second of decoding behind a full cache, beside the original in turns: of a small model, or --model."""
+    stage = Stage(arguments, "decoding", ("model", "head_dim", "context", "batch_size"))
+    if arguments.model is None:
+        lab = Lab(arguments, TINY if arguments.tiny else Protocol())
+        name, protocol = arguments.family, lab.protocol
+        model: Any = lab.dense(name, protocol.seeds[0])
+        sizes, context = protocol.sizes, 3 * protocol.context
+    else:
+        from transformers import AutoModelForCausalLM
+
+        name, sizes, context = Path(arguments.model).name, arguments.head_dims, arguments.context
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    models: dict[int, Any] = {model.config.head_dim: model}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which planes go makes no difference to the time
+        models |= {size: compress(model, size) for size in sizes}
+    time_decoding(stage, models, {"model": name, "context": context, "batch_size": arguments.batch_size})
 
 
-def time_decoding(
-    stage: Stage, models: Mapping[int, Any], common: Row, prompt: int, batch_size: int, new: int, rounds: int = 5
-) -> None:
-    vocabulary = next(iter(models.values())).config.vocab_size
-    tokens = torch.randint(3, vocabulary, (batch_size, prompt), generator=torch.Generator().manual_seed(0))
+@torch.no_grad()
+def time_decoding(stage: Stage, models: Mapping[int, Any], common: Row, steps: int = 8, rounds: int = 5) -> None:
+    """Time steps of one token behind a cache of random keys and values, which costs no pass over a prompt."""
+    from transformers import DynamicCache
+
+    batch_size, context = common["batch_size"], common["context"]
     times: dict[int, list[float]] = {size: [] for size in models}
     for _ in range(rounds + 1):  # the first warms up
         for size, model in models.items():
             model.eval()
+            config, cache = model.config, DynamicCache()
+            for layer in range(config.num_hidden_layers):
+                shape = (batch_size, config.num_key_value_heads, context, size)
+                cache.update(torch.randn(shape), torch.randn(shape), layer)
+            token = torch.full((batch_size, 1), 65)
             begun = time.perf_counter()
-            model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new, do_sample=False
-            )
+            for _ in range(steps):
+                token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
             times[size].append(time.perf_counter() - begun)
     for size, spent in times.items():
-        rates = [batch_size * new / one for one in spent[1:]]
+        rates = [batch_size * steps / one for one in spent[1:]]
         stage.add(
-            **common, head_dim=size, prompt=prompt, new_tokens=new, batch_size=batch_size, rounds=rounds,
-            tokens_per_second=statistics.median(rates), best=max(rates), threads=torch.get_num_threads(),
+            **common, head_dim=size, steps=steps, rounds=rounds, tokens_per_second=statistics.median(rates),
+            best=max(rates), threads=torch.get_num_threads(), machine=describe_machine("cpu"),
             cache_bytes=cache_bytes(models[size]), parameters=sum(p.numel() for p in models[size].parameters()),
         )  # fmt: skip
 
@@ -739,8 +755,8 @@ def report(directory: Path) -> None:
     report_rivals(read(directory / "rivals.jsonl"))
     for row in read(directory / "decoding.jsonl"):
         print(
-            f"{row['family']}, head {row['head_dim']}, batch {row['batch_size']}, {row['prompt']} + {row['new_tokens']}"
-            f" tokens: {row['tokens_per_second']:.0f} a second (best {row['best']:.0f}), cache {row['cache_bytes']:.0f}"
+            f"{row['model']}, head {row['head_dim']}, batch {row['batch_size']}, behind {row['context']} tokens: "
+            f"{row['tokens_per_second']:.1f} tokens a second (best {row['best']:.1f}), cache {row['cache_bytes']:.0f}"
             f" bytes a token, {row['parameters']:,} parameters, {row['threads']} thread(s)"
         )
     for row in read(directory / "pretrained.jsonl"):
@@ -881,8 +897,10 @@ def example(name: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = {"tune": tune, "train": train_all, "rivals": rivals, "predicted": predicted, "decoding": decoding}
-    parser.add_argument("--stage", choices=(*stages, "pretrained", "time", "figure", "report"), required=True)
+    stages = {"tune": tune, "train": train_all, "rivals": rivals, "predicted": predicted}
+    parser.add_argument(
+        "--stage", choices=(*stages, "pretrained", "decoding", "time", "figure", "report"), required=True
+    )
     parser.add_argument("--family", choices=FAMILIES, default="llama")
     parser.add_argument("--dir", type=Path, default=Path("docs/data/compress"))
     parser.add_argument("--work", type=Path, default=Path("runs/compress"), help="for weights that stages share")
@@ -890,8 +908,10 @@ def main() -> None:
     parser.add_argument(
         "--image", type=Path, default=Path("docs/images/compress.png"), help="where --stage figure draws"
     )
+    parser.add_argument("--batch-size", type=int, default=8, help="of --stage decoding")
+    parser.add_argument("--context", type=int, default=1024, help="of --stage decoding with --model")
     pretrained_options = parser.add_argument_group("pretrained")
-    pretrained_options.add_argument("--model", help="directory of a checkpoint with its tokenizer")
+    pretrained_options.add_argument("--model", help="directory of a checkpoint with its tokenizer; of decoding too")
     pretrained_options.add_argument("--text", help="a text file; without, modules of Python's standard library")
     pretrained_options.add_argument("--head-dims", type=int, nargs="+", default=[48, 56])
     pretrained_options.add_argument("--window", type=int, default=256)
@@ -902,11 +922,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tiny and arguments.dir == parser.get_default("dir"):
         parser.error("--tiny needs a --dir of its own: docs/data/compress is for the protocol itself")
-    torch.set_num_threads(1)
+    if arguments.stage != "decoding":
+        torch.set_num_threads(1)
     if arguments.stage == "pretrained":
         if arguments.model is None:
             parser.error("--stage pretrained needs --model")
         return pretrained(arguments)
+    if arguments.stage == "decoding":
+        return decoding(arguments)
     if arguments.stage == "report":
         return report(arguments.dir)
     if arguments.stage == "figure":
