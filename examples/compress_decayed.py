@@ -5,9 +5,9 @@
 
 A model learns the bytes of some modules of Python's standard library, and goes on under two decays: `Planes` takes the
 weakest rotary planes of W_Q and W_K to zero, the same ones in all layers, and `LowRank` all but the d' strongest
-directions of each key head's W_V. `rd.compress` then drops zeros alone, so that the logits stay what they were; what it
-writes is an ordinary checkpoint, which `from_pretrained` loads without this library. It is checked, generates, and
-is trained on.
+directions of each key head's W_V and each query head's W_O. `rd.compress` then drops zeros alone: the logits stay
+what they were; what it writes is an ordinary checkpoint, which `from_pretrained` loads without this library. It is
+checked, generates, and is trained on.
 """
 
 import argparse
@@ -34,8 +34,7 @@ def windows_of(text, count, length, seed):
 
 def train(model, text, steps, lr, decays=None, length=128):
     """Train with AdamW on a cosine that ends at a tenth of the learning rate, under the decays of some roles."""
-    # Rank d' of a key head's W_V is enough for W_O W_V to have it in every query head that reads it. W_O is left alone.
-    groups = rd.param_groups(model, rd.Frobenius(0.1), **(decays or {}), exclude=["*.o_proj.weight"] if decays else [])
+    groups = rd.param_groups(model, rd.Frobenius(0.1), **(decays or {}))
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=lr / 10)
     attachment = rd.attach(optimizer)
@@ -95,6 +94,7 @@ def main(
     print(f"trained: loss {loss_on(model, validation):.4f}")
 
     # What stays is named in the units of an ordinary checkpoint: d'/2 planes for the whole model, d' directions a head.
+    # Query heads share the W_V of a key head, so that rank d' there is what makes W_O W_V low rank in all of them.
     decays = {
         "query_key": rd.Planes(strength, keep=head_dim // 2, scope="model"),
         "value_output": rd.LowRank(strength, keep=head_dim, unit="head"),
