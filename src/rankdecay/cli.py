@@ -1,7 +1,8 @@
 """Command line: ``rankdecay COMMAND [options]``.
 
-``inspect`` and ``compress`` are here; the one needs what the library needs, the other transformers too. The other
-commands are the lab's, in :mod:`rankdecay.lab.cli`, which is imported when one of them is named. This module imports neither torch nor the lab: ``--help`` answers at once.
+``inspect`` and ``compress`` are here; the first needs what the library needs, the second transformers too. The other
+commands are the lab's, in :mod:`rankdecay.lab.cli`, which is imported when one of them is named. This module imports
+neither torch nor the lab: ``--help`` answers at once.
 
 Exit codes: 0 done, 2 a command, setting or file that cannot work (one line on standard error says what to do), 3 with
 ``inspect --strict`` if attention is not handled, 130 interrupted.
@@ -395,8 +396,8 @@ def _parse_compress(arguments: Sequence[str]) -> argparse.Namespace:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="text of what the model is for, by which planes and values are chosen and the loss is measured; without it "
-        "the weights alone decide, which costs much more",
+        help="text of what the model is for, on which planes and values are chosen and the loss is measured; without "
+        "it the weights alone decide, which costs much more",
     )
     add("--window", type=int, default=512, metavar="N", help="tokens of a window of the text (default: 512)")
     add("--windows", type=int, default=24, metavar="N", help="windows of the text, half of which choose (default: 24)")
@@ -438,19 +439,19 @@ def _compress(settings: argparse.Namespace) -> int:
     from rankdecay.compress import compress, plan
 
     path: Path = settings.path
+    size: int | None = settings.head_dim
     how: dict[str, Any] = {
-        "calibration": settings.calibration,
         "window": settings.window,
         "windows": settings.windows,
         "sizes": settings.sizes,
         "progress": None if settings.quiet else _Progress(),
     }
     try:
-        result = (
-            plan(path, settings.head_dim, **how)
-            if settings.dry_run
-            else compress(path, settings.head_dim, settings.out, **how)
-        )
+        if settings.dry_run:
+            result = plan(path, size, settings.calibration, **how)
+        else:
+            assert size is not None
+            result = compress(path, size, settings.out, settings.calibration, **how)
     except ValueError as error:
         raise _explained(error, settings.path) from None
     print(json_text(result.to_json() | {"command": "compress"}) if settings.json else result)

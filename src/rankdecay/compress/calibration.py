@@ -19,7 +19,7 @@ from rankdecay.compress.reduction import Layer, Moments, plane_rows_of
 from rankdecay.files import read_bytes
 
 WINDOW, MOST_WINDOWS = 512, 24
-_LARGEST_TEXT = 2**28
+LARGEST_TEXT = 2**28
 
 Progress = Callable[[str, int, int], None]
 
@@ -47,7 +47,7 @@ def windows_of(text: str | Path | Tensor, tokenizer: Any, length: int, most: int
     else:
         if tokenizer is None:
             raise ValueError(f"calibration={str(text)!r} is text, and there is no tokenizer: pass tokenizer=.")
-        content = read_bytes(text, _LARGEST_TEXT).decode("utf-8", errors="replace")
+        content = read_bytes(text, LARGEST_TEXT).decode("utf-8", errors="replace")
         tokens = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"])
     whole = len(tokens) // length
     if whole < 2:

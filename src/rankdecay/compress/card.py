@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from rankdecay.compress.result import Compression, size_table
 from rankdecay.text import visible
-
-if TYPE_CHECKING:
-    from rankdecay.compress.compression import Compression
 
 
 def card(made: Compression) -> str:
     """Return the README.md of a compressed model."""
-    from rankdecay.compress.compression import size_table
-
     assert made.new_head_dim is not None
     source = visible(made.source.rstrip("/").rpartition("/")[2])
     lost = next(size for size in made.sizes if size.head_dim == made.new_head_dim)

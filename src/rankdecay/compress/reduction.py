@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -129,6 +130,7 @@ def reduced(layer: Layer, read: Read, head_dim: int, kept: Tensor | None, moment
         kept: the rotary planes that stay, in increasing order; None for a layer without rotary positions.
         moments: of the layer's input, for the choice of what low rank keeps; None: all inputs count alike.
     """
+    read = lru_cache(maxsize=None)(read)  # a fused parameter is asked for by each of its matrices
     parts = _Parts(layer.found, read)
     query, key = _scores(layer, parts, head_dim, kept, moments)
     value, output, bias = _values(layer, parts, head_dim, moments)
@@ -154,8 +156,8 @@ def value_energies(layer: Layer, read: Read, moments: Moments | None) -> Tensor:
     value, output = parts.heads("value"), parts.grouped(parts.heads("output")).flatten(1, 2)
     if moments is not None:
         value = value @ moments.root(with_one=parts.has_bias("value"))
-    product = torch.linalg.qr(output).R @ torch.linalg.qr(value.mT).R.mT
-    return torch.linalg.svdvals(product).square()
+    (factor, _), (seen, _) = _square_factor(output), _square_factor(value.mT)
+    return torch.linalg.svdvals(factor @ seen.mT).square()
 
 
 class _Parts:
@@ -298,14 +300,12 @@ def truncated(
     Returns:
         left', (…, rows, rank), and right', (…, rank, columns), in balance.
     """
-    basis, triangle = torch.linalg.qr(left if weighted_left is None else weighted_left)
-    middle = triangle @ right
-    seen = middle if root is None else middle @ root
-    wide = seen.shape[-1] > seen.shape[-2]
-    small = torch.linalg.qr(seen.mT).R.mT if wide else seen
-    vectors = torch.linalg.svd(small, full_matrices=False).U[..., :rank]
-    new_right = vectors.mT @ middle
-    new_left = basis @ vectors if weighted_left is None else left @ (torch.linalg.pinv(triangle) @ vectors)
+    counted = left if weighted_left is None else weighted_left
+    factor, inverse = _square_factor(counted)
+    seen, _ = _square_factor((right if root is None else right @ root).mT)
+    vectors = torch.linalg.svd(factor @ seen.mT, full_matrices=False).U[..., :rank]
+    new_right = vectors.mT @ factor @ right
+    new_left = left @ (inverse @ vectors)
     lengths = torch.linalg.vector_norm(new_right, dim=-1) / torch.linalg.vector_norm(new_left, dim=-2)
     balance = torch.where((lengths > 0) & lengths.isfinite(), lengths, 1.0).sqrt()
     new_left, new_right = new_left * balance[..., None, :], new_right / balance[..., None]
@@ -313,6 +313,24 @@ def truncated(
         new_left = torch.nn.functional.pad(new_left, (0, missing))
         new_right = torch.nn.functional.pad(new_right, (0, 0, 0, missing))
     return new_left, new_right
+
+
+#: Condition number from which a Gram matrix in float64 no longer tells what is small from what is zero.
+_WELL_CONDITIONED = 1e6
+
+
+def _square_factor(tall: Tensor) -> tuple[Tensor, Tensor]:
+    """Return F, (…, d, d) or smaller, with Fᵀ F = tallᵀ tall, and its pseudoinverse.
+
+    From the Gram matrix, a tenth of the time of a QR decomposition, unless it is too badly conditioned for that: what
+    a decay left of low rank is to stay exactly so.
+    """
+    values, vectors = torch.linalg.eigh(tall.mT @ tall)
+    if bool((values[..., 0] * _WELL_CONDITIONED**2 > values[..., -1]).all()):
+        scale = values.sqrt()[..., None, :]
+        return (vectors * scale) @ vectors.mT, (vectors / scale) @ vectors.mT
+    factor = torch.linalg.qr(tall, mode="r").R
+    return factor, torch.linalg.pinv(factor)
 
 
 def _gains(layer: Layer, norm: Norm, stored: Tensor, side: str, kept: Tensor | None, head_dim: int) -> Tensor:
