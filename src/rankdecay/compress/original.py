@@ -210,7 +210,7 @@ class Smaller:
             moments: of the inputs of each layer.
             say: is told how many layers are done.
         """
-        state = {name: read(name).clone() for name in self.original.skeleton.shapes if name not in self._ours}
+        state = {name: read(name).clone() for name in self.original.skeleton.own_names if name not in self._ours}
         for number in range(len(self.layers)):
             state |= self.parameters(number, read, moments)
             say(number + 1)
