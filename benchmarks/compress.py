@@ -753,6 +753,7 @@ def report(directory: Path) -> None:
                     f"{interval([r['healed'] for r in some])} | {interval(paired)} | {last} |"
                 )
     report_rivals(read(directory / "rivals.jsonl"))
+    report_predicted(read(directory / "predicted.jsonl"))
     for row in read(directory / "decoding.jsonl"):
         print(
             f"{row['model']}, head {row['head_dim']}, batch {row['batch_size']}, behind {row['context']} tokens: "
@@ -765,6 +766,21 @@ def report(directory: Path) -> None:
             f"{row['model']}, head {row['head_dim']}, cache {row['cache_bytes']:.0f} bytes a token: "
             f"{row['before']:.4f} → {row['after']:.4f} {what}"
         )
+
+
+def report_predicted(rows: Sequence[Row]) -> None:
+    """Print how well the weights order planes and ranks, by Spearman's correlation with the rise of the loss."""
+    for family in dict.fromkeys(row["family"] for row in rows):
+        for what, data in (("plane", False), ("rank", False), ("rank", True)):
+            mine = [row for row in rows if (row["family"], row["what"], row["data"]) == (family, what, data)]
+            found = []
+            for seed in {row["seed"] for row in mine}:
+                some = [row for row in mine if row["seed"] == seed]
+                correlation, _ = stats.spearmanr([r["share"] for r in some], [r["rise"] for r in some])
+                found.append(float(cast(Any, correlation)))
+            if found:
+                named = f"{family}, {what}s{', with data' if data else ''}"
+                print(f"{named}: rank correlation of the energy with the rise of the loss {interval(found)}")
 
 
 def report_rivals(rows: Sequence[Row]) -> None:
@@ -793,18 +809,21 @@ def figure(directory: Path, path: Path) -> None:
 
     rows = read(directory / "predicted.jsonl")
     drawn, axes = plt.subplots(1, 2, figsize=(9, 3.8), constrained_layout=True)
-    colours = {"llama": "#1f77b4", "qwen3": "#d95f02"}
+    colours = ("#1f77b4", "#d95f02", "#4d4d4d")
     floor = 1e-5
-    for family in FAMILIES:
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    for family, colour in zip(families, colours, strict=False):
         some = [row for row in rows if row["family"] == family and row["what"] == "plane"]
         axes[0].scatter(
-            [r["share"] for r in some], [max(r["rise"], floor) for r in some], 14, colours[family], alpha=0.7,
+            [r["share"] for r in some], [max(r["rise"], floor) for r in some], 14, colour, alpha=0.7,
             label=family,
         )  # fmt: skip
         for data, marker in ((False, "o"), (True, "^")):
             some = [r for r in rows if r["family"] == family and r["what"] == "rank" and r["data"] == data]
+            if not some:
+                continue
             axes[1].scatter(
-                [r["share"] for r in some], [max(r["rise"], floor) for r in some], 14, colours[family], marker,
+                [r["share"] for r in some], [max(r["rise"], floor) for r in some], 14, colour, marker,
                 alpha=0.7, label=f"{family}, {'with' if data else 'without'} data",
             )  # fmt: skip
     axes[0].set_title("one rotary plane left out", fontsize=10)
@@ -817,6 +836,8 @@ def figure(directory: Path, path: Path) -> None:
         axis.set_ylabel("rise of the loss, nats")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+    axes[0].set_xticks([0.01, 0.02, 0.05, 0.1, 0.2], ["1 %", "2 %", "5 %", "10 %", "20 %"], minor=False)
+    axes[0].xaxis.set_minor_formatter("")
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=110)
     print(path)
@@ -852,6 +873,14 @@ def pretrained(arguments: argparse.Namespace) -> None:
     choice = torch.load(held, weights_only=True)
     moments = [Inputs(one) for one in choice["moments"]]
     scores = with_losses(original.scores(read_weights), {None: choice["losses"]})
+    weights_alone = Stage(arguments, "predicted", ("family", "seed", "what", "number", "data"))
+    if not weights_alone.has(family=name, seed=0, what="plane", number=0, data=False):
+        whole = healing.loss_on(live, choosing)
+        for plane, (share, lost) in enumerate(zip(scores[None].energy, choice["losses"], strict=True)):
+            weights_alone.add(
+                family=name, seed=0, what="plane", number=plane, data=False, share=float(share),
+                rise=float(lost) - whole,
+            )  # fmt: skip
     before = healing.loss_on(live, validation)
     common = {
         "model": name, "teacher": arguments.teacher, "windows": arguments.choosing, "window": arguments.window,
