@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,25 @@ def test_csv_and_page(checkpoint, tmp_path, capsys):
     assert str(page) in out
     assert len(list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))) == 16
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("options", [(), ("--quiet",), ("--json",)], ids=["plain", "quiet", "json"])
+def test_a_line_of_progress_where_work_is_long(options, tmp_path, capsys, monkeypatch):
+    tensors = {f"{i}.{name}_proj.weight": torch.eye(4) for i in range(8) for name in ("q", "k", "v", "o")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    command = [tmp_path / "model.safetensors", "--num-heads", 2, *options]
+    assert main(["inspect", *map(str, command)]) == 0
+    fast = capsys.readouterr()
+    assert fast.err == ""
+    clock = iter(range(0, 1000, 2))  # two seconds a layer
+    monkeypatch.setattr("rankdecay.cli.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    assert main(["inspect", *map(str, command)]) == 0
+    slow = capsys.readouterr()
+    assert slow.out == fast.out
+    lines = [] if options else [
+        f"{command[0]}: 3 of 8 layers, 6 s, ETA 10 s", f"{command[0]}: 6 of 8 layers, 12 s, ETA 4 s",
+    ]  # fmt: skip
+    assert slow.err.splitlines() == lines
 
 
 def test_a_comparison(checkpoint, tmp_path, capsys):

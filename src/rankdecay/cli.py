@@ -16,13 +16,14 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rankdecay.checks import suggestion
 from rankdecay.files import unwritable, write
-from rankdecay.text import duration, json_text, visible
+from rankdecay.text import duration, json_text, time_left, visible
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
@@ -213,6 +214,7 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
         help="which weights, where there are several sets: name of a file in the directory, dotted key, or prefix of "
         "names (student, state_dict_ema, model.safetensors); again for each path of --compare, if it is another",
     )
+    add("--quiet", action="store_true", help="no lines of progress on standard error; --json has none either")
     add("--list", action="store_true", help="show what would be read, names, shapes and heads, without spectra")
     return _parsed(parser, arguments)
 
@@ -228,8 +230,14 @@ def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpar
 
 def _inspect(settings: argparse.Namespace) -> int:
     from rankdecay.inspection import comparison, csv_text
+    from rankdecay.lab.store import tidy
 
     paths = (settings.path, *settings.compare)
+    try:
+        for path in paths:
+            tidy(path)
+    except ValueError as error:
+        raise _explained(error, settings.path) from None
     states = settings.state or [None]
     if len(states) not in (1, len(paths)):
         raise CommandError(
@@ -310,9 +318,32 @@ def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> 
                     )
             return inspect_run(path)
         layers, heads = settings.layers or None, settings.heads or None
-        return inspect(path, **how, layers=layers, heads=heads, state=state)
+        progress = None if settings.quiet or settings.json else partial(_Progress(), str(path), unit=" layers")
+        return inspect(path, **how, layers=layers, heads=heads, state=state, progress=progress)
     except ValueError as error:
         raise _explained(error, path) from None
+
+
+class _Progress:
+    """Line on standard error now and then while work takes longer than one waits without a word."""
+
+    def __init__(self) -> None:
+        self._what: str | None = None
+        self._last = self._start = time.monotonic()
+        self._due = self._start + PATIENCE
+
+    def __call__(self, what: str, done: int, count: int, unit: str = "") -> None:
+        """Say how much of what is done, unless it was said a moment ago or all of it is."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._start, self._due = what, self._last, self._last + PATIENCE
+        self._last = now
+        if now < self._due or done == count:
+            return
+        self._due = now + PATIENCE
+        seconds = now - self._start
+        left = ", ".join(filter(None, [duration(seconds), time_left(seconds, done, count - done)]))
+        print(visible(f"{what}: {done} of {count}{unit}, {left}"), file=sys.stderr)
 
 
 def _explained(error: ValueError, path: Path) -> CommandError:
@@ -372,8 +403,8 @@ def _names(text: str) -> "AttentionNames":
                 "query=wq,key=wk,value=wv,output=wo or fused=qkv,output=proj"
             )
         kind, flags = _NAMES[name], {"yes": True, "true": True, "no": False, "false": False}
-        if kind is int and not value.isdigit():
-            raise CommandError(f"--names {text}: {name}={value} must be a whole number")
+        if kind is int and not re.fullmatch("[0-9]{1,18}", value):
+            raise CommandError(f"--names {text}: {name}={value[:40]} must be a whole number")
         if kind is bool and value.lower() not in flags:
             raise CommandError(f"--names {text}: {name}={value} must be yes or no")
         given[name] = flags[value.lower()] if kind is bool else kind(value)
@@ -406,25 +437,6 @@ def _parse_compress(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="print the result as JSON")
     add("--quiet", action="store_true", help="no progress on standard error")
     return _parsed(parser, arguments)
-
-
-class _Progress:
-    """Line on standard error now and then while work takes longer than one waits without a word."""
-
-    def __init__(self) -> None:
-        self._what = ""
-        self._start = self._due = 0.0
-
-    def __call__(self, what: str, done: int, count: int) -> None:
-        """Say how much of what is done, unless it was said a moment ago or all of it is."""
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._start, self._due = what, now, now + PATIENCE
-        if now < self._due or done == count:
-            return
-        self._due = now + PATIENCE
-        left = f", ETA {duration((now - self._start) / done * (count - done))}" if done else ""
-        print(visible(f"{what}: {done} of {count}, {duration(now - self._start)}{left}"), file=sys.stderr)
 
 
 def _compress(settings: argparse.Namespace) -> int:

@@ -66,8 +66,16 @@ def read_bytes(path: str | Path, largest: int, error: type[ValueError] = ValueEr
     return content
 
 
-def read_json(path: str | Path, largest: int, error: type[ValueError] = ValueError) -> dict[str, Any]:
+def read_json(
+    path: str | Path, largest: int, error: type[ValueError] = ValueError, remedy: str = "restore it."
+) -> dict[str, Any]:
     """Return the object in a JSON file.
+
+    Args:
+        path: the file.
+        largest: most bytes that it may have.
+        error: what to raise.
+        remedy: what to do about a damaged one.
 
     Raises:
         ValueError: (or ``error``) As :func:`read_bytes`, and if the file holds anything but one JSON object.
@@ -76,14 +84,10 @@ def read_json(path: str | Path, largest: int, error: type[ValueError] = ValueErr
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as damaged:
-        raise error(f"{path} is not valid JSON ({_brief(damaged)}): restore it.") from None
+        raise error(f"{path} is not valid JSON ({str(damaged)[:200]}): {remedy}") from None
     if not isinstance(value, dict):
-        raise error(f"{path} should hold one JSON object, not {type(value).__name__}: restore it.")
+        raise error(f"{path} should hold one JSON object, not {type(value).__name__}: {remedy}")
     return value
-
-
-def _brief(error: Exception) -> str:
-    return f"{error}"[:200]
 
 
 def write(path: str | Path, content: bytes) -> Path:
@@ -95,8 +99,9 @@ def write(path: str | Path, content: bytes) -> Path:
         OSError: with the path as its ``filename``.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name[:_LONGEST]}{PARTIAL[0]}")
     try:
+        if "\0" in path.name:
+            raise OSError(errno.EINVAL, "a name has no NUL in it")
         if kind_of(path) in ("a pipe", "a device"):
             # of a pipe that nobody reads this fails, and would wait otherwise
             handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
@@ -106,16 +111,27 @@ def write(path: str | Path, content: bytes) -> Path:
             return path
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        try:
-            with fresh(part) as file:
-                file.write(content)
-            part.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+        put(path, path.with_name(f"{path.name[:_LONGEST]}{PARTIAL[0]}"), content)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     return path
+
+
+def put(path: Path, part: Path, content: bytes) -> None:
+    """Write a file beside its name, then rename it over that; whatever fails, no part of it is left.
+
+    Raises:
+        OSError: If it cannot be written. What was there is as it was.
+    """
+    try:
+        with fresh(part) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # a power cut must not leave the name with an empty file
+        part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def fresh(path: Path) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -115,6 +115,7 @@ def inspect(
     only: bool = False,
     state: str | None = None,
     example: Any = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Inspection:
     """Return the spectra of every head's products in a model or checkpoint, beside the same shapes untrained.
 
@@ -135,6 +136,7 @@ def inspect(
         example: what a live model is called with (a dictionary of arguments, a tuple, a tensor), or a function that
             returns its loss. One forward and backward pass then tells whether queries and keys are normalised, where
             neither the module nor its configuration says it.
+        progress: called after each layer with the number of layers done and that of all.
 
     Returns:
         An :class:`Inspection`; ``print`` it for a summary.
@@ -159,7 +161,8 @@ def inspect(
         found = settled(found, gradients_of(source.model, _score_parameters(found), example))
     rows: list[Row] = []
     notes: dict[str, list[str]] = {}
-    for layer in chosen(layers, found):
+    asked = chosen(layers, found)
+    for done, layer in enumerate(asked, 1):
         wanted = _chosen_heads(heads, layer.num_heads, layer.name or "the model")
         try:
             layer_rows = list(_layer_rows(layer, *_deviations(source, layer, len(found))))
@@ -176,6 +179,8 @@ def inspect(
         rows += [place | row for row in layer_rows if row["head"] in wanted]
         for note in (*_notes(layer), *_stored_as(layer, source.stored_as)):
             notes.setdefault(note, []).append(layer.place.label)
+        if progress is not None:
+            progress(done, len(asked))
     noted = [f"{ranges(labels)}: {note}" for note, labels in notes.items()]
     return Inspection(str(source), rows, noted, listed(unhandled))
 

@@ -116,6 +116,12 @@ def get_rule(name: str) -> Rule:
     return _registered[name]
 
 
+def check_keep(rule: str, keep: int) -> None:
+    """Raise a `ValueError` if singular values are to be spared by a rule that cannot."""
+    if keep and not get_rule(rule).keep:
+        raise ValueError(f"keep={keep} is not possible with rule={rule!r}; use rule='prox' or 'smooth', or keep=0")
+
+
 def _built_in() -> list[str]:
     return [file.name for file in pkgutil.iter_modules([str(_FOLDER)])]
 

@@ -62,6 +62,17 @@ def duration(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02d} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
+def time_left(seconds: float, done: int, left: int) -> str:
+    """Return how long the rest takes as ``"ETA 48 s"``; empty before anything is done, and once nothing is left.
+
+    Args:
+        seconds: that the work done took.
+        done: pieces of work done.
+        left: pieces of about the same size.
+    """
+    return f"ETA {duration(seconds / done * left)}" if done and left > 0 else ""
+
+
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     """Return a line per row of a table, each column as wide as its widest cell, which is made visible."""
     shown = [[visible(text) for text in row] for row in cells]

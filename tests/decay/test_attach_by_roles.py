@@ -250,6 +250,8 @@ def test_a_decay_is_changed_paused_and_resumed_in_mid_run(by: str) -> None:
     assert factor() == 1
     attachment.set(query_key=rd.LowRank(STRENGTH))
     assert factor() < 0.99
+    with pytest.raises(TypeError, match=r"text is read by \*\*rankdecay.decays\(mlp='LowRank:0.1'\)"):
+        rd.param_groups(model, mlp="LowRank:0.1")
     with pytest.raises(TypeError, match=r"query_key=0\.1 is not a decay"):
         attachment.set(query_key=0.1)
     with pytest.raises(ValueError, match="mlp has no parameter"):

@@ -215,7 +215,8 @@ def test_what_a_parameter_is_decides(name: str) -> None:
 def test_kernels_are_not_taken_for_stacks_of_experts() -> None:
     model = Encoder()
     model.layers[0].pointwise = nn.Conv1d(8, 16, 1, bias=False)
-    with pytest.raises(ValueError, match=r"pointwise.weight has role mlp and shape \(16, 8, 1\).*needs a matrix"):
+    refused = r"pointwise.weight has role mlp and shape \(16, 8, 1\).*needs a matrix.*e='layers.0.pointwise.weight'"
+    with pytest.raises(ValueError, match=refused):
         rd.param_groups(model, mlp=rd.LowRank(0.1))
 
 

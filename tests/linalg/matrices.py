@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -62,6 +63,25 @@ def spectral_error(got: Tensor, expected: Tensor) -> float:
 def rounding(W: Tensor) -> float:
     """Spectral norm that rounding W (or a matrix not larger) once to its dtype can have, as a safe bound."""
     return 2 * torch.finfo(W.dtype).eps * float(torch.linalg.matrix_norm(W.double(), ord="fro"))
+
+
+def beside_the_largest(out: Tensor, count: int) -> float:
+    """The next singular value after the ``count`` largest of a float64 matrix, without the roundings of LAPACK's.
+
+    In the arithmetic of ``np.longdouble``: 80 bits on x86, where it tells a tenth of a rounding of float64.
+    """
+    sigma = torch.linalg.svdvals(out)
+    known = min(count, int((sigma > 1e-6 * sigma[0]).sum()))
+    if count >= len(sigma) or not known:
+        return float(sigma[count]) if count < len(sigma) else 0.0
+    exact = out.numpy().astype(np.longdouble)
+    left = torch.linalg.svd(out, full_matrices=False)[0][:, :known].numpy().astype(np.longdouble)
+    right = exact.T @ left  # one step of a subspace iteration, then orthonormal by Newton-Schulz
+    left = exact @ (right @ np.linalg.inv((right.T @ right).astype(np.float64)).astype(np.longdouble))
+    for _ in range(3):
+        left = left @ (3 * np.eye(known) - left.T @ left) / 2
+    rest = exact - left @ (left.T @ exact)
+    return float(torch.linalg.svdvals(torch.from_numpy(rest.astype(np.float64)))[count - known])
 
 
 # ---- what Hypothesis draws

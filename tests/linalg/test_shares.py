@@ -6,7 +6,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrices import conditioned, gaussian, low_rank, orthonormal, random_matrix, seeds, slow_is_fine, with_spectrum
+from matrices import (
+    beside_the_largest,
+    conditioned,
+    gaussian,
+    low_rank,
+    orthonormal,
+    random_matrix,
+    seeds,
+    slow_is_fine,
+    with_spectrum,
+)
 
 from rankdecay.linalg import power_step, record_backends, shrink, stack, threshold
 from rankdecay.linalg.gram import shrink_factor
@@ -178,6 +188,62 @@ def test_nothing_is_left_below_the_threshold(backend):
             assert max(left[dead:].tolist(), default=0.0) <= 2 * 2.0**-23 * float(sigma[0])
         for level in (1.0, 1 + 1e-9, 1.5, 100):
             assert not shrink(W, float(sigma[0]) * level, backend=backend).any()
+
+
+kinds = {
+    "gaussian": lambda m, n, seed: gaussian(m, n, seed=seed, dtype=torch.float64),
+    "decades": lambda m, n, seed: conditioned((m, n), 10.0 ** (seed % 17), torch.float64, seed),
+    "low rank": lambda m, n, seed: low_rank(m, n, 1 + seed % min(m, n), seed, torch.float64),
+    "equal": lambda m, n, seed: with_spectrum(
+        (m, n), torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64)[torch.arange(min(m, n)) * (seed + 1) % 3], seed
+    ),
+}
+
+
+def left_below(W, level, backend):
+    """What a soft threshold at a level of σ₁ leaves below it, in units in the last place of σ₁."""
+    unit = W.abs().max().double()
+    sigma = torch.linalg.svdvals(W.double() / unit)
+    tau = level * float(sigma[0])
+    out = shrink(W, tau * float(unit), backend=backend).double() / unit
+    if tau >= float(sigma[0]):
+        assert not out.any()
+        return 0.0
+    below = beside_the_largest(out, int((sigma > tau).sum()))
+    return below / float(sigma[0]) / torch.finfo(W.dtype).eps
+
+
+@slow_is_fine
+@given(
+    m=st.integers(1, 60),
+    n=st.integers(1, 60),
+    seed=seeds,
+    kind=st.sampled_from(sorted(kinds)),
+    dtype=st.sampled_from([torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    power=st.floats(-1, 1),
+    backend=st.sampled_from(["exact", "matmul"]),
+    near=st.sampled_from([0.0, 1 - 1e-15, 1.0, 1 + 1e-15, 1 + 1e-12, 1 + 1e-7]),
+    level=st.floats(1e-12, 1.0),
+)
+def test_at_most_two_units_in_the_last_place_are_left_below_the_threshold(
+    m, n, seed, kind, dtype, power, backend, near, level
+):
+    range_ = {torch.float64: 280, torch.float32: 28}.get(dtype, 0)
+    W = (kinds[kind](m, n, seed) * 10.0 ** (power * range_)).to(dtype)
+    sigma = torch.linalg.svdvals(W.double() / W.abs().max().double())
+    if near:  # at, just above or just below a singular value
+        level = float(sigma[seed % len(sigma)] / sigma[0]) * near
+    assert left_below(W, min(level, 1 + 1e-7), backend) <= 2
+
+
+@pytest.mark.parametrize("backend", ["exact", "matmul"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_same_of_large_matrices(dtype, backend):
+    for kind, shape, seed in (("low rank", (260, 150), 40), ("decades", (140, 200), 6), ("gaussian", (130, 130), 1)):
+        W = kinds[kind](*shape, seed).to(dtype)
+        sigma = torch.linalg.svdvals(W.double())
+        for level in (1e-3, float(sigma[9] / sigma[0]), 0.5):
+            assert left_below(W, level, backend) <= 2
 
 
 # ---- what is spared, and the norm -----------------------------------------------------------------------------------

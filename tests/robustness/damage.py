@@ -87,6 +87,10 @@ def regular(root: Path, *suffixes: str) -> list[Path]:
     return [path for path in found if path.stat().st_size < 2**24]
 
 
+def _one(rng: Random, found: list[Path]) -> Path | None:
+    return rng.choice(found) if found else None
+
+
 # ---- any file ----------------------------------------------------------------------------------------------
 
 
@@ -124,10 +128,9 @@ def _flip(rng: Random, data: bytes) -> bytes:
 
 
 def _bytes_changed(rng: Random, root: Path, what: str, change: Callable[[bytes], bytes]) -> str | None:
-    found = regular(root)
-    if not found:
+    path = _one(rng, regular(root))
+    if path is None:
         return None
-    path = rng.choice(found)
     path.write_bytes(change(path.read_bytes()))
     return f"{path.name}: {what}"
 
@@ -210,15 +213,14 @@ def _any(rng: Random, root: Path) -> Path | None:
     found = files_of(root)
     if rng.random() < 0.15:
         found = [path for path in sorted(root.rglob("*")) if path.is_dir()] or found
-    return rng.choice(found) if found else None
+    return _one(rng, found)
 
 
 def added(rng: Random, root: Path) -> str | None:
     """Put a file beside the others that may be taken for one of them."""
-    found = files_of(root)
-    if not found:
+    beside = _one(rng, files_of(root))
+    if beside is None:
         return None
-    beside = rng.choice(found)
     name = rng.choice(
         [
             "model.safetensors",
@@ -292,10 +294,9 @@ def renamed(rng: Random, root: Path) -> str | None:
 
 def json_changed(rng: Random, root: Path) -> str | None:
     """Change values and keys anywhere in a JSON file, among them some that JSON only just allows."""
-    found = regular(root, ".json")
-    if not found:
+    path = _one(rng, regular(root, ".json"))
+    if path is None:
         return None
-    path = rng.choice(found)
     try:
         value = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError, RecursionError):
@@ -356,10 +357,9 @@ def _text(value: Any) -> str:
 
 def header_changed(rng: Random, root: Path) -> str | None:
     """Change the header of a safetensors file, which keeps its length field right."""
-    found = regular(root, ".safetensors")
-    if not found:
+    path = _one(rng, regular(root, ".safetensors"))
+    if path is None:
         return None
-    path = rng.choice(found)
     data = path.read_bytes()
     try:
         length = struct.unpack("<Q", data[:8])[0]
@@ -442,10 +442,9 @@ def tensors_changed(rng: Random, root: Path) -> str | None:
     """Save the tensors of a safetensors file again, one of another shape, kind or content."""
     from safetensors.torch import load, save
 
-    found = regular(root, ".safetensors")
-    if not found:
+    path = _one(rng, regular(root, ".safetensors"))
+    if path is None:
         return None
-    path = rng.choice(found)
     try:
         tensors = load(path.read_bytes())
     except Exception:  # damaged before
@@ -499,10 +498,9 @@ def _other_tensor(rng: Random, tensor: torch.Tensor) -> torch.Tensor:
 
 def pickle_changed(rng: Random, root: Path) -> str | None:
     """Save what a PyTorch file holds again, with tensors and containers that few programs write."""
-    found = regular(root, ".bin", ".pt", ".pth")
-    if not found:
+    path = _one(rng, regular(root, ".bin", ".pt", ".pth"))
+    if path is None:
         return None
-    path = rng.choice(found)
     try:
         content = torch.load(path, weights_only=False)
     except Exception:  # damaged before
@@ -633,10 +631,9 @@ def zip_changed(rng: Random, root: Path) -> str | None:
 
 def gguf_changed(rng: Random, root: Path) -> str | None:
     """Replace a number of the header: the whole is a sequence of lengths, types and counts."""
-    found = regular(root, ".gguf")
-    if not found:
+    path = _one(rng, regular(root, ".gguf"))
+    if path is None:
         return None
-    path = rng.choice(found)
     data = bytearray(path.read_bytes())
     where = rng.randrange(4, min(len(data), 1200))
     number = rng.choice([0, 1, 2**16, 2**31, 2**32 - 1, 2**62, 2**64 - 1])
@@ -651,10 +648,9 @@ def gguf_changed(rng: Random, root: Path) -> str | None:
 
 def lines_changed(rng: Random, root: Path) -> str | None:
     """Change lines of the metrics: missing, twice, out of order, JSON of another kind, no JSON at all."""
-    found = regular(root, ".jsonl")
-    if not found:
+    path = _one(rng, regular(root, ".jsonl"))
+    if path is None:
         return None
-    path = rng.choice(found)
     lines = path.read_bytes().splitlines(keepends=True)
     if not lines:
         return None
@@ -713,10 +709,9 @@ def lines_changed(rng: Random, root: Path) -> str | None:
 
 def arrays_changed(rng: Random, root: Path) -> str | None:
     """Save the arrays of a snapshot again, one of another shape or kind, missing, or with words of a stranger."""
-    found = regular(root, ".npz")
-    if not found:
+    path = _one(rng, regular(root, ".npz"))
+    if path is None:
         return None
-    path = rng.choice(found)
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}

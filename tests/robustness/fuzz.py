@@ -25,14 +25,13 @@ from typing import NamedTuple
 
 import torch
 
+from rankdecay.files import PARTIAL
 from tests.robustness import damage
 from tests.robustness.forked import SECONDS, Ended, forked
 from tests.robustness.samples import Sample, samples
 
 #: What a terminal would obey, or take for another line.
 CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xaa-\xae]|\xe2\x81[\xa6-\xa9]")
-#: Endings of files that are written beside their name first.
-PARTIAL = (".part", ".partial")
 
 
 class Case(NamedTuple):

@@ -195,6 +195,31 @@ def test_the_message_names_the_path_and_nothing_is_left(
         assert "disk is full" in said
 
 
+@pytest.mark.parametrize("place", ["", ".", "a\0b", "/"])
+@pytest.mark.parametrize("option", ["--csv", "--html", "--out"])
+def test_a_place_that_is_no_name_of_a_file(
+    option: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(llama(), tmp_path / "model.safetensors")
+    shutil.copytree(RUNS / "factor", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    what = ["report", "run"] if option == "--out" else ["inspect", "model.safetensors", "--num-heads", "4"]
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main([*what, option, place]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("rankdecay: error: ")
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", ["²", "١", "9" * 5000, "-1"])
+def test_a_number_of_names_that_is_none(number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(llama(), tmp_path / "model.safetensors")
+    names = f"query=q_proj,key=k_proj,num_heads={number}"
+    assert cli.main(["inspect", str(tmp_path), "--names", names]) == 2
+    assert "must be a whole number" in capsys.readouterr().err
+
+
 def test_a_run_that_cannot_write_its_page_names_it(tmp_path: Path) -> None:
     run = shutil.copytree(RUNS / "factor", tmp_path / "run")
     (run / "report.html").mkdir()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from tests import needs
 from tests.lab.disk import full_for
 from tests.lab.interruption import interrupt
 from tests.robustness.kills import COMMANDS, contents
-from tests.robustness.samples import RUNS
+from tests.robustness.samples import RUNS, runs
 from tests.robustness.test_files import put
 
 GROK = [
@@ -272,10 +274,84 @@ def test_a_link_to_a_file_elsewhere_is_not_read(complete: Path, tmp_path: Path) 
         read_run(complete)
 
 
+def without_array(run: Path) -> None:
+    path = run / "snapshots" / "00000000.npz"
+    with np.load(path) as held:
+        arrays = {name: held[name] for name in held.files if name != "seeds"}
+    np.savez(path, **arrays)
+
+
+def edited(name: str, key: str, value: object) -> Callable[[Path], None]:
+    """A damage: another value of every key of that name in a JSON file, or in one line of the metrics."""
+    name, _, line = name.partition(":")
+
+    def change(run: Path) -> None:
+        lines = (run / name).read_text().splitlines(keepends=True) if line else [(run / name).read_text()]
+        number = int(line or 1) - 1
+        record = json.loads(lines[number])
+        found = 0
+        holders = [record]
+        while holders:
+            holder = holders.pop()
+            if isinstance(holder, dict) and key in holder:
+                holder[key] = value
+                found += 1
+            holders += holder.values() if isinstance(holder, dict) else holder if isinstance(holder, list) else []
+        assert found
+        lines[number] = json.dumps(record) + "\n"
+        (run / name).write_text("".join(lines))
+
+    return change
+
+
+#: Files that are whole by themselves and fit nothing else, of directories whose lines have no checksums.
+UNFIT: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "fuzz 20396": ("grok", without_array, "snapshots/00000000.npz"),
+    "fuzz 20952": ("vision", edited("summary.json", "arms", [{"name": "l2"}]), "summary.json"),
+    "fuzz 21243": ("margin", edited("metrics.jsonl:4", "nuclear_excess", "x"), "metrics.jsonl, line 4"),
+    "fuzz 21156": ("factor", edited("config.json", "penalty", "x"), "config.json"),
+    "fuzz 21530": ("margin", edited("summary.json", "settings", {}), "summary.json"),
+    "settings": ("grok", edited("config.json", "threshold", [1]), "config.json"),
+    "layer": ("vision", edited("metrics.jsonl:2", "stable_rank", "x"), "metrics.jsonl, line 2"),
+    "text": ("factor", edited("metrics.jsonl:5", "imbalance", "x"), "metrics.jsonl, line 5"),
+    "list": ("grok", edited("metrics.jsonl:3", "stable_rank", [1.0]), "metrics.jsonl, line 3"),
+    "in a list": ("margin", edited("metrics.jsonl:3", "rank", ["x"]), "metrics.jsonl, line 3"),
+    "cell": ("vision", edited("summary.json", "strength", "x"), "summary.json"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_file_that_fits_no_other_is_named(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample, change, name = UNFIT[case]
+    run = shutil.copytree(RUNS / sample, tmp_path / "run")
+    change(run)
+    refusal(["report", str(run)], capsys, f"{run}/{name}", "restore")
+    assert not (run / "report.html.part").exists()
+
+
+def test_a_figure_names_it_too_and_is_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(RUNS / "margin", tmp_path / "run")
+    edited("metrics.jsonl:4", "nuclear_excess", "x")(run)
+    out = tmp_path / "figure.svg"
+    refusal(["report", str(run), "--figure", str(out)], capsys, f"{run}/metrics.jsonl, line 4")
+    assert not out.exists()
+
+
+def test_a_line_of_another_run_is_named_before_training_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found by the fuzzer, case 21424."""
+    found = next(sample for sample in runs(tmp_path) if sample.name == "recall")
+    out = found.root / "run"
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(['{"step": 1}\n', *lines[1:]]))
+    refusal([word.replace("OUT", str(out)) for word in found.again], capsys, f"{out}/metrics.jsonl", "line 1")
+
+
 # --- nothing left ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["again", "report"])
+@pytest.mark.parametrize("command", ["again", "report", "figure", "inspect"])
 def test_what_a_kill_left_is_removed_by_the_next_command(command: str, complete: Path) -> None:
     before = {str(path.relative_to(complete)) for path in complete.rglob("*")}
     shutil.copy(RUNS / "grok" / "checkpoint.safetensors", complete / "checkpoint.safetensors")
@@ -288,7 +364,13 @@ def test_what_a_kill_left_is_removed_by_the_next_command(command: str, complete:
         (complete / name).write_bytes(b"half")
     (complete / "snapshots" / "00000002.npz.partial").write_bytes(b"half")
     (complete / "models" / "x.partial").mkdir(parents=True)
-    assert cli.main(["report", str(complete)] if command == "report" else [*GROK, "--out", str(complete)]) == 0
+    commands = {
+        "again": [*GROK, "--out", str(complete)],
+        "report": ["report", str(complete)],
+        "figure": ["report", str(complete), "--figure", str(complete.parent / "figure.svg")],
+        "inspect": ["inspect", str(complete)],
+    }
+    assert cli.main(commands[command]) == 0
     after = {str(path.relative_to(complete)) for path in complete.rglob("*")}
     assert after - {"models", "report.html.part"} == before
 
@@ -302,6 +384,39 @@ def test_a_run_that_is_open_is_not_tidied(tmp_path: Path) -> None:
         assert (run.path / "metrics.jsonl.partial").exists()
     tidy(tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl.partial").exists()
+
+
+def test_inspect_leaves_a_run_alone_that_is_at_work_or_cannot_be_written(
+    complete: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = complete / "under_way-3.safetensors"
+    left.write_bytes(b"half")
+    with (complete / ".lock").open("ab") as lock:
+        assert store._lock(lock)
+        assert cli.main(["inspect", str(complete)]) == 0
+        assert left.exists()
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)  # a file system that is mounted to be read
+        assert cli.main(["inspect", str(complete)]) == 0
+    assert left.exists()
+    assert cli.main(["inspect", str(complete)]) == 0
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "llama", "schema": 1}])
+def test_a_directory_that_is_no_run_is_not_tidied(config: dict[str, object] | None, tmp_path: Path) -> None:
+    for name in (".lock", "checkpoint.safetensors", "metrics.jsonl.partial"):
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "summary.json").write_text("{}")
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert (tmp_path / "checkpoint.safetensors").exists()
+    assert (tmp_path / "metrics.jsonl.partial").exists()
 
 
 def test_a_file_of_somebody_else_is_left_alone(complete: Path) -> None:

@@ -241,9 +241,7 @@ def _oriented(
         elif rows != columns:
             yield name, delta._replace(transposed=base.shapes[name] != (rows, columns))
         else:
-            evidence = seen.get(name.rpartition(".")[0].rpartition(".")[0], whole) or {
-                bool(config.get("fan_in_fan_out"))
-            }
+            evidence = seen.get(_above(name), whole) or {bool(config.get("fan_in_fan_out"))}
             if len(evidence) > 1:
                 raise ValueError(f"{name} is square, and whether it is stored transposed is not known")
             yield name, delta._replace(transposed=next(iter(evidence)))

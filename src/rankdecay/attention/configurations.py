@@ -46,12 +46,12 @@ def configuration(folders: Collection[Path], file: Path, names: Collection[str],
         beside = _first(folders, "params.json") or _first(folders, "config.json")
         return _meta(beside | inside)
     if file.name.startswith("lit_model"):
-        return _litgpt(_first(folders, "model_config.yaml") or _first(folders, "lit_config.json")) | inside
+        return _canonical(_first(folders, "model_config.yaml") or _first(folders, "lit_config.json")) | inside
     for name, read in (
         ("config.json", dict),
         ("params.json", _meta),
-        ("model_config.yaml", _litgpt),
-        ("lit_config.json", _litgpt),
+        ("model_config.yaml", _canonical),
+        ("lit_config.json", _canonical),
         ("open_clip_config.json", _open_clip),
     ):
         if found := _first(folders, name):
@@ -81,9 +81,15 @@ def _checked(config: dict[str, Any], file: object, depth: int = 4) -> dict[str, 
     Raises:
         CheckpointError: If one is not, or there are more than any model has.
     """
-    if len(config) > _MOST_SETTINGS or depth < 0:
+    if depth < 0:
+        raise CheckpointError(f"{file} has configurations inside of configurations, deeper than a model; restore it.")
+    if len(config) > _MOST_SETTINGS:
         raise CheckpointError(f"{file} has {len(config)} settings in one place, more than a model has; restore it.")
-    _check_parts(config, file)
+    parts = sum(isinstance(value, dict) for value in config.values())
+    if parts > _MOST_PARTS:  # each is compared with the path of every module
+        raise CheckpointError(
+            f"{file} has the settings of {parts} parts in one place, more than a model has; restore it."
+        )
     for name, value in config.items():
         if name in _TEXTS and not isinstance(value, str | None):
             raise CheckpointError(f"{file}: {name} should be a text, and is {_brief(value)}; restore it.")
@@ -96,15 +102,6 @@ def _checked(config: dict[str, Any], file: object, depth: int = 4) -> dict[str, 
         ):
             _checked(value, file, depth - 1)
     return config
-
-
-def _check_parts(config: Mapping[str, Any], file: object) -> None:
-    """Refuse a configuration of more parts than any model has: each is compared with the path of every module."""
-    parts = sum(isinstance(value, dict) for value in config.values())
-    if parts > _MOST_PARTS:
-        raise CheckpointError(
-            f"{file} has the settings of {parts} parts in one place, more than a model has; restore it."
-        )
 
 
 def _brief(value: object) -> str:
@@ -153,10 +150,6 @@ def _meta(params: dict[str, Any]) -> dict[str, Any]:
     if isinstance(vision, dict):
         config["vision_config"] = {"rope_interleaved": True, **vision}
     return _canonical(config) | {"rope_interleaved": True}
-
-
-def _litgpt(config: dict[str, Any]) -> dict[str, Any]:
-    return _canonical(config)
 
 
 def _open_clip(config: dict[str, Any]) -> dict[str, Any]:

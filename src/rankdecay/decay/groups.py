@@ -212,9 +212,10 @@ def check_decays(decays: Mapping[str, Decay | None]) -> None:
     """Raise a `TypeError` if one of several arguments is neither a decay nor None."""
     for argument, decay in decays.items():
         if decay is not None and not isinstance(decay, get_args(Decay)):
+            text = f"; text is read by **rankdecay.decays({argument}={decay!r})" if isinstance(decay, str) else ""
             raise TypeError(
                 f"{argument}={decay!r} is not a decay; pass rankdecay.LowRank(strength) or "
-                "rankdecay.Frobenius(strength)."
+                f"rankdecay.Frobenius(strength){text}."
             )
         if isinstance(decay, Planes) and argument != "query_key":
             raise ValueError(f"{argument}={decay!r}: rotary planes are of W_Q and W_K; give it to query_key.")
@@ -604,7 +605,8 @@ def check_suits(block: Block, entry: Assigned, decay: Decay) -> None:
         what = "a low-rank decay" if isinstance(decay, LowRank) else f"a decay of power {decay.power:g}"
         raise ValueError(
             f"{name} has role {block.role} and shape {shape}, and {what} needs a matrix: give "
-            f"{block.role}=rankdecay.Frobenius(...){' of power 1' if isinstance(decay, Frobenius) else ''} instead."
+            f"{block.role}=rankdecay.Frobenius(...){' of power 1' if isinstance(decay, Frobenius) else ''} instead, or "
+            f"leave it out with exclude={name!r}."
         )
     kind = type(decay).__name__
     if decay.unit == "head" and not block.window.has_heads:

@@ -34,7 +34,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rankdecay.checks import check_name, check_number
-from rankdecay.rules import get_rule, rule_names
+from rankdecay.rules import check_keep, get_rule, rule_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,11 +185,7 @@ class LowRank(_Paced):
         if self.every is not None:
             check_number("every", self.every, at_least=1, whole=True, remedy="it counts steps; None chooses by shape")
         check_number("keep", self.keep, at_least=0, whole=True, remedy="it counts singular values; 0 spares none")
-        if self.keep and not get_rule(self.rule).keep:
-            raise ValueError(
-                f"keep={self.keep} needs a rule that can spare singular values, and {self.rule!r} cannot; use "
-                "rule='prox' or rule='smooth'."
-            )
+        check_keep(self.rule, self.keep)
         _check_truth("preserve_norm", self.preserve_norm)
         _make_plain(self)
 

@@ -100,6 +100,7 @@ def _preset(presets: Mapping[str, Any], options: Sequence[str]) -> Any:
 
 
 def _experiment(name: str, settings: Any, command: str) -> None:
+    from rankdecay.lab import unfit
     from rankdecay.lab.machine import respect_cpu_quota
     from rankdecay.lab.report.terminal import print_summary
 
@@ -111,7 +112,7 @@ def _experiment(name: str, settings: Any, command: str) -> None:
     if settings.json:
         print(json_text(summary))
     elif not settings.quiet:
-        with experiment.fitting([settings.out], "summary.json and config.json"):
+        with unfit.fitting(lambda error: unfit.in_summary(settings.out)):
             print_summary(chosen, summary)
         page, figures = (visible(str(settings.out / name)) for name in ("report.html", "summary.json"))
         print(f"\n{page}  is the page to open; {figures} has the figures")

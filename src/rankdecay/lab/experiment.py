@@ -13,11 +13,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import tempfile
 import time
-import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -66,6 +66,7 @@ EXPERIMENTS = "rankdecay.lab.experiments"  # the package whose folders are exper
 ENTRY_POINTS = "rankdecay.experiments"  # the group by which another package registers the folder of an experiment
 FIGURE_PANELS = 3  # of a figure that an experiment does not arrange itself
 S = TypeVar("S", bound=Settings)
+T = TypeVar("T")
 
 
 # --- what an experiment is made of ---
@@ -383,8 +384,9 @@ def _run_and_write(
     share: Callable[[Any], Any],
 ) -> Record:
     """`_run` in the process that writes."""
-    from rankdecay.lab import precision
+    from rankdecay.lab import precision, unfit
     from rankdecay.lab.store import GROWING, IDENTITY, RunDirectory
+    from rankdecay.lab.stored import check_rows
 
     settings, notice = work.settings, work.screen.notice
     asked = identity(settings, experiment.not_identity) | experiment.fingerprint(work.data)
@@ -401,9 +403,10 @@ def _run_and_write(
             return _shown(experiment, work)
         share(True)
         work.rows = [renamed(row, experiment.aliases) for row in directory.drop_damaged_line()]
-        known = bool(work.rows) or directory.has_checkpoint()
+        check_rows(directory.path, work.rows, experiment.check_row)
+        known = bool(work.rows) or bool(directory.checkpoints())
         jobs = experiment.jobs(work)
-        with fitting([settings.out], "metrics.jsonl and config.json"):
+        with unfit.fitting(lambda error: unfit.in_line(settings.out, 0)):
             done = {tuple(row.get(name) for name in jobs[0].key) for row in work.rows} if jobs else set()
         work.jobs = [job for job in jobs if tuple(job.key.values()) not in done]
         if experiment.grid and work.jobs:
@@ -411,9 +414,13 @@ def _run_and_write(
                 precision.warn_if_slow(choice, settings.out, work.device, notice, experiment.products(work))
             directory.save_config(_with_stored_arms(renamed(directory.config, experiment.aliases), config))
         started = time.monotonic()
-        going_on = (
-            partial(fitting, [settings.out], "the checkpoint and metrics.jsonl") if known else contextlib.nullcontext
-        )
+        checkpoints = directory.checkpoints()
+
+        def going_on() -> contextlib.AbstractContextManager[None]:
+            if not known:
+                return contextlib.nullcontext()
+            return unfit.fitting(lambda error: unfit.in_checkpoint(settings.out, checkpoints))
+
         with going_on():
             _train(experiment, work)
         if directory.summary is not None:  # nothing was added
@@ -524,14 +531,17 @@ def of_directory(directory: str | Path) -> Experiment[Any]:
 
 
 def read(experiment: Experiment[Any], directories: Sequence[str | Path]) -> StoredRun:
-    """A run directory, or several as one.
+    """A run directory, or several as one, after removing what a kill left in them.
 
     Raises:
         SettingError: when a directory is not a run of the experiment, is damaged, or cannot be merged with the others.
     """
+    from rankdecay.lab.store import tidy
     from rankdecay.lab.stored import read_run
 
     paths = list(dict.fromkeys(map(Path, directories)))
+    for path in paths:
+        tidy(path)
     if experiment.merged is not None:
         return experiment.merged(paths)
     if len(paths) > 1:
@@ -556,13 +566,9 @@ def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> 
     """
     from rankdecay.lab.report.page import write
     from rankdecay.lab.report.run_page import render
-    from rankdecay.lab.store import tidy
 
-    for directory in directories:
-        tidy(Path(directory))
     experiment = of_directory(directories[0])
-    with fitting(directories):
-        page = render(experiment, read(experiment, directories))
+    page = _made(experiment, directories, lambda stored: render(experiment, stored))
     return write(page, Path(path))
 
 
@@ -576,38 +582,44 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
     from rankdecay.lab.report.figure import draw
 
     experiment = of_directory(directories[0])
-    with fitting(directories):
-        stored = read(experiment, directories)
+
+    def drawn(stored: StoredRun, path: Path) -> Path:
         if experiment.figure is not None:
-            return experiment.figure(stored, Path(path))
+            return experiment.figure(stored, path)
         charts = _charts_of_figure(experiment, stored)
-    if not charts:
-        raise SettingError(f"{directories[0]} has nothing to draw yet: let the run go on, or complete it")
-    with fitting(directories):
-        return draw(charts, arm_styles(stored.arms, experiment.styles_of(stored.settings)), Path(path))
+        if not charts:
+            raise SettingError(f"{directories[0]} has nothing to draw yet: let the run go on, or complete it")
+        return draw(charts, arm_styles(stored.arms, experiment.styles_of(stored.settings)), path)
+
+    with tempfile.TemporaryDirectory() as elsewhere:  # for the attempts that find out which file is to blame
+        attempt = Path(elsewhere, "figure").with_suffix(Path(path).suffix)
+        return _made(experiment, directories, lambda stored: drawn(stored, Path(path)), lambda run: drawn(run, attempt))
+
+
+def _made(
+    experiment: Experiment[Any],
+    directories: Sequence[str | Path],
+    make: Callable[[StoredRun], T],
+    attempt: Callable[[StoredRun], object] | None = None,
+) -> T:
+    """What is made from run directories; where that fails, the file to blame is found by further attempts."""
+    from rankdecay.lab import unfit
+    from rankdecay.lab.stored import read_run
+
+    def again(run: StoredRun) -> object:
+        return (attempt or make)(run if run.summary else dataclasses.replace(run, summary=experiment.so_far(run)))
+
+    def find(error: Exception) -> tuple[str, str]:
+        for directory in dict.fromkeys(map(Path, directories)):
+            run = read_run(directory, experiment.check_row, aliases=experiment.aliases)
+            if named := unfit.culprit(run, again, error):
+                return named
+        return ", ".join(map(str, directories)), "restore what was changed in them, or report them one by one"
+
+    with unfit.fitting(find):
+        return make(read(experiment, directories))
 
 
 def _charts_of_figure(experiment: Experiment[Any], stored: StoredRun) -> list[Chart]:
     charts = [part for section in experiment.sections(stored) for part in section.parts if isinstance(part, Chart)]
     return [chart for chart in charts if chart.lines][:FIGURE_PANELS]
-
-
-#: What code raises that reads a dictionary or an array which is not what it was written as.
-UNFIT = (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError, RuntimeError)
-
-
-@contextlib.contextmanager
-def fitting(directories: Sequence[str | Path], what: str = "") -> Iterator[None]:
-    """Say of which directory the files do not fit together, where something made from them fails."""
-    try:
-        yield
-    except SettingError:
-        raise
-    except UNFIT as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{type(error).__name__}: {str(error)[:200]}, {Path(frame.filename).name}:{frame.lineno}"
-        what = what or "config.json, metrics.jsonl, summary.json and the snapshots"
-        raise SettingError(
-            f"{', '.join(map(str, directories))}: {what} do not fit together ({where}): restore the file that was "
-            "changed; if none was, this is a defect to report"
-        ) from error

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from rankdecay.text import duration, visible
+from rankdecay.text import duration, time_left, visible
 
 ESTIMATE_AFTER = 2.0  # seconds of work from which the rest can be estimated
 
@@ -90,9 +90,7 @@ class Screen:
 
     def left(self) -> str:
         """The time left in words; empty before the first step and after the last."""
-        made = self.done - self._skipped
-        left = self.seconds / made * max(0, self.work - self.done) if made else 0
-        return f"ETA {duration(left)}" if left else ""
+        return time_left(self.seconds, self.done - self._skipped, self.work - self.done)
 
     def estimate(self) -> None:
         """States once how long the whole will take, from how long its first steps took."""

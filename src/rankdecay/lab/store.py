@@ -68,7 +68,8 @@ def _read_lines(directory: Path, notice: Notice | None = None) -> list[tuple[Rec
     path = directory / "metrics.jsonl"
     if not os.path.lexists(path):
         return []
-    lines = _read(path, LARGEST[path.name]).split(b"\n")
+    _check_inside(path)
+    lines = files.read_bytes(path, LARGEST[path.name], SettingError).split(b"\n")
     last = max((number for number, line in enumerate(lines, 1) if line), default=0)
     found: list[tuple[Record, bytes]] = []
     previous = b""
@@ -121,11 +122,10 @@ def _checksum(body: bytes, previous: bytes) -> bytes:
     return b"%08x" % zlib.crc32(previous + body)
 
 
-def _read(path: Path, largest: int) -> bytes:
-    """The content of a file of a run directory, which has to be a regular file in it."""
+def _check_inside(path: Path) -> None:
+    """Raise a `SettingError` if a file of a run directory is a link to one elsewhere."""
     if path.is_symlink() and not files.real(path).is_relative_to(files.real(path.parent)):
         raise SettingError(f"{path} is a link that leads out of the directory: put the file itself there")
-    return files.read_bytes(path, largest, SettingError)
 
 
 def read_json(path: Path) -> Record | None:
@@ -136,15 +136,11 @@ def read_json(path: Path) -> Record | None:
     """
     if not os.path.lexists(path):
         return None
-    content = _read(path, LARGEST.get(path.name, 2**24))
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise SettingError(f"{path} is not valid JSON ({error}): restore it, or use another --out") from None
-    if not isinstance(value, dict):
-        raise SettingError(f"{path} should hold one JSON object, not {type(value).__name__}: use another --out")
+    _check_inside(path)
+    remedy = "restore it, or use another --out"
+    value = files.read_json(path, LARGEST[path.name], SettingError, remedy)
     if _is_deep(value):
-        raise SettingError(f"{path} has values inside of values, {DEEPEST} and more: restore it, or use another --out")
+        raise SettingError(f"{path} has values inside of values, {DEEPEST} and more: {remedy}")
     return value
 
 
@@ -231,9 +227,15 @@ def _tidy(path: Path) -> None:
 
 
 def tidy(path: Path) -> None:
-    """Remove what a kill left in a run directory, unless another process has it open or it cannot be written."""
+    """Remove what a kill left in a run directory, unless another process has it open or it cannot be written.
+
+    A directory of another kind is left alone, whatever the names of its files.
+    """
     with contextlib.suppress(OSError):
         if not (path / ".lock").is_file() or (path / ".lock").is_symlink():
+            return
+        config = read_json(path / "config.json")
+        if config is None or not {"command", "schema"} <= set(config):
             return
         with (path / ".lock").open("ab") as lock:
             if _lock(lock):
@@ -471,9 +473,9 @@ class RunDirectory:
         with self._guarded("checkpoint.safetensors"):
             _tidy(self.path)
 
-    def has_checkpoint(self) -> bool:
-        """Whether there is what an interrupted run continues from."""
-        return any(OWN.fullmatch(entry.name) for entry in self.path.iterdir())
+    def checkpoints(self) -> list[Path]:
+        """The files that an interrupted run continues from."""
+        return sorted(entry for entry in self.path.iterdir() if OWN.fullmatch(entry.name))
 
     def drop_checkpoint(self) -> None:
         """Removes the checkpoint of a run that has ended, where others follow."""
@@ -519,17 +521,9 @@ class RunDirectory:
     def _write(self, name: str, data: bytes) -> None:
         """Writes a whole file under its name, or leaves what was there."""
         path = self.path / name
-        partial = path.with_name(path.name + ".partial")
         with self._guarded(name):
             path.parent.mkdir(exist_ok=True)
-            try:
-                with files.fresh(partial) as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            files.put(path, path.with_name(path.name + ".partial"), data)
 
     @contextlib.contextmanager
     def _guarded(self, name: str) -> Iterator[None]:

@@ -7,7 +7,7 @@ reads all the same. What had to be left out is said in `StoredRun.notices`.
 import functools
 import io
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class StoredRun:
         summary: that of the run; one computed from the rows, or None, while it is not complete.
         complete: whether the run is.
         notices: what a reader must know before believing the rest.
+        left_out: snapshots that are not read, while one that fits nothing is looked for.
     """
 
     directories: list[Path]
@@ -40,6 +41,7 @@ class StoredRun:
     summary: Record | None
     complete: bool
     notices: list[str] = field(default_factory=list)
+    left_out: frozenset[Path] = frozenset()
 
     @property
     def directory(self) -> Path:
@@ -106,13 +108,7 @@ def read_run(
             f"{directory / 'summary.json'} is of {summary.get('command')!r} and config.json beside it of "
             f"{config.get('command')!r}: restore the one that was changed"
         )
-    rows = []
-    for number, line in enumerate(read_metrics(directory, notices.append), start=1):
-        try:
-            rows.append(check(today(line)))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            path = directory / "metrics.jsonl"
-            raise SettingError(f"{path}, line {number}: not a row of this experiment ({error!r})") from error
+    rows = check_rows(directory, map(today, read_metrics(directory, notices.append)), check)
     if summary is not None and len(rows) < summary.get("lines", 0):
         raise SettingError(
             f"{directory / 'metrics.jsonl'} has {len(rows)} lines, and summary.json was made from {summary['lines']}: "
@@ -122,13 +118,62 @@ def read_run(
     return stored if stored.complete else replace(stored, summary=so_far(stored))
 
 
+def check_rows(directory: Path, rows: Iterable[Record], check: Callable[[Record], Record]) -> list[Record]:
+    """The lines of ``metrics.jsonl`` as they are to be read.
+
+    Raises:
+        SettingError: for one that ``check`` refuses (see `read_run`), or with a value of another kind than the others.
+    """
+    rows = list(rows)
+    number, checked = 0, []
+    try:
+        for number, row in enumerate(rows, start=1):  # noqa: B007 - named below
+            checked.append(check(row))
+        if odd := _odd(rows):
+            number, name = odd
+            raise ValueError(f"its {name} is {str(rows[number - 1][name])[:40]!r}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SettingError(
+            f"{directory / 'metrics.jsonl'}, line {number}: not a row of this experiment ({error!r}): restore the file "
+            "from a copy"
+        ) from error
+    return checked
+
+
+def _odd(rows: Sequence[Record]) -> tuple[int, str] | None:
+    """The line and name of a value that is of another kind than in most lines: a text where the others have a number.
+
+    Lines of before have no checksum, and a chart would show such a value as a gap.
+    """
+    found: dict[str, dict[frozenset[str], list[int]]] = {}
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            found.setdefault(name, {}).setdefault(_kinds(value), []).append(number)
+    for name, lines in found.items():
+        usual = max(lines, key=lambda kinds: len(lines[kinds]))
+        for kinds, numbers in lines.items():
+            if not kinds <= usual and usual and 2 * len(numbers) < len(lines[usual]):
+                return numbers[0], name
+    return None
+
+
+def _kinds(value: object) -> frozenset[str]:
+    """The kinds of value in a value of JSON; none of null."""
+    if isinstance(value, (list, dict)):
+        inside = value.values() if isinstance(value, dict) else value
+        return frozenset({type(value).__name__}.union(*map(_kinds, inside)))
+    if value is None:
+        return frozenset()
+    return frozenset({"number" if type(value) in (int, float) else type(value).__name__})
+
+
 def snapshots(stored: StoredRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """The snapshots of a run by step, one at a time; the newest is left out, with a notice, if it cannot be read.
 
     Raises:
         SettingError: for an older one that cannot be read.
     """
-    paths = snapshot_files(stored.directory)
+    paths = [path for path in snapshot_files(stored.directory) if path not in stored.left_out]
     for path in paths:
         try:
             arrays = read_snapshot(path)

@@ -30,6 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rankdecay.linalg.tiers import Product
+
 #: Relative error of a polynomial to either side before it is lowered; afterwards it is at most twice this, below.
 TOLERANCE = 2e-4
 
@@ -109,7 +111,9 @@ def blocks(index: int, s: int, r: int) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, q))
 
 
-def evaluate(G: Tensor, square: Tensor | None, beta: Tensor, indices: list[int]) -> Tensor:
+def evaluate(
+    G: Tensor, square: Tensor | None, beta: Tensor, indices: list[int], product: Product | None = None
+) -> Tensor:
     """Return p(G/β) of each matrix, with its own polynomial.
 
     Args:
@@ -117,7 +121,14 @@ def evaluate(G: Tensor, square: Tensor | None, beta: Tensor, indices: list[int])
         square: G², if it is there.
         beta: (b, 1, 1).
         indices: the polynomial of each, or one for all.
+        product: of stacks of matrices; torch's if None.
     """
+
+    def product_and_sum(C: Tensor, A: Tensor, B: Tensor, beta: float, alpha: float) -> Tensor:
+        if product is None:
+            return torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
+        return product(A, B).mul_(alpha).add_(C, alpha=beta)
+
     b, n = G.shape[:2]
     s, r = shape_of(max(polynomial(index).degree for index in indices))
     q = torch.tensor([blocks(index, s, r) for index in indices], dtype=G.dtype).to(G.device, non_blocking=True)
@@ -127,7 +138,7 @@ def evaluate(G: Tensor, square: Tensor | None, beta: Tensor, indices: list[int])
     first = basis[:, 1]
     torch.mul(G, 2 / beta, out=first).diagonal(dim1=-2, dim2=-1).sub_(1)
     if square is None:
-        second = first @ first
+        second = first @ first if product is None else product(first, first)
         second.mul_(2)
     else:  # T_2 = 8 y² - 8 y + 1
         second = (square * (8 / beta.square())).addcmul_(G, -8 / beta)
@@ -135,7 +146,7 @@ def evaluate(G: Tensor, square: Tensor | None, beta: Tensor, indices: list[int])
     last = second
     for i in range(3, s + 1):
         basis[:, i - 1] = last
-        last = torch.baddbmm(basis[:, i - 2], first, basis[:, i - 1], beta=-1, alpha=2)
+        last = product_and_sum(basis[:, i - 2], first, basis[:, i - 1], -1, 2)
     part = torch.bmm(q[:, :r], basis.flatten(2)).view(b, r, n, n)  # q_j, all in one pass over the basis
     top = q[:, r, :1, None]
     if r == 1:
@@ -147,5 +158,5 @@ def evaluate(G: Tensor, square: Tensor | None, beta: Tensor, indices: list[int])
             rest.diagonal(dim1=-2, dim2=-1).sub_(q[:, r, :1])
         else:
             rest -= later
-        later, now = now, torch.baddbmm(rest, last, now, alpha=2 if j else 1)
+        later, now = now, product_and_sum(rest, last, now, 1, 2 if j else 1)
     return now

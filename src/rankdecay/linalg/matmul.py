@@ -11,6 +11,7 @@ from torch import Tensor
 from rankdecay.linalg import chebyshev
 from rankdecay.linalg.minimax import LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
 from rankdecay.linalg.stack import times
+from rankdecay.linalg.tiers import Product, available, product_of
 
 
 def iterate(X: Tensor, triples: Sequence[Triple]) -> Tensor:
@@ -81,15 +82,51 @@ def smooth_by_products(X: Tensor, eps: Tensor, share: Tensor, norm: Tensor, rati
                 taken[some] = smooth_by_products(X[some], eps[some], share[some], norm[some], ratio)
             return taken
     elif X.dtype == torch.float32 and ratio is not None and ratio**2 * (1 - 1e-5) >= _LEAST_DELTA:
-        index = chebyshev.index_of(torch.full((1, 1, 1), ratio**2 * (1 - 1e-5), dtype=torch.float64))
-        return times(X, _inverse_root(X.mT @ X, None, eps, index).mul_(share))
+        product = product_of(choose_tier(ratio, available(X.device)))
+        return smooth_by_few_products(X, eps, share, ratio, product)
     return (share * eps.to(X.dtype)) * smooth_polar_by_products(X, eps, ratio)
 
 
-def _inverse_root(G: Tensor, square: Tensor | None, eps: Tensor, index: Tensor) -> Tensor:
+#: The least ε/‖W‖_F from which the step by a tier is within 9e-4 of float64's (`benchmarks/tiers.py`), the quickest
+#: first. At 0.13 TF32 would be 4e-3 off, and plain bfloat16 3e-2; that is never within 1e-3.
+LEAST_RATIO = {"tf32": 0.35, "bfloat16x3": 0.0, "float32": 0.0}
+
+
+def choose_tier(ratio: float, tiers: Sequence[str]) -> str:
+    """Return the quickest of a device's tiers that leaves a smooth step within 1e-3, for ε of at least ratio·‖W‖_F."""
+    return next(tier for tier in tiers if ratio >= LEAST_RATIO[tier])
+
+
+def smooth_by_few_products(X: Tensor, eps: Tensor, share: Tensor, ratio: float, product: Product | None) -> Tensor:
+    """Return :func:`smooth_by_products` where ε is at least ``ratio``, some 0.0625, of ‖X‖_F, by a given product.
+
+    Largest error of the step found, over spectra and shapes (`python benchmarks/tiers.py`):
+
+    ===========  =======  ============  =======  ===================
+    ε/‖X‖_F      TF32     bfloat16 × 3  float32  (bfloat16)
+    ===========  =======  ============  =======  ===================
+    0.0626       3.0e-2   4.8e-4        2.1e-4   2.7e-1
+    0.08         5.9e-3   3.7e-4        3.6e-4   4.9e-2
+    0.13         3.8e-3   1.9e-4        1.9e-4   3.5e-2
+    0.2          1.4e-3   1.5e-4        1.5e-4   1.4e-2
+    0.3          9.9e-4   3.5e-4        3.5e-4   7.9e-3
+    0.35         8.1e-4   1.7e-4        1.7e-4   6.7e-3
+    0.5          5.6e-4   1.7e-4        1.7e-4   4.8e-3
+    1            4.3e-4   2.3e-4        2.3e-4   2.9e-3
+    ===========  =======  ============  =======  ===================
+    """
+    index = chebyshev.index_of(torch.full((1, 1, 1), ratio**2 * (1 - 1e-5), dtype=torch.float64))
+    G = product(X.mT, X) if product else X.mT @ X
+    root = _inverse_root(G, None, eps, index, product).mul_(share)
+    return product(X, root) if product else times(X, root)
+
+
+def _inverse_root(
+    G: Tensor, square: Tensor | None, eps: Tensor, index: Tensor, product: Product | None = None
+) -> Tensor:
     """Return ε (G + ε²I)^(-1/2) by the polynomials of an index (b or 1, 1, 1), on the host."""
     beta = (eps.square() / chebyshev.delta_of(index).to(eps.device, non_blocking=True)).clamp_max(2.0**100).to(G.dtype)
-    return chebyshev.evaluate(G, square, beta, index.flatten().tolist())
+    return chebyshev.evaluate(G, square, beta, index.flatten().tolist(), product)
 
 
 def few_products(X: Tensor, eps: Tensor, norm: Tensor) -> Tensor:

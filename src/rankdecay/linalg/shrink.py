@@ -24,6 +24,7 @@ from rankdecay.linalg.exact import apply_exact
 from rankdecay.linalg.matmul import cubic_newton_schulz
 from rankdecay.linalg.stack import (
     Prepared,
+    at_once,
     check_matrix,
     chunks,
     finish,
@@ -33,9 +34,10 @@ from rankdecay.linalg.stack import (
     prepare,
     resolve,
     scaled_down,
+    side_by_side,
     working_dtype,
 )
-from rankdecay.rules import Options, Rule, get_rule
+from rankdecay.rules import Options, Rule, check_keep, get_rule
 
 
 @float64_on_cpu
@@ -72,7 +74,9 @@ def shrink(
         steps: For "newton_schulz": number of cubic steps.
         backend: ``"exact"``, ``"matmul"``, or ``"auto"``. "newton_schulz" is always products, and a rule that has
             none is always exact. "auto" on a CPU takes products for "smooth" of float32 weights and narrower where ε is
-            at least some 0.06 σ₁, without ``keep`` and ``preserve_norm``; that is within 5e-4 of the step.
+            at least some 0.06 σ₁, without ``keep`` and ``preserve_norm``; that is within 5e-4 of the step. A GPU from
+            capability 8.0 on then multiplies in TF32 or in three products of bfloat16, whichever is quicker and within
+            1e-3 of the step (:mod:`rankdecay.linalg.tiers`).
 
     Returns:
         A tensor of the shape and dtype of ``W``, detached from autograd; a matrix with a non-finite entry
@@ -109,8 +113,7 @@ def soft_threshold(W: Tensor, tau: float | Tensor, backend: str = "auto") -> Ten
         A tensor of the shape and dtype of ``W``, detached from autograd. A matrix with a non-finite entry
         gives NaN in its own slice only. Spectral-norm error: at most 1e-6 τ plus the rounding of the dtype
         with "exact"; at most 2e-5 min(τ, ‖W‖) + 1e-6 ‖W‖ + 3e-7 ‖W‖_F with "matmul" in float32. With both a zero matrix
-        where τ ≥ σ_max, and otherwise at most two units in the last place of σ_max in the directions below τ (four in
-        float64).
+        where τ ≥ σ_max, and otherwise at most two units in the last place of σ_max in the directions below τ.
 
     Raises:
         TypeError: If ``W`` is not a real floating-point tensor.
@@ -253,13 +256,11 @@ def check_options(rule: str, smoothing: float, steps: int, relative: bool, keep:
     Raises:
         ValueError: If one is outside its range, or the rule does not have it.
     """
-    chosen = get_rule(rule)
+    get_rule(rule)
     check_number("smoothing", smoothing, at_least=0, remedy="it is a fraction of ‖W‖_F")
     _check_steps(steps)
     check_number("keep", keep, at_least=0, whole=True, remedy="it counts the singular values that are left alone")
-    if keep and not chosen.keep:
-        able = " or ".join(repr(name) for name in ("prox", "smooth"))
-        raise ValueError(f"keep={keep} is not possible with rule={rule!r}; use rule={able}, or keep=0")
+    check_keep(rule, keep)
     return Options(smoothing, steps, relative, keep, preserve_norm)
 
 
@@ -307,17 +308,24 @@ class _Step:
         tau = tau.expand(*W.shape[:-2], 1, 1).reshape(-1, 1, 1)
         stack, out = W.reshape(-1, *W.shape[-2:]), result.view(-1, *W.shape[-2:])
         with full_precision(W.device), noted_once():
-            for part in chunks(stack):
+            for part in [slice(None)] if at_once(stack) > 1 and self._decomposes(W, backend) else chunks(stack):
                 self._choose(stack[part], tau[part], out[part], backend)
         return result
 
-    def _choose(self, W: Tensor, tau: Tensor, out: Tensor, backend: str) -> None:
+    def _decomposes(self, W: Tensor, backend: str) -> bool:
+        """Return whether every matrix is decomposed, whatever is in it."""
         options = self.options
+        if backend == "auto":
+            open_ = self.rule.products_pay and W.dtype != torch.float64 and not (options.keep or options.preserve_norm)
+            return not open_ and by_decomposition(self.rule, options, choose_backend(W.shape, W.device, W.dtype))
+        return by_decomposition(self.rule, options, backend)
+
+    def _choose(self, W: Tensor, tau: Tensor, out: Tensor, backend: str) -> None:
+        options, pays = self.options, self.rule.products_pay
+        if self._decomposes(W, backend):
+            return self._decompose(W, tau, out)
         chosen = choose_backend(W.shape, W.device, W.dtype) if backend == "auto" else backend
-        if by_decomposition(self.rule, options, chosen):
-            pays = self.rule.products_pay
-            if pays is None or backend != "auto" or W.dtype == torch.float64 or options.keep or options.preserve_norm:
-                return self._decompose(W, tau, out)
+        if pays is not None and by_decomposition(self.rule, options, chosen):
             prepared = mark_bad(prepare(W, torch.float32), tau)
             quick = pays(prepared, self._threshold(prepared, tau), options)
             if not bool(quick.any()):
@@ -338,6 +346,13 @@ class _Step:
         return finite(tau * norm.double() / min(prepared.X.shape[-2:]) ** 0.5)
 
     def _decompose(self, W: Tensor, tau: Tensor, out: Tensor) -> None:
+        if at_once(W) > 1:
+
+            def each(i: int) -> None:
+                self._decompose(W[i : i + 1], tau[i : i + 1], out[i : i + 1])
+
+            side_by_side(each, range(len(W)))
+            return
         prepared = mark_bad(prepare(W, torch.float64), tau)
         threshold = self._threshold(prepared, tau)[..., 0]
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple, get_args
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from rankdecay.checks import check_name, check_number
 from rankdecay.linalg.backend import Backend, choose_backend
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def check_matrix(W: object) -> None:
@@ -84,13 +89,22 @@ def times(X: Tensor, C: Tensor) -> Tensor:
     return X @ C if X.stride(-1) == 1 or X.shape[-2] == 1 else (C.mT @ X.mT).mT
 
 
+def times_in_pieces(A: Tensor, B: Tensor) -> Tensor:
+    """Return A B (..., m, k), its inner sums of n terms in pieces of 64: the roundings are those of √n terms, not n."""
+    total = A[..., :64] @ B[..., :64, :]
+    for start in range(64, A.shape[-1], 64):
+        total += A[..., start : start + 64] @ B[..., start : start + 64, :]
+    return total
+
+
 def gram(X: Tensor) -> Tensor:
     """Return XᵀX of a stack (..., m, n); of large matrices on a CPU half of it is computed, and copied."""
     n = X.shape[-1]
     if X.device.type != "cpu" or n < 256:
         return X.mT @ X
     G = X.new_empty(*X.shape[:-2], n, n)
-    bounds = [n * i // 4 for i in range(5)]
+    pieces = 8 if n >= 512 else 4
+    bounds = [n * i // pieces for i in range(pieces + 1)]
     for start, end in itertools.pairwise(bounds):
         G[..., start:end, start:] = X[..., start:end].mT @ X[..., start:]
         G[..., end:, start:end] = G[..., start:end, end:].mT
@@ -101,11 +115,40 @@ def gram(X: Tensor) -> Tensor:
 WORKING = {"cpu": 2**19, "cuda": 2**25}
 
 
+#: Most matrices that are decomposed at the same time: each has a workspace.
+_SIDE_BY_SIDE = 4
+
+
 def at_once(W: Tensor) -> int:
     """Return how many large matrices of a stack (..., m, n) a CPU decomposes at once: one per thread, up to 4."""
     if W.device.type != "cpu" or W.ndim != 3 or not 256 <= min(W.shape[-2:]) <= 2048:
         return 1
-    return min(torch.get_num_threads(), 4)
+    return min(torch.get_num_threads(), _SIDE_BY_SIDE, len(W))
+
+
+def side_by_side(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
+    """Return the function of each item, at_once of them in threads that share torch's out among them.
+
+    Half of the work of one decomposition is not parallel. An item that would be left to one thread alone has all. The
+    threads live as long as the call, so that a process may fork afterwards; a thread that another part of the program
+    starts meanwhile may be given as few of torch's.
+    """
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    count = min(threads, _SIDE_BY_SIDE)
+    last = items[len(items) - (len(items) % count == 1) :]
+
+    def call(context: contextvars.Context, item: T) -> U:
+        with torch.inference_mode(inference), torch.no_grad():  # a thread starts without what its parent has set
+            return context.run(function, item)
+
+    together = items[: len(items) - len(last)]
+    contexts = [contextvars.copy_context() for _ in together]
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads // count,)) as pool:
+            found = list(pool.map(call, contexts, together))
+    finally:
+        torch.set_num_threads(threads)
+    return found + [function(item) for item in last]
 
 
 def chunks(W: Tensor) -> Iterator[slice]:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.stack import gram, times
+from rankdecay.linalg.stack import gram, times, times_in_pieces
 
 
 def leave(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
@@ -53,12 +53,13 @@ def leave_directions(X: Tensor, V: Tensor, share: Tensor, *, coarse: bool = Fals
         X = X if overwrite else X.clone()
         for each in zip(X, V, share, strict=True):
             _leave_one(*each, coarse)
-        return X
-    taken = times(X, taken_by_directions(V, share))
-    left = torch.sub(X, taken, out=taken)
+        left = X
+    else:
+        taken = times(X, taken_by_directions(V, share))
+        left = torch.sub(X, taken, out=taken)
     if not coarse and bool((share == 1).any()):  # what a product of float64 leaves of nothing is some ten roundings
         gone = V * (share == 1)[..., None, :]
-        left -= times(times(left, gone), gone.mT)
+        left -= times(times_in_pieces(left, gone), gone.mT)
     return left
 
 

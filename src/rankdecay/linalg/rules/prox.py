@@ -24,9 +24,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.matmul import iterate, normalised, polar_by_products
-from rankdecay.linalg.minimax import SCHEDULES
-from rankdecay.linalg.stack import Prepared
+from rankdecay.linalg.matmul import iterate, polar_by_products
+from rankdecay.linalg.minimax import SAFETY, SCHEDULES
+from rankdecay.linalg.stack import Prepared, times_in_pieces
 from rankdecay.linalg.threshold import soft
 from rankdecay.rules import Options, Rule
 
@@ -49,24 +49,28 @@ def _clip(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
     identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     H = polar_factor.mT @ X
     H = (H + H.mT) / 2
-    below = (identity - _sign(H - tau * identity)) / 2
+    # The eigenvalues of H - τI lie in [-F, F], as τ does; their own norm may be much larger.
+    reach = SAFETY * torch.where(F == 0, 1.0, F)
+    below = (identity - _sign((H - tau * identity) / reach)) / 2
     clipped = X @ below
     inside = polar_factor.mT @ clipped
     clipped -= polar_factor @ (inside - below @ inside)
     clipped.add_(tau * (polar_factor @ (identity - below @ below)))
-    dead = (identity - _sign(H - (tau + _MARGIN * F) * identity)).double() / 2
-    for _ in range(3):
+    dead = (identity - _sign((H - (tau + _MARGIN * F) * identity) / reach)).double() / 2
+    for _ in range(3 if X.dtype == torch.float32 else 8):
         square = dead @ dead
         dead = torch.baddbmm(square, square, dead, beta=3, alpha=-2)
     # Of the directions above, their number is the trace of the rest; without one the matrix becomes zero.
     all_taken |= (X.shape[-1] - dead.diagonal(dim1=-2, dim2=-1).sum(-1))[..., None, None] < 0.5
     left = X.double() - clipped
-    left = torch.baddbmm(left, left, dead, alpha=-1).to(X.dtype)
+    for _ in range(1 if X.dtype == torch.float32 else 2):
+        left -= left @ dead if X.dtype == torch.float32 else times_in_pieces(left, dead)
+    left = left.to(X.dtype)
     return torch.where(all_taken, X, X - left)
 
 
 def _sign(S: Tensor) -> Tensor:
-    return iterate(normalised(S)[0], SCHEDULES[1e-6])
+    return iterate(S, SCHEDULES[1e-6])
 
 
 RULE = Rule("prox", "soft threshold, exact zeros", _share, _clip, keep=True, homogeneous=True)

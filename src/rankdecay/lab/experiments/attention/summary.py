@@ -39,7 +39,8 @@ def check_row(line: Record, unit: str) -> Record:
         return row
     for layer in line["layers"]:
         for measures in layer.values():
-            measures.items()
+            if not all(value is None or is_number(value) for value in measures.values()):
+                raise ValueError("a measure of a layer that is no number")
     if not is_number(line["seconds"]) or not is_number(line[unit]):
         raise ValueError("an evaluation without its time or size")
     if not is_number(line["loss"]):

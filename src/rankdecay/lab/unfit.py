@@ -1,0 +1,153 @@
+"""Which file of a run directory does not fit the others, found by leaving files out: what to say where a page fails.
+
+Each file was checked by itself when it was read. What is left is a file that is whole and yet not what the others were
+written with: a snapshot of other arrays, a row of other numbers, a summary or a configuration that was edited.
+"""
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.store import Record, snapshot_files
+from rankdecay.lab.stored import StoredRun
+
+T = TypeVar("T")
+Sign = tuple[type, str, int | None]
+Named = tuple[str, str]  # a file, and what to do about it
+
+#: What code raises that reads a dictionary or an array which is not what it was written as.
+UNFIT = (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError, RuntimeError)
+
+
+@contextlib.contextmanager
+def fitting(find: Callable[[Exception], Named]) -> Iterator[None]:
+    """Say which file does not fit the others, where something made from them fails.
+
+    Args:
+        find: returns the file that is to blame for an error, and what to do about it.
+
+    Raises:
+        SettingError: which names the file.
+    """
+    try:
+        yield
+    except SettingError:
+        raise
+    except UNFIT as error:
+        file, remedy = find(error)
+        kind, where, line = _sign(error)
+        said = f"{kind.__name__}: {str(error)[:200]}, {Path(where).name}:{line}"
+        raise SettingError(
+            f"{file} does not fit what else the directory holds ({said}): {remedy}; if nothing was changed, this is a "
+            "defect to report"
+        ) from error
+
+
+def in_summary(directory: Path) -> Named:
+    """What to say of a summary."""
+    return f"{directory / 'summary.json'}", "restore it, or remove it and run the command again, which makes it anew"
+
+
+def in_line(directory: Path, number: int) -> Named:
+    """What to say of a line of the metrics; of none in particular if the number is 0."""
+    place = f"{directory / 'metrics.jsonl'}{f', line {number}' if number else ''}"
+    return place, (
+        "restore the file from a copy; or remove the line and those after it, with summary.json and the checkpoint if "
+        "they are there, and run the command again, which computes them anew"
+    )
+
+
+def in_snapshot(path: Path) -> Named:
+    """What to say of a snapshot."""
+    return f"{path}", f"restore it, or remove it to go on without the spectra of step {int(path.stem)}"
+
+
+def in_checkpoint(directory: Path, checkpoints: Sequence[Path]) -> Named:
+    """What to say where a run does not go on: of its checkpoint, or of the lines if it has none."""
+    if not checkpoints:
+        return in_line(directory, 0)
+    return ", ".join(map(str, checkpoints)), (
+        "restore it, or remove it and run the command again: what was trained since the last run that ended is trained "
+        "anew"
+    )
+
+
+def in_configuration(directory: Path) -> Named:
+    """What to say of the configuration."""
+    return f"{directory / 'config.json'}", "restore it, or run the command again with another --out"
+
+
+def culprit(stored: StoredRun, make: Callable[[StoredRun], object], error: Exception) -> Named | None:
+    """Return which file makes a page or figure fail, and what to do; None if this run does not make it fail so.
+
+    Args:
+        stored: the run, with no summary but that of its file.
+        make: what failed.
+        error: how.
+    """
+    sign, directory = _sign(error), stored.directory
+
+    def fails(run: StoredRun) -> bool:
+        try:
+            make(replace(run, notices=[]))
+        except UNFIT as again:
+            return _sign(again) == sign
+        return False
+
+    if not fails(stored):
+        return None
+    snapshots, rows, summary = snapshot_files(directory), stored.rows, stored.summary
+
+    def fails_with(kept: Sequence[Path]) -> bool:
+        return fails(replace(stored, left_out=frozenset(snapshots) - set(kept)))
+
+    def fails_of(kept: Sequence[Record]) -> bool:
+        return fails(replace(stored, rows=list(kept)))
+
+    if (found := _one_of(snapshots, fails_with)) is not None:
+        return in_snapshot(snapshots[found])
+    if (found := _one_of(rows, fails_of)) is not None:
+        return in_line(directory, found + 1)
+    if summary is not None and not fails(replace(stored, summary=None, complete=False)):
+        plain = {"arms": [{"name": arm["name"]} for arm in stored.config.get("arms", [])]}
+        if fails(replace(stored, config=stored.config | plain)):
+            return in_summary(directory)
+        return (
+            f"{directory / 'config.json'}, or summary.json beside it,",
+            "restore the one that was changed; without summary.json the same command makes it anew",
+        )
+    if len(snapshots) == 1 and not fails_with(()):
+        return in_snapshot(snapshots[0])
+    if len(rows) == 1 and not fails_of(()):
+        return in_line(directory, 1)
+    return in_configuration(directory)
+
+
+def _one_of(items: Sequence[T], fails: Callable[[Sequence[T]], bool]) -> int | None:
+    """Return the number, from 0, of the item that makes it fail; None if it is none, or any of them does."""
+    if len(items) < 2 or fails(items[:0]):
+        return None
+    first = _first(items, fails)
+    return first if first or not fails(items[-1:]) else None
+
+
+def _first(items: Sequence[T], fails: Callable[[Sequence[T]], bool]) -> int:
+    """Return the number, from 0, of the first item up to which it fails, where it does not without any of them."""
+    works, failing = 0, len(items)
+    while failing - works > 1:
+        middle = (works + failing) // 2
+        if fails(items[:middle]):
+            failing = middle
+        else:
+            works = middle
+    return failing - 1
+
+
+def _sign(error: Exception) -> Sign:
+    """What tells an error from others: its type, and the line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return type(error), frame.filename, frame.lineno
