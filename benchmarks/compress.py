@@ -734,6 +734,7 @@ def report(directory: Path) -> None:
         print(f"dense: {interval([r['healed'] for r in dense.values()])}, {bytes_dense:.0f} bytes a token")
         print("| arm | head | bytes | seeds | before the cut | cut | healed | − dense | − cut and healed |")
         print("|---|---|---|---|---|---|---|---|---|")
+        beside: list[str] = []
         for head_dim in sorted({row["head_dim"] for row in mine if row["arm"] != "dense"}, reverse=True):
             its = {(row["arm"], row["seed"]): row for row in mine if row["head_dim"] == head_dim}
             for arm in ARMS[1:]:
@@ -752,6 +753,13 @@ def report(directory: Path) -> None:
                     f"| {name} | {head_dim} | {some[0]['cache_bytes']:.0f} | {len(some)} | {' | '.join(first)} | "
                     f"{interval([r['healed'] for r in some])} | {interval(paired)} | {last} |"
                 )
+            both = [(its["planes", s], its["l2", s]) for n, s in its if n == "planes" and ("l2", s) in its]
+            if both:  # cut at the same step, after as many tokens
+                words = [
+                    f"{key} {interval([one[key] - other[key] for one, other in both])}" for key in ("cut", "healed")
+                ]
+                beside.append(f"planes − l2 at head {head_dim}, both cut at one step: {', '.join(words)}")
+        print("\n".join(beside))
     report_rivals(read(directory / "rivals.jsonl"))
     report_predicted(read(directory / "predicted.jsonl"))
     for row in read(directory / "decoding.jsonl"):
