@@ -6,8 +6,7 @@ r"""What a smaller head costs: small models on text, by every way to get there, 
     python benchmarks/compress.py --stage rivals --family llama   # on the dense models of those seeds, before healing
     python benchmarks/compress.py --stage predicted --family llama
     python benchmarks/compress.py --stage decoding --family llama
-    python benchmarks/compress.py --stage figure                  # from the stored rows alone
-    python benchmarks/compress.py --stage report                  # likewise: the tables
+    python benchmarks/compress.py --stage report                  # the tables of docs/findings, from the stored rows
 
     python benchmarks/compress.py --stage pretrained --model DIR  # a real checkpoint: cut, healed, and the control
 
@@ -48,7 +47,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -708,147 +706,7 @@ def duration(lab: Lab, family: str) -> None:
         print(f"{stage}: {steps * seconds / 60:.0f} min")
 
 
-# --- what is shown ---
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean and half of the 95 % interval over seeds."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.4f}"
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.4f} ± {half:.4f}"
-
-
-def report(directory: Path) -> None:
-    """Print the tables from the stored rows."""
-    rows = read(directory / "train.jsonl")
-    for family in FAMILIES:
-        mine = [row for row in rows if row["family"] == family]
-        dense = {row["seed"]: row for row in mine if row["arm"] == "dense"}
-        if not dense:
-            continue
-        frozen = json.loads((directory / f"tuned-{family}.json").read_text())
-        print(f"\n{family}, strengths {frozen['strengths']}; ± is half of a 95 % t interval over seeds")
-        bytes_dense = next(iter(dense.values()))["cache_bytes"]
-        print(f"dense: {interval([r['healed'] for r in dense.values()])}, {bytes_dense:.0f} bytes a token")
-        print("| arm | head | bytes | seeds | before the cut | cut | healed | − dense | − cut and healed |")
-        print("|---|---|---|---|---|---|---|---|---|")
-        beside: list[str] = []
-        for head_dim in sorted({row["head_dim"] for row in mine if row["arm"] != "dense"}, reverse=True):
-            its = {(row["arm"], row["seed"]): row for row in mine if row["head_dim"] == head_dim}
-            for arm in ARMS[1:]:
-                some = [row for (name, seed), row in its.items() if name == arm and seed in dense]
-                if not some:
-                    continue
-                first = [interval([r[key] for r in some]) if key in some[0] else "" for key in ("whole", "cut")]
-                paired = [r["healed"] - dense[r["seed"]]["healed"] for r in some]
-                against = [
-                    r["healed"] - its["cut", r["seed"]]["healed"] for r in some if ("cut", r["seed"]) in its
-                ]  # fmt: skip
-                last = interval(against) if arm != "cut" and against else ""
-                exact = sum(bool(r.get("exact")) for r in some)
-                name = arm + (f" ({exact} of {len(some)} cuts exact)" if arm in ("planes", "low_rank", "l2") else "")
-                print(
-                    f"| {name} | {head_dim} | {some[0]['cache_bytes']:.0f} | {len(some)} | {' | '.join(first)} | "
-                    f"{interval([r['healed'] for r in some])} | {interval(paired)} | {last} |"
-                )
-            both = [(its["planes", s], its["l2", s]) for n, s in its if n == "planes" and ("l2", s) in its]
-            if both:  # cut at the same step, after as many tokens
-                words = [
-                    f"{key} {interval([one[key] - other[key] for one, other in both])}" for key in ("cut", "healed")
-                ]
-                beside.append(f"planes − l2 at head {head_dim}, both cut at one step: {', '.join(words)}")
-        print("\n".join(beside))
-    report_rivals(read(directory / "rivals.jsonl"))
-    report_predicted(read(directory / "predicted.jsonl"))
-    for row in read(directory / "decoding.jsonl"):
-        print(
-            f"{row['model']}, head {row['head_dim']}, batch {row['batch_size']}, behind {row['context']} tokens: "
-            f"{row['tokens_per_second']:.1f} tokens a second (best {row['best']:.1f}), cache {row['cache_bytes']:.0f}"
-            f" bytes a token, {row['parameters']:,} parameters, {row['threads']} thread(s)"
-        )
-    for row in read(directory / "pretrained.jsonl"):
-        what = "at once" if not row["tokens"] else f"after {row['steps']} steps, {row['tokens']} tokens"
-        print(
-            f"{row['model']}, head {row['head_dim']}, cache {row['cache_bytes']:.0f} bytes a token: "
-            f"{row['before']:.4f} → {row['after']:.4f} {what}"
-        )
-
-
-def report_predicted(rows: Sequence[Row]) -> None:
-    """Print how well the weights order planes and ranks, by Spearman's correlation with the rise of the loss."""
-    for family in dict.fromkeys(row["family"] for row in rows):
-        for what, data in (("plane", False), ("rank", False), ("rank", True)):
-            mine = [row for row in rows if (row["family"], row["what"], row["data"]) == (family, what, data)]
-            found = []
-            for seed in {row["seed"] for row in mine}:
-                some = [row for row in mine if row["seed"] == seed]
-                correlation, _ = stats.spearmanr([r["share"] for r in some], [r["rise"] for r in some])
-                found.append(float(cast(Any, correlation)))
-            if found:
-                named = f"{family}, {what}s{', with data' if data else ''}"
-                print(f"{named}: rank correlation of the energy with the rise of the loss {interval(found)}")
-
-
-def report_rivals(rows: Sequence[Row]) -> None:
-    for family in FAMILIES:
-        mine = [row for row in rows if row["family"] == family]
-        if not mine:
-            continue
-        sizes = sorted({row["head_dim"] for row in mine}, reverse=True)
-        print(f"\n{family}: rise of the loss before healing, keys alone | keys and values")
-        print("| method | " + " | ".join(f"{size}: keys | {size}: both" for size in sizes) + " |")
-        print("|---" * (1 + 2 * len(sizes)) + "|")
-        for method in dict.fromkeys(row["method"] for row in mine):
-            cells = []
-            for size in sizes:
-                some = [row for row in mine if (row["method"], row["head_dim"]) == (method, size)]
-                cells += [interval([r[key] - r["whole"] for r in some]) for key in ("keys", "both")]
-            print(f"| {method} | {' | '.join(cells)} |")
-
-
-def figure(directory: Path, path: Path) -> None:
-    """Draw what was predicted without data against the loss measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = read(directory / "predicted.jsonl")
-    drawn, axes = plt.subplots(1, 2, figsize=(9, 3.8), constrained_layout=True)
-    colours = ("#1f77b4", "#d95f02", "#4d4d4d")
-    floor = 1e-5
-    families = list(dict.fromkeys(row["family"] for row in rows))
-    for family, colour in zip(families, colours, strict=False):
-        some = [row for row in rows if row["family"] == family and row["what"] == "plane"]
-        axes[0].scatter(
-            [r["share"] for r in some], [max(r["rise"], floor) for r in some], 14, colour, alpha=0.7,
-            label=family,
-        )  # fmt: skip
-        for data, marker in ((False, "o"), (True, "^")):
-            some = [r for r in rows if r["family"] == family and r["what"] == "rank" and r["data"] == data]
-            if not some:
-                continue
-            axes[1].scatter(
-                [r["share"] for r in some], [max(r["rise"], floor) for r in some], 14, colour, marker,
-                alpha=0.7, label=f"{family}, {'with' if data else 'without'} data",
-            )  # fmt: skip
-    axes[0].set_title("one rotary plane left out", fontsize=10)
-    axes[1].set_title("values of a lower rank", fontsize=10)
-    axes[0].set_xlabel("share of the score energy, from the weights alone")
-    axes[1].set_xlabel("share of the energy of W_O W_V dropped")
-    for axis in axes:
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_ylabel("rise of the loss, nats")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    axes[0].set_xticks([0.01, 0.02, 0.05, 0.1, 0.2], ["1 %", "2 %", "5 %", "10 %", "20 %"], minor=False)
-    axes[0].xaxis.set_minor_formatter("")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, dpi=110)
-    print(path)
+# --- a real checkpoint ---
 
 
 def pretrained(arguments: argparse.Namespace) -> None:
@@ -935,16 +793,11 @@ def example(name: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = {"tune": tune, "train": train_all, "rivals": rivals, "predicted": predicted}
-    parser.add_argument(
-        "--stage", choices=(*stages, "pretrained", "decoding", "time", "figure", "report"), required=True
-    )
+    parser.add_argument("--stage", choices=(*stages, "pretrained", "decoding", "time", "report"), required=True)
     parser.add_argument("--family", choices=FAMILIES, default="llama")
     parser.add_argument("--dir", type=Path, default=Path("docs/data/compress"))
     parser.add_argument("--work", type=Path, default=Path("runs/compress"), help="for weights that stages share")
     parser.add_argument("--tiny", action="store_true", help="a protocol of seconds, to try the command; needs a --dir")
-    parser.add_argument(
-        "--image", type=Path, default=Path("docs/images/compress.png"), help="where --stage figure draws"
-    )
     parser.add_argument("--batch-size", type=int, default=8, help="of --stage decoding")
     parser.add_argument("--context", type=int, default=1024, help="of --stage decoding with --model")
     pretrained_options = parser.add_argument_group("pretrained")
@@ -968,9 +821,11 @@ def main() -> None:
     if arguments.stage == "decoding":
         return decoding(arguments)
     if arguments.stage == "report":
-        return report(arguments.dir)
-    if arguments.stage == "figure":
-        return figure(arguments.dir, arguments.image)
+        import compress_findings
+
+        for table in compress_findings.TABLES:
+            compress_findings.main([table, str(arguments.dir)])
+        return None
     if arguments.stage == "time":
         return duration(Lab(arguments, Protocol()), arguments.family)
     stages[arguments.stage](Lab(arguments, TINY if arguments.tiny else Protocol()), arguments.family)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from tests import needs
 
 needs.package("transformers")
 needs.package("scipy")
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import compress_findings  # noqa: E402
 
 from benchmarks import compress as benchmark  # noqa: E402
 from rankdecay.compress import compress  # noqa: E402
@@ -103,18 +108,21 @@ def test_moments_go_along_where_the_shape_is_the_same(tmp_path: Path) -> None:
 def test_the_tables_are_made_from_rows(tmp_path: Path, capsys) -> None:
     rows = [
         {"family": "llama", "seed": seed, "arm": arm, "head_dim": size, "healed": loss + seed, "cache_bytes": 64 * size}
-        | ({} if arm in ("dense", "small") else {"whole": 1.0, "cut": 2.0, "exact": arm == "planes"})
+        | ({} if arm in ("dense", "small") else {"whole": 1.0, "cut": 2.0 + seed, "exact": arm == "planes"})
         for seed in (0, 1)
         for arm, size, loss in (("dense", 16, 1.0), ("cut", 8, 1.25), ("planes", 8, 1.5), ("small", 8, 0.5))
     ]  # fmt: skip
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tuned-llama.json").write_text(json.dumps({"strengths": {"planes": 1.0}}))
-    benchmark.report(tmp_path)
+    compress_findings.main(["arms", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    planes = next(line for line in lines if line.startswith("| planes (2 of 2 cuts exact) | 8 | 512 | 2 |"))
-    assert planes.endswith("| 0.5000 ± 0.0000 | 0.2500 ± 0.0000 |")  # paired by seed, so that seeds drop out
-    assert any(line.startswith("| small | 8 |") and "-0.5000 ± 0.0000" in line for line in lines)
+    planes = next(line for line in lines if line.startswith("| `Planes`, then cut | 8 | 512 | 2 | 2 of 2 |"))
+    assert planes.endswith("| +0.500 ± 0.000 | +0.250 ± 0.000 |")  # paired by seed, so that seeds drop out
+    assert any(line.startswith("| small from the start | 8 |") and "-0.500 ± 0.000" in line for line in lines)
+    assert compress_findings.difference("llama", "planes", "8", "cut", directory=tmp_path) == "+0.250 ± 0.000"
+    assert compress_findings.difference("llama", "planes", "8", "dense", directory=tmp_path) == "+0.500 ± 0.000"
+    assert compress_findings.rise("llama", "cut", "8", directory=tmp_path) == "+1.500 ± 6.353"  # 12.7 / √2 · σ
 
 
 def test_an_interval_is_that_of_a_t_distribution() -> None:
-    assert benchmark.interval([1.0, 2.0, 3.0]) == "2.0000 ± 2.4841"  # 4.3027 / √3
+    assert compress_findings.interval([1.0, 2.0, 3.0]) == "2.000 ± 2.484"  # 4.3027 / √3
