@@ -185,6 +185,12 @@ def rise(family: str, arm: str, size: str, directory: Path = DATA) -> str:
     return interval([row["cut"] - row["whole"] for row in some.values()], "+.3f")
 
 
+def mean_rise(family: str, arm: str, size: str, directory: Path = DATA) -> float:
+    """The same, of all seeds together."""
+    some = by_arm(read(directory / "train.jsonl"), family)[arm, int(size)]
+    return statistics.fmean(row["cut"] - row["whole"] for row in some.values())
+
+
 def sign(family: str, arm: str, size: str, other: str, key: str = "healed", directory: Path = DATA) -> int:
     """Whether an arm is worse (1) or better (-1) than another beyond the interval over seeds, or neither (0)."""
     found = by_arm(read(directory / "train.jsonl"), family)

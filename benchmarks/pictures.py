@@ -152,7 +152,13 @@ def compress() -> Charts:
                 lines.append(Line(label, [row["share"] for row in some], rises, mark="points", arm=label))
     rise = Axis("rise of the loss, nats", "log")
     return [
-        Chart("planes", "a rotary plane left out", Axis("share of the energy of the scores", "log"), rise, planes),
+        Chart(
+            "planes",
+            "a rotary plane left out",
+            Axis("share of the energy of the scores", "log", (0.005, 0.6)),
+            rise,
+            planes,
+        ),
         Chart("ranks", "values of a lower rank", Axis("share of the energy of W_O W_V", "log"), rise, ranks),
     ]
 
