@@ -35,9 +35,20 @@ def test_what_cannot_be_made_smaller_is_said_with_the_reason():
         transformers.GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=50, bos_token_id=1, eos_token_id=2)
     )
     report = rd.inspect(gpt)
+    assert report.smaller is not None
     assert "takes the size of a head from the width" in report.smaller.reason
     assert "A smaller head: not possible" in str(report)
-    assert "no configuration says" in rd.inspect(torch.nn.MultiheadAttention(16, 2)).smaller.reason
+    assert "no configuration says of which class it is" in str(rd.inspect(torch.nn.MultiheadAttention(16, 2)))
+
+
+@pytest.mark.parametrize(("value", "says"), [(float("nan"), "not finite"), (1e200, "so large or so small")])
+def test_weights_without_an_energy(value, says):
+    model = small.model().double()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.fill_(value)
+    report = rd.inspect(model)
+    assert report.smaller is not None
+    assert says in report.smaller.reason
 
 
 def test_of_a_part_of_a_model_nothing_is_said(tmp_path):

@@ -6,6 +6,7 @@ whether the class takes another head size is then what the table of compared mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +52,14 @@ def outlook(source: Source, found: Sequence[Found]) -> Outlook:
         found: its attention.
     """
     try:
-        return Outlook(_sizes(source, found))
+        sizes = _sizes(source, found)
     except NotReducible as error:
         return Outlook(reason=str(error))
+    except RuntimeError:  # float64 that overflows: a decomposition of what is not finite
+        sizes = ()
+    if not all(math.isfinite(size.plane_energy + size.value_energy) for size in sizes) or not sizes:
+        return Outlook(reason="its weights are so large or so small that their energies are no numbers.")
+    return Outlook(sizes)
 
 
 def _sizes(source: Source, found: Sequence[Found]) -> tuple[Size, ...]:

@@ -188,6 +188,8 @@ class _Parts:
         """Return (heads, d, D), with the bias (heads, d, D + 1); of the output (heads, out, d)."""
         place = self.found.places[role]
         heads = place.window.heads(self.read(place.parameter)).double()
+        if not heads.isfinite().all():
+            raise NotReducible(f"{place.parameter} has values that are not finite: mend the checkpoint first.")
         if role == "output" or not self.has_bias(role):
             return heads
         assert place.bias is not None
