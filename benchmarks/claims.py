@@ -16,6 +16,7 @@ from typing import Any
 
 import attention_findings
 import boundary_findings
+import compress_findings
 import grok_findings
 import schedule_findings
 
@@ -85,8 +86,10 @@ def _standing() -> set[str]:
     return {name for name, _, beyond in found if beyond == bounds}
 
 
+COMPRESS = "python benchmarks/compress.py --stage tune; … --stage train, for --family llama and qwen3"
 SELECTION = "bash docs/data/boundary/commands.sh"
 GROKKING, KOBAYASHI = "Low-rank decay and grokking", "L2 as a nuclear norm (Kobayashi et al.)"
+SMALLER = "A smaller head"
 SHEEN, COSTS = "Softmax attention and its SVM (Sheen et al.)", "What it costs"
 
 CLAIMS = (
@@ -505,7 +508,51 @@ CLAIMS = (
         "inspection.md",
         "holds",
     ),
+    Claim(
+        SMALLER,
+        "Planes and values that decay towards the cut make it free",
+        "the cut costs, at half and a quarter of the head, {cut_rise llama planes 16} and {cut_rise llama planes 8} "
+        "nats (Llama), {cut_rise qwen3 planes 16} and {cut_rise qwen3 planes 8} (QK-norm)",
+        "at the same step without it {cut_rise llama l2 16} and {cut_rise llama l2 8}, {cut_rise qwen3 l2 16} and "
+        "{cut_rise qwen3 l2 8}",
+        COMPRESS,
+        ("compress",),
+        "compress.md",
+        "holds",
+        when=lambda: all(compress_findings.mean_rise(*at) < 0.002 for at in _cuts()),
+    ),
+    Claim(
+        SMALLER,
+        "And end lower than cutting at once and healing for as many tokens",
+        "above cut at once: {compressed llama planes 16 cut} and {compressed llama planes 8 cut} nats (Llama), "
+        "{compressed qwen3 planes 16 cut} and {compressed qwen3 planes 8 cut} (QK-norm)",
+        "above the original: {compressed llama planes 16 dense} and {compressed llama planes 8 dense}, "
+        "{compressed qwen3 planes 16 dense} and {compressed qwen3 planes 8 dense}",
+        COMPRESS,
+        ("compress",),
+        "compress.md",
+        "contradicted",
+        "cutting and healing is level with it; the decay pays where nobody trains after the cut",
+        lambda: all(compress_findings.sign(family, "planes", size, "cut") >= 0 for family, _, size in _cuts()),
+    ),
+    Claim(
+        SMALLER,
+        "A small head is better made from a trained model than trained from the start",
+        "small from the start above cut at once: {compressed llama small 16 cut} and {compressed llama small 8 cut} "
+        "nats (Llama), {compressed qwen3 small 16 cut} and {compressed qwen3 small 8 cut} (QK-norm)",
+        "above the original: {compressed llama small 16 dense} and {compressed llama small 8 dense}, "
+        "{compressed qwen3 small 16 dense} and {compressed qwen3 small 8 dense}",
+        COMPRESS,
+        ("compress",),
+        "compress.md",
+        "open",
+        "short runs, far from convergence: lower from the start at half the head, not everywhere at a quarter",
+    ),
 )
+
+
+def _cuts() -> list[tuple[str, str, str]]:
+    return [(family, "planes", size) for family in ("llama", "qwen3") for size in ("16", "8")]
 
 
 def index(made: Callable[[str], str]) -> str:

@@ -36,6 +36,7 @@ from typing import Any
 import attention_findings
 import boundary_findings
 import claims
+import compress_findings
 import grok_findings
 import pictures
 import schedule_findings
@@ -47,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path("docs/data")
 PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "findings").glob("*.md")))
 MARKED = re.compile(r"(<!-- findings: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
-SCRIPTS = ("boundary", "attention", "margin", "factor", "grok", "cost", "schedule")
+SCRIPTS = ("boundary", "attention", "margin", "factor", "grok", "cost", "schedule", "compress")
 
 
 # --- tables: what a script prints ---
@@ -337,6 +338,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     )
 }  # fmt: skip
 NUMBERS |= {"e1": schedule_findings.words}
+NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_findings.rise}
 
 
 @functools.cache

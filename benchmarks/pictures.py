@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import compress_findings
 import schedule_findings
 
 from rankdecay.lab import experiment
@@ -133,6 +134,35 @@ def contrasts() -> Charts:
     return [Chart("contrasts", "ratio of times", Axis("read at step", "log"), Axis("ratio of times", "log"), lines)]
 
 
+LEAST = 1e-5  # of a rise of the loss that is drawn
+
+
+def compress() -> Charts:
+    """What the weights say of a plane or a rank, beside what leaving it out does to the loss."""
+    rows = compress_findings.read(compress_findings.DATA / "predicted.jsonl")
+    if not rows:
+        return []
+    planes, ranks = [], []
+    for family in compress_findings.families(rows):
+        for what, data, lines in (("plane", False, planes), ("rank", False, ranks), ("rank", True, ranks)):
+            some = [r for r in rows if (r["family"], r["what"], r["data"]) == (family, what, data) and r["share"] > 0]
+            if some:
+                rises = [max(row["rise"], LEAST) for row in some]
+                label = family if what == "plane" else f"{family}, {'with' if data else 'without'} data"
+                lines.append(Line(label, [row["share"] for row in some], rises, mark="points", arm=label))
+    rise = Axis("rise of the loss, nats", "log")
+    return [
+        Chart(
+            "planes",
+            "a rotary plane left out",
+            Axis("share of the energy of the scores", "log", (0.005, 0.6)),
+            rise,
+            planes,
+        ),
+        Chart("ranks", "values of a lower rank", Axis("share of the energy of W_O W_V", "log"), rise, ranks),
+    ]
+
+
 def _line(label: str, points: Sequence[tuple[float, float]]) -> Line:
     return Line(label, [x for x, _ in points], [y for _, y in points], arm=label, mark="line+points")
 
@@ -144,6 +174,7 @@ CHARTS: dict[str, Callable[[], Charts]] = {
     "inspection": inspection,
     "subtraction": subtraction,
     "schedule": contrasts,
+    "compress": compress,
 }
 
 

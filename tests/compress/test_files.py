@@ -80,6 +80,21 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
+def test_tied_embeddings_that_files_hold_once_are_measured_on_a_text(tmp_path):
+    folder = small.saved(tmp_path / "model", tie_word_embeddings=True)
+    from_files = plan(folder, 8, small.tokens(), sizes=[])
+    live = small.model(tie_word_embeddings=True)
+    assert [size.loss for size in from_files.sizes] == pytest.approx(
+        [size.loss for size in plan(live, 8, small.tokens(), sizes=[]).sizes]
+    )
+    made = rd.compress(live, 8, calibration=small.tokens(), sizes=[])
+    assert made.lm_head.weight is made.model.embed_tokens.weight
+    with torch.no_grad():
+        assert made(small.tokens()[1::2], labels=small.tokens()[1::2]).loss.item() == pytest.approx(
+            from_files.sizes[1].loss, abs=1e-4
+        )
+
+
 def test_what_belongs_to_the_model_is_copied_and_nothing_else(tmp_path):
     folder = small.saved(tmp_path / "model")
     small.text_tokenizer(folder)

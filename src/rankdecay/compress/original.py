@@ -212,12 +212,13 @@ class Smaller:
             moments: of the inputs of each layer.
             say: is told how many layers are done.
         """
-        state = {name: read(name).clone() for name in self.original.skeleton.shapes if name not in self._ours}
+        state = {name: read(name).clone() for name in self.original.skeleton.own_names if name not in self._ours}
         for number in range(len(self.layers)):
             state |= self.parameters(number, read, moments)
             say(number + 1)
-        if state.keys() != self.skeleton.shapes.keys():  # what is missing would be drawn at random
-            odd = sorted(state.keys() ^ self.skeleton.shapes.keys())
+        needed = set(self.skeleton.own_names)
+        if state.keys() != needed:  # what is missing would be drawn at random
+            odd = sorted(state.keys() ^ needed)
             raise NotReducible(f"{self.original.kind.__name__} with a smaller head has other parameters: {odd[0]}.")
         kind: Any = self.original.kind
         # as the original runs: not every kernel computes all that a class does, soft caps for one

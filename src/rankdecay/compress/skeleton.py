@@ -79,6 +79,14 @@ class Skeleton:
         """Shape of every parameter, by name."""
         return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
 
+    @cached_property
+    def own_names(self) -> list[str]:
+        """Names of what has to be read: of tied parameters the first, since a checkpoint holds no other."""
+        first: dict[int, str] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            first.setdefault(id(tensor), name)
+        return list(first.values())
+
     def check(self) -> None:
         """Raise ``NotReducible`` if the identities do not hold for some layer."""
         if (limit := getattr(self.config, "clip_qkv", None)) is not None:

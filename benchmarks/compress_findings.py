@@ -1,0 +1,216 @@
+"""The tables of `docs/findings` on compressing, from the rows of `benchmarks/compress.py`.
+
+    python benchmarks/compress_findings.py arms docs/data/compress         # by every way to a smaller head
+    python benchmarks/compress_findings.py rivals docs/data/compress       # other ways to as many bytes, before healing
+    python benchmarks/compress_findings.py predicted docs/data/compress    # what the weights say of the loss
+    python benchmarks/compress_findings.py pretrained docs/data/compress   # a real checkpoint
+    python benchmarks/compress_findings.py decoding docs/data/compress     # tokens per second
+
+What follows ± is half of a 95 % interval of Student's t over seeds; differences are paired by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import stored
+from scipy import stats
+
+Row = dict[str, Any]
+DATA = Path("docs/data/compress")
+ARMS = {
+    "cut": "cut at once",
+    "planes": "`Planes`, then cut",
+    "l2": "L2, then cut",
+    "low_rank": "low rank per head, then cut",
+    "small": "small from the start",
+}
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+def interval(values: Sequence[float], form: str = ".3f") -> str:
+    """Mean and half of the 95 % interval over seeds."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:{form}}"
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:{form}} ± {half:{form.lstrip('+')}}"
+
+
+def families(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["family"] for row in rows))
+
+
+def by_arm(rows: Sequence[Row], family: str) -> dict[tuple[str, int], dict[int, Row]]:
+    """Rows by arm and head size, and then by seed."""
+    found: dict[tuple[str, int], dict[int, Row]] = {}
+    for row in rows:
+        if row["family"] == family:
+            found.setdefault((row["arm"], row["head_dim"]), {})[row["seed"]] = row
+    return found
+
+
+def differences(some: dict[int, Row], others: dict[int, Row], key: str = "healed", other: str = "") -> list[float]:
+    """What one arm has more than another, seed by seed."""
+    return [row[key] - others[seed][other or key] for seed, row in some.items() if seed in others]
+
+
+def arms(options: argparse.Namespace) -> None:
+    """A Markdown line per arm and head size."""
+    for directory in options.directories:
+        rows = read(directory / "train.jsonl")
+        for family in families(rows):
+            found = by_arm(rows, family)
+            ((_, whole), dense) = next((key, some) for key, some in found.items() if key[0] == "dense")
+            each = next(iter(dense.values()))["cache_bytes"]
+            frozen = json.loads((directory / f"tuned-{family}.json").read_text())["strengths"]
+            strengths = ", ".join(f"{name} {value:g}" for name, value in frozen.items())
+            print(f"**{family}**, head {whole}: loss {interval(losses(dense))}, {each:g} bytes a token;")
+            print(f"strengths {strengths}\n")
+            heads = ["", "head", "bytes a token", "seeds", "cuts of zeros alone", "before the cut", "cut", "at the end"]
+            print(f"| {' | '.join([*heads, '− dense', '− cut at once'])} |\n|---|" + "--:|" * 9)
+            for size in sorted({size for _, size in found} - {whole}, reverse=True):
+                for arm, name in ARMS.items():
+                    some = found.get((arm, size), {})
+                    if not some:
+                        continue
+                    one = next(iter(some.values()))
+                    zeros = f"{sum(row['exact'] for row in some.values())} of {len(some)}" if "exact" in one else ""
+                    cells = [name, f"{size}", f"{one['cache_bytes']:g}", f"{len(some)}", zeros]
+                    cells += [interval(losses(some, key)) if key in one else "" for key in ("whole", "cut", "healed")]
+                    cells.append(interval(differences(some, dense), "+.3f"))
+                    against = differences(some, found.get(("cut", size), {}))
+                    cells.append(interval(against, "+.3f") if arm != "cut" and against else "")
+                    print(f"| {' | '.join(cells)} |")
+            print()
+
+
+def losses(some: dict[int, Row], key: str = "healed") -> list[float]:
+    return [row[key] for row in some.values()]
+
+
+def rivals(options: argparse.Namespace) -> None:
+    """A Markdown line per method: by how much the loss of the trained models rises."""
+    for directory in options.directories:
+        rows = read(directory / "rivals.jsonl")
+        for family in families(rows):
+            mine = [row for row in rows if row["family"] == family]
+            sizes = sorted({row["head_dim"] for row in mine}, reverse=True)
+            heads = [f"head {size}, {what}" for size in sizes for what in ("keys alone", "keys and values")]
+            print(f"**{family}**, {len({row['seed'] for row in mine})} seeds\n")
+            print(f"| | {' | '.join(heads)} |\n|---|" + "--:|" * len(heads))
+            for method in dict.fromkeys(row["method"] for row in mine):
+                cells = []
+                for size in sizes:
+                    some = [row for row in mine if (row["method"], row["head_dim"]) == (method, size)]
+                    cells += [interval([row[key] - row["whole"] for row in some], "+.3f") for key in ("keys", "both")]
+                print(f"| {method} | {' | '.join(cells)} |")
+            print()
+
+
+def correlations(rows: Sequence[Row], family: str, what: str, data: bool) -> list[float]:
+    """Spearman's correlation of the energy left out with the rise of the loss, by seed."""
+    found = []
+    mine = [row for row in rows if (row["family"], row["what"], row["data"]) == (family, what, data)]
+    for seed in dict.fromkeys(row["seed"] for row in mine):
+        some = [row for row in mine if row["seed"] == seed]
+        correlation, _ = stats.spearmanr([row["share"] for row in some], [row["rise"] for row in some])
+        found.append(float(cast(Any, correlation)))
+    return found
+
+
+def predicted(options: argparse.Namespace) -> None:
+    """A Markdown line per model: the rank correlation of the energy left out with the rise of the loss."""
+    for directory in options.directories:
+        rows = read(directory / "predicted.jsonl")
+        kinds = (("plane", False), ("rank", False), ("rank", True))
+        print("| | planes | ranks of the values | the same with data |\n|---|--:|--:|--:|")
+        for family in families(rows):
+            cells = [correlations(rows, family, what, data) for what, data in kinds]
+            print(f"| {family} | {' | '.join(interval(some, '.2f') if some else '' for some in cells)} |")
+
+
+def pretrained(options: argparse.Namespace) -> None:
+    """A Markdown line per head size of a real checkpoint: at once, healed, and the original trained as long."""
+    for directory in options.directories:
+        rows = read(directory / "pretrained.jsonl")
+        print("| | head | bytes a token | trained for | loss before | after |\n|---|--:|--:|--:|--:|--:|")
+        whole = max((row["head_dim"] for row in rows), default=0)
+        for row in sorted(rows, key=lambda row: (row["model"], row["tokens"], -row["head_dim"])):
+            name = row["model"] + (" (the control)" if row["head_dim"] == whole and row["tokens"] else "")
+            name += ", the original as a teacher" if row["teacher"] else ""
+            spent = f"{row['tokens']:,} tokens" if row["tokens"] else "nothing: the cut"
+            print(
+                f"| {name} | {row['head_dim']} | {row['cache_bytes']:,.0f} | {spent} | {row['before']:.3f} | "
+                f"{row['after']:.3f} |"
+            )
+
+
+def decoding(options: argparse.Namespace) -> None:
+    """A Markdown line per model and head size: tokens per second beside the original."""
+    for directory in options.directories:
+        rows = read(directory / "decoding.jsonl")
+        heads = ["| | head", "parameters", "cache, bytes a token", "sequences, tokens behind", "tokens a second (best)"]
+        print(f"{' | '.join([*heads, 'of the original'])} |\n|---|" + "--:|" * 6)
+        for row in rows:
+            key = ("model", "context", "batch_size")
+            beside = max((r for r in rows if all(r[k] == row[k] for k in key)), key=lambda r: r["head_dim"])
+            print(
+                f"| {row['model']} | {row['head_dim']} | {row['parameters']:,} | {row['cache_bytes']:,.0f} | "
+                f"{row['batch_size']}, {row['context']:,} | {row['tokens_per_second']:,.1f} ({row['best']:,.1f}) | "
+                f"{row['tokens_per_second'] / beside['tokens_per_second']:.2f} |"
+            )
+
+
+def difference(family: str, arm: str, size: str, other: str, key: str = "healed", directory: Path = DATA) -> str:
+    """What an arm's loss is above that of another at the same head size (``dense``: of the original), in nats."""
+    found = by_arm(read(directory / "train.jsonl"), family)
+    others = (
+        found[other, int(size)] if other != "dense" else next(some for name, some in found.items() if name[0] == other)
+    )
+    return interval(differences(found[arm, int(size)], others, key), "+.3f")
+
+
+def rise(family: str, arm: str, size: str, directory: Path = DATA) -> str:
+    """What the cut itself costs in an arm, in nats."""
+    some = by_arm(read(directory / "train.jsonl"), family)[arm, int(size)]
+    return interval([row["cut"] - row["whole"] for row in some.values()], "+.3f")
+
+
+def mean_rise(family: str, arm: str, size: str, directory: Path = DATA) -> float:
+    """The same, of all seeds together."""
+    some = by_arm(read(directory / "train.jsonl"), family)[arm, int(size)]
+    return statistics.fmean(row["cut"] - row["whole"] for row in some.values())
+
+
+def sign(family: str, arm: str, size: str, other: str, key: str = "healed", directory: Path = DATA) -> int:
+    """Whether an arm is worse (1) or better (-1) than another beyond the interval over seeds, or neither (0)."""
+    found = by_arm(read(directory / "train.jsonl"), family)
+    values = differences(found[arm, int(size)], found[other, int(size)], key)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return int(low > 0) - int(high < 0)
+
+
+TABLES = {"arms": arms, "rivals": rivals, "predicted": predicted, "pretrained": pretrained, "decoding": decoding}
+
+
+def store(options: argparse.Namespace) -> None:
+    """Rows are stored where they are made."""
+    raise SystemExit(f"{options.run}: benchmarks/compress.py --dir writes its rows where they are kept.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one of the commands above."""
+    stored.command_line(__doc__, store, TABLES, arguments=arguments)
+
+
+if __name__ == "__main__":
+    main()
