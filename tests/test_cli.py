@@ -24,7 +24,7 @@ def test_help_lists_every_command(capsys):
     out = capsys.readouterr().out
     assert out.startswith("usage: rankdecay COMMAND [options]")
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] not in " -"]
-    assert listed == ["inspect", "These", *_lab_commands()]
+    assert listed == ["inspect", "compress", "These", *_lab_commands()]
     assert "pip install 'rankdecay[lab]'" in out
 
 

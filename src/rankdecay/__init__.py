@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionLayer, AttentionNames, MatrixView, find_attention
     from rankdecay.audit import AuditReport, AuditRow, audit
+    from rankdecay.compress import Compression, compress
     from rankdecay.decay.attach import attach
     from rankdecay.decay.attachment import Attachment
     from rankdecay.decay.groups import param_groups
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "attention": ("AttentionLayer", "AttentionNames", "MatrixView", "find_attention"),
     "audit": ("AuditReport", "AuditRow", "audit"),
+    "compress": ("Compression", "compress"),
     "decay.attach": ("attach",),
     "decay.attachment": ("Attachment",),
     "decay.groups": ("param_groups",),
@@ -42,6 +44,7 @@ __all__ = [
     "AttentionNames",
     "AuditReport",
     "AuditRow",
+    "Compression",
     "Frobenius",
     "Inspection",
     "LowRank",
@@ -52,6 +55,7 @@ __all__ = [
     "Spectrum",
     "attach",
     "audit",
+    "compress",
     "decays",
     "find_attention",
     "inspect",

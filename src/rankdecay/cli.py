@@ -1,7 +1,8 @@
 """Command line: ``rankdecay COMMAND [options]``.
 
-``inspect`` is here and needs what the library needs. The other commands are the lab's, in :mod:`rankdecay.lab.cli`,
-which is imported when one of them is named. This module imports neither torch nor the lab: ``--help`` answers at once.
+``inspect`` and ``compress`` are here; the first needs what the library needs, the second transformers too. The other
+commands are the lab's, in :mod:`rankdecay.lab.cli`, which is imported when one of them is named. This module imports
+neither torch nor the lab: ``--help`` answers at once.
 
 Exit codes: 0 done, 2 a command, setting or file that cannot work (one line on standard error says what to do), 3 with
 ``inspect --strict`` if attention is not handled, 130 interrupted.
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 INSPECT = (
     "Show what training did to the rank of a checkpoint's attention, per layer and head, beside the same untrained."
 )
+COMPRESS = "Write the same model with a smaller head and KV cache, as an ordinary checkpoint, and say what it costs."
 #: The packages of the extra `lab`, as they are imported.
 LAB_PACKAGES = ("tyro", "rich", "plotly", "matplotlib", "scipy", "sklearn", "joblib", "cvxpy")
 LAB_INSTALL = "pip install 'rankdecay[lab]'"
@@ -90,6 +92,8 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"rankdecay {_version()}")
     elif command == "inspect":
         return _inspect(_parse_inspect(arguments[1:]))
+    elif command == "compress":
+        return _compress(_parse_compress(arguments[1:]))
     elif command in _lab_commands():
         return _run_lab(arguments)
     else:
@@ -99,7 +103,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _commands() -> list[str]:
-    return ["inspect", *_lab_commands()]
+    return ["inspect", "compress", *_lab_commands()]
 
 
 def _lab_commands() -> dict[str, str]:
@@ -118,7 +122,7 @@ def _help() -> str:
     )
     library = parser.add_argument_group("commands")
     lab = parser.add_argument_group("commands of the lab", f"These need more packages: {LAB_INSTALL}")
-    for group, commands in ((library, {"inspect": INSPECT}), (lab, _lab_commands())):
+    for group, commands in ((library, {"inspect": INSPECT, "compress": COMPRESS}), (lab, _lab_commands())):
         for name, text in commands.items():
             group.add_argument(name, help=text)  # for the help alone: `_run` chooses the command
     parser.add_argument("--version", action="store_true", help="show the version of rankdecay and exit")
@@ -211,6 +215,10 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--quiet", action="store_true", help="no lines of progress on standard error; --json has none either")
     add("--list", action="store_true", help="show what would be read, names, shapes and heads, without spectra")
+    return _parsed(parser, arguments)
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     settings, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = re.findall(r"--[\w-]+", parser.format_usage())
@@ -339,7 +347,13 @@ class _Progress:
 
 
 def _explained(error: ValueError, path: Path) -> CommandError:
-    options = {"names=": "--names query=...,key=...,value=...,output=...", "num_heads=": "--num-heads N"}
+    options = {
+        "names=": "--names query=...,key=...,value=...,output=...",
+        "num_heads=": "--num-heads N",
+        "head_dim=": "--head-dim N",
+        "calibration=": "--calibration FILE",
+        "out=": "--out DIR",
+    }
     meant = [option for argument, option in options.items() if argument in str(error)]
     hint = f" (here: {' '.join(meant)})" if meant else ""
     where = "" if path.name in str(error) else f"{path}: "
@@ -398,6 +412,81 @@ def _names(text: str) -> "AttentionNames":
         return AttentionNames(**given)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise CommandError(f"--names {text}: {error}") from None
+
+
+# --- compress ---
+
+
+def _parse_compress(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="rankdecay compress", description=COMPRESS, allow_abbrev=False)
+    add = parser.add_argument
+    add("path", type=Path, metavar="PATH", help="directory of save_pretrained; a causal language model of transformers")
+    add("--head-dim", type=int, metavar="N", help="size of a head wanted: even, better a multiple of 8")
+    add("--out", type=Path, metavar="DIR", help="directory to write, which must not exist")
+    add(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text of what the model is for, on which planes and values are chosen and the loss is measured; without "
+        "it the weights alone decide, which costs much more",
+    )
+    add("--window", type=int, default=512, metavar="N", help="tokens of a window of the text (default: 512)")
+    add("--windows", type=int, default=24, metavar="N", help="windows of the text, half of which choose (default: 24)")
+    add("--sizes", type=int, nargs="*", metavar="N", help="other head sizes to show (default: 7/8, 3/4 and 1/2)")
+    add("--dry-run", action="store_true", help="show what head sizes would cost, and write nothing")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("--quiet", action="store_true", help="no progress on standard error")
+    return _parsed(parser, arguments)
+
+
+class _Progress:
+    """Line on standard error now and then while work takes longer than one waits without a word."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._start = self._due = 0.0
+
+    def __call__(self, what: str, done: int, count: int) -> None:
+        """Say how much of what is done, unless it was said a moment ago or all of it is."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._start, self._due = what, now, now + PATIENCE
+        if now < self._due or done == count:
+            return
+        self._due = now + PATIENCE
+        left = f", ETA {duration((now - self._start) / done * (count - done))}" if done else ""
+        print(visible(f"{what}: {done} of {count}, {duration(now - self._start)}{left}"), file=sys.stderr)
+
+
+def _compress(settings: argparse.Namespace) -> int:
+    if find_spec("transformers") is None:
+        raise CommandError(
+            "rankdecay compress needs transformers, for whose classes it writes: pip install 'rankdecay[transformers]'"
+        )
+    if settings.head_dim is None and not settings.dry_run:
+        raise CommandError("rankdecay compress needs --head-dim N; --dry-run shows what head sizes cost")
+    if settings.out is None and not settings.dry_run:
+        raise CommandError("rankdecay compress needs --out DIR, a directory that does not exist yet; or --dry-run")
+    from rankdecay.compress import compress, plan
+
+    path: Path = settings.path
+    size: int | None = settings.head_dim
+    how: dict[str, Any] = {
+        "window": settings.window,
+        "windows": settings.windows,
+        "sizes": settings.sizes,
+        "progress": None if settings.quiet else _Progress(),
+    }
+    try:
+        if settings.dry_run:
+            result = plan(path, size, settings.calibration, **how)
+        else:
+            assert size is not None
+            result = compress(path, size, settings.out, settings.calibration, **how)
+    except ValueError as error:
+        raise _explained(error, settings.path) from None
+    print(json_text(result.to_json() | {"command": "compress"}) if settings.json else result)
+    return 0
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ class Checkpoint:
         candidates: keys of the sets of weights that ``state`` can name, where there are several.
         of_module: returns the settings of the module at a path, where a format states them per module; they come first.
         stored_as: what each quantised tensor is stored as, by name.
+        dtypes: type of every tensor as it is stored, by name; of GGUF files none.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class Checkpoint:
     candidates: tuple[str, ...] = ()
     of_module: Callable[[str], Mapping[str, Any]] = field(default=lambda path: {})
     stored_as: Mapping[str, str] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -274,7 +276,9 @@ def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
     shapes, load, codes = dequantised(shapes, dtypes, config, load_stored, header, CheckpointError)
     if codes:  # the codes of a weight may have stood elsewhere
         shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
-    opened = Checkpoint(path, shapes, config, load, tuple(dict.fromkeys([*candidates, *copies])), stored_as=codes)
+    opened = Checkpoint(
+        path, shapes, config, load, tuple(dict.fromkeys([*candidates, *copies])), stored_as=codes, dtypes=dtypes
+    )
     if not is_adapter(found.files[0], shapes):
         return opened
     if not adapters:

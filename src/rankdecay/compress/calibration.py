@@ -1,0 +1,160 @@
+"""What a text shows of a model: its loss, the loss with one rotary plane left out, and the inputs of its attention.
+
+Half of the windows of the text, every second one, are for choosing, the other half for the loss that is reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankdecay.compress.reduction import Layer, Moments, plane_rows_of
+from rankdecay.files import read_bytes
+
+WINDOW, MOST_WINDOWS = 512, 24
+LARGEST_TEXT = 2**28
+
+Progress = Callable[[str, int, int], None]
+
+
+def windows_of(text: str | Path | Tensor, tokenizer: Any, length: int, most: int = MOST_WINDOWS) -> Tensor:
+    """Return a text as windows of tokens, (windows, length).
+
+    Args:
+        text: path of a text file, or tokens: (tokens,), or (windows, length), which are taken as they are.
+        tokenizer: turns text into tokens, as those of transformers do; not needed for tokens.
+        length: tokens of a window.
+        most: number of windows, spread over the text.
+
+    Raises:
+        ValueError: If the text is shorter than two windows, or is text and there is no tokenizer.
+    """
+    if isinstance(text, Tensor):
+        if text.ndim == 2:
+            if len(text) < 2:
+                raise ValueError(
+                    f"calibration has {len(text)} window, expected at least 2: one chooses, one is reported."
+                )
+            return text
+        tokens = text.flatten()
+    else:
+        if tokenizer is None:
+            raise ValueError(f"calibration={str(text)!r} is text, and there is no tokenizer: pass tokenizer=.")
+        content = read_bytes(text, LARGEST_TEXT).decode("utf-8", errors="replace")
+        tokens = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"])
+    whole = len(tokens) // length
+    if whole < 2:
+        raise ValueError(
+            f"calibration has {len(tokens)} tokens, fewer than two windows of {length}: give a longer text, or a "
+            "smaller window."
+        )
+    chosen = torch.linspace(0, whole - 1, min(whole, most)).round().long()
+    return tokens[: whole * length].view(whole, length)[chosen]
+
+
+@torch.no_grad()
+def loss(model: nn.Module, windows: Tensor) -> float:
+    """Return the mean loss of a causal language model on windows of tokens, in nats per token, no window at once."""
+    device = next(model.parameters()).device
+    was_training, total = model.training, 0.0
+    model.eval()  # without dropout
+    try:
+        for window in windows:
+            tokens = window[None].to(device)
+            logits = model(input_ids=tokens, use_cache=False).logits
+            total += float(F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum"))
+    finally:
+        model.train(was_training)
+    return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+@torch.no_grad()
+def moments(model: nn.Module, layers: Sequence[Layer], windows: Tensor) -> list[Moments]:
+    """Return the second moments of what enters the projections of each layer, over windows of tokens."""
+    sums: list[Tensor | None] = [None] * len(layers)
+
+    def record(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2).float()
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+            gram = (x.mT @ x).double().cpu()
+            before = sums[number]
+            sums[number] = gram if before is None else before.add_(gram)
+
+        return hook
+
+    hooks = []
+    for number, layer in enumerate(layers):
+        path = layer.found.places["value"].parameter.rpartition(".")[0]
+        hooks.append(model.get_submodule(path).register_forward_pre_hook(record(number)))
+    try:
+        loss(model, windows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [Moments(total) for total in sums if total is not None]
+
+
+@contextmanager
+def _without_plane(model: nn.Module, layers: Sequence[Layer], plane: int) -> Iterator[None]:
+    """Leave a plane out: its rows of W_Q and W_K, and of their biases, are zero. A smaller head computes the same."""
+    parameters = dict(model.named_parameters())
+    saved: dict[str, Tensor] = {}
+    try:
+        for layer in layers:
+            assert layer.found.rotary is not None
+            rows = plane_rows_of(layer.found.rotary, torch.tensor([plane]))
+            for role in ("query", "key"):
+                place = layer.found.places[role]
+                for name, window in ((place.parameter, place.window), (place.bias, place.bias_window)):
+                    if name is None or window is None:
+                        continue
+                    data = parameters[name].data
+                    saved.setdefault(name, data.clone())
+                    lines = data[:, None] if data.ndim == 1 else data
+                    heads = window.heads(lines).clone()
+                    heads[:, rows] = 0
+                    window.write(lines, heads)
+        yield
+    finally:
+        for name, data in saved.items():
+            parameters[name].data.copy_(data)
+
+
+def plane_losses(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    keys: Sequence[str | None],
+    planes: Mapping[str | None, int],
+    windows: Tensor,
+    progress: Progress,
+) -> dict[str | None, Tensor]:
+    """Return the loss with each plane left out in turn, by table of frequencies.
+
+    Args:
+        model: the model.
+        layers: those with rotary positions.
+        keys: the table of each.
+        planes: number of planes of each table.
+        windows: tokens.
+        progress: is told what is done, and how much of it.
+    """
+    losses: dict[str | None, Tensor] = {}
+    done, all_of_it = 0, sum(planes.values())
+    for key, count in planes.items():
+        its = [layer for layer, own in zip(layers, keys, strict=True) if own == key]
+        losses[key] = torch.zeros(count, dtype=torch.float64)
+        for plane in range(count):
+            with _without_plane(model, its, plane):
+                value = loss(model, windows)
+            losses[key][plane] = value if math.isfinite(value) else torch.inf
+            done += 1
+            progress("leaving out one rotary plane at a time", done, all_of_it)
+    return losses

@@ -1,0 +1,412 @@
+"""The same model with a smaller head and KV cache, as an ordinary checkpoint of its own class.
+
+Rotary planes are dropped and values given fewer directions; the result needs no code of this library. Which planes
+and directions go is chosen on a text where one is given, and by the weights alone, with a warning, where not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from rankdecay.compress import calibration as texts
+from rankdecay.compress.card import card
+from rankdecay.compress.choice import PlaneScores, with_losses
+from rankdecay.compress.files import StoredModel, check_new, new_directory, write_checkpoint
+from rankdecay.compress.result import Compression, Size
+from rankdecay.compress.original import Original, Smaller
+from rankdecay.compress.reduction import Moments, NotReducible, value_energies
+from rankdecay.compress.skeleton import model_class
+from rankdecay.files import read_bytes
+
+#: What is told of progress: what is done, how much of it, and of how much.
+Progress = Callable[[str, int, int], None]
+
+_ENERGY = (
+    "chosen without a text: planes by the energy of the weights, values as if all inputs counted alike. On a real "
+    "model planes chosen so cost three to six times as much loss as those chosen on a text, and values 2.4 nats where "
+    "0.08 were lost with one. Give a text of what the model is for (calibration=, --calibration)"
+)
+
+
+@overload
+def compress(
+    model: nn.Module,
+    head_dim: int,
+    out: str | Path | None = None,
+    calibration: str | Path | Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    window: int = texts.WINDOW,
+    windows: int = texts.MOST_WINDOWS,
+    sizes: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> nn.Module: ...
+
+
+@overload
+def compress(
+    model: str | Path,
+    head_dim: int,
+    out: str | Path | None = None,
+    calibration: str | Path | Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    window: int = texts.WINDOW,
+    windows: int = texts.MOST_WINDOWS,
+    sizes: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Compression: ...
+
+
+def compress(
+    model: nn.Module | str | Path,
+    head_dim: int,
+    out: str | Path | None = None,
+    calibration: str | Path | Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    window: int = texts.WINDOW,
+    windows: int = texts.MOST_WINDOWS,
+    sizes: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> nn.Module | Compression:
+    """Return a causal language model with a smaller head: fewer rotary planes, and values of lower rank.
+
+    The result is of the class of the original and needs no code of ours; its KV cache is smaller by head_dim / d. What
+    is dropped and is not zero costs loss: :func:`plan` shows how much, and training on (``docs/compress.md``) wins some
+    of it back.
+
+    Args:
+        model: a model of transformers, or the directory of one (``save_pretrained``), which is read and written layer
+            by layer, without building the model.
+        head_dim: the size of a head wanted: even, smaller than the model's; a multiple of 8 for the kernels' sake.
+        out: directory to write to, which must not exist. For a path it is needed.
+        calibration: path of a text file, or tokens, (tokens,) or (windows, length): planes are chosen by the loss on
+            every second window, values on what enters the layers there. Without it the weights alone decide, with a
+            warning.
+        tokenizer: of a live model, for a text; that of a directory is found beside it.
+        window: tokens of a window.
+        windows: number of windows, spread over the text; half of them choose.
+        sizes: other head sizes to show the cost of; by default 7/8, 3/4 and 1/2 of d where there is a text.
+        progress: is told of progress: what, done, of how many.
+
+    Returns:
+        Of a live model the smaller model, in the same type on the same device, with its :class:`Compression` as
+        ``compression``; of a path the :class:`Compression`.
+
+    Raises:
+        NotReducible: (a ``ValueError``) If its head cannot be made smaller in its class, with the reason.
+        ValueError: If an argument cannot work, or files cannot be read or written.
+    """
+    if isinstance(model, (str, Path)) and out is None:
+        raise ValueError("out is needed for a model in files: name a directory that does not exist yet.")
+    if out is not None:
+        check_new(Path(out))  # before any work
+    tell = progress or _silent
+    with _transformers():
+        return _compressed(model, head_dim, out, calibration, tokenizer, window, windows, sizes, tell)
+
+
+def _compressed(
+    model: nn.Module | str | Path,
+    head_dim: int,
+    out: str | Path | None,
+    calibration: str | Path | Tensor | None,
+    tokenizer: Any,
+    window: int,
+    windows: int,
+    sizes: Sequence[int] | None,
+    tell: Progress,
+) -> nn.Module | Compression:
+    plan_, smaller, read, moments, stored = _planned(
+        model, head_dim, calibration, tokenizer, window, windows, sizes, tell
+    )
+    assert smaller is not None
+    if isinstance(model, nn.Module):
+        for note in plan_.notes:
+            warnings.warn(note, stacklevel=3)
+    if stored is not None:
+        assert out is not None
+        with new_directory(Path(out)) as folder:
+            say = _counted(tell, "writing tensors")
+            write_checkpoint(stored, smaller, moments, folder, card(plan_), say)
+        return _with_out(plan_, out)
+    total = len(smaller.layers)
+    small = smaller.model(read, moments, lambda done: tell("making layers smaller", done, total))
+    if out is not None:
+        with new_directory(Path(out)) as folder:
+            assert isinstance(small, nn.Module)
+            small.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(card(plan_))
+        plan_ = _with_out(plan_, out)
+    small.compression = plan_  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    return small.to(next(model.parameters()).device) if isinstance(model, nn.Module) else small
+
+
+def plan(
+    model: nn.Module | str | Path,
+    head_dim: int | None = None,
+    calibration: str | Path | Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    window: int = texts.WINDOW,
+    windows: int = texts.MOST_WINDOWS,
+    sizes: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Compression:
+    """Return what :func:`compress` would do and cost, and write nothing; the arguments are the same.
+
+    Without ``head_dim`` only the table of sizes.
+    """
+    with _transformers():
+        tell = progress or _silent
+        return _planned(model, head_dim, calibration, tokenizer, window, windows, sizes, tell)[0]
+
+
+@contextmanager
+def _transformers() -> Iterator[None]:
+    """Check that transformers is there, and keep its progress bars out of the way."""
+    if find_spec("transformers") is None:
+        raise ValueError(
+            "compress needs transformers, for whose classes it writes: pip install 'rankdecay[transformers]'."
+        )
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _planned(
+    model: nn.Module | str | Path,
+    head_dim: int | None,
+    calibration: str | Path | Tensor | None,
+    tokenizer: Any,
+    window: int,
+    windows: int,
+    sizes: Sequence[int] | None,
+    tell: Progress,
+) -> tuple[Compression, Smaller | None, Callable[[str], Tensor], list[Moments] | None, StoredModel | None]:
+    stored = StoredModel(model) if isinstance(model, (str, Path)) else None
+    kind, config, read = _opened(model, stored)
+    original = Original(kind, config)
+    if stored is not None:
+        names = [name for layer in original.layers for name in layer.parameters]
+        stored.check(original.skeleton.shapes, names)
+    for wanted in (*([] if head_dim is None else [head_dim]), *(sizes or ())):
+        _check_size(original, wanted)
+    scores = original.scores(read)
+    moments: list[Moments] | None = None
+    notes = list(original.warnings)
+    losses: Callable[[Smaller | None], float] | None = None
+    if calibration is not None:
+        live, tokens = _text(model, kind, stored, calibration, tokenizer, window, windows, config, tell)
+        choosing, reported = tokens[::2], tokens[1::2]
+        layers, keys = original.with_positions(original.layers)
+        moments = texts.moments(live, original.layers, choosing)
+        scores = with_losses(scores, texts.plane_losses(live, layers, keys, original.turned(), choosing, tell))
+
+        losses = partial(_loss, live, read, moments, reported)
+    else:
+        notes.append(_ENERGY)
+    energies = [value_energies(layer, read, moments[i] if moments else None) for i, layer in enumerate(original.layers)]
+    table: list[Size] = []
+    smaller: Smaller | None = None
+    listed = [original.head_dim, *_shown(original.head_dim, head_dim, sizes, original)]
+    for count, size in enumerate(listed):
+        small = None
+        if size != original.head_dim:
+            kept = {key: scores[key].kept(planes) for key, planes in original.planes_of(size).items()}
+            small = original.smaller(size, kept, _written(config, stored))
+            smaller = small if size == head_dim else smaller
+        table.append(_size(original, small, scores, energies, read, losses))
+        if losses is not None:
+            tell("measuring head sizes", count + 1, len(listed))
+    if head_dim is not None and head_dim % 8:
+        notes.append(f"head size {head_dim} is no multiple of 8: many attention kernels are slow there, or refuse it.")
+    counts = (0, 0)
+    if smaller is not None:
+        counts = (_parameters(original.skeleton.model), _parameters(smaller.skeleton.model))
+    result = Compression(
+        str(model) if stored is not None else kind.__name__,
+        str(config.model_type),
+        original.head_dim,
+        head_dim,
+        table,
+        {} if smaller is None else {key or "all": planes.tolist() for key, planes in smaller.kept.items()},
+        "loss" if calibration is not None else "energy",
+        smaller is not None and _is_exact(smaller, scores, energies),
+        counts,
+        notes,
+    )
+    return result, smaller, read, moments, stored
+
+
+def _loss(
+    live: nn.Module, read: Callable[[str], Tensor], moments: list[Moments], tokens: Tensor, small: Smaller | None
+) -> float:
+    """Return the loss of the original, or of the same with a smaller head, which is built for it."""
+    model = live if small is None else small.model(read, moments, lambda done: None).to(torch.float32)
+    return texts.loss(model, tokens)
+
+
+def _opened(
+    model: nn.Module | str | Path, stored: StoredModel | None
+) -> tuple[type[nn.Module], Any, Callable[[str], Tensor]]:
+    """Return class, configuration and reader of a model."""
+    from transformers import AutoConfig, PreTrainedModel
+
+    if stored is not None:
+        try:
+            config = AutoConfig.from_pretrained(str(stored.path), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # whatever transformers makes of a configuration
+            raise NotReducible(f"{stored.path / 'config.json'} is not one that transformers reads: {error}") from None
+        return model_class(config), config, stored.read
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a model of transformers or the path of one, got {type(model).__name__}; of a model in "
+            "wrappers give what is inside, and merge adapters first (merge_and_unload)."
+        )
+    state = model.state_dict()
+    if odd := next((name for name, t in state.items() if t.is_meta), None):
+        raise ValueError(f"{odd} is on the meta device and has no values; load the weights first.")
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if odd := next((name for name in names if not state[name].is_floating_point()), None):
+        raise NotReducible(f"{odd} is quantised ({state[odd].dtype}): dequantise the model first (model.dequantize()).")
+    if "quantization_config" in vars(model.config):
+        raise NotReducible("the model is quantised: dequantise it first (model.dequantize()).")
+
+    def read(name: str) -> Tensor:
+        if name not in state:
+            raise NotReducible(
+                f"the model has no {name}, which its class should have: merge adapters first (merge_and_unload)."
+            )
+        return state[name].detach().cpu()
+
+    return type(model), model.config, read
+
+
+def _text(
+    model: nn.Module | str | Path,
+    kind: Any,
+    stored: StoredModel | None,
+    calibration: str | Path | Tensor,
+    tokenizer: Any,
+    window: int,
+    windows: int,
+    config: Any,
+    tell: Progress,
+) -> tuple[nn.Module, Tensor]:
+    """Return a live model and the windows of the text."""
+    if not isinstance(window, int) or window < 2:
+        raise ValueError(f"window={window} must be at least 2 tokens.")
+    if not isinstance(windows, int) or windows < 2:
+        raise ValueError(f"windows={windows} must be at least 2: one chooses, one is reported.")
+    longest = getattr(config, "max_position_embeddings", None) or window
+    if isinstance(model, nn.Module):
+        tokens = texts.windows_of(calibration, tokenizer, min(window, longest), windows)
+        return model, tokens
+    assert stored is not None
+    if not isinstance(calibration, Tensor):
+        read_bytes(calibration, texts.LARGEST_TEXT)  # a path that is wrong is said before anything else
+    if tokenizer is None and not isinstance(calibration, Tensor):
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(stored.path), local_files_only=True)
+        except Exception as error:  # whatever is missing
+            reason = str(error).partition("\n")[0].rstrip(" :.")
+            raise ValueError(
+                f"{stored.path} has no tokenizer that transformers reads ({reason}): save it there, or call "
+                "rankdecay.compress with tokenizer=."
+            ) from None
+    tokens = texts.windows_of(calibration, tokenizer, min(window, longest), windows)
+    tell("loading the model", 0, 1)
+    live = kind.from_pretrained(str(stored.path), dtype=torch.float32, local_files_only=True).eval()
+    return live, tokens
+
+
+def _written(config: Any, stored: StoredModel | None) -> dict[str, Any]:
+    """Return what ``config.json`` holds, with ``rope_parameters`` as the class completes them."""
+    if stored is None:
+        return config.to_dict()
+    written = dict(stored.config)
+    parameters = config.to_dict().get("rope_parameters")
+    return written | ({"rope_parameters": parameters} if parameters else {})
+
+
+def _check_size(original: Original, size: int) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 2 or size % 2:
+        raise ValueError(
+            f"head_dim={size!r} must be an even number of at least 2: rotary planes are of two coordinates."
+        )
+    if size >= original.head_dim:
+        raise ValueError(f"head_dim={size} must be smaller than {original.head_dim}, the size of the model's heads.")
+
+
+def _shown(head_dim: int, wanted: int | None, sizes: Sequence[int] | None, original: Original) -> list[int]:
+    step = 8 if head_dim >= 32 else 2
+    usual = [head_dim * part // 8 // step * step for part in (7, 6, 4)] if sizes is None else list(sizes)
+    chosen = {size for size in [*usual, *([wanted] if wanted else [])] if 2 <= size < head_dim}
+    return sorted(chosen, reverse=True)
+
+
+def _size(
+    original: Original,
+    small: Smaller | None,
+    scores: Mapping[str | None, PlaneScores],
+    energies: Sequence[Tensor],
+    read: Callable[[str], Tensor],
+    losses: Callable[[Smaller | None], float] | None,
+) -> Size:
+    head_dim = original.head_dim if small is None else small.head_dim
+    width = read(original.layers[0].parameters[0]).element_size()
+    planes = max((scores[key].lost(kept) for key, kept in small.kept.items()), default=0.0) if small else 0.0
+    shares = [1 - e[:, :head_dim].sum(-1) / e.sum(-1).clamp_min(torch.finfo(e.dtype).tiny) for e in energies]
+    lost = float(torch.cat(shares).clamp_min(0).mean()) if small else 0.0
+    loss = losses(small) if losses is not None else None
+    return Size(head_dim, original.cached_heads * head_dim * width, planes, lost, loss)
+
+
+def _is_exact(smaller: Smaller, scores: Mapping[str | None, PlaneScores], energies: Sequence[Tensor]) -> bool:
+    """Whether only zeros go; of values up to what rounding leaves of a lower rank."""
+    for key, kept in smaller.kept.items():
+        gone = torch.ones_like(scores[key].removable)
+        gone[kept] = False
+        if not bool(scores[key].removable[gone].all()):
+            return False
+    if any(layer.found.rotary is None or layer.found.rotary.dims < layer.head_dim for layer in smaller.layers):
+        return False  # coordinates without positions, whose rank is not looked at here
+    return all(bool((e[:, smaller.head_dim :] <= 1e-12 * e[:, :1]).all()) for e in energies)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _with_out(result: Compression, out: str | Path) -> Compression:
+    return replace(result, out=str(out))
+
+
+def _counted(tell: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: tell(what, done, total)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass

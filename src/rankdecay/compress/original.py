@@ -1,0 +1,222 @@
+"""A model to be made smaller, and the same with a smaller head: layers, frequencies, and whether the class allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankdecay.compress.choice import PlaneScores, plane_scores
+from rankdecay.compress.reduction import Layer, Moments, NotReducible, Read, reduced
+from rankdecay.compress.rotary import smaller_configuration
+from rankdecay.compress.skeleton import Skeleton, changed_shapes
+from rankdecay.compress.types import check_type
+
+
+class Original:
+    """A causal language model of transformers, whose head can be made smaller.
+
+    Attributes:
+        kind: its class.
+        config: its configuration.
+        skeleton: what its class says of its attention.
+        head_dim: d.
+    """
+
+    def __init__(self, kind: type[nn.Module], config: Any) -> None:
+        """Check that the identities hold for every layer.
+
+        Raises:
+            NotReducible: If they do not, with the reason.
+        """
+        if getattr(config, "get_text_config", lambda: config)() is not config:
+            raise NotReducible(
+                f"{kind.__name__} has parts beside a language model: compress the language model alone, saved with its "
+                "own configuration."
+            )
+        check_type(str(config.model_type))
+        self.kind, self.config = kind, config
+        self.skeleton = Skeleton(kind, config)
+        self.skeleton.check()
+        sizes = {found.head_dim for found in self.skeleton.found}
+        if len(sizes) > 1:
+            raise NotReducible(f"its layers have heads of several sizes, {sorted(sizes)}, and one is written.")
+        (self.head_dim,) = sizes
+        self.warnings: list[str] = []
+        self.turned()  # refuses what cannot be turned
+        if any(rope.kind == "dynamic" for rope in self.skeleton.ropes.values()):
+            self.warnings.append(
+                f"rope_type 'dynamic' changes frequencies beyond max_position_embeddings={config.max_position_embeddings}"
+                ", which no table of a configuration says: up to that length the smaller model is the same, not beyond."
+            )
+
+    @cached_property
+    def cached_heads(self) -> int:
+        """Heads of keys and of values that a token has in the cache, over all layers."""
+        return sum(2 * found.places["key"].window.num_heads for found in self.skeleton.found)
+
+    def turned(self) -> dict[str | None, int]:
+        """Return the number of rotary planes of a head, by table of frequencies."""
+        planes: dict[str | None, int] = {}
+        for number, found in enumerate(self.skeleton.found):
+            if found.rotary is None:
+                if found.qk_norm:
+                    raise NotReducible(
+                        f"{found.name} has no positions and normalises queries and keys: which of its coordinates "
+                        "could go would have to be the same in every head."
+                    )
+                continue
+            if found.planes_assumed:
+                raise NotReducible(f"{found.name}: nothing says which rows positions turn together.")
+            if found.qk_norm and found.rotary.dims != found.head_dim:
+                raise NotReducible(
+                    f"{found.name} turns {found.rotary.dims} of {found.head_dim} coordinates and normalises them all: "
+                    "those without positions would have to be the same in every head."
+                )
+            key = self.skeleton.rope_key(number)
+            planes[key] = found.rotary.dims // 2
+            if len(self.skeleton.ropes[key].short) != planes[key]:
+                raise NotReducible(
+                    f"{found.name} turns {planes[key]} planes, and the class has {len(self.skeleton.ropes[key].short)} "
+                    "frequencies."
+                )
+        return planes
+
+    def planes_of(self, head_dim: int) -> dict[str | None, int]:
+        """Return how many planes a head of another size has, by table; of partly turned heads in proportion."""
+        return {
+            key: max(1, round(count * head_dim / self.head_dim)) if 2 * count < self.head_dim else head_dim // 2
+            for key, count in self.turned().items()
+        }
+
+    def with_positions(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[str | None]]:
+        """Return the layers with rotary positions, and the table of frequencies of each."""
+        numbers = [number for number, layer in enumerate(layers) if layer.found.rotary is not None]
+        return [layers[number] for number in numbers], [self.skeleton.rope_key(number) for number in numbers]
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """Its layers, with the scale they have now."""
+        return self._layers(self.skeleton, {})
+
+    def _layers(self, new: Skeleton, planes: Mapping[str | None, int]) -> list[Layer]:
+        layers = []
+        for number, (found, small) in enumerate(zip(self.skeleton.found, new.found, strict=True)):
+            norms = self.skeleton.norms(found)
+            turned = 2 * planes.get(self.skeleton.rope_key(number), 0) if found.rotary is not None and planes else 0
+            layers.append(
+                Layer(
+                    found,
+                    *norms,
+                    scale=self.skeleton.scale(found),
+                    new_scale=new.scale(small),
+                    sums_to_one=self.skeleton.sums_to_one(found),
+                    turned=turned,
+                )
+            )
+        return layers
+
+    def scores(self, read: Read) -> dict[str | None, PlaneScores]:
+        """Return what the weights say of the rotary planes, by table of frequencies."""
+        return plane_scores(*self.with_positions(self.layers), read)
+
+    def smaller(self, head_dim: int, kept: Mapping[str | None, Tensor], config: Mapping[str, Any]) -> Smaller:
+        """Return the same model with a smaller head, once its class is sure to compute what it should.
+
+        Args:
+            head_dim: d'.
+            kept: the planes that stay, by table of frequencies.
+            config: what ``config.json`` holds, with ``rope_parameters``.
+
+        Raises:
+            NotReducible: If its class does something else with the smaller configuration.
+        """
+        written = smaller_configuration(config, head_dim, self.skeleton.ropes, kept)
+        new_config = type(self.config).from_dict(dict(written))
+        skeleton = Skeleton(self.kind, new_config)
+        layers = self._layers(skeleton, {key: len(planes) for key, planes in kept.items()})
+        self._check(skeleton, layers, head_dim, kept)
+        return Smaller(head_dim, dict(kept), written, new_config, skeleton, layers, self)
+
+    def _check(self, new: Skeleton, layers: Sequence[Layer], head_dim: int, kept: Mapping[str | None, Tensor]) -> None:
+        name = self.kind.__name__
+        ours = {parameter for layer in layers for parameter in layer.parameters}
+        changed = changed_shapes(self.skeleton.shapes, new.shapes)
+        if any(found.head_dim != head_dim for found in new.found) or not changed:
+            raise NotReducible(
+                f"{name} does not take head_dim={head_dim} from its configuration: its heads are {new.found[0].head_dim} "
+                "wide, so that a smaller head cannot be written in this class."
+            )
+        fixed = {layer.found.places["output"].bias for layer in layers}
+        if others := sorted(changed - ours):
+            raise NotReducible(
+                f"{name} has {others[0]}, whose shape follows the size of a head, and it is not known how."
+            )
+        if others := sorted(ours - changed - fixed):
+            raise NotReducible(f"{name} does not give {others[0]} another shape with a smaller head.")
+        for key, planes in kept.items():
+            old, rope = self.skeleton.ropes[key], new.ropes.get(key)
+            if rope is None or len(rope.short) != len(planes):
+                raise NotReducible(f"{name} does not take the {len(planes)} frequencies of the kept planes.")
+            for one, other in ((old.short, rope.short), (old.long, rope.long)):
+                if not torch.allclose(one[planes], other, rtol=1e-5, atol=0.0):
+                    raise NotReducible(f"{name} does not turn the kept planes by the frequencies of its configuration.")
+            if abs(old.attention_factor - rope.attention_factor) > 1e-6:
+                raise NotReducible(f"{name} does not take attention_factor={old.attention_factor} for its frequencies.")
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A model with a smaller head, without its weights.
+
+    Attributes:
+        head_dim: d'.
+        kept: the planes that stay, by table of frequencies.
+        written: its ``config.json``.
+        config: its configuration, an object of transformers.
+        skeleton: what its class says of it.
+        layers: the layers, as they become smaller.
+        original: what it is made from.
+    """
+
+    head_dim: int
+    kept: dict[str | None, Tensor]
+    written: dict[str, Any]
+    config: Any
+    skeleton: Skeleton
+    layers: list[Layer]
+    original: Original
+
+    def planes(self, number: int) -> Tensor | None:
+        """Return the planes that stay in a layer, by its place; None if it has no rotary positions."""
+        if self.layers[number].found.rotary is None:
+            return None
+        return self.kept[self.original.skeleton.rope_key(number)]
+
+    def parameters(self, number: int, read: Read, moments: Sequence[Moments] | None) -> dict[str, Tensor]:
+        """Return the parameters of a layer, by its place."""
+        own = moments[number] if moments is not None else None
+        return reduced(self.layers[number], read, self.head_dim, self.planes(number), own)
+
+    def model(self, read: Read, moments: Sequence[Moments] | None, say: Callable[[int], None]) -> nn.Module:
+        """Return the smaller model with its weights, of the class of the original.
+
+        Args:
+            read: reads a parameter of the original.
+            moments: of the inputs of each layer.
+            say: is told how many layers are done.
+        """
+        state = {name: read(name).clone() for name in self.original.skeleton.shapes if name not in self._ours}
+        for number in range(len(self.layers)):
+            state |= self.parameters(number, read, moments)
+            say(number + 1)
+        kind: Any = self.original.kind
+        return kind.from_pretrained(None, config=self.config, state_dict=state, dtype=next(iter(state.values())).dtype)
+
+    @cached_property
+    def _ours(self) -> set[str]:
+        return {name for layer in self.layers for name in layer.parameters}

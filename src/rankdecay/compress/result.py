@@ -1,0 +1,116 @@
+"""What a compression made and what it costs: the table of head sizes, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rankdecay.text import aligned, shown_lines
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a head size costs and saves.
+
+    Attributes:
+        head_dim: d'.
+        bytes_per_token: of keys and values in the cache, in the type of the weights.
+        plane_energy: share of the planes' energy that is dropped, the largest over tables of frequencies.
+        value_energy: share of the squared singular values of W_O W_V that is dropped, mean over key heads.
+        loss: nats per token on the text's second half; None without a text.
+    """
+
+    head_dim: int
+    bytes_per_token: int
+    plane_energy: float
+    value_energy: float
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What became of a model, and what it costs.
+
+    Attributes:
+        source: the path, or the class of the model.
+        model_type: ``model_type`` of its configuration.
+        head_dim: size of a head before.
+        new_head_dim: size of a head now; None if only the sizes were asked for.
+        sizes: what each size costs, the original first.
+        kept: the rotary planes that stay, by kind of layer, "all" where there is one table of frequencies.
+        chosen_by: "loss" with a text, else "energy".
+        exact: whether nothing but zeros was dropped.
+        parameters: number of parameters before and now.
+        notes: what a reader has to know.
+        out: where it was written.
+    """
+
+    source: str
+    model_type: str
+    head_dim: int
+    new_head_dim: int | None
+    sizes: list[Size]
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    chosen_by: str = "energy"
+    exact: bool = False
+    parameters: tuple[int, int] = (0, 0)
+    notes: list[str] = field(default_factory=list)
+    out: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain numbers, strings and lists."""
+        return {
+            "source": self.source,
+            "model_type": self.model_type,
+            "head_dim": self.head_dim,
+            "new_head_dim": self.new_head_dim,
+            "sizes": [vars(size) for size in self.sizes],
+            "kept": self.kept,
+            "chosen_by": self.chosen_by,
+            "exact": self.exact,
+            "parameters": list(self.parameters),
+            "notes": self.notes,
+            "out": self.out,
+        }
+
+    def __str__(self) -> str:
+        """Return the table of sizes, what was chosen, and the notes."""
+        lines = [f"{self.source}: {self.model_type}, heads of {self.head_dim}", "", *size_table(self.sizes)]
+        if self.new_head_dim is not None:
+            planes = "; ".join(f"{name}: {', '.join(map(str, kept))}" for name, kept in self.kept.items())
+            before, after = self.parameters
+            lines += [
+                "",
+                f"head size {self.head_dim} → {self.new_head_dim}, parameters {before:,} → {after:,}; chosen by "
+                + ("the loss on the text" if self.chosen_by == "loss" else "the energy of the weights"),
+                *([f"planes that stay: {planes}"] if planes else []),
+                *(["nothing but zeros was dropped: the logits are the same"] if self.exact else []),
+            ]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.out is not None:
+            lines += ["", f"{self.out}  is an ordinary checkpoint of transformers; its README.md says how to heal it"]
+        return shown_lines(lines)
+
+
+def size_table(sizes: Sequence[Size]) -> list[str]:
+    """Return the table of sizes as lines."""
+    with_loss = any(size.loss is not None for size in sizes)
+    cells = [["head size", "cache bytes/token", "of it", "planes' energy lost", "values' energy lost"]]
+    if with_loss:
+        cells[0] += ["loss", "more"]
+    for size in sizes:
+        row = [
+            str(size.head_dim),
+            f"{size.bytes_per_token:,}",
+            f"{size.bytes_per_token / sizes[0].bytes_per_token:.1%}",
+            f"{size.plane_energy:.2%}",
+            f"{size.value_energy:.2%}",
+        ]
+        if with_loss:
+            first = sizes[0].loss
+            row += ["—" if size.loss is None else f"{size.loss:.4f}"]
+            row += ["" if size.loss is None or first is None else f"{size.loss - first:+.4f}"]
+        cells.append(row)
+    foot = "energy is not loss: a plane of little energy can be what a head finds the previous token by"
+    return ["  " + line for line in aligned(cells)] + [f"  ({foot})"]

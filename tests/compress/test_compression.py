@@ -1,0 +1,199 @@
+"""`rd.compress` and `plan`: a live model, a directory, a text; what is refused, and with which words."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import rankdecay as rd
+from rankdecay.compress import NotReducible, plan
+from tests import needs
+from tests.compress import small
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small.saved(tmp_path_factory.mktemp("llama"))
+
+
+def _quietly(*arguments, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return rd.compress(*arguments, **options)
+
+
+def test_a_live_model_becomes_one_of_its_own_class():
+    model, text = small.model(), small.tokens()
+    made = rd.compress(model, 8, calibration=text)
+    assert type(made) is type(model)
+    assert made.config.head_dim == 8
+    assert made.dtype == model.dtype
+    assert made.compression.chosen_by == "loss"
+    before, after = made.compression.sizes[0], made.compression.sizes[-1]
+    assert (before.head_dim, after.head_dim) == (16, 8)
+    assert after.bytes_per_token * 2 == before.bytes_per_token == 2 * 2 * 2 * 16 * 4  # k and v, layers, heads, d, bytes
+    assert after.loss is not None
+    # the loss that is reported is that of what is returned, on the windows that did not choose
+    with torch.no_grad():
+        own = [
+            torch.nn.functional.cross_entropy(made(input_ids=w[None]).logits[0, :-1], w[1:]).item() for w in text[1::2]
+        ]
+    assert after.loss == pytest.approx(sum(own) / len(own), rel=1e-5)
+
+
+def test_a_directory_gives_the_same_weights_as_the_live_model(tmp_path, folder):
+    transformers = needs.package("transformers")
+    text = small.tokens()
+    result = rd.compress(folder, 8, tmp_path / "made", calibration=text)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    live = rd.compress(transformers.AutoModelForCausalLM.from_pretrained(folder), 8, calibration=text)
+    assert result.kept == live.compression.kept
+    for name, tensor in live.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert result.out == str(tmp_path / "made")
+    assert not (tmp_path / "made.part").exists()
+
+
+def test_a_text_file_chooses_with_the_tokenizer_beside_the_model(tmp_path):
+    folder = small.saved(tmp_path / "model")
+    small.text_tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{number}" for number in small.tokens(1, 400)[0].tolist()))
+    seen = []
+    result = rd.compress(
+        folder, 8, tmp_path / "made", text, window=32, windows=6, progress=lambda *told: seen.append(told)
+    )
+    assert result.chosen_by == "loss"
+    assert all(size.loss is not None for size in result.sizes)
+    assert (tmp_path / "made" / "tokenizer.json").exists()
+    assert ("leaving out one rotary plane at a time", 8, 8) in seen
+    assert "on a text" in (tmp_path / "made" / "README.md").read_text()
+
+
+def test_planes_that_stay_are_those_whose_absence_costs_most():
+    model, text = small.model(), small.tokens()
+    made = rd.compress(model, 8, calibration=text)
+    costs = []
+    for plane in range(8):
+        without = small.model()
+        with torch.no_grad():
+            for layer in without.model.layers:
+                for matrix in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
+                    matrix.view(-1, 16, 48)[:, [plane, plane + 8]] = 0
+            tokens = text[::2]
+            costs.append(float(without(input_ids=tokens, labels=tokens).loss))
+    assert made.compression.kept["all"] == sorted(sorted(range(8), key=lambda plane: -costs[plane])[:4])
+
+
+def test_values_chosen_on_a_text_lose_less_of_what_is_computed():
+    """Inputs have a few huge directions, which the weights alone do not show."""
+    model, text = small.model(), small.tokens(8)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[:6] = 30
+            for matrix in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
+                matrix.mul_(0.02)
+                matrix.view(-1, 16, 48)[:, [4, 5, 6, 7, 12, 13, 14, 15]] = 0  # those planes go, whoever chooses
+        wanted = model(text).logits
+        with_text = rd.compress(model, 8, calibration=text)
+        without = _quietly(model, 8)
+        assert with_text.compression.kept == without.compression.kept == {"all": [0, 1, 2, 3]}
+        errors = [float((made(text).logits - wanted).norm() / wanted.norm()) for made in (with_text, without)]
+    assert errors[0] < errors[1] / 2
+
+
+def test_without_a_text_it_warns():
+    with pytest.warns(UserWarning, match="chosen without a text"):
+        rd.compress(small.model(), 8)
+
+
+def test_a_live_model_can_be_written_too(tmp_path):
+    transformers = needs.package("transformers")
+    made = rd.compress(small.model("Qwen3"), 8, tmp_path / "made", calibration=small.tokens())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    text = small.tokens()
+    with torch.no_grad():
+        assert torch.equal(made(text).logits, again(text).logits)
+    assert "heads of 8" in (tmp_path / "made" / "README.md").read_text()
+
+
+def test_plan_writes_nothing_and_needs_no_size(folder):
+    result = plan(folder)
+    assert [size.head_dim for size in result.sizes] == [16, 14, 12, 8]
+    assert result.new_head_dim is None
+    assert result.kept == {}
+    assert "energy is not loss" in str(result)
+    assert plan(folder, 4, sizes=[6]).kept["all"] == sorted(plan(folder, 4).kept["all"])
+    assert [size.head_dim for size in plan(folder, 4, sizes=[6]).sizes] == [16, 6, 4]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "says"),
+    [
+        (16, "must be smaller than 16"),
+        (64, "must be smaller than 16"),
+        (7, "must be an even number"),
+        (0, "must be an even number"),
+        (-8, "must be an even number"),
+        (8.0, "must be an even number"),
+        (True, "must be an even number"),
+    ],
+)
+def test_sizes_that_no_head_can_have(folder, tmp_path, head_dim, says):
+    with pytest.raises(ValueError, match=says):
+        rd.compress(folder, head_dim, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_size_that_kernels_do_not_like_is_noted(folder):
+    assert any("no multiple of 8" in note for note in plan(folder, 6).notes)
+    assert not any("no multiple of 8" in note for note in plan(folder, 8).notes)
+
+
+def test_models_that_are_refused(tmp_path):
+    transformers = needs.package("transformers")
+    with pytest.raises(TypeError, match="must be a model of transformers"):
+        rd.compress(torch.nn.Linear(4, 4), 8)
+    gpt = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=50, bos_token_id=1, eos_token_id=2)
+    )
+    with pytest.raises(NotReducible, match="gpt2"):
+        rd.compress(gpt, 8)
+    with torch.device("meta"):
+        empty = transformers.LlamaForCausalLM(small.model().config)
+    with pytest.raises(ValueError, match="on the meta device"):
+        rd.compress(empty, 8)
+    with pytest.raises(ValueError, match="not a directory of save_pretrained"):
+        rd.compress(tmp_path / "nothing", 8, tmp_path / "out")
+    with pytest.raises(ValueError, match="out is needed"):
+        rd.compress(small.saved(tmp_path / "model"), 8)
+
+
+def test_an_adapter_is_refused_alive_and_in_files(tmp_path):
+    peft = needs.package("peft")
+    model = peft.get_peft_model(small.model(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="merge adapters first"):
+        rd.compress(model, 8)
+    with pytest.raises(NotReducible, match="merge adapters first"):
+        rd.compress(model.base_model.model, 8)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "config.json").write_text(small.model().config.to_json_string())
+    with pytest.raises(NotReducible, match="is an adapter"):
+        rd.compress(tmp_path / "adapter", 8, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        (torch.arange(30), {"window": 32}, "fewer than two windows of 32"),
+        (small.tokens(1), {}, "at least 2"),
+        ("text.txt", {}, "pass tokenizer="),
+        (small.tokens(), {"window": 1}, "window=1"),
+        (small.tokens(), {"windows": 1}, "windows=1"),
+    ],
+)
+def test_texts_that_cannot_choose(text, options, says):
+    with pytest.raises(ValueError, match=says):
+        rd.compress(small.model(), 8, calibration=text, **options)

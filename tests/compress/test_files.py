@@ -1,0 +1,177 @@
+"""Checkpoints in files: layouts, what is copied, what is refused, and that nothing half-written is left."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import rankdecay as rd
+from rankdecay.compress import NotReducible, files, plan
+from tests import needs
+from tests.compress import small
+
+pytestmark = pytest.mark.filterwarnings("ignore:chosen without a text")
+
+
+def _logits(folder: Path) -> torch.Tensor:
+    model = needs.package("transformers").AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        return model(small.tokens()).logits
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_every_layout_gives_the_same_tensors(tmp_path):
+    model = small.model()
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    (tmp_path / "pickle").mkdir()
+    torch.save(model.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
+    (tmp_path / "pickle" / "config.json").write_bytes((tmp_path / "one" / "config.json").read_bytes())
+    for layout in ("one", "shards", "pickle"):
+        rd.compress(tmp_path / layout, 8, tmp_path / f"{layout} made")
+    one = _tensors(tmp_path / "one made")
+    for layout in ("shards", "pickle"):
+        other = _tensors(tmp_path / f"{layout} made")
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_large_checkpoints_are_written_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_BIG_SHARD", 20_000)
+    small.saved(tmp_path / "model")
+    rd.compress(tmp_path / "model", 8, tmp_path / "made")
+    shards = sorted(tmp_path.glob("made/model-*.safetensors"))
+    assert len(shards) > 2
+    index = json.loads((tmp_path / "made" / "model.safetensors.index.json").read_text())
+    held = {}
+    for file in shards:
+        with safe_open(file, framework="pt") as opened:
+            held |= dict.fromkeys(opened.keys(), file.name)
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in _tensors(tmp_path / "made").values())
+    assert _logits(tmp_path / "made").isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_type_of_the_weights_stays(tmp_path, dtype):
+    small.model().to(dtype).save_pretrained(tmp_path / "model")
+    rd.compress(tmp_path / "model", 8, tmp_path / "made")
+    assert {tensor.dtype for tensor in _tensors(tmp_path / "made").values()} == {dtype}
+    assert json.loads((tmp_path / "made" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    small.saved(tmp_path / "model", tie_word_embeddings=True)
+    rd.compress(tmp_path / "model", 8, tmp_path / "made")
+    assert "lm_head.weight" not in _tensors(tmp_path / "made")
+    model = needs.package("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_what_belongs_to_the_model_is_copied_and_nothing_else(tmp_path):
+    folder = small.saved(tmp_path / "model")
+    small.text_tokenizer(folder)
+    (folder / "LICENSE").write_text("as it is")
+    (folder / "README.md").write_text("the original's card")
+    (folder / "optimizer.pt").write_bytes(b"large")
+    (folder / "modeling_own.py").write_text("raise SystemExit")
+    rd.compress(folder, 8, tmp_path / "made")
+    made = {file.name for file in (tmp_path / "made").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "README.md", "LICENSE"} <= made
+    assert {"tokenizer.json", "tokenizer_config.json"} <= made
+    assert not made & {"optimizer.pt", "modeling_own.py"}
+    assert "the original's card" not in (tmp_path / "made" / "README.md").read_text()
+
+
+def test_the_original_is_not_touched(tmp_path):
+    folder = small.saved(tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    rd.compress(folder, 8, tmp_path / "made")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_directory_that_exists_is_not_written_to(tmp_path):
+    folder = small.saved(tmp_path / "model")
+    with pytest.raises(ValueError, match="exists"):
+        rd.compress(folder, 8, folder)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="exists"):
+        rd.compress(folder, 8, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    rd.compress(folder, 8, tmp_path / "empty")
+    assert (tmp_path / "empty" / "model.safetensors").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """A limit on the size of a file stands for the disk: writing fails in the middle of the weights."""
+    folder = small.saved(tmp_path / "model")
+    code = (
+        "import sys, rankdecay as rd\n"
+        "try:\n    rd.compress(sys.argv[1], 8, sys.argv[2])\n"
+        "except ValueError as error:\n    print(error)\n"
+    )
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder, tmp_path / "made"],
+        capture_output=True, text=True, timeout=120, preexec_fn=limit, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "made cannot be written (File too large)" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_what_a_kill_left_is_replaced(tmp_path):
+    folder = small.saved(tmp_path / "model")
+    (tmp_path / "made.part").mkdir()
+    (tmp_path / "made.part" / "model.safetensors").write_bytes(b"half")
+    rd.compress(folder, 8, tmp_path / "made")
+    assert not (tmp_path / "made.part").exists()
+    assert _logits(tmp_path / "made").isfinite().all()
+
+
+def test_weights_that_are_not_those_of_the_configuration(tmp_path):
+    folder = small.saved(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    save_file(tensors | {name: torch.zeros(16, 48)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"k_proj.weight of .* has shape \(16, 48\)"):
+        plan(folder)
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no model\.layers\.1\.self_attn\.k_proj\.weight"):
+        plan(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised weights"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "needs code of its own"),
+        ({"model_type": "unheard_of"}, "is not one that transformers reads"),
+        ({"rope_parameters": {"rope_type": "unheard_of", "rope_theta": 1e4}}, "unheard_of"),
+        ({"head_dim": 0}, "head_dim|built|reads"),
+    ],
+)
+def test_configurations_that_are_refused(tmp_path, settings, says):
+    folder = small.saved(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(NotReducible, match=says):
+        rd.compress(folder, 8, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
