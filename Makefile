@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: grok test test-slow lint package format bench clean
+.PHONY: grok test test-slow lint package format bench findings clean
 
 grok: .venv/installed
 	$(BIN)/rankdecay grok
@@ -20,6 +20,7 @@ lint: .venv/installed
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/architecture.py --check
 	$(BIN)/python .ci/javascript.py --check
+	$(BIN)/python benchmarks/findings.py --check
 
 package: .venv/installed
 	$(BIN)/python .ci/package.py
@@ -32,6 +33,10 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/grok.py
+
+# Every number and picture of docs/findings, from the rows in docs/data.
+findings: .venv/installed
+	$(BIN)/python benchmarks/findings.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -1,30 +1,42 @@
-"""The tables of `docs/findings.md` on the phase diagram, from the stored rows of the sweeps.
+"""The tables of `docs/findings` on the phase diagram, from the stored rows of the sweeps.
 
     python benchmarks/boundary_findings.py store runs/selection docs/data/boundary/selection   # a compact copy
     python benchmarks/boundary_findings.py table docs/data/boundary/selection                  # one line per arm
-    python benchmarks/boundary_findings.py table docs/data/boundary/selection --rest 3 --differences
+    python benchmarks/boundary_findings.py table docs/data/boundary/selection --rest 3
+    python benchmarks/boundary_findings.py ratios docs/data/boundary/selection --rest 2        # against the reference
+    python benchmarks/boundary_findings.py events docs/data/boundary/selection --rest 2        # rank or accuracy first
+    python benchmarks/boundary_findings.py delay docs/data/boundary/selection --rest 2         # after memorising
+    python benchmarks/boundary_findings.py rests docs/data/boundary/selection                  # by decay of the rest
     python benchmarks/boundary_findings.py cells docs/data/boundary/add                        # best accuracy per cell
     python benchmarks/boundary_findings.py ranks docs/data/boundary/selection --rest 2         # what is left
     python benchmarks/boundary_findings.py ends docs/data/boundary/selection                   # what the runs kept
+    python benchmarks/boundary_findings.py stuck docs/data/plateau.json                        # subtraction near .4
+    python benchmarks/boundary_findings.py picture docs/data/boundary/prototype                # beside the published
 
 A compact copy is a run directory: its rows without curves and spectra, so `rankdecay report` draws it too, and a longer
 sweep goes on from it.
 """
 
 import argparse
+import functools
 import json
 import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import stored
 
+from rankdecay.lab.experiments.boundary.claims import seeds_words
 from rankdecay.lab.experiments.boundary.settings import ALIASES
-from rankdecay.lab.experiments.boundary.statistics import reference, summarise
+from rankdecay.lab.experiments.boundary.statistics import boundary, reference, summarise
 from rankdecay.lab.settings import renamed
 from rankdecay.lab.store import read_metrics
 from rankdecay.lab.tasks import SAMPLED
 
 DROPPED = ("curve", "spectrum", "spectrum_index", "decay_size", "seconds")
+LATER = {"angular_step_after": "after the decay", "rotation": "over 20 steps"}  # rows of before have neither
+Row = dict[str, Any]
 
 
 def store(options: argparse.Namespace) -> None:
@@ -32,149 +44,361 @@ def store(options: argparse.Namespace) -> None:
     stored.copy(options.run, options.to, (_kept(row) for row in read_metrics(options.run)))
 
 
-def _kept(row: dict[str, Any]) -> dict[str, Any]:
+def _kept(row: Row) -> Row:
     return {key: value for key, value in row.items() if key not in DROPPED} | {"seconds": round(row["seconds"])}
 
 
-def rows_and_names(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str], bool]:
-    """The rows asked for, the arms in their order, and whether sizes are numbers of examples."""
-    rows: list[dict[str, Any]] = []
-    names: dict[str, None] = {}
-    by_number = False
-    for directory in options.directories:
-        config = renamed(json.loads((directory / "config.json").read_text()), ALIASES)
-        names |= {arm["name"]: None for arm in config["arms"]}
-        rows += [renamed(row, ALIASES) for row in read_metrics(directory)]
-        by_number = config["settings"]["task"] in SAMPLED
-    if options.rest is not None:
-        rows = [row for row in rows if row["rest_decay"] == options.rest or row["arm"] == "l2_all"]
-    chosen = [name for name in names if not options.arms or name in {ALIASES.get(arm, arm) for arm in options.arms}]
-    return [row for row in rows if row["arm"] in chosen], chosen, by_number
+# --- the rows ---
+
+
+class Sweep:
+    """The rows of one sweep, or of several together, at one decay of the rest or at all."""
+
+    def __init__(self, directories: Iterable[Path], rest: float | None = None, arms: Sequence[str] = ()) -> None:
+        rows: list[Row] = []
+        names: dict[str, None] = {}
+        self.by_number, self.threshold = False, 0.95
+        for directory in directories:
+            config = renamed(json.loads((directory / "config.json").read_text()), ALIASES)
+            names |= {arm["name"]: None for arm in config["arms"]}
+            rows += [renamed(row, ALIASES) for row in read_metrics(directory)]
+            self.by_number = config["settings"]["task"] in SAMPLED
+            self.threshold = config["settings"]["threshold"]
+        wanted = {ALIASES.get(arm, arm) for arm in arms}
+        self.names = [name for name in names if not wanted or name in wanted]
+        if rest is not None:
+            rows = [row for row in rows if row["rest_decay"] == rest or row["arm"] == "l2_all"]
+        self.rows = [row for row in rows if row["arm"] in self.names]
+        self.sizes = sorted({row["train_fraction"] for row in self.rows})
+        self.whole = rows[0]["train_examples"] / rows[0]["train_fraction"] if self.by_number else 1.0
+        self._summaries: dict[str | None, Row] = {}
+
+    def summary(self, against: str | None = None) -> Row:
+        """The statistics of the sweep, with ratios against an arm, the usual reference by default."""
+        name = ALIASES.get(against or "", against) or reference(self.names)
+        if name not in self._summaries:
+            self._summaries[name] = summarise(self.rows, self.names, name)
+        return self._summaries[name]
+
+    def arm(self, name: str) -> Row:
+        """The statistics of one arm."""
+        return next(arm for arm in self.summary()["arms"] if arm["name"] == name)
+
+    def of(self, name: str, best: Mapping[str, Any] | None = None) -> list[Row]:
+        """The rows of an arm, or of its best column."""
+        rows = [row for row in self.rows if row["arm"] == name]
+        if best is None:
+            return rows
+        return [row for row in rows if all(row[key] == best[key] for key in ("strength", "rest_decay"))]
+
+    def ratio(self, name: str, other: str) -> Row:
+        """The ratio of two arms at their best columns: of data and of time."""
+        return next(d for d in self.summary(name)["differences"] if d["arm"] == other)
+
+    def size(self, value: float | None) -> str:
+        """An amount of data, "…" for an end that the grid leaves open."""
+        return "…" if value is None else f"{value * self.whole:.0f}" if self.by_number else f"{value:.3g}"
+
+    def between(self, best: Mapping[str, Any]) -> str:
+        """A boundary with its interval, or the bound that it is."""
+        sign = {"above": "> ", "below": "< "}.get(best["censored"] or "", "")
+        return f"{sign}{self.size(best['train_fraction'])} ({self.size(best['low'])}–{self.size(best['high'])})"
+
+
+@functools.cache
+def sweep(directories: tuple[Path, ...], rest: float | None = None, arms: tuple[str, ...] = ()) -> Sweep:
+    """A sweep, read and fitted once."""
+    return Sweep(directories, rest, arms)
+
+
+def _sweep(options: argparse.Namespace) -> Sweep:
+    return sweep(tuple(options.directories), options.rest, tuple(options.arms or ()))
+
+
+def never_acted(row: Row) -> bool:
+    """Whether the schedule of an arm that waits never acted; rows of before do not say it, but what it waits for."""
+    if "acted_at" in row:
+        return row["acted_at"] is None
+    if row["arm"] in ("after_memorising", "truncate"):
+        return row["memorised_at"] is None
+    return row["arm"] == "until_generalised" and row["outcome"] != "generalised"
+
+
+# --- the tables ---
 
 
 def table(options: argparse.Namespace) -> None:
     """A Markdown line per arm at its best strength, lowest boundary first."""
-    rows, names, by_number = rows_and_names(options)
-    summary = summarise(rows, names, ALIASES.get(options.reference, options.reference) or reference(names))
-    whole = rows[0]["train_examples"] / rows[0]["train_fraction"] if by_number else 1.0
-    sizes = sorted({row["train_fraction"] for row in rows})
-
-    def size(value: float | None) -> str:
-        return "…" if value is None else f"{value * whole:.0f}" if by_number else f"{value:.3g}"
-
-    heads = [f"{size(s)}" for s in sizes]
-    print(f"| arm | best strength | boundary (95 %) | {' | '.join(heads)} | stable rank | ‖W_Q‖ | angle per step |")
-    print("|" + "---|" * (len(sizes) + 6))
+    runs = _sweep(options)
+    later = [key for key in LATER if any(row.get(key) is not None for row in runs.rows)]
+    heads = ["arm", "best strength", "tried", "boundary (95 %)", *map(runs.size, runs.sizes)]
+    heads += ["stable rank", "‖W_Q‖", "angle per step", *(LATER[key] for key in later)]
+    waits = any(map(never_acted, runs.rows))
+    print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))
     order = {"below": 0, None: 1, "above": 2}
-    scored = [arm for arm in summary["arms"] if arm["boundary"]]
+    scored = [arm for arm in runs.summary(options.reference)["arms"] if arm["boundary"]]
     for arm in sorted(scored, key=lambda a: (order[a["boundary"]["censored"]], a["boundary"]["train_fraction"])):
         best = arm["boundary"]
         column = [c for c in arm["cells"] if (c["strength"], c["rest_decay"]) == (best["strength"], best["rest_decay"])]
         strength = f"{best['strength']:g}" if best["strength"] else "—"
-        strength += f" ({best['edge']} tried)" if best["edge"] in ("lowest", "highest") else ""
+        strength += f" ({best['edge']})" if best["edge"] in ("lowest", "highest") else ""
         several = len({c["rest_decay"] for c in arm["cells"]}) > 1 and arm["name"] != "l2_all"
         strength += f", rest {best['rest_decay']:g}" if several else ""
-        sign = {"above": "> ", "below": "< "}.get(best["censored"] or "", "")
-        bound = f"{sign}{size(best['train_fraction'])} ({size(best['low'])}–{size(best['high'])})"
+        tried = sorted({c["strength"] for c in arm["cells"] if c["strength"]})
         cells = {c["train_fraction"]: c for c in column}
-        counts = [_count(cells.get(s)) for s in sizes]
+        own = runs.of(arm["name"], best)
+        counts = [
+            _count(cells.get(s), sum(never_acted(row) for row in own if row["train_fraction"] == s)) for s in runs.sizes
+        ]
         figures = [_mean(column, key) for key in ("stable_rank", "query_norm", "angular_step")]
-        print(f"| {arm['name']} | {strength} | {bound} | {' | '.join(counts)} | {' | '.join(figures)} |")
-    if options.differences:
-        print("\n| compared | ratio of boundaries (95 %) |\n|---|---|")
-        for d in summary["differences"]:
-            names_of = [d.get("reference"), d.get("other") or d.get("arm")]
-            said = "cannot be told" if d["ratio"] is None else f"{d['censored'] or ''} {d['ratio']:.2f}".strip()
-            interval = f" ({_short(d['low'])}–{_short(d['high'])})" if d["ratio"] is not None else ""
-            print(f"| {names_of[0]} / {names_of[1]} | {said}{interval} |")
-    if options.events:
-        print("\n| arm | rank first | together | accuracy first | rank alone | accuracy alone | neither |")
-        print("|" + "---|" * 7)
-        for arm in scored:
-            print(f"| {arm['name']} | " + " | ".join(str(count) for count in arm["events"].values()) + " |")
+        figures += [_mean(own, key) for key in later]
+        shown = [arm["name"], strength, ", ".join(f"{s:g}" for s in tried) or "—", runs.between(best)]
+        print(f"| {' | '.join([*shown, *counts, *figures])} |")
+    if waits:
+        print("\n† each: a run in which the schedule never acted.")
 
 
-def _count(cell: dict[str, Any] | None) -> str:
+def _count(cell: Row | None, never: int = 0) -> str:
     if cell is None:
         return "—"
     steps = cell["steps_to_generalise"]
-    return f"{cell['generalised']}/{cell['seeds']}" + (f" @{steps:g}" if steps is not None else "")
+    return f"{cell['generalised']}/{cell['seeds']}{'†' * never}" + (f" @{steps:g}" if steps is not None else "")
 
 
-def _mean(column: list[dict[str, Any]], key: str) -> str:
-    values = [c[key] for c in column if c[key] is not None]
+def _mean(rows: Iterable[Row], key: str) -> str:
+    values = [row[key] for row in rows if row.get(key) is not None]
     return f"{statistics.fmean(values):.2g}" if values else "—"
 
 
-def _short(value: float | None) -> str:
+def _end(value: float | None) -> str:
     return "…" if value is None else f"{value:.2f}"
+
+
+def fits_words(found: Row) -> str:
+    """The ratio of two fitted boundaries, "at most" or "at least" where the grid leaves an end open."""
+    if found["ratio"] is None:
+        return "cannot be told"
+    return f"{found['censored'] or ''} {found['ratio']:.2f} ({_end(found['low'])}–{_end(found['high'])})".strip()
+
+
+def bootstrap_words(found: Row | None) -> str:
+    """The percentiles of the cluster bootstrap."""
+    return f"{found['bootstrap_low']:.2f}–{found['bootstrap_high']:.2f}" if found else "—"
+
+
+def ratios(options: argparse.Namespace) -> None:
+    """A Markdown line per arm: data and time of the reference over those of the arm, the seed as the unit."""
+    runs = _sweep(options)
+    heads = ["compared", "data, by seed (95 %)", "bootstrap", "of fits", "time, by seed (95 %)", "bootstrap"]
+    print(f"| {' | '.join([*heads, 'seeds, at a bound'])} |\n|" + "---|" * 7)
+    for d in runs.summary(options.reference)["differences"]:
+        by_seed, spent = d["by_seed"], d["time"]
+        bound = f"{by_seed['seeds']}, {by_seed['at_bound']}" if by_seed else "0"
+        shown = [seeds_words(by_seed), bootstrap_words(by_seed), fits_words(d)]
+        shown += [seeds_words(spent), bootstrap_words(spent), bound]
+        print(f"| {d['reference']} / {d['arm']} | {' | '.join(shown)} |")
+
+
+def events(options: argparse.Namespace) -> None:
+    """A Markdown line per arm at its best strength: what came first, the fall of rank or the rise of accuracy."""
+    print("| arm | rank first | together | accuracy first | rank alone | accuracy alone | neither |\n|" + "---|" * 7)
+    for arm in _sweep(options).summary()["arms"]:
+        if arm["boundary"]:
+            print(f"| {arm['name']} | " + " | ".join(str(count) for count in arm["events"].values()) + " |")
+
+
+def delays(runs: Sweep, name: str) -> Row:
+    """When the runs of an arm at its best strength memorised, and how much later those that generalised did so."""
+    rows = runs.of(name, runs.arm(name)["boundary"])
+    memorised = [row["memorised_at"] for row in rows if row["memorised_at"] is not None]
+    held = [row for row in rows if row["outcome"] == "generalised"]
+    later = [row["steps_to_generalise"] - row["memorised_at"] for row in held if row["memorised_at"] is not None]
+    lost = [row for row in rows if row["outcome"] != "generalised"]
+    return {
+        "runs": len(rows),
+        "generalised": len(held),
+        "memorised_at": statistics.median(memorised) if memorised else None,
+        "delay": statistics.median(later) if later else None,
+        "shortest": min(later, default=None),
+        "longest": max(later, default=None),
+        "without_memorising": len(held) - len(later),
+        "lost": len(lost),
+        "lost_and_memorised": sum(row["memorised_at"] is not None for row in lost),
+    }
+
+
+def delay(options: argparse.Namespace) -> None:
+    """A Markdown line per arm at its best strength: steps from memorising to generalising."""
+    runs = _sweep(options)
+    heads = ["arm", "generalised", "memorised at (median)", "steps from there to generalising"]
+    print(f"| {' | '.join([*heads, 'of those that did not, memorised'])} |\n|" + "---|" * 5)
+    for name in runs.names:
+        found = delays(runs, name)
+        span = "—" if found["delay"] is None else f"{found['delay']:g} ({found['shortest']} to {found['longest']})"
+        at = "never" if found["memorised_at"] is None else f"{found['memorised_at']:g}"
+        counts = f"{found['generalised']} of {found['runs']}", f"{found['lost_and_memorised']} of {found['lost']}"
+        print(f"| {name} | {counts[0]} | {at} | {span} | {counts[1]} |")
+
+
+def switched(runs: Sweep, name: str, strength: float) -> dict[float, list[int]]:
+    """Steps from memorising to generalising of the runs of an arm that waits for it, by size."""
+    found: dict[float, list[int]] = {}
+    for row in runs.of(name):
+        if row["strength"] == strength and row["outcome"] == "generalised":
+            found.setdefault(row["train_fraction"], []).append(row["steps_to_generalise"] - row["memorised_at"])
+    return found
+
+
+def rests(options: argparse.Namespace) -> None:
+    """A Markdown line per decay of the rest: the boundary of each arm at its best strength there."""
+    directories = tuple(options.directories)
+    whole = _sweep(options)
+    values = sorted({row["rest_decay"] for row in whole.rows if row["arm"] != "l2_all"})
+    print(f"| decay of the rest | {' | '.join(whole.names)} |\n|" + "---|" * (len(whole.names) + 1))
+    for rest in values:
+        runs = sweep(directories, rest, tuple(options.arms or ()))
+        shown = []
+        for name in whole.names:
+            best = boundary(runs.of(name))
+            shown.append(runs.between(best) if best else "")
+        print(f"| {rest:g} | {' | '.join(shown)} |")
+
+
+def best_accuracies(runs: Sweep, name: str, fraction: float, strength: float) -> list[float]:
+    """The best test accuracy of every seed of a cell."""
+    return [
+        row["best_test_accuracy"] or 0.0
+        for row in runs.of(name)
+        if (row["train_fraction"], row["strength"]) == (fraction, strength)
+    ]
 
 
 def cells(options: argparse.Namespace) -> None:
     """Best test accuracy of every cell (mean over seeds): an arm per table, fractions down, strengths across."""
-    rows, names, _ = rows_and_names(options)
-    for name in names:
-        own = [row for row in rows if row["arm"] == name]
-        strengths = sorted({row["strength"] for row in own})
-        print(f"\n**{name}**\n\n| fraction | {' | '.join(f'{s:g}' for s in strengths)} |")
+    runs = _sweep(options)
+    for name in runs.names:
+        strengths = sorted({row["strength"] for row in runs.of(name)})
+        print(f"\n**{name}**\n\n| {'size' if runs.by_number else 'fraction'} | "
+              f"{' | '.join(f'{s:g}' for s in strengths)} |")  # fmt: skip
         print("|" + "---|" * (len(strengths) + 1))
-        for fraction in sorted({row["train_fraction"] for row in own}, reverse=True):
-            shown = []
-            for strength in strengths:
-                found = [
-                    row["best_test_accuracy"] or 0.0
-                    for row in own
-                    if (row["train_fraction"], row["strength"]) == (fraction, strength)
-                ]
-                shown.append(f"{statistics.fmean(found):.2f}" if found else "—")
-            print(f"| {fraction:g} | {' | '.join(shown)} |")
+        for fraction in reversed(runs.sizes):
+            found = [best_accuracies(runs, name, fraction, strength) for strength in strengths]
+            if any(found):
+                means = [f"{statistics.fmean(some):.2f}" if some else "—" for some in found]
+                print(f"| {runs.size(fraction)} | {' | '.join(means)} |")
+
+
+NEAR = 0.11  # of a published colour: a cell that agrees with it
+
+
+def published(directory: Path) -> Row:
+    """Our cells beside those of the published picture: how many agree, and the rank of its strongest column."""
+    runs = sweep((directory,))
+    known = json.loads((directory / "published.json").read_text())["arms"]
+    off = {}
+    for arm, by_fraction in known.items():
+        for fraction, by_strength in by_fraction.items():
+            for strength, value in by_strength.items():
+                (ours,) = best_accuracies(runs, arm, float(fraction), float(strength))
+                off[arm, fraction, strength] = round(abs(round(ours, 2) - value), 2)  # read off to two digits
+    strongest = max(row["strength"] for row in runs.of("prototype"))
+    ranks = [row["stable_rank"] for row in runs.of("prototype") if row["strength"] == strongest]
+    return {
+        "cells": len(off),
+        "near": sum(value <= NEAR for value in off.values()),
+        "within": NEAR,
+        "apart": ", ".join(
+            f"{arm} {strength} at {fraction}" for (arm, fraction, strength), v in off.items() if v > NEAR
+        ),
+        "full_rank": f"{min(ranks):.0f}–{max(ranks):.0f}",
+    }
+
+
+def picture(options: argparse.Namespace) -> None:
+    """The cells of the prototype's grid, ours / the published picture's."""
+    for directory in options.directories:
+        runs = sweep((directory,))
+        for arm, by_fraction in json.loads((directory / "published.json").read_text())["arms"].items():
+            strengths = list(next(iter(by_fraction.values())))
+            print(f"\n| {arm} | {' | '.join(strengths)} |\n|" + "---|" * (len(strengths) + 1))
+            for fraction, known in by_fraction.items():
+                shown = []
+                for strength in strengths:
+                    (ours,) = best_accuracies(runs, arm, float(fraction), float(strength))
+                    shown.append(f"{ours:.2f} / {known[strength]:.2f}")
+                print(f"| {fraction} | {' | '.join(shown)} |")
 
 
 def ends(options: argparse.Namespace) -> None:
     """A Markdown line per arm: test accuracy at the end of the runs that generalised, and the best of all runs."""
-    rows, names, _ = rows_and_names(options)
-    threshold = json.loads((options.directories[0] / "config.json").read_text())["settings"]["threshold"]
-    print(f"| arm | generalised | at their end: mean | worst | below {threshold:g} | best of all runs |")
+    runs = _sweep(options)
+    print(f"| arm | generalised | at their end: mean | worst | below {runs.threshold:g} | best of all runs |")
     print("|" + "---|" * 6)
-    for name in names:
-        own = [row for row in rows if row["arm"] == name]
+    for name in runs.names:
+        own = runs.of(name)
         if not own:
             continue
         last = [row["test_accuracy"] or 0.0 for row in own if row["outcome"] == "generalised"]  # none: it diverged
         mean, worst = (f"{statistics.fmean(last):.3f}", f"{min(last):.3f}") if last else ("—", "—")
-        lost = sum(value < threshold for value in last)
+        lost = sum(value < runs.threshold for value in last)
         best = max(row["best_test_accuracy"] or 0.0 for row in own)
         print(f"| {name} | {len(last)} of {len(own)} | {mean} | {worst} | {lost} | {best:.3f} |")
 
 
 def ranks(options: argparse.Namespace) -> None:
     """A Markdown line per arm at its best strength, of the runs that generalised: ranks of W_Q, W_K, products."""
-    rows, names, _ = rows_and_names(options)
+    runs = _sweep(options)
     keys = ("stable_rank", "effective_rank", "product_stable_rank", "product_effective_rank")
     print(
         "| arm | best strength | runs | stable rank W_Q, W_K | effective | stable rank W_KᵀW_Q of a head | effective |"
     )
     print("|" + "---|" * 7)
-    for arm in summarise(rows, names, ALIASES.get(options.reference, options.reference) or reference(names))["arms"]:
+    for arm in runs.summary(options.reference)["arms"]:
         best = arm["boundary"]
-        own = [
-            row
-            for row in rows
-            if best
-            and (row["arm"], row["strength"], row["rest_decay"], row["outcome"])
-            == (arm["name"], best["strength"], best["rest_decay"], "generalised")
-        ]
+        own = [row for row in runs.of(arm["name"], best) if best and row["outcome"] == "generalised"]
         if own:
             print(f"| {arm['name']} | {best['strength']:g} | {len(own)} | {' | '.join(_mean(own, k) for k in keys)} |")
+
+
+def stuck(options: argparse.Namespace) -> None:
+    """A Markdown line per run of the plateau: right answers, and answers right but for the sign, through time."""
+    for path in options.directories:
+        rows = json.loads(path.read_text())["rows"]
+        steps = [point[0] for point in rows[0]["curve"]]
+        shown = [step for step in steps if step % 600 == 0]
+        print(
+            f"| arm | fraction | seed | {' | '.join(f'step {step}' for step in shown)} |\n|" + "---|" * (3 + len(shown))
+        )
+        for row in rows:
+            points = [f"{p[3]:.2f} + {p[4]:.2f}" for p in row["curve"] if p[0] in shown]
+            name = f"{row['arm']} {row['strength']:g}" if row["strength"] else row["arm"]
+            print(f"| {name} | {row['fraction']:g} | {row['seed']} | {' | '.join(points)} |")
+
+
+TABLES = {
+    "table": table,
+    "ratios": ratios,
+    "events": events,
+    "delay": delay,
+    "rests": rests,
+    "cells": cells,
+    "ranks": ranks,
+    "ends": ends,
+    "stuck": stuck,
+    "picture": picture,
+}
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", nargs="*")
     parser.add_argument("--rest", type=float, help="only this decay of the rest of the model")
     parser.add_argument("--reference")
-    parser.add_argument("--differences", action="store_true")
-    parser.add_argument("--events", action="store_true")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one of the commands above."""
+    stored.command_line(__doc__, store, TABLES, _options, arguments)
 
 
 if __name__ == "__main__":
-    stored.command_line(__doc__, store, {"table": table, "cells": cells, "ends": ends, "ranks": ranks}, _options)
+    main()

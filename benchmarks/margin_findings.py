@@ -1,4 +1,4 @@
-"""The tables of `docs/findings.md` on attention and its SVM, from the stored summaries of `rankdecay margin`.
+"""The tables of `docs/findings` on attention and its SVM, from the stored summaries of `rankdecay margin`.
 
     python benchmarks/margin_findings.py store runs/margin_generic docs/data/margin/generic
     python benchmarks/margin_findings.py arms docs/data/margin/*        # one line per arm
@@ -8,8 +8,7 @@ Stored are the settings and the summary, which has the figures of each data set 
 """
 
 import argparse
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import stored
@@ -21,9 +20,7 @@ Row = dict[str, Any]
 
 def store(options: argparse.Namespace) -> None:
     """Copies the settings and the summary of a run."""
-    stored.copy_config(options.run, options.to)
-    summary = json.loads((options.run / "summary.json").read_text())
-    (options.to / "summary.json").write_text(json.dumps(summary, separators=(",", ":"), ensure_ascii=False) + "\n")
+    stored.copy_summary(options.run, options.to)
 
 
 def summaries(options: argparse.Namespace) -> list[tuple[str, Row]]:
@@ -80,5 +77,10 @@ def growth(options: argparse.Namespace) -> None:
                     print(f"| {name} | {' | '.join(figure(at) for at in row['at'])} |")
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one of the commands above."""
+    stored.command_line(__doc__, store, {"arms": arms, "growth": growth}, arguments=arguments)
+
+
 if __name__ == "__main__":
-    stored.command_line(__doc__, store, {"arms": arms, "growth": growth})
+    main()

@@ -1,4 +1,4 @@
-r"""E1: is what low-rank decay does for grokking a schedule of the norm, or the rank? (`docs/findings.md`)
+r"""E1: is what low-rank decay does for grokking a schedule of the norm, or the rank? (`docs/findings`)
 
     python benchmarks/schedule.py --stage time               # how long the whole takes here, from measured steps
     python benchmarks/schedule.py --stage tune               # seeds 100-102; ends by freezing DIR/tuned.json

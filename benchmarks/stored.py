@@ -3,7 +3,7 @@
 import argparse
 import json
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,13 @@ def copy_config(run: Path, to: Path) -> None:
         words[words.index("--out") + 1] = f"runs/{to.name}"
     config["reproduce"] = shlex.join(words)
     (to / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+
+
+def copy_summary(run: Path, to: Path) -> None:
+    """Copies a run's configuration and summary."""
+    copy_config(run, to)
+    summary = json.loads((run / "summary.json").read_text())
+    (to / "summary.json").write_text(json.dumps(summary, separators=(",", ":"), ensure_ascii=False) + "\n")
 
 
 def copy(run: Path, to: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -35,8 +42,19 @@ def command_line(
     store: Action,
     tables: Mapping[str, Action],
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    arguments: Sequence[str] | None = None,
+    measured: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
-    """Runs ``store RUN TO``, or the table that is named, ``TABLE DIRECTORY...``, with options of its own."""
+    """Runs a command of a script of findings.
+
+    Args:
+        doc: the docstring that ``--help`` shows.
+        store: the action of ``store RUN TO``.
+        tables: actions of ``TABLE DIRECTORY...``, by name.
+        options: adds options to every table.
+        arguments: the words after the script; those of the process by default.
+        measured: actions of ``NAME --json FILE``, which run something and write it.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     storing = commands.add_parser("store")
@@ -48,5 +66,9 @@ def command_line(
         shown.set_defaults(action=table)
         shown.add_argument("directories", type=Path, nargs="+")
         options(shown)
-    chosen = parser.parse_args()
+    for name, measure in (measured or {}).items():
+        running = commands.add_parser(name)
+        running.set_defaults(action=lambda given, measure=measure: measure(given.json))
+        running.add_argument("--json", type=Path, required=True)
+    chosen = parser.parse_args(arguments)
     chosen.action(chosen)

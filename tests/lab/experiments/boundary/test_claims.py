@@ -1,7 +1,7 @@
 import pytest
 
 from rankdecay.lab.experiments.boundary.arms import styles
-from rankdecay.lab.experiments.boundary.claims import CHECKS, headline, note, ratio_words, settled
+from rankdecay.lab.experiments.boundary.claims import CHECKS, headline, note, ratio_words, seeds_words, settled
 from rankdecay.lab.experiments.boundary.read import merged
 from rankdecay.lab.report.words import Facts, verdict
 
@@ -94,6 +94,17 @@ def test_differences_are_grouped_by_what_their_interval_allows():
     for difference, holds in ((found[0], True), (found[1], False)):
         _, points = _verdict(PROX, _arm(difference["arm"], 0.3), differences=[difference])
         assert points[LESS].holds is holds
+
+
+def test_a_difference_is_settled_where_the_seeds_say_so_too():
+    by_fits, seeds = _difference("l2", 0.8, 0.7, 0.9), {"ratio": 0.85, "seeds": 5}
+    assert settled(by_fits | {"by_seed": seeds | {"low": 0.7, "high": 0.99}}) == "less"
+    assert settled(by_fits | {"by_seed": seeds | {"low": 0.7, "high": 1.04}}) is None
+    assert settled(by_fits | {"by_seed": None}) == "less"
+    assert seeds_words(seeds | {"low": 0.7, "high": 1.04}) == "0.85 (0.70–1.04)"
+    assert seeds_words(seeds | {"low": None, "high": None}) == "0.85, one seed"
+    assert seeds_words(seeds | {"low": 0.85, "high": 0.85}) == "0.85, all seeds alike"
+    assert seeds_words(None) == "—"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,12 @@ def test_it_is_vectors_only(shared_sweep, tmp_path):
     assert b"/Subtype /Image" not in draw_figure([shared_sweep], tmp_path / "a.pdf").read_bytes()
 
 
+def test_titles_are_on_lines_of_their_own(shared_sweep, tmp_path):
+    drawn = draw_figure([shared_sweep], tmp_path / "a.svg").read_text()  # text is paths, with itself in a comment
+    assert "decay of the rest: 0.5 -->" in drawn
+    assert r"\n" not in drawn
+
+
 def test_several_directories_are_one_figure(make_sweep, tmp_path):
     seeds = [make_sweep(["l2", "prox"], name=f"seed{i}", seeds=[i]) for i in range(3)]
     whole = make_sweep(["l2", "prox"])

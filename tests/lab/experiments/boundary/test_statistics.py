@@ -17,6 +17,7 @@ from rankdecay.lab.experiments.boundary.statistics import (
     edges,
     events,
     fit_boundary,
+    paired,
     reference,
     summarise,
 )
@@ -350,6 +351,61 @@ def test_the_ratio_covers_as_often_as_it_says():
         low, high = difference["low"] or 0.0, difference["high"] or math.inf
         covered.append(low <= math.exp(truths[0] - truths[1]) <= high)
     assert statistics.fmean(covered) >= 0.92
+
+
+def _shifted(rng, scatter, ratio, seeds):
+    """Two columns of one size whose times differ by a ratio, beside what a seed has in common and what it has not."""
+    columns: tuple[list, list] = [], []
+    for seed in range(seeds):
+        common = rng.normal(0, 1)  # this seed's training set, under both arms
+        for arm, shift in enumerate((math.log(ratio), 0.0)):
+            steps = math.exp(6 + shift + common + rng.normal(0, scatter))
+            columns[arm].append(_row(seed=seed, steps_to_generalise=steps))
+    return columns
+
+
+def test_paired_ratios_cover_as_often_as_they_say_and_a_bootstrap_of_five_seeds_does_not():
+    rng = np.random.default_rng(1)
+    covered: dict[str, list[bool]] = {"": [], "bootstrap_": []}
+    for _ in range(800):
+        found = paired(*_shifted(rng, 0.2, 0.8, 5))["time"]
+        for which, said in covered.items():
+            said.append(found[f"{which}low"] <= 0.8 <= found[f"{which}high"])
+    assert 0.935 <= statistics.fmean(covered[""]) <= 0.965
+    assert 0.78 <= statistics.fmean(covered["bootstrap_"]) <= 0.88
+
+
+def test_times_are_compared_where_one_of_the_two_held():
+    ours = [_row(seed=s, fraction=f, steps_to_generalise=400) for s in range(3) for f in (0.2, 0.3)]
+    theirs = [_row(seed=s, fraction=0.2, steps_to_generalise=800) for s in range(3)]
+    theirs += [_row(seed=s, fraction=0.3, generalised=False) for s in range(3)]  # counts with its budget of 1000
+    neither = [_row(seed=s, fraction=0.1, generalised=False) for s in range(3)]
+    found = paired(ours + neither, theirs + neither)["time"]
+    assert found["ratio"] == pytest.approx(math.sqrt(400 / 800 * 400 / 1000))
+    assert (found["seeds"], found["at_bound"]) == (3, 3)
+
+
+def test_a_seed_with_both_thresholds_beyond_one_end_says_nothing():
+    ours, theirs = _rows([2, 3, 3, 3], arm="prox"), _rows([0, 0, 3, 3], arm="l2")
+    found = paired(ours, theirs)["by_seed"]  # seeds 0 and 1 of `ours` generalise everywhere: bounds
+    assert (found["seeds"], found["at_bound"]) == (3, 2)
+    assert paired(_rows([0] * 4), _rows([0] * 4)) == {"by_seed": None, "time": None}
+    assert paired(_rows([3] * 4), _rows([3] * 4))["by_seed"] is None
+    assert paired([], theirs) == {"by_seed": None, "time": None}
+
+
+def test_one_seed_has_a_ratio_and_no_interval():
+    found = paired(_rows([0, 1, 1, 1], seeds=1), _rows([0, 0, 1, 1], seeds=1))
+    assert found["by_seed"]["ratio"] == pytest.approx(1 / 1.5)
+    assert found["by_seed"]["low"] is found["time"]["high"] is None
+
+
+def test_many_seeds_are_resampled_alike_every_time():
+    rng = np.random.default_rng(3)
+    ours, theirs = _shifted(rng, 0.3, 0.5, 12)
+    assert paired(ours, theirs) == paired(ours[::-1], theirs[::-1])
+    found = paired(ours, theirs)["time"]
+    assert found["bootstrap_low"] < found["ratio"] < found["bootstrap_high"]
 
 
 def test_events():

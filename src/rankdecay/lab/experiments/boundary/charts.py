@@ -7,7 +7,13 @@ from html import escape
 from typing import Any
 
 from rankdecay.lab.experiments.boundary.arms import styles
-from rankdecay.lab.experiments.boundary.claims import UNKNOWN, amount_words, ratio_words, settled
+from rankdecay.lab.experiments.boundary.claims import (
+    UNKNOWN,
+    amount_words,
+    ratio_words,
+    seeds_words,
+    settled,
+)
 from rankdecay.lab.experiments.boundary.maps import DataAxis, PhaseMap, by_boundary, data_axis, phase_maps, rest_decays
 from rankdecay.lab.report import page as pieces
 from rankdecay.lab.report.chart import evenly
@@ -180,8 +186,11 @@ def sections(stored: StoredRun) -> list[Section]:
         ),
         Section(
             "Differences",
-            "How many times as much data the reference needs as each other arm, each at its best strength: below 1 the "
-            "reference needs less. Where a boundary lies beyond the grid the ratio is a bound.",
+            "How many times as much data the reference needs as each other arm, each at its best strength: below 1 "
+            "the reference needs less. Where a boundary lies beyond the grid the ratio is a bound. By seed: a ratio "
+            "for each seed that both have, and Student's t over seeds; of the times to generalise likewise, at the "
+            "sizes where one of the two did, with the budget for a run that did not. Settled is what the first two "
+            "both say. Of many comparisons one in twenty is beyond its interval by chance.",
             _tables(_differences(stored.summary, labels)),
         ),
         Section(
@@ -223,11 +232,17 @@ def _differences(summary: Row, labels: Mapping[str, str]) -> str:
     rows = [
         (
             labels[difference["arm"]],
-            [escape(ratio_words(difference)), escape(_reading(difference, readings))],
+            [
+                escape(ratio_words(difference)),
+                *(escape(seeds_words(difference.get(key))) for key in ("by_seed", "time")),
+                escape(_reading(difference, readings)),
+            ],
         )
         for difference in differences
     ]
-    return table("Differences", ["Compared with", f"Data of {reference} / its data", "Reading"], rows)
+    return table(
+        "Differences", ["Compared with", f"Data of {reference} / its data", "By seed", "Time, by seed", "Reading"], rows
+    )
 
 
 def _reading(difference: Row, readings: Mapping[str | None, str]) -> str:

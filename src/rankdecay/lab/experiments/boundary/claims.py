@@ -46,9 +46,30 @@ def ratio_words(difference: Mapping[str, Any]) -> str:
     return f"{bound}{difference['ratio']:.2f}{ends}"
 
 
+def seeds_words(found: Mapping[str, Any] | None) -> str:
+    """A ratio with the seed as its unit: `"0.86 (0.70–1.04)"`, a dash where no seed can be compared."""
+    if not found:
+        return "—"
+    low, high = found.get("low"), found.get("high")
+    if low is None or high is None or not (is_number(low) and is_number(high)):
+        return f"{found['ratio']:.2f}, one seed"
+    alike = high < 1.0001 * low  # the grid does not part the seeds: their scatter, not the error, is 0
+    between = ", all seeds alike" if alike else f" ({low:.2f}–{high:.2f})"
+    return f"{found['ratio']:.2f}{between}"
+
+
 def settled(difference: Mapping[str, Any]) -> str | None:
-    """Whether the interval says that the reference needs `"less"` or `"more"` data; None if it does not."""
-    low, high = difference.get("low"), difference.get("high")
+    """Whether the reference needs `"less"` or `"more"` data; None if that is not settled.
+
+    The interval of the fits has to say it, and where seeds can be compared that with the seed as the unit as well: runs
+    of one seed share their training sets, which the fits do not know.
+    """
+    said = {_side(difference)} | ({_side(by_seed)} if (by_seed := difference.get("by_seed")) else set())
+    return said.pop() if len(said) == 1 else None
+
+
+def _side(interval: Mapping[str, Any]) -> str | None:
+    low, high = interval.get("low"), interval.get("high")
     if is_number(high) and high is not None and high < 1:
         return "less"
     return "more" if is_number(low) and low is not None and low > 1 else None

@@ -110,7 +110,8 @@ def _map(
         if cell.get("diverged"):
             axes.plot(column + 0.27, row + 0.2, marker="x", color=LINE, markersize=3, markeredgewidth=0.9)
     _fitted(axes, item, rows)
-    axes.set_title(literal(_title(item, styles, several)), fontsize=7.5, pad=3)
+    lines = _title(item, styles, several).split("\n")  # each literal: a line feed in a name would be spelled
+    axes.set_title("\n".join(map(literal, lines)), fontsize=7.5, pad=3)
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(-0.5, rows - 0.5))
     axes.grid(visible=False)
     axes.tick_params(length=0, labelsize=7, pad=2)

@@ -13,7 +13,13 @@ same grid, under a flat prior on log f50. In simulated columns of this size it c
 not a bootstrap: the parametric one covers 67 to 91 %, since replicates of separated cells rarely leave their gap;
 resampling the runs of each cell 14 to 90 %, since separated cells then have one replicate; and counts smoothed by a
 Beta posterior per cell cover always, at more than twice the length and mostly with an open end, since that flips cells
-far from the boundary. `benchmarks/boundary_coverage.py` measures them all, `tests/lab/test_phase.py` what is here.
+far from the boundary. `benchmarks/boundary_coverage.py` measures them all,
+`tests/lab/experiments/boundary/test_statistics.py` what is here.
+
+That interval takes the runs of a column as independent. They are not: the runs of one seed share nested training sets
+and initial weights. Between arms the seed is therefore the unit as well, in `paired`: a ratio per seed, then Student's
+t over seeds. A bootstrap over so few seeds is too short (five have 126 distinct resamples; where seeds scatter
+normally the nominal 95 % contain the truth in 83 %), so it is reported beside it and decides nothing.
 """
 
 import math
@@ -41,6 +47,7 @@ MOST_POINTS = 2400  # of log f50, however irregular the fractions
 WIDTHS = np.geomspace(0.05, 3.0, 24)  # w, in steps between neighbouring fractions
 WIDTH_PRIOR = -0.5 * np.log(WIDTHS / 0.4) ** 2
 TAIL = 0.025
+RESAMPLES = 10_000  # of seeds, in a bootstrap; of five seeds there are 3,125
 OPEN = math.exp(-0.5 * 1.96**2)  # an end of the grid this likely, relative to the best, is not ruled out
 
 
@@ -195,21 +202,101 @@ def edges(arm_rows: Sequence[Row]) -> dict[str, Edge | None]:
 def differences(rows: Sequence[Row], arms: Sequence[str], reference: str) -> list[dict[str, Any]]:
     """How many times as much data the reference needs as each other arm, each at its best column.
 
-    The posteriors of the two columns are taken as independent. Arms that share seeds tend to succeed together, which
-    makes this interval too wide rather than too narrow.
+    `low` and `high` are those of two fitted boundaries, whose posteriors are taken as independent: what the grid and
+    the number of runs allow. That the two arms share seeds makes it wide, that a seed's runs share their training sets
+    makes it short, and which of the two prevails differs: two arms count as different only where `by_seed` says so too.
 
     Returns:
         Per other arm that has rows: `ratio` of the f50s, reference / other, and its 95 % credible `low` and `high`,
         None where open. `censored` says what the ratio then is, "at most" or "at least"; it is "unknown", and the
-        numbers are None, when both boundaries lie beyond the same end, for then nothing bounds their ratio.
+        numbers are None, when both boundaries lie beyond the same end, for then nothing bounds their ratio. `by_seed`
+        and `time` are those of `paired`.
     """
-    best = {name: _best(columns).fit for name in arms if (columns := _columns(_of(rows, name)))}
+    best = {name: _best(columns) for name in arms if (columns := _columns(_of(rows, name)))}
     base = best.get(reference)
     if base is None:
         return []
     return [
-        {"reference": reference, "arm": name} | _ratio(base, other) for name, other in best.items() if name != reference
+        {"reference": reference, "arm": name} | _ratio(base.fit, other.fit) | paired(base.rows, other.rows)
+        for name, other in best.items()
+        if name != reference
     ]
+
+
+def paired(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, dict[str, Any] | None]:
+    """Ratios of two columns with the seed as the unit: of the data they need, and of the time.
+
+    Only sizes and seeds that both have are compared. The threshold of a seed is the boundary of its own runs; a seed
+    for which both lie beyond the same end of the grid says nothing and is left out, one for which either does counts
+    with that end, so its ratio is nearer to 1 than the truth. The time of a seed is its mean log-ratio over the sizes
+    at which at least one of the two held; a run that did not counts with its budget, which again brings the ratio
+    nearer to 1.
+
+    Args:
+        rows: of one column, one dict per run.
+        others: of the other column.
+
+    Returns:
+        `by_seed` and `time`, each None without a seed to compare, else `ratio` (geometric mean over seeds), `low` and
+        `high` (95 %, Student's t over seeds; None for a single seed), `bootstrap_low` and `bootstrap_high` (percentiles
+        over resampled seeds), `seeds`, and `at_bound`, how many of the seeds (or pairs of times) stand at an end.
+    """
+    ours, theirs = _by_seed(rows), _by_seed(others)
+    thresholds, times, thresholds_at_bound, times_at_bound = [], [], 0, 0
+    for seed in sorted(ours.keys() & theirs.keys()):
+        sizes = sorted(ours[seed].keys() & theirs[seed].keys())
+        if not sizes:
+            continue
+        a, b = (_fit_one([runs[seed][size] for size in sizes]) for runs in (ours, theirs))
+        if a.censored is None or a.censored != b.censored:
+            thresholds.append(math.log(a.f50 / b.f50))
+            thresholds_at_bound += bool(a.censored or b.censored)
+        pairs = [(ours[seed][size], theirs[seed][size]) for size in sizes]
+        told = [pair for pair in pairs if any(map(_generalised, pair))]
+        if told:
+            times.append(statistics.fmean(math.log(_time(one) / _time(other)) for one, other in told))
+            times_at_bound += sum(not all(map(_generalised, pair)) for pair in told)
+    return {"by_seed": _over_seeds(thresholds, thresholds_at_bound), "time": _over_seeds(times, times_at_bound)}
+
+
+def _by_seed(rows: Iterable[Row]) -> dict[int, dict[float, Row]]:
+    found: dict[int, dict[float, Row]] = {}
+    for row in rows:
+        found.setdefault(row["seed"], {})[row["train_fraction"]] = row
+    return found
+
+
+def _fit_one(rows: Sequence[Row]) -> Fit:
+    fractions = [row["train_fraction"] for row in rows]
+    return fit_boundary(fractions, [int(_generalised(row)) for row in rows], [1] * len(rows))
+
+
+def _time(row: Row) -> float:
+    return max(float(row["steps_to_generalise"] if _generalised(row) else row["budget"]), 1.0)  # it held from the start
+
+
+def _over_seeds(logs: Sequence[float], at_bound: int) -> dict[str, Any] | None:
+    """The geometric mean of a ratio per seed with its intervals."""
+    if not logs:
+        return None
+    values, count = np.asarray(logs), len(logs)
+    mean = float(values.mean())
+    found: dict[str, Any] = {"ratio": math.exp(mean), "low": None, "high": None}
+    if count > 1:
+        half = float(stats.t.ppf(1 - TAIL, count - 1)) * float(values.std(ddof=1)) / math.sqrt(count)
+        found |= {"low": math.exp(mean - half), "high": math.exp(mean + half)}
+    ends = [math.exp(end) for end in np.quantile(_resampled_means(values), (TAIL, 1 - TAIL))]
+    return found | {"bootstrap_low": ends[0], "bootstrap_high": ends[1], "seeds": count, "at_bound": at_bound}
+
+
+def _resampled_means(values: np.ndarray) -> np.ndarray:
+    """Means of resamples with replacement: all of them for a few seeds, else draws that are always the same."""
+    count = len(values)
+    if count**count <= RESAMPLES:
+        picks = np.stack(np.meshgrid(*[np.arange(count)] * count), -1).reshape(-1, count)
+    else:
+        picks = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    return values[picks].mean(1)
 
 
 def reference(arms: Sequence[str]) -> str | None:

@@ -59,7 +59,7 @@ class Grok(EnsembleSettings):
     strength: float = 4.0
     """Strength of the low_rank arm."""
     tuned_strength: float = 30.0
-    """Strength of the l2_tuned arm: the best the committed sweep found (docs/findings.md)."""
+    """Strength of the l2_tuned arm: the best the committed sweep found (docs/log.md)."""
     weight_decay: float = 1.5
     """L2 on everything but W_Q and W_K, shared by all arms; the l2 arm applies it to W_Q and W_K too."""
     warmup: int = 200

@@ -1,0 +1,555 @@
+"""The claims of the papers and of ours, each with the rows it stands on: the table of `docs/findings/index.md`.
+
+Evidence and intervals are sentences whose numbers stand in braces, as the words of `benchmarks/findings.py`; a digit
+typed by hand is refused. A claim without its rows has to be "open", and a claim whose ``when`` is no longer true of the
+rows is refused too, so a status cannot outlive what it was said of.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import attention_findings
+import boundary_findings
+import grok_findings
+import schedule_findings
+
+from rankdecay.lab.experiments.boundary.claims import settled
+from rankdecay.lab.store import read_json
+
+DATA = Path("docs/data")
+STATUSES = ("holds", "holds with a condition", "replaced", "contradicted", "open")
+HEADS = ("claim", "evidence", "interval", "command", "data", "commit", "status")
+PLACE = re.compile(r"\{(.*?)\}")
+TYPED = re.compile(r"(?<![A-Za-z_\d-])\d")  # a digit that is no part of a name, as in L2 and GPT-2
+Sweep = boundary_findings.Sweep
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the index.
+
+    Attributes:
+        group: under which heading it stands.
+        claim: in words.
+        evidence, interval: in words, with every number made from the rows: ``{held grok_default l2} of the seeds``.
+        command: what makes the rows.
+        data: the rows, below `docs/data`.
+        page: where it is discussed, below `docs/findings`.
+        status: one of `STATUSES`, or a function that says which.
+        condition: under which it holds.
+        when: whether the rows still say so.
+    """
+
+    group: str
+    claim: str
+    evidence: str
+    interval: str
+    command: str
+    data: tuple[str, ...]
+    page: str
+    status: str | Callable[[], str]
+    condition: str = ""
+    when: Callable[[], bool] = lambda: True
+
+
+def _selection() -> Sweep:
+    return boundary_findings.sweep((DATA / "boundary" / "selection",), 2.0)
+
+
+def _sweep(name: str) -> Sweep:
+    return boundary_findings.sweep((DATA / "boundary" / name,))
+
+
+def _grok(run: str) -> dict[str, dict[str, Any]]:
+    return grok_findings.arms_of(DATA / run)
+
+
+def _ratio(arm: str, other: str, key: str) -> dict[str, Any]:
+    return _selection().ratio(arm, other)[key]
+
+
+def _margin(run: str, arm: str) -> dict[str, Any]:
+    rows = (read_json(DATA / "margin" / run / "summary.json") or {"arms": []})["arms"]
+    return next(row for row in rows if row["name"] == arm)
+
+
+def _standing() -> set[str]:
+    directories = [DATA / "language" / name for name in ("standard", "qk_norm")]
+    found, bounds, _ = attention_findings.standing(directories)
+    return {name for name, _, beyond in found if beyond == bounds}
+
+
+SELECTION = "bash docs/data/boundary/commands.sh"
+GROKKING, KOBAYASHI = "Low-rank decay and grokking", "L2 as a nuclear norm (Kobayashi et al.)"
+SHEEN, COSTS = "Softmax attention and its SVM (Sheen et al.)", "What it costs"
+
+CLAIMS = (
+    Claim(
+        GROKKING,
+        "Low-rank decay generalises where the usual L2 and no decay do not (the default `grok`)",
+        "held by low rank {held grok_default low_rank}, by the usual L2 {held grok_default l2}, by none "
+        "{held grok_default none}, by uniform attention {held grok_default uniform_attention}; by a tuned L2 "
+        "{held grok_default l2_tuned}",
+        "nine seeds: low rank {held grok_nine low_rank}, tuned L2 {held grok_nine l2_tuned}, usual {held grok_nine l2}",
+        "rankdecay grok",
+        ("grok_default", "grok_nine"),
+        "grokking.md",
+        "holds with a condition",
+        "within this budget; a tuned L2 gets there too",
+        lambda: (
+            _grok("grok_default")["low_rank"]["generalised"] > _grok("grok_default")["l2"]["generalised"]
+            and _grok("grok_nine")["low_rank"]["generalised"] > _grok("grok_nine")["l2"]["generalised"]
+        ),
+    ),
+    Claim(
+        GROKKING,
+        "What it does is a schedule of the norm, not the rank (E1)",
+        "{e1 runs}; headline: {e1 headline}",
+        "low rank / ramp {e1 low_rank/l2_ramp}; / radial part {e1 low_rank/radial_only}; / rank raised "
+        "{e1 low_rank/raise_rank}; ramp / constant L2 {e1 l2_ramp/l2}",
+        "python benchmarks/schedule.py --stage tune; … --stage test; … --stage report",
+        ("schedule",),
+        "grokking.md",
+        lambda: schedule_findings.words("status"),
+    ),
+    Claim(
+        GROKKING,
+        "W_Q and W_K lose their rank under low-rank decay",
+        "stable rank {best selection none stable_rank 2} without decay, {best selection l2 stable_rank 2} under the "
+        "best L2, {best selection smooth stable_rank 2} (smooth), {best selection prox stable_rank 2} (prox)",
+        "seeds: {spread selection smooth stable_rank 2} (smooth), {spread selection none stable_rank 2} (none)",
+        SELECTION,
+        ("boundary/selection",),
+        "boundary.md",
+        "holds",
+    ),
+    Claim(
+        GROKKING,
+        "It generalises from less data, and sooner, than no decay (selection)",
+        "data, by seed {data_ratio selection smooth none 2}; of fits {across_rests selection smooth 2 none 5} where no "
+        "decay is at its best decay of the rest",
+        "time, by seed {time_ratio selection smooth none 2}",
+        SELECTION,
+        ("boundary/selection",),
+        "boundary.md",
+        "holds",
+        "",
+        lambda: settled(_selection().ratio("smooth", "none")) == "less",
+    ),
+    Claim(
+        GROKKING,
+        "It generalises from less data, and sooner, than a tuned L2 (selection)",
+        "data, by seed {data_ratio selection smooth l2 2} (of fits {fits_ratio selection smooth l2 2})",
+        "time, by seed {time_ratio selection smooth l2 2}",
+        SELECTION,
+        ("boundary/selection",),
+        "boundary.md",
+        "holds with a condition",
+        "sooner, yes; with the seed as the unit less data is not settled",
+        lambda: _ratio("smooth", "l2", "time")["high"] < 1 <= _ratio("smooth", "l2", "by_seed")["high"],
+    ),
+    Claim(
+        GROKKING,
+        "It is the collapse of the rank that makes it generalise from less data",
+        "as much data with the rank *raised* ({data_ratio selection smooth raise_rank 2}) and with the radial part "
+        "alone ({data_ratio selection smooth radial_only 2}), at stable ranks of {best selection raise_rank "
+        "stable_rank 2} and {best selection radial_only stable_rank 2}",
+        "time: against rank raised {time_ratio selection smooth raise_rank 2}, against the radial part "
+        "{time_ratio selection smooth radial_only 2}",
+        SELECTION,
+        ("boundary/selection",),
+        "boundary.md",
+        "contradicted",
+        "of data; in time the whole step is ahead of the one that raises the rank, not of its radial part",
+        lambda: (
+            settled(_selection().ratio("smooth", "raise_rank")) is None
+            and settled(_selection().ratio("smooth", "radial_only")) is None
+            and _ratio("smooth", "raise_rank", "time")["high"] < 1
+        ),
+    ),
+    Claim(
+        GROKKING,
+        "L2 on W_Q and W_K is inert after memorising",
+        "boundary {at selection none 2} examples without, {at selection l2 2} with it, stable rank "
+        "{best selection none stable_rank 2} and {best selection l2 stable_rank 2}",
+        "data, by seed, L2 / none {data_ratio selection l2 none 2}",
+        SELECTION,
+        ("boundary/selection",),
+        "boundary.md",
+        "contradicted",
+        "",
+        lambda: settled(_selection().ratio("l2", "none")) == "less",
+    ),
+    Claim(
+        GROKKING,
+        "The decay shortens the delay between memorising and generalising",
+        "without decay memorised at step {delay selection none memorised_at 2} and generalised {delay selection none "
+        "delay 2} steps later; under the smooth rule at {delay selection smooth memorised_at 2} and {delay selection "
+        "smooth delay 2} later: it prevents memorising by attention, there is no delay left to shorten",
+        "{delay selection none shortest 2} to {delay selection none longest 2} and {delay selection smooth shortest "
+        "2} to {delay selection smooth longest 2} steps",
+        SELECTION,
+        ("boundary/selection",),
+        "boundary.md",
+        "contradicted",
+        "",
+        lambda: (
+            abs(boundary_findings.delays(_selection(), "smooth")["delay"]) <= 40
+            and boundary_findings.delays(_selection(), "none")["delay"] >= 200
+        ),
+    ),
+    Claim(
+        GROKKING,
+        "Decay may be switched off once it has generalised",
+        "switched off, {ends selection until_generalised lost} of {ends selection until_generalised runs} fall below "
+        "the threshold, kept on {ends selection kept_on lost} of {ends selection kept_on runs}",
+        "worst: {ends selection until_generalised worst} and {ends selection kept_on worst}",
+        SELECTION,
+        ("boundary/selection",),
+        "boundary.md",
+        "holds",
+    ),
+    Claim(
+        GROKKING,
+        "On modular addition the gain is one of rank",
+        "switching attention off does more: held with half of the pairs in {cell add uniform_attention 0.5}, smooth "
+        "{cell add smooth 0.5}, L2 {cell add l2 0.5}",
+        "smooth / uniform attention, of fits {fits_ratio add smooth uniform_attention}",
+        SELECTION,
+        ("boundary/add",),
+        "boundary.md",
+        "contradicted",
+    ),
+    Claim(
+        GROKKING,
+        "On modular addition low-rank decay needs less data than a tuned L2",
+        "data, by seed {data_ratio add smooth l2}",
+        "of fits {fits_ratio add smooth l2}",
+        SELECTION,
+        ("boundary/add",),
+        "boundary.md",
+        "open",
+        "three seeds do not part them",
+        lambda: settled(_sweep("add").ratio("smooth", "l2")) is None,
+    ),
+    Claim(
+        GROKKING,
+        "On subtraction more data is not always better (an earlier page of ours)",
+        "with four fifths of the pairs L2 stops at {stuck right}, but right up to the sign in {stuck either}: b − a is "
+        "told for a − b, and the plateau ends between steps {stuck ends}",
+        "all seeds, as far as three times the budget",
+        "python benchmarks/plateau.py --json docs/data/plateau.json",
+        ("plateau.json", "boundary/subtract"),
+        "boundary.md",
+        "replaced",
+        "no boundary of subtraction is quoted any more",
+    ),
+    Claim(
+        GROKKING,
+        "The prototype's published phase diagram",
+        "{published near} of {published cells} cells within {published within} of it",
+        "its best column ends at a stable rank of {published full_rank}, of noise, not of low rank",
+        "rankdecay boundary --preset prototype --compile on --widen 0",
+        ("boundary/prototype",),
+        "boundary.md",
+        "holds",
+        "",
+        lambda: boundary_findings.published(DATA / "boundary" / "prototype")["near"] >= 70,
+    ),
+    Claim(
+        KOBAYASHI,
+        "L2 on two factors ends at the soft threshold of their product",
+        "{settled factors} problems; largest deviation {worst factors deviation_largest}",
+        "above the optimum at most {worst factors optimality_gap_largest} (duality certificate)",
+        "rankdecay factor --seeds 200",
+        ("factor/standard",),
+        "factor.md",
+        "holds",
+    ),
+    Claim(
+        KOBAYASHI,
+        "The imbalance of the factors decays at 2ηλ a step",
+        "off by at most {rates flow}; by {rates steps} against the rate of finite steps",
+        "medians over the seeds, the worst of the strengths",
+        "rankdecay factor --seeds 200",
+        ("factor/standard",),
+        "factor.md",
+        "holds with a condition",
+        "at small steps",
+    ),
+    Claim(
+        KOBAYASHI,
+        "Momentum and Adam with L2 in the loss end there too",
+        "{settled momentum} and {settled adam} problems",
+        "Adam, run on: {value factor/beside.json late_adam.1.within_1e-3 .0%} are there still",
+        "rankdecay factor --seeds 200; python benchmarks/factor_findings.py beside --json docs/data/factor/beside.json",
+        ("factor/standard", "factor/beside.json"),
+        "factor.md",
+        "holds with a condition",
+        "Adam leaves the optimum again",
+    ),
+    Claim(
+        KOBAYASHI,
+        "Decoupled decay (AdamW) is a nuclear norm as well",
+        "rank {rank_of decoupled} at every strength, {left decoupled} of the imbalance left",
+        "the floor falls with the step: at a tenth of the rate {value factor/beside.json decoupled_floor.1.left.1 "
+        ".1%} left",
+        "rankdecay factor --seeds 200; python benchmarks/factor_findings.py beside --json docs/data/factor/beside.json",
+        ("factor/standard", "factor/beside.json"),
+        "factor.md",
+        "contradicted",
+        "normalising is the cause, not decoupling",
+    ),
+    Claim(
+        KOBAYASHI,
+        "Attention's rank falls with its decay (language)",
+        "W_KᵀW_Q under L2 {rank language/standard l2 0}, {rank language/standard l2 0.1}, {rank language/standard l2 "
+        "1}, {rank language/standard l2 10}; W_O W_V {rank language/standard l2 0 value_output} to {rank "
+        "language/standard l2 10 value_output}",
+        "one seed",
+        "rankdecay language --preset standard --steps 600",
+        ("language/standard",),
+        "recall_language_vision.md",
+        "holds",
+    ),
+    Claim(
+        KOBAYASHI,
+        "A low rank of W_KᵀW_Q costs the loss that L2 pays for it",
+        "low rank at the strongest: rank {rank language/standard low_rank 10} at {loss language/standard low_rank 10} "
+        "nats; L2: {rank language/standard l2 10} at {loss language/standard l2 10}",
+        "beyond chance is {chance}",
+        "rankdecay language --preset standard --steps 600",
+        ("language/standard", "language/mlp", "language/seeds"),
+        "recall_language_vision.md",
+        "contradicted",
+        "L2's cost stands, low rank's is within chance, so a small one is not excluded",
+        lambda: "l2 10" in _standing() and "low_rank 10" not in _standing(),
+    ),
+    Claim(
+        KOBAYASHI,
+        "A decay of attention near the usual one is the sweet spot",
+        "the weaker decays differ from none by {loss language/standard l2 0.1} and {loss language/standard l2 1}",
+        "beyond chance is {chance}",
+        "rankdecay language --preset standard --steps 600 --arms l2 --strengths l2=0 --seeds 5",
+        ("language/standard", "language/mlp", "language/seeds"),
+        "recall_language_vision.md",
+        "open",
+        "no such difference stands at one seed",
+        lambda: not {"l2 0.1", "l2 1"} & _standing(),
+    ),
+    Claim(
+        KOBAYASHI,
+        "Under QK-norm L2 hardly lowers the rank of W_Q and W_K, low-rank decay does",
+        "L2 {rank language/qk_norm l2 0 query_key yes} to {rank language/qk_norm l2 10 query_key yes}, low rank to "
+        "{rank language/qk_norm low_rank 10 query_key yes}",
+        "one seed",
+        "rankdecay language --preset standard --steps 600 --qk-norm on --arms l2 low_rank "
+        "--strengths l2=0,1,10,100 low_rank=1,10,100",
+        ("language/qk_norm",),
+        "recall_language_vision.md",
+        "holds",
+    ),
+    Claim(
+        KOBAYASHI,
+        "Under rotary positions L2 prunes planes, not the rank of W_Q (their extension, E2)",
+        "L2 at the strongest: W_Q {rank language/standard l2 10 query} where the equal-position product has "
+        "{rank language/standard l2 10}; low rank: {rank language/standard low_rank 10 query} and "
+        "{rank language/standard low_rank 10}",
+        "one seed; active planes are not stored",
+        "python benchmarks/attention_findings.py planes runs/language/models/*",
+        ("language/standard",),
+        "recall_language_vision.md",
+        "open",
+        "the rank of W_Q alone stays where the product's falls; the planes themselves are to be measured",
+    ),
+    Claim(
+        KOBAYASHI,
+        "Balanced heads are a sign of decay",
+        "imbalance of W_KᵀW_Q {measure language/standard l2 0 query_key imbalance} without decay and {measure "
+        "language/standard l2 10 query_key imbalance} under the strongest; of W_O W_V {measure language/standard l2 0 "
+        "value_output imbalance} and {measure language/standard l2 10 value_output imbalance}",
+        "one seed",
+        "rankdecay language --preset standard --steps 600",
+        ("language/standard",),
+        "recall_language_vision.md",
+        "contradicted",
+        "of W_KᵀW_Q; of W_O W_V it holds",
+    ),
+    Claim(
+        KOBAYASHI,
+        "In recall imbalance and gap go to zero with L2, the faster the stronger",
+        "imbalance of W_KᵀW_Q {measure recall/standard l2 0 query_key imbalance}, {measure recall/standard l2 0.1 "
+        "query_key imbalance}, {measure recall/standard l2 1 query_key imbalance}, and {measure recall/standard l2 10 "
+        "query_key imbalance}; gap of W_O W_V {measure recall/standard l2 0 value_output nuclear_gap} to {measure "
+        "recall/standard l2 10 value_output nuclear_gap}",
+        "one seed",
+        "rankdecay recall --preset standard",
+        ("recall/standard",),
+        "recall_language_vision.md",
+        "holds with a condition",
+        "while the task is learnt: at the strongest it is not, and the imbalance is back",
+    ),
+    Claim(
+        KOBAYASHI,
+        "Rank costs accuracy in a ViT",
+        "rank {rank vision/standard low_rank 0.1} to {rank vision/standard low_rank 10}, accuracy "
+        "{accuracy vision/standard low_rank 0.1} to {accuracy vision/standard low_rank 10}",
+        "one seed, digits: no difference of losses is beyond its error",
+        "rankdecay vision --preset standard",
+        ("vision/standard",),
+        "recall_language_vision.md",
+        "open",
+        "digits are too easy to say",
+    ),
+    Claim(
+        SHEEN,
+        "Gradient flow on separate K and Q goes to the nuclear-norm SVM without any decay",
+        "nearer to it than to the Frobenius SVM in {svm generic separate nearer} data sets; cosine "
+        "{svm generic separate cosine}; merged W: {svm generic merged nearer}",
+        "‖W‖_* above the least {svm generic separate excess}",
+        "rankdecay margin --examples 6 --tokens 8 --dimension 10 --init random --margin 1e6 --steps 40000 "
+        "--parametrisation merged separate separate_l2 recipe recipe_bare",
+        ("margin/generic",),
+        "margin.md",
+        "holds with a condition",
+        "in the logarithm of the margin: slowly",
+        lambda: (
+            _margin("generic", "separate")["nearer_nuclear"] == 20
+            and _margin("generic", "merged")["nearer_nuclear"] == 0
+        ),
+    ),
+    Claim(
+        SHEEN,
+        "Diagonal K and Q go to the ℓ1 solution",
+        "norm above the least {svm diagonal diagonal excess}, at a far larger margin {svm diagonal_far diagonal "
+        "excess}",
+        "nearer to it in {svm diagonal diagonal nearer} data sets, then {svm diagonal_far diagonal nearer}",
+        "rankdecay margin --data equal --examples 4 --tokens 3 --dimension 20 --parametrisation diagonal --rate 2e-3 "
+        "--steps 40000",
+        ("margin/diagonal", "margin/diagonal_far"),
+        "margin.md",
+        "holds with a condition",
+        "the norm settles before the direction",
+    ),
+    Claim(
+        SHEEN,
+        "Low-rank decay on merged W reaches the same minimum as L2 on K and Q",
+        "cosine to the nuclear SVM {svm long low_rank cosine}, of L2 {svm long separate_l2 cosine}",
+        "nearer to it in {svm long low_rank nearer} data sets",
+        "rankdecay margin --parametrisation low_rank separate_l2 --steps 400000 --evaluate-every 1000",
+        ("margin/long",),
+        "margin.md",
+        "holds with a condition",
+        "it arrives last",
+    ),
+    Claim(
+        COSTS,
+        "The default costs about a hundredth of a training step of GPT-2",
+        "{share step_goals.json 'cycle: defaults'} of a step of GPT-2 with short contexts; per head "
+        "{share step_goals.json 'cycle: per head'}, smooth {share step_goals.json 'cycle: smooth 0.13'}",
+        "medians of interleaved rounds",
+        "python benchmarks/step.py --threads 2 --cases gpt2 --rounds 5",
+        ("step_goals.json",),
+        "cost.md",
+        "holds",
+    ),
+    Claim(
+        COSTS,
+        "`smooth` is cheaper than five Newton–Schulz steps",
+        "{against step_goals.json 'smooth 0.13' 'five cubic steps'} of them; without smoothing "
+        "{against step_goals.json 'smooth, exact' 'five cubic steps'}; prox "
+        "{against step_goals.json 'prox, exact' 'five cubic steps'}",
+        "medians of interleaved rounds",
+        "python benchmarks/step.py --threads 2 --cases 24x768 --rules prox smooth newton_schulz --rounds 5",
+        ("step_goals.json",),
+        "cost.md",
+        "holds with a condition",
+        "with its smoothing",
+    ),
+    Claim(
+        COSTS,
+        "Heads that fall inside a shard send no byte",
+        "two processes: {sent head 2} bytes by head, {sent matrix 2} by whole matrix",
+        "counted, not timed",
+        "python benchmarks/sharded.py --json docs/data/sharded.json",
+        ("sharded.json",),
+        "cost.md",
+        "holds",
+    ),
+    Claim(
+        COSTS,
+        "Inspecting a checkpoint takes no SVD of its products",
+        "{value inspection.json rows:gpt2.times_faster_than_direct .0f} and {value inspection.json "
+        "rows:7b.times_faster_than_direct ,.0f} times faster than one, at widths of GPT-2 and of a large Llama",
+        "medians",
+        "python benchmarks/inspection.py",
+        ("inspection.json",),
+        "inspection.md",
+        "holds",
+    ),
+    Claim(
+        COSTS,
+        "A monitor costs next to nothing",
+        "{value monitor.json share .3%} of a step at every hundredth",
+        "medians",
+        "python benchmarks/monitor.py",
+        ("monitor.json",),
+        "inspection.md",
+        "holds",
+    ),
+)
+
+
+def index(made: Callable[[str], str]) -> str:
+    """The table of all claims, a table a group.
+
+    Args:
+        made: the text of the words in braces.
+
+    Raises:
+        ValueError: for a claim that its rows do not bear out, or that has none and is not open.
+    """
+    parts = []
+    for group in dict.fromkeys(claim.group for claim in CLAIMS):
+        lines = [f"### {group}\n", f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
+        lines += [_row(claim, made) for claim in CLAIMS if claim.group == group]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _row(claim: Claim, made: Callable[[str], str]) -> str:
+    status = claim.status if isinstance(claim.status, str) else claim.status()
+    for text in (claim.evidence, claim.interval):
+        if TYPED.search(PLACE.sub("", text)):
+            raise ValueError(f"{claim.claim!r} has a number that is typed, not made: {text!r}")
+    if status not in STATUSES:
+        raise ValueError(f"{claim.claim!r} has the status {status!r}: choose of {', '.join(STATUSES)}")
+    lacking = [name for name in claim.data if not (DATA / name).exists()]
+    if lacking and status != "open":
+        raise ValueError(f"{claim.claim!r} is said to be {status!r} without rows: {', '.join(lacking)}")
+    if not claim.when():
+        raise ValueError(
+            f"the rows do not bear out {claim.claim!r} as {status!r} any more: read them, and say what they do"
+        )
+    evidence, interval = (PLACE.sub(lambda match: made(match[1]), text) for text in (claim.evidence, claim.interval))
+    places = ", ".join(f"`{name}`" if name in lacking else f"[{name}](../data/{name})" for name in claim.data)
+    commits = ", ".join(dict.fromkeys(_commit(DATA / name) for name in claim.data if name not in lacking)) or "—"
+    said = f"**{status}**" + (f": {claim.condition}" if claim.condition else "")
+    return " | ".join(["", f"[{claim.claim}]({claim.page})", evidence, interval, f"`{claim.command}`", places, commits,
+                       said, ""]).strip()  # fmt: skip
+
+
+def _commit(path: Path) -> str:
+    """The commit of the code that made some rows, as they say it."""
+    files = [path] if path.is_file() else sorted(path.rglob("config.json"))
+    for file in files:
+        document = json.loads(file.read_text())
+        if commit := (document.get("versions") or {}).get("commit"):
+            return str(commit)
+    return "not recorded"

@@ -1,0 +1,398 @@
+"""Makes every number and picture of `docs/findings` from the rows in `docs/data`: `make findings`.
+
+    python benchmarks/findings.py             # rewrites the pages, and draws the pictures whose rows have changed
+    python benchmarks/findings.py --check     # fails if a page or a picture differs from the rows; below a minute
+    python benchmarks/findings.py --redraw    # draws every picture
+
+A page is Markdown in which what is made stands between two comments, on a line or in lines of its own:
+
+    low-rank decay held in <!-- findings: held grok_default low_rank -->3 of 3<!-- end --> seeds
+
+    <!-- findings: boundary table docs/data/boundary/selection --rest 2 -->
+    <!-- end -->
+
+The words are a function below and its arguments, or a script of tables (`boundary` is
+`benchmarks/boundary_findings.py`) and its arguments, which are printed above the table. The index is made from
+`benchmarks/claims.py`, the pictures from `benchmarks/pictures.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attention_findings
+import boundary_findings
+import claims
+import grok_findings
+import pictures
+import schedule_findings
+
+from rankdecay.lab.experiments.boundary.claims import seeds_words
+from rankdecay.lab.store import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path("docs/data")
+PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "findings").glob("*.md")))
+MARKED = re.compile(r"(<!-- findings: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+SCRIPTS = ("boundary", "attention", "margin", "factor", "grok", "cost", "schedule")
+
+
+# --- tables: what a script prints ---
+
+
+def _printed(script: str, words: Sequence[str]) -> str:
+    """The command of a table, and what it prints."""
+    taken = io.StringIO()
+    with contextlib.redirect_stdout(taken):
+        importlib.import_module(f"{script}_findings").main(words)
+    return f"`python benchmarks/{script}_findings.py {shlex.join(words)}`\n\n{taken.getvalue().strip()}"
+
+
+# --- numbers ---
+
+
+def value(path: str, keys: str, form: str = "g") -> str:
+    """A number of a JSON file: ``value monitor.json share .3%``; ``rows:7b.read_ms`` is of the row called 7b."""
+    found: Any = read_json(DATA / path)
+    for key in keys.split("."):
+        if ":" in key:
+            name, _, wanted = key.partition(":")
+            rows = found[name]
+            found = next(row for row in rows if wanted in (row.get("name"), row.get("what"), row.get("model")))
+        else:
+            found = found[int(key)] if isinstance(found, list) else found[key]
+    return format(found, form)
+
+
+def held(run: str, arm: str) -> str:
+    """In how many seeds an arm of `grok` held 95 %."""
+    return grok_findings.held(grok_findings.arms_of(DATA / run)[arm])
+
+
+def median(run: str, arm: str) -> str:
+    """The median step at which an arm of `grok` held 95 %."""
+    steps = grok_findings.arms_of(DATA / run)[arm]["steps_to_generalise"]
+    return "none" if steps is None else f"{steps:g}"
+
+
+def lost(run: str, arm: str) -> str:
+    """How many seeds of an arm of `grok` that held the threshold end below it."""
+    return str(grok_findings.lost(DATA / run, arm))
+
+
+def final(run: str, arm: str, key: str = "test_accuracy", form: str = ".1%") -> str:
+    """A figure of an arm of `grok` at the end."""
+    return format(grok_findings.arms_of(DATA / run)[arm][key], form)
+
+
+def _sweep(name: str, rest: str = "") -> boundary_findings.Sweep:
+    return boundary_findings.sweep((DATA / "boundary" / name,), float(rest) if rest else None)
+
+
+def at(name: str, arm: str, rest: str = "") -> str:
+    """The boundary of an arm at its best strength with its interval."""
+    sweep = _sweep(name, rest)
+    return sweep.between(sweep.arm(arm)["boundary"])
+
+
+def best(name: str, arm: str, key: str, rest: str = "", form: str = ".2g") -> str:
+    """A mean over the runs of an arm's best column, or what the column is: ``best selection smooth stable_rank 2``."""
+    arm_found = _sweep(name, rest).arm(arm)
+    return format(arm_found["boundary"].get(key, arm_found.get(key)), form)
+
+
+def data_ratio(name: str, arm: str, other: str, rest: str = "") -> str:
+    """Data of one arm over data of another, the seed as the unit."""
+    return seeds_words(_sweep(name, rest).ratio(arm, other)["by_seed"])
+
+
+def fits_ratio(name: str, arm: str, other: str, rest: str = "") -> str:
+    """The same by the two fitted boundaries."""
+    return boundary_findings.fits_words(_sweep(name, rest).ratio(arm, other))
+
+
+def time_ratio(name: str, arm: str, other: str, rest: str = "") -> str:
+    """Time of one arm over time of another, the seed as the unit."""
+    return seeds_words(_sweep(name, rest).ratio(arm, other)["time"])
+
+
+def comparisons(name: str, arm: str, rest: str = "") -> str:
+    """How many arms an arm is compared with."""
+    return str(len(_sweep(name, rest).summary(arm)["differences"]))
+
+
+def across_rests(name: str, arm: str, rest: str, other: str, other_rest: str) -> str:
+    """The ratio of two fitted boundaries, each at a decay of the rest of its own."""
+    at = [_sweep(name, r).arm(a)["boundary"]["train_fraction"] for a, r in ((arm, rest), (other, other_rest))]
+    return f"{at[0] / at[1]:.2f}"
+
+
+def cell(name: str, arm: str, size: str, rest: str = "") -> str:
+    """Seeds that held at one size, of an arm at its best strength."""
+    sweep = _sweep(name, rest)
+    rows = [r for r in sweep.of(arm, sweep.arm(arm)["boundary"]) if sweep.size(r["train_fraction"]) == size]
+    return f"{sum(row['outcome'] == 'generalised' for row in rows)} of {len(rows)}"
+
+
+def cell_mean(name: str, arm: str, size: str, key: str, rest: str = "", form: str = ".2g") -> str:
+    """A mean over the runs of one size, of an arm at its best strength."""
+    sweep = _sweep(name, rest)
+    rows = [r for r in sweep.of(arm, sweep.arm(arm)["boundary"]) if sweep.size(r["train_fraction"]) == size]
+    return format(statistics.fmean(row[key] for row in rows), form)
+
+
+def delay(name: str, arm: str, key: str, rest: str = "") -> str:
+    """When the runs of an arm memorised, and how much later they generalised: a key of `boundary_findings.delays`."""
+    return f"{boundary_findings.delays(_sweep(name, rest), arm)[key]:g}"
+
+
+def switched(name: str, arm: str, strength: str, which: str, rest: str = "") -> str:
+    """Steps from the switch to generalising, from 1000 examples on (``most``) or below (``few``)."""
+    sweep = _sweep(name, rest)
+    found = boundary_findings.switched(sweep, arm, float(strength))
+    steps = [s for f, some in found.items() for s in some if (f * sweep.whole >= 999) == (which == "most")]
+    return f"{min(steps)}–{max(steps)}"
+
+
+def events(name: str, arm: str, key: str, rest: str = "") -> str:
+    """In how many runs of an arm's best column the rank fell first, and so on."""
+    found = _sweep(name, rest).arm(arm)["events"]
+    return f"{found[key]} of {sum(found.values())}"
+
+
+def chance() -> str:
+    """Beyond what difference the loss of two language models is not chance, as it was measured."""
+    return ", ".join(f"{found['bound']:.3f} ({found['runs']} {found['of']})" for found in attention_findings.chances())
+
+
+def loss(run: str, arm: str, strength: str, form: str = "+.3f") -> str:
+    """The loss of a cell above that of no decay."""
+    cells = _cells(run)
+    own = next(cell for cell in cells if (cell["name"], cell["strength"]) == (arm, float(strength)))
+    return format(own["loss"] - next(cell["loss"] for cell in cells if cell["strength"] == 0), form)
+
+
+def rank(run: str, arm: str, strength: str, part: str = "query_key", qk_norm: str = "no") -> str:
+    """The pseudo rank of a part of a cell."""
+    for cell in _cells(run):
+        if (cell["name"], cell["strength"], cell["qk_norm"]) == (arm, float(strength), qk_norm == "yes"):
+            return f"{attention_findings.measure(cell, part):.2f}"
+    raise ValueError(f"{run} has no cell of {arm} at {strength}")
+
+
+@functools.cache
+def _cells(run: str) -> list[dict[str, Any]]:
+    return attention_findings.cells_of(DATA / run)
+
+
+def measure(run: str, arm: str, strength: str, part: str, name: str, qk_norm: str = "no") -> str:
+    """A measure of a part of a cell, as `imbalance` or `nuclear_gap`."""
+    for cell in _cells(run):
+        if (cell["name"], cell["strength"], cell["qk_norm"]) == (arm, float(strength), qk_norm == "yes"):
+            return f"{attention_findings.measure(cell, part, name):.2f}"
+    raise ValueError(f"{run} has no cell of {arm} at {strength}")
+
+
+def accuracy(run: str, arm: str, strength: str, qk_norm: str = "no") -> str:
+    """The accuracy of a cell."""
+    cells = (
+        c for c in _cells(run) if (c["name"], c["strength"], c["qk_norm"]) == (arm, float(strength), qk_norm == "yes")
+    )
+    return f"{next(cells)['accuracy']:.2f}"
+
+
+def svm(run: str, arm: str, key: str) -> str:
+    """A figure of an arm of `margin`; ``nearer`` and ``excess`` are put in words."""
+    row = next(row for row in (read_json(DATA / "margin" / run / "summary.json") or {})["arms"] if row["name"] == arm)
+    if key == "nearer":
+        return f"{row['nearer_nuclear']} of {row['seeds']}"
+    if key == "excess":
+        own = [excess for excess in row["each"]["nuclear_excess"] if excess is not None]
+        return f"{row['nuclear_excess']:.2%} ({min(own):.2%}–{max(own):.2%})"
+    if key == "cosine":
+        return f"{row['cosine_nuclear']:.3f} (least {row['cosine_nuclear_least']:.3f})"
+    return f"{row[key]:.3g}"
+
+
+def _factor(arm: str, run: str = "standard") -> list[dict[str, Any]]:
+    rows = (read_json(DATA / "factor" / run / "summary.json") or {"arms": []})["arms"]
+    return [row for row in rows if row["name"] == arm and row["strength"] > 0]
+
+
+def spread(name: str, arm: str, key: str, rest: str = "", form: str = ".2g") -> str:
+    """The least and largest of a figure over the runs of an arm's best column."""
+    sweep = _sweep(name, rest)
+    found = [row[key] for row in sweep.of(arm, sweep.arm(arm)["boundary"]) if row[key] is not None]
+    return f"{min(found):{form}}–{max(found):{form}}"
+
+
+def ends(name: str, arm: str, key: str) -> str:
+    """How many runs of an arm generalised, how many of them end below the threshold, and the worst."""
+    sweep = _sweep(name)
+    last = [row["test_accuracy"] or 0.0 for row in sweep.of(arm) if row["outcome"] == "generalised"]
+    found = {"runs": len(last), "lost": sum(value < sweep.threshold for value in last), "worst": f"{min(last):.3f}"}
+    return str(found[key])
+
+
+def published(key: str) -> str:
+    """The prototype's published picture beside our cells: a key of `boundary_findings.published`."""
+    return str(boundary_findings.published(DATA / "boundary" / "prototype")[key])
+
+
+def rank_of(arm: str) -> str:
+    """The rank at which an arm of `factor` ends, over its strengths."""
+    found = {f"{row['rank']:g}" for row in _factor(arm)}
+    return "–".join(sorted(found)[:: max(len(found) - 1, 1)])
+
+
+def sent(unit: str, processes: str) -> str:
+    """Bytes that a process sends for a decay, of the smallest model under FSDP2."""
+    rows = json.loads((DATA / "sharded.json").read_text())["rows"]
+    wanted = ("FSDP2", int(processes), unit)
+    row = next(r for r in rows if (r["layout"], r["processes"], r["unit"]) == wanted)
+    return f"{sum(row['sent'].values()):,}"
+
+
+def settled(arm: str) -> str:
+    """How many of the matrix problems of an arm end at the soft threshold."""
+    rows = _factor(arm)
+    return f"{sum(row['settled'] or 0 for row in rows):,} of {sum(row['seeds'] for row in rows):,}"
+
+
+def worst(arm: str, key: str, form: str = ".1e") -> str:
+    """The largest of a figure of an arm of `factor` over its strengths."""
+    return format(max(row[key] for row in _factor(arm) if row[key] is not None), form)
+
+
+def rates(of: str) -> str:
+    """By how much the measured rate of the imbalance is off 2ηλ, or off that of the steps, at most."""
+    key = {"flow": "predicted_rate", "steps": "predicted_rate_of_steps"}[of]
+    return f"{max(abs(row['imbalance_rate'] / row[key] - 1) for row in _factor('factors')):.1%}"
+
+
+def left(arm: str) -> str:
+    """The share of the imbalance that is left under an arm of `factor`, least and most over strengths."""
+    shares = [row["imbalance"] / row["imbalance_initial"] for row in _factor(arm)]
+    return f"{min(shares):.0%}–{max(shares):.0%}"
+
+
+def stuck(key: str) -> str:
+    """Of the runs of the plateau at .8 under L2 at step 1200: right answers, with either sign, or when it ends."""
+    rows = [row for row in json.loads((DATA / "plateau.json").read_text())["rows"]
+            if (row["arm"], row["fraction"]) == ("l2", 0.8)]  # fmt: skip
+    at = [next(point for point in row["curve"] if point[0] == 1200) for row in rows]
+    if key == "right":
+        return f"{min(p[3] for p in at):.2f}–{max(p[3] for p in at):.2f}"
+    if key == "either":
+        return f"{min(p[3] + p[4] for p in at):.2f}–{max(p[3] + p[4] for p in at):.2f}"
+    firsts = [next(point[0] for point in row["curve"] if point[3] >= 0.9) for row in rows]
+    return f"{min(firsts):,} and {max(firsts):,}"
+
+
+def share(path: str, what: str) -> str:
+    """The share of a training step of GPT-2 that a reading takes."""
+    row = next(r for r in json.loads((DATA / path).read_text())["rows"] if r["what"] == what and r["case"] == "gpt2")
+    return f"{next(iter(row['share'].values())):.2%}"
+
+
+def planes(key: str, form: str = ".1f") -> str:
+    """Milliseconds of the hook of `Planes`: ``ms`` in the median, or ``best``."""
+    return format(json.loads((DATA / "planes.json").read_text())["readings"]["planes, the hook"][key], form)
+
+
+def planes_share(key: str) -> str:
+    """The share of a training step that the hook of `Planes` takes."""
+    readings = json.loads((DATA / "planes.json").read_text())["readings"]
+    return f"{readings['planes, the hook'][key] / readings['training step'][key]:.2%}"
+
+
+def against(path: str, what: str, other: str) -> str:
+    """The ratio of two readings of 24 × 768²."""
+    rows = {r["what"]: r["ms"] for r in json.loads((DATA / path).read_text())["rows"] if r["case"] == "24x768"}
+    return f"{rows[what] / rows[other]:.2f}"
+
+
+NUMBERS: dict[str, Callable[..., str]] = {
+    function.__name__: function
+    for function in (
+        value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
+        cell, cell_mean, delay, switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates,
+        left, stuck, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
+    )
+}  # fmt: skip
+NUMBERS |= {"e1": schedule_findings.words}
+
+
+@functools.cache
+def made(words: str) -> str:
+    """What stands between the comments of some words.
+
+    Raises:
+        ValueError: for words that nothing is made from.
+    """
+    name, *arguments = shlex.split(words)
+    if name == "claims":
+        return claims.index(made)
+    if name in SCRIPTS:
+        return _printed(name, arguments)
+    if name not in NUMBERS:
+        raise ValueError(
+            f"nothing is called {name!r} in `findings: {words}`: choose of {', '.join(NUMBERS)}, {SCRIPTS}"
+        )
+    return NUMBERS[name](*arguments)
+
+
+def remade(text: str) -> str:
+    """A page with everything in it made anew."""
+
+    def replaced(match: re.Match[str]) -> str:
+        block = match[3].startswith("\n")
+        new = made(match[2])
+        return match[1] + (f"\n{new}\n" if block else new) + match[4]
+
+    return MARKED.sub(replaced, text)
+
+
+def main() -> int:
+    """Write or check the pages and pictures; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--redraw", action="store_true", help="draw every picture, also of rows that are as they were")
+    given = parser.parse_args()
+    os.chdir(ROOT)
+    stale = []
+    for name in PAGES:
+        path = Path(name)
+        text = path.read_text(encoding="utf-8")
+        new = remade(text)
+        if new == text:
+            continue
+        stale.append(name)
+        if not given.check:
+            path.write_text(new, encoding="utf-8")
+    stale += pictures.check() if given.check else pictures.draw_all(redraw=given.redraw)
+    if given.check and stale:
+        print(f"not what the rows in docs/data say: {', '.join(stale)}; run make findings", file=sys.stderr)
+        return 1
+    print(f"{'checked' if given.check else 'written'}: {', '.join(stale) or 'all as it was'}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:  # a claim that its rows do not bear out, or words that nothing is made from
+        sys.exit(f"findings: {error}")

@@ -1,0 +1,237 @@
+"""The pictures of `docs/findings` and the README, drawn from the rows in `docs/data`, for `benchmarks/findings.py`.
+
+`docs/images/drawn.json` says of each picture from which rows it was drawn (a checksum of what it shows) and the
+checksum of the file. A check compares both, so it needs no drawing, and does not depend on the version of matplotlib;
+a picture is drawn again when its rows have changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import schedule_findings
+
+from rankdecay.lab import experiment
+from rankdecay.lab.report.chart import Axis, Chart, Line
+from rankdecay.lab.report.style import arm_styles
+from rankdecay.lab.store import read_json
+
+DATA, IMAGES = Path("docs/data"), Path("docs/images")
+RECORD = IMAGES / "drawn.json"
+RUNS = {  # a picture that `rankdecay report DIR --figure` draws, and the run
+    "grok": "grok_default",
+    "boundary": "boundary/selection",  # at one decay of the rest
+    "language": "language/standard",
+    "recall": "recall/standard",
+}
+DIGITS = 6  # of the numbers of a chart that count as the same
+REST = 2.0  # decay of the rest of the maps of `boundary`: the best, and the one that every arm was tried at
+Charts = list[Chart]
+
+
+# --- charts of what has no page of its own ---
+
+
+def margin() -> Charts:
+    """How the direction settles as the margin grows."""
+    summary = read_json(DATA / "margin" / "generic" / "summary.json") or {"arms": []}
+    arms = [arm for arm in summary["arms"] if arm["name"] in ("merged", "separate")]
+    charts = []
+    for key, title in (("cosine_nuclear", "cosine to the nuclear SVM"), ("cosine_frobenius", "to the Frobenius SVM")):
+        lines = [_line(arm["name"], [(at["margin"], at[key]) for at in arm["at"]]) for arm in arms]
+        charts.append(Chart(key, title, Axis("margin", "log"), Axis(title), lines))
+    return charts
+
+
+def factor() -> Charts:
+    """What is left of the largest singular values, and of the imbalance, under L2."""
+    arms = (read_json(DATA / "factor" / "standard" / "summary.json") or {"arms": []})["arms"]
+    values, balance = [], []
+    for name in ("factors", "decoupled", "merged"):
+        own = [row for row in arms if row["name"] == name and row["strength"] > 0]
+        values.append(_line(name, [(row["strength"], row["rank"]) for row in own]))
+        shares = [(row["strength"], row["imbalance"] / row["imbalance_initial"]) for row in own if row.get("imbalance")]
+        balance.append(_line(name, [(x, y) for x, y in shares if y > 0]))
+    return [
+        Chart("rank", "rank at the end, of 5", Axis("λ"), Axis("rank at the end, of 5", from_zero=True), values),
+        Chart("balance", "imbalance left", Axis("λ"), Axis("imbalance left", "log"), balance),
+    ]
+
+
+def cost() -> Charts:
+    """Milliseconds of a decay of one stack, by the side of its matrices."""
+    rows = json.loads((DATA / "step.json").read_text())["rows"]
+    names = ("prox, exact", "smooth, exact", "newton_schulz, matmul", "torch.linalg.svd", "AdamW.step")
+    lines = []
+    for name in names:
+        points = [(row["case"], row["ms"]) for row in rows if row["what"] == name and row["case"] != "gpt2"]
+        lines.append(_line(name, sorted((_side(case), ms / _count(case)) for case, ms in points)))
+    return [Chart("cost", "ms a matrix", Axis("side of the matrix", "log"), Axis("ms a matrix", "log"), lines)]
+
+
+def _side(case: str) -> int:
+    return int(case.partition("x")[2])
+
+
+def _count(case: str) -> int:
+    return int(case.partition("x")[0])
+
+
+def inspection() -> Charts:
+    """Milliseconds a layer: inspecting, an SVD of every product, reading."""
+    rows = json.loads((DATA / "inspection.json").read_text())["rows"]
+    widths = {"gpt2": 768, "7b": 4096}
+    named = {"inspect_ms": "rankdecay inspect", "direct_ms": "SVD of the products", "read_ms": "reading"}
+    lines = [_line(label, [(widths[row["model"]], row[key]) for row in rows]) for key, label in named.items()]
+    return [Chart("inspection", "ms a layer", Axis("width of the model", "log"), Axis("ms a layer", "log"), lines)]
+
+
+SHADES = (0.0, 0.25, 1.0)  # of the seeds
+
+
+def subtraction() -> Charts:
+    """Right answers, and answers right but for the sign, of the runs that stay near .4."""
+    document = json.loads((DATA / "plateau.json").read_text())
+    charts = []
+    for fraction in (0.6, 0.8):
+        lines = []
+        for row in document["rows"]:
+            if (row["arm"], row["fraction"]) == ("l2", fraction):
+                steps = [point[0] for point in row["curve"]]
+                shade = SHADES[row["seed"]]
+                lines.append(Line(f"seed {row['seed']}", steps, [p[3] for p in row["curve"]], shade=shade))
+                either = [round(p[3] + p[4], 4) for p in row["curve"]]
+                lines.append(Line(f"seed {row['seed']}, either sign", steps, either, shade=shade, mark="dotted"))
+        title = f"L2 10, {fraction:.0%} of the pairs"
+        charts.append(
+            Chart(f"at-{fraction}".replace(".", ""), title, Axis("step"), Axis("test, right", percent=True), lines)
+        )
+    return charts
+
+
+def contrasts() -> Charts:
+    """The four contrasts of E1; nothing before its rows are all there."""
+    if not schedule_findings.complete(schedule_findings.DATA):
+        return []
+    found = schedule_findings.result(schedule_findings.DATA)["contrasts"]
+    horizons = list(found)
+    lines = []
+    for number, one in enumerate(found[horizons[0]]):
+        each = [found[horizon][number] for horizon in horizons]
+        lines.append(
+            Line(
+                f"{one['arm']} / {one['against']}", [int(h) * 1.03**number for h in horizons],
+                [e["ratio"] for e in each], low=[e["low"] for e in each], high=[e["high"] for e in each],
+                mark="line+points", shade=number / 3,
+            )
+        )  # fmt: skip
+    return [Chart("contrasts", "ratio of times", Axis("read at step", "log"), Axis("ratio of times", "log"), lines)]
+
+
+def _line(label: str, points: Sequence[tuple[float, float]]) -> Line:
+    return Line(label, [x for x, _ in points], [y for _, y in points], arm=label, mark="line+points")
+
+
+CHARTS: dict[str, Callable[[], Charts]] = {
+    "margin": margin,
+    "factor": factor,
+    "cost": cost,
+    "inspection": inspection,
+    "subtraction": subtraction,
+    "schedule": contrasts,
+}
+
+
+# --- drawing and checking ---
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def _shown(name: str) -> str | None:
+    """A checksum of what a picture shows; None if there is nothing to draw yet."""
+    if name in RUNS:
+        files = sorted(path for path in (DATA / RUNS[name]).rglob("*") if path.suffix in (".jsonl", ".json", ".npz"))
+        seen = hashlib.sha256()
+        for path in files:
+            seen.update(path.read_bytes())
+        return seen.hexdigest()[:16]
+    charts = CHARTS[name]()
+    if not charts:
+        return None
+    told = [
+        [
+            chart.title,
+            [[line.label, *([_rounded(v) for v in some or ()] for some in _numbers(line))] for line in chart.lines],
+        ]
+        for chart in charts
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def _numbers(line: Line) -> list[Any]:
+    return [line.x, line.y, line.low, line.high]
+
+
+def _bytes(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
+
+
+def _recorded() -> dict[str, dict[str, str]]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def check() -> list[str]:
+    """The pictures that do not show what the rows say."""
+    recorded, stale = _recorded(), []
+    for name in (*RUNS, *CHARTS):
+        path, shown = IMAGES / f"{name}.png", _shown(name)
+        there = {"shows": shown, "file": _bytes(path)} if shown or path.exists() else None
+        if recorded.get(name) != there:
+            stale.append(str(path))
+    return stale
+
+
+def _draw_run(directory: Path, path: Path) -> None:
+    """Draws the figure of a run; of the phase diagram that of one decay of the rest, which fits a page."""
+    kind = experiment.of_directory(directory)
+    if kind.merged is None or kind.figure is None:
+        experiment.draw_figure([directory], path)
+        return
+    stored = experiment.read(kind, [directory])
+    rows = [row for row in stored.rows if row["rest_decay"] == REST or row["arm"] == "l2_all"]
+    some = dataclasses.replace(stored, rows=rows, summary=None)
+    kind.figure(dataclasses.replace(some, summary=kind.so_far(some)), path)
+
+
+def draw_all(*, redraw: bool) -> list[str]:
+    """Draws the pictures whose rows, or whose file, are not what was recorded; returns those drawn."""
+    from rankdecay.lab.report.figure import draw
+
+    recorded, drawn = _recorded(), []
+    for name in (*RUNS, *CHARTS):
+        path, shown = IMAGES / f"{name}.png", _shown(name)
+        if shown is None:
+            recorded.pop(name, None)
+            continue
+        if not redraw and recorded.get(name) == {"shows": shown, "file": _bytes(path)}:
+            continue
+        if name in RUNS:
+            _draw_run(DATA / RUNS[name], path)
+        else:
+            charts = CHARTS[name]()
+            draw(
+                charts,
+                arm_styles(list(dict.fromkeys(line.arm or line.label for c in charts for line in c.lines)), {}),
+                path,
+            )
+        recorded[name] = {"shows": shown, "file": _bytes(path) or ""}
+        drawn.append(str(path))
+    RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    return drawn

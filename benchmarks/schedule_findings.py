@@ -1,0 +1,210 @@
+"""The tables of `docs/findings` on E1, the schedule of the norm: as much of it as there are rows.
+
+    python benchmarks/schedule_findings.py state docs/data/schedule        # what has been run
+    python benchmarks/schedule_findings.py tuned docs/data/schedule        # the frozen settings of every arm
+    python benchmarks/schedule_findings.py test docs/data/schedule         # the held-out runs
+    python benchmarks/schedule_findings.py contrasts docs/data/schedule    # the four that were named beforehand
+    python benchmarks/schedule_findings.py secondary docs/data/schedule
+
+The rows are made by `benchmarks/schedule.py`, whose docstring is the protocol. Contrasts are printed when every
+held-out run is there, and not before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import schedule
+import stored
+
+from rankdecay.lab.store import read_json, read_metrics
+
+Row = dict[str, Any]
+DATA = Path("docs/data/schedule")
+SECONDARY = ("secondary", "secondary_beta2")
+ANGLES = {"angular_step": "angle of the step", "angular_step_after": "after the decay", "rotation": "over 20 steps"}
+
+
+# --- what is there ---
+
+
+def rows_of(directory: Path, stage: str) -> list[Row]:
+    """The rows of a stage, none where it has not begun."""
+    return read_metrics(directory / stage) if (directory / stage / "config.json").exists() else []
+
+
+def frozen(directory: Path) -> Row | None:
+    """The settings that tuning froze, None before that."""
+    return read_json(directory / "tuned.json")
+
+
+def protocol_of(directory: Path) -> schedule.Protocol:
+    """The protocol that the settings were tuned by; today's before that."""
+    held = frozen(directory)
+    if held is None:
+        return schedule.Protocol()
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in held["protocol"].items()}
+    return dataclasses.replace(schedule.Protocol(), **fields)
+
+
+def expected(directory: Path) -> int:
+    """How many held-out runs there are to be."""
+    protocol = protocol_of(directory)
+    return len(schedule.GRIDS) * len(protocol.test_seeds) * len(protocol.test_sizes)
+
+
+def complete(directory: Path) -> bool:
+    """Whether every held-out run is there."""
+    held = frozen(directory)
+    if held is None:
+        return False
+    names = {own["name"] for own in held["arms"].values()}
+    return sum(row["arm"] in names for row in rows_of(directory, "test")) >= expected(directory)
+
+
+@functools.cache
+def result(directory: Path) -> Row:
+    """Figures and contrasts of the held-out runs, which are all there."""
+    return schedule.report(protocol_of(directory), directory)
+
+
+def words(key: str) -> str:
+    """E1 in words, for the index: ``headline`` or ``contrast ARM AGAINST``-like keys, and a dash before there are rows.
+
+    Args:
+        key: ``status``, ``headline``, ``runs``, or ``FIRST/SECOND`` for a contrast at the last horizon.
+    """
+    if key == "runs":
+        return f"{len(rows_of(DATA, 'tune')):,} runs of tuning, {len(rows_of(DATA, 'test')):,} held out"
+    if not complete(DATA):
+        return {"status": "open", "headline": "not run to the end"}.get(key, "—")
+    found = result(DATA)
+    if key == "headline":
+        return found["headline"]
+    if key == "status":
+        return {"stands": "holds", "withdrawn": "contradicted", "open": "open"}[found["headline"]]
+    first, _, second = key.partition("/")
+    last = list(found["contrasts"].values())[-1]
+    one = next(one for one in last if one["against"] == second and (first != "l2_ramp") == (one["arm"] != "l2_ramp"))
+    return f"{one['ratio']:.2f} ({one['low']:.2f}–{one['high']:.2f})"
+
+
+# --- the tables ---
+
+
+def state(options: argparse.Namespace) -> None:
+    """What has been run, and what it may say."""
+    for directory in options.directories:
+        tune, test = len(rows_of(directory, "tune")), len(rows_of(directory, "test"))
+        if not tune:
+            print("Not run yet: there are no rows, and nothing is claimed.")
+        elif frozen(directory) is None:
+            print(f"Tuning is under way: {tune:,} runs so far. Nothing is claimed before the held-out runs.")
+        elif not complete(directory):
+            print(f"Tuned ({tune:,} runs), and frozen. Of {expected(directory):,} held-out runs {test:,} are there; "
+                  "contrasts are printed when all are, not before.")  # fmt: skip
+        else:
+            headline = result(directory)["headline"]
+            print(f"Tuned on {tune:,} runs, tested on {test:,}. By the rule that was stated beforehand the headline, "
+                  f"*a schedule of the norm, not the rank*: **{headline}**.")  # fmt: skip
+
+
+def tuned(options: argparse.Namespace) -> None:
+    """A Markdown line per arm: what was tried, and what is frozen."""
+    for directory in options.directories:
+        held = frozen(directory)
+        if held is None:
+            print("(Tuning has not ended: nothing is frozen.)")
+            continue
+        print("| arm | strengths tried | best | decay of the rest | restricted mean time | inside its grid |\n|---|"
+              + "---|" * 5)  # fmt: skip
+        for own in sorted(held["arms"].values(), key=lambda own: own["restricted_mean_time"]):
+            edges = [
+                edge for edge, open_ in (("strength", own["edge_is_open"]), ("rest", own["rest_at_edge"])) if open_
+            ]
+            tried = ", ".join(f"{s:g}" for s in own["strengths"] if s) or "—"
+            best = f"{own['strength']:g}" if own["strength"] else "—"
+            shown = [own["name"], tried, best, f"{own['rest_decay']:g}", f"{own['restricted_mean_time']:,.0f}"]
+            print(f"| {' | '.join(shown)} | {'no: ' + ', '.join(edges) if edges else 'yes'} |")
+
+
+def test(options: argparse.Namespace) -> None:
+    """A Markdown line per arm: its held-out runs."""
+    for directory in options.directories:
+        held, rows = frozen(directory), rows_of(directory, "test")
+        if held is None or not rows:
+            print("(No held-out runs yet.)")
+            continue
+        protocol = protocol_of(directory)
+        heads = ["arm", "runs", "held 95 %", *(f"mean time, at most {h:,}" for h in protocol.horizons)]
+        heads += ["test accuracy at the end", "stable rank", "‖W_Q‖", *ANGLES.values()]
+        print(f"| {' | '.join(heads)} |\n|---|" + "--:|" * (len(heads) - 1))
+        for own in held["arms"].values():
+            print(_line(own["name"], [row for row in rows if row["arm"] == own["name"]], protocol.horizons))
+
+
+def _line(name: str, rows: Sequence[Row], horizons: Sequence[int]) -> str:
+    shown = [name, str(len(rows)), str(sum(row["steps_to_generalise"] is not None for row in rows))]
+    shown += [f"{schedule.mean_time(rows, horizon):,.0f}" if rows else "—" for horizon in horizons]
+    shown += [_mean(rows, key) for key in ("test_accuracy", "stable_rank", "query_norm", *ANGLES)]
+    return f"| {' | '.join(shown)} |"
+
+
+def _mean(rows: Sequence[Row], key: str) -> str:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return f"{statistics.fmean(values):.3g}" if values else "—"
+
+
+def contrasts(options: argparse.Namespace) -> None:
+    """A Markdown line per contrast and horizon, with its pre-stated tests."""
+    for directory in options.directories:
+        if not complete(directory):
+            print("(Printed when every held-out run is there.)")
+            continue
+        found = result(directory)
+        print("| read at | time of / over time of | ratio (95 %) | p | Holm, of four | within ± 8 %: p | more than 8 % "
+              "faster: p |\n|--:|---|---|--:|--:|--:|--:|")  # fmt: skip
+        for horizon, some in found["contrasts"].items():
+            for one in some:
+                ratio = f"{one['ratio']:.3f} ({one['low']:.3f}–{one['high']:.3f})"
+                p = " | ".join(f"{one[key]:.2g}" for key in ("p", "p_holm", "p_equivalent", "p_faster"))
+                print(f"| {int(horizon):,} | {one['arm']} / {one['against']} | {ratio} | {p} |")
+
+
+def secondary(options: argparse.Namespace) -> None:
+    """A Markdown line per variant, at one size."""
+    for directory in options.directories:
+        rows = [row for stage in SECONDARY for row in rows_of(directory, stage)]
+        if not rows:
+            print("(No secondary runs yet.)")
+            continue
+        horizons = protocol_of(directory).horizons
+        heads = ["variant", "runs", "held 95 %", *(f"mean time, at most {h:,}" for h in horizons)]
+        heads += ["test accuracy at the end", "stable rank", "‖W_Q‖", *ANGLES.values()]
+        print(f"| {' | '.join(heads)} |\n|---|" + "--:|" * (len(heads) - 1))
+        for name in dict.fromkeys(row["arm"] for row in rows):
+            print(_line(name, [row for row in rows if row["arm"] == name], horizons))
+
+
+def store(options: argparse.Namespace) -> None:
+    """Copies the frozen settings; the rows are written where they stay."""
+    (options.to / "tuned.json").write_text(json.dumps(frozen(options.run), indent=1) + "\n")
+
+
+TABLES = {"state": state, "tuned": tuned, "test": test, "contrasts": contrasts, "secondary": secondary}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one of the commands above."""
+    stored.command_line(__doc__, store, TABLES, arguments=arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""What `make findings` makes: text between comments, claims that their rows bear out, E1 as far as it is run."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from rankdecay.lab.report.chart import Axis, Chart, Line
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import boundary_findings
+import claims
+import findings
+import pictures
+import schedule
+import schedule_findings
+
+# --- text between comments ---
+
+
+@pytest.fixture
+def made(monkeypatch):
+    monkeypatch.setitem(findings.NUMBERS, "twice", lambda word: word * 2)
+    findings.made.cache_clear()
+    yield findings.remade
+    findings.made.cache_clear()
+
+
+def test_a_number_is_made_on_its_line_and_a_table_on_lines_of_its_own(made):
+    assert made("a <!-- findings: twice x -->old<!-- end --> b") == "a <!-- findings: twice x -->xx<!-- end --> b"
+    assert made("<!-- findings: twice y -->\n<!-- end -->") == "<!-- findings: twice y -->\nyy\n<!-- end -->"
+    text = made("<!-- findings: twice 'a b' -->\nold\nlines\n<!-- end -->")
+    assert text == "<!-- findings: twice 'a b' -->\na ba b\n<!-- end -->"
+    assert made(text) == text
+
+
+def test_words_that_nothing_is_made_from_are_named(made):
+    with pytest.raises(ValueError, match=r"'thrice'.*choose of .*twice"):
+        made("<!-- findings: thrice x --><!-- end -->")
+
+
+# --- claims ---
+
+CLAIM = claims.Claim("Group", "It holds", "in {twice 3}", "{twice 4}", "rankdecay grok", ("there",), "page.md", "holds")
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "config.json").write_text(json.dumps({"versions": {"commit": "abc1234"}}))
+    monkeypatch.setattr(claims, "DATA", tmp_path)
+
+    def index(*some):
+        monkeypatch.setattr(claims, "CLAIMS", some)
+        return claims.index(lambda words: f"<{words}>")
+
+    return index
+
+
+def test_a_claim_is_a_row_with_what_it_stands_on(rows):
+    line = rows(CLAIM, replace(CLAIM, status="open", data=("lacking",))).splitlines()
+    assert line[4].split(" | ")[0] == "| [It holds](page.md)"
+    assert line[4].split(" | ")[1:4] == ["in <twice 3>", "<twice 4>", "`rankdecay grok`"]
+    assert line[4].endswith(" | [there](../data/there) | abc1234 | **holds** |")
+    assert "| `lacking` | — | **open** |" in line[5]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"evidence": "in 9 of {twice 3}"}, "a number that is typed"),
+        ({"interval": "0.5"}, "a number that is typed"),
+        ({"data": ("there", "lacking")}, "said to be 'holds' without rows: lacking"),
+        ({"when": lambda: False}, "do not bear out 'It holds' as 'holds'"),
+        ({"status": "true"}, "choose of holds"),
+    ],
+)
+def test_a_claim_that_its_rows_do_not_bear_out_is_refused(rows, change, words):
+    with pytest.raises(ValueError, match=words):
+        rows(replace(CLAIM, **change))
+
+
+def test_names_with_digits_are_no_numbers(rows):
+    assert "L2 of GPT-2" in rows(replace(CLAIM, evidence="L2 of GPT-2"))
+
+
+# --- E1, as far as it is run ---
+
+PROTOCOL = replace(schedule.TINY, horizons=(40, 80))
+
+
+def _write(directory, stage, rows):
+    (directory / stage).mkdir(parents=True, exist_ok=True)
+    (directory / stage / "config.json").write_text("{}")
+    (directory / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _row(arm, seed, size):
+    """A run that holds after 20 steps and a few; smooth is as quick as the ramp and the radial part."""
+    steps = 20 + seed % 10 + (20 if arm in ("l2", "raise_rank") else 0)
+    return {
+        "arm": arm, "seed": seed, "train_examples": size, "strength": 1.0, "rest_decay": 2.0,
+        "steps_to_generalise": steps, "test_accuracy": 0.99, "stable_rank": 2.0, "query_norm": 0.3,
+        "angular_step": 0.01, "angular_step_after": 0.02, "rotation": 0.1,
+    }  # fmt: skip
+
+
+def _shown(capsys, table, directory):
+    schedule_findings.main([table, str(directory)])
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def e1(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule_findings, "DATA", tmp_path)
+    schedule_findings.result.cache_clear()
+    return tmp_path
+
+
+def test_before_and_while_tuning_nothing_is_claimed(e1, capsys):
+    assert "Not run yet" in _shown(capsys, "state", e1)
+    _write(e1, "tune", [_row("smooth", 100, 60)])
+    assert "under way: 1 runs" in _shown(capsys, "state", e1)
+    for table in ("tuned", "test", "contrasts", "secondary"):
+        assert _shown(capsys, table, e1).startswith("(")
+    assert schedule_findings.words("status") == "open"
+    assert schedule_findings.words("l2_ramp/l2") == "—"
+
+
+def test_contrasts_are_printed_when_every_held_out_run_is_there_and_not_before(e1, capsys):
+    arms = {
+        arm: {
+            "name": arm, "strength": 1.0, "rest_decay": 2.0, "restricted_mean_time": 30.0, "strengths": [0.5, 1.0, 2.0],
+            "edge_is_open": arm == "l2", "rest_at_edge": False,
+        }
+        for arm in schedule.GRIDS
+    }  # fmt: skip
+    frozen = {"protocol": asdict(PROTOCOL), "low_rank": "smooth", "arms": arms}
+    (e1 / "tuned.json").write_text(json.dumps(frozen))
+    _write(e1, "tune", [_row("smooth", 100, 60)])
+    rows = [_row(arm, seed, size) for arm in arms for seed in PROTOCOL.test_seeds for size in PROTOCOL.test_sizes]
+    _write(e1, "test", rows[:-1])
+    assert f"Of {len(rows)} held-out runs {len(rows) - 1} are there" in _shown(capsys, "state", e1)
+    assert "| l2 | 0.5, 1, 2 | 1 | 2 | 30 | no: strength |" in _shown(capsys, "tuned", e1)
+    assert _shown(capsys, "contrasts", e1).startswith("(")
+    assert schedule_findings.words("headline") == "not run to the end"
+    _write(e1, "test", rows)
+    table = _shown(capsys, "contrasts", e1)
+    assert "| 80 | smooth / l2_ramp | 1.000 (1.000–1.000) |" in table
+    assert table.count("\n") == 2 + 4 * 2
+    assert "0.01 | 0.02 | 0.1 |" in _shown(capsys, "test", e1)
+    assert schedule_findings.words("status") == "holds"
+    assert schedule_findings.words("low_rank/raise_rank").startswith("0.5")
+
+
+# --- pictures ---
+
+
+def test_a_picture_is_stale_when_its_rows_or_its_file_have_changed(monkeypatch, tmp_path):
+    y = [1.0, 2.0]
+    chart = Chart("a", "a", Axis("x"), Axis("y"), [Line("l2", [0, 1], y, arm="l2")])
+    monkeypatch.setattr(pictures, "RUNS", {})
+    monkeypatch.setattr(pictures, "CHARTS", {"a": lambda: [chart], "later": list})
+    monkeypatch.setattr(pictures, "IMAGES", tmp_path)
+    monkeypatch.setattr(pictures, "RECORD", tmp_path / "drawn.json")
+    path = str(tmp_path / "a.png")
+    assert pictures.check() == [path]
+    assert pictures.draw_all(redraw=False) == [path]
+    assert pictures.check() == pictures.draw_all(redraw=False) == []
+    y[1] = 2.00000001  # below what a picture can show
+    assert pictures.check() == []
+    y[1] = 2.1
+    assert pictures.check() == [path]
+    pictures.draw_all(redraw=False)
+    Path(path).write_bytes(b"drawn by hand")
+    assert pictures.check() == [path]
+
+
+# --- rows of before ---
+
+
+@pytest.mark.parametrize(
+    ("row", "never"),
+    [
+        ({"arm": "after_memorising", "acted_at": None, "memorised_at": 40}, True),
+        ({"arm": "after_memorising", "memorised_at": None}, True),
+        ({"arm": "truncate", "memorised_at": 40}, False),
+        ({"arm": "until_generalised", "outcome": "budget"}, True),
+        ({"arm": "until_generalised", "outcome": "generalised"}, False),
+        ({"arm": "smooth", "outcome": "budget", "memorised_at": None}, False),
+    ],
+)
+def test_a_schedule_that_never_acted_is_told_from_what_it_waits_for(row, never):
+    assert boundary_findings.never_acted(row) is never
