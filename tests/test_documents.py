@@ -22,7 +22,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CITATION = re.compile(
     r"docs/theory\.md,?\s+sections?\s+(\d+(?:\.\d+)?)|\[theory\]\((?:docs/)?theory\.md\),\s+section\s+(\d+(?:\.\d+)?)"
 )
-RECOGNITION = (ROOT / "docs" / "recognition.md").read_text(encoding="utf-8")
+RECOGNITION = (ROOT / "docs" / "guides" / "recognition.md").read_text(encoding="utf-8")
 #: Documents that were never published: what they said is in docs/theory.md.
 UNPUBLISHED = re.compile(r"(low_rank_decay|attention_rank|matrix_functions)\.md|planning (notes|table)")
 

@@ -384,7 +384,7 @@ def test_bad_models_and_optimizers():
 
 # ---- the page --------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parents[1] / "docs" / "monitor.md"
+PAGE = Path(__file__).parents[1] / "docs" / "guides" / "monitor.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 

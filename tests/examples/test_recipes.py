@@ -1,4 +1,4 @@
-"""Every block of docs/recipes.md runs as it stands, on a model that it decays.
+"""Every block of docs/guides/trainers.md runs as it stands, on a model that it decays.
 
 But those fenced `Python`, for packages that no registry has or that cannot run here: those were run by hand.
 """
@@ -22,7 +22,7 @@ transformers = needs.package("transformers")
 # Lightning 2.6 with torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "trainers.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 

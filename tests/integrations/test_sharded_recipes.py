@@ -1,4 +1,4 @@
-"""The blocks of docs/recipes.md that several processes run together, fenced `py`: each as it stands."""
+"""The blocks of docs/guides/trainers.md that several processes run together, fenced `py`: each as it stands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 import rankdecay as rd
 from tests.ranks import on_ranks
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "trainers.md"
 BLOCKS = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
