@@ -1,4 +1,4 @@
-"""The blocks of docs/guides/trainers.md that several processes run together, fenced `py`: each as it stands."""
+"""The blocks of docs/guides/distributed.md that several processes run together, fenced `py`: each as it stands."""
 
 from __future__ import annotations
 
