@@ -439,7 +439,7 @@ def _parse_compress(arguments: Sequence[str]) -> argparse.Namespace:
     return _parsed(parser, arguments)
 
 
-class _Progress:
+class _PartsProgress:
     """Line on standard error now and then while work takes longer than one waits without a word."""
 
     def __init__(self) -> None:
@@ -475,7 +475,7 @@ def _compress(settings: argparse.Namespace) -> int:
         "window": settings.window,
         "windows": settings.windows,
         "sizes": settings.sizes,
-        "progress": None if settings.quiet else _Progress(),
+        "progress": None if settings.quiet else _PartsProgress(),
     }
     try:
         if settings.dry_run:
