@@ -1,4 +1,4 @@
-"""Docstrings as the site shows them: reStructuredText's roles and tables, which `help()` reads well, become Markdown's."""
+"""Docstrings as the site shows them: the roles and tables of reStructuredText become Markdown's."""
 
 import re
 from typing import Any

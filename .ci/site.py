@@ -1,7 +1,8 @@
-"""What the site has besides its pages: the files of the repository that pages link to, and listings of its folders.
+"""What the site has besides its pages: formulas, and the files and folders of the repository that pages link to.
 
-A page links to an example, a benchmark or a folder of results by its place in the repository, which is right on disk and
-on GitHub. On the site there is no such file: `on_files` adds each that is linked to, `on_page_markdown` points there.
+A page links to an example, a benchmark or a folder of results by its place in the repository, which is right on disk
+and on GitHub. On the site there is no such file: `on_files` adds each that is linked to, `on_page_markdown` points there.
+Blocks of `math` become MathML, which browsers draw by themselves: no script, and nothing from elsewhere.
 """
 
 import html
@@ -10,10 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+MATH = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
 
 
@@ -41,6 +44,11 @@ def _content(target: Path) -> str:
     return f"{head}<title>{name}</title>{style}<h1>{name}</h1><p>In the repository:</p><ul>{rows}</ul>"
 
 
+def _formula(match: re.Match[str]) -> str:
+    latex = match[1].replace(r"\lVert", r"\Vert").replace(r"\rVert", r"\Vert")
+    return f'<div class="formula">{convert(" ".join(latex.split()), display="block")}</div>'
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add what pages link to."""
     added: dict[str, Path] = {}
@@ -54,7 +62,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Point links to where `on_files` put what they mean."""
+    """Point links to where `on_files` put what they mean, and write formulas."""
     path = Path(page.file.abs_src_path)
     places = _targets(path, markdown)
     here = Path(page.file.src_uri).parent
@@ -65,4 +73,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"{opening}{os.path.relpath(places[link], here)}{closing}"
         return f"{opening}{link}{anchor or ''}{closing}"
 
-    return LINK.sub(moved, markdown)
+    return LINK.sub(moved, MATH.sub(_formula, markdown))

@@ -16,7 +16,7 @@ no reader of the page sees:
     <!-- walk: file NAME -->                        a part of a file: appended to it
     <!-- walk: printed -->                          what the block before printed, but for the last digits of numbers
 
-Blocks of Python (`python`) and of the shell (`sh`) are run; `text`, `yaml`, `toml`, `diff` and `json` are shown only.
+Blocks of Python (`python`) and of the shell (`sh`) are run; those of any other language are shown only.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 #: Seconds for one block, and, with ``--long``, for one of those marked so.
 SECONDS, LONG_SECONDS = 240, 3600
-RUN, SHOWN = ("python", "sh"), ("text", "yaml", "toml", "diff", "json", "bibtex")
+RUN, SHOWN = ("python", "sh"), ("text", "yaml", "toml", "diff", "json", "math")
 KINDS = ("long", "elsewhere", "file", "printed")
 FENCE = re.compile(
-    r"(?:^<!-- walk: (?P<kind>\w+) ?(?P<note>.*?) -->\n)?^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$",
+    r"(?:^<!-- walk: (?P<kind>\w+)(?P<note>.*?) -->\n)?^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -70,7 +70,8 @@ class Block:
 
     def runs(self, long: bool) -> bool:
         """Whether the walk runs it."""
-        return self.language in RUN and self.kind != "elsewhere" and (long or self.kind != "long")
+        runnable = self.language in RUN and self.kind != "elsewhere" and (long or self.kind != "long")
+        return runnable or self.kind == "file"
 
 
 def blocks(text: str) -> list[Block]:
@@ -141,9 +142,10 @@ def _shell(code: str, seconds: float) -> None:
 
 
 def walk_page(page: str, todo: list[Block], long: bool) -> None:
-    """Run blocks one after the other, in this process; writes a line of JSON of each to the descriptor of ``REPORT``."""
+    """Run blocks one after the other, in this process, and report each in a line of JSON."""
     report = os.fdopen(int(os.environ["WALK_REPORT"]), "w")
     namespace: dict[str, object] = {"__name__": "__main__"}
+    sys.path[0] = ""  # as in an interpreter that was started in the clone
     out = Path(os.environ["WALK_OUTPUT"])
     last = ""
     for block in todo:
@@ -158,6 +160,7 @@ def walk_page(page: str, todo: list[Block], long: bool) -> None:
             elif not block.runs(long):
                 pass
             elif block.kind == "file":
+                Path(block.note).parent.mkdir(parents=True, exist_ok=True)
                 with Path(block.note).open("a", encoding="utf-8") as file:
                     file.write(block.code)
             elif block.language == "sh":
