@@ -242,7 +242,8 @@ def plane_figures(directory: Path) -> Row:
         found["active"].append(sum(size > PLANE * sizes[0] for size in sizes) / len(sizes))
         below = next(n for n, total in enumerate(itertools.accumulate(sizes), 1) if total >= SHARE * sum(sizes))
         found["carrying"].append(below / len(sizes))
-    return {"model": directory.name} | {key: round(statistics.fmean(values), 4) for key, values in found.items()}
+    name = directory.name.partition("_mlp_")[0]  # of a model that `rankdecay language` keeps: arm and strength
+    return {"model": name} | {key: round(statistics.fmean(values), 4) for key, values in found.items()}
 
 
 def planes(options: argparse.Namespace) -> None:

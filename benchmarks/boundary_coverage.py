@@ -1,10 +1,10 @@
-"""How often intervals for a boundary contain it, by simulation: numbers of `docs/log.md` and of `boundary/statistics.py`.
+"""How often intervals for a boundary contain it, by simulation, as `docs/log.md` and `boundary/statistics.py` say.
 
 python benchmarks/boundary_coverage.py        # about half a minute on one core
 
 Columns of cells are drawn from a logistic, with as many seeds and fractions as our sweeps have, and the boundary is
-anywhere between the lowest and the highest fraction. Beside the credible interval that `rankdecay boundary` reports stand
-percentile intervals of three bootstraps: the runs of each cell resampled, counts drawn from the fitted logistic
+anywhere between the lowest and the highest fraction. Beside the credible interval that `rankdecay boundary` reports
+stand percentile intervals of three bootstraps: the runs of each cell resampled, counts drawn from the fitted logistic
 (parametric), and counts drawn from each cell's Beta posterior under a flat prior (smoothed). An end is open where the
 estimate there is censored.
 """

@@ -358,15 +358,17 @@ CLAIMS = (
     Claim(
         KOBAYASHI,
         "Under rotary positions L2 prunes planes, not the rank of W_Q (their extension, E2)",
-        "L2 at the strongest: W_Q {rank language/standard l2 10 query} where the equal-position product has "
-        "{rank language/standard l2 10}; low rank: {rank language/standard low_rank 10 query} and "
-        "{rank language/standard low_rank 10}",
-        "one seed; active planes are not stored",
-        "python benchmarks/attention_findings.py planes runs/language/models/*",
-        ("language/standard",),
+        "L2 at the strongest: {value language/planes.json rows:l2_10.carrying .0%} of the planes carry "
+        "the sum, {value language/planes.json rows:l2_0.carrying .0%} without decay; rank of W_Q {rank "
+        "language/standard l2 10 query} and {rank language/standard l2 0 query}, of the equal-position product {rank "
+        "language/standard l2 10} and {rank language/standard l2 0}",
+        "one seed",
+        "rankdecay language --preset standard --steps 600; python benchmarks/attention_findings.py planes "
+        "runs/language/models/* --json docs/data/language/planes.json",
+        ("language/standard", "language/planes.json"),
         "recall_language_vision.md",
         "open",
-        "the rank of W_Q alone stays where the product's falls; the planes themselves are to be measured",
+        "not seen in this short run of decoupled decay; E2 asks for five seeds and L2 in the loss",
     ),
     Claim(
         KOBAYASHI,

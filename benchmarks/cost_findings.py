@@ -6,6 +6,7 @@ python benchmarks/cost_findings.py gpt2 docs/data/step_goals.json      # as a sh
 python benchmarks/cost_findings.py inspection docs/data/inspection.json
 python benchmarks/cost_findings.py parts docs/data/grok_parts.json     # of a step of the default grok
 python benchmarks/cost_findings.py sweep docs/data/boundary_speed.json # beside the prototype's loop
+python benchmarks/cost_findings.py tiers docs/data/tiers.json          # the error of smooth in tiers
 python benchmarks/cost_findings.py sharded docs/data/sharded.json      # of sharded weights
 python benchmarks/cost_findings.py paper docs/data/sharded_paper.json  # and on paper
 """
@@ -113,8 +114,19 @@ def paper(options: argparse.Namespace) -> None:
             print(sharded_script.line(sharded_script.PaperRow(**row)))
 
 
+def tiers(options: argparse.Namespace) -> None:
+    """A Markdown line per ε: the worst error of a `smooth` step by kinds of products, and the one that is taken."""
+    for path in options.directories:
+        rows = json.loads(path.read_text())["rows"]
+        names = list(dict.fromkeys(name for row in rows for name in row["errors"]))
+        print(f"| ε / ‖W‖_F | {' | '.join(names)} | taken |\n|--:|" + "--:|" * len(names) + "---|")
+        for row in rows:
+            shown = [f"{row['errors'][name]:.1e}" if name in row["errors"] else "" for name in names]
+            print(f"| {row['ratio']:g} | {' | '.join(shown)} | {row['chosen'].replace('-', 'no short polynomial')} |")
+
+
 TABLES = {"step": step, "goals": goals, "gpt2": gpt2, "inspection": inspection, "parts": parts, "sweep": sweep}
-TABLES |= {"sharded": sharded, "paper": paper}
+TABLES |= {"sharded": sharded, "paper": paper, "tiers": tiers}
 
 
 def store(options: argparse.Namespace) -> None:

@@ -66,12 +66,15 @@ def _printed(script: str, words: Sequence[str]) -> str:
 
 def value(path: str, keys: str, form: str = "g") -> str:
     """A number of a JSON file: ``value monitor.json share .3%``; ``rows:7b.read_ms`` is of the row called 7b."""
-    found: Any = read_json(DATA / path)
+    found: Any = json.loads((DATA / path).read_text())
     for key in keys.split("."):
         if ":" in key:
             name, _, wanted = key.partition(":")
             rows = found[name]
-            found = next(row for row in rows if wanted in (row.get("name"), row.get("what"), row.get("model")))
+            named = [row for row in rows if wanted in (row.get("name"), row.get("what"), row.get("model"))]
+            if not named:
+                raise ValueError(f"{DATA / path} has nothing called {wanted!r} among its {name}")
+            found = named[0]
         else:
             found = found[int(key)] if isinstance(found, list) else found[key]
     return format(found, form)

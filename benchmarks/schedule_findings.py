@@ -24,7 +24,7 @@ from typing import Any
 import schedule
 import stored
 
-from rankdecay.lab.store import read_json, read_metrics
+from rankdecay.lab.store import read_metrics
 
 Row = dict[str, Any]
 DATA = Path("docs/data/schedule")
@@ -42,7 +42,8 @@ def rows_of(directory: Path, stage: str) -> list[Row]:
 
 def frozen(directory: Path) -> Row | None:
     """The settings that tuning froze, None before that."""
-    return read_json(directory / "tuned.json")
+    path = directory / "tuned.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def protocol_of(directory: Path) -> schedule.Protocol:

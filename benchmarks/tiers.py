@@ -1,7 +1,9 @@
-"""The error of a ``smooth`` step by products of TF32 and bfloat16, against float64, on any machine.
+r"""The error of a ``smooth`` step by products of TF32 and bfloat16, against float64, on any machine.
 
     python benchmarks/tiers.py                                   # a few minutes
     python benchmarks/tiers.py --ratios 0.13 0.5 --sides 64
+    python benchmarks/tiers.py --ratios 0.03 0.0626 0.08 0.13 0.2 0.3 0.35 0.5 1 --sides 64 256 \
+        --json docs/data/tiers.json
 
 A tier (`rankdecay.linalg.tiers`) differs from float32 in the rounding of the operands, which a CPU does alike; so this
 prints what a GPU has, up to the rounding of its sums. Each number is the worst ‖step - wanted‖_F / ‖wanted‖_F over
@@ -11,11 +13,15 @@ float64 products then, whatever the device (`smooth_polar_by_products`).
 """
 
 import argparse
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rankdecay.lab.machine import describe_machine, versions
 from rankdecay.linalg.matmul import choose_tier, smooth_by_few_products, smooth_by_products
 from rankdecay.linalg.stack import prepare
 from rankdecay.linalg.tiers import Product, by_bfloat16x3, by_tf32, of_bfloat16
@@ -64,15 +70,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 256, 512])
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="ε/‖W‖_F")
+    parser.add_argument("--json", type=Path, help="write the machine and every number")
     arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
     sides = [(n + n // 2 * (n < 512), n) for n in arguments.sides]
     print(f"{'ε/‖W‖_F':>8}" + "".join(f"{tier:>12}" for tier in PRODUCTS) + f"{'chosen':>12}")
     for ratio in arguments.ratios:
         chosen = choose_tier(ratio, ("tf32", "bfloat16x3", "float32")) if ratio >= LEAST else "-"
         measured = [tier for tier in PRODUCTS if ratio >= LEAST or tier == "float32"]
-        errors = {tier: f"{worst(ratio, PRODUCTS[tier], sides, arguments.seeds):.1e}" for tier in measured}
-        cells = "".join(f"{errors.get(tier, ''):>12}" for tier in PRODUCTS)
+        errors = {tier: worst(ratio, PRODUCTS[tier], sides, arguments.seeds) for tier in measured}
+        rows.append({"ratio": ratio, "chosen": chosen, "errors": errors})
+        cells = "".join(f"{errors[tier]:12.1e}" if tier in errors else " " * 12 for tier in PRODUCTS)
         print(f"{ratio:8g}{cells}{chosen:>12}", flush=True)
+    if arguments.json:
+        document = {"machine": describe_machine("cpu"), "versions": versions(), "sides": arguments.sides, "rows": rows}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
