@@ -12,6 +12,7 @@ RULE = re.compile(r"^( *)=+(?: +=+)+ *$")
 def markdown(text: str) -> str:
     """A docstring with roles as code, ``double`` backquotes as single ones, and simple tables as Markdown's."""
     text = ROLE.sub(lambda match: f"`{match[2].rpartition('.')[2] if match[1] else match[2]}`", text)
+    text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)  # griffe knows the plural as doctests
     text = re.sub(r"``([^`\n]+)``", r"`\1`", text)
     lines, made, i = text.split("\n"), [], 0
     while i < len(lines):

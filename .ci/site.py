@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 MATH = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PICTURE = re.compile(r"^!\[([^\]]*)\]\(([^)]*)\)$", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
 
 
@@ -44,6 +45,14 @@ def _content(target: Path) -> str:
     return f"{head}<title>{name}</title>{style}<h1>{name}</h1><p>In the repository:</p><ul>{rows}</ul>"
 
 
+def _without_comments(text: str) -> str:
+    """Comments are left out, but in code; one with a line of its own takes that line along."""
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
+    lines = re.compile(r"^<!--(?:(?!-->).)*-->\n", re.MULTILINE | re.DOTALL)
+    inside = re.compile(r"<!--.*?-->", re.DOTALL)
+    return "".join(part if part.startswith("```") else inside.sub("", lines.sub("", part)) for part in parts)
+
+
 def _formula(match: re.Match[str]) -> str:
     latex = match[1].replace(r"\lVert", r"\Vert").replace(r"\rVert", r"\Vert")
     return f'<div class="formula">{convert(" ".join(latex.split()), display="block")}</div>'
@@ -62,7 +71,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Point links to where `on_files` put what they mean, and write formulas."""
+    """Point links to where `on_files` put what they mean, and write formulas.
+
+    Comments go, since one at the beginning of a line would end a paragraph. A picture leads to itself, so that a tap on
+    a phone shows it in full.
+    """
     path = Path(page.file.abs_src_path)
     places = _targets(path, markdown)
     here = Path(page.file.src_uri).parent
@@ -73,4 +86,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"{opening}{os.path.relpath(places[link], here)}{closing}"
         return f"{opening}{link}{anchor or ''}{closing}"
 
-    return LINK.sub(moved, MATH.sub(_formula, markdown))
+    shown = PICTURE.sub(r"[![\1](\2)](\2)", _without_comments(markdown))
+    return LINK.sub(moved, MATH.sub(_formula, shown))
