@@ -1,8 +1,8 @@
 """What the site has besides its pages: formulas, and the files and folders of the repository that pages link to.
 
 A page links to an example, a benchmark or a folder of results by its place in the repository, which is right on disk
-and on GitHub. On the site there is no such file: `on_files` adds each that is linked to, `on_page_markdown` points there.
-Blocks of `math` become MathML, which browsers draw by themselves: no script, and nothing from elsewhere.
+and on GitHub. On the site there is no such file: `on_files` adds each that is linked to, `on_page_markdown` points to
+it. Blocks of `math` become MathML, which browsers draw by themselves: no script, and nothing from elsewhere.
 """
 
 import html

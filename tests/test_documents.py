@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, cited sections exist, the citation is current, CONTRIBUTING's examples run."""
+"""The documents: links lead somewhere, cited sections exist, the citation is current, what the guide on extending shows runs."""
 
 import json
 import re
@@ -112,15 +112,17 @@ def test_the_commands_of_the_page_on_recognition_are_understood(command: str) ->
     assert cli._how(settings)["names"]
 
 
-# --- what CONTRIBUTING shows ---
+# --- what the guide on extending shows ---
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The files that CONTRIBUTING shows, installed as pip would: on the path, with an entry point for each."""
+    """The files that the guide shows, installed as pip would: on the path, with an entry point for each."""
     from rankdecay.lab import experiment
 
-    blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n# (\S+\.py)\n(.*?)```", (ROOT / "docs" / "guides" / "extend.md").read_text("utf-8"), re.DOTALL
+    )
     assert [name for name, _ in blocks] == ["log_penalty.py", "fade/settings.py", "fade/experiment.py"]
     site = tmp_path / "site"
     for name, code in blocks:
@@ -146,13 +148,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("package")
-def test_the_rule_of_contributing_decays() -> None:
+def test_the_rule_of_the_guide_decays() -> None:
     W = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64))
     torch.testing.assert_close(shrink(W, 0.1, "log_penalty").diagonal(), torch.tensor([1.96, 0.95]).double())
 
 
 @pytest.mark.usefixtures("package")
-def test_the_experiment_of_contributing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_experiment_of_the_guide_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     command = ["fade", "--steps", "10", "--device", "cpu", "--out", str(out)]
     assert cli.main(command) == 0
