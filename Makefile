@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: grok test test-slow lint package format bench findings clean
+.PHONY: grok test test-slow notebooks versions lint package docs walk format bench findings clean
 
 grok: .venv/installed
 	$(BIN)/rankdecay grok
@@ -12,6 +12,12 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow
+
+notebooks: .venv/installed
+	$(BIN)/pytest -m slow tests/test_notebooks.py
+
+versions: .venv/installed
+	$(BIN)/python .ci/versions.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -58,6 +64,8 @@ clean:
 		torch-optimi came-pytorch adam-mini badam einops
 	# torchao makes transformers warn wherever it is imported.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/torchao -c constraints.txt torchao
+	# Loggers, which Lightning and transformers would log to wherever they can be imported.
+	$(BIN)/pip install --quiet --disable-pip-version-check --target .venv/loggers -c constraints.txt tensorboard wandb trackio
 	# axolotl pins other versions of half of this; its plugins' interface and configuration need two small packages.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/axolotl -c constraints.txt axolotl addict colorama
 	touch $@

@@ -80,6 +80,12 @@ def axolotl() -> str:
     return str(path)
 
 
+def loggers() -> None:
+    """Skips what asks for TensorBoard, W&B and trackio, where they are not beside the environment."""
+    if not Path(sys.prefix, "loggers").exists():
+        pytest.skip("no loggers: rm .venv/installed, then make test, which puts them beside the environment")
+
+
 def torchao() -> ModuleType:
     """Imports torchao, which is beside the environment, or skips what asks for it."""
     folder = str(Path(sys.prefix, "torchao"))

@@ -23,7 +23,11 @@ def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: rankdecay COMMAND [options]")
-    listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] not in " -"]
+    listed = [
+        line.split()[0]
+        for line in out.partition("exit codes:")[0].splitlines()
+        if line.startswith("  ") and line[2] not in " -"
+    ]
     assert listed == ["inspect", "compress", "These", *_lab_commands()]
     assert "pip install 'rankdecay[lab]'" in out
 
@@ -35,7 +39,9 @@ def test_no_command_shows_the_help_and_fails(capsys):
     assert captured.err.startswith("usage: rankdecay COMMAND [options]")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["inspect", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["--version"], ["inspect", "--help"], ["compress", "--help"]], ids=" ".join
+)
 def test_an_answer_about_the_command_itself_loads_neither_torch_nor_an_extra(arguments):
     code = (
         "import sys\nfrom rankdecay import cli\n"
@@ -70,7 +76,10 @@ def test_inspect_explains_every_option(capsys):
         ("grokk", ["unknown command 'grokk'", "did you mean 'grok'?", "rankdecay --help"]),
         ("zzz", ["unknown command 'zzz'", "rankdecay --help"]),
         ("--versoin", ["unknown option '--versoin'", "did you mean '--version'?"]),
-        ("inspect", ["PATH", "rankdecay inspect --help"]),
+        ("inspect", ["wants the PATH", "rankdecay inspect model", "rankdecay inspect --help"]),
+        ("compress", ["wants the PATH", "--head-dim 64 --out smaller", "--dry-run", "rankdecay compress --help"]),
+        ("inspect --json", ["PATH", "rankdecay inspect --help"]),
+        ("inspect a --open", ["--open", "--html page.html"]),
         ("inspect a b", ["unknown argument 'b'", "rankdecay inspect --help"]),
         ("inspect a --jsn", ["unknown argument '--jsn'", "did you mean '--json'?"]),
         ("inspect a --num-head=4", ["unknown argument '--num-head=4'", "did you mean '--num-heads'?"]),

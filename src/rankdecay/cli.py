@@ -4,8 +4,7 @@
 commands are the lab's, in :mod:`rankdecay.lab.cli`, which is imported when one of them is named. This module imports
 neither torch nor the lab: ``--help`` answers at once.
 
-Exit codes: 0 done, 2 a command, setting or file that cannot work (one line on standard error says what to do), 3 with
-``inspect --strict`` if attention is not handled, 130 interrupted.
+Exit codes are in `EXIT_CODES`, which ``--help`` shows.
 """
 
 import argparse
@@ -15,14 +14,16 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rankdecay.checks import suggestion
-from rankdecay.files import unwritable, write
-from rankdecay.text import duration, json_text, time_left, visible
+from rankdecay.completion import SHELLS
+from rankdecay.files import show_page, unwritable, write
+from rankdecay.text import SPELLED, duration, json_text, shown_examples, time_left, visible
 
 if TYPE_CHECKING:
     from rankdecay.attention import AttentionNames
@@ -42,6 +43,30 @@ LAB_INSTALL = "pip install 'rankdecay[lab]'"
 PATIENCE = 5.0
 #: Exit code of ``inspect --strict`` when something that looks like attention is not handled.
 STRICT = 3
+EXIT_CODES = {
+    0: "done",
+    2: "a command, setting or file that cannot work: one line on standard error says what to do",
+    STRICT: "inspect --strict: something that looks like attention is not handled",
+    130: "interrupted (Ctrl-C): a line says how to go on",
+}
+#: Command lines to show at the end of ``--help``, with what each does.
+INSPECT_EXAMPLES = {
+    "rankdecay inspect model": "the summary of a directory of save_pretrained",
+    "rankdecay inspect model --html model.html --open": "maps of the heads and their spectra, in a browser",
+    "rankdecay inspect first --compare second last": "what changed over training",
+    "rankdecay inspect weights.pt --num-heads 4": "a state dict, which does not say its heads",
+    "rankdecay inspect runs/grok": "the spectra that an experiment has stored",
+}
+COMPRESS_EXAMPLES = {
+    "rankdecay compress model --dry-run": "what smaller heads would cost; writes nothing",
+    "rankdecay compress model --head-dim 8 --out smaller --calibration text.txt": "write one, chosen on a text",
+}
+#: What a command without arguments wants.
+WANTED = {
+    "inspect": "wants the PATH of a model: rankdecay inspect model shows a directory of save_pretrained",
+    "compress": "wants the PATH of a model: rankdecay compress model --dry-run shows what smaller heads cost, "
+    "rankdecay compress model --head-dim 64 --out smaller writes one",
+}
 
 
 class CommandError(Exception):
@@ -60,7 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         again = shlex.join(["rankdecay", *arguments])
-        print(f"\nrankdecay: interrupted; to begin anew, run again: {visible(again)}", file=sys.stderr)
+        print(
+            f"\nrankdecay: interrupted; to begin anew, run again: {visible(again)}",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # the reader of our output, `head` perhaps, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,7 +99,9 @@ def console() -> NoReturn:
     """Run the command of this process and end it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without our characters gets them spelled
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=SPELLED)
+    if os.environ.get("NO_COLOR") or not sys.stderr.isatty():  # tyro, which reads its own variable when imported
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     code = main()
     if "rankdecay.lab.session.distributed" in sys.modules:
         from rankdecay.lab.session.distributed import leave, of_torchrun
@@ -90,14 +120,18 @@ def _run(arguments: Sequence[str]) -> int:
         print(_help())
     elif command == "--version":
         print(f"rankdecay {_version()}")
+    elif command.partition("=")[0] == "--completion":
+        print(_completion(" ".join([*command.split("=")[1:], *arguments[1:]])), end="")
     elif command == "inspect":
-        return _inspect(_parse_inspect(arguments[1:]))
+        return _inspect(_parsed(_inspect_parser(), arguments[1:]))
     elif command == "compress":
-        return _compress(_parse_compress(arguments[1:]))
+        return _compress(_parsed(_compress_parser(), arguments[1:]))
     elif command in _lab_commands():
         return _run_lab(arguments)
     else:
-        kind, known = ("option", ("--help", "--version")) if command.startswith("-") else ("command", _commands())
+        kind, known = (
+            ("option", ("--help", "--version", "--completion")) if command.startswith("-") else ("command", _commands())
+        )
         raise CommandError(f"unknown {kind} {command!r}: {suggestion(command, known)}see rankdecay --help")
     return 0
 
@@ -109,24 +143,60 @@ def _commands() -> list[str]:
 def _lab_commands() -> dict[str, str]:
     """Return what each of the lab's commands does, from the experiments that are installed."""
     from rankdecay.lab.experiment import questions
+    from rankdecay.lab.settings import Report, question
 
-    return questions() | {"report": "Make the HTML page of a run directory again, or a figure for a paper."}
+    return questions() | {"report": question(Report)}
 
 
-def _help() -> str:
+def _help_parser() -> argparse.ArgumentParser:
+    width = max(len(str(code)) for code in EXIT_CODES)
+    codes = [f"  {code:<{width}}  {meaning}" for code, meaning in EXIT_CODES.items()]
     parser = argparse.ArgumentParser(
         prog="rankdecay",
         usage="rankdecay COMMAND [options]",
         description="Weight decay that decays rank: control, measure, explain the rank of a transformer's attention.",
-        epilog="rankdecay COMMAND --help lists the options of a command.",
+        epilog="\n".join(
+            ["exit codes:", *codes, "", "rankdecay COMMAND --help lists the options of a command, with examples."]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="store_true", help="show the version of rankdecay and exit")
+    parser.add_argument(
+        "--completion",
+        choices=SHELLS,
+        help='print the completion script of a shell: eval "$(rankdecay --completion bash)"',
+    )
+    return parser
+
+
+def _help() -> str:
+    parser = _help_parser()
     library = parser.add_argument_group("commands")
     lab = parser.add_argument_group("commands of the lab", f"These need more packages: {LAB_INSTALL}")
     for group, commands in ((library, {"inspect": INSPECT, "compress": COMPRESS}), (lab, _lab_commands())):
         for name, text in commands.items():
             group.add_argument(name, help=text)  # for the help alone: `_run` chooses the command
-    parser.add_argument("--version", action="store_true", help="show the version of rankdecay and exit")
     return parser.format_help().rstrip()
+
+
+def _completion(shell: str) -> str:
+    """Return the completion script of a shell; the lab's commands are in it whether its packages are there or not."""
+    from rankdecay.completion import Command, of_parser, of_settings, script
+    from rankdecay.lab.experiment import presets
+    from rankdecay.lab.settings import Report
+
+    if shell not in SHELLS:
+        raise CommandError(
+            f'--completion {shell!r}: give one of {", ".join(SHELLS)}, such as eval "$(rankdecay --completion bash)"'
+        )
+    commands: dict[str, Command] = {
+        "inspect": Command(INSPECT, of_parser(_inspect_parser())),
+        "compress": Command(COMPRESS, of_parser(_compress_parser())),
+    }
+    for name, text in _lab_commands().items():
+        settings = Report if name == "report" else type(next(iter(presets(name).values())))
+        commands[name] = Command(text, of_settings(settings))
+    return script(shell, commands, of_parser(_help_parser()))
 
 
 def _version() -> str:
@@ -152,12 +222,24 @@ def _run_lab(arguments: Sequence[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Parser of a command of the library, with examples at the end of its help."""
+
+    def __init__(self, command: str, text: str, examples: Mapping[str, str]) -> None:
+        super().__init__(
+            prog=f"rankdecay {command}",
+            description=text,
+            epilog=shown_examples(examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.command = command
+
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message}: see {self.prog} --help")
 
 
-def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="rankdecay inspect", description=INSPECT, allow_abbrev=False)
+def _inspect_parser() -> _Parser:
+    parser = _Parser("inspect", INSPECT, INSPECT_EXAMPLES)
     add = parser.add_argument
     add(
         "path",
@@ -215,10 +297,13 @@ def _parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--quiet", action="store_true", help="no lines of progress on standard error; --json has none either")
     add("--list", action="store_true", help="show what would be read, names, shapes and heads, without spectra")
-    return _parsed(parser, arguments)
+    add("--open", action="store_true", help="open the page of --html in a browser")
+    return parser
 
 
-def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+def _parsed(parser: _Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    if not arguments:
+        raise CommandError(f"{parser.prog} {WANTED[parser.command]}; see {parser.prog} --help")
     settings, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = re.findall(r"--[\w-]+", parser.format_usage())
@@ -228,9 +313,12 @@ def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpar
 
 
 def _inspect(settings: argparse.Namespace) -> int:
-    from rankdecay.inspection import comparison, csv_text
+    from rankdecay.inspection import comparison, csv_text, moments, over_time
+    from rankdecay.lab.experiments.grok.inspect_run import is_run_directory, run_over_time
     from rankdecay.lab.store import tidy
 
+    if settings.open and settings.html is None:
+        raise CommandError("--open opens the page of --html, which is not given: add --html page.html")
     paths = (settings.path, *settings.compare)
     try:
         for path in paths:
@@ -255,6 +343,8 @@ def _inspect(settings: argparse.Namespace) -> int:
             inspection_page(reports, settings.html)
     except OSError as error:
         raise CommandError(unwritable(error)) from None
+    if settings.open:
+        show_page(settings.html)
     if settings.json:
         whole = reports[0].to_json() | {"command": "inspect"}
         if settings.compare:
@@ -262,8 +352,12 @@ def _inspect(settings: argparse.Namespace) -> int:
         print(json_text(whole))
         return _code(reports, settings)
     print(reports[-1])
+    pictured = run_over_time(settings.path) if is_run_directory(settings.path) else ""
     if settings.compare:
         print(comparison(reports))
+        print(f"\n{over_time(moments(reports))}")
+    elif pictured:
+        print(f"\n{pictured}")
     for written in (settings.csv, settings.html):
         if written is not None:
             print(visible(str(written)))
@@ -317,33 +411,32 @@ def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> 
                     )
             return inspect_run(path)
         layers, heads = settings.layers or None, settings.heads or None
-        progress = None if settings.quiet or settings.json else _Progress(path)
+        progress = None if settings.quiet or settings.json else partial(_Progress(), str(path), unit=" layers")
         return inspect(path, **how, layers=layers, heads=heads, state=state, progress=progress)
     except ValueError as error:
         raise _explained(error, path) from None
 
 
 class _Progress:
-    """Line on standard error now and then while a checkpoint takes longer than one waits without a word.
+    """Line on standard error now and then while work takes longer than one waits without a word."""
 
-    Args:
-        path: what is inspected.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._start = time.monotonic()
+    def __init__(self) -> None:
+        self._what: str | None = None
+        self._last = self._start = time.monotonic()
         self._due = self._start + PATIENCE
 
-    def __call__(self, done: int, count: int) -> None:
-        """Say how many layers are done, unless it was said a moment ago or all are."""
+    def __call__(self, what: str, done: int, count: int, unit: str = "") -> None:
+        """Say how much of what is done, unless it was said a moment ago or all of it is."""
         now = time.monotonic()
+        if what != self._what:
+            self._what, self._start, self._due = what, self._last, self._last + PATIENCE
+        self._last = now
         if now < self._due or done == count:
             return
         self._due = now + PATIENCE
         seconds = now - self._start
-        text = f"{self._path}: {done} of {count} layers, {duration(seconds)}, {time_left(seconds, done, count - done)}"
-        print(visible(text), file=sys.stderr)
+        left = ", ".join(filter(None, [duration(seconds), time_left(seconds, done, count - done)]))
+        print(visible(f"{what}: {done} of {count}{unit}, {left}"), file=sys.stderr)
 
 
 def _explained(error: ValueError, path: Path) -> CommandError:
@@ -417,8 +510,8 @@ def _names(text: str) -> "AttentionNames":
 # --- compress ---
 
 
-def _parse_compress(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="rankdecay compress", description=COMPRESS, allow_abbrev=False)
+def _compress_parser() -> _Parser:
+    parser = _Parser("compress", COMPRESS, COMPRESS_EXAMPLES)
     add = parser.add_argument
     add("path", type=Path, metavar="PATH", help="directory of save_pretrained; a causal language model of transformers")
     add("--head-dim", type=int, metavar="N", help="size of a head wanted: even, better a multiple of 8")
@@ -436,26 +529,7 @@ def _parse_compress(arguments: Sequence[str]) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="show what head sizes would cost, and write nothing")
     add("--json", action="store_true", help="print the result as JSON")
     add("--quiet", action="store_true", help="no progress on standard error")
-    return _parsed(parser, arguments)
-
-
-class _PartsProgress:
-    """Line on standard error now and then while work takes longer than one waits without a word."""
-
-    def __init__(self) -> None:
-        self._what = ""
-        self._start = self._due = 0.0
-
-    def __call__(self, what: str, done: int, count: int) -> None:
-        """Say how much of what is done, unless it was said a moment ago or all of it is."""
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._start, self._due = what, now, now + PATIENCE
-        if now < self._due or done == count:
-            return
-        self._due = now + PATIENCE
-        left = f", ETA {duration((now - self._start) / done * (count - done))}" if done else ""
-        print(visible(f"{what}: {done} of {count}, {duration(now - self._start)}{left}"), file=sys.stderr)
+    return parser
 
 
 def _compress(settings: argparse.Namespace) -> int:
@@ -475,7 +549,7 @@ def _compress(settings: argparse.Namespace) -> int:
         "window": settings.window,
         "windows": settings.windows,
         "sizes": settings.sizes,
-        "progress": None if settings.quiet else _PartsProgress(),
+        "progress": None if settings.quiet else _Progress(),
     }
     try:
         if settings.dry_run:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from rankdecay.attention.products import Product, ProductName, Rotary
 from rankdecay.attention.scale import gradients_of, settled
 from rankdecay.attention.source import ModuleSource, Source, open_source
 from rankdecay.spectrum import Spectrum, spectrum
-from rankdecay.text import aligned, cell, finite_mean, number, shown_lines
+from rankdecay.text import BLOCKS, GONE, aligned, bars, cell, finite_mean, number, shown_lines
 
 #: The named ranks and norms of a row, as the methods and properties of :class:`~rankdecay.Spectrum` are called.
 RANKS = ("effective_rank", "stable_rank", "nuclear_rank", "participation_ratio", "pseudo_rank", "numerical_rank")
@@ -443,6 +444,49 @@ def comparison(reports: Sequence[Inspection]) -> str:
         for layer in layers:
             means = [finite_mean(row["pseudo_rank"] for row in layers.get(layer, ())) for layers in series]
             lines.append(f"  layer {layer}: {' → '.join(map(number, means))}  {strip(means)}")
+    return shown_lines(lines)
+
+
+def moments(reports: Sequence[Inspection]) -> dict[str, list[tuple[str, list[float]]]]:
+    """Return for :func:`over_time` the mean spectrum of each product in several checkpoints, in their order."""
+    series: dict[str, list[tuple[str, list[float]]]] = {}
+    for kind, (symbol, meaning) in KINDS.items():
+        for report in reports:
+            if rows := report.of(kind):
+                spectra = mean_spectrum(row["singular_values"] for row in rows)
+                series.setdefault(f"{symbol}, {meaning}", []).append((report.source, spectra))
+    return series
+
+
+def mean_spectrum(spectra: Iterable[Sequence[float | None]]) -> list[float]:
+    """Return the mean of spectra, each relative to its largest; what a shorter one does not have is 0."""
+    shares = []
+    for sigma in spectra:
+        values = [0.0 if value is None else value for value in sigma]
+        largest = max(values, default=0.0)
+        shares.append([value / largest if largest else 0.0 for value in values])
+    return [sum(column) / len(shares) for column in zip_longest(*shares, fillvalue=0.0)]
+
+
+def over_time(series: Mapping[str, Sequence[tuple[str, Sequence[float]]]]) -> str:
+    """Return spectra over time as text: a picture for each series, in it a line per moment.
+
+    Args:
+        series: by its heading, moments in order, each with its name and its singular values, relative to the largest.
+
+    Example:
+        >>> print(over_time({"W_Kᵀ W_Q": [("step 0", [1, 0.9, 0.8, 0.7]), ("step 100", [1, 0.4, 0, 0])]}))
+        Singular values relative to the largest, · below 1 %, mean over heads
+        <BLANKLINE>
+        W_Kᵀ W_Q
+          step 0    █████
+          step 100  █▄··
+    """
+    lines = [
+        f"Singular values relative to the largest, {BLOCKS[0]} below {GONE:.0%}, mean over heads".replace("1%", "1 %")
+    ]
+    for heading, line in series.items():
+        lines += ["", heading, *(f"  {text}" for text in aligned([[name, bars(values)] for name, values in line]))]
     return shown_lines(lines)
 
 

@@ -54,6 +54,7 @@ Measure = Literal[
     "imbalance",
 ]
 _PRODUCTS = ("query_key", "value_output")
+_SPECTRA = "singular_values"
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -82,7 +83,9 @@ class Monitor:
     Args:
         model: the model; one wrapped by ``torch.compile``, DDP or PEFT is seen through.
         every: steps between two measurements.
-        log: takes a dictionary of floats, ``"step"`` among them: ``print``, ``wandb.log``, ``history.append``.
+        log: takes a dictionary of floats, ``"step"`` among them: ``print``, ``wandb.log``, ``history.append``. One that
+            has a true attribute ``takes_spectra``, as those of :mod:`rankdecay.integrations.loggers` have, is given the
+            singular values too: a tensor (heads, k) on the CPU by ``<layer>/<part>``.
         measures: names of :class:`rankdecay.Spectrum`'s ranks and norms, and, for products alone, ``"imbalance"``,
             ``"nuclear_gap"`` and ``"nuclear_ratio"`` (:class:`rankdecay.attention.products.Product`).
         of: ``"query_key"`` (W_Kᵀ W_Q) and ``"value_output"`` (W_O W_V), with their biases, or the matrices
@@ -111,7 +114,7 @@ class Monitor:
         self,
         model: nn.Module,
         every: int = 100,
-        log: Callable[[dict[str, float]], object] = print,
+        log: Callable[..., object] = print,
         *,
         measures: Measure | Iterable[Measure] = ("effective_rank", "stable_rank"),
         of: Part | Iterable[Part] = ("query_key", "value_output"),
@@ -138,6 +141,7 @@ class Monitor:
         self.model = model
         self.every = every
         self.log = log
+        self._takes_spectra = bool(getattr(log, "takes_spectra", False))
         self.measures: tuple[str, ...] = _chosen("measures", measures, get_args(Measure))
         self.of: tuple[str, ...] = _chosen("of", of, get_args(Part))
         self.detail: Detail = detail
@@ -171,7 +175,10 @@ class Monitor:
         if not first:  # it only took part in gathering them
             return None
         values = self._values(heads)
-        self.log(dict(values))
+        if self._takes_spectra:
+            self.log(dict(values), {f"{layer}/{part}": found[_SPECTRA] for (layer, part), found in heads.items()})
+        else:
+            self.log(dict(values))
         self._warn(heads)
         return values
 
@@ -233,6 +240,8 @@ class Monitor:
                 spectra = product.spectrum() if product is not None else spectrum(getattr(layer, part).heads())
                 sources = {m: product if m in BALANCE else spectra for m in wanted}
                 found[name, part] = {m: figure(of, m).cpu() for m, of in sources.items() if of is not None}
+                if self._takes_spectra:
+                    found[name, part][_SPECTRA] = spectra.singular_values.cpu()
         return found
 
     def _values(self, heads: dict[tuple[str, str], dict[str, Tensor]]) -> dict[str, float]:

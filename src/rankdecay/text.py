@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 #: What a terminal obeys or takes for a new line, what turns the direction of writing, and halves of characters.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 #: Beginnings of a cell that a spreadsheet takes for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
+#: Levels of a picture made of characters, from nothing up, and what stands for each where the encoding has no blocks.
+BLOCKS = "·▁▂▃▄▅▆▇█"
+_IN_ASCII = dict(zip(BLOCKS, "._:-=+*#@", strict=True)) | {"×": "x", "ᵀ": "^T", "→": "->", "…": "..."}
+GONE = 0.01  # share of the largest singular value below which a direction is drawn as gone
 
 
 def visible(text: str) -> str:
@@ -78,3 +84,42 @@ def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     shown = [[visible(text) for text in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+
+
+def shown_examples(examples: Mapping[str, str]) -> str:
+    """Return command lines, each below what it does, as they stand at the end of a command's help; empty for none."""
+    lines = [line for command, what in examples.items() for line in (f"  {command}", f"      {what}")]
+    return "\n".join(["examples:", *lines]) if lines else ""
+
+
+def bars(values: Sequence[float], width: int = 48) -> str:
+    """Return a picture of one line: a level for each value in [0, 1], ``·`` for one below `GONE`.
+
+    Args:
+        values: shares of the largest.
+        width: characters at most; longer sequences are drawn by means of neighbours.
+    """
+    count = len(values)
+    edges = [round(column * count / min(count, width)) for column in range(min(count, width) + 1)]
+    means = [sum(values[low:high]) / (high - low) for low, high in pairwise(edges)]
+    levels = len(BLOCKS) - 1
+    return "".join(BLOCKS[0 if not v >= GONE else min(1 + int(v * levels), levels)] for v in means)
+
+
+def in_encoding(text: str, encoding: str | None) -> str:
+    """Return a text that an encoding can write: blocks it lacks are levels in ASCII, other characters spelled."""
+    return text.encode(encoding or "ascii", SPELLED).decode(encoding or "ascii")
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    """Answer of the codecs' error handler `SPELLED`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    spelled = (_IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking)
+    return "".join(spelled), error.end
+
+
+#: Error handler for streams whose encoding lacks characters of ours.
+SPELLED = "rankdecay.spelled"
+codecs.register_error(SPELLED, _spelled)

@@ -251,6 +251,22 @@ def test_an_unknown_preset_is_answered_with_the_nearest(capsys):
     assert "--size 'gpt3' is unknown: did you mean 'gpt2'?" in refused(capsys, ["language", "--size=gpt3"])
 
 
+def test_a_preset_that_was_renamed_is_answered_with_its_name_of_today(capsys):
+    line = refused(capsys, ["boundary", "--preset", "small"])
+    assert "--preset small has another name since rankdecay 0.2: give --preset standard" in line
+
+
+def test_an_older_name_of_an_arm_works_and_says_its_name_of_today(tmp_path, capsys):
+    tiny = "--task subtract --modulus 5 --strengths low_rank=1 --fractions 0.5 --seeds 1 --steps 4 --evaluate-every 2"
+    options = [*tiny.split(), "--batch-size", "8", "--width", "8", "--mlp-width", "8", "--precision", "float32"]
+    given = ["boundary", *options, "--device", "cpu", "--compile", "off", "--out", str(tmp_path / "run"), "--arms"]
+    assert cli.main([*given, "low_rank", "--quiet"]) == 0
+    assert "--arms low_rank is an older name of prox, which rankdecay 0.3 will not know" in capsys.readouterr().err
+    assert [arm["name"] for arm in json.loads((tmp_path / "run" / "summary.json").read_text())["arms"]] == ["prox"]
+    assert cli.main([*given, "prox", "--quiet"]) == 0
+    assert "older name" not in capsys.readouterr().err
+
+
 def test_a_mistyped_option_is_answered_with_the_nearest(capsys):
     with pytest.raises(SystemExit):
         cli.main(["grok", "--train-fractoin", "0.5"])

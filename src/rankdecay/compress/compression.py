@@ -22,9 +22,9 @@ from rankdecay.compress import calibration as texts
 from rankdecay.compress.card import card
 from rankdecay.compress.choice import PlaneScores, with_losses
 from rankdecay.compress.files import StoredModel, check_new, new_directory, write_checkpoint
-from rankdecay.compress.result import Compression, Size
 from rankdecay.compress.original import Original, Smaller
-from rankdecay.compress.reduction import Moments, NotReducible, value_energies
+from rankdecay.compress.reduction import Moments, NotReducible, unturned_energies, value_energies
+from rankdecay.compress.result import Compression, Size
 from rankdecay.compress.skeleton import model_class
 from rankdecay.files import read_bytes
 
@@ -251,7 +251,7 @@ def _planned(
         table,
         {} if smaller is None else {key or "all": planes.tolist() for key, planes in smaller.kept.items()},
         "loss" if calibration is not None else "energy",
-        smaller is not None and _is_exact(smaller, scores, energies),
+        smaller is not None and _is_exact(smaller, scores, energies, read),
         counts,
         notes,
     )
@@ -384,16 +384,30 @@ def _size(
     return Size(head_dim, original.cached_heads * head_dim * width, planes, lost, loss)
 
 
-def _is_exact(smaller: Smaller, scores: Mapping[str | None, PlaneScores], energies: Sequence[Tensor]) -> bool:
-    """Whether only zeros go; of values up to what rounding leaves of a lower rank."""
+def _is_exact(
+    smaller: Smaller,
+    scores: Mapping[str | None, PlaneScores],
+    energies: Sequence[Tensor],
+    read: Callable[[str], Tensor],
+) -> bool:
+    """Whether only zeros go; of values, and of what has no positions, up to what rounding leaves of a lower rank."""
     for key, kept in smaller.kept.items():
         gone = torch.ones_like(scores[key].removable)
         gone[kept] = False
         if not bool(scores[key].removable[gone].all()):
             return False
-    if any(layer.found.rotary is None or layer.found.rotary.dims < layer.head_dim for layer in smaller.layers):
-        return False  # coordinates without positions, whose rank is not looked at here
-    return all(bool((e[:, smaller.head_dim :] <= 1e-12 * e[:, :1]).all()) for e in energies)
+    for number, layer in enumerate(smaller.layers):
+        planes = smaller.planes(number)
+        left = smaller.head_dim - (0 if planes is None else 2 * len(planes))
+        energy = unturned_energies(layer, read)
+        if energy is not None and not _ends(energy, left):
+            return False
+    return all(_ends(energy, smaller.head_dim) for energy in energies)
+
+
+def _ends(energies: Tensor, count: int) -> bool:
+    """Whether no more than the first of some energies, largest first, are more than rounding."""
+    return bool((energies[:, count:] <= 1e-12 * energies[:, :1]).all())
 
 
 def _parameters(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""A model to be made smaller, and the same with a smaller head: layers, frequencies, and whether the class allows it."""
+"""A model to be made smaller, and the same with a smaller head, once its class is sure to compute the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankdecay.compress.choice import PlaneScores, plane_scores
 from rankdecay.compress.reduction import Layer, Moments, NotReducible, Read, reduced
-from rankdecay.compress.rotary import smaller_configuration
+from rankdecay.compress.rotary import STANDING, smaller_configuration
 from rankdecay.compress.skeleton import Skeleton, changed_shapes
 from rankdecay.compress.types import check_type
 
@@ -50,8 +50,9 @@ class Original:
         self.turned()  # refuses what cannot be turned
         if any(rope.kind == "dynamic" for rope in self.skeleton.ropes.values()):
             self.warnings.append(
-                f"rope_type 'dynamic' changes frequencies beyond max_position_embeddings={config.max_position_embeddings}"
-                ", which no table of a configuration says: up to that length the smaller model is the same, not beyond."
+                "rope_type 'dynamic' changes frequencies beyond "
+                f"max_position_embeddings={config.max_position_embeddings}, which no table of a configuration says: up "
+                "to that length the smaller model is the same, not beyond."
             )
 
     @cached_property
@@ -64,19 +65,9 @@ class Original:
         planes: dict[str | None, int] = {}
         for number, found in enumerate(self.skeleton.found):
             if found.rotary is None:
-                if found.qk_norm:
-                    raise NotReducible(
-                        f"{found.name} has no positions and normalises queries and keys: which of its coordinates "
-                        "could go would have to be the same in every head."
-                    )
                 continue
             if found.planes_assumed:
                 raise NotReducible(f"{found.name}: nothing says which rows positions turn together.")
-            if found.qk_norm and found.rotary.dims != found.head_dim:
-                raise NotReducible(
-                    f"{found.name} turns {found.rotary.dims} of {found.head_dim} coordinates and normalises them all: "
-                    "those without positions would have to be the same in every head."
-                )
             key = self.skeleton.rope_key(number)
             planes[key] = found.rotary.dims // 2
             if len(self.skeleton.ropes[key].short) != planes[key]:
@@ -135,8 +126,17 @@ class Original:
         Raises:
             NotReducible: If its class does something else with the smaller configuration.
         """
-        written = smaller_configuration(config, head_dim, self.skeleton.ropes, kept)
-        new_config = type(self.config).from_dict(dict(written))
+        names = getattr(type(self.config), "attribute_map", None) or {}
+        written = smaller_configuration(config, head_dim, self.skeleton.ropes, kept, names)
+        try:
+            # as a file has it, infinity and the like are written in a form of their own
+            new_config = type(self.config).from_dict(type(self.config)._decode_special_floats(dict(written)))
+        except Exception as error:  # of the many checks that configurations make
+            said = " ".join(str(error).split())[:200]
+            raise NotReducible(
+                f"{type(self.config).__name__} does not take head_dim={head_dim} with the frequencies of the kept "
+                f"planes: {said}"
+            ) from None
         skeleton = Skeleton(self.kind, new_config)
         layers = self._layers(skeleton, {key: len(planes) for key, planes in kept.items()})
         self._check(skeleton, layers, head_dim, kept)
@@ -148,8 +148,8 @@ class Original:
         changed = changed_shapes(self.skeleton.shapes, new.shapes)
         if any(found.head_dim != head_dim for found in new.found) or not changed:
             raise NotReducible(
-                f"{name} does not take head_dim={head_dim} from its configuration: its heads are {new.found[0].head_dim} "
-                "wide, so that a smaller head cannot be written in this class."
+                f"{name} does not take head_dim={head_dim} from its configuration: its heads are "
+                f"{new.found[0].head_dim} wide, so that a smaller head cannot be written in this class."
             )
         fixed = {layer.found.places["output"].bias for layer in layers}
         if others := sorted(changed - ours):
@@ -163,7 +163,7 @@ class Original:
             if rope is None or len(rope.short) != len(planes):
                 raise NotReducible(f"{name} does not take the {len(planes)} frequencies of the kept planes.")
             for one, other in ((old.short, rope.short), (old.long, rope.long)):
-                if not torch.allclose(one[planes], other, rtol=1e-5, atol=0.0):
+                if not torch.allclose(one[planes].clamp_min(STANDING), other, rtol=1e-5, atol=0.0):
                     raise NotReducible(f"{name} does not turn the kept planes by the frequencies of its configuration.")
             if abs(old.attention_factor - rope.attention_factor) > 1e-6:
                 raise NotReducible(f"{name} does not take attention_factor={old.attention_factor} for its frequencies.")
@@ -214,8 +214,19 @@ class Smaller:
         for number in range(len(self.layers)):
             state |= self.parameters(number, read, moments)
             say(number + 1)
+        if state.keys() != self.skeleton.shapes.keys():  # what is missing would be drawn at random
+            odd = sorted(state.keys() ^ self.skeleton.shapes.keys())
+            raise NotReducible(f"{self.original.kind.__name__} with a smaller head has other parameters: {odd[0]}.")
         kind: Any = self.original.kind
-        return kind.from_pretrained(None, config=self.config, state_dict=state, dtype=next(iter(state.values())).dtype)
+        # as the original runs: not every kernel computes all that a class does, soft caps for one
+        kernels = getattr(self.original.config, "_attn_implementation", None)
+        given = {} if kernels is None else {"attn_implementation": kernels}
+        dtype = next(iter(state.values())).dtype
+        made = kind.from_pretrained(None, config=self.config, state_dict=state, dtype=dtype, **given)
+        for name, parameter in made.named_parameters():
+            if parameter.dtype != state[name].dtype:  # of a model in several types, which loading makes one
+                parameter.data = state[name]
+        return made
 
     @cached_property
     def _ours(self) -> set[str]:

@@ -10,7 +10,7 @@ Head size d becomes d'. All of it is computed in float64; what a row stands for 
   counts in the query's root mean square and must not go.
 * **Coordinates without positions** (N1). A head with W_Q of its queries and W_K computes with Q̂ᵀ W_K alone, where Q̂
   has W_Q and b_Q of all query heads that share the key: its truncated SVD is the best W_Q and W_K of d' coordinates,
-  and equal if the rank is at most d'. A bias of the keys is a column of W_K, so that this holds with sinks and caps too.
+  and equal if the rank is at most d'. A bias of the keys is a column of W_K: this holds with sinks and caps, too.
 * **Values** (N2). M = [W_O,1; …; W_O,m] W_V by key head, truncated in the same way. Rows of the softmax sum to one, so
   that b_V adds W_O b_V to the output's bias where there is one; elsewhere it is a column of W_V.
 
@@ -63,7 +63,7 @@ class Layer:
         key_norm: norm of the keys, or None.
         scale: what scores are multiplied by now.
         new_scale: what the smaller head's class multiplies them by.
-        sums_to_one: whether the softmax's rows do: not with sinks.
+        sums_to_one: whether the softmax's rows do, and values reach W_O as they are: not with sinks, nor with gates.
         turned: rotary coordinates of the smaller head.
     """
 
@@ -132,18 +132,20 @@ def reduced(layer: Layer, read: Read, head_dim: int, kept: Tensor | None, moment
     """
     read = lru_cache(maxsize=None)(read)  # a fused parameter is asked for by each of its matrices
     parts = _Parts(layer.found, read)
-    query, key = _scores(layer, parts, head_dim, kept, moments)
+    coordinates = kept_coordinates(layer, read, head_dim, kept) if layer.query_norm is not None else None
+    query, key = _scores(layer, parts, head_dim, kept, coordinates, moments)
     value, output, bias = _values(layer, parts, head_dim, moments)
     made = _Writer(parts, head_dim)
-    for role, heads in (("query", query), ("key", key), ("value", value)):
+    sides: list[tuple[Role, Tensor]] = [("query", query), ("key", key), ("value", value)]
+    for role, heads in sides:
         made.write(role, heads[..., : parts.width(role)], heads[..., -1] if parts.has_bias(role) else None)
     made.write("output", output, None)
     written = made.finished()
-    if bias is not None:
-        written[layer.found.places["output"].bias or ""] = bias
+    if (name := layer.found.places["output"].bias) is not None:
+        written[name] = read(name) if bias is None else bias
     for norm, side in ((layer.query_norm, "query"), (layer.key_norm, "key")):
-        if norm is not None:
-            written[norm.parameter] = _gains(layer, norm, read(norm.parameter), side, kept, head_dim)
+        if norm is not None and coordinates is not None:
+            written[norm.parameter] = _gains(layer, norm, read(norm.parameter), side, coordinates)
     return {name: tensor.to(read(name).dtype) for name, tensor in written.items()}
 
 
@@ -160,6 +162,24 @@ def value_energies(layer: Layer, read: Read, moments: Moments | None) -> Tensor:
     return torch.linalg.svdvals(factor @ seen.mT).square()
 
 
+def unturned_energies(layer: Layer, read: Read) -> Tensor | None:
+    """Return the energies of what a head has without positions, (key heads, directions), largest first.
+
+    Without a norm the squared singular values of Q̂ᵀ W_K; with one, the shares of coordinates, one row for all heads.
+    None where positions turn all of a head.
+    """
+    turned = layer.found.rotary.dims if layer.found.rotary is not None else 0
+    if turned == layer.head_dim:
+        return None
+    if layer.query_norm is not None:
+        return _shares(layer, read)[turned:].sort(descending=True).values[None]
+    parts = _Parts(layer.found, read)
+    query = parts.grouped(parts.heads("query")[:, turned:]).transpose(-1, -2).flatten(1, 2)
+    key = parts.heads("key")[:, turned:]
+    (left, _), (right, _) = _square_factor(query), _square_factor(key.mT)
+    return torch.linalg.svdvals(left @ right.mT).square()
+
+
 class _Parts:
     """The matrices of a layer by role, head by head, in float64, with their biases as a last column."""
 
@@ -172,7 +192,8 @@ class _Parts:
         heads = place.window.heads(self.read(place.parameter)).double()
         if role == "output" or not self.has_bias(role):
             return heads
-        assert place.bias is not None and place.bias_window is not None
+        assert place.bias is not None
+        assert place.bias_window is not None
         bias = replace(place.bias_window, transposed=False, stacked=False).vector(self.read(place.bias)).double()
         return torch.cat([heads, bias.view(*heads.shape[:2], 1)], dim=-1)
 
@@ -205,7 +226,7 @@ def plane_rows_of(rotary: Rotary, kept: Tensor) -> Tensor:
 
 
 def plane_parts(layer: Layer, read: Read) -> tuple[Tensor, Tensor]:
-    """Return the squared norms of the rows of each plane: (key heads, heads of each, planes) and (key heads, planes)."""
+    """Return the squared norms of the rows of each plane, (key heads, heads of each, planes), (key heads, planes)."""
     rotary = layer.found.rotary
     assert rotary is not None
     parts = _Parts(layer.found, read)
@@ -218,10 +239,44 @@ def plane_parts(layer: Layer, read: Read) -> tuple[Tensor, Tensor]:
     return parts.grouped(of("query")), of("key")
 
 
+def kept_coordinates(layer: Layer, read: Read, head_dim: int, kept: Tensor | None) -> Tensor:
+    """Return the coordinates of a head that stay where queries and keys are normalised, in their new order.
+
+    Those of the kept planes, and of the coordinates without positions, which the gains of one norm tie together over
+    all heads, those of the largest share in the norms of queries and keys and in their product.
+
+    Args:
+        layer: the layer.
+        read: reads a parameter by its name.
+        head_dim: d'.
+        kept: the rotary planes that stay; None for a layer without rotary positions.
+    """
+    rows = torch.empty(0, dtype=torch.int64)
+    turned = 0
+    if kept is not None and layer.found.rotary is not None:
+        rows, turned = plane_rows_of(layer.found.rotary, kept), layer.found.rotary.dims
+    if turned == layer.head_dim:
+        return rows
+    shares = _shares(layer, read)[turned:]
+    best = shares.sort(stable=True, descending=True).indices[: head_dim - len(rows)].sort().values
+    return torch.cat([rows, best + turned])
+
+
+def _shares(layer: Layer, read: Read) -> Tensor:
+    """Return the share that each coordinate has in the norms of queries and keys and in their product, (d,)."""
+    parts = _Parts(layer.found, read)
+    query, key = (parts.heads(role).square().sum(-1) for role in ("query", "key"))
+    query, key = (part / part.sum(-1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny) for part in (query, key))
+    return (parts.grouped(query) * key[:, None]).sum((0, 1)) + query.sum(0) + key.sum(0)
+
+
 def _scores(
-    layer: Layer, parts: _Parts, head_dim: int, kept: Tensor | None, moments: Moments | None
+    layer: Layer, parts: _Parts, head_dim: int, kept: Tensor | None, coordinates: Tensor | None, moments: Moments | None
 ) -> tuple[Tensor, Tensor]:
     query, key = parts.heads("query"), parts.heads("key")
+    if coordinates is not None:
+        same = (head_dim / layer.head_dim) ** 0.5  # the root mean square stays what it was
+        return query[:, coordinates] * same, key[:, coordinates] * same
     rotary = layer.found.rotary if kept is not None else None
     queries: list[Tensor] = []
     keys: list[Tensor] = []
@@ -236,11 +291,7 @@ def _scores(
         left, right = _without_positions(parts, query[:, turned:], key[:, turned:], rank, moments)
         queries.append(left)
         keys.append(right)
-    query, key = torch.cat(queries, dim=1), torch.cat(keys, dim=1)
-    if layer.query_norm is None:
-        return query * (layer.scale / layer.new_scale), key
-    same = (head_dim / layer.head_dim) ** 0.5  # the root mean square stays what it was
-    return query * same, key * same
+    return torch.cat(queries, dim=1) * (layer.scale / layer.new_scale), torch.cat(keys, dim=1)
 
 
 def _without_positions(
@@ -333,14 +384,12 @@ def _square_factor(tall: Tensor) -> tuple[Tensor, Tensor]:
     return factor, torch.linalg.pinv(factor)
 
 
-def _gains(layer: Layer, norm: Norm, stored: Tensor, side: str, kept: Tensor | None, head_dim: int) -> Tensor:
-    assert kept is not None and layer.found.rotary is not None
+def _gains(layer: Layer, norm: Norm, stored: Tensor, side: str, coordinates: Tensor) -> Tensor:
     gains = stored.double().flatten() + norm.offset
-    rows = plane_rows_of(layer.found.rotary, kept)
-    factor = (layer.head_dim / head_dim) ** 0.5
+    factor = (layer.head_dim / len(coordinates)) ** 0.5
     if side == "query":
         factor *= layer.scale / layer.new_scale
-    return (gains.view(-1, layer.head_dim)[:, rows] * factor - norm.offset).flatten()
+    return (gains.view(-1, layer.head_dim)[:, coordinates] * factor - norm.offset).flatten()
 
 
 class _Writer:
@@ -355,7 +404,8 @@ class _Writer:
         place = self.parts.found.places[role]
         self._write(place.parameter, place.window, heads)
         if bias is not None:
-            assert place.bias is not None and place.bias_window is not None
+            assert place.bias is not None
+            assert place.bias_window is not None
             window = replace(place.bias_window, transposed=False, stacked=False)
             self._write(place.bias, window, bias[..., None])
 

@@ -8,6 +8,7 @@ from. ``short_factor`` and ``long_factor`` are those up to the original length a
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,26 @@ from torch import Tensor
 from rankdecay.compress.reduction import NotReducible
 from rankdecay.compress.skeleton import Rope
 
-#: Kinds of frequencies that change with the length of a text in a way that two tables cannot say.
-GROWING = ("dynamic",)
+#: What a configuration's rotary parameters say of frequencies; the rest is of something else, and stays.
+_FREQUENCIES = frozenset(
+    """
+    rope_type type rope_theta partial_rotary_factor factor attention_factor beta_fast beta_slow short_factor long_factor
+    low_freq_factor high_freq_factor mscale mscale_all_dim truncate original_max_position_embeddings short_mscale
+    long_mscale
+    """.split()  # noqa: SIM905 - a table of words
+)
+
+
+#: Radians per position below which a plane counts as one that does not turn.
+STANDING = 1e-20
 
 
 def smaller_configuration(
-    config: Mapping[str, Any], head_dim: int, ropes: Mapping[str | None, Rope], kept: Mapping[str | None, Tensor]
+    config: Mapping[str, Any],
+    head_dim: int,
+    ropes: Mapping[str | None, Rope],
+    kept: Mapping[str | None, Tensor],
+    names: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return a configuration with another head size, and with the frequencies of the kept planes.
 
@@ -31,18 +46,26 @@ def smaller_configuration(
         head_dim: d'.
         ropes: the frequencies, by the kind of layer.
         kept: the planes that stay, by the kind of layer.
+        names: what the class calls common settings (``attribute_map``).
     """
     new = copy.deepcopy(dict(config))
-    new["head_dim"] = head_dim
+    new.pop("head_dim", None)
+    new[names.get("head_dim", "head_dim")] = head_dim
     if not ropes:
         return new
     parameters = new.get("rope_parameters") or {}
     made = {
-        key: _parameters(parameters if key is None else parameters[key], ropes[key], planes, head_dim)
+        key: _parameters(
+            parameters if key is None else parameters[key],
+            ropes[key],
+            planes,
+            head_dim,
+            new.get(names.get("max_position_embeddings", "max_position_embeddings")),
+        )
         for key, planes in kept.items()
     }
-    new["rope_parameters"] = made[None] if None in made else {**parameters, **made}
-    turned = {2 * len(planes) / head_dim for planes in kept.values()}
+    new["rope_parameters"] = made.get(None, {**parameters, **made})
+    turned = {_share(2 * len(planes), head_dim) for planes in kept.values()}
     for name in ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent"):
         if new.get(name) is not None:
             if len(turned) > 1:
@@ -59,18 +82,14 @@ def smaller_configuration(
     return new
 
 
-def _parameters(old: Mapping[str, Any], rope: Rope, kept: Tensor, head_dim: int) -> dict[str, Any]:
+def _parameters(old: Mapping[str, Any], rope: Rope, kept: Tensor, head_dim: int, longest: int | None) -> dict[str, Any]:
     theta = float(old["rope_theta"])
     planes = len(kept)
     base = theta ** -(torch.arange(planes, dtype=torch.float64) / planes)
     factors = []
     for frequencies in (rope.short, rope.long):
-        chosen = frequencies[kept]
-        if not bool((chosen > 0).all()):
-            raise NotReducible(
-                "some rotary planes have frequency 0, which no factor of a configuration says: only planes of positive "
-                "frequency can be kept."
-            )
+        # a plane that does not turn is one that turns by less than any number of float32 shows, as a factor is finite
+        chosen = frequencies[kept].clamp_min(STANDING)
         factors.append((base / chosen).tolist())
     new: dict[str, Any] = {
         "rope_type": "longrope",
@@ -80,9 +99,19 @@ def _parameters(old: Mapping[str, Any], rope: Rope, kept: Tensor, head_dim: int)
         "factor": 1.0,
         "attention_factor": rope.attention_factor,
     }
-    if rope.kind == "longrope":  # beyond this length the second table counts
-        new["original_max_position_embeddings"] = old["original_max_position_embeddings"]
+    rest = {name: value for name, value in old.items() if name not in _FREQUENCIES}
+    # beyond the original length the second table counts; where there is one alone, some readers want the field anyway
+    length = old.get("original_max_position_embeddings") if rope.kind == "longrope" or rest else None
+    if length or longest:
+        new["original_max_position_embeddings"] = length or longest
     if 2 * planes != head_dim:
-        new["partial_rotary_factor"] = 2 * planes / head_dim
+        new["partial_rotary_factor"] = _share(2 * planes, head_dim)
+    if old.get("mrope_section"):
+        raise NotReducible("its planes turn by positions of several kinds (mrope_section).")
+    return new | rest
 
-    return new
+
+def _share(part: int, whole: int) -> float:
+    """Return part / whole, so that classes that round the product with the whole downwards find the part."""
+    share = part / whole
+    return share if int(whole * share) == part else math.nextafter(share, 2.0)

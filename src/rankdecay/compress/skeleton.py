@@ -81,6 +81,11 @@ class Skeleton:
 
     def check(self) -> None:
         """Raise ``NotReducible`` if the identities do not hold for some layer."""
+        if (limit := getattr(self.config, "clip_qkv", None)) is not None:
+            raise NotReducible(
+                f"clip_qkv={limit}: queries, keys and values are clipped coordinate by coordinate, so that they cannot "
+                "be given others; if nothing of yours is that large, set clip_qkv to null in config.json."
+            )
         owners: dict[str, str] = {}
         for found in self.found:
             check_reducible(found, self.shapes)
@@ -127,9 +132,16 @@ class Skeleton:
         return norms["query"], norms["key"]
 
     def sums_to_one(self, found: Found) -> bool:
-        """Whether the rows of the softmax of an attention do: not where a sink takes a part."""
+        """Whether a constant that all values of an attention have comes out of it as the same constant.
+
+        Not where a sink takes a part of the softmax, nor where a gate multiplies what a head gives; so only where
+        the module has nothing but its projections and norms.
+        """
         module = self.model.get_submodule(found.module)
-        return not list(module.parameters(recurse=False))
+        prefix = f"{found.module}." if found.module else ""
+        known = {place.parameter for place in found.places.values()} | {place.bias for place in found.places.values()}
+        others = [name for name, _ in module.named_parameters() if prefix + name not in known]
+        return all(is_query_key_norm(name.partition(".")[0]) and "." in name for name in others)
 
     @cached_property
     def ropes(self) -> dict[str | None, Rope]:
@@ -157,10 +169,12 @@ class Skeleton:
         """Return the key in ``ropes`` of an attention by its place in ``found``."""
         if None in self.ropes:
             return None
-        kinds = getattr(self.config, "layer_types", None)
-        if not kinds or len(kinds) != len(self.found) or kinds[number] not in self.ropes:
-            raise NotReducible(f"{self.found[number].name}: nothing says which of the rotary frequencies it has.")
-        return kinds[number]
+        found = self.found[number]
+        kinds = getattr(self.config, "layer_types", None) or ()
+        layer = next((int(part) for part in found.module.split(".") if part.isdigit()), None)
+        if layer is None or layer >= len(kinds) or kinds[layer] not in self.ropes:
+            raise NotReducible(f"{found.name}: nothing says which of the rotary frequencies it has.")
+        return kinds[layer]
 
 
 def _rope(real: Any, name: str, key: str | None, config: Any) -> Rope:

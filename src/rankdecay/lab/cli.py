@@ -5,7 +5,6 @@ imported, and its settings do not import torch, so ``--help`` answers at once. :
 when the lab's packages are installed, and says what exit codes mean.
 """
 
-import dataclasses
 import os
 import shlex
 import sys
@@ -16,29 +15,15 @@ from typing import Any
 
 import tyro
 
-from rankdecay.files import unwritable
+from rankdecay.files import show_page, unwritable
 from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.text import json_text, visible
+from rankdecay.lab.settings import REPORT_EXAMPLES, Report
+from rankdecay.text import json_text, shown_examples, visible
 
 PRESET_OPTIONS = ("--preset", "--size")  # what may choose one of an experiment's PRESETS
 CONFIG = (tyro.conf.FlagCreatePairsOff,)
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Make the HTML page of a run directory again, or a figure for a paper.
-
-    Several directories of boundary, which may differ in arms, seeds, strengths, amounts of data and decays of the rest
-    alone, are merged into one page; of other experiments each gets its own page.
-    """
-
-    directories: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories."""
-    out: Path | None = None
-    """Write the page of boundary directories here, merged; several go to merged-report.html otherwise."""
-    figure: Path | None = None
-    """Draw the static figure of one run, or of boundary directories merged, here instead: .png, .svg or .pdf."""
+POSITIONAL = tyro.conf.PositionalRequiredArgs
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -78,24 +63,33 @@ def parse(arguments: Sequence[str]) -> Any:
         SettingError: if there is no preset of the name given.
     """
     name, options = arguments[0], list(arguments[1:])
-    if name == "report":
-        return tyro.cli(Report, args=options, prog="rankdecay report", config=CONFIG)
-    presets = experiment.presets(name)
-    first = next(iter(presets.values()))
-    default = _preset(presets, options) or first
-    return tyro.cli(type(first), args=options, prog=f"rankdecay {name}", default=default, config=CONFIG)
+    try:
+        if name == "report":
+            return tyro.cli(Report, args=options, prog="rankdecay report", config=(*CONFIG, POSITIONAL))
+        presets = experiment.presets(name)
+        first = next(iter(presets.values()))
+        default = _preset(name, presets, options) or first
+        return tyro.cli(type(first), args=options, prog=f"rankdecay {name}", default=default, config=CONFIG)
+    except SystemExit as leaving:
+        if not leaving.code:  # tyro has shown the help, which knows no examples
+            print(shown_examples(REPORT_EXAMPLES if name == "report" else experiment.examples(name)))
+        raise
 
 
-def _preset(presets: Mapping[str, Any], options: Sequence[str]) -> Any:
+def _preset(name: str, presets: Mapping[str, Any], options: Sequence[str]) -> Any:
     """The preset named on the command line, which supplies the defaults, so that every option can still be set."""
     words = pairwise([*options, ""])
     for word, following in reversed(list(words)):  # the last one counts, as of every option
         option, equals, value = word.partition("=")
         if option in PRESET_OPTIONS:
             setting = option.removeprefix("--")
-            known = {name: preset for name, preset in presets.items() if getattr(preset, setting, None) == name}
+            known = {n: preset for n, preset in presets.items() if getattr(preset, setting, None) == n}
             if known:  # else the settings have no such option, which is said when they are read
-                return known[check_name(option, value if equals else following, known)]
+                chosen = value if equals else following
+                if chosen in experiment.renamed_presets(name):
+                    now = experiment.renamed_presets(name)[chosen]
+                    raise SettingError(f"{option} {chosen} has another name since rankdecay 0.2: give {option} {now}")
+                return known[check_name(option, chosen, known)]
     return None
 
 
@@ -114,8 +108,13 @@ def _experiment(name: str, settings: Any, command: str) -> None:
     elif not settings.quiet:
         with unfit.fitting(lambda error: unfit.in_summary(settings.out)):
             print_summary(chosen, summary)
+            if picture := chosen.picture(settings.out):
+                print(f"\n{picture}")
         page, figures = (visible(str(settings.out / name)) for name in ("report.html", "summary.json"))
-        print(f"\n{page}  is the page to open; {figures} has the figures")
+        opened = "is open in a browser" if settings.open else "is the page to look at (--open opens it)"
+        print(f"\n{page}  {opened}; {figures} has the figures")
+    if settings.open:
+        show_page(settings.out / "report.html")
 
 
 def _report(settings: Report) -> None:
@@ -129,15 +128,19 @@ def _report(settings: Report) -> None:
     for option, path in (("--out", settings.out), ("--figure", settings.figure)):
         if path is not None and os.path.isdir(path):
             raise SettingError(f"{option} {path} is a directory: give a file in it")
+    if settings.figure is not None and settings.open:
+        raise SettingError("--open opens the page, and --figure draws no page: leave out one of them")
     several = len(directories) > 1 and any(experiment.of_directory(path).merged for path in directories)
     try:
         if settings.figure is not None:
-            print(visible(str(experiment.draw_figure(directories, settings.figure))))
+            pages = [experiment.draw_figure(directories, settings.figure)]
         elif settings.out is not None or several:
-            out = settings.out or Path("merged-report.html")
-            print(visible(str(experiment.write_merged_report(directories, out))))
+            pages = [experiment.write_merged_report(directories, settings.out or Path("merged-report.html"))]
         else:
-            for directory in directories:
-                print(visible(str(experiment.write_report(directory))))
+            pages = [experiment.write_report(directory) for directory in directories]
     except OSError as error:
         raise SettingError(unwritable(error)) from None
+    for page in pages:
+        print(visible(str(page)))
+        if settings.open:
+            show_page(page)

@@ -54,10 +54,12 @@ __all__ = [
     "Section",
     "Work",
     "draw_figure",
+    "examples",
     "load",
     "names",
     "presets",
     "questions",
+    "renamed_presets",
     "run",
     "write_merged_report",
     "write_report",
@@ -219,6 +221,7 @@ class Experiment(Generic[S]):
         figure: draws the figure for a paper; by default the first charts of the page, side by side.
         styles: how its arms are drawn and called, where `lab.report.style` does not know them; a function of the
             settings where they decide it.
+        picture: what the terminal draws below the table, from the run directory; empty for nothing.
         files: what is in the run directory, by name.
         again: what repeating the command gives.
     """
@@ -257,6 +260,7 @@ class Experiment(Generic[S]):
     sections: Callable[[StoredRun], Sequence[Section]] = lambda stored: ()
     figure: Callable[[StoredRun, Path], Path] | None = None
     styles: Mapping[str, ArmStyle] | Callable[[Mapping[str, Any]], Mapping[str, ArmStyle]] = field(default_factory=dict)
+    picture: Callable[[Path], str] = lambda path: ""
     files: Mapping[str, str] = field(default_factory=dict)
     again: str = "The same version gives the same digits up to rounding, on any machine."
 
@@ -298,6 +302,16 @@ def presets(name: str) -> Mapping[str, Settings]:
 def questions() -> dict[str, str]:
     """What every experiment asks, by its name."""
     return {name: question(type(next(iter(presets(name).values())))) for name in names()}
+
+
+def examples(name: str) -> Mapping[str, str]:
+    """Command lines to show in the help of an experiment, with what each does."""
+    return getattr(import_module(f"{_folders()[name]}.settings"), "EXAMPLES", {})
+
+
+def renamed_presets(name: str) -> Mapping[str, str]:
+    """What the presets of an experiment are called that had another name in an earlier version."""
+    return getattr(import_module(f"{_folders()[name]}.settings"), "RENAMED_PRESETS", {})
 
 
 def load(name: str) -> Experiment[Any]:
@@ -348,6 +362,7 @@ def _run(experiment: Experiment[S], settings: S, command: str) -> Record:
     from rankdecay.lab.progress import Promise, Screen
 
     check_lists(settings)
+    older = [name for name in getattr(settings, "arms", ()) if name in experiment.aliases]
     settings = experiment.check(settings)
     processes = experiment.processes()
     device = resolve_device(settings.device, needs_float64=experiment.needs_float64)
@@ -357,6 +372,11 @@ def _run(experiment: Experiment[S], settings: S, command: str) -> Record:
         options = {"quiet": quiet, "to_stderr": settings.json, "promise": promise}
         work = Work(settings, device, experiment.arms(settings), experiment.data(settings), Screen(**options), writes)
         work.screen = experiment.screen(work, f"{experiment.title(work)} · {device}", options)
+        for name in older if writes else ():
+            work.screen.notice(
+                f"--arms {name} is an older name of {experiment.aliases[name]}, which rankdecay 0.3 will not know: "
+                f"give {experiment.aliases[name]}"
+            )
         choice = None
         if experiment.narrow:
             products, notice = experiment.products(work), work.screen.notice

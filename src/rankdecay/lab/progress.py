@@ -200,7 +200,7 @@ class ArmBar(BarScreen):
     def ended(self, arm: str, steps: int, budget: int) -> None:
         """Writes the steps that an arm took, of the ``budget`` it had."""
         self._before += budget
-        self.line(f"{arm:<10} {steps:>6} steps  {self.seconds:5.1f} s")
+        self.line(f"{arm:<10} {steps:>6} steps  {self.seconds:5.1f} s  {self.left()}")
 
 
 class RunsProgress(BarScreen):

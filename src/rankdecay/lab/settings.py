@@ -16,7 +16,7 @@ from rankdecay.lab.errors import SettingError, check_name, option
 
 Record = dict[str, Any]
 Preset = Literal["default", "standard"]
-NOT_IDENTITY = ("preset", "out", "device", "compile", "quiet", "json")  # do not change what a run computes
+NOT_IDENTITY = ("preset", "out", "device", "compile", "quiet", "json", "open")  # do not change what a run computes
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,35 @@ class Settings:
     """No progress and no table."""
     json: bool = False
     """Print the summary as JSON on standard output; progress goes to standard error."""
+    open: bool = False
+    """Open the page in a browser at the end."""
 
 
-def question(settings: type[Settings]) -> str:
+@dataclass(frozen=True)
+class Report:
+    """Make the HTML page of a run directory again, or a figure for a paper.
+
+    Several directories of boundary, which may differ in arms, seeds, strengths, amounts of data and decays of the rest
+    alone, are merged into one page; of other experiments each gets its own page.
+    """
+
+    directories: tuple[Path, ...]
+    """Run directories."""
+    out: Path | None = None
+    """Write the page of boundary directories here, merged; several go to merged-report.html otherwise."""
+    figure: Path | None = None
+    """Draw the static figure of one run, or of boundary directories merged, here instead: .png, .svg or .pdf."""
+    open: bool = False
+    """Open the page in a browser."""
+
+
+REPORT_EXAMPLES = {
+    "rankdecay report runs/grok --open": "the page of a run, complete or not, in a browser",
+    "rankdecay report runs/grok --figure grok.pdf": "its figure for a paper",
+}
+
+
+def question(settings: type) -> str:
     """What an experiment asks: the first paragraph of its settings' docstring."""
     return " ".join((settings.__doc__ or settings.__name__).partition("\n\n")[0].split())
 

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import pytest
 from rankdecay import cli
 from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.settings import NOT_IDENTITY, option
+from rankdecay.lab.settings import NOT_IDENTITY, REPORT_EXAMPLES, option
 from rankdecay.lab.store import RunDirectory, read_metrics
 from tests.waiting import HANG
 
@@ -289,3 +290,52 @@ def test_a_static_figure(done: tuple[str, Path], tmp_path: Path) -> None:
     _, out = done
     assert cli.main(["report", str(out), "--figure", str(tmp_path / "figure.svg")]) == 0
     assert (tmp_path / "figure.svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+# --- examples of the help ---
+
+#: Options of `TINY` that replace those of an example: sizes alone, so that what an example shows is run.
+SIZES = ("--steps", "--seeds", "--width", "--depth", "--datasets")
+#: Options of `TINY` that do not go with an option of an example.
+WITHOUT = {"--task": "--train-examples", "--arms": "--strengths", "--data": "--dimension"}
+EXAMPLES = [line for name in experiment.names() for line in experiment.examples(name)]
+
+
+def test_every_experiment_has_examples() -> None:
+    assert {line.split()[1] for line in EXAMPLES} == set(TINY) - {"toy"}
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_an_example_of_the_help_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr("rankdecay.lab.cli.show_page", opened.append)
+    monkeypatch.chdir(tmp_path)
+    program, name, *given = shlex.split(line)
+    assert program == "rankdecay"
+    tiny = command(name, tmp_path / "tiny")[1:-2]
+    Path("corpus.txt").write_bytes(Path("text.txt").read_bytes())
+    pieces = [piece.split() for piece in re.split(r" (?=--)", shlex.join(tiny))]
+    kept = [piece for piece in pieces if piece[0] in SIZES or piece[0] not in given]
+    kept = [piece for piece in kept if piece[0] not in [WITHOUT.get(word) for word in given]]
+    assert cli.main([name, *given, *(word for piece in kept for word in piece), "--quiet"]) == 0
+    out = given[given.index("--out") + 1] if "--out" in given else f"runs/{name}"
+    preset = "-standard" if "standard" in given else ""
+    page = Path(f"{out}{preset}/report.html")
+    assert page.exists()
+    assert opened == ([page] if "--open" in given else [])
+
+
+@pytest.mark.parametrize("line", REPORT_EXAMPLES)
+def test_an_example_of_report_runs(
+    line: str, finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "grok" not in finished:
+        finished["grok"] = finished[""] / "grok"
+        assert cli.main(command("grok", finished["grok"], "--quiet")) == 0
+    opened: list[Path] = []
+    monkeypatch.setattr("rankdecay.lab.cli.show_page", opened.append)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished["grok"], "runs/grok")
+    assert cli.main(shlex.split(line)[1:]) == 0
+    assert opened == ([Path("runs/grok/report.html")] if "--open" in line else [])
+    assert "--figure" not in line or Path(line.split()[-1]).exists()

@@ -121,6 +121,12 @@ PRESETS = {
         out=Path("runs/boundary-prototype"),
     ),
 }
+RENAMED_PRESETS = {"small": "standard"}
+EXAMPLES = {
+    "rankdecay boundary --seeds 1 --fractions 0.5 0.8": "a coarse phase map",
+    "rankdecay boundary --arms l2 smooth --strengths l2=3,30 smooth=2.5,5": "two decays, at strengths of your own",
+    "rankdecay boundary --seeds 4": "more seeds: only what is missing is computed",
+}
 
 
 @dataclass(frozen=True)

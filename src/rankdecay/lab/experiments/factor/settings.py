@@ -58,6 +58,10 @@ PRESETS = {
     "default": Factor(),
     "standard": Factor(preset="standard", out=Path("runs/factor-standard")),  # the default is no less: it takes seconds
 }
+EXAMPLES = {
+    "rankdecay factor --seeds 10 --strengths 0 0.1 0.4": "a few problems: seconds",
+    "rankdecay factor --target random --observed 0.5 --out runs/completion": "half of the entries: matrix completion",
+}
 
 
 def check(settings: Factor) -> Factor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix, Scale
@@ -18,6 +19,7 @@ from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Arm, Column, Experiment, Job, Work
 from rankdecay.lab.experiments.grok.charts import figure, sections, styles
 from rankdecay.lab.experiments.grok.claims import CHECKS, headline, note
+from rankdecay.lab.experiments.grok.inspect_run import run_over_time
 from rankdecay.lab.experiments.grok.settings import PRESETS, Grok, check
 from rankdecay.lab.experiments.grok.summary import so_far, summarise
 from rankdecay.lab.precision import Products
@@ -237,6 +239,7 @@ EXPERIMENT = Experiment(
     sections=sections,
     figure=figure,
     styles=styles,
+    picture=partial(run_over_time, most=3),
     files={
         "metrics.jsonl": "every evaluation of every member, one JSON object per line",
         "snapshots": "spectra and attention maps, one numpy archive per step",

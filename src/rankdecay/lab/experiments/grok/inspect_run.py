@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rankdecay.inspection import BALANCE, Inspection, Row, spectrum_rows, untrained_product
+from rankdecay.inspection import (
+    BALANCE,
+    Inspection,
+    Row,
+    mean_spectrum,
+    over_time,
+    spectrum_rows,
+    untrained_product,
+)
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.store import snapshot_files
 from rankdecay.lab.stored import read_config, read_snapshot
@@ -43,6 +51,29 @@ def inspect_run(path: Path) -> Inspection:
     if settings.get("qk_norm", "head") != "none":
         notes.append("queries and keys are normalised: the product is shown for its spectrum, not for its balance")
     return Inspection(str(path), rows, notes)
+
+
+def run_over_time(path: Path, most: int | None = None) -> str:
+    """Return a picture of the spectra of W_Kᵀ W_Q over training, a line per stored step, mean over seeds and heads.
+
+    Args:
+        path: the run directory.
+        most: stored steps to show, at even distances, the first and the last among them; by default all.
+
+    Returns:
+        The picture; empty for a run without snapshots.
+    """
+    series: dict[str, list[tuple[str, list[float]]]] = {}
+    files = snapshot_files(path)
+    if most is not None and len(files) > most:
+        files = [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
+    for file in files:
+        arms: dict[str, list[list[float | None]]] = {}
+        for (arm, _), (_, product) in _products(file).items():
+            arms.setdefault(arm, []).extend(product.flatten(0, 1).tolist())
+        for arm, spectra in arms.items():
+            series.setdefault(f"W_Kᵀ W_Q of {arm}", []).append((f"step {int(file.stem)}", mean_spectrum(spectra)))
+    return over_time(series) if series else ""
 
 
 def _products(file: Path) -> dict[tuple[str, int], tuple[int, torch.Tensor]]:

@@ -119,6 +119,11 @@ UNUSED = {
     "recall": ("train_fraction",),
     "s5": ("modulus", "train_examples", "values"),
 }
+EXAMPLES = {
+    "rankdecay grok --seeds 2 --arms none l2_tuned low_rank": "three arms, two seeds: a fraction of the default's time",
+    "rankdecay grok --preset standard --open": "a larger network; its page opens at the end",
+    "rankdecay grok --task add --modulus 31 --out runs/add": "another task, beside the first run",
+}
 
 
 def check(settings: Grok) -> Grok:

@@ -67,6 +67,10 @@ PRESETS = {
         preset="standard", parametrisation=ARMS, datasets=20, steps=30_000, margin=1e8, out=Path("runs/margin-standard")
     ),
 }
+EXAMPLES = {
+    "rankdecay margin --datasets 2": "two data sets: under a minute",
+    "rankdecay margin --data aligned --tokens 5 --out runs/aligned": "data on which both problems agree",
+}
 
 
 def check(settings: Margin) -> Margin:

@@ -99,6 +99,10 @@ PRESETS = {
         out=Path("runs/language-gpt2"),
     ),
 }
+EXAMPLES = {
+    "rankdecay language --text corpus.txt --steps 200 --arms l2": "a text of your own",
+    "rankdecay language --seeds 2 --json": "the summary as JSON, for a program",
+}
 
 
 def check(settings: Language) -> Language:

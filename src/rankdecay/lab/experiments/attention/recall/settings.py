@@ -50,6 +50,10 @@ class Recall(AttentionDecay):
 
 
 PRESETS = {"default": Recall(), "standard": Recall(preset="standard", strengths=(), out=Path("runs/recall-standard"))}
+EXAMPLES = {
+    "rankdecay recall --arms low_rank --strengths low_rank=0.1,1": "one decay at two strengths",
+    "rankdecay recall --qk-norm off --seeds 2 --out runs/recall-plain": "without QK-norm, two seeds",
+}
 
 
 def check(settings: Recall) -> Recall:

@@ -65,6 +65,10 @@ class Vision(AttentionDecay):
 
 
 PRESETS = {"default": Vision(), "standard": Vision(preset="standard", steps=1000, out=Path("runs/vision-standard"))}
+EXAMPLES = {
+    "rankdecay vision --arms low_rank_both --steps 400": "one decay, half the training",
+    "rankdecay vision --depth 2 --out runs/vision-shallow": "a shallower network, beside the first run",
+}
 
 
 def check(settings: Vision) -> Vision:
