@@ -1,7 +1,8 @@
 """Build the wheel and the source distribution, and use the wheel as a user would, in an environment of its own.
 
 First what the base install promises: the command line, the examples of the reference that need torch alone, and
-`inspect` with its page. Then the lab, with the extra. `constraints.txt` applies throughout: an unpinned torch brings gigabytes.
+`inspect` with its page. Then the lab, with the extra. `constraints.txt` applies throughout: an unpinned torch brings
+gigabytes.
 """
 
 import os

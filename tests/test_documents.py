@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, cited sections exist, the citation is current, what the guide on extending shows runs."""
+"""The documents: links lead somewhere, cited sections exist, the citation is current, the examples of extending run."""
 
 import json
 import re

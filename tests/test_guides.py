@@ -15,7 +15,7 @@ needs.package("transformers")
 SAYS = {
     "docs/guides/choose-a-decay.md": r"query_key: at the present lr of 0\.0003 a step takes 3e-05 of the root mean",
     "docs/guides/inspect.md": r"query_key \d\.\d+",
-    "docs/guides/compress.md": r"head_dim|heads? of 8",
+    "docs/guides/compress.md": r"head size 16 → 8",
     "docs/guides/audit.md": r"q_proj\.weight +query +whole ×2 +scale-invariant, confirmed",
 }
 

@@ -18,6 +18,7 @@ import rankdecay as rd
 from rankdecay.monitor import Monitor, RankCollapseWarning
 from tests import needs
 from tests.waiting import HANG
+from tests.walked import ROOT, walk
 
 transformers = needs.package("transformers")
 
@@ -384,8 +385,8 @@ def test_bad_models_and_optimizers():
 
 # ---- the page --------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parents[1] / "docs" / "guides" / "monitor.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+#: But the first, which makes a model.
+BLOCKS = [block.code for block in walk.blocks((ROOT / "docs/guides/monitor.md").read_text(encoding="utf-8"))[1:]]
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
@@ -404,7 +405,7 @@ def test_the_blocks_of_the_page_run(block, monkeypatch):
     if "trainer.add" in block:
         needs.package("accelerate")
         known["trainer"] = MagicMock(spec=transformers.Trainer)
-    exec(compile(block, str(PAGE), "exec"), known)
+    exec(compile(block, "monitor.md", "exec"), known)
     if "wandb" in block or "trackio" in block or "tensorboard" in block:
         for _ in range(100):
             values = known["monitor"].step()

@@ -109,8 +109,8 @@ def test_a_page_is_walked_in_its_order_and_counted(repository: Path) -> None:
     result = walked(PAGE)
     assert result.error() == "", result.said
     assert result.said.split() == ["part", "2"]
-    assert "1 long, 4 ran" in walk.summary([result], long=False)
-    assert "page.md:8: long: hours" in walk.summary([result], long=False)
+    assert "1 long, 1 printed, 4 ran" in walk.summary([result], long=False)
+    assert "page.md:10: long: hours" in walk.summary([result], long=False)
 
 
 @pytest.mark.parametrize(
