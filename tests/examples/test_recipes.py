@@ -40,10 +40,10 @@ def train(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
 
 def trained(known: dict[str, Any]) -> tuple[nn.Module, Any]:
     """The model and the optimizer that a block has left behind."""
-    if "trainer" in known:
-        return known["trainer"].model, known["trainer"].optimizer
     if "module" in known:
         return known["module"].model, known["module"].optimizers(use_pl_optimizer=False)
+    if "trainer" in known:
+        return known["trainer"].model, known["trainer"].optimizer
     return known["model"], known.get("muon") or known["optimizer"]
 
 
