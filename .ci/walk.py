@@ -258,18 +258,20 @@ def summary(results: list[Result], long: bool) -> str:
     """A line per page, and every block that was not run with its reason."""
     lines, left = [], []
     for result in results:
+        reached = result.blocks[: len(result.rows)]
         counts = Counter(
             "ran" if block.runs(long) else block.kind if block.language in RUN else block.kind or "shown"
-            for block in result.blocks
+            for block in reached
         )
-        said = ", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "no blocks"
+        counts["not reached"] = len(result.blocks) - len(reached)
+        said = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()) if count) or "no blocks"
         lines.append(f"{result.error() or 'ok':4}  {result.page}: {said}, {result.seconds:.0f} s")
         left += [
             f"  {result.page}:{block.line}: {block.kind}: {block.note}"
             for block in result.blocks
             if block.language in RUN and not block.runs(long)
         ]
-    ran = sum(block.runs(long) for result in results for block in result.blocks)
+    ran = sum(block.runs(long) for result in results for block in result.blocks[: len(result.rows)])
     return "\n".join([*lines, "", f"{ran} blocks ran; {len(left)} did not:", *left])
 
 
