@@ -6,7 +6,7 @@ r"""Follow the README and the guides word by word: every block of them, unedited
 
 Each page is walked in a clone of its own, which is the working directory, in the order of its blocks. Python blocks of
 a page share an interpreter, as in a notebook; shell blocks are scripts of bash that stop at the first failure. Nothing
-is reached through the network. What `rankdecay COMMAND --help` gives as examples is run as well, as the page `--help`.
+is reached through the network. What `rankdecay COMMAND --help` gives as examples is run as well, as the page `help`.
 
 Every block is counted, and those that are not run are listed with the reason. A comment before a block says so, which
 no reader of the page sees:
@@ -42,6 +42,17 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Seconds for one block, and, with ``--long``, for one of those marked so.
 SECONDS, LONG_SECONDS = 240, 3600
 RUN, SHOWN = ("python", "sh"), ("text", "yaml", "toml", "diff", "json", "math")
+#: The page of the examples that `rankdecay COMMAND --help` shows, and those of experiments that take seconds.
+HELP, QUICK = "help", ("inspect", "compress", "report", "factor --seeds", "margin --datasets")
+#: What the examples name, beside what the guide on compressing makes first.
+NAMED = """
+import shutil
+
+for name in ("first", "second", "last"):
+    model.save_pretrained(name)
+torch.save({f"layers.0.self_attn.{name}_proj.weight": torch.randn(16, 16) for name in "qkvo"}, "weights.pt")
+shutil.copytree("docs/data/grok_default", "runs/grok")
+"""
 KINDS = ("long", "elsewhere", "file", "printed")
 FENCE = re.compile(
     r"(?:^<!-- walk: (?P<kind>\w+)(?P<note>.*?) -->\n)?^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$",
@@ -103,6 +114,31 @@ def pages() -> list[Path]:
         *sorted(docs.glob("guides/*.md")),
         *sorted(docs.glob("reference/*.md")),
     ]
+
+
+def help_blocks(venv: Path) -> list[Block]:
+    """The examples of every command's help, after what makes the files that they name."""
+
+    def shown(*arguments: str) -> str:
+        command = [str(venv / "bin" / "rankdecay"), *arguments, "--help"]
+        return subprocess.run(
+            command, env=environment(venv, ROOT), capture_output=True, text=True, check=True, timeout=SECONDS
+        ).stdout
+
+    guide = (ROOT / "docs" / "guides" / "compress.md").read_text(encoding="utf-8")
+    made = next(block.code for block in blocks(guide) if block.language == "python")
+    found = [Block(1, "python", made + NAMED)]
+    for command in re.findall(r"^  ([a-z]+) {2,}", shown(), re.MULTILINE):
+        examples = re.findall(
+            rf"^  (rankdecay {command} .*)$", shown(command).partition("\nexamples:\n")[2], re.MULTILINE
+        )
+        if not examples:
+            raise ValueError(f"rankdecay {command} --help has no examples")
+        for example in examples:
+            quick = example.startswith(tuple(f"rankdecay {start}" for start in QUICK))
+            kind, note = ("", "") if quick else ("long", f"{example}: training; the tests run it at a small size")
+            found.append(Block(len(found) + 1, "sh", f"{example}\n", kind, note))
+    return found
 
 
 def same(shown: str, printed: str) -> bool:
@@ -221,6 +257,7 @@ def environment(venv: Path, clone: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",
         "PIP_NO_INDEX": "1",
+        "BROWSER": "true %s",  # what --open opens is looked at elsewhere
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
@@ -278,7 +315,7 @@ def summary(results: list[Result], long: bool) -> str:
 def main() -> int:
     """Walk; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", help="pages to walk; all of them if none is given")
+    parser.add_argument("pages", nargs="*", help="pages to walk, or help; all of them if none is given")
     parser.add_argument(
         "--venv", type=Path, help="environment that `make` has made; without, make makes one in a clone"
     )
@@ -291,7 +328,8 @@ def main() -> int:
         walk_page(page, [Block(**block) for block in json.loads(Path(given).read_text())], settings.long)
         return 0
     todo = {}
-    for path in [Path(page).resolve() for page in settings.pages] or pages():
+    asked = [page for page in settings.pages if page != HELP]
+    for path in ([] if settings.pages else pages()) + [Path(page).resolve() for page in asked]:
         name = str(path.relative_to(ROOT))
         try:
             todo[name] = blocks(path.read_text(encoding="utf-8"))
@@ -307,6 +345,8 @@ def main() -> int:
             venv = clone / ".venv"
         if shutil.which("python", path=str(venv.absolute() / "bin")) is None:
             sys.exit(f"--venv {venv} has no bin/python: make test makes one, .venv")
+        if not settings.pages or HELP in settings.pages:
+            todo[HELP] = help_blocks(venv.absolute())
         results = []
         with ThreadPoolExecutor(settings.jobs) as pool:
             for result in pool.map(lambda page: walk(page, todo[page], venv.absolute(), settings.long), todo):
