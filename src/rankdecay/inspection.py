@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import Names, chosen, find_layers, listed
+from rankdecay.attention.locate import Names, chosen, find_layers, listed, locate
 from rankdecay.attention.names import SCALED_OUTPUT
 from rankdecay.attention.numbering import ranges
 from rankdecay.attention.products import Product, ProductName, Rotary
 from rankdecay.attention.scale import gradients_of, settled
 from rankdecay.attention.source import ModuleSource, Source, open_source
+from rankdecay.compress.outlook import Outlook, outlook
 from rankdecay.spectrum import Spectrum, spectrum
 from rankdecay.text import BLOCKS, GONE, aligned, bars, cell, finite_mean, number, shown_lines
 
@@ -74,12 +75,14 @@ class Inspection:
             rows of each factor, or of the planes, by the factor's name; and ``untrained``, the same keys.
         notes: what a reader has to know about positions, normalisation and shared heads, with the layers concerned.
         unhandled: attention that could not be read, with the reason.
+        smaller: what smaller heads would drop and save, or why none can be made; None where only a part was inspected.
     """
 
     source: str
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
     unhandled: list[str] = field(default_factory=list)
+    smaller: Outlook | None = None
 
     def of(self, kind: str) -> list[Row]:
         """Return the rows of one of :data:`KINDS`."""
@@ -87,7 +90,13 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as plain numbers, strings and lists; None for a number that is not finite."""
-        return {"source": self.source, "rows": self.rows, "notes": self.notes, "unhandled": self.unhandled}
+        whole: dict[str, Any] = {
+            "source": self.source,
+            "rows": self.rows,
+            "notes": self.notes,
+            "unhandled": self.unhandled,
+        }
+        return whole if self.smaller is None else whole | {"smaller_heads": self.smaller.to_json()}
 
     def to_csv(self) -> str:
         """Return one line per row, without the spectra; the untrained figures have columns of their own."""
@@ -102,7 +111,10 @@ class Inspection:
         for kind, (symbol, meaning) in KINDS.items():
             if rows := self.of(kind):
                 lines += ["", f"{symbol}, {meaning}", *_table(rows)]
-        return shown_lines([*lines, "", *_FOOT])
+        lines += ["", *_FOOT]
+        if self.smaller is not None:
+            lines += ["", *self.smaller.lines()]
+        return shown_lines(lines)
 
 
 def inspect(
@@ -153,6 +165,7 @@ def inspect(
         [(0, 'query_key'), (1, 'query_key'), (0, 'value_output'), (1, 'value_output')]
     """
     source = open_source(model, state)
+    located, _ = locate(source, names, num_heads, only, head_dim)
     found, unhandled = find_layers(source, names, num_heads, only, head_dim)
     if isinstance(source, ModuleSource):
         check_values(source.model, found)
@@ -183,7 +196,8 @@ def inspect(
         if progress is not None:
             progress(done, len(asked))
     noted = [f"{ranges(labels)}: {note}" for note, labels in notes.items()]
-    return Inspection(str(source), rows, noted, listed(unhandled))
+    smaller = outlook(source, located) if layers is None and heads is None else None
+    return Inspection(str(source), rows, noted, listed(unhandled), smaller)
 
 
 def check_values(model: nn.Module, layers: Sequence[AttentionLayer]) -> None:

@@ -171,6 +171,14 @@ def test_models_that_are_refused(tmp_path):
         rd.compress(small.saved(tmp_path / "model"), 8)
 
 
+def test_weights_that_are_not_finite_are_named():
+    model = small.model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[3, 5] = torch.inf
+    with pytest.raises(NotReducible, match=r"layers\.1\.self_attn\.o_proj\.weight has values that are not finite"):
+        rd.compress(model, 8)
+
+
 def test_an_adapter_is_refused_alive_and_in_files(tmp_path):
     peft = needs.package("peft")
     model = peft.get_peft_model(small.model(), peft.LoraConfig(target_modules=["q_proj"]))

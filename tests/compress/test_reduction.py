@@ -171,7 +171,7 @@ def _made(case: Case, new_head: int) -> tuple[Layer, dict[str, Tensor], Tensor |
             norms[number] = Norm(f"{role}_norm", offset=float(number))  # as Gemma stores its gains
     grouping = "strided" if case.strided else "consecutive"
     found = Found("layer", places, case.head, case.rotary, bool(case.norm), grouping)
-    layer = Layer(found, norms[0], norms[1], case.head**-0.5, new_head**-0.5, case.sums_to_one, 0)
+    layer = Layer(found, norms[0], norms[1], case.head**-0.5, new_head**-0.5, case.sums_to_one)
     kept = _emptied(case, layer, state, new_head)
     return layer, state, kept
 
@@ -314,7 +314,7 @@ def test_a_plane_of_zeros_in_the_key_alone_is_free_only_without_a_norm():
         assert (float(scores.energy[2]) == 0) == free
         inputs = _random(TOKENS, 12, seed=30)
         kept = torch.tensor([0, 1, 3])
-        small = Layer(layer.found, layer.query_norm, layer.key_norm, layer.scale, 6**-0.5, True, 0)
+        small = Layer(layer.found, layer.query_norm, layer.key_norm, layer.scale, 6**-0.5, True)
         _change(small, "value", state, lambda heads: _low(heads, 0, 6, 5))
         new = reduced(small, state.__getitem__, 6, kept, None)
         frequencies = 1.3 ** -torch.arange(4, dtype=torch.float64)

@@ -75,6 +75,22 @@ def plane_scores(layers: Sequence[Layer], keys: Sequence[str | None], read: Read
     }
 
 
+def planes_left(planes: int, head_dim: int, new_head_dim: int) -> int:
+    """Return how many planes a head of another size has; of heads that positions turn in part, in proportion."""
+    return max(1, round(planes * new_head_dim / head_dim))
+
+
+def lost_energy(energies: Sequence[Tensor], kept: int) -> float:
+    """Return the share of energy beyond the largest few, a mean over heads.
+
+    Args:
+        energies: of each layer, (heads, directions), largest first.
+        kept: how many stay.
+    """
+    shares = [1 - e[:, :kept].sum(-1) / e.sum(-1).clamp_min(torch.finfo(e.dtype).tiny) for e in energies]
+    return float(torch.cat(shares).clamp_min(0).mean())
+
+
 def with_losses(
     scores: Mapping[str | None, PlaneScores], losses: Mapping[str | None, Tensor]
 ) -> dict[str | None, PlaneScores]:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from rankdecay.compress import calibration as texts
 from rankdecay.compress.card import card
-from rankdecay.compress.choice import PlaneScores, with_losses
+from rankdecay.compress.choice import PlaneScores, lost_energy, with_losses
 from rankdecay.compress.files import StoredModel, check_new, new_directory, write_checkpoint
 from rankdecay.compress.original import Original, Smaller
 from rankdecay.compress.reduction import Moments, NotReducible, unturned_energies, value_energies
-from rankdecay.compress.result import Compression, Size
+from rankdecay.compress.result import Compression, Size, usual_sizes
 from rankdecay.compress.skeleton import model_class
 from rankdecay.files import read_bytes
 
@@ -228,7 +228,7 @@ def _planned(
     energies = [value_energies(layer, read, moments[i] if moments else None) for i, layer in enumerate(original.layers)]
     table: list[Size] = []
     smaller: Smaller | None = None
-    listed = [original.head_dim, *_shown(original.head_dim, head_dim, sizes, original)]
+    listed = [original.head_dim, *_shown(original.head_dim, head_dim, sizes)]
     for count, size in enumerate(listed):
         small = None
         if size != original.head_dim:
@@ -360,9 +360,8 @@ def _check_size(original: Original, size: int) -> None:
         raise ValueError(f"head_dim={size} must be smaller than {original.head_dim}, the size of the model's heads.")
 
 
-def _shown(head_dim: int, wanted: int | None, sizes: Sequence[int] | None, original: Original) -> list[int]:
-    step = 8 if head_dim >= 32 else 2
-    usual = [head_dim * part // 8 // step * step for part in (7, 6, 4)] if sizes is None else list(sizes)
+def _shown(head_dim: int, wanted: int | None, sizes: Sequence[int] | None) -> list[int]:
+    usual = usual_sizes(head_dim) if sizes is None else sizes
     chosen = {size for size in [*usual, *([wanted] if wanted else [])] if 2 <= size < head_dim}
     return sorted(chosen, reverse=True)
 
@@ -378,8 +377,7 @@ def _size(
     head_dim = original.head_dim if small is None else small.head_dim
     width = read(original.layers[0].parameters[0]).element_size()
     planes = max((scores[key].lost(kept) for key, kept in small.kept.items()), default=0.0) if small else 0.0
-    shares = [1 - e[:, :head_dim].sum(-1) / e.sum(-1).clamp_min(torch.finfo(e.dtype).tiny) for e in energies]
-    lost = float(torch.cat(shares).clamp_min(0).mean()) if small else 0.0
+    lost = lost_energy(energies, head_dim) if small else 0.0
     loss = losses(small) if losses is not None else None
     return Size(head_dim, original.cached_heads * head_dim * width, planes, lost, loss)
 

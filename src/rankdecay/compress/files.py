@@ -33,6 +33,8 @@ _NAMES = {
 _COPIED = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".vocab", ".md")
 _NOT_COPIED = ("config.json", "README.md", "trainer_state.json", "optimizer.json")
 _LARGEST_COPY = 2**28
+#: What a configuration calls its number of layers, and a number that none of its settings reaches.
+_LAYERS, _MOST = ("num_hidden_layers", "num_layers", "n_layers", "n_layer"), 2**40
 _BIG_SHARD = 4 * 2**30
 
 
@@ -75,6 +77,22 @@ class StoredModel:
             )
         if "auto_map" in self.config:
             raise NotReducible(f"{self.path} needs code of its own (auto_map), which is not run.")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Refuse a configuration from which a model far larger than its weights would be built."""
+        shapes = self.checkpoint.shapes
+        config = self.path / "config.json"
+        largest = max((side for shape in shapes.values() for side in shape), default=0)
+        for name, value in self.config.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                continue
+            most = len(shapes) if name in _LAYERS else largest if name == "head_dim" else _MOST
+            if value > most:
+                raise CheckpointError(
+                    f"{config} says {name}={str(value)[:40]}, which the {len(shapes)} tensors there, "
+                    f"of at most {largest} rows or columns, do not have: it is not theirs."
+                )
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by its name."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankdecay.compress.choice import PlaneScores, plane_scores
+from rankdecay.compress.choice import PlaneScores, plane_scores, planes_left
 from rankdecay.compress.reduction import Layer, Moments, NotReducible, Read, reduced
 from rankdecay.compress.rotary import STANDING, smaller_configuration
 from rankdecay.compress.skeleton import Skeleton, changed_shapes
@@ -42,10 +42,7 @@ class Original:
         self.kind, self.config = kind, config
         self.skeleton = Skeleton(kind, config)
         self.skeleton.check()
-        sizes = {found.head_dim for found in self.skeleton.found}
-        if len(sizes) > 1:
-            raise NotReducible(f"its layers have heads of several sizes, {sorted(sizes)}, and one is written.")
-        (self.head_dim,) = sizes
+        self.head_dim = self.skeleton.found[0].head_dim
         self.warnings: list[str] = []
         self.turned()  # refuses what cannot be turned
         if any(rope.kind == "dynamic" for rope in self.skeleton.ropes.values()):
@@ -79,10 +76,7 @@ class Original:
 
     def planes_of(self, head_dim: int) -> dict[str | None, int]:
         """Return how many planes a head of another size has, by table; of partly turned heads in proportion."""
-        return {
-            key: max(1, round(count * head_dim / self.head_dim)) if 2 * count < self.head_dim else head_dim // 2
-            for key, count in self.turned().items()
-        }
+        return {key: planes_left(count, self.head_dim, head_dim) for key, count in self.turned().items()}
 
     def with_positions(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[str | None]]:
         """Return the layers with rotary positions, and the table of frequencies of each."""
@@ -92,13 +86,12 @@ class Original:
     @cached_property
     def layers(self) -> list[Layer]:
         """Its layers, with the scale they have now."""
-        return self._layers(self.skeleton, {})
+        return self._layers(self.skeleton)
 
-    def _layers(self, new: Skeleton, planes: Mapping[str | None, int]) -> list[Layer]:
+    def _layers(self, new: Skeleton) -> list[Layer]:
         layers = []
-        for number, (found, small) in enumerate(zip(self.skeleton.found, new.found, strict=True)):
+        for found, small in zip(self.skeleton.found, new.found, strict=True):
             norms = self.skeleton.norms(found)
-            turned = 2 * planes.get(self.skeleton.rope_key(number), 0) if found.rotary is not None and planes else 0
             layers.append(
                 Layer(
                     found,
@@ -106,7 +99,6 @@ class Original:
                     scale=self.skeleton.scale(found),
                     new_scale=new.scale(small),
                     sums_to_one=self.skeleton.sums_to_one(found),
-                    turned=turned,
                 )
             )
         return layers
@@ -138,7 +130,7 @@ class Original:
                 f"planes: {said}"
             ) from None
         skeleton = Skeleton(self.kind, new_config)
-        layers = self._layers(skeleton, {key: len(planes) for key, planes in kept.items()})
+        layers = self._layers(skeleton)
         self._check(skeleton, layers, head_dim, kept)
         return Smaller(head_dim, dict(kept), written, new_config, skeleton, layers, self)
 

@@ -22,7 +22,7 @@ Source: W. Su et al. 2021 (rotary positions); the identities are derived in `doc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -64,7 +64,6 @@ class Layer:
         scale: what scores are multiplied by now.
         new_scale: what the smaller head's class multiplies them by.
         sums_to_one: whether the softmax's rows do, and values reach W_O as they are: not with sinks, nor with gates.
-        turned: rotary coordinates of the smaller head.
     """
 
     found: Found
@@ -73,7 +72,6 @@ class Layer:
     scale: float
     new_scale: float
     sums_to_one: bool
-    turned: int
 
     @property
     def head_dim(self) -> int:
@@ -190,6 +188,8 @@ class _Parts:
         """Return (heads, d, D), with the bias (heads, d, D + 1); of the output (heads, out, d)."""
         place = self.found.places[role]
         heads = place.window.heads(self.read(place.parameter)).double()
+        if not heads.isfinite().all():
+            raise NotReducible(f"{place.parameter} has values that are not finite: mend the checkpoint first.")
         if role == "output" or not self.has_bias(role):
             return heads
         assert place.bias is not None
@@ -437,13 +437,24 @@ def smaller_window(window: Window, head_dim: int) -> Window:
     )
 
 
-def check_reducible(found: Found, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise ``NotReducible`` if something beside the identities stands in the way.
+def check_reducible(every: Sequence[Found]) -> None:
+    """Raise ``NotReducible`` if the identities do not hold for some attention of a model.
 
     Args:
-        found: the attention.
-        shapes: shapes of all parameters.
+        every: the attention of the model.
     """
+    owners: dict[str, str] = {}
+    for found in every:
+        _check_reducible(found)
+        for place in found.places.values():
+            other = owners.setdefault(place.parameter, found.name)
+            if other != found.name:
+                raise NotReducible(f"{found.name} takes {place.parameter} of {other}: layers share their keys.")
+    if len(sizes := {found.head_dim for found in every}) > 1:
+        raise NotReducible(f"its layers have heads of several sizes, {sorted(sizes)}, and one is written.")
+
+
+def _check_reducible(found: Found) -> None:
     name = found.name
     extra = found.places.keys() - set(_ROLES)
     if extra or "output" not in found.places:

@@ -28,6 +28,12 @@ class Size:
     loss: float | None = None
 
 
+def usual_sizes(head_dim: int) -> list[int]:
+    """Return the head sizes that are shown where none are asked for: 7/8, 3/4 and 1/2, in steps that kernels like."""
+    step = 8 if head_dim >= 32 else 2
+    return [size for part in (7, 6, 4) if (size := head_dim * part // 8 // step * step) > 0]
+
+
 @dataclass(frozen=True)
 class Compression:
     """What became of a model, and what it costs.

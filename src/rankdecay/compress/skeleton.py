@@ -86,13 +86,7 @@ class Skeleton:
                 f"clip_qkv={limit}: queries, keys and values are clipped coordinate by coordinate, so that they cannot "
                 "be given others; if nothing of yours is that large, set clip_qkv to null in config.json."
             )
-        owners: dict[str, str] = {}
-        for found in self.found:
-            check_reducible(found, self.shapes)
-            for place in found.places.values():
-                other = owners.setdefault(place.parameter, found.name)
-                if other != found.name:
-                    raise NotReducible(f"{found.name} takes {place.parameter} of {other}: layers share their keys.")
+        check_reducible(self.found)
 
     def scale(self, found: Found) -> float:
         """Return what the scores of an attention are multiplied by."""
