@@ -1,10 +1,11 @@
 """Build the wheel and the source distribution, and use the wheel as a user would, in an environment of its own.
 
-First what the base install promises: the command line, the examples of the reference that need torch alone, and
-`inspect` with its page. Then the lab, with the extra. `constraints.txt` applies throughout: an unpinned torch brings
-gigabytes.
+First what the base install promises: the command line, the examples of the reference that need torch alone, `inspect`
+with its page, and types that hold in a user's strict check. Then the lab, with the extra, and the same from the source
+distribution. `constraints.txt` applies throughout: an unpinned torch brings gigabytes.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"torch", "safetensors", "numpy"}
-SDIST_MEGABYTES = 1.5
+SDIST_MEGABYTES = 2.0
 CHECKPOINT = """
 import torch
 names = [f"layers.{i}.self_attn.{name}_proj.weight" for i in range(2) for name in "qkvo"]
@@ -58,7 +59,14 @@ def build(folder: Path) -> tuple[Path, Path]:
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
         (metadata,) = (name for name in inside if name.endswith(".dist-info/METADATA"))
-        required = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist", [])
+        about = Parser().parsestr(archive.read(metadata).decode())
+    required = about.get_all("Requires-Dist", [])
+    license_file = metadata.replace("METADATA", "licenses/LICENSE")
+    demand({"rankdecay/py.typed", license_file} <= inside, f"{wheel.name} lacks py.typed or {license_file}")
+    demand(about["License-Expression"] == "Apache-2.0", f"the licence is {about['License-Expression']!r}")
+    demand(about["Description-Content-Type"] == "text/markdown", "the README is not rendered as Markdown")
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    demand(version and about["Version"] == version[1], f"the wheel has version {about['Version']}")
     base = {re.match(r"[\w.-]+", line)[0] for line in required if "extra ==" not in line}
     demand(base == BASE, f"the wheel requires {sorted(base)}, and should require {sorted(BASE)}")
     source = ROOT / "src"
@@ -68,7 +76,8 @@ def build(folder: Path) -> tuple[Path, Path]:
     demand(sdist.stat().st_size < SDIST_MEGABYTES * 1e6, f"{sdist.name} has {sdist.stat().st_size / 1e6:.1f} MB")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    demand({"README.md", "LICENSE", "pyproject.toml", "tests/test_cli.py"} <= names, f"{sdist.name} is not whole")
+    whole = {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "tests/test_cli.py"}
+    demand(whole <= names, f"{sdist.name} lacks {sorted(whole - names)}")
     return wheel, sdist
 
 
@@ -78,6 +87,17 @@ def base_examples() -> list[str]:
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     imported = [set(re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE)) for block in blocks]
     return [block for block, names in zip(blocks, imported, strict=True) if names <= {"torch", "rankdecay"}]
+
+
+def check_types(python: Path, folder: Path) -> None:
+    """Check the script of a user with strict types against the installed wheel, and run it."""
+    script = folder / "consumer.py"
+    script.write_text((ROOT / ".ci" / "consumer.py").read_text(encoding="utf-8"), encoding="utf-8")
+    run(python, "-W", "error", script, cwd=folder)
+    strict = {"typeCheckingMode": "strict", "pythonVersion": "3.11", "include": [script.name]}
+    (folder / "pyrightconfig.json").write_text(json.dumps(strict), encoding="utf-8")
+    checker = (sys.executable, "-m", "basedpyright", "--pythonpath", python)
+    print(run(*checker, "--project", folder / "pyrightconfig.json", cwd=folder), end="")
 
 
 def main() -> None:
@@ -111,12 +131,23 @@ def main() -> None:
         page = (here / "page.html").read_text(encoding="utf-8")
         demand(page.startswith("<!doctype html>") and 'id="map-query_key"' in page, "inspect --html made no page")
 
+        say("types, as a user checks them")
+        check_types(python, folder / "here")
+
         say("installing the extra lab")
         run(*install, f"{wheel}[lab]")
         run(*pip, "check")
         say("rankdecay factor")
         run(rankdecay, "factor", "--quiet", "--seeds", "2", "--steps", "100", "--out", "run", cwd=here)
         demand((here / "run" / "report.html").is_file(), "rankdecay factor left no page")
+        say("installing the source distribution in place of the wheel")
+        run(*pip, "uninstall", "--yes", "rankdecay")
+        run(*pip, "install", "--no-compile", "--no-deps", sdist, PIP_CONSTRAINT=str(ROOT / "constraints.txt"))
+        demand(
+            run(rankdecay, "--version", cwd=here) == f"rankdecay {wheel.name.split('-')[1]}\n", "the sdist's version"
+        )
+        run(rankdecay, "factor", "--quiet", "--seeds", "2", "--steps", "100", "--out", "again", cwd=here)
+        demand((here / "again" / "report.html").is_file(), "rankdecay factor of the sdist left no page")
         say("done")
 
 

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 
 from rankdecay import cli
-from rankdecay.files import show_page
+from rankdecay.browser import show_page
 from tests import needs
 from tests.compress.small import saved, text_tokenizer
 from tests.terminal import in_a_terminal

@@ -88,6 +88,22 @@ def test_the_citation_is_of_this_version() -> None:
         assert {"type", "title", "authors", "year"} <= reference.keys()
 
 
+def test_one_licence_is_stated_in_every_place() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [stated] = tomllib.loads((ROOT / "REUSE.toml").read_text(encoding="utf-8"))["annotations"]
+    assert stated["path"] == "**"
+    assert stated["SPDX-License-Identifier"] == project["license"]
+    assert (ROOT / "LICENSES" / f"{project['license']}.txt").read_text() == (ROOT / "LICENSE").read_text()
+    elsewhere = [path for path in (ROOT / "src").rglob("*.py") if "SPDX" in path.read_text(encoding="utf-8")]
+    assert elsewhere == []  # a file with another licence would say so, and REUSE.toml too
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert project["version"] in headings[:2]
+
+
 def test_the_hooks_are_of_the_versions_in_use() -> None:
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     [ruff] = re.findall(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)

@@ -42,6 +42,11 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
         rd.softthreshold  # noqa: B018
 
 
+def test_the_consumer_that_ci_checks_the_types_of_uses_every_public_name():
+    text = (ROOT / ".ci" / "consumer.py").read_text(encoding="utf-8")
+    assert [name for name in rd.__all__ if not re.search(rf"\brd\.{name}\b", text)] == []
+
+
 def test_the_readmes_training_script_lowers_the_rank_of_attention(tmp_path, monkeypatch, capsys):
     needs.package("transformers")
     monkeypatch.chdir(tmp_path)

@@ -20,9 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from rankdecay.browser import show_page
 from rankdecay.checks import suggestion
 from rankdecay.completion import SHELLS
-from rankdecay.files import show_page, unwritable, write
+from rankdecay.files import unwritable, write
 from rankdecay.text import SPELLED, duration, json_text, shown_examples, time_left, visible
 
 if TYPE_CHECKING:
@@ -343,7 +344,7 @@ def _inspect(settings: argparse.Namespace) -> int:
             inspection_page(reports, settings.html)
     except OSError as error:
         raise CommandError(unwritable(error)) from None
-    if settings.open:
+    if settings.open and settings.html is not None:
         show_page(settings.html)
     if settings.json:
         whole = reports[0].to_json() | {"command": "inspect"}

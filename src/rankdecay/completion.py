@@ -80,8 +80,9 @@ def _docstrings(settings: type) -> dict[str, str]:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
         body: list[Any] = getattr(tree, "body", [])
         for field, below in pairwise(body):
-            is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            if isinstance(field, ast.AnnAssign) and is_text and isinstance(field.target, ast.Name):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                 texts[field.target.id] = str(below.value.value)
     return texts
 

@@ -12,12 +12,8 @@ import errno
 import json
 import os
 import stat
-import sys
-import webbrowser
 from pathlib import Path
 from typing import Any
-
-from rankdecay.text import visible
 
 #: Endings of the names under which files are written first.
 PARTIAL = (".part", ".partial")
@@ -157,13 +153,3 @@ def unwritable(error: OSError) -> str:
         "name a file, not a directory" if error.errno == errno.EISDIR else "name a file in a directory you may write to"
     )
     return f"{error.filename} cannot be written ({error.strerror}): {remedy}"
-
-
-def show_page(path: str | Path) -> None:
-    """Open a page in a browser, that of ``$BROWSER`` if it is set, or say on standard error that there is none."""
-    try:
-        shown = webbrowser.open(real(path).as_uri())
-    except (webbrowser.Error, OSError):
-        shown = False
-    if not shown:
-        print(f"no browser could be started: open {visible(str(path))} in one, or set BROWSER", file=sys.stderr)

@@ -15,7 +15,8 @@ from typing import Any
 
 import tyro
 
-from rankdecay.files import show_page, unwritable
+from rankdecay.browser import show_page
+from rankdecay.files import unwritable
 from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.settings import REPORT_EXAMPLES, Report

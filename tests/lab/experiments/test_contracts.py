@@ -12,8 +12,10 @@ import math
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.settings import NOT_IDENTITY, REPORT_EXAMPLES, option
 from rankdecay.lab.store import RunDirectory, read_metrics
-from tests.waiting import HANG
+from tests.held import held
+from tests.waiting import HANG, until
 
 ATTENTION = "--width 16 --heads 2 --steps 4 --warmup 1 --evaluate-every 2 --save none --strengths l2=0.1 low_rank=1"
 #: A command of seconds for every experiment, and an option that makes it another run.
@@ -339,3 +342,24 @@ def test_an_example_of_report_runs(
     assert cli.main(shlex.split(line)[1:]) == 0
     assert opened == ([Path("runs/grok/report.html")] if "--open" in line else [])
     assert "--figure" not in line or Path(line.split()[-1]).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in TINY if name != "toy"])
+def test_ctrl_c_says_how_to_go_on_and_it_does(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "a run"
+    line = command(name, out, "--quiet")
+    with subprocess.Popen(
+        held(*line, event="open", file="config.json"), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until((out / "config.json").exists, process)
+        time.sleep(1)  # it may be between the file and the next, before which it is held
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=HANG)
+    assert process.returncode == 130, error
+    aim = "to continue from the last checkpoint" if experiment.load(name).resumable else "to begin anew"
+    said = error.splitlines()[-1]
+    assert said == f"rankdecay: interrupted; {aim}, run again: {shlex.join(['rankdecay', *line])}"
+    assert "Traceback" not in error
+    assert cli.main(shlex.split(said.partition("run again: rankdecay ")[2])) == 0
+    assert (out / "report.html").exists()
