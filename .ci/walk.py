@@ -142,7 +142,11 @@ def help_blocks(venv: Path) -> list[Block]:
 
 
 def same(shown: str, printed: str) -> bool:
-    """Whether a page shows what was printed: the same words, and numbers within a quarter of each other."""
+    """Whether a page shows what was printed: the same words, and numbers within a quarter of each other.
+
+    A bar, `▁` to `█`, is a number as well, and may have another height.
+    """
+    shown, printed = (re.sub("[▁-█]", "█", text) for text in (shown, printed))
     if NUMBER.sub("#", " ".join(shown.split())) != NUMBER.sub("#", " ".join(printed.split())):
         return False
     pairs = zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True)

@@ -84,6 +84,7 @@ def test_what_was_printed_may_differ_in_the_last_digits_alone() -> None:
     assert not walk.same("rank 3.71 of 16", "rank 3.71 of 32")
     assert not walk.same("rank 3.71", "ranks 3.71")
     assert not walk.same("1 2", "1")
+    assert walk.same("heads ▂▃", "heads ▃▃")
 
 
 @pytest.fixture
