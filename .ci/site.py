@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+BAR = r"\|"
 MATH = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PICTURE = re.compile(r"^!\[([^\]]*)\]\(([^)]*)\)$", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
@@ -43,6 +44,15 @@ def _content(target: Path) -> str:
     head = '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     style = "<style>:root{color-scheme:light dark}body{font-family:sans-serif;margin:2em}</style>"
     return f"{head}<title>{name}</title>{style}<h1>{name}</h1><p>In the repository:</p><ul>{rows}</ul>"
+
+
+def _bars(row: re.Match[str]) -> str:
+    """A row of a table: an escaped bar in code is a bar, which GitHub shows so and Python-Markdown with its backslash."""
+
+    def code(match: re.Match[str]) -> str:
+        return f"<code>{html.escape(match[1].replace(BAR, '|')).replace('|', '&#124;')}</code>"
+
+    return re.sub(r"`([^`]*\\\|[^`]*)`", code, row[0])
 
 
 def _without_comments(text: str) -> str:
@@ -86,5 +96,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"{opening}{os.path.relpath(places[link], here)}{closing}"
         return f"{opening}{link}{anchor or ''}{closing}"
 
+    markdown = re.sub(r"^\|.*$", _bars, markdown, flags=re.MULTILINE)
     shown = PICTURE.sub(r"[![\1](\2)](\2)", _without_comments(markdown))
     return LINK.sub(moved, MATH.sub(_formula, shown))
