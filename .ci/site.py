@@ -47,7 +47,7 @@ def _content(target: Path) -> str:
 
 
 def _bars(row: re.Match[str]) -> str:
-    """A row of a table: an escaped bar in code is a bar, which GitHub shows so and Python-Markdown with its backslash."""
+    """A row of a table whose code has a bar for an escaped one, as on GitHub; Python-Markdown keeps the backslash."""
 
     def code(match: re.Match[str]) -> str:
         return f"<code>{html.escape(match[1].replace(BAR, '|')).replace('|', '&#124;')}</code>"
