@@ -106,7 +106,7 @@ def test_pages_open_in_the_browser_when_asked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(TINY_FACTOR) == 0
-    assert "run/report.html  is the page to look at (--open opens it)" in capsys.readouterr().out
+    assert "run/report.html  is the page to open (--open does)" in capsys.readouterr().out
     assert opened(browser) == []
     assert cli.main([*TINY_FACTOR, "--open", "--json"]) == 0
     assert cli.main(["report", "run", "--open", "--out", "other page.html"]) == 0

@@ -112,7 +112,7 @@ def _experiment(name: str, settings: Any, command: str) -> None:
             if picture := chosen.picture(settings.out):
                 print(f"\n{picture}")
         page, figures = (visible(str(settings.out / name)) for name in ("report.html", "summary.json"))
-        opened = "is open in a browser" if settings.open else "is the page to look at (--open opens it)"
+        opened = "is open in a browser" if settings.open else "is the page to open (--open does)"
         print(f"\n{page}  {opened}; {figures} has the figures")
     if settings.open:
         show_page(settings.out / "report.html")
