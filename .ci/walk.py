@@ -42,8 +42,8 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Seconds for one block, and, with ``--long``, for one of those marked so.
 SECONDS, LONG_SECONDS = 240, 3600
 RUN, SHOWN = ("python", "sh"), ("text", "yaml", "toml", "diff", "json", "math")
-#: The page of the examples that `rankdecay COMMAND --help` shows, and those of experiments that take seconds.
-HELP, QUICK = "help", ("inspect", "compress", "report", "factor --seeds", "margin --datasets")
+#: The page of the examples that `rankdecay COMMAND --help` shows, and what of them takes seconds.
+HELP, QUICK = "help", ("inspect", "compress", "report", "factor --seeds")
 #: What the examples name, beside what the guide on compressing makes first.
 NAMED = """
 import shutil

@@ -110,7 +110,10 @@ def test_the_hooks_are_of_the_versions_in_use() -> None:
     assert re.search(rf"ruff-pre-commit\n +rev: v{re.escape(ruff)}\b", hooks)
 
 
-def test_the_page_on_recognition_runs_and_says_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_on_recognition_runs_and_says_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"torch": torch, "nn": torch.nn, "rd": rankdecay}
     for block in re.findall(r"```python\n(.*?)```", RECOGNITION, re.DOTALL):
         exec(block, names)
