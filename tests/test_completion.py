@@ -18,6 +18,7 @@ from rankdecay.cli import _commands, main
 from rankdecay.completion import SHELLS, of_settings
 from rankdecay.lab import experiment
 from rankdecay.lab.settings import Report
+from tests import needs
 from tests.waiting import HANG
 
 #: What is typed, and what must and must not be offered for it.
@@ -37,7 +38,7 @@ TYPED = [
 def shell(name: str) -> str:
     path = shutil.which(name)
     if path is None:
-        pytest.skip(f"no {name}: apt-get install {name}, then make test")
+        pytest.skip(needs.SHELL.format(name))
     return path
 
 
