@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: grok test test-slow notebooks versions lint package format bench findings clean
+.PHONY: grok test test-slow notebooks versions lint package docs walk format bench findings clean
 
 grok: .venv/installed
 	$(BIN)/rankdecay grok
@@ -27,6 +27,15 @@ lint: .venv/installed
 	$(BIN)/python .ci/architecture.py --check
 	$(BIN)/python .ci/javascript.py --check
 	$(BIN)/python benchmarks/findings.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The site, into build/site: what a page links to has to be there.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Every block of README and guides, unedited, from a clean clone, in this environment. WALK=--long runs the long ones too.
+walk: .venv/installed
+	$(BIN)/python .ci/walk.py --venv .venv --jobs 2 $(WALK)
 
 package: .venv/installed
 	$(BIN)/python .ci/package.py

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "rankdecay"
 DOCUMENT = ROOT / "docs" / "architecture.md"
 LONGEST = 130  # characters of a sentence; of a longer one what stands before its colon
-BLOCK = re.compile(r"(<!-- modules -->\n```\n).*?(```\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- modules -->\n```text\n).*?(```\n<!-- end -->)", re.DOTALL)
 #: Packages by layer, from what everything stands on; modules that are not named follow in alphabetical order.
 LAYERS = [
     "rules",

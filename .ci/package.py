@@ -1,7 +1,7 @@
 """Build the wheel and the source distribution, and use the wheel as a user would, in an environment of its own.
 
-First what the base install promises: the command line, the README's examples that need torch alone, `inspect` with its
-page, and types that hold in a user's strict check. Then the lab, with the extra, and the same from the source
+First what the base install promises: the command line, the examples of the reference that need torch alone, `inspect`
+with its page, and types that hold in a user's strict check. Then the lab, with the extra, and the same from the source
 distribution. `constraints.txt` applies throughout: an unpinned torch brings gigabytes.
 """
 
@@ -81,9 +81,9 @@ def build(folder: Path) -> tuple[Path, Path]:
     return wheel, sdist
 
 
-def readme_examples() -> list[str]:
-    """Examples of the README that import torch and rankdecay alone."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def base_examples() -> list[str]:
+    """Examples of the reference that import torch and rankdecay alone."""
+    text = (ROOT / "docs" / "reference" / "matrices.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     imported = [set(re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE)) for block in blocks]
     return [block for block, names in zip(blocks, imported, strict=True) if names <= {"torch", "rankdecay"}]
@@ -117,13 +117,13 @@ def main() -> None:
         install = (*pip, "install", "--no-compile", "-c", ROOT / "constraints.txt")
         run(*install, wheel)
 
-        say("the base install: command line, README, inspect")
+        say("the base install: command line, examples, inspect")
         demand(run(rankdecay, "--version", cwd=here).startswith("rankdecay "), "rankdecay --version")
         demand("inspect" in run(rankdecay, "--help", cwd=here), "rankdecay --help")
         refusal = run(rankdecay, "factor", cwd=here, code=2)
         demand("pip install 'rankdecay[lab]'" in refusal and refusal.count("\n") == 1, refusal)
-        examples = readme_examples()
-        demand(examples, "the README has no example that needs torch alone")
+        examples = base_examples()
+        demand(examples, "docs/reference/matrices.md has no example that needs torch alone")
         for example in examples:
             print(run(python, "-W", "error", "-c", example, cwd=here), end="")
         run(python, "-c", CHECKPOINT, cwd=here)

@@ -1,4 +1,4 @@
-"""Run the fast tests on other versions of Python, torch and transformers, and write the table of docs/versions.md.
+"""Run the fast tests on other versions of Python, torch and transformers, and write docs/reference/versions.md.
 
     python .ci/versions.py                      # every combination; `make versions`
     python .ci/versions.py 3.11/2.13.0/5.0.0    # these alone; the other rows of the table stay
@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "versions.md"
+PAGE = ROOT / "docs" / "reference" / "versions.md"
 #: Python, torch, transformers; the first of each Python are those of `constraints.txt`.
 COMBINATIONS = (
     "3.11/2.13.0/5.23.0",

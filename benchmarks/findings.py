@@ -46,7 +46,11 @@ from rankdecay.lab.store import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path("docs/data")
-PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "findings").glob("*.md")))
+PAGES = (
+    "README.md",
+    "docs/guides/lab.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "findings").glob("*.md")),
+)
 MARKED = re.compile(r"(<!-- findings: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 SCRIPTS = ("boundary", "attention", "margin", "factor", "grok", "cost", "schedule", "compress")
 

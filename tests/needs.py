@@ -21,7 +21,6 @@ FULL_DISK = "no /dev/full, a disk that is full: run make test on Linux"
 FORK = "no fork: run make test on Linux or macOS"
 ONE_THREAD = "torch's threads do not outlive a fork: OMP_NUM_THREADS=1 make test"
 ODD_NAMES = "this file system has no such names: run make test on ext4 or tmpfs"
-BY_HAND = "no {} for a block of docs/recipes.md: install it and run the block by hand"
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run make test on a machine with a GPU")
 compiler = pytest.mark.skipif(

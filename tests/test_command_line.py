@@ -21,7 +21,7 @@ from tests.compress.small import saved, text_tokenizer
 from tests.terminal import in_a_terminal
 from tests.waiting import HANG, until
 
-PAGE = Path(__file__).parents[1] / "docs" / "command_line.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "command-line.md"
 TINY_FACTOR = ["factor", "--seeds", "2", "--steps", "40", "--strengths", "0", "--out", "run"]
 EXAMPLES = [*cli.INSPECT_EXAMPLES, *cli.COMPRESS_EXAMPLES]
 

@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, cited sections exist, the citation is current, CONTRIBUTING's examples run."""
+"""The documents: links lead somewhere, cited sections exist, the citation is current, the examples of extending run."""
 
 import json
 import re
@@ -22,7 +22,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CITATION = re.compile(
     r"docs/theory\.md,?\s+sections?\s+(\d+(?:\.\d+)?)|\[theory\]\((?:docs/)?theory\.md\),\s+section\s+(\d+(?:\.\d+)?)"
 )
-RECOGNITION = (ROOT / "docs" / "recognition.md").read_text(encoding="utf-8")
+RECOGNITION = (ROOT / "docs" / "guides" / "recognition.md").read_text(encoding="utf-8")
 #: Documents that were never published: what they said is in docs/theory.md.
 UNPUBLISHED = re.compile(r"(low_rank_decay|attention_rank|matrix_functions)\.md|planning (notes|table)")
 
@@ -110,7 +110,10 @@ def test_the_hooks_are_of_the_versions_in_use() -> None:
     assert re.search(rf"ruff-pre-commit\n +rev: v{re.escape(ruff)}\b", hooks)
 
 
-def test_the_page_on_recognition_runs_and_says_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_on_recognition_runs_and_says_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"torch": torch, "nn": torch.nn, "rd": rankdecay}
     for block in re.findall(r"```python\n(.*?)```", RECOGNITION, re.DOTALL):
         exec(block, names)
@@ -128,15 +131,17 @@ def test_the_commands_of_the_page_on_recognition_are_understood(command: str) ->
     assert cli._how(settings)["names"]
 
 
-# --- what CONTRIBUTING shows ---
+# --- what the guide on extending shows ---
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The files that CONTRIBUTING shows, installed as pip would: on the path, with an entry point for each."""
+    """The files that the guide shows, installed as pip would: on the path, with an entry point for each."""
     from rankdecay.lab import experiment
 
-    blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n# (\S+\.py)\n(.*?)```", (ROOT / "docs" / "guides" / "extend.md").read_text("utf-8"), re.DOTALL
+    )
     assert [name for name, _ in blocks] == ["log_penalty.py", "fade/settings.py", "fade/experiment.py"]
     site = tmp_path / "site"
     for name, code in blocks:
@@ -162,13 +167,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("package")
-def test_the_rule_of_contributing_decays() -> None:
+def test_the_rule_of_the_guide_decays() -> None:
     W = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64))
     torch.testing.assert_close(shrink(W, 0.1, "log_penalty").diagonal(), torch.tensor([1.96, 0.95]).double())
 
 
 @pytest.mark.usefixtures("package")
-def test_the_experiment_of_contributing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_experiment_of_the_guide_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     command = ["fade", "--steps", "10", "--device", "cpu", "--out", str(out)]
     assert cli.main(command) == 0

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import rankdecay as rd
+from rankdecay import cli
 from tests import needs
 from tests.waiting import HANG
+from tests.walked import python_blocks, walk
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,21 +47,28 @@ def test_the_consumer_that_ci_checks_the_types_of_uses_every_public_name():
     assert [name for name in rd.__all__ if not re.search(rf"\brd\.{name}\b", text)] == []
 
 
-def _readme_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-
-
-def test_the_readmes_training_script_lowers_the_rank_of_attention(capsys):
+def test_the_readmes_training_script_lowers_the_rank_of_attention(tmp_path, monkeypatch, capsys):
     needs.package("transformers")
-    exec(_readme_blocks()[0], {})
+    monkeypatch.chdir(tmp_path)
+    [block] = python_blocks("README.md")
+    exec(block, {})
+    assert cli.main(["inspect", "model"]) == 0
+    shown = re.search(r"<!-- walk: printed -->\n```text\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert shown is not None
+    assert walk.same(shown[1], capsys.readouterr().out)
+
+
+def test_the_quickstarts_script_lowers_the_rank_of_attention(capsys):
+    needs.package("transformers")
+    exec(python_blocks("docs/quickstart.md")[0], {})
     before, after = capsys.readouterr().out.split("rankdecay, attached to AdamW")[1:]
     ranks = [[int(line.split()[-1]) for line in table.splitlines() if "c_attn" in line] for table in (before, after)]
     assert ranks[0] == [128] * 4
     assert max(ranks[1]) < 50
 
 
-def test_the_readmes_matrix_functions_run(capsys):
-    exec(_readme_blocks()[1], {})
+def test_the_matrix_functions_of_the_reference_run(capsys):
+    exec(python_blocks("docs/reference/matrices.md")[0], {})
     rank, left = (float(number) for number in re.findall(r"tensor\((\d[\d.]*)", capsys.readouterr().out))
     assert rank > 50
     assert 60 < left < 110

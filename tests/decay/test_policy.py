@@ -136,7 +136,7 @@ def test_importing_policies_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ---- what docs/choose_a_decay.md says ------------------------------------------------------------------------------
+# ---- what docs/guides/choose-a-decay.md says -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("amount", "differs"), [(0.05, 0.14), (0.005, 0.015), (3e-5, 9e-5)])

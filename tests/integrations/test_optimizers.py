@@ -1,4 +1,4 @@
-"""Every optimizer of docs/optimizers.md, from the packages of those who publish them."""
+"""Every optimizer of docs/guides/optimizers.md, from the packages of those who publish them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.integrations.third_party import LR, PACKAGES, Two, build, classes_of,
 # What these packages warn of is not ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-PAGE = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "optimizers.md").read_text(encoding="utf-8")
 STEPS, SHARE = 13, 0.05  # two averages of Lookahead are made on the way
 #: Left of a matrix where the parameters are stepped and nothing else moves them.
 LEFT = (1 - SHARE) ** STEPS

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-#: Modules whose optimizers are meant, in the order of docs/optimizers.md.
+#: Modules whose optimizers are meant, in the order of docs/guides/optimizers.md.
 PACKAGES = ["torch.optim", "schedulefree", "prodigyopt", "prodigyplus", "dadaptation", "madgrad", "pytorch_optimizer",
             "torch_optimizer", "timm.optim", "transformers.optimization", "bitsandbytes.optim", "heavyball", "optimi",
             "pytorch_ranger", "ranger21", "sam", "muon", "lion_pytorch", "galore_torch", "apollo_torch", "lomo_optim",

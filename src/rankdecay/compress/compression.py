@@ -85,8 +85,8 @@ def compress(
     """Return a causal language model with a smaller head: fewer rotary planes, and values of lower rank.
 
     The result is of the class of the original and needs no code of ours; its KV cache is smaller by head_dim / d. What
-    is dropped and is not zero costs loss: :func:`plan` shows how much, and training on (``docs/compress.md``) wins some
-    of it back.
+    is dropped and is not zero costs loss: :func:`plan` shows how much, and training on wins some of it back
+    (``docs/guides/compress.md``).
 
     Args:
         model: a model of transformers, or the directory of one (``save_pretrained``), which is read and written layer

@@ -17,7 +17,7 @@ Head size d becomes d'. All of it is computed in float64; what a row stands for 
 With second moments of the layer's input (``Moments``) the truncation is that of the outputs on the data; without them
 every input counts alike, which on real models loses far more: a few directions of the input are huge.
 
-Source: W. Su et al. 2021 (rotary positions); the identities are derived in `docs/compress.md`.
+Source: W. Su et al. 2021 (rotary positions); the identities are derived in `docs/guides/compress.md`.
 """
 
 from __future__ import annotations

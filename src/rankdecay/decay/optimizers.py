@@ -2,7 +2,7 @@
 
 Most optimizers step the parameters themselves, at ``group["lr"]``, and for these nothing here matters. The others are
 told by what they have (keys of their groups and of their states) where that says enough, so that a copy of one in
-another package is treated alike, and by their names where it does not. ``docs/optimizers.md`` lists both.
+another package is treated alike, and by their names where it does not. ``docs/guides/optimizers.md`` lists both.
 
 =========================  ====================================================  =======================================
 optimizer                  rate of a decay                                       weights that are decayed

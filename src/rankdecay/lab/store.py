@@ -1,4 +1,4 @@
-"""Run directories: write, resume, read. The files are described in ``docs/run_directory.md``.
+"""Run directories: write, resume, read. The files are described in ``docs/reference/run-directory.md``.
 
 The rules that make a run survive being killed at any moment:
 

@@ -1,4 +1,4 @@
-"""Reads run directories (`docs/run_directory.md`), complete or not: what pages, figures and verdicts are made from.
+"""Reads run directories, complete or not: what pages, figures and verdicts are made from.
 
 Only the files are needed. A run that is still going, or was interrupted, has no summary and perhaps no snapshots, and
 reads all the same. What had to be left out is said in `StoredRun.notices`.

@@ -249,7 +249,7 @@ class _Places:
 
 
 def row(trial: Trial, records: Sequence[Record], initial_rank: float, sigma: np.ndarray, plan: Plan) -> Record:
-    """Row that a sweep stores of one run (``docs/run_directory.md``).
+    """Row that a sweep stores of one run (``docs/reference/run-directory.md``).
 
     Args:
         trial: the run.

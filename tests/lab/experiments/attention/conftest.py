@@ -1,4 +1,4 @@
-"""Made-up experiments in the format of docs/run_directory.md, deterministic; and one that the real code trained."""
+"""Made-up experiments as docs/reference/run-directory.md has them, deterministic; and one that was trained."""
 
 import json
 import math

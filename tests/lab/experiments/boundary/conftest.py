@@ -1,4 +1,4 @@
-"""A made-up sweep in the format of docs/run_directory.md: per arm and strength, a logistic in the share of the data."""
+"""A made-up sweep (docs/reference/run-directory.md): per arm and strength, a logistic in the share of the data."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A small run directory in the format of docs/run_directory.md, with made-up, deterministic numbers."""
+"""A small run directory in the format of docs/reference/run-directory.md, with made-up, deterministic numbers."""
 
 import json
 from collections.abc import Callable

@@ -69,7 +69,7 @@ def test_median_steps_to_generalise(members, generalised, steps):
 
 @pytest.mark.parametrize("members", [[REACHED, NEVER], [REACHED, LATER, NEVER, NEVER]])
 def test_half_of_the_seeds_is_not_fewer_than_half(members):
-    """docs/run_directory.md: the median is null if *fewer* than half of the seeds got there."""
+    """docs/reference/run-directory.md: the median is null if *fewer* than half of the seeds got there."""
     summary = summarise_arm("none", [history(a, seed=i) for i, a in enumerate(members)], 0.95)
     assert summary["steps_to_generalise"] is not None
 
