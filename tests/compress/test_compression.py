@@ -171,6 +171,74 @@ def test_models_that_are_refused(tmp_path):
         rd.compress(small.saved(tmp_path / "model"), 8)
 
 
+def test_exact_is_said_of_every_input_and_not_of_the_text():
+    """Values of full rank, of which the text shows inputs of low rank alone."""
+    model = small.model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for matrix in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
+                matrix.view(-1, 16, 48)[:, [4, 5, 6, 7, 12, 13, 14, 15]] = 0
+            layer.self_attn.v_proj.weight.view(2, 16, 48)[:, 7:] = 0
+            layer.self_attn.v_proj.weight.view(2, 16, 48)[:, 8:11, 32:] = torch.randn(2, 3, 16) * 1e-3
+            layer.self_attn.v_proj.weight.view(2, 16, 48)[:, :7, 32:] = 0
+            layer.self_attn.o_proj.weight[32:] = 0
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight[:40, 32:] = 0
+    text = small.tokens() % 37 + 3
+    assert not rd.compress(model, 8, calibration=text).compression.exact
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.view(2, 16, 48)[:, 8:11] = 0
+    assert rd.compress(model, 8, calibration=text).compression.exact
+
+
+def test_a_share_that_positions_turn_is_written_even_if_it_is_all():
+    """Phi's class has a share of one half as its default."""
+    model = small.model("Phi", num_key_value_heads=4, hidden_size=64)
+    made = _quietly(model, 2)
+    assert made.config.head_dim == 2
+    assert made.model.layers[0].self_attn.rotary_ndims == 2
+    assert made(small.tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: setattr(m.model.layers[1].self_attn, "scaling", 0.1), r"layers\.1\.self_attn\.scaling is 0\.1"),
+        (lambda m: m.config.rope_parameters.update(rope_theta=1e6), "other frequencies"),
+        (lambda m: setattr(m.config, "rms_norm_eps", 0.1), "variance_epsilon"),
+        (lambda m: setattr(m.config, "head_dim", 8), "has shape"),
+        (lambda m: m.model.rotary_emb.original_inv_freq.mul_(0.5), "other frequencies"),
+    ],
+)
+def test_a_live_model_that_is_not_what_its_configuration_builds(change, says):
+    model = small.model()
+    change(model)
+    with pytest.raises(NotReducible, match=says):
+        rd.compress(model, 4)
+
+
+def test_how_a_model_generates_trains_and_is_trained_stays(tmp_path):
+    transformers = needs.package("transformers")
+    model = small.model().train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(False)
+    model.generation_config.max_new_tokens = 7
+    modes = [module.training for module in model.modules()]
+    made = rd.compress(model, 8, tmp_path / "made", calibration=small.tokens())
+    assert [module.training for module in model.modules()] == modes
+    assert made.generation_config.max_new_tokens == 7
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "made").max_new_tokens == 7
+    assert [name for name, p in made.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+
+
+def test_under_inference_mode_the_result_is_an_ordinary_model():
+    model, text = small.model(), small.tokens()
+    with torch.inference_mode():
+        made = rd.compress(model, 8, calibration=text)
+    made(input_ids=small.tokens(), labels=small.tokens()).loss.backward()
+
+
 def test_weights_that_are_not_finite_are_named():
     model = small.model()
     with torch.no_grad():
@@ -200,6 +268,9 @@ def test_an_adapter_is_refused_alive_and_in_files(tmp_path):
         ("text.txt", {}, "pass tokenizer="),
         (small.tokens(), {"window": 1}, "window=1"),
         (small.tokens(), {"windows": 1}, "windows=1"),
+        (small.tokens().float(), {}, "expected numbers of tokens"),
+        (small.tokens()[:, :1], {}, "windows of 1 tokens"),
+        (small.tokens() + 40, {}, "the model knows 0 to 49"),
     ],
 )
 def test_texts_that_cannot_choose(text, options, says):

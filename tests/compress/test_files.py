@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -153,10 +154,18 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 def test_what_a_kill_left_is_replaced(tmp_path):
     folder = small.saved(tmp_path / "model")
-    (tmp_path / "made.part").mkdir()
-    (tmp_path / "made.part" / "model.safetensors").write_bytes(b"half")
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    left = tmp_path / f".made.rankdecay-{int(ended.stdout)}"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    at_work = tmp_path / f".made.rankdecay-{os.getppid()}"  # of a process that is there
+    at_work.mkdir()
+    mine = tmp_path / "made.part"
+    mine.mkdir()
     rd.compress(folder, 8, tmp_path / "made")
-    assert not (tmp_path / "made.part").exists()
+    assert not left.exists()
+    assert at_work.exists()
+    assert mine.exists()
     assert _logits(tmp_path / "made").isfinite().all()
 
 
