@@ -17,6 +17,7 @@ from rankdecay.lab.ensemble.ensemble import compiler_available
 BROWSER = "no Chromium: apt-get install chromium, then make test"
 NEWER_TORCH = "this torch has only the legacy flags of precision: install torch 2.9 or later"
 SHELL = "no {}: apt-get install it, then make test"
+GIT = "no git: apt-get install git, then make test"
 FULL_DISK = "no /dev/full, a disk that is full: run make test on Linux"
 FORK = "no fork: run make test on Linux or macOS"
 ONE_THREAD = "torch's threads do not outlive a fork: OMP_NUM_THREADS=1 make test"

@@ -175,7 +175,7 @@ console()
     ("arguments", "name"),
     [
         (["inspect", "model"], "model/config.json"),
-        (["compress", "model", "--head-dim", "8", "--out", "small er"], "small er.part"),
+        (["compress", "model", "--head-dim", "8", "--out", "small er"], "small er.rankdecay-"),
     ],
     ids=["inspect", "compress"],
 )

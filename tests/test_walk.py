@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.waiting import HANG
 from tests.walked import ROOT, walk
 
@@ -91,7 +92,7 @@ def test_what_was_printed_may_differ_in_the_last_digits_alone() -> None:
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of one page, committed."""
     if shutil.which("git") is None:
-        pytest.skip("no git: apt-get install git, then make test")
+        pytest.skip(needs.GIT)
     folder = tmp_path / "repository"
     folder.mkdir()
     monkeypatch.setattr(walk, "ROOT", folder)

@@ -70,7 +70,7 @@ def test_the_terminal_draws_a_line_per_product() -> None:
 
 def test_a_terminal_without_blocks_gets_levels_in_ascii() -> None:
     raw = io.BytesIO()
-    file = io.TextIOWrapper(raw, encoding="latin-1")
+    file = io.TextIOWrapper(raw, encoding="ascii")
     rd.Monitor(attention([1.0, 0.5, 0.25, 0.0]), every=1, log=Terminal(file), of="query_key").step()
     file.flush()
     assert raw.getvalue() == b"step      1  attention/query_key  @+-.  effective rank 2.6\n"
