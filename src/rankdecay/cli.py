@@ -315,7 +315,6 @@ def _parsed(parser: _Parser, arguments: Sequence[str]) -> argparse.Namespace:
 
 def _inspect(settings: argparse.Namespace) -> int:
     from rankdecay.inspection import comparison, csv_text, moments, over_time
-    from rankdecay.lab.experiments.grok.inspect_run import is_run_directory, run_over_time
     from rankdecay.lab.store import tidy
 
     if settings.open and settings.html is None:
@@ -335,6 +334,7 @@ def _inspect(settings: argparse.Namespace) -> int:
     if settings.list:
         return _list(chosen, settings)
     reports = [_inspection(path, state, settings) for path, state in chosen]
+    pictured = "" if settings.json or settings.compare else _over_time(settings.path)
     try:
         if settings.csv is not None:
             write(settings.csv, csv_text(reports).encode())
@@ -353,7 +353,6 @@ def _inspect(settings: argparse.Namespace) -> int:
         print(json_text(whole))
         return _code(reports, settings)
     print(reports[-1])
-    pictured = run_over_time(settings.path) if is_run_directory(settings.path) else ""
     if settings.compare:
         print(comparison(reports))
         print(f"\n{over_time(moments(reports))}")
@@ -363,6 +362,16 @@ def _inspect(settings: argparse.Namespace) -> int:
         if written is not None:
             print(visible(str(written)))
     return _code(reports, settings)
+
+
+def _over_time(path: Path) -> str:
+    """Return the picture of the spectra of a run directory's snapshots; "" of a checkpoint."""
+    from rankdecay.lab.experiments.grok.inspect_run import is_run_directory, run_over_time
+
+    try:
+        return run_over_time(path) if is_run_directory(path) else ""
+    except ValueError as error:  # an earlier snapshot that is damaged
+        raise _explained(error, path) from None
 
 
 def _code(reports: "Sequence[Inspection | Listing]", settings: argparse.Namespace) -> int:

@@ -187,6 +187,18 @@ def test_a_damaged_last_snapshot(content: bytes, complete: Path, capsys: pytest.
     assert last.name in (complete / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_damaged_first_snapshot_is_named_by_inspect(complete: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = min((complete / "snapshots").glob("*.npz"))
+    first.write_bytes(first.read_bytes()[:100])
+    assert cli.main(["inspect", str(complete)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert first.name in shown.err
+    assert "restore it, or remove it" in shown.err
+    first.unlink()
+    assert cli.main(["inspect", str(complete)]) == 0
+
+
 def test_a_snapshot_that_unpacks_to_too_much_is_refused_from_its_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
