@@ -33,21 +33,19 @@ def draw(seed, rows, columns, condition, rank, dtype):
     condition=st.sampled_from([1.0, 1e2, 1e5]),
     lost=st.integers(0, 4),
     share=st.sampled_from([1e-3, 0.05, 0.5, 3.0]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
     scale=st.sampled_from([1e-6, 1.0, 1e6]),
 )
-def test_against_the_matrix_itself(rule, seed, columns, more, condition, lost, share, dtype, scale):
-    W = scale * draw(seed, columns + more, columns, condition, max(1, columns - lost), dtype)
+def test_against_the_matrix_itself(rule, seed, columns, more, condition, lost, share, scale):
+    W = scale * draw(seed, columns + more, columns, condition, max(1, columns - lost), torch.float32)
     norm = W.double().norm(dim=(-2, -1))
     tau = share * norm * torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     G = W.double().mT @ W.double()
-    # one null direction more or less is a matter of rounding: both count those of the dtype
-    wanted = shrink(W, tau.to(dtype), rule, smoothing=0.1, backend="exact").double()
+    wanted = shrink(W, tau.float(), rule, smoothing=0.1, backend="exact").double()
     for backend, bound in (("exact", EXACT), ("matmul", PRODUCTS)):
-        C = shrink_factor(G, tau, rule, smoothing=0.1, backend=backend, dtype=dtype)
+        C = shrink_factor(G, tau, rule, smoothing=0.1, backend=backend)
         got = W.double() - W.double() @ C
         error = (got - wanted).norm(dim=(-2, -1)) / (norm + tau)
-        assert error.max() < bound + (5e-7 if dtype == torch.float32 else 0)  # the reference rounds too
+        assert error.max() < bound + 5e-7  # the reference rounds too
         assert not C[2].any()
 
 

@@ -39,16 +39,29 @@ def apply_exact(
         overwrite: Whether the complement may take the place of X.
     """
     X = prepared.X
-    sigma, V = _right_singular(X, dtype)
-    tol = NULL_TOLERANCE if dtype != torch.float64 else max(X.shape[-2:]) * 2.0**-52
-    largest = sigma.amax(-1, keepdim=True)
-    multipliers = f(sigma, tol * largest)
     if complement:
-        if dtype == torch.float64:  # what σ cannot tell from nothing is nothing
-            nothing = ((1 - multipliers) * sigma).abs() <= _ROUNDINGS * 2.0**-52 * largest
-            multipliers = multipliers.masked_fill(nothing & (multipliers > 0.5), 1.0)
-        return leave_directions(X, V, multipliers, coarse=dtype != torch.float64, overwrite=overwrite)
-    return X @ ((V * multipliers[..., None, :]) @ V.mT)
+        V, share = lost_directions(prepared, f, dtype)
+        return leave_directions(X, V, share, coarse=dtype != torch.float64, overwrite=overwrite)
+    sigma, V = _right_singular(X, dtype)
+    return X @ ((V * f(sigma, _null(sigma, X, dtype))[..., None, :]) @ V.mT)
+
+
+def lost_directions(
+    prepared: Prepared, f: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return V (..., n, n) and the share that each direction loses (..., n); arguments as :func:`apply_exact`."""
+    sigma, V = _right_singular(prepared.X, dtype)
+    share = f(sigma, _null(sigma, prepared.X, dtype))
+    if dtype == torch.float64:  # what σ cannot tell from nothing is nothing
+        nothing = ((1 - share) * sigma).abs() <= _ROUNDINGS * 2.0**-52 * sigma.amax(-1, keepdim=True)
+        share = share.masked_fill(nothing & (share > 0.5), 1.0)
+    return V, share
+
+
+def _null(sigma: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the σ (..., 1) that count as zero."""
+    tolerance = NULL_TOLERANCE if dtype != torch.float64 else max(X.shape[-2:]) * 2.0**-52
+    return tolerance * sigma.amax(-1, keepdim=True)
 
 
 def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

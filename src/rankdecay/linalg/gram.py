@@ -11,7 +11,8 @@ So where W is cut into rows, its Gram matrices add up to G, C is the same everyw
   what it takes from W: :math:`C = R^{-1}(R - \mathrm{shrink}(R))`. Cholesky's, of G a little above singular.
 
 Both work in float64, since squaring halves the digits: σ below 1e-8 of the largest is lost. That is below the rounding
-of float32 weights; those of float64 have directions below 2⁻²⁵ σ_max counted as null by ``"polar"``.
+of float32 weights; of float64 ones only the rules that are always products are taken this way
+(:mod:`rankdecay.decay.sharded.sums`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ def shrink_factor(
     smoothing: float = 0.0,
     steps: int = 5,
     backend: str = "exact",
-    dtype: torch.dtype = torch.float32,
     rank: int | Tensor | None = None,
     exponent: int | Tensor = 0,
 ) -> Tensor:
@@ -56,7 +56,6 @@ def shrink_factor(
         smoothing: for "smooth", a fraction of ‖W‖_F.
         steps: for "newton_schulz".
         backend: ``"exact"`` or ``"matmul"``.
-        dtype: dtype of W, which decides how many digits count.
         rank: the smaller side of W, a number or (...): for ``relative``. None: n, of a W that is not wide.
         exponent: a number or (...): G is the Gram matrix of W/2^exponent. The squares of float64 weights overflow from
             1e154 and underflow below 1e-154; those of any narrower dtype do neither.
@@ -84,16 +83,16 @@ def shrink_factor(
     options = options._replace(relative=False)
     with full_precision(G.device):
         if by_decomposition(chosen, options, backend):
-            C = _by_eigenvalues(G, unit * scale, tau, chosen, options, dtype)
+            C = _by_eigenvalues(G, unit * scale, tau, chosen, options)
         else:
             C = _by_products(G, tau, rule, options)
     return C.masked_fill(bad[..., None], torch.nan)
 
 
-def _by_eigenvalues(G: Tensor, unit: Tensor, tau: Tensor, rule: Rule, options: Options, dtype: torch.dtype) -> Tensor:
+def _by_eigenvalues(G: Tensor, unit: Tensor, tau: Tensor, rule: Rule, options: Options) -> Tensor:
     note_backend("exact")
     sigma, V = _eigenvectors(G)
-    null = (NULL_TOLERANCE if dtype != torch.float64 else 2.0**-25) * sigma.amax(-1, keepdim=True)
+    null = NULL_TOLERANCE * sigma.amax(-1, keepdim=True)
     return taken_by_directions(V, shares(sigma, null, tau, unit, rule, options))
 
 

@@ -6,6 +6,7 @@ The rules themselves are a file each in :mod:`rankdecay.linalg.rules`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from rankdecay.linalg.backend import (
     note_backend,
     noted_once,
 )
-from rankdecay.linalg.exact import apply_exact
+from rankdecay.linalg.exact import apply_exact, lost_directions
 from rankdecay.linalg.matmul import cubic_newton_schulz
 from rankdecay.linalg.stack import (
     Prepared,
@@ -97,6 +98,28 @@ def shrink(
     if W.numel() == 0 or (not isinstance(tau, Tensor) and tau == 0):
         return W.clone()
     return _Step(get_rule(rule), options).run(W, step, backend)
+
+
+@torch.no_grad()
+def shrink_directions(R: Tensor, tau: Tensor, rule: str, options: Options, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Return V and t such that W loses the share t of its directions V by :func:`shrink`, for every W = QR.
+
+    Args:
+        R: float64 (k, n, n), such that QᵀQ = 1.
+        tau: τ ≥ 0 of each, (k).
+        rule: as for :func:`shrink`, not "newton_schulz".
+        options: of the step, checked.
+        rank: the smaller side of W, (k), for a relative τ.
+
+    Returns:
+        V (k, n, n) and t (k, n), NaN where R or τ is not finite.
+    """
+    if options.relative:
+        tau = tau * (R.shape[-1] / rank.to(R.device, torch.float64)).sqrt()
+    tau = tau[..., None, None]
+    prepared = mark_bad(prepare(R, torch.float64), tau)
+    V, share = lost_directions(prepared, _Step(get_rule(rule), options).share_of(prepared, tau), torch.float64)
+    return V, share.masked_fill(prepared.bad[..., 0], math.nan)
 
 
 def soft_threshold(W: Tensor, tau: float | Tensor, backend: str = "auto") -> Tensor:
@@ -345,6 +368,11 @@ class _Step:
         norm = torch.linalg.vector_norm(prepared.X, dim=(-2, -1), keepdim=True)
         return finite(tau * norm.double() / min(prepared.X.shape[-2:]) ** 0.5)
 
+    def share_of(self, prepared: Prepared, tau: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the share of each direction as a function of σ and of the σ that count as zero."""
+        threshold, unit = self._threshold(prepared, tau)[..., 0], prepared.scale[..., 0]
+        return lambda sigma, null: shares(sigma, null, threshold, unit, self.rule, self.options)
+
     def _decompose(self, W: Tensor, tau: Tensor, out: Tensor) -> None:
         if at_once(W) > 1:
 
@@ -354,11 +382,7 @@ class _Step:
             side_by_side(each, range(len(W)))
             return
         prepared = mark_bad(prepare(W, torch.float64), tau)
-        threshold = self._threshold(prepared, tau)[..., 0]
-
-        def share(sigma: Tensor, null: Tensor) -> Tensor:
-            return shares(sigma, null, threshold, prepared.scale[..., 0], self.rule, self.options)
-
+        share = self.share_of(prepared, tau)
         after = apply_exact(prepared, share, W.dtype, complement=True, overwrite=not self.clip)
         self._write(prepared.X - after if self.clip else after, prepared, W, tau, out)
 
