@@ -7,7 +7,7 @@
     python benchmarks/schedule_findings.py secondary docs/data/schedule
 
 The rows are made by `benchmarks/schedule.py`, whose docstring is the protocol. Contrasts are printed when every
-held-out run is there, and not before.
+held-out run of the arms they compare is there, and not before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,19 @@ def protocol_of(directory: Path) -> schedule.Protocol:
     return dataclasses.replace(schedule.Protocol(), **fields)
 
 
-def expected(directory: Path) -> int:
-    """How many held-out runs there are to be."""
+def expected(directory: Path, arms: Collection[str] = tuple(schedule.GRIDS)) -> int:
+    """How many held-out runs there are to be of some arms."""
     protocol = protocol_of(directory)
-    return len(schedule.GRIDS) * len(protocol.test_seeds) * len(protocol.test_sizes)
+    return len(arms) * len(protocol.test_seeds) * len(protocol.test_sizes)
 
 
-def complete(directory: Path) -> bool:
-    """Whether every held-out run is there."""
+def complete(directory: Path, arms: Collection[str] = schedule.NAMED) -> bool:
+    """Whether every held-out run of some arms is there, those of the contrasts if none are given."""
     held = frozen(directory)
-    if held is None:
+    if held is None or not set(arms) <= set(held["arms"]):
         return False
-    names = {own["name"] for own in held["arms"].values()}
-    return sum(row["arm"] in names for row in rows_of(directory, "test")) >= expected(directory)
+    names = {held["arms"][arm]["name"] for arm in arms}
+    return sum(row["arm"] in names for row in rows_of(directory, "test")) >= expected(directory, arms)
 
 
 @functools.cache
@@ -109,12 +109,16 @@ def state(options: argparse.Namespace) -> None:
         elif frozen(directory) is None:
             print(f"Tuning is under way: {tune:,} runs so far. Nothing is claimed before the held-out runs.")
         elif not complete(directory):
-            print(f"Tuned ({tune:,} runs), and frozen. Of {expected(directory):,} held-out runs {test:,} are there; "
-                  "contrasts are printed when all are, not before.")  # fmt: skip
+            print(f"The arms of the contrasts are tuned ({tune:,} runs so far), and frozen. Of {expected(directory):,} "
+                  f"held-out runs {test:,} are there; contrasts are printed when all of these arms are, not before."
+                  )  # fmt: skip
         else:
             headline = result(directory)["headline"]
             print(f"Tuned on {tune:,} runs, tested on {test:,}. By the rule that was stated beforehand the headline, "
                   f"*a schedule of the norm, not the rank*: **{headline}**.")  # fmt: skip
+            if not complete(directory, schedule.GRIDS):
+                others = ", ".join(f"`{arm}`" for arm in schedule.PARTS[1] if not complete(directory, (arm,)))
+                print(f"\nArms that no contrast names, not run to the end: {others}.")
 
 
 def tuned(options: argparse.Namespace) -> None:

@@ -130,7 +130,7 @@ def test_before_and_while_tuning_nothing_is_claimed(e1, capsys):
     assert schedule_findings.words("l2_ramp/l2") == "—"
 
 
-def test_contrasts_are_printed_when_every_held_out_run_is_there_and_not_before(e1, capsys):
+def test_contrasts_are_printed_when_every_held_out_run_of_theirs_is_there_and_not_before(e1, capsys):
     arms = {
         arm: {
             "name": arm, "strength": 1.0, "rest_decay": 2.0, "restricted_mean_time": 30.0, "strengths": [0.5, 1.0, 2.0],
@@ -142,11 +142,16 @@ def test_contrasts_are_printed_when_every_held_out_run_is_there_and_not_before(e
     (e1 / "tuned.json").write_text(json.dumps(frozen))
     _write(e1, "tune", [_row("smooth", 100, 60)])
     rows = [_row(arm, seed, size) for arm in arms for seed in PROTOCOL.test_seeds for size in PROTOCOL.test_sizes]
-    _write(e1, "test", rows[:-1])
+    of_l2 = next(row for row in rows if row["arm"] == "l2")
+    _write(e1, "test", [row for row in rows if row is not of_l2])
     assert f"Of {len(rows)} held-out runs {len(rows) - 1} are there" in _shown(capsys, "state", e1)
     assert "| l2 | 0.5, 1, 2 | 1 | 2 | 30 | no: strength |" in _shown(capsys, "tuned", e1)
     assert _shown(capsys, "contrasts", e1).startswith("(")
     assert schedule_findings.words("headline") == "not run to the end"
+    _write(e1, "test", [row for row in rows if row["arm"] != "yoked"])  # which no contrast names
+    assert "not run to the end: `yoked`." in _shown(capsys, "state", e1)
+    assert schedule_findings.words("status") == "holds"
+    schedule_findings.result.cache_clear()
     _write(e1, "test", rows)
     table = _shown(capsys, "contrasts", e1)
     assert "| 80 | smooth / l2_ramp | 1.000 (1.000–1.000) |" in table

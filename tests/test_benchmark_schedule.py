@@ -131,3 +131,30 @@ def test_a_report_of_runs_that_are_not_all_there_is_refused(monkeypatch, tmp_pat
         stored.remove(row)
     with pytest.raises(SystemExit, match="test lacks 4 runs of smooth: run --stage test first"):
         schedule.report(protocol, tmp_path)
+
+
+def test_the_arms_of_the_contrasts_are_frozen_first_and_the_others_added(monkeypatch, tmp_path):
+    def fake(path, protocol, wanted, budget, device):
+        if any(one.key[0] not in named for one in wanted):
+            raise KeyboardInterrupt
+        return [
+            {
+                **dict(zip(("arm", "strength", "rest_decay", "train_fraction", "seed"), one.key, strict=True)),
+                "steps_to_generalise": 10 + abs(math.log2(one.key[1] / 8.0)),
+            }
+            for one in wanted
+        ]
+
+    named = {f"{a}@{r}" for a in schedule.NAMED for r in schedule.RAMPS.get(a, ())} | set(schedule.NAMED)
+    monkeypatch.setattr(schedule, "trained", fake)
+    with pytest.raises(KeyboardInterrupt):
+        schedule.tune(schedule.TINY, tmp_path, "cpu")
+    first = schedule.tuned(tmp_path, schedule.TINY)
+    assert set(first["arms"]) == set(schedule.NAMED) == {"l2", "l2_ramp", "radial_only", "raise_rank", "smooth", "prox"}
+    named |= set(schedule.GRIDS) | {f"{a}@{r}" for a, ramps in schedule.RAMPS.items() for r in ramps}
+    monkeypatch.setattr(schedule, "GRIDS", {**schedule.GRIDS, "none": (4.0, 8.0, 16.0)})
+    second = schedule.tune(schedule.TINY, tmp_path, "cpu")
+    assert set(second["arms"]) == set(schedule.GRIDS)
+    assert {arm: second["arms"][arm] for arm in schedule.NAMED} == first["arms"]
+    with pytest.raises(SystemExit, match="is frozen"):
+        schedule.tune(schedule.TINY, tmp_path, "cpu")
