@@ -6,6 +6,7 @@ The reference is a float64 SVD of each matrix, taken out of the model by hand.
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import rankdecay as rd
+import rankdecay.decay.attachment as attachment_module
 from rankdecay.attention import Window
 from tests import needs
 from tests.attention.layouts import build_layout
@@ -803,3 +805,30 @@ def test_an_assumed_order_is_in_the_description_and_not_in_the_state() -> None:
     known = nn.MultiheadAttention(8, 2)
     optimizer = torch.optim.SGD(rd.param_groups(known, query_key=rd.LowRank(0.1)), lr=0.1)
     assert "assumed" not in rd.attach(optimizer).describe()
+
+
+def test_an_optimizer_that_is_collected_while_another_is_attached(monkeypatch):
+    """One in a cycle of references lives until the collector runs, which may be in the middle of an attach."""
+
+    def cyclic() -> None:
+        optimizer = torch.optim.SGD(rd.param_groups(make_model(), query_key=rd.LowRank(1.0)), lr=0.1)
+        rd.attach(optimizer)
+        optimizer.itself = optimizer  # pyright: ignore[reportAttributeAccessIssue]
+
+    living = attachment_module._living
+
+    def then_collected():
+        found = living()
+        gc.collect()
+        return found
+
+    gc.collect()
+    gc.disable()
+    try:
+        cyclic()
+        assert len(living()) >= 1
+        monkeypatch.setattr(attachment_module, "_living", then_collected)
+        other = torch.optim.SGD(rd.param_groups(make_model(), query_key=rd.LowRank(1.0)), lr=0.1)
+        assert rd.attach(other).optimizer is other
+    finally:
+        gc.enable()

@@ -72,9 +72,15 @@ _sees_hooks = False
 
 def attached() -> list[Attachment]:
     """Return the attachments whose decay is applied, or paused, and whose optimizer still exists."""
+    return [attachment for attachment, _ in _living()]
+
+
+def _living() -> list[tuple[Attachment, Optimizer]]:
+    """Return attachments with their optimizers, which then live on: the garbage collector may run at any moment."""
     with _attaching:
         every = list(_attached)
-    return [attachment for attachment in every if attachment._optimizer() is not None]
+    held = [(attachment, attachment._optimizer()) for attachment in every]
+    return [(attachment, optimizer) for attachment, optimizer in held if optimizer is not None]
 
 
 class Attachment:
@@ -82,7 +88,7 @@ class Attachment:
 
     def __init__(self, optimizer: Optimizer, source: Source, backend: Backend, wrappers: list[object]) -> None:
         kind = type(optimizer).__name__
-        if any(other.optimizer is optimizer for other in attached()):
+        if any(other is optimizer for _, other in _living()):
             raise ValueError(
                 f"this {kind} is attached already, and a second hook would decay twice; call detach() on its "
                 "attachment first."
@@ -698,8 +704,7 @@ def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
     """Raise if another attached optimizer decays one of these parameters."""
     held = attachment._targets(optimizer)
     ours = {id(p): name for each in held for p, name in zip(each.parameters, each.target.names, strict=True)}
-    for other in attached():
-        theirs = other.optimizer
+    for other, theirs in _living():
         for _, _, parameters in other._targets(theirs):
             for parameter in parameters:
                 if id(parameter) in ours:
