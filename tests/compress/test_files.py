@@ -133,22 +133,14 @@ def test_a_directory_that_exists_is_not_written_to(tmp_path):
 def test_a_full_disk_leaves_nothing(tmp_path):
     """A limit on the size of a file stands for the disk: writing fails in the middle of the weights."""
     folder = small.saved(tmp_path / "model")
-    code = (
-        "import sys, rankdecay as rd\n"
-        "try:\n    rd.compress(sys.argv[1], 8, sys.argv[2])\n"
-        "except ValueError as error:\n    print(error)\n"
-    )
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    done = subprocess.run(
-        [sys.executable, "-c", code, folder, tmp_path / "made"],
-        capture_output=True, text=True, timeout=120, preexec_fn=limit, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "made cannot be written (File too large)" in done.stdout
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"made cannot be written \(File too large\)"):
+            rd.compress(folder, 8, tmp_path / "made")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 

@@ -12,6 +12,7 @@ import os
 import sqlite3
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,16 @@ def wandb(folder: Path) -> dict[str, Any]:
     run = wandb.init(project="rankdecay", mode="offline", dir=str(folder), settings=settings)
     plain = train(WandB(run))
     run.finish()
-    rows = []
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    for data in records(file.read_bytes()):
-        record = protocol.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
+
+    def written() -> list[Any]:
+        return [protocol.Record.FromString(data) for data in records(file.read_bytes())]
+
+    while not any(record.HasField("exit") for record in written()):  # by a process of its own
+        time.sleep(0.1)
+    rows = []
+    for record in written():
+        if record.HasField("history"):
             row: dict[str, Any] = {}
             for item in record.history.item:
                 name, *inner = item.nested_key or [item.key]

@@ -55,15 +55,14 @@ def draw(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def placements_of(world: int) -> list[tuple[tuple[int, ...], tuple[Any, ...]]]:
-    """Meshes and placements for a number of processes."""
+    """Meshes and placements: lines of two processes, squares of four."""
     from torch.distributed.tensor import Replicate, Shard
 
-    found: list[tuple[tuple[int, ...], tuple[Any, ...]]] = [((world,), (Shard(0),)), ((world,), (Shard(1),))]
-    found.append(((world,), (Replicate(),)))
-    if world == 4:
-        kinds = (Shard(0), Shard(1), Replicate())
-        found += [((2, 2), pair) for pair in itertools.product(kinds, kinds) if pair != (Replicate(), Replicate())]
-    return found
+    kinds = (Shard(0), Shard(1), Replicate())
+    if world == 2:
+        return [((2,), (kind,)) for kind in kinds]
+    squares = [((2, 2), pair) for pair in itertools.product(kinds, kinds) if pair != (Replicate(), Replicate())]
+    return [((4,), (Shard(0),)), *squares]
 
 
 def every_placement(world: int) -> dict[str, float]:
