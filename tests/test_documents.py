@@ -54,6 +54,13 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_comment_breaks_a_paragraph(page: Path) -> None:
+    """At the beginning of a line GitHub takes a comment for the end of the paragraph, and shows the line as it is."""
+    broken = re.findall(r"^ *<!--.*<!-- end -->.*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert broken == []
+
+
 def test_cited_sections_exist_and_nothing_unpublished_is_cited() -> None:
     known, cited = sections(), set()
     for file in [*PAGES, *(file for folder in CODE for file in folder.rglob("*.py"))]:
