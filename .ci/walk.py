@@ -14,7 +14,8 @@ no reader of the page sees:
     <!-- walk: long 3 min of training -->           run with --long only
     <!-- walk: elsewhere REASON -->                 cannot run here: another machine, another package, another file
     <!-- walk: file NAME -->                        a part of a file: appended to it
-    <!-- walk: printed -->                          what the block before printed, but for the last digits of numbers
+    <!-- walk: printed -->                          what the block before printed, but for the last digits of numbers;
+                                                    a line of … alone stands for lines that are left out
 
 Blocks of Python (`python`) and of the shell (`sh`) are run; those of any other language are shown only.
 """
@@ -144,12 +145,16 @@ def help_blocks(venv: Path) -> list[Block]:
 def same(shown: str, printed: str) -> bool:
     """Whether a page shows what was printed: the same words, and numbers within a quarter of each other.
 
-    A bar, `▁` to `█`, is a number as well, and may have another height.
+    A bar, `▁` to `█`, is a number as well, and may have another height. A line of `…` stands for any lines, or none.
     """
     shown, printed = (re.sub("[▁-█]", "█", text) for text in (shown, printed))
-    if NUMBER.sub("#", " ".join(shown.split())) != NUMBER.sub("#", " ".join(printed.split())):
+    number = f"({NUMBER.pattern})"
+    parts = [re.split(number, " ".join(part.split())) for part in re.split(r"^…$", shown, flags=re.MULTILINE)]
+    patterns = ["".join(number if at % 2 else re.escape(words) for at, words in enumerate(part)) for part in parts]
+    found = re.fullmatch(".*?".join(patterns), " ".join(printed.split()))
+    if found is None:
         return False
-    pairs = zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True)
+    pairs = zip((words for part in parts for words in part[1::2]), found.groups(), strict=True)
     numbers = [(float(a.replace(",", "")), float(b.replace(",", ""))) for a, b in pairs]
     return all(abs(a - b) <= 0.25 * max(abs(a), abs(b)) + 1e-6 for a, b in numbers)
 

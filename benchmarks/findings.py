@@ -2,7 +2,7 @@
 
     python benchmarks/findings.py             # rewrites the pages, and draws the pictures whose rows have changed
     python benchmarks/findings.py --check     # fails if a page or a picture differs from the rows; below a minute
-    python benchmarks/findings.py --redraw    # draws every picture
+    python benchmarks/findings.py --redraw margin factor    # draws these pictures again; --redraw alone, all of them
 
 A page is Markdown in which what is made stands between two comments, on a line or in lines of its own:
 
@@ -379,9 +379,12 @@ def main() -> int:
     """Write or check the pages and pictures; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--redraw", action="store_true", help="draw every picture, also of rows that are as they were")
+    parser.add_argument(
+        "--redraw", nargs="*", metavar="NAME", help="draw these pictures, or all, also if their rows are as they were"
+    )
     given = parser.parse_args()
     os.chdir(ROOT)
+    chosen = () if given.redraw is None else given.redraw or (*pictures.RUNS, *pictures.CHARTS)
     stale = []
     for name in PAGES:
         path = Path(name)
@@ -392,7 +395,7 @@ def main() -> int:
         stale.append(name)
         if not given.check:
             path.write_text(new, encoding="utf-8")
-    stale += pictures.check() if given.check else pictures.draw_all(redraw=given.redraw)
+    stale += pictures.check() if given.check else pictures.draw_all(chosen)
     if given.check and stale:
         print(f"not what the rows in docs/data say: {', '.join(stale)}; run make findings", file=sys.stderr)
         return 1

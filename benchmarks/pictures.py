@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,17 +241,19 @@ def _draw_run(directory: Path, path: Path) -> None:
     kind.figure(dataclasses.replace(some, summary=kind.so_far(some)), path)
 
 
-def draw_all(*, redraw: bool) -> list[str]:
-    """Draws the pictures whose rows, or whose file, are not what was recorded; returns those drawn."""
+def draw_all(redraw: Collection[str] = ()) -> list[str]:
+    """Draws the pictures whose rows, or whose file, are not what was recorded, and those named; returns those drawn."""
     from rankdecay.lab.report.figure import draw
 
     recorded, drawn = _recorded(), []
+    if unknown := sorted(set(redraw) - {*RUNS, *CHARTS}):
+        raise ValueError(f"no picture is called {', '.join(unknown)}: choose of {', '.join((*RUNS, *CHARTS))}")
     for name in (*RUNS, *CHARTS):
         path, shown = IMAGES / f"{name}.png", _shown(name)
         if shown is None:
             recorded.pop(name, None)
             continue
-        if not redraw and recorded.get(name) == {"shows": shown, "file": _bytes(path)}:
+        if name not in redraw and recorded.get(name) == {"shows": shown, "file": _bytes(path)}:
             continue
         if name in RUNS:
             _draw_run(DATA / RUNS[name], path)

@@ -173,15 +173,19 @@ def test_a_picture_is_stale_when_its_rows_or_its_file_have_changed(monkeypatch, 
     monkeypatch.setattr(pictures, "RECORD", tmp_path / "drawn.json")
     path = str(tmp_path / "a.png")
     assert pictures.check() == [path]
-    assert pictures.draw_all(redraw=False) == [path]
-    assert pictures.check() == pictures.draw_all(redraw=False) == []
+    assert pictures.draw_all() == [path]
+    assert pictures.check() == pictures.draw_all() == []
     y[1] = 2.00000001  # below what a picture can show
     assert pictures.check() == []
     y[1] = 2.1
     assert pictures.check() == [path]
-    pictures.draw_all(redraw=False)
+    pictures.draw_all()
     Path(path).write_bytes(b"drawn by hand")
     assert pictures.check() == [path]
+    pictures.draw_all()
+    assert pictures.draw_all(["a"]) == [path]
+    with pytest.raises(ValueError, match="no picture is called b: choose of a, later"):
+        pictures.draw_all(["b"])
 
 
 # --- rows of before ---

@@ -54,6 +54,22 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_comment_breaks_a_paragraph(page: Path) -> None:
+    """At the beginning of a line GitHub takes a comment for the end of the paragraph, and shows the line as it is."""
+    broken = re.findall(r"^ *<!--.*<!-- end -->.*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_picture_has_the_command_that_makes_it_beside_it(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for picture in re.finditer(r"^!\[.*images/(\w+)\.png\)$", text, re.MULTILINE):
+        beside = text[max(picture.start() - 400, 0) : picture.end() + 400]
+        commands = re.findall(r"(?:--redraw|--figure|--screenshot)[ =](\w+)", beside)
+        assert picture[1] in commands, picture[0]
+
+
 def test_cited_sections_exist_and_nothing_unpublished_is_cited() -> None:
     known, cited = sections(), set()
     for file in [*PAGES, *(file for folder in CODE for file in folder.rglob("*.py"))]:

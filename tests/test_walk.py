@@ -88,6 +88,15 @@ def test_what_was_printed_may_differ_in_the_last_digits_alone() -> None:
     assert walk.same("heads ▂▃", "heads ▃▃")
 
 
+def test_lines_may_be_left_out_where_the_page_says_so() -> None:
+    printed = "rank 3.71\na note\nof 16\nenergy 2\n"
+    assert walk.same("rank 3.70\n…\nof 16\n…\n", printed)
+    assert walk.same("…\nenergy 2", printed)
+    assert not walk.same("rank 3.71\n…\nof 17\n…\n", printed.replace("16", "32"))
+    assert not walk.same("rank 3.71\n…\nof 16", printed)
+    assert not walk.same("rank 3.71 … of 16\nenergy 2", printed)
+
+
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of one page, committed."""

@@ -279,11 +279,12 @@ def _inspect_parser() -> _Parser:
         "--names",
         action="append",
         metavar="NAMES",
-        help="names of the projections, for attention that is not recognised: query=wq,key=wk,value=wv,output=wo; also "
-        "order, layout, num_heads, head_dim, rotary (none, half, interleaved), rotary_dims, qk_norm (yes, no), "
-        "transposed (yes, no), grouping; repeat it for a second kind of attention",
+        help="names of the projections, for attention that is not recognised: query=wq,key=wk,value=wv,output=wo, or "
+        "fused=qkv,output=wo; also order, layout (contiguous, interleaved, alternating), num_heads, head_dim, "
+        "rotary (none, half, interleaved), rotary_dims, qk_norm (yes, no), transposed (yes, no), grouping; repeat it "
+        "for a second kind of attention",
     )
-    add("--only", action="store_true", help="look for the attention that --names names alone")
+    add("--only", action="store_true", help="look for nothing but the attention of --names")
     add(
         "--strict",
         action="store_true",

@@ -262,22 +262,22 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
     if "order" in layer.unknown:
         yield (
             "the fused projection is read as all queries, all keys, all values, as in most code, and nothing says so: "
-            "if it is cut head by head, or row by row, give names=AttentionNames(fused=..., layout='interleaved' or "
-            "'alternating')"
+            "if it is cut head by head, or row by row, say layout=interleaved or layout=alternating in AttentionNames "
+            "(--names)"
         )
     if "grouping" in layer.unknown:
         yield (
             "nothing says which key head a query head meets: the first query heads are taken to meet the first, as in "
-            "most code; if query head i meets key head i mod g, give names=AttentionNames(..., grouping='strided')"
+            "most code; if query head i meets key head i mod g, say grouping=strided in AttentionNames (--names)"
         )
     if unknown := layer.unknown - {"order", "grouping"}:
         asked = {"qk_norm": "queries and keys are normalised", "rotary": "rotary positions turn them"}
         questions = " or whether ".join(asked[name] for name in sorted(unknown))
-        settings = ", ".join(f"{name}=..." for name in sorted(unknown))
+        settings = " and ".join(f"{name}=..." for name in sorted(unknown))
         example = ", or give a live model and example=" if "qk_norm" in unknown else ""
         yield (
-            f"nothing says whether {questions}, and it is shown as if not: say it with "
-            f"names=AttentionNames(..., {settings}){example}"
+            f"nothing says whether {questions}, and it is shown as if not: say {settings} in AttentionNames "
+            f"(--names){example}"
         )
 
 

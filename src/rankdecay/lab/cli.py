@@ -23,7 +23,7 @@ from rankdecay.lab.settings import REPORT_EXAMPLES, Report
 from rankdecay.text import json_text, shown_examples, visible
 
 PRESET_OPTIONS = ("--preset", "--size")  # what may choose one of an experiment's PRESETS
-CONFIG = (tyro.conf.FlagCreatePairsOff,)
+CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 POSITIONAL = tyro.conf.PositionalRequiredArgs
 
 

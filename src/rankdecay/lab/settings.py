@@ -48,9 +48,9 @@ class Report:
     """
 
     directories: tuple[Path, ...]
-    """Run directories."""
+    """Run directories, one or more."""
     out: Path | None = None
-    """Write the page of boundary directories here, merged; several go to merged-report.html otherwise."""
+    """Write the page here; several boundary directories make one page, otherwise merged-report.html."""
     figure: Path | None = None
     """Draw the static figure of one run, or of boundary directories merged, here instead: .png, .svg or .pdf."""
     open: bool = False

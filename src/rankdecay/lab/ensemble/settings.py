@@ -18,11 +18,11 @@ class EnsembleSettings(Settings):
     """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
     validation: int = 0
     """Examples of a third set that decides when a run has generalised, stops or switches; 0: the test set does, as in
-    runs of before."""
+    earlier runs."""
     smoothing: float = 0.13
     """For the smooth rule: directions below this share of ‖W‖_F shrink in proportion instead of by a fixed amount."""
     every: int = 4
-    """Apply four steps' low-rank decay every fourth step, to save time; the published rules do not."""
+    """Apply low-rank decay every so many steps, for as many at once, to save time; the published rules act at each."""
     lr: float = 2e-3
     """Learning rate of AdamW."""
     batch_size: int = 128

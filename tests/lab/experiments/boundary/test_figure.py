@@ -20,7 +20,7 @@ def test_it_is_vectors_only(shared_sweep, tmp_path):
 
 def test_titles_are_on_lines_of_their_own(shared_sweep, tmp_path):
     drawn = draw_figure([shared_sweep], tmp_path / "a.svg").read_text()  # text is paths, with itself in a comment
-    assert "decay of the rest: 0.5 -->" in drawn
+    assert "rest decay: 0.5 -->" in drawn
     assert r"\n" not in drawn
 
 

@@ -60,7 +60,7 @@ class AttentionDecay(Settings):
     evaluate_every: int = 50
     """Steps between evaluations."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the matrix products, by autocast: 'auto' is bfloat16 on a GPU that has it, float32 elsewhere."""
+    """Precision of the matrix products, by autocast: 'auto' is bfloat16 on a GPU that has it, float32 elsewhere."""
     every: int = 4
     """Steps that a low-rank decay gathers before it acts."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -127,7 +127,7 @@ def _map(
 
 def _title(item: PhaseMap, styles: dict[str, ArmStyle], several: bool) -> str:
     """The name of an arm on at most two lines, and the decay of the rest where there are several."""
-    rest = f"\ndecay of the rest: {item.rest}" if several else ""
+    rest = f"\nrest decay: {item.rest}" if several else ""
     return _wrapped(styles[item.arm].label, 6 * max(len(item.strengths), FEWEST_COLUMNS)) + rest
 
 

@@ -78,7 +78,7 @@ class Boundary(EnsembleSettings):
     ray: str | None = None
     """Run over a Ray cluster: its address, or 'local' to start one on this machine."""
     gpu_share: float = 1.0
-    """Of a GPU that each Ray task takes."""
+    """Share of a GPU that each Ray task takes."""
     out: Path = Path("runs/boundary")
     """Where results go; an interrupted or smaller sweep there is continued."""
 

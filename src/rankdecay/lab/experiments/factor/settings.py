@@ -37,7 +37,7 @@ class Factor(Settings):
     observed: float = 1.0
     """Share of the entries that are given, drawn for each seed; below 1 the rest is to be completed."""
     optimizer: Literal["gd", "momentum", "adam"] = "gd"
-    """Of the arms factors, merged and deep; decoupled is AdamW, or with momentum its plain counterpart."""
+    """Optimizer of the arms factors, merged and deep; decoupled is AdamW, or with momentum its plain counterpart."""
     depth: int = 3
     """Number of factors of the arm deep."""
     steps: int = 1000

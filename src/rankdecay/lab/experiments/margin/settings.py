@@ -30,23 +30,23 @@ class Margin(Settings):
     data: str = "generic"
     """generic, equal (all but the best token of an example share a score), aligned (both SVMs coincide), or an .npz."""
     dimension: int = 12
-    """d, of tokens and queries."""
+    """Dimension of tokens and queries, d."""
     tokens: int = 4
-    """L, per example."""
+    """Tokens of an example, L."""
     examples: int = 4
-    """n, per data set."""
+    """Examples of a data set, n."""
     datasets: int = 8
     """How many data sets to draw, each from a seed of its own; a file has its own number."""
     score: float = 4.0
-    """Of the best tokens of equal and aligned data."""
+    """Score of the best tokens of equal and aligned data."""
     inner: int = 0
     """d_e, columns of K and Q; by default as many as the dimension."""
     loss: Literal["exponential", "logistic"] = "exponential"
-    """Of an example's label times the output."""
+    """Loss of an example, a function of its label times the output."""
     init: Literal["paper", "random"] = "paper"
     """paper: K = √2 scale I, Q = 0. random: both Gaussian. W begins as their product."""
     scale: float = 1.0
-    """Of the initial weights."""
+    """Size of the initial weights."""
     l2: float = 2.2e-16
     """ε of the explicit decay ε(‖K‖² + ‖Q‖²), ε‖W‖² or 2ε‖W‖_*, in the arms that have one."""
     rate: float = 4e-3

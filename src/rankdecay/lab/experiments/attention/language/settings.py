@@ -42,7 +42,7 @@ class Language(AttentionDecay):
     width: int = 128
     """Width of the model."""
     depth: int = 4
-    """Its layers."""
+    """Layers of the model."""
     heads: int = 4
     """Heads per layer."""
     mlp_width: int = 344

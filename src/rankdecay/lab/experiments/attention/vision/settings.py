@@ -24,21 +24,21 @@ class Vision(AttentionDecay):
     """
 
     library: Literal["transformers", "timm"] = "transformers"
-    """Whose vision transformer; QK-norm needs timm, whose it is a LayerNorm of each head."""
+    """Library whose vision transformer is trained; QK-norm needs timm, where it is a LayerNorm of each head."""
     image_folder: str | None = None
     """A folder with one sub-folder of images per class, in place of the digits."""
     image_size: int | None = None
-    """Pixels a side that the images of --image-folder are brought to: 64; the digits have 8."""
+    """Pixels a side that the images of --image-folder are scaled to, by default 64; the digits have 8."""
     grey: bool = False
     """Read the images of --image-folder in grey."""
     patch: int | None = None
-    """Pixels a side of a patch: 8; of the digits 2."""
+    """Pixels a side of a patch, by default 8; for the digits 2."""
     valid_share: float = 0.2
     """Share of the images of each class to validate with."""
     width: int = 64
     """Width of the network."""
     depth: int = 3
-    """Its layers."""
+    """Layers of the network."""
     heads: int = 4
     """Heads of each layer."""
     mlp_width: int = 128
