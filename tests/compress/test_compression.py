@@ -171,6 +171,40 @@ def test_models_that_are_refused(tmp_path):
         rd.compress(small.saved(tmp_path / "model"), 8)
 
 
+def test_a_model_that_was_loaded_from_gguf(tmp_path):
+    """Transformers calls it quantised, and its weights are plain numbers; unless it keeps them in their blocks."""
+    needs.package("gguf")
+    from tests.attention.test_gguf import convert, permuted
+
+    transformers, model = needs.package("transformers"), small.model()
+    settings = {
+        "rope.dimension_count": 16, "rope.freq_base": 10000.0, "attention.key_length": 16, "vocab_size": 50,
+        "attention.value_length": 16, "embedding_length": 48, "feed_forward_length": 64, "context_length": 64,
+        "attention.layer_norm_rms_epsilon": model.config.rms_norm_eps,
+    }  # fmt: skip
+    convert(model, tmp_path / "model.gguf", "llama", 2, permuted, settings)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    text = small.tokens()
+    made = rd.compress(loaded, 8, tmp_path / "made", calibration=text)
+    wanted = rd.compress(model, 8, calibration=text).state_dict()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made").state_dict()
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+        assert torch.equal(tensor, again[name]), name
+    assert "quantization_config" not in (tmp_path / "made" / "config.json").read_text()
+    assert loaded.config.quantization_config.quant_method == "gguf"  # the model itself stays as it was
+    loaded.lm_head.weight = torch.nn.Parameter(torch.zeros(50, 51, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(NotReducible, match=r"lm_head\.weight is quantised \(torch\.uint8\): .*GgufConfig\(dequantize"):
+        rd.compress(loaded, 8)
+
+
+def test_a_model_that_says_it_is_quantised_is_refused():
+    model = small.model()
+    model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(NotReducible, match=r"the model is quantised: .*model\.dequantize\(\)"):
+        rd.compress(model, 8)
+
+
 def test_exact_is_said_of_every_input_and_not_of_the_text():
     """Values of full rank, of which the text shows inputs of low rank alone."""
     model = small.model()

@@ -308,11 +308,7 @@ def _opened(
     state = model.state_dict()
     if odd := next((name for name, t in state.items() if t.is_meta), None):
         raise ValueError(f"{odd} is on the meta device and has no values; load the weights first.")
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if odd := next((name for name in names if not state[name].is_floating_point()), None):
-        raise NotReducible(f"{odd} is quantised ({state[odd].dtype}): dequantise the model first (model.dequantize()).")
-    if "quantization_config" in vars(model.config):
-        raise NotReducible("the model is quantised: dequantise it first (model.dequantize()).")
+    config = _of_plain_weights(model, state)
 
     def read(name: str) -> Tensor:
         if name not in state:
@@ -321,7 +317,31 @@ def _opened(
             )
         return state[name].detach().cpu()
 
-    return type(model), model.config, read
+    return type(model), config, read
+
+
+def _of_plain_weights(model: Any, state: Mapping[str, Tensor]) -> Any:
+    """Return the configuration of a live model, once its weights are sure to be plain numbers.
+
+    Of GGUF transformers says that a model is quantised even where it has unpacked every weight in loading it.
+    """
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    packed = next((name for name in names if not state[name].is_floating_point()), None)
+    quantised = vars(model.config).get("quantization_config")
+    of_gguf = getattr(quantised, "quant_method", None) == "gguf"
+    if packed is not None or (quantised is not None and not of_gguf):
+        what = "the model is quantised" if packed is None else f"{packed} is quantised ({state[packed].dtype})"
+        remedy = (
+            "load it with quantization_config=transformers.GgufConfig(dequantize=True)"
+            if of_gguf
+            else "dequantise the model first (model.dequantize())"
+        )
+        raise NotReducible(f"{what}: {remedy}.")
+    if not of_gguf:
+        return model.config
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    return config
 
 
 def _text(
