@@ -252,6 +252,20 @@ def test_a_live_model_that_is_not_what_its_configuration_builds(change, says):
         rd.compress(model, 4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_are_tied_or_untied_by_hand(tied):
+    """The configuration says whether a checkpoint has one matrix or two; what it does not say would be lost."""
+    model = small.model(tie_word_embeddings=not tied)
+    embeddings = model.model.embed_tokens.weight
+    model.lm_head.weight = embeddings if tied else torch.nn.Parameter(torch.randn_like(embeddings))
+    with pytest.raises(NotReducible, match=rf"lm_head\.weight and model\.embed_.* set tie_word_embeddings={tied}"):
+        rd.compress(model, 8)
+    model.config.tie_word_embeddings = tied
+    made = _quietly(model, 8)
+    assert (made.lm_head.weight is made.model.embed_tokens.weight) == tied
+    assert torch.equal(made.lm_head.weight, model.lm_head.weight)
+
+
 def test_how_a_model_generates_trains_and_is_trained_stays(tmp_path):
     transformers = needs.package("transformers")
     model = small.model().train()

@@ -82,10 +82,7 @@ class Skeleton:
     @cached_property
     def own_names(self) -> list[str]:
         """Names of what has to be read: of tied parameters the first, since a checkpoint holds no other."""
-        first: dict[int, str] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            first.setdefault(id(tensor), name)
-        return list(first.values())
+        return list(dict.fromkeys(_first_names(self.model).values()))
 
     def check(self) -> None:
         """Raise ``NotReducible`` if the identities do not hold for some layer."""
@@ -99,10 +96,11 @@ class Skeleton:
     def check_same(self, model: nn.Module) -> None:
         """Raise ``NotReducible`` if a live model is not what its configuration builds.
 
-        The configuration is what a checkpoint is read by: numbers of modules, shapes and rotary frequencies that were
-        changed after building would be lost without a word.
+        The configuration is what a checkpoint is read by: numbers of modules, shapes, rotary frequencies and parameters
+        tied by hand that were changed after building would be lost without a word.
         """
         name = type(model).__name__
+        self._check_tied(model)
         for key, tensor in model.state_dict().items():
             said = self.shapes.get(key)
             if said is not None and tuple(tensor.shape) != said:
@@ -131,6 +129,17 @@ class Skeleton:
                         f"{path}.{part} is {value}, and {name}'s configuration builds it with {said}: a checkpoint is "
                         "read by its configuration, so set it there."
                     )
+
+    def _check_tied(self, model: nn.Module) -> None:
+        ours = _first_names(model)
+        for key, first in _first_names(self.model).items():
+            if ours.get(key, first) != first:
+                tied = ours[key] != key
+                other, are = (ours[key], "one parameter") if tied else (first, "two parameters")
+                raise NotReducible(
+                    f"{key} and {other} are {are}, and {type(model).__name__}'s configuration says otherwise: set "
+                    f"tie_word_embeddings={tied} in it."
+                )
 
     def scale(self, found: Found) -> float:
         """Return what the scores of an attention are multiplied by."""
@@ -213,6 +222,12 @@ class Skeleton:
         if layer is None or layer >= len(kinds) or kinds[layer] not in self.ropes:
             raise NotReducible(f"{found.name}: nothing says which of the rotary frequencies it has.")
         return kinds[layer]
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Return the first name of the tensor that each name of a state dict has; tied parameters have one."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def _rope(real: Any, name: str, key: str | None, config: Any) -> Rope:
