@@ -15,7 +15,7 @@ Head size d becomes d'. All of it is computed in float64; what a row stands for 
   that b_V adds W_O b_V to the output's bias where there is one; elsewhere it is a column of W_V.
 
 With second moments of the layer's input (``Moments``) the truncation is that of the outputs on the data; without them
-every input counts alike, which on real models loses far more: a few directions of the input are huge.
+every input counts alike, which loses more the more the directions of the input differ in size.
 
 Source: W. Su et al. 2021 (rotary positions); the identities are derived in `docs/guides/compress.md`.
 """
