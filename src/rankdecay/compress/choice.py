@@ -1,8 +1,8 @@
 """Which rotary planes stay: by what a score would lose, from the weights alone, or by what a text shows.
 
 Without a text the planes of least *energy* go, Σ_heads ‖a_j‖²‖b_j‖² with the rows a_j of W_Q and b_j of W_K: the most
-that dropping the plane can cost a score of unit inputs. Energy is not loss: in SmolLM2-135M it orders the planes by what
-leaving one out costs only roughly (`docs/findings/compress.md`). With a text that loss itself is the score.
+that dropping the plane can cost a score of unit inputs. Energy is not loss: in SmolLM2-135M it orders the planes only
+roughly by what leaving one out costs (`docs/findings/compress.md`). With a text that loss itself is the score.
 
 One set of planes serves all layers that share a table of frequencies, because a configuration has one.
 """
