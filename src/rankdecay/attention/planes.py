@@ -173,13 +173,11 @@ def plane_rows(found: list[Found], notes: Mapping[str, str]) -> tuple[dict[str, 
 
 
 def _parts(layer: Found) -> dict[Part, tuple[str, Window]]:
-    roles: tuple[Literal["query", "key"], ...] = ("query", "key")
+    names: dict[Literal["query", "key"], tuple[Part, Part]]
+    names = {"query": ("query", "query bias"), "key": ("key", "key bias")}
     parts: dict[Part, tuple[str, Window]] = {}
-    for role in roles:
-        place = layer.places[role]
-        parts[role] = place.parameter, place.window
-        if place.bias is not None and place.bias_window is not None:
-            parts["query bias" if role == "query" else "key bias"] = place.bias, place.bias_window.of_vector()
+    for role, own in names.items():
+        parts |= zip(own, layer.places[role].parts(), strict=False)  # perhaps without a bias
     return parts
 
 

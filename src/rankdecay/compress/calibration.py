@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankdecay.compress.reduction import Layer, Moments, plane_rows_of
+from rankdecay.compress.reduction import Layer, Moments, as_matrix
 from rankdecay.files import read_bytes
 
 WINDOW, MOST_WINDOWS = 512, 24
@@ -121,18 +121,14 @@ def _without_plane(model: nn.Module, layers: Sequence[Layer], plane: int) -> Ite
     try:
         for layer in layers:
             assert layer.found.rotary is not None
-            rows = plane_rows_of(layer.found.rotary, torch.tensor([plane]))
+            rows = layer.found.rotary.planes()[plane]
             for role in ("query", "key"):
-                place = layer.found.places[role]
-                for name, window in ((place.parameter, place.window), (place.bias, place.bias_window)):
-                    if name is None or window is None:
-                        continue
+                for name, window in layer.found.places[role].parts():
                     data = parameters[name].data
                     saved.setdefault(name, data.clone())
-                    lines = data[:, None] if data.ndim == 1 else data
-                    heads = window.heads(lines).clone()
+                    heads = window.heads(as_matrix(data)).clone()
                     heads[:, rows] = 0
-                    window.write(lines, heads)
+                    window.write(as_matrix(data), heads)
         yield
     finally:
         for name, data in saved.items():
