@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from rankdecay.compress import calibration as texts
 from rankdecay.compress.card import card
-from rankdecay.compress.choice import PlaneScores, lost_energy, with_losses
+from rankdecay.compress.choice import PlaneScores, kept_planes, lost_energy, lost_planes, with_losses
 from rankdecay.compress.files import StoredModel, check_new, new_directory, write_checkpoint
 from rankdecay.compress.original import Original, Smaller
-from rankdecay.compress.reduction import Moments, NotReducible, unturned_energies, value_energies
+from rankdecay.compress.reduction import Moments, NotReducible, cached_heads, unturned_energies, value_energies
 from rankdecay.compress.result import Compression, Size, usual_sizes
 from rankdecay.compress.skeleton import model_class
 from rankdecay.files import read_bytes
@@ -254,7 +254,7 @@ def _planned(
     for count, size in enumerate(listed):
         small = None
         if size != original.head_dim:
-            kept = {key: scores[key].kept(planes) for key, planes in original.planes_of(size).items()}
+            kept = kept_planes(scores, original.head_dim, size)
             small = original.smaller(size, kept, _written(config, stored))
             smaller = small if size == head_dim else smaller
         table.append(_size(original, small, scores, energies, read, losses))
@@ -437,10 +437,10 @@ def _size(
     named = getattr(original.config, "dtype", None)
     weights = read(original.layers[0].found.places["key"].parameter).dtype
     width = (named if isinstance(named, torch.dtype) else weights).itemsize
-    planes = max((scores[key].lost(kept) for key, kept in small.kept.items()), default=0.0) if small else 0.0
+    planes = lost_planes(scores, small.kept) if small else 0.0
     lost = lost_energy(energies, head_dim) if small else 0.0
     loss = losses(small) if losses is not None else None
-    return Size(head_dim, original.cached_heads * head_dim * width, planes, lost, loss)
+    return Size(head_dim, cached_heads(original.skeleton.found) * head_dim * width, planes, lost, loss)
 
 
 def _is_exact(
@@ -452,11 +452,8 @@ def _is_exact(
 
     Whatever the inputs: what a text does not show may be what another one has.
     """
-    for key, kept in smaller.kept.items():
-        gone = torch.ones_like(scores[key].removable)
-        gone[kept] = False
-        if not bool(scores[key].removable[gone].all()):
-            return False
+    if not all(scores[key].is_free(kept) for key, kept in smaller.kept.items()):
+        return False
     for number, layer in enumerate(smaller.layers):
         planes = smaller.planes(number)
         left = smaller.head_dim - (0 if planes is None else 2 * len(planes))

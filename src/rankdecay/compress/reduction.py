@@ -80,11 +80,6 @@ class Layer:
         return self.found.head_dim
 
     @property
-    def key_heads(self) -> int:
-        """Number of key heads."""
-        return self.found.places["key"].window.num_heads
-
-    @property
     def parameters(self) -> list[str]:
         """Names of the parameters that become others."""
         places = [self.found.places[role] for role in _ROLES]
@@ -171,7 +166,7 @@ def unturned_energies(layer: Layer, read: Read) -> Tensor | None:
     if turned == layer.head_dim:
         return None
     if layer.query_norm is not None:
-        return _shares(layer, read)[turned:].sort(descending=True).values[None]
+        return _coordinate_shares(layer, read)[turned:].sort(descending=True).values[None]
     parts = _Parts(layer.found, read)
     query = parts.grouped(parts.heads("query")[:, turned:]).mT.flatten(1, 2)
     return _product_energies(query, parts.heads("key")[:, turned:])
@@ -248,17 +243,21 @@ def kept_coordinates(layer: Layer, read: Read, head_dim: int, kept: Tensor | Non
     rows, turned = _turned(layer, kept)
     if turned == layer.head_dim:
         return rows
-    shares = _shares(layer, read)[turned:]
-    best = shares.sort(stable=True, descending=True).indices[: head_dim - len(rows)].sort().values
-    return torch.cat([rows, best + turned])
+    rest = _coordinate_shares(layer, read)[turned:].sort(stable=True, descending=True).indices
+    return torch.cat([rows, rest[: head_dim - len(rows)].sort().values + turned])
 
 
-def _shares(layer: Layer, read: Read) -> Tensor:
+def _coordinate_shares(layer: Layer, read: Read) -> Tensor:
     """Return the share that each coordinate has in the norms of queries and keys and in their product, (d,)."""
     parts = _Parts(layer.found, read)
     query, key = (parts.heads(role).square().sum(-1) for role in ("query", "key"))
-    query, key = (part / part.sum(-1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny) for part in (query, key))
+    query, key = shares(query), shares(key)
     return (parts.grouped(query) * key[:, None]).sum((0, 1)) + query.sum(0) + key.sum(0)
+
+
+def shares(energies: Tensor) -> Tensor:
+    """Return the share that each number of a last dimension has in their sum; of nothing each has 0."""
+    return energies / energies.sum(-1, keepdim=True).clamp_min(torch.finfo(energies.dtype).tiny)
 
 
 def _scores(
@@ -388,6 +387,11 @@ def smaller_window(window: Window, head_dim: int) -> Window:
     return replace(
         window, start=scaled(window.start), stop=scaled(window.stop), size=scaled(window.size), head_dim=head_dim
     )
+
+
+def cached_heads(every: Sequence[Found]) -> int:
+    """Return the heads of keys and of values that a token has in the cache, over all layers."""
+    return sum(2 * found.places["key"].window.num_heads for found in every)
 
 
 def check_reducible(every: Sequence[Found]) -> None:
