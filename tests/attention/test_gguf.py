@@ -190,9 +190,9 @@ def test_a_real_file_has_the_rows_that_transformers_loads(tmp_path):
 def test_the_permutation_is_seen(tmp_path):
     """The same file under an architecture that has its planes half a head apart would be another model."""
     model = build("llama")
-    permuted = convert(model, tmp_path / "a.gguf", *CONVERTED["llama"])
+    written = convert(model, tmp_path / "a.gguf", *CONVERTED["llama"])
     other = convert(model, tmp_path / "b.gguf", "qwen2", 2, permuted, {})
-    ours, theirs = rd.inspect(permuted).of("query_key"), rd.inspect(other).of("query_key")
+    ours, theirs = rd.inspect(written).of("query_key"), rd.inspect(other).of("query_key")
     assert [row["nuclear_norm"] for row in ours] == pytest.approx([row["nuclear_norm"] for row in theirs])
     assert abs(ours[0]["imbalance"] - theirs[0]["imbalance"]) > 1e-4
 
