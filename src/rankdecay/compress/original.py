@@ -44,7 +44,7 @@ class Original:
         self.skeleton.check()
         self.head_dim = self.skeleton.found[0].head_dim
         self.warnings: list[str] = []
-        self.turned()  # refuses what cannot be turned
+        self._check_turned()
         if any(rope.attention_factor != 1.0 for rope in self.skeleton.ropes.values()):
             self.warnings.append(
                 "its sines and cosines are multiplied by an attention_factor, which transformers reads beside longrope "
@@ -59,20 +59,21 @@ class Original:
 
     def turned(self) -> dict[str | None, int]:
         """Return the number of rotary planes of a head, by table of frequencies."""
-        planes: dict[str | None, int] = {}
+        return {
+            self.skeleton.rope_key(number): found.rotary.dims // 2
+            for number, found in enumerate(self.skeleton.found)
+            if found.rotary is not None
+        }
+
+    def _check_turned(self) -> None:
         for number, found in enumerate(self.skeleton.found):
             if found.rotary is None:
                 continue
             if found.planes_assumed:
                 raise NotReducible(f"{found.name}: nothing says which rows positions turn together.")
-            key = self.skeleton.rope_key(number)
-            planes[key] = found.rotary.dims // 2
-            if len(self.skeleton.ropes[key].short) != planes[key]:
-                raise NotReducible(
-                    f"{found.name} turns {planes[key]} planes, and the class has {len(self.skeleton.ropes[key].short)} "
-                    "frequencies."
-                )
-        return planes
+            planes, has = found.rotary.dims // 2, len(self.skeleton.ropes[self.skeleton.rope_key(number)].short)
+            if planes != has:
+                raise NotReducible(f"{found.name} turns {planes} planes, and the class has {has} frequencies.")
 
     def with_positions(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[str | None]]:
         """Return the layers with rotary positions, and the table of frequencies of each."""
