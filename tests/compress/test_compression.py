@@ -104,6 +104,23 @@ def test_values_chosen_on_a_text_lose_less_of_what_is_computed():
     assert errors[0] < errors[1] / 2
 
 
+def test_more_sizes_do_not_rank_again(monkeypatch):
+    """What does not depend on the head size is computed once: passes of the model, and roots of its moments."""
+    model, text = small.model(), small.tokens()
+    passes, roots = [], []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    decompose = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: roots.append(1) or decompose(matrix))
+    counts = []
+    for sizes in ([], [14, 12, 10]):
+        passes.clear()
+        roots.clear()
+        plan(model, 8, text, sizes=sizes)
+        counts.append((len(passes), len(roots)))
+    assert counts[0] == counts[1]
+    assert counts[0][1] == 2  # of each layer
+
+
 def test_without_a_text_it_warns():
     with pytest.warns(UserWarning, match="chosen without a text"):
         rd.compress(small.model(), 8)
