@@ -30,7 +30,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Text:
-    """A text as the user gives it: path or tokens, tokens of a window, windows; of a live model with a tokenizer."""
+    """A text as the user gives it.
+
+    Attributes:
+        given: path of a text file, or tokens.
+        tokenizer: turns text into tokens; None: what is beside a model in files.
+        window: tokens of a window, at the most.
+        windows: number of windows.
+    """
 
     given: str | Path | Tensor
     tokenizer: Any = None
@@ -56,8 +63,10 @@ def live_with_tokens(model: Opened, text: Text, progress: Progress) -> tuple[nn.
             f"{model.kind.__name__} is no causal language model, whose loss on a text could choose: leave it out."
         )
     length = min(text.window, getattr(model.config, "max_position_embeddings", None) or text.window)
-    beside = None if model.stored is None else partial(_tokens_of, model.stored.path)
-    tokens = windows_of(text.given, text.tokenizer or beside, length, text.windows)
+    tokenizer = text.tokenizer
+    if tokenizer is None and model.stored is not None:
+        tokenizer = partial(_tokens_of, model.stored.path)
+    tokens = windows_of(text.given, tokenizer, length, text.windows)
     if int(tokens.min()) < 0 or int(tokens.max()) >= model.config.vocab_size:
         raise ValueError(
             f"calibration has token {int(tokens.max())}, and the model knows 0 to {model.config.vocab_size - 1}: is "

@@ -197,7 +197,9 @@ def _planned(
         raise TypeError(f"sizes must be a list of head sizes, got {sizes!r}.")
     for wanted in (*([] if head_dim is None else [head_dim]), *(sizes or ())):
         _check_size(original, wanted)
-    choice = _Choice(original.scores(given.read)) if text is None else _by_loss(given, original, text, tell)
+    choice = _Choice(original.scores(given.read))
+    if text is not None:
+        choice = _by_loss(given, original, choice.scores, text, tell)
     energies = _value_energies(given, original, choice.moments)
     table, smaller = _sizes(given, original, choice, energies, _shown(original.head_dim, head_dim, sizes), tell)
     made = smaller.get(head_dim) if head_dim is not None else None
@@ -249,7 +251,8 @@ def _sizes(
     return table, smaller
 
 
-def _by_loss(given: Opened, original: Original, text: texts.Text, tell: Progress) -> _Choice:
+def _by_loss(given: Opened, original: Original, scores: Scores, text: texts.Text, tell: Progress) -> _Choice:
+    """Return what a text chooses: planes by the loss without each, values by what enters the layers."""
     live, tokens = texts.live_with_tokens(given, text, tell)
     choosing, reported = tokens[::2], tokens[1::2]
     if not math.isfinite(texts.loss(live, choosing[:1])):
@@ -262,7 +265,7 @@ def _by_loss(given: Opened, original: Original, text: texts.Text, tell: Progress
         model = live if smaller is None else smaller.model(given.read, moments, lambda done: None).to(torch.float32)
         return texts.loss(model, reported)
 
-    return _Choice(with_losses(original.scores(given.read), losses), moments, loss)
+    return _Choice(with_losses(scores, losses), moments, loss)
 
 
 def _to_files(planned: _Planned, out: Path, tell: Progress) -> Compression:
