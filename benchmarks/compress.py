@@ -54,8 +54,7 @@ import rankdecay as rd
 from rankdecay.compress import calibration as texts
 from rankdecay.compress import compress
 from rankdecay.compress.choice import with_losses
-from rankdecay.compress.compression import _opened as opened
-from rankdecay.compress.files import StoredModel
+from rankdecay.compress.opened import opened
 from rankdecay.compress.original import Original
 from rankdecay.compress.reduction import Moments as Inputs
 from rankdecay.compress.reduction import truncated, value_energies
@@ -716,13 +715,12 @@ def pretrained(arguments: argparse.Namespace) -> None:
     healing = example("compress_pretrained")
     stage = Stage(arguments, "pretrained", ("model", "head_dim", "tokens", "teacher", "windows"))
     path, steps, name = arguments.model, arguments.steps, Path(arguments.model).name
-    stored = StoredModel(path)
-    kind, config, read_weights = opened(path, stored)
-    live = cast(Any, kind).from_pretrained(path, dtype=torch.float32).eval()
+    given = opened(path)
+    live = cast(Any, given.kind).from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     training, validation = healing.windows_of_text(tokenizer, arguments.text, arguments.window)
     validation, tokens = validation[: arguments.measured], steps * 2 * arguments.window
-    original = Original(kind, config)
+    original = Original(given.kind, given.config)
     choosing = training[: arguments.choosing]
     held = arguments.work / f"{name}-choice-{arguments.choosing}x{arguments.window}.pt"
     if not held.exists():
@@ -738,7 +736,7 @@ def pretrained(arguments: argparse.Namespace) -> None:
         torch.save({"moments": [one.matrix for one in found], "losses": losses[None]}, held)
     choice = torch.load(held, weights_only=True)
     moments = [Inputs(one) for one in choice["moments"]]
-    scores = with_losses(original.scores(read_weights), {None: choice["losses"]})
+    scores = with_losses(original.scores(given.read), {None: choice["losses"]})
     weights_alone = Stage(arguments, "predicted", ("family", "seed", "what", "number", "data"))
     if not weights_alone.has(family=name, seed=0, what="plane", number=0, data=False):
         whole = healing.loss_on(live, choosing)
@@ -755,9 +753,7 @@ def pretrained(arguments: argparse.Namespace) -> None:
 
     def smaller(head_dim: int) -> nn.Module:
         kept: dict[str | None, Tensor] = {None: scores[None].kept(head_dim // 2)}
-        return original.smaller(head_dim, kept, stored.config | {"rope_parameters": config.rope_parameters}).model(
-            read_weights, moments, lambda done: None
-        )
+        return original.smaller(head_dim, kept, given.written).model(given.read, moments, lambda done: None)
 
     for head_dim in arguments.head_dims:
         if not stage.has(**common, head_dim=head_dim, tokens=0):

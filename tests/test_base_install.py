@@ -127,6 +127,23 @@ def test_inspect_has_all_its_options(hidden, checkpoints, tmp_path):
     assert len(answer["rows"]) == len(answer["compare"][0]["rows"]) == 8
 
 
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("gpt2", "model type 'gpt2' cannot be compressed: its class takes the size of a head from the width"),
+        ("vit", "model type 'vit' cannot be compressed: a smaller head of it has not been compared"),  # in no table
+    ],
+)
+def test_inspect_says_why_no_smaller_head_can_be_made(hidden, checkpoints, tmp_path, model_type, says):
+    """Transformers, which would know of some types that they are no language models, is not there to be asked."""
+    (tmp_path / "model.safetensors").write_bytes(checkpoints[0].read_bytes())
+    config = {"model_type": model_type, "num_attention_heads": 2, "hidden_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = _rankdecay(hidden, "inspect", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+
+
 def test_inspect_shows_a_run_directory(hidden, tmp_path):
     page = tmp_path / "page.html"
     done = _rankdecay(hidden, "inspect", ROOT / "docs" / "data" / "grok_default", "--html", page)

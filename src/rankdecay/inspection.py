@@ -165,7 +165,6 @@ def inspect(
         [(0, 'query_key'), (1, 'query_key'), (0, 'value_output'), (1, 'value_output')]
     """
     source = open_source(model, state)
-    located, _ = locate(source, names, num_heads, only, head_dim)
     found, unhandled = find_layers(source, names, num_heads, only, head_dim)
     if isinstance(source, ModuleSource):
         check_values(source.model, found)
@@ -196,7 +195,10 @@ def inspect(
         if progress is not None:
             progress(done, len(asked))
     noted = [f"{ranges(labels)}: {note}" for note, labels in notes.items()]
-    smaller = outlook(source, located) if layers is None and heads is None else None
+    smaller = None
+    if layers is None and heads is None:
+        located, _ = locate(source, names, num_heads, only, head_dim)
+        smaller = outlook(source, located)
     return Inspection(str(source), rows, noted, listed(unhandled), smaller)
 
 

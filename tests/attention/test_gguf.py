@@ -37,7 +37,7 @@ WIDTH, HEADS, KEY_HEADS = 32, 4, 2
 # ---- files, as llama.cpp writes them ---------------------------------------------------------------------
 
 
-def _permuted(name: str, weight: torch.Tensor, heads: int, key_heads: int) -> torch.Tensor:
+def permuted(name: str, weight: torch.Tensor, heads: int, key_heads: int) -> torch.Tensor:
     """``LlamaModel.permute``: planes half a head apart become neighbours."""
     count = {"q_proj": heads, "k_proj": key_heads}.get(name.split(".")[-2])
     if count is None:
@@ -66,8 +66,8 @@ def _as_it_is(name: str, weight: torch.Tensor, heads: int, key_heads: int) -> to
 
 #: Family of tests/attention/families.py -> (architecture, key heads, rearrangement, further metadata).
 CONVERTED: dict[str, tuple[str, int, Callable[..., torch.Tensor], dict[str, int]]] = {
-    "llama": ("llama", 2, _permuted, {"rope.dimension_count": 8}),
-    "mistral": ("llama", 2, _permuted, {"rope.dimension_count": 8}),
+    "llama": ("llama", 2, permuted, {"rope.dimension_count": 8}),
+    "mistral": ("llama", 2, permuted, {"rope.dimension_count": 8}),
     "qwen2": ("qwen2", 2, _as_it_is, {}),
     "qwen3": ("qwen3", 2, _as_it_is, {"attention.key_length": 16, "attention.value_length": 16}),
     "gemma2": ("gemma2", 2, _as_it_is, {"attention.key_length": 16, "attention.value_length": 16}),
@@ -112,7 +112,7 @@ def _names(architecture: str) -> Any:
     return gguf.get_tensor_name_map(kind, 8)
 
 
-def _convert(model: torch.nn.Module, path: Path, architecture: str, key_heads: int, change: Any, more: Any) -> Path:
+def convert(model: torch.nn.Module, path: Path, architecture: str, key_heads: int, change: Any, more: Any) -> Path:
     names, tensors = _names(architecture), {}
     for name, weight in model.state_dict().items():
         stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or names.get_name(
@@ -150,7 +150,7 @@ def _same_figures(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("name", CONVERTED)
 def test_a_converted_model_has_the_rows_of_the_original(name, tmp_path):
     model = build(name)
-    _same_rows(rd.inspect(_convert(model, tmp_path / "model.gguf", *CONVERTED[name])), rd.inspect(model))
+    _same_rows(rd.inspect(convert(model, tmp_path / "model.gguf", *CONVERTED[name])), rd.inspect(model))
 
 
 def test_a_real_file_has_the_rows_that_transformers_loads(tmp_path):
@@ -190,15 +190,15 @@ def test_a_real_file_has_the_rows_that_transformers_loads(tmp_path):
 def test_the_permutation_is_seen(tmp_path):
     """The same file under an architecture that has its planes half a head apart would be another model."""
     model = build("llama")
-    permuted = _convert(model, tmp_path / "a.gguf", *CONVERTED["llama"])
-    other = _convert(model, tmp_path / "b.gguf", "qwen2", 2, _permuted, {})
-    ours, theirs = rd.inspect(permuted).of("query_key"), rd.inspect(other).of("query_key")
+    written = convert(model, tmp_path / "a.gguf", *CONVERTED["llama"])
+    other = convert(model, tmp_path / "b.gguf", "qwen2", 2, permuted, {})
+    ours, theirs = rd.inspect(written).of("query_key"), rd.inspect(other).of("query_key")
     assert [row["nuclear_norm"] for row in ours] == pytest.approx([row["nuclear_norm"] for row in theirs])
     assert abs(ours[0]["imbalance"] - theirs[0]["imbalance"]) > 1e-4
 
 
 def test_names_are_those_of_the_file(tmp_path):
-    [first, _] = rd.find_attention(_convert(build("llama"), tmp_path / "model.gguf", *CONVERTED["llama"]))
+    [first, _] = rd.find_attention(convert(build("llama"), tmp_path / "model.gguf", *CONVERTED["llama"]))
     assert first.name == "blk.0"
     assert [view.parameter_name for view in first.views] == [
         f"blk.0.attn_{role}.weight" for role in ("q", "k", "v", "output")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rankdecay.attention.windows import Found
+from rankdecay.compress.choice import planes_left
 from rankdecay.compress.original import Original, Smaller
 from rankdecay.compress.reduction import plane_rows_of
 from rankdecay.compress.types import CHECKED
@@ -139,10 +140,10 @@ def randomised(model: nn.Module) -> nn.Module:
 def emptied(original: Original, model: nn.Module, head_dim: int = NEW) -> dict[str | None, Tensor]:
     """Zero all planes but a random set, and give values and what has no positions a low rank; return the set."""
     generator = torch.Generator().manual_seed(1)
-    kept = {
-        key: torch.randperm(original.turned()[key], generator=generator)[:planes].sort().values
-        for key, planes in original.planes_of(head_dim).items()
-    }
+    kept = {}
+    for key, planes in original.turned().items():
+        left = planes_left(planes, original.head_dim, head_dim)
+        kept[key] = torch.randperm(planes, generator=generator)[:left].sort().values
     state = dict(model.named_parameters(remove_duplicate=False))
     for number, found in enumerate(original.skeleton.found):
         turned = 0

@@ -104,6 +104,23 @@ def test_values_chosen_on_a_text_lose_less_of_what_is_computed():
     assert errors[0] < errors[1] / 2
 
 
+def test_more_sizes_do_not_rank_again(monkeypatch):
+    """What does not depend on the head size is computed once: passes of the model, and roots of its moments."""
+    model, text = small.model(), small.tokens()
+    passes, roots = [], []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    decompose = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: roots.append(1) or decompose(matrix))
+    counts = []
+    for sizes in ([], [14, 12, 10]):
+        passes.clear()
+        roots.clear()
+        plan(model, 8, text, sizes=sizes)
+        counts.append((len(passes), len(roots)))
+    assert counts[0] == counts[1]
+    assert counts[0][1] == 2  # of each layer
+
+
 def test_without_a_text_it_warns():
     with pytest.warns(UserWarning, match="chosen without a text"):
         rd.compress(small.model(), 8)
@@ -171,6 +188,40 @@ def test_models_that_are_refused(tmp_path):
         rd.compress(small.saved(tmp_path / "model"), 8)
 
 
+def test_a_model_that_was_loaded_from_gguf(tmp_path):
+    """Transformers calls it quantised, and its weights are plain numbers; unless it keeps them in their blocks."""
+    needs.package("gguf")
+    from tests.attention.test_gguf import convert, permuted
+
+    transformers, model = needs.package("transformers"), small.model()
+    settings = {
+        "rope.dimension_count": 16, "rope.freq_base": 10000.0, "attention.key_length": 16, "vocab_size": 50,
+        "attention.value_length": 16, "embedding_length": 48, "feed_forward_length": 64, "context_length": 64,
+        "attention.layer_norm_rms_epsilon": model.config.rms_norm_eps,
+    }  # fmt: skip
+    convert(model, tmp_path / "model.gguf", "llama", 2, permuted, settings)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    text = small.tokens()
+    made = rd.compress(loaded, 8, tmp_path / "made", calibration=text)
+    wanted = rd.compress(model, 8, calibration=text).state_dict()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made").state_dict()
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+        assert torch.equal(tensor, again[name]), name
+    assert "quantization_config" not in (tmp_path / "made" / "config.json").read_text()
+    assert loaded.config.quantization_config.quant_method == "gguf"  # the model itself stays as it was
+    loaded.lm_head.weight = torch.nn.Parameter(torch.zeros(50, 51, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(NotReducible, match=r"lm_head\.weight is quantised \(torch\.uint8\): .*GgufConfig\(dequantize"):
+        rd.compress(loaded, 8)
+
+
+def test_a_model_that_says_it_is_quantised_is_refused():
+    model = small.model()
+    model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(NotReducible, match=r"the model is quantised: .*model\.dequantize\(\)"):
+        rd.compress(model, 8)
+
+
 def test_exact_is_said_of_every_input_and_not_of_the_text():
     """Values of full rank, of which the text shows inputs of low rank alone."""
     model = small.model()
@@ -216,6 +267,20 @@ def test_a_live_model_that_is_not_what_its_configuration_builds(change, says):
     change(model)
     with pytest.raises(NotReducible, match=says):
         rd.compress(model, 4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_are_tied_or_untied_by_hand(tied):
+    """The configuration says whether a checkpoint has one matrix or two; what it does not say would be lost."""
+    model = small.model(tie_word_embeddings=not tied)
+    embeddings = model.model.embed_tokens.weight
+    model.lm_head.weight = embeddings if tied else torch.nn.Parameter(torch.randn_like(embeddings))
+    with pytest.raises(NotReducible, match=rf"lm_head\.weight and model\.embed_.* set tie_word_embeddings={tied}"):
+        rd.compress(model, 8)
+    model.config.tie_word_embeddings = tied
+    made = _quietly(model, 8)
+    assert (made.lm_head.weight is made.model.embed_tokens.weight) == tied
+    assert torch.equal(made.lm_head.weight, model.lm_head.weight)
 
 
 def test_how_a_model_generates_trains_and_is_trained_stays(tmp_path):

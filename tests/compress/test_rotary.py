@@ -85,9 +85,10 @@ def test_a_table_for_each_kind_of_layer():
     assert made.written["rope_parameters"]["sliding_attention"]["attention_factor"] == 1.0
 
 
-@pytest.mark.parametrize("share", [0.25, 0.75])
+@pytest.mark.parametrize("share", [0.25, 0.75, 1.0])
 def test_heads_that_are_partly_turned(share):
-    for kind in ("phi", "glm"):  # planes of halves, and of neighbours
+    """A share of one is stated too: the classes have one half as their default."""
+    for kind in ("phi", "glm", "nemotron"):  # planes of neighbours in the second, else of halves
         extra = {
             "partial_rotary_factor": share,
             "rope_parameters": {**SCALINGS["default"], "partial_rotary_factor": share},
@@ -95,6 +96,15 @@ def test_heads_that_are_partly_turned(share):
         model, small, _, kept = _made(kind, extra)
         assert len(kept[None]) == round(share * emptied.NEW / 2)
         assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5, kind
+
+
+@pytest.mark.parametrize("kind", ["jamba", "nemotron_h"])
+def test_rotary_settings_that_a_class_does_not_read(kind):
+    """Nemotron-H's files have a base and a share of one, and nothing of it turns."""
+    model, small, made, kept = _made(kind, {"rope_theta": 10000.0, "partial_rotary_factor": 1.0})
+    assert kept == {}
+    assert made.written["rope_theta"] == 10000.0
+    assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5
 
 
 def test_a_table_of_two_lengths_switches_where_the_original_does():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.numbering import Numbered
-from rankdecay.attention.products import Grouping, Product, ProductName, Rotary, with_bias
+from rankdecay.attention.products import Grouping, Product, ProductName, Rotary, grouped, with_bias
 from rankdecay.linalg.backend import double
 
 Role = Literal["query", "key", "value", "output", "query_rotary", "key_rotary", "query_factor", "latent", "gate",
@@ -141,6 +141,10 @@ class Window:
         """Copy ``value``, shaped as :meth:`matrix` or :meth:`heads`, to its place in the parameter."""
         place = self._blocks(parameter) if self.has_heads else parameter
         place.copy_(self._upright(value).reshape(place.shape))
+
+    def of_vector(self) -> Window:
+        """Return where the same lines are in a parameter of one column, as a bias is: bias[:, None]."""
+        return replace(self, transposed=False, stacked=False)
 
     def vector(self, bias: Tensor) -> Tensor:
         """Return the part of a bias (out,) that belongs to the matrix."""
@@ -358,14 +362,13 @@ class AttentionLayer:
                 "value.tensor() and output.tensor() instead."
             )
         values = with_bias(self.value.heads(), self.value.bias())
-        return Product(
-            "value_output", values.mT, self._grouped(double(self.output.heads()), len(values)), None, self.grouping
-        )
+        outputs = grouped(double(self.output.heads()), len(values), self.grouping)
+        return Product("value_output", values.mT, outputs, None, self.grouping)
 
     def _scores(self, name: ProductName, query: MatrixView, key: MatrixView, rotary: Rotary | None) -> Product:
         keys = with_bias(key.heads(), key.bias())
         queries = with_bias(query.heads(), query.bias())
-        return Product(name, keys.mT, self._grouped(queries.mT, len(keys)), rotary, self.grouping)
+        return Product(name, keys.mT, grouped(queries.mT, len(keys), self.grouping), rotary, self.grouping)
 
     @property
     def has_score_product(self) -> bool:
@@ -383,9 +386,3 @@ class AttentionLayer:
                 f"{self.name} {self.no_product or 'normalises queries and keys'}, so its scores are not those of a "
                 "product W_Kᵀ W_Q; look at the spectra of query.tensor() and key.tensor() instead."
             )
-
-    def _grouped(self, heads: Tensor, groups: int) -> Tensor:
-        """Group the query heads by the key head they share: (groups, heads per group, …)."""
-        if self.grouping == "strided":
-            return heads.unflatten(0, (-1, groups)).transpose(0, 1)
-        return heads.unflatten(0, (groups, -1))

@@ -436,6 +436,8 @@ NORMS_BEFORE_IN_CROSS = ("blt_local_encoder", "blt_local_decoder")
 WITHOUT_POSITIONS = re.compile(r"(?:^|\.)spatial_perceiver\.")  # EdgeTAM
 #: Model types with rotary positions that no setting mentions.
 ROTARY_UNSAID = ("lightglue",)
+#: Model types whose classes turn nothing and read none of the rotary settings that files of theirs still have.
+ROTARY_UNREAD = ("jamba", "nemotron_h")
 #: Model types that turn queries and keys by positions, but not plane by plane.
 TURNED = ("vjepa2", "clvp_encoder")
 #: Model types with a mixture of attention in stages, the first layer of which pools its queries over tokens.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -106,11 +106,7 @@ class PlaneRows:
         """The lines of the parameter that each plane of each head has, (heads of the matrix, planes, 2)."""
         count = self.window.groups * self.window.size
         numbers = torch.arange(count)[:, None]  # as a parameter of one column
-        heads = replace(self.window, transposed=False, stacked=False).heads(numbers)[..., 0]  # (heads, head_dim)
-        turned = heads[:, : self.rotary.dims]
-        if self.rotary.interleaved:
-            return turned.unflatten(1, (-1, 2))
-        return turned.unflatten(1, (2, -1)).mT
+        return self.window.of_vector().heads(numbers)[..., 0][:, self.rotary.planes()]
 
     def of(self, parameter: Tensor) -> Tensor:
         """Return the rows of all heads, (heads · head_dim, in); of a bias one of its entries is a row."""
@@ -177,18 +173,12 @@ def plane_rows(found: list[Found], notes: Mapping[str, str]) -> tuple[dict[str, 
 
 
 def _parts(layer: Found) -> dict[Part, tuple[str, Window]]:
-    roles: tuple[Literal["query", "key"], ...] = ("query", "key")
+    names: dict[Literal["query", "key"], tuple[Part, Part]]
+    names = {"query": ("query", "query bias"), "key": ("key", "key bias")}
     parts: dict[Part, tuple[str, Window]] = {}
-    for role in roles:
-        place = layer.places[role]
-        parts[role] = place.parameter, place.window
-        if place.bias is not None and place.bias_window is not None:
-            parts["query bias" if role == "query" else "key bias"] = place.bias, _of_vector(place.bias_window)
+    for role, own in names.items():
+        parts |= zip(own, layer.places[role].parts(), strict=False)  # perhaps without a bias
     return parts
-
-
-def _of_vector(window: Window) -> Window:
-    return replace(window, transposed=False, stacked=False)
 
 
 def _configuration(layer: Found) -> str:

@@ -44,6 +44,11 @@ class Rotary(NamedTuple):
     dims: int
     interleaved: bool  # planes (0, 1), (2, 3), …; otherwise (0, dims/2), (1, dims/2 + 1), …
 
+    def planes(self) -> Tensor:
+        """Return the two coordinates of each plane, (planes, 2)."""
+        turned = torch.arange(self.dims // 2 * 2)
+        return turned.unflatten(0, (-1, 2)) if self.interleaved else turned.unflatten(0, (2, -1)).mT
+
 
 @dataclass(frozen=True, eq=False)
 class Product:
@@ -88,7 +93,7 @@ class Product:
     def _triangles(self) -> tuple[Tensor, Tensor]:
         """R of each factor, in the shapes of :attr:`_grams`."""
         single, several = self._grams
-        return _triangle(single, self.single), _triangle(several, self.several)
+        return triangle(self.single, single), triangle(self.several, several)
 
     def spectrum(self) -> Spectrum:
         """Return the spectrum of each head's product: singular values (heads, k), k the rank it can have at most.
@@ -103,7 +108,7 @@ class Product:
         cores = (several @ single[:, None].mT).cpu()  # small, and slow to decompose on a GPU
         sigma = torch.linalg.svdvals(cores).masked_fill(~self._finite.cpu()[..., None], torch.nan)
         rows = max(self.single.shape[-2], self.several.shape[-2])
-        return Spectrum(self._in_order(sigma), rows * torch.finfo(torch.float32).eps)
+        return Spectrum(in_order(sigma, self.grouping), rows * torch.finfo(torch.float32).eps)
 
     @property
     def _balanced(self) -> tuple[Tensor, Tensor]:
@@ -159,7 +164,7 @@ class Product:
     def _penalty(self) -> Tensor:
         """L2 on the factors if they were balanced, (groups,): the nuclear norm, or that of the planes."""
         single = self._triangles[0]
-        stacked = _triangle(self._balanced[1], self.several.flatten(1, 2))  # the group's heads under each other
+        stacked = triangle(self.several.flatten(1, 2), self._balanced[1])  # the group's heads under each other
         if self.rotary is None:
             return torch.linalg.svdvals(stacked @ single.mT).sum(-1)
         planes = self.rotary.dims // 2
@@ -168,27 +173,20 @@ class Product:
         rest = slice(self.rotary.dims, None)  # coordinates that positions do not turn
         return planes_norm + torch.linalg.svdvals(stacked[..., rest] @ single[..., rest].mT).sum(-1)
 
-    @property
-    def _planes(self) -> list[tuple[int, int]]:
-        assert self.rotary is not None
-        half = self.rotary.dims // 2
-        return [(2 * p, 2 * p + 1) if self.rotary.interleaved else (p, p + half) for p in range(half)]
-
     def _diagonal(self, gram: Tensor) -> Tensor:
         """Diagonal of each Gram matrix; with rotary positions the two coordinates of a plane are added."""
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         if self.rotary is None:
             return diagonal
-        planes = diagonal[..., torch.tensor(self._planes, device=gram.device)].sum(-1)
+        planes = diagonal[..., self.rotary.planes().to(gram.device)].sum(-1)
         return torch.cat([planes, diagonal[..., self.rotary.dims :]], -1)
 
     def _by_plane(self, gram: Tensor) -> Tensor:
         """Gram matrix with each plane reduced to its squared norm, and no entries between planes: what can balance."""
         assert self.rotary is not None
         out = torch.zeros_like(gram)
-        for a, b in self._planes:
-            norm = (gram[:, a, a] + gram[:, b, b]) / 2**0.5
-            out[:, a, a] = norm
+        a, b = self.rotary.planes().to(gram.device).unbind(1)
+        out[:, a, a] = (gram[:, a, a] + gram[:, b, b]) / 2**0.5
         dims = self.rotary.dims
         out[:, dims:, dims:] = gram[:, dims:, dims:]
         return out
@@ -196,11 +194,19 @@ class Product:
     def _per_head(self, per_group: Tensor) -> Tensor:
         finite = self._finite.all(1)  # one broken head leaves its group unknown
         value = per_group.masked_fill(~finite.view(-1, *[1] * (per_group.ndim - 1)), torch.nan)
-        return self._in_order(value[:, None].expand(-1, self.several.shape[1], *value.shape[1:]))
+        return in_order(value[:, None].expand(-1, self.several.shape[1], *value.shape[1:]), self.grouping)
 
-    def _in_order(self, heads: Tensor) -> Tensor:
-        """Return (groups, heads per group, …) as (heads, …) in the order of the query heads."""
-        return (heads.transpose(0, 1) if self.grouping == "strided" else heads).flatten(0, 1)
+
+def grouped(heads: Tensor, groups: int, grouping: Grouping) -> Tensor:
+    """Return query heads by the key head they share: (groups, heads per group, …)."""
+    if grouping == "strided":
+        return heads.unflatten(0, (-1, groups)).transpose(0, 1)
+    return heads.unflatten(0, (groups, -1))
+
+
+def in_order(heads: Tensor, grouping: Grouping) -> Tensor:
+    """Return (groups, heads per group, …) as (heads, …) in the order of the query heads: what undoes ``grouped``."""
+    return (heads.transpose(0, 1) if grouping == "strided" else heads).flatten(0, 1)
 
 
 def _where_finite(matrices: Tensor) -> Tensor:
@@ -208,21 +214,26 @@ def _where_finite(matrices: Tensor) -> Tensor:
     return torch.where(matrices.isfinite().all(-1).all(-1)[..., None, None], matrices, 0.0)
 
 
-def _triangle(gram: Tensor, factor: Tensor) -> Tensor:
-    """Return R with RᵀR = XᵀX for each factor X, by Cholesky, which is matrix products; by QR where that loses digits.
+def triangle(factor: Tensor, gram: Tensor | None = None) -> Tensor:
+    """Return R with RᵀR = XᵀX for each factor X, (…, k, k), by Cholesky, which is matrix products; by QR where need be.
 
     Squaring halves the digits: σ of X comes out with an error of 2^-52 σ₁²/σ. Where that may exceed 1e-10 σ₁, in a head
     of (nearly) lower rank than its size, X is factored itself.
+
+    Args:
+        factor: X, (…, rows, k), float64.
+        gram: XᵀX where it is known, with zeros for what is not finite.
     """
+    gram = factor.mT @ factor if gram is None else gram
     lower, failed = torch.linalg.cholesky_ex(gram)
     diagonal = lower.diagonal(dim1=-2, dim2=-1)
     poor = (failed > 0) | (diagonal.amin(-1) < 1e-5 * diagonal.amax(-1))
-    triangle = lower.mT
+    upper = lower.mT
     if poor.any():
         rest = _where_finite(factor[poor])
         missing = max(0, rest.shape[-1] - rest.shape[-2])  # fewer rows than columns
-        triangle[poor] = torch.linalg.qr(torch.nn.functional.pad(rest, (0, 0, 0, missing)), mode="r").R
-    return triangle
+        upper[poor] = torch.linalg.qr(torch.nn.functional.pad(rest, (0, 0, 0, missing)), mode="r").R
+    return upper
 
 
 def with_bias(matrix: Tensor, bias: Tensor | None) -> Tensor:

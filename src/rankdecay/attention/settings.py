@@ -26,6 +26,7 @@ from rankdecay.attention.names import (
     NUM_HEADS,
     ROTARY,
     ROTARY_IN_CROSS,
+    ROTARY_UNREAD,
     ROTARY_UNSAID,
     VALUES_ARE_KEYS,
     WITHOUT_POSITIONS,
@@ -223,6 +224,8 @@ class ModuleSettings:
         if self.setting(("use_rope", "use_mem_rope")) is False:
             return True
         kind, number = str(self.setting(("model_type",))), self.layer_number
+        if kind in ROTARY_UNREAD:
+            return True
         if WITHOUT_POSITIONS.search(self.module) or (self.is_cross() and kind not in ROTARY_IN_CROSS):
             return True
         said = self.setting(("position_embedding_type",))

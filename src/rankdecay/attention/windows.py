@@ -60,6 +60,13 @@ class Place(NamedTuple):
     bias_window: Window | None = None
     added: str | None = None  # (heads, head_dim), or flat: what is added to queries before they meet keys
 
+    def parts(self) -> list[tuple[str, Window]]:
+        """Return where the lines are of the matrix and, in a parameter of one column, of its bias."""
+        matrix = [(self.parameter, self.window)]
+        if self.bias is None or self.bias_window is None:
+            return matrix
+        return [*matrix, (self.bias, self.bias_window.of_vector())]
+
 
 class Found(NamedTuple):
     """Attention module, with the locations of its matrices by role.

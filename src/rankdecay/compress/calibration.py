@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,81 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankdecay.compress.reduction import Layer, Moments, plane_rows_of
+from rankdecay.compress.opened import Opened
+from rankdecay.compress.reduction import Layer, Moments, NotReducible, as_matrix
 from rankdecay.files import read_bytes
 
 WINDOW, MOST_WINDOWS = 512, 24
 LARGEST_TEXT = 2**28
 
+#: What is told of progress: what is done, how much of it, and of how much.
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as the user gives it.
+
+    Attributes:
+        given: path of a text file, or tokens.
+        tokenizer: turns text into tokens; None: what is beside a model in files.
+        window: tokens of a window, at the most.
+        windows: number of windows.
+    """
+
+    given: str | Path | Tensor
+    tokenizer: Any = None
+    window: int = WINDOW
+    windows: int = MOST_WINDOWS
+
+
+def live_with_tokens(model: Opened, text: Text, progress: Progress) -> tuple[nn.Module, Tensor]:
+    """Return a model alive, loaded if it is in files, and the windows of a text, all of whose tokens it knows.
+
+    Raises:
+        NotReducible: If it is no causal language model.
+        ValueError: If the text is too short, or not in its tokens.
+    """
+    if not isinstance(text.window, int) or text.window < 2:
+        raise ValueError(f"window={text.window!r} must be at least 2 tokens.")
+    if not isinstance(text.windows, int) or text.windows < 2:
+        raise ValueError(f"windows={text.windows} must be at least 2: one chooses, one is reported.")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    if model.kind.__name__ not in CAUSAL.values():
+        raise NotReducible(
+            f"{model.kind.__name__} is no causal language model, whose loss on a text could choose: leave it out."
+        )
+    length = min(text.window, getattr(model.config, "max_position_embeddings", None) or text.window)
+    tokenizer = text.tokenizer
+    if tokenizer is None and model.stored is not None:
+        tokenizer = partial(_tokens_of, model.stored.path)
+    tokens = windows_of(text.given, tokenizer, length, text.windows)
+    if int(tokens.min()) < 0 or int(tokens.max()) >= model.config.vocab_size:
+        raise ValueError(
+            f"calibration has token {int(tokens.max())}, and the model knows 0 to {model.config.vocab_size - 1}: is "
+            "the tokenizer that of the model?"
+        )
+    if model.live is not None:
+        return model.live, tokens
+    progress("loading the model", 0, 1)
+    kind: Any = model.kind
+    return kind.from_pretrained(model.name, dtype=torch.float32, local_files_only=True).eval(), tokens
+
+
+def _tokens_of(path: Path, text: str, **options: Any) -> Any:
+    """Call the tokenizer beside a model, which is not loaded before there is a text."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # whatever is missing
+        reason = str(error).partition("\n")[0].rstrip(" :.")
+        raise ValueError(
+            f"{path} has no tokenizer that transformers reads ({reason}): save it there, or call rankdecay.compress "
+            "with tokenizer=."
+        ) from None
+    return tokenizer(text, **options)
 
 
 def windows_of(text: str | Path | Tensor, tokenizer: Any, length: int, most: int = MOST_WINDOWS) -> Tensor:
@@ -37,21 +107,10 @@ def windows_of(text: str | Path | Tensor, tokenizer: Any, length: int, most: int
         ValueError: If the text is shorter than two windows, or is text and there is no tokenizer.
     """
     if isinstance(text, Tensor):
-        if text.is_floating_point() or text.is_complex() or text.dtype == torch.bool or text.ndim not in (1, 2):
-            raise ValueError(
-                f"calibration is a tensor of {text.dtype} and shape {tuple(text.shape)}, expected numbers of tokens, "
-                "(tokens,) or (windows, length)."
-            )
-        text = text.long()
-        if text.ndim == 2:
-            if text.shape[1] < 2:
-                raise ValueError(f"calibration has windows of {text.shape[1]} tokens, expected at least 2.")
-            if len(text) < 2:
-                raise ValueError(
-                    f"calibration has {len(text)} window, expected at least 2: one chooses, one is reported."
-                )
-            return text
-        tokens = text.flatten()
+        _check_tokens(text)
+        tokens = text.long()
+        if tokens.ndim == 2:
+            return tokens
     elif not isinstance(text, (str, Path)):
         raise TypeError(f"calibration must be the path of a text or a tensor of tokens, got {type(text).__name__}.")
     else:
@@ -67,6 +126,18 @@ def windows_of(text: str | Path | Tensor, tokenizer: Any, length: int, most: int
         )
     chosen = torch.linspace(0, whole - 1, min(whole, most)).round().long()
     return tokens[: whole * length].view(whole, length)[chosen]
+
+
+def _check_tokens(text: Tensor) -> None:
+    if text.is_floating_point() or text.is_complex() or text.dtype == torch.bool or text.ndim not in (1, 2):
+        raise ValueError(
+            f"calibration is a tensor of {text.dtype} and shape {tuple(text.shape)}, expected numbers of tokens, "
+            "(tokens,) or (windows, length)."
+        )
+    if text.ndim == 2 and text.shape[1] < 2:
+        raise ValueError(f"calibration has windows of {text.shape[1]} tokens, expected at least 2.")
+    if text.ndim == 2 and len(text) < 2:
+        raise ValueError(f"calibration has {len(text)} window, expected at least 2: one chooses, one is reported.")
 
 
 @torch.no_grad()
@@ -121,18 +192,14 @@ def _without_plane(model: nn.Module, layers: Sequence[Layer], plane: int) -> Ite
     try:
         for layer in layers:
             assert layer.found.rotary is not None
-            rows = plane_rows_of(layer.found.rotary, torch.tensor([plane]))
+            rows = layer.found.rotary.planes()[plane]
             for role in ("query", "key"):
-                place = layer.found.places[role]
-                for name, window in ((place.parameter, place.window), (place.bias, place.bias_window)):
-                    if name is None or window is None:
-                        continue
+                for name, window in layer.found.places[role].parts():
                     data = parameters[name].data
                     saved.setdefault(name, data.clone())
-                    lines = data[:, None] if data.ndim == 1 else data
-                    heads = window.heads(lines).clone()
+                    heads = window.heads(as_matrix(data)).clone()
                     heads[:, rows] = 0
-                    window.write(lines, heads)
+                    window.write(as_matrix(data), heads)
         yield
     finally:
         for name, data in saved.items():

@@ -9,34 +9,31 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from rankdecay.compress import calibration as texts
+from rankdecay.compress.calibration import Progress
 from rankdecay.compress.card import card
-from rankdecay.compress.choice import PlaneScores, lost_energy, with_losses
-from rankdecay.compress.files import StoredModel, check_new, new_directory, write_checkpoint
+from rankdecay.compress.choice import Scores, kept_planes, lost_energy, lost_planes, with_losses
+from rankdecay.compress.files import check_new, new_directory, write_checkpoint
+from rankdecay.compress.opened import Opened, opened
 from rankdecay.compress.original import Original, Smaller
-from rankdecay.compress.reduction import Moments, NotReducible, unturned_energies, value_energies
+from rankdecay.compress.reduction import Moments, Read, cached_heads, unturned_energies, value_energies
 from rankdecay.compress.result import Compression, Size, usual_sizes
-from rankdecay.compress.skeleton import model_class
-from rankdecay.files import read_bytes
-
-#: What is told of progress: what is done, how much of it, and of how much.
-Progress = Callable[[str, int, int], None]
 
 _ENERGY = (
-    "chosen without a text: planes by the energy of the weights, values as if all inputs counted alike. On a real "
-    "model planes chosen so cost three to six times as much loss as those chosen on a text, and values 2.4 nats where "
-    "0.08 were lost with one. Give a text of what the model is for (calibration=, --calibration)"
+    "chosen without a text: planes by the energy of the weights, values as if all inputs counted alike. Energy is not "
+    "loss: the fastest plane of SmolLM2-135M has little of it and is among those that cost most. Give a text of what "
+    "the model is for (calibration=, --calibration)"
 )
 
 
@@ -118,57 +115,15 @@ def compress(
         out = Path(out).expanduser()
         check_new(out)  # before any work
     tell = progress or _silent
-    with _transformers(), torch.inference_mode(False), torch.no_grad():
-        return _compressed(model, head_dim, out, calibration, tokenizer, window, windows, sizes, tell)
-
-
-def _compressed(
-    model: nn.Module | str | Path,
-    head_dim: int,
-    out: str | Path | None,
-    calibration: str | Path | Tensor | None,
-    tokenizer: Any,
-    window: int,
-    windows: int,
-    sizes: Sequence[int] | None,
-    tell: Progress,
-) -> nn.Module | Compression:
-    plan_, smaller, read, moments, stored = _planned(
-        model, head_dim, calibration, tokenizer, window, windows, sizes, tell
-    )
-    assert smaller is not None
-    if isinstance(model, nn.Module):
-        for note in plan_.notes:
-            warnings.warn(note, stacklevel=3)
-    if stored is not None:
-        assert out is not None
-        with new_directory(Path(out)) as folder:
-            say = _counted(tell, "writing tensors")
-            write_checkpoint(stored, smaller, moments, folder, card(plan_), say)
-        return _with_out(plan_, out)
-    total = len(smaller.layers)
-    small = smaller.model(read, moments, lambda done: tell("making layers smaller", done, total))
-    assert isinstance(model, nn.Module)
-    _as_before(small, model)
-    if out is not None:
-        with new_directory(Path(out)) as folder:
-            assert isinstance(small, nn.Module)
-            small.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(card(plan_), "utf-8")
-        plan_ = _with_out(plan_, out)
-    small.compression = plan_  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    return small.to(next(model.parameters()).device)
-
-
-def _as_before(small: nn.Module, model: nn.Module) -> None:
-    """Give the smaller model how the original generates, and which of its parameters are trained."""
-    if getattr(model, "generation_config", None) is not None:
-        small.generation_config = copy.deepcopy(model.generation_config)  # pyright: ignore[reportAttributeAccessIssue]
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in small.named_parameters():
-        parameter.requires_grad_(trained.get(name, True))
+    text = None if calibration is None else texts.Text(calibration, tokenizer, window, windows)
+    with _transformers():
+        planned = _planned(opened(model), head_dim, text, sizes, tell)
+        if planned.given.live is None:
+            assert out is not None
+            return _to_files(planned, out, tell)
+        for note in planned.result.notes:
+            warnings.warn(note, stacklevel=2)
+        return _to_model(planned, planned.given.live, out, tokenizer, tell)
 
 
 def plan(
@@ -186,14 +141,14 @@ def plan(
 
     Without ``head_dim`` only the table of sizes.
     """
-    with _transformers(), torch.inference_mode(False), torch.no_grad():
-        tell = progress or _silent
-        return _planned(model, head_dim, calibration, tokenizer, window, windows, sizes, tell)[0]
+    text = None if calibration is None else texts.Text(calibration, tokenizer, window, windows)
+    with _transformers():
+        return _planned(opened(model), head_dim, text, sizes, progress or _silent).result
 
 
 @contextmanager
 def _transformers() -> Iterator[None]:
-    """Check that transformers is there, and keep its progress bars out of the way."""
+    """Check that transformers is there, keep its progress bars out of the way, and compute no gradients."""
     if find_spec("transformers") is None:
         raise ValueError(
             "compress needs transformers, for whose classes it writes: pip install 'rankdecay[transformers]'."
@@ -203,190 +158,152 @@ def _transformers() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with torch.inference_mode(False), torch.no_grad():
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()
 
 
+class _Choice(NamedTuple):
+    """What chooses planes and values.
+
+    Attributes:
+        scores: of the planes, by table of frequencies.
+        moments: of the inputs of each layer; None without a text.
+        loss: returns the loss that a smaller model has on the text, or the original for None; None without a text.
+    """
+
+    scores: Scores
+    moments: list[Moments] | None = None
+    loss: Callable[[Smaller | None], float] | None = None
+
+
+class _Planned(NamedTuple):
+    """A model, what is to become of it (None if only the sizes were asked for), and what that costs."""
+
+    given: Opened
+    smaller: Smaller | None
+    moments: list[Moments] | None
+    result: Compression
+
+
 def _planned(
-    model: nn.Module | str | Path,
-    head_dim: int | None,
-    calibration: str | Path | Tensor | None,
-    tokenizer: Any,
-    window: int,
-    windows: int,
-    sizes: Sequence[int] | None,
-    tell: Progress,
-) -> tuple[Compression, Smaller | None, Callable[[str], Tensor], list[Moments] | None, StoredModel | None]:
-    stored = StoredModel(model) if isinstance(model, (str, Path)) else None
-    kind, config, read = _opened(model, stored)
-    original = Original(kind, config)
-    if isinstance(model, nn.Module):
-        original.skeleton.check_same(model)
-    if stored is not None:
-        names = [name for layer in original.layers for name in layer.parameters]
-        stored.check(original.skeleton.shapes, names)
+    given: Opened, head_dim: int | None, text: texts.Text | None, sizes: Sequence[int] | None, tell: Progress
+) -> _Planned:
+    original = Original(given.kind, given.config)
+    given.check(original)
     if sizes is not None and (isinstance(sizes, str) or not isinstance(sizes, Sequence)):
         raise TypeError(f"sizes must be a list of head sizes, got {sizes!r}.")
     for wanted in (*([] if head_dim is None else [head_dim]), *(sizes or ())):
         _check_size(original, wanted)
-    scores = original.scores(read)
-    moments: list[Moments] | None = None
-    notes = list(original.warnings)
-    losses: Callable[[Smaller | None], float] | None = None
-    if calibration is not None:
-        live, tokens = _text(model, kind, stored, calibration, tokenizer, window, windows, config, tell)
-        choosing, reported = tokens[::2], tokens[1::2]
-        layers, keys = original.with_positions(original.layers)
-        if not math.isfinite(texts.loss(live, choosing[:1])):
-            raise ValueError("the model's loss on the text is no number: do its weights hold NaN or infinity?")
-        moments = texts.moments(live, original.layers, choosing)
-        scores = with_losses(scores, texts.plane_losses(live, layers, keys, original.turned(), choosing, tell))
-
-        losses = partial(_loss, live, read, moments, reported)
-    else:
-        notes.append(_ENERGY)
-    energies = [value_energies(layer, read, moments[i] if moments else None) for i, layer in enumerate(original.layers)]
-    table: list[Size] = []
-    smaller: Smaller | None = None
-    listed = [original.head_dim, *_shown(original.head_dim, head_dim, sizes)]
-    for count, size in enumerate(listed):
-        small = None
-        if size != original.head_dim:
-            kept = {key: scores[key].kept(planes) for key, planes in original.planes_of(size).items()}
-            small = original.smaller(size, kept, _written(config, stored))
-            smaller = small if size == head_dim else smaller
-        table.append(_size(original, small, scores, energies, read, losses))
-        if losses is not None:
-            tell("measuring head sizes", count + 1, len(listed))
+    choice = _Choice(original.scores(given.read))
+    if text is not None:
+        choice = _by_loss(given, original, choice.scores, text, tell)
+    energies = _value_energies(given, original, choice.moments)
+    table, smaller = _sizes(given, original, choice, energies, _shown(original.head_dim, head_dim, sizes), tell)
+    made = smaller.get(head_dim) if head_dim is not None else None
+    notes = [*original.warnings, *([_ENERGY] if text is None else [])]
     if head_dim is not None and head_dim % 8:
         notes.append(f"head size {head_dim} is no multiple of 8: many attention kernels are slow there, or refuse it.")
-    counts = (0, 0)
-    if smaller is not None:
-        counts = (_parameters(original.skeleton.model), _parameters(smaller.skeleton.model))
     result = Compression(
-        str(model) if stored is not None else kind.__name__,
-        str(config.model_type),
-        original.head_dim,
-        head_dim,
-        table,
-        {} if smaller is None else {key or "all": planes.tolist() for key, planes in smaller.kept.items()},
-        "loss" if calibration is not None else "energy",
-        smaller is not None and _is_exact(smaller, scores, read),
-        counts,
-        notes,
+        source=given.name,
+        model_type=str(given.config.model_type),
+        head_dim=original.head_dim,
+        new_head_dim=head_dim,
+        sizes=table,
+        chosen_by="energy" if text is None else "loss",
+        notes=notes,
     )
-    return result, smaller, read, moments, stored
-
-
-def _loss(
-    live: nn.Module, read: Callable[[str], Tensor], moments: list[Moments], tokens: Tensor, small: Smaller | None
-) -> float:
-    """Return the loss of the original, or of the same with a smaller head, which is built for it."""
-    model = live if small is None else small.model(read, moments, lambda done: None).to(torch.float32)
-    return texts.loss(model, tokens)
-
-
-def _opened(
-    model: nn.Module | str | Path, stored: StoredModel | None
-) -> tuple[type[nn.Module], Any, Callable[[str], Tensor]]:
-    """Return class, configuration and reader of a model."""
-    from transformers import AutoConfig, PreTrainedModel
-
-    if stored is not None:
-        try:
-            config = AutoConfig.from_pretrained(str(stored.path), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # whatever transformers makes of a configuration
-            raise NotReducible(f"{stored.path / 'config.json'} is not one that transformers reads: {error}") from None
-        return model_class(config), config, stored.read
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model must be a model of transformers or the path of one, got {type(model).__name__}; of a model in "
-            "wrappers give what is inside, and merge adapters first (merge_and_unload)."
+    if made is not None:
+        # what a text does not show may be what another one has
+        whatever = energies if choice.moments is None else _value_energies(given, original, None)
+        result = replace(
+            result,
+            kept={key or "all": planes.tolist() for key, planes in made.kept.items()},
+            exact=_is_exact(made, choice.scores, given.read, whatever),
+            parameters=(_parameters(original.skeleton.model), _parameters(made.skeleton.model)),
         )
-    state = model.state_dict()
-    if odd := next((name for name, t in state.items() if t.is_meta), None):
-        raise ValueError(f"{odd} is on the meta device and has no values; load the weights first.")
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if odd := next((name for name in names if not state[name].is_floating_point()), None):
-        raise NotReducible(f"{odd} is quantised ({state[odd].dtype}): dequantise the model first (model.dequantize()).")
-    if "quantization_config" in vars(model.config):
-        raise NotReducible("the model is quantised: dequantise it first (model.dequantize()).")
-
-    def read(name: str) -> Tensor:
-        if name not in state:
-            raise NotReducible(
-                f"the model has no {name}, which its class should have: merge adapters first (merge_and_unload)."
-            )
-        return state[name].detach().cpu()
-
-    return type(model), model.config, read
+    return _Planned(given, made, choice.moments, result)
 
 
-def _text(
-    model: nn.Module | str | Path,
-    kind: Any,
-    stored: StoredModel | None,
-    calibration: str | Path | Tensor,
-    tokenizer: Any,
-    window: int,
-    windows: int,
-    config: Any,
-    tell: Progress,
-) -> tuple[nn.Module, Tensor]:
-    """Return a live model and the windows of the text."""
-    if not isinstance(window, int) or window < 2:
-        raise ValueError(f"window={window!r} must be at least 2 tokens.")
-    if not isinstance(windows, int) or windows < 2:
-        raise ValueError(f"windows={windows} must be at least 2: one chooses, one is reported.")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
-    if kind.__name__ not in CAUSAL.values():
-        raise NotReducible(
-            f"{kind.__name__} is no causal language model, whose loss on a text could choose: leave it out."
-        )
-    longest = getattr(config, "max_position_embeddings", None) or window
-    if isinstance(model, nn.Module):
-        tokens = texts.windows_of(calibration, tokenizer, min(window, longest), windows)
-        return model, _known(tokens, config)
-    assert stored is not None
-    if not isinstance(calibration, Tensor):
-        read_bytes(calibration, texts.LARGEST_TEXT)  # a path that is wrong is said before anything else
-    if tokenizer is None and not isinstance(calibration, Tensor):
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(stored.path), local_files_only=True)
-        except Exception as error:  # whatever is missing
-            reason = str(error).partition("\n")[0].rstrip(" :.")
-            raise ValueError(
-                f"{stored.path} has no tokenizer that transformers reads ({reason}): save it there, or call "
-                "rankdecay.compress with tokenizer=."
-            ) from None
-    tokens = texts.windows_of(calibration, tokenizer, min(window, longest), windows)
-    tell("loading the model", 0, 1)
-    live = kind.from_pretrained(str(stored.path), dtype=torch.float32, local_files_only=True).eval()
-    return live, _known(tokens, config)
+def _value_energies(given: Opened, original: Original, moments: list[Moments] | None) -> list[Tensor]:
+    own = moments or [None] * len(original.layers)
+    return [value_energies(layer, given.read, one) for layer, one in zip(original.layers, own, strict=True)]
 
 
-def _known(tokens: Tensor, config: Any) -> Tensor:
-    """Return tokens, all of which the model knows."""
-    if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
-        raise ValueError(
-            f"calibration has token {int(tokens.max())}, and the model knows 0 to {config.vocab_size - 1}: is the "
-            "tokenizer that of the model?"
-        )
-    return tokens
+def _sizes(
+    given: Opened, original: Original, choice: _Choice, energies: list[Tensor], head_dims: list[int], tell: Progress
+) -> tuple[list[Size], dict[int, Smaller]]:
+    """Return what head sizes cost, the original's first, and the smaller models by the size of their heads."""
+    each = cached_heads(original.skeleton.found) * _itemsize(given, original)  # bytes of a coordinate
+    table: list[Size] = []
+    smaller: dict[int, Smaller] = {}
+    for head_dim in (original.head_dim, *head_dims):
+        kept = kept_planes(choice.scores, original.head_dim, head_dim)
+        if head_dim != original.head_dim:
+            smaller[head_dim] = original.smaller(head_dim, kept, given.written)
+        size = Size(head_dim, each * head_dim, lost_planes(choice.scores, kept), lost_energy(energies, head_dim))
+        if choice.loss is not None:
+            size = replace(size, loss=choice.loss(smaller.get(head_dim)))
+            tell("measuring head sizes", len(table) + 1, len(head_dims) + 1)
+        table.append(size)
+    return table, smaller
 
 
-def _written(config: Any, stored: StoredModel | None) -> dict[str, Any]:
-    """Return what ``config.json`` holds, with ``rope_parameters`` as the class completes them."""
-    if stored is None:
-        return config.to_dict()
-    written = dict(stored.config)
-    parameters = config.to_dict().get("rope_parameters")
-    return written | ({"rope_parameters": parameters} if parameters else {})
+def _by_loss(given: Opened, original: Original, scores: Scores, text: texts.Text, tell: Progress) -> _Choice:
+    """Return what a text chooses: planes by the loss without each, values by what enters the layers."""
+    live, tokens = texts.live_with_tokens(given, text, tell)
+    choosing, reported = tokens[::2], tokens[1::2]
+    if not math.isfinite(texts.loss(live, choosing[:1])):
+        raise ValueError("the model's loss on the text is no number: do its weights hold NaN or infinity?")
+    moments = texts.moments(live, original.layers, choosing)
+    layers, keys = original.with_positions(original.layers)
+    losses = texts.plane_losses(live, layers, keys, original.turned(), choosing, tell)
+
+    def loss(smaller: Smaller | None) -> float:
+        model = live if smaller is None else smaller.model(given.read, moments, lambda done: None).to(torch.float32)
+        return texts.loss(model, reported)
+
+    return _Choice(with_losses(scores, losses), moments, loss)
+
+
+def _to_files(planned: _Planned, out: Path, tell: Progress) -> Compression:
+    """Write the smaller model of one in files, layer by layer."""
+    assert planned.given.stored is not None
+    assert planned.smaller is not None
+    with new_directory(out) as folder:
+        say = partial(tell, "writing tensors")
+        write_checkpoint(planned.given.stored, planned.smaller, planned.moments, folder, card(planned.result), say)
+    return replace(planned.result, out=str(out))
+
+
+def _to_model(planned: _Planned, model: nn.Module, out: Path | None, tokenizer: Any, tell: Progress) -> nn.Module:
+    """Return the smaller model of a live one, written too if that is asked for."""
+    assert planned.smaller is not None
+    total = len(planned.smaller.layers)
+    small: Any = planned.smaller.model(
+        planned.given.read, planned.moments, lambda done: tell("making layers smaller", done, total)
+    )
+    _as_before(small, model)
+    small.compression = planned.result
+    if out is not None:
+        with new_directory(out) as folder:
+            small.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(card(planned.result), "utf-8")
+        small.compression = replace(planned.result, out=str(out))
+    return small.to(next(model.parameters()).device)
+
+
+def _as_before(small: nn.Module, model: nn.Module) -> None:
+    """Give the smaller model how the original generates, and which of its parameters are trained."""
+    if getattr(model, "generation_config", None) is not None:
+        small.generation_config = copy.deepcopy(model.generation_config)  # pyright: ignore[reportAttributeAccessIssue]
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
 
 
 def _check_size(original: Original, size: int) -> None:
@@ -404,46 +321,24 @@ def _shown(head_dim: int, wanted: int | None, sizes: Sequence[int] | None) -> li
     return sorted(chosen, reverse=True)
 
 
-def _size(
-    original: Original,
-    small: Smaller | None,
-    scores: Mapping[str | None, PlaneScores],
-    energies: Sequence[Tensor],
-    read: Callable[[str], Tensor],
-    losses: Callable[[Smaller | None], float] | None,
-) -> Size:
-    head_dim = original.head_dim if small is None else small.head_dim
-    # a checkpoint is loaded in the type that its configuration names
-    named = getattr(original.config, "dtype", None)
-    weights = read(original.layers[0].found.places["key"].parameter).dtype
-    width = (named if isinstance(named, torch.dtype) else weights).itemsize
-    planes = max((scores[key].lost(kept) for key, kept in small.kept.items()), default=0.0) if small else 0.0
-    lost = lost_energy(energies, head_dim) if small else 0.0
-    loss = losses(small) if losses is not None else None
-    return Size(head_dim, original.cached_heads * head_dim * width, planes, lost, loss)
+def _itemsize(given: Opened, original: Original) -> int:
+    """Return the bytes of a number in the cache: a checkpoint is loaded in the type that its configuration names."""
+    named = getattr(given.config, "dtype", None)
+    weights = given.read(original.layers[0].found.places["key"].parameter).dtype
+    return (named if isinstance(named, torch.dtype) else weights).itemsize
 
 
-def _is_exact(
-    smaller: Smaller,
-    scores: Mapping[str | None, PlaneScores],
-    read: Callable[[str], Tensor],
-) -> bool:
-    """Whether only zeros go; of values, and of what has no positions, up to what rounding leaves of a lower rank.
-
-    Whatever the inputs: what a text does not show may be what another one has.
-    """
-    for key, kept in smaller.kept.items():
-        gone = torch.ones_like(scores[key].removable)
-        gone[kept] = False
-        if not bool(scores[key].removable[gone].all()):
-            return False
+def _is_exact(smaller: Smaller, scores: Scores, read: Read, values: Sequence[Tensor]) -> bool:
+    """Whether only zeros go; of values, and of what has no positions, up to what rounding leaves of a lower rank."""
+    if not all(scores[key].is_free(kept) for key, kept in smaller.kept.items()):
+        return False
     for number, layer in enumerate(smaller.layers):
         planes = smaller.planes(number)
         left = smaller.head_dim - (0 if planes is None else 2 * len(planes))
         energy = unturned_energies(layer, read)
         if energy is not None and not _ends(energy, left):
             return False
-    return all(_ends(value_energies(layer, read, None), smaller.head_dim) for layer in smaller.layers)
+    return all(_ends(energy, smaller.head_dim) for energy in values)
 
 
 def _ends(energies: Tensor, count: int) -> bool:
@@ -453,14 +348,6 @@ def _ends(energies: Tensor, count: int) -> bool:
 
 def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _with_out(result: Compression, out: str | Path) -> Compression:
-    return replace(result, out=str(out))
-
-
-def _counted(tell: Progress, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: tell(what, done, total)
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -198,65 +199,61 @@ def write_checkpoint(
     def layer(number: int) -> dict[str, Tensor]:
         return smaller.parameters(number, stored.read, moments)
 
-    shapes = dict(stored.checkpoint.shapes)
-    for name in owner:
-        shapes[name] = smaller.skeleton.shapes[name]
-    dtypes, shards = _plan(stored, shapes)
+    shapes = {name: tuple(smaller.skeleton.shapes[name] if name in owner else shape)
+              for name, shape in stored.checkpoint.shapes.items()}  # fmt: skip
+    dtypes = stored.checkpoint.dtypes
+    if odd := next((name for name in shapes if dtypes[name] not in _NAMES), None):
+        raise NotReducible(f"{odd} is stored as {dtypes[odd]}, which is not copied: save the model in another type.")
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards = _shards(sizes)
     written = 0
-    total = 0
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name in names:
-            size = _count(shapes[name]) * dtypes[name].itemsize
-            header[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [at, at + size]}
-            at += size
-            weight_map[name] = file
-        total += at
+        weight_map |= dict.fromkeys(names, file)
         with open(folder / file, "wb") as out:
-            head = json.dumps(header).encode()
-            head += b" " * (-len(head) % 8)
-            out.write(len(head).to_bytes(8, "little") + head)
+            out.write(_header({name: (_NAMES[dtypes[name]], shapes[name], sizes[name]) for name in names}))
             for name in names:
                 tensor = layer(owner[name])[name] if name in owner else stored.read(name)
-                assert tuple(tensor.shape) == tuple(shapes[name]), name
+                assert tuple(tensor.shape) == shapes[name], name
                 out.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
                 written += 1
                 say(written, len(shapes))
             out.flush()
             os.fsync(out.fileno())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8"
-        )
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
     for file in stored.extra_files():
         shutil.copyfile(file, folder / file.name)
-    (folder / "config.json").write_text(json.dumps(smaller.written, indent=2, sort_keys=True) + "\n", "utf-8")
+    _write_json(folder / "config.json", smaller.written)
     (folder / "README.md").write_text(card, "utf-8")
 
 
-def _plan(stored: StoredModel, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, torch.dtype], list[list[str]]]:
-    """Return the type of each tensor, and the tensors of each shard, in the order in which they are written."""
-    dtypes = stored.checkpoint.dtypes
-    if odd := next((name for name in shapes if dtypes[name] not in _NAMES), None):
-        raise NotReducible(f"{odd} is stored as {dtypes[odd]}, which is not copied: save the model in another type.")
+def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Return the tensors of each file, in the order in which they are written, from their bytes."""
     shards: list[list[str]] = [[]]
-    size = 0
-    for name in shapes:
-        own = _count(shapes[name]) * dtypes[name].itemsize
-        if size and size + own > _BIG_SHARD:
+    total = 0
+    for name, size in sizes.items():
+        if total and total + size > _BIG_SHARD:
             shards.append([])
-            size = 0
+            total = 0
         shards[-1].append(name)
-        size += own
-    return dict(dtypes), shards
+        total += size
+    return shards
 
 
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+def _header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
+    """Return the header of a safetensors file from the type, shape and bytes of its tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankdecay.compress.choice import PlaneScores, plane_scores, planes_left
+from rankdecay.compress.choice import PlaneScores, plane_scores
 from rankdecay.compress.reduction import Layer, Moments, NotReducible, Read, reduced
 from rankdecay.compress.rotary import STANDING, smaller_configuration
 from rankdecay.compress.skeleton import Skeleton, changed_shapes
@@ -44,7 +44,7 @@ class Original:
         self.skeleton.check()
         self.head_dim = self.skeleton.found[0].head_dim
         self.warnings: list[str] = []
-        self.turned()  # refuses what cannot be turned
+        self._check_turned()
         if any(rope.attention_factor != 1.0 for rope in self.skeleton.ropes.values()):
             self.warnings.append(
                 "its sines and cosines are multiplied by an attention_factor, which transformers reads beside longrope "
@@ -57,31 +57,23 @@ class Original:
                 "to that length the smaller model is the same, not beyond."
             )
 
-    @cached_property
-    def cached_heads(self) -> int:
-        """Heads of keys and of values that a token has in the cache, over all layers."""
-        return sum(2 * found.places["key"].window.num_heads for found in self.skeleton.found)
-
     def turned(self) -> dict[str | None, int]:
         """Return the number of rotary planes of a head, by table of frequencies."""
-        planes: dict[str | None, int] = {}
+        return {
+            self.skeleton.rope_key(number): found.rotary.dims // 2
+            for number, found in enumerate(self.skeleton.found)
+            if found.rotary is not None
+        }
+
+    def _check_turned(self) -> None:
         for number, found in enumerate(self.skeleton.found):
             if found.rotary is None:
                 continue
             if found.planes_assumed:
                 raise NotReducible(f"{found.name}: nothing says which rows positions turn together.")
-            key = self.skeleton.rope_key(number)
-            planes[key] = found.rotary.dims // 2
-            if len(self.skeleton.ropes[key].short) != planes[key]:
-                raise NotReducible(
-                    f"{found.name} turns {planes[key]} planes, and the class has {len(self.skeleton.ropes[key].short)} "
-                    "frequencies."
-                )
-        return planes
-
-    def planes_of(self, head_dim: int) -> dict[str | None, int]:
-        """Return how many planes a head of another size has, by table; of partly turned heads in proportion."""
-        return {key: planes_left(count, self.head_dim, head_dim) for key, count in self.turned().items()}
+            planes, has = found.rotary.dims // 2, len(self.skeleton.ropes[self.skeleton.rope_key(number)].short)
+            if planes != has:
+                raise NotReducible(f"{found.name} turns {planes} planes, and the class has {has} frequencies.")
 
     def with_positions(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[str | None]]:
         """Return the layers with rotary positions, and the table of frequencies of each."""
@@ -91,22 +83,12 @@ class Original:
     @cached_property
     def layers(self) -> list[Layer]:
         """Its layers, with the scale they have now."""
-        return self._layers(self.skeleton)
-
-    def _layers(self, new: Skeleton) -> list[Layer]:
-        layers = []
-        for found, small in zip(self.skeleton.found, new.found, strict=True):
-            norms = self.skeleton.norms(found)
-            layers.append(
-                Layer(
-                    found,
-                    *norms,
-                    scale=self.skeleton.scale(found),
-                    new_scale=new.scale(small),
-                    sums_to_one=self.skeleton.sums_to_one(found),
-                )
-            )
-        return layers
+        ours = self.skeleton
+        scales = [ours.scale(found) for found in ours.found]
+        return [
+            Layer(found, *ours.norms(found), scale, new_scale=scale, sums_to_one=ours.sums_to_one(found))
+            for found, scale in zip(ours.found, scales, strict=True)
+        ]
 
     def scores(self, read: Read) -> dict[str | None, PlaneScores]:
         """Return what the weights say of the rotary planes, by table of frequencies."""
@@ -135,7 +117,10 @@ class Original:
                 f"planes: {said}"
             ) from None
         skeleton = Skeleton(self.kind, new_config)
-        layers = self._layers(skeleton)
+        layers = [
+            replace(layer, new_scale=skeleton.scale(small))
+            for layer, small in zip(self.layers, skeleton.found, strict=True)
+        ]
         self._check(skeleton, layers, head_dim, kept)
         return Smaller(head_dim, dict(kept), written, new_config, skeleton, layers, self)
 

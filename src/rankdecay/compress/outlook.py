@@ -6,7 +6,6 @@ whether the class takes another head size is then what the table of compared mod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,12 @@ from torch import Tensor
 
 from rankdecay.attention.source import Source
 from rankdecay.attention.windows import Found
-from rankdecay.compress.choice import lost_energy, plane_scores, planes_left
-from rankdecay.compress.reduction import Layer, Norm, NotReducible, check_reducible, value_energies
+from rankdecay.compress.choice import kept_planes, lost_energy, lost_planes, plane_scores
+from rankdecay.compress.reduction import Layer, Norm, NotReducible, cached_heads, check_reducible, value_energies
 from rankdecay.compress.result import Size, size_table, usual_sizes
 from rankdecay.compress.types import check_type
+
+_NO_NUMBERS = "its weights are so large or so small that their energies are no numbers."
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,11 @@ def outlook(source: Source, found: Sequence[Found]) -> Outlook:
         found: its attention.
     """
     try:
-        sizes = _sizes(source, found)
+        return Outlook(_sizes(source, found))
     except NotReducible as error:
         return Outlook(reason=str(error))
     except RuntimeError:  # float64 that overflows: a decomposition of what is not finite
-        sizes = ()
-    if not all(math.isfinite(size.plane_energy + size.value_energy) for size in sizes) or not sizes:
-        return Outlook(reason="its weights are so large or so small that their energies are no numbers.")
-    return Outlook(sizes)
+        return Outlook(reason=_NO_NUMBERS)
 
 
 def _sizes(source: Source, found: Sequence[Found]) -> tuple[Size, ...]:
@@ -78,16 +76,14 @@ def _sizes(source: Source, found: Sequence[Found]) -> tuple[Size, ...]:
     turned = [layer for layer in layers if layer.found.rotary is not None]
     scores = plane_scores(turned, [f"{layer.found.rotary} {layer.found.frequencies}" for layer in turned], read)
     energies = [value_energies(layer, read, None) for layer in layers]
-    width = read(found[0].places["key"].parameter).element_size()
-    heads = sum(2 * layer.key_heads for layer in layers)
-    sizes = []
-    for size in (head_dim, *usual_sizes(head_dim)):
-        lost = 0.0
-        for score in scores.values():
-            kept = score.kept(planes_left(len(score.energy), head_dim, size))
-            lost = max(lost, score.lost(kept))
-        sizes.append(Size(size, heads * size * width, lost, lost_energy(energies, size)))
-    return tuple(sizes)
+    if not all(bool(one.isfinite().all()) for one in (*energies, *(score.energy for score in scores.values()))):
+        raise NotReducible(_NO_NUMBERS)
+    each = cached_heads(found) * read(found[0].places["key"].parameter).element_size()  # bytes of a coordinate
+    kept = {size: kept_planes(scores, head_dim, size) for size in (head_dim, *usual_sizes(head_dim))}
+    return tuple(
+        Size(size, each * size, lost_planes(scores, planes), lost_energy(energies, size))
+        for size, planes in kept.items()
+    )
 
 
 def _layer(found: Found) -> Layer:

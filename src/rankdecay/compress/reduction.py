@@ -15,22 +15,23 @@ Head size d becomes d'. All of it is computed in float64; what a row stands for 
   that b_V adds W_O b_V to the output's bias where there is one; elsewhere it is a column of W_V.
 
 With second moments of the layer's input (``Moments``) the truncation is that of the outputs on the data; without them
-every input counts alike, which on real models loses far more: a few directions of the input are huge.
+every input counts alike, which loses more the more the directions of the input differ in size.
 
 Source: W. Su et al. 2021 (rotary positions); the identities are derived in `docs/guides/compress.md`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankdecay.attention.layer import Role, Window
-from rankdecay.attention.products import Rotary
+from rankdecay.attention.products import Rotary, grouped, in_order, triangle, with_bias
 from rankdecay.attention.windows import Found, Place
 
 Read = Callable[[str], Tensor]
@@ -79,11 +80,6 @@ class Layer:
         return self.found.head_dim
 
     @property
-    def key_heads(self) -> int:
-        """Number of key heads."""
-        return self.found.places["key"].window.num_heads
-
-    @property
     def parameters(self) -> list[str]:
         """Names of the parameters that become others."""
         places = [self.found.places[role] for role in _ROLES]
@@ -91,11 +87,12 @@ class Layer:
         return list(dict.fromkeys([*names, *(norm.parameter for norm in (self.query_norm, self.key_norm) if norm)]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Second moments of the inputs [x; 1] of a layer's projections over some text, (D + 1, D + 1), float64."""
 
     matrix: Tensor
+    _roots: dict[tuple[bool, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def mean(self) -> Tensor:
@@ -104,10 +101,14 @@ class Moments:
 
     def root(self, *, centred: bool = False, with_one: bool) -> Tensor:
         """Return a root L with L Lᵀ the moments of x or [x; 1], or the covariance of x."""
+        if (centred, with_one) not in self._roots:  # D³, the same for every matrix and every head size
+            self._roots[centred, with_one] = self._root(centred, with_one)
+        return self._roots[centred, with_one]
+
+    def _root(self, centred: bool, with_one: bool) -> Tensor:
         moments = self.matrix / self.matrix[-1, -1]
         if centred:
-            mean = moments[:-1, -1]
-            moments = moments[:-1, :-1] - mean[:, None] * mean
+            moments = moments[:-1, :-1] - self.mean[:, None] * self.mean
         elif not with_one:
             moments = moments[:-1, :-1]
         values, vectors = torch.linalg.eigh(moments)
@@ -132,18 +133,14 @@ def reduced(layer: Layer, read: Read, head_dim: int, kept: Tensor | None, moment
     parts = _Parts(layer.found, read)
     coordinates = kept_coordinates(layer, read, head_dim, kept) if layer.query_norm is not None else None
     query, key = _scores(layer, parts, head_dim, kept, coordinates, moments)
-    value, output, bias = _values(layer, parts, head_dim, moments)
-    made = _Writer(parts, head_dim)
-    sides: list[tuple[Role, Tensor]] = [("query", query), ("key", key), ("value", value)]
-    for role, heads in sides:
-        made.write(role, heads[..., : parts.width(role)], heads[..., -1] if parts.has_bias(role) else None)
-    made.write("output", output, None)
-    written = made.finished()
+    values = _values(layer, parts, head_dim, moments)
+    heads: dict[Role, Tensor] = {"query": query, "key": key, "value": values.value, "output": values.output}
+    written = _written(parts, head_dim, heads)
     if (name := layer.found.places["output"].bias) is not None:
-        written[name] = read(name) if bias is None else bias
-    for norm, side in ((layer.query_norm, "query"), (layer.key_norm, "key")):
+        written[name] = read(name) if values.bias is None else values.bias
+    for norm, scale in ((layer.query_norm, layer.scale / layer.new_scale), (layer.key_norm, 1.0)):
         if norm is not None and coordinates is not None:
-            written[norm.parameter] = _gains(layer, norm, read(norm.parameter), side, coordinates)
+            written[norm.parameter] = _gains(layer, norm, read(norm.parameter), scale, coordinates)
     return {name: tensor.to(read(name).dtype) for name, tensor in written.items()}
 
 
@@ -156,8 +153,7 @@ def value_energies(layer: Layer, read: Read, moments: Moments | None) -> Tensor:
     value, output = parts.heads("value"), parts.grouped(parts.heads("output")).flatten(1, 2)
     if moments is not None:
         value = value @ moments.root(with_one=parts.has_bias("value"))
-    (factor, _), (seen, _) = _square_factor(output), _square_factor(value.mT)
-    return torch.linalg.svdvals(factor @ seen.mT).square()
+    return _product_energies(output, value)
 
 
 def unturned_energies(layer: Layer, read: Read) -> Tensor | None:
@@ -170,12 +166,15 @@ def unturned_energies(layer: Layer, read: Read) -> Tensor | None:
     if turned == layer.head_dim:
         return None
     if layer.query_norm is not None:
-        return _shares(layer, read)[turned:].sort(descending=True).values[None]
+        return _coordinate_shares(layer, read)[turned:].sort(descending=True).values[None]
     parts = _Parts(layer.found, read)
-    query = parts.grouped(parts.heads("query")[:, turned:]).transpose(-1, -2).flatten(1, 2)
-    key = parts.heads("key")[:, turned:]
-    (left, _), (right, _) = _square_factor(query), _square_factor(key.mT)
-    return torch.linalg.svdvals(left @ right.mT).square()
+    query = parts.grouped(parts.heads("query")[:, turned:]).mT.flatten(1, 2)
+    return _product_energies(query, parts.heads("key")[:, turned:])
+
+
+def _product_energies(left: Tensor, right: Tensor) -> Tensor:
+    """Return the squared singular values of left right, (…, rows, d) and (…, d, columns), largest first."""
+    return torch.linalg.svdvals(triangle(left) @ triangle(right.mT).mT).square()
 
 
 class _Parts:
@@ -187,42 +186,34 @@ class _Parts:
     def heads(self, role: Role) -> Tensor:
         """Return (heads, d, D), with the bias (heads, d, D + 1); of the output (heads, out, d)."""
         place = self.found.places[role]
-        heads = place.window.heads(self.read(place.parameter)).double()
+        bias = None
+        if self.has_bias(role):
+            assert place.bias is not None
+            assert place.bias_window is not None
+            bias = place.bias_window.vector(self.read(place.bias))
+        heads = with_bias(place.window.heads(self.read(place.parameter)), bias)
         if not heads.isfinite().all():
-            raise NotReducible(f"{place.parameter} has values that are not finite: mend the checkpoint first.")
-        if role == "output" or not self.has_bias(role):
-            return heads
-        assert place.bias is not None
-        assert place.bias_window is not None
-        bias = replace(place.bias_window, transposed=False, stacked=False).vector(self.read(place.bias)).double()
-        return torch.cat([heads, bias.view(*heads.shape[:2], 1)], dim=-1)
+            what = place.parameter if bias is None else f"{place.parameter} or its bias"
+            raise NotReducible(f"{what} has values that are not finite: mend the checkpoint first.")
+        return heads
 
     def has_bias(self, role: Role) -> bool:
-        """Whether a matrix has a bias."""
-        return self.found.places[role].bias is not None
-
-    def width(self, role: Role) -> int:
-        """Return D, the number of inputs."""
-        place = self.found.places[role]
-        return place.window.matrix(self.read(place.parameter)).shape[1]
+        """Whether the heads of a matrix have a bias; that of the output is no head's."""
+        return role != "output" and self.found.places[role].bias is not None
 
     def grouped(self, heads: Tensor) -> Tensor:
         """Return query heads by the key head they meet: (key heads, heads of each, …)."""
-        groups = self.found.places["key"].window.num_heads
-        if self.found.grouping == "strided":
-            return heads.unflatten(0, (-1, groups)).transpose(0, 1)
-        return heads.unflatten(0, (groups, -1))
+        return grouped(heads, self.found.places["key"].window.num_heads, self.found.grouping)
 
-    def in_order(self, grouped: Tensor) -> Tensor:
+    def in_order(self, heads: Tensor) -> Tensor:
         """Undo ``grouped``."""
-        return (grouped.transpose(0, 1) if self.found.grouping == "strided" else grouped).flatten(0, 1)
+        return in_order(heads, self.found.grouping)
 
 
 def plane_rows_of(rotary: Rotary, kept: Tensor) -> Tensor:
     """Return the coordinates of a head that some of its planes have, in the order of a head with these alone."""
-    if rotary.interleaved:
-        return torch.stack([2 * kept, 2 * kept + 1], dim=1).flatten()
-    return torch.cat([kept, kept + rotary.dims // 2])
+    coordinates = rotary.planes()[kept]
+    return (coordinates if rotary.interleaved else coordinates.mT).flatten()
 
 
 def plane_parts(layer: Layer, read: Read) -> tuple[Tensor, Tensor]:
@@ -232,9 +223,7 @@ def plane_parts(layer: Layer, read: Read) -> tuple[Tensor, Tensor]:
     parts = _Parts(layer.found, read)
 
     def of(role: Role) -> Tensor:
-        squares = parts.heads(role).square().sum(-1)[:, plane_rows_of(rotary, torch.arange(rotary.dims // 2))]
-        pairs = squares.unflatten(1, (-1, 2)).mT if rotary.interleaved else squares.unflatten(1, (2, -1))
-        return pairs.sum(1)
+        return parts.heads(role).square().sum(-1)[:, rotary.planes()].sum(-1)
 
     return parts.grouped(of("query")), of("key")
 
@@ -251,89 +240,92 @@ def kept_coordinates(layer: Layer, read: Read, head_dim: int, kept: Tensor | Non
         head_dim: d'.
         kept: the rotary planes that stay; None for a layer without rotary positions.
     """
-    rows = torch.empty(0, dtype=torch.int64)
-    turned = 0
-    if kept is not None and layer.found.rotary is not None:
-        rows, turned = plane_rows_of(layer.found.rotary, kept), layer.found.rotary.dims
+    rows, turned = _turned(layer, kept)
     if turned == layer.head_dim:
         return rows
-    shares = _shares(layer, read)[turned:]
-    best = shares.sort(stable=True, descending=True).indices[: head_dim - len(rows)].sort().values
-    return torch.cat([rows, best + turned])
+    rest = _coordinate_shares(layer, read)[turned:].sort(stable=True, descending=True).indices
+    return torch.cat([rows, rest[: head_dim - len(rows)].sort().values + turned])
 
 
-def _shares(layer: Layer, read: Read) -> Tensor:
+def _coordinate_shares(layer: Layer, read: Read) -> Tensor:
     """Return the share that each coordinate has in the norms of queries and keys and in their product, (d,)."""
     parts = _Parts(layer.found, read)
     query, key = (parts.heads(role).square().sum(-1) for role in ("query", "key"))
-    query, key = (part / part.sum(-1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny) for part in (query, key))
+    query, key = shares(query), shares(key)
     return (parts.grouped(query) * key[:, None]).sum((0, 1)) + query.sum(0) + key.sum(0)
+
+
+def shares(energies: Tensor) -> Tensor:
+    """Return the share that each number of a last dimension has in their sum; of nothing each has 0."""
+    return energies / energies.sum(-1, keepdim=True).clamp_min(torch.finfo(energies.dtype).tiny)
 
 
 def _scores(
     layer: Layer, parts: _Parts, head_dim: int, kept: Tensor | None, coordinates: Tensor | None, moments: Moments | None
 ) -> tuple[Tensor, Tensor]:
+    """Return W_Q and W_K with their biases, (heads, d', D)."""
     query, key = parts.heads("query"), parts.heads("key")
     if coordinates is not None:
         same = (head_dim / layer.head_dim) ** 0.5  # the root mean square stays what it was
         return query[:, coordinates] * same, key[:, coordinates] * same
-    rotary = layer.found.rotary if kept is not None else None
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    turned = 0
-    if rotary is not None and kept is not None:
-        rows = plane_rows_of(rotary, kept)
-        turned = rotary.dims
-        queries.append(query[:, rows])
-        keys.append(key[:, rows])
+    rows, turned = _turned(layer, kept)
+    new_query, new_key = query[:, rows], key[:, rows]
     if turned < layer.head_dim:
-        rank = head_dim - sum(part.shape[1] for part in queries)
-        left, right = _without_positions(parts, query[:, turned:], key[:, turned:], rank, moments)
-        queries.append(left)
-        keys.append(right)
-    return torch.cat(queries, dim=1) * (layer.scale / layer.new_scale), torch.cat(keys, dim=1)
+        left, right = _without_positions(parts, query[:, turned:], key[:, turned:], head_dim - len(rows), moments)
+        new_query, new_key = torch.cat([new_query, left], dim=1), torch.cat([new_key, right], dim=1)
+    return new_query * (layer.scale / layer.new_scale), new_key
+
+
+def _turned(layer: Layer, kept: Tensor | None) -> tuple[Tensor, int]:
+    """Return the coordinates of the kept planes, and how many coordinates positions turn."""
+    if kept is None or layer.found.rotary is None:
+        return torch.empty(0, dtype=torch.int64), 0
+    return plane_rows_of(layer.found.rotary, kept), layer.found.rotary.dims
 
 
 def _without_positions(
     parts: _Parts, query: Tensor, key: Tensor, rank: int, moments: Moments | None
 ) -> tuple[Tensor, Tensor]:
-    grouped = parts.grouped(query)  # (groups, m, n, D)
-    left = grouped.transpose(-1, -2).flatten(1, 2)  # (groups, m D, n)
-    weights = right_root = None
+    by_key = parts.grouped(query).mT  # (groups, m, D, n)
+    weighted = right_root = None
     if moments is not None:
-        root = moments.root(with_one=parts.has_bias("query"))
-        weights = (root.mT @ grouped.transpose(-1, -2)).flatten(1, 2)
+        weighted = (moments.root(with_one=parts.has_bias("query")).mT @ by_key).flatten(1, 2)
         right_root = moments.root(with_one=parts.has_bias("key"))
-    left, right = truncated(left, key, rank, right_root, weights)
-    return parts.in_order(left.unflatten(1, (grouped.shape[1], -1)).transpose(-1, -2)), right
+    left, right = truncated(by_key.flatten(1, 2), key, rank, right_root, weighted)
+    return parts.in_order(left.unflatten(1, by_key.shape[1:3]).mT), right
 
 
-def _values(layer: Layer, parts: _Parts, rank: int, moments: Moments | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return W_V with its bias, (groups, d', D), W_O, (heads, out, d'), and the output's bias if it changes."""
-    value, output = parts.heads("value"), parts.heads("output")
-    grouped = parts.grouped(output)  # (groups, m, out, d)
-    stacked = grouped.flatten(1, 2)
-    place = layer.found.places["output"]
-    folds = layer.sums_to_one and place.bias is not None
-    matrix = value[..., : parts.width("value")] if folds else value
-    root = None
-    if moments is not None:
-        root = moments.root(centred=folds, with_one=matrix.shape[-1] > parts.width("value"))
+class _Values(NamedTuple):
+    """W_V with its bias, (groups, d', D), W_O, (heads, out, d'), and the output's bias if it changes."""
+
+    value: Tensor
+    output: Tensor
+    bias: Tensor | None
+
+
+def _values(layer: Layer, parts: _Parts, rank: int, moments: Moments | None) -> _Values:
+    value, output = parts.heads("value"), parts.grouped(parts.heads("output"))  # (groups, m, out, d)
+    stacked = output.flatten(1, 2)
+    output_bias = layer.found.places["output"].bias
+    folds, biased = layer.sums_to_one and output_bias is not None, parts.has_bias("value")
+    matrix = value[..., :-1] if folds and biased else value
+    root = None if moments is None else moments.root(centred=folds, with_one=biased and not folds)
     left, right = truncated(stacked, matrix, rank, root)
-    new_output = parts.in_order(left.unflatten(1, (grouped.shape[1], -1)))
-    if not folds:
-        return right, new_output, None
-    assert place.bias is not None
-    bias = parts.read(place.bias).double()
-    if parts.has_bias("value"):
-        bias = bias + (stacked @ value[..., -1:]).unflatten(1, (grouped.shape[1], -1)).sum((0, 1))[:, 0]
-        right = torch.cat([right, right.new_zeros(*right.shape[:-1], 1)], dim=-1)
-    if moments is not None:  # what is dropped has a mean, and rows of the softmax sum to one
-        missing = stacked @ (matrix @ moments.mean[:, None]) - left @ (
-            right[..., : matrix.shape[-1]] @ moments.mean[:, None]
-        )
-        bias = bias + missing.unflatten(1, (grouped.shape[1], -1)).sum((0, 1))[:, 0]
-    return right, new_output, bias
+
+    def summed(constants: Tensor) -> Tensor:
+        """Return the sum over heads of what each writes, of (groups, m · out, 1)."""
+        return constants.unflatten(1, output.shape[1:3]).sum((0, 1))[:, 0]
+
+    bias = None
+    if folds:
+        assert output_bias is not None
+        bias = parts.read(output_bias).double()
+        if moments is not None:  # what is dropped has a mean, and rows of the softmax sum to one
+            bias = bias + summed(stacked @ (matrix @ moments.mean[:, None]) - left @ (right @ moments.mean[:, None]))
+        if biased:
+            bias = bias + summed(stacked @ value[..., -1:])
+            right = torch.nn.functional.pad(right, (0, 1))
+    return _Values(right, parts.in_order(left.unflatten(1, output.shape[1:3])), bias)
 
 
 def truncated(
@@ -344,86 +336,46 @@ def truncated(
     Args:
         left: (…, rows, d).
         right: (…, d, columns).
-        rank: d'.
+        rank: d', at most d.
         root: L, where the error counted is (left right − left' right') L.
         weighted_left: K left, where the error counted has K on its left.
 
     Returns:
         left', (…, rows, rank), and right', (…, rank, columns), in balance.
     """
-    counted = left if weighted_left is None else weighted_left
-    factor, inverse = _square_factor(counted)
-    seen, _ = _square_factor((right if root is None else right @ root).mT)
-    vectors = torch.linalg.svd(factor @ seen.mT, full_matrices=False).U[..., :rank]
+    factor = triangle(left if weighted_left is None else weighted_left)
+    seen = triangle((right if root is None else right @ root).mT)
+    vectors = torch.linalg.svd(factor @ seen.mT).U[..., :rank]
     new_right = vectors.mT @ factor @ right
-    new_left = left @ (inverse @ vectors)
+    new_left = left @ (torch.linalg.pinv(factor) @ vectors)
     lengths = torch.linalg.vector_norm(new_right, dim=-1) / torch.linalg.vector_norm(new_left, dim=-2)
     balance = torch.where((lengths > 0) & lengths.isfinite(), lengths, 1.0).sqrt()
-    new_left, new_right = new_left * balance[..., None, :], new_right / balance[..., None]
-    if (missing := rank - vectors.shape[-1]) > 0:
-        new_left = torch.nn.functional.pad(new_left, (0, missing))
-        new_right = torch.nn.functional.pad(new_right, (0, 0, 0, missing))
-    return new_left, new_right
+    return new_left * balance[..., None, :], new_right / balance[..., None]
 
 
-#: Condition number from which a Gram matrix in float64 no longer tells what is small from what is zero.
-_WELL_CONDITIONED = 1e6
+def _gains(layer: Layer, norm: Norm, stored: Tensor, scale: float, coordinates: Tensor) -> Tensor:
+    """Return the gains that make up for a smaller head's root mean square, and for another scale of the scores."""
+    gains = (stored.double() + norm.offset).view(-1, layer.head_dim)[:, coordinates]
+    return (gains * scale * (layer.head_dim / len(coordinates)) ** 0.5 - norm.offset).flatten()
 
 
-def _square_factor(tall: Tensor) -> tuple[Tensor, Tensor]:
-    """Return F, (…, d, d) or smaller, with Fᵀ F = tallᵀ tall, and its pseudoinverse.
-
-    From the Gram matrix, a tenth of the time of a QR decomposition, unless it is too badly conditioned for that: what
-    a decay left of low rank is to stay exactly so.
-    """
-    values, vectors = torch.linalg.eigh(tall.mT @ tall)
-    if bool((values[..., 0] * _WELL_CONDITIONED**2 > values[..., -1]).all()):
-        scale = values.sqrt()[..., None, :]
-        return (vectors * scale) @ vectors.mT, (vectors / scale) @ vectors.mT
-    factor = torch.linalg.qr(tall, mode="r").R
-    return factor, torch.linalg.pinv(factor)
-
-
-def _gains(layer: Layer, norm: Norm, stored: Tensor, side: str, coordinates: Tensor) -> Tensor:
-    gains = stored.double().flatten() + norm.offset
-    factor = (layer.head_dim / len(coordinates)) ** 0.5
-    if side == "query":
-        factor *= layer.scale / layer.new_scale
-    return (gains.view(-1, layer.head_dim)[:, coordinates] * factor - norm.offset).flatten()
+def _written(parts: _Parts, head_dim: int, new: Mapping[Role, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters of a layer, with heads of the new size where the old ones were; biases are last columns."""
+    written: dict[str, Tensor] = {}
+    for role, heads in new.items():
+        lines = [heads[..., :-1], heads[..., -1:]] if parts.has_bias(role) else [heads]
+        for (name, window), own in zip(parts.found.places[role].parts(), lines, strict=False):  # no output's bias
+            shape = list(parts.read(name).shape)
+            dim = window.line_dim(max(len(shape), 2))
+            shape[dim] = shape[dim] // window.head_dim * head_dim
+            whole = written.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+            smaller_window(window, head_dim).write(as_matrix(whole), own)
+    return written
 
 
-class _Writer:
-    """New parameters, into which heads of the new size are written where the old ones were."""
-
-    def __init__(self, parts: _Parts, head_dim: int) -> None:
-        self.parts, self.head_dim = parts, head_dim
-        self.new: dict[str, Tensor] = {}
-        self.lines: dict[str, int] = {}  # that are written
-
-    def write(self, role: Role, heads: Tensor, bias: Tensor | None) -> None:
-        place = self.parts.found.places[role]
-        self._write(place.parameter, place.window, heads)
-        if bias is not None:
-            assert place.bias is not None
-            assert place.bias_window is not None
-            window = replace(place.bias_window, transposed=False, stacked=False)
-            self._write(place.bias, window, bias[..., None])
-
-    def _write(self, name: str, window: Window, heads: Tensor) -> None:
-        old = self.parts.read(name)
-        small = smaller_window(window, self.head_dim)
-        if name not in self.new:
-            shape = list(old.shape)
-            dim = 0 if old.ndim == 1 else window.line_dim(old.ndim)
-            shape[dim] = shape[dim] // window.head_dim * self.head_dim
-            self.new[name] = torch.zeros(shape, dtype=torch.float64)
-            self.lines[name] = 0
-        new = self.new[name]
-        small.write(new[:, None] if new.ndim == 1 else new, heads)
-        self.lines[name] += small.num_heads * small.head_dim
-
-    def finished(self) -> dict[str, Tensor]:
-        return self.new
+def as_matrix(parameter: Tensor) -> Tensor:
+    """Return a parameter, of a bias the view of one column in which its window lies."""
+    return parameter[:, None] if parameter.ndim == 1 else parameter
 
 
 def smaller_window(window: Window, head_dim: int) -> Window:
@@ -435,6 +387,11 @@ def smaller_window(window: Window, head_dim: int) -> Window:
     return replace(
         window, start=scaled(window.start), stop=scaled(window.stop), size=scaled(window.size), head_dim=head_dim
     )
+
+
+def cached_heads(every: Sequence[Found]) -> int:
+    """Return the heads of keys and of values that a token has in the cache, over all layers."""
+    return sum(2 * found.places["key"].window.num_heads for found in every)
 
 
 def check_reducible(every: Sequence[Found]) -> None:

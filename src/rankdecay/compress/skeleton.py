@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from rankdecay.attention.locate import locate
 from rankdecay.attention.names import is_query_key_norm
+from rankdecay.attention.settings import ModuleSettings
 from rankdecay.attention.source import ModuleSource
 from rankdecay.attention.windows import Found
 from rankdecay.compress.reduction import Norm, NotReducible, check_reducible
 
 #: What an attention module calls the number its scores are multiplied by.
-SCALES = ("scaling", "scale", "softmax_scale", "attention_scale")
+SCALES = ("scaling", "scale", "softmax_scale", "attention_scale", "inv_norm_factor")
 #: What it calls the number they are divided by.
-DIVISORS = ("norm_factor", "inv_norm_factor")
+DIVISOR = "norm_factor"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Skeleton:
                 self.model = kind(config)
         except Exception as error:  # whatever a class makes of a configuration it was not written for
             raise NotReducible(f"{kind.__name__} cannot be built from the configuration: {error}") from None
-        self.found, unhandled = locate(ModuleSource(self.model))
+        self._source = ModuleSource(self.model)
+        self.found, unhandled = locate(self._source)
         if unhandled:
             raise NotReducible(f"{kind.__name__} has attention that is not read: {unhandled[0]}")
         if not self.found:
@@ -82,10 +84,7 @@ class Skeleton:
     @cached_property
     def own_names(self) -> list[str]:
         """Names of what has to be read: of tied parameters the first, since a checkpoint holds no other."""
-        first: dict[int, str] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            first.setdefault(id(tensor), name)
-        return list(first.values())
+        return list(dict.fromkeys(_first_names(self.model).values()))
 
     def check(self) -> None:
         """Raise ``NotReducible`` if the identities do not hold for some layer."""
@@ -99,50 +98,58 @@ class Skeleton:
     def check_same(self, model: nn.Module) -> None:
         """Raise ``NotReducible`` if a live model is not what its configuration builds.
 
-        The configuration is what a checkpoint is read by: numbers of modules, shapes and rotary frequencies that were
-        changed after building would be lost without a word.
+        The configuration is what a checkpoint is read by: numbers of modules, shapes, rotary frequencies and parameters
+        tied by hand that were changed after building would be lost without a word.
         """
         name = type(model).__name__
         for key, tensor in model.state_dict().items():
             said = self.shapes.get(key)
             if said is not None and tuple(tensor.shape) != said:
                 raise NotReducible(f"{key} has shape {tuple(tensor.shape)}, and {name}'s configuration says {said}.")
+        self._check_tied(model)
         built = dict(self.model.named_modules())
         for path, module in model.named_modules():
             other = built.get(path)
-            buffers = {part: b for part, b in module.named_buffers(recurse=False) if part.endswith("inv_freq")}
             if other is None or type(other) is not type(module):
                 continue
-            for part, buffer in buffers.items():
-                key = part.removesuffix("inv_freq").removesuffix("original_").rstrip("_") or None
-                rope = self.ropes.get(key)
-                if rope is None or ("original_" not in part and rope.kind in ("longrope", "dynamic")):
-                    continue  # that follows the length of the last text
-                if buffer.shape != rope.short.shape or not torch.allclose(
-                    buffer.double().cpu(), rope.short, rtol=1e-2 if buffer.itemsize < 4 else 1e-5
-                ):
-                    raise NotReducible(f"{path}.{part} has other frequencies than {name}'s configuration says.")
-            if buffers:
-                continue
-            for part, value in vars(module).items():
-                said = vars(other).get(part)
-                if type(value) in (int, float) and type(said) in (int, float) and value != said:
-                    raise NotReducible(
-                        f"{path}.{part} is {value}, and {name}'s configuration builds it with {said}: a checkpoint is "
-                        "read by its configuration, so set it there."
-                    )
+            if frequencies := _frequencies(module):
+                self._check_frequencies(path, frequencies)
+            else:
+                _check_numbers(path, module, other, name)
+
+    def _check_frequencies(self, path: str, frequencies: Mapping[str, Tensor]) -> None:
+        for part, buffer in frequencies.items():
+            rope = self.ropes.get(_layers_of(part))
+            if rope is None or ("original_" not in part and rope.kind in ("longrope", "dynamic")):
+                continue  # that follows the length of the last text
+            if buffer.shape != rope.short.shape or not torch.allclose(
+                buffer.double().cpu(), rope.short, rtol=1e-2 if buffer.itemsize < 4 else 1e-5
+            ):
+                raise NotReducible(
+                    f"{path}.{part} has other frequencies than {type(self.model).__name__}'s configuration says."
+                )
+
+    def _check_tied(self, model: nn.Module) -> None:
+        ours = _first_names(model)
+        for key, first in _first_names(self.model).items():
+            if ours.get(key, first) != first:
+                tied = ours[key] != key
+                other, are = (ours[key], "one parameter") if tied else (first, "two parameters")
+                raise NotReducible(
+                    f"{key} and {other} are {are}, and {type(model).__name__}'s configuration says otherwise: set "
+                    f"tie_word_embeddings={tied} in it."
+                )
 
     def scale(self, found: Found) -> float:
         """Return what the scores of an attention are multiplied by."""
         module = self.model.get_submodule(found.module)
-        for names, invert in ((SCALES, False), (DIVISORS, True)):
-            for name in names:
-                value = getattr(module, name, None)
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
-                    return 1 / float(value) if invert and name != "inv_norm_factor" else float(value)
+        for name in (*SCALES, DIVISOR):
+            value = getattr(module, name, None)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+                return 1 / float(value) if name == DIVISOR else float(value)
         raise NotReducible(
             f"{found.name} ({type(module).__name__}) does not say what its scores are multiplied by: none of "
-            f"{', '.join((*SCALES, *DIVISORS))}."
+            f"{', '.join((*SCALES, DIVISOR))}."
         )
 
     def norms(self, found: Found) -> tuple[Norm | None, Norm | None]:
@@ -156,7 +163,7 @@ class Skeleton:
             side = "query" if name.lower().startswith("q") else "key" if name.lower().startswith("k") else None
             if side is None or not is_query_key_norm(name):
                 continue
-            gains = [(path, gain) for path, gain in child.named_parameters()]
+            gains = list(child.named_parameters())
             sizes = (found.head_dim, found.head_dim * heads[side])
             if len(gains) != 1 or gains[0][1].ndim != 1 or gains[0][1].numel() not in sizes:
                 raise NotReducible(
@@ -186,8 +193,7 @@ class Skeleton:
         """Rotary frequencies by the kind of layer; the key is None where all layers have the same."""
         ropes: dict[str | None, Rope] = {}
         for module in self.model.modules():
-            names = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
-            names = [name for name in names if not name.endswith("original_inv_freq")]
+            names = [name for name in _frequencies(module) if "original_" not in name]
             if not names:
                 continue
             kind = type(module)
@@ -196,7 +202,7 @@ class Skeleton:
             except Exception as error:  # of a class that wants something else
                 raise NotReducible(f"{kind.__name__} cannot be built from the configuration alone: {error}") from None
             for name in names:
-                key = name.removesuffix("inv_freq").removesuffix("_") or None
+                key = _layers_of(name)
                 rope = _rope(real, name, key, module.config)
                 if key in ropes and not torch.equal(ropes[key].short, rope.short):
                     raise NotReducible("the model has several tables of rotary frequencies under one name.")
@@ -209,10 +215,36 @@ class Skeleton:
             return None
         found = self.found[number]
         kinds = getattr(self.config, "layer_types", None) or ()
-        layer = next((int(part) for part in found.module.split(".") if part.isdigit()), None)
+        layer = ModuleSettings(found.module, self._source).layer_number
         if layer is None or layer >= len(kinds) or kinds[layer] not in self.ropes:
             raise NotReducible(f"{found.name}: nothing says which of the rotary frequencies it has.")
         return kinds[layer]
+
+
+def _frequencies(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tables of rotary frequencies that a module itself holds, those before any scaling too."""
+    return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")}
+
+
+def _layers_of(table: str) -> str | None:
+    """Return the kind of layer that a table of frequencies is of, by its name; None if it is of all."""
+    return table.removesuffix("inv_freq").removesuffix("original_").removesuffix("_") or None
+
+
+def _check_numbers(path: str, module: nn.Module, built: nn.Module, name: str) -> None:
+    for part, value in vars(module).items():
+        said = vars(built).get(part)
+        if type(value) in (int, float) and type(said) in (int, float) and value != said:
+            raise NotReducible(
+                f"{path}.{part} is {value}, and {name}'s configuration builds it with {said}: a checkpoint is read by "
+                "its configuration, so set it there."
+            )
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Return the first name of the tensor that each name of a state dict has; tied parameters have one."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def _rope(real: Any, name: str, key: str | None, config: Any) -> Rope:

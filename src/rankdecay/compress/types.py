@@ -64,15 +64,19 @@ def check_type(model_type: str) -> None:
     """
     if model_type in CHECKED:
         return
-    reason = REASONS.get(model_type)
+    reason, near = REASONS.get(model_type), ""
+    if reason is None and _is_another_model(model_type):
+        reason = "it is not a causal language model, whose cache of keys and values a smaller head would make smaller"
     if reason is None:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
-
-        other = model_type in MODEL_MAPPING_NAMES and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        reason = (
-            "it is not a causal language model, whose cache of keys and values a smaller head would make smaller"
-            if other
-            else "a smaller head of it has not been compared with its original"
-        )
-    near = suggestion(model_type, sorted(CHECKED)) if reason.startswith("a smaller") else ""
+        reason = "a smaller head of it has not been compared with its original"
+        near = suggestion(model_type, sorted(CHECKED))
     raise NotReducible(f"model type {model_type!r} cannot be compressed: {reason}. {near}".strip())
+
+
+def _is_another_model(model_type: str) -> bool:
+    """Whether transformers, if it is installed, knows a type and has no causal language model of it."""
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+    except ImportError:  # `inspect` asks in the base install too
+        return False
+    return model_type in MODEL_MAPPING_NAMES and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
