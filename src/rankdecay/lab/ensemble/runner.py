@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +15,9 @@ import torch
 from rankdecay.lab.ensemble.ensemble import STATE, Ensemble, State, train_unless_stopped
 from rankdecay.lab.ensemble.outcome import diverged
 from rankdecay.lab.progress import Progress
-from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
+from rankdecay.lab.store import Checkpoint, Record, RunDirectory, Throttle
+from rankdecay.lab.stored import LABELS
 
-Record = dict[str, Any]
 Leaves = Callable[[Sequence[Record]], bool]
 Measurement = tuple[list[Record], dict[str, np.ndarray]]
 
@@ -141,6 +140,5 @@ def _train_and_evaluate(ensemble: Ensemble, steps: int, stop: threading.Event) -
 
 def _joined(snapshots: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Joins the snapshots of several ensembles: rows are concatenated, labels are shared."""
-    labels = ("groups", "positions")
     first = snapshots[0]
-    return {k: first[k] if k in labels else np.concatenate([s[k] for s in snapshots]) for k in first}
+    return {k: first[k] if k in LABELS else np.concatenate([s[k] for s in snapshots]) for k in first}
