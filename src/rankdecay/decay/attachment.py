@@ -36,7 +36,7 @@ from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
 from rankdecay.decay.finite import FiniteCheck
-from rankdecay.decay.groups import Group, check_decays, with_names
+from rankdecay.decay.groups import Group, with_names
 from rankdecay.decay.optimizers import (
     check_own_decay,
     check_states,
@@ -47,11 +47,13 @@ from rankdecay.decay.optimizers import (
     is_inner_step,
     is_stepping,
     may_make_states_only,
+    parameters_of,
     rate,
     rate_of_parameter,
     rate_of_step,
     remarks_on_optimizer,
 )
+from rankdecay.decay.plan import check_decays
 from rankdecay.decay.planes import PlaneStep
 from rankdecay.decay.policy import Decay, LowRank, Planes
 from rankdecay.decay.roles import ROLES
@@ -418,14 +420,11 @@ class Attachment:
             return
         self._in_step = False
         self._restore()
-        if self._closure and not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            # Cleared inside the step, which had made them too: whatever is trained had one.
-            trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-            self._params_with_grad = {id(p) for p in trained}
-        elif self._closure:
-            self._params_with_grad = {
-                id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-            }
+        if self._closure:
+            every = list(parameters_of(optimizer))
+            # Without any they were cleared inside the step, which had made them too: whatever is trained had one.
+            live = [p for p in every if p.grad is not None] or [p for p in every if p.requires_grad]
+            self._params_with_grad = set(map(id, live))
         if self._states_only:  # or a step of a stateless optimizer that was given no rate
             self._states_only = has_state(optimizer) or self._had_rate
         else:
@@ -720,7 +719,7 @@ def _check_trained(optimizer: Optimizer) -> None:
     """Warn of an optimizer left with the parameters a model had before it was sharded, which nothing trains."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    parameters = [p for p in parameters_of(optimizer) if p.requires_grad]
     if parameters and all(p.grad is None for p in parameters):
         warnings.warn(
             f"no parameter of this {type(optimizer).__name__} has a gradient at its first step, so nothing is trained "
