@@ -7,6 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankdecay.lab.store import read_json
+
+Row = dict[str, Any]
+
+
+def arms(run: Path) -> dict[str, Row]:
+    """The rows of a stored run's summary, one of each arm, by name; none without a summary."""
+    return {row["name"]: row for row in (read_json(run / "summary.json") or {"arms": []})["arms"]}
+
 
 def copy_config(run: Path, to: Path) -> None:
     """Copies a run's configuration, without the name of a folder that is nobody else's."""
@@ -26,7 +35,7 @@ def copy_summary(run: Path, to: Path) -> None:
     (to / "summary.json").write_text(json.dumps(summary, separators=(",", ":"), ensure_ascii=False) + "\n")
 
 
-def copy(run: Path, to: Path, rows: Iterable[dict[str, Any]]) -> None:
+def copy(run: Path, to: Path, rows: Iterable[Row]) -> None:
     """Copies a run's configuration, with `rows` in the place of its own."""
     copy_config(run, to)
     with (to / "metrics.jsonl").open("w") as file:
