@@ -72,14 +72,9 @@ def seeds(options: argparse.Namespace) -> None:
                 print(f"| {name} | {', '.join(steps)} | {lost(directory, name)} |")
 
 
-def store(options: argparse.Namespace) -> None:
-    """Copies the settings and the summary of a run."""
-    stored.copy_summary(options.run, options.to)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one of the commands above."""
-    stored.command_line(__doc__, store, {"table": table, "seeds": seeds}, arguments=arguments)
+    stored.command_line(__doc__, stored.store, {"table": table, "seeds": seeds}, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,15 @@ def copy_config(run: Path, to: Path) -> None:
     (to / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
-def copy_summary(run: Path, to: Path) -> None:
-    """Copies a run's configuration and summary."""
-    copy_config(run, to)
-    summary = json.loads((run / "summary.json").read_text())
+def write_summary(to: Path, summary: Row) -> None:
+    """Writes a summary without white space."""
     (to / "summary.json").write_text(json.dumps(summary, separators=(",", ":"), ensure_ascii=False) + "\n")
+
+
+def store(options: argparse.Namespace) -> None:
+    """Copies a run's configuration and summary: the action of ``store`` where the rows are not kept."""
+    copy_config(options.run, options.to)
+    write_summary(options.to, json.loads((options.run / "summary.json").read_text()))
 
 
 def copy(run: Path, to: Path, rows: Iterable[Row]) -> None:
