@@ -38,7 +38,7 @@ def store(options: argparse.Namespace) -> None:
     stored.copy(options.run, options.to, (_kept(row) for row in read_metrics(options.run)))
     summary = json.loads((options.run / "summary.json").read_text())
     summary["arms"] = summarise(read_metrics(options.to), summary["unit"])
-    (options.to / "summary.json").write_text(json.dumps(summary, separators=(",", ":"), ensure_ascii=False) + "\n")
+    stored.write_summary(options.to, summary)
 
 
 def _kept(row: Row) -> Row:

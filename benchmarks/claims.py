@@ -17,11 +17,10 @@ from typing import Any
 import attention_findings
 import boundary_findings
 import compress_findings
-import grok_findings
 import schedule_findings
+import stored
 
 from rankdecay.lab.experiments.boundary.claims import settled
-from rankdecay.lab.store import read_json
 
 DATA = Path("docs/data")
 STATUSES = ("holds", "holds with a condition", "replaced", "contradicted", "open")
@@ -68,7 +67,7 @@ def _sweep(name: str) -> Sweep:
 
 
 def _grok(run: str) -> dict[str, dict[str, Any]]:
-    return grok_findings.arms_of(DATA / run)
+    return stored.arms(DATA / run)
 
 
 def _ratio(arm: str, other: str, key: str) -> dict[str, Any]:
@@ -76,8 +75,7 @@ def _ratio(arm: str, other: str, key: str) -> dict[str, Any]:
 
 
 def _margin(run: str, arm: str) -> dict[str, Any]:
-    rows = (read_json(DATA / "margin" / run / "summary.json") or {"arms": []})["arms"]
-    return next(row for row in rows if row["name"] == arm)
+    return stored.arms(DATA / "margin" / run)[arm]
 
 
 def _standing() -> set[str]:
@@ -87,10 +85,16 @@ def _standing() -> set[str]:
 
 
 COMPRESS = "python benchmarks/compress.py --stage tune; … --stage train, for --family llama and qwen3"
-SELECTION = "bash docs/data/boundary/commands.sh"
 GROKKING, KOBAYASHI = "Low-rank decay and grokking", "L2 as a nuclear norm (Kobayashi et al.)"
 SMALLER = "A smaller head"
 SHEEN, COSTS = "Softmax attention and its SVM (Sheen et al.)", "What it costs"
+
+
+def _of_sweep(sweep: str, claim: str, evidence: str, interval: str, *more: Any) -> Claim:
+    """A claim on grokking that a sweep of `boundary` decides; ``more`` is its status and what follows."""
+    command, data = "bash docs/data/boundary/commands.sh", (f"boundary/{sweep}",)
+    return Claim(GROKKING, claim, evidence, interval, command, data, "boundary.md", *more)
+
 
 CLAIMS = (
     Claim(
@@ -121,53 +125,41 @@ CLAIMS = (
         "grokking.md",
         lambda: schedule_findings.words("status"),
     ),
-    Claim(
-        GROKKING,
+    _of_sweep(
+        "selection",
         "W_Q and W_K lose their rank under low-rank decay",
         "stable rank {best selection none stable_rank 2} without decay, {best selection l2 stable_rank 2} under the "
         "best L2, {best selection smooth stable_rank 2} (smooth), {best selection prox stable_rank 2} (prox)",
         "seeds: {spread selection smooth stable_rank 2} (smooth), {spread selection none stable_rank 2} (none)",
-        SELECTION,
-        ("boundary/selection",),
-        "boundary.md",
         "holds",
     ),
-    Claim(
-        GROKKING,
+    _of_sweep(
+        "selection",
         "It generalises from less data, and sooner, than no decay (selection)",
         "data, by seed {data_ratio selection smooth none 2}; of fits {across_rests selection smooth 2 none 5} where no "
         "decay is at its best decay of the rest",
         "time, by seed {time_ratio selection smooth none 2}",
-        SELECTION,
-        ("boundary/selection",),
-        "boundary.md",
         "holds",
         "",
         lambda: settled(_selection().ratio("smooth", "none")) == "less",
     ),
-    Claim(
-        GROKKING,
+    _of_sweep(
+        "selection",
         "It generalises from less data, and sooner, than a tuned L2 (selection)",
         "data, by seed {data_ratio selection smooth l2 2} (of fits {fits_ratio selection smooth l2 2})",
         "time, by seed {time_ratio selection smooth l2 2}",
-        SELECTION,
-        ("boundary/selection",),
-        "boundary.md",
         "holds with a condition",
         "sooner, yes; with the seed as the unit less data is not settled",
         lambda: _ratio("smooth", "l2", "time")["high"] < 1 <= _ratio("smooth", "l2", "by_seed")["high"],
     ),
-    Claim(
-        GROKKING,
+    _of_sweep(
+        "selection",
         "It is the collapse of the rank that makes it generalise from less data",
         "as much data with the rank *raised* ({data_ratio selection smooth raise_rank 2}) and with the radial part "
         "alone ({data_ratio selection smooth radial_only 2}), at stable ranks of {best selection raise_rank "
         "stable_rank 2} and {best selection radial_only stable_rank 2}",
         "time: against rank raised {time_ratio selection smooth raise_rank 2}, against the radial part "
         "{time_ratio selection smooth radial_only 2}",
-        SELECTION,
-        ("boundary/selection",),
-        "boundary.md",
         "contradicted",
         "of data; in time the whole step is ahead of the one that raises the rank, not of its radial part",
         lambda: (
@@ -176,30 +168,24 @@ CLAIMS = (
             and _ratio("smooth", "raise_rank", "time")["high"] < 1
         ),
     ),
-    Claim(
-        GROKKING,
+    _of_sweep(
+        "selection",
         "L2 on W_Q and W_K is inert after memorising",
         "boundary {at selection none 2} examples without, {at selection l2 2} with it, stable rank "
         "{best selection none stable_rank 2} and {best selection l2 stable_rank 2}",
         "data, by seed, L2 / none {data_ratio selection l2 none 2}",
-        SELECTION,
-        ("boundary/selection",),
-        "boundary.md",
         "contradicted",
         "",
         lambda: settled(_selection().ratio("l2", "none")) == "less",
     ),
-    Claim(
-        GROKKING,
+    _of_sweep(
+        "selection",
         "The decay shortens the delay between memorising and generalising",
         "without decay memorised at step {delay selection none memorised_at 2} and generalised {delay selection none "
         "delay 2} steps later; under the smooth rule at {delay selection smooth memorised_at 2} and {delay selection "
         "smooth delay 2} later: it prevents memorising by attention, there is no delay left to shorten",
         "{delay selection none shortest 2} to {delay selection none longest 2} and {delay selection smooth shortest "
         "2} to {delay selection smooth longest 2} steps",
-        SELECTION,
-        ("boundary/selection",),
-        "boundary.md",
         "contradicted",
         "",
         lambda: (
@@ -207,36 +193,27 @@ CLAIMS = (
             and boundary_findings.delays(_selection(), "none")["delay"] >= 200
         ),
     ),
-    Claim(
-        GROKKING,
+    _of_sweep(
+        "selection",
         "Decay may be switched off once it has generalised",
         "switched off, {ends selection until_generalised lost} of {ends selection until_generalised runs} fall below "
         "the threshold, kept on {ends selection kept_on lost} of {ends selection kept_on runs}",
         "worst: {ends selection until_generalised worst} and {ends selection kept_on worst}",
-        SELECTION,
-        ("boundary/selection",),
-        "boundary.md",
         "holds",
     ),
-    Claim(
-        GROKKING,
+    _of_sweep(
+        "add",
         "On modular addition the gain is one of rank",
         "switching attention off does more: held with half of the pairs in {cell add uniform_attention 0.5}, smooth "
         "{cell add smooth 0.5}, L2 {cell add l2 0.5}",
         "smooth / uniform attention, of fits {fits_ratio add smooth uniform_attention}",
-        SELECTION,
-        ("boundary/add",),
-        "boundary.md",
         "contradicted",
     ),
-    Claim(
-        GROKKING,
+    _of_sweep(
+        "add",
         "On modular addition low-rank decay needs less data than a tuned L2",
         "data, by seed {data_ratio add smooth l2}",
         "of fits {fits_ratio add smooth l2}",
-        SELECTION,
-        ("boundary/add",),
-        "boundary.md",
         "open",
         "three seeds do not part them",
         lambda: settled(_sweep("add").ratio("smooth", "l2")) is None,

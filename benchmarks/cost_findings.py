@@ -129,14 +129,9 @@ TABLES = {"step": step, "goals": goals, "gpt2": gpt2, "inspection": inspection, 
 TABLES |= {"sharded": sharded, "paper": paper, "tiers": tiers}
 
 
-def store(options: argparse.Namespace) -> None:
-    """Copies the settings and the summary of a run."""
-    stored.copy_summary(options.run, options.to)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one of the commands above."""
-    stored.command_line(__doc__, store, TABLES, arguments=arguments)
+    stored.command_line(__doc__, stored.store, TABLES, arguments=arguments)
 
 
 if __name__ == "__main__":

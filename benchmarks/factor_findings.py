@@ -30,11 +30,6 @@ Row = dict[str, Any]
 # --- what a run prints ---
 
 
-def store(options: argparse.Namespace) -> None:
-    """Copies the settings and the summary of a run."""
-    stored.copy_summary(options.run, options.to)
-
-
 def strengths(options: argparse.Namespace) -> None:
     """A Markdown line per arm and strength."""
     for directory in options.directories:
@@ -161,7 +156,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one of the commands above."""
-    stored.command_line(__doc__, store, {"strengths": strengths}, _options, arguments, {"beside": beside})
+    stored.command_line(__doc__, stored.store, {"strengths": strengths}, _options, arguments, {"beside": beside})
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ import compress_findings
 import grok_findings
 import pictures
 import schedule_findings
+import stored
 
 from rankdecay.lab.experiments.boundary.claims import seeds_words
 from rankdecay.lab.store import read_json
@@ -69,9 +70,13 @@ def _printed(script: str, words: Sequence[str]) -> str:
 # --- numbers ---
 
 
+def _json(path: str) -> Any:
+    return json.loads((DATA / path).read_text())
+
+
 def value(path: str, keys: str, form: str = "g") -> str:
     """A number of a JSON file: ``value monitor.json share .3%``; ``rows:7b.read_ms`` is of the row called 7b."""
-    found: Any = json.loads((DATA / path).read_text())
+    found: Any = _json(path)
     for key in keys.split("."):
         if ":" in key:
             name, _, wanted = key.partition(":")
@@ -87,12 +92,12 @@ def value(path: str, keys: str, form: str = "g") -> str:
 
 def held(run: str, arm: str) -> str:
     """In how many seeds an arm of `grok` held 95 %."""
-    return grok_findings.held(grok_findings.arms_of(DATA / run)[arm])
+    return grok_findings.held(stored.arms(DATA / run)[arm])
 
 
 def median(run: str, arm: str) -> str:
     """The median step at which an arm of `grok` held 95 %."""
-    steps = grok_findings.arms_of(DATA / run)[arm]["steps_to_generalise"]
+    steps = stored.arms(DATA / run)[arm]["steps_to_generalise"]
     return "none" if steps is None else f"{steps:g}"
 
 
@@ -103,7 +108,7 @@ def lost(run: str, arm: str) -> str:
 
 def final(run: str, arm: str, key: str = "test_accuracy", form: str = ".1%") -> str:
     """A figure of an arm of `grok` at the end."""
-    return format(grok_findings.arms_of(DATA / run)[arm][key], form)
+    return format(stored.arms(DATA / run)[arm][key], form)
 
 
 def _sweep(name: str, rest: str = "") -> boundary_findings.Sweep:
@@ -148,17 +153,20 @@ def across_rests(name: str, arm: str, rest: str, other: str, other_rest: str) ->
     return f"{at[0] / at[1]:.2f}"
 
 
+def _of_size(name: str, arm: str, size: str, rest: str) -> list[dict[str, Any]]:
+    sweep = _sweep(name, rest)
+    return [r for r in sweep.of(arm, sweep.arm(arm)["boundary"]) if sweep.size(r["train_fraction"]) == size]
+
+
 def cell(name: str, arm: str, size: str, rest: str = "") -> str:
     """Seeds that held at one size, of an arm at its best strength."""
-    sweep = _sweep(name, rest)
-    rows = [r for r in sweep.of(arm, sweep.arm(arm)["boundary"]) if sweep.size(r["train_fraction"]) == size]
+    rows = _of_size(name, arm, size, rest)
     return f"{sum(row['outcome'] == 'generalised' for row in rows)} of {len(rows)}"
 
 
 def cell_mean(name: str, arm: str, size: str, key: str, rest: str = "", form: str = ".2g") -> str:
     """A mean over the runs of one size, of an arm at its best strength."""
-    sweep = _sweep(name, rest)
-    rows = [r for r in sweep.of(arm, sweep.arm(arm)["boundary"]) if sweep.size(r["train_fraction"]) == size]
+    rows = _of_size(name, arm, size, rest)
     return format(statistics.fmean(row[key] for row in rows), form)
 
 
@@ -195,9 +203,24 @@ def loss(run: str, arm: str, strength: str, form: str = "+.3f") -> str:
 
 def rank(run: str, arm: str, strength: str, part: str = "query_key", qk_norm: str = "no") -> str:
     """The pseudo rank of a part of a cell."""
+    return measure(run, arm, strength, part, "pseudo_rank", qk_norm)
+
+
+def measure(run: str, arm: str, strength: str, part: str, name: str, qk_norm: str = "no") -> str:
+    """A measure of a part of a cell, as `imbalance` or `nuclear_gap`."""
+    return f"{attention_findings.measure(_cell(run, arm, strength, qk_norm), part, name):.2f}"
+
+
+def accuracy(run: str, arm: str, strength: str, qk_norm: str = "no") -> str:
+    """The accuracy of a cell."""
+    return f"{_cell(run, arm, strength, qk_norm)['accuracy']:.2f}"
+
+
+def _cell(run: str, arm: str, strength: str, qk_norm: str) -> dict[str, Any]:
+    wanted = arm, float(strength), qk_norm == "yes"
     for cell in _cells(run):
-        if (cell["name"], cell["strength"], cell["qk_norm"]) == (arm, float(strength), qk_norm == "yes"):
-            return f"{attention_findings.measure(cell, part):.2f}"
+        if (cell["name"], cell["strength"], cell["qk_norm"]) == wanted:
+            return cell
     raise ValueError(f"{run} has no cell of {arm} at {strength}")
 
 
@@ -206,25 +229,9 @@ def _cells(run: str) -> list[dict[str, Any]]:
     return attention_findings.cells_of(DATA / run)
 
 
-def measure(run: str, arm: str, strength: str, part: str, name: str, qk_norm: str = "no") -> str:
-    """A measure of a part of a cell, as `imbalance` or `nuclear_gap`."""
-    for cell in _cells(run):
-        if (cell["name"], cell["strength"], cell["qk_norm"]) == (arm, float(strength), qk_norm == "yes"):
-            return f"{attention_findings.measure(cell, part, name):.2f}"
-    raise ValueError(f"{run} has no cell of {arm} at {strength}")
-
-
-def accuracy(run: str, arm: str, strength: str, qk_norm: str = "no") -> str:
-    """The accuracy of a cell."""
-    cells = (
-        c for c in _cells(run) if (c["name"], c["strength"], c["qk_norm"]) == (arm, float(strength), qk_norm == "yes")
-    )
-    return f"{next(cells)['accuracy']:.2f}"
-
-
 def svm(run: str, arm: str, key: str) -> str:
     """A figure of an arm of `margin`; ``nearer`` and ``excess`` are put in words."""
-    row = next(row for row in (read_json(DATA / "margin" / run / "summary.json") or {})["arms"] if row["name"] == arm)
+    row = stored.arms(DATA / "margin" / run)[arm]
     if key == "nearer":
         return f"{row['nearer_nuclear']} of {row['seeds']}"
     if key == "excess":
@@ -268,7 +275,7 @@ def rank_of(arm: str) -> str:
 
 def sent(unit: str, processes: str) -> str:
     """Bytes that a process sends for a decay, of the smallest model under FSDP2."""
-    rows = json.loads((DATA / "sharded.json").read_text())["rows"]
+    rows = _json("sharded.json")["rows"]
     wanted = ("FSDP2", int(processes), unit)
     row = next(r for r in rows if (r["layout"], r["processes"], r["unit"]) == wanted)
     return f"{sum(row['sent'].values()):,}"
@@ -299,7 +306,7 @@ def left(arm: str) -> str:
 
 def stuck(key: str) -> str:
     """Of the runs of the plateau at .8 under L2 at step 1200: right answers, with either sign, or when it ends."""
-    rows = [row for row in json.loads((DATA / "plateau.json").read_text())["rows"]
+    rows = [row for row in _json("plateau.json")["rows"]
             if (row["arm"], row["fraction"]) == ("l2", 0.8)]  # fmt: skip
     at = [next(point for point in row["curve"] if point[0] == 1200) for row in rows]
     if key == "right":
@@ -312,24 +319,24 @@ def stuck(key: str) -> str:
 
 def share(path: str, what: str) -> str:
     """The share of a training step of GPT-2 that a reading takes."""
-    row = next(r for r in json.loads((DATA / path).read_text())["rows"] if r["what"] == what and r["case"] == "gpt2")
+    row = next(r for r in _json(path)["rows"] if r["what"] == what and r["case"] == "gpt2")
     return f"{next(iter(row['share'].values())):.2%}"
 
 
 def planes(key: str, form: str = ".1f") -> str:
     """Milliseconds of the hook of `Planes`: ``ms`` in the median, or ``best``."""
-    return format(json.loads((DATA / "planes.json").read_text())["readings"]["planes, the hook"][key], form)
+    return format(_json("planes.json")["readings"]["planes, the hook"][key], form)
 
 
 def planes_share(key: str) -> str:
     """The share of a training step that the hook of `Planes` takes."""
-    readings = json.loads((DATA / "planes.json").read_text())["readings"]
+    readings = _json("planes.json")["readings"]
     return f"{readings['planes, the hook'][key] / readings['training step'][key]:.2%}"
 
 
 def against(path: str, what: str, other: str) -> str:
     """The ratio of two readings of 24 × 768²."""
-    rows = {r["what"]: r["ms"] for r in json.loads((DATA / path).read_text())["rows"] if r["case"] == "24x768"}
+    rows = {r["what"]: r["ms"] for r in _json(path)["rows"] if r["case"] == "24x768"}
     return f"{rows[what] / rows[other]:.2f}"
 
 

@@ -45,15 +45,10 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def arms_of(directory: Path) -> dict[str, Row]:
-    """The arms of a stored run, by name."""
-    return {row["name"]: row for row in (read_json(directory / "summary.json") or {"arms": []})["arms"]}
-
-
 def lost(directory: Path, arm: str) -> int:
     """How many seeds of an arm held the threshold and end below it."""
     threshold = (read_json(directory / "summary.json") or {})["threshold"]
-    held_from = arms_of(directory)[arm]["steps_to_generalise_by_seed"]
+    held_from = stored.arms(directory)[arm]["steps_to_generalise_by_seed"]
     last = {row["seed"]: row["test_accuracy"] for row in read_metrics(directory) if row["arm"] == arm}
     ends = [last[seed] or 0.0 for seed in sorted(last)]
     return sum(step is not None and end < threshold for step, end in zip(held_from, ends, strict=True))
@@ -63,7 +58,7 @@ def table(options: argparse.Namespace) -> None:
     """A Markdown line per arm."""
     for directory in options.directories:
         print(f"| arm | {' | '.join(COLUMNS)} |\n|---|" + "--:|" * len(COLUMNS))
-        for name, row in arms_of(directory).items():
+        for name, row in stored.arms(directory).items():
             print(f"| {name} | {' | '.join(column(row) for column in COLUMNS.values())} |")
 
 
@@ -71,20 +66,15 @@ def seeds(options: argparse.Namespace) -> None:
     """A Markdown line per arm that held in any seed: the step from which each did."""
     for directory in options.directories:
         print("| arm | held from, seed by seed | of them below it at the end |\n|---|---|--:|")
-        for name, row in arms_of(directory).items():
+        for name, row in stored.arms(directory).items():
             if row["generalised"]:
                 steps = ("—" if step is None else f"{step:g}" for step in row["steps_to_generalise_by_seed"])
                 print(f"| {name} | {', '.join(steps)} | {lost(directory, name)} |")
 
 
-def store(options: argparse.Namespace) -> None:
-    """Copies the settings and the summary of a run."""
-    stored.copy_summary(options.run, options.to)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one of the commands above."""
-    stored.command_line(__doc__, store, {"table": table, "seeds": seeds}, arguments=arguments)
+    stored.command_line(__doc__, stored.store, {"table": table, "seeds": seeds}, arguments=arguments)
 
 
 if __name__ == "__main__":

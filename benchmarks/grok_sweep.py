@@ -24,6 +24,7 @@ from rankdecay.lab.ensemble.outcome import steps_to_hold
 from rankdecay.lab.experiment import Arm
 from rankdecay.lab.experiments.grok.experiment import Treatment, make_datasets, make_ensembles
 from rankdecay.lab.experiments.grok.settings import Grok
+from rankdecay.lab.settings import subset
 
 EVALUATE_EVERY = 40
 
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
         )
         datasets = make_datasets(settings)
         names = "task modulus values train_examples steps weight_decay lr batch_size precision width mlp_width depth"
-        key = {name: getattr(settings, name) for name in names.split()}
+        key = subset(settings, *names.split())
         for name, (decay, uniform) in treatments(settings.lr, rest).items():
             if options.only and not any(part in name for part in options.only):
                 continue

@@ -18,11 +18,6 @@ from rankdecay.lab.store import read_json
 Row = dict[str, Any]
 
 
-def store(options: argparse.Namespace) -> None:
-    """Copies the settings and the summary of a run."""
-    stored.copy_summary(options.run, options.to)
-
-
 def summaries(options: argparse.Namespace) -> list[tuple[str, Row]]:
     """The runs asked for, by the name of their folder."""
     return [(path.name, summary) for path in options.directories if (summary := read_json(path / "summary.json"))]
@@ -79,7 +74,7 @@ def growth(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one of the commands above."""
-    stored.command_line(__doc__, store, {"arms": arms, "growth": growth}, arguments=arguments)
+    stored.command_line(__doc__, stored.store, {"arms": arms, "growth": growth}, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import compress_findings
 import schedule_findings
+import stored
 
 from rankdecay.lab import experiment
 from rankdecay.lab.report.chart import Axis, Chart, Line
@@ -40,11 +41,10 @@ Charts = list[Chart]
 
 def margin() -> Charts:
     """How the direction settles as the margin grows."""
-    summary = read_json(DATA / "margin" / "generic" / "summary.json") or {"arms": []}
-    arms = [arm for arm in summary["arms"] if arm["name"] in ("merged", "separate")]
+    arms = stored.arms(DATA / "margin" / "generic")
     charts = []
     for key, title in (("cosine_nuclear", "cosine to the nuclear SVM"), ("cosine_frobenius", "to the Frobenius SVM")):
-        lines = [_line(arm["name"], [(at["margin"], at[key]) for at in arm["at"]]) for arm in arms]
+        lines = [_line(name, [(at["margin"], at[key]) for at in arms[name]["at"]]) for name in ("merged", "separate")]
         charts.append(Chart(key, title, Axis("margin", "log"), Axis(title), lines))
     return charts
 

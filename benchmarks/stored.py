@@ -7,6 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankdecay.lab.store import read_json
+
+Row = dict[str, Any]
+
+
+def arms(run: Path) -> dict[str, Row]:
+    """The rows of a stored run's summary, one of each arm, by name; none without a summary."""
+    return {row["name"]: row for row in (read_json(run / "summary.json") or {"arms": []})["arms"]}
+
 
 def copy_config(run: Path, to: Path) -> None:
     """Copies a run's configuration, without the name of a folder that is nobody else's."""
@@ -19,14 +28,18 @@ def copy_config(run: Path, to: Path) -> None:
     (to / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
-def copy_summary(run: Path, to: Path) -> None:
-    """Copies a run's configuration and summary."""
-    copy_config(run, to)
-    summary = json.loads((run / "summary.json").read_text())
+def write_summary(to: Path, summary: Row) -> None:
+    """Writes a summary without white space."""
     (to / "summary.json").write_text(json.dumps(summary, separators=(",", ":"), ensure_ascii=False) + "\n")
 
 
-def copy(run: Path, to: Path, rows: Iterable[dict[str, Any]]) -> None:
+def store(options: argparse.Namespace) -> None:
+    """Copies a run's configuration and summary: the action of ``store`` where the rows are not kept."""
+    copy_config(options.run, options.to)
+    write_summary(options.to, json.loads((options.run / "summary.json").read_text()))
+
+
+def copy(run: Path, to: Path, rows: Iterable[Row]) -> None:
     """Copies a run's configuration, with `rows` in the place of its own."""
     copy_config(run, to)
     with (to / "metrics.jsonl").open("w") as file:

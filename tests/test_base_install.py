@@ -151,6 +151,13 @@ def test_inspect_shows_a_run_directory(hidden, tmp_path):
     assert '<p class="notice">step 600</p>' in page.read_text(encoding="utf-8")
 
 
+def test_compress_says_what_to_install(hidden, checkpoints):
+    done = _rankdecay(hidden, "compress", checkpoints[0].parent, "--dry-run")
+    assert done.returncode == 2
+    assert "compress needs transformers" in done.stderr
+    assert "pip install 'rankdecay[transformers]'" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["grok --steps 3", "grok --help", "report runs/grok"])
 def test_a_command_of_the_lab_says_what_to_install(command, hidden):
     done = _rankdecay(hidden, *command.split())

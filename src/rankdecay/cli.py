@@ -39,7 +39,6 @@ COMPRESS = "Write the same model with a smaller head and KV cache, as an ordinar
 LAB_PACKAGES = ("tyro", "rich", "plotly", "matplotlib", "scipy", "sklearn", "joblib", "cvxpy")
 LAB_INSTALL = "pip install 'rankdecay[lab]'"
 
-
 #: Seconds of work before the first line of progress, and between two of them.
 PATIENCE = 5.0
 #: Exit code of ``inspect --strict`` when something that looks like attention is not handled.
@@ -348,10 +347,7 @@ def _inspect(settings: argparse.Namespace) -> int:
     if settings.open and settings.html is not None:
         show_page(settings.html)
     if settings.json:
-        whole = reports[0].to_json() | {"command": "inspect"}
-        if settings.compare:
-            whole["compare"] = [report.to_json() for report in reports[1:]]
-        print(json_text(whole))
+        print(_as_json(reports))
         return _code(reports, settings)
     print(reports[-1])
     if settings.compare:
@@ -379,6 +375,11 @@ def _code(reports: "Sequence[Inspection | Listing]", settings: argparse.Namespac
     return STRICT if settings.strict and any(report.unhandled for report in reports) else 0
 
 
+def _as_json(reports: "Sequence[Inspection | Listing]") -> str:
+    first, *later = (report.to_json() for report in reports)
+    return json_text(first | {"command": "inspect"} | ({"compare": later} if later else {}))
+
+
 def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespace) -> int:
     from rankdecay.attention.listing import listing
     from rankdecay.lab.experiments.grok.inspect_run import is_run_directory
@@ -395,10 +396,7 @@ def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespac
     except ValueError as error:
         raise _explained(error, chosen[0][0]) from None
     if settings.json:
-        whole = listings[0].to_json() | {"command": "inspect"}
-        if settings.compare:
-            whole["compare"] = [one.to_json() for one in listings[1:]]
-        print(json_text(whole))
+        print(_as_json(listings))
     else:
         print("\n\n".join(map(str, listings)))
     return _code(listings, settings)
@@ -544,10 +542,6 @@ def _compress_parser() -> _Parser:
 
 
 def _compress(settings: argparse.Namespace) -> int:
-    if find_spec("transformers") is None:
-        raise CommandError(
-            "rankdecay compress needs transformers, for whose classes it writes: pip install 'rankdecay[transformers]'"
-        )
     if settings.head_dim is None and not settings.dry_run:
         raise CommandError("rankdecay compress needs --head-dim N; --dry-run shows what head sizes cost")
     if settings.out is None and not settings.dry_run:

@@ -418,7 +418,7 @@ def _means(s: Spectrum, balance: dict[str, list[float | None]]) -> Row:
 
 # ---- as text ---------------------------------------------------------------------------------------------
 
-_BLOCKS = "▁▂▃▄▅▆▇█"
+_BLOCKS = BLOCKS[1:]
 _FOOT = (
     "Means over heads; in brackets Gaussian matrices of the same shapes, untrained. Pseudo rank: the share of a head's",
     "dimensions that holds 95 % of the nuclear norm; on the right each head's, from ▁ 0 to █ 1, × if not finite.",

@@ -15,8 +15,9 @@ from rankdecay.attention.layer import FLATTENED
 from rankdecay.attention.locate import Names
 from rankdecay.checks import check_name
 from rankdecay.decay.attachment import Attachment
-from rankdecay.decay.groups import Excluded, Planned, Remarks, hook_roles, plan
-from rankdecay.decay.optimizers import check_supported
+from rankdecay.decay.groups import hook_roles
+from rankdecay.decay.optimizers import check_supported, parameters_of
+from rankdecay.decay.plan import Excluded, Planned, Remarks, plan
 from rankdecay.decay.policy import Decay
 from rankdecay.decay.sources import FromGroups, FromModel, Source
 from rankdecay.dtensor import unwrapped, wrappers_of
@@ -166,7 +167,7 @@ def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Deca
         planned: parameters of the model.
     """
     kind = type(optimizer).__name__
-    held = {id(p): tuple(p.shape) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p): tuple(p.shape) for p in parameters_of(optimizer)}
     if not any(id(each.entry.parameter) in held for each in planned):
         shapes = {tuple(each.entry.parameter.shape) for each in planned}
         copies = sum(shape in shapes for shape in held.values())

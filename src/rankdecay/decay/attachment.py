@@ -31,39 +31,38 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from rankdecay.attention.layer import FLATTENED, WHOLE, Role
+from rankdecay.attention.layer import WHOLE, Role
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
 from rankdecay.decay.finite import FiniteCheck
-from rankdecay.decay.groups import Group, check_decays, with_names
+from rankdecay.decay.groups import Group, with_names
 from rankdecay.decay.optimizers import (
-    check_own_decay,
     check_states,
     counts_steps,
-    has_rate,
     has_rate_per_parameter,
     has_state,
     is_inner_step,
     is_stepping,
     may_make_states_only,
+    parameters_of,
     rate,
     rate_of_parameter,
     rate_of_step,
     remarks_on_optimizer,
 )
+from rankdecay.decay.plan import check_decays
 from rankdecay.decay.planes import PlaneStep
 from rankdecay.decay.policy import Decay, LowRank, Planes
+from rankdecay.decay.registered import RegisteredGroup, check_group, swapped
 from rankdecay.decay.roles import ROLES
-from rankdecay.decay.sharded.layout import check_placements
 from rankdecay.decay.sources import Source, check_planes_held, give_weight_decay
 from rankdecay.decay.table import Row, table
-from rankdecay.decay.targets import Target
+from rankdecay.decay.targets import Target, count_step
 from rankdecay.decay.units import in_units, present
 from rankdecay.decay.watch import Watch
 from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend
-from rankdecay.linalg.backend import has_float64
 
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 _attaching = threading.Lock()  # the set must not change its size while another thread looks through it
@@ -98,7 +97,7 @@ class Attachment:
         self._source = source
         self._backend: Backend = backend
         self._wrappers = [type(each).__name__ for each in wrappers]
-        self._registered: list[_RegisteredGroup] = []
+        self._registered: list[RegisteredGroup] = []
         self._put_back: Callable[[], None] = _nothing
         self._paused = self._in_step = False
         try:
@@ -211,8 +210,8 @@ class Attachment:
         with self._groups_in_one_piece(optimizer):
             self._source.set(optimizer, decays)
             for index, group in enumerate(optimizer.param_groups):
-                _check_group(optimizer, index, group, self._source)
-                self._registered[index] = _RegisteredGroup.of(group, self._source.targets(index, group))
+                check_group(optimizer, index, group, self._source)
+                self._registered[index] = RegisteredGroup.of(group, self._source.targets(index, group))
 
     def _check_attached(self) -> None:
         if not self._handles:
@@ -418,14 +417,11 @@ class Attachment:
             return
         self._in_step = False
         self._restore()
-        if self._closure and not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            # Cleared inside the step, which had made them too: whatever is trained had one.
-            trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-            self._params_with_grad = {id(p) for p in trained}
-        elif self._closure:
-            self._params_with_grad = {
-                id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-            }
+        if self._closure:
+            every = list(parameters_of(optimizer))
+            # Without any they were cleared inside the step, which had made them too: whatever is trained had one.
+            live = [p for p in every if p.grad is not None] or [p for p in every if p.requires_grad]
+            self._params_with_grad = set(map(id, live))
         if self._states_only:  # or a step of a stateless optimizer that was given no rate
             self._states_only = has_state(optimizer) or self._had_rate
         else:
@@ -448,7 +444,7 @@ class Attachment:
                     continue  # what is the optimizer's own goes on
                 decay, every = target.decay_in(group), target.every_in(group, counts)
                 live = [id(p) in self._params_with_grad for p in parameters]
-                amounts = _count_step(target, decay, every, factor, found_inf, live)
+                amounts = count_step(target, decay, every, factor, found_inf, live)
                 if decay.lr_coupled and has_rate_per_parameter(optimizer, group):
                     amounts = _with_own_rates(optimizer, group, parameters, amounts)
                 place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
@@ -483,17 +479,17 @@ class Attachment:
         if index == len(self._registered):
             optimizer = self.optimizer
             self._source.register(optimizer, index, group)
-            _check_group(optimizer, index, group, self._source)
-            self._registered.append(_RegisteredGroup.of(group, self._source.targets(index, group)))
+            check_group(optimizer, index, group, self._source)
+            self._registered.append(RegisteredGroup.of(group, self._source.targets(index, group)))
             return
         before = self._registered[index]
-        now = _RegisteredGroup.of(group, [])
+        now = RegisteredGroup.of(group, [])
         if before.roles and now.shapes != before.shapes:
-            raise ValueError(_swapped(index, before, now.shapes))
+            raise ValueError(swapped(index, before, now.shapes))
         self._source.check_kept(self.optimizer, index, group, before.roles)
         if now.dtypes != before.dtypes:  # who applies L2 depends on them
             self._source.register(self.optimizer, index, group)
-            self._registered[index] = _RegisteredGroup.of(group, self._source.targets(index, group))
+            self._registered[index] = RegisteredGroup.of(group, self._source.targets(index, group))
 
     def _before_saving(self, optimizer: Optimizer) -> None:
         """Make the state what it is between steps: groups in one piece, and counts that are plain numbers."""
@@ -553,21 +549,6 @@ class _Held(NamedTuple):
     group: Group
     target: Target
     parameters: list[Tensor]
-
-
-class _RegisteredGroup(NamedTuple):
-    """Roles, shapes and dtypes of a group when the decay was attached."""
-
-    name: str
-    roles: list[str]
-    shapes: list[tuple[int, ...]]
-    dtypes: list[torch.dtype]
-
-    @classmethod
-    def of(cls, group: Group, targets: list[Target]) -> _RegisteredGroup:
-        roles = list(dict.fromkeys(target.role for target in targets))
-        shapes, dtypes = [tuple(p.shape) for p in group["params"]], [p.dtype for p in group["params"]]
-        return cls(group.get("role", "+".join(roles)), roles, shapes, dtypes)
 
 
 @contextlib.contextmanager
@@ -646,60 +627,6 @@ def _detached() -> Attachment:
 # ---- attaching -------------------------------------------------------------------------------------------
 
 
-def _check_group(optimizer: Optimizer, index: int, group: Group, source: Source) -> None:
-    """Open every window once, so that what cannot be decayed is found before training."""
-    targets = source.targets(index, group)
-    check_own_decay(optimizer, index, group, [p for target in targets for p in target.parameters(group)])
-    for target in targets:
-        decay, role = target.decay_in(group), target.role
-        if decay.strength and decay.lr_coupled and not has_rate(optimizer, group):
-            raise ValueError(
-                f"the decay of {role} is coupled to the learning rate, and {type(optimizer).__name__} has no 'lr' in "
-                "its groups; use lr_coupled=False."
-            )
-        if isinstance(decay, LowRank) and is_averaged(group) and any(map(is_sharded, target.parameters(group))):
-            raise ValueError(
-                f"{role} is sharded, and a low-rank decay under {type(optimizer).__name__} needs whole matrices; use "
-                "DDP, or an optimizer that is not schedule-free."
-            )
-        if isinstance(decay, Planes) and (is_averaged(group) or group.get("gradient_release")):
-            why = "keeps an average of them" if is_averaged(group) else "steps each parameter by itself"
-            raise ValueError(
-                f"{role}=Planes needs the weights of all parameters of a step at once, and {type(optimizer).__name__} "
-                f"{why}; use {role}=rankdecay.LowRank(...), or another optimizer."
-            )
-        for parameter, name in zip(target.parameters(group), target.names, strict=True):
-            if is_sharded(parameter):
-                check_placements(parameter, f"{name} ({role})")
-                if parameter.ndim != 2 and any(window.has_heads for window in target.windows):
-                    raise ValueError(
-                        f"{name} ({role}) has shape {tuple(parameter.shape)} and is sharded; attention stored in "
-                        "more than two dimensions can be decayed only whole: leave its module out of fully_shard."
-                    )
-            flat = isinstance(decay, Planes) and any(window.has_heads for window in target.windows)
-            if parameter.ndim < 2 and (flat or isinstance(decay, LowRank)):
-                raise ValueError(
-                    f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
-                )
-            for window in target.windows:
-                try:
-                    window.heads(torch.empty(parameter.shape, device="meta"))
-                except ValueError as error:
-                    raise ValueError(f"{name} ({role}): {error}") from None
-        every = target.every_in(group, counts_steps(optimizer, group))
-        if every > 1 and has_rate_per_parameter(optimizer, group):
-            raise ValueError(
-                f"{role} is to be decayed every {every} steps, and {type(optimizer).__name__} has another rate "
-                "for each parameter in each step; use every=1."
-            )
-        if every > 1 and group.get("gradient_release"):
-            raise ValueError(
-                f"{role} is to be decayed every {every} steps, and with gradient_release=True "
-                f"{type(optimizer).__name__} steps each parameter by itself, so that there is nothing to count; use "
-                "every=1."
-            )
-
-
 def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
     """Raise if another attached optimizer decays one of these parameters."""
     held = attachment._targets(optimizer)
@@ -720,7 +647,7 @@ def _check_trained(optimizer: Optimizer) -> None:
     """Warn of an optimizer left with the parameters a model had before it was sharded, which nothing trains."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    parameters = [p for p in parameters_of(optimizer) if p.requires_grad]
     if parameters and all(p.grad is None for p in parameters):
         warnings.warn(
             f"no parameter of this {type(optimizer).__name__} has a gradient at its first step, so nothing is trained "
@@ -728,73 +655,3 @@ def _check_trained(optimizer: Optimizer) -> None:
             "rankdecay.param_groups, then build the optimizer.",
             stacklevel=5,
         )
-
-
-def _swapped(index: int, before: _RegisteredGroup, now: list[tuple[int, ...]]) -> str:
-    old = [shape for shape in before.shapes if shape not in now][:3]
-    new = [shape for shape in now if shape not in before.shapes][:3]
-    return (
-        f"the parameters of group {index} (role {before.name}) are not those the decay was attached to: "
-        f"{len(before.shapes)} before and {len(now)} now, shapes {old} before and {new} now."
-        + (
-            FLATTENED
-            if any(len(shape) == 1 for shape in new)
-            else " Build the optimizer from the model as it is now, then attach."
-        )
-    )
-
-
-# ---- stepping --------------------------------------------------------------------------------------------
-
-
-def _count_step(
-    target: Target, decay: Decay, every: int, rate: float | Tensor, found_inf: Tensor | None, live: list[bool]
-) -> list[tuple[float | Tensor, list[int]]]:
-    """Count a step, and return what is to be decayed now: amounts, and the parameters that lose them.
-
-    An amount is Σ rate · strength over the steps since the last decay in which a parameter had a gradient. Without
-    ``lr_coupled`` the rate is left out. Between the decays of ``every=k`` there is nothing.
-
-    Args:
-        target: whose step it is.
-        decay: of the target.
-        every: after how many steps it is applied.
-        rate: of the step.
-        found_inf: 1 on the device if the step was skipped.
-        live: whether each parameter of the target has a gradient.
-    """
-    counter = target.counter
-    if isinstance(rate, Tensor) and has_float64(rate.device):  # where a strength beyond float32 is none
-        rate = rate.double()
-    amount = _bounded(decay.strength * rate if decay.lr_coupled and decay.strength else decay.strength)
-    if found_inf is not None:
-        amount = (amount if isinstance(amount, Tensor) else min(amount, _LARGEST_ON_DEVICE)) * (1 - found_inf)
-    amount = amount * counter.ramp(decay, found_inf)
-    counter.steps += 1
-    pending = counter.pending + amount
-    if every > 1:
-        for position in (position for position, has_gradient in enumerate(live) if not has_gradient):
-            counter.miss(position, amount)
-    if counter.steps % every:
-        counter.pending = pending
-        return []
-    # A skipped step applies nothing, and leaves the amount that was pending to the next step that decays.
-    counter.pending = 0.0 if found_inf is None or every == 1 else pending * found_inf
-    due = pending if found_inf is None else pending * (1 - found_inf)
-    missed = counter.take_missed()
-    alike: dict[object, tuple[float | Tensor, list[int]]] = {}
-    for position, has_gradient in enumerate(live):
-        its = due - missed[position] if position in missed else due
-        if (has_gradient or every > 1) and (isinstance(its, Tensor) or its > 0):
-            alike.setdefault(its if isinstance(its, float) else id(its), (its, []))[1].append(position)
-    return list(alike.values())
-
-
-#: Bounds of an amount, far above any that leaves something of a weight: so that sums stay finite, and ∞ · 0 never is.
-_LARGEST, _LARGEST_ON_DEVICE = 1e300, 1e37
-
-
-def _bounded(amount: float | Tensor) -> float | Tensor:
-    if not isinstance(amount, Tensor):
-        return min(amount, _LARGEST)
-    return amount.clamp_max(_LARGEST if amount.dtype == torch.float64 else _LARGEST_ON_DEVICE)

@@ -25,27 +25,24 @@ ROLE_warmed                 steps of a warm-up that have been made
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
 from functools import lru_cache
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rankdecay.attention import Window
-from rankdecay.attention.layer import WHOLE, smaller_side
-from rankdecay.attention.locate import Names, listed, warn_unhandled
+from rankdecay.attention.layer import WHOLE
+from rankdecay.attention.locate import Names
 from rankdecay.attention.planes import PlaneRows
-from rankdecay.checks import check_number, suggestion
-from rankdecay.decay.planes import check_planes
+from rankdecay.checks import check_number
+from rankdecay.decay.plan import Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes
-from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
+from rankdecay.decay.roles import ROLES, Assigned, Block
 
 Group = dict[str, Any]
-Excluded = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
 #: Strength of an L2 that is the group's ``weight_decay``, where the hook applies it.
 LIVE = "weight_decay"
@@ -124,7 +121,7 @@ def param_groups(
         entry, decays, excluded = each.entry, each.decays, each.excluded
         # Not by the decays: the same model has the same groups whatever its decays, so that a state can be loaded.
         layout = tuple((block.role, block.window) for block in entry.blocks)
-        key = (layout, _is_matrix(entry, entry.blocks[0]), excluded)
+        key = (layout, is_matrix(entry, entry.blocks[0]), excluded)
         group = groups.setdefault(key, {"params": [], "param_names": [], "why": [], **_keys(decays)})
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.names[0])
@@ -137,132 +134,6 @@ def param_groups(
         _give_planes(group, planes)
         group.update(real_l2(group))
     return Groups(groups.values())
-
-
-class Planned(NamedTuple):
-    """Parameter, and the decay of each of its matrices; None for the optimizer's own weight decay.
-
-    Attributes:
-        entry: the parameter.
-        decays: of its blocks.
-        excluded: whether it is left to the optimizer.
-        bias_of: the decay of planes that a bias of queries or keys has rows of, in place of ``decays``.
-    """
-
-    entry: Assigned
-    decays: list[tuple[Block, Decay | None]]
-    excluded: bool = False
-    bias_of: Planes | None = None
-
-    @property
-    def acting(self) -> list[tuple[Block, Decay | None]]:
-        """The decays that act on its blocks; a bias with planes is part of W_Q and W_K."""
-        return self.decays if self.bias_of is None else [(Block("query_key", WHOLE, "bias"), self.bias_of)]
-
-
-def plan(
-    model: nn.Module,
-    default: Decay | None,
-    named: Mapping[str, Decay | None],
-    names: Names,
-    num_heads: int | None,
-    only: bool,
-    exclude: Excluded,
-    *,
-    rest: Decay | None,
-    stacklevel: int,
-) -> tuple[list[Planned], Remarks]:
-    """Return the decay of every matrix of a model, and what a reader has to know of its attention.
-
-    Args:
-        model: the model.
-        default: decay of the matrices whose role is not named.
-        named: decay by role.
-        names: as for :func:`param_groups`; ``num_heads``, ``only`` and ``exclude`` too.
-        num_heads: see there.
-        only: see there.
-        exclude: see there.
-        rest: decay of what is no matrix, where its role is not named.
-        stacklevel: of the warning, seen from here.
-    """
-    check_decays({"default": default, **named})
-    assigned, unhandled = assign_roles(model, names, num_heads, only)
-    is_excluded = _excluded(exclude, [name for entry in assigned for name in entry.names])
-    out = {id(entry) for entry in assigned if any(is_excluded(name) for name in entry.names)}
-    _check_every_role_matches(named, [e for e in assigned if id(e) not in out], model, listed(unhandled), bool(out))
-    if named.get("query_key") is not None or named.get("value_output") is not None:
-        warn_unhandled(unhandled, "is not decayed", stacklevel=stacklevel + 1)
-    _leave_out(assigned, out)
-    planes = named.get("query_key")
-    planned: list[Planned] = []
-    for entry in assigned:
-        if id(entry) in out:
-            planned.append(Planned(entry, [(block, None) for block in entry.blocks], True))
-            continue
-        decays = [(block, decay_of(block, entry, named, default, rest)) for block in entry.blocks]
-        _check_no_conflict(entry, decays)
-        planned.append(Planned(entry, decays, bias_of=bias_planes(entry, decays, planes)))
-    if isinstance(planes, Planes):
-        check_planes(planes, [(entry.names[0], entry.planes) for entry in assigned])
-    assumed = [entry.names[0] for entry in assigned if any(block.assumed for block in entry.blocks)]
-    return planned, Remarks(tuple(listed(unhandled)), tuple(assumed))
-
-
-def check_decays(decays: Mapping[str, Decay | None]) -> None:
-    """Raise a `TypeError` if one of several arguments is neither a decay nor None."""
-    for argument, decay in decays.items():
-        if decay is not None and not isinstance(decay, get_args(Decay)):
-            text = f"; text is read by **rankdecay.decays({argument}={decay!r})" if isinstance(decay, str) else ""
-            raise TypeError(
-                f"{argument}={decay!r} is not a decay; pass rankdecay.LowRank(strength) or "
-                f"rankdecay.Frobenius(strength){text}."
-            )
-        if isinstance(decay, Planes) and argument != "query_key":
-            raise ValueError(f"{argument}={decay!r}: rotary planes are of W_Q and W_K; give it to query_key.")
-
-
-def _leave_out(assigned: list[Assigned], excluded: set[int]) -> None:
-    """Take the planes of excluded and frozen parameters away, and count the layers that have some left."""
-    for entry in assigned:
-        if id(entry) in excluded or not entry.parameter.requires_grad:
-            entry.planes = ()
-    layers: dict[str, set[str]] = {}
-    for rows in (rows for entry in assigned for rows in entry.planes):
-        layers.setdefault(rows.configuration, set()).add(rows.layer)
-    for entry in assigned:
-        entry.planes = tuple(replace(rows, layers=len(layers[rows.configuration])) for rows in entry.planes)
-
-
-def bias_planes(
-    entry: Assigned, decays: Sequence[tuple[Block, Decay | None]], query_key: Decay | None
-) -> Planes | None:
-    """Return the decay of planes that a bias has instead of its own; None if it has none.
-
-    Raises:
-        ValueError: If it holds more than the bias of queries or keys, and biases have a decay of their own.
-    """
-    if not isinstance(query_key, Planes) or not entry.planes or any(b.role == "query_key" for b in entry.blocks):
-        return None
-    own = next((decay for _, decay in decays if decay is not None and decay.strength), None)
-    if own is not None and holds_more(entry.planes, entry.parameter):
-        raise ValueError(
-            f"{entry.names[0]} holds the biases of queries, keys and values: those of queries and keys are decayed "
-            f"with query_key={query_key!r}, and bias={own!r} cannot act on the rest of it alone; leave bias out."
-        )
-    return query_key
-
-
-def holds_more(planes: Iterable[PlaneRows], bias: Tensor) -> bool:
-    """Whether a bias with rotary planes holds the biases of values too."""
-    return sum(rows.window.extent(0) for rows in {(each.part, each.window): each for each in planes}.values()) < (
-        bias.numel()
-    )
-
-
-def why_of(entry: Assigned) -> str:
-    """Return the reasons for the roles of a parameter."""
-    reasons = [*(block.why for block in entry.blocks), *(block.note for block in entry.blocks if block.note)]
-    return ", ".join(dict.fromkeys(reasons))
 
 
 class Groups(list[Group]):
@@ -299,21 +170,6 @@ def with_names(group: Any) -> Any:
     return {**group, "params": params, "param_names": [f"parameter {i}" for i in range(len(params))]}
 
 
-class Remarks(NamedTuple):
-    """What a reader has to know of a model's attention, found when its groups were made.
-
-    Attributes:
-        unhandled: what looks like attention and is not decayed as such, with the reasons.
-        assumed: names of fused parameters that are read as queries, keys, values, since nothing says the order.
-    """
-
-    unhandled: tuple[str, ...] = ()
-    assumed: tuple[str, ...] = ()
-
-
-NO_REMARKS = Remarks()
-
-
 class Known(NamedTuple):
     """What :func:`param_groups` knows of a parameter, and an optimizer's state need not hold.
 
@@ -341,13 +197,7 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def remarks_on(groups: Iterable[Group]) -> Remarks:
     """Return what :func:`param_groups` remarked when it made the groups, of one model or several."""
-    each = dict.fromkeys(_known[p].remarks for group in groups for p in group["params"] if p in _known)
-    return merged_remarks(each)
-
-
-def merged_remarks(remarks: Iterable[Remarks]) -> Remarks:
-    """Return the remarks of several models together."""
-    each = list(remarks)
+    each = list(dict.fromkeys(_known[p].remarks for group in groups for p in group["params"] if p in _known))
     return Remarks(*(tuple(dict.fromkeys(text for one in each for text in one[i])) for i in range(2)))
 
 
@@ -538,89 +388,7 @@ def real_l2(group: Group) -> Group:
     )
     if not narrow or not group.get("weight_decay") or set(hook_roles(group)) & set(roles_of(group)):
         return {}
-    return live_l2(group["role"].split("+")[0])
-
-
-def _excluded(exclude: Excluded, names: list[str]) -> Callable[[str], bool]:
-    """Return the test of whether a name is excluded.
-
-    Raises:
-        TypeError: If a pattern is neither a string nor a compiled regular expression.
-        ValueError: If a pattern matches no name.
-    """
-    patterns = [exclude] if isinstance(exclude, (str, re.Pattern)) else exclude or ()
-    if not isinstance(patterns, Iterable):
-        raise TypeError(f"exclude={exclude!r}: give names, shell patterns, or compiled regular expressions.")
-    tests: list[Callable[[str], bool]] = []
-    for pattern in patterns:
-        if not isinstance(pattern, (str, re.Pattern)):
-            raise TypeError(f"exclude has {pattern!r}: give names, shell patterns, or compiled regular expressions.")
-
-        def test(name: str, pattern: str | re.Pattern[str] = pattern) -> bool:
-            if isinstance(pattern, re.Pattern):
-                return pattern.search(name) is not None
-            return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
-
-        if not any(test(name) for name in names):
-            modules = {name.rpartition(".")[0] for name in names} - {""}
-            near = suggestion(pattern if isinstance(pattern, str) else pattern.pattern, [*names, *sorted(modules)])
-            if isinstance(pattern, str) and any(pattern in name for name in names):
-                near = f"give {f'*{pattern}*'!r} for every name that has it in it "
-            raise ValueError(
-                f"exclude={pattern!r} matches no parameter: {near}(the {len(names)} are {names[0]} to {names[-1]})"
-            )
-        tests.append(test)
-    return lambda name: any(test(name) for test in tests)
-
-
-def decay_of(
-    block: Block, entry: Assigned, named: Mapping[str, Decay | None], default: Decay | None, rest: Decay | None
-) -> Decay | None:
-    """Return the decay of a block; None for the optimizer's own weight decay."""
-    decay = named.get(block.role)
-    if decay is None:
-        decay = default if _is_matrix(entry, block) else rest
-    if decay is not None:
-        check_suits(block, entry, decay)
-    return decay
-
-
-def _is_matrix(entry: Assigned, block: Block) -> bool:
-    """Return whether a block has the default decay: a norm's gain and a bias are never matrices."""
-    return entry.parameter.ndim >= 2 and block.role not in ("norm", "bias") and not block.fixed
-
-
-def check_suits(block: Block, entry: Assigned, decay: Decay) -> None:
-    """Raise if a decay is not defined for a block."""
-    name, shape = entry.names[0], tuple(entry.parameter.shape)
-    if isinstance(decay, Planes):
-        if entry.no_planes or not block.window.has_heads:
-            raise ValueError(
-                f"{block.role}={decay!r} meets {entry.no_planes or f'{name}, whose heads are not known'}. Give "
-                f"{block.role}=rankdecay.LowRank(...), or leave these layers out with exclude=."
-            )
-        return
-    needs_matrix = isinstance(decay, LowRank) or (decay.needs_norm and len(shape) > 2)
-    if needs_matrix and len(shape) != 2 and not block.stack and not block.window.has_heads:
-        what = "a low-rank decay" if isinstance(decay, LowRank) else f"a decay of power {decay.power:g}"
-        raise ValueError(
-            f"{name} has role {block.role} and shape {shape}, and {what} needs a matrix: give "
-            f"{block.role}=rankdecay.Frobenius(...){' of power 1' if isinstance(decay, Frobenius) else ''} instead, or "
-            f"leave it out with exclude={name!r}."
-        )
-    kind = type(decay).__name__
-    if decay.unit == "head" and not block.window.has_heads:
-        raise ValueError(
-            f"{block.role}={kind}(unit='head') meets {name}, which has no heads; use unit='matrix' for this role."
-        )
-    if isinstance(decay, LowRank) and decay.keep:
-        smaller = smaller_side(block.window, shape, decay.unit == "head")
-        if decay.keep >= smaller:
-            raise ValueError(
-                f"keep={decay.keep} of {block.role} spares every singular value of {name}, whose "
-                f"{'heads' if decay.unit == 'head' else 'matrices'} have {smaller}; give a smaller one, or "
-                "rankdecay.Frobenius(0.0) for no decay."
-            )
+    return live_l2(roles_of(group)[0])
 
 
 def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
@@ -646,58 +414,3 @@ def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
         else:
             keys |= hook_keys(role, decay, windows)
     return keys
-
-
-def _check_no_conflict(entry: Assigned, decays: list[tuple[Block, Decay | None]]) -> None:
-    """Raise if a tied parameter would get two decays for the same matrix."""
-    for i, (block, decay) in enumerate(decays):
-        for earlier, earlier_decay in decays[:i]:
-            same_place = WHOLE in (block.window, earlier.window) or block.window == earlier.window
-            if same_place and decay != earlier_decay:
-                raise ValueError(
-                    f"{' and '.join(entry.names)} are one tied parameter and would get two decays: {earlier.role} "
-                    f"({_words(earlier_decay)}) and {block.role} ({_words(decay)}). Give both roles the same decay, or "
-                    "untie them."
-                )
-
-
-def _words(decay: Decay | None) -> str:
-    return "the optimizer's weight decay" if decay is None else decay.describe()
-
-
-def _check_every_role_matches(
-    named: Mapping[str, Decay | None],
-    assigned: list[Assigned],
-    model: nn.Module,
-    unhandled: list[str],
-    some_excluded: bool,
-) -> None:
-    by_role: dict[str, list[Assigned]] = {}
-    for entry in assigned:
-        for block in entry.blocks:
-            by_role.setdefault(block.role, []).append(entry)
-    for role, decay in named.items():
-        if decay is None:
-            continue
-        if role not in by_role:
-            also = f" Attention that is not handled: {'; '.join(unhandled[:3]).rstrip('.')}." if unhandled else ""
-            names = [name for entry in assigned for name in entry.names]
-            left = " that is not excluded" if some_excluded else ""
-            raise ValueError(
-                f"{role}={decay!r} matches no parameter of {type(model).__name__}{left}, whose roles are "
-                f"{', '.join(r for r in ROLES if r in by_role)}.{also} Its parameters are "
-                f"{', '.join(names[:12])}{', …' if len(names) > 12 else ''}. For attention of your own, pass "
-                "names=rankdecay.AttentionNames(...)."
-            )
-        if decay.strength > 0 and not any(entry.parameter.requires_grad for entry in by_role[role]):
-            adapted = any(".base_layer." in name for entry in by_role[role] for name in entry.names)
-            raise ValueError(
-                f"{role}={decay!r} matches only frozen parameters, such as {by_role[role][0].names[0]}, which nothing "
-                "changes. "
-                + (
-                    "They are the base of an adapter: decay its factors with other=rankdecay.Frobenius(...), which is "
-                    "a nuclear norm on their product."
-                    if adapted
-                    else f"Call requires_grad_() on them before building the groups, or leave {role} out."
-                )
-            )

@@ -153,6 +153,11 @@ def check_divisible(optimizer: Optimizer, index: int, group: Group) -> None:
         )
 
 
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """Yield the parameters of all groups."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
 def is_inner_step(optimizer: Optimizer) -> bool:
     """Whether a hook is called from a step inside another of the same optimizer, as by ``super().step()``."""
     return _steps_running(optimizer, 2) == 2
@@ -186,10 +191,10 @@ def may_make_states_only(optimizer: Optimizer) -> bool:
     a decay that is not coupled to the learning rate would act, and a cycle of ``every`` go on. The first step of a
     warm-up has gradients.
     """
-    groups = optimizer.param_groups
-    if has_state(optimizer) or any(group.get("lr") is None or float(group["lr"]) != 0 for group in groups):
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if has_state(optimizer) or any(rate is None or float(rate) != 0 for rate in rates):
         return False
-    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
     return bool(gradients) and not any(bool(whole(gradient).any()) for gradient in gradients)
 
 
@@ -306,7 +311,7 @@ def check_states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     if parameter is None:
         return
     weight = local(parameter)
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known = set(map(id, parameters_of(optimizer)))
     kept = {name: value for name, value in vars(optimizer).items() if name not in ("param_groups", "state", "defaults")}
     averages = any(is_averaged(group) for group in optimizer.param_groups)
     for name, entry in (*_tensors(optimizer.state.get(parameter, {})), *_tensors(kept)):

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from rankdecay.decay.attach import attach
 from rankdecay.decay.attachment import Attachment
-from rankdecay.decay.groups import plan
+from rankdecay.decay.optimizers import parameters_of
+from rankdecay.decay.plan import plan
 from rankdecay.decay.policy import Decay
 from rankdecay.decay.roles import ROLES
 from rankdecay.dtensor import unwrapped
@@ -64,6 +65,6 @@ def _roles_held(
         model, named=named, only=rest.get("only", False), exclude=rest.get("exclude", ()), rest=None, stacklevel=4,
         **looked_for,
     )  # fmt: skip
-    held = {id(p) for group in unwrapped(optimizer).param_groups for p in group["params"]}
+    held = set(map(id, parameters_of(unwrapped(optimizer))))
     pairs = [pair for e in planned if not e.excluded and id(e.entry.parameter) in held for pair in e.decays]
     return {block.role for block, _ in pairs}, any(decay is not None for _, decay in pairs)

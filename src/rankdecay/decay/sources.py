@@ -18,14 +18,9 @@ from torch.optim import Optimizer
 from rankdecay.attention.source import named_parameters
 from rankdecay.decay.groups import (
     Group,
-    Planned,
-    Remarks,
-    bias_planes,
     change_decays,
-    decay_of,
     decays_in,
     has_live_l2,
-    holds_more,
     hook_roles,
     live_l2,
     names_in,
@@ -33,11 +28,11 @@ from rankdecay.decay.groups import (
     real_l2,
     remarks_on,
     roles_of,
-    why_of,
     whys_in,
     windows_in,
 )
 from rankdecay.decay.optimizers import check_divisible, counts_steps, decouples, is_decoupled
+from rankdecay.decay.plan import Planned, Remarks, bias_planes, decay_of, holds_more, why_of
 from rankdecay.decay.planes import check_alike, check_planes
 from rankdecay.decay.policy import Decay, Frobenius, Planes
 from rankdecay.decay.targets import Bundle, Counter, Target
@@ -134,7 +129,7 @@ class FromGroups:
         l2 = group.get("decoupled_weight_decay") and group.get("weight_decay")
         if "role" not in group or set(hook_roles(group)) & set(roles_of(group)) or not l2:
             return
-        keys = real_l2(group) if decouples(optimizer, group) else live_l2(group["role"].split("+")[0])
+        keys = real_l2(group) if decouples(optimizer, group) else live_l2(roles_of(group)[0])
         group.update(keys)
         self._added[index] = list(keys)
 
@@ -195,7 +190,7 @@ class FromGroups:
         Raises:
             ValueError: If no group holds one of the roles.
         """
-        held = {role for group in optimizer.param_groups for role in group.get("role", "").split("+")}
+        held = {role for group in optimizer.param_groups for role in roles_of(group)}
         for role in decays:
             if role not in held:
                 raise ValueError(f"{role} has no parameter in this optimizer; its roles are {', '.join(sorted(held))}.")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rankdecay.attention import Window
-from rankdecay.decay.groups import NO_REMARKS, Remarks
+from rankdecay.decay.plan import NO_REMARKS, Remarks
 from rankdecay.dtensor import whole
 from rankdecay.spectrum import spectrum
 from rankdecay.text import aligned

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,6 +19,7 @@ from rankdecay.attention.layer import smaller_side
 from rankdecay.attention.planes import PlaneRows
 from rankdecay.decay.groups import Group
 from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.linalg.backend import has_float64
 
 #: Our one key in ``optimizer.state[parameter]``.
 STATE_KEY = "rankdecay"
@@ -214,3 +216,58 @@ class Bundle:
             if (counted and id(parameter) in stepped) or STATE_KEY in (optimizer.state.get(parameter) or ()):
                 optimizer.state[parameter][STATE_KEY] = self.numbers
                 self._written = True
+
+
+# ---- counting a step -------------------------------------------------------------------------------------
+
+#: Bounds of an amount, far above any that leaves something of a weight: so that sums stay finite, and ∞ · 0 never is.
+_LARGEST, _LARGEST_ON_DEVICE = 1e300, 1e37
+
+
+def _bounded(amount: float | Tensor) -> float | Tensor:
+    if not isinstance(amount, Tensor):
+        return min(amount, _LARGEST)
+    return amount.clamp_max(_LARGEST if amount.dtype == torch.float64 else _LARGEST_ON_DEVICE)
+
+
+def count_step(
+    target: Target, decay: Decay, every: int, rate: float | Tensor, found_inf: Tensor | None, live: list[bool]
+) -> list[tuple[float | Tensor, list[int]]]:
+    """Count a step, and return what is to be decayed now: amounts, and the parameters that lose them.
+
+    An amount is Σ rate · strength over the steps since the last decay in which a parameter had a gradient. Without
+    ``lr_coupled`` the rate is left out. Between the decays of ``every=k`` there is nothing.
+
+    Args:
+        target: whose step it is.
+        decay: of the target.
+        every: after how many steps it is applied.
+        rate: of the step.
+        found_inf: 1 on the device if the step was skipped.
+        live: whether each parameter of the target has a gradient.
+    """
+    counter = target.counter
+    if isinstance(rate, Tensor) and has_float64(rate.device):  # where a strength beyond float32 is none
+        rate = rate.double()
+    amount = _bounded(decay.strength * rate if decay.lr_coupled and decay.strength else decay.strength)
+    if found_inf is not None:
+        amount = (amount if isinstance(amount, Tensor) else min(amount, _LARGEST_ON_DEVICE)) * (1 - found_inf)
+    amount = amount * counter.ramp(decay, found_inf)
+    counter.steps += 1
+    pending = counter.pending + amount
+    if every > 1:
+        for position in (position for position, has_gradient in enumerate(live) if not has_gradient):
+            counter.miss(position, amount)
+    if counter.steps % every:
+        counter.pending = pending
+        return []
+    # A skipped step applies nothing, and leaves the amount that was pending to the next step that decays.
+    counter.pending = 0.0 if found_inf is None or every == 1 else pending * found_inf
+    due = pending if found_inf is None else pending * (1 - found_inf)
+    missed = counter.take_missed()
+    alike: dict[object, tuple[float | Tensor, list[int]]] = {}
+    for position, has_gradient in enumerate(live):
+        its = due - missed[position] if position in missed else due
+        if (has_gradient or every > 1) and (isinstance(its, Tensor) or its > 0):
+            alike.setdefault(its if isinstance(its, float) else id(its), (its, []))[1].append(position)
+    return list(alike.values())

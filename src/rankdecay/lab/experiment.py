@@ -327,16 +327,6 @@ def load(name: str) -> Experiment[Any]:
 # --- how one is run ---
 
 
-@contextlib.contextmanager
-def own_names(experiment: Experiment[Any]) -> Iterator[None]:
-    """Lets a `SettingError` name the experiment's own options."""
-    try:
-        yield
-    except SettingError as error:
-        error.names = experiment.setting_names
-        raise
-
-
 def run(experiment: Experiment[S], settings: S, command: str) -> Record:
     """Runs an experiment, or what is missing of it, and returns its summary.
 
@@ -351,8 +341,11 @@ def run(experiment: Experiment[S], settings: S, command: str) -> Record:
     Raises:
         SettingError: if the settings, the data or the output directory cannot work, or training cannot go on.
     """
-    with own_names(experiment):
+    try:
         return _run(experiment, settings, command)
+    except SettingError as error:
+        error.names = experiment.setting_names
+        raise
 
 
 def _run(experiment: Experiment[S], settings: S, command: str) -> Record:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rankdecay.lab.errors import SettingError, option
+from rankdecay.lab.settings import Record
 
 if TYPE_CHECKING:
     import torch
 
-Record = dict[str, Any]
 S = TypeVar("S")
 WORTHWHILE = 1.3  # times as fast as float32 that bfloat16 products must be, for half the digits
 PAIRS = 5  # of timings, one in each precision

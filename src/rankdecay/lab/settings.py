@@ -73,6 +73,11 @@ def seeds(settings: Any) -> range:
     return range(settings.first_seed, settings.first_seed + settings.seeds)
 
 
+def subset(settings: Any, *names: str) -> Record:
+    """Settings that a part of an experiment has under the same names."""
+    return {name: getattr(settings, name) for name in names}
+
+
 def identity(settings: Any, without: Collection[str] = ()) -> Record:
     """The settings that decide what a run computes: all but `NOT_IDENTITY` and ``without``."""
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY and k not in without}
@@ -123,12 +128,6 @@ def check_numbers(settings: Any, *names: str, zero: bool = False) -> None:
         if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
             need = ">= 0; 0 switches it off" if zero else "> 0"
             raise SettingError(f"{option(name)} {value} must be a finite number {need}")
-
-
-def check_threshold(threshold: float) -> None:
-    """Raises a `SettingError` unless ``--threshold`` is an accuracy."""
-    if not 0 < threshold <= 1:
-        raise SettingError(f"--threshold {threshold} must be an accuracy in (0, 1]: for example 0.95")
 
 
 def check_width(width: int, heads: int, example: int) -> None:

@@ -17,6 +17,8 @@ of float32 weights; of float64 ones only the rules that are always products are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,30 +37,23 @@ def shrink_factor(
     tau: float | Tensor,
     rule: str = "prox",
     *,
-    relative: bool = False,
-    keep: int = 0,
-    preserve_norm: bool = False,
-    smoothing: float = 0.0,
-    steps: int = 5,
     backend: str = "exact",
     rank: int | Tensor | None = None,
     exponent: int | Tensor = 0,
+    **step: Any,
 ) -> Tensor:
     """Return C such that W - W C is :func:`~rankdecay.linalg.shrink` of every W with WᵀW = G.
 
     Args:
         G: Gram matrices (..., n, n), float64.
         tau: τ ≥ 0 of each, a number or (...), in the units of the singular values of W.
-        rule: as for :func:`~rankdecay.linalg.shrink`; so are the other options of the step.
-        relative: whether τ is in units of rms(σ) = ‖W‖_F/√rank.
-        keep: number of largest singular values that are left alone.
-        preserve_norm: rescale to the norm of W.
-        smoothing: for "smooth", a fraction of ‖W‖_F.
-        steps: for "newton_schulz".
+        rule: as for :func:`~rankdecay.linalg.shrink`.
         backend: ``"exact"`` or ``"matmul"``.
         rank: the smaller side of W, a number or (...): for ``relative``. None: n, of a W that is not wide.
         exponent: a number or (...): G is the Gram matrix of W/2^exponent. The squares of float64 weights overflow from
             1e154 and underflow below 1e-154; those of any narrower dtype do neither.
+        **step: the other options of the step, :class:`~rankdecay.rules.Options`; τ may be ``relative`` to
+            rms(σ) = ‖W‖_F/√rank.
 
     Returns:
         (..., n, n), float64; NaN where G or τ is not finite. Zero where τ = 0.
@@ -66,7 +61,7 @@ def shrink_factor(
     Raises:
         ValueError: If ``rule`` or ``backend`` is unknown, or the rule has no ``keep``.
     """
-    chosen, options = get_rule(rule), check_options(rule, smoothing, steps, relative, keep, preserve_norm)
+    chosen, options = get_rule(rule), check_options(rule, Options(**step))
     check_name("backend", backend, ("exact", "matmul"))
     tau = torch.as_tensor(tau, dtype=torch.float64, device=G.device)[..., None]  # beside σ
     if not isinstance(exponent, int) or exponent != 0:
@@ -79,7 +74,7 @@ def shrink_factor(
     bad = ~(G.isfinite().all(-1).all(-1, keepdim=True) & tau.isfinite())
     unit = torch.where(bad | (F == 0), 1.0, F)
     G = (G / unit[..., None].square()).masked_fill(bad[..., None], 0)
-    tau = finite(tau * torch.where(F == 0, 0.0, 1 / root) if relative else tau / (unit * scale))
+    tau = finite(tau * torch.where(F == 0, 0.0, 1 / root) if options.relative else tau / (unit * scale))
     options = options._replace(relative=False)
     with full_precision(G.device):
         if by_decomposition(chosen, options, backend):

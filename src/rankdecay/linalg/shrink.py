@@ -92,7 +92,7 @@ def shrink(
         tensor([[ 2.5000,  0.0000],
                 [ 0.0000, -0.5000]])
     """
-    options = check_options(rule, smoothing, steps, relative, keep, preserve_norm)
+    options = check_options(rule, Options(smoothing, steps, relative, keep, preserve_norm))
     resolve(W, backend)
     step = per_matrix("tau", tau, W)
     if W.numel() == 0 or (not isinstance(tau, Tensor) and tau == 0):
@@ -273,18 +273,19 @@ def _log_norm_of_any(W: Tensor) -> Tensor:
     return (norm.log() + prepared.scale.log()).masked_fill(prepared.bad, math.nan)
 
 
-def check_options(rule: str, smoothing: float, steps: int, relative: bool, keep: int, preserve_norm: bool) -> Options:
-    """Return the options of a step.
+def check_options(rule: str, options: Options) -> Options:
+    """Return the options of a step by a rule.
 
     Raises:
         ValueError: If one is outside its range, or the rule does not have it.
     """
     get_rule(rule)
-    check_number("smoothing", smoothing, at_least=0, remedy="it is a fraction of ‖W‖_F")
-    _check_steps(steps)
-    check_number("keep", keep, at_least=0, whole=True, remedy="it counts the singular values that are left alone")
-    check_keep(rule, keep)
-    return Options(smoothing, steps, relative, keep, preserve_norm)
+    check_number("smoothing", options.smoothing, at_least=0, remedy="it is a fraction of ‖W‖_F")
+    _check_steps(options.steps)
+    remedy = "it counts the singular values that are left alone"
+    check_number("keep", options.keep, at_least=0, whole=True, remedy=remedy)
+    check_keep(rule, options.keep)
+    return options
 
 
 def by_decomposition(rule: Rule, options: Options, backend: str) -> bool:

@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -92,6 +92,15 @@ class State:
     weights: Tensor  # (parameters,)
     mean: Tensor
     square: Tensor
+
+    def named(self, number: int) -> dict[str, Tensor]:
+        """Its tensors under their names in a checkpoint of several members, of which it is the ``number``-th."""
+        return {f"{number}.{name}": getattr(self, name) for name in STATE}
+
+    @classmethod
+    def of(cls, step: int, tensors: Mapping[str, Tensor], number: int) -> "State":
+        """The state of a member from such a checkpoint."""
+        return cls(step, *(tensors[f"{number}.{name}"] for name in STATE))
 
 
 @dataclass(frozen=True)

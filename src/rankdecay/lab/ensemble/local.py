@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from rankdecay.lab.ensemble.ensemble import STATE, State
+from rankdecay.lab.ensemble.ensemble import State
 from rankdecay.lab.ensemble.outcome import Key, Record
 from rankdecay.lab.ensemble.sweep import Plan, Saved, Source, Trial, train
 from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
@@ -70,7 +70,7 @@ class _Saver:
     def _save(self, under_way: dict[Key, Saved]) -> None:
         tensors, runs = {}, []
         for key, run in {**self._waiting, **under_way}.items():
-            tensors |= {f"{len(runs)}.{name}": getattr(run.state, name) for name in STATE}
+            tensors |= run.state.named(len(runs))
             runs.append([key, run.state.step, run.initial_rank, run.records])
         self._directory.save_checkpoint(Checkpoint(0, tensors, {"runs": runs}), self._name)
 
@@ -84,7 +84,7 @@ def read_saved(directory: RunDirectory, aliases: Mapping[str, str] | None = None
             continue
         for number, ((arm, *place), step, rank, records) in enumerate(checkpoint.extra["runs"]):
             key: Key = (str((aliases or {}).get(arm, arm)), *place)
-            state = State(step, *(checkpoint.tensors[f"{number}.{name}"] for name in STATE))
+            state = State.of(step, checkpoint.tensors, number)
             before = found.get(key)
             if before is None or before.state.step < step:
                 found[key] = Saved(state, rank, records)

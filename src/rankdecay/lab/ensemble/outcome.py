@@ -5,9 +5,9 @@ Importing this module imports neither torch nor numpy: statistics and reports re
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-Record = dict[str, Any]
+from rankdecay.lab.settings import Record
+
 Key = tuple[str, float, float, float, int]
 KEY = ("arm", "strength", "rest_decay", "train_fraction", "seed")  # unique within a sweep
 FIGURES = (  # of a run's last evaluation: what its row keeps, and what is averaged over seeds

@@ -8,17 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 
-from rankdecay.lab.ensemble.ensemble import STATE, Ensemble, State, train_unless_stopped
+from rankdecay.lab.ensemble.ensemble import Ensemble, State, train_unless_stopped
 from rankdecay.lab.ensemble.outcome import diverged
 from rankdecay.lab.progress import Progress
-from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
+from rankdecay.lab.store import Checkpoint, Record, RunDirectory, Throttle
+from rankdecay.lab.stored import LABELS
 
-Record = dict[str, Any]
 Leaves = Callable[[Sequence[Record]], bool]
 Measurement = tuple[list[Record], dict[str, np.ndarray]]
 
@@ -112,8 +111,7 @@ class Runner:
         tensors, members = {}, []
         for ensemble in self._ensembles:
             for index, member in enumerate(ensemble.members):
-                state = ensemble.state(index)
-                tensors |= {f"{len(members)}.{name}": getattr(state, name) for name in STATE}
+                tensors |= ensemble.state(index).named(len(members))
                 members.append([member.arm, member.seed])
         return Checkpoint(self.step, tensors, {"members": members, "seconds": self.seconds})
 
@@ -123,9 +121,8 @@ class Runner:
         for ensemble in self._ensembles:
             ensemble.retain([(m.arm, m.seed) in left for m in ensemble.members])
             for index, member in enumerate(ensemble.members):
-                number = left[member.arm, member.seed]
-                tensors = (checkpoint.tensors[f"{number}.{name}"] for name in STATE)
-                ensemble.restore(index, State(self.step, *tensors))
+                state = State.of(self.step, checkpoint.tensors, left[member.arm, member.seed])
+                ensemble.restore(index, state)
         for record in self._run.metrics():
             self._history.setdefault((record["arm"], record["seed"]), []).append(record)
 
@@ -141,6 +138,5 @@ def _train_and_evaluate(ensemble: Ensemble, steps: int, stop: threading.Event) -
 
 def _joined(snapshots: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Joins the snapshots of several ensembles: rows are concatenated, labels are shared."""
-    labels = ("groups", "positions")
     first = snapshots[0]
-    return {k: first[k] if k in labels else np.concatenate([s[k] for s in snapshots]) for k in first}
+    return {k: first[k] if k in LABELS else np.concatenate([s[k] for s in snapshots]) for k in first}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from rankdecay.lab.settings import Settings
+from rankdecay.lab.errors import SettingError, check_name
+from rankdecay.lab.settings import Settings, check_counts, check_seeds, check_width
+from rankdecay.rules import rule_names
+
+HEADS = 4  # of every network
 
 
 @dataclass(frozen=True)
@@ -45,3 +49,18 @@ class EnsembleSettings(Settings):
     """Steps between evaluations."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, where there is a compiler; 'auto' uses it on a GPU and for runs long enough to repay it."""
+
+
+def check_shared(settings: Any, width: int) -> None:
+    """Raises a `SettingError` for settings that the experiments share and that cannot work.
+
+    Args:
+        settings: of one of them; ``steps``, ``warmup`` and ``rule`` are its own.
+        width: an example of one that can be split into the heads.
+    """
+    check_name("--rule", settings.rule, rule_names())
+    check_seeds(settings)
+    check_counts(settings, "steps", "seeds", "every", "warmup", "depth", "mlp_width", "batch_size", "evaluate_every")
+    if not 0 < settings.threshold <= 1:
+        raise SettingError(f"--threshold {settings.threshold} must be an accuracy in (0, 1]: for example 0.95")
+    check_width(settings.width, HEADS, width)

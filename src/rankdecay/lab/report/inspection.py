@@ -7,16 +7,14 @@ install does not have.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
 
 from rankdecay.inspection import KINDS, Inspection, Row, by_layer, strip
 from rankdecay.lab.report import page as pieces
-from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, choice
+from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, asset, choice
 from rankdecay.lab.report.table import scrolling
 from rankdecay.text import finite_mean, number
 
@@ -249,11 +247,11 @@ def _section(kind: dict[str, Any], labels: Sequence[str]) -> str:
         "controls": "".join(controls),
         "cell": "".join(cell),
         "legend": "".join(swatches),
-        "trajectory": _filled("inspection_trajectory.html", {"key": key, "ramp": ramp}) if several else "",
+        "trajectory": asset("assets/inspection_trajectory.html", None, {"key": key, "ramp": ramp}) if several else "",
         "balance": _balance(kind, ramp) if kind["factors"] else "",
         "table": _table(kind, several),
     }
-    return _filled("inspection_kind.html", parts)
+    return asset("assets/inspection_kind.html", None, parts)
 
 
 def _balance(kind: dict[str, Any], ramp: str) -> str:
@@ -269,12 +267,7 @@ def _balance(kind: dict[str, Any], ramp: str) -> str:
         "imbalance": number(finite_mean(imbalances)),
         "untrained": number(finite_mean(layer["baseline"]["imbalance"] for layer in layers)),
     }
-    return _filled("inspection_balance.html", parts)
-
-
-def _filled(template: str, parts: dict[str, str]) -> str:
-    text = (files("rankdecay.lab.report") / "assets" / template).read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
+    return asset("assets/inspection_balance.html", None, parts)
 
 
 def _table(kind: dict[str, Any], several: bool) -> str:

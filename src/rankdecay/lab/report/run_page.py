@@ -12,7 +12,6 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plotly.offline import get_plotlyjs
@@ -37,11 +36,6 @@ FILES = {
     "metrics.jsonl": "everything that was measured, one JSON object per line",
     "summary.json": "the result of every arm; absent while the run goes on",
 }
-
-
-def write_page(experiment: Experiment[Any], stored: StoredRun, path: Path) -> Path:
-    """Writes the page of a run to ``path``, by atomic rename, and returns the path."""
-    return pieces.write(render(experiment, stored), path)
 
 
 def render(experiment: Experiment[Any], stored: StoredRun) -> str:

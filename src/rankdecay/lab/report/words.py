@@ -8,12 +8,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from rankdecay.lab.report.style import ArmStyle, arm_styles
+from rankdecay.lab.settings import Record
 from rankdecay.text import shown_lines
 
-Record = dict[str, Any]
 MARKS = {True: "✓", False: "✗", None: "–"}  # a claim holds, does not, or is not decided
 
 
@@ -128,7 +128,7 @@ def verdict(
 # --- numbers ---
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value read from JSON is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

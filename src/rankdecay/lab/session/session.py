@@ -25,9 +25,8 @@ from rankdecay.lab.precision import check_resolved
 from rankdecay.lab.session.distributed import processes, rank, share
 from rankdecay.lab.session.parallel import Layout, clip_gradients, gathered, parted
 from rankdecay.lab.session.run_key import KEY
-from rankdecay.lab.store import Checkpoint
+from rankdecay.lab.store import Checkpoint, Record
 
-Record = dict[str, Any]
 Batch = tuple[Tensor, ...]
 THREAD_PAIRS = 5  # of steps that are timed, one on one core and one on all
 THREADS_PAY = 1.1  # times as fast as on one core that a step must be on all

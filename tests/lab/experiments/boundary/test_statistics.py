@@ -10,7 +10,6 @@ from scipy import optimize, special
 
 from rankdecay.lab.experiments.boundary.statistics import (
     MOST_POINTS,
-    boundaries,
     boundary,
     cells,
     differences,
@@ -243,7 +242,7 @@ def test_the_best_column_has_the_lowest_boundary():
     best = boundary(rows)
     assert (best["strength"], best["edge"], best["rest_edge"]) == (2.0, None, "only")
     assert best["train_fraction"] == pytest.approx(math.sqrt(0.1 * 0.15))
-    assert [column["strength"] for column in boundaries(rows)] == [1.0, 2.0, 4.0]
+    assert [column["strength"] for column in summarise(rows, ["prox"])["arms"][0]["boundaries"]] == [1.0, 2.0, 4.0]
     assert boundary([]) is None
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from rankdecay.lab.experiment import read, write_report
-from rankdecay.lab.experiments.margin.charts import at_equal_margins, climb
+from rankdecay.lab.experiments.margin.charts import SMALLEST, at_equal_margins
 from rankdecay.lab.experiments.margin.experiment import EXPERIMENT
+from rankdecay.lab.experiments.margin.measures import climb
 
 
 def sections_of(directory):
@@ -76,9 +77,9 @@ def test_means_are_over_data_sets_at_equal_margins():
 
 
 def test_a_curve_begins_after_the_last_evaluation_without_a_margin():
-    assert climb(np.array([1.0, -1.0, 0.01, 0.5, 2.0, 1.5])).tolist() == [3, 4, 5]
-    assert climb(np.array([1.0, np.nan])).tolist() == []
-    assert climb(np.array([2.0, 3.0])).tolist() == [0, 1]
+    assert climb(np.array([1.0, -1.0, 0.01, 0.5, 2.0, 1.5]), SMALLEST).tolist() == [3, 4, 5]
+    assert climb(np.array([1.0, np.nan]), SMALLEST).tolist() == []
+    assert climb(np.array([2.0, 3.0]), SMALLEST).tolist() == [0, 1]
 
 
 def test_without_a_readable_snapshot_solutions_and_pictures_are_missing(planar, tmp_path):

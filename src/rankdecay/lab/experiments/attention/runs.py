@@ -26,7 +26,7 @@ from rankdecay.lab.session import distributed
 from rankdecay.lab.session.parallel import Layout
 from rankdecay.lab.session.run_store import NonWriter, RunStore
 from rankdecay.lab.session.session import Diverged, Plan, Problem, Run, Session, choose_threads
-from rankdecay.lab.settings import question, seeds
+from rankdecay.lab.settings import question, seeds, subset
 
 A = TypeVar("A", bound=AttentionDecay)
 OF_A_PLAN = ("steps", "batch_size", "lr", "warmup", "accumulate", "clip", "precision")
@@ -61,8 +61,8 @@ def make_plan(settings: AttentionDecay, device: str) -> Plan:
     """
     layout = make_layout(settings, device)
     is_worth_it = settings.compile == "auto" and device.startswith("cuda") and compiler_available(device)
-    asked = {name: getattr(settings, name) for name in OF_A_PLAN}
-    return Plan(**asked, compile=settings.compile == "on" or is_worth_it, device=device, layout=layout)
+    is_compiled = settings.compile == "on" or is_worth_it
+    return Plan(**subset(settings, *OF_A_PLAN), compile=is_compiled, device=device, layout=layout)
 
 
 def make_layout(settings: AttentionDecay, device: str) -> Layout:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from rankdecay.lab.report.words import counted, is_number, known, mean
 from rankdecay.lab.session.run_key import KEY, key_of
+from rankdecay.lab.settings import Record
 
 if TYPE_CHECKING:
     from rankdecay.lab.stored import StoredRun
 
-Record = dict[str, Any]
 Cell = Mapping[str, Any]
 USUAL = 0.1  # the usual decay of every matrix; of several decays of the MLPs, the one to speak of
 

@@ -51,7 +51,7 @@ def seeds_words(found: Mapping[str, Any] | None) -> str:
     if not found:
         return "—"
     low, high = found.get("low"), found.get("high")
-    if low is None or high is None or not (is_number(low) and is_number(high)):
+    if not (is_number(low) and is_number(high)):
         return f"{found['ratio']:.2f}, one seed"
     alike = high < 1.0001 * low  # the grid does not part the seeds: their scatter, not the error, is 0
     between = ", all seeds alike" if alike else f" ({low:.2f}–{high:.2f})"
@@ -70,9 +70,9 @@ def settled(difference: Mapping[str, Any]) -> str | None:
 
 def _side(interval: Mapping[str, Any]) -> str | None:
     low, high = interval.get("low"), interval.get("high")
-    if is_number(high) and high is not None and high < 1:
+    if is_number(high) and high < 1:
         return "less"
-    return "more" if is_number(low) and low is not None and low > 1 else None
+    return "more" if is_number(low) and low > 1 else None
 
 
 # --- the table ---

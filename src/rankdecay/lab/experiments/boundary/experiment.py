@@ -29,7 +29,7 @@ from rankdecay.lab.experiments.boundary.settings import ALIASES, GRID, PLACEMENT
 from rankdecay.lab.experiments.boundary.statistics import edges, reference, summarise
 from rankdecay.lab.experiments.boundary.terminal import PhaseProgress
 from rankdecay.lab.precision import Products
-from rankdecay.lab.settings import Record, question, renamed, seeds
+from rankdecay.lab.settings import Record, question, renamed, seeds, subset
 from rankdecay.lab.tasks import make_dataset, sequences
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def training_sets(settings: Boundary) -> tuple[list[Size], Dataset]:
     Raises:
         SettingError: for a data set that cannot be built, or a batch larger than the smallest.
     """
-    numbers = {"modulus": settings.modulus, "values": settings.values, "named": settings.named}
+    numbers = subset(settings, "modulus", "values", "named")
     whole = sequences(settings.task, **numbers)
-    common: Record = {"task": settings.task, **numbers, "split": settings.split}
+    common = subset(settings, "task", "split") | numbers
     common |= {"validation": settings.validation} if settings.validation else {}
     sizes: list[Size] = [(f, common | {"train_fraction": f}) for f in settings.fractions]
     sizes += [(count / whole, common | {"train_examples": count}) for count in settings.train_examples]
@@ -80,12 +80,8 @@ def trials(settings: Boundary, arm: Arm, strengths: Iterable[float]) -> Iterator
                 data.vocabulary,
                 data.length,
                 data.outputs,
-                width=settings.width,
-                depth=settings.depth,
-                mlp_width=settings.mlp_width,
                 qk_norm=settings.qk_norm if treatment.qk_norm else "none",
-                gains=settings.gains,
-                position_scale=settings.position_scale,
+                **subset(settings, "width", "depth", "mlp_width", "gains", "position_scale"),
             )
             own = treatment.rest_decay
             for rest in settings.rest_decays if own is None else (own,):
@@ -104,11 +100,7 @@ def trials(settings: Boundary, arm: Arm, strengths: Iterable[float]) -> Iterator
 
 def make_plan(settings: Boundary, device: str, missing: Sequence[Trial]) -> Plan:
     """How the trials that are missing are trained on a device."""
-    training = Training(
-        batch_size=settings.batch_size,
-        precision=settings.precision,  # pyright: ignore[reportArgumentType] - auto is resolved
-        device=device,
-    )
+    training = Training(device=device, **subset(settings, "batch_size", "precision"))
     together = places(settings, device)
 
     def ensemble() -> Ensemble:

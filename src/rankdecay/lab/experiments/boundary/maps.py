@@ -164,12 +164,11 @@ def rest_decays(maps: Iterable[PhaseMap]) -> list[float]:
 def _fit(boundary: dict[str, Any], column: int, axis: DataAxis) -> Fit:
     bottom, top = -0.5, len(axis.fractions) - 0.5
     value, low, high = (boundary.get(name) for name in ("train_fraction", "low", "high"))
-    inside = is_number(value) and not boundary.get("censored")
     return Fit(
         column,
-        axis.position(value) if inside and value is not None else None,
-        axis.position(low) if is_number(low) and low is not None else bottom,
-        axis.position(high) if is_number(high) and high is not None else top,
+        axis.position(value) if is_number(value) and not boundary.get("censored") else None,
+        axis.position(low) if is_number(low) else bottom,
+        axis.position(high) if is_number(high) else top,
         boundary.get("censored"),
     )
 

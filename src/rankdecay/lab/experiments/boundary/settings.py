@@ -7,19 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rankdecay.lab.ensemble.settings import EnsembleSettings
+from rankdecay.lab.ensemble.settings import EnsembleSettings, check_shared
 from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.settings import (
-    Record,
-    check_counts,
-    check_evaluations,
-    check_numbers,
-    check_seeds,
-    check_threshold,
-    check_width,
-    identity,
-)
-from rankdecay.rules import rule_names
+from rankdecay.lab.settings import Record, check_evaluations, check_numbers, identity
 
 ARMS = ("none", "l2", "smooth", "uniform_attention")
 STANDARD_ARMS = ("none", "l2", "prox", "smooth", "prototype", "uniform_attention")
@@ -172,8 +162,7 @@ def check(settings: Boundary) -> Boundary:
     settings = filled(settings)
     for fraction in settings.fractions:
         check_fraction(fraction)
-    check_seeds(settings)
-    check_counts(settings, "steps", "seeds", "every", "warmup", "depth", "mlp_width", "batch_size", "evaluate_every")
+    check_shared(settings, width=64)
     for name in ("places", "widen"):
         if getattr(settings, name) < 0:
             raise SettingError(f"--{name} {getattr(settings, name)} is negative: give 0 or more")
@@ -181,14 +170,9 @@ def check(settings: Boundary) -> Boundary:
     check_numbers(settings, "strength", "smoothing", "lr", "l2_strength")
     if settings.lr * settings.l2_strength >= 1:
         raise SettingError(f"--l2-strength {settings.l2_strength:g} must be below {1 / settings.lr:g}, 1 / --lr")
-    if settings.validation < 0:
-        raise SettingError(f"--validation {settings.validation} is negative: give 0 for none")
     for decay in settings.rest_decays:
         if not 0 <= settings.lr * decay < 1:
             raise SettingError(f"--rest-decays {decay:g} must be at least 0 and below {1 / settings.lr:g}, 1 / --lr")
-    check_name("--rule", settings.rule, rule_names())
-    check_threshold(settings.threshold)
-    check_width(settings.width, heads=4, example=64)
     if not 0 < settings.gpu_share <= 1:
         raise SettingError(f"--gpu-share {settings.gpu_share} must be in (0, 1]: 0.5 lets two tasks share a GPU")
     return settings

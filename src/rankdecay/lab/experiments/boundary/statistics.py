@@ -34,8 +34,9 @@ import numpy as np
 from scipy import special, stats
 
 from rankdecay.lab.ensemble.outcome import FIGURES
+from rankdecay.lab.report.words import mean
+from rankdecay.lab.settings import Record as Row
 
-Row = dict[str, Any]
 Edge = Literal["lowest", "highest", "only"]
 
 MEANS = (*FIGURES, "best_test_accuracy")
@@ -171,11 +172,6 @@ def fit_boundary(fractions: Sequence[float], successes: Sequence[int], runs: Seq
     )
 
 
-def boundaries(arm_rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The boundary of every column of one arm, sorted by strength and rest_decay."""
-    return [column.as_dict() for column in _columns(arm_rows)]
-
-
 def boundary(arm_rows: Sequence[Row]) -> dict[str, Any] | None:
     """The column of one arm with the lowest boundary, with `edge` and `rest_edge`; None without rows.
 
@@ -280,11 +276,11 @@ def _over_seeds(logs: Sequence[float], at_bound: int) -> dict[str, Any] | None:
     if not logs:
         return None
     values, count = np.asarray(logs), len(logs)
-    mean = float(values.mean())
-    found: dict[str, Any] = {"ratio": math.exp(mean), "low": None, "high": None}
+    middle = float(values.mean())
+    found: dict[str, Any] = {"ratio": math.exp(middle), "low": None, "high": None}
     if count > 1:
         half = float(stats.t.ppf(1 - TAIL, count - 1)) * float(values.std(ddof=1)) / math.sqrt(count)
-        found |= {"low": math.exp(mean - half), "high": math.exp(mean + half)}
+        found |= {"low": math.exp(middle - half), "high": math.exp(middle + half)}
     ends = [math.exp(end) for end in np.quantile(_resampled_means(values), (TAIL, 1 - TAIL))]
     return found | {"bootstrap_low": ends[0], "bootstrap_high": ends[1], "seeds": count, "at_bound": at_bound}
 
@@ -389,7 +385,7 @@ def _best(columns: Sequence[_Column]) -> _Column:
         # A boundary above a column's fractions may be anywhere above: it never counts as low, however low those were.
         lowest = math.inf if column.fit.censored == "above" else column.fit.f50
         steps = _median_steps(column.rows)[0]
-        accuracy = _mean(column.rows, "best_test_accuracy")
+        accuracy = mean(row.get("best_test_accuracy") for row in column.rows)
         return (
             lowest,
             -column.generalised,
@@ -464,12 +460,7 @@ def _grouped(rows: Iterable[Row], keys: Sequence[str]) -> list[tuple[tuple[Any, 
 
 
 def _means(rows: Sequence[Row]) -> dict[str, float | None]:
-    return {key: _mean(rows, key) for key in MEANS}
-
-
-def _mean(rows: Sequence[Row], key: str) -> float | None:
-    values = [float(row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
-    return statistics.fmean(values) if values else None
+    return {key: mean(row.get(key) for row in rows) for key in MEANS}
 
 
 def _of(rows: Iterable[Row], arm: str) -> list[Row]:

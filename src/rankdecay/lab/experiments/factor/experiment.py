@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,11 +60,6 @@ def title(work: Work[Factor]) -> str:
     settings = work.settings
     count = len(work.arms) * len(settings.strengths) * settings.seeds
     return f"factor · {count:,} problems of {settings.size}×{settings.size} · {settings.steps} steps"
-
-
-def screen(work: Work[Factor], title: str, options: Mapping[str, Any]) -> ArmBar:
-    """A bar over the steps of all arms."""
-    return ArmBar(title, len(work.arms) * work.settings.steps, **options)
 
 
 def train(work: Work[Factor]) -> Iterator[Record]:
@@ -441,7 +436,7 @@ EXPERIMENT = Experiment(
     headline=headline,
     checks=CHECKS,
     title=title,
-    screen=screen,
+    screen=lambda work, title, options: ArmBar(title, len(work.arms) * work.settings.steps, **options),
     minutes=1,
     shorter="fewer --seeds or --steps",
     resumable=False,

@@ -26,7 +26,7 @@ from rankdecay.lab.precision import Products
 from rankdecay.lab.progress import Progress
 from rankdecay.lab.report.table import Row, has
 from rankdecay.lab.report.words import wilson_interval
-from rankdecay.lab.settings import Record, question, seeds
+from rankdecay.lab.settings import Record, question, seeds, subset
 from rankdecay.lab.tasks import Dataset, make_dataset
 from rankdecay.rules import rule_names
 
@@ -85,7 +85,7 @@ def make_arms(settings: Grok) -> list[Arm]:
 
 def make_datasets(settings: Grok) -> dict[int, Dataset]:
     """One data set per seed, checked against the batch size."""
-    how = _some(settings, "modulus", "train_fraction", "train_examples", "values", "split", "validation")
+    how = subset(settings, "modulus", "train_fraction", "train_examples", "values", "split", "validation")
     datasets = {seed: make_dataset(settings.task, seed, **how) for seed in seeds(settings)}
     size = min(len(data.train_targets) for data in datasets.values())  # unordered splits differ in size
     if settings.batch_size > size:
@@ -96,11 +96,6 @@ def make_datasets(settings: Grok) -> dict[int, Dataset]:
     return datasets
 
 
-def _some(settings: Grok, *names: str) -> Record:
-    """Settings that a part of the experiment has under the same names."""
-    return {name: getattr(settings, name) for name in names}
-
-
 def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: Mapping[int, Dataset], device: str) -> list[Ensemble]:
     """One ensemble per arm on a CPU, where small batches stay in the cache; all members at once on a GPU."""
     import torch
@@ -109,10 +104,10 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: Mapping[int, D
     from rankdecay.lab.ensemble.transformer import TransformerConfig
 
     data = next(iter(datasets.values()))
-    shape = _some(settings, "width", "depth", "mlp_width", "qk_norm", "gains", "position_scale")
+    shape = subset(settings, "width", "depth", "mlp_width", "qk_norm", "gains", "position_scale")
     config = TransformerConfig(data.vocabulary, data.length, data.outputs, **shape)
     on_gpu = device.startswith("cuda")
-    training = Training(device=device, **_some(settings, "batch_size", "precision"))
+    training = Training(device=device, **subset(settings, "batch_size", "precision"))
     rates = settings.weight_decay, settings.lr
     members = [
         Member(arm.name, seed, arm.how.decay, *rates, uniform_attention=arm.how.uniform_attention)
@@ -148,11 +143,6 @@ def title(work: Work[Grok]) -> str:
     """What is running."""
     settings = work.settings
     return f"{settings.task} · {len(work.arms)} arms × {settings.seeds} seeds · {settings.steps} steps"
-
-
-def screen(work: Work[Grok], title: str, options: Mapping[str, Any]) -> Progress:
-    """The latest evaluation of every arm."""
-    return Progress(title, [arm.name for arm in work.arms], **options)
 
 
 def train(work: Work[Grok]) -> Sequence[Record]:
@@ -228,7 +218,7 @@ EXPERIMENT = Experiment(
     jobs=jobs,
     data=make_datasets,
     title=title,
-    screen=screen,
+    screen=lambda work, title, options: Progress(title, [arm.name for arm in work.arms], **options),
     minutes=3,
     shorter="--seeds 1 or fewer --arms or --steps",
     narrow="mixed",

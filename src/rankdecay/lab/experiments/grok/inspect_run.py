@@ -16,6 +16,7 @@ from rankdecay.inspection import (
     untrained_product,
 )
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.report.chart import evenly
 from rankdecay.lab.store import snapshot_files
 from rankdecay.lab.stored import read_config, read_snapshot
 from rankdecay.spectrum import Spectrum
@@ -65,8 +66,8 @@ def run_over_time(path: Path, most: int | None = None) -> str:
     """
     series: dict[str, list[tuple[str, list[float]]]] = {}
     files = snapshot_files(path)
-    if most is not None and len(files) > most:
-        files = [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
+    if most is not None:
+        files = [files[i] for i in evenly(len(files), most)]
     for file in files:
         arms: dict[str, list[list[float | None]]] = {}
         for (arm, _), (_, product) in _products(file).items():

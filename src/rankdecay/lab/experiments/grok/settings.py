@@ -8,17 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from rankdecay.decay.policy import Scale
-from rankdecay.lab.ensemble.settings import EnsembleSettings
-from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.settings import (
-    check_arms,
-    check_counts,
-    check_numbers,
-    check_seeds,
-    check_threshold,
-    check_width,
-    option,
-)
+from rankdecay.lab.ensemble.settings import EnsembleSettings, check_shared
+from rankdecay.lab.errors import SettingError, check_name, option
+from rankdecay.lab.settings import check_arms, check_numbers
 from rankdecay.rules import rule_names
 
 ARMS = ("none", "l2", "l2_tuned", "low_rank", "prototype", "uniform_attention")
@@ -143,10 +135,8 @@ def check(settings: Grok) -> Grok:
             remedy = f"use {use}" if name.startswith("train") else "leave it out"
             value = getattr(settings, name)
             raise SettingError(f"{option(name)} {value} has no effect on --task {settings.task}: {remedy}")
-    check_name("--rule", settings.rule, rule_names())
+    check_shared(settings, width=128)
     check_arms(settings.arms, (*ARMS, *MORE_ARMS, *rule_names()))
-    check_seeds(settings)
-    check_counts(settings, "steps", "seeds", "every", "warmup", "depth", "mlp_width", "batch_size", "evaluate_every")
     check_numbers(settings, "strength", "smoothing", "tuned_strength", "weight_decay", "amount", "lr", zero=True)
     for name in ("tuned_strength", "weight_decay"):
         if settings.lr * getattr(settings, name) >= 1:
@@ -154,8 +144,6 @@ def check(settings: Grok) -> Grok:
                 f"{option(name)} {getattr(settings, name):g} at --lr {settings.lr:g} would flip the sign of the "
                 f"weights: stay below {1 / settings.lr:g}"
             )
-    check_threshold(settings.threshold)
-    check_width(settings.width, heads=4, example=128)
     return dataclasses.replace(settings, arms=named_arms(settings))
 
 

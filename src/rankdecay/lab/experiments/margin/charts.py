@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from rankdecay.lab.experiment import Axis, Chart, Choice, Line, Section
+from rankdecay.lab.experiments.margin.measures import climb
 from rankdecay.lab.experiments.margin.pictures import pictures
 from rankdecay.lab.report.style import ArmStyle, arm_styles
 from rankdecay.lab.report.words import counted, is_number, shown
@@ -103,18 +104,6 @@ def sections(stored: StoredRun) -> list[Section]:
 # --- curves against the margin ---
 
 
-def climb(margin: np.ndarray) -> np.ndarray:
-    """The evaluations of one data set that a curve has: from the last one without a margin on, from `SMALLEST` on.
-
-    Args:
-        margin: shape (evaluations,).
-    """
-    without = np.flatnonzero(~(margin > 0))
-    found = margin >= SMALLEST
-    found[: without[-1] + 1 if without.size else 0] = False
-    return np.flatnonzero(found)
-
-
 def at_equal_margins(margin: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What data sets have at equal margins, from where half have come to where the first of them ended.
 
@@ -128,7 +117,7 @@ def at_equal_margins(margin: np.ndarray, values: np.ndarray) -> tuple[np.ndarray
         The margins, and the values there, shape (sets, margins), NaN where a data set has not begun.
     """
     known = np.isfinite(values) | ~(margin >= SMALLEST)
-    paths = [(climb(margin[:, number]), number) for number in np.flatnonzero(known.all(0))]
+    paths = [(climb(margin[:, number], SMALLEST), number) for number in np.flatnonzero(known.all(0))]
     logs = [np.maximum.accumulate(np.log10(margin[path, number])) for path, number in paths if path.size]
     begun = float(np.median([log[0] for log in logs])) if logs else 0.0
     ended = min((log[-1] for log in logs), default=-1.0)
@@ -151,7 +140,7 @@ def _over_margin(
     if grid.size:
         yield "mean", grid, every
     for number, which in enumerate(sets[:CHOICES]):
-        path = climb(margin[:, number])
+        path = climb(margin[:, number], SMALLEST)
         if path.size:
             yield str(which), margin[path, number], values[path, number][None]
 

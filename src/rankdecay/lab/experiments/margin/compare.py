@@ -14,7 +14,7 @@ import numpy as np
 
 from rankdecay.lab.experiments.margin.data import DataSets, differences
 from rankdecay.lab.experiments.margin.flow import Decay, Problem, Trajectory, follow, initial_weights
-from rankdecay.lab.experiments.margin.measures import margins, measure, selected_tokens
+from rankdecay.lab.experiments.margin.measures import climb, margins, measure, selected_tokens
 from rankdecay.lab.experiments.margin.recipe import descend
 from rankdecay.lab.experiments.margin.svm import Norm, Solution, max_margin, separable
 from rankdecay.lab.report.words import mean
@@ -143,14 +143,12 @@ def at_margins(outcome: Outcome, target: float) -> list[Record]:
     for exponent in range(int(np.floor(np.log10(target) + 1e-9)) + 1):
         found: dict[str, list[float]] = {name: [] for name in AT}
         for number in range(margin.shape[1]):
-            passed = margin[:, number] > 0
-            # from the last evaluation without a margin on, which margins grow from
-            passed[: len(passed) - int(np.argmin(passed[::-1])) if not passed.all() else 0] = False
-            x = np.log10(margin[passed, number])
+            path = climb(margin[:, number])
+            x = np.log10(margin[path, number])
             if not x.size or not x[0] <= exponent <= x.max() + 1e-2:
                 continue
             for name in AT:
-                y = np.array([measured[name][number] for measured in outcome.measured])[passed]
+                y = np.array([measured[name][number] for measured in outcome.measured])[path]
                 found[name].append(float(np.interp(exponent, np.maximum.accumulate(x), y)))
         if found[AT[0]]:
             row: Record = {"margin": 10.0**exponent, "datasets": len(found[AT[0]])}

@@ -8,7 +8,7 @@ without an explicit decay, and holds its direction against the nuclear- and Frob
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,11 +85,6 @@ def title(work: Work[Margin]) -> str:
     """What is running."""
     sets, n, L, d = work.data.tokens.shape
     return f"margin · {sets} data sets of {n} examples, {L} tokens in {d} dimensions"
-
-
-def screen(work: Work[Margin], title: str, options: Mapping[str, Any]) -> ArmBar:
-    """A bar over the steps of all arms."""
-    return ArmBar(title, len(work.arms) * work.settings.steps, **options)
 
 
 def train(work: Work[Margin]) -> Iterator[Record]:
@@ -212,7 +207,7 @@ EXPERIMENT = Experiment(
     checks=CHECKS,
     data=make_data,
     title=title,
-    screen=screen,
+    screen=lambda work, title, options: ArmBar(title, len(work.arms) * work.settings.steps, **options),
     minutes=3,
     shorter="fewer --steps, --datasets or arms of --parametrisation",
     resumable=False,

@@ -135,15 +135,16 @@ def log_excess(problem: Problem, W: Tensor, selected: Tensor, loss: Loss) -> Ten
 def loss_value(problem: Problem, W: Tensor, loss: Loss) -> Tensor:
     """The training loss, shape (sets,)."""
     average = (_log_attention(problem.logits(W))[1].exp() * problem.scores).sum(-1)
-    return _losses(average, loss).mean(-1)
+    return losses(average, loss).mean(-1)
 
 
 def infimum(problem: Problem, loss: Loss) -> Tensor:
     """The loss with every optimal token selected, shape (sets,)."""
-    return _losses(problem.scores.amax(-1), loss).mean(-1)
+    return losses(problem.scores.amax(-1), loss).mean(-1)
 
 
-def _losses(average: Tensor, loss: Loss) -> Tensor:
+def losses(average: Tensor, loss: Loss) -> Tensor:
+    """The loss of each example, from its average score γ̄."""
     return (-average).exp() if loss == "exponential" else softplus(-average)
 
 

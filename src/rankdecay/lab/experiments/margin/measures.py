@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,19 @@ def margins(problem: Problem, W: Tensor, selected: Tensor) -> Tensor:
     logits, index = problem.logits(W), selected[..., None]
     others = logits.scatter(-1, index, -torch.inf).amax(-1)
     return (logits.gather(-1, index)[..., 0] - others).amin(-1)
+
+
+def climb(margin: np.ndarray, least: float = 0.0) -> np.ndarray:
+    """The evaluations of one data set from the last one without a margin on, where its margin is at least ``least``.
+
+    Args:
+        margin: shape (evaluations,).
+        least: the smallest margin that counts.
+    """
+    without = np.flatnonzero(~(margin > 0))
+    found = margin >= least
+    found[: without[-1] + 1 if without.size else 0] = False
+    return np.flatnonzero(found)
 
 
 def cosine(W: Tensor, solutions: Solutions) -> Tensor:

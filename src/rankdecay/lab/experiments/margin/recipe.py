@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from rankdecay.lab.experiments.margin.flow import Loss, Problem, Trajectory, Weights, product
+from rankdecay.lab.experiments.margin.flow import Loss, Problem, Trajectory, Weights, losses, product
 
 LR, STEPS = 0.1, 2000  # of the public code
 
@@ -44,8 +44,7 @@ def descend(
         leaves = [weight.requires_grad_() for weight in weights]
         attention = problem.logits(product(leaves)).softmax(-1)
         output = (attention * problem.scores).sum(-1)
-        losses = (-output).exp() if loss == "exponential" else torch.nn.functional.softplus(-output)
-        total = losses.mean(-1).sum() + strength * sum(leaf.square().sum() for leaf in leaves)
+        total = losses(output, loss).mean(-1).sum() + strength * sum(leaf.square().sum() for leaf in leaves)
         gradients = torch.autograd.grad(total, leaves)
         with torch.no_grad():
             weights = [leaf.detach() - lr * _normalised(g) for leaf, g in zip(leaves, gradients, strict=True)]

@@ -20,7 +20,7 @@ from rankdecay.lab.experiments.attention.runs import make_experiment
 from rankdecay.lab.session.export import save_checkpoint
 from rankdecay.lab.session.gpt import GPT, GPTConfig
 from rankdecay.lab.session.session import Batch, Quality, judged
-from rankdecay.lab.settings import Record
+from rankdecay.lab.settings import Record, subset
 
 OF_A_MODEL = ("context", "width", "depth", "heads", "mlp_width", "positions")
 
@@ -46,8 +46,7 @@ class LanguageModelling:
                 f"give 0, or at least {corpus.vocabulary}"
             )
         self.corpus, self.context = corpus, settings.context
-        shape = {name: getattr(settings, name) for name in OF_A_MODEL}
-        self.config = GPTConfig(settings.vocabulary or corpus.vocabulary, **shape)
+        self.config = GPTConfig(settings.vocabulary or corpus.vocabulary, **subset(settings, *OF_A_MODEL))
         self._validation = text.even_windows(corpus.validation, settings.context, settings.valid_windows)
         self._chunk = max(1, settings.batch_size // settings.accumulate)  # windows that fit into memory, as in training
 
@@ -93,7 +92,7 @@ class LanguageModelling:
 
 
 def _problem(settings: Language) -> LanguageModelling:
-    source = {name: getattr(settings, name) for name in ("text", "dataset", "tokenizer")}
+    source = subset(settings, "text", "dataset", "tokenizer")
     return LanguageModelling(settings, text.load(**source, share=settings.valid_share))
 
 

@@ -24,6 +24,7 @@ from rankdecay.lab.experiments.attention.runs import make_experiment
 from rankdecay.lab.session.export import save_checkpoint
 from rankdecay.lab.session.gpt import GPT, GPTConfig
 from rankdecay.lab.session.session import Batch, Quality, judged
+from rankdecay.lab.settings import subset
 from rankdecay.lab.tasks.base import random_generator
 
 DEPTH = 2  # one layer to copy, one to find
@@ -102,7 +103,7 @@ class RecallProblem:
         return judged(torch.cat(losses), right / self._valid[1].numel())
 
     def _draw(self, seed: int, purpose: str, count: int, noise: float, *index: int) -> Batch:
-        task = {name: getattr(self.settings, name) for name in OF_A_TASK}
+        task = subset(self.settings, *OF_A_TASK)
         drawn = draw(random_generator(seed, f"recall {purpose}", *index), count, noise=noise, **task)
         return tuple(torch.from_numpy(part) for part in drawn)
 

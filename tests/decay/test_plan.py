@@ -1,0 +1,111 @@
+"""Which decay each matrix gets, and what is refused."""
+
+import pytest
+from torch import nn
+
+import rankdecay as rd
+from tests import needs
+from tests.decay.models import Nano
+
+
+def test_a_tied_matrix_cannot_have_two_decays():
+    model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    model.num_heads = 2
+    model["v_proj"].weight = model["q_proj"].weight
+    with pytest.raises(ValueError, match=r"q_proj.weight and v_proj.weight are one tied parameter .*low-rank.*L2 0.1"):
+        rd.param_groups(model, rd.Frobenius(0.1), query_key=rd.LowRank(1.0))
+    same = rd.LowRank(1.0)
+    rd.param_groups(model, rd.Frobenius(0.1), query_key=same, value_output=same)
+
+
+def test_a_role_that_matches_nothing_is_an_error():
+    linear = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"query_key=LowRank.* matches no parameter of Sequential.*0.weight"):
+        rd.param_groups(linear, query_key=rd.LowRank(0.1))
+    with pytest.raises(ValueError, match=r"norm=Frobenius.*whose roles are bias, other"):
+        rd.param_groups(linear, norm=rd.Frobenius(0.1))
+
+
+def test_a_role_with_only_frozen_parameters_is_an_error():
+    model = Nano()
+    for block in model.h:
+        block.attn.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"only frozen parameters, such as h.0.attn.c_attn.weight.*requires_grad_"):
+        rd.param_groups(model, query_key=rd.LowRank(0.1))
+    model.h[0].attn.requires_grad_(True)
+    rd.param_groups(model, query_key=rd.LowRank(0.1))
+
+
+def test_an_adapters_base_is_frozen_and_its_factors_are_named():
+    peft = needs.package("peft")
+    transformers = needs.package("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, vocab_size=11
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    with pytest.raises(ValueError, match=r"base of an adapter: decay its factors with other="):
+        rd.param_groups(model, query_key=rd.LowRank(0.1))
+    groups = rd.param_groups(model, other=rd.Frobenius(0.1))
+    factors = [g for g in groups if any("lora_A" in name for name in g["param_names"])]
+    assert factors[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"norm": rd.LowRank(0.1)}, r"h.0.ln_1.weight has role norm and shape \(16,\).*norm=rankdecay.Frobenius"),
+        ({"embedding": rd.LowRank(0.1)}, r"pos_embed has role embedding and shape \(1, 5, 16\)"),
+        ({"mlp": rd.LowRank(0.1, unit="head")}, r"mlp=LowRank\(unit='head'\) meets h.0.mlp.0.weight"),
+    ],
+)
+def test_a_decay_that_does_not_fit_is_refused(how, message):
+    with pytest.raises(ValueError, match=message):
+        rd.param_groups(Nano(), rd.Frobenius(0.1), **how)
+
+
+def test_what_is_no_decay_is_refused():
+    with pytest.raises(TypeError, match=r"query_key=0.1 is not a decay; pass rankdecay.LowRank"):
+        rd.param_groups(Nano(), query_key=0.1)
+    for strength in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be a finite number >= 0; 0 switches it off"):
+            rd.LowRank(strength)
+
+
+def _named(heads: int, **shapes: tuple[int, int]) -> nn.Module:
+    module = nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items()})
+    module.num_heads = heads
+    return module
+
+
+def test_attention_of_ones_own_beside_attention_that_is_known():
+    model = nn.ModuleDict(
+        {
+            "own": _named(2, a=(8, 8), b=(8, 8), c=(8, 8), d=(8, 8)),
+            "odd": _named(2, ask=(8, 8), answer=(8, 16), mix=(8, 8)),
+            "known": _named(2, q_proj=(8, 8), k_proj=(8, 8), v_proj=(8, 8), o_proj=(8, 8)),
+        }
+    )
+    names = [
+        rd.AttentionNames(query="a", key="b", value="c", output="d"),
+        rd.AttentionNames(query="ask", fused="answer", output="mix"),
+    ]
+
+    def decayed(**how) -> set[str]:
+        groups = rd.param_groups(model, query_key=rd.LowRank(0.1), **how)
+        return {name for group in groups if "query_key" in group["role"] for name in group["param_names"]}
+
+    known, own = {"known.q_proj.weight", "known.k_proj.weight"}, {"own.a.weight", "own.b.weight"}
+    assert decayed() == known
+    assert decayed(names=names[0]) == known | own
+    assert decayed(names=names) == known | own | {"odd.ask.weight", "odd.answer.weight"}
+    assert decayed(names=names[:1], only=True) == own
+    with pytest.raises(ValueError, match=r"only=True looks for names= alone"):
+        decayed(only=True)
+
+
+def test_an_output_that_is_named_and_missing_is_an_error_with_what_there_is():
+    model = nn.ModuleDict({"own": _named(2, a=(8, 8), b=(8, 8), c=(8, 8), d=(8, 8))})
+    names = rd.AttentionNames(query="a", key="b", value="c", output="e")
+    with pytest.raises(ValueError, match=r"no output projection 'e'; its matrices are a\.weight.*d\.weight \(8, 8\)"):
+        rd.param_groups(model, query_key=rd.LowRank(0.1), names=names)
