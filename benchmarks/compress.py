@@ -254,13 +254,6 @@ class Lab:
         """The model after all steps, with the head it had."""
         return self._kept(family, seed, "dense", self._train_dense)[0]
 
-    def is_trained(self, family: str, seed: int) -> bool:
-        """Whether the dense model of a seed is there; without it nothing but its own training is waited for."""
-        path = self.arguments.work / f"{family}-{seed}-dense.pt"
-        if not path.exists():
-            print(f"{path} is not there yet: run --stage train --family {family} first; seed {seed} is left out.")
-        return path.exists()
-
     def _train_shared(self, family: str, seed: int) -> tuple[nn.Module, Moments]:
         model = fresh(self.protocol, family, seed, self.protocol.head_dim)
         return model, train(model, {}, self.protocol, self.corpus, seed, range(self.protocol.shared))
@@ -510,12 +503,18 @@ def flat_gains(model: Any) -> None:
                 norm.weight.data.fill_(float(norm.weight.data.mean()))
 
 
+METHODS = (
+    "planes by loss", "planes by energy", "planes by Fisher", "pairs of each head by Fisher", "rows by magnitude",
+    "SVD of W_K", "SVD of the scores, no positions",
+)  # fmt: skip
+
+
 def rivals(lab: Lab, family: str) -> None:
     """Loss of the dense models, keys alone or keys and values cut by each method, at equal bytes, before healing."""
     protocol, d = lab.protocol, lab.protocol.head_dim
     stage = Stage(lab.arguments, "rivals", ("family", "seed", "method", "head_dim"))
     for seed in protocol.seeds:
-        if not lab.is_trained(family, seed):
+        if stage.has(family=family, seed=seed, method=METHODS[-1], head_dim=protocol.sizes[-1]):
             continue
         model = lab.dense(family, seed)
         whole = judged(model, lab.reported)
@@ -540,16 +539,16 @@ def rivals(lab: Lab, family: str) -> None:
             def each(change: Callable[[Heads, int], None], count: int = head_dim) -> Callable[[list[Heads]], object]:
                 return lambda layers: [change(heads, count) for heads in layers]
 
-            methods = {
-                "planes by loss": shared(by_loss),
-                "planes by energy": shared(largest(energy, planes)),
-                "planes by Fisher": own(alike),
-                "pairs of each head by Fisher": own(importance),
-                "rows by magnitude": each(rows_by_magnitude),
-                "SVD of W_K": each(keys_by_svd),
-                "SVD of the scores, no positions": each(scores_by_svd),
-            }
-            for method, change in methods.items():
+            changes = (
+                shared(by_loss),
+                shared(largest(energy, planes)),
+                own(alike),
+                own(importance),
+                each(rows_by_magnitude),
+                each(keys_by_svd),
+                each(scores_by_svd),
+            )
+            for method, change in zip(METHODS, changes, strict=True):
                 if stage.has(family=family, seed=seed, method=method, head_dim=head_dim):
                     continue
                 with changed(model, d) as layers:
@@ -591,9 +590,7 @@ def predicted(lab: Lab, family: str) -> None:
     protocol, d = lab.protocol, lab.protocol.head_dim
     stage = Stage(lab.arguments, "predicted", ("family", "seed", "what", "number", "data"))
     for seed in protocol.seeds:
-        if not lab.is_trained(family, seed) or stage.has(
-            family=family, seed=seed, what="rank", number=d // 8, data=True
-        ):
+        if stage.has(family=family, seed=seed, what="rank", number=d // 8, data=True):
             continue
         model = lab.dense(family, seed)
         whole = judged(model, lab.reported)
