@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.checks import check_number
-from rankdecay.linalg.stack import check_matrix, power_of_two
+from rankdecay.linalg.stack import check_matrix, decomposed, power_of_two
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +195,6 @@ def spectrum(W: Tensor) -> Spectrum:
     # A power of two near the largest entry: exact, and LAPACK never meets an overflow.
     exponent = torch.frexp(largest).exponent.masked_fill(bad, 0).clamp(-1022, 1022)
     X = (X * power_of_two(-exponent, torch.float64)).masked_fill_(bad, 0)
-    sigma = torch.linalg.svdvals(X) * power_of_two(exponent, torch.float64)[..., 0]
+    sigma = decomposed(torch.linalg.svdvals, X) * power_of_two(exponent, torch.float64)[..., 0]
     resolution = max(X.shape[-2:]) * torch.finfo(W.dtype if W.dtype == torch.float64 else torch.float32).eps
     return Spectrum(sigma.masked_fill_(bad[..., 0], torch.nan), resolution)

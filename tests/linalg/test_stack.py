@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrices import gaussian
 
-from rankdecay.linalg.stack import finish, finite, mark_bad, per_matrix, power_of_two, prepare, scaled_down
+from rankdecay.linalg.stack import decomposed, finish, finite, mark_bad, per_matrix, power_of_two, prepare, scaled_down
 
 
 @given(m=st.integers(1, 5), n=st.integers(1, 5), exponent=st.integers(-120, 120), seed=st.integers(0, 1000))
@@ -50,3 +50,22 @@ def test_a_level_is_one_number_per_matrix_in_the_units_of_the_stack():
     assert finite(torch.tensor([torch.nan, torch.inf, 2.0], dtype=torch.float64)).tolist() == [1.0, 2.0**500, 2.0]
     with pytest.raises(ValueError, match=r"tau has shape \(4,\), which does not broadcast"):
         per_matrix("tau", torch.ones(4), W)
+
+
+@pytest.mark.parametrize("shape", [(7, 40, 40), (2, 3, 50, 30), (2, 300, 260), (1, 90, 90), (90, 90)])
+@pytest.mark.parametrize("function", [torch.linalg.svd, torch.linalg.svdvals, torch.linalg.qr])
+def test_in_parts_a_decomposition_is_that_of_the_stack(shape, function):
+    X = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = function(X)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = decomposed(function, X)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for got, right in zip(
+        *((each,) if isinstance(each, torch.Tensor) else each for each in (found, wanted)), strict=True
+    ):
+        torch.testing.assert_close(got, right, rtol=0, atol=1e-10)
+    assert decomposed(torch.linalg.svdvals, X.requires_grad_()).requires_grad

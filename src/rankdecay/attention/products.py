@@ -24,13 +24,14 @@ What balances depends on the architecture:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankdecay.linalg.backend import double
+from rankdecay.linalg.stack import decomposed
 from rankdecay.spectrum import Spectrum
 
 ProductName = Literal["query_key", "query_key_rotary", "value_output"]
@@ -106,7 +107,7 @@ class Product:
     def _spectrum(self) -> Spectrum:
         single, several = self._triangles
         cores = (several @ single[:, None].mT).cpu()  # small, and slow to decompose on a GPU
-        sigma = torch.linalg.svdvals(cores).masked_fill(~self._finite.cpu()[..., None], torch.nan)
+        sigma = decomposed(torch.linalg.svdvals, cores).masked_fill(~self._finite.cpu()[..., None], torch.nan)
         rows = max(self.single.shape[-2], self.several.shape[-2])
         return Spectrum(in_order(sigma, self.grouping), rows * torch.finfo(torch.float32).eps)
 
@@ -166,12 +167,12 @@ class Product:
         single = self._triangles[0]
         stacked = triangle(self.several.flatten(1, 2), self._balanced[1])  # the group's heads under each other
         if self.rotary is None:
-            return torch.linalg.svdvals(stacked @ single.mT).sum(-1)
+            return decomposed(torch.linalg.svdvals, stacked @ single.mT).sum(-1)
         planes = self.rotary.dims // 2
         by_plane = [self._diagonal(gram)[:, :planes].sqrt() for gram in self._balanced]
         planes_norm = (by_plane[0] * by_plane[1]).sum(-1)
         rest = slice(self.rotary.dims, None)  # coordinates that positions do not turn
-        return planes_norm + torch.linalg.svdvals(stacked[..., rest] @ single[..., rest].mT).sum(-1)
+        return planes_norm + decomposed(torch.linalg.svdvals, stacked[..., rest] @ single[..., rest].mT).sum(-1)
 
     def _diagonal(self, gram: Tensor) -> Tensor:
         """Diagonal of each Gram matrix; with rotary positions the two coordinates of a plane are added."""
@@ -232,7 +233,9 @@ def triangle(factor: Tensor, gram: Tensor | None = None) -> Tensor:
     if poor.any():
         rest = _where_finite(factor[poor])
         missing = max(0, rest.shape[-1] - rest.shape[-2])  # fewer rows than columns
-        upper[poor] = torch.linalg.qr(torch.nn.functional.pad(rest, (0, 0, 0, missing)), mode="r").R
+        upper[poor] = decomposed(partial(torch.linalg.qr, mode="r"), torch.nn.functional.pad(rest, (0, 0, 0, missing)))[
+            1
+        ]
     return upper
 
 

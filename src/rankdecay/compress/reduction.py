@@ -33,6 +33,7 @@ from torch import Tensor
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.products import Rotary, grouped, in_order, triangle, with_bias
 from rankdecay.attention.windows import Found, Place
+from rankdecay.linalg.stack import decomposed
 
 Read = Callable[[str], Tensor]
 
@@ -174,7 +175,7 @@ def unturned_energies(layer: Layer, read: Read) -> Tensor | None:
 
 def _product_energies(left: Tensor, right: Tensor) -> Tensor:
     """Return the squared singular values of left right, (…, rows, d) and (…, d, columns), largest first."""
-    return torch.linalg.svdvals(triangle(left) @ triangle(right.mT).mT).square()
+    return decomposed(torch.linalg.svdvals, triangle(left) @ triangle(right.mT).mT).square()
 
 
 class _Parts:
@@ -191,11 +192,11 @@ class _Parts:
             assert place.bias is not None
             assert place.bias_window is not None
             bias = place.bias_window.vector(self.read(place.bias))
-        heads = with_bias(place.window.heads(self.read(place.parameter)), bias)
-        if not heads.isfinite().all():
+        matrix = place.window.heads(self.read(place.parameter))
+        if not (matrix.isfinite().all() and (bias is None or bias.isfinite().all())):  # before it is in float64
             what = place.parameter if bias is None else f"{place.parameter} or its bias"
             raise NotReducible(f"{what} has values that are not finite: mend the checkpoint first.")
-        return heads
+        return with_bias(matrix, bias)
 
     def has_bias(self, role: Role) -> bool:
         """Whether the heads of a matrix have a bias; that of the output is no head's."""
@@ -345,9 +346,11 @@ def truncated(
     """
     factor = triangle(left if weighted_left is None else weighted_left)
     seen = triangle((right if root is None else right @ root).mT)
-    vectors = torch.linalg.svd(factor @ seen.mT).U[..., :rank]
-    new_right = vectors.mT @ factor @ right
-    new_left = left @ (torch.linalg.pinv(factor) @ vectors)
+    U, sigma, Vh = decomposed(torch.linalg.svd, factor @ seen.mT)
+    sigma = sigma[..., None, :rank]
+    lost = sigma <= 2.0**-50 * sigma[..., :1]  # rounding: what is left of nothing
+    new_right = U[..., :rank].mT @ factor @ right
+    new_left = left @ (seen.mT @ Vh[..., :rank, :].mT / torch.where(lost, torch.inf, sigma))
     lengths = torch.linalg.vector_norm(new_right, dim=-1) / torch.linalg.vector_norm(new_left, dim=-2)
     balance = torch.where((lengths > 0) & lengths.isfinite(), lengths, 1.0).sqrt()
     return new_left * balance[..., None, :], new_right / balance[..., None]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rankdecay.linalg.backend import note_backend
-from rankdecay.linalg.stack import Prepared, at_once, gram, side_by_side
+from rankdecay.linalg.stack import Prepared, decomposed, gram
 from rankdecay.linalg.threshold import leave_directions
 
 #: What the singular values of a float64 matrix are known to, in roundings of the largest: where a step leaves no more
@@ -76,7 +77,7 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sigma = torch.linalg.vector_norm(X @ V, dim=-2)
     if not bool(good.all()):
         note_backend("svd")
-        _, s, Vh = torch.linalg.svd(X[~good], full_matrices=False)
+        _, s, Vh = decomposed(partial(torch.linalg.svd, full_matrices=False), X[~good])
         sigma[~good], V[~good] = s, Vh.mT
     return sigma, V
 
@@ -84,17 +85,12 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def eigenvectors(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return λ (..., n) rising, eigenvectors (..., n, n), and whether they can be trusted (...): by eigh."""
     try:
-        lam, V = _eigh_side_by_side(G) if at_once(G) > 1 else torch.linalg.eigh(G)
+        lam, V = decomposed(torch.linalg.eigh, G)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         # One matrix that does not converge fails the whole stack.
         never = torch.zeros(G.shape[:-2], dtype=torch.bool, device=G.device)
         return G.new_zeros(G.shape[:-1]), torch.zeros_like(G), never
     return lam, V, _verified(G, lam, V)
-
-
-def _eigh_side_by_side(G: Tensor) -> tuple[Tensor, Tensor]:
-    found = side_by_side(torch.linalg.eigh, G.unbind())
-    return torch.stack([lam for lam, _ in found]), torch.stack([V for _, V in found])
 
 
 def _verified(G: Tensor, lam: Tensor, V: Tensor) -> Tensor:

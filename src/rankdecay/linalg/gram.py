@@ -26,7 +26,7 @@ from rankdecay.checks import check_name
 from rankdecay.linalg.backend import full_precision, note_backend
 from rankdecay.linalg.exact import NULL_TOLERANCE, eigenvectors
 from rankdecay.linalg.shrink import by_decomposition, check_options, shares, shrink
-from rankdecay.linalg.stack import finite, power_of_two
+from rankdecay.linalg.stack import decomposed, finite, power_of_two
 from rankdecay.linalg.threshold import taken_by_directions
 from rankdecay.rules import Options, Rule, get_rule
 
@@ -96,7 +96,7 @@ def _eigenvectors(G: Tensor) -> tuple[Tensor, Tensor]:
     lam, V, good = eigenvectors(G)
     if not bool(good.all()):
         note_backend("svd")
-        _, s, Vh = torch.linalg.svd(G[~good])
+        _, s, Vh = decomposed(torch.linalg.svd, G[~good])
         lam[~good], V[~good] = s, Vh.mT
     return lam.clamp_min(0).sqrt(), V
 
