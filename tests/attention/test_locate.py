@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import rankdecay as rd
 from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.locate import Unhandled, locate
 from rankdecay.attention.source import ModuleSource
+from tests import needs
 
 from .families import build
 
@@ -116,13 +118,6 @@ def test_a_module_may_have_two_kinds_of_attention() -> None:
     assert len(locate(ModuleSource(both), names, only=True)[0]) == 1
 
 
-def test_a_number_of_heads_given_overrides_the_settings() -> None:
-    attention = nn.ModuleDict({"qkv": nn.Linear(16, 48)})
-    attention.num_heads = 4
-    [found], _ = locate(ModuleSource(attention), num_heads=2)
-    assert found.head_dim == 8
-
-
 def test_what_is_not_handled_says_where_and_why() -> None:
     model = nn.ModuleDict({"a": nn.ModuleDict({name: nn.Linear(24, 24) for name in ("q", "k", "v")})})
     found, [module] = locate(ModuleSource(model))
@@ -163,3 +158,23 @@ def test_a_file_of_many_modules_is_walked_once() -> None:
     assert checkpoint.plain is checkpoint.plain
     assert checkpoint._settings_of("layers.0.attn") is checkpoint._settings_of("layers.0.attn")
     assert len(locate(checkpoint)[0]) == 50
+
+
+LLAMA = rd.AttentionNames(query="q_proj", key="k_proj", value="v_proj", output="o_proj")
+
+
+def test_sizes_that_contradict_the_settings_are_refused() -> None:
+    """They are for models that state none; taken over stated ones, heads would be cut where none begin."""
+    transformers = needs.package("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 8}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=4))
+    [layer] = rd.find_attention(model, num_heads=4, head_dim=8)
+    assert layer.num_heads == 4
+    for name, number, stated in (("num_heads", 8, 4), ("num_heads", 3, 4), ("head_dim", 16, 8)):
+        message = f"{name}={number} is given, and its settings state {stated}: leave {name} out"
+        with pytest.raises(ValueError, match=message):
+            rd.find_attention(model, **{name: number})
+    with pytest.raises(ValueError, match="num_heads=8 is given, and its settings state 4"):
+        rd.attach(torch.optim.AdamW(model.parameters()), model, query_key=rd.LowRank(1.0, unit="head"), num_heads=8)
+    [layer] = rd.find_attention(model, replace(LLAMA, num_heads=8))  # the settings are wrong, and it is meant
+    assert layer.num_heads == 8

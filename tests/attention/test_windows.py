@@ -493,7 +493,7 @@ def test_rows_that_take_turns_can_be_said() -> None:
     assert "order" in wrong.unknown
     with torch.no_grad():
         assert list(comparison.check(attention, wrong, lambda: attention(x)))
-    assert any("'alternating'" in note for note in rd.inspect(attention).notes)
+    assert any("layout=alternating" in note for note in rd.inspect(attention).notes)
 
 
 def test_keys_and_values_may_take_turns_beside_queries() -> None:

@@ -212,7 +212,7 @@ class _Search:
         self._taken = set()
         for row in filter(reader.matches, self.given):
             self.matched.add(row)
-            self._attempt(reader, partial(reader.read, row, named=True), row.projections)
+            self._attempt(reader, partial(reader.read, row, named=True), row.projections, named=True)
         there = {*children, *self.source.children(module)}
         if self.only or not (_WORTH_A_LOOK & there or any(map(is_input_like, there))):
             return
@@ -236,7 +236,9 @@ class _Search:
         if reason := _not_recognised(reader, left, reason):
             self.unhandled.append(Unhandled(module, reason))
 
-    def _attempt(self, reader: ModuleReader, read: Callable[[], Found], projections: Sequence[str]) -> None:
+    def _attempt(
+        self, reader: ModuleReader, read: Callable[[], Found], projections: Sequence[str], named: bool = False
+    ) -> None:
         """Read projections, unless they are taken: of two rows that share queries each has its own values, the last."""
         names = [name for name in map(reader.parameter, projections) if name]
         if names[-1] in self._taken:
@@ -245,6 +247,8 @@ class _Search:
         try:
             if empty := next((name for name in names if 0 in reader.shape(name)), None):
                 raise NotHandled(f"{empty} has shape {reader.shape(empty)}, and no numbers")
+            if not named:
+                reader.check_given()
             layer = read()
         except NotHandled as reason:
             self.unhandled.append(Unhandled(reader.module, str(reason)))

@@ -50,6 +50,10 @@ QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")
 _SIZES = {NUM_HEADS: "the number of heads", HEAD_DIM: "the size of a head", KEY_HEADS: "the number of key heads"}
 
 
+#: Those that a user may give where no setting states them.
+_GIVEN = {NUM_HEADS: "num_heads", HEAD_DIM: "head_dim"}
+
+
 class NotHandled(Exception):
     """Raised for a module that looks like attention and cannot be read, with the reason."""
 
@@ -60,7 +64,7 @@ class ModuleSettings:
     Attributes:
         module: its path.
         source: the parameters and settings.
-        sizes: ``num_heads`` and ``head_dim`` as the user gives them, over the settings.
+        sizes: ``num_heads`` and ``head_dim`` as the user gives them, where the settings state none.
     """
 
     def __init__(self, module: str, source: Source, sizes: Mapping[str, int] | None = None) -> None:
@@ -72,9 +76,21 @@ class ModuleSettings:
 
     def number(self, attributes: tuple[str, ...]) -> int | None:
         """Return a setting that is a positive whole number, as the user gives it or for this layer, or None."""
-        given = {NUM_HEADS: "num_heads", HEAD_DIM: "head_dim"}.get(attributes, "")
-        if given in self.sizes:
-            return self.sizes[given]
+        given = self.sizes.get(_GIVEN.get(attributes, ""))
+        return self._stated(attributes) if given is None else given
+
+    def check_given(self) -> None:
+        """Refuse sizes that a user gives where the settings state others: heads would be cut where none begin."""
+        for attributes, name in _GIVEN.items():
+            given = self.sizes.get(name)
+            stated = None if given is None else self._stated(attributes)
+            if stated not in (None, given):
+                raise NotHandled(
+                    f"{name}={given} is given, and its settings state {stated}: leave {name} out; if the "
+                    f"settings are wrong, name its projections with names=AttentionNames(..., {name}={given})"
+                )
+
+    def _stated(self, attributes: tuple[str, ...]) -> int | None:
         value = self._of_layer(self.setting(attributes))
         if attributes in _SIZES and isinstance(value, (int, float)) and value != -1 and not 1 <= value < 2**31:
             raise NotHandled(f"its settings state {str(value)[:40]} as {_SIZES[attributes]}")

@@ -128,7 +128,7 @@ class ModuleReader(ModuleSettings):
             module: its path.
             plain: every parameter's name in the source, by its name without adapters.
             source: the parameters and settings.
-            sizes: ``num_heads`` and ``head_dim`` as the user gives them, over the settings.
+            sizes: ``num_heads`` and ``head_dim`` as the user gives them, where the settings state none.
         """
         super().__init__(module, source, sizes)
         self.plain, self.shapes = plain, source.shapes
