@@ -255,6 +255,7 @@ def test_16_bit_weights_are_decayed_on_average(decay):
         assert expected < 0.999
 
 
+@pytest.mark.filterwarnings("ignore:.* from 1 on a step takes all")
 @pytest.mark.parametrize("strength", [1e38, 1e300, 1.7e308])
 @pytest.mark.parametrize("lr", [1e-3, 1e10])
 @pytest.mark.parametrize("decay", [rd.LowRank, rd.Frobenius])
@@ -345,6 +346,7 @@ def test_a_strength_beyond_float32_and_a_learning_rate_that_is_a_tensor_make_no_
         assert lr or all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.* from 1 on a step takes all")
 @pytest.mark.parametrize("decay", [rd.LowRank(3.0, preserve_norm=True), rd.LowRank(1e3, rule="polar")])
 def test_an_entry_that_grows_stays_in_the_range_of_float16(decay):
     model = nn.Module()
@@ -367,3 +369,32 @@ def test_another_decay_warms_up_anew_after_steps_of_a_longer_warm_up(by):
     optimizer.step()
     for matrix, norm in zip(query_key(model), before, strict=True):
         assert norm - float(matrix.norm()) == pytest.approx(LR * 0.2 / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "decay",
+    [rd.LowRank(20.0), rd.LowRank(20.0, "polar"), rd.Frobenius(20.0), rd.LowRank(1.0, lr_coupled=False)],
+    ids=str,
+)
+def test_a_step_that_takes_all_is_warned_of_once(decay):
+    """Also where the rate rises to it later; not where the strength is in the units of the singular values."""
+    layer = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(rd.param_groups(layer, other=decay, exclude="bias"), lr=0.01)
+    rd.attach(optimizer)
+    layer(torch.ones(1, 4)).sum().backward()
+    if decay.lr_coupled:
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.warns(UserWarning, match=r"other: .*strength.* is [12], and from 1 on a step takes all of a weight"):
+        optimizer.step()
+    optimizer.step()
+
+
+def test_an_absolute_strength_of_any_size_is_no_reason_to_warn():
+    layer = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(
+        rd.param_groups(layer, other=rd.LowRank(20.0, scale="absolute"), exclude="bias"), lr=0.1
+    )
+    rd.attach(optimizer)
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()

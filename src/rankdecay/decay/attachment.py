@@ -53,7 +53,7 @@ from rankdecay.decay.optimizers import (
 )
 from rankdecay.decay.plan import check_decays
 from rankdecay.decay.planes import PlaneStep
-from rankdecay.decay.policy import Decay, LowRank, Planes
+from rankdecay.decay.policy import Decay, LowRank, Planes, takes_a_share
 from rankdecay.decay.registered import RegisteredGroup, check_group, swapped
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.sources import Source, check_planes_held, give_weight_decay
@@ -128,6 +128,7 @@ class Attachment:
         ]
         if any("param_names" in group for group in optimizer.param_groups):
             _name_later_groups(optimizer)
+        self._too_strong: set[str] = set()  # roles that a warning has named
         self._watch = Watch(kind, [p for held in self._targets(optimizer) for p in held.parameters])
         with _attaching:
             _attached.add(self)
@@ -431,6 +432,20 @@ class Attachment:
             self._decay(optimizer)
         self._source.keep(optimizer, self._params_with_grad)
 
+    def _warn_if_too_strong(self, role: str, decay: Decay, factor: float | Tensor) -> None:
+        """Warn once per role of a step that takes the root mean square of all there is, or more."""
+        if role in self._too_strong or not takes_a_share(decay) or isinstance(factor, Tensor):
+            return  # a rate in a tensor may be on a GPU, and a step never waits for it
+        share = decay.strength * (factor if decay.lr_coupled else 1.0)
+        if share >= 1:
+            self._too_strong.add(role)
+            coupled = "lr · strength" if decay.lr_coupled else "strength, with lr_coupled=False,"
+            warnings.warn(
+                f"{role}: {coupled} is {share:.3g}, and from 1 on a step takes all of a weight, or throws it beyond "
+                "zero; no gradient brings it back. Give a lower strength: attachment.describe() says what a step takes.",
+                stacklevel=7,
+            )
+
     def _decay(self, optimizer: Optimizer) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         due: list[Step] = []
@@ -443,6 +458,7 @@ class Attachment:
                 if target.by_optimizer or (self._paused and target.decay is not None):
                     continue  # what is the optimizer's own goes on
                 decay, every = target.decay_in(group), target.every_in(group, counts)
+                self._warn_if_too_strong(target.role, decay, factor)
                 live = [id(p) in self._params_with_grad for p in parameters]
                 amounts = count_step(target, decay, every, factor, found_inf, live)
                 if decay.lr_coupled and has_rate_per_parameter(optimizer, group):

@@ -52,6 +52,7 @@ class FiniteCheck:
             warnings.warn(
                 f"{', '.join(bad)} {'has' if len(bad) == 1 else 'have'} entries that are not finite; a decay "
                 "of their rank or norm spreads them over the matrix, and over no other. Training has diverged: go back "
-                "to a checkpoint of before, and lower the learning rate or clip the gradients.",
+                "to a checkpoint of before, and lower the learning rate, clip the gradients, or lower the strength if "
+                "a step of the decay takes nearly all, as attachment.describe() says.",
                 stacklevel=7,
             )

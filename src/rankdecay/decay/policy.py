@@ -293,3 +293,11 @@ class Planes(_Paced):
 #: Decays that act on one matrix, or head, by itself.
 OfMatrix = Frobenius | LowRank
 Decay = Frobenius | LowRank | Planes
+
+
+def takes_a_share(decay: Decay) -> bool:
+    """Return whether lr · strength is a share of what a weight is, of which nothing is left at 1."""
+    if isinstance(decay, Frobenius):
+        return not decay.needs_norm and not decay.cap
+    kept = isinstance(decay, LowRank) and decay.preserve_norm
+    return decay.scale == "relative" and not decay.keep and not kept

@@ -69,3 +69,7 @@ def test_settings_that_cannot_work(changes, words):
         check(dataclasses.replace(Grok(), **changes))
     assert all(word in str(error.value) for word in words)
     assert "\n" not in str(error.value)
+
+
+def test_a_strength_that_no_arm_has_is_not_looked_at():
+    assert check(Grok(arms=("none", "low_rank"), tuned_strength=200.0, lr=0.01)).tuned_strength == 200

@@ -15,6 +15,7 @@ from rankdecay.rules import rule_names
 
 ARMS = ("none", "l2", "l2_tuned", "low_rank", "prototype", "uniform_attention")
 MORE_ARMS = ("l2_ramp", "radial", "relative")  # that can be asked for
+TUNED = {"l2_tuned", "l2_ramp", "relative"}  # whose strength is --tuned-strength
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ def check(settings: Grok) -> Grok:
     check_arms(settings.arms, (*ARMS, *MORE_ARMS, *rule_names()))
     check_numbers(settings, "strength", "smoothing", "tuned_strength", "weight_decay", "amount", "lr", zero=True)
     for name in ("tuned_strength", "weight_decay"):
+        if name == "tuned_strength" and not TUNED & set(settings.arms):
+            continue
         if settings.lr * getattr(settings, name) >= 1:
             raise SettingError(
                 f"{option(name)} {getattr(settings, name):g} at --lr {settings.lr:g} would flip the sign of the "
