@@ -442,7 +442,7 @@ class Attachment:
             coupled = "lr · strength" if decay.lr_coupled else "strength, with lr_coupled=False,"
             warnings.warn(
                 f"{role}: {coupled} is {share:.3g}, and from 1 on a step takes all of a weight, or throws it beyond "
-                "zero; no gradient brings it back. Give a lower strength: attachment.describe() says what a step takes.",
+                "zero; no gradient brings it back. Lower the strength: attachment.describe() says what a step takes.",
                 stacklevel=7,
             )
 
