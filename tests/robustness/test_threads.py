@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -163,9 +162,10 @@ def test_one_thread_and_two_agree_to_rounding() -> None:
     torch.testing.assert_close(results[1], results[2], rtol=1e-5, atol=1e-6)
 
 
+@needs.fork
 def test_a_process_has_its_own_attachments() -> None:
-    if not hasattr(os, "fork"):
-        pytest.skip(needs.FORK)
+    if torch.get_num_threads() > 1:
+        pytest.skip(needs.ONE_THREAD)
     small = model(0)
     optimizer, attachment = attach(small)
 
