@@ -40,13 +40,14 @@ def kind_of(path: str | Path) -> str:
     return kinds.get(stat.S_IFMT(mode), "no regular file")
 
 
-def read_bytes(path: str | Path, largest: int, error: type[ValueError] = ValueError) -> bytes:
+def read_bytes(path: str | Path, largest: int, error: type[ValueError] = ValueError, remedy: str = "") -> bytes:
     """Return what a regular file holds.
 
     Args:
         path: the file.
         largest: most bytes that it may have.
         error: what to raise.
+        remedy: what to do if it cannot be read.
 
     Raises:
         ValueError: (or ``error``) If it is anything but a regular file, is too large, or cannot be read.
@@ -59,7 +60,8 @@ def read_bytes(path: str | Path, largest: int, error: type[ValueError] = ValueEr
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             content = file.read(largest + 1)
     except OSError as failed:
-        raise error(f"{path} cannot be read ({failed.strerror or failed}).") from None
+        what = f"{path} cannot be read ({failed.strerror or failed})"
+        raise error(f"{what}: {remedy}" if remedy else f"{what}.") from None
     if len(content) > largest:
         size = os.stat(path).st_size
         raise error(f"{path} has {size} bytes, and at most {largest} make sense of it: it is not read.")

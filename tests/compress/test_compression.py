@@ -9,6 +9,7 @@ import torch
 
 import rankdecay as rd
 from rankdecay.compress import NotReducible, plan
+from rankdecay.compress.calibration import windows_of
 from tests import needs
 from tests.compress import small
 
@@ -341,3 +342,35 @@ def test_an_adapter_is_refused_alive_and_in_files(tmp_path):
 def test_texts_that_cannot_choose(text, options, says):
     with pytest.raises(ValueError, match=says):
         rd.compress(small.model(), 8, calibration=text, **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("w1 w2".encode("utf-16"), r"is UTF-16, by its byte order mark at byte 0.*iconv -f utf-16 -t utf-8"),
+        ("w1 w2".encode("utf-32"), r"is UTF-32, .*iconv -f utf-32 -t utf-8"),
+        (b"w1 w2 \xff", r"is no UTF-8 at byte 6: .*iconv"),
+        (b"\xef\xbb\xbfw1 \xff", r"is no UTF-8 at byte 6: .*iconv"),
+        (None, r"cannot be read \(No such file or directory\): name a text file for calibration="),
+    ],
+)
+def test_a_text_that_is_no_utf_8_is_refused(tmp_path, content, says):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=says) as refused:
+        rd.compress(small.model(), 8, calibration=path, tokenizer=lambda text, **options: {"input_ids": []})
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_byte_order_mark_of_utf_8_is_dropped(tmp_path):
+    (tmp_path / "text.txt").write_text("w1 w2 é", "utf-8-sig")
+    read: list[str] = []
+
+    def tokenizer(text, **options):
+        read.append(text)
+        return {"input_ids": list(range(8))}
+
+    assert windows_of(tmp_path / "text.txt", tokenizer, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert read == ["w1 w2 é"]

@@ -5,6 +5,7 @@ Half of the windows of the text, every second one, are for choosing, the other h
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,14 @@ from rankdecay.files import read_bytes
 
 WINDOW, MOST_WINDOWS = 512, 24
 LARGEST_TEXT = 2**28
+
+#: Byte order marks of what is no UTF-8, the longer ones first: that of UTF-16 is the beginning of another.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 #: What is told of progress: what is done, how much of it, and of how much.
 Progress = Callable[[str, int, int], None]
@@ -104,7 +113,7 @@ def windows_of(text: str | Path | Tensor, tokenizer: Any, length: int, most: int
         most: number of windows, spread over the text.
 
     Raises:
-        ValueError: If the text is shorter than two windows, or is text and there is no tokenizer.
+        ValueError: If the text is shorter than two windows, is no UTF-8, or there is no tokenizer for it.
     """
     if isinstance(text, Tensor):
         _check_tokens(text)
@@ -116,8 +125,7 @@ def windows_of(text: str | Path | Tensor, tokenizer: Any, length: int, most: int
     else:
         if tokenizer is None:
             raise ValueError(f"calibration={str(text)!r} is text, and there is no tokenizer: pass tokenizer=.")
-        content = read_bytes(text, LARGEST_TEXT).decode("utf-8", errors="replace")
-        tokens = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens = torch.tensor(tokenizer(_read_text(text), add_special_tokens=False, verbose=False)["input_ids"])
     whole = len(tokens) // length
     if whole < 2:
         raise ValueError(
@@ -126,6 +134,29 @@ def windows_of(text: str | Path | Tensor, tokenizer: Any, length: int, most: int
         )
     chosen = torch.linspace(0, whole - 1, min(whole, most)).round().long()
     return tokens[: whole * length].view(whole, length)[chosen]
+
+
+def _read_text(path: str | Path) -> str:
+    """Return what a file of UTF-8 says, without its byte order mark.
+
+    Raises:
+        ValueError: If it cannot be read, or is in another encoding or no text at all.
+    """
+    content = read_bytes(path, LARGEST_TEXT, remedy="name a text file for calibration=.")
+    for mark, encoding in _OTHER_MARKS.items():
+        if content.startswith(mark):
+            raise ValueError(
+                f"calibration={str(path)!r} is {encoding.upper()}, by its byte order mark at byte 0, and should be "
+                f"UTF-8: convert it, iconv -f {encoding} -t utf-8."
+            )
+    start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
+    try:
+        return content[start:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"calibration={str(path)!r} is no UTF-8 at byte {start + error.start}: if it is text, convert it from its "
+            "encoding, such as iconv -f utf-16 -t utf-8; else name a text file."
+        ) from None
 
 
 def _check_tokens(text: Tensor) -> None:
