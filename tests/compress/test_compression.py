@@ -70,7 +70,22 @@ def test_a_text_file_chooses_with_the_tokenizer_beside_the_model(tmp_path):
     assert all(size.loss is not None for size in result.sizes)
     assert (tmp_path / "made" / "tokenizer.json").exists()
     assert ("leaving out one rotary plane at a time", 8, 8) in seen
-    assert "on a text" in (tmp_path / "made" / "README.md").read_text()
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "on a text" in card
+    for said in (str(result), card):
+        assert "(loss: nats per token on 3 windows of 32 tokens, which did not choose)" in said
+        assert "fewer than 8: differences of a few thousandths are noise" in said
+    assert "the loss on 3 windows of 32 tokens that were not used to choose went from" in card
+
+
+@pytest.mark.parametrize(("windows", "measured", "noted"), [(2, 1, True), (15, 7, True), (16, 8, False)])
+def test_it_says_on_how_much_the_loss_was_measured(windows, measured, noted):
+    answer = plan(small.model(), calibration=small.tokens(windows), sizes=[8])
+    assert answer.to_json()["measured_on"] == {"windows": measured, "tokens": 24}
+    words = f"on {measured} window{'' if measured == 1 else 's'} of 24 tokens"
+    assert words in str(answer)
+    assert any("noise" in note for note in answer.to_json()["notes"]) == noted
+    assert any(words in note for note in answer.to_json()["notes"]) == noted
 
 
 def test_planes_that_stay_are_those_whose_absence_costs_most():

@@ -24,7 +24,8 @@ def card(made: Compression) -> str:
     cost = "nothing but zeros was dropped: the logits are those of the original, up to the rounding of the weights"
     if not made.exact:
         cost = (
-            f"the loss on text that was not used to choose went from {first.loss:.4f} to {lost.loss:.4f} nats a token"
+            f"the loss on {made.measured_on} that were not used to choose went from {first.loss:.4f} to "
+            f"{lost.loss:.4f} nats a token"
             if lost.loss is not None and first.loss is not None
             else "it was not measured, since no text was given"
         )
@@ -44,11 +45,11 @@ def card(made: Compression) -> str:
         *planes,
         "",
         "```",
-        *size_table(made.sizes),
+        *size_table(made.sizes, made.measured_on),
         "```",
         "",
         "**To heal it**, train it on for some hundred steps on text like that of its first training, at a tenth of the "
         "first learning rate or less; the original as a teacher helps. Compare it with the original trained for the "
         "same steps.",
     ]
-    return "\n".join([*lines, *(f"\nNote: {visible(note)}" for note in made.notes)]) + "\n"
+    return "\n".join([*lines, *(f"\nNote: {visible(note)}" for note in made.all_notes())]) + "\n"

@@ -28,7 +28,7 @@ from rankdecay.compress.files import check_new, new_directory, write_checkpoint
 from rankdecay.compress.opened import Opened, opened
 from rankdecay.compress.original import Original, Smaller
 from rankdecay.compress.reduction import Moments, Read, cached_heads, unturned_energies, value_energies
-from rankdecay.compress.result import Compression, Size, usual_sizes
+from rankdecay.compress.result import Compression, Sample, Size, usual_sizes
 
 _ENERGY = (
     "chosen without a text: planes by the energy of the weights, values as if all inputs counted alike. Energy is not "
@@ -172,11 +172,13 @@ class _Choice(NamedTuple):
         scores: of the planes, by table of frequencies.
         moments: of the inputs of each layer; None without a text.
         loss: returns the loss that a smaller model has on the text, or the original for None; None without a text.
+        measured_on: what that loss is measured on; None without a text.
     """
 
     scores: Scores
     moments: list[Moments] | None = None
     loss: Callable[[Smaller | None], float] | None = None
+    measured_on: Sample | None = None
 
 
 class _Planned(NamedTuple):
@@ -213,6 +215,7 @@ def _planned(
         new_head_dim=head_dim,
         sizes=table,
         chosen_by="energy" if text is None else "loss",
+        measured_on=choice.measured_on,
         notes=notes,
     )
     if made is not None:
@@ -265,7 +268,7 @@ def _by_loss(given: Opened, original: Original, scores: Scores, text: texts.Text
         model = live if smaller is None else smaller.model(given.read, moments, lambda done: None).to(torch.float32)
         return texts.loss(model, reported)
 
-    return _Choice(with_losses(scores, losses), moments, loss)
+    return _Choice(with_losses(scores, losses), moments, loss, Sample(*reported.shape))
 
 
 def _to_files(planned: _Planned, out: Path, tell: Progress) -> Compression:
