@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -203,3 +204,18 @@ def test_the_experiment_of_the_guide_runs(tmp_path: Path, capsys: pytest.Capture
     assert "--strength -1" in capsys.readouterr().err
     assert cli.main(["report", str(out), "--figure", str(tmp_path / "figure.svg")]) == 0
     assert (tmp_path / "figure.svg").exists()
+
+
+def test_a_picture_of_a_page_is_taken_after_it_was_drawn() -> None:
+    """A headless browser may take it before the charts are there, unless it is told to give the page time."""
+    for page in PAGES:
+        for command in re.findall(r"^chromium .*", page.read_text(encoding="utf-8"), re.MULTILINE):
+            assert "--virtual-time-budget=" in command, f"{page}: {command}"
+
+
+def test_the_list_of_model_types_is_where_the_guide_says() -> None:
+    line = "from rankdecay.compress.types import CHECKED"
+    assert f"`{line}`" in (ROOT / "docs/guides/compress.md").read_text(encoding="utf-8")
+    known: dict[str, object] = {}
+    exec(line, known)
+    assert "llama" in cast("frozenset[str]", known["CHECKED"])
