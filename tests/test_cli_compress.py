@@ -53,8 +53,21 @@ def test_json(folder, capsys):
         ([], "needs --head-dim N"),
         (["--head-dim", "8"], "needs --out DIR"),
         (["--head-dim", "9", "--dry-run"], "(here: --head-dim N)"),
+        (
+            ["--dry-run", "--sizes", "8", "98"],
+            "98 in sizes=[8, 98] must be smaller than 16, the size of the model's heads. (here: --sizes N ...)",
+        ),
         (["--head-dim", "8", "--out", "."], "exists"),
-        (["--head-dim", "8", "--dry-run", "--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--head-dim", "8", "--out", f"{__file__}/made"], "name a directory where you may write"),
+        (
+            ["--head-dim", "8", "--dry-run", "--calibration", "nowhere.txt"],
+            "nowhere.txt cannot be read (No such file or directory): name a text file for calibration=. (here: "
+            "--calibration FILE)",
+        ),
+        (
+            ["--head-dim", "8", "--dry-run", "--calibration", "."],
+            "is a directory, and should be a regular file: name a text",
+        ),
         (["--head-dim", "8", "--dry-run", "--calibration", __file__], "has no tokenizer"),
         (["--head-dims", "8"], "did you mean '--head-dim'"),
         (["--head-dim", "8", "--dry-run", "--window", "1", "--calibration", __file__], "window=1"),

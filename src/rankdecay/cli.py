@@ -453,6 +453,7 @@ def _explained(error: ValueError, path: Path) -> CommandError:
         "names=": "--names query=...,key=...,value=...,output=...",
         "num_heads=": "--num-heads N",
         "head_dim=": "--head-dim N",
+        "sizes=": "--sizes N ...",
         "calibration=": "--calibration FILE",
         "out=": "--out DIR",
     }

@@ -13,7 +13,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 #: Endings of the names under which files are written first.
 PARTIAL = (".part", ".partial")
@@ -47,7 +47,7 @@ def read_bytes(path: str | Path, largest: int, error: type[ValueError] = ValueEr
         path: the file.
         largest: most bytes that it may have.
         error: what to raise.
-        remedy: what to do if it cannot be read.
+        remedy: what to do if it cannot be read; where none is given, it is to put the file in its place.
 
     Raises:
         ValueError: (or ``error``) If it is anything but a regular file, is too large, or cannot be read.
@@ -55,7 +55,8 @@ def read_bytes(path: str | Path, largest: int, error: type[ValueError] = ValueEr
     try:
         kind = kind_of(path)
         if kind not in ("file", ""):
-            raise error(f"{path} is {kind}, and should be a regular file: remove it, or put the file in its place.")
+            otherwise = remedy or "remove it, or put the file in its place."
+            raise error(f"{path} is {kind}, and should be a regular file: {otherwise}")
         # a pipe put there in this moment must not be waited for
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             content = file.read(largest + 1)
@@ -147,11 +148,14 @@ def fresh(path: Path) -> Any:
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb")
 
 
-def unwritable(error: OSError) -> str:
-    """Return what to say of a file that could not be written: its path, the reason and the remedy."""
+def unwritable(error: OSError, kind: Literal["file", "directory"] = "file") -> str:
+    """Return what to say of what could not be written: its path, the reason and the remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename} was not written, the disk is full: free some space, or name a file on another disk"
-    remedy = (
-        "name a file, not a directory" if error.errno == errno.EISDIR else "name a file in a directory you may write to"
-    )
+        return f"{error.filename} was not written, the disk is full: free some space, or name a {kind} on another disk"
+    if kind == "directory":
+        remedy = "name a directory where you may write"
+    elif error.errno == errno.EISDIR:
+        remedy = "name a file, not a directory"
+    else:
+        remedy = "name a file in a directory you may write to"
     return f"{error.filename} cannot be written ({error.strerror}): {remedy}"

@@ -150,6 +150,16 @@ class _Hostile:
         return os.system, ("touch /tmp/rankdecay-was-here",)
 
 
+@pytest.mark.parametrize("content", [b"i" * 40, b"(lp0\ni", bytes(range(105, 256))])
+def test_bytes_that_are_no_state_dict_are_refused_with_what_to_do(tmp_path, content):
+    file = tmp_path / "junk.bin"
+    file.write_bytes(content)
+    remedy = "name the file of the weights|save its state_dict"
+    with pytest.raises(CheckpointError, match=rf"junk\.bin .*({remedy})") as refused:
+        rd.inspect(file)
+    assert "Error: " not in str(refused.value)
+
+
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     marker = Path("/tmp/rankdecay-was-here")
     marker.unlink(missing_ok=True)

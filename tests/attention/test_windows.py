@@ -140,6 +140,8 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     attention.num_heads = 5
     with pytest.raises(ValueError, match=r"q_proj has 24 rows, and 5 heads"):
         rd.find_attention(attention)
+    with pytest.raises(ValueError, match=r"q_proj has 24 rows, and 4 heads of 5 have 20: leave head_dim= out where"):
+        rd.find_attention(attention, head_dim=5)
 
 
 def test_weights_that_are_no_matrices_are_refused() -> None:

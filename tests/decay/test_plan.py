@@ -1,6 +1,7 @@
 """Which decay each matrix gets, and what is refused."""
 
 import pytest
+import torch
 from torch import nn
 
 import rankdecay as rd
@@ -22,6 +23,12 @@ def test_a_role_that_matches_nothing_is_an_error():
     linear = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     with pytest.raises(ValueError, match=r"query_key=LowRank.* matches no parameter of Sequential.*0.weight"):
         rd.param_groups(linear, query_key=rd.LowRank(0.1))
+    deep = nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))
+    with pytest.raises(ValueError, match=r"^query_key=LowRank:0.1:every=2 matches") as refused:
+        rd.attach(torch.optim.SGD(deep.parameters(), lr=0.1), deep, query_key=rd.LowRank(0.1, every=2))
+    said = str(refused.value)
+    assert said.index("names=rankdecay.AttentionNames(...)") < said.index("Its parameters are 0.weight")
+    assert said.endswith(" 1.weight, … (18 in all).")
     with pytest.raises(ValueError, match=r"norm=Frobenius.*whose roles are bias, other"):
         rd.param_groups(linear, norm=rd.Frobenius(0.1))
 

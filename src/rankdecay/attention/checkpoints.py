@@ -352,7 +352,13 @@ def _content(file: Path) -> object:
             "it (a whole module perhaps), load it and save its state_dict() as safetensors."
         ) from None
     except Exception as error:  # a damaged archive fails in as many ways as it has bytes
-        raise CheckpointError(f"{file} is not a PyTorch state dict: {type(error).__name__}: {error}") from None
+        # the words of other errors are the unpickler's own
+        told = str(error) if isinstance(error, (OSError, RuntimeError)) else ""
+        reason = re.split(r"\.\s|\n", told)[0].rstrip(".")[:200]
+        raise CheckpointError(
+            f"{file} is not a PyTorch state dict, or is damaged ({reason or 'its bytes are no pickle'}): name the file "
+            "of the weights, or copy it again from where it came."
+        ) from None
 
 
 def _check_names(names: Collection[str], file: Path, before: int) -> None:

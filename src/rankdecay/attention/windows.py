@@ -718,7 +718,8 @@ class ModuleReader(ModuleSettings):
             lines, count = height[row.query], row.num_heads or height[row.query] // row.head_dim
             if count * row.head_dim != lines:
                 raise NotHandled(
-                    f"{row.query} has {lines} rows, and {count} heads of {row.head_dim} have {count * row.head_dim}"
+                    f"{row.query} has {lines} rows, and {count} heads of {row.head_dim} have {count * row.head_dim}: "
+                    "leave head_dim= out where config.json states the heads, or give the size that they have"
                 )
             return count, row.head_dim
         key_dim = self.number(KEY_DIM) if row.layout == "interleaved" else None

@@ -197,8 +197,10 @@ def _planned(
     given.check(original)
     if sizes is not None and (isinstance(sizes, str) or not isinstance(sizes, Sequence)):
         raise TypeError(f"sizes must be a list of head sizes, got {sizes!r}.")
-    for wanted in (*([] if head_dim is None else [head_dim]), *(sizes or ())):
-        _check_size(original, wanted)
+    if head_dim is not None:
+        _check_size(original, head_dim, f"head_dim={head_dim!r}")
+    for wanted in sizes or ():
+        _check_size(original, wanted, f"{wanted!r} in sizes={list(sizes or ())}")
     choice = _Choice(original.scores(given.read))
     if text is not None:
         choice = _by_loss(given, original, choice.scores, text, tell)
@@ -309,13 +311,12 @@ def _as_before(small: nn.Module, model: nn.Module) -> None:
         parameter.requires_grad_(trained.get(name, True))
 
 
-def _check_size(original: Original, size: int) -> None:
+def _check_size(original: Original, size: int, given: str) -> None:
+    """Raise a ``ValueError`` if no smaller head has a size, which ``given`` names as the user has written it."""
     if not hasattr(size, "__index__") or isinstance(size, bool) or size < 2 or size % 2:
-        raise ValueError(
-            f"head_dim={size!r} must be an even number of at least 2: rotary planes are of two coordinates."
-        )
+        raise ValueError(f"{given} must be an even number of at least 2: rotary planes are of two coordinates.")
     if size >= original.head_dim:
-        raise ValueError(f"head_dim={size} must be smaller than {original.head_dim}, the size of the model's heads.")
+        raise ValueError(f"{given} must be smaller than {original.head_dim}, the size of the model's heads.")
 
 
 def _shown(head_dim: int, wanted: int | None, sizes: Sequence[int] | None) -> list[int]:

@@ -162,7 +162,8 @@ def new_directory(out: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         named = str(error.filename or out).replace(str(part), str(out))
-        raise ValueError(unwritable(OSError(error.errno or errno.EIO, error.strerror or str(error), named))) from None
+        failed = OSError(error.errno or errno.EIO, error.strerror or str(error), named)
+        raise ValueError(unwritable(failed, "directory")) from None
 
 
 def _is_running(pid: int) -> bool:

@@ -17,6 +17,7 @@ from rankdecay.checks import suggestion
 from rankdecay.decay.planes import check_planes
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes
 from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
+from rankdecay.decay.settings import decay_text
 
 Excluded = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
@@ -261,6 +262,10 @@ def _words(decay: Decay | None) -> str:
     return "the optimizer's weight decay" if decay is None else decay.describe()
 
 
+#: Roles whose parameters are found as those of attention, and how many parameters a message names.
+_OF_ATTENTION, _SHOWN = ("query_key", "value_output"), 3
+
+
 def _check_every_role_matches(
     named: Mapping[str, Decay | None],
     assigned: list[Assigned],
@@ -279,17 +284,18 @@ def _check_every_role_matches(
             also = f" Attention that is not handled: {'; '.join(unhandled[:3]).rstrip('.')}." if unhandled else ""
             names = [name for entry in assigned for name in entry.names]
             left = " that is not excluded" if some_excluded else ""
+            own = " For attention of your own, pass names=rankdecay.AttentionNames(...)."
+            more = f", … ({len(names)} in all)" if len(names) > _SHOWN else ""
             raise ValueError(
-                f"{role}={decay!r} matches no parameter of {type(model).__name__}{left}, whose roles are "
-                f"{', '.join(r for r in ROLES if r in by_role)}.{also} Its parameters are "
-                f"{', '.join(names[:12])}{', …' if len(names) > 12 else ''}. For attention of your own, pass "
-                "names=rankdecay.AttentionNames(...)."
+                f"{role}={decay_text(decay)} matches no parameter of {type(model).__name__}{left}, whose roles are "
+                f"{', '.join(r for r in ROLES if r in by_role)}.{own if role in _OF_ATTENTION else ''}{also} Its "
+                f"parameters are {', '.join(names[:_SHOWN])}{more}."
             )
         if decay.strength > 0 and not any(entry.parameter.requires_grad for entry in by_role[role]):
             adapted = any(".base_layer." in name for entry in by_role[role] for name in entry.names)
             raise ValueError(
-                f"{role}={decay!r} matches only frozen parameters, such as {by_role[role][0].names[0]}, which nothing "
-                "changes. "
+                f"{role}={decay_text(decay)} matches only frozen parameters, such as {by_role[role][0].names[0]}, "
+                "which nothing changes. "
                 + (
                     "They are the base of an adapter: decay its factors with other=rankdecay.Frobenius(...), which is "
                     "a nuclear norm on their product."

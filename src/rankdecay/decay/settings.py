@@ -70,7 +70,7 @@ def as_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, value in keywords.items():
         if name in _ROLES:
-            settings[name] = _decay_text(value)
+            settings[name] = decay_text(value)
         elif name == "exclude":
             settings[name] = [e if isinstance(e, str) else {"regex": e.pattern, "flags": e.flags} for e in value]
         elif name == "names":
@@ -154,7 +154,8 @@ def _read_decay(value: Any) -> Decay:
     return _KINDS[kind](**arguments)
 
 
-def _decay_text(decay: Decay) -> str:
+def decay_text(decay: Decay) -> str:
+    """Return a decay as it is written in text, without what is as by default: ``LowRank:0.1:every=4``."""
     differing = _differing(decay)
     strength = differing.pop("strength")
     return ":".join([type(decay).__name__, _text(strength), *(f"{n}={_text(v)}" for n, v in differing.items())])
