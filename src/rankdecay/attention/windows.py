@@ -719,7 +719,7 @@ class ModuleReader(ModuleSettings):
             if count * row.head_dim != lines:
                 raise NotHandled(
                     f"{row.query} has {lines} rows, and {count} heads of {row.head_dim} have {count * row.head_dim}: "
-                    "leave head_dim= out where config.json states the heads, or give the size that they have"
+                    "leave head_dim= out where the settings state the heads, or give the size that they have"
                 )
             return count, row.head_dim
         key_dim = self.number(KEY_DIM) if row.layout == "interleaved" else None
