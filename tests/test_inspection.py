@@ -175,7 +175,7 @@ def test_the_summary_and_the_table_of_values():
 
 def test_a_decayed_model_shows_lower_ranks_than_untrained():
     attention = nn.MultiheadAttention(32, 2)
-    optimizer = torch.optim.SGD(rd.param_groups(attention, rd.Frobenius(0.0), query_key=rd.LowRank(1.0)), lr=1.0)
+    optimizer = torch.optim.SGD(rd.param_groups(attention, rd.Frobenius(0.0), query_key=rd.LowRank(0.9)), lr=1.0)
     rd.attach(optimizer)
     for p in attention.parameters():
         p.grad = torch.zeros_like(p)
