@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrices import gaussian
 
-from rankdecay.linalg.stack import decomposed, finish, finite, mark_bad, per_matrix, power_of_two, prepare, scaled_down
+from rankdecay.linalg.stack import (
+    decomposed,
+    finish,
+    finite,
+    mark_bad,
+    per_matrix,
+    power_of_two,
+    prepare,
+    scaled_down,
+    triangular,
+)
 
 
 @given(m=st.integers(1, 5), n=st.integers(1, 5), exponent=st.integers(-120, 120), seed=st.integers(0, 1000))
@@ -53,7 +63,7 @@ def test_a_level_is_one_number_per_matrix_in_the_units_of_the_stack():
 
 
 @pytest.mark.parametrize("shape", [(7, 40, 40), (2, 3, 50, 30), (2, 300, 260), (1, 90, 90), (90, 90)])
-@pytest.mark.parametrize("function", [torch.linalg.svd, torch.linalg.svdvals, torch.linalg.qr])
+@pytest.mark.parametrize("function", [torch.linalg.svd, torch.linalg.svdvals, torch.linalg.qr, triangular])
 def test_in_parts_a_decomposition_is_that_of_the_stack(shape, function):
     X = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     wanted = function(X)

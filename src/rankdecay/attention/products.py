@@ -24,14 +24,14 @@ What balances depends on the architecture:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankdecay.linalg.backend import double
-from rankdecay.linalg.stack import decomposed
+from rankdecay.linalg.stack import decomposed, triangular
 from rankdecay.spectrum import Spectrum
 
 ProductName = Literal["query_key", "query_key_rotary", "value_output"]
@@ -233,9 +233,7 @@ def triangle(factor: Tensor, gram: Tensor | None = None) -> Tensor:
     if poor.any():
         rest = _where_finite(factor[poor])
         missing = max(0, rest.shape[-1] - rest.shape[-2])  # fewer rows than columns
-        upper[poor] = decomposed(partial(torch.linalg.qr, mode="r"), torch.nn.functional.pad(rest, (0, 0, 0, missing)))[
-            1
-        ]
+        upper[poor] = decomposed(triangular, torch.nn.functional.pad(rest, (0, 0, 0, missing)))
     return upper
 
 

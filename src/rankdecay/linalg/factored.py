@@ -5,12 +5,10 @@ orthonormal columns. For an attention head, W_Q,hᵀ W_K,h is d × d of rank at 
 head_dim × head_dim.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.stack import decomposed
+from rankdecay.linalg.stack import decomposed, triangular
 
 
 def factored_singular_values(a: Tensor, b: Tensor) -> Tensor:
@@ -31,7 +29,7 @@ def factored_singular_values(a: Tensor, b: Tensor) -> Tensor:
             f"a {tuple(a.shape)} and b {tuple(b.shape)} must be (..., m, k) and (..., n, k) with m, n >= k: "
             "pass the factors with the shared (head) dimension last"
         )
-    r1, r2 = (decomposed(partial(torch.linalg.qr, mode="r"), x.double())[1] for x in (a, b))
+    r1, r2 = (decomposed(triangular, x.double()) for x in (a, b))
     core = r1 @ r2.mT
     finite = core.isfinite().all(-1).all(-1)[..., None]  # torch refuses the whole stack for one bad matrix
     return decomposed(torch.linalg.svdvals, torch.where(finite[..., None], core, 0.0)).masked_fill(~finite, torch.nan)

@@ -180,6 +180,11 @@ def decomposed(function: Callable[[Tensor], Any], X: Tensor) -> Any:
     return whole(found) if isinstance(found[0], Tensor) else tuple(whole(parts) for parts in zip(*found, strict=True))
 
 
+def triangular(X: Tensor) -> Tensor:
+    """Return R of X = QR, (..., min(m, n), n)."""
+    return torch.linalg.qr(X, mode="r").R
+
+
 def chunks(W: Tensor) -> Iterator[slice]:
     """Yield the parts of a stack (b, m, n) that are worked on at once."""
     count = max(at_once(W), WORKING["cpu" if W.device.type == "cpu" else "cuda"] // max(1, W[0].numel()))

@@ -17,7 +17,7 @@ from rankdecay.decay.policy import LowRank
 from rankdecay.decay.sharded.layout import Piece
 from rankdecay.linalg.gram import shrink_factor
 from rankdecay.linalg.shrink import by_decomposition, shrink_directions
-from rankdecay.linalg.stack import power_of_two
+from rankdecay.linalg.stack import power_of_two, triangular
 from rankdecay.linalg.threshold import leave_directions
 from rankdecay.rules import Options, get_rule
 
@@ -136,7 +136,7 @@ def _triangle(X: Tensor) -> Tensor:
     """Return R (..., n, n) with RᵀR = XᵀX; NaN where an entry of X is not finite."""
     n = X.shape[-1]
     bad = ~X.isfinite().all(-1).all(-1)[..., None, None]
-    R = torch.linalg.qr(X.masked_fill(bad, 0), mode="r").R
+    R = triangular(X.masked_fill(bad, 0))
     R = torch.cat([R, R.new_zeros(*R.shape[:-2], n - R.shape[-2], n)], -2)
     return R.masked_fill(bad, torch.nan)
 
