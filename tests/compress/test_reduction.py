@@ -44,7 +44,7 @@ shapes = st.tuples(st.integers(1, 12), st.integers(1, 8), st.integers(1, 12))
 @given(shapes, st.integers(1, 8), st.integers(0, 1000))
 def test_truncated_is_the_best_of_its_rank(shape, rank, seed):
     rows, inner, columns = shape
-    rank = min(rank, *shape)
+    rank = min(rank, inner)
     left, right = _random(2, rows, inner, seed=seed), _random(2, inner, columns, seed=seed + 1)
     new_left, new_right = truncated(left, right, rank)
     assert new_left.shape == (2, rows, rank)

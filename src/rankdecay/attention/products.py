@@ -231,9 +231,7 @@ def triangle(factor: Tensor, gram: Tensor | None = None) -> Tensor:
     poor = (failed > 0) | (diagonal.amin(-1) < 1e-5 * diagonal.amax(-1))
     upper = lower.mT
     if poor.any():
-        rest = _where_finite(factor[poor])
-        missing = max(0, rest.shape[-1] - rest.shape[-2])  # fewer rows than columns
-        upper[poor] = decomposed(triangular, torch.nn.functional.pad(rest, (0, 0, 0, missing)))
+        upper[poor] = decomposed(triangular, _where_finite(factor[poor]))
     return upper
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, get_args
@@ -116,13 +115,16 @@ def gram(X: Tensor) -> Tensor:
 WORKING = {"cpu": 2**19, "cuda": 2**25}
 
 
-#: Most matrices that are decomposed at the same time: each has a workspace.
+#: Most large matrices that are decomposed at the same time: each has a workspace.
 _SIDE_BY_SIDE = 4
+
+#: Smaller side from which a matrix is large.
+_LARGE = 256
 
 
 def at_once(W: Tensor) -> int:
     """Return how many large matrices of a stack (..., m, n) a CPU decomposes at once: one per thread, up to 4."""
-    if W.device.type != "cpu" or W.ndim != 3 or not 256 <= min(W.shape[-2:]) <= 2048:
+    if W.device.type != "cpu" or W.ndim != 3 or not _LARGE <= min(W.shape[-2:]) <= 2048:
         return 1
     return min(torch.get_num_threads(), _SIDE_BY_SIDE, len(W))
 
@@ -165,12 +167,13 @@ def decomposed(function: Callable[[Tensor], Any], X: Tensor) -> Any:
     Returns:
         What ``function`` returns of the whole stack, a tuple as a plain one, without gradients where it is in parts.
     """
-    large = min(X.shape[-2:]) >= 256
-    count = min(torch.get_num_threads(), X.shape[:-2].numel(), _SIDE_BY_SIDE if large else sys.maxsize)
-    worth = X.numel() * min(X.shape[-2:]) >= _WORTH_A_THREAD
-    if X.device.type != "cpu" or count < 2 or not worth or X.requires_grad:
+    smaller = min(X.shape[-2:])
+    if X.device.type != "cpu" or X.numel() * smaller < _WORTH_A_THREAD or X.requires_grad:
         return function(X)
     flat = X.reshape(-1, *X.shape[-2:])
+    count = at_once(flat) if smaller >= _LARGE else min(torch.get_num_threads(), len(flat))
+    if count == 1:
+        return function(X)
     found = side_by_side(function, flat.tensor_split(count), count)
 
     def whole(parts: Sequence[Tensor]) -> Tensor:
@@ -181,8 +184,9 @@ def decomposed(function: Callable[[Tensor], Any], X: Tensor) -> Any:
 
 
 def triangular(X: Tensor) -> Tensor:
-    """Return R of X = QR, (..., min(m, n), n)."""
-    return torch.linalg.qr(X, mode="r").R
+    """Return R of X = QR, (..., n, n), with rows of zeros where X has fewer than columns."""
+    missing = max(0, X.shape[-1] - X.shape[-2])
+    return torch.nn.functional.pad(torch.linalg.qr(X, mode="r").R, (0, 0, 0, missing))
 
 
 def chunks(W: Tensor) -> Iterator[slice]:

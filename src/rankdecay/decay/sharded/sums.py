@@ -42,7 +42,7 @@ def decayed_pieces(pieces: Sequence[Piece], decay: LowRank, amount: float | Tens
     *outer, inner = (first.mesh.get_group(mesh_dim) for mesh_dim in first.cut.mesh_dims)
     share = _Share.of(pieces, inner)
     exponents = _exponents(pieces, [*outer, inner])
-    values = [(piece.value if piece.cut.side == -2 else piece.value.mT).double() for piece in pieces]
+    values = [piece.value if piece.cut.side == -2 else piece.value.mT for piece in pieces]
     options = Options(**decay.options)
     dtype = first.value.dtype
     if dtype == torch.float64:
@@ -58,7 +58,7 @@ def decayed_pieces(pieces: Sequence[Piece], decay: LowRank, amount: float | Tens
         V, t = shrink_directions(R, scaled, decay.rule, options, rank)
         factors = torch.cat([V, t[..., None, :]], -2)
     else:
-        sums = _summed([value.mT @ value for value in values], share, outer, inner)
+        sums = _summed([_gram(value) for value in values], share, outer, inner)
         how = {**decay.options, "rank": rank, "exponent": exponent, "backend": backend}
         factors = shrink_factor(sums, amounts, decay.rule, **how)
     everyones = factors.new_empty(share.size * share.world, *factors.shape[1:])
@@ -134,14 +134,17 @@ def _stacked(factors: list[Tensor], share: _Share, outer: Sequence[Any], inner: 
 
 def _triangle(X: Tensor) -> Tensor:
     """Return R (..., n, n) with RᵀR = XᵀX; NaN where an entry of X is not finite."""
-    n = X.shape[-1]
     bad = ~X.isfinite().all(-1).all(-1)[..., None, None]
-    R = triangular(X.masked_fill(bad, 0))
-    R = torch.cat([R, R.new_zeros(*R.shape[:-2], n - R.shape[-2], n)], -2)
-    return R.masked_fill(bad, torch.nan)
+    return triangular(X.masked_fill(bad, 0)).masked_fill(bad, torch.nan)
+
+
+def _gram(value: Tensor) -> Tensor:
+    value = value.double()
+    return value.mT @ value
 
 
 def _multiplied(value: Tensor, factors: Tensor) -> Tensor:
+    value = value.double()  # a second time: all of a step at once would be in memory till its end
     return value - value @ factors.reshape(*value.shape[:-2], *factors.shape[-2:])
 
 
