@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import Names, chosen, find_layers, listed, locate
+from rankdecay.attention.locate import Names, chosen, layers_of, listed, locate_some
 from rankdecay.attention.names import SCALED_OUTPUT
 from rankdecay.attention.numbering import ranges
 from rankdecay.attention.products import Product, ProductName, Rotary
@@ -165,7 +165,8 @@ def inspect(
         [(0, 'query_key'), (1, 'query_key'), (0, 'value_output'), (1, 'value_output')]
     """
     source = open_source(model, state)
-    found, unhandled = find_layers(source, names, num_heads, only, head_dim)
+    located, unhandled = locate_some(source, names, num_heads, only, head_dim)
+    found = layers_of(source, located)
     if isinstance(source, ModuleSource):
         check_values(source.model, found)
     if example is not None:
@@ -195,10 +196,7 @@ def inspect(
         if progress is not None:
             progress(done, len(asked))
     noted = [f"{ranges(labels)}: {note}" for note, labels in notes.items()]
-    smaller = None
-    if layers is None and heads is None:
-        located, _ = locate(source, names, num_heads, only, head_dim)
-        smaller = outlook(source, located)
+    smaller = outlook(source, located) if layers is None and heads is None else None
     return Inspection(str(source), rows, noted, listed(unhandled), smaller)
 
 

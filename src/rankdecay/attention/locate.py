@@ -132,11 +132,28 @@ def find_layers(
     Raises:
         ValueError: If no attention is found.
     """
+    found, unhandled = locate_some(source, names, num_heads, only, head_dim)
+    return layers_of(source, found), unhandled
+
+
+def locate_some(
+    source: Source, names: Names = None, num_heads: int | None = None, only: bool = False, head_dim: int | None = None
+) -> tuple[list[Found], list[Unhandled]]:
+    """Locate attention as :func:`locate` does.
+
+    Raises:
+        ValueError: If there is none.
+    """
     found, unhandled = locate(source, names, num_heads, only, head_dim)
     if not found:
         raise ValueError(_nothing(source, names, unhandled))
+    return found, unhandled
+
+
+def layers_of(source: Source, found: Sequence[Found]) -> list[AttentionLayer]:
+    """Return the attention layers that were located in a source."""
     places = numbered([layer.name for layer in found])
-    return [_layer(layer, source, place) for layer, place in zip(found, places, strict=True)], unhandled
+    return [_layer(layer, source, place) for layer, place in zip(found, places, strict=True)]
 
 
 def chosen(wanted: Collection[int | str] | None, layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
