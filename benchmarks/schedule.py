@@ -208,8 +208,7 @@ def scores(rows: Sequence[Row], horizon: float) -> dict[tuple[str, float, float]
 def tune(protocol: Protocol, directory: Path, device: str) -> Row:
     """Trains the grids of every arm, widened until the best is inside, and freezes what is best."""
     frozen = directory / "tuned.json"
-    held = tuned(directory, protocol) if frozen.exists() else None
-    arms: Row = {} if held is None else held["arms"]
+    arms: Row = tuned(directory, protocol)["arms"] if frozen.exists() else {}
     if set(arms) == set(GRIDS):
         raise SystemExit(f"{frozen} is frozen: the held-out runs use it. Give another --dir to tune again.")
     for part in PARTS:
@@ -218,8 +217,7 @@ def tune(protocol: Protocol, directory: Path, device: str) -> Row:
             low_rank = min(LOW_RANK, key=lambda arm: arms[arm]["restricted_mean_time"])
             held = {"protocol": dataclasses.asdict(protocol), "low_rank": low_rank, "arms": arms}
             frozen.write_text(json.dumps(held, indent=1) + "\n")
-    assert held is not None
-    return held
+    return tuned(directory, protocol)
 
 
 def tune_arms(some: Sequence[str], protocol: Protocol, directory: Path, device: str) -> Row:
@@ -396,10 +394,10 @@ def report(protocol: Protocol, directory: Path) -> Row:
     for arm, own in held["arms"].items():
         some = [row for row in rows if row["arm"] == arm]
         lacking = len(protocol.test_seeds) * len(protocol.test_sizes) - len(some)
-        if lacking and arm not in NAMED:
-            continue
-        if lacking:
+        if lacking and arm in NAMED:
             raise SystemExit(f"{directory / 'test'} lacks {lacking} runs of {arm}: run --stage test first.")
+        if lacking:
+            continue
         times = {str(horizon): mean_time(some, horizon) for horizon in protocol.horizons}
         arms.append(
             {
