@@ -196,7 +196,7 @@ def test_a_resumed_monitor_counts_on():
     assert [values["step"] for values in logged] == [4, 8]
 
 
-@pytest.mark.filterwarnings("ignore:.* from 1 on a step takes all")
+@pytest.mark.filterwarnings("ignore:.* from 1 on hardly anything")
 def test_attached_it_follows_the_optimizer_and_its_wrapper_and_measures_after_the_decay():
     accelerate = needs.package("accelerate")
     model, logged = _gpt2(), []

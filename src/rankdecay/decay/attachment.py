@@ -98,6 +98,7 @@ class Attachment:
         self._backend: Backend = backend
         self._wrappers = [type(each).__name__ for each in wrappers]
         self._registered: list[RegisteredGroup] = []
+        self._too_strong: set[str] = set()  # roles that a warning has named
         self._put_back: Callable[[], None] = _nothing
         self._paused = self._in_step = False
         try:
@@ -128,7 +129,6 @@ class Attachment:
         ]
         if any("param_names" in group for group in optimizer.param_groups):
             _name_later_groups(optimizer)
-        self._too_strong: set[str] = set()  # roles that a warning has named
         self._watch = Watch(kind, [p for held in self._targets(optimizer) for p in held.parameters])
         with _attaching:
             _attached.add(self)
@@ -432,17 +432,17 @@ class Attachment:
             self._decay(optimizer)
         self._source.keep(optimizer, self._params_with_grad)
 
-    def _warn_if_too_strong(self, role: str, decay: Decay, factor: float | Tensor) -> None:
-        """Warn once per role of a step that takes the root mean square of all there is, or more."""
-        if role in self._too_strong or not takes_a_share(decay) or isinstance(factor, Tensor):
+    def _warn_if_too_strong(self, role: str, decay: Decay | None, factor: float | Tensor) -> None:
+        """Warn once per role of a decay whose every step takes about as much as there is, or more."""
+        if decay is None or role in self._too_strong or isinstance(factor, Tensor) or not takes_a_share(decay):
             return  # a rate in a tensor may be on a GPU, and a step never waits for it
         share = decay.strength * (factor if decay.lr_coupled else 1.0)
         if share >= 1:
             self._too_strong.add(role)
             coupled = "lr · strength" if decay.lr_coupled else "strength, with lr_coupled=False,"
             warnings.warn(
-                f"{role}: {coupled} is {share:.3g}, and from 1 on a step takes all of a weight, or throws it beyond "
-                "zero; no gradient brings it back. Lower the strength: attachment.describe() says what a step takes.",
+                f"{role}: {coupled} is {share:.3g}, and from 1 on hardly anything of a weight is left after a few "
+                "steps, or it is thrown beyond zero. Lower the strength: attachment.describe() says what a step takes.",
                 stacklevel=7,
             )
 
@@ -455,10 +455,12 @@ class Attachment:
             factor = rate_of_step(optimizer, group, self._rates[index])
             counts = counts_steps(optimizer, group)
             for number, (_, target, parameters) in enumerate(targets):
-                if target.by_optimizer or (self._paused and target.decay is not None):
+                if self._paused and target.decay is not None:
                     continue  # what is the optimizer's own goes on
+                self._warn_if_too_strong(target.role, target.decay, factor)
+                if target.by_optimizer:
+                    continue
                 decay, every = target.decay_in(group), target.every_in(group, counts)
-                self._warn_if_too_strong(target.role, decay, factor)
                 live = [id(p) in self._params_with_grad for p in parameters]
                 amounts = count_step(target, decay, every, factor, found_inf, live)
                 if decay.lr_coupled and has_rate_per_parameter(optimizer, group):
