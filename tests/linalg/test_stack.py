@@ -62,7 +62,9 @@ def test_a_level_is_one_number_per_matrix_in_the_units_of_the_stack():
         per_matrix("tau", torch.ones(4), W)
 
 
-@pytest.mark.parametrize("shape", [(7, 40, 40), (2, 3, 50, 30), (2, 300, 260), (1, 90, 90), (90, 90)])
+@pytest.mark.parametrize(
+    "shape", [(7, 40, 40), (40, 80, 80), (2, 10, 120, 100), (2, 300, 260), (3, 60, 400), (1, 300, 300), (90, 90)]
+)
 @pytest.mark.parametrize("function", [torch.linalg.svd, torch.linalg.svdvals, torch.linalg.qr, triangular])
 def test_in_parts_a_decomposition_is_that_of_the_stack(shape, function):
     X = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -154,15 +154,15 @@ def side_by_side(function: Callable[[T], U], items: Sequence[T], most: int = _SI
     return found + [function(item) for item in last]
 
 
-#: Multiplications of a decomposition, roughly, from which the start of threads is nothing: a millisecond of work.
-_WORTH_A_THREAD = 2**18
+#: Multiplications of a decomposition, roughly, from which starting threads costs little: ten milliseconds of work.
+_WORTH_A_THREAD = 2**24
 
 
 def decomposed(function: Callable[[Tensor], Any], X: Tensor) -> Any:
     """Return a decomposition of a stack (..., m, n): ``torch.linalg.svd`` and the like, of parts of it side by side.
 
     In a call of torch's own all threads wait for each other within each matrix. Beside other work on the same machine
-    that takes many times as long as one thread alone does.
+    that takes some three times as long (``benchmarks/decompositions.py``).
 
     Returns:
         What ``function`` returns of the whole stack, a tuple as a plain one, without gradients where it is in parts.
