@@ -1,5 +1,6 @@
 """What a run takes from the machine at hand: its device, as many processors as it may use, a compiler where it pays."""
 
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from rankdecay.lab.experiments.attention.recall.settings import Recall, check
 from rankdecay.lab.experiments.attention.runs import all_runs, make_plan
 from rankdecay.lab.session import session as training
 from rankdecay.lab.session.session import choose_threads
+from tests import needs
 from tests.waiting import HANG
 
 
@@ -121,3 +123,29 @@ def test_compiling_is_decided_by_the_time_of_the_first_steps(monkeypatch):
 def test_an_order_needs_no_measurement(monkeypatch, wanted, device, available, expected):
     monkeypatch.setattr(ensemble, "compiler_available", lambda device: available)
     assert ensemble.worth_compiling(wanted, device, lambda: pytest.fail("measured"), 1e9) == expected
+
+
+@needs.compiler
+def test_a_folder_of_compiled_code_serves_machines_with_vectors_of_different_width(tmp_path):
+    code = (
+        "import torch\nfrom rankdecay.lab.machine import compiled\nx = torch.linspace(-1, 1, 1000)\n"
+        "f = compiled(lambda x: (x.exp() * x).cumsum(0).softmax(0).sum() + (x * x).sin().sum())\n"
+        "print(torch.backends.cpu.get_cpu_capability(), float(f(x)))"
+    )
+    answers = {}
+    for capability in (None, "avx2", None):
+        own = {} if capability is None else {"ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)} | own,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=HANG,
+        )
+        name, value = done.stdout.split()
+        answers.setdefault(name, []).append(float(value))
+    x = torch.linspace(-1, 1, 1000, dtype=torch.float64)
+    exact = float((x.exp() * x).cumsum(0).softmax(0).sum() + (x * x).sin().sum())
+    for values in answers.values():
+        assert values == pytest.approx([exact] * len(values), rel=1e-5)

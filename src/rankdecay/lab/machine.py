@@ -3,9 +3,10 @@
 import contextlib
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +60,24 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``torch.compile`` whose cache on disk keeps code for one processor apart from code for another.
+
+    torch 2.13 has no vector width in the key of that cache. A folder that two machines share, or one machine under
+    ``ATEN_CPU_CAPABILITY``, then gives the second code for vectors of another width, and training NaN.
+    """
+    from torch.compiler import config
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not hasattr(config, "cache_key_tag"):  # before torch 2.7
+        import torch._inductor.config as inductor
+
+        inductor.fx_graph_cache = False
+    elif capability not in config.cache_key_tag:
+        config.cache_key_tag += capability  # a tag that the user has set stays in it
+    return torch.compile(function, **options)
 
 
 def describe_machine(device: str) -> str:

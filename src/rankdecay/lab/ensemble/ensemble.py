@@ -29,6 +29,7 @@ from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.lab.ensemble import transformer
 from rankdecay.lab.ensemble.control import PLAIN, Control, Part, above_rank, part_of_step, truncated
 from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parameters
+from rankdecay.lab.machine import compiled
 from rankdecay.lab.precision import check_resolved
 from rankdecay.lab.tasks.base import Dataset, random_generator
 from rankdecay.linalg import power_step, shrink
@@ -251,7 +252,7 @@ class Ensemble:
         self._paths: list[Tensor | None] = []  # norms that yoked members are given: (steps + 1, depth, 2)
         self._loss: Callable[..., Tensor] = transformer.loss
         if training.compile and compiler_available(training.device):
-            self._loss = torch.compile(transformer.loss, dynamic=False)
+            self._loss = compiled(transformer.loss, dynamic=False)
         self.admit(members, datasets, paths)
 
     # --- the members' tensors -----------------------------------------------------------------------------

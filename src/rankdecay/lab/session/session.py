@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import rankdecay as rd
 from rankdecay.decay.policy import Decay
 from rankdecay.lab.errors import SettingError
+from rankdecay.lab.machine import compiled
 from rankdecay.lab.precision import check_resolved
 from rankdecay.lab.session.distributed import processes, rank, share
 from rankdecay.lab.session.parallel import Layout, clip_gradients, gathered, parted
@@ -178,7 +179,7 @@ class Session:
         # measured at evaluations, not at the monitor's own interval
         self.monitor = rd.Monitor(self.model, measures=MEASURES, of=PARTS, detail="layer")
         self._scaler = torch.amp.GradScaler(self._kind, enabled=plan.precision == "float16")
-        self._trained: nn.Module = torch.compile(self.model) if plan.compile else self.model  # pyright: ignore
+        self._trained: Any = compiled(self.model) if plan.compile else self.model
         if processes() > 1 and not plan.layout.sharded:
             self._trained = nn.parallel.DistributedDataParallel(self._trained)
         self._losses: list[float] = []  # of the steps since the last evaluation
