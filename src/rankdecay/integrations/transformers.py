@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import __version__ as version
 from transformers.trainer_callback import ExportableState
 
 from rankdecay.decay.attach import attach
@@ -99,7 +100,7 @@ def decaying(
     """Return the ``optimizer_cls_and_kwargs`` with which Trainer makes an optimizer that decays.
 
     The optimizer is attached when it is made, before Trainer wraps or shards the model and loads a checkpoint. It has
-    Trainer's own two groups, so ``weight_decay`` is left out for biases and norms.
+    Trainer's own two groups, so ``weight_decay`` is left out for biases and norms. From transformers 5.2 on.
 
     Args:
         optimizer_class: a class of optimizers.
@@ -126,8 +127,18 @@ class Decaying:
         self.optimizer_class, self.optimizer_kwargs, self.keywords = optimizer_class, optimizer_kwargs, keywords
         self.attachment: Attachment | None = None
 
-    def __call__(self) -> Any:
-        """Return what makes an optimizer for a model: Trainer makes an instance of what it is given first."""
+    def __call__(self, groups: object = None) -> Any:
+        """Return what makes an optimizer for a model: Trainer makes an instance of what it is given first.
+
+        Raises:
+            TypeError: If ``groups`` are given, by the Trainer of transformers before 5.2, which gives no model.
+        """
+        if groups is not None:
+            raise TypeError(
+                f"optimizer_cls_and_kwargs=decaying(...) needs transformers 5.2 or later, this is {version}: its "
+                "Trainer makes an optimizer without saying of which model. Give callbacks=[RankDecay(...)], with "
+                "optimizers= for another class."
+            )
         return self.make
 
     def make(self, model: nn.Module) -> Optimizer:
