@@ -364,8 +364,9 @@ def test_texts_that_cannot_choose(text, options, says):
     [
         ("w1 w2".encode("utf-16"), r"is UTF-16, by its byte order mark at byte 0.*iconv -f utf-16 -t utf-8"),
         ("w1 w2".encode("utf-32"), r"is UTF-32, .*iconv -f utf-32 -t utf-8"),
-        (b"w1 w2 \xff", r"is no UTF-8 at byte 6: .*iconv"),
-        (b"\xef\xbb\xbfw1 \xff", r"is no UTF-8 at byte 6: .*iconv"),
+        (b"w1 w2 \xff", r"is no UTF-8 text at byte 6: .*iconv"),
+        (b"\xef\xbb\xbfw1 \xff", r"is no UTF-8 text at byte 6: .*iconv"),
+        ("w1 w2".encode("utf-16-le"), r"is no UTF-8 text at byte 1: .*iconv -f utf-16le"),
         (None, r"cannot be read \(No such file or directory\): name a text file for calibration="),
     ],
 )

@@ -151,12 +151,16 @@ def _read_text(path: str | Path) -> str:
             )
     start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
     try:
-        return content[start:].decode("utf-8")
+        text = content[start:].decode("utf-8")
+        at = content.find(b"\0")  # UTF-16 without a mark is UTF-8 where it holds ASCII, with a zero beside each letter
     except UnicodeDecodeError as error:
+        text, at = "", start + error.start
+    if at >= 0:
         raise ValueError(
-            f"calibration={str(path)!r} is no UTF-8 at byte {start + error.start}: if it is text, convert it from its "
-            "encoding, such as iconv -f utf-16 -t utf-8; else name a text file."
-        ) from None
+            f"calibration={str(path)!r} is no UTF-8 text at byte {at}: if it is text, convert it from its encoding, "
+            "such as iconv -f utf-16le -t utf-8; else name a text file."
+        )
+    return text
 
 
 def _check_tokens(text: Tensor) -> None:
