@@ -196,3 +196,30 @@ def test_a_model_with_other_parameters_is_refused():
     made.skeleton.own_names.append("another.weight")
     with pytest.raises(NotReducible, match=r"another\.weight"):
         emptied.with_weights(made, model)
+
+
+@pytest.mark.parametrize(("kind", "text"), [("gemma3", "gemma3_text"), ("mistral3", "mistral"), ("llava", "llama")])
+def test_the_language_model_of_one_that_sees_is_refused_within_and_compressed_alone(kind, text):
+    """As the guide takes it out."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    seen = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = AutoConfig.for_model(
+        kind,
+        text_config={"model_type": text, **heads, "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64},
+        vision_config={
+            "model_type": {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}.get(kind, "clip_vision_model"),
+            **seen,
+        },
+    )
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    with pytest.raises(NotReducible, match="has parts beside a language model: compress the language model alone"):
+        rd.compress(whole, 8)
+    language = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype).eval()
+    language.model.load_state_dict(whole.model.language_model.state_dict())
+    language.lm_head.load_state_dict(whole.lm_head.state_dict())
+    tokens = torch.randint(64, (4, 12))
+    torch.testing.assert_close(language(input_ids=tokens).logits, whole(input_ids=tokens).logits, rtol=0, atol=0)
+    assert rd.compress(language, 8, calibration=tokens).config.head_dim == 8

@@ -35,8 +35,8 @@ class Original:
         """
         if getattr(config, "get_text_config", lambda: config)() is not config:
             raise NotReducible(
-                f"{kind.__name__} has parts beside a language model: compress the language model alone, saved with its "
-                "own configuration."
+                f"{kind.__name__} has parts beside a language model: compress the language model alone, which "
+                "docs/guides/compress.md takes out of it."
             )
         check_type(str(config.model_type))
         self.kind, self.config = kind, config

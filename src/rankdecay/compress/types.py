@@ -48,7 +48,7 @@ _GROUPS = {
     "its parts have heads of several sizes": "blt",
     "its configuration has a name of its own for the size of a head, and its scores a bias of positions": "cpmant",
     "it hashes its queries, or adds positions to its scores": "reformer xlnet",
-    "it has parts beside a language model: compress the language model alone, saved with its own configuration": """
+    "it has parts beside a language model: compress that alone, as docs/guides/compress.md takes it out": """
         dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified got_ocr2 llama4 mllama moss_transcribe_diarize qwen3_5
         qwen3_5_moe qwen4_exp""",
 }
