@@ -53,8 +53,7 @@ def _made(kind: str, extra: dict[str, Any], dtype: torch.dtype = torch.float32) 
 def test_every_scaling(kind, name):
     model, small, made, _ = _made(kind, {"rope_parameters": dict(SCALINGS[name])})
     for length in (12, 24, 64):  # before the original length, beyond it, and up to the last position
-        wanted, got = emptied.logits(model, length), emptied.logits(small, length)
-        assert emptied.error(wanted, got) < 1e-5, length
+        emptied.check_same(model, small, length)
     parameters = made.written["rope_parameters"]
     assert parameters["rope_type"] == "longrope"
     assert (parameters["short_factor"] == parameters["long_factor"]) == (name != "longrope")
@@ -80,7 +79,7 @@ def test_a_table_for_each_kind_of_layer():
     tables = {"sliding_attention": dict(SCALINGS["default"]), "full_attention": dict(SCALINGS["yarn-attention"])}
     model, small, made, kept = _made("gemma3_text", {"layer_types": kinds, "rope_parameters": tables})
     assert not torch.equal(kept["sliding_attention"], kept["full_attention"])
-    assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5
+    emptied.check_same(model, small)
     assert made.written["rope_parameters"]["full_attention"]["attention_factor"] == pytest.approx(1.7)
     assert made.written["rope_parameters"]["sliding_attention"]["attention_factor"] == 1.0
 
@@ -95,7 +94,7 @@ def test_heads_that_are_partly_turned(share):
         }
         model, small, _, kept = _made(kind, extra)
         assert len(kept[None]) == round(share * emptied.NEW / 2)
-        assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5, kind
+        emptied.check_same(model, small)
 
 
 @pytest.mark.parametrize("kind", ["jamba", "nemotron_h"])
@@ -104,7 +103,7 @@ def test_rotary_settings_that_a_class_does_not_read(kind):
     model, small, made, kept = _made(kind, {"rope_theta": 10000.0, "partial_rotary_factor": 1.0})
     assert kept == {}
     assert made.written["rope_theta"] == 10000.0
-    assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5
+    emptied.check_same(model, small)
 
 
 def test_a_table_of_two_lengths_switches_where_the_original_does():
@@ -136,11 +135,11 @@ def test_configurations_as_releases_before_five_write_them(tmp_path, name):
     assert written["rope_scaling"]["rope_type"] == "longrope"
     assert len(written["rope_scaling"]["short_factor"]) == emptied.NEW // 2
     small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", attn_implementation="eager")
-    assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5
+    emptied.check_same(model, small)
     written.pop("rope_parameters", None)  # which they do not know
     (tmp_path / "made/config.json").write_text(json.dumps(written))
     small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", attn_implementation="eager")
-    assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5
+    emptied.check_same(model, small)
 
 
 def test_a_gemma_3_as_releases_before_five_write_it(tmp_path):
@@ -169,7 +168,7 @@ def test_a_gemma_3_as_releases_before_five_write_it(tmp_path):
     assert made.kept == {key: planes.tolist() for key, planes in kept.items()}
     small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", attn_implementation="eager")
     assert small.config.head_dim == 128
-    assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5
+    emptied.check_same(model, small)
 
 
 @pytest.mark.parametrize(("part", "whole"), [(30, 44), (26, 46), (4, 8), (62, 78), (2, 254)])
@@ -181,7 +180,7 @@ def test_planes_that_do_not_turn_can_be_kept():
     extra = {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5, **_THETA}}
     model, small, made, kept = _made("llama", extra)
     assert bool((made.original.skeleton.ropes[None].short[kept[None]] == 0).any())
-    assert emptied.error(emptied.logits(model), emptied.logits(small)) < 1e-5
+    emptied.check_same(model, small)
 
 
 def test_what_is_no_frequency_stays():
@@ -190,7 +189,7 @@ def test_what_is_no_frequency_stays():
     model, small, made, _ = _made("ministral3", extra)
     assert made.written["rope_parameters"]["llama_4_scaling_beta"] == 0.5
     assert made.written["rope_parameters"]["original_max_position_embeddings"] == 16
-    assert emptied.error(emptied.logits(model, 48), emptied.logits(small, 48)) < 1e-5
+    emptied.check_same(model, small, 48)
 
 
 def test_positions_of_several_kinds_are_refused():
