@@ -205,9 +205,9 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=config.initial, generator=generator)
         scale = {"uniform": 0.0, "frozen_large": config.width**-0.5 / config.initial}.get(config.scores, 1.0)
         with torch.no_grad():
-            for layer in self.model.layers:
-                layer.self_attn.q_proj.weight.mul_(scale)
-                layer.self_attn.k_proj.weight.mul_(scale)
+            for name, parameter in self.named_parameters():
+                if name.endswith(("q_proj.weight", "k_proj.weight")):
+                    parameter.mul_(scale)
 
     def get_output_embeddings(self) -> nn.Linear:
         """The output embedding, under the name by which transformers' models give theirs."""
