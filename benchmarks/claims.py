@@ -17,6 +17,7 @@ from typing import Any
 import attention_findings
 import boundary_findings
 import compress_findings
+import pretrained_findings
 import schedule_findings
 import stored
 
@@ -84,6 +85,13 @@ def _standing() -> set[str]:
     return {name for name, _, beyond in found if beyond == bounds}
 
 
+def _pretrained(model: str, product: str, key: str = "rank") -> list[float]:
+    """A figure of every layer, above the same shapes untrained."""
+    named = {"rank": "untrained", "nuclear_ratio": "untrained_ratio"}[key]
+    return [row[key] - row[named] for row in pretrained_findings.of(model, product)]
+
+
+PRETRAINED = "python benchmarks/pretrained.py --minilm DIR --smollm2 DIR --json docs/data/pretrained.json"
 COMPRESS = "python benchmarks/compress.py --stage tune; … --stage train, for --family llama and qwen3"
 GROKKING, KOBAYASHI = "Low-rank decay and grokking", "L2 as a nuclear norm (Kobayashi et al.)"
 SMALLER = "A smaller head"
@@ -388,6 +396,66 @@ CLAIMS = (
         "recall_language_vision.md",
         "open",
         "digits are too easy to say",
+    ),
+    Claim(
+        KOBAYASHI,
+        "The attention of pretrained models is of low rank (two that packages ship)",
+        "SmolLM2's W_KᵀW_Q {of_pretrained smollm2 query_key first} in the first layer, {of_pretrained smollm2 "
+        "query_key later} after, untrained {of_pretrained smollm2 query_key untrained}; its W_O W_V "
+        "{of_pretrained smollm2 value_output all}; MiniLM's {of_pretrained minilm query_key all} and {of_pretrained "
+        "minilm value_output all}, "
+        "untrained {of_pretrained minilm query_key untrained}",
+        "ranges over layers; rounding to four bits adds at most {rounding largest smollm2} to SmolLM2's heads cut to a "
+        "rank",
+        PRETRAINED,
+        ("pretrained.json",),
+        "pretrained.md",
+        "holds with a condition",
+        "of W_KᵀW_Q under rotary positions, and there below untrained rather than low; of the encoder and of W_O W_V "
+        "hardly",
+        lambda: (
+            max(_pretrained("smollm2", "query_key")) < -0.04
+            and max(max(map(abs, _pretrained("minilm", p))) for p in pretrained_findings.SYMBOLS) < 0.04
+            and max(map(abs, _pretrained("smollm2", "value_output"))) < 0.04
+        ),
+    ),
+    Claim(
+        KOBAYASHI,
+        "Rounding to four bits raises the rank that is read from a file",
+        "by {rounding mean} in the mean over heads of a known rank; at most {rounding largest gaussian} (Gaussian), "
+        "{rounding largest smollm2} (SmolLM2's, cut), {rounding largest minilm} (MiniLM's, cut); "
+        "MiniLM's whole heads by {rounding whole} at most",
+        "means over the heads of a layer",
+        PRETRAINED,
+        ("pretrained.json",),
+        "pretrained.md",
+        "holds",
+        "by little: it explains none of the differences above",
+        lambda: min(pretrained_findings.rises()) >= 0 and max(pretrained_findings.rises(("smollm2",))) < 0.05,
+    ),
+    Claim(
+        KOBAYASHI,
+        "In pretrained models nuclear and mean Frobenius norm coincide, as a decay makes them",
+        "ratio of W_KᵀW_Q {of_pretrained minilm query_key all nuclear_ratio} (MiniLM; untrained {of_pretrained minilm "
+        "query_key untrained nuclear_ratio}) and {of_pretrained smollm2 query_key all nuclear_ratio} (SmolLM2, by "
+        "plane; untrained {of_pretrained smollm2 query_key untrained nuclear_ratio}); of W_O W_V {of_pretrained minilm "
+        "value_output all nuclear_ratio} ({of_pretrained minilm value_output untrained nuclear_ratio}) and "
+        "{of_pretrained smollm2 value_output all nuclear_ratio} ({of_pretrained smollm2 value_output untrained "
+        "nuclear_ratio})",
+        "ranges over layers",
+        PRETRAINED,
+        ("pretrained.json",),
+        "pretrained.md",
+        "contradicted",
+        "as a sign of decay: of MiniLM the untrained ratio is the higher in every layer, of SmolLM2 it lies inside the "
+        "range",
+        lambda: (
+            max(max(_pretrained("minilm", p, "nuclear_ratio")) for p in pretrained_findings.SYMBOLS) < 0
+            and all(
+                min(_pretrained("smollm2", p, "nuclear_ratio")) < 0 < max(_pretrained("smollm2", p, "nuclear_ratio"))
+                for p in pretrained_findings.SYMBOLS
+            )
+        ),
     ),
     Claim(
         SHEEN,

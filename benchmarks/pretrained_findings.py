@@ -60,11 +60,12 @@ def whole_rise(path: Path = DATA) -> float:
     return max(abs(row["after"][p] - row["before"][p]) for row in whole for p in SYMBOLS)
 
 
-def rounding_words(key: str) -> str:
+def rounding_words(key: str, of_what: str = "") -> str:
     """The ``least``, ``largest`` or ``mean`` rise of what was cut, or the largest change of ``whole`` heads."""
     if key == "whole":
         return f"{whole_rise():.3f}"
-    return f"{ {'least': min, 'largest': max, 'mean': statistics.fmean}[key](rises()):+.3f}"
+    taken = {"least": min, "largest": max, "mean": statistics.fmean}[key]
+    return f"{taken(rises((of_what,) if of_what else tuple(CUTS))):+.3f}"
 
 
 def layers(options: argparse.Namespace) -> None:
