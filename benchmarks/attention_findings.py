@@ -7,8 +7,12 @@
     python benchmarks/attention_findings.py stands docs/data/language/standard docs/data/language/qk_norm
     python benchmarks/attention_findings.py balance runs/language/models/*                   # of the models it kept
     python benchmarks/attention_findings.py planes runs/language/models/*                    # and their rotary planes
+    python benchmarks/attention_findings.py controls docs/data/language/controls      # what scores are worth
+    python benchmarks/attention_findings.py extension docs/data/language/planes_*     # planes and ranks over seeds
 
 A compact copy is a run directory: its rows with the measures that the tables show, so `rankdecay report` draws it too.
+Of a run that is not complete it has the runs that have ended. `extension` reads the planes of the models from the file
+``planes.json`` beside the rows, which ``planes RUN/models/* --json`` writes.
 """
 
 import argparse
@@ -26,6 +30,7 @@ from scipy import stats
 from rankdecay import find_attention, inspect, spectrum
 from rankdecay.lab.experiments.attention.summary import difference, of, summarise
 from rankdecay.lab.machine import describe_machine, versions
+from rankdecay.lab.session.run_key import key_of
 from rankdecay.lab.store import read_json, read_metrics
 
 MEASURES = ("pseudo_rank", "imbalance", "nuclear_gap")
@@ -35,8 +40,12 @@ Row = dict[str, Any]
 
 def store(options: argparse.Namespace) -> None:
     """Copies a run directory with the measures that the tables show."""
-    stored.copy(options.run, options.to, (_kept(row) for row in read_metrics(options.run)))
-    summary = json.loads((options.run / "summary.json").read_text())
+    rows = read_metrics(options.run)
+    ended = {key_of(row) for row in rows if row.get("ended")}
+    stored.copy(options.run, options.to, (_kept(row) for row in rows if key_of(row) in ended))
+    summary = read_json(options.run / "summary.json")
+    if summary is None:
+        return
     summary["arms"] = summarise(read_metrics(options.to), summary["unit"])
     stored.write_summary(options.to, summary)
 
@@ -242,8 +251,9 @@ def plane_figures(directory: Path) -> Row:
         found["active"].append(sum(size > PLANE * sizes[0] for size in sizes) / len(sizes))
         below = next(n for n, total in enumerate(itertools.accumulate(sizes), 1) if total >= SHARE * sum(sizes))
         found["carrying"].append(below / len(sizes))
-    name = directory.name.partition("_mlp_")[0]  # of a model that `rankdecay language` keeps: arm and strength
-    return {"model": name} | {key: round(statistics.fmean(values), 4) for key, values in found.items()}
+    name, _, rest = directory.name.partition("_mlp_")  # of a model that `rankdecay language` keeps: arm and strength
+    seed = {"seed": int(rest.rpartition("_seed_")[2])} if "_seed_" in rest else {}
+    return {"model": name} | seed | {key: round(statistics.fmean(values), 4) for key, values in found.items()}
 
 
 def planes(options: argparse.Namespace) -> None:
@@ -259,11 +269,101 @@ def planes(options: argparse.Namespace) -> None:
         print(f"| {row['model']} | {' | '.join(f'{row[key]:.2f}' for key in PLANE_FIGURES)} |")
 
 
+# --- over seeds ---
+
+
+def by_seed(directory: Path, arm: str, strength: float, key: str = "loss") -> dict[int, float]:
+    """A figure at the end of the runs of a cell, by seed."""
+    rows = [row for row in read_metrics(directory) if row.get("ended")]
+    return {row["seed"]: row[key] for row in rows if (row["arm"], row["strength"]) == (arm, strength)}
+
+
+def above(directory: Path, arm: str, strength: float, against: tuple[str, float]) -> Row | None:
+    """The loss of a cell above another's, seed by seed: mean, 95 % interval by Student's t, and number of seeds."""
+    own, other = by_seed(directory, arm, strength), by_seed(directory, *against)
+    found = [own[seed] - other[seed] for seed in own if seed in other]
+    if not found:
+        return None
+    wide = math.inf
+    if len(found) > 1:
+        wide = float(stats.t.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / math.sqrt(len(found))
+    mean = statistics.fmean(found)
+    return {"mean": mean, "low": mean - wide, "high": mean + wide, "seeds": len(found)}
+
+
+def above_words(found: Row | None) -> str:
+    """A difference with its interval, if it has one."""
+    if found is None:
+        return "—"
+    interval = f" ({found['low']:+.3f} to {found['high']:+.3f})" if found["seeds"] > 1 else " (one seed)"
+    return f"{found['mean']:+.3f}{interval}"
+
+
+USUAL = ("l2", 0.1)  # what the controls are compared with: attention trained, with the usual decay
+CONTROLS = ("uniform", "frozen", "frozen_large", "positions")
+
+
+def control(arm: str, strength: str = "0.1", run: str = "controls") -> str:
+    """What a control costs in nats a byte, against attention with the usual decay."""
+    return above_words(above(DATA / run, arm, float(strength), USUAL))
+
+
+def controls(options: argparse.Namespace) -> None:
+    """A Markdown line per arm: loss, what it is above attention with the usual decay, and the rank of W_KᵀW_Q."""
+    print("| scores | arm | decay | seeds | loss | above l2 0.1, by seed | rank QK |\n|---|---|--:|--:|--:|---|--:|")
+    for directory in options.directories:
+        for cell in cells_of(directory):
+            kind = "controlled" if cell["name"] in CONTROLS else "learned"
+            seeds = len(by_seed(directory, cell["name"], cell["strength"]))
+            own = (cell["name"], cell["strength"])
+            words = "—" if own == USUAL else above_words(above(directory, *own, USUAL))
+            print(f"| {kind} | {cell['name']} | {cell['strength']:g} | {seeds} | {cell['loss']:.4f} | {words} | "
+                  f"{_number(of(cell, 'query_key'), '.2f')} |")  # fmt: skip
+
+
+def planes_of(directory: Path, arm: str, strength: float) -> dict[str, list[float]]:
+    """The figures of the planes of a cell's models, seed by seed."""
+    path = directory / "planes.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    own = [row for row in rows if row["model"] == f"{arm}_{strength:g}"]
+    return {key: [row[key] for row in own] for key in PLANE_FIGURES}
+
+
+def extension(options: argparse.Namespace) -> None:
+    """A Markdown line per cell: loss above no decay, ranks, and planes, or coordinates without rotary positions."""
+    heads = ("positions", "arm", "decay", "seeds", "loss", "above no decay", *PLANE_FIGURES.values())
+    print(f"| {' | '.join(heads)} |\n|---|---" + "|--:" * (len(heads) - 2) + "|")
+    for directory in options.directories:
+        positions = (read_json(directory / "config.json") or {"settings": {}})["settings"].get("positions", "")
+        for cell in cells_of(directory):
+            own = (cell["name"], cell["strength"])
+            words = "—" if own == ("l2", 0) else above_words(above(directory, *own, ("l2", 0)))
+            found = planes_of(directory, *own)
+            ranks = [f"{statistics.fmean(values):.2f}" if values else "—" for values in found.values()]
+            seeds = len(by_seed(directory, *own))
+            shown = [positions, own[0], f"{own[1]:g}", str(seeds), f"{cell['loss']:.4f}", words, *ranks]
+            print(f"| {' | '.join(shown)} |")
+
+
+def plane(run: str, arm: str, strength: str, key: str, form: str = ".2f") -> str:
+    """The mean over seeds of a figure of a cell's planes; a dash where no model has been measured."""
+    values = planes_of(DATA / run, arm, float(strength))[key]
+    return format(statistics.fmean(values), form) if values else "—"
+
+
+def above_none(run: str, arm: str, strength: str) -> str:
+    """The loss of a cell above no decay, by seed."""
+    return above_words(above(DATA / run, arm, float(strength), ("l2", 0.0)))
+
+
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="of planes: write the rows here as well")
 
 
-TABLES = {"table": table, "layers": layers, "scatter": scatter, "stands": stands, "balance": balance, "planes": planes}
+TABLES = {
+    "table": table, "layers": layers, "scatter": scatter, "stands": stands, "balance": balance, "planes": planes,
+    "controls": controls, "extension": extension,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
