@@ -154,14 +154,15 @@ def balance(options: argparse.Namespace) -> None:
 
 DATA = Path("docs/data/language")
 BLOCK = (0.0, 0.1, 1.0)  # decays of attention and of the MLPs whose cells hardly differ but by chance
-PLANE = 0.01  # of the largest: a plane above it counts as active
+PLANE = 0.01  # of the largest of the model: a plane above it is in use, and so is its head
 SHARE = 0.95  # of the sum of the planes' sizes, as of a pseudo rank
 PLANE_FIGURES = {
+    "heads": "heads in use",
+    "planes": "planes in use",
+    "carrying": "planes that make 95 % of a head",
     "query": "rank W_Q",
     "key": "rank W_K",
     "product": "rank W_KᵀW_Q at equal positions",
-    "active": "planes above 1 % of the largest",
-    "carrying": "planes that make 95 %",
 }
 
 
@@ -233,27 +234,37 @@ def stands(options: argparse.Namespace) -> None:
 
 
 def plane_figures(directory: Path) -> Row:
-    """Ranks of the heads of W_Q, of W_K and of their product at equal positions, and how many planes are in use."""
-    found: dict[str, list[float]] = {key: [] for key in PLANE_FIGURES}
+    """Shares of the heads and rotary planes in use, and of the heads in use the planes that matter and the ranks.
+
+    A plane is as large as ‖q_j‖·‖k_j‖; without rotary positions a coordinate takes its place. A head without a plane in
+    use has no rank but that of its rounding errors, and is left out.
+    """
+    planes: list[list[float]] = []
+    ranks: list[dict[str, float]] = []
+    products = [row for row in inspect(directory).rows if row.get("product") == "query_key"]
     for layer in find_attention(directory):
-        for name, view, heads in (
-            ("query", layer.query, layer.num_heads),
-            ("key", layer.key, layer.num_key_value_heads),
-        ):
-            if view is not None:
-                for head in view.tensor().double().unflatten(0, (heads, -1)):
-                    found[name].append(spectrum(head).pseudo_rank(SHARE).item())
-    for row in inspect(directory).rows:
-        if row.get("product") != "query_key":
-            continue
-        found["product"].append(row["pseudo_rank"])
-        sizes = sorted((math.sqrt(a * b) for a, b in zip(*row["squared_norms"].values(), strict=True)), reverse=True)
-        found["active"].append(sum(size > PLANE * sizes[0] for size in sizes) / len(sizes))
-        below = next(n for n, total in enumerate(itertools.accumulate(sizes), 1) if total >= SHARE * sum(sizes))
-        found["carrying"].append(below / len(sizes))
+        query, key = (spectrum(view.heads().double()).pseudo_rank(SHARE).tolist() for view in (layer.query, layer.key))
+        for row in (row for row in products if row["name"] == layer.name):
+            planes.append([math.sqrt(a * b) for a, b in zip(*row["squared_norms"].values(), strict=True)])
+            own = {"query": query[row["head"]], "key": key[layer.key_head(row["head"])]}
+            ranks.append(own | {"product": row["pseudo_rank"]})
+    least = PLANE * max(map(max, planes))
+    used = [
+        (sorted(sizes, reverse=True), rank) for sizes, rank in zip(planes, ranks, strict=True) if max(sizes) > least
+    ]
+    carrying = [
+        next(n for n, total in enumerate(itertools.accumulate(sizes), 1) if total >= SHARE * sum(sizes)) / len(sizes)
+        for sizes, _ in used
+    ]
+    found = {
+        "heads": len(used) / len(planes),
+        "planes": statistics.fmean(size > least for sizes in planes for size in sizes),
+        "carrying": statistics.fmean(carrying),
+        **{name: statistics.fmean(rank[name] for _, rank in used) for name in ranks[0]},
+    }
     name, _, rest = directory.name.partition("_mlp_")  # of a model that `rankdecay language` keeps: arm and strength
     seed = {"seed": int(rest.rpartition("_seed_")[2])} if "_seed_" in rest else {}
-    return {"model": name} | seed | {key: round(statistics.fmean(values), 4) for key, values in found.items()}
+    return {"model": name} | seed | {key: round(value, 4) for key, value in found.items()}
 
 
 def planes(options: argparse.Namespace) -> None:

@@ -12,8 +12,9 @@ task: they stay empty as long as its gradient does not exceed the threshold ther
 Every model is trained on at its last rate, from the same moments (none) and on the same batches, with its decay and
 with none of W_Q and W_K. Measured in each head of W_Q and W_K, over all layers, with U and V the directions that are
 in use at the start: the share of ‖W‖² in the block between the empty directions; the share of the gradient's square
-there, and its largest singular value over that of the whole gradient; and with the decay on by how much the largest
-singular value there has grown in three steps of four, over the threshold of four.
+there, beside that of a matrix without a preferred direction, and its largest singular value over that of the whole
+gradient; and with the decay on by how much the largest singular value there has grown in three steps of four, over the
+threshold of four.
 """
 
 from __future__ import annotations
@@ -75,6 +76,15 @@ def share(matrices: dict[str, Tensor], where: Places) -> float:
     return float(inside / sum(own.square().sum() for own in matrices.values()))
 
 
+def isotropic(where: Places) -> float:
+    """The share that a matrix without any preferred direction would have there."""
+    sizes = [
+        (1 - left.diagonal(dim1=-2, dim2=-1).mean(-1)) * (1 - right.diagonal(dim1=-2, dim2=-1).mean(-1))
+        for left, right in where.values()
+    ]
+    return float(torch.cat(sizes).mean())
+
+
 def sharpest(matrices: dict[str, Tensor], where: Places) -> list[float]:
     """Of each head the largest singular value between the empty directions."""
     found = [torch.linalg.matrix_norm(emptied(own, where[name]), ord=2) for name, own in matrices.items()]
@@ -93,7 +103,7 @@ def measure(its: Session, where: Places, count: int, batch: tuple[Tensor, ...]) 
     row = its.evaluate()
     return {
         "step": its.step, "loss": row["loss"],
-        "share": share(weights, where), "gradient_share": share(gradients, where),
+        "share": share(weights, where), "gradient_share": share(gradients, where), "isotropic": isotropic(where),
         "gradient_sharpest": statistics.fmean(a / b for a, b in zip(sharpest(gradients, where), whole, strict=True)),
         "in_use": float((sigma > IN_USE * sigma[:, :1]).double().sum(1).mean()),
         "pseudo_rank": float(rd.spectrum(torch.cat(list(weights.values()))).pseudo_rank().mean()),
@@ -139,7 +149,7 @@ def table(path: Path) -> None:
     """A Markdown line per arm: the figures at the start and at the end, means over seeds."""
     rows = json.loads(path.read_text())["rows"]
     heads_ = ("arm", "step", "seeds", "loss", "directions in use of a head", "pseudo rank", "‖W‖² between the empty",
-              "of the gradient", "σ₁ there / σ₁ of the gradient", "grown in 3 steps / threshold of 4")  # fmt: skip
+              "of the gradient", "of any matrix", "σ₁ there / σ₁ of the gradient", "grown in 3 steps / threshold of 4")  # fmt: skip
     print(f"| {' | '.join(heads_)} |\n|---" + "|--:" * (len(heads_) - 1) + "|")
     for arm in ARMS:
         own = [row for row in rows if row["arm"] == arm]
@@ -150,7 +160,7 @@ def table(path: Path) -> None:
             }
             grown = f"{means['grown']:.2f}" if "grown" in means else "—"
             shown = [arm, str(step), str(len(some)), f"{means['loss']:.4f}", f"{means['in_use']:.1f}",
-                     f"{means['pseudo_rank']:.2f}", f"{means['share']:.1%}", f"{means['gradient_share']:.0%}",
+                     f"{means['pseudo_rank']:.2f}", f"{means['share']:.1%}", f"{means['gradient_share']:.0%}", f"{means['isotropic']:.0%}",
                      f"{means['gradient_sharpest']:.2f}", grown]  # fmt: skip
             print(f"| {' | '.join(shown)} |")
 

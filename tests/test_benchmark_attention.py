@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from scipy import stats
 
 from rankdecay import cli
+from rankdecay.lab.session.export import save_checkpoint
+from rankdecay.lab.session.gpt import GPT, GPTConfig
 from rankdecay.lab.store import read_metrics
 from tests.lab.experiments.attention.conftest import write_experiment
 
@@ -67,13 +70,13 @@ def test_the_table_of_the_extension_has_the_planes_of_every_seed(tmp_path, capsy
     rows = [{"model": "l2_0.1", "seed": seed} | dict.fromkeys(names, 0.5 + 0.1 * seed) for seed in range(2)]
     (run / "planes.json").write_text(json.dumps({"rows": rows}))
     lines = printed(capsys, "extension", run)
-    assert lines[2].endswith("| — | — | — | — | — |")  # no models of l2 0
+    assert lines[2].endswith("| — | — | — | — | — | — |")  # no models of l2 0
     assert "| -0.002 (-0.018 to +0.013) |" in lines[3]
-    assert lines[3].endswith("| 0.55 | 0.55 | 0.55 | 0.55 | 0.55 |")
+    assert lines[3].endswith("| 0.55 | 0.55 | 0.55 | 0.55 | 0.55 | 0.55 |")
     assert len(lines[0].split(" | ")) == len(lines[3].split(" | "))
     monkeypatch.setattr(attention_findings, "DATA", tmp_path)
-    assert findings.made("plane run l2 0.1 active") == "0.55"
-    assert findings.made("plane run l2 0 active") == "—"
+    assert findings.made("plane run l2 0.1 planes") == "0.55"
+    assert findings.made("plane run l2 0 planes") == "—"
     assert findings.made("above_none run l2 0.1") == "-0.002 (-0.018 to +0.013)"
 
 
@@ -88,7 +91,25 @@ def test_the_planes_of_a_model_know_its_seed(tmp_path, capsys):
     printed(capsys, "planes", *sorted((out / "models").iterdir()), "--json", tmp_path / "planes.json")
     none, planes = json.loads((tmp_path / "planes.json").read_text())["rows"]
     assert (none["model"], none["seed"], planes["model"], planes["seed"]) == ("l2_0", 7, "planes_300", 7)
-    assert planes["active"] < none["active"] == 1.0  # lr · strength is 0.9 of the mean size of a plane
+    assert planes["planes"] < none["planes"] == none["heads"] == 1.0  # lr · strength is 0.9 of a plane's mean size
+
+
+def test_a_head_that_has_died_has_no_rank(tmp_path):
+    directory = tmp_path / "l2_10_mlp_0.1_seed_2"
+    directory.mkdir()
+    model = GPT(GPTConfig(16, 8, 16, 2, 2, 16), 0)
+    with torch.no_grad():
+        for layer, name in ((0, "q_proj"), (1, "q_proj"), (1, "k_proj")):
+            weight = model.get_parameter(f"model.layers.{layer}.self_attn.{name}.weight")
+            weight[8:] *= 1e-4  # the second head of both layers, in W_Q or in both
+        low = model.get_parameter("model.layers.0.self_attn.q_proj.weight")
+        low[1:4], low[5:8] = 0, 0  # of the first head's planes (0, 4) alone is left
+    save_checkpoint(model, directory)
+    row = attention_findings.plane_figures(directory)
+    assert (row["model"], row["seed"], row["heads"], row["planes"]) == ("l2_10", 2, 0.5, round(5 / 16, 4))
+    assert row["carrying"] == (1 / 4 + 1) / 2
+    assert row["query"] == pytest.approx((2 / 8 + 1) / 2, abs=0.07)
+    assert row["key"] > 0.85
 
 
 def test_of_a_run_that_is_not_over_the_runs_that_ended_are_stored(tmp_path):

@@ -43,6 +43,7 @@ def test_the_block_between_empty_directions_is_what_neither_side_uses():
     torch.testing.assert_close(left @ inside, torch.zeros_like(inside))
     torch.testing.assert_close(inside @ right, torch.zeros_like(inside))
     many = {"q_proj.weight": torch.cat([random(2, 4, 12, seed=s) for s in range(200)]).unflatten(0, (200, 2))}
+    assert needle.isotropic(where) == pytest.approx(20 / 48)
     assert needle.share(many, where) == pytest.approx(20 / 48, rel=0.05)
     assert needle.sharpest({"q_proj.weight": inside}, where) == pytest.approx(
         torch.linalg.matrix_norm(inside, ord=2).tolist()
