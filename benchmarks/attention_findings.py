@@ -8,6 +8,7 @@
     python benchmarks/attention_findings.py balance runs/language/models/*                   # of the models it kept
     python benchmarks/attention_findings.py planes runs/language/models/*                    # and their rotary planes
     python benchmarks/attention_findings.py controls docs/data/language/controls      # what scores are worth
+    python benchmarks/attention_findings.py needle docs/data/language/needle.json     # of `benchmarks/needle.py`
     python benchmarks/attention_findings.py extension docs/data/language/planes_*     # planes and ranks over seeds
 
 A compact copy is a run directory: its rows with the measures that the tables show, so `rankdecay report` draws it too.
@@ -367,13 +368,47 @@ def above_none(run: str, arm: str, strength: str) -> str:
     return above_words(above(DATA / run, arm, float(strength), ("l2", 0.0)))
 
 
+NEEDLE = {
+    "loss": ("loss", ".4f"),
+    "in_use": ("directions in use of a head", ".1f"),
+    "pseudo_rank": ("pseudo rank", ".3f"),
+    "share": ("of ‖W‖² between the empty", ".2%"),
+    "gradient_share": ("of the gradient's square", ".0%"),
+    "isotropic": ("of any matrix's", ".0%"),
+    "gradient_sharpest": ("σ₁ there / σ₁ of the gradient", ".2f"),
+    "grown": ("grown in 3 steps / threshold of 4", ".1f"),
+}
+
+
+def needle(options: argparse.Namespace) -> None:
+    """A Markdown line per arm and step of `benchmarks/needle.py`: its figures, means over seeds."""
+    print(f"| arm | step | seeds | {' | '.join(title for title, _ in NEEDLE.values())} |")
+    print("|---" + "|--:" * (2 + len(NEEDLE)) + "|")
+    for path in options.directories:
+        rows = json.loads(path.read_text())["rows"]
+        for arm, step in dict.fromkeys((row["arm"], row["step"]) for row in rows if row["step"] % 100 in (0, 20)):
+            own = [row for row in rows if (row["arm"], row["step"]) == (arm, step)]
+            shown = [
+                format(statistics.fmean(row[key] for row in own), form) if key in own[0] else "—"
+                for key, (_, form) in NEEDLE.items()
+            ]
+            print(f"| {arm} | {step} | {len(own)} | {' | '.join(shown)} |")
+
+
+def emptied(arm: str, step: str, key: str) -> str:
+    """A figure of `benchmarks/needle.py`, a mean over seeds."""
+    rows = json.loads((DATA / "needle.json").read_text())["rows"]
+    own = [row[key] for row in rows if (row["arm"], row["step"]) == (f"decay {arm}", int(step))]
+    return format(statistics.fmean(own), NEEDLE[key][1])
+
+
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="of planes: write the rows here as well")
 
 
 TABLES = {
     "table": table, "layers": layers, "scatter": scatter, "stands": stands, "balance": balance, "planes": planes,
-    "controls": controls, "extension": extension,
+    "controls": controls, "extension": extension, "needle": needle,
 }  # fmt: skip
 
 

@@ -351,7 +351,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
 }  # fmt: skip
 NUMBERS |= {"e1": schedule_findings.words}
 NUMBERS |= {"control": attention_findings.control, "plane": attention_findings.plane}
-NUMBERS |= {"above_none": attention_findings.above_none}
+NUMBERS |= {"above_none": attention_findings.above_none, "emptied": attention_findings.emptied}
 NUMBERS |= {"of_pretrained": pretrained_findings.figure, "rounding": pretrained_findings.rounding_words}
 NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_findings.rise}
 

@@ -3,7 +3,7 @@
     rankdecay language --preset standard --steps 600 --evaluate-every 300 --arms low_rank --strengths low_rank=10 \\
         --seeds 3 --save all --out runs/needle
     python benchmarks/needle.py runs/needle/models/* --json docs/data/language/needle.json     # minutes a model
-    python benchmarks/needle.py --table docs/data/language/needle.json                         # of stored rows
+    python benchmarks/attention_findings.py needle docs/data/language/needle.json    # the table of the rows
 
 At a full rank the subgradient of the nuclear norm is one matrix; where the rank is low it is a set, U Vᵀ + Z with any Z
 of spectral norm at most 1 between the empty directions ("the needle and the fan"). So the decay leaves them to the
@@ -145,36 +145,12 @@ def train_on(directory: Path, arm: str, problem: LanguageModelling, steps: int =
     return [{"model": directory.name.partition("_mlp_")[0], "seed": seed, "arm": arm, **row} for row in rows]
 
 
-def table(path: Path) -> None:
-    """A Markdown line per arm: the figures at the start and at the end, means over seeds."""
-    rows = json.loads(path.read_text())["rows"]
-    heads_ = ("arm", "step", "seeds", "loss", "directions in use of a head", "pseudo rank", "‖W‖² between the empty",
-              "of the gradient", "of any matrix", "σ₁ there / σ₁ of the gradient", "grown in 3 steps / threshold of 4")  # fmt: skip
-    print(f"| {' | '.join(heads_)} |\n|---" + "|--:" * (len(heads_) - 1) + "|")
-    for arm in ARMS:
-        own = [row for row in rows if row["arm"] == arm]
-        for step in (0, INTERVAL, max(row["step"] for row in own)):
-            some = [row for row in own if row["step"] == step]
-            means = {
-                key: statistics.fmean(row[key] for row in some) for key in some[0] if isinstance(some[0][key], float)
-            }
-            grown = f"{means['grown']:.2f}" if "grown" in means else "—"
-            shown = [arm, str(step), str(len(some)), f"{means['loss']:.4f}", f"{means['in_use']:.1f}",
-                     f"{means['pseudo_rank']:.2f}", f"{means['share']:.1%}", f"{means['gradient_share']:.0%}", f"{means['isotropic']:.0%}",
-                     f"{means['gradient_sharpest']:.2f}", grown]  # fmt: skip
-            print(f"| {' | '.join(shown)} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="*", help="directories of models that `rankdecay language` kept")
+    parser.add_argument("models", type=Path, nargs="+", help="directories of models that `rankdecay language` kept")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the machine and every row")
-    parser.add_argument("--table", type=Path, metavar="PATH", help="print the table of stored rows instead")
     given = parser.parse_args()
-    if given.table:
-        table(given.table)
-        return
     settings = PRESETS["standard"]
     problem = LanguageModelling(
         settings, text.load(text=None, dataset=None, tokenizer=None, share=settings.valid_share)

@@ -16,6 +16,7 @@ from rankdecay.lab.session.export import save_checkpoint
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import attention_findings
 import needle
 
 
@@ -91,7 +92,9 @@ def test_empty_directions_are_empty_at_the_start_and_come_back_without_the_decay
     assert "grown" not in off[-1]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"rows": rows}))
-    needle.table(path)
+    attention_findings.main(["needle", str(path)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 6
+    assert len(lines) == 2 + 4
     assert lines[2].startswith(f"| decay on | 0 | 1 | {on[0]['loss']:.4f} | 2.0 |")
+    assert lines[3].endswith(f"| {on[1]['grown']:.1f} |")
+    assert lines[2].endswith("| — |")
