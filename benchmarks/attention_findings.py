@@ -372,7 +372,7 @@ NEEDLE = {
     "loss": ("loss", ".4f"),
     "in_use": ("directions in use of a head", ".1f"),
     "pseudo_rank": ("pseudo rank", ".3f"),
-    "share": ("of ‖W‖² between the empty", ".2%"),
+    "share": ("of ‖W‖² between the empty", ".1g"),
     "gradient_share": ("of the gradient's square", ".0%"),
     "isotropic": ("of any matrix's", ".0%"),
     "gradient_sharpest": ("σ₁ there / σ₁ of the gradient", ".2f"),
@@ -386,7 +386,8 @@ def needle(options: argparse.Namespace) -> None:
     print("|---" + "|--:" * (2 + len(NEEDLE)) + "|")
     for path in options.directories:
         rows = json.loads(path.read_text())["rows"]
-        for arm, step in dict.fromkeys((row["arm"], row["step"]) for row in rows if row["step"] % 100 in (0, 20)):
+        some = [row for row in rows if row["step"] == 20 or row["step"] % 100 == 0]
+        for arm, step in dict.fromkeys((row["arm"], row["step"]) for row in some):
             own = [row for row in rows if (row["arm"], row["step"]) == (arm, step)]
             shown = [
                 format(statistics.fmean(row[key] for row in own), form) if key in own[0] else "—"
