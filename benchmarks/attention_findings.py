@@ -7,8 +7,13 @@
     python benchmarks/attention_findings.py stands docs/data/language/standard docs/data/language/qk_norm
     python benchmarks/attention_findings.py balance runs/language/models/*                   # of the models it kept
     python benchmarks/attention_findings.py planes runs/language/models/*                    # and their rotary planes
+    python benchmarks/attention_findings.py controls docs/data/language/controls      # what scores are worth
+    python benchmarks/attention_findings.py needle docs/data/language/needle.json     # of `benchmarks/needle.py`
+    python benchmarks/attention_findings.py extension docs/data/language/planes_*     # planes and ranks over seeds
 
 A compact copy is a run directory: its rows with the measures that the tables show, so `rankdecay report` draws it too.
+Of a run that is not complete it has the runs that have ended. `extension` reads the planes of the models from the file
+``planes.json`` beside the rows, which ``planes RUN/models/* --json`` writes.
 """
 
 import argparse
@@ -26,6 +31,7 @@ from scipy import stats
 from rankdecay import find_attention, inspect, spectrum
 from rankdecay.lab.experiments.attention.summary import difference, of, summarise
 from rankdecay.lab.machine import describe_machine, versions
+from rankdecay.lab.session.run_key import key_of
 from rankdecay.lab.store import read_json, read_metrics
 
 MEASURES = ("pseudo_rank", "imbalance", "nuclear_gap")
@@ -35,8 +41,12 @@ Row = dict[str, Any]
 
 def store(options: argparse.Namespace) -> None:
     """Copies a run directory with the measures that the tables show."""
-    stored.copy(options.run, options.to, (_kept(row) for row in read_metrics(options.run)))
-    summary = json.loads((options.run / "summary.json").read_text())
+    rows = read_metrics(options.run)
+    ended = {key_of(row) for row in rows if row.get("ended")}
+    stored.copy(options.run, options.to, (_kept(row) for row in rows if key_of(row) in ended))
+    summary = read_json(options.run / "summary.json")
+    if summary is None:
+        return
     summary["arms"] = summarise(read_metrics(options.to), summary["unit"])
     stored.write_summary(options.to, summary)
 
@@ -145,14 +155,15 @@ def balance(options: argparse.Namespace) -> None:
 
 DATA = Path("docs/data/language")
 BLOCK = (0.0, 0.1, 1.0)  # decays of attention and of the MLPs whose cells hardly differ but by chance
-PLANE = 0.01  # of the largest: a plane above it counts as active
+PLANE = 0.01  # of the largest of the model: a plane above it is in use, and so is its head
 SHARE = 0.95  # of the sum of the planes' sizes, as of a pseudo rank
 PLANE_FIGURES = {
+    "heads": "heads in use",
+    "planes": "planes in use",
+    "carrying": "planes that make 95 % of a head",
     "query": "rank W_Q",
     "key": "rank W_K",
     "product": "rank W_KᵀW_Q at equal positions",
-    "active": "planes above 1 % of the largest",
-    "carrying": "planes that make 95 %",
 }
 
 
@@ -224,26 +235,37 @@ def stands(options: argparse.Namespace) -> None:
 
 
 def plane_figures(directory: Path) -> Row:
-    """Ranks of the heads of W_Q, of W_K and of their product at equal positions, and how many planes are in use."""
-    found: dict[str, list[float]] = {key: [] for key in PLANE_FIGURES}
+    """Shares of the heads and rotary planes in use, and of the heads in use the planes that matter and the ranks.
+
+    A plane is as large as ‖q_j‖·‖k_j‖; without rotary positions a coordinate takes its place. A head without a plane in
+    use has no rank but that of its rounding errors, and is left out.
+    """
+    planes: list[list[float]] = []
+    ranks: list[dict[str, float]] = []
+    products = [row for row in inspect(directory).rows if row.get("product") == "query_key"]
     for layer in find_attention(directory):
-        for name, view, heads in (
-            ("query", layer.query, layer.num_heads),
-            ("key", layer.key, layer.num_key_value_heads),
-        ):
-            if view is not None:
-                for head in view.tensor().double().unflatten(0, (heads, -1)):
-                    found[name].append(spectrum(head).pseudo_rank(SHARE).item())
-    for row in inspect(directory).rows:
-        if row.get("product") != "query_key":
-            continue
-        found["product"].append(row["pseudo_rank"])
-        sizes = sorted((math.sqrt(a * b) for a, b in zip(*row["squared_norms"].values(), strict=True)), reverse=True)
-        found["active"].append(sum(size > PLANE * sizes[0] for size in sizes) / len(sizes))
-        below = next(n for n, total in enumerate(itertools.accumulate(sizes), 1) if total >= SHARE * sum(sizes))
-        found["carrying"].append(below / len(sizes))
-    name = directory.name.partition("_mlp_")[0]  # of a model that `rankdecay language` keeps: arm and strength
-    return {"model": name} | {key: round(statistics.fmean(values), 4) for key, values in found.items()}
+        query, key = (spectrum(view.heads().double()).pseudo_rank(SHARE).tolist() for view in (layer.query, layer.key))
+        for row in (row for row in products if row["name"] == layer.name):
+            planes.append([math.sqrt(a * b) for a, b in zip(*row["squared_norms"].values(), strict=True)])
+            own = {"query": query[row["head"]], "key": key[layer.key_head(row["head"])]}
+            ranks.append(own | {"product": row["pseudo_rank"]})
+    least = PLANE * max(map(max, planes))
+    used = [
+        (sorted(sizes, reverse=True), rank) for sizes, rank in zip(planes, ranks, strict=True) if max(sizes) > least
+    ]
+    carrying = [
+        next(n for n, total in enumerate(itertools.accumulate(sizes), 1) if total >= SHARE * sum(sizes)) / len(sizes)
+        for sizes, _ in used
+    ]
+    found = {
+        "heads": len(used) / len(planes),
+        "planes": statistics.fmean(size > least for sizes in planes for size in sizes),
+        "carrying": statistics.fmean(carrying),
+        **{name: statistics.fmean(rank[name] for _, rank in used) for name in ranks[0]},
+    }
+    name, _, rest = directory.name.partition("_mlp_")  # of a model that `rankdecay language` keeps: arm and strength
+    seed = {"seed": int(rest.rpartition("_seed_")[2])} if "_seed_" in rest else {}
+    return {"model": name} | seed | {key: round(value, 4) for key, value in found.items()}
 
 
 def planes(options: argparse.Namespace) -> None:
@@ -259,11 +281,136 @@ def planes(options: argparse.Namespace) -> None:
         print(f"| {row['model']} | {' | '.join(f'{row[key]:.2f}' for key in PLANE_FIGURES)} |")
 
 
+# --- over seeds ---
+
+
+def by_seed(directory: Path, arm: str, strength: float, key: str = "loss") -> dict[int, float]:
+    """A figure at the end of the runs of a cell, by seed."""
+    rows = [row for row in read_metrics(directory) if row.get("ended")]
+    return {row["seed"]: row[key] for row in rows if (row["arm"], row["strength"]) == (arm, strength)}
+
+
+def above(directory: Path, arm: str, strength: float, against: tuple[str, float]) -> Row | None:
+    """The loss of a cell above another's, seed by seed: mean, 95 % interval by Student's t, and number of seeds."""
+    own, other = by_seed(directory, arm, strength), by_seed(directory, *against)
+    found = [own[seed] - other[seed] for seed in own if seed in other]
+    if not found:
+        return None
+    wide = math.inf
+    if len(found) > 1:
+        wide = float(stats.t.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / math.sqrt(len(found))
+    mean = statistics.fmean(found)
+    return {"mean": mean, "low": mean - wide, "high": mean + wide, "seeds": len(found)}
+
+
+def above_words(found: Row | None) -> str:
+    """A difference with its interval, if it has one."""
+    if found is None:
+        return "—"
+    interval = f" ({found['low']:+.3f} to {found['high']:+.3f})" if found["seeds"] > 1 else " (one seed)"
+    return f"{found['mean']:+.3f}{interval}"
+
+
+USUAL = ("l2", 0.1)  # what the controls are compared with: attention trained, with the usual decay
+CONTROLS = ("uniform", "frozen", "frozen_large", "positions")
+
+
+def control(arm: str, strength: str = "0.1", run: str = "controls") -> str:
+    """What a control costs in nats a byte, against attention with the usual decay."""
+    return above_words(above(DATA / run, arm, float(strength), USUAL))
+
+
+def controls(options: argparse.Namespace) -> None:
+    """A Markdown line per arm: loss, what it is above attention with the usual decay, and the rank of W_KᵀW_Q."""
+    print("| scores | arm | decay | seeds | loss | above l2 0.1, by seed | rank QK |\n|---|---|--:|--:|--:|---|--:|")
+    for directory in options.directories:
+        for cell in cells_of(directory):
+            kind = "controlled" if cell["name"] in CONTROLS else "learned"
+            seeds = len(by_seed(directory, cell["name"], cell["strength"]))
+            own = (cell["name"], cell["strength"])
+            words = "—" if own == USUAL else above_words(above(directory, *own, USUAL))
+            print(f"| {kind} | {cell['name']} | {cell['strength']:g} | {seeds} | {cell['loss']:.4f} | {words} | "
+                  f"{_number(of(cell, 'query_key'), '.2f')} |")  # fmt: skip
+
+
+def planes_of(directory: Path, arm: str, strength: float) -> dict[str, list[float]]:
+    """The figures of the planes of a cell's models, seed by seed."""
+    path = directory / "planes.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    own = [row for row in rows if row["model"] == f"{arm}_{strength:g}"]
+    return {key: [row[key] for row in own] for key in PLANE_FIGURES}
+
+
+def extension(options: argparse.Namespace) -> None:
+    """A Markdown line per cell: loss above no decay, ranks, and planes, or coordinates without rotary positions."""
+    heads = ("positions", "arm", "decay", "seeds", "loss", "above no decay", *PLANE_FIGURES.values())
+    print(f"| {' | '.join(heads)} |\n|---|---" + "|--:" * (len(heads) - 2) + "|")
+    for directory in options.directories:
+        positions = (read_json(directory / "config.json") or {"settings": {}})["settings"].get("positions", "")
+        for cell in cells_of(directory):
+            own = (cell["name"], cell["strength"])
+            words = "—" if own == ("l2", 0) else above_words(above(directory, *own, ("l2", 0)))
+            found = planes_of(directory, *own)
+            ranks = [f"{statistics.fmean(values):.2f}" if values else "—" for values in found.values()]
+            seeds = len(by_seed(directory, *own))
+            shown = [positions, own[0], f"{own[1]:g}", str(seeds), f"{cell['loss']:.4f}", words, *ranks]
+            print(f"| {' | '.join(shown)} |")
+
+
+def plane(run: str, arm: str, strength: str, key: str, form: str = ".2f") -> str:
+    """The mean over seeds of a figure of a cell's planes; a dash where no model has been measured."""
+    values = planes_of(DATA / run, arm, float(strength))[key]
+    return format(statistics.fmean(values), form) if values else "—"
+
+
+def above_none(run: str, arm: str, strength: str) -> str:
+    """The loss of a cell above no decay, by seed."""
+    return above_words(above(DATA / run, arm, float(strength), ("l2", 0.0)))
+
+
+NEEDLE = {
+    "loss": ("loss", ".4f"),
+    "in_use": ("directions in use of a head", ".1f"),
+    "pseudo_rank": ("pseudo rank", ".3f"),
+    "share": ("of ‖W‖² between the empty", ".1g"),
+    "gradient_share": ("of the gradient's square", ".0%"),
+    "isotropic": ("of any matrix's", ".0%"),
+    "gradient_sharpest": ("σ₁ there / σ₁ of the gradient", ".2f"),
+    "grown": ("grown in 3 steps / threshold of 4", ".1f"),
+}
+
+
+def needle(options: argparse.Namespace) -> None:
+    """A Markdown line per arm and step of `benchmarks/needle.py`: its figures, means over seeds."""
+    print(f"| arm | step | seeds | {' | '.join(title for title, _ in NEEDLE.values())} |")
+    print("|---" + "|--:" * (2 + len(NEEDLE)) + "|")
+    for path in options.directories:
+        rows = json.loads(path.read_text())["rows"]
+        some = [row for row in rows if row["step"] == 20 or row["step"] % 100 == 0]
+        for arm, step in dict.fromkeys((row["arm"], row["step"]) for row in some):
+            own = [row for row in rows if (row["arm"], row["step"]) == (arm, step)]
+            shown = [
+                format(statistics.fmean(row[key] for row in own), form) if key in own[0] else "—"
+                for key, (_, form) in NEEDLE.items()
+            ]
+            print(f"| {arm} | {step} | {len(own)} | {' | '.join(shown)} |")
+
+
+def emptied(arm: str, step: str, key: str) -> str:
+    """A figure of `benchmarks/needle.py`, a mean over seeds."""
+    rows = json.loads((DATA / "needle.json").read_text())["rows"]
+    own = [row[key] for row in rows if (row["arm"], row["step"]) == (f"decay {arm}", int(step))]
+    return format(statistics.fmean(own), NEEDLE[key][1])
+
+
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="of planes: write the rows here as well")
 
 
-TABLES = {"table": table, "layers": layers, "scatter": scatter, "stands": stands, "balance": balance, "planes": planes}
+TABLES = {
+    "table": table, "layers": layers, "scatter": scatter, "stands": stands, "balance": balance, "planes": planes,
+    "controls": controls, "extension": extension, "needle": needle,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -39,6 +39,7 @@ import claims
 import compress_findings
 import grok_findings
 import pictures
+import pretrained_findings
 import schedule_findings
 import stored
 
@@ -53,7 +54,7 @@ PAGES = (
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "findings").glob("*.md")),
 )
 MARKED = re.compile(r"(<!-- findings: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
-SCRIPTS = ("boundary", "attention", "margin", "factor", "grok", "cost", "schedule", "compress")
+SCRIPTS = ("boundary", "attention", "margin", "factor", "grok", "cost", "schedule", "compress", "pretrained")
 
 
 # --- tables: what a script prints ---
@@ -349,6 +350,9 @@ NUMBERS: dict[str, Callable[..., str]] = {
     )
 }  # fmt: skip
 NUMBERS |= {"e1": schedule_findings.words}
+NUMBERS |= {"control": attention_findings.control, "plane": attention_findings.plane}
+NUMBERS |= {"above_none": attention_findings.above_none, "emptied": attention_findings.emptied}
+NUMBERS |= {"of_pretrained": pretrained_findings.figure, "rounding": pretrained_findings.rounding_words}
 NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_findings.rise}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import compress_findings
+import pretrained_findings
 import schedule_findings
 import stored
 
@@ -163,6 +164,28 @@ def compress() -> Charts:
     ]
 
 
+def pretrained() -> Charts:
+    """The pseudo rank of every layer of two trained models, and what rounding does to a known one."""
+    ranks, rounded = [], []
+    for model, name in (("minilm", "MiniLM"), ("smollm2", "SmolLM2")):
+        for product, symbol in pretrained_findings.SYMBOLS.items():
+            rows = pretrained_findings.of(model, product)
+            label = f"{name}, {symbol}"
+            ranks.append(_line(label, [(row["layer"], row["rank"]) for row in rows]))
+            same = [row["untrained"] for row in rows]
+            ranks.append(Line(f"{label}, untrained", [row["layer"] for row in rows], same, arm=label, mark="dotted"))
+    for what, label in pretrained_findings.CUTS.items():
+        some = [row for row in pretrained_findings.read()["rounding"] if row["of"] == what]
+        points = [(row["before"][p], row["after"][p]) for row in some for p in pretrained_findings.SYMBOLS]
+        rounded.append(Line(label, [x for x, _ in points], [y for _, y in points], mark="points", arm=label))
+    rounded.append(Line("no change", [0, 1], [0, 1], mark="thin"))
+    rank = Axis("pseudo rank", from_zero=True, limits=(0, 1))
+    return [
+        Chart("ranks", "in every layer", Axis("layer"), rank, ranks),
+        Chart("rounding", "rounded to four bits", Axis("pseudo rank before"), rank, rounded),
+    ]
+
+
 def _line(label: str, points: Sequence[tuple[float, float]]) -> Line:
     return Line(label, [x for x, _ in points], [y for _, y in points], arm=label, mark="line+points")
 
@@ -175,6 +198,7 @@ CHARTS: dict[str, Callable[[], Charts]] = {
     "subtraction": subtraction,
     "schedule": contrasts,
     "compress": compress,
+    "pretrained": pretrained,
 }
 
 

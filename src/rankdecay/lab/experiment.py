@@ -111,7 +111,7 @@ def _as_stored(how: Any) -> Any:
 
 
 #: Of a decay or a control.
-_LATER_FIELDS = ("keep", "preserve_norm", "warmup")
+_LATER_FIELDS = ("keep", "preserve_norm", "warmup", "in_loss", "planes", "scores")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from rankdecay.lab.session.gpt import GPT, GPTConfig
 KINDS = [(positions, qk_norm) for positions in ("rotary", "learned") for qk_norm in (False, True)]
 
 
-def trained(positions="rotary", qk_norm=False, mlp_width=24, seed=0) -> GPT:
+def trained(positions="rotary", qk_norm=False, mlp_width=24, seed=0, scores="learned") -> GPT:
     """A model whose every parameter, gains too, is as far from its start as training takes it."""
-    model = GPT(GPTConfig(40, 12, 16, 2, 2, mlp_width, positions, qk_norm), seed)
+    model = GPT(GPTConfig(40, 12, 16, 2, 2, mlp_width, positions, qk_norm, scores=scores), seed)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,8 +64,11 @@ def test_learned_positions_load_as_image_gpt_with_equal_logits(tmp_path, offline
         torch.testing.assert_close(loaded.eval()(tokens).logits, model(tokens), rtol=1e-5, atol=1e-5)
 
 
-def test_what_transformers_has_no_class_for_is_whole_all_the_same(tmp_path):
-    model = trained("learned", qk_norm=True)
+@pytest.mark.parametrize(
+    "kind", [("learned", True, 24, 0, "learned"), ("rotary", False, 24, 0, "positions")], ids=["qk_norm", "positions"]
+)
+def test_what_transformers_has_no_class_for_is_whole_all_the_same(tmp_path, kind):
+    model = trained(*kind)
     assert architecture(model.config) is None
     save_checkpoint(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "rankdecay_gpt"

@@ -140,3 +140,74 @@ def test_a_sequence_too_long_and_heads_that_do_not_fit_are_refused():
     with pytest.raises(SettingError, match="even size"):
         dataclasses.replace(SMALL, width=9)
     assert dataclasses.replace(SMALL, width=9, positions="learned").head_dim == 3  # nothing turns in planes there
+
+
+# --- controls of what scores come from ---
+
+
+def scored(scores, positions="rotary", seed=0, **changes):
+    return GPT(dataclasses.replace(SMALL, positions=positions, scores=scores, **changes), seed)
+
+
+def enlarged(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 5
+    return model
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_uniform_attention_is_the_mean_of_what_came_before(positions, qk_norm):
+    model = scored("uniform", positions, qk_norm=qk_norm)
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0))
+    means = attention.v_proj(x).cumsum(1) / torch.arange(1, 8)[:, None]
+    torch.testing.assert_close(attention(x), attention.o_proj(means))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_scores_of_positions_do_not_depend_on_the_tokens(positions, monkeypatch):
+    seen = []
+
+    def attend(query, key, value, is_causal):
+        seen.append(query @ key.mT)
+        return value
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    for scores in ("positions", "learned"):
+        model = enlarged(scored(scores, positions))
+        seen.clear()
+        model(tokens(1, 12, seed=0))
+        model(tokens(1, 12, seed=1))
+        same = [torch.equal(one, other) for one, other in zip(seen[:2], seen[2:], strict=True)]
+        assert same == [scores == "positions"] * 2
+        assert seen[0].std(-1).mean() > 1e-3  # and places differ
+        if scores == "positions" and positions == "rotary":  # of the distance alone
+            for distance in range(12):
+                diagonal = seen[0].diagonal(-distance, -2, -1)
+                torch.testing.assert_close(diagonal, diagonal[..., :1].expand_as(diagonal))
+
+
+@pytest.mark.parametrize("scores", ["learned", "positions", "frozen", "frozen_large", "uniform"])
+def test_a_control_changes_w_q_and_w_k_alone(scores):
+    plain, control = scored("learned", seed=3), scored(scores, seed=3)
+    scale = {"uniform": 0.0, "frozen_large": 24**-0.5 / 0.02}.get(scores, 1.0)
+    for (name, own), other in zip(plain.named_parameters(), control.parameters(), strict=True):
+        is_scored = "q_proj" in name or "k_proj" in name
+        torch.testing.assert_close(other, own * scale if is_scored else own)
+        assert other.requires_grad == (not is_scored or scores in ("learned", "positions"))
+
+
+def test_frozen_large_scores_have_a_size_of_about_one(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, key, value, is_causal: seen.append(query @ key.mT / 8**0.5) or value,
+    )
+    scored("frozen_large")(tokens(8))
+    scored("frozen")(tokens(8))
+    large, small = seen[0].std().item(), seen[2].std().item()
+    assert 0.6 < large < 1.5
+    assert small < 0.02

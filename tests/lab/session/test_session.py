@@ -230,3 +230,40 @@ def test_weights_that_are_no_numbers_are_found_by_the_evaluation():
     with pytest.raises(Diverged) as error:
         its.evaluate()
     assert error.value.step == 5
+
+
+# --- L2 in the loss ---
+
+
+def in_loss(seed=0, **changes) -> Run:
+    decays = {"query_key": rd.Frobenius(0.3), "value_output": rd.Frobenius(0.1), "mlp": rd.Frobenius(0.5)}
+    return Run("l2_loss", 0.3, 0.5, False, seed, decays, **{"in_loss": ("query_key",)} | changes)
+
+
+def test_l2_in_the_loss_is_a_penalty_whose_gradient_goes_through_adam():
+    its = go(Session(in_loss(), Repeat(), dataclasses.replace(PLAN, clip=0)), 12)
+
+    model, problem = Repeat().model(0, False), Repeat()
+    scored = [p for name, p in model.named_parameters() if "q_proj" in name or "k_proj" in name]
+    decays = in_loss().decays | {"query_key": rd.Frobenius(0.0)}
+    optimizer = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1), **decays), betas=(0.9, 0.95))
+    for step in range(12):
+        for group in optimizer.param_groups:
+            group["lr"] = PLAN.lr_at(step)
+        penalty = sum(p.square().sum() for p in scored) * 0.3 / 2
+        (problem.loss(model, problem.batch(0, step, 8)) + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, trained), by_hand in zip(its.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(trained, by_hand, msg=name, rtol=1e-4, atol=1e-6)
+    decoupled = go(Session(in_loss(in_loss=()), Repeat(), dataclasses.replace(PLAN, clip=0)), 12)
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.allclose(its.model.get_parameter(weight), decoupled.model.get_parameter(weight), rtol=1e-2)
+
+
+def test_l2_in_the_loss_stays_there_when_a_run_is_resumed():
+    whole = go(Session(in_loss(), Repeat(), PLAN), 12)
+    half = go(Session(in_loss(), Repeat(), PLAN), 6)
+    again = Session(in_loss(), Repeat(), PLAN)
+    again.restore(half.checkpoint())
+    assert_same(go(again, 6), whole)

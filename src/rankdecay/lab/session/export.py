@@ -5,7 +5,7 @@
 | rotary | Llama | ``AutoModelForCausalLM`` |
 | rotary, QK-norm | Qwen 3 | ``AutoModelForCausalLM`` |
 | learned positions | ImageGPT, the only GPT-2 there with RMSNorm | ``ImageGPTForCausalImageModeling`` |
-| learned positions, QK-norm | none | `rankdecay inspect` reads it, and `load_state_dict` |
+| learned positions, QK-norm; scores of positions alone | none | `rankdecay inspect` reads it, and `load_state_dict` |
 
 The first two have the parameters of our GPT under the same names. ImageGPT has one token more than it predicts, the
 start of an image: an embedding of zeros that no text has. Attention without MLPs gets MLPs of one unit that is zero.
@@ -29,6 +29,8 @@ LLAMA_TYPES = {"Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 
 def architecture(config: GPTConfig) -> str | None:
     """Class of transformers that computes the same, or None."""
+    if config.scores == "positions":
+        return None
     if config.positions == "rotary":
         return "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
     return None if config.qk_norm else "ImageGPTForCausalImageModeling"

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from rankdecay.lab.errors import SettingError
 
 Positions = Literal["rotary", "learned"]
+Scores = Literal["learned", "positions", "frozen", "frozen_large", "uniform"]
+UNTRAINED: tuple[Scores, ...] = ("frozen", "frozen_large", "uniform")  # W_Q and W_K stay as they start
 EPSILON = 1e-6  # of every RMSNorm
 ROTARY_BASE = 10000.0
 
@@ -33,6 +35,11 @@ class GPTConfig:
         positions: ``"rotary"`` or ``"learned"``.
         qk_norm: RMSNorm with a gain on the queries and keys of each head.
         initial: standard deviation of every matrix at first; the usual 0.02 is meant for a width of some thousand.
+        scores: what attention scores come from. ``"learned"``: W_Q and W_K of the stream, trained. The others are
+            controls: ``"positions"``: W_Q and W_K, trained, of the position alone (its embedding, or with rotary
+            positions a vector of ones, which is then turned); ``"frozen"``: W_Q and W_K as they are drawn;
+            ``"frozen_large"``: drawn with a standard deviation of 1/√width, at which scores have one of about 1;
+            ``"uniform"``: W_Q and W_K are zero, so that every token sees the mean of those before it.
     """
 
     vocabulary: int
@@ -44,6 +51,7 @@ class GPTConfig:
     positions: Positions = "rotary"
     qk_norm: bool = False
     initial: float = 0.02
+    scores: Scores = "learned"
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.positions == "rotary" and self.head_dim % 2):
@@ -59,7 +67,9 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal attention; `rankdecay.find_attention` reads ``num_heads`` and ``rotary_emb``."""
+    """Causal attention; `rankdecay.find_attention` reads ``num_heads``, ``rotary_emb`` and ``rope_interleaved``."""
+
+    rope_interleaved = False  # the two coordinates of a plane are half a head apart
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -71,11 +81,16 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, EPSILON) for _ in range(2))
         self.qk_norm = config.qk_norm
         self.rotary_emb = Rotary(config) if config.positions == "rotary" else None
+        if config.scores in UNTRAINED:
+            self.q_proj.requires_grad_(False)
+            self.k_proj.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, tokens, width) to the same shape."""
+    def forward(self, x: Tensor, scored: Tensor | None = None) -> Tensor:
+        """Maps (batch, tokens, width) to the same shape; queries and keys are of ``scored``, where it is given."""
+        scored = x if scored is None else scored
+        inputs = (self.q_proj, scored), (self.k_proj, scored), (self.v_proj, x)
         query, key, value = (  # (batch, tokens, heads, head_dim); under tensor parallelism some of the heads
-            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(given).unflatten(-1, (-1, self.head_dim)) for project, given in inputs
         )
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -137,9 +152,10 @@ class Block(nn.Module):
             self.post_attention_layernorm = nn.RMSNorm(config.width, EPSILON)
             self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, tokens, width) to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x))
+    def forward(self, x: Tensor, place: Tensor | None = None) -> Tensor:
+        """Maps (batch, tokens, width) to the same shape; queries and keys are of ``place``, where it is given."""
+        scored = None if place is None else self.input_layernorm(place)
+        x = x + self.self_attn(self.input_layernorm(x), scored)
         return x + self.mlp(self.post_attention_layernorm(x)) if self.has_mlp else x
 
 
@@ -152,16 +168,20 @@ class Decoder(nn.Module):
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.context, config.width)
         self.has_positions = config.positions == "learned"
+        self.by_position = config.scores == "positions"
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, EPSILON)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Maps (batch, tokens) to (batch, tokens, width)."""
         x = self.embed_tokens(tokens)
+        place = x.new_ones(x.shape) if self.by_position else None
         if self.has_positions:
-            x = x + self.embed_positions.weight[: tokens.shape[1]]
+            positions = self.embed_positions.weight[: tokens.shape[1]]
+            place = positions.expand_as(x) if self.by_position else None
+            x = x + positions
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, place)
         return self.norm(x)
 
 
@@ -183,6 +203,11 @@ class GPT(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=config.initial, generator=generator)
+        scale = {"uniform": 0.0, "frozen_large": config.width**-0.5 / config.initial}.get(config.scores, 1.0)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith(("q_proj.weight", "k_proj.weight")):
+                    parameter.mul_(scale)
 
     def get_output_embeddings(self) -> nn.Linear:
         """The output embedding, under the name by which transformers' models give theirs."""

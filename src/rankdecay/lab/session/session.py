@@ -54,7 +54,10 @@ class Problem(Protocol):
     unit: str  # what `size` counts: "tokens", "sequences", "images"
 
     def model(self, seed: int, qk_norm: bool) -> nn.Module:
-        """Returns a fresh model on the CPU; its initial weights depend on the seed alone."""
+        """Returns a fresh model on the CPU; its initial weights depend on the seed alone.
+
+        A problem whose arms change the model takes `Run.model` as further keywords.
+        """
         ...
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
@@ -85,6 +88,8 @@ class Run:
     seed: int
     decays: Mapping[str, Decay]
     rest_decay: float = 0.1  # of every other matrix
+    in_loss: tuple[str, ...] = ()  # roles whose L2 is part of the loss: it goes through Adam's moments
+    model: Mapping[str, Any] = field(default_factory=dict)  # what the arm changes in the model: keywords of `model`
 
     @property
     def key(self) -> Record:
@@ -171,10 +176,15 @@ class Session:
         self.step = 0
         self.seconds = 0.0  # in training steps alone
         self.examples = 0  # tokens, sequences or images trained on
-        self.model = problem.model(run.seed, run.qk_norm).to(plan.device)
+        self.model = problem.model(run.seed, run.qk_norm, **run.model).to(plan.device)
         plan.layout.shard(self.model)
         groups = rd.param_groups(self.model, rd.Frobenius(run.rest_decay), **run.decays)  # pyright: ignore[reportArgumentType] - roles
-        self.optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=BETAS)
+        for group in groups:
+            if group["role"] in run.in_loss:
+                group["decoupled_weight_decay"] = False
+        # Adam reads in each group whether its L2 is decoupled; AdamW would forget it when a state is loaded.
+        kind = torch.optim.Adam if run.in_loss else torch.optim.AdamW
+        self.optimizer = kind(groups, lr=plan.lr, betas=BETAS)
         self.attachment = rd.attach(self.optimizer)
         # measured at evaluations, not at the monitor's own interval
         self.monitor = rd.Monitor(self.model, measures=MEASURES, of=PARTS, detail="layer")
@@ -295,7 +305,7 @@ class Session:
         """Returns the unsharded model: itself, or a copy on the CPU gathered from all processes."""
         if not self.plan.layout.sharded:
             return self.model
-        model = self.problem.model(self.run.seed, self.run.qk_norm)
+        model = self.problem.model(self.run.seed, self.run.qk_norm, **self.run.model)
         model.load_state_dict(gathered(self.model.state_dict(), keep=True))
         return model
 

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.decay.policy import Frobenius, LowRank, Planes
 from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.settings import ARMS, AttentionDecay, check_shared, chosen_arms
+from rankdecay.lab.experiments.attention.language.settings import Language
+from rankdecay.lab.experiments.attention.settings import ARMS, FURTHER, AttentionDecay, check_shared, chosen_arms
 from tests.lab.tiny import make
 
 
@@ -28,6 +29,34 @@ def test_an_arm_decays_what_it_says():
     assert list(ARMS["l2"].how.decays(2.0, grid)) == ["query_key", "value_output"]
 
 
+def test_a_further_arm_decays_what_it_says_and_changes_what_it_says():
+    grid = AttentionDecay(rest_decay=0.2)
+    two, rest = Frobenius(2.0), Frobenius(0.2)
+    both = {"query_key": two, "value_output": two}
+    expected = {
+        "l2_loss": (both, ("query_key", "value_output"), {}),
+        "planes": ({"query_key": Planes(2.0, scope="head"), "value_output": rest}, (), {}),
+        "positions": (both, (), {"scores": "positions"}),
+        "frozen": ({"value_output": two}, (), {"scores": "frozen"}),
+        "frozen_large": ({"value_output": two}, (), {"scores": "frozen_large"}),
+        "uniform": ({"value_output": two}, (), {"scores": "uniform"}),
+    }
+    for name, arm in FURTHER.items():
+        of_a_run = arm.how.of_a_run()
+        assert (arm.how.decays(2.0, grid), of_a_run["in_loss"], of_a_run["model"]) == expected[name], name
+    assert list(FURTHER) == list(expected)
+
+
+def test_further_arms_are_for_language_and_have_to_be_named():
+    assert not set(FURTHER) & {arm.name for arm in chosen_arms(Language(arms=("all",), strengths=()))}
+    assert [arm.name for arm in chosen_arms(Language(arms=("uniform", "l2_loss"), strengths=()))] == [
+        "uniform", "l2_loss",
+    ]  # fmt: skip
+    with pytest.raises(SettingError, match=r"--arms 'uniform' is unknown: .*l2, l2_query_key"):
+        chosen_arms(AttentionDecay(arms=("uniform",)))
+    chosen_arms(Language(arms=("l2_loss",), strengths=("l2_loss=1e4",)))  # of the gradient, not of the weight
+
+
 def test_all_arms_and_their_own_strengths():
     chosen = chosen_arms(AttentionDecay(arms=("all",), strengths=("low_rank=5,1",)))
     assert {arm.name: arm.strengths for arm in chosen} == {a.name: a.strengths for a in ARMS.values()} | {
@@ -41,6 +70,8 @@ def test_config_json_has_the_keys_of_an_arm_that_it_always_had():
         "strengths": (0.1, 1.0, 10.0), "of": ("query_key",), "scale": "relative",
     }  # fmt: skip
     assert ARMS["l2"].record()["scale"] is None
+    assert FURTHER["l2_loss"].record()["in_loss"] is True
+    assert FURTHER["uniform"].record()["scores"] == "uniform"
 
 
 BAD = [

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 
-from rankdecay.lab.experiments.attention.settings import ARMS
+from rankdecay.lab.experiments.attention.settings import ARMS, FURTHER
 from rankdecay.lab.experiments.attention.summary import (
     Cell,
     by_norm,
@@ -38,7 +38,14 @@ STYLES = {
     "low_rank_both_absolute": ArmStyle(
         f"absolute low-rank decay of both products {_PROX}", "#b0307a", "#ff86bf", "dot"
     ),
+    "l2_loss": ArmStyle("L2 in the loss", "#0f766e", "#5eead4"),
+    "planes": ArmStyle("decay of rotary planes", "#4d7c0f", "#bef264"),
+    "positions": ArmStyle("scores of positions alone", "#57534e", "#d6d3d1"),
+    "frozen": ArmStyle("W_Q, W_K never trained", "#78716c", "#a8a29e", "dash"),
+    "frozen_large": ArmStyle("W_Q, W_K never trained, large", "#44403c", "#e7e5e4", "dashdot"),
+    "uniform": ArmStyle("uniform attention", "#1c1917", "#fafaf9", "dot"),
 }
+CONTROLS = [name for name, arm in FURTHER.items() if arm.control]
 
 
 # --- cells in words ---
@@ -100,6 +107,8 @@ def _changes(arms: Arms, part: str, measure: str = "pseudo_rank") -> dict[str, C
     """A measure of each arm without decay, or untrained, and at its strongest decay."""
     found = {}
     for name, cells in arms.items():
+        if name in CONTROLS:  # what they lower, they do not lower by a decay
+            continue
         none, strongest = without_decay(arms, name), cells[-1]
         start = of(cells[0], part, measure, "untrained_mean") if none is None else of(none, part, measure)
         end = of(strongest, part, measure)
@@ -206,7 +215,7 @@ def _free(facts: Facts, arms: Arms) -> Decided | None:
     def words(rank: float, cell: Cell) -> str:
         return f"{rank:.2f}, of {_named(facts, cell)} at a loss of {loss_words(cell)}"
 
-    cells = [cell for own in arms.values() for cell in own]
+    cells = [cell for name, own in arms.items() for cell in own if name not in CONTROLS]
     ranked = [(rank, cell) for cell in cells if (rank := of(cell, "query_key")) is not None]
     ranked.sort(key=itemgetter(0))
     if len(ranked) < 2:
@@ -301,7 +310,7 @@ def _of_arm(name: str) -> tuple[Check, Check]:
 
 
 CHECKS = (
-    *(check for name in ARMS for check in _of_arm(name)),
+    *(check for name in (*ARMS, *FURTHER) if name not in CONTROLS for check in _of_arm(name)),
     Check("The rank of W_Q and W_K falls under QK-norm too", _under_norm),
     Check("A low rank costs no loss", _each_norm(_free)),
     Check("Decay balances the factors", _balances),

@@ -44,13 +44,16 @@ def all_runs(settings: AttentionDecay, *, has_mlp: bool = True) -> list[Run]:
     mlps = {decay: {"mlp": Frobenius(decay)} for decay in settings.mlp_decays} if has_mlp else {None: {}}
     arms = chosen_arms(settings)
     return [
-        Run(arm.name, strength, mlp, qk_norm, seed, arm.how.decays(strength, settings) | decays, settings.rest_decay)
+        Run(
+            arm.name, strength, mlp, qk_norm, seed, arm.how.decays(strength, settings) | decays, settings.rest_decay,
+            **arm.how.of_a_run(),
+        )
         for seed in seeds(settings)
         for qk_norm in norms
         for arm in arms
         for mlp, decays in mlps.items()
         for strength in arm.strengths
-    ]
+    ]  # fmt: skip
 
 
 def make_plan(settings: AttentionDecay, device: str) -> Plan:

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from rankdecay.decay.policy import Decay, Frobenius, LowRank
+from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.experiment import Arm
 from rankdecay.lab.settings import (
@@ -30,6 +30,8 @@ NOT_IDENTITY = ("save", "skip_diverged", "parallel")  # beside those of every ex
 @dataclass(frozen=True)
 class AttentionDecay(Settings):
     """The settings that the experiments share; each sets its own defaults, and only some of the words anew."""
+
+    further: ClassVar[bool] = False  # whether `FURTHER` arms can be asked for
 
     preset: Preset = "default"
     """'standard' trains more and larger: for a fast machine, or an hour."""
@@ -85,21 +87,38 @@ class Treatment:
     Attributes:
         of: roles of the matrices it decays; the others of attention get the decay of the rest.
         scale: of a low-rank decay; None is L2.
+        in_loss: whether L2 is part of the loss, and its gradient goes through Adam's moments.
+        planes: whether it is `Planes` of each head.
+        scores: what attention scores come from; all but "learned" are controls.
     """
 
     of: tuple[str, ...]
     scale: Literal["relative", "absolute"] | None = None
+    in_loss: bool = False
+    planes: bool = False
+    scores: Literal["learned", "positions", "frozen", "frozen_large", "uniform"] = "learned"
 
     def decays(self, strength: float, settings: AttentionDecay) -> dict[str, Decay]:
-        """The decays of all attention matrices, by role."""
+        """The decays of all attention matrices that are trained, by role."""
         decay: Decay = Frobenius(strength)
-        if self.scale is not None:
+        if self.planes:
+            decay = Planes(strength, scope="head")
+        elif self.scale is not None:
             decay = LowRank(strength, scale=self.scale, unit="head", every=settings.every)
-        return {role: decay if role in self.of else Frobenius(settings.rest_decay) for role in BOTH}
+        trained = BOTH if self.scores in ("learned", "positions") else VALUE_OUTPUT
+        return {role: decay if role in self.of else Frobenius(settings.rest_decay) for role in trained}
+
+    def of_a_run(self) -> dict[str, Any]:
+        """What it sets of a `Run` besides its decays."""
+        return {
+            "in_loss": self.of if self.in_loss else (),
+            "model": {} if self.scores == "learned" else {"scores": self.scores},
+        }
 
 
-QUERY_KEY, BOTH = ("query_key",), ("query_key", "value_output")
+QUERY_KEY, VALUE_OUTPUT, BOTH = ("query_key",), ("value_output",), ("query_key", "value_output")
 L2_STRENGTHS, RELATIVE, ABSOLUTE = (0.0, 0.1, 1.0, 10.0), (0.1, 1.0, 10.0), (0.01, 0.1, 1.0)
+IN_LOSS = (1e-4, 1e-3, 1e-2)
 _RELATIVE = "relative to their size"
 _ABSOLUTE = "by the same amount whatever their size"
 ARMS = {
@@ -117,6 +136,24 @@ ARMS = {
          Treatment(BOTH, "absolute"), ABSOLUTE),
     )
 }  # fmt: skip
+#: Arms that have to be named, `--arms all` leaves them out; for an experiment whose settings say `further`.
+FURTHER = {
+    name: Arm(name, description, treatment, strengths, control)
+    for name, description, treatment, strengths, control in (
+        ("l2_loss", "L2 on W_Q, W_K, W_V and W_O as part of the loss, through Adam's moments.",
+         Treatment(BOTH, in_loss=True), IN_LOSS, ""),
+        ("planes", "Decay of the rotary planes of each head's W_Q and W_K, relative to their size.",
+         Treatment(QUERY_KEY, planes=True), RELATIVE, ""),
+        ("positions", "Scores of positions alone; L2 on W_Q, W_K, W_V and W_O.",
+         Treatment(BOTH, scores="positions"), (0.1,), "whether attention by content is needed"),
+        ("frozen", "W_Q and W_K as they are drawn, never trained; L2 on W_V and W_O.",
+         Treatment(VALUE_OUTPUT, scores="frozen"), (0.1,), "whether W_Q and W_K need training"),
+        ("frozen_large", "W_Q and W_K drawn large enough for scores of 1, never trained; L2 on W_V and W_O.",
+         Treatment(VALUE_OUTPUT, scores="frozen_large"), (0.1,), "whether random scores do as well"),
+        ("uniform", "Uniform attention, W_Q and W_K are zero; L2 on W_V and W_O.",
+         Treatment(VALUE_OUTPUT, scores="uniform"), (0.1,), "whether scores are needed at all"),
+    )
+}  # fmt: skip
 
 
 def chosen_arms(settings: AttentionDecay) -> list[Arm]:
@@ -126,14 +163,16 @@ def chosen_arms(settings: AttentionDecay) -> list[Arm]:
         SettingError: for an unknown arm, or strengths that cannot be those of a decay.
     """
     names = tuple(ARMS) if "all" in settings.arms else settings.arms
-    check_arms(names, ARMS)
-    chosen = {name: ARMS[name] for name in names}
+    known = ARMS | FURTHER if settings.further else ARMS
+    check_arms(names, known)
+    chosen = {name: known[name] for name in names}
     for name, strengths in given_strengths(settings.strengths, chosen, "0,0.1,1", type(settings)().strengths).items():
         chosen[name] = dataclasses.replace(chosen[name], strengths=strengths)
     for arm in chosen.values():
         for strength in arm.strengths:
             given = f"--strengths {arm.name}={strength:g}"
-            _check_decay(given, strength, settings.lr, limited=arm.how.scale != "absolute")
+            is_share = arm.how.scale != "absolute" and not arm.how.in_loss
+            _check_decay(given, strength, settings.lr, limited=is_share)
     return list(chosen.values())
 
 

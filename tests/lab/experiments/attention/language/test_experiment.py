@@ -285,3 +285,25 @@ def test_a_model_learns_the_text(text):
     assert before > 5
     assert after["loss"] < 3.2  # of letters alone by their frequency
     assert after["accuracy"] is None
+
+
+# --- the arms that have to be named ---
+
+
+def test_further_arms_train_what_they_say_and_keep_the_rest(text, tmp_path, capsys):
+    names = ["l2_loss", "planes", "positions", "frozen", "frozen_large", "uniform"]
+    path = tmp_path / "run"
+    assert cli.main(language(text, path, "--arms", *names, "--strengths", "l2_loss=0.1", "planes=10")) == 0
+    shown = capsys.readouterr().out
+    summary = json.loads((path / "summary.json").read_text())
+    cells = {cell["name"]: cell for cell in summary["arms"]}
+    assert list(cells) == names
+    assert all(name in shown for name in names)
+    rank = {name: (cell["mean"]["query"]["pseudo_rank"], cell["untrained_mean"]["query"]["pseudo_rank"])
+            for name, cell in cells.items()}  # fmt: skip
+    for name in ("frozen", "frozen_large"):
+        assert rank[name][0] == pytest.approx(rank[name][1], rel=1e-6)
+    assert rank["uniform"] == (0, 0)
+    assert cells["l2_loss"]["mean"]["query"]["nuclear_norm"] < cells["frozen"]["mean"]["query"]["nuclear_norm"]
+    assert len({cell["loss"] for cell in cells.values()}) == len(names)
+    assert (path / "models" / "positions_0.1_mlp_0.1_seed_0" / "model.safetensors").exists()

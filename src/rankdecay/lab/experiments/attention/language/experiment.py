@@ -8,6 +8,7 @@ join AdamW as they would in anyone's script, by `rd.param_groups` and `rd.attach
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +51,9 @@ class LanguageModelling:
         self._validation = text.even_windows(corpus.validation, settings.context, settings.valid_windows)
         self._chunk = max(1, settings.batch_size // settings.accumulate)  # windows that fit into memory, as in training
 
-    def model(self, seed: int, qk_norm: bool) -> GPT:
+    def model(self, seed: int, qk_norm: bool, **changes: Any) -> GPT:
         """Returns a fresh GPT; with and without QK-norm a seed gives the same weights."""
-        return GPT(replace(self.config, qk_norm=qk_norm), seed)
+        return GPT(replace(self.config, qk_norm=qk_norm, **changes), seed)
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         """Draws windows from anywhere in the text, (size, context + 1)."""

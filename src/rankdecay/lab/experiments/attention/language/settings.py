@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.settings import AttentionDecay, check_shared
@@ -22,10 +22,13 @@ class Language(AttentionDecay):
     124 million parameters, for a GPU. Under torchrun all processes share each run.
     """
 
+    further: ClassVar[bool] = True
+
     size: Literal["tiny", "small", "gpt2"] = "tiny"
     """Defaults of the model and its training: tiny 0.8, small 11, gpt2 124 million parameters."""
     arms: tuple[str, ...] = ("l2", "low_rank", "low_rank_both")
-    """Decays of attention: l2, l2_query_key, low_rank, low_rank_both, the last two also with _absolute; or all."""
+    """Decays of attention: l2, l2_query_key, low_rank, low_rank_both, the last two also with _absolute; or all. To be
+    named: l2_loss, planes, and the controls uniform, positions, frozen, frozen_large."""
     strengths: tuple[str, ...] = ("l2=0,1,10", "low_rank=1,10", "low_rank_both=1")
     text: str | None = None
     """Learn this file, or the files of this directory, instead of Python's standard library."""
@@ -120,6 +123,11 @@ def check(settings: Language) -> Language:
     check_counts(settings, "context", "width", "depth", "heads", "mlp_width", "valid_windows")
     if settings.valid_windows < 2:
         raise SettingError(f"--valid-windows {settings.valid_windows} gives no standard error: give at least 2")
+    if "planes" in settings.arms and settings.positions != "rotary":
+        raise SettingError(
+            f"--arms planes decays rotary planes, and --positions {settings.positions} has none: give --positions "
+            "rotary, or leave planes out"
+        )
     if settings.vocabulary < 0:
         raise SettingError(f"--vocabulary {settings.vocabulary} is negative: give 0 for as many as there are tokens")
     return settings
