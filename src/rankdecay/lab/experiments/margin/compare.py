@@ -103,9 +103,9 @@ def train(
     if arm.how.recipe:
         return descend(weights, problem, strength=settings.l2 if arm.how.decay else 0.0, **shared)
     shared |= {"steps": settings.steps, "margin": settings.margin}
-    if arm.how.optimizer:
+    if arm.how.finite:
         shared |= subset(settings, "lr", "beta2", "epsilon")
-        return finite.descend(weights, problem, optimizer=arm.how.optimizer, **shared)
+        return finite.descend(weights, problem, optimizer=arm.how.finite, **shared)
     decay = Decay(arm.how.decay, settings.l2) if arm.how.decay else None
     heads = torch.from_numpy(data.heads[list(sets)]).to(device) if arm.how.head else None
     return follow(weights, problem, decay=decay, rate=settings.rate, heads=heads, **shared)

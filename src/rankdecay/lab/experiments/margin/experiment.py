@@ -37,7 +37,7 @@ class Treatment:
     kind: Literal["merged", "separate", "diagonal"]
     decay: Literal["l2", "low_rank"] | None = None
     recipe: bool = False
-    optimizer: Optimizer | None = None  # None for the flow, or the recipe's
+    finite: Optimizer | None = None  # what takes steps of finite length; None for the flow, or the recipe
     head: bool = False  # whether the value head is trained too
 
 
@@ -58,13 +58,13 @@ EVERY = (
         Treatment("separate", "l2", recipe=True),
     ),
     Arm("recipe_bare", "The published recipe without its ε(‖K‖² + ‖Q‖²).", Treatment("separate", recipe=True)),
-    Arm("descent", "Gradient descent on K and Q; no decay.", Treatment("separate", optimizer="gd")),
+    Arm("descent", "Gradient descent on K and Q; no decay.", Treatment("separate", finite="gd")),
     Arm(
         "normalised",
         "Gradient descent on K and Q, each gradient divided by its norm, in exact arithmetic; no decay.",
-        Treatment("separate", optimizer="normalised"),
+        Treatment("separate", finite="normalised"),
     ),
-    Arm("adam", "Adam on K and Q; no decay.", Treatment("separate", optimizer="adam")),
+    Arm("adam", "Adam on K and Q; no decay.", Treatment("separate", finite="adam")),
     Arm("trained_head", "Gradient flow on K, Q and the value head; no decay.", Treatment("separate", head=True)),
 )
 
