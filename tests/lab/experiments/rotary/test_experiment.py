@@ -38,7 +38,7 @@ def test_planes_that_do_not_see_each_other_end_at_the_soft_threshold_which_is_th
 
 
 def test_without_positions_the_rank_falls_and_no_plane_goes(tmp_path):
-    rows = run(tmp_path, arms=("unturned",))
+    rows = run(tmp_path, arms=("unturned",), steps=6000)
     weak, strong = rows["unturned", 0.1], rows["unturned", 0.6]
     assert strong["product_rank"] < weak["product_rank"]
     assert strong["active"] >= 3

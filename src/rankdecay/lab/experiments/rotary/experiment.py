@@ -259,8 +259,9 @@ def note(facts: Facts) -> str:
     """What the figures are."""
     return (
         f"Medians over {facts.settings.get('seeds')} seeds. A plane counts from 1 % of the target's largest, a rank "
-        "from the same. Gap of planes: ½(‖W_Q‖² + ‖W_K‖²) − Σ‖a_j‖‖b_j‖; nuclear gap: the same less ‖W_QᵀW_K‖_* at equal "
-        f"positions. Certified: by duality within {OPTIMAL:g} of the minimum of the convex problem, and so of its own."
+        "from the same. Gap of planes: ½(‖W_Q‖² + ‖W_K‖²) − Σ‖a_j‖‖b_j‖; nuclear gap: the same less ‖W_QᵀW_K‖_* at "
+        f"equal positions. Certified: by duality within {OPTIMAL:g} of the minimum of the convex problem, and so of "
+        "its own."
     )
 
 
