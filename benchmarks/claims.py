@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import attention_findings
 import boundary_findings
 import compress_findings
+import margin_findings
 import schedule_findings
 import stored
 
@@ -87,6 +89,7 @@ def _standing() -> set[str]:
 COMPRESS = "python benchmarks/compress.py --stage tune; … --stage train, for --family llama and qwen3"
 GROKKING, KOBAYASHI = "Low-rank decay and grokking", "L2 as a nuclear norm (Kobayashi et al.)"
 SMALLER = "A smaller head"
+GENERIC = "--examples 6 --tokens 8 --dimension 10 --init random --datasets 20"
 SHEEN, COSTS = "Softmax attention and its SVM (Sheen et al.)", "What it costs"
 
 
@@ -429,6 +432,77 @@ CLAIMS = (
         "margin.md",
         "holds with a condition",
         "it arrives last",
+    ),
+    Claim(
+        SHEEN,
+        "It does so with fewer columns of K and Q than the dimension (the theorem asks for as many)",
+        "four columns of ten: cosine {beyond inner inner_4 fits cosine_nuclear}, ‖W‖_* above the least {beyond inner "
+        "inner_4 fits nuclear_excess}; three: {beyond inner inner_3 fits nuclear_excess} in the {beyond inner inner_3 "
+        "fits margin} data sets whose SVM has at most that rank",
+        "where its rank is higher: three columns {beyond inner inner_3 short nuclear_excess}, two {beyond inner "
+        "inner_2 short nuclear_excess} above the least of any rank",
+        f"rankdecay margin {GENERIC} --inner 4 --parametrisation separate --margin 1e6 --steps 40000; … --inner 3; … 2",
+        ("margin/inner_4", "margin/inner_3", "margin/inner_2", "margin/inner_1"),
+        "margin.md",
+        "holds with a condition",
+        "as long as the SVM's rank is at most d_e",
+        lambda: (
+            max(margin_findings.of_inner("inner_4", True, "nuclear_excess")) < 0.03
+            and min(margin_findings.of_inner("inner_1", False, "nuclear_excess")) > 0.03
+        ),
+    ),
+    Claim(
+        SHEEN,
+        "Steps of finite length keep that bias",
+        "normalised steps in exact arithmetic, less the flow at equal margins: cosine {beyond less finite normalised "
+        "1e4}; plain descent {beyond less descent descent 10}",
+        "ten times the rate: {beyond less descent_large descent 10}",
+        f"rankdecay margin {GENERIC} --parametrisation separate normalised --margin 1e4; … descent --lr 10; … --lr 100",
+        ("margin/finite", "margin/descent", "margin/descent_large"),
+        "margin.md",
+        "holds with a condition",
+        "at small rates, and where a softmax of float64 does not saturate",
+        lambda: (
+            max(map(abs, margin_findings.differences("finite", "normalised", 1e4))) < 0.02
+            and statistics.fmean(margin_findings.differences("descent_large", "descent", 10)) < -0.05
+        ),
+    ),
+    Claim(
+        SHEEN,
+        "Adam on K and Q has that bias too",
+        "cosine to the nuclear SVM {svm adam adam cosine}; nearer to it than to the Frobenius one in {svm adam adam "
+        "nearer} data sets",
+        "less the flow at equal margins: cosine {beyond less adam adam 1e3}, ‖W‖_* {beyond less adam adam 1e3 "
+        "nuclear_excess} of the least",
+        f"rankdecay margin {GENERIC} --parametrisation adam --lr 0.01 --beta2 0.95 --epsilon 0 --margin 1e3 "
+        "--steps 60000 --evaluate-every 400",
+        ("margin/adam", "margin/adam_default"),
+        "margin.md",
+        "contradicted",
+        "it settles elsewhere, between the two and above both in norm",
+        lambda: (
+            max(margin_findings.differences("adam", "adam", 1e3)) < 0
+            and min(margin_findings.differences("adam", "adam", 1e3, "nuclear_excess")) > 0
+        ),
+    ),
+    Claim(
+        SHEEN,
+        "It is there with a value head that is trained too",
+        "where every example is a support vector of the head, less a fixed head at equal margins: cosine {beyond less "
+        "head_three trained_head 100}; where one is not, attention to its tokens stops at a margin of {beyond head "
+        "head no margin} (median)",
+        "six examples: {beyond head head yes cosine_nuclear} of the data sets have all of them hold it; three: {beyond "
+        "head head_three yes cosine_nuclear}",
+        f"rankdecay margin {GENERIC} --parametrisation trained_head --margin 500 --steps 40000 --evaluate-every 400; "
+        "… --examples 3 --parametrisation separate trained_head",
+        ("margin/head", "margin/head_three"),
+        "margin.md",
+        "holds with a condition",
+        "for the examples that hold the head",
+        lambda: (
+            max(map(abs, margin_findings.differences("head_three", "trained_head", 100))) < 0.1
+            and statistics.median(margin_findings.of_head("head", False, "margin")) < 10
+        ),
     ),
     Claim(
         COSTS,

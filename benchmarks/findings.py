@@ -38,6 +38,7 @@ import boundary_findings
 import claims
 import compress_findings
 import grok_findings
+import margin_findings
 import pictures
 import schedule_findings
 import stored
@@ -349,6 +350,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     )
 }  # fmt: skip
 NUMBERS |= {"e1": schedule_findings.words}
+NUMBERS |= {"beyond": margin_findings.beyond}
 NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_findings.rise}
 
 
