@@ -299,6 +299,21 @@ def rates(of: str) -> str:
     return f"{max(abs(row['imbalance_rate'] / row[key] - 1) for row in _factor('factors')):.1%}"
 
 
+def noise(key: str) -> str:
+    """What the rows on Proposition B.2 say: ``off``, ``by_noise``, ``none``, ``by_rate`` or ``bound``."""
+    rows = _json("factor/more.json")["noise"]
+    floor = {(row["noise"], row["rate"], row["strength"]): row["floor"] for row in rows}
+    if key == "off":
+        return f"{max(row['off_identity'] for row in rows):.1%}"
+    if key == "bound":
+        return f"{max(row['of_printed_bound'] for row in rows):.1%}"
+    if key == "none":
+        return f"{floor[0.0, 0.1, 0.4]:.0e}"
+    other = {"by_noise": (0.01, 0.1, 0.4), "by_rate": (0.1, 0.1, 0.4)}[key]
+    own = (0.1, 0.1, 0.4) if key == "by_noise" else (0.1, 0.03, 0.4)
+    return f"{floor[own] / floor[other]:.2g}"
+
+
 def left(arm: str) -> str:
     """The share of the imbalance that is left under an arm of `factor`, least and most over strengths."""
     shares = [row["imbalance"] / row["imbalance_initial"] for row in _factor(arm)]
@@ -346,7 +361,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
         cell, cell_mean, delay, switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates,
-        left, stuck, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
+        left, noise, stuck, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
     )
 }  # fmt: skip
 NUMBERS |= {"e1": schedule_findings.words}

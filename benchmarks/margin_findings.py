@@ -173,19 +173,23 @@ def head(options: argparse.Namespace) -> None:
 
 
 def beyond(what: str, run: str, *more: str) -> str:
-    """Words for pages: ``less finite normalised 1e4``, ``inner inner_4 fits margin``, ``head head no margin``."""
+    """Words for pages: ``less finite normalised 1e4``, ``inner inner_4 fits count``, ``head head no margin``."""
     if what == "less":
         arm, margin, *key = more
         form = "+.1%" if key == ["nuclear_excess"] else "+.3f"
         return interval(differences(run, arm, float(margin), *key), form)
     if what == "inner":
         which, key = more
-        found = of_inner(run, which == "fits", key)
-        return str(len(found)) if key == "margin" else interval(found, ".1%" if key == "nuclear_excess" else ".3f")
+        found = of_inner(run, which == "fits", "margin" if key == "count" else key)
+        return str(len(found)) if key == "count" else interval(found, ".1%" if key == "nuclear_excess" else ".3f")
     if what == "head":
         which, key = more
-        found = of_head(run, which == "yes", key)
-        return str(len(found)) if key == "cosine_nuclear" else f"{statistics.median(found):.3g}"
+        found = of_head(run, which == "yes", "margin" if key == "count" else key)
+        if key == "count":
+            return str(len(found))
+        if key in ("margin", "head_norm"):
+            return f"{statistics.median(found):.3g}"
+        return interval(found, ".1%" if key == "nuclear_excess" else ".3f")
     raise ValueError(f"{what!r} is none of less, inner, head")
 
 

@@ -64,6 +64,27 @@ def factor() -> Charts:
     ]
 
 
+ENDS = ("AdamW, ε = 10", "Adam with L2, ε = 10", "AdamW, ε = 1e-08")
+
+
+def plane() -> Charts:
+    """Where the toy in two dimensions ends, by its parametrisation."""
+    document = json.loads((DATA / "factor" / "more.json").read_text())
+    charts = []
+    for name, title in (("direct", "on w itself"), ("product", "on w = a·b")):
+        lines = [
+            Line("solutions", [-0.1, 0.5], [0.55, 0.25], mark="thin"),
+            Line("least ‖w‖₁, ‖w‖₂, ‖w‖_∞", [0, 0.2, 1 / 3], [0.5, 0.4, 1 / 3], mark="points"),
+        ]
+        for row in document["two_dimensions"]:
+            if row["parametrisation"] == name:
+                x, y = zip(*row["ends"], strict=True)
+                label = f"{row['optimizer']}, ε = {row['epsilon']:g}"
+                lines.append(Line(label, x, y, mark="points", arm=label, shade=ENDS.index(label) / 2))
+        charts.append(Chart(f"{name}-plane", title, Axis("w₁"), Axis("w₂"), lines))
+    return charts
+
+
 def cost() -> Charts:
     """Milliseconds of a decay of one stack, by the side of its matrices."""
     rows = json.loads((DATA / "step.json").read_text())["rows"]
@@ -170,6 +191,7 @@ def _line(label: str, points: Sequence[tuple[float, float]]) -> Line:
 CHARTS: dict[str, Callable[[], Charts]] = {
     "margin": margin,
     "factor": factor,
+    "plane": plane,
     "cost": cost,
     "inspection": inspection,
     "subtraction": subtraction,
