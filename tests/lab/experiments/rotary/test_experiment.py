@@ -33,17 +33,17 @@ def test_planes_that_do_not_see_each_other_end_at_the_soft_threshold_which_is_th
         assert (row["certified"], row["attainable"], row["same_planes"], row["not_global"]) == (4, 4, 4, 0)
         assert row["plane_gap"] < 1e-12 < 1e-3 < row["nuclear_gap"]
         assert row["above_convex_largest"] < 1e-8
-        assert row["plane_imbalance"] < 1e-9 < 1e-2 < row["imbalance"]
+        assert row["plane_imbalance"] < 1e-7 < 1e-2 < row["imbalance"]
     assert rows["rotary", 0.6]["query_rank"] == 4
 
 
 def test_without_positions_the_rank_falls_and_no_plane_goes(tmp_path):
-    rows = run(tmp_path, arms=("unturned",), steps=6000)
-    weak, strong = rows["unturned", 0.1], rows["unturned", 0.6]
+    rows = run(tmp_path, arms=("unturned",), strengths=(0.05, 0.3))
+    weak, strong = rows["unturned", 0.05], rows["unturned", 0.3]
     assert strong["product_rank"] < weak["product_rank"]
     assert strong["active"] >= 3
-    assert strong["nuclear_gap"] < 1e-9
-    assert strong["imbalance"] < 1e-9
+    assert strong["nuclear_gap"] < 1e-7
+    assert strong["imbalance"] < 1e-7
     assert strong["certified"] == weak["certified"] == 4
 
 
@@ -84,6 +84,7 @@ def test_presets_are_accepted_as_they_are():
         ({"strengths": ()}, "--strengths is empty"),
         ({"strengths": (math.nan,)}, "--strengths nan is negative or not finite"),
         ({"frequencies": "fourier", "offsets": 16}, "--offsets 16 cannot tell 8 planes apart: give at least 17"),
+        ({"momentum": 1.0}, r"--momentum 1 is outside \[0, 1\)"),
         ({"theta": 1.0}, "--theta 1 must be above 1"),
         ({"heads": 0}, "--heads 0 is too small"),
     ],

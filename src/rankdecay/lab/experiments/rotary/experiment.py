@@ -41,11 +41,11 @@ class Treatment:
 
 
 EVERY = (
-    Arm("rotary", "L2 on W_Q and W_K under rotary positions, gradient descent.", Treatment()),
+    Arm("rotary", "L2 on W_Q and W_K in the loss, under rotary positions.", Treatment()),
     Arm("convex", "The planes' nuclear norms without a bound on their ranks, proximal steps.", Treatment(convex=True)),
     Arm(
         "unturned",
-        "L2 on W_Q and W_K without positions, gradient descent.",
+        "L2 on W_Q and W_K in the loss, without positions.",
         Treatment(turned=False),
         control="what L2 does to the same weights where nothing turns them: a nuclear norm of W_QᵀW_K",
     ),
@@ -144,15 +144,17 @@ Measured = dict[str, Tensor]
 def fit(
     scores: Scores, a: Tensor, b: Tensor, settings: Rotary, evaluated: Callable[[int], None]
 ) -> list[tuple[int, Measured]]:
-    """Descends, and measures on the way.
+    """Descends with momentum, and measures on the way.
 
     Raises:
         SettingError: if the learning rate is too large.
     """
     found = [(0, measure(scores, a, b))]
+    moving = torch.zeros_like(a), torch.zeros_like(b)
     for step in range(1, settings.steps + 1):
-        slope_a, slope_b = planes.gradients(scores, a, b)
-        a, b = a - settings.lr * slope_a, b - settings.lr * slope_b
+        slopes = planes.gradients(scores, a, b)
+        moving = tuple(settings.momentum * old + slope for old, slope in zip(moving, slopes, strict=True))
+        a, b = a - settings.lr * moving[0], b - settings.lr * moving[1]
         if step % settings.evaluate_every and step != settings.steps:
             continue
         if not bool(a.isfinite().all() & b.isfinite().all() & (a.abs().amax() < 1e6)):

@@ -46,6 +46,8 @@ class Rotary(Settings):
     """Training steps."""
     lr: float = 0.1
     """Learning rate."""
+    momentum: float = 0.98
+    """Of gradient descent: planes of nearly one frequency take tens of thousands of steps without."""
     scale: float = 0.3
     """Norm of a plane's initial rows of W_Q, and of W_K."""
     seeds: int = 20
@@ -76,6 +78,8 @@ def check(settings: Rotary) -> Rotary:
     check_seeds(settings)
     check_counts(settings, "planes", "width", "heads", "offsets", "steps", "seeds", "evaluate_every")
     check_numbers(settings, "lr", "scale", "theta")
+    if not 0 <= settings.momentum < 1:
+        raise SettingError(f"--momentum {settings.momentum:g} is outside [0, 1): give 0 for none, or for example 0.98")
     if not settings.strengths:
         raise SettingError("--strengths is empty: give for example 0 0.1 0.4")
     for strength in settings.strengths:
