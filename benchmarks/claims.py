@@ -19,6 +19,7 @@ import attention_findings
 import boundary_findings
 import compress_findings
 import margin_findings
+import rotary_findings
 import schedule_findings
 import stored
 
@@ -295,9 +296,9 @@ CLAIMS = (
     ),
     Claim(
         KOBAYASHI,
-        "With momentum, noise and decoupled decay the imbalance falls at 2ηλ to a floor (Proposition B.2)",
-        "the identity is met to {noise off}; ten times the noise leave {noise by_noise} times the imbalance, no noise "
-        "{noise none}",
+        "With momentum, noise and decoupled decay the imbalance falls exponentially, to a floor (Proposition B.2)",
+        "the identity is met to {noise off}; it begins to fall at {noise rate} of 2ηλ; ten times the noise leave "
+        "{noise by_noise} times the imbalance, no noise {noise none}",
         "floors are at most {noise bound} of the printed bound, which is far off",
         "python benchmarks/factor_findings.py more --json docs/data/factor/more.json",
         ("factor/more.json",),
@@ -379,7 +380,7 @@ CLAIMS = (
     ),
     Claim(
         KOBAYASHI,
-        "Under rotary positions L2 prunes planes, not the rank of W_Q (their extension, E2)",
+        "Under rotary positions L2 prunes planes, not the rank of W_Q (their extension, E2, language)",
         "L2 at the strongest: {value language/planes.json rows:l2_10.carrying .0%} of the planes carry "
         "the sum, {value language/planes.json rows:l2_0.carrying .0%} without decay; rank of W_Q {rank "
         "language/standard l2 10 query} and {rank language/standard l2 0 query}, of the equal-position product {rank "
@@ -391,6 +392,49 @@ CLAIMS = (
         "recall_language_vision.md",
         "open",
         "not seen in this short run of decoupled decay; E2 asks for five seeds and L2 in the loss",
+    ),
+    Claim(
+        KOBAYASHI,
+        "Under rotary positions L2 on W_Q and W_K prunes planes, and the rank follows (E2, fitted scores)",
+        "of eight planes {planes_left fourier rotary active 0.4} and {planes_left fourier rotary active 0.8} are left, "
+        "at ranks of {planes_left fourier rotary query_rank 0.4} and {planes_left fourier rotary query_rank 0.8}; "
+        "without positions {planes_left fourier unturned active 0.4} at a rank of {planes_left fourier unturned "
+        "query_rank 0.4}; of a target of rank two {planes_left shared rotary active 0.8}",
+        "as models have their frequencies {planes_left geometric rotary active 0.8} and {planes_left theta rotary "
+        "active 0.8} (means over seeds)",
+        "rankdecay rotary --seeds 20 --frequencies fourier; … without it; … --target shared; … --theta 10000",
+        ("rotary/fourier", "rotary/geometric", "rotary/shared", "rotary/theta"),
+        "rotary.md",
+        "holds",
+        "",
+        lambda: all(
+            max(strong["each"]["active"]) < min(weak["each"]["active"])
+            for run in ("fourier", "geometric", "theta")
+            for weak, *_, strong in [rotary_findings.rows(rotary_findings.DATA / run, "rotary")]
+        ),
+    ),
+    Claim(
+        KOBAYASHI,
+        "L2 under rotary positions ends at the minimum of a convex problem, the group penalty over planes",
+        "certified: {planes_left fourier rotary certified} problems whose planes do not see each other, "
+        "{planes_left geometric rotary certified} whose do, {planes_left heads rotary certified} with two heads on one "
+        "key; W_Q and W_K can attain it in {planes_left geometric rotary attainable} and {planes_left heads rotary "
+        "attainable}, and rest above it in {planes_left geometric rotary not_global} and {planes_left heads rotary "
+        "not_global}",
+        "above it at most {planes_left fourier rotary above_convex_largest}, {planes_left geometric rotary "
+        "above_convex_largest} and {planes_left heads rotary above_convex_largest}",
+        "rankdecay rotary --seeds 20 --frequencies fourier; … without it; … --seeds 10 --heads 2",
+        ("rotary/fourier", "rotary/geometric", "rotary/heads"),
+        "rotary.md",
+        "holds with a condition",
+        "where planes do not see each other; else near it, for the ranks of planes make it no convex problem",
+        lambda: (
+            all(
+                row["certified"] == row["seeds"]
+                for row in rotary_findings.rows(rotary_findings.DATA / "fourier", "rotary")
+            )
+            and any(row["not_global"] for row in rotary_findings.rows(rotary_findings.DATA / "heads", "rotary"))
+        ),
     ),
     Claim(
         KOBAYASHI,

@@ -40,6 +40,7 @@ import compress_findings
 import grok_findings
 import margin_findings
 import pictures
+import rotary_findings
 import schedule_findings
 import stored
 
@@ -54,7 +55,7 @@ PAGES = (
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "findings").glob("*.md")),
 )
 MARKED = re.compile(r"(<!-- findings: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
-SCRIPTS = ("boundary", "attention", "margin", "factor", "grok", "cost", "schedule", "compress")
+SCRIPTS = ("boundary", "attention", "margin", "factor", "rotary", "grok", "cost", "schedule", "compress")
 
 
 # --- tables: what a script prints ---
@@ -300,13 +301,16 @@ def rates(of: str) -> str:
 
 
 def noise(key: str) -> str:
-    """What the rows on Proposition B.2 say: ``off``, ``by_noise``, ``none``, ``by_rate`` or ``bound``."""
+    """What the rows on Proposition B.2 say: ``off``, ``by_noise``, ``none``, ``by_rate``, ``bound``, ``rate``."""
     rows = _json("factor/more.json")["noise"]
     floor = {(row["noise"], row["rate"], row["strength"]): row["floor"] for row in rows}
     if key == "off":
         return f"{max(row['off_identity'] for row in rows):.1%}"
     if key == "bound":
         return f"{max(row['of_printed_bound'] for row in rows):.1%}"
+    if key == "rate":
+        shares = [row["rate_over_predicted"] for row in rows]
+        return f"{min(shares):.2f}–{max(shares):.2f}"
     if key == "none":
         return f"{floor[0.0, 0.1, 0.4]:.0e}"
     other = {"by_noise": (0.01, 0.1, 0.4), "by_rate": (0.1, 0.1, 0.4)}[key]
@@ -365,6 +369,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     )
 }  # fmt: skip
 NUMBERS |= {"e1": schedule_findings.words}
+NUMBERS |= {"planes_left": rotary_findings.words}
 NUMBERS |= {"beyond": margin_findings.beyond}
 NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_findings.rise}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import stored
-from scipy import stats
+from stored import interval
 
 from rankdecay.lab.store import read_json
 
@@ -82,15 +82,6 @@ def growth(options: argparse.Namespace) -> None:
 
 
 # --- what the theory leaves out: finite steps, fewer columns, a trained head ---
-
-
-def interval(values: Sequence[float], form: str = ".3f") -> str:
-    """The mean over data sets and its 95 % interval (Student's t): ``0.990 ± 0.005``."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return format(mean, form)
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:{form}} ± {half:{form.lstrip('+')}}"
 
 
 def at_margin(run: str, arm: str, margin: float, key: str) -> dict[int, float]:
@@ -160,7 +151,7 @@ def of_head(run: str, all_hold: bool, key: str) -> list[float]:
 def head(options: argparse.Namespace) -> None:
     """A Markdown line per kind of data set: whether every example is a support vector of the trained head."""
     print("| every example holds the head | data sets | median ‖v‖ | cosine of v to the max-margin head (least) | "
-          "margin of attention, median (range) | cosine to nuclear |\n|---|" + "--:|" * 5)  # fmt: skip
+          "margin of attention, median (range) | 2 ln ‖v‖ | cosine to nuclear |\n|---|" + "--:|" * 6)  # fmt: skip
     for run, _ in summaries(options):
         for all_hold in (True, False):
             margins = of_head(run, all_hold, "margin")
@@ -169,7 +160,7 @@ def head(options: argparse.Namespace) -> None:
                 least = min(of_head(run, all_hold, "cosine_head"))
                 print(f"| {'yes' if all_hold else 'no'} | {len(margins)} | {norm:.0e} | {least:.4f} | "
                       f"{statistics.median(margins):.3g} ({min(margins):.3g}–{max(margins):.3g}) | "
-                      f"{interval(of_head(run, all_hold, 'cosine_nuclear'))} |")  # fmt: skip
+                      f"{2 * math.log(norm):.3g} | {interval(of_head(run, all_hold, 'cosine_nuclear'))} |")  # fmt: skip
 
 
 def beyond(what: str, run: str, *more: str) -> str:

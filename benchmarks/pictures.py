@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import compress_findings
+import rotary_findings
 import schedule_findings
 import stored
 
@@ -82,6 +84,23 @@ def plane() -> Charts:
                 label = f"{row['optimizer']}, ε = {row['epsilon']:g}"
                 lines.append(Line(label, x, y, mark="points", arm=label, shade=ENDS.index(label) / 2))
         charts.append(Chart(f"{name}-plane", title, Axis("w₁"), Axis("w₂"), lines))
+    return charts
+
+
+def rotary() -> Charts:
+    """Planes and the rank of W_Q that L2 leaves, with positions and without."""
+    charts = []
+    for key, title in (("active", "planes left, of 8"), ("query_rank", "rank of W_Q")):
+        lines = []
+        for run, arm, label in (
+            ("fourier", "rotary", "apart"),
+            ("geometric", "rotary", "θ = 100"),
+            ("shared", "rotary", "a target of rank two"),
+            ("geometric", "unturned", "no positions"),
+        ):
+            own = rotary_findings.rows(rotary_findings.DATA / run, arm)
+            lines.append(_line(label, [(row["strength"], statistics.fmean(row["each"][key])) for row in own]))
+        charts.append(Chart(key.replace("_", "-"), title, Axis("λ"), Axis(title, from_zero=True), lines))
     return charts
 
 
@@ -192,6 +211,7 @@ CHARTS: dict[str, Callable[[], Charts]] = {
     "margin": margin,
     "factor": factor,
     "plane": plane,
+    "rotary": rotary,
     "cost": cost,
     "inspection": inspection,
     "subtraction": subtraction,
