@@ -368,6 +368,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
         left, noise, stuck, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
     )
 }  # fmt: skip
+NUMBERS |= {"seeds_of": attention_findings.seeds_of}
 NUMBERS |= {"e1": schedule_findings.words}
 NUMBERS |= {"planes_left": rotary_findings.words}
 NUMBERS |= {"beyond": margin_findings.beyond}

@@ -28,6 +28,7 @@ from rankdecay.lab.stored import StoredRun
 
 SMALL = 0.01  # of the largest plane of a target: what counts for a plane, and its square root for a rank of weights
 OPTIMAL = 1e-4  # above the minimum, in the units of the largest plane: counts as certified
+ZERO = 1e-7  # of a singular value of the convex solution, where soft thresholds leave exact zeros
 AT_REST = 1e-6  # norm of a gradient
 ITERATIONS = 3000  # of the convex arm
 
@@ -130,7 +131,7 @@ def measure_convex(scores: Scores, H: Tensor) -> dict[str, Tensor]:
     value = scores.fit(H) + scores.strength * sigma.sum((1, 2))
     return {
         "active": (sigma[..., 0] > SMALL).sum(1).double(),
-        "plane_rank": (sigma > SMALL).sum(-1).amax(1).double(),
+        "plane_rank": (sigma > ZERO).sum(-1).amax(1).double(),
         "product_rank": _rank(H.real.sum(1), SMALL),
         "objective": value,
         "optimality_gap": planes.duality_gap(scores, H, value),
