@@ -77,6 +77,21 @@ def measure(cell: Row, part: str, name: str = "pseudo_rank") -> float | None:
     return (cell["mean"].get(part) or {}).get(name) if part in ("query", "key") else of(cell, part, name)
 
 
+def over_seeds(directory: Path, arm: str, strength: str, part: str, name: str = "pseudo_rank") -> list[float]:
+    """A measure of a product at the end, a mean over the layers, of every seed of a cell; ``accuracy`` of the cell."""
+    found = []
+    for row in read_metrics(directory):
+        if (row["arm"], row["strength"], row.get("ended")) == (arm, float(strength), True):
+            layers = [layer[part][name] for layer in row["layers"]] if name != "accuracy" else [row["accuracy"]]
+            found.append(statistics.fmean(layers))
+    return found
+
+
+def seeds_of(directory: str, arm: str, strength: str, part: str, name: str = "pseudo_rank") -> str:
+    """The mean of `over_seeds` and its 95 % interval, of a run below `docs/data`."""
+    return stored.interval(over_seeds(Path("docs/data") / directory, arm, strength, part, name), ".2f")
+
+
 def _lines(cells: list[Row], unit: str) -> None:
     heads = ["arm", "decay", "MLP", "QK-norm", "loss", "above no decay", "accuracy", "rank QK", "rank VO"]
     heads += ["rank W_Q", "rank W_K", "imbalance QK", "imbalance VO", "gap QK", "gap VO", f"{unit}/s", "at equal time"]

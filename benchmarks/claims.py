@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 import attention_findings
 import boundary_findings
 import compress_findings
+import margin_findings
 import pretrained_findings
+import rotary_findings
 import schedule_findings
 import stored
 
@@ -80,6 +83,10 @@ def _margin(run: str, arm: str) -> dict[str, Any]:
     return stored.arms(DATA / "margin" / run)[arm]
 
 
+def _more(part: str) -> list[dict[str, Any]]:
+    return json.loads((DATA / "factor" / "more.json").read_text())[part]
+
+
 def _standing() -> set[str]:
     directories = [DATA / "language" / name for name in ("standard", "qk_norm")]
     found, bounds, _ = attention_findings.standing(directories)
@@ -115,6 +122,7 @@ EXTENSION = (
 COMPRESS = "python benchmarks/compress.py --stage tune; … --stage train, for --family llama and qwen3"
 GROKKING, KOBAYASHI = "Low-rank decay and grokking", "L2 as a nuclear norm (Kobayashi et al.)"
 SMALLER = "A smaller head"
+GENERIC = "--examples 6 --tokens 8 --dimension 10 --init random --datasets 20"
 SHEEN, COSTS = "Softmax attention and its SVM (Sheen et al.)", "What it costs"
 
 
@@ -316,6 +324,41 @@ CLAIMS = (
     ),
     Claim(
         KOBAYASHI,
+        "With momentum, noise and decoupled decay the imbalance falls exponentially, to a floor (Proposition B.2)",
+        "the identity is met to {noise off}; it begins to fall at {noise rate} of twice ηλ; ten times the noise leave "
+        "{noise by_noise} times the imbalance, no noise {noise none}",
+        "floors are at most {noise bound} of the printed bound, which is far off",
+        "python benchmarks/factor_findings.py more --json docs/data/factor/more.json",
+        ("factor/more.json",),
+        "factor.md",
+        "holds",
+        "",
+        lambda: all(row["off_identity"] < 0.03 and row["of_printed_bound"] < 1 for row in _more("noise")),
+    ),
+    Claim(
+        KOBAYASHI,
+        "AdamW of λ and ε ends where Adam with an L2 of λε does: the least L2 norm of w, the least L1 of products",
+        "two dimensions, far above the gradients: {value factor/more.json two_dimensions.0.from_least_l2 .3f} and "
+        "{value factor/more.json two_dimensions.1.from_least_l2 .3f} from the first on w, {value factor/more.json "
+        "two_dimensions.3.from_least_l1 .3f} and {value factor/more.json two_dimensions.4.from_least_l1 .3f} from the "
+        "second on products",
+        "at the usual ε AdamW ends {value factor/more.json two_dimensions.2.from_least_l2 .2f} and {value "
+        "factor/more.json two_dimensions.5.from_least_l1 .2f} away, at the least maximum norm: {value factor/more.json "
+        "two_dimensions.2.from_least_linf .3f} and {value factor/more.json two_dimensions.5.from_least_linf .3f} from "
+        "it (medians of the starts)",
+        "python benchmarks/factor_findings.py more --json docs/data/factor/more.json",
+        ("factor/more.json",),
+        "factor.md",
+        "holds with a condition",
+        "where ε is far above the gradients, which it is in no usual training",
+        lambda: (
+            max(row["from_least_l2"] for row in _more("two_dimensions")[:2]) < 0.01
+            and max(row["from_least_l1"] for row in _more("two_dimensions")[3:5]) < 0.01
+            and all(_more("two_dimensions")[i]["from_least_linf"] < 0.01 for i in (2, 5))
+        ),
+    ),
+    Claim(
+        KOBAYASHI,
         "Attention's rank falls with its decay (language)",
         "W_KᵀW_Q under L2 {rank language/standard l2 0}, {rank language/standard l2 0.1}, {rank language/standard l2 "
         "1}, {rank language/standard l2 10}; W_O W_V {rank language/standard l2 0 value_output} to {rank "
@@ -407,6 +450,50 @@ CLAIMS = (
     ),
     Claim(
         KOBAYASHI,
+        "Under rotary positions L2 on W_Q and W_K prunes planes, and the rank follows (E2, fitted scores)",
+        "of eight planes {planes_left fourier rotary active 0.4} and {planes_left fourier rotary active 0.8} are left, "
+        "at ranks of {planes_left fourier rotary query_rank 0.4} and {planes_left fourier rotary query_rank 0.8}; "
+        "without positions {planes_left fourier unturned active 0.4} at a rank of {planes_left fourier unturned "
+        "query_rank 0.4}; of a target of rank two {planes_left shared rotary active 0.8}",
+        "as models have their frequencies {planes_left geometric rotary active 0.8} and {planes_left theta rotary "
+        "active 0.8} (means over seeds)",
+        "rankdecay rotary --strengths 0.05 0.1 0.2 0.4 0.8 --seeds 20 --frequencies fourier; … --seeds 10; … --target "
+        "shared --lr 0.03; … --theta 10000",
+        ("rotary/fourier", "rotary/geometric", "rotary/shared", "rotary/theta"),
+        "rotary.md",
+        "holds",
+        "",
+        lambda: all(
+            max(strong["each"]["active"]) < min(weak["each"]["active"])
+            for run in ("fourier", "geometric", "theta")
+            for weak, *_, strong in [rotary_findings.rows(rotary_findings.DATA / run, "rotary")]
+        ),
+    ),
+    Claim(
+        KOBAYASHI,
+        "L2 under rotary positions ends at the minimum of a convex problem, the group penalty over planes",
+        "certified: {planes_left fourier rotary certified} problems whose planes do not see each other, "
+        "{planes_left geometric rotary certified} whose do, {planes_left heads rotary certified} with two heads on one "
+        "key; W_Q and W_K can attain it in {planes_left geometric rotary attainable} and {planes_left heads rotary "
+        "attainable}, and rest above it in {planes_left geometric rotary not_global} and {planes_left heads rotary "
+        "not_global}",
+        "above it at most {planes_left fourier rotary above_convex_largest}, {planes_left geometric rotary "
+        "above_convex_largest} and {planes_left heads rotary above_convex_largest}",
+        "rankdecay rotary --strengths 0.05 0.1 0.2 0.4 0.8 --seeds 20 --frequencies fourier; … --seeds 10; … --heads 2",
+        ("rotary/fourier", "rotary/geometric", "rotary/heads"),
+        "rotary.md",
+        "holds with a condition",
+        "where planes do not see each other; else near it, for the ranks of planes make it no convex problem",
+        lambda: (
+            all(
+                row["certified"] == row["seeds"]
+                for row in rotary_findings.rows(rotary_findings.DATA / "fourier", "rotary")
+            )
+            and any(row["not_global"] for row in rotary_findings.rows(rotary_findings.DATA / "heads", "rotary"))
+        ),
+    ),
+    Claim(
+        KOBAYASHI,
         "Balanced heads are a sign of decay",
         "imbalance of W_KᵀW_Q {measure language/standard l2 0 query_key imbalance} without decay and {measure "
         "language/standard l2 10 query_key imbalance} under the strongest; of W_O W_V {measure language/standard l2 0 "
@@ -431,6 +518,18 @@ CLAIMS = (
         "recall_language_vision.md",
         "holds with a condition",
         "while the task is learnt: at the strongest it is not, and the imbalance is back",
+    ),
+    Claim(
+        KOBAYASHI,
+        "With one query a sequence, as in the paper, recall shows the same",
+        "not learnt from a million queries by one tuning run ([log](../log.md)); with twenty a sequence it is",
+        "no rows",
+        "rankdecay recall --queries 1 --batch-size 128 --arms l2 --strengths l2=0,0.1,1 --qk-norm off --seeds 5 "
+        "--steps 100000 --evaluate-every 1000",
+        ("recall/one_query",),
+        "recall_language_vision.md",
+        "open",
+        "it needs a GPU, or a day of one core",
     ),
     Claim(
         KOBAYASHI,
@@ -544,6 +643,77 @@ CLAIMS = (
         "margin.md",
         "holds with a condition",
         "it arrives last",
+    ),
+    Claim(
+        SHEEN,
+        "It does so with fewer columns of K and Q than the dimension (the theorem asks for as many)",
+        "four columns of ten: cosine {beyond inner inner_4 fits cosine_nuclear}, ‖W‖_* above the least {beyond inner "
+        "inner_4 fits nuclear_excess}; three: {beyond inner inner_3 fits nuclear_excess} in the {beyond inner inner_3 "
+        "fits count} data sets whose SVM has at most that rank",
+        "where its rank is higher: three columns {beyond inner inner_3 short nuclear_excess}, two {beyond inner "
+        "inner_2 short nuclear_excess} above the least of any rank",
+        f"rankdecay margin {GENERIC} --inner 4 --parametrisation separate --margin 1e6 --steps 40000; … --inner 3; … 2",
+        ("margin/inner_4", "margin/inner_3", "margin/inner_2", "margin/inner_1"),
+        "margin.md",
+        "holds with a condition",
+        "as long as the SVM's rank is at most d_e",
+        lambda: (
+            max(margin_findings.of_inner("inner_4", True, "nuclear_excess")) < 0.03
+            and min(margin_findings.of_inner("inner_1", False, "nuclear_excess")) > 0.03
+        ),
+    ),
+    Claim(
+        SHEEN,
+        "Steps of finite length keep that bias",
+        "normalised steps in exact arithmetic, less the flow at equal margins: cosine {beyond less finite normalised "
+        "1e4}; plain descent {beyond less descent descent 10}",
+        "ten times the rate: {beyond less descent_large descent 10}",
+        f"rankdecay margin {GENERIC} --parametrisation separate normalised --margin 1e4; … descent --lr 10; … --lr 100",
+        ("margin/finite", "margin/descent", "margin/descent_large"),
+        "margin.md",
+        "holds with a condition",
+        "at small rates, and where a softmax of float64 does not saturate",
+        lambda: (
+            max(map(abs, margin_findings.differences("finite", "normalised", 1e4))) < 0.02
+            and statistics.fmean(margin_findings.differences("descent_large", "descent", 10)) < -0.05
+        ),
+    ),
+    Claim(
+        SHEEN,
+        "Adam on K and Q has that bias too",
+        "cosine to the nuclear SVM {svm adam adam cosine}; nearer to it than to the Frobenius one in {svm adam adam "
+        "nearer} data sets",
+        "less the flow at equal margins: cosine {beyond less adam adam 1e3}, ‖W‖_* {beyond less adam adam 1e3 "
+        "nuclear_excess} of the least",
+        f"rankdecay margin {GENERIC} --parametrisation adam --lr 0.01 --beta2 0.95 --epsilon 0 --margin 1e3 "
+        "--steps 60000 --evaluate-every 400",
+        ("margin/adam", "margin/adam_default"),
+        "margin.md",
+        "contradicted",
+        "it settles elsewhere, between the two and above both in norm",
+        lambda: (
+            max(margin_findings.differences("adam", "adam", 1e3)) < 0
+            and min(margin_findings.differences("adam", "adam", 1e3, "nuclear_excess")) > 0
+        ),
+    ),
+    Claim(
+        SHEEN,
+        "It is there with a value head that is trained too",
+        "three examples: in {beyond head head_three yes count} data sets each is a support vector of the head, and "
+        "‖W‖_* ends {beyond head head_three yes nuclear_excess} above the least, at a margin of {beyond head "
+        "head_three yes margin}; in the others the margin is {beyond head head_three no margin}",
+        "six examples: all hold it in {beyond head head yes count} data set, at a margin of {beyond head head yes "
+        "margin}; not in {beyond head head no count}, at {beyond head head no margin} (medians)",
+        f"rankdecay margin {GENERIC} --parametrisation trained_head --margin 500 --steps 40000 --evaluate-every 400; "
+        "… --examples 3 --parametrisation separate trained_head",
+        ("margin/head", "margin/head_three"),
+        "margin.md",
+        "holds with a condition",
+        "for examples that hold the head: attention to the tokens of others stops",
+        lambda: (
+            max(margin_findings.of_head("head_three", True, "nuclear_excess")) < 0.06
+            and statistics.median(margin_findings.of_head("head", False, "margin")) < 10
+        ),
     ),
     Claim(
         COSTS,

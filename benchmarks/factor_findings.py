@@ -3,13 +3,17 @@
     python benchmarks/factor_findings.py store runs/factor docs/data/factor/standard
     python benchmarks/factor_findings.py strengths docs/data/factor/standard        # a line per arm and strength
     python benchmarks/factor_findings.py beside --json docs/data/factor/beside.json # about two minutes on one core
+    python benchmarks/factor_findings.py more --json docs/data/factor/more.json     # five: noise, two dimensions
+    python benchmarks/factor_findings.py noise docs/data/factor/more.json           # a line per noise, rate and λ
+    python benchmarks/factor_findings.py plane docs/data/factor/more.json           # a line per optimizer
 
 Stored are the settings and the summary, which has medians over the seeds and the largest deviation.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,16 @@ import stored
 import torch
 from torch import Tensor
 
-from rankdecay.lab.experiments.factor.factorised import Factors, Method, Training, imbalance, product, shrunk
+from rankdecay.lab.experiments.factor.factorised import (
+    Diffusion,
+    Factors,
+    Method,
+    Training,
+    differences,
+    imbalance,
+    product,
+    shrunk,
+)
 from rankdecay.lab.machine import describe_machine, versions
 from rankdecay.lab.store import read_json
 
@@ -139,15 +152,121 @@ def damped_momentum() -> list[Row]:
     return [{"strengths": [0.1, 0.4], "largest_imbalance": imbalance(training.factors).max().item()}]
 
 
+NOISES, SEEDS, MU, LENGTH = (0.0, 0.01, 0.1), 20, 0.1, 0.25
+
+
+def noise() -> list[Row]:
+    """Proposition B.2: imbalance under momentum, noise and decoupled decay, from 20 seeds, to a time of 60/η."""
+    rows = []
+    for rate, strength, sigma in [(0.1, 0.4, sigma) for sigma in NOISES] + [(0.1, 0.1, 0.1), (0.03, 0.4, 0.1)]:
+        factors, some = start([strength], range(SEEDS))
+        path = Diffusion(
+            factors, TARGET, some, rate=rate, momentum=MU, noise=sigma, length=LENGTH, seed=100
+        )  # fmt: skip
+        steps = round(60 / rate / LENGTH)
+        times, seen, off = [], [imbalance(factors)], torch.zeros(SEEDS, dtype=torch.float64)
+        for step in range(1, steps + 1):
+            path.step()
+            seen.append(imbalance(path.factors))
+            off = torch.maximum(off, (differences(path.factors)[0] - path.predicted).norm(dim=(1, 2)))
+            times.append(step * LENGTH * rate)
+        course = torch.stack(seen)
+        share = course / course[0]
+        early = [i for i, at in enumerate(times) if 1 <= at <= 4]  # before the floor is seen
+        slope = torch.tensor([times[i] for i in early], dtype=torch.float64)
+        slope = slope - slope.mean()
+        logs = share[[i + 1 for i in early]].log()
+        rates = -(slope[:, None] * logs).sum(0) / slope.square().sum() / (2 * strength)
+        floors = course[-steps // 3 :].mean(0)
+        bound = path.largest_gradient * path.largest_factor + sigma * (MU * 25 * math.log(4 * 25 / 0.05)) ** 0.5
+        bounds = {"printed": 4 * rate * path.largest_factor / strength * bound,
+                  "derived": 2 * path.largest_factor / strength * bound}  # fmt: skip
+        rows.append(
+            {
+                "rate": rate, "strength": strength, "noise": sigma, "seeds": SEEDS,
+                "off_identity": (off / course[0]).max().item(), "rate_over_predicted": rates.median().item(),
+                "floor": floors.median().item(), "floor_low": floors.min().item(), "floor_high": floors.max().item(),
+                "share": share[-steps // 3 :].mean(0).median().item(),
+                **{f"of_{name}_bound": (floors / of).max().item() for name, of in bounds.items()},
+            }
+        )  # fmt: skip
+    return rows
+
+
+LEAST = {"least_l2": (0.2, 0.4), "least_l1": (0.0, 0.5), "least_linf": (1 / 3, 1 / 3)}
+RAY = torch.tensor([1.0, 2.0], dtype=torch.float64)  # the solutions are where this times w is one
+
+
+def two_dimensions() -> list[Row]:
+    """Two dimensions: where AdamW(λ, ε) and Adam with L2 of λε end from 20 starts, on w itself and on w = a·b."""
+    rows = []
+    for parametrisation in ("direct", "product"):
+        for optimizer, epsilon, weight, lr, steps in (
+            ("AdamW", 10.0, 1e-3, 1.0, 20_000),
+            ("Adam with L2", 10.0, 1e-2, 1.0, 20_000),
+            ("AdamW", 1e-8, 0.1, 0.03, 40_000),  # falling rate: normalised steps do not fade of themselves
+        ):
+            rng = torch.Generator().manual_seed(0)
+            count = 2 if parametrisation == "product" else 1
+            leaves = [torch.randn(20, 2, generator=rng, dtype=torch.float64).requires_grad_() for _ in range(count)]
+            kind = torch.optim.AdamW if optimizer == "AdamW" else torch.optim.Adam
+            how = kind(leaves, lr=lr, eps=epsilon, weight_decay=weight)
+            for step in range(steps):
+                if epsilon < 1:
+                    how.param_groups[0]["lr"] = lr * (1 - step / steps)
+                how.zero_grad()
+                (0.5 * (_product(leaves) @ RAY - 1).square()).sum().backward()
+                how.step()
+            ends = _product(leaves).detach()
+            rows.append({"parametrisation": parametrisation, "optimizer": optimizer, "epsilon": epsilon,
+                         "weight_decay": weight, "ends": ends.tolist()})  # fmt: skip
+            for name, at in LEAST.items():
+                rows[-1][f"from_{name}"] = (ends - torch.tensor(at).double()).norm(dim=1).median().item()
+    return rows
+
+
+def _product(leaves: Sequence[Tensor]) -> Tensor:
+    return math.prod(leaves) if len(leaves) > 1 else leaves[0]  # pyright: ignore[reportReturnType]
+
+
+MORE = (noise, two_dimensions)
 PARTS = (conserved, late_adam, decoupled_floor, large_epsilon, damped_momentum)
 
 
-def beside(path: Path) -> None:
+def beside(path: Path, parts: Sequence[Callable[[], list[Row]]] = PARTS) -> None:
     """Runs every part and writes what it found."""
     torch.set_num_threads(1)
     document: Row = {"machine": describe_machine("cpu"), "versions": versions()}
-    document |= {part.__name__: part() for part in PARTS}
+    document |= {part.__name__: part() for part in parts}
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def more(path: Path) -> None:
+    """Runs the parts on noise and on two dimensions."""
+    beside(path, MORE)
+
+
+def _parts(options: argparse.Namespace, name: str) -> list[Row]:
+    return [row for path in options.directories for row in json.loads(path.read_text())[name]]
+
+
+def noise_table(options: argparse.Namespace) -> None:
+    """A Markdown line per noise, rate and strength of Proposition B.2."""
+    print("| σ | η | λ | off the identity | early rate / 2ηλ | imbalance at the end (range over seeds) | share left | "
+          "of the printed bound |\n" + "|" + "--:|" * 8)  # fmt: skip
+    for row in _parts(options, "noise"):
+        print(f"| {row['noise']:g} | {row['rate']:g} | {row['strength']:g} | {row['off_identity']:.1%} | "
+              f"{row['rate_over_predicted']:.2f} | {row['floor']:.2g} "
+              f"({row['floor_low']:.2g}–{row['floor_high']:.2g}) | "
+              f"{row['share']:.1%} | {row['of_printed_bound']:.1%} |")  # fmt: skip
+
+
+def plane_table(options: argparse.Namespace) -> None:
+    """A Markdown line per parametrisation and optimizer of the toy in two dimensions."""
+    print("| parametrisation | optimizer | ε | decay | least ‖w‖₂ | least ‖w‖₁ | least ‖w‖_∞ |\n|---|---|" + "--:|" * 5)
+    for row in _parts(options, "two_dimensions"):
+        print(f"| {row['parametrisation']} | {row['optimizer']} | {row['epsilon']:g} | {row['weight_decay']:g} | "
+              f"{row['from_least_l2']:.3f} | {row['from_least_l1']:.3f} | {row['from_least_linf']:.3f} |")  # fmt: skip
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +275,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one of the commands above."""
-    stored.command_line(__doc__, stored.store, {"strengths": strengths}, _options, arguments, {"beside": beside})
+    measured = {"beside": beside, "more": more}
+    tables = {"strengths": strengths, "noise": noise_table, "plane": plane_table}
+    stored.command_line(__doc__, stored.store, tables, _options, arguments, measured)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,10 @@ import boundary_findings
 import claims
 import compress_findings
 import grok_findings
+import margin_findings
 import pictures
 import pretrained_findings
+import rotary_findings
 import schedule_findings
 import stored
 
@@ -54,7 +56,7 @@ PAGES = (
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "findings").glob("*.md")),
 )
 MARKED = re.compile(r"(<!-- findings: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
-SCRIPTS = ("boundary", "attention", "margin", "factor", "grok", "cost", "schedule", "compress", "pretrained")
+SCRIPTS = ("boundary", "attention", "margin", "factor", "rotary", "grok", "cost", "schedule", "compress", "pretrained")
 
 
 # --- tables: what a script prints ---
@@ -299,6 +301,24 @@ def rates(of: str) -> str:
     return f"{max(abs(row['imbalance_rate'] / row[key] - 1) for row in _factor('factors')):.1%}"
 
 
+def noise(key: str) -> str:
+    """What the rows on Proposition B.2 say: ``off``, ``by_noise``, ``none``, ``by_rate``, ``bound``, ``rate``."""
+    rows = _json("factor/more.json")["noise"]
+    floor = {(row["noise"], row["rate"], row["strength"]): row["floor"] for row in rows}
+    if key == "off":
+        return f"{max(row['off_identity'] for row in rows):.1%}"
+    if key == "bound":
+        return f"{max(row['of_printed_bound'] for row in rows):.1%}"
+    if key == "rate":
+        shares = [row["rate_over_predicted"] for row in rows]
+        return f"{min(shares):.2f}–{max(shares):.2f}"
+    if key == "none":
+        return f"{floor[0.0, 0.1, 0.4]:.0e}"
+    other = {"by_noise": (0.01, 0.1, 0.4), "by_rate": (0.1, 0.1, 0.4)}[key]
+    own = (0.1, 0.1, 0.4) if key == "by_noise" else (0.1, 0.03, 0.4)
+    return f"{floor[own] / floor[other]:.2g}"
+
+
 def left(arm: str) -> str:
     """The share of the imbalance that is left under an arm of `factor`, least and most over strengths."""
     shares = [row["imbalance"] / row["imbalance_initial"] for row in _factor(arm)]
@@ -346,13 +366,16 @@ NUMBERS: dict[str, Callable[..., str]] = {
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
         cell, cell_mean, delay, switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates,
-        left, stuck, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
+        left, noise, stuck, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
     )
 }  # fmt: skip
+NUMBERS |= {"seeds_of": attention_findings.seeds_of}
 NUMBERS |= {"e1": schedule_findings.words}
 NUMBERS |= {"control": attention_findings.control, "plane": attention_findings.plane}
 NUMBERS |= {"above_none": attention_findings.above_none, "emptied": attention_findings.emptied}
 NUMBERS |= {"of_pretrained": pretrained_findings.figure, "rounding": pretrained_findings.rounding_words}
+NUMBERS |= {"planes_left": rotary_findings.words}
+NUMBERS |= {"beyond": margin_findings.beyond}
 NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_findings.rise}
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import compress_findings
 import pretrained_findings
+import rotary_findings
 import schedule_findings
 import stored
 
@@ -63,6 +65,44 @@ def factor() -> Charts:
         Chart("rank", "rank at the end, of 5", Axis("λ"), Axis("rank at the end, of 5", from_zero=True), values),
         Chart("balance", "imbalance left", Axis("λ"), Axis("imbalance left", "log"), balance),
     ]
+
+
+ENDS = ("AdamW, ε = 10", "Adam with L2, ε = 10", "AdamW, ε = 1e-08")
+
+
+def plane() -> Charts:
+    """Where the toy in two dimensions ends, by its parametrisation."""
+    document = json.loads((DATA / "factor" / "more.json").read_text())
+    charts = []
+    for name, title in (("direct", "on w itself"), ("product", "on w = a·b")):
+        lines = [
+            Line("solutions", [-0.1, 0.5], [0.55, 0.25], mark="thin"),
+            Line("least ‖w‖₁, ‖w‖₂, ‖w‖_∞", [0, 0.2, 1 / 3], [0.5, 0.4, 1 / 3], mark="points"),
+        ]
+        for row in document["two_dimensions"]:
+            if row["parametrisation"] == name:
+                x, y = zip(*row["ends"], strict=True)
+                label = f"{row['optimizer']}, ε = {row['epsilon']:g}"
+                lines.append(Line(label, x, y, mark="points", arm=label, shade=ENDS.index(label) / 2))
+        charts.append(Chart(f"{name}-plane", title, Axis("w₁"), Axis("w₂"), lines))
+    return charts
+
+
+def rotary() -> Charts:
+    """Planes and the rank of W_Q that L2 leaves, with positions and without."""
+    charts = []
+    for key, title in (("active", "planes left, of 8"), ("query_rank", "rank of W_Q")):
+        lines = []
+        for run, arm, label in (
+            ("fourier", "rotary", "apart"),
+            ("geometric", "rotary", "θ = 100"),
+            ("shared", "rotary", "a target of rank two"),
+            ("geometric", "unturned", "no positions"),
+        ):
+            own = rotary_findings.rows(rotary_findings.DATA / run, arm)
+            lines.append(_line(label, [(row["strength"], statistics.fmean(row["each"][key])) for row in own]))
+        charts.append(Chart(key.replace("_", "-"), title, Axis("λ"), Axis(title, from_zero=True), lines))
+    return charts
 
 
 def cost() -> Charts:
@@ -193,6 +233,8 @@ def _line(label: str, points: Sequence[tuple[float, float]]) -> Line:
 CHARTS: dict[str, Callable[[], Charts]] = {
     "margin": margin,
     "factor": factor,
+    "plane": plane,
+    "rotary": rotary,
     "cost": cost,
     "inspection": inspection,
     "subtraction": subtraction,

@@ -14,9 +14,11 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import boundary_findings
 import claims
 import findings
+import margin_findings
 import pictures
 import schedule
 import schedule_findings
+import stored
 
 # --- text between comments ---
 
@@ -85,6 +87,23 @@ def test_a_claim_that_its_rows_do_not_bear_out_is_refused(rows, change, words):
 
 def test_names_with_digits_are_no_numbers(rows):
     assert "L2 of GPT-2" in rows(replace(CLAIM, evidence="L2 of GPT-2"))
+
+
+# --- arms at equal margins ---
+
+
+def test_arms_are_compared_in_the_data_sets_that_both_have_at_a_margin(monkeypatch, tmp_path):
+    def write(run, arm, sets, cosines):
+        at = {"margin": 100.0, "sets": sets, "each": {"cosine_nuclear": cosines}}
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "summary.json").write_text(json.dumps({"arms": [{"name": arm, "at": [at]}]}))
+
+    monkeypatch.setattr(margin_findings, "DATA", tmp_path)
+    write("finite", "separate", [0, 1, 3], [0.9, 0.8, 0.7])
+    write("adam", "adam", [1, 2, 3], [0.7, 0.1, 0.5])
+    assert margin_findings.differences("adam", "adam", 1e2) == pytest.approx([-0.1, -0.2])
+    assert margin_findings.differences("adam", "adam", 1e3) == []
+    assert stored.interval([1.0, 2.0, 3.0]) == "2.000 ± 2.484"  # 4.303 / √3
 
 
 # --- E1, as far as it is run ---

@@ -110,8 +110,8 @@ def _as_stored(how: Any) -> Any:
     return {n: _as_stored(value) for n, (value, default) in fields.items() if n not in later or value != default}
 
 
-#: Of a decay or a control.
-_LATER_FIELDS = ("keep", "preserve_norm", "warmup", "in_loss", "planes", "scores")
+#: Of a decay or a control, and of what an arm of `margin` trains.
+_LATER_FIELDS = ("keep", "preserve_norm", "warmup", "in_loss", "planes", "scores", "finite", "head")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ TINY = {
     "boundary": "--task subtract --modulus 5 --arms none l2 --strengths l2=1 --fractions 0.5 0.8 --seeds 2 --steps 40 "
     "--evaluate-every 20 --batch-size 8 --width 8 --mlp-width 8 --precision float32 | --lr 0.01",
     "factor": "--seeds 2 --steps 40 --strengths 0 0.1 | --lr 0.05",
+    "rotary": "--planes 2 --width 3 --offsets 8 --seeds 2 --steps 40 --evaluate-every 20 | --lr 0.05",
     "margin": "--datasets 2 --steps 200 --dimension 6 --parametrisation merged separate --margin 10 | --rate 0.001",
     "recall": f"--pairs 3 --queries 2 --keys 4 --values 4 --batch-size 16 --valid-sequences 64 --arms l2 low_rank "
     f"--precision float32 --qk-norm off {ATTENTION} | --lr 0.01",

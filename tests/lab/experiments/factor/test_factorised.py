@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rankdecay.lab.experiments.factor.factorised import (
+    Diffusion,
     Factors,
     Method,
     Training,
@@ -360,3 +361,27 @@ def test_the_duality_gap_is_an_upper_bound_that_closes_at_the_optimum():
     for size in (1e-6, 1e-2, 1.0):
         near = optimum + size * W
         assert (duality_gap(near, target, strength) >= nuclear(near) - nuclear(optimum) - 1e-12).all()
+
+
+# --- momentum and noise ---
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_proposition_B2_says_what_the_imbalance_is_but_for_the_step(noise):
+    """Halving dt halves what the path is off the identity; without the integral it would be off by far more."""
+    target = torch.diag(torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64))
+    rng = torch.Generator().manual_seed(0)
+    factors = [0.7 * torch.randn(4, 3, 3, dtype=torch.float64, generator=rng) for _ in range(2)]
+    strength = torch.full((4,), 0.3, dtype=torch.float64)
+    off = []
+    for length in (0.2, 0.1):
+        path = Diffusion(factors, target, strength, rate=0.1, momentum=0.3, noise=noise, length=length)
+        for _ in range(round(60 / length)):
+            path.step()
+        (found,) = differences(path.factors)
+        off.append(float((found - path.predicted).norm(dim=(1, 2)).max()))
+        alone = math.exp(-2 * 0.1 * 0.3 * 60) * differences(factors)[0]
+        if noise:
+            assert off[-1] < 0.3 * float((found - alone).norm(dim=(1, 2)).min())
+    if not noise:
+        assert off[1] == pytest.approx(off[0] / 2, rel=0.2)

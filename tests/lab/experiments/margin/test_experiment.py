@@ -14,12 +14,12 @@ from rankdecay.lab.experiment import draw_figure, write_report
 from rankdecay.lab.experiment import run as run_experiment
 from rankdecay.lab.experiments.margin.data import draw
 from rankdecay.lab.experiments.margin.experiment import EXPERIMENT
-from rankdecay.lab.experiments.margin.settings import ARMS, Margin
+from rankdecay.lab.experiments.margin.settings import FLOWS, Margin
 from rankdecay.lab.report.terminal import print_summary
 from rankdecay.lab.store import read_metrics
 
 SMALL = Margin(
-    parametrisation=ARMS,
+    parametrisation=FLOWS,
     datasets=3,
     dimension=8,
     examples=3,
@@ -70,6 +70,30 @@ def test_merged_goes_to_frobenius_and_separate_to_nuclear_in_every_one_of_twenty
     assert slower == sorted(slower, reverse=True)  # it goes on shrinking with the margin
 
 
+def test_finite_steps_and_a_trained_head_against_the_flow(tmp_path):
+    """Normalised descent is where the flow is at the same margin; Adam is not; a head that an example does not hold
+    leaves it with a small margin."""
+    settings = dataclasses.replace(
+        SMALL, datasets=3, parametrisation=("separate", "normalised", "adam", "trained_head"), out=tmp_path / "run",
+        dimension=10, examples=6, tokens=8, margin=100, steps=8000, init="random", lr=0.05, beta2=0.9, epsilon=0.0,
+        first_seed=100, rate=0.01,
+    )  # fmt: skip
+    summary = run(settings)
+    flow, steps, adam, head = (arm(summary, name) for name in settings.parametrisation)
+    assert flow["reached"] == steps["reached"] == adam["reached"] == 3
+    at = flow["at"][-1]
+    assert len(at["sets"]) == len(at["each"]["nuclear_excess"]) == at["datasets"]
+    assert at["cosine_nuclear"] == pytest.approx(np.mean(at["each"]["cosine_nuclear"]), abs=1e-5)
+    ends = [np.array(row["each"]["cosine_nuclear"]) for row in (flow, steps, adam)]
+    assert np.abs(ends[0] - ends[1]).max() < 0.01
+    assert (ends[0] - ends[2] > 0.02).all()
+    assert head["each"]["supports"] == [6, 5, 6]
+    assert min(head["each"]["cosine_head"]) > 0.9999
+    margin = head["each"]["margin"]
+    assert margin[1] < 4 < 20 < min(margin[0], margin[2])
+    assert "cosine_head" not in flow["each"]
+
+
 @pytest.mark.slow
 def test_with_a_vanishing_l2_every_one_of_twenty_data_sets_is_at_the_nuclear_solution(tmp_path):
     settings = dataclasses.replace(
@@ -103,7 +127,7 @@ def test_the_figures_of_a_small_run(finished):
     _, summary = finished
     assert summary["command"] == "margin"
     assert summary["wall_seconds"] > 0
-    assert [row["name"] for row in summary["arms"]] == list(ARMS)
+    assert [row["name"] for row in summary["arms"]] == list(FLOWS)
     for row in summary["arms"]:
         assert row.keys() >= ARM_KEYS
         assert row["seeds"] == 3

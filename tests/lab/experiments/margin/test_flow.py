@@ -108,6 +108,28 @@ def test_the_loss_above_its_infimum_is_exact_before_and_after_saturation(loss):
     torch.testing.assert_close(once - twice, mu, rtol=1e-3, atol=5)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_of_the_value_heads_is_that_of_autograd(loss):
+    P = problem()
+    W = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    heads = torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    (by_autograd,) = torch.autograd.grad(loss_value(P.with_heads(heads), W, loss).sum(), heads)
+    found = gradient(P.with_heads(heads.detach()), W, loss, heads=True)
+    torch.testing.assert_close(found.log_size.exp()[:, None] * found.heads, -by_autograd)
+    data = draw("generic", range(2), 3, 4, 5, 4.0)
+    torch.testing.assert_close(P.with_heads(torch.from_numpy(data.heads)).scores, P.scores)
+
+
+def test_beside_scores_of_1e18_what_attention_adds_is_not_rounded_away():
+    """Of one example the weight e^-γ̄ is common to all: a longer head scales the gradient by W and not that by v."""
+    P = problem(sets=1, n=1)
+    W = torch.randn(1, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    heads = torch.randn(1, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    short, long = (gradient(P.with_heads(size * heads), W, "exponential", heads=True) for size in (1.0, 1e18))
+    torch.testing.assert_close(long.direction, short.direction)
+    torch.testing.assert_close(1e18 * long.heads, short.heads)
+
+
 # --- the flow ---
 
 
@@ -129,6 +151,22 @@ def test_the_path_is_that_of_gradient_flow_in_real_time(kind):
     assert cosines(W, mine)[0] > 0.9999
 
 
+def test_the_path_of_weights_and_heads_is_that_of_their_joint_gradient_flow():
+    P = problem(sets=1, d=6)
+    heads = torch.from_numpy(draw("generic", range(1), 3, 4, 6, 4.0).heads)
+    begin = initial_weights("separate", "random", 0.7, [0], 6, 6)
+    mine = follow(begin, P, rate=1e-3, steps=400, evaluate_every=400, heads=heads)
+    leaves = [w.clone() for w in (*begin, heads)]
+    while float(leaves[-1].norm()) < float(mine.heads[-1].norm()):
+        leaves = [w.requires_grad_() for w in leaves]
+        loss = loss_value(P.with_heads(leaves[2]), product(leaves[:2]), "exponential").sum()
+        gradients = torch.autograd.grad(loss, leaves)
+        leaves = [w.detach() - 1e-2 * g for w, g in zip(leaves, gradients, strict=True)]
+    torch.testing.assert_close(product(leaves[:2]), mine.weights[-1], rtol=0.01, atol=0.01)
+    torch.testing.assert_close(leaves[2], mine.heads[-1], rtol=0.01, atol=0.01)
+    assert float(mine.heads[-1].norm()) > 1.3 * float(heads.norm())
+
+
 def test_condition_5_keeps_the_balance_of_K_and_Q_and_begins_at_zero():
     K, Q = begin = initial_weights("separate", "paper", 3.0, [0, 1], 5, 5)
     assert not product(begin).any()
@@ -146,7 +184,7 @@ def test_lemma_A1_the_diagonal_flow_is_a_hyperbolic_sine():
     P = problem("equal", sets=3, d=20, n=4, L=3)
     weights = initial_weights("diagonal", "paper", 0.5, range(3), 20, 20)
     for _ in range(1500):
-        weights, _ = step(weights, P, "exponential", Decay(), 4e-3, 1e300)
+        weights, *_ = step(weights, P, "exponential", Decay(), 4e-3, 1e300)
     K, Q = weights
     assert float((K * Q).abs().max()) > 5
     torch.testing.assert_close(K.square() - Q.square(), torch.full_like(K, 0.5), rtol=0.02, atol=0)

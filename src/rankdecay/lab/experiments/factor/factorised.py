@@ -18,6 +18,8 @@ AᵀA = BᵀB, which holds at every stationary point (Lemma 3.2). With L factors
   multiplies it by (1 - ηλ)², but for a term of order η²: the rate of descent is -2 ln(1 - ηλ), a little faster.
 * Proposition B.4 (Powers-Størmer): the gap ``½(‖A‖² + ‖B‖²) - ‖ABᵀ‖_*`` is at most
   ``√‖AᵀA - BᵀB‖_* (‖A‖_* + ‖B‖_*)/2``.
+* Proposition B.2: with momentum, noise and decoupled decay the same exponential, and beside it an integral of the
+  momentum's products with A and B, which leaves a floor (`Diffusion`).
 * With everything observed each singular value obeys a scalar equation of its own (`shrunk`), for L = 2 the soft
   threshold max(s - λ, 0); one at the threshold itself decays like 1/(2ηt) (`borderline`).
 
@@ -293,3 +295,56 @@ class Training:
         second = self._second[number].mul_(method.beta2).addcmul_(gradient, gradient, value=1 - method.beta2)
         unbiased = first / (1 - method.momentum**self.count)
         return unbiased / (second / (1 - method.beta2**self.count)).sqrt_().add_(method.epsilon)
+
+
+# --- momentum and noise in continuous time ---
+
+
+class Diffusion:
+    """Two factors under momentum, noise and decoupled decay in continuous time, by Euler-Maruyama (Proposition B.2).
+
+    ``dH = μ(g dt + σ dW - H dt)`` for each factor F with gradient g, and ``dF = -η(H + λF) dt``, from H = 0. Beside the
+    path the right side of the proposition is summed up, `predicted`, which the imbalance has to agree with but for the
+    step's length.
+
+    Args:
+        factors: A and Bᵀ where they begin, as in `Training`; not modified.
+        target: D.
+        strength: λ of each problem, shape (problems,).
+        rate: η.
+        momentum: μ, the rate at which H follows the gradient.
+        noise: σ.
+        length: dt.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self, factors: Factors, target: Tensor, strength: Tensor, *, rate: float, momentum: float, noise: float,
+        length: float, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.factors = [factor.clone() for factor in factors]
+        self.target, self._lambda = target, strength[:, None, None]
+        self.rate, self.momentum, self.noise, self.length = rate, momentum, noise, length
+        self._H = [torch.zeros_like(factor) for factor in factors]
+        self._rng = torch.Generator().manual_seed(seed)
+        (self.predicted,) = differences(self.factors)
+        self.largest_gradient = torch.zeros_like(strength)  # ‖G‖₂ so far
+        self.largest_factor = torch.zeros_like(strength)  # of ‖A‖₂ and ‖B‖₂
+
+    def step(self) -> None:
+        """Moves every problem by dt."""
+        (A, Bt), (H_A, H_B), dt = self.factors, self._H, self.length
+        G = residual(A @ Bt, self.target)
+        of_A, of_B = H_A.mT @ A, H_B @ Bt.mT  # H_BᵀB with both transposed
+        self.predicted = (-2 * self.rate * self._lambda * dt).exp() * self.predicted - self.rate * dt * (
+            of_A + of_A.mT - of_B - of_B.mT
+        )
+        self.largest_gradient = self.largest_gradient.maximum(torch.linalg.matrix_norm(G, 2))
+        for factor in self.factors:
+            self.largest_factor = self.largest_factor.maximum(torch.linalg.matrix_norm(factor, 2))
+        moved = []
+        for factor, H, gradient in zip(self.factors, self._H, gradients(self.factors, G), strict=True):
+            moved.append(factor - self.rate * dt * (H + self._lambda * factor))
+            drawn = torch.randn(H.shape, generator=self._rng, dtype=H.dtype) * self.noise * dt**0.5
+            H.add_(self.momentum * ((gradient - H) * dt + drawn))
+        self.factors = moved

@@ -40,6 +40,10 @@ STYLES = {
     "low_rank": ArmStyle("one matrix, soft threshold", "#c2410c", "#ff8f5c"),
     "recipe": ArmStyle("published recipe", "#8b3a8f", "#dd8fe0", "dashdot"),
     "recipe_bare": ArmStyle("published recipe without L2", "#b08500", "#e8c34a", "dot"),
+    "descent": ArmStyle("gradient descent", "#0f6d86", "#5cc3df", "dash"),
+    "normalised": ArmStyle("normalised descent", "#5b7a12", "#a9cf52", "dashdot"),
+    "adam": ArmStyle("Adam", "#b0307a", "#ff86bf", "dot"),
+    "trained_head": ArmStyle("value head trained too", "#9a4a12", "#f0a36a", "dash"),
 }
 
 

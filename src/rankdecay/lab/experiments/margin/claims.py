@@ -27,12 +27,21 @@ def note(facts: Facts) -> str:
     shape = facts.summary["shape"]
     return (
         f"One layer and one head, {shape['examples']} examples of {shape['tokens']} tokens in {shape['dimension']} "
-        "dimensions, a fixed value head, gradient flow without noise. Means over data sets at the end, the margin "
+        f"dimensions, {_what_moves(facts)}. Means over data sets at the end, the margin "
         f"their median: of {facts.summary['datasets']}, those whose optimal tokens a W can select. Cosines to the SVMs "
         "of the tokens that were selected; above: the norm per unit of margin, over the least there is. The rank "
         "counts singular values above 1 % of the largest. Alignment is the share of the nuclear solution's singular "
         "spaces that W has, 1 at most. Optimal tokens: data sets in which every example selected its best."
     )
+
+
+def _what_moves(facts: Facts) -> str:
+    """What is trained, and how, where it is not as the theory has it."""
+    how = "gradient flow without noise"
+    if steps := [name for name in ("descent", "normalised", "adam") if name in facts.arms]:
+        how += f" (steps of --lr {facts.settings['lr']:g}: {listed(steps)})"
+    fixed = "a fixed value head" + (", trained in trained_head" if "trained_head" in facts.arms else "")
+    return f"{fixed}, {how}"
 
 
 def headline(facts: Facts) -> str:
@@ -142,5 +151,9 @@ CHECKS: Sequence[Check] = (
     _nearer("A nuclear norm on W ends nearer the nuclear SVM", "low_rank"),
     _nearer("The published recipe, normalised float64 descent, ends nearer the nuclear SVM", "recipe"),
     _nearer("So it does without its ε(‖K‖² + ‖Q‖²)", "recipe_bare"),
+    _nearer("Gradient descent on K and Q ends nearer the nuclear SVM", "descent"),
+    _nearer("Normalised descent in exact arithmetic ends nearer the nuclear SVM", "normalised"),
+    _nearer("Adam on K and Q ends nearer the nuclear SVM", "adam"),
+    _nearer("With a trained value head K and Q end nearer the nuclear SVM", "trained_head"),
     Check("No data set is left out", _left_out),
 )  # fmt: skip

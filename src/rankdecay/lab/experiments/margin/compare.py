@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import torch
 
+from rankdecay.lab.experiments.margin import finite
 from rankdecay.lab.experiments.margin.data import DataSets, differences
 from rankdecay.lab.experiments.margin.flow import Decay, Problem, Trajectory, follow, initial_weights
 from rankdecay.lab.experiments.margin.measures import climb, margins, measure, selected_tokens
 from rankdecay.lab.experiments.margin.recipe import descend
 from rankdecay.lab.experiments.margin.svm import Norm, Solution, max_margin, separable
 from rankdecay.lab.report.words import mean
-from rankdecay.lab.settings import Record
+from rankdecay.lab.settings import Record, subset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 
 FAMILIES = {"merged": "full", "separate": "full", "diagonal": "diagonal"}  # of matrices, by kind of weights
 DIGITS = 6  # of what is recorded
+SUPPORT = 1e-3  # above a score of one: what a solver leaves of an example that holds the max-margin head
 AT = ("cosine_nuclear", "cosine_frobenius", "nuclear_excess", "frobenius_excess", "effective_rank", "alignment")
+PAIRED = ("cosine_nuclear", "nuclear_excess")  # of which arms are compared data set by data set at equal margins
+OF_HEADS = ("cosine_head", "head_norm", "supports")
 
 
 class Solver:
@@ -52,6 +57,18 @@ class Solver:
         best = self._data.optimal
         return [which for which in range(len(best)) if separable(self.constraints(family, which, best[which]))]
 
+    def head(self, which: int, selected: np.ndarray) -> tuple[np.ndarray, int] | None:
+        """The value head of least norm under which every selected token scores at least one, and how many score one.
+
+        None where no head does.
+        """
+        chosen = self._data.tokens[which][np.arange(len(selected)), selected] * self._data.labels[which][:, None]
+        found = max_margin(chosen, "frobenius")
+        if found is None:
+            return None
+        head = np.diag(found.W)
+        return head, int((chosen @ head < 1 + SUPPORT).sum())
+
     def solution(self, family: str, which: int, selected: np.ndarray, norm: Norm) -> Solution | None:
         """The SVM of one data set for the selected tokens; None where they cannot be separated."""
         key = (family, which, tuple(selected.tolist()), norm)
@@ -68,6 +85,7 @@ class Outcome:
     steps: list[int]
     weights: Tensor  # (evaluations, sets, d, d)
     selected: Tensor  # (sets, n)
+    optimal: Tensor  # under the value heads at the end, (sets, n)
     solutions: dict[Norm, list[Solution | None]]
     decided: np.ndarray  # whether tokens are selected at all, (sets,)
     measured: list[dict[str, np.ndarray]]  # per evaluation
@@ -84,10 +102,13 @@ def train(
     shared: Record = {"loss": settings.loss, "evaluate_every": settings.evaluate_every, "evaluated": evaluated}
     if arm.how.recipe:
         return descend(weights, problem, strength=settings.l2 if arm.how.decay else 0.0, **shared)
+    shared |= {"steps": settings.steps, "margin": settings.margin}
+    if arm.how.finite:
+        shared |= subset(settings, "lr", "beta2", "epsilon")
+        return finite.descend(weights, problem, optimizer=arm.how.finite, **shared)
     decay = Decay(arm.how.decay, settings.l2) if arm.how.decay else None
-    return follow(
-        weights, problem, decay=decay, rate=settings.rate, steps=settings.steps, margin=settings.margin, **shared
-    )
+    heads = torch.from_numpy(data.heads[list(sets)]).to(device) if arm.how.head else None
+    return follow(weights, problem, decay=decay, rate=settings.rate, heads=heads, **shared)
 
 
 def compare(
@@ -107,11 +128,29 @@ def compare(
         ]
         for norm in get_args(Norm)
     }
-    measured = [
-        {name: value.cpu().numpy() for name, value in measure(problem, W, selected, solutions, loss).items()}  # pyright: ignore[reportArgumentType]
-        for W in trajectory.weights
-    ]
-    return Outcome(list(sets), trajectory.steps, trajectory.weights, selected, solutions, decided, measured)
+    measured = []
+    for number, W in enumerate(trajectory.weights):
+        if trajectory.heads is not None:
+            problem = problem.with_heads(trajectory.heads[number])
+        figures = measure(problem, W, selected, solutions, loss)  # pyright: ignore[reportArgumentType]
+        measured.append({name: value.cpu().numpy() for name, value in figures.items()})
+    if trajectory.heads is not None:
+        best = [solver.head(which, chosen[number]) for number, which in enumerate(sets)]
+        for figures, heads in zip(measured, trajectory.heads.cpu().numpy(), strict=True):
+            figures |= _of_heads(heads, best)
+    best = problem.scores.argmax(-1)
+    return Outcome(list(sets), trajectory.steps, trajectory.weights, selected, best, solutions, decided, measured)
+
+
+def _of_heads(heads: np.ndarray, best: Sequence[tuple[np.ndarray, int] | None]) -> dict[str, np.ndarray]:
+    """How large value heads are, their cosines to the max-margin heads, and how many examples hold those."""
+    size = np.linalg.norm(heads, axis=1)
+    found = {"head_norm": size, "cosine_head": np.full(len(size), np.nan), "supports": np.full(len(size), np.nan)}
+    for number, one in enumerate(best):
+        if one is not None:
+            cosine = heads[number] @ one[0] / size[number] / np.linalg.norm(one[0])
+            found["cosine_head"][number], found["supports"][number] = cosine, one[1]
+    return found
 
 
 # --- what is written ---
@@ -142,24 +181,27 @@ def at_margins(outcome: Outcome, target: float) -> list[Record]:
     rows = []
     for exponent in range(int(np.floor(np.log10(target) + 1e-9)) + 1):
         found: dict[str, list[float]] = {name: [] for name in AT}
+        sets: list[int] = []
         for number in range(margin.shape[1]):
             path = climb(margin[:, number])
             x = np.log10(margin[path, number])
             if not x.size or not x[0] <= exponent <= x.max() + 1e-2:
                 continue
+            sets.append(outcome.sets[number])
             for name in AT:
                 y = np.array([measured[name][number] for measured in outcome.measured])[path]
                 found[name].append(float(np.interp(exponent, np.maximum.accumulate(x), y)))
         if found[AT[0]]:
             row: Record = {"margin": 10.0**exponent, "datasets": len(found[AT[0]])}
-            rows.append(row | {name: mean(values) for name, values in found.items()})
+            row |= {name: mean(values) for name, values in found.items()}
+            rows.append(row | {"sets": sets, "each": {name: plain(np.array(found[name])) for name in PAIRED}})
     return rows
 
 
 def summarise(arm: Arm, outcome: Outcome, data: DataSets, settings: Margin) -> Record:
     """The figures of one arm: means over its data sets at the end, and each data set's cosines."""
     last, seeds = outcome.measured[-1], len(outcome.sets)
-    optimal = outcome.selected.cpu().numpy() == data.optimal[outcome.sets]
+    optimal = (outcome.selected == outcome.optimal).cpu().numpy()
     nuclear, frobenius = outcome.solutions["nuclear"], outcome.solutions["frobenius"]
     limit = settings.inner or data.tokens.shape[-1] if arm.how.kind == "separate" else np.inf
     short = [which for which, one in zip(outcome.sets, nuclear, strict=True) if one and one.rank > limit]
@@ -185,7 +227,7 @@ def summarise(arm: Arm, outcome: Outcome, data: DataSets, settings: Margin) -> R
         "nearer_nuclear": int((last["cosine_nuclear"] > last["cosine_frobenius"]).sum()),
         "margin_least": mean([last["margin"].min()]),
         "margin": float(np.median(last["margin"])),
-        "each": {name: plain(last[name]) for name in (*AT, "margin")},
+        "each": {name: plain(last[name]) for name in (*AT, "margin", *OF_HEADS) if name in last},
         "at": at_margins(outcome, settings.margin),
     }
     scalars = (name for name, value in last.items() if value.ndim == 1 and name not in row)

@@ -19,6 +19,7 @@ from rankdecay.lab.experiments.margin import compare
 from rankdecay.lab.experiments.margin.charts import STYLES, sections
 from rankdecay.lab.experiments.margin.claims import CHECKS, decided, headline, note, short
 from rankdecay.lab.experiments.margin.data import ARRAYS, DataSets, check_scores, draw, load
+from rankdecay.lab.experiments.margin.finite import Optimizer
 from rankdecay.lab.experiments.margin.settings import KINDS, PRESETS, Margin, check
 from rankdecay.lab.machine import one_thread
 from rankdecay.lab.progress import ArmBar
@@ -36,6 +37,8 @@ class Treatment:
     kind: Literal["merged", "separate", "diagonal"]
     decay: Literal["l2", "low_rank"] | None = None
     recipe: bool = False
+    finite: Optimizer | None = None  # what takes steps of finite length; None for the flow, or the recipe
+    head: bool = False  # whether the value head is trained too
 
 
 EVERY = (
@@ -55,6 +58,14 @@ EVERY = (
         Treatment("separate", "l2", recipe=True),
     ),
     Arm("recipe_bare", "The published recipe without its ε(‖K‖² + ‖Q‖²).", Treatment("separate", recipe=True)),
+    Arm("descent", "Gradient descent on K and Q; no decay.", Treatment("separate", finite="gd")),
+    Arm(
+        "normalised",
+        "Gradient descent on K and Q, each gradient divided by its norm, in exact arithmetic; no decay.",
+        Treatment("separate", finite="normalised"),
+    ),
+    Arm("adam", "Adam on K and Q; no decay.", Treatment("separate", finite="adam")),
+    Arm("trained_head", "Gradient flow on K, Q and the value head; no decay.", Treatment("separate", head=True)),
 )
 
 
@@ -190,6 +201,7 @@ COLUMNS = (
     Column("eff.\nrank", "effective_rank", ".2f"),
     Column("alignment", "alignment", ".3f", where="page"),
     Column("\nmargin", "margin", lambda value: short(value, ".2g")),
+    Column("head", "cosine_head", ".4f", _beside("head_norm", ".2g", "‖v‖"), "page"),
     Column("log₁₀ of the excess loss", "log10_loss_excess", lambda value: short(value, ",.5g"), where="page"),
     Column("optimal tokens", lambda row: f"{row['all_optimal']} of {row['seeds']}", where="page"),
 )

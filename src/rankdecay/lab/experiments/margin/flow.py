@@ -17,6 +17,10 @@ without changing W, or K and Q, by more than a fraction ``rate``. At large margi
 margins are equal, and a step jumps across: from where steps change logits by more than one, the directions that are
 returned are averages over about `WINDOW` steps, which takes these jumps out. Halve ``rate`` to see what is left.
 
+**Value heads** are fixed, as in the theory, or trained by the same flow at the same clock. Once the softmax has
+selected tokens the loss is all v's: it grows as the logarithm of the time, and the margin of attention as a multiple of
+the logarithm of that.
+
 **Weights.** `merged` W; `separate` K and Q, W = KQᵀ; `diagonal` ξ_k and ξ_q, W = diag(ξ_k ⊙ ξ_q). For the latter two
 the flow with a fixed gradient is linear in the weights, and a step is its exponential to second order, which
 keeps KᵀK - QᵀQ.
@@ -26,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -50,14 +54,25 @@ class Problem:
 
     tokens: Tensor  # (sets, n, L, d)
     queries: Tensor  # (sets, n, d)
+    labels: Tensor  # y, (sets, n)
     scores: Tensor  # γ, (sets, n, L)
     unit: Tensor  # norm of W at which logits are of the order of one, (sets,)
 
     @classmethod
     def of(cls, data: DataSets, device: str = "cpu") -> Problem:
         """The tensors of some data sets."""
-        x, z, gamma = (torch.from_numpy(array).to(device) for array in (data.tokens, data.queries, data.scores))
-        return cls(x, z, gamma, 1 / (x.norm(dim=-1).amax(-1) * z.norm(dim=-1)).amax(-1))
+        arrays = (data.tokens, data.queries, data.labels, data.scores)
+        x, z, y, gamma = (torch.from_numpy(array).to(device) for array in arrays)
+        return cls(x, z, y, gamma, 1 / (x.norm(dim=-1).amax(-1) * z.norm(dim=-1)).amax(-1))
+
+    @property
+    def unit_of_heads(self) -> Tensor:
+        """Norm of a value head at which scores are of the order of one, (sets,)."""
+        return 1 / self.tokens.norm(dim=-1).amax((1, 2))
+
+    def with_heads(self, heads: Tensor) -> Problem:
+        """The same data under other value heads, shape (sets, d)."""
+        return replace(self, scores=self.labels[..., None] * (self.tokens @ heads[:, None, :, None])[..., 0])
 
     def logits(self, W: Tensor) -> Tensor:
         """``X W z``, shape (sets, n, L), of W (sets, d, d)."""
@@ -78,6 +93,7 @@ class Gradient:
     direction: Tensor  # (sets, d, d)
     log_size: Tensor  # (sets,)
     margin: Tensor  # of the tokens with the largest logits, (sets,)
+    heads: Tensor | None = None  # the negative gradient by the value heads in the same units, (sets, d)
 
 
 def _log_attention(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,14 +103,23 @@ def _log_attention(logits: Tensor) -> tuple[Tensor, Tensor]:
     return selected, relative - relative.exp().sum(-1, keepdim=True).log()
 
 
-def gradient(problem: Problem, W: Tensor, loss: Loss) -> Gradient:
-    """The negative gradient at W, shape (sets, d, d), exact in direction at any margin."""
+def gradient(problem: Problem, W: Tensor, loss: Loss, heads: bool = False) -> Gradient:
+    """The negative gradient at W, shape (sets, d, d), exact in direction at any margin.
+
+    Args:
+        problem: the data sets.
+        W: the weights.
+        loss: which.
+        heads: by the value heads too, which are about e^margin larger: for margins below 700.
+    """
     logits = problem.logits(W)
     selected, log_p = _log_attention(logits)
     gain = problem.scores - problem.scores.gather(-1, selected)
     mean_gain = (log_p.exp() * gain).sum(-1, keepdim=True)
     average = problem.scores.gather(-1, selected) + mean_gain
     log_weight = -average if loss == "exponential" else logsigmoid(-average)
+    heaviest = log_weight.amax((-2, -1))  # apart: beside large scores, what attention adds would be rounded away
+    log_weight = log_weight - heaviest[:, None, None]
     excess = gain - mean_gain
     log_rate = (log_weight + log_p + excess.abs().log()).scatter(-1, selected, -math.inf)
     largest = log_rate.amax((-2, -1))
@@ -102,7 +127,12 @@ def gradient(problem: Problem, W: Tensor, loss: Loss) -> Gradient:
     coefficients = coefficients.scatter_add(-1, selected, -coefficients.sum(-1, keepdim=True))
     second = logits.scatter(-1, selected, -math.inf).amax(-1)
     margin = (logits.gather(-1, selected)[..., 0] - second).amin(-1)
-    return Gradient(problem.ascent(coefficients), largest - math.log(logits.shape[1]), margin)
+    by_heads = None
+    if heads:
+        attended = log_p.exp() * log_weight.exp() * problem.labels[..., None]
+        by_heads = (attended[..., None] * problem.tokens).sum((1, 2)) * (-largest).exp()[:, None]
+    log_size = heaviest + largest - math.log(logits.shape[1])
+    return Gradient(problem.ascent(coefficients), log_size, margin, by_heads)
 
 
 def log_excess(problem: Problem, W: Tensor, selected: Tensor, loss: Loss) -> Tensor:
@@ -126,7 +156,8 @@ def log_excess(problem: Problem, W: Tensor, selected: Tensor, loss: Loss) -> Ten
     x = top[..., 0] + (lack.sign() * (signed - top).exp()).sum(-1).log()  # log(γ_s - γ̄)
     best = best[..., 0]
     if loss == "exponential":
-        log_gap = -best + torch.where(x > -30, x.exp().expm1().log(), x)  # e^{-γ̄} - e^{-γ_s}
+        grown = x.exp()
+        log_gap = -best + torch.where(x > -30, grown + (-(-grown).expm1()).log(), x)  # e^{-γ̄} - e^{-γ_s}
     else:
         log_gap = torch.where(x > -15, (softplus(x.exp() - best) - softplus(-best)).log(), logsigmoid(-best) + x)
     return torch.logsumexp(log_gap, -1) - math.log(log_gap.shape[-1])
@@ -197,7 +228,7 @@ def initial_weights(
     return [product([K, Q])] if kind == "merged" else [K, Q]
 
 
-def _velocity(weights: Weights, direction: Tensor) -> Weights:
+def velocity(weights: Weights, direction: Tensor) -> Weights:
     """The flow's change of the weights per unit of time: linear in K and Q for a fixed direction."""
     if len(weights) == 1:
         return [direction]
@@ -208,11 +239,11 @@ def _velocity(weights: Weights, direction: Tensor) -> Weights:
     return [g * Q, g * K]
 
 
-def _norm(tensors: Weights) -> Tensor:
+def norm(tensors: Weights) -> Tensor:
     return torch.stack([tensor.flatten(1).square().sum(1) for tensor in tensors]).sum(0).sqrt()
 
 
-def _per_set(values: Tensor, like: Tensor) -> Tensor:
+def per_set(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
@@ -229,52 +260,65 @@ class Decay:
 
 
 def step(
-    weights: Weights, problem: Problem, loss: Loss, decay: Decay, rate: float, target: float
-) -> tuple[Weights, Gradient]:
+    weights: Weights,
+    problem: Problem,
+    loss: Loss,
+    decay: Decay,
+    rate: float,
+    target: float,
+    heads: Tensor | None = None,
+) -> tuple[Weights, Gradient, Tensor | None]:
     """One step of the flow; data sets whose margin has reached the target stay where they are.
 
     Args:
         weights: not modified.
         problem: the data sets.
         loss: which.
-        decay: beside it.
+        decay: of the weights, beside the loss.
         rate: largest relative change.
         target: margin at which a data set is finished.
+        heads: value heads that are trained too, shape (sets, d); those of the problem are fixed.
 
     Returns:
-        The weights after the step, and the gradient before it.
+        The weights after the step, the gradient before it, and the heads after it.
     """
     W = product(weights)
-    found = gradient(problem, W, loss)
+    if heads is not None:
+        problem = problem.with_heads(heads)
+    found = gradient(problem, W, loss, heads is not None)
     log_decay = math.log(2 * decay.strength) if decay.strength else -math.inf
     scale = found.log_size.clamp(min=log_decay)  # the larger of the two forces is of the order of one
     push = (found.log_size - scale).exp()
     pull = (log_decay - scale).exp()
-    first = _velocity(weights, _per_set(push, W) * found.direction)
-    second = _velocity(first, _per_set(push, W) * found.direction) if len(weights) == 2 else []
-    room = rate * (_norm([W]) + problem.unit)
+    first = velocity(weights, per_set(push, W) * found.direction)
+    second = velocity(first, per_set(push, W) * found.direction) if len(weights) == 2 else []
+    room = rate * (norm([W]) + problem.unit)
     if decay.strength:
         room = torch.minimum(room, STABLE * problem.unit)
     if len(weights) == 1:
-        time = room / _norm(first)
+        time = room / norm(first)
     else:
         (K, Q), (dK, dQ) = weights, first
-        by_product = _norm([dK @ Q.mT + K @ dQ.mT]) if K.ndim == 3 else _norm([dK * Q + K * dQ])
-        time = torch.minimum(rate * _norm(weights) / _norm(first), room / by_product)
+        by_product = norm([dK @ Q.mT + K @ dQ.mT]) if K.ndim == 3 else norm([dK * Q + K * dQ])
+        time = torch.minimum(rate * norm(weights) / norm(first), room / by_product)
     time = torch.minimum(time, rate / pull)
+    if heads is not None and found.heads is not None:
+        by_heads = push[:, None] * found.heads
+        time = torch.minimum(time, rate * (norm([heads]) + problem.unit_of_heads) / norm([by_heads]))
+        heads = heads + time.where(found.margin < target, 0.0)[:, None] * by_heads
     time = time.where(found.margin < target, 0.0)
     new = []
     for number, old in enumerate(weights):
-        t = _per_set(time, old)
+        t = per_set(time, old)
         value = old + t * first[number]
         if second:
             value = value + t * t / 2 * second[number]
         if decay.strength and decay.rule == "l2":
-            value = value / (1 + t * _per_set(pull, old))
+            value = value / (1 + t * per_set(pull, old))
         new.append(value)
     if decay.strength and decay.rule == "low_rank":
         new = [soft_threshold(new[0], time * pull, backend="exact")]
-    return new, found
+    return new, found, heads
 
 
 @dataclass(frozen=True)
@@ -283,6 +327,7 @@ class Trajectory:
 
     steps: list[int]
     weights: Tensor  # W, averaged over a few steps, (evaluations, sets, d, d)
+    heads: Tensor | None = None  # where they are trained too, (evaluations, sets, d)
 
 
 def follow(
@@ -295,6 +340,7 @@ def follow(
     steps: int = 100_000,
     margin: float = 1e8,
     evaluate_every: int = 200,
+    heads: Tensor | None = None,
     evaluated: Callable[[int], None] = lambda step: None,
 ) -> Trajectory:
     """Follows the flow until every data set has reached the margin, or an explicit decay has stopped it.
@@ -308,29 +354,32 @@ def follow(
         steps: at most.
         margin: at which a data set is finished.
         evaluate_every: steps between what is kept.
+        heads: value heads that are trained too, where they begin, shape (sets, d); margins have to stay below 700.
         evaluated: told the step after each.
     """
     decay = decay or Decay()
     W = product(weights)
-    direction = W / _per_set(_norm([W]).clamp(min=1e-300), W)
-    kept, at = [W], [0]
+    direction = W / per_set(norm([W]).clamp(min=1e-300), W)
+    kept, at, kept_heads = [W], [0], [heads]
     for number in range(1, steps + 1):
-        weights, found = step(weights, problem, loss, decay, rate, margin)
+        weights, found, heads = step(weights, problem, loss, decay, rate, margin, heads)
         W = product(weights)
-        size = _per_set(_norm([W]).clamp(min=1e-300), W)
-        sliding = (rate * _norm([W]) > problem.unit) & (decay.strength == 0)
+        size = per_set(norm([W]).clamp(min=1e-300), W)
+        sliding = (rate * norm([W]) > problem.unit) & (decay.strength == 0)
         share = torch.where(sliding, 1 / WINDOW, 1.0) * (found.margin < margin)  # a finished data set keeps its average
-        direction = direction + _per_set(share, W) * (W / size - direction)
+        direction = direction + per_set(share, W) * (W / size - direction)
         if number % evaluate_every and number != steps:
             continue
         kept.append(size * direction)
+        kept_heads.append(heads)
         at.append(number)
         evaluated(number)
         unmoved = (_unit(kept[-1]) - _unit(kept[-2])).flatten(1).norm(dim=1) < SETTLED * (at[-1] - at[-2])
         if bool(((found.margin >= margin) | (unmoved & (decay.strength > 0))).all()):
             break
-    return Trajectory(at, torch.stack(kept))
+    trained = [v for v in kept_heads if v is not None]
+    return Trajectory(at, torch.stack(kept), torch.stack(trained) if trained else None)
 
 
 def _unit(W: Tensor) -> Tensor:
-    return W / _per_set(_norm([W]).clamp(min=1e-300), W)
+    return W / per_set(norm([W]).clamp(min=1e-300), W)

@@ -9,9 +9,13 @@ from typing import Literal
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.settings import Settings, check_arms, check_counts, check_numbers, check_seeds
 
-ARMS = ("merged", "separate", "diagonal", "separate_l2", "merged_l2", "low_rank", "recipe", "recipe_bare")
+FLOWS = ("merged", "separate", "diagonal", "separate_l2", "merged_l2", "low_rank", "recipe", "recipe_bare")
+BEYOND = ("descent", "normalised", "adam", "trained_head")  # the theory: steps of finite length, and a head that moves
+ARMS = (*FLOWS, *BEYOND)
 KINDS = ("generic", "equal", "aligned")  # of data that are drawn
 LARGEST_MARGIN = 1e100  # squares of larger weights leave the range of a float64
+BETA1 = 0.9  # of adam
+LARGEST_WITH_HEAD = 600  # the gradient of a value head is about e^margin times that of W
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,9 @@ class Margin(Settings):
     interrupted run begins again. The default takes at most three minutes on a slow core.
     """
 
-    parametrisation: tuple[str, ...] = tuple(name for name in ARMS if name != "low_rank")
-    """Which arms to compare: these, or low_rank, which takes longest. Those in _l2, low_rank and recipe have an
-    explicit decay of size --l2."""
+    parametrisation: tuple[str, ...] = tuple(name for name in FLOWS if name != "low_rank")
+    """Which arms to compare: these; low_rank, which takes longest; descent, normalised and adam, steps of size --lr; or
+    trained_head. Those in _l2, low_rank and recipe have an explicit decay of size --l2."""
     data: str = "generic"
     """generic, equal (all but the best token of an example share a score), aligned (both SVMs coincide), or an .npz."""
     dimension: int = 12
@@ -51,8 +55,14 @@ class Margin(Settings):
     """ε of the explicit decay ε(‖K‖² + ‖Q‖²), ε‖W‖² or 2ε‖W‖_*, in the arms that have one."""
     rate: float = 4e-3
     """Largest relative change of the weights per step of the flow."""
+    lr: float = 0.1
+    """Learning rate of descent, normalised and adam."""
+    beta2: float = 0.999
+    """β₂ of adam: the margin grows by at most about -½ ln β₂ a step."""
+    epsilon: float = 1e-8
+    """ε of adam; with 0 its steps do not fade when the gradient does."""
     steps: int = 20_000
-    """Steps of the flow at most; it ends at --margin."""
+    """Steps of the flow, or of training, at most; it ends at --margin."""
     margin: float = 1e6
     """Margin at which the flow of a data set ends."""
     evaluate_every: int = 200
@@ -64,7 +74,12 @@ class Margin(Settings):
 PRESETS = {
     "default": Margin(),
     "standard": Margin(
-        preset="standard", parametrisation=ARMS, datasets=20, steps=30_000, margin=1e8, out=Path("runs/margin-standard")
+        preset="standard",
+        parametrisation=FLOWS,
+        datasets=20,
+        steps=30_000,
+        margin=1e8,
+        out=Path("runs/margin-standard"),
     ),
 }
 EXAMPLES = {
@@ -82,8 +97,8 @@ def check(settings: Margin) -> Margin:
     check_arms(settings.parametrisation, ARMS, "parametrisation")
     check_seeds(settings)
     check_counts(settings, "examples", "datasets", "steps", "evaluate_every")
-    check_numbers(settings, "score", "scale", "rate", "margin")
-    check_numbers(settings, "l2", zero=True)
+    check_numbers(settings, "score", "scale", "rate", "lr", "margin")
+    check_numbers(settings, "l2", "epsilon", zero=True)
     if settings.dimension < 2:
         raise SettingError(f"--dimension {settings.dimension} is too small: a direction needs at least 2")
     if settings.tokens < 2:
@@ -94,6 +109,15 @@ def check(settings: Margin) -> Margin:
         raise SettingError(f"--rate {settings.rate:g} is no flow: a step may change weights by at most 0.1 of them")
     if not 1 <= settings.margin <= LARGEST_MARGIN:
         raise SettingError(f"--margin {settings.margin:g} must be between 1 and {LARGEST_MARGIN:g}")
+    if not BETA1**2 < settings.beta2 < 1:
+        raise SettingError(
+            f"--beta2 {settings.beta2:g} is outside ({BETA1**2:g}, 1): below, steps of Adam grow without bound as "
+            "gradients fall; give for example 0.999 or 0.95"
+        )
+    if "trained_head" in settings.parametrisation and settings.margin > LARGEST_WITH_HEAD:
+        raise SettingError(
+            f"--margin {settings.margin:g} is beyond what trained_head can follow: give at most {LARGEST_WITH_HEAD}"
+        )
     _check_data(settings)
     return settings
 
