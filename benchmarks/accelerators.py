@@ -24,7 +24,8 @@ All but `l2`, `smooth`, `cautious` and `l2_all` have no decay of W_Q and W_K. Mu
 a weight that AdamW's takes in the other arms. This is one size with three seeds: a reduced protocol, the same for all.
 
 **Contrasts**, named beforehand: each accelerator, `l2` and `smooth` against the tuned learning rate, and cautious decay
-against `l2_all`. Times of one seed are paired, the seed is the unit; t-tests, Holm over all of them.
+against `l2_all`. Times of one seed are paired, the seed is the unit; t-tests, Holm over all nine, where one that is not
+run yet counts as p = 1.
 """
 
 from __future__ import annotations
@@ -52,18 +53,18 @@ from rankdecay.lab.tasks import make_dataset
 
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
 OF_ALL = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-GRIDS: dict[str, tuple[float, ...]] = {
+GRIDS: dict[str, tuple[float, ...]] = {  # in the order in which they are tuned
     "learning_rate": RATES,
     "l2": (4.0, 8.0, 16.0, 32.0, 64.0, 128.0),
-    "smooth": (0.625, 1.25, 2.5, 5.0, 10.0, 20.0),
-    "none": (),
     "grokfast_ema": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
     "muon": (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
     "orthograd": RATES,
+    "smooth": (0.625, 1.25, 2.5, 5.0, 10.0, 20.0),
     "stablemax": (),
     "grokfast_ma": (0.625, 1.25, 2.5, 5.0, 10.0, 20.0),
     "cautious": OF_ALL,
     "l2_all": OF_ALL,
+    "none": (),
     "uniform_attention": (),
 }
 SPACE = Space(
@@ -214,10 +215,10 @@ def report(protocol: Protocol, directory: Path) -> Row:
     pairs = [pair for pair in CONTRASTS if set(pair) <= set(arms)]
     horizon = protocol.horizons[-1]
     found: list[Row] = [contrast(log_ratios(rows, a, b, horizon)) | {"arm": a, "against": b} for a, b in pairs]
-    for one, adjusted in zip(found, holm([one["p"] for one in found]), strict=True):
+    lacking = [1.0] * (len(CONTRASTS) - len(found))  # so that none of the others looks better than it will
+    for one, adjusted in zip(found, holm([*(one["p"] for one in found), *lacking]), strict=False):
         one["p_holm"] = adjusted
-    complete = set(arms) == set(GRIDS)
-    return {"complete": complete, "arms": list(arms.values()), "contrasts": found}
+    return {"arms": list(arms.values()), "contrasts": found}
 
 
 def show(result: Row) -> None:

@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import accelerators_findings
 import attention_findings
 import boundary_findings
 import claims
@@ -53,7 +54,7 @@ PAGES = (
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "findings").glob("*.md")),
 )
 MARKED = re.compile(r"(<!-- findings: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
-SCRIPTS = ("boundary", "attention", "margin", "factor", "grok", "cost", "schedule", "compress")
+SCRIPTS = ("boundary", "attention", "margin", "factor", "grok", "cost", "schedule", "accelerators", "compress")
 
 
 # --- tables: what a script prints ---
@@ -348,7 +349,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
         left, stuck, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
     )
 }  # fmt: skip
-NUMBERS |= {"e1": schedule_findings.words}
+NUMBERS |= {"e1": schedule_findings.words, "accelerated": accelerators_findings.words}
 NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_findings.rise}
 
 

@@ -128,6 +128,8 @@ def test_an_accelerator_that_the_budget_leaves_no_step_is_refused():
     with pytest.raises(SettingError, match=r"--steps 99: grokfast_ma does nothing before step 100: give more"):
         make_arms(asked)
     assert [arm.name for arm in make_arms(replace(asked, steps=100))] == ["grokfast_ma", "muon"]
+    every = {steps: {arm.name for arm in make_arms(replace(asked, arms=("all",), steps=steps))} for steps in (99, 100)}
+    assert every[100] - every[99] == {"grokfast_ma"}
 
 
 # --- widening --------------------------------------------------------------------------------------------------------

@@ -363,7 +363,7 @@ def every_arm(settings: Boundary) -> dict[str, Arm]:
         ),
         Arm(
             "orthograd",
-            "⊥Grad: the gradient's part across the weights alone, at its length; the learning rate on the axis.",
+            "Orthogonal gradient (⊥Grad): its part across the weights, at its length; the learning rate on the axis.",
             Axis(lambda lr: Treatment(lr=lr, accelerator=OrthoGrad()), lr_limit),
             RATES,
         ),
@@ -399,6 +399,7 @@ def make_arms(settings: Boundary) -> list[Arm]:
     names = list(dict.fromkeys(settings.arms))
     if "all" in names:
         names = [name for name in known if name not in PUBLISHED or settings.preset == "paper"]
+        names = [name for name in names if settings.steps >= _idle(known[name])]
     if not names:
         raise SettingError(f"--arms is empty: choose from {', '.join(known)}")
     chosen = {check_name("--arms", name, known): known[name] for name in names}
@@ -415,13 +416,18 @@ def make_arms(settings: Boundary) -> list[Arm]:
                 raise SettingError(f"{given}: {strength:g} must be a whole number, as {name} needs: give {name}=2,4")
         chosen[name] = replace(arm, strengths=strengths)
     for arm in chosen.values():
-        accelerator = arm.how.treat((arm.strengths or (1.0,))[0]).accelerator
-        if accelerator is not None and settings.steps < accelerator.needs:
+        if settings.steps < _idle(arm):
             raise SettingError(
-                f"--steps {settings.steps}: {arm.name} does nothing before step {accelerator.needs}: give more steps, "
-                "or leave it out of --arms"
+                f"--steps {settings.steps}: {arm.name} does nothing before step {_idle(arm)}: give more steps, or "
+                "leave it out of --arms"
             )
     return list(chosen.values())
+
+
+def _idle(arm: Arm) -> int:
+    """Steps before an arm does what it is named for."""
+    accelerator = arm.how.treat((arm.strengths or (0.0,))[0]).accelerator
+    return 0 if accelerator is None else accelerator.needs
 
 
 def wider(arm: Arm, strengths: Sequence[float], edge: str) -> float | None:
