@@ -142,9 +142,9 @@ def test(protocol: Protocol, directory: Path, device: str) -> None:
     held = tuned(directory, protocol)["arms"]
     wanted = [
         dataclasses.replace(trial(protocol, own["name"], own["strength"], own["rest_decay"], size, seed), stays=True)
+        for own in held.values()
         for seed in protocol.test_seeds
         for size in protocol.test_sizes
-        for own in held.values()
     ]
     trained(directory / "test", protocol, wanted, protocol.test_budget, device=device)
 

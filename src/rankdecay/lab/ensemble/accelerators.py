@@ -182,16 +182,15 @@ class Muon(Accelerator):
         for mean, gradient in zip(means, gradients, strict=True):
             mean.lerp_(gradient, 1 - self.momentum)
         ahead = [gradient.lerp(mean, self.momentum) for gradient, mean in zip(gradients, means, strict=True)]
-        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)  # matrices by the shape they have when wide
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)  # which may be orthogonalised together
         for index, matrix in enumerate(ahead):
-            alike[tuple(sorted(matrix.shape))].append(index)
+            alike[tuple(_wide(matrix).shape)].append(index)
         for some in alike.values():
-            tall = [ahead[index].shape[0] > ahead[index].shape[1] for index in some]
-            wide = torch.stack([ahead[i].mT if is_tall else ahead[i] for i, is_tall in zip(some, tall, strict=True)])
-            for index, is_tall, update in zip(some, tall, orthogonalised(wide), strict=True):
-                rows, columns = ahead[index].shape
+            updates = orthogonalised(torch.stack([_wide(ahead[index]) for index in some]))
+            for index, update in zip(some, updates, strict=True):
+                rows, columns = weights[index].shape
                 lr = self.lr * max(1, rows / columns) ** 0.5
-                weights[index].mul_(1 - decays[index]).sub_(update.mT if is_tall else update, alpha=lr)
+                _wide(weights[index]).mul_(1 - _wide(decays[index])).sub_(update, alpha=lr)
 
 
 @dataclass(frozen=True)
@@ -204,6 +203,11 @@ class CautiousDecay(Accelerator):
         update = moment.mean.lerp(moment.gradient, 1 - moment.beta)  # has the sign of AdamW's
         towards_zero = update.sign() * moment.weights.sign() >= 0
         moment.weights.mul_(1 - moment.decay * towards_zero)
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """A view of a matrix with no more rows than columns: its transpose, if it has more."""
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
 
 
 def stable_logits(logits: Tensor) -> Tensor:
