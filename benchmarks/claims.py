@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerators_findings
 import attention_findings
 import boundary_findings
 import compress_findings
@@ -123,6 +124,7 @@ COMPRESS = "python benchmarks/compress.py --stage tune; … --stage train, for -
 GROKKING, KOBAYASHI = "Low-rank decay and grokking", "L2 as a nuclear norm (Kobayashi et al.)"
 SMALLER = "A smaller head"
 GENERIC = "--examples 6 --tokens 8 --dimension 10 --init random --datasets 20"
+ACCELERATED = "Accelerators of grokking, equally tuned (selection mod 13)"
 SHEEN, COSTS = "Softmax attention and its SVM (Sheen et al.)", "What it costs"
 
 
@@ -130,6 +132,24 @@ def _of_sweep(sweep: str, claim: str, evidence: str, interval: str, *more: Any) 
     """A claim on grokking that a sweep of `boundary` decides; ``more`` is its status and what follows."""
     command, data = "bash docs/data/boundary/commands.sh", (f"boundary/{sweep}",)
     return Claim(GROKKING, claim, evidence, interval, command, data, "boundary.md", *more)
+
+
+def _accelerated(claim: str, arm: str, against: str = "learning_rate") -> Claim:
+    """A claim of the authors of an accelerator, which its contrast decides."""
+    other = "a tuned learning rate" if against == "learning_rate" else "the same decay of all weights"
+    return Claim(
+        ACCELERATED,
+        claim,
+        f"mean time {{accelerated time {arm}}} steps, {other} {{accelerated time {against}}}; still held at the end "
+        f"{{accelerated still {arm}}} and {{accelerated still {against}}}; a step takes "
+        f"{{accelerated milliseconds {arm}}} ms, AdamW's {{accelerated milliseconds none}}",
+        f"ratio of times {{accelerated ratio {arm} {against}}}",
+        "python benchmarks/accelerators.py --stage tune; … --stage test; … --stage report",
+        ("accelerators/selection",),
+        "accelerators.md",
+        lambda: accelerators_findings.words("status", arm, against),
+        "one task, one size, one small network",
+    )
 
 
 CLAIMS = (
@@ -278,6 +298,12 @@ CLAIMS = (
         "",
         lambda: boundary_findings.published(DATA / "boundary" / "prototype")["near"] >= 70,
     ),
+    _accelerated("Grokfast is faster than a tuned learning rate", "grokfast_ema"),
+    _accelerated("Grokfast-MA is faster than a tuned learning rate", "grokfast_ma"),
+    _accelerated("⊥Grad is faster than AdamW, each at its best learning rate", "orthograd"),
+    _accelerated("StableMax is faster than a tuned learning rate", "stablemax"),
+    _accelerated("Muon is faster than AdamW at a tuned learning rate", "muon"),
+    _accelerated("Cautious decay is faster than the plain one", "cautious", "l2_all"),
     Claim(
         KOBAYASHI,
         "L2 on two factors ends at the soft threshold of their product",

@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import accelerators_findings
 import attention_findings
 import boundary_findings
 import claims
@@ -56,7 +57,19 @@ PAGES = (
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "findings").glob("*.md")),
 )
 MARKED = re.compile(r"(<!-- findings: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
-SCRIPTS = ("boundary", "attention", "margin", "factor", "rotary", "grok", "cost", "schedule", "compress", "pretrained")
+SCRIPTS = (
+    "boundary",
+    "attention",
+    "margin",
+    "factor",
+    "rotary",
+    "grok",
+    "cost",
+    "schedule",
+    "accelerators",
+    "compress",
+    "pretrained",
+)
 
 
 # --- tables: what a script prints ---
@@ -376,6 +389,7 @@ NUMBERS |= {"above_none": attention_findings.above_none, "emptied": attention_fi
 NUMBERS |= {"of_pretrained": pretrained_findings.figure, "rounding": pretrained_findings.rounding_words}
 NUMBERS |= {"planes_left": rotary_findings.words}
 NUMBERS |= {"beyond": margin_findings.beyond}
+NUMBERS |= {"accelerated": accelerators_findings.words}
 NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_findings.rise}
 
 

@@ -32,28 +32,20 @@ import dataclasses
 import json
 import math
 import statistics
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+import tuning
 from scipy import stats
+from tuning import Protocol, Row, Space, mean_time, restricted, split_name, trained, trial, tuned
 
-from rankdecay.lab.ensemble import local
 from rankdecay.lab.ensemble.ensemble import Ensemble, Training
-from rankdecay.lab.ensemble.outcome import key_of
-from rankdecay.lab.ensemble.sweep import Plan, Trial
-from rankdecay.lab.experiments.boundary.arms import every_arm
-from rankdecay.lab.experiments.boundary.experiment import places, trials
-from rankdecay.lab.experiments.boundary.settings import Boundary
 from rankdecay.lab.machine import describe_machine
-from rankdecay.lab.store import GROWING, RunDirectory, read_metrics
+from rankdecay.lab.store import read_metrics
 from rankdecay.lab.tasks import make_dataset
-
-Row = dict[str, Any]
 
 HALVES = (0.625, 1.25, 2.5, 5.0, 10.0, 20.0)
 SQUARES = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
@@ -74,13 +66,12 @@ GRIDS: dict[str, tuple[float, ...]] = {  # strengths in factors of two
     "yoked": HALVES,
 }
 RAMPS = {"l2_ramp": (100, 200, 400), "sphere_falling": (100, 200, 400)}
-RESTS, FIRST_REST = (1.0, 2.0, 4.0), 2.0
+SPACE = Space(GRIDS, RAMPS)
 LOW_RANK = ("smooth", "prox")
 CONTRASTS = (("low rank", "radial_only"), ("low rank", "raise_rank"), ("low rank", "l2_ramp"), ("l2_ramp", "l2"))
 NAMED = tuple(arm for arm in GRIDS if arm in {*LOW_RANK, *(arm for pair in CONTRASTS for arm in pair)})
 PARTS = (NAMED, tuple(arm for arm in GRIDS if arm not in NAMED))  # the arms of the contrasts, then the others
 MARGIN, LEVEL = 1.08, 0.05
-WIDENINGS = 6
 # A variant, the arm whose settings it has, and its β₂; at one size, on the held-out seeds.
 SECONDARY = {
     "no_qk_norm": ("l2", 0.999),
@@ -94,200 +85,19 @@ SECONDARY = {
 SHARPEN = 200.0  # steps in which the scores of attention rise to what they are
 
 
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """What is trained; a smaller one is for trying the command."""
-
-    modulus: int = 13
-    width: int = 64
-    mlp_width: int = 256
-    batch_size: int = 128
-    lr: float = 2e-3
-    validation: int = 1000
-    evaluate_every: int = 40
-    tune_seeds: tuple[int, ...] = (100, 101, 102)
-    tune_sizes: tuple[int, ...] = (600, 700, 850)
-    tune_budget: int = 1600
-    test_seeds: tuple[int, ...] = tuple(range(200, 210))
-    test_sizes: tuple[int, ...] = (600, 700, 800, 950)
-    test_budget: int = 3200
-    horizons: tuple[int, ...] = (800, 1600, 3200)
-    secondary_size: int = 700
-
-
 TINY = Protocol(5, 16, 16, 16, 1e-2, 50, 20, (100, 101), (60, 120), 60, (200, 201, 202), (60, 120), 80, (40, 80), 60)
-
-
-# --- what is trained ---
-
-
-def settings_of(protocol: Protocol, ramp: int | None) -> Boundary:
-    """The settings of `rankdecay boundary` that its arms and runs read."""
-    return Boundary(
-        task="selection",
-        modulus=protocol.modulus,
-        width=protocol.width,
-        mlp_width=protocol.mlp_width,
-        batch_size=protocol.batch_size,
-        lr=protocol.lr,
-        warmup=ramp or Boundary.warmup,
-        validation=protocol.validation,
-        seeds=1,
-        precision="float32",
-    )
-
-
-def split_name(name: str) -> tuple[str, int | None]:
-    """The arm and the ramp's length of ``l2_ramp@200``."""
-    arm, _, ramp = name.partition("@")
-    return arm, int(ramp) if ramp else None
-
-
-def trial(
-    protocol: Protocol,
-    name: str,
-    strength: float,
-    rest: float,
-    size: int,
-    seed: int,
-    arm: str | None = None,
-    **options: Any,
-) -> Trial:
-    """One run; ``name`` is that of its rows, ``arm`` what it does if that is another."""
-    which, ramp = split_name(arm or name)
-    only = {"train_examples": (size,), "rest_decays": (rest,), "first_seed": seed}
-    settings = dataclasses.replace(settings_of(protocol, ramp), **only, **options)
-    (one,) = trials(settings, every_arm(settings)[which], [strength])
-    return dataclasses.replace(one, member=dataclasses.replace(one.member, arm=name))
-
-
-def trained(
-    path: Path, protocol: Protocol, wanted: Iterable[Trial], budget: int, beta2: float = 0.999, device: str = "cpu"
-) -> list[Row]:
-    """All rows of a directory, after training what it does not hold of some trials."""
-    fixed = {**dataclasses.asdict(protocol), "budget": budget, "precision": "float32"}
-    fixed = json.loads(json.dumps(fixed))
-    config = {"command": "schedule", "settings": fixed, "fixed": fixed, "arms": [], "machine": describe_machine(device)}
-    with RunDirectory.open(path, config, lambda line: print(line, file=sys.stderr), GROWING) as directory:
-        rows = directory.drop_damaged_line()
-        done = {key_of(row) for row in rows}
-        missing = [one for one in wanted if one.key not in done]
-        training = Training(protocol.batch_size, device=device, betas=(0.9, beta2))
-        together = places(settings_of(protocol, None), device)
-        plan = Plan(training, budget, protocol.evaluate_every, 0.95, together)
-        begun = time.monotonic()
-        for number, row in enumerate(local.rows(missing, plan, directory) if missing else (), 1):
-            directory.append([row])
-            rows.append(row)
-            minutes = (time.monotonic() - begun) / 60
-            print(f"{path.name}: {number} of {len(missing)} runs, {minutes:.1f} min", file=sys.stderr, flush=True)
-    return rows
 
 
 # --- tuning ---
 
 
-def restricted(row: Row, horizon: float) -> float:
-    """Steps until validation accuracy holds 95 %; the horizon for a run that had not by then."""
-    steps = row["steps_to_generalise"]
-    return float(min(horizon if steps is None else steps, horizon))
-
-
-def mean_time(rows: Sequence[Row], horizon: float) -> float:
-    return statistics.fmean(restricted(row, horizon) for row in rows)
-
-
-def scores(rows: Sequence[Row], horizon: float) -> dict[tuple[str, float, float], float]:
-    """The restricted mean time of every setting: arm with its ramp, strength, decay of the rest."""
-    found: dict[tuple[str, float, float], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row["arm"], row["strength"], row["rest_decay"]), []).append(row)
-    return {setting: mean_time(some, horizon) for setting, some in found.items()}
-
-
 def tune(protocol: Protocol, directory: Path, device: str) -> Row:
-    """Trains the grids of every arm, widened until the best is inside, and freezes what is best."""
-    frozen = directory / "tuned.json"
-    arms: Row = tuned(directory, protocol)["arms"] if frozen.exists() else {}
-    if set(arms) == set(GRIDS):
-        raise SystemExit(f"{frozen} is frozen: the held-out runs use it. Give another --dir to tune again.")
-    for part in PARTS:
-        if not set(part) <= set(arms):
-            arms |= tune_arms(part, protocol, directory, device)
-            low_rank = min(LOW_RANK, key=lambda arm: arms[arm]["restricted_mean_time"])
-            held = {"protocol": dataclasses.asdict(protocol), "low_rank": low_rank, "arms": arms}
-            frozen.write_text(json.dumps(held, indent=1) + "\n")
-    return tuned(directory, protocol)
+    """Tunes the arms of the contrasts, then the others; low rank is the rule that tuning finds faster."""
 
+    def beside(arms: Row) -> Row:
+        return {"low_rank": min(LOW_RANK, key=lambda arm: arms[arm]["restricted_mean_time"])}
 
-def tune_arms(some: Sequence[str], protocol: Protocol, directory: Path, device: str) -> Row:
-    """Trains the grids of some arms and returns the best settings of each."""
-    pairs = [(seed, size) for seed in protocol.tune_seeds for size in protocol.tune_sizes]
-
-    def runs(settings: Iterable[tuple[str, float, float]]) -> list[Row]:
-        wanted = [trial(protocol, *setting, size, seed) for seed, size in pairs for setting in settings]
-        known = {one.key for one in wanted}
-        rows = trained(directory / "tune", protocol, wanted, protocol.tune_budget, device=device)
-        return [row for row in rows if key_of(row) in known]
-
-    grids: dict[str, list[float]] = {}
-    for arm in some:
-        for name in [f"{arm}@{ramp}" for ramp in RAMPS.get(arm, ())] or [arm]:
-            grids[name] = list(GRIDS[arm]) or [0.0]
-    added: dict[str, float] = {}
-    found: dict[tuple[str, float, float], float] = {}
-    for _ in range(WIDENINGS + 1):
-        for name, strength in added.items():
-            grids[name].append(strength)
-        found = scores(runs([(n, s, FIRST_REST) for n, each in grids.items() for s in each]), protocol.tune_budget)
-        following = {name: beyond(protocol, name, each, found) for name, each in grids.items()}
-        added = {name: strength for name, strength in following.items() if strength is not None}
-        if not added:
-            break
-    best: dict[str, tuple[str, float]] = {}
-    for arm in some:
-        names = [name for name in grids if split_name(name)[0] == arm]
-        best[arm] = min(((n, s) for n in names for s in grids[n]), key=lambda at: found[(*at, FIRST_REST)])
-    rests = scores(runs([(*best[arm], rest) for arm in some for rest in RESTS]), protocol.tune_budget)
-    arms: Row = {}
-    for arm, (name, strength) in best.items():
-        rest = min(RESTS, key=lambda value, at=(name, strength): rests[(*at, value)])
-        arms[arm] = {
-            "name": name,
-            "strength": strength,
-            "rest_decay": rest,
-            "restricted_mean_time": rests[name, strength, rest],
-            "strengths": sorted(grids[name]),
-            "edge_is_open": name in added,
-            "rest_at_edge": rest in (RESTS[0], RESTS[-1]),
-        }
-    return arms
-
-
-def beyond(
-    protocol: Protocol, name: str, strengths: Sequence[float], found: dict[tuple[str, float, float], float]
-) -> float | None:
-    """The next strength if the best is at an edge; None if it is inside, or all are alike, or the arm takes no more."""
-    tried = sorted(strengths)
-    times = [found[name, strength, FIRST_REST] for strength in tried]
-    if len(tried) == 1 or max(times) == min(times):
-        return None
-    at = times.index(min(times))
-    following = 2 * tried[-1] if at == len(tried) - 1 else tried[0] / 2 if at == 0 else None
-    if following is None:
-        return None
-    arm, ramp = split_name(name)
-    return following if following < every_arm(settings_of(protocol, ramp))[arm].how.limit else None
-
-
-def tuned(directory: Path, protocol: Protocol) -> Row:
-    path = directory / "tuned.json"
-    if not path.exists():
-        raise SystemExit(f"{path} is not there: run --stage tune first, which freezes the settings of every arm.")
-    held = json.loads(path.read_text())
-    if held["protocol"] != json.loads(json.dumps(dataclasses.asdict(protocol))):
-        raise SystemExit(f"{path} was tuned by another protocol: give another --dir, or the options it was made with.")
-    return held
+    return tuning.tune(PARTS, SPACE, protocol, directory, device, beside)
 
 
 # --- held-out seeds ---
@@ -450,7 +260,7 @@ def duration(protocol: Protocol) -> Row:
     """Hours of every stage on this machine if nobody leaves early, from steps of an ensemble per core."""
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
-    one = trial(protocol, "smooth", 5.0, FIRST_REST, protocol.tune_sizes[0], 100)
+    one = trial(protocol, "smooth", 5.0, SPACE.first_rest, protocol.tune_sizes[0], 100)
     members = [dataclasses.replace(one.member, seed=seed) for seed in range(100, 104)]
     data = [make_dataset(seed=member.seed, **one.data) for member in members]
     ensemble = Ensemble(one.config, members, data, Training(protocol.batch_size))
@@ -462,7 +272,7 @@ def duration(protocol: Protocol) -> Row:
         rounds.append((time.perf_counter() - start) / 16 / len(members))
     seconds = statistics.median(rounds)
     settings = sum(max(len(some), 1) * len(RAMPS.get(arm, (0,))) for arm, some in GRIDS.items())
-    settings += (len(RESTS) - 1) * len(GRIDS)
+    settings += (len(SPACE.rests) - 1) * len(GRIDS)
     settings += len(GRIDS["yoked"])  # each of those is trained after the run whose norms it gets
     tuning = settings * len(protocol.tune_seeds) * len(protocol.tune_sizes) * protocol.tune_budget
     held_out = (len(GRIDS) + 1) * len(protocol.test_seeds) * len(protocol.test_sizes) * protocol.test_budget

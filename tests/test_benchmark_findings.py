@@ -11,6 +11,8 @@ from rankdecay.lab.report.chart import Axis, Chart, Line
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import accelerators
+import accelerators_findings
 import boundary_findings
 import claims
 import findings
@@ -178,6 +180,58 @@ def test_contrasts_are_printed_when_every_held_out_run_of_theirs_is_there_and_no
     assert "0.01 | 0.02 | 0.1 |" in _shown(capsys, "test", e1)
     assert schedule_findings.words("status") == "holds"
     assert schedule_findings.words("low_rank/raise_rank").startswith("0.5")
+
+
+# --- accelerators, as far as they are run ---
+
+
+def test_an_accelerator_is_claimed_by_its_contrast_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accelerators_findings, "DATA", tmp_path)
+    directory = tmp_path / "selection"
+    directory.mkdir()
+
+    def shown(table):
+        accelerators_findings.result.cache_clear()
+        accelerators_findings.main([table, str(directory)])
+        return capsys.readouterr().out
+
+    def status(arm, against="learning_rate"):
+        return accelerators_findings.words("status", arm, against)
+
+    assert "Not run yet" in shown("state")
+    assert all(shown(table).startswith("(") for table in ("tuned", "test", "contrasts", "cost"))
+    assert status("muon") == "open"
+    steps = {"learning_rate": 800, "muon": 400, "orthograd": 1200, "l2": 700, "smooth": 790}
+    own = {"rest_decay": 2.0, "restricted_mean_time": 30.0, "edge_is_open": False, "rest_at_edge": False}
+    arms = {arm: {"name": arm, "strength": 1.0, "strengths": [1.0], **own} for arm in steps}
+    frozen = {"protocol": asdict(accelerators.PROTOCOLS["selection"]), "arms": arms}
+    (directory / "tuned.json").write_text(json.dumps(frozen))
+    rows = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "train_examples": 1250,
+            "steps_to_generalise": at + 40 * (seed % 3) + (200 * (seed % 2) if arm == "l2" else 0),
+            "test_accuracy": 0.99 if arm != "muon" else 0.5,
+        }
+        for arm, at in steps.items()
+        for seed in range(200, 205)
+    ]
+    _write(directory, "test", rows[:-1])  # the last run of smooth lacks
+    assert "5 of 12 arms; held-out runs are all there of 4." in shown("state")
+    assert "| muon | 1 | 2 | 5 | " in shown("test")
+    assert "smooth" not in shown("test")
+    assert [status(arm) for arm in ("muon", "orthograd", "l2", "smooth", "grokfast_ema")] == [
+        "holds with a condition", "contradicted", "open", "open", "open"
+    ]  # fmt: skip
+    assert accelerators_findings.words("still", "muon") == "0 of 5"
+    assert accelerators_findings.words("time", "smooth") == accelerators_findings.words("ratio", "smooth") == "—"
+    assert "| muon / learning_rate | 0.5" in shown("contrasts")
+    assert accelerators_findings.words("milliseconds", "muon") == "—"
+    cost = {"clock": "thread_time", "places": 4, "arms": {"muon": {"milliseconds": 8.25, "of_adamw": 1.4}}}
+    (directory / "cost.json").write_text(json.dumps(cost))
+    assert "| muon | 8.25 | 1.40 |" in shown("cost")
+    assert accelerators_findings.words("milliseconds", "muon") == "8.2"
 
 
 # --- pictures ---

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.lab.ensemble import transformer
+from rankdecay.lab.ensemble.accelerators import Accelerator, CautiousDecay, Moment, Muon
 from rankdecay.lab.ensemble.control import PLAIN, Control, Part, above_rank, part_of_step, truncated
 from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parameters
 from rankdecay.lab.machine import compiled
@@ -58,6 +59,10 @@ class Member:
         initial_scale: multiplies the initial matrices.
         uniform_attention: queries and keys start at zero, where their gradient is exactly zero: they stay there.
         control: how it departs from plainly applying its decay.
+        accelerator: acts beside AdamW in every step; None for AdamW alone.
+
+    Raises:
+        ValueError: for an accelerator that its decay or its control would bypass.
     """
 
     arm: str
@@ -68,6 +73,22 @@ class Member:
     initial_scale: float = 1.0
     uniform_attention: bool = False
     control: Control = PLAIN
+    accelerator: Accelerator | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses an accelerator that would not do what its name says."""
+        if isinstance(self.accelerator, CautiousDecay):
+            for decay in self.decays:
+                if not (isinstance(decay, Frobenius) and decay.is_l2):
+                    raise ValueError(
+                        f"{self.arm}: cautious decay is a way to take constant L2, and not {decay.describe()}: give "
+                        "W_Q and W_K constant L2, or leave the accelerator out"
+                    )
+        if isinstance(self.accelerator, Muon) and self.control.query_key_lr != 1:
+            raise ValueError(
+                f"{self.arm}: Muon has a learning rate of its own for W_Q and W_K, which query_key_lr="
+                f"{self.control.query_key_lr:g} would not change: give one of the two"
+            )
 
     @property
     def low_rank(self) -> LowRank | None:
@@ -93,15 +114,18 @@ class State:
     weights: Tensor  # (parameters,)
     mean: Tensor
     square: Tensor
+    memory: Tensor | None = None  # of an accelerator that has one: (rows, parameters)
 
     def named(self, number: int) -> dict[str, Tensor]:
         """Its tensors under their names in a checkpoint of several members, of which it is the ``number``-th."""
-        return {f"{number}.{name}": getattr(self, name) for name in STATE}
+        named = {f"{number}.{name}": getattr(self, name) for name in STATE}
+        return named if self.memory is None else named | {f"{number}.memory": self.memory}
 
     @classmethod
     def of(cls, step: int, tensors: Mapping[str, Tensor], number: int) -> "State":
         """The state of a member from such a checkpoint."""
-        return cls(step, *(tensors[f"{number}.{name}"] for name in STATE))
+        weights, mean, square = (tensors[f"{number}.{name}"] for name in STATE)
+        return cls(step, weights, mean, square, tensors.get(f"{number}.memory"))
 
 
 @dataclass(frozen=True)
@@ -246,6 +270,7 @@ class Ensemble:
         size = sum(math.prod(shape) for shape in self._shapes.values())
         self._weights = torch.empty(0, size, device=training.device, dtype=self._dtype)
         self._mean, self._square = self._weights.clone(), self._weights.clone()
+        self._memory: list[Tensor] = []  # of each member's accelerator: (rows, parameters)
         self._angular = torch.empty(0, device=training.device, dtype=torch.float64)
         self._angular_after = self._angular.clone()
         self._marked: tuple[Tensor, list[int]] | None = None  # queries and keys of some steps ago, and those steps
@@ -289,6 +314,8 @@ class Ensemble:
         self._weights = torch.cat([self._weights, new])
         self._mean = torch.cat([self._mean, torch.zeros_like(new)])
         self._square = torch.cat([self._square, torch.zeros_like(new)])
+        accelerators = [member.accelerator or Accelerator() for member in members]
+        self._memory += [new.new_zeros(each.rows, new.shape[1]) for each in accelerators]
         unknown = self._angular.new_full((len(members),), math.nan)
         self._angular = torch.cat([self._angular, unknown])
         self._angular_after = torch.cat([self._angular_after, unknown])
@@ -317,23 +344,24 @@ class Ensemble:
 
     def _bind(self) -> None:
         """Rebuilds every tensor that is derived from the members and their rows."""
-        self.parameters = {}
-        start = 0
-        for name, shape in self._shapes.items():
-            stop = start + math.prod(shape)
-            view = self._weights.detach()[:, start:stop].view(len(self.members), *shape)
-            self.parameters[name] = view.requires_grad_()
-            start = stop
+        self.parameters = {name: view.requires_grad_() for name, view in self._by_name(self._weights.detach()).items()}
         self._lr = self._column([m.lr for m in self.members])
         self._step = torch.tensor(self.steps, dtype=torch.float32, device=self.training.device)
         self._query_key_lr = self._lr * self._column([m.control.query_key_lr for m in self.members])
         self._holds_norms = any(m.control.holds_norm for m in self.members)
         self._sharpens = any(m.control.sharpen for m in self.members)
+        stable = [m.accelerator is not None and m.accelerator.stable_loss for m in self.members]
+        self._stable = torch.tensor(stable, device=self.training.device) if any(stable) else None
         self._bind_schedule()
         self._train_tokens, self._train_targets = self._stacked("train")
         self._test_tokens, self._test_targets = self._stacked("test")
         has_validation = self._datasets[0].validation_targets is not None
         self._validation = self._stacked("validation") if has_validation else None
+
+    def _by_name(self, rows: Tensor) -> dict[str, Tensor]:
+        """Views of ``(members, parameters)`` by the name of the parameter, each ``(members, *shape)``."""
+        parts = rows.split([math.prod(shape) for shape in self._shapes.values()], 1)
+        return {name: part.view(-1, *shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def _bind_schedule(self) -> None:
         """Rebuilds what depends on the decays that act now, and on the ranks they have reached."""
@@ -366,27 +394,35 @@ class Ensemble:
                 self._share[index] *= above.view(c.depth, 2, -1)
 
     def _bind_rows(self) -> None:
-        """Rebuilds the lists that AdamW steps: members and parameters of equal rate and decay together."""
+        """Rebuilds the lists that AdamW steps, equal rates and decays together, and what accelerators are given."""
         alike: dict[tuple[float, float], Rows] = {}
+        self._accelerated: list[tuple[int, Accelerator, Tensor]] = []  # with the shares that its decays take
+        views = [self._by_name(whole.detach()) for whole in (self._weights, self._mean, self._square)]
         for index, member in enumerate(self.members):
-            start = 0
-            for name, shape in self._shapes.items():
-                lr, decay = member.lr, member.rest_decay
-                if name.split(".")[0] in ("query", "key"):
-                    lr, decay = lr * member.control.query_key_lr, self._l2[index]
-                elif name in self._block_names and member.low_rank and member.control.blocks:
-                    decay = 0.0
-                rows = alike.setdefault((lr, decay), Rows(lr, decay, [], [], [], [], []))
+            accelerator = member.accelerator or Accelerator()
+            rates = {name: self._rate_and_decay(index, name) for name in self._shapes}
+            if member.accelerator is not None:
+                shares = [self._weights.new_full((math.prod(self._shapes[n]),), lr * d) for n, (lr, d) in rates.items()]
+                self._accelerated.append((index, accelerator, torch.cat(shares)))
+            for name, (lr, decay) in rates.items():
+                if accelerator.steps(name):
+                    continue
+                rate = lr, 0.0 if accelerator.decays else decay
+                rows = alike.setdefault(rate, Rows(*rate, [], [], [], [], []))
                 rows.places.append((index, name))
                 rows.steps.append(self._step[index])
-                for whole, parts in (
-                    (self._weights, rows.weights),
-                    (self._mean, rows.means),
-                    (self._square, rows.squares),
-                ):
-                    parts.append(whole.detach()[index, start : start + math.prod(shape)].view(shape))
-                start += math.prod(shape)
+                for view, parts in zip(views, (rows.weights, rows.means, rows.squares), strict=True):
+                    parts.append(view[name][index])
         self._rows = list(alike.values())
+
+    def _rate_and_decay(self, index: int, name: str) -> tuple[float, float]:
+        """The learning rate of a parameter of a member, and its decoupled L2 per unit of that."""
+        member = self.members[index]
+        if name.split(".")[0] in ("query", "key"):
+            return member.lr * member.control.query_key_lr, self._l2[index]
+        if name in self._block_names and member.low_rank and member.control.blocks:
+            return member.lr, 0.0
+        return member.lr, member.rest_decay
 
     def schedule(self, acts: Sequence[bool]) -> None:
         """Switches each member's decay on or off, and finds which matrices are above their target rank now."""
@@ -440,7 +476,9 @@ class Ensemble:
             self.steps = [step + 1 for step in self.steps]
             self._step += 1  # before AdamW's own step, which reads it
             tokens, targets = self._train_tokens[member, rows], self._train_targets[member, rows]
-            loss = self._loss(self.parameters, tokens, targets, self.config, self._matmul_dtype, self._sharpness())
+            loss = self._loss(
+                self.parameters, tokens, targets, self.config, self._matmul_dtype, self._sharpness(), self._stable
+            )
             grads = torch.autograd.grad(loss.sum(), list(self.parameters.values()))
             self._update(dict(zip(self.parameters, grads, strict=True)), measure=index == steps - 1)
 
@@ -459,6 +497,8 @@ class Ensemble:
         """One step of AdamW and of every decay; ``measure`` its angle, before the decays after it and with them."""
         # The angle is that of the update: a decay of AdamW's own, which does not turn a matrix, makes no difference.
         before = self.query_key.clone() if measure else None
+        if self._accelerated:
+            grads = self._accelerate(grads)
         for rows in self._rows:
             rows.step(grads, self.training.betas, self.training.eps)
         if before is not None:
@@ -471,6 +511,15 @@ class Ensemble:
             self.query_key.copy_(leave(self.query_key, share))
         if before is not None:
             self._angular_after = _angle(before, self.query_key).flatten(1).mean(1)
+
+    def _accelerate(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Lets every accelerator act; returns the gradients that AdamW is given."""
+        flat = torch.cat([grad.flatten(1) for grad in grads.values()], 1)
+        for index, accelerator, shares in self._accelerated:
+            vectors = self._weights[index], flat[index], self._mean[index]
+            step, beta = self.steps[index], self.training.betas[0]
+            accelerator.act(Moment(*vectors, self._memory[index], shares, step, beta, self._shapes))
+        return self._by_name(flat)
 
     def _held_norms(self) -> Tensor:
         """The norm of every matrix after this step, ``(members, depth, 2, 1, 1)``; NaN where it is free."""
@@ -533,6 +582,7 @@ class Ensemble:
         self._weights, self._mean, self._square = (t[rows] for t in (self._weights, self._mean, self._square))
         self._angular, self._angular_after = self._angular[rows], self._angular_after[rows]
         self._paths, self._marked = [self._paths[i] for i in rows], None
+        self._memory = [self._memory[i] for i in rows]
         if rows:
             self._bind()
 
@@ -657,7 +707,8 @@ class Ensemble:
             size[rows] = (length / norm).flatten(1).mean(1)
             radial[rows] = cosine.square().flatten(1).nanmean(1)  # a matrix below its target rank takes no step
         for index, member in enumerate(self.members):
-            if member.constant_l2 and self._acts[index] and index not in decayed:
+            cautious = member.accelerator is not None and member.accelerator.decays  # which part, is not known here
+            if member.constant_l2 and self._acts[index] and index not in decayed and not cautious:
                 size[index], radial[index] = member.lr * member.control.query_key_lr * member.constant_l2, 1.0
         return size, radial
 
@@ -665,8 +716,9 @@ class Ensemble:
 
     def state(self, index: int) -> State:
         """Copies the state of one member to the CPU."""
-        rows = (self._weights, self._mean, self._square)
-        return State(self.steps[index], *(row[index].detach().cpu().clone() for row in rows))
+        weights, mean, square = (row[index].detach().cpu().clone() for row in (self._weights, self._mean, self._square))
+        memory = self._memory[index].cpu().clone() if len(self._memory[index]) else None
+        return State(self.steps[index], weights, mean, square, memory)
 
     def restore(self, index: int, state: State) -> None:
         """Restores the state of one member.
@@ -674,8 +726,9 @@ class Ensemble:
         Raises:
             ValueError: if the state is not that of a member of this shape.
         """
-        for name in STATE:
+        for name in (*STATE, "memory"):
             row, stored = getattr(self, f"_{name}")[index], getattr(state, name)
+            stored = row[:0] if stored is None else stored
             if stored.shape != row.shape or stored.dtype != row.dtype:
                 raise ValueError(
                     f"stored {name} are {tuple(stored.shape)} {stored.dtype}, expected {tuple(row.shape)} "

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankdecay.lab.ensemble.accelerators import stable_logits
 from rankdecay.lab.tasks.base import random_generator
 
 QKNorm = Literal["head", "width", "none"]
@@ -304,7 +305,13 @@ def loss(
     config: TransformerConfig,
     dtype: torch.dtype,
     sharpness: Tensor | None = None,
+    stable: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of each member, ``(members,)``. ``targets`` is ``(members, batch)``."""
+    """Cross-entropy of each member, ``(members,)``; where ``stable`` (members,) says so, that of StableMax.
+
+    ``targets`` is ``(members, batch)``, and all else as in `forward`.
+    """
     logits = forward(parameters, tokens, config, dtype, sharpness=sharpness)
+    if stable is not None:
+        logits = torch.where(stable.view(-1, 1, 1), stable_logits(logits), logits)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).mean(1)

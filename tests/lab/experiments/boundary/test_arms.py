@@ -5,9 +5,19 @@ from dataclasses import replace
 import pytest
 
 from rankdecay.decay.policy import Frobenius, LowRank
+from rankdecay.lab.ensemble.accelerators import (
+    Accelerator,
+    CautiousDecay,
+    GrokfastEMA,
+    GrokfastMA,
+    Muon,
+    OrthoGrad,
+    StableMax,
+)
 from rankdecay.lab.ensemble.control import PLAIN, Control
+from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Arm
-from rankdecay.lab.experiments.boundary.arms import PUBLISHED, Axis, Treatment, every_arm, wider
+from rankdecay.lab.experiments.boundary.arms import PUBLISHED, Axis, Treatment, every_arm, make_arms, wider
 from rankdecay.lab.experiments.boundary.settings import ARMS, PRESETS, STANDARD_ARMS, Boundary
 
 SMALL = Boundary()
@@ -29,6 +39,7 @@ def test_an_arm_builds_a_treatment_at_each_of_its_strengths(preset, name):
         control = treatment.control
         axis += [control.norm, control.query_key_lr, control.target_rank, control.truncate_to, control.sharpen]
         axis += [control.yoked.strength] if control.yoked else []
+        axis += [treatment.lr, *vars(treatment.accelerator or Accelerator()).values()]
         assert strength in axis, "the strength is what the treatment varies"
 
 
@@ -49,7 +60,7 @@ def test_names_that_others_rely_on():
     assert set(ARMS) < set(STANDARD_ARMS) < set(KNOWN)
     assert set(PUBLISHED) < set(KNOWN)
     assert all(set(preset.arms) <= set(KNOWN) for preset in PRESETS.values())
-    assert [name for name, arm in KNOWN.items() if not arm.strengths] == ["none", "uniform_attention"]
+    assert [name for name, arm in KNOWN.items() if not arm.strengths] == ["none", "uniform_attention", "stablemax"]
 
 
 def test_what_sets_the_arms_apart():
@@ -81,6 +92,13 @@ def test_what_sets_the_arms_apart():
         "truncate": Treatment(control=Control(truncate_to=5)),
         "kept_on": Treatment(smooth, stays=True),
         "until_generalised": Treatment(smooth, Control(schedule="until_generalised"), stays=True),
+        "learning_rate": Treatment(lr=5.0),
+        "grokfast_ema": Treatment(accelerator=GrokfastEMA(5.0, 0.98)),
+        "grokfast_ma": Treatment(accelerator=GrokfastMA(5.0, 100)),
+        "orthograd": Treatment(lr=5.0, accelerator=OrthoGrad()),
+        "stablemax": Treatment(accelerator=StableMax()),
+        "muon": Treatment(accelerator=Muon(5.0, 0.95)),
+        "cautious": Treatment(Frobenius(5.0), rest_decay=5.0, accelerator=CautiousDecay()),
         "target_rank_head": Treatment(replace(smooth, unit="head"), Control(target_rank=5.0)),
     }
     for name, treatment in expected.items():
@@ -97,6 +115,21 @@ def test_settings_reach_the_treatments():
     assert known["l2"].how.limit == known["l2_all"].how.limit == known["no_qk_norm"].how.limit == pytest.approx(100)
     assert known["truncate"].how.limit == 32
     assert known["none"].how.treat(0.0).control == PLAIN
+
+
+def test_a_learning_rate_leaves_something_of_the_rest():
+    known = every_arm(replace(SMALL, rest_decays=(1.0, 4.0)))
+    assert known["learning_rate"].how.limit == known["orthograd"].how.limit == 0.25
+    assert every_arm(replace(SMALL, rest_decays=(0.0,)))["orthograd"].how.limit == float("inf")
+
+
+def test_an_accelerator_that_the_budget_leaves_no_step_is_refused():
+    asked = replace(SMALL, arms=("grokfast_ma", "muon"), strengths=(), steps=99, fractions=(0.5,), rest_decays=(1.0,))
+    with pytest.raises(SettingError, match=r"--steps 99: grokfast_ma does nothing before step 100: give more"):
+        make_arms(asked)
+    assert [arm.name for arm in make_arms(replace(asked, steps=100))] == ["grokfast_ma", "muon"]
+    every = {steps: {arm.name for arm in make_arms(replace(asked, arms=("all",), steps=steps))} for steps in (99, 100)}
+    assert every[100] - every[99] == {"grokfast_ma"}
 
 
 # --- widening --------------------------------------------------------------------------------------------------------

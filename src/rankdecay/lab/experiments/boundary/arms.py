@@ -12,6 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
+from rankdecay.lab.ensemble.accelerators import (
+    Accelerator,
+    CautiousDecay,
+    GrokfastEMA,
+    GrokfastMA,
+    Muon,
+    OrthoGrad,
+    StableMax,
+)
 from rankdecay.lab.ensemble.control import PLAIN, Control
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.experiment import Arm
@@ -32,6 +41,8 @@ class Treatment:
         qk_norm: whether queries and keys are normalised.
         rest_decay: L2 on everything else, where the arm sets it itself.
         stays: train to the end of the budget even after generalising.
+        lr: learning rate, where the arm sets it itself.
+        accelerator: acts beside AdamW in every step.
     """
 
     decay: OfMatrix | None = None
@@ -40,6 +51,8 @@ class Treatment:
     qk_norm: bool = True
     rest_decay: float | None = None
     stays: bool = False
+    lr: float | None = None
+    accelerator: Accelerator | None = None
 
 
 class Axis(NamedTuple):
@@ -66,6 +79,7 @@ NORMS = (0.1, 0.2, 0.4, 0.8)
 AMOUNTS = (10.0, 20.0, 40.0, 80.0)  # of the norm: low-rank decay at 5 takes some 5 √width of it
 CAP = 0.1  # the largest share of a norm that one step of `radial` and `power_2` takes
 RANKS = (1.0, 2.0, 4.0, 8.0)
+RATES = (0.001, 0.002, 0.004, 0.008)  # of AdamW
 
 
 def every_arm(settings: Boundary) -> dict[str, Arm]:
@@ -76,6 +90,11 @@ def every_arm(settings: Boundary) -> dict[str, Arm]:
     """
     paper = settings.preset == "paper"
     l2_limit = 1 / settings.lr
+    largest = max(settings.rest_decays, default=0.0)  # decay of the rest, at which a step must leave something
+    lr_limit = 1 / largest if largest else float("inf")
+
+    def accelerated(accelerator: Accelerator) -> Treatment:
+        return Treatment(accelerator=accelerator)
 
     def low_rank(strength: float, rule: str = settings.rule, **options: object) -> LowRank:
         smoothing = settings.smoothing if get_rule(rule).smoothing else 0.0
@@ -323,6 +342,49 @@ def every_arm(settings: Boundary) -> dict[str, Arm]:
             (1.5, 3.0, 6.0),
             "the same per head",
         ),
+        Arm(
+            "learning_rate",
+            "No decay of W_Q and W_K; AdamW at the learning rate on the axis.",
+            Axis(lambda lr: Treatment(lr=lr), lr_limit),
+            RATES,
+            "a larger step, which is what several accelerators come to",
+        ),
+        Arm(
+            "grokfast_ema",
+            "Grokfast: the average of the gradients (α 0.98), times the strength, is added to the gradient.",
+            Axis(lambda factor: accelerated(GrokfastEMA(factor))),
+            (0.5, 1.0, 2.0, 4.0),
+        ),
+        Arm(
+            "grokfast_ma",
+            "Grokfast-MA: the mean of the last 100 gradients, times the strength, is added to the gradient.",
+            Axis(lambda factor: accelerated(GrokfastMA(factor))),
+            (1.25, 2.5, 5.0, 10.0),
+        ),
+        Arm(
+            "orthograd",
+            "Orthogonal gradient (⊥Grad): its part across the weights, at its length; the learning rate on the axis.",
+            Axis(lambda lr: Treatment(lr=lr, accelerator=OrthoGrad()), lr_limit),
+            RATES,
+        ),
+        Arm(
+            "stablemax",
+            "StableMax in place of the softmax of the loss; no decay of W_Q and W_K.",
+            Axis(lambda _: accelerated(StableMax())),
+            (),
+        ),
+        Arm(
+            "muon",
+            "Muon, at the learning rate on the axis, for attention and MLP matrices; AdamW for all else.",
+            Axis(lambda lr: accelerated(Muon(lr))),
+            (0.005, 0.01, 0.02, 0.04),
+        ),
+        Arm(
+            "cautious",
+            "L2 of one strength on every matrix, of those weights alone that the update moves towards zero.",
+            Axis(lambda s: Treatment(Frobenius(s), rest_decay=s, accelerator=CautiousDecay()), l2_limit),
+            (0.3, 1.0, 3.0, 5.0),
+        ),
     ]
     return {arm.name: arm for arm in every}
 
@@ -337,6 +399,7 @@ def make_arms(settings: Boundary) -> list[Arm]:
     names = list(dict.fromkeys(settings.arms))
     if "all" in names:
         names = [name for name in known if name not in PUBLISHED or settings.preset == "paper"]
+        names = [name for name in names if settings.steps >= _idle(known[name])]
     if not names:
         raise SettingError(f"--arms is empty: choose from {', '.join(known)}")
     chosen = {check_name("--arms", name, known): known[name] for name in names}
@@ -352,7 +415,19 @@ def make_arms(settings: Boundary) -> list[Arm]:
             if arm.how.whole and strength != int(strength):
                 raise SettingError(f"{given}: {strength:g} must be a whole number, as {name} needs: give {name}=2,4")
         chosen[name] = replace(arm, strengths=strengths)
+    for arm in chosen.values():
+        if settings.steps < _idle(arm):
+            raise SettingError(
+                f"--steps {settings.steps}: {arm.name} does nothing before step {_idle(arm)}: give more steps, or "
+                "leave it out of --arms"
+            )
     return list(chosen.values())
+
+
+def _idle(arm: Arm) -> int:
+    """Steps before an arm does what it is named for."""
+    accelerator = arm.how.treat((arm.strengths or (0.0,))[0]).accelerator
+    return 0 if accelerator is None else accelerator.needs
 
 
 def wider(arm: Arm, strengths: Sequence[float], edge: str) -> float | None:
@@ -399,6 +474,13 @@ def styles(settings: Mapping[str, Any]) -> dict[str, ArmStyle]:
         "raise_rank": ArmStyle("rank raised", "#00738c", "#5fd0e8", "dash"),
         "sphere": ArmStyle("fixed norm", "#45586e", "#a9bfd6", "longdash"),
         "sphere_low_rank": ArmStyle(f"{rule} decay at fixed norm", "#b5480f", "#ffab73", "longdash"),
+        "learning_rate": ArmStyle("tuned learning rate", "#5a5f6b", "#b9bfcc", "longdash"),
+        "grokfast_ema": ArmStyle("Grokfast", "#1c6fa8", "#7cc0ee", "dash"),
+        "grokfast_ma": ArmStyle("Grokfast-MA", "#2a5d8a", "#8fb8dd", "dashdot"),
+        "orthograd": ArmStyle("⊥Grad", "#8a2f6f", "#e39ccb", "dot"),
+        "stablemax": ArmStyle("StableMax", "#6d5a1f", "#d4bf7a", "dot"),
+        "muon": ArmStyle("Muon", "#a02c2c", "#f19a9a", "longdash"),
+        "cautious": ArmStyle("cautious L2 of all", "#35568f", "#a3bdf0", "longdashdot"),
         "fast_query_key": ArmStyle("faster queries and keys", "#6a3fb5", "#b99bff"),
         "after_memorising": ArmStyle("low rank after memorising", "#c0392b", "#ff9a8a", "dashdot"),
         "kept_on": ArmStyle("low rank kept on", "#c2410c", "#ff8f5c", "longdash"),

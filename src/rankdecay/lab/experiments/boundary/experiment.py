@@ -91,9 +91,10 @@ def trials(settings: Boundary, arm: Arm, strengths: Iterable[float]) -> Iterator
                         seed,
                         treatment.decay,
                         rest,
-                        settings.lr,
+                        treatment.lr or settings.lr,
                         uniform_attention=treatment.uniform_attention,
                         control=treatment.control,
+                        accelerator=treatment.accelerator,
                     )
                     yield Trial(strength, fraction, member, config, size, treatment.stays)
 

@@ -1,0 +1,166 @@
+"""The tables of `docs/findings` on published accelerators of grokking: as much of them as there are rows.
+
+    python benchmarks/accelerators_findings.py state docs/data/accelerators/selection       # what has been run
+    python benchmarks/accelerators_findings.py tuned docs/data/accelerators/selection       # the frozen settings
+    python benchmarks/accelerators_findings.py test docs/data/accelerators/selection        # the held-out runs
+    python benchmarks/accelerators_findings.py contrasts docs/data/accelerators/selection   # those named beforehand
+    python benchmarks/accelerators_findings.py cost docs/data/accelerators/selection        # milliseconds of a step
+
+The rows are made by `benchmarks/accelerators.py`, whose docstring is the protocol. An arm is shown when every held-out
+run of it is there, and not before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import accelerators
+import schedule_findings
+import stored
+from accelerators import Row
+from schedule import LEVEL
+
+DATA = Path("docs/data/accelerators")
+
+
+@functools.cache
+def result(directory: Path) -> Row | None:
+    """Figures and contrasts of the held-out runs that are there; None before there are any."""
+    held = schedule_findings.frozen(directory)
+    if held is None or not schedule_findings.rows_of(directory, "test"):
+        return None
+    fields: Row = {key: tuple(value) if isinstance(value, list) else value for key, value in held["protocol"].items()}
+    protocol = accelerators.Accelerated(**fields)
+    return accelerators.report(protocol, directory) | {"protocol": protocol}
+
+
+def costs(directory: Path) -> Row:
+    """What a step was measured to take; no arms before that."""
+    path = directory / "cost.json"
+    return json.loads(path.read_text()) if path.exists() else {"arms": {}}
+
+
+def shown(ratio: Row) -> str:
+    """A ratio of times with its interval."""
+    return f"{ratio['ratio']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
+def words(key: str, arm: str = "", against: str = "learning_rate", task: str = "selection") -> str:
+    """A figure of an arm for the index; a dash before its rows are there.
+
+    Args:
+        key: ``time``, ``still``, ``milliseconds``, or ``ratio`` or ``status`` of a contrast.
+        arm: the arm.
+        against: what the contrast is with.
+        task: whose rows are read.
+    """
+    found = result(DATA / task)
+    arms = {row["arm"]: row for row in found["arms"]} if found else {}
+    contrasts = {(one["arm"], one["against"]): one for one in found["contrasts"]} if found else {}
+    one = contrasts.get((arm, against))
+    if key == "status":
+        if one is None or one["p_holm"] >= LEVEL:
+            return "open"
+        return "holds with a condition" if one["ratio"] < 1 else "contradicted"
+    if key == "ratio":
+        return shown(one) if one else "—"
+    if key == "milliseconds":
+        measured = costs(DATA / task)["arms"]
+        return f"{measured[arm]['milliseconds']:.1f}" if arm in measured else "—"
+    if arm not in arms:
+        return "—"
+    own = arms[arm]
+    if key == "time":
+        return f"{list(own['restricted_mean_time'].values())[-1]:,.0f}"
+    return f"{own['still']} of {own['runs']}"
+
+
+# --- the tables ---
+
+
+def state(options: argparse.Namespace) -> None:
+    """What has been run, and what it may say."""
+    for directory in options.directories:
+        held, found = schedule_findings.frozen(directory), result(directory)
+        if held is None:
+            print("Not run yet: nothing is tuned, and nothing is claimed.")
+            continue
+        tuned, all_arms = list(held["arms"]), list(accelerators.GRIDS)
+        done = [arm["arm"] for arm in found["arms"]] if found else []
+        print(f"Tuned and frozen: {len(tuned)} of {len(all_arms)} arms; held-out runs are all there of {len(done)}.")
+        lacking = [f"`{arm}`" for arm in all_arms if arm not in done]
+        if lacking:
+            print(f"Not run to the end, and nothing is claimed of them: {', '.join(lacking)}.")
+
+
+def tuned(options: argparse.Namespace) -> None:
+    """A Markdown line per arm: what was tried, and what is frozen."""
+    schedule_findings.tuned(options)
+
+
+def test(options: argparse.Namespace) -> None:
+    """A Markdown line per arm, the fastest first: its held-out runs."""
+    for directory in options.directories:
+        found = result(directory)
+        if found is None or not found["arms"]:
+            print("(No arm has all of its held-out runs yet.)")
+            continue
+        horizons = found["protocol"].horizons
+        heads = ["arm", "strength", "decay of the rest", "runs", *(f"mean time, at most {h:,}" for h in horizons)]
+        heads += ["times", "held 95 %", "still, at the end", "test accuracy at the end"]
+        print(f"| {' | '.join(heads)} |\n|---|" + "--:|" * (len(heads) - 1))
+        for own in sorted(found["arms"], key=lambda own: own["restricted_mean_time"][str(horizons[-1])]):
+            strength = f"{own['strength']:g}" if own["strength"] else "—"
+            cells = [own["arm"], strength, f"{own['rest_decay']:g}", str(own["runs"])]
+            cells += [f"{own['restricted_mean_time'][str(h)]:,.0f}" for h in horizons]
+            cells += [", ".join(f"{t:.0f}" for t in own["times"]), str(own["held"]), str(own["still"])]
+            print(f"| {' | '.join(cells)} | {own['test_accuracy']:.3f} |")
+
+
+def contrasts(options: argparse.Namespace) -> None:
+    """A Markdown line per contrast of arms that have all of their runs."""
+    for directory in options.directories:
+        found = result(directory)
+        if found is None or not found["contrasts"]:
+            print("(Printed when every held-out run of both arms is there.)")
+            continue
+        count = len(accelerators.CONTRASTS)
+        print(f"| time of / over time of | ratio (95 %) | seeds | p | Holm, of {count} |\n|---|---|--:|--:|--:|")
+        for one in found["contrasts"]:
+            name = f"{one['arm']} / {one['against']}"
+            print(f"| {name} | {shown(one)} | {one['seeds']} | {one['p']:.2g} | {one['p_holm']:.2g} |")
+
+
+def cost(options: argparse.Namespace) -> None:
+    """A Markdown line per arm: milliseconds of a step of one run, and times those of AdamW."""
+    for directory in options.directories:
+        measured = costs(directory)
+        if not measured["arms"]:
+            print("(Not measured yet.)")
+            continue
+        clock = "of one thread's own time" if measured["clock"] == "thread_time" else "on the clock"
+        print(f"Milliseconds {clock}, {measured['places']} runs at once:\n")
+        print("| arm | ms | of AdamW |\n|---|--:|--:|")
+        for arm, own in sorted(measured["arms"].items(), key=lambda item: item[1]["of_adamw"]):
+            print(f"| {arm} | {own['milliseconds']:.2f} | {own['of_adamw']:.2f} |")
+
+
+def store(options: argparse.Namespace) -> None:
+    """Copies the frozen settings; the rows are written where they stay."""
+    schedule_findings.store(options)
+
+
+TABLES = {"state": state, "tuned": tuned, "test": test, "contrasts": contrasts, "cost": cost}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one of the commands above."""
+    stored.command_line(__doc__, store, TABLES, arguments=arguments)
+
+
+if __name__ == "__main__":
+    main()
