@@ -428,7 +428,7 @@ CLAIMS = (
         ("rotary/fourier", "rotary/geometric", "rotary/heads"),
         "rotary.md",
         "holds with a condition",
-        "where planes do not see each other; else near it, for the ranks of planes make it no convex problem",
+        "where W_Q and W_K can attain it, nearly always; planes that see each other often cannot under weak decay",
         lambda: (
             all(
                 row["certified"] == row["seeds"]
