@@ -88,6 +88,10 @@ def _more(part: str) -> list[dict[str, Any]]:
     return json.loads((DATA / "factor" / "more.json").read_text())[part]
 
 
+def _recall(strength: str, part: str, name: str) -> list[float]:
+    return attention_findings.over_seeds(DATA / "recall" / "seeds", "l2", strength, part, name)
+
+
 def _standing() -> set[str]:
     directories = [DATA / "language" / name for name in ("standard", "qk_norm")]
     found, bounds, _ = attention_findings.standing(directories)
@@ -509,7 +513,7 @@ CLAIMS = (
         ("rotary/fourier", "rotary/geometric", "rotary/heads"),
         "rotary.md",
         "holds with a condition",
-        "where planes do not see each other; else near it, for the ranks of planes make it no convex problem",
+        "where W_Q and W_K can attain it, nearly always; planes that see each other often cannot under weak decay",
         lambda: (
             all(
                 row["certified"] == row["seeds"]
@@ -534,16 +538,23 @@ CLAIMS = (
     Claim(
         KOBAYASHI,
         "In recall imbalance and gap go to zero with L2, the faster the stronger",
-        "imbalance of W_KᵀW_Q {measure recall/standard l2 0 query_key imbalance}, {measure recall/standard l2 0.1 "
-        "query_key imbalance}, {measure recall/standard l2 1 query_key imbalance}, and {measure recall/standard l2 10 "
-        "query_key imbalance}; gap of W_O W_V {measure recall/standard l2 0 value_output nuclear_gap} to {measure "
-        "recall/standard l2 10 value_output nuclear_gap}",
-        "one seed",
-        "rankdecay recall --preset standard",
-        ("recall/standard",),
+        "five seeds, at three strengths: imbalance of W_KᵀW_Q {seeds_of recall/seeds l2 0 query_key imbalance}, "
+        "{seeds_of recall/seeds l2 0.1 query_key imbalance}, {seeds_of recall/seeds l2 1 query_key imbalance}; gap of "
+        "W_O W_V {seeds_of recall/seeds l2 0 value_output nuclear_gap}, {seeds_of recall/seeds l2 0.1 value_output "
+        "nuclear_gap}, {seeds_of recall/seeds l2 1 value_output nuclear_gap}",
+        "rank of W_KᵀW_Q {seeds_of recall/seeds l2 0 query_key} to {seeds_of recall/seeds l2 1 query_key}; ten times "
+        "stronger, one seed: imbalance {measure recall/standard l2 10 query_key imbalance}",
+        "rankdecay recall --arms l2 --strengths l2=0,0.1,1 --qk-norm off --seeds 5 --evaluate-every 100; rankdecay "
+        "recall --preset standard",
+        ("recall/seeds", "recall/standard"),
         "recall_language_vision.md",
         "holds with a condition",
-        "while the task is learnt: at the strongest it is not, and the imbalance is back",
+        "up to where decay keeps the task from being learnt: at the strongest it does, and the imbalance is back",
+        lambda: all(
+            max(_recall(strong, part, name)) < min(_recall(weak, part, name))
+            for weak, strong in (("0", "1"), ("0.1", "1"))
+            for part, name in (("query_key", "imbalance"), ("value_output", "nuclear_gap"))
+        ),
     ),
     Claim(
         KOBAYASHI,

@@ -94,7 +94,7 @@ def rotary() -> Charts:
     for key, title in (("active", "planes left, of 8"), ("query_rank", "rank of W_Q")):
         lines = []
         for run, arm, label in (
-            ("fourier", "rotary", "apart"),
+            ("fourier", "rotary", "Fourier frequencies"),
             ("geometric", "rotary", "θ = 100"),
             ("shared", "rotary", "a target of rank two"),
             ("geometric", "unturned", "no positions"),
