@@ -4,6 +4,7 @@ import cvxpy
 import numpy as np
 import pytest
 
+from rankdecay.lab import convex
 from rankdecay.lab.convex import solve
 from rankdecay.lab.experiments.margin.data import differences, draw
 from rankdecay.lab.experiments.margin.svm import max_margin, separable
@@ -27,6 +28,18 @@ def test_under_assumption_A4_both_have_the_closed_form(norm):
     np.testing.assert_allclose(found.W, closed, atol=1e-5)
     assert found.norm == pytest.approx(NORMS[norm](closed), rel=1e-6)
     assert found.rank == 3
+
+
+def test_where_rounding_stops_the_solver_it_is_asked_for_less_and_no_worse_is_taken(monkeypatch):
+    """On this data set the solver of cvxpy 1.9 does not get to 1e-10, and warns."""
+    _, A = constraints(n=6, L=8, d=10, which=16)
+    found = max_margin(A, "nuclear")
+    assert (A * found.W).sum((1, 2)).min() > 1 - 1e-6
+    assert found.norm == pytest.approx(np.linalg.norm(found.W, "nuc"), rel=1e-6)
+    monkeypatch.setattr(convex, "TOLERANCE", 1e-30)
+    monkeypatch.setattr(convex, "LARGEST_TOLERANCE", 1e-25)
+    with pytest.raises(RuntimeError, match="no solution to 1e-25"):
+        max_margin(A, "nuclear")
 
 
 @pytest.mark.parametrize("norm", NORMS)
