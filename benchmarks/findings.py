@@ -350,6 +350,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     )
 }  # fmt: skip
 NUMBERS |= {"e1": schedule_findings.words, "accelerated": accelerators_findings.words}
+NUMBERS |= {"accelerated_tuning": accelerators_findings.in_tuning}
 NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_findings.rise}
 
 
