@@ -54,7 +54,7 @@ def words(key: str, arm: str = "", against: str = "learning_rate", task: str = "
 
     Args:
         key: ``time``, ``still``, ``milliseconds``, or ``ratio`` or ``status`` of a contrast.
-        arm: the arm; of all together, ``still`` alone.
+        arm: the arm; without one, ``still`` of all runs that held 95 %.
         against: what the contrast is with.
         task: whose rows are read.
     """
@@ -69,7 +69,7 @@ def words(key: str, arm: str = "", against: str = "learning_rate", task: str = "
     if key == "ratio":
         return shown(one) if one else "—"
     if key == "still" and not arm:
-        return f"{sum(own['still'] for own in arms.values())} of {sum(own['runs'] for own in arms.values())}"
+        return f"{sum(own['still'] for own in arms.values())} of {sum(own['held'] for own in arms.values())}"
     if key == "milliseconds":
         measured = costs(DATA / task)["arms"]
         return f"{measured[arm]['milliseconds']:.1f}" if arm in measured else "—"
