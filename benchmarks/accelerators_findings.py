@@ -54,7 +54,7 @@ def words(key: str, arm: str = "", against: str = "learning_rate", task: str = "
 
     Args:
         key: ``time``, ``still``, ``milliseconds``, or ``ratio`` or ``status`` of a contrast.
-        arm: the arm.
+        arm: the arm; without one, ``still`` of all runs that held 95 %.
         against: what the contrast is with.
         task: whose rows are read.
     """
@@ -68,6 +68,8 @@ def words(key: str, arm: str = "", against: str = "learning_rate", task: str = "
         return "holds with a condition" if one["ratio"] < 1 else "contradicted"
     if key == "ratio":
         return shown(one) if one else "—"
+    if key == "still" and not arm:
+        return f"{sum(own['still'] for own in arms.values())} of {sum(own['held'] for own in arms.values())}"
     if key == "milliseconds":
         measured = costs(DATA / task)["arms"]
         return f"{measured[arm]['milliseconds']:.1f}" if arm in measured else "—"
@@ -77,6 +79,14 @@ def words(key: str, arm: str = "", against: str = "learning_rate", task: str = "
     if key == "time":
         return f"{list(own['restricted_mean_time'].values())[-1]:,.0f}"
     return f"{own['still']} of {own['runs']}"
+
+
+def in_tuning(arm: str, strength: str, rest: str = "2", task: str = "selection") -> str:
+    """How many runs of tuning held 95 % at a setting of an arm."""
+    wanted = arm, float(strength), float(rest)
+    rows = schedule_findings.rows_of(DATA / task, "tune")
+    some = [row for row in rows if (row["arm"], row["strength"], row["rest_decay"]) == wanted]
+    return f"{sum(row['steps_to_generalise'] is not None for row in some)} of {len(some)}" if some else "—"
 
 
 # --- the tables ---

@@ -389,7 +389,7 @@ NUMBERS |= {"above_none": attention_findings.above_none, "emptied": attention_fi
 NUMBERS |= {"of_pretrained": pretrained_findings.figure, "rounding": pretrained_findings.rounding_words}
 NUMBERS |= {"planes_left": rotary_findings.words}
 NUMBERS |= {"beyond": margin_findings.beyond}
-NUMBERS |= {"accelerated": accelerators_findings.words}
+NUMBERS |= {"accelerated": accelerators_findings.words, "accelerated_tuning": accelerators_findings.in_tuning}
 NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_findings.rise}
 
 

@@ -225,9 +225,13 @@ def test_an_accelerator_is_claimed_by_its_contrast_alone(tmp_path, monkeypatch, 
         "holds with a condition", "contradicted", "open", "open", "open"
     ]  # fmt: skip
     assert accelerators_findings.words("still", "muon") == "0 of 5"
+    assert accelerators_findings.words("still") == "15 of 20"
     assert accelerators_findings.words("time", "smooth") == accelerators_findings.words("ratio", "smooth") == "—"
     assert "| muon / learning_rate | 0.5" in shown("contrasts")
     assert accelerators_findings.words("milliseconds", "muon") == "—"
+    _write(directory, "tune", [row | {"strength": 1.0, "rest_decay": 2.0} for row in rows[:7]])
+    assert accelerators_findings.in_tuning("learning_rate", "1") == "5 of 5"
+    assert accelerators_findings.in_tuning("learning_rate", "1", "4") == "—"
     cost = {"clock": "thread_time", "places": 4, "arms": {"muon": {"milliseconds": 8.25, "of_adamw": 1.4}}}
     (directory / "cost.json").write_text(json.dumps(cost))
     assert "| muon | 8.25 | 1.40 |" in shown("cost")
