@@ -47,7 +47,7 @@ from tuning import Protocol, Row, Space, mean_time, restricted, trained, trial, 
 
 from rankdecay.lab.ensemble.ensemble import Ensemble, Training
 from rankdecay.lab.experiments.boundary.settings import Boundary
-from rankdecay.lab.machine import describe_machine
+from rankdecay.lab.machine import describe_machine, versions
 from rankdecay.lab.store import read_metrics
 from rankdecay.lab.tasks import make_dataset
 
@@ -178,7 +178,13 @@ def cost(protocol: Protocol, directory: Path, device: str) -> None:
         }
         for arm, times in rounds.items()
     }
-    measured = {"machine": describe_machine(device), "clock": clock.__name__, "places": PLACES, "arms": arms}
+    measured = {
+        "machine": describe_machine(device),
+        "versions": versions(),
+        "clock": clock.__name__,
+        "places": PLACES,
+        "arms": arms,
+    }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "cost.json").write_text(json.dumps(measured, indent=1) + "\n")
 

@@ -23,7 +23,7 @@ from rankdecay.lab.ensemble.sweep import Plan, Trial
 from rankdecay.lab.experiments.boundary.arms import every_arm
 from rankdecay.lab.experiments.boundary.experiment import places, trials
 from rankdecay.lab.experiments.boundary.settings import Boundary
-from rankdecay.lab.machine import describe_machine
+from rankdecay.lab.machine import describe_machine, versions
 from rankdecay.lab.store import GROWING, RunDirectory
 
 Row = dict[str, Any]
@@ -140,6 +140,7 @@ def trained(
         "fixed": fixed,
         "arms": [],
         "machine": describe_machine(device),
+        "versions": versions(),
     }
     with RunDirectory.open(path, config, lambda line: print(line, file=sys.stderr), GROWING) as directory:
         rows = directory.drop_damaged_line()
