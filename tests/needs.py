@@ -14,6 +14,7 @@ import torch
 
 from rankdecay.lab.ensemble.ensemble import compiler_available
 
+OLD_TRAINER = "Trainer calls no factory: install transformers 5.2 or later"
 BROWSER = "no Chromium: apt-get install chromium, then make test"
 NEWER_TORCH = "this torch has only the legacy flags of precision: install torch 2.9 or later"
 SHELL = "no {}: apt-get install it, then make test"
@@ -40,6 +41,12 @@ def package(name: str) -> ModuleType:
     """Imports a package, or a module of one, or skips what asks for it."""
     remedy = _EXTRAS.get(name, "rm .venv/installed, then make test, which installs it")
     return pytest.importorskip(name, reason=f"no {name.partition('.')[0]}: {remedy}")
+
+
+def trainer_factory() -> pytest.MarkDecorator:
+    """Skips what gives Trainer a factory of optimizers, which it calls from transformers 5.2 on."""
+    old = not hasattr(package("transformers.trainer"), "is_optimizer_factory")
+    return pytest.mark.skipif(old, reason=OLD_TRAINER)
 
 
 def timm() -> ModuleType:

@@ -125,9 +125,8 @@ def make_trainer(folder: Path, steps: int = STEPS, trainer: dict[str, Any] | Non
 
 
 def ways(*names: str) -> Any:
-    """Parametrises a test by ways to give decays to Trainer, of which the Trainer before 5.2 has no factory."""
-    old = not hasattr(transformers.trainer, "is_optimizer_factory")
-    marks = {"factory": pytest.mark.skipif(old, reason="Trainer calls no factory: install transformers 5.2 or later")}
+    """Parametrises a test by ways to give decays to Trainer."""
+    marks = {"factory": needs.trainer_factory()}
     return pytest.mark.parametrize("way", [pytest.param(name, marks=marks.get(name, ())) for name in names])
 
 

@@ -142,7 +142,7 @@ def test_the_standard_preset_is_what_the_stored_runs_of_before_had(stored: str) 
     config = json.loads((DATA / stored / "config.json").read_text())
     standard = experiment.presets(config["command"])["standard"]
     now = json.loads(json.dumps(identity(standard, experiment.load(config["command"]).not_identity)))
-    added = {"first_seed", "validation", "warmup", "amount"} - config["settings"].keys()
+    added = {"first_seed", "validation", "warmup", "amount", "lr", "beta2", "epsilon"} - config["settings"].keys()
     assert {k: v for k, v in now.items() if k not in {"precision", *added}} == {
         k: v for k, v in config["settings"].items() if k not in {"precision", "preset"}
     }

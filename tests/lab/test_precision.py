@@ -18,7 +18,7 @@ from rankdecay.lab.ensemble.ensemble import Training
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.recall.settings import Recall
 from rankdecay.lab.experiments.grok.settings import Grok
-from rankdecay.lab.experiments.margin.settings import ARMS as MARGIN_ARMS
+from rankdecay.lab.experiments.margin.settings import FLOWS
 from rankdecay.lab.precision import WORTHWHILE, Products, bfloat16_gain, resolve
 from rankdecay.lab.session.session import Plan
 from rankdecay.lab.store import read_metrics
@@ -238,7 +238,7 @@ STANDARD = {
     "boundary": {"arms": ("none", "l2", "prox", "smooth", "prototype", "uniform_attention"), "strengths": (),
                  "widen": 1},
     "factor": {"seeds": 50, "steps": 1000},
-    "margin": {"datasets": 20, "steps": 30_000, "margin": 1e8, "parametrisation": MARGIN_ARMS},
+    "margin": {"datasets": 20, "steps": 30_000, "margin": 1e8, "parametrisation": FLOWS},
     "recall": {"steps": 1000, "strengths": ()},
     "language": {"steps": 450, "strengths": (), "size": "tiny"},
     "vision": {"steps": 1000, "strengths": ()},
