@@ -37,10 +37,11 @@ fork = pytest.mark.skipif(not hasattr(os, "fork"), reason=FORK)
 _EXTRAS = {"datasets": "pip install 'rankdecay[datasets]', then make test"}
 
 
-def package(name: str) -> ModuleType:
-    """Imports a package, or a module of one, or skips what asks for it."""
+def package(name: str, oldest: str | None = None) -> ModuleType:
+    """Imports a package, or a module of one, of a version or a later one, or skips what asks for it."""
     remedy = _EXTRAS.get(name, "rm .venv/installed, then make test, which installs it")
-    return pytest.importorskip(name, reason=f"no {name.partition('.')[0]}: {remedy}")
+    wanted = " ".join(filter(None, [name.partition(".")[0], oldest]))
+    return pytest.importorskip(name, minversion=oldest, reason=f"no {wanted}: {remedy}")
 
 
 def trainer_factory() -> pytest.MarkDecorator:

@@ -13,6 +13,8 @@ from rankdecay.compress.calibration import windows_of
 from tests import needs
 from tests.compress import small
 
+needs.package("transformers", "5")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -390,3 +392,9 @@ def test_a_byte_order_mark_of_utf_8_is_dropped(tmp_path):
 
     assert windows_of(tmp_path / "text.txt", tokenizer, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert read == ["w1 w2 é"]
+
+
+def test_an_earlier_transformers_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(needs.package("transformers"), "__version__", "4.57.6")
+    with pytest.raises(ValueError, match=r"compress needs transformers 5 or later, this is 4\.57\.6: pip install -U"):
+        rd.compress(small.model(), 8)

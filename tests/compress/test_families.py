@@ -136,7 +136,7 @@ def test_every_switch_of_a_checked_type_is_the_same_or_refused(kind):
                 result = emptied.compared(kind, {name: not value})
             except (NotReducible, emptied.NotBuilt):
                 continue
-            _checked(result)
+            _checked(result, 5e-5)  # some switches double what float32 rounds; `algebra` is exact
 
 
 @pytest.mark.slow

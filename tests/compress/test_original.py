@@ -198,6 +198,7 @@ def test_a_model_with_other_parameters_is_refused():
         emptied.with_weights(made, model)
 
 
+@pytest.mark.filterwarnings("ignore:its layers turn by tables of several kinds")
 @pytest.mark.parametrize(("kind", "text"), [("gemma3", "gemma3_text"), ("mistral3", "mistral"), ("llava", "llama")])
 def test_the_language_model_of_one_that_sees_is_refused_within_and_compressed_alone(kind, text):
     """As the guide takes it out."""

@@ -142,6 +142,23 @@ def test_configurations_as_releases_before_five_write_them(tmp_path, name):
     emptied.check_same(model, small)
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_releases_before_five_find_the_frequencies_under_their_names(tmp_path, live):
+    model, _, _, _ = _made("qwen3", {"rope_parameters": {**SCALINGS["default"], "rope_theta": 5e5}})
+    model.save_pretrained(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        rd.compress(model if live else tmp_path / "model", emptied.NEW, tmp_path / "made")
+    written = json.loads((tmp_path / "made/config.json").read_text())
+    assert written.pop("rope_parameters")["rope_theta"] == written["rope_theta"] == 5e5
+    assert written["rope_scaling"]["rope_type"] == "longrope"
+    for config in (None, written):  # as it is, and without what they do not know
+        if config is not None:
+            (tmp_path / "made/config.json").write_text(json.dumps(config))
+        small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", attn_implementation="eager")
+        emptied.check_same(model, small)
+
+
 def test_a_gemma_3_as_releases_before_five_write_it(tmp_path):
     """Which had two tables without naming them; head_dim is left to the class, too."""
     settings = {

@@ -24,7 +24,7 @@ from rankdecay.compress import calibration as texts
 from rankdecay.compress.calibration import Progress
 from rankdecay.compress.card import card
 from rankdecay.compress.choice import Scores, kept_planes, lost_energy, lost_planes, with_losses
-from rankdecay.compress.files import check_new, new_directory, write_checkpoint
+from rankdecay.compress.files import check_new, new_directory, write_checkpoint, write_earlier_names
 from rankdecay.compress.opened import Opened, opened
 from rankdecay.compress.original import Original, Smaller
 from rankdecay.compress.reduction import Moments, Read, cached_heads, unturned_energies, value_energies
@@ -153,8 +153,14 @@ def _transformers() -> Iterator[None]:
         raise ValueError(
             "compress needs transformers, for whose classes it writes: pip install 'rankdecay[transformers]'."
         )
+    from transformers import __version__ as version
     from transformers.utils import logging
 
+    if int(version.partition(".")[0]) < 5:  # whose configurations hold frequencies in another form
+        raise ValueError(
+            f"compress needs transformers 5 or later, this is {version}: pip install -U 'rankdecay[transformers]'; the "
+            "smaller model is read by earlier ones too, where they know its class."
+        )
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -295,6 +301,7 @@ def _to_model(planned: _Planned, model: nn.Module, out: Path | None, tokenizer: 
     if out is not None:
         with new_directory(out) as folder:
             small.save_pretrained(folder)
+            write_earlier_names(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             (folder / "README.md").write_text(card(planned.result), "utf-8")

@@ -25,6 +25,7 @@ from rankdecay.attention.checkpoints import Checkpoint, CheckpointError, open_ch
 from rankdecay.attention.folders import check_inside
 from rankdecay.compress.original import Smaller
 from rankdecay.compress.reduction import Moments, NotReducible
+from rankdecay.compress.rotary import with_earlier_names
 from rankdecay.files import kind_of, unwritable
 
 _NAMES = {
@@ -227,7 +228,7 @@ def write_checkpoint(
         _write_json(folder / "model.safetensors.index.json", index)
     for file in stored.extra_files():
         shutil.copyfile(file, folder / file.name)
-    _write_json(folder / "config.json", smaller.written)
+    _write_json(folder / "config.json", with_earlier_names(smaller.written))
     (folder / "README.md").write_text(card, "utf-8")
 
 
@@ -254,6 +255,12 @@ def _header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def write_earlier_names(folder: Path) -> None:
+    """Have a configuration that transformers has written read by earlier releases, too."""
+    path = folder / "config.json"
+    _write_json(path, with_earlier_names(json.loads(path.read_text("utf-8"))))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -50,6 +50,11 @@ class Original:
                 "its sines and cosines are multiplied by an attention_factor, which transformers reads beside longrope "
                 "factors; readers that know short_mscale and long_mscale alone ignore it."
             )
+        if self.skeleton.ropes and None not in self.skeleton.ropes:
+            self.warnings.append(
+                "its layers turn by tables of several kinds, which transformers before 5 does not read: it would turn "
+                "the smaller model by other frequencies without a word."
+            )
         if any(rope.kind == "dynamic" for rope in self.skeleton.ropes.values()):
             self.warnings.append(
                 "rope_type 'dynamic' changes frequencies beyond "

@@ -71,14 +71,24 @@ def smaller_configuration(
             if len(turned) > 1:
                 raise NotReducible("layers of different kinds would turn different shares of a head.")
             new[name] = next(iter(turned))
-    if "rope_scaling" in new or "rope_theta" in new:  # as releases before 5 write it, and read it
-        if None not in made:
-            for name in ("rope_scaling", "rope_theta", "rope_local_base_freq"):
-                new.pop(name, None)
-        else:
-            flat = dict(made[None])
-            new["rope_theta"] = flat.pop("rope_theta")
-            new["rope_scaling"] = flat
+    if None not in made:
+        for name in ("rope_scaling", "rope_theta", "rope_local_base_freq"):
+            new.pop(name, None)
+    elif "rope_scaling" in new or "rope_theta" in new:
+        new = with_earlier_names(new)
+    return new
+
+
+def with_earlier_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with its frequencies also where releases of transformers before 5 look for them.
+
+    They know no ``rope_parameters``, and turn by the frequencies of another model without a word. One table for each
+    kind of layer they cannot read.
+    """
+    new, parameters = dict(config), dict(config.get("rope_parameters") or {})
+    if "rope_theta" in parameters:
+        new["rope_theta"] = parameters.pop("rope_theta")
+        new["rope_scaling"] = parameters
     return new
 
 

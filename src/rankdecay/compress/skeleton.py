@@ -66,9 +66,11 @@ class Skeleton:
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.model = kind(config)
+                built: Any = kind(config)
+                built.tie_weights()  # which transformers 5.0 leaves to loading
         except Exception as error:  # whatever a class makes of a configuration it was not written for
             raise NotReducible(f"{kind.__name__} cannot be built from the configuration: {error}") from None
+        self.model: nn.Module = built
         self._source = ModuleSource(self.model)
         self.found, unhandled = locate(self._source)
         if unhandled:
