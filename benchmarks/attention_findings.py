@@ -311,10 +311,7 @@ def above(directory: Path, arm: str, strength: float, against: tuple[str, float]
     found = [own[seed] - other[seed] for seed in own if seed in other]
     if not found:
         return None
-    wide = math.inf
-    if len(found) > 1:
-        wide = float(stats.t.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / math.sqrt(len(found))
-    mean = statistics.fmean(found)
+    mean, wide = statistics.fmean(found), stored.half_interval(found)
     return {"mean": mean, "low": mean - wide, "high": mean + wide, "seeds": len(found)}
 
 

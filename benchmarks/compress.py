@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from stored import read_lines
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -214,7 +215,7 @@ class Stage:
 
     def __init__(self, arguments: argparse.Namespace, name: str, keys: Sequence[str]) -> None:
         self.path, self.keys = arguments.dir / f"{name}.jsonl", keys
-        self.rows = read(self.path)
+        self.rows = read_lines(self.path)
         self._there = {tuple(row[key] for key in keys) for row in self.rows}
 
     def has(self, **key: Any) -> bool:
@@ -231,10 +232,6 @@ class Stage:
 
 def shortened(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
-
-
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
 
 
 class Lab:

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import stored
 from scipy import stats
+from stored import interval, read_lines
 
 Row = dict[str, Any]
 DATA = Path("docs/data/compress")
@@ -30,19 +31,6 @@ ARMS = {
     "low_rank": "low rank per head, then cut",
     "small": "small from the start",
 }
-
-
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
-
-
-def interval(values: Sequence[float], form: str = ".3f") -> str:
-    """Mean and half of the 95 % interval over seeds."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:{form}}"
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:{form}} ± {half:{form.lstrip('+')}}"
 
 
 def families(rows: Sequence[Row]) -> list[str]:
@@ -66,7 +54,7 @@ def differences(some: dict[int, Row], others: dict[int, Row], key: str = "healed
 def arms(options: argparse.Namespace) -> None:
     """A Markdown line per arm and head size."""
     for directory in options.directories:
-        rows = read(directory / "train.jsonl")
+        rows = read_lines(directory / "train.jsonl")
         for family in families(rows):
             found = by_arm(rows, family)
             ((_, whole), dense) = next((key, some) for key, some in found.items() if key[0] == "dense")
@@ -100,7 +88,7 @@ def losses(some: dict[int, Row], key: str = "healed") -> list[float]:
 def rivals(options: argparse.Namespace) -> None:
     """A Markdown line per method: by how much the loss of the trained models rises."""
     for directory in options.directories:
-        rows = read(directory / "rivals.jsonl")
+        rows = read_lines(directory / "rivals.jsonl")
         for family in families(rows):
             mine = [row for row in rows if row["family"] == family]
             sizes = sorted({row["head_dim"] for row in mine}, reverse=True)
@@ -130,7 +118,7 @@ def correlations(rows: Sequence[Row], family: str, what: str, data: bool) -> lis
 def predicted(options: argparse.Namespace) -> None:
     """A Markdown line per model: the rank correlation of the energy left out with the rise of the loss."""
     for directory in options.directories:
-        rows = read(directory / "predicted.jsonl")
+        rows = read_lines(directory / "predicted.jsonl")
         kinds = (("plane", False), ("rank", False), ("rank", True))
         print("| | planes | ranks of the values | the same with data |\n|---|--:|--:|--:|")
         for family in families(rows):
@@ -141,7 +129,7 @@ def predicted(options: argparse.Namespace) -> None:
 def pretrained(options: argparse.Namespace) -> None:
     """A Markdown line per head size of a real checkpoint: at once, healed, and the original trained as long."""
     for directory in options.directories:
-        rows = read(directory / "pretrained.jsonl")
+        rows = read_lines(directory / "pretrained.jsonl")
         print("| | head | bytes a token | trained for | loss before | after |\n|---|--:|--:|--:|--:|--:|")
         whole = max((row["head_dim"] for row in rows), default=0)
         for row in sorted(rows, key=lambda row: (row["model"], row["tokens"], -row["head_dim"])):
@@ -157,7 +145,7 @@ def pretrained(options: argparse.Namespace) -> None:
 def decoding(options: argparse.Namespace) -> None:
     """A Markdown line per model and head size: tokens per second beside the original."""
     for directory in options.directories:
-        rows = read(directory / "decoding.jsonl")
+        rows = read_lines(directory / "decoding.jsonl")
         heads = ["| | head", "parameters", "cache, bytes a token", "sequences, tokens behind", "tokens a second (best)"]
         print(f"{' | '.join([*heads, 'of the original'])} |\n|---|" + "--:|" * 6)
         for row in rows:
@@ -172,7 +160,7 @@ def decoding(options: argparse.Namespace) -> None:
 
 def difference(family: str, arm: str, size: str, other: str, key: str = "healed", directory: Path = DATA) -> str:
     """What an arm's loss is above that of another at the same head size (``dense``: of the original), in nats."""
-    found = by_arm(read(directory / "train.jsonl"), family)
+    found = by_arm(read_lines(directory / "train.jsonl"), family)
     others = (
         found[other, int(size)] if other != "dense" else next(some for name, some in found.items() if name[0] == other)
     )
@@ -181,19 +169,19 @@ def difference(family: str, arm: str, size: str, other: str, key: str = "healed"
 
 def rise(family: str, arm: str, size: str, directory: Path = DATA) -> str:
     """What the cut itself costs in an arm, in nats."""
-    some = by_arm(read(directory / "train.jsonl"), family)[arm, int(size)]
+    some = by_arm(read_lines(directory / "train.jsonl"), family)[arm, int(size)]
     return interval([row["cut"] - row["whole"] for row in some.values()], "+.3f")
 
 
 def mean_rise(family: str, arm: str, size: str, directory: Path = DATA) -> float:
     """The same, of all seeds together."""
-    some = by_arm(read(directory / "train.jsonl"), family)[arm, int(size)]
+    some = by_arm(read_lines(directory / "train.jsonl"), family)[arm, int(size)]
     return statistics.fmean(row["cut"] - row["whole"] for row in some.values())
 
 
 def sign(family: str, arm: str, size: str, other: str, key: str = "healed", directory: Path = DATA) -> int:
     """Whether an arm is worse (1) or better (-1) than another beyond the interval over seeds, or neither (0)."""
-    found = by_arm(read(directory / "train.jsonl"), family)
+    found = by_arm(read_lines(directory / "train.jsonl"), family)
     values = differences(found[arm, int(size)], found[other, int(size)], key)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     return int(low > 0) - int(high < 0)

@@ -180,7 +180,7 @@ LEAST = 1e-5  # of a rise of the loss that is drawn
 
 def compress() -> Charts:
     """What the weights say of a plane or a rank, beside what leaving it out does to the loss."""
-    rows = compress_findings.read(compress_findings.DATA / "predicted.jsonl")
+    rows = stored.read_lines(compress_findings.DATA / "predicted.jsonl")
     if not rows:
         return []
     planes, ranks = [], []

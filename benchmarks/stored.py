@@ -21,8 +21,19 @@ def interval(values: Sequence[float], form: str = ".3f") -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return format(mean, form)
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:{form}} ± {half:{form.lstrip('+')}}"
+    return f"{mean:{form}} ± {half_interval(values):{form.lstrip('+')}}"
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean (Student's t); infinite for one value."""
+    if len(values) < 2:
+        return math.inf
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
 
 
 def arms(run: Path) -> dict[str, Row]:
