@@ -228,7 +228,7 @@ def write_checkpoint(
         _write_json(folder / "model.safetensors.index.json", index)
     for file in stored.extra_files():
         shutil.copyfile(file, folder / file.name)
-    _write_json(folder / "config.json", with_earlier_names(smaller.written))
+    _write_json(folder / "config.json", smaller.written)
     (folder / "README.md").write_text(card, "utf-8")
 
 

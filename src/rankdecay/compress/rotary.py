@@ -71,12 +71,9 @@ def smaller_configuration(
             if len(turned) > 1:
                 raise NotReducible("layers of different kinds would turn different shares of a head.")
             new[name] = next(iter(turned))
-    if None not in made:
-        for name in ("rope_scaling", "rope_theta", "rope_local_base_freq"):
-            new.pop(name, None)
-    elif "rope_scaling" in new or "rope_theta" in new:
-        new = with_earlier_names(new)
-    return new
+    for name in ("rope_scaling", "rope_theta", "rope_local_base_freq"):  # as releases before 5 have them
+        new.pop(name, None)
+    return new if None not in made else with_earlier_names(new)
 
 
 def with_earlier_names(config: Mapping[str, Any]) -> dict[str, Any]:
