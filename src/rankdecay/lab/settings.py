@@ -114,6 +114,15 @@ def check_seeds(settings: Any) -> None:
         raise SettingError(f"--first-seed {settings.first_seed} is negative: give 0 or more")
 
 
+def check_strengths(settings: Any) -> None:
+    """Raises a `SettingError` unless there are ``--strengths``, each of them finite and at least 0."""
+    if not settings.strengths:
+        raise SettingError("--strengths is empty: give for example 0 0.1 0.4")
+    for strength in settings.strengths:
+        if not (math.isfinite(strength) and strength >= 0):
+            raise SettingError(f"--strengths {strength:g} is negative or not finite: a decay is 0 (none) or more")
+
+
 def check_counts(settings: Any, *names: str) -> None:
     """Raises a `SettingError` unless the named settings are at least 1."""
     for name in names:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.settings import Settings, check_arms, check_counts, check_numbers, check_seeds
+from rankdecay.lab.settings import Settings, check_arms, check_counts, check_numbers, check_seeds, check_strengths
 
 ARMS = ("factors", "momentum", "adam", "decoupled", "low_rank", "merged", "deep")
 
@@ -76,11 +76,8 @@ def check(settings: Factor) -> Factor:
     if settings.depth < 2:
         raise SettingError(f"--depth {settings.depth} must be at least 2: the arm merged is one matrix")
     check_numbers(settings, "lr", "scale")
-    if not settings.strengths:
-        raise SettingError("--strengths is empty: give for example 0 0.1 0.4")
+    check_strengths(settings)
     for strength in settings.strengths:
-        if not (math.isfinite(strength) and strength >= 0):
-            raise SettingError(f"--strengths {strength:g} is negative or not finite: a decay is 0 (none) or more")
         if settings.lr * strength >= 1:
             raise SettingError(
                 f"--strengths {strength:g} at --lr {settings.lr:g} would flip the sign of the weights: "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.settings import Settings, check_arms, check_counts, check_numbers, check_seeds
+from rankdecay.lab.settings import Settings, check_arms, check_counts, check_numbers, check_seeds, check_strengths
 
 ARMS = ("rotary", "convex", "unturned")
 
@@ -80,11 +79,7 @@ def check(settings: Rotary) -> Rotary:
     check_numbers(settings, "lr", "scale", "theta")
     if not 0 <= settings.momentum < 1:
         raise SettingError(f"--momentum {settings.momentum:g} is outside [0, 1): give 0 for none, or for example 0.98")
-    if not settings.strengths:
-        raise SettingError("--strengths is empty: give for example 0 0.1 0.4")
-    for strength in settings.strengths:
-        if not (math.isfinite(strength) and strength >= 0):
-            raise SettingError(f"--strengths {strength:g} is negative or not finite: a decay is 0 (none) or more")
+    check_strengths(settings)
     if settings.frequencies == "fourier" and 2 * settings.planes >= settings.offsets:
         raise SettingError(
             f"--offsets {settings.offsets} cannot tell {settings.planes} planes apart: give at least "
