@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankdecay.decay.policy import Frobenius, LowRank
-from rankdecay.lab.ensemble import transformer
 from rankdecay.lab.ensemble.accelerators import (
     HIDDEN,
     CautiousDecay,
@@ -122,20 +121,6 @@ def train_plainly(member: Member, initial, batches, answers) -> dict[str, torch.
             decayed = torch.where(update * w >= 0, w, 0) if isinstance(rule, CautiousDecay) else w
             w -= member.lr * (update + l2 * decayed)
     return {name: p.detach() for name, p in parameters.items()}
-
-
-@pytest.fixture
-def batches_seen(monkeypatch):
-    """Tokens of every batch an ensemble trains on, each (members, batch, positions)."""
-    seen: list[torch.Tensor] = []
-    original = transformer.forward
-
-    def spy(parameters, tokens, *arguments, **keywords):
-        seen.append(tokens.clone())
-        return original(parameters, tokens, *arguments, **keywords)
-
-    monkeypatch.setattr(transformer, "forward", spy)
-    return seen
 
 
 @pytest.mark.parametrize("name", MEMBERS)

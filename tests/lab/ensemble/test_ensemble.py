@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from rankdecay.decay.policy import Frobenius, LowRank
-from rankdecay.lab.ensemble import transformer
 from rankdecay.lab.ensemble.control import YOKED_SEED, Control
 from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training, compiler_available, train_unless_stopped
 from rankdecay.lab.ensemble.transformer import TransformerConfig
@@ -85,20 +84,6 @@ def assert_equal_weights(got, expected, *, atol: float = 1e-9) -> None:
     assert got.keys() == expected.keys()
     for name in got:
         torch.testing.assert_close(got[name], expected[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.fixture
-def batches_seen(monkeypatch):
-    """Tokens of every batch an ensemble trains on, each (members, batch, positions)."""
-    seen: list[torch.Tensor] = []
-    original = transformer.forward
-
-    def spy(parameters, tokens, *arguments, **keywords):
-        seen.append(tokens.clone())
-        return original(parameters, tokens, *arguments, **keywords)
-
-    monkeypatch.setattr(transformer, "forward", spy)
-    return seen
 
 
 # --- member of many = member alone ------------------------------------------------------------------------------
