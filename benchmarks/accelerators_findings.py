@@ -33,8 +33,7 @@ def result(directory: Path) -> Row | None:
     held = schedule_findings.frozen(directory)
     if held is None or not schedule_findings.rows_of(directory, "test"):
         return None
-    fields: Row = {key: tuple(value) if isinstance(value, list) else value for key, value in held["protocol"].items()}
-    protocol = accelerators.Accelerated(**fields)
+    protocol = accelerators.Accelerated(**schedule_findings.protocol_fields(held))
     return accelerators.report(protocol, directory) | {"protocol": protocol}
 
 

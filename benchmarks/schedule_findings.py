@@ -46,13 +46,17 @@ def frozen(directory: Path) -> Row | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def protocol_fields(held: Row) -> Row:
+    """The fields of the protocol that settings were tuned by, as its class has them."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in held["protocol"].items()}
+
+
 def protocol_of(directory: Path) -> schedule.Protocol:
     """The protocol that the settings were tuned by; today's before that."""
     held = frozen(directory)
     if held is None:
         return schedule.Protocol()
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in held["protocol"].items()}
-    return dataclasses.replace(schedule.Protocol(), **fields)
+    return dataclasses.replace(schedule.Protocol(), **protocol_fields(held))
 
 
 def expected(directory: Path, arms: Collection[str] = tuple(schedule.GRIDS)) -> int:
