@@ -1,7 +1,7 @@
 """Write small checkpoints with a smaller head here, and read them with another version of transformers.
 
     python .ci/read_elsewhere.py write FOLDER     # with the package and transformers 5
-    python .ci/read_elsewhere.py read FOLDER      # with any transformers that has these classes, and without the package
+    python .ci/read_elsewhere.py read FOLDER        # without the package, by any transformers
 
 ``read`` prints the largest difference of logits of each model, and fails above 1e-5 of the largest logit.
 """
