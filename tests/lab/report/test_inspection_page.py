@@ -165,27 +165,17 @@ def test_nothing_to_show_is_refused(tmp_path):
 
 
 @pytest.fixture
-def open_page(browser, tmp_path):
-    """Opens the page of some reports, the charts under `within` drawn; at the end nothing may have gone wrong in it."""
-    opened, wrong = [], []
+def open_reports(open_page, tmp_path):
+    """Opens the page of some reports, the charts under `within` drawn."""
 
     def open_(reports, width=1280, within="#query_key"):
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda r: wrong.append(r.url) if r.url.split(":")[0] not in ("file", "data", "blob") else 0)
-        page.goto(inspection_page(reports, tmp_path / "page.html").as_uri())
+        page = open_page(inspection_page(reports, tmp_path / "page.html"), width=width)
         for chart in page.locator(f"{within} .chart").all():
             chart.scroll_into_view_if_needed()
             chart.locator("svg").wait_for()
-        opened.append(page)
         return page
 
-    yield open_
-    for page in opened:
-        assert page.evaluate("window.owned") is None
-        page.close()
-    assert wrong == []
+    return open_
 
 
 def _drawn(page, identity, what="figure.series"):
@@ -213,8 +203,8 @@ def _click(page, layer, head, kind="query_key"):
     page.mouse.click(box["x"] + x, box["y"] + y)
 
 
-def test_a_measure_changes_the_map_and_a_click_shows_the_head(open_page, reports):
-    page = open_page(reports[-1:], within="main")
+def test_a_measure_changes_the_map_and_a_click_shows_the_head(open_reports, reports):
+    page = open_reports(reports[-1:], within="main")
     rows = {(r["layer"], r["head"]): r for r in reports[-1].rows if r["product"] == "query_key"}
     assert page.locator(".chart svg").count() == 10
     assert page.locator("#trajectory-query_key").count() == 0
@@ -238,8 +228,8 @@ def test_a_measure_changes_the_map_and_a_click_shows_the_head(open_page, reports
     assert untrained["y"] == pytest.approx([s / baseline[0] for s in baseline], rel=2e-3)
 
 
-def test_what_is_equal_at_balance_is_drawn_beside_the_untrained(open_page, reports):
-    page = open_page(reports, within="main")
+def test_what_is_equal_at_balance_is_drawn_beside_the_untrained(open_reports, reports):
+    page = open_reports(reports, within="main")
     row = next(r for r in reports[-1].rows if (r["layer"], r["head"], r["product"]) == (1, 0, "query_key"))
     line, trained, untrained = _drawn(page, "norms-query_key")
     assert line["x"] == line["y"]
@@ -259,8 +249,8 @@ def test_what_is_equal_at_balance_is_drawn_beside_the_untrained(open_page, repor
     _until(page, "document.getElementById('bounds-value_output').figure.series[1].x[0] !== value", trained["x"][0])
 
 
-def test_several_reports_have_a_line_each(open_page, reports):
-    page = open_page(reports)
+def test_several_reports_have_a_line_each(open_reports, reports):
+    page = open_reports(reports)
     profile = [t for t in _drawn(page, "profile-query_key") if "name" in t]
     assert [t["name"] for t in profile] == ["untrained", "checkpoint-0", "checkpoint-10", "checkpoint-20"]
     assert page.locator("#query_key .keys").first.locator("span").all_inner_texts() == [
@@ -278,8 +268,8 @@ def test_several_reports_have_a_line_each(open_page, reports):
     assert before["range"] == after["range"]
 
 
-def test_a_cell_without_a_number_is_crossed_and_markup_is_inert(open_page, broken):
-    page = open_page([broken], width=375)
+def test_a_cell_without_a_number_is_crossed_and_markup_is_inert(open_reports, broken):
+    page = open_reports([broken], width=375)
     (crosses,) = _drawn(page, "map-query_key")
     assert (crosses["x"], crosses["y"]) == ([2], [1])
     assert page.locator("#map-query_key").get_by_text("×").count() == 1
@@ -291,8 +281,8 @@ def test_a_cell_without_a_number_is_crossed_and_markup_is_inert(open_page, broke
     assert page.evaluate("document.documentElement.scrollWidth") == 375
 
 
-def test_a_wide_chart_describes_every_line_and_a_drag_zooms(open_page, reports):
-    page = open_page(reports)
+def test_a_wide_chart_describes_every_line_and_a_drag_zooms(open_reports, reports):
+    page = open_reports(reports)
     chart = page.locator("#profile-query_key")
     chart.scroll_into_view_if_needed()
     box = chart.bounding_box()
@@ -316,8 +306,8 @@ def test_a_wide_chart_describes_every_line_and_a_drag_zooms(open_page, reports):
     assert chart.locator("svg text").all_inner_texts() != labels
 
 
-def test_a_chart_is_saved_as_svg(open_page, reports):
-    page = open_page(reports)
+def test_a_chart_is_saved_as_svg(open_reports, reports):
+    page = open_reports(reports)
     chart = page.locator("#spectrum-query_key")
     chart.hover()
     with page.expect_download() as saved:

@@ -27,17 +27,14 @@ def last(identity, trace):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
-def test_the_charts_are_drawn(opener, trained, width, scheme):
-    opened = opener(trained / "report.html", width=width, scheme=scheme)
-    page = opened.page
+def test_the_charts_are_drawn(open_page, trained, width, scheme):
+    page = open_page(trained / "report.html", width=width, scheme=scheme)
     for identity in CHARTS:
         draw(page, identity)
     draw(page, "mlp-chart", ".heatmaplayer image")
     assert page.evaluate("document.documentElement.scrollWidth") == width
     if width > 1000:
         they_follow_their_choices(page, json.loads((trained / "summary.json").read_text())["arms"])
-    opened.check()
-    page.close()
 
 
 def they_follow_their_choices(page, cells):
@@ -68,10 +65,9 @@ def they_follow_their_choices(page, cells):
     page.wait_for_function(f"() => {last('curve-chart', -1)} === 0.5")
 
 
-def test_a_hostile_name_is_shown_and_not_run(opener, make_experiment):
+def test_a_hostile_name_is_shown_and_not_run(open_page, make_experiment):
     options = {"strengths": {EVIL: (0.0, 1.0)}, "mlp_decays": (0.0, 0.1)}
-    opened = opener(write_report(make_experiment((EVIL,), **options)))
-    page = opened.page
+    page = open_page(write_report(make_experiment((EVIL,), **options)))
     for identity in CHARTS:
         draw(page, identity)
     draw(page, "mlp-chart", ".heatmaplayer image").hover()
@@ -79,14 +75,10 @@ def test_a_hostile_name_is_shown_and_not_run(opener, make_experiment):
     point.hover(force=True)
     page.locator("#rank-chart .hoverlayer .hovertext").first.wait_for()
     assert "<img src=x" in page.locator("#rank-chart .hoverlayer").text_content()
-    opened.check()
-    page.close()
 
 
-def test_an_experiment_that_goes_on(opener, make_experiment):
-    opened = opener(write_report(make_experiment(runs=1)))
-    assert "not complete" in opened.page.locator(".headline").inner_text()
-    draw(opened.page, "curve-chart")
-    assert "no value" in opened.page.locator("#rank .absent").inner_text()
-    opened.check()
-    opened.page.close()
+def test_an_experiment_that_goes_on(open_page, make_experiment):
+    page = open_page(write_report(make_experiment(runs=1)))
+    assert "not complete" in page.locator(".headline").inner_text()
+    draw(page, "curve-chart")
+    assert "no value" in page.locator("#rank .absent").inner_text()

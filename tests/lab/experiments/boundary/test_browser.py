@@ -14,20 +14,14 @@ def report(shared_sweep):
 
 
 @pytest.fixture
-def open_page(opener, report):
-    opened = []
-
+def open_sweep(open_page, report):
     def open_(path=report, **options):
-        opened.append(opener(path, **options))
-        page = opened[-1].page
+        page = open_page(path, **options)
         page.locator("#maps").scroll_into_view_if_needed()
         page.locator("#maps .face").first.wait_for()
         return page
 
-    yield open_
-    for item in opened:
-        item.check()
-        item.page.close()
+    return open_
 
 
 def _wait(page, condition, value=None):
@@ -46,8 +40,8 @@ def _colours(page):
     return page.evaluate("[...document.querySelectorAll('#maps .face')].map((face) => face.style.fill)")
 
 
-def test_maps_and_charts_are_drawn(open_page):
-    page = open_page()
+def test_maps_and_charts_are_drawn(open_sweep):
+    page = open_sweep()
     assert page.locator("#maps figure").count() == 10  # five arms at two decays of the rest
     assert page.locator("#maps .button").count() == 2 * (5 + 4 * 25)
     assert page.locator("#maps .boundary").count() > 0
@@ -59,8 +53,8 @@ def test_maps_and_charts_are_drawn(open_page):
     assert page.locator("#maps figcaption").last.inner_text().startswith("<img")
 
 
-def test_hovering_a_cell_shows_its_runs(open_page):
-    page = open_page()
+def test_hovering_a_cell_shows_its_runs(open_sweep):
+    page = open_sweep()
     _cell(page, "L2, strength 0.3, 48 %").hover()
     _shows(page, "strength 0.3 · 48 % of the data")
     assert page.locator("#cell-words h3").inner_text() == "L2"
@@ -72,8 +66,8 @@ def test_hovering_a_cell_shows_its_runs(open_page):
     _wait(page, "document.querySelector('#cell-accuracy').data.at(-1).y.at(-1) < 0.5")
 
 
-def test_a_click_keeps_a_cell_beside_others(open_page):
-    page = open_page()
+def test_a_click_keeps_a_cell_beside_others(open_sweep):
+    page = open_sweep()
     kept = _cell(page, "soft threshold (prox), strength 0.1, 48 %")
     kept.click()
     assert kept.get_attribute("aria-pressed") == "true"
@@ -88,8 +82,8 @@ def test_a_click_keeps_a_cell_beside_others(open_page):
     assert kept.get_attribute("aria-pressed") == "false"
 
 
-def test_the_keyboard_reaches_every_cell(open_page):
-    page = open_page()
+def test_the_keyboard_reaches_every_cell(open_sweep):
+    page = open_sweep()
     _cell(page, "soft threshold (prox), strength 0.03, 20 %").focus()
     for key, words in [
         ("ArrowRight", "strength 0.1 · 20 %"),
@@ -106,8 +100,8 @@ def test_the_keyboard_reaches_every_cell(open_page):
     assert page.locator('#maps .button[tabindex="0"]').count() == 10
 
 
-def test_the_colour_can_be_switched(open_page):
-    page = open_page()
+def test_the_colour_can_be_switched(open_sweep):
+    page = open_sweep()
     before = _colours(page)
     page.get_by_label("Colour").select_option("steps_to_generalise")
     _wait(page, "document.querySelectorAll('#maps .unreached').length > 0")
@@ -121,14 +115,14 @@ def test_the_colour_can_be_switched(open_page):
     _wait(page, "document.querySelector('#inner-caption').textContent.startsWith('‖')")
 
 
-def test_the_legend_hides_an_arm(open_page):
-    page = open_page()
+def test_the_legend_hides_an_arm(open_sweep):
+    page = open_sweep()
     page.locator("#phase .legend").get_by_role("button", name="no decay").click()
     _wait(page, "document.querySelectorAll('#maps figure').length === 8")
 
 
-def test_dark_mode_has_its_own_colours(open_page):
-    page = open_page(scheme="dark")
+def test_dark_mode_has_its_own_colours(open_sweep):
+    page = open_sweep(scheme="dark")
     dark = page.evaluate(STROKE), _colours(page)
     page.emulate_media(color_scheme="light")
     _wait(page, f"{STROKE} !== value", dark[0])
@@ -136,8 +130,8 @@ def test_dark_mode_has_its_own_colours(open_page):
 
 
 @pytest.mark.parametrize("width", [375, 700])
-def test_a_narrow_page_does_not_scroll_sideways(open_page, width):
-    page = open_page(width=width, height=900)
+def test_a_narrow_page_does_not_scroll_sideways(open_sweep, width):
+    page = open_sweep(width=width, height=900)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     cell = _cell(page, "soft threshold (prox), strength 0.1, 48 %")
     cell.click()
@@ -145,9 +139,8 @@ def test_a_narrow_page_does_not_scroll_sideways(open_page, width):
     assert page.locator(".cell").bounding_box()["y"] < 900  # in view, below the maps
 
 
-def test_a_sweep_that_has_only_begun(opener, make_sweep):
+def test_a_sweep_that_has_only_begun(open_page, make_sweep):
     directory = make_sweep(["prox"], summary=False)
     (directory / "metrics.jsonl").unlink()
-    opened = opener(write_report(directory))
-    assert "not complete" in opened.page.locator("#result").inner_text()
-    opened.check()
+    page = open_page(write_report(directory))
+    assert "not complete" in page.locator("#result").inner_text()

@@ -19,9 +19,8 @@ def report(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
-def test_the_charts_are_drawn_and_follow_their_choices(opener, report, width, scheme):
-    opened = opener(report, width=width, scheme=scheme)
-    page = opened.page
+def test_the_charts_are_drawn_and_follow_their_choices(open_page, report, width, scheme):
+    page = open_page(report, width=width, scheme=scheme)
     for identity in CHARTS:
         chart = page.locator(f"#{identity}")
         chart.scroll_into_view_if_needed()
@@ -43,5 +42,3 @@ def test_the_charts_are_drawn_and_follow_their_choices(opener, report, width, sc
     page.wait_for_function(f"() => {drawn}.filter((trace) => trace.line.dash === 'dot').length === 4")  # two factors
     assert page.evaluate(f"{drawn}.filter((trace) => trace.fill).length") == 5
     assert "soft" in page.locator(".headline").inner_text()
-    opened.check()
-    page.close()

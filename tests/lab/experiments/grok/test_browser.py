@@ -22,30 +22,9 @@ def report(tmp_path_factory) -> Path:
     return write_report(fixture.write_run(directory, [*fixture.ARMS, EVIL]))
 
 
-@pytest.fixture(scope="module")
-def desktop_page(opener, report):
-    return opener(report)
-
-
 @pytest.fixture
-def desktop(desktop_page):
-    """One page for the tests at desk width; each leaves it as it found it."""
-    yield desktop_page.page
-    desktop_page.check()
-
-
-@pytest.fixture
-def open_page(opener, report):
-    opened = []
-
-    def open_(path=report, **options):
-        opened.append(opener(path, **options))
-        return opened[-1].page
-
-    yield open_
-    for item in opened:
-        item.check()
-        item.page.close()
+def desktop(open_page, report):
+    return open_page(report)
 
 
 def _show(page, identity):
@@ -143,8 +122,8 @@ def test_the_legend_hides_an_arm_everywhere(desktop):
     _wait(desktop, traces, before)
 
 
-def test_a_phone_gets_the_words_first_and_needs_no_sideways_scrolling(open_page):
-    page = open_page(width=375, height=812)
+def test_a_phone_gets_the_words_first_and_needs_no_sideways_scrolling(open_page, report):
+    page = open_page(report, width=375, height=812)
     paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     assert paint < page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd")
     assert page.locator("#attention-chart .main-svg").count() == 0  # far down: not drawn before it is needed
@@ -164,8 +143,8 @@ def test_a_phone_gets_the_words_first_and_needs_no_sideways_scrolling(open_page)
     assert page.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 15
 
 
-def test_dark_mode_is_readable_and_can_be_switched(open_page):
-    page = open_page(scheme="dark")
+def test_dark_mode_is_readable_and_can_be_switched(open_page, report):
+    page = open_page(report, scheme="dark")
     tick = "getComputedStyle(document.querySelector('#accuracy-chart .xtick text')).fill"
     _show(page, "accuracy-chart")
     background, text = page.evaluate(f"[getComputedStyle(document.body).backgroundColor, {tick}]")

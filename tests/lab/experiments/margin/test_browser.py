@@ -14,9 +14,8 @@ EVIL = "<img src=x onerror=window.owned=1></script><b>%{y}$"
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
-def test_the_charts_are_drawn_and_follow_their_choices(opener, planar, width, scheme):
-    opened = opener(planar / "report.html", width=width, scheme=scheme)
-    page = opened.page
+def test_the_charts_are_drawn_and_follow_their_choices(open_page, planar, width, scheme):
+    page = open_page(planar / "report.html", width=width, scheme=scheme)
     for identity in CHARTS:
         chart = page.locator(f"#{identity}")
         chart.scroll_into_view_if_needed()
@@ -46,13 +45,10 @@ def test_the_charts_are_drawn_and_follow_their_choices(opener, planar, width, sc
     assert page.evaluate(axis) == "log"
     page.locator("#spectra").get_by_label("Axis").select_option("linear")
     page.wait_for_function(f"() => {axis} !== 'log'")
-    opened.check()
-    page.close()
 
 
-def test_the_pictures_follow_time_arm_and_data_set(opener, planar):
-    opened = opener(planar / "report.html")
-    page = opened.page
+def test_the_pictures_follow_time_arm_and_data_set(open_page, planar):
+    page = open_page(planar / "report.html")
     section = page.locator("#picture")
     section.scroll_into_view_if_needed()
     section.locator("svg").first.wait_for()
@@ -75,17 +71,14 @@ def test_the_pictures_follow_time_arm_and_data_set(opener, planar):
     assert slider.input_value() == slider.get_attribute("max")  # another is shown at its end
     section.get_by_label("Data set").select_option("1")
     page.wait_for_function("() => document.querySelector('#pictures').textContent.includes('did not take part')")
-    opened.check()
-    page.close()
 
 
-def test_names_from_outside_are_only_text(opener, planar, tmp_path):
+def test_names_from_outside_are_only_text(open_page, planar, tmp_path):
     directory = shutil.copytree(planar, tmp_path / "run")
     for name in ("config.json", "summary.json", "metrics.jsonl"):
         path = directory / name
         path.write_text(without_checksums(path.read_text()).replace('"separate"', json.dumps(EVIL)))
-    opened = opener(write_report(directory))
-    page = opened.page
+    page = open_page(write_report(directory))
     chart = page.locator("#cosine-nuclear-chart")
     chart.scroll_into_view_if_needed()
     chart.locator(".scatterlayer .trace").first.wait_for()
@@ -94,15 +87,11 @@ def test_names_from_outside_are_only_text(opener, planar, tmp_path):
     for share in (0.2, 0.4, 0.6):  # names are in hovers too
         page.mouse.move(box["x"] + share * box["width"], box["y"] + 0.3 * box["height"])
         page.wait_for_timeout(100)
-    opened.check()
-    page.close()
 
 
-def test_an_incomplete_run_has_a_page_too(opener, tmp_path):
+def test_an_incomplete_run_has_a_page_too(open_page, tmp_path):
     (tmp_path / "config.json").write_text('{"command": "margin", "settings": {"l2": 0.1}, "arms": []}')
-    opened = opener(write_report(tmp_path))
-    assert "not complete" in opened.page.locator(".headline").inner_text()
+    page = open_page(write_report(tmp_path))
+    assert "not complete" in page.locator(".headline").inner_text()
     for section in ("#direction", "#picture", "#figures"):
-        assert opened.page.locator(section).count() == 0
-    opened.check()
-    opened.page.close()
+        assert page.locator(section).count() == 0
