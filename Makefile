@@ -8,7 +8,7 @@ grok: .venv/installed
 	$(BIN)/rankdecay grok
 
 test: .venv/installed
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow

@@ -32,8 +32,20 @@ _OPERATORS = ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_r
               "_deform_conv2d_backward")  # fmt: skip
 
 
+#: Bytes that a process of tests takes with those that it starts.
+MEMORY = 3 * 2**30
+
 #: Files that take long: first, or one process would end with one of them while the other has nothing left to do.
 LONG = ["test_cluster.py", "test_parallel.py", "test_distributed.py", "test_sharded.py", "test_training.py"]
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Two processes, one for each core of the slowest machine; more where there are cores and memory for them."""
+    import psutil
+    from joblib import cpu_count  # which knows the quota of a container
+
+    memory = psutil.virtual_memory().total // MEMORY
+    return max(2, min(cpu_count(), memory, 8))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

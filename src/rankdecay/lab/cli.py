@@ -9,9 +9,10 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -70,11 +71,29 @@ def parse(arguments: Sequence[str]) -> Any:
         presets = experiment.presets(name)
         first = next(iter(presets.values()))
         default = _preset(name, presets, options) or first
-        return tyro.cli(type(first), args=options, prog=f"rankdecay {name}", default=default, config=CONFIG)
+        kind, written = type(first), _without_none(type(first))
+        read = tyro.cli(
+            written, args=options, prog=f"rankdecay {name}", default=written(**vars(default)), config=CONFIG
+        )
+        return kind(**vars(read))
     except SystemExit as leaving:
         if not leaving.code:  # tyro has shown the help, which knows no examples
             print(shown_examples(REPORT_EXAMPLES if name == "report" else experiment.examples(name)))
         raise
+
+
+def _without_none(settings: Any) -> Any:
+    """The same options; the help says nothing after one that is None by default, where tyro has ``(default: None)``.
+
+    Here, since tyro takes this from a field's annotation alone, and settings do not import it.
+    """
+    silent, hints = tyro.conf.arg(help_behavior_hint=""), get_type_hints(settings)
+    absent = {field.name: None for field in fields(settings) if field.default is None}
+    annotations = {name: Annotated[hints[name], silent] for name in absent}
+    written = type(
+        settings.__name__, (settings,), {"__annotations__": annotations, "__doc__": settings.__doc__, **absent}
+    )
+    return dataclass(frozen=True)(written)
 
 
 def _preset(name: str, presets: Mapping[str, Any], options: Sequence[str]) -> Any:

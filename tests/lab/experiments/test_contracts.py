@@ -113,6 +113,7 @@ sys.exit(", ".join(heavy) or 0)
     assert asked.returncode == 0, asked.stderr
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", asked.stdout).split())
     assert experiment.load(name).question.split("?")[0] in shown
+    assert "None" not in shown
     for field in dataclasses.fields(next(iter(experiment.presets(name).values()))):
         assert option(field.name) in shown or f"--no-{option(field.name)[2:]}" in shown
 
