@@ -39,6 +39,7 @@ MEMORY = 3 * 2**30
 LONG = ["test_cluster.py", "test_parallel.py", "test_distributed.py", "test_sharded.py", "test_training.py"]
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which .ci/versions.py does without
 def pytest_xdist_auto_num_workers() -> int:
     """Two processes, one for each core of the slowest machine; more where there are cores and memory for them."""
     import psutil
