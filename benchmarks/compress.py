@@ -9,6 +9,7 @@ r"""What a smaller head costs: small models on text, by every way to get there, 
     python benchmarks/compress.py --stage report                  # the tables of docs/findings, from the stored rows
 
     python benchmarks/compress.py --stage pretrained --model DIR  # a real checkpoint: cut, healed, and the control
+    python benchmarks/compress.py --stage files                   # how long a large checkpoint takes, beside copying it
 
 The families are a Llama and a Qwen3 (QK-norm) of 0.76 million parameters, head 32, on the bytes of Python's standard
 library, the text of `rankdecay language`. Rows are in DIR (docs/data/compress), one file per stage; every stage goes on
@@ -38,6 +39,8 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
+import shutil
 import statistics
 import time
 import warnings
@@ -682,6 +685,67 @@ def time_decoding(stage: Stage, models: Mapping[int, Any], common: Row, steps: i
         )  # fmt: skip
 
 
+# --- files ---
+
+
+def files(arguments: argparse.Namespace, rounds: int = 5) -> None:
+    """Seconds that six layers of a Llama of 7 B's width take, random, without a text, beside reading and writing them.
+
+    In turns, each from files that the system has in memory, and from others.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    stage = Stage(arguments, "files", ("layers", "width", "in_memory"))
+    layers, width, head_dim = (2, 64, 32) if arguments.tiny else (6, 4096, 128)
+    folder, made = arguments.work / f"llama-{layers}x{width}", arguments.work / "smaller"
+    if not folder.exists():
+        config = LlamaConfig(hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=layers,
+                             num_attention_heads=width // head_dim)  # fmt: skip
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="2GB")
+    shards = sorted(folder.glob("*.safetensors"))
+
+    def smaller() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that planes are chosen without a text
+            compress(folder, head_dim // 2, made)
+
+    for in_memory in (True, False):
+        times: dict[str, list[float]] = {"copied": [], "compressed": []}
+        for _ in range(rounds + 1):  # the first imports what it needs
+            for name, act in (("copied", lambda: copy_files(shards, made)), ("compressed", smaller)):
+                put_in_memory(shards, in_memory)
+                begun = time.perf_counter()
+                act()
+                times[name].append(time.perf_counter() - begun)
+                shutil.rmtree(made)
+        stage.add(
+            layers=layers, width=width, in_memory=in_memory, bytes=sum(path.stat().st_size for path in shards),
+            rounds=rounds, **{name: statistics.median(spent[1:]) for name, spent in times.items()},
+            threads=torch.get_num_threads(), machine=describe_machine("cpu"),
+        )  # fmt: skip
+
+
+def copy_files(paths: Sequence[Path], folder: Path) -> None:
+    """Copy files, down to the disk, as the written checkpoint is."""
+    folder.mkdir()
+    for path in paths:
+        with path.open("rb") as source, (folder / path.name).open("wb") as target:
+            shutil.copyfileobj(source, target, 2**22)
+            target.flush()
+            os.fsync(target.fileno())
+
+
+def put_in_memory(paths: Sequence[Path], wanted: bool) -> None:
+    """Have the system hold files in memory, or hold none of them."""
+    for path in paths:
+        with path.open("rb") as file:
+            if wanted:
+                while file.read(2**22):
+                    pass
+            else:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def duration(lab: Lab, family: str) -> None:
     """Print how long the stages take here, from measured steps."""
     protocol = lab.protocol
@@ -783,7 +847,9 @@ def example(name: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = {"tune": tune, "train": train_all, "rivals": rivals, "predicted": predicted}
-    parser.add_argument("--stage", choices=(*stages, "pretrained", "decoding", "time", "report"), required=True)
+    parser.add_argument(
+        "--stage", choices=(*stages, "pretrained", "decoding", "files", "time", "report"), required=True
+    )
     parser.add_argument("--family", choices=FAMILIES, default="llama")
     parser.add_argument("--dir", type=Path, default=Path("docs/data/compress"))
     parser.add_argument("--work", type=Path, default=Path("runs/compress"), help="for weights that stages share")
@@ -802,7 +868,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tiny and arguments.dir == parser.get_default("dir"):
         parser.error("--tiny needs a --dir of its own: docs/data/compress is for the protocol itself")
-    if arguments.stage != "decoding":
+    if arguments.stage not in ("decoding", "files"):
         torch.set_num_threads(1)
     if arguments.stage == "pretrained":
         if arguments.model is None:
@@ -810,6 +876,8 @@ def main() -> None:
         return pretrained(arguments)
     if arguments.stage == "decoding":
         return decoding(arguments)
+    if arguments.stage == "files":
+        return files(arguments)
     if arguments.stage == "report":
         import compress_findings
 

@@ -5,6 +5,7 @@
     python benchmarks/compress_findings.py predicted docs/data/compress    # what the weights say of the loss
     python benchmarks/compress_findings.py pretrained docs/data/compress   # a real checkpoint
     python benchmarks/compress_findings.py decoding docs/data/compress     # tokens per second
+    python benchmarks/compress_findings.py files docs/data/compress        # seconds of a large checkpoint
 
 What follows ± is half of a 95 % interval of Student's t over seeds; differences are paired by seed.
 """
@@ -158,6 +159,20 @@ def decoding(options: argparse.Namespace) -> None:
             )
 
 
+def files(options: argparse.Namespace) -> None:
+    """A Markdown line per state of the files: seconds of reading and writing them, and of making the model smaller."""
+    for directory in options.directories:
+        print(
+            "| files | GB | read and written once | made smaller | of reading and writing twice |\n|---|" + "--:|" * 4
+        )
+        for row in read_lines(directory / "files.jsonl"):
+            kind = f"{row['layers']} layers of width {row['width']:,}, {'' if row['in_memory'] else 'not '}in memory"
+            print(
+                f"| {kind} | {row['bytes'] / 1e9:.1f} | {row['copied']:.1f} s | {row['compressed']:.1f} s | "
+                f"{row['compressed'] / 2 / row['copied']:.2f} |"
+            )
+
+
 def difference(family: str, arm: str, size: str, other: str, key: str = "healed", directory: Path = DATA) -> str:
     """What an arm's loss is above that of another at the same head size (``dense``: of the original), in nats."""
     found = by_arm(read_lines(directory / "train.jsonl"), family)
@@ -187,7 +202,10 @@ def sign(family: str, arm: str, size: str, other: str, key: str = "healed", dire
     return int(low > 0) - int(high < 0)
 
 
-TABLES = {"arms": arms, "rivals": rivals, "predicted": predicted, "pretrained": pretrained, "decoding": decoding}
+TABLES = {
+    "arms": arms, "rivals": rivals, "predicted": predicted, "pretrained": pretrained, "decoding": decoding,
+    "files": files,
+}  # fmt: skip
 
 
 def store(options: argparse.Namespace) -> None:

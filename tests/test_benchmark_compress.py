@@ -126,3 +126,16 @@ def test_the_tables_are_made_from_rows(tmp_path: Path, capsys) -> None:
 
 def test_an_interval_is_that_of_a_t_distribution() -> None:
     assert compress_findings.interval([1.0, 2.0, 3.0]) == "2.000 ± 2.484"  # 4.3027 / √3
+
+
+def test_files_are_timed_beside_a_copy(tmp_path: Path, monkeypatch, capsys) -> None:
+    command = ["compress", "--stage", "files", "--tiny", "--dir", str(tmp_path / "rows"), "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark.main()
+    capsys.readouterr()
+    compress_findings.main(["files", str(tmp_path / "rows")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines if "layers" in line] == [
+        "| 2 layers of width 64, in memory",
+        "| 2 layers of width 64, not in memory",
+    ]

@@ -13,10 +13,11 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -210,19 +211,30 @@ def write_checkpoint(
     shards = _shards(sizes)
     written = 0
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(names, file)
-        with open(folder / file, "wb") as out:
-            out.write(_header({name: (_NAMES[dtypes[name]], shapes[name], sizes[name]) for name in names}))
+    with ExitStack() as files, ThreadPoolExecutor(1) as thread:
+        last: Future[object] = thread.submit(lambda: None)
+
+        def meanwhile(act: Callable[..., object], *arguments: object) -> None:
+            """Have a thread do something while the next tensor is read or made smaller: one tensor ahead."""
+            nonlocal last
+            last.result()
+            last = thread.submit(act, *arguments)
+
+        for number, names in enumerate(shards):
+            many = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            file = "model.safetensors" if len(shards) == 1 else many
+            weight_map |= dict.fromkeys(names, file)
+            out = files.enter_context(open(folder / file, "wb"))
+            meanwhile(out.write, _header({name: (_NAMES[dtypes[name]], shapes[name], sizes[name]) for name in names}))
             for name in names:
                 tensor = layer(owner[name])[name] if name in owner else stored.read(name)
                 assert tuple(tensor.shape) == shapes[name], name
-                out.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+                data = tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
+                meanwhile(out.write, data)
                 written += 1
                 say(written, len(shapes))
-            out.flush()
-            os.fsync(out.fileno())
+            meanwhile(_to_disk, out)
+        last.result()
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
@@ -230,6 +242,11 @@ def write_checkpoint(
         shutil.copyfile(file, folder / file.name)
     _write_json(folder / "config.json", smaller.written)
     (folder / "README.md").write_text(card, "utf-8")
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _shards(sizes: Mapping[str, int]) -> list[list[str]]:

@@ -193,7 +193,8 @@ class _Parts:
             assert place.bias_window is not None
             bias = place.bias_window.vector(self.read(place.bias))
         matrix = place.window.heads(self.read(place.parameter))
-        if not (matrix.isfinite().all() and (bias is None or bias.isfinite().all())):  # before it is in float64
+        extremes = [extreme for one in (matrix, bias) if one is not None for extreme in torch.aminmax(one)]
+        if not torch.stack(extremes).isfinite().all():  # NaN is both; thirty times as fast as asking each number
             what = place.parameter if bias is None else f"{place.parameter} or its bias"
             raise NotReducible(f"{what} has values that are not finite: mend the checkpoint first.")
         return with_bias(matrix, bias)
@@ -371,7 +372,7 @@ def _written(parts: _Parts, head_dim: int, new: Mapping[Role, Tensor]) -> dict[s
             shape = list(parts.read(name).shape)
             dim = window.line_dim(max(len(shape), 2))
             shape[dim] = shape[dim] // window.head_dim * head_dim
-            whole = written.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+            whole = written.setdefault(name, torch.zeros(shape, dtype=parts.read(name).dtype))
             smaller_window(window, head_dim).write(as_matrix(whole), own)
     return written
 
