@@ -30,10 +30,11 @@ COMBINATIONS = (
     "3.12/2.13.0/5.23.0",
     "3.13/2.13.0/5.23.0",
 )
-#: What depends on the versions most, in under three minutes of one thread, so that a busy machine ends them too.
+#: What depends on the versions most, in about three minutes of one thread, so that a busy machine ends them too.
 TESTS = (
     "tests/test_public.py",
     "tests/linalg/test_shrink.py",
+    "tests/decay/test_attach.py",
     "tests/decay/test_attach_by_roles.py",
     "tests/attention/test_products.py",
     "tests/test_cli_inspect.py",

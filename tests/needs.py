@@ -17,6 +17,7 @@ from rankdecay.lab.ensemble.ensemble import compiler_available
 OLD_TRAINER = "Trainer calls no factory: install transformers 5.2 or later"
 BROWSER = "no Chromium: apt-get install chromium, then make test"
 NEWER_TORCH = "this torch has only the legacy flags of precision: install torch 2.9 or later"
+MUON = "torch.optim has no Muon: install torch 2.9 or later"
 SHELL = "no {}: apt-get install it, then make test"
 GIT = "no git: apt-get install git, then make test"
 FULL_DISK = "no /dev/full, a disk that is full: run make test on Linux"
@@ -30,6 +31,7 @@ compiler = pytest.mark.skipif(
     reason="torch.compile cannot use a C++ compiler: apt-get install g++, unset ATEN_CPU_CAPABILITY, then make test",
 )
 ordinary_user = pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root: run make test as one")
+muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason=MUON)
 full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason=FULL_DISK)
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason=FORK)
 

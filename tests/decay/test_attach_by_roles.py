@@ -11,6 +11,7 @@ from torch import nn
 
 import rankdecay as rd
 from rankdecay.decay.targets import STATE_KEY
+from tests import needs
 from tests.decay.models import STRENGTH, backward, make_model, query_key, train, zero_gradients
 
 LR = 0.1
@@ -307,6 +308,7 @@ def test_what_is_excluded_is_left_to_the_optimizer() -> None:
         rd.attach(torch.optim.AdamW(model.parameters()), model, query_key=rd.LowRank(0.1), exclude="layers.0.attn")
 
 
+@needs.muon
 def test_two_optimizers_that_share_out_a_role() -> None:
     model = make_model()
     attention = [p for p in model.layers.parameters() if p.ndim == 2]

@@ -35,10 +35,9 @@ from rankdecay.dtensor import local, whole
 
 #: File of the function that calls the hooks around a step.
 _HOOKED_STEP = Optimizer.profile_hook_step.__code__.co_filename
-#: Optimizers of torch that decouple their ``weight_decay``, always or where ``decoupled_weight_decay`` says so.
-_DECOUPLING = tuple(
-    getattr(torch.optim, name) for name in ("Adam", "NAdam", "RAdam", "Adafactor", "Muon") if hasattr(torch.optim, name)
-)
+#: Optimizers of torch that always decouple their ``weight_decay``. Others do where they read the key, Adam from 2.7 on.
+_DECOUPLING = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
+_DECOUPLED = "decoupled_weight_decay"
 
 #: Entries of a state that are weights and do no harm: averaged with the parameters now and then, or only read.
 _LAGGING = ("slow_buffer", "slow_param", "slow_params", "slow_weights", "la_param", "lookahead_params",
@@ -276,7 +275,8 @@ def decouples(optimizer: Optimizer, group: Group) -> bool:
     if "weight_decay" not in group:
         return False
     of_torch = type(optimizer).step.__module__.startswith("torch.optim.")  # and not overridden
-    if of_torch and isinstance(optimizer, _DECOUPLING) and "weight_decay" in optimizer.defaults:
+    reads_key = _DECOUPLED in optimizer.defaults
+    if of_torch and "weight_decay" in optimizer.defaults and (reads_key or isinstance(optimizer, _DECOUPLING)):
         return True
     if finds_rate(optimizer, group):
         return bool(group.get("decouple") or (is_averaged(group) and group.get("weight_decay_by_lr")))
@@ -287,7 +287,8 @@ def decouples(optimizer: Optimizer, group: Group) -> bool:
 
 def is_decoupled(optimizer: Optimizer, group: Group) -> bool:
     """Whether an optimizer's ``weight_decay`` is decoupled as the group stands."""
-    return decouples(optimizer, group) and bool(group.get("decoupled_weight_decay", True))
+    reads_key = _DECOUPLED in optimizer.defaults  # else the group may have one that says nothing
+    return decouples(optimizer, group) and (not reads_key or bool(group.get(_DECOUPLED, True)))
 
 
 # ---- weights of the optimizer's own ----------------------------------------------------------------------

@@ -27,6 +27,7 @@ from rankdecay.lab.ensemble.control import Control
 from rankdecay.lab.ensemble.ensemble import Ensemble, Member, State, Training
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.tasks import make_dataset
+from tests import needs
 from tests.lab.ensemble.reference import ReferenceTransformer
 
 MODULUS = 5
@@ -142,6 +143,7 @@ def test_a_member_is_the_plain_loop_of_the_definition(name, batches_seen):
         assert off > 1e-4, "it does something"
 
 
+@needs.muon
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_muon_is_that_of_torch(decay):
     """Which orthogonalises in bfloat16, so a step is as near as that is; and so are several."""
