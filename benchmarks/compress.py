@@ -701,7 +701,7 @@ def files(arguments: argparse.Namespace, rounds: int = 5) -> None:
     if not folder.exists():
         config = LlamaConfig(hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=layers,
                              num_attention_heads=width // head_dim)  # fmt: skip
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="2GB")
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="2GB")
     shards = sorted(folder.glob("*.safetensors"))
 
     def smaller() -> None:
@@ -813,23 +813,25 @@ def pretrained(arguments: argparse.Namespace) -> None:
         kept: dict[str | None, Tensor] = {None: scores[None].kept(head_dim // 2)}
         return original.smaller(head_dim, kept, given.written).model(given.read, moments, lambda done: None)
 
+    alone = common | {"teacher": False}  # what has no teacher is one row, whatever heals the others
     for head_dim in arguments.head_dims:
-        if not stage.has(**common, head_dim=head_dim, tokens=0):
+        if not stage.has(**alone, head_dim=head_dim, tokens=0):
             small = smaller(head_dim)
             stage.add(
-                **common, head_dim=head_dim, tokens=0, before=before, after=healing.loss_on(small, validation),
+                **alone, head_dim=head_dim, tokens=0, before=before, after=healing.loss_on(small, validation),
                 cache_bytes=cache_bytes(small), kept=scores[None].kept(head_dim // 2).tolist(),
             )  # fmt: skip
     for head_dim in (*arguments.head_dims, original.head_dim) if steps else ():
-        if stage.has(**common, head_dim=head_dim, tokens=tokens):
-            continue
         control = head_dim == original.head_dim
+        key = alone if control else common
+        if stage.has(**key, head_dim=head_dim, tokens=tokens):
+            continue
         model = copy.deepcopy(live) if control else smaller(head_dim)
         start = healing.loss_on(model, validation)
         teacher = live if arguments.teacher and not control else None
         healing.heal(model, training[arguments.choosing :], arguments.work / "trainer", steps=steps, teacher=teacher)
         stage.add(
-            **common, head_dim=head_dim, tokens=tokens, steps=steps, before=start,
+            **key, head_dim=head_dim, tokens=tokens, steps=steps, before=start,
             after=healing.loss_on(model, validation), cache_bytes=cache_bytes(model),
         )  # fmt: skip
 
