@@ -1,3 +1,4 @@
+import gc
 import importlib
 import os
 import sys
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A pool of processes that each import torch takes longer than the few small graphs that tests have compiled.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# Thousands of modules of transformers stay alive: looking through them again and again takes a fourteenth of the time.
+gc.set_threshold(100_000, 50, 50)
 
 # A draw may be slow for reasons of the machine, or of hypothesis itself, which reads all our modules first.
 settings.register_profile("noisy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
