@@ -48,6 +48,7 @@ _MOMENTS = ("exp_avg", "momentum", "grad", "square")
 
 _REMEDY = "use an optimizer that steps the parameters themselves, such as AdamW, or leave the decay to its weight_decay"
 _IN_BACKWARD = "steps inside the backward pass, where nothing sees a gradient; use an optimizer with a step()"
+_DIFFERENTIABLE = "is built with differentiable=True, and its gradient would not see the decay; build it without"
 _FROM_START = f"computes the parameters from their start and a sum of gradients, and so undoes a decay; {_REMEDY}"
 _OWN_WEIGHTS = f"keeps weights of its own and computes the parameters from them, and so undoes a decay; {_REMEDY}"
 _FIXED_NORM = "gives every matrix a fixed norm after each step, and so undoes L2; use an optimizer that does not"
@@ -109,6 +110,8 @@ def check_supported(optimizer: object) -> None:
     groups = getattr(optimizer, "param_groups", None) or []
     if hasattr(optimizer, "fused_backward") or any(group.get("fused_back_pass") for group in groups):
         raise ValueError(f"{kind} {_IN_BACKWARD}.")
+    if any(group.get("differentiable") for group in groups):
+        raise ValueError(f"{kind} {_DIFFERENTIABLE}.")
 
 
 def check_own_decay(optimizer: Optimizer, index: int, group: Group, decayed: Iterable[Tensor]) -> None:
