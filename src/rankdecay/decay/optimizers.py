@@ -42,7 +42,7 @@ _DECOUPLED = "decoupled_weight_decay"
 #: Entries of a state that are weights and do no harm: averaged with the parameters now and then, or only read.
 _LAGGING = ("slow_buffer", "slow_param", "slow_params", "slow_weights", "la_param", "lookahead_params",
             "lookahead_slow_buff", "cached_params")  # fmt: skip
-_ONLY_READ = ("p0", "ax", "ema", "pbar", "prev_param", "old", "old_p", "backup")
+_ONLY_READ = ("p0", "ax", "ema", "pbar", "prev", "prev_param", "old", "old_p", "backup")
 #: Moments, which a loss that is ‖W‖² makes equal to the weights.
 _MOMENTS = ("exp_avg", "momentum", "grad", "square")
 
