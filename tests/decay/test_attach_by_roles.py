@@ -395,6 +395,26 @@ def test_an_l2_of_the_strength_of_the_groups_own_is_decoupled_too(kind: str) -> 
     assert not optimizer.param_groups[0].get("decoupled_weight_decay", False), "as it was"
 
 
+def test_a_rate_may_be_a_tensor_of_one_element() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor([LR]), fused=True)  # the others from torch 2.7 on
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.1), value_output=rd.Frobenius(0.5, power=0))
+    before = model.layers[0].attention.v_proj.weight.detach().clone()
+    zero_gradients(model)
+    optimizer.step()
+    left = 1 - LR * 0.5 / before.norm()
+    torch.testing.assert_close(model.layers[0].attention.v_proj.weight, before * left)
+
+
+def test_a_gradient_that_is_kept_and_equals_the_weights_is_no_weight_of_the_optimizers() -> None:
+    model = make_model()
+    optimizer = torch.optim.Rprop(model.parameters(), lr=1e-3)  # so that the weights hardly move
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()  # of the loss ‖W‖² / 2
+    optimizer.step()
+
+
 def test_a_step_that_is_to_be_differentiated_is_refused() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, differentiable=True)

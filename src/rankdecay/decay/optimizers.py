@@ -226,6 +226,8 @@ def rate(optimizer: Any, group: Group) -> float | Tensor:
     lr = group.get("lr")
     if lr is None:
         return 0.0
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())  # torch takes a tensor of one element, too
     if "d_prev" in group and hasattr(optimizer, "get_dlr"):
         lr = optimizer.get_dlr(group)
         return optimizer.get_bias_correction(lr, group["betas"][1], group["k"])[0] if _corrects(group) else lr
