@@ -36,6 +36,7 @@ TESTS = (
     "tests/linalg/test_shrink.py",
     "tests/decay/test_attach.py",
     "tests/decay/test_attach_by_roles.py",
+    "tests/decay/test_torch_optimizers.py",
     "tests/attention/test_products.py",
     "tests/test_cli_inspect.py",
     "tests/compress/test_compression.py",

@@ -19,6 +19,7 @@ OLD_TRANSFORMERS = "a model that came later: install the transformers of constra
 BROWSER = "no Chromium: apt-get install chromium, then make test"
 NEWER_TORCH = "this torch has only the legacy flags of precision: install torch 2.9 or later"
 MUON = "torch.optim has no Muon: install torch 2.9 or later"
+COMPILED = "models of transformers compile from torch 2.7 on, which has torch.compiler.is_exporting: install it"
 SHELL = "no {}: apt-get install it, then make test"
 GIT = "no git: apt-get install git, then make test"
 FULL_DISK = "no /dev/full, a disk that is full: run make test on Linux"
@@ -33,6 +34,7 @@ compiler = pytest.mark.skipif(
 )
 ordinary_user = pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root: run make test as one")
 muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason=MUON)
+compiled_transformers = pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason=COMPILED)
 full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason=FULL_DISK)
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason=FORK)
 

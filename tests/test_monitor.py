@@ -225,6 +225,7 @@ def test_print_is_the_default(capsys):
 
 # torch.compile itself, where warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@needs.compiled_transformers
 def test_outside_of_compiled_code():
     """Names as without compilation; no graph of its own, no recompilation."""
     model, logged = _gpt2(layers=1), []

@@ -382,6 +382,55 @@ def test_per_step_l2_is_not_multiplied_by_the_learning_rate() -> None:
             torch.testing.assert_close(new, old * 0.75, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Adam", "NAdam", "RAdam"])
+def test_an_l2_of_the_strength_of_the_groups_own_is_decoupled_too(kind: str) -> None:
+    model = make_model()
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=LR, weight_decay=0.5)
+    rd.attach(optimizer, model, embedding=rd.Frobenius(0.5))
+    before = model.embedding.weight.detach().clone()
+    for _ in range(3):  # in the first step of RAdam there is no difference
+        zero_gradients(model)
+        optimizer.step()
+    torch.testing.assert_close(model.embedding.weight, before * (1 - LR * 0.5) ** 3)
+    assert not optimizer.param_groups[0].get("decoupled_weight_decay", False), "as it was"
+
+
+def test_a_rate_may_be_a_tensor_of_one_element() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor([LR]), fused=True)  # the others from torch 2.7 on
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.1), value_output=rd.Frobenius(0.5, power=0))
+    before = model.layers[0].attention.v_proj.weight.detach().clone()
+    zero_gradients(model)
+    optimizer.step()
+    left = 1 - LR * 0.5 / before.norm()
+    torch.testing.assert_close(model.layers[0].attention.v_proj.weight, before * left)
+
+
+def test_a_gradient_that_is_kept_and_equals_the_weights_is_no_weight_of_the_optimizers() -> None:
+    model = make_model()
+    optimizer = torch.optim.Rprop(model.parameters(), lr=1e-3)  # so that the weights hardly move
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()  # of the loss ‖W‖² / 2
+    optimizer.step()
+
+
+def test_a_step_that_is_to_be_differentiated_is_refused() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, differentiable=True)
+    with pytest.raises(ValueError, match="SGD is built with differentiable=True"):
+        rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+
+
+def test_an_l2_that_is_set_is_at_once_said_to_be_by_whom_it_is() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(rd.param_groups(model, embedding=rd.LowRank(0.1)), lr=LR)
+    attachment = rd.attach(optimizer)
+    attachment.set(embedding=rd.Frobenius(0.2))
+    [row] = [row for row in attachment.rows() if row.name == "embedding.weight"]
+    assert (row.decay, row.by) == ("L2 0.2", "rankdecay")
+
+
 @pytest.mark.parametrize("cast", ["before", "after"])
 def test_l2_of_16_bit_weights_happens(cast: str) -> None:
     """AdamW's own is below their last digit at every step, and lost."""

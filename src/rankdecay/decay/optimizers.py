@@ -42,12 +42,13 @@ _DECOUPLED = "decoupled_weight_decay"
 #: Entries of a state that are weights and do no harm: averaged with the parameters now and then, or only read.
 _LAGGING = ("slow_buffer", "slow_param", "slow_params", "slow_weights", "la_param", "lookahead_params",
             "lookahead_slow_buff", "cached_params")  # fmt: skip
-_ONLY_READ = ("p0", "ax", "ema", "pbar", "prev_param", "old", "old_p", "backup")
+_ONLY_READ = ("p0", "ax", "ema", "pbar", "prev", "prev_param", "old", "old_p", "backup")
 #: Moments, which a loss that is ‖W‖² makes equal to the weights.
 _MOMENTS = ("exp_avg", "momentum", "grad", "square")
 
 _REMEDY = "use an optimizer that steps the parameters themselves, such as AdamW, or leave the decay to its weight_decay"
 _IN_BACKWARD = "steps inside the backward pass, where nothing sees a gradient; use an optimizer with a step()"
+_DIFFERENTIABLE = "is built with differentiable=True, and its gradient would not see the decay; build it without"
 _FROM_START = f"computes the parameters from their start and a sum of gradients, and so undoes a decay; {_REMEDY}"
 _OWN_WEIGHTS = f"keeps weights of its own and computes the parameters from them, and so undoes a decay; {_REMEDY}"
 _FIXED_NORM = "gives every matrix a fixed norm after each step, and so undoes L2; use an optimizer that does not"
@@ -109,6 +110,8 @@ def check_supported(optimizer: object) -> None:
     groups = getattr(optimizer, "param_groups", None) or []
     if hasattr(optimizer, "fused_backward") or any(group.get("fused_back_pass") for group in groups):
         raise ValueError(f"{kind} {_IN_BACKWARD}.")
+    if any(group.get("differentiable") for group in groups):
+        raise ValueError(f"{kind} {_DIFFERENTIABLE}.")
 
 
 def check_own_decay(optimizer: Optimizer, index: int, group: Group, decayed: Iterable[Tensor]) -> None:
@@ -223,6 +226,8 @@ def rate(optimizer: Any, group: Group) -> float | Tensor:
     lr = group.get("lr")
     if lr is None:
         return 0.0
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())  # torch takes a tensor of one element, too
     if "d_prev" in group and hasattr(optimizer, "get_dlr"):
         lr = optimizer.get_dlr(group)
         return optimizer.get_bias_correction(lr, group["betas"][1], group["k"])[0] if _corrects(group) else lr

@@ -196,8 +196,9 @@ class FromGroups:
                 raise ValueError(f"{role} has no parameter in this optimizer; its roles are {', '.join(sorted(held))}.")
         before = [dict(group) for group in optimizer.param_groups]
         try:
-            for group in optimizer.param_groups:
+            for index, group in enumerate(optimizer.param_groups):
                 change_decays(group, decays)
+                self.register(optimizer, index, group)
             check_planes_held(self, optimizer)
         except ValueError:
             for group, found in zip(optimizer.param_groups, before, strict=True):
@@ -486,8 +487,7 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Ca
     parted: list[Group] = []
     undo: list[tuple[Group, dict[str, Any]]] = []
     for index, (group, parts) in enumerate(zip(found, sections, strict=True)):
-        own = group.get("weight_decay")
-        others = [part for part in parts if isinstance(own, Tensor) or part.l2 != own]
+        others = [part for part in parts if not _has_l2(group, part.l2)]
         if not others:
             continue
         taken = {position for part in others for position in part.positions}
@@ -516,6 +516,12 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Ca
             optimizer.param_groups[:] = found
 
     return put_back
+
+
+def _has_l2(group: Group, l2: float) -> bool:
+    """Whether the optimizer applies an L2 as the group stands: decoupled, so that an equal strength is not enough."""
+    found = {key: group.get(key) for key in _with_l2(group, l2)}
+    return not isinstance(found["weight_decay"], Tensor) and found == _with_l2(group, l2)
 
 
 def _with_l2(group: Group, l2: float) -> dict[str, Any]:
