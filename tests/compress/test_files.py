@@ -96,6 +96,20 @@ def test_tied_embeddings_that_files_hold_once_are_measured_on_a_text(tmp_path):
         )
 
 
+def test_experts_that_files_hold_one_by_one_are_measured_on_a_text(tmp_path):
+    folder = small.saved(tmp_path / "model", "Mixtral", num_local_experts=4)
+    assert any(".experts.0." in name for name in _tensors(folder))
+    with torch.no_grad():
+        live = needs.package("transformers").AutoModelForCausalLM.from_pretrained(folder)
+        assert not any(".experts.0." in name for name in live.state_dict())
+    made = rd.compress(folder, 8, tmp_path / "made", small.tokens(), sizes=[])
+    held = small.tokens()[1::2]
+    with torch.no_grad():
+        loaded = needs.package("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+        assert made.sizes[0].loss == pytest.approx(live(held, labels=held).loss.item(), abs=1e-4)
+        assert made.sizes[1].loss == pytest.approx(loaded(held, labels=held).loss.item(), abs=1e-4)
+
+
 def test_what_belongs_to_the_model_is_copied_and_nothing_else(tmp_path):
     folder = small.saved(tmp_path / "model")
     small.text_tokenizer(folder)

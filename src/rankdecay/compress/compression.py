@@ -271,9 +271,14 @@ def _by_loss(given: Opened, original: Original, scores: Scores, text: texts.Text
     moments = texts.moments(live, original.layers, choosing)
     layers, keys = original.with_positions(original.layers)
     losses = texts.plane_losses(live, layers, keys, original.turned(), choosing, tell)
+    state, attention = live.state_dict(), {name for layer in original.layers for name in layer.parameters}
+
+    def read(name: str) -> Tensor:
+        """Read attention as it is stored; files may hold the rest under other names, experts one by one."""
+        return given.read(name) if name in attention else state[name].detach().cpu()
 
     def loss(smaller: Smaller | None) -> float:
-        model = live if smaller is None else smaller.model(given.read, moments, lambda done: None).to(torch.float32)
+        model = live if smaller is None else smaller.model(read, moments, lambda done: None).to(torch.float32)
         return texts.loss(model, reported)
 
     return _Choice(with_losses(scores, losses), moments, loss, Sample(*reported.shape))
