@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -322,14 +323,6 @@ def test_under_inference_mode_the_result_is_an_ordinary_model():
     made(input_ids=small.tokens(), labels=small.tokens()).loss.backward()
 
 
-def test_weights_that_are_not_finite_are_named():
-    model = small.model()
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight[3, 5] = torch.inf
-    with pytest.raises(NotReducible, match=r"layers\.1\.self_attn\.o_proj\.weight has values that are not finite"):
-        rd.compress(model, 8)
-
-
 def test_an_adapter_is_refused_alive_and_in_files(tmp_path):
     peft = needs.package("peft")
     model = peft.get_peft_model(small.model(), peft.LoraConfig(target_modules=["q_proj"]))
@@ -398,3 +391,33 @@ def test_an_earlier_transformers_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(needs.package("transformers"), "__version__", "4.57.6")
     with pytest.raises(ValueError, match=r"compress needs transformers 5 or later, this is 4\.57\.6: pip install -U"):
         rd.compress(small.model(), 8)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", [f"{part}_proj.{kind}" for part in "qkvo" for kind in ("weight", "bias")] + ["k_norm.weight"]
+)
+def test_weights_that_are_not_finite_are_named(name, dtype, bad):
+    """A gain of a plane that goes would not be missed: the smaller model would be another one than the original."""
+    model = small.model("Qwen3", num_hidden_layers=1, attention_bias=True).to(dtype)
+    path = f"model.layers.0.self_attn.{name}"
+    with torch.no_grad():
+        model.get_parameter(path).view(-1)[-1] = bad
+    with pytest.raises(NotReducible, match=f"{path} has values that are not finite"):
+        _quietly(model, 8, sizes=[])
+
+
+def test_numbers_that_a_type_does_not_hold_are_refused():
+    """Gains of the keys grow by √(d/d'), past the largest number of float16 here."""
+    model = small.model("Qwen3").to(torch.float16)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_norm.weight.fill_(60_000)
+    with pytest.raises(NotReducible, match=r"layers\.1\.self_attn\.k_norm\.weight .* too large for torch\.float16"):
+        _quietly(model, 8)
+
+
+@pytest.mark.parametrize("number", [needs.package("numpy").int64, torch.tensor])
+def test_head_sizes_of_arrays_become_plain_numbers(tmp_path, number):
+    made = _quietly(small.saved(tmp_path / "model"), number(8), tmp_path / "made", sizes=[number(4)])
+    assert json.loads(json.dumps(made.to_json()))["new_head_dim"] == 8
