@@ -12,7 +12,7 @@ import rankdecay as rd
 from rankdecay.compress import NotReducible, plan
 from rankdecay.compress.calibration import windows_of
 from tests import needs
-from tests.compress import small
+from tests.compress import emptied, small
 
 needs.package("transformers", "5")
 
@@ -421,3 +421,11 @@ def test_numbers_that_a_type_does_not_hold_are_refused():
 def test_head_sizes_of_arrays_become_plain_numbers(tmp_path, number):
     made = _quietly(small.saved(tmp_path / "model"), number(8), tmp_path / "made", sizes=[number(4)])
     assert json.loads(json.dumps(made.to_json()))["new_head_dim"] == 8
+
+
+def test_a_live_model_that_was_saved_is_built_again(tmp_path):
+    """save_pretrained leaves the type as text in the configuration, with which Apertus cannot be built."""
+    model = emptied.build("apertus", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    assert isinstance(model.config.dtype, str)
+    assert _quietly(model, 8, sizes=[]).config.head_dim == 8
