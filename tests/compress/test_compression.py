@@ -423,6 +423,25 @@ def test_head_sizes_of_arrays_become_plain_numbers(tmp_path, number):
     assert json.loads(json.dumps(made.to_json()))["new_head_dim"] == 8
 
 
+def test_a_model_loaded_under_inference_mode():
+    with torch.inference_mode():
+        model = small.model()
+    made, same = (rd.compress(one, 8, calibration=small.tokens(), sizes=[]) for one in (model, small.model()))
+    assert made.compression.sizes == same.compression.sizes
+    assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in small.model().named_parameters())
+
+
+def test_buffers_keep_a_type_of_their_own():
+    """Weights in bfloat16, and a correction of the router's scores in float32."""
+    model = emptied.build("minimax_m2", dtype=torch.float32).to(torch.bfloat16)
+    name = "model.layers.0.mlp.e_score_correction_bias"
+    model.get_buffer(name).data = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    made = _quietly(model, 8, sizes=[])
+    assert torch.equal(made.get_buffer(name), model.get_buffer(name))
+    assert made.get_buffer(name).dtype == torch.float32
+    assert made.dtype == torch.bfloat16
+
+
 def test_a_live_model_that_was_saved_is_built_again(tmp_path):
     """save_pretrained leaves the type as text in the configuration, with which Apertus cannot be built."""
     model = emptied.build("apertus", dtype=torch.float32)

@@ -234,11 +234,13 @@ def _without_plane(model: nn.Module, layers: Sequence[Layer], plane: int) -> Ite
                     saved.setdefault(name, data.clone())
                     heads = window.heads(as_matrix(data)).clone()
                     heads[:, rows] = 0
-                    window.write(as_matrix(data), heads)
+                    with torch.inference_mode(data.is_inference()):  # what was loaded under it changes only there
+                        window.write(as_matrix(data), heads)
         yield
     finally:
         for name, data in saved.items():
-            parameters[name].data.copy_(data)
+            with torch.inference_mode(parameters[name].is_inference()):
+                parameters[name].data.copy_(data)
 
 
 def plane_losses(

@@ -221,9 +221,9 @@ class Smaller:
         given = {} if kernels is None else {"attn_implementation": kernels}
         dtype = next(iter(state.values())).dtype
         made = kind.from_pretrained(None, config=self.config, state_dict=state, dtype=dtype, **given)
-        for name, parameter in made.named_parameters():
-            if parameter.dtype != state[name].dtype:  # of a model in several types, which loading makes one
-                parameter.data = state[name]
+        for name, tensor in made.state_dict(keep_vars=True).items():
+            if name in state and tensor.dtype != state[name].dtype:  # of several types loading makes one
+                tensor.data = state[name]
         return made
 
     @cached_property
