@@ -221,6 +221,19 @@ def test_two_compressions_at_once_in_one_process(tmp_path, names):
     assert [("exists" in error) for error in failed] == [True] * (names[0] == names[1])
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError("mine"), KeyboardInterrupt("mine"), ZeroDivisionError("mine")])
+def test_what_a_callback_raises_comes_out_as_it_is(tmp_path, error):
+    folder = small.saved(tmp_path / "model")
+
+    def tell(what: str, done: int, total: int) -> None:
+        if what == "writing tensors" and done == 5:
+            raise error
+
+    with pytest.raises(type(error), match="mine"):
+        rd.compress(folder, 8, tmp_path / "made", progress=tell)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
 def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
     folder = small.saved(tmp_path / "model")
     (tmp_path / "empty").mkdir()

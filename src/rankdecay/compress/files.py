@@ -50,6 +50,10 @@ _BIG_SHARD = 4 * 2**30
 _AT_WORK: set[str] = set()  # names of directories that this process is writing
 
 
+class Untold(Exception):
+    """Carries an ``OSError`` that a callback raised past those of files, which are said to be of the directory."""
+
+
 class StoredModel:
     """The checkpoint of a model of transformers, in a directory.
 
@@ -176,6 +180,8 @@ def new_directory(out: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(part, ignore_errors=True)
             _AT_WORK.discard(part.name)
+    except Untold as untold:
+        raise untold.args[0] from None
     except OSError as error:
         named = str(error.filename or out).replace(str(part), str(out))
         failed = OSError(error.errno or errno.EIO, error.strerror or str(error), named)
@@ -250,7 +256,10 @@ def write_checkpoint(
                 data = tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
                 meanwhile(out.write, data)
                 written += 1
-                say(written, len(shapes))
+                try:
+                    say(written, len(shapes))
+                except OSError as error:
+                    raise Untold(error) from None
             meanwhile(_to_disk, out)
         last.result()
     if len(shards) > 1:
