@@ -286,6 +286,20 @@ def test_weights_that_are_not_those_of_the_configuration(tmp_path):
         plan(folder)
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_beside_attention_that_are_not_there_are_refused_with_a_text(tmp_path, name):
+    """The class would draw them at random, and the loss be that of another model."""
+    folder = small.saved(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"has no {name} of the shape"):
+        plan(folder, 8, small.tokens(), sizes=[])
+    save_file(tensors | {name: torch.zeros(3, 3)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"has no {name} of the shape"):
+        plan(folder, 8, small.tokens(), sizes=[])
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
