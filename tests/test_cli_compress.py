@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,28 @@ def test_a_checkpoint_is_written(folder, tmp_path, capsys):
     assert config["head_dim"] == 8
     assert config["rope_parameters"]["rope_type"] == "longrope"
     assert len(config["rope_parameters"]["short_factor"]) == 4
+
+
+def test_progress_that_nobody_reads_does_not_end_the_work(folder, tmp_path, capsys, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("rankdecay.cli.PATIENCE", 0.0)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert main(["compress", str(folder), "--head-dim", "8", "--out", str(tmp_path / "made")]) == 0
+    assert (tmp_path / "made" / "config.json").exists()
+    assert "head size 16 → 8" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is full is of Linux")
+def test_a_full_disk_under_the_output_is_one_line(folder):
+    command = [sys.executable, "-c", "from rankdecay.cli import console; console()"]
+    with open("/dev/full", "w") as full:
+        call = [*command, "compress", str(folder), "--dry-run"]
+        done = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "rankdecay: error: standard output cannot be written (No space left on device)\n"
 
 
 def test_json(folder, capsys):

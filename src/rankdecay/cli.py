@@ -8,6 +8,8 @@ Exit codes are in `EXIT_CODES`, which ``--help`` shows.
 """
 
 import argparse
+import contextlib
+import errno
 import io
 import os
 import re
@@ -93,6 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` perhaps, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is buffered fails once more at the end
+        print(f"rankdecay: error: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
 
 
 def console() -> NoReturn:
@@ -445,7 +453,8 @@ class _Progress:
         self._due = now + PATIENCE
         seconds = now - self._start
         left = ", ".join(filter(None, [duration(seconds), time_left(seconds, done, count - done)]))
-        print(visible(f"{what}: {done} of {count}{unit}, {left}"), file=sys.stderr)
+        with contextlib.suppress(OSError):  # that nobody reads it must not end the work
+            print(visible(f"{what}: {done} of {count}{unit}, {left}"), file=sys.stderr, flush=True)
 
 
 def _explained(error: ValueError, path: Path) -> CommandError:

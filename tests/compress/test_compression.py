@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ import rankdecay as rd
 from rankdecay.compress import NotReducible, plan
 from rankdecay.compress.calibration import windows_of
 from tests import needs
-from tests.compress import small
+from tests.compress import emptied, small
 
 needs.package("transformers", "5")
 
@@ -322,14 +323,6 @@ def test_under_inference_mode_the_result_is_an_ordinary_model():
     made(input_ids=small.tokens(), labels=small.tokens()).loss.backward()
 
 
-def test_weights_that_are_not_finite_are_named():
-    model = small.model()
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight[3, 5] = torch.inf
-    with pytest.raises(NotReducible, match=r"layers\.1\.self_attn\.o_proj\.weight has values that are not finite"):
-        rd.compress(model, 8)
-
-
 def test_an_adapter_is_refused_alive_and_in_files(tmp_path):
     peft = needs.package("peft")
     model = peft.get_peft_model(small.model(), peft.LoraConfig(target_modules=["q_proj"]))
@@ -398,3 +391,60 @@ def test_an_earlier_transformers_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(needs.package("transformers"), "__version__", "4.57.6")
     with pytest.raises(ValueError, match=r"compress needs transformers 5 or later, this is 4\.57\.6: pip install -U"):
         rd.compress(small.model(), 8)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", [f"{part}_proj.{kind}" for part in "qkvo" for kind in ("weight", "bias")] + ["k_norm.weight"]
+)
+def test_weights_that_are_not_finite_are_named(name, dtype, bad):
+    """A gain of a plane that goes would not be missed: the smaller model would be another one than the original."""
+    model = small.model("Qwen3", num_hidden_layers=1, attention_bias=True).to(dtype)
+    path = f"model.layers.0.self_attn.{name}"
+    with torch.no_grad():
+        model.get_parameter(path).view(-1)[-1] = bad
+    with pytest.raises(NotReducible, match=f"{path} has values that are not finite"):
+        _quietly(model, 8, sizes=[])
+
+
+def test_numbers_that_a_type_does_not_hold_are_refused():
+    """Gains of the keys grow by √(d/d'), past the largest number of float16 here."""
+    model = small.model("Qwen3").to(torch.float16)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_norm.weight.fill_(60_000)
+    with pytest.raises(NotReducible, match=r"layers\.1\.self_attn\.k_norm\.weight .* too large for torch\.float16"):
+        _quietly(model, 8)
+
+
+@pytest.mark.parametrize("number", [needs.package("numpy").int64, torch.tensor])
+def test_head_sizes_of_arrays_become_plain_numbers(tmp_path, number):
+    made = _quietly(small.saved(tmp_path / "model"), number(8), tmp_path / "made", sizes=[number(4)])
+    assert json.loads(json.dumps(made.to_json()))["new_head_dim"] == 8
+
+
+def test_a_model_loaded_under_inference_mode():
+    with torch.inference_mode():
+        model = small.model()
+    made, same = (rd.compress(one, 8, calibration=small.tokens(), sizes=[]) for one in (model, small.model()))
+    assert made.compression.sizes == same.compression.sizes
+    assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in small.model().named_parameters())
+
+
+def test_buffers_keep_a_type_of_their_own():
+    """Weights in bfloat16, and a correction of the router's scores in float32."""
+    model = emptied.build("minimax_m2", dtype=torch.float32).to(torch.bfloat16)
+    name = "model.layers.0.mlp.e_score_correction_bias"
+    model.get_buffer(name).data = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    made = _quietly(model, 8, sizes=[])
+    assert torch.equal(made.get_buffer(name), model.get_buffer(name))
+    assert made.get_buffer(name).dtype == torch.float32
+    assert made.dtype == torch.bfloat16
+
+
+def test_a_live_model_that_was_saved_is_built_again(tmp_path):
+    """save_pretrained leaves the type as text in the configuration, with which Apertus cannot be built."""
+    model = emptied.build("apertus", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    assert isinstance(model.config.dtype, str)
+    assert _quietly(model, 8, sizes=[]).config.head_dim == 8

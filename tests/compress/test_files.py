@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,18 +97,38 @@ def test_tied_embeddings_that_files_hold_once_are_measured_on_a_text(tmp_path):
         )
 
 
+def test_experts_that_files_hold_one_by_one_are_measured_on_a_text(tmp_path):
+    folder = small.saved(tmp_path / "model", "Mixtral", num_local_experts=4)
+    assert any(".experts.0." in name for name in _tensors(folder))
+    with torch.no_grad():
+        live = needs.package("transformers").AutoModelForCausalLM.from_pretrained(folder)
+        assert not any(".experts.0." in name for name in live.state_dict())
+    made = rd.compress(folder, 8, tmp_path / "made", small.tokens(), sizes=[])
+    held = small.tokens()[1::2]
+    with torch.no_grad():
+        loaded = needs.package("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+        assert made.sizes[0].loss == pytest.approx(live(held, labels=held).loss.item(), abs=1e-4)
+        assert made.sizes[1].loss == pytest.approx(loaded(held, labels=held).loss.item(), abs=1e-4)
+
+
 def test_what_belongs_to_the_model_is_copied_and_nothing_else(tmp_path):
     folder = small.saved(tmp_path / "model")
     small.text_tokenizer(folder)
     (folder / "LICENSE").write_text("as it is")
     (folder / "README.md").write_text("the original's card")
     (folder / "optimizer.pt").write_bytes(b"large")
+    (folder / "params.json").write_text('{"head_dim": 16}')
+    (folder / "spiece.spm").write_bytes(b"words")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (folder / "modeling_own.py").write_text("raise SystemExit")
     rd.compress(folder, 8, tmp_path / "made")
     made = {file.name for file in (tmp_path / "made").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "README.md", "LICENSE"} <= made
     assert {"tokenizer.json", "tokenizer_config.json"} <= made
-    assert not made & {"optimizer.pt", "modeling_own.py"}
+    assert "spiece.spm" in made
+    assert (tmp_path / "made" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+    assert not made & {"optimizer.pt", "modeling_own.py", "params.json"}
     assert "the original's card" not in (tmp_path / "made" / "README.md").read_text()
 
 
@@ -161,6 +182,97 @@ def test_what_a_kill_left_is_replaced(tmp_path):
     assert _logits(tmp_path / "made").isfinite().all()
 
 
+def test_what_this_process_left_under_its_own_number_is_replaced(tmp_path):
+    """In a container each start of a program may have the same number, so that a kill leaves a directory of one's own.
+
+    Args:
+        tmp_path: a directory.
+    """
+    left = tmp_path / f".made.rankdecay-{os.getpid()}-00c0ffee"
+    left.mkdir()
+    rd.compress(small.saved(tmp_path / "model"), 8, tmp_path / "made")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "made"}
+
+
+@pytest.mark.parametrize("names", [("x" * 70 + "1", "x" * 70 + "2"), ("made", "made")])
+def test_two_compressions_at_once_in_one_process(tmp_path, names):
+    folder = small.saved(tmp_path / "model")
+    begun, go_on, failed = threading.Event(), threading.Event(), []
+
+    def wait(what: str, done: int, total: int) -> None:
+        if what == "writing tensors" and done == 3:
+            begun.set()
+            assert go_on.wait(60)
+
+    def first() -> None:
+        try:
+            rd.compress(folder, 8, tmp_path / names[0], progress=wait)
+        except ValueError as error:
+            failed.append(str(error))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(60)
+    rd.compress(folder, 8, tmp_path / names[1])
+    go_on.set()
+    thread.join()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", *names}
+    assert all(_logits(tmp_path / name).isfinite().all() for name in names)
+    assert [("exists" in error) for error in failed] == [True] * (names[0] == names[1])
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError("mine"), KeyboardInterrupt("mine"), ZeroDivisionError("mine")])
+def test_what_a_callback_raises_comes_out_as_it_is(tmp_path, error):
+    folder = small.saved(tmp_path / "model")
+
+    def tell(what: str, done: int, total: int) -> None:
+        if what == "writing tensors" and done == 5:
+            raise error
+
+    with pytest.raises(type(error), match="mine"):
+        rd.compress(folder, 8, tmp_path / "made", progress=tell)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
+    folder = small.saved(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (".", "../empty"):
+        with pytest.raises(ValueError, match="is the current directory"):
+            rd.compress(folder, 8, out)
+
+
+def test_of_several_sets_of_weights_that_which_transformers_loads_is_read(tmp_path):
+    folder = small.saved(tmp_path / "model")
+    rd.compress(folder, 8, tmp_path / "alone")
+    save_file({"layers.0.attention.wq.weight": torch.zeros(64, 48)}, folder / "consolidated.safetensors")
+    rd.compress(folder, 8, tmp_path / "made")
+    assert torch.equal(_logits(tmp_path / "made"), _logits(tmp_path / "alone"))
+
+
+def test_frequencies_that_an_old_release_stored_are_not_copied(tmp_path):
+    folder = small.saved(tmp_path / "model")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(_tensors(folder) | {name: torch.ones(8)}, folder / "model.safetensors", {"format": "pt"})
+    rd.compress(folder, 8, tmp_path / "made")
+    assert name not in _tensors(tmp_path / "made")
+
+
+def test_embeddings_that_are_stored_twice_and_differ_are_refused_with_a_text(tmp_path):
+    """The class of transformers does not tie them then, and a loss measured with tied ones would not be its own.
+
+    Args:
+        tmp_path: a directory.
+    """
+    folder = small.saved(tmp_path / "model", tie_word_embeddings=True)
+    tensors = _tensors(folder)
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+    save_file(tensors | head, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="set tie_word_embeddings=False"):
+        plan(folder, 8, small.tokens(), sizes=[])
+
+
 def test_weights_that_are_not_those_of_the_configuration(tmp_path):
     folder = small.saved(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -172,6 +284,20 @@ def test_weights_that_are_not_those_of_the_configuration(tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"has no model\.layers\.1\.self_attn\.k_proj\.weight"):
         plan(folder)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_beside_attention_that_are_not_there_are_refused_with_a_text(tmp_path, name):
+    """The class would draw them at random, and the loss be that of another model."""
+    folder = small.saved(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"has no {name} of the shape"):
+        plan(folder, 8, small.tokens(), sizes=[])
+    save_file(tensors | {name: torch.zeros(3, 3)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"has no {name} of the shape"):
+        plan(folder, 8, small.tokens(), sizes=[])
 
 
 @pytest.mark.parametrize(

@@ -214,3 +214,34 @@ def test_positions_of_several_kinds_are_refused():
     original = emptied.original(model)
     with pytest.raises(NotReducible, match="mrope_section"):
         emptied.smaller(original, model, emptied.emptied(original, model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "said"),
+    [
+        ("llama", SCALINGS["longrope"], {"original_max_position_embeddings": 16}),
+        ("llama", SCALINGS["llama3"], {"original_max_position_embeddings": None}),
+        ("phi", {**SCALINGS["default"], "partial_rotary_factor": 0.25}, {"partial_rotary_factor": 0.25}),
+    ],
+)
+def test_releases_before_five_find_the_share_and_the_length_beside_the_table(tmp_path, kind, extra, said):
+    """There they are of the whole configuration: half of Phi's head would turn, and longrope switch too late."""
+    model: Any = emptied.build(kind, {"rope_parameters": dict(extra)}, torch.float32)
+    emptied.emptied(emptied.original(model), model)
+    model.save_pretrained(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        rd.compress(tmp_path / "model", emptied.NEW, tmp_path / "made")
+    written = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert {name: written.get(name) for name in said} == said
+    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", attn_implementation="eager")
+    for length in (12, 40):
+        emptied.check_same(model, small.eval(), length)
+
+
+@pytest.mark.parametrize(
+    ("kind", "noted"), [("nemotron", True), ("olmo3", True), ("gemma3_text", True), ("llama", False)]
+)
+def test_frequencies_that_releases_before_five_do_not_read_are_noted(kind, noted):
+    notes = emptied.original(emptied.build(kind)).warnings
+    assert any("which transformers before 5 does not read" in note for note in notes) == noted

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankdecay.attention.checkpoints import CheckpointError
 from rankdecay.compress.opened import Opened
 from rankdecay.compress.reduction import Layer, Moments, NotReducible, as_matrix
 from rankdecay.files import read_bytes
@@ -84,8 +85,25 @@ def live_with_tokens(model: Opened, text: Text, progress: Progress) -> tuple[nn.
     if model.live is not None:
         return model.live, tokens
     progress("loading the model", 0, 1)
+    return _loaded(model), tokens
+
+
+def _loaded(model: Opened) -> nn.Module:
+    """Return a model in files alive, once its files are sure to hold all of it in the shapes of its configuration."""
     kind: Any = model.kind
-    return kind.from_pretrained(model.name, dtype=torch.float32, local_files_only=True).eval(), tokens
+    try:
+        how = {"dtype": torch.float32, "local_files_only": True, "ignore_mismatched_sizes": True}
+        live, found = kind.from_pretrained(model.name, output_loading_info=True, **how)
+    except (OSError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"transformers does not load {model.name}: {said}") from None
+    odd = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    if odd:  # the class would draw it at random
+        raise CheckpointError(
+            f"{model.name} has no {odd[0]} of the shape that its configuration says: the weights are not those of this "
+            "config.json."
+        )
+    return live.eval()
 
 
 def _tokens_of(path: Path, text: str, **options: Any) -> Any:
@@ -234,11 +252,13 @@ def _without_plane(model: nn.Module, layers: Sequence[Layer], plane: int) -> Ite
                     saved.setdefault(name, data.clone())
                     heads = window.heads(as_matrix(data)).clone()
                     heads[:, rows] = 0
-                    window.write(as_matrix(data), heads)
+                    with torch.inference_mode(data.is_inference()):  # what was loaded under it changes only there
+                        window.write(as_matrix(data), heads)
         yield
     finally:
         for name, data in saved.items():
-            parameters[name].data.copy_(data)
+            with torch.inference_mode(parameters[name].is_inference()):
+                parameters[name].data.copy_(data)
 
 
 def plane_losses(

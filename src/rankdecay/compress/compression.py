@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -204,9 +205,9 @@ def _planned(
     if sizes is not None and (isinstance(sizes, str) or not isinstance(sizes, Sequence)):
         raise TypeError(f"sizes must be a list of head sizes, got {sizes!r}.")
     if head_dim is not None:
-        _check_size(original, head_dim, f"head_dim={head_dim!r}")
-    for wanted in sizes or ():
-        _check_size(original, wanted, f"{wanted!r} in sizes={list(sizes or ())}")
+        head_dim = _size(original, head_dim, f"head_dim={head_dim!r}")
+    if sizes is not None:
+        sizes = [_size(original, wanted, f"{wanted!r} in sizes={list(sizes)}") for wanted in sizes]
     choice = _Choice(original.scores(given.read))
     if text is not None:
         choice = _by_loss(given, original, choice.scores, text, tell)
@@ -265,15 +266,22 @@ def _sizes(
 def _by_loss(given: Opened, original: Original, scores: Scores, text: texts.Text, tell: Progress) -> _Choice:
     """Return what a text chooses: planes by the loss without each, values by what enters the layers."""
     live, tokens = texts.live_with_tokens(given, text, tell)
+    if given.live is None:
+        original.skeleton.check_same(live)  # as embeddings that files hold twice, and differing, are not
     choosing, reported = tokens[::2], tokens[1::2]
     if not math.isfinite(texts.loss(live, choosing[:1])):
         raise ValueError("the model's loss on the text is no number: do its weights hold NaN or infinity?")
     moments = texts.moments(live, original.layers, choosing)
     layers, keys = original.with_positions(original.layers)
     losses = texts.plane_losses(live, layers, keys, original.turned(), choosing, tell)
+    state, attention = live.state_dict(), {name for layer in original.layers for name in layer.parameters}
+
+    def read(name: str) -> Tensor:
+        """Read attention as it is stored; files may hold the rest under other names, experts one by one."""
+        return given.read(name) if name in attention else state[name].detach().cpu()
 
     def loss(smaller: Smaller | None) -> float:
-        model = live if smaller is None else smaller.model(given.read, moments, lambda done: None).to(torch.float32)
+        model = live if smaller is None else smaller.model(read, moments, lambda done: None).to(torch.float32)
         return texts.loss(model, reported)
 
     return _Choice(with_losses(scores, losses), moments, loss, Sample(*reported.shape))
@@ -318,12 +326,21 @@ def _as_before(small: nn.Module, model: nn.Module) -> None:
         parameter.requires_grad_(trained.get(name, True))
 
 
-def _check_size(original: Original, size: int, given: str) -> None:
-    """Raise a ``ValueError`` if no smaller head has a size, which ``given`` names as the user has written it."""
-    if not hasattr(size, "__index__") or isinstance(size, bool) or size < 2 or size % 2:
+def _size(original: Original, wanted: int, given: str) -> int:
+    """Return a head size as a plain number, of NumPy's too.
+
+    Raises:
+        ValueError: If no smaller head has it; ``given`` names it as the user has written it.
+    """
+    try:
+        size = 0 if isinstance(wanted, bool) else operator.index(wanted)
+    except TypeError:
+        size = 0
+    if size < 2 or size % 2:
         raise ValueError(f"{given} must be an even number of at least 2: rotary planes are of two coordinates.")
     if size >= original.head_dim:
         raise ValueError(f"{given} must be smaller than {original.head_dim}, the size of the model's heads.")
+    return size
 
 
 def _shown(head_dim: int, wanted: int | None, sizes: Sequence[int] | None) -> list[int]:

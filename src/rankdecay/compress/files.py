@@ -11,6 +11,7 @@ import glob
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,20 +28,30 @@ from rankdecay.attention.folders import check_inside
 from rankdecay.compress.original import Smaller
 from rankdecay.compress.reduction import Moments, NotReducible
 from rankdecay.compress.rotary import with_earlier_names
-from rankdecay.files import kind_of, unwritable
+from rankdecay.files import kind_of, read_bytes, unwritable
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 #: What a directory holds beside weights and configuration that belongs to the model: tokenizer, generation, licence.
-_COPIED = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".vocab", ".md")
-_NOT_COPIED = ("config.json", "README.md", "trainer_state.json", "optimizer.json")
+_COPIED = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm", ".md")
+_NOT_COPIED = ("config.json", "params.json", "README.md", "trainer_state.json", "optimizer.json")  # two have head sizes
+_TEMPLATES = "additional_chat_templates"
+#: Which of several sets of weights transformers loads, the first that is there.
+_LOADED = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 _LARGEST_COPY = 2**28
 _LONGEST_NAME = 60  # characters of a directory's name that are kept while it is written: at most 255 bytes in all
 #: What a configuration calls its number of layers, and a number that none of its settings reaches.
 _LAYERS, _MOST = ("num_hidden_layers", "num_layers", "n_layers", "n_layer"), 2**40
 _BIG_SHARD = 4 * 2**30
+_AT_WORK: set[str] = set()  # names of directories that this process is writing
+
+
+class Untold(Exception):
+    """Carries an ``OSError`` that a callback raised past those of files, which are said to be of the directory."""
 
 
 class StoredModel:
@@ -66,7 +77,8 @@ class StoredModel:
                 "the configuration; load the model with transformers and save_pretrained it."
             )
         try:
-            self.checkpoint: Checkpoint = open_checkpoint(self.path, adapters=False)
+            state = next((name for name in _LOADED if (self.path / name).exists()), None)
+            self.checkpoint: Checkpoint = open_checkpoint(self.path, state, adapters=False)
         except CheckpointError as error:
             if "adapter" in str(error):
                 raise NotReducible(
@@ -117,7 +129,7 @@ class StoredModel:
 
     def extra_files(self) -> Iterator[Path]:
         """Yield the files that a smaller model has too: of the tokenizer, of generation, the licence."""
-        for file in sorted(self.path.iterdir()):
+        for file in sorted([*self.path.iterdir(), *self.path.glob(f"{_TEMPLATES}/*.jinja")]):
             name = file.name
             if name in _NOT_COPIED or name.endswith(".index.json") or name.startswith("."):
                 continue
@@ -132,9 +144,13 @@ class StoredModel:
 
 
 def check_new(out: Path) -> None:
-    """Raise a ``ValueError`` if a directory to write has something in it, or is none."""
+    """Raise a ``ValueError`` if a directory to write has something in it, is none, or is the current one."""
     if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={str(out)!r} exists: name a directory that does not, since nothing is overwritten.")
+    if os.path.isdir(out) and os.path.samefile(
+        out, os.curdir
+    ):  # another takes its place, and the process would be nowhere
+        raise ValueError(f"out={str(out)!r} is the current directory: name one that does not exist.")
 
 
 @contextmanager
@@ -146,14 +162,15 @@ def new_directory(out: Path) -> Iterator[Path]:
     """
     check_new(out)
     prefix = f".{out.name[:_LONGEST_NAME]}.rankdecay-"
-    part = out.with_name(f"{prefix}{os.getpid()}")
+    part = out.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}")  # threads may write at once
     try:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             for left in out.parent.glob(f"{glob.escape(prefix)}*"):  # that a kill left
-                pid = left.name.removeprefix(prefix)
-                if pid.isascii() and pid.isdecimal() and not _is_running(int(pid)):
+                pid = left.name.removeprefix(prefix).partition("-")[0]
+                if pid.isascii() and pid.isdecimal() and left.name not in _AT_WORK and not _is_at_work(int(pid)):
                     shutil.rmtree(left, ignore_errors=True)
+            _AT_WORK.add(part.name)
             part.mkdir()
             yield part
             check_new(out)  # somebody else may have been quicker
@@ -162,13 +179,19 @@ def new_directory(out: Path) -> Iterator[Path]:
             part.rename(out)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+            _AT_WORK.discard(part.name)
+    except Untold as untold:
+        raise untold.args[0] from None
     except OSError as error:
         named = str(error.filename or out).replace(str(part), str(out))
         failed = OSError(error.errno or errno.EIO, error.strerror or str(error), named)
         raise ValueError(unwritable(failed, "directory")) from None
 
 
-def _is_running(pid: int) -> bool:
+def _is_at_work(pid: int) -> bool:
+    """Whether another process of a number is there; in a container each start of a program may have the same."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -202,8 +225,9 @@ def write_checkpoint(
     def layer(number: int) -> dict[str, Tensor]:
         return smaller.parameters(number, stored.read, moments)
 
-    shapes = {name: tuple(smaller.skeleton.shapes[name] if name in owner else shape)
-              for name, shape in stored.checkpoint.shapes.items()}  # fmt: skip
+    built = smaller.skeleton.shapes
+    shapes = {name: tuple(built[name] if name in owner else shape) for name, shape in stored.checkpoint.shapes.items()
+              if name in built or not name.endswith("inv_freq")}  # fmt: skip  # the tables that old releases stored
     dtypes = stored.checkpoint.dtypes
     if odd := next((name for name in shapes if dtypes[name] not in _NAMES), None):
         raise NotReducible(f"{odd} is stored as {dtypes[odd]}, which is not copied: save the model in another type.")
@@ -232,14 +256,20 @@ def write_checkpoint(
                 data = tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
                 meanwhile(out.write, data)
                 written += 1
-                say(written, len(shapes))
+                try:
+                    say(written, len(shapes))
+                except OSError as error:
+                    raise Untold(error) from None
             meanwhile(_to_disk, out)
         last.result()
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
     for file in stored.extra_files():
-        shutil.copyfile(file, folder / file.name)
+        content = read_bytes(file, _LARGEST_COPY, CheckpointError, "copy it again from where the model came.")
+        copy = folder / file.relative_to(stored.path)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(content)
     _write_json(folder / "config.json", smaller.written)
     (folder / "README.md").write_text(card, "utf-8")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from rankdecay.compress.files import StoredModel
@@ -96,7 +97,11 @@ def _alive(model: nn.Module) -> Opened:
             )
         return state[name].detach().cpu()
 
-    return Opened(type(model), _of_plain_weights(model, state), read, live=model)
+    config = _of_plain_weights(model, state)
+    if isinstance(getattr(config, "dtype", None), str):  # as save_pretrained leaves it, with which not all are built
+        config = copy.deepcopy(config)
+        config.dtype = getattr(torch, config.dtype)
+    return Opened(type(model), config, read, live=model)
 
 
 def _of_plain_weights(model: Any, state: Mapping[str, Tensor]) -> Any:

@@ -16,6 +16,9 @@ from rankdecay.compress.rotary import STANDING, smaller_configuration
 from rankdecay.compress.skeleton import Skeleton, changed_shapes
 from rankdecay.compress.types import check_type
 
+#: Type that turns by the default frequencies in transformers 4.57, whatever the configuration says.
+_OTHERWISE_BEFORE_5 = "nemotron"
+
 
 class Original:
     """A causal language model of transformers, whose head can be made smaller.
@@ -50,10 +53,12 @@ class Original:
                 "its sines and cosines are multiplied by an attention_factor, which transformers reads beside longrope "
                 "factors; readers that know short_mscale and long_mscale alone ignore it."
             )
-        if self.skeleton.ropes and None not in self.skeleton.ropes:
+        several = bool(self.skeleton.ropes) and None not in self.skeleton.ropes
+        if several or config.model_type == _OTHERWISE_BEFORE_5:
+            turns = "its layers turn by tables of several kinds" if several else f"{config.model_type} turns by a table"
             self.warnings.append(
-                "its layers turn by tables of several kinds, which transformers before 5 does not read: it would turn "
-                "the smaller model by other frequencies without a word."
+                f"{turns}, which transformers before 5 does not read: it would turn the smaller model by other "
+                "frequencies without a word."
             )
         if any(rope.kind == "dynamic" for rope in self.skeleton.ropes.values()):
             self.warnings.append(
@@ -216,9 +221,9 @@ class Smaller:
         given = {} if kernels is None else {"attn_implementation": kernels}
         dtype = next(iter(state.values())).dtype
         made = kind.from_pretrained(None, config=self.config, state_dict=state, dtype=dtype, **given)
-        for name, parameter in made.named_parameters():
-            if parameter.dtype != state[name].dtype:  # of a model in several types, which loading makes one
-                parameter.data = state[name]
+        for name, tensor in made.state_dict(keep_vars=True).items():
+            if name in state and tensor.dtype != state[name].dtype:  # of several types loading makes one
+                tensor.data = state[name]
         return made
 
     @cached_property

@@ -138,11 +138,19 @@ def reduced(layer: Layer, read: Read, head_dim: int, kept: Tensor | None, moment
     heads: dict[Role, Tensor] = {"query": query, "key": key, "value": values.value, "output": values.output}
     written = _written(parts, head_dim, heads)
     if (name := layer.found.places["output"].bias) is not None:
+        _check_finite(name, read(name))
         written[name] = read(name) if values.bias is None else values.bias
     for norm, scale in ((layer.query_norm, layer.scale / layer.new_scale), (layer.key_norm, 1.0)):
         if norm is not None and coordinates is not None:
+            _check_finite(norm.parameter, read(norm.parameter))  # what is dropped would not be missed
             written[norm.parameter] = _gains(layer, norm, read(norm.parameter), scale, coordinates)
-    return {name: tensor.to(read(name).dtype) for name, tensor in written.items()}
+    stored = {name: tensor.to(read(name).dtype) for name, tensor in written.items()}
+    if odd := next((name for name, tensor in stored.items() if not _is_finite(tensor)), None):
+        raise NotReducible(
+            f"{odd} of a smaller head has numbers too large for {stored[odd].dtype}: save the model in bfloat16 or "
+            "float32 first."
+        )
+    return stored
 
 
 def value_energies(layer: Layer, read: Read, moments: Moments | None) -> Tensor:
@@ -193,10 +201,9 @@ class _Parts:
             assert place.bias_window is not None
             bias = place.bias_window.vector(self.read(place.bias))
         matrix = place.window.heads(self.read(place.parameter))
-        extremes = [extreme for one in (matrix, bias) if one is not None for extreme in torch.aminmax(one)]
-        if not torch.stack(extremes).isfinite().all():  # NaN is both; thirty times as fast as asking each number
-            what = place.parameter if bias is None else f"{place.parameter} or its bias"
-            raise NotReducible(f"{what} has values that are not finite: mend the checkpoint first.")
+        _check_finite(place.parameter, matrix)
+        if bias is not None:
+            _check_finite(f"{place.bias}", bias)
         return with_bias(matrix, bias)
 
     def has_bias(self, role: Role) -> bool:
@@ -361,6 +368,16 @@ def _gains(layer: Layer, norm: Norm, stored: Tensor, scale: float, coordinates: 
     """Return the gains that make up for a smaller head's root mean square, and for another scale of the scores."""
     gains = (stored.double() + norm.offset).view(-1, layer.head_dim)[:, coordinates]
     return (gains * scale * (layer.head_dim / len(coordinates)) ** 0.5 - norm.offset).flatten()
+
+
+def _is_finite(numbers: Tensor) -> bool:
+    """Whether all of some numbers are finite; NaN is both extremes, and asking each is thirty times as slow."""
+    return bool(torch.stack(torch.aminmax(numbers)).isfinite().all())
+
+
+def _check_finite(name: str, numbers: Tensor) -> None:
+    if not _is_finite(numbers):
+        raise NotReducible(f"{name} has values that are not finite: mend the checkpoint first.")
 
 
 def _written(parts: _Parts, head_dim: int, new: Mapping[Role, Tensor]) -> dict[str, Tensor]:

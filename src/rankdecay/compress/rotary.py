@@ -85,6 +85,10 @@ def with_earlier_names(config: Mapping[str, Any]) -> dict[str, Any]:
     new, parameters = dict(config), dict(config.get("rope_parameters") or {})
     if "rope_theta" in parameters:
         new["rope_theta"] = parameters.pop("rope_theta")
+        if "partial_rotary_factor" in parameters:
+            new["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+        if parameters.get("short_factor") != parameters.get("long_factor"):  # where the second begins to count
+            new["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
         new["rope_scaling"] = parameters
     return new
 
