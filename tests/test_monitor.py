@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -194,6 +195,19 @@ def test_a_resumed_monitor_counts_on():
     second.step()
     second.step()
     assert [values["step"] for values in logged] == [4, 8]
+
+
+def test_a_copy_measures_the_copy_of_the_model():
+    model = _gpt2()
+    monitor = Monitor(model, log=lambda values: None)
+    model.monitor = monitor  # as in the module of a trainer, which is copied for an average of the weights
+    before = monitor.measure()
+    copied = copy.deepcopy(model)
+    for block in copied.transformer.h:
+        nn.init.ones_(block.attn.c_attn.weight)
+    assert monitor.measure() == before
+    assert copied.monitor.model is copied
+    assert copied.monitor.measure() == Monitor(copied).measure() != before
 
 
 @pytest.mark.filterwarnings("ignore:.* from 1 on hardly anything")

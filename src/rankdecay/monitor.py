@@ -204,6 +204,11 @@ class Monitor:
         """Continue the count of a :meth:`state_dict`."""
         self.steps = int(state["steps"])
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy, or a monitor that was pickled: of the copy of the model, and by its gradients."""
+        vars(self).update(state)
+        self._settle_before_steps()
+
     # ---- in a measurement ---------------------------------------------------------------------------------
 
     @_uncompiled
