@@ -256,8 +256,8 @@ def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
             files_of[name], shapes[name], dtypes[name] = file, shape, types[name]
     if not shapes:
         raise CheckpointError(f"{path} contains no tensors.")
-    if found.index:
-        check_listed(found.index, shapes)
+    if found.listing:
+        check_listed(found.listing, shapes)
     stored_as, copies = choose_names(shapes, state, path)
 
     @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices

@@ -48,14 +48,14 @@ class Files(NamedTuple):
         folders: where their configuration may be, the nearest first.
         state: what is left of the key to be found inside of the files.
         candidates: keys of all sets in the directory.
-        index: the file that says which tensors they hold, if one was followed.
+        listing: the index that was followed, if any: which tensors each of them should hold.
     """
 
     files: list[Path]
     folders: list[Path]
     state: str | None = None
     candidates: tuple[str, ...] = ()
-    index: Path | None = None
+    listing: Path | None = None
 
 
 def find_files(path: Path, state: str | None, matrices_in: Callable[[Path], set[str]]) -> Files:
