@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -194,6 +195,37 @@ def test_a_resumed_monitor_counts_on():
     second.step()
     second.step()
     assert [values["step"] for values in logged] == [4, 8]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_step_that_a_scaler_skips_does_not_count(fused: bool, every: int):
+    model, logged = _gpt2(layers=1), []
+    monitor = Monitor(model, every=every, log=logged.append, detail="model")
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=0.0, fused=fused), torch.amp.GradScaler("cpu")
+    monitor.attach(optimizer)
+    for made, overflows in enumerate([1, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0, 1]):
+        scaler.scale(model(IDS, labels=IDS).loss * (torch.inf if overflows else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if made == 4:
+            assert monitor.state_dict() == {"steps": 2}
+    assert [values["step"] for values in logged] == [step for step in range(1, 6) if step % every == 0]
+    assert monitor.state_dict() == {"steps": 5}
+
+
+def test_a_copy_measures_the_copy_of_the_model():
+    model = _gpt2()
+    monitor = Monitor(model, log=lambda values: None)
+    model.monitor = monitor  # as in the module of a trainer, which is copied for an average of the weights
+    before = monitor.measure()
+    copied = copy.deepcopy(model)
+    for block in copied.transformer.h:
+        nn.init.ones_(block.attn.c_attn.weight)
+    assert monitor.measure() == before
+    assert copied.monitor.model is copied
+    assert copied.monitor.measure() == Monitor(copied).measure() != before
 
 
 @pytest.mark.filterwarnings("ignore:.* from 1 on hardly anything")

@@ -147,6 +147,7 @@ class Monitor:
         self.detail: Detail = detail
         self.collapse = collapse
         self.steps = 0  #: optimizer steps counted so far
+        self._skipped: list[Tensor] = []  # 1 on the device for each of them that a GradScaler skipped
         layers = find_attention(model, names, num_heads, only=only)
         self._layers = {_plain(layer.name, model): layer for layer in layers}
         if not any(_parts(layer, self.of) for layer in self._layers.values()):
@@ -198,17 +199,39 @@ class Monitor:
 
     def state_dict(self) -> dict[str, int]:
         """Return the count of steps, to be saved with the model and the optimizer."""
+        self._take_back_skipped()
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue the count of a :meth:`state_dict`."""
-        self.steps = int(state["steps"])
+        self.steps, self._skipped = int(state["steps"]), []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy, or a monitor that was pickled: of the copy of the model, and by its gradients."""
+        vars(self).update(state)
+        self._settle_before_steps()
 
     # ---- in a measurement ---------------------------------------------------------------------------------
 
     @_uncompiled
-    def _after_step(self, *_: Any) -> None:
-        self.step()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Count a step, unless it was skipped: a fused optimizer runs its hooks also when gradients overflowed.
+
+        Whether it was is on the device, and is asked for only where a measurement would be due.
+        """
+        skipped: Tensor | None = getattr(optimizer, "found_inf", None)
+        self._skipped += [] if skipped is None else [skipped.detach()]
+        if (self.steps + 1) % self.every:
+            self.steps += 1
+            return
+        before = self.steps
+        self._take_back_skipped()
+        at, self.steps = self.steps + 1, before  # less than before, where steps were skipped: then nothing is due
+        self.step(at)
+
+    def _take_back_skipped(self) -> None:
+        self.steps -= sum(int(skipped) for skipped in self._skipped)
+        self._skipped = []
 
     def _settle_before_steps(self) -> None:
         """Look at gradients before each optimizer's step, while the weights are those they are gradients at."""

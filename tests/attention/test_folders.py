@@ -100,6 +100,20 @@ def test_an_index_beside_a_single_file(tmp_path):
     assert is_read(tmp_path, FIRST, "model.safetensors.index.json")
 
 
+def test_a_shard_without_a_weight_that_its_index_lists(tmp_path):
+    """As after a second save that was cut short; an output projection less would only leave its product out."""
+    lost = "layers.1.self_attn.o_proj.weight"
+    shard = "model-00001-of-00001.safetensors"
+    names = [*FIRST, "lm_head.weight", "layers.0.rotary_emb.inv_freq"]  # tied, or computed anew: listed by some
+    index = {"weight_map": dict.fromkeys(names, shard)}
+    folder(tmp_path, {shard: FIRST, "model.safetensors.index.json": json.dumps(index)})
+    assert is_read(tmp_path, FIRST)
+    index["weight_map"][lost] = shard
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"says that {lost} is in {shard}, which does not have it; download"):
+        queries(tmp_path)
+
+
 def test_shards_without_an_index(tmp_path):
     first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     folder(tmp_path, {first: HALVES[0]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -228,3 +229,11 @@ def test_a_monitor_is_settled_by_the_first_step(norm: str, attached: bool) -> No
     values = monitor.measure()
     assert any(name.startswith("rank/query_key/") for name in values) != NORMS[norm][1]
     assert any(name.startswith("rank/query/") for name in values) == NORMS[norm][1]
+
+
+def test_a_copied_monitor_is_settled_by_the_copy() -> None:
+    copied = copy.deepcopy(rd.Monitor(Own("rms"), every=1, log=lambda values: None))
+    optimizer = torch.optim.Adam(copied.model.parameters(), lr=0.1)
+    copied.model(_x()).square().mean().backward()
+    optimizer.step()
+    assert any(name.startswith("rank/query/") for name in copied.measure())

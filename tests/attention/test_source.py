@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import rankdecay as rd
 from rankdecay.attention.source import ModuleSource, named_parameters, open_source
@@ -67,6 +71,47 @@ def test_a_reader_gives_the_present_value() -> None:
     read = open_source(model).reader("weight")
     model.weight.fill_(7)
     assert read().unique().tolist() == [7]
+
+
+class Packed(nn.Module):
+    """A layer of the kind of HQQ's, which holds codes and dequantises them itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meta = {"shape": (8, 8)}
+        self.register_buffer("W_q", torch.arange(64, dtype=torch.uint8))
+
+    def dequantize(self) -> torch.Tensor:
+        return self.get_buffer("W_q").float().view(8, 8)
+
+
+def _attention(kind: str) -> nn.Module:
+    mha = nn.MultiheadAttention(8, 2, kdim=8 if kind == "one" else 6)
+    mha.in_proj_bias.normal_()
+    if kind in ("one", "several"):
+        return mha
+    apart = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    if kind == "pruned":
+        prune.l1_unstructured(apart["q_proj"], "weight", 0.5)
+    else:
+        apart["q_proj"] = Packed()
+    apart.num_heads = 2  # pyright: ignore[reportAttributeAccessIssue]
+    return apart
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda held: pickle.loads(pickle.dumps(held))])
+@pytest.mark.parametrize("kind", ["one", "several", "pruned", "quantised"])
+def test_a_copy_reads_the_copy_of_the_model(again: Callable[[Any], Any], kind: str) -> None:
+    model = nn.ModuleDict({"attention": _attention(kind)})
+    layers = rd.find_attention(model)
+    before, bias = layers[0].query.tensor().clone(), layers[0].query.bias()
+    copied, copies = again((model, layers))
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        tensor.copy_(tensor * 2)
+    factor = 4 if kind == "pruned" else 2  # the mask is doubled too
+    assert torch.equal(layers[0].query.tensor(), before)
+    assert torch.equal(copies[0].query.tensor(), factor * before)
+    assert bias is None or torch.equal(copies[0].query.bias(), 2 * bias)
 
 
 def test_a_tied_parameter_has_all_its_names() -> None:

@@ -466,6 +466,17 @@ def test_separate_conv1d_layers_are_transposed_also_where_they_are_square() -> N
     assert torch.equal(layer.output.tensor(), attention["o_proj"].weight.T)
 
 
+def test_what_to_do_about_weights_that_nothing_says_are_transposed(tmp_path: Path) -> None:
+    """A GPT-2 without biases: to give the number of heads, which is known, would change nothing."""
+    weights = {"attn.c_attn.weight": torch.randn(8, 24), "attn.c_proj.weight": torch.randn(8, 8)}
+    torch.save(weights, tmp_path / "gpt2.pt")
+    with pytest.raises(ValueError, match=r"2 heads of unknown size do not divide .*AttentionNames\(..., transposed"):
+        rd.find_attention(tmp_path / "gpt2.pt", num_heads=2)
+    names = rd.AttentionNames(fused="c_attn", output="c_proj", transposed=True)
+    [layer] = rd.find_attention(tmp_path / "gpt2.pt", names, num_heads=2)
+    assert torch.equal(layer.key.tensor(), weights["attn.c_attn.weight"][:, 8:16].T)
+
+
 # ---- rows that take turns, and key heads that do ---------------------------------------------------------
 
 

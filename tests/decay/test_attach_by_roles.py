@@ -588,19 +588,49 @@ def test_steps_without_a_gradient_are_one_warning() -> None:
 
 def test_between_a_failed_step_and_the_next_everything_can_be_asked() -> None:
     """Its groups are still divided; also of what another attachment asks."""
-    model, other = make_model(), make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
-    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
 
-    def fails() -> None:
+    def fails(*_: object) -> None:
         raise RuntimeError("out of memory")
 
+    model, other = make_model(), make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
+    optimizer._init_group = fails  # called in its step
+    zero_gradients(model)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
     for ask in (attachment.describe, attachment.state_dict, optimizer.state_dict, attachment.detach):
         with pytest.raises(RuntimeError, match="out of memory"):
-            optimizer.step(fails)
+            optimizer.step()
+        assert len(optimizer.param_groups) > 1
         rd.attach(torch.optim.AdamW(other.parameters()), other, query_key=rd.LowRank(0.1)).detach()
         ask()
         assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_scheduler_goes_on_after_a_closure_that_raised(by_name: bool) -> None:
+    """As where a batch that does not fit in memory is left out: the scheduler knows the groups that it was made for."""
+    model, twin = make_model(), make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
+    rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    zero_gradients(model)
+    optimizer.step()
+
+    def fails() -> float:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(closure=fails) if by_name else optimizer.step(fails)
+    assert len(optimizer.param_groups) == 1
+    scheduler.step()
+    optimizer.step()
+    other = torch.optim.AdamW(twin.parameters(), lr=LR, weight_decay=0.3)
+    rd.attach(other, twin, query_key=rd.LowRank(STRENGTH))
+    zero_gradients(twin)
+    other.step()
+    other.param_groups[0]["lr"] = LR / 2
+    other.step()
+    _same(model, twin)
 
 
 def test_asking_from_a_closure_changes_nothing_of_the_step() -> None:

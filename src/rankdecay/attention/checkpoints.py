@@ -28,7 +28,7 @@ from torch import Tensor
 from rankdecay.attention.adapter_files import is_adapter, merge
 from rankdecay.attention.configurations import configuration
 from rankdecay.attention.errors import CheckpointError
-from rankdecay.attention.folders import check_inside, find_files, kind
+from rankdecay.attention.folders import check_inside, check_listed, find_files, kind
 from rankdecay.attention.foreign import check_archive
 from rankdecay.attention.gguf import parts_of, read_gguf
 from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_UNSAID, is_rotary_type
@@ -256,6 +256,8 @@ def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
             files_of[name], shapes[name], dtypes[name] = file, shape, types[name]
     if not shapes:
         raise CheckpointError(f"{path} contains no tensors.")
+    if found.listing:
+        check_listed(found.listing, shapes)
     stored_as, copies = choose_names(shapes, state, path)
 
     @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices

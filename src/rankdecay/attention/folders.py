@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +48,14 @@ class Files(NamedTuple):
         folders: where their configuration may be, the nearest first.
         state: what is left of the key to be found inside of the files.
         candidates: keys of all sets in the directory.
+        listing: the index that was followed, if any: which tensors each of them should hold.
     """
 
     files: list[Path]
     folders: list[Path]
     state: str | None = None
     candidates: tuple[str, ...] = ()
+    listing: Path | None = None
 
 
 def find_files(path: Path, state: str | None, matrices_in: Callable[[Path], set[str]]) -> Files:
@@ -153,7 +155,8 @@ def _in_folder(folder: Path, state: str | None, matrices_in: Callable[[Path], se
     files = _whole(files, folder, key not in sets or key.endswith(".json"))
     for file in files:
         check_inside(file, folder)
-    return Files(files, [folder], state, tuple(sets) if len(sets) > 1 else ())
+    index = folder / key if key.endswith(".json") else None
+    return Files(files, [folder], state, tuple(sets) if len(sets) > 1 else (), index)
 
 
 def _taken_by_name(folder: Path, state: str | None) -> tuple[str, str | None] | None:
@@ -273,11 +276,32 @@ def _key(file: Path) -> str:
     return f"{cut['stem']}*{cut['rest']}" if cut else file.name
 
 
-def files_of_index(index: Path) -> list[Path]:
+def check_listed(index: Path, held: Collection[str]) -> None:
+    """Refuse files that lack a weight of a layer which their index lists: its layer would be left out of every page.
+
+    What has no number of a layer, as an embedding that is tied, some libraries list and do not save.
+
+    Raises:
+        CheckpointError: If one is missing.
+    """
+    content = _weight_map(index)
+    layers = (name for name in content if name.endswith("weight") and any(map(str.isdigit, name.split("."))))
+    if missing := next((name for name in layers if name not in held), None):
+        raise CheckpointError(
+            f"{index.name} says that {missing[:200]} is in {content[missing][:200]}, which does not have it; download "
+            "the file again, or write the index anew."
+        )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index).get("weight_map")
     if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files.")
-    names = dict.fromkeys(content.values())
+    return content
+
+
+def files_of_index(index: Path) -> list[Path]:
+    names = dict.fromkeys(_weight_map(index).values())
     if len(names) > _MOST_FILES:
         raise CheckpointError(f"{index} names {len(names)} files; a model of more than {_MOST_FILES} is not read.")
     files = [index.parent / name for name in names]

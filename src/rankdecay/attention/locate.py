@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from rankdecay.attention.layer import AttentionLayer, MatrixView, Role
+from rankdecay.attention.layer import AttentionLayer, MatrixView, Role, Window
 from rankdecay.attention.names import (
     EXPERTS,
     FUSED,
@@ -391,9 +391,16 @@ def _layer(found: Found, source: Source, place: Numbered) -> AttentionLayer:
 def _bias(place: Place, source: Source) -> Callable[[], Tensor] | None:
     added = source.reader(place.added) if place.added else None
     if place.bias is None or place.bias_window is None:
-        return None if added is None else lambda: added().flatten()
-    window, read = place.bias_window, source.reader(place.bias)
-    return lambda: window.vector(read()) + (0 if added is None else added().flatten())
+        return None if added is None else partial(_sum_of_biases, None, None, added)
+    return partial(_sum_of_biases, place.bias_window, source.reader(place.bias), added)
+
+
+def _sum_of_biases(
+    window: Window | None, read: Callable[[], Tensor] | None, added: Callable[[], Tensor] | None
+) -> Tensor:
+    parts = [window.vector(read())] if window is not None and read is not None else []
+    parts += [added().flatten()] if added is not None else []
+    return sum(parts[1:], parts[0])
 
 
 def _nothing(source: Source, names: Names, unhandled: list[Unhandled]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from rankdecay.attention.adapters import (
 from rankdecay.attention.checkpoints import Checkpoint, CheckpointError, Shape, open_checkpoint
 from rankdecay.attention.computed import Computed, StoredWeight, compute, computed_weights, stored_weights
 from rankdecay.attention.names import ROTARY
-from rankdecay.attention.quantised import live_weights
+from rankdecay.attention.quantised import Weight, live_weights
 from rankdecay.dtensor import whole
 
 
@@ -113,7 +113,6 @@ class ModuleSource:
         self.model = model
         if nested := next((name for name, p in model.named_parameters() if p.is_nested), None):
             raise ValueError(f"{nested} is a nested tensor, which has no shape: make it a plain one first.")
-        self._quantised = live_weights(model)
         parameters = {name: tuple(p.shape) for name, p in named_parameters(model).items()}
         self.shapes = parameters | {name: weight.shape for name, weight in self._quantised.items()}
         self.known: dict[str, Known] = {}
@@ -135,6 +134,14 @@ class ModuleSource:
 
     def __str__(self) -> str:
         return type(self.model).__name__
+
+    @cached_property
+    def _quantised(self) -> dict[str, Weight]:
+        return live_weights(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what reads quantised weights: in a copy it would read those of the model that was copied."""
+        return {name: value for name, value in vars(self).items() if name != "_quantised"}
 
     @property
     def stored_as(self) -> Mapping[str, str]:
@@ -192,16 +199,16 @@ class ModuleSource:
 
         That is with the contribution of active adapters, and as a parametrisation computes it.
         """
-
-        def own() -> Tensor:
-            return whole(_tensor(self.model, name))
-
-        if name in self._quantised:
-            own = self._quantised[name].read
         if name not in self.computed and (name not in self.known or self.known[name].plain is None):
-            return own
-        parts = name.split(".")
-        return lambda: _read(self.model, parts, "", own)
+            return partial(self._own, name)  # no lambda: a copy of it is to read the copy of the model
+        return partial(self._in_use, name)
+
+    def _own(self, name: str) -> Tensor:
+        """Read a stored tensor itself."""
+        return self._quantised[name].read() if name in self._quantised else whole(_tensor(self.model, name))
+
+    def _in_use(self, name: str) -> Tensor:
+        return _read(self.model, name.split("."), "", partial(self._own, name))
 
     def _identify(self, name: str) -> Known:
         """Return what a parameter is, by the modules on its path."""

@@ -827,9 +827,10 @@ def _inside(outputs: Iterable[str]) -> list[str]:
 
 
 def _no_heads(child: str, lines: int, heads: int | None, head_dim: int | None) -> NotHandled:
+    known = " with their number, or, if it is stored (in, out) as in x @ W, names=AttentionNames(..., transposed=True)"
     return NotHandled(
         f"{child} has {lines} rows, and {heads or 'an unknown number of'} heads of {head_dim or 'unknown'} size do not "
-        "divide it; pass num_heads=..."
+        f"divide it; pass num_heads=...{known if heads else ''}"
     )
 
 

@@ -374,10 +374,13 @@ class Attachment:
         if len(self._registered) > known:
             check_planes_held(self._source, optimizer)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Note which parameters have a gradient: some optimizers clear it inside their step."""
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Note which parameters have a gradient: some optimizers clear it inside their step.
+
+        Return the step's arguments if a closure is among them, which then leaves the groups in one piece if it raises.
+        """
         if self._in_step and is_inner_step(optimizer):
-            return
+            return None
         self._in_step, self._thread = True, threading.get_ident()
         self._restore()  # if the last step raised
         self._watch.stop()
@@ -403,6 +406,25 @@ class Attachment:
             _check_trained(optimizer)
         self._rates = [rate(optimizer, group) for group in optimizer.param_groups]
         self._put_back = self._give_weight_decay(optimizer)
+        if not self._closure:
+            return None
+        named = {name: self._restoring(value) for name, value in kwargs.items()}
+        return (args[0], *map(self._restoring, args[1:])), named
+
+    def _restoring(self, argument: Any) -> Any:
+        """Return a closure that puts the groups back if it raises: no hook runs then, and a scheduler may be next."""
+        if not callable(argument):
+            return argument
+
+        def closure(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return argument(*args, **kwargs)
+            except BaseException:
+                self._in_step = False
+                self._restore()
+                raise
+
+        return closure
 
     def _give_weight_decay(self, optimizer: Optimizer) -> Callable[[], None]:
         sections = [
