@@ -61,16 +61,17 @@ def unwrapped(optimizer: object) -> Optimizer:
     wrappers = wrappers_of(optimizer)
     inside = _inner(wrappers[-1]) if wrappers else optimizer
     if not isinstance(inside, Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(inside).__name__}"
-            + (
+        if isinstance(inside, (list, tuple)):
+            remedy = ": attach to each of several optimizers, with the roles that it has."
+        elif hasattr(inside, "param_groups") and not hasattr(inside, "register_step_post_hook"):
+            remedy = (
                 ", which has no hooks of a step though it has groups: make it a subclass, or attach to the optimizer "
                 "that it steps."
-                if hasattr(inside, "param_groups") and not hasattr(inside, "register_step_post_hook")
-                else ". An engine that owns its optimizer, such as DeepSpeed's, flattens parameters; shard with FSDP2 "
-                "instead."
             )
-        )
+        else:
+            engine = "An engine that owns its optimizer, such as DeepSpeed's, flattens parameters"
+            remedy = f". {engine}; shard with FSDP2 instead."
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(inside).__name__}{remedy}")
     several = getattr(inside, "optimizers", None)
     if isinstance(several, (list, tuple)) and several and all(isinstance(each, Optimizer) for each in several):
         raise TypeError(

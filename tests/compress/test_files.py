@@ -132,6 +132,20 @@ def test_what_belongs_to_the_model_is_copied_and_nothing_else(tmp_path):
     assert "the original's card" not in (tmp_path / "made" / "README.md").read_text()
 
 
+def test_attention_that_the_class_does_not_read_is_spoken_of(tmp_path):
+    """Such as the layer for speculative decoding that GLM-4.5's files hold behind the others."""
+    folder = small.saved(tmp_path / "model")
+    assert not [note for note in plan(folder, 8).notes if "does not read" in note]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    (note,) = [note for note in plan(folder, 8).notes if "does not read" in note]
+    assert note.startswith("model.layers.1.self_attn.")
+    assert "and 3 more: attention that LlamaForCausalLM does not read" in note
+    rd.compress(folder, 8, tmp_path / "made")
+    assert note in (tmp_path / "made" / "README.md").read_text("utf-8")
+    assert _tensors(tmp_path / "made")["model.layers.1.self_attn.k_proj.weight"].shape == (32, 48)
+
+
 def test_the_original_is_not_touched(tmp_path):
     folder = small.saved(tmp_path / "model")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -685,6 +685,8 @@ def test_wrappers_are_seen_through_and_engines_refused():
     engine = Wrapper(nn.Linear(1, 1))
     with pytest.raises(TypeError, match=r"got Linear. An engine that owns its optimizer, such as DeepSpeed's"):
         rd.attach(engine)
+    with pytest.raises(TypeError, match=r"got list: attach to each of several optimizers, with the roles that it has"):
+        rd.attach([inner, inner])  # pyright: ignore[reportArgumentType] - what is tested
 
 
 def test_an_optimizer_without_a_learning_rate_needs_a_decay_without_one():

@@ -214,7 +214,7 @@ def _planned(
     energies = _value_energies(given, original, choice.moments)
     table, smaller = _sizes(given, original, choice, energies, _shown(original.head_dim, head_dim, sizes), tell)
     made = smaller.get(head_dim) if head_dim is not None else None
-    notes = [*original.warnings, *([_ENERGY] if text is None else [])]
+    notes = [*original.warnings, *_unread(given, original), *([_ENERGY] if text is None else [])]
     if head_dim is not None and head_dim % 8:
         notes.append(f"head size {head_dim} is no multiple of 8: many attention kernels are slow there, or refuse it.")
     result = Compression(
@@ -237,6 +237,18 @@ def _planned(
             parameters=(_parameters(original.skeleton.model), _parameters(made.skeleton.model)),
         )
     return _Planned(given, made, choice.moments, result)
+
+
+def _unread(given: Opened, original: Original) -> list[str]:
+    """Return a note on attention in the files that the class does not read, as of a layer for speculative decoding."""
+    if given.stored is None:
+        return []
+    ends = {tuple(name.split(".")[-2:]) for layer in original.layers for name in layer.parameters}
+    held = [name for name in given.stored.checkpoint.shapes if tuple(name.split(".")[-2:]) in ends]
+    left = [name for name in held if name not in original.skeleton.shapes]
+    more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+    said = f"{original.kind.__name__} does not read, and what it does not read is copied with heads of the old size."
+    return [f"{left[0]}{more}: attention that {said}"] if left else []
 
 
 def _value_energies(given: Opened, original: Original, moments: list[Moments] | None) -> list[Tensor]:
