@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rankdecay.cli import main
+from tests import needs
 from tests.compress import small
 
 
@@ -55,7 +56,7 @@ def test_progress_that_nobody_reads_does_not_end_the_work(folder, tmp_path, caps
     assert "head size 16 → 8" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is full is of Linux")
+@needs.full_disk
 def test_a_full_disk_under_the_output_is_one_line(folder):
     command = [sys.executable, "-c", "from rankdecay.cli import console; console()"]
     with open("/dev/full", "w") as full:
