@@ -147,15 +147,22 @@ def decoding(options: argparse.Namespace) -> None:
     """A Markdown line per model and head size: tokens per second beside the original."""
     for directory in options.directories:
         rows = read_lines(directory / "decoding.jsonl")
-        heads = ["| | head", "parameters", "cache, bytes a token", "sequences, tokens behind", "tokens a second (best)"]
-        print(f"{' | '.join([*heads, 'of the original'])} |\n|---|" + "--:|" * 6)
+        heads = [
+            "| | head",
+            "tokens a second",
+            "of the original",
+            "cache, bytes a token",
+            "parameters",
+            "sequences × behind",
+        ]
+        print(f"{' | '.join(heads)} |\n|---|" + "--:|" * 6)
         for row in rows:
             key = ("model", "context", "batch_size")
             beside = max((r for r in rows if all(r[k] == row[k] for k in key)), key=lambda r: r["head_dim"])
             print(
-                f"| {row['model']} | {row['head_dim']} | {row['parameters']:,} | {row['cache_bytes']:,.0f} | "
-                f"{row['batch_size']}, {row['context']:,} | {row['tokens_per_second']:,.1f} ({row['best']:,.1f}) | "
-                f"{row['tokens_per_second'] / beside['tokens_per_second']:.2f} |"
+                f"| {row['model']} | {row['head_dim']} | {row['tokens_per_second']:,.1f} | "
+                f"{row['tokens_per_second'] / beside['tokens_per_second']:.2f} | {row['cache_bytes']:,.0f} | "
+                f"{row['parameters']:,} | {row['batch_size']} × {row['context']:,} |"
             )
 
 
