@@ -15,7 +15,7 @@ import torch
 from rankdecay.lab.ensemble.ensemble import compiler_available
 
 OLD_TRAINER = "Trainer calls no factory: install transformers 5.2 or later"
-OLD_TRANSFORMERS = "a model that came later: install the transformers of constraints.txt"
+OLD_TRANSFORMERS = "a model that came or was mended later: install the transformers of constraints.txt"
 BROWSER = "no Chromium: apt-get install chromium, then make test"
 NEWER_TORCH = "this torch has only the legacy flags of precision: install torch 2.9 or later"
 MUON = "torch.optim has no Muon: install torch 2.9 or later"

@@ -444,7 +444,10 @@ def test_buffers_keep_a_type_of_their_own():
 
 def test_a_live_model_that_was_saved_is_built_again(tmp_path):
     """save_pretrained leaves the type as text in the configuration, with which Apertus cannot be built."""
-    model = emptied.build("apertus", dtype=torch.float32)
+    try:
+        model = emptied.build("apertus", dtype=torch.float32)
+    except emptied.NotBuilt:  # by transformers 5.0, without memory
+        pytest.skip(needs.OLD_TRANSFORMERS)
     model.save_pretrained(tmp_path / "model")
     assert isinstance(model.config.dtype, str)
     assert _quietly(model, 8, sizes=[]).config.head_dim == 8
