@@ -136,7 +136,8 @@ def test_every_switch_of_a_checked_type_is_the_same_or_refused(kind):
                 result = emptied.compared(kind, {name: not value})
             except (NotReducible, emptied.NotBuilt):
                 continue
-            _checked(result, 5e-5)  # some switches double what float32 rounds; `algebra` is exact
+            # one switch of Gemma 3 doubles what float32 rounds; `algebra` is exact
+            _checked(result, 2e-5 if kind == "gemma3_text" else 1e-5)
 
 
 @pytest.mark.slow
