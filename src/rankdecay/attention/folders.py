@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,15 +257,18 @@ def _sets(folder: Path) -> dict[str, Callable[[], list[Path]]]:
             sets.setdefault(_key(file), []).append(file)
     result: dict[str, Callable[[], list[Path]]] = {key: lambda files=files: files for key, files in sets.items()}
     for index in sorted(folder.glob("*.index.json")):
+        read: Callable[[], list[Path]]
         try:
-            listed = {file.name for file in files_of_index(index)}
+            found = files_of_index(index)
+            listed, read = {file.name for file in found}, lambda found=found: found
         except CheckpointError:  # reported if this index is the one that is read
             stem = index.name.removesuffix(".index.json").partition(".")[0]
             listed = {file.name for files in sets.values() for file in files if file.name.startswith(f"{stem}-")}
+            read = partial(files_of_index, index)  # which raises again
         for key, files in sets.items():
             if all(file.name in listed for file in files):
                 result.pop(key, None)
-        result[index.name] = lambda index=index: files_of_index(index)
+        result[index.name] = read
     return result
 
 

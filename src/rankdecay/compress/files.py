@@ -147,9 +147,8 @@ def check_new(out: Path) -> None:
     """Raise a ``ValueError`` if a directory to write has something in it, is none, or is the current one."""
     if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={str(out)!r} exists: name a directory that does not, since nothing is overwritten.")
-    if os.path.isdir(out) and os.path.samefile(
-        out, os.curdir
-    ):  # another takes its place, and the process would be nowhere
+    # another directory takes its place, and the process would be nowhere
+    if os.path.isdir(out) and os.path.samefile(out, os.curdir):
         raise ValueError(f"out={str(out)!r} is the current directory: name one that does not exist.")
 
 

@@ -520,8 +520,8 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Ca
 
 def _has_l2(group: Group, l2: float) -> bool:
     """Whether the optimizer applies an L2 as the group stands: decoupled, so that an equal strength is not enough."""
-    found = {key: group.get(key) for key in _with_l2(group, l2)}
-    return not isinstance(found["weight_decay"], Tensor) and found == _with_l2(group, l2)
+    keys = _with_l2(group, l2)
+    return not isinstance(group.get("weight_decay"), Tensor) and all(group.get(key) == keys[key] for key in keys)
 
 
 def _with_l2(group: Group, l2: float) -> dict[str, Any]:

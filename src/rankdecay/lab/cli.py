@@ -83,9 +83,9 @@ def parse(arguments: Sequence[str]) -> Any:
 
 
 def _without_none(settings: Any) -> Any:
-    """The same options; the help says nothing after one that is None by default, where tyro has ``(default: None)``.
+    """Return settings with the same options, whose help does not say ``(default: None)``.
 
-    Here, since tyro takes this from a field's annotation alone, and settings do not import it.
+    tyro takes this from a field's annotation alone, and settings do not import tyro.
     """
     silent, hints = tyro.conf.arg(help_behavior_hint=""), get_type_hints(settings)
     absent = {field.name: None for field in fields(settings) if field.default is None}
