@@ -185,6 +185,23 @@ CLAIMS = (
         "grokking.md",
         lambda: schedule_findings.words("status"),
     ),
+    Claim(
+        GROKKING,
+        "The path of the norm is enough: without any decay, at the norms of a low-rank run of another seed, it "
+        "generalises as soon as under the best rule (E1)",
+        "generalised within the budget in {e1 held:yoked} runs, under low rank in {e1 held:smooth}, without either in "
+        "{e1 held:none}",
+        "low rank / yoked {e1 low_rank/yoked}; yoked / radial part {e1 yoked/radial_only}",
+        "python benchmarks/schedule.py --stage tune; … --stage test; … --stage report",
+        ("schedule",),
+        "grokking.md",
+        "holds with a condition",
+        "one task, one network; not among the contrasts that were named beforehand",
+        lambda: (
+            schedule_findings.against("smooth", "yoked")["low"] > 1
+            and schedule_findings.against("yoked", "radial_only")["ratio"] < 1
+        ),
+    ),
     _of_sweep(
         "selection",
         "W_Q and W_K lose their rank under low-rank decay",

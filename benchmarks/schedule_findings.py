@@ -4,6 +4,7 @@
     python benchmarks/schedule_findings.py tuned docs/data/schedule        # the frozen settings of every arm
     python benchmarks/schedule_findings.py test docs/data/schedule         # the held-out runs
     python benchmarks/schedule_findings.py contrasts docs/data/schedule    # the four that were named beforehand
+    python benchmarks/schedule_findings.py others docs/data/schedule       # low rank against the other arms
     python benchmarks/schedule_findings.py secondary docs/data/schedule
 
 The rows are made by `benchmarks/schedule.py`, whose docstring is the protocol. Contrasts are printed when every
@@ -81,10 +82,11 @@ def result(directory: Path) -> Row:
 
 
 def words(key: str) -> str:
-    """E1 in words, for the index: ``headline`` or ``contrast ARM AGAINST``-like keys, and a dash before there are rows.
+    """E1 in words, for the index and the page; a dash before there are rows.
 
     Args:
-        key: ``status``, ``headline``, ``runs``, or ``FIRST/SECOND`` for a contrast at the last horizon.
+        key: ``status``, ``headline``, ``runs``, ``held:ARM``, or ``FIRST/SECOND`` for two arms at the last horizon, a
+            contrast or not.
     """
     if key == "runs":
         return f"{len(rows_of(DATA, 'tune')):,} runs of tuning, {len(rows_of(DATA, 'test')):,} held out"
@@ -95,10 +97,20 @@ def words(key: str) -> str:
         return found["headline"]
     if key == "status":
         return {"stands": "holds", "withdrawn": "contradicted", "open": "open"}[found["headline"]]
+    if key.startswith("held:"):
+        arm = next(arm for arm in found["arms"] if arm["arm"] == key.removeprefix("held:"))
+        return f"{list(arm['held'].values())[-1]} of {arm['runs']}"
     first, _, second = key.partition("/")
-    last = list(found["contrasts"].values())[-1]
-    one = next(one for one in last if one["against"] == second and (first != "l2_ramp") == (one["arm"] != "l2_ramp"))
+    one = against(found["low_rank"] if first == "low_rank" else first, second)
     return f"{one['ratio']:.2f} ({one['low']:.2f}–{one['high']:.2f})"
+
+
+def against(first: str, second: str, directory: Path = DATA) -> Row:
+    """The time of an arm over that of another at the last horizon, a contrast or not; p is of this pair alone."""
+    held = schedule.tuned(directory, protocol_of(directory))["arms"]
+    arm_of = {own["name"]: arm for arm, own in held.items()}
+    rows = [row | {"arm": arm_of[row["arm"]]} for row in rows_of(directory, "test")]
+    return schedule.contrast(schedule.log_ratios(rows, first, second, protocol_of(directory).horizons[-1]))
 
 
 # --- the tables ---
@@ -187,6 +199,20 @@ def contrasts(options: argparse.Namespace) -> None:
                 print(f"| {int(horizon):,} | {one['arm']} / {one['against']} | {ratio} | {p} |")
 
 
+def others(options: argparse.Namespace) -> None:
+    """A Markdown line per arm that no contrast names and whose runs are all there: low rank against it."""
+    for directory in options.directories:
+        some = [arm for arm in schedule.PARTS[1] if complete(directory, (*schedule.NAMED, arm))]
+        if not some:
+            print("(No arm beside those of the contrasts has all of its held-out runs.)")
+            continue
+        low_rank = result(directory)["low_rank"]
+        print(f"| {low_rank} / over time of | ratio (95 %) | p, of this pair alone |\n|---|--:|--:|")
+        found = {arm: against(low_rank, arm, directory) for arm in some}
+        for arm, one in sorted(found.items(), key=lambda each: -each[1]["ratio"]):
+            print(f"| {arm} | {one['ratio']:.3f} ({one['low']:.3f}–{one['high']:.3f}) | {one['p']:.2g} |")
+
+
 def secondary(options: argparse.Namespace) -> None:
     """A Markdown line per variant, at one size."""
     for directory in options.directories:
@@ -207,7 +233,14 @@ def store(options: argparse.Namespace) -> None:
     (options.to / "tuned.json").write_text(json.dumps(frozen(options.run), indent=1) + "\n")
 
 
-TABLES = {"state": state, "tuned": tuned, "test": test, "contrasts": contrasts, "secondary": secondary}
+TABLES = {
+    "state": state,
+    "tuned": tuned,
+    "test": test,
+    "contrasts": contrasts,
+    "others": others,
+    "secondary": secondary,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
