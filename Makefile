@@ -7,7 +7,8 @@ BIN := .venv/bin
 grok: .venv/installed
 	$(BIN)/rankdecay grok
 
-test: .venv/installed
+test: export PYTHONDONTWRITEBYTECODE :=
+test: .venv/installed  # compiled once, and not by each of the processes that tests start
 	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed

@@ -17,6 +17,14 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Thousands of modules of transformers stay alive: looking through them again and again takes a fourteenth of the time.
 gc.set_threshold(100_000, 50, 50)
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_modules_are_not_collected() -> None:
+    """What lives by now outlives the run; accelerate's full collections, one per training, look at the rest alone."""
+    gc.collect()
+    gc.freeze()
+
+
 # A draw may be slow for reasons of the machine, or of hypothesis itself, which reads all our modules first.
 settings.register_profile("noisy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("noisy machine")

@@ -26,8 +26,10 @@ from tests.waiting import HANG
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(  # imported once; names that cannot be are left out
     [
-        "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "rankdecay", "accelerate",
+        "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch.distributed.tensor.debug", "accelerate",
+        "rankdecay.decay.attach", "rankdecay.audit", "pytest",
         "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
+        "tests.frozen",  # the last: it leaves what the others have brought to all processes as it is
     ]
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import rankdecay as rd
 from rankdecay.attention.layer import Window
@@ -41,10 +42,20 @@ def decayed(weights: list[Any], decay: Any, windows: Any = (), backend: Any = "a
     return [parameter.detach() for parameter in parameters]
 
 
-def distance(got: Tensor, wanted: Tensor, before: Tensor) -> float:
-    """Between two steps, as a share of the wanted one."""
+def cut(weight: Tensor, mesh: Any, placements: Any) -> Any:
+    """A weight that every process has, sharded: each keeps its part without asking the others for it."""
+    return distribute_tensor(weight.clone(), mesh, placements, src_data_rank=None)
+
+
+def distance(got: Any, wanted: Tensor, before: Tensor) -> float:
+    """Between two steps, as a share of the wanted one; of a DTensor where this process has it, as a share of all."""
     step = (wanted - before).double().norm()
-    return float((got - wanted).double().norm() / step) if step > 0 else float((got - wanted).norm())
+    if isinstance(got, DTensor):
+        assert got.shape == wanted.shape
+        got, wanted = got.to_local(), cut(wanted, got.device_mesh, got.placements).to_local()
+    assert got.shape == wanted.shape
+    difference = (got - wanted).double().norm()
+    return float(difference / step) if step > 0 else float(difference)
 
 
 def draw(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -67,19 +78,18 @@ def placements_of(world: int) -> list[tuple[tuple[int, ...], tuple[Any, ...]]]:
 
 def every_placement(world: int) -> dict[str, float]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
 
     worst: dict[str, float] = {}
+    before = [draw(shape, seed) for seed, shape in enumerate(SHAPES)]
+    alone = [decayed([weight.clone() for weight in before], decay, steps=2) for decay in DECAYS]
     for mesh_shape, placements in placements_of(world):
         mesh = init_device_mesh("cpu", mesh_shape)
-        before = [draw(shape, seed) for seed, shape in enumerate(SHAPES)]
-        for decay, backend in [*((decay, "auto") for decay in DECAYS), (DECAYS[0], "matmul"), (DECAYS[2], "matmul")]:
-            wanted = decayed([weight.clone() for weight in before], decay, steps=2)
-            mine = [distribute_tensor(weight.clone(), mesh, placements) for weight in before]
-            found = decayed(mine, decay, backend=backend, steps=2)
+        for which, backend in [*((which, "auto") for which in range(len(DECAYS))), (0, "matmul"), (2, "matmul")]:
+            decay, wanted = DECAYS[which], alone[which]
+            found = decayed([cut(weight, mesh, placements) for weight in before], decay, backend=backend, steps=2)
             for shape, new, right, old in zip(SHAPES, found, wanted, before, strict=True):
                 assert new.placements == placements
-                worst[f"{mesh_shape} {placements} {shape} {decay} {backend}"] = distance(new.full_tensor(), right, old)
+                worst[f"{mesh_shape} {placements} {shape} {decay} {backend}"] = distance(new, right, old)
     return worst
 
 
@@ -110,20 +120,22 @@ WINDOWS = {
 
 def every_window(world: int) -> dict[str, float]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
 
-    worst: dict[str, float] = {}
     decays = [rd.LowRank(0.8), rd.LowRank(0.8, unit="head"), rd.LowRank(0.5, rule="smooth", unit="head"), DECAYS[-1]]
     decays += [rd.Frobenius(2.0, power=0), rd.Frobenius(0.5, power=2, cap=0.3, unit="head")]
+    cases = []
+    for (name, (shape, texts)), decay in itertools.product(WINDOWS.items(), decays):
+        windows = [Window.parse(text) for text in texts]
+        before = [draw(shape, 1), draw(shape, 2)]
+        wanted = decayed([weight.clone() for weight in before], decay, windows)
+        cases.append((name, decay, windows, before, wanted))
+    worst: dict[str, float] = {}
     for mesh_shape, placements in placements_of(world):
         mesh = init_device_mesh("cpu", mesh_shape)
-        for (name, (shape, texts)), decay in itertools.product(WINDOWS.items(), decays):
-            windows = [Window.parse(text) for text in texts]
-            before = [draw(shape, 1), draw(shape, 2)]
-            wanted = decayed([weight.clone() for weight in before], decay, windows)
-            mine = [distribute_tensor(weight.clone(), mesh, placements) for weight in before]
-            for new, right, old in zip(decayed(mine, decay, windows), wanted, before, strict=True):
-                worst[f"{mesh_shape} {placements} {name} {decay}"] = distance(new.full_tensor(), right, old)
+        for name, decay, windows, before, wanted in cases:
+            found = decayed([cut(weight, mesh, placements) for weight in before], decay, windows)
+            for n, (new, right, old) in enumerate(zip(found, wanted, before, strict=True)):
+                worst[f"{mesh_shape} {placements} {name} {decay} {n}"] = distance(new, right, old)
     return worst
 
 
@@ -136,7 +148,7 @@ def test_every_window_decays_as_in_one_process(world):
 def collectives(shape: tuple[int, ...], placement: int, text: str | None, unit: Any, power: Any) -> dict[str, int]:
     """What a decay step calls, by name: of a low-rank decay, or of a norm of some power."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor.debug import CommDebugMode
 
     mesh = init_device_mesh("cpu", (2,))
@@ -178,7 +190,7 @@ def test_long_sides_are_summed_whole_heads_are_local_and_the_rest_is_dealt_all_i
 
 def odd_ones() -> dict[str, float]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Shard
 
     mesh = init_device_mesh("cpu", (2,))
     found: dict[str, float] = {}
@@ -211,7 +223,7 @@ def test_experts_float64_a_nan_and_zeros():
 def experts_of_both_kinds() -> list[float]:
     """Stacks of matrices whose experts lie in one dimension of the mesh and whose rows or columns in the other."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Shard
 
     mesh = init_device_mesh("cpu", (2, 2))
     found = []
@@ -230,7 +242,7 @@ def test_experts_that_are_cut_themselves():
 
 def half() -> tuple[Tensor, Tensor, Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard
 
     old = draw((512, 64), 7).bfloat16()
     steps = 40
