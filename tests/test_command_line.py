@@ -155,6 +155,17 @@ def test_a_pipe_gets_no_escape_sequence(tmp_path: Path) -> None:
         assert done.stdout or done.returncode == 2
 
 
+@pytest.mark.parametrize(("stream", "said"), [(1, ""), (2, "rankdecay 0")])
+def test_a_stream_that_is_closed_is_nothing_to_fail_on(stream: int, said: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -m rankdecay.cli --version {stream}>&-', sys.executable],
+        capture_output=True, text=True, timeout=HANG, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stdout.startswith(said)
+    assert done.stderr == ""
+
+
 # --- Ctrl-C and progress ---
 
 _HELD = """

@@ -110,6 +110,9 @@ def _drop_output() -> None:
 
 def console() -> NoReturn:
     """Run the command of this process and end it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: what is said then goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without our characters gets them spelled
             stream.reconfigure(errors=SPELLED)

@@ -264,6 +264,8 @@ def test_polar_is_a_partial_isometry_along_W(sigma, rows, seed, backend):
         (torch.ones(3, 3, dtype=torch.int64), TypeError, r"torch\.int64.*W\.float\(\)"),
         (torch.ones(3, 3, dtype=torch.complex64), TypeError, "complex64.*not supported"),
         ([[1.0]], TypeError, "list.*as_tensor"),
+        (torch.eye(3).to_sparse(), TypeError, r"layout torch\.sparse_coo; pass W\.to_dense\(\)"),
+        (torch.eye(3, device="meta"), ValueError, "meta device.*load its weights"),
     ],
 )
 def test_refuses_what_is_no_matrix(function, W, error, message):
