@@ -187,6 +187,30 @@ CLAIMS = (
     ),
     Claim(
         GROKKING,
+        "Rank pressure beside a ramp of L2, or beside L2 (LRD Elastic, announced by the paper), makes it sooner",
+        "a ramp with low rank at the ramp's norms takes {e1 variant:ramp_low_rank} times the steps of the ramp",
+        "Elastic / low rank {e1 variant:elastic}",
+        "python benchmarks/schedule.py --stage secondary; … --stage report",
+        ("schedule",),
+        "grokking.md",
+        "contradicted",
+        "one size; both strengths as each is best without the other",
+        lambda: all(schedule_findings.variant(name)["low"] > 1 for name in ("ramp_low_rank", "elastic")),
+    ),
+    Claim(
+        GROKKING,
+        "Without QK-norm the same L2, and the same radial part of low rank, generalise sooner",
+        "without it L2 takes {e1 variant:no_qk_norm} times its steps",
+        "the radial part {e1 variant:radial_no_qk_norm}",
+        "python benchmarks/schedule.py --stage secondary; … --stage report",
+        ("schedule",),
+        "grokking.md",
+        "holds with a condition",
+        "one size, at the strengths that were tuned with QK-norm",
+        lambda: all(schedule_findings.variant(name)["high"] < 1 for name in ("no_qk_norm", "radial_no_qk_norm")),
+    ),
+    Claim(
+        GROKKING,
         "The path of the norm is enough: without any decay, at the norms of a low-rank run of another seed, it "
         "generalises as soon as under the best rule (E1)",
         "generalised within the budget in {e1 held:yoked} runs, under low rank in {e1 held:smooth}, without either in "

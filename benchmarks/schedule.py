@@ -195,11 +195,16 @@ def verdict(against_ramp: Row, against_radial: Row, held: Sequence[float]) -> st
     return "stands" if alike and min(held) >= 0.5 else "open"
 
 
+def held_out(directory: Path, held: Row) -> list[Row]:
+    """The rows of the held-out runs, each with its arm in place of the arm and ramp that tuning found best."""
+    arm_of = {own["name"]: arm for arm, own in held["arms"].items()}
+    return [row | {"arm": arm_of[row["arm"]]} for row in read_metrics(directory / "test")]
+
+
 def report(protocol: Protocol, directory: Path) -> Row:
     """Everything that is printed, from the stored rows."""
-    held, rows = tuned(directory, protocol), read_metrics(directory / "test")
-    name_of = {row["name"]: arm for arm, row in held["arms"].items()}
-    rows = [row | {"arm": name_of[row["arm"]]} for row in rows]
+    held = tuned(directory, protocol)
+    rows = held_out(directory, held)
     arms = []
     for arm, own in held["arms"].items():
         some = [row for row in rows if row["arm"] == arm]

@@ -85,8 +85,8 @@ def words(key: str) -> str:
     """E1 in words, for the index and the page; a dash before there are rows.
 
     Args:
-        key: ``status``, ``headline``, ``runs``, ``held:ARM``, or ``FIRST/SECOND`` for two arms at the last horizon, a
-            contrast or not.
+        key: ``status``, ``headline``, ``runs``, ``held:ARM``; ``FIRST/SECOND`` for two arms at the last horizon, a
+            contrast or not; ``variant:NAME`` for a variant over its arm.
     """
     if key == "runs":
         return f"{len(rows_of(DATA, 'tune')):,} runs of tuning, {len(rows_of(DATA, 'test')):,} held out"
@@ -101,16 +101,23 @@ def words(key: str) -> str:
         arm = next(arm for arm in found["arms"] if arm["arm"] == key.removeprefix("held:"))
         return f"{list(arm['held'].values())[-1]} of {arm['runs']}"
     first, _, second = key.partition("/")
-    one = against(found["low_rank"] if first == "low_rank" else first, second)
+    if key.startswith("variant:"):
+        one = variant(key.removeprefix("variant:"))
+    else:
+        one = against(found["low_rank"] if first == "low_rank" else first, second)
     return f"{one['ratio']:.2f} ({one['low']:.2f}–{one['high']:.2f})"
 
 
 def against(first: str, second: str, directory: Path = DATA) -> Row:
     """The time of an arm over that of another at the last horizon, a contrast or not; p is of this pair alone."""
-    held = schedule.tuned(directory, protocol_of(directory))["arms"]
-    arm_of = {own["name"]: arm for arm, own in held.items()}
-    rows = [row | {"arm": arm_of[row["arm"]]} for row in rows_of(directory, "test")]
-    return schedule.contrast(schedule.log_ratios(rows, first, second, protocol_of(directory).horizons[-1]))
+    protocol = protocol_of(directory)
+    rows = schedule.held_out(directory, schedule.tuned(directory, protocol))
+    return schedule.contrast(schedule.log_ratios(rows, first, second, protocol.horizons[-1]))
+
+
+def variant(name: str) -> Row:
+    """The time of a variant over that of the arm it is held against."""
+    return variants(DATA)[name][2]
 
 
 # --- the tables ---
@@ -214,18 +221,38 @@ def others(options: argparse.Namespace) -> None:
 
 
 def secondary(options: argparse.Namespace) -> None:
-    """A Markdown line per variant, at one size."""
+    """A Markdown line per variant, at one size, with its time over that of the arm that it is held against."""
     for directory in options.directories:
-        rows = [row for stage in SECONDARY for row in rows_of(directory, stage)]
-        if not rows:
+        found = variants(directory)
+        if not found:
             print("(No secondary runs yet.)")
             continue
         horizons = protocol_of(directory).horizons
-        heads = ["variant", "runs", "held 95 %", *(f"mean time, at most {h:,}" for h in horizons)]
-        heads += ["test accuracy at the end", "stable rank", "‖W_Q‖", *ANGLES.values()]
-        print(f"| {' | '.join(heads)} |\n|---|" + "--:|" * (len(heads) - 1))
+        heads = ["variant", "over time of", "ratio (95 %)", "runs", "held 95 %"]
+        heads += [*(f"mean time, at most {h:,}" for h in horizons), "test accuracy at the end", "stable rank"]
+        heads += ["‖W_Q‖", *ANGLES.values()]
+        print(f"| {' | '.join(heads)} |\n|---|---|" + "--:|" * (len(heads) - 2))
+        for name, (against_arm, rows, one) in found.items():
+            ratio = f"{one['ratio']:.2f} ({one['low']:.2f}–{one['high']:.2f})"
+            line = _line(name, rows, horizons).removeprefix(f"| {name} ")
+            print(f"| {name} | {against_arm} | {ratio} {line}")
+
+
+def variants(directory: Path) -> dict[str, tuple[str, list[Row], Row]]:
+    """Of every variant that was run: the arm it is held against, its rows, and its time over that arm's."""
+    held, protocol = frozen(directory), protocol_of(directory)
+    if held is None:
+        return {}
+    beside = [row for row in schedule.held_out(directory, held) if row["train_examples"] == protocol.secondary_size]
+    found = {}
+    for stage in SECONDARY:
+        rows = rows_of(directory, stage)
         for name in dict.fromkeys(row["arm"] for row in rows):
-            print(_line(name, [row for row in rows if row["arm"] == name], horizons))
+            other = "l2_ramp" if name == "ramp_low_rank" else schedule.SECONDARY[name][0]
+            some = [row for row in rows if row["arm"] == name]
+            ratios = schedule.log_ratios([*some, *beside], name, other, protocol.horizons[-1])
+            found[name] = other, some, schedule.contrast(ratios)
+    return found
 
 
 def store(options: argparse.Namespace) -> None:
