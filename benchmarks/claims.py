@@ -80,6 +80,10 @@ def _ratio(arm: str, other: str, key: str) -> dict[str, Any]:
     return _selection().ratio(arm, other)[key]
 
 
+def _variant(name: str) -> dict[str, Any]:
+    return schedule_findings.variant(schedule_findings.DATA, name)
+
+
 def _margin(run: str, arm: str) -> dict[str, Any]:
     return stored.arms(DATA / "margin" / run)[arm]
 
@@ -195,7 +199,9 @@ CLAIMS = (
         "grokking.md",
         "contradicted",
         "one size; both strengths as each is best without the other",
-        lambda: all(schedule_findings.variant(name)["low"] > 1 for name in ("ramp_low_rank", "elastic")),
+        lambda: all(
+            schedule_findings.variant(DATA / "schedule", name)["low"] > 1 for name in ("ramp_low_rank", "elastic")
+        ),
     ),
     Claim(
         GROKKING,
@@ -207,7 +213,10 @@ CLAIMS = (
         "grokking.md",
         "holds with a condition",
         "one size, at the strengths that were tuned with QK-norm",
-        lambda: all(schedule_findings.variant(name)["high"] < 1 for name in ("no_qk_norm", "radial_no_qk_norm")),
+        lambda: all(
+            schedule_findings.variant(DATA / "schedule", name)["high"] < 1
+            for name in ("no_qk_norm", "radial_no_qk_norm")
+        ),
     ),
     Claim(
         GROKKING,
@@ -222,8 +231,8 @@ CLAIMS = (
         "holds with a condition",
         "one task, one network; not among the contrasts that were named beforehand",
         lambda: (
-            schedule_findings.against("smooth", "yoked")["low"] > 1
-            and schedule_findings.against("yoked", "radial_only")["ratio"] < 1
+            schedule_findings.against(schedule_findings.DATA, "smooth", "yoked")["low"] > 1
+            and schedule_findings.against(schedule_findings.DATA, "yoked", "radial_only")["ratio"] < 1
         ),
     ),
     _of_sweep(

@@ -102,22 +102,22 @@ def words(key: str) -> str:
         return f"{list(arm['held'].values())[-1]} of {arm['runs']}"
     first, _, second = key.partition("/")
     if key.startswith("variant:"):
-        one = variant(key.removeprefix("variant:"))
+        one = variant(DATA, key.removeprefix("variant:"))
     else:
-        one = against(found["low_rank"] if first == "low_rank" else first, second)
+        one = against(DATA, found["low_rank"] if first == "low_rank" else first, second)
     return f"{one['ratio']:.2f} ({one['low']:.2f}–{one['high']:.2f})"
 
 
-def against(first: str, second: str, directory: Path = DATA) -> Row:
+def against(directory: Path, first: str, second: str) -> Row:
     """The time of an arm over that of another at the last horizon, a contrast or not; p is of this pair alone."""
     protocol = protocol_of(directory)
     rows = schedule.held_out(directory, schedule.tuned(directory, protocol))
     return schedule.contrast(schedule.log_ratios(rows, first, second, protocol.horizons[-1]))
 
 
-def variant(name: str) -> Row:
+def variant(directory: Path, name: str) -> Row:
     """The time of a variant over that of the arm it is held against."""
-    return variants(DATA)[name][2]
+    return variants(directory)[name][2]
 
 
 # --- the tables ---
@@ -215,7 +215,7 @@ def others(options: argparse.Namespace) -> None:
             continue
         low_rank = result(directory)["low_rank"]
         print(f"| {low_rank} / over time of | ratio (95 %) | p, of this pair alone |\n|---|--:|--:|")
-        found = {arm: against(low_rank, arm, directory) for arm in some}
+        found = {arm: against(directory, low_rank, arm) for arm in some}
         for arm, one in sorted(found.items(), key=lambda each: -each[1]["ratio"]):
             print(f"| {arm} | {one['ratio']:.3f} ({one['low']:.3f}–{one['high']:.3f}) | {one['p']:.2g} |")
 

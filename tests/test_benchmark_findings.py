@@ -181,6 +181,14 @@ def test_contrasts_are_printed_when_every_held_out_run_of_theirs_is_there_and_no
     assert schedule_findings.words("status") == "holds"
     assert schedule_findings.words("low_rank/raise_rank").startswith("0.5")
 
+    assert "| yoked | 1.000 (1.000–1.000) |" in _shown(capsys, "others", e1)
+    assert "l2_ramp" not in _shown(capsys, "others", e1)
+    assert _shown(capsys, "secondary", e1).startswith("(")
+    half = [_row("elastic", seed, PROTOCOL.secondary_size) for seed in PROTOCOL.test_seeds]
+    _write(e1, "secondary", [row | {"steps_to_generalise": row["steps_to_generalise"] / 2} for row in half])
+    assert "| elastic | smooth | 0.50 (0.50–0.50) |" in _shown(capsys, "secondary", e1)
+    assert schedule_findings.words("variant:elastic") == "0.50 (0.50–0.50)"
+
 
 # --- accelerators, as far as they are run ---
 
