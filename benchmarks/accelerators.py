@@ -16,7 +16,8 @@ Held-out runs are trained to the end of their budget, so that what is lost again
 * Arms with a strength: six of them, in factors of two about the published value, at a decay of the rest of 2; then the
   decays of the rest 0, 1 and 4 at the best. The strength is λ of Grokfast (α 0.98 and a window of 100 stay as
   published), the learning rate of AdamW (`learning_rate`), of ⊥Grad (which has no factor of its own) and of Muon's
-  matrices, L2 of W_Q and W_K (`l2`), and the strength of `smooth`.
+  matrices, L2 of W_Q and W_K (`l2`), and the strength of `smooth`. So are two controls of Muon, added when its lead was
+  seen: the same steps without orthogonalising (`momentum`), and AdamW at a rate of those matrices' own (`hidden_rate`).
 * StableMax, `none` and uniform attention have no strength: nine decays of the rest, 0 and ¼ to 32 in factors of two.
 * `cautious` and `l2_all` decay every matrix by their strength, so that is nine strengths, ⅛ to 32.
 
@@ -25,7 +26,7 @@ a weight that AdamW's takes in the other arms. This is one size with three seeds
 
 **Contrasts**, named beforehand: each accelerator, `l2` and `smooth` against the tuned learning rate, and cautious decay
 against `l2_all`. Times of one seed are paired, the seed is the unit; t-tests, Holm over all nine, where one that is not
-run yet counts as p = 1.
+run yet counts as p = 1. Muon against its two controls is no contrast of these: it was not named beforehand.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ GRIDS: dict[str, tuple[float, ...]] = {  # in the order in which they are tuned
     "l2_all": OF_ALL,
     "none": (),
     "uniform_attention": (),
+    "momentum": (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
+    "hidden_rate": RATES,
 }
 SPACE = Space(
     GRIDS,
@@ -75,6 +78,8 @@ SPACE = Space(
 )
 ACCELERATORS = ("grokfast_ema", "grokfast_ma", "orthograd", "stablemax", "muon", "cautious")
 CONTRASTS = (*((arm, "learning_rate") for arm in (*ACCELERATORS, "l2", "smooth")), ("cautious", "l2_all"))
+OF_MUON = ("momentum", "hidden_rate")
+CONTROLS = (*(("muon", arm) for arm in OF_MUON), *((arm, "learning_rate") for arm in OF_MUON))
 HOLDS = 0.95
 PLACES, STEPS, ROUNDS = 4, 16, 9  # of what is timed: runs at once, steps of a reading, readings of each arm
 
@@ -224,7 +229,10 @@ def report(protocol: Protocol, directory: Path) -> Row:
     lacking = [1.0] * (len(CONTRASTS) - len(found))  # so that none of the others looks better than it will
     for one, adjusted in zip(found, holm([*(one["p"] for one in found), *lacking]), strict=False):
         one["p_holm"] = adjusted
-    return {"arms": list(arms.values()), "contrasts": found}
+    beside = [
+        contrast(log_ratios(rows, a, b, horizon)) | {"arm": a, "against": b} for a, b in CONTROLS if {a, b} <= set(arms)
+    ]
+    return {"arms": list(arms.values()), "contrasts": found, "controls": beside}
 
 
 def show(result: Row) -> None:

@@ -4,6 +4,7 @@
     python benchmarks/accelerators_findings.py tuned docs/data/accelerators/selection       # the frozen settings
     python benchmarks/accelerators_findings.py test docs/data/accelerators/selection        # the held-out runs
     python benchmarks/accelerators_findings.py contrasts docs/data/accelerators/selection   # those named beforehand
+    python benchmarks/accelerators_findings.py controls docs/data/accelerators/selection    # Muon against its controls
     python benchmarks/accelerators_findings.py cost docs/data/accelerators/selection        # milliseconds of a step
 
 The rows are made by `benchmarks/accelerators.py`, whose docstring is the protocol. An arm is shown when every held-out
@@ -59,7 +60,8 @@ def words(key: str, arm: str = "", against: str = "learning_rate", task: str = "
     """
     found = result(DATA / task)
     arms = {row["arm"]: row for row in found["arms"]} if found else {}
-    contrasts = {(one["arm"], one["against"]): one for one in found["contrasts"]} if found else {}
+    pairs = [*found["contrasts"], *found["controls"]] if found else []
+    contrasts = {(one["arm"], one["against"]): one for one in pairs}
     one = contrasts.get((arm, against))
     if key == "status":
         if one is None or one["p_holm"] >= LEVEL:
@@ -144,6 +146,18 @@ def contrasts(options: argparse.Namespace) -> None:
             print(f"| {name} | {shown(one)} | {one['seeds']} | {one['p']:.2g} | {one['p_holm']:.2g} |")
 
 
+def controls(options: argparse.Namespace) -> None:
+    """A Markdown line per pair of Muon and its controls, which was not named beforehand."""
+    for directory in options.directories:
+        found = result(directory)
+        if found is None or not found["controls"]:
+            print("(Printed when every held-out run of both arms is there.)")
+            continue
+        print("| time of / over time of | ratio (95 %) | seeds | p, of this pair alone |\n|---|---|--:|--:|")
+        for one in found["controls"]:
+            print(f"| {one['arm']} / {one['against']} | {shown(one)} | {one['seeds']} | {one['p']:.2g} |")
+
+
 def cost(options: argparse.Namespace) -> None:
     """A Markdown line per arm: milliseconds of a step of one run, and times those of AdamW."""
     for directory in options.directories:
@@ -163,7 +177,7 @@ def store(options: argparse.Namespace) -> None:
     schedule_findings.store(options)
 
 
-TABLES = {"state": state, "tuned": tuned, "test": test, "contrasts": contrasts, "cost": cost}
+TABLES = {"state": state, "tuned": tuned, "test": test, "contrasts": contrasts, "controls": controls, "cost": cost}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

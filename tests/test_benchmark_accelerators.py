@@ -42,7 +42,7 @@ def test_arms_can_be_made_of_both_tasks_and_are_what_they_are_called():
             assert one.key[:3] == (arm, strength, rest)
             assert one.data["task"] == task
             assert one.member.accelerator == known[arm].how.treat(strength).accelerator
-            assert (one.member.accelerator is not None) == (arm in accelerators.ACCELERATORS)
+            assert (one.member.accelerator is not None) == (arm in (*accelerators.ACCELERATORS, *accelerators.OF_MUON))
     assert accelerators.protocol_of("add", None, tiny=False).modulus == 97
     assert accelerators.protocol_of("add", 31, tiny=False).modulus == 31
 

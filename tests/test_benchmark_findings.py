@@ -226,7 +226,7 @@ def test_an_accelerator_is_claimed_by_its_contrast_alone(tmp_path, monkeypatch, 
         for seed in range(200, 205)
     ]
     _write(directory, "test", rows[:-1])  # the last run of smooth lacks
-    assert "5 of 12 arms; held-out runs are all there of 4." in shown("state")
+    assert "5 of 14 arms; held-out runs are all there of 4." in shown("state")
     assert "| muon | 1 | 2 | 5 | " in shown("test")
     assert "smooth" not in shown("test")
     assert [status(arm) for arm in ("muon", "orthograd", "l2", "smooth", "grokfast_ema")] == [

@@ -16,6 +16,7 @@ from rankdecay.lab.ensemble.accelerators import (
     CautiousDecay,
     GrokfastEMA,
     GrokfastMA,
+    HiddenRate,
     Moment,
     Muon,
     OrthoGrad,
@@ -41,6 +42,8 @@ ACCELERATORS = {
     "orthograd": OrthoGrad(),
     "stablemax": StableMax(),
     "muon": Muon(0.02),
+    "momentum": Muon(0.02, orthogonal=False),
+    "hidden_rate": HiddenRate(0.01),
     "cautious": CautiousDecay(),
 }
 MEMBERS = {name: Member(name, 3, Frobenius(30.0), 20.0, 2e-3, accelerator=a) for name, a in ACCELERATORS.items()}
@@ -114,13 +117,17 @@ def train_plainly(member: Member, initial, batches, answers) -> dict[str, torch.
                 mean[name] = rule.momentum * mean[name] + (1 - rule.momentum) * g
                 ahead = rule.momentum * mean[name] + (1 - rule.momentum) * g
                 w *= 1 - member.lr * l2
-                w -= rule.lr * math.sqrt(max(1, w.shape[0] / w.shape[1])) * newton_schulz(ahead)
+                update = (
+                    newton_schulz(ahead) if rule.orthogonal else ahead * min(w.shape) ** 0.5 / (ahead.norm() + 1e-7)
+                )
+                w -= rule.lr * math.sqrt(max(1, w.shape[0] / w.shape[1])) * update
                 continue
             mean[name] = b1 * mean[name] + (1 - b1) * g
             square[name] = b2 * square[name] + (1 - b2) * g**2
             update = mean[name] / (1 - b1**step) / ((square[name] / (1 - b2**step)).sqrt() + eps)
             decayed = torch.where(update * w >= 0, w, 0) if isinstance(rule, CautiousDecay) else w
-            w -= member.lr * (update + l2 * decayed)
+            own = rule.lr if isinstance(rule, HiddenRate) and name.split(".")[0] in HIDDEN else member.lr
+            w -= own * update + member.lr * l2 * decayed
     return {name: p.detach() for name, p in parameters.items()}
 
 
@@ -252,7 +259,9 @@ def test_it_is_resumed_bit_for_bit(precision):
     second.train(10)
     for index in range(len(members)):
         assert_equal(weights(second, index), weights(through, index))
-    assert [name for name in stored if name.endswith("memory")] == [f"{i}.memory" for i in (0, 1, 6, 7)]
+    remember = [i for i, member in enumerate(members) if member.accelerator and member.accelerator.rows]
+    assert len(remember) == 4
+    assert [name for name in stored if name.endswith("memory")] == [f"{i}.memory" for i in remember]
 
 
 def test_a_checkpoint_without_the_memory_is_refused():
@@ -288,5 +297,7 @@ def test_what_would_bypass_an_accelerator_is_refused_by_name():
     for decay in (LowRank(5.0), Frobenius(5.0, power=0, cap=0.1), Frobenius(5.0, warmup=9)):
         with pytest.raises(ValueError, match=r"careful: cautious decay is a way to take constant L2, and not .*leave"):
             Member("careful", 0, decay, 1.0, accelerator=CautiousDecay())
-    with pytest.raises(ValueError, match=r"m: Muon has a learning rate of its own.*query_key_lr=3 would not change"):
-        Member("m", 0, None, 1.0, control=Control(query_key_lr=3.0), accelerator=Muon(0.02))
+    for rule in (Muon(0.02), HiddenRate(0.02)):
+        own = rf"m: {type(rule).__name__} has a learning rate of its own.*query_key_lr=3 would not change"
+        with pytest.raises(ValueError, match=own):
+            Member("m", 0, None, 1.0, control=Control(query_key_lr=3.0), accelerator=rule)

@@ -10,6 +10,7 @@ gradient, or steps or decays parameters itself. What it remembers from step to s
 `StableMax`      softmax with s(x) = x + 1 for x ≥ 0 and 1/(1 - x) below in place of exp, in the loss  (the same)
 `Muon`           the hidden matrices step by their orthogonalised momentum, all else by AdamW  (K. Jordan, 2024)
 `CautiousDecay`  decoupled L2 of those weights alone that the update moves towards zero  (arXiv 2510.12402)
+`HiddenRate`     AdamW with a learning rate of their own for the matrices that Muon is for: a control of Muon
 ===============  ======================================================================================================
 """
 
@@ -76,6 +77,10 @@ class Accelerator:
     def steps(self, name: str) -> bool:
         """Whether it steps a parameter itself, in place of AdamW, and takes its decoupled L2."""
         return False
+
+    def rate(self, name: str) -> float | None:
+        """The learning rate of a parameter in place of the member's, of which its decoupled L2 stays a share."""
+        return None
 
     def act(self, moment: Moment) -> None:
         """Changes gradients, or steps or decays parameters."""
@@ -165,10 +170,12 @@ class Muon(Accelerator):
     Attributes:
         lr: learning rate of the hidden matrices; that of all else is the member's.
         momentum: of the gradients.
+        orthogonal: False for a control: the momentum as it is, at the length that it would have orthogonalised.
     """
 
     lr: float
     momentum: float = 0.95
+    orthogonal: bool = True
 
     def steps(self, name: str) -> bool:
         return name.split(".")[0] in HIDDEN
@@ -186,11 +193,26 @@ class Muon(Accelerator):
         for index, matrix in enumerate(ahead):
             alike[tuple(_wide(matrix).shape)].append(index)
         for some in alike.values():
-            updates = orthogonalised(torch.stack([_wide(ahead[index]) for index in some]))
+            stacked = torch.stack([_wide(ahead[index]) for index in some])
+            updates = orthogonalised(stacked) if self.orthogonal else as_long(stacked)
             for index, update in zip(some, updates, strict=True):
                 rows, columns = weights[index].shape
                 lr = self.lr * max(1, rows / columns) ** 0.5
                 _wide(weights[index]).mul_(1 - _wide(decays[index])).sub_(update, alpha=lr)
+
+
+@dataclass(frozen=True)
+class HiddenRate(Accelerator):
+    """AdamW at a learning rate of their own for the matrices that Muon is for; their decay takes the same share.
+
+    Attributes:
+        lr: of those matrices; that of all else is the member's.
+    """
+
+    lr: float
+
+    def rate(self, name: str) -> float | None:
+        return self.lr if name.split(".")[0] in HIDDEN else None
 
 
 @dataclass(frozen=True)
@@ -223,3 +245,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def as_long(matrices: Tensor) -> Tensor:
+    """Returns wide ``(n, rows, columns)`` matrices at the length of matrices with orthonormal rows: √rows."""
+    return matrices * (matrices.shape[-2] ** 0.5 / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7))

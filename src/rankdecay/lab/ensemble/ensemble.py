@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.lab.ensemble import transformer
-from rankdecay.lab.ensemble.accelerators import Accelerator, CautiousDecay, Moment, Muon
+from rankdecay.lab.ensemble.accelerators import Accelerator, CautiousDecay, HiddenRate, Moment, Muon
 from rankdecay.lab.ensemble.control import PLAIN, Control, Part, above_rank, part_of_step, truncated
 from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parameters
 from rankdecay.lab.machine import compiled
@@ -84,10 +84,10 @@ class Member:
                         f"{self.arm}: cautious decay is a way to take constant L2, and not {decay.describe()}: give "
                         "W_Q and W_K constant L2, or leave the accelerator out"
                     )
-        if isinstance(self.accelerator, Muon) and self.control.query_key_lr != 1:
+        if isinstance(self.accelerator, Muon | HiddenRate) and self.control.query_key_lr != 1:
             raise ValueError(
-                f"{self.arm}: Muon has a learning rate of its own for W_Q and W_K, which query_key_lr="
-                f"{self.control.query_key_lr:g} would not change: give one of the two"
+                f"{self.arm}: {type(self.accelerator).__name__} has a learning rate of its own for W_Q and W_K, which "
+                f"query_key_lr={self.control.query_key_lr:g} would not change: give one of the two"
             )
 
     @property
@@ -418,11 +418,13 @@ class Ensemble:
     def _rate_and_decay(self, index: int, name: str) -> tuple[float, float]:
         """The learning rate of a parameter of a member, and its decoupled L2 per unit of that."""
         member = self.members[index]
+        lr, decay = member.lr, member.rest_decay
         if name.split(".")[0] in ("query", "key"):
-            return member.lr * member.control.query_key_lr, self._l2[index]
-        if name in self._block_names and member.low_rank and member.control.blocks:
-            return member.lr, 0.0
-        return member.lr, member.rest_decay
+            lr, decay = lr * member.control.query_key_lr, self._l2[index]
+        elif name in self._block_names and member.low_rank and member.control.blocks:
+            decay = 0.0
+        own = member.accelerator.rate(name) if member.accelerator else None
+        return (lr, decay) if own is None else (own, lr * decay / own)
 
     def schedule(self, acts: Sequence[bool]) -> None:
         """Switches each member's decay on or off, and finds which matrices are above their target rank now."""

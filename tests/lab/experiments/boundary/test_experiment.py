@@ -179,7 +179,7 @@ def test_every_arm_runs(tmp_path):
         TINY, out=tmp_path / "run", arms=("all",), strengths=(), fractions=(0.8,), seeds=1, steps=20
     )
     summary = run(settings, "")
-    assert len(summary["arms"]) == 37
+    assert len(summary["arms"]) == 39
     for arm in summary["arms"]:
         assert arm["runs"] == len(arm["cells"])
         assert all(cell["diverged"] == 0 for cell in arm["cells"]), arm["name"]
