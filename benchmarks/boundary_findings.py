@@ -11,6 +11,7 @@
     python benchmarks/boundary_findings.py ranks docs/data/boundary/selection --rest 2         # what is left
     python benchmarks/boundary_findings.py ends docs/data/boundary/selection                   # what the runs kept
     python benchmarks/boundary_findings.py stuck docs/data/plateau.json                        # subtraction near .4
+    python benchmarks/boundary_findings.py arms docs/data/boundary/selection                   # what each arm is
     python benchmarks/boundary_findings.py picture docs/data/boundary/prototype                # beside the published
 
 A compact copy is a run directory: its rows without curves and spectra, so `rankdecay report` draws it too, and a longer
@@ -27,8 +28,9 @@ from typing import Any
 
 import stored
 
+from rankdecay.lab.experiments.boundary.arms import every_arm
 from rankdecay.lab.experiments.boundary.claims import seeds_words
-from rankdecay.lab.experiments.boundary.settings import ALIASES
+from rankdecay.lab.experiments.boundary.settings import ALIASES, Boundary
 from rankdecay.lab.experiments.boundary.statistics import boundary, reference, summarise
 from rankdecay.lab.settings import renamed
 from rankdecay.lab.store import read_metrics
@@ -375,7 +377,17 @@ def stuck(options: argparse.Namespace) -> None:
             print(f"| {name} | {row['fraction']:g} | {row['seed']} | {' | '.join(points)} |")
 
 
+def arms(options: argparse.Namespace) -> None:
+    """A Markdown line per arm of any of the directories: what it does, and what it is a control of."""
+    there = {row["arm"].partition("@")[0] for path in options.directories for row in read_metrics(path)}
+    print("| arm | what it does | what it rules out |\n|---|---|---|")
+    for arm in every_arm(Boundary()).values():
+        if arm.name in there:
+            print(f"| {arm.name} | {arm.description} | {arm.control or '—'} |")
+
+
 TABLES = {
+    "arms": arms,
     "table": table,
     "ratios": ratios,
     "events": events,

@@ -60,7 +60,7 @@ def goals(options: argparse.Namespace) -> None:
 def gpt2(options: argparse.Namespace) -> None:
     """A Markdown line per decay: milliseconds a step and share of a training step of GPT-2 124M."""
     for path in options.directories:
-        print("| | ms a step | of a training step |\n|---|--:|--:|")
+        print("| | ms a step | of a step with the decay in it |\n|---|--:|--:|")
         for name, row in rows_of(path, "gpt2").items():
             shares = row.get("share") or {}
             share = f"{next(iter(shares.values())):.2%} (every {next(iter(shares))})" if shares else ""

@@ -53,6 +53,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path("docs/data")
 PAGES = (
     "README.md",
+    "docs/guides/choose-a-decay.md",
     "docs/guides/lab.md",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "findings").glob("*.md")),
 )
