@@ -192,7 +192,7 @@ def refused(name: str, *shape: int, beside: str = "other", bias: int = 0) -> str
 def test_a_fused_weight_whose_order_is_not_proven_is_refused(name, shape, beside):
     said = refused(name, *shape, beside=beside)
     assert said.startswith(f"{name} ({shape[0]}×{shape[1]}) ")
-    assert said.endswith("LowRank(0.02, rule='newton_schulz', scale='absolute', lr_coupled=False))")
+    assert said.endswith("LowRank(0.02, rule='newton_schulz', scale='absolute', lr_coupled=False, every=1))")
     assert "rd.attach(optimizer, model, query_key=rd." in said
 
 
@@ -226,7 +226,7 @@ def test_what_is_decayed_and_what_not_is_printed_once(capsys):
         ["5 other parameters: not decayed"],
     ]
     modern = "rd.attach(optimizer, model, query_key=rd.LowRank(0.001, rule='newton_schulz', scale='absolute', "
-    assert lines[-1].strip() == f"in new code: {modern}lr_coupled=False))"
+    assert lines[-1].strip() == f"in new code: {modern}lr_coupled=False, every=1))"
     decay.step()
     assert not capsys.readouterr().out
 

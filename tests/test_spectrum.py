@@ -125,6 +125,12 @@ def test_non_finite_spoils_only_its_slice(poison):
         assert value.isnan().tolist() == [False, True, False]
 
 
+def test_a_spectrum_that_is_partly_known_has_no_norm():
+    s = Spectrum(torch.tensor([[3.0, math.nan], [math.inf, 1.0], [3.0, 1.0]]))
+    for value in [getattr(s, name) for name in (*RANKS, *NORMS)]:
+        assert value.isnan().tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e200, 1e307])
 def test_ends_of_the_range(scale):
     s = spectrum(torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64)) * scale)

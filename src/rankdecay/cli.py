@@ -47,6 +47,7 @@ PATIENCE = 5.0
 STRICT = 3
 EXIT_CODES = {
     0: "done",
+    1: "standard output cannot be written, as on a full disk",
     2: "a command, setting or file that cannot work: one line on standard error says what to do",
     STRICT: "inspect --strict: something that looks like attention is not handled",
     130: "interrupted (Ctrl-C): a line says how to go on",

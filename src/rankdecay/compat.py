@@ -75,7 +75,7 @@ class NewtonSchulzLowRankDecay:
         parameters = _parameters(named_parameters)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
-        low_rank = f"rd.LowRank({decay_rate:g}, rule='newton_schulz', scale='absolute', lr_coupled=False)"
+        low_rank = f"rd.LowRank({decay_rate:g}, rule='newton_schulz', scale='absolute', lr_coupled=False, every=1)"
         modern = f"rd.attach(optimizer, model, query_key={low_rank})"
         selection = _select(shapes, self.target_keywords, proven_thirds(shapes), modern, frozen)
         if not selection.windows:

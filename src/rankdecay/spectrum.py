@@ -14,7 +14,7 @@ pseudo rank         share of σ with 95 % of Σσ   (0, 1]      Kobayashi et al.
 numerical rank      #{σ > tol}                   0 … k       `numpy.linalg.matrix_rank`
 ==================  ===========================  ==========  ===============================================
 
-All but the last ignore the scale of W, and always stable rank ≤ participation ratio ≤ nuclear rank ≤
+All but the last ignore the scale of W, and, up to rounding, stable rank ≤ participation ratio ≤ nuclear rank ≤
 effective rank ≤ number of non-zero σ. The zero matrix has every rank 0.
 """
 
@@ -34,7 +34,7 @@ class Spectrum:
     """Singular values and the norms and ranks that follow from them, batched over leading dimensions.
 
     Every property is a tensor of the leading shape (0-d for one matrix). A spectrum with a non-finite value
-    gives NaN in its own entries only. Ranks are computed on σ/σ₁, so that nothing overflows.
+    gives NaN in its own entries only, of ranks and norms. Ranks are computed on σ/σ₁, so that nothing overflows.
 
     Attributes:
         singular_values: Shape (..., k), non-negative, in descending order.
@@ -61,7 +61,7 @@ class Spectrum:
     @property
     def nuclear_norm(self) -> Tensor:
         """‖W‖_* = Σσ, in the units of W."""
-        return self.singular_values.sum(-1)
+        return self._known(self.singular_values.sum(-1))
 
     @property
     def frobenius_norm(self) -> Tensor:
@@ -74,7 +74,7 @@ class Spectrum:
     def spectral_norm(self) -> Tensor:
         """‖W‖₂ = σ₁, in the units of W."""
         sigma = self.singular_values
-        return sigma[..., 0] if sigma.shape[-1] else sigma.sum(-1)
+        return self._known(sigma[..., 0]) if sigma.shape[-1] else sigma.sum(-1)
 
     @property
     def effective_rank(self) -> Tensor:
@@ -186,7 +186,7 @@ def spectrum(W: Tensor) -> Spectrum:
         >>> spectrum(torch.tensor([[3.0, 0.0], [0.0, 4.0]])).singular_values
         tensor([4., 3.], dtype=torch.float64)
     """
-    check_matrix(W)
+    check_matrix(W, result=False)
     X = W.detach().to("cpu", torch.float64)
     if X.numel() == 0:
         return Spectrum(X.new_zeros((*X.shape[:-2], min(X.shape[-2:]))))

@@ -56,6 +56,12 @@ def test_threshold_of_a_stack_with_its_own_rates():
     assert LowRank(99.0).threshold(stack.float(), 0.1).dtype == torch.float32
 
 
+def test_a_threshold_of_16_bits_does_not_overflow_on_its_way():
+    tau = LowRank(1.0).threshold(torch.full((100, 100), 1000.0, dtype=torch.float16), 1.0)
+    assert tau.dtype == torch.float16
+    assert float(tau) == pytest.approx(1e4, rel=1e-3)
+
+
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 1000), rows=st.integers(1, 6), columns=st.integers(1, 6), rate=st.floats(1e-4, 0.3))
 def test_a_relative_step_is_never_longer_than_that_of_l2(seed, rows, columns, rate):

@@ -103,6 +103,7 @@ def test_there_and_back(roles: dict[str, Any], more: bool):
             "mlp='LowRank' is no decay: it has no strength; write 'Frobenius:0.1' or 'LowRank:0.1' or 'Planes:0.1'",
         ),
         ("mlp=LowRank:0.1:smooth", "'smooth' has no '='"),
+        ("mlp=Frobenius:0.1:power=true", "mlp='Frobenius:0.1:power=true' is no decay: power=True must be a number"),
         ("mlp=LowRank:0.1:strength=0.2", "strength is given twice"),
         ("mlp", "'mlp' in the settings 'mlp' has no '='; write them as in 'query_key=LowRank:0.1,"),
         ("mlp=LowRank:1,mlp=LowRank:2", "mlp is in the settings .* twice"),

@@ -97,7 +97,7 @@ def compress(
         tokenizer: of a live model, for a text; that of a directory is found beside it.
         window: tokens of a window.
         windows: number of windows, spread over the text; half of them choose.
-        sizes: other head sizes to show the cost of; by default 7/8, 3/4 and 1/2 of d where there is a text.
+        sizes: other head sizes to show the cost of; by default 7/8, 3/4 and 1/2 of d.
         progress: is told of progress: what, done, of how many.
 
     Returns:

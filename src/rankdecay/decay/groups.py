@@ -99,12 +99,12 @@ def param_groups(
         (:mod:`rankdecay.decay.groups`).
 
     Raises:
-        TypeError: If a decay is neither LowRank nor Frobenius.
+        TypeError: If a decay is none of LowRank, Frobenius and Planes.
         ValueError: If a named role matches no parameter, or only frozen ones; if a low-rank decay meets a parameter
             that is no matrix; if a tied parameter would get two decays; if a pattern of ``exclude`` matches nothing.
 
     Warns:
-        UserWarning: If some attention of the model is not handled, with the reason.
+        UserWarning: If ``query_key`` or ``value_output`` is given and some attention is not handled, with the reason.
 
     Example:
         >>> model = nn.TransformerEncoderLayer(32, nhead=4)

@@ -112,8 +112,8 @@ def check_decays(decays: Mapping[str, Decay | None]) -> None:
         if decay is not None and not isinstance(decay, get_args(Decay)):
             text = f"; text is read by **rankdecay.decays({argument}={decay!r})" if isinstance(decay, str) else ""
             raise TypeError(
-                f"{argument}={decay!r} is not a decay; pass rankdecay.LowRank(strength) or "
-                f"rankdecay.Frobenius(strength){text}."
+                f"{argument}={decay!r} is not a decay; pass rankdecay.LowRank(strength), "
+                f"rankdecay.Frobenius(strength) or, for query_key, rankdecay.Planes(strength){text}."
             )
         if isinstance(decay, Planes) and argument != "query_key":
             raise ValueError(f"{argument}={decay!r}: rotary planes are of W_Q and W_K; give it to query_key.")

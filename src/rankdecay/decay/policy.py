@@ -98,7 +98,8 @@ class Frobenius(_Paced):
     Attributes:
         strength: decay per unit of learning rate (or per step, without ``lr_coupled``), ≥ 0.
         power: see the table, ≥ 0.
-        cap: the largest share of the norm that one step takes, in (0, 1]; None for 1.
+        cap: the largest share of the norm that one step takes, in (0, 1]; None for 1, and for no bound where the
+            optimizer itself applies it (a power of 1), so that lr·strength is to be below 1.
         warmup: steps over which the strength rises from 0.
         unit: ``"matrix"`` for one norm per matrix, ``"head"`` for one per attention head.
         lr_coupled: whether it is multiplied by the learning rate.
@@ -221,9 +222,10 @@ class LowRank(_Paced):
 
     def tau(self, weight: Tensor, amount: Tensor | float) -> Tensor:
         """Return τ for each matrix of ``weight``, given Σ lr · strength of the steps to decay for."""
-        norm = weight.norm(dim=(-2, -1))
+        norm = (weight if weight.dtype.itemsize > 2 else weight.float()).norm(dim=(-2, -1))  # 16 bits overflow
         amount = norm.new_ones(norm.shape) * amount
-        return amount * norm / min(weight.shape[-2:]) ** 0.5 if self.scale == "relative" else amount
+        tau = amount * norm / min(weight.shape[-2:]) ** 0.5 if self.scale == "relative" else amount
+        return tau.to(weight.dtype)
 
     def describe(self) -> str:
         """Return the decay in a few words."""

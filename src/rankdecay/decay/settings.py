@@ -120,7 +120,7 @@ def _decay(role: str, value: Any) -> Decay:
         return value
     try:
         return _read_decay(value)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{given(role, value)} is no decay: {error}") from None
 
 

@@ -12,6 +12,10 @@ from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes
 from rankdecay.linalg.backend import double
 from rankdecay.linalg.shrink import log_norm
 
+#: Σ lr·strength after which a relative step has taken a tenth of the rms: the decay alone, which takes as much from the
+#: others as well, lowers that rms by as large a share in each step.
+TENTH = -math.log(0.9)
+
 
 def in_units(decay: Decay, lr: float, matrices: Sequence[Tensor]) -> str:
     """Return a sentence on one step of a decay, after its warm-up.
@@ -40,7 +44,7 @@ def _of_spectrum(decay: LowRank, amount: float, matrices: Sequence[Tensor]) -> s
     if decay.scale == "relative":
         words = f"{most}{amount:.2g} of the root mean square of the singular values (rms)"
         words += f" from {of_each}" if decay.keep or not ends else ""
-        return f"{words}: one of a tenth of it is zero after {_steps(0.1 / amount)}" if ends else words
+        return f"{words}: one of a tenth of it is zero after {_steps(TENTH / amount)}" if ends else words
     words = f"{most}{amount:.2g} of {of_each}"
     norms = [_norms(m) for m in matrices]
     rms = [math.hypot(*n) / math.sqrt(min(m.shape[-2:]) * len(n)) for n, m in zip(norms, matrices, strict=True)]
@@ -56,7 +60,7 @@ def _of_planes(decay: Planes, amount: float, matrices: Sequence[Tensor]) -> str:
     if decay.scale == "relative":
         return (
             f"{amount:.2g} of the root mean square of the planes' norms from each{but}: one of a tenth of it is zero "
-            f"after {_steps(0.1 / amount)}"
+            f"after {_steps(TENTH / amount)}"
         )
     words = f"{amount:.2g} of every plane{but}, of the root mean square of its rows' norms"
     rows = sum(m.shape[-2] for m in matrices)

@@ -135,8 +135,8 @@ def soft_threshold(W: Tensor, tau: float | Tensor, backend: str = "auto") -> Ten
     Returns:
         A tensor of the shape and dtype of ``W``, detached from autograd. A matrix with a non-finite entry
         gives NaN in its own slice only. Spectral-norm error: at most 1e-6 τ plus the rounding of the dtype
-        with "exact"; at most 2e-5 min(τ, ‖W‖) + 1e-6 ‖W‖ + 3e-7 ‖W‖_F with "matmul" in float32. With both a zero matrix
-        where τ ≥ σ_max, and otherwise at most two units in the last place of σ_max in the directions below τ.
+        with "exact"; at most 2e-5 min(τ, ‖W‖₂) + 4e-6 ‖W‖₂ + 3e-7 ‖W‖_F with "matmul" in float32. With both a zero
+        matrix where τ ≥ σ_max, and otherwise at most two units in the last place of σ_max in the directions below τ.
 
     Raises:
         TypeError: If ``W`` is not a real floating-point tensor.

@@ -19,8 +19,13 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def check_matrix(W: object) -> None:
-    """Raise unless ``W`` is a real floating-point tensor with at least two dimensions."""
+def check_matrix(W: object, *, result: bool = True) -> None:
+    """Raise unless ``W`` is a real floating-point tensor with at least two dimensions.
+
+    Args:
+        W: to check.
+        result: whether a result has the dtype of ``W``, which then needs 16 bits at least.
+    """
     if not isinstance(W, Tensor):
         raise TypeError(f"W must be a torch.Tensor, got {type(W).__name__}; convert it with torch.as_tensor(W).")
     if W.layout is not torch.strided:
@@ -32,6 +37,8 @@ def check_matrix(W: object) -> None:
             f"W has dtype {W.dtype}; expected a real floating-point tensor. "
             + ("Complex matrices are not supported." if W.dtype.is_complex else "Convert it with W.float().")
         )
+    if result and W.dtype.itemsize < 2:
+        raise TypeError(f"W has dtype {W.dtype}, too coarse for a result; pass W.float().")
     if W.ndim < 2:
         raise ValueError(
             f"W has shape {tuple(W.shape)}; expected (..., m, n). "
