@@ -1,8 +1,8 @@
 """What the benchmarks that tune share: runs of a protocol, equal grids for every arm, and settings that are frozen.
 
 A grid holds strengths in factors of two at one decay of the rest; strengths are added until the best is inside; then
-other decays of the rest are tried at the best. The criterion is the restricted mean time: steps until validation
-accuracy holds 95 %, the budget for a run that never does, over seeds and sizes.
+other decays of the rest are tried at the best, or at all of them where nothing held. The criterion is the restricted
+mean time: steps until validation accuracy holds 95 %, the budget for a run that never does, over seeds and sizes.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def tune_arms(some: Sequence[str], space: Space, protocol: Protocol, directory: 
     """Trains the grids of some arms and returns the best settings of each."""
     pairs = [(seed, size) for seed in protocol.tune_seeds for size in protocol.tune_sizes]
 
-    def runs(settings: Iterable[tuple[str, float, float]]) -> list[Row]:
+    def runs(settings: Sequence[tuple[str, float, float]]) -> list[Row]:
         wanted = [trial(protocol, *setting, size, seed) for seed, size in pairs for setting in settings]
         known = {one.key for one in wanted}
         rows = trained(directory / "tune", protocol, wanted, protocol.tune_budget, device=device)
@@ -241,12 +241,18 @@ def tune_arms(some: Sequence[str], space: Space, protocol: Protocol, directory: 
     for arm in some:
         names = [name for name in grids if split_name(name)[0] == arm]
         best[arm] = min(((n, s) for n in names for s in grids[n]), key=lambda each: found[at(*each)])
-    rests = {arm: space.then(arm, best[arm][1]) for arm in some}
-    found = scores(runs([(*best[arm], rest) for arm in some for rest in rests[arm]]), protocol.tune_budget)
-    arms: Row = {}
+    tried: dict[str, list[tuple[str, float, float]]] = {}
     for arm, (name, strength) in best.items():
-        tried = rests[arm]
-        rest = min(tried, key=lambda value, at=(name, strength): found[(*at, value)])
+        # Where no run of any strength held, none is the best: all are tried at the other decays.
+        nothing = found[at(name, strength)] >= protocol.tune_budget
+        names = [each for each in grids if split_name(each)[0] == arm] if nothing else [name]
+        strengths = {each: grids[each] if nothing else [strength] for each in names}
+        tried[arm] = [(each, s, rest) for each in names for s in strengths[each] for rest in space.then(arm, s)]
+    found = scores(runs([one for each in tried.values() for one in each]), protocol.tune_budget)
+    arms: Row = {}
+    for arm, settings in tried.items():
+        name, strength, rest = min(settings, key=lambda setting: found[setting])
+        rests = [r for n, s, r in settings if (n, s) == (name, strength)]
         arms[arm] = {
             "name": name,
             "strength": strength,
@@ -254,7 +260,7 @@ def tune_arms(some: Sequence[str], space: Space, protocol: Protocol, directory: 
             "restricted_mean_time": found[name, strength, rest],
             "strengths": sorted(grids[name]),
             "edge_is_open": name in added,
-            "rest_at_edge": len(tried) > 1 and (rest == tried[-1] or rest == tried[0] > 0),
+            "rest_at_edge": len(rests) > 1 and (rest == max(rests) or rest == min(rests) > 0),
         }
     return arms
 
