@@ -26,7 +26,8 @@ a weight that AdamW's takes in the other arms. This is one size with three seeds
 
 **Contrasts**, named beforehand: each accelerator, `l2` and `smooth` against the tuned learning rate, and cautious decay
 against `l2_all`. Times of one seed are paired, the seed is the unit; t-tests, Holm over all nine, where one that is not
-run yet counts as p = 1. Muon against its two controls is no contrast of these: it was not named beforehand.
+run yet, or of an arm of which no run of tuning held, counts as p = 1. Muon against its two controls is no contrast of
+these: it was not named beforehand.
 """
 
 from __future__ import annotations
@@ -223,14 +224,15 @@ def report(protocol: Protocol, directory: Path) -> Row:
             "test_accuracy": statistics.fmean(row["test_accuracy"] or 0.0 for row in some),
             **costs.get(arm, {}),
         }
-    pairs = [pair for pair in CONTRASTS if set(pair) <= set(arms)]
+    able = {arm for arm in arms if held[arm]["restricted_mean_time"] < protocol.tune_budget}  # the others are not tuned
+    pairs = [pair for pair in CONTRASTS if set(pair) <= able]
     horizon = protocol.horizons[-1]
     found: list[Row] = [contrast(log_ratios(rows, a, b, horizon)) | {"arm": a, "against": b} for a, b in pairs]
     lacking = [1.0] * (len(CONTRASTS) - len(found))  # so that none of the others looks better than it will
     for one, adjusted in zip(found, holm([*(one["p"] for one in found), *lacking]), strict=False):
         one["p_holm"] = adjusted
     beside = [
-        contrast(log_ratios(rows, a, b, horizon)) | {"arm": a, "against": b} for a, b in CONTROLS if {a, b} <= set(arms)
+        contrast(log_ratios(rows, a, b, horizon)) | {"arm": a, "against": b} for a, b in CONTROLS if {a, b} <= able
     ]
     return {"arms": list(arms.values()), "contrasts": found, "controls": beside}
 

@@ -157,10 +157,13 @@ def tuned(options: argparse.Namespace) -> None:
             edges = [
                 edge for edge, open_ in (("strength", own["edge_is_open"]), ("rest", own["rest_at_edge"])) if open_
             ]
+            inside = f"no: {', '.join(edges)}" if edges else "yes"
+            if own["restricted_mean_time"] >= held["protocol"]["tune_budget"]:
+                inside = "no: nothing held"
             tried = ", ".join(f"{s:g}" for s in own["strengths"] if s) or "—"
             best = f"{own['strength']:g}" if own["strength"] else "—"
             shown = [own["name"], tried, best, f"{own['rest_decay']:g}", f"{own['restricted_mean_time']:,.0f}"]
-            print(f"| {' | '.join(shown)} | {'no: ' + ', '.join(edges) if edges else 'yes'} |")
+            print(f"| {' | '.join(shown)} | {inside} |")
 
 
 def test(options: argparse.Namespace) -> None:

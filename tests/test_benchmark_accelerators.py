@@ -72,6 +72,9 @@ def test_the_stages_one_after_another(few, tmp_path, capsys):
     assert len(rows) == 3 * len(TINY.test_seeds)
     assert {row["steps"] for row in rows} == {TINY.test_budget}, "to the end, also when 95 % was held"
     accelerators.cost(TINY, tmp_path, "cpu")
+    for own in held.values():  # of so small a run nothing may have held, and then there would be no contrast
+        own["restricted_mean_time"] = 60.0
+    (tmp_path / "tuned.json").write_text(json.dumps(json.loads((tmp_path / "tuned.json").read_text()) | {"arms": held}))
     found = accelerators.report(TINY, tmp_path)
     assert [(one["arm"], one["against"]) for one in found["contrasts"]] == [("grokfast_ema", "learning_rate")]
     assert all(arm["milliseconds"] > 0 for arm in found["arms"])
@@ -83,7 +86,7 @@ def test_the_stages_one_after_another(few, tmp_path, capsys):
 
 
 def test_an_arm_whose_runs_are_not_all_there_is_left_out(monkeypatch, tmp_path):
-    own = {"strength": 1.0, "rest_decay": 2.0}
+    own = {"strength": 1.0, "rest_decay": 2.0, "restricted_mean_time": 50.0}
     arms = {arm: own | {"name": arm} for arm in ("learning_rate", "muon", "orthograd")}
     monkeypatch.setattr(accelerators, "tuned", lambda directory, protocol: {"arms": arms})
     rows = [
@@ -100,6 +103,8 @@ def test_an_arm_whose_runs_are_not_all_there_is_left_out(monkeypatch, tmp_path):
     assert whole["contrasts"][1]["ratio"] < 0.5
     ps = [one["p"] for one in whole["contrasts"]]
     assert [one["p_holm"] for one in whole["contrasts"]] == holm_of_nine(ps)
+    arms["muon"]["restricted_mean_time"] = float(TINY.tune_budget)  # of which nothing held in tuning
+    assert [one["arm"] for one in accelerators.report(TINY, tmp_path)["contrasts"]] == ["orthograd"]
     rows.pop(0)
     less = accelerators.report(TINY, tmp_path)
     assert [arm["arm"] for arm in less["arms"]] == ["muon", "orthograd"]

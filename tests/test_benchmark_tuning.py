@@ -83,6 +83,26 @@ def test_an_arm_without_a_strength_and_one_that_decays_everything_have_decays_of
     assert not any(own["rest_at_edge"] for own in frozen.values()), "there is no decay below none"
 
 
+def test_where_no_strength_holds_all_are_tried_at_the_other_decays(run):
+    """Arms that are alike at the first decay are not parted by the order in which they were tried."""
+    space = tuning.Space({"smooth": (1.0, 2.0, 4.0), "l2": (1.0, 2.0, 4.0)}, rests=(0.0, 4.0), first_rest=2.0)
+
+    def times(name, strength, rest):
+        if name == "l2":
+            return 10 + strength
+        return 20 if (strength, rest) == (4.0, 4.0) else None
+
+    frozen, trained = run(space, times)
+    assert (frozen["smooth"]["strength"], frozen["smooth"]["rest_decay"]) == (4.0, 4.0)
+    assert frozen["smooth"]["rest_at_edge"]
+    assert {setting[1:] for setting in trained if setting[0] == "smooth"} == {
+        (s, rest) for s in (1.0, 2.0, 4.0) for rest in (0.0, 2.0, 4.0)
+    }
+    assert {setting[1:] for setting in trained if setting[0] == "l2" and setting[2] != 2.0} == {
+        (frozen["l2"]["strength"], rest) for rest in (0.0, 4.0)
+    }
+
+
 def test_what_is_frozen_is_not_tuned_again_and_another_protocol_does_not_read_it(run, tmp_path):
     space = tuning.Space({"l2": (4.0, 8.0, 16.0)})
     first, _ = run(space, lambda name, strength, rest: abs(strength - 8) + rest)
