@@ -169,6 +169,11 @@ def test_random_matrices(draw, shape, expected):
     assert float(s.nuclear_rank.mean()) == pytest.approx(expected[2], rel=0.01)
 
 
+def test_a_matrix_without_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"meta device.*load its weights first"):
+        spectrum(torch.eye(3, device="meta"))
+
+
 @pytest.mark.parametrize(
     ("bad", "error"),
     [([1.0], TypeError), (torch.ones(3, dtype=torch.int64), TypeError), (torch.tensor(1.0), ValueError)],

@@ -180,13 +180,15 @@ def spectrum(W: Tensor) -> Spectrum:
 
     Raises:
         TypeError: If ``W`` is not a real floating-point tensor.
-        ValueError: If ``W`` has fewer than two dimensions.
+        ValueError: If ``W`` has fewer than two dimensions, or no numbers, as on the meta device.
 
     Example:
         >>> spectrum(torch.tensor([[3.0, 0.0], [0.0, 4.0]])).singular_values
         tensor([4., 3.], dtype=torch.float64)
     """
     check_matrix(W, result=False)
+    if W.is_meta:
+        raise ValueError("W is on the meta device, where there are no numbers: load its weights first.")
     X = W.detach().to("cpu", torch.float64)
     if X.numel() == 0:
         return Spectrum(X.new_zeros((*X.shape[:-2], min(X.shape[-2:]))))

@@ -266,7 +266,6 @@ def test_polar_is_a_partial_isometry_along_W(sigma, rows, seed, backend):
         ([[1.0]], TypeError, "list.*as_tensor"),
         (torch.eye(3).to_sparse(), TypeError, r"layout torch\.sparse_coo; pass W\.to_dense\(\)"),
         (torch.eye(3).to(torch.float8_e4m3fn), TypeError, r"float8_e4m3fn, too coarse.*W\.float\(\)"),
-        (torch.eye(3, device="meta"), ValueError, "meta device.*load its weights"),
     ],
 )
 def test_refuses_what_is_no_matrix(function, W, error, message):

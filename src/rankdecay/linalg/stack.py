@@ -30,8 +30,6 @@ def check_matrix(W: object, *, result: bool = True) -> None:
         raise TypeError(f"W must be a torch.Tensor, got {type(W).__name__}; convert it with torch.as_tensor(W).")
     if W.layout is not torch.strided:
         raise TypeError(f"W is a tensor of layout {W.layout}; pass W.to_dense().")
-    if W.is_meta:
-        raise ValueError("W is on the meta device, where there are no numbers: load its weights first.")
     if not W.dtype.is_floating_point:
         raise TypeError(
             f"W has dtype {W.dtype}; expected a real floating-point tensor. "

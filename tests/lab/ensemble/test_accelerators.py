@@ -72,7 +72,7 @@ def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def stablemax_loss(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    s = torch.where(logits >= 0, logits + 1, 1 / (1 - logits))
+    s = torch.where(logits >= 0, logits + 1, 1 / (1 - logits.clamp(max=0)))  # at 1 its gradient would be 0 · ∞
     return -torch.log(s[torch.arange(len(answers)), answers] / s.sum(-1)).mean()
 
 
