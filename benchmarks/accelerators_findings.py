@@ -24,6 +24,7 @@ import schedule_findings
 import stored
 from accelerators import Row
 from schedule import LEVEL
+from schedule_findings import shown
 
 DATA = Path("docs/data/accelerators")
 
@@ -42,11 +43,6 @@ def costs(directory: Path) -> Row:
     """What a step was measured to take; no arms before that."""
     path = directory / "cost.json"
     return json.loads(path.read_text()) if path.exists() else {"arms": {}}
-
-
-def shown(ratio: Row) -> str:
-    """A ratio of times with its interval."""
-    return f"{ratio['ratio']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
 
 
 def words(key: str, arm: str = "", against: str = "learning_rate", task: str = "selection") -> str:
@@ -134,28 +130,27 @@ def test(options: argparse.Namespace) -> None:
 
 def contrasts(options: argparse.Namespace) -> None:
     """A Markdown line per contrast of arms that have all of their runs."""
-    for directory in options.directories:
-        found = result(directory)
-        if found is None or not found["contrasts"]:
-            print("(Printed when every held-out run of both arms is there.)")
-            continue
-        count = len(accelerators.CONTRASTS)
-        print(f"| time of / over time of | ratio (95 %) | seeds | p | Holm, of {count} |\n|---|---|--:|--:|--:|")
-        for one in found["contrasts"]:
-            name = f"{one['arm']} / {one['against']}"
-            print(f"| {name} | {shown(one)} | {one['seeds']} | {one['p']:.2g} | {one['p_holm']:.2g} |")
+    _pairs(options, "contrasts", {"p": "p", f"Holm, of {len(accelerators.CONTRASTS)}": "p_holm"})
 
 
 def controls(options: argparse.Namespace) -> None:
     """A Markdown line per pair of Muon and its controls, which was not named beforehand."""
+    _pairs(options, "controls", {"p, of this pair alone": "p"})
+
+
+def _pairs(options: argparse.Namespace, kind: str, chances: dict[str, str]) -> None:
+    """Prints the pairs of one kind; ``chances`` names the p-value of every further column."""
     for directory in options.directories:
         found = result(directory)
-        if found is None or not found["controls"]:
+        if found is None or not found[kind]:
             print("(Printed when every held-out run of both arms is there.)")
             continue
-        print("| time of / over time of | ratio (95 %) | seeds | p, of this pair alone |\n|---|---|--:|--:|")
-        for one in found["controls"]:
-            print(f"| {one['arm']} / {one['against']} | {shown(one)} | {one['seeds']} | {one['p']:.2g} |")
+        heads = ["time of / over time of", "ratio (95 %)", "seeds", *chances]
+        print(f"| {' | '.join(heads)} |\n|---|---|" + "--:|" * (len(heads) - 2))
+        for one in found[kind]:
+            cells = [f"{one['arm']} / {one['against']}", shown(one), str(one["seeds"])]
+            cells += [f"{one[key]:.2g}" for key in chances.values()]
+            print(f"| {' | '.join(cells)} |")
 
 
 def cost(options: argparse.Namespace) -> None:

@@ -105,7 +105,12 @@ def words(key: str) -> str:
         one = variant(DATA, key.removeprefix("variant:"))
     else:
         one = against(DATA, found["low_rank"] if first == "low_rank" else first, second)
-    return f"{one['ratio']:.2f} ({one['low']:.2f}–{one['high']:.2f})"
+    return shown(one)
+
+
+def shown(ratio: Row) -> str:
+    """A ratio of times with its interval."""
+    return f"{ratio['ratio']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
 
 
 def against(directory: Path, first: str, second: str) -> Row:
@@ -162,8 +167,8 @@ def tuned(options: argparse.Namespace) -> None:
                 inside = "no: nothing held"
             tried = ", ".join(f"{s:g}" for s in own["strengths"] if s) or "—"
             best = f"{own['strength']:g}" if own["strength"] else "—"
-            shown = [own["name"], tried, best, f"{own['rest_decay']:g}", f"{own['restricted_mean_time']:,.0f}"]
-            print(f"| {' | '.join(shown)} | {inside} |")
+            cells = [own["name"], tried, best, f"{own['rest_decay']:g}", f"{own['restricted_mean_time']:,.0f}"]
+            print(f"| {' | '.join(cells)} | {inside} |")
 
 
 def test(options: argparse.Namespace) -> None:
@@ -178,14 +183,14 @@ def test(options: argparse.Namespace) -> None:
         heads += ["test accuracy at the end", "stable rank", "‖W_Q‖", *ANGLES.values()]
         print(f"| {' | '.join(heads)} |\n|---|" + "--:|" * (len(heads) - 1))
         for own in held["arms"].values():
-            print(_line(own["name"], [row for row in rows if row["arm"] == own["name"]], protocol.horizons))
+            print(_line([own["name"]], [row for row in rows if row["arm"] == own["name"]], protocol.horizons))
 
 
-def _line(name: str, rows: Sequence[Row], horizons: Sequence[int]) -> str:
-    shown = [name, str(len(rows)), str(sum(row["steps_to_generalise"] is not None for row in rows))]
-    shown += [f"{schedule.mean_time(rows, horizon):,.0f}" if rows else "—" for horizon in horizons]
-    shown += [_mean(rows, key) for key in ("test_accuracy", "stable_rank", "query_norm", *ANGLES)]
-    return f"| {' | '.join(shown)} |"
+def _line(first: Sequence[str], rows: Sequence[Row], horizons: Sequence[int]) -> str:
+    cells = [*first, str(len(rows)), str(sum(row["steps_to_generalise"] is not None for row in rows))]
+    cells += [f"{schedule.mean_time(rows, horizon):,.0f}" if rows else "—" for horizon in horizons]
+    cells += [_mean(rows, key) for key in ("test_accuracy", "stable_rank", "query_norm", *ANGLES)]
+    return f"| {' | '.join(cells)} |"
 
 
 def _mean(rows: Sequence[Row], key: str) -> str:
@@ -236,9 +241,7 @@ def secondary(options: argparse.Namespace) -> None:
         heads += ["‖W_Q‖", *ANGLES.values()]
         print(f"| {' | '.join(heads)} |\n|---|---|" + "--:|" * (len(heads) - 2))
         for name, (against_arm, rows, one) in found.items():
-            ratio = f"{one['ratio']:.2f} ({one['low']:.2f}–{one['high']:.2f})"
-            line = _line(name, rows, horizons).removeprefix(f"| {name} ")
-            print(f"| {name} | {against_arm} | {ratio} {line}")
+            print(_line([name, against_arm, shown(one)], rows, horizons))
 
 
 def variants(directory: Path) -> dict[str, tuple[str, list[Row], Row]]:

@@ -237,22 +237,18 @@ def tune_arms(some: Sequence[str], space: Space, protocol: Protocol, directory: 
         added = {name: strength for name, strength in following.items() if strength is not None}
         if not added:
             break
-    best: dict[str, tuple[str, float]] = {}
-    for arm in some:
-        names = [name for name in grids if split_name(name)[0] == arm]
-        best[arm] = min(((n, s) for n in names for s in grids[n]), key=lambda each: found[at(*each)])
     tried: dict[str, list[tuple[str, float, float]]] = {}
-    for arm, (name, strength) in best.items():
-        # Where no run of any strength held, none is the best: all are tried at the other decays.
-        nothing = found[at(name, strength)] >= protocol.tune_budget
-        names = [each for each in grids if split_name(each)[0] == arm] if nothing else [name]
-        strengths = {each: grids[each] if nothing else [strength] for each in names}
-        tried[arm] = [(each, s, rest) for each in names for s in strengths[each] for rest in space.then(arm, s)]
+    for arm in some:
+        settings = [(name, s) for name in grids if split_name(name)[0] == arm for s in grids[name]]
+        best = min(settings, key=lambda each: found[at(*each)])
+        if found[at(*best)] < protocol.tune_budget:  # else no run of any held, none is the best, and all go on
+            settings = [best]
+        tried[arm] = [(name, s, rest) for name, s in settings for rest in space.then(arm, s)]
     found = scores(runs([one for each in tried.values() for one in each]), protocol.tune_budget)
     arms: Row = {}
-    for arm, settings in tried.items():
-        name, strength, rest = min(settings, key=lambda setting: found[setting])
-        rests = [r for n, s, r in settings if (n, s) == (name, strength)]
+    for arm, some_tried in tried.items():
+        name, strength, rest = min(some_tried, key=lambda setting: found[setting])
+        rests = [r for n, s, r in some_tried if (n, s) == (name, strength)]
         arms[arm] = {
             "name": name,
             "strength": strength,

@@ -63,8 +63,7 @@ def polar(W: Tensor, backend: str = "auto") -> Tensor:
         Relative Frobenius error against a float64 SVD, before rounding to the dtype of W, for condition
         numbers up to 1e4: below 1e-6 with "exact" (measured 3e-8), below 1e-3 with "matmul" in float32
         (measured 6e-5). At 1e6 up to 2e-4 with "exact". "exact" sets directions below 2^-21 σ_max to zero (float64
-        input: max(m, n) 2^-52 σ_max), "matmul" those below
-        about 2e-7 ‖W‖_F; each that is lost is 1/√rank of the result.
+        input: max(m, n) 2^-52 σ_max), "matmul" those below about 2e-7 ‖W‖_F; each is 1/√rank of the result.
 
     Raises:
         TypeError: If ``W`` is not a real floating-point tensor.

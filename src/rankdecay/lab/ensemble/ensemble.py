@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.lab.ensemble import transformer
-from rankdecay.lab.ensemble.accelerators import Accelerator, CautiousDecay, HiddenRate, Moment, Muon
+from rankdecay.lab.ensemble.accelerators import Accelerator, CautiousDecay, Moment
 from rankdecay.lab.ensemble.control import PLAIN, Control, Part, above_rank, part_of_step, truncated
 from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parameters
 from rankdecay.lab.machine import compiled
@@ -84,7 +84,8 @@ class Member:
                         f"{self.arm}: cautious decay is a way to take constant L2, and not {decay.describe()}: give "
                         "W_Q and W_K constant L2, or leave the accelerator out"
                     )
-        if isinstance(self.accelerator, Muon | HiddenRate) and self.control.query_key_lr != 1:
+        own = self.accelerator and (self.accelerator.steps("query") or self.accelerator.rate("query") is not None)
+        if own and self.control.query_key_lr != 1:
             raise ValueError(
                 f"{self.arm}: {type(self.accelerator).__name__} has a learning rate of its own for W_Q and W_K, which "
                 f"query_key_lr={self.control.query_key_lr:g} would not change: give one of the two"
