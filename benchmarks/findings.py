@@ -181,6 +181,27 @@ def cell(name: str, arm: str, size: str, rest: str = "") -> str:
     return f"{sum(row['outcome'] == 'generalised' for row in rows)} of {len(rows)}"
 
 
+def held_from_to(name: str, arm: str, size: str, lowest: str, highest: str, rest: str = "") -> str:
+    """Seeds of an arm that held at one size, least and most over its strengths from one to another."""
+    sweep = _sweep(name, rest)
+    held: dict[float, int] = {}
+    for row in sweep.of(arm):
+        if sweep.size(row["train_fraction"]) == size and float(lowest) <= row["strength"] <= float(highest):
+            held[row["strength"]] = held.get(row["strength"], 0) + (row["outcome"] == "generalised")
+    return f"{min(held.values())} to {max(held.values())}"
+
+
+def columns_between(name: str, size: str, low: str, high: str) -> str:
+    """Columns, over all arms, whose best test accuracy at one size is between two values in the mean over seeds."""
+    sweep = _sweep(name)
+    columns = {(row["arm"], row["strength"]) for row in sweep.rows if sweep.size(row["train_fraction"]) == size}
+    means = [
+        statistics.fmean(boundary_findings.best_accuracies(sweep, arm, float(size), strength))
+        for arm, strength in columns
+    ]
+    return f"{sum(float(low) <= mean <= float(high) for mean in means)} of {len(means)}"
+
+
 def cell_mean(name: str, arm: str, size: str, key: str, rest: str = "", form: str = ".2g") -> str:
     """A mean over the runs of one size, of an arm at its best strength."""
     rows = _of_size(name, arm, size, rest)
@@ -379,8 +400,9 @@ NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
-        cell, cell_mean, delay, switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates,
-        left, noise, stuck, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
+        cell, cell_mean, held_from_to, columns_between, delay, switched, events, chance, loss, rank, measure, accuracy,
+        svm, settled, worst, rates, left, noise, stuck, share, against, spread, ends, published, rank_of, sent,
+        planes, planes_share,
     )
 }  # fmt: skip
 NUMBERS |= {"seeds_of": attention_findings.seeds_of}

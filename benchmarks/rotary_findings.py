@@ -66,6 +66,8 @@ def words(run: str, arm: str, key: str, strength: str = "") -> str:
         return interval(row["each"][key], ".1f")
     if key == "not_global":
         return str(sum(row[key] for row in own))
+    if key == "moving":  # the minimum can be attained, and descent had neither attained it nor come to rest
+        return str(sum(row["attainable"] - row["certified"] - row["not_global"] for row in own))
     if isinstance(own[0][key], int):
         return f"{sum(row[key] for row in own):,} of {sum(row['seeds'] for row in own):,}"
     return f"{max(row[key] for row in own):.0e}"
