@@ -68,6 +68,11 @@ def _selection() -> Sweep:
     return boundary_findings.sweep((DATA / "boundary" / "selection",), 2.0)
 
 
+def _planes(arm: str, strength: float, key: str, positions: str = "rotary") -> float:
+    directory = DATA / "language" / f"planes_{positions}"
+    return statistics.fmean(attention_findings.planes_of(directory, arm, strength)[key])
+
+
 def _sweep(name: str) -> Sweep:
     return boundary_findings.sweep((DATA / "boundary" / name,))
 
@@ -529,13 +534,25 @@ CLAIMS = (
         "decoupled L2 at the strongest: {plane planes_rotary l2 10 planes .0%} of the planes in use, rank of W_Q "
         "{plane planes_rotary l2 10 query} ({plane planes_rotary l2 0 query} without); L2 in the loss: {plane "
         "planes_rotary l2_loss 0.001 planes .0%} of the planes, in {plane planes_rotary l2_loss 0.001 heads .0%} of "
-        "the heads, rank of W_Q in them {plane planes_rotary l2_loss 0.001 query}",
+        "the heads, rank of W_Q in them {plane planes_rotary l2_loss 0.001 query} (with learned positions {plane "
+        "planes_learned l2_loss 0.001 query})",
         "loss above none: {above_none planes_rotary l2 10} and {above_none planes_rotary l2_loss 0.001}",
         EXTENSION,
         ("language/planes_rotary", "language/planes_learned"),
         "recall_language_vision.md",
-        "open",
-        "too few seeds; decoupled L2 empties none, L2 in the loss whole heads",
+        "contradicted",
+        "in a small language model: decoupled L2 empties no plane and lowers the rank, L2 in the loss empties whole "
+        "heads and no plane of those that are left; what is left of the rank is more than with learned positions",
+        lambda: (
+            _planes("l2", 10.0, "planes") > 0.99  # no plane is empty, and the rank has fallen
+            and _planes("l2", 10.0, "query") < 0.5 * _planes("l2", 0.0, "query")
+            and _planes("l2_loss", 0.001, "heads") < 0.5  # of the heads that are left no plane is empty
+            and _planes("l2_loss", 0.001, "planes") > 0.99 * _planes("l2_loss", 0.001, "heads")
+            and all(
+                _planes(arm, strength, "query") > 1.5 * _planes(arm, strength, "query", "learned")
+                for arm, strength in (("l2", 10.0), ("l2_loss", 0.001))
+            )
+        ),
     ),
     Claim(
         KOBAYASHI,

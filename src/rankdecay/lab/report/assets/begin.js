@@ -1,6 +1,6 @@
 // The last script of a page: everything is declared, so it can be drawn.
 
-darkMode.addEventListener("change", () => {
+darkModeSwitch.addEventListener("change", () => {
   drawLegends();
   changed("theme");
 });

@@ -6,6 +6,8 @@ const run = JSON.parse(document.getElementById("run-data").textContent);
 const state = { hidden: new Set() };
 const charts = [];
 const darkMode = window.matchMedia("(prefers-color-scheme: dark)");
+// The same to listen to: Chromium tells no change to a query whose `matches` a chart has read just before.
+const darkModeSwitch = window.matchMedia(darkMode.media);
 const coarsePointer = window.matchMedia("(pointer: coarse)").matches;
 
 function chart(id, depends, draw) {

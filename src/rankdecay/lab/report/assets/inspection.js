@@ -314,7 +314,7 @@ function draw(kind) {
 
 run.kinds.forEach(draw);
 colourKeys();
-darkMode.addEventListener("change", () => {
+darkModeSwitch.addEventListener("change", () => {
   colourKeys();
   changed("theme");
 });
