@@ -20,6 +20,7 @@ threshold of four.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -93,10 +94,10 @@ def sharpest(matrices: dict[str, Tensor], where: Places) -> list[float]:
 
 def measure(its: Session, where: Places, count: int, batch: tuple[Tensor, ...]) -> Row:
     """The figures of a session as it stands."""
-    named = dict(its.model.named_parameters())
-    weights = {name: heads(named[name], count) for name in where}
+    parameters = dict(its.model.named_parameters())
+    weights = {name: heads(parameters[name], count) for name in where}
     its.problem.loss(its.model, batch).backward()
-    gradients = {name: heads(named[name].grad, count) for name in where}  # type: ignore[arg-type]
+    gradients = {name: heads(parameters[name].grad, count) for name in where}  # type: ignore[arg-type]
     its.model.zero_grad(set_to_none=True)
     whole = torch.cat([torch.linalg.matrix_norm(own, ord=2) for own in gradients.values()]).tolist()
     sigma = torch.cat([torch.linalg.svdvals(own) for own in weights.values()])
@@ -112,17 +113,22 @@ def measure(its: Session, where: Places, count: int, batch: tuple[Tensor, ...]) 
 
 def regrown(its: Session, where: Places, count: int, lr: float) -> float:
     """The largest singular value between the empty directions over the threshold of four steps, mean over heads."""
-    named = dict(its.model.named_parameters())
-    weights = {name: heads(named[name], count) for name in where}
+    parameters = dict(its.model.named_parameters())
+    weights = {name: heads(parameters[name], count) for name in where}
     norms = torch.cat([own.norm(dim=(-2, -1)) for own in weights.values()])
     size = min(next(iter(weights.values())).shape[-2:])
     thresholds = (EVERY * lr * STRENGTH * norms / math.sqrt(size)).tolist()
     return statistics.fmean(a / b for a, b in zip(sharpest(weights, where), thresholds, strict=True))
 
 
+def named(directory: Path) -> tuple[str, int]:
+    """The arm with its strength, and the seed, of a directory of a model."""
+    return directory.name.partition("_mlp_")[0], int(directory.name.rpartition("_seed_")[2])
+
+
 def train_on(directory: Path, arm: str, problem: LanguageModelling, steps: int = STEPS) -> list[Row]:
     """Trains a stored model on under an arm; a row per interval."""
-    seed = int(directory.name.rpartition("_seed_")[2])
+    model, seed = named(directory)
     settings = PRESETS["standard"]
     rest = rd.Frobenius(settings.rest_decay)
     decay = rd.LowRank(STRENGTH, unit="head", every=EVERY) if arm == "decay on" else rd.Frobenius(0.0)
@@ -142,7 +148,7 @@ def train_on(directory: Path, arm: str, problem: LanguageModelling, steps: int =
         if step % INTERVAL == 0:
             rows.append(measure(its, where, count, batch) | ({"grown": statistics.fmean(grown)} if grown else {}))
             grown = []
-    return [{"model": directory.name.partition("_mlp_")[0], "seed": seed, "arm": arm, **row} for row in rows]
+    return [{"model": model, "seed": seed, "arm": arm, **row} for row in rows]
 
 
 def main() -> None:
@@ -155,12 +161,13 @@ def main() -> None:
     problem = LanguageModelling(
         settings, text.load(text=None, dataset=None, tokenizer=None, share=settings.valid_share)
     )
-    rows: list[Row] = []
-    for directory in given.models:
-        for arm in ARMS:
+    rows: list[Row] = json.loads(given.json.read_text())["rows"] if given.json and given.json.exists() else []
+    done = {(row["model"], row["seed"], row["arm"]) for row in rows if row["step"] == given.steps}
+    for directory, arm in itertools.product(given.models, ARMS):
+        if (*named(directory), arm) not in done:
             rows += train_on(directory, arm, problem, given.steps)
             print(json.dumps(rows[-1]), flush=True)
-            if given.json:  # as far as it is: it may be interrupted
+            if given.json:  # as far as it is: the same command goes on, and other models are added
                 document = {"machine": describe_machine("cpu"), "versions": versions(), "rows": rows}
                 given.json.write_text(json.dumps(document) + "\n")
 

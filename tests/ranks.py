@@ -60,11 +60,20 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
     Raises:
         RankFailed: if it raised, or a process ended, in any of them.
     """
+    return _on_ranks(world, function, arguments, None)
+
+
+def on_ranks_of_torchrun(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`on_ranks` without a group: each process has in its environment what ``torchrun`` sets, and joins by itself."""
+    return _on_ranks(world, function, arguments, free_port())
+
+
+def _on_ranks(world: int, function: Callable[..., Any], arguments: tuple[Any, ...], port: int | None) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world):
             mine, theirs = _server.Pipe(duplex=False)
-            work = (theirs, function, arguments, rank, world, folder)
+            work = (theirs, function, arguments, rank, world, folder, port)
             process = _server.Process(target=_work, args=work, daemon=True)
             process.start()
             theirs.close()
@@ -98,20 +107,25 @@ def _work(
     rank: int,
     world: int,
     folder: str,
+    port: int | None,
 ) -> None:
     torch.set_num_threads(1)
     # what torchrun sets, and what frameworks read
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    store = dist.FileStore(str(Path(folder) / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=HANG / 2))
+    if port is None:
+        store = dist.FileStore(str(Path(folder) / "store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=HANG / 2))
+    else:
+        os.environ["MASTER_PORT"] = str(port)
     try:
         # pickle: what a connection sends of a tensor is a handle, of no use when its process has ended
         pipe.send_bytes(pickle.dumps((function(*arguments), None)))
     except BaseException:
         pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
     else:
-        dist.destroy_process_group()
+        if port is None:
+            dist.destroy_process_group()
 
 
 def free_port() -> int:

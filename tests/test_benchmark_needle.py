@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -98,3 +99,23 @@ def test_empty_directions_are_empty_at_the_start_and_come_back_without_the_decay
     assert lines[2].startswith(f"| decay on | 0 | 1 | {on[0]['loss']:.4f} | 2.0 |")
     assert lines[3].endswith(f"| {on[1]['grown']:.1f} |")
     assert lines[2].endswith("| — |")
+
+
+def test_the_same_command_goes_on_and_others_add_to_its_rows(model, tmp_path, monkeypatch):
+    directory, problem = model
+    monkeypatch.setattr(needle, "LanguageModelling", lambda *_: problem)
+    monkeypatch.setattr(needle.text, "load", lambda **_: None)
+    other = directory.rename(tmp_path / "low_rank_10_mlp_0.1_seed_4")
+    shutil.copytree(other, directory)
+    path = tmp_path / "rows.json"
+
+    def trained(*models: Path) -> list[tuple[int, str, int]]:
+        monkeypatch.setattr(sys, "argv", ["needle.py", *map(str, models), "--steps", "20", "--json", str(path)])
+        needle.main()
+        return [(row["seed"], row["arm"], row["step"]) for row in json.loads(path.read_text())["rows"]]
+
+    expected = [(seed, arm, step) for seed in (3, 4) for arm in needle.ARMS for step in (0, 20)]
+    assert trained(directory) == expected[:4]
+    before = json.loads(path.read_text())["rows"]
+    assert trained(directory, other) == expected
+    assert json.loads(path.read_text())["rows"][:4] == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 import warnings
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 import rankdecay as rd
 from rankdecay.monitor import Monitor, RankCollapseWarning
 from tests import needs
-from tests.waiting import HANG
+from tests.ranks import on_ranks
 from tests.walked import ROOT, walk
 
 transformers = needs.package("transformers")
@@ -298,43 +297,29 @@ def test_blocks_that_are_compiled_each_keep_their_names():
     assert list(Monitor(model).measure()) == plain
 
 
-REPLICA = """
-import os, sys, torch, torch.distributed as dist
-from rankdecay.monitor import Monitor
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
-torch.manual_seed(0)
-attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
-model = torch.nn.parallel.DistributedDataParallel(attention)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-logged = []
-monitor = Monitor(model, every=2, log=logged.append)
-for step in range(4):
-    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
-    optimizer.zero_grad()
-    model(x, x, x)[0].square().sum().backward()
-    optimizer.step()
-    monitor.step()
-own = Monitor(attention).measure()
-assert logged == [] or all(logged[-1][name] == own[name] for name in own if name != "step")
-print([values["step"] for values in logged], monitor.steps, list(own)[5])
-dist.destroy_process_group()
-"""
+def replica() -> tuple[list[int], int, str]:
+    """What a process logged of four steps that it trained with another, and what it is called."""
+    warnings.simplefilter("error")
+    torch.manual_seed(0)
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    model = torch.nn.parallel.DistributedDataParallel(attention)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    logged: list[dict[str, float]] = []
+    monitor = Monitor(model, every=2, log=logged.append)
+    for step in range(4):
+        x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(10 * step + torch.distributed.get_rank()))
+        optimizer.zero_grad()
+        model(x, x, x)[0].square().sum().backward()
+        optimizer.step()
+        monitor.step()
+    own = Monitor(attention).measure()
+    assert logged == [] or all(logged[-1][name] == own[name] for name in own if name != "step")
+    return [int(values["step"]) for values in logged], monitor.steps, list(own)[5]
 
 
-def test_in_a_distributed_run_one_process_logs(tmp_path):
-    command = [sys.executable, "-W", "error", "-c", REPLICA]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    replicas = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], **pipes) for rank in range(2)]
-    try:
-        said = [replica.communicate(timeout=HANG) for replica in replicas]
-    finally:
-        for replica in replicas:
-            replica.kill()
-    assert [replica.returncode for replica in replicas] == [0, 0], said
+def test_in_a_distributed_run_one_process_logs():
     name = "rank/value_output/effective_rank"
-    assert [out.strip() for out, _ in said] == [f"[2, 4] 4 {name}", f"[] 4 {name}"]
+    assert on_ranks(2, replica) == [([2, 4], 4, name), ([], 4, name)]
 
 
 # ---- collapse --------------------------------------------------------------------------------------------

@@ -126,8 +126,9 @@ def test_an_order_needs_no_measurement(monkeypatch, wanted, device, available, e
 
 
 @needs.compiler
-def test_a_folder_of_compiled_code_serves_machines_with_vectors_of_different_width(tmp_path):
-    # Three machines, which are forked where nothing has asked for the width yet: importing the compiler takes seconds.
+def test_a_folder_of_compiled_code_serves_machines_with_vectors_of_different_width():
+    # The folder is the usual one, where other tests have had headers compiled. Three machines, which are forked where
+    # nothing has asked for the width yet: importing the compiler takes seconds.
     code = """
 import os
 import torch
@@ -145,7 +146,7 @@ for capability in ("", "avx2", ""):
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,
         check=True,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import shlex
 import subprocess
 import textwrap
@@ -14,61 +16,49 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rankdecay.lab import cli
+from rankdecay.lab import cli, store
+from rankdecay.lab.errors import SettingError
+from rankdecay.lab.experiments.attention import runs
 from rankdecay.lab.session.distributed import joined, share
 from rankdecay.lab.store import read_metrics
 from tests.lab.tiny import Repeat, make, timeless
-from tests.ranks import torchrun
-from tests.waiting import HANG, until
+from tests.ranks import on_ranks_of_torchrun, torchrun
+from tests.waiting import until
 
 SCRIPT = """
-import json, os, sys, time
+import json, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.lab.tiny import Repeat, make
-from rankdecay.lab.errors import SettingError
-from rankdecay.lab.session.distributed import leave
 from tests.held import hold
-import rankdecay.lab.store
-rankdecay.lab.store.CHECKPOINT_RARITY = 0
-breaks, changes, lines = json.loads(sys.argv[1])
-if lines:
-    hold(Path(sys.argv[2], "run"), "open", lines, ".lock")
-said = Path(sys.argv[2], os.environ["RANK"])
-try:
-    summary = make(Path(sys.argv[2], "run"), Repeat(breaks=breaks), **changes)
-except SettingError as error:
-    said.write_text(str(error))
-    other, end = said.with_name(str(1 - int(said.name))), time.monotonic() + 20
-    while not other.exists() and time.monotonic() < end:  # torchrun ends it as soon as this one has left
-        time.sleep(0.02)
-    leave(3)
-said.write_text("summary" if summary else "nothing")
-leave(0)
+from tests.lab.session.test_distributed import outcome
+folder, lines = Path(sys.argv[1]), int(sys.argv[2])
+hold(folder / "run", "open", lines, ".lock")
+print(outcome(folder, json.loads(sys.argv[3])))
 """
 
 
-def started(
-    folder: Path, breaks: tuple[int, int] | None = None, lines: int = 0, **changes: Any
-) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-    """Two processes, of which the first is held before it adds to so many lines, if they are not 0."""
+def outcome(folder: Path, changes: dict[str, Any], breaks: tuple[int, int] | None = None) -> str:
+    """What a process of a run ends with: what it said and whether it has a summary, or the words of its error."""
+    store.CHECKPOINT_RARITY = 0
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            summary = make(folder / "run", Repeat(breaks=breaks), **changes)
+    except SettingError as error:
+        return str(error)
+    return said.getvalue() + ("summary" if summary else "nothing")
+
+
+def held_at(folder: Path, lines: int, **changes: Any) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """Two processes of torchrun, of which the first is held before it adds to so many lines."""
     script = folder / "script.py"
     script.write_text(textwrap.dedent(SCRIPT).format(root=str(Path(__file__).parents[3])))
-    return torchrun([str(script), json.dumps([breaks, changes, lines]), str(folder)], folder / "log")
+    return torchrun([str(script), str(folder), str(lines), json.dumps(changes)], folder / "log")
 
 
-def said(folder: Path) -> list[str]:
-    return [(folder / rank).read_text() for rank in "01"]
-
-
-def together(folder: Path, breaks: tuple[int, int] | None = None, **changes) -> int:
-    """The exit status of two processes that ran to their end."""
-    with started(folder, breaks, **changes) as group:
-        return group.wait(HANG)
-
-
-def log(folder: Path) -> str:
-    return (folder / "log").read_text()
+def together(folder: Path, breaks: tuple[int, int] | None = None, **changes: Any) -> list[str]:
+    """What two processes of a run ended with."""
+    return on_ranks_of_torchrun(2, outcome, folder, changes, breaks)
 
 
 def test_alone_there_is_nobody_to_join(monkeypatch):
@@ -82,14 +72,15 @@ def test_alone_there_is_nobody_to_join(monkeypatch):
 def test_two_processes_train_what_one_does_also_after_all_were_killed(tmp_path):
     settings = {"arms": ("l2", "low_rank"), "strengths": ("l2=0", "low_rank=2"), "accumulate": 2, "steps": 48}
     metrics = tmp_path / "run" / "metrics.jsonl"
-    with started(tmp_path, lines=12, **settings) as group:
+    with held_at(tmp_path, 12, **settings) as group:
         in_the_second_run = lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 12  # noqa: E731
-        until(in_the_second_run, group, lambda: log(tmp_path))
+        until(in_the_second_run, group, (tmp_path / "log").read_text)
     written = metrics.read_bytes()
     assert not (tmp_path / "run" / "summary.json").exists()
 
-    assert together(tmp_path, **settings) == 0, log(tmp_path)
-    assert said(tmp_path) == ["summary", "nothing"]
+    first, second = together(tmp_path, **settings)
+    assert first.endswith("summary")
+    assert second == "nothing"
     assert metrics.read_bytes().startswith(written[: written.index(b'"ended": true')])  # the first run stood
     make(tmp_path / "alone", **settings)
     ours, alone = (timeless(read_metrics(tmp_path / name)) for name in ("run", "alone"))
@@ -105,22 +96,22 @@ def test_two_processes_train_what_one_does_also_after_all_were_killed(tmp_path):
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
 
-    assert together(tmp_path, **settings) == 0, log(tmp_path)  # complete
-    assert said(tmp_path) == ["summary", "nothing"]
-    assert "is complete: showing its result" in log(tmp_path)
+    first, second = together(tmp_path, **settings)
+    assert "is complete: showing its result" in first
+    assert first.endswith("summary")
+    assert second == "nothing"
 
 
 def test_a_batch_that_two_cannot_share_is_refused_by_both(tmp_path):
-    assert together(tmp_path, batch_size=6, accumulate=2) != 0
-    for words in said(tmp_path):
-        assert words == (
-            "--batch-size 6 cannot be shared evenly by 2 processes and --accumulate 2: give a multiple of 4"
-        )
+    words = "--batch-size 6 cannot be shared evenly by 2 processes and --accumulate 2: give a multiple of 4"
+    assert together(tmp_path, batch_size=6, accumulate=2) == [words, words]
     assert not (tmp_path / "run").exists()
 
 
 def test_all_leave_a_run_that_diverges_together(tmp_path):
-    assert together(tmp_path, (0, 9), seeds=2, skip_diverged=True) == 0, log(tmp_path)
+    first, second = together(tmp_path, (0, 9), seeds=2, skip_diverged=True)
+    assert first.endswith("summary")
+    assert second == "nothing"
     ended = [r for r in read_metrics(tmp_path / "run") if r.get("ended")]
     assert [(r["seed"], r["step"], r.get("diverged", False)) for r in ended] == [(0, 10, True), (1, 24, False)]
     alone = make(tmp_path / "alone", Repeat(breaks=(0, 9)), seeds=2, skip_diverged=True)
@@ -139,34 +130,22 @@ def test_the_first_process_chooses_the_precision_of_all(tmp_path):
     (out / "summary.json").unlink()
     (out / "metrics.jsonl").unlink()
 
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(CHOICE))
-    with torchrun([str(script), str(tmp_path), *options, "--out", str(out)], tmp_path / "log") as group:
-        assert group.wait(HANG) == 0, log(tmp_path)
-    assert said(tmp_path) == ["bfloat16", "bfloat16"]
+    assert on_ranks_of_torchrun(2, chosen, ["recall", *options, "--out"], out) == [(0, "bfloat16"), (0, "bfloat16")]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["settings"]["precision"] == "bfloat16"
     ours = timeless(read_metrics(out))
     assert [record["loss"] for record in ours] == pytest.approx([record["loss"] for record in alone], rel=1e-2)
 
 
-CHOICE = """
-import os, sys
-from pathlib import Path
-from rankdecay.lab import cli
-from rankdecay.lab.experiments.attention import runs
-from rankdecay.lab.session.distributed import leave
+def chosen(command: list[str], out: Path) -> tuple[int, str]:
+    """The exit code and the precision of a process; the second one's directory is of nobody."""
+    taken = []
+    make_plan = runs.make_plan
 
-make_plan = runs.make_plan
-rank = os.environ["RANK"]
+    def noted(settings, *arguments):
+        taken.append(settings.precision)
+        return make_plan(settings, *arguments)
 
-def noted(settings, *arguments):
-    Path(sys.argv[1], rank).write_text(settings.precision)
-    return make_plan(settings, *arguments)
-
-runs.make_plan = noted
-arguments = sys.argv[2:]
-if rank == "1":
-    arguments[arguments.index("--out") + 1] += "-of-nobody"
-leave(cli.main(["recall", *arguments]))
-"""
+    runs.make_plan = noted
+    path = str(out) if os.environ["RANK"] == "0" else f"{out}-of-nobody"
+    return cli.main([*command, path]), *taken

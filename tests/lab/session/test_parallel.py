@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import pickle
 import signal
 from datetime import timedelta
@@ -26,7 +25,7 @@ from rankdecay.lab.session.session import Plan, Run, Session
 from rankdecay.lab.store import Checkpoint, Record, read_metrics
 from tests.held import held
 from tests.lab.tiny import Repeat
-from tests.ranks import RankFailed, free_port, on_ranks, torchrun
+from tests.ranks import RankFailed, on_ranks, on_ranks_of_torchrun, torchrun
 from tests.waiting import HANG, until
 
 # a clip that always acts: an error of the norm would be one of the moments
@@ -141,10 +140,8 @@ def test_a_loss_scaler_is_for_whole_models():
 # --- processes that are lost ---
 
 
-def outlive(seconds: float, port: int, folder: Path) -> str:
+def outlive(seconds: float, folder: Path) -> str:
     """What a process says when the other says nothing, or has left."""
-    torch.distributed.destroy_process_group()  # that of `on_ranks`
-    os.environ["MASTER_PORT"] = str(port)
     try:
         with joined("cpu", timedelta(seconds=seconds)) as (_, first):
             torch.distributed.barrier()
@@ -155,8 +152,6 @@ def outlive(seconds: float, port: int, folder: Path) -> str:
     except SettingError as error:
         (folder / "gave up").touch()
         return str(error)
-    finally:
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     return "nothing"
 
 
@@ -209,7 +204,7 @@ def test_a_process_that_waits_in_vain_says_so(tmp_path):
         folder = tmp_path / str(seconds)
         folder.mkdir()
         with contextlib.suppress(RankFailed):
-            said = on_ranks(2, outlive, seconds, free_port(), folder)
+            said = on_ranks_of_torchrun(2, outlive, seconds, folder)
             if len(list(folder.glob("met*"))) == 2:
                 break
     for rank, words in enumerate(said):
