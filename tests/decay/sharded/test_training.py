@@ -89,10 +89,10 @@ def trained(kind: str, how: str, unit: Any, steps: int = STEPS, at: Any = None) 
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in named.items()}
 
 
-def apart(kind: str, hows: list[str], unit: str) -> dict[str, float]:
+def apart(
+    kind: str, hows: list[str], unit: str, before: dict[str, Tensor], alone: dict[str, Tensor]
+) -> dict[str, float]:
     """How far each way of sharing ends from one process, as a share of what training changed."""
-    before = {name: p.detach().clone() for name, p in MODELS[kind]().named_parameters()}
-    alone = trained(kind, "one", unit)
     found = {}
     for how in hows:
         together = trained(kind, how, unit)
@@ -112,9 +112,11 @@ def apart(kind: str, hows: list[str], unit: str) -> dict[str, float]:
     ],
 )
 def test_twenty_steps_end_where_one_process_does(kind, world, hows, unit):
-    for found in on_ranks(world, apart, kind, hows, unit):
+    before = {name: p.detach().clone() for name, p in MODELS[kind]().named_parameters()}
+    alone = trained(kind, "one", unit)  # here, and not in every process again
+    for found in on_ranks(world, apart, kind, hows, unit, before, alone):
         assert {name: value for name, value in found.items() if not value < 1e-5} == {}
-        assert len(found) == len(hows) * len(dict(MODELS[kind]().named_parameters()))
+        assert len(found) == len(hows) * len(before)
 
 
 # ---- a process that dies -----------------------------------------------------------------------------------------
