@@ -415,6 +415,16 @@ def emptied(arm: str, step: str, key: str) -> str:
     return format(statistics.fmean(own), NEEDLE[key][1])
 
 
+def refilled(step: str) -> str:
+    """The loss without the decay over that with it, of `benchmarks/needle.py`, seed by seed."""
+    rows = json.loads((DATA / "needle.json").read_text())["rows"]
+    on, off = (
+        {row["seed"]: row["loss"] for row in rows if (row["arm"], row["step"]) == (arm, int(step))}
+        for arm in ("decay on", "decay off")
+    )
+    return stored.interval([off[seed] - on[seed] for seed in off], "+.4f")
+
+
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="of planes: write the rows here as well")
 

@@ -520,13 +520,18 @@ CLAIMS = (
         "of the task's gradient {emptied on 0 gradient_share} lies between them, of any matrix {emptied on 0 "
         "isotropic}; without the decay {emptied off 0 in_use} directions in use of a head become {emptied off "
         "200 in_use}, the loss {emptied off 200 loss} against {emptied on 200 loss}",
-        "one seed, of the language model",
-        "python benchmarks/needle.py runs/planes_rotary/models/low_rank_10_mlp_0.1_seed_0 "
-        "--json docs/data/language/needle.json",
+        "the loss without the decay less that with it, by seed: {refilled 200}",
+        "python benchmarks/needle.py runs/planes_rotary/models/low_rank_10_* --json docs/data/language/needle.json",
         ("language/needle.json",),
         "recall_language_vision.md",
-        "open",
-        "one seed: under Adam they come back within the decay's interval and are emptied again",
+        "holds with a condition",
+        "under Adam they come back within the decay's interval, above its threshold, and are emptied again; without "
+        "the decay the task refills them, for little",
+        lambda: (
+            float(attention_findings.emptied("off", "200", "in_use"))
+            > 2 * float(attention_findings.emptied("on", "200", "in_use"))
+            and float(attention_findings.emptied("on", "100", "grown")) > 1
+        ),
     ),
     Claim(
         KOBAYASHI,

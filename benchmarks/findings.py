@@ -409,6 +409,7 @@ NUMBERS |= {"seeds_of": attention_findings.seeds_of}
 NUMBERS |= {"e1": schedule_findings.words}
 NUMBERS |= {"control": attention_findings.control, "plane": attention_findings.plane}
 NUMBERS |= {"above_none": attention_findings.above_none, "emptied": attention_findings.emptied}
+NUMBERS |= {"refilled": attention_findings.refilled}
 NUMBERS |= {"of_pretrained": pretrained_findings.figure, "rounding": pretrained_findings.rounding_words}
 NUMBERS |= {"planes_left": rotary_findings.words}
 NUMBERS |= {"beyond": margin_findings.beyond}
