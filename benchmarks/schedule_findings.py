@@ -81,18 +81,20 @@ def result(directory: Path) -> Row:
     return schedule.report(protocol_of(directory), directory)
 
 
-def words(key: str) -> str:
+def words(key: str, run: str = DATA.name) -> str:
     """E1 in words, for the index and the page; a dash before there are rows.
 
     Args:
         key: ``status``, ``headline``, ``runs``, ``held:ARM``; ``FIRST/SECOND`` for two arms at the last horizon, a
             contrast or not; ``variant:NAME`` for a variant over its arm.
+        run: E1 itself, or its replication, below `docs/data`.
     """
+    directory = DATA.with_name(run)
     if key == "runs":
-        return f"{len(rows_of(DATA, 'tune')):,} runs of tuning, {len(rows_of(DATA, 'test')):,} held out"
-    if not complete(DATA):
+        return f"{len(rows_of(directory, 'tune')):,} runs of tuning, {len(rows_of(directory, 'test')):,} held out"
+    if not complete(directory):
         return {"status": "open", "headline": "not run to the end"}.get(key, "—")
-    found = result(DATA)
+    found = result(directory)
     if key == "headline":
         return found["headline"]
     if key == "status":
@@ -102,9 +104,9 @@ def words(key: str) -> str:
         return f"{list(arm['held'].values())[-1]} of {arm['runs']}"
     first, _, second = key.partition("/")
     if key.startswith("variant:"):
-        one = variant(DATA, key.removeprefix("variant:"))
+        one = variant(directory, key.removeprefix("variant:"))
     else:
-        one = against(DATA, found["low_rank"] if first == "low_rank" else first, second)
+        one = against(directory, found["low_rank"] if first == "low_rank" else first, second)
     return shown(one)
 
 
