@@ -10,6 +10,7 @@
     python benchmarks/attention_findings.py controls docs/data/language/controls      # what scores are worth
     python benchmarks/attention_findings.py needle docs/data/language/needle.json     # of `benchmarks/needle.py`
     python benchmarks/attention_findings.py extension docs/data/language/planes_*     # planes and ranks over seeds
+    python benchmarks/attention_findings.py paired docs/data/vision/mnist             # loss and accuracy seed by seed
 
 A compact copy is a run directory: its rows with the measures that the tables show, so `rankdecay report` draws it too.
 Of a run that is not complete it has the runs that have ended. `extension` reads the planes of the models from the file
@@ -305,9 +306,9 @@ def by_seed(directory: Path, arm: str, strength: float, key: str = "loss") -> di
     return {row["seed"]: row[key] for row in rows if (row["arm"], row["strength"]) == (arm, strength)}
 
 
-def above(directory: Path, arm: str, strength: float, against: tuple[str, float]) -> Row | None:
+def above(directory: Path, arm: str, strength: float, against: tuple[str, float], key: str = "loss") -> Row | None:
     """The loss of a cell above another's, seed by seed: mean, 95 % interval by Student's t, and number of seeds."""
-    own, other = by_seed(directory, arm, strength), by_seed(directory, *against)
+    own, other = by_seed(directory, arm, strength, key), by_seed(directory, *against, key)
     found = [own[seed] - other[seed] for seed in own if seed in other]
     if not found:
         return None
@@ -323,6 +324,7 @@ def above_words(found: Row | None) -> str:
     return f"{found['mean']:+.3f}{interval}"
 
 
+NONE = ("l2", 0.0)
 USUAL = ("l2", 0.1)  # what the controls are compared with: attention trained, with the usual decay
 CONTROLS = ("uniform", "frozen", "frozen_large", "positions")
 
@@ -361,7 +363,7 @@ def extension(options: argparse.Namespace) -> None:
         positions = (read_json(directory / "config.json") or {"settings": {}})["settings"].get("positions", "")
         for cell in cells_of(directory):
             own = (cell["name"], cell["strength"])
-            words = "—" if own == ("l2", 0) else above_words(above(directory, *own, ("l2", 0)))
+            words = "—" if own == NONE else above_words(above(directory, *own, NONE))
             found = planes_of(directory, *own)
             ranks = [f"{statistics.fmean(values):.2f}" if values else "—" for values in found.values()]
             seeds = len(by_seed(directory, *own))
@@ -375,9 +377,24 @@ def plane(run: str, arm: str, strength: str, key: str, form: str = ".2f") -> str
     return format(statistics.fmean(values), form) if values else "—"
 
 
-def above_none(run: str, arm: str, strength: str) -> str:
-    """The loss of a cell above no decay, by seed."""
-    return above_words(above(DATA / run, arm, float(strength), ("l2", 0.0)))
+def above_none(run: str, arm: str, strength: str, key: str = "loss") -> str:
+    """The loss of a cell above no decay, by seed, or another figure: of ``language``, or as ``vision/mnist`` says."""
+    return above_words(above(DATA.parent / run if "/" in run else DATA / run, arm, float(strength), NONE, key))
+
+
+def paired(options: argparse.Namespace) -> None:
+    """A Markdown line per cell: loss and accuracy, each beside that of no decay seed by seed, and ranks."""
+    for directory in options.directories:
+        print("\n| arm | decay | seeds | loss | above no decay | accuracy | above no decay | rank QK | rank VO |\n"
+              "|---|" + "--:|" * 8)  # fmt: skip
+        for cell in cells_of(directory):
+            own = (cell["name"], cell["strength"])
+            shown = [own[0], f"{own[1]:g}", str(len(by_seed(directory, *own)))]
+            for key, form in (("loss", ".4f"), ("accuracy", ".3f")):
+                beside = "—" if own == NONE else above_words(above(directory, *own, NONE, key))
+                shown += [format(cell[key], form), beside]
+            shown += [f"{of(cell, part, 'pseudo_rank'):.2f}" for part in PARTS]
+            print(f"| {' | '.join(shown)} |")
 
 
 NEEDLE = {
@@ -431,7 +448,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 TABLES = {
     "table": table, "layers": layers, "scatter": scatter, "stands": stands, "balance": balance, "planes": planes,
-    "controls": controls, "extension": extension, "needle": needle,
+    "controls": controls, "extension": extension, "needle": needle, "paired": paired,
 }  # fmt: skip
 
 
