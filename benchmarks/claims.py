@@ -68,6 +68,12 @@ def _selection() -> Sweep:
     return boundary_findings.sweep((DATA / "boundary" / "selection",), 2.0)
 
 
+def _above_none(run: str, arm: str, strength: float) -> dict[str, Any]:
+    nothing = {"low": -math.inf, "high": math.inf}
+    none = attention_findings.NONE
+    return attention_findings.above(DATA / run, arm, strength, none, "accuracy") or nothing
+
+
 def _planes(arm: str, strength: float, key: str, positions: str = "rotary") -> float:
     directory = DATA / "language" / f"planes_{positions}"
     return statistics.fmean(attention_findings.planes_of(directory, arm, strength)[key])
@@ -652,14 +658,23 @@ CLAIMS = (
     Claim(
         KOBAYASHI,
         "Rank costs accuracy in a ViT",
-        "rank {rank vision/standard low_rank 0.1} to {rank vision/standard low_rank 10}, accuracy "
-        "{accuracy vision/standard low_rank 0.1} to {accuracy vision/standard low_rank 10}",
-        "one seed, digits: no difference of losses is beyond its error",
-        "rankdecay vision --preset standard",
-        ("vision/standard",),
+        "MNIST's digits: at a rank of W_KᵀW_Q of {rank vision/mnist low_rank 10} ({rank vision/mnist l2 0} without "
+        "decay) accuracy {accuracy vision/mnist low_rank 10} ({accuracy vision/mnist l2 0}); under L2 of all four "
+        "matrices, ranks {rank vision/mnist l2 10} and {rank vision/mnist l2 10 value_output}, {accuracy "
+        "vision/mnist l2 10}",
+        "accuracy beside no decay, by seed: {above_none vision/mnist low_rank 10 accuracy} and {above_none "
+        "vision/mnist l2 10 accuracy}",
+        "rankdecay vision --preset standard --image-folder runs/mnist --grey --image-size 28 --patch 7 --arms l2 "
+        "low_rank --strengths l2=0,1,10 low_rank=1,10 --qk-norm off --seeds 5 --evaluate-every 200",
+        ("vision/mnist", "vision/standard"),
         "recall_language_vision.md",
-        "open",
-        "digits are too easy to say",
+        "contradicted",
+        "of W_KᵀW_Q, to a hundredth; of L2 on all four matrices it may hold, one of four comparisons that are not "
+        "adjusted for their number",
+        lambda: (
+            (found := _above_none("vision/mnist", "low_rank", 10.0))["low"] > -0.01
+            and found["high"] > 0 > _above_none("vision/mnist", "l2", 10.0)["high"]
+        ),
     ),
     Claim(
         KOBAYASHI,

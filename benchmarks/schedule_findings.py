@@ -81,15 +81,15 @@ def result(directory: Path) -> Row:
     return schedule.report(protocol_of(directory), directory)
 
 
-def words(key: str, run: str = DATA.name) -> str:
+def words(key: str, run: str = "") -> str:
     """E1 in words, for the index and the page; a dash before there are rows.
 
     Args:
         key: ``status``, ``headline``, ``runs``, ``held:ARM``; ``FIRST/SECOND`` for two arms at the last horizon, a
             contrast or not; ``variant:NAME`` for a variant over its arm.
-        run: E1 itself, or its replication, below `docs/data`.
+        run: its replication, below `docs/data`, in place of E1 itself.
     """
-    directory = DATA.with_name(run)
+    directory = DATA.with_name(run) if run else DATA
     if key == "runs":
         return f"{len(rows_of(directory, 'tune')):,} runs of tuning, {len(rows_of(directory, 'test')):,} held out"
     if not complete(directory):
