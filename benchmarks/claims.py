@@ -216,6 +216,26 @@ CLAIMS = (
     ),
     Claim(
         GROKKING,
+        "What low-rank decay does beyond its part along the weights, which lowers the rank, makes it sooner (E1)",
+        "at the larger modulus held in {e1 held:smooth schedule_31} under low rank, in {e1 held:radial_only "
+        "schedule_31} under that part alone, in {e1 held:raise_rank schedule_31} with the rank raised; {e1 runs "
+        "schedule_31}",
+        "low rank / radial part {e1 low_rank/radial_only}, and {e1 low_rank/radial_only schedule_31} at the larger "
+        "modulus; / rank raised {e1 low_rank/raise_rank} and {e1 low_rank/raise_rank schedule_31}; / ramp {e1 "
+        "low_rank/l2_ramp} and {e1 low_rank/l2_ramp schedule_31}",
+        "python benchmarks/schedule.py --modulus 31 --width 128 --sizes 2500 --dir docs/data/schedule_31 --stage tune; "
+        "… --stage test; … --stage report",
+        ("schedule", "schedule_31"),
+        "grokking.md",
+        "contradicted",
+        "one task at two sizes; beyond that part it costs steps at both",
+        lambda: all(
+            schedule_findings.against(DATA / run, "smooth", "radial_only")["low"] > 1
+            for run in ("schedule", "schedule_31")
+        ),
+    ),
+    Claim(
+        GROKKING,
         "Rank pressure beside a ramp of L2, or beside L2 (LRD Elastic, announced by the paper), makes it sooner",
         "a ramp with low rank at the ramp's norms takes {e1 variant:ramp_low_rank} times the steps of the ramp",
         "Elastic / low rank {e1 variant:elastic}",
