@@ -155,14 +155,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="directories of models that `rankdecay language` kept")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the machine and every row")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help="write the machine and every row, beside those that are there; a model that has rows is not trained again",
+    )
     given = parser.parse_args()
     settings = PRESETS["standard"]
     problem = LanguageModelling(
         settings, text.load(text=None, dataset=None, tokenizer=None, share=settings.valid_share)
     )
     rows: list[Row] = json.loads(given.json.read_text())["rows"] if given.json and given.json.exists() else []
-    done = {(row["model"], row["seed"], row["arm"]) for row in rows if row["step"] == given.steps}
+    done = {(row["model"], row["seed"], row["arm"]) for row in rows}
     for directory, arm in itertools.product(given.models, ARMS):
         if (*named(directory), arm) not in done:
             rows += train_on(directory, arm, problem, given.steps)
