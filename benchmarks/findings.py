@@ -191,6 +191,12 @@ def held_from_to(name: str, arm: str, size: str, lowest: str, highest: str, rest
     return f"{min(held.values())} to {max(held.values())}"
 
 
+def held_at(name: str, arm: str, strength: str) -> str:
+    """The step at which the runs of a column held, the mean of those that did."""
+    rows = [row for row in _sweep(name).of(arm) if row["strength"] == float(strength)]
+    return f"{statistics.fmean(r['steps_to_generalise'] for r in rows if r['steps_to_generalise'] is not None):,.0f}"
+
+
 def columns_between(name: str, size: str, low: str, high: str) -> str:
     """Columns, over all arms, whose best test accuracy at one size is between two values in the mean over seeds."""
     sweep = _sweep(name)
@@ -400,9 +406,9 @@ NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
-        cell, cell_mean, held_from_to, columns_between, delay, switched, events, chance, loss, rank, measure, accuracy,
-        svm, settled, worst, rates, left, noise, stuck, share, against, spread, ends, published, rank_of, sent,
-        planes, planes_share,
+        cell, cell_mean, held_from_to, held_at, columns_between, delay, switched, events, chance, loss, rank, measure,
+        accuracy, svm, settled, worst, rates, left, noise, stuck, share, against, spread, ends, published, rank_of,
+        sent, planes, planes_share,
     )
 }  # fmt: skip
 NUMBERS |= {"seeds_of": attention_findings.seeds_of}

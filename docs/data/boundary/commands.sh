@@ -51,4 +51,4 @@ sweep prototype --preset prototype
 # One size of multiplication in the paper's settings: its step on its grid, L2 there and beyond.
 paper() { rankdecay boundary --preset paper --task multiply --fractions 0.5 --seeds 1 --out "runs/$1" "${@:2}"; }
 paper paper_multiply --arms none l2_all paper_a1
-paper paper_multiply_l2 --arms l2_all --strengths l2_all=0.2,0.5,1,2
+paper paper_multiply_l2 --arms l2_all --strengths l2_all=0.2,0.5,1,2,4,8
