@@ -10,7 +10,7 @@
     python benchmarks/attention_findings.py controls docs/data/language/controls      # what scores are worth
     python benchmarks/attention_findings.py needle docs/data/language/needle.json     # of `benchmarks/needle.py`
     python benchmarks/attention_findings.py extension docs/data/language/planes_*     # planes and ranks over seeds
-    python benchmarks/attention_findings.py paired docs/data/vision/mnist             # loss and accuracy seed by seed
+    python benchmarks/attention_findings.py paired docs/data/vision/mnist_vit         # loss and accuracy seed by seed
 
 A compact copy is a run directory: its rows with the measures that the tables show, so `rankdecay report` draws it too.
 Of a run that is not complete it has the runs that have ended. `extension` reads the planes of the models from the file
@@ -307,7 +307,7 @@ def by_seed(directory: Path, arm: str, strength: float, key: str = "loss") -> di
 
 
 def above(directory: Path, arm: str, strength: float, against: tuple[str, float], key: str = "loss") -> Row | None:
-    """The loss of a cell above another's, seed by seed: mean, 95 % interval by Student's t, and number of seeds."""
+    """A figure of a cell above another's, seed by seed: mean, 95 % interval by Student's t, and number of seeds."""
     own, other = by_seed(directory, arm, strength, key), by_seed(directory, *against, key)
     found = [own[seed] - other[seed] for seed in own if seed in other]
     if not found:
@@ -378,7 +378,7 @@ def plane(run: str, arm: str, strength: str, key: str, form: str = ".2f") -> str
 
 
 def above_none(run: str, arm: str, strength: str, key: str = "loss") -> str:
-    """The loss of a cell above no decay, by seed, or another figure: of ``language``, or as ``vision/mnist`` says."""
+    """The loss of a cell above no decay, by seed, or another figure: of a run of language, or ``vision/mnist_vit``."""
     return above_words(above(DATA.parent / run if "/" in run else DATA / run, arm, float(strength), NONE, key))
 
 
@@ -425,20 +425,20 @@ def needle(options: argparse.Namespace) -> None:
             print(f"| {arm} | {step} | {len(own)} | {' | '.join(shown)} |")
 
 
+def _needle(arm: str, step: str, key: str) -> dict[int, float]:
+    """A figure of `benchmarks/needle.py` under an arm, ``on`` or ``off``, by seed."""
+    rows = json.loads((DATA / "needle.json").read_text())["rows"]
+    return {row["seed"]: row[key] for row in rows if (row["arm"], row["step"]) == (f"decay {arm}", int(step))}
+
+
 def emptied(arm: str, step: str, key: str) -> str:
     """A figure of `benchmarks/needle.py`, a mean over seeds."""
-    rows = json.loads((DATA / "needle.json").read_text())["rows"]
-    own = [row[key] for row in rows if (row["arm"], row["step"]) == (f"decay {arm}", int(step))]
-    return format(statistics.fmean(own), NEEDLE[key][1])
+    return format(statistics.fmean(_needle(arm, step, key).values()), NEEDLE[key][1])
 
 
 def refilled(step: str) -> str:
-    """The loss without the decay over that with it, of `benchmarks/needle.py`, seed by seed."""
-    rows = json.loads((DATA / "needle.json").read_text())["rows"]
-    on, off = (
-        {row["seed"]: row["loss"] for row in rows if (row["arm"], row["step"]) == (arm, int(step))}
-        for arm in ("decay on", "decay off")
-    )
+    """The loss without the decay less that with it, of `benchmarks/needle.py`, seed by seed."""
+    on, off = (_needle(arm, step, "loss") for arm in ("on", "off"))
     return stored.interval([off[seed] - on[seed] for seed in off], "+.4f")
 
 
