@@ -71,6 +71,13 @@ def copy(run: Path, to: Path, rows: Iterable[Row]) -> None:
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
 
 
+def existing(words: str) -> Path:
+    """A file or folder on the command line; refused where there is none, which would print an empty table."""
+    if not Path(words).exists():
+        raise argparse.ArgumentTypeError(f"{words}: there is no such file or folder: give stored rows, see docs/data")
+    return Path(words)
+
+
 Action = Callable[[argparse.Namespace], None]
 
 
@@ -96,12 +103,12 @@ def command_line(
     commands = parser.add_subparsers(required=True)
     storing = commands.add_parser("store")
     storing.set_defaults(action=store)
-    storing.add_argument("run", type=Path)
+    storing.add_argument("run", type=existing)
     storing.add_argument("to", type=Path)
     for name, table in tables.items():
         shown = commands.add_parser(name)
         shown.set_defaults(action=table)
-        shown.add_argument("directories", type=Path, nargs="+")
+        shown.add_argument("directories", type=existing, nargs="+")
         options(shown)
     for name, measure in (measured or {}).items():
         running = commands.add_parser(name)

@@ -46,6 +46,12 @@ def test_words_that_nothing_is_made_from_are_named(made):
         made("<!-- findings: thrice x --><!-- end -->")
 
 
+def test_rows_that_are_not_there_are_named(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        stored.command_line("", stored.store, {"table": print}, arguments=["table", str(tmp_path / "nothing")])
+    assert "nothing: there is no such file or folder" in capsys.readouterr().err
+
+
 # --- claims ---
 
 CLAIM = claims.Claim("Group", "It holds", "in {twice 3}", "{twice 4}", "rankdecay grok", ("there",), "page.md", "holds")
