@@ -26,8 +26,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import stored
-from scipy import stats
+from scipy import optimize, stats
 
 from rankdecay import find_attention, inspect, spectrum
 from rankdecay.lab.experiments.attention.summary import difference, of, summarise
@@ -307,13 +308,33 @@ def by_seed(directory: Path, arm: str, strength: float, key: str = "loss") -> di
 
 
 def above(directory: Path, arm: str, strength: float, against: tuple[str, float], key: str = "loss") -> Row | None:
-    """A figure of a cell above another's, seed by seed: mean, 95 % interval by Student's t, and number of seeds."""
+    """A figure of a cell above another's, seed by seed: mean, 95 % interval by Student's t, seeds, what would show."""
     own, other = by_seed(directory, arm, strength, key), by_seed(directory, *against, key)
     found = [own[seed] - other[seed] for seed in own if seed in other]
     if not found:
         return None
     mean, wide = statistics.fmean(found), stored.half_interval(found)
-    return {"mean": mean, "low": mean - wide, "high": mean + wide, "seeds": len(found)}
+    shows = least_shown(found) if len(found) > 1 else math.inf
+    return {"mean": mean, "low": mean - wide, "high": mean + wide, "seeds": len(found), "shows": shows}
+
+
+def least_shown(differences: Sequence[float]) -> float:
+    """The true mean difference that a two-sided t-test at 5 % finds in `POWER` of experiments that scatter as this one.
+
+    Args:
+        differences: of two seeds or more, with each seed's difference once.
+    """
+    degrees = len(differences) - 1
+    bound = stats.t.ppf(0.975, degrees)
+    # The test's denominator over the true standard error. scipy's noncentral t is NaN where the shift is large.
+    scatter = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, degrees) / degrees)
+
+    def beyond(shift: float) -> float:  # in standard errors of the mean
+        found = stats.norm.sf(bound * scatter - shift) + stats.norm.cdf(-bound * scatter - shift)
+        return float(found.mean()) - POWER
+
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return float(optimize.brentq(beyond, 0.0, 8 * bound)) * error
 
 
 def above_words(found: Row | None) -> str:
@@ -324,6 +345,7 @@ def above_words(found: Row | None) -> str:
     return f"{found['mean']:+.3f}{interval}"
 
 
+POWER = 0.8
 NONE = ("l2", 0.0)
 USUAL = ("l2", 0.1)  # what the controls are compared with: attention trained, with the usual decay
 CONTROLS = ("uniform", "frozen", "frozen_large", "positions")
@@ -383,18 +405,37 @@ def above_none(run: str, arm: str, strength: str, key: str = "loss") -> str:
 
 
 def paired(options: argparse.Namespace) -> None:
-    """A Markdown line per cell: loss and accuracy, each beside that of no decay seed by seed, and ranks."""
+    """A Markdown line per cell: loss, and accuracy where there is one, beside no decay seed by seed, and ranks.
+
+    *Would show* is the difference of losses that four in five such experiments find (`least_shown`).
+    """
     for directory in options.directories:
-        print("\n| arm | decay | seeds | loss | above no decay | accuracy | above no decay | rank QK | rank VO |\n"
-              "|---|" + "--:|" * 8)  # fmt: skip
-        for cell in cells_of(directory):
+        cells = cells_of(directory)
+        figures = [("loss", ".4f"), *([("accuracy", ".3f")] if cells[0]["accuracy"] is not None else [])]
+        heads = ["arm", "decay", "seeds"]
+        for key, _ in figures:
+            heads += [key, "above no decay", *(["would show"] if key == "loss" else [])]
+        heads += ["rank QK", "rank VO"]
+        print(f"\n| {' | '.join(heads)} |\n|---|" + "--:|" * (len(heads) - 1))
+        for cell in cells:
             own = (cell["name"], cell["strength"])
             shown = [own[0], f"{own[1]:g}", str(len(by_seed(directory, *own)))]
-            for key, form in (("loss", ".4f"), ("accuracy", ".3f")):
-                beside = "—" if own == NONE else above_words(above(directory, *own, NONE, key))
-                shown += [format(cell[key], form), beside]
+            for key, form in figures:
+                found = None if own == NONE else above(directory, *own, NONE, key)
+                shown += [format(cell[key], form), above_words(found)]
+                shown += [would_show(found)] if key == "loss" else []
             shown += [f"{of(cell, part, 'pseudo_rank'):.2f}" for part in PARTS]
             print(f"| {' | '.join(shown)} |")
+
+
+def would_show(found: Row | None) -> str:
+    """The difference that four in five such experiments find, in words; a dash where one seed says nothing of it."""
+    return "—" if found is None or math.isinf(found["shows"]) else f"{found['shows']:.3f}"
+
+
+def power(run: str, arm: str, strength: str) -> str:
+    """`would_show` of a cell's loss above no decay, of a run of language."""
+    return would_show(above(DATA / run, arm, float(strength), NONE))
 
 
 NEEDLE = {

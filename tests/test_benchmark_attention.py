@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -120,3 +121,12 @@ def test_of_a_run_that_is_not_over_the_runs_that_ended_are_stored(tmp_path):
     assert not (tmp_path / "stored" / "summary.json").exists()
     cells = attention_findings.cells_of(tmp_path / "stored")
     assert [cell["strength"] for cell in cells] == [0.0, 0.1]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_four_in_five_experiments_find_the_difference_that_would_show(seeds):
+    generator = np.random.default_rng(seeds)
+    differences = generator.normal(size=seeds).tolist()
+    again = generator.normal(size=(20_000, seeds)) * np.std(differences, ddof=1)
+    found = stats.ttest_1samp(again + attention_findings.least_shown(differences), 0.0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(attention_findings.POWER, abs=0.02)
