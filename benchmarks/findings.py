@@ -197,14 +197,31 @@ def held_at(name: str, arm: str, strength: str) -> str:
     return f"{statistics.fmean(r['steps_to_generalise'] for r in rows if r['steps_to_generalise'] is not None):,.0f}"
 
 
+def least_strength(name: str, arm: str, size: str, accuracy: str) -> str:
+    """The lowest strength of an arm whose best test accuracy at one size is at least so much, a mean over seeds."""
+    sweep = _sweep(name)
+    strengths = sorted({row["strength"] for row in sweep.of(arm) if sweep.size(row["train_fraction"]) == size})
+    enough = [s for s in strengths if _best_accuracy(sweep, arm, float(size), s) >= float(accuracy)]
+    return f"{enough[0]:g}" if enough else "none"
+
+
+def least_data(name: str, arm: str, accuracy: str) -> str:
+    """The smallest size at which an arm's best strength there has such a best test accuracy, a mean over seeds."""
+    sweep = _sweep(name)
+    columns = sorted({(row["train_fraction"], row["strength"]) for row in sweep.of(arm)})
+    enough = [size for size, strength in columns if _best_accuracy(sweep, arm, size, strength) >= float(accuracy)]
+    return str(sweep.size(enough[0])) if enough else "none"
+
+
+def _best_accuracy(sweep: boundary_findings.Sweep, arm: str, size: float, strength: float) -> float:
+    return statistics.fmean(boundary_findings.best_accuracies(sweep, arm, size, strength))
+
+
 def columns_between(name: str, size: str, low: str, high: str) -> str:
     """Columns, over all arms, whose best test accuracy at one size is between two values in the mean over seeds."""
     sweep = _sweep(name)
     columns = {(row["arm"], row["strength"]) for row in sweep.rows if sweep.size(row["train_fraction"]) == size}
-    means = [
-        statistics.fmean(boundary_findings.best_accuracies(sweep, arm, float(size), strength))
-        for arm, strength in columns
-    ]
+    means = [_best_accuracy(sweep, arm, float(size), strength) for arm, strength in columns]
     return f"{sum(float(low) <= mean <= float(high) for mean in means)} of {len(means)}"
 
 
@@ -406,7 +423,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
-        cell, cell_mean, held_from_to, held_at, columns_between, delay, switched, events, chance, loss, rank, measure,
+        cell, cell_mean, held_from_to, held_at, least_strength, least_data, columns_between, delay, switched, events, chance, loss, rank, measure,
         accuracy, svm, settled, worst, rates, left, noise, stuck, share, against, spread, ends, published, rank_of,
         sent, planes, planes_share,
     )
