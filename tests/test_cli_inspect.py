@@ -55,6 +55,18 @@ def test_json_has_the_rows_other_tools_read(checkpoint, capsys):
                 assert isinstance(figures[key], float)
 
 
+def test_what_is_looked_at_is_not_written_over(checkpoint, tmp_path, capsys):
+    weights = sorted(checkpoint.glob("*.safetensors"))[0]
+    before = weights.read_bytes()
+    for option in ("--csv", "--html"):
+        assert main(["inspect", str(checkpoint), option, str(weights)]) == 2
+        assert "is a file of what is looked at: give another name" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+    out = str(tmp_path / "out")
+    assert main(["inspect", str(checkpoint), "--csv", out, "--html", out]) == 2
+    assert "give each a file of its own" in capsys.readouterr().err
+
+
 def test_csv_and_page(checkpoint, tmp_path, capsys):
     table, page = tmp_path / "rows.csv", tmp_path / "page.html"
     out = _answer(capsys, checkpoint, "--csv", table, "--html", page)

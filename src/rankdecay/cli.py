@@ -337,6 +337,7 @@ def _inspect(settings: argparse.Namespace) -> int:
     if settings.open and settings.html is None:
         raise CommandError("--open opens the page of --html, which is not given: add --html page.html")
     paths = (settings.path, *settings.compare)
+    _check_outputs(paths, settings)
     try:
         for path in paths:
             tidy(path)
@@ -376,6 +377,19 @@ def _inspect(settings: argparse.Namespace) -> int:
         if written is not None:
             print(visible(str(written)))
     return _code(reports, settings)
+
+
+def _check_outputs(paths: Sequence[Path], settings: argparse.Namespace) -> None:
+    """Refuse to write a table over the page, and either over what is looked at."""
+    named = {"--csv": settings.csv, "--html": settings.html}
+    given = {option: Path(path).resolve() for option, path in named.items() if path is not None}
+    if len(set(given.values())) < len(given):
+        raise CommandError(f"--csv and --html both name {settings.csv}: give each a file of its own")
+    for option, path in given.items():
+        for looked_at in (each.resolve() for each in paths):
+            inside = looked_at in path.parents and path.exists() and path.suffix not in (".csv", ".html", ".htm")
+            if path == looked_at or inside:
+                raise CommandError(f"{option} {named[option]} is a file of what is looked at: give another name")
 
 
 def _over_time(path: Path) -> str:

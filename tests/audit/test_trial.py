@@ -23,6 +23,12 @@ def test_a_rescaling_uncovers_a_coincidence():
     assert row(audit(model, loss, confirm=True), "weight").kind == "neither"
 
 
+def test_gradients_are_taken_also_where_they_are_switched_off():
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        assert row(audit(model, lambda: model(torch.ones(1, 2)).sum()), "weight").kind
+
+
 def test_units_are_scaled_up_and_down_in_turn():
     assert alternating(3).tolist() == [RESCALING, 1 / RESCALING, RESCALING]
 

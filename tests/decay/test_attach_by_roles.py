@@ -145,6 +145,36 @@ def test_a_step_that_raises_leaves_the_groups_whole_for_whatever_comes_next() ->
     assert len(optimizer.param_groups) == 1
 
 
+class _Fails(torch.optim.AdamW):
+    fails = True
+
+    def step(self, closure=None):
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return super().step(closure)
+
+
+def test_what_is_done_to_the_groups_after_a_step_that_raised_stays() -> None:
+    """No hook runs when a step raises, so the groups are put back together at the next one."""
+    model = make_model()
+    optimizer = _Fails(model.parameters(), lr=LR, weight_decay=0.1)
+    rd.attach(optimizer, model, query_key=rd.LowRank(0.1), exclude="layers.2")  # which is fused
+    zero_gradients(model)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    new = nn.Linear(4, 4)
+    optimizer.add_param_group({"params": new.parameters()})
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    optimizer.fails = False
+    others = [p for name, p in model.named_parameters() if "q_proj" not in name and "k_proj" not in name]
+    before = [p.detach().clone() for p in others if p.ndim == 1]
+    optimizer.step()
+    assert len(optimizer.param_groups) == 2
+    assert all(p is q for p, q in zip(optimizer.param_groups[1]["params"], new.parameters(), strict=True))
+    assert all(torch.equal(p, old) for p, old in zip((p for p in others if p.ndim == 1), before, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("maker", ["adamw", "sgd", "momentum"])
 @pytest.mark.parametrize("first", ["attach", "load"])
@@ -781,3 +811,32 @@ def test_a_group_key_of_the_users_may_be_called_role() -> None:
     model = make_model()
     optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "role": "backbone"}], lr=LR)
     assert rd.attach(optimizer, model, query_key=rd.LowRank(0.1)).active
+
+
+RELATIVE, ABSOLUTE = rd.LowRank(0.1, every=16), rd.LowRank(1.0, scale="absolute", every=16)
+
+
+@pytest.mark.parametrize("after", [RELATIVE, rd.Frobenius(0.1), rd.Frobenius(0.1, power=0)])
+@pytest.mark.parametrize("way", ["roles", "groups", "resumed"])
+def test_what_is_pending_of_one_unit_is_not_applied_in_another(way, after):
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(20)
+    groups = rd.param_groups(model, query_key=ABSOLUTE) if way == "groups" else model.parameters()
+    optimizer = torch.optim.SGD(groups, lr=LR)
+    attachment = rd.attach(optimizer) if way == "groups" else rd.attach(optimizer, model, query_key=ABSOLUTE)
+    zero_gradients(model)
+    for _ in range(15):
+        optimizer.step()
+    before = query_key(model)
+    if way == "resumed":
+        state = optimizer.state_dict()
+        attachment.detach()
+        rd.attach(optimizer, model, query_key=after)
+        optimizer.load_state_dict(state)
+    else:
+        attachment.set(query_key=after)
+    optimizer.step()
+    for new, old in zip(query_key(model), before, strict=True):
+        assert new.norm() / old.norm() > 0.9

@@ -403,6 +403,15 @@ def test_l2_that_the_optimizer_applies_is_warned_of_too():
         optimizer.step()
 
 
+def test_l2_of_a_group_that_the_optimizer_applies_is_warned_of_too():
+    layer = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(rd.param_groups(layer, other=rd.Frobenius(20.0), exclude="bias"), lr=0.1)
+    rd.attach(optimizer)
+    layer(torch.ones(1, 4)).sum().backward()
+    with pytest.warns(UserWarning, match=r"other: lr · strength is 2, and from 1 on hardly anything of a weight is"):
+        optimizer.step()
+
+
 def test_an_absolute_strength_of_any_size_is_no_reason_to_warn():
     layer = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(

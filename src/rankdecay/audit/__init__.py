@@ -137,7 +137,7 @@ def _gradients(model: nn.Module, loss: Callable[[], Tensor] | Tensor) -> dict[nn
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("every parameter of the model is frozen; set requires_grad_() on those to look at.")
-    gradients = torch.autograd.grad(value.reshape(()), trained, allow_unused=True, retain_graph=given)
+    gradients = torch.autograd.grad(value, trained, allow_unused=True, retain_graph=given)
     out = {parameter: g.detach() for parameter, g in zip(trained, gradients, strict=True) if g is not None}
     if not out:
         raise ValueError("the loss does not depend on any parameter of the model: is it computed with this model?")

@@ -53,12 +53,12 @@ from rankdecay.decay.optimizers import (
 )
 from rankdecay.decay.plan import check_decays
 from rankdecay.decay.planes import PlaneStep
-from rankdecay.decay.policy import Decay, LowRank, Planes, takes_a_share
+from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, takes_a_share, unit_of
 from rankdecay.decay.registered import RegisteredGroup, check_group, swapped
 from rankdecay.decay.roles import ROLES
 from rankdecay.decay.sources import Source, check_planes_held, give_weight_decay
 from rankdecay.decay.table import Row, table
-from rankdecay.decay.targets import Target, count_step
+from rankdecay.decay.targets import Target, count_step, pending_key
 from rankdecay.decay.units import in_units, present
 from rankdecay.decay.watch import Watch
 from rankdecay.dtensor import is_sharded
@@ -298,11 +298,11 @@ class Attachment:
             target.counter.settle()
         counts: dict[str, Any] = {}
         for target in targets:
-            missed = target.counter.missed
+            missed, unit = target.counter.missed, unit_of(target.decay)
             for position, name in enumerate(target.names):
                 of = f"{_bare(name)}.{target.role}"
-                counts |= {f"{of}_steps": target.counter.steps, f"{of}_pending": target.counter.pending}
-                counts |= {f"{of}_missed": missed[position]} if position in missed else {}
+                counts |= {f"{of}_steps": target.counter.steps, pending_key(of, unit): target.counter.pending}
+                counts |= {pending_key(of, unit, "missed"): missed[position]} if position in missed else {}
                 counts |= {f"{of}_warmed": target.counter.warmed} if target.decay and target.decay.warmup else {}
         return counts
 
@@ -321,11 +321,11 @@ class Attachment:
         for _, target, _ in self._targets(self.optimizer):
             first = f"{_bare(target.names[0])}.{target.role}"
             target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
-            target.counter.pending = float(state_dict.get(f"{first}_pending", 0.0))
+            target.counter.pending = float(state_dict.get(pending_key(first, unit_of(target.decay)), 0.0))
             target.counter.start_warmup(after=int(state_dict.get(f"{first}_warmed", 0)))
             target.counter.take_missed()
             for position, name in enumerate(target.names):
-                missed = state_dict.get(f"{_bare(name)}.{target.role}_missed")
+                missed = state_dict.get(pending_key(f"{_bare(name)}.{target.role}", unit_of(target.decay), "missed"))
                 if missed is not None:
                     target.counter.miss(position, float(missed))
 
@@ -476,6 +476,9 @@ class Attachment:
         for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
             factor = rate_of_step(optimizer, group, self._rates[index])
             counts = counts_steps(optimizer, group)
+            if not targets and "role" in group and group.get("decoupled_weight_decay"):  # L2 that is the optimizer's
+                own = Frobenius(float(group.get("weight_decay", 0.0)))
+                self._warn_if_too_strong(group["role"], own, factor)
             for number, (_, target, parameters) in enumerate(targets):
                 if self._paused and target.decay is not None:
                     continue  # what is the optimizer's own goes on

@@ -39,7 +39,7 @@ from rankdecay.attention.locate import Names
 from rankdecay.attention.planes import PlaneRows
 from rankdecay.checks import check_number
 from rankdecay.decay.plan import Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
-from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes
+from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, unit_of
 from rankdecay.decay.roles import ROLES, Assigned, Block
 
 Group = dict[str, Any]
@@ -295,7 +295,7 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
         if decay is not None and group["params"]:
             no_planes = next((_known[p].no_planes for p in group["params"] if p in _known), "")
             check_suits(block, Assigned(group["params"][0], names_in(group)[:1], blocks, no_planes=no_planes), decay)
-    counts = {key: group[key] for key in group if key.endswith(("_steps", "_pending"))}
+    counts = {key: group[key] for key in group if key.endswith(("_steps", "_pending", "_missed"))}
     for role, decay in decays.items():
         if found.get(role) == decay and f"{role}_warmed" in group:
             counts[f"{role}_warmed"] = group[f"{role}_warmed"]  # the same decay again: its warm-up goes on
@@ -304,9 +304,13 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
             del group[key]
     group.update(_keys(pairs))
     if "query_key" in roles:
-        acting = decays_in(group).get("query_key")
-        _give_planes(group, acting if isinstance(acting, Planes) else None)
-    group.update({key: value for key, value in counts.items() if key in group})
+        its = decays_in(group).get("query_key")
+        _give_planes(group, its if isinstance(its, Planes) else None)
+    acting = decays_in(group)
+    for role in [role for role in found if role in acting and unit_of(acting[role]) != unit_of(found[role])]:
+        for what in ("pending", "missed"):  # read in another unit it might wipe the weight out
+            counts.pop(f"{role}_{what}", None)
+    group.update({key: n for key, n in counts.items() if key.replace("_missed", "_pending") in group})
     group.update(real_l2(group))
 
 

@@ -297,6 +297,18 @@ OfMatrix = Frobenius | LowRank
 Decay = Frobenius | LowRank | Planes
 
 
+def unit_of(decay: Decay | None) -> str:
+    """Return what Σ lr · strength is counted in: amounts of different units do not add.
+
+    Returns:
+        "" where a step takes a share of the weight, "absolute" where it takes the same whatever the weight is, else
+        the power of the norm that it grows with.
+    """
+    relative = decay is None or (not isinstance(decay, Frobenius) and decay.scale == "relative")
+    power = decay.power if isinstance(decay, Frobenius) else float(relative)
+    return {1.0: "", 0.0: "absolute"}.get(power, f"power_{power:g}")
+
+
 def takes_a_share(decay: Decay) -> bool:
     """Return whether lr · strength is a share of what a weight is, of which nothing is left at 1."""
     if isinstance(decay, Frobenius):

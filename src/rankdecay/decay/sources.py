@@ -34,7 +34,7 @@ from rankdecay.decay.groups import (
 from rankdecay.decay.optimizers import check_divisible, counts_steps, decouples, is_decoupled
 from rankdecay.decay.plan import Planned, Remarks, bias_planes, decay_of, holds_more, why_of
 from rankdecay.decay.planes import check_alike, check_planes
-from rankdecay.decay.policy import Decay, Frobenius, Planes
+from rankdecay.decay.policy import Decay, Frobenius, Planes, unit_of
 from rankdecay.decay.targets import Bundle, Counter, Target
 
 
@@ -387,12 +387,15 @@ class FromModel:
 
     @staticmethod
     def _counted_on(before: list[Bundle], now: list[Bundle]) -> list[Bundle]:
-        """Let the counts of new bundles go on from those that had their parameters; a new decay warms up anew."""
+        """Let the counts of new bundles go on from those that had their parameters; a new decay warms up anew.
+
+        What is pending goes on where the new decay counts it in the same unit (`unit_of`), and is dropped elsewhere.
+        """
         for bundle in now:
             former = next((each for each in before if bundle.positions[0] in each.positions), None)
             if former is None:
                 continue
-            bundle.numbers.update(former.numbers)
+            bundle.take(former.numbers)
             same = {(target.role, target.decay) for target in former.targets}
             for target in bundle.targets:
                 if target.decay is not None and target.decay.warmup and (target.role, target.decay) not in same:
@@ -429,7 +432,7 @@ class FromModel:
         for role in dict.fromkeys(block.role for block, _ in decays):
             [its] = {decay for block, decay in decays if block.role == role}
             windows = [block.labelled_window() for block, _ in decays if block.role == role]
-            counter = Counter(numbers, role)
+            counter = Counter(numbers, role, unit_of(its))
             planes = [self._planned[name].entry.planes for name in names] if isinstance(its, Planes) else []
             targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer, planes))
         l2 = decay.strength if by_optimizer and isinstance(decay, Frobenius) else 0.0
@@ -509,11 +512,16 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Ca
     if undo:
         optimizer.param_groups[:] = [*found, *parted]
 
+    given = [{key: group.get(key) for key in keys} for group, keys in undo]
+
     def put_back() -> None:
-        for group, keys in undo:
-            group.update(keys)
+        """After a step that raised this is late: what was written and added since then stays."""
+        for (group, keys), ours in zip(undo, given, strict=True):
+            group.update({key: value for key, value in keys.items() if key == "params" or group.get(key) is ours[key]})
         if undo:
-            optimizer.param_groups[:] = found
+            known = set(map(id, (*found, *parted)))
+            added = [group for group in optimizer.param_groups if id(group) not in known]
+            optimizer.param_groups[:] = [*found, *added]
 
     return put_back
 

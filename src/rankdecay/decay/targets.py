@@ -7,6 +7,7 @@ elsewhere, where whatever saves the optimizer saves it too: in the keys of the g
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +27,26 @@ STATE_KEY = "rankdecay"
 
 
 class Counter:
-    """Counts in a dictionary: steps seen, those of a warm-up, and Σ lr · strength since the last decay."""
+    """Counts in a dictionary: steps seen, those of a warm-up, and Σ lr · strength since the last decay.
 
-    def __init__(self, numbers: dict[str, Any], role: str) -> None:
-        self._numbers, self._steps, self._pending = numbers, f"{role}_steps", f"{role}_pending"
-        self._missed, self._warmed = f"{role}_missed", f"{role}_warmed"
+    Args:
+        numbers: the dictionary.
+        role: whose counts they are.
+        unit: of what is pending, where the dictionary does not say it elsewhere. It is in the name, so that a decay of
+            another unit does not take it over: an absolute amount read as a share would wipe the weight out.
+    """
+
+    def __init__(self, numbers: dict[str, Any], role: str, unit: str = "") -> None:
+        self._numbers, self._steps, self._warmed = numbers, f"{role}_steps", f"{role}_warmed"
+        self._pending, self._missed = pending_key(role, unit), pending_key(role, unit, "missed")
+
+    def take(self, found: Mapping[str, Any]) -> None:
+        """Take over the counts of another dictionary that are of this decay."""
+        for key in (self._steps, self._warmed, self._pending):
+            if key in found and key in self._numbers:
+                self._numbers[key] = found[key]
+        if self._missed in found:
+            self._numbers[self._missed] = found[self._missed]
 
     @property
     def steps(self) -> int:
@@ -104,6 +120,11 @@ class Counter:
             self.pending = float(self.pending)
         if self._missed in self._numbers:
             self._numbers[self._missed] = {name: float(n) for name, n in self._numbers[self._missed].items()}
+
+
+def pending_key(role: str, unit: str, what: str = "pending") -> str:
+    """Return the name of Σ lr · strength since the last decay, or, ``"missed"``, of what parameters were spared."""
+    return "_".join(filter(None, (role, unit, what)))
 
 
 @dataclass
@@ -200,10 +221,14 @@ class Bundle:
         found = next((state[STATE_KEY] for state in states if state.get(STATE_KEY)), None)
         if found is self.numbers or (found is None and not self._written):
             return
-        known = {k: n for k, n in dict(found or {}).items() if k in self.numbers or k.endswith("_missed")}
         self._reset()
-        self.numbers.update(known)
+        self.take(found or {})
         self._written = False
+
+    def take(self, found: Mapping[str, Any]) -> None:
+        """Take over the counts that are of the decays here."""
+        for target in self.targets:
+            target.counter.take(found)
 
     def keep(self, optimizer: Optimizer, group: Group, stepped: set[int], counts: bool) -> None:
         """Write the counts to the state of the parameters that have been stepped, and of those that have counts.
