@@ -840,3 +840,9 @@ def test_what_is_pending_of_one_unit_is_not_applied_in_another(way, after):
     optimizer.step()
     for new, old in zip(query_key(model), before, strict=True):
         assert new.norm() / old.norm() > 0.9
+
+
+def test_excluding_every_parameter_is_told_as_what_it_is() -> None:
+    layer = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="exclude leaves no parameter of Linear"):
+        rd.attach(torch.optim.SGD(layer.parameters(), lr=LR), layer, other=rd.Frobenius(0.1), exclude="*")

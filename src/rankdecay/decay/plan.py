@@ -280,6 +280,8 @@ def _check_every_role_matches(
     for role, decay in named.items():
         if decay is None:
             continue
+        if not assigned:
+            raise ValueError(f"{role}={decay_text(decay)}: exclude leaves no parameter of {type(model).__name__}.")
         if role not in by_role:
             also = f" Attention that is not handled: {'; '.join(unhandled[:3]).rstrip('.')}." if unhandled else ""
             names = [name for entry in assigned for name in entry.names]
