@@ -94,6 +94,12 @@ def seeds_of(directory: str, arm: str, strength: str, part: str, name: str = "ps
     return stored.interval(over_seeds(Path("docs/data") / directory, arm, strength, part, name), ".2f")
 
 
+def learnt(directory: str, arm: str, strength: str) -> str:
+    """How many seeds of a cell end at an accuracy of 95 % or more, of a run below `docs/data`."""
+    ends = over_seeds(Path("docs/data") / directory, arm, strength, "query_key", "accuracy")
+    return f"{sum(end >= 0.95 for end in ends)} of {len(ends)}"
+
+
 def _lines(cells: list[Row], unit: str) -> None:
     heads = ["arm", "decay", "MLP", "QK-norm", "loss", "above no decay", "accuracy", "rank QK", "rank VO"]
     heads += ["rank W_Q", "rank W_K", "imbalance QK", "imbalance VO", "gap QK", "gap VO", f"{unit}/s", "at equal time"]

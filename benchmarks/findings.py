@@ -428,7 +428,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
         sent, planes, planes_share,
     )
 }  # fmt: skip
-NUMBERS |= {"seeds_of": attention_findings.seeds_of}
+NUMBERS |= {"seeds_of": attention_findings.seeds_of, "learnt": attention_findings.learnt}
 NUMBERS |= {"e1": schedule_findings.words}
 NUMBERS |= {"control": attention_findings.control, "plane": attention_findings.plane}
 NUMBERS |= {"above_none": attention_findings.above_none, "emptied": attention_findings.emptied}

@@ -25,7 +25,7 @@ class Recall(AttentionDecay):
     keys: int = 32
     """Distinct keys; at least as many as pairs."""
     queries: int = 20
-    """Keys asked for in each sequence, each once; the paper's 1 takes many more steps."""
+    """Keys asked for in each sequence, each once; the paper's 1 takes larger batches."""
     values: int = 32
     """Distinct values, and answers."""
     label_noise: float = 0.05
