@@ -423,9 +423,9 @@ NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
-        cell, cell_mean, held_from_to, held_at, least_strength, least_data, columns_between, delay, switched, events, chance, loss, rank, measure,
-        accuracy, svm, settled, worst, rates, left, noise, stuck, share, against, spread, ends, published, rank_of,
-        sent, planes, planes_share,
+        cell, cell_mean, held_from_to, held_at, least_strength, least_data, columns_between, delay,
+        switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates, left, noise, stuck,
+        share, against, spread, ends, published, rank_of, sent, planes, planes_share,
     )
 }  # fmt: skip
 NUMBERS |= {"seeds_of": attention_findings.seeds_of, "learnt": attention_findings.learnt}
