@@ -382,11 +382,11 @@ def _inspect(settings: argparse.Namespace) -> int:
 def _check_outputs(paths: Sequence[Path], settings: argparse.Namespace) -> None:
     """Refuse to write a table over the page, and either over what is looked at."""
     named = {"--csv": settings.csv, "--html": settings.html}
-    given = {option: Path(path).resolve() for option, path in named.items() if path is not None}
+    given = {option: Path(path).absolute() for option, path in named.items() if path is not None}
     if len(set(given.values())) < len(given):
         raise CommandError(f"--csv and --html both name {settings.csv}: give each a file of its own")
     for option, path in given.items():
-        for looked_at in (each.resolve() for each in paths):
+        for looked_at in (each.absolute() for each in paths):
             inside = looked_at in path.parents and path.exists() and path.suffix not in (".csv", ".html", ".htm")
             if path == looked_at or inside:
                 raise CommandError(f"{option} {named[option]} is a file of what is looked at: give another name")

@@ -259,6 +259,8 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
             f"{layer.num_heads // layer.num_key_value_heads} query heads share a key head: gap and imbalance are of "
             "the group, the spectrum of each head"
         )
+    if layer.remark:
+        yield f"assumed: {layer.remark}"
     if "order" in layer.unknown:
         yield (
             "the fused projection is read as all queries, all keys, all values, as in most code, and nothing says so: "

@@ -50,6 +50,23 @@ def meta(width: int = 16, keys: int = 8) -> dict[str, torch.Tensor]:
     return tensors | {"tok_embeddings.weight": torch.randn(4, width)}
 
 
+def test_one_of_metas_shards_alone_is_refused(tmp_path, capsys):
+    params = {"dim": 16, "n_layers": 1, "n_heads": 4}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    weights = meta(keys=16)
+    torch.save(
+        {n: w[:8] if ".w" in n and "wo" not in n else w for n, w in weights.items()}, tmp_path / "consolidated.00.pth"
+    )
+    assert main(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "layers.0.attention.wq.weight has 8 rows, where its settings state 4 heads of 4" in said
+    assert "model-parallel shards" in said
+    assert "convert_llama_weights_to_hf" in said
+    (tmp_path / "params.json").write_text(json.dumps(params | {"head_dim": 2}))
+    torch.save({n: w[:, :8] if "wo" in n else w[:8] for n, w in weights.items()}, tmp_path / "consolidated.00.pth")
+    assert rd.find_attention(tmp_path)[0].head_dim == 2  # stated to be as small
+
+
 def test_metas_own_files(tmp_path):
     params = {"dim": 16, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": -1, "rope_theta": None}
     torch.save(meta(), tmp_path / "consolidated.00.pth")

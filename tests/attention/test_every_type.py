@@ -43,7 +43,7 @@ def _explained(model: nn.Module, module: Unhandled) -> bool:
 
 def _shown(layer: Found) -> dict[str, Any]:
     places = {role: (place.parameter, str(place.window)) for role, place in layer.places.items()}
-    return layer._asdict() | {"places": places, "unknown": "", "no_output": "", "frequencies": ""}
+    return layer._asdict() | {"places": places, "unknown": "", "no_output": "", "frequencies": "", "remark": ""}
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a model whose default has no such layer

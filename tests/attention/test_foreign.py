@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import nn
 
 import rankdecay as rd
@@ -82,3 +83,43 @@ def test_torchscript_and_pickled_modules(tmp_path):
         CheckpointError, match=r"needs to run code.*MultiheadAttention.*whole module.*save its state_dict\(\)"
     ):
         rd.inspect(tmp_path / "module.pt")
+
+
+@pytest.mark.parametrize("separator", ["/", "."])
+def test_kernels_of_flax_are_named_and_the_remedy_reads_them(separator, tmp_path, capsys):
+    weights = {f"layers.{i}.self_attn.{n}_proj.kernel": torch.randn(8, 8) for i in range(2) for n in "qkvo"}
+    bias = weights["layers.1.self_attn.q_proj.bias"] = torch.randn(8)
+    save_file({name.replace(".", separator): w for name, w in weights.items()}, tmp_path / "model.safetensors")
+    path = str(tmp_path / "model.safetensors")
+    assert main(["inspect", path, "--num-heads", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "k_proj.kernel (8, 8) is a kernel as Flax stores it, (in, out)" in said
+    how = (
+        "query='q_proj.kernel', key='k_proj.kernel', value='v_proj.kernel', output=..., num_heads=..., transposed=True"
+    )
+    assert f"names=AttentionNames({how})" in said
+    row = "query=q_proj.kernel,key=k_proj.kernel,value=v_proj.kernel,output=o_proj.kernel,num_heads=2,transposed=yes"
+    assert main(["inspect", path, "--names", row, "--strict"]) == 0
+    names = rd.AttentionNames(
+        **{role: f"{n}_proj.kernel" for role, n in zip(("query", "key", "value", "output"), "qkvo", strict=True)},
+        num_heads=2,
+        transposed=True,
+    )
+    first, second = rd.find_attention(path, names)
+    for view, name in zip(second.views, "qkvo", strict=True):
+        assert torch.equal(view.tensor(), weights[f"layers.1.self_attn.{name}_proj.kernel"].T)
+    assert first.query.bias() is None
+    assert torch.equal(second.query.bias(), bias)
+
+
+def test_kernels_of_flax_with_a_dimension_for_heads_or_beside_others(tmp_path):
+    heads = {f"0.attn.{name}.kernel": torch.randn(8, 2, 4) for name in ("query", "key", "value")}
+    save_file(heads, tmp_path / "heads.safetensors")
+    with pytest.raises(
+        ValueError, match=r"\(8, 2, 4\) is a kernel as Flax .* store it as \w+.weight, a matrix \(out, in\)"
+    ):
+        rd.find_attention(tmp_path / "heads.safetensors")
+    own = {f"1.attn.{name}.weight": torch.randn(8, 8) for name in ("query", "key", "value")}
+    kernels = {f"0.attn.{name}.kernel": torch.randn(8, 8) for name in ("query", "key", "value")}
+    save_file(own | kernels, tmp_path / "both.safetensors")
+    assert rd.inspect(tmp_path / "both.safetensors", num_heads=2).unhandled[0].startswith("0.attn: key.kernel (8, 8)")

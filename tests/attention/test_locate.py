@@ -163,6 +163,36 @@ def test_a_file_of_many_modules_is_walked_once() -> None:
 LLAMA = rd.AttentionNames(query="q_proj", key="k_proj", value="v_proj", output="o_proj")
 
 
+#: Names of the four projections, in their usual places.
+SCHEMES = [
+    ("wq", "wk", "wv", "wo"), ("query", "key", "value", "dense"), ("to_q", "to_k", "to_v", "to_out.0"),
+    ("attn_q", "attn_k", "attn_v", "attn_output"), ("q", "k", "v", "proj"), ("q_lin", "k_lin", "v_lin", "out_lin"),
+    ("q_proj", "k_proj", "v_proj", "out_proj"), ("self.query", "self.key", "self.value", "output.dense"),
+    ("linear_q", "linear_k", "linear_v", "linear_out"), ("W_query", "W_key", "W_value", "out_proj"),
+    ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"), ("c_q", "c_k", "c_v", "c_proj"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids="-".join)
+@pytest.mark.parametrize("called", [None, "mem_proj"])
+def test_attention_without_one_of_its_projections_is_named(
+    scheme: tuple[str, ...], called: str | None, tmp_path
+) -> None:
+    """Missing from a file, or called as nobody else calls it."""
+    inside, _, _ = scheme[0].rpartition(".")
+    for missing in scheme[:3]:
+        names = {name: name for name in scheme} | (
+            {missing: ".".join(filter(None, [inside, called]))} if called else {}
+        )
+        whole = {f"layers.0.attn.{name}.weight": torch.randn(8, 8) for name in scheme}
+        part = {f"layers.1.attn.{names[n]}.weight": torch.randn(8, 8) for n in scheme if called or n != missing}
+        torch.save(whole | part, tmp_path / "weights.pt")
+        report = rd.inspect(tmp_path / "weights.pt", num_heads=2)
+        assert {row["layer"] for row in report.rows} == {0}
+        [said] = report.unhandled
+        assert said.startswith(f"layers.1.attn{'.' if inside else ''}{inside}: ")
+
+
 def test_sizes_that_contradict_the_settings_are_refused() -> None:
     """They are for models that state none; taken over stated ones, heads would be cut where none begin."""
     transformers = needs.package("transformers")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import rankdecay as rd
 from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.locate import find_layers
 from rankdecay.attention.settings import ModuleSettings
+from rankdecay.cli import main
 from tests import needs
 
 _SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32,
@@ -66,3 +69,50 @@ def test_a_list_has_a_value_for_each_layer_wherever_the_model_is_held() -> None:
         source = Checkpoint(Path("file"), {f"{path}.q.weight": (1, 1)}, config, torch.zeros)
         assert ModuleSettings(path, source).number(("num_heads",)) == 3
     assert ModuleSettings("attn", source).number(("num_heads",)) is None
+
+
+# ---- numbers of heads that the weights contradict --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "keys", "said"),
+    [
+        ({"num_attention_heads": 4}, 32, ""),
+        ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}, 16, ""),
+        ({"num_attention_heads": 4, "multi_query": True}, 8, ""),
+        ({"num_attention_heads": 4, "num_key_value_heads": -1}, 32, ""),
+        ({"num_attention_heads": 4, "num_key_value_heads": 4}, 16,
+         "state 4 key heads, where its weights make 4 heads of 8 with 2 of keys"),
+        ({"num_attention_heads": 8}, 16,
+         "state no number of key heads, where its weights make 8 heads of 4 with 4 of keys"),
+        ({"num_attention_heads": 4, "head_dim": 16}, 32,
+         "state heads of 16, where its weights make 4 heads of 8 with 4 of keys"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [None, "llama"])
+def test_numbers_of_heads_that_weights_contradict_are_said(
+    config, keys: int, said: str, kind, tmp_path, capsys
+) -> None:
+    shapes = {"q": (32, 32), "k": (keys, 32), "v": (keys, 32), "o": (32, 32)}
+    tensors = {f"model.layers.0.self_attn.{n}_proj.weight": torch.randn(shape) for n, shape in shapes.items()}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "rope_theta": 1.0} | config))
+    [layer] = rd.find_attention(tmp_path)
+    assert said in layer.remark
+    assert bool(layer.remark) == bool(said)
+    assert main(["inspect", str(tmp_path), "--list"]) == 0
+    assert (f"assumed: its settings {said}" in " ".join(capsys.readouterr().out.split())) == bool(said)
+    names = rd.AttentionNames(query="q_proj", key="k_proj", value="v_proj", output="o_proj", num_heads=4, head_dim=8)
+    assert rd.find_attention(tmp_path, names)[0].remark == ""
+
+
+def test_numbers_of_heads_that_a_class_of_ones_own_contradicts_are_refused() -> None:
+    attention = nn.ModuleDict({name: nn.Linear(32, 32) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    attention.num_heads, attention.head_dim = 4, 16
+    with pytest.raises(ValueError, match=r"it states heads of 16, where its weights make 4 heads of 8 with 4 of keys"):
+        rd.find_attention(attention)
+    names = rd.AttentionNames(query="q_proj", key="k_proj", value="v_proj", output="o_proj", num_heads=2, head_dim=16)
+    assert rd.find_attention(attention, names)[0].num_heads == 2
+    attention.head_dim, attention.num_kv_heads = 8, 2
+    with pytest.raises(ValueError, match=r"it states 2 key heads, where its weights make 4 heads of 8 with 4 of keys"):
+        rd.find_attention(attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -379,10 +380,12 @@ def test_a_module_for_each_head(called: str, stated: int | None) -> None:
         ({name: torch.zeros(4, 6, 16) for name in ("W_Q", "W_K", "W_V")},
          r"4 matrices of \(in, head_dim\) were expected"),
         ({name: nn.ModuleList([nn.Linear(16, 6) for _ in range(4)]) for name in ("q_proj", "k_proj", "v_proj")},
-         r"q_proj is a sequence or a list of several matrices"),
-        ({"qkv": torch.zeros(3, 16, 16)}, r"qkv has shape \(3, 16, 16\), not that of a matrix"),
+         r"q_proj holds several matrices \(0.weight, 1.weight, .*\), not one: merge them .* exclude="),
+        ({"qkv": torch.zeros(3, 16, 16)}, r"qkv has shape \(3, 16, 16\), not that of a matrix; store it as one"),
         ({"to_qk": nn.Linear(16, 32), "to_v": nn.Linear(16, 16)},
-         r"to_qk \(32, 16\) holds .* in an order that is not known"),
+         r"to_qk \(32, 16\) holds queries and keys in an order .*fused='to_qk', value='to_v', order='qk' or 'kq'"),
+        ({"to_qk": nn.Linear(16, 16), "to_v": nn.Linear(16, 16)},
+         r"to_qk is no higher than to_v: its queries may be their own keys.*exclude="),
         ({"qkvg": nn.Linear(16, 64)}, r"qkvg \(64, 16\) holds"),
         ({"query_key_value": nn.Linear(16, 48)}, r"query_key_value \(48, 16\) holds"),
         ({name: nn.Linear(16, 16) for name in ("q1", "q2", "k1", "k2", "v")},
@@ -395,6 +398,35 @@ def test_a_module_for_each_head(called: str, stated: int | None) -> None:
 def test_what_is_stored_otherwise_is_refused_by_name(weights: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         rd.find_attention(nn.ModuleDict({"attention": _Hand(**weights)}))
+
+
+def _of_linears(count: int, **widths: int) -> nn.Module:
+    """Attention of `count` heads, from square projections but for those whose height is given."""
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    attention = nn.ModuleDict({name: nn.Linear(32, widths.get(name, 32), bias=False) for name in names})
+    attention.num_heads = count
+    return attention
+
+
+LLAMA = rd.AttentionNames(query="q_proj", key="k_proj", value="v_proj", output="o_proj")
+
+
+def test_what_a_refusal_says_to_do_is_not_refused() -> None:
+    attention = _of_linears(5)  # by a setting that is wrong
+    with pytest.raises(ValueError, match=r"5 heads of .*; say names=AttentionNames\(..., num_heads=...\)"):
+        rd.find_attention(attention)
+    assert rd.find_attention(attention, replace(LLAMA, num_heads=4))[0].head_dim == 8
+    few = _of_linears(2, k_proj=96, v_proj=96)
+    with pytest.raises(ValueError, match=r"2 query heads are not a multiple of 6 key heads; .* say names="):
+        rd.find_attention(few)
+    stack = _Hand(**{name: torch.zeros(4, 6, 16) for name in ("W_Q", "W_K", "W_V")})
+    with pytest.raises(ValueError, match=r"or say names=AttentionNames\(..., head_dim=16\)"):
+        rd.find_attention(stack)
+    names = rd.AttentionNames(query="W_Q", key="W_K", value="W_V", head_dim=16)
+    [group, *_] = [
+        g for g in rd.param_groups(stack, query_key=rd.LowRank(0.1), names=names) if g["role"] == "query_key"
+    ]
+    assert group["param_names"] == ["W_Q", "W_K"]
 
 
 def test_heads_of_a_tower_that_its_configuration_does_not_state() -> None:
@@ -418,7 +450,7 @@ def test_a_number_of_heads_given_reaches_latent_attention(tmp_path: Path) -> Non
 def test_a_projection_of_several_matrices_is_not_read_by_its_first(query) -> None:
     attention = nn.ModuleDict({"q": query, "k": nn.Linear(8, 8), "v": nn.Linear(8, 8), "proj": nn.Linear(8, 8)})
     attention.num_heads = 2
-    with pytest.raises(ValueError, match="q is a sequence or a list of several matrices"):
+    with pytest.raises(ValueError, match=r"q holds several matrices \(0.weight, .*\), not one"):
         rd.find_attention(attention)
 
 
@@ -428,10 +460,15 @@ def test_queries_and_keys_in_one_projection() -> None:
     [layer] = rd.find_attention(attention)
     assert [str(view.window) for view in layer.views[:2]] == ["rows[0:8]/16 by 4", "rows[8:16]/16 by 4"]
     attention["qk"] = nn.Linear(8, 8)
-    with pytest.raises(ValueError, match="its queries may be their own keys"):
-        rd.find_attention(attention)
     names = rd.AttentionNames(fused="qk", value="v", order="kq", output="proj")
-    assert str(rd.find_attention(attention, names)[0].query.window) == "rows[4:8]/8 by 2"
+    for given in (None, names, replace(names, output="missing")):
+        with pytest.raises(ValueError, match=r"its queries may be their own keys.*exclude=.*head_dim="):
+            rd.find_attention(attention, given)
+    with pytest.raises(ValueError, match="2 heads of 4 queries and keys have 16: give the size"):
+        rd.find_attention(attention, replace(names, head_dim=4))
+    assert str(rd.find_attention(attention, replace(names, head_dim=2))[0].query.window) == "rows[4:8]/8 by 2"
+    del attention.num_heads
+    assert rd.find_attention(attention, replace(names, head_dim=2))[0].num_heads == 2
 
 
 def test_parameters_of_a_module_are_turned_as_shapes_tell_or_refused() -> None:

@@ -259,6 +259,7 @@ def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
     if found.listing:
         check_listed(found.listing, shapes)
     stored_as, copies = choose_names(shapes, state, path)
+    stored_as = _with_dots(stored_as, found.files[0])
 
     @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices
     def load_stored(name: str) -> Tensor:
@@ -375,6 +376,15 @@ def _check_names(names: Collection[str], file: Path, before: int) -> None:
                 f"{file} names a tensor {name[:60]!r}… of {len(name)} characters and {name.count('.') + 1} parts; more "
                 f"than {LONGEST_NAME} characters or {MOST_PARTS} parts are not read."
             )
+
+
+def _with_dots(stored_as: dict[str, str], file: Path) -> dict[str, str]:
+    """Return names with dots in place of slashes where a file has them as Flax does: ``layers/0/query/kernel``."""
+    if not any(name.endswith("/kernel") for name in stored_as):
+        return stored_as
+    dotted = {name.replace("/", "."): stored for name, stored in stored_as.items()}
+    _check_names(dotted, file, 0)
+    return dotted if len(dotted) == len(stored_as) else stored_as
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -29,22 +29,28 @@ _SHARES = ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent", 
 _LISTS = ("layer_types", "kv_sharing_modes", "no_rope_layers")
 
 
-def configuration(folders: Collection[Path], file: Path, names: Collection[str], content: object) -> dict[str, Any]:
+def configuration(
+    folders: Collection[Path], file: Path, shapes: Mapping[str, tuple[int, ...]], content: object
+) -> dict[str, Any]:
     """Return the settings that state the numbers of heads and the positions of a checkpoint.
 
     Args:
         folders: where files of configuration may be, the nearest first.
         file: the (first) file of weights.
-        names: names of its tensors.
+        shapes: shape of each of its tensors, by name.
         content: what the file holds beside the weights, if it is a pickle.
 
     Returns:
         The settings, those inside of the file before those beside it; empty if there are none.
+
+    Raises:
+        CheckpointError: If the settings are damaged, or the file is a part of what they describe.
     """
     inside = _inside(content)
-    if is_meta(names, file, inside):
-        beside = _first(folders, "params.json") or _first(folders, "config.json")
-        return _meta(beside | inside)
+    if is_meta(shapes, file, inside):
+        config = _meta((_first(folders, "params.json") or _first(folders, "config.json")) | inside)
+        _check_no_slice(config, shapes, file)
+        return config
     if file.name.startswith("lit_model"):
         return _canonical(_first(folders, "model_config.yaml") or _first(folders, "lit_config.json")) | inside
     for name, read in (
@@ -65,6 +71,22 @@ def is_meta(names: Collection[str], file: Path, inside: Mapping[str, Any]) -> bo
         return False
     known = file.name.startswith("consolidated") or "dim" in inside or "n_kv_heads" in inside
     return known or any(_META_TENSORS.fullmatch(name) for name in names)
+
+
+def _check_no_slice(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:
+    """Refuse one of Meta's model-parallel shards without the others, each of which holds some heads of every layer."""
+    width, heads, size = (config.get(name) for name in ("dim", "n_heads", "head_dim"))
+    if not isinstance(heads, int) or heads <= 0:
+        return
+    if not isinstance(size, int):
+        size = width // heads if isinstance(width, int) else 0
+    for name, shape in shapes.items():
+        if _META.fullmatch(name) and shape[0] < heads * size:
+            raise CheckpointError(
+                f"{file}: {name} has {shape[0]} rows, where its settings state {heads} heads of {size}: it is one of "
+                "several model-parallel shards, each with a part of every matrix; convert all of them to one model "
+                "(for Llama: python -m transformers.models.llama.convert_llama_weights_to_hf)."
+            )
 
 
 def _first(folders: Collection[Path], name: str) -> dict[str, Any]:

@@ -289,6 +289,7 @@ class AttentionLayer:
             states, neither names nor settings; they are then as is usual: none, no, all queries before all keys and
             values, and consecutive.
         place: the model's own number of the layer, and the tower it stands in.
+        remark: which numbers of heads the settings state that the weights contradict; else "".
     """
 
     name: str
@@ -305,6 +306,7 @@ class AttentionLayer:
     factors: Mapping[Role, MatrixView] = field(default_factory=dict)
     unknown: frozenset[str] = frozenset()
     place: Numbered = field(default_factory=Numbered)
+    remark: str = ""
 
     @property
     def num_heads(self) -> int:

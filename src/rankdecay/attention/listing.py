@@ -56,6 +56,7 @@ class Listing:
         lines += [f"  not handled: {reason}" for reason in self.unhandled]
         for layer in self.layers:
             lines += ["", f"layer {layer['label']}  {layer['name'] or '(the model)'}: {_heads(layer)}"]
+            lines += [f"  assumed: {layer['remark']}"] if layer["remark"] else []
             cells = [
                 [m["matrix"], m["parameter"], "×".join(map(str, m["shape"])), m["window"]] for m in layer["matrices"]
             ]
@@ -112,6 +113,7 @@ def _layer(layer: AttentionLayer, source: Source) -> dict[str, Any]:
         "rotary": None if layer.rotary is None else layer.rotary._asdict(),
         "qk_norm": layer.qk_norm,
         "unknown": sorted(layer.unknown),
+        "remark": layer.remark,
         "matrices": [_matrix(view, source.shapes[view.parameter_name]) for view in layer.views],
     }
 

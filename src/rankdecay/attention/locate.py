@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from rankdecay.attention.checkpoints import Checkpoint
+from rankdecay.attention.complete import missing_layers
 from rankdecay.attention.layer import AttentionLayer, MatrixView, Role, Window
 from rankdecay.attention.names import (
     EXPERTS,
@@ -28,14 +30,16 @@ from rankdecay.attention.names import (
     is_fused_like,
     is_input_like,
     is_key_like,
+    is_query_key_like,
     is_query_like,
+    is_value_like,
     query_beside,
     separate,
     spellings,
 )
 from rankdecay.attention.numbering import Numbered, is_called, numbered, ranges
 from rankdecay.attention.source import Source, open_source
-from rankdecay.attention.windows import WEIGHTS, Found, ModuleReader, NotHandled, Place
+from rankdecay.attention.windows import WEIGHTS, Found, ModuleReader, NotHandled, Place, own_keys
 from rankdecay.text import visible
 
 
@@ -201,6 +205,9 @@ def locate(
             search.unhandled.append(
                 Unhandled("", f"names=AttentionNames of {called} match no module; is one misspelt?")
             )
+    if isinstance(source, Checkpoint):
+        modules = {layer.module for layer in search.found}
+        search.unhandled += [Unhandled(path, reason) for path, reason in missing_layers(source, modules)]
     return search.found, search.unhandled
 
 
@@ -250,7 +257,7 @@ class _Search:
             for child in children
             if (name := reader.parameter(child)) and name not in self._taken and len(reader.shape(name)) > 1
         ]
-        if reason := _not_recognised(reader, left, reason):
+        if reason := _of_flax(reader, self._taken) or _not_recognised(reader, left, reason):
             self.unhandled.append(Unhandled(module, reason))
 
     def _attempt(
@@ -266,6 +273,8 @@ class _Search:
                 raise NotHandled(f"{empty} has shape {reader.shape(empty)}, and no numbers")
             if not named:
                 reader.check_given()
+            for child in projections:
+                reader.check_alone(child)
             layer = read()
         except NotHandled as reason:
             self.unhandled.append(Unhandled(reader.module, str(reason)))
@@ -319,14 +328,24 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         alike = any(spelling.value in among for key in keys for spelling in spellings(key, of="key"))
         if alike and "receptance" not in left:
             return f"{shown(keys)}: keys and values without a projection to queries"
-        outputs = [s.output for child in queries for s in spellings(child) if reader.parameter(s.output)]
-        if outputs and not reason:
+        spelled = (spelling for child in queries for spelling in spellings(child))
+        if not reason and any(one.value in among or reader.parameter(one.output) for one in spelled):
             return f"{shown(queries)}: queries without a projection to keys, which may be those of another layer"
         return None
 
     if reason:
         return f"{reason} ({shown([*queries, *keys, *fused])})"
     if fused:
+        shared, value = next(filter(is_query_key_like, fused), None), next(filter(is_value_like, left), None)
+        if shared and value:
+            (lines, *_), (own, *_) = (reader.shape(reader.parameter(child) or "") for child in (shared, value))
+            if lines <= own:
+                return f"{shown([shared, value])}: {own_keys(shared, value)}"
+            return (
+                f"{shown([shared])} holds queries and keys in an order that is not known: say it with "
+                f"names=AttentionNames(fused={shared!r}, value={value!r}, order='qk' or 'kq', "
+                "layout='contiguous', 'interleaved' or 'alternating', output=..., num_heads=...)"
+            )
         hold = "hold" if len(fused) > 1 else "holds"
         return (
             f"{shown(fused)} {hold} queries, keys or values in an order that is not known: say it "
@@ -337,6 +356,23 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         f"{shown([*queries, *keys])} are named like projections to queries and keys, and not recognised: map them with "
         f"names=AttentionNames(query={queries[0]!r}, key={keys[0]!r}, value=..., output=..., num_heads=...)"
     )
+
+
+def _of_flax(reader: ModuleReader, taken: Collection[str]) -> str | None:
+    """Return what to do about projections that are kernels of Flax; None if there are none."""
+    there = sorted(reader.source.children(reader.module))
+    names = {child: reader.parameter(f"{child}.kernel") for child in there if is_input_like(child)}
+    kernels = {child: reader.shape(name) for child, name in names.items() if name and name not in taken}
+    if not kernels:
+        return None
+    child, shape = next(iter(kernels.items()))
+    said = f"{child}.kernel {shape} is a kernel as Flax stores it, (in, out)"
+    if odd := next((child for child, shape in kernels.items() if len(shape) != 2), None):
+        return f"{said}, with heads or layers in a dimension of their own: store it as {odd}.weight, a matrix (out, in)"
+    says = {"query": is_query_like, "key": is_key_like, "value": is_value_like, "fused": is_fused_like}
+    roles = {role: next(filter(like, kernels), None) for role, like in says.items()}
+    how = ", ".join(f"{role}='{child}.kernel'" for role, child in roles.items() if child)
+    return f"{said}: map it with names=AttentionNames({how}, output=..., num_heads=..., transposed=True)"
 
 
 def _modules(plain: Mapping[str, str]) -> dict[str, list[str]]:
@@ -385,6 +421,7 @@ def _layer(found: Found, source: Source, place: Numbered) -> AttentionLayer:
         factors={role: view for role, view in views.items() if role not in ("query", "key", "value", "output")},
         unknown=found.unknown,
         place=place,
+        remark=found.remark,
     )
 
 

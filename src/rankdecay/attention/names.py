@@ -228,6 +228,11 @@ def is_value_norm(child: str) -> bool:
     return bool(re.fullmatch(r"(v|value|values)_(rms_?|layer_?)?norm", child))
 
 
+def is_query_key_like(child: str) -> bool:
+    """Whether a name says that it is a projection to queries and keys, and not to values."""
+    return is_fused_like(child) and bool(re.search(r"qk(?!v)|quer(?:y|ies)_keys?(?!_values?)", child, re.IGNORECASE))
+
+
 def is_fused_like(child: str) -> bool:
     """Whether a name says that it is a projection to several of queries, keys and values."""
     return bool(_FUSED_WORD.search(child)) and not _NO_PROJECTION.search(child)

@@ -404,7 +404,10 @@ def _plain(holder: object, attribute: str) -> object:
     settings = vars(holder).get("_internal_dict") if isinstance(holder, nn.Module) else None
     if settings is not None and attribute not in vars(holder) and hasattr(settings, attribute):
         return None  # diffusers' models warn when asked for what their config, which is asked next, has
-    value = getattr(holder, attribute, None)
+    try:
+        value = getattr(holder, attribute, None)
+    except RuntimeError:  # transformers' configurations whose layers differ refuse what has no one value
+        return None
     if (attribute in ROTARY or attribute == "rope") and isinstance(value, (nn.Module, Tensor)):
         return True  # the submodule, or a table of angles, that turns queries and keys
     return value if isinstance(value, (bool, int, float, str, dict, list)) else None

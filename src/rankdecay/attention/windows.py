@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal, NamedTuple
 
+from rankdecay.attention.beside import is_batch_norm, is_matrix, is_norm, other_matrices, steps
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.names import (
     BETWEEN,
@@ -84,6 +86,7 @@ class Found(NamedTuple):
         no_output: what was looked for, if the module has matrices and none is its output projection.
         frequencies: what the settings say of the rotary frequencies, as text: layers of one text share them.
         planes_assumed: whether nothing says which coordinates positions turn together; then those half a head apart.
+        remark: which numbers of heads the settings state that the weights contradict.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Found(NamedTuple):
     no_output: str = ""
     frequencies: str = ""
     planes_assumed: bool = False
+    remark: str = ""
 
     @property
     def module(self) -> str:
@@ -135,13 +139,10 @@ class ModuleReader(ModuleSettings):
 
     def parameter(self, child: str) -> str | None:
         """Return the plain name of the weight called ``child``: of a submodule, or the parameter itself."""
-        path = self.module
-        while child.startswith("../"):
-            if not path:
-                return None
-            path, child = path.rpartition(".")[0], child[3:]
-        name = f"{path}.{child}" if path else child
+        name = self._path(child)
         found = [name + weight for weight in WEIGHTS if name + weight in self.plain]
+        if found and self.source.kind(found[0].removesuffix(".weight")).endswith(".Embedding"):
+            return None  # a table of learned queries, not a projection to them
         if found[:2] == [f"{name}.0.weight", f"{name}.1.weight"] and len(self.shape(found[0])) == 1:
             return found[1]  # behind a norm
         if found and "encoder" in child and any(self._matrix(f"{name}.{i}.weight") for i in range(1, 6)):
@@ -154,7 +155,7 @@ class ModuleReader(ModuleSettings):
         return shape if len(shape) > 1 else None
 
     def bias(self, weight: str) -> str | None:
-        name = weight.removesuffix("weight") + "bias"
+        name = weight.removesuffix("weight").removesuffix("kernel") + "bias"
         return name if name in self.plain and name != weight else None
 
     def matches(self, row: AttentionNames) -> bool:
@@ -181,8 +182,10 @@ class ModuleReader(ModuleSettings):
             NotHandled: If names, shapes and settings do not agree.
         """
         assumed = not named and bool(row.fused) and row.when is None
+        given = named and (row.num_heads or row.head_dim)
         row = replace(row, **self.sizes)
         parameters = {child: name for child in row.projections if (name := self.parameter(child))}
+        self._check_own_keys(row, parameters)
         candidates = row.outputs
         if candidates and not named:  # the known names first, then what is called an output
             candidates = (*candidates, *sorted(filter(is_output_like, self.source.children(self.module))))
@@ -192,14 +195,8 @@ class ModuleReader(ModuleSettings):
                 f"it has no output projection {' or '.join(map(repr, row.outputs))}; its matrices are "
                 f"{', '.join(self._matrices()) or 'none'}; leave output= out if there is none"
             )
-        self._check_alone(parameters)
-        if (
-            row.fused
-            and row.value
-            and not named
-            and self.shape(parameters[row.fused])[0] == self.shape(parameters[row.value])[0]
-        ):
-            raise NotHandled(f"{row.fused} is no higher than {row.value}: its queries may be their own keys")
+        if not named:
+            self._check_alike(parameters)
         layout = self._layout(row, parameters)
         stacked = layout == "stacked"
         transposed = layout != "plain" or self._transposed(row, parameters)
@@ -208,7 +205,7 @@ class ModuleReader(ModuleSettings):
         fits = {
             child: self._lines(name, "columns", turned, stacked)
             for child, name in outputs.items()
-            if self._is_matrix(self.shape(name)) or (layout != "plain" and len(self.shape(name)) == 3)
+            if is_matrix(self.shape(name)) or (layout != "plain" and len(self.shape(name)) == 3)
         }
         heads, head_dim = self._heads(row, height, list(fits.values()), parameters, stacked)
         gated = self._is_gated(row, height, heads, head_dim, list(fits.values()))
@@ -234,7 +231,10 @@ class ModuleReader(ModuleSettings):
             unknown |= {"order"}
         if not named and places["key"].window.num_heads not in (1, heads) and not self.source.is_known(self.module):
             unknown |= {"grouping"}
-        no_product, no_value_product = self._no_product(row), self._no_value_product(places)
+        output = places["output"].parameter if "output" in places else None
+        projected = next((name for name in outputs.values() if self.plain[name] == output), "")
+        no_product = self._no_product(row)
+        no_value_product = self._no_value_product(places, parameters[row.value or row.fused or ""], projected)
         self._add_query_bias(places)
         return Found(
             self.module,
@@ -249,14 +249,29 @@ class ModuleReader(ModuleSettings):
             unfit,
             self.frequencies() if rotary is not None else "",
             rotary is not None and row.rotary is None and not self.states_planes(),
+            "" if given else self._contradicted(heads, head_dim, places["key"].window.num_heads),
         )
 
-    def _check_alone(self, parameters: dict[str, str]) -> None:
-        """Check that no projection is the first matrix of several: of an MLP, or of a list with one for each head."""
-        for child, name in parameters.items():
-            others = (name.removesuffix("0.weight") + f"{i}.weight" for i in (1, 2, 3))
-            if name.endswith(f"{child}.0.weight") and any(n in self.plain and len(self.shape(n)) > 1 for n in others):
-                raise NotHandled(f"{child} is a sequence or a list of several matrices, not one")
+    def check_alone(self, child: str) -> None:
+        """Check that a projection is one matrix: no wrapper with an adapter of its own, no MLP, no list of heads.
+
+        Raises:
+            NotHandled: If it is several.
+        """
+        if reason := self._several(child):
+            raise NotHandled(reason)
+
+    def _several(self, child: str) -> str:
+        """Return of which matrices a projection is, if it is of more than one."""
+        path, weight = self._path(child.removesuffix(".0")), self.parameter(child)
+        others = other_matrices(self.source, self.plain, path, weight) if weight else []
+        if not weight or not others:
+            return ""
+        shown = ", ".join([weight.removeprefix(f"{path}."), *others[:4], *(["…"] if others[4:] else [])])
+        return (
+            f"{child.removesuffix('.0')} holds several matrices ({shown}), not one: merge them into one weight if it "
+            "is their sum or product, as with an adapter; or leave the module to the optimizer with exclude="
+        )
 
     def _no_product(self, row: AttentionNames) -> str:
         if self._is_of_channels():
@@ -269,6 +284,11 @@ class ModuleReader(ModuleSettings):
         }
         if any(f"{owner}.{norm}.weight" in self.plain for owner in owners - {self.module} for norm in BATCH_NORMS):
             return "normalises queries and keys over the batch"
+        behind = self._behind_scores(row)
+        if any(map(is_batch_norm, behind)):
+            return "normalises queries and keys over the batch"
+        if other := next((step for step in behind if not is_norm(step)), ""):
+            return f"puts {other} between its projections and the scores"
         kind = self.setting(("model_type",))
         if kind in TURNED:
             return "turns queries and keys by positions, though not plane by plane"
@@ -278,14 +298,46 @@ class ModuleReader(ModuleSettings):
             return "convolves keys over tokens"
         return ""
 
-    def _no_value_product(self, places: dict[Role, Place]) -> str:
-        """Return what stands between values and output projection, if it is more than the weights of attention."""
+    def _check_own_keys(self, row: AttentionNames, parameters: dict[str, str]) -> None:
+        """Check that queries and keys in one projection are two, unless the user says how wide they are."""
+        if row.fused and row.value and row.head_dim is None:
+            (lines, *_), (own, *_) = self.shape(parameters[row.fused]), self.shape(parameters[row.value])
+            if lines <= own:
+                raise NotHandled(own_keys(row.fused, row.value))
+
+    def _check_alike(self, parameters: dict[str, str]) -> None:
+        """Check that no projection is a parameter of the module itself beside layers: it may be learned queries."""
+        own = [child for child, name in parameters.items() if name == self._path(child)]
+        if own and len(own) < len(parameters):
+            raise NotHandled(
+                f"{' and '.join(own)} {'is a parameter' if len(own) == 1 else 'are parameters'} of the module itself "
+                "beside layers, and may be learned tokens rather than a projection: if it is a projection, say so with "
+                "names=AttentionNames(query=..., key=..., value=..., output=..., num_heads=...)"
+            )
+
+    def _behind_scores(self, row: AttentionNames) -> list[str]:
+        """Return what stands in sequences between the projections to queries and keys and their scores."""
+        weights = (self.parameter(child) for child in (row.query, row.key, row.fused) if child)
+        return [step for weight in weights if weight for step in steps(self.source, self.plain, weight, "behind")]
+
+    def _has_norm_behind(self, row: AttentionNames) -> bool:
+        """Whether a norm, but not over the batch, stands behind a projection to queries or keys in a sequence."""
+        return any(is_norm(step) and not is_batch_norm(step) for step in self._behind_scores(row))
+
+    def _no_value_product(self, places: dict[Role, Place], value: str = "", output: str = "") -> str:
+        """Return what stands between values and output projection, if it is more than the weights of attention.
+
+        Args:
+            places: of the matrices.
+            value: plain name of the weight that projects to values, if it may be in a sequence.
+            output: that of the output projection.
+        """
         if "output" not in places:
             return ""
         if self._is_of_channels():
             return "mixes the channels of each head by its scores"
-        children, value = self.source.children(self.module), places["value"].window
-        own = places["query"].window.num_heads * value.head_dim
+        children = self.source.children(self.module)
+        own = places["query"].window.num_heads * places["value"].window.head_dim
         gates = (name for child in GATES if child in children and (name := self.parameter(child)))
         if reason := next((reason for child, reason in BETWEEN.items() if child in children), ""):
             return reason
@@ -295,7 +347,13 @@ class ModuleReader(ModuleSettings):
             return "normalises what its heads give before the output projection"
         if any(map(is_value_norm, children)) or self.setting(("model_type",)) in VALUE_NORMS_WITHOUT_WEIGHTS:
             return "normalises values"
-        return ""
+        behind = steps(self.source, self.plain, value, "behind")
+        before = steps(self.source, self.plain, output, "before")
+        if step := next((step for step in (*behind, *before) if not is_norm(step)), ""):
+            return f"puts {step} between values and the output projection"
+        if behind:
+            return "normalises values"
+        return "normalises what its heads give before the output projection" if before else ""
 
     def _add_query_bias(self, places: dict[Role, Place]) -> None:
         """Locate what is added to queries that meet keys, beside what is added to those that meet positions."""
@@ -329,7 +387,10 @@ class ModuleReader(ModuleSettings):
 
     def _check_heads(self, heads: int, key_heads: int) -> None:
         if heads % key_heads:
-            raise NotHandled(f"{heads} query heads are not a multiple of {key_heads} key heads")
+            raise NotHandled(
+                f"{heads} query heads are not a multiple of {key_heads} key heads; if there are others, "
+                f"{self._say_heads()}"
+            )
 
     def _place_output(
         self, places: dict[Role, Place], outputs: dict[str, str], fits: dict[str, int], heads: int, value_dim: int,
@@ -351,6 +412,8 @@ class ModuleReader(ModuleSettings):
             else:
                 window = self._share_of_output(child, across, own, transposed)
             if window is not None:
+                if reason := self._several(child):
+                    return f"since {reason}"
                 places["output"] = self._place(outputs[child], window)
                 return ""
         inside = [child for child in outputs if not child.startswith("../") and child in fits]
@@ -401,7 +464,13 @@ class ModuleReader(ModuleSettings):
         ][:8]  # fmt: skip
 
     def _path(self, child: str) -> str:
-        return f"{self.module}.{child}" if self.module else child
+        """Return the path of a child; "" if it is above the model."""
+        path = self.module
+        while child.startswith("../"):
+            if not path:
+                return ""
+            path, child = path.rpartition(".")[0], child[3:]
+        return f"{path}.{child}" if path else child
 
     def _lines(self, name: str, lines: str, transposed: bool, stacked: bool) -> int:
         """Return how many rows, or columns, the matrix has that a parameter holds."""
@@ -422,7 +491,7 @@ class ModuleReader(ModuleSettings):
         for name, shape in shapes.items():
             if len(shape) == 1:
                 raise NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
-        if all(map(self._is_matrix, shapes.values())):
+        if all(map(is_matrix, shapes.values())):
             for name, shape in shapes.items():
                 groups = (
                     self.number(("q_groups", "groups")),
@@ -433,28 +502,24 @@ class ModuleReader(ModuleSettings):
             return "plain"
         itself = all(name.endswith(child) for child, name in parameters.items())
         if not (itself and row.query and row.key and all(len(shape) == 3 for shape in shapes.values())):
-            name, shape = next((name, shape) for name, shape in shapes.items() if not self._is_matrix(shape))
-            raise NotHandled(f"{name} has shape {shape}, not that of a matrix")
+            name, shape = next((name, shape) for name, shape in shapes.items() if not is_matrix(shape))
+            raise _no_matrix(name, shape)
         heads = row.num_heads or self.number(NUM_HEADS)
         first, middle, last = self.shape(parameters[row.query])
-        if heads == first and middle < last != (row.head_dim or self.number(HEAD_DIM)):
+        if heads == first != middle < last != (row.head_dim or self.number(HEAD_DIM)):
             raise NotHandled(
                 f"{parameters[row.query]} has shape {(first, middle, last)}, where {heads} matrices of (in, head_dim) "
-                f"were expected; transpose it, or pass head_dim={last} if heads are that wide"
+                f"were expected; transpose it, or say names=AttentionNames(..., head_dim={last}) if heads are that wide"
             )
         if heads == first != middle or (heads is None and first < middle):
             return "stacked"
         if heads == middle != first:
             return "middle"
+        remedy = "store it as a matrix, (out, in)" if heads == first == middle else self._say_heads()
         raise NotHandled(
             f"{parameters[row.query]} has shape {self.shape(parameters[row.query])}, and "
-            f"{heads or 'an unknown number of'} heads do not say which side is theirs; pass num_heads=..."
+            f"{heads or 'an unknown number of'} heads do not say which side is theirs; {remedy}"
         )
-
-    @staticmethod
-    def _is_matrix(shape: Shape) -> bool:
-        """Whether a parameter is a matrix, or a convolution over nothing but its own place."""
-        return len(shape) == 2 or (len(shape) > 2 and all(size == 1 for size in shape[2:]))
 
     def read_latent(self, names: LatentNames) -> Found:
         """Locate the factors of multi-head latent attention.
@@ -474,7 +539,7 @@ class ModuleReader(ModuleSettings):
         self._check_shapes(parameters)
         heads = self.number(NUM_HEADS)
         if heads is None:
-            raise _no_heads(names.split, self.shape(split)[0], None, None)
+            raise self._no_heads(names.split, self.shape(split)[0], None, None)
         (rows, latent), across = self.shape(split), self.shape(output)[1]
         value_dim = _divide(across, heads, f"the width of {names.output}", "the heads")
         plain_dim = _divide(rows, heads, f"the height of {names.split}", "the heads") - value_dim
@@ -579,7 +644,7 @@ class ModuleReader(ModuleSettings):
             rotary = self._rotary_as_named(row, head_dim)
         else:
             rotary = None if self._is_of_vqgan() else self.rotary(head_dim)
-        qk_norm = self.has_qk_norm() if row.qk_norm is None else row.qk_norm
+        qk_norm = self.has_qk_norm() or self._has_norm_behind(row) if row.qk_norm is None else row.qk_norm
         unknown = set[str]()
         if not self.source.is_known(self.module):
             unknown |= {"rotary"} if row.rotary is None and rotary is None else set()
@@ -658,7 +723,7 @@ class ModuleReader(ModuleSettings):
             if len(shape) == 1:
                 raise NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
             if len(shape) != dimensions:
-                raise NotHandled(f"{name} has shape {shape}, not that of a matrix")
+                raise _no_matrix(name, shape)
 
     def _transposed(self, row: AttentionNames, parameters: dict[str, str]) -> bool:
         """Whether the weights are stored (in, out): by their class, or as the bias is as long as the second side only.
@@ -733,13 +798,21 @@ class ModuleReader(ModuleSettings):
                 return heads, lines // heads
             if head_dim and lines % head_dim == 0:
                 return lines // head_dim, head_dim
-            raise _no_heads(row.query, lines, heads, head_dim)
+            raise self._no_heads(row.query, lines, heads, head_dim)
         assert row.fused
         lines = height[row.fused]
         if heads and (key_dim := self.number(KEY_DIM)):
             return heads, key_dim
+        if row.value and not heads and head_dim:
+            heads = _divide(lines, 2 * head_dim, f"the height of {row.fused}", "two times the head size")
         if row.value and heads:  # queries and keys in one, as wide as each other
-            return heads, _divide(lines, 2 * heads, f"the height of {row.fused}", "two times the heads")
+            size = _divide(lines, 2 * heads, f"the height of {row.fused}", "two times the heads")
+            if row.head_dim not in (None, size):
+                raise NotHandled(
+                    f"{row.fused} has {lines} rows, where {heads} heads of {row.head_dim} queries and keys have "
+                    f"{2 * heads * row.head_dim}: give the size that they have, {size}"
+                )
+            return heads, size
         if across and lines == 1 + 2 * across[0]:
             raise NotHandled(
                 f"{row.fused} holds one score for each token, keys and values, and no queries: linear attention"
@@ -749,7 +822,7 @@ class ModuleReader(ModuleSettings):
         if heads is None and head_dim and across:
             heads = across[0] // head_dim
         if heads is None:
-            raise _no_heads(row.fused, lines, heads, head_dim)
+            raise self._no_heads(row.fused, lines, heads, head_dim)
         key_heads = self.number(KEY_HEADS)
         candidates = [
             head_dim,
@@ -760,7 +833,52 @@ class ModuleReader(ModuleSettings):
         for size in candidates:
             if size and lines % size == 0 and (lines // size - heads) % 2 == 0 and lines // size > heads:
                 return heads, size
-        raise _no_heads(row.fused, lines, heads, head_dim)
+        raise self._no_heads(row.fused, lines, heads, head_dim)
+
+    def _no_heads(self, child: str, lines: int, heads: int | None, head_dim: int | None) -> NotHandled:
+        known = (
+            " with their number, or, if it is stored (in, out) as in x @ W, names=AttentionNames(..., transposed=True)"
+        )
+        return NotHandled(
+            f"{child} has {lines} rows, and {heads or 'an unknown number of'} heads of {head_dim or 'unknown'} size do "
+            f"not divide it; {self._say_heads()}{known if heads else ''}"
+        )
+
+    def _say_heads(self) -> str:
+        """Return how to say another number of heads: a plain ``num_heads=`` does not stand against the settings."""
+        stated = self._stated(NUM_HEADS) is not None
+        return "say names=AttentionNames(..., num_heads=...)" if stated else "pass num_heads=..."
+
+    def _contradicted(self, heads: int, head_dim: int, key_heads: int) -> str:
+        """Return which numbers of heads the settings state, and what the weights make; "" if they agree.
+
+        Raises:
+            NotHandled: If a class that no table covers states them itself, and not a configuration that may be
+                another part's.
+        """
+        made = f"where its weights make {heads} heads of {head_dim} with {key_heads} of keys"
+        how = "names=AttentionNames(..., num_heads=..., head_dim=...)"
+        read = (
+            (NUM_HEADS, "{} heads", heads),
+            (HEAD_DIM, "heads of {}", head_dim),
+            (KEY_HEADS, "{} key heads", key_heads),
+        )
+
+        def differing(setting: Callable[[tuple[str, ...]], object]) -> str:
+            stated = [(text, setting(attributes), number) for attributes, text, number in read]
+            return " and ".join(
+                text.format(n) for text, n, number in stated if type(n) is int and n not in (0, -1, number)
+            )
+
+        if not self.source.is_known(self.module) and (own := differing(partial(self.source.own, self.module))):
+            raise NotHandled(f"it states {own}, {made}: say which with {how}")
+        settings = [text] if (text := differing(self._stated)) else []
+        of_file = not self.source.kind(self.module)  # whose configuration states key heads where there are fewer
+        if of_file and key_heads not in (1, heads) and self._stated(NUM_HEADS) and self._stated(KEY_HEADS) is None:
+            settings.append("no number of key heads")
+        if not settings:
+            return ""
+        return f"its settings state {' and '.join(settings)}, {made}, as is shown; if that is wrong, say {how}"
 
     def _is_one_of_heads(self, row: AttentionNames, height: Mapping[str, int]) -> bool:
         """Whether the module is one head of a list of them: by the list's name, or by the output beside the list."""
@@ -826,11 +944,19 @@ def _inside(outputs: Iterable[str]) -> list[str]:
     return [child for child in outputs if not child.startswith("../")]
 
 
-def _no_heads(child: str, lines: int, heads: int | None, head_dim: int | None) -> NotHandled:
-    known = " with their number, or, if it is stored (in, out) as in x @ W, names=AttentionNames(..., transposed=True)"
+def _no_matrix(name: str, shape: Shape) -> NotHandled:
     return NotHandled(
-        f"{child} has {lines} rows, and {heads or 'an unknown number of'} heads of {head_dim or 'unknown'} size do not "
-        f"divide it; pass num_heads=...{known if heads else ''}"
+        f"{name} has shape {shape}, not that of a matrix; store it as one, (out, in), or leave the module to the "
+        "optimizer with exclude="
+    )
+
+
+def own_keys(fused: str, value: str) -> str:
+    """Return why a projection to queries and keys that is no higher than that to values is not read."""
+    return (
+        f"{fused} is no higher than {value}: its queries may be their own keys, so that there are no two matrices to "
+        "decay or to show; leave the module to the optimizer with exclude=, or, if it holds queries and keys half as "
+        f"wide as the values, say names=AttentionNames(fused={fused!r}, value={value!r}, output=..., head_dim=...)"
     )
 
 
