@@ -22,7 +22,7 @@ import argparse
 import functools
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -275,8 +275,38 @@ def best_accuracies(runs: Sweep, name: str, fraction: float, strength: float) ->
     ]
 
 
+def smallest(runs: Sweep, name: str, accuracy: float, strength: float | None = None) -> float | None:
+    """The smallest size at which an arm has such a best test accuracy, over seeds, at its best strength or one."""
+    columns = {(row["train_fraction"], row["strength"]) for row in runs.of(name)}
+    enough = [
+        size
+        for size, s in columns
+        if strength in (None, s) and statistics.fmean(best_accuracies(runs, name, size, s)) >= accuracy
+    ]
+    return min(enough, default=None)
+
+
 def cells(options: argparse.Namespace) -> None:
     """Best test accuracy of every cell (mean over seeds): an arm per table, fractions down, strengths across."""
+    _grid(options, best_accuracies, lambda found: f"{statistics.fmean(found):.2f}")
+
+
+def steps(options: argparse.Namespace) -> None:
+    """The step at which each cell's runs held 95 %, the mean of those that did: tables as of `cells`."""
+    _grid(options, steps_held, lambda found: f"{statistics.fmean(found):,.0f}")
+
+
+def steps_held(runs: Sweep, name: str, fraction: float, strength: float) -> list[float]:
+    """The steps at which the runs of a cell held, of those that did."""
+    rows = (row for row in runs.of(name) if (row["train_fraction"], row["strength"]) == (fraction, strength))
+    return [row["steps_to_generalise"] for row in rows if row["steps_to_generalise"] is not None]
+
+
+def _grid(
+    options: argparse.Namespace,
+    of_cell: Callable[[Sweep, str, float, float], list[float]],
+    shown_as: Callable[[list[float]], str],
+) -> None:
     runs = _sweep(options)
     for name in runs.names:
         strengths = sorted({row["strength"] for row in runs.of(name)})
@@ -284,10 +314,9 @@ def cells(options: argparse.Namespace) -> None:
               f"{' | '.join(f'{s:g}' for s in strengths)} |")  # fmt: skip
         print("|" + "---|" * (len(strengths) + 1))
         for fraction in reversed(runs.sizes):
-            found = [best_accuracies(runs, name, fraction, strength) for strength in strengths]
-            if any(found):
-                means = [f"{statistics.fmean(some):.2f}" if some else "—" for some in found]
-                print(f"| {runs.size(fraction)} | {' | '.join(means)} |")
+            if any(row["train_fraction"] == fraction for row in runs.of(name)):
+                found = [of_cell(runs, name, fraction, strength) for strength in strengths]
+                print(f"| {runs.size(fraction)} | {' | '.join(shown_as(some) if some else '—' for some in found)} |")
 
 
 NEAR = 0.11  # of a published colour: a cell that agrees with it
@@ -394,6 +423,7 @@ TABLES = {
     "delay": delay,
     "rests": rests,
     "cells": cells,
+    "steps": steps,
     "ranks": ranks,
     "ends": ends,
     "stuck": stuck,

@@ -205,12 +205,40 @@ def least_strength(name: str, arm: str, size: str, accuracy: str) -> str:
     return f"{enough[0]:g}" if enough else "none"
 
 
-def least_data(name: str, arm: str, accuracy: str) -> str:
-    """The smallest size at which an arm's best strength there has such a best test accuracy, a mean over seeds."""
+def least_data(name: str, arm: str, accuracy: str, strength: str = "") -> str:
+    """The smallest size at which an arm has such a best test accuracy, over seeds, at its best strength or one."""
     sweep = _sweep(name)
-    columns = sorted({(row["train_fraction"], row["strength"]) for row in sweep.of(arm)})
-    enough = [size for size, strength in columns if _best_accuracy(sweep, arm, size, strength) >= float(accuracy)]
-    return str(sweep.size(enough[0])) if enough else "none"
+    size = boundary_findings.smallest(sweep, arm, float(accuracy), float(strength) if strength else None)
+    return "none" if size is None else str(sweep.size(size))
+
+
+def reached(name: str, arm: str, size: str, strength: str = "") -> str:
+    """The best test accuracy of an arm at one size, a mean over seeds, at its best strength or one."""
+    sweep = _sweep(name)
+    strengths = {row["strength"] for row in sweep.of(arm) if sweep.size(row["train_fraction"]) == size}
+    found = [_best_accuracy(sweep, arm, float(size), s) for s in strengths if not strength or s == float(strength)]
+    return f"{max(found):.2f}"
+
+
+def times(name: str, arm: str, other: str) -> str:
+    """Steps of an arm over those of another, each at its best strength for the size: least and most over sizes."""
+    sweep = _sweep(name)
+    ratios = []
+    for size in sweep.sizes:
+        best = []
+        for each in (arm, other):
+            strengths = {row["strength"] for row in sweep.of(each)}
+            held = [boundary_findings.steps_held(sweep, each, size, strength) for strength in strengths]
+            best.append(min((statistics.fmean(some) for some in held if some), default=None))
+        if None not in best:
+            ratios.append(best[0] / best[1])
+    return f"{min(ratios):.1f} to {max(ratios):.1f}"
+
+
+def ends_of_held(name: str, arm: str, key: str, form: str = ".1f") -> str:
+    """A figure at the end of an arm's runs that held 95 %, least and most."""
+    found = [row[key] for row in _sweep(name).of(arm) if row["outcome"] == "generalised"]
+    return f"{min(found):{form}} to {max(found):{form}}"
 
 
 def _best_accuracy(sweep: boundary_findings.Sweep, arm: str, size: float, strength: float) -> float:
@@ -423,7 +451,8 @@ NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
-        cell, cell_mean, held_from_to, held_at, least_strength, least_data, columns_between, delay,
+        cell, cell_mean, held_from_to, held_at, least_strength, least_data, reached, times,
+        ends_of_held, columns_between, delay,
         switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates, left, noise, stuck,
         share, against, spread, ends, published, rank_of, sent, planes, planes_share,
     )

@@ -48,7 +48,9 @@ sweep recall --task recall --seeds 3 --train-examples 1000 1400 --arms none l2 s
   --strengths l2=10,30 smooth=1.25,2.5
 sweep prototype --preset prototype
 
-# One size of multiplication in the paper's settings: its step on its grid, L2 there and beyond.
-paper() { rankdecay boundary --preset paper --task multiply --fractions 0.5 --seeds 1 --out "runs/$1" "${@:2}"; }
-paper paper_multiply --arms none l2_all paper_a1
-paper paper_multiply_l2 --arms l2_all --strengths l2_all=0.2,0.5,1,2,4,8
+# The paper's settings: its step on its grid, L2 there and beyond; multiplication at one size, addition at six.
+paper() { rankdecay boundary --preset paper --seeds 1 --out "runs/$1" "${@:2}"; }
+paper paper_multiply --task multiply --fractions 0.5 --arms none l2_all paper_a1
+paper paper_multiply_l2 --task multiply --fractions 0.5 --arms l2_all --strengths l2_all=0.2,0.5,1,2,4,8
+paper paper_add --fractions 0.3 0.4 0.5 0.6 0.7 0.8 --precision float32 --arms paper_a1 l2_all \
+  --strengths l2_all=2,4,8,16
