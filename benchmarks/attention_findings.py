@@ -340,7 +340,7 @@ def least_shown(differences: Sequence[float]) -> float:
         return float(found.mean()) - POWER
 
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return float(optimize.brentq(beyond, 0.0, 8 * bound)) * error
+    return optimize.root_scalar(beyond, bracket=(0.0, 8 * bound)).root * error
 
 
 def above_words(found: Row | None) -> str:
