@@ -47,6 +47,10 @@ from rankdecay.attention.unturned import NO_ROTARY_TYPES
 Shape = tuple[int, ...]
 
 
+#: With which the text begins that Git LFS puts in the place of a file.
+_POINTER = b"version https://git-lfs"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Names and shapes of the tensors of a checkpoint, read on demand, and its configuration.
@@ -239,6 +243,7 @@ def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
     pickled: dict[Path, Mapping[str, Tensor]] = {}
     content: object = None
     for file in found.files:
+        _check_fetched(file)
         if kind(file) == ".safetensors":
             held, types = _safetensors_shapes(file, header)
         else:
@@ -287,6 +292,13 @@ def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
     if not adapters:
         raise CheckpointError(f"{path} is an adapter itself; merge it with its own base first.")
     return replace(opened, **merge(opened, found.files[0], partial(open_checkpoint, adapters=False)))
+
+
+def _check_fetched(file: Path) -> None:
+    """Refuse the line that stands for a file of Git LFS that has not been fetched."""
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(f"{file} is a pointer of Git LFS and not the weights: fetch them with git lfs pull.")
 
 
 def _matrices_in(file: Path) -> set[str]:
