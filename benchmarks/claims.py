@@ -68,16 +68,10 @@ def _selection() -> Sweep:
     return boundary_findings.sweep((DATA / "boundary" / "selection",), 2.0)
 
 
-def _above_none(run: str, arm: str, strength: float) -> dict[str, Any]:
+def _above_none(run: str, arm: str, strength: float, key: str) -> dict[str, Any]:
+    """A figure of a cell above no decay, by seed; without runs what decides nothing."""
     nothing = {"low": -math.inf, "high": math.inf}
-    none = attention_findings.NONE
-    return attention_findings.above(DATA / run, arm, strength, none, "accuracy") or nothing
-
-
-def _above(run: str, strength: float) -> dict[str, Any]:
-    """The loss of an L2 of attention above none, by seed, in the language model."""
-    nothing = {"low": -math.inf, "high": math.inf}
-    return attention_findings.above(DATA / "language" / run, "l2", strength, attention_findings.NONE) or nothing
+    return attention_findings.above(DATA / run, arm, strength, attention_findings.NONE, key) or nothing
 
 
 def _planes(arm: str, strength: float, key: str, positions: str = "rotary") -> float:
@@ -557,7 +551,10 @@ CLAIMS = (
         "holds with a condition",
         "more than the usual strength hurts, slightly, as they have it; none at all is not seen to be worse than it, "
         "so it is the end of a plateau and no optimum",
-        lambda: _above("long", 1.0)["low"] > 0 and _above("long", 0.1)["low"] < 0 < _above("long", 0.1)["high"],
+        lambda: (
+            _above_none("language/long", "l2", 1.0, "loss")["low"] > 0
+            and (usual := _above_none("language/long", "l2", 0.1, "loss"))["low"] < 0 < usual["high"]
+        ),
     ),
     Claim(
         KOBAYASHI,
@@ -752,8 +749,8 @@ CLAIMS = (
         "of W_KᵀW_Q, to a hundredth, on these validation images; of L2 on all four matrices it may hold, one of four "
         "comparisons that are not adjusted for their number",
         lambda: (
-            (found := _above_none("vision/mnist_vit", "low_rank", 10.0))["low"] > -0.01
-            and found["high"] > 0 > _above_none("vision/mnist_vit", "l2", 10.0)["high"]
+            (found := _above_none("vision/mnist_vit", "low_rank", 10.0, "accuracy"))["low"] > -0.01
+            and found["high"] > 0 > _above_none("vision/mnist_vit", "l2", 10.0, "accuracy")["high"]
         ),
     ),
     Claim(

@@ -244,7 +244,7 @@ def test_nothing_to_read(tmp_path):
         rd.find_attention(tmp_path / "notes.txt")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf"])
 def test_a_pointer_of_git_lfs_is_told_as_what_it_is(name, tmp_path):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 1\n")
     with pytest.raises(CheckpointError, match="is a pointer of Git LFS and not the weights: fetch them with git lfs"):

@@ -230,6 +230,8 @@ def open_checkpoint(path: str | Path, state: str | None = None, *, adapters: boo
 def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
     """`open_checkpoint`, but for the errors of the file system."""
     found = find_files(path, state, _matrices_in)
+    for file in found.files:
+        _check_fetched(file)
     if kind(found.files[0]) == ".gguf":
         parts = parts_of(found.files[0])
         for part in parts[1:]:
@@ -243,7 +245,6 @@ def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
     pickled: dict[Path, Mapping[str, Tensor]] = {}
     content: object = None
     for file in found.files:
-        _check_fetched(file)
         if kind(file) == ".safetensors":
             held, types = _safetensors_shapes(file, header)
         else:

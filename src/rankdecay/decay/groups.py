@@ -303,10 +303,10 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
         for key in [key for key in group if key.startswith(f"{role}_")]:
             del group[key]
     group.update(_keys(pairs))
-    if "query_key" in roles:
-        its = decays_in(group).get("query_key")
-        _give_planes(group, its if isinstance(its, Planes) else None)
     acting = decays_in(group)
+    if "query_key" in roles:
+        its = acting.get("query_key")
+        _give_planes(group, its if isinstance(its, Planes) else None)
     for role in [role for role in found if role in acting and unit_of(acting[role]) != unit_of(found[role])]:
         for what in ("pending", "missed"):  # read in another unit it might wipe the weight out
             counts.pop(f"{role}_{what}", None)
