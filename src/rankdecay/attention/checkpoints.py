@@ -136,6 +136,10 @@ class Checkpoint:
         """Return "": files do not name classes."""
         return ""
 
+    def is_turned(self, path: str) -> bool | None:
+        """Return None: nothing in a file multiplies."""
+        return None
+
     def is_known(self, path: str) -> bool:
         """Whether the configuration names a model type that the tables cover, and no code of the checkpoint's own."""
         kind = self.kind_of_part(path)

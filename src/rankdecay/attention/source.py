@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from rankdecay.attention import orientation
 from rankdecay.attention.adapters import (
     added,
     check_plain,
@@ -60,6 +61,10 @@ class Source(Protocol):
 
     def kind(self, path: str) -> str:
         """Return the name of a module's class, as "timm.models.nest.Attention"; "" where nothing says it."""
+        ...
+
+    def is_turned(self, path: str) -> bool | None:
+        """Return whether a live module stores its weight as (in, out), by its class or as it multiplies, or None."""
         ...
 
     def is_known(self, path: str) -> bool:
@@ -183,6 +188,10 @@ class ModuleSource:
         """Return the name of a module's class, without wrappers, and of where it is from."""
         kind = type(self.modules(path)[-1]) if self.modules(path) else None
         return f"{kind.__module__}.{kind.__qualname__}" if kind else ""
+
+    def is_turned(self, path: str) -> bool | None:
+        """Return whether a module, without wrappers, stores its weight as (in, out); None where nothing tells."""
+        return orientation.is_turned(self.modules(path)[-1]) if self.modules(path) else None
 
     def is_known(self, path: str) -> bool:
         """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""

@@ -199,7 +199,7 @@ class ModuleReader(ModuleSettings):
             self._check_alike(parameters)
         layout = self._layout(row, parameters)
         stacked = layout == "stacked"
-        transposed = layout != "plain" or self._transposed(row, parameters)
+        transposed = layout != "plain" or self._transposed(row, parameters, outputs)
         height = {child: self._lines(name, "rows", transposed, stacked) for child, name in parameters.items()}
         turned = transposed and layout != "middle"  # the output of (in, heads, head_dim) is (out, heads, head_dim)
         fits = {
@@ -725,15 +725,25 @@ class ModuleReader(ModuleSettings):
             if len(shape) != dimensions:
                 raise _no_matrix(name, shape)
 
-    def _transposed(self, row: AttentionNames, parameters: dict[str, str]) -> bool:
-        """Whether the weights are stored (in, out): by their class, or as the bias is as long as the second side only.
+    def _transposed(self, row: AttentionNames, parameters: dict[str, str], outputs: dict[str, str]) -> bool:
+        """Whether the weights are stored (in, out): as their class says or multiplies, or as shapes and bias tell.
 
         Raises:
-            NotHandled: If they are parameters of the module itself, which may be either, and no shape tells.
+            NotHandled: If they are parameters of the module itself, which may be either, and no shape tells; or are
+                stored in both ways.
         """
         if row.transposed is not None:
             return row.transposed
-        if any(self.source.kind(name.removesuffix(".weight")).endswith(".Conv1D") for name in parameters.values()):
+        projections = parameters | outputs
+        stored = {child: self.source.is_turned(name.removesuffix(".weight")) for child, name in projections.items()}
+        turned = [child for child, is_turned in stored.items() if is_turned]
+        if turned and len(turned) < len(stored):
+            others = " and ".join(child for child in stored if child not in turned)
+            raise NotHandled(
+                f"{' and '.join(turned)} is stored as (in, out) and {others} is not: store them alike, or leave the "
+                "module to the optimizer with exclude="
+            )
+        if turned:
             return True
         for name in parameters.values():
             bias = self.bias(name)

@@ -1,0 +1,127 @@
+"""Which way round a module stores its weight: found by its class or by multiplying, and refused where two differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import rankdecay as rd
+from rankdecay.attention.orientation import is_turned
+
+
+class _AsStored(nn.Module):
+    """A layer that stores its weight as (in, out)."""
+
+    def __init__(self, inside: int, outside: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inside, outside))
+        self.bias = nn.Parameter(torch.randn(outside)) if bias else None
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class _Transposed(_AsStored):
+    """A layer of one's own that stores it as nn.Linear does, and scales what comes out."""
+
+    def __init__(self, inside: int, outside: int, bias: bool = False) -> None:
+        super().__init__(outside, inside, bias=False)
+
+    def product(self, x: Tensor) -> Tensor:
+        return 0.5 * nn.functional.linear(x, self.weight)
+
+
+class _Waiting(_AsStored):
+    """A layer that sums over processes, of which the others may be elsewhere."""
+
+    def product(self, x: Tensor) -> Tensor:
+        out = x @ self.weight
+        dist.all_reduce(out)
+        return out
+
+
+class _Stateful(_AsStored):
+    def product(self, x: Tensor) -> Tensor:
+        raise RuntimeError("it needs more than vectors")
+
+
+def _attention(layer: Callable[[str, int, int], nn.Module], width: int = 8) -> nn.Module:
+    attention = nn.Module()
+    attention.num_heads = 2
+    for name in ("q_proj", "k_proj", "v_proj"):
+        attention.add_module(name, layer(name, 8, width))
+    attention.add_module("o_proj", layer("o_proj", width, 8))
+    return attention
+
+
+@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [_AsStored, _Transposed])
+def test_layers_of_ones_own_are_read_as_they_multiply(kind: type[_AsStored], bias: bool, width: int) -> None:
+    attention = _attention(lambda _, inside, outside: kind(inside, outside, bias), width)
+    nn.init.zeros_(attention.o_proj.weight)  # as many begin, which must not hide it
+    [layer] = rd.find_attention(attention)
+    nn.init.normal_(attention.o_proj.weight)
+    assert attention.q_proj.calls == 0
+    x = torch.randn(3, 8)
+    made = attention.q_proj(x) - attention.q_proj(torch.zeros_like(x))
+    read = x @ layer.query.tensor().mT
+    torch.testing.assert_close(made, read if kind is _AsStored else 0.5 * read)
+    mixed = torch.randn(3, width)
+    made = attention.o_proj(mixed) - attention.o_proj(torch.zeros_like(mixed))
+    read = mixed @ layer.output.tensor().mT
+    torch.testing.assert_close(made, read if kind is _AsStored else 0.5 * read)
+
+
+def test_a_transposed_convolution() -> None:
+    attention = _attention(lambda _, inside, outside: nn.ConvTranspose2d(inside, outside, 1))
+    [layer] = rd.find_attention(attention)
+    assert torch.equal(layer.query.tensor(), attention.q_proj.weight[:, :, 0, 0].mT)
+
+
+def test_projections_that_are_stored_in_both_ways() -> None:
+    kinds = {"o_proj": _AsStored}
+    attention = _attention(lambda name, inside, outside: kinds.get(name, nn.Linear)(inside, outside))
+    with pytest.raises(ValueError, match=r"o_proj is stored as \(in, out\) and q_proj.* not: store them alike"):
+        rd.find_attention(attention)
+
+
+def test_torchs_random_numbers_stay_as_they_are() -> None:
+    module = _AsStored(8, 8)
+    state = torch.get_rng_state()
+    assert is_turned(module) is True
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_hook_does_not_see_the_vectors() -> None:
+    module = _AsStored(8, 8)
+    seen = []
+    module.register_forward_hook(lambda *given: seen.append(given))
+    assert is_turned(module) is True
+    assert not seen
+
+
+def test_nothing_is_said_of_a_layer_that_cannot_be_run_alone() -> None:
+    assert is_turned(_Stateful(8, 8)) is None
+    assert is_turned(nn.Linear(8, 8)) is None
+    assert is_turned(nn.Sequential(nn.Linear(8, 8))) is None
+    with torch.device("meta"):
+        assert is_turned(_AsStored(8, 8)) is None
+
+
+def test_no_other_process_is_waited_for(tmp_path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert is_turned(_Waiting(8, 8)) is None
+    finally:
+        dist.destroy_process_group()
