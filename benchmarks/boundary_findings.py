@@ -22,6 +22,7 @@ import argparse
 import functools
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -287,12 +288,15 @@ def smallest(runs: Sweep, name: str, accuracy: float, strength: float | None = N
 
 
 def cells(options: argparse.Namespace) -> None:
-    """Best test accuracy of every cell (mean over seeds): an arm per table, fractions down, strengths across."""
+    """Best test accuracy of every cell (mean over seeds): an arm per table, fractions down, strengths across.
+
+    Where cells differ in their number of seeds, those of several say it: (3 of 3). A cell without runs is empty.
+    """
     _grid(options, best_accuracies, lambda found: f"{statistics.fmean(found):.2f}")
 
 
 def steps(options: argparse.Namespace) -> None:
-    """The step at which each cell's runs held 95 %, the mean of those that did: tables as of `cells`."""
+    """The step at which each cell's runs held 95 %, the mean of those that did, "—" if none: tables as of `cells`."""
     _grid(options, steps_held, lambda found: f"{statistics.fmean(found):,.0f}")
 
 
@@ -308,6 +312,15 @@ def _grid(
     shown_as: Callable[[list[float]], str],
 ) -> None:
     runs = _sweep(options)
+    counts = Counter((row["arm"], row["train_fraction"], row["strength"]) for row in runs.rows)
+    uneven = len(set(counts.values())) > 1  # then a cell of several seeds says how many its mean is of
+
+    def shown(name: str, fraction: float, strength: float) -> str:
+        found, count = of_cell(runs, name, fraction, strength), counts[name, fraction, strength]
+        if not found:
+            return "—" if count else ""
+        return shown_as(found) + (f" ({len(found)} of {count})" if uneven and count > 1 else "")
+
     for name in runs.names:
         strengths = sorted({row["strength"] for row in runs.of(name)})
         print(f"\n**{name}**\n\n| {'size' if runs.by_number else 'fraction'} | "
@@ -315,8 +328,8 @@ def _grid(
         print("|" + "---|" * (len(strengths) + 1))
         for fraction in reversed(runs.sizes):
             if any(row["train_fraction"] == fraction for row in runs.of(name)):
-                found = [of_cell(runs, name, fraction, strength) for strength in strengths]
-                print(f"| {runs.size(fraction)} | {' | '.join(shown_as(some) if some else '—' for some in found)} |")
+                found = [shown(name, fraction, strength) for strength in strengths]
+                print(f"| {runs.size(fraction)} | {' | '.join(found)} |")
 
 
 NEAR = 0.11  # of a published colour: a cell that agrees with it

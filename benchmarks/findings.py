@@ -197,6 +197,13 @@ def held_at(name: str, arm: str, strength: str) -> str:
     return f"{statistics.fmean(r['steps_to_generalise'] for r in rows if r['steps_to_generalise'] is not None):,.0f}"
 
 
+def column(name: str, arm: str, strength: str, key: str, form: str = ".2f") -> str:
+    """A mean over the runs of an arm at one strength."""
+    return format(
+        statistics.fmean(row[key] for row in _sweep(name).of(arm) if row["strength"] == float(strength)), form
+    )
+
+
 def least_strength(name: str, arm: str, size: str, accuracy: str) -> str:
     """The lowest strength of an arm whose best test accuracy at one size is at least so much, a mean over seeds."""
     sweep = _sweep(name)
@@ -451,7 +458,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
-        cell, cell_mean, held_from_to, held_at, least_strength, least_data, reached, times,
+        cell, cell_mean, held_from_to, held_at, column, least_strength, least_data, reached, times,
         ends_of_held, columns_between, delay,
         switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates, left, noise, stuck,
         share, against, spread, ends, published, rank_of, sent, planes, planes_share,

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,25 @@ def test_rows_that_are_not_there_are_named(capsys, tmp_path):
     with pytest.raises(SystemExit):
         stored.command_line("", stored.store, {"table": print}, arguments=["table", str(tmp_path / "nothing")])
     assert "nothing: there is no such file or folder" in capsys.readouterr().err
+
+
+def test_cells_say_how_many_seeds_they_are_of_where_these_differ(capsys, tmp_path):
+    """Two seeds of one cell, one of which holds; one of another; none of the last."""
+    runs = [(0.5, 1.0, 0, 0.98, 300), (0.5, 1.0, 1, 0.5, None), (0.5, 2.0, 0, 0.25, None), (0.8, 1.0, 0, 1.0, 100)]
+    keys = ("train_fraction", "strength", "seed", "best_test_accuracy", "steps_to_generalise")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"arms": [{"name": "l2"}], "settings": {"task": "add", "threshold": 0.95}})
+    )
+    rows = (json.dumps({"arm": "l2", "rest_decay": 1.0, **dict(zip(keys, run, strict=True))}) for run in runs)
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    printed = []
+    for table in (boundary_findings.cells, boundary_findings.steps):
+        table(SimpleNamespace(directories=[tmp_path], rest=None, arms=None))
+        printed.append(capsys.readouterr().out.splitlines()[-2:])
+    assert printed == [
+        ["| 0.8 | 1.00 |  |", "| 0.5 | 0.74 (2 of 2) | 0.25 |"],
+        ["| 0.8 | 100 |  |", "| 0.5 | 300 (1 of 2) | — |"],
+    ]
 
 
 # --- claims ---

@@ -54,3 +54,4 @@ paper paper_multiply --task multiply --fractions 0.5 --arms none l2_all paper_a1
 paper paper_multiply_l2 --task multiply --fractions 0.5 --arms l2_all --strengths l2_all=0.2,0.5,1,2,4,8
 paper paper_add --fractions 0.3 0.4 0.5 0.6 0.7 0.8 --precision float32 --arms paper_a1 l2_all \
   --strengths l2_all=2,4,8,16
+paper paper_s5 --task s5 --fractions 0.5 --precision float32 --arms none paper_a1 l2_all --strengths l2_all=1,2,4,8,16
