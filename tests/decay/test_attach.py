@@ -339,6 +339,34 @@ def test_a_step_skipped_by_the_scaler_decays_nothing(fused, every):
         assert float(times) == pytest.approx(applied, abs=1e-4)
 
 
+@pytest.mark.parametrize("rule", ["prox", "newton_schulz"])
+@pytest.mark.parametrize("scale", ["absolute", "relative"])
+def test_a_skipped_step_takes_nothing_of_what_had_no_gradient(rule, scale):
+    """One matrix has never a gradient and one lacks it once, in a cycle whose last step overflows."""
+    model, twin = make_model(), make_model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
+    how = {"every": 3, "strength": 0.1, "rule": rule, "scale": scale}
+    frozen, spared = (model.layers[number]["attention"].q_proj.weight for number in (0, 1))
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    optimizer = torch.optim.AdamW(groups_of(model, **how), lr=LR, fused=True)
+    rd.attach(optimizer)
+    for step in range(6):
+        zero_gradients(model)
+        frozen.grad, spared.grad = None, (None if step == 1 else spared.grad)
+        scaler.scale(torch.ones(()))
+        if step == 2:
+            model.head.weight.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+    assert torch.equal(frozen, before)
+    other = torch.optim.SGD(groups_of(twin, **how | {"every": 1}), lr=LR * 4)  # steps 0, 3, 4 and 5; not 1 and 2
+    rd.attach(other)
+    zero_gradients(twin)
+    other.step()
+    torch.testing.assert_close(spared, twin.layers[1]["attention"].q_proj.weight, atol=1e-5, rtol=0)
+
+
 def test_parameters_without_gradient_and_frozen_ones_are_left_alone():
     model = make_model()
     frozen = model.layers[0]["attention"].q_proj.weight.requires_grad_(False)

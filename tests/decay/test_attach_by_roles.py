@@ -678,6 +678,93 @@ def test_asking_from_a_closure_changes_nothing_of_the_step() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, query_key(model), strict=True))
 
 
+def test_a_closure_that_makes_no_gradient_is_a_step_without_any() -> None:
+    """As of a training step of Lightning that returns None."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
+    rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH), value_output=rd.Frobenius(1.0, power=0))
+    before = copy.deepcopy(model)
+    for _ in range(2):
+        optimizer.step(lambda: None)
+    _same(model, before)
+
+
+def _halve(optimizer: torch.optim.Optimizer, key: str) -> None:
+    for group in optimizer.param_groups:
+        group[key] /= 2
+
+
+def _with_schedule(optimizer: torch.optim.Optimizer) -> None:
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step).step()
+
+
+def _add_a_group(optimizer: torch.optim.Optimizer) -> None:
+    added = nn.Parameter(torch.ones(3))
+    added.grad = torch.zeros_like(added)
+    optimizer.add_param_group({"params": [added], "lr": 0.2})
+
+
+IN_A_STEP = {
+    "weight_decay": lambda optimizer: _halve(optimizer, "weight_decay"),
+    "lr": lambda optimizer: _halve(optimizer, "lr"),
+    "the first group's lr": lambda optimizer: optimizer.param_groups[0].update(lr=LR / 3),
+    "state_dict": lambda optimizer: optimizer.state_dict(),
+    "load_state_dict": lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()),
+    "a scheduler": _with_schedule,
+    "a group": _add_a_group,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # in a step it is before its end
+@pytest.mark.parametrize("act", IN_A_STEP)
+def test_what_a_closure_does_to_the_optimizer_is_as_if_done_before_the_step(act: str) -> None:
+    """A closure may be all of a training step: Lightning's schedules and saves in it."""
+    models, optimizers = [make_model(), make_model()], []
+    for inside, model in enumerate(models):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
+        optimizers.append(optimizer)
+        rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH))
+        for step in range(2):
+
+            def closure(optimizer=optimizer, model=model, act=IN_A_STEP[act] if step == 0 else id) -> None:
+                act(optimizer)
+                zero_gradients(model)
+
+            if inside:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+    _same(*models)
+    kept = [[{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] for optimizer in optimizers]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("schedule", [torch.optim.lr_scheduler.LambdaLR, torch.optim.lr_scheduler.ExponentialLR])
+def test_a_schedule_in_a_hook_behind_the_step(schedule: type, first: bool) -> None:
+    """Registered before the decay is attached, or after: the groups are whole, and the step's rate is its own."""
+    model, twin = make_model(), make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
+    other = torch.optim.AdamW(twin.parameters(), lr=LR, weight_decay=0.3)
+    half = (lambda step: 0.5**step) if schedule is torch.optim.lr_scheduler.LambdaLR else 0.5
+    in_hook, by_hand = schedule(optimizer, half), schedule(other, half)
+    if first:
+        optimizer.register_step_post_hook(lambda *_: in_hook.step())
+    for each, its in ((optimizer, model), (other, twin)):
+        rd.attach(each, its, query_key=rd.LowRank(STRENGTH))
+    if not first:
+        optimizer.register_step_post_hook(lambda *_: in_hook.step())
+    for _ in range(3):
+        for its in (model, twin):
+            zero_gradients(its)
+        optimizer.step()
+        other.step()
+        by_hand.step()
+    _same(model, twin)
+    assert in_hook.get_last_lr() == by_hand.get_last_lr() == [LR / 8]
+
+
 @pytest.mark.parametrize("ask", ["describe", "state_dict", "set", "detach", "attach another"])
 def test_a_group_that_was_just_added_is_known_to_whatever_is_asked_next(ask: str) -> None:
     model, other = make_model(), make_model()

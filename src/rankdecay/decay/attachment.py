@@ -377,13 +377,31 @@ class Attachment:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Note which parameters have a gradient: some optimizers clear it inside their step.
 
-        Return the step's arguments if a closure is among them, which then leaves the groups in one piece if it raises.
+        Return the step's arguments if a closure is among them, which then sees the groups in one piece.
         """
         if self._in_step and is_inner_step(optimizer):
             return None
         self._in_step, self._thread = True, threading.get_ident()
         self._restore()  # if the last step raised
         self._watch.stop()
+        # With a closure the gradients of this step are not there yet, and those of the last one may be.
+        self._closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
+        self._params_with_grad = set()
+        self._prepare(optimizer)
+        self._states_only = may_make_states_only(optimizer)
+        if self._first:
+            self._check_values(optimizer)
+        if not self._closure:
+            self._note_gradients()
+            if self._first:
+                self._first = False
+                _check_trained(optimizer)
+            return None
+        named = {name: self._in_one_piece(value) for name, value in kwargs.items()}
+        return (args[0], *map(self._in_one_piece, args[1:])), named
+
+    def _prepare(self, optimizer: Optimizer) -> None:
+        """Take the groups as they are now, and divide them while the optimizer makes its step."""
         if len(optimizer.param_groups) < len(self._registered):
             raise ValueError(
                 f"{type(optimizer).__name__} had {len(self._registered)} groups and has {len(optimizer.param_groups)}: "
@@ -394,37 +412,35 @@ class Attachment:
         self._register_new_groups(optimizer)
         self._source.recall(optimizer)
         self._stepping = self._held_by_group(optimizer)
-        self._states_only = may_make_states_only(optimizer)
-        # With a closure the gradients of this step are not there yet, and those of the last one may be.
-        self._closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
-        live = (p for targets in self._stepping for held in targets for p in held.parameters)
-        self._params_with_grad = set() if self._closure else {id(p) for p in live if p.grad is not None}
-        if self._first:
-            self._check_values(optimizer)
-        if self._first and not self._closure:
-            self._first = False
-            _check_trained(optimizer)
         self._rates = [rate(optimizer, group) for group in optimizer.param_groups]
         self._put_back = self._give_weight_decay(optimizer)
-        if not self._closure:
-            return None
-        named = {name: self._restoring(value) for name, value in kwargs.items()}
-        return (args[0], *map(self._restoring, args[1:])), named
 
-    def _restoring(self, argument: Any) -> Any:
-        """Return a closure that puts the groups back if it raises: no hook runs then, and a scheduler may be next."""
+    def _note_gradients(self) -> None:
+        live = (p for targets in self._stepping for held in targets for p in held.parameters)
+        self._params_with_grad |= {id(p) for p in live if p.grad is not None}
+
+    def _in_one_piece(self, argument: Any) -> Any:
+        """Return a closure that finds the groups in one piece, and leaves them so if it raises.
+
+        It may be all of a training step, as Lightning's is: it sets rates and weight decays, saves, adds groups.
+        """
         if not callable(argument):
             return argument
 
         def closure(*args: Any, **kwargs: Any) -> Any:
             try:
-                return argument(*args, **kwargs)
+                self._restore()
+                found = argument(*args, **kwargs)
+                if self._handles:  # it may have detached
+                    self._prepare(self.optimizer)
+                    self._note_gradients()
             except BaseException:
                 self._in_step = False
                 self._restore()
                 raise
+            return found
 
-        return closure
+        return torch.compiler.disable(closure)
 
     def _give_weight_decay(self, optimizer: Optimizer) -> Callable[[], None]:
         sections = [
@@ -440,11 +456,8 @@ class Attachment:
             return
         self._in_step = False
         self._restore()
-        if self._closure:
-            every = list(parameters_of(optimizer))
-            # Without any they were cleared inside the step, which had made them too: whatever is trained had one.
-            live = [p for p in every if p.grad is not None] or [p for p in every if p.requires_grad]
-            self._params_with_grad = set(map(id, live))
+        if self._closure:  # an optimizer need not call it
+            self._note_gradients()
         if self._states_only:  # or a step of a stateless optimizer that was given no rate
             self._states_only = has_state(optimizer) or self._had_rate
         else:
@@ -641,14 +654,17 @@ def _nothing() -> None:
     pass
 
 
-def _keep_hooks_last(optimizer: Optimizer, *_: Any) -> None:
-    """Let the hook before a step be the last: one of a user's may set learning rates and weight decays."""
+def _keep_hooks_in_place(optimizer: Optimizer, *_: Any) -> None:
+    """Let the hook before a step be the last and that after it the first: those of a user may set rates and decays."""
     for attachment in attached():
         if attachment._optimizer() is optimizer and attachment._handles:
-            hooks: Any = optimizer._optimizer_step_pre_hooks
-            own = attachment._handles[0].id
-            if own in hooks and next(reversed(hooks)) != own:
-                hooks.move_to_end(own)
+            before: Any = optimizer._optimizer_step_pre_hooks
+            after: Any = optimizer._optimizer_step_post_hooks
+            last, first = (handle.id for handle in attachment._handles[:2])
+            if last in before and next(reversed(before)) != last:
+                before.move_to_end(last)
+            if first in after and next(iter(after)) != first:
+                after.move_to_end(first, last=False)
 
 
 def _see_hooks() -> None:
@@ -656,7 +672,7 @@ def _see_hooks() -> None:
     global _sees_hooks
     if not _sees_hooks:
         uncompiled: Any = torch.compiler.disable
-        register_optimizer_step_pre_hook(uncompiled(_keep_hooks_last))
+        register_optimizer_step_pre_hook(uncompiled(_keep_hooks_in_place))
         _sees_hooks = True
 
 

@@ -290,9 +290,14 @@ def count_step(
     counter.pending = 0.0 if found_inf is None or every == 1 else pending * found_inf
     due = pending if found_inf is None else pending * (1 - found_inf)
     missed = counter.take_missed()
+    if found_inf is not None:
+        for position, spared in missed.items():
+            counter.miss(position, spared * found_inf)
+        missed = {position: spared * (1 - found_inf) for position, spared in missed.items()}
     alike: dict[object, tuple[float | Tensor, list[int]]] = {}
     for position, has_gradient in enumerate(live):
         its = due - missed[position] if position in missed else due
+        its = its.clamp_min(0.0) if isinstance(its, Tensor) else its
         if (has_gradient or every > 1) and (isinstance(its, Tensor) or its > 0):
             alike.setdefault(its if isinstance(its, float) else id(its), (its, []))[1].append(position)
     return list(alike.values())
