@@ -112,7 +112,8 @@ class Attachment:
             source.close(optimizer)
             raise
         self._params_with_grad: set[int] = set()
-        self._rates: list[float | Tensor] = []
+        self._rates: list[float | Tensor] = []  # of each group, before the step
+        self._factors: list[float | Tensor] = []  # the same when it has been made
         self._stepping: list[list[_Held]] = []  # the targets of this step, by group
         self._closure = False
         self._first = True
@@ -123,6 +124,7 @@ class Attachment:
         uncompiled: Any = torch.compiler.disable  # under a compiled `optimizer.step`, hooks run between its graphs
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(uncompiled(self._before_step)),
+            optimizer.register_step_post_hook(uncompiled(self._step_made)),
             optimizer.register_step_post_hook(uncompiled(self._after_step)),
             optimizer.register_state_dict_pre_hook(self._before_saving),
             optimizer.register_load_state_dict_post_hook(self._check_loaded),
@@ -450,12 +452,20 @@ class Attachment:
             sections = [[part._replace(l2=0.0) for part in parts] for parts in sections]
         return give_weight_decay(optimizer, sections)
 
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _step_made(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Put the groups back and note the rates of the step, before a hook of a user's sets those of the next."""
         if is_inner_step(optimizer):
             return
         self._in_step = False
         self._restore()
+        pairs = zip(optimizer.param_groups, self._rates, strict=False)
+        factors = [rate_of_step(optimizer, group, before) for group, before in pairs]
+        self._factors = [each.clone() if isinstance(each, Tensor) else each for each in factors]
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if is_inner_step(optimizer):
+            return
         if self._closure:  # an optimizer need not call it
             self._note_gradients()
         if self._states_only:  # or a step of a stateless optimizer that was given no rate
@@ -486,8 +496,8 @@ class Attachment:
         due: list[Step] = []
         planes = PlaneStep()
         named: list[tuple[str, Tensor]] = []
-        for index, (group, targets) in enumerate(zip(optimizer.param_groups, self._stepping, strict=True)):
-            factor = rate_of_step(optimizer, group, self._rates[index])
+        groups = zip(optimizer.param_groups, self._stepping, self._factors, strict=False)  # a hook may have added some
+        for index, (group, targets, factor) in enumerate(groups):
             counts = counts_steps(optimizer, group)
             if not targets and "role" in group and group.get("decoupled_weight_decay"):  # L2 that is the optimizer's
                 own = Frobenius(float(group.get("weight_decay", 0.0)))
@@ -655,16 +665,19 @@ def _nothing() -> None:
 
 
 def _keep_hooks_in_place(optimizer: Optimizer, *_: Any) -> None:
-    """Let the hook before a step be the last and that after it the first: those of a user may set rates and decays."""
+    """Let the hook before a step be the last, and that which notes its rates the first behind it.
+
+    Hooks of a user's may set learning rates and weight decays. The decay itself keeps its place among them.
+    """
     for attachment in attached():
         if attachment._optimizer() is optimizer and attachment._handles:
             before: Any = optimizer._optimizer_step_pre_hooks
-            after: Any = optimizer._optimizer_step_post_hooks
+            behind: Any = optimizer._optimizer_step_post_hooks
             last, first = (handle.id for handle in attachment._handles[:2])
             if last in before and next(reversed(before)) != last:
                 before.move_to_end(last)
-            if first in after and next(iter(after)) != first:
-                after.move_to_end(first, last=False)
+            if first in behind and next(iter(behind)) != first:
+                behind.move_to_end(first, last=False)
 
 
 def _see_hooks() -> None:
