@@ -782,6 +782,38 @@ def test_a_group_that_was_just_added_is_known_to_whatever_is_asked_next(ask: str
     optimizer.step()
 
 
+def test_parameters_that_take_turns_have_each_its_own_decay() -> None:
+    """As where blocks are trained in turn, by one group whose list is exchanged; or groups change places."""
+    model = make_model()
+    first, second = (model.layers[number]["attention"] for number in (0, 1))
+    optimizer = torch.optim.AdamW([first.q_proj.weight, first.o_proj.weight], lr=LR, weight_decay=0.0)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH), exclude="layers.1")
+    assert "q_proj" in attachment.describe()
+
+    def moved(*weights: nn.Parameter) -> list[bool]:
+        optimizer.param_groups[0]["params"] = list(weights)
+        before = [weight.detach().clone() for weight in weights]
+        zero_gradients(model)
+        optimizer.step()
+        return [not torch.equal(old, new) for old, new in zip(before, weights, strict=True)]
+
+    assert moved(first.q_proj.weight, first.o_proj.weight) == [True, False]
+    assert moved(second.q_proj.weight, second.o_proj.weight) == [False, False]  # excluded
+    assert [row.name for row in attachment.rows()] == [
+        "layers.1.attention.q_proj.weight",
+        "layers.1.attention.o_proj.weight",
+    ]
+    assert moved(first.q_proj.weight, first.o_proj.weight) == [True, False]
+    optimizer.add_param_group({"params": [first.k_proj.weight]})
+    optimizer.add_param_group({"params": [first.v_proj.weight]})
+    assert moved(first.q_proj.weight, first.o_proj.weight) == [True, False]
+    optimizer.param_groups[1:] = optimizer.param_groups[:0:-1]
+    weights = first.k_proj.weight, first.v_proj.weight
+    before = [weight.detach().clone() for weight in weights]
+    optimizer.step()
+    assert [not torch.equal(old, new) for old, new in zip(before, weights, strict=True)] == [True, False]
+
+
 def test_a_layer_that_was_added_to_the_model_is_decayed_too() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)

@@ -540,7 +540,8 @@ class Attachment:
     def _register_group(self, index: int, group: Group) -> None:
         """Check a new group, and before each step that a known one has parameters of the same shapes.
 
-        They may be replaced by others of the same shapes, as Accelerate does under FSDP2.
+        They may be replaced by others of the same shapes: by the same sharded, as Accelerate does under FSDP2, or by
+        others of the model, whose decays are then theirs.
         """
         if index == len(self._registered):
             optimizer = self.optimizer
@@ -553,8 +554,11 @@ class Attachment:
         if before.roles and now.shapes != before.shapes:
             raise ValueError(swapped(index, before, now.shapes))
         self._source.check_kept(self.optimizer, index, group, before.roles)
-        if now.dtypes != before.dtypes:  # who applies L2 depends on them
+        exchanged = self._source.exchanged(index, group)
+        if exchanged or now.dtypes != before.dtypes:  # who applies L2 depends on them
             self._source.register(self.optimizer, index, group)
+            if exchanged:
+                check_group(self.optimizer, index, group, self._source)
             self._registered[index] = RegisteredGroup.of(group, self._source.targets(index, group))
 
     def _before_saving(self, optimizer: Optimizer) -> None:

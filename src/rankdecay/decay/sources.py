@@ -60,6 +60,10 @@ class Source(Protocol):
         """Take a group up, when it is first seen and when the dtypes of its parameters have changed."""
         ...
 
+    def exchanged(self, index: int, group: Group) -> bool:
+        """Whether a group has other parameters of the model than when it was taken up."""
+        ...
+
     def targets(self, index: int, group: Group) -> list[Target]:
         """Return the targets of a group."""
         ...
@@ -132,6 +136,10 @@ class FromGroups:
         keys = real_l2(group) if decouples(optimizer, group) else live_l2(roles_of(group)[0])
         group.update(keys)
         self._added[index] = list(keys)
+
+    def exchanged(self, index: int, group: Group) -> bool:
+        """Return False: decays are of the group, whatever is in it."""
+        return False
 
     def targets(self, index: int, group: Group) -> list[Target]:
         """Return the targets of a group, as its keys say now.
@@ -240,7 +248,7 @@ class FromModel:
     """Targets of an optimizer whose groups stay as they are: found in a model by the roles of its parameters.
 
     A parameter is known by its place in its group, so that it may be replaced by another of the same shape, as
-    Accelerate does under FSDP2.
+    Accelerate does under FSDP2; unless what replaces it has another name in the model, as where blocks take turns.
 
     Args:
         model: the model.
@@ -272,6 +280,7 @@ class FromModel:
         self._frozen: set[str] = set()
         self._know(planned)
         self._names: list[list[str | None]] = []  # of each parameter of each group
+        self._seen: list[list[int]] = []  # the identity of each, when it was last looked up
         self._bundles: list[list[Bundle]] = []
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
@@ -280,15 +289,34 @@ class FromModel:
         Raises:
             ValueError: If the optimizer's own L2 would act on a named role and cannot be switched off.
         """
-        if index < len(self._bundles):
-            self._bundles[index] = self._counted_on(self._bundles[index], self._bundle(optimizer, index, group))
-            return
-        by_id = {id(p): name for name, p in named_parameters(self._model).items()}
-        names = [by_id.get(id(parameter)) for parameter in group["params"]]
+        names = self._names_of(group)
         if any(name is not None and name not in self._planned for name in names):
             self._know(self._replan(self._model, self._named))
-        self._names.append(names)
-        self._bundles.append(self._bundle(optimizer, index, group))
+        if index == len(self._bundles):
+            self._names.append(names)
+            self._seen.append(list(map(id, group["params"])))
+            self._bundles.append(self._bundle(optimizer, index, group))
+        elif self._is_exchanged(index, names):
+            self._names[index] = names
+            self._bundles[index] = self._bundle(optimizer, index, group)  # whose counts are in the state, or begin
+        else:
+            self._bundles[index] = self._counted_on(self._bundles[index], self._bundle(optimizer, index, group))
+
+    def _names_of(self, group: Group) -> list[str | None]:
+        by_id = {id(p): name for name, p in named_parameters(self._model).items()}
+        return [by_id.get(id(parameter)) for parameter in group["params"]]
+
+    def exchanged(self, index: int, group: Group) -> bool:
+        """Whether a group has parameters that have other names in the model than those it had."""
+        seen = list(map(id, group["params"]))
+        if seen == self._seen[index]:
+            return False
+        self._seen[index] = seen
+        return self._is_exchanged(index, self._names_of(group))
+
+    def _is_exchanged(self, index: int, names: list[str | None]) -> bool:
+        """Whether names are others; a parameter that the model does not have stands for the one it replaces."""
+        return None not in names and names != self._names[index]
 
     def _know(self, planned: list[Planned]) -> None:
         """Take up the parameters that are not known yet."""
