@@ -814,6 +814,112 @@ def test_parameters_that_take_turns_have_each_its_own_decay() -> None:
     assert [not torch.equal(old, new) for old, new in zip(before, weights, strict=True)] == [True, False]
 
 
+def _spared_once(model: nn.Module, exclude: str = "") -> tuple[torch.optim.Optimizer, rd.Attachment]:
+    """The optimizer after two steps of a cycle of three, in the first of which layer 0's W_Q has no gradient."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=3), exclude=exclude or ())
+    if not exclude:
+        for spared in (True, False):
+            zero_gradients(model)
+            if spared:
+                model.layers[0]["attention"].q_proj.weight.grad = None
+            optimizer.step()
+    return optimizer, attachment
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    zero_gradients(model)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_distributed_checkpoint_has_what_parameters_were_spared(flat: bool, tmp_path) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict as states
+
+    options = states.StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, resumed = make_model(), make_model()
+    optimizer, _ = _spared_once(model)
+    checkpoint.save(
+        {"model": model.state_dict(), "optimizer": states.get_optimizer_state_dict(model, optimizer, options=options)},
+        checkpoint_id=tmp_path,
+    )
+    other = torch.optim.AdamW(resumed.parameters(), lr=LR, weight_decay=0.0)
+    rd.attach(other, resumed, query_key=rd.LowRank(STRENGTH, every=3))
+    read = {
+        "model": resumed.state_dict(),
+        "optimizer": states.get_optimizer_state_dict(resumed, other, options=options),
+    }
+    checkpoint.load(read, checkpoint_id=tmp_path)
+    states.set_optimizer_state_dict(resumed, other, read["optimizer"], options=options)
+    resumed.load_state_dict(read["model"])
+    _step(model, optimizer)
+    _step(resumed, other)
+    _same(model, resumed)
+
+
+def test_what_a_parameter_was_spared_is_its_own_also_where_others_are_excluded() -> None:
+    model, resumed, plain = make_model(), make_model(), make_model()
+    optimizer, _ = _spared_once(model)
+    other, _ = _spared_once(resumed, exclude="layers.0")
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    _step(model, optimizer)
+    _step(resumed, other)
+    for number in (1, 2):
+        for one, two in zip(model.layers[number].parameters(), resumed.layers[number].parameters(), strict=True):
+            assert torch.equal(one, two)
+    assert torch.equal(resumed.layers[0]["attention"].q_proj.weight, plain.layers[0]["attention"].q_proj.weight)
+
+
+def test_a_parameter_that_was_frozen_all_of_a_cycle_owes_nothing_of_it_after_resuming() -> None:
+    model, resumed, plain = make_model(), make_model(), make_model()
+    frozen = model.layers[0]["attention"].q_proj.weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=3))
+    for _ in range(2):
+        zero_gradients(model)
+        frozen.grad = None
+        optimizer.step()
+    other = torch.optim.AdamW(resumed.parameters(), lr=LR, weight_decay=0.0)
+    rd.attach(other, resumed, query_key=rd.LowRank(STRENGTH, every=3))
+    state = copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(state)
+    _step(resumed, other)
+    once = torch.optim.SGD(plain.parameters(), lr=LR)
+    rd.attach(once, plain, query_key=rd.LowRank(STRENGTH, every=1))
+    _step(plain, once)
+    its = [each.layers[0]["attention"].q_proj.weight for each in (resumed, plain)]
+    torch.testing.assert_close(*its)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_what_is_pending_of_a_low_rank_decay_is_none_of_an_l2_that_replaces_it(kind: type) -> None:
+    """Whoever applies the L2; and it does not come back with the next low-rank decay."""
+    model = make_model()
+    optimizer = kind(model.parameters(), lr=LR, weight_decay=0.0)
+    others = {"value_output": rd.Frobenius(0.0)}  # in one parameter with W_Q and W_K
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=4), **others)
+    for _ in range(2):
+        _step(model, optimizer)
+    before = query_key(model)
+    attachment.set(query_key=rd.Frobenius(1.0))
+    _step(model, optimizer)
+    for old, new in zip(before, query_key(model), strict=True):
+        torch.testing.assert_close(new, old * (1 - LR))
+    attachment.set(query_key=rd.LowRank(STRENGTH, every=4))
+    before, steps = query_key(model), 0
+    while torch.equal(before[0], query_key(model)[0]):  # the cycle stands still while the optimizer decays
+        _step(model, optimizer)
+        steps += 1
+    assert steps <= 2
+    for old, new in zip(before, query_key(model), strict=True):
+        s = torch.linalg.svdvals(old)
+        tau = steps * LR * STRENGTH * old.norm() / min(old.shape) ** 0.5
+        torch.testing.assert_close(torch.linalg.svdvals(new), (s - tau).clamp_min(0), atol=1e-5, rtol=0)
+
+
 def test_a_layer_that_was_added_to_the_model_is_decayed_too() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)

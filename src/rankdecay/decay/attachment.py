@@ -598,9 +598,10 @@ class Attachment:
                 yield Row(name, parameter, role, WHOLE, words, kind if l2 else "", frozen + why)
             for target in targets.get(position, []):
                 decay = target.decay_in(group)
-                words = decay.describe() if decay.strength else "none"
+                acts = decay.strength and not target.spares(position)
+                words = decay.describe() if acts else "none"
                 who = kind if target.by_optimizer else "rankdecay"
-                who = (who if self.active else "nobody") if decay.strength else ""
+                who = (who if self.active else "nobody") if acts else ""
                 low_rank = isinstance(decay, LowRank)
                 every = target.every_in(group, counts_steps(optimizer, group))
                 if every > 1 and decay.strength and isinstance(decay, LowRank) and decay.every is None:
@@ -610,6 +611,7 @@ class Attachment:
                 for window in target.windows:
                     notes = dropwhile(get_args(Role).__contains__, why.split(", "))  # behind the names of the matrices
                     reason = frozen + (", ".join([window.label, *notes]) if window.label else why)
+                    reason += "; its planes were frozen when they were attached" if decay.strength and not acts else ""
                     yield Row(name, parameter, target.role, window, words, who, reason, low_rank, waiting)
 
 

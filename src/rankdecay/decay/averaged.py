@@ -49,6 +49,8 @@ def decay_averaged(optimizer: Optimizer, group: Group, step: Step, backend: Back
     beta = float(group["betas"][0] if "betas" in group else group["momentum"])
     is_average = holds_average(optimizer)
     for number, parameter in enumerate(step.parameters):
+        if "z" not in optimizer.state.get(parameter, ()):
+            continue  # never stepped: nothing is due of it, though a rate on the device does not say so
         iterate = optimizer.state[parameter]["z"]
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         held, z = parameter.detach().to(wide), iterate.detach().to(parameter.device, wide)

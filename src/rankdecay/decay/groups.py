@@ -307,11 +307,16 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
     if "query_key" in roles:
         its = acting.get("query_key")
         _give_planes(group, its if isinstance(its, Planes) else None)
-    for role in [role for role in found if role in acting and unit_of(acting[role]) != unit_of(found[role])]:
+    for role in [role for role in found if role in acting and _measure(acting[role]) != _measure(found[role])]:
         for what in ("pending", "missed"):  # read in another unit it might wipe the weight out
             counts.pop(f"{role}_{what}", None)
     group.update({key: n for key, n in counts.items() if key.replace("_missed", "_pending") in group})
     group.update(real_l2(group))
+
+
+def _measure(decay: Decay) -> tuple[type, str]:
+    """Return what an amount that is pending means: of which kind of decay, and in which unit."""
+    return type(decay), unit_of(decay)
 
 
 def _change_biases(group: Group, decay: Decay) -> None:

@@ -417,7 +417,8 @@ class FromModel:
     def _counted_on(before: list[Bundle], now: list[Bundle]) -> list[Bundle]:
         """Let the counts of new bundles go on from those that had their parameters; a new decay warms up anew.
 
-        What is pending goes on where the new decay counts it in the same unit (`unit_of`), and is dropped elsewhere.
+        What is pending goes on under a decay of the same kind that counts in the same unit (`unit_of`), and is dropped
+        elsewhere.
         """
         for bundle in now:
             former = next((each for each in before if bundle.positions[0] in each.positions), None)
@@ -425,7 +426,10 @@ class FromModel:
                 continue
             bundle.take(former.numbers)
             same = {(target.role, target.decay) for target in former.targets}
+            kinds = {(target.role, type(target.decay)) for target in former.targets}
             for target in bundle.targets:
+                if (target.role, type(target.decay)) not in kinds:
+                    target.counter.drop()
                 if target.decay is not None and target.decay.warmup and (target.role, target.decay) not in same:
                     target.counter.start_warmup()
         return now

@@ -38,15 +38,15 @@ class Counter:
 
     def __init__(self, numbers: dict[str, Any], role: str, unit: str = "") -> None:
         self._numbers, self._steps, self._warmed = numbers, f"{role}_steps", f"{role}_warmed"
-        self._pending, self._missed = pending_key(role, unit), pending_key(role, unit, "missed")
+        self._pending, self.missed_key = pending_key(role, unit), pending_key(role, unit, "missed")
 
     def take(self, found: Mapping[str, Any]) -> None:
         """Take over the counts of another dictionary that are of this decay."""
         for key in (self._steps, self._warmed, self._pending):
             if key in found and key in self._numbers:
                 self._numbers[key] = found[key]
-        if self._missed in found:
-            self._numbers[self._missed] = found[self._missed]
+        if isinstance(found.get(self.missed_key), dict):  # not that of one parameter, from its state
+            self._numbers[self.missed_key] = found[self.missed_key]
 
     @property
     def steps(self) -> int:
@@ -98,19 +98,24 @@ class Counter:
 
     def miss(self, position: int, amount: float | Tensor) -> None:
         """Note a part of the pending sum that a parameter, by its position in the target, is spared."""
-        missed = self._numbers.setdefault(self._missed, {})
+        missed = self._numbers.setdefault(self.missed_key, {})
         missed[str(position)] = missed.get(str(position), 0.0) + amount
 
     @property
     def missed(self) -> dict[int, float | Tensor]:
         """What each parameter was spared since the last decay, by its position."""
-        return {int(position): amount for position, amount in self._numbers.get(self._missed, {}).items()}
+        return {int(position): amount for position, amount in self._numbers.get(self.missed_key, {}).items()}
 
     def take_missed(self) -> dict[int, float | Tensor]:
         """Return what each parameter was spared since the last decay, and begin anew."""
         missed = self.missed
-        self._numbers.pop(self._missed, None)
+        self._numbers.pop(self.missed_key, None)
         return missed
+
+    def drop(self) -> None:
+        """Forget what is pending, and what parameters were spared of it."""
+        self.pending = 0.0
+        self.take_missed()
 
     def settle(self) -> None:
         """Make the counts plain numbers, for a state that any weights-only load accepts."""
@@ -118,8 +123,8 @@ class Counter:
             self._numbers[self._warmed] = int(self.warmed)
         if isinstance(self.pending, Tensor):
             self.pending = float(self.pending)
-        if self._missed in self._numbers:
-            self._numbers[self._missed] = {name: float(n) for name, n in self._numbers[self._missed].items()}
+        if self.missed_key in self._numbers:
+            self._numbers[self.missed_key] = {name: float(n) for name, n in self._numbers[self.missed_key].items()}
 
 
 def pending_key(role: str, unit: str, what: str = "pending") -> str:
@@ -158,6 +163,10 @@ class Target:
         """Return its parameters, as they are in the group now."""
         return [group["params"][position] for position in self.positions]
 
+    def spares(self, position: int) -> bool:
+        """Whether a decay of planes takes nothing of a parameter, which was frozen when it was attached."""
+        return bool(self.planes) and not self.planes[self.positions.index(position)]
+
     def every_in(self, group: Group, counts: bool) -> int:
         """Return after how many steps its decay is applied.
 
@@ -187,17 +196,17 @@ class Bundle:
         positions: of the parameters in the group.
         targets: one per role.
         l2: weight decay with which the optimizer is to step these parameters.
-        numbers: counts of the targets; the same dictionary is in the state of every parameter, where a resumed run
-            needs it: for cycles of several steps, for a warm-up, and for the random numbers by which 16-bit weights
-            are rounded. A state without it is that of a run without decay, and either can load the other's. Plain
-            numbers, since a tensor would be cast to the dtype of the parameter.
+        numbers: counts of the targets. The state of every parameter has a copy, with what that parameter was spared,
+            where a resumed run needs it: for cycles of several steps, for a warm-up, and for the random numbers by
+            which 16-bit weights are rounded. A state without it is that of a run without decay, and either can load
+            the other's. Plain numbers, since a tensor would be cast to the dtype of the parameter.
     """
 
     positions: list[int]
     targets: list[Target]
     l2: float
     numbers: dict[str, Any] = field(default_factory=dict)
-    _written: bool = False
+    _written: dict[int, dict[str, Any]] = field(default_factory=dict)  # the copies, by position
 
     def __post_init__(self) -> None:
         self._reset()
@@ -216,14 +225,24 @@ class Bundle:
         )
 
     def recall(self, optimizer: Optimizer, group: Group) -> None:
-        """Take the counts over from a state that has been loaded since the last step."""
-        states = [optimizer.state.get(group["params"][position]) or {} for position in self.positions]
-        found = next((state[STATE_KEY] for state in states if state.get(STATE_KEY)), None)
-        if found is self.numbers or (found is None and not self._written):
+        """Take the counts over from a state that has been loaded since the last step.
+
+        A parameter without counts, beside others that have them, has not been stepped: it was spared all of the cycle.
+        """
+        states = {position: optimizer.state.get(group["params"][position]) or {} for position in self.positions}
+        found = {position: state[STATE_KEY] for position, state in states.items() if state.get(STATE_KEY)}
+        if all(copy is self._written.get(position) for position, copy in found.items()) and (
+            found or not self._written
+        ):
             return
         self._reset()
-        self.take(found or {})
-        self._written = False
+        self._written = {}
+        self.take(next(iter(found.values()), {}))
+        for target in self.targets if found else ():
+            for index, position in enumerate(target.positions):
+                spared = found[position].get(target.counter.missed_key, 0.0) if position in found else None
+                if spared != 0.0:
+                    target.counter.miss(index, target.counter.pending if spared is None else spared)
 
     def take(self, found: Mapping[str, Any]) -> None:
         """Take over the counts that are of the decays here."""
@@ -236,11 +255,16 @@ class Bundle:
         Not before: to many an optimizer a state with anything in it is one that has been made.
         """
         counted = self.is_counted(group, counts)
+        missed = [(target, target.counter.missed) for target in self.targets if isinstance(target.decay, LowRank)]
+        shared = {key: value for key, value in self.numbers.items() if not isinstance(value, dict)}
         for position in self.positions:
             parameter = group["params"][position]
             if (counted and id(parameter) in stepped) or STATE_KEY in (optimizer.state.get(parameter) or ()):
-                optimizer.state[parameter][STATE_KEY] = self.numbers
-                self._written = True
+                copy = self._written.setdefault(position, {})
+                copy.update(shared)
+                for target, spared in missed:
+                    copy[target.counter.missed_key] = spared.get(target.positions.index(position), 0.0)
+                optimizer.state[parameter][STATE_KEY] = copy
 
 
 # ---- counting a step -------------------------------------------------------------------------------------
