@@ -913,8 +913,8 @@ def test_what_is_pending_of_a_low_rank_decay_is_none_of_an_l2_that_replaces_it(k
     while torch.equal(before[0], query_key(model)[0]):  # the cycle stands still while the optimizer decays
         _step(model, optimizer)
         steps += 1
-    assert steps <= 2
-    for old, new in zip(before, query_key(model), strict=True):
+    assert steps <= 2  # of those that are a parameter each: what is fused was decayed by the hook, and has counted on
+    for old, new in zip(before[:4], query_key(model)[:4], strict=True):
         s = torch.linalg.svdvals(old)
         tau = steps * LR * STRENGTH * old.norm() / min(old.shape) ** 0.5
         torch.testing.assert_close(torch.linalg.svdvals(new), (s - tau).clamp_min(0), atol=1e-5, rtol=0)
