@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -64,9 +65,23 @@ def _attention(layer: Callable[[str, int, int], nn.Module], width: int = 8) -> n
     return attention
 
 
+class _LinearAsStored(nn.Linear):
+    """A layer whose class says one thing of its weight and whose forward pass another."""
+
+    def __init__(self, inside: int, outside: int, bias: bool = False) -> None:
+        super().__init__(outside, inside, bias)
+        self.bias = nn.Parameter(torch.randn(outside)) if bias else None
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        product = x @ self.weight
+        return product if self.bias is None else product + self.bias
+
+
 @pytest.mark.parametrize("width", [8, 16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", [_AsStored, _Transposed])
+@pytest.mark.parametrize("kind", [_AsStored, _LinearAsStored, _Transposed])
 def test_layers_of_ones_own_are_read_as_they_multiply(kind: type[_AsStored], bias: bool, width: int) -> None:
     attention = _attention(lambda _, inside, outside: kind(inside, outside, bias), width)
     nn.init.zeros_(attention.o_proj.weight)  # as many begin, which must not hide it
@@ -76,11 +91,20 @@ def test_layers_of_ones_own_are_read_as_they_multiply(kind: type[_AsStored], bia
     x = torch.randn(3, 8)
     made = attention.q_proj(x) - attention.q_proj(torch.zeros_like(x))
     read = x @ layer.query.tensor().mT
-    torch.testing.assert_close(made, read if kind is _AsStored else 0.5 * read)
+    torch.testing.assert_close(made, 0.5 * read if kind is _Transposed else read)
     mixed = torch.randn(3, width)
     made = attention.o_proj(mixed) - attention.o_proj(torch.zeros_like(mixed))
     read = mixed @ layer.output.tensor().mT
-    torch.testing.assert_close(made, read if kind is _AsStored else 0.5 * read)
+    torch.testing.assert_close(made, 0.5 * read if kind is _Transposed else read)
+
+
+def test_scripted_modules_are_read_as_before_they_were(tmp_path) -> None:
+    attention = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated in torch, and in use
+        scripted = torch.jit.script(attention)
+    [layer] = rd.find_attention(scripted, num_heads=2)
+    assert torch.equal(layer.query.tensor(), attention["q_proj"].weight)
 
 
 def test_a_transposed_convolution() -> None:

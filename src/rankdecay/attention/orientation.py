@@ -29,8 +29,9 @@ def is_turned(module: nn.Module) -> bool | None:
     """
     if isinstance(module, _ConvTransposeNd) or type(module).__name__ == "Conv1D":
         return True
-    held = module._parameters.get("weight")
-    if isinstance(module, nn.Linear) or not isinstance(held, Tensor) or any(module.children()):
+    held = dict(module.named_parameters(recurse=False)).get("weight")
+    known = isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Linear.forward
+    if known or held is None or any(module.children()):
         return None
     if held.ndim != 2 or held.is_meta or is_sharded(held) or not held.is_floating_point():
         return None
