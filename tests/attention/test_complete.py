@@ -38,6 +38,12 @@ def test_layers_that_a_file_does_not_hold_are_said(layers, config, said, tmp_pat
     assert said in " ".join(capsys.readouterr().out.split())
 
 
+def test_layers_between_which_stands_what_has_no_weights_are_whole(tmp_path) -> None:
+    """As in a sequence of layers and dropouts."""
+    assert rd.inspect(_saved(tmp_path, [0, 2, 4])).unhandled == []
+    assert "layer 1 is not there" in rd.inspect(_saved(tmp_path, [0, 2, 4, 8])).unhandled[0]
+
+
 def test_a_whole_file_is_whole(tmp_path) -> None:
     other = {"model.layers.1.mamba.in_proj.weight": torch.randn(8, 8), "visual.layers.7.conv.weight": torch.randn(8, 8)}
     path = _saved(tmp_path, [0, 2], {"num_hidden_layers": 3}, **other)

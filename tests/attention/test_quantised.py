@@ -593,6 +593,19 @@ def test_experts_and_masks_do_not_disturb(tmp_path: Path) -> None:
     same(query(write(tmp_path, tensors, quantization_config={"quant_method": "mxfp4"})), WEIGHTS["q_proj"])
 
 
+@pytest.mark.parametrize("name", ["q_weight", "qweight", "codes", "indices", "trellis", "B", "Qidxs", "dqweight"])
+def test_numbers_by_the_name_of_codes_are_numbers(name: str, tmp_path: Path) -> None:
+    """A parameter of one's own that is called as a format calls its codes, somewhere in the model."""
+    attention = nn.ModuleDict({n: nn.Linear(8, 8, bias=False) for n in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    attention.register_parameter(name, nn.Parameter(torch.randn(3, 8)))
+    attention.register_parameter("scales", nn.Parameter(torch.randn(3)))
+    attention.num_heads = 2
+    torch.save(attention.state_dict(), tmp_path / "model.pt")
+    for model in (attention, tmp_path / "model.pt"):
+        [layer] = rd.find_attention(model, num_heads=2)
+        assert torch.equal(layer.query.tensor(), attention["q_proj"].weight)
+
+
 def test_codes_are_never_returned_under_their_own_name() -> None:
     held = {"mask": torch.ones(4, 4, dtype=torch.int32), "weight": torch.ones(4, 4)}
     shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}

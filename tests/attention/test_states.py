@@ -122,6 +122,27 @@ def test_parts_of_one_model_are_read_together(one, other, tmp_path):
         assert sum(map(torch.equal, queries(tmp_path / "model.pt"), found)) == 4
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("model", "ema_model.module"),  # AveragedModel
+        ("student.module", "teacher"),
+        ("student.backbone", "teacher.encoder"),
+        ("model._orig_mod", "ema_model"),
+        ("model", "ema.ema_model"),
+        ("encoder_q", "encoder_k"),
+        ("initial_model", "model"),
+        ("model", "model_copy"),
+    ],
+)
+def test_copies_of_which_one_is_wrapped_are_asked_for(one, other, tmp_path):
+    torch.save(weights(1, f"{one}.") | weights(2, f"{other}."), tmp_path / "model.pt")
+    with pytest.raises(SeveralSets) as error:
+        rd.find_attention(tmp_path / "model.pt", num_heads=2)
+    assert set(error.value.candidates) == {one.partition(".")[0], other.partition(".")[0]}
+    assert is_read(tmp_path / "model.pt", SECOND, state=other)
+
+
 def test_a_copy_beside_names_without_a_prefix(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file(FIRST | weights(2, "ema."), file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from itertools import count
+from itertools import count, pairwise
 
 from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.numbering import LISTS, number_in
@@ -24,7 +24,7 @@ def missing_layers(checkpoint: Checkpoint, modules: Collection[str]) -> Iterator
     lists = {path: numbers for path, numbers in _lists(checkpoint.shapes).items() if _holds(path, modules)}
     for path, numbers in lists.items():
         first, last = min(numbers), max(numbers)
-        gap = next(i for i in count(first) if i not in numbers)
+        gap = next(i for i in count(first, _stride(numbers)) if i not in numbers)
         depth = checkpoint.setting(f"{path}.{last}", DEPTH) if len(lists) == 1 else None
         if gap < last:
             yield path, f"layer {gap} is not there, and layer {last} is: the file is not whole; copy it again"
@@ -34,6 +34,13 @@ def missing_layers(checkpoint: Checkpoint, modules: Collection[str]) -> Iterator
                 f"{len(numbers)} of the {depth} layers that its settings state are there (from {first} to {last}): "
                 "give the file or the folder that holds them all",
             )
+
+
+def _stride(numbers: set[int]) -> int:
+    """Return the step between the numbers of a list: in a sequence, what has no weights may stand between layers."""
+    ordered = sorted(numbers)
+    steps = {after - before for before, after in pairwise(ordered)}
+    return steps.pop() if len(steps) == 1 and len(ordered) > 2 else 1
 
 
 def _lists(names: Collection[str]) -> dict[str, set[int]]:

@@ -33,7 +33,8 @@ def is_turned(module: nn.Module) -> bool | None:
     known = isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Linear.forward
     if known or held is None or any(module.children()):
         return None
-    if held.ndim != 2 or held.is_meta or is_sharded(held) or not held.is_floating_point():
+    codes = not held.is_floating_point() or held.dtype.itemsize == 1
+    if held.ndim != 2 or held.is_meta or is_sharded(held) or codes:
         return None
     weight = _numbers(*held.shape, like=held)
     if weight.shape[0] == weight.shape[1]:

@@ -16,13 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from rankdecay.attention.errors import CheckpointError
-from rankdecay.attention.numbering import number_in
+from rankdecay.attention.numbering import LISTS, number_in
 
 #: Words in the name of a copy of a model.
 _COPY = frozenset((
     "student", "teacher", "ema", "shadow", "online", "target", "actor", "critic", "policy", "ref", "reference",
     "generator", "discriminator", "swa", "averaged", "avg", "polyak", "momentum", "frozen", "old", "prev",
-    "previous", "best", "last", "latest", "backup", "stale",
+    "previous", "best", "last", "latest", "backup", "stale", "initial", "init", "copy",
 ))  # fmt: skip
 #: Whole names of an optimizer's moments, beside the names of the weights.
 _MOMENTS = frozenset(("m", "v", "mu", "nu"))
@@ -240,23 +240,37 @@ def _copies(shapes: Mapping[str, tuple[int, ...]], inside: str) -> list[str]:
     found: dict[str, None] = {}
     total = len(groups[()])
     large = [prefix for prefix, names in groups.items() if prefix and len(names) >= _least(total)]  # of a parent a few
+    heart = {prefix: _unwrapped(prefix, large, groups) for prefix in large}
     siblings: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for prefix in large:
         siblings.setdefault(prefix[:-1], []).append(prefix)
     for prefix in large:
         parent, own, names = prefix[:-1], prefix[-1], groups[prefix]
         beside = [other for other in siblings[parent] if other != prefix]
-        matches = [other for other in beside if _rivals(own, other[-1]) and _same(names, groups[other], total)]
+        rivals = [other for other in beside if _rivals(own, other[-1])]
+        matches = [o for o in rivals if _same(names, groups[o], total) or _same(heart[prefix], heart[o], total)]
         if not matches and _rivals(own, ""):
             rest = {name for name in groups[parent] if not name.startswith(own)}
-            matches = [parent] if _same(names, rest, total) else []
+            matches = [parent] if _same(names, rest, total) or _same(heart[prefix], rest, total) else []
         for key in (*matches, prefix) if matches else ():
             found[inside + ".".join(key) if key else REST] = None
     return list(found)
 
 
+def _unwrapped(
+    prefix: tuple[str, ...], prefixes: list[tuple[str, ...]], groups: Mapping[tuple[str, ...], set[str]]
+) -> set[str]:
+    """Return the names under a prefix without the wrappers that all of them are in: DDP's ``module``, a backbone."""
+    names = groups[prefix]
+    within = (deeper for deeper in prefixes if deeper[:-1] == prefix and deeper[-1] not in LISTS)
+    inside = [deeper for deeper in within if len(groups[deeper]) == len(names)]
+    return _unwrapped(inside[0], prefixes, groups) if inside else names
+
+
 def _rivals(name: str, other: str) -> bool:
     """Whether two sibling names are those of copies; encoders of source and target languages are not."""
+    if name.endswith("encoder_k") and other == f"{name[:-1]}q":  # MoCo's, whose second follows the first
+        return True
     return name == f"{other}_m" or name in _MOMENTS or (_is_copy(name) and not _words(other) & {"source", "src"})
 
 

@@ -110,6 +110,7 @@ class Format(NamedTuple):
         read: what reads the weight, or says why it is not read.
         inside: whether the tensor's name continues that of the weight (``weight.absmax``), not of the module.
         beside: tensors that must lie beside it, where the name alone could be anything.
+        codes: whether the tensor itself holds codes, which are of no floating type.
         called: what the format is called where no configuration says it.
     """
 
@@ -118,9 +119,11 @@ class Format(NamedTuple):
     inside: bool = False
     beside: tuple[str, ...] = ()
     called: str = ""
+    codes: bool = False
 
     def fits(self, stored: Stored) -> bool:
-        return all(stored.find(part) for part in self.beside)
+        holds = not self.codes or stored.dtypes[stored.name] not in FLOAT
+        return holds and all(stored.find(part) for part in self.beside)
 
 
 def _refuse(kind: str) -> Callable[[Stored], None]:
@@ -134,21 +137,21 @@ def _refuse(kind: str) -> Callable[[Stored], None]:
 FORMATS: tuple[Format, ...] = (
     Format("absmax", bitsandbytes4, inside=True, called="bitsandbytes"),
     Format("_data", quanto, inside=True, called="quanto"),
-    Format("qweight", gptq_or_awq, beside=("scales",), called="gptq or awq"),
-    Format("qweight", _refuse("codes in a tensor named qweight")),
+    Format("qweight", gptq_or_awq, beside=("scales",), called="gptq or awq", codes=True),
+    Format("qweight", _refuse("codes in a tensor named qweight"), codes=True),
     Format("weight_packed", packed, beside=("weight_scale",), called="compressed-tensors"),
     Format("weight_packed", _refuse("compressed-tensors' marlin-24")),
     Format("W_q", hqq, called="hqq"),
     Format("weight_scale", float_beside_scale),
     Format("weight_scale_inv", float_beside_scale),
-    Format("codes", _refuse("AQLM"), beside=("codebooks",)),
-    Format("indices", _refuse("VPTQ"), beside=("centroids.weight",)),
-    Format("trellis", _refuse("EXL3")),
-    Format("q_weight", _refuse("EXL2")),
-    Format("Qidxs", _refuse("QuIP#")),
+    Format("codes", _refuse("AQLM"), beside=("codebooks",), codes=True),
+    Format("indices", _refuse("VPTQ"), beside=("centroids.weight",), codes=True),
+    Format("trellis", _refuse("EXL3"), codes=True),
+    Format("q_weight", _refuse("EXL2"), codes=True),
+    Format("Qidxs", _refuse("QuIP#"), codes=True),
     Format("dense_weights", _refuse("SpQR")),
-    Format("B", _refuse("Marlin"), beside=("s",)),
-    Format("dqweight", _refuse("FP-Quant")),
+    Format("B", _refuse("Marlin"), beside=("s",), codes=True),
+    Format("dqweight", _refuse("FP-Quant"), codes=True),
     Format("weight_sf", _refuse("NVFP4 in the order of its kernel")),
     Format("bitmask", _refuse("compressed-tensors' sparse format")),
     Format("_weight_qdata", _refuse("torchao, whose description is missing from the header of the file")),

@@ -55,7 +55,8 @@ def _of_module(module: nn.Module, path: str, settings: Mapping[str, Any]) -> Ite
     if any(own.values()):
         yield from ((leaf, weight) for leaf, weight in own.items() if weight)
         return
-    if "qweight" in held and callable(getattr(module, "dequantize_weight", None)):
+    packs = "qweight" in held and dtypes["qweight"] not in FLOAT
+    if packs and callable(getattr(module, "dequantize_weight", None)):
         packed: Any = module  # GPTQModel's kernels reorder the codes, and give them back by this
         yield "weight", Weight(_stated_shape(module, name), lambda: packed.dequantize_weight().detach().t())
         return
@@ -63,7 +64,7 @@ def _of_module(module: nn.Module, path: str, settings: Mapping[str, Any]) -> Ite
         hqq: Any = module
         yield "weight", Weight(tuple(hqq.meta["shape"]), lambda: hqq.dequantize().detach())
         return
-    if "qweight" in held and type(module).__name__ != "WQLinear_GEMM":
+    if packs and type(module).__name__ != "WQLinear_GEMM":
         yield "weight", _lazily(module, name, f"{name} is quantised as {type(module).__name__}, which is not read")
         return
     try:
