@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,3 +136,20 @@ def test_a_checkpoint_of_a_trainer_takes_the_configuration_above_it(tmp_path):
     torch.save(model.state_dict(), tmp_path / "checkpoint-3" / "pytorch_model.bin")
     model.config.save_pretrained(tmp_path)
     assert rd.find_attention(tmp_path)[0].num_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused"), [("llama", False), ("my_own_thing", False), ("my_own_thing", True), ("progen", True)]
+)
+def test_a_model_type_that_no_table_covers_is_no_known_one(kind: str, fused: bool, tmp_path: Path) -> None:
+    """ProGen's qkv_proj is in another order; a rotary setting does not say in which."""
+    sides = {"qkv_proj": (48, 16), "out_proj": (16, 16)} if fused else dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), (16, 16)
+    )  # fmt: skip
+    torch.save({f"h.0.attn.{n}.weight": torch.randn(s) for n, s in sides.items()}, tmp_path / "pytorch_model.bin")
+    settings = {"model_type": kind, "num_attention_heads": 2, "rope_theta": 1e4, "hidden_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    [layer] = rd.find_attention(tmp_path)
+    assert ("order" in layer.unknown) == fused
+    assert ("qk_norm" in layer.unknown) == (kind != "llama")
+    assert any("nothing says" in note for note in rd.inspect(tmp_path).notes) == (kind != "llama")

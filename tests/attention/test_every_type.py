@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from rankdecay.attention.known import KNOWN_TYPES
 from rankdecay.attention.locate import Unhandled, locate
 from rankdecay.attention.source import ModuleSource
 from rankdecay.attention.unturned import NO_ROTARY_TYPES
@@ -85,6 +86,11 @@ def test_nearly_all_types_are_found_whole() -> None:
 def test_the_table_of_types_without_positions_is_what_live_models_say() -> None:
     if sum(_counts.values()) > 590:
         assert _unturned == NO_ROTARY_TYPES, "run python -m tests.attention.unturned"
+
+
+def test_the_table_of_known_types_is_that_of_transformers() -> None:
+    if sum(_counts.values()) > 590:
+        assert unturned.known_types() == KNOWN_TYPES, "run python -m tests.attention.unturned"
 
 
 # ---- what the model itself does --------------------------------------------------------------------------

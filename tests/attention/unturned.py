@@ -1,14 +1,17 @@
-"""The table of model types without rotary positions, from live models of every type; run as a program, it writes it."""
+"""The tables of model types: all of transformers', and those without rotary positions; as a program, it writes them."""
 
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankdecay.attention import unturned
+import transformers
+
+from rankdecay.attention import known, unturned
 from rankdecay.attention.checkpoints import Checkpoint, _natural
 from rankdecay.attention.locate import locate
 from rankdecay.attention.names import ROTARY_UNSAID
@@ -40,16 +43,27 @@ def without_positions(checkpoint: Checkpoint, live: Sequence[Found]) -> set[str]
     }  # fmt: skip
 
 
+def known_types() -> set[str]:
+    """The types that transformers has a configuration for, of whole models and of their parts."""
+    folder = Path(transformers.__file__).parent / "models"
+    files = (file.read_text("utf-8") for file in folder.glob("*/configuration_*.py"))
+    return {kind for text in files for kind in re.findall(r"^ +model_type[^=\n]*= *[\"']([^\"']+)", text, re.MULTILINE)}
+
+
 def write() -> None:
-    """Write the table."""
+    """Write the tables."""
     found: set[str] = set()
     for kind in every_type.types():
         if kind not in every_type.ELSEWHERE:
             model = every_type.describe(kind)
             found |= without_positions(checkpoint_of(kind, model), locate(ModuleSource(model))[0])
-    file = Path(unturned.__file__)
+    _write(Path(unturned.__file__), found)
+    _write(Path(known.__file__), known_types())
+
+
+def _write(file: Path, kinds: set[str]) -> None:
     before, _, rest = file.read_text("utf-8").partition('"""\n    ')
-    lines = textwrap.wrap(" ".join(sorted(found)), 110, break_on_hyphens=False)
+    lines = textwrap.wrap(" ".join(sorted(kinds)), 110, break_on_hyphens=False)
     table = textwrap.indent("\n".join(lines), "    ").lstrip()
     file.write_text(f'{before}"""\n    {table}\n    """{rest.partition(chr(34) * 3)[2]}', "utf-8")
 

@@ -30,7 +30,8 @@ from rankdecay.attention.configurations import configuration
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside, check_listed, find_files, kind
 from rankdecay.attention.foreign import check_archive
-from rankdecay.attention.gguf import parts_of, read_gguf
+from rankdecay.attention.gguf import ARCHITECTURES, parts_of, read_gguf
+from rankdecay.attention.known import KNOWN_TYPES
 from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_UNSAID, is_rotary_type
 from rankdecay.attention.numbering import number_in
 from rankdecay.attention.quantised import dequantised, stored_type
@@ -64,6 +65,7 @@ class Checkpoint:
         of_module: returns the settings of the module at a path, where a format states them per module; they come first.
         stored_as: what each quantised tensor is stored as, by name.
         dtypes: type of every tensor as it is stored, by name; of GGUF files none.
+        types: model types of which names and settings say all; GGUF has architectures of its own.
     """
 
     path: Path
@@ -74,6 +76,7 @@ class Checkpoint:
     of_module: Callable[[str], Mapping[str, Any]] = field(default=lambda path: {})
     stored_as: Mapping[str, str] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    types: frozenset[str] = KNOWN_TYPES
 
     def __str__(self) -> str:
         return str(self.path)
@@ -144,7 +147,7 @@ class Checkpoint:
         """Whether the configuration names a model type that the tables cover, and no code of the checkpoint's own."""
         kind = self.kind_of_part(path)
         said = self.states_positions(path) or kind in NO_ROTARY_TYPES or kind in ROTARY_UNSAID
-        return kind is not None and said and "auto_map" not in self.config
+        return kind in self.types and said and "auto_map" not in self.config
 
     def kind_of_part(self, path: str) -> str | None:
         """Return the model type of the part of the model that a module is in."""
@@ -324,7 +327,7 @@ def _open_gguf(path: Path, files: list[Path], candidates: Sequence[str]) -> Chec
     if not shapes:
         raise CheckpointError(f"{path} contains no tensors.")
     shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
-    return Checkpoint(path, shapes, config, load, tuple(candidates), of_module, codes)
+    return Checkpoint(path, shapes, config, load, tuple(candidates), of_module, codes, types=ARCHITECTURES)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.errors import CheckpointError
+from rankdecay.attention.known import KNOWN_TYPES
 
 MAGIC = b"GGUF"
 
@@ -50,6 +51,8 @@ _PLANES = {
         rwkv7 arwkv7 wavtokenizer-dec nemotron_h nemotron_h_moe kimi-linear""",
 }
 _PLANES_OF = {architecture: planes for planes, names in _PLANES.items() for architecture in names.split()}
+#: Model types that a file of a known architecture states.
+ARCHITECTURES = frozenset(_PLANES_OF) | KNOWN_TYPES
 #: Vision and audio towers without rotary positions, by their projector; the others' turn in two dimensions.
 _TOWERS_WITHOUT = ("mlp", "ldp", "ldpv2", "resampler", "adapter", "gemma3", "idefics3", "lfm2", "janus_pro", "phi4",
                    "internvl", "nemotron_v2_vl", "ultravox", "voxtral", "qwen2a", "glma", "meralion", "musicflamingo",
