@@ -49,9 +49,9 @@ def _takes(kind: type, name: str) -> bool:
     return name in inspect.signature(kind).parameters
 
 
-def _shrunk(matrix: Tensor) -> Tensor:
+def _shrunk(matrix: Tensor, rate: float) -> Tensor:
     u, s, vh = torch.linalg.svd(matrix)
-    tau = LR * LOW_RANK * matrix.norm() / len(matrix) ** 0.5
+    tau = rate * LOW_RANK * matrix.norm() / len(matrix) ** 0.5
     return u @ torch.diag((s - tau).clamp(min=0)) @ vh
 
 
@@ -71,14 +71,15 @@ def _by_definition(kind: Any, how: dict[str, Any], own: dict[str, float], embedd
         optimizers.append((kind([parameter], **{**plain, **given}), parameter, 0.0 if by_itself else l2 or 0.0))
     fused = model.attention.in_proj_weight
     for step in range(STEPS):
+        rate = LR / (1 + 1e-4 * LR * step) ** 0.75 if kind is torch.optim.ASGD else LR  # by its lambd and its alpha
         for (optimizer, parameter, left), gradient in zip(optimizers, _gradients(model, step), strict=True):
             parameter.grad = gradient
             optimizer.step()
             with torch.no_grad():
-                parameter.mul_(1 - LR * left)
+                parameter.mul_(1 - rate * left)
         with torch.no_grad():
             query, key, value = fused.chunk(3)
-            fused.copy_(torch.cat([_shrunk(query), _shrunk(key), value * (1 - LR * L2)]))
+            fused.copy_(torch.cat([_shrunk(query, rate), _shrunk(key, rate), value * (1 - rate * L2)]))
     return model
 
 

@@ -279,6 +279,69 @@ def test_a_decay_has_the_rate_of_the_optimizers_own(package: str, name: str, set
     assert measured == pytest.approx(theirs, rel=0.02, abs=2e-4)
 
 
+WARM = {"num_warmup_iterations": 3, "num_epochs": 1, "num_batches_per_epoch": 8, "warmdown_start_pct": 0.5}
+WARM_DOWN = {"num_iterations": 5, "num_warm_up_iterations": 2, "num_warm_down_iterations": 2}
+#: Class, its settings, and lr · what its own schedule makes of it in each step.
+SCHEDULES = [
+    *(("heavyball", name, {"warmup_steps": 4}, [0.2, 0.4, 0.6, 0.8, 1, 1]) for name in ("AdamW", "SGD", "Muon")),
+    ("heavyball", "AdamW", {}, [1, 1, 1]),
+    ("pytorch_optimizer", "ApolloDQN", {"warmup_steps": 4, "init_lr": LR / 5}, [0.4, 0.6, 0.8, 1, 1]),
+    ("pytorch_optimizer", "Ranger21", {"num_iterations": 20, "num_warm_up_iterations": 5}, [0.2, 0.4, 0.6, 0.8]),
+    ("pytorch_optimizer", "Ranger21", WARM_DOWN | {"warm_down_min_lr": LR / 10}, [0.5, 1, 0.7, 0.4]),
+    ("pytorch_optimizer", "Ranger21", WARM_DOWN | {"disable_lr_scheduler": True}, [1, 1, 1, 1]),
+    ("torch_optimizer", "Apollo", {"warmup": 4, "init_lr": LR / 5}, [0.2, 0.4, 0.6, 0.8, 1, 1]),
+    ("torch_optimizer", "Apollo", {}, [1, 1, 1]),
+    ("ranger21", "Ranger21", WARM | {"warmdown_min_lr": LR / 5}, [1 / 3, 2 / 3, 1, 0.84]),
+    ("ranger21", "Ranger21abel", {"num_warmup_iterations": 4}, [0.25, 0.5, 0.75, 1, 1]),
+    ("torch.optim", "Adagrad", {"lr_decay": 1.0}, [1, 1 / 2, 1 / 3, 1 / 4]),
+    ("torch.optim", "Adagrad", {"lr_decay": 1.0, "foreach": True}, [1, 1 / 2, 1 / 3, 1 / 4]),
+    ("torch.optim", "Adagrad", {"lr_decay": 1.0, "fused": True}, [1, 1 / 2, 1 / 3, 1 / 4]),
+    ("torch.optim", "ASGD", {"alpha": 300.0}, [(1 + 1e-4 * LR * step) ** -300.0 for step in range(5)]),
+]
+
+
+@pytest.mark.parametrize(("package", "name", "settings", "shares"), SCHEDULES)
+def test_a_decay_follows_the_warm_up_and_the_schedule_of_an_optimizers_own(
+    package: str, name: str, settings: dict, shares: list[float]
+) -> None:
+    """Also where its groups are divided, and on what has no part in the first steps."""
+    strength, found = 1e-2, []
+    for own in (0.0,) if package == "ranger21" or name == "ASGD" else (0.0, 0.1):  # the former decays another's weight
+        model, found = Two(), []
+        optimizer = build(_kind(package, name), model, decay=own, **settings)
+        _attach(rd.LowRank(strength, scale="absolute"))(optimizer, model)
+        before = torch.linalg.svdvals(model.still.weight.detach().double())
+        for _ in steps(optimizer, model, range(len(shares))):
+            now = torch.linalg.svdvals(model.still.weight.detach().double())
+            found.append(float((before - now).mean()) / strength / LR)
+            before = now
+        slack = 0.06 if "Ranger21" in name else 0.01  # whose norm loss moves a weight by itself
+        assert found == pytest.approx(shares, abs=slack), own
+
+
+@pytest.mark.parametrize(("name", "settings"), [("Adagrad", {"lr_decay": 0.1}), ("ASGD", {})])
+def test_what_counts_the_steps_of_each_parameter_takes_every_step(name: str, settings: dict) -> None:
+    model = Two()
+    optimizer = build(_kind("torch.optim", name), model, **settings)
+    with pytest.raises(ValueError, match=f"{name} has another rate for each parameter in each step; use every=1"):
+        _attach(rd.LowRank(0.1, every=2))(optimizer, model)
+
+
+def test_a_parameter_that_joins_late_begins_with_the_first_rate() -> None:
+    model = Two().double()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=LR, lr_decay=1.0)
+    _attach(rd.Frobenius(1.0))(optimizer, model)
+    for step in range(4):
+        model.loss(step).backward()
+        if step < 2:
+            model.still.weight.grad = None
+        before = model.still.weight.detach().clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        share = {2: LR, 3: LR / 2}.get(step, 0.0)
+        torch.testing.assert_close(model.still.weight.detach(), before * (1 - share))
+
+
 def test_no_rate_is_refused() -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

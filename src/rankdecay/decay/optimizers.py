@@ -9,6 +9,8 @@ optimizer                  rate of a decay                                      
 =========================  ====================================================  =======================================
 Prodigy, D-Adaptation      d · lr, with the d before the step                    the parameters
 Adafactor, relative steps  the step of each parameter                            the parameters
+Adagrad, ASGD, Apollo      lr by the count of steps of each parameter            the parameters
+warm-up of its own         lr with that: heavyball, ApolloDQN, Ranger21          the parameters
 schedule-free              lr with its warm-up                                   :mod:`rankdecay.decay.averaged`
 Lookahead, Ranger          lr                                                    the fast weights; the parameters follow
                                                                                  when the two are averaged
@@ -201,8 +203,29 @@ def may_make_states_only(optimizer: Optimizer) -> bool:
 
 
 def has_rate_per_parameter(optimizer: Optimizer, group: Group) -> bool:
-    """Whether an optimizer has another rate for each parameter: Adafactor with relative steps."""
+    """Whether an optimizer has another rate for each parameter: relative steps, or lr by its own count of steps."""
+    kinds = (_has_relative_steps, _is_adagrad, _is_asgd, _is_apollo, _is_abel)
+    return any(is_kind(optimizer, group) for is_kind in kinds)
+
+
+def _has_relative_steps(optimizer: object, group: Group) -> bool:
     return "relative_step" in group and (hasattr(optimizer, "_get_lr") or hasattr(optimizer, "get_relative_step_size"))
+
+
+def _is_adagrad(_: object, group: Group) -> bool:
+    return "initial_accumulator_value" in group and bool(group.get("lr_decay"))
+
+
+def _is_asgd(_: object, group: Group) -> bool:
+    return "t0" in group and "alpha" in group and bool(group.get("lambd"))
+
+
+def _is_apollo(_: object, group: Group) -> bool:
+    return "base_lr" in group and "init_lr" in group and bool(group.get("warmup"))
+
+
+def _is_abel(optimizer: object, _: Group) -> bool:
+    return hasattr(optimizer, "abel_update") and hasattr(optimizer, "current_lr")
 
 
 def counts_steps(optimizer: Optimizer, group: Group) -> bool:
@@ -226,6 +249,8 @@ def rate(optimizer: Any, group: Group) -> float | Tensor:
     lr = group.get("lr")
     if lr is None:
         return 0.0
+    if _is_abel(optimizer, group):
+        return optimizer.current_lr
     if isinstance(lr, Tensor):
         lr = lr.reshape(())  # torch takes a tensor of one element, too
     if "d_prev" in group and hasattr(optimizer, "get_dlr"):
@@ -240,27 +265,85 @@ def rate(optimizer: Any, group: Group) -> float | Tensor:
 
 
 def rate_of_step(optimizer: Optimizer, group: Group, before: float | Tensor) -> float | Tensor:
-    """Return the rate in the step that has been made; 1 where each parameter has one of its own.
+    """Return the rate in the step that has been made; where each parameter has its own, a factor of all of them.
 
     Args:
         optimizer: that has made it.
         group: whose rate.
         before: the rate before the step, which counts where the step itself finds the next one.
     """
-    if has_rate_per_parameter(optimizer, group):
+    if _has_relative_steps(optimizer, group) or _is_apollo(optimizer, group):
         return 1.0
     if is_averaged(group):
         return group.get("scheduled_lr", before)
-    return before if finds_rate(optimizer, group) else rate(optimizer, group)  # a step may set its lr
+    if finds_rate(optimizer, group) or _is_abel(optimizer, group):
+        return before
+    return _scheduled(optimizer, group, rate(optimizer, group))  # a step may set its lr
 
 
-def rate_of_parameter(optimizer: Any, group: Group, parameter: Tensor) -> float:
-    """Return the rate of one parameter in the step that has been made."""
+def rate_of_parameter(optimizer: Any, group: Group, parameter: Tensor) -> float | Tensor:
+    """Return the rate of one parameter in the step that has been made, as a multiple of :func:`rate_of_step`."""
+    state = optimizer.state[parameter]
+    if _is_adagrad(optimizer, group):
+        return 1 / (1 + _made(state["step"]) * group["lr_decay"])
+    if _is_asgd(optimizer, group):
+        return (1 + group["lambd"] * rate(optimizer, group) * _made(state["step"])) ** -group["alpha"]
+    if _is_apollo(optimizer, group):
+        made, warmup, first = _made(state["step"]), group["warmup"], group["init_lr"]
+        return group["lr"] if made >= warmup else (group["base_lr"] - first) * made / warmup + first
+    if _is_abel(optimizer, group):
+        return optimizer.warmup_dampening(1.0, state["step"]) if optimizer.use_warmup else 1.0
     if hasattr(optimizer, "_get_lr"):
-        return float(optimizer._get_lr(group, optimizer.state[parameter]))
+        return float(optimizer._get_lr(group, state))
     settings = (group["step"], group["relative_step"], group["warmup_init"])
     step, rms = optimizer.get_relative_step_size(group["lr"], *settings), optimizer.get_rms(parameter.detach().float())
     return float(optimizer.get_lr(step, float(rms), group["scale_parameter"]))
+
+
+def _made(step: Any) -> Any:
+    """Return the number of steps before the one that was made; of a fused step that was skipped the count is less."""
+    if isinstance(step, Tensor) and step.device.type != "cpu":
+        return (step - 1).clamp(min=0)  # to read it would be to wait for the device
+    return max(int(step) - 1, 0)
+
+
+# ---- a schedule that an optimizer applies to lr in its step ------------------------------------------------
+
+
+def _scheduled(optimizer: Any, group: Group, lr: float | Tensor) -> float | Tensor:
+    """Return what an optimizer made of lr in the step that has been made."""
+    if "base_lr" in group and "step_count" in group:  # heavyball
+        made = _made(group["step_count"])
+        return lr if not group["warmup_steps"] else lr * _at_most_1((made + 1) / (group["warmup_steps"] + 1))
+    if "init_lr" in group and "step" in group and hasattr(optimizer, "warmup_steps"):  # ApolloDQN
+        step, warmup, first = _made(group["step"]) + 1, optimizer.warmup_steps, group["init_lr"]
+        return lr if step >= warmup else (optimizer.lr - first) * step / warmup + first
+    if hasattr(optimizer, "warm_up_dampening"):  # Ranger21 of pytorch_optimizer
+        if optimizer.disable_lr_scheduler:
+            return lr
+        step = _made(group["step"]) + 1
+        if step <= optimizer.num_warm_up_iterations:
+            lr = lr * step / optimizer.num_warm_up_iterations
+        return _warmed_down(optimizer, lr, step, optimizer.num_warm_down_iterations, optimizer.warm_down_lr_delta)
+    if hasattr(optimizer, "warmup_dampening"):  # Ranger21
+        states = [optimizer.state.get(parameter) or {} for parameter in parameters_of(optimizer)]
+        step = max((state["step"] for state in states if "step" in state), default=0)
+        if optimizer.use_warmup and step <= optimizer.num_warmup_iters:
+            lr = lr * step / optimizer.num_warmup_iters
+        if optimizer.warmdown_active:
+            return _warmed_down(optimizer, lr, step, optimizer.warmdown_total_iterations, optimizer.warmdown_lr_delta)
+    return lr
+
+
+def _at_most_1(share: Any) -> Any:
+    return share.clamp(max=1) if isinstance(share, Tensor) else min(share, 1.0)
+
+
+def _warmed_down(optimizer: Any, lr: float | Tensor, step: int, steps: int, delta: float) -> float | Tensor:
+    begun = step + 1 - optimizer.start_warm_down
+    if step < optimizer.start_warm_down:
+        return lr
+    return max(optimizer.starting_lr - delta * min(begun / (steps + 1), 1.0), optimizer.min_lr)
 
 
 def _corrects(group: Group) -> bool:
