@@ -576,6 +576,33 @@ def test_what_cannot_be_divided_is_refused_only_where_it_must_be(package: str) -
     torch.testing.assert_close(decayed.still.weight.norm(), Two().still.weight.norm() * (1 - SHARE) ** 2)
 
 
+def test_a_group_with_lists_beside_its_parameters_is_not_divided() -> None:
+    peft = needs.package("peft")
+    optimizers = needs.package("peft.optimizers")
+
+    def adapted(weight_decay: float) -> tuple[nn.Module, Any]:
+        config = peft.LoraConfig(target_modules=["still", "driver"], r=2, init_lora_weights=False)
+        torch.manual_seed(1)
+        model = peft.inject_adapter_in_model(config, Two())
+        model.active_adapters, model.peft_config = ["default"], {"default": config}
+        how = {"r": 2, "lora_alpha": 8, "lr": LR, "weight_decay": weight_decay}
+        return model, optimizers.create_lorafa_optimizer(model, **how)
+
+    model, optimizer = adapted(0.5)
+    of_every = "which has names and scaling_factors of every parameter"
+    with pytest.raises(ValueError, match=f"LoraFAOptimizer cannot step a part of group 0 .*, {of_every}: give the"):
+        _attach(PER_STEP)(optimizer, model)
+    model, optimizer = adapted(0.0)
+    _attach(PER_STEP)(optimizer, model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    for name, p in model.named_parameters():
+        left = 1 - SHARE if "still.lora_B" in name else 1
+        torch.testing.assert_close(p.detach(), before[name] * left, msg=name)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [("DeMo", {"decay": 0.5}, "weight_decay=0.5"), ("SaRA", {"lambda_rank": 0.1}, "lambda_rank=0.1")],

@@ -91,6 +91,8 @@ _REFUSED = {
 }
 #: Classes that keep something by the position of a group, or count in tensors that they share between groups.
 _INDIVISIBLE = ("AdaBound", "AdaBoundW", "ASGD")
+#: Lists beside ``params`` that no optimizer steps by.
+_ONLY_NAMES = ("param_names", "why")
 #: Keys and attributes by which some decay weights besides ``weight_decay``.
 _OTHER_DECAYS = ("wd", "weight_decay_rate", "decay", "l2", "lambda_rank")
 #: The same, of parameters that are no matrices.
@@ -150,11 +152,25 @@ def check_divisible(optimizer: Optimizer, index: int, group: Group) -> None:
         ValueError: With what to do.
     """
     kind = type(optimizer).__name__
-    if kind in _INDIVISIBLE or group.get("gradient_release"):  # which holds on to the group of each parameter
+    beside = _lists_beside_params(optimizer, group)
+    if kind in _INDIVISIBLE or beside or group.get("gradient_release"):  # which holds on to the group of each parameter
         raise ValueError(
-            f"{kind} cannot step a part of group {index} without its weight_decay: give the named roles a group of "
-            "their own, or set weight_decay=0 in that group."
+            f"{kind} cannot step a part of group {index} without its weight_decay"
+            + (f", which has {' and '.join(beside)} of every parameter" if beside else "")
+            + ": give the named roles a group of their own, or set weight_decay=0 in that group."
         )
+
+
+def _lists_beside_params(optimizer: Optimizer, group: Group) -> list[str]:
+    """Return the keys of a group with an entry for each parameter, as the names of LoRA-FA, which go by pairs."""
+    return [
+        key
+        for key, value in group.items()
+        if isinstance(value, list)
+        and len(value) == len(group["params"])
+        and key not in ("params", *_ONLY_NAMES, *optimizer.defaults)  # betas may be a list of two
+        and not key.endswith("_planes")
+    ]
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
