@@ -3,6 +3,7 @@
 import copy
 import io
 
+import pytest
 import torch
 from torch import nn
 
@@ -191,3 +192,23 @@ def test_heads_given_here_count_everywhere():
     model = nn.ModuleDict({name: nn.Linear(12, 12) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
     groups = rd.param_groups(model, query_key=rd.LowRank(0.1, unit="head"), num_heads=3)
     assert {group["query_key_blocks"] for group in groups if "query_key_blocks" in group} == {"rows[0:12]/12 by 4"}
+
+
+@pytest.mark.parametrize("by", ["roles", "groups"])
+def test_a_decay_that_is_set_later_leaves_what_is_excluded_alone(by: str) -> None:
+    model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    model.num_heads = 2
+    how = {"query_key": rd.LowRank(0.5, every=1), "exclude": "q_proj"}
+    if by == "roles":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        attachment = rd.attach(optimizer, model, **how)
+    else:
+        optimizer = torch.optim.SGD(rd.param_groups(model, **how), lr=0.1)
+        attachment = rd.attach(optimizer)
+    attachment.set(query_key=rd.Frobenius(1.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(model["q_proj"].weight, before["q_proj.weight"])
+    torch.testing.assert_close(model["k_proj"].weight.detach(), before["k_proj.weight"] * 0.9)

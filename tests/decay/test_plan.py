@@ -58,6 +58,38 @@ def test_an_adapters_base_is_frozen_and_its_factors_are_named():
     assert factors[0]["weight_decay"] == 0.1
 
 
+@pytest.mark.parametrize("by", ["roles", "groups"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_frozen_codes_of_4_bits_are_left_alone(storage: torch.dtype, by: str) -> None:
+    """As QLoRA has them, beside matrices that are trained; their shape is not that of the matrix."""
+    bitsandbytes = needs.package("bitsandbytes")
+    model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    model.num_heads = 2
+    codes = bitsandbytes.nn.Linear4bit(16, 16, bias=False)
+    stored = {"requires_grad": False, "quant_storage": storage}
+    codes.weight = bitsandbytes.nn.Params4bit(model["q_proj"].weight.detach(), **stored)
+    model["q_proj"] = codes.to("cpu")
+    low_rank = rd.LowRank(0.5, unit="head", every=1)
+    if by == "roles":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        attachment = rd.attach(optimizer, model, rd.LowRank(0.5, every=1), query_key=low_rank)
+    else:
+        optimizer = torch.optim.AdamW(rd.param_groups(model, rd.LowRank(0.5, every=1), query_key=low_rank), lr=0.1)
+        attachment = rd.attach(optimizer)
+    for role in ("query_key", "value_output"):
+        attachment.set(**{role: rd.LowRank(0.4, every=1)})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (name == "q_proj.weight"), name
+    codes.requires_grad_(False)
+    model["k_proj"].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"query_key=LowRank.*matches only frozen parameters, such as q_proj.weight"):
+        rd.param_groups(model, query_key=low_rank)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -128,7 +128,7 @@ def param_groups(
         group["why"].append(why_of(entry))
         l2 = all(isinstance(decay, Frobenius) and decay.is_l2 for _, decay in decays)
         _known[entry.parameter] = Known(
-            entry.names[0], group["why"][-1], remarks, entry.blocks, l2, entry.planes, entry.no_planes
+            entry.names[0], group["why"][-1], remarks, entry.blocks, l2, entry.planes, entry.no_planes, excluded
         )
     for group in groups.values():
         _give_planes(group, planes)
@@ -181,6 +181,7 @@ class Known(NamedTuple):
         l2: whether its decay is L2 that was asked for, and not the optimizer's own.
         planes: where it has rows of rotary planes.
         no_planes: why it has none, for W_Q and W_K.
+        excluded: whether it is left to the optimizer, with all others of its group.
     """
 
     name: str
@@ -190,6 +191,7 @@ class Known(NamedTuple):
     l2: bool
     planes: tuple[PlaneRows, ...] = ()
     no_planes: str = ""
+    excluded: bool = False
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -277,6 +279,8 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
         ValueError: If the group does not say where the matrices of its roles are.
     """
     roles = roles_of(group)
+    if any(_known[p].excluded for p in group["params"] if p in _known):
+        return
     if "query_key" in decays and "query_key" not in roles:
         _change_biases(group, decays["query_key"])
     if not set(roles) & set(decays):

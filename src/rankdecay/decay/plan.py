@@ -43,7 +43,7 @@ class Planned(NamedTuple):
     Attributes:
         entry: the parameter.
         decays: of its blocks.
-        excluded: whether it is left to the optimizer.
+        excluded: whether it is left to the optimizer, as one that holds the codes of a quantised weight is.
         bias_of: the decay of planes that a bias of queries or keys has rows of, in place of ``decays``.
     """
 
@@ -94,7 +94,7 @@ def plan(
     planes = named.get("query_key")
     planned: list[Planned] = []
     for entry in assigned:
-        if id(entry) in out:
+        if id(entry) in out or _holds_codes(entry.parameter):
             planned.append(Planned(entry, [(block, None) for block in entry.blocks], True))
             continue
         decays = [(block, decay_of(block, entry, named, default, rest)) for block in entry.blocks]
@@ -104,6 +104,12 @@ def plan(
         check_planes(planes, [(entry.names[0], entry.planes) for entry in assigned])
     assumed = [entry.names[0] for entry in assigned if any(block.assumed for block in entry.blocks)]
     return planned, Remarks(tuple(listed(unhandled)), tuple(assumed))
+
+
+def _holds_codes(parameter: Tensor) -> bool:
+    """Whether a parameter is a quantised weight, whose tensor has not the matrix's shape and takes no gradient."""
+    quantised = getattr(parameter, "quant_state", None) is not None  # of 4 bits, whose codes may lie in a float type
+    return quantised or not (parameter.is_floating_point() or parameter.is_complex())
 
 
 def check_decays(decays: Mapping[str, Decay | None]) -> None:
