@@ -39,7 +39,10 @@ full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason=FULL_DISK)
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason=FORK)
 
 #: Packages that `make test` does not install.
-_EXTRAS = {"datasets": "pip install 'rankdecay[datasets]', then make test"}
+_EXTRAS = {
+    "datasets": "pip install 'rankdecay[datasets]', then make test",
+    "opacus": "pip install opacus, then make test",
+}
 
 
 def package(name: str, oldest: str | None = None) -> ModuleType:

@@ -30,8 +30,11 @@ def local(tensor: Tensor) -> Tensor:
     return held.to_local() if is_sharded(tensor) else held
 
 
-#: Where wrappers keep the optimizer that they step: Accelerate, Lightning and Lookahead; timm; SAM; heavyball's SAM.
-_INSIDE = ("optimizer", "_base_optimizer", "base_optimizer", "optim", "wrapped_optimizer")
+#: Where wrappers keep the optimizer that they step: Accelerate, Lightning and Lookahead; timm; SAM; heavyball's SAM;
+#: Opacus.
+_INSIDE = ("optimizer", "_base_optimizer", "base_optimizer", "optim", "wrapped_optimizer", "original_optimizer")
+#: What the hooks of a step are in, where ``Optimizer.__init__`` was called.
+_HOOKS = "_optimizer_step_post_hooks"
 
 
 def wrappers_of(optimizer: object) -> list[object]:
@@ -72,6 +75,16 @@ def unwrapped(optimizer: object) -> Optimizer:
             engine = "An engine that owns its optimizer, such as DeepSpeed's, flattens parameters"
             remedy = f". {engine}; shard with FSDP2 instead."
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(inside).__name__}{remedy}")
+    if not hasattr(inside, _HOOKS):
+        held = next((name for name, each in vars(inside).items() if hasattr(each, _HOOKS)), "")
+        raise TypeError(
+            f"{type(inside).__name__} is an optimizer without the hooks of a step, which Optimizer.__init__ makes: "
+            + (
+                f"attach to its .{held}, which it steps."
+                if held
+                else "call that in its own, or attach to what it steps."
+            )
+        )
     several = getattr(inside, "optimizers", None)
     if isinstance(several, (list, tuple)) and several and all(isinstance(each, Optimizer) for each in several):
         raise TypeError(

@@ -432,6 +432,54 @@ def test_what_only_looks_like_an_optimizer_is_a_type_error() -> None:
         _attach(PER_STEP)(Steps(model.parameters()), model)
 
 
+class _Clips(torch.optim.Optimizer):
+    """Holds an optimizer and steps it, and calls no `Optimizer.__init__`, as the wrapper of Opacus."""
+
+    def __init__(self, held: torch.optim.Optimizer, under: str) -> None:
+        setattr(self, under, held)
+        self._held = lambda: held
+
+    @property
+    def param_groups(self) -> Any:
+        return self._held().param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self._held().step(closure)
+
+
+def test_a_wrapper_that_is_an_optimizer_without_hooks_is_seen_through_or_refused() -> None:
+    model = Two()
+    before = model.still.weight.detach().clone()
+    inside = torch.optim.SGD(model.parameters(), lr=LR)
+    with pytest.raises(
+        TypeError, match=r"^_Clips is an optimizer without the hooks of a step.*attach to its .base, wh"
+    ):
+        _attach(PER_STEP)(_Clips(inside, "base"), model)
+    wrapper = _Clips(inside, "original_optimizer")
+    attachment = _attach(PER_STEP)(wrapper, model)
+    assert attachment.optimizer is inside
+    model.loss(0).backward()
+    wrapper.step()
+    torch.testing.assert_close(model.still.weight.detach(), before * (1 - SHARE))
+
+
+def test_opacus() -> None:
+    """A virtual step, which only gathers gradients, decays nothing."""
+    wrapper = needs.package("opacus.optimizers").DPOptimizer
+    model = Two()
+    before = model.still.weight.detach().clone()
+    private = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "expected_batch_size": 2}
+    optimizer = wrapper(torch.optim.SGD(model.parameters(), lr=LR), **private)
+    _attach(PER_STEP)(optimizer, model)
+    for skipped, left in ((True, 1.0), (False, 1 - SHARE)):
+        for p in model.parameters():
+            p.grad_sample = torch.zeros(2, *p.shape)
+        optimizer.signal_skip_step(skipped)
+        optimizer.step()
+        torch.testing.assert_close(model.still.weight.detach(), before * left)
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion"])
 @pytest.mark.parametrize("by", ["roles", "groups"])
 def test_bitsandbytes_resumes_in_mid_cycle(name: str, by: str) -> None:
