@@ -103,6 +103,50 @@ def test_a_decay_that_does_not_fit_is_refused(how, message):
         rd.param_groups(Nano(), rd.Frobenius(0.1), **how)
 
 
+class _Spectral(nn.Module):
+    """Attention, and a matrix of complex numbers as a Fourier layer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, bias=False)
+        self.spectral = nn.Parameter(torch.randn(8, 8, dtype=torch.cfloat))
+
+
+@pytest.mark.parametrize(
+    "decay",
+    [
+        rd.LowRank(0.5),
+        rd.LowRank(0.5, scale="absolute"),
+        rd.Frobenius(0.5, power=0),
+        rd.Frobenius(0.5, cap=0.1),
+        rd.Frobenius(0.5, warmup=2),
+    ],
+)
+def test_complex_numbers_are_decayed_by_the_optimizers_l2_alone(decay: rd.LowRank | rd.Frobenius) -> None:
+    model = _Spectral()
+    complex_ = "meets spectral, whose numbers are complex: of those only L2 .* leave it out with exclude='spectral'"
+    for kind in (torch.optim.AdamW, torch.optim.SGD):
+        with pytest.raises(ValueError, match=complex_):
+            rd.attach(kind(model.parameters(), lr=0.1), model, other=decay)
+        with pytest.raises(ValueError, match=complex_):
+            rd.attach(kind(model.parameters(), lr=0.1), model, decay)
+    with pytest.raises(ValueError, match=complex_):
+        rd.param_groups(model, decay)
+    with pytest.raises(ValueError, match=complex_):
+        rd.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, other=rd.Frobenius(0.5))
+    with pytest.raises(ValueError, match=complex_):
+        rd.attach(torch.optim.SGD(rd.param_groups(model, other=rd.Frobenius(0.5)), lr=0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    attachment = rd.attach(optimizer, model, other=rd.Frobenius(0.5))
+    with pytest.raises(ValueError, match=complex_):
+        attachment.set(other=decay)
+    attachment.set(other=rd.Frobenius(0.5))
+    before = model.spectral.detach().clone()
+    model.spectral.grad = torch.zeros_like(model.spectral)
+    optimizer.step()
+    torch.testing.assert_close(model.spectral.detach(), before * 0.95)
+
+
 def test_what_is_no_decay_is_refused():
     with pytest.raises(TypeError, match=r"query_key=0.1 is not a decay; pass rankdecay.LowRank"):
         rd.param_groups(Nano(), query_key=0.1)

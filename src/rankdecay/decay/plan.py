@@ -228,6 +228,8 @@ def check_suits(block: Block, entry: Assigned, decay: Decay) -> None:
                 f"{block.role}=rankdecay.LowRank(...), or leave these layers out with exclude=."
             )
         return
+    if entry.parameter.is_complex() and not (isinstance(decay, Frobenius) and decay.is_l2):
+        raise ValueError(f"{block.role}={decay!r} meets {complex_weights(name)}")
     needs_matrix = isinstance(decay, LowRank) or (decay.needs_norm and len(shape) > 2)
     if needs_matrix and len(shape) != 2 and not block.stack and not block.window.has_heads:
         what = "a low-rank decay" if isinstance(decay, LowRank) else f"a decay of power {decay.power:g}"
@@ -249,6 +251,14 @@ def check_suits(block: Block, entry: Assigned, decay: Decay) -> None:
                 f"{'heads' if decay.unit == 'head' else 'matrices'} have {smaller}; give a smaller one, or "
                 "rankdecay.Frobenius(0.0) for no decay."
             )
+
+
+def complex_weights(name: str) -> str:
+    """Return why a parameter of complex numbers is not decayed, and what to do."""
+    return (
+        f"{name}, whose numbers are complex: of those only L2 is decayed, and only where the optimizer decouples it, "
+        f"as AdamW does; leave it out with exclude={name!r}."
+    )
 
 
 def _check_no_conflict(entry: Assigned, decays: list[tuple[Block, Decay | None]]) -> None:

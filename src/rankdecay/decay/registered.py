@@ -11,6 +11,7 @@ from rankdecay.attention.layer import FLATTENED
 from rankdecay.decay.averaged import is_averaged
 from rankdecay.decay.groups import Group
 from rankdecay.decay.optimizers import check_own_decay, counts_steps, has_rate, has_rate_per_parameter
+from rankdecay.decay.plan import complex_weights
 from rankdecay.decay.policy import LowRank, Planes
 from rankdecay.decay.sharded.layout import check_placements
 from rankdecay.decay.sources import Source
@@ -63,6 +64,8 @@ def check_group(optimizer: Optimizer, index: int, group: Group, source: Source) 
                         f"{name} ({role}) has shape {tuple(parameter.shape)} and is sharded; attention stored in "
                         "more than two dimensions can be decayed only whole: leave its module out of fully_shard."
                     )
+            if parameter.is_complex() and decay.strength and not target.by_optimizer:
+                raise ValueError(f"{role}={decay!r} meets {complex_weights(name)}")
             flat = isinstance(decay, Planes) and any(window.has_heads for window in target.windows)
             if parameter.ndim < 2 and (flat or isinstance(decay, LowRank)):
                 raise ValueError(
