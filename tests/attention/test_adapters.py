@@ -138,6 +138,29 @@ def test_variants_of_a_tuner(variant: str) -> None:
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "two"),
+    [
+        ("LORA", {}, ("lora_A", "lora_B")),
+        ("LORA", {"use_dora": True}, ("lora_A", "lora_B")),
+        ("LORA", {"target_modules": ["embed_tokens"]}, ("lora_embedding_A", "lora_embedding_B")),
+        *((kind, {}, ()) for kind in ("ADALORA", "IA3", "LOHA", "LOKR", "OFT", "VERA")),
+    ],
+)
+def test_a_product_is_said_of_two_factors_alone(kind: str, settings: dict[str, Any], two: tuple[str, ...]) -> None:
+    configuration = configured(kind, configurations()[kind])
+    for name, value in settings.items():
+        setattr(configuration, name, value)
+    model: Any = peft.get_peft_model(llama(), configuration)
+    optimizer = torch.optim.AdamW(model.parameters())
+    attachment = rd.attach(optimizer, model, other=rd.Frobenius(0.1))
+    told = {row.name: row.why for row in attachment.rows() if model.get_parameter(row.name).requires_grad}
+    assert told
+    for name, why in told.items():
+        of_two = any(factor in name for factor in two)
+        assert ("factor of an adapter: L2 on both" if of_two else "part of an adapter") in why, name
+
+
 def test_the_state_of_adapters_counts_when_a_view_is_read() -> None:
     model: Any = peft.get_peft_model(llama(), peft.LoHaConfig(r=4, target_modules=TARGETS))
     model.add_adapter("second", peft.LoHaConfig(r=2, target_modules=["q_proj"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from rankdecay.attention.computed import compute, computed_weights, detached_cop
 
 #: Names of the factors of adapters.
 _FACTOR = re.compile(r"lora|dora|hada|lokr|ia3_|adapter", re.IGNORECASE)
+#: Names of the two of which the product is added to a weight.
+_OF_PRODUCT = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")
 _FLOAT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -35,6 +38,18 @@ def factors(module: nn.Module) -> list[str]:
 def is_factor(name: str) -> bool:
     """Whether a module or parameter is called as the factors of adapters are."""
     return bool(_FACTOR.match(name))
+
+
+def what_is(name: str, beside: Container[str] = ()) -> str:
+    """Return what a parameter of an adapter is, for a reader.
+
+    Args:
+        name: of the parameter, or its part from the adapter's on.
+        beside: names of the other parts of its adapter.
+    """
+    if _OF_PRODUCT.search(name) and "lora_E" not in beside:  # a third factor, of AdaLoRA
+        return "factor of an adapter: L2 on both is a nuclear norm on their product"
+    return "part of an adapter"
 
 
 def check_plain(module: nn.Module, path: str) -> None:

@@ -21,6 +21,7 @@ from rankdecay.attention.adapters import (
     is_quantised,
     is_replaced,
     merged,
+    what_is,
 )
 from rankdecay.attention.checkpoints import Checkpoint, CheckpointError, Shape, open_checkpoint
 from rankdecay.attention.computed import Computed, StoredWeight, compute, computed_weights, stored_weights
@@ -227,7 +228,7 @@ class ModuleSource:
         while True:
             part = parts[0]
             if (is_adapted(module) and part != "base_layer") or (len(parts) == 1 and part in factors(module)):
-                return Known(None, module, "factor of an adapter: L2 on both is a nuclear norm on their product")
+                return Known(None, module, what_is(part, factors(module)))
             if is_replaced(module):
                 used = in_use(module)
                 if not name.startswith(f"{name[: len(name) - len('.'.join(parts))]}{used}."):

@@ -315,8 +315,8 @@ def _check_every_role_matches(
                 f"{role}={decay_text(decay)} matches only frozen parameters, such as {by_role[role][0].names[0]}, "
                 "which nothing changes. "
                 + (
-                    "They are the base of an adapter: decay its factors with other=rankdecay.Frobenius(...), which is "
-                    "a nuclear norm on their product."
+                    "They are the base of an adapter: decay its factors with other=rankdecay.Frobenius(...), which for "
+                    "the two of LoRA is a nuclear norm on their product."
                     if adapted
                     else f"Call requires_grad_() on them before building the groups, or leave {role} out."
                 )

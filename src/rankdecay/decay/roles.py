@@ -32,6 +32,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from rankdecay.attention import Window
+from rankdecay.attention.adapters import what_is
 from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.locate import Names, Unhandled, locate
 from rankdecay.attention.planes import PlaneRows, plane_rows
@@ -214,7 +215,7 @@ class _Places:
         vector = sum(n > 1 for n in shape) < 2 and not isinstance(holder, _MATRICES)
         in_module = leaf == "weight"  # the module's type says what its weight is; another parameter has a name
         if _ADAPTER.search(name) or (block and _ADAPTER_IN_BLOCK.search(name[len(block) :])):
-            return "other", "factor of an adapter: L2 on both is a nuclear norm on their product", False
+            return "other", what_is(name), False
         if leaf.endswith("bias"):
             return "bias", "bias", False
         if _BIAS.fullmatch(leaf) or (isinstance(holder, nn.Embedding) and _BIAS.fullmatch(own)):
