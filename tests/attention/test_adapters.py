@@ -227,6 +227,35 @@ def test_a_module_that_is_saved_beside_the_adapter_is_the_one_in_use(where: str)
     assert not any("original_module" in name for name in decayed)
 
 
+@pytest.mark.parametrize("by", ["roles", "groups"])
+@pytest.mark.parametrize("where", [["q_proj", "k_proj", "lm_head", "norm"], ["self_attn"]])
+def test_the_copy_of_another_adapter_has_its_role_when_it_comes_into_use(where: list[str], by: str) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["up_proj"], modules_to_save=where)
+    model: Any = peft.get_peft_model(llama(), config)
+    model.add_adapter("b", config)
+    roles = {"query_key": rd.Frobenius(0.5)} | ({"norm": rd.Frobenius(0.3)} if "norm" in where else {})
+    if by == "roles":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rd.attach(optimizer, model, **roles)
+    else:
+        optimizer = torch.optim.SGD(rd.param_groups(model, **roles), lr=0.1)
+        rd.attach(optimizer)
+    for adapter in ("b", "default"):
+        model.set_adapter(adapter)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        optimizer.step()
+        moved = 0
+        for name, p in model.named_parameters():
+            trained_now = f"modules_to_save.{adapter}." in name
+            is_norm = "norm.modules_to_save" in name
+            share = 0.3 if is_norm else 0.5 if "q_proj" in name or "k_proj" in name else 0.0
+            torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * share * trained_now), msg=name)
+            moved += trained_now and share > 0
+        assert moved == (5 if "norm" in where else 2)
+
+
 def test_an_adapter_on_a_computed_weight_is_added_to_what_it_computes() -> None:
     base = llama()
     projection = base.model.layers[0].self_attn.q_proj

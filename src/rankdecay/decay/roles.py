@@ -22,7 +22,7 @@ and a fused layer ``LayerNormMLP``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from rankdecay.attention import Window
-from rankdecay.attention.adapters import what_is
+from rankdecay.attention.adapters import in_use, is_replaced, what_is
 from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.locate import Names, Unhandled, locate
 from rankdecay.attention.planes import PlaneRows, plane_rows
@@ -144,14 +144,18 @@ def roles_in(source: ModuleSource, found: list[Found]) -> list[Assigned]:
     output_embedding = _output_embedding(source.model)
 
     assigned: dict[int, Assigned] = {}
-    for name, parameter in named_parameters(source.model).items():
+    every = named_parameters(source.model)
+    stand_in = _in_use_for(source.model)
+    for name, parameter in every.items():
         entry = assigned.setdefault(id(parameter), Assigned(parameter, [], []))
         entry.names.append(name)
         entry.planes += tuple(rows.get(name, ()))
-        entry.no_planes = entry.no_planes or reasons.get(name, "")
-        known = source.known[name]
-        blocks = in_attention.get(name) or [places.block(parameter, known)]
-        if parameter is output_embedding and not isinstance(known.holder, nn.Embedding):
+        used = stand_in(name)
+        used = used if used in every else name
+        entry.no_planes = entry.no_planes or reasons.get(used, "")
+        known = source.known[used]
+        blocks = in_attention.get(used) or [places.block(parameter, known)]
+        if every[used] is output_embedding and not isinstance(known.holder, nn.Embedding):
             blocks = [Block("embedding", WHOLE, "output embedding")]
         for block in blocks:
             if all(other.role != block.role or other.window != block.window for other in entry.blocks):
@@ -160,6 +164,25 @@ def roles_in(source: ModuleSource, found: list[Found]) -> list[Assigned]:
         telling = [block for block in entry.blocks if block.role != "other" or block.window.has_heads]
         entry.blocks = telling or entry.blocks[:1]
     return list(assigned.values())
+
+
+def _in_use_for(model: nn.Module) -> Callable[[str], str]:
+    """Return what gives the name of the parameter in use for that of another adapter's copy, which may be used later.
+
+    PEFT has a copy of a module that is trained whole for each adapter; ``set_adapter`` chooses one, and trains it.
+    """
+    copies = {
+        f"{path}.modules_to_save.{adapter}.".removeprefix("."): f"{path}.{in_use(module)}.".removeprefix(".")
+        for path, module in model.named_modules()
+        if is_replaced(module)
+        for adapter in module.get_submodule("modules_to_save")._modules
+    }
+
+    def stand_in(name: str) -> str:
+        prefix = next((prefix for prefix in copies if name.startswith(prefix)), "")
+        return copies.get(prefix, "") + name[len(prefix) :]
+
+    return stand_in
 
 
 def _planes(source: ModuleSource, found: list[Found]) -> tuple[dict[str, list[PlaneRows]], dict[str, str]]:
