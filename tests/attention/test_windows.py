@@ -561,3 +561,86 @@ def test_which_key_head_a_query_head_meets_may_be_unknown() -> None:
     said = rd.AttentionNames(query="q", key="k", value="v", output="o", grouping="strided")
     report = rd.inspect(attention, names=said)
     assert not any("which key head a query head meets" in note for note in report.notes)
+
+
+# ---- between heads and output ------------------------------------------------------------------------------
+
+
+def _of_heads(**others: nn.Module | Tensor) -> nn.Module:
+    """Attention of 4 heads of 8, with something beside its projections."""
+    attention = _of_linears(4)
+    for name, other in others.items():
+        setattr(attention, name, nn.Parameter(other) if isinstance(other, Tensor) else other)
+    return attention
+
+
+@pytest.mark.parametrize(
+    ("name", "gate"),
+    [
+        ("linear_g", nn.Linear(32, 32)),  # EsmFold, OpenFold
+        ("proj_g", nn.Linear(32, 32, bias=False)),  # Boltz
+        ("to_v_gate", nn.Linear(32, 32)),  # x-transformers
+        ("to_gates", nn.Sequential(nn.Linear(32, 32), nn.Sigmoid())),  # lucidrains' AlphaFold 3
+        ("g_proj", nn.Sequential(nn.Linear(32, 4), nn.Linear(4, 32))),
+        ("wg", nn.Linear(32, 32)),
+        ("output_gate", nn.Linear(32, 4)),
+        ("to_gates", nn.Sequential(nn.Linear(32, 4), nn.Sigmoid())),
+        ("gate_up_proj", nn.Linear(32, 32)),
+    ],
+)
+def test_a_gate_between_heads_and_output_is_known_by_name_and_height(name: str, gate: nn.Module, tmp_path) -> None:
+    each = not any(p.shape[0] == 32 for p in gate.parameters()) or "up" in name
+    attention = _of_heads(**{name: gate})
+    if name == "output_gate":
+        with pytest.raises(ValueError, match="lightning attention"):
+            rd.find_attention(attention)
+        return
+    torch.save(attention.state_dict(), tmp_path / "weights.pt")
+    for source in (attention, tmp_path / "weights.pt"):
+        [layer] = rd.find_attention(source, num_heads=4)
+        assert layer.has_value_product == each
+        assert each or layer.no_value_product == "gates what its heads give before the output projection"
+
+
+def test_the_gate_of_esmfold_and_of_krea(diffusers) -> None:
+    family = pytest.importorskip("transformers.models.esm.modeling_esmfold")
+    from diffusers.models.transformers.transformer_krea2 import Krea2Attention
+
+    gated = family.EsmFoldAttention(32, 32, 32, 8, 4, gating=True)
+    for attention in (gated, Krea2Attention(32, 4, 4)):
+        [layer] = rd.find_attention(attention, num_heads=4)
+        assert layer.no_value_product == "gates what its heads give before the output projection"
+    assert rd.find_attention(family.EsmFoldAttention(32, 32, 32, 8, 4, gating=False), num_heads=4)[0].has_value_product
+
+
+@pytest.mark.parametrize("name", ["attn_ln", "out_norm", "sub_norm", "inner_attn_ln"])
+def test_a_norm_between_heads_and_output_is_known_by_name(name: str) -> None:
+    [layer] = rd.find_attention(_of_heads(**{name: nn.LayerNorm(32)}))
+    assert layer.no_value_product == "normalises what its heads give before the output projection"
+
+
+@pytest.mark.parametrize("part", ["vision_transformer.Attention", "eva.EvaAttention"])
+def test_a_norm_of_what_heads_give_in_timm(timm, part: str) -> None:
+    module, _, name = part.partition(".")
+    build_attention = getattr(getattr(timm.models, module), name)
+    for scaled in (False, True):
+        [layer] = rd.find_attention(build_attention(32, 4, norm_layer=nn.LayerNorm, scale_norm=scaled))
+        assert layer.has_value_product == (not scaled)
+
+
+def test_a_norm_that_may_stand_on_either_side_is_told_by_its_width_or_said(tmp_path) -> None:
+    def attention(width: int, **size: int) -> nn.Module:
+        return _of_heads(norm=nn.LayerNorm(width), **{k: nn.Linear(32, v, bias=False) for k, v in size.items()})
+
+    wide = {"q_proj": 64, "k_proj": 64, "v_proj": 64}
+    before = attention(32, **wide)
+    before.o_proj = nn.Linear(64, 32)
+    behind = attention(64, **wide)
+    behind.o_proj = nn.Linear(64, 32)
+    [one], [other] = rd.find_attention(before), rd.find_attention(behind)
+    assert (one.has_value_product, one.remark) == (True, "")
+    assert not other.has_value_product
+    either = attention(32)
+    torch.save(either.state_dict(), tmp_path / "weights.pt")
+    for source in (either, tmp_path / "weights.pt"):
+        assert any("its norm is taken to stand before" in n for n in rd.inspect(source, num_heads=4).notes)

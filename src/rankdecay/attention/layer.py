@@ -289,7 +289,7 @@ class AttentionLayer:
             states, neither names nor settings; they are then as is usual: none, no, all queries before all keys and
             values, and consecutive.
         place: the model's own number of the layer, and the tower it stands in.
-        remark: which numbers of heads the settings state that the weights contradict; else "".
+        remark: which numbers of heads the settings state that the weights contradict, and what else is assumed.
     """
 
     name: str

@@ -228,6 +228,17 @@ def is_value_norm(child: str) -> bool:
     return bool(re.fullmatch(r"(v|value|values)_(rms_?|layer_?)?norm", child))
 
 
+def is_gate(child: str) -> bool:
+    """Whether a name says that it gates what heads give: "gate_proj", "to_v_gate", "linear_g", "attn_gate".
+
+    If it has as many rows as they give: one for each head is a factor of the head, and some are of another part.
+    """
+    words = set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower()))
+    gates = words & {"g", "wg", "gate", "gates", "gating"}
+    of_others = words & {"q", "k", "query", "key", "up", "down", "mlp", "ff", "ffn", "ffw", "moe", "router", "expert"}
+    return bool(gates) and not of_others and not _NO_PROJECTION.search(child)
+
+
 def is_query_key_like(child: str) -> bool:
     """Whether a name says that it is a projection to queries and keys, and not to values."""
     return is_fused_like(child) and bool(re.search(r"qk(?!v)|quer(?:y|ies)_keys?(?!_values?)", child, re.IGNORECASE))
@@ -323,9 +334,15 @@ POSITIONS: dict[str, Role] = {
 }
 
 #: Norms between the heads and the output projection.
-HEADS_NORMS = ("inner_attn_ln", "attn_sub_norm", "o_norm", "attn_norm_before_out", "subln")
-#: Gates between the heads and the output projection, if they have as many rows as the heads give: one each coordinate.
-GATES = ("gate_proj", "g_proj", "attn_gate", "output_gate_proj", "gate")
+HEADS_NORMS = ("inner_attn_ln", "attn_sub_norm", "o_norm", "attn_norm_before_out", "subln", "sub_ln", "sub_norm",
+               "attn_ln", "out_norm", "output_norm", "inner_norm", "heads_norm", "out_ln", "o_ln")  # fmt: skip
+#: A norm that stands there in the classes below; in others it may as well stand before the projections.
+PLAIN_NORM = "norm"
+#: Classes of timm whose norm of that name, which ``scale_norm`` asks for, stands before the output projection.
+NORM_OF_HEADS = (
+    "timm.layers.attention.Attention", "timm.layers.attention.AttentionRope", "timm.models.eva.EvaAttention",
+    "timm.models.vision_transformer.Attention",
+)  # fmt: skip
 #: Children that say what else stands there.
 BETWEEN = {
     "v_sconv": "convolves values over tokens",

@@ -28,14 +28,15 @@ from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.names import (
     BETWEEN,
     EXPERTS,
-    GATES,
     HEAD_DIM,
     HEADS_NORMS,
     KEY_DIM,
     KEY_HEADS,
     LATENT_WITHOUT_ROTARY,
     MIXED_OUTPUT,
+    NORM_OF_HEADS,
     NUM_HEADS,
+    PLAIN_NORM,
     POOLING,
     POSITIONS,
     QUERY_BIASES,
@@ -43,6 +44,7 @@ from rankdecay.attention.names import (
     VALUE_NORMS_WITHOUT_WEIGHTS,
     AttentionNames,
     LatentNames,
+    is_gate,
     is_input_like,
     is_output_like,
     is_table,
@@ -86,7 +88,7 @@ class Found(NamedTuple):
         no_output: what was looked for, if the module has matrices and none is its output projection.
         frequencies: what the settings say of the rotary frequencies, as text: layers of one text share them.
         planes_assumed: whether nothing says which coordinates positions turn together; then those half a head apart.
-        remark: which numbers of heads the settings state that the weights contradict.
+        remark: which numbers of heads the settings state that the weights contradict, and what else is assumed.
     """
 
     name: str
@@ -118,6 +120,12 @@ WEIGHTS = (
 
 #: What a norm is called that stands behind a projection in a module of their own.
 BATCH_NORMS = ("bn", "norm", "batch_norm", "batchnorm", "normalization")
+
+
+_UNPLACED = (
+    "its norm is taken to stand before its projections, and nothing says so: if it stands between the heads and the "
+    "output projection, W_O W_V is not what a head writes, and value_output= should be left out"
+)
 
 
 class ModuleReader(ModuleSettings):
@@ -236,6 +244,9 @@ class ModuleReader(ModuleSettings):
         no_product = self._no_product(row)
         no_value_product = self._no_value_product(places, parameters[row.value or row.fused or ""], projected)
         self._add_query_bias(places)
+        remarks = ["" if given else self._contradicted(heads, head_dim, places["key"].window.num_heads)]
+        if not no_value_product and self._norm_stands(places) == "unknown":
+            remarks.append(_UNPLACED)
         return Found(
             self.module,
             places,
@@ -249,7 +260,7 @@ class ModuleReader(ModuleSettings):
             unfit,
             self.frequencies() if rotary is not None else "",
             rotary is not None and row.rotary is None and not self.states_planes(),
-            "" if given else self._contradicted(heads, head_dim, places["key"].window.num_heads),
+            "; ".join(filter(None, remarks)),
         )
 
     def check_alone(self, child: str) -> None:
@@ -338,12 +349,11 @@ class ModuleReader(ModuleSettings):
             return "mixes the channels of each head by its scores"
         children = self.source.children(self.module)
         own = places["query"].window.num_heads * places["value"].window.head_dim
-        gates = (name for child in GATES if child in children and (name := self.parameter(child)))
         if reason := next((reason for child, reason in BETWEEN.items() if child in children), ""):
             return reason
-        if "gate" in places or any(self.shape(name)[0] == own for name in gates):
+        if "gate" in places or any(self._has_rows(child, own) for child in filter(is_gate, children)):
             return "gates what its heads give before the output projection"
-        if any(child in children for child in HEADS_NORMS):
+        if any(child in children for child in HEADS_NORMS) or self._norm_stands(places) == "behind heads":
             return "normalises what its heads give before the output projection"
         if any(map(is_value_norm, children)) or self.setting(("model_type",)) in VALUE_NORMS_WITHOUT_WEIGHTS:
             return "normalises values"
@@ -354,6 +364,31 @@ class ModuleReader(ModuleSettings):
         if behind:
             return "normalises values"
         return "normalises what its heads give before the output projection" if before else ""
+
+    def _has_rows(self, child: str, rows: int) -> bool:
+        """Whether a child is, or holds, a matrix of so many rows: of a sequence or of two factors it may be any."""
+        path = self._path(child)
+        inside = [name for name in self.plain if name == path or name.startswith(f"{path}.")]
+        sides = ((self.shape(name), self.source.is_turned(name.rpartition(".")[0])) for name in inside)
+        return any(shape and shape[-1 if is_turned else 0] == rows for shape, is_turned in sides)
+
+    def _norm_stands(self, places: dict[Role, Place]) -> Literal["", "behind heads", "unknown"]:
+        """Return where a child called ``norm`` stands: "" if before the projections, or if there is none."""
+        children = self.source.children(self.module)
+        if PLAIN_NORM not in children or "sr" in children or "output" not in places or "latent" in places:
+            return ""  # sr: a norm of what keys and values are formed from
+        if self.source.kind(self.module) in NORM_OF_HEADS:
+            return "behind heads"
+        of_library = self.source.kind(self.module).startswith(("timm.", "transformers.", "diffusers."))
+        if of_library or self.setting(("model_type",)) is not None or self._is_of_vqgan():
+            return ""
+        weight, query, value = self._path(f"{PLAIN_NORM}.weight"), places["query"], places["value"].window
+        width = self.shape(weight)[0] if weight in self.plain and self.shape(weight) else None
+        read = math.prod(self.shapes[query.parameter]) // (query.window.groups * query.window.size)
+        given = {query.window.num_heads * value.head_dim, value.head_dim}
+        if width is None or (width in given) == (width == read):
+            return "unknown"
+        return "behind heads" if width in given else ""
 
     def _add_query_bias(self, places: dict[Role, Place]) -> None:
         """Locate what is added to queries that meet keys, beside what is added to those that meet positions."""
