@@ -272,7 +272,12 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
             "nothing says which key head a query head meets: the first query heads are taken to meet the first, as in "
             "most code; if query head i meets key head i mod g, say grouping=strided in AttentionNames (--names)"
         )
-    if unknown := layer.unknown - {"order", "grouping"}:
+    if "planes" in layer.unknown and layer.has_score_product:
+        yield (
+            "nothing says which coordinates rotary positions turn together: those half a head apart are taken, as in "
+            "most code; if they are neighbours, say rotary=interleaved in AttentionNames (--names), else rotary=half"
+        )
+    if unknown := layer.unknown - {"order", "grouping", "planes"}:
         asked = {"qk_norm": "queries and keys are normalised", "rotary": "rotary positions turn them"}
         questions = " or whether ".join(asked[name] for name in sorted(unknown))
         settings = " and ".join(f"{name}=..." for name in sorted(unknown))

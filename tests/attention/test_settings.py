@@ -13,6 +13,7 @@ from torch import nn
 import rankdecay as rd
 from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.locate import find_layers
+from rankdecay.attention.products import Rotary
 from rankdecay.attention.settings import ModuleSettings
 from rankdecay.cli import main
 from tests import needs
@@ -116,3 +117,45 @@ def test_numbers_of_heads_that_a_class_of_ones_own_contradicts_are_refused() -> 
     attention.head_dim, attention.num_kv_heads = 8, 2
     with pytest.raises(ValueError, match=r"it states 2 key heads, where its weights make 4 heads of 8 with 4 of keys"):
         rd.find_attention(attention)
+
+
+# ---- rotary planes that nothing states --------------------------------------------------------------------
+
+
+class _Block(nn.Module):
+    def __init__(self, names: str, called: str) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({name: nn.Linear(32, 32, bias=False) for name in names.split()})
+        self.attn.num_heads = 4
+        if called == "rotary_emb":
+            self.rotary_emb = nn.Module()
+        else:
+            kind = torch.complex64 if called == "freqs_cis" else torch.float32
+            self.register_buffer(called, torch.ones(8, 4, dtype=kind))
+
+
+@pytest.mark.parametrize("called", ["freqs_cis", "freqs_cos", "rotary_emb"])
+@pytest.mark.parametrize("names", ["q_proj k_proj v_proj o_proj", "wq wk wv wo", "qkv_proj o_proj"])
+def test_which_rows_positions_turn_together_is_not_told_by_a_table_of_angles(called: str, names: str) -> None:
+    """MiniMind and Gemma's own code turn halves with tables of the names that Meta's code, of neighbours, has."""
+    if "qkv" in names:
+        model: nn.Module = _Block(names, called)
+        model.attn["qkv_proj"] = nn.Linear(32, 96, bias=False)
+    else:
+        model = _Block(names, called)
+    [layer] = rd.find_attention(model)
+    of_meta = names.startswith("wq") and called != "rotary_emb"
+    assert layer.rotary == Rotary(8, of_meta)
+    assert ("planes" in layer.unknown) == (not of_meta)
+    said = [note for note in rd.inspect(model).notes if "which coordinates rotary positions turn together" in note]
+    assert len(said) == (not of_meta)
+    if of_meta:
+        rd.param_groups(model, query_key=rd.Planes(0.1))
+        return
+    with pytest.raises(ValueError, match="nothing says which rows they turn together"):
+        rd.param_groups(model, query_key=rd.Planes(0.1))
+    if "qkv" not in names:
+        query, key, value, output = names.split()
+        told = rd.AttentionNames(query=query, key=key, value=value, output=output, rotary="half")
+        rd.param_groups(model, query_key=rd.Planes(0.1), names=told)
+        assert not any("turn together" in note for note in rd.inspect(model, names=told).notes)

@@ -285,9 +285,9 @@ class AttentionLayer:
         factors: of latent attention, by role: ``query_factor`` (the queries' first), ``query_rotary`` and
             ``key_rotary`` (the parts that positions turn; one key head), ``latent``. Of others the ``gate`` inside a
             query projection, and projections of positions, ``query_position``, ``key_position``, ``query_sine``.
-        unknown: which of ``"rotary"``, ``"qk_norm"``, ``"order"`` (of a fused projection) and ``"grouping"`` nothing
-            states, neither names nor settings; they are then as is usual: none, no, all queries before all keys and
-            values, and consecutive.
+        unknown: which of ``"rotary"``, ``"planes"`` (of rotary positions), ``"qk_norm"``, ``"order"`` (of a fused
+            projection) and ``"grouping"`` nothing states, neither names nor settings; they are then as is usual: none,
+            half a head apart, no, all queries before all keys and values, and consecutive.
         place: the model's own number of the layer, and the tower it stands in.
         remark: which numbers of heads the settings state that the weights contradict, and what else is assumed.
     """

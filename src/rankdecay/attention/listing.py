@@ -134,5 +134,6 @@ def _heads(layer: dict[str, Any]) -> str:
     text += f", {keys} of keys and values" if keys != heads else ""
     if rotary is not None:
         planes = "neighbouring coordinates" if rotary.get("interleaved") else "coordinates half a head apart"
+        planes += ", assumed" if "planes" in layer["unknown"] else ""
         text += f", rotary positions over {rotary['dims']} ({planes})"
     return text + (", queries and keys normalised" if layer["qk_norm"] else "")

@@ -419,7 +419,7 @@ def _layer(found: Found, source: Source, place: Numbered) -> AttentionLayer:
         no_product=found.no_product,
         no_value_product=found.no_value_product,
         factors={role: view for role, view in views.items() if role not in ("query", "key", "value", "output")},
-        unknown=found.unknown,
+        unknown=found.unknown | ({"planes"} if found.planes_assumed else set()),
         place=place,
         remark=found.remark,
     )

@@ -193,8 +193,11 @@ class ModuleSettings:
         stated = self.setting(ROTARY_PLANES)
         if isinstance(stated, bool):
             return stated
-        # Meta's and llama2.c's code multiplies neighbours, as complex numbers, with a table of this name.
-        return self.setting(("freqs_cis", "freqs_cos")) is True or self.setting(("model_type",)) in INTERLEAVED
+        # Meta's and llama2.c's code multiplies neighbours, as complex numbers, with a table of this name. Others have
+        # such a table and turn halves (Gemma's own code, MiniMind), so that their names have to say it as well.
+        of_meta = {"wq", "wk"} <= set(self.source.children(self.module))
+        has_table = of_meta and self.setting(("freqs_cis", "freqs_cos")) is True
+        return has_table or self.setting(("model_type",)) in INTERLEAVED
 
     def states_planes(self) -> bool:
         """Whether anything says which coordinates a rotary plane is of: settings, or a class that the tables cover."""
