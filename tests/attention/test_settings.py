@@ -159,3 +159,37 @@ def test_which_rows_positions_turn_together_is_not_told_by_a_table_of_angles(cal
         told = rd.AttentionNames(query=query, key=key, value=value, output=output, rotary="half")
         rd.param_groups(model, query_key=rd.Planes(0.1), names=told)
         assert not any("turn together" in note for note in rd.inspect(model, names=told).notes)
+
+
+# ---- cross-attention --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "turned"),
+    [
+        *((name, True) for name in ("attn1", "self_attn", "attention", "cross_layers.0.self_attn", "across")),
+        *((name, False) for name in ("src_attn", "xattn", "x_attn", "cross", "cross.attn", "encdec_attn")),
+        *((name, False) for name in ("EncDecAttention", "cross_mha")),
+        *((name, None) for name in ("attn2", "multihead_attn")),
+    ],
+)
+def test_cross_attention_by_any_name_has_no_rotary_positions(name: str, turned: bool | None, tmp_path: Path) -> None:
+    tensors = {f"blocks.0.{name}.{n}_proj.weight": torch.randn(32, 32) for n in "qkvo"}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    told = {"model_type": "own", "num_attention_heads": 4, "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    model = nn.Module()
+    for tensor in tensors:
+        path, _, child = tensor.removesuffix(".weight").rpartition(".")
+        part = model
+        for step in path.split("."):
+            if step not in part._modules:
+                part.add_module(step, nn.Module())
+            part = part._modules[step]
+        part.num_heads = 4
+        part.add_module(child, nn.Linear(32, 32))
+    model.rotary_emb = nn.Module()
+    for source in (model, tmp_path):
+        [layer] = rd.find_attention(source)
+        assert (layer.rotary is not None) == bool(turned)
+        assert turned is not None or "rotary" in layer.unknown

@@ -449,7 +449,12 @@ GATED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_te
 
 
 #: What cross-attention is called: without rotary positions, though the model's self-attention has them.
-CROSS = re.compile(r"cross_?att|encoder_attn|encoder_decoder_attention|(?:^|\.)adapter$")
+CROSS = re.compile(
+    r"cross_?att|encoder_attn|encoder_decoder_attention|(?:^|\.)adapter$"
+    r"|(?:^|\.)(?:cross|cross_?mha|x_?attn|src_attn|enc_?dec_?att(?:n|ention))(?:\.(?:self|attn|attention|mha|fn))?$"
+)
+#: What cross-attention is called as well as a second self-attention: whether positions turn it is not known.
+PERHAPS_CROSS = re.compile(r"(?:^|\.)(?:attn_?2|multihead_attn|memory_attn|context_attn)$")
 #: Model types whose cross-attention has them too.
 ROTARY_IN_CROSS = ("edgetam_video", "sam2_video", "sam3_tracker_video")
 #: Model types whose cross-attention has norms called as those of queries and keys, before their projections.

@@ -24,6 +24,7 @@ from rankdecay.attention.names import (
     NORMS_BEFORE_IN_CROSS,
     NORMS_WITHOUT_WEIGHTS,
     NUM_HEADS,
+    PERHAPS_CROSS,
     ROTARY,
     ROTARY_IN_CROSS,
     ROTARY_UNREAD,
@@ -241,6 +242,11 @@ class ModuleSettings:
         """Whether the module is called as cross-attention is."""
         return bool(CROSS.search(self.module.lower()))
 
+    def may_be_cross(self) -> bool:
+        """Whether the module is called as cross-attention may be, in a class that no table covers."""
+        of_library = self.source.kind(self.module).startswith(("transformers.", "timm."))
+        return not of_library and bool(PERHAPS_CROSS.search(self.module.lower()))
+
     def _is_without_rotary(self) -> bool:
         """Whether this layer is without rotary positions though the model has them."""
         if self.setting(("use_rope", "use_mem_rope")) is False:
@@ -249,6 +255,8 @@ class ModuleSettings:
         if kind in ROTARY_UNREAD:
             return True
         if WITHOUT_POSITIONS.search(self.module) or (self.is_cross() and kind not in ROTARY_IN_CROSS):
+            return True
+        if self.may_be_cross():  # and shown as if it were
             return True
         said = self.setting(("position_embedding_type",))
         if (kind == "esm" and said == "absolute") or (kind == "granitemoehybrid" and said != "rope"):

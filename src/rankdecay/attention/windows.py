@@ -681,6 +681,8 @@ class ModuleReader(ModuleSettings):
             rotary = None if self._is_of_vqgan() else self.rotary(head_dim)
         qk_norm = self.has_qk_norm() or self._has_norm_behind(row) if row.qk_norm is None else row.qk_norm
         unknown = set[str]()
+        if row.rotary is None and rotary is None and self.may_be_cross():
+            unknown |= {"rotary"}
         if not self.source.is_known(self.module):
             unknown |= {"rotary"} if row.rotary is None and rotary is None else set()
             stated = qk_norm or row.qk_norm is not None or self.setting(QK_NORM_FLAGS) is False
