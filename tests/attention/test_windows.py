@@ -644,3 +644,18 @@ def test_a_norm_that_may_stand_on_either_side_is_told_by_its_width_or_said(tmp_p
     torch.save(either.state_dict(), tmp_path / "weights.pt")
     for source in (either, tmp_path / "weights.pt"):
         assert any("its norm is taken to stand before" in n for n in rd.inspect(source, num_heads=4).notes)
+
+
+# ---- what scales or convolves queries and keys --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "of_channels"), [((), False), ((1,), False), ((4,), False), ((4, 1, 1), True), ((1, 1, 1), True)]
+)
+def test_a_temperature_is_of_channels_only_where_its_shape_says_so(shape, of_channels, tmp_path) -> None:
+    """That of attention in a locality (LSA) is a number beside scores between tokens."""
+    attention = _of_heads(temperature=torch.ones(shape))
+    torch.save(attention.state_dict(), tmp_path / "weights.pt")
+    for source in (attention, tmp_path / "weights.pt"):
+        [layer] = rd.find_attention(source, num_heads=4)
+        assert layer.has_score_product == layer.has_value_product == (not of_channels)

@@ -405,6 +405,8 @@ NOT_READ: dict[str, str] = {
 #: Classes whose output projection takes the first channel of every head, then the second: heads have no columns of
 #: their own.
 MIXED_OUTPUT = ("timm.models.nest.Attention",)
+#: Classes whose scores are between channels; a learned temperature of (heads, 1, 1) says it, too.
+CHANNELS = re.compile(r"ChannelAttention|CrossCovarianceAtt|\.XCA$|\.MDTA$")
 #: Attributes that give the width of a query's and a key's head where that of the values, which follow in the fused
 #: projection, is another.
 KEY_DIM = ("key_dim", "dim_head_qk", "qk_dim")

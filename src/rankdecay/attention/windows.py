@@ -27,6 +27,7 @@ from rankdecay.attention.beside import is_batch_norm, is_matrix, is_norm, other_
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.names import (
     BETWEEN,
+    CHANNELS,
     EXPERTS,
     HEAD_DIM,
     HEADS_NORMS,
@@ -404,10 +405,14 @@ class ModuleReader(ModuleSettings):
         return bool(query and self.parameter("proj_out") and len(self.shape(query)) == 4)
 
     def _is_of_channels(self) -> bool:
-        """Whether tokens are summed over in the scores: Florence-2's and DaViT's channel attention, XCiT, Restormer."""
-        if "ChannelAttention" in self.source.kind(self.module):
+        """Whether tokens are summed over in the scores: Florence-2's and DaViT's channel attention, XCiT, Restormer.
+
+        A temperature of another shape than (heads, 1, 1) is a factor of the scores between tokens.
+        """
+        if CHANNELS.search(self.source.kind(self.module)) or "channel_attn" in self.module.split("."):
             return True
-        return "channel_attn" in self.module.split(".") or "temperature" in self.source.children(self.module)
+        name = self._path("temperature")
+        return name in self.plain and len(shape := self.shape(name)) == 3 and shape[1:] == (1, 1)
 
     def _place_positions(self, places: dict[Role, Place], row: AttentionNames, heads: int) -> None:
         """Locate the projections of positions that belong to content projections (DETR and its kin)."""
