@@ -659,3 +659,39 @@ def test_a_temperature_is_of_channels_only_where_its_shape_says_so(shape, of_cha
     for source in (attention, tmp_path / "weights.pt"):
         [layer] = rd.find_attention(source, num_heads=4)
         assert layer.has_score_product == layer.has_value_product == (not of_channels)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "is_product"),
+    [
+        ("per_dim_scale", torch.ones(8), False),  # Gemma 3n's audio, VideoPrism
+        ("scaling", torch.ones(8), False),  # TimesFM
+        ("q_scale", torch.ones(32), False),
+        ("sqk", torch.ones(32), False),  # nGPT
+        ("k_scale", torch.ones(4, 1, 8)[:1], False),
+        ("scale", torch.ones(1), True),
+        ("scale", torch.ones(4, 1, 1), True),
+        ("scale", torch.ones(32), True),  # of what the module gives
+        ("temperature", torch.ones(4), True),
+    ],
+)
+def test_a_scale_of_each_coordinate_is_no_product(name: str, scale: Tensor, is_product: bool, tmp_path) -> None:
+    attention = _of_heads(**{name: scale})
+    torch.save(attention.state_dict(), tmp_path / "weights.pt")
+    for source in (attention, tmp_path / "weights.pt"):
+        [layer] = rd.find_attention(source, num_heads=4)
+        assert layer.has_score_product == is_product
+    if not is_product:
+        with pytest.raises(ValueError, match="scales queries or keys coordinate by coordinate"):
+            layer.query_key()
+
+
+def test_the_scale_of_timesfm() -> None:
+    transformers = needs.package("transformers")
+    config = transformers.TimesFmConfig(
+        hidden_size=32, intermediate_size=32, num_attention_heads=4, head_dim=8, num_hidden_layers=1
+    )
+    [layer] = rd.find_attention(transformers.TimesFmModel(config))
+    assert layer.no_product.startswith("scales queries or keys coordinate by coordinate")
+    with pytest.raises(ValueError, match="its scores are not those"):
+        layer.query_key()

@@ -350,6 +350,12 @@ BETWEEN = {
     "queries_keys_values": "puts an activation before the output projection",  # LeViT
     "keys_values": "puts an activation before the output projection",
 }
+#: Parameters that scale queries or keys, or their scores: coordinate by coordinate if they have as many numbers.
+SCALES = re.compile(r"sqk|((q|k|qk|query|key)_?)?(per_dim_)?(scale|scaling|scales|temperature)")
+#: Convolutions behind a projection to queries, keys and values: Primer's, Canon's, Restormer's. What they are of.
+CONVOLUTIONS = re.compile(
+    r"(?P<of>qkv|qk|kv|q|k|v|query|key|value)s?_?(d|dw|s|short|depthwise)?_?conv(olution)?(1d|2d|s)?"
+)
 #: What is added to queries before they meet keys, and not before they meet positions (Transformer-XL, conformers).
 QUERY_BIASES = ("bias_u", "pos_bias_u", "r_w_bias")
 

@@ -41,6 +41,7 @@ from rankdecay.attention.names import (
     POOLING,
     POSITIONS,
     QUERY_BIASES,
+    SCALES,
     TURNED,
     VALUE_NORMS_WITHOUT_WEIGHTS,
     AttentionNames,
@@ -242,7 +243,7 @@ class ModuleReader(ModuleSettings):
             unknown |= {"grouping"}
         output = places["output"].parameter if "output" in places else None
         projected = next((name for name in outputs.values() if self.plain[name] == output), "")
-        no_product = self._no_product(row)
+        no_product = self._no_product(row, places)
         no_value_product = self._no_value_product(places, parameters[row.value or row.fused or ""], projected)
         self._add_query_bias(places)
         remarks = ["" if given else self._contradicted(heads, head_dim, places["key"].window.num_heads)]
@@ -285,7 +286,7 @@ class ModuleReader(ModuleSettings):
             "is their sum or product, as with an adapter; or leave the module to the optimizer with exclude="
         )
 
-    def _no_product(self, row: AttentionNames) -> str:
+    def _no_product(self, row: AttentionNames, places: dict[Role, Place]) -> str:
         if self._is_of_channels():
             return "takes its scores between channels, not tokens"
         weights = (self.parameter(child) for child in (row.query, row.key, row.fused) if child)
@@ -308,7 +309,26 @@ class ModuleReader(ModuleSettings):
             return "pools its queries over tokens"
         if "k_sconv" in self.source.children(self.module):
             return "convolves keys over tokens"
+        if self._scales_coordinates(row, places):
+            return "scales queries or keys coordinate by coordinate, by a learned vector"
         return ""
+
+    def _scales_coordinates(self, row: AttentionNames, places: dict[Role, Place]) -> bool:
+        """Whether a parameter has a factor for each coordinate of a head, or of all heads, that meets queries or keys.
+
+        One of a factor for each head, or of a single one, leaves a product what it is.
+        """
+        window = places["query"].window
+        for child in self.source.children(self.module):
+            if child and SCALES.fullmatch(child) and child not in row.projections:
+                path = self._path(child)
+                names = (path, f"{path}.{child}", f"{path}.weight", f"{path}.scale")
+                shape = next((self.shape(name) for name in names if name in self.plain), ())
+                whole = "q" in child or "k" in child  # otherwise it may be one of what the module gives
+                sizes = {window.head_dim, *([window.head_dim * window.num_heads] if whole else [])}
+                if shape and shape[-1] > 1 and math.prod(shape) in sizes:
+                    return True
+        return False
 
     def _check_own_keys(self, row: AttentionNames, parameters: dict[str, str]) -> None:
         """Check that queries and keys in one projection are two, unless the user says how wide they are."""
