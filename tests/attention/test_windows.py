@@ -695,3 +695,39 @@ def test_the_scale_of_timesfm() -> None:
     assert layer.no_product.startswith("scales queries or keys coordinate by coordinate")
     with pytest.raises(ValueError, match="its scores are not those"):
         layer.query_key()
+
+
+# ---- no softmax over scores -------------------------------------------------------------------------------
+
+
+class LinearAttention(nn.ModuleDict):
+    """As lucidrains and fla call theirs."""
+
+
+class MultiScaleRetention(nn.ModuleDict):
+    """As torchscale calls its own."""
+
+
+class BilinearAttentionPool(nn.ModuleDict):
+    """Of a softmax."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "others", "reason"),
+    [
+        (LinearAttention, {}, "linear attention by its class"),
+        (MultiScaleRetention, {}, "retention by its class"),
+        (BilinearAttentionPool, {}, None),
+        (nn.ModuleDict, {"feature_map_q": nn.Linear(8, 8), "feature_map_k": nn.Linear(8, 8)}, "linear attention"),
+        (nn.ModuleDict, {"g_proj": nn.Linear(32, 32), "group_norm": nn.GroupNorm(4, 32, affine=False)}, "retention"),
+        (nn.ModuleDict, {"group_norm": nn.GroupNorm(4, 32)}, None),
+    ],
+)
+def test_attention_without_a_softmax_is_named(kind: type[nn.ModuleDict], others: dict, reason: str | None) -> None:
+    attention = kind({n: nn.Linear(32, 32) for n in ("q_proj", "k_proj", "v_proj", "o_proj")} | others)
+    attention.num_heads = 4
+    if reason is None:
+        assert len(rd.find_attention(attention)) == 1
+        return
+    with pytest.raises(ValueError, match=reason):
+        rd.find_attention(attention)

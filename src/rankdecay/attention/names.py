@@ -360,6 +360,7 @@ CONVOLUTIONS = re.compile(
 QUERY_BIASES = ("bias_u", "pos_bias_u", "r_w_bias")
 
 _RECURRENT = "a delta or linear attention layer: a recurrent state takes the place of scores of queries and keys"
+_FEATURES = "linear attention: features of queries and keys take the place of a softmax over scores"
 _LIGHTNING = "lightning attention: linear, without a softmax over scores of queries and keys"
 _DIFFERENTIAL = "differential attention: the difference of two softmaxes, for which queries and keys come in pairs"
 #: Marks of modules that have projections called queries and keys, and no scores of theirs in a softmax.
@@ -391,8 +392,20 @@ NO_SCORES: dict[str, str] = {
     "gk_proj": "gated linear attention: a recurrent state takes the place of scores of queries and keys",
     "g_norm_swish_gate": "linear attention or retention, without a softmax over scores of queries and keys",
     "conv_qk_depthwise": "convolutions stand between its projections and the scores",
+    "feature_map_q": _FEATURES,
+    "feature_map_k": _FEATURES,
+    "feature_map": _FEATURES,
     "multihead_attn": "its projections lead into those of multihead_attn, which are read",
 }
+#: The same among classes, whose names end so.
+NO_SCORES_CLASSES: dict[str, str] = {
+    r"Linear(Self|Cross|Causal)?Att(entio)?n(\dd|Block|Layer)?": "linear attention by its class, without a softmax",
+    r"(MultiScale|Gated)?Retention": "retention by its class: a decay by distance takes the place of a softmax",
+    r"(Performer|FAVOR)(Self|Cross)?Attention|Performer": "random features take the place of a softmax over scores",
+    r"(Gated)?DeltaNet|GatedLinearAttention|Gated(Delta|Slot)\w*|Lightning\w*Attention": _RECURRENT,
+}
+#: Children that together say so: a retention gates what heads give behind a norm of each.
+RETENTION = {"group_norm", "g_proj"}
 #: The same among settings, which are not None or False.
 NO_SCORES_SETTINGS: dict[str, str] = {
     "autocorrelation_factor": "autocorrelation: its weights are by delay, not by token",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 
 from rankdecay.attention.names import (
@@ -20,11 +21,13 @@ from rankdecay.attention.names import (
     INTERLEAVED,
     KEY_HEADS,
     NO_SCORES,
+    NO_SCORES_CLASSES,
     NO_SCORES_SETTINGS,
     NORMS_BEFORE_IN_CROSS,
     NORMS_WITHOUT_WEIGHTS,
     NUM_HEADS,
     PERHAPS_CROSS,
+    RETENTION,
     ROTARY,
     ROTARY_IN_CROSS,
     ROTARY_UNREAD,
@@ -123,7 +126,15 @@ class ModuleSettings:
             if self.setting((setting,)) not in (None, False):
                 return reason
         children = self.source.children(self.module)
-        return next((NO_SCORES[mark] for mark in NO_SCORES if mark in children), None)
+        if mark := next((mark for mark in NO_SCORES if mark in children), None):
+            return NO_SCORES[mark]
+        if set(children) >= RETENTION:
+            return "retention: a decay by distance takes the place of a softmax over scores"
+        kind = self.source.kind(self.module)
+        if kind.startswith(("torch.", "transformers.", "timm.")):  # of which the names tell
+            return None
+        called = kind.rpartition(".")[2]
+        return next((reason for name, reason in NO_SCORES_CLASSES.items() if re.search(f"(?:{name})$", called)), None)
 
     def has_gates(self) -> bool:
         """Whether the query projection holds a gate beside each head."""
