@@ -731,3 +731,30 @@ def test_attention_without_a_softmax_is_named(kind: type[nn.ModuleDict], others:
         return
     with pytest.raises(ValueError, match=reason):
         rd.find_attention(attention)
+
+
+@pytest.mark.parametrize("name", ["{}_dconv", "{}_conv", "{}_short_conv", "{}_dwconv1d"])
+def test_convolutions_behind_projections_are_no_product(name: str, tmp_path) -> None:
+    """Primer's and Canon's: nothing of them is not handled, and nothing of the products is claimed."""
+    for letters, scores, values in (("qkv", False, False), ("v", True, False), ("k", False, True)):
+        convolutions = {name.format(letter): nn.Conv1d(32, 32, 3, groups=32) for letter in letters}
+        attention = _of_heads(**convolutions)
+        torch.save(attention.state_dict(), tmp_path / "weights.pt")
+        for source in (attention, tmp_path / "weights.pt"):
+            [layer] = rd.find_attention(source, num_heads=4)
+            assert layer.has_score_product == scores
+            assert layer.has_value_product == values
+            assert rd.inspect(source, num_heads=4).unhandled == []
+
+
+def test_a_convolution_behind_a_fused_projection_is_no_product() -> None:
+    model = nn.ModuleDict({"qkv": nn.Conv2d(32, 96, 1), "qkv_dwconv": nn.Conv2d(96, 96, 3, groups=96)})
+    model["project_out"] = nn.Conv2d(32, 32, 1)
+    model.num_heads = 4
+    [layer] = rd.find_attention(model)
+    assert layer.no_product == "convolves queries or keys over tokens"
+    assert layer.no_value_product == "convolves values over tokens"
+    only = nn.ModuleDict({f"{n}_conv": nn.Conv1d(32, 32, 3, groups=32) for n in "qkv"})
+    only.num_heads = 4
+    with pytest.raises(ValueError, match="not that of a matrix"):
+        rd.find_attention(only)

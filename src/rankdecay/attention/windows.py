@@ -28,6 +28,7 @@ from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.names import (
     BETWEEN,
     CHANNELS,
+    CONVOLUTIONS,
     EXPERTS,
     HEAD_DIM,
     HEADS_NORMS,
@@ -309,9 +310,24 @@ class ModuleReader(ModuleSettings):
             return "pools its queries over tokens"
         if "k_sconv" in self.source.children(self.module):
             return "convolves keys over tokens"
+        if {"q", "k"} & self._convolved():
+            return "convolves queries or keys over tokens"
         if self._scales_coordinates(row, places):
             return "scales queries or keys coordinate by coordinate, by a learned vector"
         return ""
+
+    def is_convolution_behind(self, child: str) -> bool:
+        """Whether a child is a convolution over tokens, channel by channel, behind one of the projections."""
+        name = self.parameter(child) if CONVOLUTIONS.fullmatch(child) else None
+        shape = self.shape(name) if name else ()
+        return len(shape) > 2 and shape[1] == 1 and not is_matrix(shape)
+
+    def _convolved(self) -> set[str]:
+        """Return which of q, k and v such convolutions stand behind."""
+        children = filter(self.is_convolution_behind, self.source.children(self.module))
+        matches = (CONVOLUTIONS.fullmatch(child) for child in children)
+        names = (match["of"] for match in matches if match)
+        return {letter for name in names for letter in (name if name.strip("qkv") == "" else name[0])}
 
     def _scales_coordinates(self, row: AttentionNames, places: dict[Role, Place]) -> bool:
         """Whether a parameter has a factor for each coordinate of a head, or of all heads, that meets queries or keys.
@@ -372,6 +388,8 @@ class ModuleReader(ModuleSettings):
         own = places["query"].window.num_heads * places["value"].window.head_dim
         if reason := next((reason for child, reason in BETWEEN.items() if child in children), ""):
             return reason
+        if "v" in self._convolved():
+            return BETWEEN["v_sconv"]
         if "gate" in places or any(self._has_rows(child, own) for child in filter(is_gate, children)):
             return "gates what its heads give before the output projection"
         if any(child in children for child in HEADS_NORMS) or self._norm_stands(places) == "behind heads":
