@@ -218,3 +218,39 @@ def test_learned_queries_are_no_projection(rows: int) -> None:
         [layer] = rd.find_attention(attention, names)
         found: Tensor = layer.query.tensor()
         assert torch.equal(found, attention.to_q)
+
+
+class _OfSAM(nn.Module):
+    """_LoRA_qkv of SAMed: the factors stand beside the projection that they change."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+        for name in names.split():
+            into = "_a" in name or "down" in name or "A" in name
+            self.add_module(name, nn.Linear(*((32, 4) if into else (4, 32)), bias=False))
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["linear_a_q linear_b_q linear_a_v linear_b_v", "lora_q_A lora_q_B", "lora_down lora_up", "linear_a_v linear_b_v"],
+)
+def test_factors_beside_a_fused_projection_are_refused_by_name(names: str, tmp_path: Path) -> None:
+    attention = nn.ModuleDict({"qkv": _OfSAM(names), "proj": _linear()})
+    attention.num_heads = 4
+    model = nn.ModuleDict({"attn": attention, "other": _model()["attn"]})
+    for source in (model, _saved(model, tmp_path)):
+        report = rd.inspect(source, num_heads=4)
+        assert {row["name"] for row in report.rows} == {"other"}
+        [reason] = report.unhandled
+        assert reason.startswith("attn.qkv: qkv holds several matrices (weight, ")
+        assert all(f"{name} beside it" in reason for name in names.split())
+
+
+def test_two_linear_layers_that_are_no_factors_stand_beside_projections() -> None:
+    model = _model()
+    model["attn"].update({"linear_a": nn.Linear(32, 32), "linear_b": nn.Linear(32, 4)})
+    assert len(rd.find_attention(model)) == 1
+    model["attn"].update({"lora_a_k": nn.Linear(32, 4), "lora_b_k": nn.Linear(4, 32)})
+    with pytest.raises(ValueError, match=r"to_k holds several matrices .*lora_a_k beside it, lora_b_k beside it"):
+        rd.find_attention(model)

@@ -15,6 +15,10 @@ _PASSIVE = re.compile(r"drop|identity|rearrange|flatten|permute|reshape|contiguo
 BATCH_NORM, NORM, UNSEEN = "BatchNorm", "Norm", "a step without weights, which may be an activation,"
 
 
+#: What the two factors of a pair are called: the one that its input meets, and the other.
+_SIDES = {"a": "a", "down": "a", "b": "b", "up": "b"}
+
+
 def is_matrix(shape: Shape) -> bool:
     """Whether a parameter is a matrix, or a convolution over nothing but its own place."""
     return len(shape) == 2 or (len(shape) > 2 and all(size == 1 for size in shape[2:]))
@@ -51,6 +55,40 @@ def _inside(source: Source, plain: Mapping[str, str], path: str) -> Iterator[str
         yield path
     for child in sorted(source.children(path)):
         yield from _inside(source, plain, f"{path}.{child}")
+
+
+def factors_beside(source: Source, plain: Mapping[str, str], path: str) -> dict[str, str]:
+    """Return the factors of low rank that are children beside projections, and of which queries, keys and values.
+
+    As the wrappers that fine-tune SAM hold them: ``linear_a_q`` and ``linear_b_q`` beside ``qkv``.
+
+    Args:
+        source: the parameters.
+        plain: every parameter's name in the source, by its name without adapters.
+        path: of the module.
+
+    Returns:
+        By the name of the child, ``"q"``, ``"k"``, ``"v"``, or "" where the name does not say it.
+    """
+    pairs: dict[tuple[str, ...], dict[str, tuple[str, Shape]]] = {}
+    for child in source.children(path):
+        words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower())
+        side = next((_SIDES[word] for word in words if word in _SIDES), None)
+        inside = f"{path}.{child}" if path else child
+        weight = next((name for name in (f"{inside}.weight", inside) if name in plain), None)
+        if side and weight and {"linear", "lora", "adapter"} & set(words):
+            rest = tuple(word for word in words if word not in _SIDES)
+            pairs.setdefault(rest, {})[side] = child, source.shapes[plain[weight]]
+    found: dict[str, str] = {}
+    for rest, pair in pairs.items():
+        if len(pair) < 2:
+            continue
+        (first, one), (second, other) = pair["a"], pair["b"]
+        if len(one) == len(other) == 2 and one[0] == other[1] < min(one[1], other[0]):
+            letters = {"query": "q", "key": "k", "value": "v"}
+            of = next((letters.get(word, word) for word in rest if letters.get(word, word) in ("q", "k", "v")), "")
+            found |= {first: of, second: of}
+    return found
 
 
 def steps(source: Source, plain: Mapping[str, str], weight: str, side: Literal["before", "behind"]) -> list[str]:

@@ -233,7 +233,7 @@ class _Search:
         """Read every attention of a module, and note what looks like attention beside it."""
         reader = ModuleReader(module, self.source.plain, self.source, self.sizes)
         children = [child for child in children if reader.parameter(child)]
-        projections = [child for child in children if not reader.is_convolution_behind(child)]
+        projections = [child for child in children if not reader.is_beside(child)]
         if any(is_query_like(child) or is_fused_like(child) for child in projections):
             children = projections
         self._taken = set()

@@ -20,10 +20,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
-from rankdecay.attention.beside import is_batch_norm, is_matrix, is_norm, other_matrices, steps
+from rankdecay.attention.beside import factors_beside, is_batch_norm, is_matrix, is_norm, other_matrices, steps
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.names import (
     BETWEEN,
@@ -47,10 +47,14 @@ from rankdecay.attention.names import (
     VALUE_NORMS_WITHOUT_WEIGHTS,
     AttentionNames,
     LatentNames,
+    is_fused_like,
     is_gate,
     is_input_like,
+    is_key_like,
     is_output_like,
+    is_query_like,
     is_table,
+    is_value_like,
     is_value_norm,
 )
 from rankdecay.attention.products import Grouping, Rotary
@@ -279,6 +283,12 @@ class ModuleReader(ModuleSettings):
         """Return of which matrices a projection is, if it is of more than one."""
         path, weight = self._path(child.removesuffix(".0")), self.parameter(child)
         others = other_matrices(self.source, self.plain, path, weight) if weight else []
+        says = {"q": is_query_like, "k": is_key_like, "v": is_value_like, "": is_input_like}
+        others += [
+            f"{factor} beside it"
+            for factor, of in sorted(self._factors_beside.items())
+            if factor != child and (says[of](child) or is_fused_like(child))
+        ]
         if not weight or not others:
             return ""
         shown = ", ".join([weight.removeprefix(f"{path}."), *others[:4], *(["…"] if others[4:] else [])])
@@ -286,6 +296,14 @@ class ModuleReader(ModuleSettings):
             f"{child.removesuffix('.0')} holds several matrices ({shown}), not one: merge them into one weight if it "
             "is their sum or product, as with an adapter; or leave the module to the optimizer with exclude="
         )
+
+    @cached_property
+    def _factors_beside(self) -> dict[str, str]:
+        return factors_beside(self.source, self.plain, self.module)
+
+    def is_beside(self, child: str) -> bool:
+        """Whether a child stands beside projections and is none: a factor of low rank, or a convolution behind one."""
+        return child in self._factors_beside or self.is_convolution_behind(child)
 
     def _no_product(self, row: AttentionNames, places: dict[Role, Place]) -> str:
         if self._is_of_channels():
