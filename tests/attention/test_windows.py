@@ -758,3 +758,26 @@ def test_a_convolution_behind_a_fused_projection_is_no_product() -> None:
     only.num_heads = 4
     with pytest.raises(ValueError, match="not that of a matrix"):
         rd.find_attention(only)
+
+
+@pytest.mark.parametrize(
+    ("norms", "second", "expected"),
+    [
+        ("q_norm k_norm", "cross_{}", (True, False)),
+        ("q_norm k_norm cross_q_norm cross_k_norm", "cross_{}", (True, True)),
+        ("cross_q_norm cross_k_norm", "cross_{}", (False, True)),
+        ("norm_q norm_k norm_added_q norm_added_k", "add_{}_proj", (True, True)),
+        ("q_rms_norm q_rms_norm_t", "{}_proj_t", (True, True)),
+        ("q_rms_norm_t", "{}_proj_t", (False, True)),
+        ("attn_q_norm", "cross_{}", (True, False)),
+    ],
+)
+def test_the_norms_of_one_attention_are_not_those_of_another(norms: str, second: str, expected) -> None:
+    others = {second.format(letter): nn.Linear(32, 32) for letter in "qkvo"}
+    attention = _of_heads(**others, **{name: nn.LayerNorm(8) for name in norms.split()})
+    first, other = rd.find_attention(attention)
+    assert (first.qk_norm, other.qk_norm) == expected
+    for layer in (first, other):
+        assert layer.qk_norm != ("qk_norm" in layer.unknown)
+    [said] = rd.find_attention(_of_heads(q_norm=nn.LayerNorm(8)))
+    assert said.qk_norm

@@ -223,6 +223,33 @@ def is_query_key_norm(child: str) -> bool:
     )
 
 
+#: Words that say what a projection or a norm is, and not of which of several attentions.
+_USUAL_WORDS = frozenset(
+    """
+    q k v qk kv qkv wq wk wv wqkv query key value queries keys values to w proj projection linear lin fc layer dense
+    pack norm norms ln rms l layernorm rmsnorm normalize head heads attn att attention weight in c self conv
+    """.split()  # noqa: SIM905 - a table of words
+)
+
+
+@lru_cache(maxsize=4096)
+def own_words(child: str) -> frozenset[str]:
+    """Return the words by which a name tells one of several attentions in a module: "add" of "add_q_proj"."""
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower())
+    return frozenset(words) - _USUAL_WORDS
+
+
+def are_of_one(some: frozenset[str], others: frozenset[str]) -> bool:
+    """Whether two names tell the same of several attentions, as "add_q_proj" and "norm_added_q" do."""
+    if not some or not others:
+        return not some and not others
+    return any(
+        one == other or (min(len(one), len(other)) > 2 and (one.startswith(other) or other.startswith(one)))
+        for one in some
+        for other in others
+    )
+
+
 def is_value_norm(child: str) -> bool:
     """Whether a name says that it is a norm of values: "v_norm", "value_layernorm"."""
     return bool(re.fullmatch(r"(v|value|values)_(rms_?|layer_?)?norm", child))

@@ -35,7 +35,11 @@ from rankdecay.attention.names import (
     VALUES_ARE_KEYS,
     WITHOUT_POSITIONS,
     WITHOUT_ROTARY,
+    are_of_one,
+    is_fused_like,
     is_query_key_norm,
+    is_query_like,
+    own_words,
 )
 from rankdecay.attention.numbering import LISTS, number_in
 from rankdecay.attention.products import Rotary
@@ -173,16 +177,41 @@ class ModuleSettings:
 
     # ---- positions and norms ------------------------------------------------------------------------------
 
-    def has_qk_norm(self) -> bool:
-        """Whether the module normalises queries or keys: it has a norm for them, perhaps without weights, or a flag."""
+    def has_qk_norm(self, query: str | None = None) -> bool | None:
+        """Whether the module normalises queries or keys: it has a norm for them, perhaps without weights, or a flag.
+
+        Args:
+            query: name of the projection to the queries, of a module with several attentions.
+
+        Returns:
+            None if it has a norm, and nothing says whether it is of this attention or of another in the module.
+        """
         kind = self.setting(("model_type",))
         if kind in NORMS_BEFORE_IN_CROSS and self.is_cross():
             return False
-        if any(map(is_query_key_norm, self.source.children(self.module))):
-            return True
+        if norms := list(filter(is_query_key_norm, self.source.children(self.module))):
+            belongs = self._are_norms_of(query, norms) if query else True
+            if belongs is not False:
+                return belongs
         if self.setting(QK_NORM_FLAGS) is True:
             return not (kind == "llama4_text" and self._is_without_rotary())
         return kind in NORMS_WITHOUT_WEIGHTS
+
+    def _are_norms_of(self, query: str, norms: list[str]) -> bool | None:
+        """Whether one of the norms is of the attention with these queries, by the words that the names have more."""
+        children = self.source.children(self.module)
+        own = own_words(query)
+        sets = {own_words(child) for child in children if is_query_like(child) or is_fused_like(child)} - {own}
+        undecided = False
+        for words in map(own_words, norms):
+            if are_of_one(words, own):
+                return True
+            if words and any(are_of_one(words, other) for other in sets):
+                continue
+            if words or frozenset() not in sets or self.source.is_known(self.module):
+                return True
+            undecided = True
+        return None if undecided else False
 
     def rotary(self, head_dim: int) -> Rotary | None:
         if isinstance(half := self.setting(("rotate_half",)), bool):  # timm

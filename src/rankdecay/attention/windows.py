@@ -668,7 +668,7 @@ class ModuleReader(ModuleSettings):
         turned = turned_dim and self.setting(("model_type",)) not in LATENT_WITHOUT_ROTARY
         rotary = Rotary(turned_dim // 2 * 2, neighbours) if turned else None
         # in DeepSeek's own code q_norm is what q_a_layernorm is elsewhere, between the factors
-        qk_norm = self.has_qk_norm() and names.first != "wq_a"
+        qk_norm = bool(self.has_qk_norm()) and names.first != "wq_a"
         no_value_product = self._no_value_product(places)
         return Found(self.module, places, plain_dim, rotary, qk_norm, no_value_product=no_value_product)
 
@@ -726,7 +726,7 @@ class ModuleReader(ModuleSettings):
             places,
             head_dim,
             self.rotary(head_dim),
-            self.has_qk_norm(),
+            bool(self.has_qk_norm()),
             "strided",
             frequencies=self.frequencies(),
             planes_assumed=not self.states_planes(),
@@ -740,8 +740,9 @@ class ModuleReader(ModuleSettings):
             rotary = self._rotary_as_named(row, head_dim)
         else:
             rotary = None if self._is_of_vqgan() else self.rotary(head_dim)
-        qk_norm = self.has_qk_norm() or self._has_norm_behind(row) if row.qk_norm is None else row.qk_norm
-        unknown = set[str]()
+        of_names = self.has_qk_norm(row.query or row.fused)
+        qk_norm = bool(of_names) or self._has_norm_behind(row) if row.qk_norm is None else row.qk_norm
+        unknown = {"qk_norm"} if row.qk_norm is None and of_names is None and not qk_norm else set[str]()
         if row.rotary is None and rotary is None and self.may_be_cross():
             unknown |= {"rotary"}
         if not self.source.is_known(self.module):
