@@ -100,6 +100,23 @@ def test_the_same_names_without_rotary_positions_are_not_metas(tmp_path):
     assert rd.find_attention(tmp_path / "model.safetensors", num_heads=4)[0].rotary is None
 
 
+@pytest.mark.parametrize("called", ["pos_embeddings.weight", "position_embedding.weight", "wpe.weight", "pos_emb"])
+@pytest.mark.parametrize("name", ["model.pt", "consolidated.00.pth"])
+def test_metas_names_with_learned_positions_have_no_rotary_ones(called: str, name: str, tmp_path):
+    """Nothing says so of a file with tok_embeddings and a table of positions, whatever it is called."""
+    torch.save(meta() | {called: torch.ones(4, 16)}, tmp_path / name)
+    [layer] = rd.find_attention(tmp_path / name, num_heads=4)
+    assert layer.rotary is None
+    assert "rotary" in layer.unknown
+    (tmp_path / "params.json").write_text('{"dim": 16, "n_heads": 4, "n_layers": 1}')
+    [layer] = rd.find_attention(tmp_path)
+    assert (layer.rotary, layer.num_heads) == (None, 4)
+    torch.save(meta() | {called: torch.ones(4, 16), "rope.freqs": torch.ones(2)}, tmp_path / name)
+    assert rd.find_attention(tmp_path)[0].rotary is not None
+    torch.save(meta() | {f"vision_encoder.{called}": torch.ones(4, 16)}, tmp_path / name)
+    assert rd.find_attention(tmp_path)[0].rotary is not None
+
+
 def test_litgpt(tmp_path):
     names = [f"transformer.h.0.attn.{name}.weight" for name in ("q", "k", "v")]
     torch.save({name: torch.ones(8, 8) for name in names}, tmp_path / "lit_model.pth")

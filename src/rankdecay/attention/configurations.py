@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from rankdecay.files import read_bytes
 _INSIDE = ("model_args", "model_config", "config", "gpt_config", "hyper_parameters", "hparams", "cfg", "args")
 _META = re.compile(r"(?:(?:module|_orig_mod)\.)*layers\.\d+\.attention\.wq\.weight")
 _META_TENSORS = re.compile(r"(?:.*\.)?(?:rope\.freqs|freqs_cis|freqs_cos|tok_embeddings\.weight)")
+#: Tables of learned positions beside them, with which such a model turns nothing.
+_LEARNED = re.compile(
+    r"(?:(?:module|_orig_mod)\.)*(?:embed\w*\.)?(?:pos(?:ition(?:al)?)?_?(?:emb|enc)\w*|wpe)(?:\.\w+)?", re.IGNORECASE
+)
+_TABLES = re.compile(r"(?:.*\.)?(?:rope\.freqs|freqs_cis|freqs_cos)")
 _LARGEST_YAML = 2**20
 _MOST_SETTINGS, _MOST_PARTS = 10_000, 100
 _PLAIN = (str, int, float, type(None))
@@ -55,7 +61,7 @@ def configuration(
         return _canonical(_first(folders, "model_config.yaml") or _first(folders, "lit_config.json")) | inside
     for name, read in (
         ("config.json", dict),
-        ("params.json", _meta),
+        ("params.json", partial(_meta, rotary=not has_learned_positions(shapes))),
         ("model_config.yaml", _canonical),
         ("lit_config.json", _canonical),
         ("open_clip_config.json", _open_clip),
@@ -69,8 +75,15 @@ def is_meta(names: Collection[str], file: Path, inside: Mapping[str, Any]) -> bo
     """Whether names are those of Meta's Llama files and of llama2.c, whose rotary planes are neighbouring rows."""
     if not any(_META.fullmatch(name) for name in names):
         return False
+    if has_learned_positions(names):
+        return False
     known = file.name.startswith("consolidated") or "dim" in inside or "n_kv_heads" in inside
     return known or any(_META_TENSORS.fullmatch(name) for name in names)
+
+
+def has_learned_positions(names: Collection[str]) -> bool:
+    """Whether a file has a table of learned positions, and none of rotary ones."""
+    return any(map(_LEARNED.fullmatch, names)) and not any(map(_TABLES.fullmatch, names))
 
 
 def _check_no_slice(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:
@@ -165,8 +178,10 @@ def _canonical(config: dict[str, Any]) -> dict[str, Any]:
     return config | known
 
 
-def _meta(params: dict[str, Any]) -> dict[str, Any]:
+def _meta(params: dict[str, Any], rotary: bool = True) -> dict[str, Any]:
     """Return Meta's ``params.json``: rotary positions always turn neighbouring coordinates."""
+    if not rotary and params.get("rope_theta") is None:  # of a model with other positions
+        return _canonical(params)
     config = {"rope_theta": 10000.0} | {key: value for key, value in params.items() if value is not None}
     vision = config.get("vision_encoder")  # Pixtral
     if isinstance(vision, dict):
