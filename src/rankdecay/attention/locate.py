@@ -233,9 +233,6 @@ class _Search:
         """Read every attention of a module, and note what looks like attention beside it."""
         reader = ModuleReader(module, self.source.plain, self.source, self.sizes)
         children = [child for child in children if reader.parameter(child)]
-        projections = [child for child in children if not reader.is_beside(child)]
-        if any(is_query_like(child) or is_fused_like(child) for child in projections):
-            children = projections
         self._taken = set()
         for row in filter(reader.matches, self.given):
             self.matched.add(row)
@@ -243,6 +240,9 @@ class _Search:
         there = {*children, *self.source.children(module)}
         if self.only or not (_WORTH_A_LOOK & there or any(map(is_input_like, there))):
             return
+        projections = [child for child in children if not reader.is_beside(child)]
+        if any(is_query_like(child) or is_fused_like(child) for child in projections):
+            children = projections
         reason = reader.reason_without_scores()
         if reason is None:
             for latent in LATENT:
