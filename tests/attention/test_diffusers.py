@@ -203,3 +203,20 @@ def test_pooler_with_learned_queries():
     [layer] = _checked(pooler, lambda: pooler(TEXT), ["attn"])
     assert layer.key.shape == (32, 24)
     assert not layer.qk_norm
+
+
+def test_linear_attention_by_its_processor(diffusers, tmp_path):
+    """Sana's has the class and the names of any other; a file says the model's class."""
+    from diffusers import SanaTransformer2DModel
+
+    sana = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_layers=1,
+        num_cross_attention_heads=4, cross_attention_head_dim=8, cross_attention_dim=32, caption_channels=16,
+        sample_size=4,
+    )  # fmt: skip
+    sana.save_pretrained(tmp_path)
+    for source in (sana, tmp_path):
+        found, unhandled = locate(open_source(source))
+        assert [layer.name for layer in found] == ["transformer_blocks.0.attn2"]
+        [reason] = unhandled
+        assert "linear attention: a ReLU of queries and keys, without a softmax" in str(reason)

@@ -134,6 +134,9 @@ class ModuleSettings:
             return NO_SCORES[mark]
         if set(children) >= RETENTION:
             return "retention: a decay by distance takes the place of a softmax over scores"
+        of_sana = str(self.setting(("_class_name",))).startswith("Sana") and self.module.endswith(".attn1")
+        if of_sana or "LinearAttn" in str(self.source.own(self.module, ("processor",))):
+            return "linear attention: a ReLU of queries and keys, without a softmax"
         kind = self.source.kind(self.module)
         if kind.startswith(("torch.", "transformers.", "timm.")):  # of which the names tell
             return None
