@@ -129,6 +129,8 @@ def steps(optimizer: Any, model: Two, numbers: range) -> Iterator[None]:
             optimizer.zero_grad()
             loss = model.loss(number)
             loss.backward(create_graph=graph)
+            for parameter in model.parameters() if type(optimizer).__name__ == "SparseAdam" else ():
+                parameter.grad = None if parameter.grad is None else parameter.grad.to_sparse()
             return loss
 
         if type(optimizer).__name__ == "AliG":
