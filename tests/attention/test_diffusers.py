@@ -72,6 +72,29 @@ def test_joint_attention_of_two_inputs(diffusers):
     ]  # fmt: skip
 
 
+def test_the_text_of_hidream_has_an_output_of_its_own(diffusers):
+    from diffusers.models.transformers.transformer_hidream_image import HiDreamAttention, HiDreamAttnProcessor
+
+    attention = HiDreamAttention(query_dim=32, heads=4, dim_head=8, processor=HiDreamAttnProcessor(), out_dim=32)
+    image, text = rd.find_attention(nn.ModuleDict({"attn": attention}))
+    assert [layer.output and layer.output.parameter_name for layer in (image, text)] == [
+        "attn.to_out.weight", "attn.to_out_t.weight",
+    ]  # fmt: skip
+
+
+def test_text_that_is_not_passed_on_has_no_output(diffusers):
+    from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+
+    attention = Attention(  # the last layer of Stable Diffusion 3
+        32, heads=4, dim_head=8, added_kv_proj_dim=24, context_pre_only=True, bias=True, out_dim=32,
+        processor=JointAttnProcessor2_0(),
+    )  # fmt: skip
+    found, unhandled = locate(open_source(attention))
+    assert [layer.places["query"].parameter for layer in found] == ["to_q.weight", "add_q_proj.weight"]
+    assert "output" not in found[1].places
+    assert unhandled == []
+
+
 def test_keys_of_a_second_input_meet_the_same_queries(diffusers):
     from diffusers.models.attention_processor import Attention
 

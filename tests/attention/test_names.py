@@ -177,3 +177,53 @@ def _module(**children: nn.Module | nn.Parameter) -> nn.Module:
 )
 def test_other_models_without_attention_raise_no_alarm(model: nn.Module) -> None:
     assert locate(ModuleSource(model)) == ([], [])
+
+
+# ---- several attentions in one module ---------------------------------------------------------------------
+
+SETS = [
+    ("to_q to_k to_v to_out", "to_q_t to_k_t to_v_t to_out_t"),
+    ("to_q to_k to_v to_out", "to_q_cond to_k_cond to_v_cond to_out_cond"),
+    ("q k v proj", "q_cross k_cross v_cross proj_cross"),
+    ("q_proj k_proj v_proj o_proj", "q_proj_txt k_proj_txt v_proj_txt out_txt"),
+    ("q_proj k_proj v_proj o_proj", "q_proj_moe_gen k_proj_moe_gen v_proj_moe_gen o_proj_moe_gen"),
+    ("self_q self_k self_v self_out", "cross_q cross_k cross_v cross_out"),
+]
+
+
+def _linear_layers(*children: str) -> nn.Module:
+    module = nn.ModuleDict({child: nn.Linear(32, 32, bias=False) for child in children})
+    module.num_heads = 4  # pyright: ignore[reportArgumentType]
+    return nn.ModuleDict({"attn": module})
+
+
+@pytest.mark.parametrize("sets", SETS)
+def test_each_attention_of_a_module_has_an_output_of_its_own(sets: tuple[str, str]) -> None:
+    first, second = (names.split() for names in sets)
+    model = _linear_layers(*second, *first)
+    found = {tuple(view.parameter_name.split(".")[1] for view in layer.views) for layer in rd.find_attention(model)}
+    assert found == {tuple(first), tuple(second)}
+    roles = {n: group["role"] for group in rd.param_groups(model, rd.Frobenius(0.1)) for n in group["param_names"]}
+    assert roles[f"attn.{second[-1]}.weight"] == "value_output"
+
+
+@pytest.mark.parametrize("sets", SETS)
+def test_the_output_of_one_attention_is_not_taken_for_that_of_another(sets: tuple[str, str]) -> None:
+    first, second = (names.split() for names in sets)
+    for whole, rest in ((first, second), (second, first)):
+        found, unhandled = locate(ModuleSource(_linear_layers(*whole, *rest[:-1])))
+        outputs = {layer.places["query"].parameter: layer.places.get("output") for layer in found}
+        assert outputs[f"attn.{rest[0]}.weight"] is None
+        kept = outputs[f"attn.{whole[0]}.weight"]
+        assert kept is not None
+        assert kept.parameter == f"attn.{whole[-1]}.weight"
+        [told] = unhandled
+        assert "its output projection is not found" in told.reason
+        assert whole[-1] in told.reason
+
+
+def test_an_output_with_any_name_is_of_one_attention() -> None:
+    model = _linear_layers("query", "key", "value", "query_x", "key_x", "value_x", "dense")
+    found, [told] = locate(ModuleSource(model))
+    assert ["output" in layer.places for layer in found] == [True, False]
+    assert "dense is that of another attention in the module" in told.reason

@@ -9,7 +9,7 @@ row reads, is reported to the user (:mod:`rankdecay.attention.locate`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -288,19 +288,61 @@ _OUTPUTS = (
 )  # fmt: skip
 
 
-def separate(query: str, key: str, value: str, output: str) -> AttentionNames:
-    """Return the row of three names; the output may be called as they are, or as many are.
+#: What stands in an output's name where a query's says so, beside the word of the same kind.
+_OUTPUT_WORDS = ("out", "output", "o", "proj", "projection")
+#: What a query's name may have behind its word that an output's has not: "q_proj_txt" and "out_txt".
+_PROJECTION = re.compile(r"^_?(proj(ection)?|lin(ear)?)(?![a-z])")
 
-    The second attention of a module has an output of its own: "to_add_out" beside "add_q_proj".
+
+@lru_cache(maxsize=4096)
+def own_outputs(query: str) -> tuple[str, ...]:
+    """Return what the output projection may be called that belongs to a query's name and no other.
+
+    Example:
+        >>> own_outputs("to_q_t")[:2], "proj_cross" in own_outputs("q_cross"), "out_txt" in own_outputs("q_proj_txt")
+        (('to_o_t', 'to_out_t'), True, True)
     """
-    added = ("to_add_out",) if query.startswith("add_") else ()
-    outputs = dict.fromkeys([output, output.replace("output", "out"), f"../{output}.dense", *added, *_OUTPUTS])
+    found: dict[str, None] = {}
+    for words in _WORDS if len(query) <= _LONGEST else ():
+        for said in re.finditer(_BEFORE + words[0] + _AFTER, query):
+            before, after = query[: said.start()], query[said.end() :]
+            capital = words[3][0].isupper()
+            for end in dict.fromkeys((after, _PROJECTION.sub("", after))):
+                for word in (words[3], *(word.capitalize() if capital else word for word in _OUTPUT_WORDS)):
+                    found[before + word + end] = None
+    if query.startswith("add_"):  # diffusers
+        found["to_add_out"] = None
+    return tuple(found)
+
+
+def is_another_output(child: str, row: AttentionNames, queries: Collection[str]) -> bool:
+    """Whether a name is that of the output of another attention in the module, by that attention's query.
+
+    Args:
+        child: the name.
+        row: the names of the attention whose output is sought.
+        queries: names of the queries of every attention in the module.
+    """
+    child = child.removesuffix(".0")
+    if child in own_outputs(row.query or "") or (row.query is None and child in _OUTPUTS):
+        return False
+    return any(child in own_outputs(query) for query in queries if query != row.query)
+
+
+def _outputs(query: str) -> list[str]:
+    """Return names of the output of a query: those that only it has, then those that many have."""
+    return [*(name for name in own_outputs(query) if name not in _OUTPUTS), *_OUTPUTS]
+
+
+def separate(query: str, key: str, value: str, output: str) -> AttentionNames:
+    """Return the row of three names; the output may be called as they are, or as many are."""
+    outputs = dict.fromkeys([output, output.replace("output", "out"), f"../{output}.dense", *_outputs(query)])
     return AttentionNames(query=query, key=key, value=value, output=tuple(outputs))
 
 
 def query_beside(query: str, fused: str) -> AttentionNames:
     """Return the row of a query projection and one of keys and values together, keys first."""
-    return AttentionNames(query=query, fused=fused, output=_OUTPUTS)
+    return AttentionNames(query=query, fused=fused, output=tuple(_outputs(query)))
 
 
 def _fused(name: str, query: str | None = None, **how: object) -> AttentionNames:

@@ -49,6 +49,7 @@ from rankdecay.attention.names import (
     LatentNames,
     is_fused_like,
     is_gate,
+    is_another_output,
     is_input_like,
     is_key_like,
     is_output_like,
@@ -56,6 +57,7 @@ from rankdecay.attention.names import (
     is_table,
     is_value_like,
     is_value_norm,
+    spellings,
 )
 from rankdecay.attention.products import Grouping, Rotary
 from rankdecay.attention.settings import QK_NORM_FLAGS, ModuleSettings, NotHandled
@@ -151,6 +153,7 @@ class ModuleReader(ModuleSettings):
         """
         super().__init__(module, source, sizes)
         self.plain, self.shapes = plain, source.shapes
+        self._outputs: dict[str, str | None] = {}  # the queries that each output read so far belongs to
 
     def parameter(self, child: str) -> str | None:
         """Return the plain name of the weight called ``child``: of a submodule, or the parameter itself."""
@@ -205,6 +208,8 @@ class ModuleReader(ModuleSettings):
         if candidates and not named:  # the known names first, then what is called an output
             candidates = (*candidates, *sorted(filter(is_output_like, self.source.children(self.module))))
         outputs = {child: name for child in candidates if (name := self.parameter(child))}
+        others = {} if named else {c: name for c, name in outputs.items() if self._is_of_another(c, name, row)}
+        outputs = {child: name for child, name in outputs.items() if child not in others}
         if named and row.outputs and not outputs:
             raise NotHandled(
                 f"it has no output projection {' or '.join(map(repr, row.outputs))}; its matrices are "
@@ -239,7 +244,7 @@ class ModuleReader(ModuleSettings):
             self._separate_biases(places)
         self._check_heads(heads, places["key"].window.num_heads)
         value_dim = places["value"].window.head_dim
-        unfit = self._place_output(places, outputs, fits, heads, value_dim, turned, stacked)
+        unfit = self._place_output(places, outputs, fits, heads, value_dim, turned, stacked, others)
         self._place_positions(places, row, heads)
         rotary, qk_norm, unknown = self._positions_and_norms(row, head_dim)
         if assumed and not self.source.is_known(self.module):
@@ -247,6 +252,8 @@ class ModuleReader(ModuleSettings):
         if not named and places["key"].window.num_heads not in (1, heads) and not self.source.is_known(self.module):
             unknown |= {"grouping"}
         output = places["output"].parameter if "output" in places else None
+        if output:
+            self._outputs.setdefault(output, row.query)
         projected = next((name for name in outputs.values() if self.plain[name] == output), "")
         no_product = self._no_product(row, places)
         no_value_product = self._no_value_product(places, parameters[row.value or row.fused or ""], projected)
@@ -490,9 +497,11 @@ class ModuleReader(ModuleSettings):
 
     def _place_output(
         self, places: dict[Role, Place], outputs: dict[str, str], fits: dict[str, int], heads: int, value_dim: int,
-        transposed: bool, stacked: bool = False,
+        transposed: bool, stacked: bool = False, others: Mapping[str, str] | None = None,
     ) -> str:  # fmt: skip
         """Locate the output projection: the first of the candidates that takes as many columns as the heads give.
+
+        Those of the module's other attentions are ``others``.
 
         Returns:
             What to say if there are matrices beside the projections and none is the output; "" if all is well.
@@ -517,7 +526,8 @@ class ModuleReader(ModuleSettings):
             raise NotHandled(
                 f"the output projection takes {fits[inside[0]]} columns, where {heads} heads of {value_dim} give {own}"
             )
-        left = self._matrices({place.parameter for place in places.values()})
+        others = others or {}
+        left = self._matrices({place.parameter for place in places.values()} | {self.plain[o] for o in others.values()})
         read = {place.parameter.removesuffix(".weight") for place in places.values()}
         left = [  # without an adapter's factors, and the projections of another attention
             matrix
@@ -526,7 +536,29 @@ class ModuleReader(ModuleSettings):
             and not is_input_like(re.split(r"[. ]", matrix)[0])
             and not is_table(matrix)
         ]
-        return f"none of its other matrices is known as one: {', '.join(left)}" if left else ""
+        if left:
+            return f"none of its other matrices is known as one: {', '.join(left)}"
+        if others and not places["query"].parameter.endswith("add_q_proj.weight"):  # diffusers' last layers have none
+            return f"since {' and '.join(others)} is that of another attention in the module"
+        return ""
+
+    def _is_of_another(self, child: str, name: str, row: AttentionNames) -> bool:
+        """Whether an output projection in the module belongs to another attention there, with queries of its own."""
+        if child.startswith("../"):
+            return False
+        if self._outputs.get(self.plain[name], row.query) != row.query:
+            return True
+        return is_another_output(child, row, self._queries)
+
+    @cached_property
+    def _queries(self) -> list[str]:
+        """Names of the projections to queries in the module that have keys called alike."""
+        among = self.source.children(self.module)
+        return [
+            child
+            for child in among
+            if any(one.key in among or one.key_value in among for one in spellings(child)) and self.parameter(child)
+        ]
 
     def _columns_behind(self, child: str, own: int) -> int:
         """Return how many columns of an output projection take something else, behind what attention gives."""
