@@ -43,6 +43,7 @@ from rankdecay.attention.states import (
     choose_mapping,
     choose_names,
 )
+from rankdecay.attention.unets import by_module
 from rankdecay.attention.unturned import NO_ROTARY_TYPES
 
 Shape = tuple[int, ...]
@@ -292,9 +293,9 @@ def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
     shapes, load, codes = dequantised(shapes, dtypes, config, load_stored, header, CheckpointError)
     if codes:  # the codes of a weight may have stood elsewhere
         shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
-    opened = Checkpoint(
-        path, shapes, config, load, tuple(dict.fromkeys([*candidates, *copies])), stored_as=codes, dtypes=dtypes
-    )
+    config, of_module = by_module(config)
+    keys = tuple(dict.fromkeys([*candidates, *copies]))
+    opened = Checkpoint(path, shapes, config, load, keys, of_module, codes, dtypes)
     if not is_adapter(found.files[0], shapes):
         return opened
     if not adapters:
