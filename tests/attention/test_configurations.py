@@ -44,6 +44,37 @@ def test_what_is_inside_comes_before_what_is_beside(tmp_path):
     assert rd.find_attention(tmp_path / "model.safetensors")[0].num_heads == 2
 
 
+_PARTS = {f"{side}.layers.0.attn.{x}_proj.weight": torch.ones(32, 32) for side in ("vision", "text") for x in "qkvo"}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"hyper_parameters": {"vision": {"num_heads": 8}, "text": {"num_heads": 4}}},
+        {"hyper_parameters": {"lr": 1.0, "model": {"vision": {"num_heads": 8}, "text": {"num_heads": 4}}}},
+        {"config": {"vision_config": {"num_heads": 8}, "text_config": {"num_heads": 4}}},
+        {"config": {"vision_cfg": {"n_head": 8}, "n_head": 4}},
+        {"args": argparse.Namespace(vision=argparse.Namespace(nhead=8), text=argparse.Namespace(nhead=4))},
+    ],
+)
+def test_parts_that_differ_inside_of_the_file_are_told_apart_by_path(beside, tmp_path):
+    torch.save({"state_dict": _PARTS, **beside}, tmp_path / "last.ckpt")
+    heads = {layer.name.partition(".")[0]: layer.num_heads for layer in rd.find_attention(tmp_path / "last.ckpt")}
+    assert heads == {"vision": 8, "text": 4}
+
+
+def test_parts_that_differ_and_that_no_path_names_are_refused(tmp_path):
+    settings = {"hyper_parameters": {"teacher": {"num_heads": 2}, "student": {"num_heads": 4}}}
+    weights = {name.replace("vision", "net"): tensor for name, tensor in _PARTS.items() if "vision" in name}
+    torch.save({"state_dict": weights, **settings}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"an unknown number of heads.*pass num_heads="):
+        rd.find_attention(tmp_path / "last.ckpt")
+    assert rd.find_attention(tmp_path / "last.ckpt", num_heads=4)[0].num_heads == 4
+    settings["hyper_parameters"]["teacher"]["num_heads"] = 4
+    torch.save({"state_dict": weights, **settings}, tmp_path / "last.ckpt")
+    assert rd.find_attention(tmp_path / "last.ckpt")[0].num_heads == 4
+
+
 def meta(width: int = 16, keys: int = 8) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     heights = {"wq": width, "wk": keys, "wv": keys, "wo": width}

@@ -14,7 +14,7 @@ from typing import Any
 
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside, read_json
-from rankdecay.attention.names import HEAD_DIM, NUM_HEADS
+from rankdecay.attention.names import HEAD_DIM, KEY_HEADS, NUM_HEADS
 from rankdecay.files import read_bytes
 
 #: Keys under which trainers keep the configuration of the model inside of a checkpoint.
@@ -144,12 +144,44 @@ def _brief(value: object) -> str:
 
 
 def _inside(content: object) -> dict[str, Any]:
-    """Return the mapping inside of a checkpoint that states heads, or the first that is a configuration at all."""
-    if not isinstance(content, Mapping):
-        return {}
-    found = [part for key in _INSIDE if key in content for part in _parts(content[key], depth=2)]
-    stating = [part for part in found if any(isinstance(part.get(key), int) for key in (*NUM_HEADS, *HEAD_DIM))]
-    return _canonical(_checked(dict(stating[0]), "the configuration inside of the checkpoint")) if stating else {}
+    """Return what states heads inside of a checkpoint; the parts of a model apart, where they state different ones."""
+    for value in (content[key] for key in _INSIDE if key in content) if isinstance(content, Mapping) else ():
+        stating = [part for part in _parts(value, depth=2) if _states(part)]
+        if stating:
+            alike = len({_numbers(part) for part in stating}) == 1
+            found = dict(stating[0]) if alike else _apart(value, depth=2)
+            return _canonical(_checked(found, "the configuration inside of the checkpoint"))
+    return {}
+
+
+def _states(part: Mapping[str, Any]) -> bool:
+    """Whether a mapping states how many heads there are, or how wide."""
+    return any(isinstance(part.get(key), int) for key in (*NUM_HEADS, *HEAD_DIM))
+
+
+def _numbers(part: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Return how many heads a mapping states, how wide, and how many of keys."""
+    return tuple(
+        next((part[key] for key in keys if isinstance(part.get(key), int)), None)
+        for keys in (NUM_HEADS, HEAD_DIM, KEY_HEADS)
+    )
+
+
+def _apart(value: Any, depth: int) -> dict[str, Any]:
+    """Return settings with those of each part of the model under its name, ``encoder_config``, as in config.json.
+
+    Which part a module is in, its path then says; one that is in none of them has no number of heads.
+    """
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    own = {key: item for key, item in next(_parts(value, 0)).items() if not isinstance(item, dict)}
+    parts = {
+        str(key).removesuffix("_config").removesuffix("_cfg"): _apart(item, depth - 1)
+        for key, item in islice(value.items(), 1000 if depth > 1 else 100)
+        if depth and any(map(_states, _parts(item, depth - 1)))
+    }
+    if len(parts) == 1 and not _states(own):  # what holds the configuration, as "model"
+        return own | next(iter(parts.values()))
+    return own | {f"{name}_config": _canonical(part) for name, part in parts.items()}
 
 
 def _parts(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
