@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -123,3 +125,19 @@ def test_kernels_of_flax_with_a_dimension_for_heads_or_beside_others(tmp_path):
     kernels = {f"0.attn.{name}.kernel": torch.randn(8, 8) for name in ("query", "key", "value")}
     save_file(own | kernels, tmp_path / "both.safetensors")
     assert rd.inspect(tmp_path / "both.safetensors", num_heads=2).unhandled[0].startswith("0.attn: key.kernel (8, 8)")
+
+
+def test_slices_of_megatron_are_refused_one_by_one_and_together(tmp_path):
+    arguments = argparse.Namespace(num_attention_heads=4, hidden_size=64, tensor_model_parallel_size=2)
+    layer = "decoder.layers.0.self_attention."
+    for rank in range(2):
+        (tmp_path / f"iter_0000010/mp_rank_0{rank}").mkdir(parents=True)
+        weights = {f"{layer}linear_qkv.weight": torch.ones(96, 64), f"{layer}linear_proj.weight": torch.ones(64, 32)}
+        torch.save({"args": arguments, "model": weights}, tmp_path / f"iter_0000010/mp_rank_0{rank}/model_optim_rng.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    for path in (tmp_path, tmp_path / "iter_0000010"):
+        with pytest.raises(ValueError, match=r"Megatron-LM checkpoint, which is not read; convert it"):
+            rd.find_attention(path)
+    for path, state in ((tmp_path, "iter_0000010/mp_rank_00"), (tmp_path / "iter_0000010/mp_rank_01", None)):
+        with pytest.raises(ValueError, match="one of 2 tensor-parallel slices of Megatron-LM"):
+            rd.find_attention(path, state=state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rankdecay as rd
@@ -781,3 +783,45 @@ def test_the_norms_of_one_attention_are_not_those_of_another(norms: str, second:
         assert layer.qk_norm != ("qk_norm" in layer.unknown)
     [said] = rd.find_attention(_of_heads(q_norm=nn.LayerNorm(8)))
     assert said.qk_norm
+
+
+# ---- a part of the heads ---------------------------------------------------------------------------------
+
+
+def _cut(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    return folder
+
+
+def test_pruned_heads_are_not_read_as_all_heads_of_another_size(tmp_path: Path) -> None:
+    transformers = needs.package("transformers")
+    config = transformers.GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=50)
+    weights, kept = transformers.GPT2Model(config).state_dict(), [*range(8), *range(16, 32)]
+    for name in ("weight", "bias"):
+        fused = weights[f"h.0.attn.c_attn.{name}"]
+        weights[f"h.0.attn.c_attn.{name}"] = torch.cat([part[..., kept] for part in fused.split(32, -1)], -1)
+    weights["h.0.attn.c_proj.weight"] = weights["h.0.attn.c_proj.weight"][kept]
+    _cut(tmp_path, weights, config.to_dict() | {"pruned_heads": {"0": [1]}})
+    report = rd.inspect(tmp_path)
+    assert {row["layer"] for row in report.rows} == {1}
+    assert "4 heads in a width of 32, which are 8 wide, and its weights have room for 3 of those" in report.unhandled[0]
+    first, second = rd.find_attention(tmp_path, rd.AttentionNames(fused="c_attn", output="c_proj", head_dim=8))
+    assert [(layer.num_heads, layer.head_dim) for layer in (first, second)] == [(3, 8), (4, 8)]
+    assert torch.equal(first.query.tensor(), weights["h.0.attn.c_attn.weight"][:, :24].T)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_slice_of_tensor_parallelism_is_refused(tmp_path: Path, fused: bool) -> None:
+    """vLLM's sharded_state: each file has some heads of every layer."""
+    shapes = {"qkv_proj": (64, 64)} if fused else {"q_proj": (32, 64), "k_proj": (16, 64), "v_proj": (16, 64)}
+    weights = {
+        f"model.layers.0.self_attn.{name}.weight": torch.randn(shape)
+        for name, shape in (shapes | {"o_proj": (64, 32)}).items()
+    }
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+    _cut(tmp_path, weights, config)
+    with pytest.raises(ValueError, match="room for 2 of those: it is one of several tensor-parallel slices"):
+        rd.find_attention(tmp_path)
+    _cut(tmp_path, weights, config | {"head_dim": 8})  # stated to be as narrow
+    assert [(layer.num_heads, layer.head_dim) for layer in rd.find_attention(tmp_path)] == [(4, 8)]

@@ -53,6 +53,12 @@ def configuration(
         CheckpointError: If the settings are damaged, or the file is a part of what they describe.
     """
     inside = _inside(content)
+    slices = inside.get("tensor_model_parallel_size")
+    if isinstance(slices, int) and slices > 1:
+        raise CheckpointError(
+            f"{file} is one of {slices} tensor-parallel slices of Megatron-LM, each with a part of every matrix; "
+            "convert all of them to one model, with its tools/checkpoint or as the framework that trained it does."
+        )
     if is_meta(shapes, file, inside):
         config = _meta((_first(folders, "params.json") or _first(folders, "config.json")) | inside)
         _check_no_slice(config, shapes, file)

@@ -177,6 +177,8 @@ def _in_subfolder(folder: Path, state: str | None, matrices_in: Callable[[Path],
         return _below(folder, found[0], found[1], matrices_in, depth)
     if len(inside) == 1:
         return _below(folder, next(iter(inside)), state, matrices_in, depth)
+    if inside and all(re.fullmatch(r"mp_rank_\d+(_\d+)?", name) for name in inside):
+        raise CheckpointError(foreign_folder(folder) or f"{folder} holds slices of a model; merge them.")
     if inside:
         raise SeveralSets(folder, sorted(inside, key=_in_order), state)
     if text := _foreign(folder, depth):

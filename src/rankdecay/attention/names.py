@@ -505,9 +505,12 @@ NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "
              "resampler_n_heads", "conf_num_attention_heads", "decoder_self_attention_heads",
              "mit_num_attention_heads")  # fmt: skip
 HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "d_kv", "dim_head",
-            "d_k", "hidden_size_per_attention_head", "kv_channels", "attention_head_dim", "per_head_dim")  # fmt: skip
+            "d_k", "hidden_size_per_attention_head", "kv_channels", "attention_head_dim", "per_head_dim",
+            "resampler_head_dim")  # fmt: skip
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads", "n_query_groups",
              "n_local_heads", "num_query_groups_per_partition", "multi_query_group_num")  # fmt: skip
+#: Width of the model, which its heads divide where their size is not stated.
+WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
 
 #: Settings, or a submodule, that only models with rotary positions have.
 ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_dim", "rotary_pct", "rotary_emb",

@@ -45,6 +45,7 @@ from rankdecay.attention.names import (
     SCALES,
     TURNED,
     VALUE_NORMS_WITHOUT_WEIGHTS,
+    WIDTH,
     AttentionNames,
     LatentNames,
     is_fused_like,
@@ -243,6 +244,10 @@ class ModuleReader(ModuleSettings):
         elif row.fused and not self.bias(parameters[row.fused]):
             self._separate_biases(places)
         self._check_heads(heads, places["key"].window.num_heads)
+        if not given and layout == "plain":
+            self._check_whole(
+                heads, head_dim, self._lines(parameters[row.query or row.fused or ""], "columns", transposed, stacked)
+            )
         value_dim = places["value"].window.head_dim
         unfit = self._place_output(places, outputs, fits, heads, value_dim, turned, stacked, others)
         self._place_positions(places, row, heads)
@@ -964,6 +969,8 @@ class ModuleReader(ModuleSettings):
             heads = across[0] // head_dim
         if heads is None:
             raise self._no_heads(row.fused, lines, heads, head_dim)
+        if row.head_dim and not row.num_heads and across and heads * row.head_dim not in across:
+            heads = across[0] // row.head_dim  # some of those that the settings state
         key_heads = self.number(KEY_HEADS)
         candidates = [
             head_dim,
@@ -989,6 +996,27 @@ class ModuleReader(ModuleSettings):
         """Return how to say another number of heads: a plain ``num_heads=`` does not stand against the settings."""
         stated = self._stated(NUM_HEADS) is not None
         return "say names=AttentionNames(..., num_heads=...)" if stated else "pass num_heads=..."
+
+    def _check_whole(self, heads: int, head_dim: int, across: int) -> None:
+        """Refuse queries in a file that have room for some of the heads of the stated width, and not for all.
+
+        Args:
+            heads: as many as the settings state, if this is such a file.
+            head_dim: of each, if all of them are there.
+            across: width of the input.
+        """
+        if self.source.kind(self.module) or self.number(WIDTH) != across or heads != self._stated(NUM_HEADS):
+            return
+        size, left = divmod(across, heads)
+        narrow = ("head_ratio", "attention_downsample_rate")  # ConvBERT, SAM
+        stated = self.number(HEAD_DIM) or self.number(KEY_DIM) or self.number(narrow)
+        if stated or left or heads * head_dim >= across or heads * head_dim % size:
+            return
+        raise NotHandled(
+            f"its settings state {heads} heads in a width of {across}, which are {size} wide, and its weights have "
+            f"room for {heads * head_dim // size} of those: it is one of several tensor-parallel slices, which have to "
+            f"be merged, or heads were pruned: then say names=AttentionNames(..., head_dim={size}), or what else they are"
+        )
 
     def _contradicted(self, heads: int, head_dim: int, key_heads: int) -> str:
         """Return which numbers of heads the settings state, and what the weights make; "" if they agree.
