@@ -208,3 +208,68 @@ def test_sizes_that_contradict_the_settings_are_refused() -> None:
         rd.attach(torch.optim.AdamW(model.parameters()), model, query_key=rd.LowRank(1.0, unit="head"), num_heads=8)
     [layer] = rd.find_attention(model, replace(LLAMA, num_heads=8))  # the settings are wrong, and it is meant
     assert layer.num_heads == 8
+
+
+# ---- projections whose names say little -------------------------------------------------------------------
+
+
+def _beside(**children: nn.Module) -> nn.Module:
+    """A module that states its heads, beside attention that is found."""
+    known = nn.ModuleDict({f"{name}_proj": nn.Linear(32, 32) for name in "qkvo"})
+    other = nn.ModuleDict(children)
+    known.num_heads = other.num_heads = 4  # pyright: ignore[reportArgumentType]
+    return nn.ModuleDict({"known": known, "other": other})
+
+
+def _linear(rows: int, columns: int = 32) -> nn.Module:
+    return nn.Linear(columns, rows, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("children", "said"),
+    [
+        ({"in_proj": _linear(96), "out_proj": _linear(32)}, r"in_proj \(96, 32\) beside out_proj \(32, 32\) may hold"),
+        ({"in_proj": _linear(64), "out_proj": _linear(32)}, r"in_proj \(64, 32\) beside out_proj \(32, 32\) may hold"),
+        ({"proj": _linear(96), "o_proj": _linear(32), "g_proj": _linear(32)}, r"proj \(96, 32\) beside o_proj"),
+        ({"layernorm_qkv": nn.Sequential(nn.LayerNorm(32), _linear(96)), "out_proj": _linear(32)}, "layernorm_qkv"),
+        ({"to_q": _linear(32), "to_vk": _linear(64), "to_out": _linear(32)}, r"to_vk \(64, 32\) holds"),
+        ({"toqk": _linear(32), "tov": _linear(32), "to_out": _linear(32)}, r"toqk \(32, 32\) holds"),
+    ],
+)
+def test_what_may_be_attention_by_its_shapes_is_named(children: dict[str, nn.Module], said: str) -> None:
+    with pytest.warns(
+        UserWarning, match=rf"other is not handled: .*{said}.*order that is not known: say it with names="
+    ):
+        assert [layer.name for layer in rd.find_attention(_beside(**children))] == ["known"]
+
+
+def test_what_they_hold_can_be_said() -> None:
+    model = _beside(in_proj=_linear(64), out_proj=_linear(32))
+    names = rd.AttentionNames(fused="in_proj", output="out_proj", num_heads=4)
+    layer = next(layer for layer in rd.find_attention(model, names) if layer.name == "other")
+    assert (layer.num_heads, layer.num_key_value_heads, layer.head_dim) == (4, 2, 8)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "children",
+    [
+        {"in_proj": _linear(128), "out_proj": _linear(32, 128)},  # an MLP
+        {"fc": _linear(256), "out_proj": _linear(32, 128)},  # with a gate
+        {"in_proj": _linear(96), "out_proj": _linear(32), "conv": nn.Conv1d(32, 32, 3, groups=32)},  # LFM2
+    ],
+)
+def test_what_is_none_is_not_named(children: dict[str, nn.Module]) -> None:
+    assert [layer.name for layer in rd.find_attention(_beside(**children))] == ["known"]
+
+
+def test_esmfold(tmp_path) -> None:
+    esmfold = pytest.importorskip("transformers.models.esm.modeling_esmfold")
+    attention = esmfold.EsmFoldSelfAttention(32, 4, 8, gated=True)
+    with pytest.raises(ValueError, match=r"proj \(96, 32\) beside o_proj \(32, 32\) may hold queries, keys and values"):
+        rd.find_attention(attention)
+    names = rd.AttentionNames(fused="proj", output="o_proj", layout="interleaved", num_heads=4)
+    [layer] = rd.find_attention(attention, names)
+    heads = attention.proj.weight.detach().unflatten(0, (4, 3, 8))
+    assert torch.equal(layer.key.heads(), heads[:, 1])
+    assert layer.no_value_product

@@ -238,7 +238,8 @@ class _Search:
             self.matched.add(row)
             self._attempt(reader, partial(reader.read, row, named=True), row.projections, named=True)
         there = {*children, *self.source.children(module)}
-        if self.only or not (_WORTH_A_LOOK & there or any(map(is_input_like, there))):
+        unsaid = "" if self.only else reader.three_in_one(children)
+        if self.only or not (unsaid or _WORTH_A_LOOK & there or any(map(is_input_like, there))):
             return
         projections = [child for child in children if not reader.is_beside(child)]
         if any(is_query_like(child) or is_fused_like(child) for child in projections):
@@ -260,7 +261,8 @@ class _Search:
             for child in children
             if (name := reader.parameter(child)) and name not in self._taken and len(reader.shape(name)) > 1
         ]
-        if reason := _of_flax(reader, self._taken) or _not_recognised(reader, left, reason):
+        unsaid = "" if reason or self._taken else unsaid
+        if reason := _of_flax(reader, self._taken) or _not_recognised(reader, left, reason) or unsaid:
             self.unhandled.append(Unhandled(module, reason))
 
     def _attempt(

@@ -137,10 +137,13 @@ _OUTPUT_WORD = re.compile(
 )
 #: All of it in one parameter: "qkv_proj", "Wqkv", "query_key_value", "to_kv"; and names that do not say it.
 _FUSED_WORD = re.compile(
-    r"(?<![a-z])w?(qkv|kqv|qvk|q_k_v|kv|qk|quer(?:y|ies)_keys?(?:_values?)?|keys?_values?)(?:[a-z]?(?![a-z]))|^c_attn$|^att_proj$"
-    r"|^in_proj_weight$|^w_pack$",
+    r"(?<![a-z])(?:w|to)?(qkv|kqv|qvk|vqk|vkq|kvq|q_k_v|kv|vk|qk|kq|quer(?:y|ies)_keys?(?:_values?)?|keys?_values?)"
+    r"(?:[a-z]?(?![a-z]))|^c_attn$|^att_proj$|^in_proj_weight$|^w_pack$",
     re.IGNORECASE,
 )
+
+#: A projection with a norm before it in one module, as TransformerEngine's LayerNormLinear.
+_NORMED = re.compile(r"(layer_?norm|(rms_?)?norm|ln)_(qkv|query_key_value)")
 
 
 class Spelling(NamedTuple):
@@ -273,7 +276,7 @@ def is_query_key_like(child: str) -> bool:
 
 def is_fused_like(child: str) -> bool:
     """Whether a name says that it is a projection to several of queries, keys and values."""
-    return bool(_FUSED_WORD.search(child)) and not _NO_PROJECTION.search(child)
+    return bool(_NORMED.fullmatch(child) or (_FUSED_WORD.search(child) and not _NO_PROJECTION.search(child)))
 
 
 #: Names of output projections, in the order they are looked for: in the module, then one and two levels up.
@@ -313,6 +316,11 @@ def own_outputs(query: str) -> tuple[str, ...]:
     if query.startswith("add_"):  # diffusers
         found["to_add_out"] = None
     return tuple(found)
+
+
+def may_be_output(child: str) -> bool:
+    """Whether an output projection in a module may be called so."""
+    return child in _OUTPUTS or is_output_like(child)
 
 
 def is_another_output(child: str, row: AttentionNames, queries: Collection[str]) -> bool:

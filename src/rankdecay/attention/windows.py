@@ -58,6 +58,7 @@ from rankdecay.attention.names import (
     is_table,
     is_value_like,
     is_value_norm,
+    may_be_output,
     spellings,
 )
 from rankdecay.attention.products import Grouping, Rotary
@@ -281,6 +282,33 @@ class ModuleReader(ModuleSettings):
             rotary is not None and row.rotary is None and not self.states_planes(),
             "; ".join(filter(None, remarks)),
         )
+
+    def three_in_one(self, children: Sequence[str]) -> str:
+        """Return what to say of a module that may hold queries, keys and values in a matrix whose name does not say it.
+
+        That is one that heads are stated for, with an output projection and one other matrix, beside a gate or not,
+        three times as high as the output is wide; or as high as other numbers of key heads make it, if the module
+        itself states the heads. "" if it is none.
+        """
+        shapes = {child: self.shape(name) for child in children if (name := self.parameter(child))}
+        matrices = {child: shape for child, shape in shapes.items() if len(shape) > 1 and child not in GATES}
+        if len(matrices) != 2 or not all(map(is_matrix, matrices.values())):
+            return ""
+        own = self.source.own(self.module, NUM_HEADS)
+        heads = own or self.sizes.get("num_heads") or self.setting(NUM_HEADS)
+        for inner, output in (tuple(matrices), tuple(matrices)[::-1]):
+            (lines, *_), (_, across, *_) = matrices[inner], matrices[output]
+            if not may_be_output(output) or not isinstance(heads, int) or heads < 1 or across % heads:
+                continue
+            left, odd = divmod(lines - across, 2 * across // heads) if isinstance(own, int) else (0, 1)
+            grouped = not odd and left > 0 and heads % left == 0 and inner == "in_proj"
+            if lines == 3 * across or grouped:
+                return (
+                    f"{inner} {matrices[inner]} beside {output} {matrices[output]} may hold queries, keys and values, "
+                    f"in an order that is not known: say it with names=AttentionNames(fused={inner!r}, order=..., "
+                    f"layout='contiguous', 'interleaved' or 'alternating', output={output!r}, num_heads=...)"
+                )
+        return ""
 
     def check_alone(self, child: str) -> None:
         """Check that a projection is one matrix: no wrapper with an adapter of its own, no MLP, no list of heads.
@@ -1015,7 +1043,7 @@ class ModuleReader(ModuleSettings):
         raise NotHandled(
             f"its settings state {heads} heads in a width of {across}, which are {size} wide, and its weights have "
             f"room for {heads * head_dim // size} of those: it is one of several tensor-parallel slices, which have to "
-            f"be merged, or heads were pruned: then say names=AttentionNames(..., head_dim={size}), or what else they are"
+            f"be merged, or heads were pruned: then say names=AttentionNames(..., head_dim={size}), or what they are"
         )
 
     def _contradicted(self, heads: int, head_dim: int, key_heads: int) -> str:
