@@ -40,7 +40,7 @@ def is_turned(module: nn.Module) -> bool | None:
     if weight.shape[0] == weight.shape[1]:
         weight = weight - weight.mT  # its transpose is its negative, as unlike it as can be
     alone = copy.copy(module)
-    alone.__dict__ |= {name: OrderedDict() for name in vars(module) if name.endswith("_hooks")}
+    vars(alone).update({name: OrderedDict() for name in vars(module) if name.endswith("_hooks")})
     alone._parameters = module._parameters | {"weight": nn.Parameter(weight)}
     alone._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
     alone.training = False

@@ -291,7 +291,7 @@ class ModuleReader(ModuleSettings):
         itself states the heads. "" if it is none.
         """
         shapes = {child: self.shape(name) for child in children if (name := self.parameter(child))}
-        matrices = {child: shape for child, shape in shapes.items() if len(shape) > 1 and child not in GATES}
+        matrices = {child: shape for child, shape in shapes.items() if len(shape) > 1 and not is_gate(child)}
         if len(matrices) != 2 or not all(map(is_matrix, matrices.values())):
             return ""
         own = self.source.own(self.module, NUM_HEADS)
