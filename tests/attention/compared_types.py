@@ -49,6 +49,10 @@ DIFFERS: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         ((_SCORES,), _RELATIVE),
     ),
+    **dict.fromkeys(
+        ("VideoPrismMultiheadAttentionPoolingHead", "TimesFmAttention"),
+        ((_SCORES,), "its scale of each coordinate is the same for all of them in a new model"),
+    ),
     "VitsAttention": ((_SCORES, _VALUES, _WRITES), "positions are added to keys and to values"),
     "Dots3NoteTextAttention": ((_SCORES,), "it normalises the part of the keys alone that positions turn"),
     "ClvpSelfAttention": ((_WRITES,), "it turns values by positions, too"),
