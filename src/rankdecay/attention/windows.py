@@ -42,6 +42,7 @@ from rankdecay.attention.names import (
     POOLING,
     POSITIONS,
     QUERY_BIASES,
+    ROTARY,
     SCALES,
     TURNED,
     VALUE_NORMS_WITHOUT_WEIGHTS,
@@ -808,7 +809,7 @@ class ModuleReader(ModuleSettings):
         of_names = self.has_qk_norm(row.query or row.fused)
         qk_norm = bool(of_names) or self._has_norm_behind(row) if row.qk_norm is None else row.qk_norm
         unknown = {"qk_norm"} if row.qk_norm is None and of_names is None and not qk_norm else set[str]()
-        if row.rotary is None and rotary is None and self.may_be_cross():
+        if row.rotary is None and self.may_be_cross() and self.setting(ROTARY) is not None:
             unknown |= {"rotary"}
         if not self.source.is_known(self.module):
             unknown |= {"rotary"} if row.rotary is None and rotary is None else set()
