@@ -1,6 +1,7 @@
 """Roles, and the groups they become."""
 
 import copy
+import gc
 import io
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import rankdecay as rd
+from rankdecay.decay import groups
 from tests.decay.models import Nano
 
 
@@ -212,3 +214,42 @@ def test_a_decay_that_is_set_later_leaves_what_is_excluded_alone(by: str) -> Non
     optimizer.step()
     assert torch.equal(model["q_proj"].weight, before["q_proj.weight"])
     torch.testing.assert_close(model["k_proj"].weight.detach(), before["k_proj.weight"] * 0.9)
+
+
+@pytest.mark.parametrize("by", ["roles", "groups"])
+def test_a_model_whose_tensors_are_swapped_on_conversion_is_decayed(by: str) -> None:
+    """As torch converts DTensors always: it swaps no tensor that has a weak reference."""
+    model, how = Nano(), {"query_key": rd.LowRank(0.5, every=1), "value_output": rd.Frobenius(0.5)}
+    if by == "roles":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        attachment = rd.attach(optimizer, model, **how)
+    else:
+        optimizer = torch.optim.SGD(rd.param_groups(model, **how), lr=0.1)
+        attachment = rd.attach(optimizer)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    attachment.set(query_key=rd.Frobenius(0.5))  # of a fused matrix, which only what is known of it tells
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    name = "h.0.attn.c_attn.weight"
+    assert model.get_parameter(name).dtype == torch.float64
+    torch.testing.assert_close(model.get_parameter(name).detach(), before[name] * 0.95)
+
+
+def test_what_is_known_of_a_parameter_goes_with_its_model() -> None:
+    kept = len(groups._known._known)
+    model = Nano()
+    rd.param_groups(model, rd.Frobenius(0.1))
+    parameters = len(list(model.parameters()))
+    assert len(groups._known._known) == kept + parameters
+    replaced = nn.Parameter(torch.randn(2, 2))
+    groups._known._known[id(replaced)] = groups._known._known[id(model.h[0].attn.c_attn.weight)]
+    assert replaced not in groups._known
+    del groups._known._known[id(replaced)], model
+    gc.collect()
+    assert len(groups._known._known) <= kept

@@ -25,13 +25,13 @@ ROLE_warmed                 steps of a warm-up that have been made
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
@@ -41,6 +41,7 @@ from rankdecay.checks import check_number
 from rankdecay.decay.plan import Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, unit_of
 from rankdecay.decay.roles import ROLES, Assigned, Block
+from rankdecay.dtensor import is_sharded
 
 Group = dict[str, Any]
 
@@ -127,9 +128,10 @@ def param_groups(
         group["param_names"].append(entry.names[0])
         group["why"].append(why_of(entry))
         l2 = all(isinstance(decay, Frobenius) and decay.is_l2 for _, decay in decays)
-        _known[entry.parameter] = Known(
+        known = Known(
             entry.names[0], group["why"][-1], remarks, entry.blocks, l2, entry.planes, entry.no_planes, excluded
         )
+        _known.know(model, known.name, entry.parameter, known)
     for group in groups.values():
         _give_planes(group, planes)
         group.update(real_l2(group))
@@ -194,7 +196,45 @@ class Known(NamedTuple):
     excluded: bool = False
 
 
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class _KnownParameters:
+    """What is known of parameters, as long as the modules that hold them live and hold them.
+
+    A parameter itself has no weak reference: torch swaps none that has, as it moves DTensors to another type or device.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[nn.Module], str, Known]] = {}
+
+    def know(self, model: nn.Module, name: str, parameter: Tensor, known: Known) -> None:
+        """Take up a parameter of a model."""
+        owner, _, leaf = name.rpartition(".")
+        key = id(parameter)
+
+        def forget(holder: weakref.ref[nn.Module]) -> None:
+            if key in self._known and self._known[key][0] is holder:  # and no other parameter has its number by now
+                del self._known[key]
+
+        self._known[key] = (weakref.ref(model.get_submodule(owner), forget), leaf, known)
+
+    def _found(self, parameter: Tensor) -> Known | None:
+        reference, leaf, known = self._known.get(id(parameter), (lambda: None, "", None))
+        holder = reference()
+        held = holder._parameters[leaf] if holder is not None and leaf in holder._parameters else None
+        if held is parameter or (held is not None and is_sharded(parameter) and held.shape == parameter.shape):
+            return known  # FSDP2 puts the whole tensor in the place of the sharded one, for a forward pass and after it
+        return None
+
+    def __contains__(self, parameter: Tensor) -> bool:
+        return self._found(parameter) is not None
+
+    def __getitem__(self, parameter: Tensor) -> Known:
+        known = self._found(parameter)
+        if known is None:
+            raise KeyError(parameter)
+        return known
+
+
+_known = _KnownParameters()
 
 
 def remarks_on(groups: Iterable[Group]) -> Remarks:
