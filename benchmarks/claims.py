@@ -420,16 +420,21 @@ CLAIMS = (
         "On the paper's grid of addition low-rank decay generalises from less data than L2 (its phase diagram)",
         "unordered pairs: the paper's step from a fraction of {least_data paper_add paper_a1 0.95} on, L2 beyond the "
         "paper's grid from {least_data paper_add l2_all 0.95} on; at the smallest they reach {reached paper_add "
-        "paper_a1 0.3} and {reached paper_add l2_all 0.3}",
-        "one seed; the paper's step takes {times paper_add paper_a1 l2_all} times L2's steps",
+        "paper_a1 0.3} and {reached paper_add l2_all 0.3}; with ordered pairs {reached paper_add_ordered paper_a1 0.3} "
+        "and {reached paper_add_ordered l2_all 0.3}",
+        "three seeds of the strengths that work, one of ordered pairs; the paper's step takes "
+        "{times paper_add paper_a1 l2_all} and {times paper_add_ordered paper_a1 l2_all} times L2's steps",
         "rankdecay boundary --preset paper --seeds 1 --fractions 0.3 0.4 0.5 0.6 0.7 0.8 --arms paper_a1 l2_all "
         "--strengths l2_all=2,4,8,16 --precision float32",
-        ("boundary/paper_add",),
+        ("boundary/paper_add", "boundary/paper_add_ordered"),
         "boundary.md",
         "contradicted",
         "of L2 at strengths of its own; on the paper's grid L2 does nothing to multiplication. The paper's split is "
-        "not stated: with ordered pairs it was not run",
-        lambda: (_least("paper_add", "l2_all") or 1.0) <= (_least("paper_add", "paper_a1") or 0.0),
+        "not stated: the same with unordered and ordered pairs",
+        lambda: all(
+            (_least(run, "l2_all") or 1.0) <= (_least(run, "paper_a1") or 0.0)
+            for run in ("paper_add", "paper_add_ordered")
+        ),
     ),
     *(_accelerated(task, *of) for task in ACCELERATED for of in ACCELERATORS),
     Claim(

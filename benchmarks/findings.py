@@ -204,6 +204,14 @@ def column(name: str, arm: str, strength: str, key: str, form: str = ".2f") -> s
     )
 
 
+def holds(name: str, arm: str, strength: str, low: str, high: str) -> str:
+    """How many runs of an arm at one strength held, of those of the sizes from one to another."""
+    sweep = _sweep(name)
+    rows = [row for row in sweep.of(arm) if row["strength"] == float(strength)]
+    rows = [row for row in rows if float(low) <= row["train_fraction"] <= float(high)]
+    return f"{sum(row['outcome'] == 'generalised' for row in rows)} of {len(rows)}"
+
+
 def least_strength(name: str, arm: str, size: str, accuracy: str) -> str:
     """The lowest strength of an arm whose best test accuracy at one size is at least so much, a mean over seeds."""
     sweep = _sweep(name)
@@ -458,7 +466,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
-        cell, cell_mean, held_from_to, held_at, column, least_strength, least_data, reached, times,
+        cell, cell_mean, held_from_to, held_at, holds, column, least_strength, least_data, reached, times,
         ends_of_held, columns_between, delay,
         switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates, left, noise, stuck,
         share, against, spread, ends, published, rank_of, sent, planes, planes_share,
