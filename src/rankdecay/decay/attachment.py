@@ -505,13 +505,15 @@ class Attachment:
             for number, (_, target, parameters) in enumerate(targets):
                 if self._paused and target.decay is not None:
                     continue  # what is the optimizer's own goes on
-                self._warn_if_too_strong(target.role, target.decay, factor)
+                own_rates = has_rate_per_parameter(optimizer, group)  # of which the factor is only a part
+                if not own_rates:
+                    self._warn_if_too_strong(target.role, target.decay, factor)
                 if target.by_optimizer:
                     continue
                 decay, every = target.decay_in(group), target.every_in(group, counts)
                 live = [id(p) in self._params_with_grad for p in parameters]
                 amounts = count_step(target, decay, every, factor, found_inf, live)
-                if decay.lr_coupled and has_rate_per_parameter(optimizer, group):
+                if decay.lr_coupled and own_rates:
                     amounts = _with_own_rates(optimizer, group, parameters, amounts)
                 place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
                 seed = target.counter.steps * 1_000_003 + place

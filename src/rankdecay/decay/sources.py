@@ -495,7 +495,8 @@ def _check_part(optimizer: Optimizer, index: int, group: Group, bundle: Bundle) 
 
 def _without_values(planned: Planned) -> Planned:
     """Return the plan of a parameter without the parameter: sharding replaces it, and would not free it."""
-    shape = nn.Parameter(torch.empty(planned.entry.parameter.shape, device="meta"), requires_grad=False)
+    parameter = planned.entry.parameter
+    shape = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False)
     return planned._replace(entry=replace(planned.entry, parameter=shape))
 
 
