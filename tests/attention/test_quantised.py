@@ -135,7 +135,7 @@ def test_fp8_block_cut_short(tmp_path: Path) -> None:
     tensors[PREFIX + "v_proj.weight"] = tensors[PREFIX + "v_proj.weight"][:192]
     tensors[PREFIX + "o_proj.weight"] = tensors[PREFIX + "o_proj.weight"][:, :192]
     said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    read = rd.find_attention(write(tmp_path, tensors, quantization_config=said))[0].query.tensor()
+    read = rd.find_attention(write(tmp_path, tensors, head_dim=48, quantization_config=said))[0].query.tensor()
     assert torch.equal(read.double(), meant)
     with pytest.raises(CheckpointError, match=r"q_proj.weight.*blocks of 96 and of 128; config.json has to say it"):
         rd.find_attention(write(tmp_path, {PREFIX + "q_proj" + p: tensors[PREFIX + "q_proj" + p]
