@@ -264,7 +264,7 @@ def test_what_is_none_is_not_named(children: dict[str, nn.Module]) -> None:
 
 
 def test_esmfold(tmp_path) -> None:
-    esmfold = pytest.importorskip("transformers.models.esm.modeling_esmfold")
+    esmfold = needs.package("transformers.models.esm.modeling_esmfold")
     attention = esmfold.EsmFoldSelfAttention(32, 4, 8, gated=True)
     with pytest.raises(ValueError, match=r"proj \(96, 32\) beside o_proj \(32, 32\) may hold queries, keys and values"):
         rd.find_attention(attention)

@@ -605,7 +605,7 @@ def test_a_gate_between_heads_and_output_is_known_by_name_and_height(name: str, 
 
 
 def test_the_gate_of_esmfold_and_of_krea(diffusers) -> None:
-    family = pytest.importorskip("transformers.models.esm.modeling_esmfold")
+    family = needs.package("transformers.models.esm.modeling_esmfold")
     from diffusers.models.transformers.transformer_krea2 import Krea2Attention
 
     gated = family.EsmFoldAttention(32, 32, 32, 8, 4, gating=True)
