@@ -160,9 +160,13 @@ def test_prototype_and_its_instability(reference, steps, alpha, expected):
 
 
 def test_prototype_with_fifteen_steps_ends_in_chatter(reference):
-    at = [150, 200, 300]
+    """Between two matrices, near 43 and 59 or 44 and 57: which ones, the last digits of the products decide."""
+    at = [150, 151, 200, 299, 300]
     found = stable_ranks(reference, lambda W: shrink(W, 0.01, "newton_schulz", steps=15), at)
-    assert all(43 < rank < 57 for rank in found)
+    assert all(38 < rank < 65 for rank in found)
+    assert found[0] == pytest.approx(found[2]) == pytest.approx(found[4])
+    assert found[1] == pytest.approx(found[3])
+    assert abs(found[0] - found[1]) > 5
 
 
 def test_relative_prototype(reference):
