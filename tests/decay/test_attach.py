@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import rankdecay as rd
 import rankdecay.decay.attachment as attachment_module
 from rankdecay.attention import Window
+from rankdecay.decay.apply import apply
 from tests import needs
 from tests.attention.layouts import build_layout
 from tests.decay.models import (
@@ -337,6 +338,24 @@ def test_a_step_skipped_by_the_scaler_decays_nothing(fused, every):
         assert 0 <= pending[0] <= (every + 1) * LR * 0.1
     for times in shrink_by:
         assert float(times) == pytest.approx(applied, abs=1e-4)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_was_spared_nothing_is_decayed_in_one_stack_also_at_a_rate_in_a_tensor(every, monkeypatch):
+    model = make_model()
+    optimizer = torch.optim.AdamW(groups_of(model, every=every), lr=torch.tensor(LR))
+    rd.attach(optimizer)
+    seen = []
+
+    def spy(steps, backend):
+        seen.append(sorted(len(step.parameters) for step in steps))
+        apply(steps, backend)
+
+    monkeypatch.setattr("rankdecay.decay.attachment.apply", spy)
+    for _ in range(every):
+        zero_gradients(model)
+        optimizer.step()
+    assert seen[-1] == [1, 2, 2]  # of the three kinds of matrices, all there are of each
 
 
 @pytest.mark.parametrize("rule", ["prox", "newton_schulz"])

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -196,17 +197,21 @@ def test_heads_given_here_count_everywhere():
     assert {group["query_key_blocks"] for group in groups if "query_key_blocks" in group} == {"rows[0:12]/12 by 4"}
 
 
+def _attached(model: nn.Module, by: str, how: dict[str, Any]) -> tuple[torch.optim.Optimizer, rd.Attachment]:
+    """A decay under SGD, by roles of the model or by groups."""
+    if by == "roles":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return optimizer, rd.attach(optimizer, model, **how)
+    optimizer = torch.optim.SGD(rd.param_groups(model, **how), lr=0.1)
+    return optimizer, rd.attach(optimizer)
+
+
 @pytest.mark.parametrize("by", ["roles", "groups"])
 def test_a_decay_that_is_set_later_leaves_what_is_excluded_alone(by: str) -> None:
     model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
     model.num_heads = 2
     how = {"query_key": rd.LowRank(0.5, every=1), "exclude": "q_proj"}
-    if by == "roles":
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        attachment = rd.attach(optimizer, model, **how)
-    else:
-        optimizer = torch.optim.SGD(rd.param_groups(model, **how), lr=0.1)
-        attachment = rd.attach(optimizer)
+    optimizer, attachment = _attached(model, by, how)
     attachment.set(query_key=rd.Frobenius(1.0))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
@@ -220,12 +225,7 @@ def test_a_decay_that_is_set_later_leaves_what_is_excluded_alone(by: str) -> Non
 def test_a_model_whose_tensors_are_swapped_on_conversion_is_decayed(by: str) -> None:
     """As torch converts DTensors always: it swaps no tensor that has a weak reference."""
     model, how = Nano(), {"query_key": rd.LowRank(0.5, every=1), "value_output": rd.Frobenius(0.5)}
-    if by == "roles":
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        attachment = rd.attach(optimizer, model, **how)
-    else:
-        optimizer = torch.optim.SGD(rd.param_groups(model, **how), lr=0.1)
-        attachment = rd.attach(optimizer)
+    optimizer, attachment = _attached(model, by, how)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         model.double()

@@ -257,13 +257,13 @@ class Bundle:
         counted = self.is_counted(group, counts)
         missed = [(target, target.counter.missed) for target in self.targets if isinstance(target.decay, LowRank)]
         shared = {key: value for key, value in self.numbers.items() if not isinstance(value, dict)}
-        for position in self.positions:
+        for index, position in enumerate(self.positions):
             parameter = group["params"][position]
             if (counted and id(parameter) in stepped) or STATE_KEY in (optimizer.state.get(parameter) or ()):
                 copy = self._written.setdefault(position, {})
                 copy.update(shared)
                 for target, spared in missed:
-                    copy[target.counter.missed_key] = spared.get(target.positions.index(position), 0.0)
+                    copy[target.counter.missed_key] = spared.get(index, 0.0)
                 optimizer.state[parameter][STATE_KEY] = copy
 
 
@@ -320,8 +320,10 @@ def count_step(
         missed = {position: spared * (1 - found_inf) for position, spared in missed.items()}
     alike: dict[object, tuple[float | Tensor, list[int]]] = {}
     for position, has_gradient in enumerate(live):
-        its = due - missed[position] if position in missed else due
-        its = its.clamp_min(0.0) if isinstance(its, Tensor) else its
+        its = due  # the same object for all that were spared nothing, which are then decayed together
+        if position in missed:
+            its = due - missed[position]
+            its = its.clamp_min(0.0) if isinstance(its, Tensor) else its
         if (has_gradient or every > 1) and (isinstance(its, Tensor) or its > 0):
             alike.setdefault(its if isinstance(its, float) else id(its), (its, []))[1].append(position)
     return list(alike.values())
