@@ -25,9 +25,9 @@ from rankdecay.attention import Window
 from rankdecay.attention.fused import is_fused, proven_thirds
 from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.locate import locate
+from rankdecay.attention.module.found import Found
 from rankdecay.attention.names import is_input_like
 from rankdecay.attention.source import ModuleSource
-from rankdecay.attention.windows import Found
 from rankdecay.checks import check_number
 from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.policy import LowRank

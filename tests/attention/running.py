@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from rankdecay.attention import AttentionLayer
 from rankdecay.attention.locate import find_layers, locate
+from rankdecay.attention.module.found import Found
 from rankdecay.attention.source import ModuleSource
-from rankdecay.attention.windows import Found
 
 from . import comparison, every_type
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from rankdecay.attention.known import KNOWN_TYPES
 from rankdecay.attention.locate import Unhandled, locate
+from rankdecay.attention.module.found import Found
 from rankdecay.attention.source import ModuleSource
 from rankdecay.attention.unturned import NO_ROTARY_TYPES
-from rankdecay.attention.windows import Found
 from tests import needs
 
 from . import compared_types, every_type, running, unturned, whole_types

@@ -149,3 +149,55 @@ def test_no_other_process_is_waited_for(tmp_path) -> None:
         assert is_turned(_Waiting(8, 8)) is None
     finally:
         dist.destroy_process_group()
+
+
+class _Masked(nn.Linear):
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__(inside, outside)
+        self.register_buffer("mask", torch.ones(outside, inside))
+        self.mask[::2, 1] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+class _Normalised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = torch.linspace(1, 2, len(self.weight))[:, None]
+        return nn.functional.linear(x, nn.functional.normalize(self.weight, dim=1) * sizes, self.bias)
+
+
+class _Gated(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out * torch.sigmoid(out)
+
+
+class _InHeads(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).unflatten(-1, (2, -1)).transpose(0, 1)
+
+
+class _Negative(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return -0.5 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [(_Masked, True), (_Normalised, True), (_Gated, True), (_InHeads, False), (_Negative, False)]
+)
+def test_layers_that_do_more_than_multiply_are_named(kind: type[nn.Linear], more: bool) -> None:
+    attention = _attention(lambda name, i, o: kind(i, o) if name == "k_proj" else nn.Linear(i, o))
+    [layer] = rd.find_attention(attention)
+    assert torch.equal(layer.key.tensor(), attention.k_proj.weight)
+    assert ("k_proj does more than to multiply by the weight" in layer.remark) == more
+    assert "q_proj" not in layer.remark
+
+
+def test_a_mask_of_ones_and_a_weight_of_zeros_do_no_more() -> None:
+    attention = _attention(lambda _, i, o: _Masked(i, o))
+    for name in ("q_proj", "v_proj", "o_proj"):
+        getattr(attention, name).mask.fill_(1)
+    nn.init.zeros_(attention.k_proj.weight)
+    [layer] = rd.find_attention(attention)
+    assert layer.remark == ""

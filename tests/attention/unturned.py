@@ -14,9 +14,9 @@ import transformers
 from rankdecay.attention import known, unturned
 from rankdecay.attention.checkpoints import Checkpoint, _natural
 from rankdecay.attention.locate import locate
+from rankdecay.attention.module.found import Found
 from rankdecay.attention.names import ROTARY_UNSAID
 from rankdecay.attention.source import ModuleSource
-from rankdecay.attention.windows import Found
 
 from . import every_type
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from rankdecay.attention.windows import Found
+from rankdecay.attention.module.found import Found
 from rankdecay.compress.choice import planes_left
 from rankdecay.compress.original import Original, Smaller
 from rankdecay.compress.reduction import plane_rows_of

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rankdecay.attention.layer import Window
+from rankdecay.attention.module.found import Found, Place
 from rankdecay.attention.products import Rotary
-from rankdecay.attention.windows import Found, Place
 from rankdecay.compress.choice import plane_scores
 from rankdecay.compress.reduction import (
     Layer,

@@ -144,6 +144,10 @@ class Checkpoint:
         """Return None: nothing in a file multiplies."""
         return None
 
+    def does_more(self, path: str, turned: bool) -> bool:
+        """Return False, for the same reason."""
+        return False
+
     def is_known(self, path: str) -> bool:
         """Whether the configuration names a model type that the tables cover, and no code of the checkpoint's own."""
         kind = self.kind_of_part(path)

@@ -2,7 +2,7 @@
 
 A module is attention when the parameters under it carry names that belong together
 (:mod:`rankdecay.attention.names`). Shapes, and the number of heads, say the rest
-(:mod:`rankdecay.attention.windows`). What carries such names and is not read is named, with the reason.
+(:mod:`rankdecay.attention.module`). What carries such names and is not read is named, with the reason.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from torch import Tensor, nn
 from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.complete import missing_layers
 from rankdecay.attention.layer import AttentionLayer, MatrixView, Role, Window
+from rankdecay.attention.module.found import Found, Place
+from rankdecay.attention.module.latent import read_experts, read_latent, read_shared_latent
+from rankdecay.attention.module.projections import WEIGHTS, own_keys
+from rankdecay.attention.module.reader import ModuleReader
+from rankdecay.attention.module.settings import NotHandled
 from rankdecay.attention.names import (
     EXPERTS,
     FUSED,
@@ -39,7 +44,6 @@ from rankdecay.attention.names import (
 )
 from rankdecay.attention.numbering import Numbered, is_called, numbered, ranges
 from rankdecay.attention.source import Source, open_source
-from rankdecay.attention.windows import WEIGHTS, Found, ModuleReader, NotHandled, Place, own_keys
 from rankdecay.text import visible
 
 
@@ -248,12 +252,12 @@ class _Search:
         if reason is None:
             for latent in LATENT:
                 if reader.parameter(latent.split):
-                    self._attempt(reader, partial(reader.read_latent, latent), latent)
+                    self._attempt(reader, partial(read_latent, reader, latent), latent)
             for shared in SHARED_LATENT:
                 if all(map(reader.parameter, shared)):
-                    self._attempt(reader, partial(reader.read_shared_latent, shared), shared)
+                    self._attempt(reader, partial(read_shared_latent, reader, shared), shared)
             if all(map(reader.parameter, EXPERTS)):
-                self._attempt(reader, reader.read_experts, EXPERTS)
+                self._attempt(reader, partial(read_experts, reader), EXPERTS)
             for row in _known(reader, children):
                 self._attempt(reader, partial(reader.read, row), row.projections)
         left = [
@@ -282,14 +286,14 @@ class _Search:
                 reader.check_alone(child)
             layer = read()
         except NotHandled as reason:
-            self.unhandled.append(Unhandled(reader.module, str(reason)))
+            self.unhandled.append(Unhandled(reader.path, str(reason)))
             return
         called = {earlier.name for earlier in takewhile(lambda one: one.module == layer.module, reversed(self.found))}
-        firsts = (name.removeprefix(f"{reader.module}.").partition(".")[0] for name in names)
+        firsts = (name.removeprefix(f"{reader.path}.").partition(".")[0] for name in names)
         name = next(name for name in (layer.name, *(f"{layer.name}:{first}" for first in firsts)) if name not in called)
         self.found.append(layer._replace(name=name))
         if layer.no_output:
-            self.unhandled.append(Unhandled(reader.module, f"its output projection is not found, {layer.no_output}"))
+            self.unhandled.append(Unhandled(reader.path, f"its output projection is not found, {layer.no_output}"))
 
 
 def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionNames]:
@@ -326,7 +330,7 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         return " and ".join(f"{child} {shape}" for child, shape in zip(first, shapes, strict=True)) + more
 
     if not (fused or (queries and keys)):
-        there = reader.source.children(reader.module)
+        there = reader.source.children(reader.path)
         if mark := next((mark for mark in NOT_READ if mark in there), None):
             return NOT_READ[mark]
         among = set(left)
@@ -365,7 +369,7 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
 
 def _of_flax(reader: ModuleReader, taken: Collection[str]) -> str | None:
     """Return what to do about projections that are kernels of Flax; None if there are none."""
-    there = sorted(reader.source.children(reader.module))
+    there = sorted(reader.source.children(reader.path))
     names = {child: reader.parameter(f"{child}.kernel") for child in there if is_input_like(child)}
     kernels = {child: reader.shape(name) for child, name in names.items() if name and name not in taken}
     if not kernels:

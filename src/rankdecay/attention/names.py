@@ -42,7 +42,7 @@ class AttentionNames:
             starts one level higher. Empty if there is none.
         order: what the fused projection holds, and in which order: ``"qkv"``, ``"qvk"``, ``"kv"``, …
         layout: of the fused projection: ``"contiguous"``; ``"interleaved"`` by key head; or ``"alternating"``, a row of
-            each in turn, as ``view(batch * heads, head_dim, 3, -1)`` takes them (:mod:`rankdecay.attention.windows`).
+            each in turn, as ``view(batch * heads, head_dim, 3, -1)`` takes them (``module.windows``).
         blocks: for a contiguous layout that repeats: how many times (CodeGen: 4).
         when: the row counts only if the model's configuration has this attribute with this value, or with one of these
             values if it is a tuple, or has it at all if it is None.

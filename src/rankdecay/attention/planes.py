@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.layer import Role, Window
+from rankdecay.attention.module.found import Found, Place
 from rankdecay.attention.products import Grouping, Rotary
-from rankdecay.attention.windows import Found, Place
 
 Part = Literal["query", "key", "query bias", "key bias"]
 

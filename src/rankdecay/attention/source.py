@@ -68,6 +68,10 @@ class Source(Protocol):
         """Return whether a live module stores its weight as (in, out), by its class or as it multiplies, or None."""
         ...
 
+    def does_more(self, path: str, turned: bool) -> bool:
+        """Whether a live module, whose class says nothing of it, does more than to multiply by its weight."""
+        ...
+
     def is_known(self, path: str) -> bool:
         """Whether names and settings say all of a module: it is of a library whose classes the tables cover."""
         ...
@@ -193,6 +197,10 @@ class ModuleSource:
     def is_turned(self, path: str) -> bool | None:
         """Return whether a module, without wrappers, stores its weight as (in, out); None where nothing tells."""
         return orientation.is_turned(self.modules(path)[-1]) if self.modules(path) else None
+
+    def does_more(self, path: str, turned: bool) -> bool:
+        """Whether a module, without wrappers, does more to a vector than to multiply it by its weight."""
+        return bool(self.modules(path)) and orientation.does_more(self.modules(path)[-1], turned)
 
     def is_known(self, path: str) -> bool:
         """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""

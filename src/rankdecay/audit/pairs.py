@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rankdecay.attention import Window
+from rankdecay.attention.module.found import Found
 from rankdecay.attention.scale import Terms, cancels
-from rankdecay.attention.windows import Found
 from rankdecay.audit.block import Block, terms_of
 from rankdecay.audit.parts import Part, Partner
 from rankdecay.audit.trial import Trial, alternating

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
+from rankdecay.attention.module.found import Found
 from rankdecay.attention.scale import NORM_EPS, Terms, cancels
 from rankdecay.attention.source import named_parameters
-from rankdecay.attention.windows import Found
 from rankdecay.audit.block import Block, size, terms_of
 from rankdecay.audit.report import AuditRow, Kind, Share
 from rankdecay.audit.trial import RESCALING, Trial, alternating

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rankdecay.attention.module.found import Found
 from rankdecay.attention.source import Source
-from rankdecay.attention.windows import Found
 from rankdecay.compress.choice import kept_planes, lost_energy, lost_planes, plane_scores
 from rankdecay.compress.reduction import Layer, Norm, NotReducible, cached_heads, check_reducible, value_energies
 from rankdecay.compress.result import Size, size_table, usual_sizes

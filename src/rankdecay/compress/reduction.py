@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.layer import Role, Window
+from rankdecay.attention.module.found import Found, Place
 from rankdecay.attention.products import Rotary, grouped, in_order, triangle, with_bias
-from rankdecay.attention.windows import Found, Place
 from rankdecay.linalg.stack import decomposed
 
 Read = Callable[[str], Tensor]

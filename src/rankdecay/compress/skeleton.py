@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention.locate import locate
+from rankdecay.attention.module.found import Found
+from rankdecay.attention.module.settings import ModuleSettings
 from rankdecay.attention.names import is_query_key_norm
-from rankdecay.attention.settings import ModuleSettings
 from rankdecay.attention.source import ModuleSource
-from rankdecay.attention.windows import Found
 from rankdecay.compress.reduction import Norm, NotReducible, check_reducible
 
 #: What an attention module calls the number its scores are multiplied by.

@@ -35,9 +35,9 @@ from rankdecay.attention import Window
 from rankdecay.attention.adapters import in_use, is_replaced, what_is
 from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.locate import Names, Unhandled, locate
+from rankdecay.attention.module.found import Found
 from rankdecay.attention.planes import PlaneRows, plane_rows
 from rankdecay.attention.source import Known, ModuleSource, named_parameters
-from rankdecay.attention.windows import Found
 
 ROLES = ("query_key", "value_output", "mlp", "embedding", "norm", "bias", "other")
 

@@ -70,38 +70,38 @@ class ModuleSettings:
     """Settings of one module.
 
     Attributes:
-        module: its path.
+        path: of the module.
         source: the parameters and settings.
         sizes: ``num_heads`` and ``head_dim`` as the user gives them, where the settings state none.
     """
 
-    def __init__(self, module: str, source: Source, sizes: Mapping[str, int] | None = None) -> None:
-        self.module, self.source, self.sizes = module, source, sizes or {}
+    def __init__(self, path: str, source: Source, sizes: Mapping[str, int] | None = None) -> None:
+        self.path, self.source, self.sizes = path, source, sizes or {}
         self._asked: dict[tuple[str, ...], object] = {}
 
     def setting(self, attributes: tuple[str, ...]) -> object:
         """Return the nearest value of the first of the attributes that is set, or None."""
         if attributes not in self._asked:
-            self._asked[attributes] = self.source.setting(self.module, attributes)
+            self._asked[attributes] = self.source.setting(self.path, attributes)
         return self._asked[attributes]
 
     def number(self, attributes: tuple[str, ...]) -> int | None:
         """Return a setting that is a positive whole number, as the user gives it or for this layer, or None."""
         given = self.sizes.get(_GIVEN.get(attributes, ""))
-        return self._stated(attributes) if given is None else given
+        return self.stated(attributes) if given is None else given
 
     def check_given(self) -> None:
         """Refuse sizes that a user gives where the settings state others: heads would be cut where none begin."""
         for attributes, name in _GIVEN.items():
             given = self.sizes.get(name)
-            stated = None if given is None else self._stated(attributes)
+            stated = None if given is None else self.stated(attributes)
             if stated not in (None, given):
                 raise NotHandled(
                     f"{name}={given} is given, and its settings state {stated}: leave {name} out; if the "
                     f"settings are wrong, name its projections with names=AttentionNames(..., {name}={given})"
                 )
 
-    def _stated(self, attributes: tuple[str, ...]) -> int | None:
+    def stated(self, attributes: tuple[str, ...]) -> int | None:
         value = self._of_layer(self.setting(attributes))
         if attributes in _SIZES and isinstance(value, (int, float)) and value != -1 and not 1 <= value < 2**31:
             raise NotHandled(f"its settings state {str(value)[:40]} as {_SIZES[attributes]}")
@@ -110,7 +110,7 @@ class ModuleSettings:
     @property
     def layer_number(self) -> int | None:
         """The model's own number of the layer: the first that counts a list of layers, else the first in the path."""
-        parts = self.module.split(".")
+        parts = self.path.split(".")
         digits = [i for i, part in enumerate(parts) if number_in(part) is not None]
         layers = [i for i in digits if i and parts[i - 1] in LISTS] or digits
         return int(parts[layers[0]]) if layers else None
@@ -129,15 +129,15 @@ class ModuleSettings:
         for setting, reason in NO_SCORES_SETTINGS.items():
             if self.setting((setting,)) not in (None, False):
                 return reason
-        children = self.source.children(self.module)
+        children = self.source.children(self.path)
         if mark := next((mark for mark in NO_SCORES if mark in children), None):
             return NO_SCORES[mark]
         if set(children) >= RETENTION:
             return "retention: a decay by distance takes the place of a softmax over scores"
-        of_sana = str(self.setting(("_class_name",))).startswith("Sana") and self.module.endswith(".attn1")
-        if of_sana or "LinearAttn" in str(self.source.own(self.module, ("processor",))):
+        of_sana = str(self.setting(("_class_name",))).startswith("Sana") and self.path.endswith(".attn1")
+        if of_sana or "LinearAttn" in str(self.source.own(self.path, ("processor",))):
             return "linear attention: a ReLU of queries and keys, without a softmax"
-        kind = self.source.kind(self.module)
+        kind = self.source.kind(self.path)
         if kind.startswith(("torch.", "transformers.", "timm.")):  # of which the names tell
             return None
         called = kind.rpartition(".")[2]
@@ -173,7 +173,7 @@ class ModuleSettings:
             own = list(range(depth - shared))
         if isinstance(kinds, list) and len(kinds) > number:
             own = [i for i in own if kinds[i] == kinds[number]] or own
-        _, found, after = f"{self.module}.".partition(f".{number}.")
+        _, found, after = f"{self.path}.".partition(f".{number}.")
         if not own or not found:
             return None
         return "../" * (1 + after.count(".")) + f"{own[-1]}.{after}"
@@ -192,7 +192,7 @@ class ModuleSettings:
         kind = self.setting(("model_type",))
         if kind in NORMS_BEFORE_IN_CROSS and self.is_cross():
             return False
-        if norms := list(filter(is_query_key_norm, self.source.children(self.module))):
+        if norms := list(filter(is_query_key_norm, self.source.children(self.path))):
             belongs = self._are_norms_of(query, norms) if query else True
             if belongs is not False:
                 return belongs
@@ -202,7 +202,7 @@ class ModuleSettings:
 
     def _are_norms_of(self, query: str, norms: list[str]) -> bool | None:
         """Whether one of the norms is of the attention with these queries, by the words that the names have more."""
-        children = self.source.children(self.module)
+        children = self.source.children(self.path)
         own = own_words(query)
         sets = {own_words(child) for child in children if is_query_like(child) or is_fused_like(child)} - {own}
         undecided = False
@@ -211,7 +211,7 @@ class ModuleSettings:
                 return True
             if words and any(are_of_one(words, other) for other in sets):
                 continue
-            if words or frozenset() not in sets or self.source.is_known(self.module):
+            if words or frozenset() not in sets or self.source.is_known(self.path):
                 return True
             undecided = True
         return None if undecided else False
@@ -239,7 +239,7 @@ class ModuleSettings:
             return stated
         # Meta's and llama2.c's code multiplies neighbours, as complex numbers, with a table of this name. Others have
         # such a table and turn halves (Gemma's own code, MiniMind), so that their names have to say it as well.
-        of_meta = {"wq", "wk"} <= set(self.source.children(self.module))
+        of_meta = {"wq", "wk"} <= set(self.source.children(self.path))
         has_table = of_meta and self.setting(("freqs_cis", "freqs_cos")) is True
         return has_table or self.setting(("model_type",)) in INTERLEAVED
 
@@ -247,7 +247,7 @@ class ModuleSettings:
         """Whether anything says which coordinates a rotary plane is of: settings, or a class that the tables cover."""
         told = (self.setting(("rotate_half",)), self.setting(ROTARY_PLANES))
         return (
-            any(isinstance(value, bool) for value in told) or self.is_interleaved() or self.source.is_known(self.module)
+            any(isinstance(value, bool) for value in told) or self.is_interleaved() or self.source.is_known(self.path)
         )
 
     def frequencies(self) -> str:
@@ -283,12 +283,12 @@ class ModuleSettings:
 
     def is_cross(self) -> bool:
         """Whether the module is called as cross-attention is."""
-        return bool(CROSS.search(self.module.lower()))
+        return bool(CROSS.search(self.path.lower()))
 
     def may_be_cross(self) -> bool:
         """Whether the module is called as cross-attention may be, in a class that no table covers."""
-        of_library = self.source.kind(self.module).startswith(("transformers.", "timm."))
-        return not of_library and bool(PERHAPS_CROSS.search(self.module.lower()))
+        of_library = self.source.kind(self.path).startswith(("transformers.", "timm."))
+        return not of_library and bool(PERHAPS_CROSS.search(self.path.lower()))
 
     def _is_without_rotary(self) -> bool:
         """Whether this layer is without rotary positions though the model has them."""
@@ -297,7 +297,7 @@ class ModuleSettings:
         kind, number = str(self.setting(("model_type",))), self.layer_number
         if kind in ROTARY_UNREAD:
             return True
-        if WITHOUT_POSITIONS.search(self.module) or (self.is_cross() and kind not in ROTARY_IN_CROSS):
+        if WITHOUT_POSITIONS.search(self.path) or (self.is_cross() and kind not in ROTARY_IN_CROSS):
             return True
         if self.may_be_cross():  # and shown as if it were
             return True

@@ -17,12 +17,11 @@ import rankdecay as rd
 from rankdecay.attention import AttentionLayer
 from rankdecay.attention.products import Rotary
 from tests import needs
-
-from . import comparison
-from .computed import Products, check_layer, check_model, watched
-from .families import TOKENS, TRANSFORMERS, build, randomised, run
-from .interventions import check_heads, prepared
-from .layouts import LAYERS, LAYOUTS, build_layout
+from tests.attention import comparison
+from tests.attention.computed import Products, check_layer, check_model, watched
+from tests.attention.families import TOKENS, TRANSFORMERS, build, randomised, run
+from tests.attention.interventions import check_heads, prepared
+from tests.attention.layouts import LAYERS, LAYOUTS, build_layout
 
 
 @pytest.fixture(autouse=True)

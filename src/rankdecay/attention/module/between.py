@@ -1,0 +1,167 @@
+"""What stands between the matrices of an attention module, so that scores or outputs are not their product."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from rankdecay.attention.layer import Role
+from rankdecay.attention.module.beside import is_batch_norm, is_norm, steps
+from rankdecay.attention.module.found import Place
+from rankdecay.attention.module.projections import ModuleParameters
+from rankdecay.attention.names import (
+    BETWEEN,
+    CHANNELS,
+    CONVOLUTIONS,
+    HEADS_NORMS,
+    NORM_OF_HEADS,
+    PLAIN_NORM,
+    POOLING,
+    SCALES,
+    TURNED,
+    VALUE_NORMS_WITHOUT_WEIGHTS,
+    AttentionNames,
+    is_gate,
+    is_value_norm,
+)
+
+#: What a norm is called that stands behind a projection in a module of their own.
+BATCH_NORMS = ("bn", "norm", "batch_norm", "batchnorm", "normalization")
+
+
+def why_no_product(module: ModuleParameters, row: AttentionNames, places: dict[Role, Place]) -> str:
+    """Return what makes scores more than the product of queries and keys, if their norms are not counted."""
+    if is_of_channels(module):
+        return "takes its scores between channels, not tokens"
+    weights = (module.parameter(child) for child in (row.query, row.key, row.fused) if child)
+    owners = {  # a norm beside the last of a sequence, called proj, is before it
+        weight.removesuffix(".weight").rpartition(".")[0]
+        for weight in weights
+        if weight and not weight.endswith(".proj.weight")
+    }
+    if any(f"{owner}.{norm}.weight" in module.plain for owner in owners - {module.path} for norm in BATCH_NORMS):
+        return "normalises queries and keys over the batch"
+    behind = _behind_scores(module, row)
+    if any(map(is_batch_norm, behind)):
+        return "normalises queries and keys over the batch"
+    if other := next((step for step in behind if not is_norm(step)), ""):
+        return f"puts {other} between its projections and the scores"
+    kind = module.setting(("model_type",))
+    if kind in TURNED:
+        return "turns queries and keys by positions, though not plane by plane"
+    if kind in POOLING and row.fused and (shape := module.shape(module.parameter(row.fused) or ""))[0] != 3 * shape[1]:
+        return "pools its queries over tokens"
+    if "k_sconv" in module.source.children(module.path):
+        return "convolves keys over tokens"
+    if {"q", "k"} & _convolved(module):
+        return "convolves queries or keys over tokens"
+    if _scales_coordinates(module, row, places):
+        return "scales queries or keys coordinate by coordinate, by a learned vector"
+    return ""
+
+
+def _convolved(module: ModuleParameters) -> set[str]:
+    """Return which of q, k and v convolutions over tokens stand behind."""
+    children = filter(module.is_convolution_behind, module.source.children(module.path))
+    matches = (CONVOLUTIONS.fullmatch(child) for child in children)
+    names = (match["of"] for match in matches if match)
+    return {letter for name in names for letter in (name if name.strip("qkv") == "" else name[0])}
+
+
+def _scales_coordinates(module: ModuleParameters, row: AttentionNames, places: dict[Role, Place]) -> bool:
+    """Whether a parameter has a factor for each coordinate of a head, or of all heads, that meets queries or keys.
+
+    One of a factor for each head, or of a single one, leaves a product what it is.
+    """
+    window = places["query"].window
+    for child in module.source.children(module.path):
+        if child and SCALES.fullmatch(child) and child not in row.projections:
+            path = module.path_of(child)
+            names = (path, f"{path}.{child}", f"{path}.weight", f"{path}.scale")
+            shape = next((module.shape(name) for name in names if name in module.plain), ())
+            whole = "q" in child or "k" in child  # otherwise it may be one of what the module gives
+            sizes = {window.head_dim, *([window.head_dim * window.num_heads] if whole else [])}
+            if shape and shape[-1] > 1 and math.prod(shape) in sizes:
+                return True
+    return False
+
+
+def _behind_scores(module: ModuleParameters, row: AttentionNames) -> list[str]:
+    """Return what stands in sequences between the projections to queries and keys and their scores."""
+    weights = (module.parameter(child) for child in (row.query, row.key, row.fused) if child)
+    return [step for weight in weights if weight for step in steps(module.source, module.plain, weight, "behind")]
+
+
+def has_norm_behind(module: ModuleParameters, row: AttentionNames) -> bool:
+    """Whether a norm, but not over the batch, stands behind a projection to queries or keys in a sequence."""
+    return any(is_norm(step) and not is_batch_norm(step) for step in _behind_scores(module, row))
+
+
+def why_no_value_product(module: ModuleParameters, places: dict[Role, Place], value: str = "", output: str = "") -> str:
+    """Return what stands between values and output projection, if it is more than the weights of attention.
+
+    Args:
+        module: that holds them.
+        places: of the matrices.
+        value: plain name of the weight that projects to values, if it may be in a sequence.
+        output: that of the output projection.
+    """
+    if "output" not in places:
+        return ""
+    if is_of_channels(module):
+        return "mixes the channels of each head by its scores"
+    children = module.source.children(module.path)
+    own = places["query"].window.num_heads * places["value"].window.head_dim
+    if reason := next((reason for child, reason in BETWEEN.items() if child in children), ""):
+        return reason
+    if "v" in _convolved(module):
+        return BETWEEN["v_sconv"]
+    if "gate" in places or any(module.has_rows(child, own) for child in filter(is_gate, children)):
+        return "gates what its heads give before the output projection"
+    if any(child in children for child in HEADS_NORMS) or norm_stands(module, places) == "behind heads":
+        return "normalises what its heads give before the output projection"
+    if any(map(is_value_norm, children)) or module.setting(("model_type",)) in VALUE_NORMS_WITHOUT_WEIGHTS:
+        return "normalises values"
+    behind = steps(module.source, module.plain, value, "behind")
+    before = steps(module.source, module.plain, output, "before")
+    if step := next((step for step in (*behind, *before) if not is_norm(step)), ""):
+        return f"puts {step} between values and the output projection"
+    if behind:
+        return "normalises values"
+    return "normalises what its heads give before the output projection" if before else ""
+
+
+def norm_stands(module: ModuleParameters, places: dict[Role, Place]) -> Literal["", "behind heads", "unknown"]:
+    """Return where a child called ``norm`` stands: "" if before the projections, or if there is none."""
+    children = module.source.children(module.path)
+    if PLAIN_NORM not in children or "sr" in children or "output" not in places or "latent" in places:
+        return ""  # sr: a norm of what keys and values are formed from
+    if module.source.kind(module.path) in NORM_OF_HEADS:
+        return "behind heads"
+    of_library = module.source.kind(module.path).startswith(("timm.", "transformers.", "diffusers."))
+    if of_library or module.setting(("model_type",)) is not None or is_of_vqgan(module):
+        return ""
+    weight, query, value = module.path_of(f"{PLAIN_NORM}.weight"), places["query"], places["value"].window
+    width = module.shape(weight)[0] if weight in module.plain and module.shape(weight) else None
+    read = math.prod(module.shapes[query.parameter]) // (query.window.groups * query.window.size)
+    given = {query.window.num_heads * value.head_dim, value.head_dim}
+    if width is None or (width in given) == (width == read):
+        return "unknown"
+    return "behind heads" if width in given else ""
+
+
+def is_of_vqgan(module: ModuleParameters) -> bool:
+    """Whether it is the attention of a VQGAN's convolutions: of one head, without positions."""
+    query = module.parameter("q")
+    return bool(query and module.parameter("proj_out") and len(module.shape(query)) == 4)
+
+
+def is_of_channels(module: ModuleParameters) -> bool:
+    """Whether tokens are summed over in the scores: Florence-2's and DaViT's channel attention, XCiT, Restormer.
+
+    A temperature of another shape than (heads, 1, 1) is a factor of the scores between tokens.
+    """
+    if CHANNELS.search(module.source.kind(module.path)) or "channel_attn" in module.path.split("."):
+        return True
+    name = module.path_of("temperature")
+    return name in module.plain and len(shape := module.shape(name)) == 3 and shape[1:] == (1, 1)

@@ -1,0 +1,220 @@
+"""Number and size of the heads of one module, from its settings and from the shapes of its projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from rankdecay.attention.layer import Window
+from rankdecay.attention.module.between import (
+    is_of_channels,
+    is_of_vqgan,
+)
+from rankdecay.attention.module.projections import ModuleParameters, divide
+from rankdecay.attention.module.settings import NotHandled
+from rankdecay.attention.names import (
+    HEAD_DIM,
+    KEY_DIM,
+    KEY_HEADS,
+    NUM_HEADS,
+    WIDTH,
+    AttentionNames,
+)
+
+
+def check_heads(module: ModuleParameters, heads: int, key_heads: int) -> None:
+    """Refuse query heads that do not share key heads equally."""
+    if heads % key_heads:
+        raise NotHandled(
+            f"{heads} query heads are not a multiple of {key_heads} key heads; if there are others, {say_heads(module)}"
+        )
+
+
+def share_of_output(module: ModuleParameters, child: str, across: int, own: int, transposed: bool) -> Window | None:
+    """Return the part of an output projection one level up that belongs to this one of several modules.
+
+    A list of modules of one head each, whose results are concatenated: the number is the last in the path.
+    """
+    number = module.path.rpartition(".")[2]
+    if not child.startswith("../") or not number.isdigit() or across % own:
+        return None
+    siblings = module.source.children(module.path.rpartition(".")[0])
+    first = int(number) * own
+    if len(siblings) * own != across:
+        return None
+    return Window("columns", first, first + own, across, own, 1, transposed)
+
+
+def count_heads(
+    module: ModuleParameters,
+    row: AttentionNames,
+    height: dict[str, int],
+    across: list[int],
+    parameters: dict[str, str],
+    stacked: bool,
+) -> tuple[int, int]:
+    """Return the number of query heads and the lines of each."""
+    if stacked:  # the shape says it
+        count, _, size = module.shape(parameters[row.query or row.fused or ""])
+        return count, size
+    heads = row.num_heads or module.number(NUM_HEADS)
+    if is_of_vqgan(module):
+        heads = row.num_heads or 1
+    if row.query in ("vision_proj", "text_proj") and (sides := module.number(("encoder_attention_heads",))):
+        heads = row.num_heads or sides // 2  # Grounding DINO's fusion
+    ratio = module.number(("head_ratio",))
+    if ratio and heads and row.num_heads is None and module.number(HEAD_DIM) is None:
+        heads //= ratio  # a configuration's number; ConvBERT gives the rest to its convolution
+    if is_of_channels(module):
+        heads = row.num_heads or module.number(("groups", "num_groups")) or heads
+    head_dim = row.head_dim or module.number(HEAD_DIM)
+    if row.query and _is_one_of_heads(module, row, height):
+        return 1, height[row.query]
+    own_dim = module.source.own(module.path, HEAD_DIM)
+    stated = row.num_heads or row.head_dim or module.has_gates() or module.source.own(module.path, NUM_HEADS)
+    if row.query and isinstance(own_dim, int) and not stated and own_dim > 0 and height[row.query] % own_dim == 0:
+        return height[row.query] // own_dim, own_dim  # the configuration's number may be of another tower
+    if row.query and row.head_dim:
+        lines, count = height[row.query], row.num_heads or height[row.query] // row.head_dim
+        if count * row.head_dim != lines:
+            raise NotHandled(
+                f"{row.query} has {lines} rows, and {count} heads of {row.head_dim} have {count * row.head_dim}: "
+                "leave head_dim= out where the settings state the heads, or give the size that they have"
+            )
+        return count, row.head_dim
+    key_dim = module.number(KEY_DIM) if row.layout == "interleaved" else None
+    if key_dim and row.query:  # LeViT: values are wider than keys, and a layer that shrinks has heads of its own
+        return divide(height[row.query], key_dim, f"the height of {row.query}", "the key size"), key_dim
+    if key_dim and heads:
+        return heads, key_dim
+    if row.query:
+        lines = height[row.query]
+        if heads and lines % heads == 0:
+            return heads, lines // heads
+        if head_dim and lines % head_dim == 0:
+            return lines // head_dim, head_dim
+        raise no_heads(module, row.query, lines, heads, head_dim)
+    assert row.fused
+    lines = height[row.fused]
+    if heads and (key_dim := module.number(KEY_DIM)):
+        return heads, key_dim
+    if row.value and not heads and head_dim:
+        heads = divide(lines, 2 * head_dim, f"the height of {row.fused}", "two times the head size")
+    if row.value and heads:  # queries and keys in one, as wide as each other
+        size = divide(lines, 2 * heads, f"the height of {row.fused}", "two times the heads")
+        if row.head_dim not in (None, size):
+            raise NotHandled(
+                f"{row.fused} has {lines} rows, where {heads} heads of {row.head_dim} queries and keys have "
+                f"{2 * heads * row.head_dim}: give the size that they have, {size}"
+            )
+        return heads, size
+    if across and lines == 1 + 2 * across[0]:
+        raise NotHandled(
+            f"{row.fused} holds one score for each token, keys and values, and no queries: linear attention"
+        )
+    if module.number(("val_dim", "value_dim")):
+        raise NotHandled(f"{row.fused} holds queries and values of different widths")
+    if heads is None and head_dim and across:
+        heads = across[0] // head_dim
+    if heads is None:
+        raise no_heads(module, row.fused, lines, heads, head_dim)
+    if row.head_dim and not row.num_heads and across and heads * row.head_dim not in across:
+        heads = across[0] // row.head_dim  # some of those that the settings state
+    key_heads = module.number(KEY_HEADS)
+    candidates = [
+        head_dim,
+        *(columns // heads for columns in across if columns % heads == 0),
+        lines // (heads + 2 * key_heads) if key_heads and lines % (heads + 2 * key_heads) == 0 else None,
+        lines // (3 * heads) if lines % (3 * heads) == 0 else None,
+    ]
+    for size in candidates:
+        if size and lines % size == 0 and (lines // size - heads) % 2 == 0 and lines // size > heads:
+            return heads, size
+    raise no_heads(module, row.fused, lines, heads, head_dim)
+
+
+def no_heads(module: ModuleParameters, child: str, lines: int, heads: int | None, head_dim: int | None) -> NotHandled:
+    """Return the error of a projection whose heads nothing says."""
+    known = " with their number, or, if it is stored (in, out) as in x @ W, names=AttentionNames(..., transposed=True)"
+    return NotHandled(
+        f"{child} has {lines} rows, and {heads or 'an unknown number of'} heads of {head_dim or 'unknown'} size do "
+        f"not divide it; {say_heads(module)}{known if heads else ''}"
+    )
+
+
+def say_heads(module: ModuleParameters) -> str:
+    """Return how to say another number of heads: a plain ``num_heads=`` does not stand against the settings."""
+    stated = module.stated(NUM_HEADS) is not None
+    return "say names=AttentionNames(..., num_heads=...)" if stated else "pass num_heads=..."
+
+
+def check_whole(module: ModuleParameters, heads: int, head_dim: int, across: int) -> None:
+    """Refuse queries in a file that have room for some of the heads of the stated width, and not for all.
+
+    Args:
+        module: with the projection.
+        heads: as many as the settings state, if this is such a file.
+        head_dim: of each, if all of them are there.
+        across: width of the input.
+    """
+    if module.source.kind(module.path) or module.number(WIDTH) != across or heads != module.stated(NUM_HEADS):
+        return
+    size, left = divmod(across, heads)
+    narrow = ("head_ratio", "attention_downsample_rate")  # ConvBERT, SAM
+    stated = module.number(HEAD_DIM) or module.number(KEY_DIM) or module.number(narrow)
+    if stated or left or heads * head_dim >= across or heads * head_dim % size:
+        return
+    raise NotHandled(
+        f"its settings state {heads} heads in a width of {across}, which are {size} wide, and its weights have "
+        f"room for {heads * head_dim // size} of those: it is one of several tensor-parallel slices, which have to "
+        f"be merged, or heads were pruned: then say names=AttentionNames(..., head_dim={size}), or what they are"
+    )
+
+
+def contradicted(module: ModuleParameters, heads: int, head_dim: int, key_heads: int) -> str:
+    """Return which numbers of heads the settings state, and what the weights make; "" if they agree.
+
+    Raises:
+        NotHandled: If a class that no table covers states them itself, and not a configuration that may be
+            another part's.
+    """
+    made = f"where its weights make {heads} heads of {head_dim} with {key_heads} of keys"
+    how = "names=AttentionNames(..., num_heads=..., head_dim=...)"
+    read = (
+        (NUM_HEADS, "{} heads", heads),
+        (HEAD_DIM, "heads of {}", head_dim),
+        (KEY_HEADS, "{} key heads", key_heads),
+    )
+
+    def differing(setting: Callable[[tuple[str, ...]], object]) -> str:
+        stated = [(text, setting(attributes), number) for attributes, text, number in read]
+        return " and ".join(text.format(n) for text, n, number in stated if type(n) is int and n not in (0, -1, number))
+
+    if not module.source.is_known(module.path) and (own := differing(partial(module.source.own, module.path))):
+        raise NotHandled(f"it states {own}, {made}: say which with {how}")
+    settings = [text] if (text := differing(module.stated)) else []
+    of_file = not module.source.kind(module.path)  # whose configuration states key heads where there are fewer
+    if of_file and key_heads not in (1, heads) and module.stated(NUM_HEADS) and module.stated(KEY_HEADS) is None:
+        settings.append("no number of key heads")
+    if not settings:
+        return ""
+    return f"its settings state {' and '.join(settings)}, {made}, as is shown; if that is wrong, say {how}"
+
+
+def _is_one_of_heads(module: ModuleParameters, row: AttentionNames, height: Mapping[str, int]) -> bool:
+    """Whether the module is one head of a list of them: by the list's name, or by the output beside the list."""
+    parts = module.path.split(".")
+    if len(parts) < 2 or not parts[-1].isdigit() or any(map(module.parameter, _inside(row.outputs))):
+        return False
+    lines = height.get(row.value or "", 0)
+    return parts[-2] in ("heads", "attn_heads", "attention_heads") or any(
+        lines > 0
+        and len(module.shape(name)) == 2
+        and share_of_output(module, child, module.shape(name)[1], lines, False)
+        for child in row.outputs
+        if (name := module.parameter(child))
+    )
+
+
+def _inside(outputs: Iterable[str]) -> list[str]:
+    return [child for child in outputs if not child.startswith("../")]
