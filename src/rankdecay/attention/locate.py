@@ -32,6 +32,7 @@ from rankdecay.attention.names import (
     SEPARATE,
     SHARED_LATENT,
     AttentionNames,
+    factor_of,
     is_fused_like,
     is_input_like,
     is_key_like,
@@ -243,7 +244,7 @@ class _Search:
             self._attempt(reader, partial(reader.read, row, named=True), row.projections, named=True)
         there = {*children, *self.source.children(module)}
         unsaid = "" if self.only else reader.three_in_one(children)
-        if self.only or not (unsaid or _WORTH_A_LOOK & there or any(map(is_input_like, there))):
+        if self.only or not (unsaid or _WORTH_A_LOOK & there or any(is_input_like(c) or factor_of(c) for c in there)):
             return
         projections = [child for child in children if not reader.is_beside(child)]
         if any(is_query_like(child) or is_fused_like(child) for child in projections):
@@ -267,7 +268,7 @@ class _Search:
         ]
         unsaid = "" if reason or self._taken else unsaid
         if reason := _of_flax(reader, self._taken) or _not_recognised(reader, left, reason) or unsaid:
-            self.unhandled.append(Unhandled(module, reason))
+            self._say(module, reason)
 
     def _attempt(
         self, reader: ModuleReader, read: Callable[[], Found], projections: Sequence[str], named: bool = False
@@ -286,14 +287,18 @@ class _Search:
                 reader.check_alone(child)
             layer = read()
         except NotHandled as reason:
-            self.unhandled.append(Unhandled(reader.path, str(reason)))
+            self._say(reader.path, str(reason))
             return
         called = {earlier.name for earlier in takewhile(lambda one: one.module == layer.module, reversed(self.found))}
         firsts = (name.removeprefix(f"{reader.path}.").partition(".")[0] for name in names)
         name = next(name for name in (layer.name, *(f"{layer.name}:{first}" for first in firsts)) if name not in called)
         self.found.append(layer._replace(name=name))
         if layer.no_output:
-            self.unhandled.append(Unhandled(reader.path, f"its output projection is not found, {layer.no_output}"))
+            self._say(reader.path, f"its output projection is not found, {layer.no_output}")
+
+    def _say(self, module: str, reason: str) -> None:
+        if (said := Unhandled(module, reason)) not in self.unhandled:
+            self.unhandled.append(said)
 
 
 def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionNames]:
@@ -329,6 +334,8 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         more = f" and {len(children) - 6} more" if len(children) > 6 else ""
         return " and ".join(f"{child} {shape}" for child, shape in zip(first, shapes, strict=True)) + more
 
+    if not reason and any(second in left for second in reader.pairs):
+        return reader.latent_unknown()
     if not (fused or (queries and keys)):
         there = reader.source.children(reader.path)
         if mark := next((mark for mark in NOT_READ if mark in there), None):

@@ -131,6 +131,8 @@ _AFTER = r"(?![a-z])"
 _NO_PROJECTION = re.compile(
     r"norm|bias|token|embed|pool|mapper|(?<![a-z])emb(?![a-z])|pos(?![a-z])|scale|lora|lambda|(?<![a-z])ln(?![a-z])"
 )
+#: Keys and values that are learned numbers, not projected: "mem_kv", "null_k".
+LEARNED = re.compile(r"(mem(ory)?|null|bias|learned)_?(k|v|kv|keys?|values?|keys?_values?)s?")
 #: "lin_out", "toOut", "OutProj"; not "output_gate".
 _OUTPUT_WORD = re.compile(
     r"(.*(_|[a-z](?=O)))?[oO]ut(put)?(_?(proj(ection)?|lin(ear)?|layer|fc|dense|conv|map|w|weight))?", re.IGNORECASE
@@ -251,6 +253,30 @@ def are_of_one(some: frozenset[str], others: frozenset[str]) -> bool:
         for one in some
         for other in others
     )
+
+
+#: What one of two factors is called, of whatever it is; and of "w_uq", "W_DKV".
+_FACTORS = frozenset(["down", "up", "a", "b", "compress", "decompress", "compressed", "latent"])
+_UP_OR_DOWN = re.compile(r"[ud](?=q|k|v)")
+
+
+@lru_cache(maxsize=4096)
+def factor_of(child: str) -> frozenset[str]:
+    """Return of which of q, k and v a child is one of two factors, by its name; of none if it is one of DeepSeek's.
+
+    Example:
+        >>> sorted(factor_of("kv_down_proj")), sorted(factor_of("W_UQ")), sorted(factor_of("q_proj"))
+        (['k', 'v'], ['q'], [])
+    """
+    if child in _KNOWN_FACTORS:
+        return frozenset()
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower())
+    bare = [_UP_OR_DOWN.sub("", word, count=1) if _UP_OR_DOWN.match(word) else word for word in words]
+    if bare == words and not _FACTORS & set(words):
+        return frozenset()
+    letters = {"query": "q", "key": "k", "keys": "k", "value": "v", "values": "v"}
+    of = (letters.get(word, word.removeprefix("w")) for word in bare)
+    return frozenset(letter for word in of if word and not word.strip("qkv") for letter in word)
 
 
 def is_value_norm(child: str) -> bool:
@@ -611,6 +637,7 @@ SHARED_LATENT = (
     ("q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj"),
     ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"),
 )
+_KNOWN_FACTORS = frozenset(name for row in (*LATENT, *SHARED_LATENT) for name in row)
 #: JetMoE: queries of the experts, keys and values of all, outputs of the experts.
 EXPERTS = ("experts.input_linear", "kv_proj", "experts.output_linear")
 

@@ -1,4 +1,4 @@
-"""What a module multiplies by: which way round its weight is, by its class or by multiplying once, and whether it is."""
+"""What a module multiplies by: which way round its weight is, by its class or by multiplying once, and if it is all."""
 
 from __future__ import annotations
 

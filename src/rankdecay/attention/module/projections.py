@@ -11,8 +11,10 @@ from rankdecay.attention.module.found import Place
 from rankdecay.attention.module.settings import ModuleSettings, NotHandled
 from rankdecay.attention.names import (
     CONVOLUTIONS,
+    LEARNED,
     NUM_HEADS,
     AttentionNames,
+    factor_of,
     is_fused_like,
     is_gate,
     is_input_like,
@@ -24,10 +26,10 @@ from rankdecay.attention.names import (
 )
 from rankdecay.attention.source import Shape, Source
 
-#: Where a projection's weight may be, under its name: itself, a wrapped linear layer, the first of a sequence.
+#: Where a projection's weight may be, under its name: itself, a wrapped or compiled layer, the first of a sequence.
 WEIGHTS = (
     ".weight", "", *(f".{own}.weight" for own in ("linear", "layer", "lin", "fc", "dense", "proj", "conv", "c")),
-    ".convolution.weight", ".0.weight", ".1.weight", ".ln.linear.weight", ".proj.conv.weight",
+    "._orig_mod.weight", ".convolution.weight", ".0.weight", ".1.weight", ".ln.linear.weight", ".proj.conv.weight",
 )  # fmt: skip
 
 
@@ -54,6 +56,8 @@ class ModuleParameters(ModuleSettings):
         found = [name + weight for weight in WEIGHTS if name + weight in self.plain]
         if found and self.source.kind(found[0].removesuffix(".weight")).endswith(".Embedding"):
             return None  # a table of learned queries, not a projection to them
+        if found == [name] and LEARNED.fullmatch(child):
+            return None
         if found[:2] == [f"{name}.0.weight", f"{name}.1.weight"] and len(self.shape(found[0])) == 1:
             return found[1]  # behind a norm
         if found and "encoder" in child and any(self._matrix(f"{name}.{i}.weight") for i in range(1, 6)):
@@ -122,6 +126,8 @@ class ModuleParameters(ModuleSettings):
 
     def several(self, child: str) -> str:
         """Return of which matrices a projection is, if it is of more than one."""
+        if child in self.pairs or child in self.pairs.values():
+            return self.latent_unknown()
         path, weight = self.path_of(child.removesuffix(".0")), self.parameter(child)
         others = other_matrices(self.source, self.plain, path, weight) if weight else []
         says = {"q": is_query_like, "k": is_key_like, "v": is_value_like, "": is_input_like}
@@ -141,6 +147,34 @@ class ModuleParameters(ModuleSettings):
     @cached_property
     def _factors_beside(self) -> dict[str, str]:
         return factors_beside(self.source, self.plain, self.path)
+
+    @cached_property
+    def pairs(self) -> dict[str, str]:
+        """Children that take what another gives, with the other: the two factors of one projection, by their names."""
+        sides: dict[str, tuple[int, int]] = {}  # (out, in)
+        for child in sorted(self.source.children(self.path)):
+            name = self.parameter(child) if factor_of(child) and child not in self._factors_beside else None
+            if name and is_matrix(shape := self.shape(name)):
+                turned = self.source.is_turned(name.removesuffix(".weight"))
+                sides[child] = (shape[1], shape[0]) if turned else (shape[0], shape[1])
+        return {
+            second: first
+            for second, (rows, columns) in sides.items()
+            for first, (lines, across) in sides.items()
+            if factor_of(second) & factor_of(first) and columns == lines < min(rows, across)
+        }
+
+    def latent_unknown(self) -> str:
+        """Return what to say of such factors; "" if there are none."""
+        if not self.pairs:
+            return ""
+        second, first = next(iter(self.pairs.items()))
+        return (
+            f"{second} takes what {first} gives, as the factors of latent attention do, and these names of factors are "
+            "not known: merge each two into one weight, or call them as DeepSeek does (q_a_proj, q_b_proj, "
+            "kv_a_proj_with_mqa, kv_b_proj with the keys and values of one head after the other, o_proj); or leave the "
+            "module to the optimizer with exclude="
+        )
 
     def is_beside(self, child: str) -> bool:
         """Whether a child stands beside projections and is none: a factor of low rank, or a convolution behind one."""

@@ -185,7 +185,7 @@ class ModuleReader(ModuleParameters):
 
     def _doing_more(self, projections: Mapping[str, str], turned: bool) -> str:
         """Return which projections do more than to multiply by their weight, as text."""
-        owners = {child: name.removesuffix(".weight") for child, name in projections.items() if name.endswith(".weight")}
+        owners = {child: n.removesuffix(".weight") for child, n in projections.items() if n.endswith(".weight")}
         more = [child for child, owner in owners.items() if self.source.does_more(owner, turned)]
         if not more:
             return ""
@@ -235,6 +235,7 @@ class ModuleReader(ModuleParameters):
         if inside:
             raise NotHandled(
                 f"the output projection takes {fits[inside[0]]} columns, where {heads} heads of {value_dim} give {own}"
+                + self._say_gates(own, fits[inside[0]])
             )
         others = others or {}
         left = self.matrices({place.parameter for place in places.values()} | {self.plain[o] for o in others.values()})
@@ -251,6 +252,16 @@ class ModuleReader(ModuleParameters):
         if others and not places["query"].parameter.endswith("add_q_proj.weight"):  # diffusers' last layers have none
             return f"since {' and '.join(others)} is that of another attention in the module"
         return ""
+
+    @staticmethod
+    def _say_gates(own: int, across: int) -> str:
+        """Return what to say where heads give twice of what the output projection takes."""
+        if own != 2 * across:
+            return ""
+        return (
+            "; if its projection to queries holds a gate behind each head's query, set attn_output_gate = True on the "
+            "module, or in its configuration"
+        )
 
     def _is_of_another(self, child: str, name: str, row: AttentionNames) -> bool:
         """Whether an output projection in the module belongs to another attention there, with queries of its own."""
