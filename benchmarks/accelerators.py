@@ -47,7 +47,8 @@ import tuning
 from schedule import contrast, holm, log_ratios
 from tuning import Protocol, Row, Space, mean_time, restricted, trained, trial, tuned
 
-from rankdecay.lab.ensemble.ensemble import Ensemble, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble
+from rankdecay.lab.ensemble.members import Training
 from rankdecay.lab.experiments.boundary.settings import Boundary
 from rankdecay.lab.machine import describe_machine, versions
 from rankdecay.lab.store import read_metrics

@@ -36,10 +36,10 @@ import torch
 import torch.nn.functional as F
 
 from rankdecay.lab.ensemble import transformer
-from rankdecay.lab.ensemble.ensemble import Ensemble, compiler_available
+from rankdecay.lab.ensemble.ensemble import Ensemble
 from rankdecay.lab.experiments.grok.experiment import make_arms, make_datasets, make_ensembles
 from rankdecay.lab.experiments.grok.settings import PRESETS, Grok
-from rankdecay.lab.machine import describe_machine
+from rankdecay.lab.machine import compiler_available, describe_machine
 
 EVALUATE_EVERY = 200
 BLOCKS, BLOCK_STEPS = 30, 4

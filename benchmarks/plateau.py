@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rankdecay.lab.ensemble import transformer
-from rankdecay.lab.ensemble.ensemble import Ensemble, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble
+from rankdecay.lab.ensemble.members import Training
 from rankdecay.lab.experiments.boundary.arms import every_arm
 from rankdecay.lab.experiments.boundary.experiment import trials
 from rankdecay.lab.experiments.boundary.settings import Boundary

@@ -42,7 +42,8 @@ import tuning
 from scipy import stats
 from tuning import Protocol, Row, Space, mean_time, restricted, split_name, trained, trial, tuned
 
-from rankdecay.lab.ensemble.ensemble import Ensemble, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble
+from rankdecay.lab.ensemble.members import Training
 from rankdecay.lab.machine import describe_machine
 from rankdecay.lab.store import read_metrics
 from rankdecay.lab.tasks import make_dataset

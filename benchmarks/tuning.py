@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rankdecay.lab.ensemble import local
-from rankdecay.lab.ensemble.ensemble import Training
+from rankdecay.lab.ensemble.members import Training
 from rankdecay.lab.ensemble.outcome import key_of
 from rankdecay.lab.ensemble.sweep import Plan, Trial
 from rankdecay.lab.experiments.boundary.arms import every_arm

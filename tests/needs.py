@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from rankdecay.lab.ensemble.ensemble import compiler_available
+from rankdecay.lab.machine import compiler_available
 
 OLD_TRAINER = "Trainer calls no factory: install transformers 5.2 or later"
 OLD_TRANSFORMERS = "a model that came or was mended later: install the transformers of constraints.txt"

@@ -102,7 +102,8 @@ def test_two_processes_of_fsdp2_decay_by_it():
 
 
 def test_an_ensemble_decays_by_it():
-    from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training
+    from rankdecay.lab.ensemble.ensemble import Ensemble
+    from rankdecay.lab.ensemble.members import Member, Training
     from rankdecay.lab.ensemble.transformer import TransformerConfig
     from rankdecay.lab.tasks import make_dataset
 

@@ -1,4 +1,4 @@
-"""What a run takes from the machine at hand: its device, as many processors as it may use, a compiler where it pays."""
+"""What a run takes from the machine at hand: its device, as many processors as it may use, a compiler."""
 
 import os
 import subprocess
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rankdecay.lab import machine
-from rankdecay.lab.ensemble import ensemble
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.recall.experiment import RecallProblem
 from rankdecay.lab.experiments.attention.recall.settings import Recall, check
@@ -84,45 +83,6 @@ def test_all_cores_train_only_where_a_step_is_faster_for_it(threads, monkeypatch
 
 
 # --- compiling ---
-
-
-class Counted:
-    """Stands for an ensemble: what matters here is how long its steps take."""
-
-    def __init__(self) -> None:
-        self.trained = 0
-
-    def train(self, steps: int) -> None:
-        self.trained += steps
-
-
-def test_compiling_is_decided_by_the_time_of_the_first_steps(monkeypatch):
-    monkeypatch.setattr(ensemble, "compiler_available", lambda device: True)
-    made: list[Counted] = []
-    clock = iter([0.0, 2.0, 0.0, 2.0])  # a second a step
-    monkeypatch.setattr(ensemble.time, "perf_counter", lambda: next(clock))
-
-    def make():
-        made.append(Counted())
-        return made[-1]
-
-    assert ensemble.worth_compiling("auto", "cpu", make, ensemble.COMPILE_FROM + 1)
-    assert not ensemble.worth_compiling("auto", "cpu", make, ensemble.COMPILE_FROM - 1)
-    assert [one.trained for one in made] == [1 + ensemble.PROBED] * 2
-
-
-@pytest.mark.parametrize(
-    ("wanted", "device", "available", "expected"),
-    [
-        ("on", "cpu", True, True),
-        ("off", "cuda", True, False),
-        ("auto", "cuda:0", True, True),
-        ("on", "cpu", False, False),
-    ],
-)
-def test_an_order_needs_no_measurement(monkeypatch, wanted, device, available, expected):
-    monkeypatch.setattr(ensemble, "compiler_available", lambda device: available)
-    assert ensemble.worth_compiling(wanted, device, lambda: pytest.fail("measured"), 1e9) == expected
 
 
 @needs.compiler

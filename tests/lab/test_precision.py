@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rankdecay.lab import cli, precision
-from rankdecay.lab.ensemble.ensemble import Training
+from rankdecay.lab.ensemble.members import Training
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.recall.settings import Recall
 from rankdecay.lab.experiments.grok.settings import Grok

@@ -1,7 +1,9 @@
 """The machine a run is on: its name for the record, the device asked for, and the versions that matter."""
 
 import contextlib
+import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -60,6 +62,17 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def compiler_available(device: str) -> bool:
+    """Whether `torch.compile` can generate code for ``device`` on this machine."""
+    if device.startswith("cuda"):
+        from torch.utils._triton import has_triton
+
+        return has_triton()
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "default":  # torch 2.13 then writes vector code that does not compile
+        return False
+    return any(shutil.which(name) for name in ("g++", "clang++"))
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

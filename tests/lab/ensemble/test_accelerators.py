@@ -25,7 +25,8 @@ from rankdecay.lab.ensemble.accelerators import (
     stable_logits,
 )
 from rankdecay.lab.ensemble.control import Control
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, State, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble
+from rankdecay.lab.ensemble.members import Member, State, Training
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.tasks import make_dataset
 from tests import needs

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.lab.ensemble.control import YOKED_SEED, Control
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training, compiler_available, train_unless_stopped
+from rankdecay.lab.ensemble.ensemble import Ensemble, train_unless_stopped
+from rankdecay.lab.ensemble.members import Member, Training
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.ensemble.yoked import norm_paths
+from rankdecay.lab.machine import compiler_available
 from rankdecay.lab.tasks import make_dataset
 from rankdecay.linalg import shrink
 from rankdecay.spectrum import spectrum

@@ -16,7 +16,8 @@ import torch
 from rankdecay.decay.policy import LowRank
 from rankdecay.lab import store
 from rankdecay.lab.ensemble import local, sweep
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble
+from rankdecay.lab.ensemble.members import Member, Training
 from rankdecay.lab.ensemble.outcome import key_of
 from rankdecay.lab.ensemble.sweep import Plan, Source, Trial
 from rankdecay.lab.ensemble.transformer import TransformerConfig

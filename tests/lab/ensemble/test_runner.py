@@ -13,7 +13,8 @@ import pytest
 
 from rankdecay.decay.policy import LowRank
 from rankdecay.lab import store
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble
+from rankdecay.lab.ensemble.members import Member, Training
 from rankdecay.lab.ensemble.runner import Runner
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.errors import SettingError

@@ -13,7 +13,8 @@ import pytest
 from rankdecay.decay.policy import Frobenius, LowRank
 from rankdecay.lab.ensemble import ensemble
 from rankdecay.lab.ensemble.control import YOKED_SEED, Control
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble
+from rankdecay.lab.ensemble.members import Member, Training
 from rankdecay.lab.ensemble.outcome import FIGURES, KEY, Key, key_of
 from rankdecay.lab.ensemble.sweep import Plan, Saved, Source, Trial, row, train
 from rankdecay.lab.ensemble.transformer import TransformerConfig

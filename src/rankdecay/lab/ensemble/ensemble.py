@@ -11,232 +11,35 @@ stored random state.
 """
 
 import math
-import os
-import shutil
 import threading
-import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
+from rankdecay.decay.policy import Frobenius, OfMatrix
 from rankdecay.lab.ensemble import transformer
-from rankdecay.lab.ensemble.accelerators import Accelerator, CautiousDecay, Moment
-from rankdecay.lab.ensemble.control import PLAIN, Control, Part, above_rank, part_of_step, truncated
+from rankdecay.lab.ensemble.accelerators import Accelerator, Moment
+from rankdecay.lab.ensemble.control import Part, above_rank, truncated
+from rankdecay.lab.ensemble.members import STATE, Member, State, Training
+from rankdecay.lab.ensemble.rows import Group, Rows
 from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parameters
-from rankdecay.lab.machine import compiled
-from rankdecay.lab.precision import check_resolved
+from rankdecay.lab.machine import compiled, compiler_available
 from rankdecay.lab.tasks.base import Dataset, random_generator
-from rankdecay.linalg import power_step, shrink
 from rankdecay.linalg.factored import factored_singular_values
 from rankdecay.linalg.threshold import leave, towards
 from rankdecay.spectrum import Spectrum, spectrum
 
-Precision = Literal["float32", "mixed", "float64"]
 MEASURED_TRAIN = 1024  # training examples an evaluation looks at: enough to see memorisation, a third of the time
 STEPS_BETWEEN_CHECKS = 10
 ROTATION_STEPS = 20  # over which an evaluation says how far queries and keys have turned
-STATE = ("weights", "mean", "square")  # the tensors of a `State`
 BLOCK_MATRICES = ("value", "output", "mlp_in", "mlp_out")
 EVALUATION_ROWS = {"cpu": 512, "cuda": 8192}  # examples per member and forward pass: what fits the cache, or the launch
-
-
-@dataclass(frozen=True)
-class Member:
-    """One training run.
-
-    Attributes:
-        arm, seed: its name; the seed decides initial weights and batches.
-        decay: of queries and keys; ``None`` for none.
-        rest_decay: decoupled L2 on every other parameter (AdamW's ``weight_decay``).
-        lr: learning rate.
-        initial_scale: multiplies the initial matrices.
-        uniform_attention: queries and keys start at zero, where their gradient is exactly zero: they stay there.
-        control: how it departs from plainly applying its decay.
-        accelerator: acts beside AdamW in every step; None for AdamW alone.
-
-    Raises:
-        ValueError: for an accelerator that its decay or its control would bypass.
-    """
-
-    arm: str
-    seed: int
-    decay: OfMatrix | None
-    rest_decay: float
-    lr: float = 1e-3
-    initial_scale: float = 1.0
-    uniform_attention: bool = False
-    control: Control = PLAIN
-    accelerator: Accelerator | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses an accelerator that would not do what its name says."""
-        if isinstance(self.accelerator, CautiousDecay):
-            for decay in self.decays:
-                if not (isinstance(decay, Frobenius) and decay.is_l2):
-                    raise ValueError(
-                        f"{self.arm}: cautious decay is a way to take constant L2, and not {decay.describe()}: give "
-                        "W_Q and W_K constant L2, or leave the accelerator out"
-                    )
-        own = self.accelerator and (self.accelerator.steps("query") or self.accelerator.rate("query") is not None)
-        if own and self.control.query_key_lr != 1:
-            raise ValueError(
-                f"{self.arm}: {type(self.accelerator).__name__} has a learning rate of its own for W_Q and W_K, which "
-                f"query_key_lr={self.control.query_key_lr:g} would not change: give one of the two"
-            )
-
-    @property
-    def low_rank(self) -> LowRank | None:
-        """Low-rank decay of the member, None if it has another one or no strength."""
-        return self.decay if isinstance(self.decay, LowRank) and self.decay.strength else None
-
-    @property
-    def decays(self) -> tuple[OfMatrix, ...]:
-        """Decays of W_Q and W_K that have a strength, in the order in which they are applied."""
-        return tuple(decay for decay in (self.decay, self.control.also) if decay is not None and decay.strength)
-
-    @property
-    def constant_l2(self) -> float:
-        """Strength of AdamW's own decay of W_Q and W_K, taken before its step as the optimizer does; else 0."""
-        return sum(decay.strength for decay in self.decays if isinstance(decay, Frobenius) and decay.is_l2)
-
-
-@dataclass(frozen=True)
-class State:
-    """State of one member: everything its training needs to continue."""
-
-    step: int
-    weights: Tensor  # (parameters,)
-    mean: Tensor
-    square: Tensor
-    memory: Tensor | None = None  # of an accelerator that has one: (rows, parameters)
-
-    def named(self, number: int) -> dict[str, Tensor]:
-        """Its tensors under their names in a checkpoint of several members, of which it is the ``number``-th."""
-        named = {f"{number}.{name}": getattr(self, name) for name in STATE}
-        return named if self.memory is None else named | {f"{number}.memory": self.memory}
-
-    @classmethod
-    def of(cls, step: int, tensors: Mapping[str, Tensor], number: int) -> "State":
-        """The state of a member from such a checkpoint."""
-        weights, mean, square = (tensors[f"{number}.{name}"] for name in STATE)
-        return cls(step, weights, mean, square, tensors.get(f"{number}.memory"))
-
-
-@dataclass(frozen=True)
-class Training:
-    """Training settings that all members of an ensemble share."""
-
-    batch_size: int = 512
-    precision: Precision = "float32"
-    device: str = "cpu"
-    compile: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        """Refuses a precision that was not resolved, which would silently train in float32."""
-        check_resolved(self.precision, get_args(Precision))
-
-
-def compiler_available(device: str) -> bool:
-    """Whether `torch.compile` can generate code for ``device`` on this machine."""
-    if device.startswith("cuda"):
-        from torch.utils._triton import has_triton
-
-        return has_triton()
-    if os.environ.get("ATEN_CPU_CAPABILITY") == "default":  # torch 2.13 then writes vector code that does not compile
-        return False
-    return any(shutil.which(name) for name in ("g++", "clang++"))
-
-
-#: Seconds of training from which `torch.compile` pays on any CPU: it takes up to two minutes on a slow one, and saves
-#: an eighth of the time in float32, a third in mixed precision (`benchmarks/grok.py`).
-COMPILE_FROM = 900.0
-PROBED = 2  # steps that are timed for it
-
-
-def worth_compiling(wanted: str, device: str, make: "Callable[[], Ensemble]", steps: float) -> bool:
-    """Return whether to compile ensembles.
-
-    Args:
-        wanted: ``on``, ``off`` or ``auto``: on a GPU, and on a CPU where the run would take long enough.
-        device: on which they train.
-        make: makes one of them, not compiled, to time a few steps of.
-        steps: that will be trained one after another.
-    """
-    if wanted == "off" or not compiler_available(device):
-        return False
-    if wanted == "on" or device.startswith("cuda"):
-        return True
-    if steps <= 10 * PROBED:
-        return False
-    ensemble = make()
-    ensemble.train(1)
-    start = time.perf_counter()
-    ensemble.train(PROBED)
-    return (time.perf_counter() - start) / PROBED * steps >= COMPILE_FROM
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Parameters that AdamW steps alike: one list entry per member and name, each contiguous."""
-
-    lr: float
-    weight_decay: float
-    places: list[tuple[int, str]]  # index of the member, name of the parameter
-    weights: list[Tensor]
-    means: list[Tensor]
-    squares: list[Tensor]
-    steps: list[Tensor]  # scalars in float32, of their member: steps made
-
-    def step(self, grads: dict[str, Tensor], betas: tuple[float, float], eps: float) -> None:
-        """One AdamW step with its decay, in one pass over memory; ``grads`` are ``(members, ...)`` by name."""
-        torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage] - what AdamW(fused=True) calls
-            self.weights,
-            [grads[name][member] for member, name in self.places],
-            self.means,
-            self.squares,
-            [],
-            self.steps,
-            lr=self.lr,
-            beta1=betas[0],
-            beta2=betas[1],
-            weight_decay=self.weight_decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-        )
-
-
-@dataclass(frozen=True)
-class Group:
-    """Members whose decays differ in strength alone: one call of `shrink` serves them."""
-
-    policy: OfMatrix
-    part: Part
-    blocks: bool
-    rows: list[int]
-    strength: Tensor  # (rows, 1)
-
-    def every(self, side: int) -> int:
-        """After how many steps matrices, or heads, of a smaller side are decayed."""
-        return self.policy.interval(side) if isinstance(self.policy, LowRank) else 1
-
-    def decayed(self, weight: Tensor, amount: Tensor) -> Tensor:
-        """``weight`` (rows, ..., m, n) after a decay of Σ lr · strength = ``amount`` (rows, ...)."""
-        policy = self.policy
-        if isinstance(policy, LowRank):
-            after = shrink(weight, amount, policy.rule, **policy.options)
-        else:
-            after = power_step(weight, amount, policy.power, policy.cap or 1.0)
-        return part_of_step(weight, after, self.part)
 
 
 class Ensemble:

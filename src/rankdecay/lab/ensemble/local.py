@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from rankdecay.lab.ensemble.ensemble import State
+from rankdecay.lab.ensemble.members import State
 from rankdecay.lab.ensemble.outcome import Key, Record
 from rankdecay.lab.ensemble.sweep import Plan, Saved, Source, Trial, train
 from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from rankdecay.lab.ensemble.ensemble import Ensemble, State, train_unless_stopped
+from rankdecay.lab.ensemble.ensemble import Ensemble, train_unless_stopped
+from rankdecay.lab.ensemble.members import State
 from rankdecay.lab.ensemble.outcome import diverged
 from rankdecay.lab.progress import Progress
 from rankdecay.lab.store import Checkpoint, Record, RunDirectory, Throttle

@@ -18,7 +18,8 @@ import numpy as np
 from torch import Tensor
 
 from rankdecay.lab.ensemble.control import acted_at, decay_acts, memorised
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, State, Training, train_unless_stopped
+from rankdecay.lab.ensemble.ensemble import Ensemble, train_unless_stopped
+from rankdecay.lab.ensemble.members import Member, State, Training
 from rankdecay.lab.ensemble.outcome import (
     FELL,
     FIGURES,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rankdecay.lab.ensemble.control import PLAIN, YOKED_SEED
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training
+from rankdecay.lab.ensemble.ensemble import Ensemble
+from rankdecay.lab.ensemble.members import Member, Training
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.tasks import make_dataset
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rankdecay import cli
-from rankdecay.lab.ensemble.ensemble import STATE
 from rankdecay.lab.ensemble.local import read_saved
+from rankdecay.lab.ensemble.members import STATE
 from rankdecay.lab.ensemble.outcome import key_of
 from rankdecay.lab.experiment import load, read
 from rankdecay.lab.experiments.boundary.settings import ALIASES

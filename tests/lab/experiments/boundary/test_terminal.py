@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
-from rankdecay.lab.ensemble.ensemble import Member
+from rankdecay.lab.ensemble.members import Member
 from rankdecay.lab.ensemble.outcome import KEY
 from rankdecay.lab.ensemble.sweep import Trial
 from rankdecay.lab.ensemble.transformer import TransformerConfig

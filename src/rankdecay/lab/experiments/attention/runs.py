@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rankdecay.decay.policy import Frobenius
-from rankdecay.lab.ensemble.ensemble import compiler_available
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Experiment, Record, Work
 from rankdecay.lab.experiments.attention.charts import figure, make_sections
@@ -20,7 +19,7 @@ from rankdecay.lab.experiments.attention.claims import CHECKS, STYLES, headline
 from rankdecay.lab.experiments.attention.settings import NOT_IDENTITY, AttentionDecay, chosen_arms
 from rankdecay.lab.experiments.attention.summary import check_row, so_far, summarise
 from rankdecay.lab.experiments.attention.table import make_columns, note
-from rankdecay.lab.machine import resolve_device
+from rankdecay.lab.machine import compiler_available, resolve_device
 from rankdecay.lab.progress import RunsProgress
 from rankdecay.lab.session import distributed
 from rankdecay.lab.session.parallel import Layout

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rankdecay.lab.ensemble import local
-from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training, worth_compiling
+from rankdecay.lab.ensemble.compiling import worth_compiling
+from rankdecay.lab.ensemble.ensemble import Ensemble
+from rankdecay.lab.ensemble.members import Member, Training
 from rankdecay.lab.ensemble.outcome import KEY, key_of
 from rankdecay.lab.ensemble.sweep import Plan, Trial
 from rankdecay.lab.ensemble.transformer import TransformerConfig

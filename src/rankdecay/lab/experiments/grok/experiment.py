@@ -100,7 +100,9 @@ def make_ensembles(settings: Grok, arms: Sequence[Arm], datasets: Mapping[int, D
     """One ensemble per arm on a CPU, where small batches stay in the cache; all members at once on a GPU."""
     import torch
 
-    from rankdecay.lab.ensemble.ensemble import Ensemble, Member, Training, worth_compiling
+    from rankdecay.lab.ensemble.compiling import worth_compiling
+    from rankdecay.lab.ensemble.ensemble import Ensemble
+    from rankdecay.lab.ensemble.members import Member, Training
     from rankdecay.lab.ensemble.transformer import TransformerConfig
 
     data = next(iter(datasets.values()))
