@@ -86,7 +86,7 @@ def merge(adapter: Checkpoint, file: Path, open_base: Callable[[Path], Checkpoin
     )
     if more := _more(config):
         raise CheckpointError(f"{file} is an adapter with {more}, which is more than a sum of products; {how}.")
-    base = _base(str(named or ""), folder, file, open_base)
+    base = _base(str(named or ""), folder, open_base)
     if base is None:
         raise CheckpointError(
             f"{file} is an adapter, and its base {named!r} is not a directory here; put it beside, or {how}."
@@ -126,7 +126,7 @@ def _more(config: Mapping[str, Any]) -> str | None:
     return next((name for name in _MORE if config.get(name)), None)
 
 
-def _base(named: str, folder: Path, file: Path, open_base: Callable[[Path], Checkpoint]) -> Checkpoint | None:
+def _base(named: str, folder: Path, open_base: Callable[[Path], Checkpoint]) -> Checkpoint | None:
     """Open the base: the directory that is named, from here or from the adapter, or one of its name beside it."""
     if named:
         last = Path(named).name

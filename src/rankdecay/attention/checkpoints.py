@@ -33,8 +33,8 @@ from rankdecay.attention.foreign import check_archive
 from rankdecay.attention.gguf import ARCHITECTURES, parts_of, read_gguf
 from rankdecay.attention.known import KNOWN_TYPES
 from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_UNSAID, is_rotary_type
-from rankdecay.attention.numbering import number_in
-from rankdecay.attention.quantised import dequantised, stored_type
+from rankdecay.attention.numbering import natural_key
+from rankdecay.attention.quantised import dequantised
 from rankdecay.attention.states import (
     LONGEST_NAME,
     MOST_PARTS,
@@ -43,11 +43,9 @@ from rankdecay.attention.states import (
     choose_mapping,
     choose_names,
 )
+from rankdecay.attention.tensors import Shape, stored_type
 from rankdecay.attention.unets import by_module
 from rankdecay.attention.unturned import NO_ROTARY_TYPES
-
-Shape = tuple[int, ...]
-
 
 #: With which the text begins that Git LFS puts in the place of a file.
 _POINTER = b"version https://git-lfs"
@@ -335,18 +333,12 @@ def _open_gguf(path: Path, files: list[Path], candidates: Sequence[str]) -> Chec
     return Checkpoint(path, shapes, config, load, tuple(candidates), of_module, codes, types=ARCHITECTURES)
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def _natural(name: str) -> list[tuple[tuple[int, str], ...]]:
     """Sort names as the model is built: layer 2 before layer 10, the encoder before its decoder."""
     name = (
         name.replace("encoder.", "0encoder.").replace("enc.blk.", "0enc.blk.").replace("encoder_attn", "~encoder_attn")
     )
-    return [_natural_part(part) for part in name.split(".")]
-
-
-@lru_cache(maxsize=2**14)
-def _natural_part(part: str) -> tuple[int, int, str]:
-    number = number_in(part)
-    return (1, 0, part) if number is None else (0, number, "")
+    return [natural_key(part) for part in name.split(".")]
 
 
 def _safetensors_shapes(file: Path, header: dict[str, str]) -> tuple[dict[str, Shape], dict[str, torch.dtype]]:

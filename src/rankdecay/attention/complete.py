@@ -6,10 +6,8 @@ from collections.abc import Collection, Iterator
 from itertools import count, pairwise
 
 from rankdecay.attention.checkpoints import Checkpoint
+from rankdecay.attention.names import NUM_LAYERS
 from rankdecay.attention.numbering import LISTS, number_in
-
-#: Settings that state how many layers a model has.
-DEPTH = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 
 
 def missing_layers(checkpoint: Checkpoint, modules: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -25,7 +23,7 @@ def missing_layers(checkpoint: Checkpoint, modules: Collection[str]) -> Iterator
     for path, numbers in lists.items():
         first, last = min(numbers), max(numbers)
         gap = next(i for i in count(first, _stride(numbers)) if i not in numbers)
-        depth = checkpoint.setting(f"{path}.{last}", DEPTH) if len(lists) == 1 else None
+        depth = checkpoint.setting(f"{path}.{last}", NUM_LAYERS) if len(lists) == 1 else None
         if gap < last:
             yield path, f"layer {gap} is not there, and layer {last} is: the file is not whole; copy it again"
         elif isinstance(depth, int) and len(numbers) < depth:

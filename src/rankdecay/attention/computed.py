@@ -32,9 +32,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from rankdecay.attention.tensors import Shape
 from rankdecay.dtensor import whole
-
-Shape = tuple[int, ...]
 
 #: Hooks that write the weight before each forward pass, and the suffix of the stored matrix of the same shape.
 _HOOKS = {

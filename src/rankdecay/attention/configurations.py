@@ -14,7 +14,7 @@ from typing import Any
 
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside, read_json
-from rankdecay.attention.names import HEAD_DIM, KEY_HEADS, NUM_HEADS
+from rankdecay.attention.names import HEAD_DIM, KEY_HEADS, NUM_HEADS, PARTIAL_ROTARY
 from rankdecay.files import read_bytes
 
 #: Keys under which trainers keep the configuration of the model inside of a checkpoint.
@@ -31,7 +31,6 @@ _MOST_SETTINGS, _MOST_PARTS = 10_000, 100
 _PLAIN = (str, int, float, type(None))
 #: Settings that are asked for, by what they have to be.
 _TEXTS = ("model_type", "position_embedding_type", "rope_type")
-_SHARES = ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent", "rotary_percentage")
 _LISTS = ("layer_types", "kv_sharing_modes", "no_rope_layers")
 
 
@@ -134,7 +133,7 @@ def _checked(config: dict[str, Any], file: object, depth: int = 4) -> dict[str, 
     for name, value in config.items():
         if name in _TEXTS and not isinstance(value, str | None):
             raise CheckpointError(f"{file}: {name} should be a text, and is {_brief(value)}; restore it.")
-        if name in _SHARES and isinstance(value, (int, float)) and not 0 <= value <= 1:
+        if name in PARTIAL_ROTARY and isinstance(value, (int, float)) and not 0 <= value <= 1:
             raise CheckpointError(f"{file}: {name} should be a share from 0 to 1, and is {_brief(value)}; restore it.")
         if name in _LISTS and isinstance(value, list) and not all(isinstance(item, _PLAIN) for item in value):
             raise CheckpointError(f"{file}: {name} should list plain values, and has others; restore it.")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.foreign import foreign_file, foreign_folder
-from rankdecay.attention.numbering import number_in
+from rankdecay.attention.numbering import natural_key
 from rankdecay.attention.states import SeveralSets, take
 from rankdecay.files import kind_of, read_bytes, real
 from rankdecay.files import read_json as read_object
@@ -180,7 +180,7 @@ def _in_subfolder(folder: Path, state: str | None, matrices_in: Callable[[Path],
     if inside and all(re.fullmatch(r"mp_rank_\d+(_\d+)?", name) for name in inside):
         raise CheckpointError(foreign_folder(folder) or f"{folder} holds slices of a model; merge them.")
     if inside:
-        raise SeveralSets(folder, sorted(inside, key=_in_order), state)
+        raise SeveralSets(folder, sorted(inside, key=natural_key), state)
     if text := _foreign(folder, depth):
         raise CheckpointError(text)
     content = sorted(file.name for file in folder.iterdir())
@@ -241,11 +241,6 @@ def _foreign(folder: Path, depth: int) -> str | None:
 
 def _no_weights(name: str) -> bool:
     return _NO_WEIGHTS.fullmatch(name) is not None
-
-
-def _in_order(name: str) -> list[tuple[int, str]]:
-    numbers = ((number_in(part), part) for part in re.split(r"(\d+)", name))
-    return [(-1, part) if number is None else (number, "") for number, part in numbers]
 
 
 # ---- sets of files in one directory ----------------------------------------------------------------------
@@ -330,7 +325,7 @@ def _obvious(
         sets = {key: of for key, of in sets.items() if key not in single or single[key]}
         names = [name for key in sets for name in single.get(key, ())]
         if len(sets) > 1 and len({re.sub(r"\d+", "#", key) for key in sets}) == 1 and len(set(names)) == len(names):
-            files = sorted((file for of in sets.values() for file in of()), key=lambda file: _in_order(file.name))
+            files = sorted((file for of in sets.values() for file in of()), key=lambda file: natural_key(file.name))
             return {re.sub(r"\d+", "*", files[0].name): lambda: files}  # numbered, each with other tensors: parts
     return sets
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.numbering import Numbered
-from rankdecay.attention.products import Grouping, Product, ProductName, Rotary, grouped, with_bias
+from rankdecay.attention.products import Grouping, Product, ProductName, Rotary, grouped, key_head_of, with_bias
 from rankdecay.linalg.backend import double
 
 Role = Literal["query", "key", "value", "output", "query_rotary", "key_rotary", "query_factor", "latent", "gate",
@@ -326,8 +326,7 @@ class AttentionLayer:
 
     def key_head(self, head: int) -> int:
         """Return the key and value head that a query head meets."""
-        heads = self.num_key_value_heads
-        return head % heads if self.grouping == "strided" else head * heads // self.num_heads
+        return key_head_of(head, self.num_heads, self.num_key_value_heads, self.grouping)
 
     def query_key(self) -> Product:
         """Return W_Kᵀ W_Q of every head, by its factors, biases included; of latent attention without the rotary part.

@@ -11,8 +11,9 @@ from torch import nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView
 from rankdecay.attention.locate import Names, chosen, find_layers, listed
-from rankdecay.attention.source import Shape, Source, open_source
+from rankdecay.attention.source import Source, open_source
 from rankdecay.attention.states import SeveralSets
+from rankdecay.attention.tensors import Shape
 from rankdecay.text import aligned, shown_lines
 
 

@@ -158,6 +158,25 @@ class Spelling(NamedTuple):
     key_value: str
 
 
+#: Letter of query, key and value where a name spells the word.
+LETTERS = {"query": "q", "key": "k", "keys": "k", "value": "v", "values": "v"}
+
+
+def words_of(name: str, digits: bool = False) -> list[str]:
+    """Split a name into its words, in lower case.
+
+    Args:
+        name: in snake case or camel case.
+        digits: whether digits are part of a word; by default they separate words.
+
+    Example:
+        >>> words_of("linear_a_q"), words_of("toQuery2"), words_of("norm2_q", digits=True)
+        (['linear', 'a', 'q'], ['to', 'query'], ['norm2', 'q'])
+    """
+    split = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return re.findall(r"[a-z0-9]+" if digits else r"[a-z]+", split)
+
+
 #: Longest name of a projection in its module, in characters: what is done with one grows with the square.
 _LONGEST = 128
 
@@ -220,7 +239,7 @@ def is_query_key_norm(child: str) -> bool:
     """
     if child == "logit_scale":
         return True
-    words = set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower()))
+    words = set(words_of(child, digits=True))
     if "a" in words:
         return False  # of the first factor of latent attention, before the queries
     return bool(words & {"q", "k", "qk", "query", "key", "queries", "keys"}) and any(
@@ -240,8 +259,7 @@ _USUAL_WORDS = frozenset(
 @lru_cache(maxsize=4096)
 def own_words(child: str) -> frozenset[str]:
     """Return the words by which a name tells one of several attentions in a module: "add" of "add_q_proj"."""
-    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower())
-    return frozenset(words) - _USUAL_WORDS
+    return frozenset(words_of(child)) - _USUAL_WORDS
 
 
 def are_of_one(some: frozenset[str], others: frozenset[str]) -> bool:
@@ -270,12 +288,11 @@ def factor_of(child: str) -> frozenset[str]:
     """
     if child in _KNOWN_FACTORS:
         return frozenset()
-    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower())
+    words = words_of(child)
     bare = [_UP_OR_DOWN.sub("", word, count=1) if _UP_OR_DOWN.match(word) else word for word in words]
     if bare == words and not _FACTORS & set(words):
         return frozenset()
-    letters = {"query": "q", "key": "k", "keys": "k", "value": "v", "values": "v"}
-    of = (letters.get(word, word.removeprefix("w")) for word in bare)
+    of = (LETTERS.get(word, word.removeprefix("w")) for word in bare)
     return frozenset(letter for word in of if word and not word.strip("qkv") for letter in word)
 
 
@@ -289,7 +306,7 @@ def is_gate(child: str) -> bool:
 
     If it has as many rows as they give: one for each head is a factor of the head, and some are of another part.
     """
-    words = set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower()))
+    words = set(words_of(child, digits=True))
     gates = words & {"g", "wg", "gate", "gates", "gating"}
     of_others = words & {"q", "k", "query", "key", "up", "down", "mlp", "ff", "ffn", "ffw", "moe", "router", "expert"}
     return bool(gates) and not of_others and not _NO_PROJECTION.search(child)
@@ -543,12 +560,16 @@ HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim"
             "resampler_head_dim")  # fmt: skip
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads", "n_query_groups",
              "n_local_heads", "num_query_groups_per_partition", "multi_query_group_num")  # fmt: skip
+#: Number of layers of the model.
+NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 #: Width of the model, which its heads divide where their size is not stated.
 WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
 
 #: Settings, or a submodule, that only models with rotary positions have.
 ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_dim", "rotary_pct", "rotary_emb",
           "rotary_value", "freqs_cis", "freqs_cos")  # fmt: skip
+#: Settings that state the share of a head's coordinates that rotary positions rotate.
+PARTIAL_ROTARY = ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent", "rotary_percentage")
 #: Model types whose rotary planes are neighbouring coordinates; elsewhere they are half a head apart.
 INTERLEAVED = (
     "bailing_hybrid", "blt", "blt_global_transformer", "blt_local_decoder", "blt_local_encoder", "blt_patcher",

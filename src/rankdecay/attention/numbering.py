@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 #: Names of lists of blocks. A number after one of these counts layers; after another it may count parts of a layer.
@@ -18,6 +19,18 @@ def number_in(part: str) -> int | None:
     ``str.isdigit`` is also true of ``²``, which is no number, and of 5,000 digits, which are no layer's.
     """
     return int(part) if part.isascii() and part.isdigit() and len(part) <= 9 else None
+
+
+@lru_cache(maxsize=2**14)  # the names of a model's tensors have a few parts
+def natural_key(text: str) -> tuple[tuple[int, str], ...]:
+    """Return a key that sorts texts by the numbers in them.
+
+    Example:
+        >>> sorted(["model-10.bin", "model-9.bin"], key=natural_key)
+        ['model-9.bin', 'model-10.bin']
+    """
+    numbers = ((number_in(part), part) for part in re.split(r"(\d+)", text))
+    return tuple((-1, part) if number is None else (number, "") for number, part in numbers)
 
 
 class Numbered(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.module.found import Found, Place
-from rankdecay.attention.products import Grouping, Rotary
+from rankdecay.attention.products import Grouping, Rotary, key_head_of
 
 Part = Literal["query", "key", "query bias", "key bias"]
 
@@ -132,7 +132,7 @@ class PlaneRows:
     def _key_head(self, head: int) -> int:
         if self.part.startswith("key"):
             return head
-        return head % self.key_heads if self.grouping == "strided" else head * self.key_heads // self.heads
+        return key_head_of(head, self.heads, self.key_heads, self.grouping)
 
 
 def plane_rows(found: list[Found], notes: Mapping[str, str]) -> tuple[dict[str, list[PlaneRows]], dict[str, str]]:

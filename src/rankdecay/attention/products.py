@@ -39,6 +39,11 @@ ProductName = Literal["query_key", "query_key_rotary", "value_output"]
 Grouping = Literal["consecutive", "strided"]
 
 
+def key_head_of(head: int, heads: int, key_heads: int, grouping: Grouping) -> int:
+    """Return the key head that query head ``head`` of ``heads`` meets."""
+    return head % key_heads if grouping == "strided" else head * key_heads // heads
+
+
 class Rotary(NamedTuple):
     """Rotary positions of a head, which turn the first ``dims`` coordinates in planes of two."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankdecay.attention.checkpoints import CheckpointError
+from rankdecay.attention.errors import CheckpointError
 from rankdecay.compress.opened import Opened
 from rankdecay.compress.reduction import Layer, Moments, NotReducible, as_matrix
 from rankdecay.files import read_bytes

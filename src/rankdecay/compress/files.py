@@ -23,17 +23,21 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from rankdecay.attention.checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from rankdecay.attention.checkpoints import Checkpoint, open_checkpoint
+from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside
+from rankdecay.attention.names import NUM_LAYERS
+from rankdecay.attention.tensors import TYPE_NAMES
 from rankdecay.compress.original import Smaller
 from rankdecay.compress.reduction import Moments, NotReducible
 from rankdecay.compress.rotary import with_earlier_names
 from rankdecay.files import kind_of, read_bytes, unwritable
 
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+#: Types of the tensors that are copied; others are those of quantised weights.
+_DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+)  # fmt: skip
 #: What a directory holds beside weights and configuration that belongs to the model: tokenizer, generation, licence.
 _COPIED = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm", ".md")
 _NOT_COPIED = ("config.json", "params.json", "README.md", "trainer_state.json", "optimizer.json")  # two have head sizes
@@ -44,8 +48,7 @@ _LOADED = (
 )  # fmt: skip
 _LARGEST_COPY = 2**28
 _LONGEST_NAME = 60  # characters of a directory's name that are kept while it is written: at most 255 bytes in all
-#: What a configuration calls its number of layers, and a number that none of its settings reaches.
-_LAYERS, _MOST = ("num_hidden_layers", "num_layers", "n_layers", "n_layer"), 2**40
+_MOST = 2**40  # a number that no setting of a configuration reaches
 _BIG_SHARD = 4 * 2**30
 _AT_WORK: set[str] = set()  # names of directories that this process is writing
 
@@ -104,7 +107,7 @@ class StoredModel:
         for name, value in self.config.items():
             if not isinstance(value, int) or isinstance(value, bool):
                 continue
-            most = len(shapes) if name in _LAYERS else largest if name == "head_dim" else _MOST
+            most = len(shapes) if name in NUM_LAYERS else largest if name == "head_dim" else _MOST
             if value > most:
                 raise CheckpointError(
                     f"{config} says {name}={str(value)[:40]}, which the {len(shapes)} tensors there, "
@@ -228,7 +231,7 @@ def write_checkpoint(
     shapes = {name: tuple(built[name] if name in owner else shape) for name, shape in stored.checkpoint.shapes.items()
               if name in built or not name.endswith("inv_freq")}  # fmt: skip  # the tables that old releases stored
     dtypes = stored.checkpoint.dtypes
-    if odd := next((name for name in shapes if dtypes[name] not in _NAMES), None):
+    if odd := next((name for name in shapes if dtypes[name] not in _DTYPES), None):
         raise NotReducible(f"{odd} is stored as {dtypes[odd]}, which is not copied: save the model in another type.")
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     shards = _shards(sizes)
@@ -248,7 +251,9 @@ def write_checkpoint(
             file = "model.safetensors" if len(shards) == 1 else many
             weight_map |= dict.fromkeys(names, file)
             out = files.enter_context(open(folder / file, "wb"))
-            meanwhile(out.write, _header({name: (_NAMES[dtypes[name]], shapes[name], sizes[name]) for name in names}))
+            meanwhile(
+                out.write, _header({name: (TYPE_NAMES[dtypes[name]], shapes[name], sizes[name]) for name in names})
+            )
             for name in names:
                 tensor = layer(owner[name])[name] if name in owner else stored.read(name)
                 assert tuple(tensor.shape) == shapes[name], name

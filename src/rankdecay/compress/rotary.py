@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankdecay.attention.names import PARTIAL_ROTARY
 from rankdecay.compress.reduction import NotReducible
 from rankdecay.compress.skeleton import Rope
 
@@ -66,7 +67,7 @@ def smaller_configuration(
     }
     new["rope_parameters"] = made.get(None, {**parameters, **made})
     turned = {_share(2 * len(planes), head_dim) for planes in kept.values()}
-    for name in ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent"):
+    for name in PARTIAL_ROTARY:
         if new.get(name) is not None:
             if len(turned) > 1:
                 raise NotReducible("layers of different kinds would turn different shares of a head.")

@@ -14,6 +14,7 @@ import rankdecay as rd
 from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.locate import find_layers
 from rankdecay.attention.module.settings import ModuleSettings
+from rankdecay.attention.names import PARTIAL_ROTARY
 from rankdecay.attention.products import Rotary
 from rankdecay.cli import main
 from tests import needs
@@ -27,6 +28,11 @@ def _of_file(config: dict[str, Any], layers: int) -> list[int]:
     shapes = {f"model.layers.{i}.self_attn.{n}_proj.weight": (32, 32) for i in range(layers) for n in "qkvo"}
     found, _ = find_layers(Checkpoint(Path("file"), shapes, config, torch.zeros))
     return [layer.rotary.dims if layer.rotary else 0 for layer in found]
+
+
+@pytest.mark.parametrize("name", PARTIAL_ROTARY)
+def test_the_share_of_rotary_coordinates_by_every_name(name: str) -> None:
+    assert _of_file({"num_attention_heads": 4, "rope_theta": 1e4, name: 0.5}, 1) == [4]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from rankdecay.attention.adapters import is_factor
-from rankdecay.attention.source import Shape, Source
+from rankdecay.attention.names import LETTERS, words_of
+from rankdecay.attention.source import Source
+from rankdecay.attention.tensors import Shape
 
 #: Steps of a sequence that leave a product of matrices what it is.
 _PASSIVE = re.compile(r"drop|identity|rearrange|flatten|permute|reshape|contiguous", re.IGNORECASE)
@@ -72,7 +74,7 @@ def factors_beside(source: Source, plain: Mapping[str, str], path: str) -> dict[
     """
     pairs: dict[tuple[str, ...], dict[str, tuple[str, Shape]]] = {}
     for child in source.children(path):
-        words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", child).lower())
+        words = words_of(child)
         side = next((_SIDES[word] for word in words if word in _SIDES), None)
         inside = f"{path}.{child}" if path else child
         weight = next((name for name in (f"{inside}.weight", inside) if name in plain), None)
@@ -85,8 +87,7 @@ def factors_beside(source: Source, plain: Mapping[str, str], path: str) -> dict[
             continue
         (first, one), (second, other) = pair["a"], pair["b"]
         if len(one) == len(other) == 2 and one[0] == other[1] < min(one[1], other[0]):
-            letters = {"query": "q", "key": "k", "value": "v"}
-            of = next((letters.get(word, word) for word in rest if letters.get(word, word) in ("q", "k", "v")), "")
+            of = next((letter for word in rest if (letter := LETTERS.get(word, word)) in ("q", "k", "v")), "")
             found |= {first: of, second: of}
     return found
 

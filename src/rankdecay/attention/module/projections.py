@@ -24,7 +24,8 @@ from rankdecay.attention.names import (
     may_be_output,
     spellings,
 )
-from rankdecay.attention.source import Shape, Source
+from rankdecay.attention.source import Source
+from rankdecay.attention.tensors import Shape
 
 #: Where a projection's weight may be, under its name: itself, a wrapped or compiled layer, the first of a sequence.
 WEIGHTS = (
@@ -241,9 +242,14 @@ class ModuleParameters(ModuleSettings):
         for name in names:
             shape = self.shape(name)
             if len(shape) == 1:
-                raise NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
+                raise flattened_error(name, shape)
             if len(shape) != dimensions:
                 raise no_matrix(name, shape)
+
+
+def flattened_error(name: str, shape: Shape) -> NotHandled:
+    """Return the error of a weight of one dimension."""
+    return NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
 
 
 def no_matrix(name: str, shape: Shape) -> NotHandled:

@@ -26,6 +26,7 @@ from rankdecay.attention.names import (
     NORMS_BEFORE_IN_CROSS,
     NORMS_WITHOUT_WEIGHTS,
     NUM_HEADS,
+    PARTIAL_ROTARY,
     PERHAPS_CROSS,
     RETENTION,
     ROTARY,
@@ -277,7 +278,7 @@ class ModuleSettings:
         if isinstance(parameters, dict) and parameters.get("rope_type") == "proportional":
             return 1.0  # planes span the head; those beyond the share are turned by an angle of 0
         share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
-        share = share or self.setting(("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent"))
+        share = share or self.setting(PARTIAL_ROTARY)
         share = share or DEFAULT_SHARES.get(str(self.setting(("model_type",))))
         return float(share) if isinstance(share, (int, float)) and 0 < share <= 1 else 1.0
 

@@ -18,7 +18,7 @@ from rankdecay.attention.module.beside import is_matrix
 from rankdecay.attention.module.heads import (
     say_heads,
 )
-from rankdecay.attention.module.projections import ModuleParameters, divide, no_matrix
+from rankdecay.attention.module.projections import ModuleParameters, divide, flattened_error, no_matrix
 from rankdecay.attention.module.settings import NotHandled
 from rankdecay.attention.names import (
     HEAD_DIM,
@@ -39,7 +39,7 @@ def layout_of(
     shapes = {name: module.shape(name) for name in parameters.values()}
     for name, shape in shapes.items():
         if len(shape) == 1:
-            raise NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
+            raise flattened_error(name, shape)
     if all(map(is_matrix, shapes.values())):
         for name, shape in shapes.items():
             groups = (

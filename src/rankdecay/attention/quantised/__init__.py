@@ -33,6 +33,6 @@ whatever the precision of the scales.
 
 from rankdecay.attention.quantised.files import dequantised
 from rankdecay.attention.quantised.live import live_weights
-from rankdecay.attention.quantised.stored import Weight, stored_type
+from rankdecay.attention.quantised.stored import Weight
 
-__all__ = ["Weight", "dequantised", "live_weights", "stored_type"]
+__all__ = ["Weight", "dequantised", "live_weights"]

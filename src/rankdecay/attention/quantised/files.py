@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rankdecay.attention.quantised.formats import weights_in
-from rankdecay.attention.quantised.stored import FLOAT, Load, Refused, Shape, Stored, Weight, settings_in
+from rankdecay.attention.quantised.stored import FLOAT, Load, Refused, Stored, Weight, settings_in
 from rankdecay.attention.quantised.subclasses import dequantize, flattened, own_dequantize
+from rankdecay.attention.tensors import Shape
 
 
 def dequantised(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention.quantised.formats import left_alone, weights_in
-from rankdecay.attention.quantised.stored import FLOAT, REMEDY, Refused, Shape, Stored, Weight, plain, settings_in
+from rankdecay.attention.quantised.stored import FLOAT, REMEDY, Refused, Stored, Weight, plain, settings_in
 from rankdecay.attention.quantised.subclasses import dequantize, own_dequantize
+from rankdecay.attention.tensors import Shape
 from rankdecay.dtensor import whole
 
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rankdecay.attention.quantised.stored import FLOAT, FLOAT8, Shape, Stored, Weight, present
+from rankdecay.attention.quantised.stored import FLOAT, FLOAT8, Stored, Weight, present
+from rankdecay.attention.tensors import Shape
 
 EXPONENTS = (torch.uint8, getattr(torch, "float8_e8m0fnu", torch.uint8))  # scales that are powers of two (torch 2.7)
 _POWERS = torch.tensor([2.0 ** (i - 127) for i in range(255)] + [math.nan])

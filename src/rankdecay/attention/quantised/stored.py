@@ -9,25 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from rankdecay.attention.tensors import Shape
+
 Load = Callable[[str], Tensor]
 FLOAT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-_TYPES = {
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "BOOL": "bool", "I8": "int8", "I16": "int16",
-    "I32": "int32", "I64": "int64", "U16": "uint16", "U32": "uint32", "U64": "uint64", "F16": "float16",
-    "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-}  # fmt: skip
 REMEDY = (
     "dequantise it first with the library that wrote it (with transformers: model.dequantize(), then save_pretrained), "
     "or give the original weights"
 )
-
-
-def stored_type(name: str) -> torch.dtype:
-    """Return the torch type of a type in a safetensors header; uint8 if this version of torch does not have it."""
-    return getattr(torch, _TYPES.get(name, "uint8"), torch.uint8)
 
 
 class Weight(NamedTuple):
