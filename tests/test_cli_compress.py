@@ -29,7 +29,7 @@ def _answer(capsys, *arguments: object, code: int = 0) -> str:
 def test_a_dry_run_shows_sizes_and_writes_nothing(folder, tmp_path, capsys):
     text = _answer(capsys, folder, "--dry-run")
     assert "cache bytes/token" in text
-    assert "energy is not loss" in text
+    assert "low energy does not mean low loss" in text
     assert "chosen without a text" in text
     assert not any(tmp_path.iterdir())
 
@@ -92,7 +92,7 @@ def test_json(folder, capsys):
         ),
         (
             ["--head-dim", "8", "--dry-run", "--calibration", "."],
-            "is a directory, and should be a regular file: name a text",
+            "is a directory, not a regular file: name a text",
         ),
         (["--head-dim", "8", "--dry-run", "--calibration", __file__], "has no tokenizer"),
         (["--head-dims", "8"], "did you mean '--head-dim'"),

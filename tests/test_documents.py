@@ -138,7 +138,7 @@ def test_the_page_on_recognition_runs_and_says_what_it_shows(
     assert len(printed) == 6
     assert "cross: query_of (32, 32) and key_of (32, 32)" in printed[0]
     assert printed[1:4] == ["['self_attn', 'cross']", "()", "rows[0:32]/96 by 8 rows[32:64]/96 by 8"]
-    assert "nothing says whether queries and keys are normalised" in printed[4]
+    assert "the model does not say whether queries and keys are normalised" in printed[4]
     assert "queries and keys are normalised, so" in printed[5]
 
 

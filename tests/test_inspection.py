@@ -142,7 +142,7 @@ def test_normalised_queries_are_shown_as_matrices_with_the_reason():
 
 
 def test_notes_name_the_layers_they_are_about():
-    assert rd.inspect(build("llama")).notes[0].startswith("layers 0-1: rotary positions turn queries and keys, so only")
+    assert rd.inspect(build("llama")).notes[0].startswith("layers 0-1: RoPE rotates queries and keys, so only")
     assert "2 query heads share a key head" in rd.inspect(build("llama")).notes[1]
     assert "(4 of 8 coordinates)" in rd.inspect(build("gptj")).notes[0]
     assert rd.inspect(build("gpt2")).notes == []

@@ -1,6 +1,6 @@
-"""Files of strangers, read within bounds, and files of our own, written whole or not at all. Does not import torch.
+"""Untrusted files, read within bounds, and files of our own, written whole or not at all. Does not import torch.
 
-A name in a directory may be that of a pipe, a device, a link in a circle or a file of a terabyte. What is read here is
+A name in a directory may be that of a pipe, a device, a symlink loop or a file of a terabyte. What is read here is
 a regular file of at most a stated size. What is written is written beside its name and renamed over it, so that a full
 disk harms nothing that was there and leaves nothing behind.
 """
@@ -21,7 +21,7 @@ _LONGEST = 200  # characters of a file's name that are kept in that of its part:
 
 
 def real(path: str | Path) -> Path:
-    """Return a path without links; one in a circle stays as it is, where ``Path.resolve`` raises."""
+    """Return a path without links; a symlink loop stays as it is, where ``Path.resolve`` raises."""
     return Path(os.path.realpath(path))
 
 
@@ -30,14 +30,14 @@ def kind_of(path: str | Path) -> str:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        return "a link in a circle" if error.errno == errno.ELOOP else ""
+        return "a symlink loop" if error.errno == errno.ELOOP else ""
     except ValueError:  # a name that no file can have
         return ""
     kinds = {
         stat.S_IFREG: "file", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
         stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     }  # fmt: skip
-    return kinds.get(stat.S_IFMT(mode), "no regular file")
+    return kinds.get(stat.S_IFMT(mode), "a special file")
 
 
 def read_bytes(path: str | Path, largest: int, error: type[ValueError] = ValueError, remedy: str = "") -> bytes:
@@ -56,7 +56,7 @@ def read_bytes(path: str | Path, largest: int, error: type[ValueError] = ValueEr
         kind = kind_of(path)
         if kind not in ("file", ""):
             otherwise = remedy or "remove it, or put the file in its place."
-            raise error(f"{path} is {kind}, and should be a regular file: {otherwise}")
+            raise error(f"{path} is {kind}, not a regular file: {otherwise}")
         # a pipe put there in this moment must not be waited for
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             content = file.read(largest + 1)
@@ -65,7 +65,7 @@ def read_bytes(path: str | Path, largest: int, error: type[ValueError] = ValueEr
         raise error(f"{what}: {remedy}" if remedy else f"{what}.") from None
     if len(content) > largest:
         size = os.stat(path).st_size
-        raise error(f"{path} has {size} bytes, and at most {largest} make sense of it: it is not read.")
+        raise error(f"{path} is {size} bytes, over the limit of {largest}: not read.")
     return content
 
 
@@ -104,7 +104,7 @@ def write(path: str | Path, content: bytes) -> Path:
     path = Path(path)
     try:
         if "\0" in path.name:
-            raise OSError(errno.EINVAL, "a name has no NUL in it")
+            raise OSError(errno.EINVAL, "a file name cannot contain NUL")
         if kind_of(path) in ("a pipe", "a device"):
             # of a pipe that nobody reads this fails, and would wait otherwise
             handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))

@@ -45,16 +45,16 @@ BALANCE = ("nuclear_gap", "nuclear_ratio", "imbalance")
 #: The products and matrices that have rows: symbol and what it does, in the order of reading.
 KINDS = {
     "query_key": ("W_Kᵀ W_Q", "what a query looks for"),
-    "query_key_rotary": ("W_Kᵀ W_Q rotary", "the part that positions turn"),
+    "query_key_rotary": ("W_Kᵀ W_Q rotary", "the part rotated by RoPE"),
     "query": ("W_Q", "queries, normalised afterwards"),
     "key": ("W_K", "keys, normalised afterwards"),
     "value_output": ("W_O W_V", "what a head writes"),
     "value": ("W_V", "values"),
-    "output": ("W_O", "what is made of the heads, changed before"),
-    "query_factor": ("W_QA", "the queries' first factor, normalised before the second"),
+    "output": ("W_O", "output projection, of gated or normalised heads"),
+    "query_factor": ("W_QA", "query down-projection, normalised before the up-projection"),
     "latent": ("W_C", "the latent that keys and values share, normalised afterwards"),
-    "output_factor": ("W_OA", "the outputs' first factor, in groups"),
-    "output_mix": ("W_OB", "the outputs' second factor"),
+    "output_factor": ("W_OA", "output down-projection, in groups"),
+    "output_mix": ("W_OB", "output up-projection"),
 }
 #: The matrices of :data:`KINDS` that have no heads.
 _FACTORS = ("query_factor", "latent", "output_factor", "output_mix")
@@ -235,25 +235,25 @@ def _deviations(source: Source, layer: AttentionLayer, depth: int) -> tuple[floa
 
 
 def _notes(layer: AttentionLayer) -> Iterator[str]:
-    own = "W_Kᵀ W_Q is not what scores are made of: W_Q and W_K on their own"
+    apart = "scores are not computed from W_Kᵀ W_Q; W_Q and W_K are shown separately"
     if layer.qk_norm:
-        yield f"queries and keys are normalised, so {own}"
+        yield f"queries and keys are normalised, so {apart}"
     elif layer.no_product:
-        yield f"it {layer.no_product}, so {own}"
+        yield f"it {layer.no_product}, so {apart}"
     elif "query_rotary" in layer.factors:
         yield (
             "latent attention: products are formed where no norm stands between the factors: W_Kᵀ W_Q between the "
             "queries' vector and the latent, the same for the rotary part, and W_O W_V from the latent; the factors "
-            "before the norms are shown on their own"
+            "before the norms are shown separately"
         )
     elif layer.rotary is not None:
         part = "" if layer.rotary.dims == layer.head_dim else f" ({layer.rotary.dims} of {layer.head_dim} coordinates)"
         yield (
-            f"rotary positions turn queries and keys{part}, so only the norms of the planes can balance: gap and "
+            f"RoPE rotates queries and keys{part}, so only plane norms can balance: gap and "
             "imbalance of W_Kᵀ W_Q are by plane, its spectrum is that at equal positions"
         )
     if layer.no_value_product:
-        yield f"it {layer.no_value_product}, so W_O W_V is not what a head writes: W_V and W_O on their own"
+        yield f"it {layer.no_value_product}, so a head's output is not W_O W_V; W_V and W_O are shown separately"
     if layer.num_key_value_heads < layer.num_heads:
         yield (
             f"{layer.num_heads // layer.num_key_value_heads} query heads share a key head: gap and imbalance are of "
@@ -263,27 +263,26 @@ def _notes(layer: AttentionLayer) -> Iterator[str]:
         yield f"assumed: {layer.remark}"
     if "order" in layer.unknown:
         yield (
-            "the fused projection is read as all queries, all keys, all values, as in most code, and nothing says so: "
-            "if it is cut head by head, or row by row, say layout=interleaved or layout=alternating in AttentionNames "
-            "(--names)"
+            "the fused projection is read as all queries, all keys, all values by default; the model does not say. If "
+            "heads or rows are interleaved, pass layout=interleaved or layout=alternating in AttentionNames (--names)"
         )
     if "grouping" in layer.unknown:
         yield (
-            "nothing says which key head a query head meets: the first query heads are taken to meet the first, as in "
-            "most code; if query head i meets key head i mod g, say grouping=strided in AttentionNames (--names)"
+            "the model does not say which key head each query head uses; contiguous groups are assumed. If query head "
+            "i uses key head i mod g, pass grouping=strided in AttentionNames (--names)"
         )
     if "planes" in layer.unknown and layer.has_score_product:
         yield (
-            "nothing says which coordinates rotary positions turn together: those half a head apart are taken, as in "
-            "most code; if they are neighbours, say rotary=interleaved in AttentionNames (--names), else rotary=half"
+            "the model does not say which coordinates RoPE pairs; coordinates half a head apart are assumed. If pairs "
+            "are neighbours, pass rotary=interleaved in AttentionNames (--names), else rotary=half"
         )
     if unknown := layer.unknown - {"order", "grouping", "planes"}:
-        asked = {"qk_norm": "queries and keys are normalised", "rotary": "rotary positions turn them"}
+        asked = {"qk_norm": "queries and keys are normalised", "rotary": "RoPE rotates them"}
         questions = " or whether ".join(asked[name] for name in sorted(unknown))
         settings = " and ".join(f"{name}=..." for name in sorted(unknown))
         example = ", or give a live model and example=" if "qk_norm" in unknown else ""
         yield (
-            f"nothing says whether {questions}, and it is shown as if not: say {settings} in AttentionNames "
+            f"the model does not say whether {questions}; it is shown as if not. Pass {settings} in AttentionNames "
             f"(--names){example}"
         )
 

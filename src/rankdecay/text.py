@@ -1,4 +1,4 @@
-"""Figures, tables and the words of strangers as plain text."""
+"""Figures, tables and untrusted text, as plain text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GONE = 0.01  # share of the largest singular value below which a direction is dr
 def visible(text: str) -> str:
     r"""Return a text of which no character does anything but stand there: ``\x1b``, ``\n`` and their like are spelled.
 
-    Names of tensors, directories and arms come from strangers: a line feed in one fakes a line of a log, and an escape
+    Names of tensors, directories and arms are untrusted: a line feed in one fakes a line of a log, and an escape
     sequence clears the screen. Whatever a terminal or a log receives goes through here.
 
     Example:

@@ -70,7 +70,9 @@ def test_a_pytorch_state_dict(wrap, tmp_path):
     model = build("gpt2")
     torch.save(wrap(model.state_dict()), tmp_path / "model.pt")
     _same(model, tmp_path / "model.pt", num_heads=4)
-    with pytest.raises(ValueError, match=r"c_attn has 96 rows, and an unknown number of heads.*num_heads"):
+    with pytest.raises(
+        ValueError, match=r"c_attn: its 96 rows do not split into an unknown number of heads.*num_heads"
+    ):
         rd.find_attention(tmp_path / "model.pt")
 
 
@@ -247,7 +249,7 @@ def test_nothing_to_read(tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf"])
 def test_a_pointer_of_git_lfs_is_told_as_what_it_is(name, tmp_path):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 1\n")
-    with pytest.raises(CheckpointError, match="is a pointer of Git LFS and not the weights: fetch them with git lfs"):
+    with pytest.raises(CheckpointError, match="is a Git LFS pointer, not the weights: fetch them with git lfs"):
         open_checkpoint(tmp_path)
 
 

@@ -22,10 +22,10 @@ def _saved(folder: Path, layers: list[int], config: dict[str, object] | None = N
 @pytest.mark.parametrize(
     ("layers", "config", "said"),
     [
-        ([0, 1, 3], {}, "layer 2 is not there, and layer 3 is: the file is not whole; copy it again"),
-        ([1, 999_999_999], {}, "layer 2 is not there, and layer 999999999 is"),
-        ([0, 1], {"num_hidden_layers": 4}, "2 of the 4 layers that its settings state are there (from 0 to 1)"),
-        ([2, 3], {"num_hidden_layers": 4}, "2 of the 4 layers that its settings state are there (from 2 to 3)"),
+        ([0, 1, 3], {}, "layer 2 is missing although layer 3 is present: the file is incomplete; copy it again"),
+        ([1, 999_999_999], {}, "layer 2 is missing although layer 999999999 is present"),
+        ([0, 1], {"num_hidden_layers": 4}, "has 2 of the 4 layers in its config (0-1)"),
+        ([2, 3], {"num_hidden_layers": 4}, "has 2 of the 4 layers in its config (2-3)"),
     ],
 )
 def test_layers_that_a_file_does_not_hold_are_said(layers, config, said, tmp_path, capsys) -> None:
@@ -41,7 +41,7 @@ def test_layers_that_a_file_does_not_hold_are_said(layers, config, said, tmp_pat
 def test_layers_between_which_stands_what_has_no_weights_are_whole(tmp_path) -> None:
     """As in a sequence of layers and dropouts."""
     assert rd.inspect(_saved(tmp_path, [0, 2, 4])).unhandled == []
-    assert "layer 1 is not there" in rd.inspect(_saved(tmp_path, [0, 2, 4, 8])).unhandled[0]
+    assert "layer 1 is missing" in rd.inspect(_saved(tmp_path, [0, 2, 4, 8])).unhandled[0]
 
 
 def test_a_whole_file_is_whole(tmp_path) -> None:

@@ -91,7 +91,7 @@ def test_one_of_metas_shards_alone_is_refused(tmp_path, capsys):
     )
     assert main(["inspect", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert "layers.0.attention.wq.weight has 8 rows, where its settings state 4 heads of 4" in said
+    assert "layers.0.attention.wq.weight has 8 rows, but its config has 4 heads of 4" in said
     assert "model-parallel shards" in said
     assert "convert_llama_weights_to_hf" in said
     (tmp_path / "params.json").write_text(json.dumps(params | {"head_dim": 2}))
@@ -200,4 +200,4 @@ def test_a_model_type_that_no_table_covers_is_no_known_one(kind: str, fused: boo
     [layer] = rd.find_attention(tmp_path)
     assert ("order" in layer.unknown) == fused
     assert ("qk_norm" in layer.unknown) == (kind != "llama")
-    assert any("nothing says" in note for note in rd.inspect(tmp_path).notes) == (kind != "llama")
+    assert any("the model does not say" in note for note in rd.inspect(tmp_path).notes) == (kind != "llama")

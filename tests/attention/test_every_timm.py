@@ -375,7 +375,7 @@ def test_matrices_are_those_of_the_forward_pass(timm, case):
 #: Classes of no model above that are named: module, class, arguments, what is said.
 NAMED_ALONE: list[tuple[str, str, dict[str, Any], str]] = [
     ("layers.attention2d", "MultiQueryAttentionV2",
-     {"dim": 32, "num_heads": 4}, "query_proj has shape .*, not that of a matrix"),
+     {"dim": 32, "num_heads": 4}, "query_proj has shape .*: not a matrix"),
     ("layers.other_pool", "SimPool2d",
      {"dim": 32, "num_heads": 4}, "like projections to queries and keys, and not recognised"),
     ("layers.other_pool", "SimPool1d",

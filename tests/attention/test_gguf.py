@@ -473,7 +473,7 @@ def test_a_folder_with_several_models_is_refused(tmp_path):
     _plain(tmp_path / "model-Q8_0.gguf", "llama", {})
     with pytest.raises(
         CheckpointError,
-        match=r"holds several sets of weights: model-Q4_K_M.gguf, model-Q8_0.gguf; say which with --state",
+        match=r"holds several sets of weights: model-Q4_K_M.gguf, model-Q8_0.gguf; choose one with --state",
     ):
         rd.find_attention(tmp_path)
     (tmp_path / "model-Q8_0.gguf").rename(tmp_path / "model.safetensors")
@@ -524,7 +524,7 @@ def test_the_command_line(tmp_path, capsys):
     assert main(["inspect", str(path), "--layers", "1"]) == 0
     out = capsys.readouterr().out
     assert "model.gguf: 1 attention layer" in out
-    assert "layer 1: rotary positions turn queries and keys" in out
+    assert "layer 1: RoPE rotates queries and keys" in out
 
 
 def test_without_the_package_one_line_says_what_to_install(tmp_path):
@@ -557,7 +557,7 @@ def _name(text: bytes) -> bytes:
         (b"GG", "was cut short, or is damaged: its header"),
         (b"GGML" + bytes(64), "does not begin with GGUF"),
         (b"GGUF", "was cut short"),
-        (_head(1), "is GGUF of version 1"),
+        (_head(1), "is GGUF version 1"),
         (struct.pack(">4sIQQ", b"GGUF", 3, 0, 0), "is big-endian; convert it with: gguf-convert-endian"),
         (_head(), "contains no tensors"),
         (_head(tensors=2**63), "it claims 9223372036854775808 tensors"),

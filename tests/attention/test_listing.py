@@ -45,7 +45,7 @@ def test_the_candidates_are_listed_and_chosen_on_the_command_line(tmp_path, caps
     assert main(["inspect", str(file), "--list"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["  --state student", "  --state teacher"]
     assert main(["inspect", str(file), "--num-heads", "2"]) == 2
-    assert "holds several sets of weights: student, teacher; say which with --state KEY" in capsys.readouterr().err
+    assert "holds several sets of weights: student, teacher; choose one with --state KEY" in capsys.readouterr().err
     choose = ["inspect", str(file), "--num-heads", "2", "--state", "teacher"]
     assert main([*choose, "--list"]) == 0
     assert "(--state KEY): student, teacher" in capsys.readouterr().out

@@ -98,7 +98,7 @@ def test_what_is_not_attention_is_refused_with_the_remedy() -> None:
         rd.find_attention(7)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"under the names 'asks', 'answer'"):
         rd.find_attention(_Own(), rd.AttentionNames(query="asks", fused="answer", output="mix", num_heads=4))
-    with pytest.raises(ValueError, match=r"asks has 24 rows, and an unknown number.*num_heads"):
+    with pytest.raises(ValueError, match=r"asks: its 24 rows do not split into an unknown number.*num_heads"):
         rd.find_attention(_Own(), rd.AttentionNames(query="asks", fused="answers"))
 
 
@@ -143,7 +143,7 @@ def test_an_order_that_nothing_says_is_assumed_and_said(given: int | None, tmp_p
         attention.num_heads = 2
     model = nn.ModuleDict({"attn": attention})
     assert [layer.unknown for layer in rd.find_attention(model, num_heads=given)] == [{"order", "qk_norm", "rotary"}]
-    [note, _] = [note for note in rd.inspect(model, num_heads=given).notes if "nothing says" in note]
+    [note, _] = [note for note in rd.inspect(model, num_heads=given).notes if "the model does not say" in note]
     assert "the fused projection is read as all queries, all keys, all values" in note
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     assert "order" in rd.find_attention(tmp_path / "weights.pt", num_heads=2)[0].unknown
@@ -201,10 +201,10 @@ def test_sizes_that_contradict_the_settings_are_refused() -> None:
     [layer] = rd.find_attention(model, num_heads=4, head_dim=8)
     assert layer.num_heads == 4
     for name, number, stated in (("num_heads", 8, 4), ("num_heads", 3, 4), ("head_dim", 16, 8)):
-        message = f"{name}={number} is given, and its settings state {stated}: leave {name} out"
+        message = rf"{name}={number} contradicts the config \({stated}\): omit {name}"
         with pytest.raises(ValueError, match=message):
             rd.find_attention(model, **{name: number})
-    with pytest.raises(ValueError, match="num_heads=8 is given, and its settings state 4"):
+    with pytest.raises(ValueError, match=r"num_heads=8 contradicts the config \(4\)"):
         rd.attach(torch.optim.AdamW(model.parameters()), model, query_key=rd.LowRank(1.0, unit="head"), num_heads=8)
     [layer] = rd.find_attention(model, replace(LLAMA, num_heads=8))  # the settings are wrong, and it is meant
     assert layer.num_heads == 8
@@ -237,9 +237,7 @@ def _linear(rows: int, columns: int = 32) -> nn.Module:
     ],
 )
 def test_what_may_be_attention_by_its_shapes_is_named(children: dict[str, nn.Module], said: str) -> None:
-    with pytest.warns(
-        UserWarning, match=rf"other is not handled: .*{said}.*order that is not known: say it with names="
-    ):
+    with pytest.warns(UserWarning, match=rf"other is not handled: .*{said}.*in an unknown order: pass names="):
         assert [layer.name for layer in rd.find_attention(_beside(**children))] == ["known"]
 
 

@@ -190,7 +190,7 @@ def test_layers_that_do_more_than_multiply_are_named(kind: type[nn.Linear], more
     attention = _attention(lambda name, i, o: kind(i, o) if name == "k_proj" else nn.Linear(i, o))
     [layer] = rd.find_attention(attention)
     assert torch.equal(layer.key.tensor(), attention.k_proj.weight)
-    assert ("k_proj does more than to multiply by the weight" in layer.remark) == more
+    assert ("k_proj is not a plain linear map" in layer.remark) == more
     assert "q_proj" not in layer.remark
 
 

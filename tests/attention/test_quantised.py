@@ -137,7 +137,7 @@ def test_fp8_block_cut_short(tmp_path: Path) -> None:
     said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     read = rd.find_attention(write(tmp_path, tensors, head_dim=48, quantization_config=said))[0].query.tensor()
     assert torch.equal(read.double(), meant)
-    with pytest.raises(CheckpointError, match=r"q_proj.weight.*blocks of 96 and of 128; config.json has to say it"):
+    with pytest.raises(CheckpointError, match=r"q_proj.weight.*blocks of 96 and of 128; config.json must say which"):
         rd.find_attention(write(tmp_path, {PREFIX + "q_proj" + p: tensors[PREFIX + "q_proj" + p]
                                            for p in (".weight", ".weight_scale_inv")}))  # fmt: skip
 

@@ -61,7 +61,7 @@ def _seeded() -> None:
 def test_a_norm_without_a_name_is_seen(norm: str, bias: bool) -> None:
     report = rd.inspect(Own(norm, bias), example=_x())
     assert _shown(report) == ({"query", "key"} if NORMS[norm][1] else {"query_key"})
-    assert not any("nothing says whether queries" in note for note in report.notes)
+    assert not any("does not say whether queries" in note for note in report.notes)
 
 
 class OverTheWidth(Own):
@@ -80,7 +80,7 @@ def test_a_norm_over_all_heads_is_seen(bias: bool) -> None:
 
 def test_without_an_example_it_is_said_to_be_unknown() -> None:
     report = rd.inspect(Own("rms"))
-    assert any("queries and keys are normalised" in note and "nothing says" in note for note in report.notes)
+    assert any("queries and keys are normalised" in note and "the model does not say" in note for note in report.notes)
     [layer] = rd.find_attention(Own())
     assert layer.unknown == {"qk_norm", "rotary"}
 
@@ -190,7 +190,7 @@ def test_an_example_without_a_result_is_one_clear_line(tmp_path) -> None:
 def test_a_layer_without_a_gradient_stays_unknown() -> None:
     model = nn.ModuleDict({"used": Own("rms"), "unused": Own("rms")})
     report = rd.inspect(model, example=lambda: model["used"](_x()))
-    assert any("nothing says" in note for note in report.notes)
+    assert any("the model does not say" in note for note in report.notes)
     assert {row["name"] for row in report.rows if row.get("product") == "query_key"} == {"unused"}
 
 

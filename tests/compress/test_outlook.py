@@ -25,7 +25,7 @@ def test_it_says_what_the_plan_says_that_asks_the_class(tmp_path, kind):
             assert size.value_energy == pytest.approx(other.value_energy, abs=1e-9)
     text = str(rd.inspect(folder))
     assert "cache bytes/token" in text
-    assert "energy is not loss" in text
+    assert "low energy does not mean low loss" in text
     assert rd.inspect(folder).to_json()["smaller_heads"]["sizes"][0]["head_dim"] == 16
 
 
@@ -41,7 +41,7 @@ def test_what_cannot_be_made_smaller_is_said_with_the_reason():
     assert "no configuration says of which class it is" in str(rd.inspect(torch.nn.MultiheadAttention(16, 2)))
 
 
-@pytest.mark.parametrize(("value", "says"), [(float("nan"), "not finite"), (1e200, "so large or so small")])
+@pytest.mark.parametrize(("value", "says"), [(float("nan"), "not finite"), (1e200, "too large or too small")])
 def test_weights_without_an_energy(value, says):
     model = small.model().double()
     with torch.no_grad():

@@ -181,7 +181,7 @@ QUERY = "transformer.h.0.attn.c_attn.weight"
         (lambda c: c.update({QUERY: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)])}), "nested"),
         (lambda c: c.update({QUERY: c[QUERY].to(torch.complex64)}), "complex64"),
         (lambda c: c.update({QUERY: torch.empty(16, 48, device="meta")}), "meta"),
-        (lambda c: c.update({QUERY: torch.zeros(0, 48)}), "no numbers"),
+        (lambda c: c.update({QUERY: torch.zeros(0, 48)}), "it is empty"),
         (lambda c: c.update({"a" + ".b" * 10_000: torch.ones(2, 2)}), "20001 characters"),
         (lambda c: c.update({QUERY.replace("weight", "bias"): torch.zeros(())}), "not handled: transformer.h.0.attn"),
         (

@@ -34,10 +34,10 @@ def put(kind: str, path: Path) -> None:
     [
         ("pipe", "a pipe"),
         ("directory", "a directory"),
-        ("circle", "a link in a circle"),
+        ("circle", "a symlink loop"),
         ("device", "a device"),
         ("large", "1099511627776 bytes"),
-        ("growing", "at most 100"),
+        ("growing", "over the limit of 100"),
         ("missing", "No such file"),
     ],
 )

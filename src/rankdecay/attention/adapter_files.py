@@ -79,7 +79,9 @@ def merge(adapter: Checkpoint, file: Path, open_base: Callable[[Path], Checkpoin
     config = read_json(folder / ADAPTER_CONFIG)
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str | None) or len(named or "") > _LONGEST_PATH:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is no path: {str(named)[:100]!r}.")
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is not a path: {str(named)[:100]!r}."
+        )
     how = (
         f"merge it first: PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload().save_pretrained(...), "
         "and give that directory"
@@ -192,7 +194,7 @@ def _alignment(names: list[str], base: Checkpoint) -> Callable[[str], str]:
 def _delta(module: str, pair: dict[str, str], adapter: Checkpoint, config: Mapping[str, Any]) -> _Delta:
     for name in pair.values():
         if len(adapter.shapes[name]) != 2 or 0 in adapter.shapes[name]:
-            raise ValueError(f"{name} has shape {adapter.shapes[name]}, and no factor of a matrix has")
+            raise ValueError(f"{name} has shape {adapter.shapes[name]}; a LoRA factor must be a non-empty matrix")
     rank = adapter.shapes[pair["A"]][0]
     said = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
     if said != rank or adapter.shapes[pair["B"]][-1] != rank:
@@ -217,7 +219,7 @@ def _by_pattern(patterns: object, module: str, default: object) -> object:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error as error:
-            raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+            raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
     return default
 
 

@@ -94,7 +94,7 @@ def merged(adapted: Any, path: str) -> nn.Module:
     tuner = type(adapted).__module__.split(".")[2] if "peft.tuners." in type(adapted).__module__ else "an adapter"
     mixed = getattr(vars(adapted).get("forward"), "__self__", None)
     if type(mixed).__module__.startswith("peft.tuners.xlora"):
-        raise ValueError(f"{path} has no one weight: X-LoRA mixes its adapters anew for each input.")
+        raise ValueError(f"{path} does not have a single weight: X-LoRA mixes its adapters anew for each input.")
     base: Any = adapted.get_base_layer()
     copied = detached_copy(adapted, changed=adapted.base_layer)
     _write_computed(base, copied.get_base_layer())

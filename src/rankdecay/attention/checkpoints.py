@@ -309,7 +309,7 @@ def _check_fetched(file: Path) -> None:
     """Refuse the line that stands for a file of Git LFS that has not been fetched."""
     with file.open("rb") as opened:
         if opened.read(len(_POINTER)) == _POINTER:
-            raise CheckpointError(f"{file} is a pointer of Git LFS and not the weights: fetch them with git lfs pull.")
+            raise CheckpointError(f"{file} is a Git LFS pointer, not the weights: fetch them with git lfs pull.")
 
 
 def _matrices_in(file: Path) -> set[str]:
@@ -350,7 +350,7 @@ def _safetensors_shapes(file: Path, header: dict[str, str]) -> tuple[dict[str, S
             shapes = {name: tuple(tensor.get_shape()) for name, tensor in held.items()}
             return shapes, {name: stored_type(tensor.get_dtype()) for name, tensor in held.items()}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from None
+        raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from None
 
 
 def _content(file: Path) -> object:
@@ -376,8 +376,8 @@ def _content(file: Path) -> object:
         told = str(error) if isinstance(error, (OSError, RuntimeError)) else ""
         reason = re.split(r"\.\s|\n", told)[0].rstrip(".")[:200]
         raise CheckpointError(
-            f"{file} is not a PyTorch state dict, or is damaged ({reason or 'its bytes are no pickle'}): name the file "
-            "of the weights, or copy it again from where it came."
+            f"{file} is not a PyTorch state dict, or is damaged ({reason or 'its bytes are not a pickle'}): name the "
+            "file of the weights, or copy it again from where it came."
         ) from None
 
 

@@ -25,12 +25,15 @@ def missing_layers(checkpoint: Checkpoint, modules: Collection[str]) -> Iterator
         gap = next(i for i in count(first, _stride(numbers)) if i not in numbers)
         depth = checkpoint.setting(f"{path}.{last}", NUM_LAYERS) if len(lists) == 1 else None
         if gap < last:
-            yield path, f"layer {gap} is not there, and layer {last} is: the file is not whole; copy it again"
+            yield (
+                path,
+                f"layer {gap} is missing although layer {last} is present: the file is incomplete; copy it again",
+            )
         elif isinstance(depth, int) and len(numbers) < depth:
             yield (
                 path,
-                f"{len(numbers)} of the {depth} layers that its settings state are there (from {first} to {last}): "
-                "give the file or the folder that holds them all",
+                f"has {len(numbers)} of the {depth} layers in its config ({first}-{last}): give the file or the folder "
+                "that holds them all",
             )
 
 

@@ -248,7 +248,7 @@ def _stored(
 
             def refuse() -> Tensor:
                 held = ", ".join(parts[name] for name in names)
-                raise error(f"{weight} is computed from {held}, and the file does not say how; {_REMEDY}.")
+                raise error(f"{weight} is computed from {held}, but the file does not say how; {_REMEDY}.")
 
             matrix = next((name for name in ("original", "~orig") if name in parts), None)
             if {"original0", "original1"} <= parts.keys() and _scales(shape("original0"), shape("original1")):

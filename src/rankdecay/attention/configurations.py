@@ -101,7 +101,7 @@ def _check_no_slice(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     for name, shape in shapes.items():
         if _META.fullmatch(name) and shape[0] < heads * size:
             raise CheckpointError(
-                f"{file}: {name} has {shape[0]} rows, where its settings state {heads} heads of {size}: it is one of "
+                f"{file}: {name} has {shape[0]} rows, but its config has {heads} heads of {size}: it is one of "
                 "several model-parallel shards, each with a part of every matrix; convert all of them to one model "
                 "(for Llama: python -m transformers.models.llama.convert_llama_weights_to_hf)."
             )

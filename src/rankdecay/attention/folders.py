@@ -108,7 +108,7 @@ def check_inside(file: Path, folder: Path) -> None:
     """Refuse a link that leads out of the checkpoint, unless into the cache of the hub, and an empty file.
 
     Raises:
-        CheckpointError: If the file is such a link, or empty, or no regular file.
+        CheckpointError: If the file is such a link, or empty, or not a regular file.
     """
     target, root = real(file), real(folder)
     inside = target.is_relative_to(root)
@@ -122,7 +122,7 @@ def check_inside(file: Path, folder: Path) -> None:
 def _check_content(file: Path) -> None:
     kind = kind_of(file)
     if kind != "file":
-        raise CheckpointError(f"{file} is not a regular file{f', but {kind}' if kind else ''}.")
+        raise CheckpointError(f"{file} is {f'{kind}, ' if kind else ''}not a regular file.")
     if file.stat().st_size == 0:
         raise CheckpointError(f"{file} is empty; the download or the save was cut short.")
 

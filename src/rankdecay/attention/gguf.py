@@ -373,7 +373,7 @@ class _HeaderReader:
             )
         if version not in (2, 3):
             raise CheckpointError(
-                f"{self.file} is GGUF of version {version}, and 2 and 3 are read; convert the model again."
+                f"{self.file} is GGUF version {version}; versions 2 and 3 are supported: convert the model again."
             )
         tensors, settings = self._count(24, _MOST_ENTRIES, "tensors"), self._count(13, _MOST_ENTRIES, "settings")
         metadata: dict[str, Any] = {}
@@ -474,13 +474,17 @@ class _HeaderReader:
     def _bytes(self, count: int) -> bytes:
         content = self.opened.read(count) if count <= self.size - self.at else b""
         if len(content) != count:
-            raise CheckpointError(f"{self.file} was cut short, or is damaged: its header goes on beyond its end.")
+            raise CheckpointError(
+                f"{self.file} was cut short, or is damaged: its header extends past the end of the file."
+            )
         self.at += count
         return content
 
     def _skip(self, count: int) -> None:
         if count > self.size - self.at:
-            raise CheckpointError(f"{self.file} was cut short, or is damaged: its header goes on beyond its end.")
+            raise CheckpointError(
+                f"{self.file} was cut short, or is damaged: its header extends past the end of the file."
+            )
         self.opened.seek(count, 1)
         self.at += count
 

@@ -234,14 +234,14 @@ class MatrixView:
         """Return the parameter's value, detached.
 
         Raises:
-            ValueError: If it is no dense tensor of real numbers.
+            ValueError: If it is not a dense tensor of real numbers.
         """
         value = self.weight().detach()
         what = "nested" if value.is_nested else "complex" if value.is_complex() else ""
         if what or value.layout is not torch.strided:
             raise ValueError(
-                f"{self.parameter_name} is a {what or 'sparse'} tensor ({value.dtype}), and the rank of attention is "
-                "that of dense real matrices: convert it first."
+                f"{self.parameter_name} is a {what or 'sparse'} tensor ({value.dtype}); rankdecay needs dense real "
+                "matrices: convert it first."
             )
         return value
 

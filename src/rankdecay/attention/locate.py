@@ -280,7 +280,7 @@ class _Search:
         self._taken.update(names)
         try:
             if empty := next((name for name in names if 0 in reader.shape(name)), None):
-                raise NotHandled(f"{empty} has shape {reader.shape(empty)}, and no numbers")
+                raise NotHandled(f"{empty} has shape {reader.shape(empty)}: it is empty")
             if not named:
                 reader.check_given()
             for child in projections:
@@ -294,7 +294,7 @@ class _Search:
         name = next(name for name in (layer.name, *(f"{layer.name}:{first}" for first in firsts)) if name not in called)
         self.found.append(layer._replace(name=name))
         if layer.no_output:
-            self._say(reader.path, f"its output projection is not found, {layer.no_output}")
+            self._say(reader.path, f"its output projection was not found: {layer.no_output}")
 
     def _say(self, module: str, reason: str) -> None:
         if (said := Unhandled(module, reason)) not in self.unhandled:
@@ -358,18 +358,18 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
             if lines <= own:
                 return f"{shown([shared, value])}: {own_keys(shared, value)}"
             return (
-                f"{shown([shared])} holds queries and keys in an order that is not known: say it with "
+                f"{shown([shared])} holds queries and keys in an unknown order: pass "
                 f"names=AttentionNames(fused={shared!r}, value={value!r}, order='qk' or 'kq', "
                 "layout='contiguous', 'interleaved' or 'alternating', output=..., num_heads=...)"
             )
         hold = "hold" if len(fused) > 1 else "holds"
         return (
-            f"{shown(fused)} {hold} queries, keys or values in an order that is not known: say it "
-            f"with names=AttentionNames(fused={fused[0]!r}, order=..., layout='contiguous', "
+            f"{shown(fused)} {hold} queries, keys or values in an unknown order: pass "
+            f"names=AttentionNames(fused={fused[0]!r}, order=..., layout='contiguous', "
             "'interleaved' or 'alternating', output=..., num_heads=...)"
         )
     return (
-        f"{shown([*queries, *keys])} are named like projections to queries and keys, and not recognised: map them with "
+        f"{shown([*queries, *keys])} are named like projections to queries and keys, but not recognised: map them with "
         f"names=AttentionNames(query={queries[0]!r}, key={keys[0]!r}, value=..., output=..., num_heads=...)"
     )
 
@@ -470,6 +470,6 @@ def _nothing(source: Source, names: Names, unhandled: list[Unhandled]) -> str:
     matrices = [f"{name} {shape}" for name, shape in shapes.items() if len(shape) == 2]
     return (
         text + f". Its matrices are: {', '.join(matrices[:12]) or 'none'}{', …' if len(matrices) > 12 else ''}. "
-        "Say which are the attention's with names=AttentionNames(query=..., key=..., value=..., output=..., "
+        "Map the attention's with names=AttentionNames(query=..., key=..., value=..., output=..., "
         "num_heads=...)."
     )

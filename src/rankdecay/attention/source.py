@@ -402,7 +402,7 @@ def _saved_under_adapters(
             yield name.replace(".base_layer.", "."), StoredWeight(shape, parts, reader)
     for plain, names in copies.items():
         original = next((n for n in shapes if n.replace(".original_module.", ".") == plain and n != plain), None)
-        reason = f"{' and '.join(names)} are saved, and the file does not say which is in use"
+        reason = f"{' and '.join(names)} are saved, but the file does not say which is in use"
         read = partial(load, names[0]) if len(names) == 1 else _refusal(f"{reason}; save the one that is.")
         yield plain, StoredWeight(shapes[names[0]], (*names, *([original] if original else [])), read)
 

@@ -64,7 +64,7 @@ class SeveralSets(CheckpointError):
         self.candidates = tuple(candidates)
         shown = ", ".join(self.candidates[:12]) + (", …" if len(self.candidates) > 12 else "")
         what = f"{where} has no weights {state!r}: it holds" if state else f"{where} holds several sets of weights:"
-        super().__init__(f"{what} {shown}; say which with --state KEY (state= in Python).")
+        super().__init__(f"{what} {shown}; choose one with --state KEY (state= in Python).")
 
 
 def take(keys: Collection[str], state: str | None, separator: str) -> tuple[str, str | None] | None:

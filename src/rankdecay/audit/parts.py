@@ -109,7 +109,7 @@ class Part:
             if (kind == "unknown" and not reason) or (kind == "pair" and not of_pair):
                 kind = "neither"
             words = f"{reason}." if reason else {
-                "scale_invariant": "scale-invariant with its matrix: to decay one of the two is no rescaling.",
+                "scale_invariant": "scale-invariant with its matrix: decaying one of the two is not a rescaling.",
                 "pair": "scales with its matrix in the pair: a column more of it.",
             }.get(kind, "neither: L2 pulls it to zero.")  # fmt: skip
             euler = math.inf if self.bias.gradient is None else cancels(terms_of([self.bias]).grouped(1))

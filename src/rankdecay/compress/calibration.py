@@ -70,7 +70,7 @@ def live_with_tokens(model: Opened, text: Text, progress: Progress) -> tuple[nn.
 
     if model.kind.__name__ not in CAUSAL.values():
         raise NotReducible(
-            f"{model.kind.__name__} is no causal language model, whose loss on a text could choose: leave it out."
+            f"{model.kind.__name__} is not a causal language model, so no loss on a text can choose: omit the text."
         )
     length = min(text.window, getattr(model.config, "max_position_embeddings", None) or text.window)
     tokenizer = text.tokenizer
@@ -175,7 +175,7 @@ def _read_text(path: str | Path) -> str:
         text, at = "", start + error.start
     if at >= 0:
         raise ValueError(
-            f"calibration={str(path)!r} is no UTF-8 text at byte {at}: if it is text, convert it from its encoding, "
+            f"calibration={str(path)!r} is not UTF-8 text at byte {at}: if it is text, convert it from its encoding, "
             "such as iconv -f utf-16le -t utf-8; else name a text file."
         )
     return text

@@ -111,7 +111,7 @@ def compress(
     if isinstance(model, (str, Path)) and out is None:
         raise ValueError("out is needed for a model in files: name a directory that does not exist yet.")
     if head_dim is None:
-        raise ValueError("head_dim=None: say the size of a head; rankdecay.compress.plan shows what sizes cost.")
+        raise ValueError("head_dim=None: pass the size of a head; rankdecay.compress.plan shows what sizes cost.")
     if out is not None:
         out = Path(out).expanduser()
         check_new(out)  # before any work
@@ -216,7 +216,9 @@ def _planned(
     made = smaller.get(head_dim) if head_dim is not None else None
     notes = [*original.warnings, *_unread(given, original), *([_ENERGY] if text is None else [])]
     if head_dim is not None and head_dim % 8:
-        notes.append(f"head size {head_dim} is no multiple of 8: many attention kernels are slow there, or refuse it.")
+        notes.append(
+            f"head size {head_dim} is not a multiple of 8: many attention kernels are slow there, or refuse it."
+        )
     result = Compression(
         source=given.name,
         model_type=str(given.config.model_type),
@@ -282,7 +284,7 @@ def _by_loss(given: Opened, original: Original, scores: Scores, text: texts.Text
         original.skeleton.check_same(live)  # as embeddings that files hold twice, and differing, are not
     choosing, reported = tokens[::2], tokens[1::2]
     if not math.isfinite(texts.loss(live, choosing[:1])):
-        raise ValueError("the model's loss on the text is no number: do its weights hold NaN or infinity?")
+        raise ValueError("the model's loss on the text is NaN or infinite: do its weights hold NaN or infinity?")
     moments = texts.moments(live, original.layers, choosing)
     layers, keys = original.with_positions(original.layers)
     losses = texts.plane_losses(live, layers, keys, original.turned(), choosing, tell)

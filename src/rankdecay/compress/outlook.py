@@ -19,7 +19,7 @@ from rankdecay.compress.reduction import Layer, Norm, NotReducible, cached_heads
 from rankdecay.compress.result import Size, size_table, usual_sizes
 from rankdecay.compress.types import check_type
 
-_NO_NUMBERS = "its weights are so large or so small that their energies are no numbers."
+_NO_NUMBERS = "its weights are too large or too small: their energies overflow or underflow float64."
 
 
 @dataclass(frozen=True)

@@ -439,7 +439,7 @@ def _check_reducible(found: Found) -> None:
         kind = "latent attention or a gate" if extra else "no output projection"
         raise NotReducible(f"{name} has {kind}, whose heads are not those of plain W_Q, W_K, W_V and W_O.")
     if found.unknown:
-        raise NotReducible(f"{name}: neither names nor settings say its {', '.join(sorted(found.unknown))}.")
+        raise NotReducible(f"{name}: neither names nor config state its {', '.join(sorted(found.unknown))}.")
     if found.no_value_product:
         raise NotReducible(f"{name}: {found.no_value_product}, so that values cannot be given fewer coordinates.")
     if found.no_product:

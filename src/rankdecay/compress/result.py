@@ -142,9 +142,9 @@ class Compression:
 def size_table(sizes: Sequence[Size], measured_on: Sample | None = None) -> list[str]:
     """Return the table of sizes as lines, with what its losses were measured on below it."""
     with_loss = any(size.loss is not None for size in sizes)
-    cells = [["head size", "cache bytes/token", "of it", "planes' energy lost", "values' energy lost"]]
+    cells = [["head size", "cache bytes/token", "of original", "planes' energy lost", "values' energy lost"]]
     if with_loss:
-        cells[0] += ["loss", "more"]
+        cells[0] += ["loss", "Δ loss"]
     for size in sizes:
         row = [
             str(size.head_dim),
@@ -158,7 +158,7 @@ def size_table(sizes: Sequence[Size], measured_on: Sample | None = None) -> list
             row += ["—" if size.loss is None else f"{size.loss:.4f}"]
             row += ["" if size.loss is None or first is None else f"{size.loss - first:+.4f}"]
         cells.append(row)
-    feet = ["energy is not loss: a plane of little energy can be what a head finds the previous token by"]
+    feet = ["low energy does not mean low loss: a head may find the previous token by a low-energy plane"]
     if measured_on is not None:
         feet.append(f"loss: nats per token on {measured_on}, which did not choose")
     return ["  " + line for line in aligned(cells)] + [f"  ({foot})" for foot in feet]

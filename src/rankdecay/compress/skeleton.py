@@ -169,8 +169,8 @@ class Skeleton:
             sizes = (found.head_dim, found.head_dim * heads[side])
             if len(gains) != 1 or gains[0][1].ndim != 1 or gains[0][1].numel() not in sizes:
                 raise NotReducible(
-                    f"{found.name}.{name} ({type(child).__name__}) is no norm with one gain for each coordinate of a "
-                    "head: the root mean square that a smaller head has could not be made up for."
+                    f"{found.name}.{name} ({type(child).__name__}) is not a norm with one gain for each coordinate of "
+                    "a head: the root mean square that a smaller head has could not be made up for."
                 )
             path, gain = gains[0]
             norms[side] = Norm(f"{found.module}.{name}.{path}", _offset(child, gain.numel(), f"{found.name}.{name}"))

@@ -112,7 +112,7 @@ def test_an_output_of_several_matrices_is_none(kind: str, where: str, tmp_path: 
     report = rd.inspect(model if where == "live" else _saved(model, tmp_path), num_heads=4)
     assert _shown(report) == {"query_key"}
     [said] = report.unhandled
-    assert said.startswith("attn: its output projection is not found, since to_out holds several matrices (")
+    assert said.startswith("attn: its output projection was not found: to_out holds several matrices (")
 
 
 def test_an_adapter_of_ones_own_that_is_merged_is_read() -> None:

@@ -140,15 +140,15 @@ def test_positions_and_norms_are_seen(name):
 def test_heads_that_do_not_divide_are_refused() -> None:
     attention = nn.ModuleDict({name: nn.Linear(24, 24) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
     attention.num_heads = 5
-    with pytest.raises(ValueError, match=r"q_proj has 24 rows, and 5 heads"):
+    with pytest.raises(ValueError, match=r"q_proj: its 24 rows do not split into 5 heads"):
         rd.find_attention(attention)
-    with pytest.raises(ValueError, match=r"q_proj has 24 rows, and 4 heads of 5 have 20: leave head_dim= out where"):
+    with pytest.raises(ValueError, match=r"q_proj has 24 rows, but 4 heads of 5 have 20: omit head_dim= where"):
         rd.find_attention(attention, head_dim=5)
 
 
 def test_weights_that_are_no_matrices_are_refused() -> None:
     convolution = nn.ModuleDict({"qkv": nn.Conv2d(8, 24, 3), "proj": nn.Conv2d(8, 8, 1)})
-    with pytest.raises(ValueError, match=r"qkv.weight has shape \(24, 8, 3, 3\), not that of a matrix"):
+    with pytest.raises(ValueError, match=r"qkv.weight has shape \(24, 8, 3, 3\): not a matrix"):
         rd.find_attention(convolution)
     flat = nn.ParameterDict({"q_proj": torch.zeros(64), "k_proj": torch.zeros(64), "v_proj": torch.zeros(64)})
     with pytest.raises(ValueError, match=r"flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2"):
@@ -382,7 +382,7 @@ def test_a_module_for_each_head(called: str, stated: int | None) -> None:
          r"4 matrices of \(in, head_dim\) were expected"),
         ({name: nn.ModuleList([nn.Linear(16, 6) for _ in range(4)]) for name in ("q_proj", "k_proj", "v_proj")},
          r"q_proj holds several matrices \(0.weight, 1.weight, .*\), not one: merge them .* exclude="),
-        ({"qkv": torch.zeros(3, 16, 16)}, r"qkv has shape \(3, 16, 16\), not that of a matrix; store it as one"),
+        ({"qkv": torch.zeros(3, 16, 16)}, r"qkv has shape \(3, 16, 16\): not a matrix; store it as"),
         ({"to_qk": nn.Linear(16, 32), "to_v": nn.Linear(16, 16)},
          r"to_qk \(32, 16\) holds queries and keys in an order .*fused='to_qk', value='to_v', order='qk' or 'kq'"),
         ({"to_qk": nn.Linear(16, 16), "to_v": nn.Linear(16, 16)},
@@ -414,14 +414,14 @@ LLAMA = rd.AttentionNames(query="q_proj", key="k_proj", value="v_proj", output="
 
 def test_what_a_refusal_says_to_do_is_not_refused() -> None:
     attention = _of_linears(5)  # by a setting that is wrong
-    with pytest.raises(ValueError, match=r"5 heads of .*; say names=AttentionNames\(..., num_heads=...\)"):
+    with pytest.raises(ValueError, match=r"5 heads.*; pass names=AttentionNames\(..., num_heads=...\)"):
         rd.find_attention(attention)
     assert rd.find_attention(attention, replace(LLAMA, num_heads=4))[0].head_dim == 8
     few = _of_linears(2, k_proj=96, v_proj=96)
-    with pytest.raises(ValueError, match=r"2 query heads are not a multiple of 6 key heads; .* say names="):
+    with pytest.raises(ValueError, match=r"2 query heads are not a multiple of 6 key heads; .* pass names="):
         rd.find_attention(few)
     stack = _Hand(**{name: torch.zeros(4, 6, 16) for name in ("W_Q", "W_K", "W_V")})
-    with pytest.raises(ValueError, match=r"or say names=AttentionNames\(..., head_dim=16\)"):
+    with pytest.raises(ValueError, match=r"or pass names=AttentionNames\(..., head_dim=16\)"):
         rd.find_attention(stack)
     names = rd.AttentionNames(query="W_Q", key="W_K", value="W_V", head_dim=16)
     [group, *_] = [
@@ -439,7 +439,7 @@ def test_heads_of_a_tower_that_its_configuration_does_not_state() -> None:
 def test_a_number_of_heads_given_reaches_latent_attention(tmp_path: Path) -> None:
     model = build_layout("deepseek_v3")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"kv_b_proj has 56 rows, and an unknown number of heads"):
+    with pytest.raises(ValueError, match=r"kv_b_proj: its 56 rows do not split into an unknown number of heads"):
         rd.find_attention(tmp_path / "weights.pt")
     [live], [stored] = rd.find_attention(model), rd.find_attention(tmp_path / "weights.pt", num_heads=4)
     assert [str(view.window) for view in live.views] == [str(view.window) for view in stored.views]
@@ -558,10 +558,10 @@ def test_keys_and_values_may_take_turns_beside_queries() -> None:
 def test_which_key_head_a_query_head_meets_may_be_unknown() -> None:
     attention = nn.ModuleDict({name: nn.Linear(32, size) for name, size in zip("qkvo", (32, 16, 16, 32), strict=True)})
     attention.num_heads = 4
-    assert any("which key head a query head meets" in note for note in rd.inspect(attention).notes)
+    assert any("which key head each query head uses" in note for note in rd.inspect(attention).notes)
     said = rd.AttentionNames(query="q", key="k", value="v", output="o", grouping="strided")
     report = rd.inspect(attention, names=said)
-    assert not any("which key head a query head meets" in note for note in report.notes)
+    assert not any("which key head each query head uses" in note for note in report.notes)
 
 
 # ---- between heads and output ------------------------------------------------------------------------------
@@ -644,7 +644,7 @@ def test_a_norm_that_may_stand_on_either_side_is_told_by_its_width_or_said(tmp_p
     either = attention(32)
     torch.save(either.state_dict(), tmp_path / "weights.pt")
     for source in (either, tmp_path / "weights.pt"):
-        assert any("its norm is taken to stand before" in n for n in rd.inspect(source, num_heads=4).notes)
+        assert any("its norm is assumed to come before" in n for n in rd.inspect(source, num_heads=4).notes)
 
 
 # ---- what scales or convolves queries and keys --------------------------------------------------------------
@@ -757,7 +757,7 @@ def test_a_convolution_behind_a_fused_projection_is_no_product() -> None:
     assert layer.no_value_product == "convolves values over tokens"
     only = nn.ModuleDict({f"{n}_conv": nn.Conv1d(32, 32, 3, groups=32) for n in "qkv"})
     only.num_heads = 4
-    with pytest.raises(ValueError, match="not that of a matrix"):
+    with pytest.raises(ValueError, match="not a matrix"):
         rd.find_attention(only)
 
 
@@ -804,7 +804,7 @@ def test_pruned_heads_are_not_read_as_all_heads_of_another_size(tmp_path: Path) 
     _cut(tmp_path, weights, config.to_dict() | {"pruned_heads": {"0": [1]}})
     report = rd.inspect(tmp_path)
     assert {row["layer"] for row in report.rows} == {1}
-    assert "4 heads in a width of 32, which are 8 wide, and its weights have room for 3 of those" in report.unhandled[0]
+    assert "4 heads of 8 (width 32), but its weights hold only 3" in report.unhandled[0]
     first, second = rd.find_attention(tmp_path, rd.AttentionNames(fused="c_attn", output="c_proj", head_dim=8))
     assert [(layer.num_heads, layer.head_dim) for layer in (first, second)] == [(3, 8), (4, 8)]
     assert torch.equal(first.query.tensor(), weights["h.0.attn.c_attn.weight"][:, :24].T)
@@ -820,7 +820,7 @@ def test_a_slice_of_tensor_parallelism_is_refused(tmp_path: Path, fused: bool) -
     }
     config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
     _cut(tmp_path, weights, config)
-    with pytest.raises(ValueError, match="room for 2 of those: it is one of several tensor-parallel slices"):
+    with pytest.raises(ValueError, match="hold only 2: either it is one of several tensor-parallel slices"):
         rd.find_attention(tmp_path)
     _cut(tmp_path, weights, config | {"head_dim": 8})  # stated to be as narrow
     assert [(layer.num_heads, layer.head_dim) for layer in rd.find_attention(tmp_path)] == [(4, 8)]

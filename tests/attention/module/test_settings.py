@@ -89,11 +89,11 @@ def test_a_list_has_a_value_for_each_layer_wherever_the_model_is_held() -> None:
         ({"num_attention_heads": 4, "multi_query": True}, 8, ""),
         ({"num_attention_heads": 4, "num_key_value_heads": -1}, 32, ""),
         ({"num_attention_heads": 4, "num_key_value_heads": 4}, 16,
-         "state 4 key heads, where its weights make 4 heads of 8 with 2 of keys"),
+         "says 4 key heads, but its weights fit 4 heads of 8 with 2 key heads"),
         ({"num_attention_heads": 8}, 16,
-         "state no number of key heads, where its weights make 8 heads of 4 with 4 of keys"),
+         "says no number of key heads, but its weights fit 8 heads of 4 with 4 key heads"),
         ({"num_attention_heads": 4, "head_dim": 16}, 32,
-         "state heads of 16, where its weights make 4 heads of 8 with 4 of keys"),
+         "says heads of 16, but its weights fit 4 heads of 8 with 4 key heads"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [None, "llama"])
@@ -108,7 +108,7 @@ def test_numbers_of_heads_that_weights_contradict_are_said(
     assert said in layer.remark
     assert bool(layer.remark) == bool(said)
     assert main(["inspect", str(tmp_path), "--list"]) == 0
-    assert (f"assumed: its settings {said}" in " ".join(capsys.readouterr().out.split())) == bool(said)
+    assert (f"assumed: its config {said}" in " ".join(capsys.readouterr().out.split())) == bool(said)
     names = rd.AttentionNames(query="q_proj", key="k_proj", value="v_proj", output="o_proj", num_heads=4, head_dim=8)
     assert rd.find_attention(tmp_path, names)[0].remark == ""
 
@@ -116,12 +116,12 @@ def test_numbers_of_heads_that_weights_contradict_are_said(
 def test_numbers_of_heads_that_a_class_of_ones_own_contradicts_are_refused() -> None:
     attention = nn.ModuleDict({name: nn.Linear(32, 32) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
     attention.num_heads, attention.head_dim = 4, 16
-    with pytest.raises(ValueError, match=r"it states heads of 16, where its weights make 4 heads of 8 with 4 of keys"):
+    with pytest.raises(ValueError, match=r"it states heads of 16, but its weights fit 4 heads of 8 with 4 key heads"):
         rd.find_attention(attention)
     names = rd.AttentionNames(query="q_proj", key="k_proj", value="v_proj", output="o_proj", num_heads=2, head_dim=16)
     assert rd.find_attention(attention, names)[0].num_heads == 2
     attention.head_dim, attention.num_kv_heads = 8, 2
-    with pytest.raises(ValueError, match=r"it states 2 key heads, where its weights make 4 heads of 8 with 4 of keys"):
+    with pytest.raises(ValueError, match=r"it states 2 key heads, but its weights fit 4 heads of 8 with 4 key heads"):
         rd.find_attention(attention)
 
 
@@ -153,7 +153,7 @@ def test_which_rows_positions_turn_together_is_not_told_by_a_table_of_angles(cal
     of_meta = names.startswith("wq") and called != "rotary_emb"
     assert layer.rotary == Rotary(8, of_meta)
     assert ("planes" in layer.unknown) == (not of_meta)
-    said = [note for note in rd.inspect(model).notes if "which coordinates rotary positions turn together" in note]
+    said = [note for note in rd.inspect(model).notes if "which coordinates RoPE pairs" in note]
     assert len(said) == (not of_meta)
     if of_meta:
         rd.param_groups(model, query_key=rd.Planes(0.1))
@@ -164,7 +164,7 @@ def test_which_rows_positions_turn_together_is_not_told_by_a_table_of_angles(cal
         query, key, value, output = names.split()
         told = rd.AttentionNames(query=query, key=key, value=value, output=output, rotary="half")
         rd.param_groups(model, query_key=rd.Planes(0.1), names=told)
-        assert not any("turn together" in note for note in rd.inspect(model, names=told).notes)
+        assert not any("coordinates RoPE pairs" in note for note in rd.inspect(model, names=told).notes)
 
 
 # ---- cross-attention --------------------------------------------------------------------------------------

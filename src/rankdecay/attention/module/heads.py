@@ -78,8 +78,8 @@ def count_heads(
         lines, count = height[row.query], row.num_heads or height[row.query] // row.head_dim
         if count * row.head_dim != lines:
             raise NotHandled(
-                f"{row.query} has {lines} rows, and {count} heads of {row.head_dim} have {count * row.head_dim}: "
-                "leave head_dim= out where the settings state the heads, or give the size that they have"
+                f"{row.query} has {lines} rows, but {count} heads of {row.head_dim} have {count * row.head_dim}: "
+                "omit head_dim= where the config has the number of heads, or pass their actual size"
             )
         return count, row.head_dim
     key_dim = module.number(KEY_DIM) if row.layout == "interleaved" else None
@@ -105,7 +105,7 @@ def count_heads(
         if row.head_dim not in (None, size):
             raise NotHandled(
                 f"{row.fused} has {lines} rows, where {heads} heads of {row.head_dim} queries and keys have "
-                f"{2 * heads * row.head_dim}: give the size that they have, {size}"
+                f"{2 * heads * row.head_dim}: pass their actual size, {size}"
             )
         return heads, size
     if across and lines == 1 + 2 * across[0]:
@@ -134,18 +134,18 @@ def count_heads(
 
 
 def no_heads(module: ModuleParameters, child: str, lines: int, heads: int | None, head_dim: int | None) -> NotHandled:
-    """Return the error of a projection whose heads nothing says."""
+    """Return the error of a projection that does not split into the heads stated, if any are."""
     known = " with their number, or, if it is stored (in, out) as in x @ W, names=AttentionNames(..., transposed=True)"
+    number, size = heads or "an unknown number of", f" of size {head_dim}" if head_dim else ""
     return NotHandled(
-        f"{child} has {lines} rows, and {heads or 'an unknown number of'} heads of {head_dim or 'unknown'} size do "
-        f"not divide it; {say_heads(module)}{known if heads else ''}"
+        f"{child}: its {lines} rows do not split into {number} heads{size}; {say_heads(module)}{known if heads else ''}"
     )
 
 
 def say_heads(module: ModuleParameters) -> str:
-    """Return how to say another number of heads: a plain ``num_heads=`` does not stand against the settings."""
+    """Return how to pass another number of heads: a plain ``num_heads=`` does not override the settings."""
     stated = module.stated(NUM_HEADS) is not None
-    return "say names=AttentionNames(..., num_heads=...)" if stated else "pass num_heads=..."
+    return "pass names=AttentionNames(..., num_heads=...)" if stated else "pass num_heads=..."
 
 
 def check_whole(module: ModuleParameters, heads: int, head_dim: int, across: int) -> None:
@@ -165,9 +165,9 @@ def check_whole(module: ModuleParameters, heads: int, head_dim: int, across: int
     if stated or left or heads * head_dim >= across or heads * head_dim % size:
         return
     raise NotHandled(
-        f"its settings state {heads} heads in a width of {across}, which are {size} wide, and its weights have "
-        f"room for {heads * head_dim // size} of those: it is one of several tensor-parallel slices, which have to "
-        f"be merged, or heads were pruned: then say names=AttentionNames(..., head_dim={size}), or what they are"
+        f"its config has {heads} heads of {size} (width {across}), but its weights hold only "
+        f"{heads * head_dim // size}: either it is one of several tensor-parallel slices, which have to be merged, or "
+        f"heads were pruned: then pass names=AttentionNames(..., head_dim={size}), or their actual size"
     )
 
 
@@ -178,7 +178,7 @@ def contradicted(module: ModuleParameters, heads: int, head_dim: int, key_heads:
         NotHandled: If a class that no table covers states them itself, and not a configuration that may be
             another part's.
     """
-    made = f"where its weights make {heads} heads of {head_dim} with {key_heads} of keys"
+    fit = f"but its weights fit {heads} heads of {head_dim} with {key_heads} key heads"
     how = "names=AttentionNames(..., num_heads=..., head_dim=...)"
     read = (
         (NUM_HEADS, "{} heads", heads),
@@ -191,14 +191,14 @@ def contradicted(module: ModuleParameters, heads: int, head_dim: int, key_heads:
         return " and ".join(text.format(n) for text, n, number in stated if type(n) is int and n not in (0, -1, number))
 
     if not module.source.is_known(module.path) and (own := differing(partial(module.source.own, module.path))):
-        raise NotHandled(f"it states {own}, {made}: say which with {how}")
+        raise NotHandled(f"it states {own}, {fit}: pass {how}")
     settings = [text] if (text := differing(module.stated)) else []
     of_file = not module.source.kind(module.path)  # whose configuration states key heads where there are fewer
     if of_file and key_heads not in (1, heads) and module.stated(NUM_HEADS) and module.stated(KEY_HEADS) is None:
         settings.append("no number of key heads")
     if not settings:
         return ""
-    return f"its settings state {' and '.join(settings)}, {made}, as is shown; if that is wrong, say {how}"
+    return f"its config says {' and '.join(settings)}, {fit} (shown); if that is wrong, pass {how}"
 
 
 def _is_one_of_heads(module: ModuleParameters, row: AttentionNames, height: Mapping[str, int]) -> bool:

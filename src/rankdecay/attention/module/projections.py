@@ -111,7 +111,7 @@ class ModuleParameters(ModuleSettings):
             if lines == 3 * across or grouped:
                 return (
                     f"{inner} {matrices[inner]} beside {output} {matrices[output]} may hold queries, keys and values, "
-                    f"in an order that is not known: say it with names=AttentionNames(fused={inner!r}, order=..., "
+                    f"in an unknown order: pass names=AttentionNames(fused={inner!r}, order=..., "
                     f"layout='contiguous', 'interleaved' or 'alternating', output={output!r}, num_heads=...)"
                 )
         return ""
@@ -253,10 +253,10 @@ def flattened_error(name: str, shape: Shape) -> NotHandled:
 
 
 def no_matrix(name: str, shape: Shape) -> NotHandled:
-    """Return the error of a weight that is none."""
+    """Return the error of a weight that is not a matrix."""
     return NotHandled(
-        f"{name} has shape {shape}, not that of a matrix; store it as one, (out, in), or leave the module to the "
-        "optimizer with exclude="
+        f"{name} has shape {shape}: not a matrix; store it as (out, in), or leave the module to the optimizer with "
+        "exclude="
     )
 
 
@@ -265,7 +265,7 @@ def own_keys(fused: str, value: str) -> str:
     return (
         f"{fused} is no higher than {value}: its queries may be their own keys, so that there are no two matrices to "
         "decay or to show; leave the module to the optimizer with exclude=, or, if it holds queries and keys half as "
-        f"wide as the values, say names=AttentionNames(fused={fused!r}, value={value!r}, output=..., head_dim=...)"
+        f"wide as the values, pass names=AttentionNames(fused={fused!r}, value={value!r}, output=..., head_dim=...)"
     )
 
 

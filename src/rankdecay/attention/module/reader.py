@@ -47,8 +47,8 @@ from rankdecay.attention.products import Rotary
 from rankdecay.attention.source import Source
 
 _UNPLACED = (
-    "its norm is taken to stand before its projections, and nothing says so: if it stands between the heads and the "
-    "output projection, W_O W_V is not what a head writes, and value_output= should be left out"
+    "its norm is assumed to come before its projections; if it comes between the heads and the output projection, a "
+    "head's output is not W_O W_V: omit value_output="
 )
 
 
@@ -85,7 +85,7 @@ class ModuleReader(ModuleParameters):
         if named and row.outputs and not outputs:
             raise NotHandled(
                 f"it has no output projection {' or '.join(map(repr, row.outputs))}; its matrices are "
-                f"{', '.join(self.matrices()) or 'none'}; leave output= out if there is none"
+                f"{', '.join(self.matrices()) or 'none'}; omit output= if there is none"
             )
         if not named:
             self._check_alike(parameters)
@@ -171,7 +171,7 @@ class ModuleReader(ModuleParameters):
         if own and len(own) < len(parameters):
             raise NotHandled(
                 f"{' and '.join(own)} {'is a parameter' if len(own) == 1 else 'are parameters'} of the module itself "
-                "beside layers, and may be learned tokens rather than a projection: if it is a projection, say so with "
+                "beside layers, and may be learned tokens rather than a projection: if it is a projection, pass "
                 "names=AttentionNames(query=..., key=..., value=..., output=..., num_heads=...)"
             )
 
@@ -190,8 +190,8 @@ class ModuleReader(ModuleParameters):
         if not more:
             return ""
         return (
-            f"{', '.join(more)} {'do' if len(more) > 1 else 'does'} more than to multiply by the weight, as a layer "
-            "that masks, normalises or gates, and the weight as it is stored is what is read"
+            f"{', '.join(more)} {'are not plain linear maps' if len(more) > 1 else 'is not a plain linear map'} "
+            "(masked, normalised or gated); the stored weight is shown"
         )
 
     def _place_positions(self, places: dict[Role, Place], row: AttentionNames, heads: int) -> None:
@@ -217,7 +217,7 @@ class ModuleReader(ModuleParameters):
             What to say if there are matrices beside the projections and none is the output; "" if all is well.
         """
         if self.source.kind(self.path) in MIXED_OUTPUT:
-            return "since its columns take the heads' channels in turn"
+            return "its columns take the heads' channels in turn"
         own = heads * value_dim
         for child, across in fits.items():
             if across == own and stacked:
@@ -228,7 +228,7 @@ class ModuleReader(ModuleParameters):
                 window = share_of_output(self, child, across, own, transposed)
             if window is not None:
                 if reason := self.several(child):
-                    return f"since {reason}"
+                    return reason
                 places["output"] = self.place(outputs[child], window)
                 return ""
         inside = [child for child in outputs if not child.startswith("../") and child in fits]
@@ -250,7 +250,7 @@ class ModuleReader(ModuleParameters):
         if left:
             return f"none of its other matrices is known as one: {', '.join(left)}"
         if others and not places["query"].parameter.endswith("add_q_proj.weight"):  # diffusers' last layers have none
-            return f"since {' and '.join(others)} is that of another attention in the module"
+            return f"{' and '.join(others)} is that of another attention in the module"
         return ""
 
     @staticmethod

@@ -98,14 +98,14 @@ class ModuleSettings:
             stated = None if given is None else self.stated(attributes)
             if stated not in (None, given):
                 raise NotHandled(
-                    f"{name}={given} is given, and its settings state {stated}: leave {name} out; if the "
-                    f"settings are wrong, name its projections with names=AttentionNames(..., {name}={given})"
+                    f"{name}={given} contradicts the config ({stated}): omit {name}; if the config is wrong, pass "
+                    f"names=AttentionNames(..., {name}={given})"
                 )
 
     def stated(self, attributes: tuple[str, ...]) -> int | None:
         value = self._of_layer(self.setting(attributes))
         if attributes in _SIZES and isinstance(value, (int, float)) and value != -1 and not 1 <= value < 2**31:
-            raise NotHandled(f"its settings state {str(value)[:40]} as {_SIZES[attributes]}")
+            raise NotHandled(f"its config has {str(value)[:40]} as {_SIZES[attributes]}")
         return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
     @property

@@ -47,7 +47,7 @@ def layout_of(
                 module.source.setting(name.removesuffix(".weight"), ("groups",)),
             )
             if len(shape) > 2 and any(isinstance(count, int) and count > 1 for count in groups):
-                raise NotHandled(f"{name} is the weight of a grouped convolution, which is no matrix")
+                raise NotHandled(f"{name} is the weight of a grouped convolution, which is not a matrix")
         return "plain"
     itself = all(name.endswith(child) for child, name in parameters.items())
     if not (itself and row.query and row.key and all(len(shape) == 3 for shape in shapes.values())):
@@ -58,7 +58,7 @@ def layout_of(
     if heads == first != middle < last != (row.head_dim or module.number(HEAD_DIM)):
         raise NotHandled(
             f"{parameters[row.query]} has shape {(first, middle, last)}, where {heads} matrices of (in, head_dim) "
-            f"were expected; transpose it, or say names=AttentionNames(..., head_dim={last}) if heads are that wide"
+            f"were expected; transpose it, or pass names=AttentionNames(..., head_dim={last}) if heads are that wide"
         )
     if heads == first != middle or (heads is None and first < middle):
         return "stacked"
@@ -66,8 +66,8 @@ def layout_of(
         return "middle"
     remedy = "store it as a matrix, (out, in)" if heads == first == middle else say_heads(module)
     raise NotHandled(
-        f"{parameters[row.query]} has shape {module.shape(parameters[row.query])}, and "
-        f"{heads or 'an unknown number of'} heads do not say which side is theirs; {remedy}"
+        f"{parameters[row.query]} has shape {module.shape(parameters[row.query])}; "
+        f"{heads or 'an unknown number of'} heads do not tell which side is the heads'; {remedy}"
     )
 
 
@@ -124,7 +124,7 @@ def is_transposed(
     if turned and len(turned) < len(stored):
         others = " and ".join(child for child in stored if child not in turned)
         raise NotHandled(
-            f"{' and '.join(turned)} is stored as (in, out) and {others} is not: store them alike, or leave the "
+            f"{' and '.join(turned)} is stored as (in, out) and {others} is not: store both the same way, or leave the "
             "module to the optimizer with exclude="
         )
     if turned:
@@ -144,8 +144,8 @@ def is_transposed(
         return shape[1] > shape[0]
     if len(rows) == len(columns):
         raise NotHandled(
-            f"{' and '.join(own)} are parameters of the module itself, and no shape says whether they are "
-            "(out, in), or (in, out) as in x @ W: say it with names=AttentionNames(..., transposed=...)"
+            f"{' and '.join(own)} are parameters of the module itself, and no shape tells whether they are "
+            "(out, in), or (in, out) as in x @ W: pass names=AttentionNames(..., transposed=...)"
         )
     return len(rows) < len(columns)  # all have the input's width in common
 
@@ -180,7 +180,7 @@ def _cut(module: ModuleParameters, row: AttentionNames, lines: int, heads: int, 
     sizes = [amounts[letter] for letter in row.order]
     if row.layout == "alternating":
         if key_heads != heads and "q" in row.order:
-            raise NotHandled(f"{row.fused} holds {heads} query and {key_heads} key heads, which cannot take turns")
+            raise NotHandled(f"{row.fused} holds {heads} query and {key_heads} key heads, which cannot alternate")
         turns = len(row.order)
         return {
             amounts[letter][0]: Window("rows", i, i + 1, turns, head_dim, lines // turns)

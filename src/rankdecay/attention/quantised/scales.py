@@ -54,7 +54,7 @@ def grid(stored: Stored, shape: Shape, scale: str, block: tuple[int | None, int 
         usual = 128 if -(-lines // 128) == cells else None  # the last block may be cut short
         if size is None and exact and usual and exact != usual and cells > 1:
             raise stored.wrong(
-                f"scales of shape {held} fit blocks of {exact} and of {usual}; config.json has to say it"
+                f"scales of shape {held} fit blocks of {exact} and of {usual}; config.json must say which"
             )
         size = size or exact or usual
         if size is None or -(-lines // size) != cells:
