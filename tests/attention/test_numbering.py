@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankdecay.attention.numbering import Numbered, numbered
+from rankdecay.attention.numbering import LayerNumber, number_layers
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ from rankdecay.attention.numbering import Numbered, numbered
     ],
 )  # fmt: skip
 def test_layers_are_called_as_the_model_counts_them(names: list[str], labels: list[str], numbers: list[int]) -> None:
-    places = numbered(names)
+    places = number_layers(names)
     assert [place.number for place in places] == numbers
     assert [place.label for place in places] == labels
 
@@ -54,10 +54,10 @@ def test_layers_are_called_as_the_model_counts_them(names: list[str], labels: li
     ],
 )
 def test_no_two_layers_have_one_label(names: list[str]) -> None:
-    labels = [place.label for place in numbered(names)]
+    labels = [place.label for place in number_layers(names)]
     assert len(set(labels)) == len(names), labels
 
 
 def test_towers_are_told_without_what_they_share() -> None:
-    places = numbered(["model.encoder.layers.1.attn", "model.decoder.layers.0.attn"])
-    assert places == [Numbered("encoder", 1, "encoder.1"), Numbered("decoder", 0, "decoder.0")]
+    places = number_layers(["model.encoder.layers.1.attn", "model.decoder.layers.0.attn"])
+    assert places == [LayerNumber("encoder", 1, "encoder.1"), LayerNumber("decoder", 0, "decoder.0")]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import rankdecay as rd
-from rankdecay.attention.orientation import is_turned
+from rankdecay.attention.orientation import is_transposed
 
 
 class _AsStored(nn.Module):
@@ -116,14 +116,14 @@ def test_a_transposed_convolution() -> None:
 def test_projections_that_are_stored_in_both_ways() -> None:
     kinds = {"o_proj": _AsStored}
     attention = _attention(lambda name, inside, outside: kinds.get(name, nn.Linear)(inside, outside))
-    with pytest.raises(ValueError, match=r"o_proj is stored as \(in, out\) and q_proj.* not: store them alike"):
+    with pytest.raises(ValueError, match=r"o_proj is stored as \(in, out\), but q_proj.*: store all the same way"):
         rd.find_attention(attention)
 
 
 def test_torchs_random_numbers_stay_as_they_are() -> None:
     module = _AsStored(8, 8)
     state = torch.get_rng_state()
-    assert is_turned(module) is True
+    assert is_transposed(module) is True
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -131,22 +131,22 @@ def test_a_hook_does_not_see_the_vectors() -> None:
     module = _AsStored(8, 8)
     seen = []
     module.register_forward_hook(lambda *given: seen.append(given))
-    assert is_turned(module) is True
+    assert is_transposed(module) is True
     assert not seen
 
 
 def test_nothing_is_said_of_a_layer_that_cannot_be_run_alone() -> None:
-    assert is_turned(_Stateful(8, 8)) is None
-    assert is_turned(nn.Linear(8, 8)) is None
-    assert is_turned(nn.Sequential(nn.Linear(8, 8))) is None
+    assert is_transposed(_Stateful(8, 8)) is None
+    assert is_transposed(nn.Linear(8, 8)) is None
+    assert is_transposed(nn.Sequential(nn.Linear(8, 8))) is None
     with torch.device("meta"):
-        assert is_turned(_AsStored(8, 8)) is None
+        assert is_transposed(_AsStored(8, 8)) is None
 
 
 def test_no_other_process_is_waited_for(tmp_path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        assert is_turned(_Waiting(8, 8)) is None
+        assert is_transposed(_Waiting(8, 8)) is None
     finally:
         dist.destroy_process_group()
 

@@ -138,11 +138,11 @@ class Checkpoint:
         """Return "": files do not name classes."""
         return ""
 
-    def is_turned(self, path: str) -> bool | None:
+    def is_transposed(self, path: str) -> bool | None:
         """Return None: nothing in a file multiplies."""
         return None
 
-    def does_more(self, path: str, turned: bool) -> bool:
+    def is_not_plain_linear(self, path: str, transposed: bool) -> bool:
         """Return False, for the same reason."""
         return False
 

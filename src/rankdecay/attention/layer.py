@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rankdecay.attention.numbering import Numbered
+from rankdecay.attention.numbering import LayerNumber
 from rankdecay.attention.products import Grouping, Product, ProductName, Rotary, grouped, key_head_of, with_bias
 from rankdecay.linalg.backend import double
 
@@ -305,7 +305,7 @@ class AttentionLayer:
     no_value_product: str = ""
     factors: Mapping[Role, MatrixView] = field(default_factory=dict)
     unknown: frozenset[str] = frozenset()
-    place: Numbered = field(default_factory=Numbered)
+    place: LayerNumber = field(default_factory=LayerNumber)
     remark: str = ""
 
     @property

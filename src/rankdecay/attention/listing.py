@@ -96,7 +96,7 @@ def listing(
         if state is not None:
             raise
         return Listing(str(model), candidates=list(several.candidates), undecided=True)
-    found, unhandled = find_layers(source, names, num_heads, only, head_dim)
+    found, unhandled = find_layers(source, names, num_heads=num_heads, head_dim=head_dim, only=only)
     candidates: list[str] = list(getattr(source, "candidates", ()))
     shown = [_layer(layer, source) for layer in chosen(layers, found)]
     return Listing(str(source), shown, candidates, listed(unhandled))

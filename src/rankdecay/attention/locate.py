@@ -21,7 +21,7 @@ from rankdecay.attention.complete import missing_layers
 from rankdecay.attention.layer import AttentionLayer, MatrixView, Role, Window
 from rankdecay.attention.module.found import Found, Place
 from rankdecay.attention.module.latent import read_experts, read_latent, read_shared_latent
-from rankdecay.attention.module.projections import WEIGHTS, own_keys
+from rankdecay.attention.module.projections import WEIGHTS, own_keys_reason
 from rankdecay.attention.module.reader import ModuleReader
 from rankdecay.attention.module.settings import NotHandled
 from rankdecay.attention.names import (
@@ -43,7 +43,7 @@ from rankdecay.attention.names import (
     separate,
     spellings,
 )
-from rankdecay.attention.numbering import Numbered, is_called, numbered, ranges
+from rankdecay.attention.numbering import LayerNumber, matches_label, number_layers, ranges
 from rankdecay.attention.source import Source, open_source
 from rankdecay.text import visible
 
@@ -105,7 +105,7 @@ def find_attention(
         >>> layer.key.parameter_name, str(layer.key.window), layer.key.heads().shape
         ('in_proj_weight', 'rows[64:128]/192 by 16', torch.Size([4, 16, 64]))
     """
-    layers, unhandled = find_layers(open_source(model, state), names, num_heads, only, head_dim)
+    layers, unhandled = find_layers(open_source(model, state), names, num_heads=num_heads, head_dim=head_dim, only=only)
     warn_unhandled(unhandled, "is not handled", stacklevel=3)
     return layers
 
@@ -134,26 +134,36 @@ def listed(unhandled: Sequence[Unhandled]) -> list[str]:
 
 
 def find_layers(
-    source: Source, names: Names = None, num_heads: int | None = None, only: bool = False, head_dim: int | None = None
+    source: Source,
+    names: Names = None,
+    *,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    only: bool = False,
 ) -> tuple[list[AttentionLayer], list[Unhandled]]:
     """Return the attention layers of a source, and the modules that look like attention and cannot be read.
 
     Raises:
         ValueError: If no attention is found.
     """
-    found, unhandled = locate_some(source, names, num_heads, only, head_dim)
+    found, unhandled = locate_or_raise(source, names, num_heads=num_heads, head_dim=head_dim, only=only)
     return layers_of(source, found), unhandled
 
 
-def locate_some(
-    source: Source, names: Names = None, num_heads: int | None = None, only: bool = False, head_dim: int | None = None
+def locate_or_raise(
+    source: Source,
+    names: Names = None,
+    *,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    only: bool = False,
 ) -> tuple[list[Found], list[Unhandled]]:
     """Locate attention as :func:`locate` does.
 
     Raises:
         ValueError: If there is none.
     """
-    found, unhandled = locate(source, names, num_heads, only, head_dim)
+    found, unhandled = locate(source, names, num_heads=num_heads, head_dim=head_dim, only=only)
     if not found:
         raise ValueError(_nothing(source, names, unhandled))
     return found, unhandled
@@ -161,7 +171,7 @@ def locate_some(
 
 def layers_of(source: Source, found: Sequence[Found]) -> list[AttentionLayer]:
     """Return the attention layers that were located in a source."""
-    places = numbered([layer.name for layer in found])
+    places = number_layers([layer.name for layer in found])
     return [_layer(layer, source, place) for layer, place in zip(found, places, strict=True)]
 
 
@@ -174,14 +184,19 @@ def chosen(wanted: Collection[int | str] | None, layers: Sequence[AttentionLayer
     if wanted is None:
         return list(layers)
     for one in wanted:
-        if not any(is_called(layer.place, one) for layer in layers):
+        if not any(matches_label(layer.place, one) for layer in layers):
             known = ranges([layer.place.label for layer in layers]).replace("-", "–")
             raise ValueError(f"layers={one} is out of range: the model has {known}.")
-    return [layer for layer in layers if any(is_called(layer.place, one) for one in wanted)]
+    return [layer for layer in layers if any(matches_label(layer.place, one) for one in wanted)]
 
 
 def locate(
-    source: Source, names: Names = None, num_heads: int | None = None, only: bool = False, head_dim: int | None = None
+    source: Source,
+    names: Names = None,
+    *,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    only: bool = False,
 ) -> tuple[list[Found], list[Unhandled]]:
     """Locate the attention modules of a source, and those that look like attention and cannot be read.
 
@@ -316,9 +331,9 @@ def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionN
                 yield query_beside(query, spelling.key_value.replace("key_value", "kv"))
             elif key in among and reader.values_are_keys():
                 yield separate(query, key, key, spelling.output)
-            elif key not in among and (lender := reader.lender()) and reader.parameter(lender + key):
-                value = lender + (value if reader.parameter(lender + value) else key)
-                yield separate(query, lender + key, value, spelling.output)
+            elif key not in among and (kv_path := reader.shared_kv_path()) and reader.parameter(kv_path + key):
+                value = kv_path + (value if reader.parameter(kv_path + value) else key)
+                yield separate(query, kv_path + key, value, spelling.output)
     if "add_k_proj" in children and "add_q_proj" not in children:  # diffusers: queries that meet keys of two inputs
         yield separate("to_q", "add_k_proj", "add_v_proj", "to_out.0")
 
@@ -356,7 +371,7 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         if shared and value:
             (lines, *_), (own, *_) = (reader.shape(reader.parameter(child) or "") for child in (shared, value))
             if lines <= own:
-                return f"{shown([shared, value])}: {own_keys(shared, value)}"
+                return f"{shown([shared, value])}: {own_keys_reason(shared, value)}"
             return (
                 f"{shown([shared])} holds queries and keys in an unknown order: pass "
                 f"names=AttentionNames(fused={shared!r}, value={value!r}, order='qk' or 'kq', "
@@ -409,7 +424,7 @@ def _modules(plain: Mapping[str, str]) -> dict[str, list[str]]:
     return {module: list(children) for module, children in modules.items()}
 
 
-def _layer(found: Found, source: Source, place: Numbered) -> AttentionLayer:
+def _layer(found: Found, source: Source, place: LayerNumber) -> AttentionLayer:
     views: dict[Role, MatrixView] = {
         role: MatrixView(
             role,

@@ -33,7 +33,7 @@ def natural_key(text: str) -> tuple[tuple[int, str], ...]:
     return tuple((-1, part) if number is None else (number, "") for number, part in numbers)
 
 
-class Numbered(NamedTuple):
+class LayerNumber(NamedTuple):
     """Place of an attention module in its model.
 
     Attributes:
@@ -48,11 +48,11 @@ class Numbered(NamedTuple):
     label: str = "0"
 
 
-def numbered(names: Sequence[str]) -> list[Numbered]:
+def number_layers(names: Sequence[str]) -> list[LayerNumber]:
     """Return tower, number and label of each attention module of a model.
 
     Example:
-        >>> [place.label for place in numbered(["encoder.layers.4.attn", "decoder.layers.0.attn"])]
+        >>> [place.label for place in number_layers(["encoder.layers.4.attn", "decoder.layers.0.attn"])]
         ['encoder.4', 'decoder.0']
     """
     places = [_place(name) for name in names]
@@ -69,7 +69,7 @@ def numbered(names: Sequence[str]) -> list[Numbered]:
         _with_module(label, name) if count[label] > 1 else label for label, name in zip(labels, names, strict=True)
     ]
     return [
-        Numbered(tower, number or 0, label) for tower, (_, number), label in zip(towers, places, labels, strict=True)
+        LayerNumber(tower, number or 0, label) for tower, (_, number), label in zip(towers, places, labels, strict=True)
     ]
 
 
@@ -106,7 +106,7 @@ def _with_module(label: str, name: str) -> str:
     return ".".join([label, *filter(None, [inside if found else before or path, projection])])
 
 
-def is_called(place: Numbered, name: int | str) -> bool:
+def matches_label(place: LayerNumber, name: int | str) -> bool:
     """Whether a layer is meant by a number, or by a label with or without the module inside the layer."""
     number = name if isinstance(name, int) else number_in(name)
     if number is not None:

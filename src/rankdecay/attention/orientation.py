@@ -1,4 +1,7 @@
-"""What a module multiplies by: which way round its weight is, by its class or by multiplying once, and if it is all."""
+"""Orientation of a module's weight, (out, in) or (in, out), and whether the module is a plain linear map.
+
+By its class, or by running it once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ ALIKE = 0.9  # cosine from which an output is a product
 SAME = 0.999  # and from which it is that of the stored numbers: rounding to 8 bits is within it
 
 
-def is_turned(module: nn.Module) -> bool | None:
+def is_transposed(module: nn.Module) -> bool | None:
     """Return whether a module stores its weight as (in, out), as ``x @ W`` takes it; None where nothing tells.
 
     The shape of a weight says nothing of it in a class of one's own, so that a copy of the module, with random numbers
@@ -30,40 +33,40 @@ def is_turned(module: nn.Module) -> bool | None:
     """
     if isinstance(module, _ConvTransposeNd) or type(module).__name__ == "Conv1D":
         return True
-    held = _weight_of_unknown(module)
-    if held is None:
+    stored = _weight_of_unknown(module)
+    if stored is None:
         return None
-    weight = _numbers(*held.shape, like=held)
+    weight = _numbers(*stored.shape, like=stored)
     alone = _copy_with(module, weight)
-    as_stored, turned = (abs(_likeness(alone, matrix) or 0.0) for matrix in (weight, weight.mT))
-    return turned > as_stored if max(as_stored, turned) > ALIKE and turned != as_stored else None
+    as_stored, transposed = (abs(_likeness(alone, matrix) or 0.0) for matrix in (weight, weight.mT))
+    return transposed > as_stored if max(as_stored, transposed) > ALIKE and transposed != as_stored else None
 
 
-def does_more(module: nn.Module, turned: bool) -> bool:
-    """Whether a module does more to a vector than to multiply it by its weight, so that this says too little of it.
+def is_not_plain_linear(module: nn.Module, transposed: bool) -> bool:
+    """Whether a module is more than a linear map by its weight: it masks, normalises or gates, for example.
 
-    As one that masks, normalises or gates. A factor of the whole is no more.
+    A scalar factor does not count.
 
     Args:
         module: that holds the parameter ``weight``.
-        turned: whether it is stored as (in, out).
+        transposed: whether it is stored as (in, out).
     """
-    held = None if type(module).__name__ == "Conv1D" else _weight_of_unknown(module)
-    if held is None:
+    weight = None if type(module).__name__ == "Conv1D" else _weight_of_unknown(module)
+    if weight is None:
         return False
     # of one vector: of several the output may be in another order, as (heads, vectors, head_dim)
-    likeness = _likeness(_copy_with(module, held), held.mT if turned else held, rows=1)
+    likeness = _likeness(_copy_with(module, weight), weight.mT if transposed else weight, rows=1)
     return likeness is not None and abs(likeness) < SAME
 
 
 def _weight_of_unknown(module: nn.Module) -> Tensor | None:
     """Return the weight of a module whose class says nothing of it, if it can be multiplied by; or None."""
-    held = dict(module.named_parameters(recurse=False)).get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     known = isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Linear.forward
-    if known or held is None or any(module.children()):
+    if known or weight is None or any(module.children()):
         return None
-    codes = not held.is_floating_point() or held.dtype.itemsize == 1
-    return None if held.ndim != 2 or held.is_meta or is_sharded(held) or codes else held
+    codes = not weight.is_floating_point() or weight.dtype.itemsize == 1
+    return None if weight.ndim != 2 or weight.is_meta or is_sharded(weight) or codes else weight
 
 
 def _copy_with(module: nn.Module, weight: Tensor) -> nn.Module:

@@ -66,11 +66,11 @@ class Source(Protocol):
         """Return the name of a module's class, as "timm.models.nest.Attention"; "" where nothing says it."""
         ...
 
-    def is_turned(self, path: str) -> bool | None:
+    def is_transposed(self, path: str) -> bool | None:
         """Return whether a live module stores its weight as (in, out), by its class or as it multiplies, or None."""
         ...
 
-    def does_more(self, path: str, turned: bool) -> bool:
+    def is_not_plain_linear(self, path: str, transposed: bool) -> bool:
         """Whether a live module, whose class says nothing of it, does more than to multiply by its weight."""
         ...
 
@@ -83,8 +83,8 @@ class Source(Protocol):
         ...
 
 
-class Known(NamedTuple):
-    """What a parameter of a live model is, seen without wrappers.
+class ParameterInfo(NamedTuple):
+    """Identity of a parameter of a live model, seen without wrappers.
 
     Attributes:
         plain: the name it would have without adapters and parametrisations; None for what they brought with them.
@@ -127,7 +127,7 @@ class ModuleSource:
             raise ValueError(f"{nested} is a nested tensor, which has no shape: make it a plain one first.")
         parameters = {name: tuple(p.shape) for name, p in named_parameters(model).items()}
         self.shapes = parameters | {name: weight.shape for name, weight in self._quantised.items()}
-        self.known: dict[str, Known] = {}
+        self.known: dict[str, ParameterInfo] = {}
         self.plain: dict[str, str] = {}
         self.computed: dict[str, Computed] = {}
         self._weights: dict[int, dict[str, Computed]] = {}
@@ -196,13 +196,13 @@ class ModuleSource:
         kind = type(self.modules(path)[-1]) if self.modules(path) else None
         return f"{kind.__module__}.{kind.__qualname__}" if kind else ""
 
-    def is_turned(self, path: str) -> bool | None:
+    def is_transposed(self, path: str) -> bool | None:
         """Return whether a module, without wrappers, stores its weight as (in, out); None where nothing tells."""
-        return orientation.is_turned(self.modules(path)[-1]) if self.modules(path) else None
+        return orientation.is_transposed(self.modules(path)[-1]) if self.modules(path) else None
 
-    def does_more(self, path: str, turned: bool) -> bool:
+    def is_not_plain_linear(self, path: str, transposed: bool) -> bool:
         """Whether a module, without wrappers, does more to a vector than to multiply it by its weight."""
-        return bool(self.modules(path)) and orientation.does_more(self.modules(path)[-1], turned)
+        return bool(self.modules(path)) and orientation.is_not_plain_linear(self.modules(path)[-1], transposed)
 
     def is_known(self, path: str) -> bool:
         """Whether a module is of torch, transformers or timm, whose norms and positions names and settings tell."""
@@ -230,7 +230,7 @@ class ModuleSource:
     def _in_use(self, name: str) -> Tensor:
         return _read(self.model, name.split("."), "", partial(self._own, name))
 
-    def _identify(self, name: str) -> Known:
+    def _identify(self, name: str) -> ParameterInfo:
         """Return what a parameter is, by the modules on its path."""
         module: Any = self.model
         kept: list[str] = []
@@ -238,11 +238,11 @@ class ModuleSource:
         while True:
             part = parts[0]
             if (is_adapted(module) and part != "base_layer") or (len(parts) == 1 and part in factors(module)):
-                return Known(None, module, what_is(part, factors(module)))
+                return ParameterInfo(None, module, what_is(part, factors(module)))
             if is_replaced(module):
                 used = in_use(module)
                 if not name.startswith(f"{name[: len(name) - len('.'.join(parts))]}{used}."):
-                    return Known(None, module, f"not in use: {used} stands for it")
+                    return ParameterInfo(None, module, f"not in use: {used} stands for it")
                 parts = parts[used.count(".") + 1 :]
                 module = module.get_submodule(used)
                 continue
@@ -251,27 +251,29 @@ class ModuleSource:
                 if within in weight.stored:
                     return self._identify_stored(name, within, module, leaf, weight, kept)
             if part == "parametrizations" and len(parts) > 2 and parts[1] in self._weights[id(module)]:
-                return Known(None, module, f"parameter of {self._weights[id(module)][parts[1]].how} of {parts[1]}")
+                return ParameterInfo(
+                    None, module, f"parameter of {self._weights[id(module)][parts[1]].how} of {parts[1]}"
+                )
             if len(parts) == 1:
-                return Known(".".join([*kept, part]), module)
+                return ParameterInfo(".".join([*kept, part]), module)
             if not (part == "base_layer" and is_adapted(module)):
                 kept.append(part)
             module, parts = module._modules[part], parts[1:]
 
     def _identify_stored(
         self, name: str, within: str, module: nn.Module, leaf: str, weight: Computed, kept: list[str]
-    ) -> Known:
+    ) -> ParameterInfo:
         if within == weight.gain:
-            return Known(None, module, f"magnitude of {leaf} under {weight.how}", gain=True)
+            return ParameterInfo(None, module, f"magnitude of {leaf} under {weight.how}", gain=True)
         plain = ".".join([*kept, leaf])
         if within == weight.matrix:
-            return Known(plain, module, weight.note)
+            return ParameterInfo(plain, module, weight.note)
         if weight.matrix is None:
             path = name[: -len(within)] + leaf
             self.shapes[path] = weight.shape
             self.computed[path] = weight
             self.plain.setdefault(plain, path)
-        return Known(None, module, f"stored of {leaf} {weight.note}", fixed=weight.matrix is None)
+        return ParameterInfo(None, module, f"stored of {leaf} {weight.note}", fixed=weight.matrix is None)
 
 
 def _without_wrappers(model: nn.Module, path: str) -> Iterator[str]:

@@ -95,7 +95,7 @@ def audit(
         ['scale_invariant', 'neither', 'unknown']
     """
     source = ModuleSource(model)
-    found, unhandled = locate(source, names, num_heads, only)
+    found, unhandled = locate(source, names, num_heads=num_heads, only=only)
     if names is not None and not found:
         find_attention(model, names, num_heads, only=only)  # raises, and lists what there is
     if tolerance is not None:

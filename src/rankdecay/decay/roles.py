@@ -37,7 +37,7 @@ from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.locate import Names, Unhandled, locate
 from rankdecay.attention.module.found import Found
 from rankdecay.attention.planes import PlaneRows, plane_rows
-from rankdecay.attention.source import Known, ModuleSource, named_parameters
+from rankdecay.attention.source import ModuleSource, ParameterInfo, named_parameters
 
 ROLES = ("query_key", "value_output", "mlp", "embedding", "norm", "bias", "other")
 
@@ -122,7 +122,7 @@ def assign_roles(
 ) -> tuple[list[Assigned], list[Unhandled]]:
     """Return every parameter of the model once, with its blocks, and the attention that is not handled."""
     source = ModuleSource(model)
-    found, unhandled = locate(source, names, num_heads, only)
+    found, unhandled = locate(source, names, num_heads=num_heads, only=only)
     return roles_in(source, found), [*unhandled, *_not_decayed(source, found)]
 
 
@@ -219,7 +219,7 @@ class _Places:
         self._holds_attention = {path for module in self._attention for path in _ancestors(f"{module}.")}
         self._tables = {tuple(m.weight.shape) for m in source.model.modules() if isinstance(m, nn.Embedding)}
 
-    def block(self, parameter: nn.Parameter, known: Known) -> Block:
+    def block(self, parameter: nn.Parameter, known: ParameterInfo) -> Block:
         """Return the role of a parameter outside attention."""
         if known.plain is None:
             role = "norm" if known.gain else "other"

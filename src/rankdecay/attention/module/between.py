@@ -31,7 +31,7 @@ BATCH_NORMS = ("bn", "norm", "batch_norm", "batchnorm", "normalization")
 
 def why_no_product(module: ModuleParameters, row: AttentionNames, places: dict[Role, Place]) -> str:
     """Return what makes scores more than the product of queries and keys, if their norms are not counted."""
-    if is_of_channels(module):
+    if is_channel_attention(module):
         return "takes its scores between channels, not tokens"
     weights = (module.parameter(child) for child in (row.query, row.key, row.fused) if child)
     owners = {  # a norm beside the last of a sequence, called proj, is before it
@@ -41,7 +41,7 @@ def why_no_product(module: ModuleParameters, row: AttentionNames, places: dict[R
     }
     if any(f"{owner}.{norm}.weight" in module.plain for owner in owners - {module.path} for norm in BATCH_NORMS):
         return "normalises queries and keys over the batch"
-    behind = _behind_scores(module, row)
+    behind = _steps_after_projection(module, row)
     if any(map(is_batch_norm, behind)):
         return "normalises queries and keys over the batch"
     if other := next((step for step in behind if not is_norm(step)), ""):
@@ -62,7 +62,7 @@ def why_no_product(module: ModuleParameters, row: AttentionNames, places: dict[R
 
 def _convolved(module: ModuleParameters) -> set[str]:
     """Return which of q, k and v convolutions over tokens stand behind."""
-    children = filter(module.is_convolution_behind, module.source.children(module.path))
+    children = filter(module.is_convolution_after, module.source.children(module.path))
     matches = (CONVOLUTIONS.fullmatch(child) for child in children)
     names = (match["of"] for match in matches if match)
     return {letter for name in names for letter in (name if name.strip("qkv") == "" else name[0])}
@@ -86,15 +86,15 @@ def _scales_coordinates(module: ModuleParameters, row: AttentionNames, places: d
     return False
 
 
-def _behind_scores(module: ModuleParameters, row: AttentionNames) -> list[str]:
+def _steps_after_projection(module: ModuleParameters, row: AttentionNames) -> list[str]:
     """Return what stands in sequences between the projections to queries and keys and their scores."""
     weights = (module.parameter(child) for child in (row.query, row.key, row.fused) if child)
     return [step for weight in weights if weight for step in steps(module.source, module.plain, weight, "behind")]
 
 
-def has_norm_behind(module: ModuleParameters, row: AttentionNames) -> bool:
+def has_norm_after(module: ModuleParameters, row: AttentionNames) -> bool:
     """Whether a norm, but not over the batch, stands behind a projection to queries or keys in a sequence."""
-    return any(is_norm(step) and not is_batch_norm(step) for step in _behind_scores(module, row))
+    return any(is_norm(step) and not is_batch_norm(step) for step in _steps_after_projection(module, row))
 
 
 def why_no_value_product(module: ModuleParameters, places: dict[Role, Place], value: str = "", output: str = "") -> str:
@@ -108,7 +108,7 @@ def why_no_value_product(module: ModuleParameters, places: dict[Role, Place], va
     """
     if "output" not in places:
         return ""
-    if is_of_channels(module):
+    if is_channel_attention(module):
         return "mixes the channels of each head by its scores"
     children = module.source.children(module.path)
     own = places["query"].window.num_heads * places["value"].window.head_dim
@@ -139,7 +139,7 @@ def norm_stands(module: ModuleParameters, places: dict[Role, Place]) -> Literal[
     if module.source.kind(module.path) in NORM_OF_HEADS:
         return "behind heads"
     of_library = module.source.kind(module.path).startswith(("timm.", "transformers.", "diffusers."))
-    if of_library or module.setting(("model_type",)) is not None or is_of_vqgan(module):
+    if of_library or module.setting(("model_type",)) is not None or is_vqgan_attention(module):
         return ""
     weight, query, value = module.path_of(f"{PLAIN_NORM}.weight"), places["query"], places["value"].window
     width = module.shape(weight)[0] if weight in module.plain and module.shape(weight) else None
@@ -150,13 +150,13 @@ def norm_stands(module: ModuleParameters, places: dict[Role, Place]) -> Literal[
     return "behind heads" if width in given else ""
 
 
-def is_of_vqgan(module: ModuleParameters) -> bool:
+def is_vqgan_attention(module: ModuleParameters) -> bool:
     """Whether it is the attention of a VQGAN's convolutions: of one head, without positions."""
     query = module.parameter("q")
     return bool(query and module.parameter("proj_out") and len(module.shape(query)) == 4)
 
 
-def is_of_channels(module: ModuleParameters) -> bool:
+def is_channel_attention(module: ModuleParameters) -> bool:
     """Whether tokens are summed over in the scores: Florence-2's and DaViT's channel attention, XCiT, Restormer.
 
     A temperature of another shape than (heads, 1, 1) is a factor of the scores between tokens.

@@ -7,8 +7,8 @@ from functools import partial
 
 from rankdecay.attention.layer import Window
 from rankdecay.attention.module.between import (
-    is_of_channels,
-    is_of_vqgan,
+    is_channel_attention,
+    is_vqgan_attention,
 )
 from rankdecay.attention.module.projections import ModuleParameters, divide
 from rankdecay.attention.module.settings import NotHandled
@@ -26,7 +26,8 @@ def check_heads(module: ModuleParameters, heads: int, key_heads: int) -> None:
     """Refuse query heads that do not share key heads equally."""
     if heads % key_heads:
         raise NotHandled(
-            f"{heads} query heads are not a multiple of {key_heads} key heads; if there are others, {say_heads(module)}"
+            f"{heads} query heads are not a multiple of {key_heads} key heads; if the number of heads is wrong, "
+            f"{num_heads_remedy(module)}"
         )
 
 
@@ -58,14 +59,14 @@ def count_heads(
         count, _, size = module.shape(parameters[row.query or row.fused or ""])
         return count, size
     heads = row.num_heads or module.number(NUM_HEADS)
-    if is_of_vqgan(module):
+    if is_vqgan_attention(module):
         heads = row.num_heads or 1
     if row.query in ("vision_proj", "text_proj") and (sides := module.number(("encoder_attention_heads",))):
         heads = row.num_heads or sides // 2  # Grounding DINO's fusion
     ratio = module.number(("head_ratio",))
     if ratio and heads and row.num_heads is None and module.number(HEAD_DIM) is None:
         heads //= ratio  # a configuration's number; ConvBERT gives the rest to its convolution
-    if is_of_channels(module):
+    if is_channel_attention(module):
         heads = row.num_heads or module.number(("groups", "num_groups")) or heads
     head_dim = row.head_dim or module.number(HEAD_DIM)
     if row.query and _is_one_of_heads(module, row, height):
@@ -93,7 +94,7 @@ def count_heads(
             return heads, lines // heads
         if head_dim and lines % head_dim == 0:
             return lines // head_dim, head_dim
-        raise no_heads(module, row.query, lines, heads, head_dim)
+        raise heads_error(module, row.query, lines, heads, head_dim)
     assert row.fused
     lines = height[row.fused]
     if heads and (key_dim := module.number(KEY_DIM)):
@@ -117,7 +118,7 @@ def count_heads(
     if heads is None and head_dim and across:
         heads = across[0] // head_dim
     if heads is None:
-        raise no_heads(module, row.fused, lines, heads, head_dim)
+        raise heads_error(module, row.fused, lines, heads, head_dim)
     if row.head_dim and not row.num_heads and across and heads * row.head_dim not in across:
         heads = across[0] // row.head_dim  # some of those that the settings state
     key_heads = module.number(KEY_HEADS)
@@ -130,19 +131,22 @@ def count_heads(
     for size in candidates:
         if size and lines % size == 0 and (lines // size - heads) % 2 == 0 and lines // size > heads:
             return heads, size
-    raise no_heads(module, row.fused, lines, heads, head_dim)
+    raise heads_error(module, row.fused, lines, heads, head_dim)
 
 
-def no_heads(module: ModuleParameters, child: str, lines: int, heads: int | None, head_dim: int | None) -> NotHandled:
+def heads_error(
+    module: ModuleParameters, child: str, lines: int, heads: int | None, head_dim: int | None
+) -> NotHandled:
     """Return the error of a projection that does not split into the heads stated, if any are."""
     known = " with their number, or, if it is stored (in, out) as in x @ W, names=AttentionNames(..., transposed=True)"
     number, size = heads or "an unknown number of", f" of size {head_dim}" if head_dim else ""
     return NotHandled(
-        f"{child}: its {lines} rows do not split into {number} heads{size}; {say_heads(module)}{known if heads else ''}"
+        f"{child}: its {lines} rows do not split into {number} heads{size}; "
+        f"{num_heads_remedy(module)}{known if heads else ''}"
     )
 
 
-def say_heads(module: ModuleParameters) -> str:
+def num_heads_remedy(module: ModuleParameters) -> str:
     """Return how to pass another number of heads: a plain ``num_heads=`` does not override the settings."""
     stated = module.stated(NUM_HEADS) is not None
     return "pass names=AttentionNames(..., num_heads=...)" if stated else "pass num_heads=..."

@@ -16,7 +16,7 @@ from rankdecay.attention.module.between import (
 )
 from rankdecay.attention.module.found import Found, Place
 from rankdecay.attention.module.heads import (
-    no_heads,
+    heads_error,
 )
 from rankdecay.attention.module.projections import ModuleParameters, divide
 from rankdecay.attention.module.settings import NotHandled
@@ -37,8 +37,8 @@ def read_latent(module: ModuleParameters, names: LatentNames) -> Found:
         NotHandled: If names, shapes and settings do not agree.
     """
     name = {field: module.parameter(child) for field, child in names._asdict().items()}
-    lender = module.lender()
-    shared = name["shared"] or (lender and module.parameter(lender + names.shared))
+    kv_path = module.shared_kv_path()
+    shared = name["shared"] or (kv_path and module.parameter(kv_path + names.shared))
     query, split, output = name["second"] or name["query"], name["split"], name["output"]
     if not (query and split and output):
         expected = {f"{names.query} or {names.second}": query, names.split: split, names.output: output}
@@ -48,7 +48,7 @@ def read_latent(module: ModuleParameters, names: LatentNames) -> Found:
     module.check_shapes(parameters)
     heads = module.number(NUM_HEADS)
     if heads is None:
-        raise no_heads(module, names.split, module.shape(split)[0], None, None)
+        raise heads_error(module, names.split, module.shape(split)[0], None, None)
     (rows, latent), across = module.shape(split), module.shape(output)[1]
     value_dim = divide(across, heads, f"the width of {names.output}", "the heads")
     plain_dim = divide(rows, heads, f"the height of {names.split}", "the heads") - value_dim

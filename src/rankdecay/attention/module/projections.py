@@ -156,8 +156,8 @@ class ModuleParameters(ModuleSettings):
         for child in sorted(self.source.children(self.path)):
             name = self.parameter(child) if factor_of(child) and child not in self._factors_beside else None
             if name and is_matrix(shape := self.shape(name)):
-                turned = self.source.is_turned(name.removesuffix(".weight"))
-                sides[child] = (shape[1], shape[0]) if turned else (shape[0], shape[1])
+                transposed = self.source.is_transposed(name.removesuffix(".weight"))
+                sides[child] = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
         return {
             second: first
             for second, (rows, columns) in sides.items()
@@ -179,9 +179,9 @@ class ModuleParameters(ModuleSettings):
 
     def is_beside(self, child: str) -> bool:
         """Whether a child stands beside projections and is none: a factor of low rank, or a convolution behind one."""
-        return child in self._factors_beside or self.is_convolution_behind(child)
+        return child in self._factors_beside or self.is_convolution_after(child)
 
-    def is_convolution_behind(self, child: str) -> bool:
+    def is_convolution_after(self, child: str) -> bool:
         """Whether a child is a convolution over tokens, channel by channel, behind one of the projections."""
         name = self.parameter(child) if CONVOLUTIONS.fullmatch(child) else None
         shape = self.shape(name) if name else ()
@@ -191,8 +191,8 @@ class ModuleParameters(ModuleSettings):
         """Whether a child is, or holds, a matrix of so many rows: of a sequence or of two factors it may be any."""
         path = self.path_of(child)
         inside = [name for name in self.plain if name == path or name.startswith(f"{path}.")]
-        sides = ((self.shape(name), self.source.is_turned(name.rpartition(".")[0])) for name in inside)
-        return any(shape and shape[-1 if is_turned else 0] == rows for shape, is_turned in sides)
+        sides = ((self.shape(name), self.source.is_transposed(name.rpartition(".")[0])) for name in inside)
+        return any(shape and shape[-1 if transposed else 0] == rows for shape, transposed in sides)
 
     @cached_property
     def queries(self) -> list[str]:
@@ -244,7 +244,7 @@ class ModuleParameters(ModuleSettings):
             if len(shape) == 1:
                 raise flattened_error(name, shape)
             if len(shape) != dimensions:
-                raise no_matrix(name, shape)
+                raise not_a_matrix_error(name, shape)
 
 
 def flattened_error(name: str, shape: Shape) -> NotHandled:
@@ -252,7 +252,7 @@ def flattened_error(name: str, shape: Shape) -> NotHandled:
     return NotHandled(f"{name} has shape {shape}: flattened by DeepSpeed ZeRO or FSDP1; shard with FSDP2")
 
 
-def no_matrix(name: str, shape: Shape) -> NotHandled:
+def not_a_matrix_error(name: str, shape: Shape) -> NotHandled:
     """Return the error of a weight that is not a matrix."""
     return NotHandled(
         f"{name} has shape {shape}: not a matrix; store it as (out, in), or leave the module to the optimizer with "
@@ -260,7 +260,7 @@ def no_matrix(name: str, shape: Shape) -> NotHandled:
     )
 
 
-def own_keys(fused: str, value: str) -> str:
+def own_keys_reason(fused: str, value: str) -> str:
     """Return why a projection to queries and keys that is no higher than that to values is not read."""
     return (
         f"{fused} is no higher than {value}: its queries may be their own keys, so that there are no two matrices to "

@@ -15,8 +15,8 @@ from dataclasses import replace
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.module.beside import is_matrix
 from rankdecay.attention.module.between import (
-    has_norm_behind,
-    is_of_vqgan,
+    has_norm_after,
+    is_vqgan_attention,
     norm_stands,
     why_no_product,
     why_no_value_product,
@@ -29,7 +29,7 @@ from rankdecay.attention.module.heads import (
     count_heads,
     share_of_output,
 )
-from rankdecay.attention.module.projections import ModuleParameters, own_keys
+from rankdecay.attention.module.projections import ModuleParameters, own_keys_reason
 from rankdecay.attention.module.settings import QK_NORM_FLAGS, NotHandled
 from rankdecay.attention.module.windows import is_gated, is_transposed, layout_of, windows_of
 from rankdecay.attention.names import (
@@ -141,7 +141,7 @@ class ModuleReader(ModuleParameters):
         if not no_value_product and norm_stands(self, places) == "unknown":
             remarks.append(_UNPLACED)
         used = {**parameters, **{child: name for child, name in outputs.items() if name == projected}}
-        remarks.append(self._doing_more(used, transposed and not stacked))
+        remarks.append(self._not_plain_linear(used, transposed and not stacked))
         return Found(
             self.path,
             places,
@@ -163,7 +163,7 @@ class ModuleReader(ModuleParameters):
         if row.fused and row.value and row.head_dim is None:
             (lines, *_), (own, *_) = self.shape(parameters[row.fused]), self.shape(parameters[row.value])
             if lines <= own:
-                raise NotHandled(own_keys(row.fused, row.value))
+                raise NotHandled(own_keys_reason(row.fused, row.value))
 
     def _check_alike(self, parameters: dict[str, str]) -> None:
         """Check that no projection is a parameter of the module itself beside layers: it may be learned queries."""
@@ -183,10 +183,10 @@ class ModuleReader(ModuleParameters):
             if name and math.prod(self.shapes[name]) == lines:
                 places["query"] = places["query"]._replace(added=name)
 
-    def _doing_more(self, projections: Mapping[str, str], turned: bool) -> str:
+    def _not_plain_linear(self, projections: Mapping[str, str], turned: bool) -> str:
         """Return which projections do more than to multiply by their weight, as text."""
         owners = {child: n.removesuffix(".weight") for child, n in projections.items() if n.endswith(".weight")}
-        more = [child for child, owner in owners.items() if self.source.does_more(owner, turned)]
+        more = [child for child, owner in owners.items() if self.source.is_not_plain_linear(owner, turned)]
         if not more:
             return ""
         return (
@@ -283,9 +283,9 @@ class ModuleReader(ModuleParameters):
         if row.rotary is not None:
             rotary = self._rotary_as_named(row, head_dim)
         else:
-            rotary = None if is_of_vqgan(self) else self.rotary(head_dim)
+            rotary = None if is_vqgan_attention(self) else self.rotary(head_dim)
         of_names = self.has_qk_norm(row.query or row.fused)
-        qk_norm = bool(of_names) or has_norm_behind(self, row) if row.qk_norm is None else row.qk_norm
+        qk_norm = bool(of_names) or has_norm_after(self, row) if row.qk_norm is None else row.qk_norm
         unknown = {"qk_norm"} if row.qk_norm is None and of_names is None and not qk_norm else set[str]()
         if row.rotary is None and self.may_be_cross() and self.setting(ROTARY) is not None:
             unknown |= {"rotary"}

@@ -154,7 +154,7 @@ class ModuleSettings:
             return True
         return self.setting(("model_type",)) in VALUES_ARE_KEYS
 
-    def lender(self) -> str | None:
+    def shared_kv_path(self) -> str | None:
         """Return the path from here to the attention module whose keys and values this layer takes (Gemma 3n and 4).
 
         The last layers have none of their own: each takes those of the last layer before them that is of its kind.

@@ -16,9 +16,9 @@ from typing import Literal
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.module.beside import is_matrix
 from rankdecay.attention.module.heads import (
-    say_heads,
+    num_heads_remedy,
 )
-from rankdecay.attention.module.projections import ModuleParameters, divide, flattened_error, no_matrix
+from rankdecay.attention.module.projections import ModuleParameters, divide, flattened_error, not_a_matrix_error
 from rankdecay.attention.module.settings import NotHandled
 from rankdecay.attention.names import (
     HEAD_DIM,
@@ -52,7 +52,7 @@ def layout_of(
     itself = all(name.endswith(child) for child, name in parameters.items())
     if not (itself and row.query and row.key and all(len(shape) == 3 for shape in shapes.values())):
         name, shape = next((name, shape) for name, shape in shapes.items() if not is_matrix(shape))
-        raise no_matrix(name, shape)
+        raise not_a_matrix_error(name, shape)
     heads = row.num_heads or module.number(NUM_HEADS)
     first, middle, last = module.shape(parameters[row.query])
     if heads == first != middle < last != (row.head_dim or module.number(HEAD_DIM)):
@@ -64,7 +64,7 @@ def layout_of(
         return "stacked"
     if heads == middle != first:
         return "middle"
-    remedy = "store it as a matrix, (out, in)" if heads == first == middle else say_heads(module)
+    remedy = "store it as a matrix, (out, in)" if heads == first == middle else num_heads_remedy(module)
     raise NotHandled(
         f"{parameters[row.query]} has shape {module.shape(parameters[row.query])}; "
         f"{heads or 'an unknown number of'} heads do not tell which side is the heads'; {remedy}"
@@ -119,15 +119,15 @@ def is_transposed(
     if row.transposed is not None:
         return row.transposed
     projections = parameters | outputs
-    stored = {child: module.source.is_turned(name.removesuffix(".weight")) for child, name in projections.items()}
-    turned = [child for child, is_turned in stored.items() if is_turned]
-    if turned and len(turned) < len(stored):
-        others = " and ".join(child for child in stored if child not in turned)
+    stored = {child: module.source.is_transposed(name.removesuffix(".weight")) for child, name in projections.items()}
+    transposed = [child for child, is_so in stored.items() if is_so]
+    if transposed and len(transposed) < len(stored):
+        others = " and ".join(child for child in stored if child not in transposed)
         raise NotHandled(
-            f"{' and '.join(turned)} is stored as (in, out) and {others} is not: store both the same way, or leave the "
-            "module to the optimizer with exclude="
+            f"{' and '.join(transposed)} is stored as (in, out), but {others} as (out, in): store all the same way, or "
+            "leave the module to the optimizer with exclude="
         )
-    if turned:
+    if transposed:
         return True
     for name in parameters.values():
         bias = module.bias(name)

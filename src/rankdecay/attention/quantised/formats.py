@@ -8,8 +8,22 @@ from typing import NamedTuple
 
 import torch
 
-from rankdecay.attention.quantised.packed import affine, bitsandbytes4, float4, gptq_or_awq, hqq, packed, ternary
-from rankdecay.attention.quantised.scales import EXPONENTS, float_beside_scale, llm_int8, quanto, scaled
+from rankdecay.attention.quantised.packed import (
+    read_affine,
+    read_bitsandbytes4,
+    read_float4,
+    read_gptq_or_awq,
+    read_hqq,
+    read_packed,
+    read_ternary,
+)
+from rankdecay.attention.quantised.scales import (
+    EXPONENTS,
+    read_float_beside_scale,
+    read_llm_int8,
+    read_quanto,
+    read_scaled,
+)
 from rankdecay.attention.quantised.stored import FLOAT, FLOAT8, Stored, Weight, plain
 
 #: Tensors that describe codes, and integers that are no weights: masks, indices, positions.
@@ -82,19 +96,19 @@ def _codes(stored: Stored) -> Weight | None:
     if stored.find(".absmax", "._data"):
         return None  # rows of their own
     if dtype == torch.uint32 and stored.find("biases", "qbiases"):
-        return affine(stored)
+        return read_affine(stored)
     if stored.method == "bitnet" and scale and dtype in (torch.uint8, torch.int8):
-        return ternary(stored, scale)
+        return read_ternary(stored, scale)
     if dtype == torch.int8 and stored.find("SCB"):
-        return llm_int8(stored, stored.need("SCB"))
+        return read_llm_int8(stored, stored.need("SCB"))
     if scale and dtype == torch.uint8 and (stored.find("_scale_2") or stored.dtypes[scale] in EXPONENTS):
-        return float4(stored, stored.name, scale)
+        return read_float4(stored, stored.name, scale)
     if scale and dtype == torch.int8 and (stored.method in ("fp8", "mxfp4") or stored.dtypes[scale] in EXPONENTS):
-        return float4(stored, stored.name, scale)
+        return read_float4(stored, stored.name, scale)
     if scale and dtype in FLOAT8 and stored.method in _SCALED_FLOAT8:
-        return scaled(stored, scale)
+        return read_scaled(stored, scale)
     if scale and dtype == torch.int8 and stored.method in ("", "compressed-tensors"):
-        return scaled(stored, scale)
+        return read_scaled(stored, scale)
     if dtype in FLOAT8 and not scale:
         if stored.settings or any(name.endswith(_SCALES) for name in stored.shapes):
             raise stored.wrong(f"it holds {str(dtype).removeprefix('torch.')} numbers without their scale")
@@ -135,15 +149,15 @@ def _refuse(kind: str) -> Callable[[Stored], None]:
 
 #: Formats that are known by the name of a tensor; those known by the type of ``weight`` are in :func:`_codes`.
 FORMATS: tuple[Format, ...] = (
-    Format("absmax", bitsandbytes4, inside=True, called="bitsandbytes"),
-    Format("_data", quanto, inside=True, called="quanto"),
-    Format("qweight", gptq_or_awq, beside=("scales",), called="gptq or awq", codes=True),
+    Format("absmax", read_bitsandbytes4, inside=True, called="bitsandbytes"),
+    Format("_data", read_quanto, inside=True, called="quanto"),
+    Format("qweight", read_gptq_or_awq, beside=("scales",), called="gptq or awq", codes=True),
     Format("qweight", _refuse("codes in a tensor named qweight"), codes=True),
-    Format("weight_packed", packed, beside=("weight_scale",), called="compressed-tensors"),
+    Format("weight_packed", read_packed, beside=("weight_scale",), called="compressed-tensors"),
     Format("weight_packed", _refuse("compressed-tensors' marlin-24")),
-    Format("W_q", hqq, called="hqq"),
-    Format("weight_scale", float_beside_scale),
-    Format("weight_scale_inv", float_beside_scale),
+    Format("W_q", read_hqq, called="hqq"),
+    Format("weight_scale", read_float_beside_scale),
+    Format("weight_scale_inv", read_float_beside_scale),
     Format("codes", _refuse("AQLM"), beside=("codebooks",), codes=True),
     Format("indices", _refuse("VPTQ"), beside=("centroids.weight",), codes=True),
     Format("trellis", _refuse("EXL3"), codes=True),

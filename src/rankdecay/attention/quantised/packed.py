@@ -54,7 +54,7 @@ def _bits(stored: Stored, stated: int | None, fits: Callable[[int], bool], choic
     raise stored.wrong(f"{said}, and the shapes of its tensors allow {possible or 'none'}")
 
 
-def gptq_or_awq(stored: Stored) -> Weight | None:
+def read_gptq_or_awq(stored: Stored) -> Weight | None:
     codes, scales = stored.need("qweight"), stored.need("scales")
     if len(stored.shapes[codes]) != 2 or len(stored.shapes[scales]) != 2 or not math.prod(stored.shapes[scales]):
         raise stored.wrong(f"qweight has shape {stored.shapes[codes]} and scales {stored.shapes[scales]}")
@@ -135,13 +135,13 @@ def _awq(stored: Stored, codes: str, scales: str) -> Weight:
     return Weight((out, inside), read, (codes, scales, zeros))
 
 
-def packed(stored: Stored) -> Weight:
+def read_packed(stored: Stored) -> Weight:
     """Read compressed-tensors' packed integers, or its 4-bit floats."""
     codes, scale = stored.need("_packed"), stored.need("_scale")
     if len(stored.shapes[codes]) != 2:
         raise stored.refused(f"packed numbers of shape {stored.shapes[codes]}")
     if stored.dtypes[codes] == torch.uint8:
-        return float4(stored, codes, scale)
+        return read_float4(stored, codes, scale)
     if stored.dtypes[codes] != torch.int32:
         raise stored.unknown()
     stated = stored.need("_shape")
@@ -182,7 +182,7 @@ def packed(stored: Stored) -> Weight:
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
-def float4(stored: Stored, codes: str, scale: str) -> Weight:
+def read_float4(stored: Stored, codes: str, scale: str) -> Weight:
     """Read NVFP4 (groups of 16, a scale of the tensor) or MXFP4 (groups of 32, powers of two): two numbers a byte."""
     if len(stored.shapes[codes]) != 2:
         raise stored.refused(f"4-bit floats of shape {stored.shapes[codes]}")
@@ -212,7 +212,7 @@ def float4(stored: Stored, codes: str, scale: str) -> Weight:
     return Weight(shape, read, present(stored.find("", "_packed"), scale, divisor, factor))
 
 
-def affine(stored: Stored) -> Weight:
+def read_affine(stored: Stored) -> Weight:
     """Read MLX: codes · scale + bias, packed along the inputs."""
     scale, bias = stored.need("scales"), stored.need("biases", "qbiases")
     rows, words = stored.shapes[stored.name]
@@ -233,7 +233,7 @@ def affine(stored: Stored) -> Weight:
     return Weight(shape, read, (scale, bias))
 
 
-def ternary(stored: Stored, scale: str) -> Weight:
+def read_ternary(stored: Stored, scale: str) -> Weight:
     """Read BitNet: rows i, i + n, i + 2n, i + 3n share a byte; ``autobitlinear`` multiplies, ``bitlinear`` divides."""
     rows, columns = stored.shapes[stored.name]
     if math.prod(stored.shapes[scale]) != 1:
@@ -248,7 +248,7 @@ def ternary(stored: Stored, scale: str) -> Weight:
     return Weight((4 * rows, columns), read, (scale,))
 
 
-def bitsandbytes4(stored: Stored) -> Weight:
+def read_bitsandbytes4(stored: Stored) -> Weight:
     """Read bitsandbytes' nf4 and fp4: a table of 16 numbers, a scale for each block of consecutive numbers.
 
     With nested statistics the scales are codes themselves: of a table of 256, scaled by block, about an offset.
@@ -320,7 +320,7 @@ def _json(stored: Stored, name: str) -> dict[str, Any]:
     return content
 
 
-def hqq(stored: Stored) -> Weight | None:
+def read_hqq(stored: Stored) -> Weight | None:
     """Read HQQ: codes of 8, 4, 2 or 1 bits, the first rows in the highest bits, in groups along one axis.
 
     A floating-point W_q is a projection that is called so.

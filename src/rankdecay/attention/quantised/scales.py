@@ -116,7 +116,7 @@ def numbers_of(scale: Tensor) -> Tensor:
     return _POWERS[scale.long()] if scale.dtype == torch.uint8 else scale.float()
 
 
-def scaled(stored: Stored, scale: str) -> Weight:
+def read_scaled(stored: Stored, scale: str) -> Weight:
     """Read (codes - zero point) · scale."""
     shape = stored.shapes[stored.name]
     cut = grid(stored, shape, scale)
@@ -133,7 +133,7 @@ def scaled(stored: Stored, scale: str) -> Weight:
     return Weight(shape, read, present(stored.find(""), scale, zero, order))
 
 
-def llm_int8(stored: Stored, statistics: str) -> Weight:
+def read_llm_int8(stored: Stored, statistics: str) -> Weight:
     shape, order = stored.shapes[stored.name], stored.find("weight_format")
     if math.prod(stored.shapes[statistics]) != shape[0]:
         raise stored.wrong(f"SCB has {math.prod(stored.shapes[statistics])} numbers for a matrix of shape {shape}")
@@ -148,7 +148,7 @@ def llm_int8(stored: Stored, statistics: str) -> Weight:
     return Weight(shape, read, present(statistics, order))
 
 
-def quanto(stored: Stored) -> Weight:
+def read_quanto(stored: Stored) -> Weight:
     """Read quanto's 8-bit weights."""
     if stored.name.endswith("._data"):  # packed: weight._data._data
         raise stored.at(stored.name.removesuffix("._data")).refused("quanto of less than 8 bits")
@@ -161,7 +161,7 @@ def quanto(stored: Stored) -> Weight:
     return Weight(shape, lambda: stored.load(codes).float() * stored.load(scale).float(), (codes, scale))
 
 
-def float_beside_scale(stored: Stored) -> Weight | None:
+def read_float_beside_scale(stored: Stored) -> Weight | None:
     """Read a weight of an ordinary type that has a scale beside it: BitNet's unpacked ternary numbers, nothing else."""
     if stored.dtypes.get(stored.name) not in FLOAT or len(stored.shapes[stored.name]) != 2:
         return None
