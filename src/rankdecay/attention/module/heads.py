@@ -58,67 +58,94 @@ def count_heads(
     if stacked:  # the shape says it
         count, _, size = module.shape(parameters[row.query or row.fused or ""])
         return count, size
-    heads = row.num_heads or module.number(NUM_HEADS)
-    if is_vqgan_attention(module):
-        heads = row.num_heads or 1
-    if row.query in ("vision_proj", "text_proj") and (sides := module.number(("encoder_attention_heads",))):
-        heads = row.num_heads or sides // 2  # Grounding DINO's fusion
-    ratio = module.number(("head_ratio",))
-    if ratio and heads and row.num_heads is None and module.number(HEAD_DIM) is None:
-        heads //= ratio  # a configuration's number; ConvBERT gives the rest to its convolution
-    if is_channel_attention(module):
-        heads = row.num_heads or module.number(("groups", "num_groups")) or heads
-    head_dim = row.head_dim or module.number(HEAD_DIM)
+    heads, head_dim = _stated_heads(module, row), row.head_dim or module.number(HEAD_DIM)
     if row.query and _is_one_of_heads(module, row, height):
         return 1, height[row.query]
-    own_dim = module.source.own(module.path, HEAD_DIM)
-    stated = row.num_heads or row.head_dim or module.has_gates() or module.source.own(module.path, NUM_HEADS)
-    if row.query and isinstance(own_dim, int) and not stated and own_dim > 0 and height[row.query] % own_dim == 0:
-        return height[row.query] // own_dim, own_dim  # the configuration's number may be of another tower
-    if row.query and row.head_dim:
-        lines, count = height[row.query], row.num_heads or height[row.query] // row.head_dim
-        if count * row.head_dim != lines:
-            raise NotHandled(
-                f"{row.query} has {lines} rows, but {count} heads of {row.head_dim} have {count * row.head_dim}: "
-                "omit head_dim= where the config has the number of heads, or pass their actual size"
-            )
-        return count, row.head_dim
-    key_dim = module.number(KEY_DIM) if row.layout == "interleaved" else None
-    if key_dim and row.query:  # LeViT: values are wider than keys, and a layer that shrinks has heads of its own
-        return divide(height[row.query], key_dim, f"the height of {row.query}", "the key size"), key_dim
-    if key_dim and heads:
-        return heads, key_dim
     if row.query:
-        lines = height[row.query]
-        if heads and lines % heads == 0:
-            return heads, lines // heads
-        if head_dim and lines % head_dim == 0:
-            return lines // head_dim, head_dim
-        raise heads_error(module, row.query, lines, heads, head_dim)
+        return _separate_heads(module, row, row.query, height[row.query], heads, head_dim)
     assert row.fused
     lines = height[row.fused]
     if heads and (key_dim := module.number(KEY_DIM)):
         return heads, key_dim
     if row.value and not heads and head_dim:
         heads = divide(lines, 2 * head_dim, f"the height of {row.fused}", "two times the head size")
-    if row.value and heads:  # queries and keys in one, as wide as each other
-        size = divide(lines, 2 * heads, f"the height of {row.fused}", "two times the heads")
-        if row.head_dim not in (None, size):
+    if row.value and heads:
+        return heads, _size_of_two(row, lines, heads)
+    return _fused_heads(module, row, row.fused, lines, across, heads, head_dim)
+
+
+def _stated_heads(module: ModuleParameters, row: AttentionNames) -> int | None:
+    """Return the number of heads that the names or the settings state, or None."""
+    if row.num_heads:
+        return row.num_heads
+    heads = module.number(NUM_HEADS)
+    if is_vqgan_attention(module):
+        heads = 1
+    if row.query in ("vision_proj", "text_proj") and (sides := module.number(("encoder_attention_heads",))):
+        heads = sides // 2  # Grounding DINO's fusion
+    ratio = module.number(("head_ratio",))
+    if ratio and heads and module.number(HEAD_DIM) is None:
+        heads //= ratio  # a configuration's number; ConvBERT gives the rest to its convolution
+    if is_channel_attention(module):
+        heads = module.number(("groups", "num_groups")) or heads
+    return heads
+
+
+def _separate_heads(
+    module: ModuleParameters, row: AttentionNames, query: str, lines: int, heads: int | None, head_dim: int | None
+) -> tuple[int, int]:
+    """Return the number and size of the heads in a projection to queries alone."""
+    own_dim = module.source.own(module.path, HEAD_DIM)
+    stated = row.num_heads or row.head_dim or module.has_gates() or module.source.own(module.path, NUM_HEADS)
+    if isinstance(own_dim, int) and not stated and own_dim > 0 and lines % own_dim == 0:
+        return lines // own_dim, own_dim  # the configuration's number may be of another tower
+    if row.head_dim:
+        count = row.num_heads or lines // row.head_dim
+        if count * row.head_dim != lines:
             raise NotHandled(
-                f"{row.fused} has {lines} rows, where {heads} heads of {row.head_dim} queries and keys have "
-                f"{2 * heads * row.head_dim}: pass their actual size, {size}"
+                f"{query} has {lines} rows, but {count} heads of {row.head_dim} have {count * row.head_dim}: "
+                "omit head_dim= where the config has the number of heads, or pass their actual size"
             )
-        return heads, size
-    if across and lines == 1 + 2 * across[0]:
+        return count, row.head_dim
+    if row.layout == "interleaved" and (key_dim := module.number(KEY_DIM)):
+        # LeViT: values are wider than keys, and a layer that shrinks has heads of its own
+        return divide(lines, key_dim, f"the height of {query}", "the key size"), key_dim
+    if heads and lines % heads == 0:
+        return heads, lines // heads
+    if head_dim and lines % head_dim == 0:
+        return lines // head_dim, head_dim
+    raise heads_error(module, query, lines, heads, head_dim)
+
+
+def _size_of_two(row: AttentionNames, lines: int, heads: int) -> int:
+    """Return the size of a head in a projection to queries and keys, which are as wide as each other."""
+    size = divide(lines, 2 * heads, f"the height of {row.fused}", "two times the heads")
+    if row.head_dim not in (None, size):
         raise NotHandled(
-            f"{row.fused} holds one score for each token, keys and values, and no queries: linear attention"
+            f"{row.fused} has {lines} rows, but {heads} heads of {row.head_dim} queries and keys have "
+            f"{2 * heads * row.head_dim}: pass their actual size, {size}"
         )
+    return size
+
+
+def _fused_heads(
+    module: ModuleParameters,
+    row: AttentionNames,
+    fused: str,
+    lines: int,
+    across: list[int],
+    heads: int | None,
+    head_dim: int | None,
+) -> tuple[int, int]:
+    """Return the number and size of the heads in a projection to queries, keys and values."""
+    if across and lines == 1 + 2 * across[0]:
+        raise NotHandled(f"{fused} holds one score for each token, keys and values, and no queries: linear attention")
     if module.number(("val_dim", "value_dim")):
-        raise NotHandled(f"{row.fused} holds queries and values of different widths")
+        raise NotHandled(f"{fused} holds queries and values of different widths")
     if heads is None and head_dim and across:
         heads = across[0] // head_dim
     if heads is None:
-        raise heads_error(module, row.fused, lines, heads, head_dim)
+        raise heads_error(module, fused, lines, heads, head_dim)
     if row.head_dim and not row.num_heads and across and heads * row.head_dim not in across:
         heads = across[0] // row.head_dim  # some of those that the settings state
     key_heads = module.number(KEY_HEADS)
@@ -131,7 +158,7 @@ def count_heads(
     for size in candidates:
         if size and lines % size == 0 and (lines // size - heads) % 2 == 0 and lines // size > heads:
             return heads, size
-    raise heads_error(module, row.fused, lines, heads, head_dim)
+    raise heads_error(module, fused, lines, heads, head_dim)
 
 
 def heads_error(

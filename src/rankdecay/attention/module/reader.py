@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
 from rankdecay.attention.module.beside import is_matrix
@@ -52,6 +53,24 @@ _UNPLACED = (
 )
 
 
+class _Outputs(NamedTuple):
+    """Candidates for the output projection.
+
+    Attributes:
+        names: their weights, by child.
+        columns: number of columns, of those that are matrices.
+        others: weights that are the output projections of the module's other attentions, by child.
+        transposed: whether they are stored as (in, out).
+        stacked: whether they are stored as one matrix per head.
+    """
+
+    names: dict[str, str]
+    columns: dict[str, int]
+    others: dict[str, str]
+    transposed: bool
+    stacked: bool
+
+
 class ModuleReader(ModuleParameters):
     """Reader of one module as attention."""
 
@@ -71,13 +90,61 @@ class ModuleReader(ModuleParameters):
         Raises:
             NotHandled: If names, shapes and settings do not agree.
         """
-        assumed = not named and bool(row.fused) and row.when is None
         given = named and (row.num_heads or row.head_dim)
         row = replace(row, **self.sizes)
         parameters = {child: name for child in row.projections if (name := self.parameter(child))}
         self._check_own_keys(row, parameters)
+        names, others = self._output_candidates(row, named)
+        if not named:
+            self._check_no_learned_tokens(parameters)
+        layout = layout_of(self, row, parameters)
+        stacked = layout == "stacked"
+        transposed = layout != "plain" or is_transposed(self, row, parameters, names)
+        outputs = self._outputs_of(names, others, layout, transposed)
+        places, heads, head_dim = self._place_inputs(row, parameters, outputs, transposed, stacked)
+        if not given and layout == "plain":
+            width = self.lines(parameters[row.query or row.fused or ""], "columns", transposed, stacked)
+            check_whole(self, heads, head_dim, width)
+        no_output = self._place_output(places, outputs, heads)
+        self._place_positions(places, row, heads)
+        rotary, qk_norm, unknown = self._positions_and_norms(row, head_dim)
+        unknown |= self._assumed(row, named, heads, places["key"].window.num_heads)
+        output = places["output"].parameter if "output" in places else None
+        if output:
+            self._outputs.setdefault(output, row.query)
+        projected = next((name for name in names.values() if self.plain[name] == output), "")
+        no_product = why_no_product(self, row, places)
+        no_value_product = why_no_value_product(self, places, parameters[row.value or row.fused or ""], projected)
+        self._add_query_bias(places)
+        remarks = ["" if given else contradicted(self, heads, head_dim, places["key"].window.num_heads)]
+        if not no_value_product and norm_stands(self, places) == "unknown":
+            remarks.append(_UNPLACED)
+        used = {**parameters, **{child: name for child, name in names.items() if name == projected}}
+        remarks.append(self._not_plain_linear(used, transposed and not stacked))
+        return Found(
+            name=self.path,
+            places=places,
+            head_dim=head_dim,
+            rotary=rotary,
+            qk_norm=qk_norm,
+            grouping=row.grouping,
+            unknown=unknown,
+            no_product=no_product,
+            no_value_product=no_value_product,
+            no_output=no_output,
+            frequencies=self.frequencies() if rotary is not None else "",
+            planes_assumed=rotary is not None and row.rotary is None and not self.states_planes(),
+            remark="; ".join(filter(None, remarks)),
+        )
+
+    def _output_candidates(self, row: AttentionNames, named: bool) -> tuple[dict[str, str], dict[str, str]]:
+        """Return the weights that may be the output projection, by child, and those of the module's other attentions.
+
+        Raises:
+            NotHandled: If the user names an output that does not exist.
+        """
         candidates = row.outputs
-        if candidates and not named:  # the known names first, then what is called an output
+        if candidates and not named:  # the known names first, then names like an output's
             candidates = (*candidates, *sorted(filter(is_output_like, self.source.children(self.path))))
         outputs = {child: name for child in candidates if (name := self.parameter(child))}
         others = {} if named else {c: name for c, name in outputs.items() if self._is_of_another(c, name, row)}
@@ -87,20 +154,33 @@ class ModuleReader(ModuleParameters):
                 f"it has no output projection {' or '.join(map(repr, row.outputs))}; its matrices are "
                 f"{', '.join(self.matrices()) or 'none'}; omit output= if there is none"
             )
-        if not named:
-            self._check_alike(parameters)
-        layout = layout_of(self, row, parameters)
+        return outputs, others
+
+    def _outputs_of(
+        self,
+        names: dict[str, str],
+        others: dict[str, str],
+        layout: Literal["plain", "stacked", "middle"],
+        transposed: bool,
+    ) -> _Outputs:
+        """Return the candidates for the output projection, with their columns."""
         stacked = layout == "stacked"
-        transposed = layout != "plain" or is_transposed(self, row, parameters, outputs)
-        height = {child: self.lines(name, "rows", transposed, stacked) for child, name in parameters.items()}
-        turned = transposed and layout != "middle"  # the output of (in, heads, head_dim) is (out, heads, head_dim)
-        fits = {
-            child: self.lines(name, "columns", turned, stacked)
-            for child, name in outputs.items()
+        transposed = transposed and layout != "middle"  # the output of (in, heads, head_dim) is (out, heads, head_dim)
+        columns = {
+            child: self.lines(name, "columns", transposed, stacked)
+            for child, name in names.items()
             if is_matrix(self.shape(name)) or (layout != "plain" and len(self.shape(name)) == 3)
         }
-        heads, head_dim = count_heads(self, row, height, list(fits.values()), parameters, stacked)
-        gated = is_gated(self, row, height, heads, head_dim, list(fits.values()))
+        return _Outputs(names, columns, others, transposed, stacked)
+
+    def _place_inputs(
+        self, row: AttentionNames, parameters: dict[str, str], outputs: _Outputs, transposed: bool, stacked: bool
+    ) -> tuple[dict[Role, Place], int, int]:
+        """Locate queries, keys and values with their biases; return them, the number of heads and their size."""
+        height = {child: self.lines(name, "rows", transposed, stacked) for child, name in parameters.items()}
+        across = list(outputs.columns.values())
+        heads, head_dim = count_heads(self, row, height, across, parameters, stacked)
+        gated = is_gated(self, row, height, heads, head_dim, across)
         if gated:
             head_dim //= 2
         places: dict[Role, Place] = {}
@@ -115,48 +195,14 @@ class ModuleReader(ModuleParameters):
         elif row.fused and not self.bias(parameters[row.fused]):
             self._separate_biases(places)
         check_heads(self, heads, places["key"].window.num_heads)
-        if not given and layout == "plain":
-            check_whole(
-                self,
-                heads,
-                head_dim,
-                self.lines(parameters[row.query or row.fused or ""], "columns", transposed, stacked),
-            )
-        value_dim = places["value"].window.head_dim
-        unfit = self._place_output(places, outputs, fits, heads, value_dim, turned, stacked, others)
-        self._place_positions(places, row, heads)
-        rotary, qk_norm, unknown = self._positions_and_norms(row, head_dim)
-        if assumed and not self.source.is_known(self.path):
-            unknown |= {"order"}
-        if not named and places["key"].window.num_heads not in (1, heads) and not self.source.is_known(self.path):
-            unknown |= {"grouping"}
-        output = places["output"].parameter if "output" in places else None
-        if output:
-            self._outputs.setdefault(output, row.query)
-        projected = next((name for name in outputs.values() if self.plain[name] == output), "")
-        no_product = why_no_product(self, row, places)
-        no_value_product = why_no_value_product(self, places, parameters[row.value or row.fused or ""], projected)
-        self._add_query_bias(places)
-        remarks = ["" if given else contradicted(self, heads, head_dim, places["key"].window.num_heads)]
-        if not no_value_product and norm_stands(self, places) == "unknown":
-            remarks.append(_UNPLACED)
-        used = {**parameters, **{child: name for child, name in outputs.items() if name == projected}}
-        remarks.append(self._not_plain_linear(used, transposed and not stacked))
-        return Found(
-            self.path,
-            places,
-            head_dim,
-            rotary,
-            qk_norm,
-            row.grouping,
-            unknown,
-            no_product,
-            no_value_product,
-            unfit,
-            self.frequencies() if rotary is not None else "",
-            rotary is not None and row.rotary is None and not self.states_planes(),
-            "; ".join(filter(None, remarks)),
-        )
+        return places, heads, head_dim
+
+    def _assumed(self, row: AttentionNames, named: bool, heads: int, key_heads: int) -> set[str]:
+        """Return which of the order in a fused projection and the grouping of heads is assumed."""
+        if named or self.source.is_known(self.path):
+            return set()
+        order = {"order"} if row.fused and row.when is None else set[str]()
+        return order | ({"grouping"} if key_heads not in (1, heads) else set())
 
     def _check_own_keys(self, row: AttentionNames, parameters: dict[str, str]) -> None:
         """Check that queries and keys in one projection are two, unless the user says how wide they are."""
@@ -165,7 +211,7 @@ class ModuleReader(ModuleParameters):
             if lines <= own:
                 raise NotHandled(own_keys_reason(row.fused, row.value))
 
-    def _check_alike(self, parameters: dict[str, str]) -> None:
+    def _check_no_learned_tokens(self, parameters: dict[str, str]) -> None:
         """Check that no projection is a parameter of the module itself beside layers: it may be learned queries."""
         own = [child for child, name in parameters.items() if name == self.path_of(child)]
         if own and len(own) < len(parameters):
@@ -183,10 +229,10 @@ class ModuleReader(ModuleParameters):
             if name and math.prod(self.shapes[name]) == lines:
                 places["query"] = places["query"]._replace(added=name)
 
-    def _not_plain_linear(self, projections: Mapping[str, str], turned: bool) -> str:
-        """Return which projections do more than to multiply by their weight, as text."""
+    def _not_plain_linear(self, projections: Mapping[str, str], transposed: bool) -> str:
+        """Return which projections are not plain linear maps by their weights, as text."""
         owners = {child: n.removesuffix(".weight") for child, n in projections.items() if n.endswith(".weight")}
-        more = [child for child, owner in owners.items() if self.source.is_not_plain_linear(owner, turned)]
+        more = [child for child, owner in owners.items() if self.source.is_not_plain_linear(owner, transposed)]
         if not more:
             return ""
         return (
@@ -205,39 +251,41 @@ class ModuleReader(ModuleParameters):
                 lines = self.shape(name)[0]
                 places[role] = self.place(name, Window("rows", 0, lines, lines, lines // heads))
 
-    def _place_output(
-        self, places: dict[Role, Place], outputs: dict[str, str], fits: dict[str, int], heads: int, value_dim: int,
-        transposed: bool, stacked: bool = False, others: Mapping[str, str] | None = None,
-    ) -> str:  # fmt: skip
+    def _place_output(self, places: dict[Role, Place], outputs: _Outputs, heads: int) -> str:
         """Locate the output projection: the first of the candidates that takes as many columns as the heads give.
 
-        Those of the module's other attentions are ``others``.
-
         Returns:
-            What to say if there are matrices beside the projections and none is the output; "" if all is well.
+            Reason why none of the module's other matrices is the output; "" if one is, or there are none.
         """
         if self.source.kind(self.path) in MIXED_OUTPUT:
             return "its columns take the heads' channels in turn"
-        own = heads * value_dim
-        for child, across in fits.items():
-            if across == own and stacked:
-                window = Window("columns", 0, value_dim, value_dim, value_dim, heads, True, stacked=True)
-            elif across == own + self._columns_behind(child, own) or across == own:
-                window = Window("columns", 0, own, across, value_dim, 1, transposed)
-            else:
-                window = share_of_output(self, child, across, own, transposed)
-            if window is not None:
+        value_dim = places["value"].window.head_dim
+        width = heads * value_dim
+        for child, across in outputs.columns.items():
+            if window := self._output_window(outputs, child, across, heads, value_dim):
                 if reason := self.several(child):
                     return reason
-                places["output"] = self.place(outputs[child], window)
+                places["output"] = self.place(outputs.names[child], window)
                 return ""
-        inside = [child for child in outputs if not child.startswith("../") and child in fits]
+        inside = [across for child, across in outputs.columns.items() if not child.startswith("../")]
         if inside:
             raise NotHandled(
-                f"the output projection takes {fits[inside[0]]} columns, where {heads} heads of {value_dim} give {own}"
-                + self._say_gates(own, fits[inside[0]])
+                f"the output projection takes {inside[0]} columns, but {heads} heads of {value_dim} give {width}"
+                + self._gate_remedy(width, inside[0])
             )
-        others = others or {}
+        return self._reason_without_output(places, outputs.others)
+
+    def _output_window(self, outputs: _Outputs, child: str, across: int, heads: int, value_dim: int) -> Window | None:
+        """Return the window of an output projection that takes what the heads give; None if it does not."""
+        width = heads * value_dim
+        if across == width and outputs.stacked:
+            return Window("columns", 0, value_dim, value_dim, value_dim, heads, True, stacked=True)
+        if across in (width, width + self._columns_behind(child, width)):
+            return Window("columns", 0, width, across, value_dim, 1, outputs.transposed)
+        return share_of_output(self, child, across, width, outputs.transposed)
+
+    def _reason_without_output(self, places: dict[Role, Place], others: Mapping[str, str]) -> str:
+        """Return why no matrix beside the projections is the output; "" if there are none."""
         left = self.matrices({place.parameter for place in places.values()} | {self.plain[o] for o in others.values()})
         read = {place.parameter.removesuffix(".weight") for place in places.values()}
         left = [  # without an adapter's factors, and the projections of another attention
@@ -254,9 +302,9 @@ class ModuleReader(ModuleParameters):
         return ""
 
     @staticmethod
-    def _say_gates(own: int, across: int) -> str:
-        """Return what to say where heads give twice of what the output projection takes."""
-        if own != 2 * across:
+    def _gate_remedy(width: int, across: int) -> str:
+        """Return the remedy where heads give twice what the output projection takes; "" elsewhere."""
+        if width != 2 * across:
             return ""
         return (
             "; if its projection to queries holds a gate behind each head's query, set attn_output_gate = True on the "
