@@ -144,7 +144,7 @@ def test_what_stands_before_the_output_projection_leaves_no_product_of_values(ch
     model = _Separate(**{child: module})
     [layer] = rd.find_attention(model)
     assert not layer.has_value_product
-    with pytest.raises(ValueError, match=rf"{reason}.*do not write W_O W_V.*value.tensor\(\)"):
+    with pytest.raises(ValueError, match=rf"{reason}.*output is not W_O W_V.*value.tensor\(\)"):
         layer.value_output()
     report = rd.inspect(model)
     assert {row.get("matrix") for row in report.rows if row.get("matrix")} == {"value", "output"}

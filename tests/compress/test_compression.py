@@ -76,7 +76,7 @@ def test_a_text_file_chooses_with_the_tokenizer_beside_the_model(tmp_path):
     card = (tmp_path / "made" / "README.md").read_text()
     assert "on a text" in card
     for said in (str(result), card):
-        assert "(loss: nats per token on 3 windows of 32 tokens, which did not choose)" in said
+        assert "(loss: nats per token on 3 windows of 32 tokens, not used to choose)" in said
         assert "fewer than 8: differences of a few thousandths are noise" in said
     assert "the loss on 3 windows of 32 tokens that were not used to choose went from" in card
 

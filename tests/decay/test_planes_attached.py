@@ -199,7 +199,7 @@ NAMES: dict[str, Any] = {"query": "q_proj", "key": "k_proj", "value": "v_proj", 
 
 def test_attention_of_ones_own_says_its_convention():
     model = nn.Sequential(Own())
-    with pytest.raises(ValueError, match="nothing says which rows they turn together; pass names="):
+    with pytest.raises(ValueError, match="does not say which rows form a plane; pass names="):
         rd.param_groups(model, query_key=PLANES)
     names = rd.AttentionNames(**NAMES, rotary="interleaved", num_heads=2)
     _, optimizer = attached(model, "groups", PLANES, names=names)
@@ -269,7 +269,7 @@ def test_latent_attention_is_refused():
         "topk_group": 1, "first_k_dense_replace": 1, "pad_token_id": 0,
     }  # fmt: skip
     model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes))
-    with pytest.raises(ValueError, match="is latent attention, whose positions turn no rows of plain W_Q and W_K"):
+    with pytest.raises(ValueError, match="is latent attention, where RoPE does not rotate rows of plain W_Q and W_K"):
         rd.param_groups(model, query_key=PLANES)
 
 

@@ -122,7 +122,7 @@ def _checked(config: dict[str, Any], file: object, depth: int = 4) -> dict[str, 
         CheckpointError: If one is not, or there are more than any model has.
     """
     if depth < 0:
-        raise CheckpointError(f"{file} has configurations inside of configurations, deeper than a model; restore it.")
+        raise CheckpointError(f"{file} nests configurations deeper than any model; restore it.")
     if len(config) > _MOST_SETTINGS:
         raise CheckpointError(f"{file} has {len(config)} settings in one place, more than a model has; restore it.")
     parts = sum(isinstance(value, dict) for value in config.values())
@@ -132,11 +132,11 @@ def _checked(config: dict[str, Any], file: object, depth: int = 4) -> dict[str, 
         )
     for name, value in config.items():
         if name in _TEXTS and not isinstance(value, str | None):
-            raise CheckpointError(f"{file}: {name} should be a text, and is {_brief(value)}; restore it.")
+            raise CheckpointError(f"{file}: {name} must be a string, not {_brief(value)}; restore it.")
         if name in PARTIAL_ROTARY and isinstance(value, (int, float)) and not 0 <= value <= 1:
-            raise CheckpointError(f"{file}: {name} should be a share from 0 to 1, and is {_brief(value)}; restore it.")
+            raise CheckpointError(f"{file}: {name} must be a share from 0 to 1, not {_brief(value)}; restore it.")
         if name in _LISTS and isinstance(value, list) and not all(isinstance(item, _PLAIN) for item in value):
-            raise CheckpointError(f"{file}: {name} should list plain values, and has others; restore it.")
+            raise CheckpointError(f"{file}: {name} must be a list of plain values; restore it.")
         if isinstance(value, dict) and (
             "model_type" in value or name.endswith(("_config", "_cfg", "_parameters")) or name in ("encoder", "decoder")
         ):

@@ -1,4 +1,4 @@
-"""Which files of a directory are the weights: trainer folders, caches of the hub, shards with an index and without.
+"""Weight files of a directory: trainer folders, caches of the hub, shards with an index and without.
 
 A directory is not trusted: a link in it that leads out of it is refused, unless it leads into the cache of the hub that
 the directory belongs to. A link that the caller names is followed.
@@ -302,6 +302,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def files_of_index(index: Path) -> list[Path]:
+    """Return the files that an index lists, in its order.
+
+    Raises:
+        CheckpointError: If one does not exist, or there are more than any model has.
+    """
     names = dict.fromkeys(_weight_map(index).values())
     if len(names) > _MOST_FILES:
         raise CheckpointError(f"{index} names {len(names)} files; a model of more than {_MOST_FILES} is not read.")

@@ -1,4 +1,4 @@
-"""What name and shape alone say of a parameter that holds several of W_Q, W_K and W_V, without a model or settings."""
+"""Matrices in a parameter that holds several of W_Q, W_K and W_V, by its name and shape alone."""
 
 from __future__ import annotations
 

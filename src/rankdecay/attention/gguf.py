@@ -91,7 +91,7 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class Contents(NamedTuple):
-    """What a model in GGUF holds.
+    """Contents of a model in GGUF.
 
     Attributes:
         shapes: shape of every tensor, by its name in the file.

@@ -321,8 +321,8 @@ class AttentionLayer:
     @property
     def views(self) -> tuple[MatrixView, ...]:
         """Query, key, value, if it exists output, and the factors."""
-        own = (self.query, self.key, self.value, self.output)
-        return tuple(view for view in (*own, *self.factors.values()) if view is not None)
+        matrices = (self.query, self.key, self.value, self.output)
+        return tuple(view for view in (*matrices, *self.factors.values()) if view is not None)
 
     def key_head(self, head: int) -> int:
         """Return the key and value head that a query head meets."""
@@ -359,7 +359,7 @@ class AttentionLayer:
             raise ValueError(f"{self.name} has no output projection, so there is no product W_O W_V.")
         if self.no_value_product:
             raise ValueError(
-                f"{self.name} {self.no_value_product}, so its heads do not write W_O W_V; look at the spectra of "
+                f"{self.name} {self.no_value_product}, so a head's output is not W_O W_V; look at the spectra of "
                 "value.tensor() and output.tensor() instead."
             )
         values = with_bias(self.value.heads(), self.value.bias())
@@ -384,6 +384,6 @@ class AttentionLayer:
     def _check_no_norm(self) -> None:
         if not self.has_score_product:
             raise ValueError(
-                f"{self.name} {self.no_product or 'normalises queries and keys'}, so its scores are not those of a "
-                "product W_Kᵀ W_Q; look at the spectra of query.tensor() and key.tensor() instead."
+                f"{self.name} {self.no_product or 'normalises queries and keys'}, so its scores are not computed "
+                "from W_Kᵀ W_Q; look at the spectra of query.tensor() and key.tensor() instead."
             )

@@ -1,4 +1,4 @@
-"""What would be read of a model or checkpoint: layers, names, shapes and windows, without any tensor."""
+"""Listing of what would be read of a model or checkpoint: layers, names, shapes and windows, without any tensor."""
 
 from __future__ import annotations
 

@@ -113,8 +113,8 @@ def find_attention(
 def warn_unhandled(unhandled: Sequence[Unhandled], what: str, stacklevel: int) -> None:
     """Give one warning of all attention that could not be read; modules with one reason are listed together."""
     if unhandled:
-        said = "; ".join(f"{modules} {what}: {reason}" for modules, reason in grouped(unhandled))
-        warnings.warn(visible(said.rstrip(".") + "."), stacklevel=stacklevel)
+        text = "; ".join(f"{modules} {what}: {reason}" for modules, reason in grouped(unhandled))
+        warnings.warn(visible(text.rstrip(".") + "."), stacklevel=stacklevel)
 
 
 def grouped(unhandled: Sequence[Unhandled]) -> list[tuple[str, str]]:
@@ -312,8 +312,8 @@ class _Search:
             self._say(reader.path, f"its output projection was not found: {layer.no_output}")
 
     def _say(self, module: str, reason: str) -> None:
-        if (said := Unhandled(module, reason)) not in self.unhandled:
-            self.unhandled.append(said)
+        if (entry := Unhandled(module, reason)) not in self.unhandled:
+            self.unhandled.append(entry)
 
 
 def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionNames]:

@@ -101,5 +101,5 @@ def _likeness(module: nn.Module, weight: Tensor, rows: int = ROWS) -> float | No
             out = module(vectors) - module(torch.zeros_like(vectors))
         made, product = out.double().flatten(), (vectors @ weight.mT).double().flatten()
         return torch.cosine_similarity(made, product, dim=0).item() if product.any() else None
-    except Exception:  # whatever a stranger's forward pass raises when given vectors: it says nothing of its weight
+    except Exception:  # whatever unknown code raises when given vectors: it says nothing of the weight
         return None

@@ -120,14 +120,14 @@ class PlaneRows:
                 ``"group"``: a key head with the query heads it serves; ``"layer"``; or ``"model"``: all layers of the
                 configuration.
         """
-        own = range(self.window.num_heads)
+        numbers = range(self.window.num_heads)
         if scope == "model":
-            return [self.configuration for _ in own]
+            return [self.configuration for _ in numbers]
         if scope == "layer":
-            return [self.layer for _ in own]
+            return [self.layer for _ in numbers]
         if scope == "head" and self.heads != self.key_heads:
-            return [f"{self.layer} {self.part.split()[0]} {head}" for head in own]
-        return [f"{self.layer} {self._key_head(head)}" for head in own]
+            return [f"{self.layer} {self.part.split()[0]} {head}" for head in numbers]
+        return [f"{self.layer} {self._key_head(head)}" for head in numbers]
 
     def _key_head(self, head: int) -> int:
         if self.part.startswith("key"):
@@ -192,23 +192,23 @@ def _reason(layer: Found, notes: Mapping[str, str]) -> str:
     """Return why the rotary planes of an attention cannot be decayed; "" if they can."""
     places: dict[Role, Place] = layer.places
     if {"latent", "query_rotary", "query_factor"} & places.keys():
-        return "is latent attention, whose positions turn no rows of plain W_Q and W_K"
+        return "is latent attention, where RoPE does not rotate rows of plain W_Q and W_K"
     if layer.rotary is None:
         if "rotary" in layer.unknown:
             return (
-                "does not say whether positions turn its queries and keys; if they do, pass names=rankdecay."
+                "does not say whether RoPE rotates its queries and keys; if so, pass names=rankdecay."
                 "AttentionNames(..., rotary='half' or 'interleaved')"
             )
         return "has no rotary positions"
     if layer.planes_assumed:
         return (
-            "has rotary positions, and nothing says which rows they turn together; pass names=rankdecay."
+            "has rotary positions, but does not say which rows form a plane; pass names=rankdecay."
             "AttentionNames(..., rotary='half' or 'interleaved')"
         )
     if "order" in layer.unknown:
         return "does not say in which order its fused projection holds queries and keys; pass names="
     if layer.head_dim % 2:
-        return f"has heads of odd size {layer.head_dim}, which do not fall into planes"
+        return f"has heads of odd size {layer.head_dim}, which do not split into planes"
     if layer.no_product:
         return f"{layer.no_product}, so that no rows are a plane of its scores"
     query, key = places["query"], places["key"]

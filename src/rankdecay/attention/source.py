@@ -47,7 +47,7 @@ class Source(Protocol):
 
     @property
     def stored_as(self) -> Mapping[str, str]:
-        """What each quantised parameter is stored as, by name: it is read as the numbers that its codes stand for."""
+        """Storage format of each quantised parameter, by name; it is read dequantised."""
         ...
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
@@ -124,7 +124,7 @@ class ModuleSource:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = model
         if nested := next((name for name, p in model.named_parameters() if p.is_nested), None):
-            raise ValueError(f"{nested} is a nested tensor, which has no shape: make it a plain one first.")
+            raise ValueError(f"{nested} is a nested tensor, which has no shape: convert it to a plain tensor first.")
         parameters = {name: tuple(p.shape) for name, p in named_parameters(model).items()}
         self.shapes = parameters | {name: weight.shape for name, weight in self._quantised.items()}
         self.known: dict[str, ParameterInfo] = {}
@@ -157,7 +157,7 @@ class ModuleSource:
 
     @property
     def stored_as(self) -> Mapping[str, str]:
-        """What each quantised parameter is stored as, by name."""
+        """Storage format of each quantised parameter, by name."""
         return {name: weight.format for name, weight in self._quantised.items()}
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:

@@ -1,4 +1,4 @@
-"""What a text shows of a model: its loss, the loss with one rotary plane left out, and the inputs of its attention.
+"""Measurements on a text: the loss, the loss with one rotary plane left out, and the inputs of attention.
 
 Half of the windows of the text, every second one, are for choosing, the other half for the loss that is reported.
 """

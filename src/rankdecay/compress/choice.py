@@ -1,4 +1,4 @@
-"""Which rotary planes stay: by what a score would lose, from the weights alone, or by what a text shows.
+"""Choice of the rotary planes that stay: by what a score would lose, from the weights alone, or by a text.
 
 Without a text the planes of least *energy* go, Σ_heads ‖a_j‖²‖b_j‖² with the rows a_j of W_Q and b_j of W_K: the most
 that dropping the plane can cost a score of unit inputs. Energy is not loss: in SmolLM2-135M it orders the planes only
@@ -20,7 +20,7 @@ from rankdecay.compress.reduction import Layer, Read, plane_parts, shares
 
 @dataclass(frozen=True)
 class PlaneScores:
-    """What is known of the planes of one table of frequencies.
+    """Scores of the planes of one table of frequencies.
 
     Attributes:
         energy: the share of the energy of all planes that each has, (planes,).

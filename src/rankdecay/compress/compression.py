@@ -173,7 +173,7 @@ def _transformers() -> Iterator[None]:
 
 
 class _Choice(NamedTuple):
-    """What chooses planes and values.
+    """Scores by which planes and values are chosen.
 
     Attributes:
         scores: of the planes, by table of frequencies.

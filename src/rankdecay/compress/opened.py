@@ -35,12 +35,12 @@ class Opened(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called: its path as given, or its class."""
+        """Name of the model: its path as given, or its class."""
         return self.kind.__name__ if self.stored is None else str(self.stored.path)
 
     @property
     def written(self) -> dict[str, Any]:
-        """What its ``config.json`` holds, with ``rope_parameters`` as the class completes them."""
+        """Contents of its ``config.json``, with ``rope_parameters`` as the class completes them."""
         completed = self.config.to_dict()
         if self.stored is None:
             return completed

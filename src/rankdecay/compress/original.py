@@ -80,10 +80,10 @@ class Original:
             if found.rotary is None:
                 continue
             if found.planes_assumed:
-                raise NotReducible(f"{found.name}: nothing says which rows positions turn together.")
+                raise NotReducible(f"{found.name}: it is unknown which rows RoPE rotates together.")
             planes, has = found.rotary.dims // 2, len(self.skeleton.ropes[self.skeleton.rope_key(number)].short)
             if planes != has:
-                raise NotReducible(f"{found.name} turns {planes} planes, and the class has {has} frequencies.")
+                raise NotReducible(f"{found.name} rotates {planes} planes, but the class has {has} frequencies.")
 
     def with_positions(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[str | None]]:
         """Return the layers with rotary positions, and the table of frequencies of each."""

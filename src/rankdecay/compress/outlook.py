@@ -1,6 +1,6 @@
-"""What a smaller head would drop of a model and save in its cache, from names, shapes and weights alone.
+"""Energy that a smaller head would drop and cache that it would save, from names, shapes and weights alone.
 
-No class of transformers is asked, so that `inspect` can show it with the base install and for files of strangers;
+No class of transformers is asked, so that `inspect` can show it with the base install and for untrusted files;
 whether the class takes another head size is then what the table of compared model types says.
 """
 
@@ -24,7 +24,7 @@ _NO_NUMBERS = "its weights are too large or too small: their energies overflow o
 
 @dataclass(frozen=True)
 class Outlook:
-    """What smaller heads of a model would cost and save.
+    """Costs and savings of smaller heads of a model.
 
     Attributes:
         sizes: one for each head size, the present one first; empty if none can be made.

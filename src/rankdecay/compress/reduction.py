@@ -77,7 +77,7 @@ class Layer:
 
     @property
     def head_dim(self) -> int:
-        """D."""
+        """d, the size of a head."""
         return self.found.head_dim
 
     @property

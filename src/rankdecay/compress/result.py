@@ -1,4 +1,4 @@
-"""What a compression made and what it costs: the table of head sizes, as text and as JSON."""
+"""Result of a compression and its cost: the table of head sizes, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FEWEST_WINDOWS = 8
 
 @dataclass(frozen=True)
 class Size:
-    """What a head size costs and saves.
+    """Cost and saving of one head size.
 
     Attributes:
         head_dim: d'.
@@ -33,7 +33,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a loss was measured on.
+    """Sample of text that a loss was measured on.
 
     Attributes:
         windows: number of windows of the text, those that did not choose.
@@ -65,7 +65,7 @@ def usual_sizes(head_dim: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Compression:
-    """What became of a model, and what it costs.
+    """Compressed model and its cost.
 
     Attributes:
         source: the path, or the class of the model.
@@ -160,5 +160,5 @@ def size_table(sizes: Sequence[Size], measured_on: Sample | None = None) -> list
         cells.append(row)
     feet = ["low energy does not mean low loss: a head may find the previous token by a low-energy plane"]
     if measured_on is not None:
-        feet.append(f"loss: nats per token on {measured_on}, which did not choose")
+        feet.append(f"loss: nats per token on {measured_on}, not used to choose")
     return ["  " + line for line in aligned(cells)] + [f"  ({foot})" for foot in feet]

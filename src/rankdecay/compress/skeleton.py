@@ -1,4 +1,4 @@
-"""What the class of a model says of its attention: frequencies, the score's scale, norms, and the shapes of parameters.
+"""Attention as the class of a model defines it: frequencies, the score's scale, norms, and shapes of parameters.
 
 A model is built from its configuration without memory (on torch's meta device), and the few parts that compute
 something, rotary frequencies and norms, are built once more and asked. So nothing is taken from a table that a class
@@ -219,7 +219,7 @@ class Skeleton:
         kinds = getattr(self.config, "layer_types", None) or ()
         layer = ModuleSettings(found.module, self._source).layer_number
         if layer is None or layer >= len(kinds) or kinds[layer] not in self.ropes:
-            raise NotReducible(f"{found.name}: nothing says which of the rotary frequencies it has.")
+            raise NotReducible(f"{found.name}: it is unknown which of the rotary frequencies it uses.")
         return kinds[layer]
 
 

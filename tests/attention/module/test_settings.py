@@ -158,7 +158,7 @@ def test_which_rows_positions_turn_together_is_not_told_by_a_table_of_angles(cal
     if of_meta:
         rd.param_groups(model, query_key=rd.Planes(0.1))
         return
-    with pytest.raises(ValueError, match="nothing says which rows they turn together"):
+    with pytest.raises(ValueError, match="does not say which rows form a plane"):
         rd.param_groups(model, query_key=rd.Planes(0.1))
     if "qkv" not in names:
         query, key, value, output = names.split()

@@ -1,5 +1,5 @@
 """One attention module: its settings, parameters, heads, and where its matrices lie.
 
-``reader`` puts them together. What each file knows stands on the ones before it: ``settings``, ``projections``,
+``reader`` puts them together. Each file uses those before it: ``found``, ``settings``, ``beside``, ``projections``,
 ``between``, ``heads``, ``windows``, ``latent``.
 """

@@ -1,4 +1,4 @@
-"""What stands in a projection beside its matrix: other matrices, and in a sequence norms and activations."""
+"""Other parts of a projection than its matrix: further matrices, and in a sequence norms and activations."""
 
 from __future__ import annotations
 
@@ -106,11 +106,11 @@ def steps(source: Source, plain: Mapping[str, str], weight: str, side: Literal["
     sequence, _, number = weight.removesuffix(".weight").rpartition(".")
     if not number.isdigit() or not weight.endswith(".weight") or source.kind(sequence).endswith(".ModuleList"):
         return []
-    own = int(number)
-    held = sorted(int(child) for child in source.children(sequence) if child.isdigit())
-    there = [i for i in held if (i < own if side == "before" else i > own)]
-    found = [_class_of(source, plain, f"{sequence}.{i}") for i in there]
-    if side == "before" and not source.kind(sequence) and len(there) < own:
+    position = int(number)
+    positions = sorted(int(child) for child in source.children(sequence) if child.isdigit())
+    neighbours = [i for i in positions if (i < position if side == "before" else i > position)]
+    found = [_class_of(source, plain, f"{sequence}.{i}") for i in neighbours]
+    if side == "before" and not source.kind(sequence) and len(neighbours) < position:
         found.append(UNSEEN)
     return [kind for kind in found if not _PASSIVE.search(kind)]
 

@@ -1,4 +1,4 @@
-"""What stands between the matrices of an attention module, so that scores or outputs are not their product."""
+"""Operations between the matrices of an attention module, because of which scores or outputs are not their product."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def why_no_product(module: ModuleParameters, row: AttentionNames, places: dict[R
     }
     if any(f"{owner}.{norm}.weight" in module.plain for owner in owners - {module.path} for norm in BATCH_NORMS):
         return "normalises queries and keys over the batch"
-    behind = _steps_after_projection(module, row)
-    if any(map(is_batch_norm, behind)):
+    after = _steps_after_projection(module, row)
+    if any(map(is_batch_norm, after)):
         return "normalises queries and keys over the batch"
-    if other := next((step for step in behind if not is_norm(step)), ""):
+    if other := next((step for step in after if not is_norm(step)), ""):
         return f"puts {other} between its projections and the scores"
     kind = module.setting(("model_type",))
     if kind in TURNED:
-        return "turns queries and keys by positions, though not plane by plane"
+        return "rotates queries and keys by positions, but not plane by plane"
     if kind in POOLING and row.fused and (shape := module.shape(module.parameter(row.fused) or ""))[0] != 3 * shape[1]:
         return "pools its queries over tokens"
     if "k_sconv" in module.source.children(module.path):
@@ -111,12 +111,12 @@ def why_no_value_product(module: ModuleParameters, places: dict[Role, Place], va
     if is_channel_attention(module):
         return "mixes the channels of each head by its scores"
     children = module.source.children(module.path)
-    own = places["query"].window.num_heads * places["value"].window.head_dim
+    width = places["query"].window.num_heads * places["value"].window.head_dim
     if reason := next((reason for child, reason in BETWEEN.items() if child in children), ""):
         return reason
     if "v" in _convolved(module):
         return BETWEEN["v_sconv"]
-    if "gate" in places or any(module.has_rows(child, own) for child in filter(is_gate, children)):
+    if "gate" in places or any(module.has_rows(child, width) for child in filter(is_gate, children)):
         return "gates what its heads give before the output projection"
     if any(child in children for child in HEADS_NORMS) or norm_stands(module, places) == "behind heads":
         return "normalises what its heads give before the output projection"

@@ -127,7 +127,7 @@ def read_experts(module: ModuleParameters) -> Found:
         raise NotHandled(f"the heads of the experts in {query} are of unknown size; pass head_dim=...")
     experts, lines, _ = module.shape(query)
     if lines % head_dim or module.shape(shared)[0] != 2 * lines or module.shape(output)[2] != lines:
-        raise NotHandled(f"{lines} rows of each expert's queries do not fall into the heads of {shared}")
+        raise NotHandled(f"{lines} rows of each expert's queries do not split into the heads of {shared}")
     places: dict[Role, Place] = {
         "query": module.place(query, Window("rows", 0, lines, lines, head_dim, experts, stacked=True)),
         "key": module.place(shared, Window("rows", 0, lines, 2 * lines, head_dim)),

@@ -1,4 +1,4 @@
-"""What the settings of a model say of one attention module: numbers, positions, norms, and keys that layers share.
+"""Settings of one attention module: numbers of heads, positions, norms, and keys that layers share.
 
 The settings are attributes of the module and of the configurations above it, or the configuration of a checkpoint
 (:mod:`rankdecay.attention.source`). What they leave to a model's class is in the tables of
@@ -103,6 +103,11 @@ class ModuleSettings:
                 )
 
     def stated(self, attributes: tuple[str, ...]) -> int | None:
+        """Return the positive whole number that the settings state for this layer, or None.
+
+        Raises:
+            NotHandled: If it is out of range.
+        """
         value = self._of_layer(self.setting(attributes))
         if attributes in _SIZES and isinstance(value, (int, float)) and value != -1 and not 1 <= value < 2**31:
             raise NotHandled(f"its config has {str(value)[:40]} as {_SIZES[attributes]}")
@@ -218,6 +223,7 @@ class ModuleSettings:
         return None if undecided else False
 
     def rotary(self, head_dim: int) -> Rotary | None:
+        """Return how RoPE rotates heads of this size, by the settings; None if it does not."""
         if isinstance(half := self.setting(("rotate_half",)), bool):  # timm
             turned = self.setting(("rope",)) is not None
             return Rotary(head_dim // 2 * 2, not half) if turned else None

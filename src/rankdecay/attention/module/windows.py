@@ -188,7 +188,7 @@ def _cut(module: ModuleParameters, row: AttentionNames, lines: int, heads: int, 
         }
     groups = key_heads if row.layout == "interleaved" else row.blocks
     if any(amount % groups for _, amount in sizes):
-        raise NotHandled(f"{heads} query and {key_heads} key heads do not fall into {groups} equal groups")
+        raise NotHandled(f"{heads} query and {key_heads} key heads do not split into {groups} equal groups")
     windows: dict[Role, Window] = {}
     start = 0
     for role, amount in sizes:

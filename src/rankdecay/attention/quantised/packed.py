@@ -55,6 +55,7 @@ def _bits(stored: Stored, stated: int | None, fits: Callable[[int], bool], choic
 
 
 def read_gptq_or_awq(stored: Stored) -> Weight | None:
+    """Read GPTQ or AWQ, which store the same tensors in different orders, by the configuration."""
     codes, scales = stored.need("qweight"), stored.need("scales")
     if len(stored.shapes[codes]) != 2 or len(stored.shapes[scales]) != 2 or not math.prod(stored.shapes[scales]):
         raise stored.wrong(f"qweight has shape {stored.shapes[codes]} and scales {stored.shapes[scales]}")
@@ -216,15 +217,20 @@ def read_affine(stored: Stored) -> Weight:
     """Read MLX: codes · scale + bias, packed along the inputs."""
     scale, bias = stored.need("scales"), stored.need("biases", "qbiases")
     rows, words = stored.shapes[stored.name]
-    own = stored.settings.get(stored.name.removesuffix(".weight"))
-    own = stored.settings if not isinstance(own, Mapping) else own
-    size, bits, kind = own.get("group_size"), own.get("bits"), own.get("mode", "affine")
-    held = stored.shapes[scale]
+    settings = stored.settings.get(stored.name.removesuffix(".weight"))
+    settings = stored.settings if not isinstance(settings, Mapping) else settings
+    size, bits, kind = settings.get("group_size"), settings.get("bits"), settings.get("mode", "affine")
+    scale_shape = stored.shapes[scale]
     if not (isinstance(size, int) and isinstance(bits, int) and size > 0 and 0 < bits <= 8 and kind == "affine"):
         raise stored.refused(f"MLX with group_size={size!r}, bits={bits!r}, mode={kind!r}")
-    if len(held) != 2 or held[0] != rows or stored.shapes[bias] != held or _fill(held[1] * size, bits) != words:
-        raise stored.wrong(f"{words} words a row do not hold {held} groups of {size} numbers of {bits} bits")
-    shape = (rows, held[1] * size)
+    if (
+        len(scale_shape) != 2
+        or scale_shape[0] != rows
+        or stored.shapes[bias] != scale_shape
+        or _fill(scale_shape[1] * size, bits) != words
+    ):
+        raise stored.wrong(f"{words} words a row do not hold {scale_shape} groups of {size} numbers of {bits} bits")
+    shape = (rows, scale_shape[1] * size)
 
     def read() -> Tensor:
         numbers = _unpack(stored.load(stored.name), bits, shape[1]).float().unflatten(1, (-1, size))
@@ -240,8 +246,8 @@ def read_ternary(stored: Stored, scale: str) -> Weight:
         raise stored.wrong(f"its scale has shape {stored.shapes[scale]}, not one number")
 
     def read() -> Tensor:
-        held = stored.load(stored.name).view(torch.uint8)
-        numbers = torch.cat([(held >> shift & 3).float() - 1 for shift in (0, 2, 4, 6)])
+        codes = stored.load(stored.name).view(torch.uint8)
+        numbers = torch.cat([(codes >> shift & 3).float() - 1 for shift in (0, 2, 4, 6)])
         factor = stored.load(scale).float().reshape(1)
         return numbers * factor if stored.settings.get("linear_class") == "autobitlinear" else numbers / factor
 

@@ -38,29 +38,29 @@ class Grid(NamedTuple):
 
 def grid(stored: Stored, shape: Shape, scale: str, block: tuple[int | None, int | None] | None = None) -> Grid:
     """Return how the scales cut the matrix, by their shape and the block that the configuration states."""
-    held = stored.shapes[scale]
+    scale_shape = stored.shapes[scale]
     block = block or _stated_block(stored)
-    if len(held) == 4 and held[1] == held[3] == 1:  # ModelOpt: (rows, 1, columns, 1)
-        held = (held[0], held[2])
-    if math.prod(held) == 1:
+    if len(scale_shape) == 4 and scale_shape[1] == scale_shape[3] == 1:  # ModelOpt: (rows, 1, columns, 1)
+        scale_shape = (scale_shape[0], scale_shape[2])
+    if math.prod(scale_shape) == 1:
         return Grid((1, 1), (shape[0], shape[1]))
-    if held == (shape[0],):
-        held = (shape[0], 1)
-    if len(held) != 2:
-        raise stored.wrong(f"scales of shape {held} do not cut a matrix of shape {shape}")
+    if scale_shape == (shape[0],):
+        scale_shape = (shape[0], 1)
+    if len(scale_shape) != 2:
+        raise stored.wrong(f"scales of shape {scale_shape} do not cut a matrix of shape {shape}")
     sizes = []
-    for lines, cells, size in zip(shape, held, block, strict=True):
+    for lines, cells, size in zip(shape, scale_shape, block, strict=True):
         exact = lines // cells if cells and lines % cells == 0 else None
         usual = 128 if -(-lines // 128) == cells else None  # the last block may be cut short
         if size is None and exact and usual and exact != usual and cells > 1:
             raise stored.wrong(
-                f"scales of shape {held} fit blocks of {exact} and of {usual}; config.json must say which"
+                f"scales of shape {scale_shape} fit blocks of {exact} and of {usual}; config.json must say which"
             )
         size = size or exact or usual
         if size is None or -(-lines // size) != cells:
-            raise stored.wrong(f"scales of shape {held} do not cut a matrix of shape {shape}")
+            raise stored.wrong(f"scales of shape {scale_shape} do not cut a matrix of shape {shape}")
         sizes.append(size)
-    return Grid((held[0], held[1]), (sizes[0], sizes[1]))
+    return Grid((scale_shape[0], scale_shape[1]), (sizes[0], sizes[1]))
 
 
 def _stated_block(stored: Stored) -> tuple[int | None, int | None]:
@@ -134,6 +134,7 @@ def read_scaled(stored: Stored, scale: str) -> Weight:
 
 
 def read_llm_int8(stored: Stored, statistics: str) -> Weight:
+    """Read bitsandbytes' LLM.int8: codes · the largest magnitude of each row / 127."""
     shape, order = stored.shapes[stored.name], stored.find("weight_format")
     if math.prod(stored.shapes[statistics]) != shape[0]:
         raise stored.wrong(f"SCB has {math.prod(stored.shapes[statistics])} numbers for a matrix of shape {shape}")

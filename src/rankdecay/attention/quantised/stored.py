@@ -101,12 +101,13 @@ class Stored:
 
     def unknown(self) -> Refused:
         """Return the reason for codes that nothing explains."""
-        held = str(self.dtypes[self.name]).removeprefix("torch.") if self.name in self.dtypes else "integer"
-        said = f"quant_method={self.method!r}" if self.method else "an unknown format"
-        return self.refused(f"{held} codes of {said}")
+        dtype = str(self.dtypes[self.name]).removeprefix("torch.") if self.name in self.dtypes else "integer"
+        form = f"quant_method={self.method!r}" if self.method else "an unknown format"
+        return self.refused(f"{dtype} codes of {form}")
 
 
 def present(*names: str | None) -> tuple[str, ...]:
+    """Return the names that are not None."""
     return tuple(name for name in names if name)
 
 

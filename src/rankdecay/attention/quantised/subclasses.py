@@ -18,6 +18,11 @@ def own_dequantize(tensor: Tensor) -> bool:
 
 
 def dequantize(tensor: Tensor, stored: Stored) -> Tensor:
+    """Return the numbers of a tensor that dequantises itself.
+
+    Raises:
+        Refused: If it cannot.
+    """
     if not own_dequantize(tensor):
         raise stored.refused(type(tensor).__name__)
     try:
