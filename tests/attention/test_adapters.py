@@ -339,7 +339,9 @@ def test_a_mixture_of_adapters_is_refused_and_its_base_is_read_when_it_is_off(tm
     config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, xlora_depth=1, adapters=adapters)
     model = peft.get_peft_model(base, config)
     [layer] = rd.find_attention(model)
-    with pytest.raises(ValueError, match=r"self_attn.q_proj has no one weight: X-LoRA mixes its adapters anew"):
+    with pytest.raises(
+        ValueError, match=r"self_attn.q_proj does not have a single weight: X-LoRA mixes its adapters anew"
+    ):
         layer.query.tensor()
 
 

@@ -70,9 +70,7 @@ def test_a_pytorch_state_dict(wrap, tmp_path):
     model = build("gpt2")
     torch.save(wrap(model.state_dict()), tmp_path / "model.pt")
     _same(model, tmp_path / "model.pt", num_heads=4)
-    with pytest.raises(
-        ValueError, match=r"c_attn: its 96 rows do not split into an unknown number of heads.*num_heads"
-    ):
+    with pytest.raises(ValueError, match=r"c_attn: the number of heads in its 96 rows is unknown.*num_heads"):
         rd.find_attention(tmp_path / "model.pt")
 
 
@@ -257,11 +255,11 @@ def test_a_header_that_lies_about_its_length(tmp_path):
     file = tmp_path / "model.safetensors"
     for length in (2**63, 2**40, 10_000, 0):
         file.write_bytes(struct.pack("<Q", length) + b'{"a": 1}')
-        with pytest.raises(CheckpointError, match=r"not a whole safetensors file|contains no tensors"):
+        with pytest.raises(CheckpointError, match=r"truncated or not a safetensors file|contains no tensors"):
             rd.find_attention(file)
     header = json.dumps({"x": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 4]}}).encode()
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
         rd.find_attention(file)
 
 

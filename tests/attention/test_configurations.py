@@ -67,7 +67,7 @@ def test_parts_that_differ_and_that_no_path_names_are_refused(tmp_path):
     settings = {"hyper_parameters": {"teacher": {"num_heads": 2}, "student": {"num_heads": 4}}}
     weights = {name.replace("vision", "net"): tensor for name, tensor in _PARTS.items() if "vision" in name}
     torch.save({"state_dict": weights, **settings}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"an unknown number of heads.*pass num_heads="):
+    with pytest.raises(ValueError, match=r"the number of heads in its .* rows is unknown.*pass num_heads="):
         rd.find_attention(tmp_path / "last.ckpt")
     assert rd.find_attention(tmp_path / "last.ckpt", num_heads=4)[0].num_heads == 4
     settings["hyper_parameters"]["teacher"]["num_heads"] = 4

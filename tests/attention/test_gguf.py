@@ -478,7 +478,7 @@ def test_a_folder_with_several_models_is_refused(tmp_path):
         rd.find_attention(tmp_path)
     (tmp_path / "model-Q8_0.gguf").rename(tmp_path / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"holds several sets of weights: model-Q4_K_M.gguf, model.safetensors; say"
+        CheckpointError, match=r"holds several sets of weights: model-Q4_K_M.gguf, model.safetensors; choose one"
     ):
         rd.find_attention(tmp_path)
 

@@ -98,7 +98,7 @@ def test_what_is_not_attention_is_refused_with_the_remedy() -> None:
         rd.find_attention(7)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"under the names 'asks', 'answer'"):
         rd.find_attention(_Own(), rd.AttentionNames(query="asks", fused="answer", output="mix", num_heads=4))
-    with pytest.raises(ValueError, match=r"asks: its 24 rows do not split into an unknown number.*num_heads"):
+    with pytest.raises(ValueError, match=r"asks: the number of heads in its 24 rows is unknown.*num_heads"):
         rd.find_attention(_Own(), rd.AttentionNames(query="asks", fused="answers"))
 
 
@@ -122,7 +122,7 @@ def test_what_is_not_handled_says_where_and_why() -> None:
     model = nn.ModuleDict({"a": nn.ModuleDict({name: nn.Linear(24, 24) for name in ("q", "k", "v")})})
     found, [module] = locate(ModuleSource(model))
     assert found == []
-    assert str(module).startswith("a: q has 24 rows")
+    assert str(module).startswith("a: q: the number of heads in its 24 rows is unknown")
     assert str(Unhandled("", "flattened")) == "the model: flattened"
 
 

@@ -218,7 +218,7 @@ def test_the_output_of_one_attention_is_not_taken_for_that_of_another(sets: tupl
         assert kept is not None
         assert kept.parameter == f"attn.{whole[-1]}.weight"
         [told] = unhandled
-        assert "its output projection is not found" in told.reason
+        assert "its output projection was not found" in told.reason
         assert whole[-1] in told.reason
 
 

@@ -384,7 +384,7 @@ def test_a_module_for_each_head(called: str, stated: int | None) -> None:
          r"q_proj holds several matrices \(0.weight, 1.weight, .*\), not one: merge them .* exclude="),
         ({"qkv": torch.zeros(3, 16, 16)}, r"qkv has shape \(3, 16, 16\): not a matrix; store it as"),
         ({"to_qk": nn.Linear(16, 32), "to_v": nn.Linear(16, 16)},
-         r"to_qk \(32, 16\) holds queries and keys in an order .*fused='to_qk', value='to_v', order='qk' or 'kq'"),
+         r"to_qk \(32, 16\) holds queries and keys in an unknown .*fused='to_qk', value='to_v', order='qk' or 'kq'"),
         ({"to_qk": nn.Linear(16, 16), "to_v": nn.Linear(16, 16)},
          r"to_qk is no higher than to_v: its queries may be their own keys.*exclude="),
         ({"qkvg": nn.Linear(16, 64)}, r"qkvg \(64, 16\) holds"),
@@ -439,7 +439,7 @@ def test_heads_of_a_tower_that_its_configuration_does_not_state() -> None:
 def test_a_number_of_heads_given_reaches_latent_attention(tmp_path: Path) -> None:
     model = build_layout("deepseek_v3")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"kv_b_proj: its 56 rows do not split into an unknown number of heads"):
+    with pytest.raises(ValueError, match=r"kv_b_proj: the number of heads in its 56 rows is unknown"):
         rd.find_attention(tmp_path / "weights.pt")
     [live], [stored] = rd.find_attention(model), rd.find_attention(tmp_path / "weights.pt", num_heads=4)
     assert [str(view.window) for view in live.views] == [str(view.window) for view in stored.views]
@@ -465,7 +465,7 @@ def test_queries_and_keys_in_one_projection() -> None:
     for given in (None, names, replace(names, output="missing")):
         with pytest.raises(ValueError, match=r"its queries may be their own keys.*exclude=.*head_dim="):
             rd.find_attention(attention, given)
-    with pytest.raises(ValueError, match="2 heads of 4 queries and keys have 16: give the size"):
+    with pytest.raises(ValueError, match="2 heads of 4 queries and keys have 16: pass their actual size"):
         rd.find_attention(attention, replace(names, head_dim=4))
     assert str(rd.find_attention(attention, replace(names, head_dim=2))[0].query.window) == "rows[4:8]/8 by 2"
     del attention.num_heads
@@ -508,7 +508,7 @@ def test_what_to_do_about_weights_that_nothing_says_are_transposed(tmp_path: Pat
     """A GPT-2 without biases: to give the number of heads, which is known, would change nothing."""
     weights = {"attn.c_attn.weight": torch.randn(8, 24), "attn.c_proj.weight": torch.randn(8, 8)}
     torch.save(weights, tmp_path / "gpt2.pt")
-    with pytest.raises(ValueError, match=r"2 heads of unknown size do not divide .*AttentionNames\(..., transposed"):
+    with pytest.raises(ValueError, match=r"do not split into 2 heads; .*AttentionNames\(..., transposed"):
         rd.find_attention(tmp_path / "gpt2.pt", num_heads=2)
     names = rd.AttentionNames(fused="c_attn", output="c_proj", transposed=True)
     [layer] = rd.find_attention(tmp_path / "gpt2.pt", names, num_heads=2)
@@ -694,7 +694,7 @@ def test_the_scale_of_timesfm() -> None:
     )
     [layer] = rd.find_attention(transformers.TimesFmModel(config))
     assert layer.no_product.startswith("scales queries or keys coordinate by coordinate")
-    with pytest.raises(ValueError, match="its scores are not those"):
+    with pytest.raises(ValueError, match="its scores are not computed from"):
         layer.query_key()
 
 

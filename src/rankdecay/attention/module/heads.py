@@ -166,11 +166,13 @@ def heads_error(
 ) -> NotHandled:
     """Return the error of a projection that does not split into the heads stated, if any are."""
     known = " with their number, or, if it is stored (in, out) as in x @ W, names=AttentionNames(..., transposed=True)"
-    number, size = heads or "an unknown number of", f" of size {head_dim}" if head_dim else ""
-    return NotHandled(
-        f"{child}: its {lines} rows do not split into {number} heads{size}; "
-        f"{num_heads_remedy(module)}{known if heads else ''}"
+    heads_of_size = " ".join(
+        [*([str(heads)] if heads else []), "heads", *([f"of size {head_dim}"] if head_dim else [])]
     )
+    what = f"its {lines} rows do not split into {heads_of_size}"
+    if not (heads or head_dim):
+        what = f"the number of heads in its {lines} rows is unknown"
+    return NotHandled(f"{child}: {what}; {num_heads_remedy(module)}{known if heads else ''}")
 
 
 def num_heads_remedy(module: ModuleParameters) -> str:
