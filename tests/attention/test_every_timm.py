@@ -42,12 +42,12 @@ NAMED = {
     "layers.diff_attention.DiffAttention": "differential attention",
     "layers.lambda_layer.LambdaLayer": "lambda layer",
     "models.coat.FactorAttnConvRelPosEnc": "factorised attention",
-    "models.csatv2.SpatialTransformerBlock": "rows is unknown",  # one channel, one head of size 1
+    "models.csatv2.SpatialTransformerBlock": "pass num_heads=",  # one channel, one head of size 1
     "models.efficientvit_mit.LiteMLA": "linear attention",
     "models.efficientvit_msra.CascadedGroupAttention": "one for each head",
     "models.iformer.SHMA": "values and a gate are in one projection",
     "models.mobilevit.LinearSelfAttention": "one score for each token",
-    "models.shvit.SHSA": "rows is unknown",  # one, of a share of the channels
+    "models.shvit.SHSA": "pass num_heads=",  # one, of a share of the channels
     "models.swiftformer.EfficientAdditiveAttention": "additive attention",
     "models.vision_transformer.DiffParallelScalingBlock": "differential attention",
     "models.vision_transformer.ParallelScalingBlock": "the hidden layer of an MLP",
