@@ -20,6 +20,7 @@ from torch import nn
 from rankdecay.attention.known import KNOWN_TYPES
 from rankdecay.attention.locate import Unhandled, locate
 from rankdecay.attention.module.found import Found
+from rankdecay.attention.partial_rotary import PARTIAL_ROTARY_TYPES
 from rankdecay.attention.source import ModuleSource
 from rankdecay.attention.unturned import NO_ROTARY_TYPES
 from tests import needs
@@ -91,6 +92,7 @@ def test_the_table_of_types_without_positions_is_what_live_models_say() -> None:
 def test_the_table_of_known_types_is_that_of_transformers() -> None:
     if sum(_counts.values()) > 590:
         assert unturned.known_types() == KNOWN_TYPES, "run python -m tests.attention.unturned"
+        assert unturned.partial_rotary_types() == PARTIAL_ROTARY_TYPES, "run python -m tests.attention.unturned"
 
 
 # ---- what the model itself does --------------------------------------------------------------------------

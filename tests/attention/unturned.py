@@ -1,4 +1,4 @@
-"""The tables of model types: all of transformers', and those without rotary positions; as a program, it writes them."""
+"""Tables of model types: all, and those without rotary positions or with partial ones. As a program, it writes them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import transformers
 
-from rankdecay.attention import known, unturned
+from rankdecay.attention import known, partial_rotary, unturned
 from rankdecay.attention.checkpoints import Checkpoint, _natural
 from rankdecay.attention.locate import locate
 from rankdecay.attention.module.found import Found
-from rankdecay.attention.names import ROTARY_UNSAID
+from rankdecay.attention.names import PARTIAL_ROTARY, ROTARY_UNSAID
 from rankdecay.attention.source import ModuleSource
 
 from . import every_type
@@ -43,11 +43,25 @@ def without_positions(checkpoint: Checkpoint, live: Sequence[Found]) -> set[str]
     }  # fmt: skip
 
 
+_FAMILIES = Path(transformers.__file__).parent / "models"
+
+
+def _types_of(folder: Path, indent: str = " +") -> set[str]:
+    text = "".join(file.read_text("utf-8") for file in folder.glob("configuration_*.py"))
+    return set(re.findall(rf"^{indent}model_type[^=\n]*= *[\"']([^\"']+)", text, re.MULTILINE))
+
+
 def known_types() -> set[str]:
     """The types that transformers has a configuration for, of whole models and of their parts."""
-    folder = Path(transformers.__file__).parent / "models"
-    files = (file.read_text("utf-8") for file in folder.glob("*/configuration_*.py"))
-    return {kind for text in files for kind in re.findall(r"^ +model_type[^=\n]*= *[\"']([^\"']+)", text, re.MULTILINE)}
+    return {kind for folder in _FAMILIES.iterdir() for kind in _types_of(folder)}
+
+
+def partial_rotary_types() -> set[str]:
+    """The types whose modeling code reads the share of a head that rotary positions rotate."""
+    code = {folder: "".join(file.read_text("utf-8") for file in folder.glob("modeling_*.py"))
+            for folder in _FAMILIES.iterdir()}  # fmt: skip
+    reading = re.compile("|".join(PARTIAL_ROTARY))
+    return {kind for folder, text in code.items() if reading.search(text) for kind in _types_of(folder, " {4}")}
 
 
 def write() -> None:
@@ -59,6 +73,7 @@ def write() -> None:
             found |= without_positions(checkpoint_of(kind, model), locate(ModuleSource(model))[0])
     _write(Path(unturned.__file__), found)
     _write(Path(known.__file__), known_types())
+    _write(Path(partial_rotary.__file__), partial_rotary_types())
 
 
 def _write(file: Path, kinds: set[str]) -> None:

@@ -199,3 +199,17 @@ def test_cross_attention_by_any_name_has_no_rotary_positions(name: str, turned: 
         [layer] = rd.find_attention(source)
         assert (layer.rotary is not None) == bool(turned)
         assert turned is not None or "rotary" in layer.unknown
+
+
+@pytest.mark.parametrize(("kind", "more"), [("default", {}), ("linear", {"factor": 2.0})])
+@pytest.mark.parametrize("family", ["Llama", "Phi"])
+def test_a_share_that_the_class_ignores_counts_for_nothing(family: str, kind: str, more: dict, tmp_path: Path) -> None:
+    # Llama's class reads partial_rotary_factor for every type of frequencies but the default
+    transformers = needs.package("transformers")
+    rope = {"rope_type": kind, "rope_theta": 1e4, "partial_rotary_factor": 0.5, **more}
+    config = getattr(transformers, f"{family}Config")(**_SMALL, num_hidden_layers=1, rope_parameters=rope)
+    model = getattr(transformers, f"{family}Model")(config)
+    model.save_pretrained(tmp_path)
+    for source in (model, tmp_path):
+        [layer] = rd.find_attention(source)
+        assert layer.rotary == Rotary(2 * len(model.rotary_emb.inv_freq), interleaved=False)

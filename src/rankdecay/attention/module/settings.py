@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 
+from rankdecay.attention.known import KNOWN_TYPES
 from rankdecay.attention.names import (
     CROSS,
     DEFAULT_SHARES,
@@ -43,6 +44,7 @@ from rankdecay.attention.names import (
     own_words,
 )
 from rankdecay.attention.numbering import LISTS, number_in
+from rankdecay.attention.partial_rotary import PARTIAL_ROTARY_TYPES
 from rankdecay.attention.products import Rotary
 from rankdecay.attention.source import Source
 
@@ -283,9 +285,13 @@ class ModuleSettings:
             parameters = parameters.get(str(self._of_layer(self.setting(("layer_types",)))))
         if isinstance(parameters, dict) and parameters.get("rope_type") == "proportional":
             return 1.0  # planes span the head; those beyond the share are turned by an angle of 0
+        kind = str(self.setting(("model_type",)))
+        default = not isinstance(parameters, dict) or parameters.get("rope_type", "default") == "default"
+        if default and self.source.is_known(self.path) and kind in KNOWN_TYPES - PARTIAL_ROTARY_TYPES:
+            return 1.0  # such a class, as Llama's, ignores what its configuration says
         share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
         share = share or self.setting(PARTIAL_ROTARY)
-        share = share or DEFAULT_SHARES.get(str(self.setting(("model_type",))))
+        share = share or DEFAULT_SHARES.get(kind)
         return float(share) if isinstance(share, (int, float)) and 0 < share <= 1 else 1.0
 
     def is_cross(self) -> bool:
