@@ -164,7 +164,7 @@ def train(work: Work[Boundary]) -> Iterator[Record]:
     assert isinstance(screen, PhaseProgress)
     work.seconds = max((row["seconds"] for row in rows), default=0.0)
     missing = [job.how for job in work.jobs]
-    screen.begin(rows, missing, work.settings.steps)
+    screen.begin(rows, missing)
     with screen:
         for widened in range(work.settings.widen + 1):
             if widened:
@@ -172,7 +172,7 @@ def train(work: Work[Boundary]) -> Iterator[Record]:
                     return
                 done = {key_of(row) for row in rows}  # an earlier sweep may have been there
                 missing = [job.how for job in jobs(work, columns) if job.how.key not in done]
-                screen.begin(rows, missing, work.settings.steps)
+                screen.begin(rows, missing)
             begun, before = time.monotonic(), work.seconds or 0.0
             for row in _ended(work, missing) if missing else ():
                 work.seconds = before + time.monotonic() - begun

@@ -38,13 +38,12 @@ class PhaseProgress(BarScreen):
         self._missing = 0
         self._last_line = time.monotonic()
 
-    def begin(self, rows: Sequence[dict[str, Any]], missing: Sequence["Trial"], steps: int) -> None:
+    def begin(self, rows: Sequence[dict[str, Any]], missing: Sequence["Trial"]) -> None:
         """Shows what is there and what is still to run, and starts the clock.
 
         Args:
             rows: of the runs that have ended.
             missing: trials still to run.
-            steps: budget of each.
         """
         for cells in self._cells.values():
             cells.clear()
