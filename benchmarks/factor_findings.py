@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rankdecay.lab.experiments.factor.factorised import (
     Diffusion,
+    Dynamics,
     Factors,
     Method,
     Training,
@@ -160,9 +161,7 @@ def noise() -> list[Row]:
     rows = []
     for rate, strength, sigma in [(0.1, 0.4, sigma) for sigma in NOISES] + [(0.1, 0.1, 0.1), (0.03, 0.4, 0.1)]:
         factors, some = start([strength], range(SEEDS))
-        path = Diffusion(
-            factors, TARGET, some, rate=rate, momentum=MU, noise=sigma, length=LENGTH, seed=100
-        )  # fmt: skip
+        path = Diffusion(factors, TARGET, some, Dynamics(rate, momentum=MU, noise=sigma, length=LENGTH), seed=100)
         steps = round(60 / rate / LENGTH)
         times, seen, off = [], [imbalance(factors)], torch.zeros(SEEDS, dtype=torch.float64)
         for step in range(1, steps + 1):

@@ -15,7 +15,7 @@ import torch
 
 from rankdecay.lab.experiments.margin import finite
 from rankdecay.lab.experiments.margin.data import DataSets, differences
-from rankdecay.lab.experiments.margin.flow import Decay, Problem, Trajectory, follow, initial_weights
+from rankdecay.lab.experiments.margin.flow import Course, Decay, Problem, Trajectory, follow, initial_weights
 from rankdecay.lab.experiments.margin.measures import climb, margins, measure, selected_tokens
 from rankdecay.lab.experiments.margin.recipe import descend
 from rankdecay.lab.experiments.margin.svm import Norm, Solution, max_margin, separable
@@ -99,16 +99,16 @@ def train(
     d = data.tokens.shape[-1]
     drawn = [settings.first_seed + which for which in sets]
     weights = initial_weights(arm.how.kind, settings.init, settings.scale, drawn, d, settings.inner or d, device)
-    shared: Record = {"loss": settings.loss, "evaluate_every": settings.evaluate_every, "evaluated": evaluated}
     if arm.how.recipe:
-        return descend(weights, problem, strength=settings.l2 if arm.how.decay else 0.0, **shared)
-    shared |= {"steps": settings.steps, "margin": settings.margin}
+        shared = subset(settings, "loss", "evaluate_every")
+        return descend(weights, problem, strength=settings.l2 if arm.how.decay else 0.0, evaluated=evaluated, **shared)
+    course = Course(**subset(settings, "loss", "steps", "margin", "evaluate_every"))
     if arm.how.finite:
-        shared |= subset(settings, "lr", "beta2", "epsilon")
-        return finite.descend(weights, problem, optimizer=arm.how.finite, **shared)
+        method = finite.Method(arm.how.finite, **subset(settings, "lr", "beta2", "epsilon"))
+        return finite.descend(weights, problem, method, course, evaluated)
     decay = Decay(arm.how.decay, settings.l2) if arm.how.decay else None
     heads = torch.from_numpy(data.heads[list(sets)]).to(device) if arm.how.head else None
-    return follow(weights, problem, decay=decay, rate=settings.rate, heads=heads, **shared)
+    return follow(weights, problem, course, decay=decay, rate=settings.rate, heads=heads, evaluated=evaluated)
 
 
 def compare(
