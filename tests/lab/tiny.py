@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankdecay.lab.experiment import Record, run
-from rankdecay.lab.experiments.attention.runs import make_experiment
+from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.experiments.attention.settings import AttentionDecay, check_shared
 from rankdecay.lab.session.gpt import GPT, GPTConfig
 from rankdecay.lab.session.session import Quality, judged
@@ -79,7 +79,7 @@ def make(out: Path, problem: Repeat | None = None, **changes: Any) -> Record:
     """Runs an experiment in a directory, or goes on with it."""
     problem = Repeat() if problem is None else problem
     experiment = make_experiment(
-        "language", {"default": AttentionDecay()}, check, lambda _: problem, "tokens", save=save
+        Command("language", {"default": AttentionDecay()}, check, lambda _: problem, "tokens", save=save)
     )
     return run(experiment, settings(out, **changes), "rankdecay tiny")
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.language import text
 from rankdecay.lab.experiments.attention.language.settings import PRESETS, Language, check
-from rankdecay.lab.experiments.attention.runs import make_experiment
+from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.session.export import save_checkpoint
 from rankdecay.lab.session.gpt import GPT, GPTConfig
 from rankdecay.lab.session.session import Batch, Quality, judged
@@ -111,14 +111,16 @@ def _notices(settings: Language) -> tuple[str, ...]:
 
 
 EXPERIMENT = make_experiment(
-    "language",
-    PRESETS,
-    check,
-    _problem,
-    "tokens",
-    save=save_checkpoint,
-    facts=LanguageModelling.facts,
-    fingerprint=lambda problem: {"text_sha1": problem.corpus.sha1},
-    notices=_notices,
-    check_layout=lambda settings, layout: layout.check(settings.heads, settings.mlp_width),
+    Command(
+        "language",
+        PRESETS,
+        check,
+        _problem,
+        "tokens",
+        save=save_checkpoint,
+        facts=LanguageModelling.facts,
+        fingerprint=lambda problem: {"text_sha1": problem.corpus.sha1},
+        notices=_notices,
+        check_layout=lambda settings, layout: layout.check(settings.heads, settings.mlp_width),
+    )
 )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankdecay.lab.experiments.attention.recall.settings import PRESETS, Recall, check
-from rankdecay.lab.experiments.attention.runs import make_experiment
+from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.session.export import save_checkpoint
 from rankdecay.lab.session.gpt import GPT, GPTConfig
 from rankdecay.lab.session.session import Batch, Quality, judged
@@ -109,4 +109,6 @@ class RecallProblem:
         return tuple(torch.from_numpy(part) for part in drawn)
 
 
-EXPERIMENT = make_experiment("recall", PRESETS, check, RecallProblem, "sequences", has_mlp=False, save=save_checkpoint)
+EXPERIMENT = make_experiment(
+    Command("recall", PRESETS, check, RecallProblem, "sequences", has_mlp=False, save=save_checkpoint)
+)

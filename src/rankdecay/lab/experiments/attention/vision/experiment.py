@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.runs import make_experiment
+from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.experiments.attention.vision.settings import PRESETS, Vision, check
 from rankdecay.lab.session.session import Batch, Quality, judged
 from rankdecay.lab.settings import Record
@@ -174,5 +174,5 @@ def save_model(model: nn.Module, directory: Path) -> None:
 
 
 EXPERIMENT = make_experiment(
-    "vision", PRESETS, check, VisionProblem, "images", save=save_model, facts=VisionProblem.facts
+    Command("vision", PRESETS, check, VisionProblem, "images", save=save_model, facts=VisionProblem.facts)
 )
