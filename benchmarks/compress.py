@@ -50,6 +50,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from clock import Clock, seconds_of
 from stored import read_lines
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -672,10 +673,10 @@ def time_decoding(stage: Stage, models: Mapping[int, Any], common: Row, steps: i
                 shape = (batch_size, config.num_key_value_heads, context, size)
                 cache.update(torch.randn(shape), torch.randn(shape), layer)
             token = torch.full((batch_size, 1), 65)
-            begun = time.perf_counter()
-            for _ in range(steps):
-                token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            times[size].append(time.perf_counter() - begun)
+            with Clock("cpu") as clock:
+                for _ in range(steps):
+                    token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            times[size].append(clock.seconds)
     for size, spent in times.items():
         rates = [batch_size * steps / one for one in spent[1:]]
         stage.add(
@@ -714,9 +715,7 @@ def files(arguments: argparse.Namespace, rounds: int = 5) -> None:
         for _ in range(rounds + 1):  # the first imports what it needs
             for name, act in (("copied", lambda: copy_files(shards, made)), ("compressed", smaller)):
                 put_in_memory(shards, in_memory)
-                begun = time.perf_counter()
-                act()
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(seconds_of(act))
                 shutil.rmtree(made)
         stage.add(
             layers=layers, width=width, in_memory=in_memory, bytes=sum(path.stat().st_size for path in shards),
@@ -751,9 +750,7 @@ def duration(lab: Lab, family: str) -> None:
     protocol = lab.protocol
     model = fresh(protocol, family, 0, protocol.head_dim)
     train(model, {}, protocol, lab.corpus, 0, range(5))
-    begun = time.perf_counter()
-    train(model, {}, protocol, lab.corpus, 0, range(30))
-    seconds = (time.perf_counter() - begun) / 30
+    seconds = seconds_of(lambda: train(model, {}, protocol, lab.corpus, 0, range(30))) / 30
     at, sizes = protocol.shared + protocol.decayed, len(protocol.sizes)
     left, healing = protocol.steps - protocol.shared, protocol.steps - at
     seed = protocol.steps + sizes * (3 * left + healing + protocol.steps) + protocol.decayed

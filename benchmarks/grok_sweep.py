@@ -22,7 +22,7 @@ from rankdecay.decay import Frobenius, LowRank
 from rankdecay.decay.policy import OfMatrix
 from rankdecay.lab.ensemble.outcome import steps_to_hold
 from rankdecay.lab.experiment import Arm
-from rankdecay.lab.experiments.grok.experiment import Treatment, make_datasets, make_ensembles
+from rankdecay.lab.experiments.grok.experiment import GrokTreatment, make_datasets, make_ensembles
 from rankdecay.lab.experiments.grok.settings import Grok
 from rankdecay.lab.settings import subset
 
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
             seeds = [seed for seed in datasets if (name, seed, json.dumps(key)) not in done]
             if not seeds:
                 continue
-            arm = Arm(name, "", Treatment(decay, uniform))
+            arm = Arm(name, "", GrokTreatment(decay, uniform))
             (ensemble,) = make_ensembles(settings, [arm], {seed: datasets[seed] for seed in seeds}, "cpu")
             history: dict[int, list[dict[str, Any]]] = {seed: [] for seed in seeds}
             while ensemble.steps[0] < settings.steps:

@@ -47,6 +47,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from clock import now
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -267,21 +268,15 @@ def measure(name: str, layout: str, world: int, device: str, rounds: int) -> lis
     for parameter in model.parameters():
         parameter.grad = 1e-3 * torch.ones_like(parameter)
 
-    def now() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def together() -> float:
+        now(device)
         dist.barrier()
-        return time.perf_counter()
-
-    def ended() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return now()
 
     def adamw() -> float:
-        start = now()
+        start = together()
         optimizer.step()
-        return ended() - start
+        return now(device) - start
 
     def decay(unit: str, traffic: Traffic | None = None) -> tuple[float, float, int]:
         """Seconds of the hook and of its communication, and the bytes of the loopback interface."""
@@ -295,12 +290,12 @@ def measure(name: str, layout: str, world: int, device: str, rounds: int) -> lis
 
         def started(*_: object) -> None:
             carried.append(loopback() or 0)
-            start = now()
+            start = together()
             counting.__enter__()
             times.append(start)
 
         def stopped(*_: object) -> None:
-            times.append(ended())
+            times.append(now(device))
             counting.__exit__(None, None, None)
             dist.barrier()
             carried.append(loopback() or 0)

@@ -51,6 +51,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import Clock
 from torch import Tensor
 from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
@@ -91,26 +92,6 @@ class Row:
     ceiling: float | None = None
     peak: float | None = None
     share: dict[int, float] = field(default_factory=dict)
-
-
-class Clock:
-    """Times a block; on CUDA from an idle device to an idle device."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.seconds = 0.0
-
-    def now(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def __enter__(self) -> "Clock":
-        self.start = self.now()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = self.now() - self.start
 
 
 def timed(call: Callable[[], object], device: str) -> Callable[[], float]:

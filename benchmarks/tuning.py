@@ -24,7 +24,7 @@ from rankdecay.lab.experiments.boundary.arms import every_arm
 from rankdecay.lab.experiments.boundary.experiment import places, trials
 from rankdecay.lab.experiments.boundary.settings import Boundary
 from rankdecay.lab.machine import describe_machine, versions
-from rankdecay.lab.store import GROWING, RunDirectory
+from rankdecay.lab.store import EXTENSIBLE_IDENTITY, RunDirectory
 
 Row = dict[str, Any]
 WIDENINGS = 6
@@ -142,7 +142,7 @@ def trained(
         "machine": describe_machine(device),
         "versions": versions(),
     }
-    with RunDirectory.open(path, config, lambda line: print(line, file=sys.stderr), GROWING) as directory:
+    with RunDirectory.open(path, config, lambda line: print(line, file=sys.stderr), EXTENSIBLE_IDENTITY) as directory:
         rows = directory.drop_damaged_line()
         done = {key_of(row) for row in rows}
         missing = [one for one in wanted if one.key not in done]
