@@ -135,7 +135,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict:
-    return by_key(sweep.train(sweep.Source(TRIALS), PLAN))
+    return by_key(sweep.train(sweep.TrialQueue(TRIALS), PLAN))
 
 
 def by_key(rows) -> dict:
