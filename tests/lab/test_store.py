@@ -12,6 +12,7 @@ import torch
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.store import Checkpoint, RunDirectory, read_json, read_metrics
 from tests import needs
+from tests.comparing import contents
 from tests.lab.disk import full_for
 
 CONFIG = {
@@ -25,10 +26,6 @@ RECORDS = [{"step": step, "arm": "none", "seed": 0, "test_loss": 0.1 * step} for
 
 def opened(path: Path, config=CONFIG, notices: list[str] | None = None) -> RunDirectory:
     return RunDirectory.open(path, config, (notices if notices is not None else []).append)
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def snapshots(path: Path) -> list[tuple[int, dict[str, np.ndarray]]]:

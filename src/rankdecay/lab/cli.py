@@ -126,7 +126,7 @@ def _experiment(name: str, settings: Any, command: str) -> None:
     if settings.json:
         print(json_text(summary))
     elif not settings.quiet:
-        with unfit.fitting(lambda error: unfit.in_summary(settings.out)):
+        with unfit.explain_inconsistency(lambda error: unfit.in_summary(settings.out)):
             print_summary(chosen, summary)
             if picture := chosen.picture(settings.out):
                 print(f"\n{picture}")

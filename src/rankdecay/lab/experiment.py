@@ -168,10 +168,10 @@ def _alone() -> Any:
     """The one process of an experiment that shares nothing; `lab.session.distributed` has the same two functions."""
 
     @contextlib.contextmanager
-    def joined(device: str) -> Iterator[tuple[str, bool]]:
+    def process_group(device: str) -> Iterator[tuple[str, bool]]:
         yield device, True
 
-    return SimpleNamespace(joined=joined, share=lambda value: value)
+    return SimpleNamespace(process_group=process_group, broadcast=lambda value: value)
 
 
 def _plain_screen(work: Work[Any], title: str, options: Mapping[str, Any]) -> Screen:
@@ -359,7 +359,7 @@ def _run(experiment: Experiment[S], settings: S, command: str) -> Record:
     settings = experiment.check(settings)
     processes = experiment.processes()
     device = resolve_device(settings.device, needs_float64=experiment.needs_float64)
-    with processes.joined(device) as (device, writes):
+    with processes.process_group(device) as (device, writes):
         promise = Promise(experiment.minutes, experiment.shorter)
         quiet = settings.quiet or not writes
         options = {"quiet": quiet, "to_stderr": settings.json, "promise": promise}
@@ -380,10 +380,10 @@ def _run(experiment: Experiment[S], settings: S, command: str) -> Record:
                 if writes
                 else None
             )
-            work.settings, choice = processes.share(resolved)
+            work.settings, choice = processes.broadcast(resolved)
         if writes:
-            return _run_and_write(experiment, work, command, choice, processes.share)
-        if processes.share(None):
+            return _run_and_write(experiment, work, command, choice, processes.broadcast)
+        if processes.broadcast(None):
             for _ in experiment.train(work):
                 pass
         return {}
@@ -394,11 +394,11 @@ def _run_and_write(
     work: Work[S],
     command: str,
     choice: Any,
-    share: Callable[[Any], Any],
+    broadcast: Callable[[Any], Any],
 ) -> Record:
     """`_run` in the process that writes."""
     from rankdecay.lab import precision, unfit
-    from rankdecay.lab.store import GROWING, IDENTITY, RunDirectory
+    from rankdecay.lab.store import EXTENSIBLE_IDENTITY, IDENTITY, RunDirectory
     from rankdecay.lab.stored import check_rows
 
     settings, notice = work.settings, work.screen.notice
@@ -408,18 +408,18 @@ def _run_and_write(
         fixed, *arms = (_without(record, experiment.grid) for record in (asked, *config["arms"]))
         config |= {"fixed": fixed, "arms": arms}
     defaults = json.loads(json.dumps(identity(type(settings)())))
-    keys = GROWING if experiment.grid else IDENTITY
+    keys = EXTENSIBLE_IDENTITY if experiment.grid else IDENTITY
     with RunDirectory.open(settings.out, config, notice, keys, defaults) as directory:
         work.directory = directory
         if directory.summary is not None and not experiment.grid:
-            share(False)
+            broadcast(False)
             return _shown(experiment, work)
-        share(True)
+        broadcast(True)
         work.rows = [renamed(row, experiment.aliases) for row in directory.drop_damaged_line()]
         check_rows(directory.path, work.rows, experiment.check_row)
         known = bool(work.rows) or bool(directory.checkpoints())
         jobs = experiment.jobs(work)
-        with unfit.fitting(lambda error: unfit.in_line(settings.out, 0)):
+        with unfit.explain_inconsistency(lambda error: unfit.in_line(settings.out, 0)):
             done = {tuple(row.get(name) for name in jobs[0].key) for row in work.rows} if jobs else set()
         work.jobs = [job for job in jobs if tuple(job.key.values()) not in done]
         if experiment.grid and work.jobs:
@@ -432,7 +432,7 @@ def _run_and_write(
         def going_on() -> contextlib.AbstractContextManager[None]:
             if not known:
                 return contextlib.nullcontext()
-            return unfit.fitting(lambda error: unfit.in_checkpoint(settings.out, checkpoints))
+            return unfit.explain_inconsistency(lambda error: unfit.in_checkpoint(settings.out, checkpoints))
 
         with going_on():
             _train(experiment, work)
@@ -625,11 +625,11 @@ def _made(
     def find(error: Exception) -> tuple[str, str]:
         for directory in dict.fromkeys(map(Path, directories)):
             run = read_run(directory, experiment.check_row, aliases=experiment.aliases)
-            if named := unfit.culprit(run, again, error):
+            if named := unfit.find_inconsistent_file(run, again, error):
                 return named
         return ", ".join(map(str, directories)), "restore what was changed in them, or report them one by one"
 
-    with unfit.fitting(find):
+    with unfit.explain_inconsistency(find):
         return make(read(experiment, directories))
 
 

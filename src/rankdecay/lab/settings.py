@@ -17,6 +17,12 @@ from rankdecay.lab.errors import SettingError, check_name, option
 Record = dict[str, Any]
 Preset = Literal["default", "standard"]
 NOT_IDENTITY = ("preset", "out", "device", "compile", "quiet", "json", "open")  # do not change what a run computes
+NAMING = ("arm", "name", "reference")  # keys that hold the name of an arm, in rows, configurations and summaries
+
+REPORT_EXAMPLES = {
+    "rankdecay report runs/grok --open": "the page of a run, complete or not, in a browser",
+    "rankdecay report runs/grok --figure grok.pdf": "its figure for a paper",
+}
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,6 @@ class Report:
     """Open the page in a browser."""
 
 
-REPORT_EXAMPLES = {
-    "rankdecay report runs/grok --open": "the page of a run, complete or not, in a browser",
-    "rankdecay report runs/grok --figure grok.pdf": "its figure for a paper",
-}
-
-
 def question(settings: type) -> str:
     """What an experiment asks: the first paragraph of its settings' docstring."""
     return " ".join((settings.__doc__ or settings.__name__).partition("\n\n")[0].split())
@@ -81,9 +81,6 @@ def subset(settings: Any, *names: str) -> Record:
 def identity(settings: Any, without: Collection[str] = ()) -> Record:
     """The settings that decide what a run computes: all but `NOT_IDENTITY` and ``without``."""
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY and k not in without}
-
-
-NAMING = ("arm", "name", "reference")  # keys that hold the name of an arm, in rows, configurations and summaries
 
 
 def renamed(record: Any, aliases: Mapping[str, str]) -> Any:

@@ -12,6 +12,8 @@ The rules that make a run survive being killed at any moment:
 Nothing in a directory is trusted: what is read has to be a regular file in it, of a size that makes sense.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import io
@@ -36,22 +38,32 @@ from rankdecay.lab.errors import SettingError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rankdecay.lab.settings import Record
+
 SCHEMA = 1
-Record = dict[str, Any]
 Notice = Callable[[str], None]
 IDENTITY = ("command", "schema", "settings", "arms")  # what decides whether a directory belongs to a command
-GROWING = ("command", "schema", "fixed")  # the same where the axes of the grid may grow
-ADDED = {"first_seed": 0}  # settings that older directories lack, with the value that all their runs had
+EXTENSIBLE_IDENTITY = ("command", "schema", "fixed")  # the same where the axes of the grid may grow
+DEFAULTS_OF_OLD_SETTINGS = {
+    "first_seed": 0
+}  # settings that older directories lack, with the value that all their runs had
 DESCRIBING = ("description", "control")  # of an arm: words, which may be put better
-DROPPED = ("preset",)  # settings that older directories have and that never changed what was computed
-
-
+REMOVED_SETTINGS = ("preset",)  # settings that older directories have and that never changed what was computed
 LARGEST = {"metrics.jsonl": 2**29, "config.json": 2**24, "summary.json": 2**26}  # bytes that make sense
 FILES = (*LARGEST, "report.html", "report.html.part", ".lock")  # regular files, where they are at all
-OWN = re.compile(r"(checkpoint|under_way-\d+)\.safetensors")  # what a run needs to go on, and no longer when complete
+CHECKPOINT_NAME = re.compile(
+    r"(checkpoint|under_way-\d+)\.safetensors"
+)  # what a run needs to go on, and no longer when complete
 SNAPSHOT = re.compile(r"[0-9]{8}\.npz")
 _CHECKED = re.compile(rb'(\{.+), "crc": "([0-9a-f]{8})"\}', re.DOTALL)  # a line with its checksum
 KINDS = {"step": int, "seed": int, "arm": str, "seconds": float, "wall": float}  # of what rows have in common
+DEEPEST = 50  # levels of a file of ours, which have about five
+CHECKPOINT_RARITY = 20  # the next checkpoint waits this many times the duration of the last: at most 5 % of the time
+# What the keys of a configuration and of a summary have to be, where they are there at all.
+CONTENT: dict[str, type | tuple[type, ...]] = {
+    "command": str, "settings": dict, "arms": list, "versions": dict, "machine": str, "reproduce": str,
+    "precision": dict, "fixed": dict, "threshold": (int, float), "wall_seconds": (int, float, type(None)), "lines": int,
+}  # fmt: skip
 
 
 def read_metrics(directory: Path, notice: Notice | None = None) -> list[Record]:
@@ -144,9 +156,6 @@ def read_json(path: Path) -> Record | None:
     return value
 
 
-DEEPEST = 50  # levels of a file of ours, which have about five
-
-
 def _is_deep(value: Any) -> bool:
     """Whether lists and objects lie in each other `DEEPEST` times: what walks them does so by calling itself."""
     level = [value]
@@ -155,13 +164,6 @@ def _is_deep(value: Any) -> bool:
         objects = [each.values() for each in level if isinstance(each, dict)]
         level = [inner for each in (*lists, *objects) for inner in each if isinstance(inner, (list, dict))]
     return bool(level)
-
-
-# What the keys of a configuration and of a summary have to be, where they are there at all.
-CONTENT: dict[str, type | tuple[type, ...]] = {
-    "command": str, "settings": dict, "arms": list, "versions": dict, "machine": str, "reproduce": str,
-    "precision": dict, "fixed": dict, "threshold": (int, float), "wall_seconds": (int, float, type(None)), "lines": int,
-}  # fmt: skip
 
 
 def check_content(record: Record, path: Path) -> None:
@@ -201,7 +203,7 @@ def _check_kinds(path: Path) -> None:
     """
     for entry in sorted(path.iterdir()):
         mode = entry.lstat().st_mode
-        if (entry.name in FILES or OWN.fullmatch(entry.name)) and not stat.S_ISREG(mode):
+        if (entry.name in FILES or CHECKPOINT_NAME.fullmatch(entry.name)) and not stat.S_ISREG(mode):
             raise SettingError(f"{entry} is {_kind(entry)}, and should be a file: restore or remove it")
         if entry.name in ("snapshots", "models") and not stat.S_ISDIR(mode):
             raise SettingError(f"{entry} is {_kind(entry)}, and should be a directory: restore or remove it")
@@ -211,7 +213,7 @@ def _is_left_over(path: Path) -> bool:
     """Whether a file or directory is one that a kill left half written."""
     name = path.name.removesuffix(".partial")
     return path.name.endswith(".partial") and (
-        name in FILES or OWN.fullmatch(name) is not None or SNAPSHOT.fullmatch(name) is not None
+        name in FILES or CHECKPOINT_NAME.fullmatch(name) is not None or SNAPSHOT.fullmatch(name) is not None
     )
 
 
@@ -219,7 +221,7 @@ def _tidy(path: Path) -> None:
     """Remove what a kill left: files half written, and beside a summary what only an incomplete run needs."""
     complete = os.path.isfile(path / "summary.json")
     for entry in [*path.iterdir(), *(path / "snapshots").glob("*.partial")]:
-        if _is_left_over(entry) or (complete and OWN.fullmatch(entry.name)):
+        if _is_left_over(entry) or (complete and CHECKPOINT_NAME.fullmatch(entry.name)):
             with contextlib.suppress(IsADirectoryError):
                 entry.unlink()
     for model in (path / "models").glob("*.partial"):
@@ -241,9 +243,6 @@ def tidy(path: Path) -> None:
             if _lock(lock):
                 _check_kinds(path)
                 _tidy(path)
-
-
-CHECKPOINT_RARITY = 20  # a checkpoint waits this many times as long as the last one took: at most 5 % of the time
 
 
 class Throttle:
@@ -279,7 +278,7 @@ class Checkpoint:
     """
 
     step: int
-    tensors: "dict[str, Tensor]"
+    tensors: dict[str, Tensor]
     extra: Record
     lines: int | None = field(default=None, compare=False)
 
@@ -305,7 +304,7 @@ class RunDirectory:
         notice: Notice,
         identity: Sequence[str] = IDENTITY,
         defaults: Record | None = None,
-    ) -> "RunDirectory":
+    ) -> RunDirectory:
         """Creates the directory, or opens it again if it holds the same configuration.
 
         Args:
@@ -348,7 +347,7 @@ class RunDirectory:
             on_error.pop_all()
         return run
 
-    def __enter__(self) -> "RunDirectory":
+    def __enter__(self) -> RunDirectory:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -475,7 +474,7 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """The files that an interrupted run continues from."""
-        return sorted(entry for entry in self.path.iterdir() if OWN.fullmatch(entry.name))
+        return sorted(entry for entry in self.path.iterdir() if CHECKPOINT_NAME.fullmatch(entry.name))
 
     def drop_checkpoint(self) -> None:
         """Removes the checkpoint of a run that has ended, where others follow."""
@@ -582,7 +581,7 @@ def _as_lines(records: Iterable[Record], previous: bytes = b"") -> tuple[bytes, 
     return b"".join(lines), previous
 
 
-def _digest(header: str, tensors: "dict[str, Tensor]") -> str:
+def _digest(header: str, tensors: dict[str, Tensor]) -> str:
     """The checksum of a checkpoint: of its header, and of name, type, shape and bytes of every tensor."""
     import torch
 
@@ -611,8 +610,8 @@ def _refuse_other_configuration(
         if key == "arms":
             old, new = _comparable(old or [], new or []), _comparable(new or [], old or [])
         if isinstance(old, dict) and isinstance(new, dict):
-            old = {name: value for name, value in old.items() if name not in DROPPED}
-            old = {name: (defaults | ADDED).get(name) for name in new if key != "arms"} | old
+            old = {name: value for name, value in old.items() if name not in REMOVED_SETTINGS}
+            old = {name: (defaults | DEFAULTS_OF_OLD_SETTINGS).get(name) for name in new if key != "arms"} | old
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict) and key != "arms":

@@ -15,8 +15,11 @@ import numpy as np
 
 from rankdecay import files
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.settings import renamed
-from rankdecay.lab.store import Record, check_content, read_json, read_metrics, snapshot_files
+from rankdecay.lab.settings import Record, renamed
+from rankdecay.lab.store import check_content, read_json, read_metrics, snapshot_files
+
+LARGEST_SNAPSHOT = 2**28  # bytes, unpacked
+LABELS = ("groups", "positions")  # arrays that all members share
 
 
 @dataclass(frozen=True)
@@ -183,10 +186,6 @@ def snapshots(stored: StoredRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
             stored.notices.append(f"The newest snapshot, {path.name}, is left out: {error}")
         else:
             yield int(path.stem), arrays
-
-
-LARGEST_SNAPSHOT = 2**28  # bytes, unpacked
-LABELS = ("groups", "positions")  # arrays that all members share
 
 
 def read_snapshot(path: Path) -> dict[str, np.ndarray]:

@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import TypeVar
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.store import Record, snapshot_files
+from rankdecay.lab.settings import Record
+from rankdecay.lab.store import snapshot_files
 from rankdecay.lab.stored import StoredRun
 
 T = TypeVar("T")
-Sign = tuple[type, str, int | None]
-Named = tuple[str, str]  # a file, and what to do about it
+Signature = tuple[type, str, int | None]
+FileAndRemedy = tuple[str, str]  # a file, and what to do about it
 
 #: What code raises that reads a dictionary or an array which is not what it was written as.
 UNFIT = (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError, RuntimeError)
 
 
 @contextlib.contextmanager
-def fitting(find: Callable[[Exception], Named]) -> Iterator[None]:
+def explain_inconsistency(find: Callable[[Exception], FileAndRemedy]) -> Iterator[None]:
     """Say which file does not fit the others, where something made from them fails.
 
     Args:
@@ -39,7 +40,7 @@ def fitting(find: Callable[[Exception], Named]) -> Iterator[None]:
         raise
     except UNFIT as error:
         file, remedy = find(error)
-        kind, where, line = _sign(error)
+        kind, where, line = _signature(error)
         said = f"{kind.__name__}: {str(error)[:200]}, {Path(where).name}:{line}"
         raise SettingError(
             f"{file} does not fit what else the directory holds ({said}): {remedy}; if nothing was changed, this is a "
@@ -47,12 +48,12 @@ def fitting(find: Callable[[Exception], Named]) -> Iterator[None]:
         ) from error
 
 
-def in_summary(directory: Path) -> Named:
+def in_summary(directory: Path) -> FileAndRemedy:
     """What to say of a summary."""
     return f"{directory / 'summary.json'}", "restore it, or remove it and run the command again, which makes it anew"
 
 
-def in_line(directory: Path, number: int) -> Named:
+def in_line(directory: Path, number: int) -> FileAndRemedy:
     """What to say of a line of the metrics; of none in particular if the number is 0."""
     place = f"{directory / 'metrics.jsonl'}{f', line {number}' if number else ''}"
     return place, (
@@ -61,12 +62,12 @@ def in_line(directory: Path, number: int) -> Named:
     )
 
 
-def in_snapshot(path: Path) -> Named:
+def in_snapshot(path: Path) -> FileAndRemedy:
     """What to say of a snapshot."""
     return f"{path}", f"restore it, or remove it to go on without the spectra of step {int(path.stem)}"
 
 
-def in_checkpoint(directory: Path, checkpoints: Sequence[Path]) -> Named:
+def in_checkpoint(directory: Path, checkpoints: Sequence[Path]) -> FileAndRemedy:
     """What to say where a run does not go on: of its checkpoint, or of the lines if it has none."""
     if not checkpoints:
         return in_line(directory, 0)
@@ -76,12 +77,14 @@ def in_checkpoint(directory: Path, checkpoints: Sequence[Path]) -> Named:
     )
 
 
-def in_configuration(directory: Path) -> Named:
+def in_configuration(directory: Path) -> FileAndRemedy:
     """What to say of the configuration."""
     return f"{directory / 'config.json'}", "restore it, or run the command again with another --out"
 
 
-def culprit(stored: StoredRun, make: Callable[[StoredRun], object], error: Exception) -> Named | None:
+def find_inconsistent_file(
+    stored: StoredRun, make: Callable[[StoredRun], object], error: Exception
+) -> FileAndRemedy | None:
     """Return which file makes a page or figure fail, and what to do; None if this run does not make it fail so.
 
     Args:
@@ -89,13 +92,13 @@ def culprit(stored: StoredRun, make: Callable[[StoredRun], object], error: Excep
         make: what failed.
         error: how.
     """
-    sign, directory = _sign(error), stored.directory
+    sign, directory = _signature(error), stored.directory
 
     def fails(run: StoredRun) -> bool:
         try:
             make(replace(run, notices=[]))
         except UNFIT as again:
-            return _sign(again) == sign
+            return _signature(again) == sign
         return False
 
     if not fails(stored):
@@ -147,7 +150,7 @@ def _first(items: Sequence[T], fails: Callable[[Sequence[T]], bool]) -> int:
     return failing - 1
 
 
-def _sign(error: Exception) -> Sign:
+def _signature(error: Exception) -> Signature:
     """What tells an error from others: its type, and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return type(error), frame.filename, frame.lineno

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from rankdecay.lab.ensemble.outcome import Record, key_of
-from rankdecay.lab.ensemble.sweep import Plan, Source, Trial, train
+from rankdecay.lab.ensemble.sweep import Plan, Trial, TrialQueue, train
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.machine import available_cpus
@@ -94,7 +94,7 @@ def _train(trials: list[Trial], plan: Plan) -> Iterator[Record]:
     """Trains the trials of a task in the worker."""
     if plan.training.device == "cpu":
         torch.set_num_threads(1)
-    for row in train(Source(trials), plan):  # noqa: UP028 - Ray sends values, which `yield from` would pass on
+    for row in train(TrialQueue(trials), plan):  # noqa: UP028 - Ray sends values, which `yield from` would pass on
         yield row
 
 

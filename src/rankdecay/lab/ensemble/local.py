@@ -14,7 +14,7 @@ import torch
 
 from rankdecay.lab.ensemble.members import State
 from rankdecay.lab.ensemble.outcome import Key, Record
-from rankdecay.lab.ensemble.sweep import Plan, Saved, Source, Trial, train
+from rankdecay.lab.ensemble.sweep import Plan, Saved, Trial, TrialQueue, train
 from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 
 WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt
@@ -32,7 +32,7 @@ def rows(
         aliases: older names of arms, with those of today.
     """
     workers = 1 if plan.training.device != "cpu" else min(torch.get_num_threads(), max(1, len(trials)))
-    source, keys = Source(trials), {trial.key for trial in trials}
+    source, keys = TrialQueue(trials), {trial.key for trial in trials}
     saved = {key: state for key, state in read_saved(directory, aliases).items() if key in keys}
     stop, ended = threading.Event(), queue.SimpleQueue[Record]()
 

@@ -16,7 +16,8 @@ from rankdecay.lab.ensemble.ensemble import Ensemble, train_unless_stopped
 from rankdecay.lab.ensemble.members import State
 from rankdecay.lab.ensemble.outcome import diverged
 from rankdecay.lab.progress import Progress
-from rankdecay.lab.store import Checkpoint, Record, RunDirectory, Throttle
+from rankdecay.lab.settings import Record
+from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 from rankdecay.lab.stored import LABELS
 
 Leaves = Callable[[Sequence[Record]], bool]

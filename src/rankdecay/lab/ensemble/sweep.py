@@ -96,7 +96,7 @@ class Saved:
     records: list[Record]
 
 
-class Source:
+class TrialQueue:
     """Queue of trials that wait to be trained, shared by the threads that train them."""
 
     def __init__(self, trials: Iterable[Trial]) -> None:
@@ -137,7 +137,7 @@ Intermission = Callable[[Callable[[], dict[Key, Saved]]], None]
 
 
 def train(
-    source: Source,
+    source: TrialQueue,
     plan: Plan,
     *,
     stop: threading.Event | None = None,
@@ -163,7 +163,7 @@ class _Places:
     """Ensemble whose places are refilled as their trials end."""
 
     def __init__(
-        self, ensemble: Ensemble, source: Source, plan: Plan, stop: threading.Event, saved: dict[Key, Saved]
+        self, ensemble: Ensemble, source: TrialQueue, plan: Plan, stop: threading.Event, saved: dict[Key, Saved]
     ) -> None:
         self._ensemble, self._source, self._plan, self._stop, self._saved = ensemble, source, plan, stop, saved
         self._runs: list[_Run] = []

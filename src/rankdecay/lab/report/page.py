@@ -62,18 +62,18 @@ def write(text: str, path: Path) -> Path:
 
 def embedded(value: Any) -> str:
     """JSON for a `<script type="application/json">`: nothing in it can end the script or open a comment."""
-    text = json.dumps(plain(value), separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    text = json.dumps(as_json(value), separators=(",", ":"), allow_nan=False, ensure_ascii=True)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """A value as JSON holds it: numpy arrays as lists, floats to four digits, non-finite numbers as null."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return as_json(value.tolist())
     if isinstance(value, float):
         return float(f"{value:.4g}") if np.isfinite(value) else None
     return value

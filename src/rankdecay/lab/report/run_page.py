@@ -178,16 +178,16 @@ def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def settings_table(config: Mapping[str, Any]) -> str:
     """The settings of a run, one per line."""
     rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(shown(value))}</td></tr>'
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(setting_text(value))}</td></tr>'
         for name, value in flat(config.get("settings", {}))
     )
     return scrolling("Settings", rows) if rows else pieces.absent("No settings recorded.")
 
 
-def shown(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """A setting as text: a list without its brackets, a string without its quotes."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(shown, value))
+        return ", ".join(map(setting_text, value))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -202,7 +202,7 @@ def arms_list(config: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     for arm in config.get("arms", []):
         name = str(arm["name"])
         rest = ", ".join(
-            f"{key.replace('_', ' ').replace('.', ' ')} {shown(value)}"
+            f"{key.replace('_', ' ').replace('.', ' ')} {setting_text(value)}"
             for key, value in flat(arm)
             if key not in ("name", "description", "control") and value is not None and value is not False
         )

@@ -44,6 +44,10 @@ class Facts:
         """The settings of the run."""
         return self.summary.get("settings", {})
 
+    def decayed(self, arm: str) -> list[Record]:
+        """Rows of an arm with a strength above zero."""
+        return [row for row in self.arms.get(arm, []) if row["strength"] > 0]
+
     def label(self, arm: str) -> str:
         """An arm in words."""
         return self.styles[arm].label
@@ -133,7 +137,7 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def shown(value: Any, form: str = ".3g", factor: float = 1.0) -> str:
+def figure_text(value: Any, form: str = ".3g", factor: float = 1.0) -> str:
     """A figure in a table or a sentence, or a dash for one that is not known."""
     return format(value * factor if factor != 1 else value, form) if is_number(value) else "—"
 
@@ -143,6 +147,13 @@ def small(value: Any) -> str:
     if not is_number(value):
         return "—"
     return "rounding error" if abs(value) < 2e-14 else f"{value:.1g}".replace("e-0", "e-")
+
+
+def tiny(value: Any, rounding: float) -> str:
+    """A figure that ideally is zero, and 0 where it is below the rounding of its computation."""
+    if not is_number(value):
+        return "—"
+    return "0" if abs(value) < rounding else small(value) if value < 0.1 else f"{value:.2g}"
 
 
 def known(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:

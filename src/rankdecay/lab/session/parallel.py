@@ -66,12 +66,12 @@ class Layout:
         return min(count, {"tp": count, "fsdp2_tp": PAIR}.get(self.parallel, 1))
 
     @property
-    def shares(self) -> int:
+    def data_parallel_size(self) -> int:
         """Number of shares that a batch is cut into."""
         return _group()[0] // self.tensor
 
     @property
-    def share(self) -> int:
+    def data_rank(self) -> int:
         """Index of this process's share."""
         return _group()[1] // self.tensor
 
@@ -80,7 +80,7 @@ class Layout:
         """Device mesh (data, tensor); cached, because every mesh creates process groups that stay."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        return init_device_mesh(self.kind, (self.shares, self.tensor), mesh_dim_names=("data", "tensor"))
+        return init_device_mesh(self.kind, (self.data_parallel_size, self.tensor), mesh_dim_names=("data", "tensor"))
 
     def check(self, heads: int, mlp_width: int) -> None:
         """Raises a `SettingError` unless the layers of a model can be shared evenly."""
@@ -168,7 +168,7 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float) -> None:
         nn.utils.clip_grads_with_norm_(on_mesh, largest, total)
 
 
-def parted(tensor: Tensor, like: Tensor) -> Tensor:
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Distributes a whole tensor as the DTensor ``like`` is, a collective; returns it as it is for a plain one."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -177,7 +177,7 @@ def parted(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def gathered(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+def gather_to_cpu(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Gathers tensors on the CPU, one after another, a collective; processes that do not ``keep`` get none."""
     from rankdecay.dtensor import whole
 

@@ -23,10 +23,11 @@ from rankdecay.decay.policy import Decay
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.machine import compiled
 from rankdecay.lab.precision import check_resolved
-from rankdecay.lab.session.distributed import processes, rank, share
-from rankdecay.lab.session.parallel import Layout, clip_gradients, gathered, parted
+from rankdecay.lab.session.distributed import broadcast, processes, rank
+from rankdecay.lab.session.parallel import Layout, clip_gradients, distribute_like, gather_to_cpu
 from rankdecay.lab.session.run_key import KEY
-from rankdecay.lab.store import Checkpoint, Record
+from rankdecay.lab.settings import Record
+from rankdecay.lab.store import Checkpoint
 
 Batch = tuple[Tensor, ...]
 THREAD_PAIRS = 5  # of steps that are timed, one on one core and one on all
@@ -247,10 +248,10 @@ class Session:
     def _gradient(self, whole: Batch) -> Tensor:
         """Accumulates the gradient of a batch; returns the mean loss of this process's share of it."""
         plan = self.plan
-        size = plan.batch_size // (plan.layout.shares * plan.accumulate)
+        size = plan.batch_size // (plan.layout.data_parallel_size * plan.accumulate)
         total = torch.zeros((), device=plan.device)
         for part in range(plan.accumulate):
-            start = (plan.layout.share * plan.accumulate + part) * size
+            start = (plan.layout.data_rank * plan.accumulate + part) * size
             batch = tuple(t[start : start + size].to(plan.device, non_blocking=True) for t in whole)
             last = part == plan.accumulate - 1
             # gradients of shards are reduced after every part: deferring it would need whole gradients in memory
@@ -277,10 +278,10 @@ class Session:
             Diverged: on every rank, if the loss is not finite.
         """
         takes_part = rank() == 0 or self.plan.layout.sharded
-        quality = share(self._quality() if takes_part else None)
+        quality = broadcast(self._quality() if takes_part else None)
         if not math.isfinite(quality.loss):
             raise Diverged(self.run, self.step, self.plan.lr)
-        layers = nested(self.monitor.measure()) if takes_part else []
+        layers = by_layer(self.monitor.measure()) if takes_part else []
         if rank() > 0:
             return {}
         return {
@@ -306,7 +307,7 @@ class Session:
         if not self.plan.layout.sharded:
             return self.model
         model = self.problem.model(self.run.seed, self.run.qk_norm, **self.run.model)
-        model.load_state_dict(gathered(self.model.state_dict(), keep=True))
+        model.load_state_dict(gather_to_cpu(self.model.state_dict(), keep=True))
         return model
 
     def checkpoint(self) -> Checkpoint:
@@ -332,7 +333,7 @@ class Session:
             "scaler": self._scaler.state_dict(),
         }
         # copies, because safetensors refuses tied parameters: one tensor under two names
-        tensors = gathered(tensors, keep=rank() == 0)
+        tensors = gather_to_cpu(tensors, keep=rank() == 0)
         return Checkpoint(self.step, tensors, json.loads(json.dumps(extra)))
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -344,14 +345,16 @@ class Session:
             kind, _, rest = name.partition(".")
             parts[kind][rest] = tensor
         ours = self.model.state_dict()
-        self.model.load_state_dict({name: parted(tensor, ours[name]) for name, tensor in parts["model"].items()})
+        self.model.load_state_dict(
+            {name: distribute_like(tensor, ours[name]) for name, tensor in parts["model"].items()}
+        )
         moments: dict[int, Record] = {int(i): dict(values) for i, values in checkpoint.extra["moments"].items()}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for name, tensor in parts["optimizer"].items():
             index, _, rest = name.partition(".")
             parameter = parameters[int(index)]
             # the step count is a scalar, which is not sharded
-            value = parted(tensor, parameter) if tensor.shape == parameter.shape else tensor
+            value = distribute_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
             moments.setdefault(int(index), {})[rest] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": checkpoint.extra["groups"]})
         self._scaler.load_state_dict(checkpoint.extra["scaler"])
@@ -384,7 +387,7 @@ def choose_threads(run: Run, problem: Problem, plan: Plan) -> None:
     torch.set_num_threads(threads if gain > THREADS_PAY else 1)
 
 
-def nested(values: Mapping[str, float]) -> list[Record]:
+def by_layer(values: Mapping[str, float]) -> list[Record]:
     """Measurements of a Monitor by layer, part and measure: the mean over heads, and the least of them.
 
     Args:
@@ -404,7 +407,7 @@ def nested(values: Mapping[str, float]) -> list[Record]:
     return list(layers.values())
 
 
-def judged(losses: Tensor | Sequence[float], accuracy: float | None = None) -> Quality:
+def summarise_losses(losses: Tensor | Sequence[float], accuracy: float | None = None) -> Quality:
     """Quality from the losses of a validation set, in its order.
 
     Neighbours may be correlated, as windows of one text are, so the standard error is over contiguous pieces. Their

@@ -150,7 +150,7 @@ def draw_distinct(
     return codes[:wanted]
 
 
-def digits(codes: np.ndarray, base: int, count: int) -> np.ndarray:
+def base_digits(codes: np.ndarray, base: int, count: int) -> np.ndarray:
     """The lowest ``count`` digits of ``codes`` (examples,) in ``base``, lowest first: ``(examples, count)``."""
     return codes[:, None] // base ** np.arange(count) % base
 

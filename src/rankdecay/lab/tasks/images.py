@@ -35,7 +35,7 @@ class Images:
         return Images(self.pixels[indices], self.labels[indices], self.classes)
 
 
-def digits() -> Images:
+def handwritten_digits() -> Images:
     """The 1797 handwritten digits that come with scikit-learn, 8 × 8 in grey.
 
     Raises:

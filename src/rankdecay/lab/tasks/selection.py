@@ -15,9 +15,9 @@ from rankdecay.lab.tasks.base import (
     ORDINALS,
     TEST_EXAMPLES,
     Dataset,
+    base_digits,
     check_modulus,
     check_values,
-    digits,
     draw_distinct,
     split_drawn,
 )
@@ -52,7 +52,7 @@ def selection(
     codes = draw_distinct("selection", total, train_examples, test_examples, seed, modulus)
     groups = np.array(list(combinations(range(values), named)))  # (groups, named)
     group = codes % len(groups)
-    residues = digits(codes // len(groups), modulus, values)  # (examples, values)
+    residues = base_digits(codes // len(groups), modulus, values)  # (examples, values)
     tokens = np.concatenate([residues, modulus + group[:, None]], axis=1)
     targets = np.take_along_axis(residues, groups[group], axis=1).sum(1) % modulus
     return Dataset(

@@ -76,7 +76,7 @@ def make_layout(settings: AttentionDecay, device: str) -> Layout:
     """
     parallel: Any = getattr(settings, "parallel", "ddp")  # an option where the model can be cut into parts
     layout = Layout(parallel, device.partition(":")[0])
-    shares = layout.shares * settings.accumulate
+    shares = layout.data_parallel_size * settings.accumulate
     if settings.batch_size % shares:
         raise SettingError(
             f"--batch-size {settings.batch_size} cannot be shared evenly by {distributed.processes()} processes and "

@@ -32,7 +32,7 @@ from rankdecay.rules import get_rule
 
 
 @dataclass(frozen=True)
-class Treatment:
+class BoundaryTreatment:
     """What one arm does at one strength.
 
     Attributes:
@@ -65,7 +65,7 @@ class Axis(NamedTuple):
         whole: strengths are whole numbers.
     """
 
-    treat: Callable[[float], Treatment]
+    treat: Callable[[float], BoundaryTreatment]
     limit: float = float("inf")
     whole: bool = False
 
@@ -107,47 +107,53 @@ class _Treatments:
         every = self.settings.every
         return LowRank(strength, rule, "absolute", every=every, smoothing=smoothing, **options)  # type: ignore
 
-    def controlled(self, **options: object) -> Callable[[float], Treatment]:
+    def controlled(self, **options: object) -> Callable[[float], BoundaryTreatment]:
         """Low-rank decay under a `Control` with these options."""
-        return lambda strength: Treatment(self.low_rank(strength), Control(**options))  # type: ignore[arg-type]
+        return lambda strength: BoundaryTreatment(self.low_rank(strength), Control(**options))  # type: ignore[arg-type]
 
-    def target(self, unit: str) -> Callable[[float], Treatment]:
+    def target(self, unit: str) -> Callable[[float], BoundaryTreatment]:
         """Low-rank decay while the stable rank of a matrix or head is above the one given."""
         settings = self.settings
-        return lambda rank: Treatment(self.low_rank(settings.strength, unit=unit), Control(target_rank=rank))
+        return lambda rank: BoundaryTreatment(self.low_rank(settings.strength, unit=unit), Control(target_rank=rank))
 
-    def falling(self, norm: float) -> Treatment:
+    def falling(self, norm: float) -> BoundaryTreatment:
         """No decay; norms that fall from that at initialisation to the one given."""
         start = (self.settings.width / 3) ** 0.5  # of a matrix at initialisation
-        return Treatment(control=Control(norm=norm, norm_from=start, norm_steps=self.settings.warmup))
+        return BoundaryTreatment(control=Control(norm=norm, norm_from=start, norm_steps=self.settings.warmup))
 
 
-def _accelerated(accelerator: Accelerator) -> Treatment:
-    return Treatment(accelerator=accelerator)
+def _accelerated(accelerator: Accelerator) -> BoundaryTreatment:
+    return BoundaryTreatment(accelerator=accelerator)
 
 
 def _prototype(strength: float) -> LowRank:
     return LowRank(strength, "newton_schulz", "absolute", every=1, lr_coupled=False)
 
 
-def _l2(strength: float) -> Treatment:
-    return Treatment(Frobenius(strength))
+def _l2(strength: float) -> BoundaryTreatment:
+    return BoundaryTreatment(Frobenius(strength))
 
 
-def _law_of_norm(power: float) -> Callable[[float], Treatment]:
-    return lambda strength: Treatment(Frobenius(strength, power=power, cap=CAP))
+def _law_of_norm(power: float) -> Callable[[float], BoundaryTreatment]:
+    return lambda strength: BoundaryTreatment(Frobenius(strength, power=power, cap=CAP))
 
 
 def _norm_arms(make: _Treatments) -> list[Arm]:
     """Decays of the norm alone, and none."""
     settings = make.settings
     return [
-        Arm("none", "No decay of W_Q and W_K.", Axis(lambda _: Treatment()), (), "the rest of the model's decay alone"),
+        Arm(
+            "none",
+            "No decay of W_Q and W_K.",
+            Axis(lambda _: BoundaryTreatment()),
+            (),
+            "the rest of the model's decay alone",
+        ),
         Arm("l2", "L2 on W_Q and W_K alone.", Axis(_l2, make.l2_limit), L2, "decay of any kind"),
         Arm(
             "l2_ramp",
             f"L2 on W_Q and W_K alone, whose strength rises from 0 over {settings.warmup} steps.",
-            Axis(lambda s: Treatment(Frobenius(s, warmup=settings.warmup)), make.l2_limit),
+            Axis(lambda s: BoundaryTreatment(Frobenius(s, warmup=settings.warmup)), make.l2_limit),
             L2,
             "the schedule of the norm, by L2 alone",
         ),
@@ -176,46 +182,46 @@ def _low_rank_arms(make: _Treatments) -> list[Arm]:
         Arm(
             "relative",
             f"{settings.rule.capitalize()} at L2's law of the norm: lr × strength × rms(σ) from each singular value.",
-            Axis(lambda s: Treatment(replace(make.low_rank(s), scale="relative"))),
+            Axis(lambda s: BoundaryTreatment(replace(make.low_rank(s), scale="relative"))),
             L2,
             "low rank at the law of the norm that L2 has",
         ),
         Arm(
             "elastic",
             f"{settings.rule.capitalize()}, and L2 of {settings.l2_strength:g} beside it: the paper's LRD Elastic.",
-            Axis(lambda s: Treatment(make.low_rank(s), Control(also=Frobenius(settings.l2_strength)))),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s), Control(also=Frobenius(settings.l2_strength)))),
             (0.6, *LOW_RANK),
         ),
         Arm(
             "ramp_low_rank",
             f"L2 of {settings.l2_strength:g}, warmed up over {settings.warmup} steps; {settings.rule} at a norm held.",
-            Axis(lambda s: Treatment(replace(make.low_rank(s), preserve_norm=True), Control(also=ramp))),
+            Axis(lambda s: BoundaryTreatment(replace(make.low_rank(s), preserve_norm=True), Control(also=ramp))),
             (0.6, *LOW_RANK),
             "rank beside l2_ramp, at its norms",
         ),
         Arm(
             "l2_all",
             "L2 of one strength on every matrix, as the paper and the prototype compare with.",
-            Axis(lambda s: Treatment(Frobenius(s), rest_decay=s), make.l2_limit),
+            Axis(lambda s: BoundaryTreatment(Frobenius(s), rest_decay=s), make.l2_limit),
             PAPER if settings.preset == "paper" else (0.3, 1.0, 3.0, 5.0),
             "decay of any kind, everywhere",
         ),
         Arm(
             "prox",
             "The exact soft threshold of the singular values, lr × strength per step.",
-            Axis(lambda s: Treatment(make.low_rank(s, "prox"))),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s, "prox"))),
             LOW_RANK,
         ),
         Arm(
             "smooth",
             f"Smoothed low-rank decay (ε = {settings.smoothing:g}·‖W‖_F), lr × strength per step.",
-            Axis(lambda s: Treatment(make.low_rank(s, "smooth"))),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s, "smooth"))),
             LOW_RANK,
         ),
         Arm(
             "prototype",
             "The published prototype: five cubic Newton–Schulz steps, the strength itself taken per step.",
-            Axis(lambda s: Treatment(_prototype(s))),
+            Axis(lambda s: BoundaryTreatment(_prototype(s))),
             PAPER if settings.preset == "prototype" else PROTOTYPE,
         ),
     ]
@@ -227,19 +233,19 @@ def _paper_arms(_: _Treatments) -> list[Arm]:
         Arm(
             "paper_a1",
             "The paper's Algorithm 1 on attention and MLP matrices: λ·NS(W) per step.",
-            Axis(lambda s: Treatment(_prototype(s), Control(blocks=True))),
+            Axis(lambda s: BoundaryTreatment(_prototype(s), Control(blocks=True))),
             PAPER,
         ),
         Arm(
             "paper_s5",
             "The paper's section 5 on attention and MLP matrices: ηλ·‖W‖/‖polar‖·polar(W).",
-            Axis(lambda s: Treatment(LowRank(s, "polar", "relative", every=1), Control(blocks=True))),
+            Axis(lambda s: BoundaryTreatment(LowRank(s, "polar", "relative", every=1), Control(blocks=True))),
             PAPER,
         ),
         Arm(
             "paper_s6",
             "The paper's section 6.3 on attention and MLP matrices: ηλ·polar(W).",
-            Axis(lambda s: Treatment(LowRank(s, "polar", "absolute", every=1), Control(blocks=True))),
+            Axis(lambda s: BoundaryTreatment(LowRank(s, "polar", "absolute", every=1), Control(blocks=True))),
             PAPER,
         ),
     ]
@@ -252,14 +258,14 @@ def _part_arms(make: _Treatments) -> list[Arm]:
         Arm(
             "uniform_attention",
             "W_Q and W_K held at zero: every position attends equally to all.",
-            Axis(lambda _: Treatment(uniform_attention=True)),
+            Axis(lambda _: BoundaryTreatment(uniform_attention=True)),
             (),
             "attention being switched off",
         ),
         Arm(
             "no_qk_norm",
             "L2 on W_Q and W_K of a network without QK-norm, where it is a nuclear norm of their product.",
-            Axis(lambda s: Treatment(Frobenius(s), qk_norm=False), make.l2_limit),
+            Axis(lambda s: BoundaryTreatment(Frobenius(s), qk_norm=False), make.l2_limit),
             (1.0, 3.0, 10.0, 30.0),
             "QK-norm, without which L2 lowers rank by itself",
         ),
@@ -273,7 +279,7 @@ def _part_arms(make: _Treatments) -> list[Arm]:
         Arm(
             "radial_no_qk_norm",
             "The arm radial_only in a network without QK-norm.",
-            Axis(lambda s: Treatment(make.low_rank(s), Control(part="radial"), qk_norm=False)),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s), Control(part="radial"), qk_norm=False)),
             (*CONTROL, 20.0),
             "QK-norm, without which the norm is seen by the loss",
         ),
@@ -309,7 +315,7 @@ def _norm_control_arms(make: _Treatments) -> list[Arm]:
         Arm(
             "sphere",
             "No decay; every query and key matrix held at the Frobenius norm on the axis.",
-            Axis(lambda norm: Treatment(control=Control(norm=norm))),
+            Axis(lambda norm: BoundaryTreatment(control=Control(norm=norm))),
             NORMS,
             "a small norm and the large angular step it brings, without loss of rank",
         ),
@@ -323,35 +329,35 @@ def _norm_control_arms(make: _Treatments) -> list[Arm]:
         Arm(
             "yoked",
             f"No decay; every norm as in a run under {rule} with another seed, at each step.",
-            Axis(lambda s: Treatment(control=Control(yoked=make.low_rank(s)))),
+            Axis(lambda s: BoundaryTreatment(control=Control(yoked=make.low_rank(s)))),
             CONTROL,
             "the norms of low-rank decay, without its rank",
         ),
         Arm(
             "sharpen",
             "No decay; the scores of attention rise from 0 to what they are in as many steps as the axis says.",
-            Axis(lambda steps: Treatment(control=Control(sharpen=int(steps))), whole=True),
+            Axis(lambda steps: BoundaryTreatment(control=Control(sharpen=int(steps))), whole=True),
             (100.0, 200.0, 400.0),
             "attention that is uniform at first, without decay",
         ),
         Arm(
             "sphere_low_rank",
             f"The same norms held, and {rule} at {settings.strength:g}: rank is all that differs from sphere.",
-            Axis(lambda norm: Treatment(make.low_rank(settings.strength), Control(norm=norm))),
+            Axis(lambda norm: BoundaryTreatment(make.low_rank(settings.strength), Control(norm=norm))),
             NORMS,
             "rank at equal norm and equal angular step",
         ),
         Arm(
             "fast_query_key",
             "No decay; a larger learning rate for W_Q and W_K, by the factor on the axis.",
-            Axis(lambda factor: Treatment(control=Control(query_key_lr=factor))),
+            Axis(lambda factor: BoundaryTreatment(control=Control(query_key_lr=factor))),
             (3.0, 10.0, 30.0),
             "the angular step alone",
         ),
         Arm(
             "truncate",
             "No decay; once the training set is memorised, W_Q and W_K are cut to the rank on the axis.",
-            Axis(lambda rank: Treatment(control=Control(truncate_to=int(rank))), settings.width, whole=True),
+            Axis(lambda rank: BoundaryTreatment(control=Control(truncate_to=int(rank))), settings.width, whole=True),
             RANKS,
             "low rank reached at once instead of by decay",
         ),
@@ -373,14 +379,14 @@ def _schedule_arms(make: _Treatments) -> list[Arm]:
         Arm(
             "kept_on",
             f"{rule.capitalize()} to the end of the budget, also after generalising.",
-            Axis(lambda s: Treatment(make.low_rank(s), stays=True)),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s), stays=True)),
             CONTROL,
             "what decay does after generalising",
         ),
         Arm(
             "until_generalised",
             f"{rule.capitalize()}, switched off on generalising, trained on to the end of the budget.",
-            Axis(lambda s: Treatment(make.low_rank(s), Control(schedule="until_generalised"), stays=True)),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s), Control(schedule="until_generalised"), stays=True)),
             CONTROL,
             "decay after generalising",
         ),
@@ -407,7 +413,7 @@ def _accelerator_arms(make: _Treatments) -> list[Arm]:
         Arm(
             "learning_rate",
             "No decay of W_Q and W_K; AdamW at the learning rate on the axis.",
-            Axis(lambda lr: Treatment(lr=lr), make.lr_limit),
+            Axis(lambda lr: BoundaryTreatment(lr=lr), make.lr_limit),
             RATES,
             "a larger step, which is what several accelerators come to",
         ),
@@ -426,7 +432,7 @@ def _accelerator_arms(make: _Treatments) -> list[Arm]:
         Arm(
             "orthograd",
             "Orthogonal gradient (⊥Grad): its part across the weights, at its length; the learning rate on the axis.",
-            Axis(lambda lr: Treatment(lr=lr, accelerator=OrthoGrad()), make.lr_limit),
+            Axis(lambda lr: BoundaryTreatment(lr=lr, accelerator=OrthoGrad()), make.lr_limit),
             RATES,
         ),
         Arm(
@@ -458,7 +464,7 @@ def _accelerator_arms(make: _Treatments) -> list[Arm]:
         Arm(
             "cautious",
             "L2 of one strength on every matrix, of those weights alone that the update moves towards zero.",
-            Axis(lambda s: Treatment(Frobenius(s), rest_decay=s, accelerator=CautiousDecay()), make.l2_limit),
+            Axis(lambda s: BoundaryTreatment(Frobenius(s), rest_decay=s, accelerator=CautiousDecay()), make.l2_limit),
             (0.3, 1.0, 3.0, 5.0),
         ),
     ]

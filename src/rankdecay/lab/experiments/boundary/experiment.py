@@ -174,7 +174,7 @@ def train(work: Work[Boundary]) -> Iterator[Record]:
                 missing = [job.how for job in jobs(work, columns) if job.how.key not in done]
                 screen.begin(rows, missing)
             begun, before = time.monotonic(), work.seconds or 0.0
-            for row in _ended(work, missing) if missing else ():
+            for row in _rows_of_finished_runs(work, missing) if missing else ():
                 work.seconds = before + time.monotonic() - begun
                 row["seconds"] = round(work.seconds, 3)
                 rows.append(row)
@@ -195,7 +195,7 @@ def _widen(work: Work[Boundary], rows: Sequence[Record], columns: dict[str, list
     return added
 
 
-def _ended(work: Work[Boundary], missing: Sequence[Trial]) -> Iterator[Record]:
+def _rows_of_finished_runs(work: Work[Boundary], missing: Sequence[Trial]) -> Iterator[Record]:
     """A row for each run as it ends."""
     settings, plan = work.settings, make_plan(work.settings, work.device, missing)
     if settings.ray is not None:
@@ -211,7 +211,7 @@ def summary_of(work: Work[Boundary], rows: Sequence[Record]) -> Record:
     return {"threshold": work.settings.threshold, **summarise(rows, names, reference(names))}
 
 
-def first_data(settings: Boundary) -> Any:
+def check_datasets(settings: Boundary) -> Any:
     """Builds a run of every arm, so that a data set that cannot be built says so before anything is written."""
     for arm in make_arms(settings):
         next(trials(settings, arm, arm.strengths or (0.0,)))
@@ -230,7 +230,7 @@ EXPERIMENT = Experiment(
     presets=PRESETS,
     check=check,
     arms=make_arms,
-    data=first_data,
+    data=check_datasets,
     jobs=jobs,
     train=train,
     summarise=summary_of,

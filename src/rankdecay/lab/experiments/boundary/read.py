@@ -16,7 +16,7 @@ from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.boundary.settings import ALIASES, GRID
 from rankdecay.lab.report.words import counted, is_number
 from rankdecay.lab.settings import Record
-from rankdecay.lab.store import DESCRIBING, DROPPED
+from rankdecay.lab.store import DESCRIBING, REMOVED_SETTINGS
 from rankdecay.lab.stored import StoredRun, read_config, read_run
 
 OUTCOMES = ("generalised", "budget", "diverged")
@@ -106,7 +106,7 @@ def _unique(rows: Sequence[Record], notices: list[str]) -> list[Record]:
 def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that all runs of a sweep share."""
     fixed = config.get("fixed", config.get("settings", {}))
-    return {name: value for name, value in fixed.items() if name not in (*GRID, *DROPPED)}
+    return {name: value for name, value in fixed.items() if name not in (*GRID, *REMOVED_SETTINGS)}
 
 
 def _refuse_another(first: StoredRun, part: StoredRun) -> None:

@@ -33,7 +33,7 @@ RATE_WINDOW = (2.0, 12.0)  # times ηt between which the decay of the imbalance 
 
 
 @dataclass(frozen=True)
-class Treatment:
+class FactorTreatment:
     """How an arm parametrises the matrix and decays it.
 
     Attributes:

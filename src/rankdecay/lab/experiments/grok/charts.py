@@ -10,11 +10,11 @@ import numpy as np
 
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.grok.summary import by_member
-from rankdecay.lab.report.chart import Axis, Chart, Choice, Line, evenly, middle
+from rankdecay.lab.report.chart import Axis, Chart, Choice, Line, evenly_spaced_indices, median_band
 from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, absent, asset, choice
 from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import ArmStyle, arm_styles
-from rankdecay.lab.report.words import is_number, shown
+from rankdecay.lab.report.words import figure_text, is_number
 from rankdecay.lab.settings import Record
 from rankdecay.lab.stored import StoredRun, snapshots
 
@@ -70,7 +70,7 @@ def _curves(stored: StoredRun, name: str, metrics: Mapping[str, str], **axis: An
         for arm, series in _series(stored, metric).items():
             if len(series) > 1:
                 thin += [Line(looks[arm].label, x, y, arm, mark="thin", where=where) for x, y in series]
-            steps, values, low, high = middle(series)
+            steps, values, low, high = median_band(series)
             if steps:
                 words = _words(series, steps, values, low, high)
                 bold.append(Line(looks[arm].label, steps, values, arm, where=where, words=words))
@@ -89,7 +89,9 @@ def _words(series: Sequence[tuple[list[int], list[Any]]], steps: Sequence[int], 
     said = []
     for step, value, low, high in zip(steps, *ends, strict=True):
         count = at.count(step)
-        said.append(shown(value) + (f"  ({shown(low)} to {shown(high)}, {count} seeds)" if count > 1 else ""))
+        said.append(
+            figure_text(value) + (f"  ({figure_text(low)} to {figure_text(high)}, {count} seeds)" if count > 1 else "")
+        )
     return said
 
 
@@ -103,7 +105,7 @@ def time_data(stored: StoredRun) -> Record:
     fit = max(2, SNAPSHOT_NUMBERS // size) if size else len(found)
     if len(found) > fit:
         stored.notices.append(f"The page shows {fit} of the {len(found)} snapshots in the directory, evenly spaced.")
-        found = [found[i] for i in evenly(len(found), fit)]
+        found = [found[i] for i in evenly_spaced_indices(len(found), fit)]
     order = [list(zip(map(str, arrays["arms"]), map(int, arrays["seeds"]), strict=True)) for _, arrays in found]
     arms = stored.arms
     known = {member for own in order for member in own if member[0] in arms}
@@ -205,7 +207,7 @@ def figure(stored: StoredRun, path: Path) -> Path:
     looks = arm_styles(stored.arms, styles(stored.settings))
 
     def over_steps(metric: str) -> list[Line]:
-        made = {arm: middle(series) for arm, series in _series(stored, metric).items() if series}
+        made = {arm: median_band(series) for arm, series in _series(stored, metric).items() if series}
         return [Line(looks[arm].label, x, y, arm, low, high) for arm, (x, y, low, high) in made.items()]
 
     ends = [

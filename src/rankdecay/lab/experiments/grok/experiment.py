@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Treatment:
+class GrokTreatment:
     """One way to treat W_Q and W_K."""
 
     decay: OfMatrix | None = None
@@ -49,7 +49,7 @@ def make_arms(settings: Grok) -> list[Arm]:
     """The arms asked for, in the order of `settings.ARMS`; those named by a rule stand beside ``low_rank``."""
 
     def arm(name: str, description: str, decay: OfMatrix | None = None, uniform: bool = False) -> Arm:
-        return Arm(name, description, Treatment(decay, uniform))
+        return Arm(name, description, GrokTreatment(decay, uniform))
 
     def low_rank(name: str, rule: Any, scale: Scale = settings.scale, strength: float = settings.strength) -> Arm:
         decay = LowRank(strength, rule, scale, every=settings.every, smoothing=settings.smoothing)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankdecay.lab.experiment import Check, Facts
-from rankdecay.lab.report.words import Decided, is_number, listed, shown
+from rankdecay.lab.report.words import Decided, figure_text, is_number, listed
 from rankdecay.lab.settings import Record
 
 ONE_SOLUTION = 0.999  # cosine between the two SVMs above which data cannot tell them apart
@@ -91,7 +91,7 @@ def _approach(facts: Facts) -> Decided | None:
 
 def short(value: Any, form: str = ",g") -> str:
     """A number with its power of ten in few characters: ``"1e6"``."""
-    return shown(value, form).replace("e+0", "e").replace("e+", "e")
+    return figure_text(value, form).replace("e+0", "e").replace("e+", "e")
 
 
 def _nearer(claim: str, name: str, nuclear: bool = True, open: str = "") -> Check:

@@ -22,7 +22,7 @@ from rankdecay.lab.experiments.rotary.settings import PRESETS, Rotary, check
 from rankdecay.lab.machine import one_thread
 from rankdecay.lab.progress import ArmBar
 from rankdecay.lab.report.style import ArmStyle
-from rankdecay.lab.report.words import Decided, is_number, known, small
+from rankdecay.lab.report.words import Decided, is_number, known, small, tiny
 from rankdecay.lab.settings import Record, question, seeds
 from rankdecay.lab.stored import StoredRun
 
@@ -34,20 +34,24 @@ ITERATIONS = 3000  # of the convex arm
 
 
 @dataclass(frozen=True)
-class Treatment:
+class RotaryTreatment:
     """How an arm fits the scores."""
 
     turned: bool = True  # by positions
     convex: bool = False
 
 
-EVERY = (
-    Arm("rotary", "L2 on W_Q and W_K in the loss, under rotary positions.", Treatment()),
-    Arm("convex", "The planes' nuclear norms without a bound on their ranks, proximal steps.", Treatment(convex=True)),
+ALL_ARMS = (
+    Arm("rotary", "L2 on W_Q and W_K in the loss, under rotary positions.", RotaryTreatment()),
+    Arm(
+        "convex",
+        "The planes' nuclear norms without a bound on their ranks, proximal steps.",
+        RotaryTreatment(convex=True),
+    ),
     Arm(
         "unturned",
         "L2 on W_Q and W_K in the loss, without positions.",
-        Treatment(turned=False),
+        RotaryTreatment(turned=False),
         control="what L2 does to the same weights where nothing turns them: a nuclear norm of W_QᵀW_K",
     ),
 )
@@ -237,11 +241,7 @@ def _beside_convex(ended: dict[str, Measured], settings: Rotary, strength: float
 # --- the table, the claims ---
 
 
-def _tiny(value: object) -> str:
-    if not is_number(value):
-        return "—"
-    return "0" if abs(value) < 1e-13 else small(value) if value < 0.1 else f"{value:.2g}"
-
+_tiny = functools.partial(tiny, rounding=1e-13)
 
 COLUMNS = (
     Column("λ", "strength", "g"),
@@ -268,10 +268,6 @@ def note(facts: Facts) -> str:
     )
 
 
-def _decayed(facts: Facts, arm: str) -> list[Record]:
-    return [row for row in facts.arms.get(arm, []) if row["strength"] > 0]
-
-
 def headline(facts: Facts) -> str:
     """What L2 left."""
     rows = facts.arms.get("rotary", [])
@@ -284,7 +280,7 @@ def headline(facts: Facts) -> str:
 
 
 def _planes(facts: Facts) -> Decided | None:
-    rows = _decayed(facts, "rotary")
+    rows = facts.decayed("rotary")
     if not rows:
         return None
     worst, nuclear = (max(known(rows, name), default=0.0) for name in ("plane_gap", "nuclear_gap"))
@@ -295,7 +291,7 @@ def _planes(facts: Facts) -> Decided | None:
 
 
 def _certified(facts: Facts) -> Decided | None:
-    rows = _decayed(facts, "rotary")
+    rows = facts.decayed("rotary")
     if not rows:
         return None
     count, of = sum(row["certified"] for row in rows), sum(row["seeds"] for row in rows)
@@ -308,7 +304,7 @@ def _certified(facts: Facts) -> Decided | None:
 
 
 def _threshold(facts: Facts) -> Decided | None:
-    off = known(_decayed(facts, "rotary"), "deviation_largest")
+    off = known(facts.decayed("rotary"), "deviation_largest")
     return (max(off) < OPTIMAL * 10, f"off by at most {small(max(off))}.") if off else None
 
 
@@ -368,7 +364,7 @@ STYLES = {
 
 def make_arms(settings: Rotary) -> Sequence[Arm]:
     """The arms asked for, in the order of `settings.ARMS`."""
-    return [arm for arm in EVERY if arm.name in settings.arms]
+    return [arm for arm in ALL_ARMS if arm.name in settings.arms]
 
 
 def title(work: Work[Rotary]) -> str:

@@ -20,7 +20,7 @@ from rankdecay.lab.experiments.attention.language.settings import PRESETS, Langu
 from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.session.export import save_checkpoint
 from rankdecay.lab.session.gpt import GPT, GPTConfig
-from rankdecay.lab.session.session import Batch, Quality, judged
+from rankdecay.lab.session.session import Batch, Quality, summarise_losses
 from rankdecay.lab.settings import Record, subset
 
 OF_A_MODEL = ("context", "width", "depth", "heads", "mlp_width", "positions")
@@ -74,7 +74,7 @@ class LanguageModelling:
         for windows in self._validation.to(device).split(self._chunk):
             logits = model(windows[:, :-1])
             losses.append(F.cross_entropy(logits.mT.float(), windows[:, 1:], reduction="none").mean(1))
-        return judged(torch.cat(losses))
+        return summarise_losses(torch.cat(losses))
 
     def facts(self) -> Record:
         """Facts about the text and the model, for the summary."""

@@ -24,7 +24,7 @@ from rankdecay.lab.experiments.attention.recall.settings import PRESETS, Recall,
 from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.session.export import save_checkpoint
 from rankdecay.lab.session.gpt import GPT, GPTConfig
-from rankdecay.lab.session.session import Batch, Quality, judged
+from rankdecay.lab.session.session import Batch, Quality, summarise_losses
 from rankdecay.lab.settings import subset
 from rankdecay.lab.tasks.base import random_generator
 
@@ -101,7 +101,7 @@ class RecallProblem:
             logits = model(tokens)[:, -answers.shape[1] :].float()
             losses.append(F.cross_entropy(logits.mT, answers, reduction="none").mean(1))
             right += int((logits.argmax(-1) == answers).sum())
-        return judged(torch.cat(losses), right / self._valid[1].numel())
+        return summarise_losses(torch.cat(losses), right / self._valid[1].numel())
 
     def _draw(self, seed: int, purpose: str, count: int, noise: float, *index: int) -> Batch:
         task = subset(self.settings, *OF_A_TASK)

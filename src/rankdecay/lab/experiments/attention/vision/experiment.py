@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.experiments.attention.vision.settings import PRESETS, Vision, check
-from rankdecay.lab.session.session import Batch, Quality, judged
+from rankdecay.lab.session.session import Batch, Quality, summarise_losses
 from rankdecay.lab.settings import Record
 from rankdecay.lab.tasks.base import random_generator
-from rankdecay.lab.tasks.images import digits, image_folder, split_images
+from rankdecay.lab.tasks.images import handwritten_digits, image_folder, split_images
 
 CHUNK = 256  # validation images at a time
 
@@ -104,7 +104,9 @@ class VisionProblem:
     def __init__(self, settings: Vision) -> None:
         self.settings = settings
         folder = settings.image_folder
-        images = digits() if folder is None else image_folder(Path(folder), settings.size, grey=settings.grey)
+        images = (
+            handwritten_digits() if folder is None else image_folder(Path(folder), settings.size, grey=settings.grey)
+        )
         self.train, self.valid = split_images(images, settings.valid_share)
         pixels = torch.from_numpy(self.train.pixels)
         self._mean = pixels.float().mean((0, 2, 3)).view(-1, 1, 1)  # (channels, 1, 1)
@@ -155,7 +157,7 @@ class VisionProblem:
             logits, labels = self.logits(model, pixels.to(device)), labels.to(device)
             losses += F.cross_entropy(logits, labels, reduction="none").tolist()
             right += int((logits.argmax(-1) == labels).sum())
-        return judged(losses, right / len(losses))
+        return summarise_losses(losses, right / len(losses))
 
 
 @lru_cache(maxsize=2)  # a batch may reach into the next epoch
