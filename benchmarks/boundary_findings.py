@@ -38,7 +38,7 @@ from rankdecay.lab.store import read_metrics
 from rankdecay.lab.tasks import SAMPLED
 
 DROPPED = ("curve", "spectrum", "spectrum_index", "decay_size", "seconds")
-LATER = {"angular_step_after": "after the decay", "rotation": "over 20 steps"}  # rows of before have neither
+LATER = {"angular_step_after": "after the decay", "rotation": "over 20 steps"}  # rows of earlier versions have neither
 Row = dict[str, Any]
 
 

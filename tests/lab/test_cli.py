@@ -391,7 +391,7 @@ def test_ctrl_c_says_how_to_go_on(uninterrupted, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "words"), [("grok", "to continue from the last checkpoint"), ("factor", "to begin anew")]
+    ("command", "words"), [("grok", "to continue from the last checkpoint"), ("factor", "to start over")]
 )
 def test_ctrl_c_says_whether_there_is_a_checkpoint(command, words, tmp_path, monkeypatch, capsys):
     def interrupted(experiment, settings, command):

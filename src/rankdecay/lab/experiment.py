@@ -601,7 +601,7 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
             return experiment.figure(stored, path)
         charts = _charts_of_figure(experiment, stored)
         if not charts:
-            raise SettingError(f"{directories[0]} has nothing to draw yet: let the run go on, or complete it")
+            raise SettingError(f"{directories[0]} has nothing to draw yet: let the run continue, or complete it")
         return draw(charts, arm_styles(stored.arms, experiment.styles_of(stored.settings)), path)
 
     with tempfile.TemporaryDirectory() as elsewhere:  # for the attempts that find out which file is to blame

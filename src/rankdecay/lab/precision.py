@@ -118,7 +118,7 @@ def warn_if_slow(
     if FORMATS[choice.value] != "bfloat16" or device != "cpu":
         return
     kept = choice.asked == "auto"
-    why = f"{out} goes on in {choice.value}, as it began" if kept else f"{option('precision')} {choice.asked}"
+    why = f"{out} continues in {choice.value}, as it began" if kept else f"{option('precision')} {choice.asked}"
     try:
         gain = bfloat16_gain(products or Products(1, 512, 512, 512))
     except RuntimeError as error:

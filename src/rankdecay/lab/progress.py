@@ -101,10 +101,8 @@ class Screen:
         whole = seconds * work / made
         text = f"expected time: {duration(whole)}"
         if self._promise is not None and whole > 2 * 60 * self._promise.minutes:
-            text += (
-                f", more than twice the {self._promise.minutes:g} min that the default may take: "
-                f"{self._promise.shorter} shortens it"
-            )
+            minutes, shorter = self._promise.minutes, self._promise.shorter
+            text += f", more than twice the default's {minutes:g} min; use {shorter} to shorten it"
         if not self.quiet:
             self.notice(text)
 

@@ -102,7 +102,7 @@ def check_lists(settings: Any) -> None:
         if isinstance(values, tuple):
             twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
             if twice is not None:
-                raise SettingError(f"{option(field.name)} has {twice} twice: give it once")
+                raise SettingError(f"{option(field.name)} lists {twice} twice: give it once")
 
 
 def check_seeds(settings: Any) -> None:
@@ -147,7 +147,7 @@ def check_evaluations(settings: Any) -> None:
     steps, every = settings.steps, settings.evaluate_every
     if steps % every:
         raise SettingError(
-            f"--steps {steps} is no multiple of --evaluate-every {every}: "
+            f"--steps {steps} is not a multiple of --evaluate-every {every}: "
             f"give for example --steps {max(1, steps // every) * every}"
         )
 
@@ -183,5 +183,5 @@ def given_strengths(
         try:
             found[name] = tuple(sorted({float(value) for value in values.split(",")}))
         except ValueError:
-            raise SettingError(f"--strengths {text} is no list of numbers: give {name}={example}") from None
+            raise SettingError(f"--strengths {text} is not a list of numbers: give {name}={example}") from None
     return found

@@ -113,7 +113,7 @@ def _parsed(line: bytes, previous: bytes) -> tuple[Record, bytes]:
     if checked:
         crc = checked[2]
         if _checksum(checked[1], previous) != crc:
-            raise _Changed("is damaged, or one before it is missing: its checksum does not fit")
+            raise _Changed("is damaged, or one before it is missing: checksum mismatch")
         line = checked[1] + b"}"
     try:
         record = json.loads(line)
@@ -152,7 +152,7 @@ def read_json(path: Path) -> Record | None:
     remedy = "restore it, or use another --out"
     value = files.read_json(path, LARGEST[path.name], SettingError, remedy)
     if _is_deep(value):
-        raise SettingError(f"{path} has values inside of values, {DEEPEST} and more: {remedy}")
+        raise SettingError(f"{path} is nested more than {DEEPEST} levels deep: {remedy}")
     return value
 
 
@@ -185,7 +185,7 @@ def snapshot_files(directory: Path) -> list[Path]:
     if not os.path.lexists(folder):
         return []
     if folder.is_symlink() or not folder.is_dir():
-        raise SettingError(f"{folder} is {_kind(folder)}, and should be a directory: restore or remove it")
+        raise SettingError(f"{folder} is {_kind(folder)}, not a directory: restore or remove it")
     try:
         return sorted(path for path in folder.iterdir() if SNAPSHOT.fullmatch(path.name))
     except OSError as error:
@@ -204,9 +204,9 @@ def _check_kinds(path: Path) -> None:
     for entry in sorted(path.iterdir()):
         mode = entry.lstat().st_mode
         if (entry.name in FILES or CHECKPOINT_NAME.fullmatch(entry.name)) and not stat.S_ISREG(mode):
-            raise SettingError(f"{entry} is {_kind(entry)}, and should be a file: restore or remove it")
+            raise SettingError(f"{entry} is {_kind(entry)}, not a file: restore or remove it")
         if entry.name in ("snapshots", "models") and not stat.S_ISDIR(mode):
-            raise SettingError(f"{entry} is {_kind(entry)}, and should be a directory: restore or remove it")
+            raise SettingError(f"{entry} is {_kind(entry)}, not a directory: restore or remove it")
 
 
 def _is_left_over(path: Path) -> bool:
@@ -323,7 +323,7 @@ class RunDirectory:
             _check_kinds(path)
             leftovers = {".lock", "config.json.partial"}  # of a kill before there was a configuration
             if read_json(path / "config.json") is None and any(entry.name not in leftovers for entry in path.iterdir()):
-                raise SettingError(f"--out {path} has other files in it and is no run directory: choose a new one")
+                raise SettingError(f"--out {path} is not a run directory and is not empty: choose another")
             lock = (path / ".lock").open("ab")
         except OSError as error:
             raise SettingError(
@@ -422,19 +422,19 @@ class RunDirectory:
             return None
         try:
             if path.is_symlink() or not path.is_file():
-                raise ValueError(f"it is {_kind(path)}, no file")
+                raise ValueError(f"it is {_kind(path)}, not a file")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             header = json.loads(metadata["checkpoint"])
             if "crc" in metadata and metadata["crc"] != _digest(metadata["checkpoint"], tensors):
-                raise ValueError("its checksum does not fit")
+                raise ValueError("checksum mismatch")
             step, extra, lines = header["step"], header["extra"], header.get("lines")
             if not (isinstance(step, int) and step >= 0 and isinstance(extra, dict) and isinstance(lines, int | None)):
-                raise ValueError("it has another header")
+                raise ValueError("unexpected header")
             return Checkpoint(step, tensors, extra, lines)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise SettingError(f"{path} is damaged ({error}): remove it to begin again, or use another --out") from None
+            raise SettingError(f"{path} is damaged ({error}): remove it to start over, or use another --out") from None
 
     def check_lines(self, checkpoint: Checkpoint, records: Sequence[Record], name: str = "checkpoint") -> None:
         """Raise a `SettingError` if ``metrics.jsonl`` has lost lines that were there when a checkpoint was written."""
@@ -442,11 +442,11 @@ class RunDirectory:
             raise SettingError(
                 f"{self.path / 'metrics.jsonl'} has {len(records)} lines and had {checkpoint.lines} when "
                 f"{name}.safetensors was written: restore it from a copy; or remove {self.path / name}.safetensors to "
-                "begin again; or use another --out"
+                "start over; or use another --out"
             )
 
     def resume(self) -> Checkpoint | None:
-        """The last checkpoint, or ``None`` to begin at step 0. Removes what was written after it."""
+        """The last checkpoint, or ``None`` to start at step 0. Removes what was written after it."""
         checkpoint = self.load_checkpoint()
         step = checkpoint.step if checkpoint else 0
         records = self.metrics() if checkpoint else []

@@ -108,7 +108,7 @@ def read_run(
         check_content(summary, directory / "summary.json")
     if summary is not None and summary.get("command") != config.get("command"):
         raise SettingError(
-            f"{directory / 'summary.json'} is of {summary.get('command')!r} and config.json beside it of "
+            f"{directory / 'summary.json'} belongs to {summary.get('command')!r}, but config.json to "
             f"{config.get('command')!r}: restore the one that was changed"
         )
     rows = check_rows(directory, map(today, read_metrics(directory, notices.append)), check)
@@ -146,7 +146,7 @@ def check_rows(directory: Path, rows: Iterable[Record], check: Callable[[Record]
 def _odd(rows: Sequence[Record]) -> tuple[int, str] | None:
     """The line and name of a value that is of another kind than in most lines: a text where the others have a number.
 
-    Lines of before have no checksum, and a chart would show such a value as a gap.
+    Lines of earlier versions have no checksum, and a chart would show such a value as a gap.
     """
     found: dict[str, dict[frozenset[str], list[int]]] = {}
     for number, row in enumerate(rows, start=1):
@@ -199,7 +199,7 @@ def read_snapshot(path: Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(raw) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > LARGEST_SNAPSHOT:
-            raise SettingError(f"{path} unpacks to {size} bytes, more than any snapshot has; remove it")
+            raise SettingError(f"{path} unpacks to {size} bytes, more than any snapshot has: remove it")
         with np.load(raw, allow_pickle=False) as file:
             arrays: dict[str, np.ndarray] = {name: file[name] for name in file.files}
         if odd := next((name for name, array in arrays.items() if array.dtype.kind not in "biufU"), None):
@@ -212,6 +212,6 @@ def read_snapshot(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # a damaged archive fails in as many ways as it has bytes
         raise SettingError(
-            f"{path} cannot be read as a snapshot ({str(error)[:200]}); restore it, or remove it to go on without it"
+            f"{path} cannot be read as a snapshot ({str(error)[:200]}); restore it, or remove it to continue without it"
         ) from None
     return arrays

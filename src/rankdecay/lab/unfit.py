@@ -43,14 +43,14 @@ def explain_inconsistency(find: Callable[[Exception], FileAndRemedy]) -> Iterato
         kind, where, line = _signature(error)
         said = f"{kind.__name__}: {str(error)[:200]}, {Path(where).name}:{line}"
         raise SettingError(
-            f"{file} does not fit what else the directory holds ({said}): {remedy}; if nothing was changed, this is a "
-            "defect to report"
+            f"{file} is inconsistent with the other files ({said}): {remedy}; if you changed nothing, please report "
+            "a bug"
         ) from error
 
 
 def in_summary(directory: Path) -> FileAndRemedy:
     """What to say of a summary."""
-    return f"{directory / 'summary.json'}", "restore it, or remove it and run the command again, which makes it anew"
+    return f"{directory / 'summary.json'}", "restore it, or remove it and run the command again, which recreates it"
 
 
 def in_line(directory: Path, number: int) -> FileAndRemedy:
@@ -58,13 +58,13 @@ def in_line(directory: Path, number: int) -> FileAndRemedy:
     place = f"{directory / 'metrics.jsonl'}{f', line {number}' if number else ''}"
     return place, (
         "restore the file from a copy; or remove the line and those after it, with summary.json and the checkpoint if "
-        "they are there, and run the command again, which computes them anew"
+        "they are there, and run the command again, which recomputes them"
     )
 
 
 def in_snapshot(path: Path) -> FileAndRemedy:
     """What to say of a snapshot."""
-    return f"{path}", f"restore it, or remove it to go on without the spectra of step {int(path.stem)}"
+    return f"{path}", f"restore it, or remove it to continue without the spectra of step {int(path.stem)}"
 
 
 def in_checkpoint(directory: Path, checkpoints: Sequence[Path]) -> FileAndRemedy:
@@ -72,8 +72,7 @@ def in_checkpoint(directory: Path, checkpoints: Sequence[Path]) -> FileAndRemedy
     if not checkpoints:
         return in_line(directory, 0)
     return ", ".join(map(str, checkpoints)), (
-        "restore it, or remove it and run the command again: what was trained since the last run that ended is trained "
-        "anew"
+        "restore it, or remove it and run the command again: the run in progress is retrained"
     )
 
 
@@ -121,7 +120,7 @@ def find_inconsistent_file(
             return in_summary(directory)
         return (
             f"{directory / 'config.json'}, or summary.json beside it,",
-            "restore the one that was changed; without summary.json the same command makes it anew",
+            "restore the one that was changed; without summary.json the same command recreates it",
         )
     if len(snapshots) == 1 and not fails_with(()):
         return in_snapshot(snapshots[0])

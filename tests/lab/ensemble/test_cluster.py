@@ -251,7 +251,7 @@ def test_a_cluster_without_gpus_is_refused(nodes: Nodes) -> None:
 
 @pytest.mark.parametrize("address", ["cluster", "ray://127.0.0.1:10001", "127.0.0.1:port", ":6379"])
 def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(SettingError, match=f"--ray {address} is no address: give local, auto or host:port"):
+    with pytest.raises(SettingError, match=f"--ray {address} is not an address: give local, auto or host:port"):
         list(rows(address))
 
 

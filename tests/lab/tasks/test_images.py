@@ -83,7 +83,7 @@ def test_hidden_files_and_deeper_folders(folder):
 
 
 def test_no_such_folder(tmp_path):
-    with pytest.raises(SettingError, match=r"is no folder: give one with a sub-folder of images for each class"):
+    with pytest.raises(SettingError, match=r"is not a folder: give one with a sub-folder of images for each class"):
         image_folder(tmp_path / "missing", 8)
 
 

@@ -234,7 +234,7 @@ def _check(address: str) -> None:
     """Refuses an address where no cluster answers, which Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
-        raise SettingError(f"`ray` {address} is no address: give local, auto or host:port, such as 10.0.0.1:6379")
+        raise SettingError(f"`ray` {address} is not an address: give local, auto or host:port, such as 10.0.0.1:6379")
     remedy = "give the address that 'ray start --head' printed, or `ray` local"
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()

@@ -64,7 +64,7 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
     outcome = verdict(summary, experiment.headline, experiment.checks, own, so_far)
     said = [*stored.notices, *thinned]
     if summary is not None and not stored.complete:
-        said.insert(0, "This run is not complete: what follows is of the part that is, and can still change.")
+        said.insert(0, "This run is not complete: these are the results so far; they may still change.")
     files = FILES | dict(experiment.files)
     filled = {
         "title": escape(f"rankdecay {experiment.name}: {experiment.question}"),

@@ -65,8 +65,8 @@ def process_group(device: str, patience: timedelta | None = None) -> Iterator[tu
             raise
         reason = str(error).partition(". ")[0]  # the rest is about torch's internals
         raise SettingError(
-            f"process {rank()} of {processes()} has lost another, which ended or said nothing for "
-            f"{patience.total_seconds():g} s: its own message says why; the same command again goes on from the last "
+            f"process {rank()} of {processes()} lost contact with another process (exited, or silent for "
+            f"{patience.total_seconds():g} s): see that process's message; rerun the command to continue from the last "
             f"checkpoint ({reason})"
         ) from error
     finally:

@@ -158,7 +158,7 @@ class Diverged(SettingError):
     def __init__(self, run: Run, step: int, lr: float) -> None:
         super().__init__(
             f"the loss is not finite at step {step} of {run} (`lr` {lr:g}): give a smaller `lr`, leave this strength "
-            "out, or give `skip_diverged` to note it and go on"
+            "out, or give `skip_diverged` to note it and continue"
         )
         self.step = step
 

@@ -69,7 +69,9 @@ def image_folder(folder: Path, size: int, *, grey: bool = False) -> Images:
             that is no image.
     """
     if not folder.is_dir():
-        raise SettingError(f"`image_folder` {folder} is no folder: give one with a sub-folder of images for each class")
+        raise SettingError(
+            f"`image_folder` {folder} is not a folder: give one with a sub-folder of images for each class"
+        )
     places = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(places) < 2:
         raise SettingError(

@@ -112,7 +112,7 @@ def test_plain_lines_say_what_begins_what_has_ended_and_when_it_will_end(clock, 
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert err == ""
-    assert lines[0] == "add · 2 arms: 12 runs to do, 4 there"
+    assert lines[0] == "add · 2 arms: 12 runs to do, 4 done"
     assert len(lines) == 14
     assert lines[2] == "expected time: 8:00 min"
     assert lines[1] == "1 of 12 runs, 5 of all generalised  ETA 7:20 min"
@@ -176,7 +176,7 @@ def test_a_second_beginning_counts_anew(clock, capsys):
         progress.begin([row(one, i % 2 == 0) for i, one in enumerate(TRIALS)], wider)
         finish(progress, wider, clock, 1.0)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2:] == ["add: 2 runs to do, 16 there", "2 of 2 runs, 9 of all generalised  "]
+    assert lines[-2:] == ["add: 2 runs to do, 16 done", "2 of 2 runs, 9 of all generalised  "]
 
 
 # --- in a terminal ---------------------------------------------------------------------------------------------------

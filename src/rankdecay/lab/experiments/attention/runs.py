@@ -138,7 +138,7 @@ def _train(
             where = "" if step is None else f"; the last good checkpoint, of step {step}, is {file}"
             raise SettingError(f"{error}{where}") from None
         if work.writes:
-            progress.notice(f"{run} diverged at step {error.step}: going on with the next")
+            progress.notice(f"{run} diverged at step {error.step}: continuing with the next run")
         store.add({**run.key, "step": error.step, "diverged": True})
     else:
         is_kept = settings.save == "all" or (settings.save == "first" and run.seed == settings.first_seed)

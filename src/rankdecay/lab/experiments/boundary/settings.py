@@ -13,7 +13,7 @@ from rankdecay.lab.settings import Record, check_evaluations, check_numbers, ide
 
 ARMS = ("none", "l2", "smooth", "uniform_attention")
 STANDARD_ARMS = ("none", "l2", "prox", "smooth", "prototype", "uniform_attention")
-ALIASES = {"low_rank": "prox"}  # what sweeps of before called an arm, and a user still may
+ALIASES = {"low_rank": "prox"}  # what sweeps of earlier versions called an arm, and a user still may
 
 
 @dataclass(frozen=True)

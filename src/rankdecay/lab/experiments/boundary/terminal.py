@@ -54,7 +54,7 @@ class PhaseProgress(BarScreen):
         self._missing = len(missing)
         self.start_clock(len(rows) + len(missing), len(rows))
         if missing:
-            self.line(f"{self.title}: {len(missing)} runs to do" + (f", {len(rows)} there" if rows else ""))
+            self.line(f"{self.title}: {len(missing)} runs to do" + (f", {len(rows)} done" if rows else ""))
         self._start()
         self._show()
 

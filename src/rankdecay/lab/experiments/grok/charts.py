@@ -221,5 +221,5 @@ def figure(stored: StoredRun, path: Path) -> Path:
     ]
     charts = [Chart(title, title, Axis(x), Axis(title, **y), lines) for title, x, y, lines in panels if lines]
     if not charts:
-        raise SettingError(f"{stored.directory} has nothing to draw yet: let the run go on, or complete it")
+        raise SettingError(f"{stored.directory} has nothing to draw yet: let the run continue, or complete it")
     return draw(charts, looks, path)

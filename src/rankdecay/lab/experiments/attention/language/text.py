@@ -93,7 +93,7 @@ def read_text(path: str | Path) -> list[Document]:
     for document in documents:
         if b"\0" in document.content:
             raise SettingError(
-                f"--text {root / document.name} is no text, it has bytes of zero: take it out, or give a text file"
+                f"--text {root / document.name} is not a text, it has zero bytes: remove it, or give a text file"
             )
     if not any(document.content for document in documents):
         raise SettingError(f"--text {path} is empty: give a text file, or a directory of them")
