@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 
 def store(options: argparse.Namespace) -> None:
-    """Copies a run directory with the measures that the tables show."""
+    """Copy a run directory with the measures that the tables show."""
     rows = read_metrics(options.run)
     ended = {key_of(row) for row in rows if row.get("ended")}
     stored.copy(options.run, options.to, (_kept(row) for row in rows if key_of(row) in ended))
@@ -502,7 +502,7 @@ TABLES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     stored.command_line(__doc__, store, TABLES, _options, arguments)
 
 

@@ -233,7 +233,7 @@ PARTS = (conserved, late_adam, decoupled_floor, large_epsilon, damped_momentum)
 
 
 def beside(path: Path, parts: Sequence[Callable[[], list[Row]]] = PARTS) -> None:
-    """Runs every part and writes what it found."""
+    """Run every part and write what it found."""
     torch.set_num_threads(1)
     document: Row = {"machine": describe_machine("cpu"), "versions": versions()}
     document |= {part.__name__: part() for part in parts}
@@ -241,7 +241,7 @@ def beside(path: Path, parts: Sequence[Callable[[], list[Row]]] = PARTS) -> None
 
 
 def more(path: Path) -> None:
-    """Runs the parts on noise and on two dimensions."""
+    """Run the parts on noise and on two dimensions."""
     beside(path, MORE)
 
 
@@ -273,7 +273,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     measured = {"beside": beside, "more": more}
     tables = {"strengths": strengths, "noise": noise_table, "plane": plane_table}
     stored.command_line(__doc__, stored.store, tables, _options, arguments, measured)

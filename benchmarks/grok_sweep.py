@@ -64,7 +64,7 @@ def treatments(lr: float, rest: float) -> dict[str, tuple[OfMatrix | None, bool]
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs every arm that the file does not hold yet."""
+    """Run every arm that the file does not hold yet."""
     torch.set_num_threads(options.threads)
     done = {(r["arm"], r["seed"], json.dumps(r["settings"])) for r in read(options.out)}
     for rest in options.rest:
@@ -124,7 +124,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def table(options: argparse.Namespace) -> None:
-    """Prints a Markdown table per group of settings, arms ordered by how soon and how often they generalise."""
+    """Print a Markdown table per group of settings, arms ordered by how soon and how often they generalise."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in read(options.path):
         shown = (

@@ -186,7 +186,7 @@ def checkpoint(directory: Path) -> Path:
     """What `inspect` reads of a directory: its GGUF file, or itself.
 
     Raises:
-        SystemExit: if it is not there.
+        SystemExit: If it is not there.
     """
     if not directory.is_dir():
         raise SystemExit(f"{directory} is not a directory: the docstring of this script says how to get it")

@@ -216,7 +216,7 @@ def llama(name: str) -> Any:
 
 
 def shard(model: Any, layout: str, world: int, device: str) -> None:
-    """Lays a model on the processes."""
+    """Lay a model on the processes."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -240,7 +240,7 @@ def shard(model: Any, layout: str, world: int, device: str) -> None:
 
 @contextlib.contextmanager
 def clocked(seconds: list[float]) -> Iterator[None]:
-    """Appends the seconds of every collective of a decay."""
+    """Append the seconds of every collective of a decay."""
 
     def timed(call: Any) -> Any:
         @functools.wraps(call)

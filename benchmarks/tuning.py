@@ -187,7 +187,7 @@ def tune(
     device: str,
     beside: Callable[[Row], Row] = lambda arms: {},
 ) -> Row:
-    """Tunes some arms after others, and freezes what is best of those that are done.
+    """Tune some arms after others, and freezes what is best of those that are done.
 
     Args:
         parts: arms that are tuned together, in this order; no arm's settings depend on another's.
@@ -210,7 +210,7 @@ def tune(
 
 
 def tune_arms(some: Sequence[str], space: Space, protocol: Protocol, directory: Path, device: str) -> Row:
-    """Trains the grids of some arms and returns the best settings of each."""
+    """Train the grids of some arms and return the best settings of each."""
     pairs = [(seed, size) for seed in protocol.tune_seeds for size in protocol.tune_sizes]
 
     def runs(settings: Sequence[tuple[str, float, float]]) -> list[Row]:

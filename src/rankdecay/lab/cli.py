@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> Any:
         The settings: `Report`, or the dataclass of the experiment.
 
     Raises:
-        SettingError: if there is no preset of the name given.
+        SettingError: If there is no preset of the name given.
     """
     name, options = arguments[0], list(arguments[1:])
     try:

@@ -102,7 +102,7 @@ class Arm:
 
 
 def _as_stored(how: Any) -> Any:
-    """A dataclass as a dictionary, without what directories of before do not hold, where it is at its default."""
+    """A dataclass as a dictionary, without what older directories do not hold, where it is at its default."""
     if not dataclasses.is_dataclass(how):
         return how
     fields = {field.name: (getattr(how, field.name), field.default) for field in dataclasses.fields(how)}
@@ -129,7 +129,7 @@ class Job:
 
 @dataclass
 class Work(Generic[S]):
-    """What `Experiment.train` is given.
+    """Arguments of `Experiment.train`.
 
     Attributes:
         settings: checked, filled in, with the precision resolved.
@@ -202,7 +202,7 @@ class Experiment(Generic[S]):
         screen: what a person sees meanwhile.
         minutes: that the default may take on the slowest machine that counts.
         shorter: the options that shorten it, as a user types them.
-        resumable: whether an interrupted run continues; one of seconds begins anew.
+        resumable: whether an interrupted run continues; one of seconds starts over.
         grid: the settings that are axes which may grow: a directory takes in what a larger grid adds.
         not_identity: settings that do not change what a row says, beside those of every experiment.
         fingerprint: of the data, where the settings do not say what is learnt.
@@ -300,7 +300,7 @@ def presets(name: str) -> Mapping[str, Settings]:
 
 
 def questions() -> dict[str, str]:
-    """What every experiment asks, by its name."""
+    """Question of every experiment, by its name."""
     return {name: question(type(next(iter(presets(name).values())))) for name in names()}
 
 
@@ -310,7 +310,7 @@ def examples(name: str) -> Mapping[str, str]:
 
 
 def renamed_presets(name: str) -> Mapping[str, str]:
-    """What the presets of an experiment are called that had another name in an earlier version."""
+    """Present names of presets that had another name in an earlier version."""
     return getattr(import_module(f"{_folders()[name]}.settings"), "RENAMED_PRESETS", {})
 
 
@@ -318,7 +318,7 @@ def load(name: str) -> Experiment[Any]:
     """An experiment by its name.
 
     Raises:
-        SettingError: for a name that nothing is registered by.
+        SettingError: For a name that nothing is registered by.
     """
     check_name("command", name, _folders())
     return import_module(f"{_folders()[name]}.experiment").EXPERIMENT
@@ -328,10 +328,10 @@ def load(name: str) -> Experiment[Any]:
 
 
 def run(experiment: Experiment[S], settings: S, command: str) -> Record:
-    """Runs an experiment, or what is missing of it, and returns its summary.
+    """Run an experiment, or what is missing of it, and return its summary.
 
     Args:
-        experiment: which.
+        experiment: name of the experiment.
         settings: what to run.
         command: how to repeat it, for the report.
 
@@ -339,7 +339,7 @@ def run(experiment: Experiment[S], settings: S, command: str) -> Record:
         The summary; an empty one in a process of ``torchrun`` that does not write.
 
     Raises:
-        SettingError: if the settings, the data or the output directory cannot work, or training cannot go on.
+        SettingError: If the settings, the data or the output directory cannot work, or training cannot go on.
     """
     try:
         return _run(experiment, settings, command)
@@ -457,7 +457,7 @@ def _run_and_write(
 
 
 def _train(experiment: Experiment[S], work: Work[S]) -> None:
-    """Trains and stores the rows: as they come, or in one piece where an interrupted run begins anew."""
+    """Train and store the rows: as they come, or in one piece where an interrupted run starts over."""
     directory = work.run_directory
     if experiment.resumable:
         rows = experiment.train(work)
@@ -532,7 +532,7 @@ def of_directory(directory: str | Path) -> Experiment[Any]:
     """The experiment that a directory holds a run of.
 
     Raises:
-        SettingError: when it holds none, or one that is not installed.
+        SettingError: When it holds none, or one that is not installed.
     """
     from rankdecay.lab.stored import read_config
 
@@ -547,7 +547,7 @@ def read(experiment: Experiment[Any], directories: Sequence[str | Path]) -> Stor
     """A run directory, or several as one, after removing what a kill left in them.
 
     Raises:
-        SettingError: when a directory is not a run of the experiment, is damaged, or cannot be merged with the others.
+        SettingError: When a directory is not a run of the experiment, is damaged, or cannot be merged with the others.
     """
     from rankdecay.lab.store import tidy
     from rankdecay.lab.stored import read_run
@@ -563,19 +563,19 @@ def read(experiment: Experiment[Any], directories: Sequence[str | Path]) -> Stor
 
 
 def write_report(directory: str | Path) -> Path:
-    """Writes ``report.html`` into a run directory, complete or not, and returns its path.
+    """Write ``report.html`` into a run directory, complete or not, and return its path.
 
     Raises:
-        SettingError: when the directory is not a run or a file in it is damaged.
+        SettingError: When the directory is not a run or a file in it is damaged.
     """
     return write_merged_report([directory], Path(directory) / "report.html")
 
 
 def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> Path:
-    """Writes one page of a run directory, or of several that can be merged, and returns its path.
+    """Write one page of a run directory, or of several that can be merged, and return its path.
 
     Raises:
-        SettingError: when a directory is not a run, is damaged, or cannot be merged with the first.
+        SettingError: When a directory is not a run, is damaged, or cannot be merged with the first.
     """
     from rankdecay.lab.report.page import write
     from rankdecay.lab.report.run_page import render
@@ -586,11 +586,11 @@ def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> 
 
 
 def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
-    """Draws the static figure of a run, or of several that can be merged, and returns its path.
+    """Draw the static figure of a run, or of several that can be merged, and return its path.
 
     Raises:
-        SettingError: when a directory is not a run, is damaged, cannot be merged, or has nothing to draw.
-        ValueError: when the suffix is not a format matplotlib writes.
+        SettingError: When a directory is not a run, is damaged, cannot be merged, or has nothing to draw.
+        ValueError: When the suffix is not a format matplotlib writes.
     """
     from rankdecay.lab.report.figure import draw
 
@@ -615,7 +615,7 @@ def _made(
     make: Callable[[StoredRun], T],
     attempt: Callable[[StoredRun], object] | None = None,
 ) -> T:
-    """What is made from run directories; where that fails, the file to blame is found by further attempts."""
+    """Make something from run directories; where that fails, find the file to blame by further attempts."""
     from rankdecay.lab import unfit
     from rankdecay.lab.stored import read_run
 

@@ -70,7 +70,7 @@ def read_metrics(directory: Path, notice: Notice | None = None) -> list[Record]:
     """The records of ``metrics.jsonl``, without a last line that was cut short.
 
     Raises:
-        SettingError: if a line before the last is damaged or missing, which no interruption explains.
+        SettingError: If a line before the last is damaged or missing, which no interruption explains.
     """
     return [record for record, _ in _read_lines(directory, notice)]
 
@@ -144,7 +144,7 @@ def read_json(path: Path) -> Record | None:
     """A file that holds one JSON object, or ``None`` if it is not there.
 
     Raises:
-        SettingError: if it holds anything else.
+        SettingError: If it holds anything else.
     """
     if not os.path.lexists(path):
         return None
@@ -179,7 +179,7 @@ def snapshot_files(directory: Path) -> list[Path]:
     """The snapshots of a run directory, by step; files of other names are none.
 
     Raises:
-        SettingError: if something else stands in the place of their directory.
+        SettingError: If something else stands in the place of their directory.
     """
     folder = directory / "snapshots"
     if not os.path.lexists(folder):
@@ -256,7 +256,7 @@ class Throttle:
         self.due = 0.0
 
     def __call__(self, act: Callable[[], object]) -> bool:
-        """Calls ``act`` unless it is too early for it; returns whether it was called."""
+        """Call ``act`` unless it is too early for it; return whether it was called."""
         start = time.monotonic()
         if start < self.due:
             return False
@@ -305,7 +305,7 @@ class RunDirectory:
         identity: Sequence[str] = IDENTITY,
         defaults: Record | None = None,
     ) -> RunDirectory:
-        """Creates the directory, or opens it again if it holds the same configuration.
+        """Create the directory, or open it again if it holds the same configuration.
 
         Args:
             path: the directory; its parents are created.
@@ -315,7 +315,7 @@ class RunDirectory:
             defaults: of the settings: what those had that an older directory does not hold.
 
         Raises:
-            SettingError: if the directory is in use, not writable, holds another configuration or other files.
+            SettingError: If the directory is in use, not writable, holds another configuration or other files.
         """
         config = {"schema": SCHEMA, **config}
         try:
@@ -363,7 +363,7 @@ class RunDirectory:
         return summary
 
     def append(self, records: Iterable[Record]) -> None:
-        """Adds lines to ``metrics.jsonl``."""
+        """Add lines to ``metrics.jsonl``."""
         count, previous = self._last_line()
         text, end = _as_lines(records, previous)
         self._end = None  # until the line is written: a full disk may leave a part of it
@@ -384,13 +384,13 @@ class RunDirectory:
         return read_metrics(self.path, self._notice)
 
     def save_snapshot(self, step: int, arrays: dict[str, np.ndarray]) -> None:
-        """Writes the arrays of one step."""
+        """Write the arrays of one step."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         self._write(f"snapshots/{step:08d}.npz", buffer.getvalue())
 
     def save_config(self, config: Record) -> None:
-        """Writes ``config.json``."""
+        """Write ``config.json``."""
         self._write("config.json", _as_json({"schema": SCHEMA, **config}))
 
     @property
@@ -399,7 +399,7 @@ class RunDirectory:
         return read_json(self.path / "config.json") or {}
 
     def save_checkpoint(self, checkpoint: Checkpoint, name: str = "checkpoint") -> None:
-        """Replaces a checkpoint; ``name`` is for runs that keep several."""
+        """Replace a checkpoint; ``name`` is for runs that keep several."""
         from safetensors.torch import save
 
         self.reopen()  # of a complete sweep that is extended: beside a summary, a checkpoint is a leftover
@@ -465,7 +465,7 @@ class RunDirectory:
         return checkpoint
 
     def finish(self, summary: Record) -> None:
-        """Writes the summary, which marks the run complete, and removes the checkpoint and a page made meanwhile."""
+        """Write the summary, which marks the run complete, and remove the checkpoint and a page made meanwhile."""
         with self._guarded("report.html"):
             (self.path / "report.html").unlink(missing_ok=True)  # beside a summary there is no page but its own
         self._write("summary.json", _as_json(summary))
@@ -477,12 +477,12 @@ class RunDirectory:
         return sorted(entry for entry in self.path.iterdir() if CHECKPOINT_NAME.fullmatch(entry.name))
 
     def drop_checkpoint(self) -> None:
-        """Removes the checkpoint of a run that has ended, where others follow."""
+        """Remove the checkpoint of a run that has ended, where others follow."""
         with self._guarded("checkpoint.safetensors"):
             (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def save_model(self, name: str, write: Callable[[Path], None]) -> None:
-        """Keeps a trained model as the directory ``models/name``, whole or not at all.
+        """Keep a trained model as the directory ``models/name``, whole or not at all.
 
         Args:
             name: of the directory.
@@ -498,12 +498,12 @@ class RunDirectory:
             partial.replace(final)
 
     def replace_metrics(self, records: Iterable[Record]) -> None:
-        """Writes ``metrics.jsonl`` again."""
+        """Write ``metrics.jsonl`` again."""
         self._end = None
         self._write("metrics.jsonl", _as_lines(records)[0])
 
     def reopen(self) -> None:
-        """Removes the summary of a complete run that is to go on, an extended sweep say."""
+        """Remove the summary of a complete run that is to go on, an extended sweep say."""
         with self._guarded("summary.json"):
             (self.path / "summary.json").unlink(missing_ok=True)
 
@@ -518,7 +518,7 @@ class RunDirectory:
         return [record for record, _ in found]
 
     def _write(self, name: str, data: bytes) -> None:
-        """Writes a whole file under its name, or leaves what was there."""
+        """Write a whole file under its name, or leave what was there."""
         path = self.path / name
         with self._guarded(name):
             path.parent.mkdir(exist_ok=True)
@@ -542,7 +542,7 @@ def _lock(file: IO[bytes]) -> bool:
     """Lock an open file until it is closed or the process ends; return False if another process has locked it.
 
     Raises:
-        SettingError: if this Python cannot lock a file.
+        SettingError: If this Python cannot lock a file.
     """
     try:
         import fcntl
@@ -600,7 +600,7 @@ def _as_json(value: Record) -> bytes:
 def _refuse_other_configuration(
     path: Path, stored: Record, wanted: Record, identity: Sequence[str], defaults: Record
 ) -> None:
-    """Raises unless the stored identity equals the wanted one, naming the first difference.
+    """Raise unless the stored identity equals the wanted one, naming the first difference.
 
     Settings that are absent in an older directory had their default then; arms are compared by what they do, not by
     how they are described, and an attribute that only one of two versions stores does not count.

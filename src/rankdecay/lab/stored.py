@@ -73,7 +73,7 @@ def read_config(directory: Path) -> Record:
     """The configuration of a run directory.
 
     Raises:
-        SettingError: when the directory is not a run, or the file is damaged.
+        SettingError: When the directory is not a run, or the file is damaged.
     """
     path = directory / "config.json"
     config = read_json(path)
@@ -89,7 +89,7 @@ def read_run(
     so_far: Callable[[StoredRun], Record | None] = lambda stored: None,
     aliases: Mapping[str, str] | None = None,
 ) -> StoredRun:
-    """Reads one run directory.
+    """Read one run directory.
 
     Args:
         directory: holds at least ``config.json``.
@@ -99,7 +99,7 @@ def read_run(
         aliases: older names of arms, with those of today.
 
     Raises:
-        SettingError: when the directory is not a run, or anything but the last line of ``metrics.jsonl`` is damaged.
+        SettingError: When the directory is not a run, or anything but the last line of ``metrics.jsonl`` is damaged.
     """
     directory, notices = Path(directory), []
     today = functools.partial(renamed, aliases=aliases or {})
@@ -125,7 +125,7 @@ def check_rows(directory: Path, rows: Iterable[Record], check: Callable[[Record]
     """The lines of ``metrics.jsonl`` as they are to be read.
 
     Raises:
-        SettingError: for one that ``check`` refuses (see `read_run`), or with a value of another kind than the others.
+        SettingError: For one that ``check`` refuses (see `read_run`), or with a value of another kind than the others.
     """
     rows = list(rows)
     number, checked = 0, []
@@ -174,7 +174,7 @@ def snapshots(stored: StoredRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """The snapshots of a run by step, one at a time; the newest is left out, with a notice, if it cannot be read.
 
     Raises:
-        SettingError: for an older one that cannot be read.
+        SettingError: For an older one that cannot be read.
     """
     paths = [path for path in snapshot_files(stored.directory) if path not in stored.left_out]
     for path in paths:
@@ -192,7 +192,7 @@ def read_snapshot(path: Path) -> dict[str, np.ndarray]:
     """The arrays of one snapshot.
 
     Raises:
-        SettingError: if it cannot be read, is compressed from more than makes sense, or its arrays do not fit together.
+        SettingError: If it cannot be read, is compressed from more than makes sense, or its arrays do not fit together.
     """
     try:
         raw = io.BytesIO(files.read_bytes(path, LARGEST_SNAPSHOT, SettingError))

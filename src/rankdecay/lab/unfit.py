@@ -32,7 +32,7 @@ def explain_inconsistency(find: Callable[[Exception], FileAndRemedy]) -> Iterato
         find: returns the file that is to blame for an error, and what to do about it.
 
     Raises:
-        SettingError: which names the file.
+        SettingError: With the name of the file.
     """
     try:
         yield
@@ -49,12 +49,12 @@ def explain_inconsistency(find: Callable[[Exception], FileAndRemedy]) -> Iterato
 
 
 def in_summary(directory: Path) -> FileAndRemedy:
-    """What to say of a summary."""
+    """File and remedy for a summary."""
     return f"{directory / 'summary.json'}", "restore it, or remove it and run the command again, which recreates it"
 
 
 def in_line(directory: Path, number: int) -> FileAndRemedy:
-    """What to say of a line of the metrics; of none in particular if the number is 0."""
+    """File and remedy for a line of the metrics; for none in particular if the number is 0."""
     place = f"{directory / 'metrics.jsonl'}{f', line {number}' if number else ''}"
     return place, (
         "restore the file from a copy; or remove the line and those after it, with summary.json and the checkpoint if "
@@ -63,12 +63,12 @@ def in_line(directory: Path, number: int) -> FileAndRemedy:
 
 
 def in_snapshot(path: Path) -> FileAndRemedy:
-    """What to say of a snapshot."""
+    """File and remedy for a snapshot."""
     return f"{path}", f"restore it, or remove it to continue without the spectra of step {int(path.stem)}"
 
 
 def in_checkpoint(directory: Path, checkpoints: Sequence[Path]) -> FileAndRemedy:
-    """What to say where a run does not go on: of its checkpoint, or of the lines if it has none."""
+    """File and remedy where a run cannot be continued: its checkpoint, or the lines if it has none."""
     if not checkpoints:
         return in_line(directory, 0)
     return ", ".join(map(str, checkpoints)), (
@@ -77,7 +77,7 @@ def in_checkpoint(directory: Path, checkpoints: Sequence[Path]) -> FileAndRemedy
 
 
 def in_configuration(directory: Path) -> FileAndRemedy:
-    """What to say of the configuration."""
+    """File and remedy for the configuration."""
     return f"{directory / 'config.json'}", "restore it, or run the command again with another --out"
 
 
@@ -88,8 +88,8 @@ def find_inconsistent_file(
 
     Args:
         stored: the run, with no summary but that of its file.
-        make: what failed.
-        error: how.
+        make: makes the page or figure that failed.
+        error: exception that it raised.
     """
     sign, directory = _signature(error), stored.directory
 
@@ -150,6 +150,6 @@ def _first(items: Sequence[T], fails: Callable[[Sequence[T]], bool]) -> int:
 
 
 def _signature(error: Exception) -> Signature:
-    """What tells an error from others: its type, and the line that raised it."""
+    """Signature that tells an error from others: its type, and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return type(error), frame.filename, frame.lineno

@@ -23,7 +23,7 @@ WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt
 def rows(
     trials: Sequence[Trial], plan: Plan, directory: RunDirectory, aliases: Mapping[str, str] | None = None
 ) -> Iterator[Record]:
-    """Trains trials and yields a row for each as it ends, continuing those that ``directory`` saw under way.
+    """Train trials and yield a row for each as it ends, continuing those that ``directory`` saw under way.
 
     Args:
         trials: to train.
@@ -47,7 +47,9 @@ def rows(
         try:
             over = False
             while not over:
-                over = all(future.done() for future in futures)  # asked first: whoever is done has put its last row
+                over = all(
+                    future.done() for future in futures
+                )  # check before draining: a finished worker has queued its last row
                 with contextlib.suppress(queue.Empty):
                     while True:
                         yield ended.get(timeout=0 if over else WAKE)

@@ -144,7 +144,7 @@ def train(
     saved: dict[Key, Saved] | None = None,
     after_interval: Intermission = lambda states: None,
 ) -> Iterator[Record]:
-    """Trains trials until the source has none left, and yields the row of each as it ends.
+    """Train trials until the source has none left, and yield the row of each as it ends.
 
     Args:
         source: of trials; others may take from it meanwhile.
@@ -178,7 +178,7 @@ class _Places:
             yield from rows
 
     def _evaluate(self) -> list[Record]:
-        """Measures every run, lets schedules act, and returns the rows of those that have ended."""
+        """Measure every run, let schedules act, and return the rows of those that have ended."""
         records, arrays = self._ensemble.evaluate()
         rows = []
         for index, (run, record) in enumerate(zip(self._runs, records, strict=True)):
@@ -206,7 +206,7 @@ class _Places:
         return decay_acts(run.trial.member.control.schedule, run.records, generalised)
 
     def _fill(self) -> None:
-        """Moves waiting trials into the places of runs that have ended."""
+        """Move waiting trials into the places of runs that have ended."""
         free = self._plan.places - sum(not run.finished for run in self._runs)
         taken = [trial for _ in range(free) if (trial := self._source.take(self._ensemble.config))]
         # A compiled step is made for one number of members: ended runs keep the places that nobody takes.
@@ -289,5 +289,5 @@ def row(trial: Trial, records: Sequence[Record], initial_rank: float, sigma: np.
 
 
 def _short(value: float | None) -> float | None:
-    """Rounds to four significant digits."""
+    """Round to four significant digits."""
     return None if value is None else float(f"{value:.4g}")

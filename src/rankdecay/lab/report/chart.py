@@ -20,7 +20,7 @@ Numbers = Sequence[Any]  # None, or anything that is not finite, is a gap
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows.
+    """Quantity and scale of an axis.
 
     Attributes:
         title: in words.
@@ -70,7 +70,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a reader may choose: a name, how it is called, the options with their labels, and the first one shown."""
+    """Choice of a reader: a name, how it is called, the options with their labels, and the first one shown."""
 
     name: str
     label: str
@@ -132,7 +132,7 @@ class Chart:
 
 
 def embedded_charts(charts: Sequence[Chart], styles: Mapping[str, ArmStyle]) -> tuple[dict[str, Any], list[str]]:
-    """What `assets/chart.js` draws, and what had to be left out, in words. Places that lines share stand once.
+    """Data of `assets/chart.js`, and notices of what had to be left out. Places that lines share stand once.
 
     Args:
         charts: of one page.

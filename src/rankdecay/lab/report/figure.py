@@ -84,7 +84,7 @@ def literal(text: str) -> str:
 
 
 def draw(charts: Sequence[Chart], styles: Mapping[str, ArmStyle], path: Path) -> Path:
-    """Draws charts side by side, each as it is before a reader has chosen anything, with one legend below them.
+    """Draw charts side by side, each as it is before a reader has chosen anything, with one legend below them.
 
     Args:
         charts: one panel each.

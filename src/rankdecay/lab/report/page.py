@@ -56,7 +56,7 @@ def fill(
 
 
 def write(text: str, path: Path) -> Path:
-    """Puts a page at `path`, by atomic rename, and returns the path."""
+    """Put a page at `path`, by atomic rename, and return the path."""
     return files.write(path, text.encode("utf-8", "backslashreplace"))  # half a character, of a name, is spelled
 
 
@@ -83,12 +83,12 @@ def as_json(value: Any) -> Any:
 
 
 def notices(texts: Iterable[str]) -> str:
-    """What a reader must know before believing a page."""
+    """Notices that a reader must know before believing a page."""
     return "".join(f'<p class="notice">{escape(text)}</p>' for text in texts)
 
 
 def absent(text: str) -> str:
-    """What stands where a page has nothing to show."""
+    """Placeholder where a page has nothing to show."""
     return f'<p class="absent">{escape(text)}</p>'
 
 

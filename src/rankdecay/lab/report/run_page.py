@@ -93,7 +93,7 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
 
 
 def _sources(stored: StoredRun, files: Mapping[str, str]) -> str:
-    """What the page is made from: the files of its directory, or several directories."""
+    """Sources of the page: the files of its directory, or several directories."""
     if len(stored.directories) > 1:
         return "".join(f"<li><code>{escape(str(path))}</code></li>" for path in stored.directories)
     return file_list({name: text for name, text in files.items() if os.path.exists(stored.directory / name)})
@@ -192,7 +192,7 @@ def setting_text(value: Any) -> str:
 
 
 def arms_list(config: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """What every arm of a configuration is, in words and numbers.
+    """List of every arm of a configuration, in words and numbers.
 
     Args:
         config: the content of `config.json`.

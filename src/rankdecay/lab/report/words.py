@@ -106,7 +106,7 @@ def verdict(
     styles: Mapping[str, ArmStyle] | None = None,
     so_far: str = "",
 ) -> Verdict:
-    """Puts a run in words.
+    """Put a run in words.
 
     Args:
         summary: of the run; None while it is not complete.

@@ -37,7 +37,7 @@ def exit_now(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def process_group(device: str, patience: timedelta | None = None) -> Iterator[tuple[str, bool]]:
-    """Joins the process group that ``torchrun`` started, if it did, and leaves it at the end.
+    """Join the process group that ``torchrun`` started, if it did, and leave it at the end.
 
     Args:
         device: ``"cpu"`` or a CUDA device; in a group each process takes the GPU of its local rank.
@@ -47,7 +47,7 @@ def process_group(device: str, patience: timedelta | None = None) -> Iterator[tu
         The device of this process, and whether it is rank 0, which writes.
 
     Raises:
-        SettingError: in the block, if another process is lost.
+        SettingError: In the block, if another process is lost.
     """
     if not started_by_torchrun():
         yield device, True
@@ -89,7 +89,7 @@ def is_rank_zero() -> bool:
 
 
 def broadcast(value: Any) -> Any:
-    """Broadcasts a value from rank 0; a process alone keeps its own."""
+    """Broadcast a value from rank 0; a process alone keeps its own."""
     if not dist.is_initialized():
         return value
     values = [value]

@@ -53,16 +53,16 @@ class RunStore:
         return broadcast(sorted(left, key=lambda run: self._checkpoint_of(run) is None))
 
     def begin(self, run: Run) -> Checkpoint | None:
-        """Returns the checkpoint from which a run continues, if it was interrupted."""
+        """Return the checkpoint from which a run continues, if it was interrupted."""
         return broadcast(self._checkpoint_of(run))
 
     def add(self, record: Record) -> None:
-        """Stores a row; the newest one is held back until it is known whether it is the last of its run."""
+        """Store a row; the newest one is held back until it is known whether it is the last of its run."""
         self._flush()
         self._last = record | {"wall": round(self.seconds, 3)}
 
     def end(self, run: Run) -> None:
-        """Marks a run as ended and drops its checkpoint."""
+        """Mark a run as ended and drop its checkpoint."""
         if self._last is not None:
             self._last["ended"] = True
         self._flush()
@@ -71,7 +71,7 @@ class RunStore:
         self._directory.drop_checkpoint()
 
     def checkpoint(self, session: Session) -> None:
-        """Saves the state of the current run, unless the last time was too recent."""
+        """Save the state of the current run, unless the last time was too recent."""
 
         def save() -> None:
             broadcast(True)
@@ -84,7 +84,7 @@ class RunStore:
             broadcast(False)
 
     def save_model(self, run: Run, model: nn.Module, save: Callable[[nn.Module, Path], None]) -> None:
-        """Saves a trained model under the name of its run."""
+        """Save a trained model under the name of its run."""
         self._directory.save_model(run.file_name, lambda path: save(model, path))
 
     def _checkpoint_of(self, run: Run) -> Checkpoint | None:
@@ -103,11 +103,11 @@ class NonWriter:
     seconds = None
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
-        """Receives the runs that have not ended."""
+        """Receive the runs that have not ended."""
         return broadcast(None)
 
     def begin(self, run: Run) -> Checkpoint | None:
-        """Receives the checkpoint of an interrupted run."""
+        """Receive the checkpoint of an interrupted run."""
         return broadcast(None)
 
     def add(self, record: Record) -> None:
@@ -117,7 +117,7 @@ class NonWriter:
         """No-op: only rank 0 writes."""
 
     def checkpoint(self, session: Session) -> None:
-        """Takes part in gathering the state, if rank 0 saves it."""
+        """Take part in gathering the state, if rank 0 saves it."""
         if broadcast(None):
             session.checkpoint()
 

@@ -55,18 +55,18 @@ class Problem(Protocol):
     unit: str  # what `size` counts: "tokens", "sequences", "images"
 
     def model(self, seed: int, qk_norm: bool) -> nn.Module:
-        """Returns a fresh model on the CPU; its initial weights depend on the seed alone.
+        """Return a fresh model on the CPU; its initial weights depend on the seed alone.
 
         A problem whose arms change the model takes `Run.model` as further keywords.
         """
         ...
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
-        """Returns the examples of one step on the CPU, first dimension ``size``; they depend on the arguments alone."""
+        """Return the examples of one step on the CPU, first dimension ``size``; they depend on the arguments alone."""
         ...
 
     def size(self, batch: Batch) -> int:
-        """Counts the tokens, sequences or images of a batch."""
+        """Count the tokens, sequences or images of a batch."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -121,7 +121,7 @@ class Plan:
         clip: largest norm of the gradient; 0 for none.
         precision: float32, or bfloat16 or float16 (with a loss scaler) under autocast.
         compile: whether the model is compiled.
-        device: where.
+        device: where the model is trained.
         layout: how the processes of a group share each run.
     """
 
@@ -137,7 +137,7 @@ class Plan:
     layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self) -> None:
-        """Refuses a precision that was not resolved, which would silently train in float32."""
+        """Refuse a precision that was not resolved, which would silently train in float32."""
         check_resolved(self.precision, get_args(Precision))
 
     def lr_at(self, step: int) -> float:
@@ -203,10 +203,10 @@ class Session:
         return self.plan.device.partition(":")[0]
 
     def train(self, steps: int) -> Iterator[int]:
-        """Makes ``steps`` optimizer steps and yields the step count after each.
+        """Make ``steps`` optimizer steps and yield the step count after each.
 
         Raises:
-            Diverged: at the end, if a loss on the way was not finite.
+            Diverged: At the end, if a loss on the way was not finite.
         """
         losses, first = [], self.step
         self.model.train()
@@ -246,7 +246,7 @@ class Session:
         return loss
 
     def _gradient(self, whole: Batch) -> Tensor:
-        """Accumulates the gradient of a batch; returns the mean loss of this process's share of it."""
+        """Accumulate the gradient of a batch; return the mean loss of this process's share of it."""
         plan = self.plan
         size = plan.batch_size // (plan.layout.data_parallel_size * plan.accumulate)
         total = torch.zeros((), device=plan.device)
@@ -270,12 +270,12 @@ class Session:
 
     @torch.no_grad()
     def evaluate(self) -> Record:
-        """Returns the row to store of the current model; an empty one on every rank but 0.
+        """Return the row to store of the current model; an empty one on every rank but 0.
 
         Rank 0 measures a replicated model by itself; every rank takes part in measuring a sharded one.
 
         Raises:
-            Diverged: on every rank, if the loss is not finite.
+            Diverged: On every rank, if the loss is not finite.
         """
         takes_part = rank() == 0 or self.plan.layout.sharded
         quality = broadcast(self._quality() if takes_part else None)
@@ -303,7 +303,7 @@ class Session:
             return self.problem.evaluate(self.model, self.plan.device)
 
     def whole_model(self) -> nn.Module:
-        """Returns the unsharded model: itself, or a copy on the CPU gathered from all processes."""
+        """Return the unsharded model: itself, or a copy on the CPU gathered from all processes."""
         if not self.plan.layout.sharded:
             return self.model
         model = self.problem.model(self.run.seed, self.run.qk_norm, **self.run.model)
@@ -311,7 +311,7 @@ class Session:
         return model
 
     def checkpoint(self) -> Checkpoint:
-        """Returns the state that the rest of the run depends on, for any number of processes.
+        """Return the state that the rest of the run depends on, for any number of processes.
 
         Its tensors are on rank 0 alone.
         """
@@ -337,7 +337,7 @@ class Session:
         return Checkpoint(self.step, tensors, json.loads(json.dumps(extra)))
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Restores a checkpoint of the same run; every process of a group passes all its tensors."""
+        """Restore a checkpoint of the same run; every process of a group passes all its tensors."""
         self.step, self.seconds = checkpoint.step, checkpoint.extra["seconds"]
         self.examples = checkpoint.extra["examples"]
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
@@ -361,7 +361,7 @@ class Session:
 
 
 def choose_threads(run: Run, problem: Problem, plan: Plan) -> None:
-    """Sets torch to one thread where more make a step no faster: a small model, or a busy machine.
+    """Set torch to one thread where more make a step no faster: a small model, or a busy machine.
 
     There threads spend their time waiting for each other; beside two busy processes a run took fifteen times as long.
 

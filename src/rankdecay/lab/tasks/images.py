@@ -31,7 +31,7 @@ class Images:
     classes: tuple[str, ...]
 
     def at(self, indices: np.ndarray) -> "Images":
-        """Selects images by index."""
+        """Select images by index."""
         return Images(self.pixels[indices], self.labels[indices], self.classes)
 
 
@@ -39,7 +39,7 @@ def handwritten_digits() -> Images:
     """The 1797 handwritten digits that come with scikit-learn, 8 × 8 in grey.
 
     Raises:
-        SettingError: if scikit-learn is not installed.
+        SettingError: If scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
@@ -65,7 +65,7 @@ def image_folder(folder: Path, size: int, *, grey: bool = False) -> Images:
         grey: one channel in place of three.
 
     Raises:
-        SettingError: if there is no such folder, fewer than two classes, a class with fewer than two images, or a file
+        SettingError: If there is no such folder, fewer than two classes, a class with fewer than two images, or a file
             that is no image.
     """
     if not folder.is_dir():

@@ -58,7 +58,7 @@ def recall(
         Tokens below ``modulus`` are keys, the query among them; those from there on are values.
 
     Raises:
-        SettingError: if an argument is out of range or there are fewer sequences than examples asked for.
+        SettingError: If an argument is out of range or there are fewer sequences than examples asked for.
     """
     check_modulus(modulus)
     check_values(values, "how many pairs to recall from")

@@ -42,7 +42,7 @@ def selection(
         test_examples: number of distinct test sequences, none of them a training sequence.
 
     Raises:
-        SettingError: if an argument is out of range or there are fewer sequences than examples asked for.
+        SettingError: If an argument is out of range or there are fewer sequences than examples asked for.
     """
     check_modulus(modulus)
     check_values(values, "how many residues to choose from")

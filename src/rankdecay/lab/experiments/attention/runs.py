@@ -60,7 +60,7 @@ def make_plan(settings: AttentionDecay, device: str) -> Plan:
     """The training plan of every run on a device, by all processes of a group.
 
     Raises:
-        SettingError: if a batch cannot be shared evenly, or there is no compiler to compile with.
+        SettingError: If a batch cannot be shared evenly, or there is no compiler to compile with.
     """
     layout = make_layout(settings, device)
     is_worth_it = settings.compile == "auto" and device.startswith("cuda") and compiler_available(device)
@@ -72,7 +72,7 @@ def make_layout(settings: AttentionDecay, device: str) -> Layout:
     """How the processes share a run.
 
     Raises:
-        SettingError: for a batch that they cannot share evenly, or an order to compile without a compiler.
+        SettingError: For a batch that they cannot share evenly, or an order to compile without a compiler.
     """
     parallel: Any = getattr(settings, "parallel", "ddp")  # an option where the model can be cut into parts
     layout = Layout(parallel, device.partition(":")[0])
@@ -91,7 +91,7 @@ def make_layout(settings: AttentionDecay, device: str) -> Layout:
 
 
 def train(work: Work[Any], runs: Sequence[Run], save: SaveModel | None) -> Sequence[Record]:
-    """Trains the runs that have not ended, one after another; rows are stored in step with a checkpoint.
+    """Train the runs that have not ended, one after another; rows are stored in step with a checkpoint.
 
     Returns:
         No rows, because they are stored already.
@@ -113,7 +113,7 @@ def train(work: Work[Any], runs: Sequence[Run], save: SaveModel | None) -> Seque
 def _train(
     run: Run, work: Work[Any], plan: Plan, store: RunStore | NonWriter, progress: RunsProgress, save: SaveModel | None
 ) -> None:
-    """Trains one run to its end, evaluated and stored on the way."""
+    """Train one run to its end, evaluated and stored on the way."""
     settings, session, checkpoint = work.settings, Session(run, work.data, plan), store.begin(run)
     if checkpoint is not None:
         session.restore(checkpoint)
@@ -150,7 +150,7 @@ def _train(
 
 @dataclass(frozen=True)
 class Command(Generic[A]):
-    """What a command has of its own.
+    """Parts that each command has of its own.
 
     Attributes:
         name: of the command.

@@ -109,7 +109,7 @@ class AttentionTreatment:
         return {role: decay if role in self.of else Frobenius(settings.rest_decay) for role in trained}
 
     def of_a_run(self) -> dict[str, Any]:
-        """What it sets of a `Run` besides its decays."""
+        """Arguments of a `Run` besides its decays."""
         return {
             "in_loss": self.of if self.in_loss else (),
             "model": {} if self.scores == "learned" else {"scores": self.scores},
@@ -160,7 +160,7 @@ def chosen_arms(settings: AttentionDecay) -> list[Arm]:
     """The arms asked for, with the strengths asked for.
 
     Raises:
-        SettingError: for an unknown arm, or strengths that cannot be those of a decay.
+        SettingError: For an unknown arm, or strengths that cannot be those of a decay.
     """
     names = tuple(ARMS) if "all" in settings.arms else settings.arms
     known = ARMS | FURTHER if settings.further else ARMS
@@ -186,7 +186,7 @@ def _check_decay(given: str, strength: float, lr: float, *, limited: bool = True
 
 
 def check_shared(settings: AttentionDecay) -> None:
-    """Raises a `SettingError` for settings of `AttentionDecay` that cannot work."""
+    """Raise a `SettingError` for settings of `AttentionDecay` that cannot work."""
     for name, kind in get_type_hints(type(settings)).items():
         if get_origin(kind) is Literal:
             check_name(option(name), getattr(settings, name), get_args(kind))

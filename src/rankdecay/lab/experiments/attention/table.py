@@ -49,7 +49,7 @@ def _untrained(part: str, cell: Cell) -> str | None:
 
 
 def note(facts: Facts) -> str:
-    """What the figures are."""
+    """Note under the table."""
     first = next((cell for cells in facts.arms.values() for cell in cells if cell.get("untrained_mean")), None)
     untrained = ""
     if first is not None:

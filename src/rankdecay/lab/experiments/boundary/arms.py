@@ -33,7 +33,7 @@ from rankdecay.rules import get_rule
 
 @dataclass(frozen=True)
 class BoundaryTreatment:
-    """What one arm does at one strength.
+    """Treatment of a run: an arm at one strength.
 
     Attributes:
         decay: of queries and keys.
@@ -57,7 +57,7 @@ class BoundaryTreatment:
 
 
 class Axis(NamedTuple):
-    """What the strengths of an arm mean.
+    """Meaning of the strengths of an arm.
 
     Attributes:
         treat: from a strength to a treatment.
@@ -495,7 +495,7 @@ def make_arms(settings: Boundary) -> list[Arm]:
     """The arms asked for, with the strengths asked for.
 
     Raises:
-        SettingError: for an unknown arm or strengths it cannot take.
+        SettingError: For an unknown arm or strengths it cannot take.
     """
     known = every_arm(settings)
     names = list(dict.fromkeys(settings.arms))

@@ -259,7 +259,7 @@ def _events(summary: Row, labels: Mapping[str, str]) -> str:
 
 
 def _controls(config: Row, labels: Mapping[str, str]) -> list[Html]:
-    """What each arm is there to rule out, as the experiment says it."""
+    """Explanations that each control rules out, as the experiment says it."""
     found = [(labels[arm["name"]], str(arm["control"])) for arm in config.get("arms", []) if arm.get("control")]
     shown = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in found)
     return [Html(f'<dl class="points">{shown}</dl>')] if found else []

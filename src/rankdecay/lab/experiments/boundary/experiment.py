@@ -54,7 +54,7 @@ def training_sets(settings: Boundary) -> tuple[list[Size], Dataset]:
     """The sizes of the training set to try, and the data set of the first.
 
     Raises:
-        SettingError: for a data set that cannot be built, or a batch larger than the smallest.
+        SettingError: For a data set that cannot be built, or a batch larger than the smallest.
     """
     numbers = subset(settings, "modulus", "values", "named")
     whole = sequences(settings.task, **numbers)
@@ -159,7 +159,7 @@ def jobs(work: Work[Boundary], columns: Mapping[str, Sequence[float]] | None = N
 
 
 def train(work: Work[Boundary]) -> Iterator[Record]:
-    """Trains what is missing, then widens the grid of every arm whose best strength is at its edge."""
+    """Train what is missing, then widen the grid of every arm whose best strength is at its edge."""
     columns, rows, screen = strengths_of(work), list(work.rows), work.screen
     assert isinstance(screen, PhaseProgress)
     work.seconds = max((row["seconds"] for row in rows), default=0.0)
@@ -183,7 +183,7 @@ def train(work: Work[Boundary]) -> Iterator[Record]:
 
 
 def _widen(work: Work[Boundary], rows: Sequence[Record], columns: dict[str, list[float]]) -> bool:
-    """Adds a strength to every arm whose best one is at the edge of its grid; returns whether there was one."""
+    """Add a strength to every arm whose best one is at the edge of its grid; return whether there was one."""
     added = False
     for arm in work.arms:
         edge = edges([row for row in rows if row["arm"] == arm.name])["edge"]
@@ -212,13 +212,13 @@ def summary_of(work: Work[Boundary], rows: Sequence[Record]) -> Record:
 
 
 def check_datasets(settings: Boundary) -> Any:
-    """Builds a run of every arm, so that a data set that cannot be built says so before anything is written."""
+    """Build a run of every arm, so that a data set that cannot be built says so before anything is written."""
     for arm in make_arms(settings):
         next(trials(settings, arm, arm.strengths or (0.0,)))
 
 
 def figure(stored: StoredRun, path: Path) -> Path:
-    """Draws the figure for a paper; training needs no matplotlib."""
+    """Draw the figure for a paper; training needs no matplotlib."""
     from rankdecay.lab.experiments.boundary.figure import figure as draw
 
     return draw(stored, path)

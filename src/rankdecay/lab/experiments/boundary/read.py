@@ -56,7 +56,7 @@ def merged(paths: Sequence[Path]) -> StoredRun:
     Its summary is that of the directory, if there is one only and it is complete; else it is made from the rows.
 
     Raises:
-        SettingError: when a directory is not a sweep, is damaged, or is not of the same sweep as the first.
+        SettingError: When a directory is not a sweep, is damaged, or is not of the same sweep as the first.
     """
     paths = list(dict.fromkeys(paths))
     for path in paths:
@@ -110,7 +110,7 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_another(first: StoredRun, part: StoredRun) -> None:
-    """Raises unless two configurations differ in the axes of their grid alone, naming the first difference."""
+    """Raise unless two configurations differ in the axes of their grid alone, naming the first difference."""
 
     def compare(what: str, ours: Any, theirs: Any) -> None:
         if ours != theirs:

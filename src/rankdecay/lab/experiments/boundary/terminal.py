@@ -39,7 +39,7 @@ class PhaseProgress(BarScreen):
         self._last_line = time.monotonic()
 
     def begin(self, rows: Sequence[dict[str, Any]], missing: Sequence["Trial"]) -> None:
-        """Shows what is there and what is still to run, and starts the clock.
+        """Show what is there and what is still to run, and start the clock.
 
         Args:
             rows: of the runs that have ended.
@@ -64,7 +64,7 @@ class PhaseProgress(BarScreen):
         return self
 
     def update(self, row: dict[str, Any]) -> None:
-        """Adds the row of a run that has ended."""
+        """Add the row of a run that has ended."""
         self._add(row)
         self.done += 1
         ended = self.done - self.work + self._missing

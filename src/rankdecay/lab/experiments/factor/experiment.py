@@ -56,7 +56,7 @@ def make_arms(settings: Factor) -> list[Arm]:
 
 
 def title(work: Work[Factor]) -> str:
-    """What is running."""
+    """Title of the run."""
     settings = work.settings
     count = len(work.arms) * len(settings.strengths) * settings.seeds
     return f"factor · {count:,} problems of {settings.size}×{settings.size} · {settings.steps} steps"
@@ -147,7 +147,7 @@ COLUMNS = (
 
 
 def note(facts: Facts) -> str:
-    """What the figures are."""
+    """Note under the table."""
     strengths = " ".join(f"{strength:g}" for strength in facts.settings.get("strengths", ()))
     return (
         f"λ = {strengths}. Medians over {facts.settings.get('seeds')} seeds at the end; a table with one row per arm "

@@ -188,7 +188,7 @@ def shrunk(values: Tensor, strength: Tensor, depth: int) -> Tensor:
 
 
 def borderline(lr: float, steps: float) -> float:
-    """What is left of a singular value at the threshold after some steps of gradient descent on two factors.
+    """Bound on what is left of a singular value at the threshold after some steps of gradient descent on two factors.
 
     Balanced, it obeys dσ/dt = -2σ², so σ → 1/(2ηt) from any start above: the bound returned.
     """
@@ -345,7 +345,7 @@ class Diffusion:
         self.largest_factor = torch.zeros_like(strength)  # of ‖A‖₂ and ‖B‖₂
 
     def step(self) -> None:
-        """Moves every problem by dt."""
+        """Move every problem by dt."""
         (A, Bt), (H_A, H_B) = self.factors, self._H
         rate, dt = self.dynamics.rate, self.dynamics.length
         G = residual(A @ Bt, self.target)

@@ -84,7 +84,7 @@ def _curves(stored: StoredRun, name: str, metrics: Mapping[str, str], **axis: An
 
 
 def _words(series: Sequence[tuple[list[int], list[Any]]], steps: Sequence[int], *ends: Sequence[float]) -> list[str]:
-    """What is said of a median: its value, the range of the seeds and their number."""
+    """Words for a median: its value, the range of the seeds and their number."""
     at = [step for x, y in series for step, value in zip(x, y, strict=True) if is_number(value)]
     said = []
     for step, value, low, high in zip(steps, *ends, strict=True):
@@ -99,7 +99,7 @@ def _words(series: Sequence[tuple[list[int], list[Any]]], steps: Sequence[int], 
 
 
 def time_data(stored: StoredRun) -> Record:
-    """What the slider moves through: a frame per snapshot, thinned evenly, with a notice, where there are too many."""
+    """Frames of the slider: one per snapshot, thinned evenly, with a notice, where there are too many."""
     found = list(snapshots(stored))
     size = max((sum(arrays[name].size for name in ARRAYS if name in arrays) for _, arrays in found), default=0)
     fit = max(2, SNAPSHOT_NUMBERS // size) if size else len(found)
@@ -132,7 +132,7 @@ SHARE = """<p class="below">What each arm's own decay steps did: the share of â€
 
 
 def _controls(time: Record) -> dict[str, str]:
-    """What ``time.html`` and ``attention.html`` leave open: the slider's end, and what a reader chooses from."""
+    """Parts that ``time.html`` and ``attention.html`` leave open: the slider's end, and what a reader chooses from."""
     matrices, products = (time[f"{name}_shape"] or [0, 0] for name in ("singular_values", "product"))
     each = {
         f"singular_values:{layer}:{index}": f"layer {layer + 1}, W_{name}"
@@ -197,10 +197,10 @@ def final_spectrum(stored: StoredRun) -> dict[str, np.ndarray]:
 
 
 def figure(stored: StoredRun, path: Path) -> Path:
-    """Draws accuracy and rank, the median over seeds with their range, and the singular values at the end.
+    """Draw accuracy and rank, the median over seeds with their range, and the singular values at the end.
 
     Raises:
-        SettingError: while nothing is measured.
+        SettingError: While nothing is measured.
     """
     from rankdecay.lab.report.figure import draw
 

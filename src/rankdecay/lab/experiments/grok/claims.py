@@ -139,7 +139,7 @@ CHECKS = (
 
 
 def note(facts: Facts) -> str:
-    """What the figures of the table are."""
+    """Note under the table."""
     decides = "validation" if facts.settings.get("validation") else "test"
     return (
         "Means over seeds at the end of the run; steps are their median. A seed has generalised when its "

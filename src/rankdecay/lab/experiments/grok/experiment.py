@@ -142,13 +142,13 @@ def products(work: Work[Grok]) -> Products:
 
 
 def title(work: Work[Grok]) -> str:
-    """What is running."""
+    """Title of the run."""
     settings = work.settings
     return f"{settings.task} · {len(work.arms)} arms × {settings.seeds} seeds · {settings.steps} steps"
 
 
 def train(work: Work[Grok]) -> Sequence[Record]:
-    """Trains all members in step, from the last checkpoint on; their rows are stored with the checkpoints."""
+    """Train all members in step, from the last checkpoint on; their rows are stored with the checkpoints."""
     from rankdecay.lab.ensemble.runner import Runner
 
     settings, progress = work.settings, work.screen

@@ -109,7 +109,7 @@ def sections(stored: StoredRun) -> list[Section]:
 
 
 def at_equal_margins(margin: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What data sets have at equal margins, from where half have come to where the first of them ended.
+    """Figures of data sets at equal margins, from where half have come to where the first of them ended.
 
     Beyond that a mean would jump with every data set that leaves it.
 

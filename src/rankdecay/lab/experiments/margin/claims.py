@@ -23,7 +23,7 @@ def never_trained(facts: Facts) -> list[str]:
 
 
 def note(facts: Facts) -> str:
-    """What the figures are, and what they are of."""
+    """Note under the table."""
     shape = facts.summary["shape"]
     return (
         f"One layer and one head, {shape['examples']} examples of {shape['tokens']} tokens in {shape['dimension']} "
@@ -36,7 +36,7 @@ def note(facts: Facts) -> str:
 
 
 def _what_moves(facts: Facts) -> str:
-    """What is trained, and how, where it is not as the theory has it."""
+    """Departures of the training from the theory."""
     how = "gradient flow without noise"
     if steps := [name for name in ("descent", "normalised", "adam") if name in facts.arms]:
         how += f" (steps of --lr {facts.settings['lr']:g}: {listed(steps)})"

@@ -79,7 +79,7 @@ class Solver:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one arm came to."""
+    """Result of training one arm."""
 
     sets: list[int]  # those that took part
     steps: list[int]
@@ -94,7 +94,7 @@ class Outcome:
 def train(
     arm: Arm, data: DataSets, sets: Sequence[int], settings: Margin, device: str, evaluated: Callable[[int], None]
 ) -> Trajectory:
-    """Follows the flow of an arm, or its recipe, on some data sets."""
+    """Follow the flow of an arm, or its recipe, on some data sets."""
     problem = Problem.of(data.only(sets), device)
     d = data.tokens.shape[-1]
     drawn = [settings.first_seed + which for which in sets]
@@ -114,7 +114,7 @@ def train(
 def compare(
     arm: Arm, trajectory: Trajectory, solver: Solver, data: DataSets, sets: Sequence[int], loss: str
 ) -> Outcome:
-    """Measures a trajectory against the SVMs of the tokens selected at its end."""
+    """Measure a trajectory against the SVMs of the tokens selected at its end."""
     problem = Problem.of(data.only(sets), str(trajectory.weights.device))
     last = trajectory.weights[-1]
     selected = selected_tokens(problem, last)
@@ -238,7 +238,7 @@ def summarise(arm: Arm, outcome: Outcome, data: DataSets, settings: Margin) -> R
 
 
 def arrays(arm: Arm, outcome: Outcome) -> dict[str, np.ndarray]:
-    """What a picture of an arm needs: its weights through time, the tokens selected and both solutions."""
+    """Arrays for a picture of an arm: its weights through time, the tokens selected and both solutions."""
     unknown = np.full(outcome.weights.shape[2:], np.nan)
     found = {
         "datasets": np.array(outcome.sets),

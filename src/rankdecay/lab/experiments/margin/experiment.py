@@ -81,7 +81,7 @@ def make_data(settings: Margin) -> DataSets:
     """The data sets, drawn or read from a file.
 
     Raises:
-        SettingError: for a file that does not hold data sets, or an example without a best token.
+        SettingError: For a file that does not hold data sets, or an example without a best token.
     """
     if settings.data in KINDS:
         drawn = range(settings.first_seed, settings.first_seed + settings.datasets)
@@ -93,13 +93,13 @@ def make_data(settings: Margin) -> DataSets:
 
 
 def title(work: Work[Margin]) -> str:
-    """What is running."""
+    """Title of the run."""
     sets, n, L, d = work.data.tokens.shape
     return f"margin · {sets} data sets of {n} examples, {L} tokens in {d} dimensions"
 
 
 def train(work: Work[Margin]) -> Iterator[Record]:
-    """Follows the flow arm by arm, and yields what was measured on the way."""
+    """Follow the flow arm by arm, and yield what was measured on the way."""
     settings, data, bar = work.settings, work.data, work.screen
     assert isinstance(bar, ArmBar)
     solver = compare.Solver(data)
@@ -128,7 +128,7 @@ def separable_sets(work: Work[Margin], solver: compare.Solver) -> dict[str, list
     """For each family of matrices among the arms, the data sets whose optimal tokens it can select; others are named.
 
     Raises:
-        SettingError: if there is none.
+        SettingError: If there is none.
     """
     data, notice = work.data, work.screen.notice
     families = dict.fromkeys(compare.FAMILIES[arm.how.kind] for arm in work.arms)
@@ -158,7 +158,7 @@ def _matrix(*families: str) -> str:
 
 
 def _warn(work: Work[Margin], row: Record) -> None:
-    """Says which data sets an arm could not solve."""
+    """Say which data sets an arm could not solve."""
     name, short = row["name"], row["rank_short"]
     if short:
         work.screen.notice(

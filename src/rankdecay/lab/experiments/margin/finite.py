@@ -89,7 +89,7 @@ def descend(
     course: Course,
     evaluated: Callable[[int], None] = lambda step: None,
 ) -> Trajectory:
-    """Trains until every data set has reached the margin.
+    """Train until every data set has reached the margin.
 
     Args:
         weights: K and Q, or W, with the sets on the leading axis; not modified.

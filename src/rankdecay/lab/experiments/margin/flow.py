@@ -109,7 +109,7 @@ def gradient(problem: Problem, W: Tensor, loss: Loss, heads: bool = False) -> Gr
     Args:
         problem: the data sets.
         W: the weights.
-        loss: which.
+        loss: name of the loss.
         heads: by the value heads too, which are about e^margin larger: for margins below 700.
     """
     logits = problem.logits(W)
@@ -142,7 +142,7 @@ def log_excess(problem: Problem, W: Tensor, selected: Tensor, loss: Loss) -> Ten
         problem: the data sets.
         W: shape (sets, d, d).
         selected: s, shape (sets, n).
-        loss: which.
+        loss: name of the loss.
 
     Returns:
         Shape (sets,); NaN where the loss is below it, because better tokens have weight.
@@ -207,12 +207,12 @@ def initial_weights(
 
     Args:
         kind: of the weights.
-        init: how.
+        init: initialisation, as above.
         scale: ω₀.
         seeds: of the draws, one per data set.
         d: dimension of a token.
         inner: d_e.
-        device: where.
+        device: where the weights are made.
     """
     draws = []
     for seed in seeds:
@@ -273,7 +273,7 @@ def step(
     Args:
         weights: not modified.
         problem: the data sets.
-        loss: which.
+        loss: name of the loss.
         decay: of the weights, beside the loss.
         rate: largest relative change.
         target: margin at which a data set is finished.
@@ -323,7 +323,7 @@ def step(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a flow passed through."""
+    """Path of a flow."""
 
     steps: list[int]
     weights: Tensor  # W, averaged over a few steps, (evaluations, sets, d, d)
@@ -357,7 +357,7 @@ def follow(
     heads: Tensor | None = None,
     evaluated: Callable[[int], None] = lambda step: None,
 ) -> Trajectory:
-    """Follows the flow until every data set has reached the margin, or an explicit decay has stopped it.
+    """Follow the flow until every data set has reached the margin, or an explicit decay has stopped it.
 
     Args:
         weights: where it begins; not modified.

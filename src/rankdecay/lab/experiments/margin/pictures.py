@@ -50,7 +50,7 @@ def pictures(stored: StoredRun, arrays: Mapping[str, np.ndarray], labels: Mappin
 
 
 def picture_data(arrays: Mapping[str, np.ndarray], rows: Sequence[Record], metrics: Sequence[Record]) -> Record | None:
-    """What `margin.js` draws; None unless tokens are in two dimensions.
+    """Data of `margin.js`; None unless tokens are in two dimensions.
 
     Args:
         arrays: of the snapshot.

@@ -89,10 +89,10 @@ EXAMPLES = {
 
 
 def check(settings: Margin) -> Margin:
-    """Returns the settings, before anything is built or written.
+    """Return the settings, before anything is built or written.
 
     Raises:
-        SettingError: for settings that cannot work.
+        SettingError: For settings that cannot work.
     """
     check_arms(settings.parametrisation, ARMS, "parametrisation")
     check_seeds(settings)

@@ -87,7 +87,7 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 def make_scores(settings: Rotary, target: Tensor, turned: bool) -> Scores:
-    """What an arm fits."""
+    """Problem of an arm."""
     j = torch.arange(settings.planes, dtype=torch.float64, device=target.device)
     fourier = 2 * math.pi * (j + 1) / settings.offsets
     frequencies = fourier if settings.frequencies == "fourier" else settings.theta ** (-j / settings.planes)
@@ -100,7 +100,7 @@ def make_scores(settings: Rotary, target: Tensor, turned: bool) -> Scores:
 
 
 def measure(scores: Scores, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """What is recorded of every problem of an arm with factors, shape (problems,)."""
+    """Measures of every problem of an arm with factors, shape (problems,)."""
     a_norm, b_norm = a.norm(dim=-1), b.norm(dim=-1)
     sizes = a_norm * b_norm  # ‖H_j‖
     W_Q, W_K = planes.rows(a), planes.rows(b)
@@ -130,7 +130,7 @@ def _rank(W: Tensor, above: float) -> Tensor:
 
 
 def measure_convex(scores: Scores, H: Tensor) -> dict[str, Tensor]:
-    """What is recorded of the convex problem's solution."""
+    """Measures of the convex problem's solution."""
     sigma = torch.linalg.svdvals(H)
     value = scores.fit(H) + scores.strength * sigma.sum((1, 2))
     return {
@@ -149,10 +149,10 @@ Measured = dict[str, Tensor]
 def fit(
     scores: Scores, a: Tensor, b: Tensor, settings: Rotary, evaluated: Callable[[int], None]
 ) -> list[tuple[int, Measured]]:
-    """Descends with momentum, and measures on the way.
+    """Descend with momentum, and measures on the way.
 
     Raises:
-        SettingError: if the learning rate is too large.
+        SettingError: If the learning rate is too large.
     """
     found = [(0, measure(scores, a, b))]
     moving = torch.zeros_like(a), torch.zeros_like(b)
@@ -259,7 +259,7 @@ COLUMNS = (
 
 
 def note(facts: Facts) -> str:
-    """What the figures are."""
+    """Note under the table."""
     return (
         f"Medians over {facts.settings.get('seeds')} seeds. A plane counts from 1 % of the target's largest, a rank "
         "from the same. Gap of planes: ½(‖W_Q‖² + ‖W_K‖²) − Σ‖a_j‖‖b_j‖; nuclear gap: the same less ‖W_QᵀW_K‖_* at "
@@ -269,7 +269,7 @@ def note(facts: Facts) -> str:
 
 
 def headline(facts: Facts) -> str:
-    """What L2 left."""
+    """Headline of the run."""
     rows = facts.arms.get("rotary", [])
     if not rows:
         return "Without the arm rotary there is nothing to say of planes."
@@ -368,7 +368,7 @@ def make_arms(settings: Rotary) -> Sequence[Arm]:
 
 
 def title(work: Work[Rotary]) -> str:
-    """What is running."""
+    """Title of the run."""
     settings = work.settings
     count = len(work.arms) * len(settings.strengths) * settings.seeds
     return f"rotary · {count:,} problems of {settings.planes} planes · {settings.steps} steps"

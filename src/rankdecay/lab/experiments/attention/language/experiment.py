@@ -34,7 +34,7 @@ class LanguageModelling:
         corpus: what is learnt.
 
     Raises:
-        SettingError: for a text too short, more tokens than --vocabulary, or a width that no head fits.
+        SettingError: For a text too short, more tokens than --vocabulary, or a width that no head fits.
     """
 
     unit = "tokens"
@@ -52,15 +52,15 @@ class LanguageModelling:
         self._chunk = max(1, settings.batch_size // settings.accumulate)  # windows that fit into memory, as in training
 
     def model(self, seed: int, qk_norm: bool, **changes: Any) -> GPT:
-        """Returns a fresh GPT; with and without QK-norm a seed gives the same weights."""
+        """Return a fresh GPT; with and without QK-norm a seed gives the same weights."""
         return GPT(replace(self.config, qk_norm=qk_norm, **changes), seed)
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
-        """Draws windows from anywhere in the text, (size, context + 1)."""
+        """Draw windows from anywhere in the text, (size, context + 1)."""
         return (text.random_windows(self.corpus.training, self.context, size, seed, step),)
 
     def size(self, batch: Batch) -> int:
-        """Counts the tokens that are predicted."""
+        """Count the tokens that are predicted."""
         return batch[0][:, 1:].numel()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -98,7 +98,7 @@ def _problem(settings: Language) -> LanguageModelling:
 
 
 def _notices(settings: Language) -> tuple[str, ...]:
-    """Says, before training, of models that transformers cannot load with AutoModelForCausalLM."""
+    """Say, before training, of models that transformers cannot load with AutoModelForCausalLM."""
     if settings.save == "none" or settings.positions == "rotary":
         return ()
     kinds = {

@@ -36,7 +36,7 @@ OF_A_TASK = ("pairs", "queries", "keys", "values")
 def draw(
     generator: np.random.Generator, count: int, *, pairs: int, queries: int, keys: int, values: int, noise: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws sequences of the task and their answers.
+    """Draw sequences of the task and their answers.
 
     Args:
         generator: of everything random.
@@ -74,7 +74,7 @@ class RecallProblem:
         self._valid = self._draw(0, "valid", settings.valid_sequences, 0.0)  # the same for every seed
 
     def model(self, seed: int, qk_norm: bool) -> GPT:
-        """Returns a fresh network."""
+        """Return a fresh network."""
         given = self.settings
         tokens, context = given.keys + given.values, 2 * given.pairs + given.queries
         initial = given.initial or given.width**-0.5  # from 0.02 attention would be uniform for thousands of steps
@@ -82,11 +82,11 @@ class RecallProblem:
         return GPT(GPTConfig(*shape, given.positions, qk_norm, initial), seed)
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
-        """Draws sequences, some of their answers wrong."""
+        """Draw sequences, some of their answers wrong."""
         return self._draw(seed, "train", size, self.settings.label_noise, step)
 
     def size(self, batch: Batch) -> int:
-        """Counts the sequences of a batch."""
+        """Count the sequences of a batch."""
         return len(batch[0])
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
