@@ -1,4 +1,4 @@
-"""What a person sees while an experiment runs: something live in a terminal, plain lines elsewhere."""
+"""Progress of an experiment: a live display in a terminal, plain lines elsewhere."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""What the settings of every experiment have in common, and the checks they share.
+"""Settings that every experiment has, and the checks they share.
 
 Importing this module, and with it any experiment's settings, imports neither torch nor numpy: ``--help`` reads them.
 """

@@ -1,4 +1,4 @@
-"""What every page is made of: the template filled in, embedded JSON, and the pieces of HTML that pages share.
+"""Parts of every page: the template filled in, embedded JSON, and the pieces of HTML that pages share.
 
 Words and tables are plain HTML, readable without a script. Text from a run or a checkpoint goes through `html.escape`,
 and JSON through `embedded`. Nothing is fetched: a content-security policy in `assets/shell.html` forbids it.

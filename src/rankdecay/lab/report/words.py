@@ -1,4 +1,4 @@
-"""What a run shows, in words: checks of claims against its summary, and how numbers are said.
+"""Results of a run in words: checks of claims against its summary, and how numbers are said.
 
 A `Check` is a claim, the arms it needs and how to decide it. A claim whose arms did not run is named as open, so a page
 never says more than its controls allow. Importing this module imports neither torch nor numpy.

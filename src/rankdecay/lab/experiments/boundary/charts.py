@@ -1,4 +1,4 @@
-"""What the page of a sweep shows beside its verdict: phase maps with their runs, differences, events and controls."""
+"""Charts of the page of a sweep: phase maps with their runs, differences, events and controls."""
 
 from __future__ import annotations
 

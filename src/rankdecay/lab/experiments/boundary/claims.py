@@ -1,4 +1,4 @@
-"""What a sweep shows: the table of boundaries, and the claims with what its controls and its grid leave open.
+"""Results of a sweep: the table of boundaries, and the claims with what its controls and its grid leave open.
 
 The sentences are computed from the summary alone; they count runs and compare fitted boundaries with their intervals,
 and never say that one thing caused another.

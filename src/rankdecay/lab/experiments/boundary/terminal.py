@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: a bar with the time left, and the phase map of every arm as it fills."""
+"""Progress of a sweep: a bar with the time left, and the phase map of every arm as it fills."""
 
 import time
 from collections import defaultdict

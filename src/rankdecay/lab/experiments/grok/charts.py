@@ -1,4 +1,4 @@
-"""What the page and the figure of `grok` show: curves over steps, and spectra, needles and attention through time."""
+"""Charts of the page and the figure of `grok`: curves over steps, and spectra, needles and attention through time."""
 
 from __future__ import annotations
 

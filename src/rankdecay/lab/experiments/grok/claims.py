@@ -1,4 +1,4 @@
-"""What a run of `grok` shows: the headline, the claims and the note to its table.
+"""Results of a run of `grok`: the headline, the claims and the note to its table.
 
 The sentences count seeds and compare medians; they never say that one thing caused another. The controls that could
 explain a success away come first.

@@ -1,4 +1,4 @@
-"""What `rankdecay margin` shows, in words: which SVM each arm tends to, how near it came, and what was left out."""
+"""Results of `rankdecay margin` in words: which SVM each arm tends to, how near it came, and what was left out."""
 
 from __future__ import annotations
 
