@@ -14,35 +14,18 @@ SOURCE = ROOT / "src" / "rankdecay"
 DOCUMENT = ROOT / "docs" / "architecture.md"
 LONGEST = 130  # characters of a sentence; of a longer one what stands before its colon
 BLOCK = re.compile(r"(<!-- modules -->\n```text\n).*?(```\n<!-- end -->)", re.DOTALL)
-#: Packages by layer, from what everything stands on; modules that are not named follow in alphabetical order.
-LAYERS = [
-    "rules",
-    "checks",
-    "dtensor",
-    "text",
-    "linalg",
-    "spectrum",
-    "attention",
-    "inspection",
-    "decay",
-    "monitor",
-    "audit",
-]
-LAYERS += [
-    "audit",
-    "integrations",
-    "compat",
-    "cli",
-    "lab",
-    "errors",
-    "settings",
-    "machine",
-    "store",
-    "stored",
-    "precision",
-    "progress",
-]
-LAYERS += ["tasks", "convex", "report", "ensemble", "session", "experiment", "experiments"]
+#: Modules of a folder by layer, from what everything stands on; one not named follows in alphabetical order.
+LAYERS = {
+    "rankdecay": [
+        "files", "text", "checks", "dtensor", "rules", "linalg", "spectrum", "attention", "decay", "compress",
+        "inspection", "monitor", "audit", "integrations", "compat", "browser", "completion", "cli", "lab",
+    ],
+    "lab": [
+        "errors", "settings", "machine", "convex", "store", "stored", "unfit", "precision", "progress", "tasks",
+        "report", "ensemble", "session", "experiment", "experiments", "cli",
+    ],
+}  # fmt: skip
+FIRST = ["errors", "settings", "stored", "rules", "experiment"]  # the same in any other folder
 
 
 def sentence(path: Path) -> str:
@@ -56,7 +39,7 @@ def lines(folder: Path, depth: int = 0) -> list[str]:
     """One line per module below a folder."""
     found = []
     names = [path for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
-    order = {name: number for number, name in enumerate(LAYERS)}
+    order = {name: number for number, name in enumerate(LAYERS.get(folder.name, FIRST))}
     for path in sorted(names, key=lambda path: (order.get(path.stem, len(order)), path.stem)):
         if path.name == "__init__.py":
             continue

@@ -139,7 +139,7 @@ def controls(options: argparse.Namespace) -> None:
 
 
 def _pairs(options: argparse.Namespace, kind: str, chances: dict[str, str]) -> None:
-    """Prints the pairs of one kind; ``chances`` names the p-value of every further column."""
+    """Print the pairs of one kind; ``chances`` names the p-value of every further column."""
     for directory in options.directories:
         found = result(directory)
         if found is None or not found[kind]:
@@ -168,7 +168,7 @@ def cost(options: argparse.Namespace) -> None:
 
 
 def store(options: argparse.Namespace) -> None:
-    """Copies the frozen settings; the rows are written where they stay."""
+    """Copy the frozen settings; the rows are written where they stay."""
     schedule_findings.store(options)
 
 
@@ -176,7 +176,7 @@ TABLES = {"state": state, "tuned": tuned, "test": test, "contrasts": contrasts, 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     stored.command_line(__doc__, store, TABLES, arguments=arguments)
 
 

@@ -38,11 +38,15 @@ from rankdecay.lab.store import read_json, read_metrics
 
 MEASURES = ("pseudo_rank", "imbalance", "nuclear_gap")
 PARTS = ("query_key", "value_output")
+DATA = Path("docs/data/language")
+NONE = ("l2", 0.0)  # no decay
+FEWEST = 3  # seeds that say anything of a scatter
+POWER = 0.8  # of the test that a difference is said to show in
 Row = dict[str, Any]
 
 
 def store(options: argparse.Namespace) -> None:
-    """Copies a run directory with the measures that the tables show."""
+    """Copy a run directory with the measures that the tables show."""
     rows = read_metrics(options.run)
     ended = {key_of(row) for row in rows if row.get("ended")}
     stored.copy(options.run, options.to, (_kept(row) for row in rows if key_of(row) in ended))
@@ -65,13 +69,17 @@ def _kept(row: Row) -> Row:
 def table(options: argparse.Namespace) -> None:
     """A Markdown line per cell, its loss against that of no decay with the same MLP decay and norm."""
     for directory in options.directories:
-        _lines(cells_of(directory), (read_json(directory / "summary.json") or {"unit": "tokens"})["unit"])
+        _lines(cells_of(directory), unit_of(directory))
 
 
 def cells_of(directory: Path) -> list[Row]:
     """The cells of a stored run."""
-    unit = (read_json(directory / "summary.json") or {"unit": "tokens"})["unit"]
-    return summarise(read_metrics(directory), unit)
+    return summarise(read_metrics(directory), unit_of(directory))
+
+
+def unit_of(directory: Path) -> str:
+    """What a stored run counts; tokens where it has no summary."""
+    return (read_json(directory / "summary.json") or {"unit": "tokens"})["unit"]
 
 
 def measure(cell: Row, part: str, name: str = "pseudo_rank") -> float | None:
@@ -150,7 +158,7 @@ def layers(options: argparse.Namespace) -> None:
     """A Markdown line per cell and layer: pseudo rank and imbalance of both products, untrained in brackets."""
     for directory in options.directories:
         print("\n| arm | decay | QK-norm | layer | rank QK | rank VO | imbalance QK | imbalance VO |\n|" + "---|" * 8)
-        for cell in summarise(read_metrics(directory), (read_json(directory / "summary.json") or {})["unit"]):
+        for cell in cells_of(directory):
             for index, (layer, before) in enumerate(zip(cell["layers"], cell["untrained"], strict=True)):
                 now, then = {"mean": layer}, {"mean": before}
                 shown = [
@@ -176,7 +184,6 @@ def balance(options: argparse.Namespace) -> None:
 
 # --- what differs by chance ---
 
-DATA = Path("docs/data/language")
 BLOCK = (0.0, 0.1, 1.0)  # decays of attention and of the MLPs whose cells hardly differ but by chance
 PLANE = 0.01  # of the largest of the model: a plane above it is in use, and so is its head
 SHARE = 0.95  # of the sum of the planes' sizes, as of a pseudo rank
@@ -188,9 +195,6 @@ PLANE_FIGURES = {
     "key": "rank W_K",
     "product": "rank W_KᵀW_Q at equal positions",
 }
-
-
-FEWEST = 3  # seeds that say anything of a scatter
 
 
 def chances(data: Path = DATA) -> list[Row]:
@@ -351,8 +355,6 @@ def above_words(found: Row | None) -> str:
     return f"{found['mean']:+.3f}{interval}"
 
 
-POWER = 0.8
-NONE = ("l2", 0.0)
 USUAL = ("l2", 0.1)  # what the controls are compared with: attention trained, with the usual decay
 CONTROLS = ("uniform", "frozen", "frozen_large", "positions")
 
@@ -500,7 +502,7 @@ TABLES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     stored.command_line(__doc__, store, TABLES, _options, arguments)
 
 

@@ -89,7 +89,7 @@ def simulate(seeds: int, fractions: int, width: float) -> dict[str, list[tuple[b
 
 
 def main() -> None:
-    """Prints a Markdown line per case: how often each interval covers, and its median length in steps."""
+    """Print a Markdown line per case: how often each interval covers, and its median length in steps."""
     names = ["credible", *BOOTSTRAPS]
     print(f"| seeds | fractions | width, steps | {' | '.join(names)} |")
     print("|" + "---|" * (3 + len(names)))

@@ -38,12 +38,12 @@ from rankdecay.lab.store import read_metrics
 from rankdecay.lab.tasks import SAMPLED
 
 DROPPED = ("curve", "spectrum", "spectrum_index", "decay_size", "seconds")
-LATER = {"angular_step_after": "after the decay", "rotation": "over 20 steps"}  # rows of before have neither
+LATER = {"angular_step_after": "after the decay", "rotation": "over 20 steps"}  # rows of earlier versions have neither
 Row = dict[str, Any]
 
 
 def store(options: argparse.Namespace) -> None:
-    """Copies a run directory without what only its page shows."""
+    """Copy a run directory without what only its page shows."""
     stored.copy(options.run, options.to, (_kept(row) for row in read_metrics(options.run)))
 
 
@@ -451,7 +451,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     stored.command_line(__doc__, store, TABLES, _options, arguments)
 
 

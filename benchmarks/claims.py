@@ -1038,7 +1038,7 @@ def index(made: Callable[[str], str]) -> str:
         made: the text of the words in braces.
 
     Raises:
-        ValueError: for a claim that its rows do not bear out, or that has none and is not open.
+        ValueError: For a claim that its rows do not bear out, or that has none and is not open.
     """
     parts = []
     for group in dict.fromkeys(claim.group for claim in CLAIMS):

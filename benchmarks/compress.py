@@ -50,6 +50,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from clock import Clock, seconds_of
 from stored import read_lines
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -672,10 +673,10 @@ def time_decoding(stage: Stage, models: Mapping[int, Any], common: Row, steps: i
                 shape = (batch_size, config.num_key_value_heads, context, size)
                 cache.update(torch.randn(shape), torch.randn(shape), layer)
             token = torch.full((batch_size, 1), 65)
-            begun = time.perf_counter()
-            for _ in range(steps):
-                token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            times[size].append(time.perf_counter() - begun)
+            with Clock("cpu") as clock:
+                for _ in range(steps):
+                    token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            times[size].append(clock.seconds)
     for size, spent in times.items():
         rates = [batch_size * steps / one for one in spent[1:]]
         stage.add(
@@ -714,9 +715,7 @@ def files(arguments: argparse.Namespace, rounds: int = 5) -> None:
         for _ in range(rounds + 1):  # the first imports what it needs
             for name, act in (("copied", lambda: copy_files(shards, made)), ("compressed", smaller)):
                 put_in_memory(shards, in_memory)
-                begun = time.perf_counter()
-                act()
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(seconds_of(act))
                 shutil.rmtree(made)
         stage.add(
             layers=layers, width=width, in_memory=in_memory, bytes=sum(path.stat().st_size for path in shards),
@@ -751,9 +750,7 @@ def duration(lab: Lab, family: str) -> None:
     protocol = lab.protocol
     model = fresh(protocol, family, 0, protocol.head_dim)
     train(model, {}, protocol, lab.corpus, 0, range(5))
-    begun = time.perf_counter()
-    train(model, {}, protocol, lab.corpus, 0, range(30))
-    seconds = (time.perf_counter() - begun) / 30
+    seconds = seconds_of(lambda: train(model, {}, protocol, lab.corpus, 0, range(30))) / 30
     at, sizes = protocol.shared + protocol.decayed, len(protocol.sizes)
     left, healing = protocol.steps - protocol.shared, protocol.steps - at
     seed = protocol.steps + sizes * (3 * left + healing + protocol.steps) + protocol.decayed
@@ -766,73 +763,98 @@ def duration(lab: Lab, family: str) -> None:
 # --- a real checkpoint ---
 
 
-def pretrained(arguments: argparse.Namespace) -> None:
-    """A real checkpoint: all sizes by one ranking of its planes, healed, beside the original trained as long."""
-    from transformers import AutoTokenizer
+class Pretrained:
+    """A real checkpoint, a text in windows that choose, heal and measure, and what the choice of planes needs."""
 
-    healing = example("compress_pretrained")
-    stage = Stage(arguments, "pretrained", ("model", "head_dim", "tokens", "teacher", "windows"))
-    path, steps, name = arguments.model, arguments.steps, Path(arguments.model).name
-    given = opened(path)
-    live = cast(Any, given.kind).from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    training, validation = healing.windows_of_text(tokenizer, arguments.text, arguments.window)
-    validation, tokens = validation[: arguments.measured], steps * 2 * arguments.window
-    original = Original(given.kind, given.config)
-    choosing = training[: arguments.choosing]
-    held = arguments.work / f"{name}-choice-{arguments.choosing}x{arguments.window}.pt"
-    if not held.exists():
-        layers, keys = original.with_positions(original.layers)
-        begun = time.monotonic()
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from transformers import AutoTokenizer
 
-        def say(what: str, done: int, of: int) -> None:
-            print(f"{what}: {done} of {of}, {(time.monotonic() - begun) / 60:.1f} min", flush=True)
+        self.arguments, path = arguments, arguments.model
+        self.name = Path(path).name
+        self.healing = example("compress_pretrained")
+        self.given = opened(path)
+        self.live = cast(Any, self.given.kind).from_pretrained(path, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        windows, validation = self.healing.windows_of_text(tokenizer, arguments.text, arguments.window)
+        self.choosing, self.training = windows[: arguments.choosing], windows[arguments.choosing :]
+        self.validation = validation[: arguments.measured]
+        self.original = Original(self.given.kind, self.given.config)
+        choice = self._choice()
+        self.losses = choice["losses"]
+        self.moments = [Inputs(one) for one in choice["moments"]]
+        self.scores = with_losses(self.original.scores(self.given.read), {None: self.losses})
 
-        found = texts.moments(live, original.layers, choosing)
-        losses = texts.plane_losses(live, layers, keys, original.turned(), choosing, say)
-        held.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"moments": [one.matrix for one in found], "losses": losses[None]}, held)
-    choice = torch.load(held, weights_only=True)
-    moments = [Inputs(one) for one in choice["moments"]]
-    scores = with_losses(original.scores(given.read), {None: choice["losses"]})
-    weights_alone = Stage(arguments, "predicted", ("family", "seed", "what", "number", "data"))
-    if not weights_alone.has(family=name, seed=0, what="plane", number=0, data=False):
-        whole = healing.loss_on(live, choosing)
-        for plane, (share, lost) in enumerate(zip(scores[None].energy, choice["losses"], strict=True)):
-            weights_alone.add(
-                family=name, seed=0, what="plane", number=plane, data=False, share=float(share),
+    def _choice(self) -> dict[str, Any]:
+        """Inputs of attention and losses without each plane, computed once and kept in a file."""
+        arguments, original = self.arguments, self.original
+        held = arguments.work / f"{self.name}-choice-{arguments.choosing}x{arguments.window}.pt"
+        if not held.exists():
+            layers, keys = original.with_positions(original.layers)
+            begun = time.monotonic()
+
+            def say(what: str, done: int, of: int) -> None:
+                print(f"{what}: {done} of {of}, {(time.monotonic() - begun) / 60:.1f} min", flush=True)
+
+            found = texts.moments(self.live, original.layers, self.choosing)
+            losses = texts.plane_losses(self.live, layers, keys, original.turned(), self.choosing, say)
+            held.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"moments": [one.matrix for one in found], "losses": losses[None]}, held)
+        return torch.load(held, weights_only=True)
+
+    def smaller(self, head_dim: int) -> nn.Module:
+        """The model with a smaller head."""
+        kept: dict[str | None, Tensor] = {None: self.scores[None].kept(head_dim // 2)}
+        made = self.original.smaller(head_dim, kept, self.given.written)
+        return made.model(self.given.read, self.moments, lambda done: None)
+
+    def loss(self, model: nn.Module) -> float:
+        """Loss on the windows that measure."""
+        return self.healing.loss_on(model, self.validation)
+
+    def add_planes(self, stage: Stage) -> None:
+        """Store what the weights alone say of each plane, beside the loss without it."""
+        if stage.has(family=self.name, seed=0, what="plane", number=0, data=False):
+            return
+        whole = self.healing.loss_on(self.live, self.choosing)
+        for plane, (share, lost) in enumerate(zip(self.scores[None].energy, self.losses, strict=True)):
+            stage.add(
+                family=self.name, seed=0, what="plane", number=plane, data=False, share=float(share),
                 rise=float(lost) - whole,
             )  # fmt: skip
-    before = healing.loss_on(live, validation)
+
+
+def pretrained(arguments: argparse.Namespace) -> None:
+    """A real checkpoint: all sizes by one ranking of its planes, healed, beside the original trained as long."""
+    stage = Stage(arguments, "pretrained", ("model", "head_dim", "tokens", "teacher", "windows"))
+    real, steps = Pretrained(arguments), arguments.steps
+    tokens = steps * 2 * arguments.window
+    real.add_planes(Stage(arguments, "predicted", ("family", "seed", "what", "number", "data")))
+    before = real.loss(real.live)
     common = {
-        "model": name, "teacher": arguments.teacher, "windows": arguments.choosing, "window": arguments.window,
-        "measured_tokens": validation.numel(),
+        "model": real.name, "teacher": arguments.teacher, "windows": arguments.choosing, "window": arguments.window,
+        "measured_tokens": real.validation.numel(),
     }  # fmt: skip
-
-    def smaller(head_dim: int) -> nn.Module:
-        kept: dict[str | None, Tensor] = {None: scores[None].kept(head_dim // 2)}
-        return original.smaller(head_dim, kept, given.written).model(given.read, moments, lambda done: None)
-
     alone = common | {"teacher": False}  # what has no teacher is one row, whatever heals the others
     for head_dim in arguments.head_dims:
         if not stage.has(**alone, head_dim=head_dim, tokens=0):
-            small = smaller(head_dim)
+            small = real.smaller(head_dim)
             stage.add(
-                **alone, head_dim=head_dim, tokens=0, before=before, after=healing.loss_on(small, validation),
-                cache_bytes=cache_bytes(small), kept=scores[None].kept(head_dim // 2).tolist(),
+                **alone, head_dim=head_dim, tokens=0, before=before, after=real.loss(small),
+                cache_bytes=cache_bytes(small), kept=real.scores[None].kept(head_dim // 2).tolist(),
             )  # fmt: skip
-    for head_dim in (*arguments.head_dims, original.head_dim) if steps else ():
-        control = head_dim == original.head_dim
+    whole = real.original.head_dim
+    for head_dim in (*arguments.head_dims, whole) if steps else ():
+        control = head_dim == whole
         key = alone if control else common
         if stage.has(**key, head_dim=head_dim, tokens=tokens):
             continue
-        model = copy.deepcopy(live) if control else smaller(head_dim)
-        start = healing.loss_on(model, validation)
-        teacher = live if arguments.teacher and not control else None
-        healing.heal(model, training[arguments.choosing :], arguments.work / "trainer", steps=steps, teacher=teacher)
+        model = copy.deepcopy(real.live) if control else real.smaller(head_dim)
+        start = real.loss(model)
+        teacher = real.live if arguments.teacher and not control else None
+        real.healing.heal(model, real.training, arguments.work / "trainer", steps=steps, teacher=teacher)
         stage.add(
-            **key, head_dim=head_dim, tokens=tokens, steps=steps, before=start,
-            after=healing.loss_on(model, validation), cache_bytes=cache_bytes(model),
+            **key, head_dim=head_dim, tokens=tokens, steps=steps, before=start, after=real.loss(model),
+            cache_bytes=cache_bytes(model),
         )  # fmt: skip
 
 

@@ -221,7 +221,7 @@ def store(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     stored.command_line(__doc__, store, TABLES, arguments=arguments)
 
 

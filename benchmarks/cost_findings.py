@@ -130,7 +130,7 @@ TABLES |= {"sharded": sharded, "paper": paper, "tiers": tiers}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     stored.command_line(__doc__, stored.store, TABLES, arguments=arguments)
 
 

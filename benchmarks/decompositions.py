@@ -13,12 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
+from clock import seconds_of
 
 from rankdecay.lab.machine import describe_machine
 from rankdecay.linalg.stack import decomposed
@@ -39,12 +40,6 @@ def busy(processes: int) -> Iterator[None]:
             other.wait()
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def measure(rounds: int) -> list[dict[str, float | str]]:
     rows: list[dict[str, float | str]] = []
     for beside in (0, torch.get_num_threads()):
@@ -57,7 +52,7 @@ def measure(rounds: int) -> list[dict[str, float | str]]:
                     took: dict[str, list[float]] = {way: [] for way in ways}
                     for _ in range(rounds + 1):  # the first warms up
                         for way, call in ways.items():
-                            took[way].append(milliseconds(call))
+                            took[way].append(1e3 * seconds_of(call))
                     rows.append(
                         {"decomposition": name, "matrices": count, "side": side, "beside": beside}
                         | {way: round(statistics.median(each[1:]), 2) for way, each in took.items()}

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rankdecay.lab.experiments.factor.factorised import (
     Diffusion,
+    Dynamics,
     Factors,
     Method,
     Training,
@@ -160,9 +161,7 @@ def noise() -> list[Row]:
     rows = []
     for rate, strength, sigma in [(0.1, 0.4, sigma) for sigma in NOISES] + [(0.1, 0.1, 0.1), (0.03, 0.4, 0.1)]:
         factors, some = start([strength], range(SEEDS))
-        path = Diffusion(
-            factors, TARGET, some, rate=rate, momentum=MU, noise=sigma, length=LENGTH, seed=100
-        )  # fmt: skip
+        path = Diffusion(factors, TARGET, some, Dynamics(rate, momentum=MU, noise=sigma, length=LENGTH), seed=100)
         steps = round(60 / rate / LENGTH)
         times, seen, off = [], [imbalance(factors)], torch.zeros(SEEDS, dtype=torch.float64)
         for step in range(1, steps + 1):
@@ -234,7 +233,7 @@ PARTS = (conserved, late_adam, decoupled_floor, large_epsilon, damped_momentum)
 
 
 def beside(path: Path, parts: Sequence[Callable[[], list[Row]]] = PARTS) -> None:
-    """Runs every part and writes what it found."""
+    """Run every part and write what it found."""
     torch.set_num_threads(1)
     document: Row = {"machine": describe_machine("cpu"), "versions": versions()}
     document |= {part.__name__: part() for part in parts}
@@ -242,7 +241,7 @@ def beside(path: Path, parts: Sequence[Callable[[], list[Row]]] = PARTS) -> None
 
 
 def more(path: Path) -> None:
-    """Runs the parts on noise and on two dimensions."""
+    """Run the parts on noise and on two dimensions."""
     beside(path, MORE)
 
 
@@ -274,7 +273,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     measured = {"beside": beside, "more": more}
     tables = {"strengths": strengths, "noise": noise_table, "plane": plane_table}
     stored.command_line(__doc__, stored.store, tables, _options, arguments, measured)

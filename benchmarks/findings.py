@@ -489,7 +489,7 @@ def made(words: str) -> str:
     """What stands between the comments of some words.
 
     Raises:
-        ValueError: for words that nothing is made from.
+        ValueError: For words that nothing is made from.
     """
     name, *arguments = shlex.split(words)
     if name == "claims":

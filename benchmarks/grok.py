@@ -34,6 +34,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from clock import seconds_of
 
 from rankdecay.lab.ensemble import transformer
 from rankdecay.lab.ensemble.ensemble import Ensemble
@@ -190,13 +191,6 @@ def recorded(ensemble: Ensemble) -> tuple[dict[str, list[Call]], Callable[[], tu
     return calls, gradients
 
 
-def timed(work: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    return (time.perf_counter() - start) / repeats
-
-
 def replay(calls: list[Call]) -> tuple[Callable[[], object], float, float]:
     """A function that does some calls forwards and backwards, their operations, and the bytes of their passes."""
     prepared, operations, moved = [], 0.0, 0.0
@@ -255,7 +249,10 @@ def parts(arguments: argparse.Namespace) -> list[dict[str, object]]:
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(arguments.rounds + 1):  # the first warms up
         for name, (work, _, _) in works.items():
-            spent = timed(work, 1 if name == "one product" else 8) / {"step": 4, "low-rank decay": every}.get(name, 1)
+            spent = seconds_of(work, repeats=1 if name == "one product" else 8) / {
+                "step": 4,
+                "low-rank decay": every,
+            }.get(name, 1)
             if number:
                 seconds[name].append(spent)
     median = {name: statistics.median(values) for name, values in seconds.items()}

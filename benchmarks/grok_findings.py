@@ -73,7 +73,7 @@ def seeds(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     stored.command_line(__doc__, stored.store, {"table": table, "seeds": seeds}, arguments=arguments)
 
 

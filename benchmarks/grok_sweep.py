@@ -22,7 +22,7 @@ from rankdecay.decay import Frobenius, LowRank
 from rankdecay.decay.policy import OfMatrix
 from rankdecay.lab.ensemble.outcome import steps_to_hold
 from rankdecay.lab.experiment import Arm
-from rankdecay.lab.experiments.grok.experiment import Treatment, make_datasets, make_ensembles
+from rankdecay.lab.experiments.grok.experiment import GrokTreatment, make_datasets, make_ensembles
 from rankdecay.lab.experiments.grok.settings import Grok
 from rankdecay.lab.settings import subset
 
@@ -64,7 +64,7 @@ def treatments(lr: float, rest: float) -> dict[str, tuple[OfMatrix | None, bool]
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs every arm that the file does not hold yet."""
+    """Run every arm that the file does not hold yet."""
     torch.set_num_threads(options.threads)
     done = {(r["arm"], r["seed"], json.dumps(r["settings"])) for r in read(options.out)}
     for rest in options.rest:
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
             seeds = [seed for seed in datasets if (name, seed, json.dumps(key)) not in done]
             if not seeds:
                 continue
-            arm = Arm(name, "", Treatment(decay, uniform))
+            arm = Arm(name, "", GrokTreatment(decay, uniform))
             (ensemble,) = make_ensembles(settings, [arm], {seed: datasets[seed] for seed in seeds}, "cpu")
             history: dict[int, list[dict[str, Any]]] = {seed: [] for seed in seeds}
             while ensemble.steps[0] < settings.steps:
@@ -124,7 +124,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def table(options: argparse.Namespace) -> None:
-    """Prints a Markdown table per group of settings, arms ordered by how soon and how often they generalise."""
+    """Print a Markdown table per group of settings, arms ordered by how soon and how often they generalise."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in read(options.path):
         shown = (

@@ -39,7 +39,7 @@ def row(name: str, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(out: Path) -> None:
-    """Runs the candidates that have no row yet."""
+    """Run the candidates that have no row yet."""
     lines = out.read_text().splitlines() if out.exists() else []
     there = {json.loads(line)["candidate"] for line in lines}
     for name, options in CANDIDATES.items():
@@ -53,7 +53,7 @@ def run(out: Path) -> None:
 
 
 def table(path: Path) -> None:
-    """Prints a line per candidate."""
+    """Print a line per candidate."""
     print("| candidate | steps | low-rank held | last from | final test | L2 held | first from | final test |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for line in path.read_text().splitlines():

@@ -17,10 +17,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from clock import seconds_of
 from safetensors.torch import save_file
 
 from rankdecay.attention import find_attention
@@ -54,12 +54,6 @@ def write_7b(folder: Path, layers: int) -> int:
 WRITERS = {"gpt2": write_gpt2, "7b": write_7b}
 
 
-def timed(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def read_attention(folder: Path) -> None:
     """The bytes of the attention tensors, as the file has them."""
     for layer in find_attention(folder):
@@ -71,7 +65,7 @@ def direct(folder: Path) -> tuple[float, int]:
     """Seconds of the SVD of one head's W_Kᵀ W_Q, d × d, and the number of products in a layer."""
     layer = find_attention(folder)[0]
     product = layer.query.heads()[0].double().T @ layer.key.heads()[0].double()
-    return timed(lambda: torch.linalg.svdvals(product)), 2 * layer.num_heads
+    return seconds_of(lambda: torch.linalg.svdvals(product)), 2 * layer.num_heads
 
 
 def measure(model: str, layers: int, rounds: int) -> dict[str, float | str]:
@@ -81,8 +75,8 @@ def measure(model: str, layers: int, rounds: int) -> dict[str, float | str]:
         inspect(folder)  # the baseline is drawn once per shape; warms up
         ours, reads = [], []
         for _ in range(rounds):
-            ours.append(timed(lambda: inspect(folder)))
-            reads.append(timed(lambda: read_attention(folder)))
+            ours.append(seconds_of(lambda: inspect(folder)))
+            reads.append(seconds_of(lambda: read_attention(folder)))
         one, products = direct(folder)
         code = f"import rankdecay as rd; rd.inspect({str(folder)!r})"
         idle = f"import rankdecay as rd; rd.inspect; rd.find_attention({str(folder)!r})"

@@ -188,7 +188,7 @@ TABLES = {"arms": arms, "growth": growth, "paired": paired, "inner": inner, "hea
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     stored.command_line(__doc__, stored.store, TABLES, arguments=arguments)
 
 

@@ -23,7 +23,7 @@ def table() -> Path:
     """The package's file, beside the environment or in it.
 
     Raises:
-        SystemExit: if it is in neither.
+        SystemExit: If it is in neither.
     """
     places = [Path(sys.prefix, "mnist"), *map(Path, sys.path)]
     found = next((place / FILE for place in places if (place / FILE).is_file()), None)
@@ -33,7 +33,7 @@ def table() -> Path:
 
 
 def write(folder: Path) -> int:
-    """Writes every digit as ``<what it is>/<its place>.png``; returns how many there are."""
+    """Write every digit as ``<what it is>/<its place>.png``; return how many there are."""
     with gzip.open(table(), "rt") as file:
         rows = np.loadtxt(file, delimiter=",").astype(np.uint8)
     for place, row in enumerate(rows):
@@ -44,7 +44,7 @@ def write(folder: Path) -> int:
 
 
 def main() -> None:
-    """Runs the command above."""
+    """Run the command above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     print(f"{write(parser.parse_args().folder):,} images")

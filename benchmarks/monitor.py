@@ -12,11 +12,11 @@ The share is the median measurement, by itself, over 100 times the median step. 
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import now
 
 from rankdecay.lab.machine import describe_machine, resolve_device, versions
 from rankdecay.monitor import Monitor
@@ -66,23 +66,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     seconds: dict[str, list[float]] = {"step": [], "step with measurement": [], "measurement": []}
 
-    def now() -> float:
-        if arguments.device != "cpu":
-            torch.cuda.synchronize(arguments.device)
-        return time.perf_counter()
-
     def step() -> float:
-        start = now()
+        start = now(arguments.device)
         optimizer.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
-        return now() - start
+        return now(arguments.device) - start
 
     def monitored() -> float:
         began: list[float] = []
-        first = optimizer.register_step_post_hook(lambda *_: began.append(now()))
+        first = optimizer.register_step_post_hook(lambda *_: began.append(now(arguments.device)))
         attached = monitor.attach(optimizer)
-        last = optimizer.register_step_post_hook(lambda *_: seconds["measurement"].append(now() - began[0]))
+        last = optimizer.register_step_post_hook(
+            lambda *_: seconds["measurement"].append(now(arguments.device) - began[0])
+        )
         took = step()
         for handle in (first, attached, last):
             handle.remove()

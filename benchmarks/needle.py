@@ -127,7 +127,7 @@ def named(directory: Path) -> tuple[str, int]:
 
 
 def train_on(directory: Path, arm: str, problem: LanguageModelling, steps: int = STEPS) -> list[Row]:
-    """Trains a stored model on under an arm; a row per interval."""
+    """Train a stored model on under an arm; a row per interval."""
     model, seed = named(directory)
     settings = PRESETS["standard"]
     rest = rd.Frobenius(settings.rest_decay)

@@ -296,7 +296,7 @@ def check() -> list[str]:
 
 
 def _draw_run(directory: Path, path: Path) -> None:
-    """Draws the figure of a run; of the phase diagram that of one decay of the rest, which fits a page."""
+    """Draw the figure of a run; of the phase diagram that of one decay of the rest, which fits a page."""
     kind = experiment.of_directory(directory)
     if kind.merged is None or kind.figure is None:
         experiment.draw_figure([directory], path)
@@ -308,7 +308,7 @@ def _draw_run(directory: Path, path: Path) -> None:
 
 
 def draw_all(redraw: Collection[str] = ()) -> list[str]:
-    """Draws the pictures whose rows, or whose file, are not what was recorded, and those named; returns those drawn."""
+    """Draw the pictures whose rows, or whose file, are not what was recorded, and those named; return those drawn."""
     from rankdecay.lab.report.figure import draw
 
     recorded, drawn = _recorded(), []

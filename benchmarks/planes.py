@@ -13,12 +13,12 @@ else was using the machine, and a step of a second averages over what a decay of
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import seconds_of
 
 import rankdecay as rd
 from rankdecay.lab.machine import describe_machine, resolve_device, versions
@@ -64,17 +64,6 @@ def variants(device: str, dtype: torch.dtype, layers: int, width: int) -> dict[s
         "reading the matrices": lambda: [torch.linalg.vector_norm(m, dim=1) for m in matrices],
         "scaling the matrices": lambda: [m.mul_(factor) for m in matrices],
     }
-
-
-def seconds_of(call: Callable[[], object], device: str) -> float:
-    def now() -> float:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    start = now()
-    call()
-    return now() - start
 
 
 def main() -> None:

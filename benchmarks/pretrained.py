@@ -186,10 +186,10 @@ def checkpoint(directory: Path) -> Path:
     """What `inspect` reads of a directory: its GGUF file, or itself.
 
     Raises:
-        SystemExit: if it is not there.
+        SystemExit: If it is not there.
     """
     if not directory.is_dir():
-        raise SystemExit(f"{directory} is no directory: the docstring of this script says how to get it")
+        raise SystemExit(f"{directory} is not a directory: the docstring of this script says how to get it")
     found = sorted(directory.glob("*.gguf"))
     return found[0] if found else directory
 

@@ -110,7 +110,7 @@ def rounding(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     stored.command_line(__doc__, stored.store, {"layers": layers, "rounding": rounding}, arguments=arguments)
 
 

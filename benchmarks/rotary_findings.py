@@ -74,7 +74,7 @@ def words(run: str, arm: str, key: str, strength: str = "") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     stored.command_line(__doc__, stored.store, {"planes": planes, "optimum": optimum}, arguments=arguments)
 
 

@@ -93,7 +93,7 @@ TINY = Protocol(5, 16, 16, 16, 1e-2, 50, 20, (100, 101), (60, 120), 60, (200, 20
 
 
 def tune(protocol: Protocol, directory: Path, device: str) -> Row:
-    """Tunes the arms of the contrasts, then the others; low rank is the rule that tuning finds faster."""
+    """Tune the arms of the contrasts, then the others; low rank is the rule that tuning finds faster."""
 
     def beside(arms: Row) -> Row:
         return {"low_rank": min(LOW_RANK, key=lambda arm: arms[arm]["restricted_mean_time"])}

@@ -264,7 +264,7 @@ def variants(directory: Path) -> dict[str, tuple[str, list[Row], Row]]:
 
 
 def store(options: argparse.Namespace) -> None:
-    """Copies the frozen settings; the rows are written where they stay."""
+    """Copy the frozen settings; the rows are written where they stay."""
     (options.to / "tuned.json").write_text(json.dumps(frozen(options.run), indent=1) + "\n")
 
 
@@ -279,7 +279,7 @@ TABLES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands above."""
+    """Run one of the commands above."""
     stored.command_line(__doc__, store, TABLES, arguments=arguments)
 
 

@@ -47,6 +47,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from clock import now
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -215,7 +216,7 @@ def llama(name: str) -> Any:
 
 
 def shard(model: Any, layout: str, world: int, device: str) -> None:
-    """Lays a model on the processes."""
+    """Lay a model on the processes."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -239,7 +240,7 @@ def shard(model: Any, layout: str, world: int, device: str) -> None:
 
 @contextlib.contextmanager
 def clocked(seconds: list[float]) -> Iterator[None]:
-    """Appends the seconds of every collective of a decay."""
+    """Append the seconds of every collective of a decay."""
 
     def timed(call: Any) -> Any:
         @functools.wraps(call)
@@ -258,34 +259,34 @@ def clocked(seconds: list[float]) -> Iterator[None]:
         yield
 
 
-def measure(name: str, layout: str, world: int, device: str, rounds: int) -> list[Row]:
-    """The rows of one model in one layout; called by all processes, the same in all."""
-    torch.manual_seed(0)
-    model = llama(name).to(device)
-    shard(model, layout, world, device)
-    optimizer = torch.optim.AdamW(rd.param_groups(model, query_key=rd.LowRank(STRENGTH, every=1)), lr=LEARNING_RATE)
-    for parameter in model.parameters():
-        parameter.grad = 1e-3 * torch.ones_like(parameter)
+class Steps:
+    """Steps of one model in one layout, timed; made and called by all processes."""
 
-    def now() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def __init__(self, name: str, layout: str, world: int, device: str) -> None:
+        self.device = device
+        torch.manual_seed(0)
+        model = llama(name).to(device)
+        shard(model, layout, world, device)
+        groups = rd.param_groups(model, query_key=rd.LowRank(STRENGTH, every=1))
+        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+        for parameter in model.parameters():
+            parameter.grad = 1e-3 * torch.ones_like(parameter)
+
+    def together(self) -> float:
+        """Seconds on a clock, once all processes are here."""
+        now(self.device)
         dist.barrier()
-        return time.perf_counter()
+        return now()
 
-    def ended() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def adamw(self) -> float:
+        """Seconds of AdamW's own step."""
+        start = self.together()
+        self.optimizer.step()
+        return now(self.device) - start
 
-    def adamw() -> float:
-        start = now()
-        optimizer.step()
-        return ended() - start
-
-    def decay(unit: str, traffic: Traffic | None = None) -> tuple[float, float, int]:
+    def decay(self, unit: str, traffic: Traffic | None = None) -> tuple[float, float, int]:
         """Seconds of the hook and of its communication, and the bytes of the loopback interface."""
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             if "query_key_unit" in group:
                 group["query_key_unit"] = unit
         times: list[float] = []
@@ -295,35 +296,39 @@ def measure(name: str, layout: str, world: int, device: str, rounds: int) -> lis
 
         def started(*_: object) -> None:
             carried.append(loopback() or 0)
-            start = now()
+            start = self.together()
             counting.__enter__()
             times.append(start)
 
         def stopped(*_: object) -> None:
-            times.append(ended())
+            times.append(now(self.device))
             counting.__exit__(None, None, None)
             dist.barrier()
             carried.append(loopback() or 0)
 
-        first = optimizer.register_step_post_hook(started)
-        attachment = rd.attach(optimizer)
-        last = optimizer.register_step_post_hook(stopped)
+        first = self.optimizer.register_step_post_hook(started)
+        attachment = rd.attach(self.optimizer)
+        last = self.optimizer.register_step_post_hook(stopped)
         with clocked(inside):
-            optimizer.step()
+            self.optimizer.step()
         attachment.detach()
         first.remove()
         last.remove()
         return times[1] - times[0], sum(inside), carried[1] - carried[0]
 
+
+def measure(name: str, layout: str, world: int, device: str, rounds: int) -> list[Row]:
+    """The rows of one model in one layout; called by all processes, the same in all."""
+    steps = Steps(name, layout, world, device)
     counted = {unit: Traffic() for unit in UNITS}
     for unit in UNITS:
-        decay(unit, counted[unit])
-    adamw()
+        steps.decay(unit, counted[unit])
+    steps.adamw()
     seconds: dict[str, list[Any]] = {"AdamW": [], **{unit: [] for unit in UNITS}}
     for _ in range(rounds):
-        seconds["AdamW"].append(adamw())
+        seconds["AdamW"].append(steps.adamw())
         for unit in UNITS:
-            seconds[unit].append(decay(unit))
+            seconds[unit].append(steps.decay(unit))
     everywhere: list[Any] = [None] * world
     dist.all_gather_object(everywhere, (seconds, {unit: dict(counted[unit].sent) for unit in UNITS}))
 

@@ -51,6 +51,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import Clock
 from torch import Tensor
 from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
@@ -91,26 +92,6 @@ class Row:
     ceiling: float | None = None
     peak: float | None = None
     share: dict[int, float] = field(default_factory=dict)
-
-
-class Clock:
-    """Times a block; on CUDA from an idle device to an idle device."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.seconds = 0.0
-
-    def now(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def __enter__(self) -> "Clock":
-        self.start = self.now()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = self.now() - self.start
 
 
 def timed(call: Callable[[], object], device: str) -> Callable[[], float]:
@@ -209,7 +190,65 @@ def make_stack(count: int, n: int, device: str) -> Tensor:
     return W
 
 
+class Stack:
+    """Decays of a stack of matrices, with what each returned, which backends it ran and its operations."""
+
+    def __init__(self, W: Tensor, device: str) -> None:
+        self.W, self.device = W, device
+        self.tau = rd.LowRank(STRENGTH).threshold(W, LEARNING_RATE)
+        self.outputs: dict[str, Tensor] = {}
+        self.ran: dict[str, str] = {}
+        self.operations: dict[str, int] = {}
+
+    def decay(self, name: str, rule: str, backend: Backend) -> Callable[[], float]:
+        """A decay by a rule and a backend, which returns its seconds."""
+
+        def run() -> float:
+            self.outputs.pop(name, None)
+            counter = FlopCounterMode(display=False)
+            counting = contextlib.nullcontext() if name in self.operations else counter
+            with record_backends() as backends, counting, Clock(self.device) as clock:
+                self.outputs[name] = shrink(self.W, self.tau, rule, backend=backend)
+            self.operations.setdefault(name, counter.get_total_flops())
+            self.ran[name] = " + ".join(dict.fromkeys(backends))
+            return clock.seconds
+
+        return run
+
+    def extra(self, rules: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
+        """Five cubic steps, and decays with smoothing and per head."""
+        W, tau, n = self.W, self.tau, self.W.shape[1]
+        found: dict[str, Callable[[], Tensor]] = {NEWTON_SCHULZ: lambda: newton_schulz(W)}
+        if "smooth" in rules:
+            found[f"smooth {SMOOTHING}"] = lambda: shrink(W, tau, "smooth", smoothing=SMOOTHING)
+        if "prox" in rules and n % HEAD == 0:
+            heads = W.unflatten(1, (n // HEAD, HEAD))
+            found["heads, prox"] = lambda: shrink(heads, tau[:, None])
+            found[f"heads, smooth {SMOOTHING}"] = lambda: shrink(heads, tau[:, None], "smooth", smoothing=SMOOTHING)
+        return found
+
+    def beside(self, path: str | None) -> dict[str, Callable[[], float]]:
+        """Laws of the norm, an SVD, optimizers, and the prototype's decay if its path is given."""
+        W, device = self.W, self.device
+        in_place = W.clone()
+        found = {
+            f"norm^{power:g}, in place": timed(
+                lambda power=power: power_step(in_place, 1e-9, power, out=in_place), device
+            )
+            for power in POWERS
+        }
+        found["torch.linalg.svd"] = timed(lambda: torch.linalg.svd(W, full_matrices=False), device)
+        found["AdamW.step"] = timed(torch.optim.AdamW(trained(W), lr=LEARNING_RATE).step, device)
+        found["AdamW.step, fused"] = timed(torch.optim.AdamW(trained(W), lr=LEARNING_RATE, fused=True).step, device)
+        found["Muon.step"] = timed(torch.optim.Muon(trained(W), lr=LEARNING_RATE).step, device)
+        if path:
+            named = [(f"w{i}", p) for i, p in enumerate(trained(W))]
+            found["prototype's decay"] = timed(peer(path)(named, decay_rate=float(self.tau[0])).step, device)
+        return found
+
+
 def stack_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) -> list[Row]:
+    """The rows of a stack: decays, and what they are held against."""
     device = arguments.device
     count, n = map(int, case.split("x"))
     measured = count
@@ -217,60 +256,25 @@ def stack_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) -
         rules = [rule for rule in ON_CPU[case] if rule in rules]
         measured = 1
     W = make_stack(measured, n, device)
-    tau = rd.LowRank(STRENGTH).threshold(W, LEARNING_RATE)
-    outputs: dict[str, Tensor] = {}
-    ran: dict[str, str] = {}
-    operations: dict[str, int] = {}
-
-    def decay(name: str, rule: str, backend: Backend) -> Callable[[], float]:
-        def run() -> float:
-            outputs.pop(name, None)
-            counter = FlopCounterMode(display=False)
-            counting = contextlib.nullcontext() if name in operations else counter
-            with record_backends() as backends, counting, Clock(device) as clock:
-                outputs[name] = shrink(W, tau, rule, backend=backend)
-            operations.setdefault(name, counter.get_total_flops())
-            ran[name] = " + ".join(dict.fromkeys(backends))
-            return clock.seconds
-
-        return run
-
-    chosen = decays(rules)
-    variants = {name: decay(name, rule, backend) for name, rule, backend in chosen}
+    stack, chosen = Stack(W, device), decays(rules)
+    extra = stack.extra(rules)
+    variants = {name: stack.decay(name, rule, backend) for name, rule, backend in chosen}
     for X in (W, W.double()):
         variants[f"one product, {str(X.dtype)[6:]}"] = timed(lambda X=X: X @ X, device)
-    extra: dict[str, Callable[[], Tensor]] = {NEWTON_SCHULZ: lambda: newton_schulz(W)}
-    if "smooth" in rules:
-        extra[f"smooth {SMOOTHING}"] = lambda: shrink(W, tau, "smooth", smoothing=SMOOTHING)
-    if "prox" in rules and n % HEAD == 0:
-        heads = W.unflatten(1, (n // HEAD, HEAD))
-        extra["heads, prox"] = lambda: shrink(heads, tau[:, None])
-        extra[f"heads, smooth {SMOOTHING}"] = lambda: shrink(heads, tau[:, None], "smooth", smoothing=SMOOTHING)
     variants |= {name: timed(call, device) for name, call in extra.items()}
-    in_place = W.clone()
-    for power in POWERS:
-        variants[f"norm^{power:g}, in place"] = timed(
-            lambda power=power: power_step(in_place, 1e-9, power, out=in_place), device
-        )
-    variants["torch.linalg.svd"] = timed(lambda: torch.linalg.svd(W, full_matrices=False), device)
-    variants["AdamW.step"] = timed(torch.optim.AdamW(trained(W), lr=LEARNING_RATE).step, device)
-    variants["AdamW.step, fused"] = timed(torch.optim.AdamW(trained(W), lr=LEARNING_RATE, fused=True).step, device)
-    variants["Muon.step"] = timed(torch.optim.Muon(trained(W), lr=LEARNING_RATE).step, device)
-    if arguments.peer:
-        named = [(f"w{i}", p) for i, p in enumerate(trained(W))]
-        variants["prototype's decay"] = timed(peer(arguments.peer)(named, decay_rate=float(tau[0])).step, device)
+    variants |= stack.beside(arguments.peer)
     seconds = interleaved(variants, arguments.rounds, arguments.patience)
     amount = str(count) if measured == count else f"{measured} of {count}"
     rows = {name: Row(case, name, amount, **timing(seconds[name], count / measured)) for name in variants}
     known = 1 if n > 1024 else measured
-    taken = reference(W[:known], tau[:known])
+    taken = reference(W[:known], stack.tau[:known])
     for name, rule, _ in chosen:
-        row = rows[name] = replace(rows[name], ran=ran[name], **errors(W, outputs[name], taken[rule]))
+        row = rows[name] = replace(rows[name], ran=stack.ran[name], **errors(W, stack.outputs[name], taken[rule]))
         row.every = {k: row.ms / k for k in EVERY}
-        if ran[name] == "matmul":
+        if stack.ran[name] == "matmul":
             product = rows["one product, " + ("float64" if rule == "smooth" else "float32")]
-            row.ceiling = operations[name] / (2 * measured * n**3) * product.ms / row.ms
-    of_decay = {name: lambda r=rule, b=backend: shrink(W, tau, r, backend=b) for name, rule, backend in chosen}
+            row.ceiling = stack.operations[name] / (2 * measured * n**3) * product.ms / row.ms
+    of_decay = {name: lambda r=rule, b=backend: shrink(W, stack.tau, r, backend=b) for name, rule, backend in chosen}
     for name, call in (of_decay | extra).items():
         rows[name].peak = peak_memory(call, device) / (W.numel() * W.element_size())
     for row in rows.values():
@@ -313,36 +317,45 @@ def peer(path: str) -> Callable[..., Any]:
 # ---- GPT-2 -------------------------------------------------------------------------------------------------
 
 
-def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) -> list[Row]:
-    """The hook's own time, between a hook before it and one after it, and a training step without it."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+class TrainedGPT2:
+    """GPT-2 under AdamW, with what the first call of each decay found."""
 
-    device = arguments.device
-    model: Any = GPT2LMHeadModel(GPT2Config())
-    model.to(device)
-    tokens = torch.randint(50257, (4, 512), device=device)
-    policy = rd.LowRank(STRENGTH, every=1)
-    groups = rd.param_groups(model, rd.Frobenius(0.1), query_key=policy)
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
-    fused: list[Parameter] = [block.attn.c_attn.weight for block in model.transformer.h]
-    found: dict[str, dict[str, Any]] = {}
+    def __init__(self, device: str) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel
 
-    def blocks() -> Tensor:
-        return torch.stack([block for p in fused for block in p.detach().split(768, dim=1)[:2]])
+        self.device = device
+        self.model: Any = GPT2LMHeadModel(GPT2Config())
+        self.model.to(device)
+        self.tokens = torch.randint(50257, (4, 512), device=device)
+        self.policy = rd.LowRank(STRENGTH, every=1)
+        self.optimizer = self._adamw(self.policy)
+        self.fused: list[Parameter] = [block.attn.c_attn.weight for block in self.model.transformer.h]
+        self.found: dict[str, dict[str, Any]] = {}
 
-    def train() -> None:
-        optimizer.zero_grad()
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
+    def _adamw(self, decay: rd.LowRank) -> torch.optim.AdamW:
+        return torch.optim.AdamW(rd.param_groups(self.model, rd.Frobenius(0.1), query_key=decay), lr=LEARNING_RATE)
 
-    def decay(name: str, rule: str, backend: Backend) -> Callable[[], float]:
+    def blocks(self) -> Tensor:
+        """W_Q and W_K of every layer."""
+        return torch.stack([block for p in self.fused for block in p.detach().split(768, dim=1)[:2]])
+
+    def train(self) -> None:
+        """One step without a decay of low rank."""
+        self.optimizer.zero_grad()
+        self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
+        self.optimizer.step()
+
+    def decay(self, name: str, rule: str, backend: Backend) -> Callable[[], float]:
+        """The hook's time in one step."""
+        optimizer = self.optimizer
+
         def run() -> float:
-            clock = Clock(device)
+            clock = Clock(self.device)
             before: list[Tensor] = []
 
             def start(*_: object) -> None:
-                if name not in found:
-                    before.append(blocks())
+                if name not in self.found:
+                    before.append(self.blocks())
                 clock.__enter__()
 
             for group in optimizer.param_groups:
@@ -356,21 +369,21 @@ def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) ->
             attachment.detach()
             for handle in handles:
                 handle.remove()
-            if name not in found:
+            if name not in self.found:
                 W = before[0]
-                taken = reference(W[:1], policy.threshold(W[:1], LEARNING_RATE))[rule]
-                found[name] = {"ran": " + ".join(dict.fromkeys(ran)), **errors(W, blocks(), taken)}
+                taken = reference(W[:1], self.policy.threshold(W[:1], LEARNING_RATE))[rule]
+                self.found[name] = {"ran": " + ".join(dict.fromkeys(ran)), **errors(W, self.blocks(), taken)}
             return clock.seconds
 
         return run
 
-    def cycle(decay: rd.LowRank, steps: int) -> Callable[[], float]:
+    def cycle(self, decay: rd.LowRank, steps: int) -> Callable[[], float]:
         """The hook's time over as many steps as the default ``every`` has, per step."""
 
         def run() -> float:
-            clock = Clock(device)
+            clock = Clock(self.device)
             seconds = 0.0
-            other = torch.optim.AdamW(rd.param_groups(model, rd.Frobenius(0.1), query_key=decay), lr=LEARNING_RATE)
+            other = self._adamw(decay)
             handles = [other.register_step_post_hook(lambda *_: clock.__enter__() and None)]
             attachment = rd.attach(other)
             handles += [other.register_step_post_hook(clock.__exit__)]
@@ -384,19 +397,26 @@ def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) ->
 
         return run
 
-    chosen = decays(rules)
-    variants = {"training step": timed(train, device), "of that AdamW.step": timed(optimizer.step, device)}
+
+def gpt2_rows(case: str, rules: Sequence[str], arguments: argparse.Namespace) -> list[Row]:
+    """The hook's own time, between a hook before it and one after it, and a training step without it."""
+    device = arguments.device
+    gpt2, chosen = TrainedGPT2(device), decays(rules)
+    variants = {
+        "training step": timed(gpt2.train, device),
+        "of that AdamW.step": timed(gpt2.optimizer.step, device),
+    }
     cycles = {
         "cycle: defaults": rd.LowRank(STRENGTH),
         "cycle: per head": rd.LowRank(STRENGTH, unit="head"),
         f"cycle: smooth {SMOOTHING}": rd.LowRank(STRENGTH, rule="smooth", smoothing=SMOOTHING),
     }
     lengths = {name: decay.interval(HEAD if decay.unit == "head" else 768) for name, decay in cycles.items()}
-    variants |= {name: cycle(decay, lengths[name]) for name, decay in cycles.items()}
-    variants |= {f"hook: {name}": decay(f"hook: {name}", rule, backend) for name, rule, backend in chosen}
+    variants |= {name: gpt2.cycle(decay, lengths[name]) for name, decay in cycles.items()}
+    variants |= {f"hook: {name}": gpt2.decay(f"hook: {name}", rule, backend) for name, rule, backend in chosen}
     seconds = interleaved(variants, arguments.rounds, arguments.patience)
     rows = {name: Row(case, name, **timing(seconds[name])) for name in variants}
-    for name, values in found.items():
+    for name, values in gpt2.found.items():
         row = rows[name] = replace(rows[name], measured="24", **values)
         row.every = {k: row.ms / k for k in EVERY}
         row.share = {k: ms / (rows["training step"].ms + ms) for k, ms in row.every.items()}

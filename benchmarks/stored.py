@@ -42,7 +42,7 @@ def arms(run: Path) -> dict[str, Row]:
 
 
 def copy_config(run: Path, to: Path) -> None:
-    """Copies a run's configuration, without the name of a folder that is nobody else's."""
+    """Copy a run's configuration, without the name of a folder that is nobody else's."""
     to.mkdir(parents=True, exist_ok=True)
     config = json.loads((run / "config.json").read_text())
     words = shlex.split(config["reproduce"])
@@ -53,18 +53,18 @@ def copy_config(run: Path, to: Path) -> None:
 
 
 def write_summary(to: Path, summary: Row) -> None:
-    """Writes a summary without white space."""
+    """Write a summary without white space."""
     (to / "summary.json").write_text(json.dumps(summary, separators=(",", ":"), ensure_ascii=False) + "\n")
 
 
 def store(options: argparse.Namespace) -> None:
-    """Copies a run's configuration and summary: the action of ``store`` where the rows are not kept."""
+    """Copy a run's configuration and summary: the action of ``store`` where the rows are not kept."""
     copy_config(options.run, options.to)
     write_summary(options.to, json.loads((options.run / "summary.json").read_text()))
 
 
 def copy(run: Path, to: Path, rows: Iterable[Row]) -> None:
-    """Copies a run's configuration, with `rows` in the place of its own."""
+    """Copy a run's configuration, with `rows` in the place of its own."""
     copy_config(run, to)
     with (to / "metrics.jsonl").open("w") as file:
         for row in rows:
@@ -89,7 +89,7 @@ def command_line(
     arguments: Sequence[str] | None = None,
     measured: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
-    """Runs a command of a script of findings.
+    """Run a command of a script of findings.
 
     Args:
         doc: the docstring that ``--help`` shows.

@@ -24,7 +24,7 @@ from rankdecay.lab.experiments.boundary.arms import every_arm
 from rankdecay.lab.experiments.boundary.experiment import places, trials
 from rankdecay.lab.experiments.boundary.settings import Boundary
 from rankdecay.lab.machine import describe_machine, versions
-from rankdecay.lab.store import GROWING, RunDirectory
+from rankdecay.lab.store import EXTENSIBLE_IDENTITY, RunDirectory
 
 Row = dict[str, Any]
 WIDENINGS = 6
@@ -142,7 +142,7 @@ def trained(
         "machine": describe_machine(device),
         "versions": versions(),
     }
-    with RunDirectory.open(path, config, lambda line: print(line, file=sys.stderr), GROWING) as directory:
+    with RunDirectory.open(path, config, lambda line: print(line, file=sys.stderr), EXTENSIBLE_IDENTITY) as directory:
         rows = directory.drop_damaged_line()
         done = {key_of(row) for row in rows}
         missing = [one for one in wanted if one.key not in done]
@@ -187,7 +187,7 @@ def tune(
     device: str,
     beside: Callable[[Row], Row] = lambda arms: {},
 ) -> Row:
-    """Tunes some arms after others, and freezes what is best of those that are done.
+    """Tune some arms after others, and freezes what is best of those that are done.
 
     Args:
         parts: arms that are tuned together, in this order; no arm's settings depend on another's.
@@ -210,7 +210,7 @@ def tune(
 
 
 def tune_arms(some: Sequence[str], space: Space, protocol: Protocol, directory: Path, device: str) -> Row:
-    """Trains the grids of some arms and returns the best settings of each."""
+    """Train the grids of some arms and return the best settings of each."""
     pairs = [(seed, size) for seed in protocol.tune_seeds for size in protocol.tune_sizes]
 
     def runs(settings: Sequence[tuple[str, float, float]]) -> list[Row]:

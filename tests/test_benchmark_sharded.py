@@ -13,6 +13,7 @@ from rankdecay.linalg import shrink
 from tests import needs
 from tests.ranks import on_ranks
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # where benchmarks find each other
 PATH = Path(__file__).parents[1] / "benchmarks" / "sharded.py"
 
 

@@ -10,6 +10,7 @@ import torch
 
 from rankdecay.linalg import shrink
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # where benchmarks find each other
 PATH = Path(__file__).parents[1] / "benchmarks" / "step.py"
 
 

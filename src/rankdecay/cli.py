@@ -121,10 +121,10 @@ def console() -> NoReturn:
         os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     code = main()
     if "rankdecay.lab.session.distributed" in sys.modules:
-        from rankdecay.lab.session.distributed import leave, of_torchrun
+        from rankdecay.lab.session.distributed import exit_now, started_by_torchrun
 
-        if of_torchrun():
-            leave(code)
+        if started_by_torchrun():
+            exit_now(code)
     sys.exit(code)
 
 

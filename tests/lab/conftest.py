@@ -1,6 +1,7 @@
 """A browser that has no network, for every test that opens a page."""
 
 import pytest
+import torch
 
 from tests import needs
 from tests.waiting import HANG
@@ -69,3 +70,11 @@ def open_page(tab):
     for event, listener in listeners.items():
         tab.remove_listener(event, listener)
     tab.goto("about:blank")
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of torch's threads, and puts it back at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from rankdecay import cli
 from rankdecay.lab.cli import parse
 from rankdecay.lab.experiments.grok.settings import Grok
+from tests.comparing import contents
 from tests.held import held
 from tests.waiting import HANG, until
 
@@ -27,10 +28,6 @@ ARMS = ["none", "low_rank"]
 
 def grok(out: Path, *options: str, arms=ARMS) -> list[str]:
     return ["grok", *TINY.split(), "--arms", *arms, "--out", str(out), *options]
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +391,7 @@ def test_ctrl_c_says_how_to_go_on(uninterrupted, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "words"), [("grok", "to continue from the last checkpoint"), ("factor", "to begin anew")]
+    ("command", "words"), [("grok", "to continue from the last checkpoint"), ("factor", "to start over")]
 )
 def test_ctrl_c_says_whether_there_is_a_checkpoint(command, words, tmp_path, monkeypatch, capsys):
     def interrupted(experiment, settings, command):

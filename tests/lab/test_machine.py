@@ -17,15 +17,6 @@ from rankdecay.lab.session.session import choose_threads
 from tests import needs
 from tests.waiting import HANG
 
-
-@pytest.fixture
-def threads():
-    """Sets the number of torch's threads, and puts it back at the end."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # --- devices ---
 
 

@@ -194,7 +194,7 @@ def test_mixed_goes_on_in_mixed_where_it_is_emulated_at_the_cost_of_a_line(tmp_p
     assert {record["step"] for record in before} == {0, 10}
     done = go(out, slow=True)
     assert done.returncode == 0
-    lines = [line for line in done.stdout.splitlines() if "goes on in mixed" in line]
+    lines = [line for line in done.stdout.splitlines() if "continues in mixed" in line]
     assert len(lines) == 1
     assert "bfloat16 products take" in " ".join(done.stdout.split())
     assert json.loads((out / "summary.json").read_text())["settings"]["precision"] == "mixed"
@@ -215,7 +215,7 @@ def test_a_complete_sweep_warns_when_it_grows_and_not_when_it_is_shown(tmp_path,
     took = "on this machine bfloat16 products take 50 times as long as float32 ones"
     assert warnings("--precision", "mixed", "--seeds", "1") == [f"--precision mixed: {took}"]
     assert warnings("--seeds", "1") == []
-    assert warnings("--seeds", "2") == [f"{tmp_path / 'run'} goes on in mixed, as it began: {took}"]
+    assert warnings("--seeds", "2") == [f"{tmp_path / 'run'} continues in mixed, as it began: {took}"]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["settings"]["precision"], config["fixed"]["precision"]) == ("mixed", "mixed")
     assert config["precision"] == {"asked": "auto", "value": "mixed", "reason": "as asked"}

@@ -133,9 +133,7 @@ def test_twice_what_the_help_promises_names_the_option_that_shortens_it(clock, c
     promise = Promise(3, "fewer --steps")
     assert expected(clock, capsys, 0.36, promise=promise) == ["expected time: 6:00 min"]
     [line] = expected(clock, capsys, 0.37, promise=promise)
-    assert line == (
-        "expected time: 6:10 min, more than twice the 3 min that the default may take: fewer --steps shortens it"
-    )
+    assert line == ("expected time: 6:10 min, more than twice the default's 3 min; use fewer --steps to shorten it")
 
 
 def test_quiet_says_nothing_of_the_time(clock, capsys):

@@ -12,6 +12,7 @@ import torch
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.store import Checkpoint, RunDirectory, read_json, read_metrics
 from tests import needs
+from tests.comparing import contents
 from tests.lab.disk import full_for
 
 CONFIG = {
@@ -25,10 +26,6 @@ RECORDS = [{"step": step, "arm": "none", "seed": 0, "test_loss": 0.1 * step} for
 
 def opened(path: Path, config=CONFIG, notices: list[str] | None = None) -> RunDirectory:
     return RunDirectory.open(path, config, (notices if notices is not None else []).append)
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def snapshots(path: Path) -> list[tuple[int, dict[str, np.ndarray]]]:
@@ -88,7 +85,7 @@ def test_a_directory_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(SettingError) as error:
         opened(tmp_path)
-    assert all(word in one_line(error) for word in (str(tmp_path), "other files", "new one"))
+    assert all(word in one_line(error) for word in (str(tmp_path), "not a run directory", "choose another"))
     assert contents(tmp_path) == {"thesis.tex": b"years of work"}
 
 

@@ -11,7 +11,7 @@ from rankdecay.lab.stored import read_run
 def test_a_summary_of_another_experiment_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"command": "factor", "arms": []}))
     (tmp_path / "summary.json").write_text(json.dumps({"command": "grok", "arms": []}))
-    with pytest.raises(SettingError, match=r"is of 'grok' and config.json beside it of 'factor'"):
+    with pytest.raises(SettingError, match=r"belongs to 'grok', but config.json to 'factor'"):
         read_run(tmp_path)
 
 

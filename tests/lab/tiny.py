@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankdecay.lab.experiment import Record, run
-from rankdecay.lab.experiments.attention.runs import make_experiment
+from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.experiments.attention.settings import AttentionDecay, check_shared
 from rankdecay.lab.session.gpt import GPT, GPTConfig
-from rankdecay.lab.session.session import Quality, judged
+from rankdecay.lab.session.session import Quality, summarise_losses
 
 VOCABULARY, HALF = 16, 5
 
@@ -55,7 +55,7 @@ class Repeat:
         pieces = [sequences(10_000_000 + i, 8) for i in range(3)]
         losses = [self.loss(model, (tokens, torch.ones(8))).item() for tokens in pieces]
         right = [(model(t[:, :-1]).argmax(-1) == t[:, 1:])[:, HALF:].float().mean().item() for t in pieces]
-        return judged(losses, sum(right) / len(right))
+        return summarise_losses(losses, sum(right) / len(right))
 
 
 def sequences(seed: int, size: int) -> Tensor:
@@ -79,7 +79,7 @@ def make(out: Path, problem: Repeat | None = None, **changes: Any) -> Record:
     """Runs an experiment in a directory, or goes on with it."""
     problem = Repeat() if problem is None else problem
     experiment = make_experiment(
-        "language", {"default": AttentionDecay()}, check, lambda _: problem, "tokens", save=save
+        Command("language", {"default": AttentionDecay()}, check, lambda _: problem, "tokens", save=save)
     )
     return run(experiment, settings(out, **changes), "rankdecay tiny")
 

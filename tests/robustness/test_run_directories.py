@@ -474,4 +474,4 @@ def test_values_inside_of_values_are_refused(name: str, complete: Path, capsys: 
     path = complete / name
     path.write_text(path.read_text().replace("{", '{"deep": ' + "[" * 400 + "]" * 400 + ", ", 1))
     assert cli.main(["report", str(complete)]) == 2
-    assert f"{name} has values inside of values" in capsys.readouterr().err
+    assert f"{name} is nested more than" in capsys.readouterr().err

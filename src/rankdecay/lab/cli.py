@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         resumable = arguments[0] != "report" and experiment.load(arguments[0]).resumable
-        aim = "to continue from the last checkpoint" if resumable else "to begin anew"
+        aim = "to continue from the last checkpoint" if resumable else "to start over"
         print(f"\nrankdecay: interrupted; {aim}, run again: {visible(command)}", file=sys.stderr)
         return 130
     return 0
@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> Any:
         The settings: `Report`, or the dataclass of the experiment.
 
     Raises:
-        SettingError: if there is no preset of the name given.
+        SettingError: If there is no preset of the name given.
     """
     name, options = arguments[0], list(arguments[1:])
     try:
@@ -126,7 +126,7 @@ def _experiment(name: str, settings: Any, command: str) -> None:
     if settings.json:
         print(json_text(summary))
     elif not settings.quiet:
-        with unfit.fitting(lambda error: unfit.in_summary(settings.out)):
+        with unfit.explain_inconsistency(lambda error: unfit.in_summary(settings.out)):
             print_summary(chosen, summary)
             if picture := chosen.picture(settings.out):
                 print(f"\n{picture}")

@@ -36,7 +36,7 @@ def nuclear_fit(target: np.ndarray, strength: float, mask: np.ndarray | None = N
         mask: M, shape (m, n), 1 where an entry is observed; everything is observed without one.
 
     Raises:
-        RuntimeError: if the solver finds no solution.
+        RuntimeError: If the solver finds no solution.
     """
     import cvxpy
 
@@ -49,12 +49,12 @@ def nuclear_fit(target: np.ndarray, strength: float, mask: np.ndarray | None = N
 
 
 def solve(problem: cvxpy.Problem) -> float:
-    """Solves a problem to `TOLERANCE`, else to `LARGEST_TOLERANCE`, and returns its objective.
+    """Solve a problem to `TOLERANCE`, else to `LARGEST_TOLERANCE`, and return its objective.
 
     The variables hold the solution.
 
     Raises:
-        RuntimeError: if the solver finds no solution, or one that may be further off.
+        RuntimeError: If the solver finds no solution, or one that may be further off.
     """
     import cvxpy
 

@@ -102,7 +102,7 @@ class Arm:
 
 
 def _as_stored(how: Any) -> Any:
-    """A dataclass as a dictionary, without what directories of before do not hold, where it is at its default."""
+    """A dataclass as a dictionary, without what older directories do not hold, where it is at its default."""
     if not dataclasses.is_dataclass(how):
         return how
     fields = {field.name: (getattr(how, field.name), field.default) for field in dataclasses.fields(how)}
@@ -129,7 +129,7 @@ class Job:
 
 @dataclass
 class Work(Generic[S]):
-    """What `Experiment.train` is given.
+    """Arguments of `Experiment.train`.
 
     Attributes:
         settings: checked, filled in, with the precision resolved.
@@ -168,10 +168,10 @@ def _alone() -> Any:
     """The one process of an experiment that shares nothing; `lab.session.distributed` has the same two functions."""
 
     @contextlib.contextmanager
-    def joined(device: str) -> Iterator[tuple[str, bool]]:
+    def process_group(device: str) -> Iterator[tuple[str, bool]]:
         yield device, True
 
-    return SimpleNamespace(joined=joined, share=lambda value: value)
+    return SimpleNamespace(process_group=process_group, broadcast=lambda value: value)
 
 
 def _plain_screen(work: Work[Any], title: str, options: Mapping[str, Any]) -> Screen:
@@ -202,7 +202,7 @@ class Experiment(Generic[S]):
         screen: what a person sees meanwhile.
         minutes: that the default may take on the slowest machine that counts.
         shorter: the options that shorten it, as a user types them.
-        resumable: whether an interrupted run continues; one of seconds begins anew.
+        resumable: whether an interrupted run continues; one of seconds starts over.
         grid: the settings that are axes which may grow: a directory takes in what a larger grid adds.
         not_identity: settings that do not change what a row says, beside those of every experiment.
         fingerprint: of the data, where the settings do not say what is learnt.
@@ -300,7 +300,7 @@ def presets(name: str) -> Mapping[str, Settings]:
 
 
 def questions() -> dict[str, str]:
-    """What every experiment asks, by its name."""
+    """Question of every experiment, by its name."""
     return {name: question(type(next(iter(presets(name).values())))) for name in names()}
 
 
@@ -310,7 +310,7 @@ def examples(name: str) -> Mapping[str, str]:
 
 
 def renamed_presets(name: str) -> Mapping[str, str]:
-    """What the presets of an experiment are called that had another name in an earlier version."""
+    """Present names of presets that had another name in an earlier version."""
     return getattr(import_module(f"{_folders()[name]}.settings"), "RENAMED_PRESETS", {})
 
 
@@ -318,7 +318,7 @@ def load(name: str) -> Experiment[Any]:
     """An experiment by its name.
 
     Raises:
-        SettingError: for a name that nothing is registered by.
+        SettingError: For a name that nothing is registered by.
     """
     check_name("command", name, _folders())
     return import_module(f"{_folders()[name]}.experiment").EXPERIMENT
@@ -328,10 +328,10 @@ def load(name: str) -> Experiment[Any]:
 
 
 def run(experiment: Experiment[S], settings: S, command: str) -> Record:
-    """Runs an experiment, or what is missing of it, and returns its summary.
+    """Run an experiment, or what is missing of it, and return its summary.
 
     Args:
-        experiment: which.
+        experiment: name of the experiment.
         settings: what to run.
         command: how to repeat it, for the report.
 
@@ -339,7 +339,7 @@ def run(experiment: Experiment[S], settings: S, command: str) -> Record:
         The summary; an empty one in a process of ``torchrun`` that does not write.
 
     Raises:
-        SettingError: if the settings, the data or the output directory cannot work, or training cannot go on.
+        SettingError: If the settings, the data or the output directory cannot work, or training cannot go on.
     """
     try:
         return _run(experiment, settings, command)
@@ -359,7 +359,7 @@ def _run(experiment: Experiment[S], settings: S, command: str) -> Record:
     settings = experiment.check(settings)
     processes = experiment.processes()
     device = resolve_device(settings.device, needs_float64=experiment.needs_float64)
-    with processes.joined(device) as (device, writes):
+    with processes.process_group(device) as (device, writes):
         promise = Promise(experiment.minutes, experiment.shorter)
         quiet = settings.quiet or not writes
         options = {"quiet": quiet, "to_stderr": settings.json, "promise": promise}
@@ -380,10 +380,10 @@ def _run(experiment: Experiment[S], settings: S, command: str) -> Record:
                 if writes
                 else None
             )
-            work.settings, choice = processes.share(resolved)
+            work.settings, choice = processes.broadcast(resolved)
         if writes:
-            return _run_and_write(experiment, work, command, choice, processes.share)
-        if processes.share(None):
+            return _run_and_write(experiment, work, command, choice, processes.broadcast)
+        if processes.broadcast(None):
             for _ in experiment.train(work):
                 pass
         return {}
@@ -394,11 +394,11 @@ def _run_and_write(
     work: Work[S],
     command: str,
     choice: Any,
-    share: Callable[[Any], Any],
+    broadcast: Callable[[Any], Any],
 ) -> Record:
     """`_run` in the process that writes."""
     from rankdecay.lab import precision, unfit
-    from rankdecay.lab.store import GROWING, IDENTITY, RunDirectory
+    from rankdecay.lab.store import EXTENSIBLE_IDENTITY, IDENTITY, RunDirectory
     from rankdecay.lab.stored import check_rows
 
     settings, notice = work.settings, work.screen.notice
@@ -408,18 +408,18 @@ def _run_and_write(
         fixed, *arms = (_without(record, experiment.grid) for record in (asked, *config["arms"]))
         config |= {"fixed": fixed, "arms": arms}
     defaults = json.loads(json.dumps(identity(type(settings)())))
-    keys = GROWING if experiment.grid else IDENTITY
+    keys = EXTENSIBLE_IDENTITY if experiment.grid else IDENTITY
     with RunDirectory.open(settings.out, config, notice, keys, defaults) as directory:
         work.directory = directory
         if directory.summary is not None and not experiment.grid:
-            share(False)
+            broadcast(False)
             return _shown(experiment, work)
-        share(True)
+        broadcast(True)
         work.rows = [renamed(row, experiment.aliases) for row in directory.drop_damaged_line()]
         check_rows(directory.path, work.rows, experiment.check_row)
         known = bool(work.rows) or bool(directory.checkpoints())
         jobs = experiment.jobs(work)
-        with unfit.fitting(lambda error: unfit.in_line(settings.out, 0)):
+        with unfit.explain_inconsistency(lambda error: unfit.in_line(settings.out, 0)):
             done = {tuple(row.get(name) for name in jobs[0].key) for row in work.rows} if jobs else set()
         work.jobs = [job for job in jobs if tuple(job.key.values()) not in done]
         if experiment.grid and work.jobs:
@@ -432,7 +432,7 @@ def _run_and_write(
         def going_on() -> contextlib.AbstractContextManager[None]:
             if not known:
                 return contextlib.nullcontext()
-            return unfit.fitting(lambda error: unfit.in_checkpoint(settings.out, checkpoints))
+            return unfit.explain_inconsistency(lambda error: unfit.in_checkpoint(settings.out, checkpoints))
 
         with going_on():
             _train(experiment, work)
@@ -457,7 +457,7 @@ def _run_and_write(
 
 
 def _train(experiment: Experiment[S], work: Work[S]) -> None:
-    """Trains and stores the rows: as they come, or in one piece where an interrupted run begins anew."""
+    """Train and store the rows: as they come, or in one piece where an interrupted run starts over."""
     directory = work.run_directory
     if experiment.resumable:
         rows = experiment.train(work)
@@ -532,7 +532,7 @@ def of_directory(directory: str | Path) -> Experiment[Any]:
     """The experiment that a directory holds a run of.
 
     Raises:
-        SettingError: when it holds none, or one that is not installed.
+        SettingError: When it holds none, or one that is not installed.
     """
     from rankdecay.lab.stored import read_config
 
@@ -547,7 +547,7 @@ def read(experiment: Experiment[Any], directories: Sequence[str | Path]) -> Stor
     """A run directory, or several as one, after removing what a kill left in them.
 
     Raises:
-        SettingError: when a directory is not a run of the experiment, is damaged, or cannot be merged with the others.
+        SettingError: When a directory is not a run of the experiment, is damaged, or cannot be merged with the others.
     """
     from rankdecay.lab.store import tidy
     from rankdecay.lab.stored import read_run
@@ -563,19 +563,19 @@ def read(experiment: Experiment[Any], directories: Sequence[str | Path]) -> Stor
 
 
 def write_report(directory: str | Path) -> Path:
-    """Writes ``report.html`` into a run directory, complete or not, and returns its path.
+    """Write ``report.html`` into a run directory, complete or not, and return its path.
 
     Raises:
-        SettingError: when the directory is not a run or a file in it is damaged.
+        SettingError: When the directory is not a run or a file in it is damaged.
     """
     return write_merged_report([directory], Path(directory) / "report.html")
 
 
 def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> Path:
-    """Writes one page of a run directory, or of several that can be merged, and returns its path.
+    """Write one page of a run directory, or of several that can be merged, and return its path.
 
     Raises:
-        SettingError: when a directory is not a run, is damaged, or cannot be merged with the first.
+        SettingError: When a directory is not a run, is damaged, or cannot be merged with the first.
     """
     from rankdecay.lab.report.page import write
     from rankdecay.lab.report.run_page import render
@@ -586,11 +586,11 @@ def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> 
 
 
 def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
-    """Draws the static figure of a run, or of several that can be merged, and returns its path.
+    """Draw the static figure of a run, or of several that can be merged, and return its path.
 
     Raises:
-        SettingError: when a directory is not a run, is damaged, cannot be merged, or has nothing to draw.
-        ValueError: when the suffix is not a format matplotlib writes.
+        SettingError: When a directory is not a run, is damaged, cannot be merged, or has nothing to draw.
+        ValueError: When the suffix is not a format matplotlib writes.
     """
     from rankdecay.lab.report.figure import draw
 
@@ -601,7 +601,7 @@ def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:
             return experiment.figure(stored, path)
         charts = _charts_of_figure(experiment, stored)
         if not charts:
-            raise SettingError(f"{directories[0]} has nothing to draw yet: let the run go on, or complete it")
+            raise SettingError(f"{directories[0]} has nothing to draw yet: let the run continue, or complete it")
         return draw(charts, arm_styles(stored.arms, experiment.styles_of(stored.settings)), path)
 
     with tempfile.TemporaryDirectory() as elsewhere:  # for the attempts that find out which file is to blame
@@ -615,7 +615,7 @@ def _made(
     make: Callable[[StoredRun], T],
     attempt: Callable[[StoredRun], object] | None = None,
 ) -> T:
-    """What is made from run directories; where that fails, the file to blame is found by further attempts."""
+    """Make something from run directories; where that fails, find the file to blame by further attempts."""
     from rankdecay.lab import unfit
     from rankdecay.lab.stored import read_run
 
@@ -625,11 +625,11 @@ def _made(
     def find(error: Exception) -> tuple[str, str]:
         for directory in dict.fromkeys(map(Path, directories)):
             run = read_run(directory, experiment.check_row, aliases=experiment.aliases)
-            if named := unfit.culprit(run, again, error):
+            if named := unfit.find_inconsistent_file(run, again, error):
                 return named
         return ", ".join(map(str, directories)), "restore what was changed in them, or report them one by one"
 
-    with unfit.fitting(find):
+    with unfit.explain_inconsistency(find):
         return make(read(experiment, directories))
 
 

@@ -16,14 +16,14 @@ from rankdecay.lab.errors import SettingError, check_name
 
 
 def resolve_device(name: str, *, needs_float64: bool = True) -> str:
-    """Resolves ``auto`` to CUDA when there is one; checks any other device.
+    """Resolve ``auto`` to CUDA when there is one; check any other device.
 
     Args:
         name: the value of ``--device``.
         needs_float64: whether the experiment computes in float64 on the device, which Apple's ``mps`` cannot.
 
     Raises:
-        SettingError: for an unknown kind of device, one that is not on this machine, or one without float64.
+        SettingError: For an unknown kind of device, one that is not on this machine, or one without float64.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,13 +46,13 @@ def available_cpus() -> int:
 
 
 def respect_cpu_quota() -> None:
-    """Limits torch's threads to the processors of the process: by itself it ignores a container's quota."""
+    """Limit torch's threads to the processors of the process: by itself it ignores a container's quota."""
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Limits torch to one core, for small matrices.
+    """Limit torch to one core, for small matrices.
 
     Its threads wait for each other longer than such a product takes, and beside other work a thousand times as long.
     """

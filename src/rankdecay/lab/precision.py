@@ -74,7 +74,7 @@ def resolve(
     narrow: str,
     products: Products | None = None,
 ) -> tuple[S, Choice]:
-    """Returns the settings with a precision in place of ``auto``, and why it is that one.
+    """Return the settings with a precision in place of ``auto``, and why it is that one.
 
     Args:
         settings: of the experiment, with ``precision`` and ``out``.
@@ -85,7 +85,7 @@ def resolve(
         products: what the run multiplies, to be timed on a CPU. None takes float32 there without timing anything.
 
     Raises:
-        SettingError: for a precision that the device cannot multiply in.
+        SettingError: For a precision that the device cannot multiply in.
     """
     from rankdecay.lab.store import read_json
 
@@ -106,7 +106,7 @@ def resolve(
 def warn_if_slow(
     choice: Choice, out: Path, device: str, notice: Callable[[str], None], products: Products | None
 ) -> None:
-    """Warns that bfloat16, asked for or kept from an earlier run, is slower here than float32, and how many times.
+    """Warn that bfloat16, asked for or kept from an earlier run, is slower here than float32, and how many times.
 
     Args:
         choice: of `resolve`.
@@ -118,7 +118,7 @@ def warn_if_slow(
     if FORMATS[choice.value] != "bfloat16" or device != "cpu":
         return
     kept = choice.asked == "auto"
-    why = f"{out} goes on in {choice.value}, as it began" if kept else f"{option('precision')} {choice.asked}"
+    why = f"{out} continues in {choice.value}, as it began" if kept else f"{option('precision')} {choice.asked}"
     try:
         gain = bfloat16_gain(products or Products(1, 512, 512, 512))
     except RuntimeError as error:
@@ -129,7 +129,7 @@ def warn_if_slow(
 
 
 def _stored(config: Record) -> tuple[str, str] | None:
-    """Returns the precision that a directory started in, and why; None if its configuration has none."""
+    """Return the precision that a directory started in, and why; None if its configuration has none."""
     settings, choice = config.get("settings"), config.get("precision")
     value = settings.get("precision") if isinstance(settings, dict) else None
     if not isinstance(value, str) or value not in FORMATS:
@@ -138,7 +138,7 @@ def _stored(config: Record) -> tuple[str, str] | None:
 
 
 def _measured(device: str, notice: Callable[[str], None], narrow: str, products: Products | None) -> tuple[str, str]:
-    """Returns the precision that suits a device, and the reason."""
+    """Return the precision that suits a device, and the reason."""
     import torch
 
     kind = device.partition(":")[0]
@@ -167,7 +167,7 @@ def bfloat16_gain(products: Products) -> float:
     In processor time on one core, which other work on the machine hardly changes.
 
     Raises:
-        RuntimeError: if torch cannot multiply in bfloat16 at all.
+        RuntimeError: If torch cannot multiply in bfloat16 at all.
     """
     import torch
 
@@ -192,7 +192,7 @@ def bfloat16_gain(products: Products) -> float:
 
 
 def _check(precision: str, device: str) -> None:
-    """Raises a `SettingError` unless the device can multiply in a precision."""
+    """Raise a `SettingError` unless the device can multiply in a precision."""
     import torch
 
     try:
@@ -206,7 +206,7 @@ def _check(precision: str, device: str) -> None:
 
 
 def check_resolved(precision: str, known: Sequence[str]) -> None:
-    """Raises a `ValueError` unless training knows the precision; it does not know ``auto``."""
+    """Raise a `ValueError` unless training knows the precision; it does not know ``auto``."""
     if precision not in known:
         raise ValueError(f"precision {precision!r} must be one of {', '.join(known)}")
 

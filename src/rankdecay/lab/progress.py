@@ -1,4 +1,4 @@
-"""What a person sees while an experiment runs: something live in a terminal, plain lines elsewhere."""
+"""Progress of an experiment: a live display in a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -61,25 +61,25 @@ class Screen:
             self.live.stop()
 
     def notice(self, text: str) -> None:
-        """Writes a line the user should see even with ``quiet``: it goes to standard error then."""
+        """Write a line the user should see even with ``quiet``: it goes to standard error then."""
         if self.quiet:
             print(visible(text), file=sys.stderr)
         else:
             self.console.print(visible(text), markup=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
-        """Writes a line for whoever reads a log: neither in a terminal, which is live, nor with ``quiet``."""
+        """Write a line for whoever reads a log: neither in a terminal, which is live, nor with ``quiet``."""
         if not (self.is_live or self.quiet):
             self.notice(text)
 
     # --- the clock ---
 
     def start_clock(self, work: int, done: int = 0) -> None:
-        """Starts the clock of ``work`` steps, of which ``done`` were made before."""
+        """Start the clock of ``work`` steps, of which ``done`` were made before."""
         self.work, self.done, self._skipped, self._started = work, done, done, time.monotonic()
 
     def skip(self, steps: int) -> None:
-        """Counts steps as done that took no time."""
+        """Count steps as done that took no time."""
         self.done += steps
         self._skipped += steps
 
@@ -93,7 +93,7 @@ class Screen:
         return time_left(self.seconds, self.done - self._skipped, self.work - self.done)
 
     def estimate(self) -> None:
-        """States once how long the whole will take, from how long its first steps took."""
+        """State once how long the whole will take, from how long its first steps took."""
         made, work, seconds = self.done - self._skipped, self.work - self._skipped, self.seconds
         if self._has_estimated or seconds < ESTIMATE_AFTER or not 0 < made < work:
             return
@@ -101,10 +101,8 @@ class Screen:
         whole = seconds * work / made
         text = f"expected time: {duration(whole)}"
         if self._promise is not None and whole > 2 * 60 * self._promise.minutes:
-            text += (
-                f", more than twice the {self._promise.minutes:g} min that the default may take: "
-                f"{self._promise.shorter} shortens it"
-            )
+            minutes, shorter = self._promise.minutes, self._promise.shorter
+            text += f", more than twice the default's {minutes:g} min; use {shorter} to shorten it"
         if not self.quiet:
             self.notice(text)
 
@@ -123,12 +121,12 @@ class Progress(Screen):
         self._latest: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
 
     def working(self, work: int) -> Self:
-        """Starts the clock for ``work`` member-steps; use as a context."""
+        """Start the clock for ``work`` member-steps; use as a context."""
         self.start_clock(work)
         return self
 
     def update(self, records: Sequence[dict[str, Any]], member_steps: int) -> None:
-        """Shows new evaluations, after ``member_steps`` more training steps summed over members."""
+        """Show new evaluations, after ``member_steps`` more training steps summed over members."""
         self.done += member_steps
         arms = dict.fromkeys(r["arm"] for r in records)
         for arm in arms:
@@ -171,7 +169,7 @@ class BarScreen(Screen):
             self.live.update(self.bar)
 
     def draw_bar(self, text: str = "", before_left: str = "") -> None:
-        """Moves the bar to where the work is; ``text`` replaces what is written before it."""
+        """Move the bar to where the work is; ``text`` replaces what is written before it."""
         if self.live:
             left = before_left + self.left()
             self.bar.update(self._task, total=self.work, completed=self.done, description=text or None, left=left)
@@ -192,13 +190,13 @@ class ArmBar(BarScreen):
         self._before = 0  # steps of the arms that have ended
 
     def at(self, arm: str, step: int) -> None:
-        """Shows the step of an arm."""
+        """Show the step of an arm."""
         self.done = self._before + step
         self.estimate()
         self.draw_bar(f"{self.title}  {arm}, step {step}")
 
     def ended(self, arm: str, steps: int, budget: int) -> None:
-        """Writes the steps that an arm took, of the ``budget`` it had."""
+        """Write the steps that an arm took, of the ``budget`` it had."""
         self._before += budget
         self.line(f"{arm:<10} {steps:>6} steps  {self.seconds:5.1f} s  {self.left()}")
 
@@ -217,25 +215,25 @@ class RunsProgress(BarScreen):
         self._unit, self._step = unit, 0
 
     def working(self, work: int, done: int) -> Self:
-        """Starts the clock for ``work`` steps of all runs, ``done`` of them made before; use as a context."""
+        """Start the clock for ``work`` steps of all runs, ``done`` of them made before; use as a context."""
         self.start_clock(work, done)
         self.draw_bar()
         return self
 
     def begins(self, step: int) -> None:
-        """Starts a run at the step that it had got to before."""
+        """Start a run at the step that it had got to before."""
         self.skip(step)
         self._step = step
 
     def at(self, step: int) -> None:
-        """Shows the step of the run."""
+        """Show the step of the run."""
         self.done += step - self._step
         self._step = step
         self.estimate()
         self.draw_bar()
 
     def evaluated(self, run: str, record: dict[str, Any]) -> None:
-        """Shows an evaluation of a run."""
+        """Show an evaluation of a run."""
         rate = record[self._unit] / max(record["seconds"], 1e-9)
         accuracy = "" if record["accuracy"] is None else f"  accuracy {record['accuracy']:.1%}"
         text = f"{run}  step {record['step']}  loss {record['loss']:.4f}{accuracy}  {rate:,.0f} {self._unit}/s"
@@ -243,5 +241,5 @@ class RunsProgress(BarScreen):
         self.line(f"{text}  {self.left()}")
 
     def ended(self, missed: int = 0) -> None:
-        """Ends a run; ``missed`` are the steps it did not make because it diverged."""
+        """End a run; ``missed`` are the steps it did not make because it diverged."""
         self.skip(missed)

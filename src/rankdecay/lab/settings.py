@@ -1,4 +1,4 @@
-"""What the settings of every experiment have in common, and the checks they share.
+"""Settings that every experiment has, and the checks they share.
 
 Importing this module, and with it any experiment's settings, imports neither torch nor numpy: ``--help`` reads them.
 """
@@ -17,6 +17,12 @@ from rankdecay.lab.errors import SettingError, check_name, option
 Record = dict[str, Any]
 Preset = Literal["default", "standard"]
 NOT_IDENTITY = ("preset", "out", "device", "compile", "quiet", "json", "open")  # do not change what a run computes
+NAMING = ("arm", "name", "reference")  # keys that hold the name of an arm, in rows, configurations and summaries
+
+REPORT_EXAMPLES = {
+    "rankdecay report runs/grok --open": "the page of a run, complete or not, in a browser",
+    "rankdecay report runs/grok --figure grok.pdf": "its figure for a paper",
+}
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,8 @@ class Report:
     """Open the page in a browser."""
 
 
-REPORT_EXAMPLES = {
-    "rankdecay report runs/grok --open": "the page of a run, complete or not, in a browser",
-    "rankdecay report runs/grok --figure grok.pdf": "its figure for a paper",
-}
-
-
 def question(settings: type) -> str:
-    """What an experiment asks: the first paragraph of its settings' docstring."""
+    """Question of an experiment: the first paragraph of its settings' docstring."""
     return " ".join((settings.__doc__ or settings.__name__).partition("\n\n")[0].split())
 
 
@@ -83,9 +83,6 @@ def identity(settings: Any, without: Collection[str] = ()) -> Record:
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IDENTITY and k not in without}
 
 
-NAMING = ("arm", "name", "reference")  # keys that hold the name of an arm, in rows, configurations and summaries
-
-
 def renamed(record: Any, aliases: Mapping[str, str]) -> Any:
     """A row, a configuration or a summary with the names that its arms have today."""
     if isinstance(record, list):
@@ -99,23 +96,23 @@ def renamed(record: Any, aliases: Mapping[str, str]) -> Any:
 
 
 def check_lists(settings: Any) -> None:
-    """Raises a `SettingError` if an option that takes several values is given one of them twice."""
+    """Raise a `SettingError` if an option that takes several values is given one of them twice."""
     for field in dataclasses.fields(settings):
         values = getattr(settings, field.name)
         if isinstance(values, tuple):
             twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
             if twice is not None:
-                raise SettingError(f"{option(field.name)} has {twice} twice: give it once")
+                raise SettingError(f"{option(field.name)} lists {twice} twice: give it once")
 
 
 def check_seeds(settings: Any) -> None:
-    """Raises a `SettingError` unless ``--first-seed`` is the number of a seed."""
+    """Raise a `SettingError` unless ``--first-seed`` is the number of a seed."""
     if settings.first_seed < 0:
         raise SettingError(f"--first-seed {settings.first_seed} is negative: give 0 or more")
 
 
 def check_strengths(settings: Any) -> None:
-    """Raises a `SettingError` unless there are ``--strengths``, each of them finite and at least 0."""
+    """Raise a `SettingError` unless there are ``--strengths``, each of them finite and at least 0."""
     if not settings.strengths:
         raise SettingError("--strengths is empty: give for example 0 0.1 0.4")
     for strength in settings.strengths:
@@ -124,14 +121,14 @@ def check_strengths(settings: Any) -> None:
 
 
 def check_counts(settings: Any, *names: str) -> None:
-    """Raises a `SettingError` unless the named settings are at least 1."""
+    """Raise a `SettingError` unless the named settings are at least 1."""
     for name in names:
         if getattr(settings, name) < 1:
             raise SettingError(f"{option(name)} {getattr(settings, name)} is too small: give at least 1")
 
 
 def check_numbers(settings: Any, *names: str, zero: bool = False) -> None:
-    """Raises a `SettingError` unless the named settings are finite and > 0; ``zero`` is allowed where it means none."""
+    """Raise a `SettingError` unless the named settings are finite and > 0; ``zero`` is allowed where it means none."""
     for name in names:
         value = getattr(settings, name)
         if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
@@ -140,23 +137,23 @@ def check_numbers(settings: Any, *names: str, zero: bool = False) -> None:
 
 
 def check_width(width: int, heads: int, example: int) -> None:
-    """Raises a `SettingError` unless ``--width`` can be split into the heads."""
+    """Raise a `SettingError` unless ``--width`` can be split into the heads."""
     if width < heads or width % heads:
         raise SettingError(f"--width {width} must be a multiple of the {heads} heads: for example {example}")
 
 
 def check_evaluations(settings: Any) -> None:
-    """Raises a `SettingError` unless the last of ``--steps`` is evaluated."""
+    """Raise a `SettingError` unless the last of ``--steps`` is evaluated."""
     steps, every = settings.steps, settings.evaluate_every
     if steps % every:
         raise SettingError(
-            f"--steps {steps} is no multiple of --evaluate-every {every}: "
+            f"--steps {steps} is not a multiple of --evaluate-every {every}: "
             f"give for example --steps {max(1, steps // every) * every}"
         )
 
 
 def check_arms(given: Sequence[str], known: Collection[str], setting: str = "arms") -> None:
-    """Raises a `SettingError` unless there is an arm and all of them are known."""
+    """Raise a `SettingError` unless there is an arm and all of them are known."""
     if not given:
         raise SettingError(f"{option(setting)} is empty: choose from {', '.join(known)}")
     for name in given:
@@ -175,7 +172,7 @@ def given_strengths(
         preset: texts that nobody typed, which do not count for arms that were not chosen.
 
     Raises:
-        SettingError: for an arm that was not chosen, or what is not a list of numbers.
+        SettingError: For an arm that was not chosen, or what is not a list of numbers.
     """
     found = {}
     for text in texts:
@@ -186,5 +183,5 @@ def given_strengths(
         try:
             found[name] = tuple(sorted({float(value) for value in values.split(",")}))
         except ValueError:
-            raise SettingError(f"--strengths {text} is no list of numbers: give {name}={example}") from None
+            raise SettingError(f"--strengths {text} is not a list of numbers: give {name}={example}") from None
     return found

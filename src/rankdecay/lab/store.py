@@ -12,6 +12,8 @@ The rules that make a run survive being killed at any moment:
 Nothing in a directory is trusted: what is read has to be a regular file in it, of a size that makes sense.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import io
@@ -36,29 +38,39 @@ from rankdecay.lab.errors import SettingError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rankdecay.lab.settings import Record
+
 SCHEMA = 1
-Record = dict[str, Any]
 Notice = Callable[[str], None]
 IDENTITY = ("command", "schema", "settings", "arms")  # what decides whether a directory belongs to a command
-GROWING = ("command", "schema", "fixed")  # the same where the axes of the grid may grow
-ADDED = {"first_seed": 0}  # settings that older directories lack, with the value that all their runs had
+EXTENSIBLE_IDENTITY = ("command", "schema", "fixed")  # the same where the axes of the grid may grow
+DEFAULTS_OF_OLD_SETTINGS = {
+    "first_seed": 0
+}  # settings that older directories lack, with the value that all their runs had
 DESCRIBING = ("description", "control")  # of an arm: words, which may be put better
-DROPPED = ("preset",)  # settings that older directories have and that never changed what was computed
-
-
+REMOVED_SETTINGS = ("preset",)  # settings that older directories have and that never changed what was computed
 LARGEST = {"metrics.jsonl": 2**29, "config.json": 2**24, "summary.json": 2**26}  # bytes that make sense
 FILES = (*LARGEST, "report.html", "report.html.part", ".lock")  # regular files, where they are at all
-OWN = re.compile(r"(checkpoint|under_way-\d+)\.safetensors")  # what a run needs to go on, and no longer when complete
+CHECKPOINT_NAME = re.compile(
+    r"(checkpoint|under_way-\d+)\.safetensors"
+)  # what a run needs to go on, and no longer when complete
 SNAPSHOT = re.compile(r"[0-9]{8}\.npz")
 _CHECKED = re.compile(rb'(\{.+), "crc": "([0-9a-f]{8})"\}', re.DOTALL)  # a line with its checksum
 KINDS = {"step": int, "seed": int, "arm": str, "seconds": float, "wall": float}  # of what rows have in common
+DEEPEST = 50  # levels of a file of ours, which have about five
+CHECKPOINT_RARITY = 20  # the next checkpoint waits this many times the duration of the last: at most 5 % of the time
+# What the keys of a configuration and of a summary have to be, where they are there at all.
+CONTENT: dict[str, type | tuple[type, ...]] = {
+    "command": str, "settings": dict, "arms": list, "versions": dict, "machine": str, "reproduce": str,
+    "precision": dict, "fixed": dict, "threshold": (int, float), "wall_seconds": (int, float, type(None)), "lines": int,
+}  # fmt: skip
 
 
 def read_metrics(directory: Path, notice: Notice | None = None) -> list[Record]:
     """The records of ``metrics.jsonl``, without a last line that was cut short.
 
     Raises:
-        SettingError: if a line before the last is damaged or missing, which no interruption explains.
+        SettingError: If a line before the last is damaged or missing, which no interruption explains.
     """
     return [record for record, _ in _read_lines(directory, notice)]
 
@@ -101,7 +113,7 @@ def _parsed(line: bytes, previous: bytes) -> tuple[Record, bytes]:
     if checked:
         crc = checked[2]
         if _checksum(checked[1], previous) != crc:
-            raise _Changed("is damaged, or one before it is missing: its checksum does not fit")
+            raise _Changed("is damaged, or one before it is missing: checksum mismatch")
         line = checked[1] + b"}"
     try:
         record = json.loads(line)
@@ -132,7 +144,7 @@ def read_json(path: Path) -> Record | None:
     """A file that holds one JSON object, or ``None`` if it is not there.
 
     Raises:
-        SettingError: if it holds anything else.
+        SettingError: If it holds anything else.
     """
     if not os.path.lexists(path):
         return None
@@ -140,11 +152,8 @@ def read_json(path: Path) -> Record | None:
     remedy = "restore it, or use another --out"
     value = files.read_json(path, LARGEST[path.name], SettingError, remedy)
     if _is_deep(value):
-        raise SettingError(f"{path} has values inside of values, {DEEPEST} and more: {remedy}")
+        raise SettingError(f"{path} is nested more than {DEEPEST} levels deep: {remedy}")
     return value
-
-
-DEEPEST = 50  # levels of a file of ours, which have about five
 
 
 def _is_deep(value: Any) -> bool:
@@ -155,13 +164,6 @@ def _is_deep(value: Any) -> bool:
         objects = [each.values() for each in level if isinstance(each, dict)]
         level = [inner for each in (*lists, *objects) for inner in each if isinstance(inner, (list, dict))]
     return bool(level)
-
-
-# What the keys of a configuration and of a summary have to be, where they are there at all.
-CONTENT: dict[str, type | tuple[type, ...]] = {
-    "command": str, "settings": dict, "arms": list, "versions": dict, "machine": str, "reproduce": str,
-    "precision": dict, "fixed": dict, "threshold": (int, float), "wall_seconds": (int, float, type(None)), "lines": int,
-}  # fmt: skip
 
 
 def check_content(record: Record, path: Path) -> None:
@@ -177,13 +179,13 @@ def snapshot_files(directory: Path) -> list[Path]:
     """The snapshots of a run directory, by step; files of other names are none.
 
     Raises:
-        SettingError: if something else stands in the place of their directory.
+        SettingError: If something else stands in the place of their directory.
     """
     folder = directory / "snapshots"
     if not os.path.lexists(folder):
         return []
     if folder.is_symlink() or not folder.is_dir():
-        raise SettingError(f"{folder} is {_kind(folder)}, and should be a directory: restore or remove it")
+        raise SettingError(f"{folder} is {_kind(folder)}, not a directory: restore or remove it")
     try:
         return sorted(path for path in folder.iterdir() if SNAPSHOT.fullmatch(path.name))
     except OSError as error:
@@ -201,17 +203,17 @@ def _check_kinds(path: Path) -> None:
     """
     for entry in sorted(path.iterdir()):
         mode = entry.lstat().st_mode
-        if (entry.name in FILES or OWN.fullmatch(entry.name)) and not stat.S_ISREG(mode):
-            raise SettingError(f"{entry} is {_kind(entry)}, and should be a file: restore or remove it")
+        if (entry.name in FILES or CHECKPOINT_NAME.fullmatch(entry.name)) and not stat.S_ISREG(mode):
+            raise SettingError(f"{entry} is {_kind(entry)}, not a file: restore or remove it")
         if entry.name in ("snapshots", "models") and not stat.S_ISDIR(mode):
-            raise SettingError(f"{entry} is {_kind(entry)}, and should be a directory: restore or remove it")
+            raise SettingError(f"{entry} is {_kind(entry)}, not a directory: restore or remove it")
 
 
 def _is_left_over(path: Path) -> bool:
     """Whether a file or directory is one that a kill left half written."""
     name = path.name.removesuffix(".partial")
     return path.name.endswith(".partial") and (
-        name in FILES or OWN.fullmatch(name) is not None or SNAPSHOT.fullmatch(name) is not None
+        name in FILES or CHECKPOINT_NAME.fullmatch(name) is not None or SNAPSHOT.fullmatch(name) is not None
     )
 
 
@@ -219,7 +221,7 @@ def _tidy(path: Path) -> None:
     """Remove what a kill left: files half written, and beside a summary what only an incomplete run needs."""
     complete = os.path.isfile(path / "summary.json")
     for entry in [*path.iterdir(), *(path / "snapshots").glob("*.partial")]:
-        if _is_left_over(entry) or (complete and OWN.fullmatch(entry.name)):
+        if _is_left_over(entry) or (complete and CHECKPOINT_NAME.fullmatch(entry.name)):
             with contextlib.suppress(IsADirectoryError):
                 entry.unlink()
     for model in (path / "models").glob("*.partial"):
@@ -243,9 +245,6 @@ def tidy(path: Path) -> None:
                 _tidy(path)
 
 
-CHECKPOINT_RARITY = 20  # a checkpoint waits this many times as long as the last one took: at most 5 % of the time
-
-
 class Throttle:
     """Limits how often something costly, such as writing a checkpoint, is called: to 5 % of the time.
 
@@ -257,7 +256,7 @@ class Throttle:
         self.due = 0.0
 
     def __call__(self, act: Callable[[], object]) -> bool:
-        """Calls ``act`` unless it is too early for it; returns whether it was called."""
+        """Call ``act`` unless it is too early for it; return whether it was called."""
         start = time.monotonic()
         if start < self.due:
             return False
@@ -279,7 +278,7 @@ class Checkpoint:
     """
 
     step: int
-    tensors: "dict[str, Tensor]"
+    tensors: dict[str, Tensor]
     extra: Record
     lines: int | None = field(default=None, compare=False)
 
@@ -305,8 +304,8 @@ class RunDirectory:
         notice: Notice,
         identity: Sequence[str] = IDENTITY,
         defaults: Record | None = None,
-    ) -> "RunDirectory":
-        """Creates the directory, or opens it again if it holds the same configuration.
+    ) -> RunDirectory:
+        """Create the directory, or open it again if it holds the same configuration.
 
         Args:
             path: the directory; its parents are created.
@@ -316,7 +315,7 @@ class RunDirectory:
             defaults: of the settings: what those had that an older directory does not hold.
 
         Raises:
-            SettingError: if the directory is in use, not writable, holds another configuration or other files.
+            SettingError: If the directory is in use, not writable, holds another configuration or other files.
         """
         config = {"schema": SCHEMA, **config}
         try:
@@ -324,7 +323,7 @@ class RunDirectory:
             _check_kinds(path)
             leftovers = {".lock", "config.json.partial"}  # of a kill before there was a configuration
             if read_json(path / "config.json") is None and any(entry.name not in leftovers for entry in path.iterdir()):
-                raise SettingError(f"--out {path} has other files in it and is no run directory: choose a new one")
+                raise SettingError(f"--out {path} is not a run directory and is not empty: choose another")
             lock = (path / ".lock").open("ab")
         except OSError as error:
             raise SettingError(
@@ -348,7 +347,7 @@ class RunDirectory:
             on_error.pop_all()
         return run
 
-    def __enter__(self) -> "RunDirectory":
+    def __enter__(self) -> RunDirectory:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -364,7 +363,7 @@ class RunDirectory:
         return summary
 
     def append(self, records: Iterable[Record]) -> None:
-        """Adds lines to ``metrics.jsonl``."""
+        """Add lines to ``metrics.jsonl``."""
         count, previous = self._last_line()
         text, end = _as_lines(records, previous)
         self._end = None  # until the line is written: a full disk may leave a part of it
@@ -385,13 +384,13 @@ class RunDirectory:
         return read_metrics(self.path, self._notice)
 
     def save_snapshot(self, step: int, arrays: dict[str, np.ndarray]) -> None:
-        """Writes the arrays of one step."""
+        """Write the arrays of one step."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         self._write(f"snapshots/{step:08d}.npz", buffer.getvalue())
 
     def save_config(self, config: Record) -> None:
-        """Writes ``config.json``."""
+        """Write ``config.json``."""
         self._write("config.json", _as_json({"schema": SCHEMA, **config}))
 
     @property
@@ -400,7 +399,7 @@ class RunDirectory:
         return read_json(self.path / "config.json") or {}
 
     def save_checkpoint(self, checkpoint: Checkpoint, name: str = "checkpoint") -> None:
-        """Replaces a checkpoint; ``name`` is for runs that keep several."""
+        """Replace a checkpoint; ``name`` is for runs that keep several."""
         from safetensors.torch import save
 
         self.reopen()  # of a complete sweep that is extended: beside a summary, a checkpoint is a leftover
@@ -423,19 +422,19 @@ class RunDirectory:
             return None
         try:
             if path.is_symlink() or not path.is_file():
-                raise ValueError(f"it is {_kind(path)}, no file")
+                raise ValueError(f"it is {_kind(path)}, not a file")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             header = json.loads(metadata["checkpoint"])
             if "crc" in metadata and metadata["crc"] != _digest(metadata["checkpoint"], tensors):
-                raise ValueError("its checksum does not fit")
+                raise ValueError("checksum mismatch")
             step, extra, lines = header["step"], header["extra"], header.get("lines")
             if not (isinstance(step, int) and step >= 0 and isinstance(extra, dict) and isinstance(lines, int | None)):
-                raise ValueError("it has another header")
+                raise ValueError("unexpected header")
             return Checkpoint(step, tensors, extra, lines)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise SettingError(f"{path} is damaged ({error}): remove it to begin again, or use another --out") from None
+            raise SettingError(f"{path} is damaged ({error}): remove it to start over, or use another --out") from None
 
     def check_lines(self, checkpoint: Checkpoint, records: Sequence[Record], name: str = "checkpoint") -> None:
         """Raise a `SettingError` if ``metrics.jsonl`` has lost lines that were there when a checkpoint was written."""
@@ -443,11 +442,11 @@ class RunDirectory:
             raise SettingError(
                 f"{self.path / 'metrics.jsonl'} has {len(records)} lines and had {checkpoint.lines} when "
                 f"{name}.safetensors was written: restore it from a copy; or remove {self.path / name}.safetensors to "
-                "begin again; or use another --out"
+                "start over; or use another --out"
             )
 
     def resume(self) -> Checkpoint | None:
-        """The last checkpoint, or ``None`` to begin at step 0. Removes what was written after it."""
+        """The last checkpoint, or ``None`` to start at step 0. Removes what was written after it."""
         checkpoint = self.load_checkpoint()
         step = checkpoint.step if checkpoint else 0
         records = self.metrics() if checkpoint else []
@@ -466,7 +465,7 @@ class RunDirectory:
         return checkpoint
 
     def finish(self, summary: Record) -> None:
-        """Writes the summary, which marks the run complete, and removes the checkpoint and a page made meanwhile."""
+        """Write the summary, which marks the run complete, and remove the checkpoint and a page made meanwhile."""
         with self._guarded("report.html"):
             (self.path / "report.html").unlink(missing_ok=True)  # beside a summary there is no page but its own
         self._write("summary.json", _as_json(summary))
@@ -475,15 +474,15 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """The files that an interrupted run continues from."""
-        return sorted(entry for entry in self.path.iterdir() if OWN.fullmatch(entry.name))
+        return sorted(entry for entry in self.path.iterdir() if CHECKPOINT_NAME.fullmatch(entry.name))
 
     def drop_checkpoint(self) -> None:
-        """Removes the checkpoint of a run that has ended, where others follow."""
+        """Remove the checkpoint of a run that has ended, where others follow."""
         with self._guarded("checkpoint.safetensors"):
             (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def save_model(self, name: str, write: Callable[[Path], None]) -> None:
-        """Keeps a trained model as the directory ``models/name``, whole or not at all.
+        """Keep a trained model as the directory ``models/name``, whole or not at all.
 
         Args:
             name: of the directory.
@@ -499,12 +498,12 @@ class RunDirectory:
             partial.replace(final)
 
     def replace_metrics(self, records: Iterable[Record]) -> None:
-        """Writes ``metrics.jsonl`` again."""
+        """Write ``metrics.jsonl`` again."""
         self._end = None
         self._write("metrics.jsonl", _as_lines(records)[0])
 
     def reopen(self) -> None:
-        """Removes the summary of a complete run that is to go on, an extended sweep say."""
+        """Remove the summary of a complete run that is to go on, an extended sweep say."""
         with self._guarded("summary.json"):
             (self.path / "summary.json").unlink(missing_ok=True)
 
@@ -519,7 +518,7 @@ class RunDirectory:
         return [record for record, _ in found]
 
     def _write(self, name: str, data: bytes) -> None:
-        """Writes a whole file under its name, or leaves what was there."""
+        """Write a whole file under its name, or leave what was there."""
         path = self.path / name
         with self._guarded(name):
             path.parent.mkdir(exist_ok=True)
@@ -543,7 +542,7 @@ def _lock(file: IO[bytes]) -> bool:
     """Lock an open file until it is closed or the process ends; return False if another process has locked it.
 
     Raises:
-        SettingError: if this Python cannot lock a file.
+        SettingError: If this Python cannot lock a file.
     """
     try:
         import fcntl
@@ -582,7 +581,7 @@ def _as_lines(records: Iterable[Record], previous: bytes = b"") -> tuple[bytes, 
     return b"".join(lines), previous
 
 
-def _digest(header: str, tensors: "dict[str, Tensor]") -> str:
+def _digest(header: str, tensors: dict[str, Tensor]) -> str:
     """The checksum of a checkpoint: of its header, and of name, type, shape and bytes of every tensor."""
     import torch
 
@@ -601,7 +600,7 @@ def _as_json(value: Record) -> bytes:
 def _refuse_other_configuration(
     path: Path, stored: Record, wanted: Record, identity: Sequence[str], defaults: Record
 ) -> None:
-    """Raises unless the stored identity equals the wanted one, naming the first difference.
+    """Raise unless the stored identity equals the wanted one, naming the first difference.
 
     Settings that are absent in an older directory had their default then; arms are compared by what they do, not by
     how they are described, and an attribute that only one of two versions stores does not count.
@@ -611,8 +610,8 @@ def _refuse_other_configuration(
         if key == "arms":
             old, new = _comparable(old or [], new or []), _comparable(new or [], old or [])
         if isinstance(old, dict) and isinstance(new, dict):
-            old = {name: value for name, value in old.items() if name not in DROPPED}
-            old = {name: (defaults | ADDED).get(name) for name in new if key != "arms"} | old
+            old = {name: value for name, value in old.items() if name not in REMOVED_SETTINGS}
+            old = {name: (defaults | DEFAULTS_OF_OLD_SETTINGS).get(name) for name in new if key != "arms"} | old
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict) and key != "arms":

@@ -15,8 +15,11 @@ import numpy as np
 
 from rankdecay import files
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.settings import renamed
-from rankdecay.lab.store import Record, check_content, read_json, read_metrics, snapshot_files
+from rankdecay.lab.settings import Record, renamed
+from rankdecay.lab.store import check_content, read_json, read_metrics, snapshot_files
+
+LARGEST_SNAPSHOT = 2**28  # bytes, unpacked
+LABELS = ("groups", "positions")  # arrays that all members share
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def read_config(directory: Path) -> Record:
     """The configuration of a run directory.
 
     Raises:
-        SettingError: when the directory is not a run, or the file is damaged.
+        SettingError: When the directory is not a run, or the file is damaged.
     """
     path = directory / "config.json"
     config = read_json(path)
@@ -86,7 +89,7 @@ def read_run(
     so_far: Callable[[StoredRun], Record | None] = lambda stored: None,
     aliases: Mapping[str, str] | None = None,
 ) -> StoredRun:
-    """Reads one run directory.
+    """Read one run directory.
 
     Args:
         directory: holds at least ``config.json``.
@@ -96,7 +99,7 @@ def read_run(
         aliases: older names of arms, with those of today.
 
     Raises:
-        SettingError: when the directory is not a run, or anything but the last line of ``metrics.jsonl`` is damaged.
+        SettingError: When the directory is not a run, or anything but the last line of ``metrics.jsonl`` is damaged.
     """
     directory, notices = Path(directory), []
     today = functools.partial(renamed, aliases=aliases or {})
@@ -105,7 +108,7 @@ def read_run(
         check_content(summary, directory / "summary.json")
     if summary is not None and summary.get("command") != config.get("command"):
         raise SettingError(
-            f"{directory / 'summary.json'} is of {summary.get('command')!r} and config.json beside it of "
+            f"{directory / 'summary.json'} belongs to {summary.get('command')!r}, but config.json to "
             f"{config.get('command')!r}: restore the one that was changed"
         )
     rows = check_rows(directory, map(today, read_metrics(directory, notices.append)), check)
@@ -122,7 +125,7 @@ def check_rows(directory: Path, rows: Iterable[Record], check: Callable[[Record]
     """The lines of ``metrics.jsonl`` as they are to be read.
 
     Raises:
-        SettingError: for one that ``check`` refuses (see `read_run`), or with a value of another kind than the others.
+        SettingError: For one that ``check`` refuses (see `read_run`), or with a value of another kind than the others.
     """
     rows = list(rows)
     number, checked = 0, []
@@ -143,7 +146,7 @@ def check_rows(directory: Path, rows: Iterable[Record], check: Callable[[Record]
 def _odd(rows: Sequence[Record]) -> tuple[int, str] | None:
     """The line and name of a value that is of another kind than in most lines: a text where the others have a number.
 
-    Lines of before have no checksum, and a chart would show such a value as a gap.
+    Lines of earlier versions have no checksum, and a chart would show such a value as a gap.
     """
     found: dict[str, dict[frozenset[str], list[int]]] = {}
     for number, row in enumerate(rows, start=1):
@@ -171,7 +174,7 @@ def snapshots(stored: StoredRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """The snapshots of a run by step, one at a time; the newest is left out, with a notice, if it cannot be read.
 
     Raises:
-        SettingError: for an older one that cannot be read.
+        SettingError: For an older one that cannot be read.
     """
     paths = [path for path in snapshot_files(stored.directory) if path not in stored.left_out]
     for path in paths:
@@ -185,22 +188,18 @@ def snapshots(stored: StoredRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
             yield int(path.stem), arrays
 
 
-LARGEST_SNAPSHOT = 2**28  # bytes, unpacked
-LABELS = ("groups", "positions")  # arrays that all members share
-
-
 def read_snapshot(path: Path) -> dict[str, np.ndarray]:
     """The arrays of one snapshot.
 
     Raises:
-        SettingError: if it cannot be read, is compressed from more than makes sense, or its arrays do not fit together.
+        SettingError: If it cannot be read, is compressed from more than makes sense, or its arrays do not fit together.
     """
     try:
         raw = io.BytesIO(files.read_bytes(path, LARGEST_SNAPSHOT, SettingError))
         with zipfile.ZipFile(raw) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > LARGEST_SNAPSHOT:
-            raise SettingError(f"{path} unpacks to {size} bytes, more than any snapshot has; remove it")
+            raise SettingError(f"{path} unpacks to {size} bytes, more than any snapshot has: remove it")
         with np.load(raw, allow_pickle=False) as file:
             arrays: dict[str, np.ndarray] = {name: file[name] for name in file.files}
         if odd := next((name for name, array in arrays.items() if array.dtype.kind not in "biufU"), None):
@@ -213,6 +212,6 @@ def read_snapshot(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # a damaged archive fails in as many ways as it has bytes
         raise SettingError(
-            f"{path} cannot be read as a snapshot ({str(error)[:200]}); restore it, or remove it to go on without it"
+            f"{path} cannot be read as a snapshot ({str(error)[:200]}); restore it, or remove it to continue without it"
         ) from None
     return arrays

@@ -12,26 +12,27 @@ from pathlib import Path
 from typing import TypeVar
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.store import Record, snapshot_files
+from rankdecay.lab.settings import Record
+from rankdecay.lab.store import snapshot_files
 from rankdecay.lab.stored import StoredRun
 
 T = TypeVar("T")
-Sign = tuple[type, str, int | None]
-Named = tuple[str, str]  # a file, and what to do about it
+Signature = tuple[type, str, int | None]
+FileAndRemedy = tuple[str, str]  # a file, and what to do about it
 
 #: What code raises that reads a dictionary or an array which is not what it was written as.
 UNFIT = (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError, RuntimeError)
 
 
 @contextlib.contextmanager
-def fitting(find: Callable[[Exception], Named]) -> Iterator[None]:
+def explain_inconsistency(find: Callable[[Exception], FileAndRemedy]) -> Iterator[None]:
     """Say which file does not fit the others, where something made from them fails.
 
     Args:
         find: returns the file that is to blame for an error, and what to do about it.
 
     Raises:
-        SettingError: which names the file.
+        SettingError: With the name of the file.
     """
     try:
         yield
@@ -39,63 +40,64 @@ def fitting(find: Callable[[Exception], Named]) -> Iterator[None]:
         raise
     except UNFIT as error:
         file, remedy = find(error)
-        kind, where, line = _sign(error)
+        kind, where, line = _signature(error)
         said = f"{kind.__name__}: {str(error)[:200]}, {Path(where).name}:{line}"
         raise SettingError(
-            f"{file} does not fit what else the directory holds ({said}): {remedy}; if nothing was changed, this is a "
-            "defect to report"
+            f"{file} is inconsistent with the other files ({said}): {remedy}; if you changed nothing, please report "
+            "a bug"
         ) from error
 
 
-def in_summary(directory: Path) -> Named:
-    """What to say of a summary."""
-    return f"{directory / 'summary.json'}", "restore it, or remove it and run the command again, which makes it anew"
+def in_summary(directory: Path) -> FileAndRemedy:
+    """File and remedy for a summary."""
+    return f"{directory / 'summary.json'}", "restore it, or remove it and run the command again, which recreates it"
 
 
-def in_line(directory: Path, number: int) -> Named:
-    """What to say of a line of the metrics; of none in particular if the number is 0."""
+def in_line(directory: Path, number: int) -> FileAndRemedy:
+    """File and remedy for a line of the metrics; for none in particular if the number is 0."""
     place = f"{directory / 'metrics.jsonl'}{f', line {number}' if number else ''}"
     return place, (
         "restore the file from a copy; or remove the line and those after it, with summary.json and the checkpoint if "
-        "they are there, and run the command again, which computes them anew"
+        "they are there, and run the command again, which recomputes them"
     )
 
 
-def in_snapshot(path: Path) -> Named:
-    """What to say of a snapshot."""
-    return f"{path}", f"restore it, or remove it to go on without the spectra of step {int(path.stem)}"
+def in_snapshot(path: Path) -> FileAndRemedy:
+    """File and remedy for a snapshot."""
+    return f"{path}", f"restore it, or remove it to continue without the spectra of step {int(path.stem)}"
 
 
-def in_checkpoint(directory: Path, checkpoints: Sequence[Path]) -> Named:
-    """What to say where a run does not go on: of its checkpoint, or of the lines if it has none."""
+def in_checkpoint(directory: Path, checkpoints: Sequence[Path]) -> FileAndRemedy:
+    """File and remedy where a run cannot be continued: its checkpoint, or the lines if it has none."""
     if not checkpoints:
         return in_line(directory, 0)
     return ", ".join(map(str, checkpoints)), (
-        "restore it, or remove it and run the command again: what was trained since the last run that ended is trained "
-        "anew"
+        "restore it, or remove it and run the command again: the run in progress is retrained"
     )
 
 
-def in_configuration(directory: Path) -> Named:
-    """What to say of the configuration."""
+def in_configuration(directory: Path) -> FileAndRemedy:
+    """File and remedy for the configuration."""
     return f"{directory / 'config.json'}", "restore it, or run the command again with another --out"
 
 
-def culprit(stored: StoredRun, make: Callable[[StoredRun], object], error: Exception) -> Named | None:
+def find_inconsistent_file(
+    stored: StoredRun, make: Callable[[StoredRun], object], error: Exception
+) -> FileAndRemedy | None:
     """Return which file makes a page or figure fail, and what to do; None if this run does not make it fail so.
 
     Args:
         stored: the run, with no summary but that of its file.
-        make: what failed.
-        error: how.
+        make: makes the page or figure that failed.
+        error: exception that it raised.
     """
-    sign, directory = _sign(error), stored.directory
+    sign, directory = _signature(error), stored.directory
 
     def fails(run: StoredRun) -> bool:
         try:
             make(replace(run, notices=[]))
         except UNFIT as again:
-            return _sign(again) == sign
+            return _signature(again) == sign
         return False
 
     if not fails(stored):
@@ -118,7 +120,7 @@ def culprit(stored: StoredRun, make: Callable[[StoredRun], object], error: Excep
             return in_summary(directory)
         return (
             f"{directory / 'config.json'}, or summary.json beside it,",
-            "restore the one that was changed; without summary.json the same command makes it anew",
+            "restore the one that was changed; without summary.json the same command recreates it",
         )
     if len(snapshots) == 1 and not fails_with(()):
         return in_snapshot(snapshots[0])
@@ -147,7 +149,7 @@ def _first(items: Sequence[T], fails: Callable[[Sequence[T]], bool]) -> int:
     return failing - 1
 
 
-def _sign(error: Exception) -> Sign:
-    """What tells an error from others: its type, and the line that raised it."""
+def _signature(error: Exception) -> Signature:
+    """Signature that tells an error from others: its type, and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return type(error), frame.filename, frame.lineno

@@ -30,6 +30,7 @@ from rankdecay.lab.ensemble.members import Member, State, Training
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.tasks import make_dataset
 from tests import needs
+from tests.comparing import assert_equal_weights
 from tests.lab.ensemble.reference import ReferenceTransformer
 
 MODULUS = 5
@@ -61,12 +62,6 @@ def ensemble(*members: Member, training: Training = PRECISE) -> Ensemble:
 
 def weights(of: Ensemble, index: int = 0) -> dict[str, torch.Tensor]:
     return {name: value[index].detach().clone() for name, value in of.parameters.items()}
-
-
-def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 0.0) -> None:
-    assert got.keys() == expected.keys()
-    for name in got:
-        torch.testing.assert_close(got[name], expected[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # --- each is its definition ------------------------------------------------------------------------------------------
@@ -142,7 +137,7 @@ def test_a_member_is_the_plain_loop_of_the_definition(name, batches_seen):
     data = dataset(member)
     answers = dict(zip(map(tuple, data.train_tokens.tolist()), data.train_targets.tolist(), strict=True))
     expected = train_plainly(member, initial, batches, answers)
-    assert_equal(weights(one), expected, atol=1e-9)
+    assert_equal_weights(weights(one), expected, atol=1e-9)
     plain.train(STEPS)
     off = max(float((expected[n] - weights(plain)[n]).abs().max()) for n in expected)
     if name == "cautious_alone":
@@ -230,7 +225,7 @@ def test_no_member_depends_on_its_neighbours():
     for index, member in enumerate(members):
         alone = ensemble(member)
         alone.train(STEPS)
-        assert_equal(weights(together, index), weights(alone), atol=1e-9)
+        assert_equal_weights(weights(together, index), weights(alone), atol=1e-9)
 
 
 def test_a_member_that_comes_later_goes_its_own_way():
@@ -241,7 +236,7 @@ def test_a_member_that_comes_later_goes_its_own_way():
     late.retain([False, True, False])
     late.train(6)
     alone.train(11)
-    assert_equal(weights(late), weights(alone), atol=1e-9)
+    assert_equal_weights(weights(late), weights(alone), atol=1e-9)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -259,7 +254,7 @@ def test_it_is_resumed_bit_for_bit(precision):
         second.restore(index, State.of(10, stored, index))
     second.train(10)
     for index in range(len(members)):
-        assert_equal(weights(second, index), weights(through, index))
+        assert_equal_weights(weights(second, index), weights(through, index), atol=0)
     remember = [i for i, member in enumerate(members) if member.accelerator and member.accelerator.rows]
     assert len(remember) == 4
     assert [name for name in stored if name.endswith("memory")] == [f"{i}.memory" for i in remember]
@@ -283,7 +278,7 @@ def test_a_schedule_switches_the_decay_that_an_accelerator_takes():
         one.schedule([False])
         one.train(5)
         free.train(5)
-        assert_equal(weights(one), weights(free))
+        assert_equal_weights(weights(one), weights(free), atol=0)
 
 
 def test_the_recorded_decay_is_not_said_to_be_all_of_what_is_taken_with_caution():

@@ -135,7 +135,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict:
-    return by_key(sweep.train(sweep.Source(TRIALS), PLAN))
+    return by_key(sweep.train(sweep.TrialQueue(TRIALS), PLAN))
 
 
 def by_key(rows) -> dict:
@@ -251,7 +251,7 @@ def test_a_cluster_without_gpus_is_refused(nodes: Nodes) -> None:
 
 @pytest.mark.parametrize("address", ["cluster", "ray://127.0.0.1:10001", "127.0.0.1:port", ":6379"])
 def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(SettingError, match=f"--ray {address} is no address: give local, auto or host:port"):
+    with pytest.raises(SettingError, match=f"--ray {address} is not an address: give local, auto or host:port"):
         list(rows(address))
 
 

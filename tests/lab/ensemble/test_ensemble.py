@@ -21,6 +21,7 @@ from rankdecay.lab.tasks import make_dataset
 from rankdecay.linalg import shrink
 from rankdecay.spectrum import spectrum
 from tests import needs
+from tests.comparing import assert_equal_weights
 from tests.lab.ensemble.reference import ReferenceTransformer
 
 MODULUS = 5  # 25 pairs: every batch below is larger than the vocabulary, or smaller where a test says so
@@ -80,12 +81,6 @@ def ensemble(members, fractions=None, training: Training = PRECISE, config: Tran
 
 def weights(of: Ensemble, index: int) -> dict[str, torch.Tensor]:
     return {name: value[index].detach().clone() for name, value in of.parameters.items()}
-
-
-def assert_equal_weights(got, expected, *, atol: float = 1e-9) -> None:
-    assert got.keys() == expected.keys()
-    for name in got:
-        torch.testing.assert_close(got[name], expected[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # --- member of many = member alone ------------------------------------------------------------------------------

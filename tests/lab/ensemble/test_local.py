@@ -19,7 +19,7 @@ from rankdecay.lab.ensemble import local, sweep
 from rankdecay.lab.ensemble.ensemble import Ensemble
 from rankdecay.lab.ensemble.members import Member, Training
 from rankdecay.lab.ensemble.outcome import key_of
-from rankdecay.lab.ensemble.sweep import Plan, Source, Trial
+from rankdecay.lab.ensemble.sweep import Plan, Trial, TrialQueue
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.store import RunDirectory
@@ -64,7 +64,7 @@ def assert_same_rows(got: dict, expected: dict) -> None:
 
 @pytest.fixture(scope="module")
 def expected() -> dict:
-    rows = by_key(sweep.train(Source(TRIALS), PLAN))
+    rows = by_key(sweep.train(TrialQueue(TRIALS), PLAN))
     assert len(rows) == len(TRIALS)
     return rows
 
@@ -73,14 +73,6 @@ def expected() -> dict:
 def directory(tmp_path):
     with opened(tmp_path / "run") as found:
         yield found
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads torch would use, which is the number of workers."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def under_way(directory: RunDirectory) -> list[str]:
@@ -169,7 +161,7 @@ def test_interrupted_twice_nothing_saved_is_lost(directory, expected, monkeypatc
         stop.set()
 
     with pytest.raises(InterruptedError):
-        list(sweep.train(Source(TRIALS), wide, stop=stop, after_interval=first_interval))
+        list(sweep.train(TrialQueue(TRIALS), wide, stop=stop, after_interval=first_interval))
     assert [s.state.step for s in local.read_saved(directory).values()] == [20] * 6
     with monkeypatch.context() as patch:
         patch.setattr(Ensemble, "train", lambda *_: (_ for _ in ()).throw(OSError("at once")))
@@ -252,7 +244,7 @@ def test_a_saved_state_comes_back_as_it_was(directory):
         stop.set()
 
     with pytest.raises(InterruptedError):
-        list(sweep.train(Source(TRIALS), PLAN, stop=stop, after_interval=after))
+        list(sweep.train(TrialQueue(TRIALS), PLAN, stop=stop, after_interval=after))
     found = local.read_saved(directory)
     assert found.keys() == kept.keys() == {t.key for t in TRIALS[:2]}
     for key, saved in kept.items():

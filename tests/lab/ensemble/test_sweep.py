@@ -16,7 +16,7 @@ from rankdecay.lab.ensemble.control import YOKED_SEED, Control
 from rankdecay.lab.ensemble.ensemble import Ensemble
 from rankdecay.lab.ensemble.members import Member, Training
 from rankdecay.lab.ensemble.outcome import FIGURES, KEY, Key, key_of
-from rankdecay.lab.ensemble.sweep import Plan, Saved, Source, Trial, row, train
+from rankdecay.lab.ensemble.sweep import Plan, Saved, Trial, TrialQueue, row, train
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 
 HEAD = TransformerConfig(6, 3, 5, width=16, depth=1, heads=2, mlp_width=32)
@@ -53,7 +53,7 @@ LONG = {t.key for t in TRIALS if t.stays}
 
 
 def run(trials=TRIALS, plan: Plan = PLAN, **options) -> dict[Key, dict]:
-    rows = list(train(Source(trials), plan, **options))
+    rows = list(train(TrialQueue(trials), plan, **options))
     assert Counter(map(key_of, rows)) == Counter(t.key for t in trials), "exactly one row for every trial"
     return {key_of(r): json.loads(json.dumps(r)) for r in rows}
 
@@ -246,7 +246,7 @@ def interrupted(intervals: int, plan: Plan = PLAN) -> tuple[dict[Key, dict], dic
             stop.set()
 
     def collect() -> None:
-        for r in train(Source(TRIALS), plan, stop=stop, after_interval=after):
+        for r in train(TrialQueue(TRIALS), plan, stop=stop, after_interval=after):
             if seen <= intervals:
                 ended[key_of(r)] = json.loads(json.dumps(r))
 
@@ -357,7 +357,7 @@ def test_a_truncation_happens_once_on_memorising(rows, monkeypatch):
 
 def test_two_threads_share_a_source(rows):
     some = TRIALS[::2]
-    source, found, lock = Source(some), [], threading.Lock()
+    source, found, lock = TrialQueue(some), [], threading.Lock()
 
     def work() -> None:
         for r in train(source, PLAN):
@@ -374,7 +374,7 @@ def test_two_threads_share_a_source(rows):
 
 
 def test_a_source_names_the_network_with_the_most_trials():
-    source = Source(TRIALS)
+    source = TrialQueue(TRIALS)
     assert source.network() == HEAD
     taken = []
     while (found := source.take(HEAD)) is not None:
@@ -396,7 +396,7 @@ def test_a_stop_is_obeyed_before_anything_is_trained(monkeypatch):
     stop = threading.Event()
     stop.set()
     with pytest.raises(InterruptedError):
-        next(train(Source(TRIALS), PLAN, stop=stop))
+        next(train(TrialQueue(TRIALS), PLAN, stop=stop))
     assert trained == []
 
 
@@ -413,7 +413,7 @@ def test_a_stop_is_obeyed_within_a_few_steps(monkeypatch):
     monkeypatch.setattr(Ensemble, "train", spy)
     plan = replace(PLAN, budget=1005, evaluate_every=1005)
     with pytest.raises(InterruptedError):
-        next(train(Source(TRIALS), plan, stop=stop))
+        next(train(TrialQueue(TRIALS), plan, stop=stop))
     assert trained == [10, 10, 10]
 
 
@@ -426,7 +426,7 @@ def test_an_interval_need_not_be_a_multiple_of_the_checks(monkeypatch):
 
 def test_a_batch_larger_than_a_training_set_is_refused():
     with pytest.raises(ValueError, match="batch_size 20 exceeds the smallest training set"):
-        next(train(Source([TRIALS[0], trial("small", fraction=0.5)]), PLAN))
+        next(train(TrialQueue([TRIALS[0], trial("small", fraction=0.5)]), PLAN))
 
 
 # --- a row of made-up evaluations ------------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def test_a_value_that_is_given_twice_is_refused_by_its_option(name: str, tmp_pat
     assert lists or name == "toy"
     for setting in lists:
         value = (*getattr(default, setting), "x", "x")
-        with pytest.raises(SettingError, match=rf"{option(setting)} has .* twice: give it once"):
+        with pytest.raises(SettingError, match=rf"{option(setting)} lists .* twice: give it once"):
             experiment.run(experiment.load(name), dataclasses.replace(default, **{setting: value}), "")
     assert not list(tmp_path.iterdir())
 
@@ -353,7 +353,7 @@ def test_ctrl_c_says_how_to_go_on_and_it_does(name: str, tmp_path: Path) -> None
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=HANG)
     assert process.returncode == 130, error
-    aim = "to continue from the last checkpoint" if experiment.load(name).resumable else "to begin anew"
+    aim = "to continue from the last checkpoint" if experiment.load(name).resumable else "to start over"
     said = error.splitlines()[-1]
     assert said == f"rankdecay: interrupted; {aim}, run again: {shlex.join(['rankdecay', *line])}"
     assert "Traceback" not in error

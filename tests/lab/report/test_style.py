@@ -6,7 +6,10 @@ import pytest
 
 from rankdecay.lab import report
 from rankdecay.lab.experiment import load, names
-from rankdecay.lab.report.style import _KNOWN, DARK_BACKGROUND, LIGHT_BACKGROUND, arm_styles
+from rankdecay.lab.report.style import _KNOWN, arm_styles
+
+LIGHT_BACKGROUND = "#fcfbf8"  # those of page.css
+DARK_BACKGROUND = "#14161a"
 
 
 def contrast(first: str, second: str) -> float:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from rankdecay.lab import cli, store
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention import runs
-from rankdecay.lab.session.distributed import joined, share
+from rankdecay.lab.session.distributed import broadcast, process_group
 from rankdecay.lab.store import read_metrics
 from tests.lab.tiny import Repeat, make, timeless
 from tests.ranks import on_ranks_of_torchrun, torchrun
@@ -63,10 +63,10 @@ def together(folder: Path, breaks: tuple[int, int] | None = None, **changes: Any
 
 def test_alone_there_is_nobody_to_join(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with joined("cpu") as here:
+    with process_group("cpu") as here:
         assert here == ("cpu", True)
         assert not torch.distributed.is_initialized()
-        assert share({"a": 1}) == {"a": 1}
+        assert broadcast({"a": 1}) == {"a": 1}
 
 
 def test_two_processes_train_what_one_does_also_after_all_were_killed(tmp_path):

@@ -19,10 +19,11 @@ import rankdecay as rd
 from rankdecay.cli import main
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.language.settings import Language, check
-from rankdecay.lab.session.distributed import joined
+from rankdecay.lab.session.distributed import process_group
 from rankdecay.lab.session.parallel import Layout, Parallel
 from rankdecay.lab.session.session import Plan, Run, Session
-from rankdecay.lab.store import Checkpoint, Record, read_metrics
+from rankdecay.lab.settings import Record
+from rankdecay.lab.store import Checkpoint, read_metrics
 from tests.held import held
 from tests.lab.tiny import Repeat
 from tests.ranks import RankFailed, on_ranks, on_ranks_of_torchrun, torchrun
@@ -112,7 +113,7 @@ def test_the_first_pair_shares_a_batch_with_the_second(monkeypatch):
     monkeypatch.setattr("rankdecay.lab.session.distributed.processes", lambda: 4)
     monkeypatch.setattr("rankdecay.lab.session.distributed.rank", lambda: 2)
     found = {parallel: Layout(parallel) for parallel in ("ddp", "fsdp2", "tp", "fsdp2_tp")}
-    assert {parallel: (its.share, its.shares) for parallel, its in found.items()} == {
+    assert {parallel: (its.data_rank, its.data_parallel_size) for parallel, its in found.items()} == {
         "ddp": (2, 4), "fsdp2": (2, 4), "tp": (0, 1), "fsdp2_tp": (1, 2),
     }  # fmt: skip
 
@@ -143,7 +144,7 @@ def test_a_loss_scaler_is_for_whole_models():
 def outlive(seconds: float, folder: Path) -> str:
     """What a process says when the other says nothing, or has left."""
     try:
-        with joined("cpu", timedelta(seconds=seconds)) as (_, first):
+        with process_group("cpu", timedelta(seconds=seconds)) as (_, first):
             torch.distributed.barrier()
             (folder / f"met{first}").touch()
             if not first:
@@ -209,6 +210,6 @@ def test_a_process_that_waits_in_vain_says_so(tmp_path):
                 break
     for rank, words in enumerate(said):
         assert words.startswith(
-            f"process {rank} of 2 has lost another, which ended or said nothing for {seconds} s: its own"
+            f"process {rank} of 2 lost contact with another process (exited, or silent for {seconds} s): see"
         )
-        assert "the same command again goes on from the last checkpoint" in words
+        assert "rerun the command to continue from the last checkpoint" in words

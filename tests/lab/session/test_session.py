@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rankdecay as rd
-from rankdecay.lab.session.session import PIECES, Diverged, Plan, Run, Session, judged, nested
+from rankdecay.lab.session.session import PIECES, Diverged, Plan, Run, Session, by_layer, summarise_losses
 from rankdecay.lab.store import RunDirectory
 from tests import needs
 from tests.lab.tiny import Repeat
@@ -185,23 +185,23 @@ def test_an_evaluation_says_what_the_model_is():
 
 
 def test_numbers_that_are_not_finite_are_stored_as_none():
-    assert nested({"step": 3, "rank/a/b/c": 1.23456789, "rank/a/b/d": math.nan, "rank/b/c": 4.0}) == [
+    assert by_layer({"step": 3, "rank/a/b/c": 1.23456789, "rank/a/b/d": math.nan, "rank/b/c": 4.0}) == [
         {"b": {"c": 1.23457, "d": None}}
     ]
 
     class OnePiece(Repeat):
         def evaluate(self, model, device):
-            return judged([2.5])
+            return summarise_losses([2.5])
 
     assert session(problem=OnePiece()).evaluate()["loss_error"] is None
 
 
 def test_a_mean_its_error_and_its_pieces():
-    quality = judged([1.0, 2.0, 6.0], accuracy=0.5)
+    quality = summarise_losses([1.0, 2.0, 6.0], accuracy=0.5)
     assert quality[:2] == pytest.approx((3.0, math.sqrt(7 / 3)))
     assert quality[2:] == (0.5, (1.0, 2.0, 6.0))
     losses = torch.arange(50.0) ** 2
-    quality = judged(losses)
+    quality = summarise_losses(losses)
     assert quality.loss == pytest.approx(losses.mean().item())
     assert len(quality.pieces) == PIECES
     assert quality.pieces[0] == pytest.approx((0 + 1 + 4 + 9) / 4)

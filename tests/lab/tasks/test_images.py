@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.tasks.images import Images, digits, image_folder, split_images
+from rankdecay.lab.tasks.images import Images, handwritten_digits, image_folder, split_images
 
 
 def write(path, size=(12, 12), colour=(200, 30, 90), mode="RGB"):
@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def test_the_digits():
-    images = digits()
+    images = handwritten_digits()
     assert images.pixels.shape == (1797, 1, 8, 8)
     assert images.pixels.dtype == np.uint8
     assert (images.pixels.min(), images.pixels.max()) == (0, 255)
@@ -83,7 +83,7 @@ def test_hidden_files_and_deeper_folders(folder):
 
 
 def test_no_such_folder(tmp_path):
-    with pytest.raises(SettingError, match=r"is no folder: give one with a sub-folder of images for each class"):
+    with pytest.raises(SettingError, match=r"is not a folder: give one with a sub-folder of images for each class"):
         image_folder(tmp_path / "missing", 8)
 
 

@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.tasks.recall import _arrangements, recall
-
-
-def sequences(data, side):
-    return [tuple(row) for row in getattr(data, f"{side}_tokens").tolist()]
+from tests.comparing import sequences
 
 
 @settings(deadline=None, max_examples=60)

@@ -30,7 +30,7 @@ ITERATIONS = 5
 
 @dataclass(frozen=True)
 class Moment:
-    """What an accelerator sees of one member before AdamW's step, and may change in place.
+    """State of one member before AdamW's step, which an accelerator may change in place.
 
     Vectors hold all parameters, one after another as in ``layout``.
 
@@ -83,7 +83,7 @@ class Accelerator:
         return None
 
     def act(self, moment: Moment) -> None:
-        """Changes gradients, or steps or decays parameters."""
+        """Change gradients, or step or decay parameters."""
 
 
 @dataclass(frozen=True)
@@ -233,12 +233,12 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def stable_logits(logits: Tensor) -> Tensor:
-    """Returns log s(x): the softmax of these is StableMax of ``logits``, however large those are."""
+    """Return log s(x): the softmax of these is StableMax of ``logits``, however large those are."""
     return torch.where(logits < 0, -torch.log1p(-logits.clamp(max=0)), torch.log1p(logits.clamp(min=0)))
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Returns nearly U Vᵀ of wide ``(n, rows, columns)`` matrices by Muon's five quintic Newton-Schulz steps."""
+    """Return nearly U Vᵀ of wide ``(n, rows, columns)`` matrices by Muon's five quintic Newton-Schulz steps."""
     a, b, c = QUINTIC
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
@@ -248,5 +248,5 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def as_long(matrices: Tensor) -> Tensor:
-    """Returns wide ``(n, rows, columns)`` matrices at the length of matrices with orthonormal rows: √rows."""
+    """Return wide ``(n, rows, columns)`` matrices at the length of matrices with orthonormal rows: √rows."""
     return matrices * (matrices.shape[-2] ** 0.5 / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7))

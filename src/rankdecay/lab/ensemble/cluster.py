@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from rankdecay.lab.ensemble.outcome import Record, key_of
-from rankdecay.lab.ensemble.sweep import Plan, Source, Trial, train
+from rankdecay.lab.ensemble.sweep import Plan, Trial, TrialQueue, train
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.machine import available_cpus
@@ -48,7 +48,7 @@ class _Task:
 def rows(
     trials: Sequence[Trial], plan: Plan, address: str, gpu_share: float, notice: Callable[[str], None]
 ) -> Iterator[Record]:
-    """Trains trials on a cluster and yields a row for each as it ends.
+    """Train trials on a cluster and yield a row for each as it ends.
 
     Args:
         trials: to train.
@@ -59,7 +59,7 @@ def rows(
         notice: receives a line when a worker is lost.
 
     Raises:
-        SettingError: without Ray, for a cluster that cannot be reached or lacks what the plan needs, or for trials
+        SettingError: Without Ray, for a cluster that cannot be reached or lacks what the plan needs, or for trials
             that lose one worker after another. An error in a task is raised as what it was there.
     """
     with _connected(address) as ray:
@@ -67,7 +67,7 @@ def rows(
 
 
 def tasks(trials: Sequence[Trial], plan: Plan, slots: int) -> list[list[Trial]]:
-    """Splits trials into tasks of one network each, in the order of their first trials.
+    """Split trials into tasks of one network each, in the order of their first trials.
 
     Args:
         trials: in the order in which to start them.
@@ -91,10 +91,10 @@ def _kind(plan: Plan) -> str:
 
 
 def _train(trials: list[Trial], plan: Plan) -> Iterator[Record]:
-    """Trains the trials of a task in the worker."""
+    """Train the trials of a task in the worker."""
     if plan.training.device == "cpu":
         torch.set_num_threads(1)
-    for row in train(Source(trials), plan):  # noqa: UP028 - Ray sends values, which `yield from` would pass on
+    for row in train(TrialQueue(trials), plan):  # noqa: UP028 - Ray sends values, which `yield from` would pass on
         yield row
 
 
@@ -116,7 +116,7 @@ class _Cluster:
         self._running: dict[Any, _Task] = {}  # by Ray's generator of their rows
 
     def rows(self, trials: Sequence[Trial]) -> Iterator[Record]:
-        """Trains trials, and yields their rows."""
+        """Train trials, and yield their rows."""
         slots = self._slots()
         if slots == 0:
             cause = "has no GPU: use `device` cpu, or add" if self._gpu else "has no CPU: add"
@@ -145,7 +145,7 @@ class _Cluster:
             self._running[self._train.remote(task.trials, self._plan)] = task
 
     def _next(self, stream: Any) -> Record | None:
-        """Takes the row that a task has ready; None if the task has ended or was lost."""
+        """Take the row that a task has ready; None if the task has ended or was lost."""
         task = self._running[stream]
         try:
             row = self._ray.get(next(stream))
@@ -174,7 +174,7 @@ class _Cluster:
         return row
 
     def _again(self, task: _Task, error: Exception) -> None:
-        """Queues the rest of a lost task again."""
+        """Queue the rest of a lost task again."""
         task.losses += 1
         what = f"{len(task.trials)} unfinished run{'s' if len(task.trials) > 1 else ''}"
         name = type(error).__name__
@@ -191,10 +191,10 @@ class _Cluster:
 
 @contextmanager
 def _connected(address: str) -> Iterator[ModuleType]:
-    """Connects to Ray; closes the connection at the end, and stops a Ray started here.
+    """Connect to Ray; close the connection at the end, and stop a Ray started here.
 
     Raises:
-        SettingError: without Ray, or if no connection can be made.
+        SettingError: Without Ray, or if no connection can be made.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -231,10 +231,10 @@ def _connected(address: str) -> Iterator[ModuleType]:
 
 
 def _check(address: str) -> None:
-    """Refuses an address where no cluster answers, which Ray itself would try for minutes."""
+    """Refuse an address where no cluster answers, which Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
-        raise SettingError(f"`ray` {address} is no address: give local, auto or host:port, such as 10.0.0.1:6379")
+        raise SettingError(f"`ray` {address} is not an address: give local, auto or host:port, such as 10.0.0.1:6379")
     remedy = "give the address that 'ray start --head' printed, or `ray` local"
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()

@@ -65,7 +65,7 @@ class Control:
     sharpen: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses a sphere that does not say where it begins and ends."""
+        """Refuse a sphere that does not say where it begins and ends."""
         if (self.norm_from is None) != (self.norm_steps == 0) or (self.norm_from is not None and self.norm is None):
             raise ValueError(
                 f"norm_from={self.norm_from!r}, norm_steps={self.norm_steps} and norm={self.norm!r} make no path of "
@@ -96,7 +96,7 @@ class Control:
         return self.norm_from * (self.norm / self.norm_from) ** done
 
     def sharpness(self, step: int) -> float:
-        """What the scores of attention are multiplied by at a step."""
+        """Factor on the scores of attention at a step."""
         return min(step / self.sharpen, 1.0) if self.sharpen else 1.0
 
 

@@ -89,7 +89,7 @@ class Ensemble:
     def admit(
         self, members: Sequence[Member], datasets: Sequence[Dataset], paths: Sequence[Tensor | None] | None = None
     ) -> None:
-        """Adds members at step 0; the others go on as if nothing had happened.
+        """Add members at step 0; the others go on as if nothing had happened.
 
         Args:
             members: the new ones.
@@ -98,7 +98,7 @@ class Ensemble:
                 (`rankdecay.lab.ensemble.yoked.norm_paths`).
 
         Raises:
-            ValueError: if a training set is smaller than a batch, a yoked member has no path, or a validation set is
+            ValueError: If a training set is smaller than a batch, a yoked member has no path, or a validation set is
                 missing.
         """
         paths = [None] * len(members) if paths is None else paths
@@ -147,7 +147,7 @@ class Ensemble:
         return torch.tensor(values, device=self.training.device, dtype=self._dtype)[:, None]
 
     def _bind(self) -> None:
-        """Rebuilds every tensor that is derived from the members and their rows."""
+        """Rebuild every tensor that is derived from the members and their rows."""
         self.parameters = {name: view.requires_grad_() for name, view in self._by_name(self._weights.detach()).items()}
         self._lr = self._column([m.lr for m in self.members])
         self._step = torch.tensor(self.steps, dtype=torch.float32, device=self.training.device)
@@ -168,7 +168,7 @@ class Ensemble:
         return {name: part.view(-1, *shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def _bind_schedule(self) -> None:
-        """Rebuilds what depends on the decays that act now, and on the ranks they have reached."""
+        """Rebuild what depends on the decays that act now, and on the ranks they have reached."""
         self._l2 = [m.constant_l2 if acts else 0.0 for m, acts in zip(self.members, self._acts, strict=True)]
         self._bind_rows()
         groups: dict[tuple[int, OfMatrix, Part, bool], dict[int, float]] = defaultdict(dict)  # strengths by member
@@ -198,7 +198,7 @@ class Ensemble:
                 self._share[index] *= above.view(c.depth, 2, -1)
 
     def _bind_rows(self) -> None:
-        """Rebuilds the lists that AdamW steps, equal rates and decays together, and what accelerators are given."""
+        """Rebuild the lists that AdamW steps, equal rates and decays together, and what accelerators are given."""
         alike: dict[tuple[float, float], Rows] = {}
         self._accelerated: list[tuple[int, Accelerator, Tensor]] = []  # with the shares that its decays take
         views = [self._by_name(whole.detach()) for whole in (self._weights, self._mean, self._square)]
@@ -231,12 +231,12 @@ class Ensemble:
         return (lr, decay) if own is None else (own, lr * decay / own)
 
     def schedule(self, acts: Sequence[bool]) -> None:
-        """Switches each member's decay on or off, and finds which matrices are above their target rank now."""
+        """Switch each member's decay on or off, and find which matrices are above their target rank now."""
         self._acts = list(acts)
         self._bind_schedule()
 
     def truncate(self, index: int) -> None:
-        """Cuts one member's queries and keys to the rank its control names."""
+        """Cut one member's queries and keys to the rank its control names."""
         rank = self.members[index].control.truncate_to
         if rank is not None:
             self.query_key[index] = truncated(self.query_key[index], rank)
@@ -276,7 +276,7 @@ class Ensemble:
         return torch.from_numpy(np.stack(columns, axis=1)).to(self.training.device)
 
     def train(self, steps: int) -> None:
-        """Trains every member for ``steps`` further steps."""
+        """Train every member for ``steps`` further steps."""
         member = torch.arange(len(self.members), device=self.training.device)[:, None]
         for index, rows in enumerate(self._batch_indices(steps)):
             self.steps = [step + 1 for step in self.steps]
@@ -289,13 +289,13 @@ class Ensemble:
             self._update(dict(zip(self.parameters, grads, strict=True)), measure=index == steps - 1)
 
     def _sharpness(self) -> Tensor | None:
-        """What the scores of every member's attention are multiplied by at this step; None for 1."""
+        """Factor on the scores of every member's attention at this step; None for 1."""
         if not self._sharpens:
             return None
         return self._column([m.control.sharpness(step) for m, step in zip(self.members, self.steps, strict=True)])[:, 0]
 
     def mark(self) -> None:
-        """Remembers queries and keys as they are: the next evaluation says how far they have turned since."""
+        """Remember queries and keys as they are: the next evaluation says how far they have turned since."""
         self._marked = self.query_key.clone(), list(self.steps)
 
     @torch.no_grad()
@@ -319,7 +319,7 @@ class Ensemble:
             self._angular_after = _angle(before, self.query_key).flatten(1).mean(1)
 
     def _accelerate(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Lets every accelerator act; returns the gradients that AdamW is given."""
+        """Let every accelerator act; return the gradients that AdamW is given."""
         flat = torch.cat([grad.flatten(1) for grad in grads.values()], 1)
         for index, accelerator, shares in self._accelerated:
             vectors = self._weights[index], flat[index], self._mean[index]
@@ -381,7 +381,7 @@ class Ensemble:
         return group.decayed(weight, amount).view(stack.shape)
 
     def retain(self, keep: Sequence[bool]) -> None:
-        """Drops the members for which ``keep`` is false; the others go on as if nothing had happened."""
+        """Drop the members for which ``keep`` is false; the others go on as if nothing had happened."""
         rows = [i for i, stays in enumerate(keep) if stays]
         self.members, self.steps = [self.members[i] for i in rows], [self.steps[i] for i in rows]
         self._datasets, self._acts = [self._datasets[i] for i in rows], [self._acts[i] for i in rows]
@@ -396,7 +396,7 @@ class Ensemble:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-        """Measures every member on its test and validation sets and the first `MEASURED_TRAIN` training examples.
+        """Measure every member on its test and validation sets and the first `MEASURED_TRAIN` training examples.
 
         Returns:
             One record per member (the keys of ``metrics.jsonl``) and the arrays of a snapshot: spectra, and what the
@@ -521,16 +521,16 @@ class Ensemble:
     # --- resuming ----------------------------------------------------------------------------------------
 
     def state(self, index: int) -> State:
-        """Copies the state of one member to the CPU."""
+        """Copy the state of one member to the CPU."""
         weights, mean, square = (row[index].detach().cpu().clone() for row in (self._weights, self._mean, self._square))
         memory = self._memory[index].cpu().clone() if len(self._memory[index]) else None
         return State(self.steps[index], weights, mean, square, memory)
 
     def restore(self, index: int, state: State) -> None:
-        """Restores the state of one member.
+        """Restore the state of one member.
 
         Raises:
-            ValueError: if the state is not that of a member of this shape.
+            ValueError: If the state is not that of a member of this shape.
         """
         for name in (*STATE, "memory"):
             row, stored = getattr(self, f"_{name}")[index], getattr(state, name)
@@ -547,10 +547,10 @@ class Ensemble:
 
 
 def train_unless_stopped(ensemble: Ensemble, steps: int, stop: threading.Event) -> None:
-    """Trains an ensemble for ``steps`` steps, marking where the rotation that is measured after them begins.
+    """Train an ensemble for ``steps`` steps, marking where the rotation that is measured after them begins.
 
     Raises:
-        InterruptedError: within a few steps once ``stop`` is set.
+        InterruptedError: Within a few steps once ``stop`` is set.
     """
     parts = [max(steps - ROTATION_STEPS, 0), min(steps, ROTATION_STEPS)]
     for part in parts:

@@ -14,7 +14,7 @@ import torch
 
 from rankdecay.lab.ensemble.members import State
 from rankdecay.lab.ensemble.outcome import Key, Record
-from rankdecay.lab.ensemble.sweep import Plan, Saved, Source, Trial, train
+from rankdecay.lab.ensemble.sweep import Plan, Saved, Trial, TrialQueue, train
 from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 
 WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt
@@ -23,7 +23,7 @@ WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt
 def rows(
     trials: Sequence[Trial], plan: Plan, directory: RunDirectory, aliases: Mapping[str, str] | None = None
 ) -> Iterator[Record]:
-    """Trains trials and yields a row for each as it ends, continuing those that ``directory`` saw under way.
+    """Train trials and yield a row for each as it ends, continuing those that ``directory`` saw under way.
 
     Args:
         trials: to train.
@@ -32,7 +32,7 @@ def rows(
         aliases: older names of arms, with those of today.
     """
     workers = 1 if plan.training.device != "cpu" else min(torch.get_num_threads(), max(1, len(trials)))
-    source, keys = Source(trials), {trial.key for trial in trials}
+    source, keys = TrialQueue(trials), {trial.key for trial in trials}
     saved = {key: state for key, state in read_saved(directory, aliases).items() if key in keys}
     stop, ended = threading.Event(), queue.SimpleQueue[Record]()
 
@@ -47,7 +47,9 @@ def rows(
         try:
             over = False
             while not over:
-                over = all(future.done() for future in futures)  # asked first: whoever is done has put its last row
+                over = all(
+                    future.done() for future in futures
+                )  # check before draining: a finished worker has queued its last row
                 with contextlib.suppress(queue.Empty):
                     while True:
                         yield ended.get(timeout=0 if over else WAKE)

@@ -32,7 +32,7 @@ class Member:
         accelerator: acts beside AdamW in every step; None for AdamW alone.
 
     Raises:
-        ValueError: for an accelerator that its decay or its control would bypass.
+        ValueError: For an accelerator that its decay or its control would bypass.
     """
 
     arm: str
@@ -46,7 +46,7 @@ class Member:
     accelerator: Accelerator | None = None
 
     def __post_init__(self) -> None:
-        """Refuses an accelerator that would not do what its name says."""
+        """Refuse an accelerator that would not do what its name says."""
         if isinstance(self.accelerator, CautiousDecay):
             for decay in self.decays:
                 if not (isinstance(decay, Frobenius) and decay.is_l2):
@@ -111,5 +111,5 @@ class Training:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        """Refuses a precision that was not resolved, which would silently train in float32."""
+        """Refuse a precision that was not resolved, which would silently train in float32."""
         check_resolved(self.precision, get_args(Precision))

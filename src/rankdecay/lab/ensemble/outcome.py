@@ -23,7 +23,7 @@ FIGURES = (  # of a run's last evaluation: what its row keeps, and what is avera
     "tangential_share",
 )
 MEMORISED = 0.99  # training accuracy that counts as having fitted the training set
-LATER_FIGURES = ("angular_step_after", "rotation", "validation_accuracy")  # that rows of before do not have
+LATER_FIGURES = ("angular_step_after", "rotation", "validation_accuracy")  # that rows of earlier versions do not have
 ROSE = 0.5  # test accuracy that counts as having started to generalise
 FELL = 0.5  # of the stable rank at initialisation that counts as having lost rank
 

@@ -1,4 +1,4 @@
-"""What one call steps or decays: parameters that AdamW steps alike, members whose decays differ in strength alone."""
+"""Rows that one call steps or decays: parameters that AdamW steps alike, members whose decays differ in strength."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from rankdecay.lab.ensemble.ensemble import Ensemble, train_unless_stopped
 from rankdecay.lab.ensemble.members import State
 from rankdecay.lab.ensemble.outcome import diverged
 from rankdecay.lab.progress import Progress
-from rankdecay.lab.store import Checkpoint, Record, RunDirectory, Throttle
+from rankdecay.lab.settings import Record
+from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 from rankdecay.lab.stored import LABELS
 
 Leaves = Callable[[Sequence[Record]], bool]
@@ -59,7 +60,7 @@ class Runner:
         return (self._steps - self.step) * sum(len(e.members) for e in self._ensembles)
 
     def train(self, progress: Progress) -> list[Record]:
-        """Trains to the last step and returns every record of the run."""
+        """Train to the last step and return every record of the run."""
         self._start = time.monotonic() - self.seconds  # as if there had been no interruption
         if self.step == 0 and not self._history:
             self._advance(0, progress)
@@ -68,7 +69,7 @@ class Runner:
         return self._run.metrics()
 
     def _advance(self, steps: int, progress: Progress) -> None:
-        """Trains, evaluates and stores every ensemble for one interval; lets members leave and writes a checkpoint."""
+        """Train, evaluate and store every ensemble for one interval; let members leave and write a checkpoint."""
         snapshots = []
         running = [ensemble for ensemble in self._ensembles if ensemble.members]
         for ensemble, (records, arrays) in zip(running, self._measured(running, steps), strict=True):
@@ -88,7 +89,7 @@ class Runner:
         self._throttle(lambda: self._run.save_checkpoint(self._checkpoint()))
 
     def _measured(self, ensembles: Sequence[Ensemble], steps: int) -> Iterator[Measurement]:
-        """Trains and evaluates ensembles, several at once on a CPU; yields their measurements in order.
+        """Train and evaluate ensembles, several at once on a CPU; yield their measurements in order.
 
         An ensemble per core needs no barrier inside an operation, and its numbers do not depend on how many cores
         there are.
@@ -129,7 +130,7 @@ class Runner:
 
 
 def _train_and_evaluate(ensemble: Ensemble, steps: int, stop: threading.Event) -> Measurement:
-    """Trains one ensemble for an interval and evaluates it; raises InterruptedError once ``stop`` is set."""
+    """Train one ensemble for an interval and evaluate it; raise InterruptedError once ``stop`` is set."""
     start = time.monotonic()
     train_unless_stopped(ensemble, steps, stop)
     spent = (time.monotonic() - start) / (steps * len(ensemble.members)) if steps else None
@@ -138,6 +139,6 @@ def _train_and_evaluate(ensemble: Ensemble, steps: int, stop: threading.Event) -
 
 
 def _joined(snapshots: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Joins the snapshots of several ensembles: rows are concatenated, labels are shared."""
+    """Join the snapshots of several ensembles: rows are concatenated, labels are shared."""
     first = snapshots[0]
     return {k: first[k] if k in LABELS else np.concatenate([s[k] for s in snapshots]) for k in first}

@@ -52,7 +52,7 @@ class EnsembleSettings(Settings):
 
 
 def check_shared(settings: Any, width: int) -> None:
-    """Raises a `SettingError` for settings that the experiments share and that cannot work.
+    """Raise a `SettingError` for settings that the experiments share and that cannot work.
 
     Args:
         settings: of one of them; ``steps``, ``warmup`` and ``rule`` are its own.

@@ -96,7 +96,7 @@ class Saved:
     records: list[Record]
 
 
-class Source:
+class TrialQueue:
     """Queue of trials that wait to be trained, shared by the threads that train them."""
 
     def __init__(self, trials: Iterable[Trial]) -> None:
@@ -137,14 +137,14 @@ Intermission = Callable[[Callable[[], dict[Key, Saved]]], None]
 
 
 def train(
-    source: Source,
+    source: TrialQueue,
     plan: Plan,
     *,
     stop: threading.Event | None = None,
     saved: dict[Key, Saved] | None = None,
     after_interval: Intermission = lambda states: None,
 ) -> Iterator[Record]:
-    """Trains trials until the source has none left, and yields the row of each as it ends.
+    """Train trials until the source has none left, and yield the row of each as it ends.
 
     Args:
         source: of trials; others may take from it meanwhile.
@@ -163,7 +163,7 @@ class _Places:
     """Ensemble whose places are refilled as their trials end."""
 
     def __init__(
-        self, ensemble: Ensemble, source: Source, plan: Plan, stop: threading.Event, saved: dict[Key, Saved]
+        self, ensemble: Ensemble, source: TrialQueue, plan: Plan, stop: threading.Event, saved: dict[Key, Saved]
     ) -> None:
         self._ensemble, self._source, self._plan, self._stop, self._saved = ensemble, source, plan, stop, saved
         self._runs: list[_Run] = []
@@ -178,7 +178,7 @@ class _Places:
             yield from rows
 
     def _evaluate(self) -> list[Record]:
-        """Measures every run, lets schedules act, and returns the rows of those that have ended."""
+        """Measure every run, let schedules act, and return the rows of those that have ended."""
         records, arrays = self._ensemble.evaluate()
         rows = []
         for index, (run, record) in enumerate(zip(self._runs, records, strict=True)):
@@ -206,7 +206,7 @@ class _Places:
         return decay_acts(run.trial.member.control.schedule, run.records, generalised)
 
     def _fill(self) -> None:
-        """Moves waiting trials into the places of runs that have ended."""
+        """Move waiting trials into the places of runs that have ended."""
         free = self._plan.places - sum(not run.finished for run in self._runs)
         taken = [trial for _ in range(free) if (trial := self._source.take(self._ensemble.config))]
         # A compiled step is made for one number of members: ended runs keep the places that nobody takes.
@@ -289,5 +289,5 @@ def row(trial: Trial, records: Sequence[Record], initial_rank: float, sigma: np.
 
 
 def _short(value: float | None) -> float | None:
-    """Rounds to four significant digits."""
+    """Round to four significant digits."""
     return None if value is None else float(f"{value:.4g}")

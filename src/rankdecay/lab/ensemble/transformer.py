@@ -153,7 +153,7 @@ class _Gather(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Divides ``x`` by its root mean square over the last dimension; ``gain`` is (members, width)."""
+    """Divide ``x`` by its root mean square over the last dimension; ``gain`` is (members, width)."""
     if gain is None:
         return _UnitRMS.apply(x, dtype)  # type: ignore[return-value]
     normed = _UnitRMS.apply(x, gain.dtype)

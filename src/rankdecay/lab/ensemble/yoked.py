@@ -40,7 +40,7 @@ def norm_paths(
         One tensor per member, ``(steps + 1, depth, 2)``, from before the first step on; float64.
 
     Raises:
-        InterruptedError: if stopped.
+        InterruptedError: If stopped.
     """
     if not members:
         return []

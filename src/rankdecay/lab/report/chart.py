@@ -20,7 +20,7 @@ Numbers = Sequence[Any]  # None, or anything that is not finite, is a gap
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows.
+    """Quantity and scale of an axis.
 
     Attributes:
         title: in words.
@@ -70,7 +70,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a reader may choose: a name, how it is called, the options with their labels, and the first one shown."""
+    """Choice of a reader: a name, how it is called, the options with their labels, and the first one shown."""
 
     name: str
     label: str
@@ -132,7 +132,7 @@ class Chart:
 
 
 def embedded_charts(charts: Sequence[Chart], styles: Mapping[str, ArmStyle]) -> tuple[dict[str, Any], list[str]]:
-    """What `assets/chart.js` draws, and what had to be left out, in words. Places that lines share stand once.
+    """Data of `assets/chart.js`, and notices of what had to be left out. Places that lines share stand once.
 
     Args:
         charts: of one page.
@@ -172,17 +172,17 @@ def _embedded_axis(axis: Axis | Mapping[str, Axis]) -> dict[str, Any]:
 
 
 def _embedded(line: Line, arms: Sequence[str], points: int, places: dict[tuple[Any, ...], int]) -> dict[str, Any]:
-    kept = evenly(len(line.x), points)
+    kept = evenly_spaced_indices(len(line.x), points)
 
     def at(values: Sequence[Any] | None) -> list[Any] | None:
         return None if values is None else [values[i] for i in kept]
 
-    x = tuple(float(value) if is_number(value) else None for value in at(plain(line.x)) or ())
-    made = {"label": line.label, "x": places.setdefault(x, len(places)), "y": at(plain(line.y)), "mark": line.mark}
+    x = tuple(float(value) if is_number(value) else None for value in at(as_list(line.x)) or ())
+    made = {"label": line.label, "x": places.setdefault(x, len(places)), "y": at(as_list(line.y)), "mark": line.mark}
     more = {
         "arm": arms.index(line.arm) if line.arm in arms else None,
-        "low": at(plain(line.low)),
-        "high": at(plain(line.high)),
+        "low": at(as_list(line.low)),
+        "high": at(as_list(line.high)),
         "where": dict(line.where) or None,
         "shade": line.shade,
         "words": at(line.words),
@@ -191,17 +191,17 @@ def _embedded(line: Line, arms: Sequence[str], points: int, places: dict[tuple[A
     return made | {name: value for name, value in more.items() if value is not None}
 
 
-def plain(values: Any) -> Any:
+def as_list(values: Any) -> Any:
     """Numbers as a list, whether they came as one or as an array."""
     return values.tolist() if hasattr(values, "tolist") else values
 
 
-def evenly(count: int, most: int) -> list[int]:
+def evenly_spaced_indices(count: int, most: int) -> list[int]:
     """Indices of at most ``most`` of ``count`` items, the first and the last among them."""
     return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
-def middle(series: Iterable[tuple[Numbers, Numbers]]) -> tuple[list[Any], list[float], list[float], list[float]]:
+def median_band(series: Iterable[tuple[Numbers, Numbers]]) -> tuple[list[Any], list[float], list[float], list[float]]:
     """Several lines over their common places as one: places, medians, least and largest values."""
     from statistics import median
 

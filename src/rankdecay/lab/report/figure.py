@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rankdecay.files import write
-from rankdecay.lab.report.chart import Chart, Line, plain
+from rankdecay.lab.report.chart import Chart, Line, as_list
 from rankdecay.lab.report.style import ArmStyle
 from rankdecay.lab.report.words import is_number
 from rankdecay.text import visible
@@ -84,7 +84,7 @@ def literal(text: str) -> str:
 
 
 def draw(charts: Sequence[Chart], styles: Mapping[str, ArmStyle], path: Path) -> Path:
-    """Draws charts side by side, each as it is before a reader has chosen anything, with one legend below them.
+    """Draw charts side by side, each as it is before a reader has chosen anything, with one legend below them.
 
     Args:
         charts: one panel each.
@@ -105,7 +105,7 @@ def draw(charts: Sequence[Chart], styles: Mapping[str, ArmStyle], path: Path) ->
 def _panel(axes: Axes, chart: Chart, styles: Mapping[str, ArmStyle]) -> None:
     lines, y = chart.at_first()
     x = chart.first_x
-    lines = [line for line in lines if any(map(is_number, plain(line.y)))]
+    lines = [line for line in lines if any(map(is_number, as_list(line.y)))]
     place = _decades(axes, lines) if x.scale == "symlog" else lambda value: value
     for line in lines:
         _line(axes, line, place, styles)
@@ -137,7 +137,7 @@ def _few_decades(axis: Axis) -> None:
 def _line(axes: Axes, line: Line, place: Any, styles: Mapping[str, ArmStyle]) -> None:
     style = styles.get(line.arm or "")
     colour = style.light if style else GREY
-    x = [place(value) if is_number(value) else math.nan for value in plain(line.x)]
+    x = [place(value) if is_number(value) else math.nan for value in as_list(line.x)]
     y, low, high = (_numbers(values) for values in (line.y, line.low, line.high))
     points = "points" in line.mark
     dash = {"dashed": DASHES["dash"], "dotted": DASHES["dot"]}.get(line.mark, DASHES[style.dash] if style else "-")
@@ -162,7 +162,7 @@ def _line(axes: Axes, line: Line, place: Any, styles: Mapping[str, ArmStyle]) ->
 
 def _decades(axes: Axes, lines: Sequence[Line]) -> Any:
     """Places on an axis of decades that has one for 0, with its ticks."""
-    values = sorted({value for line in lines for value in plain(line.x) if is_number(value)})
+    values = sorted({value for line in lines for value in as_list(line.x) if is_number(value)})
     positive = [value for value in values if value > 0]
     zero = math.log10(positive[0]) - ZERO_GAP if positive else 0.0
 
@@ -177,7 +177,7 @@ def _decades(axes: Axes, lines: Sequence[Line]) -> Any:
 
 
 def _numbers(values: Any) -> np.ndarray:
-    return np.array([value if is_number(value) else math.nan for value in plain(values) or ()], dtype=float)
+    return np.array([value if is_number(value) else math.nan for value in as_list(values) or ()], dtype=float)
 
 
 def _legend(picture: Figure, panels: Sequence[Axes]) -> None:

@@ -1,4 +1,4 @@
-"""What every page is made of: the template filled in, embedded JSON, and the pieces of HTML that pages share.
+"""Parts of every page: the template filled in, embedded JSON, and the pieces of HTML that pages share.
 
 Words and tables are plain HTML, readable without a script. Text from a run or a checkpoint goes through `html.escape`,
 and JSON through `embedded`. Nothing is fetched: a content-security policy in `assets/shell.html` forbids it.
@@ -56,24 +56,24 @@ def fill(
 
 
 def write(text: str, path: Path) -> Path:
-    """Puts a page at `path`, by atomic rename, and returns the path."""
+    """Put a page at `path`, by atomic rename, and return the path."""
     return files.write(path, text.encode("utf-8", "backslashreplace"))  # half a character, of a name, is spelled
 
 
 def embedded(value: Any) -> str:
     """JSON for a `<script type="application/json">`: nothing in it can end the script or open a comment."""
-    text = json.dumps(plain(value), separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    text = json.dumps(as_json(value), separators=(",", ":"), allow_nan=False, ensure_ascii=True)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """A value as JSON holds it: numpy arrays as lists, floats to four digits, non-finite numbers as null."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return as_json(value.tolist())
     if isinstance(value, float):
         return float(f"{value:.4g}") if np.isfinite(value) else None
     return value
@@ -83,12 +83,12 @@ def plain(value: Any) -> Any:
 
 
 def notices(texts: Iterable[str]) -> str:
-    """What a reader must know before believing a page."""
+    """Notices that a reader must know before believing a page."""
     return "".join(f'<p class="notice">{escape(text)}</p>' for text in texts)
 
 
 def absent(text: str) -> str:
-    """What stands where a page has nothing to show."""
+    """Placeholder where a page has nothing to show."""
     return f'<p class="absent">{escape(text)}</p>'
 
 

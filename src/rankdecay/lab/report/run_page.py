@@ -64,7 +64,7 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
     outcome = verdict(summary, experiment.headline, experiment.checks, own, so_far)
     said = [*stored.notices, *thinned]
     if summary is not None and not stored.complete:
-        said.insert(0, "This run is not complete: what follows is of the part that is, and can still change.")
+        said.insert(0, "This run is not complete: these are the results so far; they may still change.")
     files = FILES | dict(experiment.files)
     filled = {
         "title": escape(f"rankdecay {experiment.name}: {experiment.question}"),
@@ -93,7 +93,7 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
 
 
 def _sources(stored: StoredRun, files: Mapping[str, str]) -> str:
-    """What the page is made from: the files of its directory, or several directories."""
+    """Sources of the page: the files of its directory, or several directories."""
     if len(stored.directories) > 1:
         return "".join(f"<li><code>{escape(str(path))}</code></li>" for path in stored.directories)
     return file_list({name: text for name, text in files.items() if os.path.exists(stored.directory / name)})
@@ -178,21 +178,21 @@ def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def settings_table(config: Mapping[str, Any]) -> str:
     """The settings of a run, one per line."""
     rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(shown(value))}</td></tr>'
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(setting_text(value))}</td></tr>'
         for name, value in flat(config.get("settings", {}))
     )
     return scrolling("Settings", rows) if rows else pieces.absent("No settings recorded.")
 
 
-def shown(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """A setting as text: a list without its brackets, a string without its quotes."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(shown, value))
+        return ", ".join(map(setting_text, value))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def arms_list(config: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """What every arm of a configuration is, in words and numbers.
+    """List of every arm of a configuration, in words and numbers.
 
     Args:
         config: the content of `config.json`.
@@ -202,7 +202,7 @@ def arms_list(config: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     for arm in config.get("arms", []):
         name = str(arm["name"])
         rest = ", ".join(
-            f"{key.replace('_', ' ').replace('.', ' ')} {shown(value)}"
+            f"{key.replace('_', ' ').replace('.', ' ')} {setting_text(value)}"
             for key, value in flat(arm)
             if key not in ("name", "description", "control") and value is not None and value is not False
         )

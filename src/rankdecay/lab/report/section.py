@@ -1,4 +1,4 @@
-"""What the page of a run is made of, beside its verdict and its table: sections of charts and other pictures."""
+"""Sections of the page of a run, beside its verdict and its table: charts and other pictures."""
 
 from __future__ import annotations
 

@@ -8,9 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 
-LIGHT_BACKGROUND = "#fcfbf8"
-DARK_BACKGROUND = "#14161a"
-
 
 @dataclass(frozen=True)
 class ArmStyle:

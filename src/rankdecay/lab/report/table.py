@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from rankdecay.lab.report.words import is_number, shown
+from rankdecay.lab.report.words import figure_text, is_number
 
 Row = Mapping[str, Any]
 
@@ -39,7 +39,7 @@ class Column:
         value = self.of(row)
         if callable(self.form):
             return self.form(value)
-        return value if isinstance(value, str) else shown(value, self.form)
+        return value if isinstance(value, str) else figure_text(value, self.form)
 
 
 def has(key: str) -> Callable[[Sequence[Row]], bool]:
@@ -68,10 +68,10 @@ def html_table(label: str, columns: Sequence[Column], rows: Sequence[Row], names
     """
     if not rows:
         return ""
-    shown = chosen(columns, rows, "page")
-    heads = ["Arm", *(" ".join(column.heading.split()) for column in shown)]
+    visible = chosen(columns, rows, "page")
+    heads = ["Arm", *(" ".join(column.heading.split()) for column in visible)]
     heads = [head[:1].upper() + head[1:] for head in heads]
-    body = [(names.get(str(row["name"]), str(row["name"])), [_cell(column, row) for column in shown]) for row in rows]
+    body = [(names.get(str(row["name"]), str(row["name"])), [_cell(column, row) for column in visible]) for row in rows]
     return table(label, heads, body)
 
 

@@ -22,7 +22,7 @@ FILE_WIDTH = 120  # characters: where no terminal says its width, there is room 
 
 
 def print_summary(experiment: Experiment[Any], summary: Record) -> None:
-    """Prints the table of a finished run and what may be said of it."""
+    """Print the table of a finished run and what may be said of it."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, FILE_WIDTH)

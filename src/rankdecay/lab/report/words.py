@@ -1,4 +1,4 @@
-"""What a run shows, in words: checks of claims against its summary, and how numbers are said.
+"""Results of a run in words: checks of claims against its summary, and how numbers are said.
 
 A `Check` is a claim, the arms it needs and how to decide it. A claim whose arms did not run is named as open, so a page
 never says more than its controls allow. Importing this module imports neither torch nor numpy.
@@ -43,6 +43,10 @@ class Facts:
     def settings(self) -> Mapping[str, Any]:
         """The settings of the run."""
         return self.summary.get("settings", {})
+
+    def decayed(self, arm: str) -> list[Record]:
+        """Rows of an arm with a strength above zero."""
+        return [row for row in self.arms.get(arm, []) if row["strength"] > 0]
 
     def label(self, arm: str) -> str:
         """An arm in words."""
@@ -102,7 +106,7 @@ def verdict(
     styles: Mapping[str, ArmStyle] | None = None,
     so_far: str = "",
 ) -> Verdict:
-    """Puts a run in words.
+    """Put a run in words.
 
     Args:
         summary: of the run; None while it is not complete.
@@ -133,7 +137,7 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def shown(value: Any, form: str = ".3g", factor: float = 1.0) -> str:
+def figure_text(value: Any, form: str = ".3g", factor: float = 1.0) -> str:
     """A figure in a table or a sentence, or a dash for one that is not known."""
     return format(value * factor if factor != 1 else value, form) if is_number(value) else "—"
 
@@ -143,6 +147,13 @@ def small(value: Any) -> str:
     if not is_number(value):
         return "—"
     return "rounding error" if abs(value) < 2e-14 else f"{value:.1g}".replace("e-0", "e-")
+
+
+def tiny(value: Any, rounding: float) -> str:
+    """A figure that ideally is zero, and 0 where it is below the rounding of its computation."""
+    if not is_number(value):
+        return "—"
+    return "0" if abs(value) < rounding else small(value) if value < 0.1 else f"{value:.2g}"
 
 
 def known(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:

@@ -14,15 +14,15 @@ from rankdecay.lab.errors import SettingError
 
 #: Rank 0 evaluates a replicated model while the others wait, on a slow CPU for long. There gloo notices at once that a
 #: process has ended, because its connection closes; on a GPU only the timeout tells.
-PATIENCE = {"cpu": timedelta(hours=2), "cuda": timedelta(minutes=10)}
+COLLECTIVE_TIMEOUT = {"cpu": timedelta(hours=2), "cuda": timedelta(minutes=10)}
 
 
-def of_torchrun() -> bool:
+def started_by_torchrun() -> bool:
     """Whether ``torchrun`` started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End a process of ``torchrun`` with this exit code, without shutting the interpreter down.
 
     DTensor's caches keep the group alive after ``destroy_process_group``, and with it gloo's threads. One that releases
@@ -36,24 +36,24 @@ def leave(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def joined(device: str, patience: timedelta | None = None) -> Iterator[tuple[str, bool]]:
-    """Joins the process group that ``torchrun`` started, if it did, and leaves it at the end.
+def process_group(device: str, patience: timedelta | None = None) -> Iterator[tuple[str, bool]]:
+    """Join the process group that ``torchrun`` started, if it did, and leave it at the end.
 
     Args:
         device: ``"cpu"`` or a CUDA device; in a group each process takes the GPU of its local rank.
-        patience: the timeout of a collective; `PATIENCE` by default.
+        patience: the timeout of a collective; `COLLECTIVE_TIMEOUT` by default.
 
     Yields:
         The device of this process, and whether it is rank 0, which writes.
 
     Raises:
-        SettingError: in the block, if another process is lost.
+        SettingError: In the block, if another process is lost.
     """
-    if not of_torchrun():
+    if not started_by_torchrun():
         yield device, True
         return
     cuda = device.startswith("cuda")
-    patience = patience or PATIENCE["cuda" if cuda else "cpu"]
+    patience = patience or COLLECTIVE_TIMEOUT["cuda" if cuda else "cpu"]
     if cuda:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
@@ -65,8 +65,8 @@ def joined(device: str, patience: timedelta | None = None) -> Iterator[tuple[str
             raise
         reason = str(error).partition(". ")[0]  # the rest is about torch's internals
         raise SettingError(
-            f"process {rank()} of {processes()} has lost another, which ended or said nothing for "
-            f"{patience.total_seconds():g} s: its own message says why; the same command again goes on from the last "
+            f"process {rank()} of {processes()} lost contact with another process (exited, or silent for "
+            f"{patience.total_seconds():g} s): see that process's message; rerun the command to continue from the last "
             f"checkpoint ({reason})"
         ) from error
     finally:
@@ -88,8 +88,8 @@ def is_rank_zero() -> bool:
     return rank() == 0
 
 
-def share(value: Any) -> Any:
-    """Broadcasts a value from rank 0; a process alone keeps its own."""
+def broadcast(value: Any) -> Any:
+    """Broadcast a value from rank 0; a process alone keeps its own."""
     if not dist.is_initialized():
         return value
     values = [value]

@@ -37,7 +37,7 @@ def architecture(config: GPTConfig) -> str | None:
 
 
 def save_checkpoint(model: GPT, directory: Path) -> None:
-    """Writes a model, in float32, into a directory that exists.
+    """Write a model, in float32, into a directory that exists.
 
     Args:
         model: trained or not, on any device.

@@ -217,7 +217,7 @@ class GPT(nn.Module):
         """Maps (batch, tokens) to logits (batch, tokens, vocabulary).
 
         Raises:
-            SettingError: for a sequence longer than the context.
+            SettingError: For a sequence longer than the context.
         """
         if tokens.shape[1] > self.config.context:
             raise SettingError(f"a sequence of {tokens.shape[1]} tokens is longer than `context` {self.config.context}")

@@ -41,7 +41,7 @@ class Layout:
         kind: of the devices, ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        SettingError: for a number of processes that the strategy cannot use.
+        SettingError: For a number of processes that the strategy cannot use.
     """
 
     parallel: Parallel = "ddp"
@@ -66,12 +66,12 @@ class Layout:
         return min(count, {"tp": count, "fsdp2_tp": PAIR}.get(self.parallel, 1))
 
     @property
-    def shares(self) -> int:
+    def data_parallel_size(self) -> int:
         """Number of shares that a batch is cut into."""
         return _group()[0] // self.tensor
 
     @property
-    def share(self) -> int:
+    def data_rank(self) -> int:
         """Index of this process's share."""
         return _group()[1] // self.tensor
 
@@ -80,10 +80,10 @@ class Layout:
         """Device mesh (data, tensor); cached, because every mesh creates process groups that stay."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        return init_device_mesh(self.kind, (self.shares, self.tensor), mesh_dim_names=("data", "tensor"))
+        return init_device_mesh(self.kind, (self.data_parallel_size, self.tensor), mesh_dim_names=("data", "tensor"))
 
     def check(self, heads: int, mlp_width: int) -> None:
-        """Raises a `SettingError` unless the layers of a model can be shared evenly."""
+        """Raise a `SettingError` unless the layers of a model can be shared evenly."""
         for name, size in (("`heads`", heads), ("`mlp_width`", mlp_width)):
             if size % self.tensor:
                 raise SettingError(
@@ -92,7 +92,7 @@ class Layout:
                 )
 
     def shard(self, model: nn.Module) -> None:
-        """Shards a GPT in place; call it before an optimizer gets the parameters."""
+        """Shard a GPT in place; call it before an optimizer gets the parameters."""
         if not self.sharded:
             return
         from rankdecay.lab.session.gpt import GPT
@@ -146,7 +146,7 @@ def _share_parameters(model: GPT, mesh: DeviceMesh) -> None:
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> None:
-    """Clips by the norm over all processes, as `nn.utils.clip_grad_norm_` does in one.
+    """Clip by the norm over all processes, as `nn.utils.clip_grad_norm_` does in one.
 
     Args:
         parameters: replicated plain tensors, and DTensors of any meshes.
@@ -168,8 +168,8 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float) -> None:
         nn.utils.clip_grads_with_norm_(on_mesh, largest, total)
 
 
-def parted(tensor: Tensor, like: Tensor) -> Tensor:
-    """Distributes a whole tensor as the DTensor ``like`` is, a collective; returns it as it is for a plain one."""
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Distribute a whole tensor as the DTensor ``like`` is, a collective; return it as it is for a plain one."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):
@@ -177,8 +177,8 @@ def parted(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def gathered(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Gathers tensors on the CPU, one after another, a collective; processes that do not ``keep`` get none."""
+def gather_to_cpu(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Gather tensors on the CPU, one after another, a collective; processes that do not ``keep`` get none."""
     from rankdecay.dtensor import whole
 
     found = {}

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from rankdecay.lab.session.distributed import share
+from rankdecay.lab.session.distributed import broadcast
 from rankdecay.lab.session.run_key import key_of
 from rankdecay.lab.session.session import Run, Session
-from rankdecay.lab.store import Checkpoint, Record, RunDirectory, Throttle
+from rankdecay.lab.settings import Record
+from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 
 
 class RunStore:
@@ -49,19 +50,19 @@ class RunStore:
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Runs that have not ended, an interrupted one first."""
         left = [run for run in runs if key_of(run.key) not in self._ended]
-        return share(sorted(left, key=lambda run: self._checkpoint_of(run) is None))
+        return broadcast(sorted(left, key=lambda run: self._checkpoint_of(run) is None))
 
     def begin(self, run: Run) -> Checkpoint | None:
-        """Returns the checkpoint from which a run continues, if it was interrupted."""
-        return share(self._checkpoint_of(run))
+        """Return the checkpoint from which a run continues, if it was interrupted."""
+        return broadcast(self._checkpoint_of(run))
 
     def add(self, record: Record) -> None:
-        """Stores a row; the newest one is held back until it is known whether it is the last of its run."""
+        """Store a row; the newest one is held back until it is known whether it is the last of its run."""
         self._flush()
         self._last = record | {"wall": round(self.seconds, 3)}
 
     def end(self, run: Run) -> None:
-        """Marks a run as ended and drops its checkpoint."""
+        """Mark a run as ended and drop its checkpoint."""
         if self._last is not None:
             self._last["ended"] = True
         self._flush()
@@ -70,20 +71,20 @@ class RunStore:
         self._directory.drop_checkpoint()
 
     def checkpoint(self, session: Session) -> None:
-        """Saves the state of the current run, unless the last time was too recent."""
+        """Save the state of the current run, unless the last time was too recent."""
 
         def save() -> None:
-            share(True)
+            broadcast(True)
             self._directory.save_checkpoint(session.checkpoint())
 
         self._flush()
         if self._throttle(save):
             self.checkpoint_step = session.step
         else:
-            share(False)
+            broadcast(False)
 
     def save_model(self, run: Run, model: nn.Module, save: Callable[[nn.Module, Path], None]) -> None:
-        """Saves a trained model under the name of its run."""
+        """Save a trained model under the name of its run."""
         self._directory.save_model(run.file_name, lambda path: save(model, path))
 
     def _checkpoint_of(self, run: Run) -> Checkpoint | None:
@@ -102,12 +103,12 @@ class NonWriter:
     seconds = None
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
-        """Receives the runs that have not ended."""
-        return share(None)
+        """Receive the runs that have not ended."""
+        return broadcast(None)
 
     def begin(self, run: Run) -> Checkpoint | None:
-        """Receives the checkpoint of an interrupted run."""
-        return share(None)
+        """Receive the checkpoint of an interrupted run."""
+        return broadcast(None)
 
     def add(self, record: Record) -> None:
         """No-op: only rank 0 writes."""
@@ -116,8 +117,8 @@ class NonWriter:
         """No-op: only rank 0 writes."""
 
     def checkpoint(self, session: Session) -> None:
-        """Takes part in gathering the state, if rank 0 saves it."""
-        if share(None):
+        """Take part in gathering the state, if rank 0 saves it."""
+        if broadcast(None):
             session.checkpoint()
 
     def save_model(self, run: Run, model: nn.Module, save: Callable[[nn.Module, Path], None]) -> None:

@@ -23,10 +23,11 @@ from rankdecay.decay.policy import Decay
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.machine import compiled
 from rankdecay.lab.precision import check_resolved
-from rankdecay.lab.session.distributed import processes, rank, share
-from rankdecay.lab.session.parallel import Layout, clip_gradients, gathered, parted
+from rankdecay.lab.session.distributed import broadcast, processes, rank
+from rankdecay.lab.session.parallel import Layout, clip_gradients, distribute_like, gather_to_cpu
 from rankdecay.lab.session.run_key import KEY
-from rankdecay.lab.store import Checkpoint, Record
+from rankdecay.lab.settings import Record
+from rankdecay.lab.store import Checkpoint
 
 Batch = tuple[Tensor, ...]
 THREAD_PAIRS = 5  # of steps that are timed, one on one core and one on all
@@ -54,18 +55,18 @@ class Problem(Protocol):
     unit: str  # what `size` counts: "tokens", "sequences", "images"
 
     def model(self, seed: int, qk_norm: bool) -> nn.Module:
-        """Returns a fresh model on the CPU; its initial weights depend on the seed alone.
+        """Return a fresh model on the CPU; its initial weights depend on the seed alone.
 
         A problem whose arms change the model takes `Run.model` as further keywords.
         """
         ...
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
-        """Returns the examples of one step on the CPU, first dimension ``size``; they depend on the arguments alone."""
+        """Return the examples of one step on the CPU, first dimension ``size``; they depend on the arguments alone."""
         ...
 
     def size(self, batch: Batch) -> int:
-        """Counts the tokens, sequences or images of a batch."""
+        """Count the tokens, sequences or images of a batch."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -120,7 +121,7 @@ class Plan:
         clip: largest norm of the gradient; 0 for none.
         precision: float32, or bfloat16 or float16 (with a loss scaler) under autocast.
         compile: whether the model is compiled.
-        device: where.
+        device: where the model is trained.
         layout: how the processes of a group share each run.
     """
 
@@ -136,7 +137,7 @@ class Plan:
     layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self) -> None:
-        """Refuses a precision that was not resolved, which would silently train in float32."""
+        """Refuse a precision that was not resolved, which would silently train in float32."""
         check_resolved(self.precision, get_args(Precision))
 
     def lr_at(self, step: int) -> float:
@@ -157,7 +158,7 @@ class Diverged(SettingError):
     def __init__(self, run: Run, step: int, lr: float) -> None:
         super().__init__(
             f"the loss is not finite at step {step} of {run} (`lr` {lr:g}): give a smaller `lr`, leave this strength "
-            "out, or give `skip_diverged` to note it and go on"
+            "out, or give `skip_diverged` to note it and continue"
         )
         self.step = step
 
@@ -202,10 +203,10 @@ class Session:
         return self.plan.device.partition(":")[0]
 
     def train(self, steps: int) -> Iterator[int]:
-        """Makes ``steps`` optimizer steps and yields the step count after each.
+        """Make ``steps`` optimizer steps and yield the step count after each.
 
         Raises:
-            Diverged: at the end, if a loss on the way was not finite.
+            Diverged: At the end, if a loss on the way was not finite.
         """
         losses, first = [], self.step
         self.model.train()
@@ -245,12 +246,12 @@ class Session:
         return loss
 
     def _gradient(self, whole: Batch) -> Tensor:
-        """Accumulates the gradient of a batch; returns the mean loss of this process's share of it."""
+        """Accumulate the gradient of a batch; return the mean loss of this process's share of it."""
         plan = self.plan
-        size = plan.batch_size // (plan.layout.shares * plan.accumulate)
+        size = plan.batch_size // (plan.layout.data_parallel_size * plan.accumulate)
         total = torch.zeros((), device=plan.device)
         for part in range(plan.accumulate):
-            start = (plan.layout.share * plan.accumulate + part) * size
+            start = (plan.layout.data_rank * plan.accumulate + part) * size
             batch = tuple(t[start : start + size].to(plan.device, non_blocking=True) for t in whole)
             last = part == plan.accumulate - 1
             # gradients of shards are reduced after every part: deferring it would need whole gradients in memory
@@ -269,18 +270,18 @@ class Session:
 
     @torch.no_grad()
     def evaluate(self) -> Record:
-        """Returns the row to store of the current model; an empty one on every rank but 0.
+        """Return the row to store of the current model; an empty one on every rank but 0.
 
         Rank 0 measures a replicated model by itself; every rank takes part in measuring a sharded one.
 
         Raises:
-            Diverged: on every rank, if the loss is not finite.
+            Diverged: On every rank, if the loss is not finite.
         """
         takes_part = rank() == 0 or self.plan.layout.sharded
-        quality = share(self._quality() if takes_part else None)
+        quality = broadcast(self._quality() if takes_part else None)
         if not math.isfinite(quality.loss):
             raise Diverged(self.run, self.step, self.plan.lr)
-        layers = nested(self.monitor.measure()) if takes_part else []
+        layers = by_layer(self.monitor.measure()) if takes_part else []
         if rank() > 0:
             return {}
         return {
@@ -302,15 +303,15 @@ class Session:
             return self.problem.evaluate(self.model, self.plan.device)
 
     def whole_model(self) -> nn.Module:
-        """Returns the unsharded model: itself, or a copy on the CPU gathered from all processes."""
+        """Return the unsharded model: itself, or a copy on the CPU gathered from all processes."""
         if not self.plan.layout.sharded:
             return self.model
         model = self.problem.model(self.run.seed, self.run.qk_norm, **self.run.model)
-        model.load_state_dict(gathered(self.model.state_dict(), keep=True))
+        model.load_state_dict(gather_to_cpu(self.model.state_dict(), keep=True))
         return model
 
     def checkpoint(self) -> Checkpoint:
-        """Returns the state that the rest of the run depends on, for any number of processes.
+        """Return the state that the rest of the run depends on, for any number of processes.
 
         Its tensors are on rank 0 alone.
         """
@@ -332,11 +333,11 @@ class Session:
             "scaler": self._scaler.state_dict(),
         }
         # copies, because safetensors refuses tied parameters: one tensor under two names
-        tensors = gathered(tensors, keep=rank() == 0)
+        tensors = gather_to_cpu(tensors, keep=rank() == 0)
         return Checkpoint(self.step, tensors, json.loads(json.dumps(extra)))
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Restores a checkpoint of the same run; every process of a group passes all its tensors."""
+        """Restore a checkpoint of the same run; every process of a group passes all its tensors."""
         self.step, self.seconds = checkpoint.step, checkpoint.extra["seconds"]
         self.examples = checkpoint.extra["examples"]
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
@@ -344,21 +345,23 @@ class Session:
             kind, _, rest = name.partition(".")
             parts[kind][rest] = tensor
         ours = self.model.state_dict()
-        self.model.load_state_dict({name: parted(tensor, ours[name]) for name, tensor in parts["model"].items()})
+        self.model.load_state_dict(
+            {name: distribute_like(tensor, ours[name]) for name, tensor in parts["model"].items()}
+        )
         moments: dict[int, Record] = {int(i): dict(values) for i, values in checkpoint.extra["moments"].items()}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for name, tensor in parts["optimizer"].items():
             index, _, rest = name.partition(".")
             parameter = parameters[int(index)]
             # the step count is a scalar, which is not sharded
-            value = parted(tensor, parameter) if tensor.shape == parameter.shape else tensor
+            value = distribute_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
             moments.setdefault(int(index), {})[rest] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": checkpoint.extra["groups"]})
         self._scaler.load_state_dict(checkpoint.extra["scaler"])
 
 
 def choose_threads(run: Run, problem: Problem, plan: Plan) -> None:
-    """Sets torch to one thread where more make a step no faster: a small model, or a busy machine.
+    """Set torch to one thread where more make a step no faster: a small model, or a busy machine.
 
     There threads spend their time waiting for each other; beside two busy processes a run took fifteen times as long.
 
@@ -384,7 +387,7 @@ def choose_threads(run: Run, problem: Problem, plan: Plan) -> None:
     torch.set_num_threads(threads if gain > THREADS_PAY else 1)
 
 
-def nested(values: Mapping[str, float]) -> list[Record]:
+def by_layer(values: Mapping[str, float]) -> list[Record]:
     """Measurements of a Monitor by layer, part and measure: the mean over heads, and the least of them.
 
     Args:
@@ -404,7 +407,7 @@ def nested(values: Mapping[str, float]) -> list[Record]:
     return list(layers.values())
 
 
-def judged(losses: Tensor | Sequence[float], accuracy: float | None = None) -> Quality:
+def summarise_losses(losses: Tensor | Sequence[float], accuracy: float | None = None) -> Quality:
     """Quality from the losses of a validation set, in its order.
 
     Neighbours may be correlated, as windows of one text are, so the standard error is over contiguous pieces. Their

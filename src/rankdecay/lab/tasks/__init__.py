@@ -40,7 +40,7 @@ def make_dataset(
     split: Split = "unordered",
     validation: int = 0,
 ) -> Dataset:
-    """Builds the data set of a task.
+    """Build the data set of a task.
 
     Args:
         task: one of `TASKS`.

@@ -52,19 +52,19 @@ def random_generator(seed: int, purpose: str, *index: int) -> np.random.Generato
 
 
 def check_modulus(modulus: int) -> None:
-    """Raises a `SettingError` unless there are at least two residues."""
+    """Raise a `SettingError` unless there are at least two residues."""
     if modulus < 2:
         raise SettingError(f"`modulus` {modulus} is too small: choose at least 2")
 
 
 def check_values(values: int, purpose: str) -> None:
-    """Raises a `SettingError` unless a sequence has 2 to 9 values."""
+    """Raise a `SettingError` unless a sequence has 2 to 9 values."""
     if not 2 <= values <= len(ORDINALS):
         raise SettingError(f"`values` {values} is outside 2 to {len(ORDINALS)}: {purpose}")
 
 
 def split_drawn(tokens: np.ndarray, targets: np.ndarray, train_examples: int) -> tuple[np.ndarray, ...]:
-    """Splits drawn examples into train tokens, train targets, test tokens and test targets."""
+    """Split drawn examples into train tokens, train targets, test tokens and test targets."""
     return tokens[:train_examples], targets[:train_examples], tokens[train_examples:], targets[train_examples:]
 
 
@@ -84,7 +84,7 @@ def with_validation(data: Dataset, validation: int, seed: int, classes: np.ndarr
         classes: a label per test example; examples of one label determine each other's answer.
 
     Raises:
-        SettingError: if that leaves no test set.
+        SettingError: If that leaves no test set.
     """
     labels, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
     order = random_generator(seed, "validation").permutation(len(labels))
@@ -98,7 +98,7 @@ def with_validation(data: Dataset, validation: int, seed: int, classes: np.ndarr
 
 
 def _validating(data: Dataset, inside: np.ndarray) -> Dataset:
-    """Makes those test examples the validation set that are ``inside``, one truth value each."""
+    """Make those test examples the validation set that are ``inside``, one truth value each."""
     return replace(
         data,
         test_tokens=data.test_tokens[~inside],
@@ -111,7 +111,7 @@ def _validating(data: Dataset, inside: np.ndarray) -> Dataset:
 def draw_distinct(
     task: str, total: int, train_examples: int, test_examples: int, seed: int, modulus: int
 ) -> np.ndarray:
-    """Draws distinct numbers below ``total``, for a task that numbers its sequences instead of listing them.
+    """Draw distinct numbers below ``total``, for a task that numbers its sequences instead of listing them.
 
     Distinct numbers are distinct sequences, so the first ``train_examples`` can train and the rest test.
 
@@ -127,7 +127,7 @@ def draw_distinct(
         ``(train_examples + test_examples,)``, int64.
 
     Raises:
-        SettingError: if there are too few sequences, or more than an int64 can number.
+        SettingError: If there are too few sequences, or more than an int64 can number.
     """
     if train_examples < 1:
         raise SettingError(f"`train_examples` {train_examples} is too small: choose at least 1")
@@ -150,13 +150,13 @@ def draw_distinct(
     return codes[:wanted]
 
 
-def digits(codes: np.ndarray, base: int, count: int) -> np.ndarray:
+def base_digits(codes: np.ndarray, base: int, count: int) -> np.ndarray:
     """The lowest ``count`` digits of ``codes`` (examples,) in ``base``, lowest first: ``(examples, count)``."""
     return codes[:, None] // base ** np.arange(count) % base
 
 
 def check_fraction(fraction: float) -> None:
-    """Raises a `SettingError` unless ``fraction`` is in (0, 1)."""
+    """Raise a `SettingError` unless ``fraction`` is in (0, 1)."""
     if not 0 < fraction < 1:
         raise SettingError(f"`train_fraction` {fraction} is outside (0, 1): give a share such as 0.5")
 
@@ -164,7 +164,7 @@ def check_fraction(fraction: float) -> None:
 def split_by_class(
     tokens: np.ndarray, targets: np.ndarray, classes: np.ndarray, fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Splits examples so that all members of a class fall on the same side.
+    """Split examples so that all members of a class fall on the same side.
 
     Args:
         tokens: ``(examples, positions)``.
@@ -177,7 +177,7 @@ def split_by_class(
         Train tokens, train targets, test tokens, test targets.
 
     Raises:
-        SettingError: if ``fraction`` leaves the training or the test set empty.
+        SettingError: If ``fraction`` leaves the training or the test set empty.
     """
     check_fraction(fraction)
     labels, inverse = np.unique(classes, return_inverse=True)

@@ -31,15 +31,15 @@ class Images:
     classes: tuple[str, ...]
 
     def at(self, indices: np.ndarray) -> "Images":
-        """Selects images by index."""
+        """Select images by index."""
         return Images(self.pixels[indices], self.labels[indices], self.classes)
 
 
-def digits() -> Images:
+def handwritten_digits() -> Images:
     """The 1797 handwritten digits that come with scikit-learn, 8 × 8 in grey.
 
     Raises:
-        SettingError: if scikit-learn is not installed.
+        SettingError: If scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
@@ -65,11 +65,13 @@ def image_folder(folder: Path, size: int, *, grey: bool = False) -> Images:
         grey: one channel in place of three.
 
     Raises:
-        SettingError: if there is no such folder, fewer than two classes, a class with fewer than two images, or a file
+        SettingError: If there is no such folder, fewer than two classes, a class with fewer than two images, or a file
             that is no image.
     """
     if not folder.is_dir():
-        raise SettingError(f"`image_folder` {folder} is no folder: give one with a sub-folder of images for each class")
+        raise SettingError(
+            f"`image_folder` {folder} is not a folder: give one with a sub-folder of images for each class"
+        )
     places = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(places) < 2:
         raise SettingError(

@@ -62,7 +62,7 @@ def modular(operation: str, modulus: int, train_fraction: float, seed: int, spli
         split: ``"unordered"`` keeps (a, b) and (b, a) on one side; ``"ordered"`` does not, and leaks.
 
     Raises:
-        SettingError: for a modulus the operation does not allow, or a fraction that empties a side.
+        SettingError: For a modulus the operation does not allow, or a fraction that empties a side.
     """
     check_modulus(modulus)
     if operation == "divide" and not _is_prime(modulus):

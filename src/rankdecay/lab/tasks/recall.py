@@ -15,9 +15,9 @@ from rankdecay.lab.tasks.base import (
     ORDINALS,
     TEST_EXAMPLES,
     Dataset,
+    base_digits,
     check_modulus,
     check_values,
-    digits,
     draw_distinct,
     split_drawn,
 )
@@ -58,7 +58,7 @@ def recall(
         Tokens below ``modulus`` are keys, the query among them; those from there on are values.
 
     Raises:
-        SettingError: if an argument is out of range or there are fewer sequences than examples asked for.
+        SettingError: If an argument is out of range or there are fewer sequences than examples asked for.
     """
     check_modulus(modulus)
     check_values(values, "how many pairs to recall from")
@@ -70,7 +70,7 @@ def recall(
     total = recall_sequences(modulus, values)
     codes = draw_distinct("recall", total, train_examples, test_examples, seed, modulus)
     codes, asked = np.divmod(codes, values)
-    answers = digits(codes, modulus, values)  # (examples, values)
+    answers = base_digits(codes, modulus, values)  # (examples, values)
     keys = _arrangements(codes // modulus**values, modulus, values)
     pairs = np.stack([keys, modulus + answers], axis=2).reshape(len(codes), 2 * values)
     rows = np.arange(len(codes))

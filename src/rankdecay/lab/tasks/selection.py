@@ -15,9 +15,9 @@ from rankdecay.lab.tasks.base import (
     ORDINALS,
     TEST_EXAMPLES,
     Dataset,
+    base_digits,
     check_modulus,
     check_values,
-    digits,
     draw_distinct,
     split_drawn,
 )
@@ -42,7 +42,7 @@ def selection(
         test_examples: number of distinct test sequences, none of them a training sequence.
 
     Raises:
-        SettingError: if an argument is out of range or there are fewer sequences than examples asked for.
+        SettingError: If an argument is out of range or there are fewer sequences than examples asked for.
     """
     check_modulus(modulus)
     check_values(values, "how many residues to choose from")
@@ -52,7 +52,7 @@ def selection(
     codes = draw_distinct("selection", total, train_examples, test_examples, seed, modulus)
     groups = np.array(list(combinations(range(values), named)))  # (groups, named)
     group = codes % len(groups)
-    residues = digits(codes // len(groups), modulus, values)  # (examples, values)
+    residues = base_digits(codes // len(groups), modulus, values)  # (examples, values)
     tokens = np.concatenate([residues, modulus + group[:, None]], axis=1)
     targets = np.take_along_axis(residues, groups[group], axis=1).sum(1) % modulus
     return Dataset(

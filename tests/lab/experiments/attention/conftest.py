@@ -15,7 +15,7 @@ from rankdecay.lab.experiments.attention.runs import make_experiment as experime
 from rankdecay.lab.experiments.attention.settings import AttentionDecay
 from rankdecay.lab.experiments.attention.summary import summarise
 from rankdecay.lab.session.gpt import GPT, GPTConfig
-from rankdecay.lab.session.session import judged
+from rankdecay.lab.session.session import summarise_losses
 
 EVIL = "<img src=x onerror=window.owned=1></script><b>%{y}$"
 UNITS = {"recall": "sequences", "language": "tokens", "vision": "images"}
@@ -144,7 +144,7 @@ class Copying:
         return functional.cross_entropy(model(batch[0][:, :-1]).flatten(0, 1), batch[0][:, 1:].flatten())
 
     def evaluate(self, model, device):
-        return judged([self.loss(model, self.batch(999, i, 4)).item() for i in range(3)], 0.5)
+        return summarise_losses([self.loss(model, self.batch(999, i, 4)).item() for i in range(3)], 0.5)
 
 
 @pytest.fixture(scope="session")

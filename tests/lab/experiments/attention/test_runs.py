@@ -225,7 +225,7 @@ def test_with_skip_diverged_the_sweep_goes_on(tmp_path, capsys):
     assert (cell["seeds"], cell["diverged"]) == (2, 1)
     ended = [r for r in read_metrics(tmp_path / "run") if r.get("ended")]
     assert [(r["seed"], r["step"], r.get("diverged", False)) for r in ended] == [(0, 4, True), (1, 24, False)]
-    assert "low_rank 2, MLP 0.1, seed 0 diverged at step 4: going on with the next" in capsys.readouterr().out
+    assert "low_rank 2, MLP 0.1, seed 0 diverged at step 4: continuing with the next run" in capsys.readouterr().out
 
 
 def test_where_every_run_diverges_there_is_a_summary(tmp_path):

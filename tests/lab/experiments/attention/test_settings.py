@@ -78,9 +78,9 @@ BAD = [
     ({"arms": ()}, "--arms is empty: choose from l2"),
     ({"arms": ("low_rnk",)}, "--arms 'low_rnk' is unknown: did you mean 'low_rank'?"),
     ({"strengths": ("low_rnk=1",)}, "--strengths 'low_rnk' is unknown: did you mean 'low_rank'?"),
-    ({"strengths": ("l2",)}, "--strengths l2 is no list of numbers: give l2=0,0.1,1"),
-    ({"strengths": ("l2=",)}, "--strengths l2= is no list of numbers: give l2=0,0.1,1"),
-    ({"strengths": ("l2=1,x",)}, "--strengths l2=1,x is no list of numbers: give l2=0,0.1,1"),
+    ({"strengths": ("l2",)}, "--strengths l2 is not a list of numbers: give l2=0,0.1,1"),
+    ({"strengths": ("l2=",)}, "--strengths l2= is not a list of numbers: give l2=0,0.1,1"),
+    ({"strengths": ("l2=1,x",)}, "--strengths l2=1,x is not a list of numbers: give l2=0,0.1,1"),
     ({"strengths": ("l2=-1",)}, "--strengths l2=-1 is not a decay: give 0 for none, or more"),
     ({"strengths": ("l2=nan",)}, "--strengths l2=nan is not a decay"),
     ({"strengths": ("l2=1000",)}, "--strengths l2=1000 at --lr 0.001 would take more than all of a weight in one step"),
@@ -106,7 +106,7 @@ BAD = [
     ({"clip": -1.0}, "--clip -1.0 must be a finite number >= 0; 0 switches it off"),
     ({"warmup": -1}, "--warmup -1 must be a finite number >= 0"),
     ({"warmup": 500}, "--warmup 500 must be less than --steps 500"),
-    ({"steps": 510}, "--steps 510 is no multiple of --evaluate-every 50: give for example --steps 500"),
+    ({"steps": 510}, "--steps 510 is not a multiple of --evaluate-every 50: give for example --steps 500"),
     ({"steps": 60, "evaluate_every": 100}, "give for example --steps 100"),
 ]  # fmt: skip
 

@@ -17,7 +17,7 @@ from rankdecay.lab.ensemble.accelerators import (
 from rankdecay.lab.ensemble.control import PLAIN, Control
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Arm
-from rankdecay.lab.experiments.boundary.arms import PUBLISHED, Axis, Treatment, every_arm, make_arms, wider
+from rankdecay.lab.experiments.boundary.arms import PUBLISHED, Axis, BoundaryTreatment, every_arm, make_arms, wider
 from rankdecay.lab.experiments.boundary.settings import ARMS, PRESETS, STANDARD_ARMS, Boundary
 
 SMALL = Boundary()
@@ -66,40 +66,42 @@ def test_names_that_others_rely_on():
 def test_what_sets_the_arms_apart():
     smooth = LowRank(5.0, "smooth", "absolute", every=4, smoothing=0.13)
     expected = {
-        "none": Treatment(),
-        "uniform_attention": Treatment(uniform_attention=True),
-        "l2": Treatment(Frobenius(5.0)),
-        "l2_all": Treatment(Frobenius(5.0), rest_decay=5.0),
-        "no_qk_norm": Treatment(Frobenius(5.0), qk_norm=False),
-        "prox": Treatment(LowRank(5.0, "prox", "absolute", every=4)),
-        "smooth": Treatment(smooth),
-        "prototype": Treatment(LowRank(5.0, "newton_schulz", "absolute", every=1, lr_coupled=False)),
-        "l2_ramp": Treatment(Frobenius(5.0, warmup=200)),
-        "radial": Treatment(Frobenius(5.0, power=0, cap=0.1)),
-        "power_2": Treatment(Frobenius(5.0, power=2, cap=0.1)),
-        "relative": Treatment(replace(smooth, scale="relative")),
-        "elastic": Treatment(smooth, Control(also=Frobenius(30.0))),
-        "ramp_low_rank": Treatment(replace(smooth, preserve_norm=True), Control(also=Frobenius(30.0, warmup=200))),
-        "sphere_falling": Treatment(control=Control(norm=5.0, norm_from=(64 / 3) ** 0.5, norm_steps=200)),
-        "yoked": Treatment(control=Control(yoked=smooth)),
-        "sharpen": Treatment(control=Control(sharpen=5)),
-        "radial_no_qk_norm": Treatment(smooth, Control(part="radial"), qk_norm=False),
-        "radial_only": Treatment(smooth, Control(part="radial")),
-        "raise_rank": Treatment(smooth, Control(part="reversed")),
-        "sphere": Treatment(control=Control(norm=5.0)),
-        "sphere_low_rank": Treatment(smooth, Control(norm=5.0)),
-        "fast_query_key": Treatment(control=Control(query_key_lr=5.0)),
-        "truncate": Treatment(control=Control(truncate_to=5)),
-        "kept_on": Treatment(smooth, stays=True),
-        "until_generalised": Treatment(smooth, Control(schedule="until_generalised"), stays=True),
-        "learning_rate": Treatment(lr=5.0),
-        "grokfast_ema": Treatment(accelerator=GrokfastEMA(5.0, 0.98)),
-        "grokfast_ma": Treatment(accelerator=GrokfastMA(5.0, 100)),
-        "orthograd": Treatment(lr=5.0, accelerator=OrthoGrad()),
-        "stablemax": Treatment(accelerator=StableMax()),
-        "muon": Treatment(accelerator=Muon(5.0, 0.95)),
-        "cautious": Treatment(Frobenius(5.0), rest_decay=5.0, accelerator=CautiousDecay()),
-        "target_rank_head": Treatment(replace(smooth, unit="head"), Control(target_rank=5.0)),
+        "none": BoundaryTreatment(),
+        "uniform_attention": BoundaryTreatment(uniform_attention=True),
+        "l2": BoundaryTreatment(Frobenius(5.0)),
+        "l2_all": BoundaryTreatment(Frobenius(5.0), rest_decay=5.0),
+        "no_qk_norm": BoundaryTreatment(Frobenius(5.0), qk_norm=False),
+        "prox": BoundaryTreatment(LowRank(5.0, "prox", "absolute", every=4)),
+        "smooth": BoundaryTreatment(smooth),
+        "prototype": BoundaryTreatment(LowRank(5.0, "newton_schulz", "absolute", every=1, lr_coupled=False)),
+        "l2_ramp": BoundaryTreatment(Frobenius(5.0, warmup=200)),
+        "radial": BoundaryTreatment(Frobenius(5.0, power=0, cap=0.1)),
+        "power_2": BoundaryTreatment(Frobenius(5.0, power=2, cap=0.1)),
+        "relative": BoundaryTreatment(replace(smooth, scale="relative")),
+        "elastic": BoundaryTreatment(smooth, Control(also=Frobenius(30.0))),
+        "ramp_low_rank": BoundaryTreatment(
+            replace(smooth, preserve_norm=True), Control(also=Frobenius(30.0, warmup=200))
+        ),
+        "sphere_falling": BoundaryTreatment(control=Control(norm=5.0, norm_from=(64 / 3) ** 0.5, norm_steps=200)),
+        "yoked": BoundaryTreatment(control=Control(yoked=smooth)),
+        "sharpen": BoundaryTreatment(control=Control(sharpen=5)),
+        "radial_no_qk_norm": BoundaryTreatment(smooth, Control(part="radial"), qk_norm=False),
+        "radial_only": BoundaryTreatment(smooth, Control(part="radial")),
+        "raise_rank": BoundaryTreatment(smooth, Control(part="reversed")),
+        "sphere": BoundaryTreatment(control=Control(norm=5.0)),
+        "sphere_low_rank": BoundaryTreatment(smooth, Control(norm=5.0)),
+        "fast_query_key": BoundaryTreatment(control=Control(query_key_lr=5.0)),
+        "truncate": BoundaryTreatment(control=Control(truncate_to=5)),
+        "kept_on": BoundaryTreatment(smooth, stays=True),
+        "until_generalised": BoundaryTreatment(smooth, Control(schedule="until_generalised"), stays=True),
+        "learning_rate": BoundaryTreatment(lr=5.0),
+        "grokfast_ema": BoundaryTreatment(accelerator=GrokfastEMA(5.0, 0.98)),
+        "grokfast_ma": BoundaryTreatment(accelerator=GrokfastMA(5.0, 100)),
+        "orthograd": BoundaryTreatment(lr=5.0, accelerator=OrthoGrad()),
+        "stablemax": BoundaryTreatment(accelerator=StableMax()),
+        "muon": BoundaryTreatment(accelerator=Muon(5.0, 0.95)),
+        "cautious": BoundaryTreatment(Frobenius(5.0), rest_decay=5.0, accelerator=CautiousDecay()),
+        "target_rank_head": BoundaryTreatment(replace(smooth, unit="head"), Control(target_rank=5.0)),
     }
     for name, treatment in expected.items():
         assert KNOWN[name].how.treat(5.0) == treatment, name
@@ -108,7 +110,7 @@ def test_what_sets_the_arms_apart():
 def test_settings_reach_the_treatments():
     known = every_arm(replace(SMALL, rule="polar", smoothing=0.2, strength=7.0, every=1, lr=0.01, width=32))
     assert known["smooth"].how.treat(1.0).decay == LowRank(1.0, "smooth", "absolute", every=1, smoothing=0.2)
-    assert known["tangential_only"].how.treat(1.0) == Treatment(
+    assert known["tangential_only"].how.treat(1.0) == BoundaryTreatment(
         LowRank(1.0, "polar", "absolute", every=1), Control(part="tangential")
     )
     assert known["sphere_low_rank"].how.treat(1.0).decay == LowRank(7.0, "polar", "absolute", every=1)
@@ -136,7 +138,7 @@ def test_an_accelerator_that_the_budget_leaves_no_step_is_refused():
 
 
 def arm(**options) -> Arm:
-    return Arm("any", "Any.", Axis(lambda _: Treatment(), **options), (1.0,))
+    return Arm("any", "Any.", Axis(lambda _: BoundaryTreatment(), **options), (1.0,))
 
 
 @pytest.mark.parametrize(
@@ -177,5 +179,5 @@ def test_every_grid_can_be_widened_to_strengths_its_arm_takes(name, edge):
             break
         assert 0 < following < arm.how.limit
         assert following < min(tried) if edge == "lowest" else following > max(tried)
-        assert isinstance(arm.how.treat(following), Treatment)
+        assert isinstance(arm.how.treat(following), BoundaryTreatment)
         tried.append(following)

@@ -106,13 +106,13 @@ def finish(progress: PhaseProgress, trials, clock: Clock, seconds: float) -> Non
 def test_plain_lines_say_what_begins_what_has_ended_and_when_it_will_end(clock, capsys):
     progress = PhaseProgress("add · 2 arms", ["none", "smooth"], quiet=False, to_stderr=False)
     done = [row(one, True) for one in TRIALS[:4]]
-    progress.begin(done, TRIALS[4:], 100)
+    progress.begin(done, TRIALS[4:])
     with progress:
         finish(progress, TRIALS[4:], clock, 40.0)
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert err == ""
-    assert lines[0] == "add · 2 arms: 12 runs to do, 4 there"
+    assert lines[0] == "add · 2 arms: 12 runs to do, 4 done"
     assert len(lines) == 14
     assert lines[2] == "expected time: 8:00 min"
     assert lines[1] == "1 of 12 runs, 5 of all generalised  ETA 7:20 min"
@@ -121,7 +121,7 @@ def test_plain_lines_say_what_begins_what_has_ended_and_when_it_will_end(clock, 
 
 def test_plain_lines_are_few_when_runs_end_fast(clock, capsys):
     progress = PhaseProgress("add", ["none", "smooth"], quiet=False, to_stderr=True)
-    progress.begin([], TRIALS * 50, 100)
+    progress.begin([], TRIALS * 50)
     with progress:
         finish(progress, TRIALS * 50, clock, 0.5)
     out, err = capsys.readouterr()
@@ -135,7 +135,7 @@ def test_plain_lines_are_few_when_runs_end_fast(clock, capsys):
 
 def test_nothing_to_do_says_nothing(clock, capsys):
     progress = PhaseProgress("add", ["none"], quiet=False, to_stderr=False)
-    progress.begin([row(one, True) for one in TRIALS], [], 100)
+    progress.begin([row(one, True) for one in TRIALS], [])
     with progress:
         pass
     assert capsys.readouterr() == ("", "")
@@ -143,7 +143,7 @@ def test_nothing_to_do_says_nothing(clock, capsys):
 
 def test_quiet_says_nothing_but_notices_on_standard_error(clock, capsys):
     progress = PhaseProgress("add", ["none", "smooth"], quiet=True, to_stderr=False)
-    progress.begin([], TRIALS, 100)
+    progress.begin([], TRIALS)
     with progress:
         finish(progress, TRIALS, clock, 100.0)
         assert capsys.readouterr() == ("", "")
@@ -160,7 +160,7 @@ def test_a_notice_goes_where_progress_goes(capsys):
 def test_rows_of_arms_that_were_left_out_are_not_counted(clock, capsys):
     progress = PhaseProgress("add", ["smooth"], quiet=False, to_stderr=False)
     smooth = [one for one in TRIALS if one.member.arm == "smooth"]
-    progress.begin([row(one, True) for one in TRIALS[:2]], smooth, 100)  # of the arm none
+    progress.begin([row(one, True) for one in TRIALS[:2]], smooth)  # of the arm none
     with progress:
         finish(progress, smooth, clock, 1.0)
     assert capsys.readouterr().out.splitlines()[-1].startswith("8 of 8 runs, 4 of all generalised")
@@ -169,14 +169,14 @@ def test_rows_of_arms_that_were_left_out_are_not_counted(clock, capsys):
 def test_a_second_beginning_counts_anew(clock, capsys):
     """Widening a grid: what is there, and what is still to do, have changed."""
     progress = PhaseProgress("add", ["none", "smooth"], quiet=False, to_stderr=False)
-    progress.begin([], TRIALS, 100)
+    progress.begin([], TRIALS)
     with progress:
         finish(progress, TRIALS, clock, 1.0)
         wider = [trial("smooth", 4.0, f) for f in (0.3, 0.5)]
-        progress.begin([row(one, i % 2 == 0) for i, one in enumerate(TRIALS)], wider, 100)
+        progress.begin([row(one, i % 2 == 0) for i, one in enumerate(TRIALS)], wider)
         finish(progress, wider, clock, 1.0)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2:] == ["add: 2 runs to do, 16 there", "2 of 2 runs, 9 of all generalised  "]
+    assert lines[-2:] == ["add: 2 runs to do, 16 done", "2 of 2 runs, 9 of all generalised  "]
 
 
 # --- in a terminal ---------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def terminal(monkeypatch) -> io.StringIO:
 
 def test_a_terminal_shows_every_map_as_it_fills(terminal, clock):
     progress = PhaseProgress("add · 2 arms", ["none", "smooth"], quiet=False, to_stderr=False)
-    progress.begin([row(TRIALS[0], True)], TRIALS[1:], 100)
+    progress.begin([row(TRIALS[0], True)], TRIALS[1:])
     assert terminal.getvalue().strip("\x1b[?25lh\r\n ") == "", "nothing before it runs"
     with progress:
         finish(progress, TRIALS[1:9], clock, 1.0)
@@ -210,7 +210,7 @@ def test_a_terminal_shows_every_map_as_it_fills(terminal, clock):
 
 def test_a_quiet_terminal_stays_empty(terminal, clock):
     progress = PhaseProgress("add", ["none", "smooth"], quiet=True, to_stderr=False)
-    progress.begin([], TRIALS, 100)
+    progress.begin([], TRIALS)
     with progress:
         finish(progress, TRIALS, clock, 100.0)
     assert terminal.getvalue() == ""
@@ -220,16 +220,16 @@ def test_a_terminal_shows_a_complete_sweep_that_is_widened(terminal, clock):
     progress = PhaseProgress("add", ["smooth"], quiet=False, to_stderr=False)
     there = [row(one, True) for one in TRIALS if one.member.arm == "smooth"]
     wider = [trial("smooth", 4.0, f) for f in (0.3, 0.5)]
-    progress.begin(there, [], 100)
+    progress.begin(there, [])
     with progress:
-        progress.begin(there, wider, 100)
+        progress.begin(there, wider)
         finish(progress, wider, clock, 1.0)
     assert all(text in terminal.getvalue() for text in ("smooth", "10/10", "██"))
 
 
 def test_the_cursor_comes_back_after_an_error(terminal, clock):
     progress = PhaseProgress("add", ["none", "smooth"], quiet=False, to_stderr=False)
-    progress.begin([], TRIALS, 100)
+    progress.begin([], TRIALS)
     with pytest.raises(KeyboardInterrupt), progress:
         raise KeyboardInterrupt
     assert terminal.getvalue().rstrip().endswith("\x1b[?25h")

@@ -12,6 +12,7 @@ import torch
 
 from rankdecay.lab.experiments.factor.factorised import (
     Diffusion,
+    Dynamics,
     Factors,
     Method,
     Training,
@@ -375,7 +376,7 @@ def test_proposition_B2_says_what_the_imbalance_is_but_for_the_step(noise):
     strength = torch.full((4,), 0.3, dtype=torch.float64)
     off = []
     for length in (0.2, 0.1):
-        path = Diffusion(factors, target, strength, rate=0.1, momentum=0.3, noise=noise, length=length)
+        path = Diffusion(factors, target, strength, Dynamics(rate=0.1, momentum=0.3, noise=noise, length=length))
         for _ in range(round(60 / length)):
             path.step()
         (found,) = differences(path.factors)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rankdecay.lab.experiments.margin.data import draw
-from rankdecay.lab.experiments.margin.finite import descend
-from rankdecay.lab.experiments.margin.flow import Problem, gradient, initial_weights, loss_value, product
+from rankdecay.lab.experiments.margin.finite import Method, descend
+from rankdecay.lab.experiments.margin.flow import Course, Problem, gradient, initial_weights, loss_value, product
 from rankdecay.lab.experiments.margin.recipe import descend as descend_in_float64
 
 P = Problem.of(draw("generic", range(2), 3, 4, 5, 4.0))
@@ -20,8 +20,11 @@ def begin():
 
 
 def trained(optimizer, steps, **changes):
-    given = {"loss": "exponential", "lr": 0.05, "beta2": 0.97, "epsilon": 1e-3, "margin": 1e6, "evaluate_every": 10}
-    return descend(begin(), P, optimizer=optimizer, steps=steps, **given | changes)
+    course = {"loss": "exponential", "margin": 1e6, "evaluate_every": 10}
+    method = {"lr": 0.05, "beta2": 0.97, "epsilon": 1e-3}
+    course |= {name: value for name, value in changes.items() if name in course}
+    method |= {name: value for name, value in changes.items() if name in method}
+    return descend(begin(), P, Method(optimizer, **method), Course(steps=steps, **course))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -10,6 +10,7 @@ import torch
 
 from rankdecay.lab.experiments.margin.data import draw
 from rankdecay.lab.experiments.margin.flow import (
+    Course,
     Decay,
     Problem,
     follow,
@@ -100,7 +101,7 @@ def test_the_loss_above_its_infimum_is_exact_before_and_after_saturation(loss):
     gap = loss_value(P, W, loss) - infimum(P, loss)
     torch.testing.assert_close(log_excess(P, W, best, loss).exp(), gap)
     # one step of W along the gradient of the margins, far out: log gap falls by what the least margin grows
-    trained = follow([W], P, margin=1e4, rate=0.02, steps=3000).weights[-1]
+    trained = follow([W], P, Course(margin=1e4, steps=3000), rate=0.02).weights[-1]
     if not bool((P.logits(trained).argmax(-1) == best).all()):
         pytest.fail("the flow did not select the optimal tokens")
     once, twice = (log_excess(P, factor * trained, best, loss) for factor in (1, 2))
@@ -138,7 +139,7 @@ def test_the_path_is_that_of_gradient_flow_in_real_time(kind):
     """Small plain gradient steps trace the same curve: compared where it has the same length."""
     P = problem("equal", sets=1, d=6)
     begin = initial_weights(kind, "paper", 0.7, [0], 6, 6)  # W grows from zero, so its norm is a clock
-    mine = follow(begin, P, rate=2e-3, steps=300, evaluate_every=300).weights[-1]
+    mine = follow(begin, P, Course(steps=300, evaluate_every=300), rate=2e-3).weights[-1]
     weights = [w.clone() for w in begin]
     for _ in range(20_000):
         leaves = [w.requires_grad_() for w in weights]
@@ -155,7 +156,7 @@ def test_the_path_of_weights_and_heads_is_that_of_their_joint_gradient_flow():
     P = problem(sets=1, d=6)
     heads = torch.from_numpy(draw("generic", range(1), 3, 4, 6, 4.0).heads)
     begin = initial_weights("separate", "random", 0.7, [0], 6, 6)
-    mine = follow(begin, P, rate=1e-3, steps=400, evaluate_every=400, heads=heads)
+    mine = follow(begin, P, Course(steps=400, evaluate_every=400), rate=1e-3, heads=heads)
     leaves = [w.clone() for w in (*begin, heads)]
     while float(leaves[-1].norm()) < float(mine.heads[-1].norm()):
         leaves = [w.requires_grad_() for w in leaves]
@@ -192,7 +193,9 @@ def test_lemma_A1_the_diagonal_flow_is_a_hyperbolic_sine():
 
 def test_margins_of_1e8_and_far_more_are_reached_and_finished_sets_stay():
     P = problem("equal", sets=3, n=2, L=2, d=4)
-    found = follow(initial_weights("separate", "paper", 1.0, range(3), 4, 4), P, rate=0.02, margin=1e60, steps=20_000)
+    found = follow(
+        initial_weights("separate", "paper", 1.0, range(3), 4, 4), P, Course(margin=1e60, steps=20_000), rate=0.02
+    )
     assert found.steps[-1] < 20_000
     last = gradient(P, found.weights[-1], "exponential").margin
     assert bool(((last > 0.5e60) & (last < 2e60)).all())
@@ -209,7 +212,7 @@ def test_under_assumption_A4_the_flow_ends_at_the_closed_form():
     closed = torch.from_numpy(np.einsum("bi,bik,biq->bkq", scale, best, data.queries))
     for kind in ("merged", "separate"):
         begin = initial_weights(kind, "paper", 1.0, range(4), 6, 6)
-        W = follow(begin, P, margin=1e6, rate=0.01, steps=20_000).weights[-1]
+        W = follow(begin, P, Course(margin=1e6, steps=20_000), rate=0.01).weights[-1]
         assert min(cosines(W, closed)) > 0.9999, kind
 
 
@@ -222,9 +225,9 @@ def test_an_explicit_decay_ends_at_the_minimum_of_its_objective(strength):
     """Stationarity of loss + ε(‖K‖² + ‖Q‖²): K and Q balance, and their W is that of 2ε‖W‖_* by soft thresholds."""
     P = problem("equal", sets=2)
     begin = initial_weights("separate", "random", 0.5, [0, 1], 5, 5)
-    apart = follow(begin, P, decay=Decay("l2", strength), rate=0.02, steps=6000).weights[-1]
+    apart = follow(begin, P, Course(steps=6000), decay=Decay("l2", strength), rate=0.02).weights[-1]
     begin = initial_weights("merged", "random", 0.5, [0, 1], 5, 5)
-    by_prox = follow(begin, P, decay=Decay("low_rank", strength), rate=0.02, steps=6000).weights[-1]
+    by_prox = follow(begin, P, Course(steps=6000), decay=Decay("low_rank", strength), rate=0.02).weights[-1]
 
     def objective(W):
         return loss_value(P, W, "exponential") + 2 * strength * torch.linalg.svdvals(W).sum(-1)
@@ -240,6 +243,6 @@ def test_an_explicit_decay_ends_at_the_minimum_of_its_objective(strength):
 def test_a_decay_too_strong_for_any_margin_brings_the_weights_to_zero():
     P = problem("equal", sets=1)
     begin = initial_weights("merged", "random", 0.5, [0], 5, 5)
-    found = follow(begin, P, decay=Decay("low_rank", 1e4), rate=0.02, steps=4000)
+    found = follow(begin, P, Course(steps=4000), decay=Decay("low_rank", 1e4), rate=0.02)
     assert not found.weights[-1].any()
     assert found.steps[-1] < 4000

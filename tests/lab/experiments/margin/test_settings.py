@@ -23,7 +23,7 @@ def test_presets_are_accepted_as_they_are():
         ({"dimension": 1}, "--dimension 1 is too small"),
         ({"datasets": 0}, "--datasets 0 is too small"),
         ({"l2": -1.0}, "--l2 -1.0 must be a finite number >= 0"),
-        ({"rate": 0.5}, "--rate 0.5 is no flow"),
+        ({"rate": 0.5}, "--rate 0.5 is too large for a flow"),
         ({"rate": math.nan}, "--rate nan must be"),
         ({"scale": 0.0}, "--scale 0.0 must be"),
         ({"margin": 1e200}, r"--margin 1e\+200 must be between"),

@@ -349,7 +349,7 @@ def make_sections(stored: StoredRun) -> list[Section]:
 
 
 def figure(stored: StoredRun, path: Path) -> Path:
-    """Draws the static figure: pseudo ranks of both products and loss against decay, in a row for each QK-norm.
+    """Draw the static figure: pseudo ranks of both products and loss against decay, in a row for each QK-norm.
 
     Where the MLPs had several decays it shows the one of `main_mlp_decay`.
     """

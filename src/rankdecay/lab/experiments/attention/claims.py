@@ -1,4 +1,4 @@
-"""What a decay of attention did, in words: ranks, loss, and how far the figures carry.
+"""Effects of a decay of attention in words: ranks, loss, and how far the figures carry.
 
 A claim compares means with standard errors; none says that one thing caused another. A difference counts where it is
 larger than its standard error, a change of pseudo rank where it is larger than `MATERIAL`.

@@ -2,14 +2,15 @@
 
 A run is one model under one arm, one strength of the decay of attention, one of the MLPs, with or without QK-norm, from
 one seed. Runs follow one another; under ``torchrun`` all processes share each of them (`lab.session`).
-`make_experiment` makes the experiment of a command from what is its own: its settings, and a `Problem`.
+`make_experiment` makes the experiment of a command from what is its own, a `Command`: its settings, and a `Problem`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rankdecay.decay.policy import Frobenius
 from rankdecay.lab.errors import SettingError
@@ -59,7 +60,7 @@ def make_plan(settings: AttentionDecay, device: str) -> Plan:
     """The training plan of every run on a device, by all processes of a group.
 
     Raises:
-        SettingError: if a batch cannot be shared evenly, or there is no compiler to compile with.
+        SettingError: If a batch cannot be shared evenly, or there is no compiler to compile with.
     """
     layout = make_layout(settings, device)
     is_worth_it = settings.compile == "auto" and device.startswith("cuda") and compiler_available(device)
@@ -71,11 +72,11 @@ def make_layout(settings: AttentionDecay, device: str) -> Layout:
     """How the processes share a run.
 
     Raises:
-        SettingError: for a batch that they cannot share evenly, or an order to compile without a compiler.
+        SettingError: For a batch that they cannot share evenly, or an order to compile without a compiler.
     """
     parallel: Any = getattr(settings, "parallel", "ddp")  # an option where the model can be cut into parts
     layout = Layout(parallel, device.partition(":")[0])
-    shares = layout.shares * settings.accumulate
+    shares = layout.data_parallel_size * settings.accumulate
     if settings.batch_size % shares:
         raise SettingError(
             f"--batch-size {settings.batch_size} cannot be shared evenly by {distributed.processes()} processes and "
@@ -90,7 +91,7 @@ def make_layout(settings: AttentionDecay, device: str) -> Layout:
 
 
 def train(work: Work[Any], runs: Sequence[Run], save: SaveModel | None) -> Sequence[Record]:
-    """Trains the runs that have not ended, one after another; rows are stored in step with a checkpoint.
+    """Train the runs that have not ended, one after another; rows are stored in step with a checkpoint.
 
     Returns:
         No rows, because they are stored already.
@@ -112,7 +113,7 @@ def train(work: Work[Any], runs: Sequence[Run], save: SaveModel | None) -> Seque
 def _train(
     run: Run, work: Work[Any], plan: Plan, store: RunStore | NonWriter, progress: RunsProgress, save: SaveModel | None
 ) -> None:
-    """Trains one run to its end, evaluated and stored on the way."""
+    """Train one run to its end, evaluated and stored on the way."""
     settings, session, checkpoint = work.settings, Session(run, work.data, plan), store.begin(run)
     if checkpoint is not None:
         session.restore(checkpoint)
@@ -137,7 +138,7 @@ def _train(
             where = "" if step is None else f"; the last good checkpoint, of step {step}, is {file}"
             raise SettingError(f"{error}{where}") from None
         if work.writes:
-            progress.notice(f"{run} diverged at step {error.step}: going on with the next")
+            progress.notice(f"{run} diverged at step {error.step}: continuing with the next run")
         store.add({**run.key, "step": error.step, "diverged": True})
     else:
         is_kept = settings.save == "all" or (settings.save == "first" and run.seed == settings.first_seed)
@@ -147,23 +148,11 @@ def _train(
     progress.ended(settings.steps - session.step)
 
 
-def make_experiment(
-    name: str,
-    presets: Mapping[str, A],
-    check: Callable[[A], A],
-    problem: Callable[[A], Problem],
-    unit: str,
-    *,
-    has_mlp: bool = True,
-    save: SaveModel | None = None,
-    facts: Callable[[Any], Record] = lambda problem: {},
-    fingerprint: Callable[[Any], Record] = lambda problem: {},
-    notices: Callable[[A], Sequence[str]] = lambda settings: (),
-    check_layout: Callable[[A, Layout], None] = lambda settings, layout: None,
-) -> Experiment[A]:
-    """The experiment of a command.
+@dataclass(frozen=True)
+class Command(Generic[A]):
+    """Parts that each command has of its own.
 
-    Args:
+    Attributes:
         name: of the command.
         presets: its settings by the name of the preset.
         check: of its settings.
@@ -177,37 +166,60 @@ def make_experiment(
         check_layout: raises a `SettingError` for a model that the processes cannot share.
     """
 
-    def data(settings: A) -> Problem:
-        made = problem(settings)
+    name: str
+    presets: Mapping[str, A]
+    check: Callable[[A], A]
+    problem: Callable[[A], Problem]
+    unit: str
+    has_mlp: bool = True
+    save: SaveModel | None = None
+    facts: Callable[[Any], Record] = lambda problem: {}
+    fingerprint: Callable[[Any], Record] = lambda problem: {}
+    notices: Callable[[A], Sequence[str]] = lambda settings: ()
+    check_layout: Callable[[A, Layout], None] = lambda settings, layout: None
+
+    def runs(self, settings: A) -> list[Run]:
+        """Every run of the grid."""
+        return all_runs(settings, has_mlp=self.has_mlp)
+
+    def data(self, settings: A) -> Problem:
+        """Return the problem, after checking that the processes can share a model of it."""
+        made = self.problem(settings)
         device = resolve_device(settings.device, needs_float64=False)
-        check_layout(settings, make_layout(settings, device))
+        self.check_layout(settings, make_layout(settings, device))
         return made
 
-    def title(work: Work[A]) -> str:
-        return f"{name} · {len(all_runs(work.settings, has_mlp=has_mlp))} runs · {work.settings.steps} steps"
+    def title(self, work: Work[A]) -> str:
+        """Title of the run."""
+        return f"{self.name} · {len(self.runs(work.settings))} runs · {work.settings.steps} steps"
 
-    def trained(work: Work[A]) -> Sequence[Record]:
-        for text in notices(work.settings) if work.writes else ():
+    def train(self, work: Work[A]) -> Sequence[Record]:
+        """Train the runs that have not ended, as `train`."""
+        for text in self.notices(work.settings) if work.writes else ():
             work.screen.notice(text)
-        return train(work, all_runs(work.settings, has_mlp=has_mlp), save)
+        return train(work, self.runs(work.settings), self.save)
 
+
+def make_experiment(command: Command[A]) -> Experiment[A]:
+    """The experiment of a command."""
+    unit = command.unit
     return Experiment(
-        name=name,
-        question=question(type(next(iter(presets.values())))),
-        presets=presets,
-        check=check,
+        name=command.name,
+        question=question(type(next(iter(command.presets.values())))),
+        presets=command.presets,
+        check=command.check,
         arms=chosen_arms,
-        data=data,
-        train=trained,
-        summarise=lambda work, rows: {"unit": unit, **facts(work.data), "arms": summarise(rows, unit)},
+        data=command.data,
+        train=command.train,
+        summarise=lambda work, rows: {"unit": unit, **command.facts(work.data), "arms": summarise(rows, unit)},
         columns=make_columns(unit),
         headline=headline,
         checks=CHECKS,
-        title=title,
+        title=command.title,
         screen=lambda work, title, options: RunsProgress(title, unit, **options),
         shorter="fewer --strengths or --steps",
         not_identity=NOT_IDENTITY,
-        fingerprint=fingerprint,
+        fingerprint=command.fingerprint,
         narrow="bfloat16",
         needs_float64=False,
         processes=lambda: distributed,

@@ -81,7 +81,7 @@ class AttentionDecay(Settings):
 
 
 @dataclass(frozen=True)
-class Treatment:
+class AttentionTreatment:
     """How an arm decays attention.
 
     Attributes:
@@ -109,7 +109,7 @@ class Treatment:
         return {role: decay if role in self.of else Frobenius(settings.rest_decay) for role in trained}
 
     def of_a_run(self) -> dict[str, Any]:
-        """What it sets of a `Run` besides its decays."""
+        """Arguments of a `Run` besides its decays."""
         return {
             "in_loss": self.of if self.in_loss else (),
             "model": {} if self.scores == "learned" else {"scores": self.scores},
@@ -124,16 +124,16 @@ _ABSOLUTE = "by the same amount whatever their size"
 ARMS = {
     name: Arm(name, description, treatment, strengths)
     for name, description, treatment, strengths in (
-        ("l2", "L2 on W_Q, W_K, W_V and W_O.", Treatment(BOTH), L2_STRENGTHS),
-        ("l2_query_key", "L2 on W_Q and W_K.", Treatment(QUERY_KEY), L2_STRENGTHS),
+        ("l2", "L2 on W_Q, W_K, W_V and W_O.", AttentionTreatment(BOTH), L2_STRENGTHS),
+        ("l2_query_key", "L2 on W_Q and W_K.", AttentionTreatment(QUERY_KEY), L2_STRENGTHS),
         ("low_rank", f"Soft threshold of each head's W_Q and W_K, {_RELATIVE}.",
-         Treatment(QUERY_KEY, "relative"), RELATIVE),
+         AttentionTreatment(QUERY_KEY, "relative"), RELATIVE),
         ("low_rank_both", f"Soft threshold of each head's W_Q, W_K, W_V and W_O, {_RELATIVE}.",
-         Treatment(BOTH, "relative"), RELATIVE),
+         AttentionTreatment(BOTH, "relative"), RELATIVE),
         ("low_rank_absolute", f"Soft threshold of each head's W_Q and W_K, {_ABSOLUTE}.",
-         Treatment(QUERY_KEY, "absolute"), ABSOLUTE),
+         AttentionTreatment(QUERY_KEY, "absolute"), ABSOLUTE),
         ("low_rank_both_absolute", f"Soft threshold of each head's W_Q, W_K, W_V and W_O, {_ABSOLUTE}.",
-         Treatment(BOTH, "absolute"), ABSOLUTE),
+         AttentionTreatment(BOTH, "absolute"), ABSOLUTE),
     )
 }  # fmt: skip
 #: Arms that have to be named, `--arms all` leaves them out; for an experiment whose settings say `further`.
@@ -141,17 +141,17 @@ FURTHER = {
     name: Arm(name, description, treatment, strengths, control)
     for name, description, treatment, strengths, control in (
         ("l2_loss", "L2 on W_Q, W_K, W_V and W_O as part of the loss, through Adam's moments.",
-         Treatment(BOTH, in_loss=True), IN_LOSS, ""),
+         AttentionTreatment(BOTH, in_loss=True), IN_LOSS, ""),
         ("planes", "Decay of the rotary planes of each head's W_Q and W_K, relative to their size.",
-         Treatment(QUERY_KEY, planes=True), RELATIVE, ""),
+         AttentionTreatment(QUERY_KEY, planes=True), RELATIVE, ""),
         ("positions", "Scores of positions alone; L2 on W_Q, W_K, W_V and W_O.",
-         Treatment(BOTH, scores="positions"), (0.1,), "whether attention by content is needed"),
+         AttentionTreatment(BOTH, scores="positions"), (0.1,), "whether attention by content is needed"),
         ("frozen", "W_Q and W_K as they are drawn, never trained; L2 on W_V and W_O.",
-         Treatment(VALUE_OUTPUT, scores="frozen"), (0.1,), "whether W_Q and W_K need training"),
+         AttentionTreatment(VALUE_OUTPUT, scores="frozen"), (0.1,), "whether W_Q and W_K need training"),
         ("frozen_large", "W_Q and W_K drawn large enough for scores of 1, never trained; L2 on W_V and W_O.",
-         Treatment(VALUE_OUTPUT, scores="frozen_large"), (0.1,), "whether random scores do as well"),
+         AttentionTreatment(VALUE_OUTPUT, scores="frozen_large"), (0.1,), "whether random scores do as well"),
         ("uniform", "Uniform attention, W_Q and W_K are zero; L2 on W_V and W_O.",
-         Treatment(VALUE_OUTPUT, scores="uniform"), (0.1,), "whether scores are needed at all"),
+         AttentionTreatment(VALUE_OUTPUT, scores="uniform"), (0.1,), "whether scores are needed at all"),
     )
 }  # fmt: skip
 
@@ -160,7 +160,7 @@ def chosen_arms(settings: AttentionDecay) -> list[Arm]:
     """The arms asked for, with the strengths asked for.
 
     Raises:
-        SettingError: for an unknown arm, or strengths that cannot be those of a decay.
+        SettingError: For an unknown arm, or strengths that cannot be those of a decay.
     """
     names = tuple(ARMS) if "all" in settings.arms else settings.arms
     known = ARMS | FURTHER if settings.further else ARMS
@@ -186,7 +186,7 @@ def _check_decay(given: str, strength: float, lr: float, *, limited: bool = True
 
 
 def check_shared(settings: AttentionDecay) -> None:
-    """Raises a `SettingError` for settings of `AttentionDecay` that cannot work."""
+    """Raise a `SettingError` for settings of `AttentionDecay` that cannot work."""
     for name, kind in get_type_hints(type(settings)).items():
         if get_origin(kind) is Literal:
             check_name(option(name), getattr(settings, name), get_args(kind))

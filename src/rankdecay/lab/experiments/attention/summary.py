@@ -40,7 +40,7 @@ def check_row(line: Record, unit: str) -> Record:
     for layer in line["layers"]:
         for measures in layer.values():
             if not all(value is None or is_number(value) for value in measures.values()):
-                raise ValueError("a measure of a layer that is no number")
+                raise ValueError("a measure of a layer that is not a number")
     if not is_number(line["seconds"]) or not is_number(line[unit]):
         raise ValueError("an evaluation without its time or size")
     if not is_number(line["loss"]):

@@ -5,7 +5,7 @@ from functools import partial
 
 from rankdecay.lab.experiments.attention.summary import Cell, of
 from rankdecay.lab.report.table import Column, has, several
-from rankdecay.lab.report.words import Facts, is_number, shown
+from rankdecay.lab.report.words import Facts, figure_text, is_number
 
 PRODUCTS = {"QK": "query_key", "VO": "value_output"}
 
@@ -22,7 +22,7 @@ def make_columns(unit: str) -> Sequence[Column]:
         Column("MLP", "mlp_decay", "g", when=several("mlp_decay")),
         Column("QK\nnorm", lambda cell: "yes" if cell["qk_norm"] else "no", when=several("qk_norm")),
         Column("seeds", "seeds", ",d", _diverged, where="page"),
-        Column("loss", "loss", lambda loss: shown(loss, ".4f") if is_number(loss) else "diverged", _error),
+        Column("loss", "loss", lambda loss: figure_text(loss, ".4f") if is_number(loss) else "diverged", _error),
         Column("±", "loss_error", ".4f", where="terminal"),
         Column("accuracy", "accuracy", ".1%", when=has("accuracy")),
         *(Column(f"rank\n{name}", partial(of, part=part), ".2f", partial(_untrained, part)) for name, part in each),
@@ -49,11 +49,13 @@ def _untrained(part: str, cell: Cell) -> str | None:
 
 
 def note(facts: Facts) -> str:
-    """What the figures are."""
+    """Note under the table."""
     first = next((cell for cells in facts.arms.values() for cell in cells if cell.get("untrained_mean")), None)
     untrained = ""
     if first is not None:
-        ranks = [f"{name} {shown(of(first, part, when='untrained_mean'), '.3f')}" for name, part in PRODUCTS.items()]
+        ranks = [
+            f"{name} {figure_text(of(first, part, when='untrained_mean'), '.3f')}" for name, part in PRODUCTS.items()
+        ]
         untrained = f" Untrained pseudo rank: {', '.join(ranks)}."
     return (
         "Means over seeds, layers and heads at the end. QK is W_KᵀW_Q, under QK-norm W_Q and W_K themselves; VO is "

@@ -2,7 +2,7 @@
 
 An arm is a function from a *strength*, its axis in the phase diagram, to a treatment. What the strength is differs: L2
 and low-rank strengths are per unit of learning rate, the prototype's is taken per step, a held norm is a norm. To add
-an arm, add an entry to `every_arm`.
+an arm, add an entry to one of the functions of `ARMS`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from rankdecay.rules import get_rule
 
 
 @dataclass(frozen=True)
-class Treatment:
-    """What one arm does at one strength.
+class BoundaryTreatment:
+    """Treatment of a run: an arm at one strength.
 
     Attributes:
         decay: of queries and keys.
@@ -57,7 +57,7 @@ class Treatment:
 
 
 class Axis(NamedTuple):
-    """What the strengths of an arm mean.
+    """Meaning of the strengths of an arm.
 
     Attributes:
         treat: from a strength to a treatment.
@@ -65,7 +65,7 @@ class Axis(NamedTuple):
         whole: strengths are whole numbers.
     """
 
-    treat: Callable[[float], Treatment]
+    treat: Callable[[float], BoundaryTreatment]
     limit: float = float("inf")
     whole: bool = False
 
@@ -83,332 +83,419 @@ RANKS = (1.0, 2.0, 4.0, 8.0)
 RATES = (0.001, 0.002, 0.004, 0.008)  # of AdamW
 
 
-def every_arm(settings: Boundary) -> dict[str, Arm]:
-    """Every arm there is, by name.
+@dataclass(frozen=True)
+class _Treatments:
+    """Treatments that several arms are made of, under the settings of one sweep."""
 
-    Args:
-        settings: name the rule, smoothing and interval of the low-rank decays, and the strength where it is no axis.
-    """
-    paper = settings.preset == "paper"
-    l2_limit = 1 / settings.lr
-    largest = max(settings.rest_decays, default=0.0)  # decay of the rest, at which a step must leave something
-    lr_limit = 1 / largest if largest else float("inf")
+    settings: Boundary
 
-    def accelerated(accelerator: Accelerator) -> Treatment:
-        return Treatment(accelerator=accelerator)
+    @property
+    def l2_limit(self) -> float:
+        """Strength of L2 at which a step would leave nothing."""
+        return 1 / self.settings.lr
 
-    def low_rank(strength: float, rule: str = settings.rule, **options: object) -> LowRank:
-        smoothing = settings.smoothing if get_rule(rule).smoothing else 0.0
-        return LowRank(strength, rule, "absolute", every=settings.every, smoothing=smoothing, **options)  # type: ignore
+    @property
+    def lr_limit(self) -> float:
+        """Learning rate at which the decay of the rest would leave nothing in a step."""
+        largest = max(self.settings.rest_decays, default=0.0)
+        return 1 / largest if largest else float("inf")
 
-    def prototype(strength: float) -> LowRank:
-        return LowRank(strength, "newton_schulz", "absolute", every=1, lr_coupled=False)
+    def low_rank(self, strength: float, rule: str | None = None, **options: object) -> LowRank:
+        """Low-rank decay with the smoothing and interval of the settings, by their rule or another."""
+        rule = rule or self.settings.rule
+        smoothing = self.settings.smoothing if get_rule(rule).smoothing else 0.0
+        every = self.settings.every
+        return LowRank(strength, rule, "absolute", every=every, smoothing=smoothing, **options)  # type: ignore
 
-    def controlled(**options: object) -> Callable[[float], Treatment]:
-        return lambda strength: Treatment(low_rank(strength), Control(**options))  # type: ignore[arg-type]
+    def controlled(self, **options: object) -> Callable[[float], BoundaryTreatment]:
+        """Low-rank decay under a `Control` with these options."""
+        return lambda strength: BoundaryTreatment(self.low_rank(strength), Control(**options))  # type: ignore[arg-type]
 
-    def l2(strength: float) -> Treatment:
-        return Treatment(Frobenius(strength))
+    def target(self, unit: str) -> Callable[[float], BoundaryTreatment]:
+        """Low-rank decay while the stable rank of a matrix or head is above the one given."""
+        settings = self.settings
+        return lambda rank: BoundaryTreatment(self.low_rank(settings.strength, unit=unit), Control(target_rank=rank))
 
-    def norms(power: float) -> Callable[[float], Treatment]:
-        return lambda strength: Treatment(Frobenius(strength, power=power, cap=CAP))
+    def falling(self, norm: float) -> BoundaryTreatment:
+        """No decay; norms that fall from that at initialisation to the one given."""
+        start = (self.settings.width / 3) ** 0.5  # of a matrix at initialisation
+        return BoundaryTreatment(control=Control(norm=norm, norm_from=start, norm_steps=self.settings.warmup))
 
-    def falling(norm: float) -> Treatment:
-        start = (settings.width / 3) ** 0.5  # of a matrix at initialisation
-        return Treatment(control=Control(norm=norm, norm_from=start, norm_steps=settings.warmup))
 
-    ramp = Frobenius(settings.l2_strength, warmup=settings.warmup)
+def _accelerated(accelerator: Accelerator) -> BoundaryTreatment:
+    return BoundaryTreatment(accelerator=accelerator)
 
-    def target(unit: str) -> Callable[[float], Treatment]:
-        return lambda rank: Treatment(low_rank(settings.strength, unit=unit), Control(target_rank=rank))
 
-    rule = f"the {settings.rule} rule"
-    every = [
-        Arm("none", "No decay of W_Q and W_K.", Axis(lambda _: Treatment()), (), "the rest of the model's decay alone"),
-        Arm("l2", "L2 on W_Q and W_K alone.", Axis(l2, l2_limit), L2, "decay of any kind"),
+def _prototype(strength: float) -> LowRank:
+    return LowRank(strength, "newton_schulz", "absolute", every=1, lr_coupled=False)
+
+
+def _l2(strength: float) -> BoundaryTreatment:
+    return BoundaryTreatment(Frobenius(strength))
+
+
+def _law_of_norm(power: float) -> Callable[[float], BoundaryTreatment]:
+    return lambda strength: BoundaryTreatment(Frobenius(strength, power=power, cap=CAP))
+
+
+def _norm_arms(make: _Treatments) -> list[Arm]:
+    """Decays of the norm alone, and none."""
+    settings = make.settings
+    return [
+        Arm(
+            "none",
+            "No decay of W_Q and W_K.",
+            Axis(lambda _: BoundaryTreatment()),
+            (),
+            "the rest of the model's decay alone",
+        ),
+        Arm("l2", "L2 on W_Q and W_K alone.", Axis(_l2, make.l2_limit), L2, "decay of any kind"),
         Arm(
             "l2_ramp",
             f"L2 on W_Q and W_K alone, whose strength rises from 0 over {settings.warmup} steps.",
-            Axis(lambda s: Treatment(Frobenius(s, warmup=settings.warmup)), l2_limit),
+            Axis(lambda s: BoundaryTreatment(Frobenius(s, warmup=settings.warmup)), make.l2_limit),
             L2,
             "the schedule of the norm, by L2 alone",
         ),
         Arm(
             "radial",
             f"A constant amount of each norm, lr × strength per step, at most {CAP:g} of it; nothing is turned.",
-            Axis(norms(0)),
+            Axis(_law_of_norm(0)),
             AMOUNTS,
             "the law by which the norm falls, without low-rank decay",
         ),
         Arm(
             "power_2",
             f"A share of each norm that grows with it, lr × strength × ‖W‖ per step, at most {CAP:g}.",
-            Axis(norms(2)),
+            Axis(_law_of_norm(2)),
             L2,
             "the law by which the norm falls",
         ),
+    ]
+
+
+def _low_rank_arms(make: _Treatments) -> list[Arm]:
+    """Low-rank decays by every rule, and L2 of every matrix, which the paper compares with."""
+    settings = make.settings
+    ramp = Frobenius(settings.l2_strength, warmup=settings.warmup)
+    return [
         Arm(
             "relative",
             f"{settings.rule.capitalize()} at L2's law of the norm: lr × strength × rms(σ) from each singular value.",
-            Axis(lambda s: Treatment(replace(low_rank(s), scale="relative"))),
+            Axis(lambda s: BoundaryTreatment(replace(make.low_rank(s), scale="relative"))),
             L2,
             "low rank at the law of the norm that L2 has",
         ),
         Arm(
             "elastic",
             f"{settings.rule.capitalize()}, and L2 of {settings.l2_strength:g} beside it: the paper's LRD Elastic.",
-            Axis(lambda s: Treatment(low_rank(s), Control(also=Frobenius(settings.l2_strength)))),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s), Control(also=Frobenius(settings.l2_strength)))),
             (0.6, *LOW_RANK),
         ),
         Arm(
             "ramp_low_rank",
             f"L2 of {settings.l2_strength:g}, warmed up over {settings.warmup} steps; {settings.rule} at a norm held.",
-            Axis(lambda s: Treatment(replace(low_rank(s), preserve_norm=True), Control(also=ramp))),
+            Axis(lambda s: BoundaryTreatment(replace(make.low_rank(s), preserve_norm=True), Control(also=ramp))),
             (0.6, *LOW_RANK),
             "rank beside l2_ramp, at its norms",
         ),
         Arm(
             "l2_all",
             "L2 of one strength on every matrix, as the paper and the prototype compare with.",
-            Axis(lambda s: Treatment(Frobenius(s), rest_decay=s), l2_limit),
-            PAPER if paper else (0.3, 1.0, 3.0, 5.0),
+            Axis(lambda s: BoundaryTreatment(Frobenius(s), rest_decay=s), make.l2_limit),
+            PAPER if settings.preset == "paper" else (0.3, 1.0, 3.0, 5.0),
             "decay of any kind, everywhere",
         ),
         Arm(
             "prox",
             "The exact soft threshold of the singular values, lr × strength per step.",
-            Axis(lambda s: Treatment(low_rank(s, "prox"))),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s, "prox"))),
             LOW_RANK,
         ),
         Arm(
             "smooth",
             f"Smoothed low-rank decay (ε = {settings.smoothing:g}·‖W‖_F), lr × strength per step.",
-            Axis(lambda s: Treatment(low_rank(s, "smooth"))),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s, "smooth"))),
             LOW_RANK,
         ),
         Arm(
             "prototype",
             "The published prototype: five cubic Newton–Schulz steps, the strength itself taken per step.",
-            Axis(lambda s: Treatment(prototype(s))),
+            Axis(lambda s: BoundaryTreatment(_prototype(s))),
             PAPER if settings.preset == "prototype" else PROTOTYPE,
         ),
+    ]
+
+
+def _paper_arms(_: _Treatments) -> list[Arm]:
+    """The forms in which the paper writes its step."""
+    return [
         Arm(
             "paper_a1",
             "The paper's Algorithm 1 on attention and MLP matrices: λ·NS(W) per step.",
-            Axis(lambda s: Treatment(prototype(s), Control(blocks=True))),
+            Axis(lambda s: BoundaryTreatment(_prototype(s), Control(blocks=True))),
             PAPER,
         ),
         Arm(
             "paper_s5",
             "The paper's section 5 on attention and MLP matrices: ηλ·‖W‖/‖polar‖·polar(W).",
-            Axis(lambda s: Treatment(LowRank(s, "polar", "relative", every=1), Control(blocks=True))),
+            Axis(lambda s: BoundaryTreatment(LowRank(s, "polar", "relative", every=1), Control(blocks=True))),
             PAPER,
         ),
         Arm(
             "paper_s6",
             "The paper's section 6.3 on attention and MLP matrices: ηλ·polar(W).",
-            Axis(lambda s: Treatment(LowRank(s, "polar", "absolute", every=1), Control(blocks=True))),
+            Axis(lambda s: BoundaryTreatment(LowRank(s, "polar", "absolute", every=1), Control(blocks=True))),
             PAPER,
         ),
+    ]
+
+
+def _part_arms(make: _Treatments) -> list[Arm]:
+    """Controls that take a network or a low-rank step apart: attention, QK-norm, directions, matrices."""
+    rule = f"the {make.settings.rule} rule"
+    return [
         Arm(
             "uniform_attention",
             "W_Q and W_K held at zero: every position attends equally to all.",
-            Axis(lambda _: Treatment(uniform_attention=True)),
+            Axis(lambda _: BoundaryTreatment(uniform_attention=True)),
             (),
             "attention being switched off",
         ),
         Arm(
             "no_qk_norm",
             "L2 on W_Q and W_K of a network without QK-norm, where it is a nuclear norm of their product.",
-            Axis(lambda s: Treatment(Frobenius(s), qk_norm=False), l2_limit),
+            Axis(lambda s: BoundaryTreatment(Frobenius(s), qk_norm=False), make.l2_limit),
             (1.0, 3.0, 10.0, 30.0),
             "QK-norm, without which L2 lowers rank by itself",
         ),
         Arm(
             "radial_only",
             f"Only the part of {rule}'s step along W: the norm falls as under low-rank decay, nothing is turned.",
-            Axis(controlled(part="radial")),
+            Axis(make.controlled(part="radial")),
             (*CONTROL, 20.0),
             "the falling norm, and the angular step that grows with it",
         ),
         Arm(
             "radial_no_qk_norm",
             "The arm radial_only in a network without QK-norm.",
-            Axis(lambda s: Treatment(low_rank(s), Control(part="radial"), qk_norm=False)),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s), Control(part="radial"), qk_norm=False)),
             (*CONTROL, 20.0),
             "QK-norm, without which the norm is seen by the loss",
         ),
         Arm(
             "tangential_only",
             f"Only the part of {rule}'s step across W: rank is lost, the norm is not decayed.",
-            Axis(controlled(part="tangential")),
+            Axis(make.controlled(part="tangential")),
             (*CONTROL, 20.0),
             "losing rank without losing norm",
         ),
         Arm(
             "raise_rank",
             f"{rule.capitalize()}'s step with its tangential part turned round: the norm falls, the rank rises.",
-            Axis(controlled(part="reversed")),
+            Axis(make.controlled(part="reversed")),
             CONTROL,
             "the direction of the change of rank",
         ),
         Arm(
             "low_rank_all",
             f"{rule.capitalize()} on W_V, W_O and the MLP too, in place of their L2.",
-            Axis(controlled(blocks=True)),
+            Axis(make.controlled(blocks=True)),
             (0.6, 1.25, 2.5),
             "which matrices lose rank",
         ),
+    ]
+
+
+def _norm_control_arms(make: _Treatments) -> list[Arm]:
+    """Controls without decay or at a held norm: norms, scores, rates and ranks that something else sets."""
+    settings = make.settings
+    rule = f"the {settings.rule} rule"
+    return [
         Arm(
             "sphere",
             "No decay; every query and key matrix held at the Frobenius norm on the axis.",
-            Axis(lambda norm: Treatment(control=Control(norm=norm))),
+            Axis(lambda norm: BoundaryTreatment(control=Control(norm=norm))),
             NORMS,
             "a small norm and the large angular step it brings, without loss of rank",
         ),
         Arm(
             "sphere_falling",
             f"No decay; every norm falls from its first to that on the axis within {settings.warmup} steps, and stays.",
-            Axis(falling),
+            Axis(make.falling),
             NORMS,
             "a schedule of the norm, without any decay",
         ),
         Arm(
             "yoked",
             f"No decay; every norm as in a run under {rule} with another seed, at each step.",
-            Axis(lambda s: Treatment(control=Control(yoked=low_rank(s)))),
+            Axis(lambda s: BoundaryTreatment(control=Control(yoked=make.low_rank(s)))),
             CONTROL,
             "the norms of low-rank decay, without its rank",
         ),
         Arm(
             "sharpen",
             "No decay; the scores of attention rise from 0 to what they are in as many steps as the axis says.",
-            Axis(lambda steps: Treatment(control=Control(sharpen=int(steps))), whole=True),
+            Axis(lambda steps: BoundaryTreatment(control=Control(sharpen=int(steps))), whole=True),
             (100.0, 200.0, 400.0),
             "attention that is uniform at first, without decay",
         ),
         Arm(
             "sphere_low_rank",
             f"The same norms held, and {rule} at {settings.strength:g}: rank is all that differs from sphere.",
-            Axis(lambda norm: Treatment(low_rank(settings.strength), Control(norm=norm))),
+            Axis(lambda norm: BoundaryTreatment(make.low_rank(settings.strength), Control(norm=norm))),
             NORMS,
             "rank at equal norm and equal angular step",
         ),
         Arm(
             "fast_query_key",
             "No decay; a larger learning rate for W_Q and W_K, by the factor on the axis.",
-            Axis(lambda factor: Treatment(control=Control(query_key_lr=factor))),
+            Axis(lambda factor: BoundaryTreatment(control=Control(query_key_lr=factor))),
             (3.0, 10.0, 30.0),
             "the angular step alone",
         ),
         Arm(
             "truncate",
             "No decay; once the training set is memorised, W_Q and W_K are cut to the rank on the axis.",
-            Axis(lambda rank: Treatment(control=Control(truncate_to=int(rank))), settings.width, whole=True),
+            Axis(lambda rank: BoundaryTreatment(control=Control(truncate_to=int(rank))), settings.width, whole=True),
             RANKS,
             "low rank reached at once instead of by decay",
         ),
+    ]
+
+
+def _schedule_arms(make: _Treatments) -> list[Arm]:
+    """Controls of when, and down to which rank, low-rank decay acts."""
+    settings = make.settings
+    rule = f"the {settings.rule} rule"
+    return [
         Arm(
             "after_memorising",
             f"{rule.capitalize()}, switched on once the training set is memorised.",
-            Axis(controlled(schedule="after_memorising")),
+            Axis(make.controlled(schedule="after_memorising")),
             CONTROL,
             "decay during memorisation",
         ),
         Arm(
             "kept_on",
             f"{rule.capitalize()} to the end of the budget, also after generalising.",
-            Axis(lambda s: Treatment(low_rank(s), stays=True)),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s), stays=True)),
             CONTROL,
             "what decay does after generalising",
         ),
         Arm(
             "until_generalised",
             f"{rule.capitalize()}, switched off on generalising, trained on to the end of the budget.",
-            Axis(lambda s: Treatment(low_rank(s), Control(schedule="until_generalised"), stays=True)),
+            Axis(lambda s: BoundaryTreatment(make.low_rank(s), Control(schedule="until_generalised"), stays=True)),
             CONTROL,
             "decay after generalising",
         ),
         Arm(
             "target_rank",
             f"{rule.capitalize()} at {settings.strength:g}, on a matrix only while its stable rank is above the axis.",
-            Axis(target("matrix")),
+            Axis(make.target("matrix")),
             (1.5, 3.0, 6.0, 12.0),
             "more rank lost than the task can spare",
         ),
         Arm(
             "target_rank_head",
             f"{rule.capitalize()} per head at {settings.strength:g}, only while its stable rank is above the axis.",
-            Axis(target("head")),
+            Axis(make.target("head")),
             (1.5, 3.0, 6.0),
             "the same per head",
         ),
+    ]
+
+
+def _accelerator_arms(make: _Treatments) -> list[Arm]:
+    """Published rules that are said to make a network generalise sooner, and the rate they are compared with."""
+    return [
         Arm(
             "learning_rate",
             "No decay of W_Q and W_K; AdamW at the learning rate on the axis.",
-            Axis(lambda lr: Treatment(lr=lr), lr_limit),
+            Axis(lambda lr: BoundaryTreatment(lr=lr), make.lr_limit),
             RATES,
             "a larger step, which is what several accelerators come to",
         ),
         Arm(
             "grokfast_ema",
             "Grokfast: the average of the gradients (α 0.98), times the strength, is added to the gradient.",
-            Axis(lambda factor: accelerated(GrokfastEMA(factor))),
+            Axis(lambda factor: _accelerated(GrokfastEMA(factor))),
             (0.5, 1.0, 2.0, 4.0),
         ),
         Arm(
             "grokfast_ma",
             "Grokfast-MA: the mean of the last 100 gradients, times the strength, is added to the gradient.",
-            Axis(lambda factor: accelerated(GrokfastMA(factor))),
+            Axis(lambda factor: _accelerated(GrokfastMA(factor))),
             (1.25, 2.5, 5.0, 10.0),
         ),
         Arm(
             "orthograd",
             "Orthogonal gradient (⊥Grad): its part across the weights, at its length; the learning rate on the axis.",
-            Axis(lambda lr: Treatment(lr=lr, accelerator=OrthoGrad()), lr_limit),
+            Axis(lambda lr: BoundaryTreatment(lr=lr, accelerator=OrthoGrad()), make.lr_limit),
             RATES,
         ),
         Arm(
             "stablemax",
             "StableMax in place of the softmax of the loss; no decay of W_Q and W_K.",
-            Axis(lambda _: accelerated(StableMax())),
+            Axis(lambda _: _accelerated(StableMax())),
             (),
         ),
         Arm(
             "muon",
             "Muon, at the learning rate on the axis, for attention and MLP matrices; AdamW for all else.",
-            Axis(lambda lr: accelerated(Muon(lr))),
+            Axis(lambda lr: _accelerated(Muon(lr))),
             (0.005, 0.01, 0.02, 0.04),
         ),
         Arm(
             "momentum",
             "Muon's steps without orthogonalising: as long, along the momentum itself.",
-            Axis(lambda lr: accelerated(Muon(lr, orthogonal=False))),
+            Axis(lambda lr: _accelerated(Muon(lr, orthogonal=False))),
             (0.005, 0.01, 0.02, 0.04),
             "that Muon's steps are of equal length in all directions",
         ),
         Arm(
             "hidden_rate",
             "AdamW, at the learning rate on the axis for attention and MLP matrices; at the usual one for all else.",
-            Axis(lambda lr: accelerated(HiddenRate(lr))),
+            Axis(lambda lr: _accelerated(HiddenRate(lr))),
             RATES,
             "a larger step of the matrices that Muon steps",
         ),
         Arm(
             "cautious",
             "L2 of one strength on every matrix, of those weights alone that the update moves towards zero.",
-            Axis(lambda s: Treatment(Frobenius(s), rest_decay=s, accelerator=CautiousDecay()), l2_limit),
+            Axis(lambda s: BoundaryTreatment(Frobenius(s), rest_decay=s, accelerator=CautiousDecay()), make.l2_limit),
             (0.3, 1.0, 3.0, 5.0),
         ),
     ]
-    return {arm.name: arm for arm in every}
+
+
+ARMS = (
+    _norm_arms,
+    _low_rank_arms,
+    _paper_arms,
+    _part_arms,
+    _norm_control_arms,
+    _schedule_arms,
+    _accelerator_arms,
+)  # in the order of tables and pages
+
+
+def every_arm(settings: Boundary) -> dict[str, Arm]:
+    """Every arm there is, by name.
+
+    Args:
+        settings: name the rule, smoothing and interval of the low-rank decays, and the strength where it is no axis.
+    """
+    make = _Treatments(settings)
+    return {arm.name: arm for arms in ARMS for arm in arms(make)}
 
 
 def make_arms(settings: Boundary) -> list[Arm]:
     """The arms asked for, with the strengths asked for.
 
     Raises:
-        SettingError: for an unknown arm or strengths it cannot take.
+        SettingError: For an unknown arm or strengths it cannot take.
     """
     known = every_arm(settings)
     names = list(dict.fromkeys(settings.arms))

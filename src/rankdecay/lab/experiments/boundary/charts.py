@@ -1,4 +1,4 @@
-"""What the page of a sweep shows beside its verdict: phase maps with their runs, differences, events and controls."""
+"""Charts of the page of a sweep: phase maps with their runs, differences, events and controls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankdecay.lab.experiments.boundary.claims import (
 )
 from rankdecay.lab.experiments.boundary.maps import DataAxis, PhaseMap, by_boundary, data_axis, phase_maps, rest_decays
 from rankdecay.lab.report import page as pieces
-from rankdecay.lab.report.chart import evenly
+from rankdecay.lab.report.chart import evenly_spaced_indices
 from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import arm_styles
 from rankdecay.lab.report.table import table
@@ -97,7 +97,7 @@ def _curves(rows: list[Row]) -> tuple[dict[str, Any], list[str]]:
         curve = row.get("curve") or {}
         steps = curve.get("step") or []
         longest = max(longest, len(steps))
-        kept = evenly(len(steps), points)
+        kept = evenly_spaced_indices(len(steps), points)
         index = tuple(row.get("spectrum_index") or ())
         runs.append({
             "seed": row["seed"], "outcome": row["outcome"], "steps": row.get("steps_to_generalise"),
@@ -259,7 +259,7 @@ def _events(summary: Row, labels: Mapping[str, str]) -> str:
 
 
 def _controls(config: Row, labels: Mapping[str, str]) -> list[Html]:
-    """What each arm is there to rule out, as the experiment says it."""
+    """Explanations that each control rules out, as the experiment says it."""
     found = [(labels[arm["name"]], str(arm["control"])) for arm in config.get("arms", []) if arm.get("control")]
     shown = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in found)
     return [Html(f'<dl class="points">{shown}</dl>')] if found else []

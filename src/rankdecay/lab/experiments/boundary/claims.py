@@ -1,4 +1,4 @@
-"""What a sweep shows: the table of boundaries, and the claims with what its controls and its grid leave open.
+"""Results of a sweep: the table of boundaries, and the claims with what its controls and its grid leave open.
 
 The sentences are computed from the summary alone; they count runs and compare fitted boundaries with their intervals,
 and never say that one thing caused another.
@@ -112,7 +112,7 @@ def columns(facts: Facts) -> list[Column]:
 
 
 def note(facts: Facts) -> str:
-    """What the boundary is."""
+    """Note under the table."""
     threshold = f"{100 * (facts.summary.get('threshold') or 0):g} %"
     decides = "validation" if facts.settings.get("validation") else "test"
     waited = sum(row.get("never_acted") or 0 for row in facts.summary["arms"])

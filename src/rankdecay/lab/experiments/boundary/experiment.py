@@ -54,7 +54,7 @@ def training_sets(settings: Boundary) -> tuple[list[Size], Dataset]:
     """The sizes of the training set to try, and the data set of the first.
 
     Raises:
-        SettingError: for a data set that cannot be built, or a batch larger than the smallest.
+        SettingError: For a data set that cannot be built, or a batch larger than the smallest.
     """
     numbers = subset(settings, "modulus", "values", "named")
     whole = sequences(settings.task, **numbers)
@@ -159,12 +159,12 @@ def jobs(work: Work[Boundary], columns: Mapping[str, Sequence[float]] | None = N
 
 
 def train(work: Work[Boundary]) -> Iterator[Record]:
-    """Trains what is missing, then widens the grid of every arm whose best strength is at its edge."""
+    """Train what is missing, then widen the grid of every arm whose best strength is at its edge."""
     columns, rows, screen = strengths_of(work), list(work.rows), work.screen
     assert isinstance(screen, PhaseProgress)
     work.seconds = max((row["seconds"] for row in rows), default=0.0)
     missing = [job.how for job in work.jobs]
-    screen.begin(rows, missing, work.settings.steps)
+    screen.begin(rows, missing)
     with screen:
         for widened in range(work.settings.widen + 1):
             if widened:
@@ -172,9 +172,9 @@ def train(work: Work[Boundary]) -> Iterator[Record]:
                     return
                 done = {key_of(row) for row in rows}  # an earlier sweep may have been there
                 missing = [job.how for job in jobs(work, columns) if job.how.key not in done]
-                screen.begin(rows, missing, work.settings.steps)
+                screen.begin(rows, missing)
             begun, before = time.monotonic(), work.seconds or 0.0
-            for row in _ended(work, missing) if missing else ():
+            for row in _rows_of_finished_runs(work, missing) if missing else ():
                 work.seconds = before + time.monotonic() - begun
                 row["seconds"] = round(work.seconds, 3)
                 rows.append(row)
@@ -183,7 +183,7 @@ def train(work: Work[Boundary]) -> Iterator[Record]:
 
 
 def _widen(work: Work[Boundary], rows: Sequence[Record], columns: dict[str, list[float]]) -> bool:
-    """Adds a strength to every arm whose best one is at the edge of its grid; returns whether there was one."""
+    """Add a strength to every arm whose best one is at the edge of its grid; return whether there was one."""
     added = False
     for arm in work.arms:
         edge = edges([row for row in rows if row["arm"] == arm.name])["edge"]
@@ -195,7 +195,7 @@ def _widen(work: Work[Boundary], rows: Sequence[Record], columns: dict[str, list
     return added
 
 
-def _ended(work: Work[Boundary], missing: Sequence[Trial]) -> Iterator[Record]:
+def _rows_of_finished_runs(work: Work[Boundary], missing: Sequence[Trial]) -> Iterator[Record]:
     """A row for each run as it ends."""
     settings, plan = work.settings, make_plan(work.settings, work.device, missing)
     if settings.ray is not None:
@@ -211,14 +211,14 @@ def summary_of(work: Work[Boundary], rows: Sequence[Record]) -> Record:
     return {"threshold": work.settings.threshold, **summarise(rows, names, reference(names))}
 
 
-def first_data(settings: Boundary) -> Any:
-    """Builds a run of every arm, so that a data set that cannot be built says so before anything is written."""
+def check_datasets(settings: Boundary) -> Any:
+    """Build a run of every arm, so that a data set that cannot be built says so before anything is written."""
     for arm in make_arms(settings):
         next(trials(settings, arm, arm.strengths or (0.0,)))
 
 
 def figure(stored: StoredRun, path: Path) -> Path:
-    """Draws the figure for a paper; training needs no matplotlib."""
+    """Draw the figure for a paper; training needs no matplotlib."""
     from rankdecay.lab.experiments.boundary.figure import figure as draw
 
     return draw(stored, path)
@@ -230,7 +230,7 @@ EXPERIMENT = Experiment(
     presets=PRESETS,
     check=check,
     arms=make_arms,
-    data=first_data,
+    data=check_datasets,
     jobs=jobs,
     train=train,
     summarise=summary_of,

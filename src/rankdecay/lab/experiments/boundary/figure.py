@@ -44,8 +44,8 @@ def figure(sweep: StoredRun, path: Path) -> Path:
         The path written.
 
     Raises:
-        SettingError: when no run is finished.
-        ValueError: when the suffix is not a format matplotlib writes.
+        SettingError: When no run is finished.
+        ValueError: When the suffix is not a format matplotlib writes.
     """
     if sweep.summary is None:
         raise SettingError(f"{sweep.directory} has no finished run yet: there is nothing to draw")
@@ -164,7 +164,7 @@ def _fitted(axes: Axes, item: PhaseMap, rows: int) -> None:
 
 
 def _key(picture: Figure, bottom: float) -> None:
-    """What colours and marks mean, in one line."""
+    """Key to colours and marks, in one line."""
     boxes: list[Any] = [Rectangle((0, 0), 1, 1, facecolor=COLOURS(share), linewidth=0) for share in (0.0, 0.5, 1.0)]
     boxes.append(Rectangle((0, 0), 1, 1, facecolor=COLOURS(0.0), edgecolor=HATCH, hatch="/////", linewidth=0))
     line = Line2D([], [], color=LINE, linewidth=1.5)

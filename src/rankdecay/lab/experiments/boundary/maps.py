@@ -25,7 +25,7 @@ class DataAxis:
 
     @property
     def title(self) -> str:
-        """What the axis shows."""
+        """Title of the axis."""
         return "training examples" if self.examples_per_fraction else "share of all examples trained on"
 
     @property

@@ -16,7 +16,7 @@ from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.boundary.settings import ALIASES, GRID
 from rankdecay.lab.report.words import counted, is_number
 from rankdecay.lab.settings import Record
-from rankdecay.lab.store import DESCRIBING, DROPPED
+from rankdecay.lab.store import DESCRIBING, REMOVED_SETTINGS
 from rankdecay.lab.stored import StoredRun, read_config, read_run
 
 OUTCOMES = ("generalised", "budget", "diverged")
@@ -56,7 +56,7 @@ def merged(paths: Sequence[Path]) -> StoredRun:
     Its summary is that of the directory, if there is one only and it is complete; else it is made from the rows.
 
     Raises:
-        SettingError: when a directory is not a sweep, is damaged, or is not of the same sweep as the first.
+        SettingError: When a directory is not a sweep, is damaged, or is not of the same sweep as the first.
     """
     paths = list(dict.fromkeys(paths))
     for path in paths:
@@ -106,11 +106,11 @@ def _unique(rows: Sequence[Record], notices: list[str]) -> list[Record]:
 def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that all runs of a sweep share."""
     fixed = config.get("fixed", config.get("settings", {}))
-    return {name: value for name, value in fixed.items() if name not in (*GRID, *DROPPED)}
+    return {name: value for name, value in fixed.items() if name not in (*GRID, *REMOVED_SETTINGS)}
 
 
 def _refuse_another(first: StoredRun, part: StoredRun) -> None:
-    """Raises unless two configurations differ in the axes of their grid alone, naming the first difference."""
+    """Raise unless two configurations differ in the axes of their grid alone, naming the first difference."""
 
     def compare(what: str, ours: Any, theirs: Any) -> None:
         if ours != theirs:

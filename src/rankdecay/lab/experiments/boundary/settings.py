@@ -13,7 +13,7 @@ from rankdecay.lab.settings import Record, check_evaluations, check_numbers, ide
 
 ARMS = ("none", "l2", "smooth", "uniform_attention")
 STANDARD_ARMS = ("none", "l2", "prox", "smooth", "prototype", "uniform_attention")
-ALIASES = {"low_rank": "prox"}  # what sweeps of before called an arm, and a user still may
+ALIASES = {"low_rank": "prox"}  # what sweeps of earlier versions called an arm, and a user still may
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ EXAMPLES = {
 
 @dataclass(frozen=True)
 class Scale:
-    """What a preset takes for the settings that depend on the task: modulus, budget, sizes of the training set."""
+    """Settings of a preset that depend on the task: modulus, budget, sizes of the training set."""
 
     modulus: int
     steps: int
@@ -152,10 +152,10 @@ PLACEMENT = ("places", "ray", "gpu_share")  # where a run is computed, which doe
 
 
 def check(settings: Boundary) -> Boundary:
-    """Returns the settings with everything the preset decides filled in, and arms under today's names.
+    """Return the settings with everything the preset decides filled in, and arms under today's names.
 
     Raises:
-        SettingError: for settings that cannot work.
+        SettingError: For settings that cannot work.
     """
     from rankdecay.lab.tasks.base import check_fraction
 
@@ -182,7 +182,7 @@ def filled(settings: Boundary) -> Boundary:
     """The settings with everything the preset decides filled in.
 
     Raises:
-        SettingError: for settings that cannot work.
+        SettingError: For settings that cannot work.
     """
     from rankdecay.lab.tasks import SAMPLED, TASKS
 

@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: a bar with the time left, and the phase map of every arm as it fills."""
+"""Progress of a sweep: a bar with the time left, and the phase map of every arm as it fills."""
 
 import time
 from collections import defaultdict
@@ -38,13 +38,12 @@ class PhaseProgress(BarScreen):
         self._missing = 0
         self._last_line = time.monotonic()
 
-    def begin(self, rows: Sequence[dict[str, Any]], missing: Sequence["Trial"], steps: int) -> None:
-        """Shows what is there and what is still to run, and starts the clock.
+    def begin(self, rows: Sequence[dict[str, Any]], missing: Sequence["Trial"]) -> None:
+        """Show what is there and what is still to run, and start the clock.
 
         Args:
             rows: of the runs that have ended.
             missing: trials still to run.
-            steps: budget of each.
         """
         for cells in self._cells.values():
             cells.clear()
@@ -55,7 +54,7 @@ class PhaseProgress(BarScreen):
         self._missing = len(missing)
         self.start_clock(len(rows) + len(missing), len(rows))
         if missing:
-            self.line(f"{self.title}: {len(missing)} runs to do" + (f", {len(rows)} there" if rows else ""))
+            self.line(f"{self.title}: {len(missing)} runs to do" + (f", {len(rows)} done" if rows else ""))
         self._start()
         self._show()
 
@@ -65,7 +64,7 @@ class PhaseProgress(BarScreen):
         return self
 
     def update(self, row: dict[str, Any]) -> None:
-        """Adds the row of a run that has ended."""
+        """Add the row of a run that has ended."""
         self._add(row)
         self.done += 1
         ended = self.done - self.work + self._missing

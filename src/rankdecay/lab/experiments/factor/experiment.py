@@ -22,7 +22,7 @@ from rankdecay.lab.experiments.factor.settings import PRESETS, Factor, check
 from rankdecay.lab.machine import one_thread
 from rankdecay.lab.progress import ArmBar
 from rankdecay.lab.report.style import ArmStyle
-from rankdecay.lab.report.words import Decided, is_number, known, listed, shown, small
+from rankdecay.lab.report.words import Decided, figure_text, is_number, known, listed, small, tiny
 from rankdecay.lab.settings import Record, question, seeds
 from rankdecay.lab.stored import StoredRun
 
@@ -37,7 +37,7 @@ FEWEST = 1e-16  # below it a logarithmic axis shows rounding alone
 
 def make_arms(settings: Factor) -> list[Arm]:
     """The arms asked for, in the order of `settings.ARMS`."""
-    optimizer, depth, how = settings.optimizer, settings.depth, fits.Treatment
+    optimizer, depth, how = settings.optimizer, settings.depth, fits.FactorTreatment
     plain = optimizer == "momentum"
     steps = {"gd": "gradient descent", "momentum": "momentum 0.9", "adam": "Adam"}[optimizer]
     beside = "damped momentum 0.9" if plain else "AdamW"
@@ -56,7 +56,7 @@ def make_arms(settings: Factor) -> list[Arm]:
 
 
 def title(work: Work[Factor]) -> str:
-    """What is running."""
+    """Title of the run."""
     settings = work.settings
     count = len(work.arms) * len(settings.strengths) * settings.seeds
     return f"factor · {count:,} problems of {settings.size}×{settings.size} · {settings.steps} steps"
@@ -130,11 +130,7 @@ def _digits(value: float) -> str:
     return "0" if abs(value) < 1e-6 else f"{value:.3g}" if value >= 1e-3 else small(value)
 
 
-def _tiny(value: Any) -> str:
-    if not is_number(value):
-        return "—"
-    return "0" if abs(value) < 2e-14 else small(value) if value < 0.1 else f"{value:.2g}"
-
+_tiny = functools.partial(tiny, rounding=2e-14)
 
 COLUMNS = (
     Column("λ", "strength", "g", where="page"),
@@ -151,7 +147,7 @@ COLUMNS = (
 
 
 def note(facts: Facts) -> str:
-    """What the figures are."""
+    """Note under the table."""
     strengths = " ".join(f"{strength:g}" for strength in facts.settings.get("strengths", ()))
     return (
         f"λ = {strengths}. Medians over {facts.settings.get('seeds')} seeds at the end; a table with one row per arm "
@@ -163,13 +159,9 @@ def note(facts: Facts) -> str:
 # --- the claims ---
 
 
-def _decayed(facts: Facts, arm: str) -> list[Record]:
-    return [row for row in facts.arms.get(arm, []) if row["strength"] > 0]
-
-
 def headline(facts: Facts) -> str:
     """Whether L2 on two factors ended where the nuclear norm of their product has its minimum."""
-    rows = _decayed(facts, "factors")
+    rows = facts.decayed("factors")
     if not rows:
         return "Without the arm of two factors under L2 there is nothing to hold against the nuclear norm."
     good, count = _settled(rows)
@@ -190,7 +182,7 @@ def headline(facts: Facts) -> str:
 
 def _threshold(arm: str) -> Any:
     def decided(facts: Facts) -> Decided | None:
-        rows = _decayed(facts, arm)
+        rows = facts.decayed(arm)
         good, count = _settled(rows)
         if not count:
             return None
@@ -223,7 +215,7 @@ def _optimum(arm: str) -> Any:
 
 
 def _balance(facts: Facts) -> Decided | None:
-    decayed, rates = _decayed(facts, "factors"), ("imbalance_rate", "predicted_rate")
+    decayed, rates = facts.decayed("factors"), ("imbalance_rate", "predicted_rate")
     rows = [row for row in decayed if all(is_number(row.get(rate)) for rate in rates)]
     if not rows:
         return None
@@ -262,7 +254,7 @@ def _merged(facts: Facts) -> Decided | None:
 
 
 def _decoupled(facts: Facts) -> Decided | None:
-    rows = _decayed(facts, "decoupled") or facts.arms["decoupled"]
+    rows = facts.decayed("decoupled") or facts.arms["decoupled"]
     left = [row["imbalance"] / row["imbalance_initial"] for row in rows]
     last = rows[-1]
     return max(left) < 0.01, (
@@ -277,7 +269,7 @@ def _deep(facts: Facts) -> Decided | None:
     good, count = _settled(rows)
     if not count:
         return None
-    gone = shown(_most(_decayed(facts, "deep"), "collapsed"), ".2g")
+    gone = figure_text(_most(facts.decayed("deep"), "collapsed"), ".2g")
     return good == count, (
         f"{good:,} of {count:,} problems ended at a root of it or at zero, which is a local minimum here: at the worst "
         f"strength {gone} values per problem went there though the condition has a root."

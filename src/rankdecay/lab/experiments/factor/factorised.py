@@ -188,7 +188,7 @@ def shrunk(values: Tensor, strength: Tensor, depth: int) -> Tensor:
 
 
 def borderline(lr: float, steps: float) -> float:
-    """What is left of a singular value at the threshold after some steps of gradient descent on two factors.
+    """Bound on what is left of a singular value at the threshold after some steps of gradient descent on two factors.
 
     Balanced, it obeys dσ/dt = -2σ², so σ → 1/(2ηt) from any start above: the bound returned.
     """
@@ -300,6 +300,23 @@ class Training:
 # --- momentum and noise in continuous time ---
 
 
+@dataclass(frozen=True)
+class Dynamics:
+    """Constants of a `Diffusion`.
+
+    Attributes:
+        rate: η.
+        momentum: μ, the rate at which H follows the gradient.
+        noise: σ.
+        length: dt.
+    """
+
+    rate: float
+    momentum: float
+    noise: float
+    length: float
+
+
 class Diffusion:
     """Two factors under momentum, noise and decoupled decay in continuous time, by Euler-Maruyama (Proposition B.2).
 
@@ -311,20 +328,16 @@ class Diffusion:
         factors: A and Bᵀ where they begin, as in `Training`; not modified.
         target: D.
         strength: λ of each problem, shape (problems,).
-        rate: η.
-        momentum: μ, the rate at which H follows the gradient.
-        noise: σ.
-        length: dt.
+        dynamics: rates, noise and dt.
         seed: of the noise.
     """
 
     def __init__(
-        self, factors: Factors, target: Tensor, strength: Tensor, *, rate: float, momentum: float, noise: float,
-        length: float, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self, factors: Factors, target: Tensor, strength: Tensor, dynamics: Dynamics, *, seed: int = 0
+    ) -> None:
         self.factors = [factor.clone() for factor in factors]
         self.target, self._lambda = target, strength[:, None, None]
-        self.rate, self.momentum, self.noise, self.length = rate, momentum, noise, length
+        self.dynamics = dynamics
         self._H = [torch.zeros_like(factor) for factor in factors]
         self._rng = torch.Generator().manual_seed(seed)
         (self.predicted,) = differences(self.factors)
@@ -332,11 +345,12 @@ class Diffusion:
         self.largest_factor = torch.zeros_like(strength)  # of ‖A‖₂ and ‖B‖₂
 
     def step(self) -> None:
-        """Moves every problem by dt."""
-        (A, Bt), (H_A, H_B), dt = self.factors, self._H, self.length
+        """Move every problem by dt."""
+        (A, Bt), (H_A, H_B) = self.factors, self._H
+        rate, dt = self.dynamics.rate, self.dynamics.length
         G = residual(A @ Bt, self.target)
         of_A, of_B = H_A.mT @ A, H_B @ Bt.mT  # H_BᵀB with both transposed
-        self.predicted = (-2 * self.rate * self._lambda * dt).exp() * self.predicted - self.rate * dt * (
+        self.predicted = (-2 * rate * self._lambda * dt).exp() * self.predicted - rate * dt * (
             of_A + of_A.mT - of_B - of_B.mT
         )
         self.largest_gradient = self.largest_gradient.maximum(torch.linalg.matrix_norm(G, 2))
@@ -344,7 +358,7 @@ class Diffusion:
             self.largest_factor = self.largest_factor.maximum(torch.linalg.matrix_norm(factor, 2))
         moved = []
         for factor, H, gradient in zip(self.factors, self._H, gradients(self.factors, G), strict=True):
-            moved.append(factor - self.rate * dt * (H + self._lambda * factor))
-            drawn = torch.randn(H.shape, generator=self._rng, dtype=H.dtype) * self.noise * dt**0.5
-            H.add_(self.momentum * ((gradient - H) * dt + drawn))
+            moved.append(factor - rate * dt * (H + self._lambda * factor))
+            drawn = torch.randn(H.shape, generator=self._rng, dtype=H.dtype) * self.dynamics.noise * dt**0.5
+            H.add_(self.dynamics.momentum * ((gradient - H) * dt + drawn))
         self.factors = moved

@@ -33,7 +33,7 @@ RATE_WINDOW = (2.0, 12.0)  # times ηt between which the decay of the imbalance 
 
 
 @dataclass(frozen=True)
-class Treatment:
+class FactorTreatment:
     """How an arm parametrises the matrix and decays it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Problems:
-    """What all arms are trained on: for each strength, every seed; the seed changes fastest."""
+    """Problems that all arms are trained on: for each strength, every seed; the seed changes fastest."""
 
     target: Tensor  # (problems, n, n)
     strength: Tensor  # (problems,)
@@ -137,7 +137,7 @@ class Bound:
     largest_ratio: float = 0.0
 
     def see(self, factors: Factors) -> None:
-        """Holds the gaps of some problems at one step against their bounds."""
+        """Hold the gaps of some problems at one step against their bounds."""
         gaps, bounds = factorised.gap(factors), factorised.gap_bound(factors)
         rounding = ROUNDING * (factorised.squared_norm(factors[0]) + factorised.squared_norm(factors[1])).clamp(min=1)
         self.checks += gaps.numel()
@@ -148,7 +148,7 @@ class Bound:
 
 @dataclass
 class Outcome:
-    """What one arm came to."""
+    """Result of training one arm."""
 
     steps: list[int]  # of the evaluations
     measured: list[dict[str, Tensor]]
@@ -167,20 +167,20 @@ def train(
     settings: Factor,
     evaluated: Callable[[int], None] = lambda step: None,
 ) -> Outcome:
-    """Trains every problem of an arm.
+    """Train every problem of an arm.
 
     The first seed of every strength is held against Proposition B.4 after every step, all seeds at every evaluation. A
     single matrix ends early, once it moves no more.
 
     Args:
-        arm: how.
-        problems: what.
-        factors: where they begin.
-        settings: for how long, at which rate.
+        arm: optimizer, decay and depth.
+        problems: the targets and strengths.
+        factors: initial factors.
+        settings: number of steps and learning rate.
         evaluated: told the step after every evaluation.
 
     Raises:
-        Diverged: if the learning rate is too large.
+        Diverged: If the learning rate is too large.
     """
     method = Method(settings.lr, arm.how.optimizer, arm.how.decay)
     training = Training(factors, problems.target, problems.strength, method, problems.mask)
@@ -219,7 +219,7 @@ def _refuse_divergence(W: Tensor, arm: Arm, step: int, begun: Factors, problems:
         )
 
 
-# --- what it came to ---
+# --- results ---
 
 
 def _spread(name: str, values: Tensor | None) -> Record:
@@ -347,7 +347,7 @@ def _balance(arm: Arm, outcome: Outcome, imbalances: Tensor, gaps: Tensor, stren
 
 
 def compare_with_solver(arm_rows: Sequence[Record], W: Tensor, problems: Problems, settings: Factor) -> None:
-    """Adds what a convex solver says of the first seed at every strength, to arms whose penalty is the nuclear norm.
+    """Add what a convex solver says of the first seed at every strength, to arms whose penalty is the nuclear norm.
 
     Args:
         arm_rows: of `summarise_arm`, one per strength; changed.

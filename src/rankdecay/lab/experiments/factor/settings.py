@@ -65,10 +65,10 @@ EXAMPLES = {
 
 
 def check(settings: Factor) -> Factor:
-    """Returns the settings with what depends on others filled in.
+    """Return the settings with what depends on others filled in.
 
     Raises:
-        SettingError: for settings that cannot work.
+        SettingError: For settings that cannot work.
     """
     check_arms(settings.arms, ARMS)
     check_seeds(settings)
@@ -94,7 +94,7 @@ def filled(settings: Factor) -> Factor:
     """The settings with the size, the target and its rank filled in.
 
     Raises:
-        SettingError: for a target that is no diagonal and not 'random', or not of the size.
+        SettingError: For a target that is no diagonal and not 'random', or not of the size.
     """
     given = settings.target
     size = settings.size or (len(given) if len(given) > 1 else 5)

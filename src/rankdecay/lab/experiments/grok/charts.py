@@ -1,4 +1,4 @@
-"""What the page and the figure of `grok` show: curves over steps, and spectra, needles and attention through time."""
+"""Charts of the page and the figure of `grok`: curves over steps, and spectra, needles and attention through time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.grok.summary import by_member
-from rankdecay.lab.report.chart import Axis, Chart, Choice, Line, evenly, middle
+from rankdecay.lab.report.chart import Axis, Chart, Choice, Line, evenly_spaced_indices, median_band
 from rankdecay.lab.report.page import SNAPSHOT_NUMBERS, absent, asset, choice
 from rankdecay.lab.report.section import Html, Section
 from rankdecay.lab.report.style import ArmStyle, arm_styles
-from rankdecay.lab.report.words import is_number, shown
+from rankdecay.lab.report.words import figure_text, is_number
 from rankdecay.lab.settings import Record
 from rankdecay.lab.stored import StoredRun, snapshots
 
@@ -70,7 +70,7 @@ def _curves(stored: StoredRun, name: str, metrics: Mapping[str, str], **axis: An
         for arm, series in _series(stored, metric).items():
             if len(series) > 1:
                 thin += [Line(looks[arm].label, x, y, arm, mark="thin", where=where) for x, y in series]
-            steps, values, low, high = middle(series)
+            steps, values, low, high = median_band(series)
             if steps:
                 words = _words(series, steps, values, low, high)
                 bold.append(Line(looks[arm].label, steps, values, arm, where=where, words=words))
@@ -84,12 +84,14 @@ def _curves(stored: StoredRun, name: str, metrics: Mapping[str, str], **axis: An
 
 
 def _words(series: Sequence[tuple[list[int], list[Any]]], steps: Sequence[int], *ends: Sequence[float]) -> list[str]:
-    """What is said of a median: its value, the range of the seeds and their number."""
+    """Words for a median: its value, the range of the seeds and their number."""
     at = [step for x, y in series for step, value in zip(x, y, strict=True) if is_number(value)]
     said = []
     for step, value, low, high in zip(steps, *ends, strict=True):
         count = at.count(step)
-        said.append(shown(value) + (f"  ({shown(low)} to {shown(high)}, {count} seeds)" if count > 1 else ""))
+        said.append(
+            figure_text(value) + (f"  ({figure_text(low)} to {figure_text(high)}, {count} seeds)" if count > 1 else "")
+        )
     return said
 
 
@@ -97,13 +99,13 @@ def _words(series: Sequence[tuple[list[int], list[Any]]], steps: Sequence[int], 
 
 
 def time_data(stored: StoredRun) -> Record:
-    """What the slider moves through: a frame per snapshot, thinned evenly, with a notice, where there are too many."""
+    """Frames of the slider: one per snapshot, thinned evenly, with a notice, where there are too many."""
     found = list(snapshots(stored))
     size = max((sum(arrays[name].size for name in ARRAYS if name in arrays) for _, arrays in found), default=0)
     fit = max(2, SNAPSHOT_NUMBERS // size) if size else len(found)
     if len(found) > fit:
         stored.notices.append(f"The page shows {fit} of the {len(found)} snapshots in the directory, evenly spaced.")
-        found = [found[i] for i in evenly(len(found), fit)]
+        found = [found[i] for i in evenly_spaced_indices(len(found), fit)]
     order = [list(zip(map(str, arrays["arms"]), map(int, arrays["seeds"]), strict=True)) for _, arrays in found]
     arms = stored.arms
     known = {member for own in order for member in own if member[0] in arms}
@@ -130,7 +132,7 @@ SHARE = """<p class="below">What each arm's own decay steps did: the share of â€
 
 
 def _controls(time: Record) -> dict[str, str]:
-    """What ``time.html`` and ``attention.html`` leave open: the slider's end, and what a reader chooses from."""
+    """Parts that ``time.html`` and ``attention.html`` leave open: the slider's end, and what a reader chooses from."""
     matrices, products = (time[f"{name}_shape"] or [0, 0] for name in ("singular_values", "product"))
     each = {
         f"singular_values:{layer}:{index}": f"layer {layer + 1}, W_{name}"
@@ -195,17 +197,17 @@ def final_spectrum(stored: StoredRun) -> dict[str, np.ndarray]:
 
 
 def figure(stored: StoredRun, path: Path) -> Path:
-    """Draws accuracy and rank, the median over seeds with their range, and the singular values at the end.
+    """Draw accuracy and rank, the median over seeds with their range, and the singular values at the end.
 
     Raises:
-        SettingError: while nothing is measured.
+        SettingError: While nothing is measured.
     """
     from rankdecay.lab.report.figure import draw
 
     looks = arm_styles(stored.arms, styles(stored.settings))
 
     def over_steps(metric: str) -> list[Line]:
-        made = {arm: middle(series) for arm, series in _series(stored, metric).items() if series}
+        made = {arm: median_band(series) for arm, series in _series(stored, metric).items() if series}
         return [Line(looks[arm].label, x, y, arm, low, high) for arm, (x, y, low, high) in made.items()]
 
     ends = [
@@ -219,5 +221,5 @@ def figure(stored: StoredRun, path: Path) -> Path:
     ]
     charts = [Chart(title, title, Axis(x), Axis(title, **y), lines) for title, x, y, lines in panels if lines]
     if not charts:
-        raise SettingError(f"{stored.directory} has nothing to draw yet: let the run go on, or complete it")
+        raise SettingError(f"{stored.directory} has nothing to draw yet: let the run continue, or complete it")
     return draw(charts, looks, path)

@@ -1,4 +1,4 @@
-"""What a run of `grok` shows: the headline, the claims and the note to its table.
+"""Results of a run of `grok`: the headline, the claims and the note to its table.
 
 The sentences count seeds and compare medians; they never say that one thing caused another. The controls that could
 explain a success away come first.
@@ -139,7 +139,7 @@ CHECKS = (
 
 
 def note(facts: Facts) -> str:
-    """What the figures of the table are."""
+    """Note under the table."""
     decides = "validation" if facts.settings.get("validation") else "test"
     return (
         "Means over seeds at the end of the run; steps are their median. A seed has generalised when its "

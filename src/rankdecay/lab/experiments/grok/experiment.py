@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Treatment:
+class GrokTreatment:
     """One way to treat W_Q and W_K."""
 
     decay: OfMatrix | None = None
@@ -49,7 +49,7 @@ def make_arms(settings: Grok) -> list[Arm]:
     """The arms asked for, in the order of `settings.ARMS`; those named by a rule stand beside ``low_rank``."""
 
     def arm(name: str, description: str, decay: OfMatrix | None = None, uniform: bool = False) -> Arm:
-        return Arm(name, description, Treatment(decay, uniform))
+        return Arm(name, description, GrokTreatment(decay, uniform))
 
     def low_rank(name: str, rule: Any, scale: Scale = settings.scale, strength: float = settings.strength) -> Arm:
         decay = LowRank(strength, rule, scale, every=settings.every, smoothing=settings.smoothing)
@@ -142,13 +142,13 @@ def products(work: Work[Grok]) -> Products:
 
 
 def title(work: Work[Grok]) -> str:
-    """What is running."""
+    """Title of the run."""
     settings = work.settings
     return f"{settings.task} · {len(work.arms)} arms × {settings.seeds} seeds · {settings.steps} steps"
 
 
 def train(work: Work[Grok]) -> Sequence[Record]:
-    """Trains all members in step, from the last checkpoint on; their rows are stored with the checkpoints."""
+    """Train all members in step, from the last checkpoint on; their rows are stored with the checkpoints."""
     from rankdecay.lab.ensemble.runner import Runner
 
     settings, progress = work.settings, work.screen

@@ -16,7 +16,7 @@ from rankdecay.inspection import (
     untrained_product,
 )
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.report.chart import evenly
+from rankdecay.lab.report.chart import evenly_spaced_indices
 from rankdecay.lab.store import snapshot_files
 from rankdecay.lab.stored import read_config, read_snapshot
 from rankdecay.spectrum import Spectrum
@@ -67,7 +67,7 @@ def run_over_time(path: Path, most: int | None = None) -> str:
     series: dict[str, list[tuple[str, list[float]]]] = {}
     files = snapshot_files(path)
     if most is not None:
-        files = [files[i] for i in evenly(len(files), most)]
+        files = [files[i] for i in evenly_spaced_indices(len(files), most)]
     for file in files:
         arms: dict[str, list[list[float | None]]] = {}
         for (arm, _), (_, product) in _products(file).items():

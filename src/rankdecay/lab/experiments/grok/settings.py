@@ -120,10 +120,10 @@ EXAMPLES = {
 
 
 def check(settings: Grok) -> Grok:
-    """Returns the settings with every arm under the name it is reported by.
+    """Return the settings with every arm under the name it is reported by.
 
     Raises:
-        SettingError: for settings that cannot work.
+        SettingError: For settings that cannot work.
     """
     from rankdecay.lab.tasks import TASKS
     from rankdecay.lab.tasks.base import check_fraction

@@ -13,7 +13,7 @@ from rankdecay.lab.experiment import Axis, Chart, Choice, Line, Section
 from rankdecay.lab.experiments.margin.measures import climb
 from rankdecay.lab.experiments.margin.pictures import pictures
 from rankdecay.lab.report.style import ArmStyle, arm_styles
-from rankdecay.lab.report.words import counted, is_number, shown
+from rankdecay.lab.report.words import counted, figure_text, is_number
 from rankdecay.lab.settings import Record
 from rankdecay.lab.stored import StoredRun, snapshots
 
@@ -109,7 +109,7 @@ def sections(stored: StoredRun) -> list[Section]:
 
 
 def at_equal_margins(margin: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What data sets have at equal margins, from where half have come to where the first of them ended.
+    """Figures of data sets at equal margins, from where half have come to where the first of them ended.
 
     Beyond that a mean would jump with every data set that leaves it.
 
@@ -174,7 +174,7 @@ def _curves(lines: Sequence[Record], row: Record, measure: str, label: str) -> I
             yield Line(label, x.tolist(), y, name, where=where)
             yield Line(label, [x[-1]], y[-1:], name, mark="points", where=where)
     if ended:
-        yield Line(label, [end[0]], [end[1]], name, mark="points", where=mean, words=[f"end: {shown(end[1])}"])
+        yield Line(label, [end[0]], [end[1]], name, mark="points", where=mean, words=[f"end: {figure_text(end[1])}"])
 
 
 def _spectra(lines: Sequence[Record], row: Record, arrays: Mapping[str, np.ndarray]) -> Iterator[Line]:

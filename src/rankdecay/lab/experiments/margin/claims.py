@@ -1,4 +1,4 @@
-"""What `rankdecay margin` shows, in words: which SVM each arm tends to, how near it came, and what was left out."""
+"""Results of `rankdecay margin` in words: which SVM each arm tends to, how near it came, and what was left out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankdecay.lab.experiment import Check, Facts
-from rankdecay.lab.report.words import Decided, is_number, listed, shown
+from rankdecay.lab.report.words import Decided, figure_text, is_number, listed
 from rankdecay.lab.settings import Record
 
 ONE_SOLUTION = 0.999  # cosine between the two SVMs above which data cannot tell them apart
@@ -23,7 +23,7 @@ def never_trained(facts: Facts) -> list[str]:
 
 
 def note(facts: Facts) -> str:
-    """What the figures are, and what they are of."""
+    """Note under the table."""
     shape = facts.summary["shape"]
     return (
         f"One layer and one head, {shape['examples']} examples of {shape['tokens']} tokens in {shape['dimension']} "
@@ -36,7 +36,7 @@ def note(facts: Facts) -> str:
 
 
 def _what_moves(facts: Facts) -> str:
-    """What is trained, and how, where it is not as the theory has it."""
+    """Departures of the training from the theory."""
     how = "gradient flow without noise"
     if steps := [name for name in ("descent", "normalised", "adam") if name in facts.arms]:
         how += f" (steps of --lr {facts.settings['lr']:g}: {listed(steps)})"
@@ -91,7 +91,7 @@ def _approach(facts: Facts) -> Decided | None:
 
 def short(value: Any, form: str = ",g") -> str:
     """A number with its power of ten in few characters: ``"1e6"``."""
-    return shown(value, form).replace("e+0", "e").replace("e+", "e")
+    return figure_text(value, form).replace("e+0", "e").replace("e+", "e")
 
 
 def _nearer(claim: str, name: str, nuclear: bool = True, open: str = "") -> Check:

@@ -15,7 +15,7 @@ import torch
 
 from rankdecay.lab.experiments.margin import finite
 from rankdecay.lab.experiments.margin.data import DataSets, differences
-from rankdecay.lab.experiments.margin.flow import Decay, Problem, Trajectory, follow, initial_weights
+from rankdecay.lab.experiments.margin.flow import Course, Decay, Problem, Trajectory, follow, initial_weights
 from rankdecay.lab.experiments.margin.measures import climb, margins, measure, selected_tokens
 from rankdecay.lab.experiments.margin.recipe import descend
 from rankdecay.lab.experiments.margin.svm import Norm, Solution, max_margin, separable
@@ -79,7 +79,7 @@ class Solver:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one arm came to."""
+    """Result of training one arm."""
 
     sets: list[int]  # those that took part
     steps: list[int]
@@ -94,27 +94,27 @@ class Outcome:
 def train(
     arm: Arm, data: DataSets, sets: Sequence[int], settings: Margin, device: str, evaluated: Callable[[int], None]
 ) -> Trajectory:
-    """Follows the flow of an arm, or its recipe, on some data sets."""
+    """Follow the flow of an arm, or its recipe, on some data sets."""
     problem = Problem.of(data.only(sets), device)
     d = data.tokens.shape[-1]
     drawn = [settings.first_seed + which for which in sets]
     weights = initial_weights(arm.how.kind, settings.init, settings.scale, drawn, d, settings.inner or d, device)
-    shared: Record = {"loss": settings.loss, "evaluate_every": settings.evaluate_every, "evaluated": evaluated}
     if arm.how.recipe:
-        return descend(weights, problem, strength=settings.l2 if arm.how.decay else 0.0, **shared)
-    shared |= {"steps": settings.steps, "margin": settings.margin}
+        shared = subset(settings, "loss", "evaluate_every")
+        return descend(weights, problem, strength=settings.l2 if arm.how.decay else 0.0, evaluated=evaluated, **shared)
+    course = Course(**subset(settings, "loss", "steps", "margin", "evaluate_every"))
     if arm.how.finite:
-        shared |= subset(settings, "lr", "beta2", "epsilon")
-        return finite.descend(weights, problem, optimizer=arm.how.finite, **shared)
+        method = finite.Method(arm.how.finite, **subset(settings, "lr", "beta2", "epsilon"))
+        return finite.descend(weights, problem, method, course, evaluated)
     decay = Decay(arm.how.decay, settings.l2) if arm.how.decay else None
     heads = torch.from_numpy(data.heads[list(sets)]).to(device) if arm.how.head else None
-    return follow(weights, problem, decay=decay, rate=settings.rate, heads=heads, **shared)
+    return follow(weights, problem, course, decay=decay, rate=settings.rate, heads=heads, evaluated=evaluated)
 
 
 def compare(
     arm: Arm, trajectory: Trajectory, solver: Solver, data: DataSets, sets: Sequence[int], loss: str
 ) -> Outcome:
-    """Measures a trajectory against the SVMs of the tokens selected at its end."""
+    """Measure a trajectory against the SVMs of the tokens selected at its end."""
     problem = Problem.of(data.only(sets), str(trajectory.weights.device))
     last = trajectory.weights[-1]
     selected = selected_tokens(problem, last)
@@ -238,7 +238,7 @@ def summarise(arm: Arm, outcome: Outcome, data: DataSets, settings: Margin) -> R
 
 
 def arrays(arm: Arm, outcome: Outcome) -> dict[str, np.ndarray]:
-    """What a picture of an arm needs: its weights through time, the tokens selected and both solutions."""
+    """Arrays for a picture of an arm: its weights through time, the tokens selected and both solutions."""
     unknown = np.full(outcome.weights.shape[2:], np.nan)
     found = {
         "datasets": np.array(outcome.sets),

@@ -54,7 +54,7 @@ class DataSets:
 
 
 def draw(kind: str, seeds: Sequence[int], examples: int, tokens: int, dimension: int, score: float) -> DataSets:
-    """Draws a data set from each seed.
+    """Draw a data set from each seed.
 
     Args:
         kind: one of `settings.KINDS`.
@@ -113,7 +113,7 @@ def load(path: Path) -> DataSets:
             (sets, n), which are ±1.
 
     Raises:
-        SettingError: if it is not that.
+        SettingError: If it is not that.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -136,7 +136,7 @@ def load(path: Path) -> DataSets:
 
 
 def check_scores(data: DataSets) -> None:
-    """Raises a `SettingError` that names the first example whose best token is not unique."""
+    """Raise a `SettingError` that names the first example whose best token is not unique."""
     ordered = np.sort(data.scores, axis=-1)
     tied = ordered[..., -1] - ordered[..., -2] <= TIE * np.abs(ordered).max()
     if tied.any():

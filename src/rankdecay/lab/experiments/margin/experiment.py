@@ -31,7 +31,7 @@ LISTED = 12  # data sets that a notice names
 
 
 @dataclass(frozen=True)
-class Treatment:
+class MarginTreatment:
     """How attention is parametrised, trained and decayed."""
 
     kind: Literal["merged", "separate", "diagonal"]
@@ -41,31 +41,31 @@ class Treatment:
     head: bool = False  # whether the value head is trained too
 
 
-EVERY = (
-    Arm("merged", "Gradient flow on W; no decay.", Treatment("merged")),
-    Arm("separate", "Gradient flow on K and Q, W = KQᵀ; no decay.", Treatment("separate")),
-    Arm("diagonal", "Gradient flow on diagonal K and Q; no decay.", Treatment("diagonal")),
-    Arm("separate_l2", "Gradient flow on K and Q, with ε(‖K‖² + ‖Q‖²) in the loss.", Treatment("separate", "l2")),
-    Arm("merged_l2", "Gradient flow on W, with ε‖W‖² in the loss.", Treatment("merged", "l2")),
+ALL_ARMS = (
+    Arm("merged", "Gradient flow on W; no decay.", MarginTreatment("merged")),
+    Arm("separate", "Gradient flow on K and Q, W = KQᵀ; no decay.", MarginTreatment("separate")),
+    Arm("diagonal", "Gradient flow on diagonal K and Q; no decay.", MarginTreatment("diagonal")),
+    Arm("separate_l2", "Gradient flow on K and Q, with ε(‖K‖² + ‖Q‖²) in the loss.", MarginTreatment("separate", "l2")),
+    Arm("merged_l2", "Gradient flow on W, with ε‖W‖² in the loss.", MarginTreatment("merged", "l2")),
     Arm(
         "low_rank",
         "Gradient flow on W, every singular value soft-thresholded: 2ε‖W‖_*.",
-        Treatment("merged", "low_rank"),
+        MarginTreatment("merged", "low_rank"),
     ),
     Arm(
         "recipe",
         "The published recipe: 2000 normalised float64 gradient steps on K and Q, with ε(‖K‖² + ‖Q‖²).",
-        Treatment("separate", "l2", recipe=True),
+        MarginTreatment("separate", "l2", recipe=True),
     ),
-    Arm("recipe_bare", "The published recipe without its ε(‖K‖² + ‖Q‖²).", Treatment("separate", recipe=True)),
-    Arm("descent", "Gradient descent on K and Q; no decay.", Treatment("separate", finite="gd")),
+    Arm("recipe_bare", "The published recipe without its ε(‖K‖² + ‖Q‖²).", MarginTreatment("separate", recipe=True)),
+    Arm("descent", "Gradient descent on K and Q; no decay.", MarginTreatment("separate", finite="gd")),
     Arm(
         "normalised",
         "Gradient descent on K and Q, each gradient divided by its norm, in exact arithmetic; no decay.",
-        Treatment("separate", finite="normalised"),
+        MarginTreatment("separate", finite="normalised"),
     ),
-    Arm("adam", "Adam on K and Q; no decay.", Treatment("separate", finite="adam")),
-    Arm("trained_head", "Gradient flow on K, Q and the value head; no decay.", Treatment("separate", head=True)),
+    Arm("adam", "Adam on K and Q; no decay.", MarginTreatment("separate", finite="adam")),
+    Arm("trained_head", "Gradient flow on K, Q and the value head; no decay.", MarginTreatment("separate", head=True)),
 )
 
 
@@ -74,14 +74,14 @@ EVERY = (
 
 def make_arms(settings: Margin) -> list[Arm]:
     """The arms asked for, in the order of `settings.ARMS`."""
-    return [arm for arm in EVERY if arm.name in settings.parametrisation]
+    return [arm for arm in ALL_ARMS if arm.name in settings.parametrisation]
 
 
 def make_data(settings: Margin) -> DataSets:
     """The data sets, drawn or read from a file.
 
     Raises:
-        SettingError: for a file that does not hold data sets, or an example without a best token.
+        SettingError: For a file that does not hold data sets, or an example without a best token.
     """
     if settings.data in KINDS:
         drawn = range(settings.first_seed, settings.first_seed + settings.datasets)
@@ -93,13 +93,13 @@ def make_data(settings: Margin) -> DataSets:
 
 
 def title(work: Work[Margin]) -> str:
-    """What is running."""
+    """Title of the run."""
     sets, n, L, d = work.data.tokens.shape
     return f"margin · {sets} data sets of {n} examples, {L} tokens in {d} dimensions"
 
 
 def train(work: Work[Margin]) -> Iterator[Record]:
-    """Follows the flow arm by arm, and yields what was measured on the way."""
+    """Follow the flow arm by arm, and yield what was measured on the way."""
     settings, data, bar = work.settings, work.data, work.screen
     assert isinstance(bar, ArmBar)
     solver = compare.Solver(data)
@@ -128,7 +128,7 @@ def separable_sets(work: Work[Margin], solver: compare.Solver) -> dict[str, list
     """For each family of matrices among the arms, the data sets whose optimal tokens it can select; others are named.
 
     Raises:
-        SettingError: if there is none.
+        SettingError: If there is none.
     """
     data, notice = work.data, work.screen.notice
     families = dict.fromkeys(compare.FAMILIES[arm.how.kind] for arm in work.arms)
@@ -158,7 +158,7 @@ def _matrix(*families: str) -> str:
 
 
 def _warn(work: Work[Margin], row: Record) -> None:
-    """Says which data sets an arm could not solve."""
+    """Say which data sets an arm could not solve."""
     name, short = row["name"], row["rank_short"]
     if short:
         work.screen.notice(

@@ -7,13 +7,14 @@ rounding. Adam's moments are kept in units of the present gradient, which is wha
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rankdecay.lab.experiments.margin.flow import (
-    Loss,
+    Course,
     Problem,
     Trajectory,
     Weights,
@@ -64,53 +65,57 @@ class Adam:
         return found
 
 
-def descend(
-    weights: Weights,
-    problem: Problem,
-    *,
-    loss: Loss,
-    optimizer: Optimizer,
-    lr: float,
-    beta2: float,
-    epsilon: float,
-    steps: int,
-    margin: float,
-    evaluate_every: int,
-    evaluated: Callable[[int], None] = lambda step: None,
-) -> Trajectory:
-    """Trains until every data set has reached the margin.
+@dataclass(frozen=True)
+class Method:
+    """An optimizer.
 
-    Args:
-        weights: K and Q, or W, with the sets on the leading axis; not modified.
-        problem: the data sets.
-        loss: which.
+    Attributes:
         optimizer: ``gd``; ``normalised``, every matrix's gradient divided by its norm; or ``adam``.
         lr: its learning rate, constant.
         beta2: of adam.
         epsilon: of adam.
-        steps: at most.
-        margin: at which a data set stays where it is.
-        evaluate_every: steps between what is kept.
+    """
+
+    optimizer: Optimizer
+    lr: float
+    beta2: float
+    epsilon: float
+
+
+def descend(
+    weights: Weights,
+    problem: Problem,
+    method: Method,
+    course: Course,
+    evaluated: Callable[[int], None] = lambda step: None,
+) -> Trajectory:
+    """Train until every data set has reached the margin.
+
+    Args:
+        weights: K and Q, or W, with the sets on the leading axis; not modified.
+        problem: the data sets.
+        method: the optimizer.
+        course: the loss, and when to stop.
         evaluated: told the step after each.
     """
-    adam = Adam(beta2, epsilon)
+    adam = Adam(method.beta2, method.epsilon)
     kept, at = [product(weights)], [0]
-    for number in range(1, steps + 1):
-        found = gradient(problem, product(weights), loss)
+    for number in range(1, course.steps + 1):
+        found = gradient(problem, product(weights), course.loss)
         ascent = velocity(weights, found.direction)
-        if optimizer == "gd":
+        if method.optimizer == "gd":
             ascent = [per_set(found.log_size.exp(), g) * g for g in ascent]
-        elif optimizer == "normalised":
+        elif method.optimizer == "normalised":
             ascent = [g / g.norm(dim=(-2, -1), keepdim=True) for g in ascent]
         else:
             ascent = adam.directions(ascent, found.log_size)
-        going = lr * (found.margin < margin)
+        going = method.lr * (found.margin < course.margin)
         weights = [w + per_set(going, w) * g for w, g in zip(weights, ascent, strict=True)]
-        if number % evaluate_every and number != steps:
+        if number % course.evaluate_every and number != course.steps:
             continue
         kept.append(product(weights))
         at.append(number)
         evaluated(number)
-        if bool((found.margin >= margin).all()):
+        if bool((found.margin >= course.margin).all()):
             break
     return Trajectory(at, torch.stack(kept))

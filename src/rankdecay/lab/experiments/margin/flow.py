@@ -109,7 +109,7 @@ def gradient(problem: Problem, W: Tensor, loss: Loss, heads: bool = False) -> Gr
     Args:
         problem: the data sets.
         W: the weights.
-        loss: which.
+        loss: name of the loss.
         heads: by the value heads too, which are about e^margin larger: for margins below 700.
     """
     logits = problem.logits(W)
@@ -142,7 +142,7 @@ def log_excess(problem: Problem, W: Tensor, selected: Tensor, loss: Loss) -> Ten
         problem: the data sets.
         W: shape (sets, d, d).
         selected: s, shape (sets, n).
-        loss: which.
+        loss: name of the loss.
 
     Returns:
         Shape (sets,); NaN where the loss is below it, because better tokens have weight.
@@ -207,12 +207,12 @@ def initial_weights(
 
     Args:
         kind: of the weights.
-        init: how.
+        init: initialisation, as above.
         scale: ω₀.
         seeds: of the draws, one per data set.
         d: dimension of a token.
         inner: d_e.
-        device: where.
+        device: where the weights are made.
     """
     draws = []
     for seed in seeds:
@@ -273,7 +273,7 @@ def step(
     Args:
         weights: not modified.
         problem: the data sets.
-        loss: which.
+        loss: name of the loss.
         decay: of the weights, beside the loss.
         rate: largest relative change.
         target: margin at which a data set is finished.
@@ -323,37 +323,48 @@ def step(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a flow passed through."""
+    """Path of a flow."""
 
     steps: list[int]
     weights: Tensor  # W, averaged over a few steps, (evaluations, sets, d, d)
     heads: Tensor | None = None  # where they are trained too, (evaluations, sets, d)
 
 
+@dataclass(frozen=True)
+class Course:
+    """How long weights are trained by which loss, and how often they are kept.
+
+    Attributes:
+        loss: name of the loss.
+        steps: largest number of steps.
+        margin: at which a data set is finished and stays where it is.
+        evaluate_every: steps between what is kept.
+    """
+
+    loss: Loss = "exponential"
+    steps: int = 100_000
+    margin: float = 1e8
+    evaluate_every: int = 200
+
+
 def follow(
     weights: Weights,
     problem: Problem,
+    course: Course,
     *,
-    loss: Loss = "exponential",
     decay: Decay | None = None,
     rate: float = 4e-3,
-    steps: int = 100_000,
-    margin: float = 1e8,
-    evaluate_every: int = 200,
     heads: Tensor | None = None,
     evaluated: Callable[[int], None] = lambda step: None,
 ) -> Trajectory:
-    """Follows the flow until every data set has reached the margin, or an explicit decay has stopped it.
+    """Follow the flow until every data set has reached the margin, or an explicit decay has stopped it.
 
     Args:
         weights: where it begins; not modified.
         problem: the data sets.
-        loss: which.
+        course: the loss, and when to stop.
         decay: beside the loss.
         rate: largest relative change per step.
-        steps: at most.
-        margin: at which a data set is finished.
-        evaluate_every: steps between what is kept.
         heads: value heads that are trained too, where they begin, shape (sets, d); margins have to stay below 700.
         evaluated: told the step after each.
     """
@@ -361,21 +372,23 @@ def follow(
     W = product(weights)
     direction = W / per_set(norm([W]).clamp(min=1e-300), W)
     kept, at, kept_heads = [W], [0], [heads]
-    for number in range(1, steps + 1):
-        weights, found, heads = step(weights, problem, loss, decay, rate, margin, heads)
+    for number in range(1, course.steps + 1):
+        weights, found, heads = step(weights, problem, course.loss, decay, rate, course.margin, heads)
         W = product(weights)
         size = per_set(norm([W]).clamp(min=1e-300), W)
         sliding = (rate * norm([W]) > problem.unit) & (decay.strength == 0)
-        share = torch.where(sliding, 1 / WINDOW, 1.0) * (found.margin < margin)  # a finished data set keeps its average
+        share = torch.where(sliding, 1 / WINDOW, 1.0) * (
+            found.margin < course.margin
+        )  # a finished data set keeps its average
         direction = direction + per_set(share, W) * (W / size - direction)
-        if number % evaluate_every and number != steps:
+        if number % course.evaluate_every and number != course.steps:
             continue
         kept.append(size * direction)
         kept_heads.append(heads)
         at.append(number)
         evaluated(number)
         unmoved = (_unit(kept[-1]) - _unit(kept[-2])).flatten(1).norm(dim=1) < SETTLED * (at[-1] - at[-2])
-        if bool(((found.margin >= margin) | (unmoved & (decay.strength > 0))).all()):
+        if bool(((found.margin >= course.margin) | (unmoved & (decay.strength > 0))).all()):
             break
     trained = [v for v in kept_heads if v is not None]
     return Trajectory(at, torch.stack(kept), torch.stack(trained) if trained else None)

@@ -1,4 +1,4 @@
-"""What is measured of attention weights on their way: direction, norms, rank, and how near they are to an SVM."""
+"""Measures of attention weights on their way: direction, norms, rank, and how near they are to an SVM."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from rankdecay.lab.experiment import Html, Section
 from rankdecay.lab.experiments.margin.data import ARRAYS, DataSets
-from rankdecay.lab.report.chart import evenly
+from rankdecay.lab.report.chart import evenly_spaced_indices
 from rankdecay.lab.report.page import asset, choice
 from rankdecay.lab.report.words import is_number
 from rankdecay.lab.settings import Record
@@ -50,7 +50,7 @@ def pictures(stored: StoredRun, arrays: Mapping[str, np.ndarray], labels: Mappin
 
 
 def picture_data(arrays: Mapping[str, np.ndarray], rows: Sequence[Record], metrics: Sequence[Record]) -> Record | None:
-    """What `margin.js` draws; None unless tokens are in two dimensions.
+    """Data of `margin.js`; None unless tokens are in two dimensions.
 
     Args:
         arrays: of the snapshot.
@@ -92,7 +92,7 @@ def _courses(
     for number, which in enumerate(row["datasets"][:PICTURED]):
         moving = np.flatnonzero((weights[:, number] != weights[-1, number]).any((1, 2)))
         # a data set that has ended waits for the others
-        kept = evenly(int(moving.max(initial=-1)) + 2, MOMENTS)
+        kept = evenly_spaced_indices(int(moving.max(initial=-1)) + 2, MOMENTS)
         z = data.queries[which][:PICTURED]
         at = [margins.get(int(step), [])[number : number + 1] for step in steps[kept]]
         solutions = {norm: arrays.get(f"{name}_{norm}") for norm in NORMS}

@@ -26,15 +26,15 @@ def descend(
     evaluate_every: int = 50,
     evaluated: Callable[[int], None] = lambda step: None,
 ) -> Trajectory:
-    """Descends with every matrix's gradient divided by its own norm; a gradient of zero moves nothing.
+    """Descend with every matrix's gradient divided by its own norm; a gradient of zero moves nothing.
 
     Args:
         weights: K and Q, or W, with the sets on the leading axis; not modified.
         problem: the data sets.
-        loss: which.
+        loss: name of the loss.
         strength: ε of ε(‖K‖² + ‖Q‖²).
         lr: length of a step of each matrix.
-        steps: how many.
+        steps: number of steps.
         evaluate_every: steps between what is kept.
         evaluated: told the step after each.
     """

@@ -89,10 +89,10 @@ EXAMPLES = {
 
 
 def check(settings: Margin) -> Margin:
-    """Returns the settings, before anything is built or written.
+    """Return the settings, before anything is built or written.
 
     Raises:
-        SettingError: for settings that cannot work.
+        SettingError: For settings that cannot work.
     """
     check_arms(settings.parametrisation, ARMS, "parametrisation")
     check_seeds(settings)
@@ -106,7 +106,9 @@ def check(settings: Margin) -> Margin:
     if settings.inner < 0:
         raise SettingError(f"--inner {settings.inner} is negative: give at least 1, or 0 for the dimension")
     if settings.rate > 0.1:
-        raise SettingError(f"--rate {settings.rate:g} is no flow: a step may change weights by at most 0.1 of them")
+        raise SettingError(
+            f"--rate {settings.rate:g} is too large for a flow: a step may change weights by at most 0.1 of their norm"
+        )
     if not 1 <= settings.margin <= LARGEST_MARGIN:
         raise SettingError(f"--margin {settings.margin:g} must be between 1 and {LARGEST_MARGIN:g}")
     if not BETA1**2 < settings.beta2 < 1:

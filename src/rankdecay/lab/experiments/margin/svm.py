@@ -57,10 +57,10 @@ def max_margin(constraints: np.ndarray, norm: Norm) -> Solution | None:
 
     Args:
         constraints: A, shape (constraints, d, d), or (constraints, d) for diagonal W, of which the nuclear norm is ℓ1.
-        norm: which.
+        norm: the norm that is minimised.
 
     Raises:
-        RuntimeError: if the solver finds no solution though there is one.
+        RuntimeError: If the solver finds no solution though there is one.
     """
     import cvxpy
 

@@ -22,7 +22,7 @@ from rankdecay.lab.experiments.rotary.settings import PRESETS, Rotary, check
 from rankdecay.lab.machine import one_thread
 from rankdecay.lab.progress import ArmBar
 from rankdecay.lab.report.style import ArmStyle
-from rankdecay.lab.report.words import Decided, is_number, known, small
+from rankdecay.lab.report.words import Decided, is_number, known, small, tiny
 from rankdecay.lab.settings import Record, question, seeds
 from rankdecay.lab.stored import StoredRun
 
@@ -34,20 +34,24 @@ ITERATIONS = 3000  # of the convex arm
 
 
 @dataclass(frozen=True)
-class Treatment:
+class RotaryTreatment:
     """How an arm fits the scores."""
 
     turned: bool = True  # by positions
     convex: bool = False
 
 
-EVERY = (
-    Arm("rotary", "L2 on W_Q and W_K in the loss, under rotary positions.", Treatment()),
-    Arm("convex", "The planes' nuclear norms without a bound on their ranks, proximal steps.", Treatment(convex=True)),
+ALL_ARMS = (
+    Arm("rotary", "L2 on W_Q and W_K in the loss, under rotary positions.", RotaryTreatment()),
+    Arm(
+        "convex",
+        "The planes' nuclear norms without a bound on their ranks, proximal steps.",
+        RotaryTreatment(convex=True),
+    ),
     Arm(
         "unturned",
         "L2 on W_Q and W_K in the loss, without positions.",
-        Treatment(turned=False),
+        RotaryTreatment(turned=False),
         control="what L2 does to the same weights where nothing turns them: a nuclear norm of W_QᵀW_K",
     ),
 )
@@ -83,7 +87,7 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 def make_scores(settings: Rotary, target: Tensor, turned: bool) -> Scores:
-    """What an arm fits."""
+    """Problem of an arm."""
     j = torch.arange(settings.planes, dtype=torch.float64, device=target.device)
     fourier = 2 * math.pi * (j + 1) / settings.offsets
     frequencies = fourier if settings.frequencies == "fourier" else settings.theta ** (-j / settings.planes)
@@ -96,7 +100,7 @@ def make_scores(settings: Rotary, target: Tensor, turned: bool) -> Scores:
 
 
 def measure(scores: Scores, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """What is recorded of every problem of an arm with factors, shape (problems,)."""
+    """Measures of every problem of an arm with factors, shape (problems,)."""
     a_norm, b_norm = a.norm(dim=-1), b.norm(dim=-1)
     sizes = a_norm * b_norm  # ‖H_j‖
     W_Q, W_K = planes.rows(a), planes.rows(b)
@@ -126,7 +130,7 @@ def _rank(W: Tensor, above: float) -> Tensor:
 
 
 def measure_convex(scores: Scores, H: Tensor) -> dict[str, Tensor]:
-    """What is recorded of the convex problem's solution."""
+    """Measures of the convex problem's solution."""
     sigma = torch.linalg.svdvals(H)
     value = scores.fit(H) + scores.strength * sigma.sum((1, 2))
     return {
@@ -145,10 +149,10 @@ Measured = dict[str, Tensor]
 def fit(
     scores: Scores, a: Tensor, b: Tensor, settings: Rotary, evaluated: Callable[[int], None]
 ) -> list[tuple[int, Measured]]:
-    """Descends with momentum, and measures on the way.
+    """Descend with momentum, and measures on the way.
 
     Raises:
-        SettingError: if the learning rate is too large.
+        SettingError: If the learning rate is too large.
     """
     found = [(0, measure(scores, a, b))]
     moving = torch.zeros_like(a), torch.zeros_like(b)
@@ -237,11 +241,7 @@ def _beside_convex(ended: dict[str, Measured], settings: Rotary, strength: float
 # --- the table, the claims ---
 
 
-def _tiny(value: object) -> str:
-    if not is_number(value):
-        return "—"
-    return "0" if abs(value) < 1e-13 else small(value) if value < 0.1 else f"{value:.2g}"
-
+_tiny = functools.partial(tiny, rounding=1e-13)
 
 COLUMNS = (
     Column("λ", "strength", "g"),
@@ -259,7 +259,7 @@ COLUMNS = (
 
 
 def note(facts: Facts) -> str:
-    """What the figures are."""
+    """Note under the table."""
     return (
         f"Medians over {facts.settings.get('seeds')} seeds. A plane counts from 1 % of the target's largest, a rank "
         "from the same. Gap of planes: ½(‖W_Q‖² + ‖W_K‖²) − Σ‖a_j‖‖b_j‖; nuclear gap: the same less ‖W_QᵀW_K‖_* at "
@@ -268,12 +268,8 @@ def note(facts: Facts) -> str:
     )
 
 
-def _decayed(facts: Facts, arm: str) -> list[Record]:
-    return [row for row in facts.arms.get(arm, []) if row["strength"] > 0]
-
-
 def headline(facts: Facts) -> str:
-    """What L2 left."""
+    """Headline of the run."""
     rows = facts.arms.get("rotary", [])
     if not rows:
         return "Without the arm rotary there is nothing to say of planes."
@@ -284,7 +280,7 @@ def headline(facts: Facts) -> str:
 
 
 def _planes(facts: Facts) -> Decided | None:
-    rows = _decayed(facts, "rotary")
+    rows = facts.decayed("rotary")
     if not rows:
         return None
     worst, nuclear = (max(known(rows, name), default=0.0) for name in ("plane_gap", "nuclear_gap"))
@@ -295,7 +291,7 @@ def _planes(facts: Facts) -> Decided | None:
 
 
 def _certified(facts: Facts) -> Decided | None:
-    rows = _decayed(facts, "rotary")
+    rows = facts.decayed("rotary")
     if not rows:
         return None
     count, of = sum(row["certified"] for row in rows), sum(row["seeds"] for row in rows)
@@ -308,7 +304,7 @@ def _certified(facts: Facts) -> Decided | None:
 
 
 def _threshold(facts: Facts) -> Decided | None:
-    off = known(_decayed(facts, "rotary"), "deviation_largest")
+    off = known(facts.decayed("rotary"), "deviation_largest")
     return (max(off) < OPTIMAL * 10, f"off by at most {small(max(off))}.") if off else None
 
 
@@ -368,11 +364,11 @@ STYLES = {
 
 def make_arms(settings: Rotary) -> Sequence[Arm]:
     """The arms asked for, in the order of `settings.ARMS`."""
-    return [arm for arm in EVERY if arm.name in settings.arms]
+    return [arm for arm in ALL_ARMS if arm.name in settings.arms]
 
 
 def title(work: Work[Rotary]) -> str:
-    """What is running."""
+    """Title of the run."""
     settings = work.settings
     count = len(work.arms) * len(settings.strengths) * settings.seeds
     return f"rotary · {count:,} problems of {settings.planes} planes · {settings.steps} steps"

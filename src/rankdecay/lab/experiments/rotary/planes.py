@@ -36,7 +36,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """What is fitted.
+    """Scores to be fitted.
 
     Attributes:
         coupling: M, shape (2 · planes, 2 · planes): of the real parts of all planes, then of the imaginary ones.

@@ -68,10 +68,10 @@ EXAMPLES = {
 
 
 def check(settings: Rotary) -> Rotary:
-    """Returns the settings.
+    """Return the settings.
 
     Raises:
-        SettingError: for settings that cannot work.
+        SettingError: For settings that cannot work.
     """
     check_arms(settings.arms, ARMS)
     check_seeds(settings)

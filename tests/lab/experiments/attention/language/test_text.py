@@ -138,7 +138,7 @@ def test_texts_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(SettingError, match="is empty"):
         loaded(text=str(tmp_path / "folder"))
     (tmp_path / "folder" / "image.png").write_bytes(b"\x89PNG\0\0")
-    with pytest.raises(SettingError, match=r"image\.png is no text"):
+    with pytest.raises(SettingError, match=r"image\.png is not a text"):
         loaded(text=str(tmp_path / "folder"))
     with pytest.raises(SettingError, match="give one of them"):
         loaded(text=str(tmp_path / "folder"), dataset="wikitext")

@@ -212,7 +212,9 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def test_a_folder_that_cannot_work(tmp_path, capsys):
-    assert "is no folder" in refused(capsys, "--image-folder", str(tmp_path / "none"), "--out", str(tmp_path / "run"))
+    assert "is not a folder" in refused(
+        capsys, "--image-folder", str(tmp_path / "none"), "--out", str(tmp_path / "run")
+    )
     (tmp_path / "empty").mkdir()
     assert "has no sub-folders" in refused(
         capsys, "--image-folder", str(tmp_path / "empty"), "--out", str(tmp_path / "run")

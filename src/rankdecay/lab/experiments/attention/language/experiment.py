@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.language import text
 from rankdecay.lab.experiments.attention.language.settings import PRESETS, Language, check
-from rankdecay.lab.experiments.attention.runs import make_experiment
+from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.session.export import save_checkpoint
 from rankdecay.lab.session.gpt import GPT, GPTConfig
-from rankdecay.lab.session.session import Batch, Quality, judged
+from rankdecay.lab.session.session import Batch, Quality, summarise_losses
 from rankdecay.lab.settings import Record, subset
 
 OF_A_MODEL = ("context", "width", "depth", "heads", "mlp_width", "positions")
@@ -34,7 +34,7 @@ class LanguageModelling:
         corpus: what is learnt.
 
     Raises:
-        SettingError: for a text too short, more tokens than --vocabulary, or a width that no head fits.
+        SettingError: For a text too short, more tokens than --vocabulary, or a width that no head fits.
     """
 
     unit = "tokens"
@@ -52,15 +52,15 @@ class LanguageModelling:
         self._chunk = max(1, settings.batch_size // settings.accumulate)  # windows that fit into memory, as in training
 
     def model(self, seed: int, qk_norm: bool, **changes: Any) -> GPT:
-        """Returns a fresh GPT; with and without QK-norm a seed gives the same weights."""
+        """Return a fresh GPT; with and without QK-norm a seed gives the same weights."""
         return GPT(replace(self.config, qk_norm=qk_norm, **changes), seed)
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
-        """Draws windows from anywhere in the text, (size, context + 1)."""
+        """Draw windows from anywhere in the text, (size, context + 1)."""
         return (text.random_windows(self.corpus.training, self.context, size, seed, step),)
 
     def size(self, batch: Batch) -> int:
-        """Counts the tokens that are predicted."""
+        """Count the tokens that are predicted."""
         return batch[0][:, 1:].numel()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -74,7 +74,7 @@ class LanguageModelling:
         for windows in self._validation.to(device).split(self._chunk):
             logits = model(windows[:, :-1])
             losses.append(F.cross_entropy(logits.mT.float(), windows[:, 1:], reduction="none").mean(1))
-        return judged(torch.cat(losses))
+        return summarise_losses(torch.cat(losses))
 
     def facts(self) -> Record:
         """Facts about the text and the model, for the summary."""
@@ -98,7 +98,7 @@ def _problem(settings: Language) -> LanguageModelling:
 
 
 def _notices(settings: Language) -> tuple[str, ...]:
-    """Says, before training, of models that transformers cannot load with AutoModelForCausalLM."""
+    """Say, before training, of models that transformers cannot load with AutoModelForCausalLM."""
     if settings.save == "none" or settings.positions == "rotary":
         return ()
     kinds = {
@@ -111,14 +111,16 @@ def _notices(settings: Language) -> tuple[str, ...]:
 
 
 EXPERIMENT = make_experiment(
-    "language",
-    PRESETS,
-    check,
-    _problem,
-    "tokens",
-    save=save_checkpoint,
-    facts=LanguageModelling.facts,
-    fingerprint=lambda problem: {"text_sha1": problem.corpus.sha1},
-    notices=_notices,
-    check_layout=lambda settings, layout: layout.check(settings.heads, settings.mlp_width),
+    Command(
+        "language",
+        PRESETS,
+        check,
+        _problem,
+        "tokens",
+        save=save_checkpoint,
+        facts=LanguageModelling.facts,
+        fingerprint=lambda problem: {"text_sha1": problem.corpus.sha1},
+        notices=_notices,
+        check_layout=lambda settings, layout: layout.check(settings.heads, settings.mlp_width),
+    )
 )

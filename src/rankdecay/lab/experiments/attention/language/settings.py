@@ -109,7 +109,7 @@ EXAMPLES = {
 
 
 def check(settings: Language) -> Language:
-    """Returns the settings; raises a `SettingError` for those that cannot work."""
+    """Return the settings; raise a `SettingError` for those that cannot work."""
     check_shared(settings)
     if settings.size != "tiny" and settings.preset != "default":
         raise SettingError(

@@ -73,10 +73,10 @@ def standard_library() -> list[Document]:
 
 
 def read_text(path: str | Path) -> list[Document]:
-    """Reads a file, or every file below a directory but the hidden ones.
+    """Read a file, or every file below a directory but the hidden ones.
 
     Raises:
-        SettingError: if there is nothing, or what is there cannot be read or is no text.
+        SettingError: If there is nothing, or what is there cannot be read or is no text.
     """
     root = Path(path)
     try:
@@ -93,7 +93,7 @@ def read_text(path: str | Path) -> list[Document]:
     for document in documents:
         if b"\0" in document.content:
             raise SettingError(
-                f"--text {root / document.name} is no text, it has bytes of zero: take it out, or give a text file"
+                f"--text {root / document.name} is not a text, it has zero bytes: remove it, or give a text file"
             )
     if not any(document.content for document in documents):
         raise SettingError(f"--text {path} is empty: give a text file, or a directory of them")
@@ -101,7 +101,7 @@ def read_text(path: str | Path) -> list[Document]:
 
 
 def read_dataset(name: str, share: float) -> tuple[list[Document], list[Document]]:
-    """Loads a data set of Hugging Face, from the hub or from this machine: documents to train on and to validate with.
+    """Load a data set of Hugging Face, from the hub or from this machine: documents to train on and to validate with.
 
     Args:
         name: on the hub, with a configuration perhaps as ``name:configuration``; or a directory of
@@ -109,7 +109,7 @@ def read_dataset(name: str, share: float) -> tuple[list[Document], list[Document
         share: of the rows, for validation, if the data set has no split for it.
 
     Raises:
-        SettingError: if `datasets` is not installed, the data set is not found, or has no column of texts.
+        SettingError: If `datasets` is not installed, the data set is not found, or has no column of texts.
     """
     datasets = _package("datasets", "dataset", "give --text")
     path, _, configuration = (name, "", "") if Path(name).exists() else name.partition(":")
@@ -149,7 +149,7 @@ def _rows(name: str, of: str, data: Any) -> list[Document]:
 
 
 def split(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """Splits documents for training and validation: whole ones, or the end of the only one.
+    """Split documents for training and validation: whole ones, or the end of the only one.
 
     Args:
         documents: at least one.
@@ -172,10 +172,10 @@ def split(documents: Sequence[Document], share: float) -> tuple[list[Document], 
 
 
 def load(*, text: str | None, dataset: str | None, tokenizer: str | None, share: float) -> Corpus:
-    """Loads the text that the settings name; by default Python's standard library.
+    """Load the text that the settings name; by default Python's standard library.
 
     Raises:
-        SettingError: if there is none, or it cannot be read.
+        SettingError: If there is none, or it cannot be read.
     """
     if not 0 < share < 1:
         raise SettingError(f"--valid-share {share:g} must be between 0 and 1, without both: for example 0.1")
@@ -231,7 +231,7 @@ def _tokens(documents: Sequence[Document], tokenizer: Any, name: str) -> np.ndar
 
 
 def check_length(corpus: Corpus, context: int) -> None:
-    """Raises a `SettingError` unless a window fits into the training text, and two into the validation text."""
+    """Raise a `SettingError` unless a window fits into the training text, and two into the validation text."""
     unit = "bytes" if corpus.tokenizer is None else "tokens"
     for tokens, before, use, instead in (
         (corpus.training, context, "to train on, too few for one --context", "a longer text,"),
@@ -249,7 +249,7 @@ def check_length(corpus: Corpus, context: int) -> None:
 
 
 def random_windows(tokens: np.ndarray, context: int, size: int, seed: int, step: int) -> Tensor:
-    """Draws windows (size, context + 1) from anywhere; they depend on the seed and the step alone."""
+    """Draw windows (size, context + 1) from anywhere; they depend on the seed and the step alone."""
     starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - context, size)
     return _cut(tokens, starts, context)
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankdecay.lab.experiments.attention.recall.settings import PRESETS, Recall, check
-from rankdecay.lab.experiments.attention.runs import make_experiment
+from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.session.export import save_checkpoint
 from rankdecay.lab.session.gpt import GPT, GPTConfig
-from rankdecay.lab.session.session import Batch, Quality, judged
+from rankdecay.lab.session.session import Batch, Quality, summarise_losses
 from rankdecay.lab.settings import subset
 from rankdecay.lab.tasks.base import random_generator
 
@@ -36,7 +36,7 @@ OF_A_TASK = ("pairs", "queries", "keys", "values")
 def draw(
     generator: np.random.Generator, count: int, *, pairs: int, queries: int, keys: int, values: int, noise: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws sequences of the task and their answers.
+    """Draw sequences of the task and their answers.
 
     Args:
         generator: of everything random.
@@ -74,7 +74,7 @@ class RecallProblem:
         self._valid = self._draw(0, "valid", settings.valid_sequences, 0.0)  # the same for every seed
 
     def model(self, seed: int, qk_norm: bool) -> GPT:
-        """Returns a fresh network."""
+        """Return a fresh network."""
         given = self.settings
         tokens, context = given.keys + given.values, 2 * given.pairs + given.queries
         initial = given.initial or given.width**-0.5  # from 0.02 attention would be uniform for thousands of steps
@@ -82,11 +82,11 @@ class RecallProblem:
         return GPT(GPTConfig(*shape, given.positions, qk_norm, initial), seed)
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
-        """Draws sequences, some of their answers wrong."""
+        """Draw sequences, some of their answers wrong."""
         return self._draw(seed, "train", size, self.settings.label_noise, step)
 
     def size(self, batch: Batch) -> int:
-        """Counts the sequences of a batch."""
+        """Count the sequences of a batch."""
         return len(batch[0])
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -101,7 +101,7 @@ class RecallProblem:
             logits = model(tokens)[:, -answers.shape[1] :].float()
             losses.append(F.cross_entropy(logits.mT, answers, reduction="none").mean(1))
             right += int((logits.argmax(-1) == answers).sum())
-        return judged(torch.cat(losses), right / self._valid[1].numel())
+        return summarise_losses(torch.cat(losses), right / self._valid[1].numel())
 
     def _draw(self, seed: int, purpose: str, count: int, noise: float, *index: int) -> Batch:
         task = subset(self.settings, *OF_A_TASK)
@@ -109,4 +109,6 @@ class RecallProblem:
         return tuple(torch.from_numpy(part) for part in drawn)
 
 
-EXPERIMENT = make_experiment("recall", PRESETS, check, RecallProblem, "sequences", has_mlp=False, save=save_checkpoint)
+EXPERIMENT = make_experiment(
+    Command("recall", PRESETS, check, RecallProblem, "sequences", has_mlp=False, save=save_checkpoint)
+)

@@ -57,7 +57,7 @@ EXAMPLES = {
 
 
 def check(settings: Recall) -> Recall:
-    """Returns the settings; raises a `SettingError` for those that cannot work."""
+    """Return the settings; raise a `SettingError` for those that cannot work."""
     check_shared(settings)
     check_counts(settings, "pairs", "queries", "keys", "values", "heads")
     check_numbers(settings, "initial", zero=True)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.runs import make_experiment
+from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.experiments.attention.vision.settings import PRESETS, Vision, check
-from rankdecay.lab.session.session import Batch, Quality, judged
+from rankdecay.lab.session.session import Batch, Quality, summarise_losses
 from rankdecay.lab.settings import Record
 from rankdecay.lab.tasks.base import random_generator
-from rankdecay.lab.tasks.images import digits, image_folder, split_images
+from rankdecay.lab.tasks.images import handwritten_digits, image_folder, split_images
 
 CHUNK = 256  # validation images at a time
 
@@ -35,7 +35,7 @@ def transformers_model(settings: Vision, channels: int, classes: tuple[str, ...]
     """The vision transformer of transformers, with weights from torch's global generator.
 
     Raises:
-        SettingError: if transformers is not installed.
+        SettingError: If transformers is not installed.
     """
     try:
         from transformers import ViTConfig, ViTForImageClassification
@@ -63,7 +63,7 @@ def timm_model(settings: Vision, channels: int, classes: tuple[str, ...], qk_nor
     """The vision transformer of timm, with weights from torch's global generator.
 
     Raises:
-        SettingError: if timm is not installed, or the torchvision that it needs does not fit torch.
+        SettingError: If timm is not installed, or the torchvision that it needs does not fit torch.
     """
     try:
         from timm.models.vision_transformer import VisionTransformer  # pyright: ignore[reportMissingImports]
@@ -96,7 +96,7 @@ class VisionProblem:
         settings: of the experiment.
 
     Raises:
-        SettingError: if the images cannot be read.
+        SettingError: If the images cannot be read.
     """
 
     unit = "images"
@@ -104,7 +104,9 @@ class VisionProblem:
     def __init__(self, settings: Vision) -> None:
         self.settings = settings
         folder = settings.image_folder
-        images = digits() if folder is None else image_folder(Path(folder), settings.size, grey=settings.grey)
+        images = (
+            handwritten_digits() if folder is None else image_folder(Path(folder), settings.size, grey=settings.grey)
+        )
         self.train, self.valid = split_images(images, settings.valid_share)
         pixels = torch.from_numpy(self.train.pixels)
         self._mean = pixels.float().mean((0, 2, 3)).view(-1, 1, 1)  # (channels, 1, 1)
@@ -117,7 +119,7 @@ class VisionProblem:
         return {**count, "classes": list(self.train.classes)}
 
     def model(self, seed: int, qk_norm: bool) -> nn.Module:
-        """Returns a fresh network; the libraries draw its weights from torch's global generator, which is restored."""
+        """Return a fresh network; the libraries draw its weights from torch's global generator, which is restored."""
         channels = self.train.pixels.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -126,7 +128,7 @@ class VisionProblem:
             return transformers_model(self.settings, channels, self.train.classes)
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
-        """Takes the next images of an epoch in random order; a batch may reach into the next epoch."""
+        """Take the next images of an epoch in random order; a batch may reach into the next epoch."""
         places = np.arange(step * size, (step + 1) * size)
         epochs, within = np.divmod(places, len(self.train.labels))
         orders = {epoch: _order(seed, epoch, len(self.train.labels)) for epoch in np.unique(epochs).tolist()}
@@ -134,7 +136,7 @@ class VisionProblem:
         return torch.from_numpy(self.train.pixels[chosen]), torch.from_numpy(self.train.labels[chosen])
 
     def size(self, batch: Batch) -> int:
-        """Counts the images of a batch."""
+        """Count the images of a batch."""
         return len(batch[0])
 
     def logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ class VisionProblem:
             logits, labels = self.logits(model, pixels.to(device)), labels.to(device)
             losses += F.cross_entropy(logits, labels, reduction="none").tolist()
             right += int((logits.argmax(-1) == labels).sum())
-        return judged(losses, right / len(losses))
+        return summarise_losses(losses, right / len(losses))
 
 
 @lru_cache(maxsize=2)  # a batch may reach into the next epoch
@@ -164,7 +166,7 @@ def _order(seed: int, epoch: int, images: int) -> np.ndarray:
 
 
 def save_model(model: nn.Module, directory: Path) -> None:
-    """Writes a model as its library reads it: transformers has a method for it, timm a file of tensors."""
+    """Write a model as its library reads it: transformers has a method for it, timm a file of tensors."""
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(directory)  # pyright: ignore[reportCallIssue]
     else:
@@ -174,5 +176,5 @@ def save_model(model: nn.Module, directory: Path) -> None:
 
 
 EXPERIMENT = make_experiment(
-    "vision", PRESETS, check, VisionProblem, "images", save=save_model, facts=VisionProblem.facts
+    Command("vision", PRESETS, check, VisionProblem, "images", save=save_model, facts=VisionProblem.facts)
 )

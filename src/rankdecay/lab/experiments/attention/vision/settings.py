@@ -72,7 +72,7 @@ EXAMPLES = {
 
 
 def check(settings: Vision) -> Vision:
-    """Returns the settings; raises a `SettingError` for those that cannot work."""
+    """Return the settings; raise a `SettingError` for those that cannot work."""
     check_shared(settings)
     check_counts(settings, "width", "depth", "heads", "mlp_width")
     check_counts(settings, *(name for name in ("image_size", "patch") if getattr(settings, name) is not None))
