@@ -17,7 +17,7 @@ from rankdecay.linalg.threshold import leave_directions
 #: of a direction, nothing stays. Eight times the most that was seen up to side 400.
 _ROUNDINGS = 16
 
-#: Relative size of a null singular value for input of float32 and below (module docstring).
+#: Relative size of a null singular value for input of float32 and below (see :mod:`rankdecay.linalg.polar`).
 NULL_TOLERANCE = 2.0**-21
 
 

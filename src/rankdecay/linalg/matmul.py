@@ -161,6 +161,10 @@ def _bounded(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return G, square, (bound * (1 + 1e-5)).clamp_min(1e-300)
 
 
+#: The least ℓ, a lower bound of σ_min after scaling, from which :func:`smooth_polar_by_products` computes in float32.
+FLOAT32_FROM = 3e-3
+
+
 def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None) -> Tensor:
     r"""Return X (XᵀX + ε²I)^(-1/2) by products of n × n matrices.
 
@@ -173,8 +177,8 @@ def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None)
 
     .. math:: Z = bR + cR^2, \quad Q \leftarrow aQ + QZ, \quad Y = aR + RZ, \quad R \leftarrow aY + YZ .
 
-    A Gram matrix keeps σ only down to the square root of its precision. Float32 is used where ℓ ≥ 1e-3 is
-    known on the host, float64 otherwise.
+    A Gram matrix keeps σ only down to the square root of its precision. Float32 is used where ℓ is known on the host
+    to be at least :data:`FLOAT32_FROM`, float64 otherwise.
 
     Args:
         X: Tall stack (..., m, n).
@@ -190,7 +194,7 @@ def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None)
         floor = float(ell.amin())
     else:
         floor = 0.0 if ratio is None else ratio / (SAFETY * math.sqrt(1 + n * ratio * ratio))
-    dtype = X.dtype if floor >= 3e-3 else torch.float64
+    dtype = X.dtype if floor >= FLOAT32_FROM else torch.float64
     ells = sorted(SCHEDULES, reverse=True)  # from the shortest schedule to the longest
     longest = next((table for table in ells if table <= floor), ells[-1])
     length = len(SCHEDULES[longest])

@@ -367,7 +367,7 @@ class _Step:
         if not self.options.relative:
             return scaled_down(tau, prepared)
         norm = torch.linalg.vector_norm(prepared.X, dim=(-2, -1), keepdim=True)
-        return finite(tau * norm.double() / min(prepared.X.shape[-2:]) ** 0.5)
+        return finite(threshold.absolute_threshold(tau, norm.double(), min(prepared.X.shape[-2:])))
 
     def share_of(self, prepared: Prepared, tau: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the share of each direction as a function of σ and of the σ that count as zero."""

@@ -28,6 +28,17 @@ from torch import Tensor
 from rankdecay.linalg.stack import gram, times, times_in_pieces
 
 
+def absolute_threshold(amount: float | Tensor, norm: Tensor, rank: int) -> Tensor:
+    """Return the τ of a step that is relative to rms(σ) = ‖W‖_F/√rank.
+
+    Args:
+        amount: Σ lr · strength of the step.
+        norm: ‖W‖_F.
+        rank: the smaller side of W.
+    """
+    return amount * norm / rank**0.5
+
+
 def leave(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
     """Return X - t X, to the last digit X where t = 0. The rounding of 1 - t would be a decay of its own.
 
