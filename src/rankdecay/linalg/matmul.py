@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankdecay.linalg import chebyshev
 from rankdecay.linalg.minimax import LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
-from rankdecay.linalg.stack import times
+from rankdecay.linalg.stack import frobenius, nonzero, times
 from rankdecay.linalg.tiers import Product, available, product_of
 
 
@@ -30,8 +30,7 @@ def iterate(X: Tensor, triples: Sequence[Triple]) -> Tensor:
 
 def normalised(X: Tensor) -> tuple[Tensor, Tensor]:
     """Return X/F and F = ‖X‖_F of shape (..., 1, 1); a zero matrix gives zeros and F = 1."""
-    F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    F = torch.where(F == 0, 1.0, F)
+    F = nonzero(frobenius(X))
     return X / F, F
 
 
@@ -157,7 +156,7 @@ def _bounded(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return G = XᵀX, G², and an upper bound of σ₁², (Σ σ⁸)^(1/4), (..., 1, 1), float64."""
     G = X.mT @ X
     square = G @ G
-    bound = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).double().sqrt()
+    bound = frobenius(square).double().sqrt()
     return G, square, (bound * (1 + 1e-5)).clamp_min(1e-300)
 
 
@@ -187,7 +186,7 @@ def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None)
     """
     input_dtype = X.dtype
     n = X.shape[-1]
-    F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    F = frobenius(X, torch.float64)
     phi = SAFETY * torch.hypot(F, math.sqrt(n) * eps.double())  # hypot: ε may be far above F
     ell = eps / phi
     if X.device.type == "cpu":

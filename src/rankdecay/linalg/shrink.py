@@ -30,7 +30,9 @@ from rankdecay.linalg.stack import (
     chunks,
     finish,
     finite,
+    frobenius,
     mark_bad,
+    nonzero,
     per_matrix,
     prepare,
     resolve,
@@ -257,7 +259,7 @@ def log_norm(W: Tensor) -> Tensor:
     if not on_cpu and W.dtype == torch.float64:
         return _log_norm_of_any(W)
     # A sum in the dtype of W is the quicker one on a CPU, where it can be read whether it was in range.
-    norm = torch.linalg.vector_norm(W, dim=(-2, -1), keepdim=True, dtype=None if on_cpu else torch.float64).double()
+    norm = frobenius(W, None if on_cpu else torch.float64).double()
     log = torch.where(norm.isfinite(), norm.log(), math.nan)
     if on_cpu:
         low, high = (1e-140, 1e150) if W.dtype == torch.float64 else (1e-12, 1e18)
@@ -269,7 +271,7 @@ def log_norm(W: Tensor) -> Tensor:
 
 def _log_norm_of_any(W: Tensor) -> Tensor:
     prepared = prepare(W, torch.float64)
-    norm = torch.linalg.vector_norm(prepared.X, dim=(-2, -1), keepdim=True)
+    norm = frobenius(prepared.X)
     return (norm.log() + prepared.scale.log()).masked_fill(prepared.bad, math.nan)
 
 
@@ -366,8 +368,8 @@ class _Step:
         """Return τ in the units of ``prepared.X``, float64 and finite."""
         if not self.options.relative:
             return scaled_down(tau, prepared)
-        norm = torch.linalg.vector_norm(prepared.X, dim=(-2, -1), keepdim=True)
-        return finite(threshold.absolute_threshold(tau, norm.double(), min(prepared.X.shape[-2:])))
+        norm = frobenius(prepared.X).double()
+        return finite(threshold.absolute_threshold(tau, norm, min(prepared.X.shape[-2:])))
 
     def share_of(self, prepared: Prepared, tau: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the share of each direction as a function of σ and of the σ that count as zero."""
@@ -396,8 +398,8 @@ class _Step:
         if not self.clip:
             after = torch.sub(X, after, out=after)
         if self.options.preserve_norm:
-            before, left = (torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True) for Y in (X, after))
-            after = torch.where(left > 0, after * (before / torch.where(left > 0, left, 1.0)), X)
+            before, left = frobenius(X), frobenius(after)
+            after = torch.where(left > 0, after * (before / nonzero(left)), X)
         self._write(after, prepared, W, tau, out)
 
     def _write(self, after: Tensor, prepared: Prepared, W: Tensor, tau: Tensor, out: Tensor) -> None:

@@ -20,12 +20,11 @@ t ≥ 0 are :func:`hold_norm`, which lets a group grow, and an experiment's cont
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.stack import gram, times, times_in_pieces
+from rankdecay.linalg.stack import gram, nonzero, times, times_in_pieces
 
 
 def absolute_threshold(amount: float | Tensor, norm: Tensor, rank: int) -> Tensor:
@@ -157,7 +156,7 @@ def hold_norm(share: Tensor, norm: Tensor) -> Tensor:
     """Return the shares after which the norm over all groups (last dimension) is what it was; 0 where none is left."""
     before = torch.linalg.vector_norm(norm, dim=-1, keepdim=True)
     after = torch.linalg.vector_norm((1 - share) * norm, dim=-1, keepdim=True)
-    return torch.where(after > 0, 1 - (1 - share) * (before / torch.where(after > 0, after, 1.0)), 0.0)
+    return torch.where(after > 0, 1 - (1 - share) * (before / nonzero(after)), 0.0)
 
 
 def radial(X: Tensor, decayed: Tensor) -> Tensor:
@@ -172,18 +171,9 @@ def radial(X: Tensor, decayed: Tensor) -> Tensor:
     """
     square = X.square().sum((-2, -1), keepdim=True)
     along = ((X - decayed) * X).sum((-2, -1), keepdim=True)
-    return torch.where(square > 0, along / torch.where(square > 0, square, 1.0), 0.0)
+    return torch.where(square > 0, along / nonzero(square), 0.0)
 
 
 def towards(norm: Tensor, target: Tensor | float) -> Tensor:
     """Return the share after which a group has a given norm, < 0 where it grows; 0 for a group that is zero."""
-    return torch.where(norm > 0, 1 - target / torch.where(norm > 0, norm, 1.0), 0.0)
-
-
-def reference(W: Sequence[Sequence[float]], tau: float, *, keep: int = 0, preserve_norm: bool = False) -> Tensor:
-    """Return the soft threshold of singular directions, by an SVD in float64: what the fast paths are compared with."""
-    U, sigma, Vh = torch.linalg.svd(torch.as_tensor(W, dtype=torch.float64), full_matrices=False)
-    left = torch.where(torch.arange(len(sigma)) < keep, sigma, (sigma - tau).clamp_min(0))
-    if preserve_norm and left.any():
-        left = left * (sigma.norm() / left.norm())
-    return U * left @ Vh
+    return torch.where(norm > 0, 1 - target / nonzero(norm), 0.0)
