@@ -1,11 +1,22 @@
-"""Sharded parameters (DTensors), and the optimizer inside a wrapper."""
+"""Sharded parameters (DTensors), processes, and the names and the optimizer inside a wrapper."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a run that torch.distributed has started."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the only one, or of rank 0."""
+    return not is_distributed() or torch.distributed.get_rank() == 0
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -28,6 +39,17 @@ def local(tensor: Tensor) -> Tensor:
     """Return the part of a DTensor that this process holds, detached; any other tensor whole."""
     held: Any = tensor.detach()
     return held.to_local() if is_sharded(tensor) else held
+
+
+def bare_name(name: str, *, in_parallel: bool = True) -> str:
+    """Return the name that a parameter or module has before its model is compiled or wrapped by DDP.
+
+    Args:
+        name: in the wrapped model.
+        in_parallel: whether a first ``module`` may be that of DDP, and not the model's own.
+    """
+    name = f"{name}.".replace("_orig_mod.", "")
+    return (name.removeprefix("module.") if in_parallel else name).removesuffix(".")
 
 
 #: Where wrappers keep the optimizer that they step: Accelerate, Lightning and Lookahead; timm; SAM; heavyball's SAM;

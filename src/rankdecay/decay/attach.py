@@ -19,6 +19,7 @@ from rankdecay.decay.groups import hook_roles
 from rankdecay.decay.optimizers import check_supported, parameters_of
 from rankdecay.decay.plan import Excluded, Planned, Remarks, plan
 from rankdecay.decay.policy import Decay
+from rankdecay.decay.roles import decays_by_role
 from rankdecay.decay.sources import FromGroups, FromModel, Source
 from rankdecay.dtensor import unwrapped, wrappers_of
 from rankdecay.linalg import Backend
@@ -98,9 +99,7 @@ def attach(
     inside, wrappers = unwrapped(optimizer), wrappers_of(optimizer)
     for each in (*wrappers, inside):
         check_supported(each)
-    given = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding, "norm": norm,
-             "bias": bias, "other": other}  # fmt: skip
-    named = {role: decay for role, decay in given.items() if decay is not None}
+    named = decays_by_role(query_key, value_output, mlp, embedding, norm, bias, other)
     check_name("backend", backend, get_args(Backend))
     check_name("counts", counts, get_args(Counts))
     source = _source(inside, model, default, named, names, num_heads, only, exclude, counts == "optimizer")

@@ -55,14 +55,15 @@ from rankdecay.decay.plan import check_decays
 from rankdecay.decay.planes import PlaneStep
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, takes_a_share, unit_of
 from rankdecay.decay.registered import RegisteredGroup, check_group, swapped
-from rankdecay.decay.roles import ROLES
+from rankdecay.decay.roles import ROLES, decays_by_role
 from rankdecay.decay.sources import Source, check_planes_held, give_weight_decay
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target, count_step, pending_key
 from rankdecay.decay.units import in_units, present
 from rankdecay.decay.watch import Watch
-from rankdecay.dtensor import is_sharded
+from rankdecay.dtensor import bare_name, is_distributed, is_sharded
 from rankdecay.linalg import Backend
+from rankdecay.linalg.rounding import step_seed
 
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 _attaching = threading.Lock()  # the set must not change its size while another thread looks through it
@@ -206,9 +207,7 @@ class Attachment:
         """
         optimizer = self.optimizer
         self._check_attached()
-        given = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding,
-                 "norm": norm, "bias": bias, "other": other}  # fmt: skip
-        decays = {role: decay for role, decay in given.items() if decay is not None}
+        decays = decays_by_role(query_key, value_output, mlp, embedding, norm, bias, other)
         check_decays(decays)
         with self._groups_in_one_piece(optimizer):
             self._source.set(optimizer, decays)
@@ -302,7 +301,7 @@ class Attachment:
         for target in targets:
             missed, unit = target.counter.missed, unit_of(target.decay)
             for position, name in enumerate(target.names):
-                of = f"{_bare(name)}.{target.role}"
+                of = f"{bare_name(name)}.{target.role}"
                 counts |= {f"{of}_steps": target.counter.steps, pending_key(of, unit): target.counter.pending}
                 counts |= {pending_key(of, unit, "missed"): missed[position]} if position in missed else {}
                 counts |= {f"{of}_warmed": target.counter.warmed} if target.decay and target.decay.warmup else {}
@@ -314,20 +313,22 @@ class Attachment:
         Raises:
             ValueError: If it has counts, but none of these parameters.
         """
-        names = [_bare(name) for held in self._targets(self.optimizer) for name in held.target.names]
+        names = [bare_name(name) for held in self._targets(self.optimizer) for name in held.target.names]
         if state_dict and not any(key.rpartition(".")[0] in names for key in state_dict):
             raise ValueError(
                 f"the counts are of other parameters, such as {next(iter(state_dict))}; here they are of "
                 f"{', '.join(names[:3])}. Load what attachment.state_dict() gave for the same model."
             )
         for _, target, _ in self._targets(self.optimizer):
-            first = f"{_bare(target.names[0])}.{target.role}"
+            first = f"{bare_name(target.names[0])}.{target.role}"
             target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
             target.counter.pending = float(state_dict.get(pending_key(first, unit_of(target.decay)), 0.0))
             target.counter.start_warmup(after=int(state_dict.get(f"{first}_warmed", 0)))
             target.counter.take_missed()
             for position, name in enumerate(target.names):
-                missed = state_dict.get(pending_key(f"{_bare(name)}.{target.role}", unit_of(target.decay), "missed"))
+                missed = state_dict.get(
+                    pending_key(f"{bare_name(name)}.{target.role}", unit_of(target.decay), "missed")
+                )
                 if missed is not None:
                     target.counter.miss(position, float(missed))
 
@@ -515,8 +516,8 @@ class Attachment:
                 amounts = count_step(target, decay, every, factor, found_inf, live)
                 if decay.lr_coupled and own_rates:
                     amounts = _with_own_rates(optimizer, group, parameters, amounts)
-                place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
-                seed = target.counter.steps * 1_000_003 + place
+                role = ROLES.index(target.role)
+                seed = step_seed(target.counter.steps, index, role, number // len(ROLES))
                 if isinstance(decay, Planes):
                     its = {position: amount for amount, positions in amounts for position in positions}
                     planes.add(decay, parameters, target.names, target.planes, its, seed)
@@ -652,11 +653,6 @@ def _name_later_groups(optimizer: Optimizer) -> None:
     optimizer.add_param_group = add_param_group  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _bare(name: str) -> str:
-    """Return the name that a parameter has before its model is compiled or wrapped."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
 def _with_own_rates(
     optimizer: Optimizer, group: Group, parameters: list[Tensor], amounts: list[tuple[float | Tensor, list[int]]]
 ) -> list[tuple[float | Tensor, list[int]]]:
@@ -725,7 +721,7 @@ def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
 
 def _check_trained(optimizer: Optimizer) -> None:
     """Warn of an optimizer left with the parameters a model had before it was sharded, which nothing trains."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return
     parameters = [p for p in parameters_of(optimizer) if p.requires_grad]
     if parameters and all(p.grad is None for p in parameters):

@@ -40,7 +40,7 @@ from rankdecay.attention.planes import PlaneRows
 from rankdecay.checks import check_number
 from rankdecay.decay.plan import Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, unit_of
-from rankdecay.decay.roles import ROLES, Assigned, Block
+from rankdecay.decay.roles import ROLES, Assigned, Block, decays_by_role
 from rankdecay.dtensor import is_sharded
 
 Group = dict[str, Any]
@@ -113,8 +113,7 @@ def param_groups(
         >>> sorted({group["role"] for group in groups})
         ['bias', 'mlp', 'norm', 'query_key+value_output', 'value_output']
     """
-    named = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding, "norm": norm,
-             "bias": bias, "other": other}  # fmt: skip
+    named = decays_by_role(query_key, value_output, mlp, embedding, norm, bias, other)
     planned, remarks = plan(model, default, named, names, num_heads, only, exclude, rest=Frobenius(0.0), stacklevel=3)
     groups: dict[object, Group] = {}
     planes = query_key if isinstance(query_key, Planes) else None

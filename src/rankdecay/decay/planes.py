@@ -33,9 +33,9 @@ from rankdecay.decay.policy import Planes, Scale, Scope
 from rankdecay.decay.sharded.layout import Layout, lines_of
 from rankdecay.dtensor import is_sharded, local
 from rankdecay.linalg.backend import has_float64
+from rankdecay.linalg.rounding import NEXT_SEED
 from rankdecay.linalg.threshold import leave, soft, spare_largest
 
-_SEED = 1_000_000_007
 #: Norms whose squares float32 holds to its last digit.
 _SAFE = (1e-15, 1e15)
 
@@ -179,7 +179,7 @@ def decay_planes(
             continue
         part = view[piece.first : piece.last]
         share = shares[numbers[number]][piece.slots].view(*part.shape[:-1], 1)
-        _leave(part, share, seed + number * _SEED + piece.part)
+        _leave(part, share, seed + number * NEXT_SEED + piece.part)
     return of_lines
 
 
@@ -196,27 +196,6 @@ def plane_norms(members: Sequence[Member], scope: Scope) -> dict[tuple[str, ...]
         block = math.ldexp(1.0, exponent) * norms[part.start : part.stop].view(-1, part.planes)
         found |= {(part.configuration, name): row for name, row in zip(part.scopes, block, strict=True)}
     return found
-
-
-def reference(planes: Sequence[Tensor], amount: float, *, relative: bool = True, keep: int = 0) -> list[Tensor]:
-    """Return the planes of one scope after a step, in float64: what the fast path is compared with.
-
-    Args:
-        planes: X_j of each plane, (n_j, columns).
-        amount: lr · strength.
-        relative: whether τ is relative.
-        keep: planes that lose nothing.
-    """
-    X = [plane.double() for plane in planes]
-    norms = [float(plane.norm()) for plane in X]
-    kept = sorted(range(len(X)), key=lambda j: -norms[j])[:keep]  # of equals the first
-    after: list[Tensor] = []
-    for j, plane in enumerate(X):
-        n = len(plane)
-        tau = amount * math.hypot(*norms) / math.sqrt(len(X) * n) if relative else amount
-        lost = 0.0 if j in kept or not tau else tau * math.sqrt(n) / norms[j] if norms[j] else 1.0
-        after.append(plane * max(0.0, 1 - lost))
-    return after
 
 
 def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]]) -> None:
