@@ -90,8 +90,8 @@ def unwrapped(optimizer: object) -> Optimizer:
             remedy = ": attach to each of several optimizers, with the roles that it has."
         elif hasattr(inside, "param_groups") and not hasattr(inside, "register_step_post_hook"):
             remedy = (
-                ", which has no hooks of a step though it has groups: make it a subclass, or attach to the optimizer "
-                "that it steps."
+                ", which has param_groups but no step hooks: subclass torch.optim.Optimizer, or attach to the "
+                "optimizer that it steps."
             )
         else:
             engine = "An engine that owns its optimizer, such as DeepSpeed's, flattens parameters"
@@ -100,12 +100,8 @@ def unwrapped(optimizer: object) -> Optimizer:
     if not hasattr(inside, _HOOKS):
         held = next((name for name, each in vars(inside).items() if hasattr(each, _HOOKS)), "")
         raise TypeError(
-            f"{type(inside).__name__} is an optimizer without the hooks of a step, which Optimizer.__init__ makes: "
-            + (
-                f"attach to its .{held}, which it steps."
-                if held
-                else "call that in its own, or attach to what it steps."
-            )
+            f"{type(inside).__name__} has no step hooks: its __init__ does not call Optimizer.__init__; "
+            + (f"attach to its .{held}, which it steps." if held else "call it, or attach to the optimizer it steps.")
         )
     several = getattr(inside, "optimizers", None)
     if isinstance(several, (list, tuple)) and several and all(isinstance(each, Optimizer) for each in several):

@@ -132,7 +132,7 @@ class Monitor:
         check_number("every", every, at_least=1, whole=True, remedy="the steps between two measurements, such as 100")
         if not callable(log):
             raise TypeError(
-                f"log must be something to call with a dictionary, got {type(log).__name__}; for example print, "
+                f"log must be callable with a dictionary, got {type(log).__name__}; for example print, "
                 "wandb.log, or the append of a list."
             )
         if collapse is not None:
@@ -298,7 +298,7 @@ class Monitor:
         if fallen:
             more = f" and {len(fallen) - 8} more" if len(fallen) > 8 else ""
             warnings.warn(
-                f"step {self.steps}: the effective rank has fallen under {self.collapse:g} in "
+                f"step {self.steps}: the effective rank has fallen below {self.collapse:g} in "
                 f"{', '.join(fallen[:8])}{more}. If this is not wanted, lower their decay or the learning rate.",
                 RankCollapseWarning,
                 stacklevel=2,

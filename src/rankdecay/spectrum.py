@@ -188,7 +188,7 @@ def spectrum(W: Tensor) -> Spectrum:
     """
     check_matrix(W, result=False)
     if W.is_meta:
-        raise ValueError("W is on the meta device, where there are no numbers: load its weights first.")
+        raise ValueError("W is on the meta device and has no values: load its weights first.")
     X = W.detach().to("cpu", torch.float64)
     if X.numel() == 0:
         return Spectrum(X.new_zeros((*X.shape[:-2], min(X.shape[-2:]))))

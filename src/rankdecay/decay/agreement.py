@@ -125,7 +125,7 @@ def _check_planes(one: dict[str, Any], other: dict[str, Any], rank: int, other_r
     raise ValueError(
         "query_key=Planes(scope='model') needs all layers of a rotary configuration in every process, and these "
         f"processes have different ones, as pipeline stages do: rank {rank} has {next(words)} and rank {other_rank} "
-        f"has {next(words)}; use scope='layer', for which a layer is enough."
+        f"has {next(words)}; use scope='layer', which needs only the rows of one layer."
     )
 
 

@@ -218,7 +218,7 @@ def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]
             raise ValueError(
                 f"{given} needs all rows of a plane in one optimizer, and {', '.join(missing)} of {each.layer} "
                 f"{'is' if len(missing) == 1 else 'are'} frozen, excluded or not in this one: a plane would never "
-                "vanish. No other scope would do: put W_Q, W_K and their biases into one optimizer, all of them "
+                "vanish. No other scope helps: put W_Q, W_K and their biases into one optimizer, all of them "
                 "trained, or exclude the layer."
             )
         there = layers[each.configuration]
@@ -226,7 +226,7 @@ def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]
             raise ValueError(
                 f"{given} needs the {each.layers} layers of one rotary configuration in one optimizer, and this one "
                 f"has {len(there)} of them, {', '.join(sorted(there)[:4])}{', …' if len(there) > 4 else ''}: give it "
-                "the others too, or use scope='layer', for which a layer is enough."
+                "the others too, or use scope='layer', which needs only the rows of one layer."
             )
         if (decay.keep or 0) >= each.planes:
             raise ValueError(
