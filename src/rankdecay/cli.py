@@ -363,7 +363,7 @@ def _inspect(settings: argparse.Namespace) -> int:
         show_page(settings.html)
     if settings.json:
         print(_as_json(reports))
-        return _code(reports, settings)
+        return _exit_code(reports, settings)
     print(reports[-1])
     if settings.compare:
         print(comparison(reports))
@@ -373,7 +373,7 @@ def _inspect(settings: argparse.Namespace) -> int:
     for written in (settings.csv, settings.html):
         if written is not None:
             print(visible(str(written)))
-    return _code(reports, settings)
+    return _exit_code(reports, settings)
 
 
 def _check_outputs(paths: Sequence[Path], settings: argparse.Namespace) -> None:
@@ -399,7 +399,7 @@ def _over_time(path: Path) -> str:
         raise _explained(error, path) from None
 
 
-def _code(reports: "Sequence[Inspection | Listing]", settings: argparse.Namespace) -> int:
+def _exit_code(reports: "Sequence[Inspection | Listing]", settings: argparse.Namespace) -> int:
     return STRICT if settings.strict and any(report.unhandled for report in reports) else 0
 
 
@@ -418,7 +418,7 @@ def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespac
     for path, _ in chosen:
         if is_run_directory(path):
             raise CommandError(f"{path} is a run directory, whose snapshots hold spectra alone: leave out --list")
-    how = _how(settings)
+    how = _search_options(settings)
     try:
         listings = [listing(path, **how, layers=settings.layers or None, state=state) for path, state in chosen]
     except ValueError as error:
@@ -427,14 +427,14 @@ def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespac
         print(_as_json(listings))
     else:
         print("\n\n".join(map(str, listings)))
-    return _code(listings, settings)
+    return _exit_code(listings, settings)
 
 
 def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> "Inspection":
     from rankdecay.inspection import inspect
     from rankdecay.lab.experiments.grok.inspect_run import inspect_run, is_run_directory
 
-    how = _how(settings)
+    how = _search_options(settings)
     try:
         if is_run_directory(path):
             if state is not None:
@@ -497,7 +497,7 @@ def _layer(text: str) -> str:
     return text
 
 
-def _how(settings: argparse.Namespace) -> dict[str, Any]:
+def _search_options(settings: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that say how attention is found."""
     for option in ("num_heads", "head_dim"):
         value = getattr(settings, option)

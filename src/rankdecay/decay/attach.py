@@ -20,7 +20,7 @@ from rankdecay.decay.optimizers import check_supported, parameters_of
 from rankdecay.decay.plan import Excluded, Planned, Remarks, plan
 from rankdecay.decay.policy import Decay
 from rankdecay.decay.roles import decays_by_role
-from rankdecay.decay.sources import FromGroups, FromModel, Source
+from rankdecay.decay.sources import DecaySource, FromGroups, FromModel
 from rankdecay.dtensor import unwrapped, wrappers_of
 from rankdecay.linalg import Backend
 
@@ -70,7 +70,7 @@ def attach(
         bias: decay of biases.
         other: decay of everything else.
         exclude: parameters to leave to the optimizer, as for :func:`rankdecay.param_groups`.
-        names: how your own attention names its projections, as there.
+        names: how your own attention names its projections, as in :func:`rankdecay.find_attention`.
         num_heads: number of query heads, where the model does not say it.
         only: look for ``names`` alone.
         backend: ``"exact"``, ``"matmul"``, or ``"auto"``: exact on a CPU, products elsewhere, so that a step
@@ -116,7 +116,7 @@ def _source(
     only: bool,
     exclude: Excluded,
     counts_in_state: bool,
-) -> Source:
+) -> DecaySource:
     """Return where the decays come from: the optimizer's groups, or the model and the roles."""
     kind = type(optimizer).__name__
     ours = any("role" in group and ("why" in group or hook_roles(group)) for group in optimizer.param_groups)

@@ -55,7 +55,7 @@ from rankdecay.decay.planes import PlaneStep
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, unit_of
 from rankdecay.decay.registered import RegisteredGroup, check_group, swapped
 from rankdecay.decay.roles import ROLES, decays_by_role
-from rankdecay.decay.sources import Source, check_planes_held
+from rankdecay.decay.sources import DecaySource, check_planes_held
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target, count_step, pending_key
 from rankdecay.decay.units import in_units, present
@@ -85,7 +85,7 @@ def _living() -> list[tuple[Attachment, Optimizer]]:
 class Attachment:
     """A decay that is attached to an optimizer. Made by :func:`attach`."""
 
-    def __init__(self, optimizer: Optimizer, source: Source, backend: Backend, wrappers: list[object]) -> None:
+    def __init__(self, optimizer: Optimizer, source: DecaySource, backend: Backend, wrappers: list[object]) -> None:
         kind = type(optimizer).__name__
         if any(other is optimizer for _, other in _living()):
             raise ValueError(

@@ -127,7 +127,7 @@ def param_groups(
         group["param_names"].append(entry.names[0])
         group["why"].append(why_of(entry))
         l2 = all(isinstance(decay, Frobenius) and decay.is_l2 for _, decay in decays)
-        known = Known(
+        known = GroupInfo(
             entry.names[0], group["why"][-1], remarks, entry.blocks, l2, entry.planes, entry.no_planes, excluded
         )
         _known.know(model, known.name, entry.parameter, known)
@@ -171,7 +171,7 @@ def with_names(group: Any) -> Any:
     return {**group, "params": params, "param_names": [f"parameter {i}" for i in range(len(params))]}
 
 
-class Known(NamedTuple):
+class GroupInfo(NamedTuple):
     """What :func:`param_groups` knows of a parameter, and an optimizer's state need not hold.
 
     Attributes:
@@ -202,9 +202,9 @@ class _KnownParameters:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[nn.Module], str, Known]] = {}
+        self._known: dict[int, tuple[weakref.ref[nn.Module], str, GroupInfo]] = {}
 
-    def know(self, model: nn.Module, name: str, parameter: Tensor, known: Known) -> None:
+    def know(self, model: nn.Module, name: str, parameter: Tensor, known: GroupInfo) -> None:
         """Take up a parameter of a model."""
         owner, _, leaf = name.rpartition(".")
         key = id(parameter)
@@ -215,7 +215,7 @@ class _KnownParameters:
 
         self._known[key] = (weakref.ref(model.get_submodule(owner), forget), leaf, known)
 
-    def _found(self, parameter: Tensor) -> Known | None:
+    def _found(self, parameter: Tensor) -> GroupInfo | None:
         reference, leaf, known = self._known.get(id(parameter), (lambda: None, "", None))
         holder = reference()
         held = holder._parameters[leaf] if holder is not None and leaf in holder._parameters else None
@@ -226,7 +226,7 @@ class _KnownParameters:
     def __contains__(self, parameter: Tensor) -> bool:
         return self._found(parameter) is not None
 
-    def __getitem__(self, parameter: Tensor) -> Known:
+    def __getitem__(self, parameter: Tensor) -> GroupInfo:
         known = self._found(parameter)
         if known is None:
             raise KeyError(parameter)

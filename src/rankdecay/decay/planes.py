@@ -34,7 +34,7 @@ from rankdecay.decay.sharded.layout import Layout, lines_of
 from rankdecay.dtensor import is_sharded, local
 from rankdecay.linalg.backend import has_float64
 from rankdecay.linalg.rounding import NEXT_SEED
-from rankdecay.linalg.threshold import leave, soft, spare_largest
+from rankdecay.linalg.threshold import shrink_by, soft, spare_largest
 
 #: Norms whose squares float32 holds to its last digit.
 _SAFE = (1e-15, 1e15)
@@ -472,6 +472,6 @@ def _leave(part: Tensor, share: Tensor, seed: int) -> None:
     """Let lines lose their share in place; 16 bits are rounded stochastically."""
     share = share.to(part.device, torch.float64 if part.dtype == torch.float64 else torch.float32)
     if part.dtype.itemsize >= 4:
-        leave(part, share, out=part)
+        shrink_by(part, share, out=part)
     else:
-        part.copy_(rounded(leave(part.float(), share), part.dtype, seed))
+        part.copy_(rounded(shrink_by(part.float(), share), part.dtype, seed))

@@ -35,11 +35,11 @@ from rankdecay.decay.optimizers import counts_steps, decouples, is_decoupled
 from rankdecay.decay.plan import Planned, Remarks, bias_planes, decay_of, holds_more, why_of
 from rankdecay.decay.planes import check_alike, check_planes
 from rankdecay.decay.policy import Decay, Frobenius, Planes, unit_of
-from rankdecay.decay.targets import Bundle, Counter, Target
+from rankdecay.decay.targets import Bundle, StepCounter, Target
 from rankdecay.decay.weight_decay import Section
 
 
-class Place(NamedTuple):
+class ParameterDescription(NamedTuple):
     """What a parameter of a group is, for a reader."""
 
     name: str
@@ -47,7 +47,7 @@ class Place(NamedTuple):
     why: str
 
 
-class Source(Protocol):
+class DecaySource(Protocol):
     """Where the targets of an optimizer come from."""
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
@@ -66,7 +66,7 @@ class Source(Protocol):
         """Return the parameters that the optimizer is to step with another weight decay than the group's."""
         ...
 
-    def place(self, index: int, group: Group, position: int) -> Place:
+    def place(self, index: int, group: Group, position: int) -> ParameterDescription:
         """Return what a parameter is."""
         ...
 
@@ -99,7 +99,7 @@ class Source(Protocol):
         ...
 
 
-def check_planes_held(source: Source, optimizer: Optimizer) -> None:
+def check_planes_held(source: DecaySource, optimizer: Optimizer) -> None:
     """Raise if an optimizer has a part of the rows of rotary planes that are to vanish together.
 
     Raises:
@@ -148,7 +148,7 @@ class FromGroups:
         for role, decay in decays_in(group).items():
             of_planes = isinstance(decay, Planes)
             at = every if not biases else biases if of_planes else [i for i in every if i not in biases]
-            windows, counter = windows_in(group, role), Counter(group, role)
+            windows, counter = windows_in(group, role), StepCounter(group, role)
             rows = [planes[i] for i in at] if of_planes else []
             its_names, its_whys = [names[i] for i in at], [whys[i] for i in at]
             targets.append(Target(role, decay, windows, at, its_names, its_whys, counter, planes=rows))
@@ -173,10 +173,10 @@ class FromGroups:
             every = [position for position in every if planes[position]]
         return [Section(every, 0.0)]
 
-    def place(self, index: int, group: Group, position: int) -> Place:
+    def place(self, index: int, group: Group, position: int) -> ParameterDescription:
         """Return what the group says of a parameter."""
         role = group.get("role", "not from param_groups")
-        return Place(names_in(group)[position], role, whys_in(group)[position])
+        return ParameterDescription(names_in(group)[position], role, whys_in(group)[position])
 
     def remarks(self, optimizer: Optimizer) -> Remarks:
         """Return what was remarked when the groups were made."""
@@ -332,14 +332,16 @@ class FromModel:
             _check_part(optimizer, index, group, bundle)
         return [Section(bundle.positions, bundle.l2) for bundle in self._bundles[index]]
 
-    def place(self, index: int, group: Group, position: int) -> Place:
+    def place(self, index: int, group: Group, position: int) -> ParameterDescription:
         """Return what the model says of a parameter."""
         name = self._names[index][position]
         if name is None:
-            return Place(f"parameter {position} of group {index}", "-", f"not a parameter of {self._kind}")
+            return ParameterDescription(
+                f"parameter {position} of group {index}", "-", f"not a parameter of {self._kind}"
+            )
         planned = self._planned[name]
         role = "+".join(dict.fromkeys(block.role for block, _ in planned.acting))
-        return Place(name, role, why_of(planned.entry) + ("; excluded" if planned.excluded else ""))
+        return ParameterDescription(name, role, why_of(planned.entry) + ("; excluded" if planned.excluded else ""))
 
     def remarks(self, optimizer: Optimizer) -> Remarks:
         """Return what was remarked when the model was looked at."""
@@ -458,7 +460,7 @@ class FromModel:
         for role in dict.fromkeys(block.role for block, _ in decays):
             [its] = {decay for block, decay in decays if block.role == role}
             windows = [block.labelled_window() for block, _ in decays if block.role == role]
-            counter = Counter(numbers, role, unit_of(its))
+            counter = StepCounter(numbers, role, unit_of(its))
             planes = [self._planned[name].entry.planes for name in names] if isinstance(its, Planes) else []
             targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer, planes))
         l2 = decay.strength if by_optimizer and isinstance(decay, Frobenius) else 0.0

@@ -1,4 +1,4 @@
-"""What a strength means: the share that a step takes at the present learning rate, and when nothing is left."""
+"""Meaning of a strength: the share that a step takes at the present learning rate, and when nothing is left."""
 
 from __future__ import annotations
 

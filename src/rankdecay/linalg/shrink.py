@@ -26,6 +26,7 @@ from rankdecay.linalg.matmul import cubic_newton_schulz
 from rankdecay.linalg.stack import (
     Prepared,
     at_once,
+    check_and_choose_backend,
     check_matrix,
     chunks,
     finish,
@@ -35,7 +36,6 @@ from rankdecay.linalg.stack import (
     nonzero,
     per_matrix,
     prepare,
-    resolve,
     scaled_down,
     side_by_side,
     working_dtype,
@@ -95,7 +95,7 @@ def shrink(
                 [ 0.0000, -0.5000]])
     """
     options = check_options(rule, Options(smoothing, steps, relative, keep, preserve_norm))
-    resolve(W, backend)
+    check_and_choose_backend(W, backend)
     step = per_matrix("tau", tau, W)
     if W.numel() == 0 or (not isinstance(tau, Tensor) and tau == 0):
         return W.clone()
@@ -173,7 +173,7 @@ def spectral_clip(W: Tensor, beta: float | Tensor, backend: str = "auto") -> Ten
         TypeError: If ``W`` is not a real floating-point tensor.
         ValueError: As for :func:`soft_threshold`.
     """
-    resolve(W, backend)
+    check_and_choose_backend(W, backend)
     radius = per_matrix("beta", beta, W)
     if W.numel() == 0:
         return W.clone()
@@ -250,7 +250,7 @@ def power_step(
         return W.clone() if out is None else out.copy_(W)
     log = torch.zeros_like(step) if power == 1 else log_norm(W)  # the share does not depend on it
     share = threshold.power(log, step, power, cap).to(W.dtype)
-    return threshold.leave(W, share, out)
+    return threshold.shrink_by(W, share, out)
 
 
 def log_norm(W: Tensor) -> Tensor:

@@ -240,8 +240,8 @@ def finish(out: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
     return out.mT.contiguous() if prepared.wide else out
 
 
-def resolve(W: Tensor, backend: str) -> str:
-    """Check ``W`` and ``backend`` and returns "exact" or "matmul"."""
+def check_and_choose_backend(W: Tensor, backend: str) -> str:
+    """Check ``W`` and ``backend`` and return "exact" or "matmul"."""
     check_matrix(W)
     check_name("backend", backend, get_args(Backend))
     return choose_backend(W.shape, W.device, W.dtype) if backend == "auto" else backend

@@ -13,8 +13,8 @@ share               :math:`t_g`                                        read as
 :func:`power`       min(amount · ‖X_g‖^(p − 1), cap)                   L2 for p = 1, τ of the norm for p = 0
 ==================  =================================================  =========================================
 
-:func:`spare_largest` and :func:`hold_norm` change shares that were found; :func:`leave` applies them. The exceptions to
-t ≥ 0 are :func:`hold_norm`, which lets a group grow, and an experiment's control that turns a step round.
+:func:`spare_largest` and :func:`hold_norm` change shares that were found; :func:`shrink_by` applies them. The
+exceptions to t ≥ 0 are :func:`hold_norm`, which lets a group grow, and an experiment's control that turns a step round.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def absolute_threshold(amount: float | Tensor, norm: Tensor, rank: int) -> Tenso
     return amount * norm / rank**0.5
 
 
-def leave(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
+def shrink_by(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
     """Return X - t X, to the last digit X where t = 0. The rounding of 1 - t would be a decay of its own.
 
     Args:
@@ -50,7 +50,7 @@ def leave(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def leave_directions(X: Tensor, V: Tensor, share: Tensor, *, coarse: bool = False, overwrite: bool = False) -> Tensor:
-    """Return what is left of X when each right singular direction loses its share: :func:`leave` in their basis.
+    """Return what is left of X when each right singular direction loses its share: :func:`shrink_by` in their basis.
 
     Args:
         X: matrices (..., m, n), float64.
