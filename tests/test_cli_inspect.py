@@ -60,7 +60,7 @@ def test_what_is_looked_at_is_not_written_over(checkpoint, tmp_path, capsys):
     before = weights.read_bytes()
     for option in ("--csv", "--html"):
         assert main(["inspect", str(checkpoint), option, str(weights)]) == 2
-        assert "is a file of what is looked at: give another name" in capsys.readouterr().err
+        assert "is a file that would be read: give another name" in capsys.readouterr().err
     assert weights.read_bytes() == before
     out = str(tmp_path / "out")
     assert main(["inspect", str(checkpoint), "--csv", out, "--html", out]) == 2
@@ -155,7 +155,7 @@ def test_what_cannot_work_is_one_line_and_code_2(arguments, message, capsys, mon
 
 def test_wrong_names_are_refused(checkpoint, capsys):
     assert main(["inspect", str(checkpoint), "--names", "q=a"]) == 2
-    assert "--names q=a: expected name=projection with names out of query, key" in capsys.readouterr().err
+    assert "--names q=a: expected name=projection, where name is one of query, key" in capsys.readouterr().err
     assert main(["inspect", str(checkpoint), "--layers", "9"]) == 2
     assert "layers=9 is out of range: the model has layers 0–1" in capsys.readouterr().err
 
@@ -226,5 +226,5 @@ def test_a_listing_has_the_layers_asked_for_and_no_heads(checkpoint, capsys) -> 
 @pytest.mark.parametrize("option", ["--layers=0", "--heads=0", "--num-heads=4", "--head-dim=8", "--names=fused=qkv"])
 def test_what_a_run_directory_cannot_be_asked_is_not_ignored(option, capsys) -> None:
     assert main(["inspect", str(ROOT / "docs" / "data" / "grok_default"), option]) == 2
-    said = f"of which all is shown: leave out {option.partition('=')[0]}"
+    said = f"which is always shown whole: leave out {option.partition('=')[0]}"
     assert said in capsys.readouterr().err

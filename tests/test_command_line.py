@@ -201,7 +201,7 @@ def test_ctrl_c_says_how_to_go_on(arguments: list[str], name: str, here: Path, t
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=HANG)
     assert process.returncode == 130, error
-    assert f"rankdecay: interrupted; to begin anew, run again: {shlex.join(['rankdecay', *arguments])}" in error
+    assert f"rankdecay: interrupted; to start over, run: {shlex.join(['rankdecay', *arguments])}" in error
     assert "Traceback" not in error
     assert {path.name for path in tmp_path.iterdir()} == {"model", "ready"}
 

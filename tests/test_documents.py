@@ -145,7 +145,7 @@ def test_the_page_on_recognition_runs_and_says_what_it_shows(
 @pytest.mark.parametrize("command", re.findall(r"^rankdecay inspect .*--names.*$", RECOGNITION, re.MULTILINE))
 def test_the_commands_of_the_page_on_recognition_are_understood(command: str) -> None:
     settings = cli._parsed(cli._inspect_parser(), shlex.split(command)[2:])
-    assert cli._how(settings)["names"]
+    assert cli._search_options(settings)["names"]
 
 
 # --- what the guide on extending shows ---

@@ -50,24 +50,24 @@ EXIT_CODES = {
     1: "standard output cannot be written, as on a full disk",
     2: "a command, setting or file that cannot work: one line on standard error says what to do",
     STRICT: "inspect --strict: something that looks like attention is not handled",
-    130: "interrupted (Ctrl-C): a line says how to go on",
+    130: "interrupted (Ctrl-C); the last line says how to continue",
 }
 #: Command lines to show at the end of ``--help``, with what each does.
 INSPECT_EXAMPLES = {
     "rankdecay inspect model": "the summary of a directory of save_pretrained",
     "rankdecay inspect model --html model.html --open": "maps of the heads and their spectra, in a browser",
     "rankdecay inspect first --compare second last": "what changed over training",
-    "rankdecay inspect weights.pt --num-heads 4": "a state dict, which does not say its heads",
+    "rankdecay inspect weights.pt --num-heads 4": "a state dict, which does not record its number of heads",
     "rankdecay inspect runs/grok": "the spectra that an experiment has stored",
 }
 COMPRESS_EXAMPLES = {
     "rankdecay compress model --dry-run": "what smaller heads would cost; writes nothing",
     "rankdecay compress model --head-dim 8 --out smaller --calibration text.txt": "write one, chosen on a text",
 }
-#: What a command without arguments wants.
+#: What a command without arguments lacks.
 WANTED = {
-    "inspect": "wants the PATH of a model: rankdecay inspect model shows a directory of save_pretrained",
-    "compress": "wants the PATH of a model: rankdecay compress model --dry-run shows what smaller heads cost, "
+    "inspect": "needs the PATH of a model: rankdecay inspect model shows a directory of save_pretrained",
+    "compress": "needs the PATH of a model: rankdecay compress model --dry-run shows what smaller heads cost, "
     "rankdecay compress model --head-dim 64 --out smaller writes one",
 }
 
@@ -88,10 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         again = shlex.join(["rankdecay", *arguments])
-        print(
-            f"\nrankdecay: interrupted; to begin anew, run again: {visible(again)}",
-            file=sys.stderr,
-        )
+        print(f"\nrankdecay: interrupted; to start over, run: {visible(again)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, `head` perhaps, has closed it
         _drop_output()
@@ -335,7 +332,7 @@ def _inspect(settings: argparse.Namespace) -> int:
     from rankdecay.lab.store import tidy
 
     if settings.open and settings.html is None:
-        raise CommandError("--open opens the page of --html, which is not given: add --html page.html")
+        raise CommandError("--open needs --html: add --html page.html")
     paths = (settings.path, *settings.compare)
     _check_outputs(paths, settings)
     try:
@@ -366,7 +363,7 @@ def _inspect(settings: argparse.Namespace) -> int:
         show_page(settings.html)
     if settings.json:
         print(_as_json(reports))
-        return _code(reports, settings)
+        return _exit_code(reports, settings)
     print(reports[-1])
     if settings.compare:
         print(comparison(reports))
@@ -376,7 +373,7 @@ def _inspect(settings: argparse.Namespace) -> int:
     for written in (settings.csv, settings.html):
         if written is not None:
             print(visible(str(written)))
-    return _code(reports, settings)
+    return _exit_code(reports, settings)
 
 
 def _check_outputs(paths: Sequence[Path], settings: argparse.Namespace) -> None:
@@ -389,7 +386,7 @@ def _check_outputs(paths: Sequence[Path], settings: argparse.Namespace) -> None:
         for looked_at in (each.absolute() for each in paths):
             inside = looked_at in path.parents and path.exists() and path.suffix not in (".csv", ".html", ".htm")
             if path == looked_at or inside:
-                raise CommandError(f"{option} {named[option]} is a file of what is looked at: give another name")
+                raise CommandError(f"{option} {named[option]} is a file that would be read: give another name")
 
 
 def _over_time(path: Path) -> str:
@@ -402,7 +399,7 @@ def _over_time(path: Path) -> str:
         raise _explained(error, path) from None
 
 
-def _code(reports: "Sequence[Inspection | Listing]", settings: argparse.Namespace) -> int:
+def _exit_code(reports: "Sequence[Inspection | Listing]", settings: argparse.Namespace) -> int:
     return STRICT if settings.strict and any(report.unhandled for report in reports) else 0
 
 
@@ -421,7 +418,7 @@ def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespac
     for path, _ in chosen:
         if is_run_directory(path):
             raise CommandError(f"{path} is a run directory, whose snapshots hold spectra alone: leave out --list")
-    how = _how(settings)
+    how = _search_options(settings)
     try:
         listings = [listing(path, **how, layers=settings.layers or None, state=state) for path, state in chosen]
     except ValueError as error:
@@ -430,14 +427,14 @@ def _list(chosen: Sequence[tuple[Path, str | None]], settings: argparse.Namespac
         print(_as_json(listings))
     else:
         print("\n\n".join(map(str, listings)))
-    return _code(listings, settings)
+    return _exit_code(listings, settings)
 
 
 def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> "Inspection":
     from rankdecay.inspection import inspect
     from rankdecay.lab.experiments.grok.inspect_run import inspect_run, is_run_directory
 
-    how = _how(settings)
+    how = _search_options(settings)
     try:
         if is_run_directory(path):
             if state is not None:
@@ -446,9 +443,8 @@ def _inspection(path: Path, state: str | None, settings: argparse.Namespace) -> 
                 )
             for option in ("names", "only", "num_heads", "head_dim", "layers", "heads"):
                 if getattr(settings, option):
-                    raise CommandError(
-                        f"{path} is a run directory, of which all is shown: leave out --{option.replace('_', '-')}"
-                    )
+                    flag = option.replace("_", "-")
+                    raise CommandError(f"{path} is a run directory, which is always shown whole: leave out --{flag}")
             return inspect_run(path)
         layers, heads = settings.layers or None, settings.heads or None
         progress = None if settings.quiet or settings.json else partial(_Progress(), str(path), unit=" layers")
@@ -501,14 +497,14 @@ def _layer(text: str) -> str:
     return text
 
 
-def _how(settings: argparse.Namespace) -> dict[str, Any]:
+def _search_options(settings: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that say how attention is found."""
     for option in ("num_heads", "head_dim"):
         value = getattr(settings, option)
         if value is not None and value < 1:
             raise CommandError(f"--{option.replace('_', '-')} {value} must be at least 1")
     if settings.only and not settings.names:
-        raise CommandError("--only looks for the attention of --names alone, and --names is not given")
+        raise CommandError("--only needs --names: it restricts the search to the attention that --names describes")
     names = [_names(text) for text in settings.names or ()]
     return {
         "names": names or None,
@@ -534,7 +530,7 @@ def _names(text: str) -> "AttentionNames":
         name, _, value = part.partition("=")
         if name not in _NAMES or not value:
             raise CommandError(
-                f"--names {text}: expected name=projection with names out of {', '.join(_NAMES)}, such as "
+                f"--names {text}: expected name=projection, where name is one of {', '.join(_NAMES)}, such as "
                 "query=wq,key=wk,value=wv,output=wo or fused=qkv,output=proj"
             )
         kind, flags = _NAMES[name], {"yes": True, "true": True, "no": False, "false": False}

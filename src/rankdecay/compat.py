@@ -31,6 +31,8 @@ from rankdecay.attention.source import ModuleSource
 from rankdecay.checks import check_number
 from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.policy import LowRank
+from rankdecay.dtensor import is_first_process
+from rankdecay.linalg.rounding import step_seed
 from rankdecay.linalg.rules.newton_schulz import with_steps
 from rankdecay.spectrum import spectrum
 from rankdecay.text import aligned
@@ -94,7 +96,7 @@ class NewtonSchulzLowRankDecay:
         decay = self._decay()
         self._steps += 1
         for number, (windows, parameters) in enumerate(self._by_windows.items()):
-            seed = self._steps * 1_000_003 + number * 1_009
+            seed = step_seed(self._steps, number)
             apply([Step(parameters, list(windows), decay, decay.strength, seed)], "auto")
 
     def _decay(self) -> LowRank:
@@ -230,6 +232,5 @@ def _text(shape: tuple[int, ...]) -> str:
 
 def _print(title: str, *lines: str) -> None:
     """Print in the first process alone."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not several or torch.distributed.get_rank() == 0:
+    if is_first_process():
         print("\n  ".join([f"rankdecay: {title}", *lines]))

@@ -1,11 +1,22 @@
-"""Sharded parameters (DTensors), and the optimizer inside a wrapper."""
+"""Sharded parameters (DTensors), processes, and the names and the optimizer inside a wrapper."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a run that torch.distributed has started."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the only one, or of rank 0."""
+    return not is_distributed() or torch.distributed.get_rank() == 0
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -28,6 +39,17 @@ def local(tensor: Tensor) -> Tensor:
     """Return the part of a DTensor that this process holds, detached; any other tensor whole."""
     held: Any = tensor.detach()
     return held.to_local() if is_sharded(tensor) else held
+
+
+def bare_name(name: str, *, in_parallel: bool = True) -> str:
+    """Return the name that a parameter or module has before its model is compiled or wrapped by DDP.
+
+    Args:
+        name: in the wrapped model.
+        in_parallel: whether a first ``module`` may be that of DDP, and not the model's own.
+    """
+    name = f"{name}.".replace("_orig_mod.", "")
+    return (name.removeprefix("module.") if in_parallel else name).removesuffix(".")
 
 
 #: Where wrappers keep the optimizer that they step: Accelerate, Lightning and Lookahead; timm; SAM; heavyball's SAM;
@@ -68,8 +90,8 @@ def unwrapped(optimizer: object) -> Optimizer:
             remedy = ": attach to each of several optimizers, with the roles that it has."
         elif hasattr(inside, "param_groups") and not hasattr(inside, "register_step_post_hook"):
             remedy = (
-                ", which has no hooks of a step though it has groups: make it a subclass, or attach to the optimizer "
-                "that it steps."
+                ", which has param_groups but no step hooks: subclass torch.optim.Optimizer, or attach to the "
+                "optimizer that it steps."
             )
         else:
             engine = "An engine that owns its optimizer, such as DeepSpeed's, flattens parameters"
@@ -78,12 +100,8 @@ def unwrapped(optimizer: object) -> Optimizer:
     if not hasattr(inside, _HOOKS):
         held = next((name for name, each in vars(inside).items() if hasattr(each, _HOOKS)), "")
         raise TypeError(
-            f"{type(inside).__name__} is an optimizer without the hooks of a step, which Optimizer.__init__ makes: "
-            + (
-                f"attach to its .{held}, which it steps."
-                if held
-                else "call that in its own, or attach to what it steps."
-            )
+            f"{type(inside).__name__} has no step hooks: its __init__ does not call Optimizer.__init__; "
+            + (f"attach to its .{held}, which it steps." if held else "call it, or attach to the optimizer it steps.")
         )
     several = getattr(inside, "optimizers", None)
     if isinstance(several, (list, tuple)) and several and all(isinstance(each, Optimizer) for each in several):

@@ -172,7 +172,7 @@ def inspect(
     if example is not None:
         if not isinstance(source, ModuleSource):
             raise TypeError(f"example= runs a live model, and {source} is a checkpoint: load the model and give it.")
-        found = settled(found, gradients_of(source.model, _score_parameters(found), example))
+        found = settled(found, gradients_of(source.model, score_parameters(found), example))
     rows: list[Row] = []
     notes: dict[str, list[str]] = {}
     asked = chosen(layers, found)
@@ -212,7 +212,8 @@ def check_values(model: nn.Module, layers: Sequence[AttentionLayer]) -> None:
                 )
 
 
-def _score_parameters(layers: Sequence[AttentionLayer]) -> list[str]:
+def score_parameters(layers: Sequence[AttentionLayer]) -> list[str]:
+    """Return the names of the weights and biases of queries and keys."""
     views = [view for layer in layers for view in (layer.query, layer.key)]
     return [name for view in views for name in (view.parameter_name, view.bias_name) if name]
 

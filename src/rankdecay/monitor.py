@@ -33,8 +33,8 @@ from rankdecay.attention import AttentionLayer, find_attention
 from rankdecay.attention.locate import Names
 from rankdecay.attention.scale import settled
 from rankdecay.checks import check_name, check_number
-from rankdecay.dtensor import is_sharded, unwrapped, whole
-from rankdecay.inspection import BALANCE, check_values, figure
+from rankdecay.dtensor import bare_name, is_first_process, is_sharded, unwrapped, whole
+from rankdecay.inspection import BALANCE, check_values, figure, score_parameters
 from rankdecay.spectrum import spectrum
 
 Part = Literal["query_key", "value_output", "query", "key", "value", "output"]
@@ -132,7 +132,7 @@ class Monitor:
         check_number("every", every, at_least=1, whole=True, remedy="the steps between two measurements, such as 100")
         if not callable(log):
             raise TypeError(
-                f"log must be something to call with a dictionary, got {type(log).__name__}; for example print, "
+                f"log must be callable with a dictionary, got {type(log).__name__}; for example print, "
                 "wandb.log, or the append of a list."
             )
         if collapse is not None:
@@ -168,8 +168,7 @@ class Monitor:
         before, self.steps = self.steps, self.steps + 1 if at is None else at
         if self.steps // self.every <= before // self.every:
             return None
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        first = not several or torch.distributed.get_rank() == 0
+        first = is_first_process()
         if not first and not any(is_sharded(parameter) for parameter in self.model.parameters()):
             return None
         heads = self._heads()
@@ -245,8 +244,7 @@ class Monitor:
         unknown = {name: layer for name, layer in self._layers.items() if "qk_norm" in layer.unknown}
         if not unknown:
             return
-        wanted = {view.parameter_name for layer in unknown.values() for view in (layer.query, layer.key)}
-        wanted |= {view.bias_name for layer in unknown.values() for view in (layer.query, layer.key) if view.bias_name}
+        wanted = set(score_parameters(list(unknown.values())))
         parameters = {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if n in wanted}
         gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
         self._layers |= dict(zip(unknown, settled(list(unknown.values()), gradients), strict=True))
@@ -300,7 +298,7 @@ class Monitor:
         if fallen:
             more = f" and {len(fallen) - 8} more" if len(fallen) > 8 else ""
             warnings.warn(
-                f"step {self.steps}: the effective rank has fallen under {self.collapse:g} in "
+                f"step {self.steps}: the effective rank has fallen below {self.collapse:g} in "
                 f"{', '.join(fallen[:8])}{more}. If this is not wanted, lower their decay or the learning rate.",
                 RankCollapseWarning,
                 stacklevel=2,
@@ -332,7 +330,5 @@ def _chosen(argument: str, given: str | Iterable[str], legal: tuple[str, ...]) -
 
 def _plain(name: str, model: nn.Module) -> str:
     """Return the layer's name in the unwrapped model, so that wrapping does not start new curves."""
-    name = f"{name}.".replace("_orig_mod.", "").removesuffix(".")
-    if isinstance(getattr(model, "_orig_mod", model), (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        name = name.removeprefix("module").removeprefix(".")
-    return name or "attention"
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return bare_name(name, in_parallel=isinstance(getattr(model, "_orig_mod", model), parallel)) or "attention"

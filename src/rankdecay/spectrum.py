@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.checks import check_number
-from rankdecay.linalg.stack import check_matrix, decomposed, power_of_two
+from rankdecay.linalg.stack import check_matrix, decomposed, exponent_of, nonzero, power_of_two
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +153,7 @@ class Spectrum:
         """Return σ/σ₁; zeros for a zero matrix."""
         sigma = self.singular_values
         largest = self.spectral_norm[..., None]
-        return sigma / torch.where(largest == 0, 1.0, largest)
+        return sigma / nonzero(largest)
 
     def _known(self, value: Tensor) -> Tensor:
         finite = self.singular_values.isfinite().all(-1)
@@ -188,14 +188,14 @@ def spectrum(W: Tensor) -> Spectrum:
     """
     check_matrix(W, result=False)
     if W.is_meta:
-        raise ValueError("W is on the meta device, where there are no numbers: load its weights first.")
+        raise ValueError("W is on the meta device and has no values: load its weights first.")
     X = W.detach().to("cpu", torch.float64)
     if X.numel() == 0:
         return Spectrum(X.new_zeros((*X.shape[:-2], min(X.shape[-2:]))))
     largest = torch.linalg.vector_norm(X, ord=torch.inf, dim=(-2, -1), keepdim=True)
     bad = ~largest.isfinite()
     # A power of two near the largest entry: exact, and LAPACK never meets an overflow.
-    exponent = torch.frexp(largest).exponent.masked_fill(bad, 0).clamp(-1022, 1022)
+    exponent = exponent_of(largest, bad)
     X = (X * power_of_two(-exponent, torch.float64)).masked_fill_(bad, 0)
     sigma = decomposed(torch.linalg.svdvals, X) * power_of_two(exponent, torch.float64)[..., 0]
     resolution = max(X.shape[-2:]) * torch.finfo(W.dtype if W.dtype == torch.float64 else torch.float32).eps

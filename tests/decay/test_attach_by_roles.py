@@ -596,7 +596,7 @@ def test_a_step_that_never_comes_is_one_warning() -> None:
             model.zero_grad()
             backward(model)
 
-    with pytest.warns(UserWarning, match=r"10 backward passes, and no step\(\) of the AdamW") as caught:
+    with pytest.warns(UserWarning, match=r"10 backward passes without a step\(\) of the AdamW") as caught:
         passes()
     assert len(caught) == 1
     attachment.detach()
@@ -611,7 +611,7 @@ def test_steps_without_a_gradient_are_one_warning() -> None:
         for _ in range(25):
             optimizer.step()
 
-    with pytest.warns(UserWarning, match="in 10 steps of AdamW no decayed parameter had a gradient") as caught:
+    with pytest.warns(UserWarning, match="no decayed parameter had a gradient in 10 steps of AdamW") as caught:
         steps()
     assert len(caught) == 1
 
@@ -1014,12 +1014,12 @@ def test_what_has_no_effect_any_more_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the counts are of other parameters, such as state"):
         attachment.load_state_dict(optimizer.state_dict())
     removed = optimizer.param_groups.pop(0)
-    with pytest.raises(ValueError, match=r"groups and has .*: detach before groups are removed"):
+    with pytest.raises(ValueError, match=r"groups and now has .*: detach before removing groups"):
         optimizer.step()
     optimizer.param_groups.insert(0, removed)
     attachment.detach()
     for told in (lambda: attachment.set(query_key=rd.LowRank(1.0)), attachment.resume):
-        with pytest.raises(RuntimeError, match="is detached, so nothing it is told has an effect"):
+        with pytest.raises(RuntimeError, match="is detached, so the call would have no effect"):
             told()
     with pytest.raises(TypeError, match="the arguments are swapped"):
         rd.attach(model, optimizer, query_key=rd.LowRank(0.1))

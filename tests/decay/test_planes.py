@@ -19,8 +19,9 @@ from rankdecay.attention.locate import locate
 from rankdecay.attention.planes import PlaneRows, plane_rows
 from rankdecay.attention.products import Rotary
 from rankdecay.attention.source import ModuleSource, named_parameters
-from rankdecay.decay.planes import Member, decay_planes, plane_norms, reference
+from rankdecay.decay.planes import Member, decay_planes, plane_norms
 from tests.attention.families import build, randomised
+from tests.decay.by_plane import reference
 
 SIZES: dict[str, Any] = {
     "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "head_dim": 8,

@@ -68,7 +68,7 @@ def test_block_runs_and_leaves_a_decay(page: str, number: int, tmp_path: Path, m
     attachment.set(query_key=rd.LowRank(100.0))
     for group in optimizer.param_groups:
         group["lr"] = 1.0  # more than every singular value
-    with pytest.warns(UserWarning, match="from 1 on hardly anything of a weight is left"):
+    with pytest.warns(UserWarning, match="at 1 or more a weight vanishes within a few steps"):
         train(model, optimizer)
     assert (layer.query.tensor() == 0).all()
     assert (layer.value.tensor() != 0).any()

@@ -101,5 +101,5 @@ def test_a_step_that_never_comes_is_still_noticed() -> None:
     for _ in range(9):
         accelerator.backward(loss_of(model, BATCHES[0].double()))
     loss = loss_of(model, BATCHES[0].double())
-    with pytest.warns(UserWarning, match=r"10 backward passes, and no step\(\)"):
+    with pytest.warns(UserWarning, match=r"10 backward passes without a step\(\)"):
         accelerator.backward(loss)

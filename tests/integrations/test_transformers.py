@@ -260,7 +260,7 @@ def test_an_optimizer_that_never_steps_is_still_noticed(tmp_path):
     made = make_trainer(tmp_path, 11)
     deaf = Deaf(made.model, made.args, train_dataset=made.train_dataset, callbacks=[RankDecay(**ROLES)])
     deaf.remove_callback(transformers.PrinterCallback)
-    with pytest.warns(UserWarning, match=r"10 backward passes, and no step\(\)"):
+    with pytest.warns(UserWarning, match=r"10 backward passes without a step\(\)"):
         deaf.train()
 
 

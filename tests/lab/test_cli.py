@@ -399,7 +399,7 @@ def test_ctrl_c_says_whether_there_is_a_checkpoint(command, words, tmp_path, mon
 
     monkeypatch.setattr("rankdecay.lab.experiment.run", interrupted)
     assert cli.main([command, "--out", str(tmp_path / "run")]) == 130
-    assert f"interrupted; {words}, run again: rankdecay {command} --out" in capsys.readouterr().err
+    assert f"interrupted; {words}, run: rankdecay {command} --out" in capsys.readouterr().err
 
 
 def test_a_kill_before_the_page_was_made_leaves_it_to_the_next_time(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -104,3 +104,14 @@ def random_matrix(m, n, seed):
 
 def thresholded(tau):
     return lambda s: (s - tau).clamp_min(0)
+
+
+def soft_threshold_by_svd(
+    W: Sequence[Sequence[float]], tau: float, *, keep: int = 0, preserve_norm: bool = False
+) -> Tensor:
+    """Return the soft threshold of singular directions, by an SVD in float64: what the fast paths are compared with."""
+    U, sigma, Vh = torch.linalg.svd(torch.as_tensor(W, dtype=torch.float64), full_matrices=False)
+    left = torch.where(torch.arange(len(sigma)) < keep, sigma, (sigma - tau).clamp_min(0))
+    if preserve_norm and left.any():
+        left = left * (sigma.norm() / left.norm())
+    return U * left @ Vh

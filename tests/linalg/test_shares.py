@@ -15,10 +15,11 @@ from matrices import (
     random_matrix,
     seeds,
     slow_is_fine,
+    soft_threshold_by_svd,
     with_spectrum,
 )
 
-from rankdecay.linalg import power_step, record_backends, shrink, stack, threshold
+from rankdecay.linalg import power_step, record_backends, shrink, stack
 from rankdecay.linalg.gram import shrink_factor
 
 BACKENDS = ["auto", "exact", "matmul"]
@@ -28,10 +29,10 @@ rms = lambda W: W.double().norm() / max(1, min(W.shape)) ** 0.5  # noqa: E731
 
 
 def reference(W, tau, rule, *, keep=0, preserve_norm=False, smoothing=0.0):
-    """A step from an SVD in float64; the soft threshold by the reference of the library."""
+    """A step from an SVD in float64; the soft threshold by its own."""
     W = W.double()
     if rule == "prox":
-        return threshold.reference(W.tolist(), tau, keep=keep, preserve_norm=preserve_norm).reshape(W.shape)
+        return soft_threshold_by_svd(W.tolist(), tau, keep=keep, preserve_norm=preserve_norm).reshape(W.shape)
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
     eps = max(tau, smoothing * float(sigma.norm()))
     left = sigma - tau * sigma / torch.hypot(sigma, torch.tensor(eps or 1.0))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from rankdecay.decay.groups import Group
 from rankdecay.decay.policy import Planes
 from rankdecay.decay.targets import Target
-from rankdecay.dtensor import is_sharded
+from rankdecay.dtensor import is_distributed, is_sharded
 
 WAIT = 300.0  # seconds
 _numbers = itertools.count()
@@ -40,7 +40,7 @@ def check_agreement(targets: Iterable[tuple[Group, Target]], backend: str) -> No
         RuntimeError: If a process did not attach in `WAIT` seconds.
         ValueError: If two processes disagree.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not is_distributed() or dist.get_world_size() == 1:
         return
     targets = list(targets)
     policy = _policy(targets, backend)
@@ -125,7 +125,7 @@ def _check_planes(one: dict[str, Any], other: dict[str, Any], rank: int, other_r
     raise ValueError(
         "query_key=Planes(scope='model') needs all layers of a rotary configuration in every process, and these "
         f"processes have different ones, as pipeline stages do: rank {rank} has {next(words)} and rank {other_rank} "
-        f"has {next(words)}; use scope='layer', for which a layer is enough."
+        f"has {next(words)}; use scope='layer', which needs only the rows of one layer."
     )
 
 

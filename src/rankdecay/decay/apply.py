@@ -24,7 +24,7 @@ from rankdecay.decay.sharded.sums import decayed_pieces
 from rankdecay.dtensor import is_sharded
 from rankdecay.linalg import Backend, power_step, shrink
 from rankdecay.linalg.backend import has_float64
-from rankdecay.linalg.rounding import stochastic_round
+from rankdecay.linalg.rounding import NEXT_SEED, stochastic_round
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ def apply(steps: Sequence[Step], backend: Backend) -> None:
             _shrink(pieces, step, backend, step.seed)
         else:
             for parameter in sharded:
-                seed = step.seed + 1_000_000_007 * (len(parts) + 1)
+                seed = step.seed + NEXT_SEED * (len(parts) + 1)
                 parts += parts_of(parameter, step.windows, step.by_head, step.decay, step.amount, seed)
     for part, value in zip(parts, decayed_by_norm(parts), strict=True):
         part.write(rounded(value, part.value.dtype, part.seed))
@@ -154,7 +154,7 @@ def _decay_by_sums(pieces: list[Piece], decay: LowRank, amount: float | Tensor, 
         its = backend_on(batch[0].value, backend)
         values = decayed_pieces(batch, decay, amount, "exact" if its == "auto" else its)
         for piece, value in zip(batch, values, strict=True):
-            seed += 1_000_000_007
+            seed += NEXT_SEED
             piece.write(rounded(value, piece.value.dtype, seed + piece.part))
 
 
@@ -166,7 +166,7 @@ def _decay_by_owners(places: list[Place], step: Step, backend: Backend, seed: in
 
     for batch in _batches(places, redistribution_key, entries, lambda place: _limit(place[0])):
         redistribution = Redistribution(batch, step.by_head)
-        seed += 1_000_000_007
+        seed += NEXT_SEED
         owned = [_Matrix(matrix, matrix.copy_, redistribution.owner) for matrix in redistribution.owned]
         _shrink(owned, step, backend, seed)
         redistribution.close()
@@ -214,7 +214,7 @@ def _shrink(matrices: list[_Matrix], step: Step, backend: Backend, seed: int) ->
 
     matrices = [matrix for matrix in matrices if matrix.value.numel()]
     for batch in _batches(matrices, batch_key, lambda m: m.value.numel(), lambda m: _limit(m.value)):
-        seed += 1_000_000_007
+        seed += NEXT_SEED
         _shrink_batch(batch, step.decay, step.amount, backend, seed + batch[0].part)
 
 

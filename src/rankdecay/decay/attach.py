@@ -19,7 +19,8 @@ from rankdecay.decay.groups import hook_roles
 from rankdecay.decay.optimizers import check_supported, parameters_of
 from rankdecay.decay.plan import Excluded, Planned, Remarks, plan
 from rankdecay.decay.policy import Decay
-from rankdecay.decay.sources import FromGroups, FromModel, Source
+from rankdecay.decay.roles import decays_by_role
+from rankdecay.decay.sources import DecaySource, FromGroups, FromModel
 from rankdecay.dtensor import unwrapped, wrappers_of
 from rankdecay.linalg import Backend
 
@@ -69,7 +70,7 @@ def attach(
         bias: decay of biases.
         other: decay of everything else.
         exclude: parameters to leave to the optimizer, as for :func:`rankdecay.param_groups`.
-        names: how your own attention names its projections, as there.
+        names: how your own attention names its projections, as in :func:`rankdecay.find_attention`.
         num_heads: number of query heads, where the model does not say it.
         only: look for ``names`` alone.
         backend: ``"exact"``, ``"matmul"``, or ``"auto"``: exact on a CPU, products elsewhere, so that a step
@@ -98,9 +99,7 @@ def attach(
     inside, wrappers = unwrapped(optimizer), wrappers_of(optimizer)
     for each in (*wrappers, inside):
         check_supported(each)
-    given = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding, "norm": norm,
-             "bias": bias, "other": other}  # fmt: skip
-    named = {role: decay for role, decay in given.items() if decay is not None}
+    named = decays_by_role(query_key, value_output, mlp, embedding, norm, bias, other)
     check_name("backend", backend, get_args(Backend))
     check_name("counts", counts, get_args(Counts))
     source = _source(inside, model, default, named, names, num_heads, only, exclude, counts == "optimizer")
@@ -117,7 +116,7 @@ def _source(
     only: bool,
     exclude: Excluded,
     counts_in_state: bool,
-) -> Source:
+) -> DecaySource:
     """Return where the decays come from: the optimizer's groups, or the model and the roles."""
     kind = type(optimizer).__name__
     ours = any("role" in group and ("why" in group or hook_roles(group)) for group in optimizer.param_groups)

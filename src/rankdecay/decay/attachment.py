@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from itertools import dropwhile
@@ -29,14 +28,15 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rankdecay.attention.layer import WHOLE, Role
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
 from rankdecay.decay.finite import FiniteCheck
-from rankdecay.decay.groups import Group, with_names
+from rankdecay.decay.groups import Group
+from rankdecay.decay.hooks import before_every_step, keep_in_place, name_later_groups
+from rankdecay.decay.notices import explain_collective_failure, warn_if_too_strong, warn_if_untrained
 from rankdecay.decay.optimizers import (
     check_states,
     counts_steps,
@@ -45,7 +45,6 @@ from rankdecay.decay.optimizers import (
     is_inner_step,
     is_stepping,
     may_make_states_only,
-    parameters_of,
     rate,
     rate_of_parameter,
     rate_of_step,
@@ -53,20 +52,21 @@ from rankdecay.decay.optimizers import (
 )
 from rankdecay.decay.plan import check_decays
 from rankdecay.decay.planes import PlaneStep
-from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, takes_a_share, unit_of
+from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, unit_of
 from rankdecay.decay.registered import RegisteredGroup, check_group, swapped
-from rankdecay.decay.roles import ROLES
-from rankdecay.decay.sources import Source, check_planes_held, give_weight_decay
+from rankdecay.decay.roles import ROLES, decays_by_role
+from rankdecay.decay.sources import DecaySource, check_planes_held
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target, count_step, pending_key
 from rankdecay.decay.units import in_units, present
 from rankdecay.decay.watch import Watch
-from rankdecay.dtensor import is_sharded
+from rankdecay.decay.weight_decay import give_weight_decay
+from rankdecay.dtensor import bare_name, is_sharded
 from rankdecay.linalg import Backend
+from rankdecay.linalg.rounding import step_seed
 
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 _attaching = threading.Lock()  # the set must not change its size while another thread looks through it
-_sees_hooks = False
 
 
 def attached() -> list[Attachment]:
@@ -85,7 +85,7 @@ def _living() -> list[tuple[Attachment, Optimizer]]:
 class Attachment:
     """A decay that is attached to an optimizer. Made by :func:`attach`."""
 
-    def __init__(self, optimizer: Optimizer, source: Source, backend: Backend, wrappers: list[object]) -> None:
+    def __init__(self, optimizer: Optimizer, source: DecaySource, backend: Backend, wrappers: list[object]) -> None:
         kind = type(optimizer).__name__
         if any(other is optimizer for _, other in _living()):
             raise ValueError(
@@ -130,11 +130,11 @@ class Attachment:
             optimizer.register_load_state_dict_post_hook(self._check_loaded),
         ]
         if any("param_names" in group for group in optimizer.param_groups):
-            _name_later_groups(optimizer)
+            name_later_groups(optimizer)
         self._watch = Watch(kind, [p for held in self._targets(optimizer) for p in held.parameters])
         with _attaching:
             _attached.add(self)
-        _see_hooks()
+        before_every_step(_keep_hooks_in_place)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -206,9 +206,7 @@ class Attachment:
         """
         optimizer = self.optimizer
         self._check_attached()
-        given = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding,
-                 "norm": norm, "bias": bias, "other": other}  # fmt: skip
-        decays = {role: decay for role, decay in given.items() if decay is not None}
+        decays = decays_by_role(query_key, value_output, mlp, embedding, norm, bias, other)
         check_decays(decays)
         with self._groups_in_one_piece(optimizer):
             self._source.set(optimizer, decays)
@@ -218,7 +216,7 @@ class Attachment:
 
     def _check_attached(self) -> None:
         if not self._handles:
-            raise RuntimeError("this attachment is detached, so nothing it is told has an effect; attach again.")
+            raise RuntimeError("this attachment is detached, so the call would have no effect; attach again.")
 
     def rows(self) -> list[Row]:
         """Return a row for every matrix of every parameter: what decays it, how strongly, and why."""
@@ -302,7 +300,7 @@ class Attachment:
         for target in targets:
             missed, unit = target.counter.missed, unit_of(target.decay)
             for position, name in enumerate(target.names):
-                of = f"{_bare(name)}.{target.role}"
+                of = f"{bare_name(name)}.{target.role}"
                 counts |= {f"{of}_steps": target.counter.steps, pending_key(of, unit): target.counter.pending}
                 counts |= {pending_key(of, unit, "missed"): missed[position]} if position in missed else {}
                 counts |= {f"{of}_warmed": target.counter.warmed} if target.decay and target.decay.warmup else {}
@@ -314,20 +312,22 @@ class Attachment:
         Raises:
             ValueError: If it has counts, but none of these parameters.
         """
-        names = [_bare(name) for held in self._targets(self.optimizer) for name in held.target.names]
+        names = [bare_name(name) for held in self._targets(self.optimizer) for name in held.target.names]
         if state_dict and not any(key.rpartition(".")[0] in names for key in state_dict):
             raise ValueError(
                 f"the counts are of other parameters, such as {next(iter(state_dict))}; here they are of "
-                f"{', '.join(names[:3])}. Load what attachment.state_dict() gave for the same model."
+                f"{', '.join(names[:3])}. Load the attachment.state_dict() of the same model."
             )
         for _, target, _ in self._targets(self.optimizer):
-            first = f"{_bare(target.names[0])}.{target.role}"
+            first = f"{bare_name(target.names[0])}.{target.role}"
             target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
             target.counter.pending = float(state_dict.get(pending_key(first, unit_of(target.decay)), 0.0))
             target.counter.start_warmup(after=int(state_dict.get(f"{first}_warmed", 0)))
             target.counter.take_missed()
             for position, name in enumerate(target.names):
-                missed = state_dict.get(pending_key(f"{_bare(name)}.{target.role}", unit_of(target.decay), "missed"))
+                missed = state_dict.get(
+                    pending_key(f"{bare_name(name)}.{target.role}", unit_of(target.decay), "missed")
+                )
                 if missed is not None:
                     target.counter.miss(position, float(missed))
 
@@ -397,7 +397,7 @@ class Attachment:
             self._note_gradients()
             if self._first:
                 self._first = False
-                _check_trained(optimizer)
+                warn_if_untrained(optimizer)
             return None
         named = {name: self._in_one_piece(value) for name, value in kwargs.items()}
         return (args[0], *map(self._in_one_piece, args[1:])), named
@@ -406,8 +406,8 @@ class Attachment:
         """Take the groups as they are now, and divide them while the optimizer makes its step."""
         if len(optimizer.param_groups) < len(self._registered):
             raise ValueError(
-                f"{type(optimizer).__name__} had {len(self._registered)} groups and has {len(optimizer.param_groups)}: "
-                "detach before groups are removed, then attach again."
+                f"{type(optimizer).__name__} had {len(self._registered)} groups and now has "
+                f"{len(optimizer.param_groups)}: detach before removing groups, then attach again."
             )
         for index, group in enumerate(optimizer.param_groups[: len(self._registered)]):
             self._register_group(index, group)
@@ -477,20 +477,6 @@ class Attachment:
             self._decay(optimizer)
         self._source.keep(optimizer, self._params_with_grad)
 
-    def _warn_if_too_strong(self, role: str, decay: Decay | None, factor: float | Tensor) -> None:
-        """Warn once per role of a decay whose every step takes about as much as there is, or more."""
-        if decay is None or role in self._too_strong or isinstance(factor, Tensor) or not takes_a_share(decay):
-            return  # a rate in a tensor may be on a GPU, and a step never waits for it
-        share = decay.strength * (factor if decay.lr_coupled else 1.0)
-        if share >= 1:
-            self._too_strong.add(role)
-            coupled = "lr · strength" if decay.lr_coupled else "strength, with lr_coupled=False,"
-            warnings.warn(
-                f"{role}: {coupled} is {share:.3g}, and from 1 on hardly anything of a weight is left after a few "
-                "steps, or it is thrown beyond zero. Lower the strength: attachment.describe() says what a step takes.",
-                stacklevel=7,
-            )
-
     def _decay(self, optimizer: Optimizer) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         due: list[Step] = []
@@ -501,13 +487,13 @@ class Attachment:
             counts = counts_steps(optimizer, group)
             if not targets and "role" in group and group.get("decoupled_weight_decay"):  # L2 that is the optimizer's
                 own = Frobenius(float(group.get("weight_decay", 0.0)))
-                self._warn_if_too_strong(group["role"], own, factor)
+                warn_if_too_strong(group["role"], own, factor, self._too_strong)
             for number, (_, target, parameters) in enumerate(targets):
                 if self._paused and target.decay is not None:
                     continue  # what is the optimizer's own goes on
                 own_rates = has_rate_per_parameter(optimizer, group)  # of which the factor is only a part
                 if not own_rates:
-                    self._warn_if_too_strong(target.role, target.decay, factor)
+                    warn_if_too_strong(target.role, target.decay, factor, self._too_strong)
                 if target.by_optimizer:
                     continue
                 decay, every = target.decay_in(group), target.every_in(group, counts)
@@ -515,8 +501,8 @@ class Attachment:
                 amounts = count_step(target, decay, every, factor, found_inf, live)
                 if decay.lr_coupled and own_rates:
                     amounts = _with_own_rates(optimizer, group, parameters, amounts)
-                place = index * 1_009 + ROLES.index(target.role) + number // len(ROLES) * 1_000_000_009
-                seed = target.counter.steps * 1_000_003 + place
+                role = ROLES.index(target.role)
+                seed = step_seed(target.counter.steps, index, role, number // len(ROLES))
                 if isinstance(decay, Planes):
                     its = {position: amount for amount, positions in amounts for position in positions}
                     planes.add(decay, parameters, target.names, target.planes, its, seed)
@@ -625,38 +611,6 @@ class _Held(NamedTuple):
     parameters: list[Tensor]
 
 
-@contextlib.contextmanager
-def explain_collective_failure(roles: list[str]) -> Iterator[None]:
-    """Explain a collective that failed because another process stopped; the backend's message only names a socket."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not roles:
-            raise
-        raise RuntimeError(
-            f"the decay of {', '.join(dict.fromkeys(roles))} needs every process that holds a part of its parameters, "
-            f"and on rank {torch.distributed.get_rank()} it failed: {error}. If another process has stopped, "
-            "continue the run from its last checkpoint."
-        ) from error
-
-
-def _name_later_groups(optimizer: Optimizer) -> None:
-    """Let an optimizer whose groups have names take groups without, as a user adds them later."""
-    add, held = type(optimizer).add_param_group, weakref.ref(optimizer)
-
-    def add_param_group(param_group: dict[str, Any]) -> None:
-        its = held()
-        if its is not None:
-            add(its, with_names(param_group))
-
-    optimizer.add_param_group = add_param_group  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _bare(name: str) -> str:
-    """Return the name that a parameter has before its model is compiled or wrapped."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
 def _with_own_rates(
     optimizer: Optimizer, group: Group, parameters: list[Tensor], amounts: list[tuple[float | Tensor, list[int]]]
 ) -> list[tuple[float | Tensor, list[int]]]:
@@ -673,28 +627,11 @@ def _nothing() -> None:
 
 
 def _keep_hooks_in_place(optimizer: Optimizer, *_: Any) -> None:
-    """Let the hook before a step be the last, and that which notes its rates the first behind it.
-
-    Hooks of a user's may set learning rates and weight decays. The decay itself keeps its place among them.
-    """
+    """Let the hook before a step be the last, and that which notes its rates the first behind it."""
     for attachment in attached():
         if attachment._optimizer() is optimizer and attachment._handles:
-            before: Any = optimizer._optimizer_step_pre_hooks
-            behind: Any = optimizer._optimizer_step_post_hooks
             last, first = (handle.id for handle in attachment._handles[:2])
-            if last in before and next(reversed(before)) != last:
-                before.move_to_end(last)
-            if first in behind and next(iter(behind)) != first:
-                behind.move_to_end(first, last=False)
-
-
-def _see_hooks() -> None:
-    """See every step before its optimizer's own hooks: these cannot be put in order while they run."""
-    global _sees_hooks
-    if not _sees_hooks:
-        uncompiled: Any = torch.compiler.disable
-        register_optimizer_step_pre_hook(uncompiled(_keep_hooks_in_place))
-        _sees_hooks = True
+            keep_in_place(optimizer, last, first)
 
 
 def _detached() -> Attachment:
@@ -721,17 +658,3 @@ def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
                         "parameter to one optimizer. (After a trainer was interrupted, its attachment is in "
                         "rankdecay.decay.attachment.attached().)"
                     )
-
-
-def _check_trained(optimizer: Optimizer) -> None:
-    """Warn of an optimizer left with the parameters a model had before it was sharded, which nothing trains."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    parameters = [p for p in parameters_of(optimizer) if p.requires_grad]
-    if parameters and all(p.grad is None for p in parameters):
-        warnings.warn(
-            f"no parameter of this {type(optimizer).__name__} has a gradient at its first step, so nothing is trained "
-            "or decayed. Sharding replaces a model's parameters: call fully_shard or parallelize_module first, then "
-            "rankdecay.param_groups, then build the optimizer.",
-            stacklevel=5,
-        )

@@ -24,6 +24,7 @@ from rankdecay.decay.groups import Group
 from rankdecay.decay.policy import LowRank
 from rankdecay.linalg import Backend, shrink
 from rankdecay.linalg.backend import has_float64
+from rankdecay.linalg.rounding import NEXT_SEED
 
 
 def is_averaged(group: Group) -> bool:
@@ -61,7 +62,7 @@ def decay_averaged(optimizer: Optimizer, group: Group, step: Step, backend: Back
             y = x.lerp(z, 1 - beta) if is_average else held
             change_x, change_z = torch.zeros_like(x), _change(y, step, backend)
         change = change_x if is_average else beta * change_x + (1 - beta) * change_z
-        seed += 1_000_000_007 * (number > 0)
+        seed += NEXT_SEED * (number > 0)
         iterate.copy_(rounded(z + change_z, iterate.dtype, seed))
         parameter.copy_(rounded(held + change, parameter.dtype, seed + 1))
 

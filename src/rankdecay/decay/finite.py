@@ -51,8 +51,8 @@ class FiniteCheck:
             self._named.update(bad)
             warnings.warn(
                 f"{', '.join(bad)} {'has' if len(bad) == 1 else 'have'} entries that are not finite; a decay "
-                "of their rank or norm spreads them over the matrix, and over no other. Training has diverged: go back "
-                "to a checkpoint of before, and lower the learning rate, clip the gradients, or lower the strength if "
-                "a step of the decay takes nearly all, as attachment.describe() says.",
+                "of rank or norm spreads them over that matrix only. Training has diverged: go back to an earlier "
+                "checkpoint, and lower the learning rate, clip the gradients, or lower the strength if "
+                "attachment.describe() shows that a step takes nearly all of a weight.",
                 stacklevel=7,
             )

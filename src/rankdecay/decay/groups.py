@@ -40,7 +40,7 @@ from rankdecay.attention.planes import PlaneRows
 from rankdecay.checks import check_number
 from rankdecay.decay.plan import Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, unit_of
-from rankdecay.decay.roles import ROLES, Assigned, Block
+from rankdecay.decay.roles import ROLES, Assigned, Block, decays_by_role
 from rankdecay.dtensor import is_sharded
 
 Group = dict[str, Any]
@@ -113,8 +113,7 @@ def param_groups(
         >>> sorted({group["role"] for group in groups})
         ['bias', 'mlp', 'norm', 'query_key+value_output', 'value_output']
     """
-    named = {"query_key": query_key, "value_output": value_output, "mlp": mlp, "embedding": embedding, "norm": norm,
-             "bias": bias, "other": other}  # fmt: skip
+    named = decays_by_role(query_key, value_output, mlp, embedding, norm, bias, other)
     planned, remarks = plan(model, default, named, names, num_heads, only, exclude, rest=Frobenius(0.0), stacklevel=3)
     groups: dict[object, Group] = {}
     planes = query_key if isinstance(query_key, Planes) else None
@@ -128,7 +127,7 @@ def param_groups(
         group["param_names"].append(entry.names[0])
         group["why"].append(why_of(entry))
         l2 = all(isinstance(decay, Frobenius) and decay.is_l2 for _, decay in decays)
-        known = Known(
+        known = GroupInfo(
             entry.names[0], group["why"][-1], remarks, entry.blocks, l2, entry.planes, entry.no_planes, excluded
         )
         _known.know(model, known.name, entry.parameter, known)
@@ -172,7 +171,7 @@ def with_names(group: Any) -> Any:
     return {**group, "params": params, "param_names": [f"parameter {i}" for i in range(len(params))]}
 
 
-class Known(NamedTuple):
+class GroupInfo(NamedTuple):
     """What :func:`param_groups` knows of a parameter, and an optimizer's state need not hold.
 
     Attributes:
@@ -203,9 +202,9 @@ class _KnownParameters:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[nn.Module], str, Known]] = {}
+        self._known: dict[int, tuple[weakref.ref[nn.Module], str, GroupInfo]] = {}
 
-    def know(self, model: nn.Module, name: str, parameter: Tensor, known: Known) -> None:
+    def know(self, model: nn.Module, name: str, parameter: Tensor, known: GroupInfo) -> None:
         """Take up a parameter of a model."""
         owner, _, leaf = name.rpartition(".")
         key = id(parameter)
@@ -216,7 +215,7 @@ class _KnownParameters:
 
         self._known[key] = (weakref.ref(model.get_submodule(owner), forget), leaf, known)
 
-    def _found(self, parameter: Tensor) -> Known | None:
+    def _found(self, parameter: Tensor) -> GroupInfo | None:
         reference, leaf, known = self._known.get(id(parameter), (lambda: None, "", None))
         holder = reference()
         held = holder._parameters[leaf] if holder is not None and leaf in holder._parameters else None
@@ -227,7 +226,7 @@ class _KnownParameters:
     def __contains__(self, parameter: Tensor) -> bool:
         return self._found(parameter) is not None
 
-    def __getitem__(self, parameter: Tensor) -> Known:
+    def __getitem__(self, parameter: Tensor) -> GroupInfo:
         known = self._found(parameter)
         if known is None:
             raise KeyError(parameter)

@@ -51,11 +51,11 @@ _MOMENTS = ("exp_avg", "momentum", "grad", "square")
 _REMEDY = "use an optimizer that steps the parameters themselves, such as AdamW, or leave the decay to its weight_decay"
 _IN_BACKWARD = "steps inside the backward pass, where nothing sees a gradient; use an optimizer with a step()"
 _DIFFERENTIABLE = "is built with differentiable=True, and its gradient would not see the decay; build it without"
-_FROM_START = f"computes the parameters from their start and a sum of gradients, and so undoes a decay; {_REMEDY}"
-_OWN_WEIGHTS = f"keeps weights of its own and computes the parameters from them, and so undoes a decay; {_REMEDY}"
-_FIXED_NORM = "gives every matrix a fixed norm after each step, and so undoes L2; use an optimizer that does not"
-_SCHEDULE_FREE = "is not the schedule-free optimizer that trains: use AdamWScheduleFree or SGDScheduleFree"
-_INNER_GRADIENT = f"replaces each step by another after its inner optimizer's, and so undoes a decay; {_REMEDY}"
+_FROM_START = f"recomputes the parameters from their initial values and a gradient sum, which undoes a decay; {_REMEDY}"
+_OWN_WEIGHTS = f"recomputes the parameters from its own copy, which undoes a decay; {_REMEDY}"
+_FIXED_NORM = "fixes the norm of every matrix after each step, which undoes L2; use an optimizer that does not"
+_SCHEDULE_FREE = "is the reference implementation of schedule-free: use AdamWScheduleFree or SGDScheduleFree"
+_INNER_GRADIENT = f"replaces the inner optimizer's step with its own, which undoes a decay; {_REMEDY}"
 #: Classes that cannot be decayed, with the reason; by name, as nothing in their groups tells it before a step.
 _REFUSED = {
     "MADGRAD": _FROM_START,
@@ -75,17 +75,17 @@ _REFUSED = {
     "SafeFP16Optimizer": _OWN_WEIGHTS,
     "CPUOffloadOptimizer": _OWN_WEIGHTS,
     "TRAC": _INNER_GRADIENT,
-    "Magma": "leaves out steps at random, and with them decays; attach to an optimizer without it",
+    "Magma": "skips steps at random, and their decays with them; attach to an optimizer without it",
     "Amos": "has a decay of its own besides weight_decay, which cannot be switched off; use another optimizer",
     "Nero": _FIXED_NORM,
     "HyperBallAdamW": _FIXED_NORM,
     "Scion": _FIXED_NORM,
     "SFAdamW": f"keeps the iterate of schedule-free where it cannot be decayed; {_SCHEDULE_FREE.partition(': ')[2]}",
-    "ScheduleFreeRAdam": "does not say its rate; use schedulefree.RAdamScheduleFree or a warm-up",
+    "ScheduleFreeRAdam": "does not expose its learning rate; use schedulefree.RAdamScheduleFree or a warm-up",
     "AdamWScheduleFreeReference": _SCHEDULE_FREE,
     "SGDScheduleFreeReference": _SCHEDULE_FREE,
     "ScheduleFreeWrapperReference": _SCHEDULE_FREE,
-    "ScheduleFreeWrapper": f"does not say its average; {_SCHEDULE_FREE.partition(': ')[2]}",
+    "ScheduleFreeWrapper": f"does not expose its average; {_SCHEDULE_FREE.partition(': ')[2]}",
     "LayerWiseDummyOptimizer": "has a step() that does nothing, since hooks of the backward pass step each parameter; "
     "attach to each of the optimizers in its optimizer_dict",
 }
@@ -430,8 +430,8 @@ def check_states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
             continue
         if (local(entry).to(weight.device) - weight).float().norm() < 0.1 * weight.float().norm():
             raise ValueError(
-                f"{type(optimizer).__name__} keeps weights of its own in its state ({name!r}), from which it may "
-                f"compute the parameters again and so undo a decay; {_REMEDY}."
+                f"{type(optimizer).__name__} keeps a copy of the weights in its state ({name!r}), from which it may "
+                f"recompute the parameters and so undo a decay; {_REMEDY}."
             )
 
 

@@ -122,7 +122,7 @@ def check_decays(decays: Mapping[str, Decay | None]) -> None:
                 f"rankdecay.Frobenius(strength) or, for query_key, rankdecay.Planes(strength){text}."
             )
         if isinstance(decay, Planes) and argument != "query_key":
-            raise ValueError(f"{argument}={decay!r}: rotary planes are of W_Q and W_K; give it to query_key.")
+            raise ValueError(f"{argument}={decay!r}: rotary planes are those of W_Q and W_K; pass it as query_key.")
 
 
 def _leave_out(assigned: list[Assigned], excluded: set[int]) -> None:
@@ -313,7 +313,7 @@ def _check_every_role_matches(
             adapted = any(".base_layer." in name for entry in by_role[role] for name in entry.names)
             raise ValueError(
                 f"{role}={decay_text(decay)} matches only frozen parameters, such as {by_role[role][0].names[0]}, "
-                "which nothing changes. "
+                "which training does not change. "
                 + (
                     "They are the base of an adapter: decay its factors with other=rankdecay.Frobenius(...), which for "
                     "the two of LoRA is a nuclear norm on their product."

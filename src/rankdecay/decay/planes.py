@@ -33,9 +33,9 @@ from rankdecay.decay.policy import Planes, Scale, Scope
 from rankdecay.decay.sharded.layout import Layout, lines_of
 from rankdecay.dtensor import is_sharded, local
 from rankdecay.linalg.backend import has_float64
-from rankdecay.linalg.threshold import leave, soft, spare_largest
+from rankdecay.linalg.rounding import NEXT_SEED
+from rankdecay.linalg.threshold import shrink_by, soft, spare_largest
 
-_SEED = 1_000_000_007
 #: Norms whose squares float32 holds to its last digit.
 _SAFE = (1e-15, 1e15)
 
@@ -179,7 +179,7 @@ def decay_planes(
             continue
         part = view[piece.first : piece.last]
         share = shares[numbers[number]][piece.slots].view(*part.shape[:-1], 1)
-        _leave(part, share, seed + number * _SEED + piece.part)
+        _leave(part, share, seed + number * NEXT_SEED + piece.part)
     return of_lines
 
 
@@ -196,27 +196,6 @@ def plane_norms(members: Sequence[Member], scope: Scope) -> dict[tuple[str, ...]
         block = math.ldexp(1.0, exponent) * norms[part.start : part.stop].view(-1, part.planes)
         found |= {(part.configuration, name): row for name, row in zip(part.scopes, block, strict=True)}
     return found
-
-
-def reference(planes: Sequence[Tensor], amount: float, *, relative: bool = True, keep: int = 0) -> list[Tensor]:
-    """Return the planes of one scope after a step, in float64: what the fast path is compared with.
-
-    Args:
-        planes: X_j of each plane, (n_j, columns).
-        amount: lr · strength.
-        relative: whether τ is relative.
-        keep: planes that lose nothing.
-    """
-    X = [plane.double() for plane in planes]
-    norms = [float(plane.norm()) for plane in X]
-    kept = sorted(range(len(X)), key=lambda j: -norms[j])[:keep]  # of equals the first
-    after: list[Tensor] = []
-    for j, plane in enumerate(X):
-        n = len(plane)
-        tau = amount * math.hypot(*norms) / math.sqrt(len(X) * n) if relative else amount
-        lost = 0.0 if j in kept or not tau else tau * math.sqrt(n) / norms[j] if norms[j] else 1.0
-        after.append(plane * max(0.0, 1 - lost))
-    return after
 
 
 def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]]) -> None:
@@ -239,7 +218,7 @@ def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]
             raise ValueError(
                 f"{given} needs all rows of a plane in one optimizer, and {', '.join(missing)} of {each.layer} "
                 f"{'is' if len(missing) == 1 else 'are'} frozen, excluded or not in this one: a plane would never "
-                "vanish. No other scope would do: put W_Q, W_K and their biases into one optimizer, all of them "
+                "vanish. No other scope helps: put W_Q, W_K and their biases into one optimizer, all of them "
                 "trained, or exclude the layer."
             )
         there = layers[each.configuration]
@@ -247,7 +226,7 @@ def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]
             raise ValueError(
                 f"{given} needs the {each.layers} layers of one rotary configuration in one optimizer, and this one "
                 f"has {len(there)} of them, {', '.join(sorted(there)[:4])}{', …' if len(there) > 4 else ''}: give it "
-                "the others too, or use scope='layer', for which a layer is enough."
+                "the others too, or use scope='layer', which needs only the rows of one layer."
             )
         if (decay.keep or 0) >= each.planes:
             raise ValueError(
@@ -493,6 +472,6 @@ def _leave(part: Tensor, share: Tensor, seed: int) -> None:
     """Let lines lose their share in place; 16 bits are rounded stochastically."""
     share = share.to(part.device, torch.float64 if part.dtype == torch.float64 else torch.float32)
     if part.dtype.itemsize >= 4:
-        leave(part, share, out=part)
+        shrink_by(part, share, out=part)
     else:
-        part.copy_(rounded(leave(part.float(), share), part.dtype, seed))
+        part.copy_(rounded(shrink_by(part.float(), share), part.dtype, seed))

@@ -222,10 +222,13 @@ class LowRank(_Paced):
 
     def tau(self, weight: Tensor, amount: Tensor | float) -> Tensor:
         """Return τ for each matrix of ``weight``, given Σ lr · strength of the steps to decay for."""
+        from rankdecay.linalg.threshold import absolute_threshold  # imports torch
+
         norm = (weight if weight.dtype.itemsize > 2 else weight.float()).norm(dim=(-2, -1))  # 16 bits overflow
         amount = norm.new_ones(norm.shape) * amount
-        tau = amount * norm / min(weight.shape[-2:]) ** 0.5 if self.scale == "relative" else amount
-        return tau.to(weight.dtype)
+        if self.scale == "relative":
+            amount = absolute_threshold(amount, norm, min(weight.shape[-2:]))
+        return amount.to(weight.dtype)
 
     def describe(self) -> str:
         """Return the decay in a few words."""

@@ -14,7 +14,7 @@ from rankdecay.decay.optimizers import check_own_decay, counts_steps, has_rate, 
 from rankdecay.decay.plan import complex_weights
 from rankdecay.decay.policy import LowRank, Planes
 from rankdecay.decay.sharded.layout import check_placements
-from rankdecay.decay.sources import Source
+from rankdecay.decay.sources import DecaySource
 from rankdecay.decay.targets import Target
 from rankdecay.dtensor import is_sharded
 
@@ -34,7 +34,7 @@ class RegisteredGroup(NamedTuple):
         return cls(group.get("role", "+".join(roles)), roles, shapes, dtypes)
 
 
-def check_group(optimizer: Optimizer, index: int, group: Group, source: Source) -> None:
+def check_group(optimizer: Optimizer, index: int, group: Group, source: DecaySource) -> None:
     """Open every window once, so that what cannot be decayed is found before training."""
     targets = source.targets(index, group)
     check_own_decay(optimizer, index, group, [p for target in targets for p in target.parameters(group)])

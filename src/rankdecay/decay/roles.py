@@ -38,8 +38,24 @@ from rankdecay.attention.locate import Names, Unhandled, locate
 from rankdecay.attention.module.found import Found
 from rankdecay.attention.planes import PlaneRows, plane_rows
 from rankdecay.attention.source import ModuleSource, ParameterInfo, named_parameters
+from rankdecay.decay.policy import Decay
 
 ROLES = ("query_key", "value_output", "mlp", "embedding", "norm", "bias", "other")
+
+
+def decays_by_role(
+    query_key: Decay | None,
+    value_output: Decay | None,
+    mlp: Decay | None,
+    embedding: Decay | None,
+    norm: Decay | None,
+    bias: Decay | None,
+    other: Decay | None,
+) -> dict[str, Decay]:
+    """Return the decays that were given, by role, in the order of :data:`ROLES`."""
+    pairs = zip(ROLES, (query_key, value_output, mlp, embedding, norm, bias, other), strict=True)
+    return {role: decay for role, decay in pairs if decay is not None}
+
 
 _ATTENTION_ROLE = {
     "query": "query_key", "query_rotary": "query_key", "query_factor": "query_key", "query_position": "query_key",

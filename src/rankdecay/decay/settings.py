@@ -121,7 +121,7 @@ def _decay(role: str, value: Any) -> Decay:
     try:
         return _read_decay(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{given(role, value)} is no decay: {error}") from None
+        raise ValueError(f"{given(role, value)} is not a decay: {error}") from None
 
 
 def _read_decay(value: Any) -> Decay:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from rankdecay.attention.source import named_parameters
@@ -31,21 +31,15 @@ from rankdecay.decay.groups import (
     whys_in,
     windows_in,
 )
-from rankdecay.decay.optimizers import check_divisible, counts_steps, decouples, is_decoupled
+from rankdecay.decay.optimizers import counts_steps, decouples, is_decoupled
 from rankdecay.decay.plan import Planned, Remarks, bias_planes, decay_of, holds_more, why_of
 from rankdecay.decay.planes import check_alike, check_planes
 from rankdecay.decay.policy import Decay, Frobenius, Planes, unit_of
-from rankdecay.decay.targets import Bundle, Counter, Target
+from rankdecay.decay.targets import Bundle, StepCounter, Target
+from rankdecay.decay.weight_decay import Section
 
 
-class Section(NamedTuple):
-    """Parameters of a group, and the weight decay that the optimizer is to have for them while it steps."""
-
-    positions: list[int]
-    l2: float
-
-
-class Place(NamedTuple):
+class ParameterDescription(NamedTuple):
     """What a parameter of a group is, for a reader."""
 
     name: str
@@ -53,7 +47,7 @@ class Place(NamedTuple):
     why: str
 
 
-class Source(Protocol):
+class DecaySource(Protocol):
     """Where the targets of an optimizer come from."""
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
@@ -72,7 +66,7 @@ class Source(Protocol):
         """Return the parameters that the optimizer is to step with another weight decay than the group's."""
         ...
 
-    def place(self, index: int, group: Group, position: int) -> Place:
+    def place(self, index: int, group: Group, position: int) -> ParameterDescription:
         """Return what a parameter is."""
         ...
 
@@ -105,7 +99,7 @@ class Source(Protocol):
         ...
 
 
-def check_planes_held(source: Source, optimizer: Optimizer) -> None:
+def check_planes_held(source: DecaySource, optimizer: Optimizer) -> None:
     """Raise if an optimizer has a part of the rows of rotary planes that are to vanish together.
 
     Raises:
@@ -154,7 +148,7 @@ class FromGroups:
         for role, decay in decays_in(group).items():
             of_planes = isinstance(decay, Planes)
             at = every if not biases else biases if of_planes else [i for i in every if i not in biases]
-            windows, counter = windows_in(group, role), Counter(group, role)
+            windows, counter = windows_in(group, role), StepCounter(group, role)
             rows = [planes[i] for i in at] if of_planes else []
             its_names, its_whys = [names[i] for i in at], [whys[i] for i in at]
             targets.append(Target(role, decay, windows, at, its_names, its_whys, counter, planes=rows))
@@ -170,7 +164,7 @@ class FromGroups:
             decays = ", ".join(decay.describe() for decay in decays_in(group).values())
             warnings.warn(
                 f"weight_decay={group['weight_decay']} was written to the group of {group['role']}, which has a decay "
-                f"of its own ({decays}), and is not applied to it; change that decay with attachment.set(...).",
+                f"of its own ({decays}), and has no effect; change that decay with attachment.set(...).",
                 stacklevel=6,
             )
         every = list(range(len(group["params"])))
@@ -179,10 +173,10 @@ class FromGroups:
             every = [position for position in every if planes[position]]
         return [Section(every, 0.0)]
 
-    def place(self, index: int, group: Group, position: int) -> Place:
+    def place(self, index: int, group: Group, position: int) -> ParameterDescription:
         """Return what the group says of a parameter."""
         role = group.get("role", "not from param_groups")
-        return Place(names_in(group)[position], role, whys_in(group)[position])
+        return ParameterDescription(names_in(group)[position], role, whys_in(group)[position])
 
     def remarks(self, optimizer: Optimizer) -> Remarks:
         """Return what was remarked when the groups were made."""
@@ -338,14 +332,16 @@ class FromModel:
             _check_part(optimizer, index, group, bundle)
         return [Section(bundle.positions, bundle.l2) for bundle in self._bundles[index]]
 
-    def place(self, index: int, group: Group, position: int) -> Place:
+    def place(self, index: int, group: Group, position: int) -> ParameterDescription:
         """Return what the model says of a parameter."""
         name = self._names[index][position]
         if name is None:
-            return Place(f"parameter {position} of group {index}", "-", f"not a parameter of {self._kind}")
+            return ParameterDescription(
+                f"parameter {position} of group {index}", "-", f"not a parameter of {self._kind}"
+            )
         planned = self._planned[name]
         role = "+".join(dict.fromkeys(block.role for block, _ in planned.acting))
-        return Place(name, role, why_of(planned.entry) + ("; excluded" if planned.excluded else ""))
+        return ParameterDescription(name, role, why_of(planned.entry) + ("; excluded" if planned.excluded else ""))
 
     def remarks(self, optimizer: Optimizer) -> Remarks:
         """Return what was remarked when the model was looked at."""
@@ -464,7 +460,7 @@ class FromModel:
         for role in dict.fromkeys(block.role for block, _ in decays):
             [its] = {decay for block, decay in decays if block.role == role}
             windows = [block.labelled_window() for block, _ in decays if block.role == role]
-            counter = Counter(numbers, role, unit_of(its))
+            counter = StepCounter(numbers, role, unit_of(its))
             planes = [self._planned[name].entry.planes for name in names] if isinstance(its, Planes) else []
             targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer, planes))
         l2 = decay.strength if by_optimizer and isinstance(decay, Frobenius) else 0.0
@@ -498,75 +494,3 @@ def _without_values(planned: Planned) -> Planned:
     parameter = planned.entry.parameter
     shape = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False)
     return planned._replace(entry=replace(planned.entry, parameter=shape))
-
-
-# ---- while the optimizer steps ---------------------------------------------------------------------------
-
-
-_CHANGED = ("params", "weight_decay", "decoupled_weight_decay")
-
-
-def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Callable[[], None]:
-    """Give parts of the optimizer's groups a weight decay of their own, for one step.
-
-    A part becomes a group behind all others, since some optimizers know a group by its number, as dion's keep a
-    learning rate for each; the list of the groups stays the same object, since wrappers share it.
-
-    Args:
-        optimizer: whose groups to divide.
-        sections: of each group.
-
-    Returns:
-        Function that puts everything back.
-    """
-    found = list(optimizer.param_groups)
-    parted: list[Group] = []
-    undo: list[tuple[Group, dict[str, Any]]] = []
-    for index, (group, parts) in enumerate(zip(found, sections, strict=True)):
-        others = [part for part in parts if not _has_l2(group, part.l2)]
-        if not others:
-            continue
-        taken = {position for part in others for position in part.positions}
-        rest = [p for position, p in enumerate(group["params"]) if position not in taken]
-        if rest or len(others) > 1:
-            check_divisible(optimizer, index, group)
-        undo.append((group, {key: group[key] for key in _CHANGED if key in group}))
-        counts = {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}  # advanced in place
-        copies = [
-            {**group, **counts, **_with_l2(group, part.l2), "params": [group["params"][i] for i in part.positions]}
-            for part in others
-        ]
-        if rest:
-            group["params"] = rest
-        else:  # the group itself, so that what the optimizer counts in it is kept
-            first = copies.pop(0)
-            group.update({key: first[key] for key in _CHANGED if key in first})
-        parted += copies
-    if undo:
-        optimizer.param_groups[:] = [*found, *parted]
-
-    given = [{key: group.get(key) for key in keys} for group, keys in undo]
-
-    def put_back() -> None:
-        """After a step that raised this is late: what was written and added since then stays."""
-        for (group, keys), ours in zip(undo, given, strict=True):
-            group.update({key: value for key, value in keys.items() if key == "params" or group.get(key) is ours[key]})
-        if undo:
-            known = set(map(id, (*found, *parted)))
-            added = [group for group in optimizer.param_groups if id(group) not in known]
-            optimizer.param_groups[:] = [*found, *added]
-
-    return put_back
-
-
-def _has_l2(group: Group, l2: float) -> bool:
-    """Whether the optimizer applies an L2 as the group stands: decoupled, so that an equal strength is not enough."""
-    keys = _with_l2(group, l2)
-    return not isinstance(group.get("weight_decay"), Tensor) and all(group.get(key) == keys[key] for key in keys)
-
-
-def _with_l2(group: Group, l2: float) -> dict[str, Any]:
-    keys: dict[str, Any] = {"weight_decay": l2}
-    if l2 and "decoupled_weight_decay" in group:
-        keys["decoupled_weight_decay"] = True
-    return keys

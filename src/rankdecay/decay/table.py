@@ -66,7 +66,7 @@ def table(
     return "\n".join([_summary(rows, state), *named, "", *aligned(cells)])
 
 
-_RANKS = ["of", "stable rank", "effective rank", "numerical rank"]
+_RANKS = ["max rank", "stable rank", "effective rank", "numerical rank"]
 
 
 def _shape(row: Row, ranks: bool) -> str:
@@ -91,5 +91,5 @@ def _summary(rows: Sequence[Row], state: str) -> str:
     waiting = dict.fromkeys(row.waiting for row in rows if row.waiting)
     for (role, decay, by), count in counts.items():
         lines.append(f"  {role}: {count} × {decay}" + (f", by {by}" if by else ""))
-    lines += [f"  {words}; what gradients have filled in since then counts in a rank" for words in waiting]
+    lines += [f"  {words}; ranks include what gradients have added since" for words in waiting]
     return "\n".join(lines)

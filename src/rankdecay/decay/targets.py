@@ -26,7 +26,7 @@ from rankdecay.linalg.backend import has_float64
 STATE_KEY = "rankdecay"
 
 
-class Counter:
+class StepCounter:
     """Counts in a dictionary: steps seen, those of a warm-up, and Σ lr · strength since the last decay.
 
     Args:
@@ -155,7 +155,7 @@ class Target:
     positions: list[int]
     names: list[str]
     whys: list[str]
-    counter: Counter
+    counter: StepCounter
     by_optimizer: bool = False
     planes: list[tuple[PlaneRows, ...]] = field(default_factory=list)
 

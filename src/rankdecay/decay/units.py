@@ -1,4 +1,4 @@
-"""What a strength means: the share that a step takes at the present learning rate, and when nothing is left."""
+"""Meaning of a strength: the share that a step takes at the present learning rate, and when nothing is left."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def _of_spectrum(decay: LowRank, amount: float, matrices: Sequence[Tensor]) -> s
     if decay.scale == "relative":
         words = f"{most}{amount:.2g} of the root mean square of the singular values (rms)"
         words += f" from {of_each}" if decay.keep or not ends else ""
-        return f"{words}: one of a tenth of it is zero after {_steps(TENTH / amount)}" if ends else words
+        if not ends:
+            return words
+        return f"{words}: a singular value a tenth of that size reaches zero after {_steps(TENTH / amount)}"
     words = f"{most}{amount:.2g} of {of_each}"
     norms = [_norms(m) for m in matrices]
     rms = [math.hypot(*n) / math.sqrt(min(m.shape[-2:]) * len(n)) for n, m in zip(norms, matrices, strict=True)]
@@ -52,22 +54,22 @@ def _of_spectrum(decay: LowRank, amount: float, matrices: Sequence[Tensor]) -> s
         return words
     mean = sum(rms) / len(rms)
     words += f", now {mean:.2g} in the root mean square"
-    return f"{words}: one of that size is zero after {_steps(mean / amount)}" if ends else words
+    return f"{words}: a singular value of that size reaches zero after {_steps(mean / amount)}" if ends else words
 
 
 def _of_planes(decay: Planes, amount: float, matrices: Sequence[Tensor]) -> str:
     but = f" but the {decay.keep} largest" if decay.keep else ""
     if decay.scale == "relative":
         return (
-            f"{amount:.2g} of the root mean square of the planes' norms from each{but}: one of a tenth of it is zero "
-            f"after {_steps(TENTH / amount)}"
+            f"{amount:.2g} of the root mean square of the planes' norms from each{but}: a plane a tenth of that size "
+            f"reaches zero after {_steps(TENTH / amount)}"
         )
     words = f"{amount:.2g} of every plane{but}, of the root mean square of its rows' norms"
     rows = sum(m.shape[-2] for m in matrices)
     if not rows:
         return words
     rms = math.hypot(*(norm for m in matrices for norm in _norms(m))) / math.sqrt(rows)
-    return f"{words}, now {rms:.2g} in all: one of that size is zero after {_steps(rms / amount)}"
+    return f"{words}, now {rms:.2g} in all: a plane of that size reaches zero after {_steps(rms / amount)}"
 
 
 def _of_norm(decay: Frobenius, amount: float, matrices: Sequence[Tensor]) -> str:

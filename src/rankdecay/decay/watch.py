@@ -55,8 +55,8 @@ class Watch:
         if self._empty == PATIENCE and not self._warned:
             self._warned = True
             warnings.warn(
-                f"in {self._empty} steps of {self._kind} no decayed parameter had a gradient, and without one nothing "
-                "is decayed. If hooks of the backward pass step each parameter by its own optimizer, attach to those.",
+                f"no decayed parameter had a gradient in {self._empty} steps of {self._kind}, so nothing was decayed. "
+                "If hooks of the backward pass step each parameter by its own optimizer, attach to those.",
                 stacklevel=6,
             )
 
@@ -67,9 +67,9 @@ class Watch:
         if self._backwards == PATIENCE:
             self.stop()
             warnings.warn(
-                f"{self._backwards} backward passes, and no step() of the {self._kind} that rankdecay is attached to, "
-                "so nothing is decayed yet. If something else steps the parameters (a wrapper, or an optimizer that a "
-                "trainer built), attach to that; if the gradients of more passes are accumulated, all is well.",
+                f"{self._backwards} backward passes without a step() of the {self._kind} that rankdecay is attached "
+                "to, so nothing is decayed yet. If something else steps the parameters (a wrapper, or an optimizer "
+                "that a trainer built), attach to that; if you accumulate the gradients of more passes, ignore this.",
                 stacklevel=2,
             )
 

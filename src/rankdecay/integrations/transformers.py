@@ -50,7 +50,7 @@ class RankDecay(TrainerCallback, ExportableState):
         self.keywords = decays(settings, **roles)
         self.attachment: Attachment | None = None
         self.counts: dict[str, Any] = {}
-        self._training = False
+        self._attached = False
 
     def on_train_begin(
         self,
@@ -64,7 +64,7 @@ class RankDecay(TrainerCallback, ExportableState):
         """Attach, and go on with the counts of the checkpoint that has been loaded."""
         self._detach()  # from a training that raised
         self.attachment = attach(optimizer, model, **self.keywords)
-        self._training = True
+        self._attached = True
         # A checkpoint of a run without decay has no entry, and Trainer looks for one when it saves.
         callbacks: Any = state.stateful_callbacks
         saved = callbacks.setdefault(type(self).__name__, self.state())
@@ -79,7 +79,7 @@ class RankDecay(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return the settings and the counts, for ``trainer_state.json``."""
-        if self._training and self.attachment is not None:
+        if self._attached and self.attachment is not None:
             counts = self.attachment.state_dict()
             self.counts = {name: count for name, count in counts.items() if count}
         return {"args": {"settings": as_settings(self.keywords)}, "attributes": {"counts": self.counts}}
@@ -87,7 +87,7 @@ class RankDecay(TrainerCallback, ExportableState):
     def _detach(self) -> None:
         if self.attachment is not None:
             self.attachment.detach()
-        self._training = False
+        self._attached = False
         self.counts = {}
 
 

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         resumable = arguments[0] != "report" and experiment.load(arguments[0]).resumable
         aim = "to continue from the last checkpoint" if resumable else "to start over"
-        print(f"\nrankdecay: interrupted; {aim}, run again: {visible(command)}", file=sys.stderr)
+        print(f"\nrankdecay: interrupted; {aim}, run: {visible(command)}", file=sys.stderr)
         return 130
     return 0
 

@@ -17,7 +17,7 @@ from rankdecay.linalg.threshold import leave_directions
 #: of a direction, nothing stays. Eight times the most that was seen up to side 400.
 _ROUNDINGS = 16
 
-#: Relative size of a null singular value for input of float32 and below (module docstring).
+#: Relative size of a null singular value for input of float32 and below (see :mod:`rankdecay.linalg.polar`).
 NULL_TOLERANCE = 2.0**-21
 
 
@@ -75,11 +75,16 @@ def _right_singular(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     sigma = lam.clamp_min(0).sqrt()
     if dtype == torch.float64:  # λ is known to a rounding of λ₁ only, ‖X v‖ to one of σ₁
         sigma = torch.linalg.vector_norm(X @ V, dim=-2)
+    by_svd_where_bad(X, sigma, V, good)
+    return sigma, V
+
+
+def by_svd_where_bad(X: Tensor, values: Tensor, V: Tensor, good: Tensor) -> None:
+    """Replace the values (..., n) and vectors V (..., n, n) of tall matrices that are not good, by SVD of X."""
     if not bool(good.all()):
         note_backend("svd")
         _, s, Vh = decomposed(partial(torch.linalg.svd, full_matrices=False), X[~good])
-        sigma[~good], V[~good] = s, Vh.mT
-    return sigma, V
+        values[~good], V[~good] = s, Vh.mT
 
 
 def eigenvectors(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from rankdecay.checks import check_name
 from rankdecay.linalg.backend import full_precision, note_backend
-from rankdecay.linalg.exact import NULL_TOLERANCE, eigenvectors
+from rankdecay.linalg.exact import NULL_TOLERANCE, by_svd_where_bad, eigenvectors
 from rankdecay.linalg.shrink import by_decomposition, check_options, shares, shrink
-from rankdecay.linalg.stack import decomposed, finite, power_of_two
+from rankdecay.linalg.stack import finite, power_of_two
 from rankdecay.linalg.threshold import taken_by_directions
 from rankdecay.rules import Options, Rule, get_rule
 
@@ -94,10 +94,7 @@ def _by_eigenvalues(G: Tensor, unit: Tensor, tau: Tensor, rule: Rule, options: O
 def _eigenvectors(G: Tensor) -> tuple[Tensor, Tensor]:
     """Return σ = √λ (..., n) and the eigenvectors (..., n, n); by SVD where eigh does not converge or is wrong."""
     lam, V, good = eigenvectors(G)
-    if not bool(good.all()):
-        note_backend("svd")
-        _, s, Vh = decomposed(torch.linalg.svd, G[~good])
-        lam[~good], V[~good] = s, Vh.mT
+    by_svd_where_bad(G, lam, V, good)
     return lam.clamp_min(0).sqrt(), V
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankdecay.linalg import chebyshev
 from rankdecay.linalg.minimax import LIMIT, SAFETY, SCHEDULES, SQUASH, Triple
-from rankdecay.linalg.stack import times
+from rankdecay.linalg.stack import frobenius, nonzero, times
 from rankdecay.linalg.tiers import Product, available, product_of
 
 
@@ -30,8 +30,7 @@ def iterate(X: Tensor, triples: Sequence[Triple]) -> Tensor:
 
 def normalised(X: Tensor) -> tuple[Tensor, Tensor]:
     """Return X/F and F = ‖X‖_F of shape (..., 1, 1); a zero matrix gives zeros and F = 1."""
-    F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    F = torch.where(F == 0, 1.0, F)
+    F = nonzero(frobenius(X))
     return X / F, F
 
 
@@ -157,8 +156,12 @@ def _bounded(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return G = XᵀX, G², and an upper bound of σ₁², (Σ σ⁸)^(1/4), (..., 1, 1), float64."""
     G = X.mT @ X
     square = G @ G
-    bound = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).double().sqrt()
+    bound = frobenius(square).double().sqrt()
     return G, square, (bound * (1 + 1e-5)).clamp_min(1e-300)
+
+
+#: The least ℓ, a lower bound of σ_min after scaling, from which :func:`smooth_polar_by_products` computes in float32.
+FLOAT32_FROM = 3e-3
 
 
 def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None) -> Tensor:
@@ -173,8 +176,8 @@ def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None)
 
     .. math:: Z = bR + cR^2, \quad Q \leftarrow aQ + QZ, \quad Y = aR + RZ, \quad R \leftarrow aY + YZ .
 
-    A Gram matrix keeps σ only down to the square root of its precision. Float32 is used where ℓ ≥ 1e-3 is
-    known on the host, float64 otherwise.
+    A Gram matrix keeps σ only down to the square root of its precision. Float32 is used where ℓ is known on the host
+    to be at least :data:`FLOAT32_FROM`, float64 otherwise.
 
     Args:
         X: Tall stack (..., m, n).
@@ -183,14 +186,14 @@ def smooth_polar_by_products(X: Tensor, eps: Tensor, ratio: float | None = None)
     """
     input_dtype = X.dtype
     n = X.shape[-1]
-    F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    F = frobenius(X, torch.float64)
     phi = SAFETY * torch.hypot(F, math.sqrt(n) * eps.double())  # hypot: ε may be far above F
     ell = eps / phi
     if X.device.type == "cpu":
         floor = float(ell.amin())
     else:
         floor = 0.0 if ratio is None else ratio / (SAFETY * math.sqrt(1 + n * ratio * ratio))
-    dtype = X.dtype if floor >= 3e-3 else torch.float64
+    dtype = X.dtype if floor >= FLOAT32_FROM else torch.float64
     ells = sorted(SCHEDULES, reverse=True)  # from the shortest schedule to the longest
     longest = next((table for table in ells if table <= floor), ells[-1])
     length = len(SCHEDULES[longest])

@@ -44,7 +44,15 @@ from torch import Tensor
 from rankdecay.linalg.backend import float64_on_cpu, full_precision, note_backend
 from rankdecay.linalg.exact import apply_exact, inverse
 from rankdecay.linalg.matmul import polar_by_products, smooth_polar_by_products
-from rankdecay.linalg.stack import finish, mark_bad, per_matrix, prepare, resolve, scaled_down, working_dtype
+from rankdecay.linalg.stack import (
+    check_and_choose_backend,
+    finish,
+    mark_bad,
+    per_matrix,
+    prepare,
+    scaled_down,
+    working_dtype,
+)
 
 
 @float64_on_cpu
@@ -74,7 +82,7 @@ def polar(W: Tensor, backend: str = "auto") -> Tensor:
         tensor([[ 1.,  0.],
                 [ 0., -1.]])
     """
-    backend = resolve(W, backend)
+    backend = check_and_choose_backend(W, backend)
     if W.numel() == 0:
         return W.clone()
     with full_precision(W.device):
@@ -113,7 +121,7 @@ def smooth_polar(W: Tensor, eps: float | Tensor, backend: str = "auto") -> Tenso
         ValueError: If ``W`` has fewer than two dimensions, ``eps`` is a number that is not positive and
             finite or a tensor of the wrong shape, or ``backend`` is unknown.
     """
-    backend = resolve(W, backend)
+    backend = check_and_choose_backend(W, backend)
     width = per_matrix("eps", eps, W, positive=True)
     if W.numel() == 0:
         return W.clone()

@@ -10,6 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: Distance between the seeds of what one step rounds one after another: a prime, further than :func:`step_seed` goes
+#: within some thousand steps.
+NEXT_SEED = 1_000_000_007
+#: The same of two steps, of two groups of an optimizer, and of targets of one role within a group.
+_PER_STEP, _PER_GROUP, _PER_TARGET = 1_000_003, 1_009, 1_000_000_009
+
+
+def step_seed(step: int, group: int, role: int = 0, target: int = 0) -> int:
+    """Return the seed for the first rounding of a step: another for each step, group and role, the same after a resume.
+
+    Args:
+        step: its number.
+        group: index of the group of parameters.
+        role: number of the role.
+        target: number of the target among those of the role, where a group has several.
+    """
+    return step * _PER_STEP + group * _PER_GROUP + role + target * _PER_TARGET
+
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
     """Return ``x`` in a narrower dtype, rounded to one of its two neighbours with expectation exactly ``x``.

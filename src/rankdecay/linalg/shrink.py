@@ -26,14 +26,16 @@ from rankdecay.linalg.matmul import cubic_newton_schulz
 from rankdecay.linalg.stack import (
     Prepared,
     at_once,
+    check_and_choose_backend,
     check_matrix,
     chunks,
     finish,
     finite,
+    frobenius,
     mark_bad,
+    nonzero,
     per_matrix,
     prepare,
-    resolve,
     scaled_down,
     side_by_side,
     working_dtype,
@@ -93,7 +95,7 @@ def shrink(
                 [ 0.0000, -0.5000]])
     """
     options = check_options(rule, Options(smoothing, steps, relative, keep, preserve_norm))
-    resolve(W, backend)
+    check_and_choose_backend(W, backend)
     step = per_matrix("tau", tau, W)
     if W.numel() == 0 or (not isinstance(tau, Tensor) and tau == 0):
         return W.clone()
@@ -171,7 +173,7 @@ def spectral_clip(W: Tensor, beta: float | Tensor, backend: str = "auto") -> Ten
         TypeError: If ``W`` is not a real floating-point tensor.
         ValueError: As for :func:`soft_threshold`.
     """
-    resolve(W, backend)
+    check_and_choose_backend(W, backend)
     radius = per_matrix("beta", beta, W)
     if W.numel() == 0:
         return W.clone()
@@ -248,7 +250,7 @@ def power_step(
         return W.clone() if out is None else out.copy_(W)
     log = torch.zeros_like(step) if power == 1 else log_norm(W)  # the share does not depend on it
     share = threshold.power(log, step, power, cap).to(W.dtype)
-    return threshold.leave(W, share, out)
+    return threshold.shrink_by(W, share, out)
 
 
 def log_norm(W: Tensor) -> Tensor:
@@ -257,7 +259,7 @@ def log_norm(W: Tensor) -> Tensor:
     if not on_cpu and W.dtype == torch.float64:
         return _log_norm_of_any(W)
     # A sum in the dtype of W is the quicker one on a CPU, where it can be read whether it was in range.
-    norm = torch.linalg.vector_norm(W, dim=(-2, -1), keepdim=True, dtype=None if on_cpu else torch.float64).double()
+    norm = frobenius(W, None if on_cpu else torch.float64).double()
     log = torch.where(norm.isfinite(), norm.log(), math.nan)
     if on_cpu:
         low, high = (1e-140, 1e150) if W.dtype == torch.float64 else (1e-12, 1e18)
@@ -269,7 +271,7 @@ def log_norm(W: Tensor) -> Tensor:
 
 def _log_norm_of_any(W: Tensor) -> Tensor:
     prepared = prepare(W, torch.float64)
-    norm = torch.linalg.vector_norm(prepared.X, dim=(-2, -1), keepdim=True)
+    norm = frobenius(prepared.X)
     return (norm.log() + prepared.scale.log()).masked_fill(prepared.bad, math.nan)
 
 
@@ -366,8 +368,8 @@ class _Step:
         """Return τ in the units of ``prepared.X``, float64 and finite."""
         if not self.options.relative:
             return scaled_down(tau, prepared)
-        norm = torch.linalg.vector_norm(prepared.X, dim=(-2, -1), keepdim=True)
-        return finite(tau * norm.double() / min(prepared.X.shape[-2:]) ** 0.5)
+        norm = frobenius(prepared.X).double()
+        return finite(threshold.absolute_threshold(tau, norm, min(prepared.X.shape[-2:])))
 
     def share_of(self, prepared: Prepared, tau: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the share of each direction as a function of σ and of the σ that count as zero."""
@@ -396,8 +398,8 @@ class _Step:
         if not self.clip:
             after = torch.sub(X, after, out=after)
         if self.options.preserve_norm:
-            before, left = (torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True) for Y in (X, after))
-            after = torch.where(left > 0, after * (before / torch.where(left > 0, left, 1.0)), X)
+            before, left = frobenius(X), frobenius(after)
+            after = torch.where(left > 0, after * (before / nonzero(left)), X)
         self._write(after, prepared, W, tau, out)
 
     def _write(self, after: Tensor, prepared: Prepared, W: Tensor, tau: Tensor, out: Tensor) -> None:

@@ -84,13 +84,27 @@ def prepare(W: Tensor, dtype: torch.dtype) -> Prepared:
     wide = W.shape[-2] < W.shape[-1]
     largest = torch.maximum(W.amax((-2, -1), keepdim=True), -W.amin((-2, -1), keepdim=True))  # NaN and inf propagate
     bad = ~largest.isfinite()
-    # Twice clamped range: both 2^k and 2^-k must be normal numbers of `dtype`.
-    reach = 1022 if dtype == torch.float64 else 126
-    exponent = torch.frexp(largest.to(dtype)).exponent.masked_fill(bad, 0).clamp(-reach, reach)
+    exponent = exponent_of(largest.to(dtype), bad)
     X = torch.mul(W.mT if wide else W, power_of_two(-exponent, dtype))
     if W.device.type != "cpu" or bool(bad.any()):  # reading is free there, and a pass less
         X.masked_fill_(bad, 0)
     return Prepared(X, power_of_two(exponent, dtype), bad, wide)
+
+
+def exponent_of(largest: Tensor, bad: Tensor) -> Tensor:
+    """Return the exponent k of the power of two near ``largest``, so that both 2^k and 2^-k are normal; 0 where bad."""
+    reach = 1022 if largest.dtype == torch.float64 else 126
+    return torch.frexp(largest).exponent.masked_fill(bad, 0).clamp(-reach, reach)
+
+
+def frobenius(X: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ‖X‖_F of each matrix, (..., 1, 1), summed in ``dtype``."""
+    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=dtype)
+
+
+def nonzero(divisor: Tensor) -> Tensor:
+    """Return a divisor with 1 in place of 0."""
+    return torch.where(divisor == 0, 1.0, divisor)
 
 
 def times(X: Tensor, C: Tensor) -> Tensor:
@@ -226,8 +240,8 @@ def finish(out: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
     return out.mT.contiguous() if prepared.wide else out
 
 
-def resolve(W: Tensor, backend: str) -> str:
-    """Check ``W`` and ``backend`` and returns "exact" or "matmul"."""
+def check_and_choose_backend(W: Tensor, backend: str) -> str:
+    """Check ``W`` and ``backend`` and return "exact" or "matmul"."""
     check_matrix(W)
     check_name("backend", backend, get_args(Backend))
     return choose_backend(W.shape, W.device, W.dtype) if backend == "auto" else backend

@@ -13,22 +13,32 @@ share               :math:`t_g`                                        read as
 :func:`power`       min(amount · ‖X_g‖^(p − 1), cap)                   L2 for p = 1, τ of the norm for p = 0
 ==================  =================================================  =========================================
 
-:func:`spare_largest` and :func:`hold_norm` change shares that were found; :func:`leave` applies them. The exceptions to
-t ≥ 0 are :func:`hold_norm`, which lets a group grow, and an experiment's control that turns a step round.
+:func:`spare_largest` and :func:`hold_norm` change shares that were found; :func:`shrink_by` applies them. The
+exceptions to t ≥ 0 are :func:`hold_norm`, which lets a group grow, and an experiment's control that turns a step round.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rankdecay.linalg.stack import gram, times, times_in_pieces
+from rankdecay.linalg.stack import gram, nonzero, times, times_in_pieces
 
 
-def leave(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
+def absolute_threshold(amount: float | Tensor, norm: Tensor, rank: int) -> Tensor:
+    """Return the τ of a step that is relative to rms(σ) = ‖W‖_F/√rank.
+
+    Args:
+        amount: Σ lr · strength of the step.
+        norm: ‖W‖_F.
+        rank: the smaller side of W.
+    """
+    return amount * norm / rank**0.5
+
+
+def shrink_by(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
     """Return X - t X, to the last digit X where t = 0. The rounding of 1 - t would be a decay of its own.
 
     Args:
@@ -40,7 +50,7 @@ def leave(X: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def leave_directions(X: Tensor, V: Tensor, share: Tensor, *, coarse: bool = False, overwrite: bool = False) -> Tensor:
-    """Return what is left of X when each right singular direction loses its share: :func:`leave` in their basis.
+    """Return what is left of X when each right singular direction loses its share: :func:`shrink_by` in their basis.
 
     Args:
         X: matrices (..., m, n), float64.
@@ -146,7 +156,7 @@ def hold_norm(share: Tensor, norm: Tensor) -> Tensor:
     """Return the shares after which the norm over all groups (last dimension) is what it was; 0 where none is left."""
     before = torch.linalg.vector_norm(norm, dim=-1, keepdim=True)
     after = torch.linalg.vector_norm((1 - share) * norm, dim=-1, keepdim=True)
-    return torch.where(after > 0, 1 - (1 - share) * (before / torch.where(after > 0, after, 1.0)), 0.0)
+    return torch.where(after > 0, 1 - (1 - share) * (before / nonzero(after)), 0.0)
 
 
 def radial(X: Tensor, decayed: Tensor) -> Tensor:
@@ -161,18 +171,9 @@ def radial(X: Tensor, decayed: Tensor) -> Tensor:
     """
     square = X.square().sum((-2, -1), keepdim=True)
     along = ((X - decayed) * X).sum((-2, -1), keepdim=True)
-    return torch.where(square > 0, along / torch.where(square > 0, square, 1.0), 0.0)
+    return torch.where(square > 0, along / nonzero(square), 0.0)
 
 
 def towards(norm: Tensor, target: Tensor | float) -> Tensor:
     """Return the share after which a group has a given norm, < 0 where it grows; 0 for a group that is zero."""
-    return torch.where(norm > 0, 1 - target / torch.where(norm > 0, norm, 1.0), 0.0)
-
-
-def reference(W: Sequence[Sequence[float]], tau: float, *, keep: int = 0, preserve_norm: bool = False) -> Tensor:
-    """Return the soft threshold of singular directions, by an SVD in float64: what the fast paths are compared with."""
-    U, sigma, Vh = torch.linalg.svd(torch.as_tensor(W, dtype=torch.float64), full_matrices=False)
-    left = torch.where(torch.arange(len(sigma)) < keep, sigma, (sigma - tau).clamp_min(0))
-    if preserve_norm and left.any():
-        left = left * (sigma.norm() / left.norm())
-    return U * left @ Vh
+    return torch.where(norm > 0, 1 - target / nonzero(norm), 0.0)

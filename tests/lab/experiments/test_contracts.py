@@ -355,7 +355,7 @@ def test_ctrl_c_says_how_to_go_on_and_it_does(name: str, tmp_path: Path) -> None
     assert process.returncode == 130, error
     aim = "to continue from the last checkpoint" if experiment.load(name).resumable else "to start over"
     said = error.splitlines()[-1]
-    assert said == f"rankdecay: interrupted; {aim}, run again: {shlex.join(['rankdecay', *line])}"
+    assert said == f"rankdecay: interrupted; {aim}, run: {shlex.join(['rankdecay', *line])}"
     assert "Traceback" not in error
-    assert cli.main(shlex.split(said.partition("run again: rankdecay ")[2])) == 0
+    assert cli.main(shlex.split(said.partition(", run: rankdecay ")[2])) == 0
     assert (out / "report.html").exists()

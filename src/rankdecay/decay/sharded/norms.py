@@ -15,7 +15,7 @@ from rankdecay.decay.policy import Frobenius
 from rankdecay.decay.sharded.layout import Layout, elementwise_pieces, lines_in_window, lines_of
 from rankdecay.decay.sharded.redistribute import process_group_of
 from rankdecay.linalg.stack import power_of_two
-from rankdecay.linalg.threshold import leave, power
+from rankdecay.linalg.threshold import power, shrink_by
 
 
 class Part(NamedTuple):
@@ -139,4 +139,4 @@ def _after(part: Part, log_norm: Tensor) -> Tensor:
     amount = torch.as_tensor(part.amount, dtype=torch.float64, device=log_norm.device)
     share = power(log_norm, amount, decay.power, 1.0 if decay.cap is None else decay.cap)
     value = part.value if part.value.dtype == torch.float64 else part.value.float()
-    return leave(value, _per_line(part, share).to(value.dtype))
+    return shrink_by(value, _per_line(part, share).to(value.dtype))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankdecay.decay.policy import OfMatrix
 from rankdecay.lab.ensemble.outcome import MEMORISED, first_step
-from rankdecay.linalg.threshold import leave, radial
+from rankdecay.linalg.threshold import radial, shrink_by
 from rankdecay.spectrum import spectrum
 
 Part = Literal["whole", "radial", "tangential", "reversed"]
@@ -132,7 +132,7 @@ def part_of_step(weight: Tensor, decayed: Tensor, part: Part) -> Tensor:
     """The weight after one ``part`` of the step from ``weight`` to ``decayed``, both ``(..., m, n)``."""
     if part == "whole":
         return decayed
-    after_radial = leave(weight, radial(weight, decayed))
+    after_radial = shrink_by(weight, radial(weight, decayed))
     if part == "radial":
         return after_radial
     return decayed + weight - after_radial if part == "tangential" else 2 * after_radial - decayed

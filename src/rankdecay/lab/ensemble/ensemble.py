@@ -32,7 +32,7 @@ from rankdecay.lab.ensemble.transformer import TransformerConfig, initial_parame
 from rankdecay.lab.machine import compiled, compiler_available
 from rankdecay.lab.tasks.base import Dataset, random_generator
 from rankdecay.linalg.factored import factored_singular_values
-from rankdecay.linalg.threshold import leave, towards
+from rankdecay.linalg.threshold import shrink_by, towards
 from rankdecay.spectrum import Spectrum, spectrum
 
 MEASURED_TRAIN = 1024  # training examples an evaluation looks at: enough to see memorisation, a third of the time
@@ -314,7 +314,7 @@ class Ensemble:
         if self._holds_norms:
             norms, target = self.query_key.norm(dim=(-2, -1), keepdim=True), self._held_norms()
             share = torch.where(target.isnan(), 0, towards(norms, target))
-            self.query_key.copy_(leave(self.query_key, share))
+            self.query_key.copy_(shrink_by(self.query_key, share))
         if before is not None:
             self._angular_after = _angle(before, self.query_key).flatten(1).mean(1)
 
@@ -499,7 +499,7 @@ class Ensemble:
         """‖D‖/‖W‖ of one step D of all decays of W_Q and W_K, and the share of ‖D‖² along W; NaN while none acts."""
         size = torch.full((len(self.members),), math.nan, device=self.training.device, dtype=torch.float64)
         radial = size.clone()
-        after = leave(self.query_key, (self._query_key_lr * self._column(self._l2)).view(-1, 1, 1, 1, 1))
+        after = shrink_by(self.query_key, (self._query_key_lr * self._column(self._l2)).view(-1, 1, 1, 1, 1))
         for group in self._groups:
             rows = self._which(group.rows)
             after[rows] = self._decayed(group, 1, after[rows])

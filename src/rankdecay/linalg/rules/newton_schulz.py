@@ -14,13 +14,13 @@ from torch import Tensor
 
 from rankdecay.linalg.exact import inverse
 from rankdecay.linalg.matmul import cubic_newton_schulz
-from rankdecay.linalg.stack import Prepared
+from rankdecay.linalg.stack import Prepared, nonzero
 from rankdecay.rules import Options, Rule, register_rule
 
 
 def _fraction(sigma: Tensor, null: Tensor, tau: Tensor, options: Options) -> Tensor:
     F = torch.linalg.vector_norm(sigma, dim=-1, keepdim=True)
-    p = sigma / torch.where(F == 0, 1.0, F)
+    p = sigma / nonzero(F)
     for _ in range(options.steps):
         p = p * (3 - p * p) / 2
     return tau * inverse(sigma, torch.zeros_like(null)) * p

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rankdecay.linalg.matmul import iterate, polar_by_products
 from rankdecay.linalg.minimax import SAFETY, SCHEDULES
-from rankdecay.linalg.stack import Prepared, times_in_pieces
+from rankdecay.linalg.stack import Prepared, frobenius, nonzero, times_in_pieces
 from rankdecay.linalg.threshold import soft
 from rankdecay.rules import Options, Rule
 
@@ -42,7 +42,7 @@ _MARGIN = 3e-7
 def _clip(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
     """Return clip_τ(X) by products (module docstring)."""
     X = prepared.X
-    F = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    F = frobenius(X)
     all_taken = tau >= F * (1 - 1e-6)
     tau = torch.minimum(tau, F.double()).to(X.dtype)
     polar_factor = polar_by_products(X)
@@ -50,7 +50,7 @@ def _clip(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
     H = polar_factor.mT @ X
     H = (H + H.mT) / 2
     # The eigenvalues of H - τI lie in [-F, F], as τ does; their own norm may be much larger.
-    reach = SAFETY * torch.where(F == 0, 1.0, F)
+    reach = SAFETY * nonzero(F)
     below = (identity - _sign((H - tau * identity) / reach)) / 2
     clipped = X @ below
     inside = polar_factor.mT @ clipped

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.linalg.matmul import few_products, smooth_by_products
-from rankdecay.linalg.stack import Prepared
+from rankdecay.linalg.stack import Prepared, frobenius, nonzero
 from rankdecay.linalg.threshold import smooth
 from rankdecay.rules import Options, Rule
 
@@ -20,19 +20,14 @@ def _share(sigma: Tensor, null: Tensor, tau: Tensor, options: Options) -> Tensor
     return smooth(sigma, tau, torch.maximum(tau, options.smoothing * F))
 
 
-def _norm(X: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).double()
-
-
 def _width(norm: Tensor, tau: Tensor, options: Options) -> Tensor:
     """Return ε (..., 1, 1); 1 for a zero matrix without τ, of which nothing can be taken."""
-    eps = torch.maximum(tau, options.smoothing * norm)
-    return torch.where(eps > 0, eps, 1.0)
+    return nonzero(torch.maximum(tau, options.smoothing * norm))
 
 
 def _taken(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
     X = prepared.X
-    norm = _norm(X)
+    norm = frobenius(X).double()
     eps = _width(norm, tau, options)
     # Far above ‖W‖_F a direction keeps less than a rounding, (σ/τ)²/2: all is taken.
     all_taken = tau > norm * (2.0**14 if X.dtype == torch.float32 else 2.0**28)
@@ -47,7 +42,7 @@ _LEAST_SIDE = 256
 
 
 def _products_pay(prepared: Prepared, tau: Tensor, options: Options) -> Tensor:
-    norm = _norm(prepared.X)
+    norm = frobenius(prepared.X).double()
     if prepared.X.shape[-1] < _LEAST_SIDE:
         return torch.zeros(norm.shape[:-2], dtype=torch.bool, device=norm.device)
     return few_products(prepared.X, _width(norm, tau, options), norm)[..., 0, 0]

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from rankdecay.linalg import soft_threshold
-from rankdecay.linalg.threshold import leave
+from rankdecay.linalg.threshold import shrink_by
 
 Factors = list[Tensor]  # F_1 (problems, m, r), F_2 … (problems, r, r), F_L (problems, r, n)
 Optimizer = Literal["gd", "momentum", "adam"]
@@ -280,7 +280,7 @@ class Training:
             if method.decay == "loss":
                 gradient.addcmul_(self._lambda, factor)
             elif method.decay == "decoupled":
-                leave(factor, method.lr * self._lambda, out=factor)
+                shrink_by(factor, method.lr * self._lambda, out=factor)
             factor.sub_(self._direction(number, gradient), alpha=method.lr)
             if method.decay == "prox":
                 factor.copy_(soft_threshold(factor, method.lr * self.strength))
