@@ -1,5 +1,6 @@
 """The registry of decay rules."""
 
+import math
 import re
 import subprocess
 import sys
@@ -7,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import rankdecay as rd
 from rankdecay import cli, rules
 from rankdecay.linalg import rules as folder
+from rankdecay.linalg import shrink
 from rankdecay.rules import Rule, get_rule, register_rule, rule_names
 from tests.waiting import HANG
 
@@ -83,3 +86,30 @@ def test_the_help_names_the_rules(command, capsys):
     words = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     [explained] = re.findall(r"--rule STR (.*?) --", words)
     assert all(name in explained for name in BUILT_IN)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "message"),
+    [
+        (lambda sigma, null, tau, options: None, "must return a finite share for each of sigma"),
+        (lambda sigma, null, tau, options: sigma[..., :1], "must return a finite share for each of sigma"),
+        (lambda sigma, null, tau, options: sigma * math.nan, "must return a finite share for each of sigma"),
+        (lambda sigma: sigma, r"fails \(TypeError: .*it is called with \(sigma, null, tau, options\)"),
+    ],
+)
+def test_a_fraction_that_gives_no_shares_is_refused_by_the_name_of_its_rule(fraction, message):
+    with pytest.raises(ValueError, match=f"the fraction of rule 'mistaken' {message}"):
+        register_rule(Rule("mistaken", "a mistake", fraction))
+    assert "mistaken" not in rule_names()
+
+
+@pytest.mark.parametrize("backend", ["exact", "matmul"])
+def test_a_share_that_is_no_number_is_none_in_the_weight_either(backend):
+    def fraction(sigma, null, tau, options):
+        return torch.where(tau > 1, math.nan, 0.1) * torch.ones_like(sigma)
+
+    register_rule(Rule("sometimes", "a tenth, or nothing that is a number", fraction))
+    W = torch.eye(3).repeat(2, 1, 1)
+    got = shrink(W, torch.tensor([0.5, 2.0]), "sometimes", backend=backend)
+    torch.testing.assert_close(got[0], 0.9 * W[0])
+    assert got[1].isnan().all()

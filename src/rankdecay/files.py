@@ -152,7 +152,9 @@ def unwritable(error: OSError, kind: Literal["file", "directory"] = "file") -> s
     """Return what to say of what could not be written: its path, the reason and the remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.filename} was not written, the disk is full: free some space, or name a {kind} on another disk"
-    if kind == "directory":
+    if error.errno == errno.EFBIG:
+        remedy = "raise the limit on the size of files (ulimit -f)"
+    elif kind == "directory":
         remedy = "name a directory where you may write"
     elif error.errno == errno.EISDIR:
         remedy = "name a file, not a directory"

@@ -87,13 +87,34 @@ def register_rule(rule: Rule) -> Rule:
     """Make a rule known by its name, in this process, and returns it.
 
     Raises:
-        ValueError: If the name is not an identifier, or belongs to another rule.
+        ValueError: If the name is not an identifier, or belongs to another rule; or if its fraction cannot be called,
+            or gives no finite share of each singular value.
     """
     if not rule.name.isidentifier():
         raise ValueError(f"a rule's name must be an identifier, such as 'log_penalty'; got {rule.name!r}")
     if rule.name == "frobenius" or rule.name in _built_in() or _registered.get(rule.name, rule) is not rule:
         raise ValueError(f"{rule.name!r} is the name of another rule; choose another name")
+    _check_fraction(rule)
     return _registered.setdefault(rule.name, rule)
+
+
+def _check_fraction(rule: Rule) -> None:
+    import torch
+
+    sigma = torch.tensor([[4.0, 2.0, 1.0], [1.0, 1.0, 0.5]], dtype=torch.float64)
+    tau = torch.full((2, 1), 0.25, dtype=torch.float64)
+    try:
+        share = rule.fraction(sigma, torch.zeros_like(tau), tau, Options())
+    except Exception as error:
+        raise ValueError(
+            f"the fraction of rule {rule.name!r} fails ({type(error).__name__}: {error}); it is called with "
+            "(sigma, null, tau, options)"
+        ) from error
+    if not isinstance(share, torch.Tensor) or share.shape != sigma.shape or not share.isfinite().all():
+        raise ValueError(
+            f"the fraction of rule {rule.name!r} must return a finite share for each of sigma {tuple(sigma.shape)}, "
+            f"got {share!r}"
+        )
 
 
 def rule_names() -> tuple[str, ...]:
@@ -112,6 +133,8 @@ def get_rule(name: str) -> Rule:
         rule = _loaders()[name]()
         if not isinstance(rule, Rule) or rule.name != name:
             raise ValueError(f"the entry point {name!r} of {_GROUP} must be a Rule of that name, got {rule!r}")
+        if name not in _built_in():
+            _check_fraction(rule)
         _registered[name] = rule
     return _registered[name]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rankdecay import cli
+from rankdecay import cli, rules
 from rankdecay.lab.cli import parse
 from rankdecay.lab.experiments.grok.settings import Grok
 from tests.comparing import contents
@@ -179,6 +179,8 @@ REFUSED = [
     ("--train-fraction 1.5", ["--train-fraction 1.5", "(0, 1)"]),
     ("--train-fraction 0", ["--train-fraction 0", "(0, 1)"]),
     ("--modulus 1", ["--modulus 1", "at least 2"]),
+    ("--first-seed 99999999999999999999", ["--first-seed 99999999999999999999", "too large", "less than 4294967296"]),
+    ("--position-scale inf", ["--position-scale inf", "finite"]),
     ("--task selection --modulus 1", ["--modulus 1", "at least 2"]),
     ("--task divide --modulus 10", ["--modulus 10", "prime"]),
     ("--task selection --train-examples 9999999", ["--train-examples 9999999", "fewer"]),
@@ -281,7 +283,7 @@ def test_out_with_another_configuration(finished, capsys):
 def test_out_with_other_files(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     line = refused(capsys, grok(tmp_path))
-    assert all(word in line for word in (str(tmp_path), "other files", "choose"))
+    assert all(word in line for word in (str(tmp_path), "not a run directory", "choose another"))
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
@@ -313,6 +315,74 @@ def test_a_report_of_no_run(tmp_path, capsys, name):
     line = refused(capsys, ["report", str(tmp_path / name)])
     assert str(tmp_path / name) in line
     assert contents(tmp_path) == {}
+
+
+def refused_page(capsys, run: Path, page: Path) -> None:
+    before = contents(run)
+    assert "is in a run directory" in refused(capsys, ["report", str(run), "--out", str(page)])
+    assert contents(run) == before
+
+
+def test_a_page_is_never_written_over_a_file_of_a_run(finished, tmp_path, capsys):
+    run, other = (shutil.copytree(finished, tmp_path / name) for name in ("run", "other"))
+    for name in ("metrics.jsonl", "config.json", "summary.json", "snapshots/00000002.npz", "new"):
+        refused_page(capsys, run, run / name)
+    before = contents(other)
+    refused_page(capsys, run, other / "summary.json")
+    assert contents(other) == before
+    for page in (run / "page.html", tmp_path / "page"):
+        assert cli.main(["report", str(run), "--out", str(page)]) == 0
+        assert page.read_text().startswith("<!doctype html>")
+
+
+def _emptied(path: Path) -> None:
+    path.write_text("")
+
+
+def _shortened(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def _of_nothing(path: Path) -> None:
+    path.write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("metrics.jsonl", Path.unlink), ("metrics.jsonl", _emptied), ("metrics.jsonl", _shortened),
+     ("summary.json", _of_nothing)],
+)  # fmt: skip
+def test_a_complete_run_that_was_damaged_since_is_not_shown(finished, tmp_path, capsys, name, damage):
+    run = shutil.copytree(finished, tmp_path / "run")
+    damage(run / name)
+    assert name in refused(capsys, grok(run))
+
+
+def test_a_snapshot_that_the_page_leaves_out_is_named(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    newest = max((run / "snapshots").iterdir())
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert cli.main(["report", str(run)]) == 0
+    assert f"note: The newest snapshot, {newest.name}, is left out" in capsys.readouterr().err
+
+
+def test_a_run_of_a_later_version_is_refused(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"schema": 2}))
+    assert "has schema 2, and this version reads up to 1" in refused(capsys, ["report", str(run)])
+
+
+def test_data_that_no_memory_holds(tmp_path, capsys):
+    line = refused(capsys, ["factor", "--seeds", "1", "--steps", "1", "--size", "10000000", "--out", str(tmp_path)])
+    assert "not enough memory" in line
+    assert "choose smaller sizes" in line
+
+
+def test_an_arm_is_not_the_name_of_a_rule(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+    rules.register_rule(rules.Rule("relative", "nothing", lambda sigma, null, tau, options: 0 * sigma))
+    assert "the decay rule 'relative' has the name of an arm" in refused(capsys, grok(tmp_path / "run"))
 
 
 # --- kills ----------------------------------------------------------------------------------------------------------

@@ -67,12 +67,12 @@ def test_a_step_is_the_reference(m, n, seed, share, rule, dtype, backend, relati
         return
     wanted = reference(W, tau, rule, **options)
     # What is left of nearly nothing, and is then made as large as the matrix, has few digits; so have bfloat16 weights.
-    few_digits = preserve_norm and float(reference(W, tau, rule, keep=keep, smoothing=smoothing).norm()) < 0.1 * float(
-        W.double().norm()
-    )
-    step_error = 0.0 if backend == "exact" or dtype == torch.float64 or rule == "prox" else 6e-4
     size = float(W.double().norm())
-    bound = size * (3e-6 + 2 * torch.finfo(dtype).eps) + step_error * float((W.double() - wanted).norm())
+    left = reference(W, tau, rule, keep=keep, smoothing=smoothing)
+    few_digits = preserve_norm and float(left.norm()) < 0.1 * size
+    grown = size / float(left.norm()) if preserve_norm and not few_digits else 1.0  # with what is left, its error
+    step_error = 0.0 if backend == "exact" or dtype == torch.float64 or rule == "prox" else 6e-4
+    bound = size * (3e-6 + 2 * torch.finfo(dtype).eps) + step_error * grown * float((W.double() - left).norm())
     if not few_digits:
         assert float((got.double() - wanted).norm()) <= bound
     elif keep or backend == "exact":

@@ -44,6 +44,13 @@ def main(arguments: Sequence[str]) -> int:
     except SettingError as error:
         print(f"rankdecay: error: {visible(str(error))}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(
+            f"rankdecay: error: not enough memory ({visible(str(error))}): choose smaller sizes of the data or the "
+            "model",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         resumable = arguments[0] != "report" and experiment.load(arguments[0]).resumable
         aim = "to continue from the last checkpoint" if resumable else "to start over"
@@ -137,6 +144,19 @@ def _experiment(name: str, settings: Any, command: str) -> None:
         show_page(settings.out / "report.html")
 
 
+def _note(text: str) -> None:
+    print(f"rankdecay: note: {visible(text)}", file=sys.stderr)
+
+
+def _check_not_of_a_run(page: Path, directories: Sequence[Path]) -> None:
+    """Refuse to write a page over a file of a run: those asked for, and one in whose directory the page would be."""
+    place = page.resolve()
+    beside = place.parent if (place.parent / "config.json").exists() else None
+    inside = beside is not None or any(Path(directory).resolve() in place.parents for directory in directories)
+    if inside and place.suffix.lower() not in (".html", ".htm"):
+        raise SettingError(f"--out {page} is in a run directory and not named as a page is: give a name with .html")
+
+
 def _report(settings: Report) -> None:
     directories = list(settings.directories)
     if not directories:
@@ -148,6 +168,8 @@ def _report(settings: Report) -> None:
     for option, path in (("--out", settings.out), ("--figure", settings.figure)):
         if path is not None and os.path.isdir(path):
             raise SettingError(f"{option} {path} is a directory: give a file in it")
+    if settings.out is not None:
+        _check_not_of_a_run(settings.out, directories)
     if settings.figure is not None and settings.open:
         raise SettingError("--open opens the page, and --figure draws no page: leave out one of them")
     several = len(directories) > 1 and any(experiment.of_directory(path).merged for path in directories)
@@ -155,9 +177,10 @@ def _report(settings: Report) -> None:
         if settings.figure is not None:
             pages = [experiment.draw_figure(directories, settings.figure)]
         elif settings.out is not None or several:
-            pages = [experiment.write_merged_report(directories, settings.out or Path("merged-report.html"))]
+            merged = settings.out or Path("merged-report.html")
+            pages = [experiment.write_merged_report(directories, merged, _note)]
         else:
-            pages = [experiment.write_report(directory) for directory in directories]
+            pages = [experiment.write_report(directory, _note) for directory in directories]
     except OSError as error:
         raise SettingError(unwritable(error)) from None
     for page in pages:

@@ -482,6 +482,7 @@ def _shown(experiment: Experiment[S], work: Work[S]) -> Record:
     """The summary of a run that is complete, after saying so."""
     directory = work.run_directory
     more = "a larger grid would be added to it" if experiment.grid else "for a new run give another --out"
+    read(experiment, [directory.path])  # refuse what was changed since
     work.screen.notice(f"{directory.path} is complete: showing its result; {more}")
     if not os.path.lexists(directory.path / "report.html"):  # a kill came between the summary and the page
         write_report(directory.path)
@@ -562,17 +563,28 @@ def read(experiment: Experiment[Any], directories: Sequence[str | Path]) -> Stor
     return read_run(paths[0], experiment.check_row, experiment.so_far, experiment.aliases)
 
 
-def write_report(directory: str | Path) -> Path:
+def write_report(directory: str | Path, notice: Callable[[str], None] | None = None) -> Path:
     """Write ``report.html`` into a run directory, complete or not, and return its path.
+
+    Args:
+        directory: of the run.
+        notice: receives what the page says of files that were left out.
 
     Raises:
         SettingError: When the directory is not a run or a file in it is damaged.
     """
-    return write_merged_report([directory], Path(directory) / "report.html")
+    return write_merged_report([directory], Path(directory) / "report.html", notice)
 
 
-def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> Path:
+def write_merged_report(
+    directories: Sequence[str | Path], path: str | Path, notice: Callable[[str], None] | None = None
+) -> Path:
     """Write one page of a run directory, or of several that can be merged, and return its path.
+
+    Args:
+        directories: of the runs.
+        path: of the page.
+        notice: receives what the page says of files that were left out.
 
     Raises:
         SettingError: When a directory is not a run, is damaged, or cannot be merged with the first.
@@ -581,8 +593,18 @@ def write_merged_report(directories: Sequence[str | Path], path: str | Path) -> 
     from rankdecay.lab.report.run_page import render
 
     experiment = of_directory(directories[0])
-    page = _made(experiment, directories, lambda stored: render(experiment, stored))
-    return write(page, Path(path))
+    notices: list[str] = []
+
+    def rendered(stored: StoredRun) -> str:
+        page = render(experiment, stored)
+        notices[:] = stored.notices
+        return page
+
+    page = write(_made(experiment, directories, rendered), Path(path))
+    if notice is not None:
+        for text in notices:
+            notice(text)
+    return page
 
 
 def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from rankdecay.lab.errors import SettingError, check_name, option
 Record = dict[str, Any]
 Preset = Literal["default", "standard"]
 NOT_IDENTITY = ("preset", "out", "device", "compile", "quiet", "json", "open")  # do not change what a run computes
+SEEDS = 2**32  # one more than the largest seed of numpy
 NAMING = ("arm", "name", "reference")  # keys that hold the name of an arm, in rows, configurations and summaries
 
 REPORT_EXAMPLES = {
@@ -109,6 +111,22 @@ def check_seeds(settings: Any) -> None:
     """Raise a `SettingError` unless ``--first-seed`` is the number of a seed."""
     if settings.first_seed < 0:
         raise SettingError(f"--first-seed {settings.first_seed} is negative: give 0 or more")
+    if settings.first_seed >= SEEDS:
+        raise SettingError(f"--first-seed {settings.first_seed} is too large: give less than {SEEDS}")
+
+
+def check_effect(settings: Any, name: str, has_effect: bool, where: str) -> None:
+    """Raise a `SettingError` if a setting was given another value than its default and nothing reads it.
+
+    Args:
+        settings: of an experiment.
+        name: of the setting.
+        has_effect: whether something reads it.
+        where: nothing does, in words.
+    """
+    value = getattr(settings, name)
+    if not has_effect and value != getattr(type(settings)(), name):
+        raise SettingError(f"{option(name)} {value} has no effect {where}: leave it out")
 
 
 def check_strengths(settings: Any) -> None:
@@ -181,7 +199,10 @@ def given_strengths(
             continue
         check_name("--strengths", name, arms)
         try:
-            found[name] = tuple(sorted({float(value) for value in values.split(",")}))
+            numbers = sorted(float(value) for value in values.split(","))
         except ValueError:
             raise SettingError(f"--strengths {text} is not a list of numbers: give {name}={example}") from None
+        if twice := next((one for one, other in pairwise(numbers) if one == other), None):
+            raise SettingError(f"--strengths {text} lists {twice:g} twice: give it once")
+        found[name] = tuple(numbers)
     return found

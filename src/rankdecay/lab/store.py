@@ -533,8 +533,10 @@ class RunDirectory:
                 remedy = "free some space, then run the same command again: it continues from the last checkpoint"
                 raise SettingError(f"the disk is full, {self.path / name} was not written: {remedy}") from None
             where = self.path if name == "." else self.path / name
+            too_large = error.errno == errno.EFBIG
+            remedy = "raise the limit on the size of files (ulimit -f)" if too_large else "restore access"
             raise SettingError(
-                f"{where} cannot be written ({error.strerror}): restore access, then run the command again"
+                f"{where} cannot be written ({error.strerror}): {remedy}, then run the command again"
             ) from None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from rankdecay import files
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.settings import Record, renamed
-from rankdecay.lab.store import check_content, read_json, read_metrics, snapshot_files
+from rankdecay.lab.store import SCHEMA, check_content, read_json, read_metrics, snapshot_files
 
 LARGEST_SNAPSHOT = 2**28  # bytes, unpacked
 LABELS = ("groups", "positions")  # arrays that all members share
@@ -80,6 +80,10 @@ def read_config(directory: Path) -> Record:
     if config is None:
         raise SettingError(f"{directory} has no config.json: give the --out directory of a rankdecay experiment")
     check_content(config, path)
+    schema = config.get("schema", SCHEMA)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        known = f"this version reads up to {SCHEMA}"
+        raise SettingError(f"{path} has schema {schema!r}, and {known}: install a newer rankdecay")
     return config
 
 

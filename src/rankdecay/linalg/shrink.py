@@ -385,8 +385,15 @@ class _Step:
             side_by_side(each, range(len(W)))
             return
         prepared = mark_bad(prepare(W, torch.float64), tau)
-        share = self.share_of(prepared, tau)
-        after = apply_exact(prepared, share, W.dtype, complement=True, overwrite=not self.clip)
+        share, undefined = self.share_of(prepared, tau), torch.zeros_like(prepared.bad)
+
+        def noted(sigma: Tensor, null: Tensor) -> Tensor:  # a rule's NaN is NaN, and not a step beyond all bounds
+            lost = share(sigma, null)
+            undefined.logical_or_(lost.isnan().any(-1)[..., None, None])
+            return lost
+
+        after = apply_exact(prepared, noted, W.dtype, complement=True, overwrite=not self.clip)
+        prepared = prepared._replace(bad=prepared.bad | undefined)
         self._write(prepared.X - after if self.clip else after, prepared, W, tau, out)
 
     def _multiply(self, prepared: Prepared, W: Tensor, tau: Tensor, out: Tensor) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.settings import Settings, check_counts, check_seeds, check_width
+from rankdecay.lab.settings import Settings, check_counts, check_numbers, check_seeds, check_width
 from rankdecay.rules import rule_names
 
 HEADS = 4  # of every network
@@ -61,6 +61,7 @@ def check_shared(settings: Any, width: int) -> None:
     check_name("--rule", settings.rule, rule_names())
     check_seeds(settings)
     check_counts(settings, "steps", "seeds", "every", "warmup", "depth", "mlp_width", "batch_size", "evaluate_every")
+    check_numbers(settings, "position_scale", zero=True)
     if not 0 < settings.threshold <= 1:
         raise SettingError(f"--threshold {settings.threshold} must be an accuracy in (0, 1]: for example 0.95")
     check_width(settings.width, HEADS, width)

@@ -25,6 +25,7 @@ def test_size_and_target_follow_from_each_other():
         ({"observed": 0.0}, r"--observed 0 must be a share of the entries in \(0, 1\]"),
         ({"observed": 1.5}, r"--observed 1.5 must be"),
         ({"depth": 1}, r"--depth 1 must be at least 2"),
+        ({"depth": 5, "arms": ("factors",)}, r"--depth 5 has no effect without the arm deep: leave it out"),
         ({"lr": 0.0}, r"--lr 0.0 must be a finite number > 0"),
         ({"scale": math.inf}, r"--scale inf must be"),
         ({"seeds": 0}, r"--seeds 0 is too small: give at least 1"),

@@ -32,6 +32,8 @@ def test_presets_are_accepted_as_they_are():
         ({"epsilon": -1e-8}, "--epsilon -1e-08 must be a finite number >= 0"),
         ({"parametrisation": ("trained_head",)}, r"--margin 1e\+06 is beyond what trained_head can follow"),
         ({"inner": -1}, "--inner -1 is negative"),
+        ({"parametrisation": ("merged",), "lr": 5.0}, "--lr 5.0 has no effect without one of the arms descent, norm"),
+        ({"parametrisation": ("merged",), "l2": 5.0}, "--l2 5.0 has no effect without one of the arms separate_l2"),
         ({"data": "equals"}, "did you mean 'equal'"),
         ({"data": "aligned", "tokens": 4}, "aligned data have tokens in pairs"),
         ({"data": "aligned", "tokens": 5, "examples": 12}, "--dimension 12 must be larger"),

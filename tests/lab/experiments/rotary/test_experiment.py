@@ -86,6 +86,7 @@ def test_presets_are_accepted_as_they_are():
         ({"frequencies": "fourier", "offsets": 16}, "--offsets 16 cannot tell 8 planes apart: give at least 17"),
         ({"momentum": 1.0}, r"--momentum 1 is outside \[0, 1\)"),
         ({"theta": 1.0}, "--theta 1 must be above 1"),
+        ({"theta": 5.0, "frequencies": "fourier"}, "--theta 5.0 has no effect on --frequencies fourier"),
         ({"heads": 0}, "--heads 0 is too small"),
     ],
 )

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Literal
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.settings import Settings, check_arms, check_counts, check_numbers, check_seeds, check_strengths
+from rankdecay.lab.settings import (
+    Settings,
+    check_arms,
+    check_counts,
+    check_effect,
+    check_numbers,
+    check_seeds,
+    check_strengths,
+)
 
 ARMS = ("factors", "momentum", "adam", "decoupled", "low_rank", "merged", "deep")
 
@@ -75,6 +83,7 @@ def check(settings: Factor) -> Factor:
     check_counts(settings, "steps", "seeds", "evaluate_every")
     if settings.depth < 2:
         raise SettingError(f"--depth {settings.depth} must be at least 2: the arm merged is one matrix")
+    check_effect(settings, "depth", "deep" in settings.arms, "without the arm deep")
     check_numbers(settings, "lr", "scale")
     check_strengths(settings)
     for strength in settings.strengths:

@@ -49,6 +49,8 @@ def headline(facts: Facts) -> str:
     row = _row(facts, "separate")
     if row is None:
         return "Without the flow on K and Q apart there is nothing to say of an implicit nuclear-norm bias."
+    if row["margin"] < 1:
+        return f"After {row['steps']:,} steps the flow on K and Q is at a margin of {row['margin']:.2g}: raise --steps."
     if row["cosine_between"] > ONE_SOLUTION:
         return (
             "On these data the nuclear and the Frobenius SVM have one solution, so they cannot tell the biases apart; "
@@ -109,6 +111,9 @@ def _nearer(claim: str, name: str, nuclear: bool = True, open: str = "") -> Chec
             f"{row['cosine_frobenius']:.4f} to the {second}, which have {row['cosine_between']:.3f} to each other; "
             f"{norm} {row['nuclear_excess']:.2%} above the least."
         )
+        if row["margin"] < 1:
+            ended = f"the flow ended after {row['steps']:,} steps at a margin of {row['margin']:.2g}"
+            return None, f"{ended}: raise --steps."
         return count == known, text + _stopped(facts, row)
 
     return Check(claim, holds, (name,), open)
@@ -118,7 +123,10 @@ def _stopped(facts: Facts, row: Record) -> str:
     """Where an explicit decay ended the flow, and whether the direction had settled."""
     settings = facts.settings
     if row["name"] not in ("separate_l2", "merged_l2", "low_rank"):
-        return ""
+        early = decided(row) - row["reached"]
+        if row["name"] in ("recipe", "recipe_bare") or early <= 0:
+            return ""
+        return f" {early} of {decided(row)} ended after {row['steps']:,} steps, before --margin."
     turning = f"; after {settings['steps']:,} steps the direction was not settled yet"
     more = turning if row["steps"] >= settings["steps"] else ""
     return f" ε = {settings['l2']:g} stops the flow at a margin of about {row['margin']:.3g}{more}."

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.settings import Settings, check_arms, check_counts, check_numbers, check_seeds
+from rankdecay.lab.settings import Settings, check_arms, check_counts, check_effect, check_numbers, check_seeds
 
 FLOWS = ("merged", "separate", "diagonal", "separate_l2", "merged_l2", "low_rank", "recipe", "recipe_bare")
 BEYOND = ("descent", "normalised", "adam", "trained_head")  # the theory: steps of finite length, and a head that moves
@@ -121,7 +121,20 @@ def check(settings: Margin) -> Margin:
             f"--margin {settings.margin:g} is beyond what trained_head can follow: give at most {LARGEST_WITH_HEAD}"
         )
     _check_data(settings)
+    _check_effects(settings)
     return settings
+
+
+def _check_effects(settings: Margin) -> None:
+    arms = set(settings.parametrisation)
+    readers = {
+        "lr": ("descent", "normalised", "adam"),
+        "beta2": ("adam",),
+        "epsilon": ("adam",),
+        "l2": tuple(arm for arm in ARMS if arm.endswith("_l2") or arm in ("low_rank", "recipe")),
+    }
+    for name, of in readers.items():
+        check_effect(settings, name, not arms.isdisjoint(of), f"without one of the arms {', '.join(of)}")
 
 
 def _check_data(settings: Margin) -> None:

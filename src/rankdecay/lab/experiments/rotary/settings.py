@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.settings import Settings, check_arms, check_counts, check_numbers, check_seeds, check_strengths
+from rankdecay.lab.settings import (
+    Settings,
+    check_arms,
+    check_counts,
+    check_effect,
+    check_numbers,
+    check_seeds,
+    check_strengths,
+)
 
 ARMS = ("rotary", "convex", "unturned")
 
@@ -87,4 +95,5 @@ def check(settings: Rotary) -> Rotary:
         )
     if settings.frequencies == "geometric" and settings.theta <= 1:
         raise SettingError(f"--theta {settings.theta:g} must be above 1: models have 10000 and more")
+    check_effect(settings, "theta", settings.frequencies == "geometric", f"on --frequencies {settings.frequencies}")
     return settings
