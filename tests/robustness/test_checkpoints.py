@@ -21,7 +21,7 @@ from torch import nn
 import rankdecay as rd
 from rankdecay import cli
 from rankdecay.attention.listing import listing
-from rankdecay.attention.names import is_input_like, spellings
+from rankdecay.attention.names import factor_of, is_input_like, spellings
 from rankdecay.attention.numbering import natural_key
 from tests.robustness.samples import CHECKPOINTS, GPT2, LLAMA, attention, llama
 from tests.robustness.test_files import put
@@ -281,7 +281,7 @@ MANY: dict[str, Callable[[int], Iterable[tuple[str, tuple[int, ...]]]]] = {
 
 def work(root: Path) -> int:
     """The number of calls, of C functions too, that it takes to list a checkpoint."""
-    for remembered in (spellings, is_input_like, natural_key):
+    for remembered in (spellings, is_input_like, factor_of, natural_key):
         remembered.cache_clear()
     count = 0
 

@@ -286,7 +286,7 @@ def factor_of(child: str) -> frozenset[str]:
         >>> sorted(factor_of("kv_down_proj")), sorted(factor_of("W_UQ")), sorted(factor_of("q_proj"))
         (['k', 'v'], ['q'], [])
     """
-    if child in _KNOWN_FACTORS:
+    if child in _KNOWN_FACTORS or len(child) > _LONGEST:
         return frozenset()
     words = words_of(child)
     bare = [_UP_OR_DOWN.sub("", word, count=1) if _UP_OR_DOWN.match(word) else word for word in words]
