@@ -88,7 +88,7 @@ PLACES, STEPS, ROUNDS = 4, 16, 9  # of what is timed: runs at once, steps of a r
 
 @dataclasses.dataclass(frozen=True)
 class Accelerated(Protocol):
-    """What is trained of a task."""
+    """Protocol of a task."""
 
     tune_sizes: tuple[float, ...] = (1250,)
     tune_budget: int = 800

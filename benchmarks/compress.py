@@ -78,7 +78,7 @@ REST = 0.1  # L2 of all matrices that no decay is named for
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What is trained; a smaller one is for trying the command."""
+    """Settings of training; smaller ones are for trying the command."""
 
     width: int = 128
     depth: int = 4

@@ -32,7 +32,7 @@ WIDENINGS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What is trained; a smaller one is for trying the command."""
+    """Settings of training; smaller ones are for trying the command."""
 
     modulus: int = 13
     width: int = 64
@@ -74,7 +74,7 @@ class Protocol:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """What is tried of every arm.
+    """Grid that is tried of every arm.
 
     Attributes:
         strengths: in factors of two; none for an arm that has no strength.

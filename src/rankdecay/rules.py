@@ -84,7 +84,7 @@ _registered: dict[str, Rule] = {}
 
 
 def register_rule(rule: Rule) -> Rule:
-    """Make a rule known by its name, in this process, and returns it.
+    """Make a rule known by its name, in this process, and return it.
 
     Raises:
         ValueError: If the name is not an identifier, or belongs to another rule; or if its fraction cannot be called,

@@ -109,7 +109,7 @@ class Contents(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """Where a tensor lies; its size is None if the package does not know the type."""
+    """Location of a tensor; its size is None if the package does not know the type."""
 
     file: Path
     shape: tuple[int, ...]

@@ -33,7 +33,7 @@ _WINDOW = re.compile(
 
 @dataclass(frozen=True)
 class Window:
-    """Where one matrix lies in a parameter: an attention matrix in a 2-D one, or :data:`WHOLE` of any.
+    """Location of one matrix in a parameter: an attention matrix in a 2-D one, or :data:`WHOLE` of any.
 
     The parameter, transposed if it is stored as (in, out), is cut into lines: its rows for W_Q, W_K and W_V, its
     columns for W_O, since those are the sides that the heads share out. The lines fall into ``groups`` equal groups of

@@ -1,4 +1,4 @@
-"""Where the rotary planes of W_Q, W_K and their biases lie: which lines of a parameter positions turn together.
+"""Location of the rotary planes of W_Q, W_K and their biases: the lines of a parameter that RoPE rotates together.
 
 Positions turn two coordinates of a head by one angle: coordinates j and j + d/2 in the rotate-half convention, 2j and
 2j + 1 in the interleaved one, of the first ``dims`` coordinates. The two rows of W_Q and the two of W_K, with their

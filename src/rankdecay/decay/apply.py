@@ -34,7 +34,7 @@ _STACKED = {"cpu": 2**25, "cuda": 2**26}
 
 
 class Step(NamedTuple):
-    """What one step takes from the matrices of one role.
+    """Decay of the matrices of one role in one step.
 
     Attributes:
         parameters: of one group of the optimizer.

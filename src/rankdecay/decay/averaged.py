@@ -5,7 +5,7 @@ NeurIPS 2024). The optimizer keeps z in its state; x is y + (1 − 1/β)·(z −
 the next step, which computes y from z and x.
 
 * **L2** is that of the optimizer: z ← z − c·y, and y follows by (1 − β) of it. x follows as z enters the average.
-* **A low-rank decay** acts on z. x would hold what z had before for as many steps again as there have been, and the
+* **A low-rank decay** acts on z. x would keep directions that z has lost for as many steps as have passed, and the
   weights that are evaluated would never have a low rank. So x loses τ a step too, but only in what it has outside the
   range of z: there is nothing left to average. With P = Z (ZᵀZ + ε²)⁻¹ Zᵀ, Q = ZᵀZ (ZᵀZ + ε²)⁻¹, ε = τ, the part
   P X Q stays as it is. Directions of z far above τ are kept, those it has lost are not, and no rank is decided.

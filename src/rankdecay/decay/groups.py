@@ -172,7 +172,7 @@ def with_names(group: Any) -> Any:
 
 
 class GroupInfo(NamedTuple):
-    """What :func:`param_groups` knows of a parameter, and an optimizer's state need not hold.
+    """Facts about a parameter that :func:`param_groups` finds, and that an optimizer's state need not hold.
 
     Attributes:
         name: its name.
@@ -196,7 +196,7 @@ class GroupInfo(NamedTuple):
 
 
 class _KnownParameters:
-    """What is known of parameters, as long as the modules that hold them live and hold them.
+    """Facts about parameters, kept while the modules that hold them are alive.
 
     A parameter itself has no weak reference: torch swaps none that has, as it moves DTensors to another type or device.
     """

@@ -1,4 +1,4 @@
-"""What the decay has to know of an optimizer: its rate, which weights it steps, and what its own L2 means.
+"""Facts about optimizers that a decay needs: the rate, the weights that are stepped, and the meaning of their own L2.
 
 Most optimizers step the parameters themselves, at ``group["lr"]``, and for these nothing here matters. The others are
 told by what they have (keys of their groups and of their states) where that says enough, so that a copy of one in

@@ -23,7 +23,7 @@ Excluded = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
 
 class Remarks(NamedTuple):
-    """What a reader has to know of a model's attention, found when its groups were made.
+    """Remarks about a model's attention for the user, found when its groups were made.
 
     Attributes:
         unhandled: what looks like attention and is not decayed as such, with the reasons.
@@ -76,10 +76,10 @@ def plan(
         model: the model.
         default: decay of the matrices whose role is not named.
         named: decay by role.
-        names: as for :func:`param_groups`; ``num_heads``, ``only`` and ``exclude`` too.
-        num_heads: see there.
-        only: see there.
-        exclude: see there.
+        names: as in :func:`param_groups`.
+        num_heads: as in :func:`param_groups`.
+        only: as in :func:`param_groups`.
+        exclude: as in :func:`param_groups`.
         rest: decay of what is no matrix, where its role is not named.
         stacklevel: of the warning, seen from here.
     """

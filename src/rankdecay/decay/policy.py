@@ -65,7 +65,7 @@ def _make_plain(decay: Any) -> None:
 
 
 class _Paced:
-    """What every decay has: a strength, per unit of learning rate or per step, that may rise from 0."""
+    """Base of every decay: a strength, per unit of learning rate or per step, that may rise from 0."""
 
     strength: float
     warmup: int

@@ -1,4 +1,4 @@
-"""Where an attachment's targets come from: the optimizer's groups, or a model and the decays of its roles.
+"""Sources of an attachment's targets: the optimizer's groups, or a model and the decays of its roles.
 
 Both say the same things of a group: its targets, and with which weight decay the optimizer is to step which of its
 parameters, so that a role has its decay and no other.
@@ -40,7 +40,7 @@ from rankdecay.decay.weight_decay import Section
 
 
 class ParameterDescription(NamedTuple):
-    """What a parameter of a group is, for a reader."""
+    """Description of a parameter of a group, for the user."""
 
     name: str
     role: str
@@ -48,7 +48,7 @@ class ParameterDescription(NamedTuple):
 
 
 class DecaySource(Protocol):
-    """Where the targets of an optimizer come from."""
+    """Source of the targets of an optimizer."""
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
         """Take a group up, when it is first seen and when the dtypes of its parameters have changed."""

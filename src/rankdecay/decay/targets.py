@@ -1,4 +1,4 @@
-"""What a step decays: the matrices of one role, in parameters of one group of the optimizer.
+"""Targets of a step: the matrices of one role, in parameters of one group of the optimizer.
 
 It follows from a group's own keys, where :func:`rankdecay.param_groups` made the group, or from the model, where
 :func:`rankdecay.attach` was given the decays. Either way it is a :class:`Target`. Only its count of steps is kept
@@ -103,7 +103,7 @@ class StepCounter:
 
     @property
     def missed(self) -> dict[int, float | Tensor]:
-        """What each parameter was spared since the last decay, by its position."""
+        """Amounts deferred since the last decay, by the position of the parameter."""
         return {int(position): amount for position, amount in self._numbers.get(self.missed_key, {}).items()}
 
     def take_missed(self) -> dict[int, float | Tensor]:

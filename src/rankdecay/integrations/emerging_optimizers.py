@@ -16,7 +16,7 @@ from rankdecay.decay.attachment import Attachment
 
 
 class WeightUpdateHook(Protocol):
-    """What Emerging-Optimizers ask of a hook."""
+    """Interface of a hook of Emerging-Optimizers."""
 
     def pre_weight_update_inplace(self, p: Tensor, update: Tensor) -> Any:
         """Act before the update; what it returns is given to the other."""

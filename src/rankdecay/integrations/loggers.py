@@ -1,4 +1,4 @@
-"""Where a :class:`rankdecay.Monitor` logs to: TensorBoard, W&B, trackio and the terminal, with pictures of spectra.
+"""Loggers for a :class:`rankdecay.Monitor`: TensorBoard, W&B, trackio and the terminal, with pictures of spectra.
 
 Each is given to ``Monitor(model, log=...)``. It receives the ranks as any callable does, and the singular values of
 each layer too: as a histogram, in the terminal as a line of blocks. The packages are their user's.

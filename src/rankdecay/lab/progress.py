@@ -20,7 +20,7 @@ ESTIMATE_AFTER = 2.0  # seconds of work from which the rest can be estimated
 
 @dataclass(frozen=True)
 class Promise:
-    """How long the help says that a command takes, and how to make it shorter.
+    """Duration that the help promises, and the option that shortens it.
 
     Attributes:
         minutes: of the default, on the slowest machine that counts.

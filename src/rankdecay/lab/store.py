@@ -268,7 +268,7 @@ class Throttle:
 
 @dataclass
 class Checkpoint:
-    """Where an interrupted run continues: a step, named tensors, and plain data.
+    """State from which an interrupted run continues: a step, named tensors, and plain data.
 
     Attributes:
         step: of the run.

@@ -1,4 +1,4 @@
-r"""What every decay does: a group of a weight loses a share of itself.
+r"""Shrinkage by shares, which every decay is: a group of a weight loses a share of itself.
 
 .. math:: X_g \leftarrow (1 - t_g) \, X_g , \qquad 0 \le t_g \le 1 .
 

@@ -11,7 +11,7 @@ from itertools import cycle
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """How one arm is drawn: its name in words, a colour per background and a plotly dash name."""
+    """Style of one arm: its name in words, a colour per background and a plotly dash name."""
 
     label: str
     light: str

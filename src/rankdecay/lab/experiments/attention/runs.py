@@ -69,7 +69,7 @@ def make_plan(settings: AttentionDecay, device: str) -> Plan:
 
 
 def make_layout(settings: AttentionDecay, device: str) -> Layout:
-    """How the processes share a run.
+    """Layout of the processes of a run.
 
     Raises:
         SettingError: For a batch that they cannot share evenly, or an order to compile without a compiler.

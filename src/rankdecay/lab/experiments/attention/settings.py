@@ -82,7 +82,7 @@ class AttentionDecay(Settings):
 
 @dataclass(frozen=True)
 class AttentionTreatment:
-    """How an arm decays attention.
+    """Treatment of attention by an arm.
 
     Attributes:
         of: roles of the matrices it decays; the others of attention get the decay of the rest.

@@ -34,7 +34,7 @@ RATE_WINDOW = (2.0, 12.0)  # times ηt between which the decay of the imbalance 
 
 @dataclass(frozen=True)
 class FactorTreatment:
-    """How an arm parametrises the matrix and decays it.
+    """Parametrisation and decay of the matrix by an arm.
 
     Attributes:
         depth: number of factors.

@@ -199,7 +199,7 @@ def initial_weights(
     inner: int,
     device: str = "cpu",
 ) -> Weights:
-    """Where the flow begins.
+    """Initial weights of the flow.
 
     ``paper`` is condition (5) of Sheen et al.: KQᵀ = 0 with K = √2 scale I and Q = 0, in the diagonal case
     ξ_k = √2 scale. ``random`` draws K and Q Gaussian, with entries of size scale/√d_e (diagonal: scale). W begins as

@@ -35,7 +35,7 @@ ITERATIONS = 3000  # of the convex arm
 
 @dataclass(frozen=True)
 class RotaryTreatment:
-    """How an arm fits the scores."""
+    """Parametrisation by which an arm fits the scores."""
 
     turned: bool = True  # by positions
     convex: bool = False
