@@ -22,17 +22,16 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from itertools import dropwhile
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankdecay.attention.layer import WHOLE, Role
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
+from rankdecay.decay.describing import rows_of, units_of
 from rankdecay.decay.finite import FiniteCheck
 from rankdecay.decay.groups import Group
 from rankdecay.decay.hooks import before_every_step, keep_in_place, name_later_groups
@@ -58,10 +57,9 @@ from rankdecay.decay.roles import ROLES, decays_by_role
 from rankdecay.decay.sources import DecaySource, check_planes_held
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target, count_step, pending_key
-from rankdecay.decay.units import in_units, present
 from rankdecay.decay.watch import Watch
 from rankdecay.decay.weight_decay import give_weight_decay
-from rankdecay.dtensor import bare_name, is_sharded
+from rankdecay.dtensor import bare_name
 from rankdecay.linalg import Backend
 from rankdecay.linalg.rounding import step_seed
 
@@ -223,7 +221,9 @@ class Attachment:
         optimizer = self.optimizer
         with self._groups_in_one_piece(optimizer):
             indexed = enumerate(optimizer.param_groups)
-            return [row for index, group in indexed for row in self._rows_of(optimizer, index, group)]
+            return [
+                row for index, group in indexed for row in rows_of(optimizer, self._source, index, group, self.active)
+            ]
 
     def describe(self, ranks: bool = False) -> str:
         """Return the rows as a table, with what else a reader has to know above it.
@@ -236,6 +236,8 @@ class Attachment:
         optimizer = self.optimizer
         planes = self._planes(optimizer)
         zeros = planes.words() if ranks or not planes.is_collective else []
+        with self._groups_in_one_piece(optimizer):
+            units = [] if ranks else units_of(optimizer, self._source)
         state = "attached to" if self.active else ("paused on" if self._handles else "detached from")
         return table(
             self.rows(),
@@ -243,7 +245,7 @@ class Attachment:
             state=f"{state} {type(optimizer).__name__}" + ("" if self.active else ": what follows is not applied"),
             remarks=self._source.remarks(optimizer),
             notes=[
-                *([] if ranks else self._units(optimizer)),
+                *units,
                 *remarks_on_optimizer(optimizer, self._wrappers),
                 *self._source.notes(optimizer),
                 *zeros,
@@ -257,30 +259,6 @@ class Attachment:
             if isinstance(target.decay, Planes) and not any(parameter.is_meta for parameter in parameters):
                 planes.add(target.decay, parameters, target.names, target.planes, {}, 0)
         return planes
-
-    def _units(self, optimizer: Optimizer) -> list[str]:
-        """Return what the strengths mean now: a sentence for each role, decay and learning rate."""
-        alike: dict[tuple[str, Decay, float], list[Tensor]] = {}
-        with self._groups_in_one_piece(optimizer):
-            for index, group in enumerate(optimizer.param_groups):
-                lr = group.get("lr")
-                if lr is None or has_rate_per_parameter(optimizer, group):
-                    continue
-                for target in self._source.targets(index, group):
-                    decay, parameters = target.decay_in(group), target.parameters(group)
-                    matrices = alike.setdefault((target.role, decay, float(lr)), [])
-                    if not decay.strength or any(map(is_sharded, parameters)):
-                        continue
-                    if isinstance(decay, Planes):
-                        pairs = zip(parameters, target.planes, strict=True)
-                        matrices += [rows.of(parameter) for parameter, several in pairs for rows in several]
-                    else:
-                        matrices += Step(parameters, target.windows, decay, 0.0, 0).matrices()
-        return [
-            f"{role}: {in_units(decay, lr, present(matrices))}"
-            for (role, decay, lr), matrices in alike.items()
-            if decay.strength
-        ]
 
     @property
     def unhandled(self) -> tuple[str, ...]:
@@ -570,37 +548,6 @@ class Attachment:
                         f"{name} is on the meta device, so a step changes nothing of the model: to_empty replaces its "
                         "parameters. Build the optimizer, and with it rankdecay.param_groups after it, then attach."
                     )
-
-    def _rows_of(self, optimizer: Optimizer, index: int, group: Group) -> Iterator[Row]:
-        targets: dict[int, list[Target]] = {}
-        for target in self._source.targets(index, group):
-            for position in target.positions:
-                targets.setdefault(position, []).append(target)
-        kind = type(optimizer).__name__
-        for position, parameter in enumerate(group["params"]):
-            name, role, why = self._source.place(index, group, position)
-            frozen = "" if parameter.requires_grad else "frozen; "
-            if position not in targets:
-                l2 = group.get("weight_decay", 0.0)
-                words = f"L2 {l2:g}" if l2 else "none"
-                yield Row(name, parameter, role, WHOLE, words, kind if l2 else "", frozen + why)
-            for target in targets.get(position, []):
-                decay = target.decay_in(group)
-                acts = decay.strength and not target.spares(position)
-                words = decay.describe() if acts else "none"
-                who = kind if target.by_optimizer else "rankdecay"
-                who = (who if self.active else "nobody") if acts else ""
-                low_rank = isinstance(decay, LowRank)
-                every = target.every_in(group, counts_steps(optimizer, group))
-                if every > 1 and decay.strength and isinstance(decay, LowRank) and decay.every is None:
-                    words += f", every {every} steps by shape"
-                since = target.counter.steps % every
-                waiting = f"{target.role}: {since} of {every} steps since its last decay" if since else ""
-                for window in target.windows:
-                    notes = dropwhile(get_args(Role).__contains__, why.split(", "))  # behind the names of the matrices
-                    reason = frozen + (", ".join([window.label, *notes]) if window.label else why)
-                    reason += "; its planes were frozen when they were attached" if decay.strength and not acts else ""
-                    yield Row(name, parameter, target.role, window, words, who, reason, low_rank, waiting)
 
 
 class _Held(NamedTuple):
