@@ -49,7 +49,7 @@ sweep recall --task recall --seeds 3 --train-examples 1000 1400 --arms none l2 s
 sweep prototype --preset prototype
 
 # The paper's settings: its step on its grid, L2 there and beyond; multiplication and S5 at one size, addition
-# at six.
+# at eleven.
 paper() { rankdecay boundary --preset paper --seeds 1 --out "runs/$1" "${@:2}"; }
 paper paper_multiply --task multiply --fractions 0.5 --arms none l2_all paper_a1
 paper paper_multiply_l2 --task multiply --fractions 0.5 --arms l2_all --strengths l2_all=0.2,0.5,1,2,4,8
@@ -57,6 +57,10 @@ paper paper_add --fractions 0.3 0.4 0.5 0.6 0.7 0.8 --precision float32 --arms p
   --strengths l2_all=2,4,8,16
 paper paper_add --seeds 3 --fractions 0.3 0.4 0.5 0.6 --precision float32 --arms paper_a1 l2_all \
   --strengths paper_a1=0.005,0.01 l2_all=4,8  # stopped before the last of l2_all=4
+paper paper_add --fractions 0.35 0.45 0.55 0.65 0.75 --precision float32 --arms paper_a1 l2_all \
+  --strengths paper_a1=0.001,0.005,0.01 l2_all=4,8
+paper paper_add --seeds 3 --fractions 0.35 0.45 0.55 0.65 0.7 0.75 0.8 --precision float32 --arms paper_a1 l2_all \
+  --strengths paper_a1=0.005 l2_all=8
 paper paper_add_ordered --split ordered --fractions 0.3 0.4 0.5 0.6 --precision float32 --arms paper_a1 l2_all \
   --strengths paper_a1=0.001,0.005,0.01 l2_all=2,4,8,16
 paper paper_s5 --task s5 --fractions 0.5 --precision float32 --arms none paper_a1 l2_all --strengths l2_all=1,2,4,8,16
