@@ -197,11 +197,11 @@ def held_at(name: str, arm: str, strength: str) -> str:
     return f"{statistics.fmean(r['steps_to_generalise'] for r in rows if r['steps_to_generalise'] is not None):,.0f}"
 
 
-def column(name: str, arm: str, strength: str, key: str, form: str = ".2f") -> str:
-    """A mean over the runs of an arm at one strength."""
-    return format(
-        statistics.fmean(row[key] for row in _sweep(name).of(arm) if row["strength"] == float(strength)), form
-    )
+def column(name: str, arm: str, strength: str, key: str, form: str = ".2f", size: str = "") -> str:
+    """A mean over the runs of an arm at one strength, of every size or of one."""
+    sweep = _sweep(name)
+    rows = [row for row in sweep.of(arm) if row["strength"] == float(strength)]
+    return format(statistics.fmean(r[key] for r in rows if size in ("", sweep.size(r["train_fraction"]))), form)
 
 
 def holds(name: str, arm: str, strength: str, low: str, high: str) -> str:
