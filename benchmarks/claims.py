@@ -420,13 +420,14 @@ CLAIMS = (
         "On the paper's grid of addition low-rank decay generalises from less data than L2 (its phase diagram)",
         "unordered pairs: the paper's step from a fraction of {least_data paper_add paper_a1 0.95} on, L2 beyond the "
         "paper's grid from {least_data paper_add l2_all 0.95} on; at the smallest they reach {reached paper_add "
-        "paper_a1 0.3} and {reached paper_add l2_all 0.3}; with ordered pairs {reached paper_add_ordered paper_a1 0.3} "
+        "paper_a1 0.3} and {reached paper_add l2_all 0.3}; the other forms of the step from {least_data paper_rules "
+        "paper_s6 0.95} and {least_data paper_rules paper_s5 0.95} on; with ordered pairs {reached paper_add_ordered paper_a1 0.3} "
         "and {reached paper_add_ordered l2_all 0.3}",
         "three seeds of each arm's best strength, one of ordered pairs; the paper's step takes "
         "{times paper_add paper_a1 l2_all} and {times paper_add_ordered paper_a1 l2_all} times L2's steps",
         "rankdecay boundary --preset paper --seeds 1 --fractions 0.3 0.4 0.5 0.6 0.7 0.8 --arms paper_a1 l2_all "
         "--strengths l2_all=2,4,8,16 --precision float32",
-        ("boundary/paper_add", "boundary/paper_add_ordered"),
+        ("boundary/paper_add", "boundary/paper_add_ordered", "boundary/paper_rules"),
         "boundary.md",
         "contradicted",
         "of L2 at strengths of its own; on the paper's grid L2 does nothing to multiplication. The paper's split is "
