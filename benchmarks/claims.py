@@ -421,7 +421,8 @@ CLAIMS = (
         "unordered pairs: the paper's step from a fraction of {least_data paper_add paper_a1 0.95} on, L2 beyond the "
         "paper's grid from {least_data paper_add l2_all 0.95} on; at the smallest they reach {reached paper_add "
         "paper_a1 0.3} and {reached paper_add l2_all 0.3}; the other forms of the step from {least_data paper_rules "
-        "paper_s6 0.95} and {least_data paper_rules paper_s5 0.95} on; with ordered pairs {reached paper_add_ordered paper_a1 0.3} "
+        "paper_s6 0.95} and {least_data paper_rules paper_s5 0.95} on; with "
+        "ordered pairs {reached paper_add_ordered paper_a1 0.3} "
         "and {reached paper_add_ordered l2_all 0.3}",
         "three seeds of each arm's best strength, one of ordered pairs; the paper's step takes "
         "{times paper_add paper_a1 l2_all} and {times paper_add_ordered paper_a1 l2_all} times L2's steps",
