@@ -91,7 +91,7 @@ def test_layers_of_a_control_are_spread_over_the_depth():
 
 
 def test_a_directory_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="is no directory"):
+    with pytest.raises(SystemExit, match="is not a directory"):
         pretrained.checkpoint(tmp_path / "none")
     assert pretrained.checkpoint(tmp_path) == tmp_path
     (tmp_path / "a.gguf").write_bytes(b"")

@@ -197,7 +197,7 @@ def test_only_what_is_named(two_kinds, capsys):
     answer = json.loads(_answer(capsys, two_kinds, *NAMED, "--only", "--num-heads", 2, "--json", "--strict"))
     assert {row["label"] for row in answer["rows"]} == {"4"}
     assert main(["inspect", str(two_kinds), "--only"]) == 2
-    assert "--only looks for the attention of --names alone" in capsys.readouterr().err
+    assert "--only needs --names: it restricts the search" in capsys.readouterr().err
 
 
 def test_layers_of_a_tower_and_the_size_of_a_head(two_kinds, capsys):

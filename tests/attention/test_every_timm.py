@@ -377,9 +377,9 @@ NAMED_ALONE: list[tuple[str, str, dict[str, Any], str]] = [
     ("layers.attention2d", "MultiQueryAttentionV2",
      {"dim": 32, "num_heads": 4}, "query_proj has shape .*: not a matrix"),
     ("layers.other_pool", "SimPool2d",
-     {"dim": 32, "num_heads": 4}, "like projections to queries and keys, and not recognised"),
+     {"dim": 32, "num_heads": 4}, "like projections to queries and keys, but not recognised"),
     ("layers.other_pool", "SimPool1d",
-     {"dim": 32, "num_heads": 4}, "like projections to queries and keys, and not recognised"),
+     {"dim": 32, "num_heads": 4}, "like projections to queries and keys, but not recognised"),
 ]  # fmt: skip
 POOL_FIRST = "models.mvitv2.MultiScaleAttentionPoolFirst"
 

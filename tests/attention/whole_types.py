@@ -29,7 +29,7 @@ NAMED: dict[str, str] = {
     "SqueezeBertSelfAttention": "grouped convolution", "DiffLlamaAttention": "differential attention",
     "MobileViTV2LinearSelfAttention": "linear attention",
     "AriaCrossAttention": "multihead_attn", "AXK2Attention": "latent attention",
-    "Compressor": "order that is not known", "V4Indexer": "order that is not known",
+    "Compressor": "in an unknown order", "V4Indexer": "in an unknown order",
     "GlobalPointer": "not recognised", "AttentionPoolingHead": "without a projection to queries",
 }  # fmt: skip
 #: Classes that sound like attention and hold no projections of queries and keys of their own.

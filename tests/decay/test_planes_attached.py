@@ -226,7 +226,7 @@ def of_some(kind: str, part: str, weight_decay: float = 0.0) -> rd.Attachment:
         (lambda: rd.Planes(1.0, warmup=-1), "warmup=-1 must be a whole number >= 0"),
         (lambda: rd.param_groups(make("Llama"), query_key=rd.Planes(1.0, keep=4)), "keep=4 spares every plane of"),
         (lambda: rd.param_groups(make("Llama"), PLANES), "default=Planes.*: rotary planes are those of W_Q and W_K"),
-        (lambda: rd.param_groups(make("Llama"), mlp=PLANES), "mlp=Planes.*give it to query_key"),
+        (lambda: rd.param_groups(make("Llama"), mlp=PLANES), "mlp=Planes.*pass it as query_key"),
         (lambda: rd.param_groups(build("gpt2"), query_key=PLANES), "h.0.attn, which has no rotary positions"),
         (lambda: rd.param_groups(build("vit"), query_key=PLANES), "which has no rotary positions. Give query_key="),
         (lambda: rd.param_groups(nn.Sequential(Own(2, 3)), query_key=PLANES, names=rd.AttentionNames(

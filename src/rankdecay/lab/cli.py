@@ -150,7 +150,10 @@ def _note(text: str) -> None:
 
 def _check_not_of_a_run(page: Path, directories: Sequence[Path]) -> None:
     """Refuse to write a page over a file of a run: those asked for, and one in whose directory the page would be."""
-    place = page.resolve()
+    try:
+        place = page.resolve()
+    except ValueError as error:  # a NUL
+        raise SettingError(f"--out {str(page)!r} cannot be the name of a file ({error}): give another") from None
     beside = place.parent if (place.parent / "config.json").exists() else None
     inside = beside is not None or any(Path(directory).resolve() in place.parents for directory in directories)
     if inside and place.suffix.lower() not in (".html", ".htm"):

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from rankdecay.lab.experiment import run
+from rankdecay.lab.experiments.attention.runs import Command
 from rankdecay.lab.experiments.attention.runs import make_experiment as experiment_of
 from rankdecay.lab.experiments.attention.settings import AttentionDecay
 from rankdecay.lab.experiments.attention.summary import summarise
@@ -155,6 +156,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         strengths=("l2=0,10", "low_rank=10"), mlp_decays=(0.0, 0.1), qk_norm="both", steps=4, evaluate_every=2,
         warmup=1, batch_size=4, lr=1e-2, out=out, device="cpu", quiet=True,
     )  # fmt: skip
-    experiment = experiment_of("language", {"default": settings}, lambda s: s, lambda s: Copying(), "tokens")
+    experiment = experiment_of(Command("language", {"default": settings}, lambda s: s, lambda s: Copying(), "tokens"))
     run(experiment, settings, "rankdecay language")
     return out

@@ -106,7 +106,7 @@ def test_a_page_of_several_directories(make_sweep, tmp_path):
 
 def test_a_sweep_still_running(make_sweep):
     page, _ = _parse(write_report(make_sweep(["prox"], summary=False)))
-    assert "This run is not complete: what follows" in page.words
+    assert "This run is not complete: these are the results so far" in page.words
 
 
 def test_a_sweep_that_has_only_begun(make_sweep):
