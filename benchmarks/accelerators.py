@@ -140,7 +140,7 @@ def protocol_of(task: str, modulus: int | None, tiny: bool) -> Protocol:
 
 
 def tune(protocol: Protocol, directory: Path, device: str) -> Row:
-    """Tune and freezes one arm after another."""
+    """Tune and freeze one arm after another."""
     return tuning.tune([(arm,) for arm in GRIDS], SPACE, protocol, directory, device)
 
 

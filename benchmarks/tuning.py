@@ -187,7 +187,7 @@ def tune(
     device: str,
     beside: Callable[[Row], Row] = lambda arms: {},
 ) -> Row:
-    """Tune some arms after others, and freezes what is best of those that are done.
+    """Tune some arms after others, and freeze what is best of those that are done.
 
     Args:
         parts: arms that are tuned together, in this order; no arm's settings depend on another's.

@@ -91,9 +91,10 @@ def test_the_help_names_the_rules(command, capsys):
 @pytest.mark.parametrize(
     ("fraction", "message"),
     [
-        (lambda sigma, null, tau, options: None, "must return a finite share for each of sigma"),
-        (lambda sigma, null, tau, options: sigma[..., :1], "must return a finite share for each of sigma"),
-        (lambda sigma, null, tau, options: sigma * math.nan, "must return a finite share for each of sigma"),
+        (lambda sigma, null, tau, options: None, "must return a share for each of sigma"),
+        (lambda sigma, null, tau, options: sigma[..., :2], "must return a share for each of sigma"),
+        (lambda sigma, null, tau, options: sigma > tau, "must return a share for each of sigma"),
+        (lambda sigma, null, tau, options: sigma * math.nan, "must return a share for each of sigma"),
         (lambda sigma: sigma, r"fails \(TypeError: .*it is called with \(sigma, null, tau, options\)"),
     ],
 )
@@ -113,3 +114,19 @@ def test_a_share_that_is_no_number_is_none_in_the_weight_either(backend):
     got = shrink(W, torch.tensor([0.5, 2.0]), "sometimes", backend=backend)
     torch.testing.assert_close(got[0], 0.9 * W[0])
     assert got[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule("of_the_norm", "a share of the norm", lambda sigma, null, tau, options: tau / (1 + tau)),
+        Rule(
+            "all_of_the_small", "0 below 4 τ", lambda sigma, null, tau, options: torch.where(sigma <= 4 * tau, 9e9, 0.0)
+        ),
+        Rule("smoothed", "σ / s", lambda sigma, null, tau, options: tau / options.smoothing, smoothing=True),
+    ],
+    ids=lambda rule: rule.name,
+)
+def test_rules_that_give_one_share_or_more_than_all_are_taken(rule):
+    assert register_rule(rule) is rule
+    assert shrink(torch.eye(3), 0.1, rule.name, smoothing=0.5).isfinite().all()

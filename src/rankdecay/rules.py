@@ -88,7 +88,7 @@ def register_rule(rule: Rule) -> Rule:
 
     Raises:
         ValueError: If the name is not an identifier, or belongs to another rule; or if its fraction cannot be called,
-            or gives no finite share of each singular value.
+            or gives no share of each singular value.
     """
     if not rule.name.isidentifier():
         raise ValueError(f"a rule's name must be an identifier, such as 'log_penalty'; got {rule.name!r}")
@@ -104,16 +104,17 @@ def _check_fraction(rule: Rule) -> None:
     sigma = torch.tensor([[4.0, 2.0, 1.0], [1.0, 1.0, 0.5]], dtype=torch.float64)
     tau = torch.full((2, 1), 0.25, dtype=torch.float64)
     try:
-        share = rule.fraction(sigma, torch.zeros_like(tau), tau, Options())
+        share = rule.fraction(sigma, torch.zeros_like(tau), tau, Options(smoothing=0.1 if rule.smoothing else 0.0))
     except Exception as error:
         raise ValueError(
             f"the fraction of rule {rule.name!r} fails ({type(error).__name__}: {error}); it is called with "
             "(sigma, null, tau, options)"
         ) from error
-    if not isinstance(share, torch.Tensor) or share.shape != sigma.shape or not share.isfinite().all():
+    numbers = isinstance(share, torch.Tensor) and share.is_floating_point() and not share.isnan().any()
+    if not numbers or share.shape not in (sigma.shape, tau.shape):
         raise ValueError(
-            f"the fraction of rule {rule.name!r} must return a finite share for each of sigma {tuple(sigma.shape)}, "
-            f"got {share!r}"
+            f"the fraction of rule {rule.name!r} must return a share for each of sigma {tuple(sigma.shape)}, or one of "
+            f"each matrix {tuple(tau.shape)}, got {share!r}"
         )
 
 

@@ -155,7 +155,7 @@ class _Masked(nn.Linear):
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__(inside, outside)
         self.register_buffer("mask", torch.ones(outside, inside))
-        self.mask[::2, 1] = 0
+        self.mask[::2] = 0
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight * self.mask, self.bias)
@@ -200,4 +200,19 @@ def test_a_mask_of_ones_and_a_weight_of_zeros_do_no_more() -> None:
         getattr(attention, name).mask.fill_(1)
     nn.init.zeros_(attention.k_proj.weight)
     [layer] = rd.find_attention(attention)
+    assert layer.remark == ""
+
+
+class _Own(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, 100.0), (torch.float16, 100.0), (torch.float32, 1e6)])
+def test_a_large_bias_does_no_more(dtype: torch.dtype, bias: float) -> None:
+    attention = _attention(lambda _, i, o: _Own(i, o))
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        nn.init.normal_(getattr(attention, name).weight, std=0.02)
+        nn.init.constant_(getattr(attention, name).bias, bias)
+    [layer] = rd.find_attention(attention.to(dtype))
     assert layer.remark == ""

@@ -330,9 +330,13 @@ def test_a_page_is_never_written_over_a_file_of_a_run(finished, tmp_path, capsys
     before = contents(other)
     refused_page(capsys, run, other / "summary.json")
     assert contents(other) == before
-    for page in (run / "page.html", tmp_path / "page"):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    for page in (run / "page.html", tmp_path / "page", tmp_path / "model" / "page"):
         assert cli.main(["report", str(run), "--out", str(page)]) == 0
         assert page.read_text().startswith("<!doctype html>")
+    (tmp_path / "loop.html").symlink_to("loop.html")
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "loop.html")]) in (0, 2)
 
 
 def _emptied(path: Path) -> None:
@@ -382,7 +386,9 @@ def test_data_that_no_memory_holds(tmp_path, capsys):
 def test_an_arm_is_not_the_name_of_a_rule(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rules, "_registered", dict(rules._registered))
     rules.register_rule(rules.Rule("relative", "nothing", lambda sigma, null, tau, options: 0 * sigma))
-    assert "the decay rule 'relative' has the name of an arm" in refused(capsys, grok(tmp_path / "run"))
+    assert "the decay rule 'relative' has the name of an arm" in refused(
+        capsys, grok(tmp_path / "run", arms=["none", "relative"])
+    )
 
 
 # --- kills ----------------------------------------------------------------------------------------------------------

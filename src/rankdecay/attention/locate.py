@@ -247,11 +247,12 @@ class _Search:
         self.found: list[Found] = []
         self.unhandled: list[Unhandled] = []
         self.matched: set[AttentionNames] = set()  # of those given
+        self._named = frozenset(name for row in given for name in (*row.projections, *row.outputs))
         self._taken: set[str] = set()  # parameters that are read, or spoken of, in the module at hand
 
     def look_at(self, module: str, children: Sequence[str]) -> None:
         """Read every attention of a module, and note what looks like attention beside it."""
-        reader = ModuleReader(module, self.source.plain, self.source, self.sizes)
+        reader = ModuleReader(module, self.source.plain, self.source, self.sizes, self._named)
         children = [child for child in children if reader.parameter(child)]
         self._taken = set()
         for row in filter(reader.matches, self.given):
@@ -281,8 +282,10 @@ class _Search:
             for child in children
             if (name := reader.parameter(child)) and name not in self._taken and len(reader.shape(name)) > 1
         ]
-        unsaid = "" if reason or self._taken else unsaid
-        if reason := _of_flax(reader, self._taken) or _not_recognised(reader, left, reason) or unsaid:
+        said = reason or self._taken
+        unsaid = "" if said else unsaid
+        factors = "" if said or not any(second in left for second in reader.pairs) else reader.latent_unknown()
+        if reason := _of_flax(reader, self._taken) or factors or _not_recognised(reader, left, reason) or unsaid:
             self._say(module, reason)
 
     def _attempt(
@@ -349,8 +352,6 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         more = f" and {len(children) - 6} more" if len(children) > 6 else ""
         return " and ".join(f"{child} {shape}" for child, shape in zip(first, shapes, strict=True)) + more
 
-    if not reason and any(second in left for second in reader.pairs):
-        return reader.latent_unknown()
     if not (fused or (queries and keys)):
         there = reader.source.children(reader.path)
         if mark := next((mark for mark in NOT_READ if mark in there), None):

@@ -296,6 +296,23 @@ def factor_of(child: str) -> frozenset[str]:
     return frozenset(letter for word in of if word and not word.strip("qkv") for letter in word)
 
 
+def is_of_stream(child: str, among: Collection[str]) -> bool:
+    """Whether "a" or "b" in a name is one of two streams and not of two factors: it has queries, keys and values.
+
+    Args:
+        child: name of a projection.
+        among: names of the children of its module.
+    """
+    if _FACTORS & set(words_of(child)) - {"a", "b"}:
+        return False
+    roles: tuple[Literal["query", "key", "value"], ...] = ("query", "key", "value")
+    return any(
+        spelling.query in among and spelling.key in among and spelling.value in among
+        for role in roles
+        for spelling in spellings(child, role)
+    )
+
+
 def is_value_norm(child: str) -> bool:
     """Whether a name says that it is a norm of values: "v_norm", "value_layernorm"."""
     return bool(re.fullmatch(r"(v|value|values)_(rms_?|layer_?)?norm", child))

@@ -55,7 +55,10 @@ def is_not_plain_linear(module: nn.Module, transposed: bool) -> bool:
     if weight is None:
         return False
     # of one vector: of several the output may be in another order, as (heads, vectors, head_dim)
-    likeness = _likeness(_copy_with(module, weight), weight.mT if transposed else weight, rows=1)
+    alone = _copy_with(module, weight)
+    if isinstance(bias := alone._parameters.get("bias"), nn.Parameter):  # a large one leaves few digits of the product
+        alone._parameters["bias"] = nn.Parameter(torch.zeros_like(bias))
+    likeness = _likeness(alone, weight.mT if transposed else weight, rows=1)
     return likeness is not None and abs(likeness) < SAME
 
 

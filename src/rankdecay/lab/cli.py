@@ -16,8 +16,8 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
+from rankdecay import files
 from rankdecay.browser import show_page
-from rankdecay.files import unwritable
 from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.settings import REPORT_EXAMPLES, Report
@@ -150,12 +150,13 @@ def _note(text: str) -> None:
 
 def _check_not_of_a_run(page: Path, directories: Sequence[Path]) -> None:
     """Refuse to write a page over a file of a run: those asked for, and one in whose directory the page would be."""
+    from rankdecay.lab.store import is_run
+
     try:
-        place = page.resolve()
+        place = files.real(page)
     except ValueError as error:  # a NUL
         raise SettingError(f"--out {str(page)!r} cannot be the name of a file ({error}): give another") from None
-    beside = place.parent if (place.parent / "config.json").exists() else None
-    inside = beside is not None or any(Path(directory).resolve() in place.parents for directory in directories)
+    inside = is_run(place.parent) or any(files.real(directory) in place.parents for directory in directories)
     if inside and place.suffix.lower() not in (".html", ".htm"):
         raise SettingError(f"--out {page} is in a run directory and not named as a page is: give a name with .html")
 
@@ -185,7 +186,7 @@ def _report(settings: Report) -> None:
         else:
             pages = [experiment.write_report(directory, _note) for directory in directories]
     except OSError as error:
-        raise SettingError(unwritable(error)) from None
+        raise SettingError(files.unwritable(error)) from None
     for page in pages:
         print(visible(str(page)))
         if settings.open:

@@ -331,8 +331,8 @@ def run(experiment: Experiment[S], settings: S, command: str) -> Record:
     """Run an experiment, or what is missing of it, and return its summary.
 
     Args:
-        experiment: name of the experiment.
-        settings: what to run.
+        experiment: to run.
+        settings: of this run.
         command: how to repeat it, for the report.
 
     Returns:

@@ -18,7 +18,7 @@ from rankdecay.lab.errors import SettingError, check_name, option
 Record = dict[str, Any]
 Preset = Literal["default", "standard"]
 NOT_IDENTITY = ("preset", "out", "device", "compile", "quiet", "json", "open")  # do not change what a run computes
-SEEDS = 2**32  # one more than the largest seed of numpy
+SEEDS = 2**32  # what a first seed is below: enough for anyone, and within every generator's range
 NAMING = ("arm", "name", "reference")  # keys that hold the name of an arm, in rows, configurations and summaries
 
 REPORT_EXAMPLES = {
@@ -202,7 +202,8 @@ def given_strengths(
             numbers = sorted(float(value) for value in values.split(","))
         except ValueError:
             raise SettingError(f"--strengths {text} is not a list of numbers: give {name}={example}") from None
-        if twice := next((one for one, other in pairwise(numbers) if one == other), None):
+        twice = next((one for one, other in pairwise(numbers) if one == other), None)
+        if twice is not None:
             raise SettingError(f"--strengths {text} lists {twice:g} twice: give it once")
         found[name] = tuple(numbers)
     return found

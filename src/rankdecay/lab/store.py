@@ -228,6 +228,15 @@ def _tidy(path: Path) -> None:
         shutil.rmtree(model, ignore_errors=True)
 
 
+def is_run(path: Path) -> bool:
+    """Whether a directory has the configuration of a run, or one that cannot be read."""
+    try:
+        config = read_json(path / "config.json")
+    except SettingError:
+        return True
+    return config is not None and {"command", "schema"} <= set(config)
+
+
 def tidy(path: Path) -> None:
     """Remove what a kill left in a run directory, unless another process has it open or it cannot be written.
 
@@ -236,8 +245,7 @@ def tidy(path: Path) -> None:
     with contextlib.suppress(OSError):
         if not (path / ".lock").is_file() or (path / ".lock").is_symlink():
             return
-        config = read_json(path / "config.json")
-        if config is None or not {"command", "schema"} <= set(config):
+        if not is_run(path):
             return
         with (path / ".lock").open("ab") as lock:
             if _lock(lock):

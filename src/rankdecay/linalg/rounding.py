@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 #: Distance between the seeds of what one step rounds one after another: a prime, further than :func:`step_seed` goes
-#: within some thousand steps.
+#: within 999 steps.
 NEXT_SEED = 1_000_000_007
 #: The same of two steps, of two groups of an optimizer, and of targets of one role within a group.
 _PER_STEP, _PER_GROUP, _PER_TARGET = 1_000_003, 1_009, 1_000_000_009

@@ -106,3 +106,36 @@ def test_gates_beside_queries_are_read_as_the_message_says() -> None:
     assert layer.head_dim == 4
     assert layer.query.heads().shape == (2, 4, 8)
     assert "gate" in layer.factors
+
+
+def _two_streams() -> nn.Module:
+    return _module(
+        to_q_a=_linear(16, 8), to_k_a=_linear(16, 8), to_v_a=_linear(16, 8), to_out_a=_linear(8, 16),
+        to_q_b=_linear(8, 16), to_k_b=_linear(8, 16), to_v_b=_linear(8, 16), to_out_b=_linear(16, 8),
+    )  # fmt: skip
+
+
+def test_streams_that_are_called_a_and_b_are_two_attentions() -> None:
+    layers = rd.find_attention(_two_streams())
+    assert [layer.query.parameter_name for layer in layers] == ["to_q_a.weight", "to_q_b.weight"]
+    names = rd.AttentionNames(query="to_q_a", key="to_k_a", value="to_v_a", output="to_out_a", num_heads=2)
+    [layer] = rd.find_attention(_two_streams(), names, only=True)
+    assert layer.output is not None
+
+
+def test_what_the_user_names_is_a_projection_whatever_it_is_called() -> None:
+    factors = _module(q_down=_linear(8, 4), q_up=_linear(4, 8), kv_down=_linear(8, 4), k_up=_linear(4, 8),
+                      v_up=_linear(4, 8), o_proj=_linear(8, 8))  # fmt: skip
+    names = rd.AttentionNames(query="q_up", key="k_up", value="v_up", output="o_proj", num_heads=2)
+    [layer] = rd.find_attention(factors, names, only=True)
+    assert layer.query.parameter_name == "q_up.weight"
+    own = _module(**{name: torch.randn(8, 8) for name in ("query_w", "memory_key", "learned_value", "out_w")})
+    names = rd.AttentionNames("query_w", "memory_key", "learned_value", output="out_w", num_heads=2, transposed=True)
+    [layer] = rd.find_attention(own, names, only=True)
+    assert layer.key.parameter_name == "memory_key"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_branch_of_factors_beside_attention_that_is_read_is_left_alone() -> None:
+    [layer] = rd.find_attention(_plain(v_down=_linear(8, 2), v_up=_linear(2, 8)))
+    assert layer.value.parameter_name == "v_proj.weight"

@@ -38,7 +38,7 @@ class Found(NamedTuple):
         unknown: which of these nothing says.
         no_product: why scores are no product W_Kᵀ W_Q, though queries and keys are not normalised.
         no_value_product: what stands between values and output projection.
-        no_output: what was looked for, if the module has matrices and none is its output projection.
+        no_output: why none of its other matrices is the output projection, if it has some.
         frequencies: what the settings say of the rotary frequencies, as text: layers of one text share them.
         planes_assumed: whether nothing says which coordinates positions turn together; then those half a head apart.
         remark: which numbers of heads the settings state that the weights contradict, and what else is assumed.

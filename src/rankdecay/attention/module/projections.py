@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 from rankdecay.attention.layer import Window
@@ -19,6 +19,7 @@ from rankdecay.attention.names import (
     is_gate,
     is_input_like,
     is_key_like,
+    is_of_stream,
     is_query_like,
     is_value_like,
     may_be_output,
@@ -38,7 +39,12 @@ class ModuleParameters(ModuleSettings):
     """Parameters of one module by the names of its children, beside its settings."""
 
     def __init__(
-        self, path: str, plain: Mapping[str, str], source: Source, sizes: Mapping[str, int] | None = None
+        self,
+        path: str,
+        plain: Mapping[str, str],
+        source: Source,
+        sizes: Mapping[str, int] | None = None,
+        named: Collection[str] = (),
     ) -> None:
         """Prepare to read a module.
 
@@ -47,8 +53,10 @@ class ModuleParameters(ModuleSettings):
             plain: every parameter's name in the source, by its name without adapters.
             source: the parameters and settings.
             sizes: ``num_heads`` and ``head_dim`` as the user gives them, where the settings state none.
+            named: children that the user says are projections.
         """
         super().__init__(path, source, sizes)
+        self.named = named
         self.plain, self.shapes = plain, source.shapes
 
     def parameter(self, child: str) -> str | None:
@@ -57,7 +65,7 @@ class ModuleParameters(ModuleSettings):
         found = [name + weight for weight in WEIGHTS if name + weight in self.plain]
         if found and self.source.kind(found[0].removesuffix(".weight")).endswith(".Embedding"):
             return None  # a table of learned queries, not a projection to them
-        if found == [name] and LEARNED.fullmatch(child):
+        if found == [name] and child not in self.named and LEARNED.fullmatch(child):
             return None
         if found[:2] == [f"{name}.0.weight", f"{name}.1.weight"] and len(self.shape(found[0])) == 1:
             return found[1]  # behind a norm
@@ -153,8 +161,10 @@ class ModuleParameters(ModuleSettings):
     def pairs(self) -> dict[str, str]:
         """Children that take what another gives, with the other: the two factors of one projection, by their names."""
         sides: dict[str, tuple[int, int]] = {}  # (out, in)
-        for child in sorted(self.source.children(self.path)):
-            name = self.parameter(child) if factor_of(child) and child not in self._factors_beside else None
+        among = self.source.children(self.path)
+        known = {*self._factors_beside, *self.named}
+        for child in sorted(among):
+            name = self.parameter(child) if factor_of(child) and child not in known else None
             if name and is_matrix(shape := self.shape(name)):
                 transposed = self.source.is_transposed(name.removesuffix(".weight"))
                 sides[child] = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
@@ -162,7 +172,9 @@ class ModuleParameters(ModuleSettings):
             second: first
             for second, (rows, columns) in sides.items()
             for first, (lines, across) in sides.items()
-            if factor_of(second) & factor_of(first) and columns == lines < min(rows, across)
+            if factor_of(second) & factor_of(first)
+            and columns == lines < min(rows, across)
+            and not (is_of_stream(second, among) and is_of_stream(first, among))
         }
 
     def latent_unknown(self) -> str:

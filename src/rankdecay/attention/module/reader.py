@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -75,9 +75,14 @@ class ModuleReader(ModuleParameters):
     """Reader of one module as attention."""
 
     def __init__(
-        self, path: str, plain: Mapping[str, str], source: Source, sizes: Mapping[str, int] | None = None
+        self,
+        path: str,
+        plain: Mapping[str, str],
+        source: Source,
+        sizes: Mapping[str, int] | None = None,
+        named: Collection[str] = (),
     ) -> None:
-        super().__init__(path, plain, source, sizes)
+        super().__init__(path, plain, source, sizes, named)
         self._outputs: dict[str, str | None] = {}  # the queries that each output read so far belongs to
 
     def read(self, row: AttentionNames, named: bool = False) -> Found:

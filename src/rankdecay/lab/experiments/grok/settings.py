@@ -137,9 +137,9 @@ def check(settings: Grok) -> Grok:
             value = getattr(settings, name)
             raise SettingError(f"{option(name)} {value} has no effect on --task {settings.task}: {remedy}")
     check_shared(settings, width=128)
-    if taken := sorted({*ARMS, *MORE_ARMS, "all"} & set(rule_names())):
-        raise SettingError(f"the decay rule {taken[0]!r} has the name of an arm: register it under another name")
     check_arms(settings.arms, (*ARMS, *MORE_ARMS, *rule_names()))
+    if taken := sorted({*ARMS, *MORE_ARMS} & set(rule_names()) & {*settings.arms, settings.rule}):
+        raise SettingError(f"the decay rule {taken[0]!r} has the name of an arm: register it under another name")
     check_numbers(settings, "strength", "smoothing", "tuned_strength", "weight_decay", "amount", "lr", zero=True)
     for name in ("tuned_strength", "weight_decay"):
         if name == "tuned_strength" and not TUNED & set(settings.arms):

@@ -149,7 +149,7 @@ Measured = dict[str, Tensor]
 def fit(
     scores: Scores, a: Tensor, b: Tensor, settings: Rotary, evaluated: Callable[[int], None]
 ) -> list[tuple[int, Measured]]:
-    """Descend with momentum, and measures on the way.
+    """Descend with momentum, and measure on the way.
 
     Raises:
         SettingError: If the learning rate is too large.
