@@ -65,6 +65,8 @@ paper paper_add_ordered --split ordered --fractions 0.3 0.4 0.5 0.6 --precision 
   --strengths paper_a1=0.001,0.005,0.01 l2_all=2,4,8,16
 paper paper_add_ordered --split ordered --fractions 0.7 0.8 --precision float32 --arms paper_a1 l2_all \
   --strengths paper_a1=0.001,0.005,0.01 l2_all=2,4,8,16
+paper paper_add_ordered --split ordered --fractions 0.35 0.45 0.55 0.65 0.75 --precision float32 --arms paper_a1 l2_all \
+  --strengths paper_a1=0.001,0.005 l2_all=8
 paper paper_s5 --task s5 --fractions 0.5 --precision float32 --arms none paper_a1 l2_all --strengths l2_all=1,2,4,8,16
 paper paper_s5 --task s5 --fractions 0.5 --precision float32 --arms paper_a1 --strengths paper_a1=0.002,0.003
 paper paper_rules --fractions 0.5 --precision float32 --arms paper_s6 paper_s5 prototype \
@@ -73,3 +75,5 @@ paper paper_rules --fractions 0.3 0.4 --precision float32 --arms paper_s6 paper_
 paper paper_rules --fractions 0.6 0.8 --precision float32 --arms paper_s6 paper_s5 prototype \
   --strengths paper_s6=2.5 paper_s5=30 prototype=0.01
 paper paper_rules --fractions 0.4 --precision float32 --arms prototype --strengths prototype=0.01
+paper paper_rules --fractions 0.35 0.45 0.55 0.65 0.7 0.75 --precision float32 --arms paper_s6 paper_s5 prototype \
+  --strengths paper_s6=2.5 paper_s5=30 prototype=0.01
