@@ -191,23 +191,27 @@ def held_from_to(name: str, arm: str, size: str, lowest: str, highest: str, rest
     return f"{min(held.values())} to {max(held.values())}"
 
 
+def _column(name: str, arm: str, strength: str) -> list[dict[str, Any]]:
+    """The runs of an arm at one strength."""
+    return [row for row in _sweep(name).of(arm) if row["strength"] == float(strength)]
+
+
 def held_at(name: str, arm: str, strength: str) -> str:
     """The step at which the runs of a column held, the mean of those that did."""
-    rows = [row for row in _sweep(name).of(arm) if row["strength"] == float(strength)]
+    rows = _column(name, arm, strength)
     return f"{statistics.fmean(r['steps_to_generalise'] for r in rows if r['steps_to_generalise'] is not None):,.0f}"
 
 
 def column(name: str, arm: str, strength: str, key: str, form: str = ".2f", size: str = "") -> str:
     """A mean over the runs of an arm at one strength, of every size or of one."""
-    sweep = _sweep(name)
-    rows = [row for row in sweep.of(arm) if row["strength"] == float(strength)]
-    return format(statistics.fmean(r[key] for r in rows if size in ("", sweep.size(r["train_fraction"]))), form)
+    shown = _sweep(name).size
+    rows = [row for row in _column(name, arm, strength) if size in ("", shown(row["train_fraction"]))]
+    return format(statistics.fmean(row[key] for row in rows), form)
 
 
 def holds(name: str, arm: str, strength: str, low: str, high: str) -> str:
     """How many runs of an arm at one strength held, of those of the sizes from one to another."""
-    sweep = _sweep(name)
-    rows = [row for row in sweep.of(arm) if row["strength"] == float(strength)]
+    rows = _column(name, arm, strength)
     rows = [row for row in rows if float(low) <= row["train_fraction"] <= float(high)]
     return f"{sum(row['outcome'] == 'generalised' for row in rows)} of {len(rows)}"
 

@@ -282,9 +282,9 @@ class _Search:
             for child in children
             if (name := reader.parameter(child)) and name not in self._taken and len(reader.shape(name)) > 1
         ]
-        said = reason or self._taken
-        unsaid = "" if said else unsaid
-        factors = "" if said or not any(second in left for second in reader.pairs) else reader.latent_unknown()
+        settled = reason or self._taken
+        unsaid = "" if settled else unsaid
+        factors = "" if settled or not any(second in left for second in reader.pairs) else reader.latent_unknown()
         if reason := _of_flax(reader, self._taken) or factors or _not_recognised(reader, left, reason) or unsaid:
             self._say(module, reason)
 

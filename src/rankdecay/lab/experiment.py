@@ -593,18 +593,13 @@ def write_merged_report(
     from rankdecay.lab.report.run_page import render
 
     experiment = of_directory(directories[0])
-    notices: list[str] = []
-
-    def rendered(stored: StoredRun) -> str:
-        page = render(experiment, stored)
-        notices[:] = stored.notices
-        return page
-
-    page = write(_made(experiment, directories, rendered), Path(path))
+    # rendering adds to the notices
+    page, notices = _made(experiment, directories, lambda stored: (render(experiment, stored), stored.notices))
+    written = write(page, Path(path))
     if notice is not None:
         for text in notices:
             notice(text)
-    return page
+    return written
 
 
 def draw_figure(directories: Sequence[str | Path], path: str | Path) -> Path:

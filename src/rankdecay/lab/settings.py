@@ -18,7 +18,7 @@ from rankdecay.lab.errors import SettingError, check_name, option
 Record = dict[str, Any]
 Preset = Literal["default", "standard"]
 NOT_IDENTITY = ("preset", "out", "device", "compile", "quiet", "json", "open")  # do not change what a run computes
-SEEDS = 2**32  # what a first seed is below: enough for anyone, and within every generator's range
+SEEDS = 2**32  # a first seed is below it, within the range of every generator
 NAMING = ("arm", "name", "reference")  # keys that hold the name of an arm, in rows, configurations and summaries
 
 REPORT_EXAMPLES = {

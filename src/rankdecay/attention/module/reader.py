@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
@@ -45,7 +46,6 @@ from rankdecay.attention.names import (
     is_table,
 )
 from rankdecay.attention.products import Rotary
-from rankdecay.attention.source import Source
 
 _UNPLACED = (
     "its norm is assumed to come before its projections; if it comes between the heads and the output projection, a "
@@ -74,16 +74,10 @@ class _Outputs(NamedTuple):
 class ModuleReader(ModuleParameters):
     """Reader of one module as attention."""
 
-    def __init__(
-        self,
-        path: str,
-        plain: Mapping[str, str],
-        source: Source,
-        sizes: Mapping[str, int] | None = None,
-        named: Collection[str] = (),
-    ) -> None:
-        super().__init__(path, plain, source, sizes, named)
-        self._outputs: dict[str, str | None] = {}  # the queries that each output read so far belongs to
+    @cached_property
+    def _outputs(self) -> dict[str, str | None]:
+        """Queries that each output belongs to, of those read so far."""
+        return {}
 
     def read(self, row: AttentionNames, named: bool = False) -> Found:
         """Locate the matrices of the module.
