@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 Notice = Callable[[str], None]
 IDENTITY = ("command", "schema", "settings", "arms")  # what decides whether a directory belongs to a command
-EXTENSIBLE_IDENTITY = ("command", "schema", "fixed")  # the same where the axes of the grid may grow
+EXTENSIBLE_IDENTITY = ("command", "schema", "fixed", "shared_arms")  # the same where the axes of the grid may grow
 DEFAULTS_OF_OLD_SETTINGS = {
     "first_seed": 0
 }  # settings that older directories lack, with the value that all their runs had
@@ -616,20 +616,32 @@ def _refuse_other_configuration(
     how they are described, and an attribute that only one of two versions stores does not count.
     """
     for key in identity:
-        old, new = stored.get(key), wanted.get(key)
-        if key == "arms":
-            old, new = _comparable(old or [], new or []), _comparable(new or [], old or [])
-        if isinstance(old, dict) and isinstance(new, dict):
-            old = {name: value for name, value in old.items() if name not in REMOVED_SETTINGS}
-            old = {name: (defaults | DEFAULTS_OF_OLD_SETTINGS).get(name) for name in new if key != "arms"} | old
-        if old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict) and key != "arms":
-            name = next(k for k in {**old, **new} if (k in old) != (k in new) or old.get(k) != new.get(k))
+        if key in ("arms", "shared_arms"):
+            known, asked = stored.get("arms") or [], wanted.get("arms") or []
+            old, new = _comparable(known, asked), _comparable(asked, known)
+            other = next((name for name in old if name in new and old[name] != new[name]), None)
+            same = other is None if key == "shared_arms" else old == new
+            what = f"its arm {other} differs" if key == "shared_arms" else "its arms differ"
+        elif key in ("settings", "fixed"):
+            old, new = _settings_of(stored, key, wanted[key], defaults), wanted[key]
+            same = old == new
+            name = next((k for k in {**old, **new} if (k in old) != (k in new) or old.get(k) != new.get(k)), "")
             what = f"{name} is {old.get(name)!r} there, {new.get(name)!r} now"
         else:
-            what = f"its {key} differ" if key == "arms" else f"{key} is {old!r} there, {new!r} now"
-        raise SettingError(f"--out {path} holds another configuration ({what}): choose another directory")
+            same = stored.get(key) == wanted.get(key)
+            what = f"{key} is {stored.get(key)!r} there, {wanted.get(key)!r} now"
+        if not same:
+            raise SettingError(f"--out {path} holds another configuration ({what}): choose another directory")
+
+
+def _settings_of(stored: Record, key: str, wanted: Record, defaults: Record) -> Record:
+    """The stored settings, or what is fixed of them, with the defaults of those that an older version did not have."""
+    old = stored.get(key)
+    if old is None:  # nothing was "fixed" where the grid of the command could not grow yet
+        old = {name: value for name, value in stored.get("settings", {}).items() if name in wanted}
+    defaults = defaults | DEFAULTS_OF_OLD_SETTINGS
+    kept = {name: value for name, value in old.items() if name not in REMOVED_SETTINGS}
+    return {name: defaults.get(name) for name in wanted} | kept
 
 
 def _comparable(arms: Sequence[Record], others: Sequence[Record]) -> Record:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from rankdecay.lab.errors import SettingError
 from rankdecay.lab.session.distributed import broadcast
 from rankdecay.lab.session.run_key import key_of
 from rankdecay.lab.session.session import Run, Session
@@ -48,12 +49,25 @@ class RunStore:
         return self._before + time.monotonic() - self._start
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
-        """Runs that have not ended, an interrupted one first."""
+        """Runs that have not ended, an interrupted one first.
+
+        Raises:
+            SettingError: If the interrupted one is none of these: the next checkpoint would replace its own.
+        """
+        runs = list(runs)
+        saved = None if self._saved is None else self._saved.extra["run"]
+        if saved is not None and key_of(saved) not in {key_of(run.key) for run in runs}:
+            which = ", ".join(f"{name} {value}" for name, value in saved.items() if value is not None)
+            raise SettingError(
+                f"--out {self._directory.path} has an interrupted run ({which}) that these settings leave out: "
+                "ask for it too, so that it can end, or choose another directory"
+            )
         left = [run for run in runs if key_of(run.key) not in self._ended]
         return broadcast(sorted(left, key=lambda run: self._checkpoint_of(run) is None))
 
     def begin(self, run: Run) -> Checkpoint | None:
         """Return the checkpoint from which a run continues, if it was interrupted."""
+        self._directory.reopen()  # one that was complete, and whose grid grew
         return broadcast(self._checkpoint_of(run))
 
     def add(self, record: Record) -> None:

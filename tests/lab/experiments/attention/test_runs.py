@@ -146,6 +146,59 @@ def test_an_interrupted_experiment_goes_on_with_what_is_missing(tmp_path, capsys
     assert walls == sorted(walls)
 
 
+def test_a_larger_grid_is_added_to_a_complete_run(tmp_path, capsys):
+    """The same rows and summary as of the larger grid from the start."""
+    larger = {"arms": ("l2", "low_rank"), "strengths": ("l2=0,1", "low_rank=2"), "seeds": 2}
+    make(tmp_path / "straight", **larger)
+    make(tmp_path / "run", arms=("l2",), strengths=("l2=0",), seeds=1)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    make(tmp_path / "run", seeds=1, arms=("l2", "low_rank"), strengths=("l2=0,1", "low_rank=2"))
+    added = Repeat()
+    make(tmp_path / "run", added, **larger)
+    assert {seed for seed, _ in added.asked} == {1}
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes().startswith(before)
+    whole, other = (timeless(read_metrics(tmp_path / name)) for name in ("straight", "run"))
+    assert sorted(map(str, other)) == sorted(map(str, whole))
+    cells = [
+        {(c["name"], c["strength"]): (c["seeds"], c["loss"]) for c in read(tmp_path / n)["arms"]}
+        for n in ("straight", "run")
+    ]
+    assert cells[0] == cells[1]
+    capsys.readouterr()
+    nothing = Repeat()
+    make(tmp_path / "run", nothing, arms=("l2",), strengths=("l2=0",), seeds=1)  # a part of what is there
+    assert nothing.asked == []
+    assert "is complete: showing its result; a larger grid would be added to it" in capsys.readouterr().out
+    with pytest.raises(SettingError, match=r"another configuration \(first_seed is 0 there, 5 now\)"):
+        make(tmp_path / "run", **larger | {"first_seed": 5})
+
+
+def test_an_interrupted_run_is_not_dropped_by_a_grid_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("rankdecay.lab.store.CHECKPOINT_RARITY", 0)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "run", Repeat(stops=24 + 14), seeds=2)
+    before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(
+        SettingError, match=r"has an interrupted run \(arm low_rank, strength 2.0, .* seed 1\) that .*ask"
+    ):
+        make(tmp_path / "run", seeds=1)
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
+    make(tmp_path / "run", seeds=2)
+    assert read(tmp_path / "run")["arms"][0]["seeds"] == 2
+
+
+def test_a_run_of_before_grids_could_grow_takes_more_seeds(tmp_path):
+    make(tmp_path / "run", seeds=1)
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["arms"] = [arm | {"strengths": [2.0]} for arm in config["arms"]]
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "fixed"}))
+    make(tmp_path / "run", seeds=2)
+    assert read(tmp_path / "run")["arms"][0]["seeds"] == 2
+    with pytest.raises(SettingError, match=r"steps is 24 there, 30 now"):
+        make(tmp_path / "run", seeds=2, steps=30)
+
+
 KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path

@@ -136,6 +136,9 @@ def test_a_difference_is_taken_piece_by_piece_or_seed_by_seed():
     for unpaired in ({"sample": []}, {"sample": [1.0, 2.8]}, {"seeds": 3}):  # another validation set, or seeds lost
         assert difference(hard, better | unpaired) == pytest.approx((0.1, 0.5 * 2**0.5))
     assert difference(hard, better | {"sample": [], "loss_error": None}) == (pytest.approx(0.1), None)
+    a, b = hard | {"averaged_seeds": [0, 1, 2]}, better | {"averaged_seeds": [0, 1, 3]}  # another seed diverged in each
+    assert difference(a, b) == pytest.approx((0.1, 0.5 * 2**0.5))
+    assert difference(a, b | {"averaged_seeds": [0, 1, 2]}) == pytest.approx((0.1, 0.0), abs=1e-12)
 
 
 # --- reading what is stored ---

@@ -14,10 +14,10 @@ from typing import Any, Generic, TypeVar
 
 from rankdecay.decay.policy import Frobenius
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiment import Experiment, Record, Work
+from rankdecay.lab.experiment import Experiment, Job, Record, Work
 from rankdecay.lab.experiments.attention.charts import figure, make_sections
 from rankdecay.lab.experiments.attention.claims import CHECKS, STYLES, headline
-from rankdecay.lab.experiments.attention.settings import NOT_IDENTITY, AttentionDecay, chosen_arms
+from rankdecay.lab.experiments.attention.settings import GRID, NOT_IDENTITY, AttentionDecay, chosen_arms
 from rankdecay.lab.experiments.attention.summary import check_row, so_far, summarise
 from rankdecay.lab.experiments.attention.table import make_columns, note
 from rankdecay.lab.machine import compiler_available, resolve_device
@@ -100,8 +100,10 @@ def train(work: Work[Any], runs: Sequence[Run], save: SaveModel | None) -> Seque
     store = RunStore(work.run_directory) if work.writes else NonWriter()
     plan = make_plan(work.settings, work.device)
     left = store.missing(runs)
-    if left:
-        choose_threads(left[0], work.data, plan)
+    work.seconds = store.seconds
+    if not left:
+        return ()
+    choose_threads(left[0], work.data, plan)
     assert isinstance(work.screen, RunsProgress)
     with work.screen.working(steps * len(runs), steps * (len(runs) - len(left))) as progress:
         for run in left:
@@ -210,6 +212,7 @@ def make_experiment(command: Command[A]) -> Experiment[A]:
         check=command.check,
         arms=chosen_arms,
         data=command.data,
+        jobs=lambda work: [Job(run.key, run) for run in command.runs(work.settings)],
         train=command.train,
         summarise=lambda work, rows: {"unit": unit, **command.facts(work.data), "arms": summarise(rows, unit)},
         columns=make_columns(unit),
@@ -218,6 +221,7 @@ def make_experiment(command: Command[A]) -> Experiment[A]:
         title=command.title,
         screen=lambda work, title, options: RunsProgress(title, unit, **options),
         shorter="fewer --strengths or --steps",
+        grid=GRID,
         not_identity=NOT_IDENTITY,
         fingerprint=command.fingerprint,
         narrow="bfloat16",

@@ -76,9 +76,10 @@ def summarise(records: Sequence[Record], unit: str) -> list[Record]:
         unit: what the problem counts.
 
     Returns:
-        Each with the names of `KEY` (the arm as ``name``, seeds counted), ``diverged``, ``loss`` and ``loss_error``
-        (the standard error over seeds; of one seed that of its evaluation), ``sample`` (what that error is over: the
-        losses of the seeds, or of the pieces of the validation set; see `difference`), ``accuracy``, ``per_second`` (in
+        Each with the names of `KEY` (the arm as ``name``, seeds counted), ``diverged``, ``averaged_seeds`` (of the runs
+        that did not diverge, which every mean is over), ``loss`` and ``loss_error`` (the standard error over seeds; of
+        one seed that of its evaluation), ``sample`` (what that error is over: the losses of the seeds, or of the pieces
+        of the validation set; see `difference`), ``accuracy``, ``per_second`` (in
         training steps alone), ``loss_at_equal_time`` (where every run had trained as long as the quickest of all),
         ``layers`` and ``untrained``: part, then measure, at the end and at step 0; and ``mean``, ``untrained_mean``,
         the same over the layers.
@@ -116,6 +117,7 @@ def _cell(key: tuple[Any, ...], runs: Sequence[list[Record]], unit: str, quickes
         **dict(zip(KEY[1:-1], key[1:], strict=True)),
         "seeds": len(runs),
         "diverged": len(runs) - len(done),
+        "averaged_seeds": [row["seed"] for row in last],
         "loss": statistics.fmean(losses) if done else None,
         "loss_error": error,
         "accuracy": mean(row["accuracy"] for row in last),
@@ -132,12 +134,14 @@ def _cell(key: tuple[Any, ...], runs: Sequence[list[Record]], unit: str, quickes
 def difference(cell: Cell, other: Cell) -> tuple[float, float | None]:
     """The loss of a cell minus another's, and the standard error of that; None where it is not known.
 
-    Cells have the same seeds, batches and validation set, so their losses are compared seed by seed, or piece by piece
-    of the validation set: what is common to both, such as how hard a piece is, cancels.
+    Cells of the same seeds have the same batches and validation set, so their losses are compared seed by seed, or
+    piece by piece of the validation set: what is common to both, such as how hard a piece is, cancels. Where different
+    seeds diverged, or one cell has more of them, the errors are added as those of independent means.
     """
     distance = cell["loss"] - other["loss"]
     sample, reference = cell.get("sample") or [], other.get("sample") or []
-    if len(sample) == len(reference) > 1 and cell["seeds"] == other["seeds"]:
+    seeds, other_seeds = (each.get("averaged_seeds", each["seeds"]) for each in (cell, other))
+    if len(sample) == len(reference) > 1 and seeds == other_seeds:
         gaps = [a - b for a, b in zip(sample, reference, strict=True)]
         return distance, statistics.stdev(gaps) / math.sqrt(len(gaps))
     errors = known((cell, other), "loss_error")
