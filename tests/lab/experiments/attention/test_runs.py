@@ -169,8 +169,8 @@ def test_a_larger_grid_is_added_to_a_complete_run(tmp_path, capsys):
     make(tmp_path / "run", nothing, arms=("l2",), strengths=("l2=0",), seeds=1)  # a part of what is there
     assert nothing.asked == []
     assert "is complete: showing its result; a larger grid would be added to it" in capsys.readouterr().out
-    with pytest.raises(SettingError, match=r"another configuration \(first_seed is 0 there, 5 now\)"):
-        make(tmp_path / "run", **larger | {"first_seed": 5})
+    make(tmp_path / "run", **larger | {"first_seed": 5, "seeds": 1})
+    assert [cell["averaged_seeds"] for cell in read(tmp_path / "run")["arms"]] == [[0, 1, 5]] * 3
 
 
 def test_an_interrupted_run_is_not_dropped_by_a_grid_without_it(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from rankdecay.lab.settings import (
 
 QKNorm = Literal["off", "on", "both"]
 NOT_IDENTITY = ("save", "skip_diverged", "parallel")  # beside those of every experiment: no change of what is computed
-GRID = ("arms", "strengths", "mlp_decays", "seeds")  # axes that may grow
+GRID = ("arms", "strengths", "mlp_decays", "seeds", "first_seed")  # axes that may grow
 
 
 @dataclass(frozen=True)

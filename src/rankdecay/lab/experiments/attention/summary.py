@@ -91,12 +91,12 @@ def summarise(records: Sequence[Record], unit: str) -> list[Record]:
 
 
 def by_cell(records: Iterable[Record]) -> dict[tuple[Any, ...], list[list[Record]]]:
-    """The rows of each run, seed by seed, under the key of the run without its seed."""
+    """The rows of each run, from the lowest seed up, under the key of the run without its seed."""
     cells: dict[tuple[Any, ...], dict[int, list[Record]]] = {}
     for record in records:
         *cell, seed = key_of(record)
         cells.setdefault(tuple(cell), {}).setdefault(seed, []).append(record)
-    return {key: list(runs.values()) for key, runs in cells.items()}
+    return {key: [runs[seed] for seed in sorted(runs)] for key, runs in cells.items()}
 
 
 def _done(runs: Sequence[list[Record]]) -> list[list[Record]]:
