@@ -5,6 +5,7 @@ of the parameters; with learned positions those of GPT-2 with RMSNorm for LayerN
 ``mlp_width`` of 0 leaves attention alone. :mod:`export` writes a checkpoint that transformers loads.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,6 +67,23 @@ class GPTConfig:
         return self.width // self.heads
 
 
+def control_scores(matrices: Iterable[nn.Parameter], scores: Scores, width: int, initial: float) -> None:
+    """Keep W_Q and W_K from training at the values of a control, see `GPTConfig.scores`; others stay as they are.
+
+    Args:
+        matrices: every W_Q and W_K of a network, as drawn.
+        scores: of the network.
+        width: of its residual stream.
+        initial: standard deviation of the matrices.
+    """
+    if scores not in UNTRAINED:
+        return
+    scale = {"uniform": 0.0, "frozen_large": width**-0.5 / initial}.get(scores, 1.0)
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.requires_grad_(False).mul_(scale)
+
+
 class Attention(nn.Module):
     """Causal attention; `rankdecay.find_attention` reads ``num_heads``, ``rotary_emb`` and ``rope_interleaved``."""
 
@@ -81,9 +99,6 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, EPSILON) for _ in range(2))
         self.qk_norm = config.qk_norm
         self.rotary_emb = Rotary(config) if config.positions == "rotary" else None
-        if config.scores in UNTRAINED:
-            self.q_proj.requires_grad_(False)
-            self.k_proj.requires_grad_(False)
 
     def forward(self, x: Tensor, scored: Tensor | None = None) -> Tensor:
         """Maps (batch, tokens, width) to the same shape; queries and keys are of ``scored``, where it is given."""
@@ -203,11 +218,9 @@ class GPT(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=config.initial, generator=generator)
-        scale = {"uniform": 0.0, "frozen_large": config.width**-0.5 / config.initial}.get(config.scores, 1.0)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.endswith(("q_proj.weight", "k_proj.weight")):
-                    parameter.mul_(scale)
+        scoring = ("q_proj.weight", "k_proj.weight")
+        matrices = [parameter for name, parameter in self.named_parameters() if name.endswith(scoring)]
+        control_scores(matrices, config.scores, config.width, config.initial)
 
     def get_output_embeddings(self) -> nn.Linear:
         """The output embedding, under the name by which transformers' models give theirs."""

@@ -9,6 +9,7 @@ from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.language.settings import Language
 from rankdecay.lab.experiments.attention.settings import ARMS, FURTHER, AttentionDecay, check_shared, chosen_arms
+from rankdecay.lab.experiments.attention.vision.settings import Vision
 from tests.lab.tiny import make
 
 
@@ -47,7 +48,10 @@ def test_a_further_arm_decays_what_it_says_and_changes_what_it_says():
     assert list(FURTHER) == list(expected)
 
 
-def test_further_arms_are_for_language_and_have_to_be_named():
+def test_further_arms_have_to_be_named_and_are_for_experiments_that_have_them():
+    assert [arm.name for arm in chosen_arms(Vision(arms=("uniform", "frozen"), strengths=()))] == ["uniform", "frozen"]
+    with pytest.raises(SettingError, match="--arms 'planes' is unknown"):
+        chosen_arms(Vision(arms=("planes",)))
     assert not set(FURTHER) & {arm.name for arm in chosen_arms(Language(arms=("all",), strengths=()))}
     assert [arm.name for arm in chosen_arms(Language(arms=("uniform", "l2_loss"), strengths=()))] == [
         "uniform", "l2_loss",

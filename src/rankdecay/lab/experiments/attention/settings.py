@@ -32,7 +32,7 @@ GRID = ("arms", "strengths", "mlp_decays", "seeds", "first_seed")  # axes that m
 class AttentionDecay(Settings):
     """The settings that the experiments share; each sets its own defaults, and only some of the words anew."""
 
-    further: ClassVar[bool] = False  # whether `FURTHER` arms can be asked for
+    further: ClassVar[tuple[str, ...]] = ()  # arms of `FURTHER` that can be asked for
 
     preset: Preset = "default"
     """'standard' trains more and larger: for a fast machine, or an hour."""
@@ -137,7 +137,7 @@ ARMS = {
          AttentionTreatment(BOTH, "absolute"), ABSOLUTE),
     )
 }  # fmt: skip
-#: Arms that have to be named, `--arms all` leaves them out; for an experiment whose settings say `further`.
+#: Arms that have to be named, `--arms all` leaves them out; for an experiment whose settings have them as `further`.
 FURTHER = {
     name: Arm(name, description, treatment, strengths, control)
     for name, description, treatment, strengths, control in (
@@ -155,6 +155,7 @@ FURTHER = {
          AttentionTreatment(VALUE_OUTPUT, scores="uniform"), (0.1,), "whether scores are needed at all"),
     )
 }  # fmt: skip
+SCORE_CONTROLS = ("frozen", "frozen_large", "uniform")  # of `FURTHER`: for any network whose W_Q and W_K can be set
 
 
 def chosen_arms(settings: AttentionDecay) -> list[Arm]:
@@ -164,7 +165,7 @@ def chosen_arms(settings: AttentionDecay) -> list[Arm]:
         SettingError: For an unknown arm, or strengths that cannot be those of a decay.
     """
     names = tuple(ARMS) if "all" in settings.arms else settings.arms
-    known = ARMS | FURTHER if settings.further else ARMS
+    known = ARMS | {name: FURTHER[name] for name in settings.further}
     check_arms(names, known)
     chosen = {name: known[name] for name in names}
     for name, strengths in given_strengths(settings.strengths, chosen, "0,0.1,1", type(settings)().strengths).items():

@@ -186,6 +186,29 @@ def test_images_of_ones_own_are_learnt(folder, tmp_path, capsys):
     assert [arm["accuracy"] for arm in summary["arms"]] == [1, 1]
 
 
+def test_the_controls_attend_uniformly_or_never_train_their_scores(tmp_path):
+    from transformers import ViTForImageClassification
+
+    names = ["frozen", "frozen_large", "uniform"]
+    assert cli.main(command(tmp_path / "run", "--arms", *names, "--quiet")) == 0
+    at_first = dict(VisionProblem(SMALL).model(0, False).named_parameters())
+    for name in names:
+        path = tmp_path / "run" / "models" / f"{name}_0.1_mlp_0.1_seed_0"
+        model = ViTForImageClassification.from_pretrained(path, attn_implementation="eager").eval()
+        trained = dict(model.named_parameters())
+        scores = [key for key in trained if key.endswith(("q_proj.weight", "k_proj.weight"))]
+        scale = {"frozen": 1.0, "frozen_large": 16**-0.5 / 0.02, "uniform": 0.0}[name]
+        assert len(scores) == 2 * 2
+        assert all(torch.equal(trained[key], scale * at_first[key]) for key in scores)
+        assert not any(torch.equal(w, at_first[key]) for key, w in trained.items() if key.endswith("v_proj.weight"))
+        attention = model(torch.randn(2, 1, 8, 8), output_attentions=True).attentions[1]
+        is_uniform = torch.allclose(attention, torch.full_like(attention, 1 / attention.shape[-1]))
+        assert is_uniform == (name == "uniform")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [arm["name"] for arm in summary["arms"]] == names
+    assert summary["arms"][2]["mean"]["query_key"]["pseudo_rank"] == 0
+
+
 def test_timm_with_and_without_qk_norm(timm, tmp_path):
     more = ("--library", "timm", "--qk-norm", "both", "--arms", "low_rank", "--strengths", "low_rank=1", "--quiet")
     assert cli.main(command(tmp_path / "run", *more)) == 0

@@ -22,6 +22,8 @@ from rankdecay.lab.experiments.attention.vision.settings import Vision, check
         ({"patch": 0}, "--patch 0 is too small"),
         ({"width": 30}, "--width 30 must be a multiple of the 4 heads: for example 64"),
         ({"depth": 0}, "--depth 0 is too small"),
+        ({"library": "timm", "arms": ("l2", "uniform")}, "--arms uniform: .* one parameter .* --library transformers"),
+        ({"arms": ("positions",)}, "--arms 'positions' is unknown"),
     ],
 )
 def test_settings_that_cannot_work(changes, message):

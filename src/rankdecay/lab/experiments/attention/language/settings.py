@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.settings import AttentionDecay, check_shared
+from rankdecay.lab.experiments.attention.settings import FURTHER, AttentionDecay, check_shared
 from rankdecay.lab.session.parallel import Parallel
 from rankdecay.lab.settings import check_counts
 
@@ -22,7 +22,7 @@ class Language(AttentionDecay):
     124 million parameters, for a GPU. Under torchrun all processes share each run.
     """
 
-    further: ClassVar[bool] = True
+    further: ClassVar[tuple[str, ...]] = tuple(FURTHER)
 
     size: Literal["tiny", "small", "gpt2"] = "tiny"
     """Defaults of the model and its training: tiny 0.8, small 11, gpt2 124 million parameters."""

@@ -17,15 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import rankdecay as rd
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.runs import Command, make_experiment
 from rankdecay.lab.experiments.attention.vision.settings import PRESETS, Vision, check
+from rankdecay.lab.session.gpt import Scores, control_scores
 from rankdecay.lab.session.session import Batch, Quality, summarise_losses
 from rankdecay.lab.settings import Record
 from rankdecay.lab.tasks.base import random_generator
 from rankdecay.lab.tasks.images import handwritten_digits, image_folder, split_images
 
 CHUNK = 256  # validation images at a time
+INITIAL = 0.02  # standard deviation of the matrices of the network of transformers, as drawn
 
 
 # --- the models ---
@@ -53,6 +56,7 @@ def transformers_model(settings: Vision, channels: int, classes: tuple[str, ...]
         patch_size=settings.patch_size,
         num_channels=channels,
         qkv_bias=False,
+        initializer_range=INITIAL,
         id2label=dict(enumerate(classes)),
         label2id={name: label for label, name in enumerate(classes)},
     )
@@ -118,14 +122,24 @@ class VisionProblem:
         count = {"train_images": len(self.train.labels), "valid_images": len(self.valid.labels)}
         return {**count, "classes": list(self.train.classes)}
 
-    def model(self, seed: int, qk_norm: bool) -> nn.Module:
-        """Return a fresh network; the libraries draw its weights from torch's global generator, which is restored."""
+    def model(self, seed: int, qk_norm: bool, scores: Scores = "learned") -> nn.Module:
+        """Return a fresh network; the libraries draw its weights from torch's global generator, which is restored.
+
+        Args:
+            seed: of the weights.
+            qk_norm: whether it has a norm of queries and keys.
+            scores: what attention scores come from, a control of `SCORE_CONTROLS` or ``"learned"``.
+        """
         channels = self.train.pixels.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if self.settings.library == "timm":
                 return timm_model(self.settings, channels, self.train.classes, qk_norm)
-            return transformers_model(self.settings, channels, self.train.classes)
+            model = transformers_model(self.settings, channels, self.train.classes)
+        layers, parameters = rd.find_attention(model), dict(model.named_parameters())
+        matrices = [parameters[view.parameter_name] for layer in layers for view in (layer.query, layer.key)]
+        control_scores(matrices, scores, self.settings.width, INITIAL)
+        return model
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         """Take the next images of an epoch in random order; a batch may reach into the next epoch."""
@@ -168,7 +182,15 @@ def _order(seed: int, epoch: int, images: int) -> np.ndarray:
 def save_model(model: nn.Module, directory: Path) -> None:
     """Write a model as its library reads it: transformers has a method for it, timm a file of tensors."""
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(directory)  # pyright: ignore[reportCallIssue]
+        from transformers.utils import logging
+
+        was_shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # a bar of its own for one small file
+        try:
+            model.save_pretrained(directory)  # pyright: ignore[reportCallIssue]
+        finally:
+            if was_shown:
+                logging.enable_progress_bar()
     else:
         from safetensors.torch import save_file
 

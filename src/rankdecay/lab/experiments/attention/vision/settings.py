@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.settings import AttentionDecay, check_shared
+from rankdecay.lab.experiments.attention.settings import SCORE_CONTROLS, AttentionDecay, check_shared
 from rankdecay.lab.settings import check_counts, check_width
 
 FOLDER_SIZE, FOLDER_PATCH = 64, 8
@@ -23,6 +23,11 @@ class Vision(AttentionDecay):
     --out. Interrupted, the same command continues. The default takes at most a quarter of an hour on two slow cores.
     """
 
+    further: ClassVar[tuple[str, ...]] = SCORE_CONTROLS
+
+    arms: tuple[str, ...] = ("l2", "low_rank")
+    """Decays of attention: l2, l2_query_key, low_rank, low_rank_both, the last two also with _absolute; or all. To be
+    named: the controls uniform, frozen, frozen_large, with --library transformers."""
     library: Literal["transformers", "timm"] = "transformers"
     """Library whose vision transformer is trained; QK-norm needs timm, where it is a LayerNorm of each head."""
     image_folder: str | None = None
@@ -79,6 +84,12 @@ def check(settings: Vision) -> Vision:
     if settings.library == "transformers" and settings.qk_norm != "off":
         raise SettingError(
             f"--qk-norm {settings.qk_norm}: the vision transformer of transformers has no QK-norm: give --library timm"
+        )
+    controls = [name for name in settings.arms if name in SCORE_CONTROLS]
+    if settings.library == "timm" and controls:
+        raise SettingError(
+            f"--arms {controls[0]}: in timm's vision transformer W_Q and W_K are one parameter with W_V and cannot be kept "
+            "from training by themselves: give --library transformers"
         )
     if settings.image_folder is None:
         for name, given in (("--image-size", settings.image_size is not None), ("--grey", settings.grey)):
