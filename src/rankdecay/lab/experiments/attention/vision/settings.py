@@ -88,8 +88,8 @@ def check(settings: Vision) -> Vision:
     controls = [name for name in settings.arms if name in SCORE_CONTROLS]
     if settings.library == "timm" and controls:
         raise SettingError(
-            f"--arms {controls[0]}: in timm's vision transformer W_Q and W_K are one parameter with W_V and cannot be kept "
-            "from training by themselves: give --library transformers"
+            f"--arms {controls[0]}: in timm's vision transformer W_Q and W_K are one parameter with W_V, and cannot be "
+            "kept from training by themselves: give --library transformers"
         )
     if settings.image_folder is None:
         for name, given in (("--image-size", settings.image_size is not None), ("--grey", settings.grey)):
