@@ -125,6 +125,8 @@ def test_balance_and_equal_time():
     assert not holds
     assert "2.5000, L2 at 10 (100 tokens per second); 3.3000, low-rank decay (prox, per head) at 1 (50 tokens" in text
     assert points(*cells[:2], cells[2] | {"loss_at_equal_time": 2.0})[claim][0]
+    control = make_cell("uniform", 0.1, loss_at_equal_time=1.0)  # of no decay
+    assert points(*cells, control)[claim] == points(*cells)[claim]
     assert claim not in points(*cells[:2])
 
 

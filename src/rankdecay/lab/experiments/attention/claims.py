@@ -247,7 +247,7 @@ def _balances(facts: Facts) -> Decided | None:
 
 def _equal_time(facts: Facts) -> Decided | None:
     timed = [c for c in _known(facts) if is_number(c.get("loss_at_equal_time")) and is_number(c.get("per_second"))]
-    by_arm = {name: [cell for cell in timed if cell["name"] == name] for name in facts.arms}
+    by_arm = {name: [c for c in timed if c["name"] == name] for name in facts.arms if name not in CONTROLS}
     best = [_least(cells, "loss_at_equal_time") for cells in by_arm.values() if cells]
     if not by_arm["l2"] or len(best) < 2:
         return None
