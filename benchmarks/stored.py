@@ -45,10 +45,11 @@ def copy_config(run: Path, to: Path) -> None:
     """Copy a run's configuration, without the name of a folder that is nobody else's."""
     to.mkdir(parents=True, exist_ok=True)
     config = json.loads((run / "config.json").read_text())
-    words = shlex.split(config["reproduce"])
-    if "--out" in words:
-        words[words.index("--out") + 1] = f"runs/{to.name}"
-    config["reproduce"] = shlex.join(words)
+    for command in (config, *config.get("earlier", [])):
+        words = shlex.split(command["reproduce"])
+        if "--out" in words:
+            words[words.index("--out") + 1] = f"runs/{to.name}"
+        command["reproduce"] = shlex.join(words)
     (to / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -75,13 +75,13 @@ def settings(out: Path, **changes: Any) -> AttentionDecay:
     return AttentionDecay(**given | changes)
 
 
-def make(out: Path, problem: Repeat | None = None, **changes: Any) -> Record:
+def make(out: Path, problem: Repeat | None = None, command: str = "rankdecay tiny", **changes: Any) -> Record:
     """Runs an experiment in a directory, or goes on with it."""
     problem = Repeat() if problem is None else problem
     experiment = make_experiment(
         Command("language", {"default": AttentionDecay()}, check, lambda _: problem, "tokens", save=save)
     )
-    return run(experiment, settings(out, **changes), "rankdecay tiny")
+    return run(experiment, settings(out, **changes), command)
 
 
 def check(settings: AttentionDecay) -> AttentionDecay:

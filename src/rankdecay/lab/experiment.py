@@ -425,7 +425,7 @@ def _run_and_write(
         if experiment.grid and work.jobs:
             if directory.summary is not None and choice is not None:  # complete until now, when nothing was computed
                 precision.warn_if_slow(choice, settings.out, work.device, notice, experiment.products(work))
-            directory.save_config(_with_stored_arms(renamed(directory.config, experiment.aliases), config))
+            directory.save_config(_grown(renamed(directory.config, experiment.aliases), config))
         started = time.monotonic()
         checkpoints = directory.checkpoints()
 
@@ -493,11 +493,16 @@ def _without(record: Record, names: Sequence[str]) -> Record:
     return {name: value for name, value in record.items() if name not in names}
 
 
-def _with_stored_arms(stored: Record, config: Record) -> Record:
-    """The configuration now asked for, with the arms that earlier sweeps of the directory had as well."""
+def _grown(stored: Record, config: Record) -> Record:
+    """The configuration now asked for, with the arms and the commands that made what the directory has already."""
     new = [arm["name"] for arm in config["arms"]]
-    kept = [arm for arm in stored.get("arms", []) if arm["name"] not in new]
-    return config | {"arms": [*config["arms"], *kept]}
+    arms = [*config["arms"], *(arm for arm in stored.get("arms", []) if arm["name"] not in new)]
+    last = {
+        name: stored[name] for name in ("reproduce", "settings", "versions", "machine", "precision") if name in stored
+    }
+    commands = [*stored.get("earlier", []), last]
+    earlier = [command for command in commands if command.get("reproduce") != config["reproduce"]]
+    return config | {"arms": arms} | ({"earlier": earlier} if earlier else {})
 
 
 def configuration(

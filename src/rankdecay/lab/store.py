@@ -63,6 +63,7 @@ CHECKPOINT_RARITY = 20  # the next checkpoint waits this many times the duration
 CONTENT: dict[str, type | tuple[type, ...]] = {
     "command": str, "settings": dict, "arms": list, "versions": dict, "machine": str, "reproduce": str,
     "precision": dict, "fixed": dict, "threshold": (int, float), "wall_seconds": (int, float, type(None)), "lines": int,
+    "earlier": list,
 }  # fmt: skip
 
 
@@ -173,6 +174,10 @@ def check_content(record: Record, path: Path) -> None:
             raise SettingError(f"{path}: its {name} is {str(record[name])[:60]!r}; restore the file")
     if not all(isinstance(arm, dict) and isinstance(arm.get("name"), str) for arm in record.get("arms", [])):
         raise SettingError(f"{path}: an arm has no name; restore the file")
+    for command in record.get("earlier", []):
+        if not isinstance(command, dict):
+            raise SettingError(f"{path}: its earlier has {str(command)[:60]!r}; restore the file")
+        check_content(command, path)
 
 
 def snapshot_files(directory: Path) -> list[Path]:

@@ -28,7 +28,7 @@ class StoredRun:
 
     Attributes:
         directories: where it comes from.
-        configs: their ``config.json``, as they stand there.
+        configs: their ``config.json``, each after those of the commands whose grid it added to.
         config: that of the whole.
         rows: the lines of ``metrics.jsonl``.
         summary: that of the run; one computed from the rows, or None, while it is not complete.
@@ -121,7 +121,8 @@ def read_run(
             f"{directory / 'metrics.jsonl'} has {len(rows)} lines, and summary.json was made from {summary['lines']}: "
             "restore it from a copy, or remove summary.json and run the command again"
         )
-    stored = StoredRun([directory], [config], config, rows, summary and today(summary), summary is not None, notices)
+    configs = [*config.get("earlier", []), config]
+    stored = StoredRun([directory], configs, config, rows, summary and today(summary), summary is not None, notices)
     return stored if stored.complete else replace(stored, summary=so_far(stored))
 
 

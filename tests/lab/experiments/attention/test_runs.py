@@ -69,6 +69,10 @@ def read(out: Path) -> dict:
     return json.loads((out / "summary.json").read_text())
 
 
+def config_of(out: Path) -> dict:
+    return json.loads((out / "config.json").read_text())
+
+
 def test_what_a_directory_holds(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
         ".lock", "config.json", "metrics.jsonl", "models", "report.html", "summary.json",
@@ -159,6 +163,7 @@ def test_a_larger_grid_is_added_to_a_complete_run(tmp_path, capsys):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes().startswith(before)
     whole, other = (timeless(read_metrics(tmp_path / name)) for name in ("straight", "run"))
     assert sorted(map(str, other)) == sorted(map(str, whole))
+    assert [arm["name"] for arm in config_of(tmp_path / "run")["arms"]] == ["l2", "low_rank"]
     cells = [
         {(c["name"], c["strength"]): (c["seeds"], c["loss"]) for c in read(tmp_path / n)["arms"]}
         for n in ("straight", "run")
@@ -171,6 +176,21 @@ def test_a_larger_grid_is_added_to_a_complete_run(tmp_path, capsys):
     assert "is complete: showing its result; a larger grid would be added to it" in capsys.readouterr().out
     make(tmp_path / "run", **larger | {"first_seed": 5, "seeds": 1})
     assert [cell["averaged_seeds"] for cell in read(tmp_path / "run")["arms"]] == [[0, 1, 5]] * 3
+
+
+def test_every_command_that_made_a_run_is_on_its_page(tmp_path):
+    for seeds in (1, 1, 2, 3, 2):  # the second and the last add nothing
+        make(tmp_path / "run", command=f"rankdecay tiny --seeds {seeds}", seeds=seeds)
+    config = config_of(tmp_path / "run")
+    assert [one["reproduce"][-1] for one in config["earlier"]] == ["1", "2"]
+    assert config["reproduce"][-1] == "3"
+    assert [one["settings"]["seeds"] for one in [*config["earlier"], config]] == [1, 2, 3]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(page.count(f"<code>rankdecay tiny --seeds {seeds}</code>") == 1 for seeds in (1, 2, 3))
+    config["earlier"].append("rankdecay tiny")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingError, match=r"config.json: its earlier has 'rankdecay tiny'; restore the file"):
+        make(tmp_path / "run", seeds=3)
 
 
 def test_an_interrupted_run_is_not_dropped_by_a_grid_without_it(tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def merged(paths: Sequence[Path]) -> StoredRun:
     first = parts[0]
     whole = StoredRun(
         [part.directory for part in parts],
-        [part.config for part in parts],
+        [config for part in parts for config in part.configs],
         _together([part.config for part in parts]) if len(parts) > 1 else first.config,
         rows,
         first.summary if len(parts) == 1 else None,
