@@ -440,7 +440,7 @@ _COLUMNS = {
 
 def _table(rows: list[Row]) -> list[str]:
     columns = {title: key for title, key in _COLUMNS.items() if rows[0]["untrained"].get(key) is not None}
-    cells = [["layer", "of", *columns, "heads"]]
+    cells = [["layer", "max rank", *columns, "heads"]]
     layers: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         layers.setdefault((label(row), row["name"]), []).append(row)
