@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import Names, chosen, layers_of, listed, locate_or_raise
+from rankdecay.attention.locate import Names, SearchOptions, chosen, layers_of, listed, locate_or_raise
 from rankdecay.attention.names import SCALED_OUTPUT
 from rankdecay.attention.numbering import ranges
 from rankdecay.attention.products import Product, ProductName, Rotary
@@ -165,7 +165,7 @@ def inspect(
         [(0, 'query_key'), (1, 'query_key'), (0, 'value_output'), (1, 'value_output')]
     """
     source = open_source(model, state)
-    located, unhandled = locate_or_raise(source, names, num_heads=num_heads, head_dim=head_dim, only=only)
+    located, unhandled = locate_or_raise(source, SearchOptions(names, num_heads, head_dim, only))
     found = layers_of(source, located)
     if isinstance(source, ModuleSource):
         check_values(source.model, found)

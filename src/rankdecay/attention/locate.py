@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -61,6 +62,26 @@ class Unhandled(NamedTuple):
 Names = AttentionNames | Sequence[AttentionNames] | None
 
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """Options of a search for attention as a user gives them; :func:`locate` checks them.
+
+    Attributes:
+        names: of the user's own attention; they come before those that are known.
+        num_heads: number of query heads, where no setting says it.
+        head_dim: size of a head, where nothing says it.
+        only: look for ``names`` alone.
+    """
+
+    names: Names = None
+    num_heads: int | None = None
+    head_dim: int | None = None
+    only: bool = False
+
+
+DEFAULT_SEARCH = SearchOptions()
+
+
 def find_attention(
     model: nn.Module | str | Path,
     names: Names = None,
@@ -105,7 +126,8 @@ def find_attention(
         >>> layer.key.parameter_name, str(layer.key.window), layer.key.heads().shape
         ('in_proj_weight', 'rows[64:128]/192 by 16', torch.Size([4, 16, 64]))
     """
-    layers, unhandled = find_layers(open_source(model, state), names, num_heads=num_heads, head_dim=head_dim, only=only)
+    source = open_source(model, state)
+    layers, unhandled = find_layers(source, SearchOptions(names, num_heads, head_dim, only))
     warn_unhandled(unhandled, "is not handled", stacklevel=3)
     return layers
 
@@ -133,39 +155,25 @@ def listed(unhandled: Sequence[Unhandled]) -> list[str]:
     return [f"{modules}: {reason}" for modules, reason in grouped(unhandled)]
 
 
-def find_layers(
-    source: Source,
-    names: Names = None,
-    *,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    only: bool = False,
-) -> tuple[list[AttentionLayer], list[Unhandled]]:
+def find_layers(source: Source, search: SearchOptions = DEFAULT_SEARCH) -> tuple[list[AttentionLayer], list[Unhandled]]:
     """Return the attention layers of a source, and the modules that look like attention and cannot be read.
 
     Raises:
         ValueError: If no attention is found.
     """
-    found, unhandled = locate_or_raise(source, names, num_heads=num_heads, head_dim=head_dim, only=only)
+    found, unhandled = locate_or_raise(source, search)
     return layers_of(source, found), unhandled
 
 
-def locate_or_raise(
-    source: Source,
-    names: Names = None,
-    *,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    only: bool = False,
-) -> tuple[list[Found], list[Unhandled]]:
+def locate_or_raise(source: Source, search: SearchOptions = DEFAULT_SEARCH) -> tuple[list[Found], list[Unhandled]]:
     """Locate attention as :func:`locate` does.
 
     Raises:
         ValueError: If there is none.
     """
-    found, unhandled = locate(source, names, num_heads=num_heads, head_dim=head_dim, only=only)
+    found, unhandled = locate(source, search)
     if not found:
-        raise ValueError(_nothing(source, names, unhandled))
+        raise ValueError(_nothing(source, search.names, unhandled))
     return found, unhandled
 
 
@@ -190,45 +198,34 @@ def chosen(wanted: Collection[int | str] | None, layers: Sequence[AttentionLayer
     return [layer for layer in layers if any(matches_label(layer.place, one) for one in wanted)]
 
 
-def locate(
-    source: Source,
-    names: Names = None,
-    *,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    only: bool = False,
-) -> tuple[list[Found], list[Unhandled]]:
+def locate(source: Source, search: SearchOptions = DEFAULT_SEARCH) -> tuple[list[Found], list[Unhandled]]:
     """Locate the attention modules of a source, and those that look like attention and cannot be read.
 
     What looks like attention: a module with a projection called as queries are and one called as keys are, or with one
     called as both (:mod:`rankdecay.attention.names`), that no row of names has read.
 
-    Args:
-        source: the parameters and settings.
-        names: of one's own attention; they come before those that are known.
-        num_heads: number of query heads, where no setting says it.
-        head_dim: size of a head, where nothing says it.
-        only: look for ``names`` alone.
+    Raises:
+        TypeError: If ``search.names`` are no names of attention.
+        ValueError: If names alone are looked for, and there are none.
     """
+    names = search.names
     given = [names] if isinstance(names, AttentionNames) else list(names or ())
     if isinstance(names, (str, dict)) or not all(isinstance(row, AttentionNames) for row in given):
         raise TypeError(f"names must be an AttentionNames or several of them, got {names!r}.")
-    if only and not given:
+    if search.only and not given:
         raise ValueError("only=True looks for names= alone, and names= is not given.")
-    sizes = {"num_heads": num_heads, "head_dim": head_dim}
-    search = _Search(source, given, {name: size for name, size in sizes.items() if size is not None}, only)
+    sizes = {"num_heads": search.num_heads, "head_dim": search.head_dim}
+    walk = _Walk(source, given, {name: size for name, size in sizes.items() if size is not None}, search.only)
     for module, children in _modules(source.plain).items():
-        search.look_at(module, children)
+        walk.look_at(module, children)
     for row in given:
-        if row not in search.matched and search.found:
+        if row not in walk.matched and walk.found:
             called = ", ".join(map(repr, row.projections))
-            search.unhandled.append(
-                Unhandled("", f"names=AttentionNames of {called} match no module; is one misspelt?")
-            )
+            walk.unhandled.append(Unhandled("", f"names=AttentionNames of {called} match no module; is one misspelt?"))
     if isinstance(source, Checkpoint):
-        modules = {layer.module for layer in search.found}
-        search.unhandled += [Unhandled(path, reason) for path, reason in missing_layers(source, modules)]
-    return search.found, search.unhandled
+        modules = {layer.module for layer in walk.found}
+        walk.unhandled += [Unhandled(path, reason) for path, reason in missing_layers(source, modules)]
+    return walk.found, walk.unhandled
 
 
 #: Children beside those called as queries, keys or values that make a module worth a look.
@@ -239,7 +236,7 @@ _WORTH_A_LOOK = frozenset(
 )
 
 
-class _Search:
+class _Walk:
     """Walk over the modules of a source, with what has been found so far."""
 
     def __init__(self, source: Source, given: Sequence[AttentionNames], sizes: dict[str, int], only: bool) -> None:

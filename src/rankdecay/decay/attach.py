@@ -12,12 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rankdecay.attention.layer import FLATTENED
-from rankdecay.attention.locate import Names
+from rankdecay.attention.locate import Names, SearchOptions
 from rankdecay.checks import check_name
 from rankdecay.decay.attachment import Attachment
 from rankdecay.decay.groups import hook_roles
 from rankdecay.decay.optimizers import check_supported, parameters_of
-from rankdecay.decay.plan import Excluded, Planned, Remarks, plan
+from rankdecay.decay.plan import DecayChoice, Excluded, plan
 from rankdecay.decay.policy import Decay
 from rankdecay.decay.roles import decays_by_role
 from rankdecay.decay.sources import DecaySource, FromGroups, FromModel
@@ -102,26 +102,18 @@ def attach(
     named = decays_by_role(query_key, value_output, mlp, embedding, norm, bias, other)
     check_name("backend", backend, get_args(Backend))
     check_name("counts", counts, get_args(Counts))
-    source = _source(inside, model, default, named, names, num_heads, only, exclude, counts == "optimizer")
+    choice = DecayChoice(named, default, SearchOptions(names, num_heads, only=only), exclude)
+    source = _source(inside, model, choice, counts == "optimizer")
     return Attachment(inside, source, backend, wrappers)
 
 
-def _source(
-    optimizer: Optimizer,
-    model: nn.Module | None,
-    default: Decay | None,
-    named: dict[str, Decay],
-    names: Names,
-    num_heads: int | None,
-    only: bool,
-    exclude: Excluded,
-    counts_in_state: bool,
-) -> DecaySource:
+def _source(optimizer: Optimizer, model: nn.Module | None, choice: DecayChoice, counts_in_state: bool) -> DecaySource:
     """Return where the decays come from: the optimizer's groups, or the model and the roles."""
+    named, default = choice.by_role, choice.default
     kind = type(optimizer).__name__
     ours = any("role" in group and ("why" in group or hook_roles(group)) for group in optimizer.param_groups)
     if model is None:
-        if named or default is not None or exclude:
+        if named or default is not None or choice.exclude:
             words = ", ".join(named) or ("default" if default is not None else "exclude")
             raise TypeError(f"attach({kind}, {words}=...) needs the model: rankdecay.attach(optimizer, model, ...).")
         if not ours:
@@ -147,13 +139,9 @@ def _source(
             + "; give all of them there and call rankdecay.attach(optimizer), or build the optimizer from "
             "model.parameters()."
         )
-
-    def look_at(model: nn.Module, named: Mapping[str, Decay | None]) -> tuple[list[Planned], Remarks]:
-        return plan(model, default, named, names, num_heads, only, exclude, rest=None, stacklevel=5)
-
-    planned, remarks = look_at(model, named)
+    planned, remarks = plan(model, choice, rest=None, stacklevel=4)
     _check_held(optimizer, model, named, planned)
-    return FromModel(model, planned, remarks, named, default, counts_in_state, lambda *now: look_at(*now)[0])
+    return FromModel(model, choice, planned, remarks, counts_in_state)
 
 
 def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Decay], planned: list[Any]) -> None:

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
-from rankdecay.attention.locate import Names
+from rankdecay.attention.locate import Names, SearchOptions
 from rankdecay.attention.planes import PlaneRows
 from rankdecay.checks import check_number
-from rankdecay.decay.plan import Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
+from rankdecay.decay.plan import DecayChoice, Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, unit_of
 from rankdecay.decay.roles import ROLES, Assigned, Block, decays_by_role
 from rankdecay.dtensor import is_sharded
@@ -114,7 +114,8 @@ def param_groups(
         ['bias', 'mlp', 'norm', 'query_key+value_output', 'value_output']
     """
     named = decays_by_role(query_key, value_output, mlp, embedding, norm, bias, other)
-    planned, remarks = plan(model, default, named, names, num_heads, only, exclude, rest=Frobenius(0.0), stacklevel=3)
+    choice = DecayChoice(named, default, SearchOptions(names, num_heads, only=only), exclude)
+    planned, remarks = plan(model, choice, rest=Frobenius(0.0), stacklevel=3)
     groups: dict[object, Group] = {}
     planes = query_key if isinstance(query_key, Planes) else None
     for each in planned:

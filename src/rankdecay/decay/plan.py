@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple, get_args
 
 from torch import Tensor, nn
 
 from rankdecay.attention.layer import WHOLE, smaller_side
-from rankdecay.attention.locate import Names, listed, warn_unhandled
+from rankdecay.attention.locate import SearchOptions, listed, warn_unhandled
 from rankdecay.attention.planes import PlaneRows
 from rankdecay.checks import suggestion
 from rankdecay.decay.planes import check_planes
@@ -20,6 +20,23 @@ from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
 from rankdecay.decay.settings import decay_text
 
 Excluded = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
+
+
+@dataclass(frozen=True)
+class DecayChoice:
+    """Decays that a user chooses for a model; :func:`plan` checks them.
+
+    Attributes:
+        by_role: decays of the roles that are named.
+        default: decay of the matrices whose role is not named.
+        search: how attention is looked for.
+        exclude: parameters that are left to the optimizer.
+    """
+
+    by_role: Mapping[str, Decay]
+    default: Decay | None
+    search: SearchOptions
+    exclude: Excluded
 
 
 class Remarks(NamedTuple):
@@ -59,45 +76,32 @@ class Planned(NamedTuple):
 
 
 def plan(
-    model: nn.Module,
-    default: Decay | None,
-    named: Mapping[str, Decay | None],
-    names: Names,
-    num_heads: int | None,
-    only: bool,
-    exclude: Excluded,
-    *,
-    rest: Decay | None,
-    stacklevel: int,
+    model: nn.Module, choice: DecayChoice, *, rest: Decay | None, stacklevel: int
 ) -> tuple[list[Planned], Remarks]:
     """Return the decay of every matrix of a model, and what a reader has to know of its attention.
 
     Args:
         model: the model.
-        default: decay of the matrices whose role is not named.
-        named: decay by role.
-        names: as in :func:`param_groups`.
-        num_heads: as in :func:`param_groups`.
-        only: as in :func:`param_groups`.
-        exclude: as in :func:`param_groups`.
+        choice: the decays that were asked for.
         rest: decay of what is no matrix, where its role is not named.
         stacklevel: of the warning, seen from here.
     """
-    check_decays({"default": default, **named})
-    assigned, unhandled = assign_roles(model, names, num_heads, only)
-    is_excluded = _excluded(exclude, [name for entry in assigned for name in entry.names])
+    by_role = choice.by_role
+    check_decays({"default": choice.default, **by_role})
+    assigned, unhandled = assign_roles(model, choice.search)
+    is_excluded = _excluded(choice.exclude, [name for entry in assigned for name in entry.names])
     out = {id(entry) for entry in assigned if any(is_excluded(name) for name in entry.names)}
-    _check_every_role_matches(named, [e for e in assigned if id(e) not in out], model, listed(unhandled), bool(out))
-    if named.get("query_key") is not None or named.get("value_output") is not None:
+    _check_every_role_matches(by_role, [e for e in assigned if id(e) not in out], model, listed(unhandled), bool(out))
+    if by_role.get("query_key") is not None or by_role.get("value_output") is not None:
         warn_unhandled(unhandled, "is not decayed", stacklevel=stacklevel + 1)
     _leave_out(assigned, out)
-    planes = named.get("query_key")
+    planes = by_role.get("query_key")
     planned: list[Planned] = []
     for entry in assigned:
         if id(entry) in out or _holds_codes(entry.parameter):
             planned.append(Planned(entry, [(block, None) for block in entry.blocks], True))
             continue
-        decays = [(block, decay_of(block, entry, named, default, rest)) for block in entry.blocks]
+        decays = [(block, decay_of(block, entry, choice, rest)) for block in entry.blocks]
         _check_no_conflict(entry, decays)
         planned.append(Planned(entry, decays, bias_of=bias_planes(entry, decays, planes)))
     if isinstance(planes, Planes):
@@ -201,13 +205,11 @@ def _excluded(exclude: Excluded, names: list[str]) -> Callable[[str], bool]:
     return lambda name: any(test(name) for test in tests)
 
 
-def decay_of(
-    block: Block, entry: Assigned, named: Mapping[str, Decay | None], default: Decay | None, rest: Decay | None
-) -> Decay | None:
+def decay_of(block: Block, entry: Assigned, choice: DecayChoice, rest: Decay | None) -> Decay | None:
     """Return the decay of a block; None for the optimizer's own weight decay."""
-    decay = named.get(block.role)
+    decay = choice.by_role.get(block.role)
     if decay is None:
-        decay = default if is_matrix(entry, block) else rest
+        decay = choice.default if is_matrix(entry, block) else rest
     if decay is not None:
         check_suits(block, entry, decay)
     return decay

@@ -34,7 +34,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from rankdecay.attention import Window
 from rankdecay.attention.adapters import in_use, is_replaced, what_is
 from rankdecay.attention.layer import WHOLE
-from rankdecay.attention.locate import Names, Unhandled, locate
+from rankdecay.attention.locate import DEFAULT_SEARCH, SearchOptions, Unhandled, locate
 from rankdecay.attention.module.found import Found
 from rankdecay.attention.planes import PlaneRows, plane_rows
 from rankdecay.attention.source import ModuleSource, ParameterInfo, named_parameters
@@ -133,12 +133,10 @@ class Assigned:
     no_planes: str = ""
 
 
-def assign_roles(
-    model: nn.Module, names: Names = None, num_heads: int | None = None, only: bool = False
-) -> tuple[list[Assigned], list[Unhandled]]:
+def assign_roles(model: nn.Module, search: SearchOptions = DEFAULT_SEARCH) -> tuple[list[Assigned], list[Unhandled]]:
     """Return every parameter of the model once, with its blocks, and the attention that is not handled."""
     source = ModuleSource(model)
-    found, unhandled = locate(source, names, num_heads=num_heads, only=only)
+    found, unhandled = locate(source, search)
     return roles_in(source, found), [*unhandled, *_not_decayed(source, found)]
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from rankdecay.attention.locate import SearchOptions
 from rankdecay.decay.attach import attach
 from rankdecay.decay.attachment import Attachment
 from rankdecay.decay.optimizers import parameters_of
-from rankdecay.decay.plan import plan
+from rankdecay.decay.plan import DecayChoice, plan
 from rankdecay.decay.policy import Decay
 from rankdecay.decay.roles import ROLES
 from rankdecay.dtensor import unwrapped
@@ -60,11 +61,9 @@ def _roles_held(
     optimizer: Optimizer, model: nn.Module, named: Mapping[str, Decay], rest: Mapping[str, Any]
 ) -> tuple[set[str], bool]:
     """Return the roles of an optimizer's parameters, and whether any of these has a decay."""
-    looked_for: dict[str, Any] = {name: rest.get(name) for name in ("default", "names", "num_heads")}
-    planned, _ = plan(
-        model, named=named, only=rest.get("only", False), exclude=rest.get("exclude", ()), rest=None, stacklevel=4,
-        **looked_for,
-    )  # fmt: skip
+    search = SearchOptions(rest.get("names"), rest.get("num_heads"), only=rest.get("only", False))
+    choice = DecayChoice(named, rest.get("default"), search, rest.get("exclude", ()))
+    planned, _ = plan(model, choice, rest=None, stacklevel=4)
     held = set(map(id, parameters_of(unwrapped(optimizer))))
     pairs = [pair for e in planned if not e.excluded and id(e.entry.parameter) in held for pair in e.decays]
     return {block.role for block, _ in pairs}, any(decay is not None for _, decay in pairs)

@@ -7,7 +7,7 @@ parameters, so that a role has its decay and no other.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -32,7 +32,7 @@ from rankdecay.decay.groups import (
     windows_in,
 )
 from rankdecay.decay.optimizers import counts_steps, decouples, is_decoupled
-from rankdecay.decay.plan import Planned, Remarks, bias_planes, decay_of, holds_more, why_of
+from rankdecay.decay.plan import DecayChoice, Planned, Remarks, bias_planes, decay_of, holds_more, plan, why_of
 from rankdecay.decay.planes import check_alike, check_planes
 from rankdecay.decay.policy import Decay, Frobenius, Planes, unit_of
 from rankdecay.decay.targets import Bundle, StepCounter, Target
@@ -246,28 +246,23 @@ class FromModel:
 
     Args:
         model: the model.
-        planned: decays of its matrices.
+        choice: the decays that were asked for.
+        planned: the decays of its matrices that follow.
         remarks: what is known of its attention.
-        named: the decays that were given, by role.
-        default: decay of the other matrices.
         counts_in_state: whether the optimizer's state has the counts.
-        replan: looks at the model again, for what has been added to it.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        choice: DecayChoice,
         planned: list[Planned],
         remarks: Remarks,
-        named: Mapping[str, Decay | None],
-        default: Decay | None,
         counts_in_state: bool,
-        replan: Callable[[nn.Module, Mapping[str, Decay | None]], list[Planned]],
     ) -> None:
-        self._replan = replan
         self._model = model
         self._kind = type(model).__name__
-        self._named, self._default = dict(named), default
+        self._choice = choice
         self._remarks = remarks
         self._counts_in_state = counts_in_state
         self._planned: dict[str, Planned] = {}
@@ -285,7 +280,8 @@ class FromModel:
         """
         names = self._names_of(group)
         if any(name is not None and name not in self._planned for name in names):
-            self._know(self._replan(self._model, self._named))
+            planned, _ = plan(self._model, self._choice, rest=None, stacklevel=3)  # something has been added to it
+            self._know(planned)
         if index == len(self._bundles):
             self._names.append(names)
             self._seen.append(list(map(id, group["params"])))
@@ -373,20 +369,20 @@ class FromModel:
         for role in decays:
             if not any(block.role == role for name in held for block, _ in self._planned[name].decays):
                 raise ValueError(f"{role} has no parameter of {self._kind} in this {type(optimizer).__name__}.")
-        named = self._named | dict(decays)
+        choice = replace(self._choice, by_role={**self._choice.by_role, **decays})
         planned = {}
         for name, (entry, old, excluded, _) in self._planned.items():
-            pairs = [(b, None if excluded else decay_of(b, entry, named, self._default, None)) for b, _ in old]
-            bias_of = None if excluded else bias_planes(entry, pairs, named.get("query_key"))
+            pairs = [(b, None if excluded else decay_of(b, entry, choice, None)) for b, _ in old]
+            bias_of = None if excluded else bias_planes(entry, pairs, choice.by_role.get("query_key"))
             planned[name] = Planned(entry, pairs, excluded, bias_of)
-        before = self._named, self._planned, self._bundles
-        self._named, self._planned = named, planned
+        before = self._choice, self._planned, self._bundles
+        self._choice, self._planned = choice, planned
         try:
             indexed = enumerate(optimizer.param_groups)
             self._bundles = [self._bundle(optimizer, index, group) for index, group in indexed]
             check_planes_held(self, optimizer)
         except ValueError:
-            self._named, self._planned, self._bundles = before
+            self._choice, self._planned, self._bundles = before
             raise
         self._bundles = [self._counted_on(old, new) for old, new in zip(before[2], self._bundles, strict=True)]
         self.keep(optimizer, set())  # or the next step would recall the former counts, of a warm-up too
