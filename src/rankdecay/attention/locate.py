@@ -244,17 +244,17 @@ class _Walk:
         self.found: list[Found] = []
         self.unhandled: list[Unhandled] = []
         self.matched: set[AttentionNames] = set()  # of those given
-        self._named = frozenset(name for row in given for name in (*row.projections, *row.outputs))
+        self._given_children = frozenset(name for row in given for name in (*row.projections, *row.outputs))
         self._taken: set[str] = set()  # parameters that are read, or spoken of, in the module at hand
 
     def look_at(self, module: str, children: Sequence[str]) -> None:
         """Read every attention of a module, and note what looks like attention beside it."""
-        reader = ModuleReader(module, self.source.plain, self.source, self.sizes, self._named)
+        reader = ModuleReader(module, self.source.plain, self.source, self.sizes, self._given_children)
         children = [child for child in children if reader.parameter(child)]
         self._taken = set()
         for row in filter(reader.matches, self.given):
             self.matched.add(row)
-            self._attempt(reader, partial(reader.read, row, named=True), row.projections, named=True)
+            self._attempt(reader, partial(reader.read, row, by_user=True), row.projections, by_user=True)
         there = {*children, *self.source.children(module)}
         unsaid = "" if self.only else reader.three_in_one(children)
         if self.only or not (unsaid or _WORTH_A_LOOK & there or any(is_input_like(c) or factor_of(c) for c in there)):
@@ -286,7 +286,7 @@ class _Walk:
             self._say(module, reason)
 
     def _attempt(
-        self, reader: ModuleReader, read: Callable[[], Found], projections: Sequence[str], named: bool = False
+        self, reader: ModuleReader, read: Callable[[], Found], projections: Sequence[str], by_user: bool = False
     ) -> None:
         """Read projections, unless they are taken: of two rows that share queries each has its own values, the last."""
         names = [name for name in map(reader.parameter, projections) if name]
@@ -296,7 +296,7 @@ class _Walk:
         try:
             if empty := next((name for name in names if 0 in reader.shape(name)), None):
                 raise NotHandled(f"{empty} has shape {reader.shape(empty)}: it is empty")
-            if not named:
+            if not by_user:
                 reader.check_given()
             for child in projections:
                 reader.check_alone(child)

@@ -44,7 +44,7 @@ class ModuleParameters(ModuleSettings):
         plain: Mapping[str, str],
         source: Source,
         sizes: Mapping[str, int] | None = None,
-        named: Collection[str] = (),
+        given_children: Collection[str] = (),
     ) -> None:
         """Prepare to read a module.
 
@@ -53,10 +53,10 @@ class ModuleParameters(ModuleSettings):
             plain: every parameter's name in the source, by its name without adapters.
             source: the parameters and settings.
             sizes: ``num_heads`` and ``head_dim`` as the user gives them, where the settings state none.
-            named: children that the user says are projections.
+            given_children: children that the user says are projections.
         """
         super().__init__(path, source, sizes)
-        self.named = named
+        self.given_children = given_children
         self.plain, self.shapes = plain, source.shapes
 
     def parameter(self, child: str) -> str | None:
@@ -65,7 +65,7 @@ class ModuleParameters(ModuleSettings):
         found = [name + weight for weight in WEIGHTS if name + weight in self.plain]
         if found and self.source.kind(found[0].removesuffix(".weight")).endswith(".Embedding"):
             return None  # a table of learned queries, not a projection to them
-        if found == [name] and child not in self.named and LEARNED.fullmatch(child):
+        if found == [name] and child not in self.given_children and LEARNED.fullmatch(child):
             return None
         if found[:2] == [f"{name}.0.weight", f"{name}.1.weight"] and len(self.shape(found[0])) == 1:
             return found[1]  # behind a norm
@@ -162,7 +162,7 @@ class ModuleParameters(ModuleSettings):
         """Children that take what another gives, with the other: the two factors of one projection, by their names."""
         sides: dict[str, tuple[int, int]] = {}  # (out, in)
         among = self.source.children(self.path)
-        known = {*self._factors_beside, *self.named}
+        known = {*self._factors_beside, *self.given_children}
         for child in sorted(among):
             name = self.parameter(child) if factor_of(child) and child not in known else None
             if name and is_matrix(shape := self.shape(name)):
