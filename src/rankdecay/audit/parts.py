@@ -17,7 +17,7 @@ from rankdecay.attention.source import named_parameters
 from rankdecay.audit.block import Block, size, terms_of
 from rankdecay.audit.report import AuditRow, Kind, Share
 from rankdecay.audit.trial import RESCALING, Trial, alternating
-from rankdecay.decay.roles import Assigned
+from rankdecay.decay.roles import ParameterRoles
 from rankdecay.linalg.backend import double
 from rankdecay.spectrum import spectrum
 
@@ -210,7 +210,7 @@ def _low_rank_share(w: Tensor) -> Share | None:
 
 
 def parts(
-    model: nn.Module, found: list[Found], gradients: dict[nn.Parameter, Tensor], assigned: list[Assigned]
+    model: nn.Module, found: list[Found], gradients: dict[nn.Parameter, Tensor], assigned: list[ParameterRoles]
 ) -> list[Part]:
     """Return every parameter once, in order: attention's matrices one by one, a bias with its weight."""
     parameters = named_parameters(model)
@@ -222,8 +222,8 @@ def parts(
     biases = {parameters[place.bias] for place in places.values() if place.bias}
     parts: list[Part] = []
     for entry in assigned:
-        roles = {known.why: known.role for known in entry.blocks}
-        first = entry.blocks[0]
+        roles = {known.why: known.role for known in entry.segments}
+        first = entry.segments[0]
         located = [(place, role) for (name, role), place in places.items() if name in entry.names]
         for place, role in located:
             window = place.bias_window if role != "output" else None

@@ -169,7 +169,9 @@ def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Deca
             )
         )
     for role in named:
-        of_role = [e.entry for e in planned if not e.excluded and any(block.role == role for block in e.entry.blocks)]
+        of_role = [
+            e.entry for e in planned if not e.excluded and any(segment.role == role for segment in e.entry.segments)
+        ]
         if of_role and not any(id(entry.parameter) in held for entry in of_role):
             raise ValueError(
                 f"{role}={named[role]!r} names no parameter of this {kind}: {of_role[0].names[0]} and "

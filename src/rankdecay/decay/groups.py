@@ -40,7 +40,7 @@ from rankdecay.attention.planes import PlaneRows
 from rankdecay.checks import check_number
 from rankdecay.decay.plan import DecayChoice, Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, unit_of
-from rankdecay.decay.roles import ROLES, Assigned, Block, decays_by_role
+from rankdecay.decay.roles import ROLES, ParameterRoles, Segment, decays_by_role
 from rankdecay.dtensor import is_sharded
 
 Group = dict[str, Any]
@@ -121,15 +121,15 @@ def param_groups(
     for each in planned:
         entry, decays, excluded = each.entry, each.decays, each.excluded
         # Not by the decays: the same model has the same groups whatever its decays, so that a state can be loaded.
-        layout = tuple((block.role, block.window) for block in entry.blocks)
-        key = (layout, is_matrix(entry, entry.blocks[0]), excluded)
+        layout = tuple((segment.role, segment.window) for segment in entry.segments)
+        key = (layout, is_matrix(entry, entry.segments[0]), excluded)
         group = groups.setdefault(key, {"params": [], "param_names": [], "why": [], **_keys(decays)})
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.names[0])
         group["why"].append(why_of(entry))
         l2 = all(isinstance(decay, Frobenius) and decay.is_l2 for _, decay in decays)
         known = GroupInfo(
-            entry.names[0], group["why"][-1], remarks, entry.blocks, l2, entry.planes, entry.no_planes, excluded
+            entry.names[0], group["why"][-1], remarks, entry.segments, l2, entry.planes, entry.no_planes, excluded
         )
         _known.know(model, known.name, entry.parameter, known)
     for group in groups.values():
@@ -179,7 +179,7 @@ class GroupInfo(NamedTuple):
         name: its name.
         why: the reason for its role.
         remarks: on the model.
-        blocks: its matrices.
+        segments: its matrices, with their roles.
         l2: whether its decay is L2 that was asked for, and not the optimizer's own.
         planes: where it has rows of rotary planes.
         no_planes: why it has none, for W_Q and W_K.
@@ -189,7 +189,7 @@ class GroupInfo(NamedTuple):
     name: str
     why: str
     remarks: Remarks
-    blocks: list[Block]
+    segments: list[Segment]
     l2: bool
     planes: tuple[PlaneRows, ...] = ()
     no_planes: str = ""
@@ -325,20 +325,22 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
         _change_biases(group, decays["query_key"])
     if not set(roles) & set(decays):
         return
-    known = [_known[p].blocks for p in group["params"] if p in _known]
+    known = [_known[p].segments for p in group["params"] if p in _known]
     found = decays_in(group)
     if not known and (len(roles) > 1 or any(f"{role}_blocks" in group for role in roles)):
         raise ValueError(
             f"the decay of {group['role']} cannot be replaced, since its parameters are not those of "
             "rankdecay.param_groups: change the group's own keys, such as query_key_strength."
         )
-    blocks = known[0] if known else [Block(roles[0], WHOLE, "")]
+    segments = known[0] if known else [Segment(roles[0], WHOLE, "")]
     whole: Decay | None = Frobenius(group["weight_decay"]) if "weight_decay" in group else None
-    pairs = [(block, decays.get(block.role, found.get(block.role, whole))) for block in blocks]
-    for block, decay in pairs:
+    pairs = [(segment, decays.get(segment.role, found.get(segment.role, whole))) for segment in segments]
+    for segment, decay in pairs:
         if decay is not None and group["params"]:
             no_planes = next((_known[p].no_planes for p in group["params"] if p in _known), "")
-            check_suits(block, Assigned(group["params"][0], names_in(group)[:1], blocks, no_planes=no_planes), decay)
+            check_suits(
+                segment, ParameterRoles(group["params"][0], names_in(group)[:1], segments, no_planes=no_planes), decay
+            )
     counts = {key: group[key] for key in group if key.endswith(("_steps", "_pending", "_missed"))}
     for role, decay in decays.items():
         if found.get(role) == decay and f"{role}_warmed" in group:
@@ -374,7 +376,9 @@ def _change_biases(group: Group, decay: Decay) -> None:
     own = found.get(roles_of(group)[0], Frobenius(group.get("weight_decay", 0.0)))
     for known in (_known[p] for p in group["params"] if p in _known):
         shape = next(p for p in group["params"] if p in _known and _known[p] is known)
-        bias_planes(Assigned(shape, [known.name], known.blocks, known.planes), [(b, own) for b in known.blocks], decay)
+        bias_planes(
+            ParameterRoles(shape, [known.name], known.segments, known.planes), [(s, own) for s in known.segments], decay
+        )
     _give_planes(group, decay)
     same = found.get("query_key") == decay
     group.update({key: n for key, n in counts.items() if key in group and (same or key != "query_key_warmed")})
@@ -444,9 +448,9 @@ def real_l2(group: Group) -> Group:
     return live_l2(roles_of(group)[0])
 
 
-def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
+def _keys(decays: list[tuple[Segment, Decay | None]]) -> Group:
     """Return the keys that say which decay the parameters of a group have."""
-    roles = list(dict.fromkeys(block.role for block, _ in decays))
+    roles = list(dict.fromkeys(segment.role for segment, _ in decays))
     keys: Group = {"role": "+".join(roles)}
     distinct = {decay for _, decay in decays}
     if len(distinct) == 1:
@@ -460,8 +464,8 @@ def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
     live = None if None in l2 else (l2.pop() if len(l2) == 1 else Frobenius(0.0))
     keys |= {} if live is None else {"weight_decay": live.strength}
     for role in roles:
-        [decay] = {decay for block, decay in decays if block.role == role}
-        windows = [block.labelled_window() for block, _ in decays if block.role == role]
+        [decay] = {decay for segment, decay in decays if segment.role == role}
+        windows = [segment.labelled_window() for segment, _ in decays if segment.role == role]
         if decay is None or decay == live:
             keys |= live_l2(role, windows)
         else:

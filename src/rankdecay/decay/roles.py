@@ -12,7 +12,7 @@ bias            biases, also those of normalisation layers, and tables of biases
 other           the rest: task heads, adapters' factors, gates, scales, kernels of convolutions
 ==============  ==========================================================================================
 
-A fused parameter has one block per matrix in it, each with its own role.
+A fused parameter has one segment per matrix in it, each with its own role.
 
 What a parameter is outside attention follows, in this order, from the type of its module, its own name, its shape,
 and whether its block holds attention. A word elsewhere in its path says nothing: an encoder may be called ``embedder``,
@@ -87,8 +87,8 @@ _ADAPTER = re.compile(r"(^|\.)(lora_|ia3_|hada_|lokr_)")
 _ADAPTER_IN_BLOCK = re.compile(r"\.adapter")
 
 
-class Block(NamedTuple):
-    """Matrix in a parameter: its role, its window, and the reason for the role.
+class Segment(NamedTuple):
+    """Matrix in a parameter, or the whole of one that is no matrix: its role, its window, and the reason for the role.
 
     Attributes:
         role: one of :data:`ROLES`.
@@ -115,68 +115,71 @@ class Block(NamedTuple):
 
 
 @dataclass
-class Assigned:
-    """Parameter, with its names and its blocks.
+class ParameterRoles:
+    """Parameter, with its names and its segments.
 
     Attributes:
         parameter: the parameter.
         names: its names; several if it is tied.
-        blocks: the matrices in it.
+        segments: the matrices in it; one segment of a parameter that is no matrix.
         planes: where it has rows of rotary planes: W_Q, W_K and their biases.
         no_planes: of W_Q and W_K of an attention whose planes cannot be decayed: its name, and why.
     """
 
     parameter: nn.Parameter
     names: list[str]
-    blocks: list[Block]
+    segments: list[Segment]
     planes: tuple[PlaneRows, ...] = ()
     no_planes: str = ""
 
 
-def assign_roles(model: nn.Module, search: SearchOptions = DEFAULT_SEARCH) -> tuple[list[Assigned], list[Unhandled]]:
-    """Return every parameter of the model once, with its blocks, and the attention that is not handled."""
+def assign_roles(
+    model: nn.Module, search: SearchOptions = DEFAULT_SEARCH
+) -> tuple[list[ParameterRoles], list[Unhandled]]:
+    """Return every parameter of the model once, with its segments, and the attention that is not handled."""
     source = ModuleSource(model)
     found, unhandled = locate(source, search)
     return roles_in(source, found), [*unhandled, *_not_decayed(source, found)]
 
 
-def roles_in(source: ModuleSource, found: list[Found]) -> list[Assigned]:
-    """Return every parameter of a model once, with its blocks, from the attention that was found in it.
+def roles_in(source: ModuleSource, found: list[Found]) -> list[ParameterRoles]:
+    """Return every parameter of a model once, with its segments, from the attention that was found in it.
 
-    A tied parameter collects the blocks of each of its names; a name that says nothing (role other) adds none.
+    A tied parameter collects the segments of each of its names; a name that says nothing (role other) adds none.
     """
-    in_attention: dict[str, list[Block]] = {}
+    in_attention: dict[str, list[Segment]] = {}
     for layer in found:
         for role, place in layer.places.items():
             note = source.known[place.parameter].note if place.parameter in source.known else ""
-            blocks = in_attention.setdefault(place.parameter, [])
-            if all(block.window != place.window for block in blocks):  # keys may be values too, and of several layers
+            segments = in_attention.setdefault(place.parameter, [])
+            # Keys may be values too, and of several layers.
+            if all(segment.window != place.window for segment in segments):
                 assumed = "order" in layer.unknown and not place.window.is_whole
-                blocks.append(Block(_ATTENTION_ROLE[role], place.window, role, note, assumed=assumed))
+                segments.append(Segment(_ATTENTION_ROLE[role], place.window, role, note, assumed=assumed))
     rows, reasons = _planes(source, found)
     places = _Places(source, found)
     output_embedding = _output_embedding(source.model)
 
-    assigned: dict[int, Assigned] = {}
+    assigned: dict[int, ParameterRoles] = {}
     every = named_parameters(source.model)
     stand_in = _in_use_for(source.model)
     for name, parameter in every.items():
-        entry = assigned.setdefault(id(parameter), Assigned(parameter, [], []))
+        entry = assigned.setdefault(id(parameter), ParameterRoles(parameter, [], []))
         entry.names.append(name)
         entry.planes += tuple(rows.get(name, ()))
         used = stand_in(name)
         used = used if used in every else name
         entry.no_planes = entry.no_planes or reasons.get(used, "")
         known = source.known[used]
-        blocks = in_attention.get(used) or [places.block(parameter, known)]
+        segments = in_attention.get(used) or [places.segment(parameter, known)]
         if every[used] is output_embedding and not isinstance(known.holder, nn.Embedding):
-            blocks = [Block("embedding", WHOLE, "output embedding")]
-        for block in blocks:
-            if all(other.role != block.role or other.window != block.window for other in entry.blocks):
-                entry.blocks.append(block)
+            segments = [Segment("embedding", WHOLE, "output embedding")]
+        for segment in segments:
+            if all(other.role != segment.role or other.window != segment.window for other in entry.segments):
+                entry.segments.append(segment)
     for entry in assigned.values():
-        telling = [block for block in entry.blocks if block.role != "other" or block.window.has_heads]
-        entry.blocks = telling or entry.blocks[:1]
+        telling = [segment for segment in entry.segments if segment.role != "other" or segment.window.has_heads]
+        entry.segments = telling or entry.segments[:1]
     return list(assigned.values())
 
 
@@ -233,13 +236,13 @@ class _Places:
         self._holds_attention = {path for module in self._attention for path in _ancestors(f"{module}.")}
         self._tables = {tuple(m.weight.shape) for m in source.model.modules() if isinstance(m, nn.Embedding)}
 
-    def block(self, parameter: nn.Parameter, known: ParameterInfo) -> Block:
+    def segment(self, parameter: nn.Parameter, known: ParameterInfo) -> Segment:
         """Return the role of a parameter outside attention."""
         if known.plain is None:
             role = "norm" if known.gain else "other"
-            return Block(role, WHOLE, known.note, fixed=known.fixed)
+            return Segment(role, WHOLE, known.note, fixed=known.fixed)
         role, why, stack = self._role(known.plain, parameter, known.holder)
-        return Block(role, WHOLE, why, known.note, stack)
+        return Segment(role, WHOLE, why, known.note, stack)
 
     def _role(self, name: str, parameter: nn.Parameter, holder: nn.Module) -> tuple[str, str, bool]:
         owner, _, leaf = name.rpartition(".")

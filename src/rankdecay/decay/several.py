@@ -66,4 +66,4 @@ def _roles_held(
     planned, _ = plan(model, choice, rest=None, stacklevel=4)
     held = set(map(id, parameters_of(unwrapped(optimizer))))
     pairs = [pair for e in planned if not e.excluded and id(e.entry.parameter) in held for pair in e.decays]
-    return {block.role for block, _ in pairs}, any(decay is not None for _, decay in pairs)
+    return {segment.role for segment, _ in pairs}, any(decay is not None for _, decay in pairs)

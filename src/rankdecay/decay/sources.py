@@ -336,7 +336,7 @@ class FromModel:
                 f"parameter {position} of group {index}", "-", f"not a parameter of {self._kind}"
             )
         planned = self._planned[name]
-        role = "+".join(dict.fromkeys(block.role for block, _ in planned.acting))
+        role = "+".join(dict.fromkeys(segment.role for segment, _ in planned.acting))
         return ParameterDescription(name, role, why_of(planned.entry) + ("; excluded" if planned.excluded else ""))
 
     def remarks(self, optimizer: Optimizer) -> Remarks:
@@ -351,7 +351,7 @@ class FromModel:
             entry = planned.entry
             if name in self._frozen or held & set(entry.names) or name != entry.names[0]:
                 continue
-            for role in {block.role for block, decay in planned.acting if decay is not None}:
+            for role in {segment.role for segment, decay in planned.acting if decay is not None}:
                 missing.setdefault(role, []).append(name)
         return [
             f"{role}: {len(names)} of its parameters are not in this optimizer ({', '.join(names[:4])}"
@@ -367,7 +367,7 @@ class FromModel:
         """
         held = {name for names in self._names for name in names if name is not None}
         for role in decays:
-            if not any(block.role == role for name in held for block, _ in self._planned[name].decays):
+            if not any(segment.role == role for name in held for segment, _ in self._planned[name].decays):
                 raise ValueError(f"{role} has no parameter of {self._kind} in this {type(optimizer).__name__}.")
         choice = replace(self._choice, by_role={**self._choice.by_role, **decays})
         planned = {}
@@ -438,7 +438,7 @@ class FromModel:
             if name is None or all(decay is None for _, decay in self._planned[name].acting):
                 continue
             narrow = group["params"][position].dtype.itemsize < 4
-            matrices = tuple((block.role, block.window, decay) for block, decay in self._planned[name].acting)
+            matrices = tuple((segment.role, segment.window, decay) for segment, decay in self._planned[name].acting)
             alike.setdefault((matrices, narrow), []).append(position)
         return [self._bundle_of(optimizer, index, group, positions) for positions in alike.values()]
 
@@ -453,9 +453,9 @@ class FromModel:
         by_optimizer = by_optimizer and not narrow
         numbers: dict[str, Any] = {}
         targets = []
-        for role in dict.fromkeys(block.role for block, _ in decays):
-            [its] = {decay for block, decay in decays if block.role == role}
-            windows = [block.labelled_window() for block, _ in decays if block.role == role]
+        for role in dict.fromkeys(segment.role for segment, _ in decays):
+            [its] = {decay for segment, decay in decays if segment.role == role}
+            windows = [segment.labelled_window() for segment, _ in decays if segment.role == role]
             counter = StepCounter(numbers, role, unit_of(its))
             planes = [self._planned[name].entry.planes for name in names] if isinstance(its, Planes) else []
             targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer, planes))
