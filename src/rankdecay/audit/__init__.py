@@ -42,11 +42,11 @@ from rankdecay.attention import find_attention
 from rankdecay.attention.locate import Names, SearchOptions, listed, locate
 from rankdecay.attention.scale import NORM_EPS
 from rankdecay.attention.source import ModuleSource
-from rankdecay.audit.block import size
 from rankdecay.audit.pairs import pairs
 from rankdecay.audit.parts import parts, unmeasurable
 from rankdecay.audit.report import AuditReport, AuditRow, Share
 from rankdecay.audit.trial import Trial
+from rankdecay.audit.view import size
 from rankdecay.checks import check_number
 from rankdecay.decay.roles import roles_in
 
