@@ -151,8 +151,8 @@ def _decay_by_sums(pieces: list[Piece], decay: LowRank, amount: float | Tensor, 
         return 2 * piece.cut.gram**2 * math.prod(piece.value.shape[:-2])
 
     for batch in _batches(pieces, batch_key, entries, lambda piece: _limit(piece.value)):
-        its = backend_on(batch[0].value, backend)
-        values = decayed_pieces(batch, decay, amount, "exact" if its == "auto" else its)
+        chosen = backend_on(batch[0].value, backend)
+        values = decayed_pieces(batch, decay, amount, "exact" if chosen == "auto" else chosen)
         for piece, value in zip(batch, values, strict=True):
             seed += NEXT_SEED
             piece.write(rounded(value, piece.value.dtype, seed + piece.part))

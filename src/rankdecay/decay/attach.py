@@ -154,10 +154,10 @@ def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Deca
         planned: parameters of the model.
     """
     kind = type(optimizer).__name__
-    held = {id(p): tuple(p.shape) for p in parameters_of(optimizer)}
-    if not any(id(each.entry.parameter) in held for each in planned):
+    shapes_by_id = {id(p): tuple(p.shape) for p in parameters_of(optimizer)}
+    if not any(id(each.entry.parameter) in shapes_by_id for each in planned):
         shapes = {tuple(each.entry.parameter.shape) for each in planned}
-        copies = sum(shape in shapes for shape in held.values())
+        copies = sum(shape in shapes for shape in shapes_by_id.values())
         raise ValueError(
             f"this {kind} has no parameter of {type(model).__name__}"
             + (
@@ -165,14 +165,14 @@ def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Deca
                 "sharded or copied. Build the optimizer from the model as it is now, then attach."
                 if copies
                 else "; give the model whose parameters it has."
-                + (FLATTENED if any(len(shape) == 1 for shape in held.values()) else "")
+                + (FLATTENED if any(len(shape) == 1 for shape in shapes_by_id.values()) else "")
             )
         )
     for role in named:
         of_role = [
             e.entry for e in planned if not e.excluded and any(segment.role == role for segment in e.entry.segments)
         ]
-        if of_role and not any(id(entry.parameter) in held for entry in of_role):
+        if of_role and not any(id(entry.parameter) in shapes_by_id for entry in of_role):
             raise ValueError(
                 f"{role}={named[role]!r} names no parameter of this {kind}: {of_role[0].names[0]} and "
                 f"{len(of_role) - 1} more are not in it. Attach that role to the optimizer which has them."

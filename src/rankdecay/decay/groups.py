@@ -219,8 +219,8 @@ class _KnownParameters:
     def _found(self, parameter: Tensor) -> GroupInfo | None:
         reference, leaf, known = self._known.get(id(parameter), (lambda: None, "", None))
         holder = reference()
-        held = holder._parameters[leaf] if holder is not None and leaf in holder._parameters else None
-        if held is parameter or (held is not None and is_sharded(parameter) and held.shape == parameter.shape):
+        present = holder._parameters[leaf] if holder is not None and leaf in holder._parameters else None
+        if present is parameter or (present is not None and is_sharded(parameter) and present.shape == parameter.shape):
             return known  # FSDP2 puts the whole tensor in the place of the sharded one, for a forward pass and after it
         return None
 
@@ -351,8 +351,8 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
     group.update(_keys(pairs))
     acting = decays_in(group)
     if "query_key" in roles:
-        its = acting.get("query_key")
-        _give_planes(group, its if isinstance(its, Planes) else None)
+        query_key = acting.get("query_key")
+        _give_planes(group, query_key if isinstance(query_key, Planes) else None)
     for role in [role for role in found if role in acting and _measure(acting[role]) != _measure(found[role])]:
         for what in ("pending", "missed"):  # read in another unit it might wipe the weight out
             counts.pop(f"{role}_{what}", None)
@@ -373,11 +373,13 @@ def _change_biases(group: Group, decay: Decay) -> None:
         del group[key]
     if not isinstance(decay, Planes):
         return
-    own = found.get(roles_of(group)[0], Frobenius(group.get("weight_decay", 0.0)))
+    bias_decay = found.get(roles_of(group)[0], Frobenius(group.get("weight_decay", 0.0)))
     for known in (_known[p] for p in group["params"] if p in _known):
         shape = next(p for p in group["params"] if p in _known and _known[p] is known)
         bias_planes(
-            ParameterRoles(shape, [known.name], known.segments, known.planes), [(s, own) for s in known.segments], decay
+            ParameterRoles(shape, [known.name], known.segments, known.planes),
+            [(s, bias_decay) for s in known.segments],
+            decay,
         )
     _give_planes(group, decay)
     same = found.get("query_key") == decay

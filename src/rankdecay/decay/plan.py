@@ -151,11 +151,11 @@ def bias_planes(
     """
     if not isinstance(query_key, Planes) or not entry.planes or any(s.role == "query_key" for s in entry.segments):
         return None
-    own = next((decay for _, decay in decays if decay is not None and decay.strength), None)
-    if own is not None and holds_more(entry.planes, entry.parameter):
+    bias_decay = next((decay for _, decay in decays if decay is not None and decay.strength), None)
+    if bias_decay is not None and holds_more(entry.planes, entry.parameter):
         raise ValueError(
             f"{entry.names[0]} holds the biases of queries, keys and values: those of queries and keys are decayed "
-            f"with query_key={query_key!r}, and bias={own!r} cannot act on the rest of it alone; leave bias out."
+            f"with query_key={query_key!r}, and bias={bias_decay!r} cannot act on the rest of it alone; leave bias out."
         )
     return query_key
 
@@ -307,11 +307,11 @@ def _check_every_role_matches(
             also = f" Attention that is not handled: {'; '.join(unhandled[:3]).rstrip('.')}." if unhandled else ""
             names = [name for entry in assigned for name in entry.names]
             left = " that is not excluded" if some_excluded else ""
-            own = " For attention of your own, pass names=rankdecay.AttentionNames(...)."
+            remedy = " For attention of your own, pass names=rankdecay.AttentionNames(...)."
             more = f", … ({len(names)} in all)" if len(names) > _SHOWN else ""
             raise ValueError(
                 f"{role}={decay_text(decay)} matches no parameter of {type(model).__name__}{left}, whose roles are "
-                f"{', '.join(r for r in ROLES if r in by_role)}.{own if role in _OF_ATTENTION else ''}{also} Its "
+                f"{', '.join(r for r in ROLES if r in by_role)}.{remedy if role in _OF_ATTENTION else ''}{also} Its "
                 f"parameters are {', '.join(names[:_SHOWN])}{more}."
             )
         if decay.strength > 0 and not any(entry.parameter.requires_grad for entry in by_role[role]):

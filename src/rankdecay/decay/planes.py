@@ -121,8 +121,8 @@ def _counted(zero: Tensor, scope: Scope) -> str:
     scopes, planes = zero.shape
     if scope != "model":
         few, many = int(zero.sum(1).min()), int(zero.sum(1).max())
-        there = {"layer": "layers", "group": "key heads", "head": "heads"}[scope]
-        return f"of {planes} in each of {scopes} {there}, {few if few == many else f'{few} to {many}'} are zero"
+        scope_name = {"layer": "layers", "group": "key heads", "head": "heads"}[scope]
+        return f"of {planes} in each of {scopes} {scope_name}, {few if few == many else f'{few} to {many}'} are zero"
     gone = ", ".join(map(str, zero[0].nonzero()[:, 0].tolist()))
     number = int(zero.sum())
     return f"of {planes}, {number or 'none'} {'are' if number > 1 else 'is'} zero{f': {gone}' if gone else ''}"
@@ -221,12 +221,12 @@ def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]
                 "vanish. No other scope helps: put W_Q, W_K and their biases into one optimizer, all of them "
                 "trained, or exclude the layer."
             )
-        there = layers[each.configuration]
-        if decay.scope == "model" and len(there) != each.layers:
+        present = layers[each.configuration]
+        if decay.scope == "model" and len(present) != each.layers:
             raise ValueError(
                 f"{given} needs the {each.layers} layers of one rotary configuration in one optimizer, and this one "
-                f"has {len(there)} of them, {', '.join(sorted(there)[:4])}{', …' if len(there) > 4 else ''}: give it "
-                "the others too, or use scope='layer', which needs only the rows of one layer."
+                f"has {len(present)} of them, {', '.join(sorted(present)[:4])}{', …' if len(present) > 4 else ''}: "
+                "give it the others too, or use scope='layer', which needs only the rows of one layer."
             )
         if (decay.keep or 0) >= each.planes:
             raise ValueError(
@@ -236,11 +236,11 @@ def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]
     for name, several in held:
         if decay.scope == "model":
             break
-        own: dict[object, str] = {}
+        owner: dict[object, str] = {}
         for each in several:
-            if own.setdefault((each.part, each.window), each.layer) != each.layer:
+            if owner.setdefault((each.part, each.window), each.layer) != each.layer:
                 raise ValueError(
-                    f"{given} meets {name}, which {own[each.part, each.window]} and {each.layer} share, so that its "
+                    f"{given} meets {name}, which {owner[each.part, each.window]} and {each.layer} share, so that its "
                     "planes are of several layers; use scope='model'."
                 )
 
@@ -393,10 +393,10 @@ def _norms(views: Sequence[Tensor], table: Table) -> tuple[Tensor, int, list[Ten
 
 def _summed(squares: Tensor, way: tuple[Any, tuple[int, ...]]) -> Tensor:
     mesh, dims = way
-    there = squares.to(mesh.device_type)
+    on_mesh = squares.to(mesh.device_type)
     for dim in dims:
-        dist.all_reduce(there, group=mesh.get_group(dim))
-    return there.to(squares.device)
+        dist.all_reduce(on_mesh, group=mesh.get_group(dim))
+    return on_mesh.to(squares.device)
 
 
 def _line_norms(parts: Sequence[Tensor], exponent: int) -> list[Tensor]:

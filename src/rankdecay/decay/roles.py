@@ -246,9 +246,9 @@ class _Places:
 
     def _role(self, name: str, parameter: nn.Parameter, holder: nn.Module) -> tuple[str, str, bool]:
         owner, _, leaf = name.rpartition(".")
-        own = owner.rpartition(".")[2]
+        module_name = owner.rpartition(".")[2]
         if leaf.isdigit():  # of a ParameterList, which has the name
-            leaf = own
+            leaf = module_name
         kind = type_before_parametrizations(holder).__name__
         block = next((path for path in _ancestors(name) if path in self._blocks), None)
         shape = tuple(parameter.shape)
@@ -258,7 +258,7 @@ class _Places:
             return "other", what_is(name), False
         if leaf.endswith("bias"):
             return "bias", "bias", False
-        if _BIAS.fullmatch(leaf) or (isinstance(holder, nn.Embedding) and _BIAS.fullmatch(own)):
+        if _BIAS.fullmatch(leaf) or (isinstance(holder, nn.Embedding) and _BIAS.fullmatch(module_name)):
             return "bias", "bias table", False
         if isinstance(holder, _NORMS) or (vector and "norm" in kind.lower()):
             return "norm", f"gain of {kind}", False
@@ -286,12 +286,12 @@ class _Places:
         self, name: str, owner: str, shape: tuple[int, ...], holder: nn.Module, block: str | None
     ) -> tuple[str, str, bool]:
         """Return the role of a matrix, a kernel or a stack of matrices."""
-        own = owner.rpartition(".")[2]
+        module_name = owner.rpartition(".")[2]
         leaf = name.rpartition(".")[2]
         if self._embeds_patches(owner, block):
             return "embedding", "patch embedding", False
         if block is None:
-            tails = (own, ".".join(owner.split(".")[-2:])) if leaf == "weight" else (leaf,)
+            tails = (module_name, ".".join(owner.split(".")[-2:])) if leaf == "weight" else (leaf,)
             if any(_OUTPUT_EMBEDDING.fullmatch(tail) for tail in tails):
                 return "embedding", "output embedding, by its name", False
             if shape in self._tables and any(_MAYBE_OUTPUT.fullmatch(tail) for tail in tails):
@@ -305,7 +305,7 @@ class _Places:
         if raw and owner in self._attention:
             return "other", "parameter of attention beside its projections", False
         matrices = len(shape) == 2 or isinstance(holder, _ConvNd)
-        experts = shape[0] > 1 or "expert" in own or "expert" in leaf
+        experts = shape[0] > 1 or "expert" in module_name or "expert" in leaf
         stack = len(shape) == 3 and not isinstance(holder, _ConvNd) and experts
         if matrices or stack:
             return "mlp", "matrix of a block with attention", stack
@@ -313,8 +313,8 @@ class _Places:
 
     def _embeds(self, owner: str) -> bool:
         """Whether a module outside the blocks, or the one that holds it, is an embedding; never one with attention."""
-        outer, _, own = owner.rpartition(".")
-        if "embed" in own or _EMBEDDING_MODULE.fullmatch(own):
+        outer, _, module_name = owner.rpartition(".")
+        if "embed" in module_name or _EMBEDDING_MODULE.fullmatch(module_name):
             return True
         if outer in self._holds_attention or not outer:
             return False
@@ -327,10 +327,10 @@ class _Places:
         for path in [*_ancestors(owner), owner]:
             if path in self._holds_attention:
                 continue
-            own = path.rpartition(".")[2]
+            module_name = path.rpartition(".")[2]
             kinds = [type(module).__name__ for module in self._source.modules(path)]
-            by_type = block is None and own != "downsample" and any("PatchEmbed" in kind for kind in kinds)
-            if "patch_embed" in own or by_type:
+            by_type = block is None and module_name != "downsample" and any("PatchEmbed" in kind for kind in kinds)
+            if "patch_embed" in module_name or by_type:
                 return True
         return False
 
@@ -341,16 +341,16 @@ class _Places:
         that are all different.
         """
         for path in [*_ancestors(attention), attention]:
-            owner, _, own = path.rpartition(".")
-            if own.isdigit() and not self._one_of_a_kind(owner, own):
+            owner, _, module_name = path.rpartition(".")
+            if module_name.isdigit() and not self._one_of_a_kind(owner, module_name):
                 return path
         return attention.rpartition(".")[0]
 
-    def _one_of_a_kind(self, owner: str, own: str) -> bool:
+    def _one_of_a_kind(self, owner: str, module_name: str) -> bool:
         siblings = next((m for m in self._source.modules(owner) if isinstance(m, nn.Sequential)), None)
-        if siblings is None or len(siblings) < 2 or own not in siblings._modules:
+        if siblings is None or len(siblings) < 2 or module_name not in siblings._modules:
             return False
-        return sum(type(module) is type(siblings._modules[own]) for module in siblings) == 1
+        return sum(type(module) is type(siblings._modules[module_name]) for module in siblings) == 1
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -37,17 +37,20 @@ def attach_each(optimizers: Iterable[Optimizer], model: nn.Module, **arguments: 
         return [attach(each[0], model, **arguments)]
     named: dict[str, Decay] = {role: arguments[role] for role in ROLES if arguments.get(role) is not None}
     rest = {name: value for name, value in arguments.items() if name not in ROLES}
-    held = [_roles_held(optimizer, model, named, rest) for optimizer in each]
+    roles_held = [_roles_held(optimizer, model, named, rest) for optimizer in each]
     for role in named:
-        if not any(role in roles for roles, _ in held):
+        if not any(role in roles for roles, _ in roles_held):
             kinds = ", ".join(type(unwrapped(optimizer)).__name__ for optimizer in each)
             raise ValueError(f"{role}={named[role]!r} names no parameter of these optimizers ({kinds}).")
     attachments: list[Attachment] = []
     try:
-        for optimizer, (roles, any_decay) in zip(each, held, strict=True):
+        for optimizer, (roles, any_decay) in zip(each, roles_held, strict=True):
             if any_decay:
-                its: dict[str, Any] = {**rest, **{role: decay for role, decay in named.items() if role in roles}}
-                attachments.append(attach(optimizer, model, **its))
+                own_arguments: dict[str, Any] = {
+                    **rest,
+                    **{role: decay for role, decay in named.items() if role in roles},
+                }
+                attachments.append(attach(optimizer, model, **own_arguments))
     except BaseException:
         for attachment in attachments:
             attachment.detach()
@@ -64,6 +67,6 @@ def _roles_held(
     search = SearchOptions(rest.get("names"), rest.get("num_heads"), only=rest.get("only", False))
     choice = DecayChoice(named, rest.get("default"), search, rest.get("exclude", ()))
     planned, _ = plan(model, choice, rest=None, stacklevel=4)
-    held = set(map(id, parameters_of(unwrapped(optimizer))))
-    pairs = [pair for e in planned if not e.excluded and id(e.entry.parameter) in held for pair in e.decays]
+    parameter_ids = set(map(id, parameters_of(unwrapped(optimizer))))
+    pairs = [pair for e in planned if not e.excluded and id(e.entry.parameter) in parameter_ids for pair in e.decays]
     return {segment.role for segment, _ in pairs}, any(decay is not None for _, decay in pairs)

@@ -158,8 +158,8 @@ class FromGroups:
         """Return a group whole where the hook decays it: the optimizer's own L2 is off."""
         if not hook_roles(group) or "weight_decay" not in group:
             return []
-        own = set(hook_roles(group)) & set(roles_of(group))
-        if group["weight_decay"] and own and not has_live_l2(group) and not self._warned:
+        decayed_roles = set(hook_roles(group)) & set(roles_of(group))
+        if group["weight_decay"] and decayed_roles and not has_live_l2(group) and not self._warned:
             self._warned = True
             decays = ", ".join(decay.describe() for decay in decays_in(group).values())
             warnings.warn(
@@ -168,7 +168,7 @@ class FromGroups:
                 stacklevel=6,
             )
         every = list(range(len(group["params"])))
-        if not own:  # biases of queries and keys, whose planes are decayed, among others
+        if not decayed_roles:  # biases of queries and keys, whose planes are decayed, among others
             planes = planes_in(group)
             every = [position for position in every if planes[position]]
         return [Section(every, 0.0)]
@@ -192,10 +192,12 @@ class FromGroups:
         Raises:
             ValueError: If no group holds one of the roles.
         """
-        held = {role for group in optimizer.param_groups for role in roles_of(group)}
+        roles_here = {role for group in optimizer.param_groups for role in roles_of(group)}
         for role in decays:
-            if role not in held:
-                raise ValueError(f"{role} has no parameter in this optimizer; its roles are {', '.join(sorted(held))}.")
+            if role not in roles_here:
+                raise ValueError(
+                    f"{role} has no parameter in this optimizer; its roles are {', '.join(sorted(roles_here))}."
+                )
         before = [dict(group) for group in optimizer.param_groups]
         try:
             for index, group in enumerate(optimizer.param_groups):
@@ -345,11 +347,11 @@ class FromModel:
 
     def notes(self, optimizer: Optimizer) -> list[str]:
         """Return which parameters of the named roles the optimizer does not have."""
-        held = {name for names in self._names for name in names}
+        names_here = {name for names in self._names for name in names}
         missing: dict[str, list[str]] = {}
         for name, planned in self._planned.items():
             entry = planned.entry
-            if name in self._frozen or held & set(entry.names) or name != entry.names[0]:
+            if name in self._frozen or names_here & set(entry.names) or name != entry.names[0]:
                 continue
             for role in {segment.role for segment, decay in planned.acting if decay is not None}:
                 missing.setdefault(role, []).append(name)
@@ -365,9 +367,9 @@ class FromModel:
         Raises:
             ValueError: If the optimizer holds no parameter of one of the roles.
         """
-        held = {name for names in self._names for name in names if name is not None}
+        names_here = {name for names in self._names for name in names if name is not None}
         for role in decays:
-            if not any(segment.role == role for name in held for segment, _ in self._planned[name].decays):
+            if not any(segment.role == role for name in names_here for segment, _ in self._planned[name].decays):
                 raise ValueError(f"{role} has no parameter of {self._kind} in this {type(optimizer).__name__}.")
         choice = replace(self._choice, by_role={**self._choice.by_role, **decays})
         planned = {}
@@ -454,11 +456,11 @@ class FromModel:
         numbers: dict[str, Any] = {}
         targets = []
         for role in dict.fromkeys(segment.role for segment, _ in decays):
-            [its] = {decay for segment, decay in decays if segment.role == role}
+            [role_decay] = {decay for segment, decay in decays if segment.role == role}
             windows = [segment.labelled_window() for segment, _ in decays if segment.role == role]
-            counter = StepCounter(numbers, role, unit_of(its))
-            planes = [self._planned[name].entry.planes for name in names] if isinstance(its, Planes) else []
-            targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer, planes))
+            counter = StepCounter(numbers, role, unit_of(role_decay))
+            planes = [self._planned[name].entry.planes for name in names] if isinstance(role_decay, Planes) else []
+            targets.append(Target(role, role_decay, windows, positions, names, whys, counter, by_optimizer, planes))
         l2 = decay.strength if by_optimizer and isinstance(decay, Frobenius) else 0.0
         bundle = Bundle(positions, targets, l2, numbers)
         _check_part(optimizer, index, group, bundle)
@@ -468,18 +470,18 @@ class FromModel:
 def _check_part(optimizer: Optimizer, index: int, group: Group, bundle: Bundle) -> None:
     """Raise if a part of a parameter is left to an L2 that cannot act on a part: through the gradient, or on a bias."""
     left = next((target for target in bundle.targets if target.decay is None), None)
-    own = group.get("weight_decay", 0.0)
+    l2 = group.get("weight_decay", 0.0)
     for target in bundle.targets:
         for parameter, name, rows in zip(target.parameters(group), target.names, target.planes, strict=False):
-            if own and parameter.ndim == 1 and holds_more(rows, parameter):
+            if l2 and parameter.ndim == 1 and holds_more(rows, parameter):
                 raise ValueError(
                     f"{name} in group {index} holds the biases of queries, keys and values: those of queries and keys "
-                    f"are decayed with their planes, and the group's weight_decay={own} cannot act on the rest of it "
+                    f"are decayed with their planes, and the group's weight_decay={l2} cannot act on the rest of it "
                     "alone; put it into a group with weight_decay=0, as biases usually are."
                 )
-    if left is not None and own and not is_decoupled(optimizer, group):
+    if left is not None and l2 and not is_decoupled(optimizer, group):
         raise ValueError(
-            f"{left.names[0]} in group {index} holds matrices of {left.role} too, and the group's weight_decay={own} "
+            f"{left.names[0]} in group {index} holds matrices of {left.role} too, and the group's weight_decay={l2} "
             f"goes through the gradient of {type(optimizer).__name__}, so no part of a parameter can be spared it: "
             f"name {left.role} as well, or set weight_decay=0 in that group."
         )
