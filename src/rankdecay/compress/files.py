@@ -238,37 +238,51 @@ def write_checkpoint(
     written = 0
     weight_map: dict[str, str] = {}
     with ExitStack() as files, ThreadPoolExecutor(1) as thread:
-        last: Future[object] = thread.submit(lambda: None)
-
-        def meanwhile(act: Callable[..., object], *arguments: object) -> None:
-            """Have a thread do something while the next tensor is read or made smaller: one tensor ahead."""
-            nonlocal last
-            last.result()
-            last = thread.submit(act, *arguments)
-
+        writer = _OneBehind(thread)
         for number, names in enumerate(shards):
             many = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
             file = "model.safetensors" if len(shards) == 1 else many
             weight_map |= dict.fromkeys(names, file)
             out = files.enter_context(open(folder / file, "wb"))
-            meanwhile(
-                out.write, _header({name: (TYPE_NAMES[dtypes[name]], shapes[name], sizes[name]) for name in names})
-            )
+            header = _header({name: (TYPE_NAMES[dtypes[name]], shapes[name], sizes[name]) for name in names})
+            writer.submit(out.write, header)
             for name in names:
                 tensor = layer(owner[name])[name] if name in owner else stored.read(name)
                 assert tuple(tensor.shape) == shapes[name], name
                 data = tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
-                meanwhile(out.write, data)
+                writer.submit(out.write, data)
                 written += 1
                 try:
                     say(written, len(shapes))
                 except OSError as error:
                     raise Untold(error) from None
-            meanwhile(_to_disk, out)
-        last.result()
+            writer.submit(_to_disk, out)
+        writer.wait()
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
+    _write_other_files(stored, smaller, folder, card)
+
+
+class _OneBehind:
+    """Thread that writes one tensor while the next is read or made smaller, and never holds more than one."""
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self._thread = thread
+        self._last: Future[object] = thread.submit(lambda: None)
+
+    def submit(self, act: Callable[..., object], *arguments: object) -> None:
+        """Have something done once the last is done; raise what that raised."""
+        self._last.result()
+        self._last = self._thread.submit(act, *arguments)
+
+    def wait(self) -> None:
+        """Wait for the last; raise what it raised."""
+        self._last.result()
+
+
+def _write_other_files(stored: StoredModel, smaller: Smaller, folder: Path, card: str) -> None:
+    """Write what is beside the weights: the tokenizer's files, the configuration and the card."""
     for file in stored.extra_files():
         content = read_bytes(file, _LARGEST_COPY, CheckpointError, "copy it again from where the model came.")
         copy = folder / file.relative_to(stored.path)
