@@ -149,8 +149,8 @@ class Checkpoint:
     def is_known(self, path: str) -> bool:
         """Whether the configuration names a model type that the tables cover, and no code of the checkpoint's own."""
         kind = self.kind_of_part(path)
-        said = self.states_positions(path) or kind in NO_ROTARY_TYPES or kind in ROTARY_UNSAID
-        return kind in self.types and said and "auto_map" not in self.config
+        stated = self.states_positions(path) or kind in NO_ROTARY_TYPES or kind in ROTARY_UNSAID
+        return kind in self.types and stated and "auto_map" not in self.config
 
     def kind_of_part(self, path: str) -> str | None:
         """Return the model type of the part of the model that a module is in."""
@@ -376,9 +376,9 @@ def _safetensors_shapes(file: Path, header: dict[str, str]) -> tuple[dict[str, S
     try:
         with safe_open(file, framework="pt") as opened:
             header.update(opened.metadata() or {})
-            held = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            shapes = {name: tuple(tensor.get_shape()) for name, tensor in held.items()}
-            return shapes, {name: stored_type(tensor.get_dtype()) for name, tensor in held.items()}
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+            return shapes, {name: stored_type(tensor.get_dtype()) for name, tensor in slices.items()}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from None
 

@@ -255,9 +255,11 @@ class _Walk:
         for row in filter(reader.matches, self.given):
             self.matched.add(row)
             self._attempt(reader, partial(reader.read, row, by_user=True), row.projections, by_user=True)
-        there = {*children, *self.source.children(module)}
+        all_children = {*children, *self.source.children(module)}
         unsaid = "" if self.only else reader.three_in_one(children)
-        if self.only or not (unsaid or _WORTH_A_LOOK & there or any(is_input_like(c) or factor_of(c) for c in there)):
+        if self.only or not (
+            unsaid or _WORTH_A_LOOK & all_children or any(is_input_like(c) or factor_of(c) for c in all_children)
+        ):
             return
         projections = [child for child in children if not reader.is_beside(child)]
         if any(is_query_like(child) or is_fused_like(child) for child in projections):
@@ -350,8 +352,8 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         return " and ".join(f"{child} {shape}" for child, shape in zip(first, shapes, strict=True)) + more
 
     if not (fused or (queries and keys)):
-        there = reader.source.children(reader.path)
-        if mark := next((mark for mark in NOT_READ if mark in there), None):
+        all_children = reader.source.children(reader.path)
+        if mark := next((mark for mark in NOT_READ if mark in all_children), None):
             return NOT_READ[mark]
         among = set(left)
         alike = any(spelling.value in among for key in keys for spelling in spellings(key, of="key"))
@@ -367,8 +369,8 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
     if fused:
         shared, value = next(filter(is_query_key_like, fused), None), next(filter(is_value_like, left), None)
         if shared and value:
-            (lines, *_), (own, *_) = (reader.shape(reader.parameter(child) or "") for child in (shared, value))
-            if lines <= own:
+            (lines, *_), (value_rows, *_) = (reader.shape(reader.parameter(child) or "") for child in (shared, value))
+            if lines <= value_rows:
                 return f"{shown([shared, value])}: {own_keys_reason(shared, value)}"
             return (
                 f"{shown([shared])} holds queries and keys in an unknown order: pass "
@@ -389,19 +391,21 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
 
 def _of_flax(reader: ModuleReader, taken: Collection[str]) -> str | None:
     """Return what to do about projections that are kernels of Flax; None if there are none."""
-    there = sorted(reader.source.children(reader.path))
-    names = {child: reader.parameter(f"{child}.kernel") for child in there if is_input_like(child)}
+    children = sorted(reader.source.children(reader.path))
+    names = {child: reader.parameter(f"{child}.kernel") for child in children if is_input_like(child)}
     kernels = {child: reader.shape(name) for child, name in names.items() if name and name not in taken}
     if not kernels:
         return None
     child, shape = next(iter(kernels.items()))
-    said = f"{child}.kernel {shape} is a kernel as Flax stores it, (in, out)"
+    problem = f"{child}.kernel {shape} is a kernel as Flax stores it, (in, out)"
     if odd := next((child for child, shape in kernels.items() if len(shape) != 2), None):
-        return f"{said}, with heads or layers in a dimension of their own: store it as {odd}.weight, a matrix (out, in)"
+        return (
+            f"{problem}, with heads or layers in a dimension of their own: store it as {odd}.weight, a matrix (out, in)"
+        )
     says = {"query": is_query_like, "key": is_key_like, "value": is_value_like, "fused": is_fused_like}
     roles = {role: next(filter(like, kernels), None) for role, like in says.items()}
     how = ", ".join(f"{role}='{child}.kernel'" for role, child in roles.items() if child)
-    return f"{said}: map it with names=AttentionNames({how}, output=..., num_heads=..., transposed=True)"
+    return f"{problem}: map it with names=AttentionNames({how}, output=..., num_heads=..., transposed=True)"
 
 
 def _modules(plain: Mapping[str, str]) -> dict[str, list[str]]:

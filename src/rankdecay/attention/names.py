@@ -367,8 +367,8 @@ def own_outputs(query: str) -> tuple[str, ...]:
     """
     found: dict[str, None] = {}
     for words in _WORDS if len(query) <= _LONGEST else ():
-        for said in re.finditer(_BEFORE + words[0] + _AFTER, query):
-            before, after = query[: said.start()], query[said.end() :]
+        for match in re.finditer(_BEFORE + words[0] + _AFTER, query):
+            before, after = query[: match.start()], query[match.end() :]
             capital = words[3][0].isupper()
             for end in dict.fromkeys((after, _PROJECTION.sub("", after))):
                 for word in (words[3], *(word.capitalize() if capital else word for word in _OUTPUT_WORDS)):

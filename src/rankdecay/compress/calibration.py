@@ -282,10 +282,10 @@ def plane_losses(
     losses: dict[str | None, Tensor] = {}
     done, all_of_it = 0, sum(planes.values())
     for key, count in planes.items():
-        its = [layer for layer, own in zip(layers, keys, strict=True) if own == key]
+        layers_of_table = [layer for layer, table in zip(layers, keys, strict=True) if table == key]
         losses[key] = torch.zeros(count, dtype=torch.float64)
         for plane in range(count):
-            with _without_plane(model, its, plane):
+            with _without_plane(model, layers_of_table, plane):
                 value = loss(model, windows)
             losses[key][plane] = value if math.isfinite(value) else torch.inf
             done += 1

@@ -121,13 +121,13 @@ class StoredModel:
     def check(self, shapes: Mapping[str, Sequence[int]], names: Sequence[str]) -> None:
         """Refuse weights whose attention has other shapes than the configuration says."""
         for name in names:
-            held, said = self.checkpoint.shapes.get(name), tuple(shapes[name])
-            if held is None:
+            stored_shape, wanted = self.checkpoint.shapes.get(name), tuple(shapes[name])
+            if stored_shape is None:
                 raise CheckpointError(f"{self.path} has no {name}, which its configuration says it should have.")
-            if tuple(held) != said:
+            if tuple(stored_shape) != wanted:
                 raise CheckpointError(
-                    f"{name} of {self.path} has shape {tuple(held)}, and its configuration says {said}: the weights "
-                    "are not those of this config.json."
+                    f"{name} of {self.path} has shape {tuple(stored_shape)}, and its configuration says {wanted}: "
+                    "the weights are not those of this config.json."
                 )
 
     def extra_files(self) -> Iterator[Path]:

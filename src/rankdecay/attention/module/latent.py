@@ -42,7 +42,7 @@ def read_latent(module: ModuleParameters, names: LatentNames) -> Found:
     query, split, output = name["second"] or name["query"], name["split"], name["output"]
     if not (query and split and output):
         expected = {f"{names.query} or {names.second}": query, names.split: split, names.output: output}
-        missing = [child for child, there in expected.items() if not there]
+        missing = [child for child, present in expected.items() if not present]
         raise NotHandled(f"multi-head latent attention whose {', '.join(missing)} has another name")
     parameters = [query, split, output, *(part for part in (shared, name["first"]) if part)]
     module.check_shapes(parameters)

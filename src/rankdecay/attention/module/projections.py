@@ -108,13 +108,13 @@ class ModuleParameters(ModuleSettings):
         matrices = {child: shape for child, shape in shapes.items() if len(shape) > 1 and not is_gate(child)}
         if len(matrices) != 2 or not all(map(is_matrix, matrices.values())):
             return ""
-        own = self.source.own(self.path, NUM_HEADS)
-        heads = own or self.sizes.get("num_heads") or self.setting(NUM_HEADS)
+        own_heads = self.source.own(self.path, NUM_HEADS)
+        heads = own_heads or self.sizes.get("num_heads") or self.setting(NUM_HEADS)
         for inner, output in (tuple(matrices), tuple(matrices)[::-1]):
             (lines, *_), (_, across, *_) = matrices[inner], matrices[output]
             if not may_be_output(output) or not isinstance(heads, int) or heads < 1 or across % heads:
                 continue
-            left, odd = divmod(lines - across, 2 * across // heads) if isinstance(own, int) else (0, 1)
+            left, odd = divmod(lines - across, 2 * across // heads) if isinstance(own_heads, int) else (0, 1)
             grouped = not odd and left > 0 and heads % left == 0 and inner == "in_proj"
             if lines == 3 * across or grouped:
                 return (
@@ -142,8 +142,8 @@ class ModuleParameters(ModuleSettings):
         says = {"q": is_query_like, "k": is_key_like, "v": is_value_like, "": is_input_like}
         others += [
             f"{factor} beside it"
-            for factor, of in sorted(self._factors_beside.items())
-            if factor != child and (says[of](child) or is_fused_like(child))
+            for factor, letter in sorted(self._factors_beside.items())
+            if factor != child and (says[letter](child) or is_fused_like(child))
         ]
         if not weight or not others:
             return ""

@@ -206,16 +206,16 @@ class ModuleReader(ModuleParameters):
     def _check_own_keys(self, row: AttentionNames, parameters: dict[str, str]) -> None:
         """Check that queries and keys in one projection are two, unless the user says how wide they are."""
         if row.fused and row.value and row.head_dim is None:
-            (lines, *_), (own, *_) = self.shape(parameters[row.fused]), self.shape(parameters[row.value])
-            if lines <= own:
+            (lines, *_), (value_rows, *_) = self.shape(parameters[row.fused]), self.shape(parameters[row.value])
+            if lines <= value_rows:
                 raise NotHandled(own_keys_reason(row.fused, row.value))
 
     def _check_no_learned_tokens(self, parameters: dict[str, str]) -> None:
         """Check that no projection is a parameter of the module itself beside layers: it may be learned queries."""
-        own = [child for child, name in parameters.items() if name == self.path_of(child)]
-        if own and len(own) < len(parameters):
+        raw = [child for child, name in parameters.items() if name == self.path_of(child)]
+        if raw and len(raw) < len(parameters):
             raise NotHandled(
-                f"{' and '.join(own)} {'is a parameter' if len(own) == 1 else 'are parameters'} of the module itself "
+                f"{' and '.join(raw)} {'is a parameter' if len(raw) == 1 else 'are parameters'} of the module itself "
                 "beside layers, and may be learned tokens rather than a projection: if it is a projection, pass "
                 "names=AttentionNames(query=..., key=..., value=..., output=..., num_heads=...)"
             )
@@ -318,10 +318,10 @@ class ModuleReader(ModuleParameters):
             return True
         return is_another_output(child, row, self.queries)
 
-    def _columns_behind(self, child: str, own: int) -> int:
+    def _columns_behind(self, child: str, width: int) -> int:
         """Return how many columns of an output projection take something else, behind what attention gives."""
         if "key_conv_attn_layer" in self.source.children(self.path):
-            return own  # ConvBERT's convolution, which has as many channels
+            return width  # ConvBERT's convolution, which has as many channels
         mlp = self.parameter("../proj_mlp") if child == "../proj_out" else None
         return self.shape(mlp)[0] if mlp else 0  # Flux and its kin
 
