@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from rankdecay.lab.ensemble import local
-from rankdecay.lab.ensemble.sweep import Plan, Trial
+from rankdecay.lab.ensemble.sweep import SweepPlan, Trial
 from rankdecay.lab.experiments.boundary.arms import make_arms
 from rankdecay.lab.experiments.boundary.experiment import make_plan, trials
 from rankdecay.lab.experiments.boundary.settings import PRESETS, Boundary, check
@@ -51,7 +51,7 @@ def grid(precision: str) -> tuple[Boundary, list[Trial]]:
     return settings, list(itertools.chain.from_iterable(zip(*per_arm, strict=True)))
 
 
-def our_round(cells: list[Trial], plan: Plan) -> tuple[float, float]:
+def our_round(cells: list[Trial], plan: SweepPlan) -> tuple[float, float]:
     """Seconds per step and cell over all workers, and the share of the cores' time they used."""
     with tempfile.TemporaryDirectory() as folder:
         config = {"command": "benchmark", "settings": {}, "arms": []}

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from rankdecay.lab.ensemble import local
 from rankdecay.lab.ensemble.members import Training
 from rankdecay.lab.ensemble.outcome import key_of
-from rankdecay.lab.ensemble.sweep import Plan, Trial
+from rankdecay.lab.ensemble.sweep import SweepPlan, Trial
 from rankdecay.lab.experiments.boundary.arms import every_arm
 from rankdecay.lab.experiments.boundary.experiment import places, trials
 from rankdecay.lab.experiments.boundary.settings import Boundary
@@ -148,7 +148,7 @@ def trained(
         missing = [one for one in wanted if one.key not in done]
         training = Training(protocol.batch_size, device=device, betas=(0.9, beta2))
         together = places(protocol.settings(), device)
-        plan = Plan(training, budget, protocol.evaluate_every, 0.95, together)
+        plan = SweepPlan(training, budget, protocol.evaluate_every, 0.95, together)
         begun = time.monotonic()
         for number, row in enumerate(local.rows(missing, plan, directory) if missing else (), 1):
             directory.append([row])
