@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.layer import AttentionLayer, MatrixView
 from rankdecay.attention.locate import Names, SearchOptions, chosen, layers_of, listed, locate_or_raise
-from rankdecay.attention.names import SCALED_OUTPUT
+from rankdecay.attention.model_types import SCALED_OUTPUT
 from rankdecay.attention.numbering import ranges
 from rankdecay.attention.products import Product, ProductName, Rotary
 from rankdecay.attention.scale import gradients_of, settled

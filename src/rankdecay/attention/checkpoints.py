@@ -32,7 +32,13 @@ from rankdecay.attention.folders import check_inside, check_listed, find_files, 
 from rankdecay.attention.foreign import check_archive
 from rankdecay.attention.gguf import ARCHITECTURES, parts_of, read_gguf
 from rankdecay.attention.known import KNOWN_TYPES
-from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_UNSAID, is_rotary_type
+from rankdecay.attention.model_types import (
+    NUM_HEADS,
+    PARTS,
+    ROTARY,
+    ROTARY_UNSAID,
+    is_rotary_type,
+)
 from rankdecay.attention.numbering import natural_key
 from rankdecay.attention.quantised import dequantised
 from rankdecay.attention.states import (

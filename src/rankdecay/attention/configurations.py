@@ -14,7 +14,12 @@ from typing import Any
 
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside, read_json
-from rankdecay.attention.names import HEAD_DIM, KEY_HEADS, NUM_HEADS, PARTIAL_ROTARY
+from rankdecay.attention.model_types import (
+    HEAD_DIM,
+    KEY_HEADS,
+    NUM_HEADS,
+    PARTIAL_ROTARY,
+)
 from rankdecay.files import read_bytes
 
 #: Keys under which trainers keep the configuration of the model inside of a checkpoint.

@@ -11,7 +11,12 @@ from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.layer import Window
 from rankdecay.attention.locate import SearchOptions, locate
 from rankdecay.attention.module.found import Found
-from rankdecay.attention.names import FUSED, is_fused_like, is_input_like, is_output_like
+from rankdecay.attention.names import (
+    FUSED,
+    is_fused_like,
+    is_input_like,
+    is_output_like,
+)
 from rankdecay.attention.tensors import Shape
 
 _LISTED = frozenset(row.fused for row in FUSED)

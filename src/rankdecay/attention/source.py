@@ -26,7 +26,7 @@ from rankdecay.attention.adapters import (
 from rankdecay.attention.checkpoints import Checkpoint, open_checkpoint
 from rankdecay.attention.computed import Computed, StoredWeight, compute, computed_weights, stored_weights
 from rankdecay.attention.errors import CheckpointError
-from rankdecay.attention.names import ROTARY
+from rankdecay.attention.model_types import ROTARY
 from rankdecay.attention.quantised import Weight, live_weights
 from rankdecay.attention.tensors import Shape
 from rankdecay.dtensor import whole

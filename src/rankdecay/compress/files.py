@@ -26,7 +26,7 @@ from torch import Tensor
 from rankdecay.attention.checkpoints import Checkpoint, open_checkpoint
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside
-from rankdecay.attention.names import NUM_LAYERS
+from rankdecay.attention.model_types import NUM_LAYERS
 from rankdecay.attention.tensors import TYPE_NAMES
 from rankdecay.compress.original import Smaller
 from rankdecay.compress.reduction import Moments, NotReducible

@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from rankdecay.attention.layer import Window
+from rankdecay.attention.model_types import (
+    HEAD_DIM,
+    KEY_DIM,
+    KEY_HEADS,
+    NUM_HEADS,
+    WIDTH,
+)
 from rankdecay.attention.module.between import (
     is_channel_attention,
     is_vqgan_attention,
 )
 from rankdecay.attention.module.projections import ModuleParameters, divide
 from rankdecay.attention.module.settings import NotHandled
-from rankdecay.attention.names import (
-    HEAD_DIM,
-    KEY_DIM,
-    KEY_HEADS,
-    NUM_HEADS,
-    WIDTH,
-    AttentionNames,
-)
+from rankdecay.attention.names import AttentionNames
 
 
 def check_heads(module: ModuleParameters, heads: int, key_heads: int) -> None:

@@ -11,6 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rankdecay.attention.layer import Role, Window
+from rankdecay.attention.model_types import (
+    HEAD_DIM,
+    LATENT_WITHOUT_ROTARY,
+    NUM_HEADS,
+)
 from rankdecay.attention.module.between import (
     why_no_value_product,
 )
@@ -20,13 +25,7 @@ from rankdecay.attention.module.heads import (
 )
 from rankdecay.attention.module.projections import ModuleParameters, divide
 from rankdecay.attention.module.settings import NotHandled
-from rankdecay.attention.names import (
-    EXPERTS,
-    HEAD_DIM,
-    LATENT_WITHOUT_ROTARY,
-    NUM_HEADS,
-    LatentNames,
-)
+from rankdecay.attention.names import EXPERTS, LatentNames
 from rankdecay.attention.products import Rotary
 
 

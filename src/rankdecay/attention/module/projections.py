@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 from rankdecay.attention.layer import Window
+from rankdecay.attention.model_types import NUM_HEADS
 from rankdecay.attention.module.beside import factors_beside, is_matrix, other_matrices
 from rankdecay.attention.module.found import Place
 from rankdecay.attention.module.settings import ModuleSettings, NotHandled
 from rankdecay.attention.names import (
     CONVOLUTIONS,
     LEARNED,
-    NUM_HEADS,
     AttentionNames,
     factor_of,
     is_fused_like,

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
+from rankdecay.attention.model_types import ROTARY
 from rankdecay.attention.module.beside import is_matrix
 from rankdecay.attention.module.between import (
     has_norm_after,
@@ -38,7 +39,6 @@ from rankdecay.attention.names import (
     MIXED_OUTPUT,
     POSITIONS,
     QUERY_BIASES,
-    ROTARY,
     AttentionNames,
     is_another_output,
     is_input_like,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 
 from rankdecay.attention.known import KNOWN_TYPES
-from rankdecay.attention.names import (
+from rankdecay.attention.model_types import (
     CROSS,
     DEFAULT_SHARES,
     EVERY_FOURTH,
@@ -21,15 +21,11 @@ from rankdecay.attention.names import (
     HEAD_DIM,
     INTERLEAVED,
     KEY_HEADS,
-    NO_SCORES,
-    NO_SCORES_CLASSES,
-    NO_SCORES_SETTINGS,
     NORMS_BEFORE_IN_CROSS,
     NORMS_WITHOUT_WEIGHTS,
     NUM_HEADS,
     PARTIAL_ROTARY,
     PERHAPS_CROSS,
-    RETENTION,
     ROTARY,
     ROTARY_IN_CROSS,
     ROTARY_UNREAD,
@@ -37,6 +33,12 @@ from rankdecay.attention.names import (
     VALUES_ARE_KEYS,
     WITHOUT_POSITIONS,
     WITHOUT_ROTARY,
+)
+from rankdecay.attention.names import (
+    NO_SCORES,
+    NO_SCORES_CLASSES,
+    NO_SCORES_SETTINGS,
+    RETENTION,
     are_of_one,
     is_fused_like,
     is_query_key_norm,

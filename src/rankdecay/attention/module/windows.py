@@ -14,18 +14,18 @@ from __future__ import annotations
 from typing import Literal
 
 from rankdecay.attention.layer import Role, Window
+from rankdecay.attention.model_types import (
+    HEAD_DIM,
+    KEY_DIM,
+    NUM_HEADS,
+)
 from rankdecay.attention.module.beside import is_matrix
 from rankdecay.attention.module.heads import (
     num_heads_remedy,
 )
 from rankdecay.attention.module.projections import ModuleParameters, divide, flattened_error, not_a_matrix_error
 from rankdecay.attention.module.settings import NotHandled
-from rankdecay.attention.names import (
-    HEAD_DIM,
-    KEY_DIM,
-    NUM_HEADS,
-    AttentionNames,
-)
+from rankdecay.attention.names import AttentionNames
 
 
 def layout_of(
