@@ -78,7 +78,7 @@ def cells_of(directory: Path) -> list[Row]:
 
 
 def unit_of(directory: Path) -> str:
-    """What a stored run counts; tokens where it has no summary."""
+    """The unit that a stored run counts in; tokens where it has no summary."""
     return (read_json(directory / "summary.json") or {"unit": "tokens"})["unit"]
 
 
@@ -360,7 +360,7 @@ CONTROLS = ("uniform", "frozen", "frozen_large", "positions")
 
 
 def control(arm: str, strength: str = "0.1", run: str = "controls") -> str:
-    """What a control costs in nats a byte, against attention with the usual decay."""
+    """The cost of a control in nats a byte, against attention with the usual decay."""
     return above_words(above(DATA / run, arm, float(strength), USUAL))
 
 

@@ -40,7 +40,6 @@ from rankdecay.lab.machine import describe_machine
 from rankdecay.lab.store import RunDirectory
 
 STEPS = 2500
-CELLS = 72
 
 
 def grid(precision: str) -> tuple[Boundary, list[Trial]]:
@@ -166,7 +165,7 @@ def ray_nodes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def early_leaving(path: Path) -> dict[str, Any]:
-    """What leaving early saved in a stored sweep: the share of the budget that was trained."""
+    """The share of the budget that was trained in a stored sweep, whose runs leave early."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {"runs": len(rows), "share_of_budget": sum(r["steps"] for r in rows) / sum(r["budget"] for r in rows)}
 

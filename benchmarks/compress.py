@@ -239,7 +239,7 @@ def shortened(value: Any) -> Any:
 
 
 class Lab:
-    """What the stages share: the text, windows of it, and models that were trained already."""
+    """Text, windows of it, and models that were trained already: shared by the stages."""
 
     def __init__(self, arguments: argparse.Namespace, protocol: Protocol) -> None:
         self.arguments, self.protocol = arguments, protocol
@@ -587,7 +587,7 @@ def reader(model: nn.Module) -> Callable[[str], Tensor]:
 
 
 def predicted(lab: Lab, family: str) -> None:
-    """What the weights alone say of a plane or of a rank, beside what leaving it out does to the loss."""
+    """Rows of a plane or a rank: its energy in the weights alone, beside the loss of leaving it out."""
     protocol, d = lab.protocol, lab.protocol.head_dim
     stage = Stage(lab.arguments, "predicted", ("family", "seed", "what", "number", "data"))
     for seed in protocol.seeds:

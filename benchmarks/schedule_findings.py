@@ -131,7 +131,7 @@ def variant(directory: Path, name: str) -> Row:
 
 
 def state(options: argparse.Namespace) -> None:
-    """What has been run, and what it may say."""
+    """The state of the runs, and what may be claimed from them."""
     for directory in options.directories:
         tune, test = len(rows_of(directory, "tune")), len(rows_of(directory, "test"))
         if not tune:

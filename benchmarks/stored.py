@@ -1,4 +1,4 @@
-"""What the tables of the findings share: compact copies of run directories for `docs/data`, and the command line."""
+"""Shared by the tables of the findings: compact copies of run directories for `docs/data`, and the command line."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What the benchmarks that tune share: runs of a protocol, equal grids for every arm, and settings that are frozen.
+"""Shared by the benchmarks that tune: runs of a protocol, equal grids for every arm, and settings that are frozen.
 
 A grid holds strengths in factors of two at one decay of the rest; strengths are added until the best is inside; then
 other decays of the rest are tried at the best, or at all of them where nothing held. The criterion is the restricted
