@@ -376,9 +376,9 @@ def _squared_norms(product: Product) -> dict[str, list[list[float | None]]]:
     return {"query": several, "key": single} if product.name != "value_output" else {"value": single, "output": several}
 
 
-def figure(of: Spectrum | Product, name: str) -> Tensor:
+def figure(measured: Spectrum | Product, name: str) -> Tensor:
     """Return a named rank or norm of a spectrum, or the balance of a product: one value per head."""
-    value = getattr(of, name)
+    value = getattr(measured, name)
     return value if isinstance(value, Tensor) else value()
 
 

@@ -256,9 +256,9 @@ class _Walk:
             self.matched.add(row)
             self._attempt(reader, partial(reader.read, row, by_user=True), row.projections, by_user=True)
         all_children = {*children, *self.source.children(module)}
-        unsaid = "" if self.only else reader.three_in_one(children)
+        three_in_one = "" if self.only else reader.three_in_one(children)
         if self.only or not (
-            unsaid or _WORTH_A_LOOK & all_children or any(is_input_like(c) or factor_of(c) for c in all_children)
+            three_in_one or _WORTH_A_LOOK & all_children or any(is_input_like(c) or factor_of(c) for c in all_children)
         ):
             return
         projections = [child for child in children if not reader.is_beside(child)]
@@ -282,9 +282,9 @@ class _Walk:
             if (name := reader.parameter(child)) and name not in self._taken and len(reader.shape(name)) > 1
         ]
         settled = reason or self._taken
-        unsaid = "" if settled else unsaid
+        three_in_one = "" if settled else three_in_one
         factors = "" if settled or not any(second in left for second in reader.pairs) else reader.latent_unknown()
-        if reason := _of_flax(reader, self._taken) or factors or _not_recognised(reader, left, reason) or unsaid:
+        if reason := _of_flax(reader, self._taken) or factors or _not_recognised(reader, left, reason) or three_in_one:
             self._say(module, reason)
 
     def _attempt(

@@ -95,8 +95,8 @@ def _loaded(model: Opened) -> nn.Module:
         how = {"dtype": torch.float32, "local_files_only": True, "ignore_mismatched_sizes": True}
         live, found = kind.from_pretrained(model.name, output_loading_info=True, **how)
     except (OSError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"transformers does not load {model.name}: {said}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"transformers does not load {model.name}: {reason}") from None
     odd = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
     if odd:  # the class would draw it at random
         raise CheckpointError(
