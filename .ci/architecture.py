@@ -18,7 +18,7 @@ BLOCK = re.compile(r"(<!-- modules -->\n```text\n).*?(```\n<!-- end -->)", re.DO
 LAYERS = {
     "rankdecay": [
         "files", "text", "checks", "dtensor", "rules", "linalg", "spectrum", "attention", "decay", "compress",
-        "inspection", "monitor", "audit", "integrations", "compat", "browser", "completion", "cli", "lab",
+        "inspection", "monitor", "audit", "integrations", "compat", "browser", "completion", "commands", "cli", "lab",
     ],
     "lab": [
         "errors", "settings", "machine", "convex", "store", "stored", "unfit", "precision", "progress", "tasks",

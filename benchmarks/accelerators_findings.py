@@ -40,7 +40,7 @@ def result(directory: Path) -> Row | None:
 
 
 def costs(directory: Path) -> Row:
-    """What a step was measured to take; no arms before that."""
+    """The measured time of a step, by arm; no arms before it was measured."""
     path = directory / "cost.json"
     return json.loads(path.read_text()) if path.exists() else {"arms": {}}
 
@@ -90,7 +90,7 @@ def in_tuning(arm: str, strength: str, rest: str = "2", task: str = "selection")
 
 
 def state(options: argparse.Namespace) -> None:
-    """What has been run, and what it may say."""
+    """The state of the runs, and what may be claimed from them."""
     for directory in options.directories:
         held, found = schedule_findings.frozen(directory), result(directory)
         if held is None:

@@ -78,7 +78,7 @@ def cells_of(directory: Path) -> list[Row]:
 
 
 def unit_of(directory: Path) -> str:
-    """What a stored run counts; tokens where it has no summary."""
+    """The unit that a stored run counts in; tokens where it has no summary."""
     return (read_json(directory / "summary.json") or {"unit": "tokens"})["unit"]
 
 
@@ -117,13 +117,13 @@ def _lines(cells: list[Row], unit: str) -> None:
     for row in shown:
         print("| " + " | ".join(row[i] for i in keep) + " |")
     for cell in cells[:1]:
-        ranks = ", ".join(f"{part} {_number(of(cell, part, when='untrained_mean'), '.2f')}" for part in PARTS)
+        ranks = ", ".join(f"{part} {stored.figure(of(cell, part, when='untrained_mean'), '.2f')}" for part in PARTS)
         print(f"\nuntrained pseudo rank: {ranks}")
 
 
 def _named(cell: Row) -> list[str]:
     norm = "yes" if cell["qk_norm"] else "no"
-    return [cell["name"], f"{cell['strength']:g}", _number(cell["mlp_decay"], "g"), norm]
+    return [cell["name"], f"{cell['strength']:g}", stored.figure(cell["mlp_decay"], "g"), norm]
 
 
 def _figures(cell: Row, none: Row | None) -> list[str]:
@@ -133,12 +133,12 @@ def _figures(cell: Row, none: Row | None) -> list[str]:
     if none is not None and none is not cell:
         distance, error = difference(cell, none)
         above = f"{distance:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
-    figures = [f"{cell['loss']:.4f}", above, _number(cell["accuracy"], ".3f")]
+    figures = [f"{cell['loss']:.4f}", above, stored.figure(cell["accuracy"], ".3f")]
     for measure in MEASURES:
-        figures += [_number(of(cell, part, measure), ".3g") for part in PARTS]
+        figures += [stored.figure(of(cell, part, measure), ".3g") for part in PARTS]
         if measure == "pseudo_rank":
-            figures += [_number((cell["mean"].get(side) or {}).get(measure), ".3g") for side in ("query", "key")]
-    return [*figures, _number(cell["per_second"], ",.0f"), _number(cell["loss_at_equal_time"], ".4f")]
+            figures += [stored.figure((cell["mean"].get(side) or {}).get(measure), ".3g") for side in ("query", "key")]
+    return [*figures, stored.figure(cell["per_second"], ",.0f"), stored.figure(cell["loss_at_equal_time"], ".4f")]
 
 
 def _no_decay(cells: list[Row], cell: Row) -> Row | None:
@@ -150,10 +150,6 @@ def _no_decay(cells: list[Row], cell: Row) -> Row | None:
     return same[0] if same and same[0]["loss"] is not None else None
 
 
-def _number(value: float | None, form: str) -> str:
-    return "—" if value is None else format(value, form)
-
-
 def layers(options: argparse.Namespace) -> None:
     """A Markdown line per cell and layer: pseudo rank and imbalance of both products, untrained in brackets."""
     for directory in options.directories:
@@ -162,7 +158,7 @@ def layers(options: argparse.Namespace) -> None:
             for index, (layer, before) in enumerate(zip(cell["layers"], cell["untrained"], strict=True)):
                 now, then = {"mean": layer}, {"mean": before}
                 shown = [
-                    f"{_number(of(now, part, measure), '.2f')} ({_number(of(then, part, measure), '.2f')})"
+                    f"{stored.figure(of(now, part, measure), '.2f')} ({stored.figure(of(then, part, measure), '.2f')})"
                     for measure in MEASURES[:2]
                     for part in PARTS
                 ]
@@ -178,7 +174,7 @@ def balance(options: argparse.Namespace) -> None:
         for part in PARTS:
             for measure in ("nuclear_ratio", "imbalance"):
                 values = [row[measure] for row in rows if row.get("product") == part]
-                figures.append(f"{statistics.fmean(values):.3f}" if values else "—")
+                figures.append(stored.mean(values, ".3f"))
         print(f"| {directory.name} | {' | '.join(figures)} |")
 
 
@@ -360,7 +356,7 @@ CONTROLS = ("uniform", "frozen", "frozen_large", "positions")
 
 
 def control(arm: str, strength: str = "0.1", run: str = "controls") -> str:
-    """What a control costs in nats a byte, against attention with the usual decay."""
+    """The cost of a control in nats a byte, against attention with the usual decay."""
     return above_words(above(DATA / run, arm, float(strength), USUAL))
 
 
@@ -374,7 +370,7 @@ def controls(options: argparse.Namespace) -> None:
             own = (cell["name"], cell["strength"])
             words = "—" if own == USUAL else above_words(above(directory, *own, USUAL))
             print(f"| {kind} | {cell['name']} | {cell['strength']:g} | {seeds} | {cell['loss']:.4f} | {words} | "
-                  f"{_number(of(cell, 'query_key'), '.2f')} |")  # fmt: skip
+                  f"{stored.figure(of(cell, 'query_key'), '.2f')} |")  # fmt: skip
 
 
 def planes_of(directory: Path, arm: str, strength: float) -> dict[str, list[float]]:
@@ -395,7 +391,7 @@ def extension(options: argparse.Namespace) -> None:
             own = (cell["name"], cell["strength"])
             words = "—" if own == NONE else above_words(above(directory, *own, NONE))
             found = planes_of(directory, *own)
-            ranks = [f"{statistics.fmean(values):.2f}" if values else "—" for values in found.values()]
+            ranks = [stored.mean(values, ".2f") for values in found.values()]
             seeds = len(by_seed(directory, *own))
             shown = [positions, own[0], f"{own[1]:g}", str(seeds), f"{cell['loss']:.4f}", words, *ranks]
             print(f"| {' | '.join(shown)} |")
@@ -404,7 +400,7 @@ def extension(options: argparse.Namespace) -> None:
 def plane(run: str, arm: str, strength: str, key: str, form: str = ".2f") -> str:
     """The mean over seeds of a figure of a cell's planes; a dash where no model has been measured."""
     values = planes_of(DATA / run, arm, float(strength))[key]
-    return format(statistics.fmean(values), form) if values else "—"
+    return stored.mean(values, form)
 
 
 def above_none(run: str, arm: str, strength: str, key: str = "loss") -> str:

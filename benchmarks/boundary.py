@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from rankdecay.lab.ensemble import local
-from rankdecay.lab.ensemble.sweep import Plan, Trial
+from rankdecay.lab.ensemble.sweep import SweepPlan, Trial
 from rankdecay.lab.experiments.boundary.arms import make_arms
 from rankdecay.lab.experiments.boundary.experiment import make_plan, trials
 from rankdecay.lab.experiments.boundary.settings import PRESETS, Boundary, check
@@ -40,7 +40,6 @@ from rankdecay.lab.machine import describe_machine
 from rankdecay.lab.store import RunDirectory
 
 STEPS = 2500
-CELLS = 72
 
 
 def grid(precision: str) -> tuple[Boundary, list[Trial]]:
@@ -51,7 +50,7 @@ def grid(precision: str) -> tuple[Boundary, list[Trial]]:
     return settings, list(itertools.chain.from_iterable(zip(*per_arm, strict=True)))
 
 
-def our_round(cells: list[Trial], plan: Plan) -> tuple[float, float]:
+def our_round(cells: list[Trial], plan: SweepPlan) -> tuple[float, float]:
     """Seconds per step and cell over all workers, and the share of the cores' time they used."""
     with tempfile.TemporaryDirectory() as folder:
         config = {"command": "benchmark", "settings": {}, "arms": []}
@@ -166,7 +165,7 @@ def ray_nodes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def early_leaving(path: Path) -> dict[str, Any]:
-    """What leaving early saved in a stored sweep: the share of the budget that was trained."""
+    """The share of the budget that was trained in a stored sweep, whose runs leave early."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {"runs": len(rows), "share_of_budget": sum(r["steps"] for r in rows) / sum(r["budget"] for r in rows)}
 

@@ -153,8 +153,8 @@ def table(options: argparse.Namespace) -> None:
         counts = [
             _count(cells.get(s), sum(never_acted(row) for row in own if row["train_fraction"] == s)) for s in runs.sizes
         ]
-        figures = [_mean(column, key) for key in ("stable_rank", "query_norm", "angular_step")]
-        figures += [_mean(own, key) for key in later]
+        figures = [stored.mean_of(column, key, ".2g") for key in ("stable_rank", "query_norm", "angular_step")]
+        figures += [stored.mean_of(own, key, ".2g") for key in later]
         shown = [arm["name"], strength, ", ".join(f"{s:g}" for s in tried) or "—", runs.between(best)]
         print(f"| {' | '.join([*shown, *counts, *figures])} |")
     if waits:
@@ -166,11 +166,6 @@ def _count(cell: Row | None, never: int = 0) -> str:
         return "—"
     steps = cell["steps_to_generalise"]
     return f"{cell['generalised']}/{cell['seeds']}{'†' * never}" + (f" @{steps:g}" if steps is not None else "")
-
-
-def _mean(rows: Iterable[Row], key: str) -> str:
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return f"{statistics.fmean(values):.2g}" if values else "—"
 
 
 def _end(value: float | None) -> str:
@@ -401,7 +396,8 @@ def ranks(options: argparse.Namespace) -> None:
         best = arm["boundary"]
         own = [row for row in runs.of(arm["name"], best) if best and row["outcome"] == "generalised"]
         if own:
-            print(f"| {arm['name']} | {best['strength']:g} | {len(own)} | {' | '.join(_mean(own, k) for k in keys)} |")
+            figures = " | ".join(stored.mean_of(own, key, ".2g") for key in keys)
+            print(f"| {arm['name']} | {best['strength']:g} | {len(own)} | {figures} |")
 
 
 def stuck(options: argparse.Namespace) -> None:

@@ -95,10 +95,6 @@ def _ratio(arm: str, other: str, key: str) -> dict[str, Any]:
     return _selection().ratio(arm, other)[key]
 
 
-def _variant(name: str) -> dict[str, Any]:
-    return schedule_findings.variant(schedule_findings.DATA, name)
-
-
 def _margin(run: str, arm: str) -> dict[str, Any]:
     return stored.arms(DATA / "margin" / run)[arm]
 
@@ -130,7 +126,7 @@ def _standing() -> set[str]:
 
 
 def _cost(arm: str) -> dict[str, Any]:
-    """What a control of attention costs by seed; without runs what decides nothing."""
+    """The cost of a control of attention by seed; an infinite interval, which decides nothing, without runs."""
     nothing = {"low": -math.inf, "high": math.inf}
     return attention_findings.above(DATA / "language" / "controls", arm, 0.1, attention_findings.USUAL) or nothing
 

@@ -48,7 +48,7 @@ def by_arm(rows: Sequence[Row], family: str) -> dict[tuple[str, int], dict[int, 
 
 
 def differences(some: dict[int, Row], others: dict[int, Row], key: str = "healed", other: str = "") -> list[float]:
-    """What one arm has more than another, seed by seed."""
+    """Differences of one arm from another, seed by seed."""
     return [row[key] - others[seed][other or key] for seed, row in some.items() if seed in others]
 
 
@@ -181,7 +181,7 @@ def files(options: argparse.Namespace) -> None:
 
 
 def difference(family: str, arm: str, size: str, other: str, key: str = "healed", directory: Path = DATA) -> str:
-    """What an arm's loss is above that of another at the same head size (``dense``: of the original), in nats."""
+    """The loss of an arm above that of another at the same head size (``dense``: of the original), in nats."""
     found = by_arm(read_lines(directory / "train.jsonl"), family)
     others = (
         found[other, int(size)] if other != "dense" else next(some for name, some in found.items() if name[0] == other)
@@ -190,7 +190,7 @@ def difference(family: str, arm: str, size: str, other: str, key: str = "healed"
 
 
 def rise(family: str, arm: str, size: str, directory: Path = DATA) -> str:
-    """What the cut itself costs in an arm, in nats."""
+    """The loss that the cut itself costs in an arm, in nats."""
     some = by_arm(read_lines(directory / "train.jsonl"), family)[arm, int(size)]
     return interval([row["cut"] - row["whole"] for row in some.values()], "+.3f")
 

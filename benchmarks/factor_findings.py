@@ -56,13 +56,9 @@ def strengths(options: argparse.Namespace) -> None:
             settled = "—" if row["settled"] is None else f"{row['settled']} of {row['seeds']}"
             left = _ratio(row.get("imbalance"), row.get("imbalance_initial"))
             shown = [row["name"], f"{row['strength']:g}", f"{row['rank']:g}", settled]
-            shown += [_short(row.get("deviation_largest")), _short(row.get("optimality_gap")), left]
-            shown += [_short(row.get(key), ".4g") for key in ("imbalance_rate", "predicted_rate_of_steps")]
+            shown += [stored.figure(row.get(key), ".1e") for key in ("deviation_largest", "optimality_gap")] + [left]
+            shown += [stored.figure(row.get(key), ".4g") for key in ("imbalance_rate", "predicted_rate_of_steps")]
             print(f"| {' | '.join(shown)} |")
-
-
-def _short(value: float | None, form: str = ".1e") -> str:
-    return "—" if value is None else format(value, form)
 
 
 def _ratio(value: float | None, of: float | None) -> str:

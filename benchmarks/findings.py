@@ -407,7 +407,7 @@ def rates(of: str) -> str:
 
 
 def noise(key: str) -> str:
-    """What the rows on Proposition B.2 say: ``off``, ``by_noise``, ``none``, ``by_rate``, ``bound``, ``rate``."""
+    """A figure of the rows on Proposition B.2: ``off``, ``by_noise``, ``none``, ``by_rate``, ``bound``, ``rate``."""
     rows = _json("factor/more.json")["noise"]
     floor = {(row["noise"], row["rate"], row["strength"]): row["floor"] for row in rows}
     if key == "off":
@@ -490,7 +490,7 @@ NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_fin
 
 @functools.cache
 def made(words: str) -> str:
-    """What stands between the comments of some words.
+    """Text or figure that replaces what stands between two comments, by the words of the first.
 
     Raises:
         ValueError: For words that nothing is made from.

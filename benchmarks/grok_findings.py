@@ -22,11 +22,7 @@ def held(row: Row) -> str:
 
 
 def _figure(key: str, form: str) -> Callable[[Row], str]:
-    def figure(row: Row) -> str:
-        value = row.get(key)
-        return "—" if value is None else format(value, form)
-
-    return figure
+    return lambda row: stored.figure(row.get(key), form)
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -68,7 +64,7 @@ def seeds(options: argparse.Namespace) -> None:
         print("| arm | held from, seed by seed | of them below it at the end |\n|---|---|--:|")
         for name, row in stored.arms(directory).items():
             if row["generalised"]:
-                steps = ("—" if step is None else f"{step:g}" for step in row["steps_to_generalise_by_seed"])
+                steps = (stored.figure(step, "g") for step in row["steps_to_generalise_by_seed"])
                 print(f"| {name} | {', '.join(steps)} | {lost(directory, name)} |")
 
 

@@ -30,7 +30,7 @@ CANDIDATES = {
 
 
 def row(name: str, summary: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a candidate's run."""
+    """The row of a candidate's run."""
     arms = {
         arm["name"]: {"held_from": arm["steps_to_generalise_by_seed"], "test_accuracy": arm["test_accuracy"]}
         for arm in summary["arms"]

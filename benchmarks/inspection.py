@@ -1,4 +1,4 @@
-"""What `rankdecay inspect` costs per layer, beside the SVD of the products written out and beside reading the file.
+"""Cost of `rankdecay inspect` per layer, beside the SVD of the products written out and beside reading the file.
 
     python benchmarks/inspection.py                     # GPT-2 124M and the shapes of a 7B model, about 3 minutes
     python benchmarks/inspection.py --models gpt2 --json inspect.json

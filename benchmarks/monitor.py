@@ -1,4 +1,4 @@
-"""What a monitor costs a training run: one measurement every 100 steps, beside the steps themselves.
+"""Cost of a monitor in a training run: one measurement every 100 steps, beside the steps themselves.
 
     python benchmarks/monitor.py                          # a small GPT-2, about a minute on 2 CPU cores
     python benchmarks/monitor.py --layers 12 --width 768 --heads 12 --device cuda --json monitor.json

@@ -1,4 +1,4 @@
-"""What the directions that low-rank decay has emptied do under the task's gradient: with the decay on, and without it.
+"""Directions that low-rank decay has emptied, under the task's gradient: with the decay on, and without it.
 
     rankdecay language --preset standard --steps 600 --evaluate-every 300 --arms low_rank --strengths low_rank=10 \\
         --seeds 3 --save all --out runs/needle

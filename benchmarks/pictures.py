@@ -53,7 +53,7 @@ def margin() -> Charts:
 
 
 def factor() -> Charts:
-    """What is left of the largest singular values, and of the imbalance, under L2."""
+    """The singular values that are left under L2, and the imbalance."""
     arms = (read_json(DATA / "factor" / "standard" / "summary.json") or {"arms": []})["arms"]
     values, balance = [], []
     for name in ("factors", "decoupled", "merged"):
@@ -179,7 +179,7 @@ LEAST = 1e-5  # of a rise of the loss that is drawn
 
 
 def compress() -> Charts:
-    """What the weights say of a plane or a rank, beside what leaving it out does to the loss."""
+    """The energy of a plane or a rank in the weights, beside the loss of leaving it out."""
     rows = stored.read_lines(compress_findings.DATA / "predicted.jsonl")
     if not rows:
         return []

@@ -183,7 +183,7 @@ def controls(minilm: Path, smollm2: Path) -> list[Row]:
 
 
 def checkpoint(directory: Path) -> Path:
-    """What `inspect` reads of a directory: its GGUF file, or itself.
+    """The path that `inspect` reads for a directory: its GGUF file, or itself.
 
     Raises:
         SystemExit: If it is not there.

@@ -188,7 +188,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def verdict(against_ramp: Row, against_radial: Row, held: Sequence[float]) -> str:
-    """What becomes of the headline, from two contrasts of low rank, and the shares of runs that held 95 %."""
+    """The verdict on the headline, from two contrasts of low rank and the shares of runs that held 95 %."""
     both = (against_ramp, against_radial)
     if min(holm([each["p_faster"] for each in both])) < LEVEL:
         return "withdrawn"

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import statistics
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +130,7 @@ def variant(directory: Path, name: str) -> Row:
 
 
 def state(options: argparse.Namespace) -> None:
-    """What has been run, and what it may say."""
+    """The state of the runs, and what may be claimed from them."""
     for directory in options.directories:
         tune, test = len(rows_of(directory, "tune")), len(rows_of(directory, "test"))
         if not tune:
@@ -191,13 +190,8 @@ def test(options: argparse.Namespace) -> None:
 def _line(first: Sequence[str], rows: Sequence[Row], horizons: Sequence[int]) -> str:
     cells = [*first, str(len(rows)), str(sum(row["steps_to_generalise"] is not None for row in rows))]
     cells += [f"{schedule.mean_time(rows, horizon):,.0f}" if rows else "—" for horizon in horizons]
-    cells += [_mean(rows, key) for key in ("test_accuracy", "stable_rank", "query_norm", *ANGLES)]
+    cells += [stored.mean_of(rows, key, ".3g") for key in ("test_accuracy", "stable_rank", "query_norm", *ANGLES)]
     return f"| {' | '.join(cells)} |"
-
-
-def _mean(rows: Sequence[Row], key: str) -> str:
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return f"{statistics.fmean(values):.3g}" if values else "—"
 
 
 def contrasts(options: argparse.Namespace) -> None:

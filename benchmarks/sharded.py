@@ -383,7 +383,7 @@ def fake_ranks(world: int) -> Iterator[None]:
 
 
 def dry_run(model: Any, replicas: int, shards: int, unit: Any) -> tuple[Traffic, int]:
-    """What the decay of a model on ``meta`` sends and computes on rank 0, which has the largest share, as on GPUs."""
+    """Traffic and operations of the decay of a model on ``meta``, on rank 0: it has the largest share."""
     shape, placements = ((shards,), (Shard(0),)) if replicas == 1 else ((replicas, shards), (Replicate(), Shard(0)))
     mesh = init_device_mesh("meta", shape)
     groups = rd.param_groups(model, query_key=rd.LowRank(STRENGTH, unit=unit, every=1))

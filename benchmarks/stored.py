@@ -1,4 +1,4 @@
-"""What the tables of the findings share: compact copies of run directories for `docs/data`, and the command line."""
+"""Shared by the tables of the findings: compact copies of run directories for `docs/data`, and the command line."""
 
 import argparse
 import json
@@ -29,6 +29,21 @@ def half_interval(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.inf
     return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def figure(value: float | None, form: str) -> str:
+    """A figure of a table; a dash where there is none."""
+    return "—" if value is None else format(value, form)
+
+
+def mean(values: Sequence[float], form: str) -> str:
+    """The mean of some values as a figure of a table; a dash without values."""
+    return format(statistics.fmean(values), form) if values else "—"
+
+
+def mean_of(rows: Iterable[Row], key: str, form: str) -> str:
+    """The mean of a figure over the rows that have it; a dash where none has."""
+    return mean([row[key] for row in rows if row.get(key) is not None], form)
 
 
 def read_lines(path: Path) -> list[Row]:

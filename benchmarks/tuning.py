@@ -1,4 +1,4 @@
-"""What the benchmarks that tune share: runs of a protocol, equal grids for every arm, and settings that are frozen.
+"""Shared by the benchmarks that tune: runs of a protocol, equal grids for every arm, and settings that are frozen.
 
 A grid holds strengths in factors of two at one decay of the rest; strengths are added until the best is inside; then
 other decays of the rest are tried at the best, or at all of them where nothing held. The criterion is the restricted
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from rankdecay.lab.ensemble import local
 from rankdecay.lab.ensemble.members import Training
 from rankdecay.lab.ensemble.outcome import key_of
-from rankdecay.lab.ensemble.sweep import Plan, Trial
+from rankdecay.lab.ensemble.sweep import SweepPlan, Trial
 from rankdecay.lab.experiments.boundary.arms import every_arm
 from rankdecay.lab.experiments.boundary.experiment import places, trials
 from rankdecay.lab.experiments.boundary.settings import Boundary
@@ -148,7 +148,7 @@ def trained(
         missing = [one for one in wanted if one.key not in done]
         training = Training(protocol.batch_size, device=device, betas=(0.9, beta2))
         together = places(protocol.settings(), device)
-        plan = Plan(training, budget, protocol.evaluate_every, 0.95, together)
+        plan = SweepPlan(training, budget, protocol.evaluate_every, 0.95, together)
         begun = time.monotonic()
         for number, row in enumerate(local.rows(missing, plan, directory) if missing else (), 1):
             directory.append([row])

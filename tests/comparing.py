@@ -1,12 +1,15 @@
-"""Comparisons that several test files make: weights by name, files of a directory, sequences of a task."""
+"""Comparisons that several test files make: weights by name, files of a directory, rows of runs, sequences."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from rankdecay.lab.store import read_metrics
 
 
 def assert_equal_weights(
@@ -21,6 +24,22 @@ def assert_equal_weights(
 def contents(path: Path) -> dict[str, bytes]:
     """Return every file below a directory by its path in it."""
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+#: Parts of the names of what another run of the same command may differ in: times, and the checksums of lines.
+TIMES = ("second", "wall", "crc", "loss_at_equal_time")
+
+
+def timeless(value: Any) -> Any:
+    """Return rows and summaries without what another run of the same command may differ in."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if not any(time in key for time in TIMES)}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def sorted_rows(out: Path) -> list[Any]:
+    """Return the rows of a run without times, in an order that does not depend on which thread was first."""
+    return sorted(timeless(read_metrics(out)), key=lambda row: json.dumps(row, sort_keys=True))
 
 
 def sequences(data: Any, side: str) -> list[tuple[int, ...]]:

@@ -65,6 +65,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+@pytest.fixture
+def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the decay rules that a test registers."""
+    from rankdecay import rules
+
+    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+
+
 @pytest.fixture(scope="module")
 def timm() -> Iterator[ModuleType]:
     import torch

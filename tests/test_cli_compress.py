@@ -49,7 +49,7 @@ def test_progress_that_nobody_reads_does_not_end_the_work(folder, tmp_path, caps
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-    monkeypatch.setattr("rankdecay.cli.PATIENCE", 0.0)
+    monkeypatch.setattr("rankdecay.commands.progress.PATIENCE", 0.0)
     monkeypatch.setattr(sys, "stderr", Closed())
     assert main(["compress", str(folder), "--head-dim", "8", "--out", str(tmp_path / "made")]) == 0
     assert (tmp_path / "made" / "config.json").exists()

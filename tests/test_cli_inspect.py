@@ -85,7 +85,7 @@ def test_a_line_of_progress_where_work_is_long(options, tmp_path, capsys, monkey
     fast = capsys.readouterr()
     assert fast.err == ""
     clock = iter(range(0, 1000, 2))  # two seconds a layer
-    monkeypatch.setattr("rankdecay.cli.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr("rankdecay.commands.progress.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     assert main(["inspect", *map(str, command)]) == 0
     slow = capsys.readouterr()
     assert slow.out == fast.out

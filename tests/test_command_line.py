@@ -16,6 +16,8 @@ import pytest
 
 from rankdecay import cli
 from rankdecay.browser import show_page
+from rankdecay.commands.compress import COMPRESS_EXAMPLES
+from rankdecay.commands.inspect import INSPECT_EXAMPLES
 from tests import needs
 from tests.compress.small import saved, text_tokenizer
 from tests.terminal import in_a_terminal
@@ -23,7 +25,7 @@ from tests.waiting import HANG, until
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "command-line.md"
 TINY_FACTOR = ["factor", "--seeds", "2", "--steps", "40", "--strengths", "0", "--out", "run"]
-EXAMPLES = [*cli.INSPECT_EXAMPLES, *cli.COMPRESS_EXAMPLES]
+EXAMPLES = [*INSPECT_EXAMPLES, *COMPRESS_EXAMPLES]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_an_example_of_the_help_runs(
     line: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened: list[Path] = []
-    monkeypatch.setattr("rankdecay.cli.show_page", opened.append)
+    monkeypatch.setattr("rankdecay.commands.inspect.show_page", opened.append)
     monkeypatch.chdir(here)
     program, *arguments = shlex.split(line)
     assert program == "rankdecay"
@@ -209,7 +211,7 @@ def test_ctrl_c_says_how_to_go_on(arguments: list[str], name: str, here: Path, t
 def test_a_long_inspection_says_how_much_is_left(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "PATIENCE", 0.0)
+    monkeypatch.setattr("rankdecay.commands.progress.PATIENCE", 0.0)
     assert cli.main(["inspect", str(here / "model")]) == 0
     said = capsys.readouterr().err
     assert re.search(r"model: 1 of 2 layers, .*ETA ", said)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rankdecay import rules
 from rankdecay.compat import NewtonSchulzLowRankDecay, StableRankMonitor
 from tests import needs
 from tests.ranks import on_ranks
@@ -14,9 +13,7 @@ from tests.ranks import on_ranks
 KEYWORDS = ["q_proj", "k_proj", "attention", "qk_norm"]  # as most copies are called
 
 
-@pytest.fixture(autouse=True)
-def nothing_stays_registered(monkeypatch):
-    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+pytestmark = pytest.mark.usefixtures("nothing_stays_registered")
 
 
 def published(weight: Tensor, rate: float, steps: int = 5) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 
 import rankdecay
 from rankdecay import cli, rules
+from rankdecay.commands.inspect import inspect_parser, search_options
+from rankdecay.commands.parser import parse
 from rankdecay.linalg import shrink
 
 ROOT = Path(__file__).parents[1]
@@ -144,8 +146,8 @@ def test_the_page_on_recognition_runs_and_says_what_it_shows(
 
 @pytest.mark.parametrize("command", re.findall(r"^rankdecay inspect .*--names.*$", RECOGNITION, re.MULTILINE))
 def test_the_commands_of_the_page_on_recognition_are_understood(command: str) -> None:
-    settings = cli._parsed(cli._inspect_parser(), shlex.split(command)[2:])
-    assert cli._search_options(settings)["names"]
+    settings = parse(inspect_parser(), shlex.split(command)[2:])
+    assert search_options(settings)["names"]
 
 
 # --- what the guide on extending shows ---

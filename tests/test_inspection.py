@@ -166,7 +166,7 @@ def test_the_summary_and_the_table_of_values():
     report = rd.inspect(build("gpt2"))
     text = str(report)
     assert text.startswith("GPT2LMHeadModel: 2 attention layers")
-    assert "W_Kᵀ W_Q, what a query looks for" in text
+    assert "W_Kᵀ W_Q, what a query looks for\n  layer  max rank  pseudo rank" in text
     lines = list(csv.DictReader(io.StringIO(report.to_csv())))
     assert len(lines) == len(report.rows)
     assert float(lines[5]["nuclear_norm"]) == report.rows[5]["nuclear_norm"]

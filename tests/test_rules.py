@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rankdecay as rd
-from rankdecay import cli, rules
+from rankdecay import cli
 from rankdecay.linalg import rules as folder
 from rankdecay.linalg import shrink
 from rankdecay.rules import Rule, get_rule, register_rule, rule_names
@@ -20,9 +20,7 @@ from tests.waiting import HANG
 BUILT_IN = ("newton_schulz", "polar", "prox", "smooth")
 
 
-@pytest.fixture(autouse=True)
-def nothing_stays_registered(monkeypatch):
-    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+pytestmark = pytest.mark.usefixtures("nothing_stays_registered")
 
 
 def keep_all(sigma, null, tau, options):

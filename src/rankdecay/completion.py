@@ -199,11 +199,11 @@ def _fish(commands: Mapping[str, Command], options: Sequence[Option]) -> str:
             for name, command in commands.items()
         ),
     ]
-    for condition, own in [
+    for condition, shown_options in [
         ("__fish_use_subcommand", options),
         *((f"'__fish_seen_subcommand_from {name}'", command.options) for name, command in commands.items()),
     ]:
-        lines += [f"complete -c rankdecay -n {condition} {_fish_option(option)}" for option in own]
+        lines += [f"complete -c rankdecay -n {condition} {_fish_option(option)}" for option in shown_options]
     return "\n".join(lines) + "\n"
 
 

@@ -37,8 +37,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a DTensor that this process holds, detached; any other tensor whole."""
-    held: Any = tensor.detach()
-    return held.to_local() if is_sharded(tensor) else held
+    detached: Any = tensor.detach()
+    return detached.to_local() if is_sharded(tensor) else detached
 
 
 def bare_name(name: str, *, in_parallel: bool = True) -> str:
@@ -70,11 +70,9 @@ def wrappers_of(optimizer: object) -> list[object]:
 
 
 def _inner(optimizer: object) -> object | None:
-    held = [getattr(optimizer, name, None) for name in _INSIDE]
-    return next(
-        (each for each in held if each is not None and each is not optimizer and not isinstance(each, (str, type))),
-        None,
-    )
+    candidates = [getattr(optimizer, name, None) for name in _INSIDE]
+    inner = (each for each in candidates if each is not None and each is not optimizer)
+    return next((each for each in inner if not isinstance(each, (str, type))), None)
 
 
 def unwrapped(optimizer: object) -> Optimizer:
@@ -98,10 +96,11 @@ def unwrapped(optimizer: object) -> Optimizer:
             remedy = f". {engine}; shard with FSDP2 instead."
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(inside).__name__}{remedy}")
     if not hasattr(inside, _HOOKS):
-        held = next((name for name, each in vars(inside).items() if hasattr(each, _HOOKS)), "")
+        inner_name = next((name for name, each in vars(inside).items() if hasattr(each, _HOOKS)), "")
         raise TypeError(
             f"{type(inside).__name__} has no step hooks: its __init__ does not call Optimizer.__init__; "
-            + (f"attach to its .{held}, which it steps." if held else "call it, or attach to the optimizer it steps.")
+            + (f"attach to its .{inner_name}, which" if inner_name else "call it, or attach to the optimizer it")
+            + " steps."
         )
     several = getattr(inside, "optimizers", None)
     if isinstance(several, (list, tuple)) and several and all(isinstance(each, Optimizer) for each in several):

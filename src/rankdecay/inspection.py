@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import Names, chosen, layers_of, listed, locate_or_raise
-from rankdecay.attention.names import SCALED_OUTPUT
+from rankdecay.attention.locate import Names, SearchOptions, chosen, layers_of, listed, locate_or_raise
+from rankdecay.attention.model_types import SCALED_OUTPUT
 from rankdecay.attention.numbering import ranges
 from rankdecay.attention.products import Product, ProductName, Rotary
 from rankdecay.attention.scale import gradients_of, settled
@@ -165,7 +165,7 @@ def inspect(
         [(0, 'query_key'), (1, 'query_key'), (0, 'value_output'), (1, 'value_output')]
     """
     source = open_source(model, state)
-    located, unhandled = locate_or_raise(source, names, num_heads=num_heads, head_dim=head_dim, only=only)
+    located, unhandled = locate_or_raise(source, SearchOptions(names, num_heads, head_dim, only))
     found = layers_of(source, located)
     if isinstance(source, ModuleSource):
         check_values(source.model, found)
@@ -376,9 +376,9 @@ def _squared_norms(product: Product) -> dict[str, list[list[float | None]]]:
     return {"query": several, "key": single} if product.name != "value_output" else {"value": single, "output": several}
 
 
-def figure(of: Spectrum | Product, name: str) -> Tensor:
+def figure(measured: Spectrum | Product, name: str) -> Tensor:
     """Return a named rank or norm of a spectrum, or the balance of a product: one value per head."""
-    value = getattr(of, name)
+    value = getattr(measured, name)
     return value if isinstance(value, Tensor) else value()
 
 
@@ -440,7 +440,7 @@ _COLUMNS = {
 
 def _table(rows: list[Row]) -> list[str]:
     columns = {title: key for title, key in _COLUMNS.items() if rows[0]["untrained"].get(key) is not None}
-    cells = [["layer", "of", *columns, "heads"]]
+    cells = [["layer", "max rank", *columns, "heads"]]
     layers: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         layers.setdefault((label(row), row["name"]), []).append(row)

@@ -260,7 +260,7 @@ class Monitor:
                 product = getattr(layer, part)() if part in _PRODUCTS else None
                 spectra = product.spectrum() if product is not None else spectrum(getattr(layer, part).heads())
                 sources = {m: product if m in BALANCE else spectra for m in wanted}
-                found[name, part] = {m: figure(of, m).cpu() for m, of in sources.items() if of is not None}
+                found[name, part] = {m: figure(source, m).cpu() for m, source in sources.items() if source is not None}
                 if self._takes_spectra:
                     found[name, part][_SPECTRA] = spectra.singular_values.cpu()
         return found
@@ -269,7 +269,9 @@ class Monitor:
         values: dict[str, float] = {"step": self.steps}
         for part in dict.fromkeys(part for _, part in heads):
             for measure in self._measures(part):
-                everywhere = torch.cat([by_measure[measure] for (_, of), by_measure in heads.items() if of == part])
+                everywhere = torch.cat(
+                    [by_measure[measure] for (_, other), by_measure in heads.items() if other == part]
+                )
                 _summarise(values, f"rank/{part}/{measure}", everywhere)
         for (layer, part), by_measure in heads.items() if self.detail != "model" else ():
             for measure in self._measures(part):

@@ -40,7 +40,6 @@ _RESNET_LAST = _RESNET | {"backbone_config": {"model_type": "resnet", "out_featu
 _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 _BY_KIND = dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)
 _FORECAST: dict[str, Any] = {"prediction_length": 4, "context_length": 8}
-_CLIP: dict[str, Any] = {"model_type": "clip_vision_model", "num_hidden_layers": 2}
 _QSA: dict[str, Any] = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,

@@ -11,7 +11,7 @@ from torch import nn
 
 import rankdecay as rd
 from rankdecay.attention.checkpoints import Checkpoint
-from rankdecay.attention.locate import Unhandled, locate
+from rankdecay.attention.locate import SearchOptions, Unhandled, locate
 from rankdecay.attention.source import ModuleSource
 from tests import needs
 
@@ -111,11 +111,11 @@ def test_a_module_may_have_two_kinds_of_attention() -> None:
     assert [layer.module for layer in found] == ["", ""]
     assert unhandled == []
     names = rd.AttentionNames(query="q_proj", key="k_proj", value="v_proj")
-    assert [layer.places["query"].parameter for layer in locate(ModuleSource(both), names)[0]] == [
+    assert [layer.places["query"].parameter for layer in locate(ModuleSource(both), SearchOptions(names))[0]] == [
         "q_proj.weight",
         "query.weight",
     ]
-    assert len(locate(ModuleSource(both), names, only=True)[0]) == 1
+    assert len(locate(ModuleSource(both), SearchOptions(names, only=True))[0]) == 1
 
 
 def test_what_is_not_handled_says_where_and_why() -> None:

@@ -14,8 +14,8 @@ import transformers
 from rankdecay.attention import known, partial_rotary, unturned
 from rankdecay.attention.checkpoints import Checkpoint, _natural
 from rankdecay.attention.locate import locate
+from rankdecay.attention.model_types import PARTIAL_ROTARY, ROTARY_UNSAID
 from rankdecay.attention.module.found import Found
-from rankdecay.attention.names import PARTIAL_ROTARY, ROTARY_UNSAID
 from rankdecay.attention.source import ModuleSource
 
 from . import every_type

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from rankdecay.audit import audit
-from rankdecay.audit.block import Block
 from rankdecay.audit.trial import RESCALING, Trial, alternating
+from rankdecay.audit.view import ParameterView
 
 from .models import row
 
@@ -36,17 +36,17 @@ def test_units_are_scaled_up_and_down_in_turn():
 def test_the_change_is_that_of_the_rescaled_loss_and_nothing_stays():
     weight = nn.Parameter(torch.tensor([2.0, 3.0], dtype=torch.float64))
     trial = Trial(lambda: weight.square().sum())
-    block = Block("weight", weight, None)
-    assert trial.change([(block, torch.tensor([2.0]))]) == pytest.approx(3 * 13)
+    view = ParameterView("weight", weight, None)
+    assert trial.change([(view, torch.tensor([2.0]))]) == pytest.approx(3 * 13)
     assert weight.tolist() == [2, 3]
-    assert trial.unchanged([(block, torch.tensor([2.0]))], reference=13, tolerance=1e-3) is False
-    assert trial.unchanged([(block, torch.tensor([1.0]))], reference=13, tolerance=1e-3) is True
+    assert trial.unchanged([(view, torch.tensor([2.0]))], reference=13, tolerance=1e-3) is False
+    assert trial.unchanged([(view, torch.tensor([1.0]))], reference=13, tolerance=1e-3) is True
 
 
 def test_a_change_below_the_rounding_of_the_loss_is_no_answer():
     weight = nn.Parameter(torch.tensor([2.0]))
     trial = Trial(lambda: weight.sum())
-    assert trial.unchanged([(Block("weight", weight, None), torch.tensor([1.5]))], 1e-9, 1e-3) is None
+    assert trial.unchanged([(ParameterView("weight", weight, None), torch.tensor([1.5]))], 1e-9, 1e-3) is None
 
 
 def test_parameters_are_put_back_when_the_loss_fails():
@@ -59,5 +59,5 @@ def test_parameters_are_put_back_when_the_loss_fails():
 
     trial = Trial(loss)
     with pytest.raises(RuntimeError, match="out of memory"):
-        trial.change([(Block("weight", weight, None), torch.tensor([1.5]))])
+        trial.change([(ParameterView("weight", weight, None), torch.tensor([1.5]))])
     assert weight.item() == 2

@@ -73,8 +73,6 @@ def settings(kind: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 #: Settings of single types.
-_FULL = ["full_attention"] * 4
-_MIXED = ["sliding_attention", "full_attention"] * 2
 TYPES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 12, "mamba_d_head": 8, "mamba_n_groups": 1},
     "falcon_h1": {"mamba_d_ssm": 96, "mamba_n_heads": 12, "mamba_d_head": 8},

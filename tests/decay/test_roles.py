@@ -14,7 +14,7 @@ from tests.decay.models import Nano
 
 def roles_of(model: nn.Module) -> dict[str, str]:
     assigned, _ = assign_roles(model)
-    return {name: "+".join(dict.fromkeys(b.role for b in entry.blocks)) for entry in assigned for name in entry.names}
+    return {name: "+".join(dict.fromkeys(s.role for s in entry.segments)) for entry in assigned for name in entry.names}
 
 
 def test_every_parameter_has_the_role_its_place_says():
@@ -28,19 +28,19 @@ def test_every_parameter_has_the_role_its_place_says():
     assert roles["scale"] == roles["probe.weight"] == "other"
 
 
-def test_a_block_knows_its_window_and_its_reason():
+def test_a_segment_knows_its_window_and_its_reason():
     by_name = {entry.names[0]: entry for entry in assign_roles(Nano(tied=False))[0]}
-    fused = by_name["h.0.attn.c_attn.weight"].blocks
-    assert [block.why for block in fused] == ["query", "key", "value"]
-    assert [str(block.labelled_window()) for block in fused] == [
+    fused = by_name["h.0.attn.c_attn.weight"].segments
+    assert [segment.why for segment in fused] == ["query", "key", "value"]
+    assert [str(segment.labelled_window()) for segment in fused] == [
         "query: rows[0:16]/48 by 8", "key: rows[16:32]/48 by 8", "value: rows[32:48]/48 by 8"
     ]  # fmt: skip
-    [output] = by_name["h.1.attn.c_proj.weight"].blocks
+    [output] = by_name["h.1.attn.c_proj.weight"].segments
     assert str(output.labelled_window()) == "columns[0:16]/16 by 8"  # alone in its parameter: no name needed
     for name in ("wte.weight", "h.0.ln_1.weight", "scale", "h.0.mlp.0.weight"):
-        [block] = by_name[name].blocks
-        assert block.window is WHOLE
-        assert block.labelled_window() is WHOLE
+        [segment] = by_name[name].segments
+        assert segment.window is WHOLE
+        assert segment.labelled_window() is WHOLE
 
 
 def test_a_tied_parameter_has_the_roles_of_all_its_names_that_say_something():
@@ -50,7 +50,7 @@ def test_a_tied_parameter_has_the_roles_of_all_its_names_that_say_something():
     model.other.weight = model.wte.weight
     [entry] = assign_roles(model)[0]
     assert entry.names == ["wte.weight", "other.weight"]
-    assert [block.role for block in entry.blocks] == ["embedding"]
+    assert [segment.role for segment in entry.segments] == ["embedding"]
 
 
 def test_names_of_adapters_and_tokens_tell_their_roles():

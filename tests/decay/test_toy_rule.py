@@ -1,6 +1,5 @@
 """A rule of one file goes everywhere: LowRank, attach, FSDP2, the lab's ensembles, the command line, an entry point."""
 
-import copy
 import json
 import sys
 
@@ -146,9 +145,8 @@ def test_the_command_line_names_the_known_rules(tmp_path, capsys):
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch):
+def package(tmp_path, monkeypatch, nothing_stays_registered):
     """An installed package, which names a rule ``linear`` in its metadata."""
-    monkeypatch.setattr(rules, "_registered", copy.copy(rules._registered))
     (tmp_path / "their_rule.py").write_text(
         "from rankdecay.rules import Rule\n"
         "RULE = Rule('linear', 'σ (1 - τ)', lambda sigma, null, tau, options: tau.expand_as(sigma))\n"

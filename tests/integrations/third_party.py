@@ -61,7 +61,6 @@ _NEEDED = {"num_iterations": 10_000, "num_epochs": 100, "num_batches_per_epoch":
 _MOMENTUM = ("LARS", "LARS32bit", "LARS8bit", "PytorchLARS", "SGD", "SGD32bit", "SGD8bit")
 _PROJECTED = {"rank": 2, "update_proj_gap": 5, "scale": 1.0, "proj": "random", "proj_type": "std",
               "scale_type": "tensor", "projection_type": "std"}  # fmt: skip
-_MUON = ("Muon", "AdaMuon", "AdaGO", "NorMuon", "MuonClip", "DistributedMuon")
 
 
 def build(kind: Any, model: Two, decay: float = 0.0, **settings: Any) -> Any:

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from rankdecay import cli, rules
 from rankdecay.lab.cli import parse
 from rankdecay.lab.experiments.grok.settings import Grok
-from tests.comparing import contents
+from rankdecay.lab.store import read_metrics
+from tests.comparing import contents, timeless
 from tests.held import held
 from tests.waiting import HANG, until
 
@@ -119,12 +120,10 @@ def test_a_complete_directory_shows_its_result_and_is_left_alone(finished, capsy
 def test_seeds_and_arms_do_not_depend_on_the_company(finished, tmp_path):
     assert cli.main(grok(tmp_path / "run", "--quiet", arms=["low_rank"])) == 0
 
-    def of(path: Path) -> list[dict]:
-        lines = (path / "metrics.jsonl").read_text().splitlines()
-        records = [{k: v for k, v in json.loads(line).items() if "second" not in k and k != "crc"} for line in lines]
-        return [r for r in records if r["arm"] == "low_rank"]
+    def low_rank(path: Path) -> list[dict]:
+        return [record for record in timeless(read_metrics(path)) if record["arm"] == "low_rank"]
 
-    assert of(tmp_path / "run") == of(finished)
+    assert low_rank(tmp_path / "run") == low_rank(finished)
 
 
 def test_the_report_can_be_made_again(finished, capsys):
@@ -383,8 +382,8 @@ def test_data_that_no_memory_holds(tmp_path, capsys):
     assert "choose smaller sizes" in line
 
 
-def test_an_arm_is_not_the_name_of_a_rule(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+@pytest.mark.usefixtures("nothing_stays_registered")
+def test_an_arm_is_not_the_name_of_a_rule(tmp_path, capsys):
     rules.register_rule(rules.Rule("relative", "nothing", lambda sigma, null, tau, options: 0 * sigma))
     assert "the decay rule 'relative' has the name of an arm" in refused(
         capsys, grok(tmp_path / "run", arms=["none", "relative"])
@@ -413,12 +412,9 @@ def last_step(out: Path) -> int:
 
 
 def results(out: Path) -> tuple[list, list]:
-    def timeless(record):
-        return {k: v for k, v in record.items() if "second" not in k and k != "crc"}
-
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     arms = json.loads((out / "summary.json").read_text())["arms"]
-    return [timeless(r) for r in records], [timeless(a) for a in arms]
+    return timeless(records), timeless(arms)
 
 
 @pytest.fixture(scope="module")

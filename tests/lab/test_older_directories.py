@@ -13,7 +13,7 @@ import pytest
 from rankdecay import cli
 from rankdecay.lab import experiment
 from rankdecay.lab.settings import identity
-from rankdecay.lab.store import read_metrics
+from tests.comparing import sorted_rows
 from tests.lab.interruption import interrupt
 
 DATA = Path(__file__).parents[2] / "docs" / "data"
@@ -34,7 +34,6 @@ COMMANDS = {
 NARROW = {"grok": "mixed", "boundary": "mixed", "recall": "bfloat16"}
 CASES = [(command, precision) for command in COMMANDS for precision in ("float32", NARROW[command])]
 CHECKPOINTS = {"grok": 2, "boundary": 3, "recall": 1}  # after which some of the steps are done
-TIMES = ("seconds", "step_seconds", "wall", "decay_seconds")
 
 
 def words(command: str, *options: str) -> list[str]:
@@ -56,12 +55,6 @@ def as_before(out: Path, preset: str | None = None) -> None:
         if "fixed" in config:
             config["fixed"]["preset"] = preset
     path.write_text(json.dumps(config))
-
-
-def timeless(out: Path) -> list[dict[str, Any]]:
-    """The records in an order that does not depend on which thread was first."""
-    records = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(out)]
-    return sorted(records, key=lambda record: json.dumps(record, sort_keys=True))
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -86,7 +79,7 @@ def test_an_interrupted_one_goes_on_from_its_checkpoint_in_its_precision(
     assert go(command, out) == 0  # --precision auto
     summary = json.loads((out / "summary.json").read_text())
     assert summary["settings"]["precision"] == kept
-    assert timeless(out) == timeless(whole)
+    assert sorted_rows(out) == sorted_rows(whole)
     assert (out / "report.html").exists()
 
 

@@ -87,8 +87,3 @@ def make(out: Path, problem: Repeat | None = None, command: str = "rankdecay tin
 def check(settings: AttentionDecay) -> AttentionDecay:
     check_shared(settings)
     return settings
-
-
-def timeless(records: list[Record]) -> list[Record]:
-    """Records without what another run of the same command may differ in."""
-    return [{k: v for k, v in record.items() if k not in ("seconds", "wall")} for record in records]

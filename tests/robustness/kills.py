@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tests.comparing import timeless
 from tests.robustness.forked import Ended, forked
 from tests.robustness.fuzz import run_command
 from tests.robustness.samples import RUNS, llama
@@ -206,14 +207,6 @@ def contents(out: Path) -> dict[str, Any]:
         else:
             found[name] = path.read_bytes().replace(str(out).encode(), b"OUT")
     return found
-
-
-def timeless(value: Any) -> Any:
-    """Return rows and summaries without what another run of the same command may differ in."""
-    if isinstance(value, dict):
-        times = ("second", "wall", "crc", "loss_at_equal_time")
-        return {key: timeless(item) for key, item in value.items() if not any(time in key for time in times)}
-    return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def difference(expected: dict[str, Any], found: dict[str, Any]) -> str:

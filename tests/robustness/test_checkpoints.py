@@ -21,7 +21,11 @@ from torch import nn
 import rankdecay as rd
 from rankdecay import cli
 from rankdecay.attention.listing import listing
-from rankdecay.attention.names import factor_of, is_input_like, spellings
+from rankdecay.attention.names import (
+    factor_of,
+    is_input_like,
+    spellings,
+)
 from rankdecay.attention.numbering import natural_key
 from tests.robustness.samples import CHECKPOINTS, GPT2, LLAMA, attention, llama
 from tests.robustness.test_files import put

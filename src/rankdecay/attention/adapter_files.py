@@ -150,7 +150,7 @@ def _changes(
 ) -> tuple[dict[str, _Delta], dict[str, str]]:
     """Return the change of each weight of the base by its name, and the adapter's own tensors by the name they take."""
     factors: dict[str, dict[str, str]] = {}
-    own: dict[str, str] = {}
+    replacements: dict[str, str] = {}
     for name in adapter.shapes:
         module, leaf = _split(name)
         if leaf in _FACTORS:
@@ -159,14 +159,16 @@ def _changes(
             plain = f"{module}.{leaf}".replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             if "lora_" in plain:
                 raise ValueError(f"{name} is not a factor of plain LoRA")
-            own[plain] = name
+            replacements[plain] = name
     align = _alignment([f"{module}.weight" for module in factors], base)
     deltas = {}
     for module, pair in factors.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(f"{module} has one factor of two")
         deltas[align(f"{module}.weight")] = _delta(module, pair, adapter, config)
-    return dict(_oriented(deltas, adapter, base, config)), {align(name): stored for name, stored in own.items()}
+    return dict(_oriented(deltas, adapter, base, config)), {
+        align(name): stored for name, stored in replacements.items()
+    }
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -196,9 +198,9 @@ def _delta(module: str, pair: dict[str, str], adapter: Checkpoint, config: Mappi
         if len(adapter.shapes[name]) != 2 or 0 in adapter.shapes[name]:
             raise ValueError(f"{name} has shape {adapter.shapes[name]}; a LoRA factor must be a non-empty matrix")
     rank = adapter.shapes[pair["A"]][0]
-    said = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
-    if said != rank or adapter.shapes[pair["B"]][-1] != rank:
-        raise ValueError(f"{module} has rank {rank} where {ADAPTER_CONFIG} says {said}")
+    stated_rank = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    if stated_rank != rank or adapter.shapes[pair["B"]][-1] != rank:
+        raise ValueError(f"{module} has rank {rank} where {ADAPTER_CONFIG} says {stated_rank}")
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     if not isinstance(alpha, (int, float)) or not abs(alpha) < _LARGEST_ALPHA:
         raise ValueError(f"lora_alpha is {str(alpha)[:100]}")

@@ -103,8 +103,8 @@ def merged(adapted: Any, path: str) -> nn.Module:
             warnings.simplefilter("ignore")
             copied.unmerge() if adapted.merged else copied.merge()
     except Exception as reason:  # each tuner raises its own
-        said = str(reason) or "it cannot be merged"
-        raise ValueError(f"{path} has no weight with its adapter {tuner} merged: {said.rstrip('.')}.") from reason
+        message = str(reason) or "it cannot be merged"
+        raise ValueError(f"{path} has no weight with its adapter {tuner} merged: {message.rstrip('.')}.") from reason
     return copied.base_layer
 
 

@@ -32,7 +32,13 @@ from rankdecay.attention.folders import check_inside, check_listed, find_files, 
 from rankdecay.attention.foreign import check_archive
 from rankdecay.attention.gguf import ARCHITECTURES, parts_of, read_gguf
 from rankdecay.attention.known import KNOWN_TYPES
-from rankdecay.attention.names import NUM_HEADS, PARTS, ROTARY, ROTARY_UNSAID, is_rotary_type
+from rankdecay.attention.model_types import (
+    NUM_HEADS,
+    PARTS,
+    ROTARY,
+    ROTARY_UNSAID,
+    is_rotary_type,
+)
 from rankdecay.attention.numbering import natural_key
 from rankdecay.attention.quantised import dequantised
 from rankdecay.attention.states import (
@@ -149,8 +155,8 @@ class Checkpoint:
     def is_known(self, path: str) -> bool:
         """Whether the configuration names a model type that the tables cover, and no code of the checkpoint's own."""
         kind = self.kind_of_part(path)
-        said = self.states_positions(path) or kind in NO_ROTARY_TYPES or kind in ROTARY_UNSAID
-        return kind in self.types and said and "auto_map" not in self.config
+        stated = self.states_positions(path) or kind in NO_ROTARY_TYPES or kind in ROTARY_UNSAID
+        return kind in self.types and stated and "auto_map" not in self.config
 
     def kind_of_part(self, path: str) -> str | None:
         """Return the model type of the part of the model that a module is in."""
@@ -248,51 +254,32 @@ def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
             check_inside(part, part.parent)
         return _open_gguf(path, parts, found.candidates)
     state, candidates = found.state, list(found.candidates)
-    files_of: dict[str, Path] = {}
-    shapes: dict[str, Shape] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    header: dict[str, str] = {}
-    pickled: dict[Path, Mapping[str, Tensor]] = {}
+    stored = _StoredTensors()
     content: object = None
     for file in found.files:
         if kind(file) == ".safetensors":
-            held, types = _safetensors_shapes(file, header)
+            stored.add(file, *_safetensors_shapes(file, stored.header))
         else:
             content = _content(file)
-            pickled[file], rest, keys = choose_mapping(content, state, file)
+            tensors, rest, keys = choose_mapping(content, state, file)
             state = rest if len(found.files) == 1 else state
             candidates += keys if len(keys) > 1 else []
-            _check_tensors(pickled[file], file)
-            held = {name: tuple(tensor.shape) for name, tensor in pickled[file].items()}
-            types = {name: tensor.dtype for name, tensor in pickled[file].items()}
-        _check_names(held, file, len(shapes))
-        for name, shape in held.items():
-            if name in shapes:
-                raise CheckpointError(f"{name} is both in {files_of[name].name} and in {file.name} of {file.parent}.")
-            files_of[name], shapes[name], dtypes[name] = file, shape, types[name]
-    if not shapes:
+            stored.add_pickled(file, tensors)
+    if not stored.shapes:
         raise CheckpointError(f"{path} contains no tensors.")
     if found.listing:
-        check_listed(found.listing, shapes)
-    stored_as, copies = choose_names(shapes, state, path)
+        check_listed(found.listing, stored.shapes)
+    stored_as, copies = choose_names(stored.shapes, state, path)
     stored_as = _with_dots(stored_as, found.files[0])
 
     @lru_cache(maxsize=2)  # a fused parameter is read once for its three matrices
     def load_stored(name: str) -> Tensor:
-        stored = stored_as[name]
-        file = files_of[stored]
-        if file in pickled:
-            return pickled[file][stored]
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(stored)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{stored} cannot be read from {file}: {error}") from None
+        return stored.load(stored_as[name])
 
-    dtypes = {name: dtypes[stored] for name, stored in stored_as.items()}
-    shapes = {name: shapes[stored_as[name]] for name in sorted(stored_as, key=_natural)}
+    dtypes = {name: stored.dtypes[key] for name, key in stored_as.items()}
+    shapes = {name: stored.shapes[stored_as[name]] for name in sorted(stored_as, key=_natural)}
     config = configuration(found.folders, found.files[0], shapes, content)
-    shapes, load, codes = dequantised(shapes, dtypes, config, load_stored, header, CheckpointError)
+    shapes, load, codes = dequantised(shapes, dtypes, config, load_stored, stored.header, CheckpointError)
     if codes:  # the codes of a weight may have stood elsewhere
         shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
     config, of_module = by_module(config)
@@ -303,6 +290,55 @@ def _open(path: Path, state: str | None, adapters: bool) -> Checkpoint:
     if not adapters:
         raise CheckpointError(f"{path} is an adapter itself; merge it with its own base first.")
     return replace(opened, **merge(opened, found.files[0], partial(open_checkpoint, adapters=False)))
+
+
+@dataclass
+class _StoredTensors:
+    """Tensors in the files of a checkpoint, by the names under which they are stored.
+
+    Attributes:
+        files: the file of each.
+        shapes: its shape.
+        dtypes: its type.
+        header: strings in the headers of safetensors files.
+        pickled: the tensors of each PyTorch file.
+    """
+
+    files: dict[str, Path] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    header: dict[str, str] = field(default_factory=dict)
+    pickled: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def add(self, file: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> None:
+        """Take up the tensors of a file.
+
+        Raises:
+            CheckpointError: If a name is none that is read, or is in an earlier file too.
+        """
+        _check_names(shapes, file, len(self.shapes))
+        for name, shape in shapes.items():
+            if name in self.shapes:
+                raise CheckpointError(f"{name} is both in {self.files[name].name} and in {file.name} of {file.parent}.")
+            self.files[name], self.shapes[name], self.dtypes[name] = file, shape, dtypes[name]
+
+    def add_pickled(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Take up the tensors of a PyTorch file, which are mapped from it, or in memory."""
+        _check_tensors(tensors, file)
+        self.pickled[file] = tensors
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.add(file, shapes, {name: tensor.dtype for name, tensor in tensors.items()})
+
+    def load(self, name: str) -> Tensor:
+        """Return a tensor, read from its file."""
+        file = self.files[name]
+        if file in self.pickled:
+            return self.pickled[file][name]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{name} cannot be read from {file}: {error}") from None
 
 
 def _check_fetched(file: Path) -> None:
@@ -346,9 +382,9 @@ def _safetensors_shapes(file: Path, header: dict[str, str]) -> tuple[dict[str, S
     try:
         with safe_open(file, framework="pt") as opened:
             header.update(opened.metadata() or {})
-            held = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            shapes = {name: tuple(tensor.get_shape()) for name, tensor in held.items()}
-            return shapes, {name: stored_type(tensor.get_dtype()) for name, tensor in held.items()}
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+            return shapes, {name: stored_type(tensor.get_dtype()) for name, tensor in slices.items()}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from None
 

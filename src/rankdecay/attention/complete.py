@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from itertools import count, pairwise
 
 from rankdecay.attention.checkpoints import Checkpoint
-from rankdecay.attention.names import NUM_LAYERS
+from rankdecay.attention.model_types import NUM_LAYERS
 from rankdecay.attention.numbering import LISTS, number_in
 
 

@@ -131,8 +131,8 @@ def detached_copy(module: nn.Module, changed: nn.Module | None = None) -> Any:
 
 
 def _parametrised(leaf: str, steps: Any) -> Computed:
-    held = (*steps.named_parameters(recurse=False), *steps.named_buffers(recurse=False))
-    originals = {name: tensor for name, tensor in held if name.startswith("original")}
+    tensors = (*steps.named_parameters(recurse=False), *steps.named_buffers(recurse=False))
+    originals = {name: tensor for name, tensor in tensors if name.startswith("original")}
     kinds = [type(step).__name__.removeprefix("_") for step in steps]
     names = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm", "Orthogonal": "orthogonal"}
     how = " and ".join(names.get(kind, kind) for kind in kinds)
@@ -144,8 +144,8 @@ def _parametrised(leaf: str, steps: Any) -> Computed:
     if "Orthogonal" in kinds:
         return Computed(how, shape, stored, None, gain, f"under {how}, which fixes its singular values")
     if len(matrices) != 1 and not gain:
-        held = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in originals.items())
-        return Computed(how, shape, stored, None, None, f"under {how}, of which no one matrix is stored but {held}")
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in originals.items())
+        return Computed(how, shape, stored, None, None, f"under {how}, of which no one matrix is stored but {shapes}")
     part = "direction" if gain else "matrix"
     matrix = "original1" if gain else matrices[0]
     return Computed(how, shape, stored, within + matrix, gain, f"under {how}: the stored {part}")
@@ -247,8 +247,8 @@ def _stored(
         case names:
 
             def refuse() -> Tensor:
-                held = ", ".join(parts[name] for name in names)
-                raise error(f"{weight} is computed from {held}, but the file does not say how; {_REMEDY}.")
+                stored_names = ", ".join(parts[name] for name in names)
+                raise error(f"{weight} is computed from {stored_names}, but the file does not say how; {_REMEDY}.")
 
             matrix = next((name for name in ("original", "~orig") if name in parts), None)
             if {"original0", "original1"} <= parts.keys() and _scales(shape("original0"), shape("original1")):

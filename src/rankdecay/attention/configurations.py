@@ -14,7 +14,12 @@ from typing import Any
 
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside, read_json
-from rankdecay.attention.names import HEAD_DIM, KEY_HEADS, NUM_HEADS, PARTIAL_ROTARY
+from rankdecay.attention.model_types import (
+    HEAD_DIM,
+    KEY_HEADS,
+    NUM_HEADS,
+    PARTIAL_ROTARY,
+)
 from rankdecay.files import read_bytes
 
 #: Keys under which trainers keep the configuration of the model inside of a checkpoint.
@@ -178,15 +183,15 @@ def _apart(value: Any, depth: int) -> dict[str, Any]:
     Which part a module is in, its path then says; one that is in none of them has no number of heads.
     """
     value = vars(value) if isinstance(value, argparse.Namespace) else value
-    own = {key: item for key, item in next(_parts(value, 0)).items() if not isinstance(item, dict)}
+    plain = {key: item for key, item in next(_parts(value, 0)).items() if not isinstance(item, dict)}
     parts = {
         str(key).removesuffix("_config").removesuffix("_cfg"): _apart(item, depth - 1)
         for key, item in islice(value.items(), 1000 if depth > 1 else 100)
         if depth and any(map(_states, _parts(item, depth - 1)))
     }
-    if len(parts) == 1 and not _states(own):  # what holds the configuration, as "model"
-        return own | next(iter(parts.values()))
-    return own | {f"{name}_config": _canonical(part) for name, part in parts.items()}
+    if len(parts) == 1 and not _states(plain):  # what holds the configuration, as "model"
+        return plain | next(iter(parts.values()))
+    return plain | {f"{name}_config": _canonical(part) for name, part in parts.items()}
 
 
 def _parts(value: object, depth: int) -> Iterator[Mapping[str, Any]]:

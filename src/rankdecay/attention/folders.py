@@ -277,7 +277,7 @@ def _key(file: Path) -> str:
     return f"{cut['stem']}*{cut['rest']}" if cut else file.name
 
 
-def check_listed(index: Path, held: Collection[str]) -> None:
+def check_listed(index: Path, names: Collection[str]) -> None:
     """Refuse files that lack a weight of a layer which their index lists: its layer would be left out of every page.
 
     What has no number of a layer, as an embedding that is tied, some libraries list and do not save.
@@ -287,7 +287,7 @@ def check_listed(index: Path, held: Collection[str]) -> None:
     """
     content = _weight_map(index)
     layers = (name for name in content if name.endswith("weight") and any(map(str.isdigit, name.split("."))))
-    if missing := next((name for name in layers if name not in held), None):
+    if missing := next((name for name in layers if name not in names), None):
         raise CheckpointError(
             f"{index.name} says that {missing[:200]} is in {content[missing][:200]}, which does not have it; download "
             "the file again, or write the index anew."

@@ -9,9 +9,14 @@ from torch import Tensor
 
 from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.layer import Window
-from rankdecay.attention.locate import locate
+from rankdecay.attention.locate import SearchOptions, locate
 from rankdecay.attention.module.found import Found
-from rankdecay.attention.names import FUSED, is_fused_like, is_input_like, is_output_like
+from rankdecay.attention.names import (
+    FUSED,
+    is_fused_like,
+    is_input_like,
+    is_output_like,
+)
 from rankdecay.attention.tensors import Shape
 
 _LISTED = frozenset(row.fused for row in FUSED)
@@ -40,7 +45,7 @@ def proven_thirds(shapes: Mapping[str, Shape]) -> dict[str, tuple[Window, ...]]:
         shapes: shape of every parameter of a model, by name.
     """
     # For any number of heads, which no name states, thirds are the same.
-    layers, _ = locate(Checkpoint(Path("named_parameters"), shapes, {}, _unread), num_heads=1)
+    layers, _ = locate(Checkpoint(Path("named_parameters"), shapes, {}, _unread), SearchOptions(num_heads=1))
     return {
         layer.places["query"].parameter: tuple(layer.places[role].window for role in ("query", "key", "value"))
         for layer in layers

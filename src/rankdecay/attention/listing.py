@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rankdecay.attention.layer import AttentionLayer, MatrixView
-from rankdecay.attention.locate import Names, chosen, find_layers, listed
+from rankdecay.attention.locate import Names, SearchOptions, chosen, find_layers, listed
 from rankdecay.attention.source import Source, open_source
 from rankdecay.attention.states import SeveralSets
 from rankdecay.attention.tensors import Shape
@@ -96,7 +96,7 @@ def listing(
         if state is not None:
             raise
         return Listing(str(model), candidates=list(several.candidates), undecided=True)
-    found, unhandled = find_layers(source, names, num_heads=num_heads, head_dim=head_dim, only=only)
+    found, unhandled = find_layers(source, SearchOptions(names, num_heads, head_dim, only))
     candidates: list[str] = list(getattr(source, "candidates", ()))
     shown = [_layer(layer, source) for layer in chosen(layers, found)]
     return Listing(str(source), shown, candidates, listed(unhandled))

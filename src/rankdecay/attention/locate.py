@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -61,6 +62,26 @@ class Unhandled(NamedTuple):
 Names = AttentionNames | Sequence[AttentionNames] | None
 
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """Options of a search for attention as a user gives them; :func:`locate` checks them.
+
+    Attributes:
+        names: of the user's own attention; they come before those that are known.
+        num_heads: number of query heads, where no setting says it.
+        head_dim: size of a head, where nothing says it.
+        only: look for ``names`` alone.
+    """
+
+    names: Names = None
+    num_heads: int | None = None
+    head_dim: int | None = None
+    only: bool = False
+
+
+DEFAULT_SEARCH = SearchOptions()
+
+
 def find_attention(
     model: nn.Module | str | Path,
     names: Names = None,
@@ -105,7 +126,8 @@ def find_attention(
         >>> layer.key.parameter_name, str(layer.key.window), layer.key.heads().shape
         ('in_proj_weight', 'rows[64:128]/192 by 16', torch.Size([4, 16, 64]))
     """
-    layers, unhandled = find_layers(open_source(model, state), names, num_heads=num_heads, head_dim=head_dim, only=only)
+    source = open_source(model, state)
+    layers, unhandled = find_layers(source, SearchOptions(names, num_heads, head_dim, only))
     warn_unhandled(unhandled, "is not handled", stacklevel=3)
     return layers
 
@@ -133,39 +155,25 @@ def listed(unhandled: Sequence[Unhandled]) -> list[str]:
     return [f"{modules}: {reason}" for modules, reason in grouped(unhandled)]
 
 
-def find_layers(
-    source: Source,
-    names: Names = None,
-    *,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    only: bool = False,
-) -> tuple[list[AttentionLayer], list[Unhandled]]:
+def find_layers(source: Source, search: SearchOptions = DEFAULT_SEARCH) -> tuple[list[AttentionLayer], list[Unhandled]]:
     """Return the attention layers of a source, and the modules that look like attention and cannot be read.
 
     Raises:
         ValueError: If no attention is found.
     """
-    found, unhandled = locate_or_raise(source, names, num_heads=num_heads, head_dim=head_dim, only=only)
+    found, unhandled = locate_or_raise(source, search)
     return layers_of(source, found), unhandled
 
 
-def locate_or_raise(
-    source: Source,
-    names: Names = None,
-    *,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    only: bool = False,
-) -> tuple[list[Found], list[Unhandled]]:
+def locate_or_raise(source: Source, search: SearchOptions = DEFAULT_SEARCH) -> tuple[list[Found], list[Unhandled]]:
     """Locate attention as :func:`locate` does.
 
     Raises:
         ValueError: If there is none.
     """
-    found, unhandled = locate(source, names, num_heads=num_heads, head_dim=head_dim, only=only)
+    found, unhandled = locate(source, search)
     if not found:
-        raise ValueError(_nothing(source, names, unhandled))
+        raise ValueError(_nothing(source, search.names, unhandled))
     return found, unhandled
 
 
@@ -190,45 +198,34 @@ def chosen(wanted: Collection[int | str] | None, layers: Sequence[AttentionLayer
     return [layer for layer in layers if any(matches_label(layer.place, one) for one in wanted)]
 
 
-def locate(
-    source: Source,
-    names: Names = None,
-    *,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    only: bool = False,
-) -> tuple[list[Found], list[Unhandled]]:
+def locate(source: Source, search: SearchOptions = DEFAULT_SEARCH) -> tuple[list[Found], list[Unhandled]]:
     """Locate the attention modules of a source, and those that look like attention and cannot be read.
 
     What looks like attention: a module with a projection called as queries are and one called as keys are, or with one
     called as both (:mod:`rankdecay.attention.names`), that no row of names has read.
 
-    Args:
-        source: the parameters and settings.
-        names: of one's own attention; they come before those that are known.
-        num_heads: number of query heads, where no setting says it.
-        head_dim: size of a head, where nothing says it.
-        only: look for ``names`` alone.
+    Raises:
+        TypeError: If ``search.names`` are no names of attention.
+        ValueError: If names alone are looked for, and there are none.
     """
+    names = search.names
     given = [names] if isinstance(names, AttentionNames) else list(names or ())
     if isinstance(names, (str, dict)) or not all(isinstance(row, AttentionNames) for row in given):
         raise TypeError(f"names must be an AttentionNames or several of them, got {names!r}.")
-    if only and not given:
+    if search.only and not given:
         raise ValueError("only=True looks for names= alone, and names= is not given.")
-    sizes = {"num_heads": num_heads, "head_dim": head_dim}
-    search = _Search(source, given, {name: size for name, size in sizes.items() if size is not None}, only)
+    sizes = {"num_heads": search.num_heads, "head_dim": search.head_dim}
+    walk = _Walk(source, given, {name: size for name, size in sizes.items() if size is not None}, search.only)
     for module, children in _modules(source.plain).items():
-        search.look_at(module, children)
+        walk.look_at(module, children)
     for row in given:
-        if row not in search.matched and search.found:
+        if row not in walk.matched and walk.found:
             called = ", ".join(map(repr, row.projections))
-            search.unhandled.append(
-                Unhandled("", f"names=AttentionNames of {called} match no module; is one misspelt?")
-            )
+            walk.unhandled.append(Unhandled("", f"names=AttentionNames of {called} match no module; is one misspelt?"))
     if isinstance(source, Checkpoint):
-        modules = {layer.module for layer in search.found}
-        search.unhandled += [Unhandled(path, reason) for path, reason in missing_layers(source, modules)]
-    return search.found, search.unhandled
+        modules = {layer.module for layer in walk.found}
+        walk.unhandled += [Unhandled(path, reason) for path, reason in missing_layers(source, modules)]
+    return walk.found, walk.unhandled
 
 
 #: Children beside those called as queries, keys or values that make a module worth a look.
@@ -239,7 +236,7 @@ _WORTH_A_LOOK = frozenset(
 )
 
 
-class _Search:
+class _Walk:
     """Walk over the modules of a source, with what has been found so far."""
 
     def __init__(self, source: Source, given: Sequence[AttentionNames], sizes: dict[str, int], only: bool) -> None:
@@ -247,20 +244,22 @@ class _Search:
         self.found: list[Found] = []
         self.unhandled: list[Unhandled] = []
         self.matched: set[AttentionNames] = set()  # of those given
-        self._named = frozenset(name for row in given for name in (*row.projections, *row.outputs))
+        self._given_children = frozenset(name for row in given for name in (*row.projections, *row.outputs))
         self._taken: set[str] = set()  # parameters that are read, or spoken of, in the module at hand
 
     def look_at(self, module: str, children: Sequence[str]) -> None:
         """Read every attention of a module, and note what looks like attention beside it."""
-        reader = ModuleReader(module, self.source.plain, self.source, self.sizes, self._named)
+        reader = ModuleReader(module, self.source.plain, self.source, self.sizes, self._given_children)
         children = [child for child in children if reader.parameter(child)]
         self._taken = set()
         for row in filter(reader.matches, self.given):
             self.matched.add(row)
-            self._attempt(reader, partial(reader.read, row, named=True), row.projections, named=True)
-        there = {*children, *self.source.children(module)}
-        unsaid = "" if self.only else reader.three_in_one(children)
-        if self.only or not (unsaid or _WORTH_A_LOOK & there or any(is_input_like(c) or factor_of(c) for c in there)):
+            self._attempt(reader, partial(reader.read, row, by_user=True), row.projections, by_user=True)
+        all_children = {*children, *self.source.children(module)}
+        three_in_one = "" if self.only else reader.three_in_one(children)
+        if self.only or not (
+            three_in_one or _WORTH_A_LOOK & all_children or any(is_input_like(c) or factor_of(c) for c in all_children)
+        ):
             return
         projections = [child for child in children if not reader.is_beside(child)]
         if any(is_query_like(child) or is_fused_like(child) for child in projections):
@@ -283,13 +282,13 @@ class _Search:
             if (name := reader.parameter(child)) and name not in self._taken and len(reader.shape(name)) > 1
         ]
         settled = reason or self._taken
-        unsaid = "" if settled else unsaid
+        three_in_one = "" if settled else three_in_one
         factors = "" if settled or not any(second in left for second in reader.pairs) else reader.latent_unknown()
-        if reason := _of_flax(reader, self._taken) or factors or _not_recognised(reader, left, reason) or unsaid:
+        if reason := _of_flax(reader, self._taken) or factors or _not_recognised(reader, left, reason) or three_in_one:
             self._say(module, reason)
 
     def _attempt(
-        self, reader: ModuleReader, read: Callable[[], Found], projections: Sequence[str], named: bool = False
+        self, reader: ModuleReader, read: Callable[[], Found], projections: Sequence[str], by_user: bool = False
     ) -> None:
         """Read projections, unless they are taken: of two rows that share queries each has its own values, the last."""
         names = [name for name in map(reader.parameter, projections) if name]
@@ -299,7 +298,7 @@ class _Search:
         try:
             if empty := next((name for name in names if 0 in reader.shape(name)), None):
                 raise NotHandled(f"{empty} has shape {reader.shape(empty)}: it is empty")
-            if not named:
+            if not by_user:
                 reader.check_given()
             for child in projections:
                 reader.check_alone(child)
@@ -353,8 +352,8 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
         return " and ".join(f"{child} {shape}" for child, shape in zip(first, shapes, strict=True)) + more
 
     if not (fused or (queries and keys)):
-        there = reader.source.children(reader.path)
-        if mark := next((mark for mark in NOT_READ if mark in there), None):
+        all_children = reader.source.children(reader.path)
+        if mark := next((mark for mark in NOT_READ if mark in all_children), None):
             return NOT_READ[mark]
         among = set(left)
         alike = any(spelling.value in among for key in keys for spelling in spellings(key, of="key"))
@@ -370,8 +369,8 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
     if fused:
         shared, value = next(filter(is_query_key_like, fused), None), next(filter(is_value_like, left), None)
         if shared and value:
-            (lines, *_), (own, *_) = (reader.shape(reader.parameter(child) or "") for child in (shared, value))
-            if lines <= own:
+            (lines, *_), (value_rows, *_) = (reader.shape(reader.parameter(child) or "") for child in (shared, value))
+            if lines <= value_rows:
                 return f"{shown([shared, value])}: {own_keys_reason(shared, value)}"
             return (
                 f"{shown([shared])} holds queries and keys in an unknown order: pass "
@@ -392,19 +391,21 @@ def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | Non
 
 def _of_flax(reader: ModuleReader, taken: Collection[str]) -> str | None:
     """Return what to do about projections that are kernels of Flax; None if there are none."""
-    there = sorted(reader.source.children(reader.path))
-    names = {child: reader.parameter(f"{child}.kernel") for child in there if is_input_like(child)}
+    children = sorted(reader.source.children(reader.path))
+    names = {child: reader.parameter(f"{child}.kernel") for child in children if is_input_like(child)}
     kernels = {child: reader.shape(name) for child, name in names.items() if name and name not in taken}
     if not kernels:
         return None
     child, shape = next(iter(kernels.items()))
-    said = f"{child}.kernel {shape} is a kernel as Flax stores it, (in, out)"
+    problem = f"{child}.kernel {shape} is a kernel as Flax stores it, (in, out)"
     if odd := next((child for child, shape in kernels.items() if len(shape) != 2), None):
-        return f"{said}, with heads or layers in a dimension of their own: store it as {odd}.weight, a matrix (out, in)"
+        return (
+            f"{problem}, with heads or layers in a dimension of their own: store it as {odd}.weight, a matrix (out, in)"
+        )
     says = {"query": is_query_like, "key": is_key_like, "value": is_value_like, "fused": is_fused_like}
     roles = {role: next(filter(like, kernels), None) for role, like in says.items()}
     how = ", ".join(f"{role}='{child}.kernel'" for role, child in roles.items() if child)
-    return f"{said}: map it with names=AttentionNames({how}, output=..., num_heads=..., transposed=True)"
+    return f"{problem}: map it with names=AttentionNames({how}, output=..., num_heads=..., transposed=True)"
 
 
 def _modules(plain: Mapping[str, str]) -> dict[str, list[str]]:

@@ -85,18 +85,18 @@ class PlaneRows:
             ValueError: If the text does not describe rows.
         """
         try:
-            said = json.loads(text)
+            fields = json.loads(text)
             return PlaneRows(
-                said["layer"],
-                said["part"],
-                Window.parse(said["window"]),
-                Rotary(said["dims"], said["interleaved"]),
-                said["heads"],
-                said["key_heads"],
-                said["grouping"],
-                said["configuration"],
-                tuple(said["parameters"].items()),
-                said["layers"],
+                fields["layer"],
+                fields["part"],
+                Window.parse(fields["window"]),
+                Rotary(fields["dims"], fields["interleaved"]),
+                fields["heads"],
+                fields["key_heads"],
+                fields["grouping"],
+                fields["configuration"],
+                tuple(fields["parameters"].items()),
+                fields["layers"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{text!r} does not describe the rows of rotary planes: {error}") from None
@@ -176,8 +176,8 @@ def _parts(layer: Found) -> dict[Part, tuple[str, Window]]:
     names: dict[Literal["query", "key"], tuple[Part, Part]]
     names = {"query": ("query", "query bias"), "key": ("key", "key bias")}
     parts: dict[Part, tuple[str, Window]] = {}
-    for role, own in names.items():
-        parts |= zip(own, layer.places[role].parts(), strict=False)  # perhaps without a bias
+    for role, part_names in names.items():
+        parts |= zip(part_names, layer.places[role].parts(), strict=False)  # perhaps without a bias
     return parts
 
 

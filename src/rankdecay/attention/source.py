@@ -26,7 +26,7 @@ from rankdecay.attention.adapters import (
 from rankdecay.attention.checkpoints import Checkpoint, open_checkpoint
 from rankdecay.attention.computed import Computed, StoredWeight, compute, computed_weights, stored_weights
 from rankdecay.attention.errors import CheckpointError
-from rankdecay.attention.names import ROTARY
+from rankdecay.attention.model_types import ROTARY
 from rankdecay.attention.quantised import Weight, live_weights
 from rankdecay.attention.tensors import Shape
 from rankdecay.dtensor import whole
@@ -162,12 +162,12 @@ class ModuleSource:
 
     def setting(self, path: str, attributes: tuple[str, ...]) -> object:
         """Return the nearest value of the attributes: of the module, its configuration, then one level up."""
-        own: object = None  # the configuration of the part the module is in
+        nearest_config: object = None  # the configuration of the part the module is in
         while True:
             for module in self.modules(path):
                 config = getattr(module, "config", None)
-                own = own if own is not None else config
-                if attributes == ROTARY and config is not own and config is not None:
+                nearest_config = nearest_config if nearest_config is not None else config
+                if attributes == ROTARY and config is not nearest_config and config is not None:
                     return None  # of another part, whose positions are its own
                 for holder in (module,) if config is None else (module, config):
                     for attribute in attributes:
@@ -187,8 +187,8 @@ class ModuleSource:
 
         A place that is left empty, by None or an Identity as timm's ``q_norm`` is, does not count.
         """
-        held = [(m._modules, m._parameters, m._buffers) for m in self.modules(path)]
-        parts = [(name, part[name]) for group in held for part in group for name in part.keys()]  # noqa: SIM118 - scripted
+        tables = [(m._modules, m._parameters, m._buffers) for m in self.modules(path)]
+        parts = [(name, part[name]) for group in tables for part in group for name in part.keys()]  # noqa: SIM118 - scripted
         return {name for name, value in parts if value is not None and not isinstance(value, nn.Identity)}
 
     def kind(self, path: str) -> str:
@@ -289,23 +289,23 @@ def _without_wrappers(model: nn.Module, path: str) -> Iterator[str]:
         module, parts = module._modules[parts[0]], parts[1:]
 
 
-def _read(module: Any, parts: list[str], path: str, own: Callable[[], Tensor]) -> Tensor:
+def _read(module: Any, parts: list[str], path: str, read_stored: Callable[[], Tensor]) -> Tensor:
     """Return a weight as the forward pass uses it now.
 
     Args:
         module: where the rest of the path starts.
         parts: the rest of the path.
         path: so far, for messages.
-        own: reads the stored tensor itself.
+        read_stored: reads the stored tensor itself.
     """
     part = parts[0]
     if part == "base_layer" and is_adapted(module):
         base: Any = module.base_layer
         if len(parts) == 2 and is_quantised(base, parts[1]):
-            return added(module, path, own()) if parts[1] == "weight" else own()
+            return added(module, path, read_stored()) if parts[1] == "weight" else read_stored()
         merged_base = merged(module, path)
         if merged_base is base:
-            return _read(base, parts[1:], path, own)
+            return _read(base, parts[1:], path, read_stored)
         within = ".".join(parts[1:])  # in the copy, what the base computes is a plain parameter
         rest = next((leaf for leaf, weight in computed_weights(base).items() if weight.matrix == within), within)
         return _read(merged_base, rest.split("."), path, lambda: _tensor(merged_base, rest))
@@ -321,8 +321,8 @@ def _read(module: Any, parts: list[str], path: str, own: Callable[[], Tensor]) -
             return compute(module, leaf)
     if len(parts) == 1:
         check_plain(module, path)
-        return own()
-    return _read(module._modules[part], parts[1:], f"{path}.{part}" if path else part, own)
+        return read_stored()
+    return _read(module._modules[part], parts[1:], f"{path}.{part}" if path else part, read_stored)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:

@@ -39,14 +39,14 @@ import torch
 from torch import Tensor, nn
 
 from rankdecay.attention import find_attention
-from rankdecay.attention.locate import Names, listed, locate
+from rankdecay.attention.locate import Names, SearchOptions, listed, locate
 from rankdecay.attention.scale import NORM_EPS
 from rankdecay.attention.source import ModuleSource
-from rankdecay.audit.block import size
 from rankdecay.audit.pairs import pairs
 from rankdecay.audit.parts import parts, unmeasurable
 from rankdecay.audit.report import AuditReport, AuditRow, Share
 from rankdecay.audit.trial import Trial
+from rankdecay.audit.view import size
 from rankdecay.checks import check_number
 from rankdecay.decay.roles import roles_in
 
@@ -95,7 +95,7 @@ def audit(
         ['scale_invariant', 'neither', 'unknown']
     """
     source = ModuleSource(model)
-    found, unhandled = locate(source, names, num_heads=num_heads, only=only)
+    found, unhandled = locate(source, SearchOptions(names, num_heads, only=only))
     if names is not None and not found:
         find_attention(model, names, num_heads, only=only)  # raises, and lists what there is
     if tolerance is not None:

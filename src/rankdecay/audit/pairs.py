@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from rankdecay.attention import Window
 from rankdecay.attention.module.found import Found
 from rankdecay.attention.scale import Terms, cancels
-from rankdecay.audit.block import Block, terms_of
-from rankdecay.audit.parts import Part, Partner
+from rankdecay.audit.parts import AuditedPart, Partner
 from rankdecay.audit.trial import Trial, alternating
+from rankdecay.audit.view import ParameterView, terms_of
 
 EFFECT = {
     "product": "only their product counts. L2 on both balances them, and is then a nuclear norm on the product; "
@@ -29,10 +29,11 @@ EFFECT = {
 class Pair:
     """Candidate pair: two parts that may enter the loss only as their product, in every head or hidden unit."""
 
-    first: Part
-    second: Part
+    first: AuditedPart
+    second: AuditedPart
     effect: str
-    sides: tuple[list[Block], list[Block]]  # blocks that scale, cut into units; a side may have several heads in one
+    # What scales, cut into units; a side may have several heads in one.
+    sides: tuple[list[ParameterView], list[ParameterView]]
 
     def judge(self, trial: Trial | None) -> None:
         """Make the parts a pair if the equation holds, and a rescaling does not contradict it."""
@@ -46,7 +47,7 @@ class Pair:
         if trial is not None:
             up = alternating(units)
             first, second = (
-                [(block, factors.repeat_interleave(block.heads // units)) for block in side]
+                [(view, factors.repeat_interleave(view.heads // units)) for view in side]
                 for side, factors in zip(self.sides, (up, 1 / up), strict=True)
             )
             confirmed = trial.unchanged(first + second, abs(trial.change(first)), tolerance)
@@ -56,7 +57,7 @@ class Pair:
                 part.partner = Partner(other, words, scaled, balance, confirmed)
 
 
-def pairs(found: list[Found], parts: list[Part]) -> Iterator[Pair]:
+def pairs(found: list[Found], parts: list[AuditedPart]) -> Iterator[Pair]:
     """Return candidate pairs: by the structure of attention, and by the shapes of matrices side by side in a module."""
     known = {(part.matrix.name, part.part): part for part in parts}
     for layer in found:
@@ -74,7 +75,7 @@ def pairs(found: list[Found], parts: list[Part]) -> Iterator[Pair]:
                 if re.search(r"\.(norm_)?q", first.matrix.name[len(layer.name) :]) and first is not second:
                     yield Pair(first, second, "gains", (first.scaled, second.scaled))
 
-    siblings: dict[str, list[Part]] = {}
+    siblings: dict[str, list[AuditedPart]] = {}
     for part in parts:
         if not part.part and part.matrix.parameter.ndim == 2 and part.role in ("mlp", "other"):
             module = part.matrix.name.rpartition(".")[0]

@@ -14,37 +14,37 @@ from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.module.found import Found
 from rankdecay.attention.scale import NORM_EPS, Terms, cancels
 from rankdecay.attention.source import named_parameters
-from rankdecay.audit.block import Block, size, terms_of
 from rankdecay.audit.report import AuditRow, Kind, Share
 from rankdecay.audit.trial import RESCALING, Trial, alternating
-from rankdecay.decay.roles import Assigned
+from rankdecay.audit.view import ParameterView, size, terms_of
+from rankdecay.decay.roles import ParameterRoles
 from rankdecay.linalg.backend import double
 from rankdecay.spectrum import spectrum
 
 
-def unmeasurable(block: Block, largest: float) -> str:
-    """Return why a block has no measurable symmetry, or ``""``; ``largest`` is the largest ‖g‖‖W‖ in the model."""
-    if not block.parameter.requires_grad:
+def unmeasurable(view: ParameterView, largest: float) -> str:
+    """Return why a view has no measurable symmetry, or ``""``; ``largest`` is the largest ‖g‖‖W‖ in the model."""
+    if not view.parameter.requires_grad:
         return "frozen: not trained, and so not decayed"
-    if block.gradient is None:
+    if view.gradient is None:
         return "unused: the loss does not depend on it, so any decay pulls it to zero unopposed"
-    if not block.whole(block.parameter).any():
+    if not view.whole(view.parameter).any():
         return "zero: there is nothing to decay yet"
-    rounding = min(16 * torch.finfo(block.parameter.dtype).eps, 1e-5)
-    if size(block.whole(block.gradient), block.whole(block.parameter)) <= rounding * largest:
+    rounding = min(16 * torch.finfo(view.parameter.dtype).eps, 1e-5)
+    if size(view.whole(view.gradient), view.whole(view.parameter)) <= rounding * largest:
         return "without effect here: its gradient is rounding at most, so any decay pulls it to zero unopposed"
     return ""
 
 
 @dataclass(eq=False)
-class Part:
+class AuditedPart:
     """Matrix with its bias, or another parameter, and the symmetries found."""
 
-    matrix: Block
+    matrix: ParameterView
     role: str
     why: str
     part: str = ""
-    bias: Block | None = None
+    bias: ParameterView | None = None
     tolerance: float = NORM_EPS
     reason: str = ""  # why no symmetry can be measured
     invariant: bool = False  # as a whole
@@ -53,18 +53,18 @@ class Part:
     partner: Partner | None = None
 
     @property
-    def scaled(self) -> list[Block]:
-        """Blocks that scale together, head by head: without the bias of W_O, which has no heads."""
+    def scaled(self) -> list[ParameterView]:
+        """Views that scale together, head by head: without the bias of W_O, which has no heads."""
         return [self.matrix] if self.bias is None or self.part == "output" else [self.matrix, self.bias]
 
     @property
-    def together(self) -> list[Block]:
+    def together(self) -> list[ParameterView]:
         """Matrix and its bias."""
         return [self.matrix] if self.bias is None else [self.matrix, self.bias]
 
     def terms(self) -> Terms:
         """Return the sums over matrix and bias as one head, of those with a gradient."""
-        sums = [terms_of([block]).grouped(1) for block in self.together if block.gradient is not None]
+        sums = [terms_of([view]).grouped(1) for view in self.together if view.gradient is not None]
         return Terms(*(torch.stack(values).sum(0) for values in zip(*sums, strict=True)))
 
     @property
@@ -78,14 +78,14 @@ class Part:
         levels = [(self.scaled, terms_of(self.scaled))]
         if self.part:
             levels.append((self.together, self.terms()))
-        for i, (blocks, sums) in enumerate(levels):
+        for i, (views, sums) in enumerate(levels):
             if cancels(sums) > self.tolerance:
                 continue
             unchanged = None
             if trial is not None:
-                factors = [alternating(b.heads) if i == 0 else torch.full((b.heads,), RESCALING) for b in blocks]
+                factors = [alternating(b.heads) if i == 0 else torch.full((b.heads,), RESCALING) for b in views]
                 typical = math.log(RESCALING) * math.sqrt(float(sums.square.sum()))
-                unchanged = trial.unchanged(list(zip(blocks, factors, strict=True)), typical, self.tolerance)
+                unchanged = trial.unchanged(list(zip(views, factors, strict=True)), typical, self.tolerance)
             if unchanged is not False:
                 self.by_head, self.invariant, self.confirmed = i == 0, True, unchanged
                 return
@@ -120,20 +120,20 @@ class Part:
             return "unknown"
         return "scale_invariant" if invariant else "pair" if self.partner else "neither"
 
-    def _row(self, block: Block, head: int | None, kind: Kind, words: str, euler: float) -> AuditRow:
-        def values(of: Tensor) -> Tensor:
-            return double(block.whole(of) if head is None else block.cut(of)[head])
+    def _row(self, view: ParameterView, head: int | None, kind: Kind, words: str, euler: float) -> AuditRow:
+        def values(tensor: Tensor) -> Tensor:
+            return double(view.whole(tensor) if head is None else view.cut(tensor)[head])
 
-        w, radial = values(block.parameter), None
-        if block.gradient is not None and math.isfinite(euler):
-            g = values(block.gradient)
+        w, radial = values(view.parameter), None
+        if view.gradient is not None and math.isfinite(euler):
+            g = values(view.gradient)
             radial = float((g * w).sum() / (g.norm() * w.norm()))
-        partner = self.partner if block is self.matrix else None
-        is_bias = block is self.bias
+        partner = self.partner if view is self.matrix else None
+        is_bias = view is self.bias
         low_rank = None if is_bias else _low_rank_share(w)
         turned = f" (tangential share {low_rank.tangential:.0%})" if low_rank and kind != "unknown" else ""
         return AuditRow(
-            name=block.name,
+            name=view.name,
             part=self.part,
             role="bias" if is_bias else self.role,
             head=head,
@@ -173,20 +173,20 @@ class Partner:
     Attributes:
         part: the other side.
         words: what decay does to the pair.
-        scaled: the blocks of both sides, which scale together.
+        scaled: the views of both sides, which scale together.
         balance: distance from the equation of the pair.
         confirmed: whether a finite rescaling said the same; None if it was not tried, or rounding hid the answer.
     """
 
-    part: Part
+    part: AuditedPart
     words: str
-    scaled: list[Block]
+    scaled: list[ParameterView]
     balance: float
     confirmed: bool | None
 
-    def scales(self, block: Block) -> bool:
+    def scales(self, view: ParameterView) -> bool:
         """Whether a parameter belongs to one of the sides."""
-        return any(block.parameter is scaled.parameter for scaled in self.scaled)
+        return any(view.parameter is scaled.parameter for scaled in self.scaled)
 
     def name(self, heads: int, head: int | None) -> str:
         """Return the name of the other side, with the heads that pair with ``head`` of ``heads`` unless it is None."""
@@ -210,25 +210,27 @@ def _low_rank_share(w: Tensor) -> Share | None:
 
 
 def parts(
-    model: nn.Module, found: list[Found], gradients: dict[nn.Parameter, Tensor], assigned: list[Assigned]
-) -> list[Part]:
+    model: nn.Module, found: list[Found], gradients: dict[nn.Parameter, Tensor], assigned: list[ParameterRoles]
+) -> list[AuditedPart]:
     """Return every parameter once, in order: attention's matrices one by one, a bias with its weight."""
     parameters = named_parameters(model)
 
-    def block(name: str, window: Window = WHOLE) -> Block:
-        return Block(name, parameters[name], gradients.get(parameters[name]), window)
+    def view(name: str, window: Window = WHOLE) -> ParameterView:
+        return ParameterView(name, parameters[name], gradients.get(parameters[name]), window)
 
     places = {(place.parameter, role): place for layer in found for role, place in layer.places.items()}
     biases = {parameters[place.bias] for place in places.values() if place.bias}
-    parts: list[Part] = []
+    parts: list[AuditedPart] = []
     for entry in assigned:
-        roles = {known.why: known.role for known in entry.blocks}
-        first = entry.blocks[0]
+        roles = {known.why: known.role for known in entry.segments}
+        first = entry.segments[0]
         located = [(place, role) for (name, role), place in places.items() if name in entry.names]
         for place, role in located:
             window = place.bias_window if role != "output" else None
-            bias = block(place.bias, window or WHOLE) if place.bias else None
-            parts.append(Part(block(place.parameter, place.window), roles.get(role, first.role), role, role, bias))
+            bias = view(place.bias, window or WHOLE) if place.bias else None
+            parts.append(
+                AuditedPart(view(place.parameter, place.window), roles.get(role, first.role), role, role, bias)
+            )
         if located or entry.parameter in biases:
             continue
         name = entry.names[0]
@@ -237,5 +239,5 @@ def parts(
         if leaf == "bias" and weight in parameters:
             continue  # with its weight
         has_bias = leaf == "weight" and bias in parameters
-        parts.append(Part(block(name), first.role, first.why, bias=block(bias) if has_bias else None))
+        parts.append(AuditedPart(view(name), first.role, first.why, bias=view(bias) if has_bias else None))
     return parts

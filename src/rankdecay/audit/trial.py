@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rankdecay.audit.block import Block
+from rankdecay.audit.view import ParameterView
 
 #: The factor of the finite rescaling.
 RESCALING = 1.5
@@ -37,18 +37,18 @@ class Trial:
         self.noise = 4 * noise + 16 * torch.finfo(value.dtype).eps * abs(self.base)
 
     @torch.no_grad()
-    def change(self, scaled: list[tuple[Block, Tensor]]) -> float:
-        """Return the change of the loss when each block's heads are multiplied by its factors."""
-        before = {block.parameter: block.parameter.clone() for block, _ in scaled}
+    def change(self, scaled: list[tuple[ParameterView, Tensor]]) -> float:
+        """Return the change of the loss when each view's heads are multiplied by its factors."""
+        before = {view.parameter: view.parameter.clone() for view, _ in scaled}
         try:
-            for block, factors in scaled:
-                block.scale(factors.to(block.parameter.device))
+            for view, factors in scaled:
+                view.scale(factors.to(view.parameter.device))
             return float(self.loss()) - self.base
         finally:
             for parameter, value in before.items():
                 parameter.copy_(value)
 
-    def unchanged(self, scaled: list[tuple[Block, Tensor]], reference: float, tolerance: float) -> bool | None:
+    def unchanged(self, scaled: list[tuple[ParameterView, Tensor]], reference: float, tolerance: float) -> bool | None:
         """Whether the loss stays, compared to a change of size ``reference``; None if rounding would hide that."""
         if reference <= 4 * self.noise:
             return None

@@ -95,8 +95,8 @@ def _loaded(model: Opened) -> nn.Module:
         how = {"dtype": torch.float32, "local_files_only": True, "ignore_mismatched_sizes": True}
         live, found = kind.from_pretrained(model.name, output_loading_info=True, **how)
     except (OSError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"transformers does not load {model.name}: {said}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"transformers does not load {model.name}: {reason}") from None
     odd = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
     if odd:  # the class would draw it at random
         raise CheckpointError(
@@ -282,10 +282,10 @@ def plane_losses(
     losses: dict[str | None, Tensor] = {}
     done, all_of_it = 0, sum(planes.values())
     for key, count in planes.items():
-        its = [layer for layer, own in zip(layers, keys, strict=True) if own == key]
+        layers_of_table = [layer for layer, table in zip(layers, keys, strict=True) if table == key]
         losses[key] = torch.zeros(count, dtype=torch.float64)
         for plane in range(count):
-            with _without_plane(model, its, plane):
+            with _without_plane(model, layers_of_table, plane):
                 value = loss(model, windows)
             losses[key][plane] = value if math.isfinite(value) else torch.inf
             done += 1

@@ -246,16 +246,17 @@ def _unread(given: Opened, original: Original) -> list[str]:
     if given.stored is None:
         return []
     ends = {tuple(name.split(".")[-2:]) for layer in original.layers for name in layer.parameters}
-    held = [name for name in given.stored.checkpoint.shapes if tuple(name.split(".")[-2:]) in ends]
-    left = [name for name in held if name not in original.skeleton.shapes]
+    attention_names = [name for name in given.stored.checkpoint.shapes if tuple(name.split(".")[-2:]) in ends]
+    left = [name for name in attention_names if name not in original.skeleton.shapes]
     more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-    said = f"{original.kind.__name__} does not read, and what it does not read is copied with heads of the old size."
-    return [f"{left[0]}{more}: attention that {said}"] if left else []
+    kind = original.kind.__name__
+    note = f"attention that {kind} does not read, and what it does not read is copied with heads of the old size."
+    return [f"{left[0]}{more}: {note}"] if left else []
 
 
 def _value_energies(given: Opened, original: Original, moments: list[Moments] | None) -> list[Tensor]:
-    own = moments or [None] * len(original.layers)
-    return [value_energies(layer, given.read, one) for layer, one in zip(original.layers, own, strict=True)]
+    of_layers = moments or [None] * len(original.layers)
+    return [value_energies(layer, given.read, one) for layer, one in zip(original.layers, of_layers, strict=True)]
 
 
 def _sizes(

@@ -26,7 +26,7 @@ from torch import Tensor
 from rankdecay.attention.checkpoints import Checkpoint, open_checkpoint
 from rankdecay.attention.errors import CheckpointError
 from rankdecay.attention.folders import check_inside
-from rankdecay.attention.names import NUM_LAYERS
+from rankdecay.attention.model_types import NUM_LAYERS
 from rankdecay.attention.tensors import TYPE_NAMES
 from rankdecay.compress.original import Smaller
 from rankdecay.compress.reduction import Moments, NotReducible
@@ -121,13 +121,13 @@ class StoredModel:
     def check(self, shapes: Mapping[str, Sequence[int]], names: Sequence[str]) -> None:
         """Refuse weights whose attention has other shapes than the configuration says."""
         for name in names:
-            held, said = self.checkpoint.shapes.get(name), tuple(shapes[name])
-            if held is None:
+            stored_shape, wanted = self.checkpoint.shapes.get(name), tuple(shapes[name])
+            if stored_shape is None:
                 raise CheckpointError(f"{self.path} has no {name}, which its configuration says it should have.")
-            if tuple(held) != said:
+            if tuple(stored_shape) != wanted:
                 raise CheckpointError(
-                    f"{name} of {self.path} has shape {tuple(held)}, and its configuration says {said}: the weights "
-                    "are not those of this config.json."
+                    f"{name} of {self.path} has shape {tuple(stored_shape)}, and its configuration says {wanted}: "
+                    "the weights are not those of this config.json."
                 )
 
     def extra_files(self) -> Iterator[Path]:
@@ -238,37 +238,51 @@ def write_checkpoint(
     written = 0
     weight_map: dict[str, str] = {}
     with ExitStack() as files, ThreadPoolExecutor(1) as thread:
-        last: Future[object] = thread.submit(lambda: None)
-
-        def meanwhile(act: Callable[..., object], *arguments: object) -> None:
-            """Have a thread do something while the next tensor is read or made smaller: one tensor ahead."""
-            nonlocal last
-            last.result()
-            last = thread.submit(act, *arguments)
-
+        writer = _OneBehind(thread)
         for number, names in enumerate(shards):
             many = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
             file = "model.safetensors" if len(shards) == 1 else many
             weight_map |= dict.fromkeys(names, file)
             out = files.enter_context(open(folder / file, "wb"))
-            meanwhile(
-                out.write, _header({name: (TYPE_NAMES[dtypes[name]], shapes[name], sizes[name]) for name in names})
-            )
+            header = _header({name: (TYPE_NAMES[dtypes[name]], shapes[name], sizes[name]) for name in names})
+            writer.submit(out.write, header)
             for name in names:
                 tensor = layer(owner[name])[name] if name in owner else stored.read(name)
                 assert tuple(tensor.shape) == shapes[name], name
                 data = tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
-                meanwhile(out.write, data)
+                writer.submit(out.write, data)
                 written += 1
                 try:
                     say(written, len(shapes))
                 except OSError as error:
                     raise Untold(error) from None
-            meanwhile(_to_disk, out)
-        last.result()
+            writer.submit(_to_disk, out)
+        writer.wait()
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
+    _write_other_files(stored, smaller, folder, card)
+
+
+class _OneBehind:
+    """Thread that writes one tensor while the next is read or made smaller, and never holds more than one."""
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self._thread = thread
+        self._last: Future[object] = thread.submit(lambda: None)
+
+    def submit(self, act: Callable[..., object], *arguments: object) -> None:
+        """Have something done once the last is done; raise what that raised."""
+        self._last.result()
+        self._last = self._thread.submit(act, *arguments)
+
+    def wait(self) -> None:
+        """Wait for the last; raise what it raised."""
+        self._last.result()
+
+
+def _write_other_files(stored: StoredModel, smaller: Smaller, folder: Path, card: str) -> None:
+    """Write what is beside the weights: the tokenizer's files, the configuration and the card."""
     for file in stored.extra_files():
         content = read_bytes(file, _LARGEST_COPY, CheckpointError, "copy it again from where the model came.")
         copy = folder / file.relative_to(stored.path)

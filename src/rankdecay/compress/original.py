@@ -121,10 +121,10 @@ class Original:
             # as a file has it, infinity and the like are written in a form of their own
             new_config = type(self.config).from_dict(type(self.config)._decode_special_floats(dict(written)))
         except Exception as error:  # of the many checks that configurations make
-            said = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200]
             raise NotReducible(
                 f"{type(self.config).__name__} does not take head_dim={head_dim} with the frequencies of the kept "
-                f"planes: {said}"
+                f"planes: {reason}"
             ) from None
         skeleton = Skeleton(self.kind, new_config)
         layers = [

@@ -385,12 +385,12 @@ def _written(parts: _Parts, head_dim: int, new: Mapping[Role, Tensor]) -> dict[s
     written: dict[str, Tensor] = {}
     for role, heads in new.items():
         lines = [heads[..., :-1], heads[..., -1:]] if parts.has_bias(role) else [heads]
-        for (name, window), own in zip(parts.found.places[role].parts(), lines, strict=False):  # no output's bias
+        for (name, window), new_lines in zip(parts.found.places[role].parts(), lines, strict=False):  # no output's bias
             shape = list(parts.read(name).shape)
             dim = window.line_dim(max(len(shape), 2))
             shape[dim] = shape[dim] // window.head_dim * head_dim
             whole = written.setdefault(name, torch.zeros(shape, dtype=parts.read(name).dtype))
-            smaller_window(window, head_dim).write(as_matrix(whole), own)
+            smaller_window(window, head_dim).write(as_matrix(whole), new_lines)
     return written
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankdecay.attention.names import PARTIAL_ROTARY
+from rankdecay.attention.model_types import PARTIAL_ROTARY
 from rankdecay.compress.reduction import NotReducible
 from rankdecay.compress.skeleton import Rope
 

@@ -105,9 +105,11 @@ class Skeleton:
         """
         name = type(model).__name__
         for key, tensor in model.state_dict().items():
-            said = self.shapes.get(key)
-            if said is not None and tuple(tensor.shape) != said:
-                raise NotReducible(f"{key} has shape {tuple(tensor.shape)}, and {name}'s configuration says {said}.")
+            built_shape = self.shapes.get(key)
+            if built_shape is not None and tuple(tensor.shape) != built_shape:
+                raise NotReducible(
+                    f"{key} has shape {tuple(tensor.shape)}, and {name}'s configuration says {built_shape}."
+                )
         self._check_tied(model)
         built = dict(self.model.named_modules())
         for path, module in model.named_modules():
@@ -235,11 +237,11 @@ def _layers_of(table: str) -> str | None:
 
 def _check_numbers(path: str, module: nn.Module, built: nn.Module, name: str) -> None:
     for part, value in vars(module).items():
-        said = vars(built).get(part)
-        if type(value) in (int, float) and type(said) in (int, float) and value != said:
+        configured = vars(built).get(part)
+        if type(value) in (int, float) and type(configured) in (int, float) and value != configured:
             raise NotReducible(
-                f"{path}.{part} is {value}, and {name}'s configuration builds it with {said}: a checkpoint is read by "
-                "its configuration, so set it there."
+                f"{path}.{part} is {value}, and {name}'s configuration builds it with {configured}: a checkpoint is "
+                "read by its configuration, so set it there."
             )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from rankdecay.attention.layer import Window
 from rankdecay.decay.policy import Frobenius, LowRank, OfMatrix
 from rankdecay.decay.sharded.layout import Piece, elementwise_pieces, local_piece
-from rankdecay.decay.sharded.norms import Part, decayed_by_norm, parts_of
+from rankdecay.decay.sharded.norms import NormPiece, decayed_by_norm, norm_pieces
 from rankdecay.decay.sharded.redistribute import Place, Redistribution, entries_per_process, redistribution_key
 from rankdecay.decay.sharded.sums import decayed_pieces
 from rankdecay.dtensor import is_sharded
@@ -82,7 +82,7 @@ def apply(steps: Sequence[Step], backend: Backend) -> None:
         steps: in the same order in every process.
         backend: as for :func:`rankdecay.attach`.
     """
-    parts: list[Part] = []
+    by_norm: list[NormPiece] = []
     for step in steps:
         _apply_whole(step, backend)
         sharded = [parameter for parameter in step.parameters if is_sharded(parameter)]
@@ -93,10 +93,10 @@ def apply(steps: Sequence[Step], backend: Backend) -> None:
             _shrink(pieces, step, backend, step.seed)
         else:
             for parameter in sharded:
-                seed = step.seed + NEXT_SEED * (len(parts) + 1)
-                parts += parts_of(parameter, step.windows, step.by_head, step.decay, step.amount, seed)
-    for part, value in zip(parts, decayed_by_norm(parts), strict=True):
-        part.write(rounded(value, part.value.dtype, part.seed))
+                seed = step.seed + NEXT_SEED * (len(by_norm) + 1)
+                by_norm += norm_pieces(parameter, step.windows, step.by_head, step.decay, step.amount, seed)
+    for piece, value in zip(by_norm, decayed_by_norm(by_norm), strict=True):
+        piece.write(rounded(value, piece.value.dtype, piece.seed))
 
 
 def _apply_whole(step: Step, backend: Backend) -> None:
@@ -151,8 +151,8 @@ def _decay_by_sums(pieces: list[Piece], decay: LowRank, amount: float | Tensor, 
         return 2 * piece.cut.gram**2 * math.prod(piece.value.shape[:-2])
 
     for batch in _batches(pieces, batch_key, entries, lambda piece: _limit(piece.value)):
-        its = backend_on(batch[0].value, backend)
-        values = decayed_pieces(batch, decay, amount, "exact" if its == "auto" else its)
+        chosen = backend_on(batch[0].value, backend)
+        values = decayed_pieces(batch, decay, amount, "exact" if chosen == "auto" else chosen)
         for piece, value in zip(batch, values, strict=True):
             seed += NEXT_SEED
             piece.write(rounded(value, piece.value.dtype, seed + piece.part))

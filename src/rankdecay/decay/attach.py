@@ -12,12 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rankdecay.attention.layer import FLATTENED
-from rankdecay.attention.locate import Names
+from rankdecay.attention.locate import Names, SearchOptions
 from rankdecay.checks import check_name
 from rankdecay.decay.attachment import Attachment
 from rankdecay.decay.groups import hook_roles
 from rankdecay.decay.optimizers import check_supported, parameters_of
-from rankdecay.decay.plan import Excluded, Planned, Remarks, plan
+from rankdecay.decay.plan import DecayChoice, Excluded, plan
 from rankdecay.decay.policy import Decay
 from rankdecay.decay.roles import decays_by_role
 from rankdecay.decay.sources import DecaySource, FromGroups, FromModel
@@ -102,26 +102,18 @@ def attach(
     named = decays_by_role(query_key, value_output, mlp, embedding, norm, bias, other)
     check_name("backend", backend, get_args(Backend))
     check_name("counts", counts, get_args(Counts))
-    source = _source(inside, model, default, named, names, num_heads, only, exclude, counts == "optimizer")
+    choice = DecayChoice(named, default, SearchOptions(names, num_heads, only=only), exclude)
+    source = _source(inside, model, choice, counts == "optimizer")
     return Attachment(inside, source, backend, wrappers)
 
 
-def _source(
-    optimizer: Optimizer,
-    model: nn.Module | None,
-    default: Decay | None,
-    named: dict[str, Decay],
-    names: Names,
-    num_heads: int | None,
-    only: bool,
-    exclude: Excluded,
-    counts_in_state: bool,
-) -> DecaySource:
+def _source(optimizer: Optimizer, model: nn.Module | None, choice: DecayChoice, counts_in_state: bool) -> DecaySource:
     """Return where the decays come from: the optimizer's groups, or the model and the roles."""
+    named, default = choice.by_role, choice.default
     kind = type(optimizer).__name__
     ours = any("role" in group and ("why" in group or hook_roles(group)) for group in optimizer.param_groups)
     if model is None:
-        if named or default is not None or exclude:
+        if named or default is not None or choice.exclude:
             words = ", ".join(named) or ("default" if default is not None else "exclude")
             raise TypeError(f"attach({kind}, {words}=...) needs the model: rankdecay.attach(optimizer, model, ...).")
         if not ours:
@@ -147,13 +139,9 @@ def _source(
             + "; give all of them there and call rankdecay.attach(optimizer), or build the optimizer from "
             "model.parameters()."
         )
-
-    def look_at(model: nn.Module, named: Mapping[str, Decay | None]) -> tuple[list[Planned], Remarks]:
-        return plan(model, default, named, names, num_heads, only, exclude, rest=None, stacklevel=5)
-
-    planned, remarks = look_at(model, named)
+    planned, remarks = plan(model, choice, rest=None, stacklevel=4)
     _check_held(optimizer, model, named, planned)
-    return FromModel(model, planned, remarks, named, default, counts_in_state, lambda *now: look_at(*now)[0])
+    return FromModel(model, choice, planned, remarks, counts_in_state)
 
 
 def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Decay], planned: list[Any]) -> None:
@@ -166,10 +154,10 @@ def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Deca
         planned: parameters of the model.
     """
     kind = type(optimizer).__name__
-    held = {id(p): tuple(p.shape) for p in parameters_of(optimizer)}
-    if not any(id(each.entry.parameter) in held for each in planned):
+    shapes_by_id = {id(p): tuple(p.shape) for p in parameters_of(optimizer)}
+    if not any(id(each.entry.parameter) in shapes_by_id for each in planned):
         shapes = {tuple(each.entry.parameter.shape) for each in planned}
-        copies = sum(shape in shapes for shape in held.values())
+        copies = sum(shape in shapes for shape in shapes_by_id.values())
         raise ValueError(
             f"this {kind} has no parameter of {type(model).__name__}"
             + (
@@ -177,12 +165,14 @@ def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Deca
                 "sharded or copied. Build the optimizer from the model as it is now, then attach."
                 if copies
                 else "; give the model whose parameters it has."
-                + (FLATTENED if any(len(shape) == 1 for shape in held.values()) else "")
+                + (FLATTENED if any(len(shape) == 1 for shape in shapes_by_id.values()) else "")
             )
         )
     for role in named:
-        of_role = [e.entry for e in planned if not e.excluded and any(block.role == role for block in e.entry.blocks)]
-        if of_role and not any(id(entry.parameter) in held for entry in of_role):
+        of_role = [
+            e.entry for e in planned if not e.excluded and any(segment.role == role for segment in e.entry.segments)
+        ]
+        if of_role and not any(id(entry.parameter) in shapes_by_id for entry in of_role):
             raise ValueError(
                 f"{role}={named[role]!r} names no parameter of this {kind}: {of_role[0].names[0]} and "
                 f"{len(of_role) - 1} more are not in it. Attach that role to the optimizer which has them."

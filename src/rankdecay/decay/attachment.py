@@ -76,8 +76,8 @@ def _living() -> list[tuple[Attachment, Optimizer]]:
     """Return attachments with their optimizers, which then live on: the garbage collector may run at any moment."""
     with _attaching:
         every = list(_attached)
-    held = [(attachment, attachment._optimizer()) for attachment in every]
-    return [(attachment, optimizer) for attachment, optimizer in held if optimizer is not None]
+    pairs = [(attachment, attachment._optimizer()) for attachment in every]
+    return [(attachment, optimizer) for attachment, optimizer in pairs if optimizer is not None]
 
 
 class Attachment:
@@ -104,7 +104,7 @@ class Attachment:
                 self._register_group(index, group)
             check_planes_held(source, optimizer)
             _check_not_shared(optimizer, self)
-            check_agreement([(held.group, held.target) for held in self._targets(optimizer)], backend)
+            check_agreement([(current.group, current.target) for current in self._targets(optimizer)], backend)
             self._give_weight_decay(optimizer)()  # so that what cannot be divided is found now
         except BaseException:
             source.close(optimizer)
@@ -112,7 +112,7 @@ class Attachment:
         self._params_with_grad: set[int] = set()
         self._rates: list[float | Tensor] = []  # of each group, before the step
         self._factors: list[float | Tensor] = []  # the same when it has been made
-        self._stepping: list[list[_Held]] = []  # the targets of this step, by group
+        self._stepping: list[list[_CurrentTarget]] = []  # the targets of this step, by group
         self._closure = False
         self._first = True
         self._first_decay = True
@@ -129,7 +129,7 @@ class Attachment:
         ]
         if any("param_names" in group for group in optimizer.param_groups):
             name_later_groups(optimizer)
-        self._watch = Watch(kind, [p for held in self._targets(optimizer) for p in held.parameters])
+        self._watch = Watch(kind, [p for current in self._targets(optimizer) for p in current.parameters])
         with _attaching:
             _attached.add(self)
         before_every_step(_keep_hooks_in_place)
@@ -271,17 +271,17 @@ class Attachment:
         ``optimizer.state_dict()`` has them too, unless the decay was attached with ``counts="attachment"``.
         """
         optimizer = self.optimizer
-        targets = [held.target for held in self._targets(optimizer)]
+        targets = [current.target for current in self._targets(optimizer)]
         for target in targets:
             target.counter.settle()
         counts: dict[str, Any] = {}
         for target in targets:
             missed, unit = target.counter.missed, unit_of(target.decay)
             for position, name in enumerate(target.names):
-                of = f"{bare_name(name)}.{target.role}"
-                counts |= {f"{of}_steps": target.counter.steps, pending_key(of, unit): target.counter.pending}
-                counts |= {pending_key(of, unit, "missed"): missed[position]} if position in missed else {}
-                counts |= {f"{of}_warmed": target.counter.warmed} if target.decay and target.decay.warmup else {}
+                prefix = f"{bare_name(name)}.{target.role}"
+                counts |= {f"{prefix}_steps": target.counter.steps, pending_key(prefix, unit): target.counter.pending}
+                counts |= {pending_key(prefix, unit, "missed"): missed[position]} if position in missed else {}
+                counts |= {f"{prefix}_warmed": target.counter.warmed} if target.decay and target.decay.warmup else {}
         return counts
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -290,17 +290,17 @@ class Attachment:
         Raises:
             ValueError: If it has counts, but none of these parameters.
         """
-        names = [bare_name(name) for held in self._targets(self.optimizer) for name in held.target.names]
+        names = [bare_name(name) for current in self._targets(self.optimizer) for name in current.target.names]
         if state_dict and not any(key.rpartition(".")[0] in names for key in state_dict):
             raise ValueError(
                 f"the counts are of other parameters, such as {next(iter(state_dict))}; here they are of "
                 f"{', '.join(names[:3])}. Load the attachment.state_dict() of the same model."
             )
         for _, target, _ in self._targets(self.optimizer):
-            first = f"{bare_name(target.names[0])}.{target.role}"
-            target.counter.steps = int(state_dict.get(f"{first}_steps", 0))
-            target.counter.pending = float(state_dict.get(pending_key(first, unit_of(target.decay)), 0.0))
-            target.counter.start_warmup(after=int(state_dict.get(f"{first}_warmed", 0)))
+            prefix = f"{bare_name(target.names[0])}.{target.role}"
+            target.counter.steps = int(state_dict.get(f"{prefix}_steps", 0))
+            target.counter.pending = float(state_dict.get(pending_key(prefix, unit_of(target.decay)), 0.0))
+            target.counter.start_warmup(after=int(state_dict.get(f"{prefix}_warmed", 0)))
             target.counter.take_missed()
             for position, name in enumerate(target.names):
                 missed = state_dict.get(
@@ -320,18 +320,18 @@ class Attachment:
         put_back, self._put_back = self._put_back, _nothing
         put_back()
 
-    def _targets(self, optimizer: Optimizer) -> list[_Held]:
+    def _targets(self, optimizer: Optimizer) -> list[_CurrentTarget]:
         """Return the targets with their parameters; in the middle of a step those of the step, whose groups are cut."""
         elsewhere = self._in_step and self._thread != threading.get_ident()  # where `is_stepping` cannot look
         if self._put_back is not _nothing and (elsewhere or is_stepping(optimizer)):
-            return [held for group in self._stepping for held in group]
+            return [current for group in self._stepping for current in group]
         self._restore()
         self._register_new_groups(optimizer)
-        return [held for group in self._held_by_group(optimizer) for held in group]
+        return [current for group in self._targets_by_group(optimizer) for current in group]
 
-    def _held_by_group(self, optimizer: Optimizer) -> list[list[_Held]]:
+    def _targets_by_group(self, optimizer: Optimizer) -> list[list[_CurrentTarget]]:
         return [
-            [_Held(group, target, target.parameters(group)) for target in self._source.targets(index, group)]
+            [_CurrentTarget(group, target, target.parameters(group)) for target in self._source.targets(index, group)]
             for index, group in enumerate(optimizer.param_groups)
         ]
 
@@ -391,12 +391,12 @@ class Attachment:
             self._register_group(index, group)
         self._register_new_groups(optimizer)
         self._source.recall(optimizer)
-        self._stepping = self._held_by_group(optimizer)
+        self._stepping = self._targets_by_group(optimizer)
         self._rates = [rate(optimizer, group) for group in optimizer.param_groups]
         self._put_back = self._give_weight_decay(optimizer)
 
     def _note_gradients(self) -> None:
-        live = (p for targets in self._stepping for held in targets for p in held.parameters)
+        live = (p for targets in self._stepping for current in targets for p in current.parameters)
         self._params_with_grad |= {id(p) for p in live if p.grad is not None}
 
     def _in_one_piece(self, argument: Any) -> Any:
@@ -456,16 +456,17 @@ class Attachment:
         self._source.keep(optimizer, self._params_with_grad)
 
     def _decay(self, optimizer: Optimizer) -> None:
+        """Decay what is due in this step, then look whether any of it is not finite."""
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-        due: list[Step] = []
+        steps: list[Step] = []
         planes = PlaneStep()
-        named: list[tuple[str, Tensor]] = []
+        looked_at: list[tuple[str, Tensor]] = []  # parameters, or norms of them, by name
         groups = zip(optimizer.param_groups, self._stepping, self._factors, strict=False)  # a hook may have added some
         for index, (group, targets, factor) in enumerate(groups):
             counts = counts_steps(optimizer, group)
             if not targets and "role" in group and group.get("decoupled_weight_decay"):  # L2 that is the optimizer's
-                own = Frobenius(float(group.get("weight_decay", 0.0)))
-                warn_if_too_strong(group["role"], own, factor, self._too_strong)
+                l2 = Frobenius(float(group.get("weight_decay", 0.0)))
+                warn_if_too_strong(group["role"], l2, factor, self._too_strong)
             for number, (_, target, parameters) in enumerate(targets):
                 if self._paused and target.decay is not None:
                     continue  # what is the optimizer's own goes on
@@ -482,13 +483,13 @@ class Attachment:
                 role = ROLES.index(target.role)
                 seed = step_seed(target.counter.steps, index, role, number // len(ROLES))
                 if isinstance(decay, Planes):
-                    its = {position: amount for amount, positions in amounts for position in positions}
-                    planes.add(decay, parameters, target.names, target.planes, its, seed)
+                    by_position = {position: amount for amount, positions in amounts for position in positions}
+                    planes.add(decay, parameters, target.names, target.planes, by_position, seed)
                     continue
                 for amount, positions in amounts:
                     chosen = [parameters[position] for position in positions]
                     if isinstance(decay, LowRank) or decay.needs_norm:
-                        named += [(target.names[position], parameters[position]) for position in positions]
+                        looked_at += [(target.names[position], parameters[position]) for position in positions]
                     if self._first_decay:
                         self._first_decay = False
                         check_states(optimizer, chosen)
@@ -496,12 +497,12 @@ class Attachment:
                     if is_averaged(group):
                         decay_averaged(optimizer, group, step, self._backend)
                     else:
-                        due.append(step)
-        roles = [step.role for step in due if step.is_collective]
+                        steps.append(step)
+        roles = [step.role for step in steps if step.is_collective]
         with explain_collective_failure(roles + ["query_key"] * planes.is_collective):
-            apply(due, self._backend)
-            named += planes.apply()
-        self._finite.look(named)
+            apply(steps, self._backend)
+            looked_at += planes.apply()
+        self._finite.look(looked_at)
 
     def _register_group(self, index: int, group: Group) -> None:
         """Check a new group, and before each step that a known one has parameters of the same shapes.
@@ -550,7 +551,7 @@ class Attachment:
                     )
 
 
-class _Held(NamedTuple):
+class _CurrentTarget(NamedTuple):
     """Target with the group and the parameters that it has now."""
 
     group: Group
@@ -593,15 +594,17 @@ def _detached() -> Attachment:
 
 def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
     """Raise if another attached optimizer decays one of these parameters."""
-    held = attachment._targets(optimizer)
-    ours = {id(p): name for each in held for p, name in zip(each.parameters, each.target.names, strict=True)}
-    for other, theirs in _living():
-        for _, _, parameters in other._targets(theirs):
+    targets = attachment._targets(optimizer)
+    ours = {
+        id(p): name for current in targets for p, name in zip(current.parameters, current.target.names, strict=True)
+    }
+    for other, other_optimizer in _living():
+        for _, _, parameters in other._targets(other_optimizer):
             for parameter in parameters:
                 if id(parameter) in ours:
                     raise ValueError(
-                        f"{ours[id(parameter)]} would be decayed twice: an attached {type(theirs).__name__}, which "
-                        "still exists, decays it already. Call detach() on the earlier attachment, or give the "
+                        f"{ours[id(parameter)]} would be decayed twice: an attached {type(other_optimizer).__name__}, "
+                        "which still exists, decays it already. Call detach() on the earlier attachment, or give the "
                         "parameter to one optimizer. (After a trainer was interrupted, its attachment is in "
                         "rankdecay.decay.attachment.attached().)"
                     )

@@ -35,12 +35,12 @@ from torch import Tensor, nn
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
-from rankdecay.attention.locate import Names
+from rankdecay.attention.locate import Names, SearchOptions
 from rankdecay.attention.planes import PlaneRows
 from rankdecay.checks import check_number
-from rankdecay.decay.plan import Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
+from rankdecay.decay.plan import DecayChoice, Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, unit_of
-from rankdecay.decay.roles import ROLES, Assigned, Block, decays_by_role
+from rankdecay.decay.roles import ROLES, ParameterRoles, Segment, decays_by_role
 from rankdecay.dtensor import is_sharded
 
 Group = dict[str, Any]
@@ -114,21 +114,22 @@ def param_groups(
         ['bias', 'mlp', 'norm', 'query_key+value_output', 'value_output']
     """
     named = decays_by_role(query_key, value_output, mlp, embedding, norm, bias, other)
-    planned, remarks = plan(model, default, named, names, num_heads, only, exclude, rest=Frobenius(0.0), stacklevel=3)
+    choice = DecayChoice(named, default, SearchOptions(names, num_heads, only=only), exclude)
+    planned, remarks = plan(model, choice, rest=Frobenius(0.0), stacklevel=3)
     groups: dict[object, Group] = {}
     planes = query_key if isinstance(query_key, Planes) else None
     for each in planned:
         entry, decays, excluded = each.entry, each.decays, each.excluded
         # Not by the decays: the same model has the same groups whatever its decays, so that a state can be loaded.
-        layout = tuple((block.role, block.window) for block in entry.blocks)
-        key = (layout, is_matrix(entry, entry.blocks[0]), excluded)
+        layout = tuple((segment.role, segment.window) for segment in entry.segments)
+        key = (layout, is_matrix(entry, entry.segments[0]), excluded)
         group = groups.setdefault(key, {"params": [], "param_names": [], "why": [], **_keys(decays)})
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.names[0])
         group["why"].append(why_of(entry))
         l2 = all(isinstance(decay, Frobenius) and decay.is_l2 for _, decay in decays)
         known = GroupInfo(
-            entry.names[0], group["why"][-1], remarks, entry.blocks, l2, entry.planes, entry.no_planes, excluded
+            entry.names[0], group["why"][-1], remarks, entry.segments, l2, entry.planes, entry.no_planes, excluded
         )
         _known.know(model, known.name, entry.parameter, known)
     for group in groups.values():
@@ -178,7 +179,7 @@ class GroupInfo(NamedTuple):
         name: its name.
         why: the reason for its role.
         remarks: on the model.
-        blocks: its matrices.
+        segments: its matrices, with their roles.
         l2: whether its decay is L2 that was asked for, and not the optimizer's own.
         planes: where it has rows of rotary planes.
         no_planes: why it has none, for W_Q and W_K.
@@ -188,7 +189,7 @@ class GroupInfo(NamedTuple):
     name: str
     why: str
     remarks: Remarks
-    blocks: list[Block]
+    segments: list[Segment]
     l2: bool
     planes: tuple[PlaneRows, ...] = ()
     no_planes: str = ""
@@ -218,8 +219,8 @@ class _KnownParameters:
     def _found(self, parameter: Tensor) -> GroupInfo | None:
         reference, leaf, known = self._known.get(id(parameter), (lambda: None, "", None))
         holder = reference()
-        held = holder._parameters[leaf] if holder is not None and leaf in holder._parameters else None
-        if held is parameter or (held is not None and is_sharded(parameter) and held.shape == parameter.shape):
+        present = holder._parameters[leaf] if holder is not None and leaf in holder._parameters else None
+        if present is parameter or (present is not None and is_sharded(parameter) and present.shape == parameter.shape):
             return known  # FSDP2 puts the whole tensor in the place of the sharded one, for a forward pass and after it
         return None
 
@@ -324,20 +325,22 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
         _change_biases(group, decays["query_key"])
     if not set(roles) & set(decays):
         return
-    known = [_known[p].blocks for p in group["params"] if p in _known]
+    known = [_known[p].segments for p in group["params"] if p in _known]
     found = decays_in(group)
     if not known and (len(roles) > 1 or any(f"{role}_blocks" in group for role in roles)):
         raise ValueError(
             f"the decay of {group['role']} cannot be replaced, since its parameters are not those of "
             "rankdecay.param_groups: change the group's own keys, such as query_key_strength."
         )
-    blocks = known[0] if known else [Block(roles[0], WHOLE, "")]
+    segments = known[0] if known else [Segment(roles[0], WHOLE, "")]
     whole: Decay | None = Frobenius(group["weight_decay"]) if "weight_decay" in group else None
-    pairs = [(block, decays.get(block.role, found.get(block.role, whole))) for block in blocks]
-    for block, decay in pairs:
+    pairs = [(segment, decays.get(segment.role, found.get(segment.role, whole))) for segment in segments]
+    for segment, decay in pairs:
         if decay is not None and group["params"]:
             no_planes = next((_known[p].no_planes for p in group["params"] if p in _known), "")
-            check_suits(block, Assigned(group["params"][0], names_in(group)[:1], blocks, no_planes=no_planes), decay)
+            check_suits(
+                segment, ParameterRoles(group["params"][0], names_in(group)[:1], segments, no_planes=no_planes), decay
+            )
     counts = {key: group[key] for key in group if key.endswith(("_steps", "_pending", "_missed"))}
     for role, decay in decays.items():
         if found.get(role) == decay and f"{role}_warmed" in group:
@@ -348,8 +351,8 @@ def change_decays(group: Group, decays: Mapping[str, Decay]) -> None:
     group.update(_keys(pairs))
     acting = decays_in(group)
     if "query_key" in roles:
-        its = acting.get("query_key")
-        _give_planes(group, its if isinstance(its, Planes) else None)
+        query_key = acting.get("query_key")
+        _give_planes(group, query_key if isinstance(query_key, Planes) else None)
     for role in [role for role in found if role in acting and _measure(acting[role]) != _measure(found[role])]:
         for what in ("pending", "missed"):  # read in another unit it might wipe the weight out
             counts.pop(f"{role}_{what}", None)
@@ -370,10 +373,14 @@ def _change_biases(group: Group, decay: Decay) -> None:
         del group[key]
     if not isinstance(decay, Planes):
         return
-    own = found.get(roles_of(group)[0], Frobenius(group.get("weight_decay", 0.0)))
+    bias_decay = found.get(roles_of(group)[0], Frobenius(group.get("weight_decay", 0.0)))
     for known in (_known[p] for p in group["params"] if p in _known):
         shape = next(p for p in group["params"] if p in _known and _known[p] is known)
-        bias_planes(Assigned(shape, [known.name], known.blocks, known.planes), [(b, own) for b in known.blocks], decay)
+        bias_planes(
+            ParameterRoles(shape, [known.name], known.segments, known.planes),
+            [(s, bias_decay) for s in known.segments],
+            decay,
+        )
     _give_planes(group, decay)
     same = found.get("query_key") == decay
     group.update({key: n for key, n in counts.items() if key in group and (same or key != "query_key_warmed")})
@@ -443,9 +450,9 @@ def real_l2(group: Group) -> Group:
     return live_l2(roles_of(group)[0])
 
 
-def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
+def _keys(decays: list[tuple[Segment, Decay | None]]) -> Group:
     """Return the keys that say which decay the parameters of a group have."""
-    roles = list(dict.fromkeys(block.role for block, _ in decays))
+    roles = list(dict.fromkeys(segment.role for segment, _ in decays))
     keys: Group = {"role": "+".join(roles)}
     distinct = {decay for _, decay in decays}
     if len(distinct) == 1:
@@ -459,8 +466,8 @@ def _keys(decays: list[tuple[Block, Decay | None]]) -> Group:
     live = None if None in l2 else (l2.pop() if len(l2) == 1 else Frobenius(0.0))
     keys |= {} if live is None else {"weight_decay": live.strength}
     for role in roles:
-        [decay] = {decay for block, decay in decays if block.role == role}
-        windows = [block.labelled_window() for block, _ in decays if block.role == role]
+        [decay] = {decay for segment, decay in decays if segment.role == role}
+        windows = [segment.labelled_window() for segment, _ in decays if segment.role == role]
         if decay is None or decay == live:
             keys |= live_l2(role, windows)
         else:

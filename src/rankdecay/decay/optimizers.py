@@ -454,24 +454,24 @@ def _tensors(entries: object, name: str = "", depth: int = 3) -> Iterator[tuple[
 
 def remarks_on_optimizer(optimizer: Optimizer, wrappers: Iterable[str]) -> list[str]:
     """Return what a reader of ``describe()`` has to know of an optimizer, and of the classes around it."""
-    said: list[str] = []
+    remarks: list[str] = []
     groups = optimizer.param_groups
     kind = type(optimizer).__name__
     if any(is_averaged(group) for group in groups):
-        said.append(
+        remarks.append(
             f"{kind} averages: a low-rank decay acts on its base iterate, and shrinks what the average, whose weights "
             "are evaluated, still holds outside the range of that; L2 acts as the optimizer's own"
         )
     if any(finds_rate(optimizer, group) for group in groups):
-        said.append(f"{kind} finds its rate: a decay is multiplied by lr · d")
+        remarks.append(f"{kind} finds its rate: a decay is multiplied by lr · d")
     if any(has_rate_per_parameter(optimizer, group) for group in groups):
-        said.append(f"{kind} has a rate of its own for each parameter, by which a decay of it is multiplied")
+        remarks.append(f"{kind} has a rate of its own for each parameter, by which a decay of it is multiplied")
     names = [*wrappers, kind]
     lagging = next((name for name in names if "lookahead" in name.lower() or "ranger" in name.lower()), None)
     if lagging:
-        said.append(
+        remarks.append(
             f"{lagging} averages the weights with slow ones now and then: these lag behind the decay, as behind a step"
         )
     if kind == "SPlus":
-        said.append("SPlus evaluates an average of its weights, which lags behind the decay, as behind a step")
-    return said
+        remarks.append("SPlus evaluates an average of its weights, which lags behind the decay, as behind a step")
+    return remarks

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple, get_args
 
 from torch import Tensor, nn
 
 from rankdecay.attention.layer import WHOLE, smaller_side
-from rankdecay.attention.locate import Names, listed, warn_unhandled
+from rankdecay.attention.locate import SearchOptions, listed, warn_unhandled
 from rankdecay.attention.planes import PlaneRows
 from rankdecay.checks import suggestion
 from rankdecay.decay.planes import check_planes
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes
-from rankdecay.decay.roles import ROLES, Assigned, Block, assign_roles
+from rankdecay.decay.roles import ROLES, ParameterRoles, Segment, assign_roles
 from rankdecay.decay.settings import decay_text
 
 Excluded = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
+
+
+@dataclass(frozen=True)
+class DecayChoice:
+    """Decays that a user chooses for a model; :func:`plan` checks them.
+
+    Attributes:
+        by_role: decays of the roles that are named.
+        default: decay of the matrices whose role is not named.
+        search: how attention is looked for.
+        exclude: parameters that are left to the optimizer.
+    """
+
+    by_role: Mapping[str, Decay]
+    default: Decay | None
+    search: SearchOptions
+    exclude: Excluded
 
 
 class Remarks(NamedTuple):
@@ -42,67 +59,54 @@ class Planned(NamedTuple):
 
     Attributes:
         entry: the parameter.
-        decays: of its blocks.
+        decays: of its segments.
         excluded: whether it is left to the optimizer, as one that holds the codes of a quantised weight is.
         bias_of: the decay of planes that a bias of queries or keys has rows of, in place of ``decays``.
     """
 
-    entry: Assigned
-    decays: list[tuple[Block, Decay | None]]
+    entry: ParameterRoles
+    decays: list[tuple[Segment, Decay | None]]
     excluded: bool = False
     bias_of: Planes | None = None
 
     @property
-    def acting(self) -> list[tuple[Block, Decay | None]]:
-        """The decays that act on its blocks; a bias with planes is part of W_Q and W_K."""
-        return self.decays if self.bias_of is None else [(Block("query_key", WHOLE, "bias"), self.bias_of)]
+    def acting(self) -> list[tuple[Segment, Decay | None]]:
+        """The decays that act on its segments; a bias with planes is part of W_Q and W_K."""
+        return self.decays if self.bias_of is None else [(Segment("query_key", WHOLE, "bias"), self.bias_of)]
 
 
 def plan(
-    model: nn.Module,
-    default: Decay | None,
-    named: Mapping[str, Decay | None],
-    names: Names,
-    num_heads: int | None,
-    only: bool,
-    exclude: Excluded,
-    *,
-    rest: Decay | None,
-    stacklevel: int,
+    model: nn.Module, choice: DecayChoice, *, rest: Decay | None, stacklevel: int
 ) -> tuple[list[Planned], Remarks]:
     """Return the decay of every matrix of a model, and what a reader has to know of its attention.
 
     Args:
         model: the model.
-        default: decay of the matrices whose role is not named.
-        named: decay by role.
-        names: as in :func:`param_groups`.
-        num_heads: as in :func:`param_groups`.
-        only: as in :func:`param_groups`.
-        exclude: as in :func:`param_groups`.
+        choice: the decays that were asked for.
         rest: decay of what is no matrix, where its role is not named.
         stacklevel: of the warning, seen from here.
     """
-    check_decays({"default": default, **named})
-    assigned, unhandled = assign_roles(model, names, num_heads, only)
-    is_excluded = _excluded(exclude, [name for entry in assigned for name in entry.names])
+    by_role = choice.by_role
+    check_decays({"default": choice.default, **by_role})
+    assigned, unhandled = assign_roles(model, choice.search)
+    is_excluded = _excluded(choice.exclude, [name for entry in assigned for name in entry.names])
     out = {id(entry) for entry in assigned if any(is_excluded(name) for name in entry.names)}
-    _check_every_role_matches(named, [e for e in assigned if id(e) not in out], model, listed(unhandled), bool(out))
-    if named.get("query_key") is not None or named.get("value_output") is not None:
+    _check_every_role_matches(by_role, [e for e in assigned if id(e) not in out], model, listed(unhandled), bool(out))
+    if by_role.get("query_key") is not None or by_role.get("value_output") is not None:
         warn_unhandled(unhandled, "is not decayed", stacklevel=stacklevel + 1)
     _leave_out(assigned, out)
-    planes = named.get("query_key")
+    planes = by_role.get("query_key")
     planned: list[Planned] = []
     for entry in assigned:
         if id(entry) in out or _holds_codes(entry.parameter):
-            planned.append(Planned(entry, [(block, None) for block in entry.blocks], True))
+            planned.append(Planned(entry, [(segment, None) for segment in entry.segments], True))
             continue
-        decays = [(block, decay_of(block, entry, named, default, rest)) for block in entry.blocks]
+        decays = [(segment, decay_of(segment, entry, choice, rest)) for segment in entry.segments]
         _check_no_conflict(entry, decays)
         planned.append(Planned(entry, decays, bias_of=bias_planes(entry, decays, planes)))
     if isinstance(planes, Planes):
         check_planes(planes, [(entry.names[0], entry.planes) for entry in assigned])
-    assumed = [entry.names[0] for entry in assigned if any(block.assumed for block in entry.blocks)]
+    assumed = [entry.names[0] for entry in assigned if any(segment.assumed for segment in entry.segments)]
     return planned, Remarks(tuple(listed(unhandled)), tuple(assumed))
 
 
@@ -125,7 +129,7 @@ def check_decays(decays: Mapping[str, Decay | None]) -> None:
             raise ValueError(f"{argument}={decay!r}: rotary planes are those of W_Q and W_K; pass it as query_key.")
 
 
-def _leave_out(assigned: list[Assigned], excluded: set[int]) -> None:
+def _leave_out(assigned: list[ParameterRoles], excluded: set[int]) -> None:
     """Take the planes of excluded and frozen parameters away, and count the layers that have some left."""
     for entry in assigned:
         if id(entry) in excluded or not entry.parameter.requires_grad:
@@ -138,20 +142,20 @@ def _leave_out(assigned: list[Assigned], excluded: set[int]) -> None:
 
 
 def bias_planes(
-    entry: Assigned, decays: Sequence[tuple[Block, Decay | None]], query_key: Decay | None
+    entry: ParameterRoles, decays: Sequence[tuple[Segment, Decay | None]], query_key: Decay | None
 ) -> Planes | None:
     """Return the decay of planes that a bias has instead of its own; None if it has none.
 
     Raises:
         ValueError: If it holds more than the bias of queries or keys, and biases have a decay of their own.
     """
-    if not isinstance(query_key, Planes) or not entry.planes or any(b.role == "query_key" for b in entry.blocks):
+    if not isinstance(query_key, Planes) or not entry.planes or any(s.role == "query_key" for s in entry.segments):
         return None
-    own = next((decay for _, decay in decays if decay is not None and decay.strength), None)
-    if own is not None and holds_more(entry.planes, entry.parameter):
+    bias_decay = next((decay for _, decay in decays if decay is not None and decay.strength), None)
+    if bias_decay is not None and holds_more(entry.planes, entry.parameter):
         raise ValueError(
             f"{entry.names[0]} holds the biases of queries, keys and values: those of queries and keys are decayed "
-            f"with query_key={query_key!r}, and bias={own!r} cannot act on the rest of it alone; leave bias out."
+            f"with query_key={query_key!r}, and bias={bias_decay!r} cannot act on the rest of it alone; leave bias out."
         )
     return query_key
 
@@ -163,9 +167,12 @@ def holds_more(planes: Iterable[PlaneRows], bias: Tensor) -> bool:
     )
 
 
-def why_of(entry: Assigned) -> str:
+def why_of(entry: ParameterRoles) -> str:
     """Return the reasons for the roles of a parameter."""
-    reasons = [*(block.why for block in entry.blocks), *(block.note for block in entry.blocks if block.note)]
+    reasons = [
+        *(segment.why for segment in entry.segments),
+        *(segment.note for segment in entry.segments if segment.note),
+    ]
     return ", ".join(dict.fromkeys(reasons))
 
 
@@ -201,53 +208,51 @@ def _excluded(exclude: Excluded, names: list[str]) -> Callable[[str], bool]:
     return lambda name: any(test(name) for test in tests)
 
 
-def decay_of(
-    block: Block, entry: Assigned, named: Mapping[str, Decay | None], default: Decay | None, rest: Decay | None
-) -> Decay | None:
-    """Return the decay of a block; None for the optimizer's own weight decay."""
-    decay = named.get(block.role)
+def decay_of(segment: Segment, entry: ParameterRoles, choice: DecayChoice, rest: Decay | None) -> Decay | None:
+    """Return the decay of a segment; None for the optimizer's own weight decay."""
+    decay = choice.by_role.get(segment.role)
     if decay is None:
-        decay = default if is_matrix(entry, block) else rest
+        decay = choice.default if is_matrix(entry, segment) else rest
     if decay is not None:
-        check_suits(block, entry, decay)
+        check_suits(segment, entry, decay)
     return decay
 
 
-def is_matrix(entry: Assigned, block: Block) -> bool:
-    """Return whether a block has the default decay: a norm's gain and a bias are never matrices."""
-    return entry.parameter.ndim >= 2 and block.role not in ("norm", "bias") and not block.fixed
+def is_matrix(entry: ParameterRoles, segment: Segment) -> bool:
+    """Return whether a segment has the default decay: a norm's gain and a bias are never matrices."""
+    return entry.parameter.ndim >= 2 and segment.role not in ("norm", "bias") and not segment.fixed
 
 
-def check_suits(block: Block, entry: Assigned, decay: Decay) -> None:
-    """Raise if a decay is not defined for a block."""
+def check_suits(segment: Segment, entry: ParameterRoles, decay: Decay) -> None:
+    """Raise if a decay is not defined for a segment."""
     name, shape = entry.names[0], tuple(entry.parameter.shape)
     if isinstance(decay, Planes):
-        if entry.no_planes or not block.window.has_heads:
+        if entry.no_planes or not segment.window.has_heads:
             raise ValueError(
-                f"{block.role}={decay!r} meets {entry.no_planes or f'{name}, whose heads are not known'}. Give "
-                f"{block.role}=rankdecay.LowRank(...), or leave these layers out with exclude=."
+                f"{segment.role}={decay!r} meets {entry.no_planes or f'{name}, whose heads are not known'}. Give "
+                f"{segment.role}=rankdecay.LowRank(...), or leave these layers out with exclude=."
             )
         return
     if entry.parameter.is_complex() and not (isinstance(decay, Frobenius) and decay.is_l2):
-        raise ValueError(f"{block.role}={decay!r} meets {complex_weights(name)}")
+        raise ValueError(f"{segment.role}={decay!r} meets {complex_weights(name)}")
     needs_matrix = isinstance(decay, LowRank) or (decay.needs_norm and len(shape) > 2)
-    if needs_matrix and len(shape) != 2 and not block.stack and not block.window.has_heads:
+    if needs_matrix and len(shape) != 2 and not segment.stack and not segment.window.has_heads:
         what = "a low-rank decay" if isinstance(decay, LowRank) else f"a decay of power {decay.power:g}"
         raise ValueError(
-            f"{name} has role {block.role} and shape {shape}, and {what} needs a matrix: give "
-            f"{block.role}=rankdecay.Frobenius(...){' of power 1' if isinstance(decay, Frobenius) else ''} instead, or "
-            f"leave it out with exclude={name!r}."
+            f"{name} has role {segment.role} and shape {shape}, and {what} needs a matrix: give "
+            f"{segment.role}=rankdecay.Frobenius(...){' of power 1' if isinstance(decay, Frobenius) else ''} instead, "
+            f"or leave it out with exclude={name!r}."
         )
     kind = type(decay).__name__
-    if decay.unit == "head" and not block.window.has_heads:
+    if decay.unit == "head" and not segment.window.has_heads:
         raise ValueError(
-            f"{block.role}={kind}(unit='head') meets {name}, which has no heads; use unit='matrix' for this role."
+            f"{segment.role}={kind}(unit='head') meets {name}, which has no heads; use unit='matrix' for this role."
         )
     if isinstance(decay, LowRank) and decay.keep:
-        smaller = smaller_side(block.window, shape, decay.unit == "head")
+        smaller = smaller_side(segment.window, shape, decay.unit == "head")
         if decay.keep >= smaller:
             raise ValueError(
-                f"keep={decay.keep} of {block.role} spares every singular value of {name}, whose "
+                f"keep={decay.keep} of {segment.role} spares every singular value of {name}, whose "
                 f"{'heads' if decay.unit == 'head' else 'matrices'} have {smaller}; give a smaller one, or "
                 "rankdecay.Frobenius(0.0) for no decay."
             )
@@ -261,16 +266,16 @@ def complex_weights(name: str) -> str:
     )
 
 
-def _check_no_conflict(entry: Assigned, decays: list[tuple[Block, Decay | None]]) -> None:
+def _check_no_conflict(entry: ParameterRoles, decays: list[tuple[Segment, Decay | None]]) -> None:
     """Raise if a tied parameter would get two decays for the same matrix."""
-    for i, (block, decay) in enumerate(decays):
+    for i, (segment, decay) in enumerate(decays):
         for earlier, earlier_decay in decays[:i]:
-            same_place = WHOLE in (block.window, earlier.window) or block.window == earlier.window
+            same_place = WHOLE in (segment.window, earlier.window) or segment.window == earlier.window
             if same_place and decay != earlier_decay:
                 raise ValueError(
                     f"{' and '.join(entry.names)} are one tied parameter and would get two decays: {earlier.role} "
-                    f"({_words(earlier_decay)}) and {block.role} ({_words(decay)}). Give both roles the same decay, or "
-                    "untie them."
+                    f"({_words(earlier_decay)}) and {segment.role} ({_words(decay)}). Give both roles the same decay, "
+                    "or untie them."
                 )
 
 
@@ -284,15 +289,15 @@ _OF_ATTENTION, _SHOWN = ("query_key", "value_output"), 3
 
 def _check_every_role_matches(
     named: Mapping[str, Decay | None],
-    assigned: list[Assigned],
+    assigned: list[ParameterRoles],
     model: nn.Module,
     unhandled: list[str],
     some_excluded: bool,
 ) -> None:
-    by_role: dict[str, list[Assigned]] = {}
+    by_role: dict[str, list[ParameterRoles]] = {}
     for entry in assigned:
-        for block in entry.blocks:
-            by_role.setdefault(block.role, []).append(entry)
+        for segment in entry.segments:
+            by_role.setdefault(segment.role, []).append(entry)
     for role, decay in named.items():
         if decay is None:
             continue
@@ -302,11 +307,11 @@ def _check_every_role_matches(
             also = f" Attention that is not handled: {'; '.join(unhandled[:3]).rstrip('.')}." if unhandled else ""
             names = [name for entry in assigned for name in entry.names]
             left = " that is not excluded" if some_excluded else ""
-            own = " For attention of your own, pass names=rankdecay.AttentionNames(...)."
+            remedy = " For attention of your own, pass names=rankdecay.AttentionNames(...)."
             more = f", … ({len(names)} in all)" if len(names) > _SHOWN else ""
             raise ValueError(
                 f"{role}={decay_text(decay)} matches no parameter of {type(model).__name__}{left}, whose roles are "
-                f"{', '.join(r for r in ROLES if r in by_role)}.{own if role in _OF_ATTENTION else ''}{also} Its "
+                f"{', '.join(r for r in ROLES if r in by_role)}.{remedy if role in _OF_ATTENTION else ''}{also} Its "
                 f"parameters are {', '.join(names[:_SHOWN])}{more}."
             )
         if decay.strength > 0 and not any(entry.parameter.requires_grad for entry in by_role[role]):

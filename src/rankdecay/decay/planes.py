@@ -88,9 +88,9 @@ class PlaneStep:
         if self._decay is None:
             self._decay, self._seed = decay, seed
         check_alike([self._decay, decay])
-        for position, (parameter, name, its) in enumerate(zip(parameters, names, rows, strict=True)):
-            if its:
-                self._members.append(Member(parameter, its, amounts.get(position)))
+        for position, (parameter, name, own_rows) in enumerate(zip(parameters, names, rows, strict=True)):
+            if own_rows:
+                self._members.append(Member(parameter, own_rows, amounts.get(position)))
                 self._names.append(name)
 
     @property
@@ -121,8 +121,8 @@ def _counted(zero: Tensor, scope: Scope) -> str:
     scopes, planes = zero.shape
     if scope != "model":
         few, many = int(zero.sum(1).min()), int(zero.sum(1).max())
-        there = {"layer": "layers", "group": "key heads", "head": "heads"}[scope]
-        return f"of {planes} in each of {scopes} {there}, {few if few == many else f'{few} to {many}'} are zero"
+        scope_name = {"layer": "layers", "group": "key heads", "head": "heads"}[scope]
+        return f"of {planes} in each of {scopes} {scope_name}, {few if few == many else f'{few} to {many}'} are zero"
     gone = ", ".join(map(str, zero[0].nonzero()[:, 0].tolist()))
     number = int(zero.sum())
     return f"of {planes}, {number or 'none'} {'are' if number > 1 else 'is'} zero{f': {gone}' if gone else ''}"
@@ -192,9 +192,9 @@ def plane_norms(members: Sequence[Member], scope: Scope) -> dict[tuple[str, ...]
     views = [_lines_first(local(member.parameter), member.rows[0]) for member in members]
     norms, exponent, _ = _norms(views, table)
     found: dict[tuple[str, ...], Tensor] = {}
-    for part in table.parts:
-        block = math.ldexp(1.0, exponent) * norms[part.start : part.stop].view(-1, part.planes)
-        found |= {(part.configuration, name): row for name, row in zip(part.scopes, block, strict=True)}
+    for span in table.spans:
+        block = math.ldexp(1.0, exponent) * norms[span.start : span.stop].view(-1, span.planes)
+        found |= {(span.configuration, name): row for name, row in zip(span.scopes, block, strict=True)}
     return found
 
 
@@ -221,12 +221,12 @@ def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]
                 "vanish. No other scope helps: put W_Q, W_K and their biases into one optimizer, all of them "
                 "trained, or exclude the layer."
             )
-        there = layers[each.configuration]
-        if decay.scope == "model" and len(there) != each.layers:
+        present = layers[each.configuration]
+        if decay.scope == "model" and len(present) != each.layers:
             raise ValueError(
                 f"{given} needs the {each.layers} layers of one rotary configuration in one optimizer, and this one "
-                f"has {len(there)} of them, {', '.join(sorted(there)[:4])}{', …' if len(there) > 4 else ''}: give it "
-                "the others too, or use scope='layer', which needs only the rows of one layer."
+                f"has {len(present)} of them, {', '.join(sorted(present)[:4])}{', …' if len(present) > 4 else ''}: "
+                "give it the others too, or use scope='layer', which needs only the rows of one layer."
             )
         if (decay.keep or 0) >= each.planes:
             raise ValueError(
@@ -236,11 +236,11 @@ def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]
     for name, several in held:
         if decay.scope == "model":
             break
-        own: dict[object, str] = {}
+        owner: dict[object, str] = {}
         for each in several:
-            if own.setdefault((each.part, each.window), each.layer) != each.layer:
+            if owner.setdefault((each.part, each.window), each.layer) != each.layer:
                 raise ValueError(
-                    f"{given} meets {name}, which {own[each.part, each.window]} and {each.layer} share, so that its "
+                    f"{given} meets {name}, which {owner[each.part, each.window]} and {each.layer} share, so that its "
                     "planes are of several layers; use scope='model'."
                 )
 
@@ -248,7 +248,7 @@ def check_planes(decay: Planes, held: Iterable[tuple[str, tuple[PlaneRows, ...]]
 # ---- which line belongs to which plane -------------------------------------------------------------------
 
 
-class Part(NamedTuple):
+class SlotSpan(NamedTuple):
     """Slots of the table that one rotary configuration has: a row of planes for each scope."""
 
     configuration: str
@@ -262,7 +262,7 @@ class Part(NamedTuple):
         return self.start + len(self.scopes) * self.planes
 
 
-class Piece(NamedTuple):
+class LinePiece(NamedTuple):
     """Lines of one parameter that this process has, from the first to the last in a plane.
 
     Attributes:
@@ -284,19 +284,19 @@ class Table(NamedTuple):
     """Scopes and planes of a set of parameters, and to which of them each line belongs.
 
     Attributes:
-        parts: one for each rotary configuration.
+        spans: one for each rotary configuration.
         rows: number of rows of each slot, (slots + 1,), float64.
         pieces: of each parameter.
     """
 
-    parts: list[Part]
+    spans: list[SlotSpan]
     rows: Tensor
-    pieces: list[Piece]
+    pieces: list[LinePiece]
 
     @property
     def slots(self) -> int:
         """Number of slots that are planes."""
-        return self.parts[-1].stop
+        return self.spans[-1].stop
 
 
 def table_of(members: Sequence[Member], scope: Scope) -> Table:
@@ -323,22 +323,22 @@ def _table(
     for each in (one for several in rows for one in several):
         planes[each.configuration] = each.planes
         scopes.setdefault(each.configuration, {}).update(dict.fromkeys(each.scopes(scope)))
-    parts: list[Part] = []
+    spans: list[SlotSpan] = []
     for configuration, names in scopes.items():
-        start = parts[-1].stop if parts else 0
-        parts.append(Part(configuration, tuple(names), planes[configuration], start))
+        start = spans[-1].stop if spans else 0
+        spans.append(SlotSpan(configuration, tuple(names), planes[configuration], start))
     first_slot = {
-        (part.configuration, name): part.start + number * part.planes
-        for part in parts
-        for number, name in enumerate(part.scopes)
+        (span.configuration, name): span.start + number * span.planes
+        for span in spans
+        for number, name in enumerate(span.scopes)
     }
-    slots = parts[-1].stop
+    slots = spans[-1].stop
     counts = torch.zeros(slots + 1, dtype=torch.float64)
-    pieces: list[Piece] = []
-    for its, shape, layout, device in zip(rows, shapes, layouts, devices, strict=True):
-        window = its[0].window
+    pieces: list[LinePiece] = []
+    for plane_rows, shape, layout, device in zip(rows, shapes, layouts, devices, strict=True):
+        window = plane_rows[0].window
         lines = torch.full((window.groups * window.size,), slots)
-        for each in its:
+        for each in plane_rows:
             starts = torch.tensor([first_slot[each.configuration, name] for name in each.scopes(scope)])
             lines[each.lines] = (starts[:, None] + torch.arange(each.planes))[..., None].expand_as(each.lines)
         counts += lines.bincount(minlength=slots + 1)
@@ -352,8 +352,8 @@ def _table(
             first, last = 0, len(lines)
         cuts = layout.cut_mesh_dims if layout is not None else ()
         sums = (layout.mesh, cuts) if layout is not None and cuts else None
-        pieces.append(Piece(first, last, lines[first:last].to(device), sums, layout.part if layout else 0))
-    return Table(parts, counts.clamp_min(1), pieces)
+        pieces.append(LinePiece(first, last, lines[first:last].to(device), sums, layout.part if layout else 0))
+    return Table(spans, counts.clamp_min(1), pieces)
 
 
 def _lines_first(parameter: Tensor, rows: PlaneRows) -> Tensor:
@@ -381,9 +381,9 @@ def _norms(views: Sequence[Tensor], table: Table) -> tuple[Tensor, int, list[Ten
     total = torch.zeros(table.slots + 1, dtype=torch.float64, device=home)
     of_lines = _line_norms(parts, exponent)
     for way in ways:
-        its = [i for i, piece in enumerate(table.pieces) if piece.sums == way]
-        norms = torch.cat([of_lines[i].to(home) for i in its]).nan_to_num_(nan=0.0, posinf=0.0)
-        slots = torch.cat([table.pieces[i].slots.to(home) for i in its])
+        summed_so = [i for i, piece in enumerate(table.pieces) if piece.sums == way]
+        norms = torch.cat([of_lines[i].to(home) for i in summed_so]).nan_to_num_(nan=0.0, posinf=0.0)
+        slots = torch.cat([table.pieces[i].slots.to(home) for i in summed_so])
         squares = torch.zeros_like(total).index_add_(0, slots, norms.square_())
         if way is not None:
             squares = _summed(squares, way)
@@ -393,10 +393,10 @@ def _norms(views: Sequence[Tensor], table: Table) -> tuple[Tensor, int, list[Ten
 
 def _summed(squares: Tensor, way: tuple[Any, tuple[int, ...]]) -> Tensor:
     mesh, dims = way
-    there = squares.to(mesh.device_type)
+    on_mesh = squares.to(mesh.device_type)
     for dim in dims:
-        dist.all_reduce(there, group=mesh.get_group(dim))
-    return there.to(squares.device)
+        dist.all_reduce(on_mesh, group=mesh.get_group(dim))
+    return on_mesh.to(squares.device)
 
 
 def _line_norms(parts: Sequence[Tensor], exponent: int) -> list[Tensor]:
@@ -452,14 +452,15 @@ def _shares(norms: Tensor, table: Table, amount: float | Tensor, exponent: int, 
     """Return what each slot loses, (slots + 1,), with 0 for the lines in no plane."""
     tau = torch.as_tensor(amount, dtype=torch.float64).to(norms.device).clamp_max(torch.finfo(torch.float64).max)
     shares = []
-    for part in table.parts:
-        norm = norms[part.start : part.stop].view(-1, part.planes)
+    for span in table.spans:
+        norm = norms[span.start : span.stop].view(-1, span.planes)
         if scale == "relative":
-            due = (tau * torch.linalg.vector_norm(norm, dim=-1, keepdim=True) / part.planes**0.5).expand_as(norm)
+            length = torch.linalg.vector_norm(norm, dim=-1, keepdim=True)
+            threshold = (tau * length / span.planes**0.5).expand_as(norm)
         else:
-            rows = table.rows[part.start : part.stop].to(norm.device).view_as(norm)
-            due = (tau * rows.sqrt()).ldexp(torch.tensor(-exponent))
-        share = soft(norm, due)
+            rows = table.rows[span.start : span.stop].to(norm.device).view_as(norm)
+            threshold = (tau * rows.sqrt()).ldexp(torch.tensor(-exponent))
+        share = soft(norm, threshold)
         shares.append((spare_largest(share, norm, keep) if keep else share).flatten())
     return torch.cat([*shares, norms.new_zeros(1)])
 

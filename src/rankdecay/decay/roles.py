@@ -12,7 +12,7 @@ bias            biases, also those of normalisation layers, and tables of biases
 other           the rest: task heads, adapters' factors, gates, scales, kernels of convolutions
 ==============  ==========================================================================================
 
-A fused parameter has one block per matrix in it, each with its own role.
+A fused parameter has one segment per matrix in it, each with its own role.
 
 What a parameter is outside attention follows, in this order, from the type of its module, its own name, its shape,
 and whether its block holds attention. A word elsewhere in its path says nothing: an encoder may be called ``embedder``,
@@ -34,7 +34,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from rankdecay.attention import Window
 from rankdecay.attention.adapters import in_use, is_replaced, what_is
 from rankdecay.attention.layer import WHOLE
-from rankdecay.attention.locate import Names, Unhandled, locate
+from rankdecay.attention.locate import DEFAULT_SEARCH, SearchOptions, Unhandled, locate
 from rankdecay.attention.module.found import Found
 from rankdecay.attention.planes import PlaneRows, plane_rows
 from rankdecay.attention.source import ModuleSource, ParameterInfo, named_parameters
@@ -87,8 +87,8 @@ _ADAPTER = re.compile(r"(^|\.)(lora_|ia3_|hada_|lokr_)")
 _ADAPTER_IN_BLOCK = re.compile(r"\.adapter")
 
 
-class Block(NamedTuple):
-    """Matrix in a parameter: its role, its window, and the reason for the role.
+class Segment(NamedTuple):
+    """Matrix in a parameter, or the whole of one that is no matrix: its role, its window, and the reason for the role.
 
     Attributes:
         role: one of :data:`ROLES`.
@@ -115,70 +115,71 @@ class Block(NamedTuple):
 
 
 @dataclass
-class Assigned:
-    """Parameter, with its names and its blocks.
+class ParameterRoles:
+    """Parameter, with its names and its segments.
 
     Attributes:
         parameter: the parameter.
         names: its names; several if it is tied.
-        blocks: the matrices in it.
+        segments: the matrices in it; one segment of a parameter that is no matrix.
         planes: where it has rows of rotary planes: W_Q, W_K and their biases.
         no_planes: of W_Q and W_K of an attention whose planes cannot be decayed: its name, and why.
     """
 
     parameter: nn.Parameter
     names: list[str]
-    blocks: list[Block]
+    segments: list[Segment]
     planes: tuple[PlaneRows, ...] = ()
     no_planes: str = ""
 
 
 def assign_roles(
-    model: nn.Module, names: Names = None, num_heads: int | None = None, only: bool = False
-) -> tuple[list[Assigned], list[Unhandled]]:
-    """Return every parameter of the model once, with its blocks, and the attention that is not handled."""
+    model: nn.Module, search: SearchOptions = DEFAULT_SEARCH
+) -> tuple[list[ParameterRoles], list[Unhandled]]:
+    """Return every parameter of the model once, with its segments, and the attention that is not handled."""
     source = ModuleSource(model)
-    found, unhandled = locate(source, names, num_heads=num_heads, only=only)
+    found, unhandled = locate(source, search)
     return roles_in(source, found), [*unhandled, *_not_decayed(source, found)]
 
 
-def roles_in(source: ModuleSource, found: list[Found]) -> list[Assigned]:
-    """Return every parameter of a model once, with its blocks, from the attention that was found in it.
+def roles_in(source: ModuleSource, found: list[Found]) -> list[ParameterRoles]:
+    """Return every parameter of a model once, with its segments, from the attention that was found in it.
 
-    A tied parameter collects the blocks of each of its names; a name that says nothing (role other) adds none.
+    A tied parameter collects the segments of each of its names; a name that says nothing (role other) adds none.
     """
-    in_attention: dict[str, list[Block]] = {}
+    in_attention: dict[str, list[Segment]] = {}
     for layer in found:
         for role, place in layer.places.items():
             note = source.known[place.parameter].note if place.parameter in source.known else ""
-            blocks = in_attention.setdefault(place.parameter, [])
-            if all(block.window != place.window for block in blocks):  # keys may be values too, and of several layers
+            segments = in_attention.setdefault(place.parameter, [])
+            # Keys may be values too, and of several layers.
+            if all(segment.window != place.window for segment in segments):
                 assumed = "order" in layer.unknown and not place.window.is_whole
-                blocks.append(Block(_ATTENTION_ROLE[role], place.window, role, note, assumed=assumed))
+                segments.append(Segment(_ATTENTION_ROLE[role], place.window, role, note, assumed=assumed))
     rows, reasons = _planes(source, found)
     places = _Places(source, found)
     output_embedding = _output_embedding(source.model)
 
-    assigned: dict[int, Assigned] = {}
+    assigned: dict[int, ParameterRoles] = {}
     every = named_parameters(source.model)
     stand_in = _in_use_for(source.model)
     for name, parameter in every.items():
-        entry = assigned.setdefault(id(parameter), Assigned(parameter, [], []))
+        entry = assigned.setdefault(id(parameter), ParameterRoles(parameter, [], []))
         entry.names.append(name)
         entry.planes += tuple(rows.get(name, ()))
         used = stand_in(name)
         used = used if used in every else name
         entry.no_planes = entry.no_planes or reasons.get(used, "")
         known = source.known[used]
-        blocks = in_attention.get(used) or [places.block(parameter, known)]
+        segments = in_attention.get(used) or [places.segment(parameter, known)]
         if every[used] is output_embedding and not isinstance(known.holder, nn.Embedding):
-            blocks = [Block("embedding", WHOLE, "output embedding")]
-        for block in blocks:
-            if all(other.role != block.role or other.window != block.window for other in entry.blocks):
-                entry.blocks.append(block)
+            segments = [Segment("embedding", WHOLE, "output embedding")]
+        for segment in segments:
+            if all(other.role != segment.role or other.window != segment.window for other in entry.segments):
+                entry.segments.append(segment)
     for entry in assigned.values():
-        telling = [block for block in entry.blocks if block.role != "other" or block.window.has_heads]
-        entry.blocks = telling or entry.blocks[:1]
+        telling = [segment for segment in entry.segments if segment.role != "other" or segment.window.has_heads]
+        entry.segments = telling or entry.segments[:1]
     return list(assigned.values())
 
 
@@ -235,19 +236,19 @@ class _Places:
         self._holds_attention = {path for module in self._attention for path in _ancestors(f"{module}.")}
         self._tables = {tuple(m.weight.shape) for m in source.model.modules() if isinstance(m, nn.Embedding)}
 
-    def block(self, parameter: nn.Parameter, known: ParameterInfo) -> Block:
+    def segment(self, parameter: nn.Parameter, known: ParameterInfo) -> Segment:
         """Return the role of a parameter outside attention."""
         if known.plain is None:
             role = "norm" if known.gain else "other"
-            return Block(role, WHOLE, known.note, fixed=known.fixed)
+            return Segment(role, WHOLE, known.note, fixed=known.fixed)
         role, why, stack = self._role(known.plain, parameter, known.holder)
-        return Block(role, WHOLE, why, known.note, stack)
+        return Segment(role, WHOLE, why, known.note, stack)
 
     def _role(self, name: str, parameter: nn.Parameter, holder: nn.Module) -> tuple[str, str, bool]:
         owner, _, leaf = name.rpartition(".")
-        own = owner.rpartition(".")[2]
+        module_name = owner.rpartition(".")[2]
         if leaf.isdigit():  # of a ParameterList, which has the name
-            leaf = own
+            leaf = module_name
         kind = type_before_parametrizations(holder).__name__
         block = next((path for path in _ancestors(name) if path in self._blocks), None)
         shape = tuple(parameter.shape)
@@ -257,7 +258,7 @@ class _Places:
             return "other", what_is(name), False
         if leaf.endswith("bias"):
             return "bias", "bias", False
-        if _BIAS.fullmatch(leaf) or (isinstance(holder, nn.Embedding) and _BIAS.fullmatch(own)):
+        if _BIAS.fullmatch(leaf) or (isinstance(holder, nn.Embedding) and _BIAS.fullmatch(module_name)):
             return "bias", "bias table", False
         if isinstance(holder, _NORMS) or (vector and "norm" in kind.lower()):
             return "norm", f"gain of {kind}", False
@@ -285,12 +286,12 @@ class _Places:
         self, name: str, owner: str, shape: tuple[int, ...], holder: nn.Module, block: str | None
     ) -> tuple[str, str, bool]:
         """Return the role of a matrix, a kernel or a stack of matrices."""
-        own = owner.rpartition(".")[2]
+        module_name = owner.rpartition(".")[2]
         leaf = name.rpartition(".")[2]
         if self._embeds_patches(owner, block):
             return "embedding", "patch embedding", False
         if block is None:
-            tails = (own, ".".join(owner.split(".")[-2:])) if leaf == "weight" else (leaf,)
+            tails = (module_name, ".".join(owner.split(".")[-2:])) if leaf == "weight" else (leaf,)
             if any(_OUTPUT_EMBEDDING.fullmatch(tail) for tail in tails):
                 return "embedding", "output embedding, by its name", False
             if shape in self._tables and any(_MAYBE_OUTPUT.fullmatch(tail) for tail in tails):
@@ -304,7 +305,7 @@ class _Places:
         if raw and owner in self._attention:
             return "other", "parameter of attention beside its projections", False
         matrices = len(shape) == 2 or isinstance(holder, _ConvNd)
-        experts = shape[0] > 1 or "expert" in own or "expert" in leaf
+        experts = shape[0] > 1 or "expert" in module_name or "expert" in leaf
         stack = len(shape) == 3 and not isinstance(holder, _ConvNd) and experts
         if matrices or stack:
             return "mlp", "matrix of a block with attention", stack
@@ -312,8 +313,8 @@ class _Places:
 
     def _embeds(self, owner: str) -> bool:
         """Whether a module outside the blocks, or the one that holds it, is an embedding; never one with attention."""
-        outer, _, own = owner.rpartition(".")
-        if "embed" in own or _EMBEDDING_MODULE.fullmatch(own):
+        outer, _, module_name = owner.rpartition(".")
+        if "embed" in module_name or _EMBEDDING_MODULE.fullmatch(module_name):
             return True
         if outer in self._holds_attention or not outer:
             return False
@@ -326,10 +327,10 @@ class _Places:
         for path in [*_ancestors(owner), owner]:
             if path in self._holds_attention:
                 continue
-            own = path.rpartition(".")[2]
+            module_name = path.rpartition(".")[2]
             kinds = [type(module).__name__ for module in self._source.modules(path)]
-            by_type = block is None and own != "downsample" and any("PatchEmbed" in kind for kind in kinds)
-            if "patch_embed" in own or by_type:
+            by_type = block is None and module_name != "downsample" and any("PatchEmbed" in kind for kind in kinds)
+            if "patch_embed" in module_name or by_type:
                 return True
         return False
 
@@ -340,16 +341,16 @@ class _Places:
         that are all different.
         """
         for path in [*_ancestors(attention), attention]:
-            owner, _, own = path.rpartition(".")
-            if own.isdigit() and not self._one_of_a_kind(owner, own):
+            owner, _, module_name = path.rpartition(".")
+            if module_name.isdigit() and not self._one_of_a_kind(owner, module_name):
                 return path
         return attention.rpartition(".")[0]
 
-    def _one_of_a_kind(self, owner: str, own: str) -> bool:
+    def _one_of_a_kind(self, owner: str, module_name: str) -> bool:
         siblings = next((m for m in self._source.modules(owner) if isinstance(m, nn.Sequential)), None)
-        if siblings is None or len(siblings) < 2 or own not in siblings._modules:
+        if siblings is None or len(siblings) < 2 or module_name not in siblings._modules:
             return False
-        return sum(type(module) is type(siblings._modules[own]) for module in siblings) == 1
+        return sum(type(module) is type(siblings._modules[module_name]) for module in siblings) == 1
 
 
 def _ancestors(name: str) -> Iterator[str]:

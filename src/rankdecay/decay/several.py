@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from rankdecay.attention.locate import SearchOptions
 from rankdecay.decay.attach import attach
 from rankdecay.decay.attachment import Attachment
 from rankdecay.decay.optimizers import parameters_of
-from rankdecay.decay.plan import plan
+from rankdecay.decay.plan import DecayChoice, plan
 from rankdecay.decay.policy import Decay
 from rankdecay.decay.roles import ROLES
 from rankdecay.dtensor import unwrapped
@@ -36,17 +37,20 @@ def attach_each(optimizers: Iterable[Optimizer], model: nn.Module, **arguments: 
         return [attach(each[0], model, **arguments)]
     named: dict[str, Decay] = {role: arguments[role] for role in ROLES if arguments.get(role) is not None}
     rest = {name: value for name, value in arguments.items() if name not in ROLES}
-    held = [_roles_held(optimizer, model, named, rest) for optimizer in each]
+    roles_held = [_roles_held(optimizer, model, named, rest) for optimizer in each]
     for role in named:
-        if not any(role in roles for roles, _ in held):
+        if not any(role in roles for roles, _ in roles_held):
             kinds = ", ".join(type(unwrapped(optimizer)).__name__ for optimizer in each)
             raise ValueError(f"{role}={named[role]!r} names no parameter of these optimizers ({kinds}).")
     attachments: list[Attachment] = []
     try:
-        for optimizer, (roles, any_decay) in zip(each, held, strict=True):
+        for optimizer, (roles, any_decay) in zip(each, roles_held, strict=True):
             if any_decay:
-                its: dict[str, Any] = {**rest, **{role: decay for role, decay in named.items() if role in roles}}
-                attachments.append(attach(optimizer, model, **its))
+                own_arguments: dict[str, Any] = {
+                    **rest,
+                    **{role: decay for role, decay in named.items() if role in roles},
+                }
+                attachments.append(attach(optimizer, model, **own_arguments))
     except BaseException:
         for attachment in attachments:
             attachment.detach()
@@ -60,11 +64,9 @@ def _roles_held(
     optimizer: Optimizer, model: nn.Module, named: Mapping[str, Decay], rest: Mapping[str, Any]
 ) -> tuple[set[str], bool]:
     """Return the roles of an optimizer's parameters, and whether any of these has a decay."""
-    looked_for: dict[str, Any] = {name: rest.get(name) for name in ("default", "names", "num_heads")}
-    planned, _ = plan(
-        model, named=named, only=rest.get("only", False), exclude=rest.get("exclude", ()), rest=None, stacklevel=4,
-        **looked_for,
-    )  # fmt: skip
-    held = set(map(id, parameters_of(unwrapped(optimizer))))
-    pairs = [pair for e in planned if not e.excluded and id(e.entry.parameter) in held for pair in e.decays]
-    return {block.role for block, _ in pairs}, any(decay is not None for _, decay in pairs)
+    search = SearchOptions(rest.get("names"), rest.get("num_heads"), only=rest.get("only", False))
+    choice = DecayChoice(named, rest.get("default"), search, rest.get("exclude", ()))
+    planned, _ = plan(model, choice, rest=None, stacklevel=4)
+    parameter_ids = set(map(id, parameters_of(unwrapped(optimizer))))
+    pairs = [pair for e in planned if not e.excluded and id(e.entry.parameter) in parameter_ids for pair in e.decays]
+    return {segment.role for segment, _ in pairs}, any(decay is not None for _, decay in pairs)

@@ -7,7 +7,7 @@ parameters, so that a role has its decay and no other.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -32,7 +32,7 @@ from rankdecay.decay.groups import (
     windows_in,
 )
 from rankdecay.decay.optimizers import counts_steps, decouples, is_decoupled
-from rankdecay.decay.plan import Planned, Remarks, bias_planes, decay_of, holds_more, why_of
+from rankdecay.decay.plan import DecayChoice, Planned, Remarks, bias_planes, decay_of, holds_more, plan, why_of
 from rankdecay.decay.planes import check_alike, check_planes
 from rankdecay.decay.policy import Decay, Frobenius, Planes, unit_of
 from rankdecay.decay.targets import Bundle, StepCounter, Target
@@ -158,8 +158,8 @@ class FromGroups:
         """Return a group whole where the hook decays it: the optimizer's own L2 is off."""
         if not hook_roles(group) or "weight_decay" not in group:
             return []
-        own = set(hook_roles(group)) & set(roles_of(group))
-        if group["weight_decay"] and own and not has_live_l2(group) and not self._warned:
+        decayed_roles = set(hook_roles(group)) & set(roles_of(group))
+        if group["weight_decay"] and decayed_roles and not has_live_l2(group) and not self._warned:
             self._warned = True
             decays = ", ".join(decay.describe() for decay in decays_in(group).values())
             warnings.warn(
@@ -168,7 +168,7 @@ class FromGroups:
                 stacklevel=6,
             )
         every = list(range(len(group["params"])))
-        if not own:  # biases of queries and keys, whose planes are decayed, among others
+        if not decayed_roles:  # biases of queries and keys, whose planes are decayed, among others
             planes = planes_in(group)
             every = [position for position in every if planes[position]]
         return [Section(every, 0.0)]
@@ -192,10 +192,12 @@ class FromGroups:
         Raises:
             ValueError: If no group holds one of the roles.
         """
-        held = {role for group in optimizer.param_groups for role in roles_of(group)}
+        roles_here = {role for group in optimizer.param_groups for role in roles_of(group)}
         for role in decays:
-            if role not in held:
-                raise ValueError(f"{role} has no parameter in this optimizer; its roles are {', '.join(sorted(held))}.")
+            if role not in roles_here:
+                raise ValueError(
+                    f"{role} has no parameter in this optimizer; its roles are {', '.join(sorted(roles_here))}."
+                )
         before = [dict(group) for group in optimizer.param_groups]
         try:
             for index, group in enumerate(optimizer.param_groups):
@@ -246,28 +248,23 @@ class FromModel:
 
     Args:
         model: the model.
-        planned: decays of its matrices.
+        choice: the decays that were asked for.
+        planned: the decays of its matrices that follow.
         remarks: what is known of its attention.
-        named: the decays that were given, by role.
-        default: decay of the other matrices.
         counts_in_state: whether the optimizer's state has the counts.
-        replan: looks at the model again, for what has been added to it.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        choice: DecayChoice,
         planned: list[Planned],
         remarks: Remarks,
-        named: Mapping[str, Decay | None],
-        default: Decay | None,
         counts_in_state: bool,
-        replan: Callable[[nn.Module, Mapping[str, Decay | None]], list[Planned]],
     ) -> None:
-        self._replan = replan
         self._model = model
         self._kind = type(model).__name__
-        self._named, self._default = dict(named), default
+        self._choice = choice
         self._remarks = remarks
         self._counts_in_state = counts_in_state
         self._planned: dict[str, Planned] = {}
@@ -285,7 +282,8 @@ class FromModel:
         """
         names = self._names_of(group)
         if any(name is not None and name not in self._planned for name in names):
-            self._know(self._replan(self._model, self._named))
+            planned, _ = plan(self._model, self._choice, rest=None, stacklevel=3)  # something has been added to it
+            self._know(planned)
         if index == len(self._bundles):
             self._names.append(names)
             self._seen.append(list(map(id, group["params"])))
@@ -340,7 +338,7 @@ class FromModel:
                 f"parameter {position} of group {index}", "-", f"not a parameter of {self._kind}"
             )
         planned = self._planned[name]
-        role = "+".join(dict.fromkeys(block.role for block, _ in planned.acting))
+        role = "+".join(dict.fromkeys(segment.role for segment, _ in planned.acting))
         return ParameterDescription(name, role, why_of(planned.entry) + ("; excluded" if planned.excluded else ""))
 
     def remarks(self, optimizer: Optimizer) -> Remarks:
@@ -349,13 +347,13 @@ class FromModel:
 
     def notes(self, optimizer: Optimizer) -> list[str]:
         """Return which parameters of the named roles the optimizer does not have."""
-        held = {name for names in self._names for name in names}
+        names_here = {name for names in self._names for name in names}
         missing: dict[str, list[str]] = {}
         for name, planned in self._planned.items():
             entry = planned.entry
-            if name in self._frozen or held & set(entry.names) or name != entry.names[0]:
+            if name in self._frozen or names_here & set(entry.names) or name != entry.names[0]:
                 continue
-            for role in {block.role for block, decay in planned.acting if decay is not None}:
+            for role in {segment.role for segment, decay in planned.acting if decay is not None}:
                 missing.setdefault(role, []).append(name)
         return [
             f"{role}: {len(names)} of its parameters are not in this optimizer ({', '.join(names[:4])}"
@@ -369,24 +367,24 @@ class FromModel:
         Raises:
             ValueError: If the optimizer holds no parameter of one of the roles.
         """
-        held = {name for names in self._names for name in names if name is not None}
+        names_here = {name for names in self._names for name in names if name is not None}
         for role in decays:
-            if not any(block.role == role for name in held for block, _ in self._planned[name].decays):
+            if not any(segment.role == role for name in names_here for segment, _ in self._planned[name].decays):
                 raise ValueError(f"{role} has no parameter of {self._kind} in this {type(optimizer).__name__}.")
-        named = self._named | dict(decays)
+        choice = replace(self._choice, by_role={**self._choice.by_role, **decays})
         planned = {}
         for name, (entry, old, excluded, _) in self._planned.items():
-            pairs = [(b, None if excluded else decay_of(b, entry, named, self._default, None)) for b, _ in old]
-            bias_of = None if excluded else bias_planes(entry, pairs, named.get("query_key"))
+            pairs = [(b, None if excluded else decay_of(b, entry, choice, None)) for b, _ in old]
+            bias_of = None if excluded else bias_planes(entry, pairs, choice.by_role.get("query_key"))
             planned[name] = Planned(entry, pairs, excluded, bias_of)
-        before = self._named, self._planned, self._bundles
-        self._named, self._planned = named, planned
+        before = self._choice, self._planned, self._bundles
+        self._choice, self._planned = choice, planned
         try:
             indexed = enumerate(optimizer.param_groups)
             self._bundles = [self._bundle(optimizer, index, group) for index, group in indexed]
             check_planes_held(self, optimizer)
         except ValueError:
-            self._named, self._planned, self._bundles = before
+            self._choice, self._planned, self._bundles = before
             raise
         self._bundles = [self._counted_on(old, new) for old, new in zip(before[2], self._bundles, strict=True)]
         self.keep(optimizer, set())  # or the next step would recall the former counts, of a warm-up too
@@ -442,7 +440,7 @@ class FromModel:
             if name is None or all(decay is None for _, decay in self._planned[name].acting):
                 continue
             narrow = group["params"][position].dtype.itemsize < 4
-            matrices = tuple((block.role, block.window, decay) for block, decay in self._planned[name].acting)
+            matrices = tuple((segment.role, segment.window, decay) for segment, decay in self._planned[name].acting)
             alike.setdefault((matrices, narrow), []).append(position)
         return [self._bundle_of(optimizer, index, group, positions) for positions in alike.values()]
 
@@ -457,12 +455,12 @@ class FromModel:
         by_optimizer = by_optimizer and not narrow
         numbers: dict[str, Any] = {}
         targets = []
-        for role in dict.fromkeys(block.role for block, _ in decays):
-            [its] = {decay for block, decay in decays if block.role == role}
-            windows = [block.labelled_window() for block, _ in decays if block.role == role]
-            counter = StepCounter(numbers, role, unit_of(its))
-            planes = [self._planned[name].entry.planes for name in names] if isinstance(its, Planes) else []
-            targets.append(Target(role, its, windows, positions, names, whys, counter, by_optimizer, planes))
+        for role in dict.fromkeys(segment.role for segment, _ in decays):
+            [role_decay] = {decay for segment, decay in decays if segment.role == role}
+            windows = [segment.labelled_window() for segment, _ in decays if segment.role == role]
+            counter = StepCounter(numbers, role, unit_of(role_decay))
+            planes = [self._planned[name].entry.planes for name in names] if isinstance(role_decay, Planes) else []
+            targets.append(Target(role, role_decay, windows, positions, names, whys, counter, by_optimizer, planes))
         l2 = decay.strength if by_optimizer and isinstance(decay, Frobenius) else 0.0
         bundle = Bundle(positions, targets, l2, numbers)
         _check_part(optimizer, index, group, bundle)
@@ -472,18 +470,18 @@ class FromModel:
 def _check_part(optimizer: Optimizer, index: int, group: Group, bundle: Bundle) -> None:
     """Raise if a part of a parameter is left to an L2 that cannot act on a part: through the gradient, or on a bias."""
     left = next((target for target in bundle.targets if target.decay is None), None)
-    own = group.get("weight_decay", 0.0)
+    l2 = group.get("weight_decay", 0.0)
     for target in bundle.targets:
         for parameter, name, rows in zip(target.parameters(group), target.names, target.planes, strict=False):
-            if own and parameter.ndim == 1 and holds_more(rows, parameter):
+            if l2 and parameter.ndim == 1 and holds_more(rows, parameter):
                 raise ValueError(
                     f"{name} in group {index} holds the biases of queries, keys and values: those of queries and keys "
-                    f"are decayed with their planes, and the group's weight_decay={own} cannot act on the rest of it "
+                    f"are decayed with their planes, and the group's weight_decay={l2} cannot act on the rest of it "
                     "alone; put it into a group with weight_decay=0, as biases usually are."
                 )
-    if left is not None and own and not is_decoupled(optimizer, group):
+    if left is not None and l2 and not is_decoupled(optimizer, group):
         raise ValueError(
-            f"{left.names[0]} in group {index} holds matrices of {left.role} too, and the group's weight_decay={own} "
+            f"{left.names[0]} in group {index} holds matrices of {left.role} too, and the group's weight_decay={l2} "
             f"goes through the gradient of {type(optimizer).__name__}, so no part of a parameter can be spared it: "
             f"name {left.role} as well, or set weight_decay=0 in that group."
         )

@@ -312,18 +312,18 @@ def count_step(
         return []
     # A skipped step applies nothing, and leaves the amount that was pending to the next step that decays.
     counter.pending = 0.0 if found_inf is None or every == 1 else pending * found_inf
-    due = pending if found_inf is None else pending * (1 - found_inf)
+    amount_now = pending if found_inf is None else pending * (1 - found_inf)
     missed = counter.take_missed()
     if found_inf is not None:
         for position, spared in missed.items():
             counter.miss(position, spared * found_inf)
         missed = {position: spared * (1 - found_inf) for position, spared in missed.items()}
-    alike: dict[object, tuple[float | Tensor, list[int]]] = {}
+    by_amount: dict[object, tuple[float | Tensor, list[int]]] = {}
     for position, has_gradient in enumerate(live):
-        its = due  # the same object for all that were spared nothing, which are then decayed together
+        lost = amount_now  # the same object for all that were spared nothing, which are then decayed together
         if position in missed:
-            its = due - missed[position]
-            its = its.clamp_min(0.0) if isinstance(its, Tensor) else its
-        if (has_gradient or every > 1) and (isinstance(its, Tensor) or its > 0):
-            alike.setdefault(its if isinstance(its, float) else id(its), (its, []))[1].append(position)
-    return list(alike.values())
+            lost = amount_now - missed[position]
+            lost = lost.clamp_min(0.0) if isinstance(lost, Tensor) else lost
+        if (has_gradient or every > 1) and (isinstance(lost, Tensor) or lost > 0):
+            by_amount.setdefault(lost if isinstance(lost, float) else id(lost), (lost, []))[1].append(position)
+    return list(by_amount.values())

@@ -37,9 +37,9 @@ class Watch:
             watch = weakref.ref(self)
 
             def count(_: Tensor) -> None:
-                held = watch()
-                if held is not None:
-                    held._backward()
+                alive = watch()
+                if alive is not None:
+                    alive._backward()
 
             self._handle = trained.register_post_accumulate_grad_hook(count)
 

@@ -110,9 +110,9 @@ class Terminal:
         longest = max(map(len, spectra), default=0)
         for name, sigma in spectra.items():
             rank = values.get(f"rank/{name}/effective_rank")
-            said = "" if rank is None else f"  effective rank {number(rank)}"
+            rank_text = "" if rank is None else f"  effective rank {number(rank)}"
             picture = bars(mean_spectrum(sigma.tolist()), self.width)
-            line = f"step {values['step']:>6}  {visible(name):<{longest}}  {picture}{said}"
+            line = f"step {values['step']:>6}  {visible(name):<{longest}}  {picture}{rank_text}"
             print(in_encoding(line, getattr(file, "encoding", None) or "utf-8"), file=file)
 
 

@@ -41,10 +41,10 @@ def explain_inconsistency(find: Callable[[Exception], FileAndRemedy]) -> Iterato
     except UNFIT as error:
         file, remedy = find(error)
         kind, where, line = _signature(error)
-        said = f"{kind.__name__}: {str(error)[:200]}, {Path(where).name}:{line}"
+        signature = f"{kind.__name__}: {str(error)[:200]}, {Path(where).name}:{line}"
         raise SettingError(
-            f"{file} is inconsistent with the other files ({said}): {remedy}; if you changed nothing, please report "
-            "a bug"
+            f"{file} is inconsistent with the other files ({signature}): {remedy}; if you changed nothing, please "
+            "report a bug"
         ) from error
 
 

@@ -105,19 +105,19 @@ def _leave_one(X: Tensor, V: Tensor, share: Tensor, coarse: bool) -> Tensor:
     large = n - small
     falling = bool((share[large:].abs() <= _SMALL).all())  # those that lose much come first
     if 2 * left <= 2 * large + small:
-        part = V[:, alive]
-        return X.copy_(times(times(X, part).mul_(1 - share[alive]), part.mT))
+        small_V = V[:, alive]
+        return X.copy_(times(times(X, small_V).mul_(1 - share[alive]), small_V.mT))
     if not falling:
         large = n
     taken: list[Tensor] = []
     if large:
         taken.append(times(times(X, V[:, :large]).mul_(share[:large]), V[:, :large].mT))
     if large < n:
-        part, its = V[:, large:].float(), share[large:].float()
-        if bool((its >= 0).all()):  # V diag(t) Vᵀ is a Gram matrix, of which half is computed
-            taken.append(times(X.float(), gram(part.mul_(its.sqrt()).mT)))
+        small_V, small_share = V[:, large:].float(), share[large:].float()
+        if bool((small_share >= 0).all()):  # V diag(t) Vᵀ is a Gram matrix, of which half is computed
+            taken.append(times(X.float(), gram(small_V.mul_(small_share.sqrt()).mT)))
         else:
-            taken.append(times(times(X.float(), part).mul_(its), part.mT))
+            taken.append(times(times(X.float(), small_V).mul_(small_share), small_V.mT))
     for each in taken:
         X -= each
     return X

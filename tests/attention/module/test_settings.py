@@ -13,8 +13,8 @@ from torch import nn
 import rankdecay as rd
 from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.locate import find_layers
+from rankdecay.attention.model_types import PARTIAL_ROTARY
 from rankdecay.attention.module.settings import ModuleSettings
-from rankdecay.attention.names import PARTIAL_ROTARY
 from rankdecay.attention.products import Rotary
 from rankdecay.cli import main
 from tests import needs

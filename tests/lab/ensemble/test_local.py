@@ -19,7 +19,7 @@ from rankdecay.lab.ensemble import local, sweep
 from rankdecay.lab.ensemble.ensemble import Ensemble
 from rankdecay.lab.ensemble.members import Member, Training
 from rankdecay.lab.ensemble.outcome import key_of
-from rankdecay.lab.ensemble.sweep import Plan, Trial, TrialQueue
+from rankdecay.lab.ensemble.sweep import SweepPlan, Trial, TrialQueue
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.store import RunDirectory
@@ -27,7 +27,7 @@ from tests.lab.disk import full_for
 from tests.waiting import HANG, no_hang
 
 NETWORK = TransformerConfig(6, 3, 5, width=8, depth=1, heads=2, mlp_width=16)
-PLAN = Plan(Training(batch_size=10, precision="float64"), budget=80, evaluate_every=20, threshold=0.95, places=2)
+PLAN = SweepPlan(Training(batch_size=10, precision="float64"), budget=80, evaluate_every=20, threshold=0.95, places=2)
 DATA = {"task": "add", "modulus": 5, "split": "ordered", "train_fraction": 0.8}
 DECAYS = {"none": None, "prox": LowRank(10.0)}
 TRIALS = [

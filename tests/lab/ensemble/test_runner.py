@@ -22,6 +22,7 @@ from rankdecay.lab.progress import Progress
 from rankdecay.lab.store import RunDirectory, read_metrics
 from rankdecay.lab.tasks import make_dataset
 from tests import needs
+from tests.comparing import timeless
 from tests.lab.disk import full_for
 from tests.waiting import HANG
 
@@ -59,10 +60,6 @@ def run(path: Path, *groups, then=lambda step: None, steps=12, every=3, leaves=l
     with RunDirectory.open(path, CONFIG, print) as directory:
         runner = Runner(directory, make_ensembles(*groups), steps=steps, evaluate_every=every, leaves=leaves)
         return runner.train(Watcher(then))
-
-
-def timeless(records) -> list[dict]:
-    return [{k: v for k, v in r.items() if "seconds" not in k} for r in records]
 
 
 def snapshots(path: Path) -> dict[int, dict[str, np.ndarray]]:

@@ -16,7 +16,7 @@ from rankdecay.lab.ensemble.control import YOKED_SEED, Control
 from rankdecay.lab.ensemble.ensemble import Ensemble
 from rankdecay.lab.ensemble.members import Member, Training
 from rankdecay.lab.ensemble.outcome import FIGURES, KEY, Key, key_of
-from rankdecay.lab.ensemble.sweep import Plan, Saved, Trial, TrialQueue, row, train
+from rankdecay.lab.ensemble.sweep import Saved, SweepPlan, Trial, TrialQueue, row, train
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 
 HEAD = TransformerConfig(6, 3, 5, width=16, depth=1, heads=2, mlp_width=32)
@@ -24,7 +24,7 @@ NONE = replace(HEAD, qk_norm="none")
 SMOOTH = LowRank(5.0, "smooth", "absolute", every=4, smoothing=0.13)
 SOFT = replace(SMOOTH, strength=1.0)
 # Full batches of an ordered split, whose test pairs mirror training pairs: this is generalised in 100 steps or so.
-PLAN = Plan(Training(batch_size=20, precision="float64"), budget=120, evaluate_every=20, threshold=0.6, places=2)
+PLAN = SweepPlan(Training(batch_size=20, precision="float64"), budget=120, evaluate_every=20, threshold=0.6, places=2)
 
 
 def trial(arm: str, seed: int = 0, decay=None, *, config=HEAD, fraction=0.8, stays=False, **options) -> Trial:
@@ -52,7 +52,7 @@ TRIALS = [
 LONG = {t.key for t in TRIALS if t.stays}
 
 
-def run(trials=TRIALS, plan: Plan = PLAN, **options) -> dict[Key, dict]:
+def run(trials=TRIALS, plan: SweepPlan = PLAN, **options) -> dict[Key, dict]:
     rows = list(train(TrialQueue(trials), plan, **options))
     assert Counter(map(key_of, rows)) == Counter(t.key for t in trials), "exactly one row for every trial"
     return {key_of(r): json.loads(json.dumps(r)) for r in rows}
@@ -232,7 +232,7 @@ def test_rows_do_not_depend_on_the_other_trials(rows):
     assert_same_rows(run(some, replace(PLAN, places=3)), {t.key: rows[t.key] for t in some})
 
 
-def interrupted(intervals: int, plan: Plan = PLAN) -> tuple[dict[Key, dict], dict[Key, Saved]]:
+def interrupted(intervals: int, plan: SweepPlan = PLAN) -> tuple[dict[Key, dict], dict[Key, Saved]]:
     """Rows that ended within a number of intervals, and what was under way then."""
     stop, states, ended = threading.Event(), {}, {}
     seen = 0

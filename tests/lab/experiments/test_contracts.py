@@ -27,6 +27,7 @@ from rankdecay.lab import experiment
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.settings import NOT_IDENTITY, REPORT_EXAMPLES, option
 from rankdecay.lab.store import RunDirectory, read_metrics
+from tests.comparing import sorted_rows, timeless
 from tests.held import held
 from tests.waiting import HANG, until
 
@@ -47,8 +48,6 @@ TINY = {
     "vision": f"--depth 1 --mlp-width 16 --arms l2 low_rank --precision float32 {ATTENTION} | --lr 0.01",
     "toy": "--seeds 3 | --decay 0.5",
 }
-TIMES = ("seconds", "step_seconds", "wall", "decay_seconds", "wall_seconds", "steps_per_second")
-TIMES += ("per_second", "loss_at_equal_time")
 ROOT = Path(__file__).parents[3]
 
 
@@ -161,17 +160,6 @@ def test_another_configuration_is_refused(done: tuple[str, Path], capsys: pytest
     setting = other[0][2:].replace("-", "_")
     assert re.search(rf"holds another configuration \({setting} is .* there, {other[1]} now\)", line)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-
-
-def timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
-    return [timeless(item) for item in value] if isinstance(value, list) else value
-
-
-def sorted_rows(out: Path) -> list[Any]:
-    """The rows without times, in an order that does not depend on which thread was first."""
-    return sorted((timeless(row) for row in read_metrics(out)), key=lambda row: json.dumps(row, sort_keys=True))
 
 
 def test_an_interrupted_run_continues(done: tuple[str, Path], tmp_path: Path) -> None:

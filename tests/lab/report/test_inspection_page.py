@@ -10,6 +10,7 @@ import torch
 import rankdecay as rd
 from rankdecay.inspection import Inspection, inspect
 from rankdecay.lab.report.inspection import inspection_page, render, short_labels
+from tests.lab.browsing import wait_for
 
 EVIL = "<img src=x onerror=window.owned=1>%{y}</script><b>"
 CHECKPOINTS = [f"/runs/tiny/checkpoint-{step}/model.safetensors" for step in (0, 10, 20)]
@@ -182,10 +183,6 @@ def _drawn(page, identity, what="figure.series"):
     return page.evaluate(f"JSON.parse(JSON.stringify(document.getElementById('{identity}').{what}))")
 
 
-def _until(page, condition, value=None):
-    page.wait_for_function(f"value => {condition}", arg=value)
-
-
 def _choose(page, label, option):
     page.locator("#map-query_key").scroll_into_view_if_needed()  # a chart out of view is not drawn
     page.locator("#query_key").get_by_label(label).select_option(option)
@@ -211,9 +208,9 @@ def test_a_measure_changes_the_map_and_a_click_shows_the_head(open_reports, repo
     for measure in ("pseudo_rank", "stable_rank", "nuclear_gap"):
         _choose(page, "Measure", measure)
         value = float(f"{rows[1, 3][measure]:.4g}")
-        _until(page, "document.getElementById('map-query_key').figure.cells.values[1][3] === value", value)
+        wait_for(page, "document.getElementById('map-query_key').figure.cells.values[1][3] === value", value)
     _click(page, 1, 3)
-    _until(page, "document.getElementById('cell-query_key').textContent.startsWith('Layer 1, head 3: Nuclear gap')")
+    wait_for(page, "document.getElementById('cell-query_key').textContent.startsWith('Layer 1, head 3: Nuclear gap')")
     label = page.locator("#map-query_key .hovertext").text_content()
     assert "untrained" in label
     assert "transformer.h.1.attn" in label
@@ -221,7 +218,7 @@ def test_a_measure_changes_the_map_and_a_click_shows_the_head(open_reports, repo
     trace = _drawn(page, "spectrum-query_key")[-1]
     assert trace["y"] == pytest.approx([max(s / sigma[0], 1e-7) for s in sigma], rel=2e-3)
     _choose(page, "Scale", "linear")
-    _until(page, "document.getElementById('spectrum-query_key').figure.y.type === 'linear'")
+    wait_for(page, "document.getElementById('spectrum-query_key').figure.y.type === 'linear'")
     baseline = rows[1, 3]["untrained"]["singular_values"]
     untrained = _drawn(page, "spectrum-query_key")[0]
     assert untrained["name"] == "untrained"
@@ -246,7 +243,7 @@ def test_what_is_equal_at_balance_is_drawn_beside_the_untrained(open_reports, re
     _choose(page, "Checkpoint", "checkpoint-0")
     page.locator("#bounds-value_output").scroll_into_view_if_needed()
     page.locator("#value_output").get_by_label("Checkpoint").select_option("checkpoint-0")
-    _until(page, "document.getElementById('bounds-value_output').figure.series[1].x[0] !== value", trained["x"][0])
+    wait_for(page, "document.getElementById('bounds-value_output').figure.series[1].x[0] !== value", trained["x"][0])
 
 
 def test_several_reports_have_a_line_each(open_reports, reports):
@@ -263,7 +260,7 @@ def test_several_reports_have_a_line_each(open_reports, reports):
     assert len(_drawn(page, "spectrum-query_key")) == 4
     after = _drawn(page, "map-query_key", "figure.cells")
     _choose(page, "Checkpoint", "checkpoint-0")
-    _until(page, "document.getElementById('map-query_key').figure.cells.values[0][0] > value", after["values"][0][0])
+    wait_for(page, "document.getElementById('map-query_key').figure.cells.values[0][0] > value", after["values"][0][0])
     before = _drawn(page, "map-query_key", "figure.cells")
     assert before["range"] == after["range"]
 
@@ -274,7 +271,7 @@ def test_a_cell_without_a_number_is_crossed_and_markup_is_inert(open_reports, br
     assert (crosses["x"], crosses["y"]) == ([2], [1])
     assert page.locator("#map-query_key").get_by_text("×").count() == 1
     _click(page, 1, 2)
-    _until(page, "document.getElementById('cell-query_key').textContent.startsWith('Layer 1, head 2: not finite.')")
+    wait_for(page, "document.getElementById('cell-query_key').textContent.startsWith('Layer 1, head 2: not finite.')")
     assert EVIL in page.locator("#cell-query_key").inner_text()
     assert EVIL in page.locator("#map-query_key .hovertext").text_content()
     assert page.locator("img[src=x]").count() == 0
@@ -302,7 +299,7 @@ def test_a_wide_chart_describes_every_line_and_a_drag_zooms(open_reports, report
     chart.scroll_into_view_if_needed()
     box = chart.bounding_box()
     page.mouse.dblclick(box["x"] + 0.52 * box["width"], box["y"] + 200)
-    _until(page, "document.getElementById('profile-query_key').zoom === null")
+    wait_for(page, "document.getElementById('profile-query_key').zoom === null")
     assert chart.locator("svg text").all_inner_texts() != labels
 
 

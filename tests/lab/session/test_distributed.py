@@ -21,7 +21,8 @@ from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention import runs
 from rankdecay.lab.session.distributed import broadcast, process_group
 from rankdecay.lab.store import read_metrics
-from tests.lab.tiny import Repeat, make, timeless
+from tests.comparing import timeless
+from tests.lab.tiny import Repeat, make
 from tests.ranks import on_ranks_of_torchrun, torchrun
 from tests.waiting import HANG, until
 

@@ -8,7 +8,6 @@ from matrices import (
     gaussian,
 )
 
-from rankdecay import rules
 from rankdecay.linalg import (
     newton_schulz,
     shrink,
@@ -49,8 +48,8 @@ def test_step_counts_reach_newton_schulz():
     torch.testing.assert_close(shrink(W, 0.1, "newton_schulz", steps=9), W - 0.1 * newton_schulz(W, 9))
 
 
-def test_a_rule_of_another_number_of_steps_is_known_by_its_name(monkeypatch):
-    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+@pytest.mark.usefixtures("nothing_stays_registered")
+def test_a_rule_of_another_number_of_steps_is_known_by_its_name():
     rule = with_steps(9)
     assert with_steps(9) is rule
     assert with_steps(5) is RULE

@@ -6,6 +6,11 @@ import math
 from typing import Literal
 
 from rankdecay.attention.layer import Role
+from rankdecay.attention.model_types import (
+    POOLING,
+    TURNED,
+    VALUE_NORMS_WITHOUT_WEIGHTS,
+)
 from rankdecay.attention.module.beside import is_batch_norm, is_norm, steps
 from rankdecay.attention.module.found import Place
 from rankdecay.attention.module.projections import ModuleParameters
@@ -16,10 +21,7 @@ from rankdecay.attention.names import (
     HEADS_NORMS,
     NORM_OF_HEADS,
     PLAIN_NORM,
-    POOLING,
     SCALES,
-    TURNED,
-    VALUE_NORMS_WITHOUT_WEIGHTS,
     AttentionNames,
     is_gate,
     is_value_norm,

@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from rankdecay.attention.layer import Window
+from rankdecay.attention.model_types import (
+    HEAD_DIM,
+    KEY_DIM,
+    KEY_HEADS,
+    NUM_HEADS,
+    WIDTH,
+)
 from rankdecay.attention.module.between import (
     is_channel_attention,
     is_vqgan_attention,
 )
 from rankdecay.attention.module.projections import ModuleParameters, divide
 from rankdecay.attention.module.settings import NotHandled
-from rankdecay.attention.names import (
-    HEAD_DIM,
-    KEY_DIM,
-    KEY_HEADS,
-    NUM_HEADS,
-    WIDTH,
-    AttentionNames,
-)
+from rankdecay.attention.names import AttentionNames
 
 
 def check_heads(module: ModuleParameters, heads: int, key_heads: int) -> None:
@@ -31,19 +31,19 @@ def check_heads(module: ModuleParameters, heads: int, key_heads: int) -> None:
         )
 
 
-def share_of_output(module: ModuleParameters, child: str, across: int, own: int, transposed: bool) -> Window | None:
+def share_of_output(module: ModuleParameters, child: str, across: int, width: int, transposed: bool) -> Window | None:
     """Return the part of an output projection one level up that belongs to this one of several modules.
 
     A list of modules of one head each, whose results are concatenated: the number is the last in the path.
     """
     number = module.path.rpartition(".")[2]
-    if not child.startswith("../") or not number.isdigit() or across % own:
+    if not child.startswith("../") or not number.isdigit() or across % width:
         return None
     siblings = module.source.children(module.path.rpartition(".")[0])
-    first = int(number) * own
-    if len(siblings) * own != across:
+    first = int(number) * width
+    if len(siblings) * width != across:
         return None
-    return Window("columns", first, first + own, across, own, 1, transposed)
+    return Window("columns", first, first + width, across, width, 1, transposed)
 
 
 def count_heads(
@@ -223,8 +223,8 @@ def contradicted(module: ModuleParameters, heads: int, head_dim: int, key_heads:
         stated = [(text, setting(attributes), number) for attributes, text, number in read]
         return " and ".join(text.format(n) for text, n, number in stated if type(n) is int and n not in (0, -1, number))
 
-    if not module.source.is_known(module.path) and (own := differing(partial(module.source.own, module.path))):
-        raise NotHandled(f"it states {own}, {fit}: pass {how}")
+    if not module.source.is_known(module.path) and (differences := differing(partial(module.source.own, module.path))):
+        raise NotHandled(f"it states {differences}, {fit}: pass {how}")
     settings = [text] if (text := differing(module.stated)) else []
     of_file = not module.source.kind(module.path)  # whose configuration states key heads where there are fewer
     if of_file and key_heads not in (1, heads) and module.stated(NUM_HEADS) and module.stated(KEY_HEADS) is None:

@@ -11,6 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rankdecay.attention.layer import Role, Window
+from rankdecay.attention.model_types import (
+    HEAD_DIM,
+    LATENT_WITHOUT_ROTARY,
+    NUM_HEADS,
+)
 from rankdecay.attention.module.between import (
     why_no_value_product,
 )
@@ -20,13 +25,7 @@ from rankdecay.attention.module.heads import (
 )
 from rankdecay.attention.module.projections import ModuleParameters, divide
 from rankdecay.attention.module.settings import NotHandled
-from rankdecay.attention.names import (
-    EXPERTS,
-    HEAD_DIM,
-    LATENT_WITHOUT_ROTARY,
-    NUM_HEADS,
-    LatentNames,
-)
+from rankdecay.attention.names import EXPERTS, LatentNames
 from rankdecay.attention.products import Rotary
 
 
@@ -42,7 +41,7 @@ def read_latent(module: ModuleParameters, names: LatentNames) -> Found:
     query, split, output = name["second"] or name["query"], name["split"], name["output"]
     if not (query and split and output):
         expected = {f"{names.query} or {names.second}": query, names.split: split, names.output: output}
-        missing = [child for child, there in expected.items() if not there]
+        missing = [child for child, present in expected.items() if not present]
         raise NotHandled(f"multi-head latent attention whose {', '.join(missing)} has another name")
     parameters = [query, split, output, *(part for part in (shared, name["first"]) if part)]
     module.check_shapes(parameters)

@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 from rankdecay.attention.layer import Window
+from rankdecay.attention.model_types import NUM_HEADS
 from rankdecay.attention.module.beside import factors_beside, is_matrix, other_matrices
 from rankdecay.attention.module.found import Place
 from rankdecay.attention.module.settings import ModuleSettings, NotHandled
 from rankdecay.attention.names import (
     CONVOLUTIONS,
     LEARNED,
-    NUM_HEADS,
     AttentionNames,
     factor_of,
     is_fused_like,
@@ -44,7 +44,7 @@ class ModuleParameters(ModuleSettings):
         plain: Mapping[str, str],
         source: Source,
         sizes: Mapping[str, int] | None = None,
-        named: Collection[str] = (),
+        given_children: Collection[str] = (),
     ) -> None:
         """Prepare to read a module.
 
@@ -53,10 +53,10 @@ class ModuleParameters(ModuleSettings):
             plain: every parameter's name in the source, by its name without adapters.
             source: the parameters and settings.
             sizes: ``num_heads`` and ``head_dim`` as the user gives them, where the settings state none.
-            named: children that the user says are projections.
+            given_children: children that the user says are projections.
         """
         super().__init__(path, source, sizes)
-        self.named = named
+        self.given_children = given_children
         self.plain, self.shapes = plain, source.shapes
 
     def parameter(self, child: str) -> str | None:
@@ -65,7 +65,7 @@ class ModuleParameters(ModuleSettings):
         found = [name + weight for weight in WEIGHTS if name + weight in self.plain]
         if found and self.source.kind(found[0].removesuffix(".weight")).endswith(".Embedding"):
             return None  # a table of learned queries, not a projection to them
-        if found == [name] and child not in self.named and LEARNED.fullmatch(child):
+        if found == [name] and child not in self.given_children and LEARNED.fullmatch(child):
             return None
         if found[:2] == [f"{name}.0.weight", f"{name}.1.weight"] and len(self.shape(found[0])) == 1:
             return found[1]  # behind a norm
@@ -108,13 +108,13 @@ class ModuleParameters(ModuleSettings):
         matrices = {child: shape for child, shape in shapes.items() if len(shape) > 1 and not is_gate(child)}
         if len(matrices) != 2 or not all(map(is_matrix, matrices.values())):
             return ""
-        own = self.source.own(self.path, NUM_HEADS)
-        heads = own or self.sizes.get("num_heads") or self.setting(NUM_HEADS)
+        own_heads = self.source.own(self.path, NUM_HEADS)
+        heads = own_heads or self.sizes.get("num_heads") or self.setting(NUM_HEADS)
         for inner, output in (tuple(matrices), tuple(matrices)[::-1]):
             (lines, *_), (_, across, *_) = matrices[inner], matrices[output]
             if not may_be_output(output) or not isinstance(heads, int) or heads < 1 or across % heads:
                 continue
-            left, odd = divmod(lines - across, 2 * across // heads) if isinstance(own, int) else (0, 1)
+            left, odd = divmod(lines - across, 2 * across // heads) if isinstance(own_heads, int) else (0, 1)
             grouped = not odd and left > 0 and heads % left == 0 and inner == "in_proj"
             if lines == 3 * across or grouped:
                 return (
@@ -142,8 +142,8 @@ class ModuleParameters(ModuleSettings):
         says = {"q": is_query_like, "k": is_key_like, "v": is_value_like, "": is_input_like}
         others += [
             f"{factor} beside it"
-            for factor, of in sorted(self._factors_beside.items())
-            if factor != child and (says[of](child) or is_fused_like(child))
+            for factor, letter in sorted(self._factors_beside.items())
+            if factor != child and (says[letter](child) or is_fused_like(child))
         ]
         if not weight or not others:
             return ""
@@ -162,7 +162,7 @@ class ModuleParameters(ModuleSettings):
         """Children that take what another gives, with the other: the two factors of one projection, by their names."""
         sides: dict[str, tuple[int, int]] = {}  # (out, in)
         among = self.source.children(self.path)
-        known = {*self._factors_beside, *self.named}
+        known = {*self._factors_beside, *self.given_children}
         for child in sorted(among):
             name = self.parameter(child) if factor_of(child) and child not in known else None
             if name and is_matrix(shape := self.shape(name)):

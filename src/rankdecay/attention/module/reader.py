@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from rankdecay.attention.layer import Role, Window
+from rankdecay.attention.model_types import ROTARY
 from rankdecay.attention.module.beside import is_matrix
 from rankdecay.attention.module.between import (
     has_norm_after,
@@ -38,7 +39,6 @@ from rankdecay.attention.names import (
     MIXED_OUTPUT,
     POSITIONS,
     QUERY_BIASES,
-    ROTARY,
     AttentionNames,
     is_another_output,
     is_input_like,
@@ -79,35 +79,35 @@ class ModuleReader(ModuleParameters):
         """Queries that each output belongs to, of those read so far."""
         return {}
 
-    def read(self, row: AttentionNames, named: bool = False) -> Found:
+    def read(self, row: AttentionNames, by_user: bool = False) -> Found:
         """Locate the matrices of the module.
 
         Args:
             row: the names.
-            named: whether the user gave them, who then has to be told of an output that is not there.
+            by_user: whether the user gave them, who then has to be told of an output that is not there.
 
         Raises:
             NotHandled: If names, shapes and settings do not agree.
         """
-        given = named and (row.num_heads or row.head_dim)
+        sizes_given = by_user and (row.num_heads or row.head_dim)
         row = replace(row, **self.sizes)
         parameters = {child: name for child in row.projections if (name := self.parameter(child))}
         self._check_own_keys(row, parameters)
-        names, others = self._output_candidates(row, named)
-        if not named:
+        names, others = self._output_candidates(row, by_user)
+        if not by_user:
             self._check_no_learned_tokens(parameters)
         layout = layout_of(self, row, parameters)
         stacked = layout == "stacked"
         transposed = layout != "plain" or is_transposed(self, row, parameters, names)
         outputs = self._outputs_of(names, others, layout, transposed)
         places, heads, head_dim = self._place_inputs(row, parameters, outputs, transposed, stacked)
-        if not given and layout == "plain":
+        if not sizes_given and layout == "plain":
             width = self.lines(parameters[row.query or row.fused or ""], "columns", transposed, stacked)
             check_whole(self, heads, head_dim, width)
         no_output = self._place_output(places, outputs, heads)
         self._place_positions(places, row, heads)
         rotary, qk_norm, unknown = self._positions_and_norms(row, head_dim)
-        unknown |= self._assumed(row, named, heads, places["key"].window.num_heads)
+        unknown |= self._assumed(row, by_user, heads, places["key"].window.num_heads)
         output = places["output"].parameter if "output" in places else None
         if output:
             self._outputs.setdefault(output, row.query)
@@ -115,7 +115,7 @@ class ModuleReader(ModuleParameters):
         no_product = why_no_product(self, row, places)
         no_value_product = why_no_value_product(self, places, parameters[row.value or row.fused or ""], projected)
         self._add_query_bias(places)
-        remarks = ["" if given else contradicted(self, heads, head_dim, places["key"].window.num_heads)]
+        remarks = ["" if sizes_given else contradicted(self, heads, head_dim, places["key"].window.num_heads)]
         if not no_value_product and norm_stands(self, places) == "unknown":
             remarks.append(_UNPLACED)
         used = {**parameters, **{child: name for child, name in names.items() if name == projected}}
@@ -136,19 +136,19 @@ class ModuleReader(ModuleParameters):
             remark="; ".join(filter(None, remarks)),
         )
 
-    def _output_candidates(self, row: AttentionNames, named: bool) -> tuple[dict[str, str], dict[str, str]]:
+    def _output_candidates(self, row: AttentionNames, by_user: bool) -> tuple[dict[str, str], dict[str, str]]:
         """Return the weights that may be the output projection, by child, and those of the module's other attentions.
 
         Raises:
             NotHandled: If the user names an output that does not exist.
         """
         candidates = row.outputs
-        if candidates and not named:  # the known names first, then names like an output's
+        if candidates and not by_user:  # the known names first, then names like an output's
             candidates = (*candidates, *sorted(filter(is_output_like, self.source.children(self.path))))
         outputs = {child: name for child in candidates if (name := self.parameter(child))}
-        others = {} if named else {c: name for c, name in outputs.items() if self._is_of_another(c, name, row)}
+        others = {} if by_user else {c: name for c, name in outputs.items() if self._is_of_another(c, name, row)}
         outputs = {child: name for child, name in outputs.items() if child not in others}
-        if named and row.outputs and not outputs:
+        if by_user and row.outputs and not outputs:
             raise NotHandled(
                 f"it has no output projection {' or '.join(map(repr, row.outputs))}; its matrices are "
                 f"{', '.join(self.matrices()) or 'none'}; omit output= if there is none"
@@ -196,9 +196,9 @@ class ModuleReader(ModuleParameters):
         check_heads(self, heads, places["key"].window.num_heads)
         return places, heads, head_dim
 
-    def _assumed(self, row: AttentionNames, named: bool, heads: int, key_heads: int) -> set[str]:
+    def _assumed(self, row: AttentionNames, by_user: bool, heads: int, key_heads: int) -> set[str]:
         """Return which of the order in a fused projection and the grouping of heads is assumed."""
-        if named or self.source.is_known(self.path):
+        if by_user or self.source.is_known(self.path):
             return set()
         order = {"order"} if row.fused and row.when is None else set[str]()
         return order | ({"grouping"} if key_heads not in (1, heads) else set())
@@ -206,16 +206,16 @@ class ModuleReader(ModuleParameters):
     def _check_own_keys(self, row: AttentionNames, parameters: dict[str, str]) -> None:
         """Check that queries and keys in one projection are two, unless the user says how wide they are."""
         if row.fused and row.value and row.head_dim is None:
-            (lines, *_), (own, *_) = self.shape(parameters[row.fused]), self.shape(parameters[row.value])
-            if lines <= own:
+            (lines, *_), (value_rows, *_) = self.shape(parameters[row.fused]), self.shape(parameters[row.value])
+            if lines <= value_rows:
                 raise NotHandled(own_keys_reason(row.fused, row.value))
 
     def _check_no_learned_tokens(self, parameters: dict[str, str]) -> None:
         """Check that no projection is a parameter of the module itself beside layers: it may be learned queries."""
-        own = [child for child, name in parameters.items() if name == self.path_of(child)]
-        if own and len(own) < len(parameters):
+        raw = [child for child, name in parameters.items() if name == self.path_of(child)]
+        if raw and len(raw) < len(parameters):
             raise NotHandled(
-                f"{' and '.join(own)} {'is a parameter' if len(own) == 1 else 'are parameters'} of the module itself "
+                f"{' and '.join(raw)} {'is a parameter' if len(raw) == 1 else 'are parameters'} of the module itself "
                 "beside layers, and may be learned tokens rather than a projection: if it is a projection, pass "
                 "names=AttentionNames(query=..., key=..., value=..., output=..., num_heads=...)"
             )
@@ -318,17 +318,17 @@ class ModuleReader(ModuleParameters):
             return True
         return is_another_output(child, row, self.queries)
 
-    def _columns_behind(self, child: str, own: int) -> int:
+    def _columns_behind(self, child: str, width: int) -> int:
         """Return how many columns of an output projection take something else, behind what attention gives."""
         if "key_conv_attn_layer" in self.source.children(self.path):
-            return own  # ConvBERT's convolution, which has as many channels
+            return width  # ConvBERT's convolution, which has as many channels
         mlp = self.parameter("../proj_mlp") if child == "../proj_out" else None
         return self.shape(mlp)[0] if mlp else 0  # Flux and its kin
 
     def _positions_and_norms(self, row: AttentionNames, head_dim: int) -> tuple[Rotary | None, bool, frozenset[str]]:
         """Return how positions turn the heads, whether they are normalised, and what of it nothing says."""
         if row.rotary is not None:
-            rotary = self._rotary_as_named(row, head_dim)
+            rotary = self._rotary_of_names(row, head_dim)
         else:
             rotary = None if is_vqgan_attention(self) else self.rotary(head_dim)
         of_names = self.has_qk_norm(row.query or row.fused)
@@ -342,7 +342,7 @@ class ModuleReader(ModuleParameters):
             unknown |= set() if stated else {"qk_norm"}
         return rotary, qk_norm, frozenset(unknown)
 
-    def _rotary_as_named(self, row: AttentionNames, head_dim: int) -> Rotary | None:
+    def _rotary_of_names(self, row: AttentionNames, head_dim: int) -> Rotary | None:
         if row.rotary == "none":
             return None
         return Rotary(min(row.rotary_dims or head_dim, head_dim) // 2 * 2, row.rotary == "interleaved")

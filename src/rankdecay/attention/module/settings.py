@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 
 from rankdecay.attention.known import KNOWN_TYPES
-from rankdecay.attention.names import (
+from rankdecay.attention.model_types import (
     CROSS,
     DEFAULT_SHARES,
     EVERY_FOURTH,
@@ -21,15 +21,11 @@ from rankdecay.attention.names import (
     HEAD_DIM,
     INTERLEAVED,
     KEY_HEADS,
-    NO_SCORES,
-    NO_SCORES_CLASSES,
-    NO_SCORES_SETTINGS,
     NORMS_BEFORE_IN_CROSS,
     NORMS_WITHOUT_WEIGHTS,
     NUM_HEADS,
     PARTIAL_ROTARY,
     PERHAPS_CROSS,
-    RETENTION,
     ROTARY,
     ROTARY_IN_CROSS,
     ROTARY_UNREAD,
@@ -37,6 +33,12 @@ from rankdecay.attention.names import (
     VALUES_ARE_KEYS,
     WITHOUT_POSITIONS,
     WITHOUT_ROTARY,
+)
+from rankdecay.attention.names import (
+    NO_SCORES,
+    NO_SCORES_CLASSES,
+    NO_SCORES_SETTINGS,
+    RETENTION,
     are_of_one,
     is_fused_like,
     is_query_key_norm,
@@ -172,19 +174,19 @@ class ModuleSettings:
         if isinstance(modes, list):
             if number >= len(modes) or not str(modes[number]).startswith("reuse"):
                 return None
-            own = [i for i in range(number) if not str(modes[i]).startswith("reuse")]
-            own = [i for i in own if modes[i] == "store"] or own
+            with_own_keys = [i for i in range(number) if not str(modes[i]).startswith("reuse")]
+            with_own_keys = [i for i in with_own_keys if modes[i] == "store"] or with_own_keys
         else:
             shared, depth = self.number(("num_kv_shared_layers",)), self.number(("num_hidden_layers",))
             if not shared or not depth or number < depth - shared:
                 return None
-            own = list(range(depth - shared))
+            with_own_keys = list(range(depth - shared))
         if isinstance(kinds, list) and len(kinds) > number:
-            own = [i for i in own if kinds[i] == kinds[number]] or own
+            with_own_keys = [i for i in with_own_keys if kinds[i] == kinds[number]] or with_own_keys
         _, found, after = f"{self.path}.".partition(f".{number}.")
-        if not own or not found:
+        if not with_own_keys or not found:
             return None
-        return "../" * (1 + after.count(".")) + f"{own[-1]}.{after}"
+        return "../" * (1 + after.count(".")) + f"{with_own_keys[-1]}.{after}"
 
     # ---- positions and norms ------------------------------------------------------------------------------
 
@@ -211,11 +213,11 @@ class ModuleSettings:
     def _are_norms_of(self, query: str, norms: list[str]) -> bool | None:
         """Whether one of the norms is of the attention with these queries, by the words that the names have more."""
         children = self.source.children(self.path)
-        own = own_words(query)
-        sets = {own_words(child) for child in children if is_query_like(child) or is_fused_like(child)} - {own}
+        query_words = own_words(query)
+        sets = {own_words(child) for child in children if is_query_like(child) or is_fused_like(child)} - {query_words}
         undecided = False
         for words in map(own_words, norms):
-            if are_of_one(words, own):
+            if are_of_one(words, query_words):
                 return True
             if words and any(are_of_one(words, other) for other in sets):
                 continue
@@ -261,18 +263,18 @@ class ModuleSettings:
 
     def frequencies(self) -> str:
         """Return what the settings say of the rotary frequencies, as text that layers with one configuration share."""
-        said: dict[str, object] = {}
+        statements: dict[str, object] = {}
         parameters = self.setting(("rope_parameters",))
         if isinstance(parameters, dict):  # which holds all of it, for each kind of layer where they differ
             if any(isinstance(part, dict) for part in parameters.values()):
-                said["layer_type"] = kind = str(self._of_layer(self.setting(("layer_types",))))
+                statements["layer_type"] = kind = str(self._of_layer(self.setting(("layer_types",))))
                 parameters = parameters.get(kind)
-            said["rope_parameters"] = parameters
+            statements["rope_parameters"] = parameters
         else:
-            said |= {name: value for name in FREQUENCIES if (value := self.setting((name,))) is not None}
-            if "rope_local_base_freq" in said:  # of the layers with a window
-                said["layer_type"] = str(self._of_layer(self.setting(("layer_types",))))
-        text = json.dumps(said, sort_keys=True, default=str) if said else ""
+            statements |= {name: value for name in FREQUENCIES if (value := self.setting((name,))) is not None}
+            if "rope_local_base_freq" in statements:  # of the layers with a window
+                statements["layer_type"] = str(self._of_layer(self.setting(("layer_types",))))
+        text = json.dumps(statements, sort_keys=True, default=str) if statements else ""
         if len(text) > _LONG:  # a factor for each frequency
             text = f"{text[:_LONG]}… {hashlib.sha256(text.encode()).hexdigest()[:12]}"
         kind = self.setting(("model_type",))  # of the part of a model, which has a configuration of its own
@@ -314,8 +316,8 @@ class ModuleSettings:
             return True
         if self.may_be_cross():  # and shown as if it were
             return True
-        said = self.setting(("position_embedding_type",))
-        if (kind == "esm" and said == "absolute") or (kind == "granitemoehybrid" and said != "rope"):
+        positions = self.setting(("position_embedding_type",))
+        if (kind == "esm" and positions == "absolute") or (kind == "granitemoehybrid" and positions != "rope"):
             return True
         with_rotary = self.setting(("no_rope_layers",))  # 1 where a layer has them, whatever the name says
         if isinstance(with_rotary, list) and with_rotary:

@@ -14,18 +14,18 @@ from __future__ import annotations
 from typing import Literal
 
 from rankdecay.attention.layer import Role, Window
+from rankdecay.attention.model_types import (
+    HEAD_DIM,
+    KEY_DIM,
+    NUM_HEADS,
+)
 from rankdecay.attention.module.beside import is_matrix
 from rankdecay.attention.module.heads import (
     num_heads_remedy,
 )
 from rankdecay.attention.module.projections import ModuleParameters, divide, flattened_error, not_a_matrix_error
 from rankdecay.attention.module.settings import NotHandled
-from rankdecay.attention.names import (
-    HEAD_DIM,
-    KEY_DIM,
-    NUM_HEADS,
-    AttentionNames,
-)
+from rankdecay.attention.names import AttentionNames
 
 
 def layout_of(
@@ -136,15 +136,15 @@ def is_transposed(
         (length, *_), (rows, columns, *_) = module.shape(bias), module.shape(name)
         if rows != columns:
             return length == columns
-    own = {child: module.shape(name) for child, name in parameters.items() if name == module.path_of(child)}
-    if not own or len(own) < len(parameters) or any(child.endswith("weight") for child in own):
+    raw_shapes = {child: module.shape(name) for child, name in parameters.items() if name == module.path_of(child)}
+    if not raw_shapes or len(raw_shapes) < len(parameters) or any(child.endswith("weight") for child in raw_shapes):
         return False  # weights of modules, or called as torch calls those that it takes as (out, in)
-    rows, columns = ({shape[side] for shape in own.values()} for side in (0, 1))
-    if row.fused and not row.query and (shape := own[row.fused])[0] != shape[1]:
+    rows, columns = ({shape[side] for shape in raw_shapes.values()} for side in (0, 1))
+    if row.fused and not row.query and (shape := raw_shapes[row.fused])[0] != shape[1]:
         return shape[1] > shape[0]
     if len(rows) == len(columns):
         raise NotHandled(
-            f"{' and '.join(own)} are parameters of the module itself, and no shape tells whether they are "
+            f"{' and '.join(raw_shapes)} are parameters of the module itself, and no shape tells whether they are "
             "(out, in), or (in, out) as in x @ W: pass names=AttentionNames(..., transposed=...)"
         )
     return len(rows) < len(columns)  # all have the input's width in common

@@ -44,24 +44,24 @@ def _of_module(module: nn.Module, path: str, settings: Mapping[str, Any]) -> Ite
         called = f"{type(module).__name__} ({str(unpacked.weight().dtype).removeprefix('torch.')})"
         yield "weight", Weight(shape, lambda: unpacked.weight().dequantize(), format=called)
         return
-    held = {leaf: t for leaf, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
-    shapes = {leaf: tuple(tensor.shape) for leaf, tensor in held.items()}
-    dtypes = {leaf: tensor.dtype for leaf, tensor in held.items()}
+    tensors = {leaf: t for leaf, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+    shapes = {leaf: tuple(tensor.shape) for leaf, tensor in tensors.items()}
+    dtypes = {leaf: tensor.dtype for leaf, tensor in tensors.items()}
 
     def load(leaf: str) -> Tensor:
         return whole(getattr(module, leaf)).detach().cpu()
 
     stored = Stored("", shapes, dtypes, load, _module_settings(module, settings))
-    own = {leaf: _of_tensor(module, leaf, held[leaf], f"{path}.{leaf}" if path else leaf) for leaf in held}
-    if any(own.values()):
-        yield from ((leaf, weight) for leaf, weight in own.items() if weight)
+    weights = {leaf: _of_tensor(module, leaf, tensors[leaf], f"{path}.{leaf}" if path else leaf) for leaf in tensors}
+    if any(weights.values()):
+        yield from ((leaf, weight) for leaf, weight in weights.items() if weight)
         return
-    packs = "qweight" in held and dtypes["qweight"] not in FLOAT
+    packs = "qweight" in tensors and dtypes["qweight"] not in FLOAT
     if packs and callable(getattr(module, "dequantize_weight", None)):
         packed: Any = module  # GPTQModel's kernels reorder the codes, and give them back by this
         yield "weight", Weight(_stated_shape(module, name), lambda: packed.dequantize_weight().detach().t())
         return
-    if "W_q" in held and callable(getattr(module, "dequantize", None)):
+    if "W_q" in tensors and callable(getattr(module, "dequantize", None)):
         hqq: Any = module
         yield "weight", Weight(tuple(hqq.meta["shape"]), lambda: hqq.dequantize().detach())
         return

@@ -50,8 +50,8 @@ def _bits(stored: Stored, stated: int | None, fits: Callable[[int], bool], choic
         return stated
     if stated is None and len(possible) == 1:
         return possible[0]
-    said = f"the configuration states {stated} bits" if stated else "the configuration does not state the bits"
-    raise stored.wrong(f"{said}, and the shapes of its tensors allow {possible or 'none'}")
+    statement = f"the configuration states {stated} bits" if stated else "the configuration does not state the bits"
+    raise stored.wrong(f"{statement}, and the shapes of its tensors allow {possible or 'none'}")
 
 
 def read_gptq_or_awq(stored: Stored) -> Weight | None:
@@ -81,7 +81,7 @@ def read_gptq_or_awq(stored: Stored) -> Weight | None:
 def _gptq(stored: Stored, codes: str, scales: str, one: int) -> Weight:
     """Read GPTQ: packed along the inputs, (inputs · bits / 32, outputs); version 1 stores each zero less one."""
     zeros, order = stored.need("qzeros"), stored.find("g_idx")
-    (words, out), (groups, columns), held = stored.shapes[codes], stored.shapes[scales], stored.shapes[zeros]
+    (words, out), (groups, columns), zeros_shape = stored.shapes[codes], stored.shapes[scales], stored.shapes[zeros]
     order = order if order and stored.shapes[order] != (0,) else None
     inside = stored.shapes[order][0] if order else None
 
@@ -91,7 +91,7 @@ def _gptq(stored: Stored, codes: str, scales: str, one: int) -> Weight:
     bits = _bits(
         stored,
         None if stored.settings.get("dynamic") else stored.number("bits"),
-        lambda bits: held == (groups, _fill(out, bits)) and words == _fill(inputs(bits), bits),
+        lambda bits: zeros_shape == (groups, _fill(out, bits)) and words == _fill(inputs(bits), bits),
         (2, 3, 4, 8),
     )
     if columns != out:
@@ -150,10 +150,10 @@ def read_packed(stored: Stored) -> Weight:
     rows, words = stored.shapes[codes]
     if shape[0] != rows:
         raise stored.wrong(f"{stated} says {shape}, where weight_packed has {rows} rows")
-    said = {args["num_bits"] for args in arguments(stored) if isinstance(args.get("num_bits"), int)}
+    stated_bits = {args["num_bits"] for args in arguments(stored) if isinstance(args.get("num_bits"), int)}
     bits = _bits(
         stored,
-        said.pop() if len(said) == 1 else None,
+        stated_bits.pop() if len(stated_bits) == 1 else None,
         lambda bits: words == _fill(shape[1], bits),
         (1, 2, 3, 4, 5, 6, 7, 8),
     )
@@ -167,10 +167,10 @@ def read_packed(stored: Stored) -> Weight:
     def zeros() -> Tensor | None:
         if zero is None:
             return None
-        held = stored.load(zero)
+        packed = stored.load(zero)
         if packed_zero:
-            return _unpack(held.t().contiguous(), bits, rows).t().float() - middle
-        return held.float().reshape(cut.cells)
+            return _unpack(packed.t().contiguous(), bits, rows).t().float() - middle
+        return packed.float().reshape(cut.cells)
 
     def read() -> Tensor:
         numbers = _unpack(stored.load(codes), bits, shape[1]).float() - middle
@@ -200,8 +200,8 @@ def read_float4(stored: Stored, codes: str, scale: str) -> Weight:
         raise stored.wrong("its weight_global_scale or weight_scale_2 is missing")
 
     def read() -> Tensor:
-        held = stored.load(codes).view(torch.uint8)
-        numbers = torch.stack([held & 15, held >> 4], -1).flatten(1).long()
+        packed = stored.load(codes).view(torch.uint8)
+        numbers = torch.stack([packed & 15, packed >> 4], -1).flatten(1).long()
         values = torch.cat([_E2M1, -_E2M1])[numbers]
         scales = numbers_of(stored.load(scale))
         if divisor:
@@ -262,8 +262,8 @@ def read_bitsandbytes4(stored: Stored) -> Weight:
     kinds = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
     state, absmax, table = stored.need(*kinds), stored.need(".absmax"), stored.need(".quant_map")
     codes, nested, nested_table = stored.need(""), stored.find(".nested_absmax"), stored.find(".nested_quant_map")
-    said = _json(stored, state)
-    shape, size, inner = said.get("shape"), said.get("blocksize"), said.get("nested_blocksize")
+    quant_state = _json(stored, state)
+    shape, size, inner = quant_state.get("shape"), quant_state.get("blocksize"), quant_state.get("nested_blocksize")
     if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
         raise stored.wrong(f"its quant_state states the shape {shape!r}")
     count, blocks = math.prod(shape), math.prod(stored.shapes[absmax])
@@ -276,7 +276,7 @@ def read_bitsandbytes4(stored: Stored) -> Weight:
     parts = present(absmax, table, state, nested, nested_table)
     if nested:
         cells = math.prod(stored.shapes[nested])
-        offset = said.get("nested_offset")
+        offset = quant_state.get("nested_offset")
         if not isinstance(inner, int) or inner < 1 or -(-blocks // inner) != cells:
             raise stored.wrong(f"{cells} nested blocks of {inner!r} do not make {blocks} scales")
         if not isinstance(offset, (int, float)) or math.prod(stored.shapes[stored.need(".nested_quant_map")]) != 256:
@@ -285,18 +285,20 @@ def read_bitsandbytes4(stored: Stored) -> Weight:
         raise stored.wrong("its absmax holds codes, and nested_absmax is missing")
 
     def scales() -> Tensor:
-        held = stored.load(absmax).flatten()
+        statistics = stored.load(absmax).flatten()
         if not nested:
-            return held.float()
-        values = stored.load(stored.need(".nested_quant_map")).float().flatten()[held.view(torch.uint8).long()]
+            return statistics.float()
+        values = stored.load(stored.need(".nested_quant_map")).float().flatten()[statistics.view(torch.uint8).long()]
         return (
             values * stored.load(nested).float().flatten().repeat_interleave(int(inner or 1))[:blocks]
-            + said["nested_offset"]
+            + quant_state["nested_offset"]
         )
 
     def read() -> Tensor:
-        held = stored.load(codes).contiguous().view(torch.uint8).flatten()
-        values = stored.load(table).float().flatten()[torch.stack([held >> 4, held & 15], -1).flatten().long()[:count]]
+        packed = stored.load(codes).contiguous().view(torch.uint8).flatten()
+        values = (
+            stored.load(table).float().flatten()[torch.stack([packed >> 4, packed & 15], -1).flatten().long()[:count]]
+        )
         values = nn.functional.pad(values, (0, blocks * size - count)).unflatten(0, (blocks, size))
         return (values * scales()[:, None]).flatten()[:count].reshape(shape)
 
@@ -348,8 +350,8 @@ def read_hqq(stored: Stored) -> Weight | None:
         raise stored.wrong(f"scales of shape {stored.shapes[scale]} do not fit codes of shape {stored.shapes[codes]}")
 
     def read() -> Tensor:
-        held = stored.load(codes)
-        numbers = torch.cat([held >> 8 - bits * (i + 1) & 2**bits - 1 for i in range(per)]).float()
+        packed = stored.load(codes)
+        numbers = torch.cat([packed >> 8 - bits * (i + 1) & 2**bits - 1 for i in range(per)]).float()
         return ((numbers - stored.load(zero).float()) * stored.load(scale).float()).reshape(shape)
 
     return Weight(shape, read, (codes, scale, zero, stated))

@@ -64,8 +64,8 @@ def decayed_pieces(pieces: Sequence[Piece], decay: LowRank, amount: float | Tens
     everyones = factors.new_empty(share.size * share.world, *factors.shape[1:])
     _all_gather(everyones, factors, group=inner)
     after = _left if precise else _multiplied
-    own = everyones[: share.number].to(first.value.device).split(share.counts)
-    left = [after(value, each) for value, each in zip(values, own, strict=True)]
+    factors_of_piece = everyones[: share.number].to(first.value.device).split(share.counts)
+    left = [after(value, each) for value, each in zip(values, factors_of_piece, strict=True)]
     if dtype == torch.float64:
         left = [_in_powers(each, exponent) for each, exponent in zip(left, exponents, strict=True)]
     return [each if piece.cut.side == -2 else each.mT for piece, each in zip(pieces, left, strict=True)]

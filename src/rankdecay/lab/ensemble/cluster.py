@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from rankdecay.lab.ensemble.outcome import Record, key_of
-from rankdecay.lab.ensemble.sweep import Plan, Trial, TrialQueue, train
+from rankdecay.lab.ensemble.sweep import SweepPlan, Trial, TrialQueue, train
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.machine import available_cpus
@@ -46,7 +46,7 @@ class _Task:
 
 
 def rows(
-    trials: Sequence[Trial], plan: Plan, address: str, gpu_share: float, notice: Callable[[str], None]
+    trials: Sequence[Trial], plan: SweepPlan, address: str, gpu_share: float, notice: Callable[[str], None]
 ) -> Iterator[Record]:
     """Train trials on a cluster and yield a row for each as it ends.
 
@@ -66,7 +66,7 @@ def rows(
         yield from _Cluster(ray, address, plan, gpu_share, notice).rows(trials)
 
 
-def tasks(trials: Sequence[Trial], plan: Plan, slots: int) -> list[list[Trial]]:
+def tasks(trials: Sequence[Trial], plan: SweepPlan, slots: int) -> list[list[Trial]]:
     """Split trials into tasks of one network each, in the order of their first trials.
 
     Args:
@@ -86,11 +86,11 @@ def tasks(trials: Sequence[Trial], plan: Plan, slots: int) -> list[list[Trial]]:
     return ordered
 
 
-def _kind(plan: Plan) -> str:
+def _kind(plan: SweepPlan) -> str:
     return plan.training.device.partition(":")[0]
 
 
-def _train(trials: list[Trial], plan: Plan) -> Iterator[Record]:
+def _train(trials: list[Trial], plan: SweepPlan) -> Iterator[Record]:
     """Train the trials of a task in the worker."""
     if plan.training.device == "cpu":
         torch.set_num_threads(1)
@@ -102,7 +102,7 @@ class _Cluster:
     """Queue of tasks, those that run on the cluster and those that wait."""
 
     def __init__(
-        self, ray: ModuleType, address: str, plan: Plan, gpu_share: float, notice: Callable[[str], None]
+        self, ray: ModuleType, address: str, plan: SweepPlan, gpu_share: float, notice: Callable[[str], None]
     ) -> None:
         self._ray, self._address, self._gpu_share, self._notice = ray, address, gpu_share, notice
         self._gpu = _kind(plan) == "cuda"

@@ -227,8 +227,8 @@ class Ensemble:
             lr, decay = lr * member.control.query_key_lr, self._l2[index]
         elif name in self._block_names and member.low_rank and member.control.blocks:
             decay = 0.0
-        own = member.accelerator.rate(name) if member.accelerator else None
-        return (lr, decay) if own is None else (own, lr * decay / own)
+        own_rate = member.accelerator.rate(name) if member.accelerator else None
+        return (lr, decay) if own_rate is None else (own_rate, lr * decay / own_rate)
 
     def schedule(self, acts: Sequence[bool]) -> None:
         """Switch each member's decay on or off, and find which matrices are above their target rank now."""
@@ -329,7 +329,7 @@ class Ensemble:
 
     def _held_norms(self) -> Tensor:
         """The norm of every matrix after this step, ``(members, depth, 2, 1, 1)``; NaN where it is free."""
-        held = self._weights.new_full((len(self.members), self.config.depth, 2), math.nan)
+        norms = self._weights.new_full((len(self.members), self.config.depth, 2), math.nan)
         for index, (member, path) in enumerate(zip(self.members, self._paths, strict=True)):
             step, radius = self.steps[index], member.control.radius(self.steps[index])
             if path is not None:
@@ -337,10 +337,10 @@ class Ensemble:
                     raise ValueError(
                         f"{member.arm} is at step {step}, and its path of the norm ends at {len(path) - 1}"
                     )
-                held[index] = path[step]
+                norms[index] = path[step]
             elif radius is not None:
-                held[index] = radius
-        return held[..., None, None]
+                norms[index] = radius
+        return norms[..., None, None]
 
     def _decay(self, group: Group) -> None:
         """Decays those members of a group whose interval has passed."""

@@ -14,14 +14,14 @@ import torch
 
 from rankdecay.lab.ensemble.members import State
 from rankdecay.lab.ensemble.outcome import Key, Record
-from rankdecay.lab.ensemble.sweep import Plan, Saved, Trial, TrialQueue, train
+from rankdecay.lab.ensemble.sweep import Saved, SweepPlan, Trial, TrialQueue, train
 from rankdecay.lab.store import Checkpoint, RunDirectory, Throttle
 
 WAKE = 0.2  # seconds after which a waiting main thread looks for an interrupt
 
 
 def rows(
-    trials: Sequence[Trial], plan: Plan, directory: RunDirectory, aliases: Mapping[str, str] | None = None
+    trials: Sequence[Trial], plan: SweepPlan, directory: RunDirectory, aliases: Mapping[str, str] | None = None
 ) -> Iterator[Record]:
     """Train trials and yield a row for each as it ends, continuing those that ``directory`` saw under way.
 

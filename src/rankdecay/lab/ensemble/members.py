@@ -54,8 +54,10 @@ class Member:
                         f"{self.arm}: cautious decay is a way to take constant L2, and not {decay.describe()}: give "
                         "W_Q and W_K constant L2, or leave the accelerator out"
                     )
-        own = self.accelerator and (self.accelerator.steps("query") or self.accelerator.rate("query") is not None)
-        if own and self.control.query_key_lr != 1:
+        has_own_rate = self.accelerator and (
+            self.accelerator.steps("query") or self.accelerator.rate("query") is not None
+        )
+        if has_own_rate and self.control.query_key_lr != 1:
             raise ValueError(
                 f"{self.arm}: {type(self.accelerator).__name__} has a learning rate of its own for W_Q and W_K, which "
                 f"query_key_lr={self.control.query_key_lr:g} would not change: give one of the two"

@@ -68,7 +68,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """Settings that all trials of a sweep share.
 
     Attributes:
@@ -138,7 +138,7 @@ Intermission = Callable[[Callable[[], dict[Key, Saved]]], None]
 
 def train(
     source: TrialQueue,
-    plan: Plan,
+    plan: SweepPlan,
     *,
     stop: threading.Event | None = None,
     saved: dict[Key, Saved] | None = None,
@@ -163,7 +163,7 @@ class _Places:
     """Ensemble whose places are refilled as their trials end."""
 
     def __init__(
-        self, ensemble: Ensemble, source: TrialQueue, plan: Plan, stop: threading.Event, saved: dict[Key, Saved]
+        self, ensemble: Ensemble, source: TrialQueue, plan: SweepPlan, stop: threading.Event, saved: dict[Key, Saved]
     ) -> None:
         self._ensemble, self._source, self._plan, self._stop, self._saved = ensemble, source, plan, stop, saved
         self._runs: list[_Run] = []
@@ -249,7 +249,7 @@ class _Places:
         }
 
 
-def row(trial: Trial, records: Sequence[Record], initial_rank: float, sigma: np.ndarray, plan: Plan) -> Record:
+def row(trial: Trial, records: Sequence[Record], initial_rank: float, sigma: np.ndarray, plan: SweepPlan) -> Record:
     """Row that a sweep stores of one run (``docs/reference/run-directory.md``).
 
     Args:

@@ -40,8 +40,8 @@ FILES = {
 
 def render(experiment: Experiment[Any], stored: StoredRun) -> str:
     """The page of a run as one HTML string."""
-    own = experiment.styles_of(stored.settings)
-    styles = arm_styles(stored.arms, own)
+    styles_of_run = experiment.styles_of(stored.settings)
+    styles = arm_styles(stored.arms, styles_of_run)
     labels = {name: style.label for name, style in styles.items()}
     sections = experiment.sections(stored)
     parts = [part for section in sections for part in section.parts]
@@ -53,7 +53,7 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
     summary = stored.summary
     table, note = "", ""
     if summary is not None:
-        found = Facts.of(summary, own)
+        found = Facts.of(summary, styles_of_run)
         table = html_table("Result of every arm", experiment.columns_of(found), summary["arms"], labels)
         note = experiment.note(found)
     shown = [section for section in sections if section.parts]
@@ -61,10 +61,10 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
     several = len(stored.directories)
     last = stored.last_step
     so_far = "Nothing is measured yet." if last is None else f"It has been measured up to step {last:,}."
-    outcome = verdict(summary, experiment.headline, experiment.checks, own, so_far)
-    said = [*stored.notices, *thinned]
+    outcome = verdict(summary, experiment.headline, experiment.checks, styles_of_run, so_far)
+    notices = [*stored.notices, *thinned]
     if summary is not None and not stored.complete:
-        said.insert(0, "This run is not complete: these are the results so far; they may still change.")
+        notices.insert(0, "This run is not complete: these are the results so far; they may still change.")
     files = FILES | dict(experiment.files)
     filled = {
         "title": escape(f"rankdecay {experiment.name}: {experiment.question}"),
@@ -74,7 +74,7 @@ def render(experiment: Experiment[Any], stored: StoredRun) -> str:
         "nav": _navigation([*shown, Section("Figures", "")] if table else shown),
         "headline": escape(outcome.headline),
         "points": _points(outcome),
-        "notices": pieces.notices(said),
+        "notices": pieces.notices(notices),
         "sections": "\n".join(_section(section, labels) for section in shown),
         "figures": table and f'<section id="figures">\n<h2>Figures</h2>\n<p>{escape(note)}</p>\n{table}\n</section>\n',
         "arms": arms_list(stored.config, labels),

@@ -17,7 +17,8 @@ from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiments.attention.runs import all_runs, make_plan
 from rankdecay.lab.experiments.attention.settings import AttentionDecay
 from rankdecay.lab.store import read_metrics
-from tests.lab.tiny import Repeat, make, settings, timeless
+from tests.comparing import timeless
+from tests.lab.tiny import Repeat, make, settings
 from tests.waiting import HANG
 
 ROOT = Path(__file__).parents[4]

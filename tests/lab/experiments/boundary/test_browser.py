@@ -3,6 +3,7 @@
 import pytest
 
 from rankdecay.lab.experiment import write_report
+from tests.lab.browsing import wait_for
 
 CHARTS = ["boundaries-chart", "cell-accuracy", "cell-inner", "cell-spectrum"]
 STROKE = "getComputedStyle(document.querySelector('#maps .boundary')).stroke"
@@ -24,16 +25,12 @@ def open_sweep(open_page, report):
     return open_
 
 
-def _wait(page, condition, value=None):
-    page.wait_for_function(f"value => {condition}", arg=value)
-
-
 def _cell(page, words):
     return page.locator(f'#maps .button[aria-label^="{words}"]').first
 
 
 def _shows(page, words):
-    _wait(page, "document.querySelector('#cell-words').innerText.includes(value)", words)
+    wait_for(page, "document.querySelector('#cell-words').innerText.includes(value)", words)
 
 
 def _colours(page):
@@ -60,10 +57,10 @@ def test_hovering_a_cell_shows_its_runs(open_sweep):
     assert page.locator("#cell-words h3").inner_text() == "L2"
     assert "seed 2:" in page.locator("#cell-words .seeds").inner_text()
     page.locator("#cell-accuracy .trace").first.wait_for()
-    _wait(page, "document.querySelector('#cell-accuracy').data.length === 6")  # training and test of three seeds
+    wait_for(page, "document.querySelector('#cell-accuracy').data.length === 6")  # training and test of three seeds
     _cell(page, "no decay, 15 %").hover()
     _shows(page, "15 % of the data")
-    _wait(page, "document.querySelector('#cell-accuracy').data.at(-1).y.at(-1) < 0.5")
+    wait_for(page, "document.querySelector('#cell-accuracy').data.at(-1).y.at(-1) < 0.5")
 
 
 def test_a_click_keeps_a_cell_beside_others(open_sweep):
@@ -72,11 +69,11 @@ def test_a_click_keeps_a_cell_beside_others(open_sweep):
     kept.click()
     assert kept.get_attribute("aria-pressed") == "true"
     _cell(page, "L2, strength 0.1, 20 %").hover()
-    _wait(page, "document.querySelectorAll('#cell-words h3').length === 2")
-    _wait(page, "document.querySelector('#cell-spectrum').data.length === 6")
+    wait_for(page, "document.querySelectorAll('#cell-words h3').length === 2")
+    wait_for(page, "document.querySelector('#cell-spectrum').data.length === 6")
     page.locator("h1").hover()
     page.locator("#maps").scroll_into_view_if_needed()
-    _wait(page, "document.querySelectorAll('#cell-words h3').length === 1")
+    wait_for(page, "document.querySelectorAll('#cell-words h3').length === 1")
     _shows(page, "strength 0.1 · 48 %")
     kept.click()
     assert kept.get_attribute("aria-pressed") == "false"
@@ -104,29 +101,29 @@ def test_the_colour_can_be_switched(open_sweep):
     page = open_sweep()
     before = _colours(page)
     page.get_by_label("Colour").select_option("steps_to_generalise")
-    _wait(page, "document.querySelectorAll('#maps .unreached').length > 0")
+    wait_for(page, "document.querySelectorAll('#maps .unreached').length > 0")
     after = _colours(page)
     assert before != after
     assert "" in after  # a median that was not reached has no colour
     assert page.locator("#map-scale").inner_text().split()[0] != "0"
     page.get_by_label("Decay of the rest").select_option("0.5")
-    _wait(page, "document.querySelectorAll('#maps figure').length === 5")
+    wait_for(page, "document.querySelectorAll('#maps figure').length === 5")
     page.get_by_label("Second chart").select_option("query_norm")
-    _wait(page, "document.querySelector('#inner-caption').textContent.startsWith('‖')")
+    wait_for(page, "document.querySelector('#inner-caption').textContent.startsWith('‖')")
 
 
 def test_the_legend_hides_an_arm(open_sweep):
     page = open_sweep()
     page.locator("#phase .legend").get_by_role("button", name="no decay").click()
-    _wait(page, "document.querySelectorAll('#maps figure').length === 8")
+    wait_for(page, "document.querySelectorAll('#maps figure').length === 8")
 
 
 def test_dark_mode_has_its_own_colours(open_sweep):
     page = open_sweep(scheme="dark")
     dark = page.evaluate(STROKE), _colours(page)
     page.emulate_media(color_scheme="light")
-    _wait(page, f"{STROKE} !== value", dark[0])
-    _wait(page, "document.querySelector('#maps .face').style.fill !== value", dark[1][0])
+    wait_for(page, f"{STROKE} !== value", dark[0])
+    wait_for(page, "document.querySelector('#maps .face').style.fill !== value", dark[1][0])
 
 
 @pytest.mark.parametrize("width", [375, 700])

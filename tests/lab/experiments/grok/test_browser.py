@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rankdecay.lab.experiment import write_report
+from tests.lab.browsing import wait_for
 
 CHARTS = ["accuracy-chart", "rank-chart", "spectra-chart", "share-chart", "attention-chart"]
 EVIL = "<img src=x onerror=window.owned=1><b>%{y}</b>"
@@ -33,10 +34,6 @@ def _show(page, identity):
     chart.scroll_into_view_if_needed()
     chart.locator(".main-svg, svg.dial").first.wait_for()
     return chart
-
-
-def _wait(page, condition, value=None):
-    page.wait_for_function(f"value => {condition}", arg=value)
 
 
 def _contrast(first, second):
@@ -80,14 +77,14 @@ def test_the_slider_and_play_move_through_time(desktop):
     smallest = "document.querySelector('#spectra-chart').data.at(-4).y.at(-1)"  # of low-rank decay
     end = desktop.evaluate(smallest)
     desktop.locator("#step-slider").fill("0")
-    _wait(desktop, f"{smallest} > 100 * value", end)
+    wait_for(desktop, f"{smallest} > 100 * value", end)
     assert desktop.locator("#step-output").inner_text() == "0"
     _show(desktop, "needles")
-    _wait(desktop, "document.querySelectorAll('.needle .fan').length < value", fans)
+    wait_for(desktop, "document.querySelectorAll('.needle .fan').length < value", fans)
     desktop.locator("#play").click()
-    _wait(desktop, "document.querySelector('#step-output').textContent === '800'")
+    wait_for(desktop, "document.querySelector('#step-output').textContent === '800'")
     _show(desktop, "spectra-chart")
-    _wait(desktop, f"{smallest} === value", end)
+    wait_for(desktop, f"{smallest} === value", end)
 
 
 def test_a_choice_redraws_its_chart(desktop):
@@ -96,15 +93,15 @@ def test_a_choice_redraws_its_chart(desktop):
     length = "document.querySelector('#spectra-chart').data[0].y.length === value"
     scale = desktop.locator("#spectra").get_by_label("Values")
     matrix = desktop.locator("#spectra").get_by_label("Matrix")
-    _wait(desktop, largest, 1)
+    wait_for(desktop, largest, 1)
     scale.select_option("absolute")
-    _wait(desktop, f"!({largest})", 1)
+    wait_for(desktop, f"!({largest})", 1)
     scale.select_option("relative")
-    _wait(desktop, largest, 1)
+    wait_for(desktop, largest, 1)
     matrix.select_option("product:1:0")
-    _wait(desktop, length, 8)
+    wait_for(desktop, length, 8)
     matrix.select_option("singular_values:0:0")
-    _wait(desktop, length, 16)
+    wait_for(desktop, length, 16)
 
 
 def test_the_legend_hides_an_arm_everywhere(desktop):
@@ -113,13 +110,13 @@ def test_the_legend_hides_an_arm_everywhere(desktop):
     before = desktop.locator("#accuracy-chart .scatterlayer .trace").count()
     button = desktop.locator("#accuracy .legend").get_by_role("button", name="low-rank decay")
     button.click()
-    _wait(desktop, traces, before - 3)  # its seeds and its median
+    wait_for(desktop, traces, before - 3)  # its seeds and its median
     assert button.get_attribute("aria-pressed") == "false"
     _show(desktop, "needles")
-    _wait(desktop, "document.querySelectorAll('.needle').length === value", 6)
+    wait_for(desktop, "document.querySelectorAll('.needle').length === value", 6)
     button.click()
     _show(desktop, "accuracy-chart")
-    _wait(desktop, traces, before)
+    wait_for(desktop, traces, before)
 
 
 def test_a_phone_gets_the_words_first_and_needs_no_sideways_scrolling(open_page, report):
@@ -151,7 +148,7 @@ def test_dark_mode_is_readable_and_can_be_switched(open_page, report):
     assert _contrast(background, "rgb(0, 0, 0)") < 1.3
     assert _contrast(background, text) > 4.5
     page.emulate_media(color_scheme="light")
-    _wait(page, f"{tick} !== value", text)
+    wait_for(page, f"{tick} !== value", text)
     background, text = page.evaluate(f"[getComputedStyle(document.body).backgroundColor, {tick}]")
     assert _contrast(background, "rgb(255, 255, 255)") < 1.1
     assert _contrast(background, text) > 4.5

@@ -17,6 +17,7 @@ from rankdecay.lab.experiments.margin.experiment import EXPERIMENT
 from rankdecay.lab.experiments.margin.settings import FLOWS, Margin
 from rankdecay.lab.report.terminal import print_summary
 from rankdecay.lab.store import read_metrics
+from tests.lab.experiments.margin.test_claims import arm
 
 SMALL = Margin(
     parametrisation=FLOWS,
@@ -45,10 +46,6 @@ def finished(tmp_path_factory):
 
 def run(settings, command=""):
     return run_experiment(EXPERIMENT, settings, command)
-
-
-def arm(summary, name):
-    return next(row for row in summary["arms"] if row["name"] == name)
 
 
 # --- the science ---

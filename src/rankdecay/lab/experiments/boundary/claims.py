@@ -64,8 +64,8 @@ def settled(difference: Mapping[str, Any]) -> str | None:
     The interval of the fits has to say it, and where seeds can be compared that with the seed as the unit as well: runs
     of one seed share their training sets, which the fits do not know.
     """
-    said = {_side(difference)} | ({_side(by_seed)} if (by_seed := difference.get("by_seed")) else set())
-    return said.pop() if len(said) == 1 else None
+    sides = {_side(difference)} | ({_side(by_seed)} if (by_seed := difference.get("by_seed")) else set())
+    return sides.pop() if len(sides) == 1 else None
 
 
 def _side(interval: Mapping[str, Any]) -> str | None:

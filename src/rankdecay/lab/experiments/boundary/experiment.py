@@ -19,7 +19,7 @@ from rankdecay.lab.ensemble.compiling import worth_compiling
 from rankdecay.lab.ensemble.ensemble import Ensemble
 from rankdecay.lab.ensemble.members import Member, Training
 from rankdecay.lab.ensemble.outcome import KEY, key_of
-from rankdecay.lab.ensemble.sweep import Plan, Trial
+from rankdecay.lab.ensemble.sweep import SweepPlan, Trial
 from rankdecay.lab.ensemble.transformer import TransformerConfig
 from rankdecay.lab.errors import SettingError
 from rankdecay.lab.experiment import Arm, Experiment, Job, Work
@@ -85,8 +85,8 @@ def trials(settings: Boundary, arm: Arm, strengths: Iterable[float]) -> Iterator
                 qk_norm=settings.qk_norm if treatment.qk_norm else "none",
                 **subset(settings, "width", "depth", "mlp_width", "gains", "position_scale"),
             )
-            own = treatment.rest_decay
-            for rest in settings.rest_decays if own is None else (own,):
+            own_rest = treatment.rest_decay
+            for rest in settings.rest_decays if own_rest is None else (own_rest,):
                 for fraction, size in sizes:
                     member = Member(
                         arm.name,
@@ -101,7 +101,7 @@ def trials(settings: Boundary, arm: Arm, strengths: Iterable[float]) -> Iterator
                     yield Trial(strength, fraction, member, config, size, treatment.stays)
 
 
-def make_plan(settings: Boundary, device: str, missing: Sequence[Trial]) -> Plan:
+def make_plan(settings: Boundary, device: str, missing: Sequence[Trial]) -> SweepPlan:
     """How the trials that are missing are trained on a device."""
     training = Training(device=device, **subset(settings, "batch_size", "precision"))
     together = places(settings, device)
@@ -117,7 +117,7 @@ def make_plan(settings: Boundary, device: str, missing: Sequence[Trial]) -> Plan
 
     steps = len(missing) / together / torch.get_num_threads() * settings.steps
     training = dataclasses.replace(training, compile=worth_compiling(settings.compile, device, ensemble, steps))
-    return Plan(training, settings.steps, settings.evaluate_every, settings.threshold, together)
+    return SweepPlan(training, settings.steps, settings.evaluate_every, settings.threshold, together)
 
 
 def places(settings: Boundary, device: str) -> int:

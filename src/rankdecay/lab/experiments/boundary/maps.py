@@ -134,9 +134,9 @@ def phase_maps(summary: dict[str, Any], axis: DataAxis) -> list[PhaseMap]:
         if len(rests) > 1 and len(columns) == len({strength for strength, _ in columns}):
             rests = [None]
         for rest in rests:
-            own = [cell for cell in cells if rest is None or cell["rest_decay"] == rest]
-            strengths = sorted({float(cell["strength"]) for cell in own})
-            placed = {(strengths.index(c["strength"]), axis.fractions.index(c["train_fraction"])): c for c in own}
+            shown = [cell for cell in cells if rest is None or cell["rest_decay"] == rest]
+            strengths = sorted({float(cell["strength"]) for cell in shown})
+            placed = {(strengths.index(c["strength"]), axis.fractions.index(c["train_fraction"])): c for c in shown}
             fits = [
                 _fit(boundary, strengths.index(boundary["strength"]), axis)
                 for boundary in arm.get("boundaries", [])

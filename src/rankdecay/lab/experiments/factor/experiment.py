@@ -104,11 +104,11 @@ def train(work: Work[Factor]) -> Iterator[Record]:
 def brief(rows: Sequence[Record]) -> list[Record]:
     """One row per arm: its ranks at all strengths, and of everything else the worst at a strength above 0."""
     made = []
-    for name, own in Facts.of({"arms": rows}).arms.items():
-        decayed = [row for row in own if row["strength"]] or own
+    for name, arm_rows in Facts.of({"arms": rows}).arms.items():
+        decayed = [row for row in arm_rows if row["strength"]] or arm_rows
         worst = {key: _most(decayed, key) for key in ("deviation", "imbalance", "gap", "optimality_gap")}
         settled, of = _settled(decayed)
-        made.append({"name": name, "rank": _ranks(own), "settled": settled if of else None, "seeds": of, **worst})
+        made.append({"name": name, "rank": _ranks(arm_rows), "settled": settled if of else None, "seeds": of, **worst})
     return made
 
 
@@ -347,18 +347,20 @@ def sections(stored: StoredRun) -> list[Section]:
 
 def _ends(stored: StoredRun, name: str, rows: Sequence[Record]) -> list[Line]:
     """The singular values of an arm against strength, with their theory."""
-    own = [row for row in rows if row["name"] == name]
+    arm_rows = [row for row in rows if row["name"] == name]
     where = {"arm": name}
-    x, values = _theory(stored, name, own, rows)
+    x, values = _theory(stored, name, arm_rows, rows)
     lines = [Line("theory", x, list(y), mark="dashed", where=where) for y in values]
-    for index in range(len(own[0]["singular_values"])):
-        low, y, high = ([row[f"singular_values{end}"][index] for row in own] for end in ("_low", "", "_high"))
-        lines.append(Line(STYLES[name].label, [row["strength"] for row in own], y, name, low, high, "points", where))
+    for index in range(len(arm_rows[0]["singular_values"])):
+        low, y, high = ([row[f"singular_values{end}"][index] for row in arm_rows] for end in ("_low", "", "_high"))
+        lines.append(
+            Line(STYLES[name].label, [row["strength"] for row in arm_rows], y, name, low, high, "points", where)
+        )
     return lines
 
 
 def _theory(
-    stored: StoredRun, name: str, own: Sequence[Record], rows: Sequence[Record]
+    stored: StoredRun, name: str, arm_rows: Sequence[Record], rows: Sequence[Record]
 ) -> tuple[list[float], list[list[Any]]]:
     """Where the singular values should be, over strengths: one curve per value of the target.
 
@@ -369,12 +371,13 @@ def _theory(
     if settings.get("observed", 1) == 1 and settings.get("target") != ["random"]:
         arm = next((arm for arm in stored.config.get("arms", []) if arm["name"] == name), {})
         penalty = arm.get("penalty") or 2
-        target = torch.tensor(own[0]["target"], dtype=torch.float64)
-        x = torch.linspace(0, 1.05 * (max(row["strength"] for row in own) or 0.1), POINTS, dtype=torch.float64)
+        target = torch.tensor(arm_rows[0]["target"], dtype=torch.float64)
+        x = torch.linspace(0, 1.05 * (max(row["strength"] for row in arm_rows) or 0.1), POINTS, dtype=torch.float64)
         y = shrunk(target, x[:, None], penalty).T.tolist()  # (values, POINTS)
         # a jump is a gap in the line, not a slope
         return x.tolist(), [[v if v > 0 or penalty <= 2 else None for v in line] for line in y]
-    source = own if any(row.get("expected") for row in own) else [row for row in rows if row["name"] == "low_rank"]
+    certified = [row for row in rows if row["name"] == "low_rank"]
+    source = arm_rows if any(row.get("expected") for row in arm_rows) else certified
     expected = [row["expected"] or row["singular_values"] for row in source]
     return [row["strength"] for row in source], [list(line) for line in zip(*expected, strict=True)]
 

@@ -42,11 +42,11 @@ def styles(settings: Mapping[str, Any]) -> dict[str, ArmStyle]:
     """How arms of low-rank decay are drawn and called: by their rule, which for ``low_rank`` the settings say."""
     rule = str(settings.get("rule", ""))
     label = BY_RULE[rule].label if rule in BY_RULE else ", ".join(filter(None, ("low-rank decay", rule)))
-    own = {
+    of_this_run = {
         "low_rank": ArmStyle(label, "#c2410c", "#ff8f5c"),
         "relative": ArmStyle(f"{label}, relative", "#b8602a", "#ffb98a", "dashdot"),
     }
-    return BY_RULE | own
+    return BY_RULE | of_this_run
 
 
 # --- curves ---
@@ -86,13 +86,13 @@ def _curves(stored: StoredRun, name: str, metrics: Mapping[str, str], **axis: An
 def _words(series: Sequence[tuple[list[int], list[Any]]], steps: Sequence[int], *ends: Sequence[float]) -> list[str]:
     """Words for a median: its value, the range of the seeds and their number."""
     at = [step for x, y in series for step, value in zip(x, y, strict=True) if is_number(value)]
-    said = []
+    texts = []
     for step, value, low, high in zip(steps, *ends, strict=True):
         count = at.count(step)
-        said.append(
+        texts.append(
             figure_text(value) + (f"  ({figure_text(low)} to {figure_text(high)}, {count} seeds)" if count > 1 else "")
         )
-    return said
+    return texts
 
 
 # --- through time ---
@@ -108,7 +108,7 @@ def time_data(stored: StoredRun) -> Record:
         found = [found[i] for i in evenly_spaced_indices(len(found), fit)]
     order = [list(zip(map(str, arrays["arms"]), map(int, arrays["seeds"]), strict=True)) for _, arrays in found]
     arms = stored.arms
-    known = {member for own in order for member in own if member[0] in arms}
+    known = {member for in_snapshot in order for member in in_snapshot if member[0] in arms}
     members = sorted(known, key=lambda member: (arms.index(member[0]), member[1]))
     first = found[0][1] if found else {}
     return {
@@ -118,11 +118,11 @@ def time_data(stored: StoredRun) -> Record:
         **{name: [str(label) for label in first.get(name, ())] for name in ("groups", "positions")},
         "frames": [
             {
-                name: [arrays[name][own.index(member)] if member in own else None for member in members]
+                name: [arrays[name][in_snapshot.index(member)] if member in in_snapshot else None for member in members]
                 for name in ARRAYS
                 if name in arrays
             }
-            for own, (_, arrays) in zip(order, found, strict=True)
+            for in_snapshot, (_, arrays) in zip(order, found, strict=True)
         ],
     }
 
@@ -189,8 +189,9 @@ def final_spectrum(stored: StoredRun) -> dict[str, np.ndarray]:
             last[str(arm), int(seed)] = values.reshape(-1, values.shape[-1])
     found = {}
     for name in stored.arms:
-        own = [values for (arm, _), values in last.items() if arm == name]
-        if own and (spectra := np.concatenate(own))[:, 0].any():  # a matrix held at zero has no direction
+        values_of_arm = [values for (arm, _), values in last.items() if arm == name]
+        # A matrix held at zero has no direction.
+        if values_of_arm and (spectra := np.concatenate(values_of_arm))[:, 0].any():
             largest = spectra[:, :1]
             found[name] = np.median(np.divide(spectra, largest, out=np.zeros_like(spectra), where=largest > 0), axis=0)
     return found

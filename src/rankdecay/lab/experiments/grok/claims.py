@@ -52,13 +52,13 @@ def headline(facts: Facts) -> str:
     if not subjects:
         return f"Generalised{within}: {listed(others)}."
     first, *more = (f"{_named(facts, name)} {{}}in {_count(rows[name])}" for name in subjects)
-    said = "; ".join([first.format("generalised "), *(text.format("") for text in more)])
+    outcomes = "; ".join([first.format("generalised "), *(text.format("") for text in more)])
     rest = f"so did {listed(others)}" if others else "no other arm did"
     if not any(rows[name]["generalised"] for name in subjects):
         rest = f"{listed(others)} did"
     elif len(subjects) == len(rows):
         rest = "there was no other arm to compare with"
-    return f"{said[0].upper()}{said[1:]}{within}; {rest}."
+    return f"{outcomes[0].upper()}{outcomes[1:]}{within}; {rest}."
 
 
 def _control(claim: str, arm: str, how: str, open: str, if_none: str = "", if_some: str = "") -> Check:

@@ -52,8 +52,8 @@ def summarise_arm(name: str, members: Sequence[Sequence[Record]], threshold: flo
 def summarise(rows: Iterable[Record], arms: Sequence[str], threshold: float) -> list[Record]:
     """One object per arm that has been evaluated."""
     members = by_member(rows)
-    own = {arm: [records for (name, _), records in members.items() if name == arm] for arm in arms}
-    return [summarise_arm(arm, records, threshold) for arm, records in own.items() if records]
+    by_arm = {arm: [records for (name, _), records in members.items() if name == arm] for arm in arms}
+    return [summarise_arm(arm, records, threshold) for arm, records in by_arm.items() if records]
 
 
 def so_far(stored: StoredRun) -> Record | None:

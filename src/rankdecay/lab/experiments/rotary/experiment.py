@@ -72,8 +72,8 @@ def draw(settings: Rotary, device: str) -> tuple[Tensor, Tensor, Tensor]:
             target = normal((P, left, right))
             target = target / torch.linalg.matrix_norm(target, 2)[:, None, None]
         else:
-            own = P if settings.target == "planes" else 1
-            a, b = (_unit(normal((own, width))).expand(P, width) for width in (left, right))
+            distinct = P if settings.target == "planes" else 1
+            a, b = (_unit(normal((distinct, width))).expand(P, width) for width in (left, right))
             target = a.conj()[:, :, None] * b[:, None, :]
         begun = [settings.scale * _unit(normal((P, width))) for width in (left, right)]
         drawn.append((sizes[:, None, None] * target, *begun))
@@ -186,35 +186,39 @@ def train(work: Work[Rotary]) -> Iterator[Record]:
             bar.ended(arm.name, found[-1][0], settings.steps)
             ended[arm.name] = found[-1][1]
             for number, strength in enumerate(settings.strengths):
-                own = slice(number * settings.seeds, (number + 1) * settings.seeds)
+                members = slice(number * settings.seeds, (number + 1) * settings.seeds)
                 for step, measured in found:
-                    yield {"step": step, "arm": arm.name, "strength": strength} | _medians(measured, own)
-                rows.append(_row(arm, settings, scores, ended[arm.name], own, strength))
+                    yield {"step": step, "arm": arm.name, "strength": strength} | _medians(measured, members)
+                rows.append(_row(arm, settings, scores, ended[arm.name], members, strength))
     if {"rotary", "convex"} <= ended.keys():
         for row in rows:
             if row["name"] == "rotary":
                 row |= _beside_convex(ended, settings, row["strength"])
     work.found = {"arms": rows}
-    ends = {f"{name}_{key}": value.cpu().numpy() for name, of in ended.items() for key, value in of.items()}
+    ends = {
+        f"{name}_{key}": value.cpu().numpy()
+        for name, measured_last in ended.items()
+        for key, value in measured_last.items()
+    }
     work.run_directory.save_snapshot(settings.steps, ends)
 
 
-def _medians(measured: Measured, own: slice) -> Record:
-    return {name: float(of[own].quantile(0.5)) for name, of in measured.items() if of.ndim == 1}
+def _medians(measured: Measured, members: slice) -> Record:
+    return {name: float(values[members].quantile(0.5)) for name, values in measured.items() if values.ndim == 1}
 
 
-def _row(arm: Arm, settings: Rotary, scores: Scores, last: Measured, own: slice, strength: float) -> Record:
+def _row(arm: Arm, settings: Rotary, scores: Scores, last: Measured, members: slice, strength: float) -> Record:
     """The figures of one arm at one strength: medians, the worst, and the counts of every seed."""
-    gaps = last["optimality_gap"][own]
-    row: Record = {"name": arm.name, "strength": strength, "seeds": settings.seeds, **_medians(last, own)}
+    gaps = last["optimality_gap"][members]
+    row: Record = {"name": arm.name, "strength": strength, "seeds": settings.seeds, **_medians(last, members)}
     row["optimality_gap_largest"] = float(gaps.max())
     row["certified"] = int((gaps < OPTIMAL).sum())
     counts = ("active", "query_rank", "key_rank", "product_rank", "plane_rank")
-    row["each"] = {name: last[name][own].int().tolist() for name in counts if name in last}
+    row["each"] = {name: last[name][members].int().tolist() for name in counts if name in last}
     if settings.frequencies == "fourier" and arm.how.turned and not (arm.how.convex and settings.target == "full"):
         # each plane by itself: its largest singular value, soft-thresholded
-        expected = (torch.linalg.matrix_norm(scores.target[own], 2) - strength).clamp(min=0)
-        row["deviation_largest"] = float((last["sizes"][own] - expected).abs().max())
+        expected = (torch.linalg.matrix_norm(scores.target[members], 2) - strength).clamp(min=0)
+        row["deviation_largest"] = float((last["sizes"][members] - expected).abs().max())
     return row
 
 
@@ -225,8 +229,8 @@ def _beside_convex(ended: dict[str, Measured], settings: Rotary, strength: float
     `not_global` those of them where descent came to rest higher.
     """
     first = settings.strengths.index(strength) * settings.seeds
-    own = slice(first, first + settings.seeds)
-    at, best = ({name: of[own] for name, of in ended[arm].items()} for arm in ("rotary", "convex"))
+    members = slice(first, first + settings.seeds)
+    at, best = ({name: values[members] for name, values in ended[arm].items()} for arm in ("rotary", "convex"))
     above = at["objective"] - best["objective"]
     attainable = best["plane_rank"] <= 1
     return {

@@ -10,38 +10,38 @@ from torch import nn
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.scale import Terms, cancels
-from rankdecay.audit.block import Block, size, terms_of
+from rankdecay.audit.view import ParameterView, size, terms_of
 
 WINDOW = Window("rows", 4, 8, 8, 2)  # the second of two matrices, with two heads of 2
 
 
-def block(shape, window) -> Block:
+def view(shape, window) -> ParameterView:
     generator = torch.Generator().manual_seed(0)
     weight, gradient = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    return Block("weight", nn.Parameter(weight), gradient, window)
+    return ParameterView("weight", nn.Parameter(weight), gradient, window)
 
 
 def test_a_windowed_matrix_is_cut_into_its_heads():
-    b = block((8, 3), WINDOW)
+    b = view((8, 3), WINDOW)
     assert b.heads == 2
     assert torch.equal(b.cut(b.parameter), b.parameter.detach()[4:].reshape(2, 2, 3))
     assert torch.equal(b.whole(b.gradient), b.gradient[4:])
 
 
 def test_a_bias_is_cut_as_the_rows_of_its_matrix_even_if_that_is_transposed():
-    b = block((8,), Window("rows", 4, 8, 8, 2, transposed=True))
+    b = view((8,), Window("rows", 4, 8, 8, 2, transposed=True))
     assert torch.equal(b.cut(b.parameter).flatten(1), b.parameter.detach()[4:].reshape(2, 2))
 
 
 def test_a_whole_parameter_is_one_head():
-    b = block((3,), WHOLE)
+    b = view((3,), WHOLE)
     assert b.heads == 1
     assert torch.equal(b.cut(b.parameter), b.parameter.detach()[None])
 
 
 @pytest.mark.parametrize(("shape", "window"), [((8, 3), WINDOW), ((8,), WINDOW)])
 def test_scaling_multiplies_the_heads_and_nothing_else(shape, window):
-    b = block(shape, window)
+    b = view(shape, window)
     expected = b.parameter.detach().clone()
     expected[4:6] *= 2
     expected[6:] *= 3
@@ -51,7 +51,7 @@ def test_scaling_multiplies_the_heads_and_nothing_else(shape, window):
 
 
 def test_the_whole_parameter_is_scaled_by_one_factor():
-    b = block((2, 2), WHOLE)
+    b = view((2, 2), WHOLE)
     expected = 5 * b.parameter.detach()
     with torch.no_grad():
         b.scale(torch.tensor([5.0]))
@@ -59,9 +59,9 @@ def test_the_whole_parameter_is_scaled_by_one_factor():
 
 
 def test_terms_are_those_of_numpy():
-    b = block((8, 3), WINDOW)
+    b = view((8, 3), WINDOW)
     products = (b.gradient.numpy() * b.parameter.detach().numpy())[4:].reshape(2, 6)
-    terms = terms_of([b, block((8,), WHOLE)._replace(gradient=None)])
+    terms = terms_of([b, view((8,), WHOLE)._replace(gradient=None)])
     np.testing.assert_allclose(terms.total, products.sum(1))
     np.testing.assert_allclose(terms.square, (products**2).sum(1))
     np.testing.assert_allclose(terms.grouped(1).total, products.sum())

@@ -13,7 +13,7 @@ from rankdecay.attention.scale import Terms
 from rankdecay.linalg.backend import double
 
 
-class Block(NamedTuple):
+class ParameterView(NamedTuple):
     """Parameter, or a window on one, that can be cut into heads."""
 
     name: str
@@ -58,10 +58,10 @@ def size(g: Tensor, w: Tensor) -> float:
     return float(double(g).norm() * double(w).norm())
 
 
-def terms_of(blocks: list[Block]) -> Terms:
-    """Return the sums of g·w over blocks with the same heads; a block without a gradient adds nothing."""
+def terms_of(views: list[ParameterView]) -> Terms:
+    """Return the sums of g·w over views with the same heads; a view without a gradient adds nothing."""
     return Terms.of([
-        double(block.cut(block.gradient)) * double(block.cut(block.parameter))
-        for block in blocks
-        if block.gradient is not None
+        double(view.cut(view.gradient)) * double(view.cut(view.parameter))
+        for view in views
+        if view.gradient is not None
     ])  # fmt: skip
