@@ -355,9 +355,14 @@ USUAL = ("l2", 0.1)  # what the controls are compared with: attention trained, w
 CONTROLS = ("uniform", "frozen", "frozen_large", "positions")
 
 
-def control(arm: str, strength: str = "0.1", run: str = "controls") -> str:
-    """The cost of a control in nats a byte, against attention with the usual decay."""
-    return above_words(above(DATA / run, arm, float(strength), USUAL))
+def directory_of(run: str) -> Path:
+    """The rows of a run of language by its name, or of another command, such as ``vision/mnist_vit``."""
+    return DATA.parent / run if "/" in run else DATA / run
+
+
+def control(arm: str, strength: str = "0.1", run: str = "controls", key: str = "loss") -> str:
+    """A figure of a control above that of attention with the usual decay, by seed: its loss, in nats, or another."""
+    return above_words(above(directory_of(run), arm, float(strength), USUAL, key))
 
 
 def controls(options: argparse.Namespace) -> None:
@@ -404,8 +409,8 @@ def plane(run: str, arm: str, strength: str, key: str, form: str = ".2f") -> str
 
 
 def above_none(run: str, arm: str, strength: str, key: str = "loss") -> str:
-    """The loss of a cell above no decay, by seed, or another figure: of a run of language, or ``vision/mnist_vit``."""
-    return above_words(above(DATA.parent / run if "/" in run else DATA / run, arm, float(strength), NONE, key))
+    """The loss of a cell above no decay, by seed, or another figure."""
+    return above_words(above(directory_of(run), arm, float(strength), NONE, key))
 
 
 def paired(options: argparse.Namespace) -> None:
