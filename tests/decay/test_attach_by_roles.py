@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -584,6 +585,150 @@ def test_a_step_that_calls_the_step_of_its_base_class_is_one_step() -> None:
         optimizer.step(fails)
     optimizer.step()
     torch.testing.assert_close(query_key(model)[0], before * (1 - LR * 0.5) ** 3)
+
+
+class _Holds(torch.optim.Optimizer):
+    """Has the groups of an optimizer that it steps, and a list of its own that holds them, as many a wrapper."""
+
+    def __init__(self, **held: torch.optim.Optimizer) -> None:
+        vars(self).update(held)
+        self._held = lambda: [*held.values()]
+        super().__init__([group for each in held.values() for group in each.param_groups], {})
+
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        for each in self._held():
+            each.step()
+
+
+class _Hides(_Holds):
+    """The same, which nothing tells."""
+
+    def __init__(self, held: torch.optim.Optimizer) -> None:
+        super().__init__(held=held)
+        del vars(self)["held"]
+
+
+def test_a_wrapper_that_holds_its_optimizer_under_any_name_is_seen_through() -> None:
+    model, alone = make_model(), make_model()
+    inside = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.3)
+    wrapper = _Holds(whatever=inside)
+    assert rd.attach(wrapper, model, query_key=rd.Frobenius(0.5), exclude="layers.2").optimizer is inside
+    for trained, optimizer in ((model, wrapper), (alone, torch.optim.SGD(alone.parameters(), lr=LR))):
+        backward(trained)
+        optimizer.step()
+    for after, stepped in zip(query_key(model)[:4], query_key(alone)[:4], strict=True):
+        torch.testing.assert_close(after, stepped * (1 - LR * 0.5))
+
+
+def test_a_wrapper_of_several_optimizers_is_refused_by_their_names() -> None:
+    model = make_model()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    hybrid = _Holds(first=torch.optim.SGD(matrices, lr=LR), second=torch.optim.AdamW(rest, lr=LR))
+    with pytest.raises(
+        TypeError, match=r"steps 2 optimizers, SGD, AdamW: attach to each of its \.first, \.second that"
+    ):
+        rd.attach(hybrid, model, query_key=rd.LowRank(0.1))
+
+
+def test_a_wrapper_that_hides_its_optimizer_is_refused_before_anything_is_stepped() -> None:
+    """Its groups are divided for the step, and the other optimizer would step only one part of them."""
+    model = make_model()
+    inside = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.3)
+    wrapper = _Hides(inside)
+    attachment = rd.attach(wrapper, model, query_key=rd.Frobenius(0.5), exclude="layers.2")
+    zero_gradients(model)
+    before = query_key(model)
+    with pytest.raises(ValueError, match=r"_Hides steps SGD by groups that both have.*attach to that SGD instead"):
+        wrapper.step()
+    assert all(map(torch.equal, query_key(model), before))
+    assert [len(group["params"]) for group in inside.param_groups] == [len(list(model.parameters()))]
+    attachment.detach()
+    rd.attach(inside, model, query_key=rd.Frobenius(0.5), exclude="layers.2")
+    wrapper.step()
+    torch.testing.assert_close(query_key(model)[0], before[0] * (1 - LR * 0.5))
+
+
+class _Masters(torch.optim.SGD):
+    """Steps copies in 32 bits of what has 16."""
+
+    @torch.no_grad()
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            wide = self.state[p].setdefault("wide", p.float().clone()) if p.dtype == torch.bfloat16 else p
+            wide.sub_(p.grad, alpha=LR)
+            p.copy_(wide)
+
+
+@pytest.mark.parametrize("by", ["roles", "groups"])
+def test_copies_of_some_weights_are_noticed_whatever_is_decayed_before_them(by: str) -> None:
+    """Weights of 32 bits, of which there are no copies, and others of whose gains nothing can be told."""
+    model = make_model()
+    model.layers.to(torch.bfloat16)
+    decays = {"embedding": rd.Frobenius(0.1, power=0), "norm": rd.Frobenius(0.1, power=0), "query_key": rd.LowRank(5.0)}
+    groups = rd.param_groups(model, **decays) if by == "groups" else model.parameters()
+    optimizer = _Masters(groups, lr=LR)
+    rd.attach(optimizer, *([] if by == "groups" else [model]), **({} if by == "groups" else decays))
+    zero_gradients(model)
+    with pytest.raises(ValueError, match=r"_Masters keeps a copy of the weights in its state \('wide'\)"):
+        optimizer.step()
+
+
+def test_two_parameters_of_the_same_numbers_are_refused() -> None:
+    """Tied by their data, and so stepped and decayed twice."""
+    model = make_model()
+    attention = model.layers[0]["attention"]
+    attention.q_proj.weight.data = model.layers[1]["attention"].q_proj.weight.data
+    for maker in (torch.optim.AdamW, torch.optim.SGD):
+        optimizer = maker(model.parameters(), lr=LR)
+        with pytest.raises(
+            ValueError, match=r"layers.0.*q_proj.weight and layers.1.*q_proj.weight are two parameters of"
+        ):
+            rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+        rd.attach(optimizer, model, query_key=rd.LowRank(0.1), exclude="layers.0").detach()
+    attention.q_proj.weight = model.layers[1]["attention"].q_proj.weight
+    rd.attach(torch.optim.SGD(model.parameters(), lr=LR), model, query_key=rd.LowRank(0.1))
+
+
+def test_a_rate_of_numpy_leaves_plain_counts() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1, every=4), counts="attachment")
+    optimizer.param_groups[0]["lr"] = np.interp(1, [0, 5], [0, LR])
+    train(model, optimizer, range(2))
+    assert {type(value) for value in attachment.state_dict().values()} == {int, float}
+
+
+def test_a_default_that_no_matrix_has_is_refused() -> None:
+    model = nn.LayerNorm(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with pytest.raises(ValueError, match="default= is the decay of matrices, and this SGD has none of LayerNorm"):
+        rd.attach(optimizer, model, rd.Frobenius(0.1))
+
+
+@pytest.mark.parametrize("by", ["roles", "groups"])
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_parameters_that_the_model_has_replaced_are_named_once(all_of_them: bool, by: str) -> None:
+    """The optimizer goes on with those it has, which nothing trains; beside others that are trained."""
+    model = make_model()
+    decays = {"query_key": rd.LowRank(0.1)}
+    optimizer = torch.optim.SGD(rd.param_groups(model, **decays) if by == "groups" else model.parameters(), lr=LR)
+    attachment = rd.attach(optimizer, *([] if by == "groups" else [model]), **({} if by == "groups" else decays))
+    train(model, optimizer, range(3))
+    assert "in place of" not in attachment.describe()
+    if all_of_them:
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    else:
+        linear = model.layers[0]["attention"].q_proj
+        linear.weight = nn.Parameter(linear.weight.detach().clone())
+    model.layers[1]["attention"].k_proj.weight.requires_grad_(False)  # which is still there
+    with pytest.warns(
+        UserWarning, match=r"the model has other parameters in place of \d of this SGD's \(layers.0"
+    ) as told:
+        train(model, optimizer, range(30))
+    assert len(told) == 1
+    assert ("in place of 1 of" in str(told[0].message)) != all_of_them
+    assert "layers.0.attention.q_proj.weight" in attachment.describe().split("in place of")[1]
 
 
 def test_a_step_that_never_comes_is_one_warning() -> None:

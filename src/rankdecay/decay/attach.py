@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankdecay.attention.layer import FLATTENED
@@ -21,7 +21,7 @@ from rankdecay.decay.plan import Excluded, Planned, Remarks, plan
 from rankdecay.decay.policy import Decay
 from rankdecay.decay.roles import decays_by_role
 from rankdecay.decay.sources import DecaySource, FromGroups, FromModel
-from rankdecay.dtensor import unwrapped, wrappers_of
+from rankdecay.dtensor import shares_out, unwrapped, wrappers_of
 from rankdecay.linalg import Backend
 
 Counts = Literal["optimizer", "attachment"]
@@ -102,7 +102,9 @@ def attach(
     named = decays_by_role(query_key, value_output, mlp, embedding, norm, bias, other)
     check_name("backend", backend, get_args(Backend))
     check_name("counts", counts, get_args(Counts))
-    source = _source(inside, model, default, named, names, num_heads, only, exclude, counts == "optimizer")
+    stepped: list[Any] = [inside, *filter(shares_out, wrappers)]
+    held = {id(p): p for each in stepped for p in parameters_of(each)}
+    source = _source(inside, model, default, named, names, num_heads, only, exclude, counts == "optimizer", held)
     return Attachment(inside, source, backend, wrappers)
 
 
@@ -116,8 +118,12 @@ def _source(
     only: bool,
     exclude: Excluded,
     counts_in_state: bool,
+    held: Mapping[int, Tensor],
 ) -> DecaySource:
-    """Return where the decays come from: the optimizer's groups, or the model and the roles."""
+    """Return where the decays come from: the optimizer's groups, or the model and the roles.
+
+    ``held`` are the parameters, by identity, that the optimizer steps here or in another process.
+    """
     kind = type(optimizer).__name__
     ours = any("role" in group and ("why" in group or hook_roles(group)) for group in optimizer.param_groups)
     if model is None:
@@ -152,32 +158,36 @@ def _source(
         return plan(model, default, named, names, num_heads, only, exclude, rest=None, stacklevel=5)
 
     planned, remarks = look_at(model, named)
-    _check_held(optimizer, model, named, planned)
-    return FromModel(model, planned, remarks, named, default, counts_in_state, lambda *now: look_at(*now)[0])
+    _check_held(type(optimizer).__name__, held, model, named, planned)
+    here = set(map(id, parameters_of(optimizer)))
+    elsewhere = {each.entry.names[0] for each in planned if id(each.entry.parameter) in held.keys() - here}
+    return FromModel(model, planned, remarks, named, default, counts_in_state, lambda *now: look_at(*now)[0], elsewhere)
 
 
-def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Decay], planned: list[Any]) -> None:
-    """Raise if the optimizer has no parameter of the model, or none of a role.
+def _check_held(
+    kind: str, held: Mapping[int, Tensor], model: nn.Module, named: Mapping[str, Decay], planned: list[Planned]
+) -> None:
+    """Raise if the optimizer has no parameter of the model, none of a role, or none that has a decay.
 
     Args:
-        optimizer: to attach to.
+        kind: of the optimizer.
+        held: its parameters, by identity.
         model: of which the decays are.
         named: decays by role.
         planned: parameters of the model.
     """
-    kind = type(optimizer).__name__
-    held = {id(p): tuple(p.shape) for p in parameters_of(optimizer)}
-    if not any(id(each.entry.parameter) in held for each in planned):
+    of_model = [each for each in planned if id(each.entry.parameter) in held]
+    flattened = FLATTENED if any(p.ndim == 1 for p in held.values()) else ""
+    if not of_model:
         shapes = {tuple(each.entry.parameter.shape) for each in planned}
-        copies = sum(shape in shapes for shape in held.values())
+        copies = sum(tuple(p.shape) in shapes for p in held.values())
         raise ValueError(
             f"this {kind} has no parameter of {type(model).__name__}"
             + (
                 f", but {copies} of the same shapes: they are those of another copy, or of the model before it was "
                 "sharded or copied. Build the optimizer from the model as it is now, then attach."
                 if copies
-                else "; give the model whose parameters it has."
-                + (FLATTENED if any(len(shape) == 1 for shape in held.values()) else "")
+                else "; give the model whose parameters it has." + flattened
             )
         )
     for role in named:
@@ -187,3 +197,8 @@ def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Deca
                 f"{role}={named[role]!r} names no parameter of this {kind}: {of_role[0].names[0]} and "
                 f"{len(of_role) - 1} more are not in it. Attach that role to the optimizer which has them."
             )
+    if not any(decay is not None for each in of_model for _, decay in each.acting):
+        raise ValueError(
+            f"default= is the decay of matrices, and this {kind} has none of {type(model).__name__} but what is "
+            f"excluded; name a role, such as norm=rankdecay.Frobenius(0.1).{flattened}"
+        )

@@ -57,9 +57,9 @@ from rankdecay.decay.roles import ROLES, decays_by_role
 from rankdecay.decay.sources import DecaySource, check_planes_held
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target, count_step, pending_key
-from rankdecay.decay.watch import Watch
+from rankdecay.decay.watch import Watch, words_of_replaced
 from rankdecay.decay.weight_decay import give_weight_decay
-from rankdecay.dtensor import bare_name
+from rankdecay.dtensor import bare_name, local
 from rankdecay.linalg import Backend
 from rankdecay.linalg.rounding import step_seed
 
@@ -88,7 +88,7 @@ class Attachment:
         if any(other is optimizer for _, other in _living()):
             raise ValueError(
                 f"this {kind} is attached already, and a second hook would decay twice; call detach() on its "
-                "attachment first."
+                "attachment first. Of several models that it trains, attach torch.nn.ModuleList([one, other])."
             )
         # Weak, or the two would keep each other alive, and the next optimizer would seem to share its parameters.
         self._optimizer = weakref.ref(optimizer)
@@ -104,6 +104,7 @@ class Attachment:
                 self._register_group(index, group)
             check_planes_held(source, optimizer)
             _check_not_shared(optimizer, self)
+            _check_memory(self._targets(optimizer))
             check_agreement([(held.group, held.target) for held in self._targets(optimizer)], backend)
             self._give_weight_decay(optimizer)()  # so that what cannot be divided is found now
         except BaseException:
@@ -115,7 +116,7 @@ class Attachment:
         self._stepping: list[list[_Held]] = []  # the targets of this step, by group
         self._closure = False
         self._first = True
-        self._first_decay = True
+        self._looked_at: set[tuple[int, int]] = set()  # targets whose state has been looked at
         self._states_only = False
         self._finite = FiniteCheck()
         self._had_rate = any(group.get("lr") or group.get("initial_lr") for group in optimizer.param_groups)
@@ -132,7 +133,7 @@ class Attachment:
         self._watch = Watch(kind, [p for held in self._targets(optimizer) for p in held.parameters])
         with _attaching:
             _attached.add(self)
-        before_every_step(_keep_hooks_in_place)
+        before_every_step(_look_before_step)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -248,9 +249,15 @@ class Attachment:
                 *units,
                 *remarks_on_optimizer(optimizer, self._wrappers),
                 *self._source.notes(optimizer),
+                *self._replaced(optimizer),
                 *zeros,
             ],
         )
+
+    def _replaced(self, optimizer: Optimizer) -> list[str]:
+        with_gradient = {id(p) for held in self._targets(optimizer) for p in held.parameters if p.grad is not None}
+        names = self._source.replaced(optimizer, with_gradient)
+        return [words_of_replaced(names, type(optimizer).__name__)] if names else []
 
     def _planes(self, optimizer: Optimizer) -> PlaneStep:
         """Return all rows of planes that have a decay, and have values."""
@@ -319,6 +326,15 @@ class Attachment:
         """Put the groups back as they were before the step, once."""
         put_back, self._put_back = self._put_back, _nothing
         put_back()
+
+    def _has_divided_groups_of(self, other: Optimizer) -> bool:
+        """Whether a step is being made with parts of groups that another optimizer has, too, but not the parts."""
+        optimizer = self._optimizer()
+        if not self._in_step or optimizer is None or len(optimizer.param_groups) == len(self._registered):
+            return False
+        theirs = set(map(id, other.param_groups))
+        ours = set(map(id, optimizer.param_groups))
+        return bool(ours & theirs) and not ours <= theirs and is_stepping(optimizer)
 
     def _targets(self, optimizer: Optimizer) -> list[_Held]:
         """Return the targets with their parameters; in the middle of a step those of the step, whose groups are cut."""
@@ -451,7 +467,9 @@ class Attachment:
         else:
             self._had_rate = True
         if not self._states_only:
-            self._watch.stepped(bool(self._params_with_grad))
+            self._watch.stepped(
+                bool(self._params_with_grad), lambda: self._source.replaced(optimizer, self._params_with_grad)
+            )
             self._decay(optimizer)
         self._source.keep(optimizer, self._params_with_grad)
 
@@ -489,8 +507,8 @@ class Attachment:
                     chosen = [parameters[position] for position in positions]
                     if isinstance(decay, LowRank) or decay.needs_norm:
                         named += [(target.names[position], parameters[position]) for position in positions]
-                    if self._first_decay:
-                        self._first_decay = False
+                    if (index, number) not in self._looked_at:
+                        self._looked_at.add((index, number))
                         check_states(optimizer, chosen)
                     step = Step(chosen, target.windows, decay, amount, seed, target.role)
                     if is_averaged(group):
@@ -573,12 +591,22 @@ def _nothing() -> None:
     pass
 
 
-def _keep_hooks_in_place(optimizer: Optimizer, *_: Any) -> None:
-    """Let the hook before a step be the last, and that which notes its rates the first behind it."""
-    for attachment in attached():
-        if attachment._optimizer() is optimizer and attachment._handles:
+def _look_before_step(optimizer: Optimizer, *_: Any) -> None:
+    """Let the hook before a step be the last, and that which notes its rates the first behind it.
+
+    Raises:
+        ValueError: If the step is made inside that of an attached optimizer, with groups of it that are divided.
+    """
+    for attachment, its in _living():
+        if its is optimizer and attachment._handles:
             last, first = (handle.id for handle in attachment._handles[:2])
             keep_in_place(optimizer, last, first)
+        elif attachment._has_divided_groups_of(optimizer):
+            attachment._restore()
+            raise ValueError(
+                f"{type(its).__name__} steps {type(optimizer).__name__} by groups that both have, and what is decayed "
+                f"would not be trained: attach to that {type(optimizer).__name__} instead."
+            )
 
 
 def _detached() -> Attachment:
@@ -605,3 +633,20 @@ def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
                         "parameter to one optimizer. (After a trainer was interrupted, its attachment is in "
                         "rankdecay.decay.attachment.attached().)"
                     )
+
+
+def _check_memory(held: list[_Held]) -> None:
+    """Raise if two parameters have their numbers in one place, where each would be decayed."""
+    places: dict[object, tuple[Tensor, str]] = {}
+    for each in held:
+        for parameter, name in zip(each.parameters, each.target.names, strict=True):
+            numbers = local(parameter)
+            if numbers.is_meta or not numbers.numel():
+                continue
+            first, its_name = places.setdefault((numbers.device, numbers.data_ptr()), (parameter, name))
+            if first is not parameter:
+                raise ValueError(
+                    f"{its_name} and {name} are two parameters of the same numbers in memory, which would be decayed "
+                    "twice, as the optimizer steps them twice; tie them as one parameter, a.weight = b.weight, and "
+                    "build the optimizer again, or leave one of them out with exclude=."
+                )

@@ -412,9 +412,14 @@ def check_states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     Raises:
         ValueError: With the name of the entry.
     """
-    parameter = next((p for p in parameters if _is_telling(local(p))), None)
-    if parameter is None:
-        return
+    parameters = list(parameters)
+    for dtype in {parameter.dtype for parameter in parameters}:  # such weights may be those of one, as of 16 bits
+        parameter = next((p for p in parameters if p.dtype == dtype and _is_telling(local(p))), None)
+        if parameter is not None:
+            _check_state(optimizer, parameter)
+
+
+def _check_state(optimizer: Optimizer, parameter: Tensor) -> None:
     weight = local(parameter)
     known = set(map(id, parameters_of(optimizer)))
     kept = {name: value for name, value in vars(optimizer).items() if name not in ("param_groups", "state", "defaults")}

@@ -275,7 +275,7 @@ _LARGEST, _LARGEST_ON_DEVICE = 1e300, 1e37
 
 def _bounded(amount: float | Tensor) -> float | Tensor:
     if not isinstance(amount, Tensor):
-        return min(amount, _LARGEST)
+        return min(float(amount), _LARGEST)  # of numpy too, which a weights-only load would not take
     return amount.clamp_max(_LARGEST if amount.dtype == torch.float64 else _LARGEST_ON_DEVICE)
 
 
