@@ -16,6 +16,7 @@ from tests import needs
 from tests.decay.models import STRENGTH, backward, make_model, query_key, train, zero_gradients
 
 LR = 0.1
+PAIR = ("q_proj", "k_proj")
 MAKERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=LR),
     "momentum": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, weight_decay=0.3),
@@ -957,6 +958,72 @@ def test_parameters_that_take_turns_have_each_its_own_decay() -> None:
     before = [weight.detach().clone() for weight in weights]
     optimizer.step()
     assert [not torch.equal(old, new) for old, new in zip(before, weights, strict=True)] == [True, False]
+
+
+def test_blocks_of_other_shapes_take_turns() -> None:
+    model = make_model()
+    parts = [model.embedding, model.layers[0], model.head]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
+    rd.attach(optimizer, model, query_key=rd.Frobenius(0.5), embedding=rd.Frobenius(1.0))
+    zero_gradients(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for part in [*parts, *parts]:
+        optimizer.param_groups[0]["params"] = list(part.parameters())
+        optimizer.step()
+    never = ("layers.1", "layers.2", "norm")
+    strengths = {never: 0.0, ("embedding",): 1.0, ("layers.0.attention.q_proj.w", "layers.0.attention.k_proj.w"): 0.5}
+    for name, parameter in model.named_parameters():
+        strength = next((s for starts, s in strengths.items() if name.startswith(starts)), 0.3)
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - LR * strength) ** 2, msg=name)
+    optimizer.param_groups[0]["params"] = list(model.embedding.parameters())
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(3, 3))]
+    with pytest.raises(ValueError, match="are not those the decay was attached to"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("counts", ["optimizer", "attachment"])
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_parameter_that_changes_its_group_in_mid_cycle_takes_what_is_pending_along(every: int, counts) -> None:
+    """At the rate that it had in each step, whatever those of its new group have had."""
+    model = make_model()
+    queries, keys = ([layer["attention"].get_submodule(name).weight for layer in model.layers[:2]] for name in PAIR)
+    groups = [{"params": keys, "lr": LR}, {"params": queries, "lr": 3 * LR}]
+    optimizer = torch.optim.SGD(groups, lr=LR)
+    rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=every), counts=counts)
+    expected = {weight: weight.detach().double() for weight in (*queries, *keys)}
+    pending = dict.fromkeys(expected, 0.0)
+    first, second = (group["params"] for group in optimizer.param_groups)
+    for step in range(8):
+        if step == 2:
+            first.insert(1, second.pop(0))
+        if step == 5:
+            second.append(first.pop(1))
+        zero_gradients(model)
+        optimizer.step()
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                pending[weight] += group["lr"] * STRENGTH
+                if (step + 1) % every == 0:
+                    u, s, vh = torch.linalg.svd(expected[weight], full_matrices=False)
+                    tau = pending.pop(weight) * s.square().mean().sqrt()
+                    expected[weight] = u * (s - tau).clamp_min(0) @ vh
+                    pending[weight] = 0.0
+    for weight, value in expected.items():
+        torch.testing.assert_close(weight.detach().double(), value, atol=1e-5, rtol=0)
+
+
+def test_planes_that_are_parted_by_an_exchange_are_refused() -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 8}
+    config = needs.package("transformers").LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+    model = needs.package("transformers").LlamaForCausalLM(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    rd.attach(optimizer, model, query_key=rd.Planes(0.5))
+    zero_gradients(model)
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = list(model.model.layers[0].parameters())
+    with pytest.raises(ValueError, match="query_key=Planes"):
+        optimizer.step()
 
 
 def _spared_once(model: nn.Module, exclude: str = "") -> tuple[torch.optim.Optimizer, rd.Attachment]:

@@ -403,8 +403,10 @@ class Attachment:
                 f"{type(optimizer).__name__} had {len(self._registered)} groups and now has "
                 f"{len(optimizer.param_groups)}: detach before removing groups, then attach again."
             )
-        for index, group in enumerate(optimizer.param_groups[: len(self._registered)]):
-            self._register_group(index, group)
+        known = optimizer.param_groups[: len(self._registered)]
+        exchanged = [self._register_group(index, group) for index, group in enumerate(known)]
+        if any(exchanged):
+            check_planes_held(self._source, optimizer)
         self._register_new_groups(optimizer)
         self._source.recall(optimizer)
         self._stepping = self._held_by_group(optimizer)
@@ -521,29 +523,30 @@ class Attachment:
             named += planes.apply()
         self._finite.look(named)
 
-    def _register_group(self, index: int, group: Group) -> None:
-        """Check a new group, and before each step that a known one has parameters of the same shapes.
+    def _register_group(self, index: int, group: Group) -> bool:
+        """Check a new group, and before each step that a known one has the same parameters, or those of other names.
 
-        They may be replaced by others of the same shapes: by the same sharded, as Accelerate does under FSDP2, or by
-        others of the model, whose decays are then theirs.
+        They may be replaced by others of the same shapes, by the same sharded, as Accelerate does under FSDP2; or by
+        others of the model, more or fewer, whose decays are then theirs. Return whether they were.
         """
         if index == len(self._registered):
             optimizer = self.optimizer
             self._source.register(optimizer, index, group)
             check_group(optimizer, index, group, self._source)
             self._registered.append(RegisteredGroup.of(group, self._source.targets(index, group)))
-            return
+            return False
         before = self._registered[index]
         now = RegisteredGroup.of(group, [])
-        if before.roles and now.shapes != before.shapes:
+        exchanged = self._source.exchanged(index, group)
+        if before.roles and now.shapes != before.shapes and not exchanged:
             raise ValueError(swapped(index, before, now.shapes))
         self._source.check_kept(self.optimizer, index, group, before.roles)
-        exchanged = self._source.exchanged(index, group)
         if exchanged or now.dtypes != before.dtypes:  # who applies L2 depends on them
             self._source.register(self.optimizer, index, group)
             if exchanged:
                 check_group(self.optimizer, index, group, self._source)
             self._registered[index] = RegisteredGroup.of(group, self._source.targets(index, group))
+        return exchanged
 
     def _before_saving(self, optimizer: Optimizer) -> None:
         """Make the state what it is between steps: groups in one piece, and counts that are plain numbers."""

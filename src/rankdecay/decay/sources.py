@@ -295,6 +295,7 @@ class FromModel:
         self._names: list[list[str | None]] = []  # of each parameter of each group
         self._seen: list[list[int]] = []  # the identity of each, when it was last looked up
         self._bundles: list[list[Bundle]] = []
+        self._aside: dict[str, dict[str, Any]] = {}  # counts of parameters, when a group was last exchanged
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
         """Find the parameters of a group in the model.
@@ -310,10 +311,20 @@ class FromModel:
             self._seen.append(list(map(id, group["params"])))
             self._bundles.append(self._bundle(optimizer, index, group))
         elif self._is_exchanged(index, names):
+            self._put_counts_aside()
             self._names[index] = names
-            self._bundles[index] = self._bundle(optimizer, index, group)  # whose counts are in the state, or begin
+            self._bundles[index] = self._bundle(optimizer, index, group)  # whose counts are in the state
+            for bundle in () if self._counts_in_state else self._bundles[index]:
+                its = {position: self._aside.get(names[position] or "") for position in bundle.positions}
+                bundle.take_each({position: counts for position, counts in its.items() if counts is not None})
         else:
             self._bundles[index] = self._counted_on(self._bundles[index], self._bundle(optimizer, index, group))
+
+    def _put_counts_aside(self) -> None:
+        """Keep the counts of every parameter by its name, since it may leave its group, or go to another."""
+        for names, bundles in zip(self._names, self._bundles, strict=True):
+            for bundle in bundles:
+                self._aside |= {names[position] or "": counts for position, counts in bundle.each_counts().items()}
 
     def _names_of(self, group: Group) -> list[str | None]:
         by_id = {id(p): name for name, p in named_parameters(self._model).items()}
@@ -381,7 +392,7 @@ class FromModel:
             f"{', …' if len(names) > 4 else ''}); "
             + (
                 "other processes step and decay them"
-                if self._elsewhere.issuperset(names)
+                if self._elsewhere >= set(names)
                 else "attach the role to the optimizer which has them, too"
             )
             for role, names in missing.items()
