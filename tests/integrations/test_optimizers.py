@@ -342,6 +342,14 @@ def test_a_parameter_that_joins_late_begins_with_the_first_rate() -> None:
         torch.testing.assert_close(model.still.weight.detach(), before * (1 - share))
 
 
+def test_what_a_strength_means_is_said_at_the_rate_that_acts() -> None:
+    model = Two()
+    optimizer = _kind("prodigyopt", "Prodigy")(model.parameters(), lr=1.0, d0=1e-4)
+    assert (
+        "at the present rate of 0.0001 a step takes 5e-05 of" in _attach(rd.Frobenius(0.5))(optimizer, model).describe()
+    )
+
+
 def test_no_rate_is_refused() -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -578,9 +586,58 @@ class _SlowWeights(torch.optim.SGD):
             p.copy_(slow)
 
 
+class _FlatMasters(torch.optim.SGD):
+    """Keeps all weights one behind the other, in 32 bits, as fused optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        trained = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        if "flat" not in vars(self):
+            self.flat = torch.cat([p.flatten().float() for p in trained])
+        self.flat.sub_(torch.cat([p.grad.flatten() for p in trained]), alpha=LR)
+        for p, value in zip(trained, self.flat.split([p.numel() for p in trained]), strict=True):
+            p.copy_(value.view_as(p))
+
+
+class _GroupsOfMasters(torch.optim.SGD):
+    """Keeps them in groups like its own, as Apex does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if "masters" not in vars(self):
+            self.masters = [{"wide": [p.float().clone() for p in group["params"]]} for group in self.param_groups]
+        for p, wide in zip(self.param_groups[0]["params"], self.masters[0]["wide"], strict=True):
+            if p.grad is not None:
+                p.copy_(wide.sub_(p.grad, alpha=LR))
+
+
+class _FlatWeights(torch.optim.SGD):
+    """Steps one vector, of which the parameters are parts: nothing is a copy."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        held = list(parameters)
+        super().__init__(held, lr)
+        self.flat = torch.cat([p.detach().flatten() for p in held])
+        for p, value in zip(held, self.flat.split([p.numel() for p in held]), strict=True):
+            p.data = value.view_as(p)
+
+
+def test_parameters_that_are_parts_of_one_vector_are_decayed() -> None:
+    model = Two()
+    before = model.still.weight.norm().item()
+    optimizer = _FlatWeights(model.parameters(), LR)
+    _attach(PER_STEP)(optimizer, model)
+    model.loss(0).backward()
+    optimizer.step()
+    assert model.still.weight.norm().item() == pytest.approx(before * (1 - SHARE))
+
+
 @pytest.mark.parametrize(
     ("kind", "entry", "dtype"),
     [
+        (_FlatMasters, "flat", torch.float32),
+        (_FlatMasters, "flat", torch.bfloat16),
+        (_GroupsOfMasters, "wide", torch.bfloat16),
         (_FromStart, "origin", torch.float32),
         (_Nested, "origin", torch.float32),
         (_Masters, "masters", torch.bfloat16),
