@@ -650,6 +650,64 @@ def test_a_wrapper_that_hides_its_optimizer_is_refused_before_anything_is_steppe
     torch.testing.assert_close(query_key(model)[0], before[0] * (1 - LR * 0.5))
 
 
+class _KeepsGroups(torch.optim.SGD):
+    """Steps the groups that it was built with."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.built_with = self.kept()
+
+    def kept(self) -> list:
+        return [(group, lambda group=group: group["params"]) for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group, parameters in self.built_with:
+            for p in parameters():
+                p.sub_(p.grad + group["weight_decay"] * p, alpha=group["lr"])
+
+
+class _KeepsParameters(_KeepsGroups):
+    """Steps the parameters that it was built with."""
+
+    def kept(self) -> list:
+        return [(group, lambda its=tuple(group["params"]): its) for group in self.param_groups]
+
+
+class _KeepsAListBeside(_KeepsGroups):
+    """Has something for each group that it was built with."""
+
+    @torch.no_grad()
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group, _ in zip(self.param_groups, self.built_with, strict=False):
+            for p in group["params"]:
+                p.sub_(p.grad + group["weight_decay"] * p, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("kind", [_KeepsGroups, _KeepsParameters, _KeepsAListBeside])
+def test_an_optimizer_that_passes_over_a_part_of_a_group_is_told_what_to_do(kind: type) -> None:
+    """It would not step the part, or with the weight decay that the part has not."""
+    model = make_model()
+    optimizer = kind(model.parameters(), lr=LR, weight_decay=0.3)
+    attachment = rd.attach(optimizer, model, query_key=rd.Frobenius(0.5), exclude="layers.2")
+    zero_gradients(model)
+    with pytest.raises(
+        ValueError, match=f"{kind.__name__} does not step by its param_groups.*a group of their own, or"
+    ):
+        optimizer.step()
+    attachment.detach()
+    named = [p for name, p in model.named_parameters() if name.endswith(("q_proj.weight", "k_proj.weight"))]
+    rest = [p for p in model.parameters() if all(p is not each for each in named)]
+    for groups, own in (([{"params": rest}, {"params": named}], 0.3), ([{"params": [*rest, *named]}], 0.0)):
+        optimizer = kind(groups, lr=LR, weight_decay=own)
+        attachment = rd.attach(optimizer, model, query_key=rd.Frobenius(0.5), exclude="layers.2")
+        before, other = query_key(model)[0], model.head.weight.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(query_key(model)[0], before * (1 - LR * 0.5))
+        torch.testing.assert_close(model.head.weight.detach(), other * (1 - LR * own))
+        attachment.detach()
+
+
 class _Masters(torch.optim.SGD):
     """Steps copies in 32 bits of what has 16."""
 

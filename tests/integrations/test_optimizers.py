@@ -681,6 +681,20 @@ def test_what_cannot_be_divided_is_refused_only_where_it_must_be(package: str) -
     torch.testing.assert_close(decayed.still.weight.norm(), Two().still.weight.norm() * (1 - SHARE) ** 2)
 
 
+def test_a_group_of_all_that_is_named_is_not_divided() -> None:
+    """Queries and keys that differ in shape, as grouped ones do, are spared the same weight decay."""
+    model = make_model()
+    named = [p for name, p in model.named_parameters() if name.endswith(("q_proj.weight", "k_proj.weight"))]
+    rest = [p for p in model.parameters() if all(p is not each for each in named)]
+    optimizer = _kind("pytorch_optimizer", "AdaBound")([{"params": rest}, {"params": named}], lr=LR, weight_decay=0.5)
+    rd.attach(optimizer, model, query_key=PER_STEP, exclude="layers.2")
+    before = [p.norm() for p in named]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close([p.norm() for p in named], [norm * (1 - SHARE) for norm in before])
+
+
 def test_a_group_with_lists_beside_its_parameters_is_not_divided() -> None:
     peft = needs.package("peft")
     optimizers = needs.package("peft.optimizers")

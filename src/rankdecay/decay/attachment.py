@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -58,11 +58,12 @@ from rankdecay.decay.sources import DecaySource, check_planes_held
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target, count_step, pending_key
 from rankdecay.decay.watch import Watch, words_of_replaced
-from rankdecay.decay.weight_decay import give_weight_decay
+from rankdecay.decay.weight_decay import Divided, give_weight_decay
 from rankdecay.dtensor import bare_name, local
 from rankdecay.linalg import Backend
 from rankdecay.linalg.rounding import step_seed
 
+_NOTHING = Divided(lambda: None)
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 _attaching = threading.Lock()  # the set must not change its size while another thread looks through it
 
@@ -97,7 +98,7 @@ class Attachment:
         self._wrappers = [type(each).__name__ for each in wrappers]
         self._registered: list[RegisteredGroup] = []
         self._too_strong: set[str] = set()  # roles that a warning has named
-        self._put_back: Callable[[], None] = _nothing
+        self._put_back = _NOTHING
         self._paused = self._in_step = False
         try:
             for index, group in enumerate(optimizer.param_groups):
@@ -324,7 +325,7 @@ class Attachment:
 
     def _restore(self) -> None:
         """Put the groups back as they were before the step, once."""
-        put_back, self._put_back = self._put_back, _nothing
+        put_back, self._put_back = self._put_back, _NOTHING
         put_back()
 
     def _has_divided_groups_of(self, other: Optimizer) -> bool:
@@ -339,7 +340,7 @@ class Attachment:
     def _targets(self, optimizer: Optimizer) -> list[_Held]:
         """Return the targets with their parameters; in the middle of a step those of the step, whose groups are cut."""
         elsewhere = self._in_step and self._thread != threading.get_ident()  # where `is_stepping` cannot look
-        if self._put_back is not _nothing and (elsewhere or is_stepping(optimizer)):
+        if self._put_back is not _NOTHING and (elsewhere or is_stepping(optimizer)):
             return [held for group in self._stepping for held in group]
         self._restore()
         self._register_new_groups(optimizer)
@@ -354,7 +355,7 @@ class Attachment:
     @contextlib.contextmanager
     def _groups_in_one_piece(self, optimizer: Optimizer) -> Iterator[None]:
         """Put the groups back for a moment, if a step is being made, and know those that were added since the last."""
-        cut = self._put_back is not _nothing and is_stepping(optimizer)
+        cut = self._put_back is not _NOTHING and is_stepping(optimizer)
         self._restore()
         self._register_new_groups(optimizer)
         try:
@@ -392,6 +393,7 @@ class Attachment:
             if self._first:
                 self._first = False
                 warn_if_untrained(optimizer)
+            self._put_back.look()
             return None
         named = {name: self._in_one_piece(value) for name, value in kwargs.items()}
         return (args[0], *map(self._in_one_piece, args[1:])), named
@@ -432,6 +434,7 @@ class Attachment:
                 if self._handles:  # it may have detached
                     self._prepare(self.optimizer)
                     self._note_gradients()
+                    self._put_back.look()
             except BaseException:
                 self._in_step = False
                 self._restore()
@@ -440,7 +443,7 @@ class Attachment:
 
         return torch.compiler.disable(closure)
 
-    def _give_weight_decay(self, optimizer: Optimizer) -> Callable[[], None]:
+    def _give_weight_decay(self, optimizer: Optimizer) -> Divided:
         sections = [
             self._source.sections(optimizer, index, group) for index, group in enumerate(optimizer.param_groups)
         ]
@@ -453,7 +456,14 @@ class Attachment:
         if is_inner_step(optimizer):
             return
         self._in_step = False
+        passed_over = self._put_back.passed_over()
         self._restore()
+        if passed_over is not None:
+            raise ValueError(
+                f"{type(optimizer).__name__} does not step by its param_groups as they are now: it passed over a part "
+                f"of group {passed_over}, which was divided so that its weight_decay spares the roles that are named. "
+                "Give these a group of their own, or set weight_decay=0 in that group."
+            )
         pairs = zip(optimizer.param_groups, self._rates, strict=False)
         factors = [rate_of_step(optimizer, group, before) for group, before in pairs]
         self._factors = [each.clone() if isinstance(each, Tensor) else each for each in factors]
@@ -588,10 +598,6 @@ def _with_own_rates(
         for amount, positions in amounts
         for position in positions
     ]
-
-
-def _nothing() -> None:
-    pass
 
 
 def _look_before_step(optimizer: Optimizer, *_: Any) -> None:
