@@ -1071,6 +1071,51 @@ def test_a_parameter_that_changes_its_group_in_mid_cycle_takes_what_is_pending_a
         torch.testing.assert_close(weight.detach().double(), value, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("ask", ["describe", "rows", "state_dict", "set", "saved", "detach"])
+@pytest.mark.parametrize("others", [slice(None, None, -1), slice(1, None, 2)])
+def test_what_is_asked_after_an_exchange_is_of_what_there_is_now(ask: str, others: slice) -> None:
+    """Before the next step; and it takes nothing of what is pending."""
+    model = make_model()
+    parameters = [layer["attention"].get_submodule(name).weight for layer in model.layers[:2] for name in PAIR]
+    optimizer = torch.optim.SGD(parameters, lr=LR, momentum=0.9)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=4))
+    zero_gradients(model)
+    optimizer.step()
+    kept = optimizer.param_groups[0]["params"][others]
+    optimizer.param_groups[0]["params"] = list(kept)
+    for left in set(parameters) - set(kept):
+        del optimizer.state[left]
+    asked = {
+        "describe": lambda: attachment.describe(),
+        "rows": lambda: attachment.rows(),
+        "state_dict": lambda: attachment.state_dict(),
+        "set": lambda: attachment.set(query_key=rd.LowRank(STRENGTH, every=4)),
+        "saved": lambda: optimizer.state_dict(),
+        "detach": lambda: attachment.detach(),
+    }
+    asked[ask]()
+    if ask == "detach":
+        attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=4))
+    assert len(attachment.rows()) == len(kept)
+    optimizer.step()
+    counts = attachment.state_dict()
+    assert {n for name, n in counts.items() if name.endswith("_steps")} == {2}
+    assert {n for name, n in counts.items() if name.endswith("_pending")} == {2 * LR * STRENGTH}
+
+
+def test_a_parameter_that_a_second_attached_optimizer_is_given_later_is_refused() -> None:
+    model = make_model()
+    matrix = model.layers[0]["attention"].q_proj.weight
+    rest = [p for p in model.parameters() if p is not matrix]
+    first, second = torch.optim.SGD([matrix], lr=LR), torch.optim.SGD(rest, lr=LR)
+    attachments = [rd.attach(optimizer, model, query_key=rd.LowRank(0.1)) for optimizer in (first, second)]
+    second.add_param_group({"params": [matrix]})
+    zero_gradients(model)
+    with pytest.raises(ValueError, match=r"layers.0.attention.q_proj.weight would be decayed twice: an attached SGD"):
+        second.step()
+    attachments[0].detach()
+
+
 def test_planes_that_are_parted_by_an_exchange_are_refused() -> None:
     sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 8}
     config = needs.package("transformers").LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)

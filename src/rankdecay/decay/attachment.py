@@ -103,9 +103,7 @@ class Attachment:
         try:
             for index, group in enumerate(optimizer.param_groups):
                 self._register_group(index, group)
-            check_planes_held(source, optimizer)
-            _check_not_shared(optimizer, self)
-            _check_memory(self._targets(optimizer))
+            self._check_all(optimizer)
             check_agreement([(held.group, held.target) for held in self._targets(optimizer)], backend)
             self._give_weight_decay(optimizer)()  # so that what cannot be divided is found now
         except BaseException:
@@ -343,7 +341,7 @@ class Attachment:
         if self._put_back is not _NOTHING and (elsewhere or is_stepping(optimizer)):
             return [held for group in self._stepping for held in group]
         self._restore()
-        self._register_new_groups(optimizer)
+        self._look_at_groups(optimizer)
         return [held for group in self._held_by_group(optimizer) for held in group]
 
     def _held_by_group(self, optimizer: Optimizer) -> list[list[_Held]]:
@@ -357,19 +355,32 @@ class Attachment:
         """Put the groups back for a moment, if a step is being made, and know those that were added since the last."""
         cut = self._put_back is not _NOTHING and is_stepping(optimizer)
         self._restore()
-        self._register_new_groups(optimizer)
+        self._look_at_groups(optimizer)
         try:
             yield
         finally:
             if cut:
                 self._put_back = self._give_weight_decay(optimizer)
 
-    def _register_new_groups(self, optimizer: Optimizer) -> None:
+    def _look_at_groups(self, optimizer: Optimizer) -> None:
+        """Know the groups that were added, and those that have other parameters of the model, since the last look."""
         known = len(self._registered)
+        changed = len(optimizer.param_groups) > known
+        for index, group in enumerate(optimizer.param_groups[:known]):
+            if self._source.exchanged(index, group):
+                self._register_again(index, group)
+                check_group(optimizer, index, group, self._source)
+                changed = True
         for index, group in enumerate(optimizer.param_groups[known:], known):
             self._register_group(index, group)
-        if len(self._registered) > known:
-            check_planes_held(self._source, optimizer)
+        if changed:
+            self._check_all(optimizer)
+
+    def _check_all(self, optimizer: Optimizer) -> None:
+        """Raise if the parameters of all groups together cannot be decayed, or another attached optimizer has some."""
+        check_planes_held(self._source, optimizer)
+        _check_not_shared(optimizer, self)
+        _check_memory(self._targets(optimizer))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Note which parameters have a gradient: some optimizers clear it inside their step.
@@ -405,11 +416,9 @@ class Attachment:
                 f"{type(optimizer).__name__} had {len(self._registered)} groups and now has "
                 f"{len(optimizer.param_groups)}: detach before removing groups, then attach again."
             )
-        known = optimizer.param_groups[: len(self._registered)]
-        exchanged = [self._register_group(index, group) for index, group in enumerate(known)]
-        if any(exchanged):
-            check_planes_held(self._source, optimizer)
-        self._register_new_groups(optimizer)
+        self._look_at_groups(optimizer)
+        for index, group in enumerate(optimizer.param_groups):
+            self._register_group(index, group)
         self._source.recall(optimizer)
         self._stepping = self._held_by_group(optimizer)
         self._rates = [rate(optimizer, group) for group in optimizer.param_groups]
@@ -533,30 +542,28 @@ class Attachment:
             named += planes.apply()
         self._finite.look(named)
 
-    def _register_group(self, index: int, group: Group) -> bool:
-        """Check a new group, and before each step that a known one has the same parameters, or those of other names.
+    def _register_group(self, index: int, group: Group) -> None:
+        """Check a new group, and before each step that a known one has parameters of the same shapes.
 
-        They may be replaced by others of the same shapes, by the same sharded, as Accelerate does under FSDP2; or by
-        others of the model, more or fewer, whose decays are then theirs. Return whether they were.
+        They may be replaced by others of the same shapes, by the same sharded, as Accelerate does under FSDP2.
         """
         if index == len(self._registered):
             optimizer = self.optimizer
             self._source.register(optimizer, index, group)
             check_group(optimizer, index, group, self._source)
             self._registered.append(RegisteredGroup.of(group, self._source.targets(index, group)))
-            return False
+            return
         before = self._registered[index]
         now = RegisteredGroup.of(group, [])
-        exchanged = self._source.exchanged(index, group)
-        if before.roles and now.shapes != before.shapes and not exchanged:
+        if before.roles and now.shapes != before.shapes:
             raise ValueError(swapped(index, before, now.shapes))
         self._source.check_kept(self.optimizer, index, group, before.roles)
-        if exchanged or now.dtypes != before.dtypes:  # who applies L2 depends on them
-            self._source.register(self.optimizer, index, group)
-            if exchanged:
-                check_group(self.optimizer, index, group, self._source)
-            self._registered[index] = RegisteredGroup.of(group, self._source.targets(index, group))
-        return exchanged
+        if now.dtypes != before.dtypes:  # who applies L2 depends on them
+            self._register_again(index, group)
+
+    def _register_again(self, index: int, group: Group) -> None:
+        self._source.register(self.optimizer, index, group)
+        self._registered[index] = RegisteredGroup.of(group, self._source.targets(index, group))
 
     def _before_saving(self, optimizer: Optimizer) -> None:
         """Make the state what it is between steps: groups in one piece, and counts that are plain numbers."""
@@ -633,7 +640,7 @@ def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
     held = attachment._targets(optimizer)
     ours = {id(p): name for each in held for p, name in zip(each.parameters, each.target.names, strict=True)}
     for other, theirs in _living():
-        for _, _, parameters in other._targets(theirs):
+        for _, _, parameters in other._targets(theirs) if other is not attachment else ():
             for parameter in parameters:
                 if id(parameter) in ours:
                     raise ValueError(

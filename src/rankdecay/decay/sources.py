@@ -313,8 +313,8 @@ class FromModel:
         elif self._is_exchanged(index, names):
             self._put_counts_aside()
             self._names[index] = names
-            self._bundles[index] = self._bundle(optimizer, index, group)  # whose counts are in the state
-            for bundle in () if self._counts_in_state else self._bundles[index]:
+            self._bundles[index] = self._bundle(optimizer, index, group)
+            for bundle in self._bundles[index]:
                 its = {position: self._aside.get(names[position] or "") for position in bundle.positions}
                 bundle.take_each({position: counts for position, counts in its.items() if counts is not None})
         else:
