@@ -5,7 +5,7 @@ The optimizer's groups are cut into parts before its step and put back after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -94,7 +94,7 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Di
     parts_of: list[tuple[int, _Parameters, _Parameters]] = []
     undo: list[tuple[Group, dict[str, Any]]] = []
     for index, (group, parts) in enumerate(zip(found, sections, strict=True)):
-        others = [part for part in _by_l2(parts) if not _has_l2(group, part.l2)]
+        others = [part for part in _in_one_piece(group, parts) if not _has_l2(group, part.l2)]
         if not others:
             continue
         taken = {position for part in others for position in part.positions}
@@ -136,12 +136,12 @@ def give_weight_decay(optimizer: Optimizer, sections: list[list[Section]]) -> Di
     return Divided(put_back, parts_of)
 
 
-def _by_l2(parts: Iterable[Section]) -> list[Section]:
-    """Return parts of which no two have the same weight decay: a group of which all is spared it stays in one piece."""
-    positions: dict[float, list[int]] = {}
-    for part in parts:
-        positions.setdefault(part.l2, []).extend(part.positions)
-    return [Section(sorted(its), l2) for l2, its in positions.items()]
+def _in_one_piece(group: Group, parts: list[Section]) -> list[Section]:
+    """Return one part in the place of several that are all of a group and have the same weight decay."""
+    positions = sorted(position for part in parts for position in part.positions)
+    if len(positions) == len(group["params"]) and len({part.l2 for part in parts}) == 1:
+        return [Section(positions, parts[0].l2)]
+    return parts
 
 
 def _has_l2(group: Group, l2: float) -> bool:
