@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ def is_first_process() -> bool:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor; does not import torch.distributed.tensor."""
     return hasattr(tensor, "full_tensor")
+
+
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether FSDP1 keeps a parameter in a vector of many, of which a process may hold any part."""
+    return getattr(tensor, "_fsdp_flattened", False) or type(tensor).__name__ == "FlatParameter"
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -52,8 +58,8 @@ def bare_name(name: str, *, in_parallel: bool = True) -> str:
     return (name.removeprefix("module.") if in_parallel else name).removesuffix(".")
 
 
-#: Where wrappers keep the optimizer that they step: Accelerate, Lightning and Lookahead; timm; SAM; heavyball's SAM;
-#: Opacus.
+#: Where wrappers keep the optimizer that they step, if not as an attribute of another name: Accelerate, Lightning and
+#: Lookahead; timm; SAM; heavyball's SAM; Opacus.
 _INSIDE = ("optimizer", "_base_optimizer", "base_optimizer", "optim", "wrapped_optimizer", "original_optimizer")
 #: What the hooks of a step are in, where ``Optimizer.__init__`` was called.
 _HOOKS = "_optimizer_step_post_hooks"
@@ -70,13 +76,38 @@ def wrappers_of(optimizer: object) -> list[object]:
 
 
 def _inner(optimizer: object) -> object | None:
-    candidates = [getattr(optimizer, name, None) for name in _INSIDE]
+    stepped = _optimizers_in(optimizer)
+    if len(stepped) > 1:
+        return None
+    candidates = [*(getattr(optimizer, name, None) for name in _INSIDE), *stepped.values()]
     inner = (each for each in candidates if each is not None and each is not optimizer)
     return next((each for each in inner if not isinstance(each, (str, type))), None)
 
 
+def _optimizers_in(optimizer: object) -> dict[str, Optimizer]:
+    """Return the optimizers, by their names in an optimizer, that step its parameters for it."""
+    if not isinstance(optimizer, Optimizer):
+        return {}
+    held = {name: each for name, each in vars(optimizer).items() if isinstance(each, Optimizer)}
+    ours = _numbers_of(optimizer) if held else set()
+    by_id = {
+        id(each): (name, each) for name, each in held.items() if each is not optimizer and ours & _numbers_of(each)
+    }
+    return dict(by_id.values())
+
+
+def _numbers_of(optimizer: Optimizer) -> set[int]:
+    groups = getattr(optimizer, "param_groups", ())  # of a wrapper whose own __init__ makes none
+    return {id(p) for group in groups for p in group["params"]}
+
+
+def shares_out(wrapper: object) -> bool:
+    """Whether each process steps a part of a wrapper's parameters, and is sent the rest."""
+    return any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(wrapper).__mro__)
+
+
 def unwrapped(optimizer: object) -> Optimizer:
-    """Return the optimizer inside the wrappers of Accelerate, Lightning, timm and SAM, whose own hooks never run.
+    """Return the optimizer inside wrappers, whose own hooks never run, or whose groups are not those that are stepped.
 
     Raises:
         TypeError: If there is no ``torch.optim.Optimizer`` inside.
@@ -96,16 +127,25 @@ def unwrapped(optimizer: object) -> Optimizer:
             remedy = f". {engine}; shard with FSDP2 instead."
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(inside).__name__}{remedy}")
     if not hasattr(inside, _HOOKS):
-        inner_name = next((name for name, each in vars(inside).items() if hasattr(each, _HOOKS)), "")
         raise TypeError(
-            f"{type(inside).__name__} has no step hooks: its __init__ does not call Optimizer.__init__; "
-            + (f"attach to its .{inner_name}, which" if inner_name else "call it, or attach to the optimizer it")
-            + " steps."
+            f"{type(inside).__name__} has no step hooks: its __init__ does not call Optimizer.__init__; call it, or "
+            "attach to the optimizer it steps."
         )
-    several = getattr(inside, "optimizers", None)
-    if isinstance(several, (list, tuple)) and several and all(isinstance(each, Optimizer) for each in several):
+    for names, several in _several(inside):
+        kinds = ", ".join(type(each).__name__ for each in several)
         raise TypeError(
-            f"{type(inside).__name__} steps {len(several)} optimizers, {', '.join(type(o).__name__ for o in several)}: "
-            "attach to each of its .optimizers that has the roles you name."
+            f"{type(inside).__name__} steps {len(several)} optimizers, {kinds}: attach to each of its {names} that has "
+            "the roles you name."
         )
     return inside
+
+
+def _several(optimizer: Optimizer) -> Iterator[tuple[str, list[Optimizer]]]:
+    """Yield the lists of optimizers that an optimizer steps, with where it keeps them."""
+    for name, held in vars(optimizer).items():
+        each = [*held.values()] if isinstance(held, dict) else held
+        if isinstance(each, (list, tuple)) and each and all(isinstance(one, Optimizer) for one in each):
+            yield f".{name}", [*each]
+    held = _optimizers_in(optimizer)
+    if len(held) > 1:
+        yield ", ".join(f".{name}" for name in held), [*held.values()]

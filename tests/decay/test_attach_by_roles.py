@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from tests import needs
 from tests.decay.models import STRENGTH, backward, make_model, query_key, train, zero_gradients
 
 LR = 0.1
+PAIR = ("q_proj", "k_proj")
 MAKERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=LR),
     "momentum": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, weight_decay=0.3),
@@ -586,6 +588,208 @@ def test_a_step_that_calls_the_step_of_its_base_class_is_one_step() -> None:
     torch.testing.assert_close(query_key(model)[0], before * (1 - LR * 0.5) ** 3)
 
 
+class _Holds(torch.optim.Optimizer):
+    """Has the groups of an optimizer that it steps, and a list of its own that holds them, as many a wrapper."""
+
+    def __init__(self, **held: torch.optim.Optimizer) -> None:
+        vars(self).update(held)
+        self._held = lambda: [*held.values()]
+        super().__init__([group for each in held.values() for group in each.param_groups], {})
+
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        for each in self._held():
+            each.step()
+
+
+class _Hides(_Holds):
+    """The same, which nothing tells."""
+
+    def __init__(self, held: torch.optim.Optimizer) -> None:
+        super().__init__(held=held)
+        del vars(self)["held"]
+
+
+def test_a_wrapper_that_holds_its_optimizer_under_any_name_is_seen_through() -> None:
+    model, alone = make_model(), make_model()
+    inside = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.3)
+    wrapper = _Holds(whatever=inside)
+    assert rd.attach(wrapper, model, query_key=rd.Frobenius(0.5), exclude="layers.2").optimizer is inside
+    for trained, optimizer in ((model, wrapper), (alone, torch.optim.SGD(alone.parameters(), lr=LR))):
+        backward(trained)
+        optimizer.step()
+    for after, stepped in zip(query_key(model)[:4], query_key(alone)[:4], strict=True):
+        torch.testing.assert_close(after, stepped * (1 - LR * 0.5))
+
+
+def test_a_wrapper_of_several_optimizers_is_refused_by_their_names() -> None:
+    model = make_model()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    hybrid = _Holds(first=torch.optim.SGD(matrices, lr=LR), second=torch.optim.AdamW(rest, lr=LR))
+    with pytest.raises(
+        TypeError, match=r"steps 2 optimizers, SGD, AdamW: attach to each of its \.first, \.second that"
+    ):
+        rd.attach(hybrid, model, query_key=rd.LowRank(0.1))
+
+
+def test_a_wrapper_that_hides_its_optimizer_is_refused_before_anything_is_stepped() -> None:
+    """Its groups are divided for the step, and the other optimizer would step only one part of them."""
+    model = make_model()
+    inside = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.3)
+    wrapper = _Hides(inside)
+    attachment = rd.attach(wrapper, model, query_key=rd.Frobenius(0.5), exclude="layers.2")
+    zero_gradients(model)
+    before = query_key(model)
+    with pytest.raises(ValueError, match=r"_Hides steps SGD by groups that both have.*attach to that SGD instead"):
+        wrapper.step()
+    assert all(map(torch.equal, query_key(model), before))
+    assert [len(group["params"]) for group in inside.param_groups] == [len(list(model.parameters()))]
+    attachment.detach()
+    rd.attach(inside, model, query_key=rd.Frobenius(0.5), exclude="layers.2")
+    wrapper.step()
+    torch.testing.assert_close(query_key(model)[0], before[0] * (1 - LR * 0.5))
+
+
+class _KeepsGroups(torch.optim.SGD):
+    """Steps the groups that it was built with."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.built_with = self.kept()
+
+    def kept(self) -> list:
+        return [(group, lambda group=group: group["params"]) for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group, parameters in self.built_with:
+            for p in parameters():
+                p.sub_(p.grad + group["weight_decay"] * p, alpha=group["lr"])
+
+
+class _KeepsParameters(_KeepsGroups):
+    """Steps the parameters that it was built with."""
+
+    def kept(self) -> list:
+        return [(group, lambda its=tuple(group["params"]): its) for group in self.param_groups]
+
+
+class _KeepsAListBeside(_KeepsGroups):
+    """Has something for each group that it was built with."""
+
+    @torch.no_grad()
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group, _ in zip(self.param_groups, self.built_with, strict=False):
+            for p in group["params"]:
+                p.sub_(p.grad + group["weight_decay"] * p, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("kind", [_KeepsGroups, _KeepsParameters, _KeepsAListBeside])
+def test_an_optimizer_that_passes_over_a_part_of_a_group_is_told_what_to_do(kind: type) -> None:
+    """It would not step the part, or with the weight decay that the part has not."""
+    model = make_model()
+    optimizer = kind(model.parameters(), lr=LR, weight_decay=0.3)
+    attachment = rd.attach(optimizer, model, query_key=rd.Frobenius(0.5), exclude="layers.2")
+    zero_gradients(model)
+    with pytest.raises(
+        ValueError, match=f"{kind.__name__} does not step by its param_groups.*a group of their own, or"
+    ):
+        optimizer.step()
+    attachment.detach()
+    named = [p for name, p in model.named_parameters() if name.endswith(("q_proj.weight", "k_proj.weight"))]
+    rest = [p for p in model.parameters() if all(p is not each for each in named)]
+    for groups, own in (([{"params": rest}, {"params": named}], 0.3), ([{"params": [*rest, *named]}], 0.0)):
+        optimizer = kind(groups, lr=LR, weight_decay=own)
+        attachment = rd.attach(optimizer, model, query_key=rd.Frobenius(0.5), exclude="layers.2")
+        before, other = query_key(model)[0], model.head.weight.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(query_key(model)[0], before * (1 - LR * 0.5))
+        torch.testing.assert_close(model.head.weight.detach(), other * (1 - LR * own))
+        attachment.detach()
+
+
+class _Masters(torch.optim.SGD):
+    """Steps copies in 32 bits of what has 16."""
+
+    @torch.no_grad()
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            wide = self.state[p].setdefault("wide", p.float().clone()) if p.dtype == torch.bfloat16 else p
+            wide.sub_(p.grad, alpha=LR)
+            p.copy_(wide)
+
+
+@pytest.mark.parametrize("by", ["roles", "groups"])
+def test_copies_of_some_weights_are_noticed_whatever_is_decayed_before_them(by: str) -> None:
+    """Weights of 32 bits, of which there are no copies, and others of whose gains nothing can be told."""
+    model = make_model()
+    model.layers.to(torch.bfloat16)
+    decays = {"embedding": rd.Frobenius(0.1, power=0), "norm": rd.Frobenius(0.1, power=0), "query_key": rd.LowRank(5.0)}
+    groups = rd.param_groups(model, **decays) if by == "groups" else model.parameters()
+    optimizer = _Masters(groups, lr=LR)
+    rd.attach(optimizer, *([] if by == "groups" else [model]), **({} if by == "groups" else decays))
+    zero_gradients(model)
+    with pytest.raises(ValueError, match=r"_Masters keeps a copy of the weights in its state \('wide'\)"):
+        optimizer.step()
+
+
+def test_two_parameters_of_the_same_numbers_are_refused() -> None:
+    """Tied by their data, and so stepped and decayed twice."""
+    model = make_model()
+    attention = model.layers[0]["attention"]
+    attention.q_proj.weight.data = model.layers[1]["attention"].q_proj.weight.data
+    for maker in (torch.optim.AdamW, torch.optim.SGD):
+        optimizer = maker(model.parameters(), lr=LR)
+        with pytest.raises(
+            ValueError, match=r"layers.0.*q_proj.weight and layers.1.*q_proj.weight are two parameters of"
+        ):
+            rd.attach(optimizer, model, query_key=rd.LowRank(0.1))
+        rd.attach(optimizer, model, query_key=rd.LowRank(0.1), exclude="layers.0").detach()
+    attention.q_proj.weight = model.layers[1]["attention"].q_proj.weight
+    rd.attach(torch.optim.SGD(model.parameters(), lr=LR), model, query_key=rd.LowRank(0.1))
+
+
+def test_a_rate_of_numpy_leaves_plain_counts() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(0.1, every=4), counts="attachment")
+    optimizer.param_groups[0]["lr"] = np.interp(1, [0, 5], [0, LR])
+    train(model, optimizer, range(2))
+    assert {type(value) for value in attachment.state_dict().values()} == {int, float}
+
+
+def test_a_default_that_no_matrix_has_is_refused() -> None:
+    model = nn.LayerNorm(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with pytest.raises(ValueError, match="default= is the decay of matrices, and this SGD has none of LayerNorm"):
+        rd.attach(optimizer, model, rd.Frobenius(0.1))
+
+
+@pytest.mark.parametrize("by", ["roles", "groups"])
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_parameters_that_the_model_has_replaced_are_named_once(all_of_them: bool, by: str) -> None:
+    """The optimizer goes on with those it has, which nothing trains; beside others that are trained."""
+    model = make_model()
+    decays = {"query_key": rd.LowRank(0.1)}
+    optimizer = torch.optim.SGD(rd.param_groups(model, **decays) if by == "groups" else model.parameters(), lr=LR)
+    attachment = rd.attach(optimizer, *([] if by == "groups" else [model]), **({} if by == "groups" else decays))
+    train(model, optimizer, range(3))
+    assert "in place of" not in attachment.describe()
+    if all_of_them:
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    else:
+        linear = model.layers[0]["attention"].q_proj
+        linear.weight = nn.Parameter(linear.weight.detach().clone())
+    model.layers[1]["attention"].k_proj.weight.requires_grad_(False)  # which is still there
+    with pytest.warns(
+        UserWarning, match=r"the model has other parameters in place of \d of this SGD's \(layers.0"
+    ) as told:
+        train(model, optimizer, range(30))
+    assert len(told) == 1
+    assert ("in place of 1 of" in str(told[0].message)) != all_of_them
+    assert "layers.0.attention.q_proj.weight" in attachment.describe().split("in place of")[1]
+
+
 def test_a_step_that_never_comes_is_one_warning() -> None:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
@@ -812,6 +1016,117 @@ def test_parameters_that_take_turns_have_each_its_own_decay() -> None:
     before = [weight.detach().clone() for weight in weights]
     optimizer.step()
     assert [not torch.equal(old, new) for old, new in zip(before, weights, strict=True)] == [True, False]
+
+
+def test_blocks_of_other_shapes_take_turns() -> None:
+    model = make_model()
+    parts = [model.embedding, model.layers[0], model.head]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.3)
+    rd.attach(optimizer, model, query_key=rd.Frobenius(0.5), embedding=rd.Frobenius(1.0))
+    zero_gradients(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for part in [*parts, *parts]:
+        optimizer.param_groups[0]["params"] = list(part.parameters())
+        optimizer.step()
+    never = ("layers.1", "layers.2", "norm")
+    strengths = {never: 0.0, ("embedding",): 1.0, ("layers.0.attention.q_proj.w", "layers.0.attention.k_proj.w"): 0.5}
+    for name, parameter in model.named_parameters():
+        strength = next((s for starts, s in strengths.items() if name.startswith(starts)), 0.3)
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - LR * strength) ** 2, msg=name)
+    optimizer.param_groups[0]["params"] = list(model.embedding.parameters())
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(3, 3))]
+    with pytest.raises(ValueError, match="are not those the decay was attached to"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("counts", ["optimizer", "attachment"])
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_parameter_that_changes_its_group_in_mid_cycle_takes_what_is_pending_along(every: int, counts) -> None:
+    """At the rate that it had in each step, whatever those of its new group have had."""
+    model = make_model()
+    queries, keys = ([layer["attention"].get_submodule(name).weight for layer in model.layers[:2]] for name in PAIR)
+    groups = [{"params": keys, "lr": LR}, {"params": queries, "lr": 3 * LR}]
+    optimizer = torch.optim.SGD(groups, lr=LR)
+    rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=every), counts=counts)
+    expected = {weight: weight.detach().double() for weight in (*queries, *keys)}
+    pending = dict.fromkeys(expected, 0.0)
+    first, second = (group["params"] for group in optimizer.param_groups)
+    for step in range(8):
+        if step == 2:
+            first.insert(1, second.pop(0))
+        if step == 5:
+            second.append(first.pop(1))
+        zero_gradients(model)
+        optimizer.step()
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                pending[weight] += group["lr"] * STRENGTH
+                if (step + 1) % every == 0:
+                    u, s, vh = torch.linalg.svd(expected[weight], full_matrices=False)
+                    tau = pending.pop(weight) * s.square().mean().sqrt()
+                    expected[weight] = u * (s - tau).clamp_min(0) @ vh
+                    pending[weight] = 0.0
+    for weight, value in expected.items():
+        torch.testing.assert_close(weight.detach().double(), value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("ask", ["describe", "rows", "state_dict", "set", "saved", "detach"])
+@pytest.mark.parametrize("others", [slice(None, None, -1), slice(1, None, 2)])
+def test_what_is_asked_after_an_exchange_is_of_what_there_is_now(ask: str, others: slice) -> None:
+    """Before the next step; and it takes nothing of what is pending."""
+    model = make_model()
+    parameters = [layer["attention"].get_submodule(name).weight for layer in model.layers[:2] for name in PAIR]
+    optimizer = torch.optim.SGD(parameters, lr=LR, momentum=0.9)
+    attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=4))
+    zero_gradients(model)
+    optimizer.step()
+    kept = optimizer.param_groups[0]["params"][others]
+    optimizer.param_groups[0]["params"] = list(kept)
+    for left in set(parameters) - set(kept):
+        del optimizer.state[left]
+    asked = {
+        "describe": lambda: attachment.describe(),
+        "rows": lambda: attachment.rows(),
+        "state_dict": lambda: attachment.state_dict(),
+        "set": lambda: attachment.set(query_key=rd.LowRank(STRENGTH, every=4)),
+        "saved": lambda: optimizer.state_dict(),
+        "detach": lambda: attachment.detach(),
+    }
+    asked[ask]()
+    if ask == "detach":
+        attachment = rd.attach(optimizer, model, query_key=rd.LowRank(STRENGTH, every=4))
+    assert len(attachment.rows()) == len(kept)
+    optimizer.step()
+    counts = attachment.state_dict()
+    assert {n for name, n in counts.items() if name.endswith("_steps")} == {2}
+    assert {n for name, n in counts.items() if name.endswith("_pending")} == {2 * LR * STRENGTH}
+
+
+def test_a_parameter_that_a_second_attached_optimizer_is_given_later_is_refused() -> None:
+    model = make_model()
+    matrix = model.layers[0]["attention"].q_proj.weight
+    rest = [p for p in model.parameters() if p is not matrix]
+    first, second = torch.optim.SGD([matrix], lr=LR), torch.optim.SGD(rest, lr=LR)
+    attachments = [rd.attach(optimizer, model, query_key=rd.LowRank(0.1)) for optimizer in (first, second)]
+    second.add_param_group({"params": [matrix]})
+    zero_gradients(model)
+    with pytest.raises(ValueError, match=r"layers.0.attention.q_proj.weight would be decayed twice: an attached SGD"):
+        second.step()
+    attachments[0].detach()
+
+
+def test_planes_that_are_parted_by_an_exchange_are_refused() -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 8}
+    config = needs.package("transformers").LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+    model = needs.package("transformers").LlamaForCausalLM(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    rd.attach(optimizer, model, query_key=rd.Planes(0.5))
+    zero_gradients(model)
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = list(model.model.layers[0].parameters())
+    with pytest.raises(ValueError, match="query_key=Planes"):
+        optimizer.step()
 
 
 def _spared_once(model: nn.Module, exclude: str = "") -> tuple[torch.optim.Optimizer, rd.Attachment]:

@@ -25,11 +25,13 @@ finally:
 
 
 def make_optimizer(model: nn.Module, kind: str) -> Any:
-    """With the groups that the package's page shows."""
+    """With the groups that the package's page shows, the matrices by their shapes: gloo gathers those of one shape."""
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in hidden)]
+    shapes = dict.fromkeys(p.shape for p in hidden)
+    by_shape = [[p for p in hidden if p.shape == shape] for shape in shapes]
     groups: list[dict[str, Any]] = [
-        {"params": hidden, "use_muon": True, "lr": 0.02, "weight_decay": 0.1},
+        *({"params": alike, "use_muon": True, "lr": 0.02, "weight_decay": 0.1} for alike in by_shape),
         {"params": others, "use_muon": False, "lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.2},
     ]
     return getattr(muon, kind)(groups)

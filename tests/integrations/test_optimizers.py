@@ -342,6 +342,14 @@ def test_a_parameter_that_joins_late_begins_with_the_first_rate() -> None:
         torch.testing.assert_close(model.still.weight.detach(), before * (1 - share))
 
 
+def test_what_a_strength_means_is_said_at_the_rate_that_acts() -> None:
+    model = Two()
+    optimizer = _kind("prodigyopt", "Prodigy")(model.parameters(), lr=1.0, d0=1e-4)
+    assert (
+        "at the present rate of 0.0001 a step takes 5e-05 of" in _attach(rd.Frobenius(0.5))(optimizer, model).describe()
+    )
+
+
 def test_no_rate_is_refused() -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -436,7 +444,8 @@ class _Clips(torch.optim.Optimizer):
     """Holds an optimizer and steps it, and calls no `Optimizer.__init__`, as the wrapper of Opacus."""
 
     def __init__(self, held: torch.optim.Optimizer, under: str) -> None:
-        setattr(self, under, held)
+        if under:
+            setattr(self, under, held)
         self._held = lambda: held
 
     @property
@@ -447,13 +456,14 @@ class _Clips(torch.optim.Optimizer):
         return self._held().step(closure)
 
 
-def test_a_wrapper_that_is_an_optimizer_without_hooks_is_seen_through_or_refused() -> None:
+@pytest.mark.parametrize("under", ["original_optimizer", "base"])
+def test_a_wrapper_that_is_an_optimizer_without_hooks_is_seen_through_or_refused(under: str) -> None:
     model = Two()
     before = model.still.weight.detach().clone()
     inside = torch.optim.SGD(model.parameters(), lr=LR)
-    with pytest.raises(TypeError, match=r"^_Clips has no step hooks.*attach to its .base, wh"):
-        _attach(PER_STEP)(_Clips(inside, "base"), model)
-    wrapper = _Clips(inside, "original_optimizer")
+    with pytest.raises(TypeError, match=r"^_Clips has no step hooks.*attach to the optimizer it steps"):
+        _attach(PER_STEP)(_Clips(inside, ""), model)
+    wrapper = _Clips(inside, under)
     attachment = _attach(PER_STEP)(wrapper, model)
     assert attachment.optimizer is inside
     model.loss(0).backward()
@@ -576,9 +586,58 @@ class _SlowWeights(torch.optim.SGD):
             p.copy_(slow)
 
 
+class _FlatMasters(torch.optim.SGD):
+    """Keeps all weights one behind the other, in 32 bits, as fused optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        trained = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        if "flat" not in vars(self):
+            self.flat = torch.cat([p.flatten().float() for p in trained])
+        self.flat.sub_(torch.cat([p.grad.flatten() for p in trained]), alpha=LR)
+        for p, value in zip(trained, self.flat.split([p.numel() for p in trained]), strict=True):
+            p.copy_(value.view_as(p))
+
+
+class _GroupsOfMasters(torch.optim.SGD):
+    """Keeps them in groups like its own, as Apex does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if "masters" not in vars(self):
+            self.masters = [{"wide": [p.float().clone() for p in group["params"]]} for group in self.param_groups]
+        for p, wide in zip(self.param_groups[0]["params"], self.masters[0]["wide"], strict=True):
+            if p.grad is not None:
+                p.copy_(wide.sub_(p.grad, alpha=LR))
+
+
+class _FlatWeights(torch.optim.SGD):
+    """Steps one vector, of which the parameters are parts: nothing is a copy."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        held = list(parameters)
+        super().__init__(held, lr)
+        self.flat = torch.cat([p.detach().flatten() for p in held])
+        for p, value in zip(held, self.flat.split([p.numel() for p in held]), strict=True):
+            p.data = value.view_as(p)
+
+
+def test_parameters_that_are_parts_of_one_vector_are_decayed() -> None:
+    model = Two()
+    before = model.still.weight.norm().item()
+    optimizer = _FlatWeights(model.parameters(), LR)
+    _attach(PER_STEP)(optimizer, model)
+    model.loss(0).backward()
+    optimizer.step()
+    assert model.still.weight.norm().item() == pytest.approx(before * (1 - SHARE))
+
+
 @pytest.mark.parametrize(
     ("kind", "entry", "dtype"),
     [
+        (_FlatMasters, "flat", torch.float32),
+        (_FlatMasters, "flat", torch.bfloat16),
+        (_GroupsOfMasters, "wide", torch.bfloat16),
         (_FromStart, "origin", torch.float32),
         (_Nested, "origin", torch.float32),
         (_Masters, "masters", torch.bfloat16),
@@ -620,6 +679,20 @@ def test_what_cannot_be_divided_is_refused_only_where_it_must_be(package: str) -
         run(kind, 1, _attach(PER_STEP), decay=0.5)
     decayed, _ = run(kind, 2, _attach(PER_STEP))
     torch.testing.assert_close(decayed.still.weight.norm(), Two().still.weight.norm() * (1 - SHARE) ** 2)
+
+
+def test_a_group_of_all_that_is_named_is_not_divided() -> None:
+    """Queries and keys that differ in shape, as grouped ones do, are spared the same weight decay."""
+    model = make_model()
+    named = [p for name, p in model.named_parameters() if name.endswith(("q_proj.weight", "k_proj.weight"))]
+    rest = [p for p in model.parameters() if all(p is not each for each in named)]
+    optimizer = _kind("pytorch_optimizer", "AdaBound")([{"params": rest}, {"params": named}], lr=LR, weight_decay=0.5)
+    rd.attach(optimizer, model, query_key=PER_STEP, exclude="layers.2")
+    before = [p.norm() for p in named]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close([p.norm() for p in named], [norm * (1 - SHARE) for norm in before])
 
 
 def test_a_group_with_lists_beside_its_parameters_is_not_divided() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankdecay.attention.layer import FLATTENED
@@ -17,11 +17,11 @@ from rankdecay.checks import check_name
 from rankdecay.decay.attachment import Attachment
 from rankdecay.decay.groups import hook_roles
 from rankdecay.decay.optimizers import check_supported, parameters_of
-from rankdecay.decay.plan import DecayChoice, Excluded, plan
+from rankdecay.decay.plan import DecayChoice, Excluded, Planned, plan
 from rankdecay.decay.policy import Decay
 from rankdecay.decay.roles import decays_by_role
 from rankdecay.decay.sources import DecaySource, FromGroups, FromModel
-from rankdecay.dtensor import unwrapped, wrappers_of
+from rankdecay.dtensor import shares_out, unwrapped, wrappers_of
 from rankdecay.linalg import Backend
 
 Counts = Literal["optimizer", "attachment"]
@@ -103,12 +103,23 @@ def attach(
     check_name("backend", backend, get_args(Backend))
     check_name("counts", counts, get_args(Counts))
     choice = DecayChoice(named, default, SearchOptions(names, num_heads, only=only), exclude)
-    source = _source(inside, model, choice, counts == "optimizer")
+    stepped: list[Any] = [inside, *filter(shares_out, wrappers)]
+    by_id = {id(p): p for each in stepped for p in parameters_of(each)}
+    source = _source(inside, model, choice, counts == "optimizer", by_id)
     return Attachment(inside, source, backend, wrappers)
 
 
-def _source(optimizer: Optimizer, model: nn.Module | None, choice: DecayChoice, counts_in_state: bool) -> DecaySource:
-    """Return where the decays come from: the optimizer's groups, or the model and the roles."""
+def _source(
+    optimizer: Optimizer,
+    model: nn.Module | None,
+    choice: DecayChoice,
+    counts_in_state: bool,
+    stepped: Mapping[int, Tensor],
+) -> DecaySource:
+    """Return where the decays come from: the optimizer's groups, or the model and the roles.
+
+    ``stepped`` are the parameters, by identity, that the optimizer steps here or in another process.
+    """
     named, default = choice.by_role, choice.default
     kind = type(optimizer).__name__
     ours = any("role" in group and ("why" in group or hook_roles(group)) for group in optimizer.param_groups)
@@ -140,40 +151,49 @@ def _source(optimizer: Optimizer, model: nn.Module | None, choice: DecayChoice, 
             "model.parameters()."
         )
     planned, remarks = plan(model, choice, rest=None, stacklevel=4)
-    _check_held(optimizer, model, named, planned)
-    return FromModel(model, choice, planned, remarks, counts_in_state)
+    _check_stepped(type(optimizer).__name__, stepped, model, named, planned)
+    here = set(map(id, parameters_of(optimizer)))
+    elsewhere = {each.entry.names[0] for each in planned if id(each.entry.parameter) in stepped.keys() - here}
+    return FromModel(model, choice, planned, remarks, counts_in_state, elsewhere)
 
 
-def _check_held(optimizer: Optimizer, model: nn.Module, named: Mapping[str, Decay], planned: list[Any]) -> None:
-    """Raise if the optimizer has no parameter of the model, or none of a role.
+def _check_stepped(
+    kind: str, stepped: Mapping[int, Tensor], model: nn.Module, named: Mapping[str, Decay], planned: list[Planned]
+) -> None:
+    """Raise if the optimizer has no parameter of the model, none of a role, or none that has a decay.
 
     Args:
-        optimizer: to attach to.
+        kind: of the optimizer.
+        stepped: the parameters that it steps, by identity.
         model: of which the decays are.
         named: decays by role.
         planned: parameters of the model.
     """
-    kind = type(optimizer).__name__
-    shapes_by_id = {id(p): tuple(p.shape) for p in parameters_of(optimizer)}
-    if not any(id(each.entry.parameter) in shapes_by_id for each in planned):
+    of_model = [each for each in planned if id(each.entry.parameter) in stepped]
+    flattened = FLATTENED if any(p.ndim == 1 for p in stepped.values()) else ""
+    if not of_model:
         shapes = {tuple(each.entry.parameter.shape) for each in planned}
-        copies = sum(shape in shapes for shape in shapes_by_id.values())
+        copies = sum(tuple(p.shape) in shapes for p in stepped.values())
         raise ValueError(
             f"this {kind} has no parameter of {type(model).__name__}"
             + (
                 f", but {copies} of the same shapes: they are those of another copy, or of the model before it was "
                 "sharded or copied. Build the optimizer from the model as it is now, then attach."
                 if copies
-                else "; give the model whose parameters it has."
-                + (FLATTENED if any(len(shape) == 1 for shape in shapes_by_id.values()) else "")
+                else "; give the model whose parameters it has." + flattened
             )
         )
     for role in named:
         of_role = [
             e.entry for e in planned if not e.excluded and any(segment.role == role for segment in e.entry.segments)
         ]
-        if of_role and not any(id(entry.parameter) in shapes_by_id for entry in of_role):
+        if of_role and not any(id(entry.parameter) in stepped for entry in of_role):
             raise ValueError(
                 f"{role}={named[role]!r} names no parameter of this {kind}: {of_role[0].names[0]} and "
                 f"{len(of_role) - 1} more are not in it. Attach that role to the optimizer which has them."
             )
+    if not any(decay is not None for each in of_model for _, decay in each.acting):
+        raise ValueError(
+            f"default= is the decay of matrices, and this {kind} has none of {type(model).__name__} but what is "
+            f"excluded; name a role, such as norm=rankdecay.Frobenius(0.1).{flattened}"
+        )

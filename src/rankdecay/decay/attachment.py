@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -57,12 +57,13 @@ from rankdecay.decay.roles import ROLES, decays_by_role
 from rankdecay.decay.sources import DecaySource, check_planes_held
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target, count_step, pending_key
-from rankdecay.decay.watch import Watch
-from rankdecay.decay.weight_decay import give_weight_decay
-from rankdecay.dtensor import bare_name
+from rankdecay.decay.watch import Watch, words_of_replaced
+from rankdecay.decay.weight_decay import Divided, give_weight_decay
+from rankdecay.dtensor import bare_name, local
 from rankdecay.linalg import Backend
 from rankdecay.linalg.rounding import step_seed
 
+_NOTHING = Divided(lambda: None)
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 _attaching = threading.Lock()  # the set must not change its size while another thread looks through it
 
@@ -88,7 +89,7 @@ class Attachment:
         if any(other is optimizer for _, other in _living()):
             raise ValueError(
                 f"this {kind} is attached already, and a second hook would decay twice; call detach() on its "
-                "attachment first."
+                "attachment first. Of several models that it trains, attach torch.nn.ModuleList([one, other])."
             )
         # Weak, or the two would keep each other alive, and the next optimizer would seem to share its parameters.
         self._optimizer = weakref.ref(optimizer)
@@ -97,13 +98,12 @@ class Attachment:
         self._wrappers = [type(each).__name__ for each in wrappers]
         self._registered: list[RegisteredGroup] = []
         self._too_strong: set[str] = set()  # roles that a warning has named
-        self._put_back: Callable[[], None] = _nothing
+        self._put_back = _NOTHING
         self._paused = self._in_step = False
         try:
             for index, group in enumerate(optimizer.param_groups):
                 self._register_group(index, group)
-            check_planes_held(source, optimizer)
-            _check_not_shared(optimizer, self)
+            self._check_all(optimizer)
             check_agreement([(current.group, current.target) for current in self._targets(optimizer)], backend)
             self._give_weight_decay(optimizer)()  # so that what cannot be divided is found now
         except BaseException:
@@ -115,7 +115,7 @@ class Attachment:
         self._stepping: list[list[_CurrentTarget]] = []  # the targets of this step, by group
         self._closure = False
         self._first = True
-        self._first_decay = True
+        self._looked_at: set[tuple[int, int]] = set()  # targets whose state has been looked at
         self._states_only = False
         self._finite = FiniteCheck()
         self._had_rate = any(group.get("lr") or group.get("initial_lr") for group in optimizer.param_groups)
@@ -132,7 +132,7 @@ class Attachment:
         self._watch = Watch(kind, [p for current in self._targets(optimizer) for p in current.parameters])
         with _attaching:
             _attached.add(self)
-        before_every_step(_keep_hooks_in_place)
+        before_every_step(_look_before_step)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -248,9 +248,15 @@ class Attachment:
                 *units,
                 *remarks_on_optimizer(optimizer, self._wrappers),
                 *self._source.notes(optimizer),
+                *self._replaced(optimizer),
                 *zeros,
             ],
         )
+
+    def _replaced(self, optimizer: Optimizer) -> list[str]:
+        with_gradient = {id(p) for held in self._targets(optimizer) for p in held.parameters if p.grad is not None}
+        names = self._source.replaced(optimizer, with_gradient)
+        return [words_of_replaced(names, type(optimizer).__name__)] if names else []
 
     def _planes(self, optimizer: Optimizer) -> PlaneStep:
         """Return all rows of planes that have a decay, and have values."""
@@ -317,16 +323,25 @@ class Attachment:
 
     def _restore(self) -> None:
         """Put the groups back as they were before the step, once."""
-        put_back, self._put_back = self._put_back, _nothing
+        put_back, self._put_back = self._put_back, _NOTHING
         put_back()
+
+    def _has_divided_groups_of(self, other: Optimizer) -> bool:
+        """Whether a step is being made with parts of groups that another optimizer has, too, but not the parts."""
+        optimizer = self._optimizer()
+        if not self._in_step or optimizer is None or len(optimizer.param_groups) == len(self._registered):
+            return False
+        theirs = set(map(id, other.param_groups))
+        ours = set(map(id, optimizer.param_groups))
+        return bool(ours & theirs) and not ours <= theirs and is_stepping(optimizer)
 
     def _targets(self, optimizer: Optimizer) -> list[_CurrentTarget]:
         """Return the targets with their parameters; in the middle of a step those of the step, whose groups are cut."""
         elsewhere = self._in_step and self._thread != threading.get_ident()  # where `is_stepping` cannot look
-        if self._put_back is not _nothing and (elsewhere or is_stepping(optimizer)):
+        if self._put_back is not _NOTHING and (elsewhere or is_stepping(optimizer)):
             return [current for group in self._stepping for current in group]
         self._restore()
-        self._register_new_groups(optimizer)
+        self._look_at_groups(optimizer)
         return [current for group in self._targets_by_group(optimizer) for current in group]
 
     def _targets_by_group(self, optimizer: Optimizer) -> list[list[_CurrentTarget]]:
@@ -338,21 +353,34 @@ class Attachment:
     @contextlib.contextmanager
     def _groups_in_one_piece(self, optimizer: Optimizer) -> Iterator[None]:
         """Put the groups back for a moment, if a step is being made, and know those that were added since the last."""
-        cut = self._put_back is not _nothing and is_stepping(optimizer)
+        cut = self._put_back is not _NOTHING and is_stepping(optimizer)
         self._restore()
-        self._register_new_groups(optimizer)
+        self._look_at_groups(optimizer)
         try:
             yield
         finally:
             if cut:
                 self._put_back = self._give_weight_decay(optimizer)
 
-    def _register_new_groups(self, optimizer: Optimizer) -> None:
+    def _look_at_groups(self, optimizer: Optimizer) -> None:
+        """Know the groups that were added, and those that have other parameters of the model, since the last look."""
         known = len(self._registered)
+        changed = len(optimizer.param_groups) > known
+        for index, group in enumerate(optimizer.param_groups[:known]):
+            if self._source.exchanged(index, group):
+                self._register_again(index, group)
+                check_group(optimizer, index, group, self._source)
+                changed = True
         for index, group in enumerate(optimizer.param_groups[known:], known):
             self._register_group(index, group)
-        if len(self._registered) > known:
-            check_planes_held(self._source, optimizer)
+        if changed:
+            self._check_all(optimizer)
+
+    def _check_all(self, optimizer: Optimizer) -> None:
+        """Raise if the parameters of all groups together cannot be decayed, or another attached optimizer has some."""
+        check_planes_held(self._source, optimizer)
+        _check_not_shared(optimizer, self)
+        _check_memory(self._targets(optimizer))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Note which parameters have a gradient: some optimizers clear it inside their step.
@@ -376,6 +404,7 @@ class Attachment:
             if self._first:
                 self._first = False
                 warn_if_untrained(optimizer)
+            self._put_back.look()
             return None
         named = {name: self._in_one_piece(value) for name, value in kwargs.items()}
         return (args[0], *map(self._in_one_piece, args[1:])), named
@@ -387,9 +416,9 @@ class Attachment:
                 f"{type(optimizer).__name__} had {len(self._registered)} groups and now has "
                 f"{len(optimizer.param_groups)}: detach before removing groups, then attach again."
             )
-        for index, group in enumerate(optimizer.param_groups[: len(self._registered)]):
+        self._look_at_groups(optimizer)
+        for index, group in enumerate(optimizer.param_groups):
             self._register_group(index, group)
-        self._register_new_groups(optimizer)
         self._source.recall(optimizer)
         self._stepping = self._targets_by_group(optimizer)
         self._rates = [rate(optimizer, group) for group in optimizer.param_groups]
@@ -414,6 +443,7 @@ class Attachment:
                 if self._handles:  # it may have detached
                     self._prepare(self.optimizer)
                     self._note_gradients()
+                    self._put_back.look()
             except BaseException:
                 self._in_step = False
                 self._restore()
@@ -422,7 +452,7 @@ class Attachment:
 
         return torch.compiler.disable(closure)
 
-    def _give_weight_decay(self, optimizer: Optimizer) -> Callable[[], None]:
+    def _give_weight_decay(self, optimizer: Optimizer) -> Divided:
         sections = [
             self._source.sections(optimizer, index, group) for index, group in enumerate(optimizer.param_groups)
         ]
@@ -435,7 +465,14 @@ class Attachment:
         if is_inner_step(optimizer):
             return
         self._in_step = False
+        passed_over = self._put_back.passed_over()
         self._restore()
+        if passed_over is not None:
+            raise ValueError(
+                f"{type(optimizer).__name__} does not step by its param_groups as they are now: it passed over a part "
+                f"of group {passed_over}, which was divided so that its weight_decay spares the roles that are named. "
+                "Give these a group of their own, or set weight_decay=0 in that group."
+            )
         pairs = zip(optimizer.param_groups, self._rates, strict=False)
         factors = [rate_of_step(optimizer, group, before) for group, before in pairs]
         self._factors = [each.clone() if isinstance(each, Tensor) else each for each in factors]
@@ -451,7 +488,9 @@ class Attachment:
         else:
             self._had_rate = True
         if not self._states_only:
-            self._watch.stepped(bool(self._params_with_grad))
+            self._watch.stepped(
+                bool(self._params_with_grad), lambda: self._source.replaced(optimizer, self._params_with_grad)
+            )
             self._decay(optimizer)
         self._source.keep(optimizer, self._params_with_grad)
 
@@ -490,8 +529,8 @@ class Attachment:
                     chosen = [parameters[position] for position in positions]
                     if isinstance(decay, LowRank) or decay.needs_norm:
                         looked_at += [(target.names[position], parameters[position]) for position in positions]
-                    if self._first_decay:
-                        self._first_decay = False
+                    if (index, number) not in self._looked_at:
+                        self._looked_at.add((index, number))
                         check_states(optimizer, chosen)
                     step = Step(chosen, target.windows, decay, amount, seed, target.role)
                     if is_averaged(group):
@@ -507,8 +546,7 @@ class Attachment:
     def _register_group(self, index: int, group: Group) -> None:
         """Check a new group, and before each step that a known one has parameters of the same shapes.
 
-        They may be replaced by others of the same shapes: by the same sharded, as Accelerate does under FSDP2, or by
-        others of the model, whose decays are then theirs.
+        They may be replaced by others of the same shapes, by the same sharded, as Accelerate does under FSDP2.
         """
         if index == len(self._registered):
             optimizer = self.optimizer
@@ -521,12 +559,12 @@ class Attachment:
         if before.roles and now.shapes != before.shapes:
             raise ValueError(swapped(index, before, now.shapes))
         self._source.check_kept(self.optimizer, index, group, before.roles)
-        exchanged = self._source.exchanged(index, group)
-        if exchanged or now.dtypes != before.dtypes:  # who applies L2 depends on them
-            self._source.register(self.optimizer, index, group)
-            if exchanged:
-                check_group(self.optimizer, index, group, self._source)
-            self._registered[index] = RegisteredGroup.of(group, self._source.targets(index, group))
+        if now.dtypes != before.dtypes:  # who applies L2 depends on them
+            self._register_again(index, group)
+
+    def _register_again(self, index: int, group: Group) -> None:
+        self._source.register(self.optimizer, index, group)
+        self._registered[index] = RegisteredGroup.of(group, self._source.targets(index, group))
 
     def _before_saving(self, optimizer: Optimizer) -> None:
         """Make the state what it is between steps: groups in one piece, and counts that are plain numbers."""
@@ -570,16 +608,22 @@ def _with_own_rates(
     ]
 
 
-def _nothing() -> None:
-    pass
+def _look_before_step(optimizer: Optimizer, *_: Any) -> None:
+    """Let the hook before a step be the last, and that which notes its rates the first behind it.
 
-
-def _keep_hooks_in_place(optimizer: Optimizer, *_: Any) -> None:
-    """Let the hook before a step be the last, and that which notes its rates the first behind it."""
-    for attachment in attached():
-        if attachment._optimizer() is optimizer and attachment._handles:
+    Raises:
+        ValueError: If the step is made inside that of an attached optimizer, with groups of it that are divided.
+    """
+    for attachment, its in _living():
+        if its is optimizer and attachment._handles:
             last, first = (handle.id for handle in attachment._handles[:2])
             keep_in_place(optimizer, last, first)
+        elif attachment._has_divided_groups_of(optimizer):
+            attachment._restore()
+            raise ValueError(
+                f"{type(its).__name__} steps {type(optimizer).__name__} by groups that both have, and what is decayed "
+                f"would not be trained: attach to that {type(optimizer).__name__} instead."
+            )
 
 
 def _detached() -> Attachment:
@@ -595,11 +639,9 @@ def _detached() -> Attachment:
 def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
     """Raise if another attached optimizer decays one of these parameters."""
     targets = attachment._targets(optimizer)
-    ours = {
-        id(p): name for current in targets for p, name in zip(current.parameters, current.target.names, strict=True)
-    }
+    ours = {id(p): name for each in targets for p, name in zip(each.parameters, each.target.names, strict=True)}
     for other, other_optimizer in _living():
-        for _, _, parameters in other._targets(other_optimizer):
+        for _, _, parameters in other._targets(other_optimizer) if other is not attachment else ():
             for parameter in parameters:
                 if id(parameter) in ours:
                     raise ValueError(
@@ -608,3 +650,20 @@ def _check_not_shared(optimizer: Optimizer, attachment: Attachment) -> None:
                         "parameter to one optimizer. (After a trainer was interrupted, its attachment is in "
                         "rankdecay.decay.attachment.attached().)"
                     )
+
+
+def _check_memory(targets: list[_CurrentTarget]) -> None:
+    """Raise if two parameters have their numbers in one place, where each would be decayed."""
+    places: dict[object, tuple[Tensor, str]] = {}
+    for each in targets:
+        for parameter, name in zip(each.parameters, each.target.names, strict=True):
+            numbers = local(parameter)
+            if numbers.is_meta or not numbers.numel():
+                continue
+            first, its_name = places.setdefault((numbers.device, numbers.data_ptr()), (parameter, name))
+            if first is not parameter:
+                raise ValueError(
+                    f"{its_name} and {name} are two parameters of the same numbers in memory, which would be decayed "
+                    "twice, as the optimizer steps them twice; tie them as one parameter, a.weight = b.weight, and "
+                    "build the optimizer again, or leave one of them out with exclude=."
+                )

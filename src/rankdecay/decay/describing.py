@@ -15,6 +15,7 @@ from rankdecay.decay.groups import Group
 from rankdecay.decay.optimizers import (
     counts_steps,
     has_rate_per_parameter,
+    rate,
 )
 from rankdecay.decay.policy import Decay, LowRank, Planes
 from rankdecay.decay.sources import DecaySource
@@ -67,14 +68,16 @@ def rows_of(optimizer: Optimizer, source: DecaySource, index: int, group: Group,
 
 def units_of(optimizer: Optimizer, source: DecaySource) -> list[str]:
     """Return what the strengths mean now: a sentence for each role, decay and learning rate."""
-    alike: dict[tuple[str, Decay, float], list[Tensor]] = {}
+    alike: dict[tuple[str, Decay, float, str], list[Tensor]] = {}
     for index, group in enumerate(optimizer.param_groups):
         lr = group.get("lr")
         if lr is None or has_rate_per_parameter(optimizer, group):
             continue
+        now = float(rate(optimizer, group))
+        name = "lr" if now == float(lr) else "rate"  # which the optimizer makes of it
         for target in source.targets(index, group):
             decay, parameters = target.decay_in(group), target.parameters(group)
-            matrices = alike.setdefault((target.role, decay, float(lr)), [])
+            matrices = alike.setdefault((target.role, decay, now, name), [])
             if not decay.strength or any(map(is_sharded, parameters)):
                 continue
             if isinstance(decay, Planes):
@@ -83,7 +86,7 @@ def units_of(optimizer: Optimizer, source: DecaySource) -> list[str]:
             else:
                 matrices += Step(parameters, target.windows, decay, 0.0, 0).matrices()
     return [
-        f"{role}: {in_units(decay, lr, present(matrices))}"
-        for (role, decay, lr), matrices in alike.items()
+        f"{role}: {in_units(decay, now, present(matrices), name)}"
+        for (role, decay, now, name), matrices in alike.items()
         if decay.strength
     ]

@@ -224,6 +224,10 @@ class _KnownParameters:
             return known  # FSDP2 puts the whole tensor in the place of the sharded one, for a forward pass and after it
         return None
 
+    def was_replaced(self, parameter: Tensor) -> bool:
+        """Whether the module that had a parameter still exists, and has another in its place."""
+        return id(parameter) in self._known and self._found(parameter) is None
+
     def __contains__(self, parameter: Tensor) -> bool:
         return self._found(parameter) is not None
 
@@ -235,6 +239,11 @@ class _KnownParameters:
 
 
 _known = _KnownParameters()
+
+
+def was_replaced(parameter: Tensor) -> bool:
+    """Whether the model of :func:`param_groups` has another parameter in the place of one."""
+    return _known.was_replaced(parameter)
 
 
 def remarks_on(groups: Iterable[Group]) -> Remarks:

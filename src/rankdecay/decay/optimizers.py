@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from rankdecay.decay.averaged import is_averaged
 from rankdecay.decay.groups import Group
 from rankdecay.decay.targets import STATE_KEY
-from rankdecay.dtensor import local, whole
+from rankdecay.dtensor import is_sharded, local, whole
 
 #: File of the function that calls the hooks around a step.
 _HOOKED_STEP = Optimizer.profile_hook_step.__code__.co_filename
@@ -412,9 +412,14 @@ def check_states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     Raises:
         ValueError: With the name of the entry.
     """
-    parameter = next((p for p in parameters if _is_telling(local(p))), None)
-    if parameter is None:
-        return
+    parameters = list(parameters)
+    for dtype in {parameter.dtype for parameter in parameters}:  # such weights may be those of one, as of 16 bits
+        parameter = next((p for p in parameters if p.dtype == dtype and _is_telling(local(p))), None)
+        if parameter is not None:
+            _check_state(optimizer, parameter)
+
+
+def _check_state(optimizer: Optimizer, parameter: Tensor) -> None:
     weight = local(parameter)
     known = set(map(id, parameters_of(optimizer)))
     kept = {name: value for name, value in vars(optimizer).items() if name not in ("param_groups", "state", "defaults")}
@@ -424,15 +429,34 @@ def check_states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
             continue
         if (averages and name == "z") or id(entry) in known:
             continue
+        if _holds_among_others(entry, weight):
+            raise ValueError(_keeps_a_copy(optimizer, name))
         if entry.shape != parameter.shape or not entry.is_floating_point() or local(entry).shape != weight.shape:
             continue
         if local(entry).data_ptr() == weight.data_ptr():
             continue
         if (local(entry).to(weight.device) - weight).float().norm() < 0.1 * weight.float().norm():
-            raise ValueError(
-                f"{type(optimizer).__name__} keeps a copy of the weights in its state ({name!r}), from which it may "
-                f"recompute the parameters and so undo a decay; {_REMEDY}."
-            )
+            raise ValueError(_keeps_a_copy(optimizer, name))
+
+
+def _keeps_a_copy(optimizer: Optimizer, name: str) -> str:
+    return (
+        f"{type(optimizer).__name__} keeps a copy of the weights in its state ({name!r}), from which it may "
+        f"recompute the parameters and so undo a decay; {_REMEDY}."
+    )
+
+
+def _holds_among_others(entry: Tensor, weight: Tensor) -> bool:
+    """Whether a vector has all of a weight in one piece somewhere, rounded as the weight is: masters of many."""
+    values = weight.flatten()
+    if entry.ndim != 1 or not entry.is_floating_point() or is_sharded(entry) or len(entry) <= len(values):
+        return False
+    if entry.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+        return False  # the weight is a part of it, and so is a decay
+    largest = int(values.abs().argmax())
+    there = entry[largest : len(entry) - len(values) + largest + 1].detach().to(values.device, values.dtype)
+    starts = (there == values[largest]).nonzero().flatten()[:8].tolist()
+    return any(torch.equal(entry[i : i + len(values)].detach().to(values), values) for i in starts)
 
 
 def _is_telling(weight: Tensor) -> bool:
@@ -440,7 +464,7 @@ def _is_telling(weight: Tensor) -> bool:
     return weight.numel() > 1 and bool((weight != weight.flatten()[0]).any())
 
 
-def _tensors(entries: object, name: str = "", depth: int = 3) -> Iterator[tuple[str, Tensor]]:
+def _tensors(entries: object, name: str = "", depth: int = 4) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in nested dictionaries and lists, with the last name that leads to each."""
     if isinstance(entries, Tensor):
         yield name, entries

@@ -12,11 +12,11 @@ from rankdecay.decay.averaged import is_averaged
 from rankdecay.decay.groups import Group
 from rankdecay.decay.optimizers import check_own_decay, counts_steps, has_rate, has_rate_per_parameter
 from rankdecay.decay.plan import complex_weights
-from rankdecay.decay.policy import LowRank, Planes
+from rankdecay.decay.policy import Frobenius, LowRank, Planes
 from rankdecay.decay.sharded.layout import check_placements
 from rankdecay.decay.sources import DecaySource
 from rankdecay.decay.targets import Target
-from rankdecay.dtensor import is_sharded
+from rankdecay.dtensor import is_flattened, is_sharded
 
 
 class RegisteredGroup(NamedTuple):
@@ -70,6 +70,11 @@ def check_group(optimizer: Optimizer, index: int, group: Group, source: DecaySou
             if parameter.ndim < 2 and (flat or isinstance(decay, LowRank)):
                 raise ValueError(
                     f"{name} ({role}) has shape {tuple(parameter.shape)}, not that of a matrix.{FLATTENED}"
+                )
+            if parameter.ndim < 2 and isinstance(decay, Frobenius) and decay.needs_norm and is_flattened(parameter):
+                raise ValueError(
+                    f"{role}={decay!r} needs the norm of all of {name}, and FSDP1 leaves any part of it to a process; "
+                    "shard with FSDP2 (torch.distributed.fsdp.fully_shard), or give a decay of power 1 without a cap."
                 )
             for window in target.windows:
                 try:

@@ -7,12 +7,12 @@ parameters, so that a role has its decay and no other.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankdecay.attention.source import named_parameters
@@ -28,6 +28,7 @@ from rankdecay.decay.groups import (
     real_l2,
     remarks_on,
     roles_of,
+    was_replaced,
     whys_in,
     windows_in,
 )
@@ -37,6 +38,7 @@ from rankdecay.decay.planes import check_alike, check_planes
 from rankdecay.decay.policy import Decay, Frobenius, Planes, unit_of
 from rankdecay.decay.targets import Bundle, StepCounter, Target
 from rankdecay.decay.weight_decay import Section
+from rankdecay.dtensor import is_sharded
 
 
 class ParameterDescription(NamedTuple):
@@ -76,6 +78,10 @@ class DecaySource(Protocol):
 
     def notes(self, optimizer: Optimizer) -> list[str]:
         """Return what else a reader has to know."""
+        ...
+
+    def replaced(self, optimizer: Optimizer, stepped: Set[int]) -> list[str]:
+        """Return the names of decayed parameters that have no gradient, as the model has others in their place."""
         ...
 
     def set(self, optimizer: Optimizer, decays: Mapping[str, Decay]) -> None:
@@ -186,6 +192,16 @@ class FromGroups:
         """Return nothing: the rows say it all."""
         return []
 
+    def replaced(self, optimizer: Optimizer, stepped: Set[int]) -> list[str]:
+        """Return the names of decayed parameters that have no gradient, as the model has others in their place."""
+        return [
+            name
+            for group in optimizer.param_groups
+            if hook_roles(group)
+            for name, parameter in zip(names_in(group), group["params"], strict=True)
+            if _is_idle(parameter, stepped) and was_replaced(parameter)
+        ]
+
     def set(self, optimizer: Optimizer, decays: Mapping[str, Decay]) -> None:
         """Write other decays into the groups.
 
@@ -252,6 +268,7 @@ class FromModel:
         planned: the decays of its matrices that follow.
         remarks: what is known of its attention.
         counts_in_state: whether the optimizer's state has the counts.
+        elsewhere: names of parameters that the optimizer steps in other processes.
     """
 
     def __init__(
@@ -261,7 +278,9 @@ class FromModel:
         planned: list[Planned],
         remarks: Remarks,
         counts_in_state: bool,
+        elsewhere: Set[str] = frozenset(),
     ) -> None:
+        self._elsewhere = elsewhere
         self._model = model
         self._kind = type(model).__name__
         self._choice = choice
@@ -273,6 +292,7 @@ class FromModel:
         self._names: list[list[str | None]] = []  # of each parameter of each group
         self._seen: list[list[int]] = []  # the identity of each, when it was last looked up
         self._bundles: list[list[Bundle]] = []
+        self._aside: dict[str, dict[str, Any]] = {}  # counts of parameters, when a group was last exchanged
 
     def register(self, optimizer: Optimizer, index: int, group: Group) -> None:
         """Find the parameters of a group in the model.
@@ -289,10 +309,20 @@ class FromModel:
             self._seen.append(list(map(id, group["params"])))
             self._bundles.append(self._bundle(optimizer, index, group))
         elif self._is_exchanged(index, names):
+            self._put_counts_aside()
             self._names[index] = names
-            self._bundles[index] = self._bundle(optimizer, index, group)  # whose counts are in the state, or begin
+            self._bundles[index] = self._bundle(optimizer, index, group)
+            for bundle in self._bundles[index]:
+                its = {position: self._aside.get(names[position] or "") for position in bundle.positions}
+                bundle.take_each({position: counts for position, counts in its.items() if counts is not None})
         else:
             self._bundles[index] = self._counted_on(self._bundles[index], self._bundle(optimizer, index, group))
+
+    def _put_counts_aside(self) -> None:
+        """Keep the counts of every parameter by its name, since it may leave its group, or go to another."""
+        for names, bundles in zip(self._names, self._bundles, strict=True):
+            for bundle in bundles:
+                self._aside |= {names[position] or "": counts for position, counts in bundle.each_counts().items()}
 
     def _names_of(self, group: Group) -> list[str | None]:
         by_id = {id(p): name for name, p in named_parameters(self._model).items()}
@@ -357,9 +387,26 @@ class FromModel:
                 missing.setdefault(role, []).append(name)
         return [
             f"{role}: {len(names)} of its parameters are not in this optimizer ({', '.join(names[:4])}"
-            f"{', …' if len(names) > 4 else ''}); attach the role to the optimizer which has them, too"
+            f"{', …' if len(names) > 4 else ''}); "
+            + (
+                "other processes step and decay them"
+                if self._elsewhere >= set(names)
+                else "attach the role to the optimizer which has them, too"
+            )
             for role, names in missing.items()
         ]
+
+    def replaced(self, optimizer: Optimizer, stepped: Set[int]) -> list[str]:
+        """Return the names of decayed parameters that have no gradient, as the model has others in their place."""
+        idle = [
+            (target.names[number], parameter)
+            for group, bundle in self._each_bundle(optimizer)
+            for target in bundle.targets[:1]
+            for number, parameter in enumerate(target.parameters(group))
+            if _is_idle(parameter, stepped)
+        ]
+        present = set(map(id, named_parameters(self._model).values())) if idle else set()
+        return [name for name, parameter in idle if id(parameter) not in present]
 
     def set(self, optimizer: Optimizer, decays: Mapping[str, Decay]) -> None:
         """Give roles other decays; their counts go on.
@@ -465,6 +512,11 @@ class FromModel:
         bundle = Bundle(positions, targets, l2, numbers)
         _check_part(optimizer, index, group, bundle)
         return bundle
+
+
+def _is_idle(parameter: Tensor, stepped: Set[int]) -> bool:
+    """Whether a parameter is to be trained and had no gradient in a step; FSDP2 puts others in place of its own."""
+    return id(parameter) not in stepped and parameter.requires_grad and not is_sharded(parameter)
 
 
 def _check_part(optimizer: Optimizer, index: int, group: Group, bundle: Bundle) -> None:

@@ -96,6 +96,10 @@ class StepCounter:
     def pending(self, value: float | Tensor) -> None:
         self._numbers[self._pending] = value
 
+    def pending_in(self, found: Mapping[str, Any]) -> float | Tensor:
+        """Return what is pending of this decay in the counts of another dictionary."""
+        return found.get(self._pending, 0.0)
+
     def miss(self, position: int, amount: float | Tensor) -> None:
         """Note a part of the pending sum that a parameter, by its position in the target, is spared."""
         missed = self._numbers.setdefault(self.missed_key, {})
@@ -105,6 +109,10 @@ class StepCounter:
     def missed(self) -> dict[int, float | Tensor]:
         """Amounts deferred since the last decay, by the position of the parameter."""
         return {int(position): amount for position, amount in self._numbers.get(self.missed_key, {}).items()}
+
+    def missed_by(self, position: int) -> float | Tensor:
+        """Return the amount deferred for one parameter."""
+        return self._numbers.get(self.missed_key, {}).get(str(position), 0.0)
 
     def take_missed(self) -> dict[int, float | Tensor]:
         """Return what each parameter was spared since the last decay, and begin anew."""
@@ -225,9 +233,10 @@ class Bundle:
         )
 
     def recall(self, optimizer: Optimizer, group: Group) -> None:
-        """Take the counts over from a state that has been loaded since the last step.
+        """Take the counts over from a state that has been loaded since the last step, or from another group.
 
-        A parameter without counts, beside others that have them, has not been stepped: it was spared all of the cycle.
+        What is pending of a parameter stays its own: beside others, of which more or less is, it is spared the
+        difference. One without counts has not been stepped, and nothing of it is pending.
         """
         states = {position: optimizer.state.get(group["params"][position]) or {} for position in self.positions}
         found = {position: state[STATE_KEY] for position, state in states.items() if state.get(STATE_KEY)}
@@ -235,14 +244,19 @@ class Bundle:
             found or not self._written
         ):
             return
+        self.take_each(found)
+
+    def take_each(self, found: Mapping[int, Mapping[str, Any]]) -> None:
+        """Begin with the counts that each parameter has, by its position in the group, and no others."""
         self._reset()
         self._written = {}
         self.take(next(iter(found.values()), {}))
         for target in self.targets if found else ():
             for index, position in enumerate(target.positions):
-                spared = found[position].get(target.counter.missed_key, 0.0) if position in found else None
+                spared = target.counter.pending - target.counter.pending_in(found.get(position, {}))
+                spared = spared + found.get(position, {}).get(target.counter.missed_key, 0.0)
                 if spared != 0.0:
-                    target.counter.miss(index, target.counter.pending if spared is None else spared)
+                    target.counter.miss(index, spared)
 
     def take(self, found: Mapping[str, Any]) -> None:
         """Take over the counts that are of the decays here."""
@@ -255,16 +269,22 @@ class Bundle:
         Not before: to many an optimizer a state with anything in it is one that has been made.
         """
         counted = self.is_counted(group, counts)
-        missed = [(target, target.counter.missed) for target in self.targets if isinstance(target.decay, LowRank)]
-        shared = {key: value for key, value in self.numbers.items() if not isinstance(value, dict)}
         for index, position in enumerate(self.positions):
             parameter = group["params"][position]
             if (counted and id(parameter) in stepped) or STATE_KEY in (optimizer.state.get(parameter) or ()):
                 copy = self._written.setdefault(position, {})
-                copy.update(shared)
-                for target, spared in missed:
-                    copy[target.counter.missed_key] = spared.get(index, 0.0)
+                copy.update(self._counts_of(index))
                 optimizer.state[parameter][STATE_KEY] = copy
+
+    def _counts_of(self, index: int) -> dict[str, Any]:
+        """Return the counts of one of the parameters: those of all, and what it was spared."""
+        counts = {key: value for key, value in self.numbers.items() if not isinstance(value, dict)}
+        low_rank = (target.counter for target in self.targets if isinstance(target.decay, LowRank))
+        return counts | {counter.missed_key: counter.missed_by(index) for counter in low_rank}
+
+    def each_counts(self) -> dict[int, dict[str, Any]]:
+        """Return the counts of each parameter, by its position in the group."""
+        return {position: self._counts_of(index) for index, position in enumerate(self.positions)}
 
 
 # ---- counting a step -------------------------------------------------------------------------------------
@@ -275,7 +295,7 @@ _LARGEST, _LARGEST_ON_DEVICE = 1e300, 1e37
 
 def _bounded(amount: float | Tensor) -> float | Tensor:
     if not isinstance(amount, Tensor):
-        return min(amount, _LARGEST)
+        return min(float(amount), _LARGEST)  # of numpy too, which a weights-only load would not take
     return amount.clamp_max(_LARGEST if amount.dtype == torch.float64 else _LARGEST_ON_DEVICE)
 
 

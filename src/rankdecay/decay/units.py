@@ -17,16 +17,17 @@ from rankdecay.linalg.shrink import log_norm
 TENTH = -math.log(0.9)
 
 
-def in_units(decay: Decay, lr: float, matrices: Sequence[Tensor]) -> str:
+def in_units(decay: Decay, lr: float, matrices: Sequence[Tensor], name: str = "lr") -> str:
     """Return a sentence on one step of a decay, after its warm-up.
 
     Args:
         decay: what it is.
         lr: present learning rate.
         matrices: that it decays, (..., m, n), for laws that depend on their norms; may be empty.
+        name: of the rate.
     """
     amount = decay.strength * (lr if decay.lr_coupled else 1.0)
-    conditions = [f"at the present lr of {lr:g}"] * decay.lr_coupled + ["after the warm-up"] * bool(decay.warmup)
+    conditions = [f"at the present {name} of {lr:g}"] * decay.lr_coupled + ["after the warm-up"] * bool(decay.warmup)
     when = f"{' and '.join(conditions)} " if conditions else ""
     if not amount:
         return f"{when}a step takes nothing"

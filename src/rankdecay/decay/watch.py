@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class Watch:
 
     def __init__(self, kind: str, parameters: Sequence[Tensor]) -> None:
         self._kind = kind
-        self._backwards = self._empty = 0
+        self._backwards = self._steps = self._empty = 0
         self._warned = False
         self._watched = bool(parameters)
         self._handle = None
@@ -49,10 +49,21 @@ class Watch:
             self._handle.remove()
             self._handle = None
 
-    def stepped(self, had_gradients: bool) -> None:
-        """Take note of a step, and whether a decayed parameter had a gradient in it."""
+    def stepped(self, had_gradients: bool, replaced: Callable[[], list[str]]) -> None:
+        """Take note of a step, and whether a decayed parameter had a gradient in it.
+
+        Args:
+            had_gradients: whether one had.
+            replaced: finds parameters without one that the model does not have any more; asked every few steps.
+        """
+        self._steps += 1
         self._empty = 0 if had_gradients or not self._watched else self._empty + 1
-        if self._empty == PATIENCE and not self._warned:
+        if self._warned:
+            return
+        if self._steps % PATIENCE == 0 and (names := replaced()):
+            self._warned = True
+            warnings.warn(f"{words_of_replaced(names, self._kind)}.", stacklevel=6)
+        elif self._empty == PATIENCE:
             self._warned = True
             warnings.warn(
                 f"no decayed parameter had a gradient in {self._empty} steps of {self._kind}, so nothing was decayed. "
@@ -72,6 +83,16 @@ class Watch:
                 "that a trainer built), attach to that; if you accumulate the gradients of more passes, ignore this.",
                 stacklevel=2,
             )
+
+
+def words_of_replaced(names: Sequence[str], kind: str) -> str:
+    """Return that parameters of an optimizer are not those of the model any more, and what to do."""
+    first = f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+    return (
+        f"the model has other parameters in place of {len(names)} of this {kind}'s ({first}), as after "
+        "load_state_dict(assign=True) or a new nn.Parameter, and they are neither trained nor decayed: "
+        "build the optimizer from the model as it is now, then attach"
+    )
 
 
 def _is_accumulating() -> bool:

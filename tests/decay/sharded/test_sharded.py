@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -359,3 +360,65 @@ def sharded_too_late() -> str:
 
 def test_an_optimizer_that_was_built_before_sharding_is_told_once():
     assert on_ranks(2, sharded_too_late) == ["1", "1"]
+
+
+def shared_out(decays: dict[str, Any]) -> bool:
+    """Whether a step that the processes share out is that of one, before and after a state was saved and loaded."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    models, optimizers = [], []
+    for made in (ZeroRedundancyOptimizer, None):
+        torch.manual_seed(0)
+        model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        model.embedding = nn.Embedding(7, 8)
+        of = {"lr": 0.1, "weight_decay": 0.3}
+        parameters = model.parameters()
+        optimizer = made(parameters, torch.optim.AdamW, **of) if made else torch.optim.AdamW(parameters, **of)
+        words = rd.attach(optimizer, model, **decays).describe()
+        assert "attach the role to" not in words
+        models.append(model)
+        optimizers.append(optimizer)
+    shared: Any = optimizers[0]
+    for step in range(8):
+        if step == 4:
+            shared.consolidate_state_dict()
+            state = [shared.state_dict() if torch.distributed.get_rank() == 0 else None]
+            torch.distributed.broadcast_object_list(state)
+            shared.load_state_dict(state[0])
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            ids = torch.arange(6).view(2, 3) + step % 2
+            model(model.embedding(ids)).square().mean().backward()
+            optimizer.step()
+    return all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+@pytest.mark.parametrize("decays", [{"embedding": rd.Frobenius(0.5)}, {"query_key": rd.LowRank(2.0, every=3)}])
+def test_a_role_that_one_process_steps_for_all(decays: dict[str, Any]):
+    """ZeroRedundancyOptimizer: in the others, the optimizer inside has none of it."""
+    assert on_ranks(2, shared_out, decays) == [True, True]
+
+
+def flattened(decays: dict[str, Any], use_orig_params: bool) -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
+    wrapped = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    try:
+        rd.attach(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, **decays)
+    except ValueError as error:
+        return str(error)
+    return "attached"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_fsdp1_has_flattened_has_no_norm_and_no_matrix():
+    """A process may hold any part of a vector, and decay it alone by power 1 only."""
+    for decays, original, words in [
+        ({"norm": rd.Frobenius(0.5, power=0)}, True, "needs the norm of all of .*1.weight, and FSDP1 leaves any part"),
+        ({"other": rd.Frobenius(0.5, power=2)}, False, "needs the norm of all of .*_flat_param, and FSDP1 leaves any"),
+        ({"default": rd.Frobenius(0.5)}, True, "default= is the decay of matrices.* flattened, as .* FSDP1 do"),
+        ({"norm": rd.Frobenius(0.5)}, True, "attached"),
+    ]:
+        for told in on_ranks(2, flattened, decays, original):
+            assert re.search(words, told), told
