@@ -225,10 +225,24 @@ def locate(
             search.unhandled.append(
                 Unhandled("", f"names=AttentionNames of {called} match no module; is one misspelt?")
             )
+    if num_heads is not None and head_dim is None:
+        search.found = _with_sizes(search.found, num_heads)
     if isinstance(source, Checkpoint):
         modules = {layer.module for layer in search.found}
         search.unhandled += [Unhandled(path, reason) for path, reason in missing_layers(source, modules)]
     return search.found, search.unhandled
+
+
+def _with_sizes(found: list[Found], num_heads: int) -> list[Found]:
+    """Return layers with a remark where one number of heads makes heads of several sizes: it may be that of some."""
+    sizes = sorted({layer.head_dim for layer in found})
+    if len(sizes) < 2:
+        return found
+    remark = (
+        f"num_heads={num_heads} makes heads of {', '.join(map(str, sizes))} in layers of several widths; if heads have "
+        "one size in all of them (Swin and other pyramids), pass head_dim=... instead"
+    )
+    return [layer._replace(remark="; ".join(filter(None, [layer.remark, remark]))) for layer in found]
 
 
 #: Children beside those called as queries, keys or values that make a module worth a look.

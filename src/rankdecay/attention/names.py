@@ -428,6 +428,7 @@ FUSED: tuple[AttentionNames, ...] = (
     _fused("qkv_proj", order="qvk", blocks=4, when=("model_type", "codegen")),
     _fused("qkv", layout="interleaved", when=("head_first", True)),  # timm's CoAtNet, MaxViT
     _fused("qkv", layout="interleaved", when=("key_dim", None)),  # timm's LeViT, EfficientFormer
+    _fused("qkv", layout="interleaved", when=("attention_biases", None)),  # the same in files, and TinyViT
     _fused("queries_keys_values", layout="interleaved", when=("key_dim", None)),  # LeViT
     _fused("keys_values", query="queries", layout="interleaved"),  # LeViT
     _fused("in_proj", layout="interleaved", when=("model_type", "deberta")),

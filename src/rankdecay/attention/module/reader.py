@@ -26,6 +26,7 @@ from rankdecay.attention.module.between import (
 from rankdecay.attention.module.found import Found, Place
 from rankdecay.attention.module.heads import (
     check_heads,
+    check_key_heads_are_said,
     check_whole,
     contradicted,
     count_heads,
@@ -101,6 +102,8 @@ class ModuleReader(ModuleParameters):
         transposed = layout != "plain" or is_transposed(self, row, parameters, names)
         outputs = self._outputs_of(names, others, layout, transposed)
         places, heads, head_dim = self._place_inputs(row, parameters, outputs, transposed, stacked)
+        if not named:
+            check_key_heads_are_said(self, row, heads, places["key"].window)
         if not given and layout == "plain":
             width = self.lines(parameters[row.query or row.fused or ""], "columns", transposed, stacked)
             check_whole(self, heads, head_dim, width)
