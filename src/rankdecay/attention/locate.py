@@ -33,6 +33,7 @@ from rankdecay.attention.names import (
     SHARED_LATENT,
     AttentionNames,
     factor_of,
+    glued,
     is_fused_like,
     is_input_like,
     is_key_like,
@@ -274,14 +275,15 @@ class _Search:
             self._attempt(reader, partial(reader.read, row, named=True), row.projections, named=True)
         there = {*children, *self.source.children(module)}
         unsaid = "" if self.only else reader.three_in_one(children)
-        if self.only or not (unsaid or _WORTH_A_LOOK & there or any(is_input_like(c) or factor_of(c) for c in there)):
+        said = unsaid or _WORTH_A_LOOK & there or any(is_input_like(c) or factor_of(c) for c in there)
+        if self.only or not (said or glued(children)[0]):
             return
         projections = [child for child in children if not reader.is_beside(child)]
         if any(is_query_like(child) or is_fused_like(child) for child in projections):
             children = projections
         reason = reader.reason_without_scores()
         if reason is None:
-            for latent in LATENT:
+            for latent in sorted(LATENT, key=lambda names: reader.parameter(names.shared) is None):
                 if reader.parameter(latent.split):
                     self._attempt(reader, partial(read_latent, reader, latent), latent)
             for shared in SHARED_LATENT:
@@ -358,6 +360,8 @@ def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionN
 def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | None) -> str | None:
     """Return why a module is not read whose remaining projections look like queries and keys; None if none do."""
     queries, keys = list(filter(is_query_like, left)), list(filter(is_key_like, left))
+    if not (queries and keys) and any(unsaid := glued(left)):
+        queries, keys = unsaid
     fused = list(filter(is_fused_like, left))
 
     def shown(children: Sequence[str]) -> str:

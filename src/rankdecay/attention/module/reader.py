@@ -244,10 +244,12 @@ class ModuleReader(ModuleParameters):
 
     def _place_positions(self, places: dict[Role, Place], row: AttentionNames, heads: int) -> None:
         """Locate the projections of positions that belong to content projections (DETR and its kin)."""
-        if not row.query or "content" not in row.query:
+        own = re.match(r"(.*_)?(q|query)_?content", row.query or "")
+        if own is None:
             return
         for child in sorted(self.source.children(self.path)):
-            role: Role | None = next((r for pattern, r in POSITIONS.items() if re.fullmatch(pattern, child)), None)
+            matched = ((role, re.fullmatch(pattern, child)) for pattern, role in POSITIONS.items())
+            role: Role | None = next((r for r, found in matched if found and found[1] == own[1]), None)
             name = self.parameter(child) if role else None
             if role and name and len(self.shape(name)) == 2 and self.shape(name)[0] % heads == 0:
                 lines = self.shape(name)[0]
