@@ -248,8 +248,10 @@ class ModuleReader(ModuleParameters):
         if own is None:
             return
         for child in sorted(self.source.children(self.path)):
-            matched = ((role, re.fullmatch(pattern, child)) for pattern, role in POSITIONS.items())
-            role: Role | None = next((r for r, found in matched if found and found[1] == own[1]), None)
+            role: Role | None = None
+            for pattern, called in POSITIONS.items():
+                if (found := re.fullmatch(pattern, child)) and found[1] == own[1]:
+                    role = called
             name = self.parameter(child) if role else None
             if role and name and len(self.shape(name)) == 2 and self.shape(name)[0] % heads == 0:
                 lines = self.shape(name)[0]
