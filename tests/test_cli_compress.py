@@ -97,6 +97,7 @@ def test_json(folder, capsys):
         (["--head-dim", "8", "--dry-run", "--calibration", __file__], "has no tokenizer"),
         (["--head-dims", "8"], "did you mean '--head-dim'"),
         (["--head-dim", "8", "--dry-run", "--window", "1", "--calibration", __file__], "window=1"),
+        (["--head-dim", "8", "--dry-run", "--windows", "8"], "--windows is of a text: give one, --calibration FILE"),
     ],
 )
 def test_refusals(folder, capsys, arguments, says):

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import rankdecay as rd
+from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.locate import locate
 from rankdecay.attention.source import open_source
 
@@ -370,6 +371,64 @@ def test_matrices_are_those_of_the_forward_pass(timm, case):
     assert layer.output is not None or kind in WITHOUT_OUTPUT
     assert layer.num_heads == getattr(model, "num_heads", getattr(model, "heads", 4))
     assert contradictions(model, layer, forward, bent=kind in BENT) == []
+
+
+#: Classes of which a file, without the class's attributes, has nothing that is called as projections are.
+SILENT_IN_FILES = {"models.lowformer.ConvAttention", "models.cpubone.ConvAttention"}
+#: Classes whose output in a file looks like that of others.
+OUTPUT_IN_FILES = {"models.nest.Attention"}
+
+
+@pytest.mark.parametrize("case", MODULES, ids=lambda case: f"{case[0]}.{case[1]}")
+def test_a_file_has_the_same_matrices_or_is_refused_or_says_what_it_assumes(timm, case):
+    """The number of heads alone is given, as a message asks for it."""
+    model, _ = build(*case)
+    [live] = rd.find_attention(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found, refused = locate(Checkpoint(Path("file"), shapes, {}, torch.zeros), num_heads=live.num_heads)
+    kind = f"{case[0]}.{case[1]}"
+    assert found or refused or kind in SILENT_IN_FILES
+    for layer in found:
+        same = {role: str(place.window) for role, place in layer.places.items()}
+        windows = {view.role: str(view.window) for view in live.views}
+        if kind in OUTPUT_IN_FILES:
+            del same["output"]
+        assert same == windows or "order" in layer.unknown
+        assert windows["key"].count("by") == 1
+        if "order" in layer.unknown:  # which is as wide for keys as for queries and values, or it would be refused
+            assert layer.places["key"].window.num_heads == live.num_heads
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("levit_128s", r"qkv: its 256 rows are 4 query heads of 32 with 2 key heads, or keys and values of other"),
+        ("gcvit_xxtiny", r"qkv: its 128 rows are 2 query heads of 32 with 1 key heads, or"),
+    ],
+)
+def test_a_file_whose_keys_are_no_key_heads_of_others_is_refused(timm, name, said):
+    """LeViT's values are wider than its keys, and GC ViT has keys and values alone: no third of the rows is each."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found, refused = locate(Checkpoint(Path("file"), shapes, {}, torch.zeros), head_dim=32)
+    live = {layer.name for layer in locate(open_source(model))[0]}
+    assert {layer.name for layer in found} <= live
+    assert re.search(said, str(refused[0]))
+
+
+def test_one_number_of_heads_in_a_pyramid_is_spoken_of(timm):
+    with torch.device("meta"):
+        model = timm.create_model("swin_tiny_patch4_window7_224")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    checkpoint = Checkpoint(Path("file"), shapes, {}, torch.zeros)
+    live = {layer.name: layer.places for layer in locate(open_source(model))[0]}
+    assert {layer.name: layer.places for layer in locate(checkpoint, head_dim=32)[0]} == live
+    assert all(
+        layer.remark.startswith("num_heads=3 makes heads of 32, 64, 128, 256 in layers of several widths")
+        for layer in locate(checkpoint, num_heads=3)[0]
+    )
+    assert "num_heads=... or head_dim=..." in str(locate(checkpoint)[1][0]).replace(", or", " or")
 
 
 #: Classes of no model above that are named: module, class, arguments, what is said.

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from rankdecay.attention.checkpoints import Checkpoint
 from rankdecay.attention.known import KNOWN_TYPES
 from rankdecay.attention.locate import Unhandled, locate
 from rankdecay.attention.module.found import Found
@@ -76,6 +77,47 @@ def _check_files(kind: str, model: Any, found: list[Found]) -> None:
     assert not missing
     _unturned.update(unturned.without_positions(checkpoint, found))
     assert not {layer.name for layer in stored if layer.unknown}, "run python -m tests.attention.unturned"
+
+
+def _written(kind: str, model: Any) -> tuple[list[Found], list[Unhandled]]:
+    """Attention in the file that `save_pretrained` writes, with the names of the original code."""
+    loading = needs.package("transformers.core_model_loading")
+    state = model.state_dict()
+    written = loading.revert_weight_conversion(model, dict(state))
+    assert written.keys() != state.keys()
+    shapes = {name: tuple(tensor.shape) for name, tensor in written.items()}
+    checkpoint = unturned.checkpoint_of(kind, model)
+    return locate(Checkpoint(checkpoint.path, shapes, checkpoint.config, checkpoint.load))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "conditional_detr",
+        "hrm_text",
+        "nomic_bert",
+        "gte",
+        "tipsv2_vision_model",
+        "swin",
+        "inkling2_text",
+        "mistral_large4",
+    ],
+)
+def test_names_that_transformers_writes_are_found_or_named(kind: str) -> None:
+    model: Any = every_type.describe(kind)
+    found, unhandled = locate(ModuleSource(model))
+    stored, refused = _written(kind, model)
+    assert len(stored) + len(refused) >= len(found) + len(unhandled)
+    roles = Counter(role for layer in found for role in layer.places)
+    assert not stored or Counter(role for layer in stored for role in layer.places) == roles
+
+
+def test_planes_of_rows_that_loading_permutes_are_assumed_and_said() -> None:
+    """Rows of wq and wk of a Mistral Large 4 that are neighbours in the file are half a head apart in its class."""
+    stored, _ = _written("mistral_large4", every_type.describe("mistral_large4"))
+    turned = [layer for layer in stored if layer.rotary is not None and layer.name.startswith("vision_tower.")]
+    assert turned
+    assert all(layer.planes_assumed for layer in turned)
 
 
 def test_nearly_all_types_are_found_whole() -> None:

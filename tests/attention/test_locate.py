@@ -126,6 +126,24 @@ def test_what_is_not_handled_says_where_and_why() -> None:
     assert str(Unhandled("", "flattened")) == "the model: flattened"
 
 
+@pytest.mark.parametrize(
+    "names",
+    ["qproj kproj vproj oproj", "fcq fck fcv fco", "queryproj keyproj valueproj out", "Qnet Knet Vnet", "qin kin v"],
+)
+def test_names_that_differ_in_q_k_and_v_alone_are_spoken_of(names: str) -> None:
+    """Beside attention that is read, they would be decayed with the rest of the model and be left out of reports."""
+    attention = nn.ModuleDict({name: nn.Linear(8, 8) for name in names.split()})
+    attention.num_heads = 2
+    query, key, *_ = names.split()
+    found, [module] = locate(ModuleSource(nn.ModuleDict({"read": nn.MultiheadAttention(8, 2), "own": attention})))
+    assert [layer.name for layer in found] == ["read"]
+    assert module.name == "own"
+    assert f"map them with names=AttentionNames(query={query!r}, key={key!r}" in module.reason
+    others = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("quality", "kuality", "out", "fcq", "fcv")})
+    with pytest.raises(ValueError, match="no attention was found"):
+        rd.find_attention(others)
+
+
 def test_each_of_three_attentions_of_a_module_has_a_name_of_its_own() -> None:
     attention = nn.Module()
     attention.num_heads = 2

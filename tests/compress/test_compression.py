@@ -219,6 +219,9 @@ def test_a_model_that_was_loaded_from_gguf(tmp_path):
         "attention.layer_norm_rms_epsilon": model.config.rms_norm_eps,
     }  # fmt: skip
     convert(model, tmp_path / "model.gguf", "llama", 2, permuted, settings)
+    for path in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(NotReducible, match=r"is GGUF.*gguf_file='model\.gguf'"):
+            rd.compress(path, 8, tmp_path / "made")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
     text = small.tokens()
     made = rd.compress(loaded, 8, tmp_path / "made", calibration=text)
@@ -332,8 +335,25 @@ def test_an_adapter_is_refused_alive_and_in_files(tmp_path):
         rd.compress(model.base_model.model, 8)
     model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "config.json").write_text(small.model().config.to_json_string())
-    with pytest.raises(NotReducible, match="is an adapter"):
+    with pytest.raises(NotReducible, match="has an adapter"):
         rd.compress(tmp_path / "adapter", 8, tmp_path / "out")
+    small.model().save_pretrained(tmp_path / "adapter")  # a base beside it, which transformers loads with it
+    with pytest.raises(NotReducible, match=r"has an adapter.*merge it"):
+        rd.compress(tmp_path / "adapter", 8, tmp_path / "out")
+
+
+def test_code_that_a_tokenizer_names_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    """Transformers asks on the terminal whether to run it, where nobody has said."""
+    folder = small.saved(tmp_path / "model")
+    small.text_tokenizer(folder)
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    named |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "own.py").write_text("raise SystemExit('run')")
+    (tmp_path / "text.txt").write_text("w5 w6 w7 " * 400)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match=r"custom code.*tokenizer="):
+        rd.compress(folder, 8, tmp_path / "made", calibration=tmp_path / "text.txt", window=16)
 
 
 @pytest.mark.parametrize(

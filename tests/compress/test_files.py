@@ -310,8 +310,8 @@ def test_weights_beside_attention_that_are_not_there_are_refused_with_a_text(tmp
     with pytest.raises(ValueError, match=f"has no {name} of the shape"):
         plan(folder, 8, small.tokens(), sizes=[])
     save_file(tensors | {name: torch.zeros(3, 3)}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"has no {name} of the shape"):
-        plan(folder, 8, small.tokens(), sizes=[])
+    with pytest.raises(ValueError, match=rf"{name} of .* has shape \(3, 3\), and its configuration says"):
+        plan(folder, 8, sizes=[])  # which no class loads, with a text or without
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,12 @@ def test_weights_beside_attention_that_are_not_there_are_refused_with_a_text(tmp
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised weights"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "needs code of its own"),
-        ({"model_type": "unheard_of"}, "is not one that transformers reads"),
+        ({"model_type": "unheard_of"}, "'unheard_of' cannot be compressed: .* has not been compared"),
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"model_type": None, "architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}, "has no model_type"),
+        ({"num_attention_heads": "4"}, r"reads: Validation error for field 'num_attention_heads': TypeError"),
+        ({"attn_implementation": "kernels-community/flash-attn2"}, "names a kernel of the hub.*remove attn_impl"),
+        ({"vocab_size": 60}, r"has shape \(50, 48\), and its configuration says \(60, 48\)"),
         ({"rope_parameters": {"rope_type": "unheard_of", "rope_theta": 1e4}}, "unheard_of"),
         ({"head_dim": 0}, "head_dim|built|reads"),
         ({"num_hidden_layers": 10**12}, "says num_hidden_layers=1000000000000"),
@@ -334,3 +339,10 @@ def test_configurations_that_are_refused(tmp_path, settings, says):
     with pytest.raises(ValueError, match=says):
         rd.compress(folder, 8, tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+def test_names_of_classes_that_are_none_do_not_count(tmp_path):
+    folder = small.saved(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [3, "logging", "OfAFork"]}))
+    assert rd.compress(folder, 8, tmp_path / "made").new_head_dim == 8

@@ -34,6 +34,7 @@ from rankdecay.attention.names import (
     SHARED_LATENT,
     AttentionNames,
     factor_of,
+    glued,
     is_fused_like,
     is_input_like,
     is_key_like,
@@ -222,10 +223,24 @@ def locate(source: Source, search: SearchOptions = DEFAULT_SEARCH) -> tuple[list
         if row not in walk.matched and walk.found:
             called = ", ".join(map(repr, row.projections))
             walk.unhandled.append(Unhandled("", f"names=AttentionNames of {called} match no module; is one misspelt?"))
+    if search.num_heads is not None and search.head_dim is None:
+        walk.found = _with_sizes(walk.found, search.num_heads)
     if isinstance(source, Checkpoint):
         modules = {layer.module for layer in walk.found}
         walk.unhandled += [Unhandled(path, reason) for path, reason in missing_layers(source, modules)]
     return walk.found, walk.unhandled
+
+
+def _with_sizes(found: list[Found], num_heads: int) -> list[Found]:
+    """Return layers with a remark where one number of heads makes heads of several sizes: it may be that of some."""
+    sizes = sorted({layer.head_dim for layer in found})
+    if len(sizes) < 2:
+        return found
+    remark = (
+        f"num_heads={num_heads} makes heads of {', '.join(map(str, sizes))} in layers of several widths; if heads have "
+        "one size in all of them (Swin and other pyramids), pass head_dim=... instead"
+    )
+    return [layer._replace(remark="; ".join(filter(None, [layer.remark, remark]))) for layer in found]
 
 
 #: Children beside those called as queries, keys or values that make a module worth a look.
@@ -257,16 +272,17 @@ class _Walk:
             self._attempt(reader, partial(reader.read, row, by_user=True), row.projections, by_user=True)
         all_children = {*children, *self.source.children(module)}
         three_in_one = "" if self.only else reader.three_in_one(children)
-        if self.only or not (
+        is_worth_a_look = (
             three_in_one or _WORTH_A_LOOK & all_children or any(is_input_like(c) or factor_of(c) for c in all_children)
-        ):
+        )
+        if self.only or not (is_worth_a_look or glued(children)[0]):
             return
         projections = [child for child in children if not reader.is_beside(child)]
         if any(is_query_like(child) or is_fused_like(child) for child in projections):
             children = projections
         reason = reader.reason_without_scores()
         if reason is None:
-            for latent in LATENT:
+            for latent in sorted(LATENT, key=lambda names: reader.parameter(names.shared) is None):
                 if reader.parameter(latent.split):
                     self._attempt(reader, partial(read_latent, reader, latent), latent)
             for shared in SHARED_LATENT:
@@ -343,6 +359,8 @@ def _known(reader: ModuleReader, children: Sequence[str]) -> Iterator[AttentionN
 def _not_recognised(reader: ModuleReader, left: Sequence[str], reason: str | None) -> str | None:
     """Return why a module is not read whose remaining projections look like queries and keys; None if none do."""
     queries, keys = list(filter(is_query_like, left)), list(filter(is_key_like, left))
+    if not (queries and keys) and any(unsaid := glued(left)):
+        queries, keys = unsaid
     fused = list(filter(is_fused_like, left))
 
     def shown(children: Sequence[str]) -> str:

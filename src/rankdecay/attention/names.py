@@ -137,9 +137,10 @@ LEARNED = re.compile(r"(mem(ory)?|null|bias|learned)_?(k|v|kv|keys?|values?|keys
 _OUTPUT_WORD = re.compile(
     r"(.*(_|[a-z](?=O)))?[oO]ut(put)?(_?(proj(ection)?|lin(ear)?|layer|fc|dense|conv|map|w|weight))?", re.IGNORECASE
 )
-#: All of it in one parameter: "qkv_proj", "Wqkv", "query_key_value", "to_kv"; and names that do not say it.
+#: All of it in one parameter: "qkv_proj", "Wqkv", "query_key_value", "to_kv", with a gate "gqkv_proj"; and names that
+#: do not say it.
 _FUSED_WORD = re.compile(
-    r"(?<![a-z])(?:w|to)?(qkv|kqv|qvk|vqk|vkq|kvq|q_k_v|kv|vk|qk|kq|quer(?:y|ies)_keys?(?:_values?)?|keys?_values?)"
+    r"(?<![a-z])(?:w|to|g)?(qkv|kqv|qvk|vqk|vkq|kvq|q_k_v|kv|vk|qk|kq|quer(?:y|ies)_keys?(?:_values?)?|keys?_values?)"
     r"(?:[a-z]?(?![a-z]))|^c_attn$|^att_proj$|^in_proj_weight$|^w_pack$",
     re.IGNORECASE,
 )
@@ -199,6 +200,37 @@ def _spelled(child: str, of: Literal["query", "key", "value"]) -> Iterator[Spell
         for found in re.finditer(_BEFORE + words[Spelling._fields.index(of)] + _AFTER, child):
             before, after = child[: found.start()], child[found.end() :]
             yield Spelling(*(before + word + after for word in words))
+
+
+#: Words of query, key and value that other letters may stand beside without a gap: "qproj", "fcq", "queryproj".
+_GLUED = (("q", "k", "v"), ("Q", "K", "V"), ("query", "key", "value"), ("Query", "Key", "Value"))
+
+
+def glued(children: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return names that are one but for q and k, though neither says it as a word, and stand beside values.
+
+    Args:
+        children: names of the projections of one module.
+
+    Returns:
+        Those of queries, and those of keys in the same order.
+
+    Example:
+        >>> glued(["qproj", "kproj", "vproj"]), glued(["quality", "kuality", "volume"])
+        ((['qproj'], ['kproj']), ([], []))
+    """
+    among, queries, keys = set(children), list[str](), list[str]()
+    has_values = any(map(is_value_like, among))
+    for child in children:
+        if len(child) > _LONGEST or _NO_PROJECTION.search(child):
+            continue
+        for query, key, value in _GLUED:
+            for found in re.finditer(query, child):
+                before, after = child[: found.start()], child[found.end() :]
+                if before + key + after in among and (has_values or before + value + after in among):
+                    queries.append(child)
+                    keys.append(before + key + after)
+    return queries, keys
 
 
 def is_table(child: str) -> bool:
@@ -428,6 +460,7 @@ FUSED: tuple[AttentionNames, ...] = (
     _fused("qkv_proj", order="qvk", blocks=4, when=("model_type", "codegen")),
     _fused("qkv", layout="interleaved", when=("head_first", True)),  # timm's CoAtNet, MaxViT
     _fused("qkv", layout="interleaved", when=("key_dim", None)),  # timm's LeViT, EfficientFormer
+    _fused("qkv", layout="interleaved", when=("attention_biases", None)),  # the same in files, and TinyViT
     _fused("queries_keys_values", layout="interleaved", when=("key_dim", None)),  # LeViT
     _fused("keys_values", query="queries", layout="interleaved"),  # LeViT
     _fused("in_proj", layout="interleaved", when=("model_type", "deberta")),
@@ -455,7 +488,10 @@ def _row(query: str, key: str, value: str, output: str) -> AttentionNames:
 
 #: Separate projections whose names differ in more than the one word.
 SEPARATE: tuple[AttentionNames, ...] = (
-    _row("q_content_proj", "k_content_proj", "v_proj", "o_proj"),  # Conditional DETR
+    _row("q_content_proj", "k_content_proj", "v_proj", "o_proj"),  # Conditional DETR, and its files
+    _row("sa_qcontent_proj", "sa_kcontent_proj", "sa_v_proj", "self_attn.out_proj"),
+    AttentionNames(query="ca_qcontent_proj", key="ca_kcontent_proj", value="ca_v_proj",
+                   output=("encoder_attn.out_proj", "cross_attn.out_proj")),
     *(_row(f"{kind}_query_content_proj", f"{kind}_key_content_proj", f"{kind}_value_proj", f"{kind}.output_proj")
       for kind in ("self_attn", "cross_attn")),  # DAB-DETR
     _row("vision_proj", "text_proj", "values_text_proj", "out_vision_proj"),  # Grounding DINO's fusion, and
@@ -465,9 +501,9 @@ SEPARATE: tuple[AttentionNames, ...] = (
 
 #: Projections of positions that are added to queries or keys, or stand beside them in each head: DETR and its kin.
 POSITIONS: dict[str, Role] = {
-    r"(.*_)?(q|query)_pos_proj": "query_position",
-    r"(.*_)?(k|key)_pos_proj": "key_position",
-    r"(.*_)?(q|query)_pos_sine_proj": "query_sine",
+    r"(.*_)?(q|query)_?pos_proj": "query_position",
+    r"(.*_)?(k|key)_?pos_proj": "key_position",
+    r"(.*_)?(q|query)_?pos_sine_proj": "query_sine",
 }
 
 #: Norms between the heads and the output projection.
@@ -588,6 +624,7 @@ class LatentNames(NamedTuple):
 LATENT = (
     LatentNames("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),  # in transformers
     LatentNames("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo"),  # DeepSeek's own files
+    LatentNames("wq", "wq_a", "wq_b", "wkv_a_with_mqa", "wkv_b", "wo"),  # Mistral's
     LatentNames("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_output"),  # GGUF
 )
 

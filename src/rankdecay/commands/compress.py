@@ -35,8 +35,8 @@ def compress_parser() -> Parser:
         help="text of what the model is for, on which planes and values are chosen and the loss is measured; without "
         "it the weights alone decide, which costs much more",
     )
-    add("--window", type=int, default=512, metavar="N", help="tokens of a window of the text (default: 512)")
-    add("--windows", type=int, default=24, metavar="N", help="windows of the text, half of which choose (default: 24)")
+    add("--window", type=int, metavar="N", help="tokens of a window of the text (default: 512)")
+    add("--windows", type=int, metavar="N", help="windows of the text, half of which choose (default: 24)")
     add("--sizes", type=int, nargs="*", metavar="N", help="other head sizes to show (default: 7/8, 3/4 and 1/2)")
     add("--dry-run", action="store_true", help="show what head sizes would cost, and write nothing")
     add("--json", action="store_true", help="print the result as JSON")
@@ -50,13 +50,15 @@ def compress_command(settings: argparse.Namespace) -> int:
         raise CommandError("rankdecay compress needs --head-dim N; --dry-run shows what head sizes cost")
     if settings.out is None and not settings.dry_run:
         raise CommandError("rankdecay compress needs --out DIR, a directory that does not exist yet; or --dry-run")
+    of_text = {name: value for name in ("window", "windows") if (value := getattr(settings, name)) is not None}
+    if of_text and settings.calibration is None:
+        raise CommandError(f"--{next(iter(of_text))} is of a text: give one, --calibration FILE")
     from rankdecay.compress import compress, plan
 
     path: Path = settings.path
     size: int | None = settings.head_dim
     how: dict[str, Any] = {
-        "window": settings.window,
-        "windows": settings.windows,
+        **of_text,
         "sizes": settings.sizes,
         "progress": None if settings.quiet else Progress(),
     }

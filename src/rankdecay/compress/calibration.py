@@ -111,7 +111,8 @@ def _tokens_of(path: Path, text: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        # left open, transformers asks on the terminal whether to run code that the files name
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever is missing
         reason = str(error).partition("\n")[0].rstrip(" :.")
         raise ValueError(

@@ -46,6 +46,8 @@ _TEMPLATES = "additional_chat_templates"
 _LOADED = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+#: Settings that name the code by which transformers runs a model; a name with a slash is that of a repository.
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 _LARGEST_COPY = 2**28
 _LONGEST_NAME = 60  # characters of a directory's name that are kept while it is written: at most 255 bytes in all
 _MOST = 2**40  # a number that no setting of a configuration reaches
@@ -74,20 +76,24 @@ class StoredModel:
             CheckpointError: If it cannot be read.
         """
         self.path = Path(path)
+        state = next((name for name in _LOADED if (self.path / name).exists()), None)
+        if state is None and (gguf := _gguf_file(self.path)):
+            raise NotReducible(
+                f"{gguf} is GGUF, which is not written: load it with transformers "
+                f"(from_pretrained({str(gguf.parent)!r}, gguf_file={gguf.name!r})), and save_pretrained it or give "
+                "rankdecay.compress the model."
+            )
+        if (self.path / "adapter_config.json").exists():
+            raise NotReducible(
+                f"{self.path} has an adapter (adapter_config.json), which transformers loads with the model: merge it "
+                "first (merge_and_unload, save_pretrained), or remove its files."
+            )
         if not (self.path.is_dir() and (self.path / "config.json").exists()):
             raise NotReducible(
                 f"{self.path} is not a directory of save_pretrained with a config.json: a smaller head is written into "
                 "the configuration; load the model with transformers and save_pretrained it."
             )
-        try:
-            state = next((name for name in _LOADED if (self.path / name).exists()), None)
-            self.checkpoint: Checkpoint = open_checkpoint(self.path, state, adapters=False)
-        except CheckpointError as error:
-            if "adapter" in str(error):
-                raise NotReducible(
-                    f"{self.path} is an adapter: merge it first (merge_and_unload, save_pretrained)."
-                ) from None
-            raise
+        self.checkpoint: Checkpoint = open_checkpoint(self.path, state, adapters=False)
         self.config = dict(self.checkpoint.config)
         if self.checkpoint.stored_as or "quantization_config" in self.config:
             formats = ", ".join(sorted(set(self.checkpoint.stored_as.values()))) or "as its quantization_config says"
@@ -97,6 +103,11 @@ class StoredModel:
             )
         if "auto_map" in self.config:
             raise NotReducible(f"{self.path} needs code of its own (auto_map), which is not run.")
+        if kernel := next((name for name in _KERNELS if "/" in str(self.config.get(name))), None):
+            raise NotReducible(
+                f"{self.path / 'config.json'} names a kernel of the hub ({kernel}={self.config[kernel]!r}), which is "
+                f"code and is not run: remove {kernel} from it."
+            )
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -119,15 +130,24 @@ class StoredModel:
         return self.checkpoint.load(name)
 
     def check(self, shapes: Mapping[str, Sequence[int]], names: Sequence[str]) -> None:
-        """Refuse weights whose attention has other shapes than the configuration says."""
-        for name in names:
-            stored_shape, wanted = self.checkpoint.shapes.get(name), tuple(shapes[name])
-            if stored_shape is None:
-                raise CheckpointError(f"{self.path} has no {name}, which its configuration says it should have.")
-            if tuple(stored_shape) != wanted:
+        """Refuse weights of other shapes than the configuration says, and without its attention.
+
+        Args:
+            shapes: of all parameters, as the class has them; files may hold some under other names.
+            names: those that have to be there.
+        """
+        stored_shapes = self.checkpoint.shapes
+        if missing := next((name for name in names if name not in stored_shapes), None):
+            raise CheckpointError(
+                f"{self.path} has no {missing}, which its configuration says it should have: if transformers renames "
+                "what it loads from there, give rankdecay.compress the loaded model."
+            )
+        for name in stored_shapes.keys() & shapes.keys():
+            stored_shape, wanted = tuple(stored_shapes[name]), tuple(shapes[name])
+            if stored_shape != wanted:
                 raise CheckpointError(
-                    f"{name} of {self.path} has shape {tuple(stored_shape)}, and its configuration says {wanted}: "
-                    "the weights are not those of this config.json."
+                    f"{name} of {self.path} has shape {stored_shape}, and its configuration says {wanted}: the weights "
+                    "are not those of this config.json."
                 )
 
     def extra_files(self) -> Iterator[Path]:
@@ -144,6 +164,13 @@ class StoredModel:
             if file.stat().st_size and file.stat().st_size <= _LARGEST_COPY:
                 check_inside(file, self.path)
                 yield file
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """Return the GGUF file that a path is, or the first that a directory without other weights holds."""
+    if path.is_dir():
+        return next(iter(sorted(path.glob("*.gguf"))), None)
+    return path if path.suffix == ".gguf" and path.exists() else None
 
 
 def check_new(out: Path) -> None:

@@ -14,6 +14,7 @@ from rankdecay.compress.files import StoredModel
 from rankdecay.compress.original import Original
 from rankdecay.compress.reduction import NotReducible, Read
 from rankdecay.compress.skeleton import model_class
+from rankdecay.compress.types import check_type
 
 
 class Opened(NamedTuple):
@@ -74,7 +75,14 @@ def _in_files(path: str | Path) -> Opened:
     try:
         config = AutoConfig.from_pretrained(str(stored.path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever transformers makes of a configuration
-        raise NotReducible(f"{stored.path / 'config.json'} is not one that transformers reads: {error}") from None
+        said, file = " ".join(str(error).split())[:300], stored.path / "config.json"
+        if (model_type := stored.config.get("model_type")) is None:
+            raise NotReducible(
+                f"{file} has no model_type, by which transformers knows the class of a model: a smaller head is "
+                "written for its causal language models alone."
+            ) from None
+        check_type(model_type)  # says more than that a type is not known
+        raise NotReducible(f"{file} is not one that transformers reads: {said}") from None
     return Opened(model_class(config), config, stored.read, stored=stored)
 
 

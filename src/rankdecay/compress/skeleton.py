@@ -293,10 +293,11 @@ def model_class(config: Any) -> type[nn.Module]:
     """
     import transformers
 
-    names = list(getattr(config, "architectures", None) or ())
+    stated = getattr(config, "architectures", None)
+    names = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
     for name in names:
         kind = getattr(transformers, name, None)
-        if kind is not None:
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
             return kind
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 

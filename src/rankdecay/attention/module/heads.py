@@ -161,6 +161,25 @@ def _fused_heads(
     raise heads_error(module, fused, lines, heads, head_dim)
 
 
+def check_key_heads_are_said(module: ModuleParameters, row: AttentionNames, heads: int, key: Window) -> None:
+    """Refuse a fused projection of an unknown class that is not three times its queries, if nothing says why.
+
+    Fewer key heads are one reason. Others are values of another size than keys (LeViT, EfficientFormer) and keys and
+    values alone (GC ViT), of which the same rows are other matrices; shapes do not tell.
+    """
+    fused = row.fused
+    if fused is None or row.query or row.value or key.num_heads == heads:
+        return
+    if module.source.is_known(module.path) or module.setting((*KEY_HEADS, "multi_query")):
+        return
+    lines = (heads + 2 * key.num_heads) * key.head_dim
+    raise NotHandled(
+        f"{fused}: its {lines} rows are {heads} query heads of {key.head_dim} with {key.num_heads} key heads, or keys "
+        "and values of other sizes, and nothing says which: if there are so few key heads, pass "
+        f"names=AttentionNames(fused={fused!r}, output=..., num_heads={heads})"
+    )
+
+
 def heads_error(
     module: ModuleParameters, child: str, lines: int, heads: int | None, head_dim: int | None
 ) -> NotHandled:
@@ -169,10 +188,11 @@ def heads_error(
     heads_of_size = " ".join(
         [*([str(heads)] if heads else []), "heads", *([f"of size {head_dim}"] if head_dim else [])]
     )
-    what = f"its {lines} rows do not split into {heads_of_size}"
+    what, remedy = f"its {lines} rows do not split into {heads_of_size}", num_heads_remedy(module)
     if not (heads or head_dim):
         what = f"the number of heads in its {lines} rows is unknown"
-    return NotHandled(f"{child}: {what}; {num_heads_remedy(module)}{known if heads else ''}")
+        remedy += ", or head_dim=... if heads have one size in all layers"
+    return NotHandled(f"{child}: {what}; {remedy}{known if heads else ''}")
 
 
 def num_heads_remedy(module: ModuleParameters) -> str:

@@ -84,13 +84,15 @@ class ModuleParameters(ModuleSettings):
         return name if name in self.plain and name != weight else None
 
     def matches(self, row: AttentionNames) -> bool:
-        """Whether the module has every projection of the row, and the configuration it asks for."""
+        """Whether the module has every projection of the row, and the setting or the child that it asks for."""
         if not all(self.parameter(child) for child in row.projections):
             return False
         if row.when is None:
             return True
         attribute, wanted = row.when
         value = self.setting((attribute,))
+        if wanted is None and value is None:  # of what a class states, files have the parameters alone
+            return attribute in self.source.children(self.path)
         return value is not None if wanted is None else value in (wanted if isinstance(wanted, tuple) else (wanted,))
 
     def shape(self, name: str) -> Shape:

@@ -27,6 +27,7 @@ from rankdecay.attention.module.between import (
 from rankdecay.attention.module.found import Found, Place
 from rankdecay.attention.module.heads import (
     check_heads,
+    check_key_heads_are_said,
     check_whole,
     contradicted,
     count_heads,
@@ -101,6 +102,8 @@ class ModuleReader(ModuleParameters):
         transposed = layout != "plain" or is_transposed(self, row, parameters, names)
         outputs = self._outputs_of(names, others, layout, transposed)
         places, heads, head_dim = self._place_inputs(row, parameters, outputs, transposed, stacked)
+        if not by_user:
+            check_key_heads_are_said(self, row, heads, places["key"].window)
         if not sizes_given and layout == "plain":
             width = self.lines(parameters[row.query or row.fused or ""], "columns", transposed, stacked)
             check_whole(self, heads, head_dim, width)
@@ -241,10 +244,14 @@ class ModuleReader(ModuleParameters):
 
     def _place_positions(self, places: dict[Role, Place], row: AttentionNames, heads: int) -> None:
         """Locate the projections of positions that belong to content projections (DETR and its kin)."""
-        if not row.query or "content" not in row.query:
+        own = re.match(r"(.*_)?(q|query)_?content", row.query or "")
+        if own is None:
             return
         for child in sorted(self.source.children(self.path)):
-            role: Role | None = next((r for pattern, r in POSITIONS.items() if re.fullmatch(pattern, child)), None)
+            role: Role | None = None
+            for pattern, called in POSITIONS.items():
+                if (found := re.fullmatch(pattern, child)) and found[1] == own[1]:
+                    role = called
             name = self.parameter(child) if role else None
             if role and name and len(self.shape(name)) == 2 and self.shape(name)[0] % heads == 0:
                 lines = self.shape(name)[0]

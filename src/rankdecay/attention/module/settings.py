@@ -257,9 +257,12 @@ class ModuleSettings:
     def states_planes(self) -> bool:
         """Whether anything says which coordinates a rotary plane is of: settings, or a class that the tables cover."""
         told = (self.setting(("rotate_half",)), self.setting(ROTARY_PLANES))
-        return (
-            any(isinstance(value, bool) for value in told) or self.is_interleaved() or self.source.is_known(self.path)
-        )
+        if any(isinstance(value, bool) for value in told) or self.is_interleaved():
+            return True
+        # files of such names are of other code than the class: transformers permutes the rows of some in loading them
+        children = set(self.source.children(self.path))
+        of_other_code = not self.source.kind(self.path) and ({"wq", "wk"} <= children or "in_proj_weight" in children)
+        return self.source.is_known(self.path) and not of_other_code
 
     def frequencies(self) -> str:
         """Return what the settings say of the rotary frequencies, as text that layers with one configuration share."""
