@@ -170,7 +170,9 @@ def check_key_heads_are_said(module: ModuleParameters, row: AttentionNames, head
     fused = row.fused
     if fused is None or row.query or row.value or key.num_heads == heads:
         return
-    if module.source.is_known(module.path) or module.setting((*KEY_HEADS, "multi_query")):
+    if row.when is not None or module.source.is_known(module.path):  # a setting says whose projection it is
+        return
+    if module.setting((*KEY_HEADS, "multi_query")):
         return
     lines = (heads + 2 * key.num_heads) * key.head_dim
     raise NotHandled(
