@@ -149,7 +149,7 @@ def test_a_pipe_gets_no_escape_sequence(tmp_path: Path) -> None:
     wanted = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
     for arguments in (["factor", "--help"], ["factor", "--stps", "3"], TINY_FACTOR):
         done = subprocess.run(
-            [sys.executable, "-m", "rankdecay.cli", *arguments],
+            [sys.executable, "-m", "rankdecay", *arguments],
             cwd=tmp_path, env=wanted | {"TERM": "xterm-256color"}, capture_output=True, text=True, timeout=HANG,
             check=False,
         )  # fmt: skip

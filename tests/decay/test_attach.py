@@ -625,6 +625,19 @@ def test_a_group_added_later_is_decayed_too():
 
 
 @needs.cuda
+def test_a_step_captured_in_a_cuda_graph_is_refused():
+    model = make_model().cuda()
+    optimizer = torch.optim.AdamW(groups_of(model), lr=torch.tensor(LR, device="cuda"), capturable=True)
+    rd.attach(optimizer)
+    for _ in range(3):
+        zero_gradients(model)
+        optimizer.step()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="captured in a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@needs.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_on_cuda_never_waits_for_the_device(dtype, fused):

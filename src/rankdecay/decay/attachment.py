@@ -389,6 +389,12 @@ class Attachment:
         """
         if self._in_step and is_inner_step(optimizer):
             return None
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() is being captured in a CUDA graph, which replays kernels alone: "
+                "rates and counts of the decay would stay those of this step. Capture forward and backward, and step "
+                "outside the graph; or detach()."
+            )
         self._in_step, self._thread = True, threading.get_ident()
         self._restore()  # if the last step raised
         self._watch.stop()

@@ -106,7 +106,7 @@ def test_two_processes_train_what_one_does_also_after_all_were_killed(tmp_path):
 def test_a_batch_that_two_cannot_share_is_refused_by_both(tmp_path):
     words = "--batch-size 6 cannot be shared evenly by 2 processes and --accumulate 2: give a multiple of 4"
     assert together(tmp_path, batch_size=6, accumulate=2) == [words, words]
-    command = ["-m", "rankdecay.cli", "recall", "--batch-size", "6", "--accumulate", "2", "--device", "cpu"]
+    command = ["-m", "rankdecay", "recall", "--batch-size", "6", "--accumulate", "2", "--device", "cpu"]
     with torchrun([*command, "--out", str(tmp_path / "run")], tmp_path / "log") as group:
         assert group.wait(HANG) != 0
     assert words in (tmp_path / "log").read_text()
