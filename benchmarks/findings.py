@@ -209,6 +209,11 @@ def column(name: str, arm: str, strength: str, key: str, form: str = ".2f", size
     return format(statistics.fmean(row[key] for row in rows), form)
 
 
+def most(name: str, arm: str, strength: str, key: str) -> str:
+    """The greatest figure over the runs of an arm at one strength, of every size and seed."""
+    return f"{max(row[key] for row in _column(name, arm, strength)):.2f}"
+
+
 def holds(name: str, arm: str, strength: str, low: str, high: str) -> str:
     """How many runs of an arm at one strength held, of those of the sizes from one to another."""
     rows = _column(name, arm, strength)
@@ -470,7 +475,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
-        cell, cell_mean, held_from_to, held_at, holds, column, least_strength, least_data, reached, times,
+        cell, cell_mean, held_from_to, held_at, holds, most, column, least_strength, least_data, reached, times,
         ends_of_held, columns_between, delay,
         switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates, left, noise, stuck,
         share, against, spread, ends, published, rank_of, sent, planes, planes_share,

@@ -62,6 +62,9 @@ paper paper_add --fractions 0.35 0.45 0.55 0.65 0.75 --precision float32 --arms 
 paper paper_add --seeds 3 --fractions 0.35 0.45 0.55 0.65 0.7 0.75 0.8 --precision float32 --arms paper_a1 l2_all \
   --strengths paper_a1=0.005 l2_all=8
 paper paper_add --fractions 0.45 0.55 0.65 0.75 --precision float32 --arms paper_a1 --strengths paper_a1=0.0005
+paper paper_add --fractions 0.35 0.45 0.55 0.65 0.75 --precision float32 --arms paper_a1 \
+  --strengths paper_a1=0.0001,0.0005,0.05
+paper paper_add --fractions 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 --precision float32 --arms none
 paper paper_add_ordered --split ordered --fractions 0.3 0.4 0.5 0.6 --precision float32 --arms paper_a1 l2_all \
   --strengths paper_a1=0.001,0.005,0.01 l2_all=2,4,8,16
 paper paper_add_ordered --split ordered --fractions 0.7 0.8 --precision float32 --arms paper_a1 l2_all \
