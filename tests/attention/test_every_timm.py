@@ -19,7 +19,7 @@ from torch import nn
 
 import rankdecay as rd
 from rankdecay.attention.checkpoints import Checkpoint
-from rankdecay.attention.locate import locate
+from rankdecay.attention.locate import SearchOptions, locate
 from rankdecay.attention.source import open_source
 
 from .rescaled import contradictions, planes_turned, randomise
@@ -385,7 +385,7 @@ def test_a_file_has_the_same_matrices_or_is_refused_or_says_what_it_assumes(timm
     model, _ = build(*case)
     [live] = rd.find_attention(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found, refused = locate(Checkpoint(Path("file"), shapes, {}, torch.zeros), num_heads=live.num_heads)
+    found, refused = locate(Checkpoint(Path("file"), shapes, {}, torch.zeros), SearchOptions(num_heads=live.num_heads))
     kind = f"{case[0]}.{case[1]}"
     assert found or refused or kind in SILENT_IN_FILES
     for layer in found:
@@ -411,7 +411,7 @@ def test_a_file_whose_keys_are_no_key_heads_of_others_is_refused(timm, name, sai
     with torch.device("meta"):
         model = timm.create_model(name)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found, refused = locate(Checkpoint(Path("file"), shapes, {}, torch.zeros), head_dim=32)
+    found, refused = locate(Checkpoint(Path("file"), shapes, {}, torch.zeros), SearchOptions(head_dim=32))
     live = {layer.name for layer in locate(open_source(model))[0]}
     assert {layer.name for layer in found} <= live
     assert re.search(said, str(refused[0]))
@@ -423,10 +423,10 @@ def test_one_number_of_heads_in_a_pyramid_is_spoken_of(timm):
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     checkpoint = Checkpoint(Path("file"), shapes, {}, torch.zeros)
     live = {layer.name: layer.places for layer in locate(open_source(model))[0]}
-    assert {layer.name: layer.places for layer in locate(checkpoint, head_dim=32)[0]} == live
+    assert {layer.name: layer.places for layer in locate(checkpoint, SearchOptions(head_dim=32))[0]} == live
     assert all(
         layer.remark.startswith("num_heads=3 makes heads of 32, 64, 128, 256 in layers of several widths")
-        for layer in locate(checkpoint, num_heads=3)[0]
+        for layer in locate(checkpoint, SearchOptions(num_heads=3))[0]
     )
     assert "num_heads=... or head_dim=..." in str(locate(checkpoint)[1][0]).replace(", or", " or")
 
