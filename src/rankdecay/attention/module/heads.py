@@ -170,7 +170,8 @@ def check_key_heads_are_said(module: ModuleParameters, row: AttentionNames, head
     fused = row.fused
     if fused is None or row.query or row.value or key.num_heads == heads:
         return
-    if row.when is not None or module.source.is_known(module.path):  # a setting says whose projection it is
+    is_of_known_type = row.when is not None and row.when[0] == "model_type"
+    if is_of_known_type or module.source.is_known(module.path):
         return
     if module.setting((*KEY_HEADS, "multi_query")):
         return
