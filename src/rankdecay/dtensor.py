@@ -99,7 +99,7 @@ def unwrapped(optimizer: object) -> Optimizer:
         inner_name = next((name for name, each in vars(inside).items() if hasattr(each, _HOOKS)), "")
         raise TypeError(
             f"{type(inside).__name__} has no step hooks: its __init__ does not call Optimizer.__init__; "
-            + (f"attach to its .{inner_name}, which" if inner_name else "call it, or attach to the optimizer it")
+            + (f"attach to its .{inner_name}, which it" if inner_name else "call it, or attach to the optimizer it")
             + " steps."
         )
     several = getattr(inside, "optimizers", None)

@@ -451,7 +451,7 @@ def test_a_wrapper_that_is_an_optimizer_without_hooks_is_seen_through_or_refused
     model = Two()
     before = model.still.weight.detach().clone()
     inside = torch.optim.SGD(model.parameters(), lr=LR)
-    with pytest.raises(TypeError, match=r"^_Clips has no step hooks.*attach to its .base, wh"):
+    with pytest.raises(TypeError, match=r"^_Clips has no step hooks.*attach to its \.base, which it steps\.$"):
         _attach(PER_STEP)(_Clips(inside, "base"), model)
     wrapper = _Clips(inside, "original_optimizer")
     attachment = _attach(PER_STEP)(wrapper, model)
