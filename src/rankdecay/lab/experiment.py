@@ -425,7 +425,7 @@ def _run_and_write(
         if experiment.grid and work.jobs:
             if directory.summary is not None and choice is not None:  # complete until now, when nothing was computed
                 precision.warn_if_slow(choice, settings.out, work.device, notice, experiment.products(work))
-            directory.save_config(_grown(renamed(directory.config, experiment.aliases), config))
+            directory.grow(_grown(renamed(directory.config, experiment.aliases), config))
         started = time.monotonic()
         checkpoints = directory.checkpoints()
 

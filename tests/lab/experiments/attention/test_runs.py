@@ -198,12 +198,14 @@ def test_an_interrupted_run_is_not_dropped_by_a_grid_without_it(tmp_path, monkey
     monkeypatch.setattr("rankdecay.lab.store.CHECKPOINT_RARITY", 0)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "run", Repeat(stops=24 + 14), seeds=2)
-    before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
-    with pytest.raises(
-        SettingError, match=r"has an interrupted run \(arm low_rank, strength 2.0, .* seed 1\) that .*ask"
-    ):
-        make(tmp_path / "run", seeds=1)
-    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
+    kept = ("checkpoint.safetensors", "config.json")
+    before = [(tmp_path / "run" / name).read_bytes() for name in kept]
+    for more in ({}, {"strengths": ("low_rank=2,3",)}):  # nothing that is missing, something that is
+        with pytest.raises(
+            SettingError, match=r"has an interrupted run \(arm low_rank, strength 2.0, .* seed 1\) that .*ask"
+        ):
+            make(tmp_path / "run", seeds=1, command="rankdecay tiny --seeds 1", **more)
+        assert [(tmp_path / "run" / name).read_bytes() for name in kept] == before
     make(tmp_path / "run", seeds=2)
     assert read(tmp_path / "run")["arms"][0]["seeds"] == 2
 
