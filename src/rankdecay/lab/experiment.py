@@ -497,11 +497,11 @@ def _grown(stored: Record, config: Record) -> Record:
     """The configuration now asked for, with the arms and the commands that made what the directory has already."""
     new = [arm["name"] for arm in config["arms"]]
     arms = [*config["arms"], *(arm for arm in stored.get("arms", []) if arm["name"] not in new)]
-    last = {
-        name: stored[name] for name in ("reproduce", "settings", "versions", "machine", "precision") if name in stored
-    }
-    commands = [*stored.get("earlier", []), last]
-    earlier = [command for command in commands if command.get("reproduce") != config["reproduce"]]
+    last, this = (
+        {name: each[name] for name in ("reproduce", "settings", "versions", "machine", "precision") if name in each}
+        for each in (stored, json.loads(json.dumps(config)))
+    )
+    earlier = [command for command in (*stored.get("earlier", []), last) if command != this]
     return config | {"arms": arms} | ({"earlier": earlier} if earlier else {})
 
 
