@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.runs import all_runs, make_plan
+from rankdecay.lab.experiment import run
+from rankdecay.lab.experiments.attention.runs import Command, all_runs, make_experiment, make_plan
 from rankdecay.lab.experiments.attention.settings import AttentionDecay
 from rankdecay.lab.store import read_metrics
 from tests.comparing import timeless
-from tests.lab.tiny import Repeat, make, settings
+from tests.lab.tiny import Repeat, check, make, settings
 from tests.waiting import HANG
 
 ROOT = Path(__file__).parents[4]
@@ -192,6 +193,24 @@ def test_every_command_that_made_a_run_is_on_its_page(tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with pytest.raises(SettingError, match=r"config.json: its earlier has 'rankdecay tiny'; restore the file"):
         make(tmp_path / "run", seeds=3)
+
+
+def test_another_machine_that_the_same_command_ran_on_is_kept(tmp_path):
+    make(tmp_path / "run", seeds=1)
+    config = config_of(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"machine": "a first machine"}))
+    make(tmp_path / "run", seeds=2)
+    assert [one["machine"] for one in config_of(tmp_path / "run")["earlier"]] == ["a first machine"]
+    assert f"<dd>a first machine; {config['machine']}</dd>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_notices_are_for_what_is_trained(tmp_path, capsys):
+    command = Command(
+        "language", {"default": AttentionDecay()}, check, lambda _: Repeat(), "tokens", notices=lambda _: ["a notice"]
+    )
+    for shown in (1, 0):  # complete the second time
+        run(make_experiment(command), settings(tmp_path / "run"), "rankdecay tiny")
+        assert capsys.readouterr().out.count("a notice") == shown
 
 
 def test_an_interrupted_run_is_not_dropped_by_a_grid_without_it(tmp_path, monkeypatch):
