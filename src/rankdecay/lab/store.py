@@ -643,7 +643,7 @@ def _refuse_other_configuration(
             same = other is None if key == "shared_arms" else old == new
             what = f"its arm {other} differs" if key == "shared_arms" else "its arms differ"
         elif key in ("settings", "fixed"):
-            old, new = _settings_of(stored, key, wanted[key], defaults), wanted[key]
+            old, new = _settings_of(stored, key, wanted, defaults), wanted[key]
             same = old == new
             name = next((k for k in {**old, **new} if (k in old) != (k in new) or old.get(k) != new.get(k)), "")
             what = f"{name} is {old.get(name)!r} there, {new.get(name)!r} now"
@@ -658,10 +658,11 @@ def _settings_of(stored: Record, key: str, wanted: Record, defaults: Record) -> 
     """The stored settings, or what is fixed of them, with the defaults of those that an older version did not have."""
     old = stored.get(key)
     if old is None:  # nothing was "fixed" where the grid of the command could not grow yet
-        old = {name: value for name, value in stored.get("settings", {}).items() if name in wanted}
+        axes = wanted["settings"].keys() - wanted[key].keys()
+        old = {name: value for name, value in stored.get("settings", {}).items() if name not in axes}
     defaults = defaults | DEFAULTS_OF_OLD_SETTINGS
     kept = {name: value for name, value in old.items() if name not in REMOVED_SETTINGS}
-    return {name: defaults.get(name) for name in wanted} | kept
+    return {name: defaults.get(name) for name in wanted[key]} | kept
 
 
 def _comparable(arms: Sequence[Record], others: Sequence[Record]) -> Record:

@@ -234,7 +234,11 @@ def test_a_run_of_before_grids_could_grow_takes_more_seeds(tmp_path):
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
     config["arms"] = [arm | {"strengths": [2.0]} for arm in config["arms"]]
-    path.write_text(json.dumps({name: value for name, value in config.items() if name != "fixed"}))
+    del config["fixed"]
+    path.write_text(json.dumps(config | {"settings": config["settings"] | {"dropout": 0.1}}))
+    with pytest.raises(SettingError, match=r"dropout is 0.1 there, None now"):  # which a later version has removed
+        make(tmp_path / "run", seeds=2)
+    path.write_text(json.dumps(config))
     make(tmp_path / "run", seeds=2)
     assert read(tmp_path / "run")["arms"][0]["seeds"] == 2
     with pytest.raises(SettingError, match=r"steps is 24 there, 30 now"):
