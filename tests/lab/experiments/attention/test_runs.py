@@ -229,6 +229,22 @@ def test_an_interrupted_run_is_not_dropped_by_a_grid_without_it(tmp_path, monkey
     assert read(tmp_path / "run")["arms"][0]["seeds"] == 2
 
 
+def test_a_run_that_diverged_can_be_noted_or_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr("rankdecay.lab.store.CHECKPOINT_RARITY", 0)
+    for name in ("noted", "dropped"):
+        with pytest.raises(SettingError, match="leave this strength out, or give --skip-diverged"):
+            make(tmp_path / name, Repeat(breaks=(1, 14)), seeds=2)
+        with pytest.raises(
+            SettingError, match=r"with --skip-diverged\); or remove .*checkpoint.safetensors to drop it"
+        ):
+            make(tmp_path / name, seeds=1)
+    make(tmp_path / "noted", Repeat(breaks=(1, 14)), seeds=2, skip_diverged=True)
+    (tmp_path / "dropped" / "checkpoint.safetensors").unlink()
+    make(tmp_path / "dropped", seeds=1)
+    assert [read(tmp_path / name)["arms"][0]["diverged"] for name in ("noted", "dropped")] == [1, 0]
+    assert {row["seed"] for row in read_metrics(tmp_path / "dropped")} == {0}
+
+
 def test_a_run_of_before_grids_could_grow_takes_more_seeds(tmp_path):
     make(tmp_path / "run", seeds=1)
     path = tmp_path / "run" / "config.json"
