@@ -167,8 +167,7 @@ def test_a_larger_grid_is_added_to_a_complete_run(tmp_path, capsys):
     assert sorted(map(str, other)) == sorted(map(str, whole))
     assert [arm["name"] for arm in config_of(tmp_path / "run")["arms"]] == ["l2", "low_rank"]
     cells = [
-        {(c["name"], c["strength"]): (c["seeds"], c["loss"]) for c in read(tmp_path / n)["arms"]}
-        for n in ("straight", "run")
+        {(c["name"], c["strength"]): timeless(c) for c in read(tmp_path / name)["arms"]} for name in ("straight", "run")
     ]
     assert cells[0] == cells[1]
     capsys.readouterr()
