@@ -398,7 +398,7 @@ def _run_and_write(
 ) -> Record:
     """`_run` in the process that writes."""
     from rankdecay.lab import precision, unfit
-    from rankdecay.lab.store import EXTENSIBLE_IDENTITY, IDENTITY, RunDirectory
+    from rankdecay.lab.store import EXTENSIBLE_IDENTITY, IDENTITY, RunDirectory, read_metrics
     from rankdecay.lab.stored import check_rows
 
     settings, notice = work.settings, work.screen.notice
@@ -411,9 +411,14 @@ def _run_and_write(
     keys = EXTENSIBLE_IDENTITY if experiment.grid else IDENTITY
     with RunDirectory.open(settings.out, config, notice, keys, defaults) as directory:
         work.directory = directory
-        if directory.summary is not None and not experiment.grid:
+        complete = directory.summary
+        if complete is not None and experiment.grid:
+            may_grow = len(read_metrics(directory.path)) >= complete.get("lines", 0)
+        else:
+            may_grow = complete is None
+        if not may_grow:
             broadcast(False)
-            return _shown(experiment, work)
+            return _shown(experiment, work)  # or refused, if lines were lost since
         broadcast(True)
         work.rows = [renamed(row, experiment.aliases) for row in directory.drop_damaged_line()]
         check_rows(directory.path, work.rows, experiment.check_row)

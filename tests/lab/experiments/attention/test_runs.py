@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from rankdecay.lab.experiment import run
 from rankdecay.lab.experiments.attention.runs import Command, all_runs, make_experiment, make_plan
 from rankdecay.lab.experiments.attention.settings import AttentionDecay
 from rankdecay.lab.store import read_metrics
-from tests.comparing import timeless
+from tests.comparing import contents, timeless
 from tests.lab.tiny import Repeat, check, make, settings
 from tests.waiting import HANG
 
@@ -177,6 +178,19 @@ def test_a_larger_grid_is_added_to_a_complete_run(tmp_path, capsys):
     assert "is complete: showing its result; a larger grid would be added to it" in capsys.readouterr().out
     make(tmp_path / "run", **larger | {"first_seed": 5, "seeds": 1})
     assert [cell["averaged_seeds"] for cell in read(tmp_path / "run")["arms"]] == [[0, 1, 5]] * 3
+
+
+@pytest.mark.parametrize("cut", [20, 4000])
+def test_a_complete_run_that_lost_lines_is_refused_and_not_trained_again(finished, tmp_path, cut):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    before = contents(tmp_path / "run")
+    grid = {"arms": ("l2", "low_rank"), "strengths": ("l2=0", "low_rank=2"), "seeds": 2}
+    for more in ({}, {"seeds": 5}):
+        with pytest.raises(SettingError, match=r"lines, and summary.json was made from .*: restore it from a copy"):
+            make(tmp_path / "run", **grid | more)
+        assert contents(tmp_path / "run") == before
 
 
 def test_every_command_that_made_a_run_is_on_its_page(tmp_path):
