@@ -26,14 +26,14 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-#: Parts of the names of what another run of the same command may differ in: times, and the checksums of lines.
-TIMES = ("second", "wall", "crc", "loss_at_equal_time")
+#: Names, or ends of them, of what another run of the same command may differ in: times, and the checksums of lines.
+TIMES = ("second", "seconds", "wall", "crc", "loss_at_equal_time")
 
 
 def timeless(value: Any) -> Any:
     """Return rows and summaries without what another run of the same command may differ in."""
     if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if not any(time in key for time in TIMES)}
+        return {key: timeless(item) for key, item in value.items() if not key.endswith(TIMES)}
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.store import Checkpoint, RunDirectory, read_json, read_metrics
+from rankdecay.lab.store import EXTENSIBLE_IDENTITY, Checkpoint, RunDirectory, read_json, read_metrics
 from tests import needs
 from tests.comparing import contents
 from tests.lab.disk import full_for
@@ -365,17 +365,16 @@ def test_permission_lost_during_a_run_is_one_clear_error(tmp_path):
 
 # --- directories that grow ----------------------------------------------------------------------------------------
 
-GROWING = ("command", "schema", "fixed")
 SWEEP = {
     "command": "boundary",
     "fixed": {"task": "add", "lr": 0.001},
     "settings": {"seeds": 1},
-    "arms": [{"name": "none"}],
+    "arms": [{"name": "none", "every": 1}],
 }
 
 
 def grown(path: Path, config=SWEEP, notices: list[str] | None = None) -> RunDirectory:
-    return RunDirectory.open(path, config, (notices if notices is not None else []).append, GROWING)
+    return RunDirectory.open(path, config, (notices if notices is not None else []).append, EXTENSIBLE_IDENTITY)
 
 
 def test_only_what_is_fixed_decides_whether_a_directory_is_the_same(tmp_path):
@@ -401,6 +400,7 @@ def test_only_what_is_fixed_decides_whether_a_directory_is_the_same(tmp_path):
         ({"fixed": {"task": "add", "lr": 0.001, "new": 1}}, ["new", "None", "1"]),
         ({"command": "grok"}, ["command", "'boundary'", "'grok'"]),
         ({"schema": 2}, ["schema", "1", "2"]),
+        ({"arms": [{"name": "l2"}, {"name": "none", "every": 4}]}, ["its arm none differs"]),
     ],
 )
 def test_what_is_fixed_may_not_change(tmp_path, changes, words):

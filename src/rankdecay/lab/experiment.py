@@ -398,7 +398,7 @@ def _run_and_write(
 ) -> Record:
     """`_run` in the process that writes."""
     from rankdecay.lab import precision, unfit
-    from rankdecay.lab.store import EXTENSIBLE_IDENTITY, IDENTITY, RunDirectory
+    from rankdecay.lab.store import EXTENSIBLE_IDENTITY, IDENTITY, RunDirectory, read_metrics
     from rankdecay.lab.stored import check_rows
 
     settings, notice = work.settings, work.screen.notice
@@ -411,9 +411,14 @@ def _run_and_write(
     keys = EXTENSIBLE_IDENTITY if experiment.grid else IDENTITY
     with RunDirectory.open(settings.out, config, notice, keys, defaults) as directory:
         work.directory = directory
-        if directory.summary is not None and not experiment.grid:
+        complete = directory.summary
+        if complete is not None and experiment.grid:
+            may_grow = len(read_metrics(directory.path)) >= complete.get("lines", 0)
+        else:
+            may_grow = complete is None
+        if not may_grow:
             broadcast(False)
-            return _shown(experiment, work)
+            return _shown(experiment, work)  # or refused, if lines were lost since
         broadcast(True)
         work.rows = [renamed(row, experiment.aliases) for row in directory.drop_damaged_line()]
         check_rows(directory.path, work.rows, experiment.check_row)
@@ -425,7 +430,7 @@ def _run_and_write(
         if experiment.grid and work.jobs:
             if directory.summary is not None and choice is not None:  # complete until now, when nothing was computed
                 precision.warn_if_slow(choice, settings.out, work.device, notice, experiment.products(work))
-            directory.save_config(_grown(renamed(directory.config, experiment.aliases), config))
+            directory.grow(_grown(renamed(directory.config, experiment.aliases), config))
         started = time.monotonic()
         checkpoints = directory.checkpoints()
 
@@ -497,11 +502,11 @@ def _grown(stored: Record, config: Record) -> Record:
     """The configuration now asked for, with the arms and the commands that made what the directory has already."""
     new = [arm["name"] for arm in config["arms"]]
     arms = [*config["arms"], *(arm for arm in stored.get("arms", []) if arm["name"] not in new)]
-    last = {
-        name: stored[name] for name in ("reproduce", "settings", "versions", "machine", "precision") if name in stored
-    }
-    commands = [*stored.get("earlier", []), last]
-    earlier = [command for command in commands if command.get("reproduce") != config["reproduce"]]
+    last, this = (
+        {name: each[name] for name in ("reproduce", "settings", "versions", "machine", "precision") if name in each}
+        for each in (stored, json.loads(json.dumps(config)))
+    )
+    earlier = [command for command in (*stored.get("earlier", []), last) if command != this]
     return config | {"arms": arms} | ({"earlier": earlier} if earlier else {})
 
 

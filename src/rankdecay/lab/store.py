@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import stat
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -308,6 +309,8 @@ class RunDirectory:
         self._lock = lock
         self._notice = notice
         self._end: tuple[int, bytes] | None = None  # number of lines, and the checksum of the last, once it is known
+        self._grown: Record | None = None  # the configuration from the first addition on
+        self._growing = threading.Lock()  # threads of a sweep save checkpoints
 
     @classmethod
     def open(
@@ -377,6 +380,7 @@ class RunDirectory:
 
     def append(self, records: Iterable[Record]) -> None:
         """Add lines to ``metrics.jsonl``."""
+        self._save_grown()
         count, previous = self._last_line()
         text, end = _as_lines(records, previous)
         self._end = None  # until the line is written: a full disk may leave a part of it
@@ -405,6 +409,16 @@ class RunDirectory:
     def save_config(self, config: Record) -> None:
         """Write ``config.json``."""
         self._write("config.json", _as_json({"schema": SCHEMA, **config}))
+
+    def grow(self, config: Record) -> None:
+        """Have ``config.json`` written when something is added: until then the directory is what it was."""
+        self._grown = config
+
+    def _save_grown(self) -> None:
+        with self._growing:
+            if self._grown is not None:
+                self.save_config(self._grown)
+                self._grown = None
 
     @property
     def config(self) -> Record:
@@ -517,6 +531,7 @@ class RunDirectory:
 
     def reopen(self) -> None:
         """Remove the summary of a complete run that is to go on, an extended sweep say."""
+        self._save_grown()
         with self._guarded("summary.json"):
             (self.path / "summary.json").unlink(missing_ok=True)
 
@@ -628,7 +643,7 @@ def _refuse_other_configuration(
             same = other is None if key == "shared_arms" else old == new
             what = f"its arm {other} differs" if key == "shared_arms" else "its arms differ"
         elif key in ("settings", "fixed"):
-            old, new = _settings_of(stored, key, wanted[key], defaults), wanted[key]
+            old, new = _settings_of(stored, key, wanted, defaults), wanted[key]
             same = old == new
             name = next((k for k in {**old, **new} if (k in old) != (k in new) or old.get(k) != new.get(k)), "")
             what = f"{name} is {old.get(name)!r} there, {new.get(name)!r} now"
@@ -643,10 +658,11 @@ def _settings_of(stored: Record, key: str, wanted: Record, defaults: Record) -> 
     """The stored settings, or what is fixed of them, with the defaults of those that an older version did not have."""
     old = stored.get(key)
     if old is None:  # nothing was "fixed" where the grid of the command could not grow yet
-        old = {name: value for name, value in stored.get("settings", {}).items() if name in wanted}
+        axes = wanted["settings"].keys() - wanted[key].keys()
+        old = {name: value for name, value in stored.get("settings", {}).items() if name not in axes}
     defaults = defaults | DEFAULTS_OF_OLD_SETTINGS
     kept = {name: value for name, value in old.items() if name not in REMOVED_SETTINGS}
-    return {name: defaults.get(name) for name in wanted} | kept
+    return {name: defaults.get(name) for name in wanted[key]} | kept
 
 
 def _comparable(arms: Sequence[Record], others: Sequence[Record]) -> Record:

@@ -60,7 +60,8 @@ class RunStore:
             which = ", ".join(f"{name} {value}" for name, value in saved.items() if value is not None)
             raise SettingError(
                 f"--out {self._directory.path} has an interrupted run ({which}) that these settings leave out: "
-                "ask for it too, so that it can end, or choose another directory"
+                "ask for it too, so that it can end (one that diverges, with `skip_diverged`); or remove "
+                f"{self._directory.path / 'checkpoint.safetensors'} to drop it; or choose another directory"
             )
         left = [run for run in runs if key_of(run.key) not in self._ended]
         return broadcast(sorted(left, key=lambda run: self._checkpoint_of(run) is None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from rankdecay.lab.errors import SettingError
-from rankdecay.lab.experiments.attention.runs import all_runs, make_plan
+from rankdecay.lab.experiment import run
+from rankdecay.lab.experiments.attention.runs import Command, all_runs, make_experiment, make_plan
 from rankdecay.lab.experiments.attention.settings import AttentionDecay
 from rankdecay.lab.store import read_metrics
-from tests.comparing import timeless
-from tests.lab.tiny import Repeat, make, settings
+from tests.comparing import contents, timeless
+from tests.lab.tiny import Repeat, check, make, settings
 from tests.waiting import HANG
 
 ROOT = Path(__file__).parents[4]
@@ -166,8 +168,7 @@ def test_a_larger_grid_is_added_to_a_complete_run(tmp_path, capsys):
     assert sorted(map(str, other)) == sorted(map(str, whole))
     assert [arm["name"] for arm in config_of(tmp_path / "run")["arms"]] == ["l2", "low_rank"]
     cells = [
-        {(c["name"], c["strength"]): (c["seeds"], c["loss"]) for c in read(tmp_path / n)["arms"]}
-        for n in ("straight", "run")
+        {(c["name"], c["strength"]): timeless(c) for c in read(tmp_path / name)["arms"]} for name in ("straight", "run")
     ]
     assert cells[0] == cells[1]
     capsys.readouterr()
@@ -177,6 +178,19 @@ def test_a_larger_grid_is_added_to_a_complete_run(tmp_path, capsys):
     assert "is complete: showing its result; a larger grid would be added to it" in capsys.readouterr().out
     make(tmp_path / "run", **larger | {"first_seed": 5, "seeds": 1})
     assert [cell["averaged_seeds"] for cell in read(tmp_path / "run")["arms"]] == [[0, 1, 5]] * 3
+
+
+@pytest.mark.parametrize("cut", [20, 4000])
+def test_a_complete_run_that_lost_lines_is_refused_and_not_trained_again(finished, tmp_path, cut):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    before = contents(tmp_path / "run")
+    grid = {"arms": ("l2", "low_rank"), "strengths": ("l2=0", "low_rank=2"), "seeds": 2}
+    for more in ({}, {"seeds": 5}):
+        with pytest.raises(SettingError, match=r"lines, and summary.json was made from .*: restore it from a copy"):
+            make(tmp_path / "run", **grid | more)
+        assert contents(tmp_path / "run") == before
 
 
 def test_every_command_that_made_a_run_is_on_its_page(tmp_path):
@@ -194,18 +208,54 @@ def test_every_command_that_made_a_run_is_on_its_page(tmp_path):
         make(tmp_path / "run", seeds=3)
 
 
+def test_another_machine_that_the_same_command_ran_on_is_kept(tmp_path):
+    make(tmp_path / "run", seeds=1)
+    config = config_of(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"machine": "a first machine"}))
+    make(tmp_path / "run", seeds=2)
+    assert [one["machine"] for one in config_of(tmp_path / "run")["earlier"]] == ["a first machine"]
+    assert f"<dd>a first machine; {config['machine']}</dd>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_notices_are_for_what_is_trained(tmp_path, capsys):
+    command = Command(
+        "language", {"default": AttentionDecay()}, check, lambda _: Repeat(), "tokens", notices=lambda _: ["a notice"]
+    )
+    for shown in (1, 0):  # complete the second time
+        run(make_experiment(command), settings(tmp_path / "run"), "rankdecay tiny")
+        assert capsys.readouterr().out.count("a notice") == shown
+
+
 def test_an_interrupted_run_is_not_dropped_by_a_grid_without_it(tmp_path, monkeypatch):
     monkeypatch.setattr("rankdecay.lab.store.CHECKPOINT_RARITY", 0)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "run", Repeat(stops=24 + 14), seeds=2)
-    before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
-    with pytest.raises(
-        SettingError, match=r"has an interrupted run \(arm low_rank, strength 2.0, .* seed 1\) that .*ask"
-    ):
-        make(tmp_path / "run", seeds=1)
-    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
+    kept = ("checkpoint.safetensors", "config.json")
+    before = [(tmp_path / "run" / name).read_bytes() for name in kept]
+    for more in ({}, {"strengths": ("low_rank=2,3",)}):  # nothing that is missing, something that is
+        with pytest.raises(
+            SettingError, match=r"has an interrupted run \(arm low_rank, strength 2.0, .* seed 1\) that .*ask"
+        ):
+            make(tmp_path / "run", seeds=1, command="rankdecay tiny --seeds 1", **more)
+        assert [(tmp_path / "run" / name).read_bytes() for name in kept] == before
     make(tmp_path / "run", seeds=2)
     assert read(tmp_path / "run")["arms"][0]["seeds"] == 2
+
+
+def test_a_run_that_diverged_can_be_noted_or_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr("rankdecay.lab.store.CHECKPOINT_RARITY", 0)
+    for name in ("noted", "dropped"):
+        with pytest.raises(SettingError, match="leave this strength out, or give --skip-diverged"):
+            make(tmp_path / name, Repeat(breaks=(1, 14)), seeds=2)
+        with pytest.raises(
+            SettingError, match=r"with --skip-diverged\); or remove .*checkpoint.safetensors to drop it"
+        ):
+            make(tmp_path / name, seeds=1)
+    make(tmp_path / "noted", Repeat(breaks=(1, 14)), seeds=2, skip_diverged=True)
+    (tmp_path / "dropped" / "checkpoint.safetensors").unlink()
+    make(tmp_path / "dropped", seeds=1)
+    assert [read(tmp_path / name)["arms"][0]["diverged"] for name in ("noted", "dropped")] == [1, 0]
+    assert {row["seed"] for row in read_metrics(tmp_path / "dropped")} == {0}
 
 
 def test_a_run_of_before_grids_could_grow_takes_more_seeds(tmp_path):
@@ -213,7 +263,11 @@ def test_a_run_of_before_grids_could_grow_takes_more_seeds(tmp_path):
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
     config["arms"] = [arm | {"strengths": [2.0]} for arm in config["arms"]]
-    path.write_text(json.dumps({name: value for name, value in config.items() if name != "fixed"}))
+    del config["fixed"]
+    path.write_text(json.dumps(config | {"settings": config["settings"] | {"dropout": 0.1}}))
+    with pytest.raises(SettingError, match=r"dropout is 0.1 there, None now"):  # which a later version has removed
+        make(tmp_path / "run", seeds=2)
+    path.write_text(json.dumps(config))
     make(tmp_path / "run", seeds=2)
     assert read(tmp_path / "run")["arms"][0]["seeds"] == 2
     with pytest.raises(SettingError, match=r"steps is 24 there, 30 now"):

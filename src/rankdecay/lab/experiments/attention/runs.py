@@ -90,8 +90,16 @@ def make_layout(settings: AttentionDecay, device: str) -> Layout:
     return layout
 
 
-def train(work: Work[Any], runs: Sequence[Run], save: SaveModel | None) -> Sequence[Record]:
+def train(
+    work: Work[Any], runs: Sequence[Run], save: SaveModel | None, notices: Sequence[str] = ()
+) -> Sequence[Record]:
     """Train the runs that have not ended, one after another; rows are stored in step with a checkpoint.
+
+    Args:
+        work: of the experiment.
+        runs: every run of the grid.
+        save: of `Command`.
+        notices: said before the first run that is trained.
 
     Returns:
         No rows, because they are stored already.
@@ -103,6 +111,8 @@ def train(work: Work[Any], runs: Sequence[Run], save: SaveModel | None) -> Seque
     work.seconds = store.seconds
     if not left:
         return ()
+    for text in notices if work.writes else ():
+        work.screen.notice(text)
     choose_threads(left[0], work.data, plan)
     assert isinstance(work.screen, RunsProgress)
     with work.screen.working(steps * len(runs), steps * (len(runs) - len(left))) as progress:
@@ -197,9 +207,7 @@ class Command(Generic[A]):
 
     def train(self, work: Work[A]) -> Sequence[Record]:
         """Train the runs that have not ended, as `train`."""
-        for text in self.notices(work.settings) if work.writes else ():
-            work.screen.notice(text)
-        return train(work, self.runs(work.settings), self.save)
+        return train(work, self.runs(work.settings), self.save, self.notices(work.settings))
 
 
 def make_experiment(command: Command[A]) -> Experiment[A]:
