@@ -724,7 +724,7 @@ CLAIMS = (
         "{seeds_of recall/one_query l2 1 value_output nuclear_gap}",
         "rank of W_KᵀW_Q {seeds_of recall/one_query l2 0 query_key} to {seeds_of recall/one_query l2 1 query_key}; "
         "learnt by {learnt recall/one_query l2 0}, {learnt recall/one_query l2 0.1}, {learnt recall/one_query l2 1}",
-        "rankdecay recall --queries 1 --batch-size 1024 --arms l2 --strengths l2=0,0.1,1 --qk-norm off --seeds 3 "
+        "rankdecay recall --queries 1 --batch-size 1024 --arms l2 --strengths l2=0,0.1,1 --qk-norm off --seeds 5 "
         "--steps 1500 --evaluate-every 100",
         ("recall/one_query",),
         "recall_language_vision.md",
