@@ -11,6 +11,7 @@
     python benchmarks/boundary_findings.py ranks docs/data/boundary/selection --rest 2         # what is left
     python benchmarks/boundary_findings.py ends docs/data/boundary/selection                   # what the runs kept
     python benchmarks/boundary_findings.py stuck docs/data/plateau.json                        # subtraction near .4
+    python benchmarks/boundary_findings.py mechanism docs/data/boundary/mechanism.json         # the paper's Figure 2
     python benchmarks/boundary_findings.py arms docs/data/boundary/selection                   # what each arm is
     python benchmarks/boundary_findings.py picture docs/data/boundary/prototype                # beside the published
 
@@ -415,6 +416,32 @@ def stuck(options: argparse.Namespace) -> None:
             print(f"| {name} | {row['fraction']:g} | {row['seed']} | {' | '.join(points)} |")
 
 
+def mechanism(options: argparse.Namespace) -> None:
+    """A Markdown line per run of `benchmarks/mechanism.py`: accuracy, rank in time, spectrum, scores by frequency.
+
+    Values of W_Q are those of the first layer; energies are beside those of the untrained network.
+    """
+    heads = (
+        "fraction", "arm", "training", "test", "95 % on test at step", "stable rank at 0, 500, the end",
+        "values of W_Q above a hundredth of the first", "energy at equal frequencies", "pairs with 95 % of the energy",
+    )  # fmt: skip
+    print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
+    for path in options.directories:
+        for row in sorted(json.loads(path.read_text())["rows"], key=lambda row: row["fraction"]):
+            ranks = {point[0]: point[3] for point in row["curve"]}
+            _, train, test, *_ = row["curve"][-1]
+            first = next((f"{point[0]:,}" for point in row["curve"] if point[2] >= 0.95), "—")
+            values, before = row["singular_values"]["query"][0], row["untrained"]
+            shown = (
+                f"{row['fraction']:g}", f"{row['arm']} {row['strength']:g}", f"{train:.2f}", f"{test:.2f}", first,
+                ", ".join(f"{ranks[step]:.1f}" for step in (0, 500, max(ranks)) if step in ranks),
+                f"{sum(value > 0.01 * values[0] for value in values)} of {len(values)}",
+                f"{row['equal_frequencies']:.1%}, untrained {before['equal_frequencies']:.1%}",
+                f"{row['pairs']:,}, untrained {before['pairs']:,}",
+            )  # fmt: skip
+            print(f"| {' | '.join(shown)} |")
+
+
 def arms(options: argparse.Namespace) -> None:
     """A Markdown line per arm of any of the directories: what it does, and what it is a control of."""
     there = {row["arm"].partition("@")[0] for path in options.directories for row in read_metrics(path)}
@@ -436,6 +463,7 @@ TABLES = {
     "ranks": ranks,
     "ends": ends,
     "stuck": stuck,
+    "mechanism": mechanism,
     "picture": picture,
 }
 

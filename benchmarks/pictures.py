@@ -28,6 +28,8 @@ from rankdecay.lab.store import read_json
 
 DATA, IMAGES = Path("docs/data"), Path("docs/images")
 RECORD = IMAGES / "drawn.json"
+MECHANISM = DATA / "boundary" / "mechanism.json"
+ARMS_OF_MECHANISM = {"none": "no decay of W_Q, W_K", "l2_all": "L2", "paper_a1": "the paper's step A1"}
 RUNS = {  # a picture that `rankdecay report DIR --figure` draws, and the run
     "grok": "grok_default",
     "boundary": "boundary/selection",  # at one decay of the rest
@@ -226,6 +228,33 @@ def pretrained() -> Charts:
     ]
 
 
+def mechanism() -> Charts:
+    """Accuracy and rank in time, and the singular values at the end, with 0.4 and 0.5 of the pairs."""
+    if not MECHANISM.exists():
+        return []
+    charts = []
+    rows = json.loads(MECHANISM.read_text())["rows"]
+    for fraction in sorted({row["fraction"] for row in rows}):
+        accuracy, rank, spectrum = [], [], []
+        for row in rows:
+            if row["fraction"] == fraction:
+                name = ARMS_OF_MECHANISM[row["arm"]]
+                steps, train, test, stable, _ = zip(*row["curve"], strict=True)
+                accuracy += [Line(name, steps, test, arm=name), Line(name, steps, train, arm=name, mark="thin")]
+                rank.append(Line(name, steps, stable, arm=name))
+                values = row["singular_values"]["query"][0]
+                spectrum.append(Line(name, range(1, len(values) + 1), values, arm=name))
+        at, step = f", {fraction:g} of the pairs", Axis("step")
+        right = Axis("right, test (thin: training)", percent=True)
+        index = Axis("singular value of W_Q, first layer")
+        charts += [
+            Chart(f"accuracy-{fraction}", "accuracy" + at, step, right, accuracy),
+            Chart(f"rank-{fraction}", "rank" + at, step, Axis("stable rank of W_Q, W_K", from_zero=True), rank),
+            Chart(f"values-{fraction}", "spectrum" + at, index, Axis("size", "log", (1e-7, 10)), spectrum),
+        ]
+    return charts
+
+
 def _line(label: str, points: Sequence[tuple[float, float]]) -> Line:
     return Line(label, [x for x, _ in points], [y for _, y in points], arm=label, mark="line+points")
 
@@ -241,7 +270,43 @@ CHARTS: dict[str, Callable[[], Charts]] = {
     "schedule": contrasts,
     "compress": compress,
     "pretrained": pretrained,
+    "mechanism": mechanism,
 }
+
+
+# --- maps ---
+
+Map = tuple[str, list[list[float]]]
+
+
+def frequencies() -> list[Map]:
+    """The energy of the first layer's scores by the frequencies of both tokens, a map a run."""
+    if not MECHANISM.exists():
+        return []
+    rows = sorted(json.loads(MECHANISM.read_text())["rows"], key=lambda row: row["fraction"])
+    return [(f"{ARMS_OF_MECHANISM[row['arm']]}, {row['fraction']:g} of the pairs", row["energies"]) for row in rows]
+
+
+def _draw_maps(maps: Sequence[Map], path: Path) -> None:
+    """Draw maps side by side, three in a row, each on one logarithmic scale of shares."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
+    from rankdecay.lab.report.figure import drawing, literal
+
+    scale = ScalarMappable(LogNorm(1e-5, 1, clip=True), "magma")
+    with drawing(path, (9.2, 3.2 * -(-len(maps) // 3)), layout="constrained") as picture:
+        panels = picture.subplots(-(-len(maps) // 3), 3, squeeze=False)
+        for axes, (title, values) in zip(panels.ravel(), maps, strict=True):
+            n = len(values)
+            axes.imshow(values, norm=scale.norm, cmap=scale.cmap, origin="lower", extent=(0.5, n + 0.5) * 2)
+            axes.grid(visible=False)
+            axes.set(title=literal(title), xlabel="frequency of the key's token", ylabel="of the query's token")
+        picture.colorbar(scale, ax=panels, label="share of the energy of the scores", shrink=0.8)
+
+
+MAPS: dict[str, Callable[[], list[Map]]] = {"frequencies": frequencies}
+PICTURES = (*RUNS, *CHARTS, *MAPS)
 
 
 # --- drawing and checking ---
@@ -259,6 +324,9 @@ def _shown(name: str) -> str | None:
         for path in files:
             seen.update(path.read_bytes())
         return seen.hexdigest()[:16]
+    if name in MAPS:
+        maps = MAPS[name]()
+        return hashlib.sha256(json.dumps(maps).encode()).hexdigest()[:16] if maps else None
     charts = CHARTS[name]()
     if not charts:
         return None
@@ -287,7 +355,7 @@ def _recorded() -> dict[str, dict[str, str]]:
 def check() -> list[str]:
     """The pictures that do not show what the rows say."""
     recorded, stale = _recorded(), []
-    for name in (*RUNS, *CHARTS):
+    for name in PICTURES:
         path, shown = IMAGES / f"{name}.png", _shown(name)
         there = {"shows": shown, "file": _bytes(path)} if shown or path.exists() else None
         if recorded.get(name) != there:
@@ -312,9 +380,9 @@ def draw_all(redraw: Collection[str] = ()) -> list[str]:
     from rankdecay.lab.report.figure import draw
 
     recorded, drawn = _recorded(), []
-    if unknown := sorted(set(redraw) - {*RUNS, *CHARTS}):
-        raise ValueError(f"no picture is called {', '.join(unknown)}: choose of {', '.join((*RUNS, *CHARTS))}")
-    for name in (*RUNS, *CHARTS):
+    if unknown := sorted(set(redraw) - {*PICTURES}):
+        raise ValueError(f"no picture is called {', '.join(unknown)}: choose of {', '.join(PICTURES)}")
+    for name in PICTURES:
         path, shown = IMAGES / f"{name}.png", _shown(name)
         if shown is None:
             recorded.pop(name, None)
@@ -323,6 +391,8 @@ def draw_all(redraw: Collection[str] = ()) -> list[str]:
             continue
         if name in RUNS:
             _draw_run(DATA / RUNS[name], path)
+        elif name in MAPS:
+            _draw_maps(MAPS[name](), path)
         else:
             charts = CHARTS[name]()
             draw(

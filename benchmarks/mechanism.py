@@ -1,0 +1,127 @@
+"""Figure 2 of the low-rank decay paper, made again: rank and accuracy in time, spectra, and W_Q W_Kᵀ by frequency.
+
+    python benchmarks/mechanism.py --json docs/data/boundary/mechanism.json     # a quarter of an hour on a core
+
+Addition in the paper's settings (`rankdecay boundary --preset paper`), one seed, 3,000 steps without leaving early,
+with 0.4 and 0.5 of the unordered pairs: the paper's step A1 and L2, each at its best strength, and no decay of either.
+
+The block structure that the paper sees in W_Q W_Kᵀ is looked for where the task has its structure: scores of one
+operand for another in the first layer, as a function of both, in the Fourier basis of the integers modulo p.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankdecay.lab.ensemble.ensemble import Ensemble
+from rankdecay.lab.ensemble.members import Training
+from rankdecay.lab.experiments.boundary.arms import every_arm
+from rankdecay.lab.experiments.boundary.experiment import trials
+from rankdecay.lab.experiments.boundary.settings import PRESETS, check
+from rankdecay.lab.machine import describe_machine, versions
+from rankdecay.lab.tasks import make_dataset
+
+ARMS = {"none": 0.0, "l2_all": 8.0, "paper_a1": 0.005}
+CURVE = ("step", "train_accuracy", "test_accuracy", "stable_rank", "product_stable_rank")
+DIGITS = 4
+
+
+def fourier_basis(p: int) -> Tensor:
+    """The real Fourier basis of functions on the integers modulo an odd p, shape (p, p), a function in each row.
+
+    The constant, then the cosine and the sine of each frequency from 1 to (p - 1) / 2; orthonormal.
+    """
+    angle = 2 * torch.pi / p * torch.outer(torch.arange(1, (p - 1) // 2 + 1), torch.arange(p)).double()
+    waves = torch.stack([angle.cos(), angle.sin()], 1).flatten(0, 1) * (2 / p) ** 0.5
+    return torch.cat([torch.full((1, p), p**-0.5, dtype=torch.float64), waves])
+
+
+def score_energies(query: Tensor, key: Tensor, embedding: Tensor, heads: int) -> Tensor:
+    """The energy of a layer's scores between tokens, by the frequencies of the one that asks and the one that is asked.
+
+    Args:
+        query: W_Q, shape (width, width); heads are blocks of rows.
+        key: W_K.
+        embedding: of the p tokens, shape (p, width); its rows are normalised as the layer's norm does.
+        heads: of the layer; their energies are added.
+
+    Returns:
+        Shape ((p - 1) / 2, (p - 1) / 2), without the constants, and adding to 1.
+    """
+    tokens = embedding.double()
+    tokens = tokens / tokens.square().mean(1, keepdim=True).sqrt()
+    waves = fourier_basis(len(tokens)) @ tokens
+    asked, asking = ((waves @ weight.double().T).unflatten(1, (heads, -1)).transpose(0, 1) for weight in (key, query))
+    scores = (asking @ asked.mT)[:, 1:, 1:].unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
+    energies = scores.square().sum((0, 2, 4))
+    return energies / energies.sum()
+
+
+def structure(energies: Tensor) -> dict[str, Any]:
+    """How much of the energy two tokens' equal frequencies have, and how few pairs of frequencies hold 95 % of it."""
+    ordered = energies.flatten().sort(descending=True).values.cumsum(0)
+    return {
+        "equal_frequencies": round(energies.diagonal().sum().item(), DIGITS),
+        "pairs": int((ordered < 0.95).sum()) + 1,
+    }
+
+
+def run(arm: str, strength: float, fraction: float, steps: int) -> dict[str, Any]:
+    """A run with what the figure shows of it."""
+    preset = PRESETS["paper"]
+    settings = check(type(preset)(**{**vars(preset), "fractions": (fraction,), "precision": "float32", "seeds": 1}))
+    [one] = trials(settings, every_arm(settings)[arm], [strength])
+    data = [make_dataset(seed=one.member.seed, **one.data)]
+    ensemble = Ensemble(one.config, [one.member], data, Training(settings.batch_size))
+    p = settings.modulus
+    assert p is not None
+
+    def energies() -> Tensor:
+        parameters = {name: ensemble.parameters[name][0].detach() for name in ("query.0", "key.0", "embedding")}
+        return score_energies(parameters["query.0"], parameters["key.0"], parameters["embedding"][:p], one.config.heads)
+
+    untrained, curve = structure(energies()), []
+    for step in range(0, steps + 1, settings.evaluate_every):
+        [record], _ = ensemble.evaluate()
+        curve.append([step, *(round(record[name], DIGITS) for name in CURVE[1:])])
+        if step < steps:
+            ensemble.train(settings.evaluate_every)
+    values = torch.linalg.svdvals(ensemble.query_key[0].double())  # (layers, 2, width)
+    last = energies()
+    return {
+        "arm": arm, "strength": strength, "fraction": fraction, "seed": one.member.seed, "curve": curve,
+        "singular_values": {
+            role: [[float(f"{value:.{DIGITS}g}") for value in layer[i].tolist()] for layer in values]
+            for i, role in enumerate(("query", "key"))
+        },
+        "untrained": untrained, **structure(last),
+        "energies": [[float(f"{value:.3g}") for value in row] for row in last.tolist()],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--fractions", type=float, nargs="+", default=(0.4, 0.5))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    begun = time.monotonic()
+    rows = [run(arm, strength, f, given.steps) for f in given.fractions for arm, strength in ARMS.items()]
+    document = {
+        "machine": describe_machine("cpu"),
+        "versions": versions(),
+        "columns": CURVE,
+        "seconds": round(time.monotonic() - begun),
+        "rows": rows,
+    }
+    given.json.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()
