@@ -426,7 +426,7 @@ CLAIMS = (
         "ordered pairs {reached paper_add_ordered paper_a1 0.3} "
         "and {reached paper_add_ordered l2_all 0.3}",
         "three seeds of each arm's best strength, one of ordered pairs; the paper's step takes "
-        "{times paper_add paper_a1 l2_all} and {times paper_add_ordered paper_a1 l2_all} times L2's steps",
+        "{times_alike paper_add paper_a1 l2_all} and {times_alike paper_add_ordered paper_a1 l2_all} times L2's steps",
         "rankdecay boundary --preset paper --seeds 1 --fractions 0.3 0.4 0.5 0.6 0.7 0.8 --arms paper_a1 l2_all "
         "--strengths l2_all=2,4,8,16 --precision float32",
         ("boundary/paper_add", "boundary/paper_add_ordered", "boundary/paper_rules"),
