@@ -274,7 +274,7 @@ def fullest(name: str, arm: str) -> str:
 
 
 def median_end(name: str, arm: str, key: str, ended: str, strength: str = "", form: str = ".1f") -> str:
-    """The median of a figure at the end of an arm's runs that held (``held``) or did not (``not``), or of a column's."""
+    """The median of a figure at the end of an arm's runs, or a column's, that held (``held``) or did not (``not``)."""
     rows = _column(name, arm, strength) if strength else _sweep(name).of(arm)
     return format(statistics.median(r[key] for r in rows if (r["outcome"] == "generalised") == (ended == "held")), form)
 
