@@ -274,13 +274,59 @@ def best_accuracies(runs: Sweep, name: str, fraction: float, strength: float) ->
 
 def smallest(runs: Sweep, name: str, accuracy: float, strength: float | None = None) -> float | None:
     """The smallest size at which an arm has such a best test accuracy, over seeds, at its best strength or one."""
-    columns = {(row["train_fraction"], row["strength"]) for row in runs.of(name)}
-    enough = [
-        size
-        for size, s in columns
-        if strength in (None, s) and statistics.fmean(best_accuracies(runs, name, size, s)) >= accuracy
-    ]
-    return min(enough, default=None)
+    found = reaching(runs, name, accuracy, strength)
+    return found[0] if found else None
+
+
+def reaching(runs: Sweep, name: str, accuracy: float, strength: float | None = None) -> tuple[float, float] | None:
+    """The smallest size at which an arm has such a best test accuracy, over seeds, and the strength that has it there.
+
+    Of several strengths the one with the most seeds there, then the most accurate.
+    """
+    enough = []
+    for size, s in {(row["train_fraction"], row["strength"]) for row in runs.of(name)}:
+        seeds = best_accuracies(runs, name, size, s)
+        if strength in (None, s) and statistics.fmean(seeds) >= accuracy:
+            enough.append((-size, len(seeds), statistics.fmean(seeds), s))
+    return (-max(enough)[0], max(enough)[3]) if enough else None
+
+
+def steps_or_budget(runs: Sweep, name: str, strength: float) -> dict[tuple[float, int], float]:
+    """Steps until each run of a column held, by size and seed; a run that never did counts with its budget."""
+    return {
+        (row["train_fraction"], row["seed"]): (
+            row["budget"] if row["steps_to_generalise"] is None else row["steps_to_generalise"]
+        )
+        for row in runs.of(name)
+        if row["strength"] == strength
+    }
+
+
+def fullest(runs: Sweep, name: str) -> float:
+    """The strength of an arm that is soonest in the mean, of those that have the most runs: every size, every seed."""
+    columns = {s: steps_or_budget(runs, name, s) for s in {row["strength"] for row in runs.of(name)}}
+    most = max(map(len, columns.values()))
+    return min((statistics.fmean(column.values()), s) for s, column in columns.items() if len(column) == most)[1]
+
+
+def alike(runs: Sweep, name: str, other: str) -> dict[float, float]:
+    """Mean steps of an arm over those of another by size, each at its `fullest` strength, over the seeds of both.
+
+    Of the sizes at which one of the two held.
+    """
+    own, beside = (steps_or_budget(runs, each, fullest(runs, each)) for each in (name, other))
+    held = {
+        row["train_fraction"]
+        for each in (name, other)
+        for row in runs.of(each)
+        if row["strength"] == fullest(runs, each) and row["steps_to_generalise"] is not None
+    }
+    found = {}
+    for size in sorted(held):
+        both = [at for at in own if at in beside and at[0] == size]
+        if both:
+            found[size] = sum(own[at] for at in both) / sum(beside[at] for at in both)
+    return found
 
 
 def cells(options: argparse.Namespace) -> None:

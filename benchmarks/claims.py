@@ -87,6 +87,30 @@ def _least(name: str, arm: str) -> float | None:
     return boundary_findings.smallest(_sweep(name), arm, 0.95)
 
 
+def _reached(name: str, arm: str) -> float:
+    """The best test accuracy of an arm, a mean over the seeds of its best cell."""
+    sweep = _sweep(name)
+    cells = {(row["train_fraction"], row["strength"]) for row in sweep.of(arm)}
+    return max(statistics.fmean(boundary_findings.best_accuracies(sweep, arm, *cell)) for cell in cells)
+
+
+def _soonest(name: str, arm: str) -> float:
+    """The least step at which a run of an arm held; infinite if none did."""
+    steps = (row["steps_to_generalise"] for row in _sweep(name).of(arm))
+    return min((step for step in steps if step is not None), default=math.inf)
+
+
+def _events(name: str, arm: str) -> dict[str, int]:
+    sweep = _selection() if name == "selection" else _sweep(name)
+    return sweep.arm(arm)["events"]
+
+
+def _rank_alone_or_first(name: str, arm: str = "paper_a1") -> bool:
+    """Whether in every run of an arm's best strength the rank fell, and accuracy rose later or not at all."""
+    found = _events(name, arm)
+    return found["rank_first"] > 0 and found["rank_first"] + found["rank_only"] == sum(found.values())
+
+
 def _grok(run: str) -> dict[str, dict[str, Any]]:
     return stored.arms(DATA / run)
 
@@ -117,6 +141,12 @@ def _falls_in_recall(run: str, *measures: tuple[str, str]) -> bool:
         for weak, strong in (("0", "1"), ("0.1", "1"))
         for measure in measures
     )
+
+
+def _falls_in_language(part: str) -> bool:
+    """Whether the pseudo rank of a product is lower in each seed the stronger the decay."""
+    runs = [attention_findings.over_seeds(DATA / "language" / "long", "l2", s, part) for s in ("0", "0.1", "1")]
+    return len(runs[0]) > 1 and all(none > usual > ten for none, usual, ten in zip(*runs, strict=True))
 
 
 def _standing() -> set[str]:
@@ -419,14 +449,16 @@ CLAIMS = (
     Claim(
         GROKKING,
         "On the paper's grid of addition low-rank decay generalises from less data than L2 (its phase diagram)",
-        "unordered pairs: the paper's step from a fraction of {least_data paper_add paper_a1 0.95} on, L2 beyond the "
-        "paper's grid from {least_data paper_add l2_all 0.95} on; at the smallest they reach {reached paper_add "
-        "paper_a1 0.3} and {reached paper_add l2_all 0.3}; the other forms of the step from {least_data paper_rules "
-        "paper_s6 0.95} and {least_data paper_rules paper_s5 0.95} on; with "
-        "ordered pairs {reached paper_add_ordered paper_a1 0.3} "
-        "and {reached paper_add_ordered l2_all 0.3}",
-        "three seeds of each arm's best strength, one of ordered pairs; the paper's step takes "
-        "{times paper_add paper_a1 l2_all} and {times paper_add_ordered paper_a1 l2_all} times L2's steps",
+        "unordered pairs: A1 from a fraction of {least_data paper_add paper_a1 0.95} on ({least_held paper_add "
+        "paper_a1 0.95} held there), L2 beyond the paper's grid from {least_data paper_add l2_all 0.95} on "
+        "({least_held paper_add l2_all 0.95}); at the smallest they reach {reached paper_add paper_a1 0.3} and "
+        "{reached paper_add l2_all 0.3}; S6 and S5 from {least_data paper_rules paper_s6 0.95} and {least_data "
+        "paper_rules paper_s5 0.95} on ({least_held paper_rules paper_s6 0.95} and {least_held paper_rules paper_s5 "
+        "0.95}); with ordered pairs A1 and L2 reach {reached paper_add_ordered paper_a1 0.3} and {reached "
+        "paper_add_ordered l2_all 0.3}",
+        "the same three seeds at each fraction from {sizes_alike paper_add paper_a1 l2_all} on, A1 at {fullest "
+        "paper_add paper_a1}, L2 at {fullest paper_add l2_all}: A1 takes {times_alike paper_add paper_a1 l2_all} times "
+        "L2's steps; ordered, one seed: {times_alike paper_add_ordered paper_a1 l2_all}",
         "rankdecay boundary --preset paper --seeds 1 --fractions 0.3 0.4 0.5 0.6 0.7 0.8 --arms paper_a1 l2_all "
         "--strengths l2_all=2,4,8,16 --precision float32",
         ("boundary/paper_add", "boundary/paper_add_ordered", "boundary/paper_rules"),
@@ -437,6 +469,67 @@ CLAIMS = (
         lambda: all(
             (_least(run, "l2_all") or 1.0) <= (_least(run, "paper_a1") or 0.0)
             for run in ("paper_add", "paper_add_ordered")
+        ),
+    ),
+    Claim(
+        GROKKING,
+        "On multiplication low-rank decay generalises and L2 does not, on the paper's grid of strengths",
+        "best test accuracy on that grid: A1 {reached paper_multiply paper_a1 0.5}, L2 {reached paper_multiply l2_all "
+        "0.5}, no decay {reached paper_multiply none 0.5}; L2 beyond it {reached paper_multiply_l2 l2_all 0.5}, from a "
+        "strength of {least_strength paper_multiply_l2 l2_all 0.5 0.95} on",
+        "one seed; held at step {held_at paper_multiply paper_a1 0.005} (A1) and {held_at paper_multiply_l2 l2_all 8} "
+        "(L2 beyond the grid, at {fullest paper_multiply_l2 l2_all})",
+        "rankdecay boundary --preset paper --task multiply --fractions 0.5 --seeds 1 --arms none l2_all paper_a1; … "
+        "--arms l2_all --strengths l2_all=0.2,0.5,1,2,4,8",
+        ("boundary/paper_multiply", "boundary/paper_multiply_l2"),
+        "boundary.md",
+        "holds with a condition",
+        "of that grid, on which L2 does nothing: at strengths of its own L2 generalises too, and sooner",
+        lambda: (
+            _reached("paper_multiply", "paper_a1") >= 0.95
+            and _reached("paper_multiply", "l2_all") < 0.1
+            and _soonest("paper_multiply_l2", "l2_all") < _soonest("paper_multiply", "paper_a1")
+        ),
+    ),
+    Claim(
+        GROKKING,
+        "Low-rank decay generalises on the symmetric group S₅ (permutations of five), which the paper names as still "
+        "to be tried",
+        "best test accuracy: A1 {reached paper_s5 paper_a1 0.5}, at its best strength on the paper's grid {column "
+        "paper_s5 paper_a1 0.005 best_test_accuracy}; L2 beyond the grid {reached paper_s5 l2_all 0.5}, no decay "
+        "{reached paper_s5 none 0.5}",
+        "one seed; L2 holds at step {held_at paper_s5 l2_all 2}, A1 at none of its strengths",
+        "rankdecay boundary --preset paper --task s5 --fractions 0.5 --seeds 1 --arms none paper_a1 l2_all --strengths "
+        "l2_all=1,2,4,8,16 --precision float32; … --arms paper_a1 --strengths paper_a1=0.002,0.003",
+        ("boundary/paper_s5",),
+        "boundary.md",
+        "contradicted",
+        "half of the pairs, within 3000 steps, where L2 does; longer runs were not made",
+        lambda: (
+            _reached("paper_s5", "paper_a1") < 0.95 <= _reached("paper_s5", "l2_all")
+            and math.isinf(_soonest("paper_s5", "paper_a1"))
+            and math.isfinite(_soonest("paper_s5", "l2_all"))
+        ),
+    ),
+    Claim(
+        GROKKING,
+        "The rank falls before the test accuracy rises (the order of events)",
+        "rank first in {events selection smooth rank_first 2} runs of the smooth rule, {events selection l2 rank_first "
+        "2} of L2 on W_Q and W_K, {events selection l2_all rank_first 2} of L2 on every matrix (accuracy first in "
+        "{events selection l2_all accuracy_first 2}), {events selection raise_rank rank_first 2} with the rank raised; "
+        "on addition in the paper's settings in {events paper_add paper_a1 rank_first} of A1's",
+        "counts at each arm's best strength; the rank fell at half of the first stable rank, accuracy rose at half of "
+        "the test set; in the others of smooth, L2 on W_Q and W_K and A1 accuracy does not rise",
+        "bash docs/data/boundary/commands.sh",
+        ("boundary/selection", "boundary/paper_add"),
+        "boundary.md",
+        "holds with a condition",
+        "under a decay of W_Q and W_K that lowers the rank; with the rank raised, or under L2 on every matrix, runs "
+        "generalise in another order, so the fall is not what they wait for",
+        lambda: (
+            all(_rank_alone_or_first(*of) for of in (("selection", "smooth"), ("selection", "l2"), ("paper_add",)))
+            and _events("selection", "l2_all")["accuracy_first"] > _events("selection", "l2_all")["rank_first"]
+            and _events("selection", "raise_rank")["rank_first"] < _events("selection", "raise_rank")["together"]
         ),
     ),
     *(_accelerated(task, *of) for task in ACCELERATED for of in ACCELERATORS),
@@ -522,14 +615,20 @@ CLAIMS = (
     Claim(
         KOBAYASHI,
         "Attention's rank falls with its decay (language)",
-        "W_KᵀW_Q under L2 {rank language/standard l2 0}, {rank language/standard l2 0.1}, {rank language/standard l2 "
-        "1}, {rank language/standard l2 10}; W_O W_V {rank language/standard l2 0 value_output} to {rank "
-        "language/standard l2 10 value_output}",
-        "one seed",
-        "rankdecay language --preset standard --steps 600",
-        ("language/standard",),
+        "eight seeds, under no decay, L2 at the usual strength and at ten times that: W_KᵀW_Q {seeds_of language/long "
+        "l2 0 query_key}, {seeds_of language/long l2 0.1 query_key}, {seeds_of language/long l2 1 query_key}; W_O W_V "
+        "{seeds_of language/long l2 0 value_output}, {seeds_of language/long l2 0.1 value_output}, {seeds_of "
+        "language/long l2 1 value_output}",
+        "lower in every seed at each step of the strength; a hundred times the usual, one seed of a quarter of the "
+        "steps: {rank language/standard l2 10} and {rank language/standard l2 10 value_output}, without decay {rank "
+        "language/standard l2 0} and {rank language/standard l2 0 value_output}",
+        "rankdecay language --preset standard --steps 2400 --evaluate-every 1200 --arms l2 --strengths l2=0,0.1,1 "
+        "--seeds 8; … --steps 600",
+        ("language/long", "language/standard"),
         "recall_language_vision.md",
         "holds",
+        "",
+        lambda: all(_falls_in_language(part) for part in ("query_key", "value_output")),
     ),
     Claim(
         KOBAYASHI,
@@ -1093,11 +1192,21 @@ def _row(claim: Claim, made: Callable[[str], str]) -> str:
 
 
 def _commits(path: Path) -> list[str]:
-    """The commits of the code that made some rows, as they say it: several where a grid grew."""
+    """The commits of the code that made some rows, as they say it, and which run directories below do not say it.
+
+    Several where a grid grew, or where a directory holds several runs.
+    """
     files = [path] if path.is_file() else sorted(path.rglob("config.json"))
+    found: list[str] = []
+    silent: list[str] = []
     for file in files:
         document = json.loads(file.read_text())
         commands = [*document.get("earlier", []), document]
-        if commits := [one["versions"]["commit"] for one in commands if (one.get("versions") or {}).get("commit")]:
-            return commits
-    return ["not recorded"]
+        said = [(one.get("versions") or {}).get("commit") for one in commands]
+        found += [commit for commit in said if commit]
+        if not all(said):
+            place = (file if path.is_file() else file.parent).relative_to(DATA)
+            silent.append(f"part of {place}" if any(said) else str(place))
+    if not found:
+        return ["not recorded"]
+    return [*found, *([f"not recorded ({', '.join(silent)})"] if silent else [])]

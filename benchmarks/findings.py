@@ -244,19 +244,39 @@ def reached(name: str, arm: str, size: str, strength: str = "") -> str:
     return f"{max(found):.2f}"
 
 
-def times(name: str, arm: str, other: str) -> str:
-    """Steps of an arm over those of another, each at its best strength for the size: least and most over sizes."""
+def least_held(name: str, arm: str, accuracy: str, strength: str = "") -> str:
+    """How many seeds of an arm held the threshold at the size that `least_data` says."""
     sweep = _sweep(name)
-    ratios = []
-    for size in sweep.sizes:
-        best = []
-        for each in (arm, other):
-            strengths = {row["strength"] for row in sweep.of(each)}
-            held = [boundary_findings.steps_held(sweep, each, size, strength) for strength in strengths]
-            best.append(min((statistics.fmean(some) for some in held if some), default=None))
-        if None not in best:
-            ratios.append(best[0] / best[1])
+    found = boundary_findings.reaching(sweep, arm, float(accuracy), float(strength) if strength else None)
+    if found is None:
+        return "none"
+    rows = [row for row in sweep.of(arm) if (row["train_fraction"], row["strength"]) == found]
+    return f"{sum(row['steps_to_generalise'] is not None for row in rows)} of {len(rows)}"
+
+
+def times_alike(name: str, arm: str, other: str) -> str:
+    """Steps of an arm over those of another, over the same seeds at each size: least and most over the sizes.
+
+    Each at its soonest strength of those with all seeds at all sizes; a run that never held counts with its budget.
+    """
+    ratios = boundary_findings.alike(_sweep(name), arm, other).values()
     return f"{min(ratios):.1f} to {max(ratios):.1f}"
+
+
+def sizes_alike(name: str, arm: str, other: str) -> str:
+    """The sizes that `times_alike` compares, from the smallest on: those at which a run of one of the two held."""
+    return f"{min(boundary_findings.alike(_sweep(name), arm, other)):g}"
+
+
+def fullest(name: str, arm: str) -> str:
+    """The strength at which `times_alike` takes an arm."""
+    return f"{boundary_findings.fullest(_sweep(name), arm):g}"
+
+
+def median_end(name: str, arm: str, key: str, ended: str, strength: str = "", form: str = ".1f") -> str:
+    """The median of a figure at the end of an arm's runs, or a column's, that held (``held``) or did not (``not``)."""
+    rows = _column(name, arm, strength) if strength else _sweep(name).of(arm)
+    return format(statistics.median(r[key] for r in rows if (r["outcome"] == "generalised") == (ended == "held")), form)
 
 
 def ends_of_held(name: str, arm: str, key: str, form: str = ".1f") -> str:
@@ -475,8 +495,8 @@ NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
-        cell, cell_mean, held_from_to, held_at, holds, most, column, least_strength, least_data, reached, times,
-        ends_of_held, columns_between, delay,
+        cell, cell_mean, held_from_to, held_at, holds, most, column, least_strength, least_data, least_held, reached,
+        times_alike, sizes_alike, fullest, ends_of_held, median_end, columns_between, delay,
         switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates, left, noise, stuck,
         share, against, spread, ends, published, rank_of, sent, planes, planes_share,
     )

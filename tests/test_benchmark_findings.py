@@ -72,6 +72,38 @@ def test_cells_say_how_many_seeds_they_are_of_where_these_differ(capsys, tmp_pat
     ]
 
 
+@pytest.fixture
+def grid(tmp_path):
+    """Two arms: one soonest at a strength with fewer runs, the other with a run that never held."""
+    keys = ("arm", "strength", "train_fraction", "seed", "best_test_accuracy", "steps_to_generalise")
+    runs = [
+        *(("new", 1.0, size, seed, 0.99, 200) for size in (0.4, 0.5) for seed in (0, 1)),
+        ("new", 2.0, 0.5, 0, 1.0, 100),
+        ("new", 1.0, 0.3, 0, 0.1, None),
+        ("new", 1.0, 0.3, 1, 0.1, None),
+        *(("old", 3.0, 0.5, seed, 0.96, steps) for seed, steps in ((0, 400), (1, None))),
+        *(("old", 3.0, 0.4, seed, 0.5, None) for seed in (0, 1)),
+        *(("old", 3.0, 0.3, seed, 0.5, None) for seed in (0, 1)),
+    ]
+    arms = [{"name": "new"}, {"name": "old"}]
+    (tmp_path / "config.json").write_text(json.dumps({"arms": arms, "settings": {"task": "add", "threshold": 0.95}}))
+    rows = (json.dumps({"rest_decay": 1.0, "budget": 1000, **dict(zip(keys, run, strict=True))}) for run in runs)
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    return boundary_findings.Sweep([tmp_path])
+
+
+def test_steps_are_compared_over_the_same_seeds_and_a_run_that_never_held_counts_with_its_budget(grid):
+    assert boundary_findings.fullest(grid, "new") == 1.0
+    assert boundary_findings.alike(grid, "old", "new") == {0.4: 2000 / 400, 0.5: 1400 / 400}
+
+
+def test_the_smallest_size_is_that_of_the_strength_with_the_most_seeds(grid):
+    assert boundary_findings.reaching(grid, "new", 0.95) == (0.4, 1.0)
+    assert boundary_findings.reaching(grid, "old", 0.95) == (0.5, 3.0)
+    assert boundary_findings.reaching(grid, "old", 0.97) is None
+    assert boundary_findings.smallest(grid, "new", 0.95, 2.0) == 0.5
+
+
 # --- claims ---
 
 CLAIM = claims.Claim("Group", "It holds", "in {twice 3}", "{twice 4}", "rankdecay grok", ("there",), "page.md", "holds")
@@ -111,6 +143,15 @@ def test_a_claim_is_a_row_with_what_it_stands_on(rows):
 def test_a_claim_that_its_rows_do_not_bear_out_is_refused(rows, change, words):
     with pytest.raises(ValueError, match=words):
         rows(replace(CLAIM, **change))
+
+
+def test_every_directory_says_its_commit_or_is_named(rows):
+    commits = {"b": "def5678", "a": None}
+    for name, commit in commits.items():
+        (claims.DATA / "there" / name).mkdir()
+        said = json.dumps({"versions": {"commit": commit} if commit else None})
+        (claims.DATA / "there" / name / "config.json").write_text(said)
+    assert "| def5678, abc1234, not recorded (there/a) | **holds** |" in rows(CLAIM)
 
 
 def test_names_with_digits_are_no_numbers(rows):
