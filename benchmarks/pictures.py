@@ -296,8 +296,10 @@ def _draw_maps(maps: Sequence[Map], path: Path) -> None:
 
     scale = ScalarMappable(LogNorm(1e-5, 1, clip=True), "magma")
     with drawing(path, (9.2, 3.2 * -(-len(maps) // 3)), layout="constrained") as picture:
-        panels = picture.subplots(-(-len(maps) // 3), 3, squeeze=False)
-        for axes, (title, values) in zip(panels.ravel(), maps, strict=True):
+        panels = picture.subplots(-(-len(maps) // 3), min(3, len(maps)), squeeze=False)
+        for axes in panels.ravel()[len(maps) :]:
+            axes.set_axis_off()
+        for axes, (title, values) in zip(panels.ravel(), maps, strict=False):
             n = len(values)
             axes.imshow(values, norm=scale.norm, cmap=scale.cmap, origin="lower", extent=(0.5, n + 0.5) * 2)
             axes.grid(visible=False)
@@ -306,7 +308,11 @@ def _draw_maps(maps: Sequence[Map], path: Path) -> None:
 
 
 MAPS: dict[str, Callable[[], list[Map]]] = {"frequencies": frequencies}
-PICTURES = (*RUNS, *CHARTS, *MAPS)
+
+
+def names() -> list[str]:
+    """The pictures, by the names of their files."""
+    return [*RUNS, *CHARTS, *MAPS]
 
 
 # --- drawing and checking ---
@@ -355,7 +361,7 @@ def _recorded() -> dict[str, dict[str, str]]:
 def check() -> list[str]:
     """The pictures that do not show what the rows say."""
     recorded, stale = _recorded(), []
-    for name in PICTURES:
+    for name in names():
         path, shown = IMAGES / f"{name}.png", _shown(name)
         there = {"shows": shown, "file": _bytes(path)} if shown or path.exists() else None
         if recorded.get(name) != there:
@@ -380,9 +386,9 @@ def draw_all(redraw: Collection[str] = ()) -> list[str]:
     from rankdecay.lab.report.figure import draw
 
     recorded, drawn = _recorded(), []
-    if unknown := sorted(set(redraw) - {*PICTURES}):
-        raise ValueError(f"no picture is called {', '.join(unknown)}: choose of {', '.join(PICTURES)}")
-    for name in PICTURES:
+    if unknown := sorted(set(redraw) - set(names())):
+        raise ValueError(f"no picture is called {', '.join(unknown)}: choose of {', '.join(names())}")
+    for name in names():
         path, shown = IMAGES / f"{name}.png", _shown(name)
         if shown is None:
             recorded.pop(name, None)

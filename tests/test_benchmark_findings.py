@@ -321,6 +321,7 @@ def test_a_picture_is_stale_when_its_rows_or_its_file_have_changed(monkeypatch, 
     chart = Chart("a", "a", Axis("x"), Axis("y"), [Line("l2", [0, 1], y, arm="l2")])
     monkeypatch.setattr(pictures, "RUNS", {})
     monkeypatch.setattr(pictures, "CHARTS", {"a": lambda: [chart], "later": list})
+    monkeypatch.setattr(pictures, "MAPS", {})
     monkeypatch.setattr(pictures, "IMAGES", tmp_path)
     monkeypatch.setattr(pictures, "RECORD", tmp_path / "drawn.json")
     path = str(tmp_path / "a.png")
@@ -338,6 +339,12 @@ def test_a_picture_is_stale_when_its_rows_or_its_file_have_changed(monkeypatch, 
     assert pictures.draw_all(["a"]) == [path]
     with pytest.raises(ValueError, match="no picture is called b: choose of a, later"):
         pictures.draw_all(["b"])
+    values = [[0.5, 0.0], [0.1, 0.4]]
+    monkeypatch.setattr(pictures, "MAPS", {"map": lambda: [("one", values)]})
+    assert pictures.check() == [drawn := str(tmp_path / "map.png")]
+    assert pictures.draw_all() == [drawn]
+    values[1][0] = 0.2
+    assert pictures.check() == [drawn]
 
 
 # --- rows of before ---

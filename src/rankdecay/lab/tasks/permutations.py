@@ -1,4 +1,4 @@
-"""Composition in the symmetric group S5: the sequence is (g, h, =), the answer g∘h. It does not commute: no mirrors."""
+"""Composition in the symmetric group S₅: the sequence is (g, h, =), the answer g∘h. It does not commute: no mirrors."""
 
 from itertools import permutations
 from math import factorial
