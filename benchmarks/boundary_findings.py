@@ -465,25 +465,27 @@ def stuck(options: argparse.Namespace) -> None:
 def mechanism(options: argparse.Namespace) -> None:
     """A Markdown line per run of `benchmarks/mechanism.py`: accuracy, rank in time, spectrum, scores by frequency.
 
-    Values of W_Q are those of the first layer; energies are beside those of the untrained network.
+    Values of W_Q are those of the first layer, at the run's best; energies are beside those of the untrained network.
     """
     heads = (
-        "fraction", "arm", "training", "test", "95 % on test at step", "stable rank at 0, 500, the end",
-        "values of W_Q above a hundredth of the first", "energy at equal frequencies", "pairs with 95 % of the energy",
+        "fraction", "arm", "test, at its best", "at step", "at the end", "stable rank at 0, 500, its best",
+        "values of W_Q above a hundredth", "energy at equal frequencies: untrained, best, end",
+        "pairs with 95 %: untrained, best, end",
     )  # fmt: skip
     print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
     for path in options.directories:
         for row in sorted(json.loads(path.read_text())["rows"], key=lambda row: row["fraction"]):
             ranks = {point[0]: point[3] for point in row["curve"]}
-            _, train, test, *_ = row["curve"][-1]
-            first = next((f"{point[0]:,}" for point in row["curve"] if point[2] >= 0.95), "—")
-            values, before = row["singular_values"]["query"][0], row["untrained"]
+            best, (*_, untrained_share, untrained_pairs) = row["best"], row["curve"][0]
+            values = best["singular_values"]["query"][0]
+            shares = (untrained_share, best["equal_frequencies"], row["end"]["equal_frequencies"])
+            pairs = (untrained_pairs, best["pairs"], row["end"]["pairs"])
             shown = (
-                f"{row['fraction']:g}", f"{row['arm']} {row['strength']:g}", f"{train:.2f}", f"{test:.2f}", first,
-                ", ".join(f"{ranks[step]:.1f}" for step in (0, 500, max(ranks)) if step in ranks),
+                f"{row['fraction']:g}", f"{row['arm']} {row['strength']:g}", f"{best['test_accuracy']:.2f}",
+                f"{best['step']:,}", f"{row['end']['test_accuracy']:.2f}",
+                ", ".join(f"{ranks[step]:.1f}" for step in (0, 500, best["step"]) if step in ranks),
                 f"{sum(value > 0.01 * values[0] for value in values)} of {len(values)}",
-                f"{row['equal_frequencies']:.1%}, untrained {before['equal_frequencies']:.1%}",
-                f"{row['pairs']:,}, untrained {before['pairs']:,}",
+                ", ".join(f"{share:.0%}" for share in shares), ", ".join(f"{count:,}" for count in pairs),
             )  # fmt: skip
             print(f"| {' | '.join(shown)} |")
 

@@ -27,8 +27,10 @@ from rankdecay.lab.machine import describe_machine, versions
 from rankdecay.lab.tasks import make_dataset
 
 ARMS = {"none": 0.0, "l2_all": 8.0, "paper_a1": 0.005}
-CURVE = ("step", "train_accuracy", "test_accuracy", "stable_rank", "product_stable_rank")
+MEASURED = ("train_accuracy", "test_accuracy", "stable_rank", "product_stable_rank")
+CURVE = ("step", *MEASURED, "equal_frequencies", "pairs")
 DIGITS = 4
+LEARNT = 0.5  # a test accuracy from which on a run has a best
 
 
 def fourier_basis(p: int) -> Tensor:
@@ -72,7 +74,10 @@ def structure(energies: Tensor) -> dict[str, Any]:
 
 
 def run(arm: str, strength: float, fraction: float, steps: int) -> dict[str, Any]:
-    """A run with what the figure shows of it."""
+    """A run with what the figure shows of it: through time, at its end, and at its best.
+
+    Its best is before it may lose what it has learnt; of a run that learns nothing it is the end.
+    """
     preset = PRESETS["paper"]
     settings = check(type(preset)(**{**vars(preset), "fractions": (fraction,), "precision": "float32", "seeds": 1}))
     [one] = trials(settings, every_arm(settings)[arm], [strength])
@@ -81,27 +86,35 @@ def run(arm: str, strength: float, fraction: float, steps: int) -> dict[str, Any
     p = settings.modulus
     assert p is not None
 
-    def energies() -> Tensor:
+    def at_present() -> dict[str, Any]:
+        """Scores and singular values of the network as it is."""
         parameters = {name: ensemble.parameters[name][0].detach() for name in ("query.0", "key.0", "embedding")}
-        return score_energies(parameters["query.0"], parameters["key.0"], parameters["embedding"][:p], one.config.heads)
+        own = parameters["query.0"], parameters["key.0"], parameters["embedding"][:p]
+        energies = score_energies(*own, one.config.heads)
+        values = torch.linalg.svdvals(ensemble.query_key[0].double())  # (layers, 2, width)
+        return {
+            **structure(energies),
+            "energies": [[float(f"{value:.3g}") for value in row] for row in energies.tolist()],
+            "singular_values": {
+                role: [[float(f"{value:.{DIGITS}g}") for value in layer[i].tolist()] for layer in values]
+                for i, role in enumerate(("query", "key"))
+            },
+        }
 
-    untrained, curve = structure(energies()), []
+    curve: list[list[float]] = []
+    best: dict[str, Any] = {"test_accuracy": LEARNT}
+    found: dict[str, Any] = {}
     for step in range(0, steps + 1, settings.evaluate_every):
         [record], _ = ensemble.evaluate()
-        curve.append([step, *(round(record[name], DIGITS) for name in CURVE[1:])])
+        found = at_present()
+        curve.append([step, *(round(record[name], DIGITS) for name in MEASURED), *(found[n] for n in CURVE[-2:])])
+        if record["test_accuracy"] > best["test_accuracy"]:
+            best = {"step": step, "test_accuracy": round(record["test_accuracy"], DIGITS), **found}
         if step < steps:
             ensemble.train(settings.evaluate_every)
-    values = torch.linalg.svdvals(ensemble.query_key[0].double())  # (layers, 2, width)
-    last = energies()
-    return {
-        "arm": arm, "strength": strength, "fraction": fraction, "seed": one.member.seed, "curve": curve,
-        "singular_values": {
-            role: [[float(f"{value:.{DIGITS}g}") for value in layer[i].tolist()] for layer in values]
-            for i, role in enumerate(("query", "key"))
-        },
-        "untrained": untrained, **structure(last),
-        "energies": [[float(f"{value:.3g}") for value in row] for row in last.tolist()],
-    }  # fmt: skip
+    setting = {"arm": arm, "strength": strength, "fraction": fraction, "seed": one.member.seed}
+    end = {"step": steps, "test_accuracy": curve[-1][2], **found}
+    return setting | {"curve": curve, "best": best if "step" in best else end, "end": end}
 
 
 def main() -> None:

@@ -239,10 +239,10 @@ def mechanism() -> Charts:
         for row in rows:
             if row["fraction"] == fraction:
                 name = ARMS_OF_MECHANISM[row["arm"]]
-                steps, train, test, stable, _ = zip(*row["curve"], strict=True)
+                steps, train, test, stable, *_ = zip(*row["curve"], strict=True)
                 accuracy += [Line(name, steps, test, arm=name), Line(name, steps, train, arm=name, mark="thin")]
                 rank.append(Line(name, steps, stable, arm=name))
-                values = row["singular_values"]["query"][0]
+                values = row["best"]["singular_values"]["query"][0]
                 spectrum.append(Line(name, range(1, len(values) + 1), values, arm=name))
         at, step = f", {fraction:g} of the pairs", Axis("step")
         right = Axis("right, test (thin: training)", percent=True)
@@ -284,7 +284,10 @@ def frequencies() -> list[Map]:
     if not MECHANISM.exists():
         return []
     rows = sorted(json.loads(MECHANISM.read_text())["rows"], key=lambda row: row["fraction"])
-    return [(f"{ARMS_OF_MECHANISM[row['arm']]}, {row['fraction']:g} of the pairs", row["energies"]) for row in rows]
+    return [
+        (f"{ARMS_OF_MECHANISM[row['arm']]}, {row['fraction']:g}, step {row['best']['step']:,}", row["best"]["energies"])
+        for row in rows
+    ]
 
 
 def _draw_maps(maps: Sequence[Map], path: Path) -> None:

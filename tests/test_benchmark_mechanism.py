@@ -54,10 +54,12 @@ def test_heads_are_added_and_not_mixed():
 @pytest.mark.parametrize("arm", mechanism.ARMS)
 def test_a_run_is_one_of_the_sweep(arm, tmp_path, capsys):
     row = mechanism.run(arm, mechanism.ARMS[arm], 0.4, 0)
-    assert row["curve"][0][0] == 0
-    assert len(row["singular_values"]["key"]) == 2
-    assert len(row["energies"]) == 48
-    assert {name: row[name] for name in row["untrained"]} == row["untrained"]
+    [first] = row["curve"]
+    assert len(first) == len(mechanism.CURVE)
+    assert row["best"] == row["end"]  # nothing is learnt yet
+    assert first[-2:] == [row["end"]["equal_frequencies"], row["end"]["pairs"]]
+    assert len(row["end"]["singular_values"]["key"]) == 2
+    assert len(row["end"]["energies"]) == 48
     (tmp_path / "m.json").write_text(json.dumps({"rows": [row]}))
     boundary_findings.main(["mechanism", str(tmp_path / "m.json")])
     assert f"| 0.4 | {arm} " in capsys.readouterr().out
