@@ -162,6 +162,12 @@ def _cost(arm: str, run: str = "controls", key: str = "loss") -> dict[str, Any]:
     return attention_findings.above(directory, arm, 0.1, usual, key) or nothing
 
 
+def _figure_two(arm: str, fraction: float) -> float:
+    """The share of the energy of scores that is at equal frequencies, at the best of a run."""
+    rows = json.loads((DATA / "boundary" / "mechanism.json").read_text())["rows"]
+    return next(r["best"]["equal_frequencies"] for r in rows if (r["arm"], r["fraction"]) == (arm, fraction))
+
+
 def _chance() -> float:
     """The larger of the differences that chance exceeds once in twenty times."""
     return max(found["bound"] for found in attention_findings.chances())
@@ -530,6 +536,28 @@ CLAIMS = (
             all(_rank_alone_or_first(*of) for of in (("selection", "smooth"), ("selection", "l2"), ("paper_add",)))
             and _events("selection", "l2_all")["accuracy_first"] > _events("selection", "l2_all")["rank_first"]
             and _events("selection", "raise_rank")["rank_first"] < _events("selection", "raise_rank")["together"]
+        ),
+    ),
+    Claim(
+        GROKKING,
+        "W_Q W_Kᵀ is structured in blocks under low-rank decay and noisy under L2 (the paper's Figure 2)",
+        "scores of the first layer by the frequencies of both tokens, energy where they are equal, each run at its "
+        "best: L2 {figure_two l2_all 0.4 best equal_frequencies} and {figure_two l2_all 0.5 best equal_frequencies}, "
+        "the paper's step {figure_two paper_a1 0.4 best equal_frequencies} and {figure_two paper_a1 0.5 best "
+        "equal_frequencies}, no decay {figure_two none 0.4 best equal_frequencies} and {figure_two none 0.5 best "
+        "equal_frequencies}, untrained {figure_two none 0.4 untrained equal_frequencies}",
+        "one seed, two sizes; stable rank early on {figure_two paper_a1 0.4 500 stable_rank .1f} and "
+        "{figure_two paper_a1 0.5 500 stable_rank .1f} under the step, {figure_two l2_all 0.4 500 stable_rank .1f} and "
+        "{figure_two l2_all 0.5 500 stable_rank .1f} under L2",
+        "python benchmarks/mechanism.py --json docs/data/boundary/mechanism.json",
+        ("boundary/mechanism.json",),
+        "boundary.md",
+        "contradicted",
+        "of an L2 that generalises: it has the blocks too, and the clearer ones; without a decay of W_Q and W_K there "
+        "are none. The rank does fall sooner and further under the paper's step",
+        lambda: all(
+            _figure_two("l2_all", fraction) > _figure_two("paper_a1", fraction) > 2 * _figure_two("none", fraction)
+            for fraction in (0.4, 0.5)
         ),
     ),
     *(_accelerated(task, *of) for task in ACCELERATED for of in ACCELERATORS),

@@ -468,6 +468,17 @@ def stuck(key: str) -> str:
     return f"{min(firsts):,} and {max(firsts):,}"
 
 
+def figure_two(arm: str, fraction: str, when: str, key: str, form: str = ".0%") -> str:
+    """A figure of a run of `benchmarks/mechanism.py`: at its ``best``, at its ``end``, ``untrained``, or at a step."""
+    document = _json("boundary/mechanism.json")
+    row = next(row for row in document["rows"] if (row["arm"], row["fraction"]) == (arm, float(fraction)))
+    if when in ("best", "end"):
+        return format(row[when][key], form)
+    place = document["columns"].index(key)
+    step = 0 if when == "untrained" else int(when)
+    return format(next(point[place] for point in row["curve"] if point[0] == step), form)
+
+
 def share(path: str, what: str) -> str:
     """The share of a training step of GPT-2 that a reading takes."""
     row = next(r for r in _json(path)["rows"] if r["what"] == what and r["case"] == "gpt2")
@@ -498,7 +509,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
         cell, cell_mean, held_from_to, held_at, holds, most, column, least_strength, least_data, least_held, reached,
         times_alike, sizes_alike, fullest, ends_of_held, median_end, columns_between, delay,
         switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates, left, noise, stuck,
-        share, against, spread, ends, published, rank_of, sent, planes, planes_share,
+        figure_two, share, against, spread, ends, published, rank_of, sent, planes, planes_share,
     )
 }  # fmt: skip
 NUMBERS |= {"seeds_of": attention_findings.seeds_of, "learnt": attention_findings.learnt}
