@@ -294,6 +294,17 @@ def test_a_strength_at_an_edge_is_one_of_those_tried_at_its_decay_of_the_rest():
 # --- pictures ---
 
 
+def test_the_picture_of_the_accelerators_has_a_row_for_every_arm(monkeypatch, tmp_path):
+    monkeypatch.chdir(findings.ROOT)
+    charts = pictures.accelerators()
+    assert [len({line.arm for line in chart.lines} - {None}) for chart in charts] == [len(accelerators.GRIDS)] * 4
+    assert all(0 <= line.x[0] <= 1 for line in charts[1].lines)
+    pictures.DRAWN["accelerators"](charts, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 0
+    monkeypatch.setattr(pictures.accelerators_findings, "DATA", tmp_path)
+    assert pictures.accelerators() == []
+
+
 def test_a_picture_is_stale_when_its_rows_or_its_file_have_changed(monkeypatch, tmp_path):
     y = [1.0, 2.0]
     chart = Chart("a", "a", Axis("x"), Axis("y"), [Line("l2", [0, 1], y, arm="l2")])
