@@ -14,10 +14,11 @@ Held-out runs are trained to the end of their budget, so that what is lost again
 **Tuning** (`benchmarks/tuning.py`): for every arm nine settings, and strengths beyond an edge until the best is inside.
 
 * Arms with a strength: six of them, in factors of two about the published value, at a decay of the rest of 2; then the
-  decays of the rest 0, 1 and 4 at the best, or at all strengths where nothing held at 2. The strength is λ of Grokfast (α 0.98 and a window of 100 stay as
-  published), the learning rate of AdamW (`learning_rate`), of ⊥Grad (which has no factor of its own) and of Muon's
-  matrices, L2 of W_Q and W_K (`l2`), and the strength of `smooth`. So are two controls of Muon, added when its lead was
-  seen: the same steps without orthogonalising (`momentum`), and AdamW at a rate of those matrices' own (`hidden_rate`).
+  decays of the rest 0, 1 and 4 at the best, or at all strengths where nothing held at 2. The strength is λ of Grokfast
+  (α 0.98 and a window of 100 stay as published), the learning rate of AdamW (`learning_rate`), of ⊥Grad (which has no
+  factor of its own) and of Muon's matrices, L2 of W_Q and W_K (`l2`), and the strength of `smooth`. So are two controls
+  of Muon, added when its lead was seen: the same steps without orthogonalising (`momentum`), and AdamW at a rate of
+  those matrices' own (`hidden_rate`).
 * StableMax, `none` and uniform attention have no strength: nine decays of the rest, 0 and ¼ to 32 in factors of two.
 * `cautious` and `l2_all` decay every matrix by their strength, so that is nine strengths, ⅛ to 32.
 
