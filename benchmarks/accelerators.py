@@ -14,10 +14,11 @@ Held-out runs are trained to the end of their budget, so that what is lost again
 **Tuning** (`benchmarks/tuning.py`): for every arm nine settings, and strengths beyond an edge until the best is inside.
 
 * Arms with a strength: six of them, in factors of two about the published value, at a decay of the rest of 2; then the
-  decays of the rest 0, 1 and 4 at the best. The strength is λ of Grokfast (α 0.98 and a window of 100 stay as
-  published), the learning rate of AdamW (`learning_rate`), of ⊥Grad (which has no factor of its own) and of Muon's
-  matrices, L2 of W_Q and W_K (`l2`), and the strength of `smooth`. So are two controls of Muon, added when its lead was
-  seen: the same steps without orthogonalising (`momentum`), and AdamW at a rate of those matrices' own (`hidden_rate`).
+  decays of the rest 0, 1 and 4 at the best, or at all strengths where nothing held at 2. The strength is λ of Grokfast
+  (α 0.98 and a window of 100 stay as published), the learning rate of AdamW (`learning_rate`), of ⊥Grad (which has no
+  factor of its own) and of Muon's matrices, L2 of W_Q and W_K (`l2`), and the strength of `smooth`. So are two controls
+  of Muon, added when its lead was seen: the same steps without orthogonalising (`momentum`), and AdamW at a rate of
+  those matrices' own (`hidden_rate`).
 * StableMax, `none` and uniform attention have no strength: nine decays of the rest, 0 and ¼ to 32 in factors of two.
 * `cautious` and `l2_all` decay every matrix by their strength, so that is nine strengths, ⅛ to 32.
 
@@ -45,7 +46,7 @@ import numpy as np
 import torch
 import tuning
 from schedule import contrast, holm, log_ratios
-from tuning import Protocol, Row, Space, mean_time, restricted, trained, trial, tuned
+from tuning import Protocol, Row, Space, mean_time, restricted, setting_of, trained, trial, tuned
 
 from rankdecay.lab.ensemble.ensemble import Ensemble
 from rankdecay.lab.ensemble.members import Training
@@ -205,7 +206,8 @@ def still(rows: Sequence[Row]) -> tuple[int, int]:
 def report(protocol: Protocol, directory: Path) -> Row:
     """Everything that is printed, from the stored rows: arms and contrasts that have all of their runs."""
     held = tuned(directory, protocol)["arms"]
-    rows = read_metrics(directory / "test")
+    frozen = {(own["name"], own["strength"], own["rest_decay"]) for own in held.values()}
+    rows = [row for row in read_metrics(directory / "test") if setting_of(row) in frozen]  # an arm may be tuned again
     path = directory / "cost.json"
     costs = json.loads(path.read_text())["arms"] if path.exists() else {}
     arms = {}

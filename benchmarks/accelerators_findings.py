@@ -16,12 +16,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import accelerators
 import schedule_findings
 import stored
+import tuning
 from accelerators import Row
 from schedule import LEVEL
 from schedule_findings import shown
@@ -49,8 +51,8 @@ def words(key: str, arm: str = "", against: str = "learning_rate", task: str = "
     """A figure of an arm for the index; a dash before its rows are there.
 
     Args:
-        key: ``time``, ``still``, ``milliseconds``, or ``ratio`` or ``status`` of a contrast.
-        arm: the arm; without one, ``still`` of all runs that held 95 %.
+        key: ``time``, ``still``, ``lost``, ``milliseconds``, or ``ratio`` or ``status`` of a contrast.
+        arm: the arm; ``still`` and ``lost`` without one, or of ``all``, are of every run that held 95 %.
         against: what the contrast is with.
         task: whose rows are read.
     """
@@ -65,14 +67,17 @@ def words(key: str, arm: str = "", against: str = "learning_rate", task: str = "
         return "holds with a condition" if one["ratio"] < 1 else "contradicted"
     if key == "ratio":
         return shown(one) if one else "—"
-    if key == "still" and not arm:
-        return f"{sum(own['still'] for own in arms.values())} of {sum(own['held'] for own in arms.values())}"
+    if key in ("still", "lost") and arm in ("", "all"):
+        kept, ever = (sum(own[what] for own in arms.values()) for what in ("still", "held"))
+        return f"{kept if key == 'still' else ever - kept} of {ever}"
     if key == "milliseconds":
         measured = costs(DATA / task)["arms"]
         return f"{measured[arm]['milliseconds']:.1f}" if arm in measured else "—"
     if arm not in arms:
         return "—"
     own = arms[arm]
+    if key == "lost":
+        return f"{own['held'] - own['still']} of {own['held']}"
     if key == "time":
         return f"{list(own['restricted_mean_time'].values())[-1]:,.0f}"
     return f"{own['still']} of {own['runs']}"
@@ -105,8 +110,26 @@ def state(options: argparse.Namespace) -> None:
 
 
 def tuned(options: argparse.Namespace) -> None:
-    """A Markdown line per arm: what was tried, and what is frozen."""
-    schedule_findings.tuned(options)
+    """A Markdown line per arm: what was tried, and what is frozen; an edge is one of the rows, at the best decay."""
+    for directory in options.directories:
+        held = schedule_findings.frozen(directory)
+        if held is None:
+            print("(Tuning has not ended: nothing is frozen.)")
+            continue
+        rows = schedule_findings.rows_of(directory, "tune")
+        runs = Counter(row["arm"] for row in rows)
+        heads = ["arm", "strengths tried", "best", "decay of the rest", "runs", "restricted mean time"]
+        heads.append("inside its grid")
+        print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))
+        for own in sorted(held["arms"].values(), key=lambda own: own["restricted_mean_time"]):
+            edges = {"strength": tuning.strength_at_edge(own, rows), "rest": own["rest_at_edge"]}
+            inside = f"no: {', '.join(edge for edge, at in edges.items() if at)}" if any(edges.values()) else "yes"
+            if own["restricted_mean_time"] >= held["protocol"]["tune_budget"]:
+                inside = "no: nothing held"
+            tried = ", ".join(f"{s:g}" for s in own["strengths"] if s) or "—"
+            best = f"{own['strength']:g}" if own["strength"] else "—"
+            cells = [own["name"], tried, best, f"{own['rest_decay']:g}", str(runs[own["name"]])]
+            print(f"| {' | '.join(cells)} | {own['restricted_mean_time']:,.0f} | {inside} |")
 
 
 def test(options: argparse.Namespace) -> None:

@@ -10,14 +10,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import accelerators_findings
 import compress_findings
+import numpy as np
 import pretrained_findings
 import rotary_findings
+import schedule
 import schedule_findings
 import stored
 
@@ -259,6 +263,67 @@ def _line(label: str, points: Sequence[tuple[float, float]]) -> Line:
     return Line(label, [x for x, _ in points], [y for _, y in points], arm=label, mark="line+points")
 
 
+def accelerators() -> Charts:
+    """Times of every arm's held-out runs with the interval of their mean, and the share that has 95 % at the end."""
+    charts, order = [], []
+    for task, title in (("selection", "selection mod 13"), ("add", "addition mod 97")):
+        found = accelerators_findings.result(accelerators_findings.DATA / task)
+        if found is None:
+            return []
+        arms, budget = {own["arm"]: own for own in found["arms"]}, found["protocol"].horizons[-1]
+        order = order or sorted(arms, key=lambda arm: statistics.fmean(map(math.log, arms[arm]["times"])), reverse=True)
+        times, shares = [Line("budget", [budget, budget], [-0.5, len(order) - 0.5], mark="dotted")], []
+        for place, arm in enumerate(order):
+            if arm in arms:
+                own = arms[arm]
+                mean = schedule.contrast(np.log(own["times"]))
+                times.append(Line("runs", own["times"], [place] * own["runs"], mark="points"))
+                times.append(Line(arm, [mean["ratio"]], [place], low=[mean["low"]], high=[mean["high"]], arm=arm))
+                shares.append(Line(arm, [own["still"] / own["runs"]], [place], arm=arm))
+        arm = Axis("arm")
+        charts += [
+            Chart(f"{task}-times", title, Axis("step at which 95 % is held", "log"), arm, times),
+            Chart(f"{task}-still", "95 % at the end", Axis("share of runs", percent=True), arm, shares),
+        ]
+    return charts
+
+
+BLUE = "#1d63b8"
+
+
+def _draw_arms(charts: Charts, path: Path) -> None:
+    """Draw pairs of charts with a row for each arm: intervals lie, which a chart's own error bars do not."""
+    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+
+    from rankdecay.lab.report.figure import GREY, drawing
+
+    order = [line.label for line in charts[1].lines]
+    with drawing(path, (9.2, 4.2), layout="constrained") as picture:
+        panels = picture.subplots(1, len(charts), sharey=True, width_ratios=[3, 1] * (len(charts) // 2))
+        for axes, chart in zip(panels, charts, strict=True):
+            axes.set(title=chart.title, xlabel=chart.first_x.title, axisbelow=True)
+            for line in chart.lines:
+                if line.low is not None and line.high is not None:
+                    ends = [[line.x[0] - line.low[0]], [line.high[0] - line.x[0]]]
+                    axes.errorbar(line.x, line.y, xerr=ends, fmt="o", color=BLUE, ms=4.5, elinewidth=1.5, capsize=2.5)
+                elif line.arm:
+                    axes.barh(line.y, line.x, height=0.6, color=BLUE)
+                else:
+                    look = {"marker": "|", "linestyle": "", "markersize": 7} if line.mark == "points" else {"ls": ":"}
+                    axes.plot(line.x, line.y, color=GREY, linewidth=1, **look)
+            if chart.first_x.percent:
+                axes.set_xlim(0, 1)
+                axes.set_xticks([0, 0.5, 1])
+                axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            else:
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_minor_locator(NullLocator())
+                axes.xaxis.set_major_formatter("{x:,g}")
+            axes.set_yticks(range(len(order)), order)
+            axes.tick_params(axis="y", length=0)
+
+
 CHARTS: dict[str, Callable[[], Charts]] = {
     "margin": margin,
     "factor": factor,
@@ -271,7 +336,9 @@ CHARTS: dict[str, Callable[[], Charts]] = {
     "compress": compress,
     "pretrained": pretrained,
     "mechanism": mechanism,
+    "accelerators": accelerators,
 }
+DRAWN = {"accelerators": _draw_arms}  # those that have a form of their own
 
 
 # --- maps ---
@@ -402,6 +469,8 @@ def draw_all(redraw: Collection[str] = ()) -> list[str]:
             _draw_run(DATA / RUNS[name], path)
         elif name in MAPS:
             _draw_maps(MAPS[name](), path)
+        elif name in DRAWN:
+            DRAWN[name](CHARTS[name](), path)
         else:
             charts = CHARTS[name]()
             draw(

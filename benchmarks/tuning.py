@@ -171,11 +171,31 @@ def mean_time(rows: Sequence[Row], horizon: float) -> float:
     return statistics.fmean(restricted(row, horizon) for row in rows)
 
 
+def setting_of(row: Row) -> tuple[str, float, float]:
+    """Arm with its ramp, strength, decay of the rest."""
+    return row["arm"], row["strength"], row["rest_decay"]
+
+
+def strength_at_edge(own: Row, rows: Sequence[Row]) -> bool:
+    """Whether the frozen strength of an arm is the least or the greatest that was tried at its decay of the rest.
+
+    Where it alone was tried there, the strengths were compared at another decay, and those count.
+
+    Args:
+        own: what is frozen of the arm.
+        rows: of tuning, of all arms.
+    """
+    settings = {setting_of(row) for row in rows}
+    there = {strength for name, strength, rest in settings if (name, rest) == (own["name"], own["rest_decay"])}
+    tried = there if len(there) > 1 else {*own["strengths"]}
+    return len(tried) > 1 and own["strength"] in (min(tried), max(tried))
+
+
 def scores(rows: Sequence[Row], horizon: float) -> dict[tuple[str, float, float], float]:
     """The restricted mean time of every setting: arm with its ramp, strength, decay of the rest."""
     found: dict[tuple[str, float, float], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["arm"], row["strength"], row["rest_decay"]), []).append(row)
+        found.setdefault(setting_of(row), []).append(row)
     return {setting: mean_time(some, horizon) for setting, some in found.items()}
 
 

@@ -90,12 +90,16 @@ def test_an_arm_whose_runs_are_not_all_there_is_left_out(monkeypatch, tmp_path):
     arms = {arm: own | {"name": arm} for arm in ("learning_rate", "muon", "orthograd")}
     monkeypatch.setattr(accelerators, "tuned", lambda directory, protocol: {"arms": arms})
     rows = [
-        {"arm": arm, "seed": seed, "train_examples": 60, "steps_to_generalise": steps + seed, "test_accuracy": accuracy}
+        {
+            "arm": arm, "strength": 1.0, "rest_decay": 2.0, "seed": seed, "train_examples": 60,
+            "steps_to_generalise": steps + seed, "test_accuracy": accuracy,
+        }
         for arm, steps, accuracy in (("learning_rate", -140, 0.99), ("muon", -180, 0.6), ("orthograd", -100, 0.99))
         for seed in TINY.test_seeds
-    ]
+    ]  # fmt: skip
     rows[-1]["steps_to_generalise"] = None
-    monkeypatch.setattr(accelerators, "read_metrics", lambda path: rows)
+    before = [row | {"strength": 0.5, "steps_to_generalise": 20} for row in rows if row["arm"] == "muon"]
+    monkeypatch.setattr(accelerators, "read_metrics", lambda path: [*before, *rows])  # Muon was tuned again
     whole = accelerators.report(TINY, tmp_path)
     assert [(arm["arm"], arm["held"], arm["still"]) for arm in whole["arms"]] == [
         ("learning_rate", 3, 3), ("muon", 3, 0), ("orthograd", 2, 2)

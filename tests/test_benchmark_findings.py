@@ -22,6 +22,7 @@ import pictures
 import schedule
 import schedule_findings
 import stored
+import tuning
 
 # --- text between comments ---
 
@@ -284,6 +285,8 @@ def test_an_accelerator_is_claimed_by_its_contrast_alone(tmp_path, monkeypatch, 
     rows = [
         {
             "arm": arm,
+            "strength": 1.0,
+            "rest_decay": 2.0,
             "seed": seed,
             "train_examples": 1250,
             "steps_to_generalise": at + 40 * (seed % 3) + (200 * (seed % 2) if arm == "l2" else 0),
@@ -301,10 +304,12 @@ def test_an_accelerator_is_claimed_by_its_contrast_alone(tmp_path, monkeypatch, 
     ]  # fmt: skip
     assert accelerators_findings.words("still", "muon") == "0 of 5"
     assert accelerators_findings.words("still") == "15 of 20"
+    assert accelerators_findings.words("lost") == accelerators_findings.words("lost", "all") == "5 of 20"
+    assert accelerators_findings.words("lost", "muon") == "5 of 5"
     assert accelerators_findings.words("time", "smooth") == accelerators_findings.words("ratio", "smooth") == "—"
     assert "| muon / learning_rate | 0.5" in shown("contrasts")
     assert accelerators_findings.words("milliseconds", "muon") == "—"
-    _write(directory, "tune", [row | {"strength": 1.0, "rest_decay": 2.0} for row in rows[:7]])
+    _write(directory, "tune", rows[:7])
     assert accelerators_findings.in_tuning("learning_rate", "1") == "5 of 5"
     assert accelerators_findings.in_tuning("learning_rate", "1", "4") == "—"
     cost = {"clock": "thread_time", "places": 4, "arms": {"muon": {"milliseconds": 8.25, "of_adamw": 1.4}}}
@@ -313,7 +318,32 @@ def test_an_accelerator_is_claimed_by_its_contrast_alone(tmp_path, monkeypatch, 
     assert accelerators_findings.words("milliseconds", "muon") == "8.2"
 
 
+def test_a_strength_at_an_edge_is_one_of_those_tried_at_its_decay_of_the_rest():
+    def at_edge(strength, rest, tried):
+        rows = [{"arm": "muon", "strength": s, "rest_decay": r} for s, r in tried]
+        own = {"name": "muon", "strength": strength, "rest_decay": rest, "strengths": sorted({s for s, _ in tried})}
+        return tuning.strength_at_edge(own, rows)
+
+    first = [(1.0, 2.0), (2.0, 2.0), (4.0, 2.0)]
+    assert [at_edge(s, 2.0, first) for s in (1.0, 2.0, 4.0)] == [True, False, True]
+    assert not at_edge(2.0, 4.0, [*first, (2.0, 4.0)]), "inside where the strengths were compared"
+    assert at_edge(1.0, 4.0, [*first, (1.0, 4.0)])
+    assert at_edge(2.0, 4.0, [*first, (2.0, 4.0), (4.0, 4.0)]), "the least of those tried at this decay"
+    assert not at_edge(0.0, 4.0, [(0.0, 2.0), (0.0, 4.0)]), "an arm without a strength"
+
+
 # --- pictures ---
+
+
+def test_the_picture_of_the_accelerators_has_a_row_for_every_arm(monkeypatch, tmp_path):
+    monkeypatch.chdir(findings.ROOT)
+    charts = pictures.accelerators()
+    assert [len({line.arm for line in chart.lines} - {None}) for chart in charts] == [len(accelerators.GRIDS)] * 4
+    assert all(0 <= line.x[0] <= 1 for line in charts[1].lines)
+    pictures.DRAWN["accelerators"](charts, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 0
+    monkeypatch.setattr(pictures.accelerators_findings, "DATA", tmp_path)
+    assert pictures.accelerators() == []
 
 
 def test_a_picture_is_stale_when_its_rows_or_its_file_have_changed(monkeypatch, tmp_path):
