@@ -83,3 +83,4 @@ paper paper_rules --fractions 0.35 0.45 0.55 0.65 0.7 0.75 --precision float32 -
   --strengths paper_s6=2.5 paper_s5=30 prototype=0.01
 paper paper_rules --fractions 0.3 0.4 0.6 0.7 0.8 --precision float32 --arms paper_s6 paper_s5 \
   --strengths paper_s6=0.05 paper_s5=0.05
+paper paper_rules --fractions 0.3 --precision float32 --arms prototype --strengths prototype=0.01
