@@ -412,13 +412,10 @@ def _run_and_write(
     with RunDirectory.open(settings.out, config, notice, keys, defaults) as directory:
         work.directory = directory
         complete = directory.summary
-        if complete is not None and experiment.grid:
-            may_grow = len(read_metrics(directory.path)) >= complete.get("lines", 0)
-        else:
-            may_grow = complete is None
-        if not may_grow:
+        lost_lines = complete is not None and len(read_metrics(directory.path)) < complete.get("lines", 0)
+        if complete is not None and (lost_lines or not experiment.grid):
             broadcast(False)
-            return _shown(experiment, work)  # or refused, if lines were lost since
+            return _shown(experiment, work)  # which refuses a run that lost lines
         broadcast(True)
         work.rows = [renamed(row, experiment.aliases) for row in directory.drop_damaged_line()]
         check_rows(directory.path, work.rows, experiment.check_row)
