@@ -40,6 +40,7 @@ from rankdecay.lab.tasks import SAMPLED
 
 DROPPED = ("curve", "spectrum", "spectrum_index", "decay_size", "seconds")
 LATER = {"angular_step_after": "after the decay", "rotation": "over 20 steps"}  # rows of earlier versions have neither
+MECHANISM = Path("docs/data/boundary/mechanism.json")  # of `benchmarks/mechanism.py`
 Row = dict[str, Any]
 
 
@@ -314,12 +315,13 @@ def alike(runs: Sweep, name: str, other: str) -> dict[float, float]:
 
     Of the sizes at which one of the two held.
     """
-    own, beside = (steps_or_budget(runs, each, fullest(runs, each)) for each in (name, other))
+    strengths = {each: fullest(runs, each) for each in (name, other)}
+    own, beside = (steps_or_budget(runs, each, strength) for each, strength in strengths.items())
     held = {
         row["train_fraction"]
-        for each in (name, other)
+        for each, strength in strengths.items()
         for row in runs.of(each)
-        if row["strength"] == fullest(runs, each) and row["steps_to_generalise"] is not None
+        if row["strength"] == strength and row["steps_to_generalise"] is not None
     }
     found = {}
     for size in sorted(held):
@@ -460,6 +462,12 @@ def stuck(options: argparse.Namespace) -> None:
             points = [f"{p[3]:.2f} + {p[4]:.2f}" for p in row["curve"] if p[0] in shown]
             name = f"{row['arm']} {row['strength']:g}" if row["strength"] else row["arm"]
             print(f"| {name} | {row['fraction']:g} | {row['seed']} | {' | '.join(points)} |")
+
+
+def figure_two(arm: str, fraction: float) -> Row:
+    """A run of `benchmarks/mechanism.py`."""
+    rows = json.loads(MECHANISM.read_text())["rows"]
+    return next(row for row in rows if (row["arm"], row["fraction"]) == (arm, fraction))
 
 
 def mechanism(options: argparse.Namespace) -> None:

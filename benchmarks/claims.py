@@ -164,8 +164,7 @@ def _cost(arm: str, run: str = "controls", key: str = "loss") -> dict[str, Any]:
 
 def _figure_two(arm: str, fraction: float) -> float:
     """The share of the energy of scores that is at equal frequencies, at the best of a run."""
-    rows = json.loads((DATA / "boundary" / "mechanism.json").read_text())["rows"]
-    return next(r["best"]["equal_frequencies"] for r in rows if (r["arm"], r["fraction"]) == (arm, fraction))
+    return boundary_findings.figure_two(arm, fraction)["best"]["equal_frequencies"]
 
 
 def _chance() -> float:

@@ -470,11 +470,10 @@ def stuck(key: str) -> str:
 
 def figure_two(arm: str, fraction: str, when: str, key: str, form: str = ".0%") -> str:
     """A figure of a run of `benchmarks/mechanism.py`: at its ``best``, at its ``end``, ``untrained``, or at a step."""
-    document = _json("boundary/mechanism.json")
-    row = next(row for row in document["rows"] if (row["arm"], row["fraction"]) == (arm, float(fraction)))
+    row = boundary_findings.figure_two(arm, float(fraction))
     if when in ("best", "end"):
         return format(row[when][key], form)
-    place = document["columns"].index(key)
+    place = _json("boundary/mechanism.json")["columns"].index(key)
     step = 0 if when == "untrained" else int(when)
     return format(next(point[place] for point in row["curve"] if point[0] == step), form)
 

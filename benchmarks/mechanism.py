@@ -3,28 +3,19 @@
     python benchmarks/mechanism.py --json docs/data/boundary/mechanism.json     # a quarter of an hour on a core
 
 Addition in the paper's settings (`rankdecay boundary --preset paper`), one seed, 3,000 steps without leaving early,
-with 0.4 and 0.5 of the unordered pairs: the paper's step A1 and L2, each at its best strength, and no decay of either.
+with 0.4 and 0.5 of the unordered pairs: the paper's step A1 and L2, each at its best strength, and neither.
 
 The block structure that the paper sees in W_Q W_Kᵀ is looked for where the task has its structure: scores of one
 operand for another in the first layer, as a function of both, in the Fourier basis of the integers modulo p.
 """
 
-import argparse
-import json
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
+import traced
 from torch import Tensor
 
-from rankdecay.lab.ensemble.ensemble import Ensemble
-from rankdecay.lab.ensemble.members import Training
-from rankdecay.lab.experiments.boundary.arms import every_arm
-from rankdecay.lab.experiments.boundary.experiment import trials
 from rankdecay.lab.experiments.boundary.settings import PRESETS, check
-from rankdecay.lab.machine import describe_machine, versions
-from rankdecay.lab.tasks import make_dataset
 
 ARMS = {"none": 0.0, "l2_all": 8.0, "paper_a1": 0.005}
 MEASURED = ("train_accuracy", "test_accuracy", "stable_rank", "product_stable_rank")
@@ -80,9 +71,7 @@ def run(arm: str, strength: float, fraction: float, steps: int) -> dict[str, Any
     """
     preset = PRESETS["paper"]
     settings = check(type(preset)(**{**vars(preset), "fractions": (fraction,), "precision": "float32", "seeds": 1}))
-    [one] = trials(settings, every_arm(settings)[arm], [strength])
-    data = [make_dataset(seed=one.member.seed, **one.data)]
-    ensemble = Ensemble(one.config, [one.member], data, Training(settings.batch_size))
+    ensemble, _ = traced.ensemble_of(settings, arm, strength)
     p = settings.modulus
     assert p is not None
 
@@ -90,7 +79,7 @@ def run(arm: str, strength: float, fraction: float, steps: int) -> dict[str, Any
         """Scores and singular values of the network as it is."""
         parameters = {name: ensemble.parameters[name][0].detach() for name in ("query.0", "key.0", "embedding")}
         own = parameters["query.0"], parameters["key.0"], parameters["embedding"][:p]
-        energies = score_energies(*own, one.config.heads)
+        energies = score_energies(*own, ensemble.config.heads)
         values = torch.linalg.svdvals(ensemble.query_key[0].double())  # (layers, 2, width)
         return {
             **structure(energies),
@@ -112,28 +101,13 @@ def run(arm: str, strength: float, fraction: float, steps: int) -> dict[str, Any
             best = {"step": step, "test_accuracy": round(record["test_accuracy"], DIGITS), **found}
         if step < steps:
             ensemble.train(settings.evaluate_every)
-    setting = {"arm": arm, "strength": strength, "fraction": fraction, "seed": one.member.seed}
+    setting = {"arm": arm, "strength": strength, "fraction": fraction, "seed": ensemble.members[0].seed}
     end = {"step": steps, "test_accuracy": curve[-1][2], **found}
     return setting | {"curve": curve, "best": best if "step" in best else end, "end": end}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--fractions", type=float, nargs="+", default=(0.4, 0.5))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    begun = time.monotonic()
-    rows = [run(arm, strength, f, given.steps) for f in given.fractions for arm, strength in ARMS.items()]
-    document = {
-        "machine": describe_machine("cpu"),
-        "versions": versions(),
-        "columns": CURVE,
-        "seconds": round(time.monotonic() - begun),
-        "rows": rows,
-    }
-    given.json.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    traced.main(__doc__, lambda *of: [run(*of)], ARMS, CURVE, steps=3000, fractions=(0.4, 0.5))
 
 
 if __name__ == "__main__":

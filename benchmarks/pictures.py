@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerators_findings
+import boundary_findings
 import compress_findings
 import numpy as np
 import pretrained_findings
@@ -32,7 +33,6 @@ from rankdecay.lab.store import read_json
 
 DATA, IMAGES = Path("docs/data"), Path("docs/images")
 RECORD = IMAGES / "drawn.json"
-MECHANISM = DATA / "boundary" / "mechanism.json"
 ARMS_OF_MECHANISM = {"none": "no decay of W_Q, W_K", "l2_all": "L2", "paper_a1": "the paper's step A1"}
 RUNS = {  # a picture that `rankdecay report DIR --figure` draws, and the run
     "grok": "grok_default",
@@ -234,10 +234,10 @@ def pretrained() -> Charts:
 
 def mechanism() -> Charts:
     """Accuracy and rank in time, and the singular values at the end, with 0.4 and 0.5 of the pairs."""
-    if not MECHANISM.exists():
+    if not boundary_findings.MECHANISM.exists():
         return []
     charts = []
-    rows = json.loads(MECHANISM.read_text())["rows"]
+    rows = json.loads(boundary_findings.MECHANISM.read_text())["rows"]
     for fraction in sorted({row["fraction"] for row in rows}):
         accuracy, rank, spectrum = [], [], []
         for row in rows:
@@ -348,9 +348,9 @@ Map = tuple[str, list[list[float]]]
 
 def frequencies() -> list[Map]:
     """The energy of the first layer's scores by the frequencies of both tokens, a map a run."""
-    if not MECHANISM.exists():
+    if not boundary_findings.MECHANISM.exists():
         return []
-    rows = sorted(json.loads(MECHANISM.read_text())["rows"], key=lambda row: row["fraction"])
+    rows = sorted(json.loads(boundary_findings.MECHANISM.read_text())["rows"], key=lambda row: row["fraction"])
     return [
         (f"{ARMS_OF_MECHANISM[row['arm']]}, {row['fraction']:g}, step {row['best']['step']:,}", row["best"]["energies"])
         for row in rows

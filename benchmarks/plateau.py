@@ -6,23 +6,15 @@ The runs of `docs/data/boundary/subtract` at two sizes, three times as long, in 
 right answers, and of answers that are right but for the sign (b − a in the place of a − b), on training and test set.
 """
 
-import argparse
-import json
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
+import traced
 from torch import Tensor
 
 from rankdecay.lab.ensemble import transformer
 from rankdecay.lab.ensemble.ensemble import Ensemble
-from rankdecay.lab.ensemble.members import Training
-from rankdecay.lab.experiments.boundary.arms import every_arm
-from rankdecay.lab.experiments.boundary.experiment import trials
 from rankdecay.lab.experiments.boundary.settings import Boundary
-from rankdecay.lab.machine import describe_machine, versions
-from rankdecay.lab.tasks import make_dataset
 
 MODULUS, EVERY = 31, 120
 ARMS = {"l2": 10.0, "none": 0.0}
@@ -48,17 +40,14 @@ def shares(ensemble: Ensemble, tokens: Tensor, targets: Tensor) -> list[tuple[fl
 
 def curves(arm: str, strength: float, fraction: float, steps: int) -> list[dict[str, Any]]:
     """Rows of the members of one arm at one size, a dict per seed."""
-    own = settings(fraction)
-    some = list(trials(own, every_arm(own)[arm], [strength]))
-    data = [make_dataset(seed=one.member.seed, **one.data) for one in some]
-    ensemble = Ensemble(some[0].config, [one.member for one in some], data, Training(own.batch_size))
+    ensemble, data = traced.ensemble_of(settings(fraction), arm, strength)
     sets = {
         name: tuple(torch.stack([torch.from_numpy(getattr(d, f"{name}_{part}")) for d in data])
                     for part in ("tokens", "targets"))
         for name in ("train", "test")
     }  # fmt: skip
     setting: dict[str, Any] = {"arm": arm, "strength": strength, "fraction": fraction}
-    rows = [setting | {"seed": one.member.seed, "curve": []} for one in some]
+    rows = [setting | {"seed": member.seed, "curve": []} for member in ensemble.members]
     for step in range(EVERY, steps + 1, EVERY):
         ensemble.train(EVERY)
         found = {name: shares(ensemble, *both) for name, both in sets.items()}
@@ -68,22 +57,8 @@ def curves(arm: str, strength: float, fraction: float, steps: int) -> list[dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--fractions", type=float, nargs="+", default=(0.6, 0.8))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    begun = time.monotonic()
-    rows = [row for f in given.fractions for arm, s in ARMS.items() for row in curves(arm, s, f, given.steps)]
-    document = {
-        "machine": describe_machine("cpu"),
-        "versions": versions(),
-        "columns": ["step", "train right", "train right but for the sign", "test right", "test right but for the sign"],
-        "seconds": round(time.monotonic() - begun),
-        "rows": rows,
-    }
-    given.json.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    columns = ["step", "train right", "train right but for the sign", "test right", "test right but for the sign"]
+    traced.main(__doc__, curves, ARMS, columns, steps=3600, fractions=(0.6, 0.8))
 
 
 if __name__ == "__main__":
