@@ -88,15 +88,13 @@ def _optimizers_in(optimizer: object) -> dict[str, Optimizer]:
     """Return the optimizers, by their names in an optimizer, that step its parameters for it."""
     if not isinstance(optimizer, Optimizer):
         return {}
-    held = {name: each for name, each in vars(optimizer).items() if isinstance(each, Optimizer)}
-    ours = _numbers_of(optimizer) if held else set()
-    by_id = {
-        id(each): (name, each) for name, each in held.items() if each is not optimizer and ours & _numbers_of(each)
-    }
+    inner = {name: each for name, each in vars(optimizer).items() if isinstance(each, Optimizer)}
+    ours = _ids_of(optimizer) if inner else set()
+    by_id = {id(each): (name, each) for name, each in inner.items() if each is not optimizer and ours & _ids_of(each)}
     return dict(by_id.values())
 
 
-def _numbers_of(optimizer: Optimizer) -> set[int]:
+def _ids_of(optimizer: Optimizer) -> set[int]:
     groups = getattr(optimizer, "param_groups", ())  # of a wrapper whose own __init__ makes none
     return {id(p) for group in groups for p in group["params"]}
 
@@ -142,10 +140,10 @@ def unwrapped(optimizer: object) -> Optimizer:
 
 def _several(optimizer: Optimizer) -> Iterator[tuple[str, list[Optimizer]]]:
     """Yield the lists of optimizers that an optimizer steps, with where it keeps them."""
-    for name, held in vars(optimizer).items():
-        each = [*held.values()] if isinstance(held, dict) else held
-        if isinstance(each, (list, tuple)) and each and all(isinstance(one, Optimizer) for one in each):
-            yield f".{name}", [*each]
-    held = _optimizers_in(optimizer)
-    if len(held) > 1:
-        yield ", ".join(f".{name}" for name in held), [*held.values()]
+    for name, value in vars(optimizer).items():
+        items = [*value.values()] if isinstance(value, dict) else value
+        if isinstance(items, (list, tuple)) and items and all(isinstance(each, Optimizer) for each in items):
+            yield f".{name}", [*items]
+    stepped = _optimizers_in(optimizer)
+    if len(stepped) > 1:
+        yield ", ".join(f".{name}" for name in stepped), [*stepped.values()]

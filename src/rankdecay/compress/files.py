@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rankdecay.attention.checkpoints import Checkpoint, open_checkpoint
 from rankdecay.attention.errors import CheckpointError
-from rankdecay.attention.folders import check_inside
+from rankdecay.attention.folders import ADAPTER_CONFIG, check_inside
 from rankdecay.attention.model_types import NUM_LAYERS
 from rankdecay.attention.tensors import TYPE_NAMES
 from rankdecay.compress.original import Smaller
@@ -83,9 +83,9 @@ class StoredModel:
                 f"(from_pretrained({str(gguf.parent)!r}, gguf_file={gguf.name!r})), and save_pretrained it or give "
                 "rankdecay.compress the model."
             )
-        if (self.path / "adapter_config.json").exists():
+        if (self.path / ADAPTER_CONFIG).exists():
             raise NotReducible(
-                f"{self.path} has an adapter (adapter_config.json), which transformers loads with the model: merge it "
+                f"{self.path} has an adapter ({ADAPTER_CONFIG}), which transformers loads with the model: merge it "
                 "first (merge_and_unload, save_pretrained), or remove its files."
             )
         if not (self.path.is_dir() and (self.path / "config.json").exists()):

@@ -136,9 +136,10 @@ class VisionProblem:
             if self.settings.library == "timm":
                 return timm_model(self.settings, channels, self.train.classes, qk_norm)
             model = transformers_model(self.settings, channels, self.train.classes)
-        layers, parameters = rd.find_attention(model), dict(model.named_parameters())
-        matrices = [parameters[view.parameter_name] for layer in layers for view in (layer.query, layer.key)]
-        control_scores(matrices, scores, self.settings.width, INITIAL)
+        if scores != "learned":
+            layers, parameters = rd.find_attention(model), dict(model.named_parameters())
+            matrices = [parameters[view.parameter_name] for layer in layers for view in (layer.query, layer.key)]
+            control_scores(matrices, scores, self.settings.width, INITIAL)
         return model
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
