@@ -2,7 +2,7 @@
 
     python benchmarks/accelerators.py --stage time                 # milliseconds of a step, DIR/cost.json
     python benchmarks/accelerators.py --stage tune                 # seeds 100-102; freezes DIR/tuned.json, arm by arm
-    python benchmarks/accelerators.py --stage test                 # seeds 200-204, each arm at its frozen settings
+    python benchmarks/accelerators.py --stage test                 # seeds 200-209, each arm at its frozen settings
     python benchmarks/accelerators.py --stage report [--json]      # from the stored rows alone
     python benchmarks/accelerators.py --task add --modulus 97 --stage ...
 
@@ -11,7 +11,8 @@ grok`. Every stage goes on where it was interrupted. DIR is docs/data/accelerato
 validation (1,000 examples, which decides tuning and when 95 % is held) and test, read once for the accuracy at the end.
 Held-out runs are trained to the end of their budget, so that what is lost again is seen.
 
-**Tuning** (`benchmarks/tuning.py`): for every arm nine settings, and strengths beyond an edge until the best is inside.
+**Tuning** (`benchmarks/tuning.py`): for every arm nine settings, and strengths and decays of the rest beyond an edge
+until the best is inside. ``--again ARM`` tunes frozen arms again where more is tried than before.
 
 * Arms with a strength: six of them, in factors of two about the published value, at a decay of the rest of 2; then the
   decays of the rest 0, 1 and 4 at the best, or at all strengths where nothing held at 2. The strength is λ of Grokfast
@@ -46,7 +47,7 @@ import numpy as np
 import torch
 import tuning
 from schedule import contrast, holm, log_ratios
-from tuning import Protocol, Row, Space, mean_time, restricted, setting_of, trained, trial, tuned
+from tuning import Protocol, Row, Space, mean_time, restricted, setting_of, setting_of_frozen, train_held_out, trial, tuned
 
 from rankdecay.lab.ensemble.ensemble import Ensemble
 from rankdecay.lab.ensemble.members import Training
@@ -93,7 +94,7 @@ class Accelerated(Protocol):
 
     tune_sizes: tuple[float, ...] = (1250,)
     tune_budget: int = 800
-    test_seeds: tuple[int, ...] = tuple(range(200, 205))
+    test_seeds: tuple[int, ...] = tuple(range(200, 210))
     test_sizes: tuple[float, ...] = (1250,)
     test_budget: int = 1600
     horizons: tuple[int, ...] = (800, 1600)
@@ -140,9 +141,9 @@ def protocol_of(task: str, modulus: int | None, tiny: bool) -> Protocol:
 # --- the stages ---
 
 
-def tune(protocol: Protocol, directory: Path, device: str) -> Row:
+def tune(protocol: Protocol, directory: Path, device: str, again: Sequence[str] = ()) -> Row:
     """Tune and freeze one arm after another."""
-    return tuning.tune([(arm,) for arm in GRIDS], SPACE, protocol, directory, device)
+    return tuning.tune([(arm,) for arm in GRIDS], SPACE, protocol, directory, device, again=again)
 
 
 def test(protocol: Protocol, directory: Path, device: str) -> None:
@@ -154,7 +155,7 @@ def test(protocol: Protocol, directory: Path, device: str) -> None:
         for seed in protocol.test_seeds
         for size in protocol.test_sizes
     ]
-    trained(directory / "test", protocol, wanted, protocol.test_budget, device=device)
+    train_held_out(protocol, directory, wanted, device)
 
 
 def cost(protocol: Protocol, directory: Path, device: str) -> None:
@@ -206,7 +207,7 @@ def still(rows: Sequence[Row]) -> tuple[int, int]:
 def report(protocol: Protocol, directory: Path) -> Row:
     """Everything that is printed, from the stored rows: arms and contrasts that have all of their runs."""
     held = tuned(directory, protocol)["arms"]
-    frozen = {(own["name"], own["strength"], own["rest_decay"]) for own in held.values()}
+    frozen = {setting_of_frozen(own) for own in held.values()}
     rows = [row for row in read_metrics(directory / "test") if setting_of(row) in frozen]  # an arm may be tuned again
     path = directory / "cost.json"
     costs = json.loads(path.read_text())["arms"] if path.exists() else {}
@@ -263,6 +264,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="by default docs/data/accelerators/TASK")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tiny", action="store_true", help="a protocol of a minute, to try the command; needs a --dir")
+    parser.add_argument("--again", nargs="+", default=(), metavar="ARM", help="with --stage tune: frozen arms to tune again")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.tiny and arguments.dir is None:
@@ -272,8 +274,10 @@ def main() -> None:
     if arguments.stage == "report":
         result = report(protocol, directory)
         print(json.dumps(result, indent=1)) if arguments.json else show(result)
+    elif arguments.stage == "tune":
+        tune(protocol, directory, arguments.device, arguments.again)
     else:
-        {"tune": tune, "test": test, "time": cost}[arguments.stage](protocol, directory, arguments.device)
+        {"test": test, "time": cost}[arguments.stage](protocol, directory, arguments.device)
 
 
 if __name__ == "__main__":

@@ -122,8 +122,8 @@ def tuned(options: argparse.Namespace) -> None:
         heads.append("inside its grid")
         print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))
         for own in sorted(held["arms"].values(), key=lambda own: own["restricted_mean_time"]):
-            edges = {"strength": tuning.strength_at_edge(own, rows), "rest": own["rest_at_edge"]}
-            inside = f"no: {', '.join(edge for edge, at in edges.items() if at)}" if any(edges.values()) else "yes"
+            edges = tuning.edges(own, rows)
+            inside = f"no: {', '.join(edges)}" if edges else "yes"
             if own["restricted_mean_time"] >= held["protocol"]["tune_budget"]:
                 inside = "no: nothing held"
             tried = ", ".join(f"{s:g}" for s in own["strengths"] if s) or "—"

@@ -11,9 +11,10 @@ DIR/tune and DIR/test (DIR is docs/data/schedule). Three sets: training, validat
 stopping and tuning) and test (1,000, read by ``report`` once, for the accuracy at the end).
 
 **Tuning**, the same for every arm: six strengths in factors of two at a decay of the rest of 2, the ramp's length as
-a second factor where there is one; strengths are added until the best is inside; then the decay of the rest in
-{1, 2, 4} at the best. The criterion is the restricted mean time: steps until validation accuracy holds 95 %, the budget
-for a run that never does, over seeds and sizes. ``tuned.json`` is written once and not again.
+a second factor where there is one; then the decay of the rest in {1, 2, 4} at the best; each of the three is widened
+until the best is inside (a ramp to the budget of tuning at most). The criterion is the restricted mean time: steps until validation accuracy holds 95 %, the budget
+for a run that never does, over seeds and sizes. ``tuned.json`` is written
+once; ``--again ARM`` tunes frozen arms again where more is tried than before.
 
 **Contrasts**, named beforehand: low rank against `radial_only`, `raise_rank` and `l2_ramp`, and `l2_ramp` against
 `l2`, where low rank is the one of `smooth` and `prox` that tuning found faster. Their six arms are tuned, frozen and
@@ -40,7 +41,7 @@ import numpy as np
 import torch
 import tuning
 from scipy import stats
-from tuning import Protocol, Row, Space, mean_time, restricted, split_name, trained, trial, tuned
+from tuning import Protocol, Row, Space, mean_time, restricted, setting_of, setting_of_frozen, split_name, train_held_out, trained, trial, tuned
 
 from rankdecay.lab.ensemble.ensemble import Ensemble
 from rankdecay.lab.ensemble.members import Training
@@ -92,13 +93,13 @@ TINY = Protocol(5, 16, 16, 16, 1e-2, 50, 20, (100, 101), (60, 120), 60, (200, 20
 # --- tuning ---
 
 
-def tune(protocol: Protocol, directory: Path, device: str) -> Row:
+def tune(protocol: Protocol, directory: Path, device: str, again: Sequence[str] = ()) -> Row:
     """Tune the arms of the contrasts, then the others; low rank is the rule that tuning finds faster."""
 
     def beside(arms: Row) -> Row:
         return {"low_rank": min(LOW_RANK, key=lambda arm: arms[arm]["restricted_mean_time"])}
 
-    return tuning.tune(PARTS, SPACE, protocol, directory, device, beside)
+    return tuning.tune(PARTS, SPACE, protocol, directory, device, beside, again)
 
 
 # --- held-out seeds ---
@@ -114,7 +115,7 @@ def test(protocol: Protocol, directory: Path, device: str) -> None:
             for size in protocol.test_sizes
             for own in (held[arm] for arm in part if arm in held)
         ]
-        trained(directory / "test", protocol, wanted, protocol.test_budget, device=device)
+        train_held_out(protocol, directory, wanted, device)
 
 
 def secondary(protocol: Protocol, directory: Path, device: str) -> None:
@@ -198,8 +199,9 @@ def verdict(against_ramp: Row, against_radial: Row, held: Sequence[float]) -> st
 
 def held_out(directory: Path, held: Row) -> list[Row]:
     """The rows of the held-out runs, each with its arm in place of the arm and ramp that tuning found best."""
-    arm_of = {own["name"]: arm for arm, own in held["arms"].items()}
-    return [row | {"arm": arm_of[row["arm"]]} for row in read_metrics(directory / "test")]
+    arm_of = {setting_of_frozen(own): arm for arm, own in held["arms"].items()}
+    rows = read_metrics(directory / "test")  # some at settings that an arm had before it was tuned again
+    return [row | {"arm": arm_of[setting_of(row)]} for row in rows if setting_of(row) in arm_of]
 
 
 def report(protocol: Protocol, directory: Path) -> Row:
@@ -306,6 +308,7 @@ def main() -> None:
     parser.add_argument("--modulus", type=int, default=Protocol.modulus, help="31 with --width 128: the replication")
     parser.add_argument("--width", type=int, default=Protocol.width)
     parser.add_argument("--sizes", type=int, nargs="+", help="of the held-out runs and of tuning alike: one replicates")
+    parser.add_argument("--again", nargs="+", default=(), metavar="ARM", help="with --stage tune: frozen arms to tune again")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.tiny and arguments.dir == parser.get_default("dir"):
@@ -321,8 +324,10 @@ def main() -> None:
         print(json.dumps(result, indent=1)) if arguments.json else show(result)
     elif arguments.stage == "time":
         print(json.dumps(duration(protocol), indent=1))
+    elif arguments.stage == "tune":
+        tune(protocol, arguments.dir, arguments.device, arguments.again)
     else:
-        {"tune": tune, "test": test, "secondary": secondary}[arguments.stage](protocol, arguments.dir, arguments.device)
+        {"test": test, "secondary": secondary}[arguments.stage](protocol, arguments.dir, arguments.device)
 
 
 if __name__ == "__main__":

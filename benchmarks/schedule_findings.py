@@ -23,6 +23,7 @@ from typing import Any
 
 import schedule
 import stored
+import tuning
 
 from rankdecay.lab.store import read_metrics
 
@@ -70,8 +71,8 @@ def complete(directory: Path, arms: Collection[str] = schedule.NAMED) -> bool:
     held = frozen(directory)
     if held is None or not set(arms) <= set(held["arms"]):
         return False
-    names = {held["arms"][arm]["name"] for arm in arms}
-    return sum(row["arm"] in names for row in rows_of(directory, "test")) >= expected(directory, arms)
+    settings = {tuning.setting_of_frozen(held["arms"][arm]) for arm in arms}
+    return sum(tuning.setting_of(row) in settings for row in rows_of(directory, "test")) >= expected(directory, arms)
 
 
 @functools.cache
@@ -157,12 +158,11 @@ def tuned(options: argparse.Namespace) -> None:
         if held is None:
             print("(Tuning has not ended: nothing is frozen.)")
             continue
+        rows = rows_of(directory, "tune")
         print("| arm | strengths tried | best | decay of the rest | restricted mean time | inside its grid |\n|---|"
               + "---|" * 5)  # fmt: skip
         for own in sorted(held["arms"].values(), key=lambda own: own["restricted_mean_time"]):
-            edges = [
-                edge for edge, open_ in (("strength", own["edge_is_open"]), ("rest", own["rest_at_edge"])) if open_
-            ]
+            edges = tuning.edges(own, rows)
             inside = f"no: {', '.join(edges)}" if edges else "yes"
             if own["restricted_mean_time"] >= held["protocol"]["tune_budget"]:
                 inside = "no: nothing held"
@@ -184,7 +184,8 @@ def test(options: argparse.Namespace) -> None:
         heads += ["test accuracy at the end", "stable rank", "‖W_Q‖", *ANGLES.values()]
         print(f"| {' | '.join(heads)} |\n|---|" + "--:|" * (len(heads) - 1))
         for own in held["arms"].values():
-            print(_line([own["name"]], [row for row in rows if row["arm"] == own["name"]], protocol.horizons))
+            some = [row for row in rows if tuning.setting_of(row) == tuning.setting_of_frozen(own)]
+            print(_line([own["name"]], some, protocol.horizons))
 
 
 def _line(first: Sequence[str], rows: Sequence[Row], horizons: Sequence[int]) -> str:

@@ -1,8 +1,9 @@
 """Shared by the benchmarks that tune: runs of a protocol, equal grids for every arm, and settings that are frozen.
 
-A grid holds strengths in factors of two at one decay of the rest; strengths are added until the best is inside; then
-other decays of the rest are tried at the best, or at all of them where nothing held. The criterion is the restricted
-mean time: steps until validation accuracy holds 95 %, the budget for a run that never does, over seeds and sizes.
+A grid holds strengths in factors of two at one decay of the rest, with the length of a ramp as a second factor; then
+other decays of the rest are tried at the best, or at all strengths where nothing held. Each of the three is widened by
+factors of two until the best is inside. The criterion is the restricted mean time: steps until validation accuracy
+holds 95 %, the budget for a run that never does, over seeds and sizes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,11 @@ from rankdecay.lab.machine import describe_machine, versions
 from rankdecay.lab.store import EXTENSIBLE_IDENTITY, RunDirectory
 
 Row = dict[str, Any]
-WIDENINGS = 6
+Setting = tuple[str, float, float]  # arm with its ramp, strength, decay of the rest
+Times = dict[Setting, float]  # restricted mean time of every setting
+WIDENINGS = 12  # rounds, so that tuning ends where nothing is inside
+OF_TUNING = ("tune_seeds", "tune_sizes", "tune_budget")  # fields of a protocol that say which runs tune
+OF_TESTING = ("test_seeds", "test_sizes", "test_budget", "horizons", "secondary_size")  # and which are held out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +137,12 @@ def trained(
     path: Path, protocol: Protocol, wanted: Iterable[Trial], budget: int, beta2: float = 0.999, device: str = "cpu"
 ) -> list[Row]:
     """All rows of a directory, after training what it does not hold of some trials."""
-    fixed = {**dataclasses.asdict(protocol), "budget": budget, "precision": "float32"}
-    fixed = json.loads(json.dumps(fixed))
+    whole = json.loads(json.dumps(dataclasses.asdict(protocol)))
+    of_a_run = {name: value for name, value in whole.items() if name not in (*OF_TUNING, *OF_TESTING)}
+    fixed = {**of_a_run, "budget": budget, "precision": "float32"}
     config = {
         "command": protocol.command,
-        "settings": fixed,
+        "settings": whole | fixed,
         "fixed": fixed,
         "arms": [],
         "machine": describe_machine(device),
@@ -171,29 +177,46 @@ def mean_time(rows: Sequence[Row], horizon: float) -> float:
     return statistics.fmean(restricted(row, horizon) for row in rows)
 
 
-def setting_of(row: Row) -> tuple[str, float, float]:
-    """Arm with its ramp, strength, decay of the rest."""
+def setting_of(row: Row) -> Setting:
+    """The setting that a run was trained at."""
     return row["arm"], row["strength"], row["rest_decay"]
 
 
-def strength_at_edge(own: Row, rows: Sequence[Row]) -> bool:
-    """Whether the frozen strength of an arm is the least or the greatest that was tried at its decay of the rest.
+def setting_of_frozen(own: Row) -> Setting:
+    """The setting that is frozen of an arm."""
+    return own["name"], own["strength"], own["rest_decay"]
 
-    Where it alone was tried there, the strengths were compared at another decay, and those count.
+
+def edges(own: Row, rows: Sequence[Row]) -> list[str]:
+    """Which of the strength, the ramp and the decay of the rest that are frozen of an arm are the last that was tried.
+
+    A strength is compared with those that were tried at its decay of the rest. Where it alone was tried there, the
+    strengths were compared at another decay, and those count. A decay of 0 is no edge: there is none below it.
 
     Args:
         own: what is frozen of the arm.
         rows: of tuning, of all arms.
     """
+    arm, ramp = split_name(own["name"])
+    best = (own["name"], own["strength"], own["rest_decay"])
     settings = {setting_of(row) for row in rows}
-    there = {strength for name, strength, rest in settings if (name, rest) == (own["name"], own["rest_decay"])}
-    tried = there if len(there) > 1 else {*own["strengths"]}
-    return len(tried) > 1 and own["strength"] in (min(tried), max(tried))
+    strengths = {strength for name, strength, rest in settings if (name, rest) == (own["name"], own["rest_decay"])}
+    tried = {
+        "strength": (own["strength"], strengths if len(strengths) > 1 else {*own["strengths"]}),
+        "ramp": (ramp, {each for name, *_ in settings for of, each in [split_name(name)] if of == arm}),
+        "rest": (own["rest_decay"], {rest for *which, rest in settings if (*which,) == best[:2]}),
+    }
+    return [what for what, (value, each) in tried.items() if at_edge(value, each)]
 
 
-def scores(rows: Sequence[Row], horizon: float) -> dict[tuple[str, float, float], float]:
-    """The restricted mean time of every setting: arm with its ramp, strength, decay of the rest."""
-    found: dict[tuple[str, float, float], list[Row]] = {}
+def at_edge(value: float | None, tried: Collection[float | None]) -> bool:
+    """Whether a value is the least, if that is not 0, or the greatest of some that were tried."""
+    return len(tried) > 1 and value != 0 and value in (min(tried), max(tried))  # pyright: ignore[reportArgumentType]
+
+
+def scores(rows: Sequence[Row], horizon: float) -> Times:
+    """The restricted mean time of every setting."""
+    found: dict[Setting, list[Row]] = {}
     for row in rows:
         found.setdefault(setting_of(row), []).append(row)
     return {setting: mean_time(some, horizon) for setting, some in found.items()}
@@ -206,6 +229,7 @@ def tune(
     directory: Path,
     device: str,
     beside: Callable[[Row], Row] = lambda arms: {},
+    again: Collection[str] = (),
 ) -> Row:
     """Tune some arms after others, and freeze what is best of those that are done.
 
@@ -216,14 +240,22 @@ def tune(
         directory: where rows and the frozen settings are.
         device: on which runs are trained.
         beside: what is frozen beside the arms.
+        again: frozen arms that are tuned again, because more is tried than when they were frozen. Runs that are there
+            are not repeated, and held-out runs at settings that change are left out of every report.
     """
     frozen = directory / "tuned.json"
     arms: Row = tuned(directory, protocol)["arms"] if frozen.exists() else {}
-    if {arm for part in parts for arm in part} <= set(arms):
-        raise SystemExit(f"{frozen} is frozen: the held-out runs use it. Give another --dir to tune again.")
+    every = [arm for part in parts for arm in part]
+    if unknown := [arm for arm in again if arm not in every]:
+        raise SystemExit(f"--again {unknown[0]}: no such arm; it is one of {', '.join(every)}.")
+    if not again and set(every) <= set(arms):
+        raise SystemExit(
+            f"{frozen} is frozen: the held-out runs use it. Give another --dir to tune all again, or the arms to --again."
+        )
     for part in parts:
-        if not set(part) <= set(arms):
-            arms |= tune_arms(part, space, protocol, directory, device)
+        some = [arm for arm in part if arm in again or (arm not in arms and not again)]
+        if some:
+            arms |= tune_arms(some, space, protocol, directory, device)
             held = {"protocol": dataclasses.asdict(protocol), **beside(arms), "arms": arms}
             frozen.write_text(json.dumps(held, indent=1) + "\n")
     return tuned(directory, protocol)
@@ -232,72 +264,115 @@ def tune(
 def tune_arms(some: Sequence[str], space: Space, protocol: Protocol, directory: Path, device: str) -> Row:
     """Train the grids of some arms and return the best settings of each."""
     pairs = [(seed, size) for seed in protocol.tune_seeds for size in protocol.tune_sizes]
+    budget = protocol.tune_budget
 
-    def runs(settings: Sequence[tuple[str, float, float]]) -> list[Row]:
+    def times_of(settings: Sequence[Setting]) -> Times:
         wanted = [trial(protocol, *setting, size, seed) for seed, size in pairs for setting in settings]
         known = {one.key for one in wanted}
-        rows = trained(directory / "tune", protocol, wanted, protocol.tune_budget, device=device)
-        return [row for row in rows if key_of(row) in known]
+        rows = trained(directory / "tune", protocol, wanted, budget, device=device)
+        return scores([row for row in rows if key_of(row) in known], budget)
 
-    def at(name: str, strength: float) -> tuple[str, float, float]:
-        return name, strength, space.first(split_name(name)[0], strength)
+    def widened(settings: list[Setting], more: Callable[[Times], list[Setting]]) -> Times:
+        for _ in range(WIDENINGS):
+            added = more(times_of(settings))
+            if not added:
+                break
+            settings = [*settings, *added]
+        return times_of(settings)
 
-    grids: dict[str, list[float]] = {}
+    def at_first(arm: str, name: str, strengths: Sequence[float]) -> list[Setting]:
+        return [(name, strength, space.first(arm, strength)) for strength in strengths]
+
+    def wider(found: Times) -> list[Setting]:
+        settings: list[Setting] = []
+        for arm in some:
+            own = of_arm(found, arm)
+            for name in dict.fromkeys(name for name, *_ in own):
+                following = another_strength(protocol, name, {s: t for (n, s, _), t in own.items() if n == name})
+                settings += [] if following is None else at_first(arm, name, [following])
+            ramp = another_ramp(protocol, own) if arm in space.ramps else None
+            settings += [] if ramp is None else at_first(arm, f"{arm}@{ramp}", space.strengths[arm])
+        return settings
+
+    def other_rests(found: Times) -> list[Setting]:
+        settings: list[Setting] = []
+        for arm in some:
+            own = of_arm(found, arm)
+            rest = another_rest(own)
+            settings += [] if rest is None else [(*key, rest) for key in dict.fromkeys(key[:2] for key in own)]
+        return settings
+
+    begun = [
+        setting
+        for arm in some
+        for name in [f"{arm}@{ramp}" for ramp in space.ramps.get(arm, ())] or [arm]
+        for setting in at_first(arm, name, space.strengths[arm] or (0.0,))
+    ]
+    first = widened(begun, wider)
+    compared: list[Setting] = []
     for arm in some:
-        for name in [f"{arm}@{ramp}" for ramp in space.ramps.get(arm, ())] or [arm]:
-            grids[name] = list(space.strengths[arm]) or [0.0]
-    added: dict[str, float] = {}
-    found: dict[tuple[str, float, float], float] = {}
-    for _ in range(WIDENINGS + 1):
-        for name, strength in added.items():
-            grids[name].append(strength)
-        found = scores(runs([at(name, s) for name, each in grids.items() for s in each]), protocol.tune_budget)
-        times = {name: {s: found[at(name, s)] for s in each} for name, each in grids.items()}
-        following = {name: beyond(protocol, name, each) for name, each in times.items()}
-        added = {name: strength for name, strength in following.items() if strength is not None}
-        if not added:
-            break
-    tried: dict[str, list[tuple[str, float, float]]] = {}
-    for arm in some:
-        settings = [(name, s) for name in grids if split_name(name)[0] == arm for s in grids[name]]
-        best = min(settings, key=lambda each: found[at(*each)])
-        if found[at(*best)] < protocol.tune_budget:  # else no run of any held, none is the best, and all go on
-            settings = [best]
-        tried[arm] = [(name, s, rest) for name, s in settings for rest in space.then(arm, s)]
-    found = scores(runs([one for each in tried.values() for one in each]), protocol.tune_budget)
+        own = of_arm(first, arm)
+        best = best_of(own)
+        # Where no run of any strength held none is the best, and all are tried at the other decays.
+        compared += [best] if own[best] < budget else own
+    others = [(name, s, rest) for name, s, _ in compared for rest in space.then(split_name(name)[0], s)]
+    found = widened(others, other_rests)
     arms: Row = {}
-    for arm, some_tried in tried.items():
-        name, strength, rest = min(some_tried, key=lambda setting: found[setting])
-        rests = [r for n, s, r in some_tried if (n, s) == (name, strength)]
+    for arm in some:
+        own = of_arm(found, arm)
+        best = best_of(own)
         arms[arm] = {
-            "name": name,
-            "strength": strength,
-            "rest_decay": rest,
-            "restricted_mean_time": found[name, strength, rest],
-            "strengths": sorted(grids[name]),
-            "edge_is_open": name in added,
-            "rest_at_edge": len(rests) > 1 and (rest == max(rests) or rest == min(rests) > 0),
+            **dict(zip(("name", "strength", "rest_decay"), best, strict=True)),
+            "restricted_mean_time": own[best],
+            "strengths": sorted(strength for name, strength, _ in first if name == best[0]),
         }
     return arms
 
 
-def beyond(protocol: Protocol, name: str, times: Mapping[float, float]) -> float | None:
-    """The next strength if the best is at an edge; None if it is inside, or all are alike, or the arm takes no more.
+def of_arm(times: Times, arm: str) -> Times:
+    """Those of one arm, whatever its ramp."""
+    return {setting: spent for setting, spent in times.items() if split_name(setting[0])[0] == arm}
+
+
+def best_of(times: Times) -> Setting:
+    """The setting of the least time; of several the one that was tried first."""
+    return min(times, key=lambda setting: times[setting])
+
+
+def beyond(times: Mapping[float, float]) -> float | None:
+    """The value that follows the best of some in a grid of factors of two; None where it is inside, or all are alike.
 
     Args:
-        protocol: of the runs.
-        name: of the arm, with its ramp.
-        times: restricted mean times, by strength.
+        times: restricted mean times, by what was tried.
     """
-    tried = sorted(times)
-    if len(tried) == 1 or max(times.values()) == min(times.values()):
+    if max(times.values()) == min(times.values()):
         return None
-    best = min(tried, key=lambda strength: times[strength])
-    following = 2 * best if best == tried[-1] else best / 2 if best == tried[0] else None
-    if following is None:
-        return None
+    best = min(sorted(times), key=lambda value: times[value])
+    return None if not at_edge(best, times) else 2 * best if best == max(times) else best / 2
+
+
+def another_strength(protocol: Protocol, name: str, times: Mapping[float, float]) -> float | None:
+    """The next strength of an arm, with its ramp; None where the best is inside, or the arm takes no more."""
     arm, ramp = split_name(name)
-    return following if following < every_arm(protocol.settings(ramp))[arm].how.limit else None
+    following = beyond(times)
+    if following is None or following >= every_arm(protocol.settings(ramp))[arm].how.limit:
+        return None
+    return following
+
+
+def another_ramp(protocol: Protocol, times: Times) -> int | None:
+    """The next length of an arm's ramp, in steps; None where the best is inside, or it would outlast tuning."""
+    ramps = {split_name(name)[1] or 0 for name, *_ in times}
+    following = beyond(
+        {ramp: min(spent for (name, *_), spent in times.items() if split_name(name)[1] == ramp) for ramp in ramps}
+    )
+    return None if following is None or following > protocol.tune_budget else int(following)
+
+
+def another_rest(times: Times) -> float | None:
+    """The next decay of the rest beside the best setting; None where that is inside."""
+    best = best_of(times)
+    return beyond({rest: spent for (name, strength, rest), spent in times.items() if (name, strength) == best[:2]})
 
 
 def tuned(directory: Path, protocol: Protocol) -> Row:
@@ -305,6 +380,15 @@ def tuned(directory: Path, protocol: Protocol) -> Row:
     if not path.exists():
         raise SystemExit(f"{path} is not there: run --stage tune first, which freezes the settings of every arm.")
     held = json.loads(path.read_text())
-    if held["protocol"] != json.loads(json.dumps(dataclasses.asdict(protocol))):
+    asked = json.loads(json.dumps(dataclasses.asdict(protocol)))
+    if {**held["protocol"], **{name: asked[name] for name in OF_TESTING}} != asked:
         raise SystemExit(f"{path} was tuned by another protocol: give another --dir, or the options it was made with.")
     return held
+
+
+def train_held_out(protocol: Protocol, directory: Path, wanted: Iterable[Trial], device: str) -> None:
+    """Train held-out runs; the file of the settings says of which seeds and sizes they are, which may become more."""
+    held = tuned(directory, protocol)
+    path = directory / "tuned.json"
+    path.write_text(json.dumps(held | {"protocol": dataclasses.asdict(protocol)}, indent=1) + "\n")
+    trained(directory / "test", protocol, wanted, protocol.test_budget, device=device)

@@ -222,8 +222,8 @@ def test_before_and_while_tuning_nothing_is_claimed(e1, capsys):
 def test_contrasts_are_printed_when_every_held_out_run_of_theirs_is_there_and_not_before(e1, capsys):
     arms = {
         arm: {
-            "name": arm, "strength": 1.0, "rest_decay": 2.0, "restricted_mean_time": 30.0, "strengths": [0.5, 1.0, 2.0],
-            "edge_is_open": arm == "l2", "rest_at_edge": False,
+            "name": arm, "strength": 1.0, "rest_decay": 2.0, "restricted_mean_time": 30.0,
+            "strengths": [0.5, 1.0] if arm == "l2" else [0.5, 1.0, 2.0],
         }
         for arm in schedule.GRIDS
     }  # fmt: skip
@@ -234,7 +234,7 @@ def test_contrasts_are_printed_when_every_held_out_run_of_theirs_is_there_and_no
     of_l2 = next(row for row in rows if row["arm"] == "l2")
     _write(e1, "test", [row for row in rows if row is not of_l2])
     assert f"Of {len(rows)} held-out runs {len(rows) - 1} are there" in _shown(capsys, "state", e1)
-    assert "| l2 | 0.5, 1, 2 | 1 | 2 | 30 | no: strength |" in _shown(capsys, "tuned", e1)
+    assert "| l2 | 0.5, 1 | 1 | 2 | 30 | no: strength |" in _shown(capsys, "tuned", e1)
     assert _shown(capsys, "contrasts", e1).startswith("(")
     assert schedule_findings.words("headline") == "not run to the end"
     _write(e1, "test", [row for row in rows if row["arm"] != "yoked"])  # which no contrast names
@@ -278,9 +278,10 @@ def test_an_accelerator_is_claimed_by_its_contrast_alone(tmp_path, monkeypatch, 
     assert all(shown(table).startswith("(") for table in ("tuned", "test", "contrasts", "cost"))
     assert status("muon") == "open"
     steps = {"learning_rate": 800, "muon": 400, "orthograd": 1200, "l2": 700, "smooth": 790}
-    own = {"rest_decay": 2.0, "restricted_mean_time": 30.0, "edge_is_open": False, "rest_at_edge": False}
+    own = {"rest_decay": 2.0, "restricted_mean_time": 30.0}
     arms = {arm: {"name": arm, "strength": 1.0, "strengths": [1.0], **own} for arm in steps}
-    frozen = {"protocol": asdict(accelerators.PROTOCOLS["selection"]), "arms": arms}
+    protocol = replace(accelerators.PROTOCOLS["selection"], test_seeds=tuple(range(200, 205)))
+    frozen = {"protocol": asdict(protocol), "arms": arms}
     (directory / "tuned.json").write_text(json.dumps(frozen))
     rows = [
         {
@@ -293,7 +294,7 @@ def test_an_accelerator_is_claimed_by_its_contrast_alone(tmp_path, monkeypatch, 
             "test_accuracy": 0.99 if arm != "muon" else 0.5,
         }
         for arm, at in steps.items()
-        for seed in range(200, 205)
+        for seed in protocol.test_seeds
     ]
     _write(directory, "test", rows[:-1])  # the last run of smooth lacks
     assert "5 of 14 arms; held-out runs are all there of 4." in shown("state")
@@ -322,7 +323,7 @@ def test_a_strength_at_an_edge_is_one_of_those_tried_at_its_decay_of_the_rest():
     def at_edge(strength, rest, tried):
         rows = [{"arm": "muon", "strength": s, "rest_decay": r} for s, r in tried]
         own = {"name": "muon", "strength": strength, "rest_decay": rest, "strengths": sorted({s for s, _ in tried})}
-        return tuning.strength_at_edge(own, rows)
+        return "strength" in tuning.edges(own, rows)
 
     first = [(1.0, 2.0), (2.0, 2.0), (4.0, 2.0)]
     assert [at_edge(s, 2.0, first) for s in (1.0, 2.0, 4.0)] == [True, False, True]

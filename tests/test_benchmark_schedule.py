@@ -89,7 +89,9 @@ def test_a_report_of_runs_that_are_not_all_there_is_refused(monkeypatch, tmp_pat
     }
     monkeypatch.setattr(schedule, "tuned", lambda directory, protocol: {"low_rank": "smooth", "arms": arms})
     stored = rows({arm: {(s, n): 400 + s for s in protocol.test_seeds for n in protocol.test_sizes} for arm in arms})
-    stored = [row | {"test_accuracy": 1.0, "stable_rank": 2.0} for row in stored]
+    own = {"strength": 1.0, "rest_decay": 2.0, "test_accuracy": 1.0, "stable_rank": 2.0}
+    stored = [row | own for row in stored]
+    stored += [row | {"strength": 2.0, "steps_to_generalise": 4000} for row in stored]  # before it was tuned again
     monkeypatch.setattr(schedule, "read_metrics", lambda path: stored)
     assert schedule.report(protocol, tmp_path)["headline"] == "stands"
     for row in [row for row in stored if row["arm"] == "smooth" and row["seed"] == 209]:

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -23,15 +23,21 @@ def test_a_run_that_never_holds_counts_as_the_horizon_and_a_late_one_too():
 
 
 def test_a_grid_is_widened_where_its_best_is_at_an_edge():
-    def following(times: list[float], name: str = "smooth", grid: tuple[float, ...] = (1.0, 2.0, 4.0)) -> float | None:
-        return tuning.beyond(tuning.Protocol(), name, dict(zip(grid, times, strict=True)))
+    def following(times: list[float], grid: tuple[float, ...] = (1.0, 2.0, 4.0)) -> float | None:
+        return tuning.beyond(dict(zip(grid, times, strict=True)))
 
     assert following([3, 2, 1]) == 8.0
     assert following([1, 2, 3]) == 0.5
     assert following([3, 1, 3]) is None
     assert following([2, 2, 2]) is None  # nobody learns: there is no best
-    assert following([3], grid=(0.0,)) is None  # no strength
-    assert following([3, 2, 1], "l2_ramp@200", (64.0, 128.0, 256.0)) is None  # an L2 of 512 turns weights round
+    assert following([3], (0.0,)) is None  # no strength
+    assert following([1, 2, 3], (0.0, 1.0, 2.0)) is None  # there is no decay below none
+
+
+def test_a_strength_that_turns_weights_round_is_not_tried():
+    times = {64.0: 3.0, 128.0: 2.0, 256.0: 1.0}
+    assert tuning.another_strength(tuning.Protocol(), "l2_ramp@200", times) is None
+    assert tuning.another_strength(tuning.Protocol(), "raise_rank", times) == 512.0
 
 
 @pytest.fixture
@@ -53,15 +59,17 @@ def run(monkeypatch, tmp_path):
     return tuned
 
 
-def test_an_edge_that_stays_open_is_frozen_as_such_at_the_last_strength_that_was_trained(monkeypatch, run):
+def test_an_edge_that_stays_open_is_said_and_frozen_at_the_last_strength_that_was_trained(monkeypatch, run):
     """The stronger the faster, without end, for one arm; the others do best inside."""
     monkeypatch.setattr(tuning, "WIDENINGS", 2)
 
     def times(name, strength, rest):
-        return 50 / strength if name == "smooth" else 10 + abs(math.log2(strength / 8.0)) if strength else 60
+        inside = abs(math.log2(rest / 2)) + abs(math.log2(int(name.partition("@")[2] or 200) / 200))
+        return inside + (50 / strength if name == "smooth" else 10 + abs(math.log2(strength / 8.0)) if strength else 49)
 
     frozen, trained = run(schedule.SPACE, times)
-    assert {arm for arm, own in frozen.items() if own["edge_is_open"]} == {"smooth"}
+    rows = [{"arm": name, "strength": s, "rest_decay": rest} for name, s, rest in trained]
+    assert {arm for arm, own in frozen.items() if tuning.edges(own, rows)} == {"smooth"}
     assert frozen["smooth"]["strength"] == max(schedule.GRIDS["smooth"]) * 2**2
     for own in frozen.values():
         assert {(own["name"], strength) for strength in own["strengths"]} <= {setting[:2] for setting in trained}
@@ -71,7 +79,7 @@ def test_an_arm_without_a_strength_and_one_that_decays_everything_have_decays_of
     strengths = {"smooth": (1.0, 2.0, 4.0), "none": (), "l2_all": (0.5, 1.0, 2.0)}
     rests = (0.0, 0.5, 1.0)
     space = tuning.Space(
-        strengths, rests=(0.0, 4.0), first_rest=1.0, own_rests={"none": rests}, of_all=frozenset({"l2_all"})
+        strengths, rests=(0.0, 1.0, 4.0), first_rest=1.0, own_rests={"none": rests}, of_all=frozenset({"l2_all"})
     )
     frozen, trained = run(space, lambda name, strength, rest: 10 + (strength - 2) ** 2 + rest)
     assert {setting[1:] for setting in trained if setting[0] == "none"} == {(0.0, rest) for rest in rests}
@@ -80,7 +88,6 @@ def test_an_arm_without_a_strength_and_one_that_decays_everything_have_decays_of
         (1.0, 1.0), (2.0, 1.0), (4.0, 1.0), (2.0, 0.0), (2.0, 4.0)
     }  # fmt: skip
     assert [(own["strength"], own["rest_decay"]) for own in frozen.values()] == [(2.0, 0.0), (0.0, 0.0), (1.0, 1.0)]
-    assert not any(own["rest_at_edge"] for own in frozen.values()), "there is no decay below none"
 
 
 def test_where_no_strength_holds_all_are_tried_at_the_other_decays(run):
@@ -89,30 +96,60 @@ def test_where_no_strength_holds_all_are_tried_at_the_other_decays(run):
 
     def times(name, strength, rest):
         if name == "l2":
-            return 10 + strength
+            return 10 + abs(strength - 2) + rest
         return 20 if (strength, rest) == (4.0, 4.0) else None
 
     frozen, trained = run(space, times)
     assert (frozen["smooth"]["strength"], frozen["smooth"]["rest_decay"]) == (4.0, 4.0)
-    assert frozen["smooth"]["rest_at_edge"]
     assert {setting[1:] for setting in trained if setting[0] == "smooth"} == {
-        (s, rest) for s in (1.0, 2.0, 4.0) for rest in (0.0, 2.0, 4.0)
+        (s, rest) for s in (1.0, 2.0, 4.0) for rest in (0.0, 2.0, 4.0, 8.0)
     }
     assert {setting[1:] for setting in trained if setting[0] == "l2" and setting[2] != 2.0} == {
         (frozen["l2"]["strength"], rest) for rest in (0.0, 4.0)
     }
 
 
-def test_what_is_frozen_is_not_tuned_again_and_another_protocol_does_not_read_it(run, tmp_path):
+def test_ramps_and_decays_of_the_rest_are_widened_until_the_best_is_inside(run):
+    space = tuning.Space({"l2_ramp": (4.0, 8.0, 16.0)}, {"l2_ramp": (5, 10)}, rests=(1.0, 2.0), first_rest=2.0)
+
+    def times(name, strength, rest):
+        distance = (abs(math.log2(value)) for value in (int(name.partition("@")[2]) / 40, strength / 32, rest / 0.25))
+        return 10 + sum(distance)
+
+    frozen, trained = run(space, times)
+    own = frozen["l2_ramp"]
+    assert (own["name"], own["strength"], own["rest_decay"]) == ("l2_ramp@40", 32.0, 0.25)
+    assert {int(name.partition("@")[2]) for name, *_ in trained} == {5, 10, 20, 40}, "80 would outlast the 60 steps"
+    assert {rest for *_, rest in trained} == {0.125, 0.25, 0.5, 1.0, 2.0}
+    rows = [{"arm": name, "strength": s, "rest_decay": rest} for name, s, rest in trained]
+    assert tuning.edges(own, rows) == ["ramp"]
+    assert tuning.edges(own | {"name": "l2_ramp@20", "rest_decay": 2.0}, rows) == []
+
+
+def test_what_is_frozen_is_tuned_again_where_it_is_asked_for_and_another_protocol_does_not_read_it(run, tmp_path):
     space = tuning.Space({"l2": (4.0, 8.0, 16.0)})
-    first, _ = run(space, lambda name, strength, rest: abs(strength - 8) + rest)
+    first, _ = run(space, lambda name, strength, rest: 10 + abs(strength - 8) + rest)
     assert json.loads((tmp_path / "tuned.json").read_text())["protocol"]["tune_seeds"] == [100, 101]
-    assert (first["l2"]["rest_decay"], first["l2"]["rest_at_edge"]) == (1.0, True)
+    assert first["l2"]["strength"] == 8.0
     with pytest.raises(SystemExit, match="is frozen"):
         run(space, lambda *setting: 1)
     both, _ = run(tuning.Space({"l2": (4.0, 8.0, 16.0), "none": ()}), lambda *setting: 1)
     assert list(both) == ["l2", "none"]
     assert both["l2"] == first["l2"]
+    with pytest.raises(SystemExit, match="--again l3: no such arm; it is one of l2, none"):
+        tuning.tune([("l2", "none")], space, schedule.TINY, tmp_path, "cpu", again=["l3"])
+    again = tuning.tune([("l2", "none")], space, schedule.TINY, tmp_path, "cpu", again=["l2"])["arms"]
+    assert again["l2"]["restricted_mean_time"] == 1
+    assert again["none"] == both["none"]
     assert tuning.tuned(tmp_path, schedule.TINY)["protocol"] == json.loads(json.dumps(asdict(schedule.TINY)))
     with pytest.raises(SystemExit, match="tuned by another protocol"):
         tuning.tuned(tmp_path, tuning.Protocol())
+
+
+def test_held_out_seeds_may_become_more(run, tmp_path):
+    first, _ = run(tuning.Space({"l2": (4.0, 8.0, 16.0)}), lambda name, strength, rest: 10 + abs(strength - 8) + rest)
+    more = replace(schedule.TINY, test_seeds=(200, 201, 202, 203))
+    tuning.train_held_out(more, tmp_path, [], "cpu")
+    held = tuning.tuned(tmp_path, more)
+    assert held["protocol"]["test_seeds"] == [200, 201, 202, 203]
+    assert held["arms"] == first

@@ -131,7 +131,9 @@ def test_another_precision_is_refused_by_name(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("stored", ["grok_standard", "margin/standard", "recall/standard", "vision/standard"])
 def test_the_standard_preset_is_what_the_stored_runs_of_before_had(stored: str) -> None:
-    """So `--preset standard` continues a directory that was begun with no option at all."""
+    """So `--preset standard` continues a directory that was begun with no option at all, with `--validation 0` if it
+    has none.
+    """
     config = json.loads((DATA / stored / "config.json").read_text())
     standard = experiment.presets(config["command"])["standard"]
     now = json.loads(json.dumps(identity(standard, experiment.load(config["command"]).not_identity)))

@@ -45,9 +45,10 @@ SCHEMA = 1
 Notice = Callable[[str], None]
 IDENTITY = ("command", "schema", "settings", "arms")  # what decides whether a directory belongs to a command
 EXTENSIBLE_IDENTITY = ("command", "schema", "fixed", "shared_arms")  # the same where the axes of the grid may grow
-DEFAULTS_OF_OLD_SETTINGS = {
-    "first_seed": 0
-}  # settings that older directories lack, with the value that all their runs had
+DEFAULTS_OF_OLD_SETTINGS = {  # settings that older directories lack, with the value that all their runs had
+    "first_seed": 0,
+    "validation": 0,
+}
 DESCRIBING = ("description", "control")  # of an arm: words, which may be put better
 REMOVED_SETTINGS = ("preset",)  # settings that older directories have and that never changed what was computed
 LARGEST = {"metrics.jsonl": 2**29, "config.json": 2**24, "summary.json": 2**26}  # bytes that make sense

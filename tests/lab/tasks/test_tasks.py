@@ -188,8 +188,23 @@ def test_a_validation_set_of_a_split_task_is_taken_from_the_test_set_by_class(ta
         assert {(b, a, end) for a, b, end in sides[0]} == sides[0]
 
 
+@pytest.mark.parametrize("task", ["subtract", "add", "selection"])
+def test_a_validation_set_is_as_large_as_can_be(task):
+    """At most half of the pairs that are not trained on, by class, or what sequences there are beside the test set."""
+    data = make_dataset(task, 0, modulus=5, train_fraction=0.6, train_examples=800, validation=1000)
+    assert data.validation_targets is not None
+    if task == "selection":
+        assert (len(data.test_targets), len(data.validation_targets)) == (1000, 5**4 * 6 // 2 - 800 - 1000)
+    else:
+        assert 0 < len(data.validation_targets) <= len(data.test_targets)
+
+
 def test_a_validation_set_that_cannot_be_is_refused():
-    with pytest.raises(SettingError, match="--validation 60 leaves no test set of the"):
-        make_dataset("add", 0, modulus=11, train_fraction=0.5, validation=60)
+    alone = {"modulus": 3, "train_fraction": 0.84}
+    assert len(make_dataset("subtract", 0, **alone).test_targets) == 1
+    with pytest.raises(SettingError, match="--validation 60 leaves no test set of the 1 examples .*: give 0, so that"):
+        make_dataset("subtract", 0, **alone, validation=60)
+    with pytest.raises(SettingError, match="--validation: there are no sequences left beside 875 training and 1000 test"):
+        make_dataset("selection", 0, modulus=5, train_examples=875, validation=60)
     with pytest.raises(SettingError, match="--validation -1 is negative"):
         make_dataset("add", 0, modulus=11, validation=-1)

@@ -20,9 +20,9 @@ class EnsembleSettings(Settings):
     """Runs of every arm, or cell of the grid; a seed fixes split, initial weights and batches in every arm."""
     split: Literal["unordered", "ordered"] = "unordered"
     """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
-    validation: int = 0
-    """Examples of a third set that decides when a run has generalised, stops or switches; 0: the test set does, as in
-    earlier runs."""
+    validation: int = 1000
+    """Examples of a third set that decides when a run has generalised, stops or switches, at most half of what is not
+    trained on; the test set is reported alone. 0: the test set decides, as in earlier runs."""
     smoothing: float = 0.13
     """For the smooth rule: directions below this share of ‖W‖_F shrink in proportion instead of by a fixed amount."""
     every: int = 4

@@ -52,16 +52,19 @@ def make_dataset(
         named: for ``selection``.
         split: for the commutative operations.
         validation: examples of a third set, beside training and test; 0 for none. The training set does not depend on
-            it, and for the tasks in `SAMPLED`, where they are drawn in addition, the test set does not either.
+            it. For the tasks in `SAMPLED` they are drawn in addition, as many as there are sequences for, and the test
+            set does not depend on it either; for the others they are taken from the test set, at most half of it.
+
+    Raises:
+        SettingError: If a setting is out of range, or nothing would be left to validate or to test on.
     """
     check_name("`task`", task, TASKS)
     if validation < 0:
         raise SettingError(f"`validation` {validation} is negative: give 0 for none")
-    drawn = {"test_examples": TEST_EXAMPLES + validation}
     if task == "selection":
-        data = selection(modulus, train_examples, seed, values=values, named=named, **drawn)
+        data = selection(modulus, train_examples, seed, values=values, named=named, validation=validation)
     elif task == "recall":
-        data = recall(modulus, train_examples, seed, values=values, **drawn)
+        data = recall(modulus, train_examples, seed, values=values, validation=validation)
     elif task == "s5":
         data = permutation_composition(train_fraction, seed)
     else:
@@ -69,7 +72,7 @@ def make_dataset(
     if not validation:
         return data
     if task in SAMPLED:
-        return last_drawn(data, validation)
+        return last_drawn(data, train_examples)
     return with_validation(data, validation, seed, pair_classes(data.test_tokens, task, split))
 
 

@@ -68,10 +68,19 @@ def split_drawn(tokens: np.ndarray, targets: np.ndarray, train_examples: int) ->
     return tokens[:train_examples], targets[:train_examples], tokens[train_examples:], targets[train_examples:]
 
 
-def last_drawn(data: Dataset, validation: int) -> Dataset:
-    """A data set of drawn examples whose last test examples are the validation set."""
-    count = len(data.test_targets)
-    return _validating(data, np.arange(count) >= count - validation)
+def last_drawn(data: Dataset, train_examples: int) -> Dataset:
+    """A data set of drawn examples whose test examples beyond `TEST_EXAMPLES` are the validation set.
+
+    Raises:
+        SettingError: If there are none.
+    """
+    drawn = len(data.test_targets)
+    if drawn <= TEST_EXAMPLES:
+        raise SettingError(
+            f"`validation`: there are no sequences left beside {train_examples} training and {TEST_EXAMPLES} test "
+            "examples: give 0, so that the test set decides, or fewer `train_examples`"
+        )
+    return _validating(data, np.arange(drawn) >= TEST_EXAMPLES)
 
 
 def with_validation(data: Dataset, validation: int, seed: int, classes: np.ndarray) -> Dataset:
@@ -79,21 +88,22 @@ def with_validation(data: Dataset, validation: int, seed: int, classes: np.ndarr
 
     Args:
         data: without a validation set.
-        validation: how many at least; whole classes are taken.
+        validation: how many at least, up to half of the classes; whole classes are taken.
         seed: decides which.
         classes: a label per test example; examples of one label determine each other's answer.
 
     Raises:
-        SettingError: If that leaves no test set.
+        SettingError: If there is one class alone.
     """
     labels, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
     order = random_generator(seed, "validation").permutation(len(labels))
-    chosen = order[: int(np.searchsorted(np.cumsum(counts[order]), validation)) + 1]
-    if len(chosen) >= len(labels):
+    if len(labels) < 2:
         raise SettingError(
             f"`validation` {validation} leaves no test set of the {len(data.test_targets)} examples that are not "
-            "trained on: choose fewer, or a smaller training set"
+            "trained on: give 0, so that the test set decides, or a smaller training set"
         )
+    enough = int(np.searchsorted(np.cumsum(counts[order]), validation)) + 1
+    chosen = order[: min(enough, len(labels) // 2)]
     return _validating(data, np.isin(inverse, chosen))
 
 
@@ -109,7 +119,7 @@ def _validating(data: Dataset, inside: np.ndarray) -> Dataset:
 
 
 def draw_distinct(
-    task: str, total: int, train_examples: int, test_examples: int, seed: int, modulus: int
+    task: str, total: int, train_examples: int, test_examples: int, validation: int, seed: int, modulus: int
 ) -> np.ndarray:
     """Draw distinct numbers below ``total``, for a task that numbers its sequences instead of listing them.
 
@@ -120,11 +130,12 @@ def draw_distinct(
         total: how many sequences there are.
         train_examples: at least 1.
         test_examples: how many more to draw.
+        validation: how many to draw after those, or as many as can be.
         seed: decides the draw.
         modulus: for the messages.
 
     Returns:
-        ``(train_examples + test_examples,)``, int64.
+        ``(train_examples + test_examples + validation,)`` or fewer, int64.
 
     Raises:
         SettingError: If there are too few sequences, or more than an int64 can number.
@@ -142,6 +153,7 @@ def draw_distinct(
             f"`train_examples` {train_examples} with {test_examples} test examples is more than half of all {total} "
             f"sequences at `modulus` {modulus}: choose fewer examples or a larger modulus"
         )
+    wanted = min(wanted + validation, total // 2)
     generator = random_generator(seed, task)
     codes = np.empty(0, dtype=np.int64)
     while len(codes) < wanted:

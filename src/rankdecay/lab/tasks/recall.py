@@ -43,7 +43,7 @@ def _arrangements(codes: np.ndarray, modulus: int, count: int) -> np.ndarray:
 
 
 def recall(
-    modulus: int, train_examples: int, seed: int, *, values: int = 4, test_examples: int = TEST_EXAMPLES
+    modulus: int, train_examples: int, seed: int, *, values: int = 4, test_examples: int = TEST_EXAMPLES, validation: int = 0
 ) -> Dataset:
     """Random sequences of ``values`` pairs (key, value) and a query.
 
@@ -53,6 +53,7 @@ def recall(
         seed: decides both sets.
         values: number of pairs before the query, 2 to 9.
         test_examples: number of distinct test sequences, none of them a training sequence.
+        validation: number of further test sequences, or as many as there are.
 
     Returns:
         Tokens below ``modulus`` are keys, the query among them; those from there on are values.
@@ -68,7 +69,7 @@ def recall(
             "choose fewer values or a larger modulus"
         )
     total = recall_sequences(modulus, values)
-    codes = draw_distinct("recall", total, train_examples, test_examples, seed, modulus)
+    codes = draw_distinct("recall", total, train_examples, test_examples, validation, seed, modulus)
     codes, asked = np.divmod(codes, values)
     answers = base_digits(codes, modulus, values)  # (examples, values)
     keys = _arrangements(codes // modulus**values, modulus, values)

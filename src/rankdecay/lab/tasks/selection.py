@@ -29,7 +29,7 @@ def selection_sequences(modulus: int, values: int, named: int) -> int:
 
 
 def selection(
-    modulus: int, train_examples: int, seed: int, *, values: int = 4, named: int = 2, test_examples: int = TEST_EXAMPLES
+    modulus: int, train_examples: int, seed: int, *, values: int = 4, named: int = 2, test_examples: int = TEST_EXAMPLES, validation: int = 0
 ) -> Dataset:
     """Random sequences of ``values`` residues and one token for a group of ``named`` positions.
 
@@ -40,6 +40,7 @@ def selection(
         values: number of residues before the last token, 2 to 9.
         named: how many of them the last token names, 1 to ``values``. All of them leaves nothing to choose: a control.
         test_examples: number of distinct test sequences, none of them a training sequence.
+        validation: number of further test sequences, or as many as there are.
 
     Raises:
         SettingError: If an argument is out of range or there are fewer sequences than examples asked for.
@@ -49,7 +50,7 @@ def selection(
     if not 1 <= named <= values:
         raise SettingError(f"`named` {named} is outside 1 to `values` {values}: how many of the residues to add")
     total = selection_sequences(modulus, values, named)
-    codes = draw_distinct("selection", total, train_examples, test_examples, seed, modulus)
+    codes = draw_distinct("selection", total, train_examples, test_examples, validation, seed, modulus)
     groups = np.array(list(combinations(range(values), named)))  # (groups, named)
     group = codes % len(groups)
     residues = base_digits(codes // len(groups), modulus, values)  # (examples, values)

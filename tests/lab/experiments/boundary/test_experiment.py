@@ -158,9 +158,8 @@ def test_a_best_strength_at_the_edge_widens_the_grid(tmp_path):
 
 
 def test_widening_a_complete_sweep_makes_its_summary_again(tmp_path):
-    settings = dataclasses.replace(
-        TINY, out=tmp_path / "run", arms=("smooth",), strengths=("smooth=1,2",), threshold=1e-9, widen=0
-    )
+    how = {"arms": ("smooth",), "strengths": ("smooth=1,2",), "threshold": 1e-9, "validation": 0, "widen": 0}
+    settings = dataclasses.replace(TINY, out=tmp_path / "run", **how)
     first = run(settings, "")
     second = run(dataclasses.replace(settings, widen=3), "")
     cells = second["arms"][0]["cells"]

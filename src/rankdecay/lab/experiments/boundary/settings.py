@@ -81,6 +81,7 @@ PRESETS = {
     ),
     "paper": Boundary(
         preset="paper",
+        validation=0,
         strengths=(),
         arms=("none", "l2_all", "paper_a1", "paper_s5", "paper_s6", "uniform_attention"),
         batch_size=512,
@@ -95,6 +96,7 @@ PRESETS = {
     "prototype": Boundary(
         preset="prototype",
         arms=("l2_all", "prototype"),
+        validation=0,
         strengths=("l2_all=0.001,0.005,0.01,0.05,0.1,0.5",),
         split="ordered",
         batch_size=512,

@@ -93,6 +93,7 @@ PRESETS = {
         task="add",
         modulus=113,
         split="ordered",
+        validation=0,
         steps=2500,
         weight_decay=0.1,
         batch_size=512,
