@@ -652,7 +652,10 @@ def _refuse_other_configuration(
             same = stored.get(key) == wanted.get(key)
             what = f"{key} is {stored.get(key)!r} there, {wanted.get(key)!r} now"
         if not same:
-            raise SettingError(f"--out {path} holds another configuration ({what}): choose another directory")
+            raise SettingError(
+                f"--out {path} holds another configuration ({what}): choose another directory, or repeat what this one "
+                "was begun with"
+            )
 
 
 def _settings_of(stored: Record, key: str, wanted: Record, defaults: Record) -> Record:
