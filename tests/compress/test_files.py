@@ -341,6 +341,15 @@ def test_configurations_that_are_refused(tmp_path, settings, says):
     assert not (tmp_path / "made").exists()
 
 
+def test_a_configuration_of_no_quantisation_is_read(tmp_path):
+    """As exporters write it that fill in every key."""
+    folder = small.saved(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    rd.compress(folder, 8, tmp_path / "made")
+    assert (tmp_path / "made" / "model.safetensors").exists()
+
+
 def test_names_of_classes_that_are_none_do_not_count(tmp_path):
     folder = small.saved(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

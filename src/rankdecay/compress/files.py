@@ -95,7 +95,7 @@ class StoredModel:
             )
         self.checkpoint: Checkpoint = open_checkpoint(self.path, state, adapters=False)
         self.config = dict(self.checkpoint.config)
-        if self.checkpoint.stored_as or "quantization_config" in self.config:
+        if self.checkpoint.stored_as or self.config.get("quantization_config"):
             formats = ", ".join(sorted(set(self.checkpoint.stored_as.values()))) or "as its quantization_config says"
             raise NotReducible(
                 f"{self.path} has quantised weights ({formats}): dequantise it first (model.dequantize(), "

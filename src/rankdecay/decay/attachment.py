@@ -81,6 +81,28 @@ def _living() -> list[tuple[Attachment, Optimizer]]:
     return [(attachment, optimizer) for attachment, optimizer in pairs if optimizer is not None]
 
 
+class _Due(NamedTuple):
+    """What one target loses in a step.
+
+    Attributes:
+        group: of the optimizer.
+        where: the index of the group, and that of the target in it.
+        target: with its windows, names and role.
+        parameters: of the target.
+        decay: as the group has it now.
+        amounts: what is due, and the positions of the parameters that lose it.
+        seed: of stochastic rounding.
+    """
+
+    group: Group
+    where: tuple[int, int]
+    target: Target
+    parameters: list[Tensor]
+    decay: Decay
+    amounts: list[tuple[float | Tensor, list[int]]]
+    seed: int
+
+
 class Attachment:
     """A decay that is attached to an optimizer. Made by :func:`attach`."""
 
@@ -502,20 +524,45 @@ class Attachment:
 
     def _decay(self, optimizer: Optimizer) -> None:
         """Decay what is due in this step, then look whether any of it is not finite."""
-        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         steps: list[Step] = []
         planes = PlaneStep()
         looked_at: list[tuple[str, Tensor]] = []  # parameters, or norms of them, by name
+        for group, where, target, parameters, decay, amounts, seed in self._due(optimizer):
+            if isinstance(decay, Planes):
+                by_position = {position: amount for amount, positions in amounts for position in positions}
+                planes.add(decay, parameters, target.names, target.planes, by_position, seed)
+                continue
+            for amount, positions in amounts:
+                chosen = [parameters[position] for position in positions]
+                if isinstance(decay, LowRank) or decay.needs_norm:
+                    looked_at += [(target.names[position], parameters[position]) for position in positions]
+                if where not in self._looked_at:
+                    self._looked_at.add(where)
+                    check_states(optimizer, chosen)
+                step = Step(chosen, target.windows, decay, amount, seed, target.role)
+                if is_averaged(group):
+                    decay_averaged(optimizer, group, step, self._backend)
+                else:
+                    steps.append(step)
+        roles = [step.role for step in steps if step.is_collective]
+        with explain_collective_failure(roles + ["query_key"] * planes.is_collective):
+            apply(steps, self._backend)
+            looked_at += planes.apply()
+        self._finite.look(looked_at)
+
+    def _due(self, optimizer: Optimizer) -> Iterator[_Due]:
+        """Count this step of every target, and yield those that we decay with what is due of each."""
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         groups = zip(optimizer.param_groups, self._stepping, self._factors, strict=False)  # a hook may have added some
         for index, (group, targets, factor) in enumerate(groups):
             counts = counts_steps(optimizer, group)
+            own_rates = has_rate_per_parameter(optimizer, group)  # of which the factor is only a part
             if not targets and "role" in group and group.get("decoupled_weight_decay"):  # L2 that is the optimizer's
                 l2 = Frobenius(float(group.get("weight_decay", 0.0)))
                 warn_if_too_strong(group["role"], l2, factor, self._too_strong)
             for number, (_, target, parameters) in enumerate(targets):
                 if self._paused and target.decay is not None:
                     continue  # what is the optimizer's own goes on
-                own_rates = has_rate_per_parameter(optimizer, group)  # of which the factor is only a part
                 if not own_rates:
                     warn_if_too_strong(target.role, target.decay, factor, self._too_strong)
                 if target.by_optimizer:
@@ -525,29 +572,8 @@ class Attachment:
                 amounts = count_step(target, decay, every, factor, found_inf, live)
                 if decay.lr_coupled and own_rates:
                     amounts = _with_own_rates(optimizer, group, parameters, amounts)
-                role = ROLES.index(target.role)
-                seed = step_seed(target.counter.steps, index, role, number // len(ROLES))
-                if isinstance(decay, Planes):
-                    by_position = {position: amount for amount, positions in amounts for position in positions}
-                    planes.add(decay, parameters, target.names, target.planes, by_position, seed)
-                    continue
-                for amount, positions in amounts:
-                    chosen = [parameters[position] for position in positions]
-                    if isinstance(decay, LowRank) or decay.needs_norm:
-                        looked_at += [(target.names[position], parameters[position]) for position in positions]
-                    if (index, number) not in self._looked_at:
-                        self._looked_at.add((index, number))
-                        check_states(optimizer, chosen)
-                    step = Step(chosen, target.windows, decay, amount, seed, target.role)
-                    if is_averaged(group):
-                        decay_averaged(optimizer, group, step, self._backend)
-                    else:
-                        steps.append(step)
-        roles = [step.role for step in steps if step.is_collective]
-        with explain_collective_failure(roles + ["query_key"] * planes.is_collective):
-            apply(steps, self._backend)
-            looked_at += planes.apply()
-        self._finite.look(looked_at)
+                seed = step_seed(target.counter.steps, index, ROLES.index(target.role), number // len(ROLES))
+                yield _Due(group, (index, number), target, parameters, decay, amounts, seed)
 
     def _register_group(self, index: int, group: Group) -> None:
         """Check a new group, and before each step that a known one has parameters of the same shapes.
