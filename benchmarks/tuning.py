@@ -294,12 +294,18 @@ def tune_arms(some: Sequence[str], space: Space, protocol: Protocol, directory: 
             settings += [] if ramp is None else at_first(arm, f"{arm}@{ramp}", space.strengths[arm])
         return settings
 
-    def other_rests(found: Times) -> list[Setting]:
+    def wider_rests(found: Times) -> list[Setting]:
         settings: list[Setting] = []
         for arm in some:
             own = of_arm(found, arm)
+            keys, rests = dict.fromkeys(key[:2] for key in own), dict.fromkeys(rest for *_, rest in own)
             rest = another_rest(own)
-            settings += [] if rest is None else [(*key, rest) for key in dict.fromkeys(key[:2] for key in own)]
+            settings += [] if rest is None else [(*key, rest) for key in keys]
+            if len(keys) > 1:  # strengths that are compared here, and not at the first decay
+                name, _, at = best_of(own)
+                times = {s: spent for (n, s, r), spent in own.items() if (n, r) == (name, at)}
+                following = another_strength(protocol, name, times)
+                settings += [] if following is None else [(name, following, each) for each in rests]
         return settings
 
     begun = [
@@ -316,7 +322,7 @@ def tune_arms(some: Sequence[str], space: Space, protocol: Protocol, directory: 
         # Where no run of any strength held none is the best, and all are tried at the other decays.
         compared += [best] if own[best] < budget else own
     others = [(name, s, rest) for name, s, _ in compared for rest in space.then(split_name(name)[0], s)]
-    found = widened(others, other_rests)
+    found = widened(others, wider_rests)
     arms: Row = {}
     for arm in some:
         own = of_arm(found, arm)
@@ -324,7 +330,7 @@ def tune_arms(some: Sequence[str], space: Space, protocol: Protocol, directory: 
         arms[arm] = {
             **dict(zip(("name", "strength", "rest_decay"), best, strict=True)),
             "restricted_mean_time": own[best],
-            "strengths": sorted(strength for name, strength, _ in first if name == best[0]),
+            "strengths": sorted({strength for name, strength, _ in (*first, *own) if name == best[0]}),
         }
     return arms
 
