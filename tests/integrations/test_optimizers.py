@@ -729,3 +729,27 @@ def test_a_group_with_lists_beside_its_parameters_is_not_divided() -> None:
 def test_a_decay_that_no_group_switches_off_is_refused(name: str, settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=f"{name} decays group 0 by its own {words}, which cannot be switched off"):
         run(_kind("pytorch_optimizer", name), 1, _attach(PER_STEP), **settings)
+
+
+class _OwnKey(torch.optim.SGD):
+    """An optimizer that nobody has listed, with a setting of its own in every group."""
+
+    def __init__(self, params: Any, key: str, value: Any) -> None:
+        super().__init__(params, LR)
+        for group in self.param_groups:
+            group[key] = value
+
+
+@pytest.mark.parametrize("key", ["decoupled_wd", "wd_factor", "l2_reg", "weight_decay_coefficient", "head_weight_decay"])
+def test_a_key_that_reads_as_a_decay_is_refused(key: str) -> None:
+    model = Two()
+    with pytest.raises(ValueError, match=f"_OwnKey decays group 0 by its own {key}=0.1, .*; build it with {key}=0"):
+        _attach(PER_STEP)(_OwnKey(model.parameters(), key, 0.1), model)
+    for value in (0.0, True):
+        _attach(PER_STEP)(_OwnKey(model.parameters(), key, value), model).detach()
+
+
+@pytest.mark.parametrize("key", ["wd_ratio", "lr_decay", "momentum_decay", "beta2_decay", "decay_rate", "ema_decay"])
+def test_a_key_that_is_no_decay_is_none(key: str) -> None:
+    model = Two()
+    _attach(PER_STEP)(_OwnKey(model.parameters(), key, 0.1), model).detach()

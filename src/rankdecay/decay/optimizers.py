@@ -22,6 +22,7 @@ decay: it is refused.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -93,8 +94,8 @@ _REFUSED = {
 _INDIVISIBLE = ("AdaBound", "AdaBoundW", "ASGD")
 #: Lists beside ``params`` that no optimizer steps by.
 _ONLY_NAMES = ("param_names", "why")
-#: Keys and attributes by which some decay weights besides ``weight_decay``.
-_OTHER_DECAYS = ("wd", "weight_decay_rate", "decay", "l2", "lambda_rank")
+#: Keys and attributes by which an optimizer decays weights.
+_DECAYS = re.compile(r"decay|lambda_rank|(\w+_)?(wd|l2|weight_decay)(_(rate|reg|factor|coef\w*|lambda))?")
 #: The same, of parameters that are no matrices.
 _DECAYS_OF_VECTORS = ("weight_decay_1d",)
 #: Classes whose decay is an attribute, which a group's key does not change.
@@ -136,13 +137,14 @@ def check_own_decay(optimizer: Optimizer, index: int, group: Group, decayed: Ite
     kind = type(optimizer).__name__
     attribute = "weight_decay" not in group or kind in _DECAY_IS_ATTRIBUTE
     vectors = _DECAYS_OF_VECTORS if min(dimensions) < 2 else ()
-    for name in (*_OTHER_DECAYS, *vectors, *(("weight_decay",) if attribute else ())):
-        for value in (group.get(name), getattr(optimizer, name, None) if attribute else None):
-            if isinstance(value, (int, float)) and value:
-                raise ValueError(
-                    f"{kind} decays group {index} by its own {name}={value}, which cannot be switched off for the "
-                    f"roles that are named; build it with {name}=0."
-                )
+    for name, value in (*group.items(), *(vars(optimizer).items() if attribute else ())):
+        switched_off = name == "weight_decay" and not attribute  # by us
+        decays = name in vectors or (_DECAYS.fullmatch(name) and not switched_off)
+        if decays and isinstance(value, (int, float)) and not isinstance(value, bool) and value:
+            raise ValueError(
+                f"{kind} decays group {index} by its own {name}={value}, which cannot be switched off for the "
+                f"roles that are named; build it with {name}=0."
+            )
 
 
 def check_divisible(optimizer: Optimizer, index: int, group: Group) -> None:
