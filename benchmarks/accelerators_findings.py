@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ import tuning
 from accelerators import Row
 from schedule import LEVEL
 from schedule_findings import shown
+
+from rankdecay.lab.ensemble.outcome import steps_to_hold
 
 DATA = Path("docs/data/accelerators")
 
@@ -89,6 +92,32 @@ def in_tuning(arm: str, strength: str, rest: str = "2", task: str = "selection")
     rows = schedule_findings.rows_of(DATA / task, "tune")
     some = [row for row in rows if (row["arm"], row["strength"], row["rest_decay"]) == wanted]
     return f"{sum(row['steps_to_generalise'] is not None for row in some)} of {len(some)}" if some else "—"
+
+
+def if_test_decided(what: str, task: str = "selection") -> str:
+    """How often a held-out run would have held 95 % at the same evaluation, had the test set decided.
+
+    Of all runs, which are trained to the end of their budget whatever they hold; one that holds by neither set is the
+    same.
+
+    Args:
+        what: ``same``, or ``near``, at most one evaluation apart; or ``mean``, of test minus validation, in steps, of
+            those that hold by both.
+        task: whose rows are read.
+    """
+    by_both: list[tuple[int | None, int | None]] = []
+    for row in schedule_findings.rows_of(DATA / task, "test"):
+        steps = zip(row["curve"]["step"], row["curve"]["test_accuracy"], strict=True)
+        of_test = [{"step": step, "test_accuracy": accuracy} for step, accuracy in steps]
+        by_both.append((row["steps_to_generalise"], steps_to_hold(of_test, accelerators.HOLDS)))
+    if not by_both:
+        return "—"
+    apart = [test - decides for decides, test in by_both if decides is not None and test is not None]
+    if what == "mean":
+        return f"{statistics.fmean(apart):+.0f}"
+    one = 0 if what == "same" else accelerators.PROTOCOLS[task].evaluate_every
+    alike = sum(abs(steps) <= one for steps in apart) + by_both.count((None, None))
+    return f"{alike / len(by_both):.0%}"
 
 
 # --- the tables ---

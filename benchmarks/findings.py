@@ -520,6 +520,7 @@ NUMBERS |= {"of_pretrained": pretrained_findings.figure, "rounding": pretrained_
 NUMBERS |= {"planes_left": rotary_findings.words}
 NUMBERS |= {"beyond": margin_findings.beyond}
 NUMBERS |= {"accelerated": accelerators_findings.words, "accelerated_tuning": accelerators_findings.in_tuning}
+NUMBERS |= {"if_test_decided": accelerators_findings.if_test_decided}
 NUMBERS |= {"compressed": compress_findings.difference, "cut_rise": compress_findings.rise}
 
 

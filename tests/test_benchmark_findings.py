@@ -317,6 +317,11 @@ def test_an_accelerator_is_claimed_by_its_contrast_alone(tmp_path, monkeypatch, 
     (directory / "cost.json").write_text(json.dumps(cost))
     assert "| muon | 8.25 | 1.40 |" in shown("cost")
     assert accelerators_findings.words("milliseconds", "muon") == "8.2"
+    curve = {"step": [760, 800, 840, 880], "test_accuracy": [0.9, 0.96, 0.96, 0.97]}
+    both = {"same": 800, "an evaluation later": 840, "not by the other": None}
+    _write(directory, "test", [{"steps_to_generalise": steps, "curve": curve} for steps in both.values()])
+    shares = [accelerators_findings.if_test_decided(what) for what in ("same", "near", "mean")]
+    assert shares == ["33%", "67%", "-20"]
 
 
 def test_a_strength_at_an_edge_is_one_of_those_tried_at_its_decay_of_the_rest():
