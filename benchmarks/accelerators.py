@@ -47,7 +47,18 @@ import numpy as np
 import torch
 import tuning
 from schedule import contrast, holm, log_ratios
-from tuning import Protocol, Row, Space, mean_time, restricted, setting_of, setting_of_frozen, train_held_out, trial, tuned
+from tuning import (
+    Protocol,
+    Row,
+    Space,
+    mean_time,
+    restricted,
+    setting_of,
+    setting_of_frozen,
+    train_held_out,
+    trial,
+    tuned,
+)
 
 from rankdecay.lab.ensemble.ensemble import Ensemble
 from rankdecay.lab.ensemble.members import Training
@@ -264,7 +275,9 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="by default docs/data/accelerators/TASK")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tiny", action="store_true", help="a protocol of a minute, to try the command; needs a --dir")
-    parser.add_argument("--again", nargs="+", default=(), metavar="ARM", help="with --stage tune: frozen arms to tune again")
+    parser.add_argument(
+        "--again", nargs="+", default=(), metavar="ARM", help="with --stage tune: frozen arms to tune again"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.tiny and arguments.dir is None:

@@ -12,9 +12,9 @@ stopping and tuning) and test (1,000, read by ``report`` once, for the accuracy 
 
 **Tuning**, the same for every arm: six strengths in factors of two at a decay of the rest of 2, the ramp's length as
 a second factor where there is one; then the decay of the rest in {1, 2, 4} at the best; each of the three is widened
-until the best is inside (a ramp to the budget of tuning at most). The criterion is the restricted mean time: steps until validation accuracy holds 95 %, the budget
-for a run that never does, over seeds and sizes. ``tuned.json`` is written
-once; ``--again ARM`` tunes frozen arms again where more is tried than before.
+until the best is inside (a ramp to the budget of tuning at most). The criterion is the restricted mean time: steps
+until validation accuracy holds 95 %, the budget for a run that never does, over seeds and sizes. ``tuned.json`` is
+written once; ``--again ARM`` tunes frozen arms again where more is tried than before.
 
 **Contrasts**, named beforehand: low rank against `radial_only`, `raise_rank` and `l2_ramp`, and `l2_ramp` against
 `l2`, where low rank is the one of `smooth` and `prox` that tuning found faster. Their six arms are tuned, frozen and
@@ -41,7 +41,20 @@ import numpy as np
 import torch
 import tuning
 from scipy import stats
-from tuning import Protocol, Row, Space, mean_time, restricted, setting_of, setting_of_frozen, split_name, train_held_out, trained, trial, tuned
+from tuning import (
+    Protocol,
+    Row,
+    Space,
+    mean_time,
+    restricted,
+    setting_of,
+    setting_of_frozen,
+    split_name,
+    train_held_out,
+    trained,
+    trial,
+    tuned,
+)
 
 from rankdecay.lab.ensemble.ensemble import Ensemble
 from rankdecay.lab.ensemble.members import Training
@@ -308,7 +321,9 @@ def main() -> None:
     parser.add_argument("--modulus", type=int, default=Protocol.modulus, help="31 with --width 128: the replication")
     parser.add_argument("--width", type=int, default=Protocol.width)
     parser.add_argument("--sizes", type=int, nargs="+", help="of the held-out runs and of tuning alike: one replicates")
-    parser.add_argument("--again", nargs="+", default=(), metavar="ARM", help="with --stage tune: frozen arms to tune again")
+    parser.add_argument(
+        "--again", nargs="+", default=(), metavar="ARM", help="with --stage tune: frozen arms to tune again"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.tiny and arguments.dir == parser.get_default("dir"):

@@ -250,7 +250,7 @@ def tune(
         raise SystemExit(f"--again {unknown[0]}: no such arm; it is one of {', '.join(every)}.")
     if not again and set(every) <= set(arms):
         raise SystemExit(
-            f"{frozen} is frozen: the held-out runs use it. Give another --dir to tune all again, or the arms to --again."
+            f"{frozen} is frozen: the held-out runs use it. Give another --dir, or name arms to tune --again."
         )
     for part in parts:
         some = [arm for arm in part if arm in again or (arm not in arms and not again)]

@@ -740,7 +740,9 @@ class _OwnKey(torch.optim.SGD):
             group[key] = value
 
 
-@pytest.mark.parametrize("key", ["decoupled_wd", "wd_factor", "l2_reg", "weight_decay_coefficient", "head_weight_decay"])
+@pytest.mark.parametrize(
+    "key", ["decoupled_wd", "wd_factor", "l2_reg", "weight_decay_coefficient", "head_weight_decay"]
+)
 def test_a_key_that_reads_as_a_decay_is_refused(key: str) -> None:
     model = Two()
     with pytest.raises(ValueError, match=f"_OwnKey decays group 0 by its own {key}=0.1, .*; build it with {key}=0"):

@@ -202,9 +202,9 @@ def test_a_validation_set_is_as_large_as_can_be(task):
 def test_a_validation_set_that_cannot_be_is_refused():
     alone = {"modulus": 3, "train_fraction": 0.84}
     assert len(make_dataset("subtract", 0, **alone).test_targets) == 1
-    with pytest.raises(SettingError, match="--validation 60 leaves no test set of the 1 examples .*: give 0, so that"):
+    with pytest.raises(SettingError, match=r"--validation 60 leaves no test set of the 1 examples .*: give 0"):
         make_dataset("subtract", 0, **alone, validation=60)
-    with pytest.raises(SettingError, match="--validation: there are no sequences left beside 875 training and 1000 test"):
+    with pytest.raises(SettingError, match="--validation: there are no sequences left beside 875 training and 1000"):
         make_dataset("selection", 0, modulus=5, train_examples=875, validation=60)
     with pytest.raises(SettingError, match="--validation -1 is negative"):
         make_dataset("add", 0, modulus=11, validation=-1)

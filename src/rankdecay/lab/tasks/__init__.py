@@ -1,7 +1,7 @@
 """Data sets: one file per family. `make_dataset` is the one place that knows them all."""
 
 from rankdecay.lab.errors import SettingError, check_name
-from rankdecay.lab.tasks.base import TEST_EXAMPLES, Dataset, last_drawn, with_validation
+from rankdecay.lab.tasks.base import Dataset, last_drawn, with_validation
 from rankdecay.lab.tasks.modular import OPERATIONS, Split, modular, modular_sequences, pair_classes
 from rankdecay.lab.tasks.permutations import SEQUENCES, permutation_composition
 from rankdecay.lab.tasks.recall import recall, recall_sequences

@@ -43,7 +43,13 @@ def _arrangements(codes: np.ndarray, modulus: int, count: int) -> np.ndarray:
 
 
 def recall(
-    modulus: int, train_examples: int, seed: int, *, values: int = 4, test_examples: int = TEST_EXAMPLES, validation: int = 0
+    modulus: int,
+    train_examples: int,
+    seed: int,
+    *,
+    values: int = 4,
+    test_examples: int = TEST_EXAMPLES,
+    validation: int = 0,
 ) -> Dataset:
     """Random sequences of ``values`` pairs (key, value) and a query.
 

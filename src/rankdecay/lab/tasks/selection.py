@@ -29,7 +29,14 @@ def selection_sequences(modulus: int, values: int, named: int) -> int:
 
 
 def selection(
-    modulus: int, train_examples: int, seed: int, *, values: int = 4, named: int = 2, test_examples: int = TEST_EXAMPLES, validation: int = 0
+    modulus: int,
+    train_examples: int,
+    seed: int,
+    *,
+    values: int = 4,
+    named: int = 2,
+    test_examples: int = TEST_EXAMPLES,
+    validation: int = 0,
 ) -> Dataset:
     """Random sequences of ``values`` residues and one token for a group of ``named`` positions.
 
