@@ -26,7 +26,7 @@ def _figure(key: str, form: str) -> Callable[[Row], str]:
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "held 95 % test": held,
+    "held 95 %": held,
     "median step": _figure("steps_to_generalise", "g"),
     "final test": _figure("test_accuracy", ".1%"),
     "final train": _figure("train_accuracy", ".1%"),
