@@ -202,8 +202,8 @@ def parts_of_config(config: Mapping[str, Any], path: str, sides: Callable[[], se
     # "sam_encoder" is of sam_config rather than encoder_config, "language_backbone" of text_config
     def fits(key: str) -> Iterator[tuple[bool, int, int]]:
         for name in (key.removesuffix("_config"), *PARTS.get(key, ())):
-            if (start := words.find(name)) >= 0:
-                yield f".{name}" in words, -start, len(name)
+            if start := words.find(f".{name}") + 1 or max(words.find(name), 0):
+                yield words[start - 1] == ".", -start, len(name)
 
     if best := max(((fit, key) for key in nested for fit in fits(key)), default=None):
         (_, start, length), key = best
@@ -211,7 +211,7 @@ def parts_of_config(config: Mapping[str, Any], path: str, sides: Callable[[], se
         return [*parts_of_config(nested[key], inside, sides), config]
     text = next((key for key in ("text_config", "llm_config", "language_config") if key in nested), None)
     if text and _LANGUAGE_MODEL.match(path):
-        width = next((nested[text][name] for name in WIDTH if name in nested[text]), None)
+        width = next((nested[text][name] for name in WIDTH if isinstance(nested[text].get(name), int)), None)
         if width is None or width in sides():  # the blocks of Cosmos 3's vision tower are not in a module of theirs
             return [nested[text], config]
     return [config]
