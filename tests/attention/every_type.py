@@ -173,12 +173,31 @@ def without_packages() -> Iterator[None]:
         yield
 
 
-def describe(kind: str) -> nn.Module:
-    """The model of a type on the meta device."""
+#: Tasks whose classes are taken for use, the first that a type has one for.
+_TASKS = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM",
+          "OBJECT_DETECTION", "ZERO_SHOT_OBJECT_DETECTION", "IMAGE_CLASSIFICATION")  # fmt: skip
+#: Types that have one which its configuration does not build.
+HEADLESS = {"reformer", "musicgen", "musicgen_melody", "pp_ocrv5_server_det", "pp_ocrv6_medium_det", "gemma4_assistant",
+            "qwen3_omni_moe"}  # fmt: skip
+
+
+def heads() -> dict[str, str]:
+    """The class for use of each type that has one: the model with a head."""
+    from transformers.models.auto import modeling_auto
+
+    tables = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in _TASKS]
+    named = {kind: names for table in reversed(tables) for kind, names in table.items()}
+    return {kind: names if isinstance(names, str) else names[0] for kind, names in named.items()}
+
+
+def describe(kind: str, cls: str | None = None) -> nn.Module:
+    """The model of a type on the meta device, by default of the class that has no head."""
     import transformers
 
     config = configuration(kind)
     with torch.device("meta"), without_packages():
+        if cls:
+            return getattr(transformers, cls)(config)
         if kind in CLASSES:
             return attrgetter(CLASSES[kind])(transformers)(config)
         return transformers.AutoModel.from_config(config)

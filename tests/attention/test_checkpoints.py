@@ -104,6 +104,32 @@ def test_ones_own_names(tmp_path):
     assert torch.equal(layers[1].key.tensor(), tensors["1.b.weight"])
 
 
+def test_biases_beside_separate_weights(tmp_path):
+    """VideoMAE's files have q_bias and v_bias, though its class has biases of the layers."""
+    tensors = {f"attention.{name}.weight": torch.randn(8, 8) for name in ("query", "key", "value")}
+    biases = {"attention.q_bias": torch.randn(8), "attention.v_bias": torch.randn(8)}
+    save_file({**tensors, **biases}, tmp_path / "model.safetensors")
+    [layer] = rd.find_attention(tmp_path, num_heads=2)
+    for view, name in ((layer.query, "q"), (layer.value, "v")):
+        bias = view.bias()
+        assert bias is not None
+        assert torch.equal(bias, biases[f"attention.{name}_bias"])
+    assert layer.key.bias() is None
+
+
+@pytest.mark.parametrize("called", ["o_proj", "dense", "wo"])
+def test_the_output_of_latent_attention_by_any_usual_name(called, tmp_path):
+    shapes = {"q_proj": (48, 32), "kv_a_proj_with_mqa": (12, 32), "kv_b_proj": (64, 8), called: (32, 32)}
+    save_file(
+        {f"layers.0.attn.{name}.weight": torch.ones(shape) for name, shape in shapes.items()},
+        tmp_path / "a.safetensors",
+    )
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    [layer] = rd.find_attention(tmp_path)
+    assert layer.output is not None
+    assert layer.output.parameter_name == f"layers.0.attn.{called}.weight"
+
+
 def test_layers_are_numbered_as_in_the_model(tmp_path):
     """safetensors sorts names, so that layer 10 comes before layer 2."""
     tensors = {f"h.{i}.attn.qkv.weight": torch.full((24, 8), float(i)) for i in range(12)}

@@ -75,6 +75,52 @@ def test_parts_that_differ_and_that_no_path_names_are_refused(tmp_path):
     assert rd.find_attention(tmp_path / "last.ckpt")[0].num_heads == 4
 
 
+_LANGUAGE = {"hidden_size": 32, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("path", "parts", "heads"),
+    [
+        ("layers.0.self_attn", {"text_config": _LANGUAGE, "vision_config": {"num_heads": 8}}, 4),
+        ("vit.layers.0.self_attn", {"text_config": _LANGUAGE, "vision_config": {"num_heads": 8}}, 8),
+        ("llm.model.layers.0.self_attn", {"text_config": _LANGUAGE, "audio_config": {"num_heads": 8}}, 4),
+        ("language_backbone.layers.0.self_attn", {"text_config": _LANGUAGE, "backbone_config": {"num_heads": 8}}, 4),
+        ("decoder.layers.0.encoder_attn", {"encoder_config": {"num_heads": 8}, "num_attention_heads": 4}, 4),
+        ("model.encoder.layers.0.self_attn", {"encoder": {"text_config": _LANGUAGE, "vision_config": {}}}, 4),
+        (
+            "audio_video_encoder.embedder.video_encoder.layers.0.self_attn",
+            {
+                "audio_video_config": {
+                    "num_heads": 2,
+                    "audio_config": {"num_heads": 8},
+                    "video_config": {"num_heads": 4},
+                }
+            },
+            4,
+        ),
+    ],
+)
+def test_a_path_says_which_part_a_module_is_in(path, parts, heads, tmp_path):
+    save_file({f"{path}.{x}_proj.weight": torch.ones(32, 32) for x in "qkvo"}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(parts))
+    assert [layer.num_heads for layer in rd.find_attention(tmp_path)] == [heads]
+
+
+def test_the_text_has_no_module_of_another_width(tmp_path):
+    """Both towers of Cosmos 3 Omni are at the root of its files."""
+    text = {f"layers.0.self_attn.{x}_proj.weight": torch.ones(32, 32) for x in "qkvo"}
+    vision = {"blocks.0.attn.qkv.weight": torch.ones(48, 16), "blocks.0.attn.proj.weight": torch.ones(16, 16)}
+    save_file(text | vision, tmp_path / "model.safetensors")
+    config = {"text_config": _LANGUAGE, "vision_config": {"hidden_size": 16, "num_heads": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"blocks\.0\.attn is not handled.* pass names=AttentionNames\(") as warned:
+        [layer] = rd.find_attention(tmp_path)
+    assert len(warned) == 1
+    assert layer.num_heads == 4
+    names = rd.AttentionNames(fused="qkv", output="proj", num_heads=8)
+    assert sorted(layer.num_heads for layer in rd.find_attention(tmp_path, names)) == [4, 8]
+
+
 def meta(width: int = 16, keys: int = 8) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     heights = {"wq": width, "wk": keys, "wv": keys, "wo": width}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
 
 from rankdecay.attention import known, partial_rotary, unturned
 from rankdecay.attention.checkpoints import Checkpoint, _natural
@@ -26,10 +27,10 @@ def nothing(_: str) -> Any:
     raise AssertionError
 
 
-def checkpoint_of(kind: str, model: Any) -> Checkpoint:
-    """A file of a model: the names and shapes of its state, and its configuration."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes = {name: shapes[name] for name in sorted(shapes, key=_natural)}
+def checkpoint_of(kind: str, model: Any, state: Mapping[str, Tensor] | None = None) -> Checkpoint:
+    """A file of a model: the names and shapes of its state, or of one with other names, and its configuration."""
+    tensors: Mapping[str, Tensor] = model.state_dict() if state is None else state
+    shapes = {name: tuple(tensors[name].shape) for name in sorted(tensors, key=_natural)}
     return Checkpoint(Path(kind), shapes, json.loads(model.config.to_json_string(use_diff=False)), nothing)
 
 

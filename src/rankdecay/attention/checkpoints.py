@@ -15,7 +15,7 @@ import argparse
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from rankdecay.attention.model_types import (
     PARTS,
     ROTARY,
     ROTARY_UNSAID,
+    WIDTH,
     is_rotary_type,
 )
 from rankdecay.attention.numbering import natural_key
@@ -115,7 +116,10 @@ class Checkpoint:
     def _settings_of(self, path: str) -> list[Mapping[str, Any]]:
         """Return what speaks of the module at a path, the nearest first; kept, since many settings are asked of one."""
         if path not in self._settings:
-            self._settings[path] = [self.of_module(path), *parts_of_config(self.config, path)]
+            self._settings[path] = [
+                self.of_module(path),
+                *parts_of_config(self.config, path, partial(self._sides, path)),
+            ]
         return self._settings[path]
 
     @cached_property
@@ -139,6 +143,11 @@ class Checkpoint:
                 children.setdefault(path, set()).add(child)
                 name = path
         return children
+
+    def _sides(self, path: str) -> set[int]:
+        """Return the sides of all tensors in a module."""
+        inside = (self._sides(f"{path}.{child}" if path else child) for child in self.children(path))
+        return set(self.shapes.get(path, ())).union(*inside)
 
     def kind(self, path: str) -> str:
         """Return "": files do not name classes."""
@@ -171,34 +180,40 @@ class Checkpoint:
         return None
 
 
-def parts_of_config(config: Mapping[str, Any], path: str) -> list[Mapping[str, Any]]:
+def parts_of_config(config: Mapping[str, Any], path: str, sides: Callable[[], set[int]]) -> list[Mapping[str, Any]]:
     """Return the configurations that speak of the module at a path, the nearest first, the whole last.
 
     A part's configuration is nested in that of the whole, under a name that a part of the path resembles:
     ``vision_config`` of ``vision_tower``. Of a model with several parts, one whose path resembles none is of the text
-    if it is where a language model is, and else of nothing that is stated.
+    if it is where a language model is and as wide, and else of nothing that is stated.
+
+    Args:
+        config: of the whole.
+        path: of the module, in the whole.
+        sides: returns the sides of all tensors in the module.
     """
     nested = {
         key: part
         for key, part in config.items()
         if isinstance(part, dict) and ("model_type" in part or key.endswith("_config") or key in ("encoder", "decoder"))
     }
-    if not nested:
-        return [config]
-    words = f".{path}."
-    stems = {key: key.removesuffix("_config") for key in nested}
-    fits = [key for key, stem in stems.items() if any(name in words for name in (stem, *PARTS.get(key, ())))]
+    words = f".{path}.".replace(".encoder_attn.", ".cross_attn.")  # attention of a decoder
 
-    # "sam_encoder" is of sam_config rather than encoder_config, and either rather than another name for a part
-    def fit(key: str) -> tuple[bool, bool, int, int]:
-        stem = stems[key]
-        return f".{stem}" in words, stem in words, -words.find(f".{stem}"), len(stem)
+    # "sam_encoder" is of sam_config rather than encoder_config, "language_backbone" of text_config
+    def fits(key: str) -> Iterator[tuple[bool, int, int]]:
+        for name in (key.removesuffix("_config"), *PARTS.get(key, ())):
+            if start := words.find(f".{name}") + 1 or max(words.find(name), 0):
+                yield words[start - 1] == ".", -start, len(name)
 
-    if best := max(fits, key=fit, default=None):
-        return [*parts_of_config(nested[best], path), config]
+    if best := max(((fit, key) for key in nested for fit in fits(key)), default=None):
+        (_, start, length), key = best
+        inside = words[length - start :].partition(".")[2].rstrip(".")
+        return [*parts_of_config(nested[key], inside, sides), config]
     text = next((key for key in ("text_config", "llm_config", "language_config") if key in nested), None)
     if text and _LANGUAGE_MODEL.match(path):
-        return [nested[text], config]
+        width = next((nested[text][name] for name in WIDTH if isinstance(nested[text].get(name), int)), None)
+        if width is None or width in sides():  # the blocks of Cosmos 3's vision tower are not in a module of theirs
+            return [nested[text], config]
     return [config]
 
 

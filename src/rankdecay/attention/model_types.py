@@ -98,7 +98,10 @@ def is_rotary_type(kind: str) -> bool:
 
 #: What the parts of a model are called in the paths of its modules, beside the name of their configuration.
 PARTS = {
-    "vision_config": ("visual", "image", "video_tower"), "text_config": ("language",), "audio_config": ("speech",),
+    "vision_config": ("visual", "image", "video_tower", "vit"),
+    "text_config": ("language", "llm", "image_to_text", "cross_modal"),  # the latter of Kosmos-2 and BridgeTower
+    "audio_config": ("speech",), "semantic_model_config": ("semantic_encoder",),
+    "adapter_config": ("image_pooling", "vision_backbone.image_pooling"),
     "backbone_config": ("pixel_level_module.encoder", "conv_encoder", "swin"), "perceiver_config": ("resampler",),
 }  # fmt: skip
 

@@ -25,12 +25,12 @@ NO_ROTARY_TYPES = frozenset(
     layoutlmv3 led levit lilt longformer longt5 luke lw_detr lw_detr_vit lxmert m2m_100 marian markuplm
     mask2former maskformer-swin mbart megatron-bert metaclip_2_text_model metaclip_2_vision_model mgp-str
     minicpm_ocr_vision minicpmv4_6_vision minicpmv4_7_vision mllama_vision_model mm-grounding-dino mobilebert
-    mobilevit molmo2_vision moss_transcribe_diarize_audio mpnet mpt mra mt5 musicgen_decoder
+    mobilevit molmo2_adapter molmo2_vision moss_transcribe_diarize_audio mpnet mpt mra mt5 musicgen_decoder
     musicgen_melody_decoder mvp nemotron_asr_streaming_encoder nemotron_h nllb-moe nystromformer omdet-turbo
     oneformer openai-gpt opt ovis2_vision owlv2_text_model owlv2_vision_model owlvit_text_model
     owlvit_vision_model parakeet_encoder patchtst pegasus pegasus_x perceiver pixio plbart pp_doclayout_v3
     pp_doclayout_v4 prophetnet pvt pvt_v2 qianfan_ocr_vision qwen2_5_omni_audio_encoder qwen2_audio_encoder
-    qwen3_asr_encoder qwen3_omni_moe_audio_encoder radio reformer rembert resnet rf_detr rf_detr_dinov2 roberta
+    qwen3_asr_encoder qwen3_omni_moe_audio_encoder radio reformer rembert rf_detr rf_detr_dinov2 roberta
     roberta-prelayernorm roc_bert rt_detr rt_detr_v2 sam2_hiera_det_model sam2_mask_decoder sam3_detr_decoder
     sam3_detr_encoder sam3_geometry_encoder sam3_lite_text_detr_decoder sam3_lite_text_detr_encoder
     sam3_lite_text_geometry_encoder sam3_lite_text_mask_decoder sam3_lite_text_text_model sam3_mask_decoder

@@ -11,6 +11,7 @@ from rankdecay.attention.model_types import (
     KEY_DIM,
     KEY_HEADS,
     NUM_HEADS,
+    PARTS,
     WIDTH,
 )
 from rankdecay.attention.module.between import (
@@ -194,14 +195,18 @@ def heads_error(
     what, remedy = f"its {lines} rows do not split into {heads_of_size}", num_heads_remedy(module)
     if not (heads or head_dim):
         what = f"the number of heads in its {lines} rows is unknown"
-        remedy += ", or head_dim=... if heads have one size in all layers"
+        remedy += "" if _heads_are_stated(module) else ", or head_dim=... if heads have one size in all layers"
     return NotHandled(f"{child}: {what}; {remedy}{known if heads else ''}")
 
 
 def num_heads_remedy(module: ModuleParameters) -> str:
     """Return how to pass another number of heads: a plain ``num_heads=`` does not override the settings."""
-    stated = module.stated(NUM_HEADS) is not None
-    return "pass names=AttentionNames(..., num_heads=...)" if stated else "pass num_heads=..."
+    return "pass names=AttentionNames(..., num_heads=...)" if _heads_are_stated(module) else "pass num_heads=..."
+
+
+def _heads_are_stated(module: ModuleParameters) -> bool:
+    """Whether the settings state heads, of this module or of the parts of a model, in none of which it is."""
+    return module.stated(NUM_HEADS) is not None or module.setting(tuple(PARTS)) is not None
 
 
 def check_whole(module: ModuleParameters, heads: int, head_dim: int, across: int) -> None:

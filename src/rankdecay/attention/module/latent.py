@@ -25,7 +25,7 @@ from rankdecay.attention.module.heads import (
 )
 from rankdecay.attention.module.projections import ModuleParameters, divide
 from rankdecay.attention.module.settings import NotHandled
-from rankdecay.attention.names import EXPERTS, LatentNames
+from rankdecay.attention.names import EXPERTS, LatentNames, may_be_output
 from rankdecay.attention.products import Rotary
 
 
@@ -38,11 +38,11 @@ def read_latent(module: ModuleParameters, names: LatentNames) -> Found:
     name = {field: module.parameter(child) for field, child in names._asdict().items()}
     kv_path = module.shared_kv_path()
     shared = name["shared"] or (kv_path and module.parameter(kv_path + names.shared))
-    query, split, output = name["second"] or name["query"], name["split"], name["output"]
+    query, split, output = name["second"] or name["query"], name["split"], name["output"] or _only_output(module)
     if not (query and split and output):
         expected = {f"{names.query} or {names.second}": query, names.split: split, names.output: output}
         missing = [child for child, present in expected.items() if not present]
-        raise NotHandled(f"multi-head latent attention whose {', '.join(missing)} has another name")
+        raise NotHandled(f"multi-head latent attention whose {', '.join(missing)} has another name: give it this one")
     parameters = [query, split, output, *(part for part in (shared, name["first"]) if part)]
     module.check_shapes(parameters)
     heads = module.number(NUM_HEADS)
@@ -81,6 +81,16 @@ def read_latent(module: ModuleParameters, names: LatentNames) -> Found:
     qk_norm = bool(module.has_qk_norm()) and names.first != "wq_a"
     no_value_product = why_no_value_product(module, places)
     return Found(module.path, places, plain_dim, rotary, qk_norm, no_value_product=no_value_product)
+
+
+def _only_output(module: ModuleParameters) -> str | None:
+    """Return the one matrix of a module that is called as outputs are; None if there are several, or none."""
+    outputs = [
+        name
+        for child in module.source.children(module.path)
+        if may_be_output(child) and (name := module.parameter(child))
+    ]
+    return outputs[0] if len(outputs) == 1 else None
 
 
 def read_shared_latent(module: ModuleParameters, names: Sequence[str]) -> Found:

@@ -194,7 +194,7 @@ class ModuleReader(ModuleParameters):
             places[role] = self.place(parameters[child], window)
         if row.query == "q_proj_weight":
             self._share_bias(places)
-        elif row.fused and not self.bias(parameters[row.fused]):
+        else:
             self._separate_biases(places)
         check_heads(self, heads, places["key"].window.num_heads)
         return places, heads, head_dim
@@ -365,9 +365,10 @@ class ModuleReader(ModuleParameters):
             places[role] = places[role]._replace(bias=self.plain[name], bias_window=window)
 
     def _separate_biases(self, places: dict[Role, Place]) -> None:
-        """Locate the q_bias and v_bias that timm's BEiT and EVA add to a fused weight; the key has no bias."""
+        """Locate the q_bias and v_bias of weights that have no bias of their own: timm's BEiT and EVA, VideoMAE."""
         for role, place in list(places.items()):
-            name = self.plain.get(self.path_of(f"{role[0]}_bias"))
-            if name and len(self.shapes[name]) == 1:
-                lines = self.shapes[name][0]
-                places[role] = place._replace(bias=name, bias_window=Window("rows", 0, lines, lines, lines))
+            name = None if place.bias else self.plain.get(self.path_of(f"{role[0]}_bias"))
+            lines = place.window.extent(0)
+            if name and self.shapes[name] == (lines,):
+                window = place.window if place.window.is_whole else Window("rows", 0, lines, lines, lines)
+                places[role] = place._replace(bias=name, bias_window=window)
