@@ -67,9 +67,12 @@ def _kept(row: Row) -> Row:
 
 
 def table(options: argparse.Namespace) -> None:
-    """A Markdown line per cell, its loss against that of no decay with the same MLP decay and norm."""
+    """A Markdown line per cell, its loss against that of no decay with the same MLP decay and norm.
+
+    The rotary planes in use are in the last column where ``planes`` has measured the models.
+    """
     for directory in options.directories:
-        _lines(cells_of(directory), unit_of(directory))
+        _lines(directory)
 
 
 def cells_of(directory: Path) -> list[Row]:
@@ -108,10 +111,15 @@ def learnt(directory: str, arm: str, strength: str) -> str:
     return f"{sum(end >= 0.95 for end in ends)} of {len(ends)}"
 
 
-def _lines(cells: list[Row], unit: str) -> None:
+def _lines(directory: Path) -> None:
+    cells = cells_of(directory)
     heads = ["arm", "decay", "MLP", "QK-norm", "loss", "above no decay", "accuracy", "rank QK", "rank VO"]
-    heads += ["rank W_Q", "rank W_K", "imbalance QK", "imbalance VO", "gap QK", "gap VO", f"{unit}/s", "at equal time"]
-    shown = [[*_named(cell), *_figures(cell, _no_decay(cells, cell))] for cell in cells]
+    heads += ["rank W_Q", "rank W_K", "imbalance QK", "imbalance VO", "gap QK", "gap VO"]
+    heads += [f"{unit_of(directory)}/s", "at equal time", "planes in use"]
+    shown = []
+    for cell in cells:
+        planes = planes_of(directory, cell["name"], cell["strength"])["planes"]
+        shown.append([*_named(cell), *_figures(cell, _no_decay(cells, cell)), stored.mean(planes, ".2f")])
     keep = [i for i in range(len(heads)) if any(row[i] != "—" for row in shown)]
     print("\n| " + " | ".join(heads[i] for i in keep) + " |\n|" + "---|" * len(keep))
     for row in shown:

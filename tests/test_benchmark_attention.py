@@ -75,6 +75,9 @@ def test_the_table_of_the_extension_has_the_planes_of_every_seed(tmp_path, capsy
     assert "| -0.002 (-0.018 to +0.013) |" in lines[3]
     assert lines[3].endswith("| 0.55 | 0.55 | 0.55 | 0.55 | 0.55 | 0.55 |")
     assert len(lines[0].split(" | ")) == len(lines[3].split(" | "))
+    table = printed(capsys, "table", run)
+    assert [line.split(" | ")[-1] for line in table[1:4:2]] == ["planes in use |", "— |"]
+    assert table[4].endswith("| 0.55 |")
     monkeypatch.setattr(attention_findings, "DATA", tmp_path)
     assert findings.made("plane run l2 0.1 planes") == "0.55"
     assert findings.made("plane run l2 0 planes") == "—"
