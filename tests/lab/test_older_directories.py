@@ -13,6 +13,7 @@ import pytest
 from rankdecay import cli
 from rankdecay.lab import experiment
 from rankdecay.lab.settings import identity
+from rankdecay.lab.store import read_metrics
 from tests.comparing import sorted_rows
 from tests.lab.interruption import interrupt
 
@@ -131,13 +132,33 @@ def test_another_precision_is_refused_by_name(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("stored", ["grok_standard", "margin/standard", "recall/standard", "vision/standard"])
 def test_the_standard_preset_is_what_the_stored_runs_of_before_had(stored: str) -> None:
-    """So `--preset standard` continues a directory that was begun with no option at all, with `--validation 0` if it
-    has none.
-    """
+    """So `--preset standard` continues a directory that was begun with no option at all."""
     config = json.loads((DATA / stored / "config.json").read_text())
     standard = experiment.presets(config["command"])["standard"]
     now = json.loads(json.dumps(identity(standard, experiment.load(config["command"]).not_identity)))
-    added = {"first_seed", "validation", "warmup", "amount", "lr", "beta2", "epsilon"} - config["settings"].keys()
-    assert {k: v for k, v in now.items() if k not in {"precision", *added}} == {
-        k: v for k, v in config["settings"].items() if k not in {"precision", "preset"}
+    added = {"first_seed", "warmup", "amount", "lr", "beta2", "epsilon"} - config["settings"].keys()
+    resolved = {"precision", "validation"}
+    assert {k: v for k, v in now.items() if k not in {*resolved, *added}} == {
+        k: v for k, v in config["settings"].items() if k not in {*resolved, "preset"}
     }
+
+
+@pytest.mark.parametrize("command", ["grok", "boundary"])
+def test_a_directory_goes_on_with_the_validation_set_that_it_began_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """None in a directory of before; another one that is asked for is refused."""
+    out = tmp_path / "run"
+    interrupt(words(command, "--validation", "0", "--quiet"), out)
+    config = json.loads((out / "config.json").read_text())
+    for key in ("settings", "fixed"):
+        config.get(key, {}).pop("validation", None)
+    (out / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert go(command, out, "--validation", "1000", "--quiet") == 2
+    assert "validation is 0 there, 1000 now" in capsys.readouterr().err
+    assert go(command, out, "--quiet") == 0
+    assert all("validation_accuracy" not in row for row in read_metrics(out))
+    other = tmp_path / "other"
+    assert go(command, other, "--quiet") == 0
+    assert all("validation_accuracy" in row for row in read_metrics(other))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.settings import Settings, check_counts, check_numbers, check_seeds, check_width
 from rankdecay.rules import rule_names
 
 HEADS = 4  # of every network
+VALIDATION = 1000  # examples, by default
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,10 @@ class EnsembleSettings(Settings):
     """Runs of every arm, or cell of the grid; a seed fixes split, initial weights and batches in every arm."""
     split: Literal["unordered", "ordered"] = "unordered"
     """'ordered' lets (a, b) leak (b, a) in commutative tasks; only for replication."""
-    validation: int = 1000
+    validation: int | None = None
     """Examples of a third set that decides when a run has generalised, stops or switches, at most half of what is not
-    trained on; the test set is reported alone. 0: the test set decides, as in earlier runs."""
+    trained on; the test set is reported alone. 0: the test set decides. By default 1000; a directory that began without
+    such a set goes on without."""
     smoothing: float = 0.13
     """For the smooth rule: directions below this share of ‖W‖_F shrink in proportion instead of by a fixed amount."""
     every: int = 4
@@ -49,6 +51,31 @@ class EnsembleSettings(Settings):
     """Steps between evaluations."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, where there is a compiler; 'auto' uses it on a GPU and for runs long enough to repay it."""
+
+
+E = TypeVar("E", bound=EnsembleSettings)
+
+
+def validated(settings: E, command: str) -> E:
+    """Return the settings with a size of the validation set: that of the directory which goes on, if there is one.
+
+    Directories of before have no such set.
+
+    Args:
+        settings: of an experiment.
+        command: name of the experiment; a directory of another one does not count.
+
+    Raises:
+        SettingError: For a configuration that cannot be read.
+    """
+    from rankdecay.lab.store import read_json
+
+    if settings.validation is not None:
+        return settings
+    stored = read_json(settings.out / "config.json") or {}
+    began = stored.get("settings") if stored.get("command") == command else None
+    kept = began.get("validation", 0) if isinstance(began, dict) else VALIDATION
+    return replace(settings, validation=kept if isinstance(kept, int) else VALIDATION)
 
 
 def check_shared(settings: Any, width: int) -> None:

@@ -59,6 +59,8 @@ def process_group(device: str, patience: timedelta | None = None) -> Iterator[tu
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
     try:
+        # Until all are connected nobody leaves: one that is refused at once would break the connecting of the others.
+        dist.all_reduce(torch.zeros(1))
         yield device, is_rank_zero()
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rankdecay.lab.ensemble.settings import EnsembleSettings, check_shared
+from rankdecay.lab.ensemble.settings import EnsembleSettings, check_shared, validated
 from rankdecay.lab.errors import SettingError, check_name
 from rankdecay.lab.settings import Record, check_evaluations, check_numbers, identity
 
@@ -177,7 +177,7 @@ def check(settings: Boundary) -> Boundary:
             raise SettingError(f"--rest-decays {decay:g} must be at least 0 and below {1 / settings.lr:g}, 1 / --lr")
     if not 0 < settings.gpu_share <= 1:
         raise SettingError(f"--gpu-share {settings.gpu_share} must be in (0, 1]: 0.5 lets two tasks share a GPU")
-    return settings
+    return validated(settings, "boundary")
 
 
 def filled(settings: Boundary) -> Boundary:

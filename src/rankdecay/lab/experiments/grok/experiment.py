@@ -85,7 +85,8 @@ def make_arms(settings: Grok) -> list[Arm]:
 
 def make_datasets(settings: Grok) -> dict[int, Dataset]:
     """One data set per seed, checked against the batch size."""
-    how = subset(settings, "modulus", "train_fraction", "train_examples", "values", "split", "validation")
+    how = subset(settings, "modulus", "train_fraction", "train_examples", "values", "split")
+    how |= {"validation": settings.validation or 0}
     datasets = {seed: make_dataset(settings.task, seed, **how) for seed in seeds(settings)}
     size = min(len(data.train_targets) for data in datasets.values())  # unordered splits differ in size
     if settings.batch_size > size:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rankdecay.decay.policy import Scale
-from rankdecay.lab.ensemble.settings import EnsembleSettings, check_shared
+from rankdecay.lab.ensemble.settings import EnsembleSettings, check_shared, validated
 from rankdecay.lab.errors import SettingError, check_name, option
 from rankdecay.lab.settings import check_arms, check_numbers
 from rankdecay.rules import rule_names
@@ -150,7 +150,7 @@ def check(settings: Grok) -> Grok:
                 f"{option(name)} {getattr(settings, name):g} at --lr {settings.lr:g} would flip the sign of the "
                 f"weights: stay below {1 / settings.lr:g}"
             )
-    return dataclasses.replace(settings, arms=named_arms(settings))
+    return dataclasses.replace(validated(settings, "grok"), arms=named_arms(settings))
 
 
 def named_arms(settings: Grok) -> tuple[str, ...]:
