@@ -11,8 +11,10 @@ from rankdecay.lab.settings import NOT_IDENTITY, identity
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_can_run(name):
-    assert check(PRESETS[name]) == PRESETS[name]
+def test_presets_can_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no run is that one would go on with
+    preset = PRESETS[name]
+    assert check(preset) == dataclasses.replace(preset, validation=0 if name == "prototype" else 1000)
     assert PRESETS[name].preset == name
     assert set(PRESETS[name].arms) <= set(ARMS)
 
