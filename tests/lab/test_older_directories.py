@@ -162,3 +162,5 @@ def test_a_directory_goes_on_with_the_validation_set_that_it_began_with(
     other = tmp_path / "other"
     assert go(command, other, "--quiet") == 0
     assert all("validation_accuracy" in row for row in read_metrics(other))
+    pages = [(run / "report.html").read_text(encoding="utf-8") for run in (out, other)]
+    assert ["validation accuracy" in page for page in pages] == [False, True]

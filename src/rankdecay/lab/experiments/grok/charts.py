@@ -18,7 +18,11 @@ from rankdecay.lab.report.words import figure_text, is_number
 from rankdecay.lab.settings import Record
 from rankdecay.lab.stored import StoredRun, snapshots
 
-ACCURACIES = {"test_accuracy": "test accuracy", "train_accuracy": "training accuracy"}
+ACCURACIES = {
+    "test_accuracy": "test accuracy",
+    "validation_accuracy": "validation accuracy",  # which decides, where there is that set
+    "train_accuracy": "training accuracy",
+}
 RANKS = {
     "stable_rank": "stable rank of W_Q, W_K",
     "effective_rank": "effective rank of W_Q, W_K",
