@@ -203,15 +203,15 @@ def edges(own: Row, rows: Sequence[Row]) -> list[str]:
     strengths = {strength for name, strength, rest in settings if (name, rest) == (own["name"], own["rest_decay"])}
     tried = {
         "strength": (own["strength"], strengths if len(strengths) > 1 else {*own["strengths"]}),
-        "ramp": (ramp, {each for name, *_ in settings for of, each in [split_name(name)] if of == arm}),
+        "ramp": (ramp or 0, {each or 0 for name, *_ in settings for of, each in [split_name(name)] if of == arm}),
         "rest": (own["rest_decay"], {rest for *which, rest in settings if (*which,) == best[:2]}),
     }
     return [what for what, (value, each) in tried.items() if at_edge(value, each)]
 
 
-def at_edge(value: float | None, tried: Collection[float | None]) -> bool:
+def at_edge(value: float, tried: Collection[float]) -> bool:
     """Whether a value is the least, if that is not 0, or the greatest of some that were tried."""
-    return len(tried) > 1 and value != 0 and value in (min(tried), max(tried))  # pyright: ignore[reportArgumentType]
+    return len(tried) > 1 and value != 0 and value in (min(tried), max(tried))
 
 
 def scores(rows: Sequence[Row], horizon: float) -> Times:
