@@ -198,7 +198,7 @@ def edges(own: Row, rows: Sequence[Row]) -> list[str]:
         rows: of tuning, of all arms.
     """
     arm, ramp = split_name(own["name"])
-    best = (own["name"], own["strength"], own["rest_decay"])
+    best = setting_of_frozen(own)
     settings = {setting_of(row) for row in rows}
     strengths = {strength for name, strength, rest in settings if (name, rest) == (own["name"], own["rest_decay"])}
     tried = {
