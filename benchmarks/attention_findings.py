@@ -72,7 +72,7 @@ def table(options: argparse.Namespace) -> None:
     The rotary planes in use are in the last column where ``planes`` has measured the models.
     """
     for directory in options.directories:
-        _lines(directory)
+        _table_of(directory)
 
 
 def cells_of(directory: Path) -> list[Row]:
@@ -111,7 +111,7 @@ def learnt(directory: str, arm: str, strength: str) -> str:
     return f"{sum(end >= 0.95 for end in ends)} of {len(ends)}"
 
 
-def _lines(directory: Path) -> None:
+def _table_of(directory: Path) -> None:
     cells = cells_of(directory)
     heads = ["arm", "decay", "MLP", "QK-norm", "loss", "above no decay", "accuracy", "rank QK", "rank VO"]
     heads += ["rank W_Q", "rank W_K", "imbalance QK", "imbalance VO", "gap QK", "gap VO"]

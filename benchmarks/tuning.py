@@ -248,6 +248,8 @@ def tune(
     every = [arm for part in parts for arm in part]
     if unknown := [arm for arm in again if arm not in every]:
         raise SystemExit(f"--again {unknown[0]}: no such arm; it is one of {', '.join(every)}.")
+    if early := [arm for arm in again if arm not in arms]:
+        raise SystemExit(f"--again {early[0]}: {frozen} does not have it yet; run --stage tune without --again first.")
     if not again and set(every) <= set(arms):
         raise SystemExit(
             f"{frozen} is frozen: the held-out runs use it. Give another --dir, or name arms to tune --again."

@@ -138,6 +138,8 @@ def test_what_is_frozen_is_tuned_again_where_it_is_asked_for_and_another_protoco
     assert both["l2"] == first["l2"]
     with pytest.raises(SystemExit, match="--again l3: no such arm; it is one of l2, none"):
         tuning.tune([("l2", "none")], space, schedule.TINY, tmp_path, "cpu", again=["l3"])
+    with pytest.raises(SystemExit, match=r"--again smooth: .*tuned.json does not have it yet; run --stage tune without"):
+        tuning.tune([("l2", "none", "smooth")], space, schedule.TINY, tmp_path, "cpu", again=["smooth"])
     again = tuning.tune([("l2", "none")], space, schedule.TINY, tmp_path, "cpu", again=["l2"])["arms"]
     assert again["l2"]["restricted_mean_time"] == 1
     assert again["none"] == both["none"]
