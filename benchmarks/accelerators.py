@@ -275,11 +275,8 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="by default docs/data/accelerators/TASK")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tiny", action="store_true", help="a protocol of a minute, to try the command; needs a --dir")
-    parser.add_argument(
-        "--again", nargs="+", default=(), metavar="ARM", help="with --stage tune: frozen arms to tune again"
-    )
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    arguments = tuning.parse_arguments(parser)
     if arguments.tiny and arguments.dir is None:
         parser.error("--tiny needs a --dir of its own: docs/data/accelerators is for the protocol itself")
     protocol = protocol_of(arguments.task, arguments.modulus, arguments.tiny)

@@ -321,11 +321,8 @@ def main() -> None:
     parser.add_argument("--modulus", type=int, default=Protocol.modulus, help="31 with --width 128: the replication")
     parser.add_argument("--width", type=int, default=Protocol.width)
     parser.add_argument("--sizes", type=int, nargs="+", help="of the held-out runs and of tuning alike: one replicates")
-    parser.add_argument(
-        "--again", nargs="+", default=(), metavar="ARM", help="with --stage tune: frozen arms to tune again"
-    )
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    arguments = tuning.parse_arguments(parser)
     if arguments.tiny and arguments.dir == parser.get_default("dir"):
         parser.error("--tiny needs a --dir of its own: docs/data/schedule is for the protocol itself")
     protocol = TINY if arguments.tiny else Protocol(modulus=arguments.modulus, width=arguments.width)

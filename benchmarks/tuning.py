@@ -8,6 +8,7 @@ holds 95 %, the budget for a run that never does, over seeds and sizes.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import statistics
@@ -392,6 +393,17 @@ def tuned(directory: Path, protocol: Protocol) -> Row:
     if {**held["protocol"], **{name: asked[name] for name in OF_TESTING}} != asked:
         raise SystemExit(f"{path} was tuned by another protocol: give another --dir, or the options it was made with.")
     return held
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse a command line that has a ``--stage``, with the option of tuning again, which other stages refuse."""
+    parser.add_argument(
+        "--again", nargs="+", default=(), metavar="ARM", help="with --stage tune: frozen arms to tune again"
+    )
+    arguments = parser.parse_args()
+    if arguments.again and arguments.stage != "tune":
+        parser.error(f"--again has no effect on --stage {arguments.stage}: give --stage tune")
+    return arguments
 
 
 def train_held_out(protocol: Protocol, directory: Path, wanted: Iterable[Trial], device: str) -> None:

@@ -138,7 +138,7 @@ def test_what_is_frozen_is_tuned_again_where_it_is_asked_for_and_another_protoco
     assert both["l2"] == first["l2"]
     with pytest.raises(SystemExit, match="--again l3: no such arm; it is one of l2, none"):
         tuning.tune([("l2", "none")], space, schedule.TINY, tmp_path, "cpu", again=["l3"])
-    with pytest.raises(SystemExit, match=r"--again smooth: .*tuned.json does not have it yet; run --stage tune without"):
+    with pytest.raises(SystemExit, match=r"--again smooth: .*tuned.json does not have it yet; run --stage"):
         tuning.tune([("l2", "none", "smooth")], space, schedule.TINY, tmp_path, "cpu", again=["smooth"])
     again = tuning.tune([("l2", "none")], space, schedule.TINY, tmp_path, "cpu", again=["l2"])["arms"]
     assert again["l2"]["restricted_mean_time"] == 1
@@ -146,6 +146,14 @@ def test_what_is_frozen_is_tuned_again_where_it_is_asked_for_and_another_protoco
     assert tuning.tuned(tmp_path, schedule.TINY)["protocol"] == json.loads(json.dumps(asdict(schedule.TINY)))
     with pytest.raises(SystemExit, match="tuned by another protocol"):
         tuning.tuned(tmp_path, tuning.Protocol())
+
+
+@pytest.mark.parametrize("stage", ["test", "report"])
+def test_tuning_again_is_refused_in_another_stage(monkeypatch, capsys, stage):
+    monkeypatch.setattr(sys, "argv", ["schedule.py", "--stage", stage, "--again", "l2"])
+    with pytest.raises(SystemExit):
+        schedule.main()
+    assert f"--again has no effect on --stage {stage}: give --stage tune" in capsys.readouterr().err
 
 
 def test_held_out_seeds_may_become_more(run, tmp_path):
