@@ -446,7 +446,7 @@ CLAIMS = (
         "its best column ends at a stable rank of {published full_rank}, of noise, not of low rank",
         "rankdecay boundary --preset prototype --compile on --widen 0",
         ("boundary/prototype",),
-        "boundary.md",
+        "paper.md",
         "holds",
         "",
         lambda: boundary_findings.published(DATA / "boundary" / "prototype")["near"] >= 70,
@@ -467,7 +467,7 @@ CLAIMS = (
         "rankdecay boundary --preset paper --seeds 1 --fractions 0.3 0.4 0.5 0.6 0.7 0.8 --arms paper_a1 l2_all "
         "--strengths l2_all=2,4,8,16 --precision float32",
         ("boundary/paper_add", "boundary/paper_add_ordered", "boundary/paper_rules"),
-        "boundary.md",
+        "paper.md",
         "contradicted",
         "of L2 at strengths of its own; on the paper's grid L2 does nothing to multiplication. The paper's split is "
         "not stated: the same with unordered and ordered pairs",
@@ -487,7 +487,7 @@ CLAIMS = (
         "rankdecay boundary --preset paper --task multiply --fractions 0.5 --seeds 1 --arms none l2_all paper_a1; … "
         "--arms l2_all --strengths l2_all=0.2,0.5,1,2,4,8",
         ("boundary/paper_multiply", "boundary/paper_multiply_l2"),
-        "boundary.md",
+        "paper.md",
         "holds with a condition",
         "of that grid, on which L2 does nothing: at strengths of its own L2 generalises too, and sooner",
         lambda: (
@@ -507,7 +507,7 @@ CLAIMS = (
         "rankdecay boundary --preset paper --task s5 --fractions 0.5 --seeds 1 --arms none paper_a1 l2_all --strengths "
         "l2_all=1,2,4,8,16 --precision float32; … --arms paper_a1 --strengths paper_a1=0.002,0.003",
         ("boundary/paper_s5",),
-        "boundary.md",
+        "paper.md",
         "contradicted",
         "half of the pairs, within 3000 steps, where L2 does; longer runs were not made",
         lambda: (
@@ -550,7 +550,7 @@ CLAIMS = (
         "{figure_two l2_all 0.5 500 stable_rank .1f} under L2",
         "python benchmarks/mechanism.py --json docs/data/boundary/mechanism.json",
         ("boundary/mechanism.json",),
-        "boundary.md",
+        "paper.md",
         "contradicted",
         "of an L2 that generalises: it has the blocks too, and the clearer ones; without a decay of W_Q and W_K there "
         "are none. The rank does fall sooner and further under the paper's step",

@@ -37,6 +37,7 @@ ARMS_OF_MECHANISM = {"none": "no decay of W_Q, W_K", "l2_all": "L2", "paper_a1":
 RUNS = {  # a picture that `rankdecay report DIR --figure` draws, and the run
     "grok": "grok_default",
     "boundary": "boundary/selection",  # at one decay of the rest
+    "paper": "boundary/paper_add",
     "language": "language/standard",
     "recall": "recall/standard",
 }
@@ -446,7 +447,8 @@ def _draw_run(directory: Path, path: Path) -> None:
         experiment.draw_figure([directory], path)
         return
     stored = experiment.read(kind, [directory])
-    rows = [row for row in stored.rows if row["rest_decay"] == REST or row["arm"] == "l2_all"]
+    several = len({row["rest_decay"] for row in stored.rows if row["arm"] != "l2_all"}) > 1
+    rows = [row for row in stored.rows if not several or row["rest_decay"] == REST or row["arm"] == "l2_all"]
     some = dataclasses.replace(stored, rows=rows, summary=None)
     kind.figure(dataclasses.replace(some, summary=kind.so_far(some)), path)
 
