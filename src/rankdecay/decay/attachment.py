@@ -555,11 +555,13 @@ class Attachment:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         groups = zip(optimizer.param_groups, self._stepping, self._factors, strict=False)  # a hook may have added some
         for index, (group, targets, factor) in enumerate(groups):
+            if not targets:
+                if "role" in group and group.get("decoupled_weight_decay"):  # L2 that is the optimizer's
+                    l2 = Frobenius(float(group.get("weight_decay", 0.0)))
+                    warn_if_too_strong(group["role"], l2, factor, self._too_strong)
+                continue
             counts = counts_steps(optimizer, group)
             own_rates = has_rate_per_parameter(optimizer, group)  # of which the factor is only a part
-            if not targets and "role" in group and group.get("decoupled_weight_decay"):  # L2 that is the optimizer's
-                l2 = Frobenius(float(group.get("weight_decay", 0.0)))
-                warn_if_too_strong(group["role"], l2, factor, self._too_strong)
             for number, (_, target, parameters) in enumerate(targets):
                 if self._paused and target.decay is not None:
                     continue  # what is the optimizer's own goes on
