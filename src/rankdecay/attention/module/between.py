@@ -11,15 +11,17 @@ from rankdecay.attention.model_types import (
     TURNED,
     VALUE_NORMS_WITHOUT_WEIGHTS,
 )
-from rankdecay.attention.module.beside import is_batch_norm, is_norm, steps
+from rankdecay.attention.module.beside import is_batch_norm, is_matrix, is_norm, steps
 from rankdecay.attention.module.found import Place
 from rankdecay.attention.module.projections import ModuleParameters
 from rankdecay.attention.names import (
     BETWEEN,
     CHANNELS,
     CONVOLUTIONS,
+    HEAD_MIXERS,
     HEADS_NORMS,
     NORM_OF_HEADS,
+    OUTPUT_BESIDE,
     PLAIN_NORM,
     SCALES,
     AttentionNames,
@@ -53,13 +55,25 @@ def why_no_product(module: ModuleParameters, row: AttentionNames, places: dict[R
         return "rotates queries and keys by positions, but not plane by plane"
     if kind in POOLING and row.fused and (shape := module.shape(module.parameter(row.fused) or ""))[0] != 3 * shape[1]:
         return "pools its queries over tokens"
-    if "k_sconv" in module.source.children(module.path):
+    children = module.source.children(module.path)
+    if "k_sconv" in children:
         return "convolves keys over tokens"
+    if "bt_proj" in children:
+        return "reflects keys by what stands between the tokens"  # fla's PaTH
+    if "proj_e" in children and module.has_rows("proj_e", places["query"].window.extent(0)):
+        return "weighs what each coordinate adds to the scores by the edge between two nodes"
     if {"q", "k"} & _convolved(module):
         return "convolves queries or keys over tokens"
     if _scales_coordinates(module, row, places):
         return "scales queries or keys coordinate by coordinate, by a learned vector"
     return ""
+
+
+def mixes_heads(module: ModuleParameters, heads: int) -> bool:
+    """Whether a matrix mixes the scores of the heads before their softmax (talking heads)."""
+    names = map(module.parameter, filter(HEAD_MIXERS.fullmatch, module.source.children(module.path)))
+    shapes = (module.shape(name) for name in names if name)
+    return heads > 1 and any(is_matrix(shape) and shape[:2] == (heads, heads) for shape in shapes)
 
 
 def _convolved(module: ModuleParameters) -> set[str]:
@@ -112,6 +126,8 @@ def why_no_value_product(module: ModuleParameters, places: dict[Role, Place], va
         return ""
     if is_channel_attention(module):
         return "mixes the channels of each head by its scores"
+    if OUTPUT_BESIDE.search(module.source.kind(module.path)):
+        return "adds its values, too, to what its output projection gives"
     children = module.source.children(module.path)
     width = places["query"].window.num_heads * places["value"].window.head_dim
     if reason := next((reason for child, reason in BETWEEN.items() if child in children), ""):
@@ -138,6 +154,8 @@ def norm_stands(module: ModuleParameters, places: dict[Role, Place]) -> Literal[
     children = module.source.children(module.path)
     if PLAIN_NORM not in children or "sr" in children or "output" not in places or "latent" in places:
         return ""  # sr: a norm of what keys and values are formed from
+    if module.norms_inside():  # it is those of queries and keys
+        return ""
     if module.source.kind(module.path) in NORM_OF_HEADS:
         return "behind heads"
     of_library = module.source.kind(module.path).startswith(("timm.", "transformers.", "diffusers."))

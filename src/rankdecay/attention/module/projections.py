@@ -23,6 +23,7 @@ from rankdecay.attention.names import (
     is_query_like,
     is_value_like,
     may_be_output,
+    projects_to,
     spellings,
 )
 from rankdecay.attention.source import Source
@@ -161,12 +162,18 @@ class ModuleParameters(ModuleSettings):
 
     @cached_property
     def pairs(self) -> dict[str, str]:
-        """Children that take what another gives, with the other: the two factors of one projection, by their names."""
+        """Children that take what another gives, with the other: the two factors of one projection, by their names.
+
+        The second may be called as a projection alone is: ``to_q`` behind ``to_latent_q``.
+        """
         sides: dict[str, tuple[int, int]] = {}  # (out, in)
         among = self.source.children(self.path)
         known = {*self._factors_beside, *self.given_children}
-        for child in sorted(among):
-            name = self.parameter(child) if factor_of(child) and child not in known else None
+        firsts = {child: factor_of(child) for child in among if factor_of(child) and child not in known}
+        plain = {child: projects_to(child) for child in among if firsts and child not in {*known, *firsts}}
+        letters = firsts | {child: of for child, of in plain.items() if of}
+        for child in sorted(letters):
+            name = self.parameter(child)
             if name and is_matrix(shape := self.shape(name)):
                 transposed = self.source.is_transposed(name.removesuffix(".weight"))
                 sides[child] = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
@@ -174,7 +181,8 @@ class ModuleParameters(ModuleSettings):
             second: first
             for second, (rows, columns) in sides.items()
             for first, (lines, across) in sides.items()
-            if factor_of(second) & factor_of(first)
+            if first in firsts
+            and letters[second] & letters[first]
             and columns == lines < min(rows, across)
             and not (is_of_stream(second, among) and is_of_stream(first, among))
         }
