@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
-from rankdecay.decay.describing import rows_of, units_of
+from rankdecay.decay.describing import rows_of, units_of, without_effect
 from rankdecay.decay.finite import FiniteCheck
 from rankdecay.decay.groups import Group
 from rankdecay.decay.hooks import before_every_step, keep_in_place, name_later_groups
@@ -260,6 +260,7 @@ class Attachment:
         zeros = planes.words() if ranks or not planes.is_collective else []
         with self._groups_in_one_piece(optimizer):
             units = [] if ranks else units_of(optimizer, self._source)
+            units += without_effect(optimizer, self._source)
         state = "attached to" if self.active else ("paused on" if self._handles else "detached from")
         return table(
             self.rows(),
