@@ -57,6 +57,7 @@ from rankdecay.decay.roles import ROLES, decays_by_role
 from rankdecay.decay.sources import DecaySource, check_planes_held
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target, count_step, pending_key
+from rankdecay.decay.unattached import know
 from rankdecay.decay.watch import Watch, words_of_replaced
 from rankdecay.decay.weight_decay import Divided, give_weight_decay
 from rankdecay.dtensor import bare_name, local
@@ -154,6 +155,7 @@ class Attachment:
         self._watch = Watch(kind, [p for current in self._targets(optimizer) for p in current.parameters])
         with _attaching:
             _attached.add(self)
+        know(optimizer)
         before_every_step(_look_before_step)
 
     @property
