@@ -564,6 +564,50 @@ def test_which_key_head_a_query_head_meets_may_be_unknown() -> None:
     assert not any("which key head each query head uses" in note for note in report.notes)
 
 
+class _Local(_Hand):
+    """Values reach the output by a convolution over tokens, too: LePE of CSWin and BiFormer, `pe` of YOLO."""
+
+    def __init__(self, convolution: nn.Module) -> None:
+        linears = {name: nn.Linear(24, 24) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        super().__init__(**linears, lepe=convolution)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, 6)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = self.mix(q, k, v)
+        by_head = self.lepe.groups == 4
+        local = self.lepe(v) if by_head else self.lepe(v.transpose(2, 3).flatten(1, 2)).unflatten(1, (4, 6)).mT
+        return self.o_proj((out + local).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("convolution", "said"),
+    [
+        (nn.Conv1d(24, 24, 3, padding=1, groups=24), "has a convolution over tokens, lepe, which may be of its values"),
+        (nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=4), ""),  # of each head: Nyströmformer's
+    ],
+)
+def test_a_convolution_of_values_beside_attention(convolution: nn.Module, said: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    model, x = prepared(nn.ModuleDict({"local": _Local(convolution)})), torch.randn(1, 6, 24)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    for source in (model, tmp_path / "weights.pt"):
+        [layer] = rd.find_attention(source, num_heads=4)
+        assert layer.no_value_product == said
+    assert not list(comparison.check(model, rd.find_attention(model)[0], lambda: model["local"](x)))
+
+
+def test_a_convolution_of_values_in_branches_or_in_a_layer_of_its_own() -> None:
+    def branch() -> nn.Module:
+        return nn.ModuleDict({"get_v": nn.Conv2d(16, 16, 3, groups=16)})
+
+    layer_of_its_own = nn.ModuleDict({"conv": nn.Conv2d(32, 32, 3, groups=32), "bn": nn.BatchNorm2d(32)})
+    for others in ({"attns": nn.ModuleList([branch(), branch()])}, {"pe": layer_of_its_own}):
+        [layer] = rd.find_attention(_of_heads(**others))
+        assert layer.no_value_product.startswith("has a convolution over tokens, ")
+    [layer] = rd.find_attention(_of_heads(sr=nn.Conv2d(32, 32, 2, 2, groups=32)))
+    assert layer.has_value_product
+
+
 class QKVAttentionLegacy(nn.Module):
     """OpenAI's: queries, keys and values of one head after another."""
 
@@ -643,7 +687,7 @@ def test_the_gate_of_esmfold_and_of_krea(diffusers) -> None:
     assert rd.find_attention(family.EsmFoldAttention(32, 32, 32, 8, 4, gating=False), num_heads=4)[0].has_value_product
 
 
-@pytest.mark.parametrize("name", ["attn_ln", "out_norm", "sub_norm", "inner_attn_ln"])
+@pytest.mark.parametrize("name", ["attn_ln", "out_norm", "sub_norm", "inner_attn_ln", "head_norm", "norm_out"])
 def test_a_norm_between_heads_and_output_is_known_by_name(name: str) -> None:
     [layer] = rd.find_attention(_of_heads(**{name: nn.LayerNorm(32)}))
     assert layer.no_value_product == "normalises what its heads give before the output projection"

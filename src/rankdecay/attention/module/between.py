@@ -134,6 +134,8 @@ def why_no_value_product(module: ModuleParameters, places: dict[Role, Place], va
         return reason
     if "v" in _convolved(module):
         return BETWEEN["v_sconv"]
+    if child := module.local_convolution(places["value"].window.num_heads, places["value"].window.extent(0)):
+        return f"has a convolution over tokens, {child}, which may be of its values"
     if "gate" in places or any(module.has_rows(child, width) for child in filter(is_gate, children)):
         return "gates what its heads give before the output projection"
     if any(child in children for child in HEADS_NORMS) or norm_stands(module, places) == "behind heads":

@@ -209,6 +209,26 @@ class ModuleParameters(ModuleSettings):
         shape = self.shape(name) if name else ()
         return len(shape) > 2 and shape[1] == 1 and not is_matrix(shape)
 
+    def local_convolution(self, heads: int, width: int) -> str:
+        """Return a convolution over tokens, channel by channel of the values, that is called after no projection.
+
+        LePE, and the like of YOLO and Agent Attention. One of a kernel for each head leaves a product what it is, and
+        of classes that the tables cover it is known where it stands.
+        """
+        if self.source.is_known(self.path):
+            return ""
+        children = self.source.children(self.path)
+        own = {child: (width,) for child in sorted(children) if child != "sr" and not is_input_like(child)}
+        branches = self.source.children(self.path_of("attns"))  # CSWin's, which share the channels out
+        own |= {f"attns.{branch}.get_v": (width, width // 2) for branch in sorted(branches)}
+        for child, channels in own.items():
+            path = self.path_of(child)
+            name = next((name for name in (f"{path}.weight", f"{path}.conv.weight") if name in self.plain), None)
+            shape: Shape = self.shape(name) if name else ()
+            if len(shape) in (3, 4) and shape[1] == 1 and not is_matrix(shape) and heads < shape[0] in channels:
+                return child
+        return ""
+
     def has_rows(self, child: str, rows: int) -> bool:
         """Whether a child is, or holds, a matrix of so many rows: of a sequence or of two factors it may be any."""
         path = self.path_of(child)
