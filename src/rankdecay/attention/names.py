@@ -532,11 +532,11 @@ POSITIONS: dict[str, Role] = {
 
 #: Norms between the heads and the output projection.
 HEADS_NORMS = ("inner_attn_ln", "attn_sub_norm", "o_norm", "attn_norm_before_out", "subln", "sub_ln", "sub_norm",
-               "attn_ln", "out_norm", "output_norm", "inner_norm", "heads_norm", "head_norm", "out_ln", "o_ln",
-               "norm_out")  # fmt: skip
-#: A norm that stands there in the classes below; in others it may as well stand before the projections.
-PLAIN_NORM = "norm"
-#: Classes of timm whose norm of that name, which ``scale_norm`` asks for, stands before the output projection.
+               "attn_ln", "out_norm", "output_norm", "inner_norm", "heads_norm", "head_norm", "out_ln",
+               "o_ln")  # fmt: skip
+#: Norms that stand there in the classes below; in others they may as well stand before the projections, or at the end.
+PLAIN_NORMS = ("norm", "ln", "layer_norm", "layernorm", "attn_norm", "post_norm", "norm_out")
+#: Classes of timm whose norm of the first name, which ``scale_norm`` asks for, stands before the output projection.
 NORM_OF_HEADS = (
     "timm.layers.attention.Attention", "timm.layers.attention.AttentionRope", "timm.models.eva.EvaAttention",
     "timm.models.vision_transformer.Attention",

@@ -687,7 +687,7 @@ def test_the_gate_of_esmfold_and_of_krea(diffusers) -> None:
     assert rd.find_attention(family.EsmFoldAttention(32, 32, 32, 8, 4, gating=False), num_heads=4)[0].has_value_product
 
 
-@pytest.mark.parametrize("name", ["attn_ln", "out_norm", "sub_norm", "inner_attn_ln", "head_norm", "norm_out"])
+@pytest.mark.parametrize("name", ["attn_ln", "out_norm", "sub_norm", "inner_attn_ln", "head_norm"])
 def test_a_norm_between_heads_and_output_is_known_by_name(name: str) -> None:
     [layer] = rd.find_attention(_of_heads(**{name: nn.LayerNorm(32)}))
     assert layer.no_value_product == "normalises what its heads give before the output projection"
@@ -723,9 +723,10 @@ def test_a_norm_of_what_heads_give_in_timm(timm, part: str) -> None:
         assert layer.has_value_product == (not scaled)
 
 
-def test_a_norm_that_may_stand_on_either_side_is_told_by_its_width_or_said(tmp_path) -> None:
+@pytest.mark.parametrize("called", ["norm", "ln", "layer_norm", "attn_norm", "norm_out"])
+def test_a_norm_that_may_stand_on_either_side_is_told_by_its_width_or_said(called: str, tmp_path) -> None:
     def attention(width: int, **size: int) -> nn.Module:
-        return _of_heads(norm=nn.LayerNorm(width), **{k: nn.Linear(32, v, bias=False) for k, v in size.items()})
+        return _of_heads(**{called: nn.LayerNorm(width)}, **{k: nn.Linear(32, v, bias=False) for k, v in size.items()})
 
     wide = {"q_proj": 64, "k_proj": 64, "v_proj": 64}
     before = attention(32, **wide)
@@ -738,7 +739,7 @@ def test_a_norm_that_may_stand_on_either_side_is_told_by_its_width_or_said(tmp_p
     either = attention(32)
     torch.save(either.state_dict(), tmp_path / "weights.pt")
     for source in (either, tmp_path / "weights.pt"):
-        assert any("its norm is assumed to come before" in n for n in rd.inspect(source, num_heads=4).notes)
+        assert any(f"its {called} is assumed to come before" in n for n in rd.inspect(source, num_heads=4).notes)
 
 
 # ---- what scales or convolves queries and keys --------------------------------------------------------------

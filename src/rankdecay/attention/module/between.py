@@ -22,7 +22,7 @@ from rankdecay.attention.names import (
     HEADS_NORMS,
     NORM_OF_HEADS,
     OUTPUT_BESIDE,
-    PLAIN_NORM,
+    PLAIN_NORMS,
     SCALES,
     AttentionNames,
     is_gate,
@@ -152,24 +152,31 @@ def why_no_value_product(module: ModuleParameters, places: dict[Role, Place], va
 
 
 def norm_stands(module: ModuleParameters, places: dict[Role, Place]) -> Literal["", "behind heads", "unknown"]:
-    """Return where a child called ``norm`` stands: "" if before the projections, or if there is none."""
+    """Return where a plain norm stands: "" if before the projections, or if there is none."""
     children = module.source.children(module.path)
-    if PLAIN_NORM not in children or "sr" in children or "output" not in places or "latent" in places:
+    norm = plain_norm(module)
+    if not norm or "sr" in children or "output" not in places or "latent" in places:
         return ""  # sr: a norm of what keys and values are formed from
     if module.norms_inside():  # it is those of queries and keys
         return ""
-    if module.source.kind(module.path) in NORM_OF_HEADS:
+    if norm == PLAIN_NORMS[0] and module.source.kind(module.path) in NORM_OF_HEADS:
         return "behind heads"
     of_library = module.source.kind(module.path).startswith(("timm.", "transformers.", "diffusers."))
     if of_library or module.setting(("model_type",)) is not None or is_vqgan_attention(module):
         return ""
-    weight, query, value = module.path_of(f"{PLAIN_NORM}.weight"), places["query"], places["value"].window
+    weight, query, value = module.path_of(f"{norm}.weight"), places["query"], places["value"].window
     width = module.shape(weight)[0] if weight in module.plain and module.shape(weight) else None
     read = math.prod(module.shapes[query.parameter]) // (query.window.groups * query.window.size)
     given = {query.window.num_heads * value.head_dim, value.head_dim}
     if width is None or (width in given) == (width == read):
         return "unknown"
     return "behind heads" if width in given else ""
+
+
+def plain_norm(module: ModuleParameters) -> str:
+    """Return the child that is a norm and does not say of what; "" if there is none."""
+    children = module.source.children(module.path)
+    return next((norm for norm in PLAIN_NORMS if norm in children), "")
 
 
 def is_vqgan_attention(module: ModuleParameters) -> bool:

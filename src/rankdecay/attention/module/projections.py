@@ -224,8 +224,10 @@ class ModuleParameters(ModuleSettings):
         for child, channels in own.items():
             path = self.path_of(child)
             name = next((name for name in (f"{path}.weight", f"{path}.conv.weight") if name in self.plain), None)
-            shape: Shape = self.shape(name) if name else ()
-            if len(shape) in (3, 4) and shape[1] == 1 and not is_matrix(shape) and heads < shape[0] in channels:
+            if name is None:
+                continue
+            shape = self.shape(name)
+            if 2 < len(shape) < 5 and shape[1] == 1 and not is_matrix(shape) and heads < shape[0] in channels:
                 return child
         return ""
 

@@ -22,6 +22,7 @@ from rankdecay.attention.module.between import (
     is_vqgan_attention,
     mixes_heads,
     norm_stands,
+    plain_norm,
     why_no_product,
     why_no_value_product,
 )
@@ -51,8 +52,8 @@ from rankdecay.attention.names import (
 from rankdecay.attention.products import Rotary
 
 _UNPLACED = (
-    "its norm is assumed to come before its projections; if it comes between the heads and the output projection, a "
-    "head's output is not W_O W_V: omit value_output="
+    "its {} is assumed to come before its projections, or behind all of it; if it comes between the heads and the "
+    "output projection, a head's output is not W_O W_V: omit value_output="
 )
 _MIXED = (
     "its heads' scores are mixed before the softmax, so that W_Kᵀ W_Q of a head is a term of the scores of every head"
@@ -125,7 +126,7 @@ class ModuleReader(ModuleParameters):
         self._add_query_bias(places)
         remarks = ["" if sizes_given else contradicted(self, heads, head_dim, places["key"].window.num_heads)]
         if not no_value_product and norm_stands(self, places) == "unknown":
-            remarks.append(_UNPLACED)
+            remarks.append(_UNPLACED.format(plain_norm(self)))
         if mixes_heads(self, heads):
             remarks.append(_MIXED)
         used = {**parameters, **{child: name for child, name in names.items() if name == projected}}
