@@ -211,6 +211,32 @@ def test_attention_without_one_of_its_projections_is_named(
         assert said.startswith(f"layers.1.attn{'.' if inside else ''}{inside}: ")
 
 
+@pytest.mark.parametrize("name", ["O", "O_h", "out_proj", "W_o", "to_out", "c_proj", "fc_out"])
+def test_an_output_projection_beside_the_module_is_spoken_of(name: str, tmp_path) -> None:
+    """As graph transformers have it: one level above queries, keys and values."""
+    attention = nn.ModuleDict({letter: nn.Linear(8, 8) for letter in "QKV"})
+    attention.num_heads = 2
+    model = nn.ModuleDict({"attention": attention, name: nn.Linear(8, 8), "fc2": nn.Linear(16, 8)})
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    for source in (model, tmp_path / "weights.pt"):
+        with pytest.warns(UserWarning, match=rf"output projection was not found: \.\./{name} may be it: pass names="):
+            [layer] = rd.find_attention(source, num_heads=2)
+        assert layer.output is None
+    names = rd.AttentionNames(query="Q", key="K", value="V", output=f"../{name}")
+    [layer] = rd.find_attention(model, names)
+    assert [view.parameter_name for view in layer.views][-1] == f"{name}.weight"
+
+
+def test_what_stands_beside_the_module_may_be_of_another_attention(recwarn) -> None:
+    inner = nn.ModuleDict({letter: nn.Linear(8, 8) for letter in "QKV"})
+    inner.num_heads = 2
+    around = nn.ModuleDict({f"{letter}_proj": nn.Linear(8, 8) for letter in "qkvo"} | {"inner": inner})
+    around.num_heads = 2
+    alone = nn.ModuleDict({"attention": inner, "out": nn.Linear(8, 3), "fc2": nn.Linear(16, 8)})
+    assert [len(rd.find_attention(model)) for model in (around, alone)] == [2, 1]
+    assert [str(w.message) for w in recwarn] == []
+
+
 def test_sizes_that_contradict_the_settings_are_refused() -> None:
     """They are for models that state none; taken over stated ones, heads would be cut where none begin."""
     transformers = needs.package("transformers")

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -253,3 +254,57 @@ def test_what_is_known_of_a_parameter_goes_with_its_model() -> None:
     del groups._known._known[id(replaced)], model
     gc.collect()
     assert len(groups._known._known) <= kept
+
+
+_UNATTACHED = "nothing applies their decays of query_key: call rankdecay.attach"
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Warnings of two steps."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+    return [str(warning.message) for warning in given]
+
+
+def _adamw(model: nn.Module, decay: rd.LowRank, **settings: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(rd.param_groups(model, query_key=decay), weight_decay=0.0, **settings)
+
+
+def test_a_step_to_which_nothing_is_attached_is_one_warning() -> None:
+    [said] = _stepped(_adamw(Nano(), rd.LowRank(0.1)))
+    assert _UNATTACHED in said
+    assert _stepped(torch.optim.AdamW(rd.param_groups(Nano(), rd.Frobenius(0.1)))) == []  # AdamW's own
+    assert _stepped(_adamw(Nano(), rd.LowRank(0.0))) == []
+    waiting = _adamw(Nano(), rd.LowRank(0.1), lr=0.0)
+    assert _stepped(waiting) == []  # as a checkpointer steps, before it loads
+
+
+def test_a_copy_to_which_nothing_is_attached_is_one_warning() -> None:
+    model = Nano()
+    optimizer = _adamw(model, rd.LowRank(0.1))
+    attachment = rd.attach(optimizer)
+    assert _stepped(optimizer) == []
+    _, copied = copy.deepcopy((model, optimizer))
+    [said] = _stepped(copied)
+    assert _UNATTACHED in said
+    attachment.detach()
+    assert _stepped(optimizer) == []
+
+
+def test_a_wrapper_of_an_optimizer_that_is_attached_is_not_one() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            super().__init__([torch.zeros(1)], {})
+            self.inner, self.param_groups = inner, inner.param_groups
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+    wrapper = Wrapper(_adamw(Nano(), rd.LowRank(0.1)))
+    rd.attach(wrapper)
+    assert _stepped(wrapper) == []

@@ -142,3 +142,31 @@ def test_the_description_says_it_for_every_role_and_for_weights_elsewhere_what_c
     assert "note: query_key: at the present lr of 0.1 a step takes 0.01 of the root mean square" in text
     assert re.search(r"note: value_output: at the present lr of 0.1 a step takes \S+ of the norm, now", text)
     assert "at the present" not in attachment.describe(ranks=True)
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("by", ["roles", "groups"])
+def test_l2_that_a_norm_of_the_weight_undoes_is_spoken_of(norm: str, by: str) -> None:
+    def described(decay: rd.Decay) -> tuple[str, float]:
+        torch.manual_seed(0)
+        model = make_model()
+        [layer, *_] = rd.find_attention(model)
+        linear = model.get_submodule(layer.output.parameter_name.removesuffix(".weight"))
+        getattr(nn.utils.parametrizations, norm)(linear)
+        if by == "roles":
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            attachment = rd.attach(optimizer, model, value_output=decay)
+        else:
+            optimizer = torch.optim.SGD(rd.param_groups(model, value_output=decay), lr=0.1)
+            attachment = rd.attach(optimizer)
+        before = linear.eval().weight.detach().clone()
+        zero_gradients(model)
+        optimizer.step()
+        return attachment.describe(), float((linear.weight - before).detach().norm() / before.norm())
+
+    said, change = described(rd.Frobenius(1.0))
+    assert f"{norm} takes out the length of 1 of its matrices" in said
+    assert change < 1e-5
+    said, change = described(rd.LowRank(1.0))
+    assert "takes out the length" not in said
+    assert change > 1e-3

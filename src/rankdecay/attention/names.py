@@ -328,6 +328,22 @@ def factor_of(child: str) -> frozenset[str]:
     return frozenset(letter for word in of if word and not word.strip("qkv") for letter in word)
 
 
+@lru_cache(maxsize=4096)
+def projects_to(child: str) -> frozenset[str]:
+    """Return to which of q, k and v a name says that it projects, of those that are no factors.
+
+    Example:
+        >>> sorted(projects_to("to_kv")), sorted(projects_to("q_proj")), sorted(projects_to("o_proj"))
+        (['k', 'v'], ['q'], [])
+    """
+    if child in _KNOWN_FACTORS:
+        return frozenset()
+    says = {"q": is_query_like, "k": is_key_like, "v": is_value_like}
+    words = (LETTERS.get(word, word) for word in words_of(child)) if is_fused_like(child) else ()
+    fused = "".join(word for word in words if not word.strip("qkv"))
+    return frozenset(letter for letter, like in says.items() if like(child) or letter in fused)
+
+
 def is_of_stream(child: str, among: Collection[str]) -> bool:
     """Whether "a" or "b" in a name is one of two streams and not of two factors: it has queries, keys and values.
 
@@ -381,6 +397,13 @@ _OUTPUTS = (
     "../../proj", "../../out_proj", "../../o_proj", "../../c_proj", "../../dense", "../../fc", "../../unify",
     "../proj_out",
 )  # fmt: skip
+
+
+def may_be_output_above(child: str, query: str) -> bool:
+    """Whether the output projection of an attention without one may be called so one level higher."""
+    word = "|".join(words[3] for words in _WORDS)
+    spelled = re.search(f"{_BEFORE}(?:{word}){_AFTER}", child) and not _NO_PROJECTION.search(child)
+    return bool(spelled) or child in own_outputs(query) or child == "c_proj" or is_output_like(child)
 
 
 #: What stands in an output's name where a query's says so, beside the word of the same kind.
@@ -458,6 +481,7 @@ FUSED: tuple[AttentionNames, ...] = (
     _fused("query_key_value", layout="interleaved", when=("model_type", (
            "bloom", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon", "fuyu", "chatglm", "gptj"))),
     _fused("qkv_proj", order="qvk", blocks=4, when=("model_type", "codegen")),
+    _fused("qkv", layout="interleaved", when=("attention", "QKVAttentionLegacy")),  # OpenAI's U-Nets, LDM
     _fused("qkv", layout="interleaved", when=("head_first", True)),  # timm's CoAtNet, MaxViT
     _fused("qkv", layout="interleaved", when=("key_dim", None)),  # timm's LeViT, EfficientFormer
     _fused("qkv", layout="interleaved", when=("attention_biases", None)),  # the same in files, and TinyViT
@@ -508,14 +532,17 @@ POSITIONS: dict[str, Role] = {
 
 #: Norms between the heads and the output projection.
 HEADS_NORMS = ("inner_attn_ln", "attn_sub_norm", "o_norm", "attn_norm_before_out", "subln", "sub_ln", "sub_norm",
-               "attn_ln", "out_norm", "output_norm", "inner_norm", "heads_norm", "out_ln", "o_ln")  # fmt: skip
-#: A norm that stands there in the classes below; in others it may as well stand before the projections.
-PLAIN_NORM = "norm"
-#: Classes of timm whose norm of that name, which ``scale_norm`` asks for, stands before the output projection.
+               "attn_ln", "out_norm", "output_norm", "inner_norm", "heads_norm", "head_norm", "out_ln",
+               "o_ln")  # fmt: skip
+#: Norms that stand there in the classes below; in others they may as well stand before the projections, or at the end.
+PLAIN_NORMS = ("norm", "ln", "layer_norm", "layernorm", "attn_norm", "post_norm", "norm_out")
+#: Classes of timm whose norm of the first name, which ``scale_norm`` asks for, stands before the output projection.
 NORM_OF_HEADS = (
     "timm.layers.attention.Attention", "timm.layers.attention.AttentionRope", "timm.models.eva.EvaAttention",
     "timm.models.vision_transformer.Attention",
 )  # fmt: skip
+#: Classes that add what their heads give to a network of it, of which the output projection is part: Set Transformer's.
+OUTPUT_BESIDE = re.compile(r"\.MAB$")
 #: Children that say what else stands there.
 BETWEEN = {
     "v_sconv": "convolves values over tokens",
@@ -529,12 +556,17 @@ SCALES = re.compile(r"sqk|((q|k|qk|query|key)_?)?(per_dim_)?(scale|scaling|scale
 CONVOLUTIONS = re.compile(
     r"(?P<of>qkv|qk|kv|q|k|v|query|key|value)s?_?(d|dw|s|short|depthwise)?_?conv(olution)?(1d|2d|s)?"
 )
-#: What is added to queries before they meet keys, and not before they meet positions (Transformer-XL, conformers).
-QUERY_BIASES = ("bias_u", "pos_bias_u", "r_w_bias")
+#: What is added to queries before they meet keys, and not before they meet positions: Transformer-XL, conformers,
+#: Enformer.
+QUERY_BIASES = ("bias_u", "pos_bias_u", "u_bias", "r_w_bias", "rel_content_bias")
+#: Matrices that mix the scores of heads before their softmax, not behind it: talking heads of CaiT and x-transformers.
+HEAD_MIXERS = re.compile(r"mix_heads_pre_attn|(pre_softmax|pre)_talking_heads?|talking_heads?_pre(_softmax)?|proj_l")
 
 _RECURRENT = "a delta or linear attention layer: a recurrent state takes the place of scores of queries and keys"
 _FEATURES = "linear attention: features of queries and keys take the place of a softmax over scores"
 _LIGHTNING = "lightning attention: linear, without a softmax over scores of queries and keys"
+_TEST_TIME = "a layer that is trained by gradient steps on its keys and values, without a softmax over scores"
+_DIFFERENCES = "vector attention: a network of differences of queries and keys, not their product, weighs the values"
 _DIFFERENTIAL = "differential attention: the difference of two softmaxes, for which queries and keys come in pairs"
 #: Marks of modules that have projections called queries and keys, and no scores of theirs in a softmax.
 NO_SCORES: dict[str, str] = {
@@ -553,6 +585,11 @@ NO_SCORES: dict[str, str] = {
     "weights_proj": "an indexer: it chooses the tokens that attention looks at",
     "index_qk_proj": "an indexer: it chooses the tokens that attention looks at",
     "w_g": "additive attention: a learned vector, not the keys, weighs the queries",
+    "to_q_attn_logits": "additive attention: a learned vector, not the keys, weighs the queries",  # Fastformer
+    "wbias": "an attention-free transformer: learned positions, not the queries, weigh the keys",
+    "attn_mlp": _DIFFERENCES,  # point transformers
+    "fc_gamma": _DIFFERENCES,
+    "learnable_ttt_lr_weight": _TEST_TIME,
     "lambda_q1": _DIFFERENTIAL,
     "lambda_a": _DIFFERENTIAL,
     "crpe": "factorised attention: keys go through a softmax without queries",  # timm's CoaT
@@ -575,6 +612,11 @@ NO_SCORES_CLASSES: dict[str, str] = {
     r"Linear(Self|Cross|Causal)?Att(entio)?n(\dd|Block|Layer)?": "linear attention by its class, without a softmax",
     r"(MultiScale|Gated)?Retention": "retention by its class: a decay by distance takes the place of a softmax",
     r"(Performer|FAVOR)(Self|Cross)?Attention|Performer": "random features take the place of a softmax over scores",
+    r"AFT(Full|Simple|Local|Conv)?(Attention)?": "an attention-free transformer: queries are gates, and meet no keys",
+    r"(Cosformer|CosFormer|Hydra|LightNet)(Self)?Attention": _FEATURES,
+    r"ABCAttention": "linear attention with a bounded memory: its slots stand between queries and keys",
+    r"LambdaLayer": "a lambda layer: keys go through a softmax without queries",
+    r"TTT(Base|Linear|MLP)|NeuralMemory": _TEST_TIME,
     r"(Gated)?DeltaNet|GatedLinearAttention|Gated(Delta|Slot)\w*|Lightning\w*Attention": _RECURRENT,
 }
 #: Children that together say so: a retention gates what heads give behind a norm of each.

@@ -432,6 +432,6 @@ def _plain(holder: object, attribute: str) -> object:
         return None
     if (attribute in ROTARY or attribute == "rope") and isinstance(value, (nn.Module, Tensor)):
         return True  # the submodule, or a table of angles, that turns queries and keys
-    if attribute == "processor" and value is not None:
-        return type(value).__name__  # what computes the attention of one of diffusers' modules
+    if attribute in ("processor", "attention") and value is not None:
+        return type(value).__name__  # what computes the attention of one of diffusers' modules, or OpenAI's
     return value if isinstance(value, (bool, int, float, str, dict, list)) else None

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from rankdecay.decay.agreement import check_agreement
 from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
-from rankdecay.decay.describing import rows_of, units_of
+from rankdecay.decay.describing import rows_of, units_of, without_effect
 from rankdecay.decay.finite import FiniteCheck
 from rankdecay.decay.groups import Group
 from rankdecay.decay.hooks import before_every_step, keep_in_place, name_later_groups
@@ -57,6 +57,7 @@ from rankdecay.decay.roles import ROLES, decays_by_role
 from rankdecay.decay.sources import DecaySource, check_planes_held
 from rankdecay.decay.table import Row, table
 from rankdecay.decay.targets import Target, count_step, pending_key
+from rankdecay.decay.unattached import know
 from rankdecay.decay.watch import Watch, words_of_replaced
 from rankdecay.decay.weight_decay import Divided, give_weight_decay
 from rankdecay.dtensor import bare_name, local
@@ -154,6 +155,7 @@ class Attachment:
         self._watch = Watch(kind, [p for current in self._targets(optimizer) for p in current.parameters])
         with _attaching:
             _attached.add(self)
+        know(optimizer)
         before_every_step(_look_before_step)
 
     @property
@@ -260,6 +262,7 @@ class Attachment:
         zeros = planes.words() if ranks or not planes.is_collective else []
         with self._groups_in_one_piece(optimizer):
             units = [] if ranks else units_of(optimizer, self._source)
+            units += without_effect(optimizer, self._source)
         state = "attached to" if self.active else ("paused on" if self._handles else "detached from")
         return table(
             self.rows(),

@@ -17,7 +17,7 @@ from rankdecay.decay.optimizers import (
     has_rate_per_parameter,
     rate,
 )
-from rankdecay.decay.policy import Decay, LowRank, Planes
+from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes
 from rankdecay.decay.sources import DecaySource
 from rankdecay.decay.table import Row
 from rankdecay.decay.targets import Target
@@ -89,4 +89,29 @@ def units_of(optimizer: Optimizer, source: DecaySource) -> list[str]:
         f"{role}: {in_units(decay, now, present(matrices), name)}"
         for (role, decay, now, name), matrices in alike.items()
         if decay.strength
+    ]
+
+
+#: What computes a weight so that the norm of the stored matrix does not count.
+_NORMS_OF_WEIGHTS = ("weight_norm", "spectral_norm")
+
+
+def without_effect(optimizer: Optimizer, source: DecaySource) -> list[str]:
+    """Return which roles have L2 on matrices under a norm of the weight, which undoes it: a sentence for each."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for target in source.targets(index, group):
+            decay = target.decay_in(group)
+            if not (isinstance(decay, Frobenius) and decay.strength):
+                continue
+            for position in target.positions:
+                name, _, why = source.place(index, group, position)
+                for norm in _NORMS_OF_WEIGHTS:
+                    if f"under {norm}" in why:
+                        names.setdefault((target.role, norm), []).append(name)
+    return [
+        f"{role}: {norm} takes out the length of {len(those)} of its matrices ({', '.join(those[:2])}"
+        f"{', …' if len(those) > 2 else ''}), and L2 changes nothing else of them: use rankdecay.LowRank"
+        + (", or decay the magnitudes with norm=" if norm == "weight_norm" else "")
+        for (role, norm), those in names.items()
     ]

@@ -41,6 +41,7 @@ from rankdecay.checks import check_number
 from rankdecay.decay.plan import DecayChoice, Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, unit_of
 from rankdecay.decay.roles import ROLES, ParameterRoles, Segment, decays_by_role
+from rankdecay.decay.unattached import watch_steps
 from rankdecay.dtensor import is_sharded
 
 Group = dict[str, Any]
@@ -106,6 +107,7 @@ def param_groups(
 
     Warns:
         UserWarning: If ``query_key`` or ``value_output`` is given and some attention is not handled, with the reason.
+            At the first step of an optimizer with such groups, if nothing is attached to it.
 
     Example:
         >>> model = nn.TransformerEncoderLayer(32, nhead=4)
@@ -135,7 +137,14 @@ def param_groups(
     for group in groups.values():
         _give_planes(group, planes)
         group.update(real_l2(group))
+    watch_steps(_applied_by_hook)
     return Groups(groups.values())
+
+
+def _applied_by_hook(group: Group) -> list[str]:
+    """Return the roles of a group that have a decay which only the hook applies."""
+    strengths = {role: group[f"{role}_strength"] for role in hook_roles(group)}
+    return [role for role, strength in strengths.items() if (group.get(LIVE) if strength == LIVE else strength)]
 
 
 class Groups(list[Group]):

@@ -53,6 +53,25 @@ def test_factors_of_latent_attention_by_other_names_are_refused(names: tuple[str
     assert layer.name == "plain"
 
 
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"to_latent_q": _linear(8, 4), "to_q": _linear(4, 8)},
+        {"to_latent_kv": _linear(8, 4), "to_k": _linear(4, 8), "to_v": _linear(4, 8)},
+        {"latent_kv": _linear(8, 4), "to_kv": _linear(4, 16)},
+    ],
+)
+def test_a_second_factor_may_be_called_as_a_whole_projection_is(factors: dict[str, nn.Module]) -> None:
+    """x-transformers' ``use_latent_q`` and ``use_latent_kv``: W_Q is the product of both."""
+    rest = {name: _linear(8, 8) for name in ("to_q", "to_k", "to_v", "to_out")}
+    if "to_kv" in factors:
+        del rest["to_k"], rest["to_v"]
+    model = nn.ModuleDict({"latent": _module(**(rest | factors)), "plain": _plain()})
+    with pytest.warns(UserWarning, match=r"latent is not handled: \w+ takes what \w+ gives, as the factors of latent"):
+        [layer] = rd.find_attention(model)
+    assert layer.name == "plain"
+
+
 def test_factors_by_the_names_that_are_advised_are_read() -> None:
     attention = _module(
         q_a_proj=_linear(8, 4), q_b_proj=_linear(4, 8), kv_a_proj_with_mqa=_linear(8, 4), kv_b_proj=_linear(4, 16),

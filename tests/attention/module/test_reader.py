@@ -564,6 +564,79 @@ def test_which_key_head_a_query_head_meets_may_be_unknown() -> None:
     assert not any("which key head each query head uses" in note for note in report.notes)
 
 
+class _Local(_Hand):
+    """Values reach the output by a convolution over tokens, too: LePE of CSWin and BiFormer, `pe` of YOLO."""
+
+    def __init__(self, convolution: nn.Module) -> None:
+        linears = {name: nn.Linear(24, 24) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        super().__init__(**linears, lepe=convolution)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, 6)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = self.mix(q, k, v)
+        by_head = self.lepe.groups == 4
+        local = self.lepe(v) if by_head else self.lepe(v.transpose(2, 3).flatten(1, 2)).unflatten(1, (4, 6)).mT
+        return self.o_proj((out + local).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("convolution", "said"),
+    [
+        (nn.Conv1d(24, 24, 3, padding=1, groups=24), "has a convolution over tokens, lepe, which may be of its values"),
+        (nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=4), ""),  # of each head: Nyströmformer's
+    ],
+)
+def test_a_convolution_of_values_beside_attention(convolution: nn.Module, said: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    model, x = prepared(nn.ModuleDict({"local": _Local(convolution)})), torch.randn(1, 6, 24)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    for source in (model, tmp_path / "weights.pt"):
+        [layer] = rd.find_attention(source, num_heads=4)
+        assert layer.no_value_product == said
+    assert not list(comparison.check(model, rd.find_attention(model)[0], lambda: model["local"](x)))
+
+
+def test_a_convolution_of_values_in_branches_or_in_a_layer_of_its_own() -> None:
+    def branch() -> nn.Module:
+        return nn.ModuleDict({"get_v": nn.Conv2d(16, 16, 3, groups=16)})
+
+    layer_of_its_own = nn.ModuleDict({"conv": nn.Conv2d(32, 32, 3, groups=32), "bn": nn.BatchNorm2d(32)})
+    for others in ({"attns": nn.ModuleList([branch(), branch()])}, {"pe": layer_of_its_own}):
+        [layer] = rd.find_attention(_of_heads(**others))
+        assert layer.no_value_product.startswith("has a convolution over tokens, ")
+    [layer] = rd.find_attention(_of_heads(sr=nn.Conv2d(32, 32, 2, 2, groups=32)))
+    assert layer.has_value_product
+
+
+class QKVAttentionLegacy(nn.Module):
+    """OpenAI's: queries, keys and values of one head after another."""
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(1, (4, 3, 8)).unbind(2)
+        return (v @ torch.softmax(q.mT @ k / 8**0.5, -1).mT).flatten(1, 2)
+
+
+class AttentionBlock(nn.Module):
+    """Of OpenAI's U-Nets and latent diffusion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.norm, self.qkv, self.proj_out = nn.GroupNorm(4, 32), nn.Conv1d(32, 96, 1), nn.Conv1d(32, 32, 1)
+        self.attention = QKVAttentionLegacy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_out(self.attention(self.qkv(self.norm(x))))
+
+
+def test_the_order_is_that_of_the_module_that_attends() -> None:
+    torch.manual_seed(0)
+    model, x = prepared(nn.ModuleDict({"middle": AttentionBlock()})), torch.randn(1, 32, 6)
+    [layer] = rd.find_attention(model)
+    assert "order" not in layer.unknown
+    assert not list(comparison.check(model, layer, lambda: model["middle"](x)))
+
+
 # ---- between heads and output ------------------------------------------------------------------------------
 
 
@@ -614,10 +687,31 @@ def test_the_gate_of_esmfold_and_of_krea(diffusers) -> None:
     assert rd.find_attention(family.EsmFoldAttention(32, 32, 32, 8, 4, gating=False), num_heads=4)[0].has_value_product
 
 
-@pytest.mark.parametrize("name", ["attn_ln", "out_norm", "sub_norm", "inner_attn_ln"])
+@pytest.mark.parametrize("name", ["attn_ln", "out_norm", "sub_norm", "inner_attn_ln", "head_norm"])
 def test_a_norm_between_heads_and_output_is_known_by_name(name: str) -> None:
     [layer] = rd.find_attention(_of_heads(**{name: nn.LayerNorm(32)}))
     assert layer.no_value_product == "normalises what its heads give before the output projection"
+
+
+class MAB(_Hand):
+    """Set Transformer's: the output projection is part of a network of what heads give."""
+
+    def __init__(self) -> None:
+        super().__init__(**{name: nn.Linear(24, 24) for name in ("fc_q", "fc_k", "fc_v", "fc_o")})
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (linear(x).unflatten(-1, (-1, 6)).transpose(1, 2) for linear in (self.fc_q, self.fc_k, self.fc_v))
+        out = (q + self.mix(q, k, v)).transpose(1, 2).flatten(2)
+        return out + torch.relu(self.fc_o(out))
+
+
+def test_values_that_are_given_beside_the_output_projection_too() -> None:
+    torch.manual_seed(0)
+    model, x = prepared(nn.ModuleDict({"mab": MAB()})), torch.randn(1, 6, 24)
+    [layer] = rd.find_attention(model)
+    assert layer.no_value_product == "adds its values, too, to what its output projection gives"
+    wrong = [said for said in comparison.check(model, layer, lambda: model["mab"](x)) if "values:" not in said]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("part", ["vision_transformer.Attention", "eva.EvaAttention"])
@@ -629,9 +723,10 @@ def test_a_norm_of_what_heads_give_in_timm(timm, part: str) -> None:
         assert layer.has_value_product == (not scaled)
 
 
-def test_a_norm_that_may_stand_on_either_side_is_told_by_its_width_or_said(tmp_path) -> None:
+@pytest.mark.parametrize("called", ["norm", "ln", "layer_norm", "attn_norm", "norm_out"])
+def test_a_norm_that_may_stand_on_either_side_is_told_by_its_width_or_said(called: str, tmp_path) -> None:
     def attention(width: int, **size: int) -> nn.Module:
-        return _of_heads(norm=nn.LayerNorm(width), **{k: nn.Linear(32, v, bias=False) for k, v in size.items()})
+        return _of_heads(**{called: nn.LayerNorm(width)}, **{k: nn.Linear(32, v, bias=False) for k, v in size.items()})
 
     wide = {"q_proj": 64, "k_proj": 64, "v_proj": 64}
     before = attention(32, **wide)
@@ -644,7 +739,7 @@ def test_a_norm_that_may_stand_on_either_side_is_told_by_its_width_or_said(tmp_p
     either = attention(32)
     torch.save(either.state_dict(), tmp_path / "weights.pt")
     for source in (either, tmp_path / "weights.pt"):
-        assert any("its norm is assumed to come before" in n for n in rd.inspect(source, num_heads=4).notes)
+        assert any(f"its {called} is assumed to come before" in n for n in rd.inspect(source, num_heads=4).notes)
 
 
 # ---- what scales or convolves queries and keys --------------------------------------------------------------
@@ -698,6 +793,69 @@ def test_the_scale_of_timesfm() -> None:
         layer.query_key()
 
 
+class _Shifted(nn.Module):
+    """Enformer, and the conformer of sooftware: a bias of the queries that meet keys, and another of positions."""
+
+    def __init__(self, bias: str, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.heads = 4
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(32, 32, bias=False) for _ in range(4))
+        self.called = bias
+        self.register_parameter(bias, nn.Parameter(torch.randn(shape)))
+
+    def scores(self, x: Tensor) -> Tensor:
+        q, k = (linear(x).unflatten(-1, (4, 8)).transpose(0, 1) for linear in (self.to_q, self.to_k))
+        return (q + getattr(self, self.called).reshape(4, 1, 8)) @ k.mT
+
+
+@pytest.mark.parametrize(("bias", "shape"), [("u_bias", (4, 8)), ("rel_content_bias", (1, 4, 1, 8))])
+def test_what_is_added_to_queries_that_meet_keys_is_their_bias(bias: str, shape: tuple[int, ...], tmp_path) -> None:
+    attention, x = _Shifted(bias, shape), torch.randn(5, 32)
+    torch.save(attention.state_dict(), tmp_path / "weights.pt")
+    for source in (attention, tmp_path / "weights.pt"):
+        [layer] = rd.find_attention(source, num_heads=4)
+        queries = (x @ layer.query.tensor().mT + layer.query.bias()).unflatten(-1, (4, 8)).transpose(0, 1)
+        keys = (x @ layer.key.tensor().mT).unflatten(-1, (4, 8)).transpose(0, 1)
+        torch.testing.assert_close(queries @ keys.mT, attention.scores(x))
+
+
+MIXERS = {"mix_heads_pre_attn": (4, 4), "pre_softmax_talking_heads": (4, 4, 1, 1), "proj_l": (4, 4)}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_heads_whose_scores_are_mixed_are_spoken_of(name: str, tmp_path) -> None:
+    attention = _of_heads(**{name: torch.randn(MIXERS[name])})
+    torch.save(attention.state_dict(), tmp_path / "weights.pt")
+    for source in (attention, tmp_path / "weights.pt"):
+        notes = rd.inspect(source, num_heads=4).notes
+        assert any("scores are mixed before the softmax" in note for note in notes)
+    [layer] = rd.find_attention(_of_heads(proj_l=torch.randn(4, 32)))
+    assert layer.remark == ""
+
+
+def test_norms_of_queries_and_keys_may_be_one_child(tmp_path) -> None:
+    """Flux's own code and files."""
+    attention = _of_heads(norm=nn.ModuleDict({"query_norm": nn.RMSNorm(8), "key_norm": nn.RMSNorm(8)}))
+    torch.save(attention.state_dict(), tmp_path / "weights.pt")
+    for source in (attention, tmp_path / "weights.pt"):
+        [layer] = rd.find_attention(source, num_heads=4)
+        assert (layer.qk_norm, layer.has_value_product, layer.remark) == (True, True, "")
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ({"proj_e": nn.Linear(32, 32)}, "by the edge between two nodes"),  # graph transformers
+        ({"proj_e": nn.Linear(32, 4)}, ""),  # a bias of the scores of each head
+        ({"bt_proj": nn.Linear(32, 4)}, "reflects keys by what stands between the tokens"),  # fla's PaTH
+    ],
+)
+def test_what_weighs_each_coordinate_by_the_tokens_is_no_product(others: dict[str, nn.Module], said: str) -> None:
+    [layer] = rd.find_attention(_of_heads(**others))
+    assert layer.no_product.endswith(said)
+    assert bool(layer.no_product) == bool(said)
+
+
 # ---- no softmax over scores -------------------------------------------------------------------------------
 
 
@@ -709,6 +867,26 @@ class MultiScaleRetention(nn.ModuleDict):
     """As torchscale calls its own."""
 
 
+class AFTFull(nn.ModuleDict):
+    """An attention-free transformer."""
+
+
+class HydraAttention(nn.ModuleDict):
+    """As many heads as coordinates, without a softmax."""
+
+
+class ABCAttention(nn.ModuleDict):
+    """As fla calls its own."""
+
+
+class TTTLinear(nn.ModuleDict):
+    """As its authors call theirs."""
+
+
+class LambdaLayer(nn.ModuleDict):
+    """As lucidrains calls his."""
+
+
 class BilinearAttentionPool(nn.ModuleDict):
     """Of a softmax."""
 
@@ -718,6 +896,13 @@ class BilinearAttentionPool(nn.ModuleDict):
     [
         (LinearAttention, {}, "linear attention by its class"),
         (MultiScaleRetention, {}, "retention by its class"),
+        (AFTFull, {}, "an attention-free transformer"),
+        (HydraAttention, {}, "linear attention"),
+        (ABCAttention, {}, "a bounded memory"),
+        (TTTLinear, {}, "trained by gradient steps on its keys"),
+        (LambdaLayer, {}, "keys go through a softmax without queries"),
+        (nn.ModuleDict, {"to_q_attn_logits": nn.Linear(8, 1, bias=False)}, "additive attention"),  # Fastformer
+        (nn.ModuleDict, {"attn_mlp": nn.Linear(8, 8)}, "vector attention"),  # point transformers
         (BilinearAttentionPool, {}, None),
         (nn.ModuleDict, {"feature_map_q": nn.Linear(8, 8), "feature_map_k": nn.Linear(8, 8)}, "linear attention"),
         (nn.ModuleDict, {"g_proj": nn.Linear(32, 32), "group_norm": nn.GroupNorm(4, 32, affine=False)}, "retention"),

@@ -11,16 +11,18 @@ from rankdecay.attention.model_types import (
     TURNED,
     VALUE_NORMS_WITHOUT_WEIGHTS,
 )
-from rankdecay.attention.module.beside import is_batch_norm, is_norm, steps
+from rankdecay.attention.module.beside import is_batch_norm, is_matrix, is_norm, steps
 from rankdecay.attention.module.found import Place
 from rankdecay.attention.module.projections import ModuleParameters
 from rankdecay.attention.names import (
     BETWEEN,
     CHANNELS,
     CONVOLUTIONS,
+    HEAD_MIXERS,
     HEADS_NORMS,
     NORM_OF_HEADS,
-    PLAIN_NORM,
+    OUTPUT_BESIDE,
+    PLAIN_NORMS,
     SCALES,
     AttentionNames,
     is_gate,
@@ -53,13 +55,25 @@ def why_no_product(module: ModuleParameters, row: AttentionNames, places: dict[R
         return "rotates queries and keys by positions, but not plane by plane"
     if kind in POOLING and row.fused and (shape := module.shape(module.parameter(row.fused) or ""))[0] != 3 * shape[1]:
         return "pools its queries over tokens"
-    if "k_sconv" in module.source.children(module.path):
+    children = module.source.children(module.path)
+    if "k_sconv" in children:
         return "convolves keys over tokens"
+    if "bt_proj" in children:
+        return "reflects keys by what stands between the tokens"  # fla's PaTH
+    if "proj_e" in children and module.has_rows("proj_e", places["query"].window.extent(0)):
+        return "weighs what each coordinate adds to the scores by the edge between two nodes"
     if {"q", "k"} & _convolved(module):
         return "convolves queries or keys over tokens"
     if _scales_coordinates(module, row, places):
         return "scales queries or keys coordinate by coordinate, by a learned vector"
     return ""
+
+
+def mixes_heads(module: ModuleParameters, heads: int) -> bool:
+    """Whether a matrix mixes the scores of the heads before their softmax (talking heads)."""
+    names = map(module.parameter, filter(HEAD_MIXERS.fullmatch, module.source.children(module.path)))
+    shapes = (module.shape(name) for name in names if name)
+    return heads > 1 and any(is_matrix(shape) and shape[:2] == (heads, heads) for shape in shapes)
 
 
 def _convolved(module: ModuleParameters) -> set[str]:
@@ -112,12 +126,16 @@ def why_no_value_product(module: ModuleParameters, places: dict[Role, Place], va
         return ""
     if is_channel_attention(module):
         return "mixes the channels of each head by its scores"
+    if OUTPUT_BESIDE.search(module.source.kind(module.path)):
+        return "adds its values, too, to what its output projection gives"
     children = module.source.children(module.path)
     width = places["query"].window.num_heads * places["value"].window.head_dim
     if reason := next((reason for child, reason in BETWEEN.items() if child in children), ""):
         return reason
     if "v" in _convolved(module):
         return BETWEEN["v_sconv"]
+    if child := module.local_convolution(places["value"].window.num_heads, places["value"].window.extent(0)):
+        return f"has a convolution over tokens, {child}, which may be of its values"
     if "gate" in places or any(module.has_rows(child, width) for child in filter(is_gate, children)):
         return "gates what its heads give before the output projection"
     if any(child in children for child in HEADS_NORMS) or norm_stands(module, places) == "behind heads":
@@ -134,22 +152,31 @@ def why_no_value_product(module: ModuleParameters, places: dict[Role, Place], va
 
 
 def norm_stands(module: ModuleParameters, places: dict[Role, Place]) -> Literal["", "behind heads", "unknown"]:
-    """Return where a child called ``norm`` stands: "" if before the projections, or if there is none."""
+    """Return where a plain norm stands: "" if before the projections, or if there is none."""
     children = module.source.children(module.path)
-    if PLAIN_NORM not in children or "sr" in children or "output" not in places or "latent" in places:
+    norm = plain_norm(module)
+    if not norm or "sr" in children or "output" not in places or "latent" in places:
         return ""  # sr: a norm of what keys and values are formed from
-    if module.source.kind(module.path) in NORM_OF_HEADS:
+    if module.norms_inside():  # it is those of queries and keys
+        return ""
+    if norm == PLAIN_NORMS[0] and module.source.kind(module.path) in NORM_OF_HEADS:
         return "behind heads"
     of_library = module.source.kind(module.path).startswith(("timm.", "transformers.", "diffusers."))
     if of_library or module.setting(("model_type",)) is not None or is_vqgan_attention(module):
         return ""
-    weight, query, value = module.path_of(f"{PLAIN_NORM}.weight"), places["query"], places["value"].window
+    weight, query, value = module.path_of(f"{norm}.weight"), places["query"], places["value"].window
     width = module.shape(weight)[0] if weight in module.plain and module.shape(weight) else None
     read = math.prod(module.shapes[query.parameter]) // (query.window.groups * query.window.size)
     given = {query.window.num_heads * value.head_dim, value.head_dim}
     if width is None or (width in given) == (width == read):
         return "unknown"
     return "behind heads" if width in given else ""
+
+
+def plain_norm(module: ModuleParameters) -> str:
+    """Return the child that is a norm and does not say of what; "" if there is none."""
+    children = module.source.children(module.path)
+    return next((norm for norm in PLAIN_NORMS if norm in children), "")
 
 
 def is_vqgan_attention(module: ModuleParameters) -> bool:

@@ -23,6 +23,7 @@ from rankdecay.attention.names import (
     is_query_like,
     is_value_like,
     may_be_output,
+    projects_to,
     spellings,
 )
 from rankdecay.attention.source import Source
@@ -161,12 +162,18 @@ class ModuleParameters(ModuleSettings):
 
     @cached_property
     def pairs(self) -> dict[str, str]:
-        """Children that take what another gives, with the other: the two factors of one projection, by their names."""
+        """Children that take what another gives, with the other: the two factors of one projection, by their names.
+
+        The second may be called as a projection alone is: ``to_q`` behind ``to_latent_q``.
+        """
         sides: dict[str, tuple[int, int]] = {}  # (out, in)
         among = self.source.children(self.path)
         known = {*self._factors_beside, *self.given_children}
-        for child in sorted(among):
-            name = self.parameter(child) if factor_of(child) and child not in known else None
+        firsts = {child: factor_of(child) for child in among if factor_of(child) and child not in known}
+        plain = {child: projects_to(child) for child in among if firsts and child not in {*known, *firsts}}
+        letters = firsts | {child: of for child, of in plain.items() if of}
+        for child in sorted(letters):
+            name = self.parameter(child)
             if name and is_matrix(shape := self.shape(name)):
                 transposed = self.source.is_transposed(name.removesuffix(".weight"))
                 sides[child] = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
@@ -174,7 +181,8 @@ class ModuleParameters(ModuleSettings):
             second: first
             for second, (rows, columns) in sides.items()
             for first, (lines, across) in sides.items()
-            if factor_of(second) & factor_of(first)
+            if first in firsts
+            and letters[second] & letters[first]
             and columns == lines < min(rows, across)
             and not (is_of_stream(second, among) and is_of_stream(first, among))
         }
@@ -200,6 +208,28 @@ class ModuleParameters(ModuleSettings):
         name = self.parameter(child) if CONVOLUTIONS.fullmatch(child) else None
         shape = self.shape(name) if name else ()
         return len(shape) > 2 and shape[1] == 1 and not is_matrix(shape)
+
+    def local_convolution(self, heads: int, width: int) -> str:
+        """Return a convolution over tokens, channel by channel of the values, that is called after no projection.
+
+        LePE, and the like of YOLO and Agent Attention. One of a kernel for each head leaves a product what it is, and
+        of classes that the tables cover it is known where it stands.
+        """
+        if self.source.is_known(self.path):
+            return ""
+        children = self.source.children(self.path)
+        own = {child: (width,) for child in sorted(children) if child != "sr" and not is_input_like(child)}
+        branches = self.source.children(self.path_of("attns"))  # CSWin's, which share the channels out
+        own |= {f"attns.{branch}.get_v": (width, width // 2) for branch in sorted(branches)}
+        for child, channels in own.items():
+            path = self.path_of(child)
+            name = next((name for name in (f"{path}.weight", f"{path}.conv.weight") if name in self.plain), None)
+            if name is None:
+                continue
+            shape = self.shape(name)
+            if 2 < len(shape) < 5 and shape[1] == 1 and not is_matrix(shape) and heads < shape[0] in channels:
+                return child
+        return ""
 
     def has_rows(self, child: str, rows: int) -> bool:
         """Whether a child is, or holds, a matrix of so many rows: of a sequence or of two factors it may be any."""

@@ -20,7 +20,9 @@ from rankdecay.attention.module.beside import is_matrix
 from rankdecay.attention.module.between import (
     has_norm_after,
     is_vqgan_attention,
+    mixes_heads,
     norm_stands,
+    plain_norm,
     why_no_product,
     why_no_value_product,
 )
@@ -45,12 +47,16 @@ from rankdecay.attention.names import (
     is_input_like,
     is_output_like,
     is_table,
+    may_be_output_above,
 )
 from rankdecay.attention.products import Rotary
 
 _UNPLACED = (
-    "its norm is assumed to come before its projections; if it comes between the heads and the output projection, a "
-    "head's output is not W_O W_V: omit value_output="
+    "its {} is assumed to come before its projections, or behind all of it; if it comes between the heads and the "
+    "output projection, a head's output is not W_O W_V: omit value_output="
+)
+_MIXED = (
+    "its heads' scores are mixed before the softmax, so that W_Kᵀ W_Q of a head is a term of the scores of every head"
 )
 
 
@@ -120,7 +126,9 @@ class ModuleReader(ModuleParameters):
         self._add_query_bias(places)
         remarks = ["" if sizes_given else contradicted(self, heads, head_dim, places["key"].window.num_heads)]
         if not no_value_product and norm_stands(self, places) == "unknown":
-            remarks.append(_UNPLACED)
+            remarks.append(_UNPLACED.format(plain_norm(self)))
+        if mixes_heads(self, heads):
+            remarks.append(_MIXED)
         used = {**parameters, **{child: name for child, name in names.items() if name == projected}}
         remarks.append(self._not_plain_linear(used, transposed and not stacked))
         return Found(
@@ -305,6 +313,21 @@ class ModuleReader(ModuleParameters):
             return f"none of its other matrices is known as one: {', '.join(left)}"
         if others and not places["query"].parameter.endswith("add_q_proj.weight"):  # diffusers' last layers have none
             return f"{' and '.join(others)} is that of another attention in the module"
+        return "" if others or self.source.is_known(self.path) else self._output_above(places)
+
+    def _output_above(self, places: dict[Role, Place]) -> str:
+        """Return which matrix beside the module may be the output, by its name and shape; "" if there is none."""
+        above, query = self.path.rpartition(".")[0], places["query"]
+        width = query.window.num_heads * places["value"].window.head_dim
+        read = math.prod(self.shapes[query.parameter]) // (query.window.groups * query.window.size)
+        called = query.parameter.removesuffix(".weight").rpartition(".")[2]
+        beside = sorted(self.source.children(above)) if self.path else []
+        if any(is_input_like(child) and self.parameter(f"../{child}") for child in beside):
+            return ""  # which is attention itself, and has it
+        for child in beside:
+            name = self.parameter(f"../{child}") if may_be_output_above(child, called) else None
+            if name and self.shape(name)[:2] == (read, width) and is_matrix(self.shape(name)):
+                return f"../{child} may be it: pass names=AttentionNames(..., output='../{child}') if it is"
         return ""
 
     @staticmethod

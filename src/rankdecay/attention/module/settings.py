@@ -202,13 +202,18 @@ class ModuleSettings:
         kind = self.setting(("model_type",))
         if kind in NORMS_BEFORE_IN_CROSS and self.is_cross():
             return False
-        if norms := list(filter(is_query_key_norm, self.source.children(self.path))):
+        if norms := list(filter(is_query_key_norm, self.source.children(self.path))) or self.norms_inside():
             belongs = self._are_norms_of(query, norms) if query else True
             if belongs is not False:
                 return belongs
         if self.setting(QK_NORM_FLAGS) is True:
             return not (kind == "llama4_text" and self._is_without_rotary())
         return kind in NORMS_WITHOUT_WEIGHTS
+
+    def norms_inside(self) -> list[str]:
+        """Return the norms of queries and keys that one child, called ``norm``, holds: Flux's own code."""
+        path = f"{self.path}.norm" if self.path else "norm"
+        return list(filter(is_query_key_norm, self.source.children(path)))
 
     def _are_norms_of(self, query: str, norms: list[str]) -> bool | None:
         """Whether one of the norms is of the attention with these queries, by the words that the names have more."""
