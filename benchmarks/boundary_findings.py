@@ -121,12 +121,8 @@ def _sweep(options: argparse.Namespace) -> Sweep:
 
 
 def never_acted(row: Row) -> bool:
-    """Whether the schedule of an arm that waits never acted; rows of before do not say it, but what it waits for."""
-    if "acted_at" in row:
-        return row["acted_at"] is None
-    if row["arm"] in ("after_memorising", "truncate"):
-        return row["memorised_at"] is None
-    return row["arm"] == "until_generalised" and row["outcome"] != "generalised"
+    """Whether an arm that waits has a schedule that never acted in this run."""
+    return row.get("acted_at", 0) is None
 
 
 # --- the tables ---
@@ -241,11 +237,11 @@ def delay(options: argparse.Namespace) -> None:
 
 
 def switched(runs: Sweep, name: str, strength: float) -> dict[float, list[int]]:
-    """Steps from memorising to generalising of the runs of an arm that waits for it, by size."""
+    """Steps from the switch to generalising of the runs of an arm that waits for it, by size."""
     found: dict[float, list[int]] = {}
     for row in runs.of(name):
         if row["strength"] == strength and row["outcome"] == "generalised":
-            found.setdefault(row["train_fraction"], []).append(row["steps_to_generalise"] - row["memorised_at"])
+            found.setdefault(row["train_fraction"], []).append(row["steps_to_generalise"] - row["acted_at"])
     return found
 
 
@@ -417,6 +413,16 @@ def picture(options: argparse.Namespace) -> None:
                 print(f"| {fraction} | {' | '.join(shown)} |")
 
 
+def lasts(runs: Sweep, name: str) -> list[float]:
+    """The test accuracies at the end of the runs of an arm that generalised; of one that diverged, 0."""
+    return [row["test_accuracy"] or 0.0 for row in runs.of(name) if row["outcome"] == "generalised"]
+
+
+def lost(runs: Sweep, name: str) -> int:
+    """How many of them are below the threshold."""
+    return sum(value < runs.threshold for value in lasts(runs, name))
+
+
 def ends(options: argparse.Namespace) -> None:
     """A Markdown line per arm: test accuracy at the end of the runs that generalised, and the best of all runs."""
     runs = _sweep(options)
@@ -426,11 +432,10 @@ def ends(options: argparse.Namespace) -> None:
         own = runs.of(name)
         if not own:
             continue
-        last = [row["test_accuracy"] or 0.0 for row in own if row["outcome"] == "generalised"]  # none: it diverged
+        last = lasts(runs, name)
         mean, worst = (f"{statistics.fmean(last):.3f}", f"{min(last):.3f}") if last else ("—", "—")
-        lost = sum(value < runs.threshold for value in last)
         best = max(row["best_test_accuracy"] or 0.0 for row in own)
-        print(f"| {name} | {len(last)} of {len(own)} | {mean} | {worst} | {lost} | {best:.3f} |")
+        print(f"| {name} | {len(last)} of {len(own)} | {mean} | {worst} | {lost(runs, name)} | {best:.3f} |")
 
 
 def ranks(options: argparse.Namespace) -> None:

@@ -100,6 +100,11 @@ def _soonest(name: str, arm: str) -> float:
     return min((step for step in steps if step is not None), default=math.inf)
 
 
+def _lost(arm: str) -> int:
+    """Runs of an arm on selection that generalised and end below the threshold."""
+    return boundary_findings.lost(_selection(), arm)
+
+
 def _events(name: str, arm: str) -> dict[str, int]:
     sweep = _selection() if name == "selection" else _sweep(name)
     return sweep.arm(arm)["events"]
@@ -345,7 +350,7 @@ CLAIMS = (
     _of_sweep(
         "selection",
         "It generalises from less data, and sooner, than no decay (selection)",
-        "data, by seed {data_ratio selection smooth none 2}; of fits {across_rests selection smooth 2 none 5} where no "
+        "data, by seed {data_ratio selection smooth none 2}; of fits {across_rests selection smooth 2 none 4} where no "
         "decay is at its best decay of the rest",
         "time, by seed {time_ratio selection smooth none 2}",
         "holds",
@@ -356,10 +361,15 @@ CLAIMS = (
         "selection",
         "It generalises from less data, and sooner, than a tuned L2 (selection)",
         "data, by seed {data_ratio selection smooth l2 2} (of fits {fits_ratio selection smooth l2 2})",
-        "time, by seed {time_ratio selection smooth l2 2}",
+        "time, by seed {time_ratio selection smooth l2 2}; on E1's held-out seeds {e1 low_rank/l2}, at the larger "
+        "modulus {e1 low_rank/l2 schedule_31}",
         "holds with a condition",
-        "sooner, yes; with the seed as the unit less data is not settled",
-        lambda: _ratio("smooth", "l2", "time")["high"] < 1 <= _ratio("smooth", "l2", "by_seed")["high"],
+        "less data by an interval that is not adjusted for the number of comparisons; sooner on E1's seeds, which were "
+        "not tuned on, and not told apart in the larger network",
+        lambda: (
+            settled(_selection().ratio("smooth", "l2")) == "less"
+            and schedule_findings.against(schedule_findings.DATA, "smooth", "l2")["high"] < 1
+        ),
     ),
     _of_sweep(
         "selection",
@@ -370,11 +380,11 @@ CLAIMS = (
         "time: against rank raised {time_ratio selection smooth raise_rank 2}, against the radial part "
         "{time_ratio selection smooth radial_only 2}",
         "contradicted",
-        "of data; in time against rank raised one ratio of many, which E1's held-out seeds do not confirm",
+        "",
         lambda: (
             settled(_selection().ratio("smooth", "raise_rank")) is None
             and settled(_selection().ratio("smooth", "radial_only")) is None
-            and _ratio("smooth", "raise_rank", "time")["high"] < 1
+            and _ratio("smooth", "raise_rank", "time")["high"] >= 1
         ),
     ),
     _of_sweep(
@@ -399,7 +409,7 @@ CLAIMS = (
         "",
         lambda: (
             abs(boundary_findings.delays(_selection(), "smooth")["delay"]) <= 40
-            and boundary_findings.delays(_selection(), "none")["delay"] >= 200
+            and boundary_findings.delays(_selection(), "none")["delay"] >= 120
         ),
     ),
     _of_sweep(
@@ -408,7 +418,9 @@ CLAIMS = (
         "switched off, {ends selection until_generalised lost} of {ends selection until_generalised runs} fall below "
         "the threshold, kept on {ends selection kept_on lost} of {ends selection kept_on runs}",
         "worst: {ends selection until_generalised worst} and {ends selection kept_on worst}",
-        "holds",
+        "open",
+        "about as many are lost either way",
+        lambda: abs(_lost("until_generalised") - _lost("kept_on")) <= 2,
     ),
     _of_sweep(
         "add",
@@ -422,9 +434,9 @@ CLAIMS = (
         "add",
         "On modular addition low-rank decay needs less data than a tuned L2",
         "data, by seed {data_ratio add smooth l2}",
-        "of fits {fits_ratio add smooth l2}",
+        "of fits {fits_ratio add smooth l2}; in time, by seed {time_ratio add smooth l2}",
         "open",
-        "three seeds do not part them",
+        "three seeds do not part them in data",
         lambda: settled(_sweep("add").ratio("smooth", "l2")) is None,
     ),
     Claim(
@@ -534,7 +546,7 @@ CLAIMS = (
         lambda: (
             all(_rank_alone_or_first(*of) for of in (("selection", "smooth"), ("selection", "l2"), ("paper_add",)))
             and _events("selection", "l2_all")["accuracy_first"] > _events("selection", "l2_all")["rank_first"]
-            and _events("selection", "raise_rank")["rank_first"] < _events("selection", "raise_rank")["together"]
+            and _events("selection", "raise_rank")["accuracy_first"] > _events("selection", "raise_rank")["rank_first"]
         ),
     ),
     Claim(

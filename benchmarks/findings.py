@@ -188,7 +188,8 @@ def held_from_to(name: str, arm: str, size: str, lowest: str, highest: str, rest
     for row in sweep.of(arm):
         if sweep.size(row["train_fraction"]) == size and float(lowest) <= row["strength"] <= float(highest):
             held[row["strength"]] = held.get(row["strength"], 0) + (row["outcome"] == "generalised")
-    return f"{min(held.values())} to {max(held.values())}"
+    low, high = min(held.values()), max(held.values())
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _column(name: str, arm: str, strength: str) -> list[dict[str, Any]]:
@@ -390,8 +391,8 @@ def spread(name: str, arm: str, key: str, rest: str = "", form: str = ".2g") -> 
 def ends(name: str, arm: str, key: str) -> str:
     """How many runs of an arm generalised, how many of them end below the threshold, and the worst."""
     sweep = _sweep(name)
-    last = [row["test_accuracy"] or 0.0 for row in sweep.of(arm) if row["outcome"] == "generalised"]
-    found = {"runs": len(last), "lost": sum(value < sweep.threshold for value in last), "worst": f"{min(last):.3f}"}
+    last = boundary_findings.lasts(sweep, arm)
+    found = {"runs": len(last), "lost": boundary_findings.lost(sweep, arm), "worst": f"{min(last):.3f}"}
     return str(found[key])
 
 

@@ -383,19 +383,16 @@ def test_a_picture_is_stale_when_its_rows_or_its_file_have_changed(monkeypatch, 
     assert pictures.check() == [drawn]
 
 
-# --- rows of before ---
+# --- schedules ---
 
 
 @pytest.mark.parametrize(
     ("row", "never"),
     [
-        ({"arm": "after_memorising", "acted_at": None, "memorised_at": 40}, True),
-        ({"arm": "after_memorising", "memorised_at": None}, True),
-        ({"arm": "truncate", "memorised_at": 40}, False),
-        ({"arm": "until_generalised", "outcome": "budget"}, True),
-        ({"arm": "until_generalised", "outcome": "generalised"}, False),
+        ({"arm": "after_memorising", "acted_at": None, "memorised_at": None}, True),
+        ({"arm": "truncate", "acted_at": 40, "memorised_at": 40}, False),
         ({"arm": "smooth", "outcome": "budget", "memorised_at": None}, False),
     ],
 )
-def test_a_schedule_that_never_acted_is_told_from_what_it_waits_for(row, never):
+def test_a_schedule_that_never_acted_is_told_by_the_row(row, never):
     assert boundary_findings.never_acted(row) is never
