@@ -125,6 +125,13 @@ def never_acted(row: Row) -> bool:
     return row.get("acted_at", 0) is None
 
 
+def across_rests(runs: Sweep, arm: str, rest: float, other: str, other_rest: float) -> Row:
+    """The ratio of two arms, each at a decay of the rest of its own: of data and of time."""
+    at = {arm: rest, other: other_rest}
+    rows = [row for row in runs.rows if at.get(row["arm"]) == row["rest_decay"]]
+    return summarise(rows, [arm, other], arm)["differences"][0]
+
+
 # --- the tables ---
 
 

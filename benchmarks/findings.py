@@ -165,9 +165,10 @@ def comparisons(name: str, arm: str, rest: str = "") -> str:
 
 
 def across_rests(name: str, arm: str, rest: str, other: str, other_rest: str) -> str:
-    """The ratio of two fitted boundaries, each at a decay of the rest of its own."""
-    at = [_sweep(name, r).arm(a)["boundary"]["train_fraction"] for a, r in ((arm, rest), (other, other_rest))]
-    return f"{at[0] / at[1]:.2f}"
+    """Data of one arm over data of another, each at a decay of the rest of its own, the seed as the unit."""
+    return seeds_words(
+        boundary_findings.across_rests(_sweep(name), arm, float(rest), other, float(other_rest))["by_seed"]
+    )
 
 
 def _of_size(name: str, arm: str, size: str, rest: str) -> list[dict[str, Any]]:
@@ -179,6 +180,18 @@ def cell(name: str, arm: str, size: str, rest: str = "") -> str:
     """Seeds that held at one size, of an arm at its best strength."""
     rows = _of_size(name, arm, size, rest)
     return f"{sum(row['outcome'] == 'generalised' for row in rows)} of {len(rows)}"
+
+
+def median_step(name: str, arm: str, size: str, rest: str = "") -> str:
+    """The median step at which the runs of one size held, of an arm at its best strength."""
+    held = [row["steps_to_generalise"] for row in _of_size(name, arm, size, rest) if row["outcome"] == "generalised"]
+    return f"{statistics.median(held):g}"
+
+
+def ended(name: str, arm: str, accuracy: str) -> str:
+    """How many runs of an arm that generalised end with at least so much of the test set right."""
+    last = boundary_findings.lasts(_sweep(name), arm)
+    return f"{sum(value >= float(accuracy) for value in last)} of {len(last)}"
 
 
 def held_from_to(name: str, arm: str, size: str, lowest: str, highest: str, rest: str = "") -> str:
@@ -506,7 +519,8 @@ NUMBERS: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         value, held, median, lost, final, at, best, data_ratio, fits_ratio, time_ratio, comparisons, across_rests,
-        cell, cell_mean, held_from_to, held_at, holds, most, column, least_strength, least_data, least_held, reached,
+        median_step, ended, cell, cell_mean, held_from_to, held_at, holds, most, column, least_strength, least_data,
+        least_held, reached,
         times_alike, sizes_alike, fullest, ends_of_held, median_end, columns_between, delay,
         switched, events, chance, loss, rank, measure, accuracy, svm, settled, worst, rates, left, noise, stuck,
         figure_two, share, against, spread, ends, published, rank_of, sent, planes, planes_share,

@@ -116,6 +116,7 @@ def _work(
     if port is None:
         store = dist.FileStore(str(Path(folder) / "store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=HANG / 2))
+        dist.barrier()  # or one that has nothing to do could leave before the other is connected to it
     else:
         os.environ["MASTER_PORT"] = str(port)
     try:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The sweeps whose rows are in this folder; about three hours on two cores. Each adds to its directory what is not there
-# yet, so any of them can be widened and run again. A validation set decides in those of `--preset standard`.
+# yet, so any of them can be widened and run again. A validation set decides, but in the last ones.
 set -euo pipefail
 sweep() { rankdecay boundary --preset standard --precision mixed --compile on --widen 0 --out "runs/$1" "${@:2}"; }
 
@@ -26,6 +26,8 @@ sweep selection --task selection --seeds 5 --train-examples 1600 \
 sweep selection --task selection --seeds 3 --rest-decays 0.5 1 4 8 --train-examples 700 1000 1250 \
   --arms none l2 smooth prototype radial_only raise_rank \
   --strengths l2=15,30,60 smooth=2.5,5,10 prototype=0.01 radial_only=5 raise_rank=10
+sweep selection --task selection --seeds 5 --rest-decays 1 --train-examples 600 700 850 1000 1250 --arms l2 smooth \
+  --strengths l2=7.5,15,30,60,120 smooth=1.25,2.5,5,10
 sweep selection_named1 --task selection --named 1 --steps 1600 --seeds 3 --train-examples 700 1000 \
   --arms none l2 smooth radial_only --strengths l2=30 smooth=5 radial_only=5
 sweep selection_named3 --task selection --named 3 --steps 1600 --seeds 3 --train-examples 2000 3000 \
@@ -51,37 +53,23 @@ sweep selection_31 --task selection --modulus 31 --width 128 --mlp-width 512 --l
   --seeds 3 --rest-decays 3 --train-examples 1500 2000 3000 --validation 0 --arms none l2 smooth prototype radial_only \
   raise_rank --strengths l2=30,100,300 smooth=5,10,20 prototype=0.005,0.01 radial_only=10 raise_rank=10
 rankdecay boundary --preset prototype --precision mixed --compile on --widen 0 --out runs/prototype
-paper() { rankdecay boundary --preset paper --seeds 1 --out "runs/$1" "${@:2}"; }
-paper paper_multiply --task multiply --fractions 0.5 --arms none l2_all paper_a1
-paper paper_multiply_l2 --task multiply --fractions 0.5 --arms l2_all --strengths l2_all=0.2,0.5,1,2,4,8
-paper paper_add --fractions 0.3 0.4 0.5 0.6 0.7 0.8 --precision float32 --arms paper_a1 l2_all \
-  --strengths l2_all=2,4,8,16
-paper paper_add --seeds 3 --fractions 0.3 0.4 0.5 0.6 --precision float32 --arms paper_a1 l2_all \
-  --strengths paper_a1=0.005,0.01 l2_all=4,8  # stopped before the last of l2_all=4
-paper paper_add --fractions 0.35 0.45 0.55 0.65 0.75 --precision float32 --arms paper_a1 l2_all \
-  --strengths paper_a1=0.001,0.005,0.01 l2_all=4,8
-paper paper_add --seeds 3 --fractions 0.35 0.45 0.55 0.65 0.7 0.75 0.8 --precision float32 --arms paper_a1 l2_all \
-  --strengths paper_a1=0.005 l2_all=8
-paper paper_add --fractions 0.45 0.55 0.65 0.75 --precision float32 --arms paper_a1 --strengths paper_a1=0.0005
-paper paper_add --fractions 0.35 0.45 0.55 0.65 0.75 --precision float32 --arms paper_a1 \
-  --strengths paper_a1=0.0001,0.0005,0.05
-paper paper_add --fractions 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 --precision float32 --arms none
-paper paper_add_ordered --split ordered --fractions 0.3 0.4 0.5 0.6 --precision float32 --arms paper_a1 l2_all \
-  --strengths paper_a1=0.001,0.005,0.01 l2_all=2,4,8,16
-paper paper_add_ordered --split ordered --fractions 0.7 0.8 --precision float32 --arms paper_a1 l2_all \
-  --strengths paper_a1=0.001,0.005,0.01 l2_all=2,4,8,16
-paper paper_add_ordered --split ordered --fractions 0.35 0.45 0.55 0.65 0.75 --precision float32 --arms paper_a1 l2_all \
-  --strengths paper_a1=0.001,0.005 l2_all=8
-paper paper_s5 --task s5 --fractions 0.5 --precision float32 --arms none paper_a1 l2_all --strengths l2_all=1,2,4,8,16
-paper paper_s5 --task s5 --fractions 0.5 --precision float32 --arms paper_a1 --strengths paper_a1=0.002,0.003
-paper paper_rules --fractions 0.5 --precision float32 --arms paper_s6 paper_s5 prototype \
-  --strengths paper_s6=0.05,2.5,5,10 paper_s5=0.05,10,30,100 prototype=0.005,0.01
-paper paper_rules --fractions 0.3 0.4 --precision float32 --arms paper_s6 paper_s5 --strengths paper_s6=2.5,5 paper_s5=10,30
-paper paper_rules --fractions 0.6 0.8 --precision float32 --arms paper_s6 paper_s5 prototype \
-  --strengths paper_s6=2.5 paper_s5=30 prototype=0.01
-paper paper_rules --fractions 0.4 --precision float32 --arms prototype --strengths prototype=0.01
-paper paper_rules --fractions 0.35 0.45 0.55 0.65 0.7 0.75 --precision float32 --arms paper_s6 paper_s5 prototype \
-  --strengths paper_s6=2.5 paper_s5=30 prototype=0.01
-paper paper_rules --fractions 0.3 0.4 0.6 0.7 0.8 --precision float32 --arms paper_s6 paper_s5 \
-  --strengths paper_s6=0.05 paper_s5=0.05
-paper paper_rules --fractions 0.3 --precision float32 --arms prototype --strengths prototype=0.01
+paper() { rankdecay boundary --preset paper --precision float32 --seeds 1 --out "runs/$1" "${@:2}"; }
+paper paper_multiply --precision mixed --task multiply --fractions 0.5 --arms none l2_all paper_a1
+paper paper_multiply_l2 --precision mixed --task multiply --fractions 0.5 --arms l2_all \
+  --strengths l2_all=0.2,0.5,1,2,4,8
+paper paper_add --arms none paper_a1 l2_all --strengths l2_all=4,8
+paper paper_add --fractions 0.3 0.4 0.5 0.6 0.7 0.8 --arms l2_all --strengths l2_all=2,16
+paper paper_add --seeds 3 --arms paper_a1 l2_all --strengths paper_a1=0.005,0.01 l2_all=8
+paper paper_add --seeds 2 --fractions 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 --arms paper_a1 --strengths paper_a1=0.001
+paper paper_add --seeds 2 --fractions 0.5 0.7 0.8 --arms l2_all --strengths l2_all=4
+paper paper_add --seeds 3 --fractions 0.3 0.4 0.6 --arms l2_all --strengths l2_all=4
+paper paper_add_ordered --split ordered --arms paper_a1 l2_all --strengths paper_a1=0.001,0.005 l2_all=8
+paper paper_add_ordered --split ordered --fractions 0.3 0.4 0.5 0.6 0.7 0.8 --arms paper_a1 l2_all \
+  --strengths paper_a1=0.01 l2_all=2,4,16
+paper paper_s5 --task s5 --fractions 0.5 --arms none paper_a1 l2_all --strengths l2_all=1,2,4,8,16
+paper paper_s5 --task s5 --fractions 0.5 --arms paper_a1 --strengths paper_a1=0.002,0.003
+paper paper_rules --arms paper_s6 paper_s5 prototype --strengths paper_s6=2.5 paper_s5=30 prototype=0.01
+paper paper_rules --fractions 0.5 --arms paper_s6 paper_s5 prototype \
+  --strengths paper_s6=0.05,5,10 paper_s5=0.05,10,100 prototype=0.005
+paper paper_rules --fractions 0.3 0.4 --arms paper_s6 paper_s5 --strengths paper_s6=5 paper_s5=10
+paper paper_rules --fractions 0.3 0.4 0.6 0.7 0.8 --arms paper_s6 paper_s5 --strengths paper_s6=0.05 paper_s5=0.05

@@ -264,7 +264,7 @@ def _part_arms(make: _Treatments) -> list[Arm]:
         ),
         Arm(
             "no_qk_norm",
-            "L2 on W_Q and W_K of a network without QK-norm, where it is a nuclear norm of their product.",
+            "L2 on W_Q and W_K of a network without QK-norm, where L2 in the loss is a nuclear norm of their product.",
             Axis(lambda s: BoundaryTreatment(Frobenius(s), qk_norm=False), make.l2_limit),
             (1.0, 3.0, 10.0, 30.0),
             "QK-norm, without which L2 lowers rank by itself",
@@ -342,17 +342,17 @@ def _norm_control_arms(make: _Treatments) -> list[Arm]:
         ),
         Arm(
             "sphere_low_rank",
-            f"The same norms held, and {rule} at {settings.strength:g}: rank is all that differs from sphere.",
+            f"The same norms held, and {rule} at {settings.strength:g}.",
             Axis(lambda norm: BoundaryTreatment(make.low_rank(settings.strength), Control(norm=norm))),
             NORMS,
-            "rank at equal norm and equal angular step",
+            "rank at equal norm, though not at an equal angular step",
         ),
         Arm(
             "fast_query_key",
             "No decay; a larger learning rate for W_Q and W_K, by the factor on the axis.",
             Axis(lambda factor: BoundaryTreatment(control=Control(query_key_lr=factor))),
             (3.0, 10.0, 30.0),
-            "the angular step alone",
+            "a larger learning rate of W_Q and W_K",
         ),
         Arm(
             "truncate",
