@@ -33,8 +33,8 @@ from rankdecay.decay.apply import Step, apply
 from rankdecay.decay.averaged import decay_averaged, is_averaged
 from rankdecay.decay.describing import rows_of, units_of, without_effect
 from rankdecay.decay.finite import FiniteCheck
-from rankdecay.decay.groups import Group
-from rankdecay.decay.hooks import before_every_step, keep_in_place, name_later_groups
+from rankdecay.decay.groups import Group, name_later_groups
+from rankdecay.decay.hooks import before_every_step, keep_in_place
 from rankdecay.decay.notices import explain_collective_failure, warn_if_too_strong, warn_if_untrained
 from rankdecay.decay.optimizers import (
     check_states,

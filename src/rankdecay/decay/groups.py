@@ -32,16 +32,18 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rankdecay.attention import Window
 from rankdecay.attention.layer import WHOLE
 from rankdecay.attention.locate import Names, SearchOptions
 from rankdecay.attention.planes import PlaneRows
 from rankdecay.checks import check_number
+from rankdecay.decay.hooks import before_every_step
 from rankdecay.decay.plan import DecayChoice, Excluded, Remarks, bias_planes, check_suits, is_matrix, plan, why_of
 from rankdecay.decay.policy import Decay, Frobenius, LowRank, Planes, unit_of
 from rankdecay.decay.roles import ROLES, ParameterRoles, Segment, decays_by_role
-from rankdecay.decay.unattached import watch_steps
+from rankdecay.decay.unattached import warn_if_unattached
 from rankdecay.dtensor import is_sharded
 
 Group = dict[str, Any]
@@ -137,7 +139,7 @@ def param_groups(
     for group in groups.values():
         _give_planes(group, planes)
         group.update(real_l2(group))
-    watch_steps(_applied_by_hook)
+    before_every_step(_look_before_step)
     return Groups(groups.values())
 
 
@@ -145,6 +147,10 @@ def _applied_by_hook(group: Group) -> list[str]:
     """Return the roles of a group that have a decay which only the hook applies."""
     strengths = {role: group[f"{role}_strength"] for role in hook_roles(group)}
     return [role for role, strength in strengths.items() if (group.get(LIVE) if strength == LIVE else strength)]
+
+
+def _look_before_step(optimizer: Optimizer, *_: object) -> None:
+    warn_if_unattached(optimizer, _applied_by_hook)
 
 
 class Groups(list[Group]):
@@ -179,6 +185,18 @@ def with_names(group: Any) -> Any:
     if any(isinstance(each, tuple) for each in params):
         return group
     return {**group, "params": params, "param_names": [f"parameter {i}" for i in range(len(params))]}
+
+
+def name_later_groups(optimizer: Optimizer) -> None:
+    """Let an optimizer whose groups have names take groups without, as a user adds them later."""
+    add, reference = type(optimizer).add_param_group, weakref.ref(optimizer)
+
+    def add_param_group(param_group: dict[str, Any]) -> None:
+        optimizer = reference()
+        if optimizer is not None:
+            add(optimizer, with_names(param_group))
+
+    optimizer.add_param_group = add_param_group  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class GroupInfo(NamedTuple):

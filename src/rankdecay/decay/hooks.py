@@ -1,16 +1,13 @@
-"""Hooks of an optimizer: their order around a step, and groups that are added later."""
+"""Hooks of an optimizer: their order around a step."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-from rankdecay.decay.groups import with_names
 
 _watched: set[Callable[..., None]] = set()
 
@@ -42,15 +39,3 @@ def keep_in_place(optimizer: Optimizer, last: int, first: int) -> None:
         before.move_to_end(last)
     if first in after and next(iter(after)) != first:
         after.move_to_end(first, last=False)
-
-
-def name_later_groups(optimizer: Optimizer) -> None:
-    """Let an optimizer whose groups have names take groups without, as a user adds them later."""
-    add, reference = type(optimizer).add_param_group, weakref.ref(optimizer)
-
-    def add_param_group(param_group: dict[str, Any]) -> None:
-        optimizer = reference()
-        if optimizer is not None:
-            add(optimizer, with_names(param_group))
-
-    optimizer.add_param_group = add_param_group  # pyright: ignore[reportAttributeAccessIssue]

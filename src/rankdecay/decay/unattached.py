@@ -8,16 +8,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 #: Roles of a group whose decay a hook applies.
 RolesOf = Callable[[dict[str, Any]], list[str]]
 
 _known: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # attached once, or looked at
 _changing = threading.Lock()
-_registered: list[object] = []
 
 
 def know(optimizer: Optimizer) -> None:
@@ -26,26 +23,12 @@ def know(optimizer: Optimizer) -> None:
         _known.add(optimizer)
 
 
-def watch_steps(roles_of: RolesOf) -> None:
-    """Look at every optimizer before its first step from now on; calling it again does nothing."""
-    with _changing:
-        if _registered:
-            return
-
-        def look(optimizer: Optimizer, *_: object) -> None:
-            if optimizer not in _known:
-                _look(optimizer, roles_of)
-
-        uncompiled: Any = torch.compiler.disable
-        _registered.append(register_optimizer_step_pre_hook(uncompiled(look)))
-
-
-def _look(optimizer: Optimizer, roles_of: RolesOf) -> None:
-    """Warn once if an optimizer has decays that nothing applies; one around, or inside, an attached one has not.
+def warn_if_unattached(optimizer: Optimizer, roles_of: RolesOf) -> None:
+    """Warn before the first step if an optimizer has decays that nothing applies, and is not around an attached one.
 
     A step at rates of zero, as checkpointers make to fill the state before they load, may come before ``attach``.
     """
-    if not any(group.get("lr", True) for group in optimizer.param_groups):
+    if optimizer in _known or not any(group.get("lr", True) for group in optimizer.param_groups):
         return
     with _changing:
         others = list(_known)
