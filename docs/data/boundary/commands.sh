@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The sweeps whose rows are in this folder; about three hours on two cores. Each adds to its directory what is not there
-# yet, so any of them can be widened and run again. A validation set decides, but in the last ones.
+# The sweeps whose rows are in this folder: some two hours on two cores, and five more for the paper's. Each adds what is
+# not there yet, so any of them can be widened and run again. A validation set decides, but in the last ones.
 set -euo pipefail
 sweep() { rankdecay boundary --preset standard --precision mixed --compile on --widen 0 --out "runs/$1" "${@:2}"; }
 
